@@ -1,0 +1,164 @@
+"""The recipe's own keys: names, types, ranges and the sentence an editor shows.
+
+Deliberately not here: TRL's fields (the snapshot in `fields.json`), file positions (`load`), and anything
+that looks at files, models or devices.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Method = Literal["sft", "rm", "dpo"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelOptions(_Section):
+    path: str = Field(
+        description="Base model: hub id, local directory, builtin:tiny-gpt2 or builtin:tiny-llama.",
+    )
+    revision: str | None = Field(None, description="Commit or tag of a hub id; a hub id is pinned by it.")
+    init: Literal["pretrained", "scratch"] = Field(
+        "pretrained",
+        description="scratch: random weights from the model's config (GPT-1's first step), seeded by `seed`.",
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Overrides of the model config for init: scratch, such as {n_layer: 4, n_embd: 128}.",
+    )
+    tokenizer: str | None = Field(None, description="Directory or hub id of the tokenizer; the model's own if omitted.")
+    quantization: Literal["none", "int8", "nf4", "fp4"] = Field(
+        "none", description="Base weights through bitsandbytes; anything but none needs `lora:`."
+    )
+    double_quantization: bool = Field(
+        True, description="Quantise the 4-bit block constants too (QLoRA section 3): 4.127 bits a parameter."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Weights and compute; auto: bfloat16 where the device computes in it, else float32."
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = Field(
+        None, description="Attention kernel; omitted: what transformers picks."
+    )
+    chat_template: str | None = Field(
+        None,
+        description="chatml, llama3, zephyr, plain, or a .jinja file; omitted: the tokenizer's own.",
+    )
+
+
+class LoraOptions(_Section):
+    r: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="Rank of the adapter.")
+    alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scale: the update is multiplied by alpha / r.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="all-linear (every linear layer but the head, as QLoRA) or module names."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (arXiv 2312.03732).")
+    use_dora: bool = Field(False, description="Weight-decomposed adapters (arXiv 2402.09353).")
+    modules_to_save: list[str] = Field(
+        default_factory=list, description="Modules trained in full and saved with the adapter."
+    )
+
+
+class LaunchOptions(_Section):
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="Where to train; auto takes cuda, then mps, then cpu."
+    )
+
+
+class DataSource(_Section):
+    path: str = Field(description="A file, a directory, a hub id, or builtin:NAME.")
+    name: str | None = Field(None, description="Configuration name of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set or of builtin data.")
+    revision: str | None = Field(None, description="Commit or tag of a hub data set.")
+    format: Literal[
+        "auto", "trl", "openai", "sharegpt", "alpaca", "hh", "ultrafeedback", "ranked", "text"
+    ] = Field("auto", description="Row format; auto looks at every row.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Renames: our name on the left, the file's column on the right."
+    )
+    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
+        1.0, description="Passes over this source per epoch: 0.5 takes a seeded half of it, 2 takes it twice."
+    )
+    max_rows: Annotated[int, Field(ge=1)] | None = Field(None, description="Take only the first rows of the source.")
+
+
+class SampleOptions(_Section):
+    num: Annotated[int, Field(ge=0, le=256)] = Field(4, description="Prompts answered; 0 switches samples off.")
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(48, description="Length of an answer, in tokens.")
+
+
+class StageOptions(_Section):
+    """Keys that every method shares."""
+
+    method: Method
+    start_from: str | None = Field(
+        None, description="A stage of this recipe, a run directory, a model or adapter directory; omitted: model.path."
+    )
+    data: list[DataSource] = Field(description="Training rows: a path, a source, or a list of sources.")
+    eval: Annotated[float, Field(gt=0, lt=1)] | list[DataSource] | None = Field(
+        None, description="Held-out rows: a share of the training data (split by prompt), or sources."
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="skip leaves rows out that do not fit and writes rejects.jsonl."
+    )
+    dedupe: bool = Field(False, description="Leave out rows that repeat an earlier row exactly.")
+    special_tokens_in_text: Literal["error", "keep", "escape"] = Field(
+        "error", description="Control tokens of the tokenizer inside user text: refuse, let them act, or defuse them."
+    )
+    max_truncated: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.2, description="Largest share of rows that may be cut to max_length or left out for being longer."
+    )
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        16, description="Rows per optimizer step over all devices (rm: prompts)."
+    )
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Rows per forward pass on one device; must divide batch_size."
+    )
+    batching: Literal["shuffled", "grouped"] = Field(
+        "grouped", description="grouped puts rows of like length together to save padding; shuffled does not."
+    )
+    adapter: Literal["continue", "merge", "stack"] | None = Field(
+        None,
+        description="When start_from is an adapter: train it on (default), fold it into the base first, or freeze it "
+        "and train a new one on top.",
+    )
+    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(2, description="Sealed checkpoints kept, newest first.")
+    samples: SampleOptions = Field(default_factory=SampleOptions, description="Prompts answered before, during, after.")
+
+
+class SftOptions(StageOptions):
+    method: Literal["sft"] = "sft"
+    objective: Literal["chat", "lm"] = Field(
+        "chat", description="chat: prompt-completion or messages; lm: raw text packed into blocks of max_length."
+    )
+
+
+class RmOptions(StageOptions):
+    method: Literal["rm"] = "rm"
+    loss: Literal["pairwise", "best_of"] = Field(
+        "pairwise",
+        description="pairwise: mean over a prompt's K(K-1)/2 pairs (InstructGPT eq. 1); best_of: softmax over the K "
+        "answers (Ziegler eq. 1).",
+    )
+    grouping: Literal["kway", "pairs"] = Field(
+        "kway", description="kway keeps all answers of a prompt in one batch element; pairs breaks them up."
+    )
+    normalize: Literal["none", "bias", "gain_and_bias"] = Field(
+        "none",
+        description="Shift (and scale) the reward to mean 0 (and std 1) on reference rows; kept in reward_norm.json.",
+    )
+    normalize_data: list[DataSource] | None = Field(
+        None, description="Reference rows for normalize: demonstrations; omitted: the best answers of `data`."
+    )
+    normalize_rows: Annotated[int, Field(ge=2)] = Field(256, description="Reference rows used by normalize.")
+
+
+class DpoOptions(StageOptions):
+    method: Literal["dpo"] = "dpo"
+
+
+OPTIONS: dict[str, type[StageOptions]] = {"sft": SftOptions, "rm": RmOptions, "dpo": DpoOptions}

@@ -1,0 +1,99 @@
+"""The resolved stage: the only thing that leaves this room for the rest of alignkit.
+
+Plain data, frozen and serialisable; it deliberately knows nothing of YAML, torch or the file system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from alignkit.recipe.schema import LaunchOptions, LoraOptions, Method, ModelOptions, StageOptions
+
+_Options = TypeVar("_Options", bound=StageOptions)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe with every value in force.
+
+    `options` are alignkit's own keys, `trainer` the TRL fields in force under TRL's names (given in the recipe,
+    or alignkit's defaults where they differ from TRL's). `origins` maps every dotted key to where its value
+    came from: "recipes/a.yaml:7", "--set", "default", or "trl" for a default of TRL's config class.
+    """
+
+    recipe_name: str
+    recipe_path: str
+    name: str
+    seed: int
+    model: ModelOptions
+    lora: LoraOptions | None
+    launch: LaunchOptions
+    options: StageOptions
+    trainer: Mapping[str, Any]
+    origins: Mapping[str, str]
+    run_dir: str  # runs/<recipe name>/<stage>, or --out
+    start_dir: str | None = None  # what start_from names: a run directory, a model or an adapter directory, a hub id
+    start_stage: str | None = None  # set when start_from is a stage of this recipe
+    trust_code: bool = False
+
+    @property
+    def method(self) -> Method:
+        return self.options.method
+
+    def where(self, key: str) -> str:
+        """Place of a key for messages: `recipes/a.yaml:7`, or the recipe path when it has no line."""
+        origin = self.origins.get(key, "")
+        return origin if ":" in origin or origin.startswith("--") else self.recipe_path
+
+    def expect(self, kind: type[_Options]) -> _Options:
+        """Return `options` as the given class; a wrong class is a bug, not a user's mistake."""
+        if not isinstance(self.options, kind):
+            raise TypeError(f"stage {self.name} is a {self.method} stage, not {kind.__name__}")
+        return self.options
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for stage.json and --dry-run."""
+        return {
+            "recipe": self.recipe_name,
+            "recipe_path": self.recipe_path,
+            "stage": self.name,
+            "method": self.method,
+            "seed": self.seed,
+            "model": self.model.model_dump(),
+            "lora": self.lora.model_dump() if self.lora else None,
+            "launch": self.launch.model_dump(),
+            "options": self.options.model_dump(),
+            "trainer": dict(self.trainer),
+            "origins": dict(self.origins),
+            "run_dir": self.run_dir,
+            "start_dir": self.start_dir,
+            "start_stage": self.start_stage,
+            "trust_code": self.trust_code,
+        }
+
+    def fingerprint_values(self) -> dict[str, Any]:
+        """Return, flat and dotted, every value that can change the weights.
+
+        Two runs with equal values here and equal data, base and template bytes train the same model.
+        """
+        kept = {"seed": self.seed, "start": self.start_dir or self.model.path, "method": self.method}
+        for prefix, section in (("model", self.model), ("lora", self.lora), (self.name, self.options)):
+            if section is not None:
+                kept |= {f"{prefix}.{key}": value for key, value in section.model_dump().items()}
+        kept |= {f"{self.name}.{key}": value for key, value in self.trainer.items()}
+        return {key: value for key, value in kept.items() if key.split(".")[-1] not in HARMLESS}
+
+
+# Keys that say what is watched, kept or shown, never what is trained: a run may resume with these changed.
+HARMLESS = frozenset(
+    {
+        "keep_checkpoints", "samples", "eval_on_start", "eval_strategy", "eval_steps", "eval_delay", "logging_steps",
+        "logging_strategy", "logging_first_step", "logging_dir", "report_to", "run_name", "project",
+        "trackio_space_id", "save_steps", "save_strategy", "disable_tqdm", "log_level", "log_level_replica",
+        "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+        "dataloader_persistent_workers", "per_device_eval_batch_size", "max_truncated", "ddp_timeout",
+        "include_num_input_tokens_seen",
+    }
+)  # fmt: skip

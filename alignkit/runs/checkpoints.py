@@ -1,0 +1,139 @@
+"""Checkpoints that can be trusted: sealed by a manifest written last, verified before use, rotated by step.
+
+What is not sealed does not count. Nothing here is ever restored or trained: it looks at files only. The design is
+"manifest last", not "rename last": no directory is renamed while ranks write into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import RunError
+from alignkit.runs.files import directory_bytes, read_json, sync, write_json
+
+MANIFEST = "alignkit_manifest.json"
+_STEP = re.compile(r"checkpoint-(\d+)")
+_CHUNK_BYTES = 1 << 22
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step a checkpoint directory is named after, or -1 for any other name."""
+    match = _STEP.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Return the `checkpoint-N` directories, newest step first, sealed or not."""
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if step_of(path) >= 0), key=step_of, reverse=True)
+
+
+def checksum(path: Path) -> str:
+    """Return the CRC-32 of a file as eight hex digits (3 GB/s a core; damage, not attacks, is the enemy)."""
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
+def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
+    """Sync every file, then write the manifest that makes this checkpoint count.
+
+    `facts` goes into the manifest as it is: step, world size, dtypes, fingerprints, versions, seed.
+    """
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    files = {}
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        sync(path)
+        files[str(path.relative_to(checkpoint))] = {"bytes": path.stat().st_size, "crc32": checksum(path)}
+    write_json(checkpoint / MANIFEST, {"format": 1, "files": files, **facts})
+    sync(checkpoint.parent)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Return why a checkpoint cannot be used, or None when every file is as it was sealed."""
+    manifest_path = checkpoint / MANIFEST
+    if not manifest_path.is_file():
+        return "it was never sealed (the run stopped while it was written, or its manifest is gone)"
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if manifest["step"] != step_of(checkpoint):
+            return f"its manifest is of step {manifest['step']}"
+        for name, sealed in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != sealed["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {sealed['bytes']}"
+            if checksum(path) != sealed["crc32"]:
+                return f"{name} has other bytes than were sealed"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def find_resumable(directory: Path, *, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that verifies, setting damaged ones aside as `bad-...`.
+
+    Each damaged checkpoint costs one warning. Raises RunError when there were checkpoints and none is whole, rather
+    than train from the start in silence. A directory that was only ever partly written does not count as one.
+    """
+    found = list_checkpoints(directory)
+    damaged = 0
+    for checkpoint in found:
+        reason = find_damage(checkpoint)
+        if reason is None:
+            return checkpoint
+        damaged += (checkpoint / MANIFEST).is_file()
+        aside = checkpoint.with_name(f"bad-{checkpoint.name}-{time.time_ns() // 1_000_000}")
+        os.replace(checkpoint, aside)
+        warn(f"{checkpoint}: {reason}; set aside as {aside.name}")
+    if damaged:
+        raise RunError(
+            f"none of the {len(found)} checkpoints is whole, they were set aside as bad-*; "
+            "start over with --force, which keeps this directory under another name",
+            where=str(directory),
+        )
+    return None
+
+
+def rotate(directory: Path, *, keep: int, protect: frozenset[int] = frozenset()) -> None:
+    """Delete all but the newest `keep` sealed checkpoints, by step, never one in `protect`.
+
+    A doomed directory is renamed to `trash-` first, so that a kill in between leaves nothing half deleted behind.
+    """
+    sealed = [path for path in list_checkpoints(directory) if (path / MANIFEST).is_file()]
+    for checkpoint in sealed[max(keep, 1) :]:
+        if step_of(checkpoint) not in protect:
+            os.replace(checkpoint, checkpoint.with_name(f"trash-{checkpoint.name}"))
+    sweep(directory)
+
+
+def sweep(directory: Path) -> None:
+    """Delete what an interrupted rotation left behind."""
+    for path in directory.glob("trash-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return the manifest of a sealed checkpoint."""
+    return read_json(checkpoint / MANIFEST)
+
+
+def expected_bytes(directory: Path, *, first_guess: int) -> int:
+    """Return what the next checkpoint will take: the size of the newest sealed one, or the caller's guess."""
+    for checkpoint in list_checkpoints(directory):
+        if (checkpoint / MANIFEST).is_file():
+            return directory_bytes(checkpoint)
+    return first_guess

@@ -1,0 +1,183 @@
+"""The run directory: where each file of a run lives, who may write to it, and whether it may go on.
+
+It deliberately knows nothing of training: it opens, locks and compares, and hands out paths.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from alignkit.errors import RunError
+from alignkit.runs.files import disk_failures, read_json, write_json
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run; `path` is absolute."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def stage(self) -> Path:
+        return self.path / "stage.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def rejects(self) -> Path:
+        return self.path / "rejects.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def base(self) -> Path:
+        """A base this run had to make itself (built-in, scratch, or merged); adapters point to it."""
+        return self.path / "base"
+
+    @property
+    def cache(self) -> Path:
+        """Tokenised rows; deleted when the run is finished."""
+        return self.path / "cache"
+
+    @property
+    def probe(self) -> Path:
+        return self.path / "probe.json"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def error_log(self) -> Path:
+        return self.path / "error.log"
+
+    def is_finished(self) -> bool:
+        """Tell whether the run ended well; result.json is written last."""
+        return self.result.is_file() and read_json(self.result).get("status") == "finished"
+
+
+class RunLock:
+    """An exclusive hold on a run directory; the kernel drops it when the process dies, however it dies."""
+
+    def __init__(self, run: RunDir) -> None:
+        """Take the lock. Raises RunError naming the holder when another process has it."""
+        self._path = run.path / ".lock"
+        self._file: IO[str] = self._path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = self._path.read_text(encoding="utf-8").strip() or "another process"
+            self._file.close()
+            raise RunError(
+                f"in use by {holder}; wait for it, or give this run its own directory with --out", where=str(run.path)
+            ) from error
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let another process have the directory."""
+        self._file.close()
+
+
+def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
+    """Create or reuse a run directory and lock it.
+
+    With `force` an existing run is moved aside to `<name>.old-<time>`, never deleted. Raises RunError when the
+    directory holds something that is not a run of ours, or is in use; DiskError when it cannot be made.
+    """
+    run = RunDir(path.expanduser().absolute())
+    refuse_foreign(run)
+    with disk_failures(run.path, "the run directory"):
+        run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = RunLock(run)
+    if force and run.stage.exists():
+        aside = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        os.replace(run.path, aside)
+        lock.release()
+        run.path.mkdir(parents=True, mode=0o700)
+        lock = RunLock(run)
+    return run, lock
+
+
+def refuse_foreign(run: RunDir) -> None:
+    """Raise RunError unless the directory is absent, empty, or a run."""
+    if run.path == run.path.parent or run.path == Path.home():
+        raise RunError("is no place for a run; name a directory of its own with --out", where=str(run.path))
+    if not run.path.exists():
+        return
+    if not run.path.is_dir():
+        raise RunError("is a file; a run needs a directory", where=str(run.path))
+    ours = {".lock", "stage.json", "error.log"}
+    content = {entry.name for entry in run.path.iterdir()}
+    if content and not content & ours:
+        raise RunError(
+            f"is not empty and holds no run (found {', '.join(sorted(content)[:3])}); "
+            "choose another directory with --out",
+            where=str(run.path),
+        )
+
+
+def compare_fingerprints(
+    run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = (), where: Mapping[str, str] | None = None
+) -> list[str]:
+    """Compare the fingerprint in stage.json with the current one; return the changes that were allowed.
+
+    Every changed key is named with both values. Raises RunError unless each of them is in `allow_change`.
+    """
+    if not run.stage.exists():
+        return []
+    before = read_json(run.stage).get("fingerprint", {})
+    now = json.loads(json.dumps(dict(current), default=str))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    lines = [f"{key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in changed]
+    refused = [line for key, line in zip(changed, lines, strict=True) if not _is_allowed(key, allow_change)]
+    if refused:
+        raise RunError(
+            "this run was started with other settings:\n  "
+            + "\n  ".join(refused)
+            + "\nchange them back, use --out for a new run, --force to move this one aside and start over, "
+            "or --allow-change KEY to go on with the new value",
+            where=str(run.path),
+        )
+    return lines
+
+
+def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
+    return any(key == name or key.endswith(f".{name}") for name in allowed)
+
+
+def copy_recipe(run: RunDir, source: Path) -> None:
+    """Keep the recipe as it was given."""
+    if not run.recipe.exists() and source.is_file():
+        shutil.copyfile(source, run.recipe)
+
+
+def write_result(run: RunDir, result: Mapping[str, Any]) -> None:
+    """Write result.json, the last file of a run."""
+    write_json(run.result, dict(result))

@@ -1,0 +1,86 @@
+"""What happened: metrics as they come, versions, git state, and secrets kept out of all of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("alignkit", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+_SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|AKIA[0-9A-Z]{16}|Bearer\s+\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+
+
+class JsonLines:
+    """A file of JSON objects that grows by whole lines; a torn last line is cut when it is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if path.exists():
+            _cut_torn_line(path)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one object and hand it to the operating system."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
+
+    def keep(self, wanted: Any) -> None:
+        """Drop the rows for which `wanted(row)` is false: those of steps that a resumed run will take again."""
+        if not self._path.exists():
+            return
+        rows = [line for line in self._path.read_text(encoding="utf-8").splitlines() if wanted(json.loads(line))]
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return every row."""
+        if not self._path.exists():
+            return []
+        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+
+
+def _cut_torn_line(path: Path) -> None:
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: say it as a string rather than write a file that parsers refuse."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions that can change a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(directory: Path) -> dict[str, Any] | None:
+    """Return commit and dirtiness of the repository around `directory`, or None outside one."""
+    command = ["git", "-C", str(directory), "--no-optional-locks"]
+    try:
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        status = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def redact(text: str) -> str:
+    """Return the text with everything that looks like a secret replaced."""
+    return _SECRET.sub("[redacted]", text)
