@@ -1,0 +1,10 @@
+"""`python -m alignkit`, the form that `accelerate launch -m alignkit` needs; nothing else."""
+
+from __future__ import annotations
+
+import sys
+
+from alignkit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
