@@ -1,0 +1,51 @@
+"""What must never be written in a recipe or printed: tokens, keys and passwords.
+
+It judges names and shapes only; it never looks at the environment and cannot tell a real secret from a fake one.
+"""
+
+from __future__ import annotations
+
+import re
+
+from alignkit.errors import Problem
+from alignkit.recipe.tree import Node
+
+_SECRET_NAME = re.compile(r"(^|_)(token|api_?key|secret(_?key)?|access_?key|passwords?|passwd|credentials?)$", re.I)
+# Names of vocabulary entries, which the pattern above would take for credentials.
+_VOCABULARY = re.compile(r"^(pad|eos|bos|unk|sep|cls|mask|image|end|stop|special|assistant|user)_token$", re.I)
+_SECRET_VALUE = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bBearer\s+\S{8,}|\bAKIA[0-9A-Z]{12,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
+    r"|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bxox[abprs]-[\w-]{10,}|\bAIza[\w-]{30,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+)
+
+
+def names_secret(key: str) -> bool:
+    """Tell whether a key is the name of a credential (hub_token, api-key), not of a vocabulary entry (eos_token)."""
+    name = key.replace("-", "_")
+    return bool(_SECRET_NAME.search(name)) and not _VOCABULARY.match(name)
+
+
+def holds_secret(text: str) -> bool:
+    return bool(_SECRET_VALUE.search(text))
+
+
+def redact(text: str) -> str:
+    """Return the text with everything that looks like a credential replaced by ***."""
+    return _SECRET_VALUE.sub("***", text)
+
+
+def find_secrets(tree: Node) -> list[tuple[Node, Problem]]:
+    """Return each node that holds or names a secret, with a problem that does not show it."""
+    found = []
+    for path, node in tree.leaves():
+        key = redact(".".join(path))
+        if any(holds_secret(part) for part in path[-1:]):
+            found.append((node, Problem(f"{key} looks like a secret; {_ADVICE}", node.place)))
+        elif path and names_secret(path[-1]):
+            found.append((node, Problem(f"{key} is the name of a secret; {_ADVICE}", node.place)))
+        elif isinstance(node.value, str) and holds_secret(node.value):
+            found.append((node, Problem(f"{key} holds what looks like a secret; {_ADVICE}", node.place)))
+    return found
+
+
+_ADVICE = "a recipe holds none: take it out and set HF_TOKEN (or the service's own variable) in the environment"
