@@ -56,7 +56,7 @@ bench: $(READY) ## side by side with TRL; writes tests/benchmarks/RESULTS.md
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/run.py
 
 snapshot: $(READY) ## regenerate the list of TRL's configuration fields from the installed TRL
-	$(TEST_ENV) $(BIN)/python -m alignkit.recipe.snapshot
+	$(TEST_ENV) $(BIN)/python tests/snapshot.py
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
