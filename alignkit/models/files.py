@@ -1,0 +1,241 @@
+"""What a directory of weights is, read from its small files and safetensors headers only.
+
+Deliberately no torch, no transformers and no unpickling: `alignkit check` looks at models through this module,
+and whatever it refuses is never opened by anything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from alignkit.errors import ModelError, Problem
+
+BUILTIN_PREFIX = "builtin:"
+RECORD = "alignkit.json"  # what we add to a model directory: lineage, dtype and quantization it was trained with
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# Files that transformers' trainer leaves beside weights; we never read them, so they do no harm.
+_HARMLESS_PICKLES = frozenset({"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"})
+_MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library itself
+
+Kind = Literal["full", "adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """What a model directory holds."""
+
+    path: Path
+    kind: Kind
+    reward: bool  # it ends in a score head: a reward model, not a policy
+    base: str | None  # adapter: base_model_name_or_path
+    base_revision: str | None
+    has_tokenizer: bool
+    num_parameters: int  # as stored: of the adapter alone for an adapter, elements of packed tensors count as stored
+    config: dict[str, Any] = field(hash=False)  # config.json, or adapter_config.json for an adapter
+    record: dict[str, Any] = field(hash=False)  # alignkit.json; empty for a directory that is not ours
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)`, or nothing when no name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def is_builtin(path: str) -> bool:
+    """Say whether a model path names an embedded model."""
+    return path.startswith(BUILTIN_PREFIX)
+
+
+def find_model_dir(path: str) -> Path | None:
+    """Return the local directory of weights that a path names: itself, or `model/` of a run.
+
+    None for builtin names and hub ids. Raises ModelError for a path that is clearly local but not there.
+    """
+    if is_builtin(path):
+        return None
+    directory = Path(path).expanduser()
+    if directory.is_file():
+        raise ModelError(f"{path} is a file; give the directory that holds config.json and the safetensors files")
+    if directory.is_dir():
+        is_run = (directory / "stage.json").exists() or not _is_model_dir(directory)
+        if is_run and _is_model_dir(directory / "model"):
+            return directory / "model"
+        if (directory / "stage.json").exists():
+            raise ModelError(f"{path} is a run that has no model yet; finish it first")
+        return directory
+    if _looks_local(path):
+        raise ModelError(f"{path} does not exist; give a hub id, a local directory, or a builtin name")
+    return None
+
+
+def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
+    """Read what a directory of weights holds and refuse what must not be loaded.
+
+    Refused, all problems at once: weights only as pickles, remote code without `trust_code`, missing shards,
+    damaged safetensors headers, an adapter without a base. Raises ModelError.
+    """
+    is_adapter = (path / "adapter_config.json").exists()
+    config_name = "adapter_config.json" if is_adapter else "config.json"
+    if not (path / config_name).exists():
+        raise ModelError(f"no config.json and no adapter_config.json: not a model directory{_content(path)}", where=str(path))
+    problems: list[Problem] = []
+    config = _read_json(path / config_name, problems)
+    tokenizer_config = _read_json(path / "tokenizer_config.json", problems)
+    if not trust_code:
+        problems += _find_remote_code(config, path / config_name)
+        problems += _find_remote_code(tokenizer_config, path / "tokenizer_config.json")
+    tensors = _read_weights(path, "adapter_model" if is_adapter else "model", problems)
+    base = config.get("base_model_name_or_path")
+    if is_adapter and not base:
+        what = "base_model_name_or_path is missing: the adapter does not say which base it belongs to; add it"
+        problems.append(Problem(what, str(path / config_name)))
+    if problems:
+        raise ModelError(problems)
+    return ModelFiles(
+        path=path,
+        kind="adapter" if is_adapter else "full",
+        reward=_is_reward(config, is_adapter, tensors),
+        base=base,
+        base_revision=config.get("revision"),
+        has_tokenizer=(path / "tokenizer.json").exists() or (path / "tokenizer_config.json").exists(),
+        num_parameters=sum(prod(shape) for shape in tensors.values()),
+        config=config,
+        record=_read_json(path / RECORD, []),
+    )
+
+
+def read_shapes(file: Path) -> dict[str, list[int]]:
+    """Return name -> shape from the header of a safetensors file; raises ValueError saying what is damaged."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise ValueError("it is shorter than a safetensors header")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError("its header is damaged or cut off")
+        try:
+            header = json.loads(stream.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            ends = [entry["data_offsets"][1] for entry in entries.values()]
+            shapes = {name: [int(size) for size in entry["shape"]] for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError("its header is damaged") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ValueError(f"it has {size} bytes but its header promises {expected}: the copy is incomplete")
+    return shapes
+
+
+def fingerprint_weights(path: Path) -> str:
+    """Hash header and a sample of each safetensors file: the same model copied elsewhere hashes the same.
+
+    Reads at most 1 MiB from each end of a file, so that it is quick for any size; it tells models apart, it does
+    not prove integrity.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            digest.update(stream.read(2**20))
+            stream.seek(max(size - 2**20, 0))
+            digest.update(stream.read(2**20))
+        digest.update(str(size).encode())
+    return digest.hexdigest()
+
+
+def _read_weights(path: Path, stem: str, problems: list[Problem]) -> dict[str, list[int]]:
+    """Return the shapes of all tensors of `<stem>.safetensors` or its shards."""
+    index = path / f"{stem}.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_json(index, problems).get("weight_map", {})
+        files = sorted({path / str(name) for name in weight_map.values()})
+        absent = [file.name for file in files if not file.exists()]
+        if absent:
+            what = f"{len(absent)} of {len(files)} shards are missing ({', '.join(absent[:3])}); copy the model again"
+            problems.append(Problem(what, str(path)))
+        files = [file for file in files if file.exists()]
+    else:
+        files = [path / f"{stem}.safetensors"] if (path / f"{stem}.safetensors").exists() else []
+        if not files:
+            problems.append(Problem(_explain_missing(path, stem), str(path)))
+    tensors: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            tensors |= read_shapes(file)
+        except (ValueError, OSError) as error:
+            problems.append(Problem(f"{error}; copy or save the file again", str(file)))
+    return tensors
+
+
+def _explain_missing(path: Path, stem: str) -> str:
+    pickles = sorted(
+        file.name for file in path.iterdir() if file.suffix in _PICKLES and file.name not in _HARMLESS_PICKLES
+    )
+    if pickles:
+        return (
+            f"weights only as pickles ({', '.join(pickles[:3])}), which can run code when opened; convert them to "
+            "safetensors where you trust them: from_pretrained(...).save_pretrained(...)"
+        )
+    if list(path.glob(f"{stem}-*-of-*.safetensors")):
+        return f"shards without {stem}.safetensors.index.json; copy the model again"
+    return f"no {stem}.safetensors"
+
+
+def _find_remote_code(config: dict[str, Any], file: Path, prefix: str = "") -> list[Problem]:
+    """Return every key that would make transformers fetch or run code (CVE-2026-4372, CVE-2026-5241)."""
+    problems = []
+    for key, value in config.items():
+        kernel = key.endswith("_implementation") and isinstance(value, str) and "/" in value
+        if key in {"auto_map", "_attn_implementation_internal"} or kernel or (key == "trust_remote_code" and value):
+            what = f"{prefix}{key} would run code that comes with the model; --trust-code allows it"
+            problems.append(Problem(what, str(file)))
+        elif isinstance(value, dict):
+            problems += _find_remote_code(value, file, f"{prefix}{key}.")
+    return problems
+
+
+def _is_reward(config: dict[str, Any], is_adapter: bool, tensors: dict[str, list[int]]) -> bool:
+    if is_adapter:
+        return config.get("task_type") == "SEQ_CLS" or any(".score." in f".{name}." for name in tensors)
+    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+
+
+def _read_json(file: Path, problems: list[Problem]) -> dict[str, Any]:
+    """Return a JSON object; {} when the file is absent, and a problem when it is not an object."""
+    if not file.exists():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        problems.append(Problem(f"is not readable JSON: {error}", str(file)))
+        return {}
+    if not isinstance(value, dict):
+        problems.append(Problem(f"holds {type(value).__name__}, not an object", str(file)))
+        return {}
+    return value
+
+
+def _is_model_dir(path: Path) -> bool:
+    return (path / "config.json").exists() or (path / "adapter_config.json").exists()
+
+
+def _looks_local(path: str) -> bool:
+    """A hub id is `name` or `owner/name`; everything else can only be a path."""
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
+
+
+def _content(path: Path) -> str:
+    if not path.is_dir():
+        return " (it does not exist)"
+    names = sorted(file.name for file in path.iterdir())[:5]
+    return f" (it holds {', '.join(names)})" if names else " (it is empty)"

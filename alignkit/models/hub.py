@@ -1,0 +1,56 @@
+"""Failures of loading by name or path, told in one line.
+
+Deliberately catches only what the hub client and transformers raise for files that cannot be had or read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+
+from alignkit.errors import EnvironmentProblem, ModelError
+
+
+@contextmanager
+def explain_hub_errors(source: str) -> Iterator[None]:
+    """Turn what from_pretrained raises for `source` into a ModelError or an EnvironmentProblem."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(f"its weights are damaged ({error}); copy or download them again", where=source) from error
+    except (OSError, ValueError) as error:  # transformers wraps most hub errors in OSError
+        raise _explain(source, error) from error
+
+
+def _explain(source: str, error: Exception) -> Exception:
+    chain = list(_causes(error))
+    if any(isinstance(cause, GatedRepoError) for cause in chain):
+        return ModelError(f"{source} is gated: accept its terms on the hub and set HF_TOKEN")
+    if any(isinstance(cause, RevisionNotFoundError) for cause in chain):
+        return ModelError(f"{source} has no such revision; check model.revision")
+    if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in chain):
+        return ModelError(f"{source} is neither a local directory nor a model on the hub (private ones need HF_TOKEN)")
+    offline = any(isinstance(cause, OfflineModeIsEnabled | HfHubHTTPError | ConnectionError) for cause in chain)
+    if offline or "internet connection" in str(error) or "couldn't connect" in str(error).lower():
+        return EnvironmentProblem(
+            f"{source} is not on this machine and the hub cannot be reached; download it first, or set HF_HUB_OFFLINE=0"
+        )
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ModelError(f"cannot be loaded: {reason}", where=source)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__

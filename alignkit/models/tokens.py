@@ -1,0 +1,139 @@
+"""The tokenizer of a stage: where it comes from, its pad token, its chat template, its control tokens.
+
+Deliberately never adds a token: a vocabulary that grows needs new embedding rows, and nobody asked for those.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from alignkit.errors import ModelError
+from alignkit.models.builtin import builtin_tokenizer
+from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
+from alignkit.models.hub import explain_hub_errors
+from alignkit.recipe.stage import Stage
+
+_TEMPLATES = Path(__file__).with_name("templates")
+# Control tokens that a shipped template writes; zephyr and plain need no more than an eos.
+_NEEDED_TOKENS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "zephyr": (),
+    "plain": (),
+}
+# Tokens that published vocabularies keep for padding or for nothing, best first.
+_SPARE_TOKENS = (
+    "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|reserved_special_token_0|>",
+    "<|extra_0|>", "<unk>",
+)  # fmt: skip
+
+
+def load_tokenizer(stage: Stage) -> PreTrainedTokenizerFast:
+    """Load the tokenizer a stage trains with, chat template applied and pad token set.
+
+    It comes from what the stage starts from if that has one, else from `model.tokenizer`, else from `model.path`.
+    Builtin tokenizers speak chatml unless told otherwise. Raises ModelError or EnvironmentProblem.
+    """
+    source, revision = _find_source(stage)
+    if is_builtin(source):
+        tokenizer = builtin_tokenizer()
+        tokenizer.chat_template = _read_template("chatml", tokenizer)
+    else:
+        tokenizer = _load(source, revision=revision, trust_code=stage.trust_code)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {source} has no eos token; set eos_token in its tokenizer_config.json")
+    set_pad_token(tokenizer)
+    if stage.model.chat_template:
+        where = stage.where("model.chat_template")
+        tokenizer.chat_template = _read_template(stage.model.chat_template, tokenizer, where=where)
+    return tokenizer
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give the tokenizer a pad token that is not its eos, where the vocabulary has a spare one; else the eos.
+
+    A reward model reads its score at the last token that is not padding, so a shared token would hide the eos.
+    Labels never depend on it: they are set by position.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    vocabulary = tokenizer.get_vocab()
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    spare = [token for token in _SPARE_TOKENS if token in vocabulary and token not in taken]
+    tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, *, model: str) -> None:
+    """Raise ModelError when the tokenizer has ids that the embedding matrix does not."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise ModelError(
+            f"the tokenizer has token ids up to {highest} but {model} has {vocab_size} embeddings; "
+            "set model.tokenizer to the tokenizer that belongs to the model"
+        )
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return the strings that become control tokens when they occur in a text, longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {token.content for token in added if token.special or token.content.startswith("<|")}
+    return sorted(tokens | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Say whether the tokenizer puts its BOS before a plain text by itself."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
+
+
+def _find_source(stage: Stage) -> tuple[str, str | None]:
+    """Return where the tokenizer is loaded from, and the revision of a hub id."""
+    start = find_model_dir(stage.start_dir) if stage.start_dir else None
+    if start is not None and inspect_model_dir(start, trust_code=stage.trust_code).has_tokenizer:
+        return str(start), None
+    if stage.model.tokenizer:
+        return stage.model.tokenizer, None
+    return stage.model.path, stage.model.revision
+
+
+def _load(source: str, *, revision: str | None, trust_code: bool) -> PreTrainedTokenizerFast:
+    directory = find_model_dir(source)
+    if directory is not None and not (directory / "tokenizer_config.json").exists() and not (
+        directory / "tokenizer.json"
+    ).exists():
+        raise ModelError(f"{directory} has no tokenizer; set model.tokenizer to the one its model was trained with")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with explain_hub_errors(source):
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(directory or source), revision=revision, trust_remote_code=trust_code
+            )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{source} has no fast tokenizer (tokenizer.json); convert it once and set model.tokenizer")
+    return tokenizer
+
+
+def _read_template(name: str, tokenizer: PreTrainedTokenizerFast, *, where: str | None = None) -> str:
+    """Return the text of a shipped template or of a file."""
+    if name not in _NEEDED_TOKENS:
+        file = Path(name).expanduser()
+        if not file.is_file():
+            known = ", ".join(_NEEDED_TOKENS)
+            raise ModelError(f"model.chat_template {name!r} is neither a file nor one of {known}", where=where)
+        return file.read_text(encoding="utf-8")
+    missing = [token for token in _NEEDED_TOKENS[name] if token not in tokenizer.get_vocab()]
+    if missing:
+        raise ModelError(
+            f"model.chat_template {name!r} writes {' and '.join(missing)}, which the tokenizer does not have as tokens; "
+            "use plain, or zephyr, which need no control tokens",
+            where=where,
+        )
+    text = (_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    # A text that is tokenised by the tokenizer alone would start with a BOS; a chat then does too, once.
+    return text if "bos_token" in text or not adds_bos(tokenizer) else "{{- bos_token }}" + text
