@@ -1,0 +1,221 @@
+"""Direct preference optimisation on TRL's DPOTrainer, and KTO for answers without a partner.
+
+Adds what TRL lacks: conservative DPO, soft labels, IPO on summed log-probabilities, and a reference that is right for
+continued, stacked and merged adapters. No model is loaded here but through the models room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from alignkit.models.adapters import START_ADAPTER, activate_stack, copy_adapter
+from alignkit.data import Rejects
+from alignkit.models.chat import Chat
+from alignkit.models.load import Loaded, load_policy, load_reference
+from alignkit.models.tokens import load_tokenizer
+from alignkit.recipe import Stage
+from alignkit.recipe.schema import DpoOptions
+from alignkit.runs.layout import RunDir
+from alignkit.train.arguments import build_config, micro_batch_size
+from alignkit.train.encode import Tables, prepare_tables
+from alignkit.train.fit import Built, Result, fit, watch_for
+from alignkit.train.guard import Guarded
+from alignkit.train.losses import cdpo_loss, ipo_sum_loss
+from alignkit.train.samplers import shuffled_order
+
+OWN_LOSSES = frozenset({"cdpo", "ipo_sum"})
+REFERENCE_ADAPTER = "ref"  # TRL's name: its reference pass looks for an adapter called this
+
+
+@dataclass
+class LabelledCollator:
+    """TRL's preference collator, with each pair's soft label P(chosen preferred) kept beside the tokens, (B,)."""
+
+    inner: DataCollatorForPreference
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self.inner(rows)
+        batch["label"] = torch.tensor([row.get("label", 1.0) for row in rows], dtype=torch.float)
+        return batch
+
+
+class _Referenced(Guarded):
+    """The reference policy, for both trainers: adapter off, a frozen copy, or the frozen adapter of a stack."""
+
+    def __init__(self, *args: Any, reference: str | None = None, **kwargs: Any) -> None:
+        self.reference = reference
+        model = kwargs["model"]
+        if isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config:
+            model.delete_adapter(REFERENCE_ADAPTER)  # TRL makes it, and refuses to find it
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.model, PeftModel):
+            return
+        if reference == "adapter_off":
+            self.model.delete_adapter(REFERENCE_ADAPTER)  # a copy of a new adapter is the base: switch it off instead
+        elif reference == "base_adapter":
+            copy_adapter(self.model, START_ADAPTER, REFERENCE_ADAPTER)
+            activate_stack(self.model)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> Any:
+        logps = super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
+        if self.reference == "base_adapter":
+            activate_stack(self.model)  # TRL's context puts back one adapter; a stack has two
+        return logps
+
+
+class Dpo(_Referenced, DPOTrainer):
+    """TRL's DPOTrainer behind our guard, with our losses beside TRL's."""
+
+    def __init__(self, *args: Any, own_loss: str | None = None, **kwargs: Any) -> None:
+        self.own_loss = own_loss
+        super().__init__(*args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
+        label_B = inputs.pop("label", None)
+        if "ref_chosen_logps" not in inputs:
+            reference = self.model if self.ref_model is None else self.ref_model
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.compute_ref_log_probs(reference, inputs)
+        is_soft = label_B is not None and bool((label_B != 1).any())
+        if self.own_loss or is_soft:
+            return self._own_loss(model, inputs, label_B)
+        before, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            return super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = before
+
+    def _own_loss(self, model: Any, inputs: dict[str, Tensor], label_B: Tensor | None) -> Tensor:
+        labels_BT = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=labels_BT,
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        token_logps = outputs.log_probs[:, 1 - labels_BT.size(1) :]  # zero where labels are masked
+        chosen_B, rejected_B = token_logps.sum(dim=1).chunk(2)
+        chosen_ratio_B = chosen_B - inputs["ref_chosen_logps"]
+        rejected_ratio_B = rejected_B - inputs["ref_rejected_logps"]
+        margins_B = chosen_ratio_B - rejected_ratio_B
+        if self.own_loss == "ipo_sum":
+            losses_B = ipo_sum_loss(margins_B, beta=self.beta)
+        else:
+            # A pair whose label is wrong with probability eps, and whose soft label says p, is preferred with
+            # probability p (1 - eps) + (1 - p) eps.
+            label_B = torch.ones_like(margins_B) if label_B is None else label_B.to(margins_B)
+            smoothing = self.label_smoothing if self.own_loss == "cdpo" else 0.0
+            wrong_B = 1 - (label_B * (1 - smoothing) + (1 - label_B) * smoothing)
+            losses_B = cdpo_loss(margins_B, beta=self.beta, label_smoothing=wrong_B)
+        self._record(inputs, chosen_ratio_B.detach(), rejected_ratio_B.detach(), chosen_B, rejected_B)
+        return losses_B.mean()
+
+    def _record(self, inputs: dict[str, Tensor], chosen_ratio: Tensor, rejected_ratio: Tensor, *logps: Tensor) -> None:
+        """Log under the names TRL uses, so that curves of different losses lie in one plot."""
+        mode = "train" if self.model.training else "eval"
+        gather, metrics = self.accelerator.gather, self._metrics[mode]
+        if mode == "train":
+            self._total_train_tokens += int(gather(inputs["attention_mask"].sum()).sum())
+        metrics["num_tokens"] = [self._total_train_tokens]
+        chosen, rejected = self.beta * chosen_ratio, self.beta * rejected_ratio
+        for name, value in (
+            ("rewards/chosen", chosen),
+            ("rewards/rejected", rejected),
+            ("rewards/accuracies", (chosen > rejected).float()),
+            ("rewards/margins", chosen - rejected),
+            ("logps/chosen", logps[0].detach()),
+            ("logps/rejected", logps[1].detach()),
+        ):
+            metrics[name].append(gather(value).mean().item())
+
+
+class Kto(_Referenced, KTOTrainer):
+    """TRL's KTOTrainer behind our guard.
+
+    Its KL term pairs each prompt with a neighbour's answer inside the micro batch, so rows are shuffled once, before.
+    """
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+def build(stage: Stage, run: RunDir) -> Built:
+    """Load policy, reference and rows and return a trainer that has not trained yet."""
+    stage.expect(DpoOptions)
+    tokenizer = load_tokenizer(stage)
+    chat = Chat(tokenizer)
+    rejects = Rejects()
+    tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
+    loaded = load_policy(stage, run_dir=run.path)
+    make = _build_kto if is_kto(stage) else _build_dpo
+    trainer = make(stage, run, tables, loaded, tokenizer)
+    return Built(trainer, tables, chat, loaded, rejects)
+
+
+def is_kto(stage: Stage) -> bool:
+    """Tell whether the stage learns from single answers."""
+    return stage.trainer.get("loss_type") in (["kto"], "kto")
+
+
+def _build_dpo(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokenizer: Any) -> Dpo:
+    names = stage.trainer.get("loss_type", ["sigmoid"])
+    own = next((name for name in ([names] if isinstance(names, str) else names) if name in OWN_LOSSES), None)
+    config = build_config(stage, DPOConfig, run.checkpoints, **({"loss_type": ["sigmoid"]} if own else {}))
+    collator = DataCollatorForPreference(
+        pad_token_id=tokenizer.pad_token_id,
+        max_length=config.max_length,
+        truncation_mode=config.truncation_mode,
+        pad_to_multiple_of=config.pad_to_multiple_of,
+    )
+    return Dpo(
+        model=loaded.model,
+        ref_model=load_reference(stage, loaded),
+        args=config,
+        data_collator=LabelledCollator(collator),
+        train_dataset=tables.train,
+        eval_dataset=tables.eval,
+        processing_class=tokenizer,
+        watch=watch_for(stage),
+        reference=loaded.reference,
+        own_loss=own,
+    )
+
+
+def _build_kto(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokenizer: Any) -> Kto:
+    config = build_config(stage, KTOConfig, run.checkpoints, loss_type="kto")
+    micro = micro_batch_size(stage)
+
+    def with_neighbours(table: Any) -> Any:
+        order = shuffled_order(len(table), seed=stage.seed, epoch=0)
+        return table.select(order).map(_rotate_answers, batched=True, batch_size=micro)
+
+    return Kto(
+        model=loaded.model,
+        ref_model=load_reference(stage, loaded),
+        args=config,
+        train_dataset=with_neighbours(tables.train),
+        eval_dataset=with_neighbours(tables.eval) if tables.eval is not None else None,
+        processing_class=tokenizer,
+        watch=watch_for(stage),
+        reference=loaded.reference,
+    )
+
+
+def _rotate_answers(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Give each prompt of a micro batch its neighbour's answer, for KTO's estimate of the KL (arXiv 2402.01306, 4)."""
+    answers = rows["completion_ids"]
+    return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
+
+
+def run(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...] = ()) -> Result:
+    """Train the stage in its run directory, going on where an earlier sitting stopped."""
+    return fit(stage, run_dir, build, allow_change=allow_change)

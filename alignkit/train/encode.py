@@ -1,0 +1,330 @@
+"""From rows to token tables: the one place where training data is tokenised, masked, cut and counted.
+
+`preview`, `check` and the trainers all read these tables; there is no second path that could drift. It loads no
+model. Columns, int32 lists unless said otherwise:
+
+    sft   input_ids, labels (-100 where nothing is learnt), length
+    rm    answers_ids (one list per answer, best first), scores (float, one per answer), label, margin (float), length
+    dpo   prompt_ids, chosen_ids, rejected_ids, label (float), length
+    kto   prompt_ids, completion_ids, label (bool), length
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alignkit.data import DataReport, Rejects, Row, read_rows, split_eval, write_table
+from alignkit.errors import DataError
+from alignkit.recipe import Stage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from alignkit.models.chat import Chat
+
+_BATCH_ROWS = 1000
+IGNORED = -100
+
+
+@dataclass
+class LengthReport:
+    """Token counts of one table and what was cut or left out for its length."""
+
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_trained_tokens: int = 0
+    longest_tokens: int = 0
+    num_truncated: int = 0
+    num_too_long: int = 0
+    num_untrained: int = 0  # nothing to learn was left: every label masked, or every pair a tie
+
+    @property
+    def truncated_share(self) -> float:
+        """Share of rows cut or left out for their length."""
+        seen = self.num_rows + self.num_too_long + self.num_untrained
+        return (self.num_truncated + self.num_too_long) / seen if seen else 0.0
+
+
+@dataclass
+class Tables:
+    """Ready token tables of one stage."""
+
+    train: Dataset
+    eval: Dataset | None
+    report: DataReport
+    lengths: LengthReport
+    eval_lengths: LengthReport | None = None
+    eval_rows: list[Row] = field(default_factory=list)  # a few held-out (or else training) rows, for samples
+
+
+Encode = Callable[[Sequence[Row], LengthReport, Rejects], dict[str, list[Any]]]
+
+
+def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:
+    """Read, check, split and tokenise the rows of a stage into memory-mapped tables below `cache`.
+
+    Memory does not grow with the number of rows. Raises DataError for rows that do not fit, for an empty table, and
+    when more than `max_truncated` of the rows are cut or too long.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    report, lengths = DataReport(), LengthReport()
+    rows: Iterable[Row] = read_rows(stage, stage.options.data, report=report, rejects=rejects)
+    held_out: list[Row] = []
+    eval_table, eval_lengths = None, None
+    if isinstance(stage.options.eval, float):
+        # Two passes over the files keep memory flat whatever the share is.
+        train_path, eval_path = cache / "train.arrow", cache / "eval.arrow"
+        share, eval_lengths = stage.options.eval, LengthReport()
+        train = _write(train_path, (row for is_eval, row in split_eval(rows, share, stage.seed) if not is_eval),
+                       _encoder(stage, chat), lengths, rejects, held_out)  # fmt: skip
+        again = read_rows(stage, stage.options.data, report=DataReport(), rejects=Rejects())
+        held_out.clear()
+        eval_table = _write(eval_path, (row for is_eval, row in split_eval(again, share, stage.seed) if is_eval),
+                            _encoder(stage, chat), eval_lengths, rejects, held_out)  # fmt: skip
+    else:
+        train = _write(cache / "train.arrow", rows, _encoder(stage, chat), lengths, rejects, held_out)
+        if stage.options.eval:
+            eval_lengths, held_out = LengthReport(), []
+            other = read_rows(stage, stage.options.eval, report=report, rejects=rejects)
+            eval_table = _write(cache / "eval.arrow", other, _encoder(stage, chat), eval_lengths, rejects, held_out)
+    _require_rows(stage, train, lengths)
+    if isinstance(stage.options.eval, float) and not len(eval_table or ()):
+        raise DataError(
+            f"{stage.name}.eval is {stage.options.eval}, which holds out none of {len(train)} rows; raise it",
+            where=stage.where(f"{stage.name}.eval"),
+        )
+    return Tables(train, eval_table, report, lengths, eval_lengths, held_out)
+
+
+def _write(
+    path: Path, rows: Iterable[Row], encode: Encode, lengths: LengthReport, rejects: Rejects, first: list[Row]
+) -> Dataset:
+    def batches() -> Iterator[dict[str, list[Any]]]:
+        stream = iter(rows)
+        while batch := list(islice(stream, _BATCH_ROWS)):
+            if len(first) < 256:
+                first.extend(batch[: 256 - len(first)])
+            columns = encode(batch, lengths, rejects)
+            if columns["length"]:
+                yield columns
+
+    return write_table(path, batches())
+
+
+def _require_rows(stage: Stage, train: Dataset, lengths: LengthReport) -> None:
+    where = stage.where(f"{stage.name}.data")
+    if lengths.truncated_share > stage.options.max_truncated:
+        raise DataError(
+            f"{lengths.truncated_share:.0%} of the rows are longer than {stage.name}.max_length "
+            f"({stage.trainer.get('max_length')} tokens; the longest row has {lengths.longest_tokens}), more than "
+            f"max_truncated allows ({stage.options.max_truncated:.0%}); raise one of the two or shorten the rows",
+            where=where,
+        )
+    if lengths.num_untrained and not lengths.num_rows:
+        raise DataError(
+            f"none of the {lengths.num_untrained} rows has a token to learn from: every label is masked; look at the "
+            "roles of the messages and at max_length",
+            where=where,
+        )
+    if not len(train):
+        raise DataError("no row is left to train on", where=where)
+
+
+def _encoder(stage: Stage, chat: Chat) -> Encode:
+    max_length = stage.trainer.get("max_length")
+    if stage.method == "sft":
+        return _SftEncoder(stage, chat, max_length)
+    if stage.method == "rm":
+        return _RewardEncoder(chat, max_length, pairs_only=stage.options.model_dump().get("grouping") == "pairs")
+    if stage.trainer.get("loss_type") in (["kto"], "kto"):
+        return _UnpairedEncoder(chat, max_length)
+    return _PairEncoder(chat, max_length)
+
+
+class _SftEncoder:
+    """Rows of text, messages or prompt-completion -> input_ids and labels."""
+
+    def __init__(self, stage: Stage, chat: Chat, max_length: int | None) -> None:
+        self._chat, self._max_length = chat, max_length
+        self._packs = stage.options.model_dump().get("objective") == "lm"
+        self._assistant_only = stage.trainer.get("assistant_only_loss", True)
+        self._completion_only = stage.trainer.get("completion_only_loss", True)
+        self._rest = np.empty(0, dtype=np.int32)  # the tail of the stream that does not fill a block yet
+
+    def __call__(self, rows: Sequence[Row], lengths: LengthReport, rejects: Rejects) -> dict[str, list[Any]]:
+        if self._packs:
+            return self._pack(rows, lengths)
+        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
+        for row, (ids, labels) in zip(rows, self._tokenise(rows), strict=True):
+            lengths.longest_tokens = max(lengths.longest_tokens, len(ids))
+            if self._max_length and len(ids) > self._max_length:
+                lengths.num_truncated += 1
+                ids, labels = ids[: self._max_length], labels[: self._max_length]
+            trained = int((np.asarray(labels[1:]) != IGNORED).sum())
+            if not trained:
+                lengths.num_untrained += 1
+                rejects.add(row.place, "no token to learn from within max_length")
+                continue
+            lengths.num_rows += 1
+            lengths.num_tokens += len(ids)
+            lengths.num_trained_tokens += trained
+            columns["input_ids"].append(ids)
+            columns["labels"].append(labels)
+            columns["length"].append(len(ids))
+        return columns
+
+    def _tokenise(self, rows: Sequence[Row]) -> Iterator[tuple[Any, Any]]:
+        """Yield ids and labels in the order of `rows`, tokenising each kind in one call."""
+        found: dict[int, tuple[Any, Any]] = {}
+        paired = [number for number, row in enumerate(rows) if row.prompt]
+        if paired:
+            prompts = [rows[number].prompt for number in paired]
+            encoded = self._chat.encode_prompt_completion(prompts, [rows[number].completions[0] for number in paired])
+            for number, item in zip(paired, encoded, strict=True):
+                masked = item.prompt_length if self._completion_only else 0
+                found[number] = (item.ids, [IGNORED] * masked + list(item.ids[masked:]))
+        chats = [number for number, row in enumerate(rows) if not row.prompt and row.kind == "messages"]
+        if chats:
+            for number, item in zip(chats, self._chat.encode([rows[n].completions[0] for n in chats]), strict=True):
+                ids = np.asarray(item.ids, dtype=np.int32)
+                mask = np.asarray(item.assistant, dtype=bool)
+                found[number] = (ids, np.where(mask, ids, IGNORED) if self._assistant_only else ids)
+        texts = [number for number, row in enumerate(rows) if not row.prompt and row.kind != "messages"]
+        if texts:
+            for number, ids in zip(texts, self._chat.encode_texts([rows[n].completions[0] for n in texts]), strict=True):
+                found[number] = (ids, ids)
+        for number in range(len(rows)):
+            yield found[number]
+
+    def _pack(self, rows: Sequence[Row], lengths: LengthReport) -> dict[str, list[Any]]:
+        """Concatenate documents, each closed by eos, and cut the stream into blocks: no padding at all."""
+        block = self._max_length or 1024
+        pieces = [self._rest, *(np.asarray(ids, dtype=np.int32) for ids, _ in self._tokenise(rows))]
+        stream = np.concatenate(pieces)
+        num_blocks = len(stream) // block
+        self._rest = stream[num_blocks * block :]
+        lengths.longest_tokens = max(lengths.longest_tokens, *(len(piece) for piece in pieces))
+        lengths.num_rows += num_blocks
+        lengths.num_tokens += num_blocks * block
+        lengths.num_trained_tokens += num_blocks * (block - 1)
+        blocks = list(stream[: num_blocks * block].reshape(num_blocks, block))
+        return {"input_ids": blocks, "labels": blocks, "length": [block] * num_blocks}
+
+
+class _RewardEncoder:
+    """Pairs and ranked answers -> all answers of a prompt in one row, best first, each a whole conversation."""
+
+    def __init__(self, chat: Chat, max_length: int | None, *, pairs_only: bool) -> None:
+        self._chat, self._max_length, self._pairs_only = chat, max_length, pairs_only
+
+    def __call__(self, rows: Sequence[Row], lengths: LengthReport, rejects: Rejects) -> dict[str, list[Any]]:
+        prompts = [row.prompt for row in rows for _ in row.completions]
+        encoded = iter(self._chat.encode_prompt_completion(prompts, [text for row in rows for text in row.completions]))
+        columns: dict[str, list[Any]] = {
+            name: [] for name in ("answers_ids", "scores", "label", "margin", "length")
+        }  # fmt: skip
+        for row in rows:
+            answers = [next(encoded).ids for _ in row.completions]
+            longest = max(len(ids) for ids in answers)
+            lengths.longest_tokens = max(lengths.longest_tokens, longest)
+            if self._max_length and longest > self._max_length:
+                # A reward is read at the end of an answer: a cut answer would be scored on a text nobody judged.
+                lengths.num_too_long += 1
+                rejects.add(row.place, f"longer than max_length ({longest} tokens)")
+                continue
+            scores = list(row.scores) if row.scores else [float(len(answers) - rank) for rank in range(len(answers))]
+            if len(set(scores)) < 2:
+                lengths.num_untrained += 1
+                rejects.add(row.place, "all answers tie")
+                continue
+            for group in self._groups(len(answers), scores):
+                tokens = sum(len(answers[number]) for number in group)
+                lengths.num_rows += 1
+                lengths.num_tokens += tokens
+                lengths.num_trained_tokens += tokens
+                columns["answers_ids"].append([answers[number] for number in group])
+                columns["scores"].append([scores[number] for number in group])
+                columns["label"].append(1.0 if row.label is None else row.label)
+                columns["margin"].append(row.margin or 0.0)
+                columns["length"].append(max(len(answers[number]) for number in group))
+        return columns
+
+    def _groups(self, num_answers: int, scores: Sequence[float]) -> list[tuple[int, ...]]:
+        if not self._pairs_only:
+            return [tuple(range(num_answers))]
+        pairs = [(i, j) for i in range(num_answers) for j in range(i + 1, num_answers)]
+        return [(i, j) for i, j in pairs if scores[i] != scores[j]]
+
+
+class _PairEncoder:
+    """Preference pairs -> prompt, chosen and rejected ids; the completion is cut at max_length, never the prompt."""
+
+    def __init__(self, chat: Chat, max_length: int | None) -> None:
+        self._chat, self._max_length = chat, max_length
+
+    def __call__(self, rows: Sequence[Row], lengths: LengthReport, rejects: Rejects) -> dict[str, list[Any]]:
+        prompts = [row.prompt for row in rows for _ in range(2)]
+        encoded = iter(self._chat.encode_prompt_completion(prompts, [text for row in rows for text in row.completions]))
+        columns: dict[str, list[Any]] = {
+            name: [] for name in ("prompt_ids", "chosen_ids", "rejected_ids", "label", "length")
+        }  # fmt: skip
+        for row in rows:
+            chosen, rejected = next(encoded), next(encoded)
+            limit = self._max_length or max(len(chosen.ids), len(rejected.ids))
+            prompt = chosen.ids[: chosen.prompt_length]
+            longest = max(len(chosen.ids), len(rejected.ids))
+            lengths.longest_tokens = max(lengths.longest_tokens, longest)
+            if len(prompt) >= limit:
+                lengths.num_too_long += 1
+                rejects.add(row.place, f"the prompt alone fills max_length ({len(prompt)} tokens)")
+                continue
+            lengths.num_truncated += longest > limit
+            answers = [side.ids[side.prompt_length : limit] for side in (chosen, rejected)]
+            lengths.num_rows += 1
+            lengths.num_tokens += 2 * len(prompt) + len(answers[0]) + len(answers[1])
+            lengths.num_trained_tokens += len(answers[0]) + len(answers[1])
+            columns["prompt_ids"].append(prompt)
+            columns["chosen_ids"].append(answers[0])
+            columns["rejected_ids"].append(answers[1])
+            columns["label"].append(1.0 if row.label is None else row.label)
+            columns["length"].append(len(prompt) + max(len(answers[0]), len(answers[1])))
+        return columns
+
+
+class _UnpairedEncoder:
+    """Single answers with a thumb up or down -> prompt and completion ids; a pair gives one of each."""
+
+    def __init__(self, chat: Chat, max_length: int | None) -> None:
+        self._chat, self._max_length = chat, max_length
+
+    def __call__(self, rows: Sequence[Row], lengths: LengthReport, rejects: Rejects) -> dict[str, list[Any]]:
+        singles = [
+            (row, text, bool(row.label) if row.kind == "unpaired" else rank == 0)
+            for row in rows
+            for rank, text in enumerate(row.completions)
+        ]
+        encoded = self._chat.encode_prompt_completion([row.prompt for row, _, _ in singles], [t for _, t, _ in singles])
+        columns: dict[str, list[Any]] = {name: [] for name in ("prompt_ids", "completion_ids", "label", "length")}
+        for (row, _, desirable), item in zip(singles, encoded, strict=True):
+            limit = self._max_length or len(item.ids)
+            lengths.longest_tokens = max(lengths.longest_tokens, len(item.ids))
+            if item.prompt_length >= limit:
+                lengths.num_too_long += 1
+                rejects.add(row.place, f"the prompt alone fills max_length ({item.prompt_length} tokens)")
+                continue
+            lengths.num_truncated += len(item.ids) > limit
+            ids = item.ids[:limit]
+            lengths.num_rows += 1
+            lengths.num_tokens += len(ids)
+            lengths.num_trained_tokens += len(ids) - item.prompt_length
+            columns["prompt_ids"].append(ids[: item.prompt_length])
+            columns["completion_ids"].append(ids[item.prompt_length :])
+            columns["label"].append(desirable)
+            columns["length"].append(len(ids))
+        return columns

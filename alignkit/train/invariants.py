@@ -1,0 +1,99 @@
+"""What must hold before the first step; each broken one stops the run, for none of them heals in training.
+
+It runs forward passes in eval mode and changes nothing, random numbers included.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from alignkit.errors import ModelError
+from alignkit.models.probe import compare_probes, take_probe
+from alignkit.recipe import Stage
+from alignkit.runs.files import read_json
+from alignkit.train.guard import TRAINED_ADAPTER, Guarded
+
+LN2 = math.log(2)
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def check_parameters(stage: Stage, model: Any) -> None:
+    """Raise ModelError unless exactly the expected parameters are trained.
+
+    With `lora:` those are the trained adapter, its heads and modules_to_save; without it, all of them.
+    """
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        raise ModelError(f"{stage.name}: no parameter is trained; look at lora.target_modules")
+    if isinstance(model, PeftModel):
+        wrong = [name for name in trained if f".{TRAINED_ADAPTER}" not in name]
+    else:
+        wrong = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if wrong:
+        raise ModelError(f"{stage.name}: {len(wrong)} parameters are trained or frozen by mistake, first {wrong[0]}")
+
+
+def check_start(stage: Stage, model: Any, *, is_reward: bool) -> None:
+    """Raise ModelError unless the model answers as the run it starts from did when it was saved.
+
+    This catches an adapter that was silently wiped, which no loss at step 0 shows. It compares only like with like: a
+    start that has no probe, or had another head, precision or quantisation, is left to its own checks.
+    """
+    if not stage.start_dir or is_reward:
+        return
+    path = Path(stage.start_dir).parent / "probe.json"
+    if not path.is_file():
+        return
+    before = read_json(path)
+    model.eval()
+    reason = compare_probes(before, take_probe(model, vocab_size=before["vocab_size"], reward=False))
+    if reason is not None:
+        raise ModelError(
+            f"{stage.name} does not start where {stage.start_dir} ended ({reason}); the adapter, base or tokenizer was "
+            "changed after it was trained, or another base is loaded",
+            where=stage.where(f"{stage.name}.start_from"),
+        )
+
+
+def check_step_zero(stage: Stage, trainer: Guarded) -> None:
+    """Raise ModelError unless the first batch has the loss that the method must have at step 0.
+
+    dpo: policy and reference are equal, so the margin is 0 and a logistic loss is ln 2. rm: with a new head the loss
+    is near ln 2; far from it, the head's scale or the labels are wrong.
+    """
+    if stage.method == "sft" or not hasattr(trainer, "_metrics"):
+        return
+    model = trainer.model
+    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset.select(range(_probe_rows(trainer))))))
+    model.eval()
+    with torch.random.fork_rng(), torch.no_grad(), trainer.compute_loss_context_manager():
+        loss = float(trainer.compute_loss(model, trainer._prepare_inputs(batch)))
+    measured = {name: values[-1] for name, values in trainer._metrics["eval"].items() if values}
+    trainer._metrics["eval"].clear()
+    if stage.method == "dpo":
+        _check_preference(stage, model, loss, measured)
+    elif not math.isfinite(loss) or (loss > 3 and "rm" not in (stage.start_dir or "")):
+        raise ModelError(f"{stage.name}: the reward loss at step 0 is {loss:.3g}, it should be near {LN2:.3f} (ln 2)")
+
+
+def _probe_rows(trainer: Guarded) -> int:
+    return min(trainer.args.per_device_eval_batch_size, len(trainer.train_dataset))
+
+
+def _check_preference(stage: Stage, model: Any, loss: float, measured: dict[str, float]) -> None:
+    tolerance = _TOLERANCE.get(getattr(model, "dtype", torch.float32), 5e-2)
+    beta = float(stage.trainer.get("beta", 0.1))
+    margin = measured.get("rewards/margins", 0.0) / beta
+    if abs(margin) > tolerance * max(1.0, abs(measured.get("logps/chosen", 1.0))):
+        raise ModelError(
+            f"{stage.name}: policy and reference differ at step 0 (margin {margin:.3g} nats, it must be 0): the "
+            "reference is not the model that training starts from"
+        )
+    names = stage.trainer.get("loss_type", ["sigmoid"])
+    if names in ("sigmoid", ["sigmoid"], "cdpo", ["cdpo"]) and abs(loss - LN2) > 10 * tolerance:
+        raise ModelError(f"{stage.name}: the loss at step 0 is {loss:.6f} instead of {LN2:.6f} (ln 2)")

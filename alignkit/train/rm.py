@@ -1,0 +1,218 @@
+"""Reward models on TRL's RewardTrainer, with what the papers have and it lacks.
+
+All answers of a prompt are one batch element (InstructGPT), labels may be soft (Constitutional AI) or a margin may be
+asked for, and the reward can be normalised on reference rows (Ziegler, InstructGPT). No sampling happens here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from trl import RewardConfig, RewardTrainer
+
+from alignkit.data import DataReport, Rejects, read_rows
+from alignkit.models.chat import Chat
+from alignkit.models.load import load_reward_model
+from alignkit.models.tokens import load_tokenizer
+from alignkit.recipe import Stage
+from alignkit.recipe.schema import RmOptions
+from alignkit.runs.files import write_json
+from alignkit.runs.layout import RunDir
+from alignkit.train.arguments import build_config
+from alignkit.train.encode import prepare_tables
+from alignkit.train.fit import Built, Result, fit, watch_for
+from alignkit.train.guard import Guarded
+from alignkit.train.losses import best_of_loss, kway_loss, pairwise_losses
+
+REWARD_NORM = "reward_norm.json"
+
+
+@dataclass
+class GroupCollator:
+    """Flatten the answers of B prompts into A rows, and list their pairs by row number.
+
+    Returns input_ids, attention_mask (A, T) right-padded; better, worse, pair_prompt (P,) long; label, margin (P,)
+    float; prompt_of (A,) long. Ties make no pair.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        answers = [torch.tensor(ids) for row in rows for ids in row["answers_ids"]]
+        input_ids = pad_sequence(answers, batch_first=True, padding_value=self.pad_token_id)
+        if self.pad_to_multiple_of and (rest := input_ids.size(1) % self.pad_to_multiple_of):
+            input_ids = torch.nn.functional.pad(
+                input_ids, (0, self.pad_to_multiple_of - rest), value=self.pad_token_id
+            )
+        lengths = torch.tensor([len(ids) for ids in answers])
+        pairs: list[tuple[int, int, int, float, float]] = []
+        prompt_of: list[int] = []
+        for prompt, row in enumerate(rows):
+            first, scores = len(prompt_of), row["scores"]
+            prompt_of += [prompt] * len(scores)
+            for better in range(len(scores)):
+                for worse in range(better + 1, len(scores)):
+                    if scores[better] != scores[worse]:
+                        pairs.append((first + better, first + worse, prompt, row["label"], row["margin"]))
+        better, worse, pair_prompt, label, margin = zip(*pairs, strict=True)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (torch.arange(input_ids.size(1)) < lengths[:, None]).long(),
+            "better": torch.tensor(better),
+            "worse": torch.tensor(worse),
+            "pair_prompt": torch.tensor(pair_prompt),
+            "label": torch.tensor(label, dtype=torch.float),
+            "margin": torch.tensor(margin, dtype=torch.float),
+            "prompt_of": torch.tensor(prompt_of),
+        }
+
+
+class Rm(Guarded, RewardTrainer):
+    """TRL's RewardTrainer over groups of answers; a plain pair is a group of two."""
+
+    def __init__(self, *args: Any, loss: str = "pairwise", **kwargs: Any) -> None:
+        self.loss_name = loss
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        )
+        rewards_A = outputs.logits.squeeze(-1).float()
+        loss = self._group_loss(rewards_A, inputs)
+        if self.args.center_rewards_coefficient is not None:
+            loss = loss + self.args.center_rewards_coefficient * (_pair_sums(rewards_A, inputs) ** 2).mean()
+        self._record(rewards_A.detach(), inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _group_loss(self, rewards_A: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        num_prompts = int(inputs["prompt_of"][-1]) + 1
+        if self.loss_name == "best_of":
+            answers_B = torch.bincount(inputs["prompt_of"], minlength=num_prompts)
+            place_A = torch.arange(len(rewards_A), device=rewards_A.device)
+            place_A = place_A - (answers_B.cumsum(0) - answers_B)[inputs["prompt_of"]]
+            scores_BK = rewards_A.new_full((num_prompts, int(answers_B.max())), -math.inf)
+            scores_BK = scores_BK.index_put((inputs["prompt_of"], place_A), rewards_A)
+            return best_of_loss(scores_BK, torch.zeros(num_prompts, dtype=torch.long, device=rewards_A.device))
+        losses_P = pairwise_losses(
+            rewards_A[inputs["better"]],
+            rewards_A[inputs["worse"]],
+            label_P=inputs["label"],
+            margin_P=inputs["margin"],
+        )
+        return kway_loss(losses_P, inputs["pair_prompt"], num_prompts)
+
+    def _record(self, rewards_A: Tensor, inputs: dict[str, Tensor]) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
+        if mode == "train":
+            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += tokens
+        metrics["num_tokens"] = [self._total_train_tokens]
+        margins_P = rewards_A[inputs["better"]] - rewards_A[inputs["worse"]]
+        # A soft label below one half prefers the other answer.
+        right_P = ((margins_P > 0) == (inputs["label"] >= 0.5)).float()
+        metrics["accuracy"].append(self.accelerator.gather_for_metrics(right_P.mean()).mean().item())
+        metrics["margin"].append(self.accelerator.gather_for_metrics(margins_P.mean()).mean().item())
+        all_rewards = self.accelerator.gather(rewards_A.mean())
+        metrics["mean_reward"].append(all_rewards.mean().item())
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["answers_ids", "scores", "label", "margin"]
+
+
+def _pair_sums(rewards_A: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the sum of the two rewards of every pair: TRL's centring term, arXiv 2312.09244."""
+    return rewards_A[inputs["better"]] + rewards_A[inputs["worse"]]
+
+
+def build(stage: Stage, run: RunDir) -> Built:
+    """Load model and rows and return a trainer that has not trained yet."""
+    options = stage.expect(RmOptions)
+    tokenizer = load_tokenizer(stage)
+    chat = Chat(tokenizer)
+    rejects = Rejects()
+    tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
+    loaded = load_reward_model(stage, run_dir=run.path)
+    config = build_config(stage, RewardConfig, run.checkpoints, max_length=None)
+    trainer = Rm(
+        model=loaded.model,
+        args=config,
+        data_collator=GroupCollator(tokenizer.pad_token_id, config.pad_to_multiple_of),
+        train_dataset=tables.train,
+        eval_dataset=tables.eval,
+        processing_class=tokenizer,
+        watch=watch_for(stage),
+        loss=options.loss,
+    )
+    return Built(
+        trainer, tables, chat, loaded, rejects, is_reward=True, finish=lambda directory: _normalize(stage, trainer, chat, directory)
+    )
+
+
+def _normalize(stage: Stage, trainer: Rm, chat: Chat, model_dir: Path) -> dict[str, float]:
+    """Measure the reward on reference rows and write gain and bias beside the model.
+
+    The normalised reward is gain * r + bias: mean 0 (and standard deviation 1 with gain_and_bias). Sources: Ziegler
+    2019 section 2.1 and `train_reward.normalize` of its code; InstructGPT section 3.5 shifts by the demonstrations.
+    """
+    options = stage.expect(RmOptions)
+    if options.normalize == "none":
+        return {}
+    rewards = torch.tensor(score_references(stage, trainer, chat))
+    gain = 1.0 / max(rewards.std(correction=0).item(), 1e-8) if options.normalize == "gain_and_bias" else 1.0
+    norm = {"gain": gain, "bias": -gain * rewards.mean().item(), "num_rows": len(rewards)}
+    write_json(model_dir / REWARD_NORM, norm)
+    return {f"reward_norm/{key}": value for key, value in norm.items()}
+
+
+def score_references(stage: Stage, trainer: Rm, chat: Chat) -> list[float]:
+    """Return the raw reward of up to `normalize_rows` reference answers: demonstrations, or the best of each row."""
+    options = stage.expect(RmOptions)
+    sources = options.normalize_data or options.data
+    as_sft = stage if options.normalize_data is None else replace(stage, options=_as_sft(stage))
+    prompts, answers = [], []
+    for row in read_rows(as_sft, sources, report=DataReport(), rejects=Rejects()):
+        prompts.append(row.prompt)
+        answers.append(row.completions[0])
+        if len(prompts) == options.normalize_rows:
+            break
+    encoded = chat.encode_prompt_completion(prompts, answers)
+    limit = stage.trainer.get("max_length")
+    kept = [item.ids for item in encoded if not limit or len(item.ids) <= limit]
+    return score(trainer.model, kept, trainer.processing_class.pad_token_id)
+
+
+@torch.no_grad()
+def score(model: Any, sequences: Sequence[Sequence[int]], pad_token_id: int, *, batch_size: int = 16) -> list[float]:
+    """Return the raw reward of each whole token sequence, in order, with the model in eval mode."""
+    model.eval()
+    rewards: list[float] = []
+    for start in range(0, len(sequences), batch_size):
+        batch = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
+        input_ids = pad_sequence(batch, batch_first=True, padding_value=pad_token_id)
+        mask = torch.arange(input_ids.size(1)) < torch.tensor([len(ids) for ids in batch])[:, None]
+        device = next(model.parameters()).device
+        logits = model(input_ids=input_ids.to(device), attention_mask=mask.long().to(device), use_cache=False).logits
+        rewards += logits.squeeze(-1).float().tolist()
+    return rewards
+
+
+def _as_sft(stage: Stage) -> Any:
+    """Return options that make the data room read demonstrations instead of comparisons."""
+    from alignkit.recipe.schema import SftOptions
+
+    return SftOptions(data=stage.options.data, on_bad_row=stage.options.on_bad_row)
+
+
+def run(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...] = ()) -> Result:
+    """Train the stage in its run directory, going on where an earlier sitting stopped."""
+    return fit(stage, run_dir, build, allow_change=allow_change)

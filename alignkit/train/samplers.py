@@ -1,0 +1,54 @@
+"""The order of rows: a pure function of (lengths, seed, epoch), so that a resumed run sees what it would have seen.
+
+Each order is a concatenation of global batches; it does not depend on micro batches or on the number of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+MEGA_BATCHES = 50  # global batches whose rows are sorted together: enough to match lengths, few enough to stay random
+
+
+def shuffled_order(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Return a permutation of the row numbers, (num_rows,) int64."""
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
+
+
+def grouped_order(lengths: Sequence[int] | np.ndarray, *, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return a permutation in which the rows of one global batch are of like length.
+
+    Rows are shuffled, cut into stretches of MEGA_BATCHES batches, sorted by length inside a stretch, and the batches
+    are shuffled again; the incomplete batch stays last. Inside a batch the longest row comes first.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    lengths = np.asarray(lengths)
+    order = rng.permutation(len(lengths))
+    stretch = batch_size * MEGA_BATCHES
+    parts = [order[start : start + stretch] for start in range(0, len(order), stretch)]
+    order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+    num_whole = len(order) // batch_size
+    whole, rest = order[: num_whole * batch_size], order[num_whole * batch_size :]
+    batches = whole.reshape(num_whole, batch_size)[rng.permutation(num_whole)]
+    return np.concatenate([batches.reshape(-1), rest])
+
+
+class EpochSampler(Sampler[int]):
+    """Hand the order of the current epoch to a data loader.
+
+    The epoch is asked for when iteration starts, not counted here: a resumed run starts in the middle of one.
+    """
+
+    def __init__(self, num_rows: int, order: Callable[[int], np.ndarray], epoch: Callable[[], int]) -> None:
+        self._num_rows = num_rows
+        self._order = order
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order(self._epoch()).tolist())

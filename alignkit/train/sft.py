@@ -1,0 +1,67 @@
+"""Supervised fine-tuning and language-model pre-training on TRL's SFTTrainer.
+
+Reads tables that `encode` has tokenised and masked; chooses nothing about data or weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trl import SFTConfig, SFTTrainer
+
+from alignkit.data import Rejects
+from alignkit.models.chat import Chat
+from alignkit.models.load import load_policy
+from alignkit.models.tokens import load_tokenizer
+from alignkit.recipe import Stage
+from alignkit.recipe.schema import SftOptions
+from alignkit.runs.layout import RunDir
+from alignkit.train.arguments import build_config
+from alignkit.train.encode import prepare_tables
+from alignkit.train.fit import Built, Result, fit, watch_for
+from alignkit.train.guard import Guarded
+
+
+class Sft(Guarded, SFTTrainer):
+    """TRL's SFTTrainer behind our guard; TRL still packs when `packing:` asks for it."""
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):  # type: ignore[no-untyped-def]
+        if not packing:
+            return dataset
+        dataset = dataset.select_columns(["input_ids", "labels"])
+        return SFTTrainer._prepare_dataset(
+            self, dataset, processing_class, args, packing, formatting_func, dataset_name
+        )
+
+
+def build(stage: Stage, run: RunDir) -> Built:
+    """Load model and rows and return a trainer that has not trained yet."""
+    options = stage.expect(SftOptions)
+    tokenizer = load_tokenizer(stage)
+    chat = Chat(tokenizer)
+    rejects = Rejects()
+    tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
+    loaded = load_policy(stage, run_dir=run.path)
+    config = build_config(
+        stage,
+        SFTConfig,
+        run.checkpoints,
+        # The tables carry their labels; these two would make TRL look for columns that are no longer there.
+        assistant_only_loss=False,
+        completion_only_loss=False,
+        max_length=stage.trainer.get("max_length") if stage.trainer.get("packing") else None,
+    )
+    trainer = Sft(
+        model=loaded.model,
+        args=config,
+        train_dataset=tables.train,
+        eval_dataset=tables.eval,
+        processing_class=tokenizer,
+        watch=watch_for(stage),
+    )
+    return Built(trainer, tables, chat, loaded, rejects, generates=options.objective == "chat")
+
+
+def run(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...] = ()) -> Result:
+    """Train the stage in its run directory, going on where an earlier sitting stopped."""
+    return fit(stage, run_dir, build, allow_change=allow_change)

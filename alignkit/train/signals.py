@@ -1,0 +1,54 @@
+"""Asking a run to stop: a flag the training loop reads at the end of a step, or an exception where no step runs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from alignkit.errors import Stopped
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+class StopFlag:
+    """Remembers the first signal; a second one ends the process at once.
+
+    `training` says whether steps are running: only then is there something to save, and the loop will look here.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.training = False
+
+    @property
+    def exit_code(self) -> int:
+        return 130 if self.signal == signal.SIGINT else 143
+
+    def stopped(self, message: str) -> Stopped:
+        """Return the exception that ends the command with this signal's exit code."""
+        name = self.signal.name if self.signal else "SIGTERM"
+        return Stopped(f"stopped by {name}: {message}", exit_code=self.exit_code)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.signal is not None
+        self.signal = signal.Signals(number)
+        if again:
+            raise self.stopped("at once, by a second signal; the last sealed checkpoint counts")
+        if not self.training:
+            raise self.stopped("nothing was being trained; the same command starts again")
+
+
+@contextmanager
+def catch_signals() -> Iterator[StopFlag]:
+    """Route the stop signals to a flag while the block runs, then restore what was there."""
+    flag = StopFlag()
+    # nohup and some schedulers ignore a signal on purpose: leave that as it is.
+    wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, flag._handle) for number in wanted}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,102 @@
+"""Sealing, verifying, falling back and rotating checkpoints: real files, real damage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignkit.errors import RunError
+from alignkit.runs import checkpoints
+
+FILES = {"model.safetensors": b"w" * 5000, "optimizer.pt": b"o" * 3000, "trainer_state.json": b"{}", "rng_state.pth": b"r"}
+
+
+def make(directory: Path, step: int, *, sealed: bool = True) -> Path:
+    checkpoint = directory / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    for name, content in FILES.items():
+        (checkpoint / name).write_bytes(content)
+    if sealed:
+        checkpoints.seal(checkpoint, {"step": step, "num_tokens": 0})
+    return checkpoint
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero_tail(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [delete, empty, cut, zero_tail, flip_bit])
+@pytest.mark.parametrize("name", [*FILES, checkpoints.MANIFEST])
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_older_one_used(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    older, newest = make(tmp_path, 9), make(tmp_path, 10)
+    if damage is not zero_tail or name != checkpoints.MANIFEST:
+        damage(newest / name)
+    else:
+        cut(newest / name)
+    warnings: list[str] = []
+    assert checkpoints.find_resumable(tmp_path, warn=warnings.append) == older
+    assert len(warnings) == 1 and warnings[0].startswith(str(newest))
+    assert not newest.exists()
+    assert len(list(tmp_path.glob("bad-checkpoint-10-*"))) == 1
+
+
+def test_all_damaged_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip_bit(make(tmp_path, step) / "optimizer.pt")
+    with pytest.raises(RunError, match="none of the 2 checkpoints is whole"):
+        checkpoints.find_resumable(tmp_path, warn=lambda _: None)
+
+
+def test_a_partly_written_checkpoint_does_not_count(tmp_path: Path) -> None:
+    make(tmp_path, 1, sealed=False)
+    assert checkpoints.find_resumable(tmp_path, warn=lambda _: None) is None
+
+
+def test_a_checkpoint_copied_under_another_name_is_not_believed(tmp_path: Path) -> None:
+    os.rename(make(tmp_path, 5), tmp_path / "checkpoint-50")
+    assert checkpoints.find_damage(tmp_path / "checkpoint-50") == "its manifest is of step 5"
+
+
+def test_rotation_goes_by_step_not_by_time_and_keeps_what_is_protected(tmp_path: Path) -> None:
+    for step in (2, 10, 9, 1):
+        make(tmp_path, step)
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    make(tmp_path, 11, sealed=False)
+    checkpoints.rotate(tmp_path, keep=2, protect=frozenset({1}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-1",
+        "checkpoint-10",
+        "checkpoint-11",
+        "checkpoint-9",
+    ]
+
+
+def test_an_interrupted_rotation_is_swept(tmp_path: Path) -> None:
+    os.rename(make(tmp_path, 1), tmp_path / "trash-checkpoint-1")
+    checkpoints.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []

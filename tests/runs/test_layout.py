@@ -1,0 +1,59 @@
+"""Opening, locking and comparing run directories."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignkit.errors import RunError
+from alignkit.runs.files import write_json
+from alignkit.runs.layout import RunDir, compare_fingerprints, open_run
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path) -> None:
+    _, lock = open_run(tmp_path / "run", force=False)
+    code = (
+        "import sys; from pathlib import Path; from alignkit.errors import RunError\n"
+        "from alignkit.runs.layout import open_run\n"
+        "try: open_run(Path(sys.argv[1]), force=False)\n"
+        "except RunError as error: print(error)"
+    )
+    second = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, check=True)
+    assert "in use by process" in second.stdout
+    lock.release()
+    third = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, check=True)
+    assert third.stdout == ""
+
+
+def test_a_directory_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match="holds no run"):
+        open_run(tmp_path, force=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_force_moves_the_old_run_aside(tmp_path: Path) -> None:
+    run, lock = open_run(tmp_path / "run", force=False)
+    write_json(run.stage, {"fingerprint": {}})
+    lock.release()
+    run, lock = open_run(tmp_path / "run", force=True)
+    lock.release()
+    assert not run.stage.exists()
+    (aside,) = tmp_path.glob("run.old-*")
+    assert (aside / "stage.json").is_file()
+
+
+def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.stage, {"fingerprint": {"dpo.beta": 0.1, "seed": 0, "data": "aa"}})
+    with pytest.raises(RunError) as error:
+        compare_fingerprints(run, {"dpo.beta": 0.2, "seed": 0, "data": "bb"})
+    assert "dpo.beta: 0.1 -> 0.2" in str(error.value)
+    assert 'data: "aa" -> "bb"' in str(error.value)
+    with pytest.raises(RunError, match="dpo.beta"):
+        compare_fingerprints(run, {"dpo.beta": 0.2, "seed": 0, "data": "bb"}, allow_change=["data"])
+    allowed = compare_fingerprints(run, {"dpo.beta": 0.2, "seed": 0, "data": "bb"}, allow_change=["data", "beta"])
+    assert allowed == ['data: "aa" -> "bb"', "dpo.beta: 0.1 -> 0.2"]

@@ -1,0 +1,32 @@
+"""Metrics files that survive a kill, and secrets that do not get in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alignkit.runs.record import JsonLines, redact, versions
+
+
+def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    lines = JsonLines(path)
+    lines.append({"step": 3, "loss": float("nan")})
+    assert lines.read() == [{"step": 1}, {"step": 2}, {"step": 3, "loss": "nan"}]
+
+
+def test_rows_of_steps_that_come_again_are_dropped(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        lines.append({"step": step})
+    lines.keep(lambda row: row["step"] <= 2)
+    assert [row["step"] for row in lines.read()] == [1, 2]
+
+
+def test_secrets_are_redacted() -> None:
+    text = "hf_abcdefghijklmnopqrst sk-abcdefghijklmnopqrst https://me:word@host/x Authorization: Bearer abc.def"
+    assert redact(text) == "[redacted] [redacted] https://[redacted]@host/x Authorization: [redacted]"
+
+
+def test_versions_name_what_can_change_a_result() -> None:
+    assert {"python", "torch", "transformers", "trl", "peft"} <= versions().keys()
