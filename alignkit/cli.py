@@ -219,8 +219,11 @@ def _end(error: Exception, run_dir: Path | None) -> int:
 
     known = _explain(error)
     if known is None:
-        log = _write_error_log(run_dir)
-        typer.echo(f"error: unexpected {type(error).__name__}: {_first_line(error)} (traceback: {log})", err=True)
+        from alignkit.runs.record import redact
+
+        log = _write_error_log(error, run_dir)
+        message = redact(f"unexpected {type(error).__name__}: {_first_line(error)}")
+        typer.echo(f"error: {message} (traceback: {log})", err=True)
         return 1
     console.print_error(known)
     return known.exit_code
@@ -253,18 +256,20 @@ def _explain(error: Exception) -> AlignKitError | None:
     return None
 
 
-def _write_error_log(run_dir: Path | None) -> str:
-    """Write the traceback being handled and return where it is, or why it could not be written."""
+def _write_error_log(error: Exception, run_dir: Path | None) -> str:
+    """Write the traceback of an error and return where it is, or why it could not be written."""
     import traceback
+
+    from alignkit.runs.record import redact
 
     rank = os.environ.get("RANK", "0")
     name = "error.log" if rank == "0" else f"error-rank{rank}.log"
     path = run_dir / name if run_dir is not None and run_dir.is_dir() else Path(f"alignkit-{name}")
-    text = f"$ {' '.join(sys.argv)}\n{traceback.format_exc()}"
+    text = f"$ {' '.join(sys.argv)}\n{''.join(traceback.format_exception(error))}"
     try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        return f"not written, {error.strerror}; ALIGNKIT_DEBUG=1 shows it"
+        path.write_text(redact(text), encoding="utf-8")
+    except OSError as problem:
+        return f"not written, {problem.strerror}; ALIGNKIT_DEBUG=1 shows it"
     return str(path)
 
 

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import inspect
+import json
+
+import pytest
+import typer.main
+
+import alignkit
+from alignkit.cli import app
+
+COMMANDS = ["sft", "rm", "dpo", "check", "schema", "doctor", "merge"]
+STAGE_OPTIONS = [
+    "--recipe", "--stage", "--set", "--out", "--dry-run", "--force", "--trust-code", "--allow-change", "--json",
+]  # fmt: skip
+LOADED = "import sys\nfrom alignkit.cli import main\ncode = main()\nprint(code, *sorted(sys.modules))"
+
+
+def _loaded(run_python, *arguments: str) -> tuple[int, set[str]]:
+    """Run a command and return its exit code with the top names of the modules it had loaded at the end."""
+    done = run_python("-c", LOADED, *arguments)
+    code, *modules = done.stdout.splitlines()[-1].split()
+    return int(code), {module.split(".")[0] for module in modules}
+
+
+def test_commands_are_those_that_work() -> None:
+    assert list(typer.main.get_command(app).commands) == COMMANDS
+
+
+@pytest.mark.parametrize("name", ["sft", "rm", "dpo"])
+def test_stage_commands_share_their_options(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]
+    assert [parameter.opts[0] for parameter in command.params] == STAGE_OPTIONS
+    assert all(parameter.help for parameter in command.params)
+
+
+def test_every_command_has_one_line_of_help() -> None:
+    for name, command in typer.main.get_command(app).commands.items():
+        first = inspect.cleandoc(command.help or "").split("\n", 1)[0]
+        assert first.endswith("."), name
+        assert len(first) <= 100, name
+
+
+def test_version(run_alignkit) -> None:
+    done = run_alignkit("--version")
+    assert (done.returncode, done.stdout) == (0, f"{alignkit.__version__}\n")
+
+
+def test_help_loads_neither_pydantic_nor_torch(run_python) -> None:
+    code, modules = _loaded(run_python, "--help")
+    assert code == 0
+    assert not modules & {"pydantic", "pydantic_core", "ruamel", "torch", "numpy", "transformers", "datasets"}
+
+
+def test_bad_recipe_loads_no_torch(run_python, tmp_path) -> None:
+    (tmp_path / "bad.yaml").write_text("name: bad\nmodel: {path: builtin:tiny-gpt2}\ndpo:\n  betta: 1\n")
+    for command in ("check", "dpo"):
+        code, modules = _loaded(run_python, command, "--recipe", "bad.yaml")
+        assert code == 2
+        assert not modules & {"torch", "numpy", "transformers", "trl", "datasets", "rich"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dpo", "--recpe", "a"], "error: No such option: --recpe; did you mean --recipe? (see alignkit dpo --help)\n"),
+        (["dop"], "error: No such command 'dop'. Did you mean 'dpo'? (see alignkit --help)\n"),
+        (["dpo"], "error: Missing option '--recipe' / '-r' (see alignkit dpo --help)\n"),
+        (["dpo", "-r", "a", "b"], "error: Got unexpected extra argument(s) (b) (see alignkit dpo --help)\n"),
+    ],
+)
+def test_usage_error_is_one_line_and_exit_code_2(run_alignkit, arguments: list[str], message: str) -> None:
+    done = run_alignkit(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+def test_bare_command_shows_help_once(run_alignkit) -> None:
+    done = run_alignkit()
+    assert done.returncode == 2
+    assert done.stdout.count("Usage:") + done.stderr.count("Usage:") == 1
+    assert "error" not in done.stderr
+
+
+def test_unknown_key_is_one_message_with_its_line(run_alignkit, tmp_path) -> None:
+    recipe = "name: bad\nmodel: {path: builtin:tiny-gpt2}\ndpo:\n  data: {path: builtin:preferences}\n  betta: 1\n"
+    (tmp_path / "bad.yaml").write_text(recipe)
+    done = run_alignkit("dpo", "-r", "bad.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: bad.yaml:5: ")
+    assert done.stderr.count("betta") == 1
+    assert "did you mean" in done.stderr and "beta" in done.stderr
+
+
+def test_schema_is_json_schema_of_the_recipe(run_alignkit) -> None:
+    done = run_alignkit("schema")
+    assert done.returncode == 0, done.stderr
+    schema = json.loads(done.stdout)
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    assert {"model", "sft", "rm", "dpo", "lora"} <= set(schema["properties"])
+
+
+def test_schema_into_a_closed_pipe_says_nothing(run_python) -> None:
+    script = (
+        "import subprocess, sys\n"
+        "p = subprocess.Popen([sys.executable, '-m', 'alignkit', 'schema'], stdout=subprocess.PIPE,"
+        " stderr=subprocess.PIPE, text=True)\n"
+        "p.stdout.close()\n"
+        "print(repr(p.stderr.read()))\n"
+    )
+    assert run_python("-c", script).stdout == "''\n"

@@ -1,0 +1,154 @@
+"""The shape of the code: which room may import which, what is never called, and what users may rely on."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import alignkit
+
+PACKAGE = Path(alignkit.__file__).parent
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+# A room imports only rooms with a smaller number; rooms with the same number never import each other.
+LEVELS = {
+    "errors": 0,
+    "console": 1,
+    "recipe": 2,
+    "runs": 3,
+    "data": 3,
+    "models": 3,
+    "feedback": 4,
+    "train": 5,
+    "evaluate": 5,
+    "preflight": 6,
+    "launch": 7,
+    "cli": 8,
+    "__main__": 9,
+}
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(PACKAGE.parent).as_posix()
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imported_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield line and room of every import from alignkit, those inside functions and for type checkers included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            deep = node.module == "alignkit"
+            names = [f"alignkit.{alias.name}" for alias in node.names] if deep else [node.module or ""]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "alignkit" and len(parts) > 1 and parts[1] != "__version__":
+                yield node.lineno, parts[1]
+
+
+def _top_level_imports(tree: ast.Module) -> Iterator[str]:
+    """Yield the first part of each name that importing the module loads."""
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
+def _all_calls() -> Iterator[tuple[Path, ast.Call, str]]:
+    """Yield every call in the package with the dotted name of what is called."""
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                yield path, node, ast.unparse(node.func)
+
+
+def _has(call: ast.Call, name: str, value: object) -> bool:
+    return any(
+        word.arg == name and isinstance(word.value, ast.Constant) and word.value.value is value
+        for word in call.keywords
+    )
+
+
+def test_every_room_has_a_level() -> None:
+    assert {_room(path) for path in TREES} - {"__init__"} - set(LEVELS) == set()
+
+
+def test_imports_only_go_up() -> None:
+    wrong = [
+        f"{_name(path)}:{line} imports {other}"
+        for path, tree in TREES.items()
+        for line, other in _imported_rooms(tree)
+        if other != _room(path) and LEVELS[other] >= LEVELS.get(_room(path), -1)
+    ]
+    assert wrong == []
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    assert [_name(path) for path, tree in TREES.items() if not ast.get_docstring(tree)] == []
+
+
+def test_only_the_console_prints() -> None:
+    found = [f"{_name(path)}:{call.lineno}" for path, call, name in _all_calls() if name == "print"]
+    assert [place for place in found if not place.startswith("alignkit/console.py:")] == []
+
+
+def test_nothing_unpickles() -> None:
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    found = [
+        f"{_name(path)}:{node.lineno}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Import) and forbidden & {alias.name.split(".")[0] for alias in node.names})
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in forbidden)
+    ]
+    found += [
+        f"{_name(path)}:{call.lineno}"
+        for path, call, name in _all_calls()
+        if (name == "torch.load" and not _has(call, "weights_only", True)) or _has(call, "allow_pickle", True)
+    ]
+    assert found == []
+
+
+def test_nothing_runs_what_a_file_says() -> None:
+    forbidden = {"eval", "exec", "os.system", "os.popen", "yaml.load", "jinja2.Template"}
+    found = [
+        f"{_name(path)}:{call.lineno}: {name}"
+        for path, call, name in _all_calls()
+        if name in forbidden or _has(call, "shell", True) or _has(call, "trust_remote_code", True)
+    ]
+    assert found == []
+
+
+def test_recipe_room_loads_no_machine_learning_library() -> None:
+    heavy = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy", "pyarrow"}
+    found = [
+        f"{_name(path)}:{node.lineno}"
+        for path, tree in TREES.items()
+        if _room(path) == "recipe"
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Import) and heavy & {alias.name.split(".")[0] for alias in node.names})
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in heavy)
+    ]
+    assert found == []
+
+
+def test_command_line_loads_typer_and_the_standard_library_only() -> None:
+    allowed = {"typer", *sys.stdlib_module_names}
+    for name in ("cli.py", "errors.py", "__init__.py", "__main__.py"):
+        foreign = set(_top_level_imports(TREES[PACKAGE / name])) - allowed
+        assert foreign <= ({"alignkit"} if name == "__main__.py" else set()), name
+
+
+def test_public_names() -> None:
+    assert alignkit.__all__ == ["__version__"]
+    assert alignkit.__version__.count(".") == 2
