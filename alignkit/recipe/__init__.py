@@ -1,0 +1,11 @@
+"""What a run is: the recipe file, its validation, and the resolved stage."""
+
+from __future__ import annotations
+
+from alignkit.recipe.json_schema import recipe_schema
+from alignkit.recipe.load import load_recipe
+from alignkit.recipe.recipe import Recipe
+from alignkit.recipe.resolve import resolve
+from alignkit.recipe.stage import Stage
+
+__all__ = ["Recipe", "Stage", "load_recipe", "recipe_schema", "resolve"]

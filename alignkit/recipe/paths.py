@@ -16,8 +16,8 @@ from alignkit.recipe.tree import Node
 _VARIABLE = re.compile(r"\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".arrow", ".jinja")
 # Sections and keys that hold paths; all else is taken literally.
-_MODEL_PATHS = ("path", "tokenizer", "chat_template")
-_SOURCE_KEYS = ("data", "eval", "normalize_data")
+_MODEL_PATHS = ("path", "tokenizer")
+SOURCE_KEYS = ("data", "eval", "normalize_data")
 
 
 def expand(text: str) -> str:
@@ -43,9 +43,12 @@ def resolve_paths(tree: Node, stages: dict[str, Node]) -> list[Problem]:
     if model and isinstance(model.value, dict):
         for key in _MODEL_PATHS:
             _resolve(model.value.get(key), f"model.{key}", problems)
+        template = model.value.get("chat_template")
+        if template and str(template.value).endswith(".jinja"):  # else one of ours, by name
+            _resolve(template, "model.chat_template", problems)
     for name, section in (("", tree), *stages.items()):
         prefix = f"{name}." if name else ""
-        for key in _SOURCE_KEYS:
+        for key in SOURCE_KEYS:
             _resolve_sources(section.value.get(key), f"{prefix}{key}", problems)
     for name, section in stages.items():
         start = section.value.get("start_from")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Method = Literal["sft", "rm", "dpo"]
 
@@ -86,6 +86,25 @@ class DataSource(_Section):
     max_rows: Annotated[int, Field(ge=1)] | None = Field(None, description="Take only the first rows of the source.")
 
 
+def _list_sources(value: Any) -> Any:
+    """Turn a path, a source or a list that mixes them into a list of sources; leave anything else as it is."""
+    items = value if isinstance(value, list) else [value]
+    if any(not isinstance(item, (str, dict)) for item in items):
+        return value
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+# A path or a source where one is enough, a list where there are more.
+Sources = Annotated[
+    list[DataSource],
+    BeforeValidator(
+        _list_sources,
+        json_schema_input_type=str | DataSource | Annotated[list[str | DataSource], Field(min_length=1)],
+    ),
+]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
 class SampleOptions(_Section):
     num: Annotated[int, Field(ge=0, le=256)] = Field(4, description="Prompts answered; 0 switches samples off.")
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(48, description="Length of an answer, in tokens.")
@@ -98,8 +117,8 @@ class StageOptions(_Section):
     start_from: str | None = Field(
         None, description="A stage of this recipe, a run directory, a model or adapter directory; omitted: model.path."
     )
-    data: list[DataSource] = Field(description="Training rows: a path, a source, or a list of sources.")
-    eval: Annotated[float, Field(gt=0, lt=1)] | list[DataSource] | None = Field(
+    data: Sources = Field(description="Training rows: a path, a source, or a list of sources.")
+    eval: Share | Sources | None = Field(
         None, description="Held-out rows: a share of the training data (split by prompt), or sources."
     )
     on_bad_row: Literal["error", "skip"] = Field(
@@ -151,7 +170,7 @@ class RmOptions(StageOptions):
         "none",
         description="Shift (and scale) the reward to mean 0 (and std 1) on reference rows; kept in reward_norm.json.",
     )
-    normalize_data: list[DataSource] | None = Field(
+    normalize_data: Sources | None = Field(
         None, description="Reference rows for normalize: demonstrations; omitted: the best answers of `data`."
     )
     normalize_rows: Annotated[int, Field(ge=2)] = Field(256, description="Reference rows used by normalize.")
@@ -162,3 +181,24 @@ class DpoOptions(StageOptions):
 
 
 OPTIONS: dict[str, type[StageOptions]] = {"sft": SftOptions, "rm": RmOptions, "dpo": DpoOptions}
+
+
+class RecipeOptions(_Section):
+    """The top level of a recipe; every other key is the name of a stage."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] | None = Field(
+        None, description="Directory of its runs below runs/; the file's name if omitted."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="Fixes initial weights, order of rows, dropout and samples."
+    )
+    model: ModelOptions = Field(description="The base model that the stages start from.")
+    lora: LoraOptions | None = Field(
+        None, description="Train adapters instead of all weights; {} takes the defaults below."
+    )
+    launch: LaunchOptions = Field(default_factory=LaunchOptions, description="Where it runs.")
+    data: Sources | None = Field(None, description="Training rows of every stage that gives none of its own.")
+    eval: Share | Sources | None = Field(None, description="Held-out rows of every stage that gives none of its own.")
+    stages: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Order of the stages; as written if omitted."
+    )

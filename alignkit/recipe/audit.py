@@ -1,0 +1,311 @@
+"""Options that contradict each other, or that would have no effect: an error, with the reason and the alternative.
+
+Only what the recipe itself shows is judged. Rules that need the rows, the model or the devices are elsewhere.
+A rule that reads a value which is itself wrong is skipped: that value has its own message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.errors import Problem
+from alignkit.recipe.fields import KTO_LOSSES, trl_fields
+from alignkit.recipe.tree import Node
+
+Finding = tuple[str, str]  # key, what is wrong with it
+
+_SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired")
+# f-DPO's reparameterisation leaves a term that cancels only in the chosen-rejected difference (TRL dpo_trainer.py).
+_F_DIVERGENCE = (
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "cdpo", "ipo_sum",
+)  # fmt: skip
+_STEP_COUNTS = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
+
+
+class _UnreadableError(Exception):
+    """A rule asked for a value that has a problem of its own."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """The values of a stage, or of the whole recipe, that are right in themselves."""
+
+    name: str
+    method: str
+    values: Mapping[str, Any]
+    broken: frozenset[str]
+    node: Node
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value as given, else the default; raises when the value given is wrong."""
+        if key in self.broken:
+            raise _UnreadableError
+        return self.values.get(key, default)
+
+    def has(self, key: str) -> bool:
+        return self.get(key) is not None
+
+    def place(self, key: str) -> str:
+        """Return the place of a key, which may be dotted; of the section when it is not given."""
+        node = self.node
+        for part in key.split("."):
+            if not isinstance(node.value, dict) or part not in node.value:
+                break
+            node = node.value[part]
+        return node.place
+
+
+def audit_stage(stage: Section, recipe: Section, stages: Mapping[str, Section]) -> list[Problem]:
+    """Return the problems of one stage."""
+    rules: list[Callable[[Section, Section], Iterator[Finding]]] = [
+        _batch, _evaluation, _step_counts, _strategies, _switched, _adapter, *_BY_METHOD[stage.method],
+    ]  # fmt: skip
+    findings = [finding for rule in rules for finding in _run(lambda rule=rule: rule(stage, recipe))]  # type: ignore[misc]
+    return [Problem(f"{stage.name}.{key} {what}", stage.place(key)) for key, what in findings]
+
+
+def audit_recipe(recipe: Section, stages: Mapping[str, Section]) -> list[Problem]:
+    """Return the problems of the model and lora sections."""
+    findings = [finding for rule in (_quantization, _scratch, _lora) for finding in _run(lambda rule=rule: rule(recipe, stages))]  # type: ignore[misc]  # noqa: E501
+    return [Problem(f"{key} {what}", recipe.place(key)) for key, what in findings]
+
+
+def trains_from_scratch(model: Mapping[str, Any], start_from: str | None) -> bool:
+    """Tell whether a stage starts from random weights: it then trains all of them, unquantised."""
+    return model.get("init") == "scratch" and start_from is None
+
+
+def _run(rule: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    try:
+        return list(rule())
+    except _UnreadableError:
+        return []
+
+
+# Rules for every method
+
+
+def _batch(stage: Section, recipe: Section) -> Iterator[Finding]:
+    batch, micro = stage.get("batch_size", 16), stage.get("micro_batch_size", "auto")
+    if micro != "auto" and batch % micro:
+        yield "micro_batch_size", f"is {micro}, which does not divide batch_size {batch}"
+
+
+def _evaluation(stage: Section, recipe: Section) -> Iterator[Finding]:
+    if stage.has("eval"):
+        if stage.get("eval_strategy") == "no":
+            yield "eval_strategy", "is no, so `eval:` has no effect; take one of them out"
+        return
+    for key in ("eval_strategy", "eval_steps", "eval_on_start", "eval_delay", "per_device_eval_batch_size",
+                "eval_accumulation_steps", "eval_packing"):  # fmt: skip
+        if stage.get(key) not in (None, False, "no", 0):
+            yield key, "has no effect without `eval:`; add eval: 0.05 (a share of the data) or a source"
+
+
+def _step_counts(stage: Section, recipe: Section) -> Iterator[Finding]:
+    for key in _STEP_COUNTS:
+        value = stage.get(key)
+        if value is not None and value >= 1 and value != int(value):
+            yield key, f"is {value}; it must be a whole number of steps, or a share of all steps below 1"
+    if stage.get("max_steps") == 0:
+        yield "max_steps", "is 0; it must be at least 1, or -1 to train num_train_epochs"
+    if stage.get("max_steps", -1) > 0 and stage.has("num_train_epochs"):
+        same_file = stage.place("max_steps").rpartition(":")[0] == stage.place("num_train_epochs").rpartition(":")[0]
+        if same_file and not stage.place("max_steps").startswith("--"):
+            yield "num_train_epochs", "has no effect with max_steps; take one of them out"
+
+
+def _strategies(stage: Section, recipe: Section) -> Iterator[Finding]:
+    for kind in ("logging", "save", "eval"):
+        strategy = stage.get(f"{kind}_strategy", "steps")
+        if strategy in ("no", "epoch") and stage.has(f"{kind}_steps") and (kind != "eval" or stage.has("eval")):
+            yield f"{kind}_steps", f"has no effect with {kind}_strategy: {strategy}"
+
+
+def _switched(stage: Section, recipe: Section) -> Iterator[Finding]:
+    """Options that only modify another one that is off."""
+    checkpointing = stage.get("gradient_checkpointing") is False and not stage.get("activation_checkpointing")
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if checkpointing and stage.has(key):
+            yield key, "has no effect with gradient_checkpointing: false"
+    if not stage.get("dataloader_num_workers"):
+        for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+            if stage.get(key):
+                yield key, "has no effect without dataloader_num_workers"
+    if stage.method != "sft" and stage.get("label_smoothing_factor"):
+        instead = "use loss_type: cdpo with label_smoothing" if stage.method == "dpo" else "soft labels are a column"
+        yield "label_smoothing_factor", f"has no effect on the loss of {stage.method}; {instead}"
+
+
+def _adapter(stage: Section, recipe: Section) -> Iterator[Finding]:
+    if not stage.has("adapter"):
+        return
+    adapter = stage.get("adapter")
+    if not stage.has("start_from"):
+        yield "adapter", "has no effect without start_from; it says what happens to the adapter a stage starts from"
+    elif adapter == "stack" and not recipe.has("lora"):
+        yield "adapter", "is stack, which puts a new adapter on top; add a lora: section"
+
+
+# sft
+
+
+def _sft_objective(stage: Section, recipe: Section) -> Iterator[Finding]:
+    if stage.get("objective", "chat") == "lm":
+        for key in ("completion_only_loss", "assistant_only_loss"):
+            if stage.get(key):
+                yield key, "has no effect with objective: lm, which trains on every token; use objective: chat"
+        for key in ("packing", "packing_strategy", "eval_packing", "padding_free"):
+            if stage.has(key):
+                yield key, "has no effect with objective: lm, which packs its text already"
+
+
+def _sft_packing(stage: Section, recipe: Section) -> Iterator[Finding]:
+    if stage.get("objective", "chat") == "lm":
+        return
+    packing, bounded = stage.get("packing"), stage.get("max_length", 1024) is not None
+    if not packing and not stage.get("eval_packing") and stage.has("packing_strategy"):
+        yield "packing_strategy", "has no effect without packing: true"
+    if packing and not bounded:
+        yield "packing", "needs max_length, the size of a block"
+    if stage.get("padding_free") and not packing and bounded:
+        yield "padding_free", "does not enforce max_length; use packing: true, or set max_length: null"
+    if packing and stage.has("batching"):
+        yield "batching", "has no effect with packing: true, which fills every block to the same length"
+
+
+# rm
+
+
+def _rm_loss(stage: Section, recipe: Section) -> Iterator[Finding]:
+    if stage.get("loss") == "best_of" and stage.get("grouping") == "pairs":
+        yield "grouping", "is pairs, but loss: best_of compares all answers of a prompt; use grouping: kway"
+    if stage.get("normalize", "none") == "none":
+        for key in ("normalize_data", "normalize_rows"):
+            if stage.has(key):
+                yield key, "has no effect without normalize: bias or gain_and_bias"
+
+
+# dpo
+
+
+def _losses(stage: Section) -> list[str]:
+    given = stage.get("loss_type") or ["sigmoid"]
+    return [given] if isinstance(given, str) else given
+
+
+def _dpo_kto(stage: Section, recipe: Section) -> Iterator[Finding]:
+    losses = _losses(stage)
+    kto = [loss for loss in losses if loss in KTO_LOSSES]
+    if not kto:
+        for key in ("desirable_weight", "undesirable_weight"):
+            if stage.has(key):
+                yield key, "has no effect without loss_type: kto"
+        return
+    if len(losses) > 1:
+        yield "loss_type", f"mixes {kto[0]} with others; it is computed on single answers and must stand alone"
+    for key in stage.values:
+        if key in trl_fields("dpo") and key not in trl_fields("kto"):
+            yield key, f"has no effect with loss_type: {kto[0]}"
+    if stage.get("micro_batch_size") == 1 or stage.get("batch_size") == 1:
+        key = "micro_batch_size" if stage.get("micro_batch_size") == 1 else "batch_size"
+        yield key, "is 1; KTO estimates its KL term across a batch and needs at least 2"
+
+
+def _dpo_smoothing(stage: Section, recipe: Section) -> Iterator[Finding]:
+    losses, smoothing = _losses(stage), stage.get("label_smoothing", 0.0)
+    if smoothing and not set(losses) & {*_SMOOTHED, *KTO_LOSSES}:
+        instead = "; use loss_type: cdpo" if "sigmoid" in losses else f"; only {', '.join(_SMOOTHED)} read it"
+        yield "label_smoothing", f"has no effect with loss_type {', '.join(losses)}{instead}"
+    key = "label_smoothing" if stage.has("label_smoothing") else "loss_type"
+    if "cdpo" in losses and not 0 < smoothing < 0.5:
+        yield key, f"{_value_of(stage, key)}; cdpo needs label_smoothing between 0 and 0.5: the share of flipped labels"
+    if "robust" in losses and not smoothing < 0.5:
+        yield key, f"{_value_of(stage, key)}; robust needs label_smoothing below 0.5"
+    if "exo_pair" in losses and smoothing == 0:
+        yield key, f"{_value_of(stage, key)}; exo_pair needs label_smoothing above 0 (typical: 0.001)"
+
+
+def _dpo_losses(stage: Section, recipe: Section) -> Iterator[Finding]:
+    losses = _losses(stage)
+    weights = stage.get("loss_weights")
+    if weights is not None and len(weights) != len(losses):
+        yield "loss_weights", f"has {len(weights)} weights for {len(losses)} losses in loss_type"
+    if stage.has("discopop_tau") and "discopop" not in losses:
+        yield "discopop_tau", "has no effect without loss_type: discopop"
+    if stage.get("use_weighting") and set(losses) & {"aot", "aot_unpaired"}:
+        yield "use_weighting", "does not work with aot and aot_unpaired, which sort the rows of a batch"
+
+
+def _dpo_divergence(stage: Section, recipe: Section) -> Iterator[Finding]:
+    divergence = stage.get("f_divergence_type", "reverse_kl")
+    refused = sorted(set(_losses(stage)) - {*_F_DIVERGENCE, *KTO_LOSSES})
+    if divergence != "reverse_kl" and refused:
+        yield "f_divergence_type", f"is {divergence}, which {', '.join(refused)} cannot use; use reverse_kl"
+    if divergence != "alpha_divergence" and stage.has("f_alpha_divergence_coef"):
+        yield "f_alpha_divergence_coef", "has no effect without f_divergence_type: alpha_divergence"
+
+
+def _dpo_reference(stage: Section, recipe: Section) -> Iterator[Finding]:
+    precompute, sync = stage.get("precompute_ref_log_probs"), stage.get("sync_ref_model")
+    if stage.get("padding_free"):
+        yield "padding_free", "is accepted and then switched off by TRL's DPOTrainer; use batching: grouped"
+    if sync and recipe.has("lora"):
+        yield "sync_ref_model", "does not work with lora:, where the reference is the model without the adapter"
+    if sync and precompute:
+        yield "sync_ref_model", "contradicts precompute_ref_log_probs, which fixes the reference"
+    if not sync:
+        for key in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if stage.has(key):
+                yield key, "has no effect without sync_ref_model: true"
+    if not precompute and stage.has("precompute_ref_batch_size"):
+        yield "precompute_ref_batch_size", "has no effect without precompute_ref_log_probs: true"
+
+
+def _value_of(stage: Section, key: str) -> str:
+    value = stage.get(key)
+    return f"is {', '.join(value) if isinstance(value, list) else value}"
+
+
+_BY_METHOD: dict[str, list[Callable[[Section, Section], Iterator[Finding]]]] = {
+    "sft": [_sft_objective, _sft_packing],
+    "rm": [_rm_loss],
+    "dpo": [_dpo_kto, _dpo_smoothing, _dpo_losses, _dpo_divergence, _dpo_reference],
+}
+
+
+# The sections that all stages share
+
+
+def _quantization(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]:
+    model = recipe.get("model", {})
+    quantization = model.get("quantization", "none")
+    if quantization != "none" and not recipe.has("lora"):
+        yield "model.quantization", f"is {quantization}, and quantised weights cannot be trained; add a lora: section"
+    if quantization not in ("nf4", "fp4") and "double_quantization" in model:
+        yield "model.double_quantization", "has no effect without quantization: nf4 or fp4"
+
+
+def _scratch(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]:
+    model = recipe.get("model", {})
+    builtin = str(model.get("path", "")).startswith("builtin:")
+    if model.get("init", "pretrained") != "scratch":
+        if model.get("config") and not builtin:
+            yield "model.config", "has no effect without init: scratch; pretrained weights fix the shape"
+        return
+    starts = [stage.get("start_from") for stage in stages.values()]
+    tuned = [start for start in starts if start is not None]
+    if len(tuned) == len(starts) and starts:
+        yield "model.init", "is scratch, but every stage has start_from, so nothing starts from random weights"
+    if not tuned and model.get("quantization", "none") != "none":
+        yield "model.quantization", "has no effect: every stage trains random weights, which are not quantised"
+    if not tuned and recipe.has("lora"):
+        yield "lora", "has no effect: every stage starts from random weights, and trains all of them"
+
+
+def _lora(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]:
+    targets = (recipe.get("lora") or {}).get("target_modules", [])
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        yield "lora.target_modules", "names lm_head, whose adapter would never be trained; use all-linear"

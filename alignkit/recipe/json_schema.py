@@ -1,0 +1,65 @@
+"""The JSON Schema of a whole recipe, for editors: hover text, completion, and red lines under mistakes.
+
+It says what one file may hold; the rules between options (`audit`) cannot be said in JSON Schema.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from alignkit.recipe.fields import Fragment, method_fields
+from alignkit.recipe.schema import OPTIONS
+from alignkit.recipe.validate import option_fragments, recipe_fragments
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return a draft 2020-12 JSON Schema: sections named after a method, and any other name with `method:`."""
+    top = copy.deepcopy(recipe_fragments())
+    defs: Fragment = top.pop("$defs")
+    stages: Fragment = {}
+    for method in OPTIONS:
+        fragments = copy.deepcopy(option_fragments(method))
+        defs |= fragments.pop("$defs", {})
+        fields = copy.deepcopy(method_fields(method))
+        properties = {**fragments["properties"], **fields}
+        properties["method"] = {"const": method, "description": f"This section is a {method} stage."}
+        stages[method] = {
+            "type": "object",
+            "description": (OPTIONS[method].__doc__ or "").strip() or f"A {method} stage.",
+            "properties": properties,
+            "additionalProperties": False,
+        }
+        defs[f"{method}_stage"] = stages[method]
+    extends = {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "description": "Recipe files merged below this one, relative to it; later ones win.",
+    }
+    named = {method: {"$ref": f"#/$defs/{method}_stage"} for method in OPTIONS}
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "alignkit recipe",
+        "type": "object",
+        "properties": {"extends": extends, **top["properties"], **named},
+        "additionalProperties": {
+            "description": "A stage of any other name.",
+            "required": ["method"],
+            "anyOf": list(named.values()),
+        },
+        "$defs": defs,
+    }
+    return _tidy(schema)
+
+
+def _tidy(fragment: Any) -> Any:
+    """Drop pydantic's titles and move "typical" into the description, where an editor shows it."""
+    if isinstance(fragment, list):
+        return [_tidy(item) for item in fragment]
+    if not isinstance(fragment, dict):
+        return fragment
+    tidy = {key: _tidy(value) for key, value in fragment.items() if key != "typical"}
+    if isinstance(tidy.get("title"), str) and tidy["title"] != "alignkit recipe":
+        del tidy["title"]
+    if isinstance(fragment.get("typical"), str):
+        tidy["description"] = f"{tidy['description']}. Typical: {fragment['typical']}."
+    return tidy

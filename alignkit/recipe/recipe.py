@@ -1,0 +1,39 @@
+"""A validated recipe, before one of its stages is resolved.
+
+Plain data: nothing here reads files or fills in what depends on the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.recipe.schema import LaunchOptions, LoraOptions, ModelOptions, StageOptions
+
+
+@dataclass(frozen=True)
+class StageSection:
+    """One stage as the recipe gives it: alignkit's options with their defaults, TRL's fields only where given."""
+
+    name: str
+    options: StageOptions
+    trainer: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one recipe file says. `origins` maps dotted keys to places: {"dpo.beta": "recipes/a.yaml:7"}."""
+
+    name: str
+    path: str  # as messages show it: relative to the working directory when it is below it
+    seed: int
+    model: ModelOptions
+    lora: LoraOptions | None
+    launch: LaunchOptions
+    stages: Mapping[str, StageSection]  # those under `stages:` first and in that order, then as written
+    origins: Mapping[str, str]
+
+    @property
+    def stage_names(self) -> list[str]:
+        return list(self.stages)

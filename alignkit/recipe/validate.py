@@ -1,0 +1,306 @@
+"""A merged tree held against everything a recipe may say, and turned into a Recipe.
+
+All problems are collected before anything is raised. Rules between options are in `audit`; nothing here looks at
+data, models or devices.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import Problem, RecipeError
+from alignkit.recipe.audit import Section, audit_recipe, audit_stage
+from alignkit.recipe.check import check, describe_unknown, show, show_key
+from alignkit.recipe.fields import CONTROLLED, MOVED, method_fields
+from alignkit.recipe.nearest import suggest
+from alignkit.recipe.paths import SOURCE_KEYS, resolve_paths
+from alignkit.recipe.recipe import Recipe, StageSection
+from alignkit.recipe.schema import OPTIONS, LoraOptions, ModelOptions, RecipeOptions
+from alignkit.recipe.secrecy import find_secrets
+from alignkit.recipe.tree import Node
+
+INHERITED = ("data", "eval")  # a stage that gives none takes the recipe's
+_METHODS = ", ".join(OPTIONS)
+
+
+@cache
+def recipe_fragments() -> dict[str, Any]:
+    """Return the JSON Schema of the top level."""
+    return RecipeOptions.model_json_schema()
+
+
+@cache
+def option_fragments(method: str) -> dict[str, Any]:
+    """Return the JSON Schema of alignkit's own keys in a stage of this method."""
+    return OPTIONS[method].model_json_schema()
+
+
+def build_recipe(tree: Node, *, path: Path, label: str, problems: Sequence[Problem] = ()) -> Recipe:
+    """Return the validated recipe; raises RecipeError with these and all further problems, sorted by place."""
+    build = _Build(tree, list(problems))
+    build.refuse_secrets()
+    build.split()
+    build.problems += resolve_paths(tree, {name: stage.node for name, stage in build.stages.items()})
+    build.check_top()
+    for stage in build.stages.values():
+        build.check_stage(stage)
+    build.check_references()
+    sections = {name: stage.section(tree) for name, stage in build.stages.items()}
+    top = Section("", "", _plain_without(tree, build.broken), frozenset(build.broken), tree)
+    for section in sections.values():
+        build.problems += audit_stage(section, top, sections)
+    build.problems += audit_recipe(top, sections)
+    if build.problems:
+        raise RecipeError(_sort(build.problems, label))
+    return _construct(tree, build, name=path.stem, label=label)
+
+
+@dataclass
+class _StageTree:
+    """A stage section while it is checked; `broken` are keys whose value cannot be relied on."""
+
+    name: str
+    method: str
+    node: Node
+    broken: set[str] = field(default_factory=set)
+
+    def section(self, tree: Node) -> Section:
+        inherited = {key: tree.value[key] for key in INHERITED if key in tree.value}
+        node = Node({**inherited, **self.node.value}, self.node.origin, self.node.line)
+        return Section(self.name, self.method, _plain_without(node, self.broken), frozenset(self.broken), node)
+
+
+@dataclass
+class _Build:
+    tree: Node
+    problems: list[Problem]
+    stages: dict[str, _StageTree] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+
+    def refuse_secrets(self) -> None:
+        """Report secrets and take them out, so that no other message shows them."""
+        found = find_secrets(self.tree)
+        self.problems += [problem for _, problem in found]
+        _remove(self.tree, {id(node) for node, _ in found})
+
+    def split(self) -> None:
+        """Tell stage sections from the recipe's own keys; report keys that are neither."""
+        known = recipe_fragments()["properties"]
+        for name, node in self.tree.value.items():
+            if name in known:
+                continue
+            problem = self._describe_not_a_stage(name, node, known)
+            if problem:
+                self.problems.append(Problem(problem, node.place))
+                self.broken.add(name)
+            else:
+                method = node.value.get("method")
+                self.stages[name] = _StageTree(name, method.value if method else name, node)
+        if not self.stages and not self.problems:
+            self.problems.append(Problem(f"there is no stage; add a section such as {_METHODS}", self.tree.place))
+
+    def _describe_not_a_stage(self, name: str, node: Node, known: dict[str, Any]) -> str | None:
+        is_mapping = isinstance(node.value, dict)
+        method = node.value.get("method") if is_mapping else None
+        if name in OPTIONS and not is_mapping:
+            return f"{name} is {show(node)}; a stage is a mapping with at least `data:`"
+        if name in OPTIONS and method is not None and method.value != name:
+            return f"{name}.method is {show(method)}; a section named {name} is a {name} stage, name it otherwise"
+        if name in OPTIONS or (method is not None and method.value in list(OPTIONS)):
+            good = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) and "." not in name
+            return None if good else f"stage {show_key(name)}: use letters, digits, '_' and '-' in a stage's name only"
+        if method is not None:
+            nearest = suggest(method.value, OPTIONS) if isinstance(method.value, str) else ""
+            return f"{show_key(name)}.method is {show(method)}; it must be one of {_METHODS}{nearest}"
+        return _describe_unknown_top(name, is_mapping, known)
+
+    def check_top(self) -> None:
+        fragments = recipe_fragments()
+        for name, fragment in fragments["properties"].items():
+            if name in self.tree.value:
+                node = self.tree.value[name]
+                if name == "lora" and node.value is None:
+                    found = [Problem("lora is empty; write {} for its defaults, or take the key out", node.place)]
+                else:
+                    found = [_explain_moved(problem) for problem in check(node, fragment, name, fragments["$defs"])]
+                self.problems += found
+                if found:
+                    self.broken.add(name)
+        if "model" not in self.tree.value:
+            self.problems.append(Problem("model is missing; add `model: {path: ...}`", self.tree.place))
+            self.broken.add("model")
+
+    def check_stage(self, stage: _StageTree) -> None:
+        fragments = option_fragments(stage.method)
+        own, fields = fragments["properties"], method_fields(stage.method)
+        for key, node in stage.node.value.items():
+            name = f"{stage.name}.{key}"
+            if key in own:
+                found = list(check(node, own[key], name, fragments.get("$defs", {})))
+            elif key in fields:
+                found = list(check(node, fields[key], name, {}))
+            else:
+                found = [Problem(_describe_unknown_in_stage(key, stage, [*own, *fields]), node.place)]
+            self.problems += found
+            if found:
+                stage.broken.add(key)
+        if "data" not in stage.node.value and "data" not in self.tree.value:
+            help_text = "add the rows to train on, here or as the recipe's own `data:`"
+            self.problems.append(Problem(f"{stage.name}.data is missing; {help_text}", stage.node.place))
+            stage.broken.add("data")
+
+    def check_references(self) -> None:
+        """Check that `stages:` and every `start_from` name what is there, and that nothing starts from itself."""
+        listed = self.tree.value.get("stages")
+        for item in listed.value if listed is not None and "stages" not in self.broken else ():
+            if item.value not in self.stages:
+                hint = suggest(str(item.value), self.stages) or f"; there are {', '.join(self.stages)}"
+                self.problems.append(Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place))
+        for stage in self.stages.values():
+            start = stage.node.value.get("start_from")
+            if start is None or "start_from" in stage.broken or start.value is None:
+                continue
+            problem = _describe_start(stage, start, self.stages)
+            if problem:
+                self.problems.append(Problem(problem, start.place))
+                stage.broken.add("start_from")
+
+
+def _describe_start(stage: _StageTree, start: Node, stages: dict[str, _StageTree]) -> str | None:
+    key, value = f"{stage.name}.start_from", start.value
+    if value in stages:
+        chain = [stage.name]
+        while value in stages:
+            chain.append(value)
+            if value in chain[:-1]:
+                return f"{key} goes round in a circle: {' -> '.join(chain)}" if value == stage.name else None
+            following = stages[value].node.value.get("start_from")
+            value = following.value if following is not None and isinstance(following.value, str) else None
+        if stages[start.value].method == "rm" and stage.method != "rm":
+            return f"{key} is {start.value}, a reward model; a {stage.method} stage starts from a language model"
+        return None
+    if "/" in value or value.startswith("builtin:"):
+        return None
+    hint = suggest(value, stages) or f"; it must be a stage ({', '.join(stages)}), a run directory or a model"
+    return f"{key} is {show(start)}, which is neither a stage nor a path that exists{hint}"
+
+
+def _describe_unknown_top(name: str, is_mapping: bool, known: dict[str, Any]) -> str:
+    if name == "trust_remote_code":
+        return f"{name}: {CONTROLLED[name]}"
+    if name == "extends":
+        return "extends cannot be set from the command line; write it in the file"
+    owner = _find_section(name)
+    if owner:
+        return f"{name} is not a key at the top level; it belongs in {owner}"
+    if name in MOVED or name in CONTROLLED:
+        return f"{name} is not a key here: {MOVED.get(name) or CONTROLLED[name]}"
+    hint = suggest(name, [*known, *OPTIONS])
+    if is_mapping and not hint:
+        return f"{show_key(name)} is not a section; a stage of this name needs `method:` ({_METHODS})"
+    return describe_unknown(name, "", [*known, *OPTIONS])
+
+
+def _describe_unknown_in_stage(key: str, stage: _StageTree, accepted: list[str]) -> str:
+    where = f"{stage.name}.{key}"
+    if key in CONTROLLED:
+        return f"{where} cannot be set: {CONTROLLED[key]}"
+    if key in recipe_fragments()["properties"]:
+        return f"{where} is not a key of a stage; {key} belongs at the top level of the recipe"
+    if key in MOVED:
+        return f"{where} is not a key of a stage: {MOVED[key]}"
+    owner = _find_section(key)
+    if owner:
+        return f"{where} is not a key of {stage.method}; it belongs in {owner}"
+    return describe_unknown(key, stage.name, accepted)
+
+
+def _find_section(key: str) -> str | None:
+    """Return where a key would be right: "a dpo stage", "model:", "lora:"."""
+    methods = [name for name in OPTIONS if key in method_fields(name) or key in option_fragments(name)["properties"]]
+    if methods and key != "method":
+        return "a stage, such as sft" if len(methods) == len(OPTIONS) else f"the {' or '.join(methods)} stage"
+    for section, model in (("model:", ModelOptions), ("lora:", LoraOptions)):
+        if key in model.model_fields and key not in ("path", "config"):
+            return section
+    return None
+
+
+def _explain_moved(problem: Problem) -> Problem:
+    """Give the new name of an old key instead of the nearest spelling."""
+    match = re.match(r"(\w+)\.(\w+) is not a key of \w+(?=[;\[.])", problem.what)
+    name = match[2] if match else ""
+    if name == "trust_remote_code":
+        return Problem(f"{match[1] if match else ''}.{name}: {CONTROLLED[name]}", problem.where)
+    moved = MOVED.get(name)
+    return Problem(f"{match[0]}: {moved}", problem.where) if match and moved else problem
+
+
+def _remove(node: Node, ids: set[int]) -> None:
+    if isinstance(node.value, dict):
+        node.value = {key: child for key, child in node.value.items() if id(child) not in ids}
+        children: Iterator[Node] = iter(node.value.values())
+    else:
+        children = iter(node.value if isinstance(node.value, list) else ())
+    for child in children:
+        _remove(child, ids)
+
+
+def _plain_without(node: Node, broken: set[str]) -> dict[str, Any]:
+    return {key: child.plain() for key, child in node.value.items() if key not in broken}
+
+
+def _sort(problems: list[Problem], label: str) -> list[Problem]:
+    """Order by file (the recipe itself first) and line; what came from the command line is last."""
+
+    def rank(problem: Problem) -> tuple[bool, bool, str, int]:
+        where = problem.where or ""
+        file, _, line = where.rpartition(":")
+        return where.startswith("--"), file != label, file, int(line) if line.isdecimal() else 0
+
+    return sorted(dict.fromkeys(problems), key=rank)
+
+
+def _construct(tree: Node, build: _Build, *, name: str, label: str) -> Recipe:
+    top = RecipeOptions.model_validate(_plain_without(tree, set(build.stages)))
+    order = [*(top.stages or ()), *build.stages]
+    origins = {"name": "default", "seed": "default"}
+    for key, node in tree.value.items():
+        if key not in build.stages:
+            origins |= _find_origins(node, key)
+    sections = {}
+    for stage_name in dict.fromkeys(order):
+        stage = build.stages[stage_name]
+        section = stage.section(tree)
+        options = {key: value for key, value in section.values.items() if key in OPTIONS[stage.method].model_fields}
+        trainer = {key: value for key, value in section.values.items() if key not in options}
+        if stage.method == "dpo" and isinstance(trainer.get("loss_type"), str):
+            trainer["loss_type"] = [trainer["loss_type"]]
+        made = OPTIONS[stage.method].model_validate({**options, "method": stage.method})
+        sections[stage_name] = StageSection(stage_name, made, trainer)
+        origins |= _find_origins(section.node, stage_name)
+    return Recipe(
+        name=top.name or name,
+        path=label,
+        seed=top.seed,
+        model=top.model,
+        lora=top.lora,
+        launch=top.launch,
+        stages=sections,
+        origins=origins,
+    )
+
+
+def _find_origins(node: Node, key: str) -> dict[str, str]:
+    """Return the place of every dotted key; one source under `data:` is also `data.0`, as in the options."""
+    origins = {}
+    for path, child in node.leaves((key,)):
+        origins[".".join(path)] = child.place
+        if path[-1] in SOURCE_KEYS and not isinstance(child.value, list):
+            origins |= {".".join((*path, "0", *below)): leaf.place for below, leaf in child.leaves()}
+    return origins

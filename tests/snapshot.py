@@ -1,0 +1,116 @@
+"""Write alignkit/recipe/fields.json: the configuration fields of the installed TRL as JSON Schema fragments.
+
+Run by `make snapshot`. It copies what TRL and transformers say; what alignkit adds or refuses is in `fields.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+import typing
+from dataclasses import MISSING, Field, fields
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Union
+
+TARGET = Path(__file__).parents[1] / "alignkit" / "recipe" / "fields.json"
+_KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", type(None): "null"}
+# Choices that TRL names in a field's help only, and values it accepts but has deprecated.
+_CHOICES_IN_HELP = ("loss_type", "f_divergence_type")
+_DEPRECATED = {"keep_end", "chunked_nll"}
+
+
+def take_snapshot() -> dict[str, Any]:
+    """Return the fields of the four config classes; `common` holds those that are the same in all."""
+    from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+
+    classes = {"sft": SFTConfig, "rm": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig}
+    described = {name: describe_class(cls) for name, cls in classes.items()}
+    common = {
+        field: fragment
+        for field, fragment in described["sft"].items()
+        if all(other.get(field) == fragment for other in described.values())
+    }
+    own = {
+        name: {field: fragment for field, fragment in all_fields.items() if field not in common}
+        for name, all_fields in described.items()
+    }
+    return {"versions": {name: version(name) for name in ("trl", "transformers")}, "common": common, **own}
+
+
+def describe_class(cls: type) -> dict[str, dict[str, Any]]:
+    """Return a JSON Schema fragment for every field of a config class."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: _describe(field, hints[field.name]) for field in fields(cls) if field.init}
+
+
+def _describe(field: Field[Any], hint: Any) -> dict[str, Any]:
+    options = _read_type(hint)
+    text = field.metadata.get("help", "") if field.metadata else ""
+    choices = _find_choices(field, text)
+    if choices:
+        # The string among the options becomes the choice; `SchedulerType | str` means the same.
+        for option in options:
+            target = option["items"] if option.get("type") == "array" else option
+            if target.get("type") == "string":
+                target["enum"] = choices
+    fragment = options[0] if len(options) == 1 else {"anyOf": options}
+    default = field.default if field.default is not MISSING else None
+    if field.default_factory is not MISSING:
+        default = field.default_factory()
+    default = default.value if isinstance(default, Enum) else default
+    return {**fragment, "default": default, "description": _shorten(text)}
+
+
+def _read_type(hint: Any) -> list[dict[str, Any]]:
+    """Return the JSON Schema options of a type hint: `Enum | str` is the enum, and `dict | str` (for argparse) a dict."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        options = [option for part in typing.get_args(hint) for option in _read_type(part)]
+        kinds = [option.get("type") for option in options]
+        if "object" in kinds or any("enum" in option for option in options):
+            options = [option for option in options if option.get("type") != "string" or "enum" in option]
+        return options
+    if typing.get_origin(hint) is Literal:
+        return [{"enum": list(typing.get_args(hint))}]
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return [{"type": "array", "items": _read_type(item)[0]}]
+    kind = typing.get_origin(hint) or hint
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return [{"type": "string", "enum": [member.value for member in kind]}]
+    return [{"type": _KINDS.get(kind, "object")}]
+
+
+def _find_choices(field: Field[Any], text: str) -> list[str]:
+    if field.name == "report_to":
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        return ["none", *sorted(INTEGRATION_TO_CALLBACK)]
+    choices = [str(choice) for choice in (field.metadata or {}).get("choices") or []]
+    if not choices and field.name in _CHOICES_IN_HELP and "Possible values are" in text:
+        sentence = re.split(r"\.\s", text.split("Possible values are", 1)[1])[0]
+        choices = re.findall(r"`'?([a-z_]+)'?`", sentence)
+    return [choice for choice in choices if choice not in _DEPRECATED]
+
+
+def _shorten(text: str) -> str:
+    """Return the first sentence of a help text, in one line."""
+    text = " ".join(text.replace("%%", "%").split())
+    first = re.split(r"(?<=[a-z0-9`)'\]])\. ", text)[0].rstrip(".")
+    return first if len(first) <= 200 else first[:197] + "..."
+
+
+def render(snapshot: dict[str, Any]) -> str:
+    """Return the file's text: one field a line, so that a new TRL reads well in a diff."""
+    parts = []
+    for name, entries in snapshot.items():
+        lines = [f"    {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items()]
+        parts.append(f'  "{name}": {{\n' + ",\n".join(lines) + "\n  }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render(take_snapshot()), encoding="utf-8")
+    print(f"wrote {TARGET}")
