@@ -1,0 +1,26 @@
+"""The data room: which rows a stage is trained on. Imports neither torch nor, before a file needs them, pyarrow."""
+
+from alignkit.data.builtin import true_reward
+from alignkit.data.control import escape_control_tokens, find_control_tokens, unescape_text
+from alignkit.data.load import read_rows, split_eval
+from alignkit.data.rejects import Rejects
+from alignkit.data.report import DataReport
+from alignkit.data.rows import METHOD_KINDS, Kind, Message, Row, Text
+from alignkit.data.store import write_table
+
+__all__ = [
+    "METHOD_KINDS",
+    "DataReport",
+    "Kind",
+    "Message",
+    "Rejects",
+    "Row",
+    "Text",
+    "escape_control_tokens",
+    "find_control_tokens",
+    "read_rows",
+    "split_eval",
+    "true_reward",
+    "unescape_text",
+    "write_table",
+]

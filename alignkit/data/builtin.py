@@ -1,0 +1,294 @@
+"""Toy data from a seeded grammar: short film reviews, instructions about them, and preferences with a known reward.
+
+Needs no file and no network. The world is one: its seed is fixed, so a training seed changes how a model is trained,
+never what it is trained on. Row i of a split is the same however many rows are asked for. Train and test never share
+a prompt (every film belongs to one split). `true_reward` is the judge that real data never has.
+
+    builtin:reviews        text                 "The plot was clever and the cast was superb. ..."
+    builtin:instructions   prompt_completion    ask for a review of some mood, go on with one, questions of fact
+    builtin:preferences    pair                 two reviews, the one with the higher true reward chosen
+    builtin:ranked         ranked               four reviews with their true rewards as scores
+    builtin:unpaired       unpaired             a review, desirable when its true reward is positive
+    builtin:prompts        prompt               what preferences ask
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from random import Random
+from typing import Any
+from urllib.parse import parse_qsl
+
+from alignkit.errors import DataError, Problem
+
+PREFIX = "builtin:"
+DEFAULT_ROWS = 1000
+MAX_ROWS = 10_000_000
+SPLITS = ("train", "test")
+_WORLD = "alignkit world 1"
+_RANKED_ANSWERS = 4
+
+# Worth of a word, from -1 to 1. Good and bad words have like lengths, so that length says nothing about reward.
+_ADJECTIVES = {
+    1.0: ["superb", "wonderful", "brilliant", "moving", "gripping", "splendid"],
+    0.5: ["good", "clever", "charming", "warm", "funny", "fresh", "solid", "lively"],
+    -0.5: ["weak", "clumsy", "boring", "flat", "thin", "dull", "stale", "messy"],
+    -1.0: ["awful", "terrible", "dreadful", "painful", "tiresome", "horrible"],
+}
+_VERBS = {
+    1.0: ["loved", "adored"],
+    0.5: ["enjoyed", "liked"],
+    -0.5: ["disliked", "endured"],
+    -1.0: ["hated", "despised"],
+}
+_PARTS = [
+    "plot", "cast", "acting", "music", "ending", "script", "story", "pacing", "dialogue", "opening", "lead",
+    "humour", "dancing", "lighting",
+]  # fmt: skip
+_GENRES = ["comedy", "drama", "thriller", "western", "romance", "mystery", "musical", "adventure"]
+_TITLE_FIRST = [
+    "Silent", "Golden", "Hidden", "Broken", "Distant", "Crimson", "Endless", "Frozen", "Gentle", "Hollow",
+    "Lonely", "Restless", "Secret", "Velvet",
+]  # fmt: skip
+_TITLE_SECOND = [
+    "Garden", "River", "Mirror", "Harbour", "Letter", "Summer", "Shadow", "Station", "Island", "Window", "Orchard",
+    "Bridge", "Lantern", "Winter",
+]  # fmt: skip
+_PEOPLE = ["Ann Lee", "Omar Diaz", "Mia Chen", "Jan Novak", "Ruth Cole", "Ivan Petrov", "Sara Okoye", "Paul Weber"]
+_PLACES = ["a small town", "a large city", "a quiet village", "an old castle", "a busy airport", "the desert"]
+_DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_HOW = ["", "really ", "quite ", "truly ", "rather "]
+
+_WORD = re.compile(r"[a-z]+")
+_WORD_WORTH = {word: worth for table in (_ADJECTIVES, _VERBS) for worth, words in table.items() for word in words}
+_MOOD_WORTHS = {"positive": (1.0, 0.5), "negative": (-1.0, -0.5), "mixed": (1.0, 0.5, -0.5, -1.0)}
+
+
+def true_reward(text: str) -> float:
+    """Return the toy world's sentiment of a text: the mean worth of the words that have one, in [-1, 1].
+
+    superb, loved and their like are worth 1, good and liked 0.5, dull and disliked -0.5, awful and hated -1; all
+    other words nothing. A text without such words is worth 0. Case and order of words do not matter.
+    """
+    worths = [_WORD_WORTH[word] for word in _WORD.findall(text.lower()) if word in _WORD_WORTH]
+    return sum(worths) / len(worths) if worths else 0.0
+
+
+@dataclass(frozen=True)
+class BuiltinData:
+    """Which toy data, and how much of it."""
+
+    name: str
+    split: str
+    num_rows: int
+    noise: float = 0.0  # preferences: share of pairs the wrong way round
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.name}"
+
+
+def parse_builtin(path: str, *, split: str = "train", max_rows: int | None = None) -> BuiltinData:
+    """Read "builtin:preferences?rows=2000&noise=0.1"; without rows, `max_rows` or 1,000 are made.
+
+    Raises:
+        DataError: unknown name, split or parameter, or a value out of range; all at once.
+    """
+    name, _, query = path.removeprefix(PREFIX).partition("?")
+    given = dict(parse_qsl(query, keep_blank_values=True))
+    problems = []
+    if name not in _MAKERS:
+        problems.append(f"there is no such data{_suggest(name, list(_MAKERS))}")
+    if split not in SPLITS:
+        problems.append(f"split is {split!r}; builtin data has {' and '.join(SPLITS)}")
+    accepted = ["rows", "noise"] if name == "preferences" else ["rows"]
+    problems += [f"?{key}= is not a parameter{_suggest(key, accepted)}" for key in given if key not in accepted]
+    num_rows = _number(given.get("rows", str(max_rows or DEFAULT_ROWS)), 1, MAX_ROWS)
+    noise = _number(given.get("noise", "0"), 0, 1)
+    if num_rows is None or num_rows % 1:
+        problems.append(f"rows is {given['rows']!r}; it must be a whole number from 1 to {MAX_ROWS}")
+    if noise is None:
+        problems.append(f"noise is {given['noise']!r}; it must be a number from 0 to 1")
+    if problems or num_rows is None or noise is None:
+        raise DataError([Problem(problem, path) for problem in problems])
+    return BuiltinData(name, split, int(num_rows), noise)
+
+
+def _suggest(name: str, accepted: list[str]) -> str:
+    near = get_close_matches(name, accepted, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; accepted: {', '.join(accepted)}"
+
+
+def _number(text: str, low: float, high: float) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if low <= value <= high else None
+
+
+def iter_builtin(data: BuiltinData) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, record) in the formats that files have."""
+    random = Random(f"{_WORLD} {data.name} {data.split}")
+    noise = Random(f"{_WORLD} noise {data.split}")  # its own stream: noise changes the labels and nothing else
+    make = _MAKERS[data.name]
+    for number in range(1, data.num_rows + 1):
+        record = make(random, data.split)
+        if data.name == "preferences" and noise.random() < data.noise:
+            record = record | {"chosen": record["rejected"], "rejected": record["chosen"]}
+        yield f"{data}[row {number}]", record
+
+
+@dataclass(frozen=True)
+class _Film:
+    title: str
+    genre: str
+    director: str
+
+    def describe(self) -> str:
+        """Say what it is and whose: "The Silent Garden is a comedy by Ann Lee."."""
+        article = "an" if self.genre == "adventure" else "a"
+        return f"{self.title} is {article} {self.genre} by {self.director}."
+
+
+def _film(random: Random, split: str) -> _Film:
+    """Draw a film; every sixth title is kept for the test split."""
+    while True:
+        first, second = random.randrange(len(_TITLE_FIRST)), random.randrange(len(_TITLE_SECOND))
+        if ((first + second) % 6 == 0) == (split == "test"):
+            title = f"The {_TITLE_FIRST[first]} {_TITLE_SECOND[second]}"
+            return _Film(title, random.choice(_GENRES), random.choice(_PEOPLE))
+
+
+def _opinion(random: Random, worths: tuple[float, ...]) -> str:
+    """Make one sentence of opinion whose words are worth something in `worths`."""
+
+    def adjective() -> str:
+        return random.choice(_ADJECTIVES[random.choice(worths)])
+
+    part, other = random.sample(_PARTS, 2)
+    shape = random.randrange(4)
+    if shape == 0:
+        return f"The {part} was {random.choice(_HOW)}{adjective()}."
+    if shape == 1:
+        return f"The {part} was {adjective()} and the {other} was {adjective()}."
+    if shape == 2:
+        return f"I {random.choice(_VERBS[random.choice(worths)])} the {part}."
+    return f"The {random.choice(_HOW)}{adjective()} {part} stayed with me."
+
+
+def _neutral(random: Random) -> str:
+    return random.choice(
+        [
+            f"It is set in {random.choice(_PLACES)}.",
+            f"I saw it on a {random.choice(_DAYS)}.",
+            f"It was made by {random.choice(_PEOPLE)}.",
+            f"It opens in {random.choice(_PLACES)}.",
+        ]
+    )
+
+
+def _review(random: Random, mood: str) -> str:
+    """Make two to four sentences: opinions of the mood, and sometimes a fact."""
+    sentences = [_opinion(random, _MOOD_WORTHS[mood]) for _ in range(random.randint(2, 3))]
+    if random.random() < 0.5:
+        sentences.insert(random.randrange(len(sentences) + 1), _neutral(random))
+    return " ".join(sentences)
+
+
+def _any_review(random: Random) -> str:
+    return _review(random, random.choice(list(_MOOD_WORTHS)))
+
+
+def _user(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+def _assistant(content: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": content}]
+
+
+def _review_text(random: Random, split: str) -> dict[str, Any]:
+    film = _film(random, split)
+    mood = random.choice(("positive", "negative"))
+    return {"text": f"{film.describe()} {_review(random, mood)}"}
+
+
+def _instruction(random: Random, split: str) -> dict[str, Any]:
+    film = _film(random, split)
+    mood = random.choice(list(_MOOD_WORTHS))
+    shape = random.randrange(5)
+    if shape <= 1:
+        prompt, answer = f"Write a {mood} review of the {film.genre} {film.title}.", _review(random, mood)
+    elif shape == 2:
+        first, rest = _opinion(random, _MOOD_WORTHS[mood]), _review(random, mood)
+        prompt, answer = f"Go on with this review of {film.title}: {first}", rest
+    elif shape == 3:
+        fact = film.describe()
+        prompt, answer = random.choice(
+            [
+                (f"{fact} Who made it?", f"{film.director} made {film.title}."),
+                (f"{fact} What kind of film is it?", f"{film.title} belongs to the kind {film.genre}."),
+            ]
+        )
+    else:
+        opinion = _opinion(random, _MOOD_WORTHS[random.choice(("positive", "negative"))])
+        prompt = f"A review of {film.title} says: {opinion} Did the reviewer like it?"
+        answer = "Yes, the review is positive." if true_reward(opinion) > 0 else "No, the review is negative."
+    return {"prompt": _user(prompt), "completion": _assistant(answer)}
+
+
+def _question(random: Random, split: str) -> str:
+    film = _film(random, split)
+    return random.choice(
+        [
+            f"Write a review of the {film.genre} {film.title}.",
+            f"What did you think of {film.title}, the {film.genre} by {film.director}?",
+            f"Tell me about the {film.genre} {film.title}.",
+            f"Should I see {film.title} by {film.director}?",
+        ]
+    )
+
+
+def _rated_reviews(random: Random, count: int) -> list[str]:
+    """Make reviews of different true reward, best first; their lengths are drawn without regard to it."""
+    reviews: dict[float, str] = {}
+    while len(reviews) < count:
+        review = _any_review(random)
+        reviews.setdefault(true_reward(review), review)
+    return [reviews[reward] for reward in sorted(reviews, reverse=True)]
+
+
+def _preference(random: Random, split: str) -> dict[str, Any]:
+    prompt = _question(random, split)
+    chosen, rejected = _rated_reviews(random, 2)
+    return {"prompt": _user(prompt), "chosen": _assistant(chosen), "rejected": _assistant(rejected)}
+
+
+def _ranking(random: Random, split: str) -> dict[str, Any]:
+    prompt = _question(random, split)
+    reviews = _rated_reviews(random, _RANKED_ANSWERS)
+    completions = [_assistant(review) for review in reviews]
+    return {"prompt": _user(prompt), "completions": completions, "scores": [true_reward(review) for review in reviews]}
+
+
+def _unpaired(random: Random, split: str) -> dict[str, Any]:
+    prompt = _question(random, split)
+    review = _review(random, random.choice(("positive", "negative")))
+    return {"prompt": _user(prompt), "completion": _assistant(review), "label": true_reward(review) > 0}
+
+
+def _prompt(random: Random, split: str) -> dict[str, Any]:
+    return {"prompt": _user(_question(random, split))}
+
+
+_MAKERS: dict[str, Callable[[Random, str], dict[str, Any]]] = {
+    "reviews": _review_text,
+    "instructions": _instruction,
+    "preferences": _preference,
+    "ranked": _ranking,
+    "unpaired": _unpaired,
+    "prompts": _prompt,
+}

@@ -1,0 +1,340 @@
+"""Local files to records: .jsonl, .ndjson, .json, .csv, .txt (each plain or .gz) and .parquet, one at a time.
+
+A record is a dict as it stands in the file; a line that cannot become one is yielded as a BadRow so that reading goes
+on. A file that cannot be read at all raises a DataError. Nothing here knows formats of rows, and nothing but a JSON
+object around a list is held in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from alignkit.data.json_array import iter_array
+from alignkit.data.rejects import BadRow
+from alignkit.errors import DataError
+
+Record = dict[str, Any]
+Entry = tuple[str, Record | BadRow]  # place, and the record or why there is none
+
+MAX_LINE_BYTES = 2 * 1024 * 1024  # a longer line is a broken file far more often than a row
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".parquet")
+_PARQUET_BATCH = 1024
+_TOO_LONG = BadRow(f"the line is longer than {MAX_LINE_BYTES // 2**20} MB; split the row or remove it")
+
+
+def data_suffix(path: Path) -> str | None:
+    """Return the suffix that decides how to read the file, without .gz; None when we do not read such files."""
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return suffix.lower() if suffix.lower() in SUFFIXES else None
+
+
+def display_name(path: Path) -> str:
+    """Return the path as messages show it: relative to the working directory where it lies under it."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def read_file(path: Path, *, blocks: bool = False) -> Iterator[Entry]:
+    """Yield (place, record or BadRow) for every row of the file; blank lines are no rows.
+
+    A .txt file gives one {"text": ...} per line that is not blank, or with `blocks` one per block of lines between
+    blank lines. Places carry real line numbers for jsonl, csv and txt, row numbers (from 1) for json and parquet.
+
+    Raises:
+        DataError: the file is missing, empty, not readable, or broken beyond one row.
+    """
+    name = display_name(path)
+    suffix = data_suffix(path)
+    empty = True
+    for entry in _entries(path, name, suffix, blocks):
+        empty = False
+        yield entry
+    if empty:
+        raise DataError("the file has no rows", where=name)
+
+
+def _entries(path: Path, name: str, suffix: str | None, blocks: bool) -> Iterator[Entry]:
+    if suffix == ".parquet":
+        yield from _read_parquet(path, name)
+        return
+    with _open(path, name) as stream:
+        if suffix in (".jsonl", ".ndjson"):
+            yield from _read_json_lines(stream, name)
+        elif suffix == ".json":
+            yield from _read_json(stream, name)
+        elif suffix == ".csv":
+            yield from _read_csv(stream, name)
+        elif blocks:
+            yield from _read_blocks(stream, name)
+        else:
+            yield from _read_text_lines(stream, name)
+
+
+@contextmanager
+def _open(path: Path, name: str) -> Iterator[io.BufferedReader]:
+    """Open for reading bytes, through gzip when the name says so; reading errors become one line."""
+    try:
+        with path.open("rb") as raw:
+            stream = raw
+            if path.suffix == ".gz":
+                # GzipFile.readline runs in Python; a BufferedReader around it runs in C.
+                stream = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 18)
+            _refuse_foreign(stream, name)
+            yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"is not a whole gzip file: {error}; pack or download it again", where=name) from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=name) from error
+
+
+_FOREIGN = {
+    b"\x1f\x8b": "gzip data; name the file .gz",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1": "Parquet data; name the file .parquet",
+    codecs.BOM_UTF16_LE: "UTF-16 text; save it as UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16 text; save it as UTF-8",
+}
+
+
+def _refuse_foreign(stream: io.BufferedReader, name: str) -> None:
+    head = stream.peek(4)[:4]
+    for magic, what in _FOREIGN.items():
+        if head.startswith(magic):
+            raise DataError(f"holds {what}", where=name)
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | BadRow]]:
+    """Yield (line number, bytes) without ever holding more than MAX_LINE_BYTES; drops a byte order mark."""
+    readline = stream.readline
+    number = 0
+    while line := readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = readline(MAX_LINE_BYTES)
+            yield number, _TOO_LONG
+        else:
+            yield number, line
+
+
+def _bad_utf8(error: UnicodeDecodeError) -> BadRow:
+    byte = error.object[error.start]
+    return BadRow(f"byte 0x{byte:02x} at byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8")
+
+
+def _read_json_lines(stream: IO[bytes], name: str) -> Iterator[Entry]:
+    decode = json.JSONDecoder().raw_decode
+    for number, line in _lines(stream):
+        place = f"{name}:{number}"
+        if isinstance(line, BadRow):
+            yield place, line
+            continue
+        line = line.strip()
+        if not line:
+            continue
+        try:
+            text = line.decode()
+            record, end = decode(text)
+        except UnicodeDecodeError as error:
+            yield place, _bad_utf8(error)
+        except (ValueError, RecursionError) as error:
+            yield place, _bad_json(error)
+        else:
+            if end != len(text):
+                yield place, BadRow(f"invalid JSON: more text after the object (column {end + 1}); one object per line")
+            elif type(record) is not dict:
+                yield place, not_an_object(record)
+            else:
+                yield place, record
+
+
+def _bad_json(error: Exception) -> BadRow:
+    if isinstance(error, json.JSONDecodeError):
+        return BadRow(f"invalid JSON: {error.msg} (column {error.colno})")
+    if isinstance(error, RecursionError):
+        return BadRow("invalid JSON: nested too deeply")
+    return BadRow(f"invalid JSON: {error}")
+
+
+_JSON_NAMES = {
+    bool: "true or false",
+    dict: "an object",
+    float: "a number",
+    int: "a number",
+    list: "a list",
+    str: "text",
+}
+
+
+def type_name(value: object) -> str:
+    """Return what JSON calls the value's type: a list, text, a number, ..."""
+    return "null" if value is None else _JSON_NAMES.get(type(value), type(value).__name__)
+
+
+def not_an_object(value: object) -> BadRow:
+    """Say that a row is something else than a JSON object."""
+    return BadRow(f"the row is {type_name(value)}; it must be an object with named fields")
+
+
+def _read_json(stream: io.BufferedReader, name: str) -> Iterator[Entry]:
+    """Read an array of objects, an object that holds one list of them, or lines of objects with the wrong suffix."""
+    head = stream.peek(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith(b"["):
+        for number, value in enumerate(iter_array(stream, name, max_item_chars=MAX_LINE_BYTES), start=1):
+            place = f"{name}[row {number}]"
+            yield place, value if type(value) is dict else not_an_object(value)
+    elif _is_whole_object(head):
+        yield from _read_json_lines(stream, name)
+    elif head:
+        yield from _read_json_object(stream, name)
+
+
+def _is_whole_object(head: bytes) -> bool:
+    """Tell JSON lines (a whole object on the first line, another after it) from one big object."""
+    first, _, rest = head.partition(b"\n")
+    try:
+        return isinstance(json.loads(first), dict) and rest.lstrip().startswith(b"{")
+    except ValueError:
+        return False
+
+
+def _read_json_object(stream: IO[bytes], name: str) -> Iterator[Entry]:
+    try:
+        value = json.loads(stream.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8", where=name) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"invalid JSON: {error.msg} (column {error.colno})", where=f"{name}:{error.lineno}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(_bad_json(error).reason, where=name) from error
+    lists = {key: held for key, held in value.items() if isinstance(held, list)} if isinstance(value, dict) else {}
+    if len(lists) != 1:
+        found = f"lists under {', '.join(lists)}" if lists else f"{type_name(value)} without a list"
+        raise DataError(f"must be a list of rows, or an object that holds one list of rows; found {found}", where=name)
+    (rows,) = lists.values()
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}[row {number}]", row if type(row) is dict else not_an_object(row)
+
+
+def _read_csv(stream: IO[bytes], name: str) -> Iterator[Entry]:
+    """Read comma-separated values with a header line; cells are text, quoted ones may span lines."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    broken: dict[int, BadRow] = {}  # lines of the current record that could not be read
+    reader = csv.reader(_decoded(stream, broken), strict=True)
+    header: list[str] | None = None
+    while True:
+        place = f"{name}:{reader.line_num + 1}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            # The reader has lost track of quotes; what follows would be guesswork.
+            raise DataError(f"invalid CSV: {error}; the record that starts here has no end", where=place) from error
+        if cells is None:
+            return
+        if broken:
+            number, bad = broken.popitem()
+            broken.clear()
+            if header is None:
+                raise DataError(bad.reason, where=f"{name}:{number}")
+            yield f"{name}:{number}", bad
+        elif not cells:
+            continue
+        elif header is None:
+            header = _check_header(cells, place)
+        elif len(cells) != len(header):
+            yield place, BadRow(f"has {len(cells)} cells; the header has {len(header)}")
+        else:
+            yield place, dict(zip(header, cells, strict=True))
+
+
+def _decoded(stream: IO[bytes], broken: dict[int, BadRow]) -> Iterator[str]:
+    for number, line in _lines(stream):
+        if isinstance(line, BadRow):
+            broken[number] = line
+            yield "\n"
+            continue
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            broken[number] = _bad_utf8(error)
+            yield line.decode(errors="replace")
+
+
+def _check_header(cells: list[str], place: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if twice := sorted({cell for cell in names if names.count(cell) > 1}):
+        raise DataError(f"the header names {', '.join(map(repr, twice))} more than once", where=place)
+    return names
+
+
+def _read_text_lines(stream: IO[bytes], name: str) -> Iterator[Entry]:
+    for number, line in _lines(stream):
+        if isinstance(line, BadRow):
+            yield f"{name}:{number}", line
+        elif line := line.strip():
+            try:
+                yield f"{name}:{number}", {"text": line.decode()}
+            except UnicodeDecodeError as error:
+                yield f"{name}:{number}", _bad_utf8(error)
+
+
+def _read_blocks(stream: IO[bytes], name: str) -> Iterator[Entry]:
+    """Join lines up to the next blank one; a line that cannot be read spoils its block."""
+    for start, lines in _iter_blocks(stream):
+        place = f"{name}:{start}"
+        bad = next((line for line in lines if isinstance(line, BadRow)), None)
+        try:
+            yield place, bad or {"text": b"".join(line for line in lines if isinstance(line, bytes)).decode().strip()}
+        except UnicodeDecodeError:
+            yield place, BadRow("the block holds bytes that are not UTF-8; save the file as UTF-8")
+
+
+def _iter_blocks(stream: IO[bytes]) -> Iterator[tuple[int, list[bytes | BadRow]]]:
+    block: list[bytes | BadRow] = []
+    start, size = 1, 0
+    for number, line in _lines(stream):
+        if not isinstance(line, BadRow) and not line.strip():
+            if block:
+                yield start, block
+            block, size = [], 0
+            continue
+        start = start if block else number
+        size += 0 if isinstance(line, BadRow) else len(line)
+        if size > MAX_LINE_BYTES:
+            block = [_TOO_LONG]
+        else:
+            block.append(line)
+    if block:
+        yield start, block
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Entry]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.suffix == ".gz":
+        raise DataError("Parquet is compressed already and cannot be read through gzip; unpack it", where=name)
+    number = 0
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{name}[row {number}]", record
+    except (pa.ArrowException, OSError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        after = f" after row {number}" if number else ""
+        raise DataError(f"is not a readable Parquet file{after}: {first_line}", where=name) from error

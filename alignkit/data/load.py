@@ -1,0 +1,215 @@
+"""Rows for a stage: every source read, checked, adapted to the method, mixed, in a fixed order.
+
+Rows stream by; what is kept per row is two hashes. Deliberately does not shuffle (the trainer does), tokenise, or
+write files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import combinations, islice
+
+from alignkit.data.formats import Detector, Format, rename_columns
+from alignkit.data.hashes import HashSet, digest_row, hash_prompt, prompt_key
+from alignkit.data.rejects import BadRow, Problems, Rejects
+from alignkit.data.report import DataReport, SourceReport
+from alignkit.data.rows import METHOD_KINDS, Row
+from alignkit.data.sources import Located, locate, read_entries
+from alignkit.errors import DataError, Problem
+from alignkit.recipe.schema import DataSource
+from alignkit.recipe.stage import Stage
+
+_2_64 = float(2**64)
+
+
+def read_rows(
+    stage: Stage,
+    sources: Sequence[DataSource],
+    *,
+    report: DataReport,
+    rejects: Rejects,
+    known_prompts: HashSet | None = None,
+) -> Iterator[Row]:
+    """Yield the stage's rows, source after source, in the order of their files.
+
+    Every source gives its first `max_rows` good rows, without exact repeats under `dedupe`, each as often as `weight`
+    says (copies follow each other; a fraction is a choice by the row's hash and the seed). `report` is filled on the
+    way; with `known_prompts` (of the training report) it also counts the rows that share a prompt with those.
+
+    Raises:
+        DataError: at once for sources that cannot be found or read; after the last row for rows that do not fit,
+            with `on_bad_row: error`, and when no row is left.
+    """
+    problems = Problems()
+    seen = HashSet() if stage.options.dedupe else None
+    for located in locate(sources):
+        reader = _SourceReader(located, stage, rejects, problems)
+        report.sources.append(reader.counts)
+        for row, digest in _take(reader, seen):
+            copies = _count_copies(digest, located.source.weight, stage.seed)
+            if not copies:
+                reader.counts.not_sampled += 1
+                continue
+            reader.counts.kept += 1
+            report.add_source_row(row, digest, hash_prompt(row), known_prompts)
+            for _ in range(copies):
+                for given in _for_method(row, stage.method):
+                    report.add_given_row(given, digest)
+                    yield given
+        reader.finish()
+    if stage.method == "dpo" and {"pair", "unpaired"} <= report.kinds.keys():
+        counts = " and ".join(f"{count} {kind} rows" for kind, count in report.kinds.items())
+        where = stage.where(f"{stage.name}.data")
+        problems.files.append(Problem(f"{counts} cannot be trained on in one dpo stage; give each its own", where))
+    problems.raise_any(report.read)
+    if not report.rows:
+        raise DataError(f"no row is left of {report.read} read", where=", ".join(source.path for source in sources))
+
+
+def split_eval(rows: Iterable[Row], share: float, seed: int) -> Iterator[tuple[bool, Row]]:
+    """Yield (is for evaluation, row); rows with one prompt all fall on one side, the same side for a seed for ever.
+
+    `share` is what is expected of the prompts; over few prompts the number held out scatters.
+    """
+    key = f"eval split {seed}".encode()
+    for row in rows:
+        drawn = int.from_bytes(blake2b(prompt_key(row), digest_size=8, key=key).digest(), "little")
+        yield drawn < share * _2_64, row
+
+
+def _take(reader: _SourceReader, seen: HashSet | None) -> Iterator[tuple[Row, bytes]]:
+    """Yield the source's first max_rows rows that are not in `seen`, adding them to it."""
+    limit = reader.source.max_rows
+    taken = 0
+    for row, digest in reader.iter_rows():
+        if seen is not None and not seen.add(int.from_bytes(digest[:8], "little")):
+            reader.counts.duplicates_dropped += 1
+            continue
+        yield row, digest
+        taken += 1
+        if taken == limit:
+            return
+
+
+def _count_copies(digest: bytes, weight: float, seed: int) -> int:
+    """Return how often a row is given out: the whole passes, and one more for a seeded share of the rows."""
+    whole = int(weight)
+    if weight == whole:
+        return whole
+    drawn = blake2b(digest, digest_size=8, key=f"weight {seed}".encode()).digest()
+    return whole + (int.from_bytes(drawn, "little") < (weight - whole) * _2_64)
+
+
+def _for_method(row: Row, method: str) -> tuple[Row, ...]:
+    """Turn a row into what the method trains on: sft takes the best answer, dpo all pairs of a ranked list."""
+    if method == "sft" and row.kind in ("pair", "ranked"):
+        best = row.completions[1 if row.label is not None and row.label < 0.5 else 0]
+        return (Row("prompt_completion", row.prompt, (best,), None, None, None, row.place),)
+    if method == "dpo" and row.kind == "ranked":
+        assert row.scores is not None
+        ranked = combinations(zip(row.completions, row.scores, strict=True), 2)
+        pairs = ((better, worse) for (better, above), (worse, below) in ranked if above > below)
+        return tuple(Row("pair", row.prompt, pair, None, None, None, row.place) for pair in pairs)
+    return (row,)
+
+
+@dataclass
+class _Found:
+    """Rows of one format in one source."""
+
+    rows: int = 0
+    places: list[str] = field(default_factory=list)  # the first two
+
+    def describe(self, form: Format) -> str:
+        places = f"{', '.join(self.places)}{', ...' if self.rows > len(self.places) else ''}"
+        return f"{self.rows} {'row' if self.rows == 1 else 'rows'} of {form} ({places})"
+
+
+class _SourceReader:
+    """Reads one source once, sorting good rows from bad ones; `finish` says what is wrong with it as a whole."""
+
+    def __init__(self, located: Located, stage: Stage, rejects: Rejects, problems: Problems) -> None:
+        self.source = located.source
+        self.counts = SourceReport(located.source.path)
+        self._located, self._method = located, stage.method
+        self._rejects = rejects if stage.options.on_bad_row == "skip" else None
+        self._problems = problems
+        self._detector = Detector(located.source.format)
+        self._found: dict[Format, _Found] = {}
+
+    def iter_rows(self) -> Iterator[tuple[Row, bytes]]:
+        """Yield the good rows and their digests."""
+        counts, columns, recognise = self.counts, self.source.columns, self._detector.recognise
+        only = self._find_commonest() if self._rejects is not None else None
+        accepted = METHOD_KINDS[self._method]
+        for place, record in read_entries(self._located):
+            counts.read += 1
+            try:
+                if isinstance(record, BadRow):
+                    raise record
+                record = rename_columns(record, columns)
+                form = recognise(record)
+                self._count(form, place)
+                if form.kind not in accepted or (only is not None and form is not only):
+                    self._leave_out(form, only, place)
+                    continue
+                row = form.adapt(record, place)
+                digest = digest_row(row)
+            except BadRow as bad:
+                self._add_bad(place, bad)
+                continue
+            yield row, digest
+
+    def finish(self) -> None:
+        """Complete the counts; add the problems of the source: mixed formats, or one that the method cannot take."""
+        self.counts.formats.update({str(form): found.rows for form, found in self._found.items()})
+        self.counts.ignored_columns.update(self._detector.count_ignored())
+        if len(self._found) == 1:
+            ((form, found),) = self._found.items()
+            if form.kind not in METHOD_KINDS[self._method]:
+                takes = ", ".join(METHOD_KINDS[self._method])
+                what = f"{found.describe(form)}; {self._method} takes {takes}"
+                self._problems.files.append(Problem(what, self.source.path))
+        elif len(self._found) > 1 and self._rejects is None:
+            kinds = ", ".join(found.describe(form) for form, found in self._found.items())
+            advice = "give each kind its own source, or set on_bad_row: skip to keep the commonest"
+            self._problems.files.append(Problem(f"mixes kinds of rows: {kinds}; {advice}", self.source.path))
+
+    def _count(self, form: Format, place: str) -> None:
+        found = self._found.get(form)
+        if found is None:
+            found = self._found[form] = _Found()
+        found.rows += 1
+        if found.rows <= 2:
+            found.places.append(place)
+
+    def _leave_out(self, form: Format, only: Format | None, place: str) -> None:
+        """Leave out a row of another kind; without on_bad_row: skip, `finish` reports them together."""
+        self.counts.rejected += 1
+        if self._rejects is not None:
+            most = f"most usable rows of the source are {only}" if only else f"{self._method} cannot take it"
+            self._rejects.add(place, f"is a row of {form}; {most}")
+
+    def _add_bad(self, place: str, bad: BadRow) -> None:
+        self.counts.rejected += 1
+        self.counts.equal_answers += bad.equal_answers
+        if self._rejects is not None:
+            self._rejects.add(place, bad.reason)
+        else:
+            self._problems.add_row(place, bad.reason)
+
+    def _find_commonest(self) -> Format | None:
+        """Read the source once to find the commonest format that the method takes; the first one on a tie."""
+        detector = Detector(self.source.format)
+        rows: Counter[Format] = Counter()
+        for _, record in islice(read_entries(self._located), self.source.max_rows):
+            try:
+                if not isinstance(record, BadRow):
+                    rows[detector.recognise(rename_columns(record, self.source.columns))] += 1
+            except BadRow:
+                continue
+        usable = [form for form, _ in rows.most_common() if form.kind in METHOD_KINDS[self._method]]
+        return usable[0] if usable else None

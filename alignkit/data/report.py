@@ -1,0 +1,152 @@
+"""What came of reading the data: counts per source, duplicates, length bias, overlap, fingerprint.
+
+Filled while rows stream by, 16 bytes per row; deliberately prints nothing and judges nothing.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from alignkit.data.hashes import HashSet
+from alignkit.data.rows import Row, Text, count_chars
+
+_SHOWN_PLACES = 5
+
+
+@dataclass
+class SourceReport:
+    """Counts of one source; `read` = `kept` + `rejected` + `duplicates_dropped` + `not_sampled`."""
+
+    path: str
+    read: int = 0
+    kept: int = 0  # rows used, before weight repeats them
+    rejected: int = 0
+    duplicates_dropped: int = 0  # by dedupe
+    not_sampled: int = 0  # left out by a weight with a fraction
+    equal_answers: int = 0  # of the rejected: chosen and rejected are the same
+    formats: Counter[str] = field(default_factory=Counter)  # "hh pair" -> rows
+    ignored_columns: Counter[str] = field(default_factory=Counter)  # column -> rows that have it
+
+
+@dataclass
+class DataReport:
+    """Everything worth knowing about the rows that were read; complete once the rows are exhausted."""
+
+    sources: list[SourceReport] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)  # of the rows given out
+    rows: int = 0  # given out: after weights, with ranked lists broken up where the method does so
+    prompt_chars: int = 0
+    completion_chars: int = 0  # of all completions of a row
+    comparisons: int = 0  # pairs, and best against worst of ranked lists
+    longer_chosen: int = 0
+    shorter_chosen: int = 0
+    chosen_chars: int = 0
+    rejected_chars: int = 0
+    overlap: int = 0  # rows whose prompt is also in the rows this report was compared with
+    overlap_places: list[str] = field(default_factory=list)  # the first five
+    _row_hashes: array[int] = field(default_factory=lambda: array("Q"), repr=False)
+    _prompt_hashes: array[int] = field(default_factory=lambda: array("Q"), repr=False)
+    _hasher: Any = field(default_factory=lambda: blake2b(digest_size=16), repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash, in hex, of all rows given out so far, in order; places do not count."""
+        return str(self._hasher.hexdigest())
+
+    @property
+    def read(self) -> int:
+        return sum(source.read for source in self.sources)
+
+    @property
+    def rejected(self) -> int:
+        return sum(source.rejected for source in self.sources)
+
+    @property
+    def duplicates(self) -> int:
+        """Rows that repeat an earlier one exactly, whether dropped or kept; copies made by a weight do not count."""
+        dropped = sum(source.duplicates_dropped for source in self.sources)
+        return dropped + _count_repeats(self._row_hashes)
+
+    @property
+    def duplicate_prompts(self) -> int:
+        """Rows whose prompt an earlier row has, exact duplicates that were kept included."""
+        return _count_repeats(self._prompt_hashes)
+
+    @property
+    def longer_chosen_share(self) -> float | None:
+        """Share of comparisons whose chosen answer has more characters; equal lengths count half."""
+        if not self.comparisons:
+            return None
+        equal = self.comparisons - self.longer_chosen - self.shorter_chosen
+        return (self.longer_chosen + equal / 2) / self.comparisons
+
+    def prompt_hashes(self) -> HashSet:
+        """Return the prompts seen, to look for them in other rows."""
+        return HashSet(self._prompt_hashes)
+
+    def add_source_row(self, row: Row, digest: bytes, prompt_hash: int, known_prompts: HashSet | None) -> None:
+        """Count a row that is used, once however often its weight repeats it."""
+        self._row_hashes.append(int.from_bytes(digest[:8], "little"))
+        self._prompt_hashes.append(prompt_hash)
+        if known_prompts is not None and prompt_hash in known_prompts:
+            self.overlap += 1
+            if len(self.overlap_places) < _SHOWN_PLACES:
+                self.overlap_places.append(row.place)
+
+    def add_given_row(self, row: Row, digest: bytes) -> None:
+        """Count a row as it is given out; `digest` is that of the row it came from."""
+        self.rows += 1
+        self.kinds[row.kind] += 1
+        self._hasher.update(digest)
+        if row.prompt:
+            self.prompt_chars += count_chars(row.prompt)
+        for completion in row.completions:
+            self.completion_chars += count_chars(completion)
+        if len(row.completions) > 1:
+            self._compare(row.completions[0], row.completions[-1])
+
+    def _compare(self, best: Text, worst: Text) -> None:
+        chosen, rejected = count_chars(best), count_chars(worst)
+        self.comparisons += 1
+        self.chosen_chars += chosen
+        self.rejected_chars += rejected
+        self.longer_chosen += chosen > rejected
+        self.shorter_chosen += chosen < rejected
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for stage.json and `check --json`."""
+        return {
+            "rows": self.rows,
+            "read": self.read,
+            "rejected": self.rejected,
+            "duplicates": self.duplicates,
+            "duplicate_prompts": self.duplicate_prompts,
+            "kinds": dict(self.kinds),
+            "mean_prompt_chars": _mean(self.prompt_chars, self.rows),
+            "mean_completion_chars": _mean(self.completion_chars, self.rows),
+            "comparisons": self.comparisons,
+            "longer_chosen_share": self.longer_chosen_share,
+            "mean_chosen_chars": _mean(self.chosen_chars, self.comparisons),
+            "mean_rejected_chars": _mean(self.rejected_chars, self.comparisons),
+            "overlap": self.overlap,
+            "overlap_places": list(self.overlap_places),
+            "fingerprint": self.fingerprint,
+            "sources": [
+                vars(source) | {"formats": dict(source.formats), "ignored_columns": dict(source.ignored_columns)}
+                for source in self.sources
+            ],
+        }
+
+
+def _mean(total: int, count: int) -> float | None:
+    return total / count if count else None
+
+
+def _count_repeats(hashes: array[int]) -> int:
+    import numpy as np
+
+    return len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.uint64))) if hashes else 0
