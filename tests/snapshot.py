@@ -53,7 +53,7 @@ def _describe(field: Field[Any], hint: Any) -> dict[str, Any]:
     if choices:
         # The string among the options becomes the choice; `SchedulerType | str` means the same.
         for option in options:
-            target = option["items"] if option.get("type") == "array" else option
+            target: dict[str, Any] = option["items"] if option.get("type") == "array" else option
             if target.get("type") == "string":
                 target["enum"] = choices
     fragment = options[0] if len(options) == 1 else {"anyOf": options}
@@ -65,7 +65,7 @@ def _describe(field: Field[Any], hint: Any) -> dict[str, Any]:
 
 
 def _read_type(hint: Any) -> list[dict[str, Any]]:
-    """Return the JSON Schema options of a type hint: `Enum | str` is the enum, and `dict | str` (for argparse) a dict."""
+    """Return the JSON Schema options of a type hint; `Enum | str` is the enum, `dict | str` (argparse) a dict."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         options = [option for part in typing.get_args(hint) for option in _read_type(part)]
         kinds = [option.get("type") for option in options]

@@ -57,18 +57,16 @@ class Section:
         return node.place
 
 
-def audit_stage(stage: Section, recipe: Section, stages: Mapping[str, Section]) -> list[Problem]:
+def audit_stage(stage: Section, recipe: Section) -> list[Problem]:
     """Return the problems of one stage."""
-    rules: list[Callable[[Section, Section], Iterator[Finding]]] = [
-        _batch, _evaluation, _step_counts, _strategies, _switched, _adapter, *_BY_METHOD[stage.method],
-    ]  # fmt: skip
-    findings = [finding for rule in rules for finding in _run(lambda rule=rule: rule(stage, recipe))]  # type: ignore[misc]
+    rules = (_batch, _evaluation, _step_counts, _strategies, _switched, _adapter, *_BY_METHOD[stage.method])
+    findings = [finding for rule in rules for finding in _run(rule, stage, recipe)]
     return [Problem(f"{stage.name}.{key} {what}", stage.place(key)) for key, what in findings]
 
 
 def audit_recipe(recipe: Section, stages: Mapping[str, Section]) -> list[Problem]:
     """Return the problems of the model and lora sections."""
-    findings = [finding for rule in (_quantization, _scratch, _lora) for finding in _run(lambda rule=rule: rule(recipe, stages))]  # type: ignore[misc]  # noqa: E501
+    findings = [finding for rule in (_quantization, _scratch, _lora) for finding in _run(rule, recipe, stages)]
     return [Problem(f"{key} {what}", recipe.place(key)) for key, what in findings]
 
 
@@ -77,9 +75,9 @@ def trains_from_scratch(model: Mapping[str, Any], start_from: str | None) -> boo
     return model.get("init") == "scratch" and start_from is None
 
 
-def _run(rule: Callable[[], Iterator[Finding]]) -> list[Finding]:
+def _run(rule: Callable[..., Iterator[Finding]], *sections: Section | Mapping[str, Section]) -> list[Finding]:
     try:
-        return list(rule())
+        return list(rule(*sections))
     except _UnreadableError:
         return []
 

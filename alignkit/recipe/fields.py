@@ -112,7 +112,7 @@ CONTROLLED: dict[str, str] = {
     "deepspeed": _LAUNCHER,
     "local_rank": _LAUNCHER,
     "save_total_limit": "set keep_checkpoints",
-    "save_only_model": "a checkpoint without the optimizer cannot be resumed exactly; the final model/ has weights only",
+    "save_only_model": "a checkpoint without the optimizer cannot be resumed; model/ has the final weights alone",
     "save_on_each_node": "checkpoints are written once and sealed",
     "enable_jit_checkpoint": "SIGTERM, SIGINT and SIGUSR1 save at the end of the step anyway",
     "resume_from_checkpoint": "resuming is automatic: give the same command again",

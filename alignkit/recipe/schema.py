@@ -74,9 +74,9 @@ class DataSource(_Section):
     name: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split of a hub data set or of builtin data.")
     revision: str | None = Field(None, description="Commit or tag of a hub data set.")
-    format: Literal[
-        "auto", "trl", "openai", "sharegpt", "alpaca", "hh", "ultrafeedback", "ranked", "text"
-    ] = Field("auto", description="Row format; auto looks at every row.")
+    format: Literal["auto", "trl", "openai", "sharegpt", "alpaca", "hh", "ultrafeedback", "ranked", "text"] = Field(
+        "auto", description="Row format; auto looks at every row."
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Renames: our name on the left, the file's column on the right."
     )

@@ -53,7 +53,7 @@ def build_recipe(tree: Node, *, path: Path, label: str, problems: Sequence[Probl
     sections = {name: stage.section(tree) for name, stage in build.stages.items()}
     top = Section("", "", _plain_without(tree, build.broken), frozenset(build.broken), tree)
     for section in sections.values():
-        build.problems += audit_stage(section, top, sections)
+        build.problems += audit_stage(section, top)
     build.problems += audit_recipe(top, sections)
     if build.problems:
         raise RecipeError(_sort(build.problems, label))
