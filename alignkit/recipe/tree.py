@@ -103,8 +103,9 @@ def parse_yaml(text: str, origin: Origin) -> Node | None:
         problems.append(Problem("a control character; a recipe is plain UTF-8 text", origin.place(line)))
     except MarkedYAMLError as error:
         if not problems:  # a tab also breaks the parser: one message is enough
-            mark = error.problem_mark or error.context_mark
-            problems.append(Problem(_explain(error), origin.place(mark.line + 1 if mark else 1)))
+            what, mark = _explain(error)
+            last = text.rstrip().count("\n") + 1  # the end of the text is not a line to look at
+            problems.append(Problem(what, origin.place(min(mark.line + 1, last) if mark else last)))
     except YAMLError as error:
         problems.append(Problem(f"this is not YAML ({type(error).__name__})", origin.place(1)))
     if problems:
@@ -125,16 +126,21 @@ def read_scalar(text: str) -> Any:
     return text
 
 
-def _explain(error: MarkedYAMLError) -> str:
-    """Say what the parser met, in the parser's words and with the usual cause."""
-    problem = (error.problem or error.context or "this is not YAML").strip()
+def _explain(error: MarkedYAMLError) -> tuple[str, Any]:
+    """Say what is wrong and where, from the parser's complaint; the parser knows no causes, only expectations."""
+    problem, context = (error.problem or "").strip(), (error.context or "").strip()
+    here = error.problem_mark or error.context_mark
+    if "stream end" in problem or "end of stream" in problem:
+        return "a bracket or quote that opens here is never closed", error.context_mark or here
     if "mapping values are not allowed" in problem:
-        return "a second `: ` in one line; put the text in quotes, or the key on its own line"
-    if problem.startswith("found character '\\t'"):
-        return "a tab; YAML indents with spaces"
+        return "a `:` that cannot be here; check the indentation, and put text that holds `: ` in quotes", here
+    if "<block end>" in problem:
+        return "the indentation does not fit the lines above", here
+    if "could not find expected ':'" in problem:
+        return "a key without `:`", error.context_mark or here
     if "cannot start any token" in problem:
-        return f"{problem}; put the text in quotes"
-    return f"this is not YAML: {problem}" + (f" ({error.context})" if error.context and error.problem else "")
+        return f"{problem}; put the text in quotes", here
+    return f"this is not YAML: {problem or context}" + (f" ({context})" if context and problem else ""), here
 
 
 @dataclass(slots=True)

@@ -1,0 +1,215 @@
+"""Every mistake has its place, its value, what is accepted and the nearest right name; all are told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from alignkit.recipe import Recipe
+from alignkit.recipe.nearest import count_edits, find_nearest
+
+Load = Callable[..., Recipe]
+Complain = Callable[..., list[str]]
+
+
+def test_all_problems_are_told_at_once_in_the_order_of_lines(complain: Complain) -> None:
+    text = """\
+name: my run
+modle:
+  path: gpt2
+sft:
+  data: x/y
+  learning_rat: 1e-4
+  max_length: true
+  gradient_checkpointing: no
+  batch_size: 16.0
+  save_steps: "10"
+  logging_steps: 1_000
+  weight_decay: .nan
+  optim: adamw_troch
+  num_train_epochs:
+dpo:
+  beta: -1
+  loss_type: sgimoid
+"""
+    assert complain(text) == [
+        "a.yaml:1: name is \"my run\"; use letters, digits, '.', '_' and '-' only",
+        "a.yaml:1: model is missing; add `model: {path: ...}`",
+        "a.yaml:2: modle is not a key of a recipe; did you mean model?",
+        "a.yaml:6: sft.learning_rat is not a key of sft; did you mean learning_rate?",
+        "a.yaml:7: sft.max_length is true; it must be a whole number of at least 2 (typical: 512 to 4096)",
+        "a.yaml:8: sft.gradient_checkpointing is no; it must be true or false; write false",
+        "a.yaml:9: sft.batch_size is 16.0; it must be a whole number of at least 1; write 16",
+        'a.yaml:10: sft.save_steps is "10"; it must be a number greater than 0; take the quotes off',
+        "a.yaml:11: sft.logging_steps is 1_000; it must be a number greater than 0; write 1000",
+        "a.yaml:12: sft.weight_decay is .nan; it must be a finite number (typical: 0 to 0.1)",
+        "a.yaml:13: sft.optim is adamw_troch; it must be one of 41 names; did you mean adamw_torch?",
+        "a.yaml:14: sft.num_train_epochs is empty; it must be a number greater than 0 (typical: 1 to 3)",
+        "a.yaml:15: dpo.data is missing; add the rows to train on, here or as the recipe's own `data:`",
+        "a.yaml:16: dpo.beta is -1; it must be greater than 0 (typical: 0.05 to 0.5)",
+        "a.yaml:17: dpo.loss_type is sgimoid; it must be one of sigmoid, hinge, ipo, exo_pair, nca_pair, robust, "
+        "bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, sft, sigmoid_norm, cdpo, ipo_sum, kto, "
+        "apo_zero_unpaired; did you mean sigmoid?",
+    ]
+
+
+STAGE = "model: {path: gpt2}\nsft:\n  data: x/y\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("beta: 0.1", "a.yaml:4: sft.beta is not a key of sft; it belongs in the dpo stage"),
+        ("path: x", "a.yaml:4: sft.path is not a key of sft; `alignkit schema` lists its keys"),
+        ("r: 8", "a.yaml:4: sft.r is not a key of sft; it belongs in lora:"),
+        ("quantization: nf4", "a.yaml:4: sft.quantization is not a key of sft; it belongs in model:"),
+        ("seed: 1", "a.yaml:4: sft.seed is not a key of a stage; seed belongs at the top level of the recipe"),
+        ("model: {path: y}", "a.yaml:4: sft.model is not a key of a stage; model belongs at the top level of the recipe"),
+        ("torch_dtype: bfloat16", "a.yaml:4: sft.torch_dtype is not a key of a stage: it is model.dtype"),
+        (
+            "warmup_ratio: 0.1",
+            "a.yaml:4: sft.warmup_ratio is not a key of a stage: it is warmup_steps: a number below 1 is a share of all "
+            "steps",
+        ),
+        (
+            "per_device_train_batch_size: 4",
+            "a.yaml:4: sft.per_device_train_batch_size cannot be set: set batch_size (over all devices) and, if needed, "
+            "micro_batch_size (per device)",
+        ),
+        ("bf16: true", "a.yaml:4: sft.bf16 cannot be set: set model.dtype instead"),
+        (
+            "resume_from_checkpoint: true",
+            "a.yaml:4: sft.resume_from_checkpoint cannot be set: resuming is automatic: give the same command again",
+        ),
+        (
+            "trust_remote_code: true",
+            "a.yaml:4: sft.trust_remote_code cannot be set: a recipe cannot allow code to run; give --trust-code on the "
+            "command line",
+        ),
+        ("method: dpo", "a.yaml:2: sft.method is dpo; a section named sft is a sft stage, name it otherwise"),
+        ("objective: ml", "a.yaml:4: sft.objective is ml; it must be one of chat, lm; did you mean lm?"),
+        ("eval: 1.5", "a.yaml:4: sft.eval is 1.5; it must be greater than 0 and less than 1"),
+        ("eval: {path: x/y, splt: test}", "a.yaml:4: sft.eval.splt is not a key of sft.eval; did you mean split?"),
+        ("eval: []", "a.yaml:4: sft.eval is an empty list; give at least one entry"),
+        ("samples: {num: 1000}", "a.yaml:4: sft.samples.num is 1000; it must be at least 0 and at most 256"),
+        (
+            "micro_batch_size: outo",
+            "a.yaml:4: sft.micro_batch_size is outo; it must be auto; did you mean auto?",
+        ),
+        (
+            "micro_batch_size: [1]",
+            "a.yaml:4: sft.micro_batch_size is [1]; it must be a whole number of at least 1 or auto",
+        ),
+        ("lr_scheduler_kwargs: 3", "a.yaml:4: sft.lr_scheduler_kwargs is 3; it must be a mapping"),
+        ("report_to: all", "a.yaml:4: sft.report_to is all; it must be one of none, azure_ml, clearml, codecarbon, "
+         "comet_ml, dagshub, dvclive, flyte, kubeflow, mlflow, neptune, swanlab, tensorboard, trackio, wandb"),
+        ('run_name: ""', "a.yaml:4: sft.run_name is empty text"),
+        ("max_steps: 999999999999999999999999999999999999999999", "a.yaml:4: sft.max_steps is .inf; it must be a whole "
+         "number of at least -1"),
+    ],
+)  # fmt: skip
+def test_message_of_a_stage_key(complain: Complain, line: str, message: str) -> None:
+    assert complain(f"{STAGE}  {line}\n") == [message]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rate: 1e-4", "a.yaml:4: learning_rate is not a key at the top level; it belongs in a stage, such as sft"),
+        ("beta: 0.1", "a.yaml:4: beta is not a key at the top level; it belongs in the dpo stage"),
+        ("output_dir: out", "a.yaml:4: output_dir is not a key here: the run directory is runs/NAME/STAGE, or --out DIR on "
+         "the command line"),
+        ("dataset_mixer: {a: 1}", "a.yaml:4: dataset_mixer is not a key here: it is data: a list of sources, each with a "
+         "weight"),
+        ("trust_remote_code: true", "a.yaml:4: trust_remote_code: a recipe cannot allow code to run; give --trust-code on "
+         "the command line"),
+        ("ppo: {data: x/y}", "a.yaml:4: ppo is not a key of a recipe; did you mean dpo?"),
+        ("warm: {data: x/y}", "a.yaml:4: warm is not a section; a stage of this name needs `method:` (sft, rm, dpo)"),
+        ("warm: {method: sfd}", "a.yaml:4: warm.method is sfd; it must be one of sft, rm, dpo; did you mean sft?"),
+        ("warm: {method: 1}", "a.yaml:4: warm.method is 1; it must be one of sft, rm, dpo"),
+        ("a b: {method: sft}", "a.yaml:4: stage a b: use letters, digits, '_' and '-' in a stage's name only"),
+        ("dpo: x/y", "a.yaml:4: dpo is x/y; a stage is a mapping with at least `data:`"),
+        ("dpo:", "a.yaml:4: dpo is empty; a stage is a mapping with at least `data:`"),
+        ("lora:", "a.yaml:4: lora is empty; write {} for its defaults, or take the key out"),
+        ("lora: {lora_alpha: 8}", "a.yaml:4: lora.lora_alpha is not a key of lora: it is lora.alpha"),
+        ("lora: {rank: 8}", "a.yaml:4: lora.rank is not a key of lora; it has r, alpha, dropout, target_modules, "
+         "use_rslora, use_dora, modules_to_save"),
+        ("lora: {r: 8.5}", "a.yaml:4: lora.r is 8.5; it must be a whole number of at least 1 and at most 4096"),
+        ("launch: {devise: cpu}", "a.yaml:4: launch.devise is not a key of launch; did you mean device?"),
+        ("stages: [sft, dppo]", "a.yaml:4: stages names dppo, which is not a stage here; there are sft"),
+        ("name: ..", "a.yaml:4: name is ..; use letters, digits, '.', '_' and '-' only"),
+        ("rm: {data: {split: train}}", "a.yaml:4: rm.data.path is missing; a file, a directory, a hub id, or builtin:NAME"),
+        ("rm: {data: [x/y, 3]}", "a.yaml:4: rm.data[1] is 3; it must be text or a mapping"),
+        ("rm: {data: {path: x/y, weight: 0}}", "a.yaml:4: rm.data.weight is 0; it must be greater than 0 and at most 1000"),
+    ],
+)  # fmt: skip
+def test_message_of_a_top_level_key(complain: Complain, line: str, message: str) -> None:
+    assert complain(f"{STAGE}{line}\n") == [message]
+
+
+def test_model_section_points_to_new_names(complain: Complain) -> None:
+    text = (
+        "model:\n  path: gpt2\n  torch_dtype: float32\n  trust_remote_code: true\n  load_in_4bit: true\n" + STAGE[20:]
+    )
+    assert complain(text) == [
+        "a.yaml:3: model.torch_dtype is not a key of model: it is model.dtype",
+        "a.yaml:4: model.trust_remote_code: a recipe cannot allow code to run; give --trust-code on the command line",
+        "a.yaml:5: model.load_in_4bit is not a key of model: it is model.quantization: nf4",
+    ]
+
+
+def test_a_recipe_without_stages_is_refused(complain: Complain) -> None:
+    assert complain("model: {path: gpt2}\n") == ["a.yaml:1: there is no stage; add a section such as sft, rm, dpo"]
+
+
+START = "model: {path: gpt2}\ndata: x/y\n"
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("sft: {start_from: sft}", "a.yaml:3: sft.start_from goes round in a circle: sft -> sft"),
+        ("sft: {start_from: sftt}", "a.yaml:3: sft.start_from is sftt, which is neither a stage nor a path that exists; "
+         "did you mean sft?"),
+        ("sft: {start_from: gpt2}", "a.yaml:3: sft.start_from is gpt2, which is neither a stage nor a path that exists; "
+         "it must be a stage (sft), a run directory or a model"),
+        ("rm: {}\ndpo: {start_from: rm}", "a.yaml:4: dpo.start_from is rm, a reward model; a dpo stage starts from a "
+         "language model"),
+    ],
+)  # fmt: skip
+def test_message_of_start_from(complain: Complain, stages: str, message: str) -> None:
+    assert complain(f"{START}{stages}\n") == [message]
+
+
+def test_a_circle_of_stages_is_told_at_each_of_them(complain: Complain) -> None:
+    stages = "a: {method: sft, start_from: b}\nb: {method: sft, start_from: a}\nc: {method: sft, start_from: a}\n"
+    assert complain(START + stages) == [
+        "a.yaml:3: a.start_from goes round in a circle: a -> b -> a",
+        "a.yaml:4: b.start_from goes round in a circle: b -> a -> b",
+    ]
+
+
+def test_a_number_may_be_whole_and_null_is_a_value_where_trl_says_so(load: Load) -> None:
+    recipe = load(STAGE + "  learning_rate: 1\n  max_length: null\n  neftune_noise_alpha: 5\n")
+    assert recipe.stages["sft"].trainer == {"learning_rate": 1, "max_length": None, "neftune_noise_alpha": 5}
+
+
+def test_stages_read_the_recipes_own_data(load: Load) -> None:
+    recipe = load("model: {path: gpt2}\ndata: [x/y, {path: x/z, weight: 2}]\neval: 0.1\nsft: {}\nrm: {data: x/w}\n")
+    sft, rm = recipe.stages["sft"].options, recipe.stages["rm"].options
+    assert [(source.path, source.weight) for source in sft.data] == [("x/y", 1), ("x/z", 2)]
+    assert [source.path for source in rm.data] == ["x/w"]
+    assert sft.eval == rm.eval == 0.1
+    assert recipe.origins["sft.data.1.weight"] == "a.yaml:2"
+    assert recipe.origins["rm.data.0"] == "a.yaml:5"
+
+
+def test_edits_are_counted_with_swaps() -> None:
+    pairs = [("beta", "beta"), ("beta", "bta"), ("beta", "ebta"), ("beta", "betta"), ("optim", "potmi"), ("a", "long")]
+    assert [count_edits(a, b) for a, b in pairs] == [0, 1, 1, 1, 2, 3]
+
+
+def test_short_words_are_not_like_everything() -> None:
+    assert find_nearest("xy", ["r", "lm"]) is None
+    assert find_nearest("ml", ["chat", "lm"]) == "lm"
