@@ -101,7 +101,7 @@ def _stage_command(method: Literal["sft", "rm", "dpo"]) -> Callable[..., None]:
             if as_json:
                 console.print_json(resolved.to_dict())
             else:
-                console.print_stage(resolved)
+                console.print_stage(resolved.to_dict(), will=_foresee(Path(resolved.run_dir), force=force))
             return
         context.obj["run_dir"] = Path(resolved.run_dir)
         from alignkit.launch import launch_stage
@@ -110,9 +110,23 @@ def _stage_command(method: Literal["sft", "rm", "dpo"]) -> Callable[..., None]:
         if as_json:
             console.print_json(result.to_dict())
         else:
-            console.print_result(result)
+            console.print_result(result.to_dict())
 
     return command
+
+
+def _foresee(run_dir: Path, *, force: bool) -> str:
+    """Return in words what a stage command would do in a run directory as it is now."""
+    from alignkit.runs.layout import RunDir
+
+    run = RunDir(run_dir.absolute())
+    if not run.stage.exists():
+        return "train from the start"
+    if force:
+        return "move the run that is there aside and train from the start"
+    if run.is_finished():
+        return "nothing: the run is finished (--force starts over)"
+    return "go on with the unfinished run"
 
 
 app.command("sft", help="Train on demonstrations, or pre-train on raw text.")(_stage_command("sft"))
@@ -147,9 +161,9 @@ def check(
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors that complete and check YAML."""
     from alignkit import console
-    from alignkit.recipe import json_schema
+    from alignkit.recipe import recipe_schema
 
-    console.print_json(json_schema())
+    console.print_json(recipe_schema())
 
 
 @app.command()

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 _GIB = 2**30
 # Secrets are shown as set or not, never by value.
@@ -89,14 +90,21 @@ def try_abilities() -> list[Ability]:
     return [
         _try("full fine-tuning and LoRA", f"on {device}", lambda: _multiply(device, torch.float32)),
         _try("dtype: bfloat16", f"on {device}", lambda: _multiply(device, torch.bfloat16)),
-        _try("quantization: nf4, fp4", f"bitsandbytes on {device}", lambda: _quantise_4bit(device)),
-        _try("quantization: int8", f"bitsandbytes on {device}", lambda: _quantise_8bit(device)),
+        try_quantization("nf4", device),
+        try_quantization("fp4", device),
+        try_quantization("int8", device),
         Ability("paged optimizers", device == "cuda", "cuda only; elsewhere ordinary ones take their place"),
         _look_for("attn_implementation: flash_attention_2", "flash_attn", "pip install flash-attn; needs cuda"),
         _look_for("report_to: tensorboard", "tensorboard", "pip install 'alignkit[trackers]'"),
         _look_for("report_to: trackio", "trackio", "pip install 'alignkit[trackers]'"),
         _look_for("report_to: wandb", "wandb", "pip install 'alignkit[trackers]'"),
     ]
+
+
+def try_quantization(kind: Literal["nf4", "fp4", "int8"], device: str) -> Ability:
+    """Quantise a small weight with bitsandbytes and look at what comes back; loads torch and bitsandbytes."""
+    action = (lambda: _quantise_8bit(device)) if kind == "int8" else (lambda: _quantise_4bit(device, kind))
+    return _try(f"quantization: {kind}", f"bitsandbytes on {device}", action)
 
 
 def _try(name: str, note: str, action: Callable[[], None]) -> Ability:
@@ -121,16 +129,15 @@ def _multiply(device: str, dtype: object) -> None:
         raise ArithmeticError("a gradient came out wrong")
 
 
-def _quantise_4bit(device: str) -> None:
+def _quantise_4bit(device: str, kind: str) -> None:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
-    for kind in ("nf4", "fp4"):
-        packed, state = quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=True)
-        # The widest gap between neighbouring codes is 0.34 of a block's largest value (fp4: 2/3 to 1).
-        if (dequantize_4bit(packed, state) - weight).abs().max().item() > 0.2:
-            raise ArithmeticError(f"{kind} came out wrong")
+    packed, state = quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=True)
+    # Half of the widest gap between neighbouring codes, that of fp4 from 2/3 to 1, and some for double quantisation.
+    if (dequantize_4bit(packed, state) - weight).abs().max().item() > 0.2:
+        raise ArithmeticError(f"{kind} came out wrong")
 
 
 def _quantise_8bit(device: str) -> None:

@@ -1,0 +1,293 @@
+"""`alignkit check`: everything about a recipe that can be known without training, all problems at once.
+
+It reads every row with the encoder that training uses and looks at models through their small files; it loads no
+weights and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, UsageError
+from alignkit.preflight.disk import checkpoint_bytes, count_trained, read_model_shapes, require_space
+from alignkit.preflight.doctor import Table
+from alignkit.preflight.versions import require_versions
+from alignkit.recipe import Recipe, Stage, resolve
+
+if TYPE_CHECKING:
+    from alignkit.models.chat import Chat
+    from alignkit.train.encode import Tables
+
+_Item = TypeVar("_Item")
+
+_GIB = 2**30
+_TRACKERS = {"tensorboard", "trackio", "wandb"}
+# Beyond these a run still works, but its result may not mean what it seems to.
+_MANY_DUPLICATES = 0.01
+_LENGTH_BIAS = 0.65
+
+
+@dataclass
+class StageCheck:
+    """What was found about one stage: facts, doubts, and what would stop it."""
+
+    name: str
+    method: str
+    facts: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)  # exit code 2
+    environment: list[str] = field(default_factory=list)  # exit code 8
+
+    def noting(self) -> _Noting:
+        """Return a context that notes what stops the stage, and goes on after it."""
+        return _Noting(self)
+
+
+class _Noting:
+    """A context that turns the errors a user can act on into findings; bugs pass through."""
+
+    def __init__(self, check: StageCheck) -> None:
+        self._check = check
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if isinstance(error, EnvironmentProblem):
+            self._check.environment.append(str(error))
+        elif isinstance(error, UsageError):
+            self._check.problems += error.problems
+        return isinstance(error, EnvironmentProblem | UsageError)
+
+
+@dataclass
+class CheckReport:
+    """The stages of a recipe in order."""
+
+    recipe: str
+    stages: list[StageCheck]
+    environment: list[str]
+
+    def error(self) -> AlignKitError | None:
+        """Return the error to end with: 2 for the user's mistakes, 8 when only this machine is wrong."""
+        problems = _unique(problem for stage in self.stages for problem in stage.problems)
+        missing = _unique([*self.environment, *(line for stage in self.stages for line in stage.environment)])
+        if problems:
+            return UsageError([*problems, *(Problem(line) for line in missing)])
+        return EnvironmentProblem("\n".join(missing)) if missing else None
+
+    def tables(self) -> list[Table]:
+        """Return the report for a terminal."""
+        tables = []
+        for stage in self.stages:
+            rows = [[name, value] for name, value in stage.facts.items()]
+            rows += [["warning", text] for text in stage.warnings]
+            state = "would not run" if stage.problems or stage.environment or self.environment else "would run"
+            tables.append((f"{stage.name} ({stage.method}): {state}", ["what", "found"], rows))
+        return tables
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for --json."""
+        return asdict(self) | {"ok": self.error() is None}
+
+
+def check_recipe(recipe: Recipe, *, trust_code: bool = False) -> CheckReport:
+    """Check every stage of a recipe; never raises for what it finds.
+
+    Reads all rows into a temporary directory that is removed again.
+    """
+    report = CheckReport(recipe.path, [], [])
+    try:
+        require_versions()
+    except EnvironmentProblem as error:
+        report.environment.append(str(error))
+        return report
+    for name in recipe.stage_names:
+        check = StageCheck(name, recipe.stages[name].options.method)
+        report.stages.append(check)
+        with check.noting():
+            _check_stage(resolve(recipe, name, trust_code=trust_code), check)
+    return report
+
+
+def _check_stage(stage: Stage, check: StageCheck) -> None:
+    stage = _use_base_of_untrained(stage, check)
+    with check.noting():
+        _check_start(stage, check)
+    with check.noting():
+        _check_device(stage, check)
+    with check.noting():
+        _check_trackers(stage)
+    chat: Chat | None = None
+    with check.noting():
+        chat = _check_tokenizer(stage, check)
+    if chat is None:
+        return
+    with check.noting():
+        _check_disk(stage, check, chat)
+    _check_rows(stage, check, chat)
+
+
+def _use_base_of_untrained(stage: Stage, check: StageCheck) -> Stage:
+    """Return the stage as it can be checked today: one that starts from an untrained stage starts from the base."""
+    if stage.start_stage and stage.start_dir and not (Path(stage.start_dir) / "model").is_dir():
+        check.facts["starts from"] = f"{stage.start_stage}, not trained yet: checked with {stage.model.path}"
+        return replace(stage, start_dir=None, start_stage=None)
+    check.facts["starts from"] = stage.start_dir or stage.model.path
+    return stage
+
+
+def _check_start(stage: Stage, check: StageCheck) -> None:
+    from alignkit.models.files import find_model_dir, inspect_model_dir
+
+    source = stage.start_dir or stage.model.path
+    directory = find_model_dir(source)
+    if directory is None:
+        return
+    files = inspect_model_dir(directory, trust_code=stage.trust_code)
+    check.facts["starts from"] += f" ({files.kind}{', a reward model' if files.reward else ''})"
+    if files.reward and stage.method != "rm":
+        raise ModelError(
+            f"{source} is a reward model; {stage.method} needs a policy to start from",
+            where=stage.where(f"{stage.name}.start_from"),
+        )
+
+
+def _check_device(stage: Stage, check: StageCheck) -> None:
+    from alignkit.preflight.machine import try_quantization
+    from alignkit.train.arguments import micro_batch_size, pick_device
+
+    device = pick_device(stage)
+    check.facts["device"] = device
+    check.facts["batch"] = f"{stage.options.batch_size} rows a step, {micro_batch_size(stage)} at a time"
+    if stage.model.quantization != "none":
+        kind = stage.model.quantization
+        ability = try_quantization(kind, device)
+        if not ability.works:
+            raise EnvironmentProblem(f"model.quantization {kind} does not work here: {ability.note}")
+
+
+def _check_trackers(stage: Stage) -> None:
+    asked = stage.trainer.get("report_to") or []
+    wanted = _TRACKERS & set([asked] if isinstance(asked, str) else asked)
+    missing = sorted(name for name in wanted if importlib.util.find_spec(name) is None)
+    if missing:
+        raise EnvironmentProblem(
+            f"{stage.where(f'{stage.name}.report_to')}: report_to names {', '.join(missing)}, not installed here; "
+            "pip install 'alignkit[trackers]'"
+        )
+
+
+def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
+    from alignkit.models.chat import Chat
+    from alignkit.models.tokens import load_tokenizer
+
+    tokenizer = load_tokenizer(stage)
+    chat = Chat(tokenizer)
+    ends = f"eos {tokenizer.eos_token}, pad {tokenizer.pad_token}"
+    check.facts["tokenizer"] = f"{len(tokenizer)} tokens, {ends}"
+    if tokenizer.chat_template:
+        chat.check()
+        end = tokenizer.convert_ids_to_tokens(chat.end_of_turn)
+        name = stage.model.chat_template or "the tokenizer's own"
+        check.facts["chat template"] = f"{name}; an answer ends with {end}, which is trained"
+    return chat
+
+
+def _check_disk(stage: Stage, check: StageCheck, chat: Chat) -> None:
+    from alignkit.models.bases import pick_precision
+
+    shapes = read_model_shapes(stage, chat.tokenizer)
+    if shapes is None:
+        check.warnings.append(f"{stage.model.path} is not on this machine yet: its size on disk is not known")
+        return
+    dtype = str(pick_precision(stage).dtype).removeprefix("torch.")
+    num_trained = count_trained(shapes, stage.lora)
+    # Rotation comes after the new checkpoint is sealed, so for a moment there is one more than is kept.
+    num_checkpoints = stage.options.keep_checkpoints + 1
+    needed = int(1.1 * num_checkpoints * checkpoint_bytes(num_trained, dtype=dtype))
+    check.facts["trained parameters"] = f"{num_trained:,}"
+    free = require_space(Path(stage.run_dir), needed, num_checkpoints=num_checkpoints)
+    check.facts["disk"] = f"needs {needed / _GIB:.2f} GiB, {free / _GIB:.1f} GiB free"
+
+
+def _check_rows(stage: Stage, check: StageCheck, chat: Chat) -> None:
+    """Encode all rows as training would; after rows that do not fit, once more without them, for the rest's sake."""
+    before = len(check.problems)
+    with check.noting():
+        _encode(stage, check, chat)
+    if len(check.problems) > before and stage.options.on_bad_row == "error":
+        lenient = stage.options.model_copy(update={"on_bad_row": "skip"})
+        with check.noting():
+            _encode(replace(stage, options=lenient), check, chat)
+
+
+def _encode(stage: Stage, check: StageCheck, chat: Chat) -> None:
+    from alignkit.data import Rejects
+    from alignkit.train.encode import prepare_tables
+
+    rejects = Rejects()
+    with tempfile.TemporaryDirectory(prefix="alignkit-check-") as directory:
+        tables = prepare_tables(stage, chat, Path(directory), rejects=rejects)
+        check.facts |= describe_rows(tables)
+    check.warnings += find_doubts(tables.report.to_dict())
+
+
+def describe_rows(tables: Tables) -> dict[str, str]:
+    """Return what is worth knowing about the rows of a stage, in words."""
+    import numpy as np
+
+    report, lengths = tables.report.to_dict(), tables.lengths
+    facts = {}
+    for source in report["sources"]:
+        formats = ", ".join(f"{count} {name}" for name, count in source["formats"].items())
+        ignored = ", ".join(source["ignored_columns"])
+        facts[f"data {source['path']}"] = (
+            f"{source['read']} rows read, {source['kept']} kept ({formats})"
+            + (f", {source['rejected']} do not fit" if source["rejected"] else "")
+            + (f", {source['duplicates_dropped']} duplicates dropped" if source["duplicates_dropped"] else "")
+            + (f"; columns not used: {ignored}" if ignored else "")
+        )
+    middle, high = np.percentile(tables.train.data.column("length").to_numpy(), [50, 95])
+    facts["tokens"] = f"{lengths.num_tokens:,}, of which {lengths.num_trained_tokens:,} are trained"
+    facts["tokens a row"] = f"median {middle:.0f}, 95 % below {high:.0f}, longest {lengths.longest_tokens}"
+    facts["too long"] = f"{lengths.truncated_share:.1%}: {lengths.num_truncated} cut, {lengths.num_too_long} left out"
+    if lengths.num_untrained:
+        facts["nothing to learn"] = f"{lengths.num_untrained} rows left out"
+    facts["duplicates"] = f"{report['duplicates']} rows, {report['duplicate_prompts']} prompts"
+    if report["longer_chosen_share"] is not None:
+        facts["chosen is longer"] = f"in {report['longer_chosen_share']:.0%} of {report['comparisons']} comparisons"
+    if tables.eval is not None:
+        facts["held out"] = f"{len(tables.eval)} rows, {report['overlap']} prompts of them also in the training rows"
+    return facts
+
+
+def find_doubts(report: dict[str, Any]) -> list[str]:
+    """Return what lets a stage run but makes its result doubtful; `report` is DataReport.to_dict()."""
+    doubts = []
+    if report["duplicates"] > _MANY_DUPLICATES * report["rows"]:
+        doubts.append(f"{report['duplicates']} of {report['rows']} rows repeat an earlier one; dedupe: true drops them")
+    equal = sum(source["equal_answers"] for source in report["sources"])
+    if equal:
+        doubts.append(f"{equal} rows have the same answer as chosen and rejected")
+    share = report["longer_chosen_share"]
+    if share is not None and abs(share - 0.5) > _LENGTH_BIAS - 0.5:
+        kind = "longer" if share > 0.5 else "shorter"
+        doubts.append(
+            f"the chosen answer is the {kind} one in {max(share, 1 - share):.0%} of comparisons: "
+            "the model may learn length instead of quality"
+        )
+    if report["overlap"]:
+        places = ", ".join(report["overlap_places"])
+        doubts.append(f"{report['overlap']} held-out rows have a prompt that is also trained on, first at {places}")
+    return doubts
+
+
+def _unique(items: Iterable[_Item]) -> list[_Item]:
+    return list(dict.fromkeys(items))

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignkit.errors import EnvironmentProblem, Problem, RecipeError, UsageError
+from alignkit.preflight.check import CheckReport, StageCheck, check_recipe, find_doubts
+from alignkit.recipe import load_recipe
+
+NO_DOUBTS = {
+    "rows": 1000,
+    "duplicates": 10,
+    "sources": [{"equal_answers": 0}],
+    "longer_chosen_share": 0.65,
+    "overlap": 0,
+    "overlap_places": [],
+}
+
+
+def _write(directory: Path, recipe: str, **files: str) -> Path:
+    for name, text in files.items():
+        (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    path = directory / "recipe.yaml"
+    path.write_text(recipe, encoding="utf-8")
+    return path
+
+
+def test_nothing_unusual_raises_no_doubt() -> None:
+    assert find_doubts(NO_DOUBTS) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "doubt"),
+    [
+        ({"duplicates": 11}, "11 of 1000 rows repeat an earlier one; dedupe: true drops them"),
+        ({"sources": [{"equal_answers": 3}]}, "3 rows have the same answer as chosen and rejected"),
+        (
+            {"longer_chosen_share": 0.2},
+            "the chosen answer is the shorter one in 80% of comparisons: "
+            "the model may learn length instead of quality",
+        ),
+        (
+            {"overlap": 2, "overlap_places": ["a:1", "a:2"]},
+            "2 held-out rows have a prompt that is also trained on, first at a:1, a:2",
+        ),
+    ],
+)
+def test_each_doubt_is_said_with_its_number(change: dict[str, object], doubt: str) -> None:
+    assert find_doubts(NO_DOUBTS | change) == [doubt]
+
+
+def test_context_notes_what_a_user_can_act_on_and_lets_bugs_through() -> None:
+    check = StageCheck("sft", "sft")
+    with check.noting():
+        raise RecipeError("beta is -1", where="a.yaml:7")
+    with check.noting():
+        raise EnvironmentProblem("no cuda")
+    assert (check.problems, check.environment) == ([Problem("beta is -1", "a.yaml:7")], ["no cuda"])
+    with pytest.raises(KeyError), check.noting():
+        raise KeyError("a bug")
+
+
+def test_exit_code_is_2_for_mistakes_and_8_when_only_the_machine_is_wrong() -> None:
+    mistaken = StageCheck("sft", "sft", problems=[Problem("beta is -1", "a.yaml:7")], environment=["no cuda"])
+    lacking = StageCheck("dpo", "dpo", environment=["no cuda"])
+    both = CheckReport("a.yaml", [mistaken, lacking], []).error()
+    assert isinstance(both, UsageError)
+    assert (str(both), both.exit_code) == ("a.yaml:7: beta is -1\nno cuda", 2)
+    only = CheckReport("a.yaml", [lacking], []).error()
+    assert only is not None
+    assert (str(only), only.exit_code) == ("no cuda", 8)
+    assert CheckReport("a.yaml", [StageCheck("sft", "sft")], []).error() is None
+
+
+@pytest.mark.slow
+def test_good_recipe_is_described_stage_by_stage(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path,
+        "name: good\n"
+        "model: {path: builtin:tiny-llama}\n"
+        "lora: {r: 4}\n"
+        "sft:\n"
+        "  data: {path: rows.jsonl}\n"
+        "dpo:\n"
+        "  start_from: sft\n"
+        "  data: {path: builtin:preferences, max_rows: 40}\n"
+        "  eval: 0.2\n",
+        rows='{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "dd", "source": "x"}\n',
+    )
+    report = check_recipe(load_recipe(path))
+    assert report.error() is None
+    sft, dpo = report.stages
+    assert sft.facts["starts from"] == "builtin:tiny-llama"
+    assert sft.facts[f"data {tmp_path / 'rows.jsonl'}"] == (
+        "2 rows read, 2 kept (2 trl prompt_completion); columns not used: source"
+    )
+    # one token of prompt, one or two of completion, and the eos
+    assert sft.facts["tokens"] == "7, of which 5 are trained"
+    assert dpo.facts["starts from"] == "sft, not trained yet: checked with builtin:tiny-llama"
+    assert dpo.facts["chat template"].endswith("an answer ends with <|im_end|>, which is trained")
+    assert {"device", "disk", "held out", "chosen is longer"} <= set(dpo.facts)
+    assert list(tmp_path.iterdir()) != [] and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_all_problems_of_all_stages_come_at_once(run_alignkit, tmp_path: Path) -> None:
+    _write(
+        tmp_path,
+        "name: bad\n"
+        "model: {path: builtin:tiny-gpt2}\n"
+        "sft:\n"
+        "  data: {path: rows.jsonl}\n"
+        "rm:\n"
+        "  data: {path: missing.jsonl}\n",
+        rows='{"prompt": "a", "completion": "b"}\nnot json\n{"prompt": "a", "completion": null}\n',
+    )
+    done = run_alignkit("check", "--recipe", "recipe.yaml", "--json")
+    assert done.returncode == 2
+    for place in ("rows.jsonl:2: ", "rows.jsonl:3: ", "missing.jsonl: no such file"):
+        assert done.stderr.count(place) == 1, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"] is False
+    assert [len(stage["problems"]) > 0 for stage in report["stages"]] == [True, True]
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name not in ("recipe.yaml", "rows.jsonl")] == []
