@@ -13,7 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
-from alignkit.models.files import BUILTIN_PREFIX, closest
+from alignkit.models.files import BUILTIN_PREFIX
+from alignkit.recipe.nearest import suggest
 
 END_OF_TEXT, PAD, IM_START, IM_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 _MERGES = Path(__file__).with_name("tiny_merges.txt")
@@ -26,7 +27,7 @@ def builtin_config(path: str) -> PreTrainedConfig:
     builders = {"tiny-gpt2": _tiny_gpt2, "tiny-llama": _tiny_llama}
     if name not in builders:
         known = ", ".join(f"{BUILTIN_PREFIX}{known_name}" for known_name in builders)
-        raise ModelError(f"model.path {path!r} is not a builtin model{closest(name, builders)}; there are {known}")
+        raise ModelError(f"model.path {path!r} is not one of {known}{suggest(name, builders)}")
     return builders[name]()
 
 

@@ -174,7 +174,7 @@ class Chat:
         bos = self.tokenizer.bos_token_id
         if bos is not None and encoded.ids[:2] == [bos, bos]:
             raise ModelError("the chat template writes the BOS token twice; remove one of them from the template")
-        if len(encoded.spans) != 2:
+        if len(encoded.spans) < 2:
             raise ModelError(
                 f"the chat template marks {len(encoded.spans)} of 2 answers with {{% generation %}}; put the block "
                 "around every assistant message, or set model.chat_template: chatml | llama3 | zephyr | plain"

@@ -6,11 +6,9 @@ and whatever it refuses is never opened by anything else.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -42,12 +40,6 @@ class ModelFiles:
     num_parameters: int  # as stored: of the adapter alone for an adapter, elements of packed tensors count as stored
     config: dict[str, Any] = field(hash=False)  # config.json, or adapter_config.json for an adapter
     record: dict[str, Any] = field(hash=False)  # alignkit.json; empty for a directory that is not ours
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)`, or nothing when no name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def is_builtin(path: str) -> bool:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -17,6 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from alignkit.errors import EnvironmentProblem, ModelError
 
@@ -54,3 +58,33 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while seen is not None:
         yield seen
         seen = seen.__cause__ or seen.__context__
+
+
+def fetch_adapter(source: str, revision: str | None) -> Path | None:
+    """Return the local snapshot of a hub repository that holds an adapter, None for one that holds a model."""
+    with explain_hub_errors(source):
+        found = cached_file(
+            source,
+            "adapter_config.json",
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is None:
+            return None
+        allowed = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=allowed))
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence what transformers reports and draws while it reads and writes: the callers judge, the console draws."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

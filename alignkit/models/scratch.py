@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError, Problem
-from alignkit.models.files import closest
+from alignkit.recipe.nearest import suggest
 
 # Keys of a config that describe a file or a task, not an architecture.
 _NOT_ARCHITECTURE = frozenset(
@@ -32,7 +32,7 @@ def override_config(config: PreTrainedConfig, overrides: dict[str, Any], *, wher
     unknown = [name for name in overrides if name not in known]
     if unknown:
         raise ModelError(
-            Problem(f"model.config has no {name!r} in a {config.model_type} model{closest(name, known)}", where)
+            Problem(f"model.config has no {name!r} in a {config.model_type} model{suggest(name, known)}", where)
             for name in unknown
         )
     renamed = {config.attribute_map.get(name, name): value for name, value in overrides.items()}

@@ -8,12 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from alignkit.errors import ModelError
 from alignkit.models.builtin import builtin_tokenizer
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
-from alignkit.models.hub import explain_hub_errors
+from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.recipe.stage import Stage
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -105,15 +104,10 @@ def _load(source: str, *, revision: str | None, trust_code: bool) -> PreTrainedT
         directory / "tokenizer.json"
     ).exists():
         raise ModelError(f"{directory} has no tokenizer; set model.tokenizer to the one its model was trained with")
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with explain_hub_errors(source):
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(directory or source), revision=revision, trust_remote_code=trust_code
-            )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    with explain_hub_errors(source), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory or source), revision=revision, trust_remote_code=trust_code
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{source} has no fast tokenizer (tokenizer.json); convert it once and set model.tokenizer")
     return tokenizer

@@ -1,0 +1,225 @@
+"""LoRA adapters on a base: a new one, one that goes on, one below another, and its frozen copy.
+
+Deliberately works on a base model that is already in memory; an adapter directory is never given to AutoModel,
+which would load it in a way that a later wrap silently throws away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from alignkit.errors import ModelError, Problem
+from alignkit.recipe.schema import LoraOptions
+from alignkit.recipe.stage import Stage
+
+TRAINED, START, REFERENCE = "default", "start", "ref"  # adapter names
+
+
+def add_new_adapter(model: PreTrainedModel, stage: Stage, *, reward: bool) -> PeftModel:
+    """Wrap a base with a fresh adapter; B is zero, so the model still computes what the base does."""
+    with _seeded(stage.seed), _explain(stage):
+        return get_peft_model(model, _new_config(model, stage, reward=reward), adapter_name=TRAINED)
+
+
+def continue_adapter(model: PreTrainedModel, directory: Path, stage: Stage, *, reward: bool) -> PeftModel:
+    """Wrap a base with the adapter of a directory and train it on.
+
+    A policy's adapter goes on as a reward model's with a fresh score head. Raises ModelError when `lora:` asks for
+    another shape than the adapter has, or when its tensors do not fit the base.
+    """
+    assert stage.lora is not None
+    config = _stored_config(model, directory, reward=reward, trainable=True)
+    _check_shape(config, stage.lora, directory, stage)
+    config.lora_dropout = stage.lora.dropout
+    with _seeded(stage.seed), _explain(stage):
+        wrapped = get_peft_model(model, config, adapter_name=TRAINED)
+    _fill(wrapped, directory, TRAINED, reward=reward)
+    return wrapped
+
+
+def stack_adapter(model: PreTrainedModel, directory: Path, stage: Stage, *, reward: bool) -> PeftModel:
+    """Freeze the adapter of a directory on the base and train a new one on top; both are active."""
+    lower = _stored_config(model, directory, reward=reward, trainable=False)
+    upper = _new_config(model, stage, reward=reward)
+    if lower.use_dora or upper.use_dora:
+        raise ModelError("adapter: stack adds two low-rank updates, which DoRA's are not; use merge", where=str(directory))
+    with _seeded(stage.seed), _explain(stage):
+        wrapped = get_peft_model(model, lower, adapter_name=START)
+        _fill(wrapped, directory, START, reward=reward)
+        wrapped.add_adapter(TRAINED, upper)
+    _copy_saved_modules(wrapped, START, TRAINED)
+    activate(wrapped, [START, TRAINED])
+    return wrapped
+
+
+def add_reference_adapter(model: PeftModel, *, of: str = TRAINED) -> None:
+    """Add a frozen copy of an adapter under the name `ref`, for the reference of DPO."""
+    model.add_adapter(REFERENCE, model.peft_config[of])
+    for name, parameter in list(model.named_parameters()):
+        if f".{of}." in name:
+            copy = model.get_parameter(name.replace(f".{of}.", f".{REFERENCE}."))
+            copy.data = parameter.data.clone()
+    model.set_adapter(TRAINED)
+
+
+def attach_frozen(model: PreTrainedModel, directory: Path, *, reward: bool) -> PeftModel:
+    """Wrap a base with a stored adapter for use, not for training."""
+    wrapped = get_peft_model(model, _stored_config(model, directory, reward=reward, trainable=False), adapter_name=TRAINED)
+    _fill(wrapped, directory, TRAINED, reward=reward)
+    return wrapped.requires_grad_(False).eval()
+
+
+def activate(model: PeftModel, names: list[str]) -> None:
+    """Make the named adapters act together; only `default` trains.
+
+    PeftModel.set_adapter takes one name, and the layers' own would make all of them trainable. The reference of a
+    stacked model is `activate(model, [START])`, its way back `activate(model, [START, TRAINED])`.
+    """
+    model.set_adapter(names[-1])  # modules trained in full cannot act together: the last adapter's do
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(names)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            parameter.requires_grad = f".{TRAINED}." in name
+
+
+def cast_adapters(model: PeftModel, dtype: torch.dtype) -> None:
+    """Hold the adapters of a quantised base in the dtype it computes in.
+
+    DoRA magnitudes stay as they are: their updates are smaller than bfloat16 can add.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and "magnitude" not in name and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def is_stacked(model: PeftModel) -> bool:
+    """Say whether a frozen adapter acts below the trained one."""
+    return START in model.peft_config
+
+
+def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of an adapter directory."""
+    try:
+        return load_file(directory / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot be read: {error}", where=str(directory / "adapter_model.safetensors")) from error
+
+
+def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool) -> LoraConfig:
+    options = stage.lora
+    assert options is not None
+    if not isinstance(options.target_modules, str) and "lm_head" in options.target_modules:
+        raise ModelError("lora.target_modules names lm_head, which is never adapted; use all-linear", where=stage.where("lora.target_modules"))
+    return LoraConfig(
+        r=options.r,
+        lora_alpha=int(options.alpha) if options.alpha == int(options.alpha) else options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=options.target_modules,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        modules_to_save=list(options.modules_to_save) or None,  # PEFT adds the score head of a SEQ_CLS adapter
+        task_type="SEQ_CLS" if reward else "CAUSAL_LM",
+        fan_in_fan_out=_is_transposed(model),
+    )
+
+
+def _is_transposed(model: PreTrainedModel) -> bool:
+    """Say whether linear layers hold their weights transposed (GPT-2), which quantization undoes.
+
+    PEFT would find out by itself, with a warning per layer.
+    """
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _stored_config(model: PreTrainedModel, directory: Path, *, reward: bool, trainable: bool) -> LoraConfig:
+    config = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"holds a {config.peft_type} adapter; only LoRA adapters can be used", where=str(directory))
+    config.inference_mode = not trainable
+    config.fan_in_fan_out = _is_transposed(model)
+    config.base_model_name_or_path = model.name_or_path  # a moved base is found again, see load.find_base
+    config.task_type = "SEQ_CLS" if reward else "CAUSAL_LM"
+    return config
+
+
+def _fill(model: PeftModel, directory: Path, name: str, *, reward: bool) -> None:
+    """Copy stored tensors into an adapter; every one must find its place, and every place but a new head its tensor."""
+    stored = read_adapter(directory)
+    places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    wrong = [key for key in stored if key not in places or places[key].shape != stored[key].shape]
+    unfilled = [key for key in places if key not in stored and not (reward and ".score." in key)]
+    if wrong or unfilled:
+        first = (wrong or unfilled)[0]
+        raise ModelError(
+            f"the adapter does not fit its base: {len(wrong)} of its tensors have no place, {len(unfilled)} are "
+            f"missing (first {first}); load it on the base it was trained on",
+            where=str(directory),
+        )
+    # PEFT wants every saved module in the state; a new head stays what it is.
+    new_head = {key: place for key, place in places.items() if key not in stored}
+    set_peft_model_state_dict(model, stored | new_head, adapter_name=name)
+
+
+def _check_shape(config: LoraConfig, options: LoraOptions, directory: Path, stage: Stage) -> None:
+    """Refuse `lora:` values that a continued adapter would silently ignore."""
+    wanted: dict[str, tuple[Any, Any]] = {
+        "r": (options.r, config.r),
+        "alpha": (float(options.alpha), float(config.lora_alpha)),
+        "use_rslora": (options.use_rslora, config.use_rslora),
+        "use_dora": (options.use_dora, config.use_dora),
+    }
+    if isinstance(options.target_modules, list) and not isinstance(config.target_modules, str):
+        wanted["target_modules"] = (sorted(options.target_modules), sorted(config.target_modules or ()))
+    problems = [
+        Problem(
+            f"lora.{key} is {asked} but the adapter in {directory} has {has}; set lora.{key}: {has}, or adapter: merge "
+            "or stack to train a new one",
+            stage.where(f"lora.{key}"),
+        )
+        for key, (asked, has) in wanted.items()
+        if asked != has
+    ]
+    if problems:
+        raise ModelError(problems)
+
+
+def _copy_saved_modules(model: PeftModel, source: str, target: str) -> None:
+    """Let modules trained in full (the score head) start from the lower adapter's."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if f".modules_to_save.{source}." in name:
+            copy = parameters.get(name.replace(f".{source}.", f".{target}."))
+            if copy is not None:
+                copy.data = parameter.data.clone()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw A matrices from the stage's seed without touching the global generators."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _explain(stage: Stage) -> Iterator[None]:
+    """PEFT answers names that match nothing with a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelError(f"lora does not fit the model: {error}", where=stage.where("lora.target_modules")) from error

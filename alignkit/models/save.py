@@ -1,0 +1,117 @@
+"""Final weights on disk: safetensors, tokenizer, template, and our record of what they are made of.
+
+Deliberately not checkpoints, and no pickles, model cards or absolute names of machines.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from alignkit.errors import ModelError
+from alignkit.models.adapters import START, TRAINED, is_stacked
+from alignkit.models.bases import Precision
+from alignkit.models.files import RECORD
+from alignkit.models.hub import quiet_transformers
+
+_WRAPPER = "base_model.model."  # what PEFT puts before the base's own names
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    *,
+    lineage: Sequence[dict[str, Any]] = (),
+    precision: Precision | None = None,
+    stop_ids: Sequence[int] = (),
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the model to `out`, whole or not at all; what was there before is replaced.
+
+    An adapter is saved without its base and without its frozen copy; a stacked one as one plain adapter of both
+    ranks, which loads with plain PEFT and computes the same. `stop_ids` go into the generation config, `state_dict`
+    replaces the model's own where a sharded one was gathered. Call it on one rank.
+    """
+    draft = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    with quiet_transformers():
+        if isinstance(model, PeftModel):
+            _save_adapter(model, draft, state_dict)
+        else:
+            _save_full(model, draft, state_dict)
+    tokenizer.save_pretrained(draft)
+    eos = sorted({*stop_ids, tokenizer.eos_token_id} - {None})
+    GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id).save_pretrained(draft)
+    record: dict[str, Any] = {"lineage": list(lineage), "pad_token_id": tokenizer.pad_token_id}
+    record |= precision.to_record() if precision else {}
+    (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if out.exists():
+        shutil.rmtree(out)
+    draft.rename(out)
+
+
+def concatenate_adapters(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """Return the one adapter that computes what the stacked two do: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2].
+
+    Its scale is 1 and its rank r1 + r2; where only one adapter reaches a layer, that layer has its rank alone.
+    """
+    state: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        present = [adapter for adapter in (START, TRAINED) if adapter in layer.lora_A]
+        if not present:
+            raise ModelError(f"{name} is adapted in a way that cannot be stacked; use adapter: merge")
+        down = torch.cat([layer.lora_A[adapter].weight.detach().float() for adapter in present], dim=0)
+        up = torch.cat([layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter] for adapter in present], dim=1)
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = down.cpu(), up.cpu().contiguous()
+        ranks[name.removeprefix(_WRAPPER)] = down.shape[0]
+    trained = get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
+    state |= {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items() if ".lora_" not in name}
+    return _joint_config(model, ranks), state
+
+
+def _joint_config(model: PeftModel, ranks: dict[str, int]) -> LoraConfig:
+    config = copy.deepcopy(model.peft_config[TRAINED])
+    lower = model.peft_config[START]
+    config.r = config.lora_alpha = max(ranks.values())
+    config.use_rslora = False
+    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.target_modules = {*config.target_modules, *lower.target_modules}
+    config.base_model_name_or_path = lower.base_model_name_or_path or config.base_model_name_or_path
+    config.inference_mode = True
+    return config
+
+
+def _save_adapter(model: PeftModel, out: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+    if is_stacked(model):
+        config, state = concatenate_adapters(model)
+        save_file(state, out / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(out)
+        return
+    model.save_pretrained(out, selected_adapters=[TRAINED], save_embedding_layers=False, state_dict=state_dict)
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's card holds the absolute path of the base
+
+
+def _save_full(model: PreTrainedModel, out: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+    use_cache, model.config.use_cache = model.config.use_cache, True  # off in training only
+    try:
+        model.save_pretrained(out, state_dict=state_dict)
+    finally:
+        model.config.use_cache = use_cache
