@@ -28,6 +28,7 @@ Entry = tuple[str, Record | BadRow]  # place, and the record or why there is non
 MAX_LINE_BYTES = 2 * 1024 * 1024  # a longer line is a broken file far more often than a row
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".parquet")
 _PARQUET_BATCH = 1024
+_BUFFER_BYTES = 1 << 18
 _TOO_LONG = BadRow(f"the line is longer than {MAX_LINE_BYTES // 2**20} MB; split the row or remove it")
 
 
@@ -56,12 +57,12 @@ def read_file(path: Path, *, blocks: bool = False) -> Iterator[Entry]:
     """
     name = display_name(path)
     suffix = data_suffix(path)
-    empty = True
-    for entry in _entries(path, name, suffix, blocks):
-        empty = False
-        yield entry
-    if empty:
+    entries = _entries(path, name, suffix, blocks)
+    first = next(entries, None)
+    if first is None:
         raise DataError("the file has no rows", where=name)
+    yield first
+    yield from entries
 
 
 def _entries(path: Path, name: str, suffix: str | None, blocks: bool) -> Iterator[Entry]:
@@ -82,14 +83,13 @@ def _entries(path: Path, name: str, suffix: str | None, blocks: bool) -> Iterato
 
 
 @contextmanager
-def _open(path: Path, name: str) -> Iterator[io.BufferedReader]:
+def _open(path: Path, name: str) -> Iterator[io.BufferedReader[Any]]:
     """Open for reading bytes, through gzip when the name says so; reading errors become one line."""
     try:
-        with path.open("rb") as raw:
-            stream = raw
-            if path.suffix == ".gz":
-                # GzipFile.readline runs in Python; a BufferedReader around it runs in C.
-                stream = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 18)
+        with path.open("rb", buffering=0) as raw:
+            # GzipFile.readline runs in Python; a BufferedReader around it runs in C.
+            bytes_in = gzip.GzipFile(fileobj=raw, mode="rb") if path.suffix == ".gz" else raw
+            stream = io.BufferedReader(bytes_in, _BUFFER_BYTES)
             _refuse_foreign(stream, name)
             yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -107,7 +107,7 @@ _FOREIGN = {
 }
 
 
-def _refuse_foreign(stream: io.BufferedReader, name: str) -> None:
+def _refuse_foreign(stream: io.BufferedReader[Any], name: str) -> None:
     head = stream.peek(4)[:4]
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
@@ -189,7 +189,7 @@ def not_an_object(value: object) -> BadRow:
     return BadRow(f"the row is {type_name(value)}; it must be an object with named fields")
 
 
-def _read_json(stream: io.BufferedReader, name: str) -> Iterator[Entry]:
+def _read_json(stream: io.BufferedReader[Any], name: str) -> Iterator[Entry]:
     """Read an array of objects, an object that holds one list of them, or lines of objects with the wrong suffix."""
     head = stream.peek(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith(b"["):
@@ -217,7 +217,9 @@ def _read_json_object(stream: IO[bytes], name: str) -> Iterator[Entry]:
     except UnicodeDecodeError as error:
         raise DataError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8", where=name) from error
     except json.JSONDecodeError as error:
-        raise DataError(f"invalid JSON: {error.msg} (column {error.colno})", where=f"{name}:{error.lineno}") from error
+        hint = "; one object per line belongs in a .jsonl file" if error.msg == "Extra data" else ""
+        what = f"invalid JSON: {error.msg} (column {error.colno}){hint}"
+        raise DataError(what, where=f"{name}:{error.lineno}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(_bad_json(error).reason, where=name) from error
     lists = {key: held for key, held in value.items() if isinstance(held, list)} if isinstance(value, dict) else {}

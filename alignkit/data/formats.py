@@ -49,6 +49,7 @@ _COLUMN_HELP = (
     "text; messages; prompt + completion (+ label); prompt + chosen + rejected; chosen + rejected; "
     "prompt + completions + scores or ranking; prompt + responses; conversations; instruction + output; prompt"
 )
+_ITEM_KEYS = {"role", "content", "from", "value", "response", "overall_score"}
 _MAX_KNOWN = 4096  # a file whose columns change with every row must not fill the memory
 
 
@@ -78,18 +79,28 @@ class Detector:
                 self._ignored = self.count_ignored()
                 self._known.clear()
             form = self._choose(record)
-            columns = self._known[signature] = _Columns(form, frozenset(record) - form.columns)
+            columns = self._known[signature] = _Columns(form, frozenset(record) - form.columns | _nested(record, form))
         columns.rows += 1
         if columns.form is _IMPLICIT and record["chosen"].startswith(START):
             return HH
         return columns.form
 
     def count_ignored(self) -> Counter[str]:
-        """Return the columns that no Row carries, with the number of records that have them."""
+        """Return the columns that no Row carries, with the number of records that have them.
+
+        Extra keys of messages are named too ("messages[].name"), as of the first record with such columns.
+        """
         ignored = self._ignored.copy()
         for columns in self._known.values():
             ignored.update(dict.fromkeys(columns.ignored, columns.rows))
         return ignored
+
+
+def _nested(record: Record, form: Format) -> set[str]:
+    """Name the keys of messages that are not read."""
+    lists = ((column, record[column]) for column in form.columns & record.keys() if type(record[column]) is list)
+    items = ((column, item) for column, held in lists for item in held if type(item) is dict)
+    return {f"{column}[].{key}" for column, item in items for key in item.keys() - _ITEM_KEYS}
 
 
 def rename_columns(record: Record, columns: dict[str, str]) -> Record:

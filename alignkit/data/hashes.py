@@ -1,6 +1,6 @@
 """Stable hashes of rows and prompts, and a compact set of 64-bit hashes.
 
-Hashes depend on content only (never on the place of a row, the Python version or the process), so that data
+Digests and keys depend on content only (never on the place of a row, the Python version or the process), so that data
 fingerprints, splits and half-weighted sources are the same on every machine. Not for secrets.
 """
 
@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from hashlib import blake2b
 
 from alignkit.data.rejects import BadRow
-from alignkit.data.rows import Row, Text
+from alignkit.data.rows import Message, Row, Text
 
 DIGEST_BYTES = 16
 _FIRST_SIZE = 1 << 12
+_64_BITS = (1 << 64) - 1
 
 
 def digest_row(row: Row) -> bytes:
@@ -23,16 +24,15 @@ def digest_row(row: Row) -> bytes:
     Raises:
         BadRow: a text holds half of a surrogate pair, which no tokenizer can read.
     """
-    parts = [row.kind, _netstring(row.prompt)]
-    parts += map(_netstring, row.completions)
+    parts = [row.kind, _netstring(row.prompt), *map(_netstring, row.completions)]
     if row.scores is not None or row.label is not None or row.margin is not None:
         parts.append(repr((row.scores, row.label, row.margin)))
     return blake2b(_encode("\x1e".join(parts)), digest_size=DIGEST_BYTES).digest()
 
 
 def hash_prompt(row: Row) -> int:
-    """Return 64 bits of the row's prompt; see `prompt_key`."""
-    return int.from_bytes(blake2b(prompt_key(row), digest_size=8).digest(), "little")
+    """Return 64 bits of the row's prompt (see `prompt_key`), comparable within this process only."""
+    return hash(prompt_key(row)) & _64_BITS
 
 
 def prompt_key(row: Row) -> bytes:
@@ -45,13 +45,19 @@ def prompt_key(row: Row) -> bytes:
     if not prompt and row.completions:
         prompt = row.completions[0]
         if not isinstance(prompt, str):
-            answers = (place for place, message in enumerate(prompt) if message["role"] == "assistant")
-            prompt = prompt[: next(answers, None)] or prompt
+            prompt = _before_answer(prompt)
     if isinstance(prompt, str):
         return _encode(prompt.strip())
     if len(prompt) == 1 and prompt[0]["role"] == "user":
         return _encode(prompt[0]["content"].strip())
     return _encode(_netstring(prompt))
+
+
+def _before_answer(messages: list[Message]) -> list[Message]:
+    for place, message in enumerate(messages):
+        if place and message["role"] == "assistant":
+            return messages[:place]
+    return messages
 
 
 def _netstring(text: Text) -> str:

@@ -45,28 +45,31 @@ def read_rows(
     """
     problems = Problems()
     seen = HashSet() if stage.options.dedupe else None
-    for located in locate(sources):
-        reader = _SourceReader(located, stage, rejects, problems)
+    readers = [_SourceReader(located, stage, rejects, problems) for located in locate(sources)]
+    kinds: Counter[str] = Counter()  # of this call; the report may hold the rows of another one too
+    for reader in readers:
         report.sources.append(reader.counts)
         for row, digest in _take(reader, seen):
-            copies = _count_copies(digest, located.source.weight, stage.seed)
+            copies = _count_copies(digest, reader.source.weight, stage.seed)
             if not copies:
                 reader.counts.not_sampled += 1
                 continue
             reader.counts.kept += 1
             report.add_source_row(row, digest, hash_prompt(row), known_prompts)
-            for _ in range(copies):
-                for given in _for_method(row, stage.method):
-                    report.add_given_row(given, digest)
-                    yield given
+            for given in copies * _for_method(row, stage.method):
+                kinds[given.kind] += 1
+                report.add_given_row(given, digest)
+                yield given
         reader.finish()
-    if stage.method == "dpo" and {"pair", "unpaired"} <= report.kinds.keys():
-        counts = " and ".join(f"{count} {kind} rows" for kind, count in report.kinds.items())
+    num_read = sum(reader.counts.read for reader in readers)
+    if stage.method == "dpo" and {"pair", "unpaired"} <= kinds.keys():
+        counts = " and ".join(f"{count} {kind} rows" for kind, count in kinds.items())
         where = stage.where(f"{stage.name}.data")
         problems.files.append(Problem(f"{counts} cannot be trained on in one dpo stage; give each its own", where))
-    problems.raise_any(report.read)
-    if not report.rows:
-        raise DataError(f"no row is left of {report.read} read", where=", ".join(source.path for source in sources))
+    problems.raise_any(num_read)
+    if not kinds:
+        paths = ", ".join(source.path for source in sources)
+        raise DataError([*rejects.first, Problem(f"no row is left of {num_read} read", paths)])
 
 
 def split_eval(rows: Iterable[Row], share: float, seed: int) -> Iterator[tuple[bool, Row]]:

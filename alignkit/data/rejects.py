@@ -36,12 +36,15 @@ class Rejects:
 
     def __init__(self) -> None:
         self.count = 0
+        self.first: list[Problem] = []  # the first five, for an error when nothing else is left
         # Lives as long as this object; closed by the garbage collector, as a temporary file may be.
         self._lines = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES, mode="w+b")  # noqa: SIM115
 
     def add(self, place: str, reason: str) -> None:
         """Remember one row; `place` is a Row's place."""
         self.count += 1
+        if len(self.first) < SHOWN_PROBLEMS:
+            self.first.append(Problem(reason, place))
         self._lines.write(json.dumps(_locate(place) | {"reason": reason}).encode() + b"\n")
 
     def write(self, path: Path) -> None:

@@ -100,8 +100,8 @@ def check_list(value: object, field: str) -> list[Any]:
 def check_messages(value: object, field: str) -> list[Message]:
     """Return messages with exactly role and content, roles in our names, at most one system message and that first.
 
-    Accepts role/content and from/value. Other keys of a message are dropped (formats report them), but for tool
-    calls, which would take text away from the conversation.
+    Accepts role/content and from/value. Other keys of a message are dropped (`Detector.count_ignored` names them),
+    but for those that say what to train on: tool calls, and a weight other than 1.
     """
     messages = check_list(value, field)
     checked: list[Message] = []
@@ -132,6 +132,10 @@ def _repair_message(message: dict[str, Any], field: str) -> Message:
     for key in _UNSUPPORTED:
         if message.get(key):
             raise BadRow(f"{field}.{key}: calls of tools cannot be trained on; write them as text in content")
+    if message.get("weight") not in (None, 1):
+        raise BadRow(
+            f"{field}.weight: is {message['weight']!r}; messages cannot be weighted, leave the row or turn out"
+        )
     role = message.get(role_key)
     if role is None:
         raise BadRow(f"{field}.{role_key}: is {'null' if role_key in message else 'missing'}")
@@ -170,7 +174,7 @@ def check_conversation(value: object, field: str) -> list[Message]:
     messages = check_messages(value, field)
     if messages[-1]["role"] != "assistant":
         raise BadRow(f"{field}: ends with a {messages[-1]['role']} turn; it must end with an assistant turn")
-    if all(message["role"] != "user" for message in messages):
+    if messages[0]["role"] != "user" and all(message["role"] != "user" for message in messages):
         raise BadRow(f"{field}: has no user turn")
     return messages
 
