@@ -116,6 +116,7 @@ class TrainingProgress:
     def __init__(self, name: str, *, total_steps: int, start_step: int = 0) -> None:
         self._name, self._total, self._start = name, total_steps, start_step
         self._began = self._last_line = time.monotonic()
+        self._shown_step = -1
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if is_main() and sys.stderr.isatty():
@@ -142,8 +143,10 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, facts=text)
             return
         now = time.monotonic()
+        if step == self._shown_step:
+            return
         if step in (self._start + 1, self._total) or now - self._last_line >= _PLAIN_INTERVAL_SECONDS:
-            self._last_line = now
+            self._last_line, self._shown_step = now, step
             done = max(step - self._start, 1)
             left = (now - self._began) / done * (self._total - step)
             note(f"{self._name}: step {step}/{self._total} {text} ({left:.0f} s left)")

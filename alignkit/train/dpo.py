@@ -16,9 +16,11 @@ from peft import PeftModel
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import disable_dropout_in_model
 
-from alignkit.models.adapters import START_ADAPTER, activate_stack, copy_adapter
+from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, add_reference_adapter
 from alignkit.data import Rejects
+from alignkit.errors import RecipeError
 from alignkit.models.chat import Chat
 from alignkit.models.load import Loaded, load_policy, load_reference
 from alignkit.models.tokens import load_tokenizer
@@ -33,7 +35,6 @@ from alignkit.train.losses import cdpo_loss, ipo_sum_loss
 from alignkit.train.samplers import shuffled_order
 
 OWN_LOSSES = frozenset({"cdpo", "ipo_sum"})
-REFERENCE_ADAPTER = "ref"  # TRL's name: its reference pass looks for an adapter called this
 
 
 @dataclass
@@ -54,21 +55,22 @@ class _Referenced(Guarded):
     def __init__(self, *args: Any, reference: str | None = None, **kwargs: Any) -> None:
         self.reference = reference
         model = kwargs["model"]
-        if isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config:
-            model.delete_adapter(REFERENCE_ADAPTER)  # TRL makes it, and refuses to find it
+        if isinstance(model, PeftModel) and REFERENCE in model.peft_config:
+            model.delete_adapter(REFERENCE)  # TRL makes its own copy, under the same name
         super().__init__(*args, **kwargs)
-        if not isinstance(self.model, PeftModel):
+        if not isinstance(self.model, PeftModel) or reference == "ref_adapter":
             return
-        if reference == "adapter_off":
-            self.model.delete_adapter(REFERENCE_ADAPTER)  # a copy of a new adapter is the base: switch it off instead
-        elif reference == "base_adapter":
-            copy_adapter(self.model, START_ADAPTER, REFERENCE_ADAPTER)
-            activate_stack(self.model)
+        self.model.delete_adapter(REFERENCE)
+        if reference == "base_adapter":  # otherwise the reference is the base: TRL switches the adapter off
+            add_reference_adapter(self.model, of=START)
+            if self.args.disable_dropout:
+                disable_dropout_in_model(self.model)  # TRL did so before this copy existed
+            activate(self.model, [START, TRAINED])
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> Any:
         logps = super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
         if self.reference == "base_adapter":
-            activate_stack(self.model)  # TRL's context puts back one adapter; a stack has two
+            activate(self.model, [START, TRAINED])  # TRL's context puts back one adapter; a stack has two
         return logps
 
 
@@ -155,7 +157,7 @@ def build(stage: Stage, run: RunDir) -> Built:
     chat = Chat(tokenizer)
     rejects = Rejects()
     tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
-    loaded = load_policy(stage, run_dir=run.path)
+    loaded = load_policy(stage, run_dir=run.path, tokenizer=tokenizer)
     make = _build_kto if is_kto(stage) else _build_dpo
     trainer = make(stage, run, tables, loaded, tokenizer)
     return Built(trainer, tables, chat, loaded, rejects)
@@ -191,6 +193,11 @@ def _build_dpo(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokeni
 
 
 def _build_kto(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokenizer: Any) -> Kto:
+    if loaded.reference == "base_adapter":
+        raise RecipeError(
+            "adapter: stack does not work with loss_type kto; use continue or merge",
+            where=stage.where(f"{stage.name}.adapter"),
+        )
     config = build_config(stage, KTOConfig, run.checkpoints, loss_type="kto")
     micro = micro_batch_size(stage)
 

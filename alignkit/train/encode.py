@@ -13,14 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alignkit.data import DataReport, Rejects, Row, read_rows, split_eval, write_table
-from alignkit.errors import DataError
+from alignkit.data import (
+    DataReport,
+    Rejects,
+    Row,
+    escape_control_tokens,
+    find_control_tokens,
+    read_rows,
+    split_eval,
+    write_table,
+)
+from alignkit.errors import DataError, Problem
+from alignkit.models.tokens import control_tokens
 from alignkit.recipe import Stage
 
 if TYPE_CHECKING:
@@ -29,6 +39,7 @@ if TYPE_CHECKING:
     from alignkit.models.chat import Chat
 
 _BATCH_ROWS = 1000
+_SHOWN_PROBLEMS = 5
 IGNORED = -100
 
 
@@ -74,7 +85,7 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
     """
     cache.mkdir(parents=True, exist_ok=True)
     report, lengths = DataReport(), LengthReport()
-    rows: Iterable[Row] = read_rows(stage, stage.options.data, report=report, rejects=rejects)
+    rows = _guard_text(stage, chat, read_rows(stage, stage.options.data, report=report, rejects=rejects), rejects)
     held_out: list[Row] = []
     eval_table, eval_lengths = None, None
     if isinstance(stage.options.eval, float):
@@ -84,6 +95,7 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
         train = _write(train_path, (row for is_eval, row in split_eval(rows, share, stage.seed) if not is_eval),
                        _encoder(stage, chat), lengths, rejects, held_out)  # fmt: skip
         again = read_rows(stage, stage.options.data, report=DataReport(), rejects=Rejects())
+        again = _guard_text(stage, chat, again, Rejects())
         held_out.clear()
         eval_table = _write(eval_path, (row for is_eval, row in split_eval(again, share, stage.seed) if is_eval),
                             _encoder(stage, chat), eval_lengths, rejects, held_out)  # fmt: skip
@@ -91,20 +103,54 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
         train = _write(cache / "train.arrow", rows, _encoder(stage, chat), lengths, rejects, held_out)
         if stage.options.eval:
             eval_lengths, held_out = LengthReport(), []
-            other = read_rows(stage, stage.options.eval, report=report, rejects=rejects)
+            other = read_rows(stage, stage.options.eval, report=report, rejects=rejects,
+                              known_prompts=report.prompt_hashes())  # fmt: skip
+            other = _guard_text(stage, chat, other, rejects)
             eval_table = _write(cache / "eval.arrow", other, _encoder(stage, chat), eval_lengths, rejects, held_out)
     _require_rows(stage, train, lengths)
-    if isinstance(stage.options.eval, float) and not len(eval_table or ()):
+    assert train is not None
+    if stage.options.eval and eval_table is None:
         raise DataError(
-            f"{stage.name}.eval is {stage.options.eval}, which holds out none of {len(train)} rows; raise it",
+            f"{stage.name}.eval holds out no row that can be used; raise the share or look at the source",
             where=stage.where(f"{stage.name}.eval"),
         )
     return Tables(train, eval_table, report, lengths, eval_lengths, held_out)
 
 
+def _guard_text(stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects) -> Iterator[Row]:
+    """Deal with control tokens inside the text of rows: refuse, leave out, defuse or let them act, as the recipe says.
+
+    Written by whoever wrote the text, they would end a turn or open another one in the model's own language.
+    """
+    choice = stage.options.special_tokens_in_text
+    if choice == "keep":
+        yield from rows
+        return
+    tokens = control_tokens(chat.tokenizer)
+    found: list[Problem] = []
+    num_found = 0
+    for row in rows:
+        if choice == "escape":
+            yield escape_control_tokens(row, tokens)
+        elif not (inside := find_control_tokens(row, tokens)):
+            yield row
+        elif stage.options.on_bad_row == "skip":
+            rejects.add(row.place, f"control tokens in the text: {', '.join(inside)}")
+        else:
+            num_found += 1
+            if len(found) < _SHOWN_PROBLEMS:
+                found.append(Problem(f"control tokens of the tokenizer in the text: {', '.join(inside)}", row.place))
+    if found:
+        more = f"{num_found} rows hold them; " if num_found > len(found) else ""
+        remedy = f"set {stage.name}.special_tokens_in_text: escape or keep, or on_bad_row: skip"
+        raise DataError([*found, Problem(more + remedy, stage.where(f"{stage.name}.data"))])
+
+
 def _write(
     path: Path, rows: Iterable[Row], encode: Encode, lengths: LengthReport, rejects: Rejects, first: list[Row]
-) -> Dataset:
+) -> Dataset | None:
+    """Encode and write rows, remembering the first few; None when none is left."""
+
     def batches() -> Iterator[dict[str, list[Any]]]:
         stream = iter(rows)
         while batch := list(islice(stream, _BATCH_ROWS)):
@@ -114,10 +160,12 @@ def _write(
             if columns["length"]:
                 yield columns
 
-    return write_table(path, batches())
+    found = batches()
+    start = next(found, None)
+    return None if start is None else write_table(path, chain([start], found))
 
 
-def _require_rows(stage: Stage, train: Dataset, lengths: LengthReport) -> None:
+def _require_rows(stage: Stage, train: Dataset | None, lengths: LengthReport) -> None:
     where = stage.where(f"{stage.name}.data")
     if lengths.truncated_share > stage.options.max_truncated:
         raise DataError(
@@ -132,7 +180,7 @@ def _require_rows(stage: Stage, train: Dataset, lengths: LengthReport) -> None:
             "roles of the messages and at max_length",
             where=where,
         )
-    if not len(train):
+    if train is None:
         raise DataError("no row is left to train on", where=where)
 
 

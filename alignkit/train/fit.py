@@ -5,6 +5,7 @@ A method only builds its trainer; everything that must hold for all of them is h
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import shutil
 import time
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignkit import console
 from alignkit.data import Rejects
 from alignkit.errors import RunError
 from alignkit.models.chat import Chat
-from alignkit.models.describe import describe_parameters, fingerprint_start
+from alignkit.models.files import find_model_dir, fingerprint_weights
 from alignkit.models.load import Loaded, load_trained
+from alignkit.models.parameters import describe_parameters, hash_base
 from alignkit.models.probe import compare_probes, take_probe
 from alignkit.models.save import save_model
 from alignkit.recipe import Stage
@@ -35,6 +37,7 @@ from alignkit.train.invariants import check_parameters, check_start, check_step_
 from alignkit.train.samples import write_samples
 from alignkit.train.signals import StopFlag, catch_signals
 
+_BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")
 _SHOWN = ("loss", "accuracy", "rewards/accuracies", "mean_token_accuracy")
 
 
@@ -49,7 +52,8 @@ class Built:
     rejects: Rejects
     is_reward: bool = False
     generates: bool = True
-    finish: Callable[[Path], dict[str, float]] | None = None  # measures and writes beside the model, before it is sealed
+    finish: Callable[[Path], dict[str, float]] | None = None  # measures and writes beside the model, before it counts
+    base_hash: str | None = None  # bytes of what adapters leave alone, before training
 
 
 @dataclass
@@ -91,21 +95,35 @@ def fit(
     run = RunDir(run_dir)
     began = time.monotonic()
     with catch_signals() as stop:
-        fingerprint = {**stage.fingerprint_values(), "start_weights": fingerprint_start(stage)}
+        fingerprint = {**stage.fingerprint_values(), "start_weights": _hash_start(stage)}
         if run.stage.exists():  # what the recipe alone tells is compared before anything heavy loads
             compare_fingerprints(run, {**fingerprint, **_kept_fingerprint(run)}, allow_change=allow_change)
         if run.is_finished():
             return _read_result(run)
         console.note(f"{stage.name}: reading data and loading the model")
         built = build(stage, run)
-        fingerprint |= {"data": built.tables.report.fingerprint, "template": built.chat.fingerprint}
+        fingerprint |= {"data": built.tables.report.fingerprint, "template": _hash_tokenizer(built.chat)}
         for change in compare_fingerprints(run, fingerprint, allow_change=allow_change):
             console.warn(f"{stage.name}: going on with a changed setting: {change}")
         _report_rows(stage, run, built)
+        if stage.lora is not None:
+            built.base_hash = hash_base(built.trainer.model)
         _write_stage(stage, run, built, fingerprint)
         _train(stage, run, built, stop, fingerprint)
         result = _finish(stage, run, built, seconds=time.monotonic() - began)
     return result
+
+
+def _hash_start(stage: Stage) -> str | None:
+    """Fingerprint the files a stage starts from; built-in and hub weights are told by their name."""
+    directory = find_model_dir(stage.start_dir or stage.model.path)
+    return fingerprint_weights(directory) if directory else None
+
+
+def _hash_tokenizer(chat: Chat) -> str:
+    """Fingerprint vocabulary and template: other tokens are other data."""
+    text = chat.tokenizer.backend_tokenizer.to_str() + str(chat.tokenizer.chat_template)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _kept_fingerprint(run: RunDir) -> dict[str, Any]:
@@ -166,11 +184,12 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
     samples.keep(lambda row: row["step"] < step)
     check_parameters(stage, trainer.model)
     if newest is None:
-        check_start(stage, trainer.model, is_reward=built.is_reward)
+        check_start(stage, built)
         check_step_zero(stage, trainer)
         write_samples(stage, built, samples, step=0, when="before")
     trainer.watch.stop = stop
     trainer.watch.facts = {"fingerprint": fingerprint, "versions": versions(), "seed": stage.seed}
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     trainer.add_callback(_Recorder(stage, built, metrics, samples))
     if newest is not None and step >= _planned_steps(trainer):
         trainer._load_from_checkpoint(str(newest))
@@ -285,29 +304,51 @@ def _final_metrics(trainer: Guarded, metrics: JsonLines) -> dict[str, float]:
     final = {"loss": rows[-1]["loss"]} if rows else {}
     if trainer.eval_dataset is not None:
         evaluated = trainer.evaluate()
-        final |= {key: value for key, value in evaluated.items() if not key.endswith(("_runtime", "_per_second"))}
-    return {key: value for key, value in final.items() if key != "epoch"}
+        final |= {key: value for key, value in evaluated.items() if key.startswith("eval_")}
+    return {key: value for key, value in final.items() if not key.endswith(_BOOKKEEPING)}
 
 
-def _save_final(run: RunDir, built: Built) -> dict[str, float]:
-    """Write model/ in one step, after the copy on disk has given the same answers as the model in memory."""
-    trainer = built.trainer
+def _save_final(run: RunDir, built: Built) -> dict[str, Any]:
+    """Write model/ in one step, after the copy on disk has given the same answers as the model in memory.
+
+    Raises RunError when it does not, and when the frozen base has other bytes than before training.
+    """
+    trainer, loaded = built.trainer, built.loaded
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if built.base_hash and hash_base(model) != built.base_hash:
+        raise RunError("the frozen base changed during training; this is a bug, keep the run directory", where=str(run.path))
     staging = run.path / "model.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    save_model(model, trainer.processing_class, staging, reward=built.is_reward)
+    save_model(
+        model,
+        trainer.processing_class,
+        staging,
+        lineage=loaded.lineage,
+        precision=loaded.precision,
+        stop_ids=built.chat.stop_ids,
+    )
     extra = built.finish(staging) if built.finish else {}
-    model.eval()
-    probe = take_probe(model, vocab_size=len(trainer.processing_class), reward=built.is_reward)
-    again = load_trained(staging, device=str(trainer.args.device), like=model, reward=built.is_reward)
-    reason = compare_probes(probe, take_probe(again, vocab_size=len(trainer.processing_class), reward=built.is_reward))
+    vocab_size = len(trainer.processing_class)
+    probe = take_probe(model, vocab_size=vocab_size, reward=built.is_reward)
+    trainer.optimizer = None  # its room is needed for the copy
+    again = load_trained(staging, device=_device_with_room(trainer), reward=built.is_reward)
+    reason = compare_probes(probe, take_probe(again, vocab_size=vocab_size, reward=built.is_reward))
     if reason is not None:
-        raise RunError(f"the saved model differs from the trained one ({reason}); the checkpoints are whole",
-                       where=str(staging))  # fmt: skip
+        raise RunError(
+            f"the saved model is not the trained one ({reason}); the checkpoints are whole", where=str(staging)
+        )
     write_json(run.probe, probe)
     shutil.rmtree(run.model, ignore_errors=True)
     staging.rename(run.model)
     return extra
+
+
+def _device_with_room(trainer: Guarded) -> str:
+    """Return the training device when a second copy of the model fits there, else cpu."""
+    if trainer.args.device.type != "cuda":
+        return trainer.args.device.type
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return "cuda" if free > 1.2 * describe_parameters(trainer.model)["bytes"] else "cpu"
 
 
 def _peak_memory_bytes() -> int:

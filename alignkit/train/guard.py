@@ -46,13 +46,13 @@ class Guarded(Trainer):
 
     def __init__(self, *args: Any, watch: Watch | None = None, **kwargs: Any) -> None:
         self.watch = watch or Watch()
-        dtypes = {name: parameter.dtype for name, parameter in kwargs["model"].named_parameters()}
+        loaded = {name: parameter.data for name, parameter in kwargs["model"].named_parameters()}
         super().__init__(*args, **kwargs)
         # TRL casts every trainable parameter of a quantised model to bfloat16, whatever the compute dtype is. We
-        # chose the dtypes when we loaded the model, and an optimizer over bfloat16 weights loses small updates.
+        # chose the dtypes when we loaded the model, and a cast back would keep the rounding: put the tensors back.
         for name, parameter in self.model.named_parameters():
-            if name in dtypes and parameter.dtype != dtypes[name]:
-                parameter.data = parameter.data.to(dtypes[name])
+            if name in loaded and parameter.dtype != loaded[name].dtype:
+                parameter.data = loaded[name]
 
     # ---- data: tokenised once, by us, before any trainer exists ----
 

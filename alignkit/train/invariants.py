@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,9 @@ from alignkit.models.probe import compare_probes, take_probe
 from alignkit.recipe import Stage
 from alignkit.runs.files import read_json
 from alignkit.train.guard import TRAINED_ADAPTER, Guarded
+
+if TYPE_CHECKING:
+    from alignkit.train.fit import Built
 
 LN2 = math.log(2)
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -38,20 +41,22 @@ def check_parameters(stage: Stage, model: Any) -> None:
         raise ModelError(f"{stage.name}: {len(wrong)} parameters are trained or frozen by mistake, first {wrong[0]}")
 
 
-def check_start(stage: Stage, model: Any, *, is_reward: bool) -> None:
+def check_start(stage: Stage, built: Built) -> None:
     """Raise ModelError unless the model answers as the run it starts from did when it was saved.
 
     This catches an adapter that was silently wiped, which no loss at step 0 shows. It compares only like with like: a
     start that has no probe, or had another head, precision or quantisation, is left to its own checks.
     """
-    if not stage.start_dir or is_reward:
+    if not stage.start_dir or built.is_reward:
         return
     path = Path(stage.start_dir).parent / "probe.json"
     if not path.is_file():
         return
     before = read_json(path)
-    model.eval()
-    reason = compare_probes(before, take_probe(model, vocab_size=before["vocab_size"], reward=False))
+    if stage.options.adapter == "merge" and stage.model.quantization != "none":
+        before["quantization"] = "of the base alone"  # now that of base and adapter together: rounded otherwise
+    vocab_size = len(built.chat.tokenizer)
+    reason = compare_probes(before, take_probe(built.trainer.model, vocab_size=vocab_size, reward=False))
     if reason is not None:
         raise ModelError(
             f"{stage.name} does not start where {stage.start_dir} ended ({reason}); the adapter, base or tokenizer was "

@@ -141,7 +141,7 @@ def build(stage: Stage, run: RunDir) -> Built:
     chat = Chat(tokenizer)
     rejects = Rejects()
     tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
-    loaded = load_reward_model(stage, run_dir=run.path)
+    loaded = load_reward_model(stage, run_dir=run.path, tokenizer=tokenizer)
     config = build_config(stage, RewardConfig, run.checkpoints, max_length=None)
     trainer = Rm(
         model=loaded.model,
@@ -153,9 +153,11 @@ def build(stage: Stage, run: RunDir) -> Built:
         watch=watch_for(stage),
         loss=options.loss,
     )
-    return Built(
-        trainer, tables, chat, loaded, rejects, is_reward=True, finish=lambda directory: _normalize(stage, trainer, chat, directory)
-    )
+
+    def finish(model_dir: Path) -> dict[str, float]:
+        return _normalize(stage, trainer, chat, model_dir)
+
+    return Built(trainer, tables, chat, loaded, rejects, is_reward=True, finish=finish)
 
 
 def _normalize(stage: Stage, trainer: Rm, chat: Chat, model_dir: Path) -> dict[str, float]:

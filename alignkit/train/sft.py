@@ -41,7 +41,7 @@ def build(stage: Stage, run: RunDir) -> Built:
     chat = Chat(tokenizer)
     rejects = Rejects()
     tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
-    loaded = load_policy(stage, run_dir=run.path)
+    loaded = load_policy(stage, run_dir=run.path, tokenizer=tokenizer)
     config = build_config(
         stage,
         SFTConfig,

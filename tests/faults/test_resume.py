@@ -1,0 +1,163 @@
+"""A run that is killed, stopped, damaged or starved of disk ends with the weights of an undisturbed one."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignkit.runs import checkpoints
+
+CASES = [(method, kind) for method in ("sft", "rm", "dpo") for kind in ("full", "lora", "qlora")]
+QUICK = [("sft", "full"), ("rm", "lora"), ("dpo", "qlora")]
+
+
+def undisturbed(make_stage: Callable, run: Callable, digest: Callable, method: str, kind: str, tmp_path: Path) -> tuple:
+    ended = run(make_stage(method, kind, "whole"))
+    assert ended.code == 0, ended.stderr
+    return digest(tmp_path / "whole"), ended.seconds
+
+
+def kill_until_finished(stage: object, run: Callable, rng: random.Random, seconds: float, num_kills: int) -> int:
+    """Kill the run at random moments, then let it finish; return how many kills hit it while it ran."""
+    hits = 0
+    for _ in range(num_kills):
+        ended = run(stage, kill_after=rng.uniform(0.02, seconds))
+        hits += ended.code == -signal.SIGKILL
+    ended = run(stage)
+    assert ended.code == 0, ended.stderr
+    return hits
+
+
+@pytest.mark.parametrize(("method", "kind"), QUICK)
+def test_three_kills_leave_the_final_weights_bit_identical(
+    method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    whole, seconds = undisturbed(make_stage, run, digest, method, kind, tmp_path)
+    hits = kill_until_finished(make_stage(method, kind, "killed"), run, random.Random(1), seconds, 3)
+    assert hits >= 1
+    assert digest(tmp_path / "killed") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "kind"), CASES)
+def test_ten_kills_leave_the_final_weights_bit_identical(
+    method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    whole, seconds = undisturbed(make_stage, run, digest, method, kind, tmp_path)
+    rng = random.Random(method + kind)
+    hits = 0
+    for part in range(4):  # a run that is killed late is nearly done: several runs make ten kills hit
+        hits += kill_until_finished(make_stage(method, kind, f"killed{part}"), run, rng, seconds * 0.8, 3)
+        assert digest(tmp_path / f"killed{part}") == whole
+        if hits >= 10:
+            break
+    print(f"{method} {kind}: {hits} kills, {part + 1} runs, all exact")
+
+
+def stop_in_the_middle(stage: object, run: Callable, tmp_path: Path, out: str) -> list[Path]:
+    """Terminate the run once it has two sealed checkpoints; return them, newest first."""
+    for delay in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0):
+        ended = run(stage, kill_after=delay, number=signal.SIGTERM)
+        found = checkpoints.list_checkpoints(tmp_path / out / "checkpoints")
+        if ended.code == 143 and len(found) >= 2:
+            return found
+        assert ended.code == 143, (ended.code, ended.stderr)
+    raise AssertionError("the run never had two checkpoints before it was stopped")
+
+
+@pytest.mark.parametrize(("method", "kind"), QUICK)
+def test_sigterm_saves_at_the_end_of_the_step_and_the_same_command_goes_on(
+    method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    whole, _ = undisturbed(make_stage, run, digest, method, kind, tmp_path)
+    stage = make_stage(method, kind, "stopped")
+    newest = stop_in_the_middle(stage, run, tmp_path, "stopped")[0]
+    assert checkpoints.find_damage(newest) is None
+    assert not (tmp_path / "stopped" / "model").exists()
+    assert run(stage).code == 0
+    assert digest(tmp_path / "stopped") == whole
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    half = len(content) // 2
+    if how == "delete":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(content[:half])
+    elif how == "zero tail":
+        path.write_bytes(content[:half] + bytes(len(content) - half))
+    else:
+        path.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
+
+
+DAMAGES = ("delete", "empty", "cut", "zero tail", "flip")
+
+
+def check_damage(
+    cases: list[tuple[str, str]], method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp: Path
+) -> None:
+    import shutil
+
+    whole, _ = undisturbed(make_stage, run, digest, method, kind, tmp)
+    stop_in_the_middle(make_stage(method, kind, "stopped"), run, tmp, "stopped")
+    for number, (name, how) in enumerate(cases):
+        out = f"damaged{number}"
+        shutil.copytree(tmp / "stopped", tmp / out)
+        newest = checkpoints.list_checkpoints(tmp / out / "checkpoints")[0]
+        damage(newest / name, how)
+        ended = run(make_stage(method, kind, out))
+        assert ended.code == 0, (name, how, ended.stderr)
+        warned = [line for line in ended.stderr.splitlines() if line.startswith("warning:") and newest.name in line]
+        # A tail that is all zeros already is not damage.
+        assert len(warned) == 1 or (how == "zero tail" and not warned), (name, how, ended.stderr)
+        assert digest(tmp / out) == whole, (name, how)
+
+
+FILES = {
+    "full": ["model.safetensors", "config.json"],
+    "lora": ["adapter_model.safetensors", "adapter_config.json"],
+    "qlora": ["adapter_model.safetensors", "adapter_config.json"],
+}
+STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", checkpoints.MANIFEST]
+
+
+def test_damaged_files_fall_back_to_the_older_checkpoint_and_end_exact(
+    make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    cases = [("adapter_model.safetensors", "flip"), ("optimizer.pt", "delete"), ("rng_state.pth", "cut")]
+    check_damage(cases, "dpo", "lora", make_stage, run, digest, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "kind"), [("sft", "full"), ("rm", "lora"), ("dpo", "qlora")])
+def test_every_damage_to_every_file_falls_back_and_ends_exact(
+    method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    cases = [(name, how) for name in FILES[kind] + STATE for how in DAMAGES]
+    check_damage(cases, method, kind, make_stage, run, digest, tmp_path)
+    print(f"{method} {kind}: {len(cases)} damages, all exact")
+
+
+def test_a_full_disk_exits_4_keeps_what_was_sealed_and_goes_on_when_there_is_room(
+    make_stage: Callable, run: Callable, digest: Callable, full_disk: Callable, tmp_path: Path
+) -> None:
+    whole, _ = undisturbed(make_stage, run, digest, "sft", "lora", tmp_path)
+    stage = make_stage("sft", "lora", "starved")
+    stop_in_the_middle(stage, run, tmp_path, "starved")
+    directory = tmp_path / "starved" / "checkpoints"
+    before = {path.name: checkpoints.read_manifest(path) for path in checkpoints.list_checkpoints(directory)}
+    largest = max(file["bytes"] for manifest in before.values() for file in manifest["files"].values())
+    ended = run(stage, prepare=full_disk(largest // 2))
+    assert ended.code == 4, ended.stderr
+    assert ended.stderr.count("error:") == 1 and "make room" in ended.stderr
+    assert {path.name for path in checkpoints.list_checkpoints(directory)} == set(before)
+    assert all(checkpoints.find_damage(path) is None for path in checkpoints.list_checkpoints(directory))
+    assert run(stage).code == 0
+    assert digest(tmp_path / "starved") == whole
