@@ -110,7 +110,11 @@ class _Build:
         if name in OPTIONS and not is_mapping:
             return f"{name} is {show(node)}; a stage is a mapping with at least `data:`"
         if name in OPTIONS and method is not None and method.value != name:
-            return f"{name}.method is {show(method)}; a section named {name} is a {name} stage, name it otherwise"
+            article = "a" if name == "dpo" else "an"
+            return (
+                f"{name}.method is {show(method)}; a section named {name} is {article} {name} stage: "
+                "take method out, or rename the section"
+            )
         if name in OPTIONS or (method is not None and method.value in list(OPTIONS)):
             good = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) and "." not in name
             return None if good else f"stage {show_key(name)}: use letters, digits, '_' and '-' in a stage's name only"

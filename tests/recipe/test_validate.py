@@ -60,92 +60,91 @@ STAGE = "model: {path: gpt2}\nsft:\n  data: x/y\n"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("beta: 0.1", "a.yaml:4: sft.beta is not a key of sft; it belongs in the dpo stage"),
-        ("path: x", "a.yaml:4: sft.path is not a key of sft; `alignkit schema` lists its keys"),
-        ("r: 8", "a.yaml:4: sft.r is not a key of sft; it belongs in lora:"),
-        ("quantization: nf4", "a.yaml:4: sft.quantization is not a key of sft; it belongs in model:"),
-        ("seed: 1", "a.yaml:4: sft.seed is not a key of a stage; seed belongs at the top level of the recipe"),
-        ("model: {path: y}", "a.yaml:4: sft.model is not a key of a stage; model belongs at the top level of the recipe"),
-        ("torch_dtype: bfloat16", "a.yaml:4: sft.torch_dtype is not a key of a stage: it is model.dtype"),
+        ("beta: 0.1", "sft.beta is not a key of sft; it belongs in the dpo stage"),
+        ("zebra: x", "sft.zebra is not a key of sft; `alignkit schema` lists its keys"),
+        ("r: 8", "sft.r is not a key of sft; it belongs in lora:"),
+        ("quantization: nf4", "sft.quantization is not a key of sft; it belongs in model:"),
+        ("seed: 1", "sft.seed cannot be set: set the recipe's top-level `seed`"),
+        ("model: {path: y}", "sft.model is not a key of a stage; model belongs at the top level of the recipe"),
+        ("torch_dtype: bfloat16", "sft.torch_dtype is not a key of a stage: it is model.dtype"),
         (
             "warmup_ratio: 0.1",
-            "a.yaml:4: sft.warmup_ratio is not a key of a stage: it is warmup_steps: a number below 1 is a share of all "
+            "sft.warmup_ratio is not a key of a stage: it is warmup_steps: a number below 1 is a share of all "
             "steps",
         ),
         (
             "per_device_train_batch_size: 4",
-            "a.yaml:4: sft.per_device_train_batch_size cannot be set: set batch_size (over all devices) and, if needed, "
+            "sft.per_device_train_batch_size cannot be set: set batch_size (over all devices) and, if needed, "
             "micro_batch_size (per device)",
         ),
-        ("bf16: true", "a.yaml:4: sft.bf16 cannot be set: set model.dtype instead"),
+        ("bf16: true", "sft.bf16 cannot be set: set model.dtype instead"),
         (
             "resume_from_checkpoint: true",
-            "a.yaml:4: sft.resume_from_checkpoint cannot be set: resuming is automatic: give the same command again",
+            "sft.resume_from_checkpoint cannot be set: resuming is automatic: give the same command again",
         ),
         (
             "trust_remote_code: true",
-            "a.yaml:4: sft.trust_remote_code cannot be set: a recipe cannot allow code to run; give --trust-code on the "
+            "sft.trust_remote_code cannot be set: a recipe cannot allow code to run; give --trust-code on the "
             "command line",
         ),
-        ("method: dpo", "a.yaml:2: sft.method is dpo; a section named sft is a sft stage, name it otherwise"),
-        ("objective: ml", "a.yaml:4: sft.objective is ml; it must be one of chat, lm; did you mean lm?"),
-        ("eval: 1.5", "a.yaml:4: sft.eval is 1.5; it must be greater than 0 and less than 1"),
-        ("eval: {path: x/y, splt: test}", "a.yaml:4: sft.eval.splt is not a key of sft.eval; did you mean split?"),
-        ("eval: []", "a.yaml:4: sft.eval is an empty list; give at least one entry"),
-        ("samples: {num: 1000}", "a.yaml:4: sft.samples.num is 1000; it must be at least 0 and at most 256"),
+        ("objective: ml", "sft.objective is ml; it must be one of chat, lm; did you mean lm?"),
+        ("eval: 1.5", "sft.eval is 1.5; it must be greater than 0 and less than 1"),
+        ("eval: {path: x/y, splt: test}", "sft.eval.splt is not a key of sft.eval; did you mean split?"),
+        ("eval: []", "sft.eval is an empty list; give at least one entry"),
+        ("samples: {num: 1000}", "sft.samples.num is 1000; it must be at least 0 and at most 256"),
         (
             "micro_batch_size: outo",
-            "a.yaml:4: sft.micro_batch_size is outo; it must be auto; did you mean auto?",
+            "sft.micro_batch_size is outo; it must be auto; did you mean auto?",
         ),
         (
             "micro_batch_size: [1]",
-            "a.yaml:4: sft.micro_batch_size is [1]; it must be a whole number of at least 1 or auto",
+            "sft.micro_batch_size is [1]; it must be a whole number of at least 1 or auto",
         ),
-        ("lr_scheduler_kwargs: 3", "a.yaml:4: sft.lr_scheduler_kwargs is 3; it must be a mapping"),
-        ("report_to: all", "a.yaml:4: sft.report_to is all; it must be one of none, azure_ml, clearml, codecarbon, "
+        ("lr_scheduler_kwargs: 3", "sft.lr_scheduler_kwargs is 3; it must be a mapping"),
+        ("report_to: all", "sft.report_to is all; it must be one of none, azure_ml, clearml, codecarbon, "
          "comet_ml, dagshub, dvclive, flyte, kubeflow, mlflow, neptune, swanlab, tensorboard, trackio, wandb"),
-        ('run_name: ""', "a.yaml:4: sft.run_name is empty text"),
-        ("max_steps: 999999999999999999999999999999999999999999", "a.yaml:4: sft.max_steps is .inf; it must be a whole "
+        ('run_name: ""', "sft.run_name is empty text"),
+        ("max_steps: 999999999999999999999999999999999999999999", "sft.max_steps is 1e+42; it must be a whole "
          "number of at least -1"),
     ],
 )  # fmt: skip
 def test_message_of_a_stage_key(complain: Complain, line: str, message: str) -> None:
-    assert complain(f"{STAGE}  {line}\n") == [message]
+    assert complain(f"{STAGE}  {line}\n") == [f"a.yaml:4: {message}"]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("learning_rate: 1e-4", "a.yaml:4: learning_rate is not a key at the top level; it belongs in a stage, such as sft"),
-        ("beta: 0.1", "a.yaml:4: beta is not a key at the top level; it belongs in the dpo stage"),
-        ("output_dir: out", "a.yaml:4: output_dir is not a key here: the run directory is runs/NAME/STAGE, or --out DIR on "
+        ("learning_rate: 1e-4", "learning_rate is not a key at the top level; it belongs in a stage, such as sft"),
+        ("beta: 0.1", "beta is not a key at the top level; it belongs in the dpo stage"),
+        ("output_dir: out", "output_dir is not a key here: the run directory is runs/NAME/STAGE, or --out DIR on "
          "the command line"),
-        ("dataset_mixer: {a: 1}", "a.yaml:4: dataset_mixer is not a key here: it is data: a list of sources, each with a "
+        ("dataset_mixer: {a: 1}", "dataset_mixer is not a key here: it is data: a list of sources, each with a "
          "weight"),
-        ("trust_remote_code: true", "a.yaml:4: trust_remote_code: a recipe cannot allow code to run; give --trust-code on "
+        ("trust_remote_code: true", "trust_remote_code: a recipe cannot allow code to run; give --trust-code on "
          "the command line"),
-        ("ppo: {data: x/y}", "a.yaml:4: ppo is not a key of a recipe; did you mean dpo?"),
-        ("warm: {data: x/y}", "a.yaml:4: warm is not a section; a stage of this name needs `method:` (sft, rm, dpo)"),
-        ("warm: {method: sfd}", "a.yaml:4: warm.method is sfd; it must be one of sft, rm, dpo; did you mean sft?"),
-        ("warm: {method: 1}", "a.yaml:4: warm.method is 1; it must be one of sft, rm, dpo"),
-        ("a b: {method: sft}", "a.yaml:4: stage a b: use letters, digits, '_' and '-' in a stage's name only"),
-        ("dpo: x/y", "a.yaml:4: dpo is x/y; a stage is a mapping with at least `data:`"),
-        ("dpo:", "a.yaml:4: dpo is empty; a stage is a mapping with at least `data:`"),
-        ("lora:", "a.yaml:4: lora is empty; write {} for its defaults, or take the key out"),
-        ("lora: {lora_alpha: 8}", "a.yaml:4: lora.lora_alpha is not a key of lora: it is lora.alpha"),
-        ("lora: {rank: 8}", "a.yaml:4: lora.rank is not a key of lora; it has r, alpha, dropout, target_modules, "
+        ("ppo: {data: x/y}", "ppo is not a key of a recipe; did you mean dpo?"),
+        ("warm: {data: x/y}", "warm is not a section; a stage of this name needs `method:` (sft, rm, dpo)"),
+        ("warm: {method: sfd}", "warm.method is sfd; it must be one of sft, rm, dpo; did you mean sft?"),
+        ("warm: {method: 1}", "warm.method is 1; it must be one of sft, rm, dpo"),
+        ("a b: {method: sft}", "stage a b: use letters, digits, '_' and '-' in a stage's name only"),
+        ("dpo: x/y", "dpo is x/y; a stage is a mapping with at least `data:`"),
+        ("dpo:", "dpo is empty; a stage is a mapping with at least `data:`"),
+        ("lora:", "lora is empty; write {} for its defaults, or take the key out"),
+        ("lora: {lora_alpha: 8}", "lora.lora_alpha is not a key of lora: it is lora.alpha"),
+        ("lora: {rank: 8}", "lora.rank is not a key of lora; it has r, alpha, dropout, target_modules, "
          "use_rslora, use_dora, modules_to_save"),
-        ("lora: {r: 8.5}", "a.yaml:4: lora.r is 8.5; it must be a whole number of at least 1 and at most 4096"),
-        ("launch: {devise: cpu}", "a.yaml:4: launch.devise is not a key of launch; did you mean device?"),
-        ("stages: [sft, dppo]", "a.yaml:4: stages names dppo, which is not a stage here; there are sft"),
-        ("name: ..", "a.yaml:4: name is ..; use letters, digits, '.', '_' and '-' only"),
-        ("rm: {data: {split: train}}", "a.yaml:4: rm.data.path is missing; a file, a directory, a hub id, or builtin:NAME"),
-        ("rm: {data: [x/y, 3]}", "a.yaml:4: rm.data[1] is 3; it must be text or a mapping"),
-        ("rm: {data: {path: x/y, weight: 0}}", "a.yaml:4: rm.data.weight is 0; it must be greater than 0 and at most 1000"),
+        ("lora: {r: 8.5}", "lora.r is 8.5; it must be a whole number of at least 1 and at most 4096"),
+        ("launch: {devise: cpu}", "launch.devise is not a key of launch; did you mean device?"),
+        ("stages: [sft, dppo]", "stages names dppo, which is not a stage here; there are sft"),
+        ("name: ..", "name is ..; use letters, digits, '.', '_' and '-' only"),
+        ("rm: {data: {split: train}}", "rm.data.path is missing; a file, a directory, a hub id, or builtin:NAME"),
+        ("rm: {data: [x/y, 3]}", "rm.data[1] is 3; it must be text or a mapping"),
+        ("rm: {data: {path: x/y, weight: 0}}", "rm.data.weight is 0; it must be greater than 0 and at most 1000"),
     ],
 )  # fmt: skip
 def test_message_of_a_top_level_key(complain: Complain, line: str, message: str) -> None:
-    assert complain(f"{STAGE}{line}\n") == [message]
+    assert complain(f"{STAGE}{line}\n") == [f"a.yaml:4: {message}"]
 
 
 def test_model_section_points_to_new_names(complain: Complain) -> None:
@@ -159,6 +158,12 @@ def test_model_section_points_to_new_names(complain: Complain) -> None:
     ]
 
 
+def test_a_section_named_after_a_method_is_that_method(complain: Complain) -> None:
+    assert complain(f"{STAGE}  method: dpo\n") == [
+        "a.yaml:2: sft.method is dpo; a section named sft is an sft stage: take method out, or rename the section"
+    ]
+
+
 def test_a_recipe_without_stages_is_refused(complain: Complain) -> None:
     assert complain("model: {path: gpt2}\n") == ["a.yaml:1: there is no stage; add a section such as sft, rm, dpo"]
 
@@ -169,17 +174,17 @@ START = "model: {path: gpt2}\ndata: x/y\n"
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ("sft: {start_from: sft}", "a.yaml:3: sft.start_from goes round in a circle: sft -> sft"),
-        ("sft: {start_from: sftt}", "a.yaml:3: sft.start_from is sftt, which is neither a stage nor a path that exists; "
+        ("sft: {start_from: sft}", "sft.start_from goes round in a circle: sft -> sft"),
+        ("sft: {start_from: sftt}", "sft.start_from is sftt, which is neither a stage nor a path that exists; "
          "did you mean sft?"),
-        ("sft: {start_from: gpt2}", "a.yaml:3: sft.start_from is gpt2, which is neither a stage nor a path that exists; "
+        ("sft: {start_from: gpt2}", "sft.start_from is gpt2, which is neither a stage nor a path that exists; "
          "it must be a stage (sft), a run directory or a model"),
-        ("rm: {}\ndpo: {start_from: rm}", "a.yaml:4: dpo.start_from is rm, a reward model; a dpo stage starts from a "
+        ("dpo: {start_from: rm}\nrm: {}", "dpo.start_from is rm, a reward model; a dpo stage starts from a "
          "language model"),
     ],
 )  # fmt: skip
 def test_message_of_start_from(complain: Complain, stages: str, message: str) -> None:
-    assert complain(f"{START}{stages}\n") == [message]
+    assert complain(f"{START}{stages}\n") == [f"a.yaml:3: {message}"]
 
 
 def test_a_circle_of_stages_is_told_at_each_of_them(complain: Complain) -> None:

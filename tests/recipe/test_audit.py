@@ -1,0 +1,156 @@
+"""Options without effect, and options that contradict each other, are refused with the reason and the alternative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from alignkit.recipe import Recipe
+
+Load = Callable[..., Recipe]
+Complain = Callable[..., list[str]]
+
+START = "model: {path: gpt2}\ndata: x/y\n"
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("sft: {batch_size: 16, micro_batch_size: 3}", "sft.micro_batch_size is 3, which does not divide batch_size 16"),
+        ("sft: {eval_steps: 5}", "sft.eval_steps has no effect without `eval:`; add eval: 0.05 (a share of the data) "
+         "or a source"),
+        ("sft: {eval: 0.1, eval_strategy: no}", "sft.eval_strategy is no, so `eval:` has no effect; take one of them out"),
+        ("sft: {save_steps: 2.5}", "sft.save_steps is 2.5; it must be a whole number of steps, or a share of all steps "
+         "below 1"),
+        ("sft: {max_steps: 0}", "sft.max_steps is 0; it must be at least 1, or -1 to train num_train_epochs"),
+        ("sft: {max_steps: 9, num_train_epochs: 2}", "sft.num_train_epochs has no effect with max_steps; take one of "
+         "them out"),
+        ("sft: {save_strategy: epoch, save_steps: 5}", "sft.save_steps has no effect with save_strategy: epoch"),
+        ("sft: {adapter: merge}", "sft.adapter has no effect without start_from; it says what happens to the adapter a "
+         "stage starts from"),
+        ("sft: {adapter: stack, start_from: x/y}", "sft.adapter is stack, which puts a new adapter on top; add a lora: "
+         "section"),
+        ("sft: {gradient_checkpointing: false, gradient_checkpointing_kwargs: {use_reentrant: true}}",
+         "sft.gradient_checkpointing_kwargs has no effect with gradient_checkpointing: false"),
+        ("sft: {dataloader_prefetch_factor: 2}", "sft.dataloader_prefetch_factor has no effect without "
+         "dataloader_num_workers"),
+        ("sft: {objective: lm, assistant_only_loss: true}", "sft.assistant_only_loss has no effect with objective: lm, "
+         "which trains on every token; use objective: chat"),
+        ("sft: {objective: lm, packing: true}", "sft.packing has no effect with objective: lm, which packs its text "
+         "already"),
+        ("sft: {packing_strategy: wrapped}", "sft.packing_strategy has no effect without packing: true"),
+        ("sft: {packing: true, max_length: null}", "sft.packing needs max_length, the size of a block"),
+        ("sft: {padding_free: true}", "sft.padding_free does not enforce max_length; use packing: true, or set "
+         "max_length: null"),
+        ("sft: {packing: true, batching: grouped}", "sft.batching has no effect with packing: true, which fills every "
+         "block to the same length"),
+        ("rm: {loss: best_of, grouping: pairs}", "rm.grouping is pairs, but loss: best_of compares all answers of a "
+         "prompt; use grouping: kway"),
+        ("rm: {normalize_rows: 9}", "rm.normalize_rows has no effect without normalize: bias or gain_and_bias"),
+        ("rm: {label_smoothing_factor: 0.1}", "rm.label_smoothing_factor has no effect on the loss of rm; soft labels "
+         "are a column"),
+        ("dpo: {label_smoothing: 0.1}", "dpo.label_smoothing has no effect with loss_type sigmoid; use loss_type: cdpo"),
+        ("dpo: {label_smoothing: 0.1, loss_type: [ipo, hinge]}", "dpo.label_smoothing has no effect with loss_type "
+         "ipo, hinge; only cdpo, robust, exo_pair, aot, aot_unpaired read it"),
+        ("dpo: {loss_type: cdpo}", "dpo.loss_type is cdpo; cdpo needs label_smoothing between 0 and 0.5: the share of "
+         "flipped labels"),
+        ("dpo: {loss_type: cdpo, label_smoothing: 0.5}", "dpo.label_smoothing is 0.5; cdpo needs label_smoothing "
+         "between 0 and 0.5: the share of flipped labels"),
+        ("dpo: {loss_type: robust, label_smoothing: 0.6}", "dpo.label_smoothing is 0.6; robust needs label_smoothing "
+         "below 0.5"),
+        ("dpo: {loss_type: exo_pair}", "dpo.loss_type is exo_pair; exo_pair needs label_smoothing above 0 (typical: "
+         "0.001)"),
+        ("dpo: {loss_type: [sigmoid, sft], loss_weights: [1]}", "dpo.loss_weights has 1 weights for 2 losses in "
+         "loss_type"),
+        ("dpo: {discopop_tau: 0.1}", "dpo.discopop_tau has no effect without loss_type: discopop"),
+        ("dpo: {use_weighting: true, loss_type: aot}", "dpo.use_weighting does not work with aot and aot_unpaired, "
+         "which sort the rows of a batch"),
+        ("dpo: {f_divergence_type: js_divergence, loss_type: [sigmoid, nca_pair]}", "dpo.f_divergence_type is "
+         "js_divergence, which nca_pair cannot use; use reverse_kl"),
+        ("dpo: {f_alpha_divergence_coef: 0.3}", "dpo.f_alpha_divergence_coef has no effect without f_divergence_type: "
+         "alpha_divergence"),
+        ("dpo: {padding_free: true}", "dpo.padding_free is accepted and then switched off by TRL's DPOTrainer; use "
+         "batching: grouped"),
+        ("dpo: {sync_ref_model: true, precompute_ref_log_probs: true}", "dpo.sync_ref_model contradicts "
+         "precompute_ref_log_probs, which fixes the reference"),
+        ("dpo: {sync_ref_model: true}\nlora: {}", "dpo.sync_ref_model does not work with lora:, where the reference is "
+         "the model without the adapter"),
+        ("dpo: {ref_model_sync_steps: 9}", "dpo.ref_model_sync_steps has no effect without sync_ref_model: true"),
+        ("dpo: {precompute_ref_batch_size: 9}", "dpo.precompute_ref_batch_size has no effect without "
+         "precompute_ref_log_probs: true"),
+        ("dpo: {desirable_weight: 2}", "dpo.desirable_weight has no effect without loss_type: kto"),
+        ("dpo: {loss_type: [kto, sigmoid]}", "dpo.loss_type mixes kto with others; it is computed on single answers "
+         "and must stand alone"),
+        ("dpo: {loss_type: kto, ld_alpha: 0.5}", "dpo.ld_alpha has no effect with loss_type: kto"),
+        ("dpo: {loss_type: kto, micro_batch_size: 1}", "dpo.micro_batch_size is 1; KTO estimates its KL term across a "
+         "batch and needs at least 2"),
+    ],
+)  # fmt: skip
+def test_stage_rules(complain: Complain, stage: str, message: str) -> None:
+    assert complain(f"{START}{stage}\n") == [f"a.yaml:3: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {path: gpt2, quantization: nf4}", "a.yaml:1: model.quantization is nf4, and quantised weights cannot "
+         "be trained; add a lora: section"),
+        ("model: {path: gpt2, double_quantization: false}", "a.yaml:1: model.double_quantization has no effect without "
+         "quantization: nf4 or fp4"),
+        ("model: {path: gpt2, config: {n_layer: 2}}", "a.yaml:1: model.config has no effect without init: scratch; "
+         "pretrained weights fix the shape"),
+        ("model: {path: gpt2, init: scratch}\nlora: {}", "a.yaml:2: lora has no effect: every stage starts from random "
+         "weights, and trains all of them"),
+        ("model: {path: gpt2}\nlora: {target_modules: [q_proj, lm_head]}", "a.yaml:2: lora.target_modules names "
+         "lm_head, whose adapter would never be trained; use all-linear"),
+    ],
+)  # fmt: skip
+def test_model_and_lora_rules(complain: Complain, text: str, message: str) -> None:
+    assert complain(f"{text}\nsft: {{data: x/y}}\n") == [message]
+
+
+def test_scratch_with_start_from_everywhere_is_refused(complain: Complain) -> None:
+    assert complain("model: {path: gpt2, init: scratch}\nsft: {data: x/y, start_from: runs/a/b}\n") == [
+        "a.yaml:1: model.init is scratch, but every stage has start_from, so nothing starts from random weights"
+    ]
+
+
+def test_a_rule_waits_for_the_values_it_reads(complain: Complain) -> None:
+    """loss_type is wrong in itself; whether label_smoothing has an effect cannot be known."""
+    lines = complain(
+        f"{START}dpo: {{loss_type: [sigmod], label_smoothing: 0.1, discopop_tau: 0.1, padding_free: true}}\n"
+    )
+    assert [line.split(" ")[1] for line in lines] == ["dpo.loss_type[0]", "dpo.padding_free"]
+
+
+def test_rules_are_told_together_with_unknown_keys(complain: Complain) -> None:
+    assert complain(f"{START}dpo:\n  label_smoothing: 0.1\n  betta: 1\n") == [
+        "a.yaml:4: dpo.label_smoothing has no effect with loss_type sigmoid; use loss_type: cdpo",
+        "a.yaml:5: dpo.betta is not a key of dpo; did you mean beta?",
+    ]
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "dpo: {loss_type: cdpo, label_smoothing: 0.1}",
+        "dpo: {loss_type: [cdpo, ipo_sum, sft], label_smoothing: 0.1, loss_weights: [1, 0.5, 0.1]}",
+        "dpo: {loss_type: robust, label_smoothing: 0}",
+        "dpo: {loss_type: kto, desirable_weight: 1.3, beta: 0.2}",
+        "dpo: {loss_type: apo_zero_unpaired}",
+        "dpo: {f_divergence_type: alpha_divergence, f_alpha_divergence_coef: 0.3}",
+        "dpo: {sync_ref_model: true, ref_model_sync_steps: 9}",
+        "sft: {packing: true, packing_strategy: wrapped, eval: 0.1, eval_packing: false}",
+        "sft: {padding_free: true, max_length: null}",
+        "sft: {adapter: merge, start_from: x/y}",
+        "sft: {warmup_steps: 0.1, save_steps: 0.5, logging_steps: 5.0}",
+        "rm: {normalize: bias, normalize_data: x/z, normalize_rows: 9, loss: best_of}",
+    ],
+)
+def test_what_fits_together_is_accepted(load: Load, stage: str) -> None:
+    assert load(f"{START}{stage}\n").stage_names == [stage.split(":")[0]]
+
+
+def test_max_steps_on_the_command_line_shortens_a_recipe_with_epochs(load: Load) -> None:
+    assert load(f"{START}sft: {{num_train_epochs: 3}}\n", "sft.max_steps=2").stages["sft"].trainer["max_steps"] == 2

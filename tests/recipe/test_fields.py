@@ -1,0 +1,84 @@
+"""The committed snapshot of TRL's fields is what the installed TRL says, and every field is decided about."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit.recipe.fields import CONTROLLED, MOVED, method_fields, read_snapshot, trl_fields
+from alignkit.recipe.schema import OPTIONS, DataSource, LaunchOptions, LoraOptions, ModelOptions, RecipeOptions
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def snapshot() -> Any:
+    spec = importlib.util.spec_from_file_location("snapshot", REPOSITORY / "tests" / "snapshot.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_snapshot_is_what_the_installed_trl_says(snapshot: Any) -> None:
+    text = (REPOSITORY / "alignkit" / "recipe" / "fields.json").read_text(encoding="utf-8")
+    assert text == snapshot.render(snapshot.take_snapshot()), "run `make snapshot` and look at the difference"
+
+
+def test_every_loss_of_trls_dpo_trainer_is_a_choice() -> None:
+    """The choices come from a help text; the trainer's own comparisons are the truth."""
+    import inspect
+
+    from trl import DPOTrainer, KTOTrainer
+
+    for trainer, config in ((DPOTrainer, "dpo"), (KTOTrainer, "kto")):
+        compared = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(trainer)))
+        fragment = trl_fields(config)["loss_type"]
+        assert compared == set(fragment.get("items", fragment)["enum"])
+
+
+def test_no_field_is_both_alignkits_and_trls() -> None:
+    for method, options in OPTIONS.items():
+        assert set(options.model_fields) & set(method_fields(method)) == set()
+        assert set(RecipeOptions.model_fields) & set(method_fields(method)) == set()
+
+
+def test_controlled_fields_exist_and_moved_ones_do_not() -> None:
+    fields = {name for config in ("sft", "rm", "dpo", "kto") for name in trl_fields(config)}
+    assert set(CONTROLLED) - fields == set()
+    assert set(MOVED) & fields == set()
+
+
+def test_advice_names_keys_that_exist() -> None:
+    """Whatever `it is X` says of a key from elsewhere, X is a key here."""
+    known = {name for method in OPTIONS for name in (*method_fields(method), *OPTIONS[method].model_fields)}
+    sections = {"model": ModelOptions, "lora": LoraOptions, "launch": LaunchOptions, "data": DataSource}
+    known |= {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
+    named = {re.split("[:, ]", advice.removeprefix("it is "))[0] for advice in MOVED.values() if "it is " in advice[:6]}
+    assert named - known == set()
+
+
+def test_defaults_of_trl_pass_their_own_checks() -> None:
+    from alignkit.recipe.check import check
+    from alignkit.recipe.tree import Node, Origin
+
+    def node(value: Any) -> Node:
+        inner = [node(item) for item in value] if isinstance(value, list) else value
+        return Node(inner, Origin("x", Path()))
+
+    for method in OPTIONS:
+        for name, fragment in method_fields(method).items():
+            if name not in ("debug",):  # TRL's default is "", which a recipe cannot mean
+                assert list(check(node(fragment["default"]), fragment, name, {})) == []
+
+
+def test_ranges_and_typical_values_reach_the_fields() -> None:
+    assert method_fields("dpo")["beta"]["exclusiveMinimum"] == 0
+    assert method_fields("sft")["max_length"]["anyOf"][0] == {"type": "integer", "minimum": 2}
+    assert method_fields("dpo")["loss_weights"]["anyOf"][0]["items"] == {"type": "number", "minimum": 0}
+    assert json.loads(json.dumps(read_snapshot()))["dpo"]["beta"].get("typical") is None  # the snapshot is not changed

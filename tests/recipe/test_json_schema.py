@@ -1,0 +1,75 @@
+"""The JSON Schema is one an editor can use: every key, with its description, its choices and its default."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from alignkit.recipe import recipe_schema
+from alignkit.recipe.fields import method_fields
+from alignkit.recipe.schema import OPTIONS
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+
+
+def walk(fragment: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(fragment, dict):
+        yield fragment
+    for child in fragment.values() if isinstance(fragment, dict) else fragment if isinstance(fragment, list) else ():
+        yield from walk(child)
+
+
+def test_it_is_plain_json_with_a_draft_and_no_dangling_reference() -> None:
+    schema = recipe_schema()
+    assert json.loads(json.dumps(schema)) == schema
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    references = {part["$ref"] for part in walk(schema) if isinstance(part.get("$ref"), str)}
+    assert {reference.removeprefix("#/$defs/") for reference in references} <= set(schema["$defs"])
+
+
+def test_every_key_of_every_section_has_a_description() -> None:
+    schema = recipe_schema()
+    sections = [schema, *schema["$defs"].values()]
+    missing = [
+        key
+        for section in sections
+        for key, fragment in section.get("properties", {}).items()
+        if not fragment.get("description") and "$ref" not in fragment
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_a_stage_has_alignkits_keys_and_trls(method: str) -> None:
+    properties = recipe_schema()["$defs"][f"{method}_stage"]["properties"]
+    assert set(properties) == {*OPTIONS[method].model_fields, *method_fields(method)}
+    assert properties["learning_rate"]["description"].endswith("Typical: 1e-6 to 5e-4.")
+    assert "cosine" in properties["lr_scheduler_type"]["enum"]
+    assert properties["batch_size"]["default"] == 16
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_use_only_keys_of_the_schema(path: Path) -> None:
+    schema = recipe_schema()
+    for key, section in YAML(typ="safe").load(path).items():
+        if key in schema["properties"] and "$ref" not in schema["properties"][key]:
+            continue
+        method = section["method"] if isinstance(section, dict) and "method" in section else key
+        name = f"{method}_stage" if method in OPTIONS else f"{key.capitalize()}Options"
+        assert set(section) <= set(schema["$defs"][name]["properties"]), key
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_validate(path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = recipe_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    recipe = YAML(typ="safe").load(path)
+    assert list(validator.iter_errors(recipe)) == []
+    assert list(validator.iter_errors(recipe | {"sft": {"betta": 1}})) != []
