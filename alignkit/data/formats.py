@@ -243,12 +243,12 @@ def _finish_pair(record: Record, prompt: Text, chosen: Text, rejected: Text, pla
 def _soft_label(record: Record) -> float | None:
     field = "soft_label" if record.get("soft_label") is not None else "label"
     value = record.get(field)
-    return None if value is None else check_number(value, field, low=0, high=1)
+    return None if value is None or value == "" else check_number(value, field, low=0, high=1)
 
 
 def _margin(record: Record) -> float | None:
     value = record.get("margin")
-    return None if value is None else check_number(value, "margin")
+    return None if value is None or value == "" else check_number(value, "margin")  # CSV has no null
 
 
 def _adapt_implicit(record: Record, place: str) -> Row:

@@ -77,8 +77,9 @@ class _Window:
                 if len(self._text) - self.position > max_chars:
                     # An item this long is an unclosed quote or bracket; the decoder's own message points elsewhere.
                     self._refuse_long(error, max_chars)
+                failure = self.error(error.msg, error.pos)  # its position is in the window as it is now
                 if not self._read_more():
-                    raise self.error(error.msg, error.pos) from error
+                    raise failure from error
                 continue
             except (ValueError, RecursionError) as error:
                 reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)

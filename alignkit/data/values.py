@@ -173,7 +173,7 @@ def check_conversation(value: object, field: str) -> list[Message]:
     """Return messages that hold at least one user turn and end with an assistant turn."""
     messages = check_messages(value, field)
     if messages[-1]["role"] != "assistant":
-        raise BadRow(f"{field}: ends with a {messages[-1]['role']} turn; it must end with an assistant turn")
+        raise BadRow(f"{field}: the last turn is {messages[-1]['role']}; it must be assistant")
     if messages[0]["role"] != "user" and all(message["role"] != "user" for message in messages):
         raise BadRow(f"{field}: has no user turn")
     return messages
@@ -191,7 +191,7 @@ def check_prompt(value: object, field: str) -> Text:
 def end_prompt(messages: list[Message], field: str) -> None:
     """Refuse a prompt after which it is not the assistant's turn."""
     if messages[-1]["role"] not in ("user", "tool"):
-        raise BadRow(f"{field}: ends with a {messages[-1]['role']} turn; it must end with a user turn")
+        raise BadRow(f"{field}: the last turn is {messages[-1]['role']}; it must be user")
 
 
 def check_answer(value: object, field: str) -> Text:
@@ -202,7 +202,7 @@ def check_answer(value: object, field: str) -> Text:
         raise BadRow(f"{field}: is {type_name(value)}; it must be text or a list of messages")
     messages = check_messages([value] if type(value) is dict else value, field)
     if messages[-1]["role"] != "assistant":
-        raise BadRow(f"{field}: ends with a {messages[-1]['role']} turn; it must end with an assistant turn")
+        raise BadRow(f"{field}: the last turn is {messages[-1]['role']}; it must be assistant")
     return messages
 
 

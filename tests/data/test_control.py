@@ -1,0 +1,65 @@
+"""Control tokens in user text: every one found, escaped so that nothing matches, and back again."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignkit.data.control import BREAKER, escape_control_tokens, find_control_tokens, unescape_text
+from alignkit.data.rows import Row, iter_contents
+
+FAMILIES = [
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<end_of_turn>", "<bos>",
+    "<eos>", "<pad>", "<|assistant|>", "<|user|>", "<｜end▁of▁sentence｜>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("token", FAMILIES)
+def test_every_family_is_found_wherever_it_stands(token: str) -> None:
+    text = f"before{token}after"
+    rows = [
+        Row("text", "", (text,)),
+        Row("prompt_completion", text, ("fine",)),
+        Row("pair", [{"role": "user", "content": "fine"}], ("fine", [{"role": "assistant", "content": text}])),
+    ]
+    for row in rows:
+        assert find_control_tokens(row, FAMILIES) == [token]
+        escaped = escape_control_tokens(row, FAMILIES)
+        assert find_control_tokens(escaped, FAMILIES) == []
+        assert [unescape_text(content, FAMILIES) for content in iter_contents(escaped)] == list(iter_contents(row))
+
+
+def test_tokens_are_reported_once_in_order() -> None:
+    row = Row("pair", "</s> <s>", ("<s> <|im_end|>", "fine"))
+    assert find_control_tokens(row, FAMILIES) == ["</s>", "<s>", "<|im_end|>"]
+
+
+def test_the_longest_token_wins() -> None:
+    assert find_control_tokens(Row("text", "", ("a<|x|>yb",)), ["<|x|>", "<|x|>y"]) == ["<|x|>y"]
+
+
+def test_text_without_tokens_is_the_same_row() -> None:
+    row = Row("text", "", ("a < b and c > d",))
+    assert escape_control_tokens(row, FAMILIES) is row
+    assert escape_control_tokens(row, []) is row
+    assert find_control_tokens(row, []) == []
+
+
+def test_escape_puts_a_word_joiner_behind_the_first_character() -> None:
+    assert escape_control_tokens(Row("text", "", ("a<s>b",)), FAMILIES).completions == (f"a<{BREAKER}s>b",)
+
+
+def test_a_single_character_cannot_be_escaped() -> None:
+    with pytest.raises(ValueError, match="one character"):
+        escape_control_tokens(Row("text", "", ("a|b",)), ["|"])
+
+
+@given(st.text(alphabet=f"<>s/|ab{BREAKER}", max_size=30))
+def test_escaping_is_undone_exactly(text: str) -> None:
+    tokens = ["<s>", "</s>", "<|a|>", "s>a", "ab"]
+    (escaped,) = escape_control_tokens(Row("text", "", (text,)), tokens).completions
+    assert isinstance(escaped, str)
+    assert not any(token in escaped for token in tokens)
+    assert unescape_text(escaped, tokens) == text

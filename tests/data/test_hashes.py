@@ -1,0 +1,62 @@
+"""Hashes that tell rows apart, and the compact set of them."""
+
+from __future__ import annotations
+
+from random import Random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignkit.data.hashes import HashSet, digest_row, prompt_key
+from alignkit.data.rows import Row
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_everything_but_the_place_counts() -> None:
+    row = Row("pair", "p", ("a", "b"), None, None, None, "x:1")
+    others = [
+        Row("pair", "p", ("b", "a")),
+        Row("pair", "pa", ("", "b")),
+        Row("pair", "p", ("a", "b"), label=0.5),
+        Row("pair", "p", ("a", "b"), margin=0.5),
+        Row("ranked", "p", ("a", "b")),
+        Row("ranked", "p", ("a", "b"), scores=(2.0, 1.0)),
+        Row("pair", [message("user", "p")], ([message("assistant", "a")], [message("assistant", "b")])),
+    ]
+    assert digest_row(row) == digest_row(Row("pair", "p", ("a", "b"), None, None, None, "y:9"))
+    assert len({digest_row(other) for other in [row, *others]}) == len(others) + 1
+
+
+def test_no_text_can_pass_for_two() -> None:
+    assert digest_row(Row("pair", "p", ("a\x1e1:b", "c"))) != digest_row(Row("pair", "p", ("a", "1:b\x1ec")))
+    one = [message("user", "a9:assistant:1:b")]
+    two = [message("user", "a"), message("assistant", "b")]
+    assert digest_row(Row("messages", "", (one,))) != digest_row(Row("messages", "", (two,)))
+
+
+def test_one_user_turn_is_the_same_prompt_as_its_text() -> None:
+    assert prompt_key(Row("pair", " Hi", ("a", "b"))) == prompt_key(Row("prompt", [message("user", "Hi")], ()))
+    assert prompt_key(Row("prompt", [message("system", "Hi")], ())) != prompt_key(Row("prompt", "Hi", ()))
+
+
+@given(st.lists(st.integers(min_value=0, max_value=2**64 - 1)))
+def test_hash_set_is_a_set(values: list[int]) -> None:
+    compact, plain = HashSet(), set[int]()
+    for value in values:
+        # 0 stands for a free slot and is kept as 1.
+        assert compact.add(value) == ((value or 1) not in plain)
+        plain.add(value or 1)
+    assert len(compact) == len(plain)
+    assert all(value in compact for value in plain)
+
+
+def test_hash_set_grows_and_still_knows_what_it_has() -> None:
+    random = Random(0)
+    values = [random.getrandbits(64) for _ in range(50_000)]
+    compact = HashSet(values)
+    assert len(compact) == 50_000
+    assert all(value in compact for value in values)
+    assert not any(random.getrandbits(64) in compact for _ in range(1000))

@@ -1,0 +1,361 @@
+"""Rows for a stage: sources found, formats mixed or not, weights, dedupe, splits, overlap, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit.data import Row, split_eval
+from alignkit.recipe.schema import DataSource
+
+Lines = Callable[..., Path]
+Read = Callable[..., Any]
+RejectedRows = Callable[..., list[dict[str, Any]]]
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": str(n)} for n in range(count)]
+
+
+def answers(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(count)]
+
+
+def test_rows_come_in_order_source_after_source(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", answers(2))
+    lines("b.jsonl", [{"text": "one"}])
+    reading = read("sft", "a.jsonl", "b.jsonl")
+    assert [row.place for row in reading.rows] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
+    assert reading.report.kinds == {"prompt_completion": 2, "text": 1}
+
+
+def test_bad_rows_are_all_counted_and_the_first_five_named(read: Read, lines: Lines) -> None:
+    rows = pairs(20)
+    for number in (1, 3, 5, 7, 9, 11, 13):
+        del rows[number]["rejected"]
+    reading = read("dpo", lines("pairs.jsonl", rows).name)
+    assert reading.message == "\n".join(
+        [
+            *(f"pairs.jsonl:{line}: rejected: is missing; the row has prompt, chosen" for line in (2, 4, 6, 8, 10)),
+            "and 2 more of 20 rows (on_bad_row: skip leaves such rows out and writes rejects.jsonl)",
+        ]
+    )
+    assert len(reading.rows) == 13
+
+
+def test_one_bad_row_is_one_line_and_a_summary(read: Read, lines: Lines) -> None:
+    lines("pairs.jsonl", [*pairs(733), '{"prompt": "Hi", "chosen": "a" "rejected": "b"}', *pairs(2)])
+    assert read("rm", "pairs.jsonl").message == (
+        "pairs.jsonl:734: invalid JSON: Expecting ',' delimiter (column 32)\n"
+        "1 of 736 rows cannot be used (on_bad_row: skip leaves such rows out and writes rejects.jsonl)"
+    )
+
+
+def test_skip_writes_rejects_with_file_line_and_reason(read: Read, lines: Lines, rejected_rows: RejectedRows) -> None:
+    lines("pairs.jsonl", [*pairs(3), "{", {"prompt": "Hi", "chosen": "a", "rejected": "a"}])
+    reading = read("dpo", "pairs.jsonl", on_bad_row="skip")
+    assert reading.error is None
+    assert len(reading.rows) == 3
+    assert rejected_rows(reading.rejects) == [
+        {
+            "file": "pairs.jsonl",
+            "line": 4,
+            "reason": "invalid JSON: Expecting property name enclosed in double quotes (column 2)",
+        },
+        {"file": "pairs.jsonl", "line": 5, "reason": "rejected: is the same as chosen"},
+    ]
+    (source,) = reading.report.sources
+    assert (source.read, source.kept, source.rejected, source.equal_answers) == (5, 3, 2, 1)
+
+
+def test_no_row_left_says_why(read: Read, lines: Lines) -> None:
+    lines("rows.jsonl", [{"text": ""}] * 7)
+    reading = read("sft", "rows.jsonl", on_bad_row="skip")
+    assert reading.message == "\n".join(
+        [*(f"rows.jsonl:{line}: text: is empty" for line in range(1, 6)), "rows.jsonl: no row is left of 7 read"]
+    )
+
+
+def test_mixed_formats_name_the_first_two_lines_of_each(read: Read, lines: Lines) -> None:
+    lines("mixed.jsonl", [*answers(2), {"text": "one"}, *answers(3), {"text": "two"}, {"text": "three"}])
+    assert read("sft", "mixed.jsonl").message == (
+        "mixed.jsonl: mixes kinds of rows: 5 rows of trl prompt_completion (mixed.jsonl:1, mixed.jsonl:2, ...), "
+        "3 rows of text (mixed.jsonl:3, mixed.jsonl:7, ...); give each kind its own source, or set on_bad_row: skip "
+        "to keep the commonest"
+    )
+
+
+def test_a_mix_that_begins_at_the_end_is_found(read: Read, lines: Lines) -> None:
+    lines("mixed.jsonl", [*answers(999), {"messages": [{"role": "user", "content": "Hi"}]}])
+    message = read("sft", "mixed.jsonl").message
+    assert message.startswith(
+        "mixed.jsonl: mixes kinds of rows: 999 rows of trl prompt_completion (mixed.jsonl:1, mixed.jsonl:2, ...), "
+        "1 row of openai messages (mixed.jsonl:1000); "
+    )
+
+
+def test_mixed_formats_under_skip_keep_the_commonest(read: Read, lines: Lines, rejected_rows: RejectedRows) -> None:
+    lines("mixed.jsonl", [{"text": "first"}, *answers(2)])
+    reading = read("sft", "mixed.jsonl", on_bad_row="skip")
+    assert [row.kind for row in reading.rows] == ["prompt_completion"] * 2
+    assert rejected_rows(reading.rejects) == [
+        {
+            "file": "mixed.jsonl",
+            "line": 1,
+            "reason": "is a row of text; most usable rows of the source are trl prompt_completion",
+        }
+    ]
+
+
+def test_rows_the_method_cannot_take_are_one_problem(read: Read, lines: Lines) -> None:
+    lines("rows.jsonl", answers(3))
+    assert read("dpo", "rows.jsonl").message == (
+        "rows.jsonl: 3 rows of trl prompt_completion (rows.jsonl:1, rows.jsonl:2, ...); dpo takes pair, ranked, unpaired"
+    )
+
+
+def test_sft_takes_the_best_answer(read: Read, lines: Lines) -> None:
+    lines("pairs.jsonl", [pairs(1)[0], pairs(1)[0] | {"label": 0.2}])
+    lines("ranked.jsonl", [{"prompt": "Hi", "completions": ["a", "b"], "scores": [1, 2]}])
+    reading = read("sft", "pairs.jsonl", "ranked.jsonl")
+    assert [row.completions for row in reading.rows] == [("1",), ("0",), ("b",)]
+    assert {row.kind for row in reading.rows} == {"prompt_completion"}
+
+
+def test_dpo_takes_all_pairs_of_a_ranking_but_ties(read: Read, lines: Lines) -> None:
+    lines("ranked.jsonl", [{"prompt": "Hi", "completions": ["a", "b", "c"], "scores": [2, 2, 1]}])
+    reading = read("dpo", "ranked.jsonl")
+    assert [row.completions for row in reading.rows] == [("a", "c"), ("b", "c")]
+    assert [row.place for row in reading.rows] == ["ranked.jsonl:1", "ranked.jsonl:1"]
+
+
+def test_dpo_does_not_mix_pairs_with_single_answers(read: Read, lines: Lines) -> None:
+    lines("pairs.jsonl", pairs(2))
+    lines("single.jsonl", [{"prompt": "Hi", "completion": "a", "label": True}])
+    expected = "test.yaml:3: 2 pair rows and 1 unpaired rows cannot be trained on in one dpo stage; give each its own"
+    assert read("dpo", "pairs.jsonl", "single.jsonl").message == expected
+
+
+def test_weight_counts_passes(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", answers(400))
+    assert len(read("sft", "a.jsonl", weight=2).rows) == 800
+    half, other = read("sft", "a.jsonl", weight=0.5, seed=1), read("sft", "a.jsonl", weight=0.5, seed=2)
+    assert 160 < len(half.rows) < 240
+    assert half.rows == read("sft", "a.jsonl", weight=0.5, seed=1).rows != other.rows
+    (source,) = half.report.sources
+    assert source.kept + source.not_sampled == source.read == 400
+    more = Counter(row.place for row in read("sft", "a.jsonl", weight=2.5, seed=1).rows)
+    assert {place for place, count in more.items() if count == 3} == {row.place for row in half.rows}
+    assert set(more.values()) == {2, 3}
+
+
+def test_max_rows_takes_the_first_good_rows(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", ["{", *answers(9)])
+    reading = read("sft", "a.jsonl", max_rows=3, on_bad_row="skip")
+    assert [row.place for row in reading.rows] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4"]
+
+
+def test_dedupe_drops_exact_repeats_across_sources(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", [*answers(3), answers(1)[0]])
+    lines("b.jsonl", [*answers(5), {"prompt": "0+1=", "completion": "one"}])
+    kept = read("sft", "a.jsonl", "b.jsonl", dedupe=True)
+    places = [row.place for row in kept.rows]
+    assert places == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:4", "b.jsonl:5", "b.jsonl:6"]
+    assert [source.duplicates_dropped for source in kept.report.sources] == [1, 3]
+    assert (kept.report.duplicates, kept.report.duplicate_prompts) == (4, 1)
+    everything = read("sft", "a.jsonl", "b.jsonl")
+    assert len(everything.rows) == 10
+    assert (everything.report.duplicates, everything.report.duplicate_prompts) == (4, 5)
+
+
+def test_copies_made_by_a_weight_are_no_duplicates(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", answers(3))
+    reading = read("sft", "a.jsonl", weight=3, dedupe=True)
+    assert (len(reading.rows), reading.report.duplicates) == (9, 0)
+
+
+def test_half_a_surrogate_pair_is_a_bad_row(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", [{"text": "fine"}, '{"text": "half \\ud83d"}', '{"text": "whole \\ud83d\\ude00"}'])
+    assert read("sft", "a.jsonl").message.startswith(
+        "a.jsonl:2: text holds \\ud83d, half of a surrogate pair: it is not valid Unicode; remove it\n1 of 3 rows"
+    )
+
+
+def test_columns_are_renamed_in_every_row(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", [{"question": "Hi", "answer": "Hello", "id": 1}, {"question": "Ho", "reply": "Hello"}])
+    reading = read("sft", "a.jsonl", columns={"prompt": "question", "completion": "answer"}, on_bad_row="skip")
+    assert [row.completions for row in reading.rows] == [("Hello",)]
+    assert reading.report.sources[0].ignored_columns == {"id": 1}
+    message = read("sft", "a.jsonl", columns={"prompt": "question", "completion": "answer"}).message
+    assert message.startswith("a.jsonl:2: answer: is missing (columns.completion); the row has question, reply\n")
+
+
+def test_ignored_columns_and_message_keys_are_named(read: Read, lines: Lines) -> None:
+    message = {"role": "user", "content": "Hi", "name": "Ann"}
+    rows = [{"messages": [message, {"role": "assistant", "content": "Hello"}], "tools": [], "id": 1}] * 2
+    lines("a.jsonl", rows)
+    (source,) = read("sft", "a.jsonl").report.sources
+    assert source.ignored_columns == {"tools": 2, "id": 2, "messages[].name": 2}
+    assert source.formats == {"openai messages": 2}
+
+
+def test_fingerprint_depends_on_rows_and_order_only(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", answers(5))
+    lines("b.jsonl", answers(5))
+    lines("c.jsonl", reversed(answers(5)))
+    (first, second, third) = (read("sft", name).report.fingerprint for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
+    assert first == second != third
+    # Written down once, so that a release that changes it by accident is noticed: runs would refuse to resume.
+    assert first == "ab2800a5e3c44be7da5c630a8099a757"
+
+
+def test_split_keeps_a_prompt_on_one_side(read: Read, lines: Lines) -> None:
+    rows = [row | {"completion": f"{row['completion']}{copy}"} for row in answers(500) for copy in "abc"]
+    lines("a.jsonl", rows)
+    split = list(split_eval(read("sft", "a.jsonl").rows, 0.1, seed=0))
+    held_out = {row.prompt for is_eval, row in split if is_eval}
+    trained = {row.prompt for is_eval, row in split if not is_eval}
+    assert not held_out & trained
+    assert len(held_out) + len(trained) == 500
+    assert 25 < len(held_out) < 80
+    assert [is_eval for is_eval, _ in split] == [e for e, _ in split_eval((row for _, row in split), 0.1, seed=0)]
+    assert held_out != {row.prompt for is_eval, row in split_eval((row for _, row in split), 0.1, seed=1) if is_eval}
+
+
+def test_split_of_conversations_goes_by_what_was_asked_first() -> None:
+    def conversation(*contents: str) -> Row:
+        roles = ("user", "assistant", "user", "assistant")
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+        return Row("messages", "", (messages,))
+
+    rows = [conversation(f"{n}", "yes") for n in range(50)] + [
+        conversation(f"{n}", "no", "why", "so") for n in range(50)
+    ]
+    sides = [is_eval for is_eval, _ in split_eval(rows, 0.5, seed=0)]
+    assert sides[:50] == sides[50:]
+    assert 10 < sum(sides[:50]) < 40
+
+
+def test_overlap_with_the_training_prompts_is_counted_and_placed(read: Read, lines: Lines) -> None:
+    lines("train.jsonl", answers(10))
+    lines(
+        "eval.jsonl", [{"prompt": [{"role": "user", "content": f"{n}+1= "}], "completion": "x"} for n in (8, 9, 10, 11)]
+    )
+    train = read("sft", "train.jsonl")
+    held_out = read("sft", "eval.jsonl", known_prompts=train.report.prompt_hashes())
+    assert held_out.report.overlap == 2
+    assert held_out.report.overlap_places == ["eval.jsonl:1", "eval.jsonl:2"]
+    assert train.report.overlap == 0
+
+
+def test_length_bias_is_reported(read: Read, lines: Lines) -> None:
+    rows = [("aaaa", "b"), ("aa", "bbb"), ("aa", "bb"), ("aaa", "b")]
+    lines("a.jsonl", [{"prompt": "p", "chosen": chosen, "rejected": rejected} for chosen, rejected in rows])
+    report = read("rm", "a.jsonl").report.to_dict()
+    assert report["comparisons"] == 4
+    assert report["longer_chosen_share"] == (2 + 0.5) / 4
+    assert report["mean_chosen_chars"] == 11 / 4
+    assert report["mean_rejected_chars"] == 7 / 4
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_a_directory_gives_its_data_files_by_name(read: Read, lines: Lines) -> None:
+    lines("data/b.jsonl", answers(1))
+    lines("data/a.jsonl", answers(2))
+    lines("data/README.md", ["not data"])
+    assert [row.place for row in read("sft", "data").rows] == ["data/a.jsonl:1", "data/a.jsonl:2", "data/b.jsonl:1"]
+
+
+def test_a_directory_with_held_out_files_is_refused(read: Read, lines: Lines) -> None:
+    for name in ("train-00000.jsonl", "test-00000.jsonl", "dev.jsonl"):
+        lines(f"data/{name}", answers(1))
+    expected = "data: holds training files and held-out ones (dev.jsonl, test-00000.jsonl); name the files to use"
+    assert read("sft", "data").message == expected
+
+
+def test_an_empty_directory_names_where_files_are(read: Read, lines: Lines) -> None:
+    lines("data/deep/a.jsonl", answers(1))
+    assert read("sft", "data").message == (
+        "data: the directory has no data files (.jsonl, .ndjson, .json, .csv, .txt, .parquet, plain or .gz); "
+        "there are some in data/deep"
+    )
+
+
+def test_missing_files_are_all_named_with_the_nearest(read: Read, lines: Lines) -> None:
+    lines("pairs.jsonl", pairs(1))
+    assert read("dpo", "pair.jsonl", "no/such/file.csv", "pairs.jsonl").message == (
+        "pair.jsonl: no such file; did you mean pairs.jsonl?\n"
+        "no/such/file.csv: no such file; the directory no does not exist"
+    )
+
+
+def test_files_of_other_kinds_are_refused(read: Read, lines: Lines) -> None:
+    lines("rows.xlsx", ["x"])
+    expected = "rows.xlsx: is not a data file we read (.jsonl, .ndjson, .json, .csv, .txt, .parquet, plain or .gz)"
+    assert read("sft", "rows.xlsx").message == expected
+
+
+def test_keys_without_effect_are_refused(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", answers(1))
+    assert read("sft", "a.jsonl", split="test", revision="main").message == (
+        "a.jsonl: data.revision has no effect on a local file; remove it\n"
+        "a.jsonl: data.split has no effect on a local file; remove it"
+    )
+
+
+def test_text_files_are_lines_or_blocks_by_format(read: Read, lines: Lines) -> None:
+    lines("a.txt", ["one", "two", "", "three"])
+    assert len(read("sft", "a.txt").rows) == 3
+    assert [row.completions for row in read("sft", "a.txt", format="text").rows] == [("one\ntwo",), ("three",)]
+
+
+def test_labels_and_scores_in_csv_are_numbers(read: Read, lines: Lines) -> None:
+    lines("a.csv", ["prompt,chosen,rejected,label,margin", "Hi,a,b,0.8,2", "Ho,a,b,,"])
+    reading = read("rm", "a.csv", on_bad_row="skip")
+    assert [(row.label, row.margin) for row in reading.rows] == [(0.8, 2.0), (None, None)]
+
+
+@pytest.fixture
+def saved_dataset(tmp_path: Path) -> Iterator[Path]:
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "saved"
+    splits = {"train": datasets.Dataset.from_list(answers(5)), "test": datasets.Dataset.from_list(answers(2))}
+    datasets.DatasetDict(splits).save_to_disk(str(path))
+    yield path
+
+
+@pytest.mark.slow
+def test_data_saved_by_datasets_is_read_by_split(read: Read, saved_dataset: Path) -> None:
+    assert len(read("sft", "saved").rows) == 5
+    assert read("sft", "saved", split="test").rows[1].place == "saved[row 2]"
+    expected = "saved: cannot be read as a data set saved on disk: no split 'dev'; it has train, test"
+    assert read("sft", "saved", split="dev").message == expected
+
+
+@pytest.mark.slow
+def test_a_hub_id_that_cannot_be_had_is_one_line(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = read("sft", "nobody/nothing").message
+    assert message.startswith(
+        "nobody/nothing: no such local path, and not to be had as a hub data set (split train): "
+        "HF_HUB_OFFLINE is set, so only the cache was searched; "
+    )
+    assert "\n" not in message
+
+
+def test_a_source_that_is_bad_and_one_that_is_mixed_are_both_reported(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", [*answers(2), {"text": "x"}])
+    lines("b.jsonl", [*answers(1), "{"])
+    read_both = read("sft", DataSource(path="a.jsonl"), DataSource(path="b.jsonl", weight=2))
+    first, second, third = read_both.message.splitlines()
+    assert first.startswith("a.jsonl: mixes kinds of rows: ")
+    assert second.startswith("b.jsonl:2: invalid JSON: ")
+    assert third.startswith("1 of 5 rows cannot be used ")
