@@ -54,7 +54,9 @@ def stack_adapter(model: PreTrainedModel, directory: Path, stage: Stage, *, rewa
     lower = _stored_config(model, directory, reward=reward, trainable=False)
     upper = _new_config(model, stage, reward=reward)
     if lower.use_dora or upper.use_dora:
-        raise ModelError("adapter: stack adds two low-rank updates, which DoRA's are not; use merge", where=str(directory))
+        raise ModelError(
+            "adapter: stack adds two low-rank updates, which DoRA's are not; use merge", where=str(directory)
+        )
     with _seeded(stage.seed), _explain(stage):
         wrapped = get_peft_model(model, lower, adapter_name=START)
         _fill(wrapped, directory, START, reward=reward)
@@ -76,7 +78,9 @@ def add_reference_adapter(model: PeftModel, *, of: str = TRAINED) -> None:
 
 def attach_frozen(model: PreTrainedModel, directory: Path, *, reward: bool) -> PeftModel:
     """Wrap a base with a stored adapter for use, not for training."""
-    wrapped = get_peft_model(model, _stored_config(model, directory, reward=reward, trainable=False), adapter_name=TRAINED)
+    wrapped = get_peft_model(
+        model, _stored_config(model, directory, reward=reward, trainable=False), adapter_name=TRAINED
+    )
     _fill(wrapped, directory, TRAINED, reward=reward)
     return wrapped.requires_grad_(False).eval()
 
@@ -123,7 +127,10 @@ def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool) -> LoraCo
     options = stage.lora
     assert options is not None
     if not isinstance(options.target_modules, str) and "lm_head" in options.target_modules:
-        raise ModelError("lora.target_modules names lm_head, which is never adapted; use all-linear", where=stage.where("lora.target_modules"))
+        raise ModelError(
+            "lora.target_modules names lm_head, which is never adapted; use all-linear",
+            where=stage.where("lora.target_modules"),
+        )
     return LoraConfig(
         r=options.r,
         lora_alpha=int(options.alpha) if options.alpha == int(options.alpha) else options.alpha,

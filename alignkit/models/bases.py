@@ -154,7 +154,9 @@ def read_base(
     head = [name for name in missing if name.split(".")[0] == "score"] if reward else []
     if len(missing) > len(head):
         first = next(name for name in missing if name not in head)
-        raise ModelError(f"{len(missing) - len(head)} tensors are missing, first {first}; the copy is incomplete", where=source)
+        raise ModelError(
+            f"{len(missing) - len(head)} tensors are missing, first {first}; the copy is incomplete", where=source
+        )
     model.score_is_new = bool(head)
     return model
 

@@ -52,7 +52,7 @@ def builtin_tokenizer() -> PreTrainedTokenizerFast:
 @cache
 def _backend_json() -> str:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [tuple(line.split(" ")) for line in _MERGES.read_text(encoding="utf-8").splitlines()]
+    merges = [(pair[0], pair[1]) for pair in map(str.split, _MERGES.read_text(encoding="utf-8").splitlines())]
     tokens = alphabet + [left + right for left, right in merges]
     backend = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -138,13 +138,15 @@ class Chat:
         cuts: list[list[Span]] = []
         plain: list[bool] = []
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            is_plain = isinstance(prompt, str)
-            if is_plain != isinstance(completion, str):
+            if isinstance(prompt, str) and isinstance(completion, str):
+                text, start = prompt + completion, len(prompt)
+            elif isinstance(prompt, list) and isinstance(completion, list):
+                text, start = self._join(prompt, completion, index)
+            else:
                 raise ConversationError("a prompt and its completion must both be text or both be messages", index)
-            text, start = (prompt + completion, len(prompt)) if is_plain else self._join(prompt, completion, index)
             texts.append(text)
             cuts.append([(start, len(text))])
-            plain.append(is_plain)
+            plain.append(isinstance(prompt, str))
         eos = [self.tokenizer.eos_token_id]
         splits = []
         for encoded, is_plain in zip(self._tokenize_spans(texts, cuts), plain, strict=True):

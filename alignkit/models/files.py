@@ -78,7 +78,9 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
     is_adapter = (path / "adapter_config.json").exists()
     config_name = "adapter_config.json" if is_adapter else "config.json"
     if not (path / config_name).exists():
-        raise ModelError(f"no config.json and no adapter_config.json: not a model directory{_content(path)}", where=str(path))
+        raise ModelError(
+            f"no config.json and no adapter_config.json: not a model directory{_content(path)}", where=str(path)
+        )
     problems: list[Problem] = []
     config = _read_json(path / config_name, problems)
     tokenizer_config = _read_json(path / "tokenizer_config.json", problems)

@@ -12,8 +12,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -74,6 +74,7 @@ def fetch_adapter(source: str, revision: str | None) -> Path | None:
             return None
         allowed = ["*.json", "*.safetensors", "*.jinja", "*.model"]
         return Path(snapshot_download(source, revision=revision, allow_patterns=allowed))
+
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:

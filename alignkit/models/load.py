@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -31,7 +31,7 @@ from alignkit.models.score import prepare_score_head
 from alignkit.models.tokens import check_vocabulary, load_tokenizer
 from alignkit.recipe.stage import Stage
 
-Model = PreTrainedModel | PeftModel
+Model: TypeAlias = PreTrainedModel | PeftModel
 # How the reference of DPO is had: the adapter switched off, the frozen copy `ref`, the frozen lower adapter `start`
 # alone, or a second model.
 Reference = Literal["adapter_off", "ref_adapter", "base_adapter", "model"]
@@ -162,7 +162,10 @@ def _find_start(stage: Stage) -> _Start:
         entry = {"role": "base", "path": source, "seed": stage.seed, "config": stage.model.config}
         return _Start(source, revision, None, False, [entry])
     if stage.model.config and not stage.start_dir:
-        raise ModelError("model.config changes only random weights; set model.init: scratch or leave it out", where=stage.where("model.config"))
+        raise ModelError(
+            "model.config changes only random weights; set model.init: scratch or leave it out",
+            where=stage.where("model.config"),
+        )
     if directory is None:
         return _Start(source, revision, None, False, [{"role": "base", "path": source, "revision": revision}])
     files = inspect_model_dir(directory, trust_code=stage.trust_code)
@@ -179,7 +182,9 @@ def _find_start(stage: Stage) -> _Start:
 def _load(stage: Stage, start: _Start, run_dir: Path, tokenizer: PreTrainedTokenizerFast, *, reward: bool) -> Loaded:
     precision = pick_precision(stage)
     if precision.quantized and stage.lora is None:
-        raise ModelError("quantised weights cannot be trained in full; add lora:", where=stage.where("model.quantization"))
+        raise ModelError(
+            "quantised weights cannot be trained in full; add lora:", where=stage.where("model.quantization")
+        )
     action = _choose_action(stage, start)
     lineage = list(start.lineage)
     base, revision = start.base, start.revision
@@ -220,7 +225,7 @@ def _open_base(
     *,
     reward: bool,
 ) -> PreTrainedModel:
-    """Read base weights, or draw them; drawn ones go through `<run_dir>/base` where an adapter or a head needs files."""
+    """Read base weights, or draw them; drawn ones go through `<run_dir>/base` where adapter or head need files."""
     if is_random(stage) and base == stage.model.path:
         written = run_dir.resolve() / "base"
         if stage.lora is None and not reward:
@@ -296,8 +301,8 @@ def _check_same_base(files: ModelFiles, base: str, stage: Stage) -> None:
     roots = [entry["path"] for entry in recorded[:1]] or [base]
     config = f" with model.config {same_name[0].get('config')}" if same_name else ""
     raise ModelError(
-        f"the adapter in {files.path} was trained on {roots[0]}{config}, not on model.path {wanted}; set model.path (and "
-        "model.config) to its base, or start from another stage",
+        f"the adapter in {files.path} was trained on {roots[0]}{config}, not on model.path {wanted}; set model.path "
+        "(and model.config) to its base, or start from another stage",
         where=stage.where(f"{stage.name}.start_from"),
     )
 

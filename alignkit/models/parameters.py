@@ -16,7 +16,7 @@ def describe_parameters(model: nn.Module) -> dict[str, float]:
     """Count parameters and measure the quantised ones.
 
     `quantized` counts weights, not the bytes they are packed in; `bits_per_quantized_parameter` holds codes and all
-    constants (4.127 for nf4 with double quantization, arXiv 2305.14314 section 3), 0 when nothing is quantised.
+    block constants (4.127 for nf4 with double quantization, arXiv 2305.14314 section 3), 0 when nothing is quantised.
     """
     trainable = total = quantized = quantized_bytes = num_bytes = 0
     scales = _int8_scales(model)
@@ -52,8 +52,15 @@ def hash_base(model: nn.Module) -> str:
             continue
         digest.update(name.encode())
         for tensor in _tensors_of(parameter, scales):
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+            digest.update(_bytes_of(tensor))
+        offset = getattr(getattr(parameter, "quant_state", None), "offset", None)
+        if offset is not None:
+            digest.update(_bytes_of(offset))
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _int8_scales(model: nn.Module) -> dict[int, torch.Tensor]:
@@ -75,7 +82,6 @@ def _tensors_of(parameter: nn.Parameter, int8_scales: dict[int, torch.Tensor]) -
         yield state.absmax
         if state.nested:
             yield state.state2.absmax
-            yield state.offset.reshape(1)
     elif id(parameter) in int8_scales:
         yield int8_scales[id(parameter)]
 

@@ -78,7 +78,9 @@ def concatenate_adapters(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.
         if not present:
             raise ModelError(f"{name} is adapted in a way that cannot be stacked; use adapter: merge")
         down = torch.cat([layer.lora_A[adapter].weight.detach().float() for adapter in present], dim=0)
-        up = torch.cat([layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter] for adapter in present], dim=1)
+        up = torch.cat(
+            [layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter] for adapter in present], dim=1
+        )
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = down.cpu(), up.cpu().contiguous()
         ranks[name.removeprefix(_WRAPPER)] = down.shape[0]
     trained = get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)

@@ -21,7 +21,9 @@ _NOT_ARCHITECTURE = frozenset(
 )  # fmt: skip
 
 
-def override_config(config: PreTrainedConfig, overrides: dict[str, Any], *, where: str | None = None) -> PreTrainedConfig:
+def override_config(
+    config: PreTrainedConfig, overrides: dict[str, Any], *, where: str | None = None
+) -> PreTrainedConfig:
     """Return a new config with the overrides in force.
 
     Both spellings of an attribute work (`hidden_size` and GPT-2's `n_embd`). Raises ModelError for names the

@@ -100,9 +100,11 @@ def _find_source(stage: Stage) -> tuple[str, str | None]:
 
 def _load(source: str, *, revision: str | None, trust_code: bool) -> PreTrainedTokenizerFast:
     directory = find_model_dir(source)
-    if directory is not None and not (directory / "tokenizer_config.json").exists() and not (
-        directory / "tokenizer.json"
-    ).exists():
+    if (
+        directory is not None
+        and not (directory / "tokenizer_config.json").exists()
+        and not (directory / "tokenizer.json").exists()
+    ):
         raise ModelError(f"{directory} has no tokenizer; set model.tokenizer to the one its model was trained with")
     with explain_hub_errors(source), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(
@@ -124,8 +126,8 @@ def _read_template(name: str, tokenizer: PreTrainedTokenizerFast, *, where: str 
     missing = [token for token in _NEEDED_TOKENS[name] if token not in tokenizer.get_vocab()]
     if missing:
         raise ModelError(
-            f"model.chat_template {name!r} writes {' and '.join(missing)}, which the tokenizer does not have as tokens; "
-            "use plain, or zephyr, which need no control tokens",
+            f"model.chat_template {name!r} writes {' and '.join(missing)}, which the tokenizer does not have as "
+            "tokens; use plain, or zephyr, which need no control tokens",
             where=where,
         )
     text = (_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")

@@ -15,7 +15,6 @@ from alignkit.recipe.schema import OPTIONS, DataSource, LaunchOptions, LoraOptio
 from alignkit.recipe.stage import Stage
 
 
-
 @pytest.fixture
 def make_stage(tmp_path: Path) -> Callable[..., Stage]:
     """Return a builder: make_stage("dpo", lora={}, start=dir, adapter="merge", quantization="nf4", path=...)."""

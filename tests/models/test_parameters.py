@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+
+from alignkit.models.bases import Precision, quantization_config
+from alignkit.models.load import load_policy
+from alignkit.models.parameters import describe_parameters, hash_base
+from alignkit.recipe.stage import Stage
+
+MakeStage = Callable[..., Stage]
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "nf4.json"
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Any]:
+    return json.loads(GOLDEN.read_text())
+
+
+def quantize(weight: torch.Tensor, *, double: bool) -> nn.Module:
+    """Quantise one matrix with the settings our recipes use."""
+    config = quantization_config(Precision(torch.float32, "cpu", "nf4", double))
+    layer = Linear4bit(
+        *reversed(weight.shape),
+        bias=False,
+        compute_dtype=config.bnb_4bit_compute_dtype,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+        quant_storage=config.bnb_4bit_quant_storage,
+    )
+    layer.load_state_dict({"weight": weight})
+    return layer.to("cpu")
+
+
+def test_nf4_codes_constants_and_values_are_the_published_ones(golden: dict[str, Any]) -> None:
+    weight = torch.tensor(golden["W"]).reshape(64, 64)
+    state = quantize(weight, double=False).weight
+    torch.testing.assert_close(state.quant_state.code, torch.tensor(golden["codebook"]), atol=1e-6, rtol=0)
+    assert state.data.flatten().tolist() == golden["packed"]
+    torch.testing.assert_close(state.quant_state.absmax, torch.tensor(golden["absmax"]), atol=1e-6, rtol=0)
+    back = functional.dequantize_4bit(state.data, state.quant_state).flatten()
+    torch.testing.assert_close(back, torch.tensor(golden["dequant"]), atol=1e-6, rtol=0)
+
+
+def test_bits_per_parameter_are_measured_with_all_constants(golden: dict[str, Any]) -> None:
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(golden["big"]["seed"]))
+    once, twice = quantize(weight, double=False), quantize(weight, double=True)
+    assert describe_parameters(once)["bits_per_quantized_parameter"] == golden["big"]["bits_nodq"] == 4.5
+    # 4 bits, 8/64 for the block constants, 32/(64*256) for theirs
+    assert describe_parameters(twice)["bits_per_quantized_parameter"] == golden["big"]["bits_dq"] == 4.126953125
+    for layer, key in ((once, "mse_nodq"), (twice, "mse_dq")):
+        back = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert (back - weight).square().mean().item() == pytest.approx(golden["big"][key], abs=1e-6)
+
+
+def test_counts_of_a_quantized_policy_are_of_weights_not_of_bytes(make_stage: MakeStage) -> None:
+    stage = make_stage(lora={}, quantization="nf4")
+    facts = describe_parameters(load_policy(stage, run_dir=Path(stage.run_dir)).model)
+    layers = 2 * (96 * 288 + 96 * 96 + 2 * 96 * 384)  # attention in, attention out, both MLP matrices
+    adapters = 2 * 4 * (96 + 288 + 96 + 96 + 2 * (96 + 384))
+    assert facts["quantized"] == layers
+    assert facts["trainable"] == adapters
+    assert facts["total"] == 322_176 + adapters
+    assert 4.127 <= facts["bits_per_quantized_parameter"] <= 4.14
+
+
+def test_embeddings_and_head_are_never_quantized(make_stage: MakeStage) -> None:
+    stage = make_stage(lora={}, quantization="nf4", path="builtin:tiny-llama")
+    model = load_policy(stage, run_dir=Path(stage.run_dir)).model
+    packed = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}
+    assert len(packed) == 14 and not any("lm_head" in name or "embed" in name for name in packed)
+    adapted = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert len(adapted) == 28 and not any("lm_head" in name for name in adapted)
+
+
+def test_base_hash_sees_a_changed_code_and_a_changed_constant_but_no_adapter(make_stage: MakeStage) -> None:
+    stage = make_stage(lora={}, quantization="nf4")
+    model = load_policy(stage, run_dir=Path(stage.run_dir)).model
+    before = hash_base(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    assert hash_base(model) == before
+    weight = next(parameter for parameter in model.parameters() if parameter.dtype == torch.uint8)
+    weight.quant_state.absmax[0] += 1
+    changed = hash_base(model)
+    assert changed != before
+    weight.quant_state.absmax[0] -= 1
+    assert hash_base(model) == before
+    weight.data[0] ^= 1
+    assert hash_base(model) not in (before, changed)

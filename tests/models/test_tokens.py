@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError
+from alignkit.models.builtin import builtin_tokenizer
+from alignkit.models.tokens import check_vocabulary, control_tokens, load_tokenizer, set_pad_token
+from alignkit.recipe.stage import Stage
+
+MakeStage = Callable[..., Stage]
+
+
+def save_tokenizer(path: Path, **tokens: str | None) -> Path:
+    tokenizer = builtin_tokenizer()
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_builtin_models_speak_chatml_unless_told_otherwise(make_stage: MakeStage) -> None:
+    assert "<|im_end|>" in str(load_tokenizer(make_stage()).chat_template)
+    assert "Human: " in str(load_tokenizer(make_stage(chat_template="plain")).chat_template)
+
+
+def test_template_that_needs_tokens_the_vocabulary_lacks_is_refused(make_stage: MakeStage) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(make_stage(chat_template="llama3"))
+    assert str(caught.value) == (
+        "tiny.yaml: model.chat_template 'llama3' writes <|start_header_id|> and <|end_header_id|> and <|eot_id|>, which the "
+        "tokenizer does not have as tokens; use plain, or zephyr, which need no control tokens"
+    )
+
+
+def test_template_of_a_file_or_of_a_name_nobody_knows(make_stage: MakeStage, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    assert load_tokenizer(make_stage(chat_template=str(tmp_path / "mine.jinja"))).chat_template == "{{ messages }}"
+    with pytest.raises(ModelError, match="'alpaca' is neither a file nor one of chatml, llama3, zephyr, plain"):
+        load_tokenizer(make_stage(chat_template="alpaca"))
+
+
+def test_tokenizer_comes_from_the_start_then_the_key_then_the_model(make_stage: MakeStage, tmp_path: Path) -> None:
+    given = save_tokenizer(tmp_path / "given", eos_token="<|im_end|>")
+    assert load_tokenizer(make_stage()).eos_token == "<|endoftext|>"
+    assert load_tokenizer(make_stage(tokenizer=str(given))).eos_token == "<|im_end|>"
+    with pytest.raises(ModelError, match="no config.json"):  # a start without weights is no start
+        load_tokenizer(make_stage(tokenizer=str(given), start=given))
+
+
+def test_missing_or_shared_pad_token_becomes_a_spare_one(tmp_path: Path) -> None:
+    tokenizer = builtin_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    set_pad_token(tokenizer)
+    assert tokenizer.pad_token == "<|pad|>"
+    tokenizer.pad_token = None
+    set_pad_token(tokenizer)
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|endoftext|>")
+
+
+def test_pad_token_is_the_eos_where_nothing_is_spare() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    set_pad_token(tokenizer)
+    assert tokenizer.pad_token == "</s>"
+
+
+def test_control_tokens_are_listed_longest_first() -> None:
+    assert control_tokens(builtin_tokenizer()) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+
+
+def test_vocabulary_larger_than_the_embeddings_is_refused() -> None:
+    check_vocabulary(builtin_tokenizer(), 512, model="m")
+    check_vocabulary(builtin_tokenizer(), 576, model="m")  # padded embeddings are common
+    with pytest.raises(ModelError, match="token ids up to 511 but m has 511 embeddings"):
+        check_vocabulary(builtin_tokenizer(), 511, model="m")
+
+
+def test_directory_without_a_tokenizer_is_named(make_stage: MakeStage, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="empty has no tokenizer; set model.tokenizer"):
+        load_tokenizer(make_stage(tokenizer=str(tmp_path / "empty")))
+
+
+def test_hub_model_that_cannot_be_had_is_one_line(make_stage: MakeStage) -> None:
+    with pytest.raises(AlignKitError) as caught:
+        load_tokenizer(make_stage(path="nobody/nothing-like-this"))
+    assert isinstance(caught.value, ModelError | EnvironmentProblem)
+    assert str(caught.value).startswith("nobody/nothing-like-this is ") and "\n" not in str(caught.value)
+
+
+def test_tokenizer_without_eos_is_refused(make_stage: MakeStage, tmp_path: Path) -> None:
+    path = save_tokenizer(tmp_path / "t", eos_token=None)
+    with pytest.raises(ModelError, match="has no eos token"):
+        load_tokenizer(make_stage(tokenizer=str(path)))
