@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from short_run import measure_short_run
 from start_up import measure_bad_recipe, measure_help
 from table import Row, save_rows
 
 CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measure, rounds)
     "help": (measure_help, 15),
     "bad-recipe": (measure_bad_recipe, 15),
+    "short-run": (measure_short_run, 5),
 }
 
 

@@ -21,6 +21,8 @@ dpo:
 BAD_TRL_CONFIG = """\
 model_name_or_path: model
 output_dir: out
+use_cpu: true
+bf16: false
 betta: 0.2
 """
 
@@ -54,7 +56,7 @@ def measure_bad_recipe(directory: Path, *, runs: int) -> list[Row]:
     trl = alternate(
         [
             Command(ours, [str(SCRIPTS / "alignkit"), "dpo", "--recipe", str(recipe)], directory, expect=2),
-            Command("trl dpo", [str(SCRIPTS / "trl"), "dpo", "--config", str(config)], directory, expect=1),
+            Command("trl dpo", [str(SCRIPTS / "trl"), "dpo", "--config", str(config)], directory, expect=2),
         ],
         runs=max(runs // 3, 1),
     )
