@@ -52,7 +52,7 @@ def resolve_paths(tree: Node, stages: dict[str, Node]) -> list[Problem]:
             _resolve_sources(section.value.get(key), f"{prefix}{key}", problems)
     for name, section in stages.items():
         start = section.value.get("start_from")
-        if start is not None and start.value not in stages:
+        if start is not None and isinstance(start.value, str) and start.value not in stages:
             _resolve(start, f"{name}.start_from", problems, missing_from=Path.cwd())
     return problems
 

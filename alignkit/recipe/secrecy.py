@@ -6,9 +6,12 @@ It judges names and shapes only; it never looks at the environment and cannot te
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from alignkit.errors import Problem
-from alignkit.recipe.tree import Node
+
+if TYPE_CHECKING:
+    from alignkit.recipe.tree import Node  # tree itself redacts what it shows
 
 _SECRET_NAME = re.compile(r"(^|_)(token|api_?key|secret(_?key)?|access_?key|passwords?|passwd|credentials?)$", re.I)
 # Names of vocabulary entries, which the pattern above would take for credentials.

@@ -28,6 +28,7 @@ from ruamel.yaml.events import (
 from ruamel.yaml.reader import ReaderError
 
 from alignkit.errors import Problem, RecipeError
+from alignkit.recipe.secrecy import redact
 
 MAX_DEPTH = 50
 
@@ -41,6 +42,7 @@ _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
 # Escapes such as "\0" and "\ud800" bring in what no file name, message or JSON file can hold.
+_KEY = re.compile(r"[\s-]*([\w.-]{1,60}):(\s|$)")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
@@ -104,8 +106,10 @@ def parse_yaml(text: str, origin: Origin) -> Node | None:
     except MarkedYAMLError as error:
         if not problems:  # a tab also breaks the parser: one message is enough
             what, mark = _explain(error)
-            last = text.rstrip().count("\n") + 1  # the end of the text is not a line to look at
-            problems.append(Problem(what, origin.place(min(mark.line + 1, last) if mark else last)))
+            lines = text.rstrip().splitlines()  # the end of the text is not a line to look at
+            line = min(mark.line + 1 if mark else 1, len(lines))
+            key = _KEY.match(lines[line - 1]) if lines else None
+            problems.append(Problem(redact(f"{key[1]}: {what}") if key else what, origin.place(line)))
     except YAMLError as error:
         problems.append(Problem(f"this is not YAML ({type(error).__name__})", origin.place(1)))
     if problems:
@@ -229,4 +233,5 @@ class _Builder:
 
 
 def _shorten(text: str) -> str:
+    text = redact(text)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -70,8 +70,7 @@ class _StageTree:
     broken: set[str] = field(default_factory=set)
 
     def section(self, tree: Node) -> Section:
-        inherited = {key: tree.value[key] for key in INHERITED if key in tree.value}
-        node = Node({**inherited, **self.node.value}, self.node.origin, self.node.line)
+        node = Node({**_find_inherited(tree), **self.node.value}, self.node.origin, self.node.line)
         return Section(self.name, self.method, _plain_without(node, self.broken), frozenset(self.broken), node)
 
 
@@ -153,7 +152,7 @@ class _Build:
             self.problems += found
             if found:
                 stage.broken.add(key)
-        if "data" not in stage.node.value and "data" not in self.tree.value:
+        if "data" not in stage.node.value and "data" not in _find_inherited(self.tree):
             help_text = "add the rows to train on, here or as the recipe's own `data:`"
             self.problems.append(Problem(f"{stage.name}.data is missing; {help_text}", stage.node.place))
             stage.broken.add("data")
@@ -161,7 +160,7 @@ class _Build:
     def check_references(self) -> None:
         """Check that `stages:` and every `start_from` name what is there, and that nothing starts from itself."""
         listed = self.tree.value.get("stages")
-        for item in listed.value if listed is not None and "stages" not in self.broken else ():
+        for item in listed.value or () if listed is not None and "stages" not in self.broken else ():
             if item.value not in self.stages:
                 hint = suggest(str(item.value), self.stages) or f"; there are {', '.join(self.stages)}"
                 self.problems.append(Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place))
@@ -243,6 +242,10 @@ def _explain_moved(problem: Problem) -> Problem:
         return Problem(f"{match[1] if match else ''}.{name}: {CONTROLLED[name]}", problem.where)
     moved = MOVED.get(name)
     return Problem(f"{match[0]}: {moved}", problem.where) if match and moved else problem
+
+
+def _find_inherited(tree: Node) -> dict[str, Node]:
+    return {key: tree.value[key] for key in INHERITED if key in tree.value and tree.value[key].value is not None}
 
 
 def _remove(node: Node, ids: set[int]) -> None:

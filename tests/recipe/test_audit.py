@@ -17,10 +17,12 @@ START = "model: {path: gpt2}\ndata: x/y\n"
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ("sft: {batch_size: 16, micro_batch_size: 3}", "sft.micro_batch_size is 3, which does not divide batch_size 16"),
+        ("sft: {batch_size: 16, micro_batch_size: 3}", "sft.micro_batch_size is 3, which does not divide batch_size "
+         "16"),
         ("sft: {eval_steps: 5}", "sft.eval_steps has no effect without `eval:`; add eval: 0.05 (a share of the data) "
          "or a source"),
-        ("sft: {eval: 0.1, eval_strategy: no}", "sft.eval_strategy is no, so `eval:` has no effect; take one of them out"),
+        ("sft: {eval: 0.1, eval_strategy: no}", "sft.eval_strategy is no, so `eval:` has no effect; take one of "
+         "them out"),
         ("sft: {save_steps: 2.5}", "sft.save_steps is 2.5; it must be a whole number of steps, or a share of all steps "
          "below 1"),
         ("sft: {max_steps: 0}", "sft.max_steps is 0; it must be at least 1, or -1 to train num_train_epochs"),
@@ -50,7 +52,8 @@ START = "model: {path: gpt2}\ndata: x/y\n"
         ("rm: {normalize_rows: 9}", "rm.normalize_rows has no effect without normalize: bias or gain_and_bias"),
         ("rm: {label_smoothing_factor: 0.1}", "rm.label_smoothing_factor has no effect on the loss of rm; soft labels "
          "are a column"),
-        ("dpo: {label_smoothing: 0.1}", "dpo.label_smoothing has no effect with loss_type sigmoid; use loss_type: cdpo"),
+        ("dpo: {label_smoothing: 0.1}", "dpo.label_smoothing has no effect with loss_type sigmoid; use loss_type: "
+         "cdpo"),
         ("dpo: {label_smoothing: 0.1, loss_type: [ipo, hinge]}", "dpo.label_smoothing has no effect with loss_type "
          "ipo, hinge; only cdpo, robust, exo_pair, aot, aot_unpaired read it"),
         ("dpo: {loss_type: cdpo}", "dpo.loss_type is cdpo; cdpo needs label_smoothing between 0 and 0.5: the share of "
