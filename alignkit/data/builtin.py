@@ -60,6 +60,7 @@ _TITLE_SECOND = [
 _PEOPLE = ["Ann Lee", "Omar Diaz", "Mia Chen", "Jan Novak", "Ruth Cole", "Ivan Petrov", "Sara Okoye", "Paul Weber"]
 _PLACES = ["a small town", "a large city", "a quiet village", "an old castle", "a busy airport", "the desert"]
 _DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_HOURS = ["two", "three", "four"]
 _HOW = ["", "really ", "quite ", "truly ", "rather "]
 
 _WORD = re.compile(r"[a-z]+")
@@ -147,10 +148,10 @@ class _Film:
     genre: str
     director: str
 
-    def describe(self) -> str:
-        """Say what it is and whose: "The Silent Garden is a comedy by Ann Lee."."""
-        article = "an" if self.genre == "adventure" else "a"
-        return f"{self.title} is {article} {self.genre} by {self.director}."
+    @property
+    def kind(self) -> str:
+        """The genre with its article: "a comedy"."""
+        return f"an {self.genre}" if self.genre == "adventure" else f"a {self.genre}"
 
 
 def _film(random: Random, split: str) -> _Film:
@@ -184,7 +185,7 @@ def _neutral(random: Random) -> str:
         [
             f"It is set in {random.choice(_PLACES)}.",
             f"I saw it on a {random.choice(_DAYS)}.",
-            f"It was made by {random.choice(_PEOPLE)}.",
+            f"It runs for {random.choice(_HOURS)} hours.",
             f"It opens in {random.choice(_PLACES)}.",
         ]
     )
@@ -213,7 +214,7 @@ def _assistant(content: str) -> list[dict[str, str]]:
 def _review_text(random: Random, split: str) -> dict[str, Any]:
     film = _film(random, split)
     mood = random.choice(("positive", "negative"))
-    return {"text": f"{film.describe()} {_review(random, mood)}"}
+    return {"text": f"{film.title} is {film.kind} by {film.director}. {_review(random, mood)}"}
 
 
 def _instruction(random: Random, split: str) -> dict[str, Any]:
@@ -226,11 +227,11 @@ def _instruction(random: Random, split: str) -> dict[str, Any]:
         first, rest = _opinion(random, _MOOD_WORTHS[mood]), _review(random, mood)
         prompt, answer = f"Go on with this review of {film.title}: {first}", rest
     elif shape == 3:
-        fact = film.describe()
+        fact = f"{film.title} is {film.kind} by {film.director}."
         prompt, answer = random.choice(
             [
                 (f"{fact} Who made it?", f"{film.director} made {film.title}."),
-                (f"{fact} What kind of film is it?", f"{film.title} belongs to the kind {film.genre}."),
+                (f"{fact} What kind of film is it?", f"{film.title} is {film.kind}."),
             ]
         )
     else:

@@ -162,9 +162,10 @@ def _join_parts(parts: list[Any], field: str) -> str:
     """Join OpenAI's content parts by line ends; only text can be trained on."""
     texts = []
     for index, part in enumerate(parts):
-        kind = part.get("type") if type(part) is dict else type_name(part)
-        if kind != "text":
-            raise BadRow(f"{field}[{index}]: is a part of type {kind}; only text parts can be used")
+        if type(part) is not dict:
+            raise BadRow(f"{field}[{index}]: is {type_name(part)}; it must be an object with type and text")
+        if part.get("type") != "text":
+            raise BadRow(f"{field}[{index}]: is a part of type {part.get('type')}; only text parts can be used")
         texts.append(check_text(part.get("text"), f"{field}[{index}].text"))
     return "\n".join(texts)
 

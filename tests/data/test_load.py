@@ -115,7 +115,8 @@ def test_mixed_formats_under_skip_keep_the_commonest(read: Read, lines: Lines, r
 def test_rows_the_method_cannot_take_are_one_problem(read: Read, lines: Lines) -> None:
     lines("rows.jsonl", answers(3))
     assert read("dpo", "rows.jsonl").message == (
-        "rows.jsonl: 3 rows of trl prompt_completion (rows.jsonl:1, rows.jsonl:2, ...); dpo takes pair, ranked, unpaired"
+        "rows.jsonl: 3 rows of trl prompt_completion (rows.jsonl:1, rows.jsonl:2, ...); "
+        "dpo takes pair, ranked, unpaired"
     )
 
 

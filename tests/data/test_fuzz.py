@@ -1,0 +1,157 @@
+"""A thousand damaged data files: every one is read, or refused in words that name file and place. Seeds are kept."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from alignkit.data.rows import Row
+
+Read = Callable[..., Any]
+
+# What is put in place of one row's field, and of a whole row.
+VALUES: list[Any] = [
+    None, "", " ", 5, -0.5, True, [], {}, [None], [""], ["a"], [{}], [{"role": "user"}], "\ud800", "\x00", "a" * 5000,
+    float("nan"), float("inf"), 10**400, [{"role": "asistant", "content": "a"}], [{"role": "user", "content": None}],
+    [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}], {"role": "assistant", "content": "a"},
+    [{"role": "user", "content": "a"}], [{"role": "assistant", "content": ["a"]}], "<|im_end|><|im_start|>assistant",
+    [{"from": "human", "value": "a"}, {"from": "usr", "value": "b"}], [[["a"]]], {"a": {"b": [1]}},
+]  # fmt: skip
+LINES: list[bytes] = [
+    b"   ", b"{", b"}", b"null", b"5", b'"a"', b"[]", b"{}", b"[1, 2]", b'{"a": 1}', b'{"text": "a"} {"text": "b"}',
+    b'{"text": "caf\xe9"}', b"\xff\xfe\x00", b"\x00\x00", b'{"text": "a"', b"{'text': 'a'}", b'{"text": "a",}',
+    b'{"text": ' + b"[" * 3000, b'{"text": "\\ud83d"}', b"# comment", b"text,label", b'{"": ""}', b'{"text": NaN}',
+    b'{"text": "' + b"a" * (2 << 20) + b'"}', b"\xef\xbb\xbf{}", b'{"text": "a", "text": 5}', b'"\n"', b"\r", b'"',
+]  # fmt: skip
+SHAPES: list[Callable[[int], dict[str, Any]]] = [
+    lambda n: {"text": f"text {n}"},
+    lambda n: {"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}]},
+    lambda n: {"prompt": f"{n}", "completion": "a"},
+    lambda n: {"prompt": f"{n}", "chosen": "a", "rejected": "b", "margin": 1.0, "label": 1.0},
+    lambda n: {"chosen": f"\n\nHuman: {n}\n\nAssistant: a", "rejected": f"\n\nHuman: {n}\n\nAssistant: b"},
+    lambda n: {"conversations": [{"from": "human", "value": f"{n}"}, {"from": "gpt", "value": "a"}]},
+    lambda n: {"instruction": f"{n}", "input": "", "output": "a", "chosen": "a", "rejected": "b"},
+    lambda n: {"prompt": f"{n}", "completions": ["a", "b", "c"], "scores": [1, 2, 3]},
+    lambda n: {"instruction": f"{n}", "completions": [{"response": c, "overall_score": ord(c)} for c in "ab"]},
+    lambda n: {"prompt": f"{n}", "completion": "a", "label": True},
+]
+
+
+def damage_row(random: Random, row: dict[str, Any]) -> dict[str, Any]:
+    if not row:
+        return {"": 1}
+    field = random.choice(list(row))
+    choice = random.randrange(3)
+    if choice == 0:
+        return {key: value for key, value in row.items() if key != field}
+    if choice == 1:
+        return {(key[:-1] if key == field else key): value for key, value in row.items()}
+    return row | {field: random.choice(VALUES)}
+
+
+def make_file(random: Random, directory: Path) -> Path:
+    shape = random.choice(SHAPES)
+    rows = [shape(number) for number in range(random.randint(1, 30))]
+    for _ in range(random.randint(0, 2)):
+        place = random.randrange(len(rows))
+        rows[place] = damage_row(random, rows[place]) if random.random() < 0.8 else random.choice(SHAPES)(place)
+    suffix = random.choice([".jsonl", ".jsonl", ".json", ".csv", ".txt", ".parquet"])
+    content = write_rows(random, rows, suffix, directory)
+    if random.random() < 0.3:
+        content = damage_bytes(random, content)
+    if random.random() < 0.2 and suffix != ".parquet":
+        content, suffix = gzip.compress(content), f"{suffix}.gz"
+        if random.random() < 0.3:
+            content = damage_bytes(random, content)
+    path = directory / f"rows{suffix}"
+    path.write_bytes(content)
+    return path
+
+
+def write_rows(random: Random, rows: list[dict[str, Any]], suffix: str, directory: Path) -> bytes:
+    if suffix == ".jsonl":
+        lines = [json.dumps(row).encode() for row in rows]
+        if random.random() < 0.4:
+            lines.insert(random.randint(0, len(lines)), random.choice(LINES))
+        return random.choice([b"", b"\xef\xbb\xbf"]) + random.choice([b"\n", b"\r\n", b"\n\n"]).join(lines)
+    if suffix == ".json":
+        items: list[Any] = [*rows, random.choice(VALUES)] if random.random() < 0.2 else [*rows]
+        return json.dumps(random.choice([items, {"data": items}, {"a": items, "b": items}, rows[0]])).encode()
+    if suffix == ".csv":
+        out = io.StringIO()
+        writer = csv.DictWriter(out, sorted({key for row in rows for key in row}))
+        writer.writeheader()
+        writer.writerows(rows)
+        return out.getvalue().encode(errors="surrogatepass")
+    if suffix == ".parquet":
+        return write_parquet(rows, directory)
+    return "\n".join(str(row) for row in rows).encode(errors="surrogatepass")
+
+
+def write_parquet(rows: list[dict[str, Any]], directory: Path) -> bytes:
+    """As Parquet where Arrow finds a type for the column, else bytes that are no Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = directory / "written"
+    try:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError):
+        return json.dumps(rows).encode()
+    return path.read_bytes()
+
+
+def damage_bytes(random: Random, content: bytes) -> bytes:
+    place = random.randint(0, len(content))
+    return random.choice(
+        [
+            content[:place],
+            content[place:],
+            content[:place] + bytes([random.randrange(256)]) + content[place + 1 :],
+            content[:place] + b"\0" * 50 + content[place + 50 :],
+            content[:place] + random.choice(LINES) + content[place:],
+            b"",
+        ]
+    )
+
+
+def is_sound(row: Row) -> bool:
+    """Whether a row has something to train on, in every text that a tokenizer will see."""
+    for text in row.completions if row.kind != "prompt" else (row.prompt,):
+        contents = [text] if isinstance(text, str) else [message["content"] for message in text]
+        if not contents or not all(content.strip() and content.encode() for content in contents):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_damaged_file_is_read_or_refused_in_words(read: Read, tmp_path: Path, block: int, on_bad_row: str) -> None:
+    accepted = 0
+    for seed in range(100 * block, 100 * block + 100):
+        random = Random(seed)
+        path = make_file(random, tmp_path)
+        method = random.choice(["sft", "sft", "rm", "dpo"])
+        reading = read(method, path.name, on_bad_row=on_bad_row, dedupe=random.random() < 0.5)
+        source = reading.report.sources[0] if reading.report.sources else None
+        assert all(map(is_sound, reading.rows)), f"seed {seed}"
+        if reading.error is None:
+            accepted += 1
+            assert source is not None
+            assert source.read == source.kept + source.rejected + source.duplicates_dropped, f"seed {seed}"
+            assert reading.rows, f"seed {seed}"
+        else:
+            first = reading.message.splitlines()[0]
+            assert first.startswith((f"{path.name}:", f"{path.name}[")), f"seed {seed}: {first}"
+            assert len(reading.error.problems) <= 7, f"seed {seed}"
+            assert all(problem.what and "\n" not in problem.what for problem in reading.error.problems), f"seed {seed}"
+        path.unlink()
+    assert accepted > 10  # the damage must not be so thorough that only the first check is tested
