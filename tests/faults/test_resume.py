@@ -148,8 +148,8 @@ def test_every_damage_to_every_file_falls_back_and_ends_exact(
 def test_a_full_disk_exits_4_keeps_what_was_sealed_and_goes_on_when_there_is_room(
     make_stage: Callable, run: Callable, digest: Callable, full_disk: Callable, tmp_path: Path
 ) -> None:
-    whole, _ = undisturbed(make_stage, run, digest, "sft", "lora", tmp_path)
-    stage = make_stage("sft", "lora", "starved")
+    whole, _ = undisturbed(make_stage, run, digest, "sft", "full", tmp_path)
+    stage = make_stage("sft", "full", "starved")
     stop_in_the_middle(stage, run, tmp_path, "starved")
     directory = tmp_path / "starved" / "checkpoints"
     before = {path.name: checkpoints.read_manifest(path) for path in checkpoints.list_checkpoints(directory)}
