@@ -93,8 +93,6 @@ def _batch(stage: Section, recipe: Section) -> Iterator[Finding]:
 
 def _evaluation(stage: Section, recipe: Section) -> Iterator[Finding]:
     if stage.has("eval"):
-        if stage.get("eval_strategy") == "no":
-            yield "eval_strategy", "is no, so `eval:` has no effect; take one of them out"
         return
     for key in ("eval_strategy", "eval_steps", "eval_on_start", "eval_delay", "per_device_eval_batch_size",
                 "eval_accumulation_steps", "eval_packing"):  # fmt: skip

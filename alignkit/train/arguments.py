@@ -48,9 +48,9 @@ def micro_batch_size(stage: Stage) -> int:
     """
     options = stage.options
     share, rest = divmod(options.batch_size, world_size())
-    micro = options.micro_batch_size
-    if micro == "auto":
-        micro = max(size for size in range(1, 9) if share % size == 0) if share else 1
+    wanted = options.micro_batch_size
+    largest = max(size for size in range(1, 9) if share % size == 0)
+    micro = largest if wanted == "auto" else wanted
     if rest or share % micro:
         raise RecipeError(
             f"{stage.name}.batch_size is {options.batch_size}, which {world_size()} processes with "

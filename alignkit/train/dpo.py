@@ -18,9 +18,9 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import disable_dropout_in_model
 
-from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, add_reference_adapter
 from alignkit.data import Rejects
 from alignkit.errors import RecipeError
+from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, add_reference_adapter
 from alignkit.models.chat import Chat
 from alignkit.models.load import Loaded, load_policy, load_reference
 from alignkit.models.tokens import load_tokenizer
@@ -68,7 +68,7 @@ class _Referenced(Guarded):
             activate(self.model, [START, TRAINED])
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> Any:
-        logps = super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
+        logps = super().compute_ref_log_probs(model, inputs)
         if self.reference == "base_adapter":
             activate(self.model, [START, TRAINED])  # TRL's context puts back one adapter; a stack has two
         return logps
@@ -76,6 +76,8 @@ class _Referenced(Guarded):
 
 class Dpo(_Referenced, DPOTrainer):
     """TRL's DPOTrainer behind our guard, with our losses beside TRL's."""
+
+    precompute_ref_logps: bool
 
     def __init__(self, *args: Any, own_loss: str | None = None, **kwargs: Any) -> None:
         self.own_loss = own_loss
@@ -89,7 +91,8 @@ class Dpo(_Referenced, DPOTrainer):
         is_soft = label_B is not None and bool((label_B != 1).any())
         if self.own_loss or is_soft:
             return self._own_loss(model, inputs, label_B)
-        before, self.precompute_ref_logps = self.precompute_ref_logps, True
+        before = self.precompute_ref_logps
+        self.precompute_ref_logps = True
         try:
             return super()._compute_loss(model, inputs, return_outputs)
         finally:

@@ -230,22 +230,21 @@ class _SftEncoder:
     def _tokenise(self, rows: Sequence[Row]) -> Iterator[tuple[Any, Any]]:
         """Yield ids and labels in the order of `rows`, tokenising each kind in one call."""
         found: dict[int, tuple[Any, Any]] = {}
+        first: list[Any] = [row.completions[0] for row in rows]
         paired = [number for number, row in enumerate(rows) if row.prompt]
         if paired:
             prompts = [rows[number].prompt for number in paired]
-            encoded = self._chat.encode_prompt_completion(prompts, [rows[number].completions[0] for number in paired])
-            for number, item in zip(paired, encoded, strict=True):
-                masked = item.prompt_length if self._completion_only else 0
-                found[number] = (item.ids, [IGNORED] * masked + list(item.ids[masked:]))
+            encoded = self._chat.encode_prompt_completion(prompts, [first[number] for number in paired])
+            for number, split in zip(paired, encoded, strict=True):
+                masked = split.prompt_length if self._completion_only else 0
+                found[number] = (split.ids, [IGNORED] * masked + split.ids[masked:])
         chats = [number for number, row in enumerate(rows) if not row.prompt and row.kind == "messages"]
         if chats:
-            for number, item in zip(chats, self._chat.encode([rows[n].completions[0] for n in chats]), strict=True):
-                ids = np.asarray(item.ids, dtype=np.int32)
-                mask = np.asarray(item.assistant, dtype=bool)
-                found[number] = (ids, np.where(mask, ids, IGNORED) if self._assistant_only else ids)
+            for number, item in zip(chats, self._chat.encode([first[n] for n in chats]), strict=True):
+                found[number] = (item.ids, item.labels if self._assistant_only else item.ids)
         texts = [number for number, row in enumerate(rows) if not row.prompt and row.kind != "messages"]
         if texts:
-            for number, ids in zip(texts, self._chat.encode_texts([rows[n].completions[0] for n in texts]), strict=True):
+            for number, ids in zip(texts, self._chat.encode_texts([first[n] for n in texts]), strict=True):
                 found[number] = (ids, ids)
         for number in range(len(rows)):
             yield found[number]

@@ -317,7 +317,9 @@ def _save_final(run: RunDir, built: Built) -> dict[str, Any]:
     trainer, loaded = built.trainer, built.loaded
     model = trainer.accelerator.unwrap_model(trainer.model)
     if built.base_hash and hash_base(model) != built.base_hash:
-        raise RunError("the frozen base changed during training; this is a bug, keep the run directory", where=str(run.path))
+        raise RunError(
+            "the frozen base changed during training; this is a bug, keep the run directory", where=str(run.path)
+        )
     staging = run.path / "model.tmp"
     save_model(
         model,

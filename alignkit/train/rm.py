@@ -49,9 +49,7 @@ class GroupCollator:
         answers = [torch.tensor(ids) for row in rows for ids in row["answers_ids"]]
         input_ids = pad_sequence(answers, batch_first=True, padding_value=self.pad_token_id)
         if self.pad_to_multiple_of and (rest := input_ids.size(1) % self.pad_to_multiple_of):
-            input_ids = torch.nn.functional.pad(
-                input_ids, (0, self.pad_to_multiple_of - rest), value=self.pad_token_id
-            )
+            input_ids = torch.nn.functional.pad(input_ids, (0, self.pad_to_multiple_of - rest), value=self.pad_token_id)
         lengths = torch.tensor([len(ids) for ids in answers])
         pairs: list[tuple[int, int, int, float, float]] = []
         prompt_of: list[int] = []
@@ -62,15 +60,15 @@ class GroupCollator:
                 for worse in range(better + 1, len(scores)):
                     if scores[better] != scores[worse]:
                         pairs.append((first + better, first + worse, prompt, row["label"], row["margin"]))
-        better, worse, pair_prompt, label, margin = zip(*pairs, strict=True)
+        columns = list(zip(*pairs, strict=True))
         return {
             "input_ids": input_ids,
             "attention_mask": (torch.arange(input_ids.size(1)) < lengths[:, None]).long(),
-            "better": torch.tensor(better),
-            "worse": torch.tensor(worse),
-            "pair_prompt": torch.tensor(pair_prompt),
-            "label": torch.tensor(label, dtype=torch.float),
-            "margin": torch.tensor(margin, dtype=torch.float),
+            "better": torch.tensor(columns[0]),
+            "worse": torch.tensor(columns[1]),
+            "pair_prompt": torch.tensor(columns[2]),
+            "label": torch.tensor(columns[3], dtype=torch.float),
+            "margin": torch.tensor(columns[4], dtype=torch.float),
             "prompt_of": torch.tensor(prompt_of),
         }
 
@@ -83,9 +81,7 @@ class Rm(Guarded, RewardTrainer):
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        )
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         rewards_A = outputs.logits.squeeze(-1).float()
         loss = self._group_loss(rewards_A, inputs)
         if self.args.center_rewards_coefficient is not None:

@@ -52,7 +52,11 @@ def _answer(built: Built, rows: Sequence[Row], *, max_new_tokens: int) -> list[d
         pad_id=tokenizer.pad_token_id,
     )
     return [
-        {"prompt": prompt, "answer": tokenizer.decode(answer, skip_special_tokens=True), "reference": _reference_of(row)}
+        {
+            "prompt": prompt,
+            "answer": tokenizer.decode(answer, skip_special_tokens=True),
+            "reference": _reference_of(row),
+        }
         for prompt, answer, row in zip(prompts, answers, rows, strict=True)
     ]
 

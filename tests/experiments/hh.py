@@ -27,16 +27,14 @@ model:
 lora: {{r: 16, alpha: 32}}
 data: {{path: {train}, format: hh}}
 eval: {{path: {test}, format: hh}}
-on_bad_row: skip
-max_truncated: 0.4
 pretrain: {{method: sft, objective: lm, max_length: 256, batch_size: 16, learning_rate: 1.5e-3, num_train_epochs: 6,
-           samples: {{num: 0}}, eval_strategy: 'no'}}
+           samples: {{num: 0}}, eval_strategy: 'no', {skip}}}
 sft: {{start_from: pretrain, max_length: 384, batch_size: 32, learning_rate: 1e-3, num_train_epochs: 2,
-      eval_strategy: 'no'}}
-rm: {{start_from: sft, max_length: 384, batch_size: 32, learning_rate: 1e-3, num_train_epochs: 2, lr_scheduler_type: linear,
-     center_rewards_coefficient: 0.01, eval_strategy: 'no'}}
+      eval_strategy: 'no', {skip}}}
+rm: {{start_from: sft, max_length: 384, batch_size: 32, learning_rate: 1e-3, num_train_epochs: 2,
+     center_rewards_coefficient: 0.01, eval_strategy: 'no', {skip}}}
 dpo: {{start_from: sft, max_length: 384, batch_size: 32, learning_rate: 5e-4, num_train_epochs: 2, beta: 0.1,
-      eval_strategy: 'no'}}
+      eval_strategy: 'no', {skip}}}
 """
 
 
@@ -70,9 +68,9 @@ def make_model(directory: Path, texts: list[str]) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>"
-    ).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>").save_pretrained(
+        directory
+    )
     LlamaConfig(
         vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
@@ -114,14 +112,22 @@ def main() -> None:
         make_model(directory / "llama", [pair["chosen"] for pair in train])
         recipe = directory / "recipe.yaml"
         recipe.write_text(
-            RECIPE.format(model="./llama", train="./train.jsonl", test="./test.jsonl", quantization=arguments.quantization)
+            RECIPE.format(
+                model="./llama",
+                train="./train.jsonl",
+                test="./test.jsonl",
+                quantization=arguments.quantization,
+                skip="on_bad_row: skip, max_truncated: 0.4",
+            )
         )
         for method, stage in (("sft", "pretrain"), ("sft", "sft"), ("rm", "rm"), ("dpo", "dpo")):
             result = run_stage(recipe, method, stage, directory)
             metrics = result["metrics"]
             print(f"fold {fold} {stage}: {json.dumps(metrics)} {result['wall_seconds']} s", flush=True)
             if stage in right:
-                rows = json.loads((directory / "runs/hh-fold" / stage / "stage.json").read_text())["eval_lengths"]["num_rows"]
+                rows = json.loads((directory / "runs/hh-fold" / stage / "stage.json").read_text())["eval_lengths"][
+                    "num_rows"
+                ]
                 key = "eval_accuracy" if stage == "rm" else "eval_rewards/accuracies"
                 right[stage] += metrics[key] * rows
                 seen[stage] += rows

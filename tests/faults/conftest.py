@@ -45,7 +45,9 @@ dpo:
   {common}
   learning_rate: 1e-3
 """
-COMMON = "max_steps: {steps}\n  save_steps: 1\n  batch_size: 4\n  max_length: 160\n  samples: {{num: 0}}\n  logging_steps: 4"
+COMMON = (
+    "max_steps: {steps}\n  save_steps: 1\n  batch_size: 4\n  max_length: 160\n  samples: {{num: 0}}\n  logging_steps: 4"
+)
 KINDS = {
     "full": ("", ""),
     "lora": ("", "lora: {r: 4, alpha: 8, dropout: 0.1}"),

@@ -101,7 +101,13 @@ DAMAGES = ("delete", "empty", "cut", "zero tail", "flip")
 
 
 def check_damage(
-    cases: list[tuple[str, str]], method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp: Path
+    cases: list[tuple[str, str]],
+    method: str,
+    kind: str,
+    make_stage: Callable,
+    run: Callable,
+    digest: Callable,
+    tmp: Path,
 ) -> None:
     import shutil
 

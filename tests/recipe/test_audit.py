@@ -21,8 +21,6 @@ START = "model: {path: gpt2}\ndata: x/y\n"
          "16"),
         ("sft: {eval_steps: 5}", "sft.eval_steps has no effect without `eval:`; add eval: 0.05 (a share of the data) "
          "or a source"),
-        ("sft: {eval: 0.1, eval_strategy: no}", "sft.eval_strategy is no, so `eval:` has no effect; take one of "
-         "them out"),
         ("sft: {save_steps: 2.5}", "sft.save_steps is 2.5; it must be a whole number of steps, or a share of all steps "
          "below 1"),
         ("sft: {max_steps: 0}", "sft.max_steps is 0; it must be at least 1, or -1 to train num_train_epochs"),

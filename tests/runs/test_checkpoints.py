@@ -11,7 +11,12 @@ import pytest
 from alignkit.errors import RunError
 from alignkit.runs import checkpoints
 
-FILES = {"model.safetensors": b"w" * 5000, "optimizer.pt": b"o" * 3000, "trainer_state.json": b"{}", "rng_state.pth": b"r"}
+FILES = {
+    "model.safetensors": b"w" * 5000,
+    "optimizer.pt": b"o" * 3000,
+    "trainer_state.json": b"{}",
+    "rng_state.pth": b"r",
+}
 
 
 def make(directory: Path, step: int, *, sealed: bool = True) -> Path:
