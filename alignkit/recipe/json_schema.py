@@ -9,8 +9,7 @@ import copy
 from typing import Any
 
 from alignkit.recipe.fields import Fragment, method_fields
-from alignkit.recipe.schema import OPTIONS
-from alignkit.recipe.validate import option_fragments, recipe_fragments
+from alignkit.recipe.schema import OPTIONS, option_fragments, recipe_fragments
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -6,6 +6,7 @@ that looks at files, models or devices.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -202,3 +203,15 @@ class RecipeOptions(_Section):
     stages: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="Order of the stages; as written if omitted."
     )
+
+
+@cache
+def recipe_fragments() -> dict[str, Any]:
+    """Return the JSON Schema of the top level."""
+    return RecipeOptions.model_json_schema()
+
+
+@cache
+def option_fragments(method: str) -> dict[str, Any]:
+    """Return the JSON Schema of alignkit's own keys in a stage of this method."""
+    return OPTIONS[method].model_json_schema()

@@ -9,35 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import Problem, RecipeError
+from alignkit.recipe.advice import describe_unknown_in_stage, describe_unknown_top, explain_moved
 from alignkit.recipe.audit import Section, audit_recipe, audit_stage
-from alignkit.recipe.check import check, describe_unknown, show, show_key
-from alignkit.recipe.fields import CONTROLLED, MOVED, method_fields
+from alignkit.recipe.check import check, show, show_key
+from alignkit.recipe.fields import method_fields
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.paths import SOURCE_KEYS, resolve_paths
 from alignkit.recipe.recipe import Recipe, StageSection
-from alignkit.recipe.schema import OPTIONS, LoraOptions, ModelOptions, RecipeOptions
+from alignkit.recipe.schema import OPTIONS, RecipeOptions, option_fragments, recipe_fragments
 from alignkit.recipe.secrecy import find_secrets
 from alignkit.recipe.tree import Node
 
 INHERITED = ("data", "eval")  # a stage that gives none takes the recipe's
 _METHODS = ", ".join(OPTIONS)
-
-
-@cache
-def recipe_fragments() -> dict[str, Any]:
-    """Return the JSON Schema of the top level."""
-    return RecipeOptions.model_json_schema()
-
-
-@cache
-def option_fragments(method: str) -> dict[str, Any]:
-    """Return the JSON Schema of alignkit's own keys in a stage of this method."""
-    return OPTIONS[method].model_json_schema()
 
 
 def build_recipe(tree: Node, *, path: Path, label: str, problems: Sequence[Problem] = ()) -> Recipe:
@@ -93,7 +81,7 @@ class _Build:
         for name, node in self.tree.value.items():
             if name in known:
                 continue
-            problem = self._describe_not_a_stage(name, node, known)
+            problem = self._describe_not_a_stage(name, node)
             if problem:
                 self.problems.append(Problem(problem, node.place))
                 self.broken.add(name)
@@ -103,7 +91,7 @@ class _Build:
         if not self.stages and not self.problems:
             self.problems.append(Problem(f"there is no stage; add a section such as {_METHODS}", self.tree.place))
 
-    def _describe_not_a_stage(self, name: str, node: Node, known: dict[str, Any]) -> str | None:
+    def _describe_not_a_stage(self, name: str, node: Node) -> str | None:
         is_mapping = isinstance(node.value, dict)
         method = node.value.get("method") if is_mapping else None
         if name in OPTIONS and not is_mapping:
@@ -120,7 +108,7 @@ class _Build:
         if method is not None:
             nearest = suggest(method.value, OPTIONS) if isinstance(method.value, str) else ""
             return f"{show_key(name)}.method is {show(method)}; it must be one of {_METHODS}{nearest}"
-        return _describe_unknown_top(name, is_mapping, known)
+        return describe_unknown_top(name, is_mapping=is_mapping)
 
     def check_top(self) -> None:
         fragments = recipe_fragments()
@@ -130,7 +118,7 @@ class _Build:
                 if name == "lora" and node.value is None:
                     found = [Problem("lora is empty; write {} for its defaults, or take the key out", node.place)]
                 else:
-                    found = [_explain_moved(problem) for problem in check(node, fragment, name, fragments["$defs"])]
+                    found = [explain_moved(problem) for problem in check(node, fragment, name, fragments["$defs"])]
                 self.problems += found
                 if found:
                     self.broken.add(name)
@@ -148,7 +136,12 @@ class _Build:
             elif key in fields:
                 found = list(check(node, fields[key], name, {}))
             else:
-                found = [Problem(_describe_unknown_in_stage(key, stage, [*own, *fields]), node.place)]
+                found = [
+                    Problem(
+                        describe_unknown_in_stage(key, stage=stage.name, method=stage.method, accepted=[*own, *fields]),
+                        node.place,
+                    )
+                ]
             self.problems += found
             if found:
                 stage.broken.add(key)
@@ -191,57 +184,6 @@ def _describe_start(stage: _StageTree, start: Node, stages: dict[str, _StageTree
         return None
     hint = suggest(value, stages) or f"; it must be a stage ({', '.join(stages)}), a run directory or a model"
     return f"{key} is {show(start)}, which is neither a stage nor a path that exists{hint}"
-
-
-def _describe_unknown_top(name: str, is_mapping: bool, known: dict[str, Any]) -> str:
-    if name == "trust_remote_code":
-        return f"{name}: {CONTROLLED[name]}"
-    if name == "extends":
-        return "extends cannot be set from the command line; write it in the file"
-    owner = _find_section(name)
-    if owner:
-        return f"{name} is not a key at the top level; it belongs in {owner}"
-    if name in MOVED or name in CONTROLLED:
-        return f"{name} is not a key here: {MOVED.get(name) or CONTROLLED[name]}"
-    hint = suggest(name, [*known, *OPTIONS])
-    if is_mapping and not hint:
-        return f"{show_key(name)} is not a section; a stage of this name needs `method:` ({_METHODS})"
-    return describe_unknown(name, "", [*known, *OPTIONS])
-
-
-def _describe_unknown_in_stage(key: str, stage: _StageTree, accepted: list[str]) -> str:
-    where = f"{stage.name}.{key}"
-    if key in CONTROLLED:
-        return f"{where} cannot be set: {CONTROLLED[key]}"
-    if key in recipe_fragments()["properties"]:
-        return f"{where} is not a key of a stage; {key} belongs at the top level of the recipe"
-    if key in MOVED:
-        return f"{where} is not a key of a stage: {MOVED[key]}"
-    owner = _find_section(key)
-    if owner:
-        return f"{where} is not a key of {stage.method}; it belongs in {owner}"
-    return describe_unknown(key, stage.name, accepted)
-
-
-def _find_section(key: str) -> str | None:
-    """Return where a key would be right: "a dpo stage", "model:", "lora:"."""
-    methods = [name for name in OPTIONS if key in method_fields(name) or key in option_fragments(name)["properties"]]
-    if methods and key != "method":
-        return "a stage, such as sft" if len(methods) == len(OPTIONS) else f"the {' or '.join(methods)} stage"
-    for section, model in (("model:", ModelOptions), ("lora:", LoraOptions)):
-        if key in model.model_fields and key not in ("path", "config"):
-            return section
-    return None
-
-
-def _explain_moved(problem: Problem) -> Problem:
-    """Give the new name of an old key instead of the nearest spelling."""
-    match = re.match(r"(\w+)\.(\w+) is not a key of \w+(?=[;\[.])", problem.what)
-    name = match[2] if match else ""
-    if name == "trust_remote_code":
-        return Problem(f"{match[1] if match else ''}.{name}: {CONTROLLED[name]}", problem.where)
-    moved = MOVED.get(name)
-    return Problem(f"{match[0]}: {moved}", problem.where) if match and moved else problem
 
 
 def _find_inherited(tree: Node) -> dict[str, Node]:
