@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from alignkit.errors import ModelError
+from alignkit.models.words import WordTokenizer
 
 NO_TEMPLATE = "the tokenizer has no chat template: set model.chat_template: chatml | llama3 | zephyr | plain"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -92,6 +93,8 @@ class Chat:
         # What the tokenizer puts around a text by itself; templates write their own BOS.
         alone, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
         self._prefix: list[int] = alone[: alone.index(bare[0])] if bare and bare[0] in alone else []
+        self._tokenize = WordTokenizer(tokenizer.backend_tokenizer).encode
+        self._special_tokens = dict(tokenizer.special_tokens_map)
         # Tokenizers that start every text with a space mark (Llama 2, Mistral) cannot take a text in pieces.
         whole, parts = self._tokenize(["\nanswer"])[0], self._tokenize(["\n", "answer"])
         self._in_pieces = whole == parts[0] + parts[1]
@@ -134,19 +137,13 @@ class Chat:
         Strings: prompt, completion and eos. Messages: the prompt rendered up to the start of the assistant's turn,
         then the completion up to and with its end of turn.
         """
-        texts: list[str] = []
-        cuts: list[list[Span]] = []
-        plain: list[bool] = []
-        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            if isinstance(prompt, str) and isinstance(completion, str):
-                text, start = prompt + completion, len(prompt)
-            elif isinstance(prompt, list) and isinstance(completion, list):
-                text, start = self._join(prompt, completion, index)
-            else:
+        for index, pair in enumerate(zip(prompts, completions, strict=True)):
+            if isinstance(pair[0], str) != isinstance(pair[1], str):
                 raise ConversationError("a prompt and its completion must both be text or both be messages", index)
-            texts.append(text)
-            cuts.append([(start, len(text))])
-            plain.append(isinstance(prompt, str))
+        plain = [isinstance(prompt, str) for prompt in prompts]
+        heads = self._render_prompts(prompts)
+        texts = self._join(prompts, completions, heads)
+        cuts = [[(len(head), len(text))] for head, text in zip(heads, texts, strict=True)]
         eos = [self.tokenizer.eos_token_id]
         splits = []
         for encoded, is_plain in zip(self._tokenize_spans(texts, cuts), plain, strict=True):
@@ -162,10 +159,7 @@ class Chat:
 
     def encode_prompts(self, prompts: Sequence[Text]) -> list[list[int]]:
         """Encode prompts as generation starts from them."""
-        texts = [
-            prompt if isinstance(prompt, str) else self._render(prompt, index, add_generation_prompt=True)[0]
-            for index, prompt in enumerate(prompts)
-        ]
+        texts = self._render_prompts(prompts)
         heads = [self._prefix if isinstance(prompt, str) else [] for prompt in prompts]
         return [head + ids for head, ids in zip(heads, self._tokenize(texts), strict=True)]
 
@@ -198,29 +192,46 @@ class Chat:
         The tokenizer keeps its own template: the two differ only in conversations of several answers.
         """
         try:
-            self._find_answers(_PROBE, self._render(_PROBE, 0)[0], 0)
+            self._find_answers(_PROBE, self._render(_PROBE, 0), 0)
         except ConversationError:
             from trl.chat_template_utils import get_training_chat_template
 
             with suppress(ValueError):  # TRL knows no variant: check() and encode() say so
                 self._use(get_training_chat_template(self.tokenizer))
 
-    def _join(self, prompt: list[Message], completion: list[Message], index: int) -> tuple[str, int]:
-        """Return the rendered text up to the end of the last answer, and where the completion starts in it."""
-        head, _ = self._render(prompt, index, add_generation_prompt=True)
-        text, _ = self._render([*prompt, *completion], index)
-        if not text.startswith(head):
-            raise self._not_a_prefix(index)
-        return text[: self._end_of_answer(text, len(text))], len(head)
+    def _render_prompts(self, prompts: Sequence[Text]) -> list[str]:
+        """Return prompts as generation starts from them; texts stay as they are."""
+        places = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+        rendered, _ = self._render_all([prompts[index] for index in places], places, add_generation_prompt=True)
+        texts = iter(rendered)
+        return [prompt if isinstance(prompt, str) else next(texts) for prompt in prompts]
+
+    def _join(self, prompts: Sequence[Text], completions: Sequence[Text], heads: list[str]) -> list[str]:
+        """Return the texts of prompts with their completions, up to the end of the last answer."""
+        pairs = list(zip(prompts, completions, strict=True))
+        places = [index for index, (prompt, _) in enumerate(pairs) if not isinstance(prompt, str)]
+        rendered, _ = self._render_all([[*pairs[index][0], *pairs[index][1]] for index in places], places)
+        texts = [a + b if isinstance(a, str) and isinstance(b, str) else "" for a, b in pairs]
+        for index, text in zip(places, rendered, strict=True):
+            if not text.startswith(heads[index]):
+                raise self._not_a_prefix(index)
+            texts[index] = text[: self._end_of_answer(text, len(text))]
+        return texts
 
     def _render_spans(
         self, conversations: Sequence[list[Message]], add_generation_prompt: bool
     ) -> tuple[list[str], list[list[Span]]]:
-        texts, spans = [], []
-        for index, messages in enumerate(conversations):
-            text, marked = self._render(messages, index, add_generation_prompt=add_generation_prompt, mark=self._marked)
-            texts.append(text)
-            spans.append(marked if self._marked else self._find_answers(messages, text, index))
+        texts, spans = self._render_all(
+            conversations,
+            range(len(conversations)),
+            add_generation_prompt=add_generation_prompt,
+            mark=self._marked,
+        )
+        if not self._marked:
+            spans = [
+                self._find_answers(messages, text, index)
+                for index, (messages, text) in enumerate(zip(conversations, texts, strict=True))
+            ]
         return texts, spans
 
     def _find_answers(self, messages: list[Message], text: str, index: int) -> list[Span]:
@@ -229,8 +240,8 @@ class Chat:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            head, _ = self._render(messages[:number], index, add_generation_prompt=True)
-            upto = text if number == len(messages) - 1 else self._render(messages[: number + 1], index)[0]
+            head = self._render(messages[:number], index, add_generation_prompt=True)
+            upto = text if number == len(messages) - 1 else self._render(messages[: number + 1], index)
             if not (upto.startswith(head) and text.startswith(upto)):
                 raise self._not_a_prefix(index)
             spans.append((len(head), self._end_of_answer(upto, len(upto))))
@@ -241,29 +252,37 @@ class Chat:
         stripped = text[:end].rstrip()
         return len(stripped) if stripped.endswith(self._added) else end
 
-    def _render(
-        self, messages: list[Message], index: int, *, add_generation_prompt: bool = False, mark: bool = False
-    ) -> tuple[str, list[Span]]:
+    def _render(self, messages: list[Message], index: int, *, add_generation_prompt: bool = False) -> str:
+        return self._render_all([messages], [index], add_generation_prompt=add_generation_prompt)[0][0]
+
+    def _render_all(
+        self,
+        conversations: Sequence[Any],
+        places: Sequence[int],
+        *,
+        add_generation_prompt: bool = False,
+        mark: bool = False,
+    ) -> tuple[list[str], list[list[Span]]]:
+        """Render a batch; `places` are the numbers under which a refused conversation is reported."""
+        if not conversations:
+            return [], []
         if self._template is None:
             raise ModelError(NO_TEMPLATE)
         try:
             texts, spans = render_jinja_template(
-                [messages],
+                list(conversations),
                 chat_template=self._template,
                 return_assistant_tokens_mask=mark,
                 add_generation_prompt=add_generation_prompt,
-                **self._special_tokens(),
+                **self._special_tokens,
             )
+            return texts, spans
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise ConversationError(f"the chat template refuses the conversation: {error}", index) from error
-        return texts[0], spans[0] if spans else []
-
-    def _special_tokens(self) -> dict[str, Any]:
-        return self.tokenizer.special_tokens_map
-
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        backend = self.tokenizer.backend_tokenizer
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            if len(conversations) == 1:
+                raise ConversationError(f"the chat template refuses the conversation: {error}", places[0]) from error
+            for messages, place in zip(conversations, places, strict=True):  # find the one
+                self._render_all([messages], [place], add_generation_prompt=add_generation_prompt, mark=mark)
+            raise
 
     def _tokenize_spans(self, texts: list[str], spans: list[list[Span]]) -> list[Encoded]:
         if not self._in_pieces:

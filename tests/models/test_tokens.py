@@ -30,8 +30,8 @@ def test_template_that_needs_tokens_the_vocabulary_lacks_is_refused(make_stage: 
     with pytest.raises(ModelError) as caught:
         load_tokenizer(make_stage(chat_template="llama3"))
     assert str(caught.value) == (
-        "tiny.yaml: model.chat_template 'llama3' writes <|start_header_id|> and <|end_header_id|> and <|eot_id|>, which the "
-        "tokenizer does not have as tokens; use plain, or zephyr, which need no control tokens"
+        "tiny.yaml: model.chat_template 'llama3' writes <|start_header_id|> and <|end_header_id|> and <|eot_id|>, "
+        "which the tokenizer does not have as tokens; use plain, or zephyr, which need no control tokens"
     )
 
 

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+
+from alignkit.models.builtin import builtin_tokenizer
+from alignkit.models.words import _SAFE_PATTERNS, WordTokenizer
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+PIECES = st.sampled_from(
+    ["the", "The", "don't", "we'LL", "12345", "x1", "(", "!!", "...", "\n", "\n\n", "\r\n", "\t", " ", "  ", "é",
+     "e\u0301", "\u0301", "日本", "😀", "\u00a0", "\u3000", "\u200b", "<|im_end|>", "<|im_", "\x00", "_", "-a", "İ"]
+)  # fmt: skip
+TEXTS = st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=40) | st.lists(PIECES, max_size=9).map(" ".join)
+
+
+def backends() -> dict[str, Tokenizer]:
+    """Return the builtin tokenizer as it is (GPT-2's pattern) and cut by each pattern we call safe, NFC too."""
+    found = {"gpt2": builtin_tokenizer().backend_tokenizer}
+    for number, pattern in enumerate(sorted(_SAFE_PATTERNS)):
+        backend = builtin_tokenizer().backend_tokenizer
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        backend.normalizer = normalizers.NFC()
+        found[f"pattern{number}"] = backend
+    return found
+
+
+CASES = [(backend, WordTokenizer(backend)) for backend in backends().values()]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(TEXTS, max_size=5))
+@example(["", " ", "  ", "a", " a", "a ", " a b ", "a  b", "a \nb", "a\n b", "a\n\nb", "<|im_end|> a <|im_end|>"])
+def test_cached_words_give_the_ids_of_the_tokenizer_itself(texts: list[str]) -> None:
+    for backend, words in CASES:
+        assert words.cached
+        expected = [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+        assert words.encode(texts) == expected
+        assert words.encode(texts) == expected  # now from the cache
+
+
+def test_full_cache_is_emptied_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit.models.words._MAX_WORDS", 3)
+    backend = builtin_tokenizer().backend_tokenizer
+    words = WordTokenizer(backend)
+    for text in ("one two three four five", "six seven", "one two eight"):
+        assert words.encode([text]) == [backend.encode(text).ids]
+
+
+@pytest.mark.parametrize("change", ["normalizer", "prefix", "pattern", "rstrip"])
+def test_tokenizers_that_may_cut_elsewhere_do_the_work_themselves(change: str) -> None:
+    from tokenizers import AddedToken
+
+    backend = builtin_tokenizer().backend_tokenizer
+    if change == "normalizer":
+        backend.normalizer = normalizers.Prepend("▁")
+    elif change == "prefix":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif change == "pattern":
+        split = pre_tokenizers.Split(Regex(r"\w+ \w+"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    else:
+        backend.add_tokens([AddedToken("<x>", rstrip=True)])
+    words = WordTokenizer(backend)
+    assert not words.cached
+    assert words.encode(["the cat <x> sat"]) == [backend.encode("the cat <x> sat", add_special_tokens=False).ids]
+
+
+@pytest.mark.real_data
+def test_real_gpt2_vocabulary_on_real_dialogues() -> None:
+    import gzip
+    import json
+
+    if not (DATA / "gpt2-bpe").is_dir():
+        pytest.skip(f"{DATA} is not here")
+    from tokenizers import models
+
+    vocabulary = json.loads((DATA / "gpt2-bpe" / "encoder.json").read_text())
+    lines = (DATA / "gpt2-bpe" / "vocab.bpe").read_text(encoding="utf-8").splitlines()
+    merges = [(pair[0], pair[1]) for pair in (line.split() for line in lines) if len(pair) == 2]
+    merges = merges[1:] if merges[0][0] == "#version:" else merges
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with gzip.open(DATA / "hh-rlhf" / "harmless_pairs.jsonl.gz", "rt", encoding="utf-8") as stream:
+        rows = [json.loads(line) for line, _ in zip(stream, range(500), strict=False)]
+    texts = [text for row in rows for text in (row["chosen"], row["rejected"])]
+    words = WordTokenizer(backend)
+    assert words.cached
+    assert words.encode(texts) == [encoding.ids for encoding in backend.encode_batch(texts)]
