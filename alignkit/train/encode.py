@@ -118,18 +118,20 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
 
 
 def _guard_text(stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects) -> Iterator[Row]:
-    """Deal with control tokens inside the text of rows: refuse, leave out, defuse or let them act, as the recipe says.
+    """Check the template at the first conversation, and deal with control tokens inside the text of rows.
 
-    Written by whoever wrote the text, they would end a turn or open another one in the model's own language.
+    Written by whoever wrote the text, such tokens would end a turn or open another one in the model's own language.
+    They are refused, left out, defused or kept, as `special_tokens_in_text` says.
     """
     choice = stage.options.special_tokens_in_text
-    if choice == "keep":
-        yield from rows
-        return
-    tokens = control_tokens(chat.tokenizer)
+    tokens = [] if choice == "keep" else control_tokens(chat.tokenizer)
     found: list[Problem] = []
     num_found = 0
+    template_checked = False
     for row in rows:
+        if row.conversational and not template_checked:
+            chat.check()
+            template_checked = True
         if choice == "escape":
             yield escape_control_tokens(row, tokens)
         elif not (inside := find_control_tokens(row, tokens)):

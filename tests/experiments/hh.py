@@ -27,13 +27,13 @@ model:
 lora: {{r: 16, alpha: 32}}
 data: {{path: {train}, format: hh}}
 eval: {{path: {test}, format: hh}}
-pretrain: {{method: sft, objective: lm, max_length: 256, batch_size: 16, learning_rate: 1.5e-3, num_train_epochs: 6,
+pretrain: {{method: sft, objective: lm, max_length: 256, batch_size: 16, learning_rate: 2e-3, num_train_epochs: 3,
            samples: {{num: 0}}, eval_strategy: 'no', {skip}}}
-sft: {{start_from: pretrain, max_length: 384, batch_size: 32, learning_rate: 1e-3, num_train_epochs: 2,
+sft: {{start_from: pretrain, max_length: 384, batch_size: 32, learning_rate: 1e-3,
       eval_strategy: 'no', {skip}}}
-rm: {{start_from: sft, max_length: 384, batch_size: 32, learning_rate: 1e-3, num_train_epochs: 2,
+rm: {{start_from: sft, max_length: 384, batch_size: 32, learning_rate: 1e-3,
      center_rewards_coefficient: 0.01, eval_strategy: 'no', {skip}}}
-dpo: {{start_from: sft, max_length: 384, batch_size: 32, learning_rate: 5e-4, num_train_epochs: 2, beta: 0.1,
+dpo: {{start_from: sft, max_length: 384, batch_size: 32, learning_rate: 5e-4, beta: 0.1,
       eval_strategy: 'no', {skip}}}
 """
 
@@ -54,7 +54,7 @@ def write_pairs(path: Path, pairs: list[dict]) -> None:
 
 
 def make_model(directory: Path, texts: list[str]) -> None:
-    """Write a Llama config of 2.6 M parameters and a 4,096-token BPE learned on the training texts."""
+    """Write a Llama config of 0.7 M parameters and a 2,048-token BPE learned on the training texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -62,7 +62,7 @@ def make_model(directory: Path, texts: list[str]) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096,
+        vocab_size=2048,
         special_tokens=["<|endoftext|>", "<|pad|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -72,8 +72,8 @@ def make_model(directory: Path, texts: list[str]) -> None:
         directory
     )
     LlamaConfig(
-        vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        vocab_size=2048, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=0, pad_token_id=1,
     ).save_pretrained(directory)  # fmt: skip
 

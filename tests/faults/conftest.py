@@ -33,15 +33,15 @@ name: faults
 model: {{path: {model}{quantization}}}
 {lora}
 sft:
-  data: {{path: builtin:instructions, max_rows: 96}}
+  data: {{path: builtin:instructions, max_rows: 32}}
   {common}
   learning_rate: 1e-3
 rm:
-  data: {{path: builtin:preferences, max_rows: 96}}
+  data: {{path: builtin:preferences, max_rows: 32}}
   {common}
   learning_rate: 1e-3
 dpo:
-  data: {{path: builtin:preferences, max_rows: 96}}
+  data: {{path: builtin:preferences, max_rows: 32}}
   {common}
   learning_rate: 1e-3
 """

@@ -1,0 +1,238 @@
+"""Every trainer on a real tiny model: losses by hand, step-0 checks, guards, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alignkit.errors import ModelError, NonFiniteError, RunError
+from alignkit.launch import launch_stage
+from alignkit.recipe import Stage
+from alignkit.runs.layout import RunDir
+
+LORA = "lora: {r: 4, alpha: 8}\n"
+BASE = "name: t\nmodel: {path: builtin:tiny-llama}\n"
+SHORT = "batch_size: 4, max_steps: 4, learning_rate: 1e-3, samples: {num: 2, max_new_tokens: 8}"
+PAIRS = "data: {path: builtin:preferences, max_rows: 24}"
+
+
+def build(stage: Stage, tmp_path: Path) -> object:
+    """Build a stage's trainer without training it."""
+    import importlib
+
+    run = RunDir(tmp_path / "built")
+    run.path.mkdir(exist_ok=True)
+    return importlib.import_module(f"alignkit.train.{stage.method}").build(stage, run)
+
+
+def first_batch(trainer: object) -> dict:
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))  # type: ignore[attr-defined]
+
+
+def completion_logps(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    """Sum log-probabilities of the completions with a plain softmax over plain logits."""
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    logps = logits[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
+    return (logps * batch["completion_mask"][:, 1:]).sum(1)
+
+
+def disturb(model: torch.nn.Module) -> None:
+    """Move the trained parameters, so that policy and reference differ."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("lora", ["", LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("options", "by_hand"),
+    [
+        ("", lambda m: -torch.nn.functional.logsigmoid(0.1 * m)),
+        (
+            ", loss_type: cdpo, label_smoothing: 0.2",
+            lambda m: -0.8 * torch.nn.functional.logsigmoid(0.1 * m) - 0.2 * torch.nn.functional.logsigmoid(-0.1 * m),
+        ),
+        (", loss_type: ipo_sum", lambda m: (m - 5.0) ** 2),
+    ],
+    ids=["sigmoid", "cdpo", "ipo_sum"],
+)
+def test_dpo_losses_equal_those_computed_from_plain_logits(
+    options: str, by_hand: Callable, lora: str, make_stage: Callable, tmp_path: Path
+) -> None:
+    built = build(make_stage(f"{BASE}{lora}dpo: {{{PAIRS}, {SHORT}, beta: 0.1{options}}}", "dpo"), tmp_path)
+    trainer = built.trainer
+    trainer.model.eval()
+    batch = first_batch(trainer)
+    before = completion_logps(trainer.model, batch)
+    disturb(trainer.model)
+    after = completion_logps(trainer.model, batch)
+    ratios = after - before
+    margins = ratios[:4] - ratios[4:]
+    assert margins.abs().max() > 0.1
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    assert loss.item() == pytest.approx(by_hand(margins).mean().item(), rel=1e-4, abs=1e-5)
+    measured = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
+    assert measured["rewards/chosen"] == pytest.approx(0.1 * ratios[:4].mean().item(), abs=1e-4)
+    assert measured["rewards/margins"] == pytest.approx(0.1 * margins.mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["continue", "stack", "merge"])
+def test_a_started_adapter_is_the_reference_and_is_not_wiped(
+    adapter: str, make_stage: Callable, tmp_path: Path
+) -> None:
+    text = (
+        f"{BASE}{LORA}sft: {{data: {{path: builtin:instructions, max_rows: 24}}, {SHORT}}}\n"
+        f"dpo: {{start_from: sft, {PAIRS}, {SHORT}, adapter: {adapter}}}"
+    )
+    launch_stage(make_stage(text, "sft"))
+    built = build(make_stage(text, "dpo"), tmp_path)
+    trainer = built.trainer
+    trainer.model.eval()
+    batch = first_batch(trainer)
+    start = completion_logps(trainer.model, batch)
+    with trainer.model.disable_adapter():
+        base = completion_logps(trainer.model, batch)
+    if adapter != "merge":  # there the base holds the adapter already
+        assert (start - base).abs().max() > 1e-3
+    disturb(trainer.model)
+    reference = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+    torch.testing.assert_close(reference, start, rtol=0, atol=2e-4)
+    assert (completion_logps(trainer.model, batch) - start).abs().max() > 0.05  # the policy is active again
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".default" in name for name in trained)
+
+
+def test_soft_labels_train_towards_the_label(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}", "chosen": "yes", "rejected": "no", "label": 0.25} for n in range(8)]
+    write_rows(rows)
+    stage = make_stage(f"{BASE}dpo: {{data: ./rows.jsonl, {SHORT}, beta: 0.5}}", "dpo")
+    trainer = build(stage, tmp_path).trainer
+    trainer.model.eval()
+    batch = first_batch(trainer)
+    before = completion_logps(trainer.model, batch)
+    disturb(trainer.model)
+    ratios = completion_logps(trainer.model, batch) - before
+    scaled = 0.5 * (ratios[:4] - ratios[4:])
+    expected = -0.25 * torch.nn.functional.logsigmoid(scaled) - 0.75 * torch.nn.functional.logsigmoid(-scaled)
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_kway_loss_of_the_trainer_equals_a_loop_over_prompts_and_pairs(make_stage: Callable, tmp_path: Path) -> None:
+    stage = make_stage(f"{BASE}rm: {{data: {{path: builtin:ranked, max_rows: 12}}, {SHORT}}}", "rm")
+    trainer = build(stage, tmp_path).trainer
+    trainer.model.eval()
+    rows = [trainer.train_dataset[number] for number in range(3)]
+    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows))).item()
+    means = []
+    for row in rows:
+        rewards = []
+        for ids in row["answers_ids"]:
+            tensor = torch.tensor([ids])
+            with torch.no_grad():
+                rewards.append(trainer.model(input_ids=tensor, attention_mask=torch.ones_like(tensor)).logits.item())
+        pairs = [
+            math.log(1 + math.exp(rewards[worse] - rewards[better]))
+            for better in range(len(rewards))
+            for worse in range(better + 1, len(rewards))
+            if row["scores"][better] != row["scores"][worse]
+        ]
+        means.append(sum(pairs) / len(pairs))
+    assert loss == pytest.approx(sum(means) / 3, rel=1e-5)
+
+
+def test_a_normalised_reward_has_mean_zero_and_unit_deviation(make_stage: Callable, tmp_path: Path) -> None:
+    text = f"{BASE}{LORA}rm: {{data: {{path: builtin:ranked, max_rows: 24}}, {SHORT}, normalize: gain_and_bias}}"
+    stage = make_stage(text, "rm")
+    launch_stage(stage)
+    model_dir = tmp_path / "runs/t/rm/model"
+    norm = json.loads((model_dir / "reward_norm.json").read_text())
+    from alignkit.models.load import load_trained
+    from alignkit.train.rm import score
+
+    table = build(stage, tmp_path).tables.train
+    model = load_trained(model_dir, device="cpu", reward=True)
+    raw = torch.tensor(score(model, [row["answers_ids"][0] for row in table], model.config.pad_token_id))
+    normal = norm["gain"] * raw + norm["bias"]
+    assert normal.mean().item() == pytest.approx(0, abs=1e-4)
+    assert normal.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_run_leaves_its_files_and_is_not_trained_twice(
+    make_stage: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"{BASE}{LORA}sft: {{data: {{path: builtin:instructions, max_rows: 40}}, eval: 0.2, {SHORT}}}"
+    result = launch_stage(make_stage(text, "sft"))
+    run = tmp_path / "runs/t/sft"
+    assert {path.name for path in run.iterdir()} == {
+        ".lock", "recipe.yaml", "stage.json", "metrics.jsonl", "checkpoints", "model", "base", "probe.json",
+        "samples.jsonl", "result.json",
+    }  # fmt: skip
+    record = json.loads((run / "stage.json").read_text())
+    assert record["parameters"]["trainable"] > 0 and record["lineage"][0]["path"] == "builtin:tiny-llama"
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [(row["when"], row["step"]) for row in samples] == [("before", 0)] * 2 + [("during", 2)] * 2 + [
+        ("after", 4)
+    ] * 2
+    assert result.metrics["eval_loss"] > 0 and result.tokens > 0
+    assert not list(run.rglob("*.bin")), "a pickle of the training arguments was kept"
+    before = (run / "model/adapter_model.safetensors").stat().st_mtime_ns
+    assert launch_stage(make_stage(text, "sft")).to_dict() == result.to_dict()
+    assert (run / "model/adapter_model.safetensors").stat().st_mtime_ns == before
+    assert "already finished" in capsys.readouterr().err
+
+
+def test_a_changed_setting_is_refused_by_name_before_anything_loads(make_stage: Callable) -> None:
+    text = f"{BASE}{LORA}sft: {{data: {{path: builtin:instructions, max_rows: 24}}, {SHORT}}}"
+    launch_stage(make_stage(text, "sft"))
+    with pytest.raises(RunError) as error:
+        launch_stage(make_stage(text, "sft", "sft.learning_rate=2e-3", "seed=7"))
+    assert "sft.learning_rate: 0.001 -> 0.002" in str(error.value)
+    assert "seed: 0 -> 7" in str(error.value)
+
+
+def test_a_start_that_was_changed_after_training_is_refused(make_stage: Callable, tmp_path: Path) -> None:
+    text = (
+        f"{BASE}{LORA}sft: {{data: {{path: builtin:instructions, max_rows: 24}}, {SHORT}}}\n"
+        f"dpo: {{start_from: sft, {PAIRS}, {SHORT}}}"
+    )
+    launch_stage(make_stage(text, "sft"))
+    weights = tmp_path / "runs/t/sft/model/adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: torch.zeros_like(value) for name, value in tensors.items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="dpo does not start where .* ended"):
+        launch_stage(make_stage(text, "dpo"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good_checkpoint(
+    make_stage: Callable, tmp_path: Path
+) -> None:
+    text = (
+        f"{BASE}sft: {{data: {{path: builtin:instructions, max_rows: 64}}, batch_size: 4, max_steps: 12, save_steps: 1, "
+        "learning_rate: 1e22, warmup_steps: 0, max_grad_norm: 0, samples: {num: 0}}"
+    )
+    with pytest.raises(
+        NonFiniteError, match="stopped before the optimizer step, the last good checkpoint is checkpoint-"
+    ):
+        launch_stage(make_stage(text, "sft"))
+    kept = list((tmp_path / "runs/t/sft/checkpoints").glob("checkpoint-*/model.safetensors"))
+    assert kept
+    assert all(torch.isfinite(tensor).all() for path in kept for tensor in load_file(path).values())
+    assert not (tmp_path / "runs/t/sft/model").exists()
+
+
+def test_nf4_training_leaves_the_base_byte_identical_at_4_127_bits(make_stage: Callable, tmp_path: Path) -> None:
+    text = (
+        "name: t\nmodel: {path: builtin:tiny-llama, quantization: nf4, config: {hidden_size: 512, intermediate_size: 512}}\n"
+        f"{LORA}sft: {{data: {{path: builtin:instructions, max_rows: 24}}, {SHORT}}}"
+    )
+    launch_stage(make_stage(text, "sft"))  # compares the base's bytes itself, and raises when they differ
+    facts = json.loads((tmp_path / "runs/t/sft/stage.json").read_text())["parameters"]
+    assert facts["bits_per_quantized_parameter"] == pytest.approx(4.127, abs=0.02)
