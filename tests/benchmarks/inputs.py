@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_WORDS = (
+_TEXT = (
     "the film was slow but its end made up for it and we left the house late with a strange kind of joy that stayed "
     "long after rain had come over our small town by the river where nobody ever asks who wrote this story or why"
-).split()
+)
+_WORDS = _TEXT.split()
 
 
 def write_model(directory: Path, *, hidden_size: int = 64, num_layers: int = 2) -> Path:

@@ -13,12 +13,15 @@ from pathlib import Path
 
 from short_run import measure_short_run
 from start_up import measure_bad_recipe, measure_help
+from steady import measure_preparation, measure_throughput
 from table import Row, save_rows
 
 CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measure, rounds)
     "help": (measure_help, 15),
     "bad-recipe": (measure_bad_recipe, 15),
     "short-run": (measure_short_run, 5),
+    "throughput": (measure_throughput, 3),
+    "preparation": (measure_preparation, 3),
 }
 
 
