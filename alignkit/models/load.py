@@ -25,9 +25,9 @@ from alignkit.models.bases import (
     read_base,
     write_base,
 )
-from alignkit.models.files import ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
-from alignkit.models.hub import fetch_adapter
+from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.models.score import prepare_score_head
+from alignkit.models.start import Start, choose_action, find_base, find_start
 from alignkit.models.tokens import check_vocabulary, load_tokenizer
 from alignkit.recipe.stage import Stage
 
@@ -47,17 +47,6 @@ class Loaded:
     precision: Precision
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """Where the weights of a stage come from."""
-
-    base: str  # builtin name, hub id or directory
-    revision: str | None
-    adapter: Path | None
-    reward: bool
-    lineage: list[dict[str, Any]]
-
-
 def load_policy(stage: Stage, *, run_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Loaded:
     """Load the causal language model a stage trains: full, or a PeftModel with the trainable adapter `default`.
 
@@ -65,7 +54,7 @@ def load_policy(stage: Stage, *, run_dir: Path, tokenizer: PreTrainedTokenizerFa
     plain PEFT. Raises ModelError, or EnvironmentProblem when the hub cannot be reached.
     """
     tokenizer = tokenizer or load_tokenizer(stage)
-    start = _find_start(stage)
+    start = find_start(stage)
     if start.reward:
         raise ModelError(
             f"{stage.start_dir or stage.model.path} is a reward model; {stage.method} needs a policy to start from",
@@ -83,7 +72,7 @@ def load_reward_model(stage: Stage, *, run_dir: Path, tokenizer: PreTrainedToken
     From a policy it gets a new head drawn from the stage's seed; from a reward model it keeps the head.
     """
     tokenizer = tokenizer or load_tokenizer(stage)
-    return _load(stage, _find_start(stage), run_dir, tokenizer, reward=True)
+    return _load(stage, find_start(stage), run_dir, tokenizer, reward=True)
 
 
 def load_reference(stage: Stage, loaded: Loaded) -> PreTrainedModel | None:
@@ -132,60 +121,13 @@ def load_trained(
     return model.requires_grad_(False).eval()
 
 
-def find_base(files: ModelFiles) -> str:
-    """Return where the base of an adapter is: as written, or `base/` beside it when the run was moved."""
-    assert files.base is not None
-    if is_builtin(files.base):
-        raise ModelError(f"{files.path} names {files.base} as its base, which has no files; train it again")
-    if Path(files.base).is_dir():
-        return files.base
-    beside = files.path.parent / "base"
-    if Path(files.base).name == "base" and beside.is_dir():
-        return str(beside)
-    try:
-        find_model_dir(files.base)
-    except ModelError as error:
-        raise ModelError(
-            f"its base {files.base} is gone; put it back or edit base_model_name_or_path", where=str(files.path)
-        ) from error
-    return files.base  # a hub id
-
-
-def _find_start(stage: Stage) -> _Start:
-    """Say what the stage starts from, adapters apart from their base, everything inspected before it is opened."""
-    source = stage.start_dir or stage.model.path
-    revision = None if stage.start_dir else stage.model.revision
-    directory = find_model_dir(source)
-    if directory is None and not is_builtin(source):
-        directory = fetch_adapter(source, revision)
-    if not stage.start_dir and is_random(stage):
-        entry = {"role": "base", "path": source, "seed": stage.seed, "config": stage.model.config}
-        return _Start(source, revision, None, False, [entry])
-    if stage.model.config and not stage.start_dir:
-        raise ModelError(
-            "model.config changes only random weights; set model.init: scratch or leave it out",
-            where=stage.where("model.config"),
-        )
-    if directory is None:
-        return _Start(source, revision, None, False, [{"role": "base", "path": source, "revision": revision}])
-    files = inspect_model_dir(directory, trust_code=stage.trust_code)
-    if files.kind == "full":
-        lineage = [*files.record.get("lineage", []), {"role": "model", "path": str(directory)}]
-        return _Start(str(directory), None, None, files.reward, lineage)
-    base = find_base(files)
-    if stage.start_dir:
-        _check_same_base(files, base, stage)
-    lineage = files.record.get("lineage") or [{"role": "base", "path": base}]
-    return _Start(base, files.base_revision, directory, files.reward, lineage)
-
-
-def _load(stage: Stage, start: _Start, run_dir: Path, tokenizer: PreTrainedTokenizerFast, *, reward: bool) -> Loaded:
+def _load(stage: Stage, start: Start, run_dir: Path, tokenizer: PreTrainedTokenizerFast, *, reward: bool) -> Loaded:
     precision = pick_precision(stage)
     if precision.quantized and stage.lora is None:
         raise ModelError(
             "quantised weights cannot be trained in full; add lora:", where=stage.where("model.quantization")
         )
-    action = _choose_action(stage, start)
+    action = choose_action(stage, start)
     lineage = list(start.lineage)
     base, revision = start.base, start.revision
     if action == "merge":
@@ -244,24 +186,7 @@ def _open_base(
     )
 
 
-def _choose_action(stage: Stage, start: _Start) -> str:
-    """Return new, continue, merge or stack; refuse what would lose the adapter or have no effect."""
-    where = stage.where(f"{stage.name}.adapter")
-    wanted = stage.options.adapter
-    if start.adapter is None:
-        if wanted is not None:
-            raise ModelError(f"adapter: {wanted} has no effect: the stage does not start from an adapter", where=where)
-        return "new"
-    if stage.lora is None and wanted != "merge":
-        raise ModelError(
-            f"{start.adapter} is an adapter but there is no lora: section; add lora: to train it on, or adapter: merge "
-            "to fold it into the base and train that in full",
-            where=where,
-        )
-    return wanted or "continue"
-
-
-def _merge_base(stage: Stage, start: _Start, precision: Precision, run_dir: Path) -> Path:
+def _merge_base(stage: Stage, start: Start, precision: Precision, run_dir: Path) -> Path:
     """Fold the start adapter into its unquantised base and write the result to `<run_dir>/base`."""
     if (run_dir / "base").exists():
         return run_dir.resolve() / "base"  # a resumed run: it is written whole or not at all
@@ -273,7 +198,7 @@ def _merge_base(stage: Stage, start: _Start, precision: Precision, run_dir: Path
     return write_base(run_dir.resolve(), merged, {"lineage": [*start.lineage, entry]})
 
 
-def _make_reference(model: Model, start: _Start, stage: Stage) -> Reference:
+def _make_reference(model: Model, start: Start, stage: Stage) -> Reference:
     if not isinstance(model, PeftModel):
         return "model"
     if start.adapter is None or stage.options.adapter == "merge":
@@ -282,36 +207,3 @@ def _make_reference(model: Model, start: _Start, stage: Stage) -> Reference:
         return "base_adapter"
     adapters.add_reference_adapter(model)
     return "ref_adapter"
-
-
-def _check_same_base(files: ModelFiles, base: str, stage: Stage) -> None:
-    """Raise ModelError unless the adapter was trained on the model the recipe names.
-
-    They are the same by name, by what alignkit recorded, or by the bytes of the weights when one was copied.
-    """
-    wanted = stage.model.path
-    recorded = [*files.record.get("lineage", []), *_record_of(base).get("lineage", [])]
-    same_name = [entry for entry in recorded if _canonical(entry.get("path", "")) == _canonical(wanted)]
-    drawn_alike = all(entry.get("config", {}) == stage.model.config for entry in same_name if "seed" in entry)
-    if (same_name and drawn_alike) or _canonical(base) == _canonical(wanted):
-        return
-    local, other = find_model_dir(base), None if is_builtin(wanted) else find_model_dir(wanted)
-    if local and other and fingerprint_weights(local) == fingerprint_weights(other):
-        return
-    roots = [entry["path"] for entry in recorded[:1]] or [base]
-    config = f" with model.config {same_name[0].get('config')}" if same_name else ""
-    raise ModelError(
-        f"the adapter in {files.path} was trained on {roots[0]}{config}, not on model.path {wanted}; set model.path "
-        "(and model.config) to its base, or start from another stage",
-        where=stage.where(f"{stage.name}.start_from"),
-    )
-
-
-def _record_of(base: str) -> dict[str, Any]:
-    directory = find_model_dir(base)
-    return inspect_model_dir(directory, trust_code=True).record if directory else {}
-
-
-def _canonical(path: str) -> str:
-    local = Path(path).expanduser()
-    return str(local.resolve()) if path and not is_builtin(path) and local.exists() else path

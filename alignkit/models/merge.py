@@ -14,9 +14,9 @@ from alignkit.errors import ModelError
 from alignkit.models.adapters import attach_frozen
 from alignkit.models.bases import Precision, read_base
 from alignkit.models.files import find_model_dir, inspect_model_dir
-from alignkit.models.load import find_base
 from alignkit.models.probe import compare_probes, take_probe
 from alignkit.models.save import save_model
+from alignkit.models.start import find_base
 
 
 def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_code: bool = False) -> None:
