@@ -114,7 +114,7 @@ class SampleOptions(_Section):
 class StageOptions(_Section):
     """Keys that every method shares."""
 
-    method: Method
+    method: Method = Field(description="The trainer behind the stage; its name says it when it is sft, rm or dpo.")
     start_from: str | None = Field(
         None, description="A stage of this recipe, a run directory, a model or adapter directory; omitted: model.path."
     )

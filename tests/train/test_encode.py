@@ -75,8 +75,8 @@ def test_too_many_long_rows_are_refused_with_the_length_that_would_do(
     longest = len(Chat(load_tokenizer(make_stage(BASE + "sft: {data: ./rows.jsonl}", "sft"))).encode_prompt_completion(
         ["a"], ["word " * 200])[0].ids)  # fmt: skip
     assert str(error.value) == (
-        f"recipe.yaml:2: 50% of the rows are longer than sft.max_length (32 tokens; the longest row has {longest}), more "
-        "than max_truncated allows (20%); raise one of the two or shorten the rows"
+        f"recipe.yaml:2: 50% of the rows are longer than sft.max_length (32 tokens; the longest row has {longest}), "
+        "more than max_truncated allows (20%); raise one of the two or shorten the rows"
     )
 
 

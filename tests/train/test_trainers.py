@@ -215,8 +215,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good
     make_stage: Callable, tmp_path: Path
 ) -> None:
     text = (
-        f"{BASE}sft: {{data: {{path: builtin:instructions, max_rows: 64}}, batch_size: 4, max_steps: 12, save_steps: 1, "
-        "learning_rate: 1e22, warmup_steps: 0, max_grad_norm: 0, samples: {num: 0}}"
+        f"{BASE}sft: {{data: {{path: builtin:instructions, max_rows: 64}}, batch_size: 4, max_steps: 12, "
+        "save_steps: 1, learning_rate: 1e22, warmup_steps: 0, max_grad_norm: 0, samples: {num: 0}}"
     )
     with pytest.raises(
         NonFiniteError, match="stopped before the optimizer step, the last good checkpoint is checkpoint-"
@@ -230,7 +230,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good
 
 def test_nf4_training_leaves_the_base_byte_identical_at_4_127_bits(make_stage: Callable, tmp_path: Path) -> None:
     text = (
-        "name: t\nmodel: {path: builtin:tiny-llama, quantization: nf4, config: {hidden_size: 512, intermediate_size: 512}}\n"
+        "name: t\nmodel: {path: builtin:tiny-llama, quantization: nf4, "
+        "config: {hidden_size: 512, intermediate_size: 512}}\n"
         f"{LORA}sft: {{data: {{path: builtin:instructions, max_rows: 24}}, {SHORT}}}"
     )
     launch_stage(make_stage(text, "sft"))  # compares the base's bytes itself, and raises when they differ

@@ -1,0 +1,94 @@
+"""The recipe reference of the README, made from the schema: `python tests/reference.py` rewrites it in place.
+
+`test_readme` fails when the two differ.
+"""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from alignkit.recipe.schema import (
+    DataSource,
+    DpoOptions,
+    LaunchOptions,
+    LoraOptions,
+    ModelOptions,
+    RecipeOptions,
+    RmOptions,
+    SampleOptions,
+    SftOptions,
+    StageOptions,
+)
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- recipe reference: begin -->", "<!-- recipe reference: end -->"
+SECTIONS: list[tuple[str, type[BaseModel]]] = [
+    ("Top level", RecipeOptions),
+    ("`model:`", ModelOptions),
+    ("`lora:`", LoraOptions),
+    ("`launch:`", LaunchOptions),
+    ("A data source (`data:`, `eval:`, `normalize_data:`)", DataSource),
+    ("Every stage", StageOptions),
+    ("`samples:`", SampleOptions),
+    ("An sft stage", SftOptions),
+    ("An rm stage", RmOptions),
+    ("A dpo stage", DpoOptions),
+]
+
+
+def describe_type(annotation: object) -> str:
+    """Return the accepted values in a few words."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return " \\| ".join(map(str, typing.get_args(annotation)))
+    if origin is typing.Annotated:
+        return describe_type(typing.get_args(annotation)[0])
+    if origin in (list, dict):
+        return "list" if origin is list else "mapping"
+    if typing.get_args(annotation):
+        parts = [describe_type(part) for part in typing.get_args(annotation) if part is not type(None)]
+        return " \\| ".join(dict.fromkeys(parts))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
+    names = {str: "text", int: "whole number", float: "number", bool: "true \\| false"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))  # type: ignore[call-overload]
+
+
+def describe_default(field: FieldInfo) -> str:
+    """Return the default as YAML writes it; a dash where there is none."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None or value in ({}, []) or isinstance(value, BaseModel):
+        return "–"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def render() -> str:
+    """Return the reference as Markdown tables."""
+    parts = []
+    for title, model in SECTIONS:
+        inherited = StageOptions.model_fields if model is not StageOptions and issubclass(model, StageOptions) else {}
+        fields = {name: field for name, field in model.model_fields.items() if name not in inherited}
+        if not fields:
+            continue
+        parts += [f"**{title}**", "", "| key | values | default | meaning |", "|---|---|---|---|"]
+        for name, field in fields.items():
+            accepted = describe_type(field.annotation)
+            parts.append(f"| `{name}` | {accepted} | {describe_default(field)} | {field.description or ''} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def replace(text: str) -> str:
+    """Return the README's text with the reference as it should be."""
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{render()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    README.write_text(replace(README.read_text(encoding="utf-8")), encoding="utf-8")
