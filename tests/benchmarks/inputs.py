@@ -19,7 +19,7 @@ _WORDS = _TEXT.split()
 
 
 def write_model(directory: Path, *, hidden_size: int = 64, num_layers: int = 2) -> Path:
-    """Write a Llama with random weights and a byte-level tokenizer; 0.2 M parameters unless told otherwise."""
+    """Write a Llama with random weights and a byte-level tokenizer; 0.14 M parameters unless told otherwise."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -50,7 +50,7 @@ report_to: none
 
 
 def measure_short_run(directory: Path, *, runs: int) -> list[Row]:
-    """Time 20 steps of sft, dpo and rm with a 0.2 M model."""
+    """Time 20 steps of sft, dpo and rm with a 0.14 M model."""
     model = write_model(directory / "model")
     rows = []
     for method, command in TRL_COMMANDS.items():

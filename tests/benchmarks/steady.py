@@ -14,7 +14,7 @@ from table import Row
 from timing import Command, alternate
 
 WORKER = Path(__file__).resolve().parent / "worker.py"
-SIZES = {"0.2 M": (64, 2, 1600), "12.6 M": (512, 4, 96)}  # name -> hidden size, layers, rows
+SIZES = {"0.14 M": (64, 2, 1600), "13.9 M": (512, 4, 96)}  # name -> hidden size, layers, rows
 BATCH = 8
 PREPARED_ROWS = 20_000
 Measured = dict[str, list[dict[str, float]]]  # what the worker printed, by name
