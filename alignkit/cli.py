@@ -189,6 +189,9 @@ def merge(
 ) -> None:
     """Write an adapter and its base as one model directory."""
     from alignkit import console
+    from alignkit.launch import prepare_environment
+
+    prepare_environment()
     from alignkit.models.merge import merge as merge_adapter
 
     merge_adapter(source, out)

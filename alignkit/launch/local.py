@@ -1,4 +1,4 @@
-"""Run a stage in this process: environment, run directory and lock around the method's `run`.
+"""Run a stage in this process: what can be refused at once, then run directory and lock around the method's `run`.
 
 It deliberately starts no process and knows no method's details.
 """
@@ -6,16 +6,23 @@ It deliberately starts no process and knows no method's details.
 from __future__ import annotations
 
 import importlib
-import os
-import warnings
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignkit.data import DataReport, Rejects, read_rows
+from alignkit.data.sources import Located, locate
+from alignkit.errors import DataError, Problem, RunError
+from alignkit.launch.environment import prepare_environment
 from alignkit.recipe import Stage
-from alignkit.runs.layout import open_run
+from alignkit.runs.layout import open_run, refuse_foreign
 
 if TYPE_CHECKING:
     from alignkit.train.fit import Result
+
+# Files up to this size are read and checked in half a second, before the libraries load in ten; larger ones are
+# checked only when they are tokenised.
+_READ_AHEAD_BYTES = 8 << 20
 
 
 def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, ...] = ()) -> Result:
@@ -23,7 +30,10 @@ def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, 
 
     Raises what `fit` raises, and RunError when another process holds the directory.
     """
-    _prepare_environment()
+    prepare_environment()
+    _require_start(stage)
+    refuse_foreign(Path(stage.run_dir))
+    _read_ahead(stage)
     run, lock = open_run(Path(stage.run_dir), force=force)
     try:
         method = importlib.import_module(f"alignkit.train.{stage.method}")
@@ -32,18 +42,42 @@ def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, 
         lock.release()
 
 
-def _prepare_environment() -> None:
-    """Set what the libraries read when they are imported; what the user has set stays."""
-    defaults = {
-        "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL pings once per trainer; alignkit sends nothing anywhere by itself
-        "TOKENIZERS_PARALLELISM": "true",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "BITSANDBYTES_NOWELCOME": "1",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if "ALIGNKIT_DEBUG" not in os.environ:
-        warnings.simplefilter("ignore")  # upstream deprecations are ours to mend, not the user's
+def _require_start(stage: Stage) -> None:
+    """Raise RunError when the stage that this one starts from has not been trained."""
+    if stage.start_stage is None or stage.start_dir is None or Path(stage.start_dir).is_dir():
+        return
+    recipe = shlex.quote(stage.recipe_path)
+    raise RunError(
+        f"{stage.name} starts from {stage.start_stage}, which has not been trained to its end; "
+        f"train --stage {stage.start_stage} of {recipe} first, or name another start_from",
+        where=stage.where(f"{stage.name}.start_from"),
+    )
+
+
+def _read_ahead(stage: Stage) -> None:
+    """Find missing files, and bad rows of small ones, while nothing heavy is loaded.
+
+    Raises DataError as `read_rows` does; a file that cannot be found is named with its place in the recipe.
+    """
+    options = stage.options
+    groups = [options.data, *([options.eval] if isinstance(options.eval, list) else [])]
+    located: list[Located] = []
+    problems: list[Problem] = []
+    for sources in groups:
+        try:
+            located += locate(sources)
+        except DataError as error:
+            place = stage.where(f"{stage.name}.data")
+            problems += [Problem(f"{stage.name}.data: {problem}", place) for problem in error.problems]
+    if problems:
+        raise DataError(problems)
+    if _local_bytes(located) <= _READ_AHEAD_BYTES:
+        for sources in groups:
+            for _ in read_rows(stage, sources, report=DataReport(), rejects=Rejects()):
+                pass
+
+
+def _local_bytes(located: list[Located]) -> float:
+    """Return the size of all files; rows that are not in files (hub, built-in) are not read ahead."""
+    sizes = [sum(path.stat().st_size for path in place.files) if place.files else float("inf") for place in located]
+    return sum(sizes)

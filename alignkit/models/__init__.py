@@ -1,0 +1,1 @@
+"""WEIGHTS and tokens: loading, adapters and their lineage, tokenizers, templates and masks, probes."""

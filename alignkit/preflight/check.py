@@ -136,7 +136,7 @@ def _check_stage(stage: Stage, check: StageCheck) -> None:
 
 def _use_base_of_untrained(stage: Stage, check: StageCheck) -> Stage:
     """Return the stage as it can be checked today: one that starts from an untrained stage starts from the base."""
-    if stage.start_stage and stage.start_dir and not (Path(stage.start_dir) / "model").is_dir():
+    if stage.start_stage and stage.start_dir and not Path(stage.start_dir).is_dir():
         check.facts["starts from"] = f"{stage.start_stage}, not trained yet: checked with {stage.model.path}"
         return replace(stage, start_dir=None, start_stage=None)
     check.facts["starts from"] = stage.start_dir or stage.model.path

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from alignkit.recipe.fields import KTO_LOSSES, method_fields
 from alignkit.recipe.schema import LaunchOptions, LoraOptions, Method, ModelOptions, StageOptions
 
 _Options = TypeVar("_Options", bound=StageOptions)
@@ -47,6 +48,12 @@ class Stage:
         origin = self.origins.get(key, "")
         return origin if ":" in origin or origin.startswith("--") else self.recipe_path
 
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether a dpo stage learns from single answers, with TRL's KTOTrainer."""
+        losses = self.trainer.get("loss_type", [])
+        return self.method == "dpo" and bool(set(KTO_LOSSES) & {*([losses] if isinstance(losses, str) else losses)})
+
     def expect(self, kind: type[_Options]) -> _Options:
         """Return `options` as the given class; a wrong class is a bug, not a user's mistake."""
         if not isinstance(self.options, kind):
@@ -82,7 +89,10 @@ class Stage:
         for prefix, section in (("model", self.model), ("lora", self.lora), (self.name, self.options)):
             if section is not None:
                 kept |= {f"{prefix}.{key}": value for key, value in section.model_dump().items()}
-        kept |= {f"{self.name}.{key}": value for key, value in self.trainer.items()}
+        # A field that is written out with TRL's own default is the same setting as one left out.
+        fields = method_fields(self.method)
+        written = {key: value for key, value in self.trainer.items() if value != fields.get(key, {}).get("default")}
+        kept |= {f"{self.name}.{key}": value for key, value in written.items()}
         return {key: value for key, value in kept.items() if key.split(".")[-1] not in HARMLESS}
 
 

@@ -1,0 +1,1 @@
+"""WHAT happened: the run directory, checkpoints that can be trusted, records."""

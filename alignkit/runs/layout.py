@@ -112,7 +112,7 @@ def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
     directory holds something that is not a run of ours, or is in use; DiskError when it cannot be made.
     """
     run = RunDir(path.expanduser().absolute())
-    refuse_foreign(run)
+    refuse_foreign(run.path)
     with disk_failures(run.path, "the run directory"):
         run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = RunLock(run)
@@ -125,21 +125,22 @@ def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
     return run, lock
 
 
-def refuse_foreign(run: RunDir) -> None:
+def refuse_foreign(path: Path) -> None:
     """Raise RunError unless the directory is absent, empty, or a run."""
-    if run.path == run.path.parent or run.path == Path.home():
-        raise RunError("is no place for a run; name a directory of its own with --out", where=str(run.path))
-    if not run.path.exists():
+    path = path.expanduser().absolute()
+    if path == path.parent or path == Path.home():
+        raise RunError("is no place for a run; name a directory of its own with --out", where=str(path))
+    if not path.exists():
         return
-    if not run.path.is_dir():
-        raise RunError("is a file; a run needs a directory", where=str(run.path))
+    if not path.is_dir():
+        raise RunError("is a file; a run needs a directory", where=str(path))
     ours = {".lock", "stage.json", "error.log"}
-    content = {entry.name for entry in run.path.iterdir()}
+    content = {entry.name for entry in path.iterdir()}
     if content and not content & ours:
         raise RunError(
             f"is not empty and holds no run (found {', '.join(sorted(content)[:3])}); "
             "choose another directory with --out",
-            where=str(run.path),
+            where=str(path),
         )
 
 
@@ -155,7 +156,7 @@ def compare_fingerprints(
     before = read_json(run.stage).get("fingerprint", {})
     now = json.loads(json.dumps(dict(current), default=str))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    lines = [f"{key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in changed]
+    lines = [f"{key}: {_show(before.get(key))} -> {_show(now.get(key))}" for key in changed]
     refused = [line for key, line in zip(changed, lines, strict=True) if not _is_allowed(key, allow_change)]
     if refused:
         raise RunError(
@@ -166,6 +167,10 @@ def compare_fingerprints(
             where=str(run.path),
         )
     return lines
+
+
+def _show(value: Any) -> str:
+    return "(default)" if value is None else json.dumps(value)
 
 
 def _is_allowed(key: str, allowed: Sequence[str]) -> bool:

@@ -1,0 +1,1 @@
+"""ONE FILE PER METHOD, and what all of them share: encode, fit, guard, losses."""

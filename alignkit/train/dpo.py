@@ -25,6 +25,7 @@ from alignkit.models.chat import Chat
 from alignkit.models.load import Loaded, load_policy, load_reference
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
+from alignkit.recipe.fields import OWN_LOSSES
 from alignkit.recipe.schema import DpoOptions
 from alignkit.runs.layout import RunDir
 from alignkit.train.arguments import build_config, micro_batch_size
@@ -34,7 +35,6 @@ from alignkit.train.guard import Guarded
 from alignkit.train.losses import cdpo_loss, ipo_sum_loss
 from alignkit.train.samplers import shuffled_order
 
-OWN_LOSSES = frozenset({"cdpo", "ipo_sum"})
 
 
 @dataclass
@@ -161,19 +161,13 @@ def build(stage: Stage, run: RunDir) -> Built:
     rejects = Rejects()
     tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
     loaded = load_policy(stage, run_dir=run.path, tokenizer=tokenizer)
-    make = _build_kto if is_kto(stage) else _build_dpo
+    make = _build_kto if stage.is_unpaired else _build_dpo
     trainer = make(stage, run, tables, loaded, tokenizer)
     return Built(trainer, tables, chat, loaded, rejects)
 
 
-def is_kto(stage: Stage) -> bool:
-    """Tell whether the stage learns from single answers."""
-    return stage.trainer.get("loss_type") in (["kto"], "kto")
-
-
 def _build_dpo(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokenizer: Any) -> Dpo:
-    names = stage.trainer.get("loss_type", ["sigmoid"])
-    own = next((name for name in ([names] if isinstance(names, str) else names) if name in OWN_LOSSES), None)
+    own = next((name for name in stage.trainer.get("loss_type", ()) if name in OWN_LOSSES), None)
     config = build_config(stage, DPOConfig, run.checkpoints, **({"loss_type": ["sigmoid"]} if own else {}))
     collator = DataCollatorForPreference(
         pad_token_id=tokenizer.pad_token_id,
@@ -201,7 +195,8 @@ def _build_kto(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokeni
             "adapter: stack does not work with loss_type kto; use continue or merge",
             where=stage.where(f"{stage.name}.adapter"),
         )
-    config = build_config(stage, KTOConfig, run.checkpoints, loss_type="kto")
+    (loss,) = stage.trainer["loss_type"]
+    config = build_config(stage, KTOConfig, run.checkpoints, loss_type=loss)
     micro = micro_batch_size(stage)
 
     def with_neighbours(table: Any) -> Any:

@@ -192,7 +192,7 @@ def _encoder(stage: Stage, chat: Chat) -> Encode:
         return _SftEncoder(stage, chat, max_length)
     if stage.method == "rm":
         return _RewardEncoder(chat, max_length, pairs_only=stage.options.model_dump().get("grouping") == "pairs")
-    if stage.trainer.get("loss_type") in (["kto"], "kto"):
+    if stage.is_unpaired:
         return _UnpairedEncoder(chat, max_length)
     return _PairEncoder(chat, max_length)
 
