@@ -6,6 +6,7 @@ It deliberately starts no process and knows no method's details.
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, 
     refuse_foreign(Path(stage.run_dir))
     _read_ahead(stage)
     run, lock = open_run(Path(stage.run_dir), force=force)
+    # TensorBoard's default is a directory named after this host, inside the checkpoints.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     try:
         method = importlib.import_module(f"alignkit.train.{stage.method}")
         return method.run(stage, run.path, allow_change=allow_change)

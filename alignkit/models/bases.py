@@ -65,11 +65,16 @@ def pick_device(wanted: str = "auto") -> str:
 
 
 def pick_precision(stage: Stage) -> Precision:
-    """Return the precision a stage asks for; dtype auto is bfloat16 where the device computes in it."""
+    """Return the precision a stage asks for.
+
+    dtype auto is bfloat16 for a frozen base where the device computes in it, and float32 for weights that are trained
+    themselves: bfloat16 rounds away updates smaller than 1/256 of a weight (autocast still computes in bfloat16).
+    """
     device = pick_device(stage.launch.device)
     dtype = stage.model.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        computes = device == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if computes and stage.lora is not None else "float32"
     return Precision(getattr(torch, dtype), device, stage.model.quantization, stage.model.double_quantization)
 
 

@@ -39,7 +39,9 @@ class ModelOptions(_Section):
         True, description="Quantise the 4-bit block constants too (QLoRA section 3): 4.127 bits a parameter."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Weights and compute; auto: bfloat16 where the device computes in it, else float32."
+        "auto",
+        description="Weights and compute; auto: bfloat16 where the device computes in it, with float32 weights in full "
+        "fine-tuning.",
     )
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = Field(
         None, description="Attention kernel; omitted: what transformers picks."

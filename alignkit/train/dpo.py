@@ -36,7 +36,6 @@ from alignkit.train.losses import cdpo_loss, ipo_sum_loss
 from alignkit.train.samplers import shuffled_order
 
 
-
 @dataclass
 class LabelledCollator:
     """TRL's preference collator, with each pair's soft label P(chosen preferred) kept beside the tokens, (B,)."""

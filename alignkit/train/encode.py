@@ -319,6 +319,12 @@ class _PairEncoder:
 
     def __call__(self, rows: Sequence[Row], lengths: LengthReport, rejects: Rejects) -> dict[str, list[Any]]:
         prompts = [row.prompt for row in rows for _ in range(2)]
+        if any(row.kind != "pair" for row in rows):
+            single = next(row for row in rows if row.kind != "pair")
+            raise DataError(
+                "is a single answer, which this loss cannot compare with another; set loss_type: kto",
+                where=single.place,
+            )
         encoded = iter(self._chat.encode_prompt_completion(prompts, [text for row in rows for text in row.completions]))
         columns: dict[str, list[Any]] = {
             name: [] for name in ("prompt_ids", "chosen_ids", "rejected_ids", "label", "length")

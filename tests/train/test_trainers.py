@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignkit.errors import ModelError, NonFiniteError, RunError
+from alignkit.errors import DataError, ModelError, NonFiniteError, RunError
 from alignkit.launch import launch_stage
 from alignkit.recipe import Stage
 from alignkit.runs.layout import RunDir
@@ -237,3 +237,40 @@ def test_nf4_training_leaves_the_base_byte_identical_at_4_127_bits(make_stage: C
     launch_stage(make_stage(text, "sft"))  # compares the base's bytes itself, and raises when they differ
     facts = json.loads((tmp_path / "runs/t/sft/stage.json").read_text())["parameters"]
     assert facts["bits_per_quantized_parameter"] == pytest.approx(4.127, abs=0.02)
+
+
+LOSSES = [
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "cdpo", "ipo_sum", "kto", "apo_zero_unpaired",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_preference_loss_trains_and_changes_the_policy(loss: str, make_stage: Callable, tmp_path: Path) -> None:
+    smoothing = ", label_smoothing: 0.1" if loss in ("exo_pair", "robust", "cdpo") else ""
+    short = "batch_size: 4, max_steps: 2, learning_rate: 1e-2, warmup_steps: 0, samples: {num: 0}"
+    result = launch_stage(make_stage(f"{BASE}{LORA}dpo: {{{PAIRS}, {short}, loss_type: {loss}{smoothing}}}", "dpo"))
+    assert math.isfinite(result.metrics["loss"])
+    tensors = load_file(tmp_path / "runs/t/dpo/model/adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for name, value in tensors.items() if "lora_B" in name)
+
+
+def test_all_losses_are_tried() -> None:
+    from alignkit.recipe.fields import KTO_LOSSES, OWN_LOSSES, trl_fields
+
+    assert {*trl_fields("dpo")["loss_type"]["items"]["enum"], *OWN_LOSSES, *KTO_LOSSES} == set(LOSSES)
+
+
+def test_single_answers_need_a_loss_for_single_answers(make_stage: Callable) -> None:
+    stage = make_stage(f"{BASE}dpo: {{data: {{path: builtin:unpaired, max_rows: 8}}, {SHORT}}}", "dpo")
+    with pytest.raises(DataError, match="set loss_type: kto"):
+        launch_stage(stage)
+
+
+def test_precomputed_reference_log_probabilities_give_the_same_training(make_stage: Callable, tmp_path: Path) -> None:
+    text = f"{BASE}{LORA}dpo: {{{PAIRS}, {SHORT}, precompute_ref_log_probs: CHOICE}}"
+    losses = []
+    for choice in ("true", "false"):
+        stage = make_stage(text.replace("CHOICE", choice).replace("name: t", f"name: {choice}x"), "dpo")
+        losses.append(launch_stage(stage).metrics["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
