@@ -19,8 +19,13 @@ _DEFAULTS = {
 }
 
 
-def prepare_environment() -> None:
-    """Switch off pings, bars and chatter of the libraries; ALIGNKIT_DEBUG=1 leaves their warnings on."""
+def prepare_environment(*, tiny: bool = False) -> None:
+    """Switch off pings, bars and chatter of the libraries; ALIGNKIT_DEBUG=1 leaves their warnings on.
+
+    A `tiny` (built-in) model computes with one thread: its matrices are so small that threads only wait for each other.
+    """
+    if tiny:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if os.environ.get("ALIGNKIT_DEBUG") != "1":

@@ -31,7 +31,7 @@ def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, 
 
     Raises what `fit` raises, and RunError when another process holds the directory.
     """
-    prepare_environment()
+    prepare_environment(tiny=stage.model.path.startswith("builtin:"))
     _require_start(stage)
     refuse_foreign(Path(stage.run_dir))
     _read_ahead(stage)
