@@ -19,7 +19,7 @@ from alignkit.recipe import Stage
 from alignkit.runs.layout import open_run, refuse_foreign
 
 if TYPE_CHECKING:
-    from alignkit.train.fit import Result
+    from alignkit.train.built import Result
 
 # Files up to this size are read and checked in half a second, before the libraries load in ten; larger ones are
 # checked only when they are tokenised.

@@ -22,7 +22,7 @@ from alignkit.recipe import Recipe, Stage, resolve
 
 if TYPE_CHECKING:
     from alignkit.models.chat import Chat
-    from alignkit.train.encode import Tables
+    from alignkit.train.tables import Tables
 
 _Item = TypeVar("_Item")
 
@@ -230,7 +230,7 @@ def _check_rows(stage: Stage, check: StageCheck, chat: Chat) -> None:
 
 def _encode(stage: Stage, check: StageCheck, chat: Chat) -> None:
     from alignkit.data import Rejects
-    from alignkit.train.encode import prepare_tables
+    from alignkit.train.tables import prepare_tables
 
     rejects = Rejects()
     with tempfile.TemporaryDirectory(prefix="alignkit-check-") as directory:

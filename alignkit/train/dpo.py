@@ -29,11 +29,12 @@ from alignkit.recipe.fields import OWN_LOSSES
 from alignkit.recipe.schema import DpoOptions
 from alignkit.runs.layout import RunDir
 from alignkit.train.arguments import build_config, micro_batch_size
-from alignkit.train.encode import Tables, prepare_tables
-from alignkit.train.fit import Built, Result, fit, watch_for
+from alignkit.train.built import Built, Result
+from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
 from alignkit.train.losses import cdpo_loss, ipo_sum_loss
 from alignkit.train.samplers import shuffled_order
+from alignkit.train.tables import Tables, prepare_tables
 
 
 @dataclass

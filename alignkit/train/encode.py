@@ -1,7 +1,6 @@
-"""From rows to token tables: the one place where training data is tokenised, masked, cut and counted.
+"""From rows to tokens, one encoder per kind of training: what is learnt, what is masked, what is cut.
 
-`preview`, `check` and the trainers all read these tables; there is no second path that could drift. It loads no
-model. Columns, int32 lists unless said otherwise:
+It reads no file and loads no model. Columns, int32 lists unless said otherwise:
 
     sft   input_ids, labels (-100 where nothing is learnt), length
     rm    answers_ids (one list per answer, best first), scores (float, one per answer), label, margin (float), length
@@ -11,35 +10,17 @@ model. Columns, int32 lists unless said otherwise:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from alignkit.data import (
-    DataReport,
-    Rejects,
-    Row,
-    escape_control_tokens,
-    find_control_tokens,
-    read_rows,
-    split_eval,
-    write_table,
-)
-from alignkit.errors import DataError, Problem
-from alignkit.models.tokens import control_tokens
+from alignkit.data import Rejects, Row
+from alignkit.errors import DataError
+from alignkit.models.chat import Chat
 from alignkit.recipe import Stage
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from alignkit.models.chat import Chat
-
-_BATCH_ROWS = 1000
-_SHOWN_PROBLEMS = 5
 IGNORED = -100
 
 
@@ -62,131 +43,11 @@ class LengthReport:
         return (self.num_truncated + self.num_too_long) / seen if seen else 0.0
 
 
-@dataclass
-class Tables:
-    """Ready token tables of one stage."""
-
-    train: Dataset
-    eval: Dataset | None
-    report: DataReport
-    lengths: LengthReport
-    eval_lengths: LengthReport | None = None
-    eval_rows: list[Row] = field(default_factory=list)  # a few held-out (or else training) rows, for samples
-
-
 Encode = Callable[[Sequence[Row], LengthReport, Rejects], dict[str, list[Any]]]
 
 
-def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:
-    """Read, check, split and tokenise the rows of a stage into memory-mapped tables below `cache`.
-
-    Memory does not grow with the number of rows. Raises DataError for rows that do not fit, for an empty table, and
-    when more than `max_truncated` of the rows are cut or too long.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-    report, lengths = DataReport(), LengthReport()
-    rows = _guard_text(stage, chat, read_rows(stage, stage.options.data, report=report, rejects=rejects), rejects)
-    held_out: list[Row] = []
-    eval_table, eval_lengths = None, None
-    if isinstance(stage.options.eval, float):
-        # Two passes over the files keep memory flat whatever the share is.
-        train_path, eval_path = cache / "train.arrow", cache / "eval.arrow"
-        share, eval_lengths = stage.options.eval, LengthReport()
-        train = _write(train_path, (row for is_eval, row in split_eval(rows, share, stage.seed) if not is_eval),
-                       _encoder(stage, chat), lengths, rejects, held_out)  # fmt: skip
-        again = read_rows(stage, stage.options.data, report=DataReport(), rejects=Rejects())
-        again = _guard_text(stage, chat, again, Rejects())
-        held_out.clear()
-        eval_table = _write(eval_path, (row for is_eval, row in split_eval(again, share, stage.seed) if is_eval),
-                            _encoder(stage, chat), eval_lengths, rejects, held_out)  # fmt: skip
-    else:
-        train = _write(cache / "train.arrow", rows, _encoder(stage, chat), lengths, rejects, held_out)
-        if stage.options.eval:
-            eval_lengths, held_out = LengthReport(), []
-            other = read_rows(stage, stage.options.eval, report=report, rejects=rejects,
-                              known_prompts=report.prompt_hashes())  # fmt: skip
-            other = _guard_text(stage, chat, other, rejects)
-            eval_table = _write(cache / "eval.arrow", other, _encoder(stage, chat), eval_lengths, rejects, held_out)
-    _require_rows(stage, train, lengths)
-    assert train is not None
-    if stage.options.eval and eval_table is None:
-        raise DataError(
-            f"{stage.name}.eval holds out no row that can be used; raise the share or look at the source",
-            where=stage.where(f"{stage.name}.eval"),
-        )
-    return Tables(train, eval_table, report, lengths, eval_lengths, held_out)
-
-
-def _guard_text(stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects) -> Iterator[Row]:
-    """Check the template at the first conversation, and deal with control tokens inside the text of rows.
-
-    Written by whoever wrote the text, such tokens would end a turn or open another one in the model's own language.
-    They are refused, left out, defused or kept, as `special_tokens_in_text` says.
-    """
-    choice = stage.options.special_tokens_in_text
-    tokens = [] if choice == "keep" else control_tokens(chat.tokenizer)
-    found: list[Problem] = []
-    num_found = 0
-    template_checked = False
-    for row in rows:
-        if row.conversational and not template_checked:
-            chat.check()
-            template_checked = True
-        if choice == "escape":
-            yield escape_control_tokens(row, tokens)
-        elif not (inside := find_control_tokens(row, tokens)):
-            yield row
-        elif stage.options.on_bad_row == "skip":
-            rejects.add(row.place, f"control tokens in the text: {', '.join(inside)}")
-        else:
-            num_found += 1
-            if len(found) < _SHOWN_PROBLEMS:
-                found.append(Problem(f"control tokens of the tokenizer in the text: {', '.join(inside)}", row.place))
-    if found:
-        more = f"{num_found} rows hold them; " if num_found > len(found) else ""
-        remedy = f"set {stage.name}.special_tokens_in_text: escape or keep, or on_bad_row: skip"
-        raise DataError([*found, Problem(more + remedy, stage.where(f"{stage.name}.data"))])
-
-
-def _write(
-    path: Path, rows: Iterable[Row], encode: Encode, lengths: LengthReport, rejects: Rejects, first: list[Row]
-) -> Dataset | None:
-    """Encode and write rows, remembering the first few; None when none is left."""
-
-    def batches() -> Iterator[dict[str, list[Any]]]:
-        stream = iter(rows)
-        while batch := list(islice(stream, _BATCH_ROWS)):
-            if len(first) < 256:
-                first.extend(batch[: 256 - len(first)])
-            columns = encode(batch, lengths, rejects)
-            if columns["length"]:
-                yield columns
-
-    found = batches()
-    start = next(found, None)
-    return None if start is None else write_table(path, chain([start], found))
-
-
-def _require_rows(stage: Stage, train: Dataset | None, lengths: LengthReport) -> None:
-    where = stage.where(f"{stage.name}.data")
-    if lengths.truncated_share > stage.options.max_truncated:
-        raise DataError(
-            f"{lengths.truncated_share:.0%} of the rows are longer than {stage.name}.max_length "
-            f"({stage.trainer.get('max_length')} tokens; the longest row has {lengths.longest_tokens}), more than "
-            f"max_truncated allows ({stage.options.max_truncated:.0%}); raise one of the two or shorten the rows",
-            where=where,
-        )
-    if lengths.num_untrained and not lengths.num_rows:
-        raise DataError(
-            f"none of the {lengths.num_untrained} rows has a token to learn from: every label is masked; look at the "
-            "roles of the messages and at max_length",
-            where=where,
-        )
-    if train is None:
-        raise DataError("no row is left to train on", where=where)
-
-
-def _encoder(stage: Stage, chat: Chat) -> Encode:
+def choose_encoder(stage: Stage, chat: Chat) -> Encode:
+    """Return the encoder of a stage; it may keep state between batches, so each table takes a new one."""
     max_length = stage.trainer.get("max_length")
     if stage.method == "sft":
         return _SftEncoder(stage, chat, max_length)

@@ -36,7 +36,6 @@ class Watch:
     facts: dict[str, Any] = field(default_factory=dict)  # goes into every manifest: fingerprint, versions, seed
     stop: StopFlag = field(default_factory=StopFlag)
     num_tokens: int = 0  # trained in earlier sittings of this run
-    seconds: float = 0.0
 
 
 class Guarded(Trainer):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,10 +16,8 @@ from alignkit.errors import ModelError
 from alignkit.models.probe import compare_probes, take_probe
 from alignkit.recipe import Stage
 from alignkit.runs.files import read_json
+from alignkit.train.built import Built
 from alignkit.train.guard import TRAINED_ADAPTER, Guarded
-
-if TYPE_CHECKING:
-    from alignkit.train.fit import Built
 
 LN2 = math.log(2)
 _LARGEST_REWARD_LOSS = 3.0  # a head drawn as Ziegler 2019 draws it scores with a deviation near 1

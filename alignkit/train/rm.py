@@ -22,14 +22,15 @@ from alignkit.models.chat import Chat
 from alignkit.models.load import load_reward_model
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import RmOptions
+from alignkit.recipe.schema import RmOptions, SftOptions
 from alignkit.runs.files import write_json
 from alignkit.runs.layout import RunDir
 from alignkit.train.arguments import build_config
-from alignkit.train.encode import prepare_tables
-from alignkit.train.fit import Built, Result, fit, watch_for
+from alignkit.train.built import Built, Result
+from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
 from alignkit.train.losses import best_of_loss, kway_loss, pairwise_losses
+from alignkit.train.tables import prepare_tables
 
 REWARD_NORM = "reward_norm.json"
 
@@ -204,10 +205,8 @@ def score(model: Any, sequences: Sequence[Sequence[int]], pad_token_id: int, *, 
     return rewards
 
 
-def _as_sft(stage: Stage) -> Any:
+def _as_sft(stage: Stage) -> SftOptions:
     """Return options that make the data room read demonstrations instead of comparisons."""
-    from alignkit.recipe.schema import SftOptions
-
     return SftOptions(data=stage.options.data, on_bad_row=stage.options.on_bad_row)
 
 

@@ -6,15 +6,13 @@ Greedy, so it draws no random number; a reward model scores the answers of its r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignkit.data import Row
 from alignkit.models.generation import generate_greedy
 from alignkit.recipe import Stage
 from alignkit.runs.record import JsonLines
-
-if TYPE_CHECKING:
-    from alignkit.train.fit import Built
+from alignkit.train.built import Built
 
 
 def write_samples(stage: Stage, built: Built, samples: JsonLines, *, step: int, when: str) -> None:

@@ -17,9 +17,10 @@ from alignkit.recipe import Stage
 from alignkit.recipe.schema import SftOptions
 from alignkit.runs.layout import RunDir
 from alignkit.train.arguments import build_config
-from alignkit.train.encode import prepare_tables
-from alignkit.train.fit import Built, Result, fit, watch_for
+from alignkit.train.built import Built, Result
+from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
+from alignkit.train.tables import prepare_tables
 
 
 class Sft(Guarded, SFTTrainer):

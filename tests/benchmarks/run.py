@@ -1,6 +1,6 @@
 """Measure alignkit side by side with what it is built on; writes RESULTS.md and prints it.
 
-    python tests/benchmarks/run.py [--only CASE]... [--runs N]
+python tests/benchmarks/run.py [--only CASE]... [--runs N]
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def prepare_ours(model: Path, rows: Path, out: Path) -> float:
     from alignkit.models.chat import Chat
     from alignkit.models.tokens import load_tokenizer
     from alignkit.recipe import load_recipe, resolve
-    from alignkit.train.encode import prepare_tables
+    from alignkit.train.tables import prepare_tables
 
     recipe = out / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=model, rows=rows, batch=8, batching="grouped"), encoding="utf-8")

@@ -13,7 +13,8 @@ from alignkit.errors import DataError
 from alignkit.models.chat import Chat
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
-from alignkit.train.encode import IGNORED, Tables, prepare_tables
+from alignkit.train.encode import IGNORED
+from alignkit.train.tables import Tables, prepare_tables
 
 BASE = "model: {path: builtin:tiny-llama}\n"
 

@@ -1,0 +1,51 @@
+"""What a method hands to `fit`, and what `fit` hands back; data only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignkit.data import Rejects
+from alignkit.models.chat import Chat
+from alignkit.models.load import Loaded
+from alignkit.train.guard import Guarded
+from alignkit.train.tables import Tables
+
+
+@dataclass
+class Built:
+    """A trainer that is ready to train, and what came with it."""
+
+    trainer: Guarded
+    tables: Tables
+    chat: Chat
+    loaded: Loaded
+    rejects: Rejects
+    is_reward: bool = False
+    generates: bool = True
+    finish: Callable[[Path], dict[str, float]] | None = None  # measures and writes beside the model, before it counts
+    base_hash: str | None = None  # bytes of what adapters leave alone, before training
+
+
+@dataclass
+class Result:
+    """How a stage ended; result.json holds the same.
+
+    `tokens` counts all sittings of the run; `wall_seconds`, `tokens_per_second` and the peak are of the last one.
+    """
+
+    stage: str
+    status: str
+    step: int
+    model_dir: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    wall_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)

@@ -1,0 +1,127 @@
+"""The end of a run: measure, save the final model, read it back and compare, and only then say that it is finished.
+
+It trains nothing and resumes nothing.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from typing import Any
+
+import torch
+
+from alignkit.errors import RunError
+from alignkit.models.load import load_trained
+from alignkit.models.parameters import describe_parameters, hash_base
+from alignkit.models.probe import compare_probes, take_probe
+from alignkit.models.save import save_model
+from alignkit.recipe import Stage
+from alignkit.runs.files import disk_failures, write_json
+from alignkit.runs.layout import RunDir, write_result
+from alignkit.runs.record import JsonLines
+from alignkit.train.built import Built, Result
+from alignkit.train.guard import Guarded
+from alignkit.train.samples import write_samples
+
+_BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")
+
+
+def finish(stage: Stage, run: RunDir, built: Built, *, seconds: float) -> Result:
+    """Measure, save the final model, reload it and compare, then write the result."""
+    trainer = built.trainer
+    metrics = _final_metrics(trainer, JsonLines(run.metrics))
+    write_samples(stage, built, JsonLines(run.samples), step=trainer.state.global_step, when="after")
+    tokens = trainer.watch.num_tokens + trainer.num_trained_tokens
+    if trainer.args.should_save:
+        with disk_failures(run.path, "the final model"):
+            metrics |= _save_final(run, built)
+        shutil.rmtree(run.cache, ignore_errors=True)
+    result = Result(
+        stage=stage.name,
+        status="finished",
+        step=trainer.state.global_step,
+        model_dir=str(run.model),
+        metrics=metrics,
+        tokens=tokens,
+        wall_seconds=round(seconds, 3),
+        tokens_per_second=round(_tokens_per_second(trainer), 1),
+        peak_memory_bytes=_peak_memory_bytes(),
+    )
+    if trainer.args.should_save:
+        write_result(run, result.to_dict())
+    return result
+
+
+def _tokens_per_second(trainer: Guarded) -> float:
+    """Return the non-padding tokens per second of this sitting's steps, loading and saving left out."""
+    runtime = next((row["train_runtime"] for row in trainer.state.log_history[::-1] if "train_runtime" in row), None)
+    return trainer.num_trained_tokens / runtime if runtime else 0.0
+
+
+def _final_metrics(trainer: Guarded, metrics: JsonLines) -> dict[str, float]:
+    rows = [row for row in metrics.read() if "loss" in row]
+    final = {"loss": rows[-1]["loss"]} if rows else {}
+    if trainer.eval_dataset is not None:
+        final |= _held_out_metrics(trainer)
+    return {key: value for key, value in final.items() if not key.endswith(_BOOKKEEPING)}
+
+
+def _held_out_metrics(trainer: Guarded) -> dict[str, float]:
+    """Return the metrics on the held-out rows: those just measured at the last step, if they were."""
+    step = trainer.state.global_step
+    last = next((row for row in trainer.state.log_history[::-1] if "eval_loss" in row and row["step"] == step), None)
+    measured = last or trainer.evaluate()
+    return {key: value for key, value in measured.items() if key.startswith("eval_")}
+
+
+def _save_final(run: RunDir, built: Built) -> dict[str, Any]:
+    """Write model/ in one step, after the copy on disk has given the same answers as the model in memory.
+
+    Raises RunError when it does not, and when the frozen base has other bytes than before training.
+    """
+    trainer, loaded = built.trainer, built.loaded
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if built.base_hash and hash_base(model) != built.base_hash:
+        raise RunError(
+            "the frozen base changed during training; this is a bug, keep the run directory", where=str(run.path)
+        )
+    staging = run.path / "model.tmp"
+    save_model(
+        model,
+        trainer.processing_class,
+        staging,
+        lineage=loaded.lineage,
+        precision=loaded.precision,
+        stop_ids=built.chat.stop_ids,
+    )
+    extra = built.finish(staging) if built.finish else {}
+    vocab_size = len(trainer.processing_class)
+    probe = take_probe(model, vocab_size=vocab_size, reward=built.is_reward)
+    trainer.optimizer = None  # its room is needed for the copy
+    again = load_trained(staging, device=_device_with_room(trainer), reward=built.is_reward)
+    reason = compare_probes(probe, take_probe(again, vocab_size=vocab_size, reward=built.is_reward))
+    if reason is not None:
+        raise RunError(
+            f"the saved model is not the trained one ({reason}); the checkpoints are whole", where=str(staging)
+        )
+    write_json(run.probe, probe)
+    shutil.rmtree(run.model, ignore_errors=True)
+    staging.rename(run.model)
+    return extra
+
+
+def _device_with_room(trainer: Guarded) -> str:
+    """Return the training device when a second copy of the model fits there, else cpu."""
+    if trainer.args.device.type != "cuda":
+        return trainer.args.device.type
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return "cuda" if free > 1.2 * describe_parameters(trainer.model)["bytes"] else "cpu"
+
+
+def _peak_memory_bytes() -> int:
+    """Return the most memory this process held: device memory with CUDA, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,84 @@
+"""What happens while a trainer runs: metrics to the file and the screen, samples half way, the stop flag.
+
+It changes nothing about training but its end.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alignkit import console
+from alignkit.recipe import Stage
+from alignkit.runs.record import JsonLines
+from alignkit.train.built import Built
+from alignkit.train.samples import write_samples
+
+_SHOWN = ("loss", "accuracy", "rewards/accuracies", "mean_token_accuracy")
+
+
+class Recorder(TrainerCallback):
+    """Metrics to the file and the screen, samples half way, and the stop flag at the end of a step."""
+
+    def __init__(self, stage: Stage, built: Built, metrics: JsonLines, samples: JsonLines) -> None:
+        self._stage, self._built, self._metrics, self._samples = stage, built, metrics, samples
+        self._progress: console.TrainingProgress | None = None
+        self._shown: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        self._began, self._tokens = time.monotonic(), 0
+        self._progress = console.TrainingProgress(
+            self._stage.name, total_steps=state.max_steps, start_step=state.global_step
+        )
+        return control
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        tokens = self._built.trainer.num_trained_tokens
+        row = {"step": state.global_step, **logs}
+        if "loss" in logs:
+            row["tokens_per_second"] = tokens / max(time.monotonic() - self._began, 1e-9)
+        self._metrics.append(row)
+        self._shown |= {name: row[name] for name in (*_SHOWN, "tokens_per_second") if name in row}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if self._stop_wanted(args):
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def _stop_wanted(self, args: TrainingArguments) -> bool:
+        """Read the flag; with several ranks, stop all at the same step when any of them was asked to."""
+        wanted = self._built.trainer.watch.stop.signal is not None
+        if args.world_size > 1:
+            flag = torch.tensor([int(wanted)], device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            wanted = bool(flag.item())
+        return wanted
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._show(state)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._show(state)
+        if state.global_step == state.max_steps // 2 > 0:
+            write_samples(self._stage, self._built, self._samples, step=state.global_step, when="during")
+
+    def _show(self, state: TrainerState) -> None:
+        if self._progress is not None and state.global_step:
+            self._progress.update(state.global_step, self._shown)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._show(state)
+        if self._progress is not None:
+            self._progress.close()

@@ -1,0 +1,165 @@
+"""From the rows of a stage to token tables on disk: read, checked, split, tokenised and counted, in constant memory.
+
+`check` and the trainers read these tables; there is no second path that could drift. It loads no model and knows no
+method: what a row becomes is `encode`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignkit.data import (
+    DataReport,
+    Rejects,
+    Row,
+    escape_control_tokens,
+    find_control_tokens,
+    read_rows,
+    split_eval,
+    write_table,
+)
+from alignkit.errors import DataError, Problem
+from alignkit.models.chat import Chat
+from alignkit.models.tokens import control_tokens
+from alignkit.recipe import Stage
+from alignkit.train.encode import LengthReport, choose_encoder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BATCH_ROWS = 1000
+_SHOWN_PROBLEMS = 5
+_REMEMBERED_ROWS = 256  # for samples
+
+
+@dataclass
+class Tables:
+    """Ready token tables of one stage."""
+
+    train: Dataset
+    eval: Dataset | None
+    report: DataReport
+    lengths: LengthReport
+    eval_lengths: LengthReport | None = None
+    eval_rows: list[Row] = field(default_factory=list)  # a few held-out (or else training) rows, for samples
+
+
+def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:
+    """Read, check, split and tokenise the rows of a stage into memory-mapped tables below `cache`.
+
+    Memory does not grow with the number of rows. Raises DataError for rows that do not fit, for an empty table, and
+    when more than `max_truncated` of the rows are cut or too long.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    options, report = stage.options, DataReport()
+    share = options.eval if isinstance(options.eval, float) else None
+    rows = read_rows(stage, options.data, report=report, rejects=rejects)
+    train = _write(stage, chat, cache / "train.arrow", _take_side(stage, rows, share, held_out=False), rejects)
+    held_out = None
+    if share is not None:  # a second pass over the files keeps memory flat, whatever the share is
+        rows = read_rows(stage, options.data, report=DataReport(), rejects=Rejects())
+        held_out = _write(stage, chat, cache / "eval.arrow", _take_side(stage, rows, share, held_out=True), rejects)
+    elif isinstance(options.eval, list):
+        known = report.prompt_hashes()
+        rows = read_rows(stage, options.eval, report=report, rejects=rejects, known_prompts=known)
+        held_out = _write(stage, chat, cache / "eval.arrow", rows, rejects)
+    _require_rows(stage, train)
+    assert train.table is not None
+    if held_out is None:
+        return Tables(train.table, None, report, train.lengths, None, train.first_rows)
+    if held_out.table is None:
+        raise DataError(
+            f"{stage.name}.eval holds out no row that can be used; raise the share or look at the source",
+            where=stage.where(f"{stage.name}.eval"),
+        )
+    return Tables(train.table, held_out.table, report, train.lengths, held_out.lengths, held_out.first_rows)
+
+
+def _take_side(stage: Stage, rows: Iterable[Row], share: float | None, *, held_out: bool) -> Iterable[Row]:
+    """Return the rows of one side of a split by prompt; all of them without a share."""
+    if share is None:
+        return rows
+    return (row for is_eval, row in split_eval(rows, share, stage.seed) if is_eval == held_out)
+
+
+def _guard_text(stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects) -> Iterator[Row]:
+    """Check the template at the first conversation, and deal with control tokens inside the text of rows.
+
+    Written by whoever wrote the text, such tokens would end a turn or open another one in the model's own language.
+    They are refused, left out, defused or kept, as `special_tokens_in_text` says.
+    """
+    choice = stage.options.special_tokens_in_text
+    tokens = [] if choice == "keep" else control_tokens(chat.tokenizer)
+    found: list[Problem] = []
+    num_found = 0
+    template_checked = False
+    for row in rows:
+        if row.conversational and not template_checked:
+            chat.check()
+            template_checked = True
+        if choice == "escape":
+            yield escape_control_tokens(row, tokens)
+        elif not (inside := find_control_tokens(row, tokens)):
+            yield row
+        elif stage.options.on_bad_row == "skip":
+            rejects.add(row.place, f"control tokens in the text: {', '.join(inside)}")
+        else:
+            num_found += 1
+            if len(found) < _SHOWN_PROBLEMS:
+                found.append(Problem(f"control tokens of the tokenizer in the text: {', '.join(inside)}", row.place))
+    if found:
+        more = f"{num_found} rows hold them; " if num_found > len(found) else ""
+        remedy = f"set {stage.name}.special_tokens_in_text: escape or keep, or on_bad_row: skip"
+        raise DataError([*found, Problem(more + remedy, stage.where(f"{stage.name}.data"))])
+
+
+@dataclass
+class _Written:
+    """A table and what was counted while it was written; no table when no row was left."""
+
+    table: Dataset | None
+    lengths: LengthReport
+    first_rows: list[Row]
+
+
+def _write(stage: Stage, chat: Chat, path: Path, rows: Iterable[Row], rejects: Rejects) -> _Written:
+    """Check, encode and write rows, batch by batch, remembering the first few."""
+    encode, lengths = choose_encoder(stage, chat), LengthReport()
+    first: list[Row] = []
+
+    def batches() -> Iterator[dict[str, list[Any]]]:
+        stream = _guard_text(stage, chat, rows, rejects)
+        while batch := list(islice(stream, _BATCH_ROWS)):
+            first.extend(batch[: _REMEMBERED_ROWS - len(first)])
+            columns = encode(batch, lengths, rejects)
+            if columns["length"]:
+                yield columns
+
+    found = batches()
+    start = next(found, None)
+    table = None if start is None else write_table(path, chain([start], found))
+    return _Written(table, lengths, first)
+
+
+def _require_rows(stage: Stage, train: _Written) -> None:
+    lengths = train.lengths
+    where = stage.where(f"{stage.name}.data")
+    if lengths.truncated_share > stage.options.max_truncated:
+        raise DataError(
+            f"{lengths.truncated_share:.0%} of the rows are longer than {stage.name}.max_length "
+            f"({stage.trainer.get('max_length')} tokens; the longest row has {lengths.longest_tokens}), more than "
+            f"max_truncated allows ({stage.options.max_truncated:.0%}); raise one of the two or shorten the rows",
+            where=where,
+        )
+    if lengths.num_untrained and not lengths.num_rows:
+        raise DataError(
+            f"none of the {lengths.num_untrained} rows has a token to learn from: every label is masked; look at the "
+            "roles of the messages and at max_length",
+            where=where,
+        )
+    if train.table is None:
+        raise DataError("no row is left to train on", where=where)
