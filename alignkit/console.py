@@ -97,7 +97,7 @@ def print_stage(stage: Mapping[str, Any], *, will: str) -> None:
         ]
     for values in (stage["options"], stage["trainer"]):
         rows += [(f"{name}.{key}", value, origins.get(f"{name}.{key}", "default")) for key, value in values.items()]
-    print_table("", ("key", "value", "from"), [(key, json.dumps(value), origin) for key, value, origin in rows])
+    print_table("", ("key", "from", "value"), [(key, origin, json.dumps(value)) for key, value, origin in rows])
 
 
 def print_result(result: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.sources import Located, locate
 from alignkit.errors import DataError, Problem, RunError
 from alignkit.launch.environment import prepare_environment
+from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.recipe import Stage
 from alignkit.runs.layout import open_run, refuse_foreign
 
@@ -33,6 +34,7 @@ def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, 
     """
     prepare_environment(tiny=stage.model.path.startswith("builtin:"))
     _require_start(stage)
+    _inspect_weights(stage)
     refuse_foreign(Path(stage.run_dir))
     _read_ahead(stage)
     run, lock = open_run(Path(stage.run_dir), force=force)
@@ -55,6 +57,14 @@ def _require_start(stage: Stage) -> None:
         f"train --stage {stage.start_stage} of {recipe} first, or name another start_from",
         where=stage.where(f"{stage.name}.start_from"),
     )
+
+
+def _inspect_weights(stage: Stage) -> None:
+    """Raise ModelError for local weights that would be refused anyway: pickles, remote code, missing or damaged files."""
+    source = stage.start_dir or stage.model.path
+    directory = None if stage.model.init == "scratch" and not stage.start_dir else find_model_dir(source)
+    if directory is not None:
+        inspect_model_dir(directory, trust_code=stage.trust_code)
 
 
 def _read_ahead(stage: Stage) -> None:

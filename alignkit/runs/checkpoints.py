@@ -46,6 +46,12 @@ def checksum(path: Path) -> str:
     return f"{crc:08x}"
 
 
+def _own_checksum(manifest: dict[str, Any]) -> str:
+    """Return the CRC-32 of a manifest's content, its own checksum left out."""
+    content = {key: value for key, value in manifest.items() if key != "crc32"}
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     """Sync every file, then write the manifest that makes this checkpoint count.
 
@@ -56,7 +62,8 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         sync(path)
         files[str(path.relative_to(checkpoint))] = {"bytes": path.stat().st_size, "crc32": checksum(path)}
-    write_json(checkpoint / MANIFEST, {"format": 1, "files": files, **facts})
+    manifest = json.loads(json.dumps({"format": 1, "files": files, **facts}, default=str))
+    write_json(checkpoint / MANIFEST, {**manifest, "crc32": _own_checksum(manifest)})
     sync(checkpoint.parent)
 
 
@@ -68,6 +75,8 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         files = manifest["files"]
+        if manifest["crc32"] != _own_checksum(manifest):
+            return f"{MANIFEST} has other content than was sealed"
         if manifest["step"] != step_of(checkpoint):
             return f"its manifest is of step {manifest['step']}"
         for name, sealed in files.items():
