@@ -122,9 +122,6 @@ class Rm(Guarded, RewardTrainer):
         all_rewards = self.accelerator.gather(rewards_A.mean())
         metrics["mean_reward"].append(all_rewards.mean().item())
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["answers_ids", "scores", "label", "margin"]
-
 
 def _pair_sums(rewards_A: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     """Return the sum of the two rewards of every pair: TRL's centring term, arXiv 2312.09244."""

@@ -274,3 +274,27 @@ def test_precomputed_reference_log_probabilities_give_the_same_training(make_sta
         stage = make_stage(text.replace("CHOICE", choice).replace("name: t", f"name: {choice}x"), "dpo")
         losses.append(launch_stage(stage).metrics["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_packing_puts_whole_conversations_together_and_keeps_their_masks(make_stage: Callable, tmp_path: Path) -> None:
+    text = f"{BASE}sft: {{data: {{path: builtin:instructions, max_rows: 40}}, packing: true, max_length: 256, {SHORT}}}"
+    built = build(make_stage(text, "sft"), tmp_path)
+    rows, plain = built.trainer.train_dataset, built.tables.train
+    assert len(rows) < len(plain) / 2
+    assert max(len(ids) for ids in rows["input_ids"]) <= 256
+    learnt = [sum(label != -100 for labels in table["labels"] for label in labels) for table in (rows, plain)]
+    assert learnt[0] == learnt[1]
+    result = launch_stage(make_stage(text, "sft"))
+    assert math.isfinite(result.metrics["loss"])
+
+
+def test_packed_rows_give_the_loss_of_rows_alone(make_stage: Callable, tmp_path: Path) -> None:
+    data = "data: {path: builtin:instructions, max_rows: 4}"
+    short = "batch_size: 4, micro_batch_size: 4, max_steps: 1, learning_rate: 1e-3, samples: {num: 0}"
+    losses = []
+    for packing in ("false", "true"):
+        text = f"{BASE}sft: {{{data}, packing: {packing}, max_length: 512, {short}}}".replace(
+            "name: t", f"name: {packing}x"
+        )
+        losses.append(launch_stage(make_stage(text, "sft")).metrics["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
