@@ -60,7 +60,7 @@ def _require_start(stage: Stage) -> None:
 
 
 def _inspect_weights(stage: Stage) -> None:
-    """Raise ModelError for local weights that would be refused anyway: pickles, remote code, missing or damaged files."""
+    """Raise ModelError for local weights that loading would refuse: pickles, remote code, damaged files."""
     source = stage.start_dir or stage.model.path
     directory = None if stage.model.init == "scratch" and not stage.start_dir else find_model_dir(source)
     if directory is not None:
