@@ -5,9 +5,12 @@ It deliberately starts no process and knows no method's details.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,7 @@ from alignkit.data.sources import Located, locate
 from alignkit.errors import DataError, Problem, RunError
 from alignkit.launch.environment import prepare_environment
 from alignkit.models.files import find_model_dir, inspect_model_dir
+from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Stage
 from alignkit.runs.layout import open_run, refuse_foreign
 
@@ -37,14 +41,31 @@ def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, 
     _inspect_weights(stage)
     refuse_foreign(Path(stage.run_dir))
     _read_ahead(stage)
+    require_versions()
     run, lock = open_run(Path(stage.run_dir), force=force)
-    # TensorBoard's default is a directory named after this host, inside the checkpoints.
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     try:
         method = importlib.import_module(f"alignkit.train.{stage.method}")
-        return method.run(stage, run.path, allow_change=allow_change)
+        gc.enable()
+        gc.freeze()  # what the libraries made stays for good: never look through it again
+        with _tensorboard_in(run.path):
+            return method.run(stage, run.path, allow_change=allow_change)
     finally:
         lock.release()
+
+
+@contextmanager
+def _tensorboard_in(directory: Path) -> Iterator[None]:
+    """Let TensorBoard write below the run, unless the user says where.
+
+    Its own default is a directory named after this host, inside the checkpoints.
+    """
+    given = "TENSORBOARD_LOGGING_DIR" in os.environ
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(directory / "tensorboard"))
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ["TENSORBOARD_LOGGING_DIR"]
 
 
 def _require_start(stage: Stage) -> None:

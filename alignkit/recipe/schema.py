@@ -6,7 +6,9 @@ that looks at files, models or devices.
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -15,7 +17,8 @@ Method = Literal["sft", "rm", "dpo"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    # Built when a value is first validated: a recipe with a mistake never gets that far.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, defer_build=True)
 
 
 class ModelOptions(_Section):
@@ -207,13 +210,27 @@ class RecipeOptions(_Section):
     )
 
 
+def describe_keys() -> dict[str, Any]:
+    """Return the JSON Schema of the top level ("recipe") and of each method's own keys, made from the models."""
+    return {"recipe": RecipeOptions.model_json_schema()} | {
+        method: options.model_json_schema() for method, options in OPTIONS.items()
+    }
+
+
 @cache
+def _keys() -> dict[str, Any]:
+    """Return `describe_keys()` as `make snapshot` wrote it: reading is faster than making, and a test compares."""
+    keys: dict[str, Any] = json.loads(Path(__file__).with_name("keys.json").read_text(encoding="utf-8"))
+    return keys
+
+
 def recipe_fragments() -> dict[str, Any]:
     """Return the JSON Schema of the top level."""
-    return RecipeOptions.model_json_schema()
+    fragments: dict[str, Any] = _keys()["recipe"]
+    return fragments
 
 
-@cache
 def option_fragments(method: str) -> dict[str, Any]:
     """Return the JSON Schema of alignkit's own keys in a stage of this method."""
-    return OPTIONS[method].model_json_schema()
+    fragments: dict[str, Any] = _keys()[method]
+    return fragments

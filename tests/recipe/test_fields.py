@@ -25,6 +25,11 @@ def snapshot() -> Any:
     return module
 
 
+def test_the_keys_file_is_what_the_schema_says(snapshot: Any) -> None:
+    text = snapshot.KEYS.read_text(encoding="utf-8")
+    assert text == snapshot.render(snapshot.describe_own_keys()), "run `make snapshot`"
+
+
 def test_the_snapshot_is_what_the_installed_trl_says(snapshot: Any) -> None:
     text = (REPOSITORY / "alignkit" / "recipe" / "fields.json").read_text(encoding="utf-8")
     assert text == snapshot.render(snapshot.take_snapshot()), "run `make snapshot` and look at the difference"
