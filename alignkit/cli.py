@@ -259,7 +259,8 @@ def _explain(error: Exception) -> AlignKitError | None:
 
     if isinstance(error, AlignKitError):
         return error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    if on_host or type(error).__name__ == "OutOfMemoryError":
         return OutOfMemoryError(
             f"out of memory: {_first_line(error) or 'the host has no memory left'}\n"
             "lower micro_batch_size or max_length, or use lora: or model.quantization: nf4"

@@ -57,11 +57,6 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
-def print_line(text: str) -> None:
-    """Write one line of a result to stdout."""
-    print(text)
-
-
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write a table to stdout: aligned columns, no decoration a pipe would have to strip."""
     cells = [[str(column) for column in columns], *([_cell(value) for value in row] for row in rows)]

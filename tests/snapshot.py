@@ -1,6 +1,7 @@
 """Write alignkit/recipe/fields.json: the configuration fields of the installed TRL as JSON Schema fragments.
 
-Run by `make snapshot`, which also writes keys.json, the same of alignkit's own keys. It copies what TRL and transformers say; what alignkit adds or refuses is in `fields.py`.
+Run by `make snapshot`, which also writes keys.json, the same of alignkit's own keys. It copies what TRL and
+transformers say; what alignkit adds or refuses is in `fields.py`.
 """
 
 from __future__ import annotations

@@ -25,11 +25,11 @@ from alignkit.errors import DataError
 Record = dict[str, Any]
 Entry = tuple[str, Record | BadRow]  # place, and the record or why there is none
 
-MAX_LINE_BYTES = 2 * 1024 * 1024  # a longer line is a broken file far more often than a row
+MAX_LINE_BYTES = 2_000_000 - 1  # a longer line is a broken file far more often than a row
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".parquet")
 _PARQUET_BATCH = 1024
 _BUFFER_BYTES = 1 << 18
-_TOO_LONG = BadRow(f"the line is longer than {MAX_LINE_BYTES // 2**20} MB; split the row or remove it")
+_TOO_LONG = BadRow("the line has 2 MB or more; split the row or remove it")
 
 
 def data_suffix(path: Path) -> str | None:

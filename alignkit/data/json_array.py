@@ -91,7 +91,7 @@ class _Window:
     def _refuse_long(self, error: json.JSONDecodeError, max_chars: int) -> None:
         if error.pos < self.position + max_chars // 2 and not error.msg.startswith("Unterminated"):
             raise self.error(error.msg, error.pos) from error
-        raise self.error(f"the row is longer than {max_chars // 2**20} MB or never ends") from error
+        raise self.error(f"the row is longer than {round(max_chars / 1e6)} MB or never ends") from error
 
     def _read_more(self) -> bool:
         """Drop what is behind us and append a chunk; False at the end of the file."""

@@ -5,6 +5,7 @@ It deliberately changes nothing about training.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -30,3 +31,5 @@ def prepare_environment(*, tiny: bool = False) -> None:
         os.environ.setdefault(name, value)
     if os.environ.get("ALIGNKIT_DEBUG") != "1":
         warnings.simplefilter("ignore")  # upstream deprecations are ours to mend, not the user's
+        # One line for each int8 matrix product otherwise.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

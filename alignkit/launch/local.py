@@ -9,18 +9,21 @@ import gc
 import importlib
 import os
 import shlex
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.sources import Located, locate
-from alignkit.errors import DataError, Problem, RunError
+from alignkit.errors import DataError, EnvironmentProblem, ModelError, Problem, RunError
 from alignkit.launch.environment import prepare_environment
 from alignkit.models.files import find_model_dir, inspect_model_dir
+from alignkit.preflight.check import check_trackers
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Stage
+from alignkit.recipe.schema import DataSource, RmOptions
 from alignkit.runs.layout import open_run, refuse_foreign
 
 if TYPE_CHECKING:
@@ -36,12 +39,17 @@ def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, 
 
     Raises what `fit` raises, and RunError when another process holds the directory.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EnvironmentProblem(
+            "this was started as one of several processes, which alignkit cannot run yet; start it without a launcher"
+        )
     prepare_environment(tiny=stage.model.path.startswith("builtin:"))
     _require_start(stage)
     _inspect_weights(stage)
     refuse_foreign(Path(stage.run_dir))
     _read_ahead(stage)
     require_versions()
+    check_trackers(stage)
     run, lock = open_run(Path(stage.run_dir), force=force)
     try:
         method = importlib.import_module(f"alignkit.train.{stage.method}")
@@ -51,6 +59,13 @@ def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, 
             return method.run(stage, run.path, allow_change=allow_change)
     finally:
         lock.release()
+        _remove_if_empty(run.path)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Leave nothing behind of a stage that was refused before it began."""
+    if {entry.name for entry in directory.iterdir()} <= {".lock", "cache"}:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager
@@ -84,8 +99,14 @@ def _inspect_weights(stage: Stage) -> None:
     """Raise ModelError for local weights that loading would refuse: pickles, remote code, damaged files."""
     source = stage.start_dir or stage.model.path
     directory = None if stage.model.init == "scratch" and not stage.start_dir else find_model_dir(source)
-    if directory is not None:
-        inspect_model_dir(directory, trust_code=stage.trust_code)
+    if directory is None:
+        return
+    files = inspect_model_dir(directory, trust_code=stage.trust_code)
+    if files.reward and stage.method != "rm":
+        raise ModelError(
+            f"{directory} is a reward model; {stage.method} needs a policy to start from",
+            where=stage.where(f"{stage.name}.start_from" if stage.start_dir else "model.path"),
+        )
 
 
 def _read_ahead(stage: Stage) -> None:
@@ -94,21 +115,29 @@ def _read_ahead(stage: Stage) -> None:
     Raises DataError as `read_rows` does; a file that cannot be found is named with its place in the recipe.
     """
     options = stage.options
-    groups = [options.data, *([options.eval] if isinstance(options.eval, list) else [])]
     located: list[Located] = []
     problems: list[Problem] = []
-    for sources in groups:
-        try:
-            located += locate(sources)
-        except DataError as error:
-            place = stage.where(f"{stage.name}.data")
-            problems += [Problem(f"{stage.name}.data: {problem}", place) for problem in error.problems]
+    groups = [options.data, *([options.eval] if isinstance(options.eval, list) else [])]
+    if isinstance(options, RmOptions) and options.normalize_data:
+        located += _locate(stage, options.normalize_data, "normalize_data", problems)
+    for sources, key in zip(groups, ("data", "eval"), strict=False):
+        located += _locate(stage, sources, key, problems)
     if problems:
         raise DataError(problems)
     if _local_bytes(located) <= _READ_AHEAD_BYTES:
         for sources in groups:
             for _ in read_rows(stage, sources, report=DataReport(), rejects=Rejects()):
                 pass
+
+
+def _locate(stage: Stage, sources: Sequence[DataSource], key: str, problems: list[Problem]) -> list[Located]:
+    """Find the sources of a key, adding what is wrong to `problems` with its place in the recipe."""
+    try:
+        return locate(sources)
+    except DataError as error:
+        key = f"{stage.name}.{key}"
+        problems += [Problem(f"{key}: {problem}", stage.where(key)) for problem in error.problems]
+        return []
 
 
 def _local_bytes(located: list[Located]) -> float:

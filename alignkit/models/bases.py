@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from alignkit.errors import ModelError
+from alignkit.errors import EnvironmentProblem, ModelError
 from alignkit.models.builtin import builtin_config
 from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
@@ -75,6 +75,12 @@ def pick_precision(stage: Stage) -> Precision:
     if dtype == "auto":
         computes = device == "cuda" and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if computes and stage.lora is not None else "float32"
+    if dtype == "float16" and device != "cuda":
+        raise EnvironmentProblem(
+            f"{stage.where('model.dtype')}: model.dtype float16 needs cuda, this is {device}; use float32 or bfloat16"
+        )
+    if dtype == "float16" and stage.lora is None:
+        dtype = "float32"  # float16 computes through autocast; gradients of float16 weights cannot be unscaled
     return Precision(getattr(torch, dtype), device, stage.model.quantization, stage.model.double_quantization)
 
 

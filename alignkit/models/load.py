@@ -152,7 +152,8 @@ def _load(stage: Stage, start: Start, run_dir: Path, tokenizer: PreTrainedTokeni
     else:
         wrapped = adapters.add_new_adapter(model, stage, reward=reward)
     if precision.quantized:
-        adapters.cast_adapters(wrapped, precision.dtype)
+        # Gradients of float16 weights cannot be unscaled: there the adapters are float32.
+        adapters.cast_adapters(wrapped, torch.float32 if precision.dtype == torch.float16 else precision.dtype)
     return Loaded(wrapped, None, lineage, precision)
 
 

@@ -123,15 +123,27 @@ def _check_stage(stage: Stage, check: StageCheck) -> None:
     with check.noting():
         _check_device(stage, check)
     with check.noting():
-        _check_trackers(stage)
+        check_trackers(stage)
     chat: Chat | None = None
     with check.noting():
         chat = _check_tokenizer(stage, check)
     if chat is None:
+        with check.noting():
+            _read_rows_alone(stage, check)
         return
     with check.noting():
         _check_disk(stage, check, chat)
     _check_rows(stage, check, chat)
+
+
+def _read_rows_alone(stage: Stage, check: StageCheck) -> None:
+    """Check the rows without a tokenizer: formats, places and counts, no lengths."""
+    from alignkit.data import DataReport, Rejects, read_rows
+
+    report = DataReport()
+    for _ in read_rows(stage, stage.options.data, report=report, rejects=Rejects()):
+        pass
+    check.facts["data"] = f"{report.read} rows read, {report.rows} kept; lengths not checked, there is no tokenizer"
 
 
 def _use_base_of_untrained(stage: Stage, check: StageCheck) -> Stage:
@@ -173,7 +185,7 @@ def _check_device(stage: Stage, check: StageCheck) -> None:
             raise EnvironmentProblem(f"model.quantization {kind} does not work here: {ability.note}")
 
 
-def _check_trackers(stage: Stage) -> None:
+def check_trackers(stage: Stage) -> None:
     asked = stage.trainer.get("report_to") or []
     wanted = _TRACKERS & set([asked] if isinstance(asked, str) else asked)
     missing = sorted(name for name in wanted if importlib.util.find_spec(name) is None)

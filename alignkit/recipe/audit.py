@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.errors import Problem
-from alignkit.recipe.fields import KTO_LOSSES, trl_fields
+from alignkit.recipe.fields import KTO_LOSSES, OWN_LOSSES, trl_fields
 from alignkit.recipe.tree import Node
 
 Finding = tuple[str, str]  # key, what is wrong with it
@@ -19,8 +19,10 @@ Finding = tuple[str, str]  # key, what is wrong with it
 _SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired")
 # f-DPO's reparameterisation leaves a term that cancels only in the chosen-rejected difference (TRL dpo_trainer.py).
 _F_DIVERGENCE = (
-    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "cdpo", "ipo_sum",
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft",
 )  # fmt: skip
+# What TRL's losses read and alignkit's own do not.
+_TRL_LOSSES_ONLY = ("ld_alpha", "f_divergence_type", "use_weighting", "loss_weights", "router_aux_loss_coef")
 _STEP_COUNTS = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
 
 
@@ -202,6 +204,8 @@ def _dpo_kto(stage: Section, recipe: Section) -> Iterator[Finding]:
         return
     if len(losses) > 1:
         yield "loss_type", f"mixes {kto[0]} with others; it is computed on single answers and must stand alone"
+    if stage.get("batching") == "grouped":
+        yield "batching", "is grouped; KTO pairs each prompt with its neighbour's answer, so rows are only shuffled"
     for key in stage.values:
         if key in trl_fields("dpo") and key not in trl_fields("kto"):
             yield key, f"has no effect with loss_type: {kto[0]}"
@@ -229,6 +233,12 @@ def _dpo_losses(stage: Section, recipe: Section) -> Iterator[Finding]:
     weights = stage.get("loss_weights")
     if weights is not None and len(weights) != len(losses):
         yield "loss_weights", f"has {len(weights)} weights for {len(losses)} losses in loss_type"
+    own = [loss for loss in losses if loss in OWN_LOSSES]
+    if own and len(losses) > 1:
+        yield "loss_type", f"mixes {own[0]} with others; it must stand alone"
+    for key in _TRL_LOSSES_ONLY if own else ():
+        if stage.has(key):
+            yield key, f"has no effect with loss_type: {own[0]}"
     if stage.has("discopop_tau") and "discopop" not in losses:
         yield "discopop_tau", "has no effect without loss_type: discopop"
     if stage.get("use_weighting") and set(losses) & {"aot", "aot_unpaired"}:
@@ -245,17 +255,11 @@ def _dpo_divergence(stage: Section, recipe: Section) -> Iterator[Finding]:
 
 
 def _dpo_reference(stage: Section, recipe: Section) -> Iterator[Finding]:
-    precompute, sync = stage.get("precompute_ref_log_probs"), stage.get("sync_ref_model")
+    precompute = stage.get("precompute_ref_log_probs")
     if stage.get("padding_free"):
         yield "padding_free", "is accepted and then switched off by TRL's DPOTrainer; use batching: grouped"
-    if sync and recipe.has("lora"):
-        yield "sync_ref_model", "does not work with lora:, where the reference is the model without the adapter"
-    if sync and precompute:
-        yield "sync_ref_model", "contradicts precompute_ref_log_probs, which fixes the reference"
-    if not sync:
-        for key in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-            if stage.has(key):
-                yield key, "has no effect without sync_ref_model: true"
+    if precompute and stage.get("adapter") == "stack":
+        yield "adapter", "is stack, which does not work with precompute_ref_log_probs; use continue or merge"
     if not precompute and stage.has("precompute_ref_batch_size"):
         yield "precompute_ref_batch_size", "has no effect without precompute_ref_log_probs: true"
 

@@ -76,6 +76,7 @@ _LAUNCHER = "sharding belongs to the launcher: accelerate launch --config_file F
 _ORDER = "the order of rows is fixed by `seed`, so that a resumed run is exact; see batching"
 _BEST = "a run keeps its last weights; bound it with num_train_epochs or max_steps"
 _COLUMNS = "alignkit prepares the rows; rename columns with data.columns"
+_MOVING = "the reference stays fixed: a moving one is in no checkpoint, and a resumed run would differ"
 _ALWAYS = "a resumed run must be exact, so this is not a choice"
 _TOKENIZER = "the tokenizer and model.chat_template decide it"
 
@@ -112,6 +113,10 @@ CONTROLLED: dict[str, str] = {
     "deepspeed": _LAUNCHER,
     "local_rank": _LAUNCHER,
     "save_total_limit": "set keep_checkpoints",
+    "sync_ref_model": _MOVING,
+    "ref_model_mixup_alpha": _MOVING,
+    "ref_model_sync_steps": _MOVING,
+    "truncation_mode": "the start of a row is kept, and what is cut is counted; raise max_length",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed; model/ has the final weights alone",
     "save_on_each_node": "checkpoints are written once and sealed",
     "enable_jit_checkpoint": "SIGTERM, SIGINT and SIGUSR1 save at the end of the step anyway",

@@ -87,7 +87,7 @@ class DataSource(_Section):
         default_factory=dict, description="Renames: our name on the left, the file's column on the right."
     )
     weight: Annotated[float, Field(gt=0, le=1000)] = Field(
-        1.0, description="Passes over this source per epoch: 0.5 takes a seeded half of it, 2 takes it twice."
+        1.0, description="Passes over this source per epoch: 0.5 takes each row with probability 0.5 (seeded), 2 twice."
     )
     max_rows: Annotated[int, Field(ge=1)] | None = Field(None, description="Take only the first rows of the source.")
 

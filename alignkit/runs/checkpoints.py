@@ -99,33 +99,32 @@ def find_resumable(directory: Path, *, warn: Callable[[str], None]) -> Path | No
     than train from the start in silence. A directory that was only ever partly written does not count as one.
     """
     found = list_checkpoints(directory)
-    damaged = 0
     for checkpoint in found:
         reason = find_damage(checkpoint)
         if reason is None:
             return checkpoint
-        damaged += (checkpoint / MANIFEST).is_file()
         aside = checkpoint.with_name(f"bad-{checkpoint.name}-{time.time_ns() // 1_000_000}")
         os.replace(checkpoint, aside)
         warn(f"{checkpoint}: {reason}; set aside as {aside.name}")
+    # Those set aside by an earlier try count too: trying again must not start afresh in silence.
+    damaged = sum((path / MANIFEST).is_file() for path in directory.glob("bad-checkpoint-*"))
     if damaged:
         raise RunError(
-            f"none of the {len(found)} checkpoints is whole, they were set aside as bad-*; "
+            f"none of its checkpoints is whole, {damaged} were set aside as bad-*; "
             "start over with --force, which keeps this directory under another name",
             where=str(directory),
         )
     return None
 
 
-def rotate(directory: Path, *, keep: int, protect: frozenset[int] = frozenset()) -> None:
-    """Delete all but the newest `keep` sealed checkpoints, by step, never one in `protect`.
+def rotate(directory: Path, *, keep: int) -> None:
+    """Delete all but the newest `keep` sealed checkpoints, by step.
 
     A doomed directory is renamed to `trash-` first, so that a kill in between leaves nothing half deleted behind.
     """
     sealed = [path for path in list_checkpoints(directory) if (path / MANIFEST).is_file()]
     for checkpoint in sealed[max(keep, 1) :]:
-        if step_of(checkpoint) not in protect:
-            os.replace(checkpoint, checkpoint.with_name(f"trash-{checkpoint.name}"))
+        os.replace(checkpoint, checkpoint.with_name(f"trash-{checkpoint.name}"))
     sweep(directory)
 
 

@@ -36,16 +36,20 @@ class JsonLines:
         """Drop the rows for which `wanted(row)` is false: those of steps that a resumed run will take again."""
         if not self._path.exists():
             return
-        rows = [line for line in self._path.read_text(encoding="utf-8").splitlines() if wanted(json.loads(line))]
+        rows = [line for line in self._lines() if wanted(json.loads(line))]
         temporary = self._path.with_name(self._path.name + ".tmp")
         temporary.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
         os.replace(temporary, self._path)
 
     def read(self) -> list[dict[str, Any]]:
         """Return every row."""
+        return [json.loads(line) for line in self._lines()]
+
+    def _lines(self) -> list[str]:
         if not self._path.exists():
             return []
-        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines: it also cuts at separators such as U+2028, which JSON leaves inside strings.
+        return [line for line in self._path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -24,7 +24,6 @@ class Built:
     loaded: Loaded
     rejects: Rejects
     is_reward: bool = False
-    generates: bool = True
     finish: Callable[[Path], dict[str, float]] | None = None  # measures and writes beside the model, before it counts
     base_hash: str | None = None  # bytes of what adapters leave alone, before training
 

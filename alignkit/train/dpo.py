@@ -177,7 +177,8 @@ def _build_dpo(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokeni
     )
     return Dpo(
         model=loaded.model,
-        ref_model=load_reference(stage, loaded),
+        # Precomputed log-probabilities come from the untouched policy: no second model is held.
+        ref_model=None if config.precompute_ref_log_probs else load_reference(stage, loaded),
         args=config,
         data_collator=LabelledCollator(collator),
         train_dataset=tables.train,

@@ -20,6 +20,7 @@ from alignkit.data import Rejects, Row
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat
 from alignkit.recipe import Stage
+from alignkit.recipe.schema import RmOptions
 
 IGNORED = -100
 
@@ -52,10 +53,19 @@ def choose_encoder(stage: Stage, chat: Chat) -> Encode:
     if stage.method == "sft":
         return _SftEncoder(stage, chat, max_length)
     if stage.method == "rm":
-        return _RewardEncoder(chat, max_length, pairs_only=stage.options.model_dump().get("grouping") == "pairs")
+        options = stage.expect(RmOptions)
+        return _RewardEncoder(
+            chat, max_length, pairs_only=options.grouping == "pairs", best_only=options.loss == "best_of"
+        )
     if stage.is_unpaired:
         return _UnpairedEncoder(chat, max_length)
-    return _PairEncoder(chat, max_length)
+    return _PairEncoder(chat, max_length, soft_labels=_reads_soft_labels(stage))
+
+
+def _reads_soft_labels(stage: Stage) -> bool:
+    """Tell whether the stage's loss is plain cross-entropy, which alone knows what a soft label means."""
+    others = {"ld_alpha", "f_divergence_type", "use_weighting", "loss_weights"} & stage.trainer.keys()
+    return stage.trainer.get("loss_type", ["sigmoid"]) in (["sigmoid"], ["cdpo"]) and not others
 
 
 class _SftEncoder:
@@ -130,8 +140,9 @@ class _SftEncoder:
 class _RewardEncoder:
     """Pairs and ranked answers -> all answers of a prompt in one row, best first, each a whole conversation."""
 
-    def __init__(self, chat: Chat, max_length: int | None, *, pairs_only: bool) -> None:
-        self._chat, self._max_length, self._pairs_only = chat, max_length, pairs_only
+    def __init__(self, chat: Chat, max_length: int | None, *, pairs_only: bool, best_only: bool) -> None:
+        self._chat, self._max_length = chat, max_length
+        self._pairs_only, self._best_only = pairs_only, best_only
 
     def __call__(self, rows: Sequence[Row], lengths: LengthReport, rejects: Rejects) -> dict[str, list[Any]]:
         prompts = [row.prompt for row in rows for _ in row.completions]
@@ -149,6 +160,11 @@ class _RewardEncoder:
                 rejects.add(row.place, f"longer than max_length ({longest} tokens)")
                 continue
             scores = list(row.scores) if row.scores else [float(len(answers) - rank) for rank in range(len(answers))]
+            if self._best_only and (row.label not in (None, 1.0) or row.margin or scores[0] == scores[1]):
+                raise DataError(
+                    "has a soft label, a margin or a tie for the best, which loss: best_of cannot read; use pairwise",
+                    where=row.place,
+                )
             if len(set(scores)) < 2:
                 lengths.num_untrained += 1
                 rejects.add(row.place, "all answers tie")
@@ -175,10 +191,17 @@ class _RewardEncoder:
 class _PairEncoder:
     """Preference pairs -> prompt, chosen and rejected ids; the completion is cut at max_length, never the prompt."""
 
-    def __init__(self, chat: Chat, max_length: int | None) -> None:
-        self._chat, self._max_length = chat, max_length
+    def __init__(self, chat: Chat, max_length: int | None, *, soft_labels: bool) -> None:
+        self._chat, self._max_length, self._soft_labels = chat, max_length, soft_labels
 
     def __call__(self, rows: Sequence[Row], lengths: LengthReport, rejects: Rejects) -> dict[str, list[Any]]:
+        soft = next((row for row in rows if row.label not in (None, 1.0)), None)
+        if soft is not None and not self._soft_labels:
+            raise DataError(
+                f"has the soft label {soft.label}, which only plain sigmoid and cdpo losses can read; "
+                "change loss_type, or take the label column out",
+                where=soft.place,
+            )
         prompts = [row.prompt for row in rows for _ in range(2)]
         if any(row.kind != "pair" for row in rows):
             single = next(row for row in rows if row.kind != "pair")

@@ -81,7 +81,8 @@ def _save_final(run: RunDir, built: Built) -> dict[str, Any]:
     Raises RunError when it does not, and when the frozen base has other bytes than before training.
     """
     trainer, loaded = built.trainer, built.loaded
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Without its autocast wrapper: what is saved must be compared in the precision it is loaded in.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if built.base_hash and hash_base(model) != built.base_hash:
         raise RunError(
             "the frozen base changed during training; this is a bug, keep the run directory", where=str(run.path)
@@ -98,7 +99,7 @@ def _save_final(run: RunDir, built: Built) -> dict[str, Any]:
     extra = built.finish(staging) if built.finish else {}
     vocab_size = len(trainer.processing_class)
     probe = take_probe(model, vocab_size=vocab_size, reward=built.is_reward)
-    trainer.optimizer = None  # its room is needed for the copy
+    _drop_optimizer(trainer)  # its room is needed for the copy
     again = load_trained(staging, device=_device_with_room(trainer), reward=built.is_reward)
     reason = compare_probes(probe, take_probe(again, vocab_size=vocab_size, reward=built.is_reward))
     if reason is not None:
@@ -109,6 +110,13 @@ def _save_final(run: RunDir, built: Built) -> dict[str, Any]:
     shutil.rmtree(run.model, ignore_errors=True)
     staging.rename(run.model)
     return extra
+
+
+def _drop_optimizer(trainer: Guarded) -> None:
+    """Let go of the optimizer everywhere it is held."""
+    handler = trainer.callback_handler
+    trainer.optimizer = trainer.lr_scheduler = handler.optimizer = handler.lr_scheduler = None
+    trainer.accelerator.free_memory()
 
 
 def _device_with_room(trainer: Guarded) -> str:

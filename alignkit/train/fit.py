@@ -30,6 +30,7 @@ from alignkit.train.invariants import check_parameters, check_start, check_step_
 from alignkit.train.recorder import Recorder
 from alignkit.train.samples import write_samples
 from alignkit.train.signals import StopFlag, catch_signals
+from alignkit.train.tables import hash_data
 
 
 def watch_for(stage: Stage) -> Watch:
@@ -56,6 +57,8 @@ def fit(
         if run.stage.exists():  # what the recipe alone tells is compared before anything heavy loads
             compare_fingerprints(run, {**fingerprint, **_kept_fingerprint(run)}, allow_change=allow_change)
         if run.is_finished():
+            compare_fingerprints(run, {**fingerprint, **_kept_fingerprint(run), "data": hash_data(stage)},
+                                 allow_change=allow_change)  # fmt: skip
             return _read_result(run)
         console.note(f"{stage.name}: reading data and loading the model")
         built = build(stage, run)
@@ -104,6 +107,13 @@ def _report_rows(stage: Stage, run: RunDir, built: Built) -> None:
         rejects.write(run.rejects)
         line += f", {rejects.count} left out (rejects.jsonl)"
     console.note(line)
+    report = built.tables.report
+    if report.overlap:
+        console.warn(f"{stage.name}: {report.overlap} held-out rows share a prompt with training rows, first "
+                     f"{report.overlap_places[0]}; the held-out figures are too good")  # fmt: skip
+    unread = sorted({column for source in report.sources for column in source.ignored_columns})
+    if unread:
+        console.warn(f"{stage.name}: columns that are not read: {', '.join(unread)} (data.columns renames)")
 
 
 def _write_stage(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any]) -> None:
@@ -137,6 +147,7 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
         manifest = checkpoints.read_manifest(newest)
         step, trainer.watch.num_tokens = manifest["step"], manifest["num_tokens"]
         console.note(f"{stage.name}: going on from step {step} ({newest})")
+        _warn_of_versions(stage, manifest["versions"])
     metrics.keep(lambda row: row["step"] <= step)
     samples.keep(lambda row: row["step"] < step)
     check_parameters(stage, trainer.model)
@@ -147,7 +158,8 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
     trainer.watch.stop = stop
     trainer.watch.facts = {"fingerprint": fingerprint, "versions": versions(), "seed": stage.seed}
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
-    trainer.add_callback(Recorder(stage, built, metrics, samples))
+    recorder = Recorder(stage, built, metrics, samples)
+    trainer.add_callback(recorder)
     if newest is not None and step >= _planned_steps(trainer):
         trainer._load_from_checkpoint(str(newest))
         trainer.state.global_step = step
@@ -157,8 +169,19 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     finally:
         stop.training = False
+        recorder.close()
     if stop.signal is not None:
         raise stop.stopped(f"step {trainer.state.global_step} is saved; the same command goes on from there")
+
+
+def _warn_of_versions(stage: Stage, before: dict[str, str]) -> None:
+    """Say which libraries changed since the checkpoint: the run goes on, but not to the same bits."""
+    now = versions()
+    changed = [
+        f"{name} {before[name]} -> {now[name]}" for name in sorted(before.keys() & now) if before[name] != now[name]
+    ]
+    if changed:
+        console.warn(f"{stage.name}: other versions than when it was stopped: {', '.join(changed)}")
 
 
 def _planned_steps(trainer: Guarded) -> int:

@@ -25,6 +25,7 @@ from alignkit.train.samplers import EpochSampler, grouped_order, shuffled_order
 from alignkit.train.signals import StopFlag
 
 TRAINED_ADAPTER = "default"
+_SETTINGS = frozenset({"weight_decay", "betas", "eps", "initial_lr"})  # of an optimizer's parameter group
 
 
 @dataclass
@@ -98,7 +99,8 @@ class Guarded(Trainer):
         """Save weights and tokenizer, without the frozen adapters and without `training_args.bin`, a pickle."""
         if not self.args.should_save:
             return
-        extra: dict[str, Any] = {}
+        # Checkpoints keep the names the model has in memory; `model/` gets the published ones (they differ for MoE).
+        extra: dict[str, Any] = {"save_original_format": False}
         if isinstance(self.model, PeftModel):
             # "auto" would ask the hub whether the base's vocabulary has grown.
             extra = {"selected_adapters": [TRAINED_ADAPTER], "save_embedding_layers": False}
@@ -148,6 +150,28 @@ class Guarded(Trainer):
                 "command again"
             )
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the state, but keep this sitting's settings: a change that was allowed must have its effect."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        settings = [{key: group[key] for key in _SETTINGS & group.keys()} for group in self.optimizer.param_groups]
+        base_lrs = list(getattr(self.lr_scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, given in zip(self.optimizer.param_groups, settings, strict=True):
+            group |= given
+        if base_lrs and base_lrs != self.lr_scheduler.base_lrs:
+            self.lr_scheduler.base_lrs = base_lrs
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_lr(), strict=True):
+                group["lr"] = rate
+            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        """Take how often to log, save and evaluate from the recipe: upstream takes it from the checkpoint."""
+        found = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Copy the sealed weights into the model as it stands, so that dtypes and frozen parts stay what they are.
 
@@ -170,8 +194,8 @@ class Guarded(Trainer):
         for shard in sorted(directory.glob("model*.safetensors")):
             saved |= load_file(shard)
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
-        missing = set(self.model.load_state_dict(saved, strict=False).missing_keys) - tied
-        _require_same_keys(directory, {*missing}, set())
+        result = self.model.load_state_dict(saved, strict=False)
+        _require_same_keys(directory, set(result.missing_keys) - tied, set(result.unexpected_keys))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: upstream's card names local paths, and the run directory says more."""

@@ -20,7 +20,7 @@ from alignkit.train.built import Built
 from alignkit.train.guard import TRAINED_ADAPTER, Guarded
 
 LN2 = math.log(2)
-_LARGEST_REWARD_LOSS = 3.0  # a head drawn as Ziegler 2019 draws it scores with a deviation near 1
+_LARGEST_REWARD_LOSS = 2.5  # above that of reward 0: a head drawn as Ziegler 2019 does scores with a deviation near 1
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -73,16 +73,23 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
     if stage.method == "sft" or stage.is_unpaired:
         return
     model = trainer.model
-    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset.select(range(_probe_rows(trainer))))))
+    num_rows = min(trainer.args.per_device_eval_batch_size, len(trainer.train_dataset))
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(num_rows)])
     model.eval()
     with torch.random.fork_rng(), torch.no_grad(), trainer.compute_loss_context_manager():
         loss = float(trainer.compute_loss(model, trainer._prepare_inputs(batch)))
     measured = {name: values[-1] for name, values in trainer._metrics["eval"].items() if values}
     trainer._metrics["eval"].clear()
     if stage.method == "dpo":
-        _check_preference(stage, model, loss, measured)
-    elif not math.isfinite(loss) or (loss > _LARGEST_REWARD_LOSS and _has_new_head(model)):
-        raise ModelError(f"{stage.name}: the reward loss at step 0 is {loss:.3g}, it should be near {LN2:.3f} (ln 2)")
+        _check_preference(stage, trainer, loss, measured)
+        return
+    # At reward 0 a pair costs ln 2, a margin m softplus(m), and the best of K ln K.
+    expected = float(trainer._group_loss(torch.zeros(len(batch["input_ids"])), batch))
+    if not math.isfinite(loss) or (loss > expected + _LARGEST_REWARD_LOSS and _has_new_head(model)):
+        raise ModelError(
+            f"{stage.name}: the reward loss at step 0 is {loss:.3g}, it should be near {expected:.3f}; "
+            "the weights it starts from give far too large activations"
+        )
 
 
 def _has_new_head(model: Any) -> bool:
@@ -90,12 +97,8 @@ def _has_new_head(model: Any) -> bool:
     return bool(getattr(base, "score_is_new", False))
 
 
-def _probe_rows(trainer: Guarded) -> int:
-    return min(trainer.args.per_device_eval_batch_size, len(trainer.train_dataset))
-
-
-def _check_preference(stage: Stage, model: Any, loss: float, measured: dict[str, float]) -> None:
-    tolerance = _TOLERANCE.get(getattr(model, "dtype", torch.float32), 5e-2)
+def _check_preference(stage: Stage, trainer: Any, loss: float, measured: dict[str, float]) -> None:
+    tolerance = _TOLERANCE.get(getattr(trainer.model, "dtype", torch.float32), 5e-2)
     beta = float(stage.trainer.get("beta", 0.1))
     margin = measured.get("rewards/margins", 0.0) / beta
     if abs(margin) > tolerance * max(1.0, abs(measured.get("logps/chosen", 1.0))):
@@ -103,6 +106,7 @@ def _check_preference(stage: Stage, model: Any, loss: float, measured: dict[str,
             f"{stage.name}: policy and reference differ at step 0 (margin {margin:.3g} nats, it must be 0): the "
             "reference is not the model that training starts from"
         )
+    plain = not (trainer.use_weighting or trainer.aux_loss_enabled or stage.trainer.get("loss_weights"))
     logistic = stage.trainer.get("loss_type", ["sigmoid"]) in (["sigmoid"], ["cdpo"])
-    if logistic and abs(loss - LN2) > 10 * tolerance:
+    if plain and logistic and abs(loss - LN2) > 10 * tolerance:
         raise ModelError(f"{stage.name}: the loss at step 0 is {loss:.6f} instead of {LN2:.6f} (ln 2)")

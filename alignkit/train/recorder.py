@@ -45,6 +45,8 @@ class Recorder(TrainerCallback):
             return
         tokens = self._built.trainer.num_trained_tokens
         row = {"step": state.global_step, **logs}
+        if "num_tokens" in row:  # upstream counts this sitting only
+            row["num_tokens"] = self._built.trainer.watch.num_tokens + tokens
         if "loss" in logs:
             row["tokens_per_second"] = tokens / max(time.monotonic() - self._began, 1e-9)
         self._metrics.append(row)
@@ -53,6 +55,8 @@ class Recorder(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the loss in result.json is that of the last step
         if self._stop_wanted(args):
             control.should_save = control.should_training_stop = True
         return control
@@ -80,5 +84,8 @@ class Recorder(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._show(state)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, however training ended."""
         if self._progress is not None:
             self._progress.close()

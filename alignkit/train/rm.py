@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import RewardConfig, RewardTrainer
 
 from alignkit.data import DataReport, Rejects, read_rows
+from alignkit.errors import DataError
 from alignkit.models.chat import Chat
 from alignkit.models.load import load_reward_model
 from alignkit.models.tokens import load_tokenizer
@@ -135,6 +136,7 @@ def build(stage: Stage, run: RunDir) -> Built:
     chat = Chat(tokenizer)
     rejects = Rejects()
     tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
+    references = _encode_references(stage, chat, rejects)
     loaded = load_reward_model(stage, run_dir=run.path, tokenizer=tokenizer)
     config = build_config(stage, RewardConfig, run.checkpoints, max_length=None)
     trainer = Rm(
@@ -149,12 +151,12 @@ def build(stage: Stage, run: RunDir) -> Built:
     )
 
     def finish(model_dir: Path) -> dict[str, float]:
-        return _normalize(stage, trainer, chat, model_dir)
+        return _normalize(stage, trainer, references, model_dir)
 
     return Built(trainer, tables, chat, loaded, rejects, is_reward=True, finish=finish)
 
 
-def _normalize(stage: Stage, trainer: Rm, chat: Chat, model_dir: Path) -> dict[str, float]:
+def _normalize(stage: Stage, trainer: Rm, references: Sequence[Sequence[int]], model_dir: Path) -> dict[str, float]:
     """Measure the reward on reference rows and write gain and bias beside the model.
 
     The normalised reward is gain * r + bias: mean 0 (and standard deviation 1 with gain_and_bias). Sources: Ziegler
@@ -163,28 +165,44 @@ def _normalize(stage: Stage, trainer: Rm, chat: Chat, model_dir: Path) -> dict[s
     options = stage.expect(RmOptions)
     if options.normalize == "none":
         return {}
-    rewards = torch.tensor(score_references(stage, trainer, chat))
+    rewards = torch.tensor(score(trainer.model, references, trainer.processing_class.pad_token_id))
     gain = 1.0 / max(rewards.std(correction=0).item(), 1e-8) if options.normalize == "gain_and_bias" else 1.0
     norm = {"gain": gain, "bias": -gain * rewards.mean().item(), "num_rows": len(rewards)}
     write_json(model_dir / REWARD_NORM, norm)
     return {f"reward_norm/{key}": value for key, value in norm.items()}
 
 
-def score_references(stage: Stage, trainer: Rm, chat: Chat) -> list[float]:
-    """Return the raw reward of up to `normalize_rows` reference answers: demonstrations, or the best of each row."""
+def _encode_references(stage: Stage, chat: Chat, rejects: Rejects) -> list[list[int]]:
+    """Return the tokens of up to `normalize_rows` reference answers: demonstrations, or the best answer of each row.
+
+    Read before training, so that a source that cannot be used costs no run. Raises DataError when fewer than two fit.
+    """
     options = stage.expect(RmOptions)
-    sources = options.normalize_data or options.data
-    as_sft = stage if options.normalize_data is None else replace(stage, options=_as_sft(stage))
-    prompts, answers = [], []
-    for row in read_rows(as_sft, sources, report=DataReport(), rejects=Rejects()):
-        prompts.append(row.prompt)
-        answers.append(row.completions[0])
-        if len(prompts) == options.normalize_rows:
+    if options.normalize == "none":
+        return []
+    as_sft = replace(stage, options=SftOptions(data=options.data, on_bad_row=options.on_bad_row))
+    rows = read_rows(as_sft, options.normalize_data or options.data, report=DataReport(), rejects=Rejects())
+    limit = stage.trainer.get("max_length") or math.inf
+    kept: list[list[int]] = []
+    for row in rows:
+        if row.kind == "messages":
+            ids = chat.encode([row.completions[0]])[0].ids  # type: ignore[list-item]
+        elif row.prompt:
+            ids = chat.encode_prompt_completion([row.prompt], [row.completions[0]])[0].ids
+        else:
+            ids = chat.encode_texts([row.completions[0]])[0]  # type: ignore[list-item]
+        if len(ids) <= limit:
+            kept.append(ids)
+        elif options.normalize_data:
+            rejects.add(row.place, f"reference longer than max_length ({len(ids)} tokens)")
+        if len(kept) == options.normalize_rows:
             break
-    encoded = chat.encode_prompt_completion(prompts, answers)
-    limit = stage.trainer.get("max_length")
-    kept = [item.ids for item in encoded if not limit or len(item.ids) <= limit]
-    return score(trainer.model, kept, trainer.processing_class.pad_token_id)
+    if len(kept) < 2:
+        raise DataError(
+            f"normalize needs at least 2 reference rows within max_length, and has {len(kept)}",
+            where=stage.where(f"{stage.name}.normalize"),
+        )
+    return kept
 
 
 @torch.no_grad()
@@ -200,11 +218,6 @@ def score(model: Any, sequences: Sequence[Sequence[int]], pad_token_id: int, *, 
         logits = model(input_ids=input_ids.to(device), attention_mask=mask.long().to(device), use_cache=False).logits
         rewards += logits.squeeze(-1).float().tolist()
     return rewards
-
-
-def _as_sft(stage: Stage) -> SftOptions:
-    """Return options that make the data room read demonstrations instead of comparisons."""
-    return SftOptions(data=stage.options.data, on_bad_row=stage.options.on_bad_row)
 
 
 def run(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...] = ()) -> Result:

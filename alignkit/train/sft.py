@@ -37,12 +37,13 @@ class Sft(Guarded, SFTTrainer):
 
 def build(stage: Stage, run: RunDir) -> Built:
     """Load model and rows and return a trainer that has not trained yet."""
-    options = stage.expect(SftOptions)
+    stage.expect(SftOptions)
     tokenizer = load_tokenizer(stage)
     chat = Chat(tokenizer)
     rejects = Rejects()
     tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
     loaded = load_policy(stage, run_dir=run.path, tokenizer=tokenizer)
+    packs = stage.trainer.get("packing") or stage.trainer.get("eval_packing")
     config = build_config(
         stage,
         SFTConfig,
@@ -50,7 +51,7 @@ def build(stage: Stage, run: RunDir) -> Built:
         # The tables carry their labels; these two would make TRL look for columns that are no longer there.
         assistant_only_loss=False,
         completion_only_loss=False,
-        max_length=stage.trainer.get("max_length") if stage.trainer.get("packing") else None,
+        max_length=stage.trainer.get("max_length") if packs else None,
     )
     trainer = Sft(
         model=loaded.model,
@@ -60,7 +61,7 @@ def build(stage: Stage, run: RunDir) -> Built:
         processing_class=tokenizer,
         watch=watch_for(stage),
     )
-    return Built(trainer, tables, chat, loaded, rejects, generates=options.objective == "chat")
+    return Built(trainer, tables, chat, loaded, rejects)
 
 
 def run(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...] = ()) -> Result:

@@ -79,6 +79,16 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
     return Tables(train.table, held_out.table, report, train.lengths, held_out.lengths, held_out.first_rows)
 
 
+def hash_data(stage: Stage) -> str:
+    """Return the fingerprint that `prepare_tables` finds, by reading the rows again without tokenising them."""
+    report, rejects = DataReport(), Rejects()
+    sources = [stage.options.data, *([stage.options.eval] if isinstance(stage.options.eval, list) else [])]
+    for group in sources:
+        for _ in read_rows(stage, group, report=report, rejects=rejects):
+            pass
+    return report.fingerprint
+
+
 def _take_side(stage: Stage, rows: Iterable[Row], share: float | None, *, held_out: bool) -> Iterable[Row]:
     """Return the rows of one side of a split by prompt; all of them without a share."""
     if share is None:
@@ -112,9 +122,11 @@ def _guard_text(stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects)
             if len(found) < _SHOWN_PROBLEMS:
                 found.append(Problem(f"control tokens of the tokenizer in the text: {', '.join(inside)}", row.place))
     if found:
-        more = f"{num_found} rows hold them; " if num_found > len(found) else ""
-        remedy = f"set {stage.name}.special_tokens_in_text: escape or keep, or on_bad_row: skip"
-        raise DataError([*found, Problem(more + remedy, stage.where(f"{stage.name}.data"))])
+        remedy = (
+            f"{num_found} rows hold control tokens; set {stage.name}.special_tokens_in_text: escape or keep, "
+            "or on_bad_row: skip"
+        )
+        raise DataError([*found, Problem(remedy)])
 
 
 @dataclass

@@ -73,11 +73,17 @@ START = "model: {path: gpt2}\ndata: x/y\n"
          "alpha_divergence"),
         ("dpo: {padding_free: true}", "dpo.padding_free is accepted and then switched off by TRL's DPOTrainer; use "
          "batching: grouped"),
-        ("dpo: {sync_ref_model: true, precompute_ref_log_probs: true}", "dpo.sync_ref_model contradicts "
-         "precompute_ref_log_probs, which fixes the reference"),
-        ("dpo: {sync_ref_model: true}\nlora: {}", "dpo.sync_ref_model does not work with lora:, where the reference is "
-         "the model without the adapter"),
-        ("dpo: {ref_model_sync_steps: 9}", "dpo.ref_model_sync_steps has no effect without sync_ref_model: true"),
+        ("dpo: {sync_ref_model: true}", "dpo.sync_ref_model cannot be set: the reference stays fixed: a "
+         "moving one is in no checkpoint, and a resumed run would differ"),
+        ("dpo: {truncation_mode: keep_end}", "dpo.truncation_mode cannot be set: the start of a row is kept, "
+         "and what is cut is counted; raise max_length"),
+        ("dpo: {loss_type: [cdpo, sft], label_smoothing: 0.1}", "dpo.loss_type mixes cdpo with others; it must stand "
+         "alone"),
+        ("dpo: {loss_type: ipo_sum, ld_alpha: 0.5}", "dpo.ld_alpha has no effect with loss_type: ipo_sum"),
+        ("dpo: {loss_type: kto, batching: grouped}", "dpo.batching is grouped; KTO pairs each prompt with its "
+         "neighbour's answer, so rows are only shuffled"),
+        ("dpo: {adapter: stack, start_from: x/y, precompute_ref_log_probs: true}\nlora: {}", "dpo.adapter is stack, "
+         "which does not work with precompute_ref_log_probs; use continue or merge"),
         ("dpo: {precompute_ref_batch_size: 9}", "dpo.precompute_ref_batch_size has no effect without "
          "precompute_ref_log_probs: true"),
         ("dpo: {desirable_weight: 2}", "dpo.desirable_weight has no effect without loss_type: kto"),
@@ -136,12 +142,12 @@ def test_rules_are_told_together_with_unknown_keys(complain: Complain) -> None:
     "stage",
     [
         "dpo: {loss_type: cdpo, label_smoothing: 0.1}",
-        "dpo: {loss_type: [cdpo, ipo_sum, sft], label_smoothing: 0.1, loss_weights: [1, 0.5, 0.1]}",
+        "dpo: {loss_type: [sigmoid, sft], loss_weights: [1, 0.1]}",
+        "dpo: {loss_type: cdpo, label_smoothing: 0.1}",
         "dpo: {loss_type: robust, label_smoothing: 0}",
         "dpo: {loss_type: kto, desirable_weight: 1.3, beta: 0.2}",
         "dpo: {loss_type: apo_zero_unpaired}",
         "dpo: {f_divergence_type: alpha_divergence, f_alpha_divergence_coef: 0.3}",
-        "dpo: {sync_ref_model: true, ref_model_sync_steps: 9}",
         "sft: {packing: true, packing_strategy: wrapped, eval: 0.1, eval_packing: false}",
         "sft: {padding_free: true, max_length: null}",
         "sft: {adapter: merge, start_from: x/y}",

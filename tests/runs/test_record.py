@@ -15,6 +15,13 @@ def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
     assert lines.read() == [{"step": 1}, {"step": 2}, {"step": 3, "loss": "nan"}]
 
 
+def test_line_separators_inside_a_text_do_not_cut_its_row(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "samples.jsonl")
+    lines.append({"step": 1, "answer": "one\u2028two\u0085three"})
+    lines.keep(lambda row: row["step"] <= 1)
+    assert lines.read() == [{"step": 1, "answer": "one\u2028two\u0085three"}]
+
+
 def test_rows_of_steps_that_come_again_are_dropped(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3):

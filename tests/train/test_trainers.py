@@ -298,3 +298,77 @@ def test_packed_rows_give_the_loss_of_rows_alone(make_stage: Callable, tmp_path:
         )
         losses.append(launch_stage(make_stage(text, "sft")).metrics["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_an_allowed_change_of_the_learning_rate_has_its_effect(make_stage: Callable, tmp_path: Path) -> None:
+    text = (
+        f"{BASE}{LORA}sft: {{data: {{path: builtin:instructions, max_rows: 64}}, batch_size: 4, "
+        "max_steps: MAX, save_steps: 2, learning_rate: RATE, lr_scheduler_type: constant, warmup_steps: 0, "
+        "samples: {num: 0}, logging_steps: 1}"
+    )
+    launch_stage(make_stage(text.replace("MAX", "4").replace("RATE", "1e-3"), "sft"))
+    run = tmp_path / "runs/t/sft"
+    (run / "result.json").unlink()
+    launch_stage(
+        make_stage(text.replace("MAX", "8").replace("RATE", "5e-4"), "sft"), allow_change=("learning_rate", "max_steps")
+    )
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rates = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
+    assert [rates[step] for step in (4, 5, 8)] == [1e-3, 5e-4, 5e-4]
+
+
+def test_a_finished_run_whose_data_changed_is_not_called_finished(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{number}", "completion": "yes"} for number in range(8)]
+    write_rows(rows)
+    text = f"{BASE}sft: {{data: ./rows.jsonl, {SHORT}}}"
+    launch_stage(make_stage(text, "sft"))
+    write_rows([*rows, {"prompt": "9", "completion": "no"}])
+    with pytest.raises(RunError, match="data: "):
+        launch_stage(make_stage(text, "sft"))
+
+
+def test_margins_raise_the_loss_expected_at_step_zero(make_stage: Callable, write_rows: Callable) -> None:
+    write_rows([{"prompt": f"{n}", "chosen": "yes", "rejected": "no", "margin": 9.0} for n in range(8)])
+    result = launch_stage(make_stage(f"{BASE}rm: {{data: ./rows.jsonl, {SHORT}}}", "rm"))
+    assert result.metrics["loss"] > 3
+
+
+def test_soft_labels_are_refused_by_losses_that_cannot_read_them(make_stage: Callable, write_rows: Callable) -> None:
+    write_rows([{"prompt": f"{n}", "chosen": "yes", "rejected": "no", "label": 0.7} for n in range(8)])
+    with pytest.raises(DataError, match="rows.jsonl:1: has the soft label 0.7"):
+        launch_stage(make_stage(f"{BASE}dpo: {{data: ./rows.jsonl, {SHORT}, loss_type: ipo}}", "dpo"))
+    with pytest.raises(DataError, match="rows.jsonl:1: has a soft label"):
+        launch_stage(make_stage(f"{BASE}rm: {{data: ./rows.jsonl, {SHORT}, loss: best_of}}", "rm"))
+
+
+def test_a_refused_stage_leaves_nothing_behind(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
+    write_rows([{"prompt": "<|im_start|>", "completion": "x"}])
+    with pytest.raises(DataError, match="1 rows hold control tokens"):
+        launch_stage(make_stage(f"{BASE}sft: {{data: ./rows.jsonl, {SHORT}}}", "sft"))
+    assert not (tmp_path / "runs/t/sft").exists()
+
+
+AUTOCAST = """
+import torch
+from accelerate import Accelerator
+from alignkit.models.builtin import builtin_config
+from alignkit.models.probe import compare_probes, take_probe
+from alignkit.models.scratch import random_model
+
+def probe(model):
+    return take_probe(model, vocab_size=512, reward=False)
+
+model = random_model(builtin_config("builtin:tiny-gpt2"), seed=0, dtype=torch.float32)
+before = probe(model)
+accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+wrapped = accelerator.prepare(model)
+print(compare_probes(before, probe(wrapped)) is None)
+print(compare_probes(before, probe(accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False))) is None)
+"""
+
+
+def test_a_probe_is_taken_without_the_autocast_wrapper_of_training(run_python: Callable) -> None:
+    """Under bfloat16 autocast the wrapped model rounds; what is compared after saving must not."""
+    assert run_python("-c", AUTOCAST).stdout == "False\nTrue\n"
