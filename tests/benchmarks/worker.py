@@ -51,10 +51,17 @@ def train_ours(model: Path, rows: Path, batch: int, out: Path, *, batching: str)
 
 
 def train_trl(model: Path, rows: Path, batch: int, out: Path) -> float:
-    """Train with TRL's trainer, padding in the order of a shuffle as by default, and return the seconds of the loop."""
+    """Train with TRL's trainer on the batches of `ours-shuffled`, and return the seconds of the loop.
+
+    They are shuffled rows padded per batch, as TRL's default is; another shuffle would pad by chance more or less.
+    """
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
+    from alignkit.train.samplers import shuffled_order
+
+    data = load_dataset(str(rows), split="train")
+    data = data.select(shuffled_order(len(data), seed=0, epoch=0))
     config = SFTConfig(
         output_dir=str(out),
         num_train_epochs=1,
@@ -68,9 +75,10 @@ def train_trl(model: Path, rows: Path, batch: int, out: Path) -> float:
         bf16=False,
         report_to="none",
         disable_tqdm=True,
+        train_sampling_strategy="sequential",
         model_init_kwargs={"dtype": "float32"},
     )
-    return _train(SFTTrainer(str(model), args=config, train_dataset=load_dataset(str(rows), split="train")))
+    return _train(SFTTrainer(str(model), args=config, train_dataset=data))
 
 
 def train_bare(model: Path, rows: Path, batch: int, out: Path) -> float:
