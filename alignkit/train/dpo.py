@@ -32,7 +32,7 @@ from alignkit.train.arguments import build_config, micro_batch_size
 from alignkit.train.built import Built, Result
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
-from alignkit.train.losses import cdpo_loss, ipo_sum_loss
+from alignkit.train.losses import cdpo_loss, ipo_sum_loss, sequence_logps
 from alignkit.train.samplers import shuffled_order
 from alignkit.train.tables import Tables, prepare_tables
 
@@ -107,8 +107,8 @@ class Dpo(_Referenced, DPOTrainer):
             use_cache=False,
             fused_lm_head=True,
         )
-        token_logps = outputs.log_probs[:, 1 - labels_BT.size(1) :]  # zero where labels are masked
-        chosen_B, rejected_B = token_logps.sum(dim=1).chunk(2)
+        token_logps_BT = outputs.log_probs[:, 1 - labels_BT.size(1) :]
+        chosen_B, rejected_B = sequence_logps(token_logps_BT, inputs["completion_mask"][:, 1:]).chunk(2)
         chosen_ratio_B = chosen_B - inputs["ref_chosen_logps"]
         rejected_ratio_B = rejected_B - inputs["ref_rejected_logps"]
         margins_B = chosen_ratio_B - rejected_ratio_B

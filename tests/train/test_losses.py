@@ -47,6 +47,8 @@ def test_preference_losses_rewards_and_gradients_equal_the_authors_code(case: di
     else:
         losses = cdpo_loss(margins, beta=kwargs["beta"], label_smoothing=kwargs.get("label_smoothing", 0.0))
     torch.testing.assert_close(losses, tensor(case["losses"]), rtol=0, atol=1e-6)
+    rewards = kwargs["beta"] * (chosen.detach() - tensor(DPO["ref_chosen"]))
+    torch.testing.assert_close(rewards, tensor(case["chosen_rewards"]), rtol=0, atol=1e-6)
     losses.mean().backward()
     torch.testing.assert_close(chosen.grad, tensor(case["grad_policy_chosen"]), rtol=0, atol=1e-6)
     torch.testing.assert_close(rejected.grad, tensor(case["grad_policy_rejected"]), rtol=0, atol=1e-6)
