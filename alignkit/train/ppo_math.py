@@ -1,0 +1,126 @@
+"""PPO's arithmetic as pure functions: rewards with the KL in them, advantages, losses, the KL controller.
+
+Legend: B responses, T response tokens. Masks are 1 on tokens of the response and 0 after its end; masked entries of the
+inputs are read nowhere and come out as 0. Sources: Ziegler 2019 (arXiv 1909.08593) and openai/lm-human-preferences;
+the masked forms of vwxyzjn/summarize_from_feedback_details. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Advantage = Literal["gae", "rloo", "grpo", "reinforce"]
+
+
+def masked_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over the tokens of all responses: every token weighs the same. Returns a scalar."""
+    return (values_BT * mask_BT).sum() / mask_BT.sum()
+
+
+def whiten(values_BT: Tensor, mask_BT: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """Scale to variance 1 (biased, over all masked tokens) and, with `shift_mean`, to mean 0.
+
+    Rewards keep their mean (`shift_mean=False`), advantages lose it. Source: `whiten` of lm-human-preferences.
+    """
+    mean = masked_mean(values_BT, mask_BT)
+    variance = masked_mean((values_BT - mean) ** 2, mask_BT)
+    whitened = (values_BT - mean) * torch.rsqrt(variance + eps)
+    return (whitened if shift_mean else whitened + mean) * mask_BT
+
+
+def shaped_rewards(
+    scores_B: Tensor, logps_BT: Tensor, ref_logps_BT: Tensor, mask_BT: Tensor, *, kl_coef: float
+) -> Tensor:
+    """Per-token rewards, (B, T): -kl_coef (log pi - log ref), and the score on the last token of each response."""
+    rewards = -kl_coef * (logps_BT - ref_logps_BT) * mask_BT
+    last_B = (mask_BT.sum(dim=1).long() - 1).clamp(min=0)
+    return rewards.scatter_add(1, last_B[:, None], scores_B[:, None].to(rewards.dtype))
+
+
+def sequence_kl(logps_BT: Tensor, ref_logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Estimate KL(pi || ref) of each response in nats, (B,): the sum of its log-ratios (k1)."""
+    return ((logps_BT - ref_logps_BT) * mask_BT).sum(dim=1)
+
+
+def gae(
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: (advantages, returns), both (B, T), not yet whitened.
+
+    delta_t = r_t + gamma V_{t+1} - V_t with V = 0 after the last token; A_t = delta_t + gamma lam A_{t+1};
+    returns are A + V. Source: arXiv 1506.02438, eq. 16.
+    """
+    rewards_BT, values_BT = rewards_BT * mask_BT, values_BT * mask_BT
+    next_values = torch.cat([values_BT[:, 1:], torch.zeros_like(values_BT[:, :1])], dim=1)
+    deltas = (rewards_BT + gamma * next_values - values_BT) * mask_BT
+    advantages = torch.zeros_like(deltas)
+    running = torch.zeros_like(deltas[:, 0])
+    for step in range(deltas.size(1) - 1, -1, -1):
+        running = (deltas[:, step] + gamma * lam * running) * mask_BT[:, step]
+        advantages[:, step] = running
+    return advantages, advantages + values_BT
+
+
+def group_advantages(returns_B: Tensor, group_size: int, kind: Advantage) -> Tensor:
+    """Advantages of whole responses without a critic, (B,); the `group_size` answers of a prompt stand together.
+
+    `returns_B` is score - kl_coef KL of each response. rloo: minus the mean of the others (arXiv 2402.14740); grpo: the
+    group's z-score (arXiv 2402.03300); reinforce: minus the mean of the batch. Raises ValueError for a group of one
+    where a group is needed.
+    """
+    if kind == "reinforce":
+        return returns_B - returns_B.mean()
+    if group_size < 2:
+        raise ValueError(f"{kind} compares the answers of a prompt and needs at least 2")
+    groups = returns_B.view(-1, group_size)
+    if kind == "rloo":
+        others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+        return (groups - others).flatten()
+    deviation = groups.std(dim=1, keepdim=True)
+    return ((groups - groups.mean(dim=1, keepdim=True)) / (deviation + 1e-4)).flatten()
+
+
+def policy_losses(logps_BT: Tensor, old_logps_BT: Tensor, advantages_BT: Tensor, *, clip: float) -> Tensor:
+    """Clipped surrogate per token, (B, T): max(-A u, -A clip(u, 1 - clip, 1 + clip)), u = pi / pi_old.
+
+    Source: arXiv 1707.06347, eq. 7, with the sign of a loss.
+    """
+    ratio = (logps_BT - old_logps_BT).exp()
+    return torch.maximum(-advantages_BT * ratio, -advantages_BT * ratio.clamp(1 - clip, 1 + clip))
+
+
+def value_losses(values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, *, clip: float) -> Tensor:
+    """Clipped squared error per token, (B, T), with its factor 1/2: new values stay within `clip` of the rollout's."""
+    clipped = old_values_BT + (values_BT - old_values_BT).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values_BT - returns_BT) ** 2, (clipped - returns_BT) ** 2)
+
+
+@dataclass
+class KlController:
+    """The KL coefficient: fixed, or proportional control towards `target` nats per sequence.
+
+    coef *= 1 + clip(kl / target - 1, -0.2, 0.2) n / horizon after n episodes. Source: Ziegler 2019 section 2.2,
+    `AdaptiveKLController` of lm-human-preferences; `horizon` counts episodes.
+    """
+
+    coef: float
+    target: float | None = None
+    horizon: int = 10_000
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Take the mean KL of a batch of episodes into account; a fixed coefficient stays."""
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * num_episodes / self.horizon
+
+
+def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> float:
+    """Share of the returns' variance the critic predicts: 1 is perfect, 0 no better than their mean."""
+    kept = mask_BT.bool()
+    returns = returns_BT[kept]
+    variance = returns.var(correction=0)
+    return float(1 - (returns - values_BT[kept]).var(correction=0) / variance) if variance > 0 else 0.0

@@ -1,0 +1,64 @@
+"""One rollout as data: what was asked, what the policy answered, and what rewards are given to read.
+
+Deliberately plain lists without padding, and no model: rewards, monitors and tests all read the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Rollout:
+    """Answers of the policy, one entry per answer; the answers of one prompt stand together.
+
+    `completion_ids` and `completions` are what a reward sees: cut by `truncate`, stop token included where one came.
+    `sampled_ids` is everything that was sampled; the KL is taken over all of it.
+    """
+
+    prompts: list[Any]  # as the rows have them: text, or messages
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    completions: list[Any]  # text for text prompts, [{"role": "assistant", "content": ...}] for messages
+    ended: list[bool]  # False: cut off by max_new_tokens, or without a truncation token
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # the rows' extra columns, for reward functions
+    sampled_ids: list[list[int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    @property
+    def whole_ids(self) -> list[list[int]]:
+        """Prompt and answer of each row in one list."""
+        return [prompt + answer for prompt, answer in zip(self.prompt_ids, self.completion_ids, strict=True)]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Cut an answer after the first `token` at or after position `after` (Ziegler 2019: '.' after 16 tokens)."""
+
+    token: int
+    after: int
+
+
+def cut_answer(
+    sampled: Sequence[int], *, stop_ids: Sequence[int], truncation: Truncation | None
+) -> tuple[list[int], bool]:
+    """Return the tokens a reward sees and whether the answer ended by itself.
+
+    Without a truncation token an answer ends with a stop token; with one, only the truncation token counts.
+    """
+    if truncation is None:
+        return list(sampled), bool(sampled) and sampled[-1] in stop_ids
+    for position in range(truncation.after, len(sampled)):
+        if sampled[position] == truncation.token:
+            return list(sampled[: position + 1]), True
+    return list(sampled), False
+
+
+def repetition(answers: Sequence[Sequence[int]]) -> float:
+    """Share of the bigrams that occurred before among all answers: 1 - distinct-2 (Li et al., arXiv 1510.03055)."""
+    pairs = [pair for answer in answers for pair in zip(answer, answer[1:], strict=False)]
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
