@@ -41,7 +41,10 @@ Force = Annotated[
     bool, typer.Option("--force", metavar="", help="Start afresh: an existing run is moved aside, never deleted.")
 ]
 TrustCode = Annotated[
-    bool, typer.Option("--trust-code", metavar="", help="Allow code that comes with a model: only code you have read.")
+    bool,
+    typer.Option(
+        "--trust-code", metavar="", help="Allow code of models and reward functions: only what you have read."
+    ),
 ]
 AllowChange = Annotated[
     list[str] | None,
@@ -79,7 +82,7 @@ def _load_recipe(path: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(path, overrides=overrides or ())
 
 
-def _stage_command(method: Literal["sft", "rm", "dpo"]) -> Callable[..., None]:
+def _stage_command(method: Literal["sft", "rm", "dpo", "ppo"]) -> Callable[..., None]:
     """Return the command of a method; all of them take the same options, declared here once."""
 
     def command(
@@ -133,6 +136,7 @@ def _foresee(run_dir: Path, *, force: bool) -> str:
 app.command("sft", help="Train on demonstrations, or pre-train on raw text.")(_stage_command("sft"))
 app.command("rm", help="Train a reward model on comparisons.")(_stage_command("rm"))
 app.command("dpo", help="Train the policy directly on preferences.")(_stage_command("dpo"))
+app.command("ppo", help="Train the policy on sampled answers and a reward, with a critic.")(_stage_command("ppo"))
 
 
 @app.command()

@@ -14,14 +14,20 @@ from pydantic.fields import FieldInfo
 from alignkit.recipe.schema import (
     DataSource,
     DpoOptions,
+    GenerationOptions,
     LaunchOptions,
     LoraOptions,
+    MissingEos,
     ModelOptions,
+    PpoOptions,
+    Ptx,
     RecipeOptions,
+    RewardSource,
     RmOptions,
     SampleOptions,
     SftOptions,
     StageOptions,
+    Truncate,
 )
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -37,6 +43,12 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("An sft stage", SftOptions),
     ("An rm stage", RmOptions),
     ("A dpo stage", DpoOptions),
+    ("A ppo stage", PpoOptions),
+    ("A reward (`reward:`, `gold:`)", RewardSource),
+    ("`missing_eos:`", MissingEos),
+    ("`truncate:`", Truncate),
+    ("`ptx:`", Ptx),
+    ("`generation:`", GenerationOptions),
 ]
 
 

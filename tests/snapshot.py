@@ -25,10 +25,10 @@ _DEPRECATED = {"keep_end", "chunked_nll"}
 
 
 def take_snapshot() -> dict[str, Any]:
-    """Return the fields of the four config classes; `common` holds those that are the same in all."""
-    from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+    """Return the fields of the five config classes; `common` holds those that are the same in all."""
+    from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 
-    classes = {"sft": SFTConfig, "rm": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig}
+    classes = {"sft": SFTConfig, "rm": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig, "ppo": GRPOConfig}
     described = {name: describe_class(cls) for name, cls in classes.items()}
     common = {
         field: fragment

@@ -9,7 +9,7 @@ import re
 
 from alignkit.errors import Problem
 from alignkit.recipe.check import describe_unknown, show_key
-from alignkit.recipe.fields import CONTROLLED, MOVED, method_fields
+from alignkit.recipe.fields import CONTROLLED, MOVED, controlled_fields, method_fields, moved_names
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import OPTIONS, LoraOptions, ModelOptions, option_fragments, recipe_fragments
 
@@ -35,12 +35,13 @@ def describe_unknown_top(name: str, *, is_mapping: bool) -> str:
 def describe_unknown_in_stage(key: str, *, stage: str, method: str, accepted: list[str]) -> str:
     """Say that a stage has no such key, and where it belongs."""
     where = f"{stage}.{key}"
-    if key in CONTROLLED:
-        return f"{where} cannot be set: {CONTROLLED[key]}"
+    refused, moved = controlled_fields(method), moved_names(method)
+    if key in refused:
+        return f"{where} cannot be set: {refused[key]}"
     if key in recipe_fragments()["properties"]:
         return f"{where} is not a key of a stage; {key} belongs at the top level of the recipe"
-    if key in MOVED:
-        return f"{where} is not a key of a stage: {MOVED[key]}"
+    if key in moved:
+        return f"{where} is not a key of a stage: {moved[key]}"
     owner = _find_section(key)
     if owner:
         return f"{where} is not a key of {method}; it belongs in {owner}"
@@ -51,7 +52,7 @@ def _find_section(key: str) -> str | None:
     """Return where a key would be right: "a dpo stage", "model:", "lora:"."""
     methods = [name for name in OPTIONS if key in method_fields(name) or key in option_fragments(name)["properties"]]
     if methods and key != "method":
-        return "a stage, such as sft" if len(methods) == len(OPTIONS) else f"the {' or '.join(methods)} stage"
+        return f"a stage, such as {methods[0]}" if len(methods) > 2 else f"the {' or '.join(methods)} stage"
     for section, model in (("model:", ModelOptions), ("lora:", LoraOptions)):
         if key in model.model_fields and key not in ("path", "config"):
             return section

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.errors import Problem
+from alignkit.recipe.audit_ppo import PPO_RULES
 from alignkit.recipe.fields import KTO_LOSSES, OWN_LOSSES, trl_fields
 from alignkit.recipe.tree import Node
 
@@ -273,6 +274,7 @@ _BY_METHOD: dict[str, list[Callable[[Section, Section], Iterator[Finding]]]] = {
     "sft": [_sft_objective, _sft_packing],
     "rm": [_rm_loss],
     "dpo": [_dpo_kto, _dpo_smoothing, _dpo_losses, _dpo_divergence, _dpo_reference],
+    "ppo": PPO_RULES,
 }
 
 

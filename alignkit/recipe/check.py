@@ -61,7 +61,7 @@ def check_mapping(node: Node, fragment: Fragment, key: str, defs: Fragment) -> I
             yield Problem(describe_unknown(name, key, properties), child.place)
     for name in fragment.get("required", ()):
         if name not in node.value:
-            yield Problem(f"{key}.{name} is missing; {_quote_help(properties[name])}", node.place)
+            yield Problem(f"{key}.{name} is missing; {quote_help(properties[name])}", node.place)
 
 
 def describe_unknown(name: str, section: str, accepted: Iterable[str]) -> str:
@@ -202,6 +202,7 @@ def _typical(fragment: Fragment) -> str:
     return f" (typical: {fragment['typical']})" if "typical" in fragment else ""
 
 
-def _quote_help(fragment: Fragment) -> str:
+def quote_help(fragment: Fragment) -> str:
+    """Return the description of a key as the end of a sentence."""
     text: str = fragment.get("description", "give it a value")
     return text[:1].lower() + text[1:].rstrip(".")

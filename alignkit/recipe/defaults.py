@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 # learning rate with LoRA, and of all weights
-_LEARNING_RATES = {"sft": (2e-4, 2e-5), "rm": (1e-4, 1e-5), "dpo": (5e-6, 5e-7)}
+_LEARNING_RATES = {"sft": (2e-4, 2e-5), "rm": (1e-4, 1e-5), "dpo": (5e-6, 5e-7), "ppo": (1e-5, 1e-6)}
 _FROM_SCRATCH = 2.5e-4
 
 
@@ -27,6 +27,10 @@ def choose_defaults(method: str, *, lora: bool, scratch: bool, builtin: bool, ev
         "logging_steps": 10,
         "save_steps": 100,
     }
+    if method == "ppo":  # Adam's eps as in lm-human-preferences; prompt and answer are bounded by max_new_tokens
+        defaults |= {"adam_epsilon": 1e-5}
+        del defaults["max_length"]
+        evaluates = False  # rollouts are the evaluation; held-out prompts are for samples
     if builtin:  # recomputing activations only pays where they are large
         defaults["gradient_checkpointing"] = False
     if evaluates:

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from alignkit.recipe.ppo_fields import OWN, PPO_CONTROLLED, PPO_MOVED, PPO_RANGES
+
 Fragment = dict[str, Any]
 
 # Losses that alignkit adds to TRL's DPO losses, and those that TRL's KTOTrainer computes, on single answers.
@@ -62,6 +64,7 @@ _RANGES: dict[str, Fragment] = {
     "desirable_weight": _NOT_NEGATIVE,
     "undesirable_weight": _NOT_NEGATIVE,
     "loss_weights": _NOT_NEGATIVE,
+    **PPO_RANGES,
 }
 _CHOICES = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
@@ -211,6 +214,16 @@ MOVED: dict[str, str] = {
 }
 
 
+def controlled_fields(method: str) -> dict[str, str]:
+    """Return what a stage of this method cannot set: TRL's name, and what to write instead."""
+    return CONTROLLED | PPO_CONTROLLED if method == "ppo" else CONTROLLED
+
+
+def moved_names(method: str) -> dict[str, str]:
+    """Return names from other tools and what they are called in a stage of this method."""
+    return MOVED | PPO_MOVED if method == "ppo" else MOVED
+
+
 @cache
 def read_snapshot() -> dict[str, dict[str, Any]]:
     """Return fields.json as it is."""
@@ -220,7 +233,7 @@ def read_snapshot() -> dict[str, dict[str, Any]]:
 
 @cache
 def trl_fields(config: str) -> dict[str, Fragment]:
-    """Return every field of a config class ("sft", "rm", "dpo", "kto"), narrowed; CONTROLLED ones included."""
+    """Return every field of a config class ("sft", "rm", "dpo", "kto", "ppo"), narrowed; CONTROLLED ones included."""
     snapshot = read_snapshot()
     return {name: _narrow(name, fragment) for name, fragment in {**snapshot["common"], **snapshot[config]}.items()}
 
@@ -235,7 +248,8 @@ def method_fields(method: str) -> dict[str, Fragment]:
         several = {"type": "array", "items": item, "minItems": 1}
         fields = {**trl_fields("kto"), **fields, "loss_type": {**fields["loss_type"], "anyOf": [item, several]}}
         fields["loss_type"] = {key: fields["loss_type"][key] for key in ("anyOf", "default", "description")}
-    return {name: fragment for name, fragment in fields.items() if name not in CONTROLLED}
+    refused = controlled_fields(method).keys() | (OWN if method == "ppo" else ())
+    return {name: fragment for name, fragment in fields.items() if name not in refused}
 
 
 def _narrow(name: str, fragment: Fragment) -> Fragment:

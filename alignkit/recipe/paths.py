@@ -18,6 +18,7 @@ _LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz",
 # Sections and keys that hold paths; all else is taken literally.
 _MODEL_PATHS = ("path", "tokenizer")
 SOURCE_KEYS = ("data", "eval", "normalize_data")
+REWARD_KEYS = ("reward", "gold")
 
 
 def expand(text: str) -> str:
@@ -51,10 +52,26 @@ def resolve_paths(tree: Node, stages: dict[str, Node]) -> list[Problem]:
         for key in SOURCE_KEYS:
             _resolve_sources(section.value.get(key), f"{prefix}{key}", problems)
     for name, section in stages.items():
+        ptx = section.value.get("ptx")
+        if ptx is not None and isinstance(ptx.value, dict):
+            _resolve_sources(ptx.value.get("data"), f"{name}.ptx.data", problems)
+        for key in REWARD_KEYS:
+            for model in list_models(section.value.get(key)):
+                if model.value not in stages:
+                    _resolve(model, f"{name}.{key}", problems, missing_from=Path.cwd())
         start = section.value.get("start_from")
         if start is not None and isinstance(start.value, str) and start.value not in stages:
             _resolve(start, f"{name}.start_from", problems, missing_from=Path.cwd())
     return problems
+
+
+def list_models(node: Node | None) -> list[Node]:
+    """Return the nodes of `reward:` or `gold:`, in any of its shapes, that name a model or a stage."""
+    if node is None:
+        return []
+    items = [item.value.get("model") if isinstance(item.value, dict) else item
+             for item in (node.value if isinstance(node.value, list) else [node])]  # fmt: skip
+    return [item for item in items if item is not None and isinstance(item.value, str)]
 
 
 def _resolve_sources(node: Node | None, key: str, problems: list[Problem]) -> None:

@@ -13,7 +13,7 @@ from alignkit.recipe.audit import trains_from_scratch
 from alignkit.recipe.defaults import choose_defaults
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.recipe import Recipe, StageSection
-from alignkit.recipe.schema import Method
+from alignkit.recipe.schema import Method, PpoOptions, RewardSource, StageOptions
 from alignkit.recipe.stage import Stage
 
 RUNS = "runs"
@@ -52,6 +52,9 @@ def resolve(
     for kind in ("logging", "save"):
         if given.get(f"{kind}_strategy", "steps") != "steps":
             defaults.pop(f"{kind}_steps")
+    stage_dirs = _find_rewards(recipe, options)
+    if isinstance(options, PpoOptions):
+        options = _point_rewards(options, {name: directory for directory, name in stage_dirs.items()})
     return Stage(
         recipe_name=recipe.name,
         recipe_path=recipe.path,
@@ -66,6 +69,7 @@ def resolve(
         run_dir=str(out) if out else f"{RUNS}/{recipe.name}/{section.name}",
         start_dir=_find_start(recipe, start),
         start_stage=start if start in recipe.stages else None,
+        reward_stages=stage_dirs,
         trust_code=trust_code,
     )
 
@@ -96,6 +100,27 @@ def _find_start(recipe: Recipe, start: str | None) -> str | None:
     if start is None:
         return None
     return f"{RUNS}/{recipe.name}/{start}/model" if start in recipe.stages else _find_weights(start)
+
+
+def _find_rewards(recipe: Recipe, options: StageOptions) -> dict[str, str]:
+    """Return the model directories of the recipe's stages that `reward:` and `gold:` name, each with its stage."""
+    rewards = [*options.reward, *(options.gold or ())] if isinstance(options, PpoOptions) else []
+    named = [reward.model for reward in rewards if reward.model in recipe.stages]
+    return {f"{RUNS}/{recipe.name}/{name}/model": name for name in named if name}
+
+
+def _point_rewards(options: PpoOptions, directories: dict[str, str]) -> PpoOptions:
+    """Return the options with every reward model as the directory or hub id it is loaded from."""
+
+    def point(rewards: list[RewardSource] | None) -> list[RewardSource] | None:
+        return rewards and [
+            reward.model_copy(update={"model": directories.get(reward.model) or _find_weights(reward.model)})
+            if reward.model
+            else reward
+            for reward in rewards
+        ]
+
+    return options.model_copy(update={"reward": point(options.reward), "gold": point(options.gold)})
 
 
 def _find_weights(path: str) -> str:

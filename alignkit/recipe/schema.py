@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Method = Literal["sft", "rm", "dpo"]
+Method = Literal["sft", "rm", "dpo", "ppo"]
+BUILTIN_REWARD = "builtin:true-reward"  # the toy world's own sentiment, as a reward or as gold
 
 
 class _Section(BaseModel):
@@ -116,10 +117,79 @@ class SampleOptions(_Section):
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(48, description="Length of an answer, in tokens.")
 
 
+class RewardSource(_Section):
+    """One reward, or one part of a weighted sum; exactly one of `model` and `function` is given."""
+
+    model: str | None = Field(
+        None,
+        description="An rm stage of this recipe, or a run, a directory or a hub id of a sequence classifier: its logit "
+        "with one label, the log-odds of the second with two; builtin:true-reward is the toy world's own.",
+    )
+    function: str | None = Field(
+        None,
+        description="pkg.module:name, called as name(prompts, completions, **columns) -> list[float], columns of the "
+        "data included; needs --trust-code.",
+    )
+    weight: float = Field(1.0, description="Factor of this part in the sum.")
+
+
+def _list_rewards(value: Any) -> Any:
+    """Turn a name, a reward or a list that mixes them into a list of rewards; leave anything else as it is."""
+    items = value if isinstance(value, list) else [value]
+    if any(not isinstance(item, (str, dict, RewardSource)) for item in items):
+        return value
+    return [{"model": item} if isinstance(item, str) else item for item in items]
+
+
+# A name or a reward where one is enough, a list where several are summed.
+Rewards = Annotated[
+    list[RewardSource],
+    BeforeValidator(
+        _list_rewards,
+        json_schema_input_type=str | RewardSource | Annotated[list[str | RewardSource], Field(min_length=1)],
+    ),
+]
+
+
+class MissingEos(_Section):
+    """What an answer without an end gets; exactly one of the two."""
+
+    penalty: Annotated[float, Field(gt=0)] | None = Field(None, description="Subtracted from its reward.")
+    score: float | None = Field(None, description="Replaces its reward.")
+
+
+class Truncate(_Section):
+    token: str = Field(description="The text whose token ends an answer for the reward, such as a full stop.")
+    after: Annotated[int, Field(ge=0)] = Field(
+        16, description="Tokens of an answer before the first one that can end it (Ziegler 2019: 16)."
+    )
+
+
+class Ptx(_Section):
+    data: Sources = Field(description="Raw text of the pre-training distribution.")
+    coef: Annotated[float, Field(gt=0)] = Field(
+        description="Weight of its loss beside PPO's (InstructGPT eq. 2: gamma, 27.8)."
+    )
+    batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Blocks of text per optimizer step; omitted: batch_size."
+    )
+
+
+class GenerationOptions(_Section):
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="What samples the answers.")
+    mode: Literal["colocate", "server"] = Field(
+        "colocate", description="vLLM on the training devices, or as a server of its own (`trl vllm-serve`)."
+    )
+    url: str | None = Field(None, description="Address of the vLLM server, such as http://127.0.0.1:8000.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.3, description="Share of a device's memory for a colocated vLLM."
+    )
+
+
 class StageOptions(_Section):
     """Keys that every method shares."""
 
-    method: Method = Field(description="The trainer behind the stage; its name says it when it is sft, rm or dpo.")
+    method: Method = Field(description="The trainer behind the stage; its name says it when it is sft, rm, dpo or ppo.")
     start_from: str | None = Field(
         None, description="A stage of this recipe, a run directory, a model or adapter directory; omitted: model.path."
     )
@@ -186,7 +256,106 @@ class DpoOptions(StageOptions):
     method: Literal["dpo"] = "dpo"
 
 
-OPTIONS: dict[str, type[StageOptions]] = {"sft": SftOptions, "rm": RmOptions, "dpo": DpoOptions}
+class PpoOptions(StageOptions):
+    method: Literal["ppo"] = "ppo"
+    reward: Rewards = Field(
+        description="What scores an answer: an rm stage, a classifier, {function: ...}, or a list that is summed."
+    )
+    gold: Rewards | None = Field(
+        None, description="Scores rollouts and samples too, and is never trained on: it shows over-optimisation."
+    )
+    reward_timeout: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="Seconds that one call of a reward function may take."
+    )
+    reward_normalize: Literal["none", "bias", "gain_and_bias"] = Field(
+        "none",
+        description="Before training, shift (and scale) the reward to mean 0 (and std 1) on answers of the starting "
+        "policy (Ziegler 2019); an rm stage's own reward_norm.json always applies first.",
+    )
+    reward_normalize_rows: Annotated[int, Field(ge=2)] = Field(256, description="Answers used by reward_normalize.")
+    reward_clip: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Bounds the reward to [-reward_clip, reward_clip], after normalisation."
+    )
+    missing_eos: MissingEos | None = Field(
+        None, description="What an answer that does not end gets: {penalty: x} less, or {score: x} instead."
+    )
+    truncate: Truncate | None = Field(
+        None,
+        description="The reward sees an answer only up to a token (Ziegler 2019); one without it falls under "
+        "missing_eos, and KL counts over all tokens.",
+    )
+    kl_coef: Annotated[float, Field(ge=0)] = Field(
+        0.05,
+        description="Factor of the KL to the starting policy, per token, in the reward; where an adaptive one starts.",
+    )
+    kl_target: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Adapts kl_coef to keep the KL near this many nats per sequence; omitted: it stays fixed."
+    )
+    kl_horizon: Annotated[int, Field(ge=1)] = Field(
+        10_000, description="Episodes over which kl_coef adapts; smaller is faster."
+    )
+    max_kl: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Stops the run when the KL exceeds this many nats per sequence, and keeps the model before."
+    )
+    advantage: Literal["gae", "rloo", "grpo", "reinforce"] = Field(
+        "gae",
+        description="gae: a critic; rloo: less the mean of the prompt's other answers; grpo: the z-score among them; "
+        "reinforce: less the mean of the batch.",
+    )
+    num_generations: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Answers per prompt for rloo and grpo; omitted: 4."
+    )
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Discount of gae, per token.")
+    lam: Annotated[float, Field(ge=0, le=1)] = Field(0.95, description="Lambda of gae: 1 trusts returns, 0 the critic.")
+    cliprange: Annotated[float, Field(gt=0)] = Field(0.2, description="Clip of the policy's probability ratio.")
+    cliprange_value: Annotated[float, Field(gt=0)] = Field(0.2, description="Clip of the critic's change in value.")
+    vf_coef: Annotated[float, Field(gt=0)] = Field(0.1, description="Factor of the critic's loss.")
+    ppo_epochs: Annotated[int, Field(ge=1)] = Field(4, description="Passes over the answers of a rollout.")
+    minibatches: Annotated[int, Field(ge=1)] = Field(
+        1, description="Optimizer steps per pass: a rollout is batch_size x minibatches answers."
+    )
+    whiten_rewards: bool = Field(False, description="Scale the per-token rewards of a rollout to variance 1.")
+    whiten_advantages: bool = Field(True, description="Scale the advantages of a rollout to mean 0 and variance 1.")
+    value_init: Literal["reward", "policy"] | None = Field(
+        None,
+        description="The critic starts from the reward model, or from the policy with a zero head; omitted: the reward "
+        "where that is one model.",
+    )
+    critic_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Learning rate of the critic; omitted: learning_rate."
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Of the policy: in sampling and in its log-probabilities."
+    )
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(64, description="Longest answer, in tokens.")
+    min_new_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Shortest answer, in tokens: no end before."
+    )
+    total_episodes: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Answers sampled in the whole run; omitted: max_steps or num_train_epochs decide."
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Decay of a moving average of the weights, per step, saved as the model (InstructGPT: 0.992)."
+    )
+    ptx: Ptx | None = Field(None, description="Mixes the pre-training gradient in (PPO-ptx): {data, coef, batch_size}.")
+    generation: GenerationOptions = Field(default_factory=GenerationOptions, description="Where answers are sampled.")
+
+    @property
+    def answers_per_prompt(self) -> int:
+        """Return how many answers of a rollout belong to one prompt."""
+        return (self.num_generations or 4) if self.advantage in ("rloo", "grpo") else 1
+
+    @property
+    def critic_start(self) -> Literal["reward", "policy"]:
+        """Return what the critic starts from: as given, else the reward where that is one model with weights."""
+        (first, *others) = self.reward
+        one_model = not others and first.model is not None and first.model != BUILTIN_REWARD
+        return self.value_init or ("reward" if one_model else "policy")
+
+
+OPTIONS: dict[str, type[StageOptions]] = {
+    "sft": SftOptions, "rm": RmOptions, "dpo": DpoOptions, "ppo": PpoOptions,
+}  # fmt: skip
 
 
 class RecipeOptions(_Section):

@@ -6,7 +6,7 @@ Plain data, frozen and serialisable; it deliberately knows nothing of YAML, torc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from alignkit.recipe.fields import KTO_LOSSES, method_fields
@@ -37,6 +37,8 @@ class Stage:
     run_dir: str  # runs/<recipe name>/<stage>, or --out
     start_dir: str | None = None  # what start_from names: a run directory, a model or an adapter directory, a hub id
     start_stage: str | None = None  # set when start_from is a stage of this recipe
+    # model directories that `reward:` and `gold:` name by a stage of this recipe, each with the stage's name
+    reward_stages: Mapping[str, str] = field(default_factory=dict)
     trust_code: bool = False
 
     @property
@@ -77,6 +79,7 @@ class Stage:
             "run_dir": self.run_dir,
             "start_dir": self.start_dir,
             "start_stage": self.start_stage,
+            "reward_stages": dict(self.reward_stages),
             "trust_code": self.trust_code,
         }
 
@@ -104,6 +107,6 @@ HARMLESS = frozenset(
         "trackio_space_id", "save_steps", "save_strategy", "disable_tqdm", "log_level", "log_level_replica",
         "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
         "dataloader_persistent_workers", "per_device_eval_batch_size", "max_truncated", "ddp_timeout",
-        "include_num_input_tokens_seen",
+        "include_num_input_tokens_seen", "gold", "reward_timeout",
     }
 )  # fmt: skip

@@ -15,12 +15,12 @@ from typing import Any
 from alignkit.errors import Problem, RecipeError
 from alignkit.recipe.advice import describe_unknown_in_stage, describe_unknown_top, explain_moved
 from alignkit.recipe.audit import Section, audit_recipe, audit_stage
-from alignkit.recipe.check import check, show, show_key
+from alignkit.recipe.check import check, quote_help, show, show_key
 from alignkit.recipe.fields import method_fields
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.paths import SOURCE_KEYS, resolve_paths
+from alignkit.recipe.paths import REWARD_KEYS, SOURCE_KEYS, list_models, resolve_paths
 from alignkit.recipe.recipe import Recipe, StageSection
-from alignkit.recipe.schema import OPTIONS, RecipeOptions, option_fragments, recipe_fragments
+from alignkit.recipe.schema import BUILTIN_REWARD, OPTIONS, RecipeOptions, option_fragments, recipe_fragments
 from alignkit.recipe.secrecy import find_secrets
 from alignkit.recipe.tree import Node
 
@@ -149,6 +149,9 @@ class _Build:
             help_text = "add the rows to train on, here or as the recipe's own `data:`"
             self.problems.append(Problem(f"{stage.name}.data is missing; {help_text}", stage.node.place))
             stage.broken.add("data")
+        for key in sorted({*fragments.get("required", ())} - {"data", "method", *stage.node.value}):
+            self.problems.append(Problem(f"{stage.name}.{key} is missing; {quote_help(own[key])}", stage.node.place))
+            stage.broken.add(key)
 
     def check_references(self) -> None:
         """Check that `stages:` and every `start_from` name what is there, and that nothing starts from itself."""
@@ -158,6 +161,8 @@ class _Build:
                 hint = suggest(str(item.value), self.stages) or f"; there are {', '.join(self.stages)}"
                 self.problems.append(Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place))
         for stage in self.stages.values():
+            for key in REWARD_KEYS:
+                self._check_rewards(stage, key)
             start = stage.node.value.get("start_from")
             if start is None or "start_from" in stage.broken or start.value is None:
                 continue
@@ -165,6 +170,32 @@ class _Build:
             if problem:
                 self.problems.append(Problem(problem, start.place))
                 stage.broken.add("start_from")
+
+    def _check_rewards(self, stage: _StageTree, key: str) -> None:
+        """Check that `reward:` and `gold:` name rm stages, or something that can only be a path or a hub id."""
+        if key in stage.broken or stage.method != "ppo":
+            return
+        for model in list_models(stage.node.value.get(key)):
+            problem = _describe_reward(f"{stage.name}.{key}", model, self.stages)
+            if problem:
+                self.problems.append(Problem(problem, model.place))
+                stage.broken.add(key)
+
+
+def _describe_reward(key: str, model: Node, stages: dict[str, _StageTree]) -> str | None:
+    value = model.value
+    if value in stages:
+        return None if stages[value].method == "rm" else f"{key} is {value}, which is not an rm stage; name one"
+    if value.startswith("builtin:"):
+        known = f"; the only one is {BUILTIN_REWARD}"
+        return None if value == BUILTIN_REWARD else f"{key} is {show(model)}, a builtin reward that is not there{known}"
+    if "/" in value:
+        return None
+    hint = suggest(value, stages)
+    if not hint and re.fullmatch(r"[\w.]+:\w+", value):
+        hint = f"; a function is written {{function: {value}}}"
+    hint = hint or "; it must be an rm stage, a run, a directory, a hub id (owner/name) or {function: pkg.module:name}"
+    return f"{key} is {show(model)}, which is neither a stage nor a path that exists{hint}"
 
 
 def _describe_start(stage: _StageTree, start: Node, stages: dict[str, _StageTree]) -> str | None:
@@ -246,10 +277,11 @@ def _construct(tree: Node, build: _Build, *, name: str, label: str) -> Recipe:
 
 
 def _find_origins(node: Node, key: str) -> dict[str, str]:
-    """Return the place of every dotted key; one source under `data:` is also `data.0`, as in the options."""
+    """Return the place of every dotted key; one source under `data:` is also `data.0`, as in the options, and one
+    reward `reward.0`."""
     origins = {}
     for path, child in node.leaves((key,)):
         origins[".".join(path)] = child.place
-        if path[-1] in SOURCE_KEYS and not isinstance(child.value, list):
+        if path[-1] in (*SOURCE_KEYS, *REWARD_KEYS) and not isinstance(child.value, list):
             origins |= {".".join((*path, "0", *below)): leaf.place for below, leaf in child.leaves()}
     return origins

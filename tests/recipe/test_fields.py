@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from alignkit.recipe.fields import CONTROLLED, MOVED, method_fields, read_snapshot, trl_fields
+from alignkit.recipe.fields import (
+    CONTROLLED,
+    MOVED,
+    controlled_fields,
+    method_fields,
+    moved_names,
+    read_snapshot,
+    trl_fields,
+)
+from alignkit.recipe.ppo_fields import OWN, PPO_CONTROLLED, PPO_MOVED
 from alignkit.recipe.schema import OPTIONS, DataSource, LaunchOptions, LoraOptions, ModelOptions, RecipeOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -57,6 +66,16 @@ def test_controlled_fields_exist_and_moved_ones_do_not() -> None:
     fields = {name for config in ("sft", "rm", "dpo", "kto") for name in trl_fields(config)}
     assert set(CONTROLLED) - fields == set()
     assert set(MOVED) & fields == set()
+    ppo = set(trl_fields("ppo"))
+    assert {*PPO_CONTROLLED, *OWN} - ppo == set()
+    assert set(PPO_MOVED) & (ppo | set(OPTIONS["ppo"].model_fields)) == set()
+
+
+def test_every_field_of_grpo_is_a_key_or_says_what_to_write_instead() -> None:
+    """What GRPO has beyond the fields of all trainers is decided about, name by name."""
+    decided = {*controlled_fields("ppo"), *OWN, *method_fields("sft")}
+    left = set(trl_fields("ppo")) - decided
+    assert left == {"cache_implementation", "generation_kwargs", "min_p", "repetition_penalty", "top_k", "top_p"}
 
 
 def test_advice_names_keys_that_exist() -> None:
@@ -64,7 +83,8 @@ def test_advice_names_keys_that_exist() -> None:
     known = {name for method in OPTIONS for name in (*method_fields(method), *OPTIONS[method].model_fields)}
     sections = {"model": ModelOptions, "lora": LoraOptions, "launch": LaunchOptions, "data": DataSource}
     known |= {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
-    named = {re.split("[:, ]", advice.removeprefix("it is "))[0] for advice in MOVED.values() if "it is " in advice[:6]}
+    advices = [advice for method in OPTIONS for advice in moved_names(method).values() if advice.startswith("it is ")]
+    named = {re.split("[:, ]", advice.removeprefix("it is "))[0] for advice in advices}
     assert named - known == set()
 
 
