@@ -27,6 +27,8 @@ def digest_row(row: Row) -> bytes:
     parts = [row.kind, _netstring(row.prompt), *map(_netstring, row.completions)]
     if row.scores is not None or row.label is not None or row.margin is not None:
         parts.append(repr((row.scores, row.label, row.margin)))
+    if row.columns:
+        parts.append(row.columns)
     return blake2b(_encode("\x1e".join(parts)), digest_size=DIGEST_BYTES).digest()
 
 

@@ -6,23 +6,27 @@ write files.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations, islice
 
+from alignkit.data.files import Record
 from alignkit.data.formats import Detector, Format, rename_columns
 from alignkit.data.hashes import HashSet, digest_row, hash_prompt, prompt_key
 from alignkit.data.rejects import BadRow, Problems, Rejects
 from alignkit.data.report import DataReport, SourceReport
-from alignkit.data.rows import METHOD_KINDS, Row
+from alignkit.data.rows import METHOD_KINDS, Row, take_prompt
 from alignkit.data.sources import Located, locate, read_entries
 from alignkit.errors import DataError, Problem
-from alignkit.recipe.schema import DataSource
+from alignkit.recipe.schema import DataSource, PpoOptions
 from alignkit.recipe.stage import Stage
 
 _2_64 = float(2**64)
+# Of a reward function; columns of these names are not given to it.
+_ARGUMENTS = ("prompt", "prompts", "completions", "completion_ids")
 
 
 def read_rows(
@@ -119,6 +123,32 @@ def _for_method(row: Row, method: str) -> tuple[Row, ...]:
     return (row,)
 
 
+def _reads_columns(stage: Stage) -> bool:
+    """Tell whether a reward function of the stage is given the rows' columns."""
+    options = stage.options
+    rewards = [*options.reward, *(options.gold or ())] if isinstance(options, PpoOptions) else []
+    return any(reward.function for reward in rewards)
+
+
+def _dump_columns(record: Record) -> str:
+    """Return a record's columns as a JSON object, but for those whose names a reward function's arguments have."""
+    kept = {name: value for name, value in record.items() if name not in _ARGUMENTS}
+    try:
+        return json.dumps(kept, ensure_ascii=False)
+    except (TypeError, ValueError):
+        raise BadRow(f"{_find_unwritable(kept)}: holds a value that is no JSON (a date, bytes, ...), and a reward "
+                     "function is given the columns as JSON; convert it, or drop the column") from None  # fmt: skip
+
+
+def _find_unwritable(columns: Record) -> str:
+    for name, value in columns.items():
+        try:
+            json.dumps({name: value})
+        except (TypeError, ValueError):
+            return str(name)
+    return "a column"
+
+
 @dataclass
 class _Found:
     """Rows of one format in one source."""
@@ -138,6 +168,7 @@ class _SourceReader:
         self.source = located.source
         self.counts = SourceReport(located.source.path)
         self._located, self._method = located, stage.method
+        self._keeps_columns = _reads_columns(stage)
         self._rejects = rejects if stage.options.on_bad_row == "skip" else None
         self._problems = problems
         self._detector = Detector(located.source.format)
@@ -160,6 +191,8 @@ class _SourceReader:
                     self._leave_out(form, only, place)
                     continue
                 row = form.adapt(record, place)
+                if self._method == "ppo":
+                    row = self._prompt_of(row, record)
                 digest = digest_row(row)
             except BadRow as bad:
                 self._add_bad(place, bad)
@@ -169,7 +202,10 @@ class _SourceReader:
     def finish(self) -> None:
         """Complete the counts; add the problems of the source: mixed formats, or one that the method cannot take."""
         self.counts.formats.update({str(form): found.rows for form, found in self._found.items()})
-        self.counts.ignored_columns.update(self._detector.count_ignored())
+        ignored = self._detector.count_ignored()
+        # Keys of messages are not read by anybody.
+        unread = {name: rows for name, rows in ignored.items() if not self._keeps_columns or "[]" in name}
+        self.counts.ignored_columns.update(unread)
         if len(self._found) == 1:
             ((form, found),) = self._found.items()
             if form.kind not in METHOD_KINDS[self._method]:
@@ -180,6 +216,14 @@ class _SourceReader:
             kinds = ", ".join(found.describe(form) for form, found in self._found.items())
             advice = "give each kind its own source, or set on_bad_row: skip to keep the commonest"
             self._problems.files.append(Problem(f"mixes kinds of rows: {kinds}; {advice}", self.source.path))
+
+    def _prompt_of(self, row: Row, record: Record) -> Row:
+        """Return the prompt alone, with the row's other columns where a reward function is given them."""
+        try:
+            row = take_prompt(row)
+        except ValueError as error:
+            raise BadRow(str(error)) from None
+        return replace(row, columns=_dump_columns(record)) if self._keeps_columns else row
 
     def _count(self, form: Format, place: str) -> None:
         found = self._found.get(form)

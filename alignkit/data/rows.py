@@ -48,6 +48,7 @@ class Row:
     label: float | None = None  # pair: P(first preferred) in [0, 1]; unpaired: 1.0 desirable, 0.0 not
     margin: float | None = None  # pair only
     place: str = ""  # "pairs.jsonl:734", "pairs.parquet[row 12]"
+    columns: str = ""  # prompt only: the row's other columns as a JSON object, where a reward function reads them
 
     @property
     def conversational(self) -> bool:
@@ -63,6 +64,22 @@ def iter_contents(row: Row) -> Iterator[str]:
         else:
             for message in text:
                 yield message["content"]
+
+
+def take_prompt(row: Row) -> Row:
+    """Return the prompt alone of any row: of a conversation the turns before its last answer, of a text all of it.
+
+    Raises ValueError with the reason when a row has none.
+    """
+    prompt = row.prompt
+    if not prompt and row.completions:
+        prompt = row.completions[0]
+        if isinstance(prompt, list):
+            last = max(number for number, message in enumerate(prompt) if message["role"] in ("user", "tool"))
+            prompt = prompt[: last + 1]
+    if isinstance(prompt, str) and not prompt.strip():
+        raise ValueError("prompt: is empty: the answers begin with different words")
+    return Row("prompt", prompt, (), None, None, None, row.place)
 
 
 def count_chars(text: Text) -> int:

@@ -6,6 +6,7 @@ It reads no file and loads no model. Columns, int32 lists unless said otherwise:
     rm    answers_ids (one list per answer, best first), scores (float, one per answer), label, margin (float), length
     dpo   prompt_ids, chosen_ids, rejected_ids, label (float), length
     kto   prompt_ids, completion_ids, label (bool), length
+    ppo   prompt_ids, prompt (JSON of its text or messages), columns (JSON of the row's others), length
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from alignkit.errors import DataError
 from alignkit.models.chat import Chat
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RmOptions
+from alignkit.train.prompts import PromptEncoder, longest_prompt
 
 IGNORED = -100
 
@@ -52,6 +54,8 @@ def choose_encoder(stage: Stage, chat: Chat) -> Encode:
     max_length = stage.trainer.get("max_length")
     if stage.method == "sft":
         return _SftEncoder(stage, chat, max_length)
+    if stage.method == "ppo":
+        return PromptEncoder(chat, longest_prompt(stage))
     if stage.method == "rm":
         options = stage.expect(RmOptions)
         return _RewardEncoder(

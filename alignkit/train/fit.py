@@ -100,7 +100,9 @@ def _read_result(run: RunDir) -> Result:
 def _report_rows(stage: Stage, run: RunDir, built: Built) -> None:
     """Say what was read and what was left out; every row left out is in rejects.jsonl too."""
     lengths, rejects = built.tables.lengths, built.rejects
-    line = f"{stage.name}: {lengths.num_rows} rows, {lengths.num_trained_tokens} trained tokens"
+    trained = f"{lengths.num_rows} rows, {lengths.num_trained_tokens} trained tokens"
+    prompts = f"{lengths.num_rows} prompts, the longest of {lengths.longest_tokens} tokens"
+    line = f"{stage.name}: {prompts if stage.method == 'ppo' else trained}"
     if lengths.num_truncated:
         line += f", {lengths.num_truncated} cut to max_length"
     if rejects.count:

@@ -27,6 +27,7 @@ from alignkit.models.chat import Chat
 from alignkit.models.tokens import control_tokens
 from alignkit.recipe import Stage
 from alignkit.train.encode import LengthReport, choose_encoder
+from alignkit.train.prompts import longest_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -160,6 +161,13 @@ def _write(stage: Stage, chat: Chat, path: Path, rows: Iterable[Row], rejects: R
 def _require_rows(stage: Stage, train: _Written) -> None:
     lengths = train.lengths
     where = stage.where(f"{stage.name}.data")
+    if stage.method == "ppo" and lengths.truncated_share > stage.options.max_truncated:
+        raise DataError(
+            f"{lengths.truncated_share:.0%} of the prompts are longer than the {longest_prompt(stage)} tokens that "
+            f"{stage.name}.max_new_tokens leaves of the model's context (the longest has {lengths.longest_tokens}), "
+            f"more than max_truncated allows ({stage.options.max_truncated:.0%}); raise it, or lower max_new_tokens",
+            where=where,
+        )
     if lengths.truncated_share > stage.options.max_truncated:
         raise DataError(
             f"{lengths.truncated_share:.0%} of the rows are longer than {stage.name}.max_length "
