@@ -67,13 +67,39 @@ def stack_adapter(model: PreTrainedModel, directory: Path, stage: Stage, *, rewa
 
 
 def add_reference_adapter(model: PeftModel, *, of: str = TRAINED) -> None:
-    """Add a frozen copy of an adapter under the name `ref`, for the reference of DPO."""
-    model.add_adapter(REFERENCE, model.peft_config[of])
-    for name, parameter in list(model.named_parameters()):
-        if f".{of}." in name:
-            copy = model.get_parameter(name.replace(f".{of}.", f".{REFERENCE}."))
-            copy.data = parameter.data.clone()
+    """Add a frozen copy of an adapter under the name `ref`, for the reference of DPO and PPO."""
+    copy_adapter(model, of, REFERENCE)
     model.set_adapter(TRAINED)
+
+
+def copy_adapter(model: PeftModel, source: str, name: str) -> None:
+    """Add an adapter that starts as a copy of another one, dtype included; which one acts is the caller's business."""
+    model.add_adapter(name, model.peft_config[source])
+    for parameter_name, parameter in list(model.named_parameters()):
+        if f".{source}." in parameter_name:
+            copy = model.get_parameter(parameter_name.replace(f".{source}.", f".{name}."))
+            copy.data = parameter.data.clone()
+
+
+def add_scoring_adapter(model: PeftModel, directory: Path, name: str) -> torch.Tensor:
+    """Put the adapter of a reward model, without its head, on the base of a policy; return the head's weight, (1, H).
+
+    Raises ModelError when it does not fit the base or has no score head.
+    """
+    base = model.get_base_model()
+    config = _stored_config(base, directory, reward=False, trainable=False)
+    config.modules_to_save = None  # the head lies outside of a policy
+    stored = read_adapter(directory)
+    head = [tensor for key, tensor in stored.items() if key.endswith("score.weight")]
+    if len(head) != 1:
+        raise ModelError("holds no score head; it is not a reward model's adapter", where=str(directory))
+    model.add_adapter(name, config)
+    places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    rest = {key: tensor for key, tensor in stored.items() if ".lora_" in key}
+    if rest.keys() != places.keys() or any(places[key].shape != rest[key].shape for key in rest):
+        raise ModelError("the reward model's adapter does not fit the policy's base", where=str(directory))
+    set_peft_model_state_dict(model, rest, adapter_name=name)
+    return head[0]
 
 
 def attach_frozen(model: PreTrainedModel, directory: Path, *, reward: bool) -> PeftModel:

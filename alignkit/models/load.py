@@ -61,7 +61,7 @@ def load_policy(stage: Stage, *, run_dir: Path, tokenizer: PreTrainedTokenizerFa
             where=stage.where(f"{stage.name}.start_from"),
         )
     loaded = _load(stage, start, run_dir, tokenizer, reward=False)
-    if stage.method == "dpo":
+    if stage.method in ("dpo", "ppo"):
         loaded.reference = _make_reference(loaded.model, start, stage)
     return loaded
 

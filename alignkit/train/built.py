@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignkit.data import Rejects
+from alignkit.data import Rejects, Row
 from alignkit.models.chat import Chat
 from alignkit.models.load import Loaded
 from alignkit.train.guard import Guarded
@@ -25,6 +25,9 @@ class Built:
     rejects: Rejects
     is_reward: bool = False
     finish: Callable[[Path], dict[str, float]] | None = None  # measures and writes beside the model, before it counts
+    # rewards of answers to rows, for samples
+    score_answers: Callable[[Sequence[Row], Sequence[Sequence[int]]], list[dict[str, Any]]] | None = None
+    record: dict[str, Any] = field(default_factory=dict)  # what the method adds to stage.json
     base_hash: str | None = None  # bytes of what adapters leave alone, before training
 
 

@@ -30,6 +30,7 @@ _BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")
 def finish(stage: Stage, run: RunDir, built: Built, *, seconds: float) -> Result:
     """Measure, save the final model, reload it and compare, then write the result."""
     trainer = built.trainer
+    trainer.ready_final()
     metrics = _final_metrics(trainer, JsonLines(run.metrics))
     write_samples(stage, built, JsonLines(run.samples), step=trainer.state.global_step, when="after")
     tokens = trainer.watch.num_tokens + trainer.num_trained_tokens

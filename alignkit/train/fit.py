@@ -132,6 +132,7 @@ def _write_stage(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str,
                 "eval_lengths": asdict(built.tables.eval_lengths) if built.tables.eval_lengths else None,
                 "lineage": built.loaded.lineage,
                 "parameters": describe_parameters(built.trainer.model),
+                **built.record,
                 "versions": versions(),
                 "git": git_state(Path(stage.recipe_path).resolve().parent),
             },
@@ -152,7 +153,7 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
         _warn_of_versions(stage, manifest["versions"])
     metrics.keep(lambda row: row["step"] <= step)
     samples.keep(lambda row: row["step"] < step)
-    check_parameters(stage, trainer.model)
+    check_parameters(stage, trainer.model, adapters=trainer.trained_adapters)
     if newest is None:
         check_start(stage, built)
         check_step_zero(stage, trainer)

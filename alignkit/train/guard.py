@@ -43,6 +43,11 @@ class Guarded(Trainer):
     """Mixin over transformers' Trainer; see the module docstring."""
 
     watch: Watch
+    trained_adapters: tuple[str, ...] = (TRAINED_ADAPTER,)  # PEFT's names of those that may have gradients
+    may_stop: bool = True  # False where no checkpoint can be written: inside a rollout
+
+    def ready_final(self) -> None:
+        """Make the weights those that are to be published; called once, after training."""
 
     def __init__(self, *args: Any, watch: Watch | None = None, **kwargs: Any) -> None:
         self.watch = watch or Watch()

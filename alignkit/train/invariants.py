@@ -24,16 +24,16 @@ _LARGEST_REWARD_LOSS = 2.5  # above that of reward 0: a head drawn as Ziegler 20
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def check_parameters(stage: Stage, model: Any) -> None:
+def check_parameters(stage: Stage, model: Any, *, adapters: tuple[str, ...] = (TRAINED_ADAPTER,)) -> None:
     """Raise ModelError unless exactly the expected parameters are trained.
 
-    With `lora:` those are the trained adapter, its heads and modules_to_save; without it, all of them.
+    With `lora:` those are the trained adapters, their heads and modules_to_save; without it, all of them.
     """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise ModelError(f"{stage.name}: no parameter is trained; look at lora.target_modules")
     if isinstance(model, PeftModel):
-        wrong = [name for name in trained if f".{TRAINED_ADAPTER}" not in name]
+        wrong = [name for name in trained if not any(f".{adapter}" in name for adapter in adapters)]
     else:
         wrong = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if wrong:
@@ -71,6 +71,9 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
     is near ln 2; far from it, the head's scale or the labels are wrong.
     """
     if stage.method == "sft" or stage.is_unpaired:
+        return
+    if stage.method == "ppo":
+        trainer.check_step_zero()
         return
     model = trainer.model
     num_rows = min(trainer.args.per_device_eval_batch_size, len(trainer.train_dataset))

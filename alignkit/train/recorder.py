@@ -18,7 +18,7 @@ from alignkit.runs.record import JsonLines
 from alignkit.train.built import Built
 from alignkit.train.samples import write_samples
 
-_SHOWN = ("loss", "accuracy", "rewards/accuracies", "mean_token_accuracy")
+_SHOWN = ("loss", "reward", "objective/kl", "accuracy", "rewards/accuracies", "mean_token_accuracy")
 
 
 class Recorder(TrainerCallback):
@@ -57,7 +57,7 @@ class Recorder(TrainerCallback):
     ) -> TrainerControl:
         if state.global_step >= state.max_steps:
             control.should_log = True  # the loss in result.json is that of the last step
-        if self._stop_wanted(args):
+        if self._stop_wanted(args) and self._built.trainer.may_stop:
             control.should_save = control.should_training_stop = True
         return control
 

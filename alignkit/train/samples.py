@@ -49,14 +49,13 @@ def _answer(built: Built, rows: Sequence[Row], *, max_new_tokens: int) -> list[d
         eos_ids=built.chat.stop_ids,
         pad_id=tokenizer.pad_token_id,
     )
-    return [
-        {
-            "prompt": prompt,
-            "answer": tokenizer.decode(answer, skip_special_tokens=True),
-            "reference": _reference_of(row),
-        }
+    fields = [
+        {"prompt": prompt, "answer": tokenizer.decode(answer, skip_special_tokens=True)}
+        | ({"reference": _reference_of(row)} if row.completions else {})
         for prompt, answer, row in zip(prompts, answers, rows, strict=True)
     ]
+    scores = built.score_answers(rows, answers) if built.score_answers else [{}] * len(rows)
+    return [known | more for known, more in zip(fields, scores, strict=True)]
 
 
 def _score_answers(built: Built, rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -1,0 +1,185 @@
+"""The critic: a value for every token of an answer, from one of three trunks.
+
+    own      a sequence classifier of its own, from the reward model or from the policy with a zero head (InstructGPT)
+    adapter  an adapter on the policy's base, from the reward model's adapter and head
+    head     a zero head on the policy's own hidden states (Ziegler 2019): its loss also reaches the policy's adapter
+
+The value of a token is what is expected before it is sampled. Deliberately knows no loss.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+
+from alignkit.errors import ModelError, RunError
+from alignkit.models.adapters import copy_adapter
+from alignkit.models.hub import quiet_transformers
+from alignkit.models.load import load_trained
+from alignkit.train.readout import Batch, hidden_states
+from alignkit.train.roles import CRITIC, REWARD, Roles
+
+CRITIC_FILE = "critic.safetensors"
+
+
+class Critic:
+    """Values of answer tokens, and the parameters, state and files of whatever computes them."""
+
+    def __init__(self, roles: Roles, head: nn.Linear, *, model: PreTrainedModel | None = None) -> None:
+        self.roles, self.head, self.model = roles, head, model
+        self.has_adapter = model is None and CRITIC in getattr(roles.policy, "peft_config", {})
+
+    @property
+    def shares_hidden(self) -> bool:
+        """Whether it reads the policy's hidden states, so that both come from one forward pass."""
+        return self.model is None and not self.has_adapter
+
+    def values(self, batch: Batch, hidden_NH: Tensor | None = None) -> Tensor:
+        """Return values, float32 (N,); `hidden_NH` is the policy's, where it is shared."""
+        if self.model is not None:
+            hidden_NH = hidden_states(self.model, batch)
+        elif self.has_adapter:
+            with self.roles.act_as((CRITIC,)):
+                hidden_NH = hidden_states(self.roles.trunk(), batch)
+        assert hidden_NH is not None
+        return self.head(hidden_NH.to(self.head.weight.dtype)).squeeze(-1).float()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what the critic's loss trains and the policy's optimizer groups do not hold."""
+        if self.model is not None:
+            yield from ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+            return
+        if self.has_adapter:
+            yield from (
+                (name, p) for name, p in self.roles.policy.named_parameters() if f".{CRITIC}." in name and "lora_" in name
+            )
+        yield from ((f"head.{name}", p) for name, p in self.head.named_parameters())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of `named_parameters`."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def save_state(self, directory: Path) -> None:
+        """Write what a checkpoint needs."""
+        state = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        save_file(state, directory / CRITIC_FILE, metadata={"format": "pt"})
+
+    def load_state(self, directory: Path) -> None:
+        """Read it back into the parameters as they stand. Raises RunError when they are others."""
+        saved, mine = load_file(directory / CRITIC_FILE), dict(self.named_parameters())
+        if saved.keys() != mine.keys():
+            raise RunError("holds another critic; start over with --force", where=str(directory / CRITIC_FILE))
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(saved[name])
+
+    def save(self, out: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Write the critic as a user loads it: a sequence classifier, its adapter, or the bare head."""
+        out.mkdir(parents=True, exist_ok=True)
+        if self.model is not None:
+            with quiet_transformers():
+                self.model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+            return
+        head = {name: p.detach().float().cpu().contiguous() for name, p in self.head.named_parameters()}
+        if not self.has_adapter:
+            save_file({f"value_head.{name}": tensor for name, tensor in head.items()}, out / "value_head.safetensors")
+            return
+        policy = self.roles.policy
+        state = get_peft_model_state_dict(policy, adapter_name=CRITIC, save_embedding_layers=False)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(
+            state | {"base_model.model.score.weight": head["weight"]},
+            out / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        config = copy.deepcopy(policy.peft_config[CRITIC])
+        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
+        config.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+def critic_on_policy(roles: Roles) -> Critic:
+    """Return the zero head on the policy's hidden states."""
+    return Critic(roles, _zero_head(roles))
+
+
+def critic_on_base(roles: Roles) -> Critic:
+    """Return an adapter on the shared base that starts as the reward model's, with its head."""
+    assert isinstance(roles.policy, PeftModel) and roles.reward_head is not None
+    with roles._policy_kept():
+        copy_adapter(roles.policy, REWARD, CRITIC)
+    for name, parameter in roles.policy.named_parameters():
+        if f".{CRITIC}." in name and "lora_" in name:
+            parameter.requires_grad_(True)
+    head = copy.deepcopy(roles.reward_head).float()
+    return Critic(roles, head.requires_grad_(True))
+
+
+def critic_from_policy(roles: Roles) -> Critic:
+    """Return a model of its own: the policy's trunk and a zero head."""
+    policy = roles.policy
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    model.base_model.load_state_dict(policy.base_model.state_dict())
+    return _own(roles, model.to(policy.device), zero=True)
+
+
+def critic_from_reward(roles: Roles, directory: Path, *, where: str, trust_code: bool = False) -> Critic:
+    """Return a trainable copy of a reward model; an adapter is folded into its base.
+
+    Raises ModelError for a classifier whose trunk reads the whole text at once: it has no value per token.
+    """
+    policy = roles.policy
+    model = load_trained(directory, device=str(policy.device), reward=True, trust_code=trust_code)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    if not isinstance(getattr(model, "score", None), nn.Linear) or getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"a {model.config.model_type} classifier gives no value per token; set value_init: policy", where=where
+        )
+    return _own(roles, model.to(policy.dtype), zero=False)
+
+
+def _own(roles: Roles, model: Any, *, zero: bool) -> Critic:
+    model.config.use_cache = False
+    model.config.pad_token_id = roles.policy.config.pad_token_id
+    model.requires_grad_(True)
+    if zero:
+        model.score.weight.data.zero_()
+    return Critic(roles, model.score, model=model)
+
+
+def _zero_head(roles: Roles) -> nn.Linear:
+    size = roles.policy.get_input_embeddings().weight.size(1)
+    hidden = getattr(roles.policy.config.get_text_config(), "hidden_size", size)
+    head = nn.Linear(hidden, 1, device=roles.policy.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+
+
+def heads_and_models(
+    roles: Roles, critic: Critic | None
+) -> tuple[Sequence[tuple[str, nn.Module]], Sequence[tuple[str, nn.Module]]]:
+    """Return the named heads and models beside the policy, for the account of memory."""
+    heads: list[tuple[str, nn.Module]] = [] if roles.reward_head is None else [(REWARD, roles.reward_head)]
+    models: list[tuple[str, nn.Module]] = []
+    if critic is not None and critic.model is not None:
+        models.append((CRITIC, critic.model))
+    elif critic is not None:
+        heads.append((CRITIC, critic.head))
+    return heads, models

@@ -1,0 +1,45 @@
+"""A moving average of the trained weights, saved as the model at the end (InstructGPT: decay 0.992).
+
+Deliberately only of the policy: the critic and the optimizer go on from the raw weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+EMA_FILE = "ema.safetensors"
+
+
+class Ema:
+    """Averages of named parameters, on their devices."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self._parameters, self._decay = parameters, decay
+        self._averages: list[Tensor] = [p.detach().float().clone() for p in parameters.values()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the weights: a <- decay a + (1 - decay) w."""
+        weights = [p.detach().float() for p in self._parameters.values()]
+        torch._foreach_lerp_(self._averages, weights, 1 - self._decay)
+
+    @torch.no_grad()
+    def put_in(self) -> None:
+        """Make the averages the weights."""
+        for parameter, average in zip(self._parameters.values(), self._averages, strict=True):
+            parameter.copy_(average)
+
+    def save(self, directory: Path) -> None:
+        """Write the averages beside a checkpoint's weights."""
+        named = {name: average.cpu() for name, average in zip(self._parameters, self._averages, strict=True)}
+        save_file(named, directory / EMA_FILE, metadata={"format": "pt"})
+
+    def load(self, directory: Path) -> None:
+        """Read them back."""
+        saved = load_file(directory / EMA_FILE)
+        for name, average in zip(self._parameters, self._averages, strict=True):
+            average.copy_(saved[name])

@@ -1,0 +1,370 @@
+"""PPO on TRL's GRPOTrainer: its generation, its vLLM and its place in transformers; our critic, advantages and losses.
+
+An optimizer step is `batch_size` answers; a rollout is `minibatches` of them and is gone through `ppo_epochs` times.
+Losses are means over the tokens of the whole optimizer step, so that micro batches change nothing. Checkpoints are
+written between rollouts only: a resumed run samples the next rollout as the undisturbed one would have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOTrainer
+
+from alignkit import console
+from alignkit.errors import ModelError, RunError
+from alignkit.recipe.schema import PpoOptions
+from alignkit.runs import checkpoints
+from alignkit.train.collect import Collector, seeded
+from alignkit.train.critic import Critic
+from alignkit.train.ema import EMA_FILE, Ema
+from alignkit.train.experience import Experience, answer_order
+from alignkit.train.guard import TRAINED_ADAPTER, Guarded
+from alignkit.train.monitors import KlTooLarge
+from alignkit.train.ppo_math import policy_losses, value_losses
+from alignkit.train.ptx import Ptx
+from alignkit.train.roles import CRITIC, Roles
+
+STATE_FILE = "ppo_state.json"
+
+
+class _Turns(Dataset[dict[str, int]]):
+    """The micro batches of a run by number; what is in them is sampled when their rollout comes."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> dict[str, int]:
+        return {"turn": number}
+
+
+class _AfterStep(TrainerCallback):
+    """Moves the averaged weights after every optimizer step, before anything is saved."""
+
+    def __init__(self, ema: Ema) -> None:
+        self._ema = ema
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._ema.update()
+
+
+class Ppo(Guarded, GRPOTrainer):
+    """See the module docstring."""
+
+    trained_adapters = (TRAINED_ADAPTER, CRITIC)
+
+    def __init__(
+        self,
+        *args: Any,
+        options: PpoOptions,
+        collector: Collector,
+        roles: Roles,
+        critic: Critic | None,
+        ptx: Ptx | None = None,
+        ema: float | None = None,
+        critic_learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.options, self.collector, self.roles, self.critic, self.ptx = options, collector, roles, critic, ptx
+        self.critic_learning_rate = critic_learning_rate
+        self.experience: Experience | None = None
+        self._steps_per_rollout = options.ppo_epochs * options.minibatches
+        super().__init__(*args, reward_funcs=_never_called, **kwargs)
+        collector.generate, collector.autocast = self._sample, self.accelerator.autocast
+        mine = {id(parameter) for parameter in (critic.parameters() if critic else [])}
+        self._policy_parameters = {
+            name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in mine
+        }
+        self.ema = Ema(self._policy_parameters, ema) if ema else None
+        if self.ema is not None:
+            self.add_callback(_AfterStep(self.ema))
+
+    # ---- the order of things ----
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, int]]:
+        count = self.args.max_steps * self.args.gradient_accumulation_steps
+        return DataLoader(_Turns(count), batch_size=1, shuffle=False, collate_fn=lambda rows: rows[0])
+
+    def _init_training_state(self, *args: Any) -> Any:
+        found = super()._init_training_state(*args)
+        every = self.state.save_steps
+        if self.args.save_strategy == "steps" and every % self._steps_per_rollout:
+            self.state.save_steps = math.ceil(every / self._steps_per_rollout) * self._steps_per_rollout
+            console.note(
+                f"{self.collector.name}: saving every {self.state.save_steps} steps instead of {every}: checkpoints "
+                f"lie between rollouts, which take {self._steps_per_rollout} steps"
+            )
+        return found
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the run stands between two rollouts, where it can be saved and stopped."""
+        return self.state.global_step % self._steps_per_rollout == 0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except KlTooLarge as stop:
+            self.is_in_train = False
+            self._go_back(stop)
+
+    def _go_back(self, stop: KlTooLarge) -> None:
+        """Take the weights of the last checkpoint whose KL was within bounds: the newest before the one just judged."""
+        directory = Path(self.args.output_dir)
+        good = [path for path in checkpoints.list_checkpoints(directory) if checkpoints.step_of(path) < stop.step]
+        limit = f"the KL is {stop.kl:.3g} nats per sequence at step {stop.step}, above max_kl {self.options.max_kl:g}"
+        if not good:
+            raise RunError(
+                f"{limit}, and no earlier checkpoint was saved; lower learning_rate or save_steps, or raise kl_coef",
+                where=str(directory),
+            )
+        self._load_from_checkpoint(str(good[0]))
+        self.state.global_step = checkpoints.step_of(good[0])
+        console.warn(f"{self.collector.name}: {limit}; stopped, and the model is that of {good[0].name}")
+
+    # ---- sampling ----
+
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        answers, _ = self._generate_single_turn(prompt_ids, None, {}, self.options.answers_per_prompt)
+        return answers
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the micro batch of a turn, sampling its rollout first where it is the rollout's first turn."""
+        accumulate = self.args.gradient_accumulation_steps
+        step, micro = divmod(inputs["turn"], accumulate)
+        number, place = divmod(step, self._steps_per_rollout)
+        if place == 0 and micro == 0:
+            if number == 0:
+                self.collector.prepare()
+            self.experience = None  # its memory is needed
+            self.experience = self.collector.collect(number, self.model_wrapped, step=step)
+            self._log_rollout(self.experience)
+        assert self.experience is not None
+        epoch, minibatch = divmod(place, self.options.minibatches)
+        rollout = self.experience.rollout
+        order = answer_order(len(rollout), seed=self.args.seed, rollout=number, epoch=epoch)
+        size = self.args.per_device_train_batch_size
+        rows_of_step = order[minibatch * size * accumulate : (minibatch + 1) * size * accumulate]
+        rows = rows_of_step[micro * size : (micro + 1) * size]
+        mask_RT = self.experience.mask_RT
+        return {
+            "step": step,
+            "micro": micro,
+            "rows": torch.as_tensor(rows),
+            "num_tokens": float(mask_RT[rows_of_step].sum()),
+            "batch": self.collector.batch(rollout, rows.tolist(), mask_RT.size(1)),
+        }
+
+    def _log_rollout(self, experience: Experience) -> None:
+        metrics = self._metrics["train"]
+        for name, value in experience.metrics.items():
+            metrics[name].append(value)
+        self._total_train_tokens += sum(
+            len(prompt) + len(answer)
+            for prompt, answer in zip(experience.rollout.prompt_ids, experience.rollout.sampled_ids, strict=True)
+        )
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        rollouts = math.ceil(self.state.global_step / self._steps_per_rollout)
+        episodes = rollouts * self.collector.num_answers
+        self.state.epoch = episodes / self.options.answers_per_prompt / len(self.collector.prompts)
+        if "loss" in logs:
+            logs["episodes"] = episodes
+        super().log(logs, start_time)
+
+    # ---- the step ----
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        if inputs["micro"] == 0 and self.critic is not None:
+            for parameter in self.critic.parameters():
+                parameter.grad = None  # upstream clears the policy's
+        batch, num_tokens = inputs["batch"], inputs["num_tokens"]
+        old = self._targets(inputs)
+        value_loss = torch.zeros((), device=batch.input_ids_BL.device)
+        if self.critic is not None and not self.critic.shares_hidden:
+            # A graph of its own: its memory is free before the policy's is built.
+            value_loss = self._value_loss(self.critic.values(batch), old, num_tokens)
+            self.accelerator.backward(value_loss)
+            value_loss = value_loss.detach()
+        logps_N, _, hidden_NH = self.roles.policy_logps(model, batch)
+        losses_N = policy_losses(logps_N, old["logps"], old["advantages"], clip=self.options.cliprange)
+        loss = losses_N.sum() / num_tokens
+        self._record(inputs, logps_N.detach(), old, loss.detach())
+        if self.critic is not None and self.critic.shares_hidden:
+            value_loss = self._value_loss(self.critic.values(batch, hidden_NH), old, num_tokens)
+        return loss + value_loss
+
+    def _targets(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what the rollout fixed for the tokens of a micro batch, each (N,)."""
+        assert self.experience is not None
+        rows, keep_BT = inputs["rows"], inputs["batch"].mask_BT.cpu()
+        device = inputs["batch"].input_ids_BL.device
+        columns = {
+            "logps": self.experience.logps_RT,
+            "advantages": self.experience.advantages_RT,
+            "values": self.experience.values_RT,
+            "returns": self.experience.returns_RT,
+        }
+        return {name: tensor[rows][keep_BT].to(device) for name, tensor in columns.items()}
+
+    def _value_loss(self, values_N: Tensor, old: dict[str, Tensor], num_tokens: float) -> Tensor:
+        losses_N = value_losses(values_N, old["values"], old["returns"], clip=self.options.cliprange_value)
+        clipped = ((values_N.detach() - old["values"]).abs() > self.options.cliprange_value).sum()
+        self._add("value_loss", float(losses_N.detach().sum()) / num_tokens)
+        self._add("value_clip_fraction", float(clipped) / num_tokens)
+        return self.options.vf_coef * losses_N.sum() / num_tokens
+
+    def _record(self, inputs: dict[str, Any], logps_N: Tensor, old: dict[str, Tensor], loss: Tensor) -> None:
+        ratio_N = (logps_N - old["logps"]).exp()
+        clipped = ((ratio_N - 1).abs() > self.options.cliprange).sum()
+        self._add("policy_loss", float(loss))
+        self._add("clip_fraction", float(clipped) / inputs["num_tokens"])
+
+    def _add(self, name: str, part: float) -> None:
+        """Add a micro batch's part of a step's mean; the step's means are averaged at the next log."""
+        self._step_sums[name] = self._step_sums.get(name, 0.0) + part
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        accumulate = self.args.gradient_accumulation_steps
+        step, micro = divmod(inputs["turn"], accumulate)
+        if micro == 0:
+            self._step_sums: dict[str, float] = {}
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.ptx is not None:
+            loss = loss + self._train_ptx(model, step, micro, accumulate)
+            self._last_loss = loss
+        if micro == accumulate - 1:
+            for name, value in self._step_sums.items():
+                self._metrics["train"][name].append(value)
+        return loss
+
+    def _train_ptx(self, model: Any, step: int, micro: int, count: int) -> Tensor:
+        assert self.ptx is not None
+        numbers = self.ptx.micro_batches(step, micro, count)
+        if not numbers:
+            return torch.zeros((), device=self.args.device)
+        batch = self.ptx.batch(numbers, self.args.device)
+        with self.compute_loss_context_manager():
+            logps_N, _, _ = self.roles.policy_logps(model, batch)
+            loss = self.ptx.loss(logps_N, self.ptx.count_tokens(step))
+        self.accelerator.backward(loss)
+        self._add("ptx_loss", float(loss.detach()) / self.ptx.coef)
+        return loss.detach()
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Give the critic parameter groups of its own, with its own learning rate."""
+        if self.critic is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        named = list(self.critic.named_parameters())
+        for _, parameter in named:
+            parameter.requires_grad_(False)  # some are adapters inside the policy's model
+        optimizer = super().create_optimizer(model)
+        for _, parameter in named:
+            parameter.requires_grad_(True)
+        rate = self.critic_learning_rate or self.args.learning_rate
+        for decay, chosen in (
+            (self.args.weight_decay, [p for _, p in named if p.ndim >= 2]),
+            (0.0, [p for _, p in named if p.ndim < 2]),
+        ):
+            if chosen:
+                optimizer.add_param_group({"params": chosen, "weight_decay": decay, "lr": rate})
+        return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        """Clip policy and critic apart; return the norm of both together, for the check that it is finite."""
+        self.accelerator.unscale_gradients()
+        policy = torch.nn.utils.clip_grad_norm_(list(self._policy_parameters.values()), self.args.max_grad_norm)
+        if self.critic is None:
+            return policy
+        critic = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+        self._metrics["train"]["critic_grad_norm"].append(float(critic))
+        return (policy**2 + critic**2) ** 0.5
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save or output_dir is None:
+            return
+        directory = Path(output_dir)
+        if self.critic is not None:
+            self.critic.save_state(directory)
+        if self.ema is not None:
+            self.ema.save(directory)
+        (directory / STATE_FILE).write_text(json.dumps(self.collector.state()) + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        directory = Path(resume_from_checkpoint)
+        if self.critic is not None:
+            self.critic.load_state(directory)
+        if self.ema is not None:
+            if not (directory / EMA_FILE).is_file():
+                raise RunError("holds no averaged weights (ema); start over with --force", where=str(directory))
+            self.ema.load(directory)
+        self.collector.restore(json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
+
+    def ready_final(self) -> None:
+        if self.ema is not None:
+            self.ema.put_in()
+
+    # ---- before the first step, and on held-out prompts ----
+
+    def check_step_zero(self) -> None:
+        """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on answers of the fresh policy."""
+        count = min(self.args.per_device_train_batch_size, len(self.collector.prompts))
+        with seeded(self.args.seed):
+            rollout = self.collector.sample(range(count))
+        mask_RT, logps_RT, ref_logps_RT, *_ = self.collector.read(rollout, self.model)
+        batch = self.collector.batch(rollout, range(count), mask_RT.size(1))
+        with self.accelerator.autocast():
+            again_RT = batch.spread(self.roles.policy_logps(self.model, batch)[0].float()).detach().cpu()
+        # Kernels of a GPU may add in another order from one call to the next.
+        bound = 0.0 if self.args.device.type == "cpu" else 1e-2
+        kl, ratio = float((logps_RT - ref_logps_RT).abs().max()), float((again_RT - logps_RT).abs().max())
+        name = self.collector.name
+        if not kl <= bound:
+            raise ModelError(
+                f"{name}: policy and reference differ at step 0 (by {kl:.3g} nats in a token, it must be 0): the "
+                "reference is not the model that training starts from"
+            )
+        if not ratio <= bound:
+            raise ModelError(
+                f"{name}: the ratio at step 0 is exp({ratio:.3g}), it must be 1: the policy is not the same in sampling "
+                "and in training; switch dropout off"
+            )
+
+    @torch.no_grad()
+    def answer_held_out(self, table: Any) -> dict[str, float]:
+        """Sample one answer to each held-out prompt, always with the same seed, and return the means."""
+        was_training = self.model.training
+        sums: dict[str, float] = {}
+        self.model.eval()
+        with seeded(self.args.seed):
+            for start in range(0, len(table), self.collector.num_answers):
+                numbers = range(start, min(start + self.collector.num_answers, len(table)))
+                rollout = self.collector.sample(numbers, table)
+                found = self.collector.examine(rollout, self.model, step=self.state.global_step)
+                for name, value in found.metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value * len(numbers) / len(table)
+        kept = ("reward", "gold", "objective/kl", "entropy", "response_length", "ended_share", "repetition")
+        self.model.train(was_training)
+        return {f"eval_{name}": sums[name] for name in kept if name in sums}
+
+
+def _never_called(**_: Any) -> list[float]:
+    """Stand where GRPOTrainer wants a reward function: rewards are computed by the collector."""
+    raise AssertionError("alignkit computes rewards itself")

@@ -1,0 +1,204 @@
+"""A Python function as a reward: found by its import path, called under a time limit, its answer checked.
+
+Deliberately knows nothing of torch or of models. Every way in which such a function can go wrong is one message that
+names the function and the answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import NonFiniteError, RewardError
+from alignkit.recipe import Stage
+from alignkit.recipe.nearest import suggest
+
+_AGAIN_SECONDS = 1.0  # a function that swallows the interruption is interrupted again
+
+
+class _TimeUp(BaseException):
+    """The time is over; no `except Exception` of a reward function catches it."""
+
+
+class RewardFunction:
+    """A function that is ready to be called, with a name and a place for messages."""
+
+    def __init__(self, path: str, function: Callable[..., Any], *, seconds: float, where: str | None) -> None:
+        self.path, self.seconds, self.where = path, seconds, where
+        self._function = function
+        self._accepted = _list_parameters(function)
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    ) -> list[float]:
+        """Return one finite number per answer.
+
+        Raises RewardError for a function that raises, takes too long, or returns something else, NonFiniteError for a
+        number that is not finite.
+        """
+        given = self._pick_columns(columns)
+        arguments = copy.deepcopy((list(prompts), list(completions), given))  # it may change what it gets
+        try:
+            # Standard output is for results.
+            with contextlib.redirect_stdout(sys.stderr), _time_limit(self.seconds):
+                returned = self._function(arguments[0], arguments[1], **arguments[2])
+        except _TimeUp:
+            raise self._error(
+                f"did not return within {self.seconds:g} s for {len(completions)} answers; make it faster, or raise "
+                "reward_timeout"
+            ) from None
+        except (Exception, SystemExit) as error:
+            raise self._error(f"raised {_describe(error)}") from error
+        return self._read(returned, prompts, len(completions))
+
+    def _pick_columns(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Return the columns it has parameters for, all of them where it takes **columns."""
+        missing = [name for name, needed in (self._accepted or {}).items() if needed and name not in columns]
+        if missing:
+            there = ", ".join(columns) or "no other columns"
+            raise self._error(f"needs the column {missing[0]}{suggest(missing[0], columns)}; the rows have {there}")
+        return {name: list(column) for name, column in columns.items()
+                if self._accepted is None or name in self._accepted}  # fmt: skip
+
+    def _read(self, returned: Any, prompts: Sequence[Any], count: int) -> list[float]:
+        if hasattr(returned, "tolist"):  # an array or a tensor
+            returned = returned.tolist()
+        if not isinstance(returned, (list, tuple)):
+            raise self._error(f"returned {type(returned).__name__}; it must return a list of {count} numbers")
+        if len(returned) != count:
+            raise self._error(f"returned {len(returned)} rewards for {count} answers")
+        rewards = []
+        for number, value in enumerate(returned):
+            if hasattr(value, "item"):
+                value = value.item()
+            if not isinstance(value, (int, float)):
+                what = f"returned {_shorten(repr(value))} for answer {number} ({_shorten(repr(prompts[number]))})"
+                raise self._error(f"{what}; it must be a number")
+            if not math.isfinite(value):
+                what = f"returned {float(value)} for answer {number} ({_shorten(repr(prompts[number]))})"
+                place = f"{self.where}: " if self.where else ""
+                raise NonFiniteError(f"{place}the reward function {self.path} {what}; a reward must be finite")
+            rewards.append(float(value))
+        return rewards
+
+    def _error(self, what: str) -> RewardError:
+        return RewardError(f"the reward function {self.path} {what}", where=self.where)
+
+
+def load_function(stage: Stage, path: str, *, key: str) -> RewardFunction:
+    """Import `pkg.module:name` from sys.path or the recipe's directory; `key` is where the recipe names it.
+
+    Raises RewardError without --trust-code, and for a module or a name that is not there.
+    """
+    where = stage.where(f"{stage.name}.{key}")
+    require_trust(stage, path, where=where)
+    module_name, _, name = path.partition(":")
+    folder = str(Path(stage.recipe_path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: it must not hide a library
+    seconds = float(getattr(stage.options, "reward_timeout", 60.0))
+    try:
+        with contextlib.redirect_stdout(sys.stderr), _time_limit(seconds):
+            module = importlib.import_module(module_name)
+    except _TimeUp:
+        what = f"cannot be imported: {module_name} takes longer than {seconds:g} s (reward_timeout)"
+        raise RewardError(f"the reward function {path} {what}", where=where) from None
+    except ModuleNotFoundError as error:
+        own = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
+        what = f"there is no module {error.name}" if own else f"{module_name} imports {error.name}, which is not there"
+        raise RewardError(f"the reward function {path}: {what}, on sys.path or in {folder}", where=where) from error
+    except (Exception, SystemExit) as error:
+        what = f"importing {module_name} raised {_describe(error)}"
+        raise RewardError(f"the reward function {path}: {what}", where=where) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        hint = suggest(name, known) or (f"; it has {', '.join(known[:8])}" if known else "")
+        state = "is not a function" if hasattr(module, name) else "is not there"
+        raise RewardError(f"the reward function {path}: {name} {state} in {module_name}{hint}", where=where)
+    return RewardFunction(path, function, seconds=seconds, where=where)
+
+
+def require_trust(stage: Stage, path: str, *, where: str | None) -> None:
+    """Raise RewardError unless the person at the keyboard allowed code."""
+    if not stage.trust_code:
+        raise RewardError(
+            f"the reward function {path} is code, which a recipe cannot allow; read it, and give --trust-code on the "
+            "command line",
+            where=where,
+        )
+
+
+def hash_function(stage: Stage, path: str) -> str | None:
+    """Fingerprint the file a function is in; None where it has no file, or code is not allowed."""
+    if not stage.trust_code:
+        return None
+    folder = str(Path(stage.recipe_path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        spec = importlib.util.find_spec(path.partition(":")[0])
+    except (ImportError, ValueError, AttributeError):
+        return None  # `load_function` says what is wrong
+    source = Path(spec.origin) if spec is not None and spec.origin else None
+    return hashlib.blake2b(source.read_bytes(), digest_size=16).hexdigest() if source and source.is_file() else None
+
+
+def _list_parameters(function: Callable[..., Any]) -> dict[str, bool] | None:
+    """Return the names of columns a function takes, and whether it needs them; None when it takes any."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[2:]
+    except (TypeError, ValueError):  # built in: it has no signature
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {item.name: item.default is item.empty for item in parameters if item.kind in kinds}
+
+
+def _describe(error: BaseException) -> str:
+    """Return what was raised and where, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    place = f" at {outside[-1].filename}:{outside[-1].lineno}" if outside else ""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}{f': {_shorten(text)}' if text else ''}{place}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt what runs inside after `seconds`, with an alarm in this very thread: nothing is left running.
+
+    Only the main thread, where training runs, can be interrupted; elsewhere there is no limit. A C extension that never
+    comes back to Python is not interrupted either: no thread could end it.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TimeUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

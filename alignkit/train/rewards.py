@@ -1,0 +1,153 @@
+"""The reward of an answer: reward models, Python functions and the toy world's own, as one weighted sum.
+
+Normalisation on the starting policy, clipping, the penalty for a missing end and the KL are not here: they change what
+a score means for the policy, not what the sources say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit.data import true_reward
+from alignkit.errors import ModelError, NonFiniteError, RewardError
+from alignkit.models.chat import Chat
+from alignkit.models.classifier import load_classifier, name_source
+from alignkit.models.files import find_model_dir, fingerprint_weights
+from alignkit.recipe import Stage
+from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
+from alignkit.train.reward_function import hash_function, load_function
+from alignkit.train.reward_model import ModelReward, ScoreIds, choose_encoder, encode_ids, read_norm, scorer
+from alignkit.train.rm import REWARD_NORM
+from alignkit.train.rollout import Rollout
+
+Score = Callable[[Rollout], Tensor]
+
+
+@dataclass
+class Scored:
+    """Rewards of a rollout, float32 on the CPU; `total_B` is the weighted sum of the parts."""
+
+    total_B: Tensor
+    parts: dict[str, Tensor]
+
+
+class Rewards:
+    """All sources of a reward; call it with a rollout."""
+
+    def __init__(self, sources: Mapping[str, tuple[Score, float]]) -> None:
+        self._sources = dict(sources)
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the parts, as metrics call them."""
+        return list(self._sources)
+
+    def __call__(self, rollout: Rollout) -> Scored:
+        """Score every answer; raises RewardError or NonFiniteError with the source and the answer."""
+        total_B = torch.zeros(len(rollout))
+        parts = {}
+        for name, (score, weight) in self._sources.items():
+            part_B = score(rollout).float()
+            if not bool(part_B.isfinite().all()):
+                number = int((~part_B.isfinite()).nonzero()[0])
+                raise NonFiniteError(
+                    f"the reward {name} of answer {number} is {float(part_B[number])}; its weights or its dtype are not "
+                    "fit for these texts"
+                )
+            parts[name] = part_B
+            total_B = total_B + weight * part_B
+        return Scored(total_B, parts)
+
+
+def build_rewards(
+    stage: Stage,
+    sources: Sequence[RewardSource],
+    *,
+    chat: Chat,
+    key: str = "reward",
+    device: str = "auto",
+    score_ids: Mapping[int, ScoreIds] | None = None,
+) -> Rewards:
+    """Return what scores the answers of a stage; `key` is reward or gold, for messages.
+
+    `score_ids` gives, by their place in `sources`, the models that the caller holds on the policy's base: nothing is
+    loaded for them. Raises RewardError or ModelError with the place in the recipe.
+    """
+    held = score_ids or {}
+    built: dict[str, tuple[Score, float]] = {}
+    for place, source in enumerate(sources):
+        score = _build(stage, source, chat, key=key, device=device, held=held.get(place))
+        built[_unique(_name(stage, source), built)] = (score, source.weight)
+    return Rewards(built)
+
+
+def hash_rewards(stage: Stage) -> dict[str, Any]:
+    """Return what the fingerprint of a stage holds of its rewards: the bytes of models and of functions' files."""
+    if not isinstance(stage.options, PpoOptions):
+        return {}
+    return {"reward_weights": [_hash(stage, source) for source in stage.options.reward]}
+
+
+def _build(stage: Stage, source: RewardSource, chat: Chat, *, key: str, device: str, held: ScoreIds | None) -> Score:
+    if source.function is not None:
+        function = load_function(stage, source.function, key=key)
+        return lambda rollout: torch.tensor(function(rollout.prompts, rollout.completions, rollout.columns))
+    assert source.model is not None
+    if source.model == BUILTIN_REWARD:
+        return _score_truly
+    name = _name(stage, source)
+    try:
+        norm = read_norm(source.model)
+        if held is not None:  # the policy's base, hence its tokenizer
+            encode = encode_ids(chat.stop_ids, chat.tokenizer.eos_token_id, chat.end_of_turn)
+            return ModelReward(held, encode, norm, limit=None, name=name)
+        classifier = load_classifier(source.model, device=device, trust_code=stage.trust_code)
+    except ModelError as error:
+        where = stage.where(f"{stage.name}.{key}")
+        raise RewardError(f"{stage.name}.{key}: {error}", where=where) from error
+    encode = choose_encoder(classifier, chat, name=name)
+    return ModelReward(scorer(classifier), encode, norm, limit=classifier.positions, name=name)
+
+
+def _score_truly(rollout: Rollout) -> Tensor:
+    return torch.tensor([true_reward(read_answer(answer)) for answer in rollout.completions])
+
+
+def read_answer(completion: Any) -> str:
+    """Return the text of an answer, which may be text or messages."""
+    return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)
+
+
+def _name(stage: Stage, source: RewardSource) -> str:
+    if source.function is not None:
+        return source.function.rpartition(":")[2]
+    assert source.model is not None
+    if source.model == BUILTIN_REWARD:
+        return "true_reward"
+    return stage.reward_stages.get(source.model) or name_source(source.model)
+
+
+def _unique(name: str, taken: Mapping[str, Any]) -> str:
+    number = 2
+    unique = name
+    while unique in taken:
+        unique, number = f"{name}_{number}", number + 1
+    return unique
+
+
+def _hash(stage: Stage, source: RewardSource) -> str | None:
+    if source.function is not None:
+        return hash_function(stage, source.function)
+    assert source.model is not None
+    directory = None if source.model == BUILTIN_REWARD else find_model_dir(source.model)
+    if directory is None:
+        return None
+    norm = directory / REWARD_NORM
+    extra = hashlib.blake2b(norm.read_bytes(), digest_size=16).hexdigest() if norm.is_file() else ""
+    return fingerprint_weights(directory) + extra
