@@ -7,6 +7,7 @@ Deliberately imports nothing beyond the standard library, so that every room can
     │   ├── RecipeError             the recipe file
     │   ├── DataError               rows, files, columns
     │   ├── ModelError              weights, adapters, tokenizers, templates
+    │   ├── RewardError             reward functions, and reward models that do not fit
     │   └── RunError                the run directory: in use, changed settings, damaged checkpoints
     ├── NonFiniteError           3  loss, gradient or reward is NaN or infinite
     ├── DiskError                4  no room, or not writable
@@ -64,6 +65,10 @@ class DataError(UsageError):
 
 class ModelError(UsageError):
     """Weights, adapters, tokenizers and chat templates."""
+
+
+class RewardError(UsageError):
+    """A reward function, or a reward model that cannot score the answers."""
 
 
 class RunError(UsageError):

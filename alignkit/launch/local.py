@@ -21,9 +21,10 @@ from alignkit.errors import DataError, EnvironmentProblem, ModelError, Problem, 
 from alignkit.launch.environment import prepare_environment
 from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.preflight.check import check_trackers
+from alignkit.preflight.rewards import require_rewards
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import DataSource, RmOptions
+from alignkit.recipe.schema import DataSource, PpoOptions, RmOptions
 from alignkit.runs.layout import open_run, refuse_foreign
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, 
         )
     prepare_environment(tiny=stage.model.path.startswith("builtin:"))
     _require_start(stage)
+    require_rewards(stage)
     _inspect_weights(stage)
     refuse_foreign(Path(stage.run_dir))
     _read_ahead(stage)
@@ -120,6 +122,8 @@ def _read_ahead(stage: Stage) -> None:
     groups = [options.data, *([options.eval] if isinstance(options.eval, list) else [])]
     if isinstance(options, RmOptions) and options.normalize_data:
         located += _locate(stage, options.normalize_data, "normalize_data", problems)
+    if isinstance(options, PpoOptions) and options.ptx is not None:
+        located += _locate(stage, options.ptx.data, "ptx.data", problems)
     for sources, key in zip(groups, ("data", "eval"), strict=False):
         located += _locate(stage, sources, key, problems)
     if problems:

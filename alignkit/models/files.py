@@ -17,6 +17,7 @@ from typing import Any, Literal
 from alignkit.errors import ModelError, Problem
 
 BUILTIN_PREFIX = "builtin:"
+REWARD_NORM = "reward_norm.json"  # of an rm stage, beside its model: gain and bias
 RECORD = "alignkit.json"  # what we add to a model directory: lineage, dtype and quantization it was trained with
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

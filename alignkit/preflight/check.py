@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, UsageError
 from alignkit.preflight.disk import checkpoint_bytes, count_trained, read_model_shapes, require_space
 from alignkit.preflight.doctor import Table
+from alignkit.preflight.rewards import describe_reward, list_sources
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
+from alignkit.recipe.schema import PpoOptions
 
 if TYPE_CHECKING:
     from alignkit.models.chat import Chat
@@ -120,6 +122,7 @@ def _check_stage(stage: Stage, check: StageCheck) -> None:
     stage = _use_base_of_untrained(stage, check)
     with check.noting():
         _check_start(stage, check)
+    _check_rewards(stage, check)
     with check.noting():
         _check_device(stage, check)
     with check.noting():
@@ -169,6 +172,13 @@ def _check_start(stage: Stage, check: StageCheck) -> None:
             f"{source} is a reward model; {stage.method} needs a policy to start from",
             where=stage.where(f"{stage.name}.start_from"),
         )
+
+
+def _check_rewards(stage: Stage, check: StageCheck) -> None:
+    for key, source in list_sources(stage):
+        with check.noting():
+            what = describe_reward(stage, key, source)
+            check.facts[key] = f"{check.facts[key]}; {what}" if key in check.facts else what
 
 
 def _check_device(stage: Stage, check: StageCheck) -> None:
@@ -221,6 +231,8 @@ def _check_disk(stage: Stage, check: StageCheck, chat: Chat) -> None:
         return
     dtype = str(pick_precision(stage).dtype).removeprefix("torch.")
     num_trained = count_trained(shapes, stage.lora)
+    if isinstance(stage.options, PpoOptions) and stage.options.advantage == "gae":
+        num_trained *= 2  # the critic is as large as the policy, in adapters or in weights
     # Rotation comes after the new checkpoint is sealed, so for a moment there is one more than is kept.
     num_checkpoints = stage.options.keep_checkpoints + 1
     needed = int(1.1 * num_checkpoints * checkpoint_bytes(num_trained, dtype=dtype))
@@ -267,7 +279,9 @@ def describe_rows(tables: Tables) -> dict[str, str]:
             + (f"; columns not used: {ignored}" if ignored else "")
         )
     middle, high = np.percentile(tables.train.data.column("length").to_numpy(), [50, 95])
-    facts["tokens"] = f"{lengths.num_tokens:,}, of which {lengths.num_trained_tokens:,} are trained"
+    prompts_only = "prompt" in tables.train.column_names
+    trained = "all in prompts" if prompts_only else f"of which {lengths.num_trained_tokens:,} are trained"
+    facts["tokens"] = f"{lengths.num_tokens:,}, {trained}"
     facts["tokens a row"] = f"median {middle:.0f}, 95 % below {high:.0f}, longest {lengths.longest_tokens}"
     facts["too long"] = f"{lengths.truncated_share:.1%}: {lengths.num_truncated} cut, {lengths.num_too_long} left out"
     if lengths.num_untrained:

@@ -28,6 +28,7 @@ from alignkit.train.finish import finish
 from alignkit.train.guard import Guarded, Watch
 from alignkit.train.invariants import check_parameters, check_start, check_step_zero
 from alignkit.train.recorder import Recorder
+from alignkit.train.rewards import hash_rewards
 from alignkit.train.samples import write_samples
 from alignkit.train.signals import StopFlag, catch_signals
 from alignkit.train.tables import hash_data
@@ -53,7 +54,7 @@ def fit(
     run = RunDir(run_dir)
     began = time.monotonic()
     with catch_signals() as stop:
-        fingerprint = {**stage.fingerprint_values(), "start_weights": _hash_start(stage)}
+        fingerprint = {**stage.fingerprint_values(), "start_weights": _hash_start(stage), **hash_rewards(stage)}
         if run.stage.exists():  # what the recipe alone tells is compared before anything heavy loads
             compare_fingerprints(run, {**fingerprint, **_kept_fingerprint(run)}, allow_change=allow_change)
         if run.is_finished():

@@ -25,6 +25,7 @@ from alignkit.errors import NonFiniteError, RewardError
 from alignkit.recipe import Stage
 from alignkit.recipe.nearest import suggest
 
+_IMPORT_SECONDS = 120.0
 _AGAIN_SECONDS = 1.0  # a function that swallows the interruption is interrupted again
 
 
@@ -110,10 +111,10 @@ def load_function(stage: Stage, path: str, *, key: str) -> RewardFunction:
         sys.path.append(folder)  # last: it must not hide a library
     seconds = float(getattr(stage.options, "reward_timeout", 60.0))
     try:
-        with contextlib.redirect_stdout(sys.stderr), _time_limit(seconds):
+        with contextlib.redirect_stdout(sys.stderr), _time_limit(_IMPORT_SECONDS):
             module = importlib.import_module(module_name)
     except _TimeUp:
-        what = f"cannot be imported: {module_name} takes longer than {seconds:g} s (reward_timeout)"
+        what = f"cannot be imported: {module_name} takes longer than {_IMPORT_SECONDS:g} s"
         raise RewardError(f"the reward function {path} {what}", where=where) from None
     except ModuleNotFoundError as error:
         own = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")

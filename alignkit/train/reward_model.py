@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from alignkit.errors import ModelError, RewardError
 from alignkit.models.chat import Chat, ConversationError
 from alignkit.models.classifier import Classifier
-from alignkit.models.files import find_model_dir
+from alignkit.models.files import REWARD_NORM, find_model_dir
 from alignkit.runs.files import read_json
-from alignkit.train.rm import REWARD_NORM
 from alignkit.train.rollout import Rollout
 
 ScoreIds = Callable[[list[list[int]]], Tensor]
@@ -40,8 +38,8 @@ class ModelReward:
         for number, ids in enumerate(sequences):
             if self._limit is not None and len(ids) > self._limit:
                 raise RewardError(
-                    f"the reward model {self._name} reads {self._limit} tokens, and answer {number} with its prompt has "
-                    f"{len(ids)} of them; lower max_new_tokens, leave out long prompts, or take another reward"
+                    f"the reward model {self._name} reads {self._limit} tokens, and answer {number} with its prompt "
+                    f"has {len(ids)}; lower max_new_tokens, leave out long prompts, or take another reward"
                 )
         gain, bias = self._norm
         scores_B = self._score_ids(sequences).float().cpu()
@@ -172,6 +170,6 @@ def _encode_foreign(classifier: Classifier, name: str) -> Encode:
 def _require_template(template: Any, rollout: Rollout, name: str) -> None:
     if template is None and any(not isinstance(prompt, str) for prompt in rollout.prompts):
         raise RewardError(
-            f"the reward model {name} has no chat template and the prompts are conversations; add a chat_template.jinja "
-            "to its directory, or give prompts as text"
+            f"the reward model {name} has no chat template and the prompts are conversations; add one "
+            "(chat_template.jinja) to its directory, or give prompts as text"
         )

@@ -18,12 +18,11 @@ from alignkit.data import true_reward
 from alignkit.errors import ModelError, NonFiniteError, RewardError
 from alignkit.models.chat import Chat
 from alignkit.models.classifier import load_classifier, name_source
-from alignkit.models.files import find_model_dir, fingerprint_weights
+from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
 from alignkit.train.reward_function import hash_function, load_function
 from alignkit.train.reward_model import ModelReward, ScoreIds, choose_encoder, encode_ids, read_norm, scorer
-from alignkit.train.rm import REWARD_NORM
 from alignkit.train.rollout import Rollout
 
 Score = Callable[[Rollout], Tensor]
@@ -57,7 +56,7 @@ class Rewards:
             if not bool(part_B.isfinite().all()):
                 number = int((~part_B.isfinite()).nonzero()[0])
                 raise NonFiniteError(
-                    f"the reward {name} of answer {number} is {float(part_B[number])}; its weights or its dtype are not "
+                    f"the reward {name} of answer {number} is {float(part_B[number])}; its weights or dtype are not "
                     "fit for these texts"
                 )
             parts[name] = part_B

@@ -20,6 +20,7 @@ from trl import RewardConfig, RewardTrainer
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat
+from alignkit.models.files import REWARD_NORM
 from alignkit.models.load import load_reward_model
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
@@ -32,8 +33,6 @@ from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
 from alignkit.train.losses import best_of_loss, kway_loss, pairwise_losses
 from alignkit.train.tables import prepare_tables
-
-REWARD_NORM = "reward_norm.json"
 
 
 @dataclass

@@ -1,0 +1,192 @@
+"""Whatever a reward function does wrong is one message that names it, the answer and the remedy."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from alignkit.errors import NonFiniteError, RewardError
+from alignkit.recipe import Stage, load_recipe, resolve
+from alignkit.train.reward_function import RewardFunction, hash_function, load_function
+
+RECIPE = """model: {path: builtin:tiny-gpt2}
+ppo:
+  reward: {function: "FUNCTION"}
+  reward_timeout: 0.4
+  data: builtin:prompts
+"""
+PROMPTS, ANSWERS = ["What is red?", "What is blue?"], ["an apple", "the sky"]
+Load = Callable[..., RewardFunction]
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Write a module beside a recipe and load a function of it, as a stage does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+
+    def run(code: str, path: str = "score_it:score", *, trust: bool = True) -> RewardFunction:
+        (tmp_path / "score_it.py").write_text(code)
+        return load_function(make_stage(tmp_path, path, trust=trust), path, key="reward")
+
+    yield run
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def make_stage(folder: Path, path: str, *, trust: bool) -> Stage:
+    recipe = folder / "a.yaml"
+    recipe.write_text(RECIPE.replace("FUNCTION", path))
+    return resolve(load_recipe(recipe), trust_code=trust)
+
+
+def complain(function: RewardFunction, **columns: list[object]) -> str:
+    with pytest.raises((RewardError, NonFiniteError)) as caught:
+        function(PROMPTS, ANSWERS, columns)
+    return str(caught.value)
+
+
+def test_a_function_scores_and_gets_columns(load: Load) -> None:
+    function = load("def score(prompts, completions, **columns):\n    return [len(w) for w in columns['wanted']]\n")
+    assert function(PROMPTS, ANSWERS, {"wanted": ["red", "blue!"]}) == [3.0, 5.0]
+
+
+def test_a_function_gets_only_the_columns_it_names(load: Load) -> None:
+    function = load("def score(prompts, completions, wanted, other=None):\n    return [float(w) for w in wanted]\n")
+    assert function(PROMPTS, ANSWERS, {"wanted": [1, 2], "unused": [0, 0]}) == [1.0, 2.0]
+
+
+def test_arrays_tensors_tuples_and_booleans_are_numbers(load: Load) -> None:
+    for value in ("numpy.array([1, 2])", "torch.tensor([1.0, 2.0])", "(True, 2)", "[numpy.float32(1), 2]"):
+        function = load(f"import numpy, torch\ndef score(prompts, completions):\n    return {value}\n")
+        assert function(PROMPTS, ANSWERS, {}) == [1.0, 2.0]
+        del sys.modules["score_it"]
+
+
+def test_what_it_changes_or_prints_stays_its_own(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    function = load("def score(prompts, completions):\n    print('hi')\n    prompts.clear()\n    return [1, 2]\n")
+    prompts = list(PROMPTS)
+    function(prompts, ANSWERS, {})
+    assert prompts == PROMPTS
+    assert capsys.readouterr() == ("", "hi\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0]", "a.yaml:3: the reward function score_it:score returned 1 rewards for 2 answers"),
+        ("return None", "a.yaml:3: the reward function score_it:score returned NoneType; it must return a list of 2 "
+         "numbers"),
+        ("return 1.0", "a.yaml:3: the reward function score_it:score returned float; it must return a list of 2 "
+         "numbers"),
+        ("return [1, 'good']", "a.yaml:3: the reward function score_it:score returned 'good' for answer 1 "
+         "('What is blue?'); it must be a number"),
+        ("return [1, None]", "a.yaml:3: the reward function score_it:score returned None for answer 1 "
+         "('What is blue?'); it must be a number"),
+        ("return [float('nan'), 1]", "a.yaml:3: the reward function score_it:score returned nan for answer 0 "
+         "('What is red?'); a reward must be finite"),
+        ("return [1, -float('inf')]", "a.yaml:3: the reward function score_it:score returned -inf for answer 1 "
+         "('What is blue?'); a reward must be finite"),
+    ],
+)  # fmt: skip
+def test_a_wrong_answer_of_a_function_is_one_message(load: Load, body: str, message: str) -> None:
+    assert complain(load(f"def score(prompts, completions):\n    {body}\n")) == message
+
+
+def test_not_finite_rewards_end_with_their_own_exit_code(load: Load) -> None:
+    function = load("def score(prompts, completions):\n    return [float('nan')] * 2\n")
+    with pytest.raises(NonFiniteError) as caught:
+        function(PROMPTS, ANSWERS, {})
+    assert caught.value.exit_code == 3
+
+
+def test_an_exception_is_named_with_its_line(load: Load, tmp_path: Path) -> None:
+    function = load("def score(prompts, completions):\n    return {}['nothing']\n")
+    assert complain(function) == (
+        f"a.yaml:3: the reward function score_it:score raised KeyError: 'nothing' at {tmp_path / 'score_it.py'}:2"
+    )
+    del sys.modules["score_it"]
+    assert "raised SystemExit: 3 at " in complain(load("def score(prompts, completions):\n    raise SystemExit(3)\n"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import time; time.sleep(30)",
+        "exec('while True: pass')",
+        "import threading; threading.Event().wait(30)",
+        "exec('''import time\nwhile True:\n    try:\n        time.sleep(30)\n    except Exception:\n        pass''')",
+    ],
+    ids=["sleeps", "loops", "waits", "swallows"],
+)
+def test_a_function_that_hangs_is_stopped_and_leaves_nothing_running(load: Load, body: str) -> None:
+    function = load(f"def score(prompts, completions):\n    {body}\n")
+    threads, began = threading.active_count(), time.monotonic()
+    assert complain(function) == (
+        "a.yaml:3: the reward function score_it:score did not return within 0.4 s for 2 answers; make it faster, or "
+        "raise reward_timeout"
+    )
+    assert time.monotonic() - began < 3
+    assert threading.active_count() == threads
+    time.sleep(1.2)  # no alarm is left that would end something else
+
+
+def test_an_earlier_alarm_handler_comes_back(load: Load) -> None:
+    import signal
+
+    before = signal.getsignal(signal.SIGALRM)
+    load("def score(prompts, completions):\n    return [1, 2]\n")(PROMPTS, ANSWERS, {})
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_column_it_needs_and_the_rows_do_not_have(load: Load) -> None:
+    function = load("def score(prompts, completions, wanted):\n    return [1, 2]\n")
+    assert complain(function, wantd=[1, 2]) == (
+        "a.yaml:3: the reward function score_it:score needs the column wanted; did you mean wantd?; the rows have wantd"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "path", "message"),
+    [
+        ("", "score_it:scoer", "scoer is not there in score_it"),
+        ("def score(): ...", "score_it:scoer", "scoer is not there in score_it; did you mean score?"),
+        ("score = 3", "score_it:score", "score is not a function in score_it"),
+        ("", "no_such_module:score", "there is no module no_such_module, on sys.path or in "),
+        ("", "score_it.deeper:score", "there is no module score_it.deeper, on sys.path or in "),
+        ("import not_installed_x", "score_it:score", "score_it imports not_installed_x, which is not there"),
+        ("1 / 0", "score_it:score", "importing score_it raised ZeroDivisionError: division by zero at "),
+        ("def score(:", "score_it:score", "importing score_it raised SyntaxError: "),
+        ("import time; time.sleep(9)", "score_it:score", "score_it takes longer than 0.5 s"),
+    ],
+)
+def test_a_function_that_cannot_be_had(
+    load: Load, monkeypatch: pytest.MonkeyPatch, code: str, path: str, message: str
+) -> None:
+    monkeypatch.setattr("alignkit.train.reward_function._IMPORT_SECONDS", 0.5)
+    with pytest.raises(RewardError) as caught:
+        load(code, path)
+    assert message in str(caught.value) and str(caught.value).startswith(f"a.yaml:3: the reward function {path}")
+
+
+def test_code_needs_trust(load: Load, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    with pytest.raises(RewardError, match="is code, which a recipe cannot allow; .* --trust-code"):
+        load(f"open({str(marker)!r}, 'w')\n", trust=False)
+    assert not marker.exists()
+
+
+def test_the_fingerprint_is_that_of_the_file(load: Load, tmp_path: Path) -> None:
+    load("def score(prompts, completions):\n    return [1, 2]\n")
+    stage = make_stage(tmp_path, "score_it:score", trust=True)
+    before = hash_function(stage, "score_it:score")
+    assert before is not None and math.isfinite(len(before))
+    (tmp_path / "score_it.py").write_text("def score(prompts, completions):\n    return [1, 3]\n")
+    assert hash_function(stage, "score_it:score") not in (None, before)
