@@ -56,14 +56,16 @@ def build(stage: Stage, run: RunDir) -> Built:
     loaded = load_policy(stage, run_dir=run.path, tokenizer=tokenizer)
     loaded.model.generation_config.eos_token_id = chat.stop_ids
     config = _build_config(stage, run.checkpoints, num_prompts=len(tables.train))
-    loaded.model.to(config.device) if not loaded.precision.quantized else None
+    device = str(config.device)
+    if not loaded.precision.quantized:
+        loaded.model.to(device)
     roles = build_roles(stage, loaded)
     score_ids = _hold_reward(stage, roles, options.reward, tokenizer.pad_token_id)
     critic = _build_critic(stage, roles, loaded) if options.advantage == "gae" else None
-    rewards = build_rewards(stage, options.reward, chat=chat, device=config.device, score_ids=score_ids)
+    rewards = build_rewards(stage, options.reward, chat=chat, device=device, score_ids=score_ids)
     gold = None
     if options.gold is not None:
-        gold = build_rewards(stage, options.gold, chat=chat, device=config.device, score_ids={})
+        gold = build_rewards(stage, options.gold, chat=chat, key="gold", device=device)
     collector = Collector(
         options=options,
         chat=chat,

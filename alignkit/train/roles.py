@@ -160,7 +160,9 @@ def find_reward_on_base(roles: Roles, source: str, *, trust_code: bool) -> Path 
     if directory is None:
         return None
     files = inspect_model_dir(directory, trust_code=trust_code)
-    if files.kind != "adapter" or not files.reward or files.config.get("modules_to_save") not in (None, ["score"]):
+    # PEFT names both heads; other modules trained in full would not be the base's.
+    own_modules = set(files.config.get("modules_to_save") or ()) - {"score", "classifier"}
+    if files.kind != "adapter" or not files.reward or own_modules:
         return None
     return directory if _same_base(roles.trunk(), files) else None
 
