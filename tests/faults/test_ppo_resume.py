@@ -1,0 +1,143 @@
+"""A PPO run that is killed or stopped ends with the policy and the critic of an undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignkit.recipe import Stage, load_recipe, resolve
+from alignkit.runs import checkpoints
+
+# Six rollouts of two optimizer steps; everything that has a state is switched on.
+RECIPE = """
+name: faults
+model: {{path: builtin:tiny-llama{quantization}}}
+{lora}
+rm:
+  data: {{path: builtin:preferences, max_rows: 16}}
+  batch_size: 4
+  max_steps: 2
+  max_length: 160
+  learning_rate: 1e-3
+  samples: {{num: 0}}
+ppo:
+  data: {{path: builtin:prompts, max_rows: 16}}
+  reward: {reward}
+  reward_normalize: gain_and_bias
+  reward_normalize_rows: 8
+  kl_target: 0.5
+  kl_horizon: 40
+  {extra}
+  batch_size: 4
+  micro_batch_size: 2
+  ppo_epochs: 2
+  max_new_tokens: 8
+  max_steps: 12
+  save_steps: 1
+  logging_steps: 4
+  learning_rate: 3e-3
+  samples: {{num: 0}}
+"""
+KINDS = {
+    "full": ("", "", "rm", "ema: 0.9\n  ptx: {data: {path: builtin:reviews, max_rows: 20}, coef: 0.5, batch_size: 2}"),
+    "lora": ("", "lora: {r: 4, alpha: 8}", "rm", ""),
+    "head": ("", "lora: {r: 4, alpha: 8}", "builtin:true-reward", "ema: 0.9"),
+    "qlora": (", quantization: nf4", "lora: {r: 4, alpha: 8}", "rm", ""),
+}
+
+
+@pytest.fixture
+def warm_ppo(warm: None) -> None:
+    import alignkit.train.ppo  # noqa: F401
+
+
+@pytest.fixture
+def make_ppo(tmp_path: Path, run: Callable, warm_ppo: None) -> Callable[[str, str], Stage]:
+    """Return a function that resolves the ppo stage of a kind into a directory, its reward model trained once."""
+
+    def make(kind: str, out: str) -> Stage:
+        quantization, lora, reward, extra = KINDS[kind]
+        path = tmp_path / f"{kind}.yaml"
+        path.write_text(RECIPE.format(quantization=quantization, lora=lora, reward=reward, extra=extra))
+        if reward == "rm" and not (tmp_path / "runs" / "faults" / "rm" / "result.json").exists():
+            ended = run(resolve(load_recipe(path), "rm"))
+            assert ended.code == 0, ended.stderr
+        return resolve(load_recipe(path), "ppo", out=tmp_path / out)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def digest(run_dir: Path) -> str:
+    """Return a digest of the final policy and critic."""
+    found = hashlib.sha256()
+    files = sorted((run_dir / "model").rglob("*.safetensors"))
+    assert len(files) >= 2, f"policy and critic are not both below {run_dir}"
+    for file in files:
+        found.update(str(file.relative_to(run_dir)).encode() + file.read_bytes())
+    return found.hexdigest()
+
+
+def last_kl_coef(run_dir: Path) -> float:
+    newest = checkpoints.list_checkpoints(run_dir / "checkpoints")[0]
+    return float(json.loads((newest / "ppo_state.json").read_text())["kl_coef"])
+
+
+def check_kills(kind: str, make_ppo: Callable, run: Callable, tmp_path: Path, *, num_kills: int, seed: int) -> int:
+    whole = run(make_ppo(kind, "whole"))
+    assert whole.code == 0, whole.stderr
+    expected, coef = digest(tmp_path / "whole"), last_kl_coef(tmp_path / "whole")
+    assert coef != 0.05  # the controller has moved
+    rng, hits = random.Random(seed), 0
+    for part in range(8):
+        out = f"killed{part}"
+        for _ in range(3):
+            ended = run(make_ppo(kind, out), kill_after=rng.uniform(0.3, whole.seconds * 0.9))
+            hits += ended.code == -signal.SIGKILL
+        ended = run(make_ppo(kind, out))
+        assert ended.code == 0, ended.stderr
+        assert digest(tmp_path / out) == expected
+        assert last_kl_coef(tmp_path / out) == coef
+        if hits >= num_kills:
+            break
+    return hits
+
+
+def test_kills_leave_policy_and_critic_bit_identical(make_ppo: Callable, run: Callable, tmp_path: Path) -> None:
+    assert check_kills("head", make_ppo, run, tmp_path, num_kills=2, seed=1) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_kills_leave_policy_and_critic_bit_identical(
+    kind: str, make_ppo: Callable, run: Callable, tmp_path: Path
+) -> None:
+    hits = check_kills(kind, make_ppo, run, tmp_path, num_kills=10, seed=2)
+    print(f"ppo {kind}: {hits} kills, all exact")
+    assert hits >= 10
+
+
+@pytest.mark.slow
+def test_sigterm_inside_a_rollout_saves_at_its_end_and_goes_on(
+    make_ppo: Callable, run: Callable, tmp_path: Path
+) -> None:
+    whole = run(make_ppo("full", "whole"))
+    assert whole.code == 0, whole.stderr
+    for number, share in enumerate((0.3, 0.4, 0.5, 0.6, 0.7)):
+        out = f"stopped{number}"
+        ended = run(make_ppo("full", out), kill_after=whole.seconds * share, number=signal.SIGTERM)
+        assert ended.code in (0, 143), ended.stderr
+        for path in checkpoints.list_checkpoints(tmp_path / out / "checkpoints"):
+            assert checkpoints.step_of(path) % 2 == 0 and checkpoints.find_damage(path) is None
+        assert run(make_ppo("full", out)).code == 0
+        assert digest(tmp_path / out) == digest(tmp_path / "whole")
