@@ -72,7 +72,7 @@ def take_prompt(row: Row) -> Row:
     Raises ValueError with the reason when a row has none.
     """
     prompt = row.prompt
-    if not prompt and row.completions:
+    if row.kind in ("text", "messages"):
         prompt = row.completions[0]
         if isinstance(prompt, list):
             last = max(number for number, message in enumerate(prompt) if message["role"] in ("user", "tool"))

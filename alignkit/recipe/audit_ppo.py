@@ -14,13 +14,6 @@ if TYPE_CHECKING:
 
 _CRITIC = ("gamma", "lam", "cliprange_value", "vf_coef", "value_init", "critic_learning_rate")
 _FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
-# What generation_kwargs would set behind the back of a key.
-_SAMPLING_KEYS = (
-    "temperature", "max_new_tokens", "min_new_tokens", "top_p", "top_k", "min_p", "repetition_penalty",
-)  # fmt: skip
-_SAMPLING = (
-    *_SAMPLING_KEYS, "max_length", "do_sample", "num_beams", "num_return_sequences", "eos_token_id", "pad_token_id",
-)  # fmt: skip
 
 
 def list_rewards(stage: Section, key: str) -> list[dict[str, Any]]:
@@ -146,13 +139,18 @@ def _generation(stage: Section, recipe: Section) -> Iterator[Finding]:
         yield "generation.url", f"is {url!r}; it must start with http:// or https://"
 
 
-def _sampling(stage: Section, recipe: Section) -> Iterator[Finding]:
-    hidden = [key for key in _SAMPLING if key in (stage.get("generation_kwargs") or {})]
-    if hidden:
-        advice = f"set {hidden[0]} in the stage" if hidden[0] in _SAMPLING_KEYS else "PPO needs it as it is"
-        yield "generation_kwargs", f"sets {hidden[0]}; {advice}"
+def _stream(stage: Section, recipe: Section) -> Iterator[Finding]:
+    """A run is one stream of rollouts: no epochs to count by, no batches to group."""
+    if stage.has("batching"):
+        yield "batching", "has no effect: a rollout draws its prompts at random, and pads once"
+    for key in ("save_strategy", "logging_strategy"):
+        if stage.get(key) == "epoch":
+            yield key, "is epoch; PPO counts in steps, of which a rollout takes ppo_epochs x minibatches"
+    kind = stage.get("advantage", "gae")
+    if kind in ("rloo", "grpo") and stage.get("whiten_advantages"):
+        yield "whiten_advantages", f"has no effect with advantage: {kind}, which has a baseline and scale of its own"
 
 
 PPO_RULES: list[Callable[[Section, Section], Iterator[Finding]]] = [
-    _rewards, _functions, _normalisation, _kl, _critic, _groups, _clipping, _lengths, _duration, _generation, _sampling,
+    _rewards, _functions, _normalisation, _kl, _critic, _groups, _clipping, _lengths, _duration, _generation, _stream,
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from alignkit.recipe.ppo_fields import OWN, PPO_CONTROLLED, PPO_MOVED, PPO_RANGES
+from alignkit.recipe.ppo_fields import OWN, PPO_CONTROLLED, PPO_MOVED
 
 Fragment = dict[str, Any]
 
@@ -64,7 +64,6 @@ _RANGES: dict[str, Fragment] = {
     "desirable_weight": _NOT_NEGATIVE,
     "undesirable_weight": _NOT_NEGATIVE,
     "loss_weights": _NOT_NEGATIVE,
-    **PPO_RANGES,
 }
 _CHOICES = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignkit.errors import RecipeError
-from alignkit.recipe.secrecy import names_secret, redact
+from alignkit.recipe.secrecy import leads_to_secret, redact
 from alignkit.recipe.tree import Node, Origin, parse_yaml
 
 FLAG = "--set"
@@ -20,7 +20,7 @@ def apply_override(tree: Node, override: str) -> Node:
     keys = key.strip().split(".")
     if not separator or not all(keys):
         raise RecipeError(f"{_show(override)} is not KEY.PATH=VALUE, such as dpo.beta=0.2", where=FLAG)
-    if names_secret(keys[-1]):
+    if leads_to_secret(keys):
         raise RecipeError(f"{key} is the name of a secret; set it in the environment instead (HF_TOKEN)", where=FLAG)
     origin = Origin(FLAG, Path.cwd())
     try:

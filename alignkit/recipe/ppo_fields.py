@@ -6,8 +6,6 @@ tables here are read by `fields` and `advice`; they hold names only.
 
 from __future__ import annotations
 
-from typing import Any
-
 # Fields of GRPOConfig that are keys of alignkit's own, with their own ranges.
 OWN = ("temperature", "num_generations")
 
@@ -22,9 +20,22 @@ _TOOLS = "an answer is one turn; tools are not called"
 _CONTINUOUS = "set generation: {engine: vllm} for fast sampling"
 _WEIGHTS = "give reward: a list of {model or function, weight}, which is summed"
 _PROMPTS = "a prompt may take what max_new_tokens leaves of the context; longer ones are counted (max_truncated)"
-_EVAL = "PPO is watched through the rollouts' metrics and samples.jsonl, whose prompts come from eval"
+_EVAL = "rollouts are measured at every step, and the prompts of `eval:` are answered at the end"
+_SAMPLED = "PPO samples from the policy itself, or the ratios and the KL would be of something else; set temperature"
+_STREAM = "rollouts take the prompts from a stream of their own; there is no loader to set up"
 
 PPO_CONTROLLED: dict[str, str] = {
+    "top_p": _SAMPLED,
+    "top_k": _SAMPLED,
+    "min_p": _SAMPLED,
+    "repetition_penalty": _SAMPLED,
+    "generation_kwargs": "set temperature, max_new_tokens and min_new_tokens; all else of sampling is fixed by PPO",
+    "dataloader_num_workers": _STREAM,
+    "dataloader_prefetch_factor": _STREAM,
+    "dataloader_persistent_workers": _STREAM,
+    "dataloader_pin_memory": _STREAM,
+    "dataloader_drop_last": _STREAM,
+    "dataloader_multiprocessing_context": _STREAM,
     "disable_dropout": "dropout is always off in PPO: at the first step the ratio must be exactly 1",
     "cast_lm_head_to_fp32": "log-probabilities are computed in float32; set model.dtype: float32 for the whole model",
     "max_completion_length": "set max_new_tokens",
@@ -96,14 +107,6 @@ PPO_CONTROLLED: dict[str, str] = {
     "neftune_noise_alpha": "noise in the embeddings would change the probabilities of what was sampled",
     "pad_to_multiple_of": "rollouts are padded once, to their longest answer",
     "router_aux_loss_coef": "PPO has no auxiliary loss of the experts' router",
-}
-
-# Ranges of the fields that are left; "typical" is shown in messages.
-PPO_RANGES: dict[str, dict[str, Any]] = {
-    "top_p": {"exclusiveMinimum": 0, "maximum": 1, "typical": "1: every token"},
-    "top_k": {"minimum": 0, "typical": "0: every token"},
-    "min_p": {"minimum": 0, "maximum": 1},
-    "repetition_penalty": {"exclusiveMinimum": 0, "typical": "1"},
 }
 
 # TRL's old PPOConfig (0.x and experimental up to 1.12), LLaMA-Factory, OpenRLHF, verl and TRLX.

@@ -6,6 +6,7 @@ It judges names and shapes only; it never looks at the environment and cannot te
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from alignkit.errors import Problem
@@ -28,6 +29,11 @@ def names_secret(key: str) -> bool:
     return bool(_SECRET_NAME.search(name)) and not _VOCABULARY.match(name)
 
 
+def leads_to_secret(path: Sequence[str]) -> bool:
+    """Tell whether a dotted key names a credential; the token of `truncate:` is one of the vocabulary."""
+    return bool(path) and names_secret(path[-1]) and tuple(path[-2:]) != ("truncate", "token")
+
+
 def holds_secret(text: str) -> bool:
     return bool(_SECRET_VALUE.search(text))
 
@@ -44,7 +50,7 @@ def find_secrets(tree: Node) -> list[tuple[Node, Problem]]:
         key = redact(".".join(path))
         if any(holds_secret(part) for part in path[-1:]):
             found.append((node, Problem(f"{key} looks like a secret; {_ADVICE}", node.place)))
-        elif path and names_secret(path[-1]):
+        elif leads_to_secret(path):
             found.append((node, Problem(f"{key} is the name of a secret; {_ADVICE}", node.place)))
         elif isinstance(node.value, str) and holds_secret(node.value):
             found.append((node, Problem(f"{key} holds what looks like a secret; {_ADVICE}", node.place)))

@@ -75,7 +75,7 @@ def test_every_field_of_grpo_is_a_key_or_says_what_to_write_instead() -> None:
     """What GRPO has beyond the fields of all trainers is decided about, name by name."""
     decided = {*controlled_fields("ppo"), *OWN, *method_fields("sft")}
     left = set(trl_fields("ppo")) - decided
-    assert left == {"cache_implementation", "generation_kwargs", "min_p", "repetition_penalty", "top_k", "top_p"}
+    assert left == {"cache_implementation"}
 
 
 def test_advice_names_keys_that_exist() -> None:
