@@ -27,6 +27,7 @@ class Built:
     finish: Callable[[Path], dict[str, float]] | None = None  # measures and writes beside the model, before it counts
     # rewards of answers to rows, for samples
     score_answers: Callable[[Sequence[Row], Sequence[Sequence[int]]], list[dict[str, Any]]] | None = None
+    ptx_data: str | None = None  # fingerprint of the pre-training rows that ppo mixes in
     record: dict[str, Any] = field(default_factory=dict)  # what the method adds to stage.json
     base_hash: str | None = None  # bytes of what adapters leave alone, before training
 

@@ -1,7 +1,7 @@
 """From prompts to experience: sample, cut, score, and read what policy, reference and critic say.
 
-It holds what changes between rollouts (KL coefficient, reward normalisation, monitor) and is the same after a resume. It
-trains nothing.
+It holds what changes between rollouts (KL coefficient, reward normalisation, monitor), which is the same after a
+resume. It trains nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from alignkit import console
 from alignkit.data import Row
@@ -29,7 +30,7 @@ from alignkit.train.roles import Roles
 from alignkit.train.rollout import Rollout, Truncation, cut_answer, repetition
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset as Table
 
     from alignkit.train.rewards import Rewards
 
@@ -43,7 +44,7 @@ class Collector:
 
     options: PpoOptions
     chat: Chat
-    prompts: Dataset
+    prompts: Table
     roles: Roles
     critic: Critic | None
     rewards: Rewards
@@ -66,7 +67,7 @@ class Collector:
 
     # ---- sampling ----
 
-    def sample(self, numbers: Sequence[int], table: Dataset | None = None, *, repeats: int = 1) -> Rollout:
+    def sample(self, numbers: Sequence[int], table: Table | None = None, *, repeats: int = 1) -> Rollout:
         """Sample `repeats` answers to each of the numbered prompts."""
         rows = [(table or self.prompts)[number] for number in numbers for _ in range(repeats)]
         prompt_ids = [list(row["prompt_ids"]) for row in rows]
@@ -120,7 +121,9 @@ class Collector:
                 totals.append(self.rewards(self.sample(numbers[start : start + self.num_answers])).total_B.cpu())
         self.norm = measure_norm(self.options, torch.cat(totals))
         gain, bias = self.norm
-        console.note(f"{self.name}: reward normalised on {count} answers of the starting policy: {gain:.4g} r {bias:+.4g}")
+        console.note(
+            f"{self.name}: reward normalised on {count} answers of the starting policy: {gain:.4g} r {bias:+.4g}"
+        )
 
     # ---- one rollout ----
 
@@ -222,6 +225,19 @@ class Collector:
             self.controller.coef = state["kl_coef"]
         self.norm = None if state["norm"] is None else (state["norm"][0], state["norm"][1])
         self.monitor.restore(state["monitor"])
+
+
+class Turns(Dataset[dict[str, int]]):
+    """The micro batches of a run by number; what is in them is sampled when their rollout comes."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> dict[str, int]:
+        return {"turn": number}
 
 
 @contextmanager

@@ -60,7 +60,9 @@ class Critic:
             return
         if self.has_adapter:
             yield from (
-                (name, p) for name, p in self.roles.policy.named_parameters() if f".{CRITIC}." in name and "lora_" in name
+                (name, p)
+                for name, p in self.roles.policy.named_parameters()
+                if f".{CRITIC}." in name and "lora_" in name
             )
         yield from ((f"head.{name}", p) for name, p in self.head.named_parameters())
 
@@ -168,8 +170,6 @@ def _zero_head(roles: Roles) -> nn.Linear:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
-
-
 
 
 def heads_and_models(

@@ -6,10 +6,12 @@ Deliberately only of the policy: the critic and the optimizer go on from the raw
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 EMA_FILE = "ema.safetensors"
 
@@ -43,3 +45,13 @@ class Ema:
         saved = load_file(directory / EMA_FILE)
         for name, average in zip(self._parameters, self._averages, strict=True):
             average.copy_(saved[name])
+
+
+class AfterStep(TrainerCallback):
+    """Moves the averages after every optimizer step, before anything is saved."""
+
+    def __init__(self, ema: Ema) -> None:
+        self._ema = ema
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._ema.update()

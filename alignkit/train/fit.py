@@ -64,6 +64,7 @@ def fit(
         console.note(f"{stage.name}: reading data and loading the model")
         built = build(stage, run)
         fingerprint |= {"data": built.tables.report.fingerprint, "template": _hash_tokenizer(built.chat)}
+        fingerprint["ptx_data"] = built.ptx_data
         for change in compare_fingerprints(run, fingerprint, allow_change=allow_change):
             console.warn(f"{stage.name}: going on with a changed setting: {change}")
         _report_rows(stage, run, built)
@@ -89,7 +90,7 @@ def _hash_tokenizer(chat: Chat) -> str:
 def _kept_fingerprint(run: RunDir) -> dict[str, Any]:
     """Return the parts of the fingerprint that only reading the data gives again."""
     kept = read_json(run.stage).get("fingerprint", {})
-    return {key: kept.get(key) for key in ("data", "template")}
+    return {key: kept.get(key) for key in ("data", "template", "ptx_data")}
 
 
 def _read_result(run: RunDir) -> Result:

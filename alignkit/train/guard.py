@@ -44,7 +44,11 @@ class Guarded(Trainer):
 
     watch: Watch
     trained_adapters: tuple[str, ...] = (TRAINED_ADAPTER,)  # PEFT's names of those that may have gradients
-    may_stop: bool = True  # False where no checkpoint can be written: inside a rollout
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether a checkpoint can be written after this step; not so inside a rollout of ppo."""
+        return True
 
     def ready_final(self) -> None:
         """Make the weights those that are to be published; called once, after training."""

@@ -52,8 +52,8 @@ class HackingMonitor:
             return None
         self.said = True
         return (
-            f"the reward rose from {before['reward']:.3g} to {now['reward']:.3g} while {' and '.join(signs)}: the policy "
-            "may be exploiting the reward; read samples.jsonl, raise kl_coef or set max_kl"
+            f"the reward rose from {before['reward']:.3g} to {now['reward']:.3g} while {' and '.join(signs)}: the "
+            "policy may be exploiting the reward; read samples.jsonl, raise kl_coef or set max_kl"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,6 +75,6 @@ def require_finite_scores(scores: list[float], *, step: int) -> None:
     for number, score in enumerate(scores):
         if score != score or score in (float("inf"), float("-inf")):
             raise NonFiniteError(
-                f"step {step}: the reward of answer {number} is {score}; stopped before the optimizer step. Look at the "
-                "reward on that answer (samples.jsonl has others)"
+                f"step {step}: the reward of answer {number} is {score}; stopped before the optimizer step. Look at "
+                "the reward on that answer (samples.jsonl has others)"
             )

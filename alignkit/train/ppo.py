@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from alignkit.train.critic import (
     heads_and_models,
 )
 from alignkit.train.fit import fit, watch_for
+from alignkit.train.ppo_checks import answer_held_out
 from alignkit.train.ppo_trainer import Ppo
 from alignkit.train.ptx import Ptx
 from alignkit.train.readout import Sampling
@@ -66,6 +68,7 @@ def build(stage: Stage, run: RunDir) -> Built:
     gold = None
     if options.gold is not None:
         gold = build_rewards(stage, options.gold, chat=chat, key="gold", device=device)
+    ptx, ptx_data = _build_ptx(stage, chat, run, tokenizer.pad_token_id)
     collector = Collector(
         options=options,
         chat=chat,
@@ -92,7 +95,7 @@ def build(stage: Stage, run: RunDir) -> Built:
         collector=collector,
         roles=roles,
         critic=critic,
-        ptx=_build_ptx(stage, chat, run, tokenizer.pad_token_id),
+        ptx=ptx,
         ema=options.ema,
         critic_learning_rate=options.critic_learning_rate,
     )
@@ -102,7 +105,11 @@ def build(stage: Stage, run: RunDir) -> Built:
     def finish(model_dir: Path) -> dict[str, float]:
         if critic is not None:
             critic.save(model_dir / "critic", tokenizer)
-        return _last_metrics(run) | (trainer.answer_held_out(tables.eval) if tables.eval is not None else {})
+        metrics = _last_metrics(run)
+        if tables.eval is not None:
+            step = trainer.state.global_step
+            metrics |= answer_held_out(collector, trainer.model, tables.eval, step=step, seed=stage.seed)
+        return metrics
 
     return Built(
         trainer,
@@ -112,6 +119,7 @@ def build(stage: Stage, run: RunDir) -> Built:
         rejects,
         finish=finish,
         score_answers=collector.score_answers,
+        ptx_data=ptx_data,
         record={"roles": [{"what": part.what, "roles": part.roles, "bytes": part.num_bytes} for part in parts]},
     )
 
@@ -197,7 +205,7 @@ def _find_truncation(stage: Stage, tokenizer: Any) -> Truncation | None:
     ids = tokenizer(options.truncate.token, add_special_tokens=False).input_ids
     if len(ids) != 1:
         raise RecipeError(
-            f"{stage.name}.truncate.token {options.truncate.token!r} is {len(ids)} tokens of this tokenizer; it must be one",
+            f"{stage.name}.truncate.token {options.truncate.token!r} is {len(ids)} tokens of this tokenizer, not one",
             where=stage.where(f"{stage.name}.truncate.token"),
         )
     return Truncation(ids[0], options.truncate.after)
@@ -211,8 +219,7 @@ def _hold_reward(
         directory = source.model and find_reward_on_base(roles, source.model, trust_code=stage.trust_code)
         if directory:
             roles.add_reward(directory)
-            size = micro_batch_size(stage)
-            return {number: lambda ids: roles.score_ids(ids, pad_id=pad_id, batch_size=size)}
+            return {number: partial(roles.score_ids, pad_id=pad_id, batch_size=micro_batch_size(stage))}
     return {}
 
 
@@ -243,14 +250,15 @@ def _build_critic(stage: Stage, roles: Roles, loaded: Loaded) -> Critic:
     return critic_from_reward(roles, directory, where=where, trust_code=stage.trust_code)
 
 
-def _build_ptx(stage: Stage, chat: Chat, run: RunDir, pad_id: int) -> Ptx | None:
+def _build_ptx(stage: Stage, chat: Chat, run: RunDir, pad_id: int) -> tuple[Ptx | None, str | None]:
+    """Return the pre-training text and the fingerprint of its rows."""
     options = stage.expect(PpoOptions)
     if options.ptx is None:
-        return None
+        return None, None
     as_sft = replace(stage, options=SftOptions(data=options.ptx.data, objective="lm"))
     tables: Tables = prepare_tables(as_sft, chat, run.cache / "ptx", rejects=Rejects())
     size = options.ptx.batch_size or options.batch_size
-    return Ptx(tables.train, options.ptx.coef, size, stage.seed, pad_id)
+    return Ptx(tables.train, options.ptx.coef, size, stage.seed, pad_id), tables.report.fingerprint
 
 
 def _say_parts(stage: Stage, parts: Sequence[Part]) -> None:

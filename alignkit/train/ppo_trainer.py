@@ -14,48 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
 from trl import GRPOTrainer
 
 from alignkit import console
-from alignkit.errors import ModelError, RunError
+from alignkit.errors import RunError
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
-from alignkit.train.collect import Collector, seeded
+from alignkit.train.collect import Collector, Turns
 from alignkit.train.critic import Critic
-from alignkit.train.ema import EMA_FILE, Ema
+from alignkit.train.ema import EMA_FILE, AfterStep, Ema
 from alignkit.train.experience import Experience, answer_order
 from alignkit.train.guard import TRAINED_ADAPTER, Guarded
 from alignkit.train.monitors import KlTooLarge
+from alignkit.train.ppo_checks import check_step_zero
 from alignkit.train.ppo_math import policy_losses, value_losses
 from alignkit.train.ptx import Ptx
 from alignkit.train.roles import CRITIC, Roles
 
 STATE_FILE = "ppo_state.json"
-
-
-class _Turns(Dataset[dict[str, int]]):
-    """The micro batches of a run by number; what is in them is sampled when their rollout comes."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, number: int) -> dict[str, int]:
-        return {"turn": number}
-
-
-class _AfterStep(TrainerCallback):
-    """Moves the averaged weights after every optimizer step, before anything is saved."""
-
-    def __init__(self, ema: Ema) -> None:
-        self._ema = ema
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._ema.update()
 
 
 class Ppo(Guarded, GRPOTrainer):
@@ -87,13 +64,13 @@ class Ppo(Guarded, GRPOTrainer):
         }
         self.ema = Ema(self._policy_parameters, ema) if ema else None
         if self.ema is not None:
-            self.add_callback(_AfterStep(self.ema))
+            self.add_callback(AfterStep(self.ema))
 
     # ---- the order of things ----
 
     def get_train_dataloader(self) -> DataLoader[dict[str, int]]:
         count = self.args.max_steps * self.args.gradient_accumulation_steps
-        return DataLoader(_Turns(count), batch_size=1, shuffle=False, collate_fn=lambda rows: rows[0])
+        return DataLoader(Turns(count), batch_size=1, shuffle=False, collate_fn=lambda rows: rows[0])
 
     def _init_training_state(self, *args: Any) -> Any:
         found = super()._init_training_state(*args)
@@ -202,7 +179,9 @@ class Ppo(Guarded, GRPOTrainer):
         logps_N, _, hidden_NH = self.roles.policy_logps(model, batch)
         losses_N = policy_losses(logps_N, old["logps"], old["advantages"], clip=self.options.cliprange)
         loss = losses_N.sum() / num_tokens
-        self._record(inputs, logps_N.detach(), old, loss.detach())
+        ratio_N = (logps_N.detach() - old["logps"]).exp()
+        self._add("policy_loss", float(loss.detach()))
+        self._add("clip_fraction", float(((ratio_N - 1).abs() > self.options.cliprange).sum()) / num_tokens)
         if self.critic is not None and self.critic.shares_hidden:
             value_loss = self._value_loss(self.critic.values(batch, hidden_NH), old, num_tokens)
         return loss + value_loss
@@ -226,12 +205,6 @@ class Ppo(Guarded, GRPOTrainer):
         self._add("value_loss", float(losses_N.detach().sum()) / num_tokens)
         self._add("value_clip_fraction", float(clipped) / num_tokens)
         return self.options.vf_coef * losses_N.sum() / num_tokens
-
-    def _record(self, inputs: dict[str, Any], logps_N: Tensor, old: dict[str, Tensor], loss: Tensor) -> None:
-        ratio_N = (logps_N - old["logps"]).exp()
-        clipped = ((ratio_N - 1).abs() > self.options.cliprange).sum()
-        self._add("policy_loss", float(loss))
-        self._add("clip_fraction", float(clipped) / inputs["num_tokens"])
 
     def _add(self, name: str, part: float) -> None:
         """Add a micro batch's part of a step's mean; the step's means are averaged at the next log."""
@@ -321,48 +294,10 @@ class Ppo(Guarded, GRPOTrainer):
         if self.ema is not None:
             self.ema.put_in()
 
-    # ---- before the first step, and on held-out prompts ----
-
     def check_step_zero(self) -> None:
         """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on answers of the fresh policy."""
         count = min(self.args.per_device_train_batch_size, len(self.collector.prompts))
-        with seeded(self.args.seed):
-            rollout = self.collector.sample(range(count))
-        mask_RT, logps_RT, ref_logps_RT, *_ = self.collector.read(rollout, self.model)
-        batch = self.collector.batch(rollout, range(count), mask_RT.size(1))
-        with self.accelerator.autocast():
-            again_RT = batch.spread(self.roles.policy_logps(self.model, batch)[0].float()).detach().cpu()
-        # Kernels of a GPU may add in another order from one call to the next.
-        bound = 0.0 if self.args.device.type == "cpu" else 1e-2
-        kl, ratio = float((logps_RT - ref_logps_RT).abs().max()), float((again_RT - logps_RT).abs().max())
-        name = self.collector.name
-        if not kl <= bound:
-            raise ModelError(
-                f"{name}: policy and reference differ at step 0 (by {kl:.3g} nats in a token, it must be 0): the "
-                "reference is not the model that training starts from"
-            )
-        if not ratio <= bound:
-            raise ModelError(
-                f"{name}: the ratio at step 0 is exp({ratio:.3g}), it must be 1: the policy is not the same in sampling "
-                "and in training; switch dropout off"
-            )
-
-    @torch.no_grad()
-    def answer_held_out(self, table: Any) -> dict[str, float]:
-        """Sample one answer to each held-out prompt, always with the same seed, and return the means."""
-        was_training = self.model.training
-        sums: dict[str, float] = {}
-        self.model.eval()
-        with seeded(self.args.seed):
-            for start in range(0, len(table), self.collector.num_answers):
-                numbers = range(start, min(start + self.collector.num_answers, len(table)))
-                rollout = self.collector.sample(numbers, table)
-                found = self.collector.examine(rollout, self.model, step=self.state.global_step)
-                for name, value in found.metrics.items():
-                    sums[name] = sums.get(name, 0.0) + value * len(numbers) / len(table)
-        kept = ("reward", "gold", "objective/kl", "entropy", "response_length", "ended_share", "repetition")
-        self.model.train(was_training)
-        return {f"eval_{name}": sums[name] for name in kept if name in sums}
+        check_step_zero(self.collector, self.model, count=count, seed=self.args.seed)
 
 
 def _never_called(**_: Any) -> list[float]:

@@ -39,9 +39,7 @@ class Ptx:
     def batch(self, numbers: list[int], device: Any) -> Batch:
         """Return blocks as one answer each: every token after the first is learnt."""
         blocks = [list(self.blocks[number]["input_ids"]) for number in numbers]
-        return pad_answers(
-            [ids[:1] for ids in blocks], [ids[1:] for ids in blocks], pad_id=self.pad_id, device=device
-        )
+        return pad_answers([ids[:1] for ids in blocks], [ids[1:] for ids in blocks], pad_id=self.pad_id, device=device)
 
     def loss(self, logps_N: Tensor, num_tokens: int) -> Tensor:
         """Return this micro batch's part of coef times the mean loss of the step's tokens."""

@@ -3,8 +3,8 @@
 Answers are padded once, on the right; only the positions that predict a token of an answer go through the LM head, so
 that prompts and padding cost no logits. Nothing here knows rewards or losses.
 
-Legend: B answers, L tokens of the longest prompt with its answer, T of the longest answer, N answer tokens in all, H the
-hidden size.
+Legend: B answers, L tokens of the longest prompt with its answer, T of the longest answer, N answer tokens in all, H
+the hidden size.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def pad_answers(
     pad_id: int,
     device: torch.device | str = "cpu",
     num_columns: int | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    sampling: Sampling = Sampling(),
 ) -> Batch:
     """Pad prompts with their answers on the right; `num_columns` is T where it is not the longest answer."""
     whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -85,7 +85,7 @@ def pad_answers(
 
 
 def install_readout(model: Any) -> None:
-    """Let `model(input_ids=..., attention_mask=..., readout=batch)` return (log-probs (N,), entropies (N,), hidden (N, H)).
+    """Let `model(..., readout=batch)` return log-probs (N,), entropies (N,) and hidden states (N, H).
 
     Part of the model's own forward, so that it works through the wrappers of PEFT, accelerate and DDP; without
     `readout` the forward is what it was. TRL's `add_fused_lm_head` does the same and scores prompts too.

@@ -6,7 +6,7 @@ adapter acts is switched per forward pass. Deliberately knows no loss and no rol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +177,9 @@ def _same_base(base: Any, files: ModelFiles) -> bool:
     return here.resolve() == there.resolve() or fingerprint_weights(here) == fingerprint_weights(there)
 
 
-def list_parts(roles: Roles, heads: Sequence[tuple[str, nn.Module]], models: Sequence[tuple[str, nn.Module]]) -> list[Part]:
+def list_parts(
+    roles: Roles, heads: Sequence[tuple[str, nn.Module]], models: Sequence[tuple[str, nn.Module]]
+) -> list[Part]:
     """Return what is held in memory for the four roles: the bases, then adapters and heads."""
     parts: list[Part] = []
     if not isinstance(roles.policy, PeftModel):
@@ -185,8 +187,8 @@ def list_parts(roles: Roles, heads: Sequence[tuple[str, nn.Module]], models: Seq
         if roles.reference is not None:
             parts.append(Part("model", ("reference",), _bytes(roles.reference)))
     else:
-        names = [name for name in roles.policy.peft_config]
-        sizes = {name: _bytes(roles.policy, lambda key, name=name: f".{name}" in key and "lora_" in key) for name in names}
+        names = list(roles.policy.peft_config)
+        sizes = {name: _adapter_bytes(roles.policy, name) for name in names}
         base = _bytes(roles.policy) - sum(sizes.values())
         shared = ["policy", "reference"] + [REWARD] * (REWARD in names) + [CRITIC] * (CRITIC in names)
         if any(name == CRITIC for name, _ in heads) and CRITIC not in shared:
@@ -199,7 +201,10 @@ def list_parts(roles: Roles, heads: Sequence[tuple[str, nn.Module]], models: Seq
     return parts
 
 
-def _bytes(module: nn.Module, wanted: Callable[[str], bool] | None = None) -> int:
-    if wanted is None:
-        return int(describe_parameters(module)["bytes"])
-    return sum(p.numel() * p.element_size() for name, p in module.named_parameters() if wanted(name))
+def _bytes(module: nn.Module) -> int:
+    return int(describe_parameters(module)["bytes"])
+
+
+def _adapter_bytes(model: nn.Module, name: str) -> int:
+    own = (p for key, p in model.named_parameters() if f".{name}" in key and "lora_" in key)
+    return sum(p.numel() * p.element_size() for p in own)

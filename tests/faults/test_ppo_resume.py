@@ -99,7 +99,7 @@ def check_kills(kind: str, make_ppo: Callable, run: Callable, tmp_path: Path, *,
     expected, coef = digest(tmp_path / "whole"), last_kl_coef(tmp_path / "whole")
     assert coef != 0.05  # the controller has moved
     rng, hits = random.Random(seed), 0
-    for part in range(8):
+    for part in range(14):
         out = f"killed{part}"
         for _ in range(3):
             ended = run(make_ppo(kind, out), kill_after=rng.uniform(0.3, whole.seconds * 0.9))

@@ -1,0 +1,375 @@
+"""PPO on real tiny models: what the models say, what is learnt from it, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
+
+from alignkit.errors import ModelError, RunError
+from alignkit.launch import launch_stage
+from alignkit.models.load import load_trained
+from alignkit.recipe import Stage
+from alignkit.recipe.schema import MissingEos, PpoOptions
+from alignkit.runs import checkpoints
+from alignkit.runs.layout import RunDir
+from alignkit.train import ppo
+from alignkit.train.experience import answer_order, finish_scores, measure_norm, prompt_numbers
+from alignkit.train.monitors import HackingMonitor
+from alignkit.train.readout import Sampling, pad_answers
+from alignkit.train.rollout import Truncation, cut_answer, repetition
+
+LORA = "lora: {r: 4, alpha: 8}\n"
+BASE = "name: t\nmodel: {path: builtin:tiny-llama%s}\n"
+RM = (
+    "rm: {data: {path: builtin:preferences, max_rows: 16}, batch_size: 4, max_steps: 2, max_length: 160, "
+    "learning_rate: 1e-3, samples: {num: 0}}\n"
+)
+SHORT = (
+    "data: {path: builtin:prompts, max_rows: 16}, batch_size: 4, micro_batch_size: 2, max_new_tokens: 8, "
+    "ppo_epochs: 2, max_steps: 4, learning_rate: 3e-3, logging_steps: 1, samples: {num: 1, max_new_tokens: 4}"
+)
+
+
+def recipe(*, lora: bool = False, nf4: bool = False, reward: str = "builtin:true-reward", extra: str = "") -> str:
+    head = BASE % (", quantization: nf4" if nf4 else "")
+    return f"{head}{LORA if lora else ''}{RM}ppo: {{{SHORT}, reward: {reward}{extra}}}"
+
+
+def build(stage: Stage, tmp_path: Path, name: str = "built") -> Any:
+    run = RunDir(tmp_path / name)
+    run.path.mkdir(exist_ok=True)
+    built = ppo.build(stage, run)
+    built.trainer.remove_callback(PrinterCallback)
+    return built
+
+
+def disturb(trainer: Any, scale: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer._policy_parameters.values():
+        parameter.data += (scale * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
+
+
+def plain_logps(model: Any, rollout: Any, row: int, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of one answer's tokens from a forward pass of that answer alone."""
+    prompt, answer = rollout.prompt_ids[row], rollout.sampled_ids[row]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0].float() / temperature
+    return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "nf4"])
+def test_roles_agree_at_step_zero_and_are_read_right(kind: str, make_stage: Callable, tmp_path: Path) -> None:
+    stage = make_stage(recipe(lora=kind != "full", nf4=kind == "nf4", extra=", temperature: 0.7"), "ppo")
+    trainer = build(stage, tmp_path).trainer
+    trainer.check_step_zero()  # exactly, or it raises
+    collector = trainer.collector
+    rollout = collector.sample(range(4))
+    assert len(rollout) == 4 and all(1 <= len(ids) <= 8 for ids in rollout.sampled_ids)
+    disturb(trainer)
+    mask, logps, reference, entropy, values = collector.read(rollout, trainer.model)
+    assert values is not None and not values.any()  # a zero head
+    policy_moved = (logps - reference)[mask.bool()].abs().mean()
+    assert policy_moved > 0.01
+    for row, answer in enumerate(rollout.sampled_ids):
+        expected = plain_logps(trainer.model, rollout, row, 0.7)
+        torch.testing.assert_close(logps[row, : len(answer)], expected, rtol=0, atol=2e-4)
+        assert mask[row].sum() == len(answer) and not logps[row, len(answer) :].any()
+    with pytest.raises(ModelError, match="policy and reference differ at step 0"):
+        trainer.check_step_zero()
+
+
+def test_one_base_holds_four_roles_that_equal_models_of_their_own(make_stage: Callable, tmp_path: Path) -> None:
+    text = recipe(lora=True, nf4=True, reward="rm")
+    launch_stage(make_stage(text, "rm"))
+    built = build(make_stage(text, "ppo"), tmp_path)
+    trainer = built.trainer
+    assert [part["what"] for part in built.record["roles"]].count("base") == 1
+    assert built.record["roles"][0]["roles"] == ("policy", "reference", "reward", "critic")
+    rollout = trainer.collector.sample(range(4))
+    alone = load_trained(tmp_path / "runs/t/rm", device="cpu", reward=True)
+    with torch.no_grad():
+        expected = torch.stack([alone(input_ids=torch.tensor([ids])).logits[0, 0] for ids in rollout.whole_ids])
+    found = trainer.roles.score_ids(rollout.whole_ids, pad_id=0, batch_size=3)
+    torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-4)
+    # The critic starts as the reward model: its value of the last token is the reward of everything before it.
+    *_, values = trainer.collector.read(rollout, trainer.model)
+    shorter = [prompt + answer[:-1] for prompt, answer in zip(rollout.prompt_ids, rollout.sampled_ids, strict=True)]
+    before_last = torch.stack([values[row, len(answer) - 1] for row, answer in enumerate(rollout.sampled_ids)])
+    torch.testing.assert_close(before_last, trainer.roles.score_ids(shorter, pad_id=0, batch_size=3), rtol=0, atol=1e-4)
+    trained = {name.split(".lora_")[1].split(".")[1] for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained == {"default", "critic"}
+
+
+def test_losses_equal_those_computed_from_plain_logits(make_stage: Callable, tmp_path: Path) -> None:
+    trainer = build(make_stage(recipe(extra=", reward_clip: 0.5, value_init: policy"), "ppo"), tmp_path).trainer
+    collector = trainer.collector
+    rollout = collector.sample(range(4))
+    trainer.experience = collector.examine(rollout, trainer.model, step=0)
+    experience = trainer.experience
+    experience.advantages_RT = torch.randn(experience.mask_RT.shape) * experience.mask_RT
+    experience.returns_RT = torch.randn(experience.mask_RT.shape) * experience.mask_RT
+    disturb(trainer)
+    with torch.no_grad():
+        trainer.critic.head.weight.normal_()
+    tokens = float(experience.mask_RT.sum())
+    trainer._step_sums, total = {}, 0.0
+    for rows in ([0, 3], [1, 2]):
+        inputs = {
+            "step": 0, "micro": 1, "rows": torch.tensor(rows), "num_tokens": tokens,
+            "batch": collector.batch(rollout, rows, experience.mask_RT.size(1)),
+        }  # fmt: skip
+        total += float(trainer.compute_loss(trainer.model, inputs))
+    policy_sum = value_sum = 0.0
+    for row, answer in enumerate(rollout.sampled_ids):
+        new = plain_logps(trainer.model, rollout, row)
+        ids = torch.tensor([rollout.prompt_ids[row] + answer])
+        with torch.no_grad():
+            hidden = trainer.critic.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            value = trainer.critic.head(hidden)[len(rollout.prompt_ids[row]) - 1 : -1, 0]
+        for t in range(len(answer)):
+            ratio = float((new[t] - experience.logps_RT[row, t]).exp())
+            advantage = float(experience.advantages_RT[row, t])
+            policy_sum += max(-advantage * ratio, -advantage * min(max(ratio, 0.8), 1.2))
+            old, target, now = (
+                float(experience.values_RT[row, t]),
+                float(experience.returns_RT[row, t]),
+                float(value[t]),
+            )
+            near = min(max(now, old - 0.2), old + 0.2)
+            value_sum += 0.5 * max((now - target) ** 2, (near - target) ** 2)
+    assert total == pytest.approx(policy_sum / tokens + 0.1 * value_sum / tokens, rel=1e-4, abs=1e-5)
+    assert trainer._step_sums["policy_loss"] == pytest.approx(policy_sum / tokens, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_micro_batches_change_nothing(lora: bool, make_stage: Callable, tmp_path: Path) -> None:
+    extra = (
+        ", ptx: {data: {path: builtin:reviews, max_rows: 30}, coef: 0.5, batch_size: 3}, minibatches: 2, "
+        "missing_eos: {penalty: 1}"
+    )
+    weights = []
+    for size in (4, 1):
+        stage = make_stage(
+            recipe(lora=lora, extra=extra), "ppo", f"ppo.micro_batch_size={size}", "ppo.adam_epsilon=1e-3"
+        )
+        trainer = build(stage, tmp_path, f"run{size}").trainer
+        trainer.train()
+        weights.append([p.detach().clone() for p in trainer._policy_parameters.values()])
+    for whole, small in zip(*weights, strict=True):
+        torch.testing.assert_close(whole, small, rtol=0, atol=5e-5)
+
+
+def test_a_full_run_leaves_a_policy_and_a_critic_that_plain_transformers_load(
+    make_stage: Callable, tmp_path: Path
+) -> None:
+    result = launch_stage(make_stage(recipe(extra=", gold: builtin:true-reward, save_steps: 1"), "ppo"))
+    run = tmp_path / "runs/t/ppo"
+    policy = AutoModelForCausalLM.from_pretrained(run / "model")
+    critic = AutoModelForSequenceClassification.from_pretrained(run / "model/critic")
+    assert critic.config.num_labels == 1 and policy.config.use_cache
+    newest = checkpoints.list_checkpoints(run / "checkpoints")[0]
+    saved = load_file(newest / "critic.safetensors")
+    for name, parameter in critic.named_parameters():
+        assert torch.equal(parameter, saved[name])
+    # Checkpoints lie between rollouts: every second step here, though save_steps is 1.
+    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(run / "checkpoints")] == [4, 2]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    wanted = {
+        "reward", "gold", "objective/kl", "sqrt_kl", "kl_coef", "entropy", "policy_loss", "value_loss", "clip_fraction",
+        "value_clip_fraction", "explained_variance", "response_length", "ended_share", "repetition", "learning_rate",
+        "episodes",
+    }  # fmt: skip
+    assert wanted <= rows[0].keys() and rows[0]["objective/kl"] == 0 and rows[-1]["episodes"] == 8
+    assert result.step == 4 and "objective/kl" in result.metrics
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {row["when"] for row in samples} == {"before", "during", "after"} and "reward" in samples[0]
+    assert json.loads((run / "stage.json").read_text())["roles"][0]["what"] == "model"
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["lora", "nf4"])
+def test_an_adapter_run_leaves_adapters_that_plain_peft_loads(nf4: bool, make_stage: Callable, tmp_path: Path) -> None:
+    text = recipe(lora=True, nf4=nf4, reward="rm")
+    launch_stage(make_stage(text, "rm"))
+    launch_stage(make_stage(text, "ppo"))  # which compares the base's bytes before and after
+    run = tmp_path / "runs/t/ppo"
+    base = json.loads((run / "model/adapter_config.json").read_text())["base_model_name_or_path"]
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "model")
+    assert any(parameter.abs().max() > 0 for name, parameter in policy.named_parameters() if "lora_B" in name)
+    trunk = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    critic = PeftModel.from_pretrained(trunk, run / "model/critic")
+    saved = load_file(checkpoints.list_checkpoints(run / "checkpoints")[0] / "critic.safetensors")
+    assert torch.equal(critic.base_model.model.score.modules_to_save["default"].weight, saved["head.weight"])
+    ours = {name.replace(".critic.", "."): tensor for name, tensor in saved.items() if ".lora_" in name}
+    for name, parameter in critic.named_parameters():
+        if ".lora_" in name:
+            assert torch.equal(parameter, ours[name.replace(".default.", ".")].float())
+
+
+@pytest.mark.parametrize("extra", ["advantage: rloo, num_generations: 2", "advantage: grpo", "advantage: reinforce"])
+def test_estimators_without_a_critic_train(extra: str, make_stage: Callable, tmp_path: Path) -> None:
+    trainer = build(make_stage(recipe(lora=True, extra=f", {extra}"), "ppo"), tmp_path).trainer
+    before = [p.detach().clone() for p in trainer._policy_parameters.values()]
+    trainer.collector.rewards = _prefer_long
+    trainer.train()
+    assert trainer.critic is None
+    assert any((p - q).abs().max() > 0 for p, q in zip(trainer._policy_parameters.values(), before, strict=True))
+    rollout = trainer.experience.rollout
+    repeats = trainer.options.answers_per_prompt
+    assert all(rollout.prompt_ids[i] == rollout.prompt_ids[i // repeats * repeats] for i in range(len(rollout)))
+
+
+def _prefer_long(rollout: Any) -> Any:
+    from alignkit.train.rewards import Scored
+
+    total = torch.tensor([sum(ids) / 1000 for ids in rollout.sampled_ids])
+    return Scored(total, {"sum": total})
+
+
+def test_the_average_of_the_weights_is_what_is_saved(make_stage: Callable, tmp_path: Path) -> None:
+    trainer = build(make_stage(recipe(lora=True, extra=", ema: 0.6"), "ppo"), tmp_path).trainer
+    trainer.collector.rewards = _prefer_long
+    name, parameter = next((n, p) for n, p in trainer._policy_parameters.items() if "lora_B" in n)
+    average = parameter.detach().clone()
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            average.mul_(0.6).add_(0.4 * parameter.detach())
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert not torch.equal(average, parameter)
+    trainer.ready_final()
+    torch.testing.assert_close(parameter.detach(), average, rtol=1e-5, atol=1e-7)
+
+
+def test_a_kl_beyond_bounds_goes_back_to_the_last_checkpoint_within_them(
+    make_stage: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = recipe(lora=True, extra=", max_kl: 0.001, save_steps: 2, keep_checkpoints: 4").replace("3e-3", "1e-4")
+    text = text.replace("max_steps: 4", "max_steps: 40").replace("builtin:true-reward", "{function: 'long:score'}")
+    (tmp_path / "long.py").write_text(
+        "def score(prompts, completions, **_):\n    return [len(c[0]['content']) for c in completions]\n"
+    )
+    from dataclasses import replace
+
+    result = launch_stage(replace(make_stage(text, "ppo"), trust_code=True))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "above max_kl 0.001" in said and f"checkpoint-{result.step}" in said
+    kept = {
+        checkpoints.step_of(path): path for path in checkpoints.list_checkpoints(tmp_path / "runs/t/ppo/checkpoints")
+    }
+    assert 0 < result.step < max(kept)  # the newest is the one whose KL was too large
+    good, final = (
+        load_file(p / "adapter_model.safetensors") for p in (kept[result.step], tmp_path / "runs/t/ppo/model")
+    )
+    assert all(torch.equal(good[name], final[name]) for name in final)
+    text = text.replace("save_steps: 2", "save_steps: 100").replace("1e-4", "1e-2")
+    with pytest.raises(RunError, match="no earlier checkpoint was saved"):
+        launch_stage(replace(make_stage(text, "ppo"), trust_code=True), force=True)
+
+
+def test_ptx_adds_the_gradient_of_the_language_model(make_stage: Callable, tmp_path: Path) -> None:
+    extra = ", ptx: {data: {path: builtin:reviews, max_rows: 40}, coef: 2.0, batch_size: 3}, temperature: 0.5"
+    trainer = build(make_stage(recipe(extra=extra), "ppo"), tmp_path).trainer
+    trainer._step_sums = {}
+    for micro in range(2):
+        trainer._train_ptx(trainer.model, 5, micro, 2)
+    found = [p.grad.clone() for p in trainer.model.parameters()]
+    trainer.model.zero_grad()
+    blocks = [trainer.ptx.blocks[number]["input_ids"] for number in trainer.ptx.micro_batches(5, 0, 1)]
+    losses = [
+        torch.nn.functional.cross_entropy(
+            trainer.model(input_ids=torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="sum"
+        )
+        for ids in blocks
+    ]
+    loss = sum(losses) / sum(len(ids) - 1 for ids in blocks)
+    (2.0 * loss).backward()
+    assert trainer._step_sums["ptx_loss"] == pytest.approx(float(loss), rel=1e-4)
+    for ours, parameter in zip(found, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_where_an_answer_cannot_end_its_log_probabilities_know_it(make_stage: Callable, tmp_path: Path) -> None:
+    trainer = build(make_stage(recipe(lora=True, extra=", min_new_tokens: 3"), "ppo"), tmp_path).trainer
+    stop_ids = trainer.collector.sampling.stop_ids
+    rollout = trainer.collector.sample(range(4))
+    assert all(len(ids) >= 3 and not set(ids[:2]) & set(stop_ids) for ids in rollout.sampled_ids)
+    _, logps, *_ = trainer.collector.read(rollout, trainer.model)
+    prompt, answer = rollout.prompt_ids[0], rollout.sampled_ids[0]
+    with torch.no_grad():
+        logits = trainer.model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
+    logits = logits[len(prompt) - 1 : -1].clone()
+    logits[:3, list(stop_ids)] = -torch.inf
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+    torch.testing.assert_close(logps[0, : len(answer)], expected, rtol=0, atol=1e-4)
+
+
+# ---- arithmetic without models ----
+
+
+def options(**values: Any) -> PpoOptions:
+    return PpoOptions(data=[{"path": "x"}], reward=["builtin:true-reward"], **values)
+
+
+def test_scores_are_normalised_then_clipped_then_charged_for_a_missing_end() -> None:
+    raw, ended = torch.tensor([1.0, 5.0, -3.0]), [True, True, False]
+    penalised = finish_scores(options(missing_eos=MissingEos(penalty=1.5), reward_clip=2.0), raw, ended, (0.5, 0.25))
+    assert penalised.tolist() == [0.75, 2.0, -1.25 - 1.5]
+    replaced = finish_scores(options(missing_eos=MissingEos(score=-1.0)), raw, ended, None)
+    assert replaced.tolist() == [1.0, 5.0, -1.0]
+    gain, bias = measure_norm(options(reward_normalize="gain_and_bias"), raw)
+    normalised = gain * raw + bias
+    assert float(normalised.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(normalised.std(correction=0)) == pytest.approx(1, rel=1e-6)
+    assert measure_norm(options(reward_normalize="bias"), raw) == (1.0, -1.0)
+
+
+def test_answers_are_cut_after_the_first_truncation_token_that_counts() -> None:
+    rule = Truncation(token=7, after=2)
+    assert cut_answer([1, 7, 3, 7, 4], stop_ids=[9], truncation=rule) == ([1, 7, 3, 7], True)
+    assert cut_answer([1, 7, 3, 9], stop_ids=[9], truncation=rule) == ([1, 7, 3, 9], False)
+    assert cut_answer([1, 9], stop_ids=[9], truncation=None) == ([1, 9], True)
+    assert cut_answer([1, 2], stop_ids=[9], truncation=None) == ([1, 2], False)
+    assert repetition([[1, 2, 1, 2], [1, 2]]) == pytest.approx(1 - 2 / 4)
+
+
+def test_every_prompt_is_read_once_before_any_is_read_twice() -> None:
+    numbers = [n for first in range(0, 12, 4) for n in prompt_numbers(first, 4, num_prompts=6, seed=3)]
+    assert sorted(numbers[:6]) == sorted(numbers[6:]) == list(range(6)) and numbers[:6] != numbers[6:]
+    assert answer_order(5, seed=0, rollout=1, epoch=0).tolist() == [0, 1, 2, 3, 4]
+    assert sorted(answer_order(50, seed=0, rollout=1, epoch=1)) == list(range(50))
+    assert (
+        answer_order(50, seed=0, rollout=1, epoch=1).tolist() != answer_order(50, seed=0, rollout=2, epoch=1).tolist()
+    )
+
+
+def test_padding_marks_the_position_before_every_answer_token() -> None:
+    batch = pad_answers([[1, 2], [3]], [[4], [5, 6, 7]], pad_id=0, num_columns=4, sampling=Sampling(min_new_tokens=2))
+    assert batch.input_ids_BL.tolist() == [[1, 2, 4, 0], [3, 5, 6, 7]]
+    assert batch.attention_mask_BL.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.targets_N.tolist() == [4, 5, 6, 7]
+    assert list(zip(batch.rows_N.tolist(), batch.columns_N.tolist(), strict=True)) == [(0, 1), (1, 0), (1, 1), (1, 2)]
+    assert batch.early_N is not None and batch.early_N.tolist() == [True, True, True, False]
+    assert batch.spread(torch.arange(1.0, 5.0)).tolist() == [[1, 0, 0, 0], [2, 3, 4, 0]]
+
+
+def test_a_reward_that_rises_with_repetition_is_flagged_once() -> None:
+    monitor = HackingMonitor()
+    fine = {"reward": 0.0, "response_length": 20.0, "repetition": 0.1}
+    odd = {"reward": 2.0, "response_length": 21.0, "repetition": 0.9}
+    said = [monitor.look(metrics) for metrics in [fine] * 5 + [odd] * 6]
+    assert sum(text is not None for text in said) == 1
+    assert "repetition rose from 0.10 to" in next(text for text in said if text)
+    again = HackingMonitor()
+    again.restore(json.loads(json.dumps(monitor.to_dict())))
+    assert again == monitor
+    assert not any(HackingMonitor().look({**fine, "reward": float(n)}) for n in range(12))
