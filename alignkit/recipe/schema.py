@@ -316,10 +316,11 @@ class PpoOptions(StageOptions):
     )
     whiten_rewards: bool = Field(False, description="Scale the per-token rewards of a rollout to variance 1.")
     whiten_advantages: bool = Field(True, description="Scale the advantages of a rollout to mean 0 and variance 1.")
-    value_init: Literal["reward", "policy"] | None = Field(
+    value_init: Literal["reward", "policy", "head"] | None = Field(
         None,
-        description="The critic starts from the reward model, or from the policy with a zero head; omitted: the reward "
-        "where that is one model.",
+        description="The critic starts from the reward model (InstructGPT), from the policy with a zero head, or is a "
+        "zero head on the policy's own trunk (Ziegler: one forward pass for both; policy with lora:); omitted: the "
+        "reward where that is one model.",
     )
     critic_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Learning rate of the critic; omitted: learning_rate."
@@ -346,7 +347,7 @@ class PpoOptions(StageOptions):
         return (self.num_generations or 4) if self.advantage in ("rloo", "grpo") else 1
 
     @property
-    def critic_start(self) -> Literal["reward", "policy"]:
+    def critic_start(self) -> Literal["reward", "policy", "head"]:
         """Return what the critic starts from: as given, else the reward where that is one model with weights."""
         (first, *others) = self.reward
         one_model = not others and first.model is not None and first.model != BUILTIN_REWARD

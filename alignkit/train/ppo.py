@@ -229,8 +229,9 @@ def _build_critic(stage: Stage, roles: Roles, loaded: Loaded) -> Critic:
     where = stage.where(f"{stage.name}.value_init")
     only = options.reward[0].model if len(options.reward) == 1 else None
     directory = find_model_dir(only) if only and not is_builtin(only) else None
-    if options.critic_start == "policy":
-        return critic_from_policy(roles) if stage.lora is None else critic_on_policy(roles)
+    if options.critic_start != "reward":
+        own = options.critic_start == "policy" and stage.lora is None
+        return critic_from_policy(roles) if own else critic_on_policy(roles)
     if directory is None:
         raise RecipeError(
             f"{stage.name}.value_init: reward needs one reward model on disk as the reward; use value_init: policy",
