@@ -1,6 +1,6 @@
 # Every target works in a fresh clone: the first one that needs it builds .venv.
 #
-#   make demo                          pre-train, sft, rm and dpo with a tiny model, on this machine's CPU or GPU
+#   make demo                          pre-train, sft, rm, ppo and dpo with a tiny model, on this machine's CPU or GPU
 #   make test TORCH_VERSION=2.12.0     any exact version of torch; pip's own settings choose the CPU or CUDA build
 #   make test PYTHON=python3.13
 
@@ -32,10 +32,11 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## pre-train, sft, rm and dpo of recipes/tiny-cpu.yaml
+demo: $(READY) ## pre-train, sft, rm, ppo and dpo of recipes/tiny-cpu.yaml
 	$(BIN)/alignkit sft --recipe $(DEMO) --stage pretrain
 	$(BIN)/alignkit sft --recipe $(DEMO) --stage sft
 	$(BIN)/alignkit rm --recipe $(DEMO)
+	$(BIN)/alignkit ppo --recipe $(DEMO)
 	$(BIN)/alignkit dpo --recipe $(DEMO)
 	@echo "Each stage's model, metrics and samples: $$(echo runs/tiny-cpu/*/ | tr '\n' ' ')"
 
