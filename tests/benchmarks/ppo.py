@@ -21,7 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-EPISODES, BATCH, EPOCHS, NEW_TOKENS = 128, 16, 4, 32
+EPISODES = int(os.environ.get("PPO_BENCH_EPISODES", "128"))
+BATCH, EPOCHS, NEW_TOKENS = 16, 4, 32
 # name -> (lora section, keys of the ppo stage); the first has TRL's four models, the others share.
 OURS = {
     "four models": ("", "reward: ./reward\n  value_init: reward"),

@@ -108,8 +108,10 @@ def test_one_base_holds_four_roles_that_equal_models_of_their_own(make_stage: Ca
     assert trained == {"default", "critic"}
 
 
-def test_losses_equal_those_computed_from_plain_logits(make_stage: Callable, tmp_path: Path) -> None:
-    trainer = build(make_stage(recipe(extra=", reward_clip: 0.5, value_init: policy"), "ppo"), tmp_path).trainer
+@pytest.mark.parametrize("start", ["policy", "head"])
+def test_losses_equal_those_computed_from_plain_logits(start: str, make_stage: Callable, tmp_path: Path) -> None:
+    trainer = build(make_stage(recipe(extra=f", reward_clip: 0.5, value_init: {start}"), "ppo"), tmp_path).trainer
+    assert trainer.critic.shares_hidden == (start == "head")
     collector = trainer.collector
     rollout = collector.sample(range(4))
     trainer.experience = collector.examine(rollout, trainer.model, step=0)
@@ -132,7 +134,8 @@ def test_losses_equal_those_computed_from_plain_logits(make_stage: Callable, tmp
         new = plain_logps(trainer.model, rollout, row)
         ids = torch.tensor([rollout.prompt_ids[row] + answer])
         with torch.no_grad():
-            hidden = trainer.critic.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            trunk = (trainer.critic.model or trainer.model).base_model
+            hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
             value = trainer.critic.head(hidden)[len(rollout.prompt_ids[row]) - 1 : -1, 0]
         for t in range(len(answer)):
             ratio = float((new[t] - experience.logps_RT[row, t]).exp())
