@@ -18,7 +18,7 @@ from alignkit.runs.record import JsonLines
 from alignkit.train.built import Built
 from alignkit.train.samples import write_samples
 
-_SHOWN = ("loss", "reward", "objective/kl", "accuracy", "rewards/accuracies", "mean_token_accuracy")
+_SHOWN = ("loss", "reward", "gold", "objective/kl", "accuracy", "rewards/accuracies", "mean_token_accuracy")
 
 
 class Recorder(TrainerCallback):
