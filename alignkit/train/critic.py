@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from alignkit.models.adapters import copy_adapter
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.load import load_trained
 from alignkit.train.readout import Batch, hidden_states
-from alignkit.train.roles import CRITIC, REWARD, Roles
+from alignkit.train.roles import CRITIC, REWARD, Roles, switch_off_dropout
 
 CRITIC_FILE = "critic.safetensors"
 
@@ -43,13 +44,15 @@ class Critic:
         """Whether it reads the policy's hidden states, so that both come from one forward pass."""
         return self.model is None and not self.has_adapter
 
+    def acting(self) -> AbstractContextManager[None]:
+        """Let the critic's adapter act; needed around its backward pass too, which may recompute activations."""
+        return self.roles.act_as((CRITIC,)) if self.has_adapter else nullcontext()
+
     def values(self, batch: Batch, hidden_NH: Tensor | None = None) -> Tensor:
         """Return values, float32 (N,); `hidden_NH` is the policy's, where it is shared."""
-        if self.model is not None:
-            hidden_NH = hidden_states(self.model, batch)
-        elif self.has_adapter:
-            with self.roles.act_as((CRITIC,)):
-                hidden_NH = hidden_states(self.roles.trunk(), batch)
+        if not self.shares_hidden:
+            with self.acting():
+                hidden_NH = hidden_states(self.model or self.roles.trunk(), batch)
         assert hidden_NH is not None
         return self.head(hidden_NH.to(self.head.weight.dtype)).squeeze(-1).float()
 
@@ -118,7 +121,7 @@ def critic_on_policy(roles: Roles) -> Critic:
 def critic_on_base(roles: Roles) -> Critic:
     """Return an adapter on the shared base that starts as the reward model's, with its head."""
     assert isinstance(roles.policy, PeftModel) and roles.reward_head is not None
-    with roles._policy_kept():
+    with roles.policy_kept():
         copy_adapter(roles.policy, REWARD, CRITIC)
     for name, parameter in roles.policy.named_parameters():
         if f".{CRITIC}." in name and "lora_" in name:
@@ -158,6 +161,8 @@ def _own(roles: Roles, model: Any, *, zero: bool) -> Critic:
     model.config.use_cache = False
     model.config.pad_token_id = roles.policy.config.pad_token_id
     model.requires_grad_(True)
+    model.train()
+    switch_off_dropout(model)  # values of a rollout and of its training must be of one function
     if zero:
         model.score.weight.data.zero_()
     return Critic(roles, model.score, model=model)

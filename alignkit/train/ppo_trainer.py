@@ -57,6 +57,8 @@ class Ppo(Guarded, GRPOTrainer):
         self.experience: Experience | None = None
         self._steps_per_rollout = options.ppo_epochs * options.minibatches
         super().__init__(*args, reward_funcs=_never_called, **kwargs)
+        if critic is not None and critic.model is not None and self.args.gradient_checkpointing:
+            critic.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         collector.generate, collector.autocast = self._sample, self.accelerator.autocast
         mine = {id(parameter) for parameter in (critic.parameters() if critic else [])}
         self._policy_parameters = {
@@ -173,8 +175,9 @@ class Ppo(Guarded, GRPOTrainer):
         value_loss = torch.zeros((), device=batch.input_ids_BL.device)
         if self.critic is not None and not self.critic.shares_hidden:
             # A graph of its own: its memory is free before the policy's is built.
-            value_loss = self._value_loss(self.critic.values(batch), old, num_tokens)
-            self.accelerator.backward(value_loss)
+            with self.critic.acting():
+                value_loss = self._value_loss(self.critic.values(batch), old, num_tokens)
+                self.accelerator.backward(value_loss)
             value_loss = value_loss.detach()
         logps_N, _, hidden_NH = self.roles.policy_logps(model, batch)
         losses_N = policy_losses(logps_N, old["logps"], old["advantages"], clip=self.options.cliprange)

@@ -170,6 +170,26 @@ def test_micro_batches_change_nothing(lora: bool, make_stage: Callable, tmp_path
         torch.testing.assert_close(whole, small, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("kind", ["full", "adapter", "head"])
+def test_recomputed_activations_and_dropout_in_the_config_change_nothing(
+    kind: str, make_stage: Callable, tmp_path: Path
+) -> None:
+    text = recipe(lora=kind != "full", reward="rm" if kind == "adapter" else "builtin:true-reward")
+    text = text.replace("max_steps: 4", "max_steps: 2, adam_epsilon: 1e-3, missing_eos: {penalty: 1}")
+    launch_stage(make_stage(text, "rm")) if kind == "adapter" else None
+    weights = []
+    for overrides in (["ppo.gradient_checkpointing=false"], ["ppo.gradient_checkpointing=true"]):
+        if kind != "adapter":  # whose base is there already
+            overrides.append("model.config={attention_dropout: 0.5}")
+        trainer = build(make_stage(text, "ppo", *overrides), tmp_path, f"run{len(weights)}").trainer
+        trainer.check_step_zero()
+        trainer.train()
+        found = [*trainer._policy_parameters.values(), *trainer.critic.parameters()]
+        weights.append([p.detach().clone() for p in found])
+    for stored, recomputed in zip(*weights, strict=True):
+        torch.testing.assert_close(stored, recomputed, rtol=0, atol=1e-6)
+
+
 def test_a_full_run_leaves_a_policy_and_a_critic_that_plain_transformers_load(
     make_stage: Callable, tmp_path: Path
 ) -> None:
