@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,7 +22,14 @@ from alignkit.data import Row
 from alignkit.models.chat import Chat
 from alignkit.recipe.schema import PpoOptions
 from alignkit.train.critic import Critic
-from alignkit.train.experience import Experience, finish_scores, make_experience, measure_norm, prompt_numbers
+from alignkit.train.experience import (
+    Experience,
+    finish_scores,
+    make_experience,
+    measure_norm,
+    prompt_numbers,
+    sort_steps,
+)
 from alignkit.train.monitors import HackingMonitor, KlTooLarge, require_finite_scores
 from alignkit.train.ppo_math import KlController, masked_mean
 from alignkit.train.prompts import join_columns
@@ -187,9 +195,12 @@ class Collector:
         """Return mask, log-probs, the reference's log-probs, entropies and values, each (R, T) on the CPU."""
         longest = max(map(len, rollout.sampled_ids))
         columns: list[list[Tensor]] = [[], [], [], [], []]
+        # In the micro batches of the first epoch, so that its first ratio is computed alike on both sides.
+        order = sort_steps(
+            np.arange(len(rollout)), rollout.lengths, step_size=self.num_answers // self.options.minibatches
+        )
         for start in range(0, len(rollout), self.micro_batch_size):
-            part = slice(start, start + self.micro_batch_size)
-            batch = self.batch(rollout, range(len(rollout))[part], longest)
+            batch = self.batch(rollout, order[start : start + self.micro_batch_size].tolist(), longest)
             with self.autocast():
                 logps_N, entropy_N, hidden_NH = self.roles.policy_logps(model, batch)
                 ref_logps_N = self.roles.reference_logps(batch)
@@ -199,7 +210,8 @@ class Collector:
             for column, tensor in zip(columns[1:], (logps_N, ref_logps_N, entropy_N, values_N), strict=True):
                 column.append(batch.spread(tensor.float()).cpu())
             columns[0].append(batch.mask_BT.float().cpu())
-        mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = (torch.cat(column) for column in columns)
+        back = torch.as_tensor(np.argsort(order))
+        mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = (torch.cat(column)[back] for column in columns)
         return mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT if self.critic is not None else None
 
     def batch(self, rollout: Rollout, rows: Sequence[int], longest: int) -> Any:
@@ -246,3 +258,8 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def never_called(**_: Any) -> list[float]:
+    """Stand where GRPOTrainer wants a reward function: rewards are computed by the collector."""
+    raise AssertionError("alignkit computes rewards itself")

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from alignkit.errors import RunError
+
 EMA_FILE = "ema.safetensors"
 
 
@@ -41,7 +43,9 @@ class Ema:
         save_file(named, directory / EMA_FILE, metadata={"format": "pt"})
 
     def load(self, directory: Path) -> None:
-        """Read them back."""
+        """Read them back. Raises RunError when the checkpoint was written without them."""
+        if not (directory / EMA_FILE).is_file():
+            raise RunError("holds no averaged weights (ema); start over with --force", where=str(directory))
         saved = load_file(directory / EMA_FILE)
         for name, average in zip(self._parameters, self._averages, strict=True):
             average.copy_(saved[name])

@@ -114,6 +114,16 @@ def answer_order(num_answers: int, *, seed: int, rollout: int, epoch: int) -> np
     return np.random.default_rng((seed, rollout, epoch)).permutation(num_answers)
 
 
+def sort_steps(rows: np.ndarray, lengths: Sequence[int], *, step_size: int) -> np.ndarray:
+    """Sort the answers of each optimizer step by length, longest first: micro batches then hold little padding.
+
+    A step's loss is a sum over its tokens, so that the order inside a step changes no more than rounding.
+    """
+    sizes = np.asarray(lengths)
+    parts = [rows[start : start + step_size] for start in range(0, len(rows), step_size)]
+    return np.concatenate([part[np.argsort(-sizes[part], kind="stable")] for part in parts])
+
+
 def prompt_numbers(first: int, count: int, *, num_prompts: int, seed: int) -> list[int]:
     """Return places `first` to `first + count` of the endless stream of prompts: one shuffled pass after the other."""
     numbers: list[int] = []

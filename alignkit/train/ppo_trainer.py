@@ -21,10 +21,10 @@ from alignkit import console
 from alignkit.errors import RunError
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
-from alignkit.train.collect import Collector, Turns
+from alignkit.train.collect import Collector, Turns, never_called
 from alignkit.train.critic import Critic
-from alignkit.train.ema import EMA_FILE, AfterStep, Ema
-from alignkit.train.experience import Experience, answer_order
+from alignkit.train.ema import AfterStep, Ema
+from alignkit.train.experience import Experience, answer_order, sort_steps
 from alignkit.train.guard import TRAINED_ADAPTER, Guarded
 from alignkit.train.monitors import KlTooLarge
 from alignkit.train.ppo_checks import check_step_zero
@@ -56,14 +56,13 @@ class Ppo(Guarded, GRPOTrainer):
         self.critic_learning_rate = critic_learning_rate
         self.experience: Experience | None = None
         self._steps_per_rollout = options.ppo_epochs * options.minibatches
-        super().__init__(*args, reward_funcs=_never_called, **kwargs)
+        super().__init__(*args, reward_funcs=never_called, **kwargs)
         if critic is not None and critic.model is not None and self.args.gradient_checkpointing:
             critic.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         collector.generate, collector.autocast = self._sample, self.accelerator.autocast
-        mine = {id(parameter) for parameter in (critic.parameters() if critic else [])}
-        self._policy_parameters = {
-            name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in mine
-        }
+        others = {id(parameter) for parameter in (critic.parameters() if critic else [])}
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self._policy_parameters = {name: p for name, p in trained if id(p) not in others}
         self.ema = Ema(self._policy_parameters, ema) if ema else None
         if self.ema is not None:
             self.add_callback(AfterStep(self.ema))
@@ -134,6 +133,7 @@ class Ppo(Guarded, GRPOTrainer):
         order = answer_order(len(rollout), seed=self.args.seed, rollout=number, epoch=epoch)
         size = self.args.per_device_train_batch_size
         rows_of_step = order[minibatch * size * accumulate : (minibatch + 1) * size * accumulate]
+        rows_of_step = sort_steps(rows_of_step, rollout.lengths, step_size=size * accumulate)
         rows = rows_of_step[micro * size : (micro + 1) * size]
         mask_RT = self.experience.mask_RT
         return {
@@ -288,8 +288,6 @@ class Ppo(Guarded, GRPOTrainer):
         if self.critic is not None:
             self.critic.load_state(directory)
         if self.ema is not None:
-            if not (directory / EMA_FILE).is_file():
-                raise RunError("holds no averaged weights (ema); start over with --force", where=str(directory))
             self.ema.load(directory)
         self.collector.restore(json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
 
@@ -301,8 +299,3 @@ class Ppo(Guarded, GRPOTrainer):
         """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on answers of the fresh policy."""
         count = min(self.args.per_device_train_batch_size, len(self.collector.prompts))
         check_step_zero(self.collector, self.model, count=count, seed=self.args.seed)
-
-
-def _never_called(**_: Any) -> list[float]:
-    """Stand where GRPOTrainer wants a reward function: rewards are computed by the collector."""
-    raise AssertionError("alignkit computes rewards itself")

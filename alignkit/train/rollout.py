@@ -30,6 +30,11 @@ class Rollout:
         return len(self.completion_ids)
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt with everything sampled after it."""
+        return [len(prompt) + len(ids) for prompt, ids in zip(self.prompt_ids, self.sampled_ids, strict=True)]
+
+    @property
     def whole_ids(self) -> list[list[int]]:
         """Prompt and answer of each row in one list."""
         return [prompt + answer for prompt, answer in zip(self.prompt_ids, self.completion_ids, strict=True)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -21,7 +22,7 @@ from alignkit.recipe.schema import MissingEos, PpoOptions
 from alignkit.runs import checkpoints
 from alignkit.runs.layout import RunDir
 from alignkit.train import ppo
-from alignkit.train.experience import answer_order, finish_scores, measure_norm, prompt_numbers
+from alignkit.train.experience import answer_order, finish_scores, measure_norm, prompt_numbers, sort_steps
 from alignkit.train.monitors import HackingMonitor
 from alignkit.train.readout import Sampling, pad_answers
 from alignkit.train.rollout import Truncation, cut_answer, repetition
@@ -368,6 +369,7 @@ def test_answers_are_cut_after_the_first_truncation_token_that_counts() -> None:
 def test_every_prompt_is_read_once_before_any_is_read_twice() -> None:
     numbers = [n for first in range(0, 12, 4) for n in prompt_numbers(first, 4, num_prompts=6, seed=3)]
     assert sorted(numbers[:6]) == sorted(numbers[6:]) == list(range(6)) and numbers[:6] != numbers[6:]
+    assert sort_steps(np.array([0, 3, 2, 1]), [5, 6, 6, 9], step_size=2).tolist() == [3, 0, 2, 1]
     assert answer_order(5, seed=0, rollout=1, epoch=0).tolist() == [0, 1, 2, 3, 4]
     assert sorted(answer_order(50, seed=0, rollout=1, epoch=1)) == list(range(50))
     assert (
