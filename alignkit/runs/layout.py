@@ -65,6 +65,11 @@ class RunDir:
         return self.path / "cache"
 
     @property
+    def launch(self) -> Path:
+        """How the run was started: launcher configuration, batch script, what the processes left."""
+        return self.path / "launch"
+
+    @property
     def probe(self) -> Path:
         return self.path / "probe.json"
 
@@ -134,7 +139,7 @@ def refuse_foreign(path: Path) -> None:
         return
     if not path.is_dir():
         raise RunError("is a file; a run needs a directory", where=str(path))
-    ours = {".lock", "stage.json", "error.log"}
+    ours = {".lock", "stage.json", "error.log", "launch"}
     content = {entry.name for entry in path.iterdir()}
     if content and not content & ours:
         raise RunError(
