@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 class StopFlag:
     """Remembers the first signal; a second one ends the process at once.
 
+    Not so under our supervisor: a scheduler signals it and every process, it passes the signal on, and so the same
+    request comes twice. It ends the processes itself when it is asked twice.
     `training` says whether steps are running: only then is there something to save, and the loop will look here.
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None  # the loop sets it, too, when another rank was asked
+        self._heard = False
         self.training = False
 
     @property
@@ -32,7 +36,10 @@ class StopFlag:
         return Stopped(f"stopped by {name}: {message}", exit_code=self.exit_code)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self.signal is not None
+        again, self._heard = self._heard, True
+        # Set by another rank's signal already, or passed on by the supervisor once more: it is being done.
+        if self.signal is not None and (not again or "ALIGNKIT_LAUNCH_DIR" in os.environ):
+            return
         self.signal = signal.Signals(number)
         if again:
             raise self.stopped("at once, by a second signal; the last sealed checkpoint counts")

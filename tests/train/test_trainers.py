@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from alignkit.errors import DataError, ModelError, NonFiniteError, RunError
 from alignkit.launch import launch_stage
+from alignkit.launch.command import Command
 from alignkit.recipe import Stage
 from alignkit.runs.layout import RunDir
 
@@ -309,9 +310,8 @@ def test_an_allowed_change_of_the_learning_rate_has_its_effect(make_stage: Calla
     launch_stage(make_stage(text.replace("MAX", "4").replace("RATE", "1e-3"), "sft"))
     run = tmp_path / "runs/t/sft"
     (run / "result.json").unlink()
-    launch_stage(
-        make_stage(text.replace("MAX", "8").replace("RATE", "5e-4"), "sft"), allow_change=("learning_rate", "max_steps")
-    )
+    changed = make_stage(text.replace("MAX", "8").replace("RATE", "5e-4"), "sft")
+    launch_stage(changed, Command.of(changed, (), allow_change=("learning_rate", "max_steps")))
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     rates = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
     assert [rates[step] for step in (4, 5, 8)] == [1e-3, 5e-4, 5e-4]
