@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,7 +19,8 @@ from typer.exceptions import TyperException
 
 if TYPE_CHECKING:
     from alignkit.errors import AlignKitError
-    from alignkit.recipe import Recipe
+    from alignkit.launch.command import Command
+    from alignkit.recipe import Recipe, Stage
 
 RecipeFile = Annotated[
     Path, typer.Option("--recipe", "-r", metavar="FILE", help="The recipe: model, data and stages in YAML.")
@@ -47,7 +49,46 @@ AllowChange = Annotated[
     list[str] | None,
     typer.Option("--allow-change", metavar="KEY", help="Resume although this setting has changed. Repeatable."),
 ]
+_MANY = "Many processes"
+Retries = Annotated[
+    int,
+    typer.Option(
+        "--retries",
+        min=0,
+        metavar="N",
+        rich_help_panel=_MANY,
+        help="Start again up to N times when a process was killed or hung, as long as each try gets further.",
+    ),
+]
+Slurm = Annotated[
+    bool, typer.Option("--slurm", metavar="", rich_help_panel=_MANY, help="Write an sbatch script instead of training.")
+]
+Submit = Annotated[
+    bool, typer.Option("--submit", metavar="", rich_help_panel=_MANY, help="Hand the script of --slurm to sbatch.")
+]
+NodeRank = Annotated[
+    int | None,
+    typer.Option(
+        "--node-rank",
+        min=0,
+        metavar="N",
+        rich_help_panel=_MANY,
+        help="Which of launch.nodes this machine is; omitted: SLURM_NODEID or NODE_RANK.",
+    ),
+]
+MainAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--main-address", metavar="HOST", rich_help_panel=_MANY, help="Where node 0 is reached: launch.main_address."
+    ),
+]
+MainPort = Annotated[
+    int | None,
+    typer.Option("--main-port", metavar="PORT", rich_help_panel=_MANY, help="Its port: launch.main_port."),
+]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout.")]
+
+_SUPERVISED = "ALIGNKIT_LAUNCH_DIR"  # in the environment of a process that our own supervisor started
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,27 +134,80 @@ def _stage_command(method: Literal["sft", "rm", "dpo"]) -> Callable[..., None]:
         trust_code: TrustCode = False,
         allow_change: AllowChange = None,
         as_json: AsJson = False,
+        retries: Retries = 0,
+        slurm: Slurm = False,
+        submit: Submit = False,
+        node_rank: NodeRank = None,
+        main_address: MainAddress = None,
+        main_port: MainPort = None,
     ) -> None:
         from alignkit import console
         from alignkit.recipe import resolve
 
+        overrides = _add_address(overrides, main_address, main_port)
         resolved = resolve(_load_recipe(recipe, overrides), stage, method=method, out=out, trust_code=trust_code)
+        from alignkit.launch.command import Command
+
+        given = Command.of(resolved, overrides, allow_change=tuple(allow_change or ()), out=out, node_rank=node_rank)
+        if slurm or submit:
+            _use_slurm([(resolved, given)], submit, dry_run=dry_run, force=force, retries=retries, as_json=as_json)
+            return
         if dry_run:
-            if as_json:
-                console.print_json(resolved.to_dict())
-            else:
-                console.print_stage(resolved.to_dict(), will=_foresee(Path(resolved.run_dir), force=force))
+            _show_plans([(resolved, given)], force=force, as_json=as_json)
             return
         context.obj["run_dir"] = Path(resolved.run_dir)
         from alignkit.launch import launch_stage
 
-        result = launch_stage(resolved, force=force, allow_change=tuple(allow_change or ()))
+        result = launch_stage(resolved, given, force=force, retries=retries)
+        if _SUPERVISED in os.environ or not console.is_main():
+            return  # who started this process, or rank 0, shows it
         if as_json:
             console.print_json(result.to_dict())
         else:
             console.print_result(result.to_dict())
 
     return command
+
+
+def _add_address(overrides: list[str] | None, address: str | None, port: int | None) -> list[str]:
+    """Return the overrides with --main-address and --main-port, which are short for two of them."""
+    given = (("launch.main_address", address), ("launch.main_port", port))
+    return [*(overrides or ()), *(f"{key}={value}" for key, value in given if value is not None)]
+
+
+def _show_plans(jobs: list[tuple[Stage, Command]], *, force: bool, as_json: bool) -> None:
+    """Write what each command would do; as JSON one object, or a list of them for several."""
+    from alignkit import console
+    from alignkit.launch.plan import plan_launch
+
+    plans = [(stage, plan_launch(stage, command).to_dict()) for stage, command in jobs]
+    if as_json:
+        shown = [{**stage.to_dict(), "would_start": launch} for stage, launch in plans]
+        console.print_json(shown[0] if len(shown) == 1 else shown)
+        return
+    for stage, launch in plans:
+        console.print_stage(stage.to_dict(), will=_foresee(Path(stage.run_dir), force=force))
+        console.print_launch(launch)
+
+
+def _use_slurm(
+    jobs: list[tuple[Stage, Command]], submit: bool, *, dry_run: bool, force: bool, retries: int, as_json: bool
+) -> None:
+    """Write stages as batch jobs, submit them on request, and show them; refuse what a job would not honour."""
+    from alignkit import console
+    from alignkit.errors import UsageError
+
+    if retries:
+        raise UsageError("--retries: a Slurm job requeues itself; set launch.slurm.max_requeues")
+    if any(command.node_rank is not None for _, command in jobs):
+        raise UsageError("--node-rank: Slurm tells each node which one it is; take it away")
+    from alignkit.launch.slurm import write_jobs
+
+    written = [job.to_dict() for job in write_jobs(jobs, submit=submit, dry_run=dry_run, force=force)]
+    if as_json:
+        console.print_json({"jobs": written})
+    else:
+        console.print_jobs(written, scripts=dry_run)
 
 
 def _foresee(run_dir: Path, *, force: bool) -> str:
@@ -133,6 +227,53 @@ def _foresee(run_dir: Path, *, force: bool) -> str:
 app.command("sft", help="Train on demonstrations, or pre-train on raw text.")(_stage_command("sft"))
 app.command("rm", help="Train a reward model on comparisons.")(_stage_command("rm"))
 app.command("dpo", help="Train the policy directly on preferences.")(_stage_command("dpo"))
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    trust_code: TrustCode = False,
+    allow_change: AllowChange = None,
+    as_json: AsJson = False,
+    retries: Retries = 0,
+    slurm: Slurm = False,
+    submit: Submit = False,
+    node_rank: NodeRank = None,
+    main_address: MainAddress = None,
+    main_port: MainPort = None,
+) -> None:
+    """Train the stages of a recipe one after another; finished ones are left alone."""
+    from alignkit import console
+    from alignkit.launch.command import Command
+    from alignkit.recipe import resolve
+
+    overrides = _add_address(overrides, main_address, main_port)
+    loaded = _load_recipe(recipe, overrides)
+    stages = [resolve(loaded, name, trust_code=trust_code) for name in loaded.order]
+    changes = tuple(allow_change or ())
+    jobs = [(stage, Command.of(stage, overrides, allow_change=changes, node_rank=node_rank)) for stage in stages]
+    if slurm or submit:
+        _use_slurm(jobs, submit, dry_run=dry_run, force=force, retries=retries, as_json=as_json)
+        return
+    if dry_run:
+        _show_plans(jobs, force=force, as_json=as_json)
+        return
+    from alignkit.launch.pipeline import run_stages
+
+    results = []
+    try:
+        before = lambda stage: context.obj.update(run_dir=Path(stage.run_dir))  # noqa: E731
+        for result in run_stages(jobs, force=force, retries=retries, before=before):
+            results.append(result.to_dict())
+    finally:
+        if as_json:
+            console.print_json({"stages": results})
+        else:
+            console.print_run([stage.name for stage in stages], results)
 
 
 @app.command()
@@ -205,34 +346,66 @@ def main() -> int:
     A user's mistake never shows a traceback: ours goes to `error.log` in the run directory, or to
     `alignkit-error.log` here when there is no run yet. With ALIGNKIT_DEBUG=1 every failure shows its traceback.
     """
-    place: dict[str, Path] = {}
     # Imports make many objects and no garbage: looking for some costs a tenth of them. `launch` switches it on again.
     gc.disable()
     # Pydantic would search every installed distribution for plugins; alignkit has none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    if _SUPERVISED in os.environ:
+        from alignkit.launch.worker import attach
+
+        attach()
+    place: dict[str, Path] = {}
     try:
         code = app(standalone_mode=False, prog_name="alignkit", obj=place)
     except TyperException as error:
         return _end_usage_error(error)
     except typer.Abort:
-        return 130
+        return _leave(130, ["interrupted"])
     except Exception as error:
         if os.environ.get("ALIGNKIT_DEBUG") == "1":
+            _leave(getattr(error, "exit_code", 1), [f"{type(error).__name__}: {error}"])
             raise
         return _end(error, place.get("run_dir"))
     if code == 130:  # typer turns KeyboardInterrupt into this code without a word
-        typer.echo("interrupted", err=True)
-    return code if isinstance(code, int) else 0
+        return _leave(130, ["interrupted"])
+    return _leave(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int, problems: list[str] | None = None, *, unexpected: bool = False, shared: bool = False) -> int:
+    """Say what is left to say and return the exit code; a supervised process writes it down instead."""
+    if _SUPERVISED in os.environ:
+        from alignkit.launch.worker import leave
+
+        return leave(code, problems or (), unexpected=unexpected, shared=shared)
+    for problem in problems or ():
+        typer.echo(problem, err=True)
+    return code
+
+
+def _leave_to_others(code: int) -> int:
+    """Return the exit code of an error that another process reports, but not before that one has spoken.
+
+    torchrun ends all processes as soon as the first one leaves.
+    """
+    time.sleep(5)
+    return code
+
+
+def _is_met_by_all(run_dir: Path | None) -> bool:
+    """Whether every process of this node meets this error, and its first one reports it."""
+    return run_dir is None and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _end_usage_error(error: TyperException) -> int:
     message = error.format_message().rstrip(".")
     if near := getattr(error, "possibilities", None):
         message = f"{error.message.rstrip('.')}; did you mean {near[0]}?"
+    if _SUPERVISED not in os.environ and _is_met_by_all(None):
+        return _leave_to_others(error.exit_code)
     if message:  # empty after a bare `alignkit`: typer has shown the help already
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
-        typer.echo(f"error: {message}{hint}", err=True)
+        return _leave(error.exit_code, [f"error: {message}{hint}"])
     return error.exit_code
 
 
@@ -240,13 +413,20 @@ def _end(error: Exception, run_dir: Path | None) -> int:
     from alignkit import console
 
     known = _explain(error)
+    supervised = _SUPERVISED in os.environ
     if known is None:
         from alignkit.runs.record import redact
 
         log = _write_error_log(error, run_dir)
-        message = redact(f"unexpected {type(error).__name__}: {_first_line(error)}")
-        typer.echo(f"error: {message} (traceback: {log})", err=True)
-        return 1
+        rank = os.environ.get("RANK", "0")
+        prefix = "" if rank == "0" or supervised else f"rank {rank}: "
+        message = redact(f"{prefix}unexpected {type(error).__name__}: {_first_line(error)} (traceback: {log})")
+        return _leave(1, [message if supervised else f"error: {message}"], unexpected=True)
+    if supervised:
+        return _leave(known.exit_code, console.list_problems(known), shared=known.shared)
+    agreed = known.exit_code in (130, 143) and not console.is_main()  # all ranks stop together
+    if known.shared or agreed or _is_met_by_all(run_dir):
+        return _leave_to_others(known.exit_code)
     console.print_error(known)
     return known.exit_code
 

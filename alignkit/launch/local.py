@@ -1,6 +1,6 @@
 """Run a stage in this process: what can be refused at once, then run directory and lock around the method's `run`.
 
-It deliberately starts no process and knows no method's details.
+It deliberately starts no process, knows no method's details, and nothing of other processes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.sources import Located, locate
-from alignkit.errors import DataError, EnvironmentProblem, ModelError, Problem, RunError
-from alignkit.launch.environment import prepare_environment
+from alignkit.errors import DataError, ModelError, Problem, RunError
 from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.preflight.check import check_trackers
 from alignkit.preflight.versions import require_versions
@@ -34,35 +33,46 @@ if TYPE_CHECKING:
 _READ_AHEAD_BYTES = 8 << 20
 
 
-def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, ...] = ()) -> Result:
-    """Train a stage in its run directory and return how it ended.
+def check_first(stage: Stage, *, start_comes: bool = False) -> None:
+    """Refuse what can be refused within a second, before a library or a process is loaded for it.
 
-    Raises what `fit` raises, and RunError when another process holds the directory.
+    `start_comes` says that what the stage starts from will be trained before it. Raises UsageError of each kind, and
+    EnvironmentProblem.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise EnvironmentProblem(
-            "this was started as one of several processes, which alignkit cannot run yet; start it without a launcher"
-        )
-    prepare_environment(tiny=stage.model.path.startswith("builtin:"))
-    _require_start(stage)
-    _inspect_weights(stage)
+    if not start_comes:
+        _require_start(stage)
+        _inspect_weights(stage)
     refuse_foreign(Path(stage.run_dir))
     _read_ahead(stage)
     require_versions()
     check_trackers(stage)
+
+
+def train_here(stage: Stage, *, force: bool, allow_change: tuple[str, ...] = ()) -> Result:
+    """Check, open and lock the run directory, and train in this process.
+
+    Raises what `fit` raises, and RunError when another process holds the directory.
+    """
+    check_first(stage)
     run, lock = open_run(Path(stage.run_dir), force=force)
     try:
-        method = importlib.import_module(f"alignkit.train.{stage.method}")
-        gc.enable()
-        gc.freeze()  # what the libraries made stays for good: never look through it again
-        with _tensorboard_in(run.path):
-            return method.run(stage, run.path, allow_change=allow_change)
+        return train_in(stage, run.path, allow_change=allow_change)
     finally:
         lock.release()
-        _remove_if_empty(run.path)
+        remove_if_empty(run.path)
 
 
-def _remove_if_empty(directory: Path) -> None:
+def train_in(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...]) -> Result:
+    """Train in this process, in a run directory that somebody holds for it."""
+    method = importlib.import_module(f"alignkit.train.{stage.method}")
+    gc.enable()
+    gc.freeze()  # what the libraries made stays for good: never look through it again
+    with _tensorboard_in(run_dir):
+        result: Result = method.run(stage, run_dir, allow_change=allow_change)
+    return result
+
+
+def remove_if_empty(directory: Path) -> None:
     """Leave nothing behind of a stage that was refused before it began."""
     if {entry.name for entry in directory.iterdir()} <= {".lock", "cache"}:
         shutil.rmtree(directory, ignore_errors=True)
