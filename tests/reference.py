@@ -21,6 +21,7 @@ from alignkit.recipe.schema import (
     RmOptions,
     SampleOptions,
     SftOptions,
+    SlurmOptions,
     StageOptions,
 )
 
@@ -31,6 +32,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`model:`", ModelOptions),
     ("`lora:`", LoraOptions),
     ("`launch:`", LaunchOptions),
+    ("`launch.slurm:`", SlurmOptions),
     ("A data source (`data:`, `eval:`, `normalize_data:`)", DataSource),
     ("Every stage", StageOptions),
     ("`samples:`", SampleOptions),

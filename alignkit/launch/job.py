@@ -205,7 +205,7 @@ def _require_deepspeed(stage: Stage) -> None:
     if accelerate.zero_stage(stage.launch.strategy) and importlib.util.find_spec("deepspeed") is None:
         raise EnvironmentProblem(
             f"{stage.where('launch.strategy')}: launch.strategy {stage.launch.strategy} needs DeepSpeed, which is not "
-            "installed; `pip install deepspeed`, or use fsdp"
+            "installed; `pip install 'deepspeed>=0.19,<0.20'`, or use fsdp"
         )
 
 
