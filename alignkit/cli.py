@@ -1,6 +1,6 @@
-"""Every command of alignkit: its options, which room does the work, and how each failure ends.
+"""Every command of alignkit: its options, and which room does the work.
 
-Deliberately does none of the work, and loads typer and the standard library only: everything else is imported
+Deliberately does none of the work, and loads typer, `ending` and the standard library only: everything else is imported
 by the command that needs it, so that `--help` and a mistyped option answer at once.
 """
 
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
+from alignkit.ending import SUPERVISED, end, end_usage_error, leave
+
 if TYPE_CHECKING:
-    from alignkit.errors import AlignKitError
     from alignkit.launch.command import Command
     from alignkit.recipe import Recipe, Stage
 
@@ -87,8 +86,6 @@ MainPort = Annotated[
     typer.Option("--main-port", metavar="PORT", rich_help_panel=_MANY, help="Its port: launch.main_port."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout.")]
-
-_SUPERVISED = "ALIGNKIT_LAUNCH_DIR"  # in the environment of a process that our own supervisor started
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -159,7 +156,7 @@ def _stage_command(method: Literal["sft", "rm", "dpo"]) -> Callable[..., None]:
         from alignkit.launch import launch_stage
 
         result = launch_stage(resolved, given, force=force, retries=retries)
-        if _SUPERVISED in os.environ or not console.is_main():
+        if SUPERVISED in os.environ or not console.is_main():
             return  # who started this process, or rank 0, shows it
         if as_json:
             console.print_json(result.to_dict())
@@ -350,7 +347,7 @@ def main() -> int:
     gc.disable()
     # Pydantic would search every installed distribution for plugins; alignkit has none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    if _SUPERVISED in os.environ:
+    if SUPERVISED in os.environ:
         from alignkit.launch.worker import attach
 
         attach()
@@ -358,123 +355,14 @@ def main() -> int:
     try:
         code = app(standalone_mode=False, prog_name="alignkit", obj=place)
     except TyperException as error:
-        return _end_usage_error(error)
+        return end_usage_error(error)
     except typer.Abort:
-        return _leave(130, ["interrupted"])
+        return leave(130, ["interrupted"])
     except Exception as error:
         if os.environ.get("ALIGNKIT_DEBUG") == "1":
-            _leave(getattr(error, "exit_code", 1), [f"{type(error).__name__}: {error}"])
+            leave(getattr(error, "exit_code", 1), [f"{type(error).__name__}: {error}"])
             raise
-        return _end(error, place.get("run_dir"))
+        return end(error, place.get("run_dir"))
     if code == 130:  # typer turns KeyboardInterrupt into this code without a word
-        return _leave(130, ["interrupted"])
-    return _leave(code if isinstance(code, int) else 0)
-
-
-def _leave(code: int, problems: list[str] | None = None, *, unexpected: bool = False, shared: bool = False) -> int:
-    """Say what is left to say and return the exit code; a supervised process writes it down instead."""
-    if _SUPERVISED in os.environ:
-        from alignkit.launch.worker import leave
-
-        return leave(code, problems or (), unexpected=unexpected, shared=shared)
-    for problem in problems or ():
-        typer.echo(problem, err=True)
-    return code
-
-
-def _leave_to_others(code: int) -> int:
-    """Return the exit code of an error that another process reports, but not before that one has spoken.
-
-    torchrun ends all processes as soon as the first one leaves.
-    """
-    time.sleep(5)
-    return code
-
-
-def _is_met_by_all(run_dir: Path | None) -> bool:
-    """Whether every process of this node meets this error, and its first one reports it."""
-    return run_dir is None and os.environ.get("LOCAL_RANK", "0") != "0"
-
-
-def _end_usage_error(error: TyperException) -> int:
-    message = error.format_message().rstrip(".")
-    if near := getattr(error, "possibilities", None):
-        message = f"{error.message.rstrip('.')}; did you mean {near[0]}?"
-    if _SUPERVISED not in os.environ and _is_met_by_all(None):
-        return _leave_to_others(error.exit_code)
-    if message:  # empty after a bare `alignkit`: typer has shown the help already
-        context = getattr(error, "ctx", None)
-        hint = f" (see {context.command_path} --help)" if context is not None else ""
-        return _leave(error.exit_code, [f"error: {message}{hint}"])
-    return error.exit_code
-
-
-def _end(error: Exception, run_dir: Path | None) -> int:
-    from alignkit import console
-
-    known = _explain(error)
-    supervised = _SUPERVISED in os.environ
-    if known is None:
-        from alignkit.runs.record import redact
-
-        log = _write_error_log(error, run_dir)
-        rank = os.environ.get("RANK", "0")
-        prefix = "" if rank == "0" or supervised else f"rank {rank}: "
-        message = redact(f"{prefix}unexpected {type(error).__name__}: {_first_line(error)} (traceback: {log})")
-        return _leave(1, [message if supervised else f"error: {message}"], unexpected=True)
-    if supervised:
-        return _leave(known.exit_code, console.list_problems(known), shared=known.shared)
-    agreed = known.exit_code in (130, 143) and not console.is_main()  # all ranks stop together
-    if known.shared or agreed or _is_met_by_all(run_dir):
-        return _leave_to_others(known.exit_code)
-    console.print_error(known)
-    return known.exit_code
-
-
-def _explain(error: Exception) -> AlignKitError | None:
-    """Return what the user can act on, or None for a bug; foreign exceptions are known by errno or class name."""
-    import errno
-
-    from alignkit.errors import AlignKitError, DiskError, OutOfMemoryError
-
-    if isinstance(error, AlignKitError):
-        return error
-    on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-    if on_host or type(error).__name__ == "OutOfMemoryError":
-        return OutOfMemoryError(
-            f"out of memory: {_first_line(error) or 'the host has no memory left'}\n"
-            "lower micro_batch_size or max_length, or use lora: or model.quantization: nf4"
-        )
-    full = {errno.ENOSPC, errno.EDQUOT}
-    if isinstance(error, OSError) and error.errno in full | {errno.EROFS, errno.EACCES}:
-        place = f"{error.filename}: " if error.filename else ""
-        advice = "free some space and run the same command again" if error.errno in full else "choose another --out"
-        return DiskError(f"{place}{error.strerror}; what was complete before is untouched; {advice}")
-    # torch and safetensors report a full disk in words of their own, without an errno.
-    if any(sign in str(error) for sign in ("os error 28", "PytorchStreamWriter failed", "unexpected pos")):
-        return DiskError(
-            f"could not write a checkpoint: {_first_line(error)}; what was complete before is untouched; "
-            "free some space and run the same command again"
-        )
-    return None
-
-
-def _write_error_log(error: Exception, run_dir: Path | None) -> str:
-    """Write the traceback of an error and return where it is, or why it could not be written."""
-    import traceback
-
-    from alignkit.runs.record import redact
-
-    rank = os.environ.get("RANK", "0")
-    name = "error.log" if rank == "0" else f"error-rank{rank}.log"
-    path = run_dir / name if run_dir is not None and run_dir.is_dir() else Path(f"alignkit-{name}")
-    text = f"$ {' '.join(sys.argv)}\n{''.join(traceback.format_exception(error))}"
-    try:
-        path.write_text(redact(text), encoding="utf-8")
-    except OSError as problem:
-        return f"not written, {problem.strerror}; ALIGNKIT_DEBUG=1 shows it"
-    return str(path)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+        return leave(130, ["interrupted"])
+    return leave(code if isinstance(code, int) else 0)
