@@ -34,6 +34,7 @@ _BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")
 def finish(stage: Stage, run: RunDir, built: Built, *, seconds: float) -> Result:
     """Measure, save the final model, reload it and compare, then write the result."""
     trainer = built.trainer
+    trainer.refuse_bad_weights()
     # Opened before the ranks meet again: opening mends a torn last line, which must not be one that is being written.
     rows, samples = JsonLines(run.metrics), JsonLines(run.samples)
     metrics = _final_metrics(trainer, rows)

@@ -136,8 +136,7 @@ class Guarded(Measured):
         number, (loss, norm) = next(
             (number, values) for number, values in enumerate(everyone) if not all(map(math.isfinite, values))
         )
-        kept = checkpoints.list_checkpoints(Path(self.args.output_dir))
-        last = f"the last good checkpoint is {kept[0].name}" if kept else "no checkpoint was saved yet"
+        last = self._last_good()
         where = f" on rank {number}" if len(everyone) > 1 else ""
         error = NonFiniteError(
             f"step {self.state.global_step + 1}: loss is {loss:g} and the gradient norm {norm:g}{where}; stopped "
@@ -145,6 +144,22 @@ class Guarded(Measured):
         )
         error.shared = not ranks.is_main()
         raise error
+
+    def refuse_bad_weights(self) -> None:
+        """Raise NonFiniteError on every rank when an update has left weights that are not finite: too large a step."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        bad = not all(bool(shards.local(parameter).isfinite().all()) for parameter in trained)
+        if ranks.largest(int(bad)):
+            error = NonFiniteError(
+                f"step {self.state.global_step}: the update has left weights that are not finite; nothing of it was "
+                f"saved, {self._last_good()}. Lower learning_rate or max_grad_norm"
+            )
+            error.shared = not ranks.is_main()
+            raise error
+
+    def _last_good(self) -> str:
+        kept = checkpoints.list_checkpoints(Path(self.args.output_dir))
+        return f"the last good checkpoint is {kept[0].name}" if kept else "no checkpoint was saved yet"
 
     # ---- checkpoints: one layout, whatever trained them; upstream names the files, we make them count ----
 
@@ -181,6 +196,7 @@ class Guarded(Measured):
         directory = Path(self.args.output_dir)
         checkpoint = directory / f"checkpoint-{self.state.global_step}"
         pulse("saving", self.state.global_step)
+        self.refuse_bad_weights()
         if not ranks.once(lambda: self._make_way(directory, checkpoint)):
             return  # this very step is sealed: an interrupt at a save step, or the last step of a resumed run
         try:

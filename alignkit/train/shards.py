@@ -135,6 +135,13 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a weight."""
+    if isinstance(tensor, DTensor):
+        return tensor.detach().to_local()
+    return getattr(tensor, "ds_tensor", tensor).detach()
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor as one process has it; all ranks must ask for the same one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

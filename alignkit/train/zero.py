@@ -37,7 +37,7 @@ def gather_model(trainer: Any, wanted: Callable[[str], bool]) -> dict[str, torch
         if id(tensor) not in seen:
             # Weights held in bfloat16 are copies: what is trained is the optimizer's float32.
             full = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
-            full = whole(tensor.detach()) if full is None else full
+            full = whole(tensor) if full is None else full
             seen[id(tensor)] = full.detach().cpu().clone() if is_main() else torch.empty(0)
         state[name] = seen[id(tensor)]
     return state if is_main() else None
