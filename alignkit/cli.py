@@ -267,7 +267,9 @@ def run(
         for result in run_stages(jobs, force=force, retries=retries, before=before):
             results.append(result.to_dict())
     finally:
-        if as_json:
+        if not console.is_main():
+            pass  # another node speaks
+        elif as_json:
             console.print_json({"stages": results})
         else:
             console.print_run([stage.name for stage in stages], results)
@@ -360,8 +362,9 @@ def main() -> int:
         return leave(130, ["interrupted"])
     except Exception as error:
         if os.environ.get("ALIGNKIT_DEBUG") == "1":
-            leave(getattr(error, "exit_code", 1), [f"{type(error).__name__}: {error}"])
-            raise
+            import traceback
+
+            traceback.print_exception(error)
         return end(error, place.get("run_dir"))
     if code == 130:  # typer turns KeyboardInterrupt into this code without a word
         return leave(130, ["interrupted"])

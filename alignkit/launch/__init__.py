@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from alignkit import console
 from alignkit.launch.environment import prepare_environment
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
 
         return join(stage, command, force=force, retries=retries)
     placement = place(stage, command.node_rank)
+    if placement.world_size == 1 and placement.strategy != "ddp":
+        console.warn(f"launch.strategy {placement.strategy} has no effect with one process; set launch.processes")
     if placement.world_size == 1 and retries == 0:
         return train_here(stage, force=force, allow_change=command.allow_change)
     from alignkit.launch.job import run_job

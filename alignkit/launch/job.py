@@ -9,7 +9,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from alignkit import console
 from alignkit.errors import AlignKitError, EnvironmentProblem, Stopped, UsageError
-from alignkit.launch import accelerate, nodes, processes, rendezvous
+from alignkit.launch import accelerate, nodes, rendezvous
 from alignkit.launch.command import Command
 from alignkit.launch.devices import Precision, mixed_precision
-from alignkit.launch.local import check_first, remove_if_empty
+from alignkit.launch.local import check_first, hold_run
 from alignkit.launch.placement import Placement
 from alignkit.launch.supervise import Job, StopRequest
 from alignkit.launch.worker import STOP_SIGNALS
@@ -29,7 +28,7 @@ from alignkit.preflight.machine import count_cores
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
 from alignkit.runs.files import disk_failures, read_json
-from alignkit.runs.layout import RunDir, open_run
+from alignkit.runs.layout import RunDir
 
 if TYPE_CHECKING:
     from alignkit.train.built import Result
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 # A process died or hung, was killed, was told to end while this one was not. Anything else would happen again.
 RETRIED = frozenset({6, 137, 143})
 _KEPT_ATTEMPTS = 5
-_STRAY_SECONDS = 45.0
 
 
 def run_job(stage: Stage, command: Command, placement: Placement, *, force: bool, retries: int) -> Result:
@@ -48,28 +46,26 @@ def run_job(stage: Stage, command: Command, placement: Placement, *, force: bool
     check_first(stage)
     _require_deepspeed(stage)
     run = RunDir(Path(stage.run_dir).expanduser().absolute())
-    lock = None
-    if placement.is_main:
-        run, lock = open_run(run.path, force=force)
-    else:
-        console.hush()  # node 0 speaks
-    try:
-        with _catch() as stop:
-            if placement.is_main:
-                _end_strays(run, stop)
+    with _catch() as stop:
+        if not placement.is_main:
+            console.hush()  # node 0 speaks
             _try_until_done(stage, command, placement, run, stop, retries)
-        from alignkit.train.built import Result
+            return _read_result(run)
+        with hold_run(run.path, force=force, check=stop.check):
+            try:
+                _try_until_done(stage, command, placement, run, stop, retries)
+            except UsageError:
+                if not run.stage.exists():
+                    _clear(run.launch)
+                raise
+            return _read_result(run)
 
-        data = read_json(run.result)
-        return Result(**{key: data[key] for key in Result.__dataclass_fields__})
-    except UsageError:
-        if placement.is_main and not run.stage.exists():
-            _clear(run.launch)
-        raise
-    finally:
-        if lock is not None:
-            lock.release()
-            remove_if_empty(run.path)
+
+def _read_result(run: RunDir) -> Result:
+    from alignkit.train.built import Result
+
+    data = read_json(run.result)
+    return Result(**{key: data[key] for key in Result.__dataclass_fields__})
 
 
 def _try_until_done(
@@ -220,19 +216,3 @@ def _catch() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _end_strays(run: RunDir, stop: StopRequest) -> None:
-    """Wait for processes of an earlier command that was killed: they save and end by themselves; then kill the rest."""
-    root = run.launch
-    deadline = time.monotonic() + _STRAY_SECONDS
-    told = False
-    while strays := processes.marked(root):
-        if not told:
-            console.note(f"waiting for {len(strays)} processes of an earlier command in {run.path} to end")
-            told = True
-        if time.monotonic() > deadline:
-            processes.kill_all([stray.pid for stray in strays], root)
-            return
-        stop.check()
-        time.sleep(0.2)

@@ -1,6 +1,7 @@
 """Run a stage in this process: what can be refused at once, then run directory and lock around the method's `run`.
 
-It deliberately starts no process, knows no method's details, and nothing of other processes.
+It deliberately starts no process and knows no method's details. Of other processes it knows only those that an
+earlier command has left in the run directory.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ import importlib
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignkit import console
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.sources import Located, locate
 from alignkit.errors import DataError, ModelError, Problem, RunError
+from alignkit.launch import processes
 from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.preflight.check import check_trackers
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import DataSource, RmOptions
-from alignkit.runs.layout import open_run, refuse_foreign
+from alignkit.runs.layout import RunDir, open_run, refuse_foreign, set_aside
 
 if TYPE_CHECKING:
     from alignkit.train.built import Result
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 # Files up to this size are read and checked in half a second, before the libraries load in ten; larger ones are
 # checked only when they are tokenised.
 _READ_AHEAD_BYTES = 8 << 20
+_STRAY_SECONDS = 45.0
 
 
 def check_first(stage: Stage, *, start_comes: bool = False) -> None:
@@ -49,17 +54,35 @@ def check_first(stage: Stage, *, start_comes: bool = False) -> None:
 
 
 def train_here(stage: Stage, *, force: bool, allow_change: tuple[str, ...] = ()) -> Result:
-    """Check, open and lock the run directory, and train in this process.
+    """Check, hold the run directory, and train in this process.
 
     Raises what `fit` raises, and RunError when another process holds the directory.
     """
     check_first(stage)
-    run, lock = open_run(Path(stage.run_dir), force=force)
-    try:
+    with hold_run(Path(stage.run_dir), force=force) as run:
         return train_in(stage, run.path, allow_change=allow_change)
-    finally:
+
+
+@contextmanager
+def hold_run(path: Path, *, force: bool, check: Callable[[], None] = lambda: None) -> Iterator[RunDir]:
+    """Have a run directory for one command alone: locked, and with nobody in it whose supervisor was killed.
+
+    With `force` an earlier run is moved aside, but only when those processes have ended: they know the run by its path,
+    and their last save would land in the new one. `check` is called while they are waited for, and may raise.
+    """
+    run, lock = open_run(path, force=False)
+    try:
+        _end_strays(run, check)
+        if force:
+            lock = set_aside(run, lock)
+    except BaseException:
         lock.release()
-        remove_if_empty(run.path)
+        raise
+    try:
+        yield run
+    finally:
+        _remove_if_empty(run.path)  # while it is ours: another command may lock it as soon as we let go
+        lock.release()
 
 
 def train_in(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...]) -> Result:
@@ -72,10 +95,26 @@ def train_in(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...]) -> R
     return result
 
 
-def remove_if_empty(directory: Path) -> None:
+def _remove_if_empty(directory: Path) -> None:
     """Leave nothing behind of a stage that was refused before it began."""
     if {entry.name for entry in directory.iterdir()} <= {".lock", "cache"}:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _end_strays(run: RunDir, check: Callable[[], None]) -> None:
+    """Wait for processes of an earlier command that was killed: they save and end by themselves; then kill the rest."""
+    root = run.launch
+    deadline = time.monotonic() + _STRAY_SECONDS
+    told = False
+    while strays := processes.marked(root):
+        if not told:
+            console.note(f"waiting for {len(strays)} processes of an earlier command in {run.path} to end")
+            told = True
+        if time.monotonic() > deadline:
+            processes.kill_all([stray.pid for stray in strays], root)
+            return
+        check()
+        time.sleep(0.2)
 
 
 @contextmanager

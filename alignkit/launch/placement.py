@@ -14,6 +14,7 @@ from typing import Any
 from alignkit.errors import Problem, RecipeError
 from alignkit.launch.devices import Device, count_cuda, pick_device
 from alignkit.recipe import Stage
+from alignkit.recipe.batch import check_batch
 
 DEFAULT_PORT = 29500
 LOOPBACK = "127.0.0.1"
@@ -56,6 +57,8 @@ def place(
     device = pick_device(stage)
     processes = launch.processes if launch.processes != "auto" else max(count_cuda() if device == "cuda" else 1, 1)
     problems = [*_check_slurm(stage, environment), *(_check_devices(stage, processes, device) if strict else ())]
+    if batch := check_batch(stage, launch.nodes * processes):
+        problems.append(batch)
     address: str | None = LOOPBACK
     if launch.nodes == 1:
         if node_rank:
@@ -69,6 +72,7 @@ def place(
         )
         port = _first_number(launch.main_port, environment.get("MASTER_PORT"), DEFAULT_PORT)
         problems += _check_nodes(stage, node_rank, address, strict=strict)
+        problems += _check_numbers(environment, "SLURM_NODEID", "NODE_RANK", "MASTER_PORT")
     if problems:
         raise RecipeError(problems)
     return Placement(processes, launch.nodes, node_rank, address, port, device, launch.strategy)
@@ -82,6 +86,15 @@ def first_host(nodes: str) -> str:
 
 def _first_number(*values: int | str | None) -> int | None:
     return next((int(value) for value in values if value is not None and str(value).strip().isdigit()), None)
+
+
+def _check_numbers(environment: Mapping[str, str], *names: str) -> list[Problem]:
+    given = {name: environment[name] for name in names if environment.get(name)}
+    return [
+        Problem(f"{name} is {value!r} in the environment; it must be a whole number, or not be set")
+        for name, value in given.items()
+        if not value.strip().isdigit()
+    ]
 
 
 def _contradiction(stage: Stage, what: str) -> Problem:

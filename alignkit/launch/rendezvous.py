@@ -5,6 +5,7 @@ It carries no data: torch opens and uses the port; this only finds out beforehan
 
 from __future__ import annotations
 
+import errno
 import socket
 import sys
 import time
@@ -28,8 +29,10 @@ def choose_port(stage: Stage, placement: Placement) -> int:
         try:
             probe.bind((LOOPBACK if placement.nodes == 1 else "", wanted))
         except OSError as error:
+            which = f"port {wanted}" if wanted else "no free port"
+            state = "is in use" if error.errno == errno.EADDRINUSE else "cannot be opened"
             raise RunError(
-                f"port {wanted} is in use on {socket.gethostname()} ({error.strerror}); choose another with "
+                f"{which} {state} on {socket.gethostname()} ({error.strerror}); choose another with "
                 "--main-port or launch.main_port",
                 where=stage.where("launch.main_port"),
             ) from error

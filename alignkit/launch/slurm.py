@@ -20,6 +20,7 @@ from alignkit.errors import EnvironmentProblem, RecipeError, RunError
 from alignkit.launch.command import Command
 from alignkit.launch.local import check_first
 from alignkit.recipe import Stage
+from alignkit.recipe.batch import check_batch
 from alignkit.recipe.schema import SlurmOptions
 from alignkit.runs.checkpoints import MANIFEST
 from alignkit.runs.files import disk_failures, write_text
@@ -111,6 +112,8 @@ def build_script(stage: Stage, command: Command) -> str:
     processes = gpus if launch.processes == "auto" else launch.processes
     run = RunDir(Path(stage.run_dir).expanduser().absolute())
     _check_time(stage, slurm)
+    if problem := check_batch(stage, launch.nodes * processes):
+        raise RecipeError(problem)
     cpus = slurm.cpus_per_process * processes
     options = {
         "job-name": f"{stage.recipe_name}-{stage.name}",
@@ -147,6 +150,13 @@ def build_script(stage: Stage, command: Command) -> str:
 def _count_gpus(stage: Stage, slurm: SlurmOptions) -> int:
     """Return the GPUs of a node: as the recipe says, else one for each process unless it trains on the CPU."""
     launch = stage.launch
+    wanted = launch.processes if isinstance(launch.processes, int) and launch.device != "cpu" else 0
+    if slurm.gpus_per_node is not None and 0 < slurm.gpus_per_node < wanted:
+        raise RecipeError(
+            f"launch.slurm.gpus_per_node is {slurm.gpus_per_node}, but launch.processes is {wanted}, one a GPU; "
+            "make them equal",
+            where=stage.where("launch.slurm.gpus_per_node"),
+        )
     if slurm.gpus_per_node is not None and (slurm.gpus_per_node > 0 or launch.processes != "auto"):
         return slurm.gpus_per_node
     if launch.processes == "auto":

@@ -25,6 +25,7 @@ from alignkit.runs import heartbeat
 from alignkit.runs.heartbeat import Beat, End
 
 _POLL_SECONDS = 0.1
+_STOPS = (130, 143)  # exit codes of an orderly stop
 # Between the first sign of a failure and the verdict: the others write down what they know meanwhile.
 _SETTLE_SECONDS = 1.0
 _SETTLE_NODES_SECONDS = 5.0
@@ -121,8 +122,8 @@ class Job:
         suspect: float | None = None  # since when something is wrong
         ended: float | None = None  # since when all ranks have said how they end
         while True:
+            exited = self._process.poll()  # first: what has exited by now has written its end before we read
             beats, ends = heartbeat.read_beats(self.directory), heartbeat.read_ends(self.directory)
-            exited = self._process.poll()
             now = time.monotonic()
             if now - looked > _OWN_PAUSE_SECONDS:
                 self._forgive(now - looked)
@@ -171,6 +172,9 @@ class Job:
             self._raise(ends, None)
 
     def _raise(self, ends: dict[int, End], hung: str | None) -> None:
+        if any(end.exit_code in _STOPS for end in ends.values()):
+            # One that stopped while the stage was loading left alone: the others' lost connections are no news.
+            ends = {rank: end for rank, end in ends.items() if not verdict.lost_peer(end)}
         cause = verdict.find_cause(ends, self._deaths.values(), hung)
         by_us = {int(death.signal or 0) for death in self._deaths.values()} & {*self.stop.received}
         if by_us and not isinstance(cause, AlignKitError):

@@ -17,9 +17,12 @@ from alignkit.runs.heartbeat import Beat, End
 _STOPS = (130, 143)
 # What gloo, NCCL and the store say when somebody else has gone.
 _PEER_LOST = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|gloo|nccl|socket|store|timed out|not connected|remote process",
+    r"unexpected (Dist\w*Error|RuntimeError|Connection\w*Error|BrokenPipeError|TimeoutError|OSError): .*"
+    r"(connection (closed|reset|refused)|broken pipe|\bgloo\b|\bnccl\b|\bTCPStore\b|\bsocket\b|timed out|"
+    r"not connected|remote process)",
     re.IGNORECASE,
 )
+_LOG = re.compile(r" \(traceback: .*\)$")  # a path may hold any of these words
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,19 @@ def _where(beat: Beat) -> str:
 def describe_frozen(beat: Beat, seconds: float, *, stopped: bool) -> str:
     """Say that a process gives no sign of life."""
     why = "; it is stopped (SIGSTOP)" if stopped else ""
-    return f"{describe(beat)} has given no sign of life for {seconds:.0f} s{why}, last seen {_where(beat)}"
+    return (
+        f"{describe(beat)} has given no sign of life for {seconds:.0f} s{why}, last seen {_where(beat)}; "
+        "launch.heartbeat_seconds bounds that"
+    )
 
 
 def describe_stuck(beats: Iterable[Beat], seconds: float) -> str:
     """Say that the main threads got no further, naming the one that is furthest behind."""
     last = min(beats, key=lambda beat: (-1 if beat.step is None else beat.step, -beat.idle_seconds))
-    return f"{describe(last)} got no further for {seconds:g} s (launch.timeout_seconds), last seen {_where(last)}"
+    return (
+        f"{describe(last)} got no further for {seconds:g} s (launch.timeout_seconds), last seen {_where(last)}; "
+        "raise it if this work takes so long"
+    )
 
 
 def failed(end: End) -> bool:
@@ -74,7 +83,7 @@ def failed(end: End) -> bool:
 
 def lost_peer(end: End) -> bool:
     """Whether all a process knows is that another one is gone."""
-    return end.unexpected and bool(_PEER_LOST.search(" ".join(end.problems)))
+    return end.unexpected and any(_PEER_LOST.search(_LOG.sub("", problem)) for problem in end.problems)
 
 
 def find_cause(ends: Mapping[int, End], deaths: Iterable[Death], hung: str | None) -> AlignKitError | str | None:

@@ -17,7 +17,7 @@ from alignkit.runs import heartbeat
 LAUNCH_DIR = "ALIGNKIT_LAUNCH_DIR"  # set by the supervisor: where signs of life go
 SUPERVISOR = "ALIGNKIT_SUPERVISOR"  # its process id: without it the worker ends
 INTERVAL = "ALIGNKIT_BEAT_SECONDS"
-# The launcher's own process is kept deaf to these; a worker hears them again.
+# The launcher's own process is kept deaf to these; a worker hears them again when it can end in order.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _LAST_WORDS_SECONDS = 30.0
 
@@ -38,12 +38,15 @@ def rank() -> int:
 
 
 def attach() -> None:
-    """Prepare a supervised worker: hear signals, write to its own log, give signs of life, end with the supervisor.
+    """Prepare a supervised worker: write to its own log, give signs of life, end with the supervisor.
+
+    Stop signals wait until `train.signals.catch_signals` hears them: one that came before would kill this process, and
+    a thread started now never takes one.
 
     Only what rank 0 prints reaches the terminal; what libraries write to file descriptor 2 goes to `rank-N.log`.
     """
     directory = Path(os.environ[LAUNCH_DIR])
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     log = os.open(directory / f"rank-{rank()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     if rank() == 0:  # the supervisor gave its own stderr as our stdout
         terminal = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="backslashreplace")

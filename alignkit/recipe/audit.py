@@ -333,6 +333,8 @@ def _launch(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]
     if offload != "none" and offload not in _OFFLOADS.get(strategy, ()):
         able = [f"{name} ({' or '.join(words)})" for name, words in _OFFLOADS.items() if words]
         yield "launch.offload", f"is {offload}, which {strategy} does not do; {', '.join(able)} do"
+    if "main_address" in launch and launch.get("nodes", 1) == 1:
+        yield "launch.main_address", "has no effect with one node; set launch.nodes"
     quantization = (recipe.get("model") or {}).get("quantization", "none")
     if quantization != "none" and strategy in ("fsdp", "zero3"):
         yield (

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from alignkit.errors import EnvironmentProblem, RecipeError
 from alignkit.recipe import Stage
+from alignkit.recipe.batch import check_batch
 from alignkit.train.ranks import uses_fsdp, world_size
 
 _Config = TypeVar("_Config", bound=TrainingArguments)
@@ -45,8 +46,10 @@ def micro_batch_size(stage: Stage) -> int:
     one forward pass, which then are the same rows however many processes there are.
     Raises RecipeError when the global batch cannot be divided evenly.
     """
+    if problem := check_batch(stage, world_size()):
+        raise RecipeError(problem)
     options = stage.options
-    share, rest = divmod(options.batch_size, world_size())
+    share = options.batch_size // world_size()
     wanted = options.micro_batch_size
     limit = max(_LARGEST_MICRO_BATCH // world_size(), 2) if stage.is_unpaired else _LARGEST_MICRO_BATCH
     largest = max(size for size in range(1, limit + 1) if share % size == 0)
@@ -55,12 +58,6 @@ def micro_batch_size(stage: Stage) -> int:
         raise RecipeError(
             f"{stage.name}.batch_size is {options.batch_size}, of which one row fits a forward pass; KTO estimates its "
             "KL term across rows: make it a multiple of a number from 2 to 8, or set micro_batch_size",
-            where=stage.where(f"{stage.name}.batch_size"),
-        )
-    if rest or share % micro:
-        raise RecipeError(
-            f"{stage.name}.batch_size is {options.batch_size}, which {world_size()} processes with "
-            f"micro_batch_size {micro} cannot divide; make it a multiple of {world_size() * micro}",
             where=stage.where(f"{stage.name}.batch_size"),
         )
     return micro

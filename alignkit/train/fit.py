@@ -7,6 +7,7 @@ several processes all of them run this; rank 0 alone decides what files say, and
 from __future__ import annotations
 
 import hashlib
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -59,6 +60,7 @@ def fit(
     with catch_signals() as stop:
         pulse("joining")
         ranks.start(stage, run.path)
+        _require_no_stop(stop)
         fingerprint: dict[str, Any] = {}
 
         def look() -> dict[str, Any] | None:
@@ -78,6 +80,19 @@ def fit(
         result = finish(stage, run, built, seconds=time.monotonic() - began)
         ranks.leave_at_exit()
         return result
+
+
+def _require_no_stop(stop: StopFlag) -> None:
+    """Raise Stopped on every rank when any of them was asked to stop before they met."""
+    asked = ranks.largest(stop.signal or 0)
+    stop.joined = True
+    if asked:
+        ranks.leave_at_exit()
+        stop.signal = signal.Signals(asked)
+    if stop.signal is not None:
+        error = stop.not_begun()
+        error.shared = not ranks.is_main()
+        raise error
 
 
 def _find_finished(

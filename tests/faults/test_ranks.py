@@ -214,16 +214,67 @@ def test_nothing_outlives_a_killed_supervisor(start: Callable[..., Job]) -> None
     assert {end["exit_code"] for end in job.ends(1).values()} == {143}  # they saved, as after SIGTERM
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "force"), [(2, True), (1, True), (1, False)])
+def test_the_next_command_waits_for_what_a_killed_supervisor_left(
+    start: Callable[..., Job], tmp_path: Path, processes: int, force: bool
+) -> None:
+    first = start()
+    pids = first.wait_for_ranks(step=3).values()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    first.process.kill()
+    first.wait()
+    before = first.sealed()[-1]
+    (tmp_path / "stderr.txt").unlink()  # the old ranks still hold it
+    changes = ("--set", f"sft.max_steps={before + 20}", "--allow-change", "max_steps")
+    second = start(*(("--force",) if force else ()), *changes, processes=processes)
+    waits = f"waiting for 2 processes of an earlier command in {second.run} to end"
+    deadline = time.monotonic() + 60
+    while waits not in second.stderr and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert waits in second.stderr
+    time.sleep(1)
+    assert (second.run / "stage.json").is_file()  # nothing is moved while they may save
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert second.wait() == 0, second.stderr
+    assert f"finished at step {before + 20}" in second.stdout
+    asides = list(second.run.parent.glob("sft.old-*"))
+    if force:
+        [aside] = asides
+        assert (aside / "stage.json").is_file()
+        # Their last save went where the others are, and the forced run began anew.
+        steps = [int(path.parent.name.split("-")[1]) for path in aside.glob("checkpoints/*/alignkit_manifest.json")]
+        assert max(steps) > before and "going on from" not in second.stderr
+    else:
+        assert asides == []
+        [line] = [line for line in second.stderr.splitlines() if "going on from step" in line]
+        assert int(line.split("going on from step ")[1].split()[0]) > before
+
+
+def test_a_signal_to_one_rank_that_is_still_starting_stops_all(start: Callable[..., Job]) -> None:
+    job = start()
+    pids = job.wait_for_ranks()
+    assert job.beats(1)[1]["phase"] == "starting"
+    began = time.monotonic()
+    os.kill(pids[1], signal.SIGTERM)
+    assert job.seconds_to_end(began, "SIGTERM to rank 1 as it starts") < 60
+    assert (job.process.returncode, job.left()) == (143, [])
+    assert job.errors == ["error: stopped by SIGTERM: nothing was being trained; the same command starts again"]
+    assert {end["exit_code"] for end in job.ends(1).values()} == {143}
+
+
 def test_an_error_of_all_ranks_is_said_once_and_leaves_nothing(start: Callable[..., Job], tmp_path: Path) -> None:
     # As after a killed supervisor: a process of an earlier command still writes its last checkpoint.
     mark = {"ALIGNKIT_LAUNCH_DIR": str(tmp_path / "runs/ranks/sft/launch/attempt-1")}
     stray = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(8)"], env=mark)
-    job = start("--set", "sft.batch_size=3")
+    job = start("--set", "sft.max_length=2")
     assert job.wait() == 2
     assert stray.poll() == 0  # the next one has waited for it
     [waited, line, *more] = job.errors
     assert waited == f"waiting for 1 processes of an earlier command in {job.run} to end"
-    assert line.startswith("error: --set: sft.batch_size is 3, which 2 processes with micro_batch_size 1 cannot divide")
+    assert line.startswith("error: r.yaml:5: 100% of the rows are longer than sft.max_length (2 tokens; ")
     assert more == [] and job.left() == [] and not job.run.exists()
 
 

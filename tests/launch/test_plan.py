@@ -147,14 +147,22 @@ def test_a_plan_for_one_process_starts_nothing(make_stage: Callable) -> None:
 
 
 def test_a_plan_says_what_is_not_known_yet(make_stage: Callable) -> None:
-    stage = make_stage("nodes: 4, processes: 8, strategy: zero3, device: cpu", seed="3")
+    stage = make_stage("nodes: 4, processes: 4, strategy: zero3, device: cpu", seed="3")
     found = plan_launch(stage, Command.of(stage, ["seed=3"])).to_dict()
-    assert found["placement"]["world_size"] == 32
+    assert found["placement"]["world_size"] == 16
     assert "--mixed_precision no --machine_rank UNKNOWN --main_process_ip UNKNOWN" in found["command"]
     assert found["command"].startswith(f"{sys.executable} -m accelerate.commands.launch --config_file ")
     assert found["command"].endswith("-m alignkit sft --recipe r.yaml --stage sft --set seed=3")
     assert found["deepspeed"]["zero_optimization"]["stage"] == 3
     assert not Path("runs").exists()
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_starts(make_stage: Callable) -> None:
+    stage = make_stage("nodes: 4, processes: 8, device: cpu")
+    with pytest.raises(
+        RecipeError, match=r"sft\.batch_size is 16, which 32 processes cannot divide; .* multiple of 32$"
+    ):
+        plan_launch(stage, Command.of(stage, []))
 
 
 def test_dry_run_shows_command_and_config(run_alignkit: Callable, tmp_path: Path) -> None:

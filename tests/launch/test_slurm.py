@@ -87,7 +87,10 @@ def directives(script: str) -> list[str]:
 def test_the_script_asks_for_what_the_recipe_says(directory: Path) -> None:
     slurm = "{partition: a100, account: nlp, qos: high, time: '24:00:00', memory: 480G, constraint: 'a|b', "
     slurm += "cpus_per_process: 12, signal_seconds: 300, options: {nodelist: 'n[1-4]'}}"
-    script = build_script(*job(f"{{nodes: 4, processes: 8, strategy: fsdp, slurm: {slurm}}}"))
+    launch = f"{{nodes: 4, processes: 8, strategy: fsdp, slurm: {slurm}}}"
+    with pytest.raises(RecipeError, match="which 32 processes cannot divide"):
+        build_script(*job(launch))
+    script = build_script(*job(launch, "sft.batch_size=64"))
     assert directives(script) == [
         "job-name=r-sft",
         "nodes=4",
@@ -119,7 +122,11 @@ def test_one_process_on_the_cpu_asks_for_no_gpu_and_no_meeting_place() -> None:
 
 def test_gpus_are_one_a_process_or_as_given() -> None:
     assert "gpus-per-node=4" in directives(build_script(*job("{processes: 4}")))
-    assert "gpus-per-node=2" in directives(build_script(*job("{processes: 4, slurm: {gpus_per_node: 2}}")))
+    assert "gpus-per-node=8" in directives(build_script(*job("{processes: 4, slurm: {gpus_per_node: 8}}")))
+    with pytest.raises(
+        RecipeError, match=r"gpus_per_node is 2, but launch\.processes is 4, one a GPU; make them equal"
+    ):
+        build_script(*job("{processes: 4, slurm: {gpus_per_node: 2}}"))
     script = build_script(*job("{processes: auto, slurm: {gpus_per_node: 8, cpus_per_process: 4}}"))
     assert {"gpus-per-node=8", "cpus-per-task=32"} <= set(directives(script))
 

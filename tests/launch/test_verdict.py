@@ -36,6 +36,13 @@ def test_the_same_mistake_of_all_is_that_of_rank_0_and_copies_do_not_count() -> 
     assert isinstance(found, AlignKitError) and (found.exit_code, str(found)) == (3, "loss is nan")
 
 
+def test_a_bug_whose_words_look_like_a_lost_connection_stays_a_bug() -> None:
+    for text in ("unexpected KeyError: 'vector_store' (traceback: e.log)",
+                 "unexpected RuntimeError: shapes differ (traceback: /data/gloo/store/e.log)"):  # fmt: skip
+        found = cause(end(1, 1, text, unexpected=True))
+        assert isinstance(found, AlignKitError) and found.exit_code == 1 and text in str(found)
+
+
 def test_a_death_is_the_cause_of_a_lost_connection() -> None:
     found = cause(end(0, 1, LOST, unexpected=True), deaths=(Death(beat(1), signal.SIGKILL),))
     assert found == (
