@@ -211,7 +211,7 @@ def _foresee(run_dir: Path, *, force: bool) -> str:
     """Return in words what a stage command would do in a run directory as it is now."""
     from alignkit.runs.layout import RunDir
 
-    run = RunDir(run_dir.absolute())
+    run = RunDir(run_dir.expanduser().absolute())
     if not run.stage.exists():
         return "train from the start"
     if force:

@@ -151,6 +151,11 @@ def test_command_line_loads_typer_and_the_standard_library_only() -> None:
         assert foreign <= ({"alignkit"} if name in ("__main__.py", "cli.py") else set()), name
 
 
+def test_of_alignkit_the_command_line_loads_only_how_a_command_ends() -> None:
+    found = {node.module or "" for node in TREES[PACKAGE / "cli.py"].body if isinstance(node, ast.ImportFrom)}
+    assert {name for name in found if name.startswith("alignkit")} == {"alignkit.ending"}
+
+
 def test_public_names() -> None:
     assert alignkit.__all__ == ["__version__"]
     assert alignkit.__version__.count(".") == 2
