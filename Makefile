@@ -33,11 +33,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(READY) ## pre-train, sft, rm, ppo and dpo of recipes/tiny-cpu.yaml
-	$(BIN)/alignkit sft --recipe $(DEMO) --stage pretrain
-	$(BIN)/alignkit sft --recipe $(DEMO) --stage sft
-	$(BIN)/alignkit rm --recipe $(DEMO)
-	$(BIN)/alignkit ppo --recipe $(DEMO)
-	$(BIN)/alignkit dpo --recipe $(DEMO)
+	$(BIN)/alignkit run --recipe $(DEMO)
 	@echo "Each stage's model, metrics and samples: $$(echo runs/tiny-cpu/*/ | tr '\n' ' ')"
 
 test: $(READY) ## the fast tests, without network or GPU

@@ -1,6 +1,6 @@
-"""Every command of alignkit: its options, which room does the work, and how each failure ends.
+"""Every command of alignkit: its options, and which room does the work.
 
-Deliberately does none of the work, and loads typer and the standard library only: everything else is imported
+Deliberately does none of the work, and loads typer, `ending` and the standard library only: everything else is imported
 by the command that needs it, so that `--help` and a mistyped option answer at once.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
+from alignkit.ending import SUPERVISED, end, end_usage_error, leave
+
 if TYPE_CHECKING:
-    from alignkit.errors import AlignKitError
-    from alignkit.recipe import Recipe
+    from alignkit.launch.command import Command
+    from alignkit.recipe import Recipe, Stage
 
 RecipeFile = Annotated[
     Path, typer.Option("--recipe", "-r", metavar="FILE", help="The recipe: model, data and stages in YAML.")
@@ -49,6 +50,43 @@ TrustCode = Annotated[
 AllowChange = Annotated[
     list[str] | None,
     typer.Option("--allow-change", metavar="KEY", help="Resume although this setting has changed. Repeatable."),
+]
+_MANY = "Many processes"
+Retries = Annotated[
+    int,
+    typer.Option(
+        "--retries",
+        min=0,
+        metavar="N",
+        rich_help_panel=_MANY,
+        help="Start again up to N times when a process was killed or hung, as long as each try gets further.",
+    ),
+]
+Slurm = Annotated[
+    bool, typer.Option("--slurm", metavar="", rich_help_panel=_MANY, help="Write an sbatch script instead of training.")
+]
+Submit = Annotated[
+    bool, typer.Option("--submit", metavar="", rich_help_panel=_MANY, help="Hand the script of --slurm to sbatch.")
+]
+NodeRank = Annotated[
+    int | None,
+    typer.Option(
+        "--node-rank",
+        min=0,
+        metavar="N",
+        rich_help_panel=_MANY,
+        help="Which of launch.nodes this machine is; omitted: SLURM_NODEID or NODE_RANK.",
+    ),
+]
+MainAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--main-address", metavar="HOST", rich_help_panel=_MANY, help="Where node 0 is reached: launch.main_address."
+    ),
+]
+MainPort = Annotated[
+    int | None,
+    typer.Option("--main-port", metavar="PORT", rich_help_panel=_MANY, help="Its port: launch.main_port."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout.")]
 
@@ -96,21 +134,33 @@ def _stage_command(method: Literal["sft", "rm", "dpo", "ppo"]) -> Callable[..., 
         trust_code: TrustCode = False,
         allow_change: AllowChange = None,
         as_json: AsJson = False,
+        retries: Retries = 0,
+        slurm: Slurm = False,
+        submit: Submit = False,
+        node_rank: NodeRank = None,
+        main_address: MainAddress = None,
+        main_port: MainPort = None,
     ) -> None:
         from alignkit import console
         from alignkit.recipe import resolve
 
+        overrides = _add_address(overrides, main_address, main_port)
         resolved = resolve(_load_recipe(recipe, overrides), stage, method=method, out=out, trust_code=trust_code)
+        from alignkit.launch.command import Command
+
+        given = Command.of(resolved, overrides, allow_change=tuple(allow_change or ()), out=out, node_rank=node_rank)
+        if slurm or submit:
+            _use_slurm([(resolved, given)], submit, dry_run=dry_run, force=force, retries=retries, as_json=as_json)
+            return
         if dry_run:
-            if as_json:
-                console.print_json(resolved.to_dict())
-            else:
-                console.print_stage(resolved.to_dict(), will=_foresee(Path(resolved.run_dir), force=force))
+            _show_plans([(resolved, given)], force=force, as_json=as_json)
             return
         context.obj["run_dir"] = Path(resolved.run_dir)
         from alignkit.launch import launch_stage
 
-        result = launch_stage(resolved, force=force, allow_change=tuple(allow_change or ()))
+        result = launch_stage(resolved, given, force=force, retries=retries)
+        if SUPERVISED in os.environ or not console.is_main():
+            return  # who started this process, or rank 0, shows it
         if as_json:
             console.print_json(result.to_dict())
         else:
@@ -119,11 +169,52 @@ def _stage_command(method: Literal["sft", "rm", "dpo", "ppo"]) -> Callable[..., 
     return command
 
 
+def _add_address(overrides: list[str] | None, address: str | None, port: int | None) -> list[str]:
+    """Return the overrides with --main-address and --main-port, which are short for two of them."""
+    given = (("launch.main_address", address), ("launch.main_port", port))
+    return [*(overrides or ()), *(f"{key}={value}" for key, value in given if value is not None)]
+
+
+def _show_plans(jobs: list[tuple[Stage, Command]], *, force: bool, as_json: bool) -> None:
+    """Write what each command would do; as JSON one object, or a list of them for several."""
+    from alignkit import console
+    from alignkit.launch.plan import plan_launch
+
+    plans = [(stage, plan_launch(stage, command).to_dict()) for stage, command in jobs]
+    if as_json:
+        shown = [{**stage.to_dict(), "would_start": launch} for stage, launch in plans]
+        console.print_json(shown[0] if len(shown) == 1 else shown)
+        return
+    for stage, launch in plans:
+        console.print_stage(stage.to_dict(), will=_foresee(Path(stage.run_dir), force=force))
+        console.print_launch(launch)
+
+
+def _use_slurm(
+    jobs: list[tuple[Stage, Command]], submit: bool, *, dry_run: bool, force: bool, retries: int, as_json: bool
+) -> None:
+    """Write stages as batch jobs, submit them on request, and show them; refuse what a job would not honour."""
+    from alignkit import console
+    from alignkit.errors import UsageError
+
+    if retries:
+        raise UsageError("--retries: a Slurm job requeues itself; set launch.slurm.max_requeues")
+    if any(command.node_rank is not None for _, command in jobs):
+        raise UsageError("--node-rank: Slurm tells each node which one it is; take it away")
+    from alignkit.launch.slurm import write_jobs
+
+    written = [job.to_dict() for job in write_jobs(jobs, submit=submit, dry_run=dry_run, force=force)]
+    if as_json:
+        console.print_json({"jobs": written})
+    else:
+        console.print_jobs(written, scripts=dry_run)
+
+
 def _foresee(run_dir: Path, *, force: bool) -> str:
     """Return in words what a stage command would do in a run directory as it is now."""
     from alignkit.runs.layout import RunDir
 
-    run = RunDir(run_dir.absolute())
+    run = RunDir(run_dir.expanduser().absolute())
     if not run.stage.exists():
         return "train from the start"
     if force:
@@ -137,6 +228,55 @@ app.command("sft", help="Train on demonstrations, or pre-train on raw text.")(_s
 app.command("rm", help="Train a reward model on comparisons.")(_stage_command("rm"))
 app.command("dpo", help="Train the policy directly on preferences.")(_stage_command("dpo"))
 app.command("ppo", help="Train the policy on sampled answers and a reward, with a critic.")(_stage_command("ppo"))
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    trust_code: TrustCode = False,
+    allow_change: AllowChange = None,
+    as_json: AsJson = False,
+    retries: Retries = 0,
+    slurm: Slurm = False,
+    submit: Submit = False,
+    node_rank: NodeRank = None,
+    main_address: MainAddress = None,
+    main_port: MainPort = None,
+) -> None:
+    """Train the stages of a recipe one after another; finished ones are left alone."""
+    from alignkit import console
+    from alignkit.launch.command import Command
+    from alignkit.recipe import resolve
+
+    overrides = _add_address(overrides, main_address, main_port)
+    loaded = _load_recipe(recipe, overrides)
+    stages = [resolve(loaded, name, trust_code=trust_code) for name in loaded.order]
+    changes = tuple(allow_change or ())
+    jobs = [(stage, Command.of(stage, overrides, allow_change=changes, node_rank=node_rank)) for stage in stages]
+    if slurm or submit:
+        _use_slurm(jobs, submit, dry_run=dry_run, force=force, retries=retries, as_json=as_json)
+        return
+    if dry_run:
+        _show_plans(jobs, force=force, as_json=as_json)
+        return
+    from alignkit.launch.pipeline import run_stages
+
+    results = []
+    try:
+        before = lambda stage: context.obj.update(run_dir=Path(stage.run_dir))  # noqa: E731
+        for result in run_stages(jobs, force=force, retries=retries, before=before):
+            results.append(result.to_dict())
+    finally:
+        if not console.is_main():
+            pass  # another node speaks
+        elif as_json:
+            console.print_json({"stages": results})
+        else:
+            console.print_run([stage.name for stage in stages], results)
 
 
 @app.command()
@@ -209,96 +349,27 @@ def main() -> int:
     A user's mistake never shows a traceback: ours goes to `error.log` in the run directory, or to
     `alignkit-error.log` here when there is no run yet. With ALIGNKIT_DEBUG=1 every failure shows its traceback.
     """
-    place: dict[str, Path] = {}
     # Imports make many objects and no garbage: looking for some costs a tenth of them. `launch` switches it on again.
     gc.disable()
     # Pydantic would search every installed distribution for plugins; alignkit has none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    if SUPERVISED in os.environ:
+        from alignkit.launch.worker import attach
+
+        attach()
+    place: dict[str, Path] = {}
     try:
         code = app(standalone_mode=False, prog_name="alignkit", obj=place)
     except TyperException as error:
-        return _end_usage_error(error)
+        return end_usage_error(error)
     except typer.Abort:
-        return 130
+        return leave(130, ["interrupted"])
     except Exception as error:
         if os.environ.get("ALIGNKIT_DEBUG") == "1":
-            raise
-        return _end(error, place.get("run_dir"))
+            import traceback
+
+            traceback.print_exception(error)
+        return end(error, place.get("run_dir"))
     if code == 130:  # typer turns KeyboardInterrupt into this code without a word
-        typer.echo("interrupted", err=True)
-    return code if isinstance(code, int) else 0
-
-
-def _end_usage_error(error: TyperException) -> int:
-    message = error.format_message().rstrip(".")
-    if near := getattr(error, "possibilities", None):
-        message = f"{error.message.rstrip('.')}; did you mean {near[0]}?"
-    if message:  # empty after a bare `alignkit`: typer has shown the help already
-        context = getattr(error, "ctx", None)
-        hint = f" (see {context.command_path} --help)" if context is not None else ""
-        typer.echo(f"error: {message}{hint}", err=True)
-    return error.exit_code
-
-
-def _end(error: Exception, run_dir: Path | None) -> int:
-    from alignkit import console
-
-    known = _explain(error)
-    if known is None:
-        from alignkit.runs.record import redact
-
-        log = _write_error_log(error, run_dir)
-        message = redact(f"unexpected {type(error).__name__}: {_first_line(error)}")
-        typer.echo(f"error: {message} (traceback: {log})", err=True)
-        return 1
-    console.print_error(known)
-    return known.exit_code
-
-
-def _explain(error: Exception) -> AlignKitError | None:
-    """Return what the user can act on, or None for a bug; foreign exceptions are known by errno or class name."""
-    import errno
-
-    from alignkit.errors import AlignKitError, DiskError, OutOfMemoryError
-
-    if isinstance(error, AlignKitError):
-        return error
-    on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-    if on_host or type(error).__name__ == "OutOfMemoryError":
-        return OutOfMemoryError(
-            f"out of memory: {_first_line(error) or 'the host has no memory left'}\n"
-            "lower micro_batch_size or max_length, or use lora: or model.quantization: nf4"
-        )
-    full = {errno.ENOSPC, errno.EDQUOT}
-    if isinstance(error, OSError) and error.errno in full | {errno.EROFS, errno.EACCES}:
-        place = f"{error.filename}: " if error.filename else ""
-        advice = "free some space and run the same command again" if error.errno in full else "choose another --out"
-        return DiskError(f"{place}{error.strerror}; what was complete before is untouched; {advice}")
-    # torch and safetensors report a full disk in words of their own, without an errno.
-    if any(sign in str(error) for sign in ("os error 28", "PytorchStreamWriter failed", "unexpected pos")):
-        return DiskError(
-            f"could not write a checkpoint: {_first_line(error)}; what was complete before is untouched; "
-            "free some space and run the same command again"
-        )
-    return None
-
-
-def _write_error_log(error: Exception, run_dir: Path | None) -> str:
-    """Write the traceback of an error and return where it is, or why it could not be written."""
-    import traceback
-
-    from alignkit.runs.record import redact
-
-    rank = os.environ.get("RANK", "0")
-    name = "error.log" if rank == "0" else f"error-rank{rank}.log"
-    path = run_dir / name if run_dir is not None and run_dir.is_dir() else Path(f"alignkit-{name}")
-    text = f"$ {' '.join(sys.argv)}\n{''.join(traceback.format_exception(error))}"
-    try:
-        path.write_text(redact(text), encoding="utf-8")
-    except OSError as problem:
-        return f"not written, {problem.strerror}; ALIGNKIT_DEBUG=1 shows it"
-    return str(path)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+        return leave(130, ["interrupted"])
+    return leave(code if isinstance(code, int) else 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,17 +20,30 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _PLAIN_INTERVAL_SECONDS = 10.0
+_hushed = False
+
+
+def hush() -> None:
+    """Say nothing but errors from now on: another process speaks for the job."""
+    global _hushed
+    _hushed = True
 
 
 def is_main() -> bool:
     """Tell whether this process speaks for the job."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" and not _hushed
 
 
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, soft_wrap=True, highlight=False)
+
+
+def restore_terminal() -> None:
+    """Show the cursor again: a process that was killed while it drew a bar has left it hidden."""
+    if sys.stderr.isatty():
+        print("\x1b[?25h", end="", file=sys.stderr, flush=True)
 
 
 def note(message: str) -> None:
@@ -43,11 +57,21 @@ def warn(message: str) -> None:
     note(f"warning: {message}")
 
 
+def list_problems(error: AlignKitError) -> list[str]:
+    """Return what an error says, one text per problem."""
+    return [str(problem) for problem in error.problems] if isinstance(error, UsageError) else [str(error)]
+
+
 def print_error(error: AlignKitError) -> None:
-    """Say what is wrong: one `error:` line per problem, and how many when there are several."""
-    problems = [str(problem) for problem in error.problems] if isinstance(error, UsageError) else [str(error)]
+    """Say what is wrong: one `error:` line per problem, and how many when there are several.
+
+    A process other than rank 0 says which it is.
+    """
+    rank = os.environ.get("RANK", "0")
+    prefix = "" if rank == "0" else f"rank {rank}: "
+    problems = list_problems(error)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {prefix}{problem}", file=sys.stderr)
     if len(problems) > 1:
         print(f"{len(problems)} problems; nothing was started", file=sys.stderr)
 
@@ -95,11 +119,65 @@ def print_stage(stage: Mapping[str, Any], *, will: str) -> None:
     print_table("", ("key", "from", "value"), [(key, origin, json.dumps(value)) for key, value, origin in rows])
 
 
+def print_launch(launch: Mapping[str, Any]) -> None:
+    """Write to stdout what would be started where; `launch` is `Plan.to_dict()`."""
+    place = launch["placement"]
+    if launch["mode"] == "worker":
+        print("would start: nothing, this is one of the processes that a launcher has started")
+        return
+    if launch["mode"] == "in-process":
+        print(f"would start: nothing else, it trains in this process on {place['device']}")
+        return
+    nodes = f"{place['nodes']} nodes with " if place["nodes"] > 1 else ""
+    each = " each" if nodes else ""
+    print(f"would start: {nodes}{place['processes']} processes{each} ({place['strategy']}, {place['device']})")
+    if nodes:
+        known = {key: "not known yet" if place[key] is None else place[key] for key in place}
+        print(f"this node: {known['node_rank']}; node 0 at {known['main_address']}:{known['main_port']}")
+    print(f"$ {launch['command']}")
+    for name in ("config", "deepspeed"):
+        if launch[name]:
+            print(f"\n{launch[f'{name}_file']}:")
+            text = launch[name] if isinstance(launch[name], str) else json.dumps(launch[name], indent=2)
+            print("\n".join(f"  {line}" for line in text.splitlines()))
+
+
 def print_result(result: Mapping[str, Any]) -> None:
     """Write how a stage ended to stdout."""
     print(f"{result['stage']}: {result['status']} at step {result['step']}, model in {result['model_dir']}")
     for key, value in result.get("metrics", {}).items():
         print(f"  {key} = {_cell(value)}")
+
+
+def print_jobs(jobs: Sequence[Mapping[str, Any]], *, scripts: bool) -> None:
+    """Write batch jobs to stdout: what was submitted, or the commands that would, ready for a shell.
+
+    `jobs` are `Job.to_dict()`; with `scripts` their text comes first.
+    """
+    for job in jobs if scripts else ():
+        print(f"# {job['path']}\n{job['script']}")
+    if any(job["job_id"] for job in jobs):
+        rows = [(job["stage"], job["job_id"], ", ".join(job["depends_on"]) or None, job["path"]) for job in jobs]
+        print_table("", ("stage", "job", "after", "script"), rows)
+        return
+    for number, job in enumerate(jobs, 1):
+        # `$job_N` is for the shell to fill in; everything else is quoted.
+        line = " ".join(word if word.startswith("--dependency=") else shlex.quote(word) for word in job["submit"])
+        print(f"job_{number}=$({line})  # {job['stage']}" if len(jobs) > 1 else line)
+
+
+def print_run(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
+    """Write one line for each stage of a run to stdout: how it ended, or that it did not."""
+    by_name = {result["stage"]: result for result in results}
+    rows = []
+    for name in names:
+        result = by_name.get(name, {"status": "not finished"})
+        seconds = result.get("wall_seconds")
+        rows.append(
+            (name, result["status"], result.get("step"), None if seconds is None else f"{seconds:.0f}",
+             result.get("model_dir"))
+        )  # fmt: skip
+    print_table("", ("stage", "status", "step", "seconds", "model"), rows)
 
 
 class TrainingProgress:

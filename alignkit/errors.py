@@ -39,6 +39,7 @@ class AlignKitError(Exception):
     """A condition the user can act on; its text is the whole message."""
 
     exit_code = 1
+    shared = False  # whether this is a copy of an error that another process of the job has and reports
 
 
 class UsageError(AlignKitError):

@@ -26,6 +26,7 @@ from alignkit.recipe.schema import (
     RmOptions,
     SampleOptions,
     SftOptions,
+    SlurmOptions,
     StageOptions,
     Truncate,
 )
@@ -37,6 +38,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`model:`", ModelOptions),
     ("`lora:`", LoraOptions),
     ("`launch:`", LaunchOptions),
+    ("`launch.slurm:`", SlurmOptions),
     ("A data source (`data:`, `eval:`, `normalize_data:`)", DataSource),
     ("Every stage", StageOptions),
     ("`samples:`", SampleOptions),

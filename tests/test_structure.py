@@ -26,8 +26,9 @@ LEVELS = {
     "evaluate": 5,
     "preflight": 6,
     "launch": 7,
-    "cli": 8,
-    "__main__": 9,
+    "ending": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 
 
@@ -145,9 +146,14 @@ def test_recipe_room_loads_no_machine_learning_library() -> None:
 
 def test_command_line_loads_typer_and_the_standard_library_only() -> None:
     allowed = {"typer", *sys.stdlib_module_names}
-    for name in ("cli.py", "errors.py", "__init__.py", "__main__.py"):
+    for name in ("cli.py", "ending.py", "errors.py", "__init__.py", "__main__.py"):
         foreign = set(_top_level_imports(TREES[PACKAGE / name])) - allowed
-        assert foreign <= ({"alignkit"} if name == "__main__.py" else set()), name
+        assert foreign <= ({"alignkit"} if name in ("__main__.py", "cli.py") else set()), name
+
+
+def test_of_alignkit_the_command_line_loads_only_how_a_command_ends() -> None:
+    found = {node.module or "" for node in TREES[PACKAGE / "cli.py"].body if isinstance(node, ast.ImportFrom)}
+    assert {name for name in found if name.startswith("alignkit")} == {"alignkit.ending"}
 
 
 def test_public_names() -> None:

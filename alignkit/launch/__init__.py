@@ -1,6 +1,41 @@
-"""Where a stage runs: here, in this process."""
+"""Where a stage runs: in this process, in several that are started and watched, or as one of somebody's several."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from alignkit import console
 from alignkit.launch.environment import prepare_environment
-from alignkit.launch.local import launch_stage
+
+if TYPE_CHECKING:
+    from alignkit.launch.command import Command
+    from alignkit.recipe import Stage
+    from alignkit.train.built import Result
 
 __all__ = ["launch_stage", "prepare_environment"]
+
+
+def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = False, retries: int = 0) -> Result:
+    """Train a stage in its run directory and return how it ended; `command` starts it again in other processes.
+
+    Raises what `fit` raises, RunError when another process holds the directory, RankError when a process died or hung.
+    """
+    from alignkit.launch.command import Command
+    from alignkit.launch.local import train_here
+    from alignkit.launch.placement import place
+    from alignkit.launch.worker import is_worker
+
+    command = command or Command.of(stage, ())
+    prepare_environment(tiny=stage.model.path.startswith("builtin:"))
+    if is_worker():
+        from alignkit.launch.join import join
+
+        return join(stage, command, force=force, retries=retries)
+    placement = place(stage, command.node_rank)
+    if placement.world_size == 1 and placement.strategy != "ddp":
+        console.warn(f"launch.strategy {placement.strategy} has no effect with one process; set launch.processes")
+    if placement.world_size == 1 and retries == 0:
+        return train_here(stage, force=force, allow_change=command.allow_change)
+    from alignkit.launch.job import run_job
+
+    return run_job(stage, command, placement, force=force, retries=retries)

@@ -1,6 +1,7 @@
 """Run a stage in this process: what can be refused at once, then run directory and lock around the method's `run`.
 
-It deliberately starts no process and knows no method's details.
+It deliberately starts no process and knows no method's details. Of other processes it knows only those that an
+earlier command has left in the run directory.
 """
 
 from __future__ import annotations
@@ -10,22 +11,24 @@ import importlib
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignkit import console
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.sources import Located, locate
-from alignkit.errors import DataError, EnvironmentProblem, ModelError, Problem, RunError
-from alignkit.launch.environment import prepare_environment
+from alignkit.errors import DataError, ModelError, Problem, RunError
+from alignkit.launch import processes
 from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.preflight.check import check_trackers
 from alignkit.preflight.rewards import require_rewards
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import DataSource, PpoOptions, RmOptions
-from alignkit.runs.layout import open_run, refuse_foreign
+from alignkit.runs.layout import RunDir, open_run, refuse_foreign, set_aside
 
 if TYPE_CHECKING:
     from alignkit.train.built import Result
@@ -33,41 +36,87 @@ if TYPE_CHECKING:
 # Files up to this size are read and checked in half a second, before the libraries load in ten; larger ones are
 # checked only when they are tokenised.
 _READ_AHEAD_BYTES = 8 << 20
+_STRAY_SECONDS = 45.0
 
 
-def launch_stage(stage: Stage, *, force: bool = False, allow_change: tuple[str, ...] = ()) -> Result:
-    """Train a stage in its run directory and return how it ended.
+def check_first(stage: Stage, *, start_comes: bool = False) -> None:
+    """Refuse what can be refused within a second, before a library or a process is loaded for it.
 
-    Raises what `fit` raises, and RunError when another process holds the directory.
+    `start_comes` says that what the stage starts from will be trained before it. Raises UsageError of each kind, and
+    EnvironmentProblem.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise EnvironmentProblem(
-            "this was started as one of several processes, which alignkit cannot run yet; start it without a launcher"
-        )
-    prepare_environment(tiny=stage.model.path.startswith("builtin:"))
-    _require_start(stage)
-    require_rewards(stage)
-    _inspect_weights(stage)
+    if not start_comes:
+        _require_start(stage)
+        require_rewards(stage)
+        _inspect_weights(stage)
     refuse_foreign(Path(stage.run_dir))
     _read_ahead(stage)
     require_versions()
     check_trackers(stage)
-    run, lock = open_run(Path(stage.run_dir), force=force)
+
+
+def train_here(stage: Stage, *, force: bool, allow_change: tuple[str, ...] = ()) -> Result:
+    """Check, hold the run directory, and train in this process.
+
+    Raises what `fit` raises, and RunError when another process holds the directory.
+    """
+    check_first(stage)
+    with hold_run(Path(stage.run_dir), force=force) as run:
+        return train_in(stage, run.path, allow_change=allow_change)
+
+
+@contextmanager
+def hold_run(path: Path, *, force: bool, check: Callable[[], None] = lambda: None) -> Iterator[RunDir]:
+    """Have a run directory for one command alone: locked, and with nobody in it whose supervisor was killed.
+
+    With `force` an earlier run is moved aside, but only when those processes have ended: they know the run by its path,
+    and their last save would land in the new one. `check` is called while they are waited for, and may raise.
+    """
+    run, lock = open_run(path, force=False)
     try:
-        method = importlib.import_module(f"alignkit.train.{stage.method}")
-        gc.enable()
-        gc.freeze()  # what the libraries made stays for good: never look through it again
-        with _tensorboard_in(run.path):
-            return method.run(stage, run.path, allow_change=allow_change)
-    finally:
+        _end_strays(run, check)
+        if force:
+            lock = set_aside(run, lock)
+    except BaseException:
         lock.release()
-        _remove_if_empty(run.path)
+        raise
+    try:
+        yield run
+    finally:
+        _remove_if_empty(run.path)  # while it is ours: another command may lock it as soon as we let go
+        lock.release()
+
+
+def train_in(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...]) -> Result:
+    """Train in this process, in a run directory that somebody holds for it."""
+    method = importlib.import_module(f"alignkit.train.{stage.method}")
+    gc.enable()
+    gc.freeze()  # what the libraries made stays for good: never look through it again
+    with _tensorboard_in(run_dir):
+        result: Result = method.run(stage, run_dir, allow_change=allow_change)
+    return result
 
 
 def _remove_if_empty(directory: Path) -> None:
     """Leave nothing behind of a stage that was refused before it began."""
     if {entry.name for entry in directory.iterdir()} <= {".lock", "cache"}:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _end_strays(run: RunDir, check: Callable[[], None]) -> None:
+    """Wait for processes of an earlier command that was killed: they save and end by themselves; then kill the rest."""
+    root = run.launch
+    deadline = time.monotonic() + _STRAY_SECONDS
+    told = False
+    while strays := processes.marked(root):
+        if not told:
+            console.note(f"waiting for {len(strays)} processes of an earlier command in {run.path} to end")
+            told = True
+        if time.monotonic() > deadline:
+            processes.kill_all([stray.pid for stray in strays], root)
+            return
+        check()
+        time.sleep(0.2)
 
 
 @contextmanager

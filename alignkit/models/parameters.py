@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+_SAMPLED_ELEMENTS = 256  # of each parameter
 
 
 def describe_parameters(model: nn.Module) -> dict[str, float]:
@@ -21,9 +24,11 @@ def describe_parameters(model: nn.Module) -> dict[str, float]:
     trainable = total = quantized = quantized_bytes = num_bytes = 0
     scales = _int8_scales(model)
     for parameter in model.parameters():
-        tensors = list(_tensors_of(parameter, scales))
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         count = _count(parameter)
+        if hasattr(parameter, "ds_id"):  # ZeRO-3: nothing is put together to be counted
+            size = count * parameter.element_size()
+        else:
+            size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(parameter, scales))
         total += count
         num_bytes += size
         trainable += count if parameter.requires_grad else 0
@@ -43,7 +48,7 @@ def hash_base(model: nn.Module) -> str:
     """Hash the bytes of everything an adapter leaves alone: base weights, packed codes, quantization constants.
 
     Equal before and after training when training touched nothing but adapters and heads. Trainable parameters,
-    adapters and modules saved with them are left out, buffers too.
+    adapters and modules saved with them are left out, buffers too. Of a sharded model every rank must call it.
     """
     digest = hashlib.blake2b(digest_size=16)
     scales = _int8_scales(model)
@@ -59,7 +64,29 @@ def hash_base(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def hash_samples(model: nn.Module) -> str:
+    """Hash name, shape and some elements of every parameter: cheap, and different for other weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.data.reshape(-1)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(_bytes_of(flat[:: max(flat.numel() // _SAMPLED_ELEMENTS, 1)]))
+    return digest.hexdigest()
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    """Return the data of a parameter; what ZeRO-3 has taken apart is put together, which all ranks must ask for."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.data
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.data.clone()
+
+
 def _bytes_of(tensor: torch.Tensor) -> bytes:
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
     return tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
 
 
@@ -76,7 +103,7 @@ def _int8_scales(model: nn.Module) -> dict[int, torch.Tensor]:
 
 def _tensors_of(parameter: nn.Parameter, int8_scales: dict[int, torch.Tensor]) -> Iterator[torch.Tensor]:
     """Yield the tensor itself and, for a quantised one, its block constants; shared code books are left out."""
-    yield parameter.data
+    yield _whole(parameter)
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         yield state.absmax
@@ -92,4 +119,4 @@ def _is_quantized(parameter: nn.Parameter) -> bool:
 
 def _count(parameter: nn.Parameter) -> int:
     state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else parameter.numel()
+    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())

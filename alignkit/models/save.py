@@ -64,11 +64,15 @@ def save_model(
     draft.rename(out)
 
 
-def concatenate_adapters(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+def concatenate_adapters(
+    model: PeftModel, weights: dict[str, torch.Tensor] | None = None
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Return the one adapter that computes what the stacked two do: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2].
 
     Its scale is 1 and its rank r1 + r2; where only one adapter reaches a layer, that layer has its rank alone.
+    `weights` replaces the model's own state where a sharded one was gathered.
     """
+    weights = model.state_dict() if weights is None else weights
     state: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in model.named_modules():
@@ -77,13 +81,13 @@ def concatenate_adapters(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.
         present = [adapter for adapter in (START, TRAINED) if adapter in layer.lora_A]
         if not present:
             raise ModelError(f"{name} is adapted in a way that cannot be stacked; use adapter: merge")
-        down = torch.cat([layer.lora_A[adapter].weight.detach().float() for adapter in present], dim=0)
+        down = torch.cat([weights[f"{name}.lora_A.{adapter}.weight"].float() for adapter in present], dim=0)
         up = torch.cat(
-            [layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter] for adapter in present], dim=1
+            [weights[f"{name}.lora_B.{adapter}.weight"].float() * layer.scaling[adapter] for adapter in present], dim=1
         )
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = down.cpu(), up.cpu().contiguous()
         ranks[name.removeprefix(_WRAPPER)] = down.shape[0]
-    trained = get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
+    trained = get_peft_model_state_dict(model, state_dict=weights, adapter_name=TRAINED, save_embedding_layers=False)
     state |= {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items() if ".lora_" not in name}
     return _joint_config(model, ranks), state
 
@@ -103,7 +107,7 @@ def _joint_config(model: PeftModel, ranks: dict[str, int]) -> LoraConfig:
 
 def _save_adapter(model: PeftModel, out: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
     if is_stacked(model):
-        config, state = concatenate_adapters(model)
+        config, state = concatenate_adapters(model, state_dict)
         save_file(state, out / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(out)
         return

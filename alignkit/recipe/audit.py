@@ -12,7 +12,10 @@ from typing import Any
 
 from alignkit.errors import Problem
 from alignkit.recipe.audit_ppo import PPO_RULES
+from alignkit.recipe.check import show_key
 from alignkit.recipe.fields import KTO_LOSSES, OWN_LOSSES, trl_fields
+from alignkit.recipe.nearest import suggest
+from alignkit.recipe.schema import SLURM_OPTIONS
 from alignkit.recipe.tree import Node
 
 Finding = tuple[str, str]  # key, what is wrong with it
@@ -62,15 +65,16 @@ class Section:
 
 def audit_stage(stage: Section, recipe: Section) -> list[Problem]:
     """Return the problems of one stage."""
-    rules = (_batch, _evaluation, _step_counts, _strategies, _switched, _adapter, *_BY_METHOD[stage.method])
+    shared = (_batch, _evaluation, _step_counts, _strategies, _switched, _checkpointing, _adapter)
+    rules = (*shared, *_BY_METHOD[stage.method])
     findings = [finding for rule in rules for finding in _run(rule, stage, recipe)]
     return [Problem(f"{stage.name}.{key} {what}", stage.place(key)) for key, what in findings]
 
 
 def audit_recipe(recipe: Section, stages: Mapping[str, Section]) -> list[Problem]:
-    """Return the problems of the model and lora sections."""
-    findings = [finding for rule in (_quantization, _scratch, _lora) for finding in _run(rule, recipe, stages)]
-    return [Problem(f"{key} {what}", recipe.place(key)) for key, what in findings]
+    """Return the problems of the sections that all stages share: model, lora, launch."""
+    findings = [finding for rule in (_quantization, _scratch, _lora, _launch) for finding in _run(rule, recipe, stages)]
+    return [Problem(f"{show_key(key)} {what}", recipe.place(key)) for key, what in findings]
 
 
 def trains_from_scratch(model: Mapping[str, Any], start_from: str | None) -> bool:
@@ -136,6 +140,15 @@ def _switched(stage: Section, recipe: Section) -> Iterator[Finding]:
     if stage.method != "sft" and stage.get("label_smoothing_factor"):
         instead = "use loss_type: cdpo with label_smoothing" if stage.method == "dpo" else "soft labels are a column"
         yield "label_smoothing_factor", f"has no effect on the loss of {stage.method}; {instead}"
+
+
+def _checkpointing(stage: Section, recipe: Section) -> Iterator[Finding]:
+    wanted = (recipe.get("launch") or {}).get("activation_checkpointing")
+    given = stage.get("gradient_checkpointing")
+    if None not in (wanted, given) and wanted != given:
+        other = str(wanted).lower()
+        what = f"is {str(given).lower()}, but launch.activation_checkpointing is {other}; keep one"
+        yield "gradient_checkpointing", what
 
 
 def _adapter(stage: Section, recipe: Section) -> Iterator[Finding]:
@@ -311,3 +324,29 @@ def _lora(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]:
     targets = (recipe.get("lora") or {}).get("target_modules", [])
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         yield "lora.target_modules", "names lm_head, whose adapter would never be trained; use all-linear"
+
+
+_OFFLOADS = {"ddp": (), "fsdp": ("all",), "zero2": ("optimizer",), "zero3": ("optimizer", "all")}
+
+
+def _launch(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]:
+    launch = recipe.get("launch") or {}
+    strategy, offload = launch.get("strategy", "ddp"), launch.get("offload", "none")
+    if offload != "none" and offload not in _OFFLOADS.get(strategy, ()):
+        able = [f"{name} ({' or '.join(words)})" for name, words in _OFFLOADS.items() if words]
+        yield "launch.offload", f"is {offload}, which {strategy} does not do; {', '.join(able)} do"
+    if "main_address" in launch and launch.get("nodes", 1) == 1:
+        yield "launch.main_address", "has no effect with one node; set launch.nodes"
+    quantization = (recipe.get("model") or {}).get("quantization", "none")
+    if quantization != "none" and strategy in ("fsdp", "zero3"):
+        yield (
+            "launch.strategy",
+            f"is {strategy}, which cannot shard {quantization} weights; ddp holds the quantised base on every device, "
+            "zero2 shards the rest",
+        )
+    if launch.get("device") == "mps" and (launch.get("processes", 1) != 1 or launch.get("nodes", 1) != 1):
+        yield "launch.device", "is mps, which runs one process; set launch.processes: 1"
+    for option in (launch.get("slurm") or {}).get("options") or {}:
+        if option not in SLURM_OPTIONS:
+            hint = suggest(option, SLURM_OPTIONS) or "; it may name what asks for resources, not what alignkit sets"
+            yield f"launch.slurm.options.{option}", f"is not an sbatch option that a recipe may set{hint}"

@@ -142,8 +142,11 @@ def _check_option(node: Node, option: Fragment, key: str, defs: Fragment, whole:
             accepted = " and ".join(f"{words} {bound}" for words, bound in bounds)
             yield Problem(f"{found}; it must be {accepted}{_typical(whole)}", node.place)
     elif isinstance(value, str):
-        if "pattern" in option and not re.search(option["pattern"], value):
-            yield Problem(f"{found}; use letters, digits, '.', '_' and '-' only", node.place)
+        # fullmatch: in Python, unlike in pydantic, `$` alone would also stand before a newline at the end.
+        if "pattern" in option and not re.fullmatch(option["pattern"], value):
+            is_name = "._-]" in option["pattern"]
+            rule = "use letters, digits, '.', '_' and '-' only" if is_name else quote_help(whole)
+            yield Problem(f"{found}; {rule}", node.place)
         elif not value.strip() and not choices:
             yield Problem(f"{show_key(key)} is empty text", node.place)
     elif isinstance(value, dict):

@@ -51,7 +51,6 @@ _RANGES: dict[str, Fragment] = {
     "dataset_num_proc": _AT_LEAST_ONE,
     "dataloader_num_workers": _NOT_NEGATIVE,
     "dataloader_prefetch_factor": _AT_LEAST_ONE,
-    "ddp_timeout": _AT_LEAST_ONE,
     "ddp_bucket_cap_mb": _AT_LEAST_ONE,
     "pad_to_multiple_of": _AT_LEAST_ONE,
     "router_aux_loss_coef": _NOT_NEGATIVE,
@@ -74,7 +73,7 @@ _CHOICES = {
 _HUB = "alignkit sends nothing anywhere; upload the run's model/ yourself"
 _DTYPE = "set model.dtype instead"
 _METRICS = "alignkit computes its own metrics"
-_LAUNCHER = "sharding belongs to the launcher: accelerate launch --config_file FILE -m alignkit ..."
+_LAUNCHER = "set launch.strategy: ddp, fsdp, zero2 or zero3"
 _ORDER = "the order of rows is fixed by `seed`, so that a resumed run is exact; see batching"
 _BEST = "a run keeps its last weights; bound it with num_train_epochs or max_steps"
 _COLUMNS = "alignkit prepares the rows; rename columns with data.columns"
@@ -95,6 +94,7 @@ CONTROLLED: dict[str, str] = {
     "bf16_full_eval": _DTYPE,
     "fp16_full_eval": _DTYPE,
     "use_cpu": "set launch.device: cpu",
+    "ddp_backend": "gloo on the CPU, nccl on CUDA",
     "model_init_kwargs": "write the options in the model: section (dtype, attn_implementation, revision, ...)",
     "trust_remote_code": "a recipe cannot allow code to run; give --trust-code on the command line",
     "chat_template_path": "set model.chat_template",
@@ -113,7 +113,8 @@ CONTROLLED: dict[str, str] = {
     "fsdp": _LAUNCHER,
     "fsdp_config": _LAUNCHER,
     "deepspeed": _LAUNCHER,
-    "local_rank": _LAUNCHER,
+    "local_rank": "the launcher sets it",
+    "ddp_timeout": "set launch.timeout_seconds",
     "save_total_limit": "set keep_checkpoints",
     "sync_ref_model": _MOVING,
     "ref_model_mixup_alpha": _MOVING,

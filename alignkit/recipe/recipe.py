@@ -32,6 +32,7 @@ class Recipe:
     lora: LoraOptions | None
     launch: LaunchOptions
     stages: Mapping[str, StageSection]  # those under `stages:` first and in that order, then as written
+    order: tuple[str, ...]  # what `alignkit run` trains: those under `stages:`, all of them where it is omitted
     origins: Mapping[str, str]
 
     @property

@@ -70,10 +70,84 @@ class LoraOptions(_Section):
     )
 
 
+# Goes into a shell script: no blanks, no quotes.
+_Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@%+*=\[\]/-]+$")]
+
+
+class SlurmOptions(_Section):
+    partition: _Word | None = Field(None, description="Queue, as sinfo lists them; omitted: the cluster's default.")
+    account: _Word | None = Field(None, description="Account that is charged.")
+    qos: _Word | None = Field(None, description="Quality of service.")
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")] | None = Field(
+        None, description="Time limit of one sitting, such as 24:00:00; the job requeues itself and resumes."
+    )
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="GPUs asked for on each node; omitted: as many as launch.processes, 0 on the CPU."
+    )
+    cpus_per_process: Annotated[int, Field(ge=1)] = Field(8, description="CPU cores for each process.")
+    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(
+        None, description="Host memory per node, such as 480G; 0 takes all of it."
+    )
+    constraint: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@%+*=\[\]()&|!/-]+$")] | None = Field(
+        None, description="Features the nodes must have, such as a100|h100."
+    )
+    signal_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        120, description="How long before the time limit the job saves and requeues itself."
+    )
+    max_requeues: Annotated[int, Field(ge=0)] = Field(20, description="Sittings after which the job gives up.")
+    options: dict[str, _Word] = Field(
+        default_factory=dict, description="Further sbatch options by their long names, such as {nodelist: node[1-4]}."
+    )
+
+
+# What `options` may name: how much, where and when. Options that set variables, start programs or write files would
+# let a recipe run code (--export=LD_PRELOAD=...); those that alignkit sets itself have a key of their own.
+SLURM_OPTIONS = (
+    "acctg-freq", "begin", "clusters", "comment", "core-spec", "cores-per-socket", "cpu-freq", "deadline", "delay-boot",
+    "distribution", "exclude", "exclusive", "gpu-bind", "gpu-freq", "gpus", "gres", "gres-flags", "hint", "licenses",
+    "mail-type", "mail-user", "mem-bind", "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nice", "nodelist",
+    "prefer", "priority", "reservation", "sockets-per-node", "switches", "thread-spec", "threads-per-core", "time-min",
+    "tmp", "tres-per-task", "wait-all-nodes", "wckey",
+)  # fmt: skip
+
+
 class LaunchOptions(_Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Where to train; auto takes cuda, then mps, then cpu."
     )
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="Processes on each node, one a device; auto takes the visible devices."
+    )
+    nodes: Annotated[int, Field(ge=1)] = Field(
+        1, description="Machines; the same command is started on each of them, or --slurm starts it."
+    )
+    strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = Field(
+        "ddp",
+        description="ddp copies the model to every process; fsdp (PyTorch) and zero3 (DeepSpeed) shard weights, "
+        "gradients and optimizer, zero2 all but the weights.",
+    )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto", description="What matrix products are computed in; auto: as model.dtype says."
+    )
+    activation_checkpointing: bool | None = Field(
+        None, description="Recompute activations in the backward pass; omitted: as gradient_checkpointing of the stage."
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="Keep optimizer state (zero2, zero3) or everything (fsdp, zero3) in host memory."
+    )
+    main_address: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$")] | None = Field(
+        None, description="Host that node 0 is reached at; omitted: SLURM's first node, or MASTER_ADDR."
+    )
+    main_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
+        None, description="Port the processes meet at; omitted: a free one on one node, else MASTER_PORT or 29500."
+    )
+    heartbeat_seconds: Annotated[float, Field(ge=1)] = Field(
+        60, description="A process that gives no sign of life for so long is taken for hung, and the job ends."
+    )
+    timeout_seconds: Annotated[float, Field(ge=10)] = Field(
+        1800, description="Longest wait for the other processes in one operation, or for a step to end."
+    )
+    slurm: SlurmOptions | None = Field(None, description="What --slurm asks the cluster for.")
 
 
 class DataSource(_Section):

@@ -93,6 +93,8 @@ class Stage:
             if section is not None:
                 kept |= {f"{prefix}.{key}": value for key, value in section.model_dump().items()}
         # A field that is written out with TRL's own default is the same setting as one left out.
+        if self.launch.mixed_precision != "auto":  # what else launch: says changes where it runs, not what comes out
+            kept["launch.mixed_precision"] = self.launch.mixed_precision
         fields = method_fields(self.method)
         written = {key: value for key, value in self.trainer.items() if value != fields.get(key, {}).get("default")}
         kept |= {f"{self.name}.{key}": value for key, value in written.items()}
@@ -106,7 +108,7 @@ HARMLESS = frozenset(
         "logging_strategy", "logging_first_step", "logging_dir", "report_to", "run_name", "project",
         "trackio_space_id", "save_steps", "save_strategy", "disable_tqdm", "log_level", "log_level_replica",
         "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
-        "dataloader_persistent_workers", "per_device_eval_batch_size", "max_truncated", "ddp_timeout",
+        "dataloader_persistent_workers", "per_device_eval_batch_size", "max_truncated",
         "include_num_input_tokens_seen", "gold", "reward_timeout",
     }
 )  # fmt: skip

@@ -272,6 +272,7 @@ def _construct(tree: Node, build: _Build, *, name: str, label: str) -> Recipe:
         lora=top.lora,
         launch=top.launch,
         stages=sections,
+        order=tuple(dict.fromkeys(top.stages or build.stages)),
         origins=origins,
     )
 

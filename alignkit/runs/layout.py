@@ -65,6 +65,11 @@ class RunDir:
         return self.path / "cache"
 
     @property
+    def launch(self) -> Path:
+        """How the run was started: launcher configuration, batch script, what the processes left."""
+        return self.path / "launch"
+
+    @property
     def probe(self) -> Path:
         return self.path / "probe.json"
 
@@ -96,6 +101,9 @@ class RunLock:
             raise RunError(
                 f"in use by {holder}; wait for it, or give this run its own directory with --out", where=str(run.path)
             ) from error
+        if not self._is_current():
+            self._file.close()
+            raise RunError("in use by another process, which has just ended; try again", where=str(run.path))
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
@@ -104,25 +112,42 @@ class RunLock:
         """Let another process have the directory."""
         self._file.close()
 
+    def _is_current(self) -> bool:
+        """Tell whether this is still the directory's lock: its last holder may have removed or moved the directory."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
 
 def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
     """Create or reuse a run directory and lock it.
 
-    With `force` an existing run is moved aside to `<name>.old-<time>`, never deleted. Raises RunError when the
-    directory holds something that is not a run of ours, or is in use; DiskError when it cannot be made.
+    With `force` an existing run is moved aside at once, as `set_aside` does. Raises RunError when the directory holds
+    something that is not a run of ours, or is in use; DiskError when it cannot be made.
     """
     run = RunDir(path.expanduser().absolute())
     refuse_foreign(run.path)
     with disk_failures(run.path, "the run directory"):
         run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = RunLock(run)
-    if force and run.stage.exists():
-        aside = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    return run, set_aside(run, lock) if force else lock
+
+
+def set_aside(run: RunDir, lock: RunLock) -> RunLock:
+    """Move a run that has begun to `<name>.old-<time>`, never delete it; return the lock of the new directory.
+
+    Whoever still writes into the run by its path would write into the new one: end those processes first. Raises
+    RunError when another process takes the new directory first.
+    """
+    if not run.stage.exists():
+        return lock
+    aside = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    with disk_failures(run.path, "the run directory"):
         os.replace(run.path, aside)
         lock.release()
-        run.path.mkdir(parents=True, mode=0o700)
-        lock = RunLock(run)
-    return run, lock
+        run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return RunLock(run)
 
 
 def refuse_foreign(path: Path) -> None:
@@ -134,7 +159,7 @@ def refuse_foreign(path: Path) -> None:
         return
     if not path.is_dir():
         raise RunError("is a file; a run needs a directory", where=str(path))
-    ours = {".lock", "stage.json", "error.log"}
+    ours = {".lock", "stage.json", "error.log", "launch"}
     content = {entry.name for entry in path.iterdir()}
     if content and not content & ours:
         raise RunError(

@@ -15,8 +15,11 @@ from transformers import TrainingArguments
 
 from alignkit.errors import EnvironmentProblem, RecipeError
 from alignkit.recipe import Stage
+from alignkit.recipe.batch import check_batch
+from alignkit.train.ranks import uses_fsdp, world_size
 
 _Config = TypeVar("_Config", bound=TrainingArguments)
+_LARGEST_MICRO_BATCH = 8
 
 
 def pick_device(stage: Stage) -> str:
@@ -36,20 +39,20 @@ def pick_device(stage: Stage) -> str:
     return wanted
 
 
-def world_size() -> int:
-    """Return the number of processes a launcher started, 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def micro_batch_size(stage: Stage) -> int:
     """Return the rows per forward pass: the recipe's, or for auto the largest divisor of the share up to 8.
 
+    For KTO, auto takes 8 over all processes together: its KL term is estimated from the rows that all of them have in
+    one forward pass, which then are the same rows however many processes there are.
     Raises RecipeError when the global batch cannot be divided evenly.
     """
+    if problem := check_batch(stage, world_size()):
+        raise RecipeError(problem)
     options = stage.options
-    share, rest = divmod(options.batch_size, world_size())
+    share = options.batch_size // world_size()
     wanted = options.micro_batch_size
-    largest = max(size for size in range(1, 9) if share % size == 0)
+    limit = max(_LARGEST_MICRO_BATCH // world_size(), 2) if stage.is_unpaired else _LARGEST_MICRO_BATCH
+    largest = max(size for size in range(1, limit + 1) if share % size == 0)
     micro = largest if wanted == "auto" else wanted
     if stage.is_unpaired and micro == 1:
         raise RecipeError(
@@ -57,21 +60,42 @@ def micro_batch_size(stage: Stage) -> int:
             "KL term across rows: make it a multiple of a number from 2 to 8, or set micro_batch_size",
             where=stage.where(f"{stage.name}.batch_size"),
         )
-    if rest or share % micro:
-        raise RecipeError(
-            f"{stage.name}.batch_size is {options.batch_size}, which {world_size()} processes with "
-            f"micro_batch_size {micro} cannot divide; make it a multiple of {world_size() * micro}",
-            where=stage.where(f"{stage.name}.batch_size"),
-        )
     return micro
+
+
+def eval_batch_size(stage: Stage) -> int:
+    """Return the held-out rows per forward pass, which do not depend on the number of processes."""
+    wanted = stage.options.micro_batch_size
+    given = stage.trainer.get("per_device_eval_batch_size")
+    return int(given or (_LARGEST_MICRO_BATCH if wanted == "auto" else wanted))
+
+
+def _precision(stage: Stage, device: str) -> str:
+    """Return what matrix products are computed in: no, bf16 or fp16."""
+    wanted = stage.launch.mixed_precision
+    if wanted != "auto":
+        return wanted
+    dtype = stage.model.dtype
+    if dtype == "bfloat16" or (dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()):
+        return "bf16"
+    return "fp16" if dtype == "float16" else "no"
+
+
+def _recompute(stage: Stage) -> dict[str, bool]:
+    """Return the switches for recomputing activations that launch: and the launcher decide, none where they do not.
+
+    A launcher that has FSDP do it must not find transformers doing it too; `shards.set_up` sees to it later.
+    """
+    by_fsdp = uses_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
+    wanted = False if by_fsdp else stage.launch.activation_checkpointing
+    return {} if wanted is None else {"gradient_checkpointing": wanted, "activation_checkpointing": wanted}
 
 
 def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, **fixed: Any) -> _Config:
     """Return the TRL config for this stage; `fixed` are values the method itself decides."""
     device = pick_device(stage)
     micro = micro_batch_size(stage)
-    dtype = stage.model.dtype
-    bf16 = dtype == "bfloat16" or (dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
+    precision = _precision(stage, device)
     names = {field.name for field in dataclasses.fields(config_class)}
     values: dict[str, Any] = {
         # A loss that is not finite must be seen, not averaged away; the guard stops before the optimizer step.
@@ -85,18 +109,23 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
         # On CPU there is nothing to pin or to overlap, and a worker would only fight for the cores.
         "dataloader_pin_memory": device == "cuda",
         "remove_unused_columns": False,
-        "per_device_eval_batch_size": micro,
         "logging_first_step": True,
+        # Every trained parameter takes part in every step; looking for others costs a walk over the graph each time.
+        "ddp_find_unused_parameters": False,
+        "ddp_timeout": int(stage.launch.timeout_seconds),
     }
     values |= {key: value for key, value in stage.trainer.items() if key in names}
     values |= {
         "output_dir": str(checkpoints),
         "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": eval_batch_size(stage),
         "gradient_accumulation_steps": stage.options.batch_size // world_size() // micro,
         "seed": stage.seed,
         "use_cpu": device == "cpu",
-        "bf16": bf16,
-        "fp16": dtype == "float16",
+        "ddp_backend": "gloo" if device == "cpu" and world_size() > 1 else None,
+        **_recompute(stage),
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
         **fixed,
     }
     return config_class(**values)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alignkit.data import Rejects, Row
-from alignkit.models.chat import Chat
-from alignkit.models.load import Loaded
-from alignkit.train.guard import Guarded
-from alignkit.train.tables import Tables
+if TYPE_CHECKING:  # who only reads a result does not wait for the libraries
+    from alignkit.data import Rejects, Row
+    from alignkit.models.chat import Chat
+    from alignkit.models.load import Loaded
+    from alignkit.train.guard import Guarded
+    from alignkit.train.tables import Tables
 
 
 @dataclass

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -28,13 +29,14 @@ from alignkit.recipe import Stage
 from alignkit.recipe.fields import OWN_LOSSES
 from alignkit.recipe.schema import DpoOptions
 from alignkit.runs.layout import RunDir
+from alignkit.train import ranks
 from alignkit.train.arguments import build_config, micro_batch_size
 from alignkit.train.built import Built, Result
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
 from alignkit.train.losses import cdpo_loss, ipo_sum_loss, sequence_logps
 from alignkit.train.samplers import shuffled_order
-from alignkit.train.tables import Tables, prepare_tables
+from alignkit.train.tables import Tables, share_tables
 
 
 @dataclass
@@ -82,6 +84,13 @@ class Dpo(_Referenced, DPOTrainer):
     def __init__(self, *args: Any, own_loss: str | None = None, **kwargs: Any) -> None:
         self.own_loss = own_loss
         super().__init__(*args, **kwargs)
+        if self.precompute_ref_logps:
+            self.ref_model = None
+
+    def weigh(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        chosen, rejected = (mask.sum() for mask in inputs["completion_mask"][:, 1:].chunk(2))
+        tokens = {"entropy": chosen + rejected, "mean_token_accuracy": chosen}
+        return tokens | {"logits/chosen": chosen, "logits/rejected": rejected}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
         label_B = inputs.pop("label", None)
@@ -149,8 +158,17 @@ class Kto(_Referenced, KTOTrainer):
     Its KL term pairs each prompt with a neighbour's answer inside the micro batch, so rows are shuffled once, before.
     """
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+    def _order(self, table: Any, batch_size: int, *, seed: int, epoch: int) -> Any:
+        return np.arange(len(table))
+
+    def weigh(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        mask = inputs["completion_mask"][:, 1:]
+        good = torch.as_tensor(inputs["label"], dtype=torch.bool, device=mask.device)
+        weights = {"entropy": mask.sum()}
+        for side, rows in (("chosen", good), ("rejected", ~good)):
+            weights |= {f"logits/{side}": mask[rows].sum()}
+            weights |= dict.fromkeys((f"rewards/{side}", f"logps/{side}"), rows.sum())
+        return weights
 
 
 def build(stage: Stage, run: RunDir) -> Built:
@@ -159,8 +177,8 @@ def build(stage: Stage, run: RunDir) -> Built:
     tokenizer = load_tokenizer(stage)
     chat = Chat(tokenizer)
     rejects = Rejects()
-    tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
-    loaded = load_policy(stage, run_dir=run.path, tokenizer=tokenizer)
+    tables = share_tables(stage, chat, run.cache, rejects=rejects)
+    loaded = ranks.first(lambda: load_policy(stage, run_dir=run.path, tokenizer=tokenizer))
     make = _build_kto if stage.is_unpaired else _build_dpo
     trainer = make(stage, run, tables, loaded, tokenizer)
     return Built(trainer, tables, chat, loaded, rejects)
@@ -177,8 +195,9 @@ def _build_dpo(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokeni
     )
     return Dpo(
         model=loaded.model,
-        # Precomputed log-probabilities come from the untouched policy: no second model is held.
-        ref_model=None if config.precompute_ref_log_probs else load_reference(stage, loaded),
+        # Precomputed log-probabilities come from the untouched policy: no second model is held. Under FSDP TRL wants
+        # one until they are computed, and would load it by a name that not every policy has.
+        ref_model=load_reference(stage, loaded) if ranks.uses_fsdp() or not config.precompute_ref_log_probs else None,
         args=config,
         data_collator=LabelledCollator(collator),
         train_dataset=tables.train,
@@ -198,18 +217,19 @@ def _build_kto(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokeni
         )
     (loss,) = stage.trainer["loss_type"]
     config = build_config(stage, KTOConfig, run.checkpoints, loss_type=loss)
-    micro = micro_batch_size(stage)
+    # Neighbours are the rows of one forward pass of all processes, over which the KL term is averaged.
+    width = micro_batch_size(stage) * ranks.world_size()
 
-    def with_neighbours(table: Any) -> Any:
+    def with_neighbours(table: Any, width: int) -> Any:
         order = shuffled_order(len(table), seed=stage.seed, epoch=0)
-        return table.select(order).map(_rotate_answers, batched=True, batch_size=micro)
+        return table.select(order).map(_rotate_answers, batched=True, batch_size=width)
 
     return Kto(
         model=loaded.model,
         ref_model=load_reference(stage, loaded),
         args=config,
-        train_dataset=with_neighbours(tables.train),
-        eval_dataset=with_neighbours(tables.eval) if tables.eval is not None else None,
+        train_dataset=with_neighbours(tables.train, width),
+        eval_dataset=with_neighbours(tables.eval, config.per_device_eval_batch_size) if tables.eval else None,
         processing_class=tokenizer,
         watch=watch_for(stage),
         reference=loaded.reference,

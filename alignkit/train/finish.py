@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ from alignkit.models.probe import compare_probes, take_probe
 from alignkit.models.save import save_model
 from alignkit.recipe import Stage
 from alignkit.runs.files import disk_failures, write_json
+from alignkit.runs.heartbeat import pulse
 from alignkit.runs.layout import RunDir, write_result
 from alignkit.runs.record import JsonLines
+from alignkit.train import ranks, shards, zero
 from alignkit.train.built import Built, Result
 from alignkit.train.guard import Guarded
+from alignkit.train.invariants import computes_in
 from alignkit.train.samples import write_samples
 
 _BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")
@@ -30,28 +34,32 @@ _BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")
 def finish(stage: Stage, run: RunDir, built: Built, *, seconds: float) -> Result:
     """Measure, save the final model, reload it and compare, then write the result."""
     trainer = built.trainer
+    trainer.refuse_bad_weights()
     trainer.ready_final()
-    metrics = _final_metrics(trainer, JsonLines(run.metrics))
-    write_samples(stage, built, JsonLines(run.samples), step=trainer.state.global_step, when="after")
+    # Opened before the ranks meet again: opening mends a torn last line, which must not be one that is being written.
+    rows, samples = JsonLines(run.metrics), JsonLines(run.samples)
+    metrics = _final_metrics(trainer, rows)
+    write_samples(stage, built, samples, step=trainer.state.global_step, when="after")
     tokens = trainer.watch.num_tokens + trainer.num_trained_tokens
-    if trainer.args.should_save:
-        with disk_failures(run.path, "the final model"):
-            metrics |= _save_final(run, built)
+    metrics |= _save_final(run, built)
+
+    def record() -> dict[str, Any]:
         shutil.rmtree(run.cache, ignore_errors=True)
-    result = Result(
-        stage=stage.name,
-        status="finished",
-        step=trainer.state.global_step,
-        model_dir=str(run.model),
-        metrics=metrics,
-        tokens=tokens,
-        wall_seconds=round(seconds, 3),
-        tokens_per_second=round(_tokens_per_second(trainer), 1),
-        peak_memory_bytes=_peak_memory_bytes(),
-    )
-    if trainer.args.should_save:
-        write_result(run, result.to_dict())
-    return result
+        result = Result(
+            stage=stage.name,
+            status="finished",
+            step=trainer.state.global_step,
+            model_dir=str(run.model),
+            metrics=metrics,
+            tokens=tokens,
+            wall_seconds=round(seconds, 3),
+            tokens_per_second=round(_tokens_per_second(trainer), 1),
+            peak_memory_bytes=_peak_memory_bytes(),
+        ).to_dict()
+        write_result(run, result)
+        return result
+
+    return Result(**ranks.once(record))
 
 
 def _tokens_per_second(trainer: Guarded) -> float:
@@ -61,7 +69,7 @@ def _tokens_per_second(trainer: Guarded) -> float:
 
 
 def _final_metrics(trainer: Guarded, metrics: JsonLines) -> dict[str, float]:
-    rows = [row for row in metrics.read() if "loss" in row]
+    rows = ranks.once(lambda: [row for row in metrics.read() if "loss" in row][-1:])
     final = {"loss": rows[-1]["loss"]} if rows else {}
     if trainer.eval_dataset is not None:
         final |= _held_out_metrics(trainer)
@@ -79,38 +87,63 @@ def _held_out_metrics(trainer: Guarded) -> dict[str, float]:
 def _save_final(run: RunDir, built: Built) -> dict[str, Any]:
     """Write model/ in one step, after the copy on disk has given the same answers as the model in memory.
 
-    Raises RunError when it does not, and when the frozen base has other bytes than before training.
+    Raises RunError when it does not, and when the frozen base has other bytes than before training. All ranks take
+    part, for the model may be sharded; rank 0 writes and reads back.
     """
-    trainer, loaded = built.trainer, built.loaded
+    trainer = built.trainer
     # Without its autocast wrapper: what is saved must be compared in the precision it is loaded in.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    shards.reshard(model)
     if built.base_hash and hash_base(model) != built.base_hash:
         raise RunError(
             "the frozen base changed during training; this is a bug, keep the run directory", where=str(run.path)
         )
     staging = run.path / "model.tmp"
-    save_model(
-        model,
-        trainer.processing_class,
-        staging,
-        lineage=loaded.lineage,
-        precision=loaded.precision,
-        stop_ids=built.chat.stop_ids,
-    )
+    pulse("saving the model")
+    _write_model(built, model, staging)
     extra = built.finish(staging) if built.finish else {}
-    vocab_size = len(trainer.processing_class)
-    probe = take_probe(model, vocab_size=vocab_size, reward=built.is_reward)
+    probe = take_probe(model, vocab_size=len(trainer.processing_class), reward=built.is_reward)
+    probe["dtype"] = computes_in(trainer) or probe["dtype"]
     _drop_optimizer(trainer)  # its room is needed for the copy
+    pulse("reading the model back")
+    if trainer.is_deepspeed_enabled:
+        zero.load_plainly()
+    ranks.once(lambda: _verify(run, built, staging, probe))
+    return extra
+
+
+def _write_model(built: Built, model: Any, staging: Path) -> None:
+    """Save the model in a directory that does not count yet."""
+    state = shards.gather_model(built.trainer)
+
+    def save() -> None:
+        with disk_failures(staging.parent, "the final model"):
+            save_model(
+                model,
+                built.trainer.processing_class,
+                staging,
+                lineage=built.loaded.lineage,
+                precision=built.loaded.precision,
+                stop_ids=built.chat.stop_ids,
+                state_dict=state,
+            )
+
+    ranks.once(save)
+
+
+def _verify(run: RunDir, built: Built, staging: Path, probe: dict[str, Any]) -> None:
+    """Read the saved model back, compare its answers with the trained one's, and make it count."""
+    trainer = built.trainer
     again = load_trained(staging, device=_device_with_room(trainer), reward=built.is_reward)
-    reason = compare_probes(probe, take_probe(again, vocab_size=vocab_size, reward=built.is_reward))
-    if reason is not None:
+    found = take_probe(again, vocab_size=len(trainer.processing_class), reward=built.is_reward)
+    if (reason := compare_probes(probe, found)) is not None:
         raise RunError(
             f"the saved model is not the trained one ({reason}); the checkpoints are whole", where=str(staging)
         )
-    write_json(run.probe, probe)
-    shutil.rmtree(run.model, ignore_errors=True)
-    staging.rename(run.model)
-    return extra
+    with disk_failures(run.path, "the final model"):
+        write_json(run.probe, found)
+        shutil.rmtree(run.model, ignore_errors=True)
+        staging.rename(run.model)
 
 
 def _drop_optimizer(trainer: Guarded) -> None:

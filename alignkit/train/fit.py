@@ -1,35 +1,40 @@
-"""One way to run every trainer: resume, check step 0, train, save, verify, record.
+"""One way to run every trainer: resume, train, save, verify, record.
 
-A method only builds its trainer; everything that must hold for all of them is here. Nothing here knows a loss.
+A method only builds its trainer; everything that must hold for all of them is here. Nothing here knows a loss. With
+several processes all of them run this; rank 0 alone decides what files say, and writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 
 from alignkit import console
+from alignkit.errors import RunError
 from alignkit.models.chat import Chat
 from alignkit.models.files import find_model_dir, fingerprint_weights
-from alignkit.models.parameters import describe_parameters, hash_base
+from alignkit.models.parameters import describe_parameters, hash_base, hash_samples
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
 from alignkit.runs.files import disk_failures, read_json, write_json
+from alignkit.runs.heartbeat import pulse
 from alignkit.runs.layout import RunDir, compare_fingerprints, copy_recipe
 from alignkit.runs.record import JsonLines, git_state, versions
+from alignkit.train import ranks
 from alignkit.train.built import Built, Result
 from alignkit.train.finish import finish
 from alignkit.train.guard import Guarded, Watch
-from alignkit.train.invariants import check_parameters, check_start, check_step_zero
+from alignkit.train.invariants import check_parameters, check_start
 from alignkit.train.recorder import Recorder
 from alignkit.train.rewards import hash_rewards
-from alignkit.train.samples import write_samples
+from alignkit.train.shards import is_sharded
 from alignkit.train.signals import StopFlag, catch_signals
 from alignkit.train.tables import hash_data
 
@@ -54,25 +59,78 @@ def fit(
     run = RunDir(run_dir)
     began = time.monotonic()
     with catch_signals() as stop:
-        fingerprint = {**stage.fingerprint_values(), "start_weights": _hash_start(stage), **hash_rewards(stage)}
-        if run.stage.exists():  # what the recipe alone tells is compared before anything heavy loads
-            compare_fingerprints(run, {**fingerprint, **_kept_fingerprint(run)}, allow_change=allow_change)
-        if run.is_finished():
-            compare_fingerprints(run, {**fingerprint, **_kept_fingerprint(run), "data": hash_data(stage)},
-                                 allow_change=allow_change)  # fmt: skip
-            return _read_result(run)
+        pulse("joining")
+        ranks.start(stage, run.path)
+        _require_no_stop(stop)
+        fingerprint: dict[str, Any] = {}
+
+        def look() -> dict[str, Any] | None:
+            fingerprint.update(stage.fingerprint_values(), start_weights=_hash_start(stage), **hash_rewards(stage))
+            return _find_finished(stage, run, fingerprint, allow_change)
+
+        if (finished := ranks.once(look)) is not None:
+            ranks.leave_at_exit()
+            return _read_result(finished)
         console.note(f"{stage.name}: reading data and loading the model")
         built = build(stage, run)
-        fingerprint |= {"data": built.tables.report.fingerprint, "template": _hash_tokenizer(built.chat)}
-        fingerprint["ptx_data"] = built.ptx_data
-        for change in compare_fingerprints(run, fingerprint, allow_change=allow_change):
-            console.warn(f"{stage.name}: going on with a changed setting: {change}")
-        _report_rows(stage, run, built)
+        _require_same_weights(built.trainer.model)
         if stage.lora is not None:
             built.base_hash = hash_base(built.trainer.model)
-        _write_stage(stage, run, built, fingerprint)
-        _train(stage, run, built, stop, fingerprint)
-        return finish(stage, run, built, seconds=time.monotonic() - began)
+        ranks.once(lambda: _begin(stage, run, built, fingerprint, allow_change))
+        _train(stage, run, built, stop, ranks.share(fingerprint))
+        result = finish(stage, run, built, seconds=time.monotonic() - began)
+        ranks.leave_at_exit()
+        return result
+
+
+def _require_no_stop(stop: StopFlag) -> None:
+    """Raise Stopped on every rank when any of them was asked to stop before they met."""
+    asked = ranks.largest(stop.signal or 0)
+    stop.joined = True
+    if asked:
+        ranks.leave_at_exit()
+        stop.signal = signal.Signals(asked)
+    if stop.signal is not None:
+        error = stop.not_begun()
+        error.shared = not ranks.is_main()
+        raise error
+
+
+def _find_finished(
+    stage: Stage, run: RunDir, fingerprint: dict[str, Any], allow_change: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return the result of a finished run, None for one to be trained; raises RunError when settings were changed."""
+    if not run.stage.exists():
+        return None
+    # What the recipe alone tells is compared before anything heavy loads.
+    compare_fingerprints(run, {**fingerprint, **_kept_fingerprint(run)}, allow_change=allow_change)
+    if not run.is_finished():
+        return None
+    compare_fingerprints(run, {**fingerprint, **_kept_fingerprint(run), "data": hash_data(stage)},
+                         allow_change=allow_change)  # fmt: skip
+    return read_json(run.result)
+
+
+def _begin(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any], allow_change: Sequence[str]) -> None:
+    """Compare the whole fingerprint with that of an earlier sitting, say what was read, and write stage.json."""
+    fingerprint |= {"data": built.tables.report.fingerprint, "template": _hash_tokenizer(built.chat)}
+    fingerprint["ptx_data"] = built.ptx_data
+    for change in compare_fingerprints(run, fingerprint, allow_change=allow_change):
+        console.warn(f"{stage.name}: going on with a changed setting: {change}")
+    _report_rows(stage, run, built)
+    _write_stage(stage, run, built, fingerprint)
+
+
+def _require_same_weights(model: Any) -> None:
+    """Raise RunError unless all ranks have loaded the same weights, as far as samples of every tensor tell."""
+    found = ranks.gather(hash_samples(model))
+    other = next((number for number, digest in enumerate(found) if digest != found[0]), None)
+    if other is not None:
+        error = RunError(
+            f"rank 0 and rank {other} have loaded different weights; give all nodes the same model files or revision"
+        )
+        error.shared = not ranks.is_main()
+        raise error
 
 
 def _hash_start(stage: Stage) -> str | None:
@@ -93,8 +151,7 @@ def _kept_fingerprint(run: RunDir) -> dict[str, Any]:
     return {key: kept.get(key) for key in ("data", "template", "ptx_data")}
 
 
-def _read_result(run: RunDir) -> Result:
-    data = read_json(run.result)
+def _read_result(data: dict[str, Any]) -> Result:
     console.note(f"{data['stage']}: already finished, nothing to do (--force starts over)")
     return Result(**{key: data[key] for key in Result.__dataclass_fields__})
 
@@ -143,53 +200,78 @@ def _write_stage(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str,
 
 def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
     trainer = built.trainer
-    run.checkpoints.mkdir(exist_ok=True)
-    checkpoints.sweep(run.checkpoints)
-    newest = checkpoints.find_resumable(run.checkpoints, warn=console.warn)
-    metrics, samples = JsonLines(run.metrics), JsonLines(run.samples)
+    newest = ranks.once(lambda: _find_checkpoint(run))
     step = 0
     if newest is not None:
-        manifest = checkpoints.read_manifest(newest)
+        manifest = checkpoints.read_manifest(Path(newest))
         step, trainer.watch.num_tokens = manifest["step"], manifest["num_tokens"]
         console.note(f"{stage.name}: going on from step {step} ({newest})")
-        _warn_of_versions(stage, manifest["versions"])
-    metrics.keep(lambda row: row["step"] <= step)
-    samples.keep(lambda row: row["step"] < step)
+        _tell_changes(stage, manifest)
+    elif not ranks.is_main():
+        set_seed(stage.seed + ranks.rank())  # dropout: every rank draws its own; rank 0 draws as one process does
+    metrics, samples = JsonLines(run.metrics), JsonLines(run.samples)
+    ranks.once(lambda: _keep_rows(metrics, samples, step=step))
     check_parameters(stage, trainer.model, adapters=trainer.trained_adapters)
-    if newest is None:
-        check_start(stage, built)
-        check_step_zero(stage, trainer)
-        write_samples(stage, built, samples, step=0, when="before")
     trainer.watch.stop = stop
     trainer.watch.facts = {"fingerprint": fingerprint, "versions": versions(), "seed": stage.seed}
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     recorder = Recorder(stage, built, metrics, samples)
     trainer.add_callback(recorder)
-    if newest is not None and step >= _planned_steps(trainer):
-        trainer._load_from_checkpoint(str(newest))
-        trainer.state.global_step = step
+    if newest is not None and _is_complete(trainer, newest, step):
         return
+    if newest is None and not is_sharded(trainer):
+        check_start(stage, built)
     stop.training = True
     try:
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        trainer.train(resume_from_checkpoint=newest)
     finally:
         stop.training = False
         recorder.close()
     if stop.signal is not None:
-        raise stop.stopped(f"step {trainer.state.global_step} is saved; the same command goes on from there")
+        ranks.leave_at_exit()
+        error = stop.stopped(f"step {trainer.state.global_step} is saved; the same command goes on from there")
+        error.shared = not ranks.is_main()
+        raise error
 
 
-def _warn_of_versions(stage: Stage, before: dict[str, str]) -> None:
-    """Say which libraries changed since the checkpoint: the run goes on, but not to the same bits."""
+def _find_checkpoint(run: RunDir) -> str | None:
+    """Return the checkpoint to go on from, after clearing away what an interrupted rotation left."""
+    run.checkpoints.mkdir(exist_ok=True)
+    checkpoints.sweep(run.checkpoints)
+    newest = checkpoints.find_resumable(run.checkpoints, warn=console.warn)
+    return str(newest) if newest else None
+
+
+def _keep_rows(metrics: JsonLines, samples: JsonLines, *, step: int) -> None:
+    """Drop from the files what the steps to come will write again."""
+    metrics.keep(lambda row: row["step"] <= step)
+    samples.keep(lambda row: row["step"] < step)
+
+
+def _is_complete(trainer: Guarded, newest: str, step: int) -> bool:
+    """Tell whether no step is left to take; then the model holds the weights of its last one."""
+    loader = trainer.get_train_dataloader()
+    planned = trainer.set_initial_training_values(trainer.args, loader)[-1]
+    if step < planned:
+        return False
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those read a checkpoint once they are sharded
+        trainer._load_from_checkpoint(newest)
+    trainer._prepare_for_training(planned, loader, newest)
+    trainer.state.global_step = step
+    return True
+
+
+def _tell_changes(stage: Stage, manifest: dict[str, Any]) -> None:
+    """Say what changed since the checkpoint that keeps the run from going on to the same bits."""
     now = versions()
+    before = manifest["versions"]
     changed = [
         f"{name} {before[name]} -> {now[name]}" for name in sorted(before.keys() & now) if before[name] != now[name]
     ]
     if changed:
         console.warn(f"{stage.name}: other versions than when it was stopped: {', '.join(changed)}")
-
-
-def _planned_steps(trainer: Guarded) -> int:
-    """Return the optimizer steps of the whole run."""
-    loader = trainer.get_train_dataloader()
-    return trainer.set_initial_training_values(trainer.args, loader)[-1]
+    if manifest["world_size"] != ranks.world_size():
+        console.note(
+            f"{stage.name}: {manifest['world_size']} processes before, {ranks.world_size()} now: the same batches, "
+            "other random numbers (dropout)"
+        )

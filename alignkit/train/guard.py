@@ -1,31 +1,33 @@
 """What every trainer does the same way: read ready tables, refuse non-finite steps, save what can be trusted.
 
 `Guarded` goes in front of a TRL trainer: `class Sft(Guarded, SFTTrainer)`. It holds no method's loss and decides
-nothing about data. Upstream references are transformers 5.23 and TRL 1.16.
+nothing about data. Upstream references are transformers 5.23, TRL 1.16 and accelerate 1.15.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+import warnings
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 from transformers import Trainer
 
-from alignkit.errors import DiskError, NonFiniteError, RunError
+from alignkit.errors import DiskError, NonFiniteError
 from alignkit.runs import checkpoints
 from alignkit.runs.files import describe_bytes, disk_failures, free_bytes
-from alignkit.train.samplers import EpochSampler, grouped_order, shuffled_order
+from alignkit.runs.heartbeat import pulse
+from alignkit.train import ranks, restore, shards, zero
+from alignkit.train.measures import Measured
+from alignkit.train.samplers import EpochSampler, fill_up, grouped_order, shuffled_order
 from alignkit.train.signals import StopFlag
 
 TRAINED_ADAPTER = "default"
-_SETTINGS = frozenset({"weight_decay", "betas", "eps", "initial_lr"})  # of an optimizer's parameter group
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Watch:
     num_tokens: int = 0  # trained in earlier sittings of this run
 
 
-class Guarded(Trainer):
+class Guarded(Measured):
     """Mixin over transformers' Trainer; see the module docstring."""
 
     watch: Watch
@@ -53,15 +55,45 @@ class Guarded(Trainer):
     def ready_final(self) -> None:
         """Make the weights those that are to be published; called once, after training."""
 
+    _save_error: Exception | None = None  # of this rank's weights, until all ranks may hear of it
+
     def __init__(self, *args: Any, watch: Watch | None = None, **kwargs: Any) -> None:
         self.watch = watch or Watch()
+        self._weights = defaultdict(list)
         loaded = {name: parameter.data for name, parameter in kwargs["model"].named_parameters()}
         super().__init__(*args, **kwargs)
+        # Upstream takes the last batch of an epoch for incomplete and drops what it believes to be repeated.
+        self.accelerator.gather_for_metrics = self.accelerator.gather
         # TRL casts every trainable parameter of a quantised model to bfloat16, whatever the compute dtype is. We
         # chose the dtypes when we loaded the model, and a cast back would keep the rounding: put the tensors back.
         for name, parameter in self.model.named_parameters():
             if name in loaded and parameter.dtype != loaded[name].dtype:
                 parameter.data = loaded[name]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if ranks.uses_fsdp():
+            shards.set_up(self)
+
+    def create_optimizer(self, *args: Any) -> Any:
+        optimizer = super().create_optimizer(*args)
+        # An empty group (LoRA has no biases) counts in one process and is dropped by DeepSpeed: nobody needs it.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        if self.is_deepspeed_enabled:  # which replaces the parameters in the groups by flat pieces
+            self.optimized_groups = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: Any) -> Any:
+        if not self.is_deepspeed_enabled:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+            shards.settle(self)
+            return prepared
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # it would look for DeepSpeed's own
+        zero.guard_backward(self)
+        if checkpoint is not None:
+            self._load_from_checkpoint(checkpoint)
+            self._load_optimizer_and_scheduler(checkpoint)
+        return prepared
 
     # ---- data: tokenised once, by us, before any trainer exists ----
 
@@ -72,14 +104,22 @@ class Guarded(Trainer):
         table = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
-        def order(epoch: int) -> Any:
-            if self.watch.batching == "grouped" and "length" in table.column_names:
-                batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-                return grouped_order(table.with_format("numpy")["length"][:], batch_size=batch, seed=seed, epoch=epoch)
-            return shuffled_order(len(table), seed=seed, epoch=epoch)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
+        def order(epoch: int) -> Any:
+            found = self._order(table, batch, seed=seed, epoch=epoch)
+            return fill_up(found, batch_size=batch)
+
+        num_rows = -(-len(table) // batch) * batch
         # state.epoch is a whole number when an epoch starts and keeps its whole part when a resumed one does.
-        return EpochSampler(len(table), order, lambda: int(self.state.epoch or 0))
+        return EpochSampler(num_rows, order, lambda: int(self.state.epoch or 0))
+
+    def _order(self, table: Any, batch_size: int, *, seed: int, epoch: int) -> Any:
+        """Return the order of an epoch's rows."""
+        if self.watch.batching == "grouped" and "length" in table.column_names:
+            lengths = table.with_format("numpy")["length"][:]
+            return grouped_order(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+        return shuffled_order(len(table), seed=seed, epoch=epoch)
 
     # ---- steps: nothing that is not finite reaches the optimizer ----
 
@@ -90,19 +130,51 @@ class Guarded(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        step = self.state.global_step + 1
-        loss, norm = float(self._last_loss), float(grad_norm)
-        # With float16 the scaler skips steps whose gradients overflow; that is its normal work.
-        if not math.isfinite(loss) or (not math.isfinite(norm) and not self.args.fp16):
-            kept = checkpoints.list_checkpoints(Path(self.args.output_dir))
-            last = f"the last good checkpoint is {kept[0].name}" if kept else "no checkpoint was saved yet"
-            raise NonFiniteError(
-                f"step {step}: loss is {loss:g} and the gradient norm {norm:g}; stopped before the optimizer step, "
-                f"{last}. Lower learning_rate or max_grad_norm, or look at the rows of this step"
-            )
+        self.refuse_not_finite(float(self._last_loss), float(grad_norm))
         return grad_norm
 
-    # ---- checkpoints: upstream writes the files, we make them count ----
+    def refuse_not_finite(self, loss: float, norm: float = 0.0) -> None:
+        """Raise NonFiniteError on every rank when loss or gradient norm of any of them is NaN or infinite."""
+        # With float16 the scaler skips steps whose gradients overflow; that is its normal work.
+        bad = not math.isfinite(loss) or (not math.isfinite(norm) and not self.args.fp16)
+        if ranks.largest(int(bad)):
+            self._refuse_step(loss, norm)
+
+    def _refuse_step(self, *found: float) -> None:
+        """Raise NonFiniteError on every rank, with the figures of the first one that has such a thing."""
+        everyone = [[float(value) for value in values] for values in ranks.gather([str(value) for value in found])]
+        number, (loss, norm) = next(
+            (number, values) for number, values in enumerate(everyone) if not all(map(math.isfinite, values))
+        )
+        last = self._last_good()
+        where = f" on rank {number}" if len(everyone) > 1 else ""
+        error = NonFiniteError(
+            f"step {self.state.global_step + 1}: loss is {loss:g} and the gradient norm {norm:g}{where}; stopped "
+            f"before the optimizer step, {last}. Lower learning_rate or max_grad_norm, or look at the rows of this step"
+        )
+        error.shared = not ranks.is_main()
+        raise error
+
+    def refuse_bad_weights(self) -> None:
+        """Raise NonFiniteError on every rank when an update has left weights that are not finite: too large a step."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        bad = not all(bool(shards.local(parameter).isfinite().all()) for parameter in trained)
+        if ranks.largest(int(bad)):
+            error = NonFiniteError(
+                f"step {self.state.global_step}: the update has left weights that are not finite; nothing of it was "
+                f"saved, {self._last_good()}. Lower learning_rate or max_grad_norm"
+            )
+            error.shared = not ranks.is_main()
+            raise error
+
+    def _last_good(self) -> str:
+        kept = checkpoints.list_checkpoints(Path(self.args.output_dir))
+        return f"the last good checkpoint is {kept[0].name}" if kept else "no checkpoint was saved yet"
+
+    # ---- checkpoints: one layout, whatever trained them; upstream names the files, we make them count ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._save(output_dir, state_dict=shards.gather_model(self))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights and tokenizer, without the frozen adapters and without `training_args.bin`, a pickle."""
@@ -113,26 +185,59 @@ class Guarded(Trainer):
         if isinstance(self.model, PeftModel):
             # "auto" would ask the hub whether the base's vocabulary has grown.
             extra = {"selected_adapters": [TRAINED_ADAPTER], "save_embedding_layers": False}
-        self.model.save_pretrained(output_dir, state_dict=state_dict, **extra)
-        self.processing_class.save_pretrained(output_dir)
+        try:
+            self.model.save_pretrained(output_dir, state_dict=state_dict, **extra)
+            self.processing_class.save_pretrained(output_dir)
+        except Exception as error:  # raised after the optimizer is gathered, for which the other ranks wait
+            self._save_error = error
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = shards.gather_optimizer(self)
+        error, self._save_error = self._save_error, None
+        if error is not None:
+            raise error
+        if state is not None:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            with warnings.catch_warnings():  # torch warns that a scheduler is saved apart from its optimizer
+                warnings.simplefilter("ignore")
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         directory = Path(self.args.output_dir)
         checkpoint = directory / f"checkpoint-{self.state.global_step}"
-        if (checkpoint / checkpoints.MANIFEST).exists():
+        pulse("saving", self.state.global_step)
+        self.refuse_bad_weights()
+        if not ranks.once(lambda: self._make_way(directory, checkpoint)):
             return  # this very step is sealed: an interrupt at a save step, or the last step of a resumed run
-        self._require_room(directory)
         try:
-            with disk_failures(directory, checkpoint.name):
-                shutil.rmtree(checkpoint, ignore_errors=True)
-                Trainer._save_checkpoint(self, model, trial)  # past TRL's, which writes a model card each time
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    checkpoints.seal(checkpoint, self._manifest_facts())
-                    checkpoints.rotate(directory, keep=self.watch.keep_checkpoints)
+            ranks.attempt(lambda: self._write_checkpoint(checkpoint, model, trial))
+            ranks.once(lambda: self._seal(checkpoint))
         except DiskError:
-            shutil.rmtree(checkpoint, ignore_errors=True)  # ours, unsealed, and in the way of everything else
+            if self.args.should_save:
+                shutil.rmtree(checkpoint, ignore_errors=True)  # ours, unsealed, and in the way of everything else
             raise
+        pulse("saved", self.state.global_step)
+
+    def _make_way(self, directory: Path, checkpoint: Path) -> bool:
+        """Make room for a checkpoint; return False when it is there already, whole."""
+        if (checkpoint / checkpoints.MANIFEST).exists():
+            return False
+        self._require_room(directory)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return True
+
+    def _write_checkpoint(self, checkpoint: Path, model: Any, trial: Any) -> None:
+        """Write the files of a checkpoint; each rank writes its random numbers, rank 0 all else.
+
+        The last thing in it that all ranks wait for is the optimizer's state: no error leaves before that.
+        """
+        with disk_failures(checkpoint.parent, checkpoint.name):
+            Trainer._save_checkpoint(self, model, trial)  # past TRL's, which writes a model card each time
+
+    def _seal(self, checkpoint: Path) -> None:
+        with disk_failures(checkpoint.parent, checkpoint.name):
+            checkpoints.seal(checkpoint, self._manifest_facts())
+            checkpoints.rotate(checkpoint.parent, keep=self.watch.keep_checkpoints)
 
     def _manifest_facts(self) -> dict[str, Any]:
         return {
@@ -160,20 +265,15 @@ class Guarded(Trainer):
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the state, but keep this sitting's settings: a change that was allowed must have its effect."""
-        if checkpoint is None or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        settings = [{key: group[key] for key in _SETTINGS & group.keys()} for group in self.optimizer.param_groups]
-        base_lrs = list(getattr(self.lr_scheduler, "base_lrs", ()))
-        super()._load_optimizer_and_scheduler(checkpoint)
-        for group, given in zip(self.optimizer.param_groups, settings, strict=True):
-            group |= given
-        if base_lrs and base_lrs != self.lr_scheduler.base_lrs:
-            self.lr_scheduler.base_lrs = base_lrs
-            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_lr(), strict=True):
-                group["lr"] = rate
-            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        if checkpoint is not None:
+            restore.load_optimizer(self, Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Go on drawing where each rank stopped; ranks that were not there draw anew, from seed, step and rank."""
+        if checkpoint is None or checkpoints.read_manifest(Path(checkpoint))["world_size"] == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+        else:
+            restore.draw_anew(self.args.seed, self.state.global_step, self.args.process_index)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> Any:
         """Take how often to log, save and evaluate from the recipe: upstream takes it from the checkpoint."""
@@ -187,34 +287,7 @@ class Guarded(Trainer):
         Upstream reloads adapters through `load_adapter`, which changes bfloat16 ones to float32, and for full models
         only logs missing keys.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        directory = Path(resume_from_checkpoint)
-        if isinstance(self.model, PeftModel):
-            saved = load_file(directory / "adapter_model.safetensors")
-            expected = set(
-                get_peft_model_state_dict(self.model, adapter_name=TRAINED_ADAPTER, save_embedding_layers=False)
-            )
-            _require_same_keys(directory, expected, set(saved))
-            set_peft_model_state_dict(self.model, saved, adapter_name=TRAINED_ADAPTER)
-            return
-        saved = {}
-        for shard in sorted(directory.glob("model*.safetensors")):
-            saved |= load_file(shard)
-        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
-        result = self.model.load_state_dict(saved, strict=False)
-        _require_same_keys(directory, set(result.missing_keys) - tied, set(result.unexpected_keys))
+        restore.load_weights(self.model, Path(resume_from_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: upstream's card names local paths, and the run directory says more."""
-
-
-def _require_same_keys(directory: Path, expected: set[str], found: set[str]) -> None:
-    if expected != found:
-        names = sorted(expected ^ found)
-        raise RunError(
-            f"does not hold the parameters being trained ({len(names)} differ, first {names[0]}); "
-            "start over with --force",
-            where=str(directory),
-        )

@@ -18,9 +18,11 @@ from alignkit.recipe import Stage
 from alignkit.runs.files import read_json
 from alignkit.train.built import Built
 from alignkit.train.guard import TRAINED_ADAPTER, Guarded
+from alignkit.train.shards import is_sharded
 
 LN2 = math.log(2)
 _LARGEST_REWARD_LOSS = 2.5  # above that of reward 0: a head drawn as Ziegler 2019 does scores with a deviation near 1
+_ROUNDS_TO = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of mixed precision
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -40,11 +42,18 @@ def check_parameters(stage: Stage, model: Any, *, adapters: tuple[str, ...] = (T
         raise ModelError(f"{stage.name}: {len(wrong)} parameters are trained or frozen by mistake, first {wrong[0]}")
 
 
+def computes_in(trainer: Guarded) -> str | None:
+    """Return the dtype that a sharded model rounds to wherever it is asked, None for a model that computes as it is."""
+    dtype = _ROUNDS_TO.get(trainer.accelerator.mixed_precision) if is_sharded(trainer) else None
+    return str(dtype).removeprefix("torch.") if dtype else None
+
+
 def check_start(stage: Stage, built: Built) -> None:
     """Raise ModelError unless the model answers as the run it starts from did when it was saved.
 
-    This catches an adapter that was silently wiped, which no loss at step 0 shows. It compares only like with like: a
-    start that has no probe, or had another head, precision or quantisation, is left to its own checks.
+    This catches an adapter that was silently wiped, which no loss at step 0 shows. A sharded model is asked once it
+    is sharded, any other before autocast wraps it. It compares only like with like: a start that has no probe, or had
+    another head, precision or quantisation, is left to its own checks.
     """
     if not stage.start_dir or built.is_reward:
         return
@@ -54,6 +63,7 @@ def check_start(stage: Stage, built: Built) -> None:
     before = read_json(path)
     if stage.options.adapter == "merge" and stage.model.quantization != "none":
         before["quantization"] = "of the base alone"  # now that of base and adapter together: rounded otherwise
+    before["dtype"] = computes_in(built.trainer) or before["dtype"]
     vocab_size = len(built.chat.tokenizer)
     reason = compare_probes(before, take_probe(built.trainer.model, vocab_size=vocab_size, reward=False))
     if reason is not None:
@@ -101,7 +111,8 @@ def _has_new_head(model: Any) -> bool:
 
 
 def _check_preference(stage: Stage, trainer: Any, loss: float, measured: dict[str, float]) -> None:
-    tolerance = _TOLERANCE.get(getattr(trainer.model, "dtype", torch.float32), 5e-2)
+    dtype = _ROUNDS_TO.get(trainer.accelerator.mixed_precision, getattr(trainer.model, "dtype", torch.float32))
+    tolerance = _TOLERANCE.get(dtype, 5e-2)
     beta = float(stage.trainer.get("beta", 0.1))
     margin = measured.get("rewards/margins", 0.0) / beta
     if abs(margin) > tolerance * max(1.0, abs(measured.get("logps/chosen", 1.0))):

@@ -1,22 +1,25 @@
-"""What happens while a trainer runs: metrics to the file and the screen, samples half way, the stop flag.
+"""What happens while a trainer runs: checks and samples before the first step, metrics, samples, the stop flag.
 
 It changes nothing about training but its end.
 """
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Any
 
-import torch
-import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignkit import console
 from alignkit.recipe import Stage
+from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines
+from alignkit.train import ranks
 from alignkit.train.built import Built
+from alignkit.train.invariants import check_start, check_step_zero
 from alignkit.train.samples import write_samples
+from alignkit.train.shards import is_sharded
 
 _SHOWN = ("loss", "reward", "gold", "objective/kl", "accuracy", "rewards/accuracies", "mean_token_accuracy")
 
@@ -32,6 +35,11 @@ class Recorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        if state.global_step == 0:  # not of a resumed run; the model is as it will be trained: sharded, autocast
+            if is_sharded(self._built.trainer):
+                check_start(self._stage, self._built)
+            check_step_zero(self._stage, self._built.trainer)
+            write_samples(self._stage, self._built, self._samples, step=0, when="before")
         self._began, self._tokens = time.monotonic(), 0
         self._progress = console.TrainingProgress(
             self._stage.name, total_steps=state.max_steps, start_step=state.global_step
@@ -45,8 +53,8 @@ class Recorder(TrainerCallback):
             return
         tokens = self._built.trainer.num_trained_tokens
         row = {"step": state.global_step, **logs}
-        if "num_tokens" in row:  # upstream counts this sitting only
-            row["num_tokens"] = self._built.trainer.watch.num_tokens + tokens
+        for name in {"num_tokens", "eval_num_tokens"} & row.keys():  # upstream counts this sitting only
+            row[name] = self._built.trainer.watch.num_tokens + tokens
         if "loss" in logs:
             row["tokens_per_second"] = tokens / max(time.monotonic() - self._began, 1e-9)
         self._metrics.append(row)
@@ -57,26 +65,31 @@ class Recorder(TrainerCallback):
     ) -> TrainerControl:
         if state.global_step >= state.max_steps:
             control.should_log = True  # the loss in result.json is that of the last step
-        if self._stop_wanted(args) and self._built.trainer.may_stop:
+        pulse("training", state.global_step)
+        if self._stop_wanted() and self._built.trainer.may_stop:
             control.should_save = control.should_training_stop = True
         return control
 
-    def _stop_wanted(self, args: TrainingArguments) -> bool:
-        """Read the flag; with several ranks, stop all at the same step when any of them was asked to."""
-        wanted = self._built.trainer.watch.stop.signal is not None
-        if args.world_size > 1:
-            flag = torch.tensor([int(wanted)], device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            wanted = bool(flag.item())
-        return wanted
+    def _stop_wanted(self) -> bool:
+        """Read the flag; when any rank was asked to stop, all of them are, at the same step and by the same signal."""
+        stop = self._built.trainer.watch.stop
+        if number := ranks.largest(stop.signal or 0):
+            stop.signal = signal.Signals(number)
+        return number != 0
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._show(state)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._show(state)
+        pulse("training", state.global_step)
         if state.global_step == state.max_steps // 2 > 0:
             write_samples(self._stage, self._built, self._samples, step=state.global_step, when="during")
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        pulse("evaluating", state.global_step)
 
     def _show(self, state: TrainerState) -> None:
         if self._progress is not None and state.global_step:

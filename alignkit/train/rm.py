@@ -27,12 +27,13 @@ from alignkit.recipe import Stage
 from alignkit.recipe.schema import RmOptions, SftOptions
 from alignkit.runs.files import write_json
 from alignkit.runs.layout import RunDir
+from alignkit.train import ranks
 from alignkit.train.arguments import build_config
 from alignkit.train.built import Built, Result
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
 from alignkit.train.losses import best_of_loss, kway_loss, pairwise_losses
-from alignkit.train.tables import prepare_tables
+from alignkit.train.tables import share_tables
 
 
 @dataclass
@@ -81,12 +82,21 @@ class Rm(Guarded, RewardTrainer):
         self.loss_name = loss
         super().__init__(*args, **kwargs)
 
+    def weigh(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        pairs, answers = (torch.tensor(len(inputs[name])) for name in ("better", "prompt_of"))
+        return {"accuracy": pairs, "margin": pairs, "mean_reward": answers}
+
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         rewards_A = outputs.logits.squeeze(-1).float()
         loss = self._group_loss(rewards_A, inputs)
         if self.args.center_rewards_coefficient is not None:
-            loss = loss + self.args.center_rewards_coefficient * (_pair_sums(rewards_A, inputs) ** 2).mean()
+            num_prompts = int(inputs["prompt_of"][-1]) + 1
+            squares_P = _pair_sums(rewards_A, inputs) ** 2
+            # Per prompt, as the loss: a mean over all pairs would depend on which prompts share a forward pass.
+            loss = loss + self.args.center_rewards_coefficient * kway_loss(
+                squares_P, inputs["pair_prompt"], num_prompts
+            )
         self._record(rewards_A.detach(), inputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -117,10 +127,10 @@ class Rm(Guarded, RewardTrainer):
         margins_P = rewards_A[inputs["better"]] - rewards_A[inputs["worse"]]
         # A soft label below one half prefers the other answer.
         right_P = ((margins_P > 0) == (inputs["label"] >= 0.5)).float()
-        metrics["accuracy"].append(self.accelerator.gather_for_metrics(right_P.mean()).mean().item())
-        metrics["margin"].append(self.accelerator.gather_for_metrics(margins_P.mean()).mean().item())
-        all_rewards = self.accelerator.gather(rewards_A.mean())
-        metrics["mean_reward"].append(all_rewards.mean().item())
+        for name, values in (("accuracy", right_P), ("margin", margins_P), ("mean_reward", rewards_A)):
+            sums = self.accelerator.gather(torch.stack([values.sum(), values.new_tensor(len(values))]))
+            total, count = sums.view(-1, 2).sum(dim=0).tolist()
+            metrics[name].append(total / count)
 
 
 def _pair_sums(rewards_A: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -134,9 +144,9 @@ def build(stage: Stage, run: RunDir) -> Built:
     tokenizer = load_tokenizer(stage)
     chat = Chat(tokenizer)
     rejects = Rejects()
-    tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
-    references = _encode_references(stage, chat, rejects)
-    loaded = load_reward_model(stage, run_dir=run.path, tokenizer=tokenizer)
+    tables = share_tables(stage, chat, run.cache, rejects=rejects)
+    references = ranks.once(lambda: _encode_references(stage, chat, rejects))
+    loaded = ranks.first(lambda: load_reward_model(stage, run_dir=run.path, tokenizer=tokenizer))
     config = build_config(stage, RewardConfig, run.checkpoints, max_length=None)
     trainer = Rm(
         model=loaded.model,
@@ -164,10 +174,11 @@ def _normalize(stage: Stage, trainer: Rm, references: Sequence[Sequence[int]], m
     options = stage.expect(RmOptions)
     if options.normalize == "none":
         return {}
+    # Every rank scores, for a sharded model needs all of them; rank 0 writes.
     rewards = torch.tensor(score(trainer.model, references, trainer.processing_class.pad_token_id))
     gain = 1.0 / max(rewards.std(correction=0).item(), 1e-8) if options.normalize == "gain_and_bias" else 1.0
     norm = {"gain": gain, "bias": -gain * rewards.mean().item(), "num_rows": len(rewards)}
-    write_json(model_dir / REWARD_NORM, norm)
+    ranks.once(lambda: write_json(model_dir / REWARD_NORM, norm))
     return {f"reward_norm/{key}": value for key, value in norm.items()}
 
 

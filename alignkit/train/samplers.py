@@ -36,6 +36,16 @@ def grouped_order(lengths: Sequence[int] | np.ndarray, *, batch_size: int, seed:
     return np.concatenate([batches.reshape(-1), rest])
 
 
+def fill_up(order: np.ndarray, *, batch_size: int) -> np.ndarray:
+    """Return an order of whole batches: the incomplete last one gets rows from the beginning of the epoch.
+
+    Every optimizer step then has the same number of rows, and so the same rows on any number of devices; PyTorch's
+    DistributedSampler fills up in the same way.
+    """
+    missing = -len(order) % batch_size
+    return np.concatenate([order, np.resize(order, missing)]) if missing else order
+
+
 class EpochSampler(Sampler[int]):
     """Hand the order of the current epoch to a data loader.
 

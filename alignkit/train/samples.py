@@ -11,19 +11,23 @@ from typing import Any
 from alignkit.data import Row
 from alignkit.models.generation import generate_greedy
 from alignkit.recipe import Stage
+from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines
+from alignkit.train import ranks
 from alignkit.train.built import Built
 
 
 def write_samples(stage: Stage, built: Built, samples: JsonLines, *, step: int, when: str) -> None:
     """Append one row per prompt to samples.jsonl: step, when, prompt, answer or scores, and the row's own answer.
 
-    Leaves the model in the mode it was in. Does nothing for language-model pre-training without prompts.
+    Every rank answers, for a sharded model needs all of them; rank 0 writes. Leaves the model in the mode it was in.
+    Does nothing for language-model pre-training without prompts.
     """
     options = stage.options.samples
     rows = built.tables.eval_rows[: options.num]
-    if not rows or not built.trainer.args.should_save:
+    if not rows:
         return
+    pulse("samples", step)
     model = built.trainer.model
     was_training = model.training
     model.eval()
@@ -34,7 +38,7 @@ def write_samples(stage: Stage, built: Built, samples: JsonLines, *, step: int, 
             fields = _answer(built, rows, max_new_tokens=options.max_new_tokens)
     finally:
         model.train(was_training)
-    for number, extra in enumerate(fields):
+    for number, extra in enumerate(fields if ranks.is_main() else ()):
         samples.append({"step": step, "when": when, "number": number, **extra})
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from alignkit.data import Rejects
@@ -16,15 +17,21 @@ from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import SftOptions
 from alignkit.runs.layout import RunDir
+from alignkit.train import ranks
 from alignkit.train.arguments import build_config
 from alignkit.train.built import Built, Result
+from alignkit.train.encode import IGNORED
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
-from alignkit.train.tables import prepare_tables
+from alignkit.train.tables import share_tables
 
 
 class Sft(Guarded, SFTTrainer):
     """TRL's SFTTrainer behind our guard; TRL still packs when `packing:` asks for it."""
+
+    def weigh(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
+        return dict.fromkeys(("loss", "entropy", "mean_token_accuracy"), tokens)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):  # type: ignore[no-untyped-def]
         if not packing:
@@ -41,8 +48,8 @@ def build(stage: Stage, run: RunDir) -> Built:
     tokenizer = load_tokenizer(stage)
     chat = Chat(tokenizer)
     rejects = Rejects()
-    tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
-    loaded = load_policy(stage, run_dir=run.path, tokenizer=tokenizer)
+    tables = share_tables(stage, chat, run.cache, rejects=rejects)
+    loaded = ranks.first(lambda: load_policy(stage, run_dir=run.path, tokenizer=tokenizer))
     packs = stage.trainer.get("packing") or stage.trainer.get("eval_packing")
     config = build_config(
         stage,

@@ -7,7 +7,7 @@ method: what a row becomes is `encode`'s business.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from alignkit.errors import DataError, Problem
 from alignkit.models.chat import Chat
 from alignkit.models.tokens import control_tokens
 from alignkit.recipe import Stage
+from alignkit.runs.heartbeat import pulse
+from alignkit.train import ranks
 from alignkit.train.encode import LengthReport, choose_encoder
 from alignkit.train.prompts import longest_prompt
 
@@ -78,6 +80,38 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
             where=stage.where(f"{stage.name}.eval"),
         )
     return Tables(train.table, held_out.table, report, train.lengths, held_out.lengths, held_out.first_rows)
+
+
+def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:
+    """Prepare the tables once, on rank 0; the others read the files it wrote, without its report and rejects.
+
+    Raises on every rank what `prepare_tables` raises.
+    """
+    mine: list[Tables] = []
+
+    def prepare() -> dict[str, Any]:
+        tables = prepare_tables(stage, chat, cache, rejects=rejects)
+        mine.append(tables)
+        return {
+            "lengths": asdict(tables.lengths),
+            "eval_lengths": asdict(tables.eval_lengths) if tables.eval_lengths else None,
+            "eval_rows": [asdict(row) for row in tables.eval_rows[: stage.options.samples.num]],
+        }
+
+    facts = ranks.once(prepare)
+    if mine:
+        return mine[0]
+    from datasets import Dataset
+
+    held_out = facts["eval_lengths"]
+    return Tables(
+        Dataset.from_file(str(cache / "train.arrow")),
+        Dataset.from_file(str(cache / "eval.arrow")) if held_out else None,
+        DataReport(),
+        LengthReport(**facts["lengths"]),
+        LengthReport(**held_out) if held_out else None,
+        [Row(**{**row, "completions": tuple(row["completions"])}) for row in facts["eval_rows"]],
+    )
 
 
 def hash_data(stage: Stage) -> str:
@@ -147,6 +181,7 @@ def _write(stage: Stage, chat: Chat, path: Path, rows: Iterable[Row], rejects: R
     def batches() -> Iterator[dict[str, list[Any]]]:
         stream = _guard_text(stage, chat, rows, rejects)
         while batch := list(islice(stream, _BATCH_ROWS)):
+            pulse("reading data")
             first.extend(batch[: _REMEMBERED_ROWS - len(first)])
             columns = encode(batch, lengths, rejects)
             if columns["length"]:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from processes import measure_processes
 from short_run import measure_short_run
 from start_up import measure_bad_recipe, measure_help
 from steady import measure_preparation, measure_throughput
@@ -22,6 +23,7 @@ CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measu
     "short-run": (measure_short_run, 5),
     "throughput": (measure_throughput, 3),
     "preparation": (measure_preparation, 3),
+    "processes": (measure_processes, 3),
 }
 
 

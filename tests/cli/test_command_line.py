@@ -9,9 +9,10 @@ import typer.main
 import alignkit
 from alignkit.cli import app
 
-COMMANDS = ["sft", "rm", "dpo", "check", "schema", "doctor", "merge"]
+COMMANDS = ["sft", "rm", "dpo", "run", "check", "schema", "doctor", "merge"]
 STAGE_OPTIONS = [
     "--recipe", "--stage", "--set", "--out", "--dry-run", "--force", "--trust-code", "--allow-change", "--json",
+    "--retries", "--slurm", "--submit", "--node-rank", "--main-address", "--main-port",
 ]  # fmt: skip
 LOADED = "import sys\nfrom alignkit.cli import main\ncode = main()\nprint(code, *sorted(sys.modules))"
 

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.cli import _end, _explain
+from alignkit.ending import end, explain
 from alignkit.errors import DiskError, NonFiniteError, OutOfMemoryError, RecipeError
 
 
 def test_our_own_error_is_left_as_it_is() -> None:
     error = RecipeError("beta is -1", where="a.yaml:7")
-    assert _explain(error) is error
+    assert explain(error) is error
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_says_what_to_do(number: int) -> None:
-    explained = _explain(OSError(number, os.strerror(number), "runs/a/model.safetensors"))
+    explained = explain(OSError(number, os.strerror(number), "runs/a/model.safetensors"))
     assert isinstance(explained, DiskError)
     assert str(explained) == (
         f"runs/a/model.safetensors: {os.strerror(number)}; what was complete before is untouched; "
@@ -27,7 +27,7 @@ def test_full_disk_says_what_to_do(number: int) -> None:
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_place_that_cannot_be_written_asks_for_another(number: int) -> None:
-    explained = _explain(OSError(number, os.strerror(number), "runs"))
+    explained = explain(OSError(number, os.strerror(number), "runs"))
     assert isinstance(explained, DiskError)
     assert str(explained).endswith("choose another --out")
 
@@ -37,7 +37,7 @@ def test_full_disk_in_the_words_of_torch_and_safetensors() -> None:
         "[enforce fail at inline_container.cc:672] . unexpected pos 273024 vs 272912",
         "I/O error: No space left on device (os error 28)",
     ):
-        assert isinstance(_explain(RuntimeError(words)), DiskError)
+        assert isinstance(explain(RuntimeError(words)), DiskError)
 
 
 def test_out_of_memory_of_host_and_device() -> None:
@@ -46,21 +46,21 @@ def test_out_of_memory_of_host_and_device() -> None:
 
     OutOfMemoryErrorOfTorch.__name__ = "OutOfMemoryError"
     for error in (MemoryError(), OutOfMemoryErrorOfTorch("CUDA out of memory. Tried to allocate 2 GiB\nmore")):
-        explained = _explain(error)
+        explained = explain(error)
         assert isinstance(explained, OutOfMemoryError)
         assert "micro_batch_size" in str(explained)
 
 
 def test_other_errors_are_bugs() -> None:
-    assert _explain(KeyError("x")) is None
-    assert _explain(FileNotFoundError(errno.ENOENT, "not there", "a")) is None
+    assert explain(KeyError("x")) is None
+    assert explain(FileNotFoundError(errno.ENOENT, "not there", "a")) is None
 
 
 def test_bug_leaves_one_line_and_a_traceback_in_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         raise ValueError("token hf_abcdefghijklmnopqrstuvwx\nsecond line")
     except ValueError as error:
-        code = _end(error, tmp_path)
+        code = end(error, tmp_path)
     log = tmp_path / "error.log"
     assert code == 1
     assert capsys.readouterr().err == f"error: unexpected ValueError: token [redacted] (traceback: {log})\n"
@@ -72,11 +72,11 @@ def test_bug_before_there_is_a_run_leaves_its_traceback_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _end(ValueError("x"), tmp_path / "not-there") == 1
+    assert end(ValueError("x"), tmp_path / "not-there") == 1
     assert "(traceback: alignkit-error.log)" in capsys.readouterr().err
     assert (tmp_path / "alignkit-error.log").exists()
 
 
 def test_our_error_ends_with_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _end(NonFiniteError("the loss at step 7 is NaN"), None) == 3
+    assert end(NonFiniteError("the loss at step 7 is NaN"), None) == 3
     assert capsys.readouterr().err == "error: the loss at step 7 is NaN\n"

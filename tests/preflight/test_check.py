@@ -38,8 +38,7 @@ def test_nothing_unusual_raises_no_doubt() -> None:
         ({"sources": [{"equal_answers": 3}]}, "3 rows have the same answer as chosen and rejected"),
         (
             {"longer_chosen_share": 0.2},
-            "the chosen answer is the shorter one in 80% of comparisons: "
-            "the model may learn length instead of quality",
+            "the chosen answer is the shorter one in 80% of comparisons: the model may learn length instead of quality",
         ),
         (
             {"overlap": 2, "overlap_places": ["a:1", "a:2"]},

@@ -103,6 +103,14 @@ def test_stage_rules(complain: Complain, stage: str, message: str) -> None:
     [
         ("model: {path: gpt2, quantization: nf4}", "a.yaml:1: model.quantization is nf4, and quantised weights cannot "
          "be trained; add a lora: section"),
+        ("launch: {strategy: ddp, offload: all}\nmodel: {path: gpt2}", "a.yaml:1: launch.offload is all, which ddp "
+         "does not do; fsdp (all), zero2 (optimizer), zero3 (optimizer or all) do"),
+        ("launch: {strategy: zero2, offload: all}\nmodel: {path: gpt2}", "a.yaml:1: launch.offload is all, which zero2 "
+         "does not do; fsdp (all), zero2 (optimizer), zero3 (optimizer or all) do"),
+        ("lora: {}\nmodel: {path: gpt2, quantization: nf4}\nlaunch: {strategy: fsdp}", "a.yaml:3: launch.strategy is "
+         "fsdp, which cannot shard nf4 weights; ddp holds the quantised base on every device, zero2 shards the rest"),
+        ("launch: {device: mps, processes: 2}\nmodel: {path: gpt2}", "a.yaml:1: launch.device is mps, which runs one "
+         "process; set launch.processes: 1"),
         ("model: {path: gpt2, double_quantization: false}", "a.yaml:1: model.double_quantization has no effect without "
          "quantization: nf4 or fp4"),
         ("model: {path: gpt2, config: {n_layer: 2}}", "a.yaml:1: model.config has no effect without init: scratch; "
@@ -115,6 +123,15 @@ def test_stage_rules(complain: Complain, stage: str, message: str) -> None:
 )  # fmt: skip
 def test_model_and_lora_rules(complain: Complain, text: str, message: str) -> None:
     assert complain(f"{text}\nsft: {{data: x/y}}\n") == [message]
+
+
+def test_checkpointing_is_asked_for_in_one_place(load: Load, complain: Complain) -> None:
+    text = "model: {path: gpt2}\nlaunch: {activation_checkpointing: true}\n"
+    text += "sft: {data: x/y, gradient_checkpointing: KEY}\n"
+    load(text.replace("KEY", "true"))
+    assert complain(text.replace("KEY", "false")) == [
+        "a.yaml:3: sft.gradient_checkpointing is false, but launch.activation_checkpointing is true; keep one"
+    ]
 
 
 def test_scratch_with_start_from_everywhere_is_refused(complain: Complain) -> None:

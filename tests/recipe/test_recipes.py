@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.recipe import load_recipe, resolve
+from alignkit.recipe import Recipe, load_recipe, resolve
 from alignkit.recipe.schema import PpoOptions
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+FRAGMENTS = sorted((FOLDER / "launch").glob("*.yaml"))
 
 
 def test_the_recipes_are_there() -> None:
     names = {path.stem for path in RECIPES}
     assert names >= {"tiny-cpu", "llama-qlora", "qwen-lora", "full-finetune", "hh-real", "smoke", "ppo-llama-qlora"}
+    assert {path.stem for path in FRAGMENTS} == {"one-gpu", "node-8gpu-ddp", "node-8gpu-fsdp", "cluster-4-nodes"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -28,7 +31,7 @@ def test_every_stage_resolves(path: Path) -> None:
         assert stage.options.data
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RECIPES, *FRAGMENTS], ids=lambda path: path.stem)
 def test_every_key_has_a_comment(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     bare = [line for line in lines if re.match(r"\s*[\w-]+:\s*\S", line.split("#")[0]) and "  # " not in line]
@@ -60,3 +63,38 @@ def test_the_large_ppo_recipe_controls_its_kl() -> None:
 def test_hh_real_takes_its_path_from_the_command_line(tmp_path: Path) -> None:
     recipe = load_recipe(next(path for path in RECIPES if path.stem == "hh-real"), overrides=[f"data.path={tmp_path}"])
     assert {source.path for section in recipe.stages.values() for source in section.options.data} == {str(tmp_path)}
+
+
+def on_top(tmp_path: Path, recipe: str, *fragments: str) -> Recipe:
+    """Load a recipe with launch fragments on top, as a person would put them together."""
+    files = [str(FOLDER / f"{recipe}.yaml"), *(str(FOLDER / "launch" / f"{name}.yaml") for name in fragments)]
+    (tmp_path / "mine.yaml").write_text(f"extends: [{', '.join(files)}]\n")
+    return load_recipe(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fragments", "expected"),
+    [
+        ("full-finetune", (), (1, 8, "fsdp")),
+        ("full-finetune", ("cluster-4-nodes",), (4, 8, "fsdp")),
+        ("llama-qlora", (), (1, 1, "ddp")),
+        ("llama-qlora", ("one-gpu",), (1, 1, "ddp")),
+        ("llama-qlora", ("node-8gpu-ddp",), (1, 8, "ddp")),
+        ("llama-qlora", ("cluster-4-nodes",), (4, 8, "ddp")),
+        ("qwen-lora", ("node-8gpu-ddp",), (1, 8, "ddp")),
+    ],
+)
+def test_launch_fragments_fit_the_recipes(
+    recipe: str, fragments: tuple[str, ...], expected: tuple[int, int, str], tmp_path: Path
+) -> None:
+    loaded = on_top(tmp_path, recipe, *fragments)
+    launch = loaded.launch
+    assert (launch.nodes, launch.processes, launch.strategy) == expected
+    assert loaded.name == recipe  # the same runs, wherever they are trained
+    for section in loaded.stages.values():
+        assert section.options.batch_size % (launch.nodes * int(launch.processes)) == 0, section.name
+
+
+def test_quantised_weights_do_not_take_the_sharding_fragment(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"launch\.strategy is fsdp, which cannot shard nf4 weights"):
+        on_top(tmp_path, "llama-qlora", "node-8gpu-fsdp")

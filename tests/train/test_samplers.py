@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alignkit.train.samplers import EpochSampler, grouped_order, shuffled_order
+from alignkit.train.samplers import EpochSampler, fill_up, grouped_order, shuffled_order
 
 
 def test_every_row_comes_once_per_epoch() -> None:
@@ -48,3 +48,10 @@ def test_a_sampler_asks_for_the_epoch_when_it_starts() -> None:
     first = list(sampler)
     epoch = 1
     assert list(sampler) == shuffled_order(5, seed=0, epoch=1).tolist() != first
+
+
+def test_the_last_batch_is_filled_up_from_the_beginning_of_the_epoch() -> None:
+    order = np.arange(10)
+    assert fill_up(order, batch_size=4).tolist() == [*range(10), 0, 1]
+    assert fill_up(order, batch_size=5) is order
+    assert fill_up(order[:3], batch_size=8).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]

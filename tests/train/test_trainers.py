@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from alignkit.errors import DataError, ModelError, NonFiniteError, RunError
 from alignkit.launch import launch_stage
+from alignkit.launch.command import Command
 from alignkit.recipe import Stage
 from alignkit.runs.layout import RunDir
 
@@ -228,6 +229,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good
     assert not (tmp_path / "runs/t/sft/model").exists()
 
 
+def test_a_last_update_that_is_not_finite_is_refused_and_saves_nothing(make_stage: Callable, tmp_path: Path) -> None:
+    text = (
+        f"{BASE}sft: {{data: {{path: builtin:instructions, max_rows: 64}}, batch_size: 4, max_steps: 1, "
+        "learning_rate: 1e39, warmup_steps: 0, max_grad_norm: 0, samples: {num: 0}}"
+    )
+    with pytest.raises(NonFiniteError, match="step 1: the update has left weights that are not finite"):
+        launch_stage(make_stage(text, "sft"))
+    assert not list((tmp_path / "runs/t/sft/checkpoints").glob("checkpoint-*"))
+    assert not (tmp_path / "runs/t/sft/model").exists()
+
+
 def test_nf4_training_leaves_the_base_byte_identical_at_4_127_bits(make_stage: Callable, tmp_path: Path) -> None:
     text = (
         "name: t\nmodel: {path: builtin:tiny-llama, quantization: nf4, "
@@ -309,9 +321,8 @@ def test_an_allowed_change_of_the_learning_rate_has_its_effect(make_stage: Calla
     launch_stage(make_stage(text.replace("MAX", "4").replace("RATE", "1e-3"), "sft"))
     run = tmp_path / "runs/t/sft"
     (run / "result.json").unlink()
-    launch_stage(
-        make_stage(text.replace("MAX", "8").replace("RATE", "5e-4"), "sft"), allow_change=("learning_rate", "max_steps")
-    )
+    changed = make_stage(text.replace("MAX", "8").replace("RATE", "5e-4"), "sft")
+    launch_stage(changed, Command.of(changed, (), allow_change=("learning_rate", "max_steps")))
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     rates = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
     assert [rates[step] for step in (4, 5, 8)] == [1e-3, 5e-4, 5e-4]

@@ -1,0 +1,91 @@
+"""The stages of a recipe one after another, each as its own command would run it.
+
+It deliberately decides nothing about a stage: a finished one answers at once, an unfinished one resumes, and the first
+failure ends the line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignkit.errors import EnvironmentProblem, Problem, RecipeError
+from alignkit.launch import launch_stage
+from alignkit.launch.command import Command
+from alignkit.launch.local import check_first
+from alignkit.launch.worker import is_worker
+from alignkit.recipe import Stage
+
+if TYPE_CHECKING:
+    from alignkit.train.built import Result
+
+
+def run_stages(
+    jobs: Sequence[tuple[Stage, Command]],
+    *,
+    force: bool = False,
+    retries: int = 0,
+    before: Callable[[Stage], None] = lambda stage: None,
+) -> Iterator[Result]:
+    """Train the stages in this order and yield how each one ended; `before` is told which one is next.
+
+    Raises, before anything is trained, RecipeError when a stage comes before the one it starts from and what
+    `check_first` finds wrong with any of them; then what `launch_stage` raises for the first stage that fails.
+    """
+    if is_worker():
+        raise EnvironmentProblem(
+            "`alignkit run` starts the processes of each stage itself (launch.processes); with a launcher of your own, "
+            "start the stages one by one"
+        )
+    stages = [stage for stage, _ in jobs]
+    check_order(stages)
+    for stage in stages:  # the last stage's missing file is found now, not in a day
+        check_first(stage, start_comes=stage.start_stage in {other.name for other in stages})
+    for stage, command in jobs:
+        before(stage)
+        yield launch_stage(stage, command, force=force, retries=retries)
+        _let_go()
+
+
+def check_order(stages: Sequence[Stage]) -> None:
+    """Raise RecipeError when a stage would start from one that is neither trained nor trained before it."""
+    names = [stage.name for stage in stages]
+    problems = []
+    for number, stage in enumerate(stages):
+        start = stage.start_stage
+        if start is None or start in names[:number] or (stage.start_dir and Path(stage.start_dir).is_dir()):
+            continue
+        how = "put it first" if start in names else "add it"
+        what = f"{stage.name} starts from {start}, which `stages:` does not have before it; {how}"
+        problems.append(Problem(what, stage.where(f"{stage.name}.start_from")))
+    if problems:
+        raise RecipeError(problems)
+
+
+def _let_go() -> None:
+    """Forget the stage that ended in this process: accelerate's global state, and everything that is held in cycles."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    gc.unfreeze()  # `launch_stage` freezes what it finds: without this the next stage would freeze this one's models
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if sys.platform == "linux":
+        _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """Return freed memory to Linux, and let its record of the peak begin anew: each stage reports its own."""
+    with suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):  # a kernel without it
+        Path("/proc/self/clear_refs").write_text("5")

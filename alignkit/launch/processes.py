@@ -1,0 +1,128 @@
+"""The processes of a job as the kernel sees them: started so that none outlives us, looked at, killed.
+
+It knows nothing of training and judges nothing. Linux gives every guarantee; elsewhere a worker that finds its
+parent gone ends itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from alignkit.launch.worker import LAUNCH_DIR, STOP_SIGNALS
+
+_PR_SET_PDEATHSIG = 1
+_GONE_SECONDS = 10.0
+
+
+def start(
+    argv: Sequence[str], environment: Mapping[str, str], *, output: int, log: IO[str], deaf: bool
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own that the kernel kills when this one dies.
+
+    Its stdout is the file descriptor `output`, its stderr goes to `log`. A `deaf` one does not hear stop signals: a
+    scheduler sends them to every process of a job, and torchrun would end those that are still saving.
+    """
+    parent = os.getpid()
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if deaf:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        if libc is not None:
+            # A worker itself ends softly instead, as it finds its supervisor gone: see worker.attach.
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if deaf else 0)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return subprocess.Popen(
+        list(argv),
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=log,
+        start_new_session=True,
+        preexec_fn=prepare,
+    )
+
+
+def is_alive(pid: int, *, child_of: int) -> bool:
+    """Tell whether a process still runs; another one that got its number later does not count."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and child_of in (process.ppid(), pid)
+    except psutil.Error:
+        return False
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether somebody stopped a process, with SIGSTOP or a debugger."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
+        return False
+
+
+def death_of(pid: int) -> int | None:
+    """Return the wait status of a process that has ended and whose parent has not asked yet; None when unknown."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[-1]) if fields[0] == "Z" else None
+
+
+def kill_all(pids: Iterable[int], job_root: Path) -> list[int]:
+    """Kill these processes, all they started, and all that carry the job's mark; return those that will not go."""
+    doomed: dict[int, psutil.Process] = {}
+    for _ in range(3):  # what was being started while we looked shows at the next look
+        found = {process.pid: process for process in _family(pids, job_root) if process.pid != os.getpid()}
+        fresh = [process for pid, process in found.items() if pid not in doomed]
+        if not fresh and doomed:
+            break
+        doomed |= found
+        for process in fresh:
+            with suppress(psutil.Error):
+                process.kill()
+    _, left = psutil.wait_procs(list(doomed.values()), timeout=_GONE_SECONDS)
+    return [process.pid for process in left if _runs(process)]
+
+
+def marked(job_root: Path) -> list[psutil.Process]:
+    """Return the living processes of a job, by the directory in their environment: `job_root` or one below it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mark = process.environ().get(LAUNCH_DIR)
+            if mark and Path(mark).is_relative_to(job_root) and _runs(process):
+                found.append(process)
+        except (psutil.Error, OSError):  # another user's, or gone meanwhile
+            continue
+    return found
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _family(pids: Iterable[int], job_root: Path) -> list[psutil.Process]:
+    family = marked(job_root)
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            family += [process, *process.children(recursive=True)]
+        except psutil.Error:
+            continue
+    return family

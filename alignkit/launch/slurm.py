@@ -1,0 +1,281 @@
+"""A stage as a Slurm batch job: the sbatch script beside the run, submitted on request, chained where stages follow.
+
+It deliberately sets up no environment: the job uses this interpreter, this directory and the variables of the shell
+that submits it. A recipe says how much of the cluster it wants and nothing else; every word of it is quoted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import EnvironmentProblem, RecipeError, RunError
+from alignkit.launch.command import Command
+from alignkit.launch.local import check_first
+from alignkit.recipe import Stage
+from alignkit.recipe.batch import check_batch
+from alignkit.recipe.schema import SlurmOptions
+from alignkit.runs.checkpoints import MANIFEST
+from alignkit.runs.files import disk_failures, write_text
+from alignkit.runs.layout import RunDir, open_run, refuse_foreign
+
+SCRIPT = "job.sbatch"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage as a batch job; `job_id` is None until it has been submitted."""
+
+    stage: str
+    path: str
+    script: str
+    depends_on: tuple[str, ...] = ()  # stages of the same call that must have ended well before
+    submit: tuple[str, ...] = ()  # the command; before submission `$job_N` stands for the id of the N-th job
+    job_id: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def write_jobs(jobs: Sequence[tuple[Stage, Command]], *, submit: bool, dry_run: bool, force: bool = False) -> list[Job]:
+    """Write `<run dir>/launch/job.sbatch` for each stage and, with `submit`, hand them to sbatch in this order.
+
+    A stage waits for the stage it starts from when that one is among `jobs`. With `dry_run` nothing is written; with
+    `force` an existing run is moved aside now, not at each start of the job. Raises RecipeError for what Slurm could
+    not honour, RunError for a run directory that cannot be used, EnvironmentProblem when sbatch is absent or refuses,
+    and with `submit` what `check_first` finds wrong with a stage.
+    """
+    written: list[Job] = []
+    if submit and not dry_run and shutil.which("sbatch") is None:
+        raise EnvironmentProblem(
+            "sbatch is not on PATH here; submit on a machine of the cluster, or take --submit away to write the script"
+        )
+    for stage, command in jobs:
+        refuse_foreign(Path(stage.run_dir))
+        run = RunDir(Path(stage.run_dir).expanduser().absolute())
+        earlier = {job.stage: number for number, job in enumerate(written, 1)}
+        after = (stage.start_stage,) if stage.start_stage in earlier and stage.start_stage is not None else ()
+        if submit and not dry_run:
+            check_first(stage, start_comes=bool(after))
+        path = run.launch / SCRIPT
+        order = ("sbatch", "--parsable", *_dependency([f"$job_{earlier[name]}" for name in after]), str(path))
+        written.append(Job(stage.name, str(path), build_script(stage, command), after, order))
+    if dry_run:
+        return written
+    for (stage, _), job in zip(jobs, written, strict=True):
+        _write(job, Path(stage.run_dir), force=force)
+    return _submit(written) if submit else written
+
+
+def _write(job: Job, run_dir: Path, *, force: bool) -> None:
+    """Write the script into its run, which no other process of this machine may hold."""
+    run, lock = open_run(run_dir, force=force)
+    try:
+        with disk_failures(run.path, "the batch script"):
+            run.launch.mkdir(exist_ok=True)
+            write_text(Path(job.path), job.script)
+    finally:
+        lock.release()
+
+
+def _submit(jobs: Sequence[Job]) -> list[Job]:
+    submitted: dict[str, Job] = {}
+    for job in jobs:
+        ids = [str(submitted[name].job_id) for name in job.depends_on]
+        order = ("sbatch", "--parsable", *_dependency(ids), job.path)
+        done = subprocess.run(order, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            before = "".join(f"; {name} is submitted as job {other.job_id}" for name, other in submitted.items())
+            raise EnvironmentProblem(f"sbatch refuses {job.path}: {' '.join(done.stderr.split())}{before}")
+        job_id = done.stdout.strip().split(";")[0]  # `--parsable` prints id, or id;cluster
+        submitted[job.stage] = Job(job.stage, job.path, job.script, job.depends_on, order, job_id)
+    return list(submitted.values())
+
+
+def _dependency(ids: Sequence[str]) -> tuple[str, ...]:
+    """Return the options that let a job wait for others, and be cancelled when one of them fails."""
+    return (f"--dependency=afterok:{':'.join(ids)}", "--kill-on-invalid-dep=yes") if ids else ()
+
+
+def build_script(stage: Stage, command: Command) -> str:
+    """Return the text of the batch script of a stage."""
+    launch, slurm = stage.launch, stage.launch.slurm or SlurmOptions()
+    gpus = _count_gpus(stage, slurm)
+    processes = gpus if launch.processes == "auto" else launch.processes
+    run = RunDir(Path(stage.run_dir).expanduser().absolute())
+    _check_time(stage, slurm)
+    if problem := check_batch(stage, launch.nodes * processes):
+        raise RecipeError(problem)
+    cpus = slurm.cpus_per_process * processes
+    options = {
+        "job-name": f"{stage.recipe_name}-{stage.name}",
+        "nodes": launch.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": cpus,
+        "gpus-per-node": gpus or None,
+        "mem": slurm.memory,
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        **slurm.options,
+        "output": f"{str(run.launch).replace('%', '%%')}/slurm-%j.log",
+        "open-mode": "append",
+        "requeue": "",
+        "signal": f"B:USR1@{slurm.signal_seconds}",
+    }
+    directives = [f"#SBATCH --{name}{_directive(value)}" for name, value in options.items() if value is not None]
+    meeting = _MEETING if launch.nodes > 1 else ""
+    return _BODY.format(
+        directives="\n".join(directives),
+        directory=shlex.quote(os.getcwd()),
+        run=shlex.quote(str(run.path)),
+        manifest=MANIFEST,
+        meeting=meeting,
+        max_requeues=slurm.max_requeues,
+        cpus=cpus,
+        command=shlex.join(command.argv()),
+    )
+
+
+def _count_gpus(stage: Stage, slurm: SlurmOptions) -> int:
+    """Return the GPUs of a node: as the recipe says, else one for each process unless it trains on the CPU."""
+    launch = stage.launch
+    wanted = launch.processes if isinstance(launch.processes, int) and launch.device != "cpu" else 0
+    if slurm.gpus_per_node is not None and 0 < slurm.gpus_per_node < wanted:
+        raise RecipeError(
+            f"launch.slurm.gpus_per_node is {slurm.gpus_per_node}, but launch.processes is {wanted}, one a GPU; "
+            "make them equal",
+            where=stage.where("launch.slurm.gpus_per_node"),
+        )
+    if slurm.gpus_per_node is not None and (slurm.gpus_per_node > 0 or launch.processes != "auto"):
+        return slurm.gpus_per_node
+    if launch.processes == "auto":
+        raise RecipeError(
+            "launch.processes is auto, and the devices here say nothing of the cluster's; --slurm needs a number there "
+            "or in launch.slurm.gpus_per_node",
+            where=stage.where("launch.processes"),
+        )
+    return 0 if launch.device == "cpu" else launch.processes
+
+
+def _check_time(stage: Stage, slurm: SlurmOptions) -> None:
+    """Raise RecipeError when a sitting would be over before it has begun; Slurm signals up to 60 s early."""
+    seconds = _read_time(slurm.time) if slurm.time else 0
+    if seconds and seconds <= slurm.signal_seconds + 60:
+        raise RecipeError(
+            f"launch.slurm.time is {slurm.time}, and launch.slurm.signal_seconds stops the job {slurm.signal_seconds} "
+            "to 60 more seconds before that; raise the one or lower the other",
+            where=stage.where("launch.slurm.time"),
+        )
+
+
+def _read_time(text: str) -> int:
+    """Return the seconds of M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0 means no limit."""
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days or len(parts) == 3:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = 0, parts[0], sum(parts[1:])
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _directive(value: object) -> str:
+    """Return `=value` as sbatch reads a directive: quotes keep blanks together, a backslash takes one character as is.
+
+    sbatch does not read a backslash inside quotes as a shell does, so that no character is both.
+    """
+    text = str(value)
+    if not text:
+        return ""
+    if not text.isprintable():
+        raise RunError(f"{text!r} cannot stand in a batch script; choose another directory with --out")
+    if re.fullmatch(r"[\w.,:@%+=/-]+", text, flags=re.ASCII):
+        return f"={text}"
+    return "=" + "".join(
+        f"\\{part}" if part in "\"'\\" else f'"{part}"' for part in re.split(r"([\"'\\])", text) if part
+    )
+
+
+# Where the processes of several nodes meet; below the ports that Linux hands out by itself (32768 and up).
+_MEETING = """\
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+"""
+
+_BODY = """\
+#!/bin/bash
+{directives}
+
+# One alignkit a node: each finds its place from SLURM_* and starts the processes of its node. Before the time limit
+# Slurm sends USR1 to this script, which passes it on; alignkit saves, the job requeues itself and resumes.
+set -u
+cd -- {directory} || exit 8
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT
+run={run}
+{meeting}
+sitting=${{SLURM_RESTART_COUNT:-0}}
+ended=$run/launch/ended-$SLURM_JOB_ID-$sitting
+told=
+turns=0
+
+state() {{ squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }}
+newest() {{ ls -d -- "$run"/checkpoints/checkpoint-*/{manifest} 2>/dev/null | sort -V | tail -n 1; }}
+stop() {{
+    told=$1 turns=$((turns + 1))
+    # What Slurm ends by itself (scancel, preemption, the time limit) has had SIGTERM already; twice would cut it short.
+    if [ -n "${{step:-}}" ] && {{ [ "$1" = USR1 ] || [ "$(state)" = RUNNING ]; }}; then kill -USR1 "$step"; fi
+}}
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+
+before=$(newest)
+# srun ends with the highest code of all nodes, and kill-on-bad-exit makes that 143 or 137: the first to fail tells why.
+srun --kill-on-bad-exit=1 --cpus-per-task={cpus} bash -c '
+    trap : USR1 TERM
+    "$@"; code=$?
+    if [ "$code" != 0 ]; then set -C; {{ echo "$code" >"$0"; }} 2>/dev/null; fi
+    exit "$code"
+' "$ended" {command} &
+step=$!
+if [ -n "$told" ]; then kill -USR1 "$step"; fi  # it came while srun started
+while :; do
+    seen=$turns
+    wait "$step"; next=$?
+    if [ "$next" != 127 ]; then code=$next; fi
+    if [ "$turns" = "$seen" ]; then break; fi  # else a trap has cut the waiting short
+done
+trap '' USR1 TERM
+if [ "$code" != 0 ] && [ -s "$ended" ]; then code=$(cat "$ended"); fi
+rm -f -- "$ended"
+
+again=
+case $code in
+    138 | 143) again=yes ;;  # asked to stop; 138: before alignkit could listen
+    6 | 137)  # a process died: worth another try, but not a third one that gets no further
+        if [ -n "$told" ] || [ "$(newest)" != "$before" ] || [ "$sitting" -eq 0 ]; then again=yes; fi ;;
+esac
+if [ -n "$again" ] && [ "$sitting" -ge {max_requeues} ]; then
+    echo "alignkit: not requeued after $sitting times (launch.slurm.max_requeues)" >&2
+elif [ -n "$again" ] && [ "$(state)" = RUNNING ]; then
+    echo "alignkit: ended with code $code; requeued, the next sitting goes on from the newest checkpoint" >&2
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        trap - TERM
+        sleep 300 & wait  # Slurm ends this script now; a code of its own could count as that of the next sitting
+    else
+        echo "alignkit: Slurm did not requeue; submit $run/launch/job.sbatch again" >&2
+    fi
+fi
+exit "$code"
+"""

@@ -1,0 +1,256 @@
+"""The processes of one job: who they are, what they tell each other, and what one of them does for all.
+
+It starts no process and shards nothing. Objects travel as JSON: nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+import alignkit
+from alignkit import errors
+from alignkit.errors import AlignKitError, EnvironmentProblem, Problem, RankError, RunError, Stopped, UsageError
+from alignkit.recipe import Stage
+
+_Value = TypeVar("_Value")
+_TOKEN = ".ranks"  # written by rank 0 in the run directory, for the others to find
+_TOKEN_SECONDS = 30.0  # a network file system may show a new file late
+
+
+def world_size() -> int:
+    """Return the number of processes a launcher started, 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return this process's number in the job."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Tell whether this process writes the files and speaks for the job."""
+    return rank() == 0
+
+
+def uses_fsdp() -> bool:
+    """Tell whether the launcher asked for FSDP."""
+    return world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def start(stage: Stage, run_dir: Path) -> None:
+    """Join the other processes and make sure that all of them do the same work on the same directory.
+
+    Does nothing with one process. Raises EnvironmentProblem or RunError, on every rank, when they do not fit together.
+    """
+    if world_size() == 1:
+        return
+    from accelerate import PartialState
+
+    from alignkit.models.bases import pick_device
+
+    timeout = timedelta(seconds=stage.launch.timeout_seconds)
+    on_cpu = pick_device(stage.launch.device) == "cpu"
+    state = PartialState(cpu=True, backend="gloo", timeout=timeout) if on_cpu else PartialState(timeout=timeout)
+    if state.num_processes != world_size():
+        raise EnvironmentProblem(
+            f"WORLD_SIZE is {world_size()} but accelerate sees {state.num_processes} processes; start them with "
+            "`accelerate launch` or torchrun"
+        )
+    values = json.dumps(stage.fingerprint_values(), sort_keys=True, default=str)
+    _require_equal(
+        {
+            "run directory": str(run_dir),
+            "alignkit version": alignkit.__version__,
+            "recipe": hashlib.blake2b(values.encode(), digest_size=8).hexdigest(),
+        }
+    )
+    _require_shared(run_dir)
+
+
+def leave_at_exit() -> None:
+    """Take leave of the other processes when this one ends; call it when all of them have finished their work."""
+    if world_size() > 1:
+        barrier()
+        atexit.unregister(_leave)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    gather(None)
+
+
+def gather(value: Any) -> list[Any]:
+    """Return every rank's value, by rank; values must be JSON-able."""
+    if world_size() == 1:
+        return [value]
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+    sizes = [torch.zeros(1, dtype=torch.long, device=content.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([content.numel()], device=content.device))
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=content.device)
+    padded[: content.numel()] = content
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(part[: int(size)].cpu().numpy())) for part, size in zip(parts, sizes, strict=True)]
+
+
+def share(value: Any) -> Any:
+    """Return rank 0's value on every rank; it must be JSON-able."""
+    return gather(value if is_main() else None)[0]
+
+
+def largest(value: int) -> int:
+    """Return the largest of all ranks' whole numbers: one small reduction, cheap enough for every step."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor([value], device=_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
+def agree(error: Exception | None = None) -> None:
+    """Raise on every rank when any of them has an error: its own where it happened, a copy elsewhere.
+
+    A copy has `shared` set: whoever reports errors leaves it to the rank it came from.
+    """
+    found = gather(_describe(error)) if world_size() > 1 else []
+    if error is not None:
+        raise error
+    for number, description in enumerate(found):
+        if description is not None:
+            raise _rebuild(number, description)
+
+
+def attempt(work: Callable[[], _Value]) -> _Value:
+    """Run work that holds no collective operation on every rank; when it fails on one, it fails on all."""
+    result, error = _try(work)
+    agree(error)
+    return result  # type: ignore[return-value]  # None only after an error, which agree has raised
+
+
+def once(work: Callable[[], _Value]) -> _Value:
+    """Run work on rank 0 only and return its JSON-able result on every rank; its error is raised on every rank."""
+    if world_size() == 1:
+        return work()
+    result, error = _try(work) if is_main() else (None, None)
+    agree(error)
+    shared: _Value = share(result)
+    return shared
+
+
+def first(work: Callable[[], _Value]) -> _Value:
+    """Run work on rank 0 and then on the others, which find in the cache what it left; it holds no collective."""
+    if world_size() == 1:
+        return work()
+    result, error = _try(work) if is_main() else (None, None)
+    agree(error)
+    if not is_main():
+        result, error = _try(work)
+    agree(error)
+    return result  # type: ignore[return-value]
+
+
+def _try(work: Callable[[], _Value]) -> tuple[_Value | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:  # raised again by `agree`, on every rank
+        return None, error
+
+
+def _describe(error: Exception | None) -> dict[str, Any] | None:
+    if error is None:
+        return None
+    problems = [[problem.what, problem.where] for problem in error.problems] if isinstance(error, UsageError) else []
+    text = str(error)
+    if not isinstance(error, AlignKitError):
+        text = f"{type(error).__name__}: {text.strip().split(chr(10), 1)[0]}"
+    return {"type": type(error).__name__, "text": text, "problems": problems, "code": getattr(error, "exit_code", 1)}
+
+
+def _rebuild(number: int, description: dict[str, Any]) -> AlignKitError:
+    """Return the error of another rank as one of this rank's, marked as shared."""
+    kind = getattr(errors, description["type"], None)
+    copy: AlignKitError
+    if kind is None or not issubclass(kind, AlignKitError):
+        copy = RankError(f"rank {number} failed: {description['text']}")
+    elif issubclass(kind, UsageError):
+        copy = kind([Problem(what, where) for what, where in description["problems"]])
+    elif issubclass(kind, Stopped):
+        copy = kind(description["text"], exit_code=description["code"])
+    else:
+        copy = kind(description["text"])
+    copy.shared = True
+    return copy
+
+
+def _require_equal(mine: dict[str, str]) -> None:
+    """Raise RunError, naming ranks and both values, unless every rank has the same."""
+    everyone = gather({"host": socket.gethostname(), **mine})
+    for name in mine:
+        for number, other in enumerate(everyone):
+            if other[name] != everyone[0][name]:
+                error = RunError(
+                    f"the processes do not do the same work: {name} is {everyone[0][name]} for rank 0 on "
+                    f"{everyone[0]['host']} and {other[name]} for rank {number} on {other['host']}; start all of them "
+                    "with the same command, recipe and alignkit"
+                )
+                error.shared = not is_main()
+                raise error
+
+
+def _require_shared(run_dir: Path) -> None:
+    """Raise RunError unless a file that rank 0 writes into the run directory is seen by every rank."""
+    path = run_dir / _TOKEN
+    token = once(lambda: _write_token(path))
+    deadline = time.monotonic() + _TOKEN_SECONDS
+    while not (seen := _read_token(path) == token) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [(number, host) for number, (found, host) in enumerate(gather([seen, socket.gethostname()])) if not found]
+    if is_main():
+        path.unlink(missing_ok=True)
+    if blind:
+        error = RunError(
+            f"is not the same directory for all processes: rank {blind[0][0]} on {blind[0][1]} does not see what "
+            "rank 0 writes there; put it on a file system that all nodes share, with --out",
+            where=str(run_dir),
+        )
+        error.shared = not is_main()
+        raise error
+
+
+def _write_token(path: Path) -> str:
+    token = secrets.token_hex(8)
+    path.write_text(token, encoding="utf-8")
+    return token
+
+
+def _read_token(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def _device() -> torch.device:
+    """Return where collectives take their tensors from: NCCL knows only the device's memory."""
+    on_cuda = "nccl" in dist.get_backend()
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
