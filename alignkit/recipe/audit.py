@@ -344,6 +344,12 @@ def _launch(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]
             f"is {strategy}, which cannot shard {quantization} weights; ddp holds the quantised base on every device, "
             "zero2 shards the rest",
         )
+    if strategy != "ddp" and (name := next((name for name, stage in stages.items() if stage.method == "ppo"), None)):
+        yield (
+            "launch.strategy",
+            f"is {strategy}, which ppo ({name}) does not run under; ddp does, and with lora: and quantization: nf4 the "
+            "four roles share one base on every device",
+        )
     if launch.get("device") == "mps" and (launch.get("processes", 1) != 1 or launch.get("nodes", 1) != 1):
         yield "launch.device", "is mps, which runs one process; set launch.processes: 1"
     for option in (launch.get("slurm") or {}).get("options") or {}:

@@ -1,14 +1,15 @@
 """From prompts to experience: sample, cut, score, and read what policy, reference and critic say.
 
 It holds what changes between rollouts (KL coefficient, reward normalisation, monitor), which is the same after a
-resume. It trains nothing.
+resume. Each rank samples, scores and reads its share; all of them then hold the whole rollout, so that whitening,
+metrics and the KL are those of one process. It trains nothing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,9 @@ from alignkit import console
 from alignkit.data import Row
 from alignkit.models.chat import Chat
 from alignkit.recipe.schema import PpoOptions
+from alignkit.train import ranks
 from alignkit.train.critic import Critic
+from alignkit.train.draws import Key, draw_uniforms, share_out
 from alignkit.train.experience import (
     Experience,
     finish_scores,
@@ -42,8 +45,10 @@ if TYPE_CHECKING:
 
     from alignkit.train.rewards import Rewards
 
-Generate = Callable[[list[list[int]]], list[list[int]]]
-_PREPARATION = 2**31  # seeds of what happens before training lie beyond those of rollouts
+_OTHER_PROMPTS = 2**31  # the seed of prompts that are taken before training lies beyond that of rollouts
+Generate = Callable[[list[list[int]], Tensor, int], list[list[int]]]
+# What answers are sampled for; with the seed and a number it names the random numbers they draw.
+TRAINING, NORMALISATION, CHECK, HELD_OUT = range(4)
 
 
 @dataclass
@@ -75,13 +80,18 @@ class Collector:
 
     # ---- sampling ----
 
-    def sample(self, numbers: Sequence[int], table: Table | None = None, *, repeats: int = 1) -> Rollout:
-        """Sample `repeats` answers to each of the numbered prompts."""
+    def sample(self, numbers: Sequence[int], draw: Key, *, table: Table | None = None, repeats: int = 1) -> Rollout:
+        """Sample `repeats` answers to each of the numbered prompts; `draw` names the random numbers."""
         rows = [(table or self.prompts)[number] for number in numbers for _ in range(repeats)]
         prompt_ids = [list(row["prompt_ids"]) for row in rows]
+        uniforms_RT = draw_uniforms((self.seed, *draw), len(rows), self.options.max_new_tokens)
+        # The answers of a prompt stay on one rank.
+        mine = share_out(range(len(numbers)), rank=ranks.rank(), world_size=ranks.world_size())
+        places = [place * repeats + turn for place in mine for turn in range(repeats)]
+        answers = self.generate([prompt_ids[place] for place in places], uniforms_RT[places], repeats)
+        sampled = [list(ids) for part in ranks.gather(answers) for ids in part][: len(rows)]
         prompts = [json.loads(row["prompt"]) for row in rows]
-        columns = join_columns(row["columns"] for row in rows)
-        return self._as_rollout(prompts, prompt_ids, [list(ids) for ids in self.generate(prompt_ids)], columns)
+        return self._as_rollout(prompts, prompt_ids, sampled, join_columns(row["columns"] for row in rows))
 
     def score_answers(self, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
         """Return reward and gold of given answers, for samples."""
@@ -122,11 +132,11 @@ class Collector:
         if self.options.reward_normalize == "none" or self.norm is not None:
             return
         count = self.options.reward_normalize_rows
-        numbers = prompt_numbers(0, count, num_prompts=len(self.prompts), seed=self.seed + _PREPARATION)
+        numbers = prompt_numbers(0, count, num_prompts=len(self.prompts), seed=self.seed + _OTHER_PROMPTS)
         totals: list[Tensor] = []
-        with seeded(self.seed + _PREPARATION):
-            for start in range(0, count, self.num_answers):
-                totals.append(self.rewards(self.sample(numbers[start : start + self.num_answers])).total_B.cpu())
+        for start in range(0, count, self.num_answers):
+            rollout = self.sample(numbers[start : start + self.num_answers], (NORMALISATION, start))
+            totals.append(self.rewards(rollout).total_B.cpu())
         self.norm = measure_norm(self.options, torch.cat(totals))
         gain, bias = self.norm
         console.note(
@@ -143,7 +153,7 @@ class Collector:
         repeats = self.options.answers_per_prompt
         count = self.num_answers // repeats
         numbers = prompt_numbers(number * count, count, num_prompts=len(self.prompts), seed=self.seed)
-        rollout = self.sample(numbers, repeats=repeats)
+        rollout = self.sample(numbers, (TRAINING, number), repeats=repeats)
         experience = self.examine(rollout, model, step=step)
         kl = experience.kl
         self.controller.update(kl, len(rollout))
@@ -194,13 +204,13 @@ class Collector:
     def read(self, rollout: Rollout, model: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Return mask, log-probs, the reference's log-probs, entropies and values, each (R, T) on the CPU."""
         longest = max(map(len, rollout.sampled_ids))
-        columns: list[list[Tensor]] = [[], [], [], [], []]
+        columns = torch.zeros(5, len(rollout), longest)
         # In the micro batches of the first epoch, so that its first ratio is computed alike on both sides.
-        order = sort_steps(
-            np.arange(len(rollout)), rollout.lengths, step_size=self.num_answers // self.options.minibatches
-        )
-        for start in range(0, len(rollout), self.micro_batch_size):
-            batch = self.batch(rollout, order[start : start + self.micro_batch_size].tolist(), longest)
+        order = sort_steps(np.arange(len(rollout)), rollout.lengths, step_size=self.options.batch_size)
+        size = self.micro_batch_size
+        for start in range(ranks.rank() * size, len(rollout), ranks.world_size() * size):
+            rows = order[start : start + size]
+            batch = self.batch(rollout, rows.tolist(), longest)
             with self.autocast():
                 logps_N, entropy_N, hidden_NH = self.roles.policy_logps(model, batch)
                 ref_logps_N = self.roles.reference_logps(batch)
@@ -208,10 +218,9 @@ class Collector:
                 if self.critic is not None:
                     values_N = self.critic.values(batch, hidden_NH)
             for column, tensor in zip(columns[1:], (logps_N, ref_logps_N, entropy_N, values_N), strict=True):
-                column.append(batch.spread(tensor.float()).cpu())
-            columns[0].append(batch.mask_BT.float().cpu())
-        back = torch.as_tensor(np.argsort(order))
-        mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = (torch.cat(column)[back] for column in columns)
+                column[rows] = batch.spread(tensor.float()).cpu()
+            columns[0, rows] = batch.mask_BT.float().cpu()
+        mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = ranks.total(columns)  # 0 where others have read
         return mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT if self.critic is not None else None
 
     def batch(self, rollout: Rollout, rows: Sequence[int], longest: int) -> Any:
@@ -250,14 +259,6 @@ class Turns(Dataset[dict[str, int]]):
 
     def __getitem__(self, number: int) -> dict[str, int]:
         return {"turn": number}
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from a seed of its own and leave the global generators as they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def never_called(**_: Any) -> list[float]:

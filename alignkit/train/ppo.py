@@ -25,6 +25,7 @@ from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RewardSource, SftOptions
 from alignkit.runs.files import describe_bytes
 from alignkit.runs.layout import RunDir
+from alignkit.train import ranks
 from alignkit.train.arguments import build_config, micro_batch_size, world_size
 from alignkit.train.built import Built, Result
 from alignkit.train.collect import Collector
@@ -55,7 +56,7 @@ def build(stage: Stage, run: RunDir) -> Built:
     rejects = Rejects()
     tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
     truncation = _find_truncation(stage, tokenizer)
-    loaded = load_policy(stage, run_dir=run.path, tokenizer=tokenizer)
+    loaded = ranks.first(lambda: load_policy(stage, run_dir=run.path, tokenizer=tokenizer))
     loaded.model.generation_config.eos_token_id = chat.stop_ids
     config = _build_config(stage, run.checkpoints, num_prompts=len(tables.train))
     device = str(config.device)
@@ -79,7 +80,7 @@ def build(stage: Stage, run: RunDir) -> Built:
         gold=gold,
         sampling=Sampling(options.temperature, options.min_new_tokens or 0, tuple(chat.stop_ids)),
         truncation=truncation,
-        num_answers=options.batch_size * options.minibatches // world_size(),
+        num_answers=options.batch_size * options.minibatches,
         micro_batch_size=config.per_device_train_batch_size,
         seed=stage.seed,
         name=stage.name,
@@ -103,12 +104,14 @@ def build(stage: Stage, run: RunDir) -> Built:
     _say_parts(stage, parts)
 
     def finish(model_dir: Path) -> dict[str, float]:
-        if critic is not None:
-            critic.save(model_dir / "critic", tokenizer)
-        metrics = _last_metrics(run)
+        def save() -> dict[str, float]:
+            if critic is not None:
+                critic.save(model_dir / "critic", tokenizer)
+            return _last_metrics(run)
+
+        metrics = ranks.once(save)
         if tables.eval is not None:
-            step = trainer.state.global_step
-            metrics |= answer_held_out(collector, trainer.model, tables.eval, step=step, seed=stage.seed)
+            metrics |= answer_held_out(collector, trainer.model, tables.eval, step=trainer.state.global_step)
         return metrics
 
     return Built(

@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from trl import GRPOTrainer
 
 from alignkit import console
-from alignkit.errors import RunError
 from alignkit.recipe.schema import PpoOptions
-from alignkit.runs import checkpoints
+from alignkit.train import ranks
 from alignkit.train.collect import Collector, Turns, never_called
 from alignkit.train.critic import Critic
+from alignkit.train.draws import drawing
 from alignkit.train.ema import AfterStep, Ema
 from alignkit.train.experience import Experience, answer_order, sort_steps
 from alignkit.train.guard import TRAINED_ADAPTER, Guarded
 from alignkit.train.monitors import KlTooLarge
-from alignkit.train.ppo_checks import check_step_zero
+from alignkit.train.ppo_checks import check_step_zero, go_back
 from alignkit.train.ppo_math import policy_losses, value_losses
 from alignkit.train.ptx import Ptx
 from alignkit.train.roles import CRITIC, Roles
@@ -63,6 +64,11 @@ class Ppo(Guarded, GRPOTrainer):
         others = {id(parameter) for parameter in (critic.parameters() if critic else [])}
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self._policy_parameters = {name: p for name, p in trained if id(p) not in others}
+        # DDP would wait for the gradients of an adapter that another backward pass trains.
+        apart = [name for name, parameter in self.model.named_parameters() if id(parameter) in others]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, apart)
+        if not self.use_vllm:
+            self._take_drawn_tokens()
         self.ema = Ema(self._policy_parameters, ema) if ema else None
         if self.ema is not None:
             self.add_callback(AfterStep(self.ema))
@@ -94,30 +100,23 @@ class Ppo(Guarded, GRPOTrainer):
             return super().train(*args, **kwargs)
         except KlTooLarge as stop:
             self.is_in_train = False
-            self._go_back(stop)
-
-    def _go_back(self, stop: KlTooLarge) -> None:
-        """Take the weights of the last checkpoint whose KL was within bounds: the newest before the one just judged."""
-        directory = Path(self.args.output_dir)
-        good = [path for path in checkpoints.list_checkpoints(directory) if checkpoints.step_of(path) < stop.step]
-        limit = f"the KL is {stop.kl:.3g} nats per sequence at step {stop.step}, above max_kl {self.options.max_kl:g}"
-        if not good:
-            raise RunError(
-                f"{limit}, and no earlier checkpoint was saved; lower learning_rate or save_steps, or raise kl_coef",
-                where=str(directory),
-            )
-        self._load_from_checkpoint(str(good[0]))
-        self.state.global_step = checkpoints.step_of(good[0])
-        console.warn(f"{self.collector.name}: {limit}; stopped, and the model is that of {good[0].name}")
+            go_back(self, stop)
 
     # ---- sampling ----
 
-    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        answers, _ = self._generate_single_turn(prompt_ids, None, {}, self.options.answers_per_prompt)
+    def _take_drawn_tokens(self) -> None:
+        """Let `generate` search greedily: `draws` has left it one token."""
+        self.generation_kwargs |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        self.generation_config.update(**self.generation_kwargs)
+
+    def _sample(self, prompt_ids: list[list[int]], uniforms_BT: Tensor, repeats: int) -> list[list[int]]:
+        """Return this rank's answers; vLLM draws random numbers of its own."""
+        with drawing(self.model, uniforms_BT, temperature=self.options.temperature):
+            answers, _ = self._generate_single_turn(prompt_ids, None, {}, repeats)
         return answers
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return the micro batch of a turn, sampling its rollout first where it is the rollout's first turn."""
+        """Return this rank's micro batch of a turn, sampling its rollout first where it is the rollout's first turn."""
         accumulate = self.args.gradient_accumulation_steps
         step, micro = divmod(inputs["turn"], accumulate)
         number, place = divmod(step, self._steps_per_rollout)
@@ -125,16 +124,17 @@ class Ppo(Guarded, GRPOTrainer):
             if number == 0:
                 self.collector.prepare()
             self.experience = None  # its memory is needed
-            self.experience = self.collector.collect(number, self.model_wrapped, step=step)
+            self.experience = ranks.alike(lambda: self.collector.collect(number, self.model, step=step))
             self._log_rollout(self.experience)
         assert self.experience is not None
         epoch, minibatch = divmod(place, self.options.minibatches)
         rollout = self.experience.rollout
         order = answer_order(len(rollout), seed=self.args.seed, rollout=number, epoch=epoch)
-        size = self.args.per_device_train_batch_size
-        rows_of_step = order[minibatch * size * accumulate : (minibatch + 1) * size * accumulate]
-        rows_of_step = sort_steps(rows_of_step, rollout.lengths, step_size=size * accumulate)
-        rows = rows_of_step[micro * size : (micro + 1) * size]
+        batch_size, size = self.options.batch_size, self.args.per_device_train_batch_size
+        rows_of_step = order[minibatch * batch_size : (minibatch + 1) * batch_size]
+        rows_of_step = sort_steps(rows_of_step, rollout.lengths, step_size=batch_size)
+        turn = micro * self.args.world_size + self.args.process_index
+        rows = rows_of_step[turn * size : (turn + 1) * size]
         mask_RT = self.experience.mask_RT
         return {
             "step": step,
@@ -176,7 +176,7 @@ class Ppo(Guarded, GRPOTrainer):
         if self.critic is not None and not self.critic.shares_hidden:
             # A graph of its own: its memory is free before the policy's is built.
             with self.critic.acting():
-                value_loss = self._value_loss(self.critic.values(batch), old, num_tokens)
+                value_loss = self._value_loss(self.critic.values(batch), old, num_tokens) * self.args.world_size
                 self.accelerator.backward(value_loss)
             value_loss = value_loss.detach()
         logps_N, _, hidden_NH = self.roles.policy_logps(model, batch)
@@ -186,8 +186,8 @@ class Ppo(Guarded, GRPOTrainer):
         self._add("policy_loss", float(loss.detach()))
         self._add("clip_fraction", float(((ratio_N - 1).abs() > self.options.cliprange).sum()) / num_tokens)
         if self.critic is not None and self.critic.shares_hidden:
-            value_loss = self._value_loss(self.critic.values(batch, hidden_NH), old, num_tokens)
-        return loss + value_loss
+            value_loss = self._value_loss(self.critic.values(batch, hidden_NH), old, num_tokens) * self.args.world_size
+        return loss * self.args.world_size + value_loss  # gradients are averaged over ranks, and this is a sum
 
     def _targets(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return what the rollout fixed for the tokens of a micro batch, each (N,)."""
@@ -218,26 +218,33 @@ class Ppo(Guarded, GRPOTrainer):
         step, micro = divmod(inputs["turn"], accumulate)
         if micro == 0:
             self._step_sums: dict[str, float] = {}
+        ptx_loss = self._train_ptx(model, step, micro) if self.ptx is not None else None
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.ptx is not None:
-            loss = loss + self._train_ptx(model, step, micro, accumulate)
-            self._last_loss = loss
+        if ptx_loss is not None:
+            loss = self._last_loss = loss + ptx_loss
         if micro == accumulate - 1:
-            for name, value in self._step_sums.items():
+            if self.critic is not None:
+                ranks.average_gradients(self.critic.parameters())
+            sums = ranks.total(torch.tensor(list(self._step_sums.values()), dtype=torch.float64))
+            for name, value in zip(self._step_sums, sums.tolist(), strict=True):
                 self._metrics["train"][name].append(value)
         return loss
 
-    def _train_ptx(self, model: Any, step: int, micro: int, count: int) -> Tensor:
+    def _train_ptx(self, model: Any, step: int, micro: int) -> Tensor:
+        """Add the gradient of this rank's blocks; DDP sums it up with the one of PPO, which comes after it."""
         assert self.ptx is not None
-        numbers = self.ptx.micro_batches(step, micro, count)
-        if not numbers:
-            return torch.zeros((), device=self.args.device)
-        batch = self.ptx.batch(numbers, self.args.device)
-        with self.compute_loss_context_manager():
-            logps_N, _, _ = self.roles.policy_logps(model, batch)
-            loss = self.ptx.loss(logps_N, self.ptx.count_tokens(step))
-        self.accelerator.backward(loss)
-        self._add("ptx_loss", float(loss.detach()) / self.ptx.coef)
+        world_size = self.args.world_size
+        turn, turns = micro * world_size + self.args.process_index, self.args.gradient_accumulation_steps * world_size
+        numbers = self.ptx.micro_batches(step, turn, turns)
+        loss = torch.zeros((), device=self.args.device)
+        if numbers:
+            batch = self.ptx.batch(numbers, self.args.device)
+            with self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    logps_N, _, _ = self.roles.policy_logps(model, batch)
+                    loss = self.ptx.loss(logps_N, self.ptx.count_tokens(step)) * world_size
+                self.accelerator.backward(loss)
+        self._add("ptx_loss", float(loss.detach()) / self.ptx.coef / world_size)
         return loss.detach()
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -298,4 +305,4 @@ class Ppo(Guarded, GRPOTrainer):
     def check_step_zero(self) -> None:
         """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on answers of the fresh policy."""
         count = min(self.args.per_device_train_batch_size, len(self.collector.prompts))
-        check_step_zero(self.collector, self.model, count=count, seed=self.args.seed)
+        check_step_zero(self.collector, self.model, count=count)

@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,6 +127,24 @@ def largest(value: int) -> int:
     return int(found)
 
 
+def total(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of all ranks' tensors of this shape, on the CPU."""
+    if world_size() == 1:
+        return values.cpu()
+    found = values.to(_device(), copy=True)
+    dist.all_reduce(found)
+    return found.cpu()
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace gradients by their mean over all ranks, for parameters that no wrapper of the model looks after."""
+    for parameter in parameters if world_size() > 1 else ():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= world_size()
+
+
 def agree(error: Exception | None = None) -> None:
     """Raise on every rank when any of them has an error: its own where it happened, a copy elsewhere.
 
@@ -145,6 +163,16 @@ def attempt(work: Callable[[], _Value]) -> _Value:
     result, error = _try(work)
     agree(error)
     return result  # type: ignore[return-value]  # None only after an error, which agree has raised
+
+
+def alike(work: Callable[[], _Value]) -> _Value:
+    """Run work that all ranks do alike, collectives included; the error that all of them meet is reported by rank 0."""
+    result, error = _try(work)
+    if isinstance(error, AlignKitError):
+        error.shared = not is_main()
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def once(work: Callable[[], _Value]) -> _Value:

@@ -19,6 +19,7 @@ from alignkit.models.chat import Chat, ConversationError
 from alignkit.models.classifier import Classifier
 from alignkit.models.files import REWARD_NORM, find_model_dir
 from alignkit.runs.files import read_json
+from alignkit.train import ranks
 from alignkit.train.rollout import Rollout
 
 ScoreIds = Callable[[list[list[int]]], Tensor]
@@ -27,7 +28,7 @@ _BATCH_SIZE = 16
 
 
 class ModelReward:
-    """Scores of one classifier, with the gain and bias that its rm stage measured."""
+    """Scores of one classifier, with the gain and bias that its rm stage measured; all ranks call it together."""
 
     def __init__(self, score_ids: ScoreIds, encode: Encode, norm: tuple[float, float], *, limit: int | None, name: str):
         self._score_ids, self._encode, self._norm, self._limit, self._name = score_ids, encode, norm, limit, name
@@ -42,7 +43,11 @@ class ModelReward:
                     f"has {len(ids)}; lower max_new_tokens, leave out long prompts, or take another reward"
                 )
         gain, bias = self._norm
-        scores_B = self._score_ids(sequences).float().cpu()
+        scores_B = torch.zeros(len(sequences))
+        mine = range(ranks.rank(), len(sequences), ranks.world_size())  # each rank scores its share
+        if mine:
+            scores_B[list(mine)] = self._score_ids([sequences[number] for number in mine]).float().cpu()
+        scores_B = ranks.total(scores_B)
         return scores_B if self._norm == (1.0, 0.0) else gain * scores_B + bias
 
 

@@ -21,6 +21,7 @@ from alignkit.models.classifier import load_classifier, name_source
 from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
+from alignkit.train import ranks
 from alignkit.train.reward_function import hash_function, load_function
 from alignkit.train.reward_model import ModelReward, ScoreIds, choose_encoder, encode_ids, read_norm, scorer
 from alignkit.train.rollout import Rollout
@@ -96,7 +97,10 @@ def hash_rewards(stage: Stage) -> dict[str, Any]:
 def _build(stage: Stage, source: RewardSource, chat: Chat, *, key: str, device: str, held: ScoreIds | None) -> Score:
     if source.function is not None:
         function = load_function(stage, source.function, key=key)
-        return lambda rollout: torch.tensor(function(rollout.prompts, rollout.completions, rollout.columns))
+        # Once for all ranks: a function may look at the answers together, or count its calls.
+        return lambda rollout: torch.tensor(
+            ranks.once(lambda: function(rollout.prompts, rollout.completions, rollout.columns))
+        )
     assert source.model is not None
     if source.model == BUILTIN_REWARD:
         return _score_truly

@@ -40,7 +40,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if RANK == 0:
         copy_checkpoint(job, out)
     overrides = [*job.get("set", ()), *job.get("rank_set", {}).get(str(RANK), ())]
-    stage = resolve(load_recipe(Path(job["recipe"]), overrides=overrides), job["stage"], out=out)
+    stage = resolve(
+        load_recipe(Path(job["recipe"]), overrides=overrides),
+        job["stage"],
+        out=out,
+        trust_code=job.get("trust_code", False),
+    )
     if "terminate" in job and job["terminate"]["rank"] == RANK:
         threading.Thread(target=terminate_at, args=(out, job["terminate"]["step"]), daemon=True).start()
     try:

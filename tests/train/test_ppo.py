@@ -72,7 +72,7 @@ def test_roles_agree_at_step_zero_and_are_read_right(kind: str, make_stage: Call
     trainer = build(stage, tmp_path).trainer
     trainer.check_step_zero()  # exactly, or it raises
     collector = trainer.collector
-    rollout = collector.sample(range(4))
+    rollout = collector.sample(range(4), (0, 0))
     assert len(rollout) == 4 and all(1 <= len(ids) <= 8 for ids in rollout.sampled_ids)
     disturb(trainer)
     mask, logps, reference, entropy, values = collector.read(rollout, trainer.model)
@@ -94,7 +94,7 @@ def test_one_base_holds_four_roles_that_equal_models_of_their_own(make_stage: Ca
     trainer = built.trainer
     assert [part["what"] for part in built.record["roles"]].count("base") == 1
     assert built.record["roles"][0]["roles"] == ("policy", "reference", "reward", "critic")
-    rollout = trainer.collector.sample(range(4))
+    rollout = trainer.collector.sample(range(4), (0, 0))
     alone = load_trained(tmp_path / "runs/t/rm", device="cpu", reward=True)
     with torch.no_grad():
         expected = torch.stack([alone(input_ids=torch.tensor([ids])).logits[0, 0] for ids in rollout.whole_ids])
@@ -114,7 +114,7 @@ def test_losses_equal_those_computed_from_plain_logits(start: str, make_stage: C
     trainer = build(make_stage(recipe(extra=f", reward_clip: 0.5, value_init: {start}"), "ppo"), tmp_path).trainer
     assert trainer.critic.shares_hidden == (start == "head")
     collector = trainer.collector
-    rollout = collector.sample(range(4))
+    rollout = collector.sample(range(4), (0, 0))
     trainer.experience = collector.examine(rollout, trainer.model, step=0)
     experience = trainer.experience
     experience.advantages_RT = torch.randn(experience.mask_RT.shape) * experience.mask_RT
@@ -305,7 +305,7 @@ def test_ptx_adds_the_gradient_of_the_language_model(make_stage: Callable, tmp_p
     trainer = build(make_stage(recipe(extra=extra), "ppo"), tmp_path).trainer
     trainer._step_sums = {}
     for micro in range(2):
-        trainer._train_ptx(trainer.model, 5, micro, 2)
+        trainer._train_ptx(trainer.model, 5, micro)
     found = [p.grad.clone() for p in trainer.model.parameters()]
     trainer.model.zero_grad()
     blocks = [trainer.ptx.blocks[number]["input_ids"] for number in trainer.ptx.micro_batches(5, 0, 1)]
@@ -325,7 +325,7 @@ def test_ptx_adds_the_gradient_of_the_language_model(make_stage: Callable, tmp_p
 def test_where_an_answer_cannot_end_its_log_probabilities_know_it(make_stage: Callable, tmp_path: Path) -> None:
     trainer = build(make_stage(recipe(lora=True, extra=", min_new_tokens: 3"), "ppo"), tmp_path).trainer
     stop_ids = trainer.collector.sampling.stop_ids
-    rollout = trainer.collector.sample(range(4))
+    rollout = trainer.collector.sample(range(4), (0, 0))
     assert all(len(ids) >= 3 and not set(ids[:2]) & set(stop_ids) for ids in rollout.sampled_ids)
     _, logps, *_ = trainer.collector.read(rollout, trainer.model)
     prompt, answer = rollout.prompt_ids[0], rollout.sampled_ids[0]

@@ -1,0 +1,42 @@
+"""Random numbers that belong to an answer: the right distribution, and the same tokens in any batch."""
+
+from __future__ import annotations
+
+import torch
+
+from alignkit.train.draws import InverseTransform, draw_uniforms, share_out
+
+
+def test_tokens_come_with_the_probabilities_of_the_softmax_at_the_temperature() -> None:
+    scores = torch.tensor([2.0, -torch.inf, 0.0, 1.0, -1.0])
+    count = 40_000
+    draws = InverseTransform(draw_uniforms((0, 1), count, 1), temperature=0.7)
+    found = draws(torch.zeros(count, 3), scores.expand(count, -1)).argmax(dim=-1).bincount(minlength=5)
+    expected = (scores / 0.7).softmax(dim=-1) * count
+    assert found[1] == 0
+    assert ((found - expected).abs() <= 4 * expected.sqrt()).all()
+
+
+def test_the_ends_of_the_interval_take_tokens_that_have_a_probability() -> None:
+    scores = torch.tensor([[-torch.inf, 0.3, 0.7, -torch.inf]]).expand(3, -1)
+    ends = torch.tensor([[0.0], [1 - 2**-24], [1.0]])
+    assert InverseTransform(ends, temperature=1.0)(torch.zeros(3, 1), scores).argmax(dim=-1).tolist() == [1, 2, 2]
+
+
+def test_an_answer_draws_the_same_in_any_batch() -> None:
+    uniforms = draw_uniforms((7, 0, 3), 6, 4)
+    logits = torch.randn(4, 6, 50, generator=torch.Generator().manual_seed(0))
+
+    def take(rows: list[int]) -> torch.Tensor:
+        draws = InverseTransform(uniforms[rows], temperature=1.3)
+        return torch.stack([draws(torch.zeros(len(rows), 1), step[rows]).argmax(dim=-1) for step in logits], dim=1)
+
+    assert torch.equal(take([4, 1, 5]), take([0, 1, 2, 3, 4, 5])[[4, 1, 5]])
+    assert torch.equal(uniforms, draw_uniforms((7, 0, 3), 6, 4))
+    assert not torch.equal(uniforms, draw_uniforms((7, 0, 4), 6, 4))
+
+
+def test_ranks_share_numbers_in_parts_of_one_size() -> None:
+    assert [share_out(range(7), rank=rank, world_size=3) for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+    assert [share_out(range(1), rank=rank, world_size=2) for rank in range(2)] == [[0], [0]]
+    assert share_out(range(4), rank=0, world_size=1) == [0, 1, 2, 3]

@@ -1,0 +1,112 @@
+"""PPO on two processes: the curve, the answers and the weights of one process, and checkpoints that both can read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from ranked_runs import largest_difference, outcome, start, weight_difference
+
+STEPS = 8  # of four rollouts
+RM = (
+    "rm: {data: {path: builtin:preferences, max_rows: 16}, batch_size: 4, max_steps: 2, max_length: 160, "
+    "learning_rate: 1e-3, samples: {num: 0}}\n"
+)
+PPO = (
+    "data: {path: builtin:prompts, max_rows: 30}, eval: 0.2, batch_size: 8, micro_batch_size: 2, max_new_tokens: 12, "
+    f"ppo_epochs: 2, max_steps: {STEPS}, learning_rate: 1e-3, logging_steps: 1, save_steps: 4, "
+    "samples: {num: 2, max_new_tokens: 6}, reward: rm, gold: builtin:true-reward"
+)
+LORA = "lora: {r: 4, alpha: 8}\n"
+KINDS = {
+    # name: what is said at the top, and more keys of the stage
+    "full": ("", "missing_eos: {penalty: 1}, kl_target: 4, reward_normalize: gain_and_bias, reward_normalize_rows: 20"),
+    "lora": (LORA, "whiten_rewards: true"),
+    "head": ("", "value_init: head, ema: 0.9, ptx: {data: {path: builtin:reviews, max_rows: 40}, coef: 0.5}"),
+    "head-lora": (LORA, "value_init: policy, minibatches: 2"),
+    "rloo": (LORA, "advantage: rloo, num_generations: 4, reward: {function: 'counting:score'}"),
+}
+FAILING = "reward: {function: 'counting:fail'}"
+FUNCTIONS = """
+import pathlib
+
+def score(prompts, completions, **columns):
+    with (pathlib.Path(__file__).parent / "calls.txt").open("a") as file:
+        file.write(f"{len(completions)}\\n")
+    mean = sum(map(len, completions)) / len(completions)  # it looks at all answers together
+    return [len(str(text)) - mean for text in completions]
+
+def fail(prompts, completions, **columns):
+    raise ValueError("no reward today")
+"""
+
+
+def write_recipe(directory: Path, name: str, top: str, keys: str) -> Path:
+    path = directory / f"{name}.yaml"
+    body = PPO.replace("reward: rm, ", "") if "reward: {" in keys else PPO
+    path.write_text(f"name: ranks\nmodel: {{path: builtin:tiny-llama}}\n{top}{RM}ppo: {{{body}, {keys}}}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("ppo_ranks")
+    (directory / "counting.py").write_text(FUNCTIONS)
+    jobs: dict[str, list[dict[str, object]]] = {"one": [], "ddp": []}
+    for strategy, found in jobs.items():
+        for name, (top, keys) in KINDS.items():
+            recipe = str(write_recipe(directory, name, top, keys))
+            if strategy == "one" and name in ("full", "lora"):  # the reward model, whose directory the recipe names
+                reward = directory / f"runs-{name}" / "rm"
+                found.append({"recipe": recipe, "stage": "rm", "out": str(reward)})
+            more = [f"ppo.reward={directory / 'runs-lora' / 'rm'}"] if "lora" in name else []
+            more = more or [f"ppo.reward={directory / 'runs-full' / 'rm'}"]
+            job = {"recipe": recipe, "stage": "ppo", "out": str(directory / strategy / name), "trust_code": True}
+            found.append(job | ({} if "reward: {" in KINDS[name][1] else {"set": more}))
+    full = f"ppo.reward={directory / 'runs-full' / 'rm'}"
+    for before, after in (("one", "ddp"), ("ddp", "ddp")):
+        jobs[after].append({
+            "recipe": str(directory / "full.yaml"), "stage": "ppo", "out": str(directory / f"{before}-to-{after}"),
+            "from": str(directory / before / "full"), "step": 4, "set": [full],
+        })  # fmt: skip
+    failing = str(write_recipe(directory, "failing", "", FAILING))
+    jobs["ddp"].append({"recipe": failing, "stage": "ppo", "out": str(directory / "failing"), "trust_code": True})
+    for strategy, found in jobs.items():
+        start(directory, strategy, found)
+        if strategy == "one":
+            shutil.move(directory / "calls.txt", directory / "calls-one.txt")
+    return directory
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_processes_have_the_curve_the_answers_and_the_weights_of_one(name: str, runs: Path) -> None:
+    one, two = runs / "one" / name, runs / "ddp" / name
+    found = largest_difference(one, two)
+    worst = max(found, key=lambda metric: found[metric])
+    weights = weight_difference(one, two)
+    print(f"{name:10} reward {found['reward']:.1e} loss {found['loss']:.1e} weights {weights:.1e} "
+          f"worst {worst} {found[worst]:.1e}")  # fmt: skip
+    assert max(found.values()) < 1e-3 and found["response_length"] == 0 and found["num_tokens"] == 0, found
+    assert weights < 1e-4
+    rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    rewards = {row["reward"] for row in rows if "reward" in row}
+    assert len(rewards) > 1  # a curve
+    assert (one / "samples.jsonl").read_text().count("\n") == (two / "samples.jsonl").read_text().count("\n") > 0
+
+
+@pytest.mark.parametrize("before", ["one", "ddp"])
+def test_a_run_goes_on_with_two_processes(before: str, runs: Path) -> None:
+    difference = weight_difference(runs / before / "full", runs / f"{before}-to-ddp")
+    assert difference < 1e-4 and (before == "one" or difference == 0)
+
+
+def test_a_reward_function_is_called_once_for_all_processes(runs: Path) -> None:
+    assert (runs / "calls.txt").read_text() == (runs / "calls-one.txt").read_text() != ""
+
+
+def test_the_error_of_a_reward_function_is_told_once(runs: Path) -> None:
+    first, second = (outcome(runs, "failing", rank) for rank in range(2))
+    assert first["error"] == second["error"] == "RewardError" and "no reward today" in first["text"]
+    assert (first["shared"], second["shared"]) == (False, True)
