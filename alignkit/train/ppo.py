@@ -97,8 +97,6 @@ def build(stage: Stage, run: RunDir) -> Built:
         roles=roles,
         critic=critic,
         ptx=ptx,
-        ema=options.ema,
-        critic_learning_rate=options.critic_learning_rate,
     )
     parts = list_parts(roles, *heads_and_models(roles, critic))
     _say_parts(stage, parts)

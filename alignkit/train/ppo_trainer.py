@@ -49,12 +49,9 @@ class Ppo(Guarded, GRPOTrainer):
         roles: Roles,
         critic: Critic | None,
         ptx: Ptx | None = None,
-        ema: float | None = None,
-        critic_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.options, self.collector, self.roles, self.critic, self.ptx = options, collector, roles, critic, ptx
-        self.critic_learning_rate = critic_learning_rate
         self.experience: Experience | None = None
         self._steps_per_rollout = options.ppo_epochs * options.minibatches
         super().__init__(*args, reward_funcs=never_called, **kwargs)
@@ -67,9 +64,10 @@ class Ppo(Guarded, GRPOTrainer):
         # DDP would wait for the gradients of an adapter that another backward pass trains.
         apart = [name for name, parameter in self.model.named_parameters() if id(parameter) in others]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, apart)
-        if not self.use_vllm:
-            self._take_drawn_tokens()
-        self.ema = Ema(self._policy_parameters, ema) if ema else None
+        if not self.use_vllm:  # `draws` leaves one token to a greedy search
+            self.generation_kwargs |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            self.generation_config.update(**self.generation_kwargs)
+        self.ema = Ema(self._policy_parameters, options.ema) if options.ema else None
         if self.ema is not None:
             self.add_callback(AfterStep(self.ema))
 
@@ -103,11 +101,6 @@ class Ppo(Guarded, GRPOTrainer):
             go_back(self, stop)
 
     # ---- sampling ----
-
-    def _take_drawn_tokens(self) -> None:
-        """Let `generate` search greedily: `draws` has left it one token."""
-        self.generation_kwargs |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        self.generation_config.update(**self.generation_kwargs)
 
     def _sample(self, prompt_ids: list[list[int]], uniforms_BT: Tensor, repeats: int) -> list[list[int]]:
         """Return this rank's answers; vLLM draws random numbers of its own."""
@@ -257,7 +250,7 @@ class Ppo(Guarded, GRPOTrainer):
         optimizer = super().create_optimizer(model)
         for _, parameter in named:
             parameter.requires_grad_(True)
-        rate = self.critic_learning_rate or self.args.learning_rate
+        rate = self.options.critic_learning_rate or self.args.learning_rate
         for decay, chosen in (
             (self.args.weight_decay, [p for _, p in named if p.ndim >= 2]),
             (0.0, [p for _, p in named if p.ndim < 2]),
