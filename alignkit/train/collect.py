@@ -22,6 +22,7 @@ from alignkit import console
 from alignkit.data import Row
 from alignkit.models.chat import Chat
 from alignkit.recipe.schema import PpoOptions
+from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
 from alignkit.train.critic import Critic
 from alignkit.train.draws import Key, draw_uniforms, share_out
@@ -153,7 +154,9 @@ class Collector:
         repeats = self.options.answers_per_prompt
         count = self.num_answers // repeats
         numbers = prompt_numbers(number * count, count, num_prompts=len(self.prompts), seed=self.seed)
+        pulse("sampling answers", step)
         rollout = self.sample(numbers, (TRAINING, number), repeats=repeats)
+        pulse("scoring answers", step)
         experience = self.examine(rollout, model, step=step)
         kl = experience.kl
         self.controller.update(kl, len(rollout))
