@@ -129,7 +129,7 @@ def train_towards_the_optimum(
 
 def test_ppo_heads_for_the_optimum(world: list[list[int]], make_stage: Callable) -> None:
     distances = train_towards_the_optimum(make_stage, world, kl_coef=0.5, steps=40)
-    assert distances[0] > 1.4 and distances[-1] < 0.08
+    assert distances[0] > 1.4 and distances[-1] < 0.15
 
 
 @pytest.mark.slow
