@@ -129,6 +129,8 @@ def _generation(stage: Section, recipe: Section) -> Iterator[Finding]:
             if given.get(key) is not None:
                 yield f"generation.{key}", "has no effect without engine: vllm"
         return
+    if given.get("batch_size") is not None:
+        yield "generation.batch_size", "has no effect with engine: vllm, which batches by itself"
     if mode == "server" and url is None:
         yield "generation", "has mode: server without url; start `trl vllm-serve` and give its address"
     if mode == "colocate" and url is not None:

@@ -251,6 +251,9 @@ class Ptx(_Section):
 
 class GenerationOptions(_Section):
     engine: Literal["transformers", "vllm"] = Field("transformers", description="What samples the answers.")
+    batch_size: int = Field(
+        64, ge=1, description="Answers that a process samples at once with transformers; less takes less memory."
+    )
     mode: Literal["colocate", "server"] = Field(
         "colocate", description="vLLM on the training devices, or as a server of its own (`trl vllm-serve`)."
     )

@@ -6,7 +6,7 @@ Deliberately holds no generator: what an answer draws follows from the run's see
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,24 @@ def drawing(model: Any, uniforms_BT: Tensor, *, temperature: float) -> Iterator[
         yield
     finally:
         del model.generate
+
+
+def in_batches(
+    generate: Callable[[list[list[int]], Tensor], list[list[int]]],
+    prompts: Sequence[list[int]],
+    uniforms_BT: Tensor,
+    *,
+    batch_size: int,
+) -> list[list[int]]:
+    """Return the answers to all prompts, sampled a batch at a time; prompts of like length come together."""
+    answers: list[list[int]] = [[]] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        found = generate([prompts[place] for place in places], uniforms_BT[places])
+        for place, ids in zip(places, found, strict=True):
+            answers[place] = ids
+    return answers
 
 
 def share_out(numbers: Sequence[int], *, rank: int, world_size: int) -> list[int]:

@@ -23,7 +23,7 @@ from alignkit.recipe.schema import PpoOptions
 from alignkit.train import ranks
 from alignkit.train.collect import Collector, Turns, never_called
 from alignkit.train.critic import Critic
-from alignkit.train.draws import drawing
+from alignkit.train.draws import drawing, in_batches
 from alignkit.train.ema import AfterStep, Ema
 from alignkit.train.experience import Experience, answer_order, sort_steps
 from alignkit.train.guard import TRAINED_ADAPTER, Guarded
@@ -102,8 +102,14 @@ class Ppo(Guarded, GRPOTrainer):
 
     def _sample(self, prompt_ids: list[list[int]], uniforms_BT: Tensor, repeats: int) -> list[list[int]]:
         """Return this rank's answers; vLLM draws random numbers of its own."""
+        if self.use_vllm:
+            answers: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, repeats)[0]
+            return answers
+        return in_batches(self._draw, prompt_ids, uniforms_BT, batch_size=self.options.generation.batch_size)
+
+    def _draw(self, prompt_ids: list[list[int]], uniforms_BT: Tensor) -> list[list[int]]:
         with drawing(self.model, uniforms_BT, temperature=self.options.temperature):
-            answers, _ = self._generate_single_turn(prompt_ids, None, {}, repeats)
+            answers: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, 1)[0]
         return answers
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -139,10 +145,7 @@ class Ppo(Guarded, GRPOTrainer):
         metrics = self._metrics["train"]
         for name, value in experience.metrics.items():
             metrics[name].append(value)
-        self._total_train_tokens += sum(
-            len(prompt) + len(answer)
-            for prompt, answer in zip(experience.rollout.prompt_ids, experience.rollout.sampled_ids, strict=True)
-        )
+        self._total_train_tokens += sum(experience.rollout.lengths)
         metrics["num_tokens"] = [self._total_train_tokens]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -225,8 +228,8 @@ class Ppo(Guarded, GRPOTrainer):
         """Add the gradient of this rank's blocks; DDP sums it up with the one of PPO, which comes after it."""
         assert self.ptx is not None
         world_size = self.args.world_size
-        turn, turns = micro * world_size + self.args.process_index, self.args.gradient_accumulation_steps * world_size
-        numbers = self.ptx.micro_batches(step, turn, turns)
+        turn = micro * world_size + self.args.process_index
+        numbers = self.ptx.micro_batches(step, turn, self.args.gradient_accumulation_steps * world_size)
         loss = torch.zeros((), device=self.args.device)
         if numbers:
             batch = self.ptx.batch(numbers, self.args.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from alignkit.train.draws import InverseTransform, draw_uniforms, share_out
+from alignkit.train.draws import InverseTransform, draw_uniforms, in_batches, share_out
 
 
 def test_tokens_come_with_the_probabilities_of_the_softmax_at_the_temperature() -> None:
@@ -40,3 +40,16 @@ def test_ranks_share_numbers_in_parts_of_one_size() -> None:
     assert [share_out(range(7), rank=rank, world_size=3) for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
     assert [share_out(range(1), rank=rank, world_size=2) for rank in range(2)] == [[0], [0]]
     assert share_out(range(4), rank=0, world_size=1) == [0, 1, 2, 3]
+
+
+def test_answers_come_back_in_the_order_of_their_prompts() -> None:
+    prompts = [[1] * 5, [2], [3] * 9, [4] * 2, [5] * 9]
+    uniforms = torch.arange(5.0)[:, None]
+    asked: list[list[int]] = []
+
+    def generate(batch: list[list[int]], uniforms_BT: torch.Tensor) -> list[list[int]]:
+        asked.append([len(prompt) for prompt in batch])
+        return [[prompt[0], int(row)] for prompt, row in zip(batch, uniforms_BT, strict=True)]
+
+    assert in_batches(generate, prompts, uniforms, batch_size=2) == [[1, 0], [2, 1], [3, 2], [4, 3], [5, 4]]
+    assert asked == [[1, 2], [5, 9], [9]]

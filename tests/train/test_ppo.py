@@ -404,8 +404,18 @@ def test_a_reward_that_rises_with_repetition_is_flagged_once() -> None:
 @pytest.mark.parametrize(
     ("ended", "scores", "extra", "expected"),
     [
-        ([False, False], [-1.0, -1.0], {"missing_eos": MissingEos(score=-1)}, "all 2 answers.*max_new_tokens.*score -1"),
-        ([False, False], [0.0, 1.0], {}, "all 2 answers of the first rollout are cut off at max_new_tokens .64.; raise"),
+        (
+            [False, False],
+            [-1.0, -1.0],
+            {"missing_eos": MissingEos(score=-1)},
+            "all 2 answers.*max_new_tokens.*score -1",
+        ),
+        (
+            [False, False],
+            [0.0, 1.0],
+            {},
+            "all 2 answers of the first rollout are cut off at max_new_tokens .64.; raise",
+        ),
         ([True, False], [2.0, 2.0], {}, "all 2 answers of the first rollout have the reward 2: nothing tells"),
         ([True, False], [2.0, 3.0], {}, None),
     ],
