@@ -344,10 +344,11 @@ def _launch(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]
             f"is {strategy}, which cannot shard {quantization} weights; ddp holds the quantised base on every device, "
             "zero2 shards the rest",
         )
-    if strategy != "ddp" and (name := next((name for name, stage in stages.items() if stage.method == "ppo"), None)):
+    ppo = [name for name, stage in stages.items() if stage.method == "ppo"]
+    if strategy in ("zero2", "zero3") and ppo:
         yield (
             "launch.strategy",
-            f"is {strategy}, which ppo ({name}) does not run under; ddp does, and with lora: and quantization: nf4 the "
+            f"is {strategy}, which ppo ({ppo[0]}) does not run under; fsdp shards its models, and with ddp and lora: its "
             "four roles share one base on every device",
         )
     if launch.get("device") == "mps" and (launch.get("processes", 1) != 1 or launch.get("nodes", 1) != 1):

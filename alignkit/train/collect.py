@@ -25,7 +25,7 @@ from alignkit.recipe.schema import PpoOptions
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
 from alignkit.train.critic import Critic
-from alignkit.train.draws import Key, draw_uniforms, share_out
+from alignkit.train.draws import Key, draw_uniforms
 from alignkit.train.experience import (
     Experience,
     finish_scores,
@@ -87,7 +87,7 @@ class Collector:
         prompt_ids = [list(row["prompt_ids"]) for row in rows]
         uniforms_RT = draw_uniforms((self.seed, *draw), len(rows), self.options.max_new_tokens)
         # The answers of a prompt stay on one rank.
-        mine = share_out(range(len(numbers)), rank=ranks.rank(), world_size=ranks.world_size())
+        mine, _ = ranks.share_out(range(len(numbers)))
         places = [place * repeats + turn for place in mine for turn in range(repeats)]
         answers = self.generate([prompt_ids[place] for place in places], uniforms_RT[places], repeats)
         sampled = [list(ids) for part in ranks.gather(answers) for ids in part][: len(rows)]
@@ -210,9 +210,9 @@ class Collector:
         columns = torch.zeros(5, len(rollout), longest)
         # In the micro batches of the first epoch, so that its first ratio is computed alike on both sides.
         order = sort_steps(np.arange(len(rollout)), rollout.lengths, step_size=self.options.batch_size)
-        size = self.micro_batch_size
-        for start in range(ranks.rank() * size, len(rollout), ranks.world_size() * size):
-            rows = order[start : start + size]
+        mine, num_own = ranks.share_out(range(0, len(rollout), self.micro_batch_size))
+        for number, start in enumerate(mine):
+            rows = order[start : start + self.micro_batch_size]
             batch = self.batch(rollout, rows.tolist(), longest)
             with self.autocast():
                 logps_N, entropy_N, hidden_NH = self.roles.policy_logps(model, batch)
@@ -220,6 +220,8 @@ class Collector:
                 values_N = torch.zeros_like(logps_N)
                 if self.critic is not None:
                     values_N = self.critic.values(batch, hidden_NH)
+            if number >= num_own:
+                continue
             for column, tensor in zip(columns[1:], (logps_N, ref_logps_N, entropy_N, values_N), strict=True):
                 column[rows] = batch.spread(tensor.float()).cpu()
             columns[0, rows] = batch.mask_BT.float().cpu()

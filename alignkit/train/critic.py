@@ -26,7 +26,8 @@ from alignkit.errors import ModelError, RunError
 from alignkit.models.adapters import copy_adapter
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.load import load_trained
-from alignkit.train.readout import Batch, hidden_states
+from alignkit.train import ranks, shards
+from alignkit.train.readout import Batch, install_readout, read_out
 from alignkit.train.roles import CRITIC, REWARD, Roles, switch_off_dropout
 
 CRITIC_FILE = "critic.safetensors"
@@ -50,9 +51,11 @@ class Critic:
 
     def values(self, batch: Batch, hidden_NH: Tensor | None = None) -> Tensor:
         """Return values, float32 (N,); `hidden_NH` is the policy's, where it is shared."""
-        if not self.shares_hidden:
-            with self.acting():
-                hidden_NH = hidden_states(self.model or self.roles.trunk(), batch)
+        if self.model is not None:
+            values_N: Tensor = read_out(self.model, batch)
+            return values_N
+        if self.has_adapter:
+            hidden_NH = self.roles.hidden_states(batch, (CRITIC,))
         assert hidden_NH is not None
         return self.head(hidden_NH.to(self.head.weight.dtype)).squeeze(-1).float()
 
@@ -73,35 +76,59 @@ class Critic:
         """Return the parameters of `named_parameters`."""
         return [parameter for _, parameter in self.named_parameters()]
 
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """Return the parameters by what an optimizer must treat apart: matrices, vectors, and those of the head.
+
+        A head may be whole where all else is sharded, and one kernel steps through a group.
+        """
+        head = {id(parameter) for parameter in self.head.parameters()}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            groups.setdefault((id(parameter) in head, parameter.ndim >= 2), []).append(parameter)
+        return [groups[kind] for kind in sorted(groups)]
+
     def save_state(self, directory: Path) -> None:
-        """Write what a checkpoint needs."""
-        state = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
-        save_file(state, directory / CRITIC_FILE, metadata={"format": "pt"})
+        """Write what a checkpoint needs; all ranks call it, rank 0 writes."""
+        state = shards.gather(self.named_parameters())
+        if state is not None:
+            save_file(state, directory / CRITIC_FILE, metadata={"format": "pt"})
 
     def load_state(self, directory: Path) -> None:
         """Read it back into the parameters as they stand. Raises RunError when they are others."""
         saved, mine = load_file(directory / CRITIC_FILE), dict(self.named_parameters())
         if saved.keys() != mine.keys():
             raise RunError("holds another critic; start over with --force", where=str(directory / CRITIC_FILE))
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(saved[name])
+        shards.scatter_model(mine, saved)
 
     def save(self, out: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Write the critic as a user loads it: a sequence classifier, its adapter, or the bare head."""
+        """Write the critic as a user loads it: a sequence classifier, its adapter, or the bare head.
+
+        All ranks call it, for the weights may be sharded; rank 0 writes.
+        """
+        policy = self.roles.policy
+        if self.model is not None:
+            state = shards.gather(self.model.state_dict(keep_vars=True).items())
+        elif self.has_adapter:
+            adapter = get_peft_model_state_dict(
+                policy, policy.state_dict(keep_vars=True), adapter_name=CRITIC, save_embedding_layers=False
+            )
+            state = shards.gather(adapter.items())
+        else:
+            state = {}
+        ranks.once(lambda: self._write(out, state or {}, tokenizer))
+
+    def _write(self, out: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerFast) -> None:
+        policy = self.roles.policy
         out.mkdir(parents=True, exist_ok=True)
         if self.model is not None:
             with quiet_transformers():
-                self.model.save_pretrained(out)
+                self.model.save_pretrained(out, state_dict=state)
             tokenizer.save_pretrained(out)
             return
         head = {name: p.detach().float().cpu().contiguous() for name, p in self.head.named_parameters()}
         if not self.has_adapter:
             save_file({f"value_head.{name}": tensor for name, tensor in head.items()}, out / "value_head.safetensors")
             return
-        policy = self.roles.policy
-        state = get_peft_model_state_dict(policy, adapter_name=CRITIC, save_embedding_layers=False)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(
             state | {"base_model.model.score.weight": head["weight"]},
             out / "adapter_model.safetensors",
@@ -165,7 +192,13 @@ def _own(roles: Roles, model: Any, *, zero: bool) -> Critic:
     switch_off_dropout(model)  # values of a rollout and of its training must be of one function
     if zero:
         model.score.weight.data.zero_()
+    install_readout(model, _read_values)
     return Critic(roles, model.score, model=model)
+
+
+def _read_values(model: Any, hidden_NH: Tensor, batch: Batch) -> Tensor:
+    values_N: Tensor = model.score(hidden_NH.to(model.score.weight.dtype)).squeeze(-1).float()
+    return values_N
 
 
 def _zero_head(roles: Roles) -> nn.Linear:

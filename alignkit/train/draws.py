@@ -44,13 +44,13 @@ class InverseTransform(LogitsProcessor):
 
 
 @contextmanager
-def drawing(model: Any, uniforms_BT: Tensor, *, temperature: float) -> Iterator[None]:
-    """Let `model.generate` draw with these numbers, whoever calls it."""
+def drawing(model: Any, uniforms_BT: Tensor, *, temperature: float, in_step: bool = False) -> Iterator[None]:
+    """Let `model.generate` draw with these numbers, whoever calls it; `in_step`: until all ranks have finished."""
     generate = model.generate
     processors = LogitsProcessorList([InverseTransform(uniforms_BT, temperature=temperature)])
 
     def drawn(*args: Any, **kwargs: Any) -> Any:
-        return generate(*args, logits_processor=processors, **kwargs)
+        return generate(*args, logits_processor=processors, synced_gpus=in_step, **kwargs)
 
     model.generate = drawn
     try:
@@ -75,9 +75,3 @@ def in_batches(
         for place, ids in zip(places, found, strict=True):
             answers[place] = ids
     return answers
-
-
-def share_out(numbers: Sequence[int], *, rank: int, world_size: int) -> list[int]:
-    """Return the part of one rank; all parts are of one size, so the last ones may hold numbers that repeat the end."""
-    size = -(-len(numbers) // world_size)
-    return [numbers[min(place, len(numbers) - 1)] for place in range(rank * size, (rank + 1) * size)]

@@ -5,6 +5,7 @@ Deliberately only of the policy: the critic and the optimizer go on from the raw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from alignkit.errors import RunError
+from alignkit.train import shards
 
 EMA_FILE = "ema.safetensors"
 
@@ -38,24 +40,25 @@ class Ema:
             parameter.copy_(average)
 
     def save(self, directory: Path) -> None:
-        """Write the averages beside a checkpoint's weights."""
-        named = {name: average.cpu() for name, average in zip(self._parameters, self._averages, strict=True)}
-        save_file(named, directory / EMA_FILE, metadata={"format": "pt"})
+        """Write the averages beside a checkpoint's weights; all ranks call it, rank 0 writes."""
+        state = shards.gather(zip(self._parameters, self._averages, strict=True))
+        if state is not None:
+            save_file(state, directory / EMA_FILE, metadata={"format": "pt"})
 
     def load(self, directory: Path) -> None:
         """Read them back. Raises RunError when the checkpoint was written without them."""
         if not (directory / EMA_FILE).is_file():
             raise RunError("holds no averaged weights (ema); start over with --force", where=str(directory))
-        saved = load_file(directory / EMA_FILE)
-        for name, average in zip(self._parameters, self._averages, strict=True):
-            average.copy_(saved[name])
+        places = dict(zip(self._parameters, self._averages, strict=True))
+        shards.scatter_model(places, load_file(directory / EMA_FILE))
 
 
 class AfterStep(TrainerCallback):
     """Moves the averages after every optimizer step, before anything is saved."""
 
-    def __init__(self, ema: Ema) -> None:
-        self._ema = ema
+    def __init__(self, find: Callable[[], Ema | None]) -> None:
+        self._find = find
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._ema.update()
+        if (ema := self._find()) is not None:
+            ema.update()

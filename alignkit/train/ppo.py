@@ -102,12 +102,9 @@ def build(stage: Stage, run: RunDir) -> Built:
     _say_parts(stage, parts)
 
     def finish(model_dir: Path) -> dict[str, float]:
-        def save() -> dict[str, float]:
-            if critic is not None:
-                critic.save(model_dir / "critic", tokenizer)
-            return _last_metrics(run)
-
-        metrics = ranks.once(save)
+        if critic is not None:
+            critic.save(model_dir / "critic", tokenizer)
+        metrics = ranks.once(lambda: _last_metrics(run))
         if tables.eval is not None:
             metrics |= answer_held_out(collector, trainer.model, tables.eval, step=trainer.state.global_step)
         return metrics

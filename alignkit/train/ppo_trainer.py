@@ -1,8 +1,7 @@
 """PPO on TRL's GRPOTrainer: its generation, its vLLM and its place in transformers; our critic, advantages and losses.
 
 An optimizer step is `batch_size` answers; a rollout is `minibatches` of them and is gone through `ppo_epochs` times.
-Losses are means over the tokens of the whole optimizer step, so that micro batches change nothing. Checkpoints are
-written between rollouts only: a resumed run samples the next rollout as the undisturbed one would have.
+Checkpoints are written between rollouts only: a resumed run samples the next rollout as the undisturbed one would have.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from trl import GRPOTrainer
 
 from alignkit import console
 from alignkit.recipe.schema import PpoOptions
@@ -24,19 +22,20 @@ from alignkit.train import ranks
 from alignkit.train.collect import Collector, Turns, never_called
 from alignkit.train.critic import Critic
 from alignkit.train.draws import drawing, in_batches
-from alignkit.train.ema import AfterStep, Ema
+from alignkit.train.ema import AfterStep
 from alignkit.train.experience import Experience, answer_order, sort_steps
 from alignkit.train.guard import TRAINED_ADAPTER, Guarded
 from alignkit.train.monitors import KlTooLarge
 from alignkit.train.ppo_checks import check_step_zero, go_back
-from alignkit.train.ppo_math import policy_losses, value_losses
+from alignkit.train.ppo_step import PpoStep
 from alignkit.train.ptx import Ptx
 from alignkit.train.roles import CRITIC, Roles
+from alignkit.train.shards import gathered_root, is_sharded
 
 STATE_FILE = "ppo_state.json"
 
 
-class Ppo(Guarded, GRPOTrainer):
+class Ppo(Guarded, PpoStep):
     """See the module docstring."""
 
     trained_adapters = (TRAINED_ADAPTER, CRITIC)
@@ -58,18 +57,17 @@ class Ppo(Guarded, GRPOTrainer):
         if critic is not None and critic.model is not None and self.args.gradient_checkpointing:
             critic.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         collector.generate, collector.autocast = self._sample, self.accelerator.autocast
-        others = {id(parameter) for parameter in (critic.parameters() if critic else [])}
-        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        self._policy_parameters = {name: p for name, p in trained if id(p) not in others}
+        self._bind_parameters()
         # DDP would wait for the gradients of an adapter that another backward pass trains.
-        apart = [name for name, parameter in self.model.named_parameters() if id(parameter) in others]
+        apart = [
+            name for name, p in self.model.named_parameters() if p.requires_grad and name not in self._policy_parameters
+        ]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, apart)
         if not self.use_vllm:  # `draws` leaves one token to a greedy search
             self.generation_kwargs |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
             self.generation_config.update(**self.generation_kwargs)
-        self.ema = Ema(self._policy_parameters, options.ema) if options.ema else None
-        if self.ema is not None:
-            self.add_callback(AfterStep(self.ema))
+        if self.options.ema:
+            self.add_callback(AfterStep(lambda: self.ema))
 
     def get_train_dataloader(self) -> DataLoader[dict[str, int]]:
         count = self.args.max_steps * self.args.gradient_accumulation_steps
@@ -108,7 +106,8 @@ class Ppo(Guarded, GRPOTrainer):
         return in_batches(self._draw, prompt_ids, uniforms_BT, batch_size=self.options.generation.batch_size)
 
     def _draw(self, prompt_ids: list[list[int]], uniforms_BT: Tensor) -> list[list[int]]:
-        with drawing(self.model, uniforms_BT, temperature=self.options.temperature):
+        numbers = drawing(self.model, uniforms_BT, temperature=self.options.temperature, in_step=is_sharded(self))
+        with numbers, gathered_root(self.model):
             answers: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, 1)[0]
         return answers
 
@@ -156,132 +155,17 @@ class Ppo(Guarded, GRPOTrainer):
             logs["episodes"] = episodes
         super().log(logs, start_time)
 
-    # ---- the step ----
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        if inputs["micro"] == 0 and self.critic is not None:
-            for parameter in self.critic.parameters():
-                parameter.grad = None  # upstream clears the policy's
-        batch, num_tokens = inputs["batch"], inputs["num_tokens"]
-        old = self._targets(inputs)
-        value_loss = torch.zeros((), device=batch.input_ids_BL.device)
-        if self.critic is not None and not self.critic.shares_hidden:
-            # A graph of its own: its memory is free before the policy's is built.
-            with self.critic.acting():
-                value_loss = self._value_loss(self.critic.values(batch), old, num_tokens) * self.args.world_size
-                self.accelerator.backward(value_loss)
-            value_loss = value_loss.detach()
-        logps_N, _, hidden_NH = self.roles.policy_logps(model, batch)
-        losses_N = policy_losses(logps_N, old["logps"], old["advantages"], clip=self.options.cliprange)
-        loss = losses_N.sum() / num_tokens
-        ratio_N = (logps_N.detach() - old["logps"]).exp()
-        self._add("policy_loss", float(loss.detach()))
-        self._add("clip_fraction", float(((ratio_N - 1).abs() > self.options.cliprange).sum()) / num_tokens)
-        if self.critic is not None and self.critic.shares_hidden:
-            value_loss = self._value_loss(self.critic.values(batch, hidden_NH), old, num_tokens) * self.args.world_size
-        return loss * self.args.world_size + value_loss  # gradients are averaged over ranks, and this is a sum
-
-    def _targets(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return what the rollout fixed for the tokens of a micro batch, each (N,)."""
-        assert self.experience is not None
-        rows, keep_BT = inputs["rows"], inputs["batch"].mask_BT.cpu()
-        device = inputs["batch"].input_ids_BL.device
-        columns = {
-            "logps": self.experience.logps_RT,
-            "advantages": self.experience.advantages_RT,
-            "values": self.experience.values_RT,
-            "returns": self.experience.returns_RT,
-        }
-        return {name: tensor[rows][keep_BT].to(device) for name, tensor in columns.items()}
-
-    def _value_loss(self, values_N: Tensor, old: dict[str, Tensor], num_tokens: float) -> Tensor:
-        losses_N = value_losses(values_N, old["values"], old["returns"], clip=self.options.cliprange_value)
-        clipped = ((values_N.detach() - old["values"]).abs() > self.options.cliprange_value).sum()
-        self._add("value_loss", float(losses_N.detach().sum()) / num_tokens)
-        self._add("value_clip_fraction", float(clipped) / num_tokens)
-        return self.options.vf_coef * losses_N.sum() / num_tokens
-
-    def _add(self, name: str, part: float) -> None:
-        """Add a micro batch's part of a step's mean; the step's means are averaged at the next log."""
-        self._step_sums[name] = self._step_sums.get(name, 0.0) + part
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        accumulate = self.args.gradient_accumulation_steps
-        step, micro = divmod(inputs["turn"], accumulate)
-        if micro == 0:
-            self._step_sums: dict[str, float] = {}
-        ptx_loss = self._train_ptx(model, step, micro) if self.ptx is not None else None
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if ptx_loss is not None:
-            loss = self._last_loss = loss + ptx_loss
-        if micro == accumulate - 1:
-            if self.critic is not None:
-                ranks.average_gradients(self.critic.parameters())
-            sums = ranks.total(torch.tensor(list(self._step_sums.values()), dtype=torch.float64))
-            for name, value in zip(self._step_sums, sums.tolist(), strict=True):
-                self._metrics["train"][name].append(value)
-        return loss
-
-    def _train_ptx(self, model: Any, step: int, micro: int) -> Tensor:
-        """Add the gradient of this rank's blocks; DDP sums it up with the one of PPO, which comes after it."""
-        assert self.ptx is not None
-        world_size = self.args.world_size
-        turn = micro * world_size + self.args.process_index
-        numbers = self.ptx.micro_batches(step, turn, self.args.gradient_accumulation_steps * world_size)
-        loss = torch.zeros((), device=self.args.device)
-        if numbers:
-            batch = self.ptx.batch(numbers, self.args.device)
-            with self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    logps_N, _, _ = self.roles.policy_logps(model, batch)
-                    loss = self.ptx.loss(logps_N, self.ptx.count_tokens(step)) * world_size
-                self.accelerator.backward(loss)
-        self._add("ptx_loss", float(loss.detach()) / self.ptx.coef / world_size)
-        return loss.detach()
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Give the critic parameter groups of its own, with its own learning rate."""
-        if self.critic is None or self.optimizer is not None:
-            return super().create_optimizer(model)
-        named = list(self.critic.named_parameters())
-        for _, parameter in named:
-            parameter.requires_grad_(False)  # some are adapters inside the policy's model
-        optimizer = super().create_optimizer(model)
-        for _, parameter in named:
-            parameter.requires_grad_(True)
-        rate = self.options.critic_learning_rate or self.args.learning_rate
-        for decay, chosen in (
-            (self.args.weight_decay, [p for _, p in named if p.ndim >= 2]),
-            (0.0, [p for _, p in named if p.ndim < 2]),
-        ):
-            if chosen:
-                optimizer.add_param_group({"params": chosen, "weight_decay": decay, "lr": rate})
-        return optimizer
-
-    def _clip_grad_norm(self, model: Any) -> Tensor:
-        """Clip policy and critic apart; return the norm of both together, for the check that it is finite."""
-        self.accelerator.unscale_gradients()
-        policy = torch.nn.utils.clip_grad_norm_(list(self._policy_parameters.values()), self.args.max_grad_norm)
-        if self.critic is None:
-            return policy
-        critic = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
-        self._metrics["train"]["critic_grad_norm"].append(float(critic))
-        return (policy**2 + critic**2) ** 0.5
-
     # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if not self.args.should_save or output_dir is None:
-            return
-        directory = Path(output_dir)
+        directory = Path(str(output_dir))
         if self.critic is not None:
             self.critic.save_state(directory)
         if self.ema is not None:
             self.ema.save(directory)
-        (directory / STATE_FILE).write_text(json.dumps(self.collector.state()) + "\n", encoding="utf-8")
+        if self.args.should_save:
+            (directory / STATE_FILE).write_text(json.dumps(self.collector.state()) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,6 +125,18 @@ def largest(value: int) -> int:
     found = torch.tensor([value], device=_device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found)
+
+
+def share_out(items: Sequence[_Value]) -> tuple[list[_Value], int]:
+    """Return this rank's part of a list and how much of it is its own.
+
+    All parts are equally long, so that sharded models keep step: the last ones are filled up with the list's end.
+    """
+    size = -(-len(items) // world_size())
+    start = rank() * size
+    return [items[min(place, len(items) - 1)] for place in range(start, start + size)], max(
+        0, min(size, len(items) - start)
+    )
 
 
 def total(values: torch.Tensor) -> torch.Tensor:

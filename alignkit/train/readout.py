@@ -10,13 +10,14 @@ the hidden size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from trl.kernels import ChunkedLogProbFunction
 
 _VOCABULARY_TILE = 8192
@@ -84,33 +85,42 @@ def pad_answers(
     )
 
 
-def install_readout(model: Any) -> None:
-    """Let `model(..., readout=batch)` return log-probs (N,), entropies (N,) and hidden states (N, H).
+Read = Callable[[Any, Tensor, Batch], Any]  # what is made of a model's hidden states
 
-    Part of the model's own forward, so that it works through the wrappers of PEFT, accelerate and DDP; without
+
+def install_readout(model: Any, read: Read | None = None) -> None:
+    """Let `model(..., readout=batch)` return `read(base, hidden states (N, H), batch)`, without it log-probs (N,),
+    entropies (N,) and hidden states; with `hidden_only=True` it returns the hidden states alone.
+
+    Part of the model's own forward, so that it works through the wrappers of PEFT, accelerate, DDP and FSDP; without
     `readout` the forward is what it was. TRL's `add_fused_lm_head` does the same and scores prompts too.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     original = base.forward
 
     @functools.wraps(type(base).forward)  # `generate` looks at the signature
-    def forward(*args: Any, readout: Batch | None = None, **kwargs: Any) -> Any:
+    def forward(*args: Any, readout: Batch | None = None, hidden_only: bool = False, **kwargs: Any) -> Any:
         if readout is None:
             return original(*args, **kwargs)
-        hidden_NH = hidden_states(base, readout, **kwargs)
-        logps_N, entropy_N = _token_logps(base, hidden_NH, readout)
-        return logps_N, entropy_N, hidden_NH
+        hidden_NH = _hidden_states(base, readout, **kwargs)
+        return hidden_NH if hidden_only else (read or _read_logps)(base, hidden_NH, readout)
 
     base.forward = forward
 
 
-def hidden_states(base: Any, batch: Batch, **kwargs: Any) -> Tensor:
+def read_out(model: Any, batch: Batch, **kwargs: Any) -> Any:
+    """Call a model that has a readout; `model` may be its wrapper."""
+    return model(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, readout=batch, **kwargs)
+
+
+def _hidden_states(base: Any, batch: Batch, **kwargs: Any) -> Tensor:
     """Return the trunk's last hidden state before every answer token, (N, H)."""
-    kwargs.setdefault("input_ids", batch.input_ids_BL)
-    kwargs.setdefault("attention_mask", batch.attention_mask_BL)
-    kwargs["use_cache"] = False
-    hidden_BLH = base.base_model(**kwargs).last_hidden_state
+    hidden_BLH = base.base_model(**(kwargs | {"use_cache": False})).last_hidden_state
     return hidden_BLH[batch.rows_N.to(hidden_BLH.device), batch.columns_N.to(hidden_BLH.device)]
+
+
+def _read_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_token_logps(base, hidden_NH, batch), hidden_NH)
 
 
 def _token_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -136,11 +146,13 @@ def _token_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, Te
 def _fold_logits(base: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     config = base.config.get_text_config()
     head = base.get_output_embeddings()
+    # FSDP gives a layer its whole weights in that layer's own forward, which is not called here.
+    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
     logps_N, entropy_N, *_ = ChunkedLogProbFunction.apply(
-        hidden_NH.to(head.weight.device),
-        head.weight,
-        head.bias,
-        targets_N.to(head.weight.device),
+        hidden_NH.to(weight.device),
+        weight,
+        bias,
+        targets_N.to(weight.device),
         temperature,
         _VOCABULARY_TILE,
         getattr(config, "final_logit_softcapping", None),

@@ -43,10 +43,10 @@ class ModelReward:
                     f"has {len(ids)}; lower max_new_tokens, leave out long prompts, or take another reward"
                 )
         gain, bias = self._norm
+        mine, num_own = ranks.share_out(range(len(sequences)))
+        found_M = self._score_ids([sequences[number] for number in mine]).float().cpu()
         scores_B = torch.zeros(len(sequences))
-        mine = range(ranks.rank(), len(sequences), ranks.world_size())  # each rank scores its share
-        if mine:
-            scores_B[list(mine)] = self._score_ids([sequences[number] for number in mine]).float().cpu()
+        scores_B[mine[:num_own]] = found_M[:num_own]
         scores_B = ranks.total(scores_B)
         return scores_B if self._norm == (1.0, 0.0) else gain * scores_B + bias
 

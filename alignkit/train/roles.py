@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from alignkit.models.files import ModelFiles, find_model_dir, fingerprint_weight
 from alignkit.models.load import Loaded, load_reference
 from alignkit.models.parameters import describe_parameters
 from alignkit.models.start import find_base
-from alignkit.train.readout import Batch, install_readout, pad_answers
+from alignkit.train.readout import Batch, install_readout, pad_answers, read_out
 
 _DROPOUT_RATES = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout", "activation_dropout")
 REWARD, CRITIC = "reward", "critic"  # adapter names beside those of the models room
@@ -80,9 +80,7 @@ class Roles:
 
     def policy_logps(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probs (N,), entropies (N,) and hidden states (N, H) of the policy; `model` may be its wrapper."""
-        logps_N, entropy_N, hidden_NH = model(
-            input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, readout=batch
-        )
+        logps_N, entropy_N, hidden_NH = read_out(model, batch)
         return logps_N, entropy_N, hidden_NH
 
     @torch.no_grad()
@@ -99,6 +97,12 @@ class Roles:
         assert self.switch is not None
         with self.switch.acting(names):
             yield
+
+    def hidden_states(self, batch: Batch, adapters: Sequence[str]) -> Tensor:
+        """Return the shared base's hidden states with these adapters acting, (N, H)."""
+        with self.act_as(adapters):
+            hidden_NH: Tensor = read_out(self.policy, batch, hidden_only=True)
+        return hidden_NH
 
     def trunk(self) -> Any:
         """Return the shared base: a causal language model without its adapters' wrapper."""
@@ -134,17 +138,13 @@ class Roles:
         """Return the reward adapter's raw score of whole token sequences, (B,) float32 on the CPU."""
         assert self.reward_head is not None
         scores: list[Tensor] = []
-        base = self.trunk()
         for start in range(0, len(sequences), batch_size):
             part = sequences[start : start + batch_size]
             # The last token is the "answer", and the score is read at it, not before it.
             batch = pad_answers(
-                [ids[:-1] for ids in part], [ids[-1:] for ids in part], pad_id=pad_id, device=base.device
+                [ids[:-1] for ids in part], [ids[-1:] for ids in part], pad_id=pad_id, device=self.policy.device
             )
-            with self.act_as((REWARD,)):
-                hidden_BH = base.base_model(
-                    input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False
-                ).last_hidden_state[batch.rows_N, batch.columns_N + 1]
+            hidden_BH = self.hidden_states(replace(batch, columns_N=batch.columns_N + 1), (REWARD,))
             scores.append(self.reward_head(hidden_BH.to(self.reward_head.weight.dtype)).squeeze(-1).float().cpu())
         return torch.cat(scores)
 

@@ -15,6 +15,7 @@ from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines
 from alignkit.train import ranks
 from alignkit.train.built import Built
+from alignkit.train.shards import gathered_root
 
 
 def write_samples(stage: Stage, built: Built, samples: JsonLines, *, step: int, when: str) -> None:
@@ -46,13 +47,14 @@ def _answer(built: Built, rows: Sequence[Row], *, max_new_tokens: int) -> list[d
     tokenizer = built.chat.tokenizer
     prompts = [_prompt_of(row) for row in rows]
     ids = built.chat.encode_prompts(prompts)
-    answers = generate_greedy(
-        built.trainer.model,
-        ids,
-        max_new_tokens=max_new_tokens,
-        eos_ids=built.chat.stop_ids,
-        pad_id=tokenizer.pad_token_id,
-    )
+    with gathered_root(built.trainer.model):
+        answers = generate_greedy(
+            built.trainer.model,
+            ids,
+            max_new_tokens=max_new_tokens,
+            eos_ids=built.chat.stop_ids,
+            pad_id=tokenizer.pad_token_id,
+        )
     fields = [
         {"prompt": prompt, "answer": tokenizer.decode(answer, skip_special_tokens=True)}
         | ({"reference": _reference_of(row)} if row.completions else {})

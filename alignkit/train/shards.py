@@ -6,7 +6,8 @@ business. What DeepSpeed holds is asked of `zero`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from alignkit.models.adapters import TRAINED
 from alignkit.models.probe import take_probe
@@ -84,6 +86,23 @@ def gather_model(trainer: Any) -> dict[str, torch.Tensor] | None:
     return state if is_main() else None
 
 
+def gather(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
+    """Return tensors whole and on the CPU, on other ranks than 0 None; all ranks must call it with the same names."""
+    state = {name: _to_main(tensor.detach()) for name, tensor in named}
+    return {name: tensor.contiguous() for name, tensor in state.items()} if is_main() else None
+
+
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale gradients to a total norm of at most `max_norm` and return what it was; some may be sharded, some whole."""
+    given = [parameter for parameter in parameters if parameter.grad is not None]
+    groups = [[p for p in given if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
+    norms = [whole(get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups if group]
+    total = torch.stack(norms).norm() if norms else torch.zeros(())
+    for group in groups:
+        clip_grads_with_norm_(group, max_norm, total)
+    return total
+
+
 def gather_optimizer(trainer: Any) -> dict[str, Any] | None:
     """Return the optimizer's state as a single process has it, on the CPU; on other ranks than 0 None."""
     if trainer.is_deepspeed_enabled:
@@ -133,6 +152,16 @@ def reshard(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def gathered_root(model: torch.nn.Module) -> Iterator[None]:
+    """Hold whole what lies outside a sharded model's layers; `generate` of an adapted model passes by its forward."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    yield
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.recipe import Recipe, resolve
+from alignkit.errors import RecipeError
+from alignkit.recipe import Recipe, load_recipe, resolve
 from alignkit.recipe.schema import PpoOptions
 
 Load = Callable[..., Recipe]
@@ -196,3 +197,15 @@ def test_a_path_of_ptx_is_found_beside_the_recipe(load: Load, directory: Path) -
     (directory / "text.txt").write_text("a\n")
     ptx = options_of(load, "ptx: {data: text.txt, coef: 1}").ptx
     assert ptx is not None and ptx.data[0].path == str(directory / "text.txt")
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_strategy_that_ppo_does_not_run_under_is_refused(strategy: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"name: t\nmodel: {{path: builtin:tiny-llama}}\nlaunch: {{strategy: {strategy}, processes: 2}}\n"
+        "ppo: {data: builtin:prompts, reward: builtin:true-reward}\n"
+    )
+    expected = rf"r.yaml:3: launch.strategy is {strategy}, which ppo .ppo. does not run under"
+    with pytest.raises(RecipeError, match=expected):
+        resolve(load_recipe(path), "ppo")

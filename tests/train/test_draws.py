@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from alignkit.train.draws import InverseTransform, draw_uniforms, in_batches, share_out
+from alignkit.train import ranks
+from alignkit.train.draws import InverseTransform, draw_uniforms, in_batches
 
 
 def test_tokens_come_with_the_probabilities_of_the_softmax_at_the_temperature() -> None:
@@ -36,10 +38,18 @@ def test_an_answer_draws_the_same_in_any_batch() -> None:
     assert not torch.equal(uniforms, draw_uniforms((7, 0, 4), 6, 4))
 
 
-def test_ranks_share_numbers_in_parts_of_one_size() -> None:
-    assert [share_out(range(7), rank=rank, world_size=3) for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
-    assert [share_out(range(1), rank=rank, world_size=2) for rank in range(2)] == [[0], [0]]
-    assert share_out(range(4), rank=0, world_size=1) == [0, 1, 2, 3]
+def test_ranks_share_a_list_in_parts_of_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(count: int, world_size: int) -> list[tuple[list[int], int]]:
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        found = []
+        for rank in range(world_size):
+            monkeypatch.setenv("RANK", str(rank))
+            found.append(ranks.share_out(range(count)))
+        return found
+
+    assert shares(7, 3) == [([0, 1, 2], 3), ([3, 4, 5], 3), ([6, 6, 6], 1)]
+    assert shares(1, 2) == [([0], 1), ([0], 0)]
+    assert shares(4, 1) == [([0, 1, 2, 3], 4)]
 
 
 def test_answers_come_back_in_the_order_of_their_prompts() -> None:

@@ -1,4 +1,7 @@
-"""PPO on two processes: the curve, the answers and the weights of one process, and checkpoints that both can read."""
+"""PPO on two processes, with DDP and with FSDP: the curve, the answers and the weights of one process.
+
+And checkpoints that all of them can read.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from ranked_runs import largest_difference, outcome, start, weight_difference
+from safetensors.torch import load_file
 
 STEPS = 8  # of four rollouts
 RM = (
@@ -19,6 +23,11 @@ PPO = (
     f"ppo_epochs: 2, max_steps: {STEPS}, learning_rate: 1e-3, logging_steps: 1, save_steps: 4, "
     "samples: {num: 2, max_new_tokens: 6}, reward: rm, gold: builtin:true-reward"
 )
+RESUMES = [
+    # from, to, kind
+    ("one", "ddp", "full"), ("ddp", "ddp", "full"), ("one", "fsdp", "lora"), ("fsdp", "fsdp", "full"),
+    ("fsdp", "one", "head"), ("ddp", "one", "lora"),
+]  # fmt: skip
 LORA = "lora: {r: 4, alpha: 8}\n"
 KINDS = {
     # name: what is said at the top, and more keys of the stage
@@ -54,7 +63,7 @@ def write_recipe(directory: Path, name: str, top: str, keys: str) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ppo_ranks")
     (directory / "counting.py").write_text(FUNCTIONS)
-    jobs: dict[str, list[dict[str, object]]] = {"one": [], "ddp": []}
+    jobs: dict[str, list[dict[str, object]]] = {"one": [], "ddp": [], "fsdp": []}
     for strategy, found in jobs.items():
         for name, (top, keys) in KINDS.items():
             recipe = str(write_recipe(directory, name, top, keys))
@@ -66,44 +75,58 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job = {"recipe": recipe, "stage": "ppo", "out": str(directory / strategy / name), "trust_code": True}
             found.append(job | ({} if "reward: {" in KINDS[name][1] else {"set": more}))
     full = f"ppo.reward={directory / 'runs-full' / 'rm'}"
-    for before, after in (("one", "ddp"), ("ddp", "ddp")):
+    lora = f"ppo.reward={directory / 'runs-lora' / 'rm'}"
+    for before, after, name in RESUMES:
         jobs[after].append({
-            "recipe": str(directory / "full.yaml"), "stage": "ppo", "out": str(directory / f"{before}-to-{after}"),
-            "from": str(directory / before / "full"), "step": 4, "set": [full],
+            "recipe": str(directory / f"{name}.yaml"), "stage": "ppo", "step": 4,
+            "out": str(directory / f"{before}-to-{after}" / name), "from": str(directory / before / name),
+            "set": [lora if name == "lora" else full],
         })  # fmt: skip
     failing = str(write_recipe(directory, "failing", "", FAILING))
     jobs["ddp"].append({"recipe": failing, "stage": "ppo", "out": str(directory / "failing"), "trust_code": True})
+    later = [job for job in jobs["one"] if "from" in job]
+    jobs["one"] = [job for job in jobs["one"] if "from" not in job]
     for strategy, found in jobs.items():
         start(directory, strategy, found)
-        if strategy == "one":
-            shutil.move(directory / "calls.txt", directory / "calls-one.txt")
+        shutil.move(directory / "calls.txt", directory / f"calls-{strategy}.txt")
+    start(directory, "one", later)
     return directory
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", KINDS)
-def test_two_processes_have_the_curve_the_answers_and_the_weights_of_one(name: str, runs: Path) -> None:
-    one, two = runs / "one" / name, runs / "ddp" / name
+def test_two_processes_have_the_curve_the_answers_and_the_weights_of_one(name: str, strategy: str, runs: Path) -> None:
+    one, two = runs / "one" / name, runs / strategy / name
     found = largest_difference(one, two)
     worst = max(found, key=lambda metric: found[metric])
     weights = weight_difference(one, two)
-    print(f"{name:10} reward {found['reward']:.1e} loss {found['loss']:.1e} weights {weights:.1e} "
+    print(f"{name:10} {strategy} reward {found['reward']:.1e} loss {found['loss']:.1e} weights {weights:.1e} "
           f"worst {worst} {found[worst]:.1e}")  # fmt: skip
     assert max(found.values()) < 1e-3 and found["response_length"] == 0 and found["num_tokens"] == 0, found
-    assert weights < 1e-4
+    assert weights < 1e-4 and critic_difference(one, two) < 1e-4
     rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
-    rewards = {row["reward"] for row in rows if "reward" in row}
-    assert len(rewards) > 1  # a curve
+    assert len({row["reward"] for row in rows if "reward" in row}) > 1  # a curve
     assert (one / "samples.jsonl").read_text().count("\n") == (two / "samples.jsonl").read_text().count("\n") > 0
 
 
-@pytest.mark.parametrize("before", ["one", "ddp"])
-def test_a_run_goes_on_with_two_processes(before: str, runs: Path) -> None:
-    difference = weight_difference(runs / before / "full", runs / f"{before}-to-ddp")
-    assert difference < 1e-4 and (before == "one" or difference == 0)
+def critic_difference(one: Path, two: Path) -> float:
+    files = [sorted((run / "model" / "critic").glob("*.safetensors")) for run in (one, two)]
+    assert len(files[0]) == len(files[1])
+    first, second = ({k: v for file in found for k, v in load_file(file).items()} for found in files)
+    assert first.keys() == second.keys()
+    return max((float((first[name] - second[name]).abs().max()) for name in first), default=0.0)
 
 
-def test_a_reward_function_is_called_once_for_all_processes(runs: Path) -> None:
-    assert (runs / "calls.txt").read_text() == (runs / "calls-one.txt").read_text() != ""
+@pytest.mark.parametrize(("before", "after", "name"), RESUMES)
+def test_a_run_goes_on_with_other_processes(before: str, after: str, name: str, runs: Path) -> None:
+    whole, resumed = runs / before / name, runs / f"{before}-to-{after}" / name
+    difference = max(weight_difference(whole, resumed), critic_difference(whole, resumed))
+    assert difference < 1e-4 and (before != after or difference == 0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_reward_function_is_called_once_for_all_processes(strategy: str, runs: Path) -> None:
+    assert (runs / f"calls-{strategy}.txt").read_text() == (runs / "calls-one.txt").read_text() != ""
 
 
 def test_the_error_of_a_reward_function_is_told_once(runs: Path) -> None:
