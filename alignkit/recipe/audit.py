@@ -348,8 +348,8 @@ def _launch(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]
     if strategy in ("zero2", "zero3") and ppo:
         yield (
             "launch.strategy",
-            f"is {strategy}, which ppo ({ppo[0]}) does not run under; fsdp shards its models, and with ddp and lora: its "
-            "four roles share one base on every device",
+            f"is {strategy}, which ppo ({ppo[0]}) does not run under; fsdp shards its models, and with ddp and lora: "
+            "its four roles share one base on every device",
         )
     if launch.get("device") == "mps" and (launch.get("processes", 1) != 1 or launch.get("nodes", 1) != 1):
         yield "launch.device", "is mps, which runs one process; set launch.processes: 1"
