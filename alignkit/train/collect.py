@@ -33,7 +33,7 @@ from alignkit.train.experience import (
     prompt_numbers,
     sort_steps,
 )
-from alignkit.train.monitors import HackingMonitor, KlTooLarge, require_finite_scores
+from alignkit.train.monitors import HackingMonitor, KlTooLarge, judge_first, require_finite_scores
 from alignkit.train.ppo_math import KlController, masked_mean
 from alignkit.train.prompts import join_columns
 from alignkit.train.readout import Sampling, pad_answers
@@ -159,8 +159,8 @@ class Collector:
         self.controller.update(kl, len(rollout))
         if self.options.max_kl is not None and kl > self.options.max_kl:
             raise KlTooLarge(kl, step)
-        warning = self.monitor.look(experience.metrics)
-        if warning is not None:
+        first = judge_first(self.options, rollout.ended, experience.scores_R.tolist()) if number == 0 else None
+        for warning in filter(None, (first, self.monitor.look(experience.metrics))):
             console.warn(f"{self.name}: {warning}")
         return experience
 

@@ -32,6 +32,7 @@ class Experience:
     """A rollout with what PPO needs of it; tensors lie on the CPU, in float32."""
 
     rollout: Rollout
+    scores_R: Tensor
     mask_RT: Tensor
     logps_RT: Tensor
     ref_logps_RT: Tensor
@@ -73,7 +74,7 @@ def make_experience(
     # The baseline of rloo and the z-score of grpo are their own scale.
     if options.whiten_advantages and options.advantage in ("gae", "reinforce"):
         advantages_RT = whiten(advantages_RT, mask_RT)
-    return Experience(rollout, mask_RT, logps_RT, ref_logps_RT, values_RT, advantages_RT, returns_RT, metrics)
+    return Experience(rollout, scores_R, mask_RT, logps_RT, ref_logps_RT, values_RT, advantages_RT, returns_RT, metrics)
 
 
 def finish_scores(

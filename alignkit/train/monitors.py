@@ -6,10 +6,12 @@ It looks at numbers only and changes nothing.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from alignkit.errors import NonFiniteError
+from alignkit.recipe.schema import PpoOptions
 
 _WINDOW = 4  # rollouts compared: the first ones with the latest ones
 _LONGER = 1.5  # times the length at the start
@@ -64,6 +66,25 @@ class HackingMonitor:
         """Take over what `to_dict` gave."""
         self.start, self.said = list(state["start"]), bool(state["said"])
         self.latest = deque(state["latest"], maxlen=_WINDOW)
+
+
+def judge_first(options: PpoOptions, ended: Sequence[bool], scores: Sequence[float]) -> str | None:
+    """Return what is wrong with the first rollout where nothing can be learnt from it; `scores` are final."""
+    if not any(ended):
+        end = (
+            "without the token of truncate"
+            if options.truncate
+            else f"cut off at max_new_tokens ({options.max_new_tokens})"
+        )
+        rule = options.missing_eos
+        replaced = f", and missing_eos gives each the score {rule.score:g}" if rule and rule.score is not None else ""
+        return (
+            f"all {len(ended)} answers of the first rollout are {end}{replaced}; raise max_new_tokens, or start from a "
+            "model that ends its answers"
+        )
+    if len(scores) > 1 and len(set(scores)) == 1:
+        return f"all {len(scores)} answers of the first rollout have the reward {scores[0]:g}: nothing tells them apart"
+    return None
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -71,8 +71,6 @@ class Ppo(Guarded, GRPOTrainer):
         if self.ema is not None:
             self.add_callback(AfterStep(self.ema))
 
-    # ---- the order of things ----
-
     def get_train_dataloader(self) -> DataLoader[dict[str, int]]:
         count = self.args.max_steps * self.args.gradient_accumulation_steps
         return DataLoader(Turns(count), batch_size=1, shuffle=False, collate_fn=lambda rows: rows[0])
@@ -109,7 +107,7 @@ class Ppo(Guarded, GRPOTrainer):
         return answers
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return this rank's micro batch of a turn, sampling its rollout first where it is the rollout's first turn."""
+        """Return this rank's micro batch of a turn, at a rollout's first turn after sampling it."""
         accumulate = self.args.gradient_accumulation_steps
         step, micro = divmod(inputs["turn"], accumulate)
         number, place = divmod(step, self._steps_per_rollout)

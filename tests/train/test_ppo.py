@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from alignkit.runs import checkpoints
 from alignkit.runs.layout import RunDir
 from alignkit.train import ppo
 from alignkit.train.experience import answer_order, finish_scores, measure_norm, prompt_numbers, sort_steps
-from alignkit.train.monitors import HackingMonitor
+from alignkit.train.monitors import HackingMonitor, judge_first
 from alignkit.train.readout import Sampling, pad_answers
 from alignkit.train.rollout import Truncation, cut_answer, repetition
 
@@ -398,3 +399,20 @@ def test_a_reward_that_rises_with_repetition_is_flagged_once() -> None:
     again.restore(json.loads(json.dumps(monitor.to_dict())))
     assert again == monitor
     assert not any(HackingMonitor().look({**fine, "reward": float(n)}) for n in range(12))
+
+
+@pytest.mark.parametrize(
+    ("ended", "scores", "extra", "expected"),
+    [
+        ([False, False], [-1.0, -1.0], {"missing_eos": MissingEos(score=-1)}, "all 2 answers.*max_new_tokens.*score -1"),
+        ([False, False], [0.0, 1.0], {}, "all 2 answers of the first rollout are cut off at max_new_tokens .64.; raise"),
+        ([True, False], [2.0, 2.0], {}, "all 2 answers of the first rollout have the reward 2: nothing tells"),
+        ([True, False], [2.0, 3.0], {}, None),
+    ],
+)
+def test_a_first_rollout_that_teaches_nothing_is_named(
+    ended: list[bool], scores: list[float], extra: dict[str, Any], expected: str | None
+) -> None:
+    options = PpoOptions(reward=[{"model": "builtin:true-reward"}], data=["builtin:prompts"], **extra)
+    found = judge_first(options, ended, scores)
+    assert (found is None) if expected is None else (found is not None and re.search(expected, found))
