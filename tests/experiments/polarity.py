@@ -141,14 +141,14 @@ def run_stage(folder: Path, *arguments: str) -> None:
         sys.exit(f"alignkit {' '.join(arguments)} failed in {folder}:\n{log.read_text()[-2000:]}")
 
 
-def answer(model_dir: Path, prompts: list[str], *, tokenizer_dir: Path | None = None) -> list[str]:
+def answer(model_dir: Path, prompts: list[str], *, tokenizer_dir: Path | None = None, seed: int = 0) -> list[str]:
     """Sample 24 tokens after each prompt at temperature 1, the same random numbers for every model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir, padding_side="left")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     out = model.generate(
         **batch, do_sample=True, top_k=0, max_new_tokens=24, min_new_tokens=24, eos_token_id=0, pad_token_id=1
