@@ -1,7 +1,8 @@
 """PPO side by side with the last PPOTrainer that TRL had, trl 1.12's experimental one, in its own environment.
 
 A 13 M GPT-2, 128 episodes, batches of 16, 4 epochs, 32 new tokens, one thread. Training alone is timed, on the wall and
-in the processor's seconds, which a busy machine does not stretch; the peak is the whole process's.
+in the processor's seconds, which a busy machine stretches less; the peak is the whole process's. Both sides compute the
+16 answers of a step PPO_BENCH_MICRO at a time: all of them unless told otherwise.
 Make the other environment once, or name one with TRL112_PYTHON or --trl:
 
     python3 -m venv .venv-trl112 && .venv-trl112/bin/pip install torch==2.13.0
@@ -27,6 +28,7 @@ from table import Row
 OTHER_PYTHON = Path(os.environ.get("TRL112_PYTHON", Path(__file__).parents[2] / ".venv-trl112/bin/python"))
 EPISODES = int(os.environ.get("PPO_BENCH_EPISODES", "128"))
 BATCH, EPOCHS, NEW_TOKENS = 16, 4, 32
+MICRO_BATCH = int(os.environ.get("PPO_BENCH_MICRO", str(BATCH)))
 # name -> (lora section, keys of the ppo stage); the first has TRL's four models, the others share.
 OURS = {
     "four models": ("", "reward: ./reward\n  value_init: reward"),
@@ -48,7 +50,7 @@ ppo:
   data: {{path: builtin:prompts, max_rows: 128}}
   {keys}
   batch_size: {batch}
-  micro_batch_size: {batch}
+  micro_batch_size: {micro}
   ppo_epochs: {epochs}
   max_new_tokens: {tokens}
   total_episodes: {episodes}
@@ -90,7 +92,15 @@ def prepare(directory: Path) -> None:
     for name, (lora, keys) in OURS.items():
         path = directory / f"{name}.yaml"
         path.write_text(
-            RECIPE.format(lora=lora, keys=keys, batch=BATCH, epochs=EPOCHS, tokens=NEW_TOKENS, episodes=EPISODES)
+            RECIPE.format(
+                lora=lora,
+                keys=keys,
+                batch=BATCH,
+                micro=MICRO_BATCH,
+                epochs=EPOCHS,
+                tokens=NEW_TOKENS,
+                episodes=EPISODES,
+            )  # fmt: skip
         )
     launch_stage(resolve(load_recipe(directory / "one base, critic head.yaml"), "rm"))
     from alignkit.data import DataReport, Rejects, read_rows
@@ -135,8 +145,8 @@ def train_theirs(directory: Path) -> tuple[float, float]:
     tokenizer = AutoTokenizer.from_pretrained(directory / "policy", padding_side="left")
     config = PPOConfig(
         output_dir=str(directory / f"theirs-{os.getpid()}"),
-        total_episodes=EPISODES, per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, num_mini_batches=1,
-        num_ppo_epochs=EPOCHS, response_length=NEW_TOKENS, local_rollout_forward_batch_size=BATCH, temperature=1.0,
+        total_episodes=EPISODES, per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=BATCH // MICRO_BATCH, num_mini_batches=1,
+        num_ppo_epochs=EPOCHS, response_length=NEW_TOKENS, local_rollout_forward_batch_size=MICRO_BATCH, temperature=1.0,
         learning_rate=3e-6, lr_scheduler_type="constant", kl_coef=0.05, stop_token="eos", num_sample_generations=0,
         use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", seed=0,
     )  # fmt: skip

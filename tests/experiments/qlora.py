@@ -5,8 +5,8 @@
 Rise: the GPT-2 of `sentiment.py` (0.3 M parameters), quantised to nf4, with adapters for policy, reward and critic on
 that one base; the reward is an rm stage trained on pairs of the model's own answers that the reward classifier ranked,
 the judge the classifier of the other half. Memory: a GPT-2 of 86 M parameters with random weights, one rollout of 8
-answers of 16 tokens and two epochs, each variant in fresh processes; the peak is the whole process's, its libraries
-included.
+answers of 16 tokens and two epochs, two answers at a time so that weights outweigh activations; each variant in fresh
+processes, the peak is the whole process's, its libraries included.
 
 Criteria: over 3 seeds both the reward and the judge rise by more than their 95 % t interval (mean of the last five
 rollouts less that of the first five); the SHA-256 of every tensor of the base, its quantisation constants included, is
@@ -66,7 +66,7 @@ ppo:
   reward: {reward}
   value_init: reward
   batch_size: 8
-  micro_batch_size: 8
+  micro_batch_size: 2
   ppo_epochs: 2
   max_new_tokens: 16
   total_episodes: 8
