@@ -145,8 +145,9 @@ def train_theirs(directory: Path) -> tuple[float, float]:
     tokenizer = AutoTokenizer.from_pretrained(directory / "policy", padding_side="left")
     config = PPOConfig(
         output_dir=str(directory / f"theirs-{os.getpid()}"),
-        total_episodes=EPISODES, per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=BATCH // MICRO_BATCH, num_mini_batches=1,
-        num_ppo_epochs=EPOCHS, response_length=NEW_TOKENS, local_rollout_forward_batch_size=MICRO_BATCH, temperature=1.0,
+        total_episodes=EPISODES, per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=BATCH // MICRO_BATCH, num_mini_batches=1, num_ppo_epochs=EPOCHS,
+        response_length=NEW_TOKENS, local_rollout_forward_batch_size=MICRO_BATCH, temperature=1.0,
         learning_rate=3e-6, lr_scheduler_type="constant", kl_coef=0.05, stop_token="eos", num_sample_generations=0,
         use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", seed=0,
     )  # fmt: skip
