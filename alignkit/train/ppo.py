@@ -18,6 +18,7 @@ from alignkit import console
 from alignkit.data import Rejects
 from alignkit.errors import RecipeError
 from alignkit.models.chat import Chat
+from alignkit.models.context import context_length
 from alignkit.models.files import find_model_dir, is_builtin
 from alignkit.models.load import Loaded, load_policy
 from alignkit.models.tokens import load_tokenizer
@@ -46,6 +47,8 @@ from alignkit.train.rewards import build_rewards
 from alignkit.train.roles import Part, Roles, build_roles, find_reward_on_base, list_parts
 from alignkit.train.rollout import Truncation
 from alignkit.train.tables import Tables, prepare_tables
+
+_LONGEST_PTX_BLOCK = 1024  # tokens, as those of an sft stage with objective: lm
 
 
 def build(stage: Stage, run: RunDir) -> Built:
@@ -254,7 +257,12 @@ def _build_ptx(stage: Stage, chat: Chat, run: RunDir, pad_id: int) -> tuple[Ptx 
     options = stage.expect(PpoOptions)
     if options.ptx is None:
         return None, None
-    as_sft = replace(stage, options=SftOptions(data=options.ptx.data, objective="lm"))
+    block = min(_LONGEST_PTX_BLOCK, context_length(stage) or _LONGEST_PTX_BLOCK)
+    as_sft = replace(
+        stage,
+        options=SftOptions(data=options.ptx.data, objective="lm"),
+        trainer={**stage.trainer, "max_length": block},
+    )
     tables: Tables = prepare_tables(as_sft, chat, run.cache / "ptx", rejects=Rejects())
     size = options.ptx.batch_size or options.batch_size
     return Ptx(tables.train, options.ptx.coef, size, stage.seed, pad_id), tables.report.fingerprint

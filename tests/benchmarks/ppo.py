@@ -1,11 +1,13 @@
 """PPO side by side with the last PPOTrainer that TRL had, trl 1.12's experimental one, in its own environment.
 
 A 13 M GPT-2, 128 episodes, batches of 16, 4 epochs, 32 new tokens, one thread. Training alone is timed, on the wall and
-in the processor's seconds, which a busy machine does not stretch; the peak is the whole process's.
-Make the other environment once:
+in the processor's seconds, which a busy machine stretches less; the peak is the whole process's. Both sides compute the
+16 answers of a step PPO_BENCH_MICRO at a time: all of them unless told otherwise.
+Make the other environment once, or name one with TRL112_PYTHON or --trl:
 
-    python3 -m venv /tmp/trl112 && /tmp/trl112/bin/pip install torch==2.13.0 && /tmp/trl112/bin/pip install trl==1.12.0
-    python tests/benchmarks/ppo.py --trl /tmp/trl112/bin/python [--runs 3]
+    python3 -m venv .venv-trl112 && .venv-trl112/bin/pip install torch==2.13.0
+    .venv-trl112/bin/pip install trl==1.12.0
+    python tests/benchmarks/ppo.py [--trl PYTHON] [--runs 3] [--only "one base, critic head"]
 """
 
 from __future__ import annotations
@@ -13,16 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from table import Row
+
+OTHER_PYTHON = Path(os.environ.get("TRL112_PYTHON", Path(__file__).parents[2] / ".venv-trl112/bin/python"))
 EPISODES = int(os.environ.get("PPO_BENCH_EPISODES", "128"))
 BATCH, EPOCHS, NEW_TOKENS = 16, 4, 32
+MICRO_BATCH = int(os.environ.get("PPO_BENCH_MICRO", str(BATCH)))
 # name -> (lora section, keys of the ppo stage); the first has TRL's four models, the others share.
 OURS = {
     "four models": ("", "reward: ./reward\n  value_init: reward"),
@@ -44,7 +50,7 @@ ppo:
   data: {{path: builtin:prompts, max_rows: 128}}
   {keys}
   batch_size: {batch}
-  micro_batch_size: {batch}
+  micro_batch_size: {micro}
   ppo_epochs: {epochs}
   max_new_tokens: {tokens}
   total_episodes: {episodes}
@@ -86,7 +92,15 @@ def prepare(directory: Path) -> None:
     for name, (lora, keys) in OURS.items():
         path = directory / f"{name}.yaml"
         path.write_text(
-            RECIPE.format(lora=lora, keys=keys, batch=BATCH, epochs=EPOCHS, tokens=NEW_TOKENS, episodes=EPISODES)
+            RECIPE.format(
+                lora=lora,
+                keys=keys,
+                batch=BATCH,
+                micro=MICRO_BATCH,
+                epochs=EPOCHS,
+                tokens=NEW_TOKENS,
+                episodes=EPISODES,
+            )  # fmt: skip
         )
     launch_stage(resolve(load_recipe(directory / "one base, critic head.yaml"), "rm"))
     from alignkit.data import DataReport, Rejects, read_rows
@@ -131,8 +145,9 @@ def train_theirs(directory: Path) -> tuple[float, float]:
     tokenizer = AutoTokenizer.from_pretrained(directory / "policy", padding_side="left")
     config = PPOConfig(
         output_dir=str(directory / f"theirs-{os.getpid()}"),
-        total_episodes=EPISODES, per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, num_mini_batches=1,
-        num_ppo_epochs=EPOCHS, response_length=NEW_TOKENS, local_rollout_forward_batch_size=BATCH, temperature=1.0,
+        total_episodes=EPISODES, per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=BATCH // MICRO_BATCH, num_mini_batches=1, num_ppo_epochs=EPOCHS,
+        response_length=NEW_TOKENS, local_rollout_forward_batch_size=MICRO_BATCH, temperature=1.0,
         learning_rate=3e-6, lr_scheduler_type="constant", kl_coef=0.05, stop_token="eos", num_sample_generations=0,
         use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", seed=0,
     )  # fmt: skip
@@ -153,50 +168,83 @@ def train_theirs(directory: Path) -> tuple[float, float]:
     return ended[0] - began[0], ended[1] - began[1]
 
 
+def peak_megabytes() -> float:
+    """Return the most memory of this process; `ru_maxrss` would be the parent's where that held more (vfork)."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 def worker(name: str, directory: Path) -> None:
     os.chdir(directory)
     wall, processor = train_theirs(directory) if name == "trl" else train_ours(directory / f"{name}.yaml")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    result = {"wall": EPISODES / wall, "processor": EPISODES / processor, "peak_megabytes": peak}
+    result = {"wall": EPISODES / wall, "processor": EPISODES / processor, "peak_megabytes": peak_megabytes()}
     print("RESULT " + json.dumps(result))
+
+
+def measure(directory: Path, *, runs: int, python: str, names: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+    """Train with each in fresh processes, in turn; return what each round measured."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    before = os.getcwd()
+    os.chdir(directory)
+    prepare(directory)
+    os.chdir(before)
+    for number in range(runs):
+        for name in found:
+            variables = {**os.environ, **quiet}
+            if name == "trl":
+                variables.pop("PYTHONPATH", None)
+            arguments = [python if name == "trl" else sys.executable, __file__, "--worker", name, str(directory)]
+            done = subprocess.run(arguments, env=variables, capture_output=True, text=True)
+            line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+            if line is None:
+                raise RuntimeError(f"{name} failed:\n{done.stderr[-4000:]}")
+            found[name].append(json.loads(line.removeprefix("RESULT ")))
+            print(f"  {number} {name}: {line}", file=sys.stderr, flush=True)
+    return found
+
+
+def compare(found: dict[str, list[dict[str, float]]], name: str, key: str) -> tuple[float, float, float]:
+    """Return our median, TRL's median, and the median over rounds of ours by theirs."""
+    ours, theirs = [row[key] for row in found[name]], [row[key] for row in found["trl"]]
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    return statistics.median(ours), statistics.median(theirs), statistics.median(ratios)
+
+
+def measure_ppo(directory: Path, *, runs: int) -> list[Row]:
+    """Return the rows of the table: episodes per second and peak memory of each variant beside TRL 1.12."""
+    found = measure(directory, runs=runs, python=str(OTHER_PYTHON), names=("trl", *OURS))
+    against, rows = "trl 1.12's PPOTrainer", []
+    for name in OURS:
+        mine, other, ratio = compare(found, name, "wall")
+        what = f"ppo 12.9 M, {name}"
+        rows.append(Row(what, f"{mine:.2f} episodes/s", f"{other:.2f} episodes/s", against, ratio, ">= 1.5"))
+        mine, other, ratio = compare(found, name, "peak_megabytes")
+        bar = "<= 0.6" if name.startswith("one base") else ""
+        rows.append(Row(f"{what}, peak memory", f"{mine:,.0f} MiB", f"{other:,.0f} MiB", against, ratio, bar))
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl", default="/tmp/trl112/bin/python", help="Python of the environment with trl 1.12")
+    parser.add_argument("--trl", default=str(OTHER_PYTHON), help="Python of the environment with trl 1.12")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=list(OURS), help="measure this variant; repeatable")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options.worker[0], Path(options.worker[1]))
         return 0
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("trl", *OURS)}
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    names = ("trl", *(options.only or OURS))
     with tempfile.TemporaryDirectory(prefix="alignkit-ppo-") as place:
-        os.chdir(place)
-        prepare(Path(place))
-        for number in range(options.runs):
-            for name in found:
-                python = options.trl if name == "trl" else sys.executable
-                variables = {**os.environ, **quiet}
-                if name == "trl":
-                    variables.pop("PYTHONPATH", None)
-                done = subprocess.run(
-                    [python, __file__, "--worker", name, place], env=variables, capture_output=True, text=True
-                )
-                line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-                if line is None:
-                    raise RuntimeError(f"{name} failed:\n{done.stderr[-4000:]}")
-                found[name].append(json.loads(line.removeprefix("RESULT ")))
-                print(f"  {number} {name}: {line}", file=sys.stderr, flush=True)
-        os.chdir("/")
-    keys = {"wall": "episodes/s", "processor": "episodes/processor s", "peak_megabytes": "peak MB"}
+        found = measure(Path(place), runs=options.runs, python=options.trl, names=names)
+    keys = {"wall": "episodes/s", "processor": "episodes/processor s", "peak_megabytes": "peak MiB"}
     print("| | " + " | ".join(f"{title} | x TRL" for title in keys.values()) + " |\n|---" + "|---" * 6 + "|")
-    for name, results in found.items():
+    for name in names:
         cells = []
         for key in keys:
-            ratios = [mine[key] / other[key] for mine, other in zip(results, found["trl"], strict=True)]
-            cells += [f"{statistics.median(row[key] for row in results):.2f}", f"{statistics.median(ratios):.2f}"]
+            mine, _, ratio = compare(found, name, key)
+            cells += [f"{mine:.2f}", f"{ratio:.2f}"]
         print(f"| {name} | " + " | ".join(cells) + " |")
     return 0
 

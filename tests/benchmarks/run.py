@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ppo import OTHER_PYTHON, measure_ppo
 from processes import measure_processes
 from short_run import measure_short_run
 from start_up import measure_bad_recipe, measure_help
@@ -24,6 +25,7 @@ CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measu
     "throughput": (measure_throughput, 3),
     "preparation": (measure_preparation, 3),
     "processes": (measure_processes, 3),
+    "ppo": (measure_ppo, 3),
 }
 
 
@@ -35,6 +37,9 @@ def main() -> int:
     measured: dict[str, Sequence[Row]] = {}
     for case in options.only or CASES:
         measure, runs = CASES[case]
+        if case == "ppo" and not OTHER_PYTHON.exists():
+            print(f"ppo: left as it was: {OTHER_PYTHON} is missing; ppo.py says how to make it", file=sys.stderr)
+            continue
         print(f"{case}:", file=sys.stderr)
         with tempfile.TemporaryDirectory(prefix="alignkit-bench-") as directory:
             measured[case] = measure(Path(directory), runs=options.runs or runs)

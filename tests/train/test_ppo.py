@@ -323,6 +323,13 @@ def test_ptx_adds_the_gradient_of_the_language_model(make_stage: Callable, tmp_p
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_ptx_blocks_fit_the_context_of_the_model(make_stage: Callable, tmp_path: Path) -> None:
+    text = recipe(extra=", ptx: {data: {path: builtin:reviews, max_rows: 40}, coef: 1.0}")
+    text = text.replace("builtin:tiny-llama}", "builtin:tiny-llama, config: {max_position_embeddings: 128}}")
+    trainer = build(make_stage(text, "ppo"), tmp_path).trainer
+    assert {len(row["input_ids"]) for row in trainer.ptx.blocks} == {128}
+
+
 def test_where_an_answer_cannot_end_its_log_probabilities_know_it(make_stage: Callable, tmp_path: Path) -> None:
     trainer = build(make_stage(recipe(lora=True, extra=", min_new_tokens: 3"), "ppo"), tmp_path).trainer
     stop_ids = trainer.collector.sampling.stop_ids
