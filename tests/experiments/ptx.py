@@ -36,9 +36,9 @@ ppo:
   micro_batch_size: {batch}
   ppo_epochs: 4
   gradient_checkpointing: false
-  value_init: head
-  learning_rate: 1e-3
-  critic_learning_rate: 1e-2
+  value_init: policy
+  learning_rate: 3e-4
+  critic_learning_rate: 3e-3
   lr_scheduler_type: constant
   warmup_steps: 0
   kl_coef: {kl_coef}

@@ -36,9 +36,9 @@ ppo:
   micro_batch_size: {batch}
   ppo_epochs: 4
   gradient_checkpointing: false
-  value_init: head
+  value_init: policy
   learning_rate: {rate}
-  critic_learning_rate: 1e-2
+  critic_learning_rate: 3e-3
   lr_scheduler_type: constant
   warmup_steps: 0
   kl_coef: {coef}
@@ -57,10 +57,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sentiment"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--targets", type=float, nargs="+", default=[3, 6, 10, 0])
-    parser.add_argument("--rollouts", type=int, default=54)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--coef", type=float, default=0.33)
-    parser.add_argument("--horizon", type=int, default=1500)
+    parser.add_argument("--rollouts", type=int, default=90)
+    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--coef", type=float, default=0.4)
+    parser.add_argument("--horizon", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=128, help="answers of a rollout")
     options = parser.parse_args()
     world = prepare_world(options.data, options.out.resolve())
