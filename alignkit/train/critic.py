@@ -10,7 +10,7 @@ The value of a token is what is expected before it is sampled. Deliberately know
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,7 @@ def _zero_head(roles: Roles) -> nn.Linear:
 
 def heads_and_models(
     roles: Roles, critic: Critic | None
-) -> tuple[Sequence[tuple[str, nn.Module]], Sequence[tuple[str, nn.Module]]]:
+) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, nn.Module]]]:
     """Return the named heads and models beside the policy, for the account of memory."""
     heads: list[tuple[str, nn.Module]] = [] if roles.reward_head is None else [(REWARD, roles.reward_head)]
     models: list[tuple[str, nn.Module]] = []

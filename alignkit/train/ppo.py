@@ -101,7 +101,11 @@ def build(stage: Stage, run: RunDir) -> Built:
         critic=critic,
         ptx=ptx,
     )
-    parts = list_parts(roles, *heads_and_models(roles, critic))
+    heads, models = heads_and_models(roles, critic)
+    models += [
+        (role, module) for role, held in (("reward", rewards), ("gold", gold)) if held for module in held.modules
+    ]
+    parts = list_parts(roles, heads, models)
     _say_parts(stage, parts)
 
     def finish(model_dir: Path) -> dict[str, float]:

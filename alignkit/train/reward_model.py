@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from alignkit.errors import ModelError, RewardError
@@ -30,8 +30,18 @@ _BATCH_SIZE = 16
 class ModelReward:
     """Scores of one classifier, with the gain and bias that its rm stage measured; all ranks call it together."""
 
-    def __init__(self, score_ids: ScoreIds, encode: Encode, norm: tuple[float, float], *, limit: int | None, name: str):
+    def __init__(
+        self,
+        score_ids: ScoreIds,
+        encode: Encode,
+        norm: tuple[float, float],
+        *,
+        limit: int | None,
+        name: str,
+        module: nn.Module | None = None,
+    ) -> None:
         self._score_ids, self._encode, self._norm, self._limit, self._name = score_ids, encode, norm, limit, name
+        self.module = module  # what was loaded for it; None where it lies on the policy's base
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Return the normalised reward of each answer, (B,) float32 on the CPU."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignkit.data import true_reward
 from alignkit.errors import ModelError, NonFiniteError, RewardError
@@ -47,6 +47,12 @@ class Rewards:
     def names(self) -> list[str]:
         """Return the names of the parts, as metrics call them."""
         return list(self._sources)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Return the models that were loaded for it."""
+        scores = [score for score, _ in self._sources.values()]
+        return [score.module for score in scores if isinstance(score, ModelReward) and score.module is not None]
 
     def __call__(self, rollout: Rollout) -> Scored:
         """Score every answer; raises RewardError or NonFiniteError with the source and the answer."""
@@ -115,7 +121,8 @@ def _build(stage: Stage, source: RewardSource, chat: Chat, *, key: str, device: 
         where = stage.where(f"{stage.name}.{key}")
         raise RewardError(f"{stage.name}.{key}: {error}", where=where) from error
     encode = choose_encoder(classifier, chat, name=name)
-    return ModelReward(scorer(classifier), encode, norm, limit=classifier.positions, name=name)
+    limit, module = classifier.positions, classifier.model
+    return ModelReward(scorer(classifier), encode, norm, limit=limit, name=name, module=module)
 
 
 def _score_truly(rollout: Rollout) -> Tensor:

@@ -433,3 +433,19 @@ def test_a_first_rollout_that_teaches_nothing_is_named(
     options = PpoOptions(reward=[{"model": "builtin:true-reward"}], data=["builtin:prompts"], **extra)
     found = judge_first(options, ended, scores)
     assert (found is None) if expected is None else (found is not None and re.search(expected, found))
+
+
+def test_models_of_their_own_are_all_accounted_for(make_stage: Callable, tmp_path: Path) -> None:
+    text = recipe(reward="rm")
+    launch_stage(make_stage(text, "rm"))
+    built = build(make_stage(text, "ppo"), tmp_path)
+    assert [part["roles"] for part in built.record["roles"]] == [("policy",), ("reference",), ("critic",), ("reward",)]
+    # value_init: reward, the default here: the critic starts with the reward model's values.
+    collector = built.trainer.collector
+    rollout = collector.sample(range(4), (0, 0))
+    *_, values = collector.read(rollout, built.trainer.model)
+    alone = load_trained(tmp_path / "runs/t/rm", device="cpu", reward=True)
+    for row, (prompt, answer) in enumerate(zip(rollout.prompt_ids, rollout.sampled_ids, strict=True)):
+        with torch.no_grad():
+            expected = alone(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, 0]
+        torch.testing.assert_close(values[row, len(answer) - 1], expected, rtol=0, atol=1e-4)
