@@ -38,7 +38,7 @@ ppo:
   gradient_checkpointing: false
   value_init: policy
   learning_rate: {rate}
-  critic_learning_rate: 3e-3
+  critic_learning_rate: 2e-3
   lr_scheduler_type: constant
   warmup_steps: 0
   kl_coef: {coef}
@@ -57,11 +57,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sentiment"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--targets", type=float, nargs="+", default=[3, 6, 10, 0])
-    parser.add_argument("--rollouts", type=int, default=90)
-    parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--coef", type=float, default=0.4)
-    parser.add_argument("--horizon", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=128, help="answers of a rollout")
+    parser.add_argument("--rollouts", type=int, default=72)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--coef", type=float, default=3.0, help="times 1 / target: where kl_coef starts")
+    parser.add_argument("--horizon", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=64, help="answers of a rollout")
+    parser.add_argument("--first-seed", type=int, default=0)
     options = parser.parse_args()
     world = prepare_world(options.data, options.out.resolve())
     before = answer(world.model, world.held_out)
@@ -70,7 +71,7 @@ def main() -> None:
     print(f"start: reward {statistics.mean(reward):.2f}, held-out reward {statistics.mean(judged):.2f}, "
           f"distinct-2 {distinct_2(before):.2f}", flush=True)  # fmt: skip
     found: dict[float, list[dict[str, float]]] = {target: [] for target in options.targets}
-    for seed in range(options.seeds):  # all targets of a seed first: a run that is cut short still compares them
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for target in options.targets:
             found[target].append(run_once(world, options, target, seed))
             values = ", ".join(f"{name} {value:.2f}" for name, value in found[target][-1].items())
@@ -92,7 +93,7 @@ def run_once(world: World, options: argparse.Namespace, target: float, seed: int
         seed=seed,
         start=world.model,
         prompts=world.prompts,
-        coef=options.coef if target else 0,
+        coef=round(options.coef / target, 3) if target else 0,
         adaptive=f"kl_target: {target:g}\n  kl_horizon: {options.horizon}" if target else "keep_checkpoints: 1",
         rate=options.rate,
         batch=options.batch,
