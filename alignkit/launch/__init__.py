@@ -10,7 +10,7 @@ from alignkit.launch.environment import prepare_environment
 if TYPE_CHECKING:
     from alignkit.launch.command import Command
     from alignkit.recipe import Stage
-    from alignkit.train.built import Result
+    from alignkit.runs.result import Result
 
 __all__ = ["launch_stage", "prepare_environment"]
 

@@ -31,7 +31,7 @@ from alignkit.recipe.schema import DataSource, PpoOptions, RmOptions
 from alignkit.runs.layout import RunDir, open_run, refuse_foreign, set_aside
 
 if TYPE_CHECKING:
-    from alignkit.train.built import Result
+    from alignkit.runs.result import Result
 
 # Files up to this size are read and checked in half a second, before the libraries load in ten; larger ones are
 # checked only when they are tokenised.

@@ -22,7 +22,7 @@ from alignkit.launch.worker import is_worker
 from alignkit.recipe import Stage
 
 if TYPE_CHECKING:
-    from alignkit.train.built import Result
+    from alignkit.runs.result import Result
 
 
 def run_stages(

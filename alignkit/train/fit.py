@@ -27,8 +27,9 @@ from alignkit.runs.files import disk_failures, read_json, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.layout import RunDir, compare_fingerprints, copy_recipe
 from alignkit.runs.record import JsonLines, git_state, versions
+from alignkit.runs.result import Result
 from alignkit.train import ranks
-from alignkit.train.built import Built, Result
+from alignkit.train.built import Built
 from alignkit.train.finish import finish
 from alignkit.train.guard import Guarded, Watch
 from alignkit.train.invariants import check_parameters, check_start
