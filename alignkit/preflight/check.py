@@ -187,7 +187,7 @@ def _check_device(stage: Stage, check: StageCheck) -> None:
 
     device = pick_device(stage)
     check.facts["device"] = device
-    check.facts["batch"] = f"{stage.options.batch_size} rows a step, {micro_batch_size(stage)} at a time"
+    check.facts["batch"] = f"{stage.training.batch_size} rows a step, {micro_batch_size(stage)} at a time"
     if stage.model.quantization != "none":
         kind = stage.model.quantization
         ability = try_quantization(kind, device)
@@ -234,7 +234,7 @@ def _check_disk(stage: Stage, check: StageCheck, chat: Chat) -> None:
     if isinstance(stage.options, PpoOptions) and stage.options.advantage == "gae":
         num_trained *= 2  # the critic is as large as the policy, in adapters or in weights
     # Rotation comes after the new checkpoint is sealed, so for a moment there is one more than is kept.
-    num_checkpoints = stage.options.keep_checkpoints + 1
+    num_checkpoints = stage.training.keep_checkpoints + 1
     needed = int(1.1 * num_checkpoints * checkpoint_bytes(num_trained, dtype=dtype))
     check.facts["trained parameters"] = f"{num_trained:,}"
     free = require_space(Path(stage.run_dir), needed, num_checkpoints=num_checkpoints)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from alignkit.recipe.fields import KTO_LOSSES, method_fields
-from alignkit.recipe.schema import LaunchOptions, LoraOptions, Method, ModelOptions, StageOptions
+from alignkit.recipe.schema import LaunchOptions, LoraOptions, Method, ModelOptions, StageOptions, TrainOptions
 
 _Options = TypeVar("_Options", bound=StageOptions)
 
@@ -39,11 +39,18 @@ class Stage:
     start_stage: str | None = None  # set when start_from is a stage of this recipe
     # model directories that `reward:` and `gold:` name by a stage of this recipe, each with the stage's name
     reward_stages: Mapping[str, str] = field(default_factory=dict)
+    # directories of judges and generators, and files of rows, that a stage of this recipe makes, each with its name
+    source_stages: Mapping[str, str] = field(default_factory=dict)
     trust_code: bool = False
 
     @property
     def method(self) -> Method:
         return self.options.method
+
+    @property
+    def training(self) -> TrainOptions:
+        """Return the options of a stage that trains."""
+        return self.expect(TrainOptions)
 
     def where(self, key: str) -> str:
         """Place of a key for messages: `recipes/a.yaml:7`, or the recipe path when it has no line."""
@@ -80,6 +87,7 @@ class Stage:
             "start_dir": self.start_dir,
             "start_stage": self.start_stage,
             "reward_stages": dict(self.reward_stages),
+            "source_stages": dict(self.source_stages),
             "trust_code": self.trust_code,
         }
 

@@ -42,7 +42,7 @@ from alignkit.train.tables import hash_data
 
 def watch_for(stage: Stage) -> Watch:
     """Return the guard's settings for a stage."""
-    return Watch(keep_checkpoints=stage.options.keep_checkpoints, batching=stage.options.batching)
+    return Watch(keep_checkpoints=stage.training.keep_checkpoints, batching=stage.training.batching)
 
 
 def fit(
