@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, UsageError
 from alignkit.preflight.disk import checkpoint_bytes, count_trained, read_model_shapes, require_space
 from alignkit.preflight.doctor import Table
+from alignkit.preflight.feedback import describe_feedback, require_feedback
+from alignkit.preflight.lineage import list_data, list_needs, without_unmade
 from alignkit.preflight.rewards import describe_reward, list_sources
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
-from alignkit.recipe.schema import PpoOptions
+from alignkit.recipe.schema import FEEDBACK, LabelOptions, PpoOptions
 
 if TYPE_CHECKING:
     from alignkit.models.chat import Chat
@@ -122,6 +124,11 @@ def _check_stage(stage: Stage, check: StageCheck) -> None:
     stage = _use_base_of_untrained(stage, check)
     with check.noting():
         _check_start(stage, check)
+    with check.noting():
+        _check_feedback(stage, check)
+    if stage.method in FEEDBACK:
+        _check_sources(stage, check)
+        return
     _check_rewards(stage, check)
     with check.noting():
         _check_device(stage, check)
@@ -136,7 +143,48 @@ def _check_stage(stage: Stage, check: StageCheck) -> None:
         return
     with check.noting():
         _check_disk(stage, check, chat)
-    _check_rows(stage, check, chat)
+    if (ready := _use_made_rows(stage, check)) is not None:
+        _check_rows(ready, check, chat)
+
+
+def _use_made_rows(stage: Stage, check: StageCheck) -> Stage | None:
+    """Return the stage as it can be checked today: without the rows that other stages have yet to make."""
+    options = stage.training
+    data = without_unmade(options.data, stage)
+    held_out = without_unmade(options.eval, stage) if isinstance(options.eval, list) else []
+    for need in list_needs(stage):
+        if need.rows and not need.is_made():
+            check.facts[f"data {need.path}"] = f"of {need.stage}, not made yet: not checked"
+    if not data:
+        return None
+    changed: dict[str, Any] = {"data": data}
+    if isinstance(options.eval, list):
+        changed["eval"] = held_out or None
+    return replace(stage, options=options.model_copy(update=changed))
+
+
+def _check_feedback(stage: Stage, check: StageCheck) -> None:
+    """Look at constitutions, judges and generators; those that a stage of the recipe makes may still come."""
+    require_feedback(stage, coming=tuple(stage.source_stages.values()))
+    check.facts |= describe_feedback(stage)
+
+
+def _check_sources(stage: Stage, check: StageCheck) -> None:
+    """Read the rows that a stage asks about, as they are."""
+    from alignkit.data import DataReport, Rejects, read_rows
+    from alignkit.data.sources import locate
+
+    given = isinstance(stage.options, LabelOptions) and stage.options.answers == "given"
+    methods = {"data": "rm" if given else stage.method, "mix": "rm", "helpful.data": stage.method}
+    for key, source in list_data(stage):
+        with check.noting():
+            if key in methods and without_unmade([source], stage):
+                report = DataReport()
+                for _ in read_rows(stage, [source], report=report, rejects=Rejects(), method=methods[key]):
+                    pass
+                check.facts[f"{key} {source.path}"] = f"{report.read} rows read, {report.rows} kept"
+            elif key not in methods:
+                locate([source])
 
 
 def _read_rows_alone(stage: Stage, check: StageCheck) -> None:
@@ -144,7 +192,7 @@ def _read_rows_alone(stage: Stage, check: StageCheck) -> None:
     from alignkit.data import DataReport, Rejects, read_rows
 
     report = DataReport()
-    for _ in read_rows(stage, stage.options.data, report=report, rejects=Rejects()):
+    for _ in read_rows(stage, without_unmade(stage.options.data, stage), report=report, rejects=Rejects()):
         pass
     check.facts["data"] = f"{report.read} rows read, {report.rows} kept; lengths not checked, there is no tokenizer"
 
