@@ -29,7 +29,7 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
 
     command = command or Command.of(stage, ())
     if stage.method in FEEDBACK:
-        _tell_one_process(stage)
+        _tell_one_process(stage, retries)
     prepare_environment(tiny=stage.model.path.startswith("builtin:"))
     if is_worker() and stage.method in FEEDBACK:
         raise EnvironmentProblem(
@@ -39,6 +39,8 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
         from alignkit.launch.join import join
 
         return join(stage, command, force=force, retries=retries)
+    if stage.method in FEEDBACK:
+        return train_here(stage, force=force, allow_change=command.allow_change)
     placement = place(stage, command.node_rank)
     if placement.world_size == 1 and placement.strategy != "ddp":
         console.warn(f"launch.strategy {placement.strategy} has no effect with one process; set launch.processes")
@@ -49,8 +51,10 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
     return run_job(stage, command, placement, force=force, retries=retries)
 
 
-def _tell_one_process(stage: Stage) -> None:
+def _tell_one_process(stage: Stage, retries: int) -> None:
     """Say what becomes of `launch:`, which the trained stages of the recipe follow."""
     given = [key for key in ("processes", "nodes", "strategy") if stage.origins.get(f"launch.{key}") != "default"]
     if given:
         console.note(f"{stage.name}: makes rows in one process; launch.{', launch.'.join(given)} is for training")
+    if retries:
+        console.note(f"{stage.name}: --retries is for training; the same command goes on where this stage stopped")

@@ -62,9 +62,9 @@ def check_order(stages: Sequence[Stage]) -> None:
         for need in list_needs(stage):
             if need.stage in names[:number] or need.is_made():
                 continue
-            how = "put it first" if need.stage in names else "add it"
+            how = "put it first" if need.stage in names else f"run --stage {need.stage} first, or add it to `stages:`"
             verb = "starts from" if need.key == "start_from" else "needs"
-            what = f"{stage.name} {verb} {need.stage}, which `stages:` does not have before it; {how}"
+            what = f"{stage.name} {verb} {need.stage}, which neither has been run nor is run before it; {how}"
             problems.append(Problem(what, stage.where(f"{stage.name}.{need.key}")))
     if problems:
         raise RecipeError(problems)

@@ -61,7 +61,7 @@ def describe_feedback(stage: Stage) -> dict[str, str]:
     if isinstance(options, CritiqueOptions | LabelOptions) and options.constitution is not None:
         part: Literal["critique", "comparison"] = "critique" if isinstance(options, CritiqueOptions) else "comparison"
         principles = load_constitution(options.constitution, needs=part).principles
-        facts["principles"] = f"{len(principles)}: {', '.join(principle.name for principle in principles)}"
+        facts["principles"] = str(len(principles))
     if isinstance(options, CritiqueOptions) and options.replay:
         facts["replay"] = ", ".join(options.replay)
     return facts

@@ -61,8 +61,9 @@ def _describe_rlaif(defs: Fragment) -> Fragment:
     properties = fragments["properties"]
     properties["method"] = {"const": RLAIF, "description": "This section is an rlaif section."}
     for step in STEPS:
-        stage = {"$ref": f"#/$defs/{step}_stage", "description": properties[step]["description"]}
-        properties[step] = {"anyOf": [{"type": "boolean"}, stage]} if step == "critique" else stage
+        stage = {"$ref": f"#/$defs/{step}_stage"}
+        either = {"anyOf": [{"type": "boolean"}, stage]} if step == "critique" else stage
+        properties[step] = {**either, "description": properties[step]["description"]}
     return {
         "type": "object",
         "description": (RlaifOptions.__doc__ or "").strip(),

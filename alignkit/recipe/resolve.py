@@ -60,6 +60,44 @@ def resolve(
     )
 
 
+def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
+    """Return the stages that `alignkit rlaif` runs, in order.
+
+    All of the only rlaif section; with a name, those of a section of that name, or one stage by its name or, short,
+    its step (label for rlaif-label). Raises RecipeError when there is no such thing, or too many.
+    """
+    groups = recipe.groups
+    if name in groups:
+        return list(groups[str(name)])
+    if name is not None:
+        single = [stage for stage in recipe.stages.values() if stage.name == name]
+        steps = [stage for group in groups for stage in groups[group] if stage == f"{group}-{name}"]
+        if single and (single[0].group is not None or single[0].options.method in FEEDBACK):
+            return [name]
+        if len(steps) == 1:
+            return steps
+        if single:
+            method = single[0].options.method
+            raise RecipeError(f"--stage {name} is a {method} stage; run `alignkit {method}`", where=recipe.path)
+        if steps:
+            raise RecipeError(f"--stage {name} is in several sections: {', '.join(steps)}; name one", where=recipe.path)
+        known = [*groups, *(stage for group in groups for stage in groups[group])]
+        short = [stage.removeprefix(f"{group}-") for group in groups for stage in groups[group]]
+        hint = suggest(name, [*known, *short]) or (f"; there are {', '.join(known)}" if known else "")
+        raise RecipeError(f"--stage {name}: the recipe has no such stage of rlaif{hint}", where=recipe.path)
+    if not groups:
+        single = [stage for stage in recipe.stages.values() if stage.options.method in FEEDBACK]
+        if len(single) == 1:
+            return [single[0].name]
+        several = f": {', '.join(stage.name for stage in single)}; name one with --stage" if single else ""
+        raise RecipeError(f"the recipe has no rlaif section{several}", where=recipe.path)
+    if len(groups) > 1:
+        several = ", ".join(groups)
+        raise RecipeError(f"the recipe has several rlaif sections: {several}; name one with --stage", where=recipe.path)
+    (stages,) = groups.values()
+    return list(stages)
+
+
 def _launch(launch: LaunchOptions, method: Method) -> LaunchOptions:
     """Return where a stage runs: one that makes rows takes one process, whatever trains beside it."""
     if method not in FEEDBACK:
