@@ -14,8 +14,7 @@ from alignkit.data.rows import Message
 from alignkit.errors import JudgeError
 from alignkit.feedback.asking import Job, Reply, Sampling, Verdict
 from alignkit.feedback.choice import read_chat_tokens, read_text_tokens, read_verdict
-from alignkit.feedback.local import cut_at
-from alignkit.feedback.prompts import Request
+from alignkit.feedback.prompts import Request, cut_at
 from alignkit.feedback.quoting import FOREIGN_TOKENS
 from alignkit.feedback.server import Halted, Server, Unanswered
 from alignkit.feedback.spending import Spending
@@ -64,7 +63,8 @@ class Endpoint:
         problem = "content filter" if choice.get("finish_reason") == "content_filter" else None
         ended = cut or choice.get("finish_reason") != "length"
         sent, received = data["counts"]
-        return Reply("" if problem else text.strip(), ended, problem, sent, received, retries)
+        text = text if job.request.is_plain and not self._is_chat else text.strip()
+        return Reply("" if problem else text, ended, problem, sent, received, retries)
 
     def _decide(self, request: Request) -> Verdict:
         payload = self._payload(request, request.room, 0.0, closing=True)

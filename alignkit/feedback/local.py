@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from alignkit.feedback.asking import Job, Reply, Sampling, Verdict, share_of_first
-from alignkit.feedback.prompts import OPTIONS, Request
+from alignkit.feedback.encoding import Encoder
+from alignkit.feedback.prompts import Request, cut_at
 from alignkit.models.causal import load_causal
-from alignkit.models.chat import Chat
 from alignkit.models.generation import generate_greedy, generate_sampled
-from alignkit.models.tokens import control_tokens
 from alignkit.runs.heartbeat import pulse
 
 _WINDOW = 32  # batches that are sorted by length together
@@ -49,12 +48,10 @@ class LocalModel:
         loaded = load_causal(source, device=device, trust_code=trust_code)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._positions = loaded.positions or 10**9
-        self._chat = Chat(loaded.tokenizer)
+        self._encoder = Encoder(loaded.tokenizer)
         self._batch_size = batch_size
-        self.control_tokens = control_tokens(loaded.tokenizer)
-        self.is_chat = isinstance(loaded.tokenizer.chat_template, str)
-        template = loaded.tokenizer.chat_template if self.is_chat else None
-        self.identity: dict[str, Any] = {"model": loaded.fingerprint, "template": template}
+        self.control_tokens = self._encoder.control_tokens
+        self.identity: dict[str, Any] = {"model": loaded.fingerprint, "template": self._encoder.chat_template}
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         self._keeps_last = "logits_to_keep" in inspect.signature(inner.forward).parameters
 
@@ -62,7 +59,7 @@ class LocalModel:
         """Write a text for each job; one whose prompt leaves no room is answered with a problem."""
         for start in range(0, len(jobs), _WINDOW * self._batch_size):
             window = jobs[start : start + _WINDOW * self._batch_size]
-            prompts = [self._encode(job.request) for job in window]
+            prompts = [self._encoder.encode(job.request) for job in window]
             room = self._positions - sampling.max_new_tokens
             long = [place for place, ids in enumerate(prompts) if len(ids) > room]
             if long:
@@ -77,7 +74,7 @@ class LocalModel:
         """Score both options of each question; one that is too long for the model is abstained from."""
         for start in range(0, len(requests), _WINDOW * self._batch_size):
             window = requests[start : start + _WINDOW * self._batch_size]
-            questions = [self._split(place, request) for place, request in enumerate(window, start)]
+            questions = [_Question(place, *self._encoder.split(request)) for place, request in enumerate(window, start)]
             long = [question for question in questions if len(question.whole) > self._positions]
             if long:
                 problems = [_too_long("question", question.whole, self._positions) for question in long]
@@ -91,59 +88,31 @@ class LocalModel:
                 pulse("judging")
                 yield [(question.place, verdict) for question, verdict in zip(batch, self._score(batch), strict=True)]
 
-    def _encode(self, request: Request) -> list[int]:
-        """Return the ids a text is written after: the chat up to the prefill of the model's turn, or the transcript."""
-        if request.messages is None or not self.is_chat:
-            return self._chat.encode_prompts([request.transcript])[0]
-        (ids,) = self._chat.encode_prompts([list(request.messages)])
-        return ids + self._plain(request.prefill) if request.prefill else ids
-
-    def _plain(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
-        return ids
-
-    def _split(self, place: int, request: Request) -> _Question:
-        """Tokenise a question with either option; what the two have in common is the prefix."""
-        if request.messages is None or not self.is_chat:
-            whole = self._chat.encode_prompts([request.transcript + option for option in OPTIONS])
-        else:
-            (head,) = self._chat.encode_prompts([list(request.messages)])
-            whole = [head + self._plain(request.prefill + option) for option in OPTIONS]
-        first, second = whole
-        same = next((i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), len(first))
-        return _Question(place, first[:same], (first[same:], second[same:]))
-
     def _write_batch(
         self, jobs: Sequence[Job], prompts: list[list[int]], places: list[int], start: int, sampling: Sampling
     ) -> list[tuple[int, Reply]]:
         ids = [prompts[place] for place in places]
-        stops = {stop for place in places for stop in self._stops(jobs[place].request)}
+        stops = {stop for place in places for stop in self._encoder.stops(jobs[place].request)}
         settings: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
-            "eos_ids": self._chat.stop_ids,
+            "eos_ids": self._encoder.stop_ids,
             "pad_id": self._tokenizer.pad_token_id,
         }
         if sampling.temperature == 0:
             answers = generate_greedy(self._model, ids, **settings)
         else:
             seeds = [jobs[place].seed for place in places]
-            is_over = (lambda tail: any(stop in self._decode(tail) for stop in stops)) if stops else None
+            is_over = (lambda tail: any(stop in self._encoder.decode(tail) for stop in stops)) if stops else None
             answers = generate_sampled(
                 self._model, ids, seeds, temperature=sampling.temperature, is_over=is_over, **settings
             )
         replies = []
         for place, prompt, answer in zip(places, ids, answers, strict=True):
-            text, cut = cut_at(self._decode(answer), self._stops(jobs[place].request))
-            ended = cut or bool(answer and answer[-1] in self._chat.stop_ids)
-            replies.append((start + place, Reply(text.strip(), ended, None, len(prompt), len(answer))))
+            text, cut = cut_at(self._encoder.decode(answer), self._encoder.stops(jobs[place].request))
+            ended = cut or bool(answer and answer[-1] in self._encoder.stop_ids)
+            text = text if jobs[place].request.is_plain else text.strip()
+            replies.append((start + place, Reply(text, ended, None, len(prompt), len(answer))))
         return replies
-
-    def _stops(self, request: Request) -> tuple[str, ...]:
-        return () if self.is_chat and request.messages is not None else request.stops
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
 
     @torch.no_grad()
     def _score(self, questions: list[_Question]) -> list[Verdict]:
@@ -195,12 +164,6 @@ class LocalModel:
             sum(float(logps_2BLV[row, i, token]) for i, token in enumerate(tail[1:])) for row, tail in enumerate(tails)
         ]
         return torch.tensor(sums, device=mask_BT.device).view(-1, 2)
-
-
-def cut_at(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """Return the text before the first of the stops, and whether there was one."""
-    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return (text[: min(ends)], True) if ends else (text, False)
 
 
 def _too_long(what: str, ids: list[int], room: int) -> str:

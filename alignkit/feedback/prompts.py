@@ -47,6 +47,11 @@ class Request:
     closing: str = ""
     room: int = 16
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the text simply goes on: then white space at its start belongs to it."""
+        return self.messages is None and not self.stops
+
 
 def conversation(prompt: Text) -> list[Message]:
     """Return a prompt as messages: HH transcripts by their turns, any other text as one user turn."""
@@ -100,6 +105,12 @@ def ask_revision(
     text += f"{principle.revision}".join(REVISION_FRAME)
     asked = Message(role="user", content=f"{principle.revision} {_ONLY_ANSWER}")
     return Request(text, (*examples.critique_messages, *quoted, *said, asked))
+
+
+def cut_at(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """Return the text before the first of the stops, and whether there was one."""
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return (text[: min(ends)], True) if ends else (text, False)
 
 
 @dataclass(frozen=True)

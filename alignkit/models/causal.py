@@ -40,21 +40,20 @@ def load_causal(source: str, *, device: str = "auto", trust_code: bool = False) 
         raise ModelError(f"{source} has random weights, which can neither answer nor judge; name a trained model")
     directory = find_model_dir(source) or fetch_adapter(source, None)
     where = pick_device(device)
-    place = source
     model: PreTrainedModel | PeftModel
     if directory is not None:
         files = inspect_model_dir(directory, trust_code=trust_code)
         # Half precision is slow on a CPU; how our own models were trained is in their record.
         dtype = torch.float32 if where == "cpu" and not files.record else None
         model = load_trained(directory, device=where, dtype=dtype, trust_code=trust_code)
-        place = str(directory) if files.has_tokenizer or files.kind == "full" else find_base(files)
     else:
         dtype = torch.float32 if where == "cpu" else torch.bfloat16
         model = read_base(source, Precision(dtype, where), trust_code=trust_code)
         model = model.to(where).requires_grad_(False).eval()
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
-    return Causal(model, _load_tokenizer(place, trust_code=trust_code), positions, fingerprint_causal(source))
+    tokenizer = load_tokenizer_of(source if directory is None else str(directory), trust_code=trust_code)
+    return Causal(model, tokenizer, positions, fingerprint_causal(source))
 
 
 def fingerprint_causal(source: str) -> str:
@@ -67,6 +66,16 @@ def fingerprint_causal(source: str) -> str:
         return fingerprint_weights(directory)
     base = find_model_dir(find_base(files))
     return fingerprint_weights(directory) + (fingerprint_weights(base) if base is not None else find_base(files))
+
+
+def load_tokenizer_of(source: str, *, trust_code: bool = False) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that belongs to a run, a model or adapter directory, or a hub id."""
+    directory = None if is_builtin(source) else find_model_dir(source)
+    if directory is None:
+        return _load_tokenizer(source, trust_code=trust_code)
+    files = inspect_model_dir(directory, trust_code=trust_code)
+    own = files.has_tokenizer or files.kind == "full"
+    return _load_tokenizer(str(directory) if own else find_base(files), trust_code=trust_code)
 
 
 def _load_tokenizer(source: str, *, trust_code: bool) -> PreTrainedTokenizerFast:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -90,23 +89,6 @@ def test_another_seed_gives_another_answer_and_temperature_zero_does_not(chat_mo
     jobs = [Job(request, seed) for seed in range(6)]
     assert len(set(texts(model, jobs, Sampling(1.0, 12)).values())) == 6
     assert len(set(texts(model, jobs, Sampling(0.0, 12)).values())) == 1
-
-
-def test_sampling_has_the_frequencies_of_the_softmax(chat_model: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_model), AutoTokenizer.from_pretrained(chat_model)
-    request = Request("Hello", None, stops=())
-    with torch.no_grad():
-        logits = model(tokenizer("Hello", return_tensors="pt").input_ids).logits[0, -1]
-    wanted = (logits / 0.7).softmax(-1)
-    count = 4000
-    jobs = [Job(request, seed) for seed in range(count)]
-    local = LocalModel(str(chat_model), batch_size=500)
-    ids = [
-        tokenizer(reply.text, add_special_tokens=False).input_ids for _, reply in local.write(jobs, Sampling(0.7, 1))
-    ]
-    top = int(wanted.argmax())
-    share = sum(row == tokenizer(tokenizer.decode([top]).strip()).input_ids for row in ids) / count
-    assert abs(share - float(wanted[top])) < 4 * math.sqrt(float(wanted[top]) / count) + 0.01
 
 
 def test_transcripts_end_where_the_next_turn_begins(base_model: Path) -> None:
