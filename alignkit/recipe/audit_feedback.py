@@ -10,6 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from alignkit.recipe.nearest import suggest
+from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS
+
 if TYPE_CHECKING:
     from alignkit.recipe.audit import Finding, Section
 
@@ -18,7 +21,6 @@ _SERVER = (
     "name", "api", "logprobs", "api_key_env", "concurrency", "requests_per_minute", "timeout", "retries",
     "max_tokens_total", "max_cost", "price",
 )  # fmt: skip
-_SAMPLED = ("temperature", "max_new_tokens", "batch_size")
 
 
 def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding]:
@@ -62,8 +64,9 @@ def _judges(stage: Section, recipe: Section) -> Iterator[Finding]:
 def _constitution(stage: Section, recipe: Section) -> Iterator[Finding]:
     given = stage.get("constitution")
     for item in [given] if isinstance(given, str) else given or ():
-        if item.startswith("builtin:") and item not in ("builtin:harmlessness", "builtin:helpfulness"):
-            yield "constitution", f"is {item}; it must be builtin:harmlessness, builtin:helpfulness or a file"
+        if item.startswith("builtin:") and item not in BUILTIN_CONSTITUTIONS:
+            known = ", ".join(BUILTIN_CONSTITUTIONS)
+            yield "constitution", f"is {item}; it must be a file, {known}{suggest(item, BUILTIN_CONSTITUTIONS)}"
 
 
 def _generator(stage: Section, recipe: Section) -> Iterator[Finding]:
@@ -71,7 +74,7 @@ def _generator(stage: Section, recipe: Section) -> Iterator[Finding]:
     model = recipe.get("model") or {}
     if model.get("init") != "scratch" or stage.has("start_from") or stage.has("generator"):
         return
-    if (stage.method == "critique" and (not stage.has("replay") or stage.has("helpful"))) or (
+    if (stage.method == "critique" and not stage.has("replay")) or (
         stage.method == "label" and stage.get("answers", 2) != "given"
     ):
         yield "start_from", "is missing, and model.init is scratch: random weights have no answers; name a stage"
@@ -82,13 +85,12 @@ def _replay(stage: Section, recipe: Section) -> Iterator[Finding]:
         if not stage.has("constitution"):
             yield "constitution", "is missing; give builtin:harmlessness or a file of principles"
         return
-    for key in ("rounds", "critiques", "examples", "constitution", "data"):
+    for key in (
+        "rounds", "critiques", "examples", "constitution", "data", "helpful", "start_from", "generator", "temperature",
+        "max_new_tokens", "batch_size",
+    ):  # fmt: skip
         if stage.has(key):
-            yield key, "has no effect with replay, which takes published critiques and revisions"
-    if not stage.has("helpful"):
-        for key in ("start_from", "generator", *_SAMPLED):
-            if stage.has(key):
-                yield key, "has no effect with replay and without helpful: nothing is sampled"
+            yield key, "has no effect with replay, which takes published critiques and revisions; nothing is sampled"
 
 
 def _answers(stage: Section, recipe: Section) -> Iterator[Finding]:

@@ -89,11 +89,9 @@ def _take(values: Mapping[str, Node], *keys: str) -> dict[str, Node]:
 
 
 def _without_replayed(shared: dict[str, Node], own: Node | None) -> dict[str, Node]:
-    """Leave out what published chains make needless: with `helpful:` a model still answers its prompts."""
+    """Leave everything out with published chains: nothing is sampled."""
     given = own.value if own is not None and isinstance(own.value, dict) else {}
-    if "replay" not in given:
-        return shared
-    return _take(shared, "start_from", "generator") if "helpful" in given else {}
+    return {} if "replay" in given else shared
 
 
 def _lay(filled: dict[str, Node], own: Node | None, section: Node) -> Node:

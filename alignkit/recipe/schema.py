@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Method = Literal["sft", "rm", "dpo", "ppo", "critique", "label"]
 FEEDBACK = ("critique", "label")  # these make rows; they train nothing
+BUILTIN_CONSTITUTIONS = ("builtin:harmlessness", "builtin:helpfulness", "builtin:positive-reviews")
 BUILTIN_REWARD = "builtin:true-reward"  # the toy world's own sentiment, as a reward or as gold
 
 

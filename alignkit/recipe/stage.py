@@ -106,7 +106,22 @@ class Stage:
         fields = method_fields(self.method)
         written = {key: value for key, value in self.trainer.items() if value != fields.get(key, {}).get("default")}
         kept |= {f"{self.name}.{key}": value for key, value in written.items()}
-        return {key: value for key, value in kept.items() if key.split(".")[-1] not in HARMLESS}
+        return {key: _strip(value) for key, value in kept.items() if key.split(".")[-1] not in HARMLESS}
+
+
+def _strip(value: Any) -> Any:
+    """Leave out how a judge is asked: that changes when its answers come, not what they are."""
+    if isinstance(value, dict):
+        return {key: _strip(item) for key, item in value.items() if key not in HARMLESS_OF_A_JUDGE}
+    return [_strip(item) for item in value] if isinstance(value, list) else value
+
+
+HARMLESS_OF_A_JUDGE = frozenset(
+    {
+        "concurrency", "requests_per_minute", "timeout", "retries", "max_tokens_total", "max_cost", "price",
+        "api_key_env",
+    }
+)  # fmt: skip
 
 
 # Keys that say what is watched, kept or shown, never what is trained: a run may resume with these changed.
