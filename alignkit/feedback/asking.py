@@ -80,8 +80,8 @@ class Verdict:
 class Model(Protocol):
     """Somebody who writes texts and decides between options; every answer is given out as soon as it is there.
 
-    Both methods yield lists of (place in the sequence, answer), in any order: those that came together. They raise
-    JudgeError when no more is to be had.
+    Both methods yield lists of (place in the sequence, answer), in any order: those that came together. They end early
+    when the run is being stopped, and raise JudgeError when no more is to be had.
     """
 
     @property

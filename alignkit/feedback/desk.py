@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -77,17 +77,12 @@ class Desk:
     ) -> None:
         """Put answers into the store as they come."""
         say = _Progress(f"{self._name}: {facts['kind']}", len(asked))
-        try:
-            for batch in batches:
-                records = [(asked[at], answer) for at, answer in batch]
-                self._store.put_all(
-                    [(keys[place], {**facts, **about[place], **answer.to_record()}) for place, answer in records]
-                )
-                say(len(batch))
-                self._stop.check()
-        finally:
-            close: Callable[[], None] = getattr(batches, "close", lambda: None)
-            close()
+        for batch in batches:  # after a signal the model ends it, when what is under way has come
+            records = [(asked[at], answer) for at, answer in batch]
+            self._store.put_all(
+                [(keys[place], {**facts, **about[place], **answer.to_record()}) for place, answer in records]
+            )
+            say(len(batch))
         self._stop.check()
 
 

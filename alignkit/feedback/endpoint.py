@@ -115,7 +115,7 @@ class Endpoint:
         with ThreadPoolExecutor(self._source.concurrency, thread_name_prefix="judge") as pool:
             try:
                 while True:
-                    while failure is None and len(waiting) < self._source.concurrency:
+                    while not (failure or self._server.stop.is_set()) and len(waiting) < self._source.concurrency:
                         place = next(places, None)
                         if place is None:
                             break

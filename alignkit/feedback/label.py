@@ -35,6 +35,7 @@ from alignkit.runs.result import Result
 
 LABELS = "labels.jsonl"  # every comparison with what was said of it; rows.jsonl holds what is trained on
 _SECOND_OPINIONS = 32  # comparisons that are also judged by another principle, at most a tenth of them
+_TRIES = 64  # draws until another principle has come, unless its weight is next to nothing
 
 
 def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Result:
@@ -230,11 +231,19 @@ class _Work:
         assert self._judge is not None
         if len(self._constitution.principles) < 2:
             return
-        count = min(_SECOND_OPINIONS, len(self._labels) // 10)
-        others = [replace(label.pairing, turn=label.pairing.turn + 1) for label in self._labels[:count]]
+        chosen = self._labels[: min(_SECOND_OPINIONS, len(self._labels) // 10)]
+        others = [replace(label.pairing, turn=self._find_other(label)) for label in chosen]
         again = judge_all(self._session.desk, self._judge, others)
-        pairs = zip(self._labels[:count], again, strict=True)
+        pairs = zip(chosen, again, strict=True)
         self._second_opinions = [(one, other) for one, other in pairs if one.principle != other.principle]
+
+    def _find_other(self, label: Label) -> int:
+        """Return a turn at which another principle is drawn; the last one tried where there is none."""
+        pairing, seed = label.pairing, self._session.stage.seed
+        turns = range(pairing.turn + 1, pairing.turn + _TRIES)
+        draw = self._constitution.draw
+        found = (turn for turn in turns if draw(seed=seed, key=pairing.key, turn=turn).name != label.principle)
+        return next(found, turns[-1])
 
     def _make_rows(self) -> Iterator[dict[str, Any]]:
         messages = any(not isinstance(label.pairing.prompt, str) for label in self._labels)

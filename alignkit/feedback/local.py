@@ -9,6 +9,7 @@ Legend: B questions, V vocabulary, L tokens of the longest tail, 2B tails of the
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +44,22 @@ class LocalModel:
 
     takes_prefill = True
 
-    def __init__(self, source: str, *, device: str = "auto", batch_size: int = 16, trust_code: bool = False) -> None:
-        """Load the model; raises what `load_causal` raises."""
+    def __init__(
+        self,
+        source: str,
+        *,
+        device: str = "auto",
+        batch_size: int = 16,
+        trust_code: bool = False,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """Load the model; raises what `load_causal` raises. No batch is begun once `stop` is set."""
         loaded = load_causal(source, device=device, trust_code=trust_code)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._positions = loaded.positions or 10**9
         self._encoder = Encoder(loaded.tokenizer)
         self._batch_size = batch_size
+        self._stop = stop or threading.Event()
         self.control_tokens = self._encoder.control_tokens
         self.identity: dict[str, Any] = {"model": loaded.fingerprint, "template": self._encoder.chat_template}
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
@@ -67,6 +77,8 @@ class LocalModel:
             order = sorted({*range(len(window))} - {*long}, key=lambda place: -len(prompts[place]))
             for first in range(0, len(order), self._batch_size):
                 places = order[first : first + self._batch_size]
+                if self._stop.is_set():
+                    return
                 pulse("writing")
                 yield self._write_batch(window, prompts, places, start, sampling)
 
@@ -85,6 +97,8 @@ class LocalModel:
             )
             for first in range(0, len(questions), self._batch_size):
                 batch = questions[first : first + self._batch_size]
+                if self._stop.is_set():
+                    return
                 pulse("judging")
                 yield [(question.place, verdict) for question, verdict in zip(batch, self._score(batch), strict=True)]
 

@@ -32,10 +32,10 @@ def open_model(
     if source.engine == "vllm":
         from alignkit.feedback.vllm import VllmModel
 
-        return VllmModel(source.model, trust_code=trust_code)
+        return VllmModel(source.model, stop=stop.event, trust_code=trust_code)
     from alignkit.feedback.local import LocalModel
 
-    return LocalModel(source.model, device=device, batch_size=batch_size, trust_code=trust_code)
+    return LocalModel(source.model, device=device, batch_size=batch_size, trust_code=trust_code, stop=stop.event)
 
 
 def own_model(stage: Stage) -> FeedbackModel:

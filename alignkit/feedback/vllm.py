@@ -8,6 +8,7 @@ format, is not counted. A vLLM server (`url:`) needs nothing of this.
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class VllmModel:
 
     takes_prefill = True
 
-    def __init__(self, source: str, *, trust_code: bool = False) -> None:
+    def __init__(self, source: str, *, stop: threading.Event, trust_code: bool = False) -> None:
         """Start the engine; raises EnvironmentProblem where vLLM is not installed."""
         try:
             self._vllm: Any = importlib.import_module("vllm")
@@ -35,6 +36,7 @@ class VllmModel:
                 "transformers"
             ) from None
         self._engine = self._vllm.LLM(model=source, trust_remote_code=trust_code)
+        self._stop = stop
         self._encoder = Encoder(load_tokenizer_of(source, trust_code=trust_code))
         self.control_tokens = self._encoder.control_tokens
         self.identity: dict[str, Any] = {"model": fingerprint_causal(source), "engine": "vllm"}
@@ -42,6 +44,8 @@ class VllmModel:
     def write(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
         """Write a text for each job."""
         for start in range(0, len(jobs), _BATCH):
+            if self._stop.is_set():
+                return
             batch = jobs[start : start + _BATCH]
             settings = [
                 self._vllm.SamplingParams(
@@ -62,6 +66,8 @@ class VllmModel:
     def decide(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Verdict]]]:
         """Score both options of each question by their first own token."""
         for start in range(0, len(requests), _BATCH):
+            if self._stop.is_set():
+                return
             split = [self._encoder.split(request) for request in requests[start : start + _BATCH]]
             settings = [
                 self._vllm.SamplingParams(
