@@ -39,7 +39,7 @@ def describe_unknown_in_stage(key: str, *, stage: str, method: str, accepted: li
     refused, moved = controlled_fields(method), moved_names(method)
     if key in refused:
         return f"{where} cannot be set: {refused[key]}"
-    if key in recipe_fragments()["properties"]:
+    if key in recipe_fragments()["properties"] and key not in option_fragments("sft")["properties"]:
         return f"{where} is not a key of a stage; {key} belongs at the top level of the recipe"
     if key in moved:
         return f"{where} is not a key of a stage: {moved[key]}"

@@ -89,7 +89,7 @@ def _describe_rows(stage: StageLike, key: str, path: Node, stages: Mapping[str, 
     if source.name == stage.name:
         return f"{key} is {path.value}, the stage itself"
     if source.method not in FEEDBACK:
-        return f"{key} is {path.value}, a {source.method} stage, which makes no rows; critique and label stages do"
+        return f"{key} is {path.value}, which trains a model and makes no rows; critique and label stages do"
     if source.method == "critique" and stage.method in ("rm", "dpo"):
         return (
             f"{key} is {path.value}, which makes prompts with one answer; {stage.method} compares: name a label stage"

@@ -42,6 +42,8 @@ def find_unused(values: Mapping[str, Node]) -> Iterator[tuple[str, str]]:
     """Yield the keys of a section that would have no effect, and why."""
     steps = list_steps(values)
     train = values["train"].value if "train" in values else "dpo"
+    if train not in list(_TRAINED):
+        return  # it has a message of its own
     for key in ("sft", *STEPS[2:]):
         if key in values and key not in steps:
             yield key, "has no effect with critique: false" if key == "sft" else f"has no effect with train: {train}"

@@ -587,11 +587,13 @@ class RlaifOptions(_Section):
         None, description="The helpful model to begin with: a stage, a run or a directory; omitted: model.path."
     )
     constitution: Texts = Field(description=_CONSTITUTION)
-    data: Sources = Field(description="Prompts; the recipe's own `data:` if omitted.")
+    data: Sources = Field(description="Prompts, here or as the recipe's own `data:`.")
     generator: Feedback | None = Field(
         None, description="What answers, criticises and revises; omitted: the model that each step starts from."
     )
-    judge: Feedback | None = Field(None, description="What compares or scores the answers; see `label`.")
+    judge: Feedback | None = Field(
+        None, description="What compares or scores the answers: a stage, a model or {url: ...}."
+    )
     critique: bool | dict[str, Any] = Field(
         default=True, description="Keys of a critique stage; false leaves out critique and sft."
     )

@@ -129,7 +129,8 @@ def describe_not_a_stage(name: str, node: Node) -> str | None:
     is_mapping = isinstance(node.value, dict)
     method = node.value.get("method") if is_mapping else None
     if name in SECTIONS and not is_mapping:
-        return f"{name} is {show(node)}; a stage is a mapping with at least `data:`"
+        needed = "constitution" if name == RLAIF else "data"
+        return f"{name} is {show(node)}; {'it' if name == RLAIF else 'a stage'} is a mapping with at least `{needed}:`"
     if name in SECTIONS and method is not None and method.value != name:
         article = "a" if name in ("dpo", "critique", "label") else "an"
         return (
