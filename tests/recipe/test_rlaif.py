@@ -245,8 +245,8 @@ def test_a_method_command_takes_the_stage_that_is_not_a_step(load: Load) -> None
          "takes published critiques and revisions; nothing is sampled"]),
         ("  label: {judge: {replay: labels.jsonl}, orders: one}\n", ["8: rlaif.label.orders has no effect with "
          "judge.replay: the labels are made already"]),
-        ("  dpo: {data: rlaif-critique}\n", ["8: rlaif.dpo.data is rlaif-critique, which makes prompts with one answer; "
-         "dpo compares: name a label stage"]),
+        ("  dpo: {data: rlaif-critique}\n", ["8: rlaif.dpo.data is rlaif-critique, which makes prompts with one "
+         "answer; dpo compares: name a label stage"]),
         ("  dpo: {method: sft}\n", ["8: rlaif.dpo.method is sft; it must be dpo"]),
         ("rlaif-sft: {method: sft, data: x/y}\n", ["3: rlaif has a stage rlaif-sft, and so has the recipe; rename one "
          "of the two sections"]),
