@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from labels import measure_labels
 from processes import measure_processes
 from short_run import measure_short_run
 from start_up import measure_bad_recipe, measure_help
@@ -24,6 +25,7 @@ CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measu
     "throughput": (measure_throughput, 3),
     "preparation": (measure_preparation, 3),
     "processes": (measure_processes, 3),
+    "labels": (measure_labels, 3),
 }
 
 
