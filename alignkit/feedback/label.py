@@ -6,14 +6,13 @@ the judge's probability as a soft label; comparisons by people can be mixed in. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from alignkit import console
-from alignkit.data import DataReport, Row, Text, read_rows
+from alignkit.data import DataReport, read_rows
 from alignkit.errors import DataError, JudgeError
 from alignkit.feedback.asking import Model, Sampling
 from alignkit.feedback.calibrate import measure, read_labelled
@@ -21,10 +20,10 @@ from alignkit.feedback.comparisons import Judge, Label, Pairing, judge_all, know
 from alignkit.feedback.constitution import Constitution, load_constitution
 from alignkit.feedback.examples import Examples, load_examples
 from alignkit.feedback.measures import describe_labels, find_faults
-from alignkit.feedback.prompted import list_prompts, make_answer, sample_answers, why_useless
-from alignkit.feedback.prompts import conversation, read_text
+from alignkit.feedback.preferences import make_rows, pair_given, pair_sampled, split_ranking
+from alignkit.feedback.prompted import list_prompts, sample_answers
 from alignkit.feedback.quoting import Quoter
-from alignkit.feedback.replay import PublishedLabels, pair_key
+from alignkit.feedback.replay import PublishedLabels
 from alignkit.feedback.session import Session, open_session
 from alignkit.feedback.sources import describe_source, open_model, own_model, spent_before
 from alignkit.feedback.spending import Spending
@@ -53,7 +52,7 @@ def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Res
         try:
             work.do()
         except JudgeError as error:
-            count = work.write(complete=False)
+            count = work.write(complete=False)["rows"]
             raise JudgeError(
                 f"{stage.name}: {error}; {count} rows are in rows.jsonl, and nothing that was answered will be asked "
                 "again: run the same command to go on (with a higher limit where it was the budget)"
@@ -132,7 +131,7 @@ class _Work:
     def do(self) -> None:
         """Sample, judge, ask for second opinions, and measure the judge."""
         session, desk = self._session, self._session.desk
-        self._pairings = self._pair_given() if self._given else self._pair_sampled()
+        self._pairings = pair_given(self._rows) if self._given else self._pair_sampled()
         if not self._pairings:
             raise DataError([*session.rejects.first] or "there is nothing to compare", where=session.stage.recipe_path)
         began = session.seconds
@@ -148,28 +147,28 @@ class _Work:
         self._judging_seconds = session.seconds - began
         self._ask_again()
 
-    def write(self, *, complete: bool) -> int:
-        """Write the rows and the report of what has been judged; return the number of rows."""
+    def write(self, *, complete: bool) -> dict[str, Any]:
+        """Write the rows and the report of what has been judged; return the report."""
         session = self._session
         if not complete and self._judge is not None and not self._labels:
             self._labels = known_labels(session.desk, self._judge, self._pairings)
-        count = session.write_rows(self._make_rows())
+        count = session.write_rows(make_rows(self._labels, self._mix, hard=self._options.hard))
         session.write_rows((label.to_dict() for label in self._labels), LABELS)
         report = self._describe(count, complete=complete)
         session.write_report(report)
         for fault in find_faults(report):
             console.warn(f"{session.stage.name}: {fault}")
-        return count
+        return report
 
     def finish(self) -> Result:
         """Write everything; the run is finished."""
         session = self._session
-        count = self.write(complete=True)
+        report = self.write(complete=True)
+        count = report["rows"]
         if not count:
             first = session.rejects.first
             reason = "the judge abstained from all comparisons, or all are ties; report.json says why"
             raise DataError([*first] or reason, where=session.stage.recipe_path)
-        report = self._describe(count, complete=True)
         agreement = report["order_agreement"]
         metrics = {
             "rows": count,
@@ -192,18 +191,7 @@ class _Work:
         )  # fmt: skip
         return model, spending
 
-    def _pair_given(self) -> list[Pairing]:
-        """Return the pairs of the rows' own answers, best first as the rows have them."""
-        pairings = []
-        for row in self._rows:
-            for number, (first, second) in enumerate(combinations(row.completions, 2)):
-                if first != second:
-                    key = pair_key(row.prompt, first, second)
-                    pairings.append(Pairing(row.prompt, first, second, row.place, f"{key} {number}"))
-        return pairings
-
     def _pair_sampled(self) -> list[Pairing]:
-        """Return all pairs of answers that the generator gives to each prompt; equal or useless ones are left out."""
         session, options = self._session, self._options
         assert self._generator is not None and isinstance(options.answers, int)
         model = self._generator[0]
@@ -213,18 +201,7 @@ class _Work:
             session.desk, model, prompts, sampling, count=options.answers, seed=session.stage.seed, kind="answer"
         )
         self._cut_off = _share([not reply.ended for own in replies for reply in own])
-        pairings = []
-        for prompted, own in zip(prompts, replies, strict=True):
-            problems = [why_useless(reply, model.control_tokens) for reply in own]
-            for problem in filter(None, problems):
-                session.rejects.add(prompted.place, problem)
-            texts = list(dict.fromkeys(reply.text for reply, what in zip(own, problems, strict=True) if what is None))
-            if len(texts) < 2 and not any(problems):
-                session.rejects.add(prompted.place, f"all {len(own)} answers are the same")
-            for number, (first, second) in enumerate(combinations(texts, 2)):
-                answers = make_answer(prompted.prompt, first), make_answer(prompted.prompt, second)
-                pairings.append(Pairing(prompted.prompt, *answers, prompted.place, f"{prompted.key} {number}"))
-        return pairings
+        return pair_sampled(prompts, replies, session.rejects, model.control_tokens)
 
     def _ask_again(self) -> None:
         """Judge some comparisons by a second principle as well: how far do principles agree?"""
@@ -245,17 +222,6 @@ class _Work:
         found = (turn for turn in turns if draw(seed=seed, key=pairing.key, turn=turn).name != label.principle)
         return next(found, turns[-1])
 
-    def _make_rows(self) -> Iterator[dict[str, Any]]:
-        messages = any(not isinstance(label.pairing.prompt, str) for label in self._labels)
-        for label in self._labels:
-            p_first = label.p_first
-            if p_first is None or (self._options.hard and label.is_tie):
-                continue
-            yield _make_row(label.pairing.prompt, label.pairing.first, label.pairing.second, p_first, self._options)
-        for row in self._mix:
-            for first, second in combinations(row.completions, 2):
-                yield _mix_row(row, first, second, self._options, messages=messages)
-
     def _describe(self, count: int, *, complete: bool) -> dict[str, Any]:
         session, options = self._session, self._options
         records = list(session.store.values())
@@ -269,7 +235,7 @@ class _Work:
         return {
             "complete": complete,
             "rows": count,
-            "rows_by_people": sum(len(row.completions) * (len(row.completions) - 1) // 2 for row in self._mix),
+            "rows_by_people": sum(len(list(split_ranking(row))) for row in self._mix),
             **describe_labels(self._labels),
             "agreement_between_principles": {"n": len(agreeing), "share": _share(agreeing)},
             "check": self._accuracy,
@@ -278,6 +244,9 @@ class _Work:
             "cut_off_share": self._cut_off,
             "tokens": sum(record.get("input_tokens", 0) + record.get("output_tokens", 0) for record in records),
             "spent": self._judge_spending.to_dict() if self._judge_spending and options.judge.url else None,
+            "spent_on_answers": self._generator[1].to_dict()
+            if self._generator and self._generator[1].requests
+            else None,
             "seconds": round(session.seconds, 3),
             "labels_per_second": round(len(self._labels) / seconds, 2) if seconds > 0 else None,
         }
@@ -314,22 +283,6 @@ def _replay(published: PublishedLabels, pairing: Pairing) -> Label:
     value = published.find(pairing.prompt, pairing.first, pairing.second)
     problem = "not among the published labels" if value is None else None
     return Label(pairing, "published", (value,), [], problem)
-
-
-def _make_row(prompt: Text, first: Text, second: Text, p_first: float, options: LabelOptions) -> dict[str, Any]:
-    """Return a row with the preferred answer as chosen, and how sure that is."""
-    chosen, rejected = (first, second) if p_first >= 0.5 else (second, first)
-    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return row if options.hard else row | {"label": max(p_first, 1.0 - p_first)}
-
-
-def _mix_row(row: Row, first: Text, second: Text, options: LabelOptions, *, messages: bool) -> dict[str, Any]:
-    """Return a comparison made by people, in the form of the others: text becomes messages beside messages."""
-    prompt: Text = row.prompt
-    if messages and isinstance(prompt, str):
-        turns = conversation(prompt)
-        prompt, first, second = turns, *(make_answer(turns, read_text(text).strip()) for text in (first, second))
-    return _make_row(prompt, first, second, 1.0 if row.label is None else row.label, options)
 
 
 def _share(values: Sequence[bool]) -> float | None:
