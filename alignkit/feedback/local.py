@@ -181,7 +181,8 @@ class LocalModel:
 
 
 def _too_long(what: str, ids: list[int], room: int) -> str:
-    return f"the {what} has {len(ids)} tokens; {max(room, 0)} fit"
+    advice = ", beside max_new_tokens; examples: none makes prompts shorter" if what == "prompt" else ""
+    return f"the {what} has {len(ids)} tokens; {max(room, 0)} fit{advice}"
 
 
 def _pad_left(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

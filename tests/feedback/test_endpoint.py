@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from helpers import messages, read_rows
-from judge_server import Server
+from judge_server import Server, prefer_longer
 
 from alignkit.errors import JudgeError, Stopped
 from alignkit.feedback import label
@@ -203,6 +203,25 @@ def test_the_job_finishes_with_all_faults_and_its_retries_are_in_the_report(
     assert sum(report["spent"]["retries"].values()) == sum(server.faults.values()) > 40
     kept = b"".join(path.read_bytes() for path in Path(stage.run_dir).rglob("*") if path.is_file())
     assert KEY.encode() not in kept
+
+
+def test_a_chat_server_thinks_and_answers_in_one_reply(make_stage: MakeStage, pairs: Path, constitution: str) -> None:
+    def reply(payload: dict[str, Any]) -> str:
+        letter = "A" if prefer_longer(payload) > 0.5 else "B"
+        return f"(A) is one thing, (B) another.\nThe answer is: ({letter})"
+
+    with Server(reply=reply) as server:
+        source = {"url": server.url, "name": "tiny"}
+        stage = make_stage(
+            "label", data={"path": str(pairs), "max_rows": 5}, constitution=constitution, judge=source, answers="given",
+            cot=True, cot_tokens=99,
+        )  # fmt: skip
+        label.run(stage, Path(stage.run_dir))
+        assert server.requests == 10 and server.payloads[0]["max_tokens"] == 99
+        assert "Think step by step." in server.payloads[0]["messages"][-1]["content"]
+    rows = read_rows(Path(stage.run_dir) / "rows.jsonl")
+    assert [row["label"] for row in rows] == [pytest.approx(0.6)] * 5  # clamped
+    assert all(row["chosen"][0]["content"].startswith("long") for row in rows)
 
 
 def test_a_budget_that_runs_out_keeps_what_there_is_and_goes_on_with_a_higher_one(

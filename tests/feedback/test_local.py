@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import ModelError
@@ -107,3 +109,32 @@ def test_transcripts_end_where_the_next_turn_begins(base_model: Path) -> None:
 def test_models_without_trained_weights_are_refused(make_model: Callable[..., Path]) -> None:
     with pytest.raises(ModelError, match="random weights"):
         LocalModel("builtin:tiny-gpt2")
+
+
+def test_an_adapter_judges_as_the_model_it_is_merged_into(chat_model: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(chat_model)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=64, target_modules=["c_attn"], fan_in_fan_out=True))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(chat_model).save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(chat_model).save_pretrained(tmp_path / "merged")
+    requests = [ask_comparison(question, (), str) for question in QUESTIONS[:3]]
+    found = {}
+    for name, source in {"adapter": tmp_path / "adapter", "merged": tmp_path / "merged", "base": chat_model}.items():
+        judge = LocalModel(str(source), device="cpu")
+        found[name] = [verdict.p_first for _, verdict in sorted(chain.from_iterable(judge.decide(requests)))]
+        assert judge.identity["model"] not in [other for key, other in found.items() if key.endswith("id")]
+        found[f"{name} id"] = judge.identity["model"]
+    assert found["adapter"] == pytest.approx(found["merged"], abs=1e-4)
+    assert found["adapter"] != pytest.approx(found["base"], abs=1e-3)
+
+
+def test_a_run_directory_is_its_model(chat_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(chat_model, run / "model")
+    (run / "stage.json").write_text("{}")
+    assert LocalModel(str(run), device="cpu").identity == LocalModel(str(chat_model), device="cpu").identity
