@@ -300,12 +300,16 @@ def _prompt(random: Random, split: str) -> dict[str, Any]:
 def _judge_item(random: Random, split: str) -> dict[str, Any]:
     """Ask for the more positive of two answers in the words and layout of the feedback room's chat prompt."""
     question = _question(random, split)
-    if random.random() < 0.5:
-        better, worse = _rated_reviews(random, 2)
-    else:  # one sentence each: easier, and what a judge learns from first
-        better, worse = _rated(random, 2, lambda: _opinion(random, _MOOD_WORTHS["mixed"]))
-    first = random.random() < 0.5
-    a, b = (better, worse) if first else (worse, better)
+    kind = random.randrange(3)
+    if kind == 0:
+        # An opinion, then a fact. What decides most comparisons is a word and the place it stands in, neither of which
+        # says anything alone, and gradients do not find such a pair; here the word alone decides.
+        a, b = _opinion(random, _MOOD_WORTHS[random.choice(("positive", "negative"))]), _neutral(random)
+    else:
+        make = _any_review if kind == 1 else lambda random: _opinion(random, _MOOD_WORTHS["mixed"])
+        pair = _rated(random, 2, lambda: make(random))
+        a, b = pair if random.random() < 0.5 else pair[::-1]
+    first = true_reward(a) > true_reward(b)
     asked = (
         "Consider the following conversation between a human and an assistant:\n\n"
         f"Human: {question}\n\n\n{random.choice(COMPARISONS)} Options:\n (A) [[[{a}]]]\n (B) [[[{b}]]]"
