@@ -91,3 +91,24 @@ def test_a_launcher_starts_no_labels(run_alignkit: Callable, tmp_path: Path) -> 
     done = run_alignkit("rlaif", "-r", "r.yaml", "--stage", "label", RANK="0", WORLD_SIZE="2")
     assert done.returncode == 8
     assert "a label stage runs in one process" in done.stderr
+
+
+@pytest.mark.slow
+def test_ppo_takes_the_judge_itself_as_its_reward_and_asks_nothing_twice(
+    run_alignkit: Callable, tmp_path: Path
+) -> None:
+    section, _, _ = RECIPE.partition("  critique:")
+    (tmp_path / "r.yaml").write_text(
+        f"{section}  critique: false\n  train: ppo\n"
+        "  ppo: {gold: builtin:true-reward, batch_size: 4, max_new_tokens: 6, total_episodes: 8, ppo_epochs: 1, "
+        "samples: {num: 1, max_new_tokens: 6}, logging_steps: 1, save_strategy: 'no'}\n"
+    )
+    done = run_alignkit("run", "-r", "r.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [result["stage"] for result in json.loads(done.stdout)["stages"]] == ["sft", "rlaif-ppo"]
+    run = tmp_path / "runs/r/rlaif-ppo"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(isinstance(row["reward"], float) for row in rows if "reward" in row)
+    keys = [json.loads(line)["key"] for line in (run / "judged.jsonl").read_text().splitlines()]
+    assert keys and len(keys) == len(set(keys))
+    assert read(run / "stage.json")["source_stages"] == {"runs/r/sft/model": "sft"}
