@@ -18,14 +18,17 @@ from typer.exceptions import TyperException
 from alignkit.ending import SUPERVISED, end, end_usage_error, leave
 
 if TYPE_CHECKING:
-    from alignkit.launch.command import Command
-    from alignkit.recipe import Recipe, Stage
+    from alignkit.recipe import Recipe
 
 RecipeFile = Annotated[
     Path, typer.Option("--recipe", "-r", metavar="FILE", help="The recipe: model, data and stages in YAML.")
 ]
 StageName = Annotated[
     str | None, typer.Option("--stage", metavar="NAME", help="Which stage, where the recipe has several of a method.")
+]
+StepName = Annotated[
+    str | None,
+    typer.Option("--stage", metavar="NAME", help="One of its stages, by name or step: critique, sft, label, dpo, ..."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -141,7 +144,6 @@ def _stage_command(method: Literal["sft", "rm", "dpo", "ppo"]) -> Callable[..., 
         main_address: MainAddress = None,
         main_port: MainPort = None,
     ) -> None:
-        from alignkit import console
         from alignkit.recipe import resolve
 
         overrides = _add_address(overrides, main_address, main_port)
@@ -149,22 +151,10 @@ def _stage_command(method: Literal["sft", "rm", "dpo", "ppo"]) -> Callable[..., 
         from alignkit.launch.command import Command
 
         given = Command.of(resolved, overrides, allow_change=tuple(allow_change or ()), out=out, node_rank=node_rank)
-        if slurm or submit:
-            _use_slurm([(resolved, given)], submit, dry_run=dry_run, force=force, retries=retries, as_json=as_json)
-            return
-        if dry_run:
-            _show_plans([(resolved, given)], force=force, as_json=as_json)
-            return
-        context.obj["run_dir"] = Path(resolved.run_dir)
-        from alignkit.launch import launch_stage
+        from alignkit.launch.perform import How, run_one
 
-        result = launch_stage(resolved, given, force=force, retries=retries)
-        if SUPERVISED in os.environ or not console.is_main():
-            return  # who started this process, or rank 0, shows it
-        if as_json:
-            console.print_json(result.to_dict())
-        else:
-            console.print_result(result.to_dict())
+        how = How(dry_run, force, as_json, retries, slurm, submit)
+        run_one(context.obj, resolved, given, how)
 
     return command
 
@@ -175,59 +165,50 @@ def _add_address(overrides: list[str] | None, address: str | None, port: int | N
     return [*(overrides or ()), *(f"{key}={value}" for key, value in given if value is not None)]
 
 
-def _show_plans(jobs: list[tuple[Stage, Command]], *, force: bool, as_json: bool) -> None:
-    """Write what each command would do; as JSON one object, or a list of them for several."""
-    from alignkit import console
-    from alignkit.launch.plan import plan_launch
-
-    plans = [(stage, plan_launch(stage, command).to_dict()) for stage, command in jobs]
-    if as_json:
-        shown = [{**stage.to_dict(), "would_start": launch} for stage, launch in plans]
-        console.print_json(shown[0] if len(shown) == 1 else shown)
-        return
-    for stage, launch in plans:
-        console.print_stage(stage.to_dict(), will=_foresee(Path(stage.run_dir), force=force))
-        console.print_launch(launch)
-
-
-def _use_slurm(
-    jobs: list[tuple[Stage, Command]], submit: bool, *, dry_run: bool, force: bool, retries: int, as_json: bool
-) -> None:
-    """Write stages as batch jobs, submit them on request, and show them; refuse what a job would not honour."""
-    from alignkit import console
-    from alignkit.errors import UsageError
-
-    if retries:
-        raise UsageError("--retries: a Slurm job requeues itself; set launch.slurm.max_requeues")
-    if any(command.node_rank is not None for _, command in jobs):
-        raise UsageError("--node-rank: Slurm tells each node which one it is; take it away")
-    from alignkit.launch.slurm import write_jobs
-
-    written = [job.to_dict() for job in write_jobs(jobs, submit=submit, dry_run=dry_run, force=force)]
-    if as_json:
-        console.print_json({"jobs": written})
-    else:
-        console.print_jobs(written, scripts=dry_run)
-
-
-def _foresee(run_dir: Path, *, force: bool) -> str:
-    """Return in words what a stage command would do in a run directory as it is now."""
-    from alignkit.runs.layout import RunDir
-
-    run = RunDir(run_dir.expanduser().absolute())
-    if not run.stage.exists():
-        return "train from the start"
-    if force:
-        return "move the run that is there aside and train from the start"
-    if run.is_finished():
-        return "nothing: the run is finished (--force starts over)"
-    return "go on with the unfinished run"
-
-
 app.command("sft", help="Train on demonstrations, or pre-train on raw text.")(_stage_command("sft"))
 app.command("rm", help="Train a reward model on comparisons.")(_stage_command("rm"))
 app.command("dpo", help="Train the policy directly on preferences.")(_stage_command("dpo"))
 app.command("ppo", help="Train the policy on sampled answers and a reward, with a critic.")(_stage_command("ppo"))
+
+
+@app.command()
+def rlaif(
+    context: typer.Context,
+    recipe: RecipeFile,
+    stage: StepName = None,
+    overrides: Overrides = None,
+    out: RunDir = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    trust_code: TrustCode = False,
+    allow_change: AllowChange = None,
+    as_json: AsJson = False,
+    retries: Retries = 0,
+    slurm: Slurm = False,
+    submit: Submit = False,
+    node_rank: NodeRank = None,
+    main_address: MainAddress = None,
+    main_port: MainPort = None,
+) -> None:
+    """Align by a constitution: critiques and revisions, labels by a judge, training on them."""
+    from alignkit.errors import UsageError
+    from alignkit.launch.command import Command
+    from alignkit.launch.perform import How, run_many, run_one
+    from alignkit.recipe import pick_steps, resolve
+
+    overrides = _add_address(overrides, main_address, main_port)
+    loaded = _load_recipe(recipe, overrides)
+    names = pick_steps(loaded, stage)
+    if out is not None and len(names) > 1:
+        raise UsageError(f"--out: {', '.join(names)} have a run directory each; name one of them with --stage")
+    stages = [resolve(loaded, name, out=out, trust_code=trust_code) for name in names]
+    changes = tuple(allow_change or ())
+    jobs = [(step, Command.of(step, overrides, allow_change=changes, out=out, node_rank=node_rank)) for step in stages]
+    how = How(dry_run, force, as_json, retries, slurm, submit)
+    if len(jobs) == 1:
+        run_one(context.obj, *jobs[0], how)
+    else:
+        run_many(context.obj, jobs, how)
 
 
 @app.command()
@@ -247,9 +228,9 @@ def run(
     main_address: MainAddress = None,
     main_port: MainPort = None,
 ) -> None:
-    """Train the stages of a recipe one after another; finished ones are left alone."""
-    from alignkit import console
+    """Run the stages of a recipe one after another; finished ones are left alone."""
     from alignkit.launch.command import Command
+    from alignkit.launch.perform import How, run_many
     from alignkit.recipe import resolve
 
     overrides = _add_address(overrides, main_address, main_port)
@@ -257,26 +238,7 @@ def run(
     stages = [resolve(loaded, name, trust_code=trust_code) for name in loaded.order]
     changes = tuple(allow_change or ())
     jobs = [(stage, Command.of(stage, overrides, allow_change=changes, node_rank=node_rank)) for stage in stages]
-    if slurm or submit:
-        _use_slurm(jobs, submit, dry_run=dry_run, force=force, retries=retries, as_json=as_json)
-        return
-    if dry_run:
-        _show_plans(jobs, force=force, as_json=as_json)
-        return
-    from alignkit.launch.pipeline import run_stages
-
-    results = []
-    try:
-        before = lambda stage: context.obj.update(run_dir=Path(stage.run_dir))  # noqa: E731
-        for result in run_stages(jobs, force=force, retries=retries, before=before):
-            results.append(result.to_dict())
-    finally:
-        if not console.is_main():
-            pass  # another node speaks
-        elif as_json:
-            console.print_json({"stages": results})
-        else:
-            console.print_run([stage.name for stage in stages], results)
+    run_many(context.obj, jobs, How(dry_run, force, as_json, retries, slurm, submit))
 
 
 @app.command()

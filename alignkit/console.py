@@ -126,7 +126,7 @@ def print_launch(launch: Mapping[str, Any]) -> None:
         print("would start: nothing, this is one of the processes that a launcher has started")
         return
     if launch["mode"] == "in-process":
-        print(f"would start: nothing else, it trains in this process on {place['device']}")
+        print(f"would start: nothing else, it runs in this process on {place['device']}")
         return
     nodes = f"{place['nodes']} nodes with " if place["nodes"] > 1 else ""
     each = " each" if nodes else ""
@@ -144,7 +144,8 @@ def print_launch(launch: Mapping[str, Any]) -> None:
 
 def print_result(result: Mapping[str, Any]) -> None:
     """Write how a stage ended to stdout."""
-    print(f"{result['stage']}: {result['status']} at step {result['step']}, model in {result['model_dir']}")
+    made = f"at step {result['step']}, model in {result['model_dir']}" if result["model_dir"] else ""
+    print(f"{result['stage']}: {result['status']} {made or 'with {} rows'.format(result['step'])}")
     for key, value in result.get("metrics", {}).items():
         print(f"  {key} = {_cell(value)}")
 
@@ -175,9 +176,9 @@ def print_run(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> Non
         seconds = result.get("wall_seconds")
         rows.append(
             (name, result["status"], result.get("step"), None if seconds is None else f"{seconds:.0f}",
-             result.get("model_dir"))
+             result.get("model_dir") or None)
         )  # fmt: skip
-    print_table("", ("stage", "status", "step", "seconds", "model"), rows)
+    print_table("", ("stage", "status", "steps or rows", "seconds", "model"), rows)
 
 
 class TrainingProgress:

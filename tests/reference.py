@@ -12,22 +12,29 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from alignkit.recipe.schema import (
+    CritiqueOptions,
     DataSource,
     DpoOptions,
+    FeedbackModel,
     GenerationOptions,
+    Helpful,
+    LabelOptions,
     LaunchOptions,
     LoraOptions,
     MissingEos,
     ModelOptions,
     PpoOptions,
+    Price,
     Ptx,
     RecipeOptions,
     RewardSource,
+    RlaifOptions,
     RmOptions,
     SampleOptions,
     SftOptions,
     SlurmOptions,
     StageOptions,
+    TrainOptions,
     Truncate,
 )
 
@@ -41,6 +48,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`launch.slurm:`", SlurmOptions),
     ("A data source (`data:`, `eval:`, `normalize_data:`)", DataSource),
     ("Every stage", StageOptions),
+    ("Every stage that trains", TrainOptions),
     ("`samples:`", SampleOptions),
     ("An sft stage", SftOptions),
     ("An rm stage", RmOptions),
@@ -51,6 +59,12 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`truncate:`", Truncate),
     ("`ptx:`", Ptx),
     ("`generation:`", GenerationOptions),
+    ("An rlaif section", RlaifOptions),
+    ("A critique stage", CritiqueOptions),
+    ("`helpful:`", Helpful),
+    ("A label stage", LabelOptions),
+    ("A judge or generator (`judge:`, `generator:`)", FeedbackModel),
+    ("`price:`", Price),
 ]
 
 
@@ -86,7 +100,8 @@ def render() -> str:
     """Return the reference as Markdown tables."""
     parts = []
     for title, model in SECTIONS:
-        inherited = StageOptions.model_fields if model is not StageOptions and issubclass(model, StageOptions) else {}
+        above = [base for base in model.__mro__[1:] if base in (TrainOptions, StageOptions)]
+        inherited = above[0].model_fields if above else {}
         fields = {name: field for name, field in model.model_fields.items() if name not in inherited}
         if not fields:
             continue

@@ -10,6 +10,7 @@ a prompt (every film belongs to one split). `true_reward` is the judge that real
     builtin:ranked         ranked               four reviews with their true rewards as scores
     builtin:unpaired       unpaired             a review, desirable when its true reward is positive
     builtin:prompts        prompt               what preferences ask
+    builtin:judge-items    prompt_completion    which of two reviews is more positive, as a judge is asked
 """
 
 from __future__ import annotations
@@ -65,6 +66,13 @@ _HOW = ["", "really ", "quite ", "truly ", "rather "]
 
 _WORD = re.compile(r"[a-z]+")
 _WORD_WORTH = {word: worth for table in (_ADJECTIVES, _VERBS) for worth, words in table.items() for word in words}
+# The questions of the constitution builtin:positive-reviews (the feedback room's), which tests compare.
+COMPARISONS = (
+    "Which of these reviews is more positive?",
+    "Choose the review that says kinder things about the film.",
+    "Which reviewer liked the film better?",
+    "Choose the answer that praises the film more and blames it less.",
+)
 _MOOD_WORTHS = {"positive": (1.0, 0.5), "negative": (-1.0, -0.5), "mixed": (1.0, 0.5, -0.5, -1.0)}
 
 
@@ -255,11 +263,15 @@ def _question(random: Random, split: str) -> str:
 
 def _rated_reviews(random: Random, count: int) -> list[str]:
     """Make reviews of different true reward, best first; their lengths are drawn without regard to it."""
-    reviews: dict[float, str] = {}
-    while len(reviews) < count:
-        review = _any_review(random)
-        reviews.setdefault(true_reward(review), review)
-    return [reviews[reward] for reward in sorted(reviews, reverse=True)]
+    return _rated(random, count, lambda: _any_review(random))
+
+
+def _rated(random: Random, count: int, make: Callable[[], str]) -> list[str]:
+    made: dict[float, str] = {}
+    while len(made) < count:
+        text = make()
+        made.setdefault(true_reward(text), text)
+    return [made[reward] for reward in sorted(made, reverse=True)]
 
 
 def _preference(random: Random, split: str) -> dict[str, Any]:
@@ -285,6 +297,26 @@ def _prompt(random: Random, split: str) -> dict[str, Any]:
     return {"prompt": _user(_question(random, split))}
 
 
+def _judge_item(random: Random, split: str) -> dict[str, Any]:
+    """Ask for the more positive of two answers in the words and layout of the feedback room's chat prompt."""
+    question = _question(random, split)
+    kind = random.randrange(3)
+    if kind == 0:
+        # An opinion, then a fact. What decides most comparisons is a word and the place it stands in, neither of which
+        # says anything alone, and gradients do not find such a pair; here the word alone decides.
+        a, b = _opinion(random, _MOOD_WORTHS[random.choice(("positive", "negative"))]), _neutral(random)
+    else:
+        make = _any_review if kind == 1 else lambda random: _opinion(random, _MOOD_WORTHS["mixed"])
+        pair = _rated(random, 2, lambda: make(random))
+        a, b = pair if random.random() < 0.5 else pair[::-1]
+    first = true_reward(a) > true_reward(b)
+    asked = (
+        "Consider the following conversation between a human and an assistant:\n\n"
+        f"Human: {question}\n\n\n{random.choice(COMPARISONS)} Options:\n (A) [[[{a}]]]\n (B) [[[{b}]]]"
+    )
+    return {"prompt": _user(asked), "completion": _assistant(f"The answer is: ({'A' if first else 'B'})")}
+
+
 _MAKERS: dict[str, Callable[[Random, str], dict[str, Any]]] = {
     "reviews": _review_text,
     "instructions": _instruction,
@@ -292,4 +324,5 @@ _MAKERS: dict[str, Callable[[Random, str], dict[str, Any]]] = {
     "ranked": _ranking,
     "unpaired": _unpaired,
     "prompts": _prompt,
+    "judge-items": _judge_item,
 }

@@ -36,8 +36,9 @@ def read_rows(
     report: DataReport,
     rejects: Rejects,
     known_prompts: HashSet | None = None,
+    method: str | None = None,
 ) -> Iterator[Row]:
-    """Yield the stage's rows, source after source, in the order of their files.
+    """Yield the stage's rows, source after source, in the order of their files; as `method` takes them, where given.
 
     Every source gives its first `max_rows` good rows, without exact repeats under `dedupe`, each as often as `weight`
     says (copies follow each other; a fraction is a choice by the row's hash and the seed). `report` is filled on the
@@ -49,7 +50,8 @@ def read_rows(
     """
     problems = Problems()
     seen = HashSet() if stage.options.dedupe else None
-    readers = [_SourceReader(located, stage, rejects, problems) for located in locate(sources)]
+    method = method or stage.method
+    readers = [_SourceReader(located, stage, method, rejects, problems) for located in locate(sources)]
     kinds: Counter[str] = Counter()  # of this call; the report may hold the rows of another one too
     for reader in readers:
         report.sources.append(reader.counts)
@@ -60,13 +62,13 @@ def read_rows(
                 continue
             reader.counts.kept += 1
             report.add_source_row(row, digest, hash_prompt(row), known_prompts)
-            for given in copies * _for_method(row, stage.method):
+            for given in copies * _for_method(row, method):
                 kinds[given.kind] += 1
                 report.add_given_row(given, digest)
                 yield given
         reader.finish()
     num_read = sum(reader.counts.read for reader in readers)
-    if stage.method == "dpo" and {"pair", "unpaired"} <= kinds.keys():
+    if method == "dpo" and {"pair", "unpaired"} <= kinds.keys():
         counts = " and ".join(f"{count} {kind} rows" for kind, count in kinds.items())
         where = stage.where(f"{stage.name}.data")
         problems.files.append(Problem(f"{counts} cannot be trained on in one dpo stage; give each its own", where))
@@ -164,10 +166,10 @@ class _Found:
 class _SourceReader:
     """Reads one source once, sorting good rows from bad ones; `finish` says what is wrong with it as a whole."""
 
-    def __init__(self, located: Located, stage: Stage, rejects: Rejects, problems: Problems) -> None:
+    def __init__(self, located: Located, stage: Stage, method: str, rejects: Rejects, problems: Problems) -> None:
         self.source = located.source
         self.counts = SourceReport(located.source.path)
-        self._located, self._method = located, stage.method
+        self._located, self._method = located, method
         self._keeps_columns = _reads_columns(stage)
         self._rejects = rejects if stage.options.on_bad_row == "skip" else None
         self._problems = problems

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from alignkit import console
+from alignkit.errors import EnvironmentProblem
 from alignkit.launch.environment import prepare_environment
+from alignkit.recipe.schema import FEEDBACK
 
 if TYPE_CHECKING:
     from alignkit.launch.command import Command
     from alignkit.recipe import Stage
-    from alignkit.train.built import Result
+    from alignkit.runs.result import Result
 
 __all__ = ["launch_stage", "prepare_environment"]
 
@@ -26,11 +28,19 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
     from alignkit.launch.worker import is_worker
 
     command = command or Command.of(stage, ())
+    if stage.method in FEEDBACK:
+        _tell_one_process(stage, retries)
     prepare_environment(tiny=stage.model.path.startswith("builtin:"))
+    if is_worker() and stage.method in FEEDBACK:
+        raise EnvironmentProblem(
+            f"a {stage.method} stage runs in one process, and asks its models in batches; start it without a launcher"
+        )
     if is_worker():
         from alignkit.launch.join import join
 
         return join(stage, command, force=force, retries=retries)
+    if stage.method in FEEDBACK:
+        return train_here(stage, force=force, allow_change=command.allow_change)
     placement = place(stage, command.node_rank)
     if placement.world_size == 1 and placement.strategy != "ddp":
         console.warn(f"launch.strategy {placement.strategy} has no effect with one process; set launch.processes")
@@ -39,3 +49,12 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
     from alignkit.launch.job import run_job
 
     return run_job(stage, command, placement, force=force, retries=retries)
+
+
+def _tell_one_process(stage: Stage, retries: int) -> None:
+    """Say what becomes of `launch:`, which the trained stages of the recipe follow."""
+    given = [key for key in ("processes", "nodes", "strategy") if stage.origins.get(f"launch.{key}") != "default"]
+    if given:
+        console.note(f"{stage.name}: makes rows in one process; launch.{', launch.'.join(given)} is for training")
+    if retries:
+        console.note(f"{stage.name}: --retries is for training; the same command goes on where this stage stopped")

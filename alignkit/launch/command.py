@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignkit.recipe import Stage
+from alignkit.recipe.schema import FEEDBACK
 
 
 @dataclass(frozen=True)
 class Command:
     """`alignkit METHOD --recipe FILE ...`: what decides the work; not --force, --retries or --json."""
 
-    method: str
+    method: str  # the command: that of critique and label stages is rlaif
     recipe: str
     stage: str
     overrides: tuple[str, ...] = ()
@@ -35,7 +36,7 @@ class Command:
     ) -> Command:
         """Return the command of a resolved stage, its name always written out."""
         return cls(
-            method=stage.method,
+            method="rlaif" if stage.method in FEEDBACK else stage.method,
             recipe=stage.recipe_path,
             stage=stage.name,
             overrides=tuple(overrides),

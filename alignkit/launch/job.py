@@ -31,7 +31,7 @@ from alignkit.runs.files import disk_failures, read_json
 from alignkit.runs.layout import RunDir
 
 if TYPE_CHECKING:
-    from alignkit.train.built import Result
+    from alignkit.runs.result import Result
 
 # A process died or hung, was killed, was told to end while this one was not. Anything else would happen again.
 RETRIED = frozenset({6, 137, 143})
@@ -62,7 +62,7 @@ def run_job(stage: Stage, command: Command, placement: Placement, *, force: bool
 
 
 def _read_result(run: RunDir) -> Result:
-    from alignkit.train.built import Result
+    from alignkit.runs.result import Result
 
     data = read_json(run.result)
     return Result(**{key: data[key] for key in Result.__dataclass_fields__})

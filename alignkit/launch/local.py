@@ -9,10 +9,9 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,18 +19,20 @@ from typing import TYPE_CHECKING
 from alignkit import console
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.sources import Located, locate
-from alignkit.errors import DataError, ModelError, Problem, RunError
+from alignkit.errors import DataError, ModelError, Problem
 from alignkit.launch import processes
 from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.preflight.check import check_trackers
+from alignkit.preflight.feedback import require_feedback
+from alignkit.preflight.lineage import list_data, require_made, without_unmade
 from alignkit.preflight.rewards import require_rewards
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import DataSource, PpoOptions, RmOptions
+from alignkit.recipe.schema import FEEDBACK, DataSource
 from alignkit.runs.layout import RunDir, open_run, refuse_foreign, set_aside
 
 if TYPE_CHECKING:
-    from alignkit.train.built import Result
+    from alignkit.runs.result import Result
 
 # Files up to this size are read and checked in half a second, before the libraries load in ten; larger ones are
 # checked only when they are tokenised.
@@ -39,18 +40,19 @@ _READ_AHEAD_BYTES = 8 << 20
 _STRAY_SECONDS = 45.0
 
 
-def check_first(stage: Stage, *, start_comes: bool = False) -> None:
+def check_first(stage: Stage, *, coming: Collection[str] = ()) -> None:
     """Refuse what can be refused within a second, before a library or a process is loaded for it.
 
-    `start_comes` says that what the stage starts from will be trained before it. Raises UsageError of each kind, and
+    `coming` are stages of the recipe that will be run before it. Raises UsageError of each kind, and
     EnvironmentProblem.
     """
-    if not start_comes:
-        _require_start(stage)
-        require_rewards(stage)
+    require_made(stage, coming=coming)
+    require_rewards(stage, coming=coming)
+    require_feedback(stage, coming=coming)
+    if stage.start_stage is None or stage.start_stage not in coming:
         _inspect_weights(stage)
     refuse_foreign(Path(stage.run_dir))
-    _read_ahead(stage)
+    _read_ahead(stage, coming)
     require_versions()
     check_trackers(stage)
 
@@ -89,7 +91,8 @@ def hold_run(path: Path, *, force: bool, check: Callable[[], None] = lambda: Non
 
 def train_in(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...]) -> Result:
     """Train in this process, in a run directory that somebody holds for it."""
-    method = importlib.import_module(f"alignkit.train.{stage.method}")
+    room = "feedback" if stage.method in FEEDBACK else "train"
+    method = importlib.import_module(f"alignkit.{room}.{stage.method}")
     gc.enable()
     gc.freeze()  # what the libraries made stays for good: never look through it again
     with _tensorboard_in(run_dir):
@@ -134,18 +137,6 @@ def _tensorboard_in(directory: Path) -> Iterator[None]:
             del os.environ["TENSORBOARD_LOGGING_DIR"]
 
 
-def _require_start(stage: Stage) -> None:
-    """Raise RunError when the stage that this one starts from has not been trained."""
-    if stage.start_stage is None or stage.start_dir is None or Path(stage.start_dir).is_dir():
-        return
-    recipe = shlex.quote(stage.recipe_path)
-    raise RunError(
-        f"{stage.name} starts from {stage.start_stage}, which has not been trained to its end; "
-        f"train --stage {stage.start_stage} of {recipe} first, or name another start_from",
-        where=stage.where(f"{stage.name}.start_from"),
-    )
-
-
 def _inspect_weights(stage: Stage) -> None:
     """Raise ModelError for local weights that loading would refuse: pickles, remote code, damaged files."""
     source = stage.start_dir or stage.model.path
@@ -160,26 +151,24 @@ def _inspect_weights(stage: Stage) -> None:
         )
 
 
-def _read_ahead(stage: Stage) -> None:
+def _read_ahead(stage: Stage, coming: Collection[str]) -> None:
     """Find missing files, and bad rows of small ones, while nothing heavy is loaded.
 
     Raises DataError as `read_rows` does; a file that cannot be found is named with its place in the recipe.
     """
-    options = stage.options
     located: list[Located] = []
     problems: list[Problem] = []
-    groups = [options.data, *([options.eval] if isinstance(options.eval, list) else [])]
-    if isinstance(options, RmOptions) and options.normalize_data:
-        located += _locate(stage, options.normalize_data, "normalize_data", problems)
-    if isinstance(options, PpoOptions) and options.ptx is not None:
-        located += _locate(stage, options.ptx.data, "ptx.data", problems)
-    for sources, key in zip(groups, ("data", "eval"), strict=False):
+    groups: dict[str, list[DataSource]] = {}
+    for key, source in list_data(stage):
+        if without_unmade([source], stage, coming=coming):
+            groups.setdefault(key, []).append(source)
+    for key, sources in groups.items():
         located += _locate(stage, sources, key, problems)
     if problems:
         raise DataError(problems)
     if _local_bytes(located) <= _READ_AHEAD_BYTES:
-        for sources in groups:
-            for _ in read_rows(stage, sources, report=DataReport(), rejects=Rejects()):
+        for key in ("data", "eval"):
+            for _ in read_rows(stage, groups[key], report=DataReport(), rejects=Rejects()) if key in groups else ():
                 pass
 
 

@@ -19,10 +19,11 @@ from alignkit.launch import launch_stage
 from alignkit.launch.command import Command
 from alignkit.launch.local import check_first
 from alignkit.launch.worker import is_worker
+from alignkit.preflight.lineage import list_needs
 from alignkit.recipe import Stage
 
 if TYPE_CHECKING:
-    from alignkit.train.built import Result
+    from alignkit.runs.result import Result
 
 
 def run_stages(
@@ -34,7 +35,7 @@ def run_stages(
 ) -> Iterator[Result]:
     """Train the stages in this order and yield how each one ended; `before` is told which one is next.
 
-    Raises, before anything is trained, RecipeError when a stage comes before the one it starts from and what
+    Raises, before anything is trained, RecipeError when a stage comes before one that it needs, and what
     `check_first` finds wrong with any of them; then what `launch_stage` raises for the first stage that fails.
     """
     if is_worker():
@@ -44,8 +45,9 @@ def run_stages(
         )
     stages = [stage for stage, _ in jobs]
     check_order(stages)
-    for stage in stages:  # the last stage's missing file is found now, not in a day
-        check_first(stage, start_comes=stage.start_stage in {other.name for other in stages})
+    names = [stage.name for stage in stages]
+    for number, stage in enumerate(stages):  # the last stage's missing file is found now, not in a day
+        check_first(stage, coming=names[:number])
     for stage, command in jobs:
         before(stage)
         yield launch_stage(stage, command, force=force, retries=retries)
@@ -53,16 +55,17 @@ def run_stages(
 
 
 def check_order(stages: Sequence[Stage]) -> None:
-    """Raise RecipeError when a stage would start from one that is neither trained nor trained before it."""
+    """Raise RecipeError when a stage needs one that has not been run and is not run before it."""
     names = [stage.name for stage in stages]
     problems = []
     for number, stage in enumerate(stages):
-        start = stage.start_stage
-        if start is None or start in names[:number] or (stage.start_dir and Path(stage.start_dir).is_dir()):
-            continue
-        how = "put it first" if start in names else "add it"
-        what = f"{stage.name} starts from {start}, which `stages:` does not have before it; {how}"
-        problems.append(Problem(what, stage.where(f"{stage.name}.start_from")))
+        for need in list_needs(stage):
+            if need.stage in names[:number] or need.is_made():
+                continue
+            how = "put it first" if need.stage in names else f"run --stage {need.stage} first, or add it to `stages:`"
+            verb = "starts from" if need.key == "start_from" else "needs"
+            what = f"{stage.name} {verb} {need.stage}, which neither has been run nor is run before it; {how}"
+            problems.append(Problem(what, stage.where(f"{stage.name}.{need.key}")))
     if problems:
         raise RecipeError(problems)
 

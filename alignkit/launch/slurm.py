@@ -19,6 +19,7 @@ from typing import Any
 from alignkit.errors import EnvironmentProblem, RecipeError, RunError
 from alignkit.launch.command import Command
 from alignkit.launch.local import check_first
+from alignkit.preflight.lineage import list_needs
 from alignkit.recipe import Stage
 from alignkit.recipe.batch import check_batch
 from alignkit.recipe.schema import SlurmOptions
@@ -48,7 +49,7 @@ class Job:
 def write_jobs(jobs: Sequence[tuple[Stage, Command]], *, submit: bool, dry_run: bool, force: bool = False) -> list[Job]:
     """Write `<run dir>/launch/job.sbatch` for each stage and, with `submit`, hand them to sbatch in this order.
 
-    A stage waits for the stage it starts from when that one is among `jobs`. With `dry_run` nothing is written; with
+    A stage waits for the stages that it needs and that are among `jobs`. With `dry_run` nothing is written; with
     `force` an existing run is moved aside now, not at each start of the job. Raises RecipeError for what Slurm could
     not honour, RunError for a run directory that cannot be used, EnvironmentProblem when sbatch is absent or refuses,
     and with `submit` what `check_first` finds wrong with a stage.
@@ -62,9 +63,9 @@ def write_jobs(jobs: Sequence[tuple[Stage, Command]], *, submit: bool, dry_run: 
         refuse_foreign(Path(stage.run_dir))
         run = RunDir(Path(stage.run_dir).expanduser().absolute())
         earlier = {job.stage: number for number, job in enumerate(written, 1)}
-        after = (stage.start_stage,) if stage.start_stage in earlier and stage.start_stage is not None else ()
+        after = tuple(dict.fromkeys(need.stage for need in list_needs(stage) if need.stage in earlier))
         if submit and not dry_run:
-            check_first(stage, start_comes=bool(after))
+            check_first(stage, coming=after)
         path = run.launch / SCRIPT
         order = ("sbatch", "--parsable", *_dependency([f"$job_{earlier[name]}" for name in after]), str(path))
         written.append(Job(stage.name, str(path), build_script(stage, command), after, order))

@@ -202,9 +202,9 @@ def _merge_base(stage: Stage, start: Start, precision: Precision, run_dir: Path)
 def _make_reference(model: Model, start: Start, stage: Stage) -> Reference:
     if not isinstance(model, PeftModel):
         return "model"
-    if start.adapter is None or stage.options.adapter == "merge":
+    if start.adapter is None or stage.training.adapter == "merge":
         return "adapter_off"
-    if stage.options.adapter == "stack":
+    if stage.training.adapter == "stack":
         return "base_adapter"
     adapters.add_reference_adapter(model)
     return "ref_adapter"

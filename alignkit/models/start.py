@@ -58,7 +58,7 @@ def find_start(stage: Stage) -> Start:
 def choose_action(stage: Stage, start: Start) -> str:
     """Return new, continue, merge or stack; refuse what would lose the adapter or have no effect."""
     where = stage.where(f"{stage.name}.adapter")
-    wanted = stage.options.adapter
+    wanted = stage.training.adapter
     if start.adapter is None:
         if wanted is not None:
             raise ModelError(f"adapter: {wanted} has no effect: the stage does not start from an adapter", where=where)

@@ -17,22 +17,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, UsageError
 from alignkit.preflight.disk import checkpoint_bytes, count_trained, read_model_shapes, require_space
 from alignkit.preflight.doctor import Table
+from alignkit.preflight.feedback import describe_feedback, require_feedback
+from alignkit.preflight.lineage import list_data, list_needs, without_unmade
 from alignkit.preflight.rewards import describe_reward, list_sources
+from alignkit.preflight.rows import describe_rows, find_doubts
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
-from alignkit.recipe.schema import PpoOptions
+from alignkit.recipe.schema import FEEDBACK, LabelOptions, PpoOptions
 
 if TYPE_CHECKING:
     from alignkit.models.chat import Chat
-    from alignkit.train.tables import Tables
 
 _Item = TypeVar("_Item")
 
 _GIB = 2**30
 _TRACKERS = {"tensorboard", "trackio", "wandb"}
-# Beyond these a run still works, but its result may not mean what it seems to.
-_MANY_DUPLICATES = 0.01
-_LENGTH_BIAS = 0.65
 
 
 @dataclass
@@ -122,6 +121,11 @@ def _check_stage(stage: Stage, check: StageCheck) -> None:
     stage = _use_base_of_untrained(stage, check)
     with check.noting():
         _check_start(stage, check)
+    with check.noting():
+        _check_feedback(stage, check)
+    if stage.method in FEEDBACK:
+        _check_sources(stage, check)
+        return
     _check_rewards(stage, check)
     with check.noting():
         _check_device(stage, check)
@@ -136,7 +140,48 @@ def _check_stage(stage: Stage, check: StageCheck) -> None:
         return
     with check.noting():
         _check_disk(stage, check, chat)
-    _check_rows(stage, check, chat)
+    if (ready := _use_made_rows(stage, check)) is not None:
+        _check_rows(ready, check, chat)
+
+
+def _use_made_rows(stage: Stage, check: StageCheck) -> Stage | None:
+    """Return the stage as it can be checked today: without the rows that other stages have yet to make."""
+    options = stage.training
+    data = without_unmade(options.data, stage)
+    held_out = without_unmade(options.eval, stage) if isinstance(options.eval, list) else []
+    for need in list_needs(stage):
+        if need.rows and not need.is_made():
+            check.facts[f"data {need.path}"] = f"of {need.stage}, not made yet: not checked"
+    if not data:
+        return None
+    changed: dict[str, Any] = {"data": data}
+    if isinstance(options.eval, list):
+        changed["eval"] = held_out or None
+    return replace(stage, options=options.model_copy(update=changed))
+
+
+def _check_feedback(stage: Stage, check: StageCheck) -> None:
+    """Look at constitutions, judges and generators; those that a stage of the recipe makes may still come."""
+    require_feedback(stage, coming=tuple(stage.source_stages.values()))
+    check.facts |= describe_feedback(stage)
+
+
+def _check_sources(stage: Stage, check: StageCheck) -> None:
+    """Read the rows that a stage asks about, as they are."""
+    from alignkit.data import DataReport, Rejects, read_rows
+    from alignkit.data.sources import locate
+
+    given = isinstance(stage.options, LabelOptions) and stage.options.answers == "given"
+    methods = {"data": "rm" if given else stage.method, "mix": "rm", "helpful.data": stage.method}
+    for key, source in list_data(stage):
+        with check.noting():
+            if key in methods and without_unmade([source], stage):
+                report = DataReport()
+                for _ in read_rows(stage, [source], report=report, rejects=Rejects(), method=methods[key]):
+                    pass
+                check.facts[f"{key} {source.path}"] = f"{report.read} rows read, {report.rows} kept"
+            elif key not in methods:
+                locate([source])
 
 
 def _read_rows_alone(stage: Stage, check: StageCheck) -> None:
@@ -144,7 +189,8 @@ def _read_rows_alone(stage: Stage, check: StageCheck) -> None:
     from alignkit.data import DataReport, Rejects, read_rows
 
     report = DataReport()
-    for _ in read_rows(stage, stage.options.data, report=report, rejects=Rejects()):
+    sources = without_unmade(stage.options.data, stage)
+    for _ in read_rows(stage, sources, report=report, rejects=Rejects()) if sources else ():
         pass
     check.facts["data"] = f"{report.read} rows read, {report.rows} kept; lengths not checked, there is no tokenizer"
 
@@ -187,7 +233,7 @@ def _check_device(stage: Stage, check: StageCheck) -> None:
 
     device = pick_device(stage)
     check.facts["device"] = device
-    check.facts["batch"] = f"{stage.options.batch_size} rows a step, {micro_batch_size(stage)} at a time"
+    check.facts["batch"] = f"{stage.training.batch_size} rows a step, {micro_batch_size(stage)} at a time"
     if stage.model.quantization != "none":
         kind = stage.model.quantization
         ability = try_quantization(kind, device)
@@ -234,7 +280,7 @@ def _check_disk(stage: Stage, check: StageCheck, chat: Chat) -> None:
     if isinstance(stage.options, PpoOptions) and stage.options.advantage == "gae":
         num_trained *= 2  # the critic is as large as the policy, in adapters or in weights
     # Rotation comes after the new checkpoint is sealed, so for a moment there is one more than is kept.
-    num_checkpoints = stage.options.keep_checkpoints + 1
+    num_checkpoints = stage.training.keep_checkpoints + 1
     needed = int(1.1 * num_checkpoints * checkpoint_bytes(num_trained, dtype=dtype))
     check.facts["trained parameters"] = f"{num_trained:,}"
     free = require_space(Path(stage.run_dir), needed, num_checkpoints=num_checkpoints)
@@ -261,58 +307,6 @@ def _encode(stage: Stage, check: StageCheck, chat: Chat) -> None:
         tables = prepare_tables(stage, chat, Path(directory), rejects=rejects)
         check.facts |= describe_rows(tables)
     check.warnings += find_doubts(tables.report.to_dict())
-
-
-def describe_rows(tables: Tables) -> dict[str, str]:
-    """Return what is worth knowing about the rows of a stage, in words."""
-    import numpy as np
-
-    report, lengths = tables.report.to_dict(), tables.lengths
-    facts = {}
-    for source in report["sources"]:
-        formats = ", ".join(f"{count} {name}" for name, count in source["formats"].items())
-        ignored = ", ".join(source["ignored_columns"])
-        facts[f"data {source['path']}"] = (
-            f"{source['read']} rows read, {source['kept']} kept ({formats})"
-            + (f", {source['rejected']} do not fit" if source["rejected"] else "")
-            + (f", {source['duplicates_dropped']} duplicates dropped" if source["duplicates_dropped"] else "")
-            + (f"; columns not used: {ignored}" if ignored else "")
-        )
-    middle, high = np.percentile(tables.train.data.column("length").to_numpy(), [50, 95])
-    prompts_only = "prompt" in tables.train.column_names
-    trained = "all in prompts" if prompts_only else f"of which {lengths.num_trained_tokens:,} are trained"
-    facts["tokens"] = f"{lengths.num_tokens:,}, {trained}"
-    facts["tokens a row"] = f"median {middle:.0f}, 95 % below {high:.0f}, longest {lengths.longest_tokens}"
-    facts["too long"] = f"{lengths.truncated_share:.1%}: {lengths.num_truncated} cut, {lengths.num_too_long} left out"
-    if lengths.num_untrained:
-        facts["nothing to learn"] = f"{lengths.num_untrained} rows left out"
-    facts["duplicates"] = f"{report['duplicates']} rows, {report['duplicate_prompts']} prompts"
-    if report["longer_chosen_share"] is not None:
-        facts["chosen is longer"] = f"in {report['longer_chosen_share']:.0%} of {report['comparisons']} comparisons"
-    if tables.eval is not None:
-        facts["held out"] = f"{len(tables.eval)} rows, {report['overlap']} prompts of them also in the training rows"
-    return facts
-
-
-def find_doubts(report: dict[str, Any]) -> list[str]:
-    """Return what lets a stage run but makes its result doubtful; `report` is DataReport.to_dict()."""
-    doubts = []
-    if report["duplicates"] > _MANY_DUPLICATES * report["rows"]:
-        doubts.append(f"{report['duplicates']} of {report['rows']} rows repeat an earlier one; dedupe: true drops them")
-    equal = sum(source["equal_answers"] for source in report["sources"])
-    if equal:
-        doubts.append(f"{equal} rows have the same answer as chosen and rejected")
-    share = report["longer_chosen_share"]
-    if share is not None and abs(share - 0.5) > _LENGTH_BIAS - 0.5:
-        kind = "longer" if share > 0.5 else "shorter"
-        doubts.append(
-            f"the chosen answer is the {kind} one in {max(share, 1 - share):.0%} of comparisons: "
-            "the model may learn length instead of quality"
-        )
-    if report["overlap"]:
-        places = ", ".join(report["overlap_places"])
-        doubts.append(f"{report['overlap']} held-out rows have a prompt that is also trained on, first at {places}")
-    return doubts
 
 
 def _unique(items: Iterable[_Item]) -> list[_Item]:

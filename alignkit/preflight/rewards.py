@@ -6,11 +6,12 @@ Looks at files only; functions are imported where the caller asks for it.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from alignkit.errors import ModelError, Problem, RewardError, RunError, UsageError
 from alignkit.models.files import find_model_dir, inspect_model_dir
+from alignkit.preflight.feedback import describe_model
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
 from alignkit.train.reward_function import load_function, require_trust
@@ -23,10 +24,11 @@ def list_sources(stage: Stage) -> Iterator[tuple[str, RewardSource]]:
         yield from (("gold", source) for source in stage.options.gold or ())
 
 
-def require_rewards(stage: Stage) -> None:
-    """Raise what would stop a stage because of its rewards, all problems at once.
+def require_rewards(stage: Stage, *, coming: Collection[str] = ()) -> None:
+    """Raise what would stop a stage because of its rewards, all problems at once; `coming` are stages before it.
 
     A stage of this recipe that is not trained, a directory that is no reward model, pickles, code without --trust-code.
+    Judges are the business of `feedback`.
     """
     problems: list[Problem] = []
     for key, source in list_sources(stage):
@@ -34,6 +36,8 @@ def require_rewards(stage: Stage) -> None:
         try:
             if source.function is not None:
                 require_trust(stage, source.function, where=where)
+            elif source.model is None or stage.reward_stages.get(source.model) in coming:
+                continue
             elif source.model != BUILTIN_REWARD:
                 _require_model(stage, key, str(source.model), where)
         except UsageError as error:
@@ -51,6 +55,8 @@ def describe_reward(stage: Stage, key: str, source: RewardSource) -> str:
     if source.function is not None:
         load_function(stage, source.function, key=key)
         return f"function {source.function}{weight}"
+    if source.judge is not None:
+        return f"judged by {describe_model(source.judge, stage)}{weight}"
     assert source.model is not None
     if source.model == BUILTIN_REWARD:
         return f"the toy world's true reward{weight}"

@@ -11,12 +11,13 @@ from alignkit.errors import Problem
 from alignkit.recipe.check import describe_unknown, show_key
 from alignkit.recipe.fields import CONTROLLED, MOVED, controlled_fields, method_fields, moved_names
 from alignkit.recipe.nearest import suggest
+from alignkit.recipe.rlaif import METHOD as RLAIF
 from alignkit.recipe.schema import OPTIONS, LoraOptions, ModelOptions, option_fragments, recipe_fragments
 
 
 def describe_unknown_top(name: str, *, is_mapping: bool) -> str:
     """Say that a recipe has no such key at its top level, and where it belongs."""
-    known = recipe_fragments()["properties"]
+    known, sections = recipe_fragments()["properties"], [*OPTIONS, RLAIF]
     if name == "trust_remote_code":
         return f"{name}: {CONTROLLED[name]}"
     if name == "extends":
@@ -26,10 +27,10 @@ def describe_unknown_top(name: str, *, is_mapping: bool) -> str:
         return f"{name} is not a key at the top level; it belongs in {owner}"
     if name in MOVED or name in CONTROLLED:
         return f"{name} is not a key here: {MOVED.get(name) or CONTROLLED[name]}"
-    hint = suggest(name, [*known, *OPTIONS])
+    hint = suggest(name, [*known, *sections])
     if is_mapping and not hint:
-        return f"{show_key(name)} is not a section; a stage of this name needs `method:` ({', '.join(OPTIONS)})"
-    return describe_unknown(name, "", [*known, *OPTIONS])
+        return f"{show_key(name)} is not a section; a stage of this name needs `method:` ({', '.join(sections)})"
+    return describe_unknown(name, "", [*known, *sections])
 
 
 def describe_unknown_in_stage(key: str, *, stage: str, method: str, accepted: list[str]) -> str:
@@ -38,7 +39,7 @@ def describe_unknown_in_stage(key: str, *, stage: str, method: str, accepted: li
     refused, moved = controlled_fields(method), moved_names(method)
     if key in refused:
         return f"{where} cannot be set: {refused[key]}"
-    if key in recipe_fragments()["properties"]:
+    if key in recipe_fragments()["properties"] and key not in option_fragments("sft")["properties"]:
         return f"{where} is not a key of a stage; {key} belongs at the top level of the recipe"
     if key in moved:
         return f"{where} is not a key of a stage: {moved[key]}"

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.errors import Problem
+from alignkit.recipe.audit_feedback import CRITIQUE_RULES, LABEL_RULES
 from alignkit.recipe.audit_ppo import PPO_RULES
 from alignkit.recipe.check import show_key
 from alignkit.recipe.fields import KTO_LOSSES, OWN_LOSSES, trl_fields
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.schema import SLURM_OPTIONS
+from alignkit.recipe.schema import FEEDBACK, SLURM_OPTIONS
 from alignkit.recipe.tree import Node
 
 Finding = tuple[str, str]  # key, what is wrong with it
@@ -43,6 +44,7 @@ class Section:
     values: Mapping[str, Any]
     broken: frozenset[str]
     node: Node
+    say: Callable[[str], str] = str  # what messages call a key
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value as given, else the default; raises when the value given is wrong."""
@@ -65,10 +67,10 @@ class Section:
 
 def audit_stage(stage: Section, recipe: Section) -> list[Problem]:
     """Return the problems of one stage."""
-    shared = (_batch, _evaluation, _step_counts, _strategies, _switched, _checkpointing, _adapter)
-    rules = (*shared, *_BY_METHOD[stage.method])
+    trained = (_batch, _evaluation, _step_counts, _strategies, _switched, _checkpointing, _adapter)
+    rules = (*(() if stage.method in FEEDBACK else trained), *_BY_METHOD[stage.method])
     findings = [finding for rule in rules for finding in _run(rule, stage, recipe)]
-    return [Problem(f"{stage.name}.{key} {what}", stage.place(key)) for key, what in findings]
+    return [Problem(f"{stage.say(key)} {what}", stage.place(key)) for key, what in findings]
 
 
 def audit_recipe(recipe: Section, stages: Mapping[str, Section]) -> list[Problem]:
@@ -288,6 +290,8 @@ _BY_METHOD: dict[str, list[Callable[[Section, Section], Iterator[Finding]]]] = {
     "rm": [_rm_loss],
     "dpo": [_dpo_kto, _dpo_smoothing, _dpo_losses, _dpo_divergence, _dpo_reference],
     "ppo": PPO_RULES,
+    "critique": CRITIQUE_RULES,
+    "label": LABEL_RULES,
 }
 
 
@@ -310,7 +314,7 @@ def _scratch(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding
         if model.get("config") and not builtin:
             yield "model.config", "has no effect without init: scratch; pretrained weights fix the shape"
         return
-    starts = [stage.get("start_from") for stage in stages.values()]
+    starts = [stage.get("start_from") for stage in stages.values() if stage.method not in FEEDBACK]
     tuned = [start for start in starts if start is not None]
     if len(tuned) == len(starts) and starts:
         yield "model.init", "is scratch, but every stage has start_from, so nothing starts from random weights"

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from alignkit.recipe.audit_feedback import judge_problems
+
 if TYPE_CHECKING:
     from alignkit.recipe.audit import Finding, Section
 
@@ -26,9 +28,15 @@ def list_rewards(stage: Section, key: str) -> list[dict[str, Any]]:
 def _rewards(stage: Section, recipe: Section) -> Iterator[Finding]:
     for key in ("reward", "gold"):
         for reward in list_rewards(stage, key):
-            model, function = reward.get("model"), reward.get("function")
-            if (model is None) == (function is None):
-                yield key, f"needs exactly one of model and function for each part, and has {_describe(reward)}"
+            function = reward.get("function")
+            if sum(reward.get(name) is not None for name in ("model", "function", "judge")) != 1:
+                yield key, f"needs exactly one of model, function and judge for each part, and has {_describe(reward)}"
+            if reward.get("judge") is not None:
+                yield from judge_problems(f"{key}.judge", reward["judge"], is_judge=False)
+                if reward.get("constitution") is None:
+                    yield key, "has a judge without a constitution; add constitution: builtin:harmlessness or a file"
+            elif reward.get("constitution") is not None:
+                yield key, "has a constitution, which only a judge goes by; take it out, or give a judge"
             if function is not None and not re.fullmatch(_FUNCTION, function):
                 yield key, f"names the function {function!r}; write pkg.module:name"
             if reward.get("weight", 1) == 0:
@@ -37,7 +45,8 @@ def _rewards(stage: Section, recipe: Section) -> Iterator[Finding]:
 
 def _describe(reward: dict[str, Any]) -> str:
     given = [f"{key} {reward[key]}" for key in ("model", "function") if reward.get(key) is not None]
-    return " and ".join(given) or "neither"
+    given += ["a judge"] if reward.get("judge") is not None else []
+    return " and ".join(given) or "none"
 
 
 def _functions(stage: Section, recipe: Section) -> Iterator[Finding]:

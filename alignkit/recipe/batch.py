@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from alignkit.errors import Problem
+from alignkit.recipe.schema import TrainOptions
 from alignkit.recipe.stage import Stage
 
 
 def check_batch(stage: Stage, num_processes: int) -> Problem | None:
     """Return what is wrong with `batch_size` for so many processes, None when each gets the same number of rows."""
     options = stage.options
+    if not isinstance(options, TrainOptions):
+        return None
     micro = options.micro_batch_size
     divisor = num_processes * (1 if micro == "auto" else micro)
     if options.batch_size % divisor == 0:

@@ -240,7 +240,12 @@ def trl_fields(config: str) -> dict[str, Fragment]:
 
 @cache
 def method_fields(method: str) -> dict[str, Fragment]:
-    """Return the fields a stage of this method may set; dpo also takes KTO's, for loss_type kto."""
+    """Return the fields a stage of this method may set; dpo also takes KTO's, for loss_type kto.
+
+    critique and label have none: they train nothing.
+    """
+    if method not in read_snapshot():
+        return {}
     fields = trl_fields(method)
     if method == "dpo":
         losses = [*fields["loss_type"]["items"]["enum"], *OWN_LOSSES, *KTO_LOSSES]

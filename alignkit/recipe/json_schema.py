@@ -9,7 +9,9 @@ import copy
 from typing import Any
 
 from alignkit.recipe.fields import Fragment, method_fields
-from alignkit.recipe.schema import OPTIONS, option_fragments, recipe_fragments
+from alignkit.recipe.rlaif import METHOD as RLAIF
+from alignkit.recipe.rlaif import STEPS
+from alignkit.recipe.schema import OPTIONS, RlaifOptions, option_fragments, recipe_fragments
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -30,11 +32,13 @@ def recipe_schema() -> dict[str, Any]:
             "additionalProperties": False,
         }
         defs[f"{method}_stage"] = stages[method]
+    defs["rlaif_section"] = _describe_rlaif(defs)
     extends = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "Recipe files merged below this one, relative to it; later ones win.",
     }
     named = {method: {"$ref": f"#/$defs/{method}_stage"} for method in OPTIONS}
+    named[RLAIF] = {"$ref": "#/$defs/rlaif_section"}
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "alignkit recipe",
@@ -48,6 +52,24 @@ def recipe_schema() -> dict[str, Any]:
         "$defs": defs,
     }
     return _tidy(schema)
+
+
+def _describe_rlaif(defs: Fragment) -> Fragment:
+    """Return the fragment of an rlaif section, whose steps take the keys of their stages."""
+    fragments = copy.deepcopy(option_fragments(RLAIF))
+    defs |= fragments.pop("$defs", {})
+    properties = fragments["properties"]
+    properties["method"] = {"const": RLAIF, "description": "This section is an rlaif section."}
+    for step in STEPS:
+        stage = {"$ref": f"#/$defs/{step}_stage"}
+        either = {"anyOf": [{"type": "boolean"}, stage]} if step == "critique" else stage
+        properties[step] = {**either, "description": properties[step]["description"]}
+    return {
+        "type": "object",
+        "description": (RlaifOptions.__doc__ or "").strip(),
+        "properties": properties,
+        "additionalProperties": False,
+    }
 
 
 def _tidy(fragment: Any) -> Any:

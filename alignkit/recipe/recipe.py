@@ -6,7 +6,7 @@ Plain data: nothing here reads files or fills in what depends on the method.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignkit.recipe.schema import LaunchOptions, LoraOptions, ModelOptions, StageOptions
@@ -19,6 +19,7 @@ class StageSection:
     name: str
     options: StageOptions
     trainer: Mapping[str, Any]
+    group: str | None = None  # the rlaif section that it is a step of
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Recipe:
     stages: Mapping[str, StageSection]  # those under `stages:` first and in that order, then as written
     order: tuple[str, ...]  # what `alignkit run` trains: those under `stages:`, all of them where it is omitted
     origins: Mapping[str, str]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stages of each rlaif section, in order
 
     @property
     def stage_names(self) -> list[str]:

@@ -5,18 +5,17 @@ It fills in defaults and names directories; it creates nothing and loads nothing
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import Any
 
 from alignkit.errors import RecipeError
 from alignkit.recipe.audit import trains_from_scratch
 from alignkit.recipe.defaults import choose_defaults
+from alignkit.recipe.lineage import RUNS, find_model, find_weights, point
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.recipe import Recipe, StageSection
-from alignkit.recipe.schema import Method, PpoOptions, RewardSource, StageOptions
+from alignkit.recipe.schema import FEEDBACK, LaunchOptions, Method, TrainOptions
 from alignkit.recipe.stage import Stage
-
-RUNS = "runs"
 
 
 def resolve(
@@ -37,12 +36,83 @@ def resolve(
     start = options.start_from
     scratch = trains_from_scratch(recipe.model.model_dump(), start)
     model = recipe.model.model_copy(update={"quantization": "none"} if scratch else {})
-    model = model.model_copy(update={"path": _find_weights(model.path)})
+    model = model.model_copy(update={"path": find_weights(model.path)})
     lora = None if scratch else recipe.lora
-    given = dict(section.trainer)
+    pointed = point(recipe, options)
+    trainer = _fill_trainer(recipe, section, lora=lora is not None, scratch=scratch)
+    return Stage(
+        recipe_name=recipe.name,
+        recipe_path=recipe.path,
+        name=section.name,
+        seed=recipe.seed,
+        model=model,
+        lora=lora,
+        launch=_launch(recipe.launch, options.method),
+        options=pointed.options,
+        trainer=trainer,
+        origins=_collect_origins(recipe, section, list(trainer)),
+        run_dir=str(out) if out else f"{RUNS}/{recipe.name}/{section.name}",
+        start_dir=None if start is None else find_model(recipe, start),
+        start_stage=start if start in recipe.stages else None,
+        reward_stages=pointed.rewards,
+        source_stages=pointed.sources,
+        trust_code=trust_code,
+    )
+
+
+def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
+    """Return the stages that `alignkit rlaif` runs, in order.
+
+    All of the only rlaif section; with a name, those of a section of that name, or one stage by its name or, short,
+    its step (label for rlaif-label). Raises RecipeError when there is no such thing, or too many.
+    """
+    groups = recipe.groups
+    if name in groups:
+        return list(groups[str(name)])
+    if name is not None:
+        single = [stage for stage in recipe.stages.values() if stage.name == name]
+        steps = [stage for group in groups for stage in groups[group] if stage == f"{group}-{name}"]
+        if single and (single[0].group is not None or single[0].options.method in FEEDBACK):
+            return [name]
+        if len(steps) == 1:
+            return steps
+        if single:
+            method = single[0].options.method
+            raise RecipeError(f"--stage {name} is a {method} stage; run `alignkit {method}`", where=recipe.path)
+        if steps:
+            raise RecipeError(f"--stage {name} is in several sections: {', '.join(steps)}; name one", where=recipe.path)
+        known = [*groups, *(stage for group in groups for stage in groups[group])]
+        short = [stage.removeprefix(f"{group}-") for group in groups for stage in groups[group]]
+        hint = suggest(name, [*known, *short]) or (f"; there are {', '.join(known)}" if known else "")
+        raise RecipeError(f"--stage {name}: the recipe has no such stage of rlaif{hint}", where=recipe.path)
+    if not groups:
+        single = [stage for stage in recipe.stages.values() if stage.options.method in FEEDBACK]
+        if len(single) == 1:
+            return [single[0].name]
+        several = f": {', '.join(stage.name for stage in single)}; name one with --stage" if single else ""
+        raise RecipeError(f"the recipe has no rlaif section{several}", where=recipe.path)
+    if len(groups) > 1:
+        several = ", ".join(groups)
+        raise RecipeError(f"the recipe has several rlaif sections: {several}; name one with --stage", where=recipe.path)
+    (stages,) = groups.values()
+    return list(stages)
+
+
+def _launch(launch: LaunchOptions, method: Method) -> LaunchOptions:
+    """Return where a stage runs: one that makes rows takes one process, whatever trains beside it."""
+    if method not in FEEDBACK:
+        return launch
+    return launch.model_copy(update={"processes": 1, "nodes": 1, "strategy": "ddp", "offload": "none"})
+
+
+def _fill_trainer(recipe: Recipe, section: StageSection, *, lora: bool, scratch: bool) -> dict[str, Any]:
+    """Return the TRL fields in force: as given, else alignkit's defaults where those differ from TRL's."""
+    given, options = dict(section.trainer), section.options
+    if not isinstance(options, TrainOptions):
+        return {}
     defaults = choose_defaults(
         options.method,
-        lora=lora is not None,
+        lora=lora,
         scratch=scratch,
         builtin=recipe.model.path.startswith("builtin:"),
         evaluates=options.eval is not None,
@@ -52,26 +122,7 @@ def resolve(
     for kind in ("logging", "save"):
         if given.get(f"{kind}_strategy", "steps") != "steps":
             defaults.pop(f"{kind}_steps")
-    stage_dirs = _find_rewards(recipe, options)
-    if isinstance(options, PpoOptions):
-        options = _point_rewards(options, {name: directory for directory, name in stage_dirs.items()})
-    return Stage(
-        recipe_name=recipe.name,
-        recipe_path=recipe.path,
-        name=section.name,
-        seed=recipe.seed,
-        model=model,
-        lora=lora,
-        launch=recipe.launch,
-        options=options,
-        trainer={**defaults, **given},
-        origins=_collect_origins(recipe, section, [*defaults, *given]),
-        run_dir=str(out) if out else f"{RUNS}/{recipe.name}/{section.name}",
-        start_dir=_find_start(recipe, start),
-        start_stage=start if start in recipe.stages else None,
-        reward_stages=stage_dirs,
-        trust_code=trust_code,
-    )
+    return {**defaults, **given}
 
 
 def _pick(recipe: Recipe, stage: str | None, method: Method | None) -> StageSection:
@@ -86,6 +137,8 @@ def _pick(recipe: Recipe, stage: str | None, method: Method | None) -> StageSect
             raise RecipeError(f"--stage {stage} is a {found} stage; run `alignkit {found}`", where=recipe.path)
         return section
     fitting = [section for section in recipe.stages.values() if method in (None, section.options.method)]
+    # A stage of its own goes before those that an rlaif section stands for: they have names to be called by.
+    fitting = [section for section in fitting if section.group is None] or fitting
     kind = f"{method} stage" if method else "stage"
     if not fitting:
         raise RecipeError(f"the recipe has no {kind}; its stages are {names}", where=recipe.path)
@@ -93,39 +146,6 @@ def _pick(recipe: Recipe, stage: str | None, method: Method | None) -> StageSect
         several = ", ".join(section.name for section in fitting)
         raise RecipeError(f"the recipe has several {kind}s: {several}; name one with --stage", where=recipe.path)
     return fitting[0]
-
-
-def _find_start(recipe: Recipe, start: str | None) -> str | None:
-    """Return the directory or hub id a stage starts from, None for model.path."""
-    if start is None:
-        return None
-    return f"{RUNS}/{recipe.name}/{start}/model" if start in recipe.stages else _find_weights(start)
-
-
-def _find_rewards(recipe: Recipe, options: StageOptions) -> dict[str, str]:
-    """Return the model directories of the recipe's stages that `reward:` and `gold:` name, each with its stage."""
-    rewards = [*options.reward, *(options.gold or ())] if isinstance(options, PpoOptions) else []
-    named = [reward.model for reward in rewards if reward.model in recipe.stages]
-    return {f"{RUNS}/{recipe.name}/{name}/model": name for name in named if name}
-
-
-def _point_rewards(options: PpoOptions, directories: dict[str, str]) -> PpoOptions:
-    """Return the options with every reward model as the directory or hub id it is loaded from."""
-
-    def point(rewards: list[RewardSource] | None) -> list[RewardSource] | None:
-        return rewards and [
-            reward.model_copy(update={"model": directories.get(reward.model) or _find_weights(reward.model)})
-            if reward.model
-            else reward
-            for reward in rewards
-        ]
-
-    return options.model_copy(update={"reward": point(options.reward), "gold": point(options.gold)})
-
-
-def _find_weights(path: str) -> str:
-    """Return the model/ of a run directory; anything else is a model itself."""
-    return os.path.join(path, "model") if os.path.isfile(os.path.join(path, "stage.json")) else path
 
 
 def _collect_origins(recipe: Recipe, section: StageSection, trainer: list[str]) -> dict[str, str]:

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Method = Literal["sft", "rm", "dpo", "ppo"]
+Method = Literal["sft", "rm", "dpo", "ppo", "critique", "label"]
+FEEDBACK = ("critique", "label")  # these make rows; they train nothing
+BUILTIN_CONSTITUTIONS = ("builtin:harmlessness", "builtin:helpfulness", "builtin:positive-reviews")
 BUILTIN_REWARD = "builtin:true-reward"  # the toy world's own sentiment, as a reward or as gold
 
 
@@ -186,13 +188,70 @@ Sources = Annotated[
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
+Texts = str | Annotated[list[str], Field(min_length=1)]
+
+
+class Price(_Section):
+    input: Annotated[float, Field(ge=0)] = Field(description="Of a million tokens sent, in any currency.")
+    output: Annotated[float, Field(ge=0)] = Field(description="Of a million tokens received.")
+
+
+class FeedbackModel(_Section):
+    """What answers, criticises or judges; exactly one of `model`, `url` and `replay` is given."""
+
+    model: str | None = Field(
+        None,
+        description="A stage of this recipe, a run, a model or adapter directory, or a hub id, run on this machine.",
+    )
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="What runs `model`.")
+    url: str | None = Field(
+        None, description="Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."
+    )
+    name: str | None = Field(None, description="The model's name at the server.")
+    api: Literal["chat", "completions"] = Field(
+        "chat", description="chat sends messages; completions sends plain text, which base models need."
+    )
+    logprobs: bool = Field(
+        True, description="Ask the server for log-probabilities of the options; false reads its text instead."
+    )
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = Field(
+        None,
+        description="Name of the environment variable that holds the key; omitted: OPENAI_API_KEY where it is set.",
+    )
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="Requests under way at one time.")
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Most requests started in a minute; omitted: as many as concurrency lets through."
+    )
+    timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="Seconds that one request may take.")
+    retries: Annotated[int, Field(ge=0)] = Field(
+        6, description="Further tries of a request that failed, with growing waits; Retry-After is honoured."
+    )
+    max_tokens_total: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Tokens, sent and received, after which the stage stops and keeps what it has."
+    )
+    max_cost: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Cost after which the stage stops and keeps what it has; needs price."
+    )
+    price: Price | None = Field(None, description="What tokens cost: {input, output}, per million.")
+    replay: str | None = Field(None, description="A file of labels that are published already (a judge only).")
+
+
+def _name_model(value: Any) -> Any:
+    """Turn a name into a feedback model; leave anything else as it is."""
+    return {"model": value} if isinstance(value, str) else value
+
+
+# A name where that is all there is to say.
+Feedback = Annotated[FeedbackModel, BeforeValidator(_name_model, json_schema_input_type=str | FeedbackModel)]
+
+
 class SampleOptions(_Section):
     num: Annotated[int, Field(ge=0, le=256)] = Field(4, description="Prompts answered; 0 switches samples off.")
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(48, description="Length of an answer, in tokens.")
 
 
 class RewardSource(_Section):
-    """One reward, or one part of a weighted sum; exactly one of `model` and `function` is given."""
+    """One reward, or one part of a weighted sum; exactly one of `model`, `function` and `judge` is given."""
 
     model: str | None = Field(
         None,
@@ -203,6 +262,12 @@ class RewardSource(_Section):
         None,
         description="pkg.module:name, called as name(prompts, completions, **columns) -> list[float], columns of the "
         "data included; needs --trust-code.",
+    )
+    judge: Feedback | None = Field(
+        None, description="A language model that judges each answer by `constitution`, with log-odds as the reward."
+    )
+    constitution: Texts | None = Field(
+        None, description="What a judge goes by: YAML or JSON files, builtin:harmlessness or builtin:helpfulness."
     )
     weight: float = Field(1.0, description="Factor of this part in the sum.")
 
@@ -266,18 +331,27 @@ class GenerationOptions(_Section):
 class StageOptions(_Section):
     """Keys that every method shares."""
 
-    method: Method = Field(description="The trainer behind the stage; its name says it when it is sft, rm, dpo or ppo.")
+    method: Method = Field(
+        description="What the stage does; its name says it when it is sft, rm, dpo, ppo, critique or label."
+    )
     start_from: str | None = Field(
         None, description="A stage of this recipe, a run directory, a model or adapter directory; omitted: model.path."
     )
-    data: Sources = Field(description="Training rows: a path, a source, or a list of sources.")
-    eval: Share | Sources | None = Field(
-        None, description="Held-out rows: a share of the training data (split by prompt), or sources."
+    data: Sources = Field(
+        description="Rows: a path, a critique or label stage of this recipe, a source, or a list of sources."
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="skip leaves rows out that do not fit and writes rejects.jsonl."
     )
     dedupe: bool = Field(False, description="Leave out rows that repeat an earlier row exactly.")
+
+
+class TrainOptions(StageOptions):
+    """Keys that every method that trains shares."""
+
+    eval: Share | Sources | None = Field(
+        None, description="Held-out rows: a share of the training data (split by prompt), or sources."
+    )
     special_tokens_in_text: Literal["error", "keep", "escape"] = Field(
         "error", description="Control tokens of the tokenizer inside user text: refuse, let them act, or defuse them."
     )
@@ -302,14 +376,14 @@ class StageOptions(_Section):
     samples: SampleOptions = Field(default_factory=SampleOptions, description="Prompts answered before, during, after.")
 
 
-class SftOptions(StageOptions):
+class SftOptions(TrainOptions):
     method: Literal["sft"] = "sft"
     objective: Literal["chat", "lm"] = Field(
         "chat", description="chat: prompt-completion or messages; lm: raw text packed into blocks of max_length."
     )
 
 
-class RmOptions(StageOptions):
+class RmOptions(TrainOptions):
     method: Literal["rm"] = "rm"
     loss: Literal["pairwise", "best_of"] = Field(
         "pairwise",
@@ -329,11 +403,11 @@ class RmOptions(StageOptions):
     normalize_rows: Annotated[int, Field(ge=2)] = Field(256, description="Reference rows used by normalize.")
 
 
-class DpoOptions(StageOptions):
+class DpoOptions(TrainOptions):
     method: Literal["dpo"] = "dpo"
 
 
-class PpoOptions(StageOptions):
+class PpoOptions(TrainOptions):
     method: Literal["ppo"] = "ppo"
     reward: Rewards = Field(
         description="What scores an answer: an rm stage, a classifier, {function: ...}, or a list that is summed."
@@ -431,8 +505,116 @@ class PpoOptions(StageOptions):
         return self.value_init or ("reward" if one_model else "policy")
 
 
+_CONSTITUTION = "Principles: YAML or JSON files, builtin:harmlessness or builtin:helpfulness; several are joined."
+_EXAMPLES = "Worked examples put before every request: builtin, none, or files of them."
+_Temperature = Annotated[float, Field(gt=0, description="Of sampled answers, critiques and revisions.")]
+_NewTokens = Annotated[int, Field(ge=1, description="Longest sampled text, in tokens.")]
+_Rows = Annotated[int, Field(ge=1, description="Texts that a model on this machine reads or writes at a time.")]
+
+
+class Helpful(_Section):
+    data: Sources = Field(description="Prompts, answered as they are, that keep the model helpful.")
+    samples: Annotated[int, Field(ge=1, le=64)] = Field(2, description="Answers to each prompt (the paper: 2).")
+
+
+def _list_texts(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_Files = Annotated[list[str], Field(min_length=1), BeforeValidator(_list_texts, json_schema_input_type=Texts)]
+
+
+class CritiqueOptions(StageOptions):
+    """Answers, criticised and revised by a constitution: the rows of SL-CAI (arXiv 2212.08073, section 3)."""
+
+    method: Literal["critique"] = "critique"
+    data: Sources = Field([], description="Prompts that tempt the model to answer badly.")
+    constitution: Texts | None = Field(None, description=_CONSTITUTION)
+    generator: Feedback | None = Field(
+        None, description="What answers, criticises and revises; omitted: the model of start_from."
+    )
+    rounds: Annotated[int, Field(ge=1, le=32)] = Field(
+        4, description="Revisions of each answer, each by a principle of its own; all of them become rows."
+    )
+    critiques: bool = Field(True, description="Ask for a critique before each revision.")
+    examples: Texts = Field("builtin", description=_EXAMPLES)
+    temperature: _Temperature = 1.0
+    max_new_tokens: _NewTokens = 256
+    batch_size: _Rows = 16
+    helpful: Helpful | None = Field(None, description="Answers to other prompts, added unrevised: {data, samples}.")
+    replay: _Files | None = Field(
+        None, description="Files of published critiques and revisions to take instead of making any."
+    )
+
+
+class LabelOptions(StageOptions):
+    """Comparisons labelled by a judge: the preferences of RL-CAI (arXiv 2212.08073, section 4.1)."""
+
+    method: Literal["label"] = "label"
+    constitution: Texts = Field(description=_CONSTITUTION)
+    judge: Feedback = Field(description="What compares the answers: a model, {url: ...}, or {replay: FILE}.")
+    generator: Feedback | None = Field(None, description="What answers the prompts; omitted: the model of start_from.")
+    answers: Annotated[int, Field(ge=2, le=64)] | Literal["given"] = Field(
+        2, description="Answers sampled for each prompt; given: those that the rows have. All pairs are compared."
+    )
+    orders: Literal["both", "one"] = Field(
+        "both", description="both asks twice, each answer once as (A), and takes the mean; one draws an order."
+    )
+    cot: bool = Field(False, description="Let the judge think step by step before it answers.")
+    cot_tokens: Annotated[int, Field(ge=1)] = Field(256, description="Longest chain of thought, in tokens.")
+    clamp: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="Bounds of a label; omitted: [0.4, 0.6] with cot, as the paper has it, else none."
+    )
+    examples: Texts = Field("none", description=_EXAMPLES)
+    temperature: _Temperature = 1.0
+    max_new_tokens: _NewTokens = 256
+    batch_size: _Rows = 16
+    hard: bool = Field(False, description="Round labels to 0 or 1; the paper found soft ones much better.")
+    mix: Sources | None = Field(None, description="Comparisons made by people, added as they are.")
+    check: Sources | None = Field(
+        None, description="Comparisons with known answers: the judge is measured on them, and they are never rows."
+    )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Return the lowest and the highest label."""
+        low, high = self.clamp or ((0.4, 0.6) if self.cot else (0.0, 1.0))
+        return low, high
+
+
+class RlaifOptions(_Section):
+    """Reinforcement learning from AI feedback: one section that stands for several stages."""
+
+    method: Literal["rlaif"] = "rlaif"
+    start_from: str | None = Field(
+        None, description="The helpful model to begin with: a stage, a run or a directory; omitted: model.path."
+    )
+    constitution: Texts = Field(description=_CONSTITUTION)
+    data: Sources = Field(description="Prompts, here or as the recipe's own `data:`.")
+    generator: Feedback | None = Field(
+        None, description="What answers, criticises and revises; omitted: the model that each step starts from."
+    )
+    judge: Feedback | None = Field(
+        None, description="What compares or scores the answers: a stage, a model or {url: ...}."
+    )
+    critique: bool | dict[str, Any] = Field(
+        default=True, description="Keys of a critique stage; false leaves out critique and sft."
+    )
+    sft: dict[str, Any] = Field(
+        default_factory=dict, description="Keys of the sft stage on the revisions; it starts from start_from."
+    )
+    label: dict[str, Any] = Field(default_factory=dict, description="Keys of a label stage.")
+    train: Literal["dpo", "rm+ppo", "ppo", "none"] = Field(
+        "dpo", description="What learns from the judge; ppo takes the judge itself as its reward, none stops after sft."
+    )
+    dpo: dict[str, Any] = Field(default_factory=dict, description="Keys of the dpo stage.")
+    rm: dict[str, Any] = Field(default_factory=dict, description="Keys of the rm stage.")
+    ppo: dict[str, Any] = Field(default_factory=dict, description="Keys of the ppo stage.")
+
+
 OPTIONS: dict[str, type[StageOptions]] = {
     "sft": SftOptions, "rm": RmOptions, "dpo": DpoOptions, "ppo": PpoOptions,
+    "critique": CritiqueOptions, "label": LabelOptions,
 }  # fmt: skip
 
 
@@ -458,10 +640,9 @@ class RecipeOptions(_Section):
 
 
 def describe_keys() -> dict[str, Any]:
-    """Return the JSON Schema of the top level ("recipe") and of each method's own keys, made from the models."""
-    return {"recipe": RecipeOptions.model_json_schema()} | {
-        method: options.model_json_schema() for method, options in OPTIONS.items()
-    }
+    """Return the JSON Schema of the top level ("recipe"), each method's own keys and "rlaif", made from the models."""
+    sections: dict[str, type[BaseModel]] = {"recipe": RecipeOptions, **OPTIONS, "rlaif": RlaifOptions}
+    return {name: options.model_json_schema() for name, options in sections.items()}
 
 
 @cache

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from alignkit.recipe.fields import KTO_LOSSES, method_fields
-from alignkit.recipe.schema import LaunchOptions, LoraOptions, Method, ModelOptions, StageOptions
+from alignkit.recipe.schema import LaunchOptions, LoraOptions, Method, ModelOptions, StageOptions, TrainOptions
 
 _Options = TypeVar("_Options", bound=StageOptions)
 
@@ -39,11 +39,18 @@ class Stage:
     start_stage: str | None = None  # set when start_from is a stage of this recipe
     # model directories that `reward:` and `gold:` name by a stage of this recipe, each with the stage's name
     reward_stages: Mapping[str, str] = field(default_factory=dict)
+    # directories of judges and generators, and files of rows, that a stage of this recipe makes, each with its name
+    source_stages: Mapping[str, str] = field(default_factory=dict)
     trust_code: bool = False
 
     @property
     def method(self) -> Method:
         return self.options.method
+
+    @property
+    def training(self) -> TrainOptions:
+        """Return the options of a stage that trains."""
+        return self.expect(TrainOptions)
 
     def where(self, key: str) -> str:
         """Place of a key for messages: `recipes/a.yaml:7`, or the recipe path when it has no line."""
@@ -80,6 +87,7 @@ class Stage:
             "start_dir": self.start_dir,
             "start_stage": self.start_stage,
             "reward_stages": dict(self.reward_stages),
+            "source_stages": dict(self.source_stages),
             "trust_code": self.trust_code,
         }
 
@@ -98,7 +106,22 @@ class Stage:
         fields = method_fields(self.method)
         written = {key: value for key, value in self.trainer.items() if value != fields.get(key, {}).get("default")}
         kept |= {f"{self.name}.{key}": value for key, value in written.items()}
-        return {key: value for key, value in kept.items() if key.split(".")[-1] not in HARMLESS}
+        return {key: _strip(value) for key, value in kept.items() if key.split(".")[-1] not in HARMLESS}
+
+
+def _strip(value: Any) -> Any:
+    """Leave out how a judge is asked: that changes when its answers come, not what they are."""
+    if isinstance(value, dict):
+        return {key: _strip(item) for key, item in value.items() if key not in HARMLESS_OF_A_JUDGE}
+    return [_strip(item) for item in value] if isinstance(value, list) else value
+
+
+HARMLESS_OF_A_JUDGE = frozenset(
+    {
+        "concurrency", "requests_per_minute", "timeout", "retries", "max_tokens_total", "max_cost", "price",
+        "api_key_env",
+    }
+)  # fmt: skip
 
 
 # Keys that say what is watched, kept or shown, never what is trained: a run may resume with these changed.

@@ -48,7 +48,7 @@ def micro_batch_size(stage: Stage) -> int:
     """
     if problem := check_batch(stage, world_size()):
         raise RecipeError(problem)
-    options = stage.options
+    options = stage.training
     share = options.batch_size // world_size()
     wanted = options.micro_batch_size
     limit = max(_LARGEST_MICRO_BATCH // world_size(), 2) if stage.is_unpaired else _LARGEST_MICRO_BATCH
@@ -65,7 +65,7 @@ def micro_batch_size(stage: Stage) -> int:
 
 def eval_batch_size(stage: Stage) -> int:
     """Return the held-out rows per forward pass, which do not depend on the number of processes."""
-    wanted = stage.options.micro_batch_size
+    wanted = stage.training.micro_batch_size
     given = stage.trainer.get("per_device_eval_batch_size")
     return int(given or (_LARGEST_MICRO_BATCH if wanted == "auto" else wanted))
 
@@ -119,7 +119,7 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
         "output_dir": str(checkpoints),
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": eval_batch_size(stage),
-        "gradient_accumulation_steps": stage.options.batch_size // world_size() // micro,
+        "gradient_accumulation_steps": stage.training.batch_size // world_size() // micro,
         "seed": stage.seed,
         "use_cpu": device == "cpu",
         "ddp_backend": "gloo" if device == "cpu" and world_size() > 1 else None,

@@ -1,9 +1,9 @@
-"""What a method hands to `fit`, and what `fit` hands back; data only."""
+"""What a method hands to `fit`; data only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,25 +31,3 @@ class Built:
     ptx_data: str | None = None  # fingerprint of the pre-training rows that ppo mixes in
     record: dict[str, Any] = field(default_factory=dict)  # what the method adds to stage.json
     base_hash: str | None = None  # bytes of what adapters leave alone, before training
-
-
-@dataclass
-class Result:
-    """How a stage ended; result.json holds the same.
-
-    `tokens` counts all sittings of the run; `wall_seconds`, `tokens_per_second` and the peak are of the last one.
-    """
-
-    stage: str
-    status: str
-    step: int
-    model_dir: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    tokens: int = 0
-    wall_seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    peak_memory_bytes: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)

@@ -29,9 +29,10 @@ from alignkit.recipe import Stage
 from alignkit.recipe.fields import OWN_LOSSES
 from alignkit.recipe.schema import DpoOptions
 from alignkit.runs.layout import RunDir
+from alignkit.runs.result import Result
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config, micro_batch_size
-from alignkit.train.built import Built, Result
+from alignkit.train.built import Built
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
 from alignkit.train.losses import cdpo_loss, ipo_sum_loss, sequence_logps

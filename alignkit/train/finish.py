@@ -22,8 +22,9 @@ from alignkit.runs.files import disk_failures, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.layout import RunDir, write_result
 from alignkit.runs.record import JsonLines
+from alignkit.runs.result import Result
 from alignkit.train import ranks, shards, zero
-from alignkit.train.built import Built, Result
+from alignkit.train.built import Built
 from alignkit.train.guard import Guarded
 from alignkit.train.invariants import computes_in
 from alignkit.train.samples import write_samples

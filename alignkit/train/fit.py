@@ -27,8 +27,9 @@ from alignkit.runs.files import disk_failures, read_json, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.layout import RunDir, compare_fingerprints, copy_recipe
 from alignkit.runs.record import JsonLines, git_state, versions
+from alignkit.runs.result import Result
 from alignkit.train import ranks
-from alignkit.train.built import Built, Result
+from alignkit.train.built import Built
 from alignkit.train.finish import finish
 from alignkit.train.guard import Guarded, Watch
 from alignkit.train.invariants import check_parameters, check_start
@@ -41,7 +42,7 @@ from alignkit.train.tables import hash_data
 
 def watch_for(stage: Stage) -> Watch:
     """Return the guard's settings for a stage."""
-    return Watch(keep_checkpoints=stage.options.keep_checkpoints, batching=stage.options.batching)
+    return Watch(keep_checkpoints=stage.training.keep_checkpoints, batching=stage.training.batching)
 
 
 def fit(

@@ -61,7 +61,7 @@ def check_start(stage: Stage, built: Built) -> None:
     if not path.is_file():
         return
     before = read_json(path)
-    if stage.options.adapter == "merge" and stage.model.quantization != "none":
+    if stage.training.adapter == "merge" and stage.model.quantization != "none":
         before["quantization"] = "of the base alone"  # now that of base and adapter together: rounded otherwise
     before["dtype"] = computes_in(built.trainer) or before["dtype"]
     vocab_size = len(built.chat.tokenizer)

@@ -26,9 +26,10 @@ from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RewardSource, SftOptions
 from alignkit.runs.files import describe_bytes
 from alignkit.runs.layout import RunDir
+from alignkit.runs.result import Result
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config, micro_batch_size, world_size
-from alignkit.train.built import Built, Result
+from alignkit.train.built import Built
 from alignkit.train.collect import Collector
 from alignkit.train.critic import (
     Critic,

@@ -1,4 +1,4 @@
-"""The reward of an answer: reward models, Python functions and the toy world's own, as one weighted sum.
+"""The reward of an answer: reward models, functions, judges and the toy world's own, as one weighted sum.
 
 Normalisation on the starting policy, clipping, the penalty for a missing end and the KL are not here: they change what
 a score means for the policy, not what the sources say.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from alignkit.data import true_reward
 from alignkit.errors import ModelError, NonFiniteError, RewardError
+from alignkit.feedback.constitution import load_constitution
 from alignkit.models.chat import Chat
 from alignkit.models.classifier import load_classifier, name_source
 from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights
@@ -107,6 +109,8 @@ def _build(stage: Stage, source: RewardSource, chat: Chat, *, key: str, device: 
         return lambda rollout: torch.tensor(
             ranks.once(lambda: function(rollout.prompts, rollout.completions, rollout.columns))
         )
+    if source.judge is not None:
+        return _build_judge(stage, source, key=key)
     assert source.model is not None
     if source.model == BUILTIN_REWARD:
         return _score_truly
@@ -125,6 +129,22 @@ def _build(stage: Stage, source: RewardSource, chat: Chat, *, key: str, device: 
     return ModelReward(scorer(classifier), encode, norm, limit=limit, name=name, module=module)
 
 
+def _build_judge(stage: Stage, source: RewardSource, *, key: str) -> Score:
+    """Return the score of a judge, which rank 0 alone holds and asks: nothing is asked, or paid for, twice."""
+    from alignkit.feedback.reward import build_reward  # with a judge alone: its libraries are not everybody's
+
+    assert source.judge is not None and source.constitution is not None
+    where = stage.where(f"{stage.name}.{key}")
+    directory = Path(stage.run_dir).expanduser().absolute()
+    asked = build_reward(stage, source.judge, source.constitution, directory, where=where) if ranks.is_main() else None
+
+    def ask(rollout: Rollout) -> list[float]:
+        assert asked is not None
+        return list(asked(rollout.prompts, rollout.completions))
+
+    return lambda rollout: torch.tensor(ranks.once(lambda: ask(rollout)))
+
+
 def _score_truly(rollout: Rollout) -> Tensor:
     return torch.tensor([true_reward(read_answer(answer)) for answer in rollout.completions])
 
@@ -137,6 +157,8 @@ def read_answer(completion: Any) -> str:
 def _name(stage: Stage, source: RewardSource) -> str:
     if source.function is not None:
         return source.function.rpartition(":")[2]
+    if source.judge is not None:
+        return "judge"
     assert source.model is not None
     if source.model == BUILTIN_REWARD:
         return "true_reward"
@@ -154,6 +176,10 @@ def _unique(name: str, taken: Mapping[str, Any]) -> str:
 def _hash(stage: Stage, source: RewardSource) -> str | None:
     if source.function is not None:
         return hash_function(stage, source.function)
+    if source.judge is not None and source.constitution is not None:
+        judge = find_model_dir(source.judge.model) if source.judge.model is not None else None
+        principles = load_constitution(source.constitution, needs="comparison").fingerprint
+        return principles + (fingerprint_weights(judge) if judge else "")
     assert source.model is not None
     directory = None if source.model == BUILTIN_REWARD else find_model_dir(source.model)
     if directory is None:

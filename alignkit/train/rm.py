@@ -27,9 +27,10 @@ from alignkit.recipe import Stage
 from alignkit.recipe.schema import RmOptions, SftOptions
 from alignkit.runs.files import write_json
 from alignkit.runs.layout import RunDir
+from alignkit.runs.result import Result
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config
-from alignkit.train.built import Built, Result
+from alignkit.train.built import Built
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
 from alignkit.train.losses import best_of_loss, kway_loss, pairwise_losses

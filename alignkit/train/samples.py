@@ -24,7 +24,7 @@ def write_samples(stage: Stage, built: Built, samples: JsonLines, *, step: int, 
     Every rank answers, for a sharded model needs all of them; rank 0 writes. Leaves the model in the mode it was in.
     Does nothing for language-model pre-training without prompts.
     """
-    options = stage.options.samples
+    options = stage.training.samples
     rows = built.tables.eval_rows[: options.num]
     if not rows:
         return

@@ -17,9 +17,10 @@ from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import SftOptions
 from alignkit.runs.layout import RunDir
+from alignkit.runs.result import Result
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config
-from alignkit.train.built import Built, Result
+from alignkit.train.built import Built
 from alignkit.train.encode import IGNORED
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded

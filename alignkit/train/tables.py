@@ -58,7 +58,7 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
     when more than `max_truncated` of the rows are cut or too long.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    options, report = stage.options, DataReport()
+    options, report = stage.training, DataReport()
     share = options.eval if isinstance(options.eval, float) else None
     rows = read_rows(stage, options.data, report=report, rejects=rejects)
     train = _write(stage, chat, cache / "train.arrow", _take_side(stage, rows, share, held_out=False), rejects)
@@ -95,7 +95,7 @@ def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> 
         return {
             "lengths": asdict(tables.lengths),
             "eval_lengths": asdict(tables.eval_lengths) if tables.eval_lengths else None,
-            "eval_rows": [asdict(row) for row in tables.eval_rows[: stage.options.samples.num]],
+            "eval_rows": [asdict(row) for row in tables.eval_rows[: stage.training.samples.num]],
         }
 
     facts = ranks.once(prepare)
@@ -117,7 +117,7 @@ def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> 
 def hash_data(stage: Stage) -> str:
     """Return the fingerprint that `prepare_tables` finds, by reading the rows again without tokenising them."""
     report, rejects = DataReport(), Rejects()
-    sources = [stage.options.data, *([stage.options.eval] if isinstance(stage.options.eval, list) else [])]
+    sources = [stage.options.data, *([stage.training.eval] if isinstance(stage.training.eval, list) else [])]
     for group in sources:
         for _ in read_rows(stage, group, report=report, rejects=rejects):
             pass
@@ -137,7 +137,7 @@ def _guard_text(stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects)
     Written by whoever wrote the text, such tokens would end a turn or open another one in the model's own language.
     They are refused, left out, defused or kept, as `special_tokens_in_text` says.
     """
-    choice = stage.options.special_tokens_in_text
+    choice = stage.training.special_tokens_in_text
     tokens = [] if choice == "keep" else control_tokens(chat.tokenizer)
     found: list[Problem] = []
     num_found = 0
@@ -196,18 +196,18 @@ def _write(stage: Stage, chat: Chat, path: Path, rows: Iterable[Row], rejects: R
 def _require_rows(stage: Stage, train: _Written) -> None:
     lengths = train.lengths
     where = stage.where(f"{stage.name}.data")
-    if stage.method == "ppo" and lengths.truncated_share > stage.options.max_truncated:
+    if stage.method == "ppo" and lengths.truncated_share > stage.training.max_truncated:
         raise DataError(
             f"{lengths.truncated_share:.0%} of the prompts are longer than the {longest_prompt(stage)} tokens that "
             f"{stage.name}.max_new_tokens leaves of the model's context (the longest has {lengths.longest_tokens}), "
-            f"more than max_truncated allows ({stage.options.max_truncated:.0%}); raise it, or lower max_new_tokens",
+            f"more than max_truncated allows ({stage.training.max_truncated:.0%}); raise it, or lower max_new_tokens",
             where=where,
         )
-    if lengths.truncated_share > stage.options.max_truncated:
+    if lengths.truncated_share > stage.training.max_truncated:
         raise DataError(
             f"{lengths.truncated_share:.0%} of the rows are longer than {stage.name}.max_length "
             f"({stage.trainer.get('max_length')} tokens; the longest row has {lengths.longest_tokens}), more than "
-            f"max_truncated allows ({stage.options.max_truncated:.0%}); raise one of the two or shorten the rows",
+            f"max_truncated allows ({stage.training.max_truncated:.0%}); raise one of the two or shorten the rows",
             where=where,
         )
     if lengths.num_untrained and not lengths.num_rows:

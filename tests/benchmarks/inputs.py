@@ -18,7 +18,7 @@ _TEXT = (
 _WORDS = _TEXT.split()
 
 
-def write_model(directory: Path, *, hidden_size: int = 64, num_layers: int = 2) -> Path:
+def write_model(directory: Path, *, hidden_size: int = 64, num_layers: int = 2, positions: int = 512) -> Path:
     """Write a Llama with random weights and a byte-level tokenizer; 0.14 M parameters unless told otherwise."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -38,7 +38,7 @@ def write_model(directory: Path, *, hidden_size: int = 64, num_layers: int = 2) 
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

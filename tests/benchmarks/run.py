@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from labels import measure_labels
 from ppo import OTHER_PYTHON, measure_ppo
 from processes import measure_processes
 from short_run import measure_short_run
@@ -26,6 +27,7 @@ CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measu
     "preparation": (measure_preparation, 3),
     "processes": (measure_processes, 3),
     "ppo": (measure_ppo, 3),
+    "labels": (measure_labels, 3),
 }
 
 

@@ -9,7 +9,7 @@ import typer.main
 import alignkit
 from alignkit.cli import app
 
-COMMANDS = ["sft", "rm", "dpo", "run", "check", "schema", "doctor", "merge"]
+COMMANDS = ["sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "schema", "doctor", "merge"]
 STAGE_OPTIONS = [
     "--recipe", "--stage", "--set", "--out", "--dry-run", "--force", "--trust-code", "--allow-change", "--json",
     "--retries", "--slurm", "--submit", "--node-rank", "--main-address", "--main-port",
@@ -28,7 +28,7 @@ def test_commands_are_those_that_work() -> None:
     assert list(typer.main.get_command(app).commands) == COMMANDS
 
 
-@pytest.mark.parametrize("name", ["sft", "rm", "dpo"])
+@pytest.mark.parametrize("name", ["sft", "rm", "dpo", "ppo", "rlaif"])
 def test_stage_commands_share_their_options(name: str) -> None:
     command = typer.main.get_command(app).commands[name]
     assert [parameter.opts[0] for parameter in command.params] == STAGE_OPTIONS

@@ -141,7 +141,7 @@ def test_a_stage_before_the_one_it_starts_from_is_refused_before_anything_is_tra
     assert loaded.order == ("dpo", "sft")
     with pytest.raises(RecipeError, match=r"r\.yaml:5: dpo starts from sft, .* before it; put it first$"):
         check_order([resolve(loaded, name) for name in loaded.order])
-    with pytest.raises(RecipeError, match=r"r\.yaml:5: dpo starts from sft, .*; add it$"):
+    with pytest.raises(RecipeError, match=r"r\.yaml:5: dpo starts from sft, .*; run --stage sft first, or add it"):
         check_order([resolve(loaded, "dpo")])
 
 

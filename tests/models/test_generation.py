@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from alignkit.models.builtin import builtin_config
-from alignkit.models.generation import generate_greedy
+from alignkit.models.generation import generate_greedy, generate_sampled
 from alignkit.models.scratch import random_model
 
 
@@ -39,3 +39,48 @@ def test_prompt_longer_than_the_model_keeps_its_end() -> None:
     long = [40 + number % 400 for number in range(700)]
     found = generate_greedy(model, [long], max_new_tokens=4, eos_ids=[508], pad_id=509)[0]
     assert found == greedy_by_hand(model, long[-508:], 4, [508])
+
+
+def sharp_model() -> torch.nn.Module:
+    model = random_model(builtin_config("builtin:tiny-gpt2"), seed=3, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model
+
+
+def test_sampling_has_the_frequencies_of_the_softmax() -> None:
+    model, count = sharp_model(), 4000
+    prompt = [60, 61, 62]
+    with torch.no_grad():
+        wanted = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
+    found = generate_sampled(
+        model, [prompt] * count, range(count), temperature=0.7, max_new_tokens=1, eos_ids=[508], pad_id=509
+    )
+    counts = torch.bincount(torch.tensor([row[0] for row in found]), minlength=len(wanted))
+    expected = wanted * count
+    large = expected > 5  # chi-square needs some of each; the rest is one class
+    observed = torch.cat([counts[large], counts[~large].sum()[None]]).double()
+    means = torch.cat([expected[large], expected[~large].sum()[None]]).double()
+    statistic = float(((observed - means) ** 2 / means).sum())
+    freedom = len(means) - 1
+    assert freedom > 10
+    assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch() -> None:
+    model = sharp_model()
+    prompts = [[60, 61, 62], [99] * 20, [70], [60, 61, 62]]
+    settings = {"temperature": 1.0, "max_new_tokens": 8, "eos_ids": [508], "pad_id": 509}
+    together = generate_sampled(model, prompts, [1, 2, 3, 4], **settings)
+    alone = [generate_sampled(model, [prompt], [seed], **settings)[0] for seed, prompt in enumerate(prompts, 1)]
+    assert together == alone
+    assert together[0] != together[3]
+
+
+def test_a_row_ends_when_it_has_said_enough() -> None:
+    model = sharp_model()
+    settings = {"temperature": 1.0, "max_new_tokens": 8, "eos_ids": [508], "pad_id": 509}
+    (free,) = generate_sampled(model, [[60]], [7], **settings)
+    (cut,) = generate_sampled(model, [[60]], [7], is_over=lambda tail: free[2] in tail, **settings)
+    assert cut == free[: free.index(free[2]) + 1]

@@ -118,9 +118,9 @@ def test_options_that_cannot_mean_anything(complain: Complain, text: str, messag
          "a directory, a hub id (owner/name) or {function: pkg.module:name}"),
         ("builtin:other", "ppo.reward is builtin:other, a builtin reward that is not there; the only one is "
          "builtin:true-reward"),
-        ("{weight: 2}", "ppo.reward needs exactly one of model and function for each part, and has neither"),
-        ("{model: rm, function: 'a:b'}", "ppo.reward needs exactly one of model and function for each part, and has "
-         "model rm and function a:b"),
+        ("{weight: 2}", "ppo.reward needs exactly one of model, function and judge for each part, and has none"),
+        ("{model: rm, function: 'a:b'}", "ppo.reward needs exactly one of model, function and judge for each part, and "
+         "has model rm and function a:b"),
         ("{function: a.b}", "ppo.reward names the function 'a.b'; write pkg.module:name"),
         ("[rm, {model: rm, weight: 0}]", "ppo.reward gives model rm the weight 0, which has no effect; take it out, or "
          "make it gold"),

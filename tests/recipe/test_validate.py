@@ -12,6 +12,8 @@ from alignkit.recipe.nearest import count_edits, find_nearest
 Load = Callable[..., Recipe]
 Complain = Callable[..., list[str]]
 
+METHODS = "sft, rm, dpo, ppo, critique, label, rlaif"
+
 
 def test_all_problems_are_told_at_once_in_the_order_of_lines(complain: Complain) -> None:
     text = """\
@@ -124,9 +126,9 @@ def test_message_of_a_stage_key(complain: Complain, line: str, message: str) -> 
         ("trust_remote_code: true", "trust_remote_code: a recipe cannot allow code to run; give --trust-code on "
          "the command line"),
         ("ppoo: 1", "ppoo is not a key of a recipe; did you mean ppo?"),
-        ("warm: {data: x/y}", "warm is not a section; a stage of this name needs `method:` (sft, rm, dpo, ppo)"),
-        ("warm: {method: sfd}", "warm.method is sfd; it must be one of sft, rm, dpo, ppo; did you mean sft?"),
-        ("warm: {method: 1}", "warm.method is 1; it must be one of sft, rm, dpo, ppo"),
+        ("warm: {data: x/y}", f"warm is not a section; a stage of this name needs `method:` ({METHODS})"),
+        ("warm: {method: sfd}", f"warm.method is sfd; it must be one of {METHODS}; did you mean sft?"),
+        ("warm: {method: 1}", f"warm.method is 1; it must be one of {METHODS}"),
         ("a b: {method: sft}", "stage a b: use letters, digits, '_' and '-' in a stage's name only"),
         ("dpo: x/y", "dpo is x/y; a stage is a mapping with at least `data:`"),
         ("dpo:", "dpo is empty; a stage is a mapping with at least `data:`"),
@@ -165,7 +167,7 @@ def test_a_section_named_after_a_method_is_that_method(complain: Complain) -> No
 
 
 def test_a_recipe_without_stages_is_refused(complain: Complain) -> None:
-    assert complain("model: {path: gpt2}\n") == ["a.yaml:1: there is no stage; add a section such as sft, rm, dpo, ppo"]
+    assert complain("model: {path: gpt2}\n") == [f"a.yaml:1: there is no stage; add a section such as {METHODS}"]
 
 
 START = "model: {path: gpt2}\ndata: x/y\n"

@@ -1,0 +1,123 @@
+"""Which of two options a server's reply chooses, from its text and, where it gives them, its log-probabilities.
+
+Only the reply is read, never the prompt. A reply that names both options or neither is an abstention.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.feedback.asking import Verdict, share_of_first
+
+_WRAP = r"[\s*_`\"'\[(]*"
+_VERDICT = re.compile(rf"answer is\s*:?{_WRAP}(?:option|response|answer)?{_WRAP}([AB])(?![A-Za-z'])", re.IGNORECASE)
+_ALONE = re.compile(
+    rf"{_WRAP}(?:(?:option|response|answer)\s*:?{_WRAP})?([AB])[\s*_`\"'\])]*[.:!]?\s*\Z", re.IGNORECASE
+)
+_LEADING = re.compile(rf"{_WRAP}([AB])\s*(?:\)|\]|:|\.\s|\n)")
+_MARKED = re.compile(r"\(([AB])\)")
+_LETTERS = ("A", "B")
+
+
+@dataclass(frozen=True)
+class TokenChances:
+    """A token of a reply with the likeliest tokens at its place and their log-probs."""
+
+    token: str
+    top: Mapping[str, float]
+
+
+def parse_choice(text: str) -> tuple[str, int] | None:
+    """Return the letter that a reply chooses and where it stands; None for an abstention."""
+    if alone := _ALONE.match(text):
+        return alone[1].upper(), alone.start(1)
+    lines = [line for line in text.splitlines() if line.strip()]
+    start = text.rfind(lines[-1]) if lines else 0
+    for found in (list(_VERDICT.finditer(text, start)), list(_VERDICT.finditer(text))):
+        if found:
+            return _agreed(found)
+    marked = list(_MARKED.finditer(text))
+    if marked:
+        return _agreed(marked)
+    leading = _LEADING.match(text)
+    return (leading[1].upper(), leading.start(1)) if leading else None
+
+
+def _agreed(found: Sequence[re.Match[str]]) -> tuple[str, int] | None:
+    letters = {match[1].upper() for match in found}
+    return (found[-1][1].upper(), found[-1].start(1)) if len(letters) == 1 else None
+
+
+def read_verdict(text: str, tokens: Sequence[TokenChances]) -> Verdict:
+    """Return what a reply says: a probability from the tokens at the deciding letter, else 0 or 1 from the text."""
+    choice = parse_choice(text)
+    deciding = _deciding_token(text, tokens, choice)
+    if deciding is not None and (weighed := _weigh(deciding)) is not None:
+        logps, mass = weighed
+        return Verdict(share_of_first(logps), logps, mass, text)
+    if choice is None:
+        return Verdict(text=text, problem="the reply names neither option, or both" if text.strip() else "empty reply")
+    return Verdict(1.0 if choice[0] == "A" else 0.0, text=text)
+
+
+def _deciding_token(text: str, tokens: Sequence[TokenChances], choice: tuple[str, int] | None) -> TokenChances | None:
+    """Return the token that holds the chosen letter; without a choice, the first one that says anything."""
+    if not tokens:
+        return None
+    if choice is None:
+        return next((token for token in tokens if _letter(token.token)), None)
+    if "".join(token.token for token in tokens)[: len(text)] != text:
+        return next((token for token in tokens if _letter(token.token) == choice[0]), None)
+    end = 0
+    for token in tokens:
+        end += len(token.token)
+        if choice[1] < end:
+            return token
+    return None
+
+
+def _weigh(token: TokenChances) -> tuple[tuple[float, float], float] | None:
+    """Return the log-probs of A and B at a token's place, and the probability that they have together.
+
+    Where one of them is not among the likeliest, it is taken to be as likely as the least of those: the most it can be.
+    """
+    found: dict[str, list[float]] = {letter: [] for letter in _LETTERS}
+    for text, logp in token.top.items():
+        if (letter := _letter(text)) is not None:
+            found[letter].append(logp)
+    if not found["A"] and not found["B"]:
+        return None
+    least = min(token.top.values())
+    logp_a, logp_b = (_log_sum(found[letter]) if found[letter] else least for letter in _LETTERS)
+    return (logp_a, logp_b), sum(math.exp(logp) for logps in found.values() for logp in logps)
+
+
+def _log_sum(values: Sequence[float]) -> float:
+    top = max(values)
+    return top + math.log(sum(math.exp(value - top) for value in values))
+
+
+def _letter(token: str) -> str | None:
+    bare = token.strip().strip("()[]*_`\"'.:")
+    return bare if bare in _LETTERS else None
+
+
+def read_chat_tokens(choice: Mapping[str, Any]) -> list[TokenChances]:
+    """Return the tokens of a chat completion's choice; none where the server gives no log-probs."""
+    content = (choice.get("logprobs") or {}).get("content") or []
+    return [
+        TokenChances(str(item["token"]), {str(top["token"]): float(top["logprob"]) for top in item["top_logprobs"]})
+        for item in content
+        if item.get("top_logprobs")
+    ]
+
+
+def read_text_tokens(choice: Mapping[str, Any]) -> list[TokenChances]:
+    """Return the tokens of a text completion's choice; none where the server gives no log-probs."""
+    logprobs = choice.get("logprobs") or {}
+    pairs = zip(logprobs.get("tokens") or [], logprobs.get("top_logprobs") or [], strict=False)
+    return [TokenChances(str(token), {str(t): float(logp) for t, logp in top.items()}) for token, top in pairs if top]

@@ -1,0 +1,222 @@
+"""The critique stage: answers criticised and revised by a constitution, as rows for an sft stage (SL-CAI).
+
+arXiv 2212.08073, section 3: rows of the revisions of all rounds, and plain answers to helpful prompts beside them. With
+`replay:` the rows come from published chains and nobody is asked. It trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignkit import console
+from alignkit.data import DataReport, read_rows
+from alignkit.errors import DataError, JudgeError
+from alignkit.feedback.asking import Reply, Sampling
+from alignkit.feedback.chains import Chain, Critic, revise
+from alignkit.feedback.constitution import load_constitution
+from alignkit.feedback.examples import load_examples
+from alignkit.feedback.prompted import Prompted, list_prompts, make_row, sample_answers, why_useless
+from alignkit.feedback.quoting import Quoter
+from alignkit.feedback.replay import read_chains
+from alignkit.feedback.session import Session, open_session
+from alignkit.feedback.sources import describe_source, fingerprint_file, open_model, own_model, spent_before
+from alignkit.recipe.schema import CritiqueOptions
+from alignkit.recipe.stage import Stage
+from alignkit.runs.result import Result
+
+_MANY_CUT = 0.2  # share of texts cut off by max_new_tokens that is worth a warning
+
+
+def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Result:
+    """Make the rows of a critique stage in its run directory, which the caller has opened and locked.
+
+    Writes rows.jsonl, report.json and every text in feedback.jsonl; what is there already is not asked again. Raises
+    JudgeError when the generator gave up, Stopped after a signal, RunError for changed settings.
+    """
+    options = stage.expect(CritiqueOptions)
+    with open_session(stage, run_dir) as session:
+        return _replay(session, options, allow_change) if options.replay else _make(session, options, allow_change)
+
+
+def _replay(session: Session, options: CritiqueOptions, allow_change: Sequence[str]) -> Result:
+    assert options.replay is not None
+    facts = {"method": "critique", "replay": [fingerprint_file(path) for path in options.replay]}
+    if (finished := session.find_finished(facts, allow_change)) is not None:
+        return finished
+    chains = list(read_chains(options.replay))
+    if not chains:
+        raise DataError("holds no chains", where=", ".join(options.replay))
+    session.begin(facts, DataReport(), note=f"{len(chains)} published chains")
+    count = session.write_rows(make_row(chain.prompt, text) for chain in chains for _, text in chain.revisions)
+    texts = [[chain.answer, *(text for _, text in chain.revisions)] for chain in chains]
+    names = Counter(name for chain in chains for name, _ in chain.revisions)
+    report = {"chains": len(chains), "rows": count, "principles": dict(names), "rounds": _describe_rounds(texts)}
+    session.write_report(report)
+    return session.finish(count, metrics={"chains": len(chains), "rows": count}, tokens=0)
+
+
+def _make(session: Session, options: CritiqueOptions, allow_change: Sequence[str]) -> Result:
+    stage = session.stage
+    source = options.generator or own_model(stage)
+    constitution = load_constitution(options.constitution or (), needs="critique")
+    examples = load_examples(options.examples)
+    report, helpful_report = DataReport(), DataReport()
+    rows = list(read_rows(stage, options.data, report=report, rejects=session.rejects))
+    helpful_data = options.helpful.data if options.helpful else []
+    helpful_rows = (
+        list(read_rows(stage, helpful_data, report=helpful_report, rejects=session.rejects)) if helpful_data else []
+    )
+    facts = {
+        "method": "critique",
+        "seed": stage.seed,
+        "generator": describe_source(source),
+        "constitution": constitution.fingerprint,
+        "examples": examples.fingerprint,
+        "rounds": options.rounds,
+        "critiques": options.critiques,
+        "temperature": options.temperature,
+        "max_new_tokens": options.max_new_tokens,
+        "helpful_samples": options.helpful.samples if options.helpful else 0,
+        "data": report.fingerprint,
+        "helpful_data": helpful_report.fingerprint,
+    }
+    if (finished := session.find_finished(facts, allow_change)) is not None:
+        return finished
+    spending = spent_before(source, session.store.values(), ("generator",))
+    model = open_model(
+        source, stop=session.stop, spending=spending, device=stage.launch.device,
+        batch_size=options.batch_size, trust_code=stage.trust_code,
+    )  # fmt: skip
+    prompts = list_prompts(rows, session.rejects, model.control_tokens)
+    helpful = list_prompts(helpful_rows, session.rejects, model.control_tokens) if helpful_rows else []
+    session.begin(facts, report, note=f"{len(prompts)} prompts, {len(constitution.principles)} principles")
+    sampling = Sampling(options.temperature, options.max_new_tokens)
+    critic = Critic(
+        model, constitution, examples, sampling, Quoter(model.control_tokens), stage.seed, options.critiques
+    )
+    work = _Work(session, critic, prompts, helpful, options)
+    try:
+        work.do()
+    except JudgeError as error:
+        raise JudgeError(
+            f"{stage.name}: {error}; {len(session.store)} texts are kept in feedback.jsonl and will not be asked for "
+            "again: run the same command to go on"
+        ) from None
+    return work.finish(spending.to_dict() if source.url else None)
+
+
+class _Work:
+    """The texts of one stage, from the first answers to the rows."""
+
+    def __init__(
+        self,
+        session: Session,
+        critic: Critic,
+        prompts: Sequence[Prompted],
+        helpful: Sequence[Prompted],
+        options: CritiqueOptions,
+    ) -> None:
+        self._session, self._critic, self._options = session, critic, options
+        self._prompts, self._helpful = prompts, helpful
+        self._chains: list[Chain] = []
+        self._extra: list[tuple[Prompted, str]] = []
+        self._replies: list[Reply] = []
+
+    def do(self) -> None:
+        """Ask for everything, round by round."""
+        session, critic, desk = self._session, self._critic, self._session.desk
+        seed = session.stage.seed
+        for prompted, (reply,) in zip(
+            self._prompts,
+            sample_answers(desk, critic.model, self._prompts, critic.sampling, count=1, seed=seed, kind="sample"),
+            strict=True,
+        ):
+            self._replies.append(reply)
+            self._chains.append(Chain(prompted, [reply.text], problem=self._check(reply)))
+        for turn in range(self._options.rounds):
+            self._replies += revise(desk, critic, self._chains, turn=turn)
+            answers = [chain.answers[-1] for chain in self._chains if chain.problem is None]
+            session.log(turn + 1, chains=len(answers), mean_chars=_mean([len(text) for text in answers]))
+        self._ask_helpful()
+
+    def finish(self, spent: Mapping[str, Any] | None) -> Result:
+        """Write rows, report and result."""
+        session = self._session
+        for chain in self._chains:
+            if chain.problem is not None:
+                session.rejects.add(chain.prompted.place, f"round {len(chain.principles) + 1}: {chain.problem}")
+        count = session.write_rows(self._rows())
+        if not count:
+            raise DataError([*session.rejects.first] or "no revision is left", where=session.stage.recipe_path)
+        whole = [chain.answers for chain in self._chains if len(chain.answers) > 1]
+        cut = sum(not reply.ended for reply in self._replies) / max(len(self._replies), 1)
+        broken = sum(chain.problem is not None for chain in self._chains)
+        tokens = sum(r.get("input_tokens", 0) + r.get("output_tokens", 0) for r in session.store.values())
+        report = {
+            "prompts": len(self._prompts),
+            "rows": count,
+            "helpful_rows": len(self._extra),
+            "broken_chains": broken,
+            "left_out": session.rejects.count,
+            "cut_off_share": cut,
+            "quoted": self._critic.quote.count,
+            "principles": dict(Counter(name for chain in self._chains for name in chain.principles)),
+            "rounds": _describe_rounds(whole),
+            "tokens": tokens,
+            "spent": spent,
+            "seconds": round(session.seconds, 3),
+        }
+        session.write_report(report)
+        if cut > _MANY_CUT:
+            console.warn(f"{session.stage.name}: {cut:.0%} of the texts were cut off; raise max_new_tokens")
+        if broken:
+            console.warn(f"{session.stage.name}: {broken} of {len(self._chains)} chains broke off (rejects.jsonl)")
+        metrics = {"rows": count, "broken_chains": broken, "cut_off_share": cut}
+        return session.finish(count, metrics=metrics, tokens=tokens)
+
+    def _ask_helpful(self) -> None:
+        helpful = self._options.helpful
+        if helpful is None or not self._helpful:
+            return
+        session, critic = self._session, self._critic
+        answers = sample_answers(
+            session.desk, critic.model, self._helpful, critic.sampling,
+            count=helpful.samples, seed=session.stage.seed, kind="helpful",
+        )  # fmt: skip
+        for prompted, replies in zip(self._helpful, answers, strict=True):
+            for reply in replies:
+                self._replies.append(reply)
+                if (problem := self._check(reply)) is not None:
+                    session.rejects.add(prompted.place, f"helpful: {problem}")
+                else:
+                    self._extra.append((prompted, reply.text))
+
+    def _check(self, reply: Reply) -> str | None:
+        return why_useless(reply, self._critic.model.control_tokens)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for chain in self._chains:
+            for answer in chain.answers[1:]:
+                yield make_row(chain.prompted.prompt, answer)
+        for prompted, answer in self._extra:
+            yield make_row(prompted.prompt, answer)
+
+
+def _describe_rounds(chains: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+    """Return, for the first answers and each round, how many texts there are, how long, and how many were changed."""
+    rounds = []
+    for turn in range(max((len(answers) for answers in chains), default=0)):
+        there = [answers for answers in chains if len(answers) > turn]
+        changed = [answers[turn] != answers[turn - 1] for answers in there] if turn else []
+        rounds.append(
+            {"round": turn, "texts": len(there), "mean_chars": _mean([len(answers[turn]) for answers in there])}
+            | ({"changed_share": _mean(changed)} if turn else {})
+        )
+    return rounds
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

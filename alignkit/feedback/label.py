@@ -1,0 +1,289 @@
+"""The label stage: comparisons labelled by a judge, as rows for an rm or dpo stage (RL-CAI).
+
+arXiv 2212.08073, section 4.1: answers are sampled (or given), compared in pairs by a principle each, and written with
+the judge's probability as a soft label; comparisons by people can be mixed in. It trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alignkit import console
+from alignkit.data import DataReport, read_rows
+from alignkit.errors import DataError, JudgeError
+from alignkit.feedback.asking import Model, Sampling
+from alignkit.feedback.calibrate import measure, read_labelled
+from alignkit.feedback.comparisons import Judge, Label, Pairing, judge_all, known_labels
+from alignkit.feedback.constitution import Constitution, load_constitution
+from alignkit.feedback.examples import Examples, load_examples
+from alignkit.feedback.measures import describe_labels, find_faults
+from alignkit.feedback.preferences import make_rows, pair_given, pair_sampled, split_ranking
+from alignkit.feedback.prompted import list_prompts, sample_answers
+from alignkit.feedback.quoting import Quoter
+from alignkit.feedback.replay import PublishedLabels
+from alignkit.feedback.session import Session, open_session
+from alignkit.feedback.sources import describe_source, open_model, own_model, spent_before
+from alignkit.feedback.spending import Spending
+from alignkit.feedback.store import key_of
+from alignkit.recipe.schema import FeedbackModel, LabelOptions
+from alignkit.recipe.stage import Stage
+from alignkit.runs.result import Result
+
+LABELS = "labels.jsonl"  # every comparison with what was said of it; rows.jsonl holds what is trained on
+_SECOND_OPINIONS = 32  # comparisons that are also judged by another principle, at most a tenth of them
+_TRIES = 64  # draws until another principle has come, unless its weight is next to nothing
+
+
+def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Result:
+    """Make the rows of a label stage in its run directory, which the caller has opened and locked.
+
+    Writes rows.jsonl, labels.jsonl, report.json and every answer in feedback.jsonl; what is there already is not asked
+    again. Raises JudgeError when the judge gave up or the budget is spent, after writing the rows there are; Stopped
+    after a signal; RunError for changed settings.
+    """
+    with open_session(stage, run_dir) as session:
+        work = _Work(session, stage.expect(LabelOptions))
+        if (finished := session.find_finished(work.facts, allow_change)) is not None:
+            return finished
+        work.prepare()
+        try:
+            work.do()
+        except JudgeError as error:
+            count = work.write(complete=False)["rows"]
+            raise JudgeError(
+                f"{stage.name}: {error}; {count} rows are in rows.jsonl, and nothing that was answered will be asked "
+                "again: run the same command to go on (with a higher limit where it was the budget)"
+            ) from None
+        return work.finish()
+
+
+class _Work:
+    """The labels of one stage, from its prompts to the rows."""
+
+    def __init__(self, session: Session, options: LabelOptions) -> None:
+        self._session, self._options = session, options
+        stage = session.stage
+        self._constitution = load_constitution(options.constitution, needs="comparison")
+        self._examples = load_examples(options.examples)
+        self._report, self._mix_report = DataReport(), DataReport()
+        self._given = options.answers == "given"
+        method = "rm" if self._given else None
+        self._rows = list(read_rows(stage, options.data, report=self._report, rejects=session.rejects, method=method))
+        self._mix = (
+            list(read_rows(stage, options.mix, report=self._mix_report, rejects=session.rejects, method="rm"))
+            if options.mix
+            else []
+        )
+        self._check = read_labelled(stage, options.check, session.rejects) if options.check else []
+        self._labels: list[Label] = []
+        self._second_opinions: list[tuple[Label, Label]] = []
+        self._accuracy: dict[str, Any] | None = None
+        self._pairings: list[Pairing] = []
+        self._judging_seconds = 0.0
+        self._cut_off: float | None = None
+        self._judge_spending: Spending | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything that can change a row."""
+        options, stage = self._options, self._session.stage
+        return {
+            "method": "label",
+            "seed": stage.seed,
+            "judge": describe_source(options.judge),
+            "generator": None if self._given else describe_source(options.generator or own_model(stage)),
+            "constitution": self._constitution.fingerprint,
+            "examples": self._examples.fingerprint,
+            "answers": options.answers,
+            "orders": options.orders,
+            "cot": options.cot,
+            "cot_tokens": options.cot_tokens if options.cot else None,
+            "bounds": list(options.bounds),
+            "hard": options.hard,
+            "temperature": options.temperature,
+            "max_new_tokens": options.max_new_tokens,
+            "data": self._report.fingerprint,
+            "mix": self._mix_report.fingerprint,
+            "check": key_of(keys=[pairing.key for pairing in self._check]),
+        }
+
+    def prepare(self) -> None:
+        """Open the models and say what there is to do."""
+        session, options, stage = self._session, self._options, self._session.stage
+        generator = None if self._given else options.generator or own_model(stage)
+        self._generator = self._open(generator, ("generator",)) if generator else None
+        if options.judge.replay is not None:
+            self._published: PublishedLabels | None = PublishedLabels(stage, options.judge.replay)
+            self._judge: Judge | None = None
+        else:
+            self._published = None
+            same = generator is not None and generator.model is not None and generator.model == options.judge.model
+            opened = self._generator if same else self._open(options.judge, ("judge", "check"))
+            assert opened is not None
+            self._judge = _make_judge(opened[0], self._constitution, self._examples, options, stage.seed)
+            self._judge_spending = opened[1]
+        what = f"{len(self._rows)} rows, {len(self._constitution.principles)} principles"
+        session.begin(self.facts, self._report, note=what)
+
+    def do(self) -> None:
+        """Sample, judge, ask for second opinions, and measure the judge."""
+        session, desk = self._session, self._session.desk
+        self._pairings = pair_given(self._rows) if self._given else self._pair_sampled()
+        if not self._pairings:
+            raise DataError([*session.rejects.first] or "there is nothing to compare", where=session.stage.recipe_path)
+        began = session.seconds
+        if self._published is not None:
+            self._labels = [_replay(self._published, pairing) for pairing in self._pairings]
+            return
+        assert self._judge is not None
+        if self._check:  # first: a judge that is no good is seen before it is paid for
+            self._accuracy = measure(desk, self._judge, self._check)
+            self._say_accuracy(self._accuracy)
+            began = session.seconds
+        self._labels = judge_all(desk, self._judge, self._pairings)
+        self._judging_seconds = session.seconds - began
+        self._ask_again()
+
+    def write(self, *, complete: bool) -> dict[str, Any]:
+        """Write the rows and the report of what has been judged; return the report."""
+        session = self._session
+        if not complete and self._judge is not None and not self._labels:
+            self._labels = known_labels(session.desk, self._judge, self._pairings)
+        count = session.write_rows(make_rows(self._labels, self._mix, hard=self._options.hard))
+        session.write_rows((label.to_dict() for label in self._labels), LABELS)
+        report = self._describe(count, complete=complete)
+        session.write_report(report)
+        for fault in find_faults(report):
+            console.warn(f"{session.stage.name}: {fault}")
+        return report
+
+    def finish(self) -> Result:
+        """Write everything; the run is finished."""
+        session = self._session
+        report = self.write(complete=True)
+        count = report["rows"]
+        if not count:
+            first = session.rejects.first
+            reason = "the judge abstained from all comparisons, or all are ties; report.json says why"
+            raise DataError([*first] or reason, where=session.stage.recipe_path)
+        agreement = report["order_agreement"]
+        metrics = {
+            "rows": count,
+            "comparisons": report["comparisons"],
+            "abstained": report["abstained"],
+            "ties": report["ties"],
+            "mean_confidence": report["mean_confidence"] or 0.0,
+            **({"order_agreement": agreement["share"]} if agreement else {}),
+            **({"check_accuracy": self._accuracy["accuracy"]} if self._accuracy else {}),
+        }
+        session.log(count, **{key: value for key, value in metrics.items() if value is not None})
+        return session.finish(count, metrics=metrics, tokens=report["tokens"])
+
+    def _open(self, source: FeedbackModel, by: tuple[str, ...]) -> tuple[Model, Spending]:
+        session, stage = self._session, self._session.stage
+        spending = spent_before(source, session.store.values(), by)
+        model = open_model(
+            source, stop=session.stop, spending=spending, device=stage.launch.device,
+            batch_size=self._options.batch_size, trust_code=stage.trust_code,
+        )  # fmt: skip
+        return model, spending
+
+    def _pair_sampled(self) -> list[Pairing]:
+        session, options = self._session, self._options
+        assert self._generator is not None and isinstance(options.answers, int)
+        model = self._generator[0]
+        prompts = list_prompts(self._rows, session.rejects, model.control_tokens)
+        sampling = Sampling(options.temperature, options.max_new_tokens)
+        replies = sample_answers(
+            session.desk, model, prompts, sampling, count=options.answers, seed=session.stage.seed, kind="answer"
+        )
+        self._cut_off = _share([not reply.ended for own in replies for reply in own])
+        return pair_sampled(prompts, replies, session.rejects, model.control_tokens)
+
+    def _ask_again(self) -> None:
+        """Judge some comparisons by a second principle as well: how far do principles agree?"""
+        assert self._judge is not None
+        if len(self._constitution.principles) < 2:
+            return
+        chosen = self._labels[: min(_SECOND_OPINIONS, len(self._labels) // 10)]
+        others = [replace(label.pairing, turn=self._find_other(label)) for label in chosen]
+        again = judge_all(self._session.desk, self._judge, others)
+        pairs = zip(chosen, again, strict=True)
+        self._second_opinions = [(one, other) for one, other in pairs if one.principle != other.principle]
+
+    def _find_other(self, label: Label) -> int:
+        """Return a turn at which another principle is drawn; the last one tried where there is none."""
+        pairing, seed = label.pairing, self._session.stage.seed
+        turns = range(pairing.turn + 1, pairing.turn + _TRIES)
+        draw = self._constitution.draw
+        found = (turn for turn in turns if draw(seed=seed, key=pairing.key, turn=turn).name != label.principle)
+        return next(found, turns[-1])
+
+    def _describe(self, count: int, *, complete: bool) -> dict[str, Any]:
+        session, options = self._session, self._options
+        records = list(session.store.values())
+        seconds = self._judging_seconds
+        agreeing = [
+            (one.p_first > 0.5) == (other.p_first > 0.5)
+            for one, other in self._second_opinions
+            if one.p_first is not None and other.p_first is not None and not one.is_tie and not other.is_tie
+        ]
+        quoted = self._judge.quote.count if self._judge else 0
+        return {
+            "complete": complete,
+            "rows": count,
+            "rows_by_people": sum(len(list(split_ranking(row))) for row in self._mix),
+            **describe_labels(self._labels),
+            "agreement_between_principles": {"n": len(agreeing), "share": _share(agreeing)},
+            "check": self._accuracy,
+            "quoted": quoted,
+            "left_out": session.rejects.count,
+            "cut_off_share": self._cut_off,
+            "tokens": sum(record.get("input_tokens", 0) + record.get("output_tokens", 0) for record in records),
+            "spent": self._judge_spending.to_dict() if self._judge_spending and options.judge.url else None,
+            "spent_on_answers": self._generator[1].to_dict()
+            if self._generator and self._generator[1].requests
+            else None,
+            "seconds": round(session.seconds, 3),
+            "labels_per_second": round(len(self._labels) / seconds, 2) if seconds > 0 else None,
+        }
+
+    def _say_accuracy(self, accuracy: Mapping[str, Any]) -> None:
+        if accuracy["accuracy"] is None:
+            console.warn(f"{self._session.stage.name}: the judge abstained from all of `check`")
+            return
+        line = (
+            f"{self._session.stage.name}: on {accuracy['n']} comparisons with known answers the judge is right in "
+            f"{accuracy['accuracy']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%}), ECE {accuracy['ece']:.3f}"
+        )
+        say = console.warn if accuracy["low"] <= 0.5 else console.note
+        say(line + (", no better than chance" if accuracy["low"] <= 0.5 else ""))
+
+
+def _make_judge(
+    model: Model, constitution: Constitution, examples: Examples, options: LabelOptions, seed: int
+) -> Judge:
+    return Judge(
+        model=model,
+        constitution=constitution,
+        examples=examples,
+        quote=Quoter(model.control_tokens),
+        seed=seed,
+        orders=options.orders,
+        thinks=options.cot,
+        thoughts=Sampling(options.temperature, options.cot_tokens),
+        bounds=options.bounds,
+    )
+
+
+def _replay(published: PublishedLabels, pairing: Pairing) -> Label:
+    value = published.find(pairing.prompt, pairing.first, pairing.second)
+    problem = "not among the published labels" if value is None else None
+    return Label(pairing, "published", (value,), [], problem)
+
+
+def _share(values: Sequence[bool]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,193 @@
+"""The prompts of Constitutional AI put together: the paper's transcripts for base models, messages for chat models.
+
+arXiv 2212.08073, sections 3.1 and 4.1, and the published files, whose bytes the transcripts have. Every text that is
+not ours goes through a Quoter first. Nothing here asks a model or reads a reply.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from alignkit.data.rows import Message, Text
+from alignkit.feedback.examples import PRINCIPLE_HERE, Examples, messages_of, without_critiques
+from alignkit.feedback.principles import Principle
+from alignkit.feedback.published import COMPARISON_FRAME, CRITIQUE_FRAME, REVISION_FRAME
+
+Quote = Callable[[str], str]
+OPTIONS = (" (A)", " (B)")
+# Where a base model has finished its turn and goes on with the next one.
+STOPS = ("\n\nHuman:", "\n\nAssistant:", "\n\nCritiqueRequest:", "\n\nRevisionRequest:")
+VERDICT = "The answer is:"
+_THOUGHT = "Let's think step by step:"
+_SO, _SO_VERDICT = "\n\nHuman:\n", "So the answer is:"
+_CONSIDER = "\n\nConsider the following conversation between a human and an assistant:"
+_CONSIDER_SHORT = "\n\nHuman: Consider the following conversation between a human (H) and an assistant (A):"
+_LABELS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ONLY_ANSWER = "Reply with the new answer only."
+_ONLY_LETTER = "Reply with (A) or (B) and nothing else."
+_THINK_FIRST = "Think step by step. Then end with a line of its own: The answer is: (A), or: The answer is: (B)."
+
+
+@dataclass(frozen=True)
+class Request:
+    """Something to be written: as text for base models, as messages for chat models.
+
+    A chat model's turn begins with `prefill`; a server that takes none is told `closing` instead, at the end of the
+    last message, and may use `room` tokens for its verdict. `messages` is None for a prompt that is plain text whatever
+    the model.
+    """
+
+    transcript: str
+    messages: tuple[Message, ...] | None
+    stops: tuple[str, ...] = STOPS
+    prefill: str = ""
+    closing: str = ""
+    room: int = 16
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the text simply goes on: then white space at its start belongs to it."""
+        return self.messages is None and not self.stops
+
+
+def conversation(prompt: Text) -> list[Message]:
+    """Return a prompt as messages: HH transcripts by their turns, any other text as one user turn."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    if not prompt.startswith("\n\nHuman:"):
+        return [Message(role="user", content=prompt)]
+    pieces = _TURN.split(prompt)[1:]
+    turns = [
+        Message(role="user" if speaker == "Human" else "assistant", content=said.removeprefix(" "))
+        for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+    return turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip() else turns
+
+
+def read_text(text: Text) -> str:
+    """Return an answer as text: of messages their contents."""
+    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+
+
+def ask_answer(prompt: Text) -> Request:
+    """Return the request for an answer to a row's prompt; text stays text, as training has it."""
+    if isinstance(prompt, str):
+        return Request(prompt, None, stops=STOPS if prompt.startswith("\n\nHuman:") else ())
+    return Request(_transcript(prompt) + "\n\nAssistant:", tuple(prompt))
+
+
+def ask_critique(turns: Sequence[Message], principle: Principle, examples: Examples, quote: Quote) -> Request:
+    """Return the request for a critique of the answer that ends the conversation."""
+    quoted = _quote_all(turns, quote)
+    text = examples.critique_text + _transcript(quoted) + f"{principle.critique}".join(CRITIQUE_FRAME)
+    asked = Message(role="user", content=f"{principle.critique}")
+    return Request(text, (*examples.critique_messages, *quoted, asked))
+
+
+def ask_revision(
+    turns: Sequence[Message], critique: str | None, principle: Principle, examples: Examples, quote: Quote
+) -> Request:
+    """Return the request for a revision of the last answer; without a critique, the examples have none either."""
+    quoted = _quote_all(turns, quote)
+    if critique is None:
+        examples = without_critiques(examples)
+        text, said = examples.critique_text + _transcript(quoted), list[Message]()
+    else:
+        critique = quote(critique)
+        text = ask_critique(turns, principle, examples, quote).transcript + f" {critique}"
+        said = [
+            Message(role="user", content=f"{principle.critique}"),
+            Message(role="assistant", content=critique),
+        ]
+    text += f"{principle.revision}".join(REVISION_FRAME)
+    asked = Message(role="user", content=f"{principle.revision} {_ONLY_ANSWER}")
+    return Request(text, (*examples.critique_messages, *quoted, *said, asked))
+
+
+def cut_at(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """Return the text before the first of the stops, and whether there was one."""
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return (text[: min(ends)], True) if ends else (text, False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one conversation, in the order they are shown in."""
+
+    turns: tuple[Message, ...]
+    first: str
+    second: str
+    question: str
+
+
+def comparison_question(comparison: Comparison, quote: Quote) -> str:
+    """Return the paper's text of a comparison, up to and with "The answer is:"."""
+    return f"{_CONSIDER}{_compare(comparison, quote, _LABELS)}\n\n{VERDICT}"
+
+
+def ask_comparison(comparison: Comparison, shown: Sequence[tuple[Comparison, str]], quote: Quote) -> Request:
+    """Return the question which of two answers is better, to be decided by the log-probs of OPTIONS.
+
+    `shown` are worked examples, each with the option that is right; they are ours and are not quoted.
+    """
+    text = "".join(f"{comparison_question(example, str)}{option}" for example, option in shown)
+    messages: list[Message] = []
+    for example, option in shown:
+        messages.append(Message(role="user", content=_chat_question(example, str)))
+        messages.append(Message(role="assistant", content=VERDICT + option))
+    messages.append(Message(role="user", content=_chat_question(comparison, quote)))
+    asked = text + comparison_question(comparison, quote)
+    return Request(asked, tuple(messages), prefill=VERDICT, closing=_ONLY_LETTER)
+
+
+def fill_thought(example: str, question: str) -> str:
+    """Return a published chain of thought with a question in its place."""
+    return example.replace(PRINCIPLE_HERE, question.join(COMPARISON_FRAME), 1)
+
+
+def ask_thoughts(comparison: Comparison, shown: Sequence[str], quote: Quote) -> Request:
+    """Return the request for a chain of thought about two answers; `shown` are worked examples (`fill_thought`)."""
+    text = "".join(shown) + _thinking_question(comparison, quote) + f"\n\nAssistant: {_THOUGHT}"
+    asked = Message(role="user", content=_chat_question(comparison, quote))
+    messages = (*(turn for example in shown for turn in _thought_messages(example)), asked)
+    return Request(text, messages, prefill=_THOUGHT, closing=_THINK_FIRST)
+
+
+def ask_after_thoughts(comparison: Comparison, shown: Sequence[str], thoughts: str, quote: Quote) -> Request:
+    """Return the question which of two answers is better, after the judge's own chain of thought."""
+    before = ask_thoughts(comparison, shown, quote)
+    text = f"{before.transcript} {quote(thoughts)}{_SO}{_SO_VERDICT}"
+    prefill = f"{_THOUGHT} {quote(thoughts)}\n\n{_SO_VERDICT}"
+    return Request(text, before.messages, prefill=prefill)
+
+
+def _thought_messages(example: str) -> list[Message]:
+    """Return a worked chain of thought as two turns: the question, and the thoughts with their verdict."""
+    thoughts, _, verdict = example.rpartition(_SO)
+    *before, last = messages_of(thoughts)
+    return [*before, Message(role="assistant", content=f"{last['content']}\n\n{verdict}")]
+
+
+def _chat_question(comparison: Comparison, quote: Quote) -> str:
+    return (_CONSIDER + _compare(comparison, quote, _LABELS)).lstrip("\n")
+
+
+def _thinking_question(comparison: Comparison, quote: Quote) -> str:
+    return _CONSIDER_SHORT + _compare(comparison, quote, _LABELS | {"user": "H", "assistant": "A"})
+
+
+def _compare(comparison: Comparison, quote: Quote, labels: dict[str, str]) -> str:
+    turns = _transcript(_quote_all(comparison.turns, quote), labels)
+    question = comparison.question.join(COMPARISON_FRAME)
+    return f"{turns}\n\n{question}\n (A) [[[{quote(comparison.first)}]]]\n (B) [[[{quote(comparison.second)}]]]"
+
+
+def _quote_all(turns: Sequence[Message], quote: Quote) -> list[Message]:
+    return [Message(role=turn["role"], content=quote(turn["content"])) for turn in turns]
+
+
+def _transcript(turns: Sequence[Message], labels: dict[str, str] = _LABELS) -> str:
+    return "".join(f"\n\n{labels[turn['role']]}: {turn['content']}" for turn in turns)

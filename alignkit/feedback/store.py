@@ -1,0 +1,127 @@
+"""Everything that was ever answered, in a file that only grows: no question is asked twice, and no answer is lost.
+
+One JSON object a line, keyed by a hash of all that decides the answer; on the disk before `put` returns. It knows
+nothing of what the records mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import RunError
+from alignkit.runs.files import disk_failures
+
+Record = dict[str, Any]
+_CHUNK_BYTES = 1 << 20
+
+
+def key_of(**facts: Any) -> str:
+    """Return a key, in hex, that two askings share only when all facts are equal."""
+    text = json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+class Store:
+    """The records of one run. Safe to use from several threads; one process at a time, which the run's lock sees to.
+
+    In memory is only where each record starts, some 120 bytes for each.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, or make it; a last line that a kill or a full disk has torn is cut off.
+
+        Raises RunError for a file that holds something else.
+        """
+        self.path = path
+        self._lock = threading.Lock()
+        self._starts: dict[str, int] = {}
+        with disk_failures(path.parent, path.name):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._end = self._index()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._starts
+
+    def get(self, key: str) -> Record | None:
+        """Return the record of a key, None when there is none."""
+        start = self._starts.get(key)
+        return None if start is None else self._read(start)
+
+    def put(self, key: str, record: Mapping[str, Any]) -> None:
+        """Keep a record."""
+        self.put_all([(key, record)])
+
+    def put_all(self, records: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        """Keep records that came together, with one write to the disk. A key that is there keeps its first record.
+
+        Raises DiskError, with the file as it was before.
+        """
+        with self._lock:
+            new = {key: record for key, record in records if key not in self._starts}
+            lines = [
+                json.dumps({"key": key, **record}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+                for key, record in new.items()
+            ]
+            with disk_failures(self.path.parent, self.path.name):
+                self._append(b"".join(lines))
+            for key, line in zip(new, lines, strict=True):
+                self._starts[key] = self._end
+                self._end += len(line)
+
+    def values(self) -> Iterator[Record]:
+        """Yield every record, oldest first."""
+        for start in list(self._starts.values()):
+            yield self._read(start)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._file)
+
+    def _append(self, data: bytes) -> None:
+        """Write all of the data and sync it, or leave the file as it was."""
+        written = 0
+        try:
+            while written < len(data):
+                written += os.pwrite(self._file, data[written:], self._end + written)
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, self._end)
+            raise
+
+    def _read(self, start: int) -> Record:
+        data = b""
+        while b"\n" not in data[-_CHUNK_BYTES:]:
+            chunk = os.pread(self._file, _CHUNK_BYTES if data else 8192, start + len(data))
+            if not chunk:
+                break
+            data += chunk
+        record: Record = json.loads(data.partition(b"\n")[0])
+        return record
+
+    def _index(self) -> int:
+        """Find where every record starts; return the end of the last whole line, and cut off what follows it."""
+        end, number = 0, 0
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    os.ftruncate(self._file, end)
+                    break
+                number += 1
+                try:
+                    self._starts.setdefault(json.loads(line)["key"], end)
+                except (ValueError, KeyError, TypeError):
+                    # A crash of the machine, not of the process, can leave a block of zeros inside.
+                    what = f"line {number} is damaged; take it out by hand to keep the others, or start with --force"
+                    raise RunError(what, where=str(self.path)) from None
+                end += len(line)
+        return end

@@ -1,0 +1,28 @@
+"""How a stage ended, as every method says it; data only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Result:
+    """How a stage ended; result.json holds the same.
+
+    `tokens` counts all sittings of the run; `wall_seconds`, `tokens_per_second` and the peak are of the last one.
+    """
+
+    stage: str
+    status: str
+    step: int  # optimizer steps; rows written, where a stage makes data
+    model_dir: str  # empty where a stage makes data
+    metrics: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    wall_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)

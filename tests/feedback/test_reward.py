@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import messages, read_rows
+from judge_server import Server
+
+from alignkit.errors import JudgeError, RewardError
+from alignkit.feedback.reward import build_reward, log_odds
+from alignkit.recipe.schema import FeedbackModel
+from alignkit.recipe.stage import Stage
+
+MakeStage = Callable[..., Stage]
+PROMPTS = [messages(f"Film {number}?") for number in range(3)]
+
+
+@pytest.fixture
+def stage(make_stage: MakeStage, chat_model: Path) -> Stage:
+    return make_stage(
+        "ppo", start=chat_model, data="builtin:prompts", reward={"model": "builtin:true-reward"}, max_new_tokens=6
+    )
+
+
+def judge_at(server: Server, **options: Any) -> FeedbackModel:
+    return FeedbackModel(url=server.url, name="tiny", **options)
+
+
+def test_log_odds_against_the_answer_the_policy_began_with(stage: Stage, constitution: str, tmp_path: Path) -> None:
+    with Server() as server:  # it prefers the longer answer, with 0.9
+        reward = build_reward(stage, judge_at(server), constitution, tmp_path)
+        answers = [messages("", "word " * 40)[1:], messages("", "")[1:], messages("", "x")[1:]]
+        found = reward(PROMPTS, answers)
+        assert found[0] == pytest.approx(math.log(9), rel=1e-6)
+        assert found[1] == log_odds(0.0) == pytest.approx(-9.21, abs=0.01)  # an empty answer
+        assert found[2] == pytest.approx(-math.log(9), rel=1e-6)
+        assert server.requests == 4
+        assert reward(PROMPTS, answers) == found and server.requests == 4  # nothing is asked twice
+    again = build_reward(stage, judge_at(server), constitution, tmp_path)  # the server is gone by now
+    assert again(PROMPTS, answers) == found
+    kinds = [record["kind"] for record in read_rows(tmp_path / "judged.jsonl")]
+    assert sorted(kinds) == ["baseline"] * 2 + ["label"] * 4
+
+
+def test_an_answer_like_the_baseline_is_worth_nothing(stage: Stage, constitution: str, tmp_path: Path) -> None:
+    with Server(judge=lambda payload: 0.8) as server:  # it prefers the first place: both orders take that out
+        reward = build_reward(stage, judge_at(server), constitution, tmp_path)
+        assert reward(PROMPTS[:1], [messages("", "anything")[1:]]) == [pytest.approx(0.0, abs=1e-9)]
+
+
+def test_a_local_judge_shares_the_model_of_the_baseline(
+    stage: Stage, constitution: str, tmp_path: Path, chat_model: Path
+) -> None:
+    reward = build_reward(stage, FeedbackModel(model=str(chat_model)), constitution, tmp_path)
+    found = reward(PROMPTS, [messages("", text)[1:] for text in ("good", "bad", "good")])
+    assert len(found) == 3 and all(math.isfinite(value) for value in found)
+
+
+def test_a_judge_that_abstains_from_everything_ends_the_run(stage: Stage, constitution: str, tmp_path: Path) -> None:
+    with Server(reply=lambda payload: "I cannot say.") as server:
+        reward = build_reward(stage, judge_at(server), constitution, tmp_path)
+        with pytest.raises(JudgeError, match="abstains from all 1 answers: the reply names neither option, or both"):
+            reward(PROMPTS[:1], [messages("", "x")[1:]])
+
+
+def test_published_labels_cannot_judge_new_answers(stage: Stage, constitution: str, tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match="published labels cannot judge new answers"):
+        build_reward(stage, FeedbackModel(replay="labels.jsonl"), constitution, tmp_path)

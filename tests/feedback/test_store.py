@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from alignkit.errors import RunError
+from alignkit.feedback.store import Store, key_of
+
+
+def test_records_are_there_again_after_opening(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.jsonl")
+    store.put("a", {"text": "one\nline \u2028 and é", "n": 1})
+    store.put_all([("b", {"n": 2}), ("c", {"text": "x" * 50_000}), ("a", {"n": 99})])
+    assert store.get("a") == {"key": "a", "text": "one\nline \u2028 and é", "n": 1}  # the first one stays
+    store.close()
+    again = Store(tmp_path / "s.jsonl")
+    assert len(again) == 3 and "b" in again and again.get("d") is None
+    assert [record["key"] for record in again.values()] == ["a", "b", "c"]
+    assert again.get("c") == {"key": "c", "text": "x" * 50_000}
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_a_torn_last_line_is_cut_off(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "s.jsonl"
+    store = Store(path)
+    store.put("a", {"n": 1})
+    store.put("b", {"text": "second record that is torn"})
+    store.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    store = Store(path)
+    assert len(store) == 1 and store.get("b") is None
+    store.put("b", {"text": "second record that is torn"})
+    assert path.read_bytes() == whole
+
+
+def test_a_damaged_line_inside_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b'{"key": "a"}\n' + bytes(20) + b"\n" + b'{"key": "b"}\n')
+    with pytest.raises(RunError, match="line 2 is damaged; take it out by hand"):
+        Store(path)
+
+
+def test_threads_may_put_at_the_same_time(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.jsonl")
+
+    def put(number: int) -> None:
+        for n in range(20):
+            store.put(f"{number} {n}", {"text": "y" * (100 * number + n)})
+
+    threads = [threading.Thread(target=put, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(Store(tmp_path / "s.jsonl")) == 120
+    assert all(
+        store.get(f"{a} {b}") == {"key": f"{a} {b}", "text": "y" * (100 * a + b)} for a in range(6) for b in (0, 19)
+    )
+
+
+def test_half_a_surrogate_pair_is_kept_as_an_escape(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.jsonl")
+    store.put("a", {"text": "half \ud83d"})
+    record = store.get("a")
+    assert record is not None and record["text"].startswith("half ")
+    assert len(Store(tmp_path / "s.jsonl")) == 1
+
+
+def test_keys_differ_when_any_fact_does() -> None:
+    keys = {key_of(ask="a", n=1), key_of(ask="a", n=2), key_of(ask="b", n=1), key_of(ask="a", n="1"), key_of(ask="a")}
+    assert len(keys) == 5
+    assert key_of(a=1, b=2) == key_of(b=2, a=1)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from alignkit.errors import DiskError
+from alignkit.feedback.store import Store
+store = Store(Path(sys.argv[1]))
+store.put("a", {"n": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    store.put("b", {"text": "x" * 1000})
+except DiskError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, env=environment)
+    assert resource.RLIMIT_FSIZE >= 0 and done.returncode == 4, done.stderr
+    assert "cannot write s.jsonl (File too large" in done.stdout
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"key": "a", "n": 1}]
