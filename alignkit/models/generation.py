@@ -1,17 +1,19 @@
-"""Greedy answers for samples and checks.
+"""Answers of a model: greedy for samples and checks, sampled for feedback.
 
-Deliberately greedy only: what a stage shows before, during and after must differ by the weights alone.
+What a stage shows before, during and after is greedy, so that it differs by the weights alone. Sampled answers draw
+their random numbers row by row: an answer does not depend on what else is in its batch. PPO samples by TRL's means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 _BATCH = 16
+_TAIL = 24  # new tokens that are looked at for an end
 
 
 def generate_greedy(
@@ -44,7 +46,63 @@ def generate_greedy(
         model.train(was_training)
 
 
-def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
+def generate_sampled(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    is_over: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Return sampled new tokens of each prompt of one batch, the stop token included when one came.
+
+    Every row draws from a generator of its own seed, so that the same seed gives the same answer in any batch (up to
+    the rounding of padded batches). `is_over` tells from a row's last new tokens that it has said enough. The model is
+    in eval mode; prompts with `max_new_tokens` must fit into its positions.
+    """
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id, use_cache=True
+    )
+    device = next(model.parameters()).device
+    processors = LogitsProcessorList([_Gumbel(seeds, temperature, device)])
+    stop = StoppingCriteriaList([_Over(is_over, max(len(prompt) for prompt in prompts))] if is_over else [])
+    return _generate_batch(
+        model, [list(prompt) for prompt in prompts], settings, logits_processor=processors, stopping_criteria=stop
+    )
+
+
+class _Gumbel(LogitsProcessor):
+    """Turns greedy search into sampling: the largest of logits / T + Gumbel noise is a draw from softmax(logits / T).
+
+    Maddison et al. 2014 (arXiv 1411.0030), section 2.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        waits_BV = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in enumerate(self._generators):
+            waits_BV[row].exponential_(generator=generator)
+        return scores.float() / self._temperature - waits_BV.clamp_min(1e-30).log()
+
+
+class _Over(StoppingCriteria):
+    """Ends a row when its last new tokens say so."""
+
+    def __init__(self, is_over: Callable[[list[int]], bool], prompt_width: int) -> None:
+        self._is_over, self._width = is_over, prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        new = input_ids[:, max(self._width, input_ids.shape[1] - _TAIL) :].tolist()
+        return torch.tensor([self._is_over(row) for row in new], device=input_ids.device)
+
+
+def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationConfig, **hooks: Any) -> list[list[int]]:
     device = next(model.parameters()).device
     width = max(len(prompt) for prompt in prompts)
     ids_BT = torch.full((len(prompts), width), settings.pad_token_id)
@@ -54,7 +112,7 @@ def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationCo
         mask_BT[row, width - len(prompt) :] = 1
     with torch.no_grad():
         output = model.generate(
-            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings
+            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings, **hooks
         )
     return [_cut(row, settings.eos_token_id) for row in output[:, width:].tolist()]
 
