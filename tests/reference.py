@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from alignkit.recipe.schema import (
     DataSource,
     DpoOptions,
+    EvaluateOptions,
     GenerationOptions,
     LaunchOptions,
     LoraOptions,
@@ -51,6 +52,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`truncate:`", Truncate),
     ("`ptx:`", Ptx),
     ("`generation:`", GenerationOptions),
+    ("`evaluate:`", EvaluateOptions),
 ]
 
 

@@ -22,12 +22,14 @@ Kind = Literal["text", "messages", "prompt_completion", "pair", "ranked", "unpai
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # What a method can be fed. sft learns the best answer of a pair or a ranked list; dpo breaks a ranked list
-# into its pairs; ppo takes the prompt of any row, of a conversation what comes before its last answer.
+# into its pairs; ppo takes the prompt of any row, of a conversation what comes before its last answer; eval takes rows
+# as they are.
 METHOD_KINDS: dict[str, tuple[Kind, ...]] = {
     "sft": ("text", "messages", "prompt_completion", "pair", "ranked"),
     "rm": ("pair", "ranked"),
     "dpo": ("pair", "ranked", "unpaired"),
     "ppo": KINDS,
+    "eval": KINDS,
 }
 
 

@@ -51,6 +51,9 @@ def resolve_paths(tree: Node, stages: dict[str, Node]) -> list[Problem]:
         prefix = f"{name}." if name else ""
         for key in SOURCE_KEYS:
             _resolve_sources(section.value.get(key), f"{prefix}{key}", problems)
+    evaluate = tree.value.get("evaluate")
+    if evaluate is not None and isinstance(evaluate.value, dict):
+        _resolve_sources(evaluate.value.get("data"), "evaluate.data", problems)
     for name, section in stages.items():
         ptx = section.value.get("ptx")
         if ptx is not None and isinstance(ptx.value, dict):

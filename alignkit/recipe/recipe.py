@@ -6,10 +6,10 @@ Plain data: nothing here reads files or fills in what depends on the method.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from alignkit.recipe.schema import LaunchOptions, LoraOptions, ModelOptions, StageOptions
+from alignkit.recipe.schema import EvaluateOptions, LaunchOptions, LoraOptions, ModelOptions, StageOptions
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Recipe:
     stages: Mapping[str, StageSection]  # those under `stages:` first and in that order, then as written
     order: tuple[str, ...]  # what `alignkit run` trains: those under `stages:`, all of them where it is omitted
     origins: Mapping[str, str]
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
 
     @property
     def stage_names(self) -> list[str]:
