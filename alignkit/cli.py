@@ -343,6 +343,40 @@ def merge(
     console.print_json({"merged": str(source), "model": str(out)})
 
 
+@app.command()
+def report(
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="A run directory, a directory of runs, or a recipe file.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where the page goes; omitted: report.html in the run.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="REPO", help="Upload the run's model and its card to the Hugging Face hub."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", metavar="", help="With --push: a new repository is public, not private.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page that shows a run or a whole recipe, and bring the run's model card up to date."""
+    from alignkit import console
+    from alignkit.runs.publish import publish
+
+    stages = None
+    if target.suffix in (".yaml", ".yml"):
+        from alignkit.recipe import resolve
+
+        loaded = _load_recipe(target, None)
+        stages = [(name, Path(resolve(loaded, name).run_dir)) for name in loaded.order]
+    done = publish(target, stages=stages, out=out, repo=push, public=public)
+    if as_json:
+        console.print_json(done)
+    else:
+        console.print_paths(done)
+
+
 def main() -> int:
     """Run the command line and return the exit code; every failure is one message, shown once.
 
