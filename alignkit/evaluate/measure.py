@@ -34,9 +34,12 @@ _BUILTIN = "builtin:"
 class Evaluation:
     """The groups of metrics of one model, each measured once."""
 
-    def __init__(self, material: Material, *, judge: Judge | None = None) -> None:
-        """Prepare to measure; `judge` replaces the one that the options name."""
-        self._material, self._judge = material, judge
+    def __init__(self, material: Material, *, judge: Judge | None = None, lenient: bool = False) -> None:
+        """Prepare to measure; `judge` replaces the one that the options name.
+
+        With `lenient` a group that was asked for and cannot be measured is left out with a warning.
+        """
+        self._material, self._judge, self._lenient = material, judge, lenient
         self.subject, self.options, self.shelf = material.subject, material.options, material.shelf
         self._seed, self._folder, self._rows = material.seed, material.folder, material.rows
         self._groups: dict[str, Callable[[], list[Figure]]] = {
@@ -74,9 +77,12 @@ class Evaluation:
             if not chosen:
                 raise UsageError(f"nothing can be measured: {'; '.join(str(why) for why in possible.values())}")
             return chosen
-        if problems := [f"{name}: {possible[name]}" for name in self.options.metrics if possible[name]]:
+        problems = [f"{name}: {possible[name]}" for name in self.options.metrics if possible[name]]
+        if problems and not self._lenient:
             raise UsageError(f"--metric {'; '.join(problems)}")
-        return list(dict.fromkeys(self.options.metrics))
+        for problem in problems:
+            self.shelf.warn(f"not measured: {problem}")
+        return [name for name in dict.fromkeys(self.options.metrics) if possible[name] is None]
 
     def _why_not(self, name: str) -> str | None:
         """Return why a group cannot be measured, or None."""

@@ -6,10 +6,12 @@ What is measured is `measure`'s business, what is asked of the command line the 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignkit import console
+from alignkit.errors import RunError, UsageError
 from alignkit.evaluate.cache import Cache
 from alignkit.evaluate.material import Material
 from alignkit.evaluate.measure import Evaluation
@@ -19,6 +21,7 @@ from alignkit.evaluate.shelf import Shelf
 from alignkit.evaluate.subject import Subject, find_subject
 from alignkit.models.causal import fingerprint_causal
 from alignkit.recipe.schema import EvaluateOptions
+from alignkit.runs.layout import RunDir
 
 _CACHE = "eval-cache.jsonl"
 
@@ -32,8 +35,9 @@ def evaluate(
     device: str = "auto",
     trust_code: bool = False,
     folder: Path | None = None,
+    lenient: bool = False,
 ) -> dict[str, Any]:
-    """Measure a model and return what eval.json holds now.
+    """Measure a model and return what eval.json holds now; `lenient` as in `Evaluation`.
 
     It is written into the run, or to `out`; a model that is no run and has no `out` leaves nothing. Answers and scores
     are kept beside it. `folder` is where functions are looked up, too. Raises UsageError for what cannot be measured,
@@ -53,7 +57,7 @@ def evaluate(
     for message in measured.warnings if measured else ():
         shelf.warn(message)
     material = Material(subject, options, measured, shelf, seed=seed, folder=folder or Path.cwd())
-    figures = Evaluation(material).run()
+    figures = Evaluation(material, lenient=lenient).run()
     for message in shelf.warnings:
         console.warn(message)
     data = describe(
@@ -66,6 +70,59 @@ def evaluate(
         warnings=shelf.warnings,
     )
     return save(path, data) if path else merge(None, data)
+
+
+def evaluate_all(
+    sources: Sequence[str],
+    options: EvaluateOptions,
+    *,
+    seed: int | None,
+    out: Path | None,
+    device: str,
+    trust_code: bool,
+    folder: Path,
+    skip: bool,
+) -> Iterator[dict[str, Any]]:
+    """Measure models one after another and yield what `evaluate` returns.
+
+    With `skip` a run that is not finished is left out with a word, and what a stage cannot be measured on is too;
+    raises RunError when none is finished.
+    """
+    finished = [source for source in sources if not skip or RunDir(Path(source).expanduser().absolute()).is_finished()]
+    for source in sources:
+        if source not in finished:
+            console.note(f"{source}: not finished, left out")
+    if not finished:
+        raise RunError("no stage is finished; train first, with alignkit run --recipe FILE")
+    several = skip and len(finished) > 1
+    for source in finished:
+        chosen = _fit(options, source, trust_code) if several else options
+        try:
+            yield evaluate(
+                source,
+                chosen,
+                seed=seed,
+                out=out,
+                device=device,
+                trust_code=trust_code,
+                folder=folder,
+                lenient=several,
+            )
+        except UsageError as error:
+            if not several:
+                raise
+            console.warn(f"{source}: {error}; left out")
+
+
+def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOptions:
+    """Return the options without what this stage cannot have: itself as rival, and for an rm stage all of a policy."""
+    subject = find_subject(source, trust_code=trust_code)
+    against = options.against
+    if subject.reward:
+        return options.model_copy(update={"against": None, "best_of": [], "tasks": []})
+    if against is not None and Path(against).expanduser().absolute() == Path(source).expanduser().absolute():
+        return options.model_copy(update={"against": None})
+    return options
 
 
 def _read(subject: Subject, options: EvaluateOptions, seed: int) -> Measured | None:
