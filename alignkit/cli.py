@@ -278,6 +278,11 @@ def run(
             console.print_json({"stages": results})
         else:
             console.print_run([stage.name for stage in stages], results)
+    if console.is_main():
+        from alignkit.runs.report import write_recipe_report
+
+        page = write_recipe_report(stages[0].recipe_name, [(stage.name, Path(stage.run_dir)) for stage in stages])
+        console.note(f"report: {page}")
 
 
 @app.command()

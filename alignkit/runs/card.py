@@ -54,7 +54,7 @@ def render_card(run: Facts, *, repo: str | None = None) -> str:
         .get_template("card.md.jinja")
         .render(
             name=_cell(name),
-            repo=repo or name,
+            repo=repo or re.sub(r"[^\w.-]+", "-", name),
             run=run,
             method=METHODS.get(run.method, run.method),
             is_adapter=is_adapter,

@@ -17,11 +17,10 @@ from alignkit.runs.files import read_json
 from alignkit.runs.layout import RunDir
 from alignkit.runs.record import redact
 
-EVALUATION = "eval.json"
 _SHOWN_REJECTS = 20
 _EVAL_PREFIX = "eval_"
 # What the trainers count along with the metrics, and what a reader of curves does not look for.
-_BOOKKEEPING = re.compile(r"step|epoch|.*_runtime|.*_per_second|.*num_tokens|episodes|step_time")
+_BOOKKEEPING = re.compile(r"step|epoch|.*runtime|.*(samples|steps)_per_second|.*num_tokens|episodes")
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def read_facts(path: Path) -> Facts:
         result=_clean(read_json(run.result)) if finished else {},
         metrics=_clean(_read_lines(run.metrics)),
         samples=_clean(_read_lines(run.samples)),
-        evaluation=_clean(_read_object(run.path / EVALUATION)),
+        evaluation=_clean(_read_object(run.evaluation)),
         warnings=_clean(_read_lines(run.warnings)),
         preview=_clean(_read_object(run.preview).get("rows", [])),
         rejects=_clean(rejects[:_SHOWN_REJECTS]),

@@ -186,7 +186,8 @@ def _with_advisers(node: Node, titles: Mapping[str, str]) -> tuple[str, ...]:
 
 def _box(node: Node, x: float, y: float, width: float, height: float) -> Markup:
     room = int((width - 24) / 6.1)
-    title = _cut(node.title, max(int((width - 30) / 7.6) - len(node.tag), 6))
+    tag_width = 6.6 * len(node.tag) + 8 if node.tag else 0
+    title = _cut(node.title, max(int((width - 24 - tag_width) / 8.6), 6))
     lines = [line for line in node.lines[:2] if line]
     base = y + height / 2 - 8.5 * len(lines) + 5
     text = Markup('<text class="name" x="{}" y="{}">{}</text>').format(x + 12, base, title)
