@@ -139,14 +139,19 @@ class Evaluation:
         settings: dict[str, Any] = {}
         if self.subject.reward:
             metric = "reward_accuracy"
-            rewards = ModelReward(self.subject.source, self.shelf).score(prompts, completions)
+            rewards = ModelReward(self.subject.source, self.shelf).score_fitting(prompts, completions)
         else:
             metric, beta = "implicit_reward_accuracy", self.subject.beta
             ours = self._material.policy.score_completions(prompts, completions)
             theirs = self._material.reference.score_completions(prompts, completions)
-            rewards = [beta * (a.logp - b.logp) for a, b in zip(ours, theirs, strict=True)]
+            both = zip(ours, theirs, strict=True)
+            rewards = [beta * (a.logp - b.logp) if a.tokens and b.tokens else None for a, b in both]
             settings = {"reference": self._material.reference_source, "beta": beta}
-        margins = [rewards[place] - rewards[place + 1] for place in range(0, len(rewards), 2)]
+        sides = list(zip(rewards[::2], rewards[1::2], strict=True))
+        kept = [(pair, a - b) for pair, (a, b) in zip(pairs, sides, strict=True) if a is not None and b is not None]
+        if len(kept) < len(pairs):
+            self.shelf.warn(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are too long for {self.subject.name}")
+        pairs, margins = [pair for pair, _ in kept], [margin for _, margin in kept]
         measured = [
             *measure_accuracy(metric, pairs, margins, resamples=resamples),
             *measure_calibration(margins, [pair.group for pair in pairs], resamples=resamples),

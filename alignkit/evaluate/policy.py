@@ -76,8 +76,8 @@ class Policy:
     def score_completions(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Likelihood]:
         """Return log p(completion | prompt), its end token included.
 
-        A prompt that leaves no room loses its beginning, which is warned of. Raises DataError for a conversation that
-        the template cannot write, and for a completion longer than the model.
+        A prompt that leaves no room loses its beginning; a completion longer than the model is not scored (no tokens).
+        Both are warned of. Raises DataError for a conversation that the template cannot write.
         """
         questions = list(zip(prompts, completions, strict=True))
 
@@ -103,7 +103,9 @@ class Policy:
             values = []
             for place in places:
                 parts, num_bytes = self._cut_document(questions[place])
-                logps = [logp for part in self.score_tokens(parts) for logp in part]
+                scored = self.score_tokens(parts)
+                whole = all(logps or not tail for logps, (_, tail) in zip(scored, parts, strict=True))
+                logps = [logp for part in scored if whole for logp in part]
                 values.append([sum(logps), len(logps), num_bytes])
             return values
 
@@ -125,12 +127,8 @@ class Policy:
         is, and an answer ends at the first new line too.
         """
         samples = samples if temperature > 0 else 1
-        common: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "seed": seed,
-            "plain": plain,
-        }
+        common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        common |= {"seed": seed, "plain": plain}
         questions = [(prompt, number) for prompt in prompts for number in range(samples)]
 
         def answer(places: list[int]) -> list[list[Any]]:
@@ -172,23 +170,33 @@ class Policy:
             pairs = [self._encode_pair(*questions[place]) for place in places]
             return [[sum(logps), len(logps), 0] for logps in self.score_tokens(pairs)]
 
-        return [Likelihood(*value) for value in self._ask("continuation", questions, answer)]
+        found = [Likelihood(*value) for value in self._ask("continuation", questions, answer)]
+        if any(not item.tokens for item in found):
+            raise DataError(f"a completion of a task is longer than {self.source} can read")
+        return found
 
     def score_tokens(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float = 1.0
     ) -> list[list[float]]:
-        """Score continuations of token ids; a context that leaves no room loses its beginning."""
+        """Score continuations of token ids; a context that leaves no room loses its beginning.
+
+        A continuation that alone is too long gets no log-probabilities.
+        """
         loaded = self.loaded
         room = loaded.positions or _FAR
-        fitting, num_cut = [], 0
+        fitting: list[tuple[Sequence[int], Sequence[int]]] = []
+        num_cut = num_long = 0
         for context, tail in pairs:
             if len(tail) > room:
-                raise DataError(f"a completion of {len(tail)} tokens does not fit into the {room} of {self.source}")
+                num_long += 1
+                tail = ()
             num_cut += len(context) + len(tail) > room
             keep = room - len(tail)
             fitting.append((context[-keep:] if keep else [], tail) if len(context) > keep else (context, tail))
         if num_cut:
             self._shelf.warn(f"{num_cut} prompts were cut on the left to fit the {room} positions of {self.source}")
+        if num_long:
+            self._shelf.warn(f"{num_long} texts are longer than the {room} positions of {self.source}: left out")
         pad = int(loaded.tokenizer.pad_token_id)
         size = self._shelf.batch_size
         return score_tokens(loaded.model, fitting, pad_id=pad, temperature=temperature, batch_size=size)

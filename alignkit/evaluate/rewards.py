@@ -5,6 +5,7 @@ Single rewards only, as they are: sums, clipping and penalties are how a ppo sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,13 +105,25 @@ class ModelReward:
         self, prompts: Sequence[Text], completions: Sequence[Text], ended: Sequence[bool] | None = None
     ) -> list[float]:
         """Return gain * r + bias of each answer; raises RewardError for one that is too long, or has no score."""
+        scores = self.score_fitting(prompts, completions, ended)
+        if None in scores:
+            raise RewardError(
+                f"the reward model {self.name} cannot read answer {scores.index(None)}, which is too long with its "
+                "prompt; lower max_new_tokens, or leave out long rows"
+            )
+        return [score for score in scores if score is not None]
+
+    def score_fitting(
+        self, prompts: Sequence[Text], completions: Sequence[Text], ended: Sequence[bool] | None = None
+    ) -> list[float | None]:
+        """Return the same, None for an answer that is too long for the model with its prompt."""
         gain, bias = self._norm
         questions = list(zip(prompts, completions, ended or [True] * len(prompts), strict=True))
         common = {"kind": "reward", "weights": self.weights}
         scores = self._shelf.cache.ask(common, questions, lambda places: self._score([questions[p] for p in places]))
-        return [gain * score + bias for score in scores]
+        return [None if score is None else gain * score + bias for score in scores]
 
-    def _score(self, questions: Sequence[tuple[Text, Text, bool]]) -> list[float]:
+    def _score(self, questions: Sequence[tuple[Text, Text, bool]]) -> list[float | None]:
         self._shelf.take(self)
         if self._classifier is None:
             self._classifier = load_classifier(
@@ -121,15 +134,14 @@ class ModelReward:
             ids = encode_own(Chat(self._classifier.tokenizer), prompts, completions, ended, name=self.name)
         else:
             ids = encode_foreign(self._classifier.tokenizer, prompts, completions, name=self.name)
-        longest = max(map(len, ids))
-        if self._classifier.positions is not None and longest > self._classifier.positions:
-            raise RewardError(
-                f"the reward model {self.name} reads {self._classifier.positions} tokens, an answer with its prompt "
-                f"has {longest}; lower max_new_tokens, or leave out long rows"
-            )
-        scores: list[float] = scorer(self._classifier)(ids).tolist()
-        if any(score != score or score in (float("inf"), -float("inf")) for score in scores):
+        limit = self._classifier.positions
+        fitting = [place for place, tokens in enumerate(ids) if limit is None or len(tokens) <= limit]
+        found: list[float] = scorer(self._classifier)([ids[place] for place in fitting]).tolist()
+        if not all(map(math.isfinite, found)):
             raise NonFiniteError(f"the reward model {self.name} gives an answer a score that is not finite")
+        scores: list[float | None] = [None] * len(ids)
+        for place, score in zip(fitting, found, strict=True):
+            scores[place] = score
         return scores
 
 

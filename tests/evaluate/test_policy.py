@@ -74,8 +74,10 @@ def test_a_prompt_that_leaves_no_room_loses_its_beginning_and_says_so(policy_dir
     policy = Policy(str(policy_dir), shelf)
     policy.score_completions(["word " * 200], [" end"])
     assert shelf.warnings == [f"1 prompts were cut on the left to fit the {POSITIONS} positions of {policy_dir}"]
-    with pytest.raises(DataError, match="does not fit into the 96"):
-        policy.score_completions(["a"], ["word " * 200])
+    assert policy.score_completions(["a"], ["word " * 200])[0].tokens == 0
+    assert shelf.warnings[1] == f"1 texts are longer than the {POSITIONS} positions of {policy_dir}: left out"
+    with pytest.raises(DataError, match="is longer than .* can read"):
+        policy.score_continuations(["a"], ["word " * 200])
     with pytest.raises(ModelError, match="max_new_tokens 96 fills the 96 positions"):
         policy.answer(["a"], max_new_tokens=96)
 
