@@ -22,6 +22,7 @@ from alignkit.evaluate.subject import Subject, find_subject
 from alignkit.models.causal import fingerprint_causal
 from alignkit.recipe.schema import EvaluateOptions
 from alignkit.runs.layout import RunDir
+from alignkit.runs.publish import publish
 
 _CACHE = "eval-cache.jsonl"
 
@@ -69,7 +70,12 @@ def evaluate(
         seconds=time.monotonic() - began,
         warnings=shelf.warnings,
     )
-    return save(path, data) if path else merge(None, data)
+    if path is None:
+        return merge(None, data)
+    saved = save(path, data)
+    if out is None and subject.run is not None:
+        publish(subject.run.path)  # its page and its card show the figures
+    return saved
 
 
 def evaluate_all(

@@ -12,7 +12,9 @@ import pytest
 from written_runs import HOSTILE, SECRET, WriteRun, figure
 
 from alignkit.errors import RunError
+from alignkit.runs.facts import read_facts
 from alignkit.runs.report import write_recipe_report, write_report
+from alignkit.runs.report.evaluation import tabulate
 
 
 class Page(HTMLParser):
@@ -50,7 +52,10 @@ EVERYTHING = [
            details=[{"confidence": 0.55, "accuracy": 0.5}, {"confidence": 0.9, "accuracy": 0.95}]),
     figure("kl", 0.0, interval="none"),
     figure("true_reward", None),
-    figure("win_rate", 0.61, 0.54, 0.67, unit="share", settings={"against": "runs/demo/sft"}),
+    figure("win_rate", 0.61, 0.54, 0.67, unit="share", settings={"against": "runs/demo/sft", "judge": "rm"},
+           details=[{"prompt": "Which?", "answer": "This one.", "other": "That one.", "win": True}]),
+    figure("best_of_n", 0.1, 0.0, 0.2, slice="N=1", settings={"kl": 0.0}),
+    figure("best_of_n", 0.5, 0.4, 0.6, slice="N=4", settings={"kl": 0.636}),
     figure("lm_eval/arc_easy/acc", 0.25, 0.22, 0.28, unit="share"),
 ]  # fmt: skip
 
@@ -77,9 +82,26 @@ def test_a_run_shows_its_curves_and_everything_else(write_run: WriteRun, method:
         "25\u2009% of the tokens are learnt", "rows.jsonl line 7", "duplicates kept", "extra", "Some CPU", "2 threads",
         "torch", "2.13.0", "1\u2009min 14\u2009s", "123\u2009456", "743.9 MiB", "0123456789ab, with changes",
         "demo.yaml:7", "Perplexity", "4.31 to 5.10", "81.6\u2009%", "margin 0 to 0.5", "lm_eval/arc_easy/acc",
-        "against runs/demo/sft",
+        "against sft, judged by rm", "This one.",
     ):  # fmt: skip
         assert text in page.text, text
+
+
+def test_slices_stand_below_their_metric_and_best_of_n_is_one_group(write_run: WriteRun) -> None:
+    rows = tabulate([read_facts(write_run(evaluation=EVERYTHING))])
+    shown = [(row.name, row.slice, row.value.replace("\u2009", " "), row.first) for row in rows]
+    assert shown == [
+        ("Perplexity", "", "4.68", True),
+        ("Pair accuracy", "", "81.6 %", True),
+        ("Pair accuracy", "margin 0 to 0.5", "62.0 %", False),
+        ("Calibration error (ECE)", "", "4.0 %", True),
+        ("KL to the reference", "", "0", True),
+        ("True reward", "", "\u2013", True),
+        ("Win rate", "", "61.0 %", True),
+        ("Best of N", "N=1", "0.100", True),
+        ("Best of N", "N=4", "0.500", False),
+        ("lm_eval/arc_easy/acc", "", "25.0 %", True),
+    ]
 
 
 def test_nothing_of_a_run_becomes_markup(write_run: WriteRun) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -15,6 +16,7 @@ from markupsafe import Markup
 from alignkit.runs.facts import Facts
 from alignkit.runs.report.charts import Line, draw_lines
 from alignkit.runs.report.numbers import figure, share
+from alignkit.runs.report.samples import text_of
 
 _BAR_WIDTH, _BAR_HEIGHT = 160, 18
 _NAMES = {
@@ -36,7 +38,13 @@ _NAMES = {
     "win_rate": "Win rate",
     "win_rate_length_controlled": "Win rate, length controlled",
     "best_of_n": "Best of N",
-    "likelihood_accuracy": "Few-shot, by likelihood",
+    "best_of_n_true_reward": "Best of N, true reward",
+    "ended_share": "Answers that end",
+    "judge_agreement": "Agreement of the judge with itself, orders swapped",
+    "completion_logp": "Log-probability of the right answer",
+    "likelihood_accuracy": "Few-shot, by likelihood per token",
+    "likelihood_accuracy_sum": "Few-shot, by likelihood of the whole",
+    "likelihood_accuracy_relative": "Few-shot, by likelihood relative to no question",
     "exact_match": "Few-shot, exact match",
 }
 _COIN_TOSS = frozenset({"reward_accuracy", "implicit_reward_accuracy", "pair_accuracy_longer", "pair_accuracy_shorter",
@@ -93,9 +101,38 @@ def draw_calibration(run: Facts) -> Markup:
     return Markup("")
 
 
+@dataclass(frozen=True)
+class Examples:
+    """A few cases behind a figure, as a table of texts."""
+
+    name: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def list_examples(run: Facts) -> list[Examples]:
+    """Return the single cases that figures were made from, where eval.json keeps some; bins of a curve are none."""
+    found = []
+    for result in run.evaluation.get("results", []):
+        cases = [case for case in result.get("details") or [] if isinstance(case, dict) and "answer" in case]
+        if cases:
+            columns = list(dict.fromkeys(key for case in cases for key in case))
+            rows = [[_say(case.get(column)) for column in columns] for case in cases]
+            metric = str(result.get("metric"))
+            found.append(Examples(_NAMES.get(metric, metric), columns, rows))
+    return found
+
+
+def _say(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return figure(value, 3) if isinstance(value, int | float) else text_of(value)
+
+
 def _group(result: dict[str, Any]) -> tuple[str, ...]:
     """Return what rows share that are compared with each other."""
-    return str(result.get("metric")), str(result.get("data")), str(result.get("settings"))
+    settings = {key: value for key, value in (result.get("settings") or {}).items() if key != "kl"}  # of best-of-N
+    return str(result.get("metric")), str(result.get("data")), str(settings)
 
 
 def _row(result: dict[str, Any], run: str, scale: tuple[float, float], *, first: bool) -> Row:
@@ -105,7 +142,7 @@ def _row(result: dict[str, Any], run: str, scale: tuple[float, float], *, first:
     n = result.get("n")
     better = {"higher": "\u2191", "lower": "\u2193"}.get(str(result.get("better")), "")
     return Row(
-        name=_NAMES.get(metric, metric),
+        name=_NAMES.get(metric, metric.replace("reward/", "Reward by ") if metric.startswith("reward/") else metric),
         better=better,
         slice=str(result.get("slice") or ""),
         run=run,
@@ -113,7 +150,7 @@ def _row(result: dict[str, Any], run: str, scale: tuple[float, float], *, first:
         exact="" if value is None else repr(value),
         interval="" if low is None or high is None else f"{show(low)} to {show(high)}",
         n=figure(n) if isinstance(n, int | float) else "",
-        unit="" if result.get("unit") in ("share", None) else str(result["unit"]),
+        unit={"share": "", "x 100": "\u00d7 100"}.get(str(result.get("unit") or ""), str(result.get("unit") or "")),
         data=_name_data(result),
         settings=", ".join(f"{key}: {item}" for key, item in (result.get("settings") or {}).items()),
         bar=_draw_bar(value, low, high, scale, mark=0.5 if metric in _COIN_TOSS else None),
@@ -123,9 +160,10 @@ def _row(result: dict[str, Any], run: str, scale: tuple[float, float], *, first:
 
 def _name_data(result: dict[str, Any]) -> str:
     """Return what was evaluated on, and against which other run."""
-    against = (result.get("settings") or {}).get("against")
-    data = str(result.get("data") or "")
-    return f"{data}, against {against}" if against else data
+    settings, data = result.get("settings") or {}, str(result.get("data") or "")
+    if against := settings.get("against"):
+        data += f", against {Path(str(against)).name}"
+    return f"{data}, judged by {Path(str(settings['judge'])).name}" if settings.get("judge") else data
 
 
 def _three_digits(value: float | None) -> str:

@@ -56,7 +56,7 @@ def write_recipe_report(name: str, stages: Sequence[tuple[str, Path]], *, out: P
     if not begun:
         raise RunError("no stage of this recipe has been started; `alignkit run` trains them", where=name)
     waiting = [stage for stage, path in stages if not RunDir(path.expanduser()).stage.is_file()]
-    page = render_recipe(name, begun, waiting=waiting)
+    page = render_recipe(str(begun[0].stage.get("recipe") or name), begun, waiting=waiting)
     return _write(page, out or stages[0][1].expanduser().absolute().parent / REPORT)
 
 

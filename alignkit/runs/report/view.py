@@ -15,7 +15,7 @@ from markupsafe import Markup
 from alignkit.runs.facts import Facts
 from alignkit.runs.files import describe_bytes
 from alignkit.runs.report.curves import Curve, draw_curves
-from alignkit.runs.report.evaluation import Row, draw_calibration, tabulate
+from alignkit.runs.report.evaluation import Examples, Row, draw_calibration, list_examples, tabulate
 from alignkit.runs.report.numbers import count, duration, figure, share, short_count
 from alignkit.runs.report.samples import Sample, arrange_samples
 
@@ -44,6 +44,7 @@ class RunView:
     other_curves: list[Curve]
     evaluation: list[Row]
     calibration: Markup
+    examples: list[Examples]
     samples: list[Sample]
     preview: list[dict[str, Any]]
     data: list[Pair]
@@ -78,6 +79,7 @@ def view_run(run: Facts) -> RunView:
         other_curves=others,
         evaluation=tabulate([run]),
         calibration=draw_calibration(run),
+        examples=list_examples(run),
         samples=arrange_samples(run),
         preview=run.preview,
         data=_data(run),
