@@ -36,7 +36,7 @@ class Cache:
         questions: Sequence[Any],
         answer: Callable[[list[int]], Sequence[Any]],
         *,
-        batch_size: int = 256,
+        batch_size: int = 64,
     ) -> list[Any]:
         """Return the value of every question; `answer` is called with the places of those that are not known yet.
 

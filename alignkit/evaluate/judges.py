@@ -24,7 +24,7 @@ class Judge(Protocol):
 
 
 class RewardJudge:
-    """The higher reward wins; equal rewards tie."""
+    """The higher reward wins; equal rewards tie. An answer that was cut off is scored as if it had ended there."""
 
     reads_order = False
 

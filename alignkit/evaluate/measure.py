@@ -162,7 +162,8 @@ class Evaluation:
     def _answers(self) -> list[Figure]:
         answers = [group[: self.options.samples] for group in self._material.sampled]
         resamples = self.options.resamples
-        lengths = mean_of_groups([[float(len(answer.ids)) for answer in group] for group in answers])
+        tokens = [[float(len(answer.ids)) for answer in group] for group in answers]
+        lengths = mean_of_groups(tokens, resamples=resamples)
         ended = share([[float(answer.ended) for answer in group] for group in answers], resamples=resamples)
         figures = [
             make_figure("response_length", lengths, unit="tokens"),

@@ -39,8 +39,20 @@ def sources(paths: Sequence[str], split: str | None) -> list[dict[str, Any]]:
 
 
 def name_runs(options: EvaluateOptions, runs: Mapping[str, str]) -> EvaluateOptions:
-    """Return the options with every stage name as its run directory."""
-    named = {key: runs[value] for key in _MODELS if (value := getattr(options, key)) in runs}
+    """Return the options with every stage name as its run directory.
+
+    Raises UsageError for a single word that is neither a stage of the recipe nor something that exists.
+    """
+    named, problems = {}, []
+    for key in _MODELS:
+        value = getattr(options, key)
+        if value in runs:
+            named[key] = runs[value]
+        elif runs and value and not set(value) & {"/", ":"} and not Path(value).exists():
+            hint = suggest(value, runs) or f"; the recipe's stages are {', '.join(runs)}"
+            problems.append(Problem(f"{value} is neither a stage nor a path that exists{hint}", _flag((key,))))
+    if problems:
+        raise UsageError(problems)
     return options.model_copy(update=named)
 
 

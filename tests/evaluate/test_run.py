@@ -184,6 +184,10 @@ def test_options_of_the_command_line_lie_over_the_recipe_s(tmp_path: Path) -> No
     assert (options.max_rows, options.shots, options.against) == (9, [2], "sft")
     assert options.data is not None and options.data[0].split == "test"
     assert name_runs(options, {"sft": "runs/x/sft"}).against == "runs/x/sft"
+    with pytest.raises(
+        UsageError, match="--against: sft is neither a stage nor a path that exists; did you mean sft2?"
+    ):
+        name_runs(options, {"sft2": "runs/x/sft2"})
     with pytest.raises(UsageError) as caught:
         combine(base, {"metrics": ["perplexitty"], "temperature": 0.0})
     assert [str(problem) for problem in caught.value.problems] == [
