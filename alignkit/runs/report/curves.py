@@ -55,7 +55,7 @@ _PLANS = (
     _Plan("Margin", "chosen minus rejected reward", {"margin": "training"}, (0.0,)),
     _Plan("Margin", "chosen minus rejected implicit reward", {"rewards/margins": "training"}, (0.0,)),
     _Plan(
-        "Implicit reward", "beta times log-ratio to the reference; both falling is normal, slowly",
+        "Implicit reward", "beta times the log-ratio to the reference",
         {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, (0.0,),
     ),
     _Plan(
