@@ -79,9 +79,10 @@ class Material:
     def asked(self) -> list[tuple[Text, Text | None]]:
         return [found for found in map(split_answer, self.rows) if found is not None]
 
-    @property
+    @cached_property
     def prompts(self) -> list[Text]:
-        return [prompt for prompt, _ in self.asked]
+        """Prompts to sample from, each once: a repeated one would get the same answers, which tell nothing new."""
+        return list({repr(prompt): prompt for prompt, _ in self.asked}.values())
 
     @property
     def referenced(self) -> list[tuple[Text, Text]]:

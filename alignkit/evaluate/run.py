@@ -54,7 +54,7 @@ def evaluate(
         trust_code=trust_code,
         cache=Cache(path.with_name(_CACHE) if path else None),
     )
-    measured = _read(subject, options, seed)
+    measured = _read(subject, options)
     for message in measured.warnings if measured else ():
         shelf.warn(message)
     material = Material(subject, options, measured, shelf, seed=seed, folder=folder or Path.cwd())
@@ -131,11 +131,14 @@ def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOpt
     return options
 
 
-def _read(subject: Subject, options: EvaluateOptions, seed: int) -> Measured | None:
-    """Return the rows to measure on; None where only tasks are asked for."""
+def _read(subject: Subject, options: EvaluateOptions) -> Measured | None:
+    """Return the rows to measure on; None where only tasks are asked for.
+
+    What was held out follows from the seed of the run, whatever the answers are sampled with.
+    """
     wants = options.metrics or ()
     only_tasks = options.tasks and (set(wants) == {"tasks"} or not (wants or options.data or subject.stage))
     if only_tasks:
         return None
     sources, share = (options.data, None) if options.data else subject.held_out()
-    return read_measured(sources, share=share, seed=seed, max_rows=options.max_rows)
+    return read_measured(sources, share=share, seed=int(subject.stage.get("seed", 0)), max_rows=options.max_rows)

@@ -99,6 +99,28 @@ def test_a_dpo_run_gets_every_group_that_fits(run_dir: Path) -> None:
     assert (run_dir / "eval-cache.jsonl").read_text() == before
 
 
+def test_another_seed_samples_other_answers_to_the_same_held_out_prompts(run_dir: Path) -> None:
+    values, asked = [], []
+    for seed in (3, 4):
+        data = evaluate(str(run_dir), _options(metrics=["perplexity", "answers"]), seed=seed, device="cpu")
+        values.append(next(result["value"] for result in data["results"] if result["metric"] == "perplexity"))
+        asked.append(len((run_dir / "eval-cache.jsonl").read_text().splitlines()))
+    assert values[0] == values[1]
+    assert asked == [12, 18]  # 6 likelihoods and 6 answers, then 6 new answers only
+
+
+def test_a_prompt_that_is_repeated_is_asked_once(policy_dir: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": prompt, "completion": " it was"} for prompt in ("one", "two", "one", "one")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = evaluate(
+        str(policy_dir), _options(data=[DataSource(path=str(file))], metrics=["perplexity", "answers"]), device="cpu"
+    )
+    assert {result["metric"]: result["n"] for result in data["results"]} == {
+        "perplexity": 4, "bits_per_byte": 4, "response_length": 2, "ended_share": 2,
+    }  # fmt: skip
+
+
 def test_a_reward_model_gets_accuracy_calibration_and_baselines(reward_dir: Path) -> None:
     data = evaluate(
         str(reward_dir), _options(data=[DataSource(path="builtin:preferences", split="test")]), device="cpu"
