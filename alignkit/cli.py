@@ -19,6 +19,7 @@ from alignkit.ending import SUPERVISED, end, end_usage_error, leave
 
 if TYPE_CHECKING:
     from alignkit.recipe import Recipe
+    from alignkit.recipe.schema import EvaluateOptions
 
 RecipeFile = Annotated[
     Path, typer.Option("--recipe", "-r", metavar="FILE", help="The recipe: model, data and stages in YAML.")
@@ -303,6 +304,184 @@ def merge(
 
     merge_adapter(source, out)
     console.print_json({"merged": str(source), "model": str(out)})
+
+
+_WHAT, _ANSWERS = "What is measured", "Answers"
+
+
+@app.command("eval")
+def evaluate(
+    source: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run, a model directory or a hub id.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", "-r", metavar="FILE", help="Every finished stage, as evaluate: says.")
+    ] = None,
+    stage: StageName = None,
+    overrides: Overrides = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="PATH", rich_help_panel=_WHAT, help="Rows; omitted: those held out."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="NAME", rich_help_panel=_WHAT, help="Of --data; omitted: test.")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option("--max-rows", metavar="N", rich_help_panel=_WHAT)] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="NAME", rich_help_panel=_WHAT, help="Only this group. Repeatable."),
+    ] = None,
+    reference: Annotated[str | None, typer.Option("--reference", metavar="RUN", rich_help_panel=_WHAT)] = None,
+    reward: Annotated[str | None, typer.Option("--reward", metavar="REWARD", rich_help_panel=_WHAT)] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="RUN", rich_help_panel=_WHAT, help="Other side of a win rate.")
+    ] = None,
+    judge: Annotated[str | None, typer.Option("--judge", metavar="REWARD", rich_help_panel=_WHAT)] = None,
+    best_of: Annotated[list[int] | None, typer.Option("--best-of", metavar="N", rich_help_panel=_WHAT)] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="FILE", rich_help_panel=_WHAT, help="JSONL task, or lm_eval:TASK. Repeatable."),
+    ] = None,
+    shots: Annotated[
+        list[int] | None, typer.Option("--shots", "-k", metavar="K", rich_help_panel=_WHAT, help="Examples of a task.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", metavar="N", rich_help_panel=_ANSWERS)] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", metavar="T", rich_help_panel=_ANSWERS)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", rich_help_panel=_ANSWERS)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", rich_help_panel=_ANSWERS)] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", rich_help_panel=_ANSWERS)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="eval.json, elsewhere than in the run.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model: every figure with its n and 95 % interval, to eval.json and a table."""
+    from alignkit import console
+    from alignkit.evaluate.request import combine, name_runs, sources
+    from alignkit.recipe.schema import EvaluateOptions
+
+    if (source is None) == (recipe is None):
+        raise typer.BadParameter("give a RUN or --recipe FILE")
+    base, folder = EvaluateOptions(), Path.cwd()
+    runs: dict[str, str] = {}
+    if recipe is not None:
+        base, runs = _find_runs(recipe, overrides, stage)
+        folder = recipe.resolve().parent
+    elif stage is not None or overrides:
+        raise typer.BadParameter("--stage and --set belong to --recipe")
+    if out is not None and len(runs) > 1:
+        raise typer.BadParameter("--out is one file, and the recipe has several stages; name one with --stage")
+    if split is not None and not data:
+        raise typer.BadParameter("--split belongs to --data")
+    given = {
+        "data": sources(data or (), split), "max_rows": max_rows, "metrics": metrics, "reference": reference,
+        "reward": reward, "against": against, "judge": judge, "best_of": best_of, "tasks": tasks, "shots": shots,
+        "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+    }  # fmt: skip
+    options = name_runs(combine(base, given), runs)
+    from alignkit.launch import prepare_environment
+
+    prepare_environment()
+    from alignkit.evaluate.results import table
+    from alignkit.evaluate.run import evaluate_all
+
+    names = [source] if source is not None else [runs[stage]] if stage else list(runs.values())
+    results = []
+    for result in evaluate_all(
+        names, options, seed=seed, out=out, device=device, trust_code=trust_code, folder=folder, skip=recipe is not None
+    ):
+        results.append(result)
+        if not as_json:
+            console.print_table(result["name"], *table(result["results"]))
+    if as_json:
+        console.print_json(results if recipe is not None and not stage else results[0])
+
+
+def _find_runs(path: Path, overrides: list[str] | None, stage: str | None) -> tuple[EvaluateOptions, dict[str, str]]:
+    """Return what a recipe says of evaluation, and the run directory of each of its stages."""
+    from alignkit.recipe import resolve
+
+    loaded = _load_recipe(path, overrides)
+    if stage is not None:
+        resolve(loaded, stage)  # says what is wrong with the name
+    return loaded.evaluate, {name: resolve(loaded, name).run_dir for name in loaded.order}
+
+
+@app.command()
+def chat(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="A run, a model or adapter directory, or a hub id.")],
+    compare: Annotated[
+        str | None, typer.Option("--compare", metavar="RUN", help="A second model, whose answers stand beside.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="T", min=0, help="0 is greedy.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1)] = 256,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same answers every time.")] = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
+    trust_code: TrustCode = False,
+) -> None:
+    """Talk to a model, or to two at once; /help lists what can be typed."""
+    from alignkit.launch import prepare_environment
+
+    prepare_environment()
+    from alignkit.chat import Settings, talk
+
+    settings = Settings(system=system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    talk([source] if compare is None else [source, compare], settings, device=device, trust_code=trust_code)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show how two runs differ: values in force, data and template, versions, then what came out."""
+    from alignkit import console
+    from alignkit.evaluate.diff import compare_runs
+
+    difference = compare_runs(first, second)
+    if as_json:
+        console.print_json(difference.to_dict())
+        return
+    for table in difference.tables():
+        console.print_table(*table)
+
+
+@app.command()
+def report(
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="A run directory, a directory of runs, or a recipe file.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where the page goes; omitted: report.html in the run.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="REPO", help="Upload the run's model and its card to the Hugging Face hub."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", metavar="", help="With --push: a new repository is public, not private.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page that shows a run or a whole recipe, and bring the run's model card up to date."""
+    from alignkit import console
+    from alignkit.runs.publish import publish
+
+    stages = None
+    if target.suffix in (".yaml", ".yml"):
+        from alignkit.recipe import resolve
+
+        loaded = _load_recipe(target, None)
+        stages = [(name, Path(resolve(loaded, name).run_dir)) for name in loaded.order]
+    done = publish(target, stages=stages, out=out, repo=push, public=public)
+    if as_json:
+        console.print_json(done)
+    else:
+        console.print_paths(done)
 
 
 def main() -> int:

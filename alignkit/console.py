@@ -10,7 +10,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import AlignKitError, UsageError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _PLAIN_INTERVAL_SECONDS = 10.0
 _hushed = False
+_record: Callable[[str], None] | None = None
+_unrecorded: list[str] = []
 
 
 def hush() -> None:
@@ -53,8 +56,24 @@ def note(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Say one warning."""
+    """Say one warning, and hand it to whoever records the run."""
     note(f"warning: {message}")
+    if is_main():
+        (_record or _unrecorded.append)(message)
+
+
+@contextmanager
+def recording(record: Callable[[str], None]) -> Iterator[None]:
+    """Give `record` every warning that is said meanwhile, and first those said since the last recording ended."""
+    global _record
+    before, _record = _record, record
+    try:
+        for message in _unrecorded:
+            record(message)
+        _unrecorded.clear()
+        yield
+    finally:
+        _record = before
 
 
 def list_problems(error: AlignKitError) -> list[str]:
@@ -150,6 +169,12 @@ def print_result(result: Mapping[str, Any]) -> None:
         print(f"  {key} = {_cell(value)}")
 
 
+def print_paths(paths: Mapping[str, str]) -> None:
+    """Write what was made and where it is to stdout, one line each."""
+    for name, path in paths.items():
+        print(f"{name}: {path}")
+
+
 def print_jobs(jobs: Sequence[Mapping[str, Any]], *, scripts: bool) -> None:
     """Write batch jobs to stdout: what was submitted, or the commands that would, ready for a shell.
 
@@ -179,6 +204,80 @@ def print_run(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> Non
              result.get("model_dir") or None)
         )  # fmt: skip
     print_table("", ("stage", "status", "steps or rows", "seconds", "model"), rows)
+
+
+def ask(prompt: str) -> str | None:
+    """Return the next line that is typed or piped in, None at its end; Ctrl-C at the prompt starts a new line.
+
+    The prompt is shown on a terminal only. With two Ctrl-C in a row the input counts as ended.
+    """
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    import readline  # noqa: F401 - editing and history
+
+    interrupted = False
+    while True:
+        try:
+            return input(prompt)
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            if interrupted:
+                return None
+            interrupted = True
+            note("(Ctrl-D or a second Ctrl-C leaves)")
+
+
+def stream(answers: Mapping[str, Iterator[str]]) -> None:
+    """Write answers to stdout as they grow: one as it comes; several side by side on a terminal, else in turn.
+
+    Each is an iterator of pieces. On KeyboardInterrupt what has come stays on the screen.
+    """
+    if len(answers) > 1 and sys.stdout.isatty():
+        _stream_columns(answers)
+        return
+    for name, pieces in answers.items():
+        if len(answers) > 1:
+            print(f"{name}: ", end="", flush=True)
+        try:
+            for piece in pieces:
+                print(_printable(piece), end="", flush=True)
+        finally:
+            print(flush=True)
+
+
+def _stream_columns(answers: Mapping[str, Iterator[str]]) -> None:
+    """Take a piece from each answer in turn and redraw them in columns."""
+    from rich.columns import Columns
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.text import Text
+
+    texts = dict.fromkeys(answers, "")
+    console = _console(stderr=False)
+    width = console.width // len(answers) - 1
+
+    def draw() -> Columns:
+        return Columns([Panel(Text(text), title=name, width=width) for name, text in texts.items()])
+
+    growing = dict(answers)
+    with Live(draw(), console=console, refresh_per_second=12, vertical_overflow="visible") as live:
+        while growing:
+            for name in list(growing):
+                piece = next(growing[name], None)
+                if piece is None:
+                    del growing[name]
+                else:
+                    texts[name] += _printable(piece)
+            live.update(draw())
+
+
+def _printable(text: str) -> str:
+    """Return the text without control characters: a model must not be able to steer the terminal."""
+    return "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())
 
 
 class TrainingProgress:

@@ -15,6 +15,7 @@ from alignkit.recipe.schema import (
     CritiqueOptions,
     DataSource,
     DpoOptions,
+    EvaluateOptions,
     FeedbackModel,
     GenerationOptions,
     Helpful,
@@ -65,6 +66,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("A label stage", LabelOptions),
     ("A judge or generator (`judge:`, `generator:`)", FeedbackModel),
     ("`price:`", Price),
+    ("`evaluate:`", EvaluateOptions),
 ]
 
 

@@ -24,6 +24,7 @@ LEVELS = {
     "feedback": 4,
     "train": 5,
     "evaluate": 5,
+    "chat": 5,
     "preflight": 6,
     "launch": 7,
     "ending": 8,

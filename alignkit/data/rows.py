@@ -23,7 +23,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # What a method can be fed. sft learns the best answer of a pair or a ranked list; dpo breaks a ranked list
 # into its pairs; ppo takes the prompt of any row, of a conversation what comes before its last answer; critique and
-# label get rows as they are, and take the prompt or the answers themselves.
+# label get rows as they are, and take the prompt or the answers themselves; so does eval.
 METHOD_KINDS: dict[str, tuple[Kind, ...]] = {
     "sft": ("text", "messages", "prompt_completion", "pair", "ranked"),
     "rm": ("pair", "ranked"),
@@ -31,6 +31,7 @@ METHOD_KINDS: dict[str, tuple[Kind, ...]] = {
     "ppo": KINDS,
     "critique": KINDS,
     "label": KINDS,
+    "eval": KINDS,
 }
 
 

@@ -24,11 +24,12 @@ from alignkit.launch.local import check_first, hold_run
 from alignkit.launch.placement import Placement
 from alignkit.launch.supervise import Job, StopRequest
 from alignkit.launch.worker import STOP_SIGNALS
-from alignkit.preflight.machine import count_cores
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
 from alignkit.runs.files import disk_failures, read_json
+from alignkit.runs.hardware import count_cores
 from alignkit.runs.layout import RunDir
+from alignkit.runs.record import record_warnings
 
 if TYPE_CHECKING:
     from alignkit.runs.result import Result
@@ -53,7 +54,8 @@ def run_job(stage: Stage, command: Command, placement: Placement, *, force: bool
             return _read_result(run)
         with hold_run(run.path, force=force, check=stop.check):
             try:
-                _try_until_done(stage, command, placement, run, stop, retries)
+                with record_warnings(run.warnings):
+                    _try_until_done(stage, command, placement, run, stop, retries)
             except UsageError:
                 if not run.stage.exists():
                     _clear(run.launch)

@@ -30,6 +30,7 @@ from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK, DataSource
 from alignkit.runs.layout import RunDir, open_run, refuse_foreign, set_aside
+from alignkit.runs.record import record_warnings
 
 if TYPE_CHECKING:
     from alignkit.runs.result import Result
@@ -95,14 +96,14 @@ def train_in(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...]) -> R
     method = importlib.import_module(f"alignkit.{room}.{stage.method}")
     gc.enable()
     gc.freeze()  # what the libraries made stays for good: never look through it again
-    with _tensorboard_in(run_dir):
+    with _tensorboard_in(run_dir), record_warnings(RunDir(run_dir).warnings):
         result: Result = method.run(stage, run_dir, allow_change=allow_change)
     return result
 
 
 def _remove_if_empty(directory: Path) -> None:
     """Leave nothing behind of a stage that was refused before it began."""
-    if {entry.name for entry in directory.iterdir()} <= {".lock", "cache"}:
+    if {entry.name for entry in directory.iterdir()} <= {".lock", "cache", "warnings.jsonl"}:
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -18,6 +18,7 @@ from alignkit.launch.slurm import write_jobs
 from alignkit.launch.worker import is_supervised
 from alignkit.recipe import Stage
 from alignkit.runs.layout import RunDir
+from alignkit.runs.report import write_recipe_report
 
 
 class How(NamedTuple):
@@ -73,6 +74,10 @@ def run_many(place: dict[str, Path], jobs: list[tuple[Stage, Command]], how: How
             console.print_json({"stages": results})
         else:
             console.print_run([stage.name for stage, _ in jobs], results)
+    if console.is_main():
+        stages = [stage for stage, _ in jobs]
+        page = write_recipe_report(stages[0].recipe_name, [(stage.name, Path(stage.run_dir)) for stage in stages])
+        console.note(f"report: {page}")
 
 
 def _show_plans(jobs: list[tuple[Stage, Command]], *, force: bool, as_json: bool) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 from alignkit.errors import EnvironmentProblem
 from alignkit.preflight.machine import (
     Ability,
-    describe_devices,
     describe_system,
     describe_variables,
     try_abilities,
 )
 from alignkit.preflight.versions import Library, read_libraries
+from alignkit.runs.hardware import describe_devices
 
 Table = tuple[str, list[str], list[list[str]]]  # title, column names, rows
 

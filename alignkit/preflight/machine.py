@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from alignkit.runs.hardware import count_cores, memory_bytes
+
 _GIB = 2**30
 # Secrets are shown as set or not, never by value.
 _SECRET = ("HF_TOKEN", "WANDB_API_KEY")
@@ -51,35 +53,6 @@ def describe_variables() -> dict[str, str]:
     """Return the environment variables that change what a run does, without the value of a secret."""
     found = {name: os.environ[name] for name in _WATCHED if name in os.environ}
     return found | {name: "set" for name in _SECRET if os.environ.get(name)}
-
-
-def count_cores() -> int:
-    """Return the cores this process may use, which a container or a scheduler can make fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory_bytes() -> int:
-    """Return the host memory this process may use: physical, or the control group's limit where that is lower."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(physical, int(text)) if text.isdigit() else physical
-
-
-def describe_devices() -> dict[str, str]:
-    """Return torch's devices by name with their memory; loads torch."""
-    import torch
-
-    devices = {}
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        memory = f"{properties.total_memory / _GIB:.1f} GiB"
-        devices[f"cuda:{index}"] = f"{properties.name}, {memory}, compute capability {capability}"
-    if torch.backends.mps.is_available():
-        devices["mps"] = "Apple GPU, shared memory"
-    devices["cpu"] = f"{torch.get_num_threads()} threads"
-    return devices
 
 
 def try_abilities() -> list[Ability]:

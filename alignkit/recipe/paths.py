@@ -55,6 +55,9 @@ def resolve_paths(tree: Node, stages: dict[str, Node], labels: dict[str, str] | 
             resolver.resolve(template, "model.chat_template")
     for key in SOURCE_KEYS:
         resolver.resolve_sources(tree.value.get(key), key)
+    evaluate = tree.value.get("evaluate")
+    if evaluate is not None and isinstance(evaluate.value, dict):
+        resolver.resolve_sources(evaluate.value.get("data"), "evaluate.data")
     for name, section in stages.items():
         if isinstance(section.value, dict):
             resolver.resolve_stage(section, (labels or {}).get(name, name))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignkit.recipe.schema import LaunchOptions, LoraOptions, ModelOptions, StageOptions
+from alignkit.recipe.schema import EvaluateOptions, LaunchOptions, LoraOptions, ModelOptions, StageOptions
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Recipe:
     order: tuple[str, ...]  # what `alignkit run` trains: those under `stages:`, all of them where it is omitted
     origins: Mapping[str, str]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stages of each rlaif section, in order
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
 
     @property
     def stage_names(self) -> list[str]:

@@ -618,6 +618,45 @@ OPTIONS: dict[str, type[StageOptions]] = {
 }  # fmt: skip
 
 
+Metric = Literal["perplexity", "pairs", "answers", "kl", "overlap", "win_rate", "best_of", "tasks"]
+
+
+class EvaluateOptions(_Section):
+    """What `alignkit eval` measures; every name of a model may be a stage of the recipe."""
+
+    data: Sources | None = Field(
+        None, description="Rows to measure on; omitted: the held-out rows of the stage, of builtin data the split test."
+    )
+    max_rows: Annotated[int, Field(ge=1)] = Field(200, description="Rows used: the first ones of the data.")
+    metrics: Annotated[list[Metric], Field(min_length=1)] | None = Field(
+        None, description="Which groups of metrics; omitted: all that model, data and the keys below allow."
+    )
+    reference: str | None = Field(
+        None, description="Reference of KL and implicit reward; omitted: what a dpo or ppo stage started from."
+    )
+    reward: str | None = Field(
+        None,
+        description="Scores answers: an rm stage, a run, a classifier, pkg.module:function, or builtin:true-reward; "
+        "omitted: true reward on builtin data.",
+    )
+    against: str | None = Field(None, description="The other side of a win rate: a stage, a run, a model.")
+    judge: str | None = Field(None, description="Decides the win rate, named like reward; omitted: reward.")
+    best_of: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list, description="Measure the best of N sampled answers by reward, for each N."
+    )
+    tasks: list[str] = Field(
+        default_factory=list, description="Few-shot tasks: JSONL of {context, completion}, or lm_eval:TASK."
+    )
+    shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [0], description="Examples in the prompt of a task; one figure for each number."
+    )
+    samples: Annotated[int, Field(ge=1)] = Field(1, description="Answers sampled per prompt for kl and answers.")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Of the sampled answers.")
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(64, description="Longest answer, in tokens.")
+    batch_size: Annotated[int, Field(ge=1)] = Field(16, description="Rows per forward pass.")
+    resamples: Annotated[int, Field(ge=100)] = Field(1000, description="Bootstrap resamples behind an interval.")
+
+
 class RecipeOptions(_Section):
     """The top level of a recipe; every other key is the name of a stage."""
 
@@ -637,6 +676,7 @@ class RecipeOptions(_Section):
     stages: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="Order of the stages; as written if omitted."
     )
+    evaluate: EvaluateOptions = Field(default_factory=EvaluateOptions, description="What `alignkit eval` measures.")
 
 
 def describe_keys() -> dict[str, Any]:

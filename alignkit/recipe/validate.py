@@ -215,6 +215,7 @@ def _construct(tree: Node, build: _Build, *, name: str, label: str) -> Recipe:
         model=top.model,
         lora=top.lora,
         launch=top.launch,
+        evaluate=top.evaluate,
         stages=sections,
         order=tuple(dict.fromkeys(listed or build.stages)),
         origins=origins,

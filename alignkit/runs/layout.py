@@ -47,6 +47,20 @@ class RunDir:
         return self.path / "rejects.jsonl"
 
     @property
+    def warnings(self) -> Path:
+        """Every warning that was said while the run was trained, with its time."""
+        return self.path / "warnings.jsonl"
+
+    @property
+    def preview(self) -> Path:
+        """A few rows as the trainer saw them: tokens, and which of them are learnt."""
+        return self.path / "preview.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -72,6 +86,11 @@ class RunDir:
     @property
     def probe(self) -> Path:
         return self.path / "probe.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """What `alignkit eval` has measured."""
+        return self.path / "eval.json"
 
     @property
     def result(self) -> Path:

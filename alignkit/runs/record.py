@@ -9,9 +9,14 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from alignkit import console
+from alignkit.runs.files import disk_failures
 
 PACKAGES = ("alignkit", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 _SECRET = re.compile(
@@ -61,6 +66,19 @@ def _cut_torn_line(path: Path) -> None:
 def _finite(value: Any) -> Any:
     """JSON has no NaN: say it as a string rather than write a file that parsers refuse."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def record_warnings(path: Path) -> Iterator[None]:
+    """Append every warning that is said meanwhile to the file at `path`: when it was said, and what it says."""
+
+    def record(message: str) -> None:
+        with disk_failures(path.parent, path.name):
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            JsonLines(path).append({"time": now, "message": redact(message)})
+
+    with console.recording(record):
+        yield
 
 
 def versions() -> dict[str, str]:

@@ -18,10 +18,12 @@ from alignkit.models.parameters import describe_parameters, hash_base
 from alignkit.models.probe import compare_probes, take_probe
 from alignkit.models.save import save_model
 from alignkit.recipe import Stage
+from alignkit.runs.card import write_card
 from alignkit.runs.files import disk_failures, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.layout import RunDir, write_result
 from alignkit.runs.record import JsonLines
+from alignkit.runs.report import write_report
 from alignkit.runs.result import Result
 from alignkit.train import ranks, shards, zero
 from alignkit.train.built import Built
@@ -58,6 +60,8 @@ def finish(stage: Stage, run: RunDir, built: Built, *, seconds: float) -> Result
             peak_memory_bytes=_peak_memory_bytes(),
         ).to_dict()
         write_result(run, result)
+        write_card(run.path)
+        write_report(run.path)
         return result
 
     return Result(**ranks.once(record))

@@ -24,6 +24,7 @@ from alignkit.models.parameters import describe_parameters, hash_base, hash_samp
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
 from alignkit.runs.files import disk_failures, read_json, write_json
+from alignkit.runs.hardware import describe_hardware
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.layout import RunDir, compare_fingerprints, copy_recipe
 from alignkit.runs.record import JsonLines, git_state, versions
@@ -33,6 +34,7 @@ from alignkit.train.built import Built
 from alignkit.train.finish import finish
 from alignkit.train.guard import Guarded, Watch
 from alignkit.train.invariants import check_parameters, check_start
+from alignkit.train.mask import preview_rows
 from alignkit.train.recorder import Recorder
 from alignkit.train.rewards import hash_rewards
 from alignkit.train.shards import is_sharded
@@ -120,6 +122,8 @@ def _begin(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any],
         console.warn(f"{stage.name}: going on with a changed setting: {change}")
     _report_rows(stage, run, built)
     _write_stage(stage, run, built, fingerprint)
+    with disk_failures(run.path, "preview.json"):
+        write_json(run.preview, {"rows": preview_rows(built.tables.train, built.chat.tokenizer)})
 
 
 def _require_same_weights(model: Any) -> None:
@@ -194,6 +198,8 @@ def _write_stage(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str,
                 "parameters": describe_parameters(built.trainer.model),
                 **built.record,
                 "versions": versions(),
+                "hardware": describe_hardware(),
+                "num_processes": ranks.world_size(),
                 "git": git_state(Path(stage.recipe_path).resolve().parent),
             },
         )

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from alignkit.data import true_reward
 from alignkit.errors import ModelError, NonFiniteError, RewardError
 from alignkit.feedback.constitution import load_constitution
+from alignkit.feedback.reward_function import hash_function, load_function
 from alignkit.models.chat import Chat
 from alignkit.models.classifier import load_classifier, name_source
 from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights
+from alignkit.models.scoring import ScoreIds, read_norm, scorer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
 from alignkit.train import ranks
-from alignkit.train.reward_function import hash_function, load_function
-from alignkit.train.reward_model import ModelReward, ScoreIds, choose_encoder, encode_ids, read_norm, scorer
+from alignkit.train.reward_model import ModelReward, choose_encoder, encode_ids
 from alignkit.train.rollout import Rollout
 
 Score = Callable[[Rollout], Tensor]

@@ -9,7 +9,9 @@ import typer.main
 import alignkit
 from alignkit.cli import app
 
-COMMANDS = ["sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "schema", "doctor", "merge"]
+COMMANDS = [
+    "sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "schema", "doctor", "merge", "eval", "chat", "diff", "report",
+]  # fmt: skip
 STAGE_OPTIONS = [
     "--recipe", "--stage", "--set", "--out", "--dry-run", "--force", "--trust-code", "--allow-change", "--json",
     "--retries", "--slurm", "--submit", "--node-rank", "--main-address", "--main-port",

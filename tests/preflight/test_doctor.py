@@ -45,4 +45,4 @@ def test_command_prints_one_json_document(run_alignkit) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["problems"] == []
-    assert report["devices"]["cpu"] == "1 threads"
+    assert report["devices"]["cpu"] == "1 thread"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignkit.runs.record import JsonLines, redact, versions
+import pytest
+
+from alignkit import console
+from alignkit.runs.record import JsonLines, record_warnings, redact, versions
 
 
 def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
@@ -37,3 +40,26 @@ def test_secrets_are_redacted() -> None:
 
 def test_versions_name_what_can_change_a_result() -> None:
     assert {"python", "torch", "transformers", "trl", "peft"} <= versions().keys()
+
+
+def test_warnings_are_kept_with_their_time_and_without_secrets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    path = tmp_path / "warnings.jsonl"
+    console.warn("said before the run was known")
+    with record_warnings(path):
+        console.warn("the token hf_abcdefghijklmnop is wrong")
+        console.note("no warning")
+        monkeypatch.setenv("RANK", "1")
+        console.warn("rank 1 says nothing")
+    monkeypatch.delenv("RANK")
+    assert [row["message"] for row in JsonLines(path).read()] == [
+        "said before the run was known",
+        "the token [redacted] is wrong",
+    ]
+    assert all(row["time"].endswith("+00:00") for row in JsonLines(path).read())
+    with record_warnings(tmp_path / "next.jsonl"):
+        pass
+    assert not (tmp_path / "next.jsonl").exists()
+    assert "warning: said before the run was known" in capsys.readouterr().err

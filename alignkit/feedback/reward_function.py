@@ -105,11 +105,15 @@ def load_function(stage: Stage, path: str, *, key: str) -> RewardFunction:
     """
     where = stage.where(f"{stage.name}.{key}")
     require_trust(stage, path, where=where)
-    module_name, _, name = path.partition(":")
-    folder = str(Path(stage.recipe_path).resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)  # last: it must not hide a library
     seconds = float(getattr(stage.options, "reward_timeout", 60.0))
+    return import_function(path, folder=Path(stage.recipe_path).resolve().parent, seconds=seconds, where=where)
+
+
+def import_function(path: str, *, folder: Path, seconds: float, where: str | None) -> RewardFunction:
+    """Import `pkg.module:name` from sys.path or `folder`, trusted already; raises RewardError when it is not there."""
+    module_name, _, name = path.partition(":")
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # last: it must not hide a library
     try:
         with contextlib.redirect_stdout(sys.stderr), _time_limit(_IMPORT_SECONDS):
             module = importlib.import_module(module_name)

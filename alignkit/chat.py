@@ -1,0 +1,181 @@
+"""`alignkit chat`: a conversation with one model, or with two side by side, in a terminal or through a pipe.
+
+It keeps the conversation and reads commands; the console draws, the models room writes. Nothing is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from alignkit import console
+from alignkit.data import Row, escape_control_tokens
+from alignkit.errors import DataError, ModelError
+from alignkit.models.causal import Causal, load_causal
+from alignkit.models.chat import NO_TEMPLATE, Chat, ConversationError, Message
+from alignkit.models.classifier import name_source
+from alignkit.models.streaming import stream_text, stream_tokens
+from alignkit.models.tokens import control_tokens
+
+HELP = """/reset            forget the conversation
+/system TEXT      set the system message and start afresh; without a text, take it away
+/temp T           temperature: 0 is greedy
+/help             this list
+/quit             leave, as Ctrl-D does
+Ctrl-C stops an answer and nothing else."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a conversation starts with; the commands change it."""
+
+    system: str | None = None
+    temperature: float = 0.7
+    max_new_tokens: int = 256
+    seed: int | None = None
+
+
+@dataclass
+class Speaker:
+    """A model with its own side of the conversation: two models do not read each other's answers."""
+
+    name: str
+    loaded: Causal
+    messages: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.chat = Chat(self.loaded.tokenizer)
+        self._tokens = control_tokens(self.loaded.tokenizer)
+
+    def reset(self, system: str | None) -> None:
+        """Forget the conversation."""
+        self.messages = [Message(role="system", content=system)] if system else []
+
+    def say(self, text: str) -> None:
+        """Add the user's message; control tokens in it are defused, so that nobody forges a turn by typing one."""
+        self.messages.append(Message(role="user", content=self._defuse(text)))
+
+    def answer(self, settings: Settings, generator: torch.Generator | None) -> Iterator[str]:
+        """Yield the answer piece by piece; what has been said when the caller stops is part of the conversation."""
+        ids = self._encode(settings.max_new_tokens)
+        tokens = stream_tokens(
+            self.loaded.model,
+            ids,
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            eos_ids=self.chat.stop_ids,
+            generator=generator,
+        )
+        self.messages.append(Message(role="assistant", content=""))
+        for piece in stream_text(self.loaded.tokenizer, tokens):
+            self.messages[-1] = Message(role="assistant", content=self.messages[-1]["content"] + piece)
+            yield piece
+
+    def _encode(self, max_new_tokens: int) -> list[int]:
+        """Return the conversation as tokens; the oldest turns are forgotten when it outgrows the model."""
+        while True:
+            try:
+                (ids,) = self.chat.encode_prompts([self.messages])
+            except ConversationError as error:
+                raise DataError(f"the chat template of {self.name} cannot write this conversation: {error}") from error
+            if self.loaded.positions is None or len(ids) + max_new_tokens <= self.loaded.positions:
+                return ids
+            first = 1 if self.messages[0]["role"] == "system" else 0
+            if len(self.messages) - first < 3:  # one question alone
+                if len(ids) >= self.loaded.positions:
+                    raise DataError(f"the message has {len(ids)} tokens; {self.name} reads {self.loaded.positions}")
+                return ids
+            del self.messages[first : first + 2]
+            console.note(f"({self.name} has forgotten the oldest turn: its {self.loaded.positions} positions are full)")
+
+    def _defuse(self, text: str) -> str:
+        row = escape_control_tokens(Row("prompt", text, ()), self._tokens)
+        return str(row.prompt)
+
+
+def talk(sources: Sequence[str], settings: Settings, *, device: str = "auto", trust_code: bool = False) -> None:
+    """Hold a conversation until the input ends; raises ModelError for a model that cannot chat."""
+    speakers: list[Speaker] = []
+    for source in sources:
+        loaded = load_causal(source, device=device, trust_code=trust_code)
+        if not isinstance(loaded.tokenizer.chat_template, str):
+            raise ModelError(f"{source} cannot chat: {NO_TEMPLATE}")
+        speakers.append(Speaker(_name(source, [speaker.name for speaker in speakers]), loaded))
+    _Conversation(speakers, settings).run()
+
+
+def _name(source: str, taken: Sequence[str]) -> str:
+    name = name_source(source)
+    return name if name not in taken else f"{name} ({len(taken) + 1})"
+
+
+class _Conversation:
+    def __init__(self, speakers: Sequence[Speaker], settings: Settings) -> None:
+        self._speakers, self._settings = speakers, settings
+        self._generator = None
+        if settings.seed is not None:
+            self._generator = torch.Generator().manual_seed(settings.seed)
+        self._reset()
+
+    def run(self) -> None:
+        """Read lines until the input ends or /quit."""
+        console.note(f"talking to {' and '.join(speaker.name for speaker in self._speakers)}; /help lists commands")
+        while (line := console.ask("> ")) is not None:
+            text = line.strip()
+            if text in ("/quit", "/exit"):
+                return
+            if text.startswith("/"):
+                self._obey(text)
+            elif text:
+                self._answer(text)
+
+    def _reset(self) -> None:
+        for speaker in self._speakers:
+            speaker.reset(self._settings.system)
+
+    def _obey(self, text: str) -> None:
+        command, _, rest = text.partition(" ")
+        rest = rest.strip()
+        if command == "/reset":
+            self._reset()
+            console.note("(a new conversation)")
+        elif command == "/system":
+            self._settings = replace(self._settings, system=rest or None)
+            self._reset()
+            console.note("(a new conversation with this system message)" if rest else "(no system message)")
+        elif command == "/temp":
+            self._set_temperature(rest)
+        elif command == "/help":
+            console.note(HELP)
+        else:
+            console.note(f"(there is no {command}; /help lists commands)")
+
+    def _set_temperature(self, text: str) -> None:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 100:
+            console.note(f"(the temperature is {self._settings.temperature:g}; /temp takes a number from 0 up)")
+            return
+        self._settings = replace(self._settings, temperature=value)
+        console.note(f"(temperature {value:g})")
+
+    def _answer(self, text: str) -> None:
+        before = [list(speaker.messages) for speaker in self._speakers]
+        for speaker in self._speakers:
+            speaker.say(text)
+        answers = {speaker.name: speaker.answer(self._settings, self._generator) for speaker in self._speakers}
+        try:
+            console.stream(answers)
+        except KeyboardInterrupt:
+            console.note("(stopped)")
+            for speaker in self._speakers:
+                if speaker.messages[-1]["role"] == "user":  # it had not begun
+                    speaker.messages.append(Message(role="assistant", content=""))
+        except DataError as error:
+            console.print_error(error)
+            for speaker, messages in zip(self._speakers, before, strict=True):
+                speaker.messages = messages

@@ -1,0 +1,66 @@
+"""Best-of-N: what picking the best of N sampled answers by a reward brings, the cheap rival of training on it.
+
+Every N is estimated without bias from the same M answers of a prompt (WebGPT, arXiv 2112.09332, appendix I): the answer
+with rank i is the best of N drawn without replacement with probability C(i - 1, N - 1) / C(M, N).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from alignkit.evaluate.figures import Figure, make_figure
+from alignkit.evaluate.intervals import mean
+
+
+def measure_best_of(
+    counts: Sequence[int],
+    scores: Sequence[Sequence[float]],
+    watched: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    resamples: int,
+) -> list[Figure]:
+    """Return the expected score of the best of N by `scores`, one figure per N, and of other rewards of that answer.
+
+    `scores` and each entry of `watched` (true reward, gold) hold M >= N numbers per prompt. `kl` in the settings is
+    log N - (N - 1) / N nats per answer, an upper bound of the KL to the policy (HH-RLHF, section 4.3; arXiv
+    2401.01879).
+    """
+    figures = []
+    for number in counts:
+        for name, values in {"": scores, **watched}.items():
+            means = [expected_best(number, ranked_by, of) for ranked_by, of in zip(scores, values, strict=True)]
+            figures.append(
+                make_figure(
+                    f"best_of_n_{name}" if name else "best_of_n",
+                    mean(means, resamples=resamples),
+                    unit="reward",
+                    better="higher",
+                    slice=f"N={number}",
+                    kl=round(best_of_kl(number), 6),
+                )
+            )
+    return figures
+
+
+def expected_best(number: int, scores: Sequence[float], values: Sequence[float]) -> float:
+    """Return the mean of `values` at the highest of `scores` over all subsets of this size; ties share their ranks."""
+    total = len(scores)
+    if not 1 <= number <= total:
+        raise ValueError(f"best of {number} needs as many answers, there are {total}")
+    order = sorted(range(total), key=lambda place: scores[place])
+    weights = [math.comb(rank, number - 1) / math.comb(total, number) for rank in range(total)]
+    expected, start = 0.0, 0
+    while start < total:
+        end = start
+        while end < total and scores[order[end]] == scores[order[start]]:
+            end += 1
+        tied = order[start:end]
+        expected += sum(weights[start:end]) * sum(values[place] for place in tied) / len(tied)
+        start = end
+    return expected
+
+
+def best_of_kl(number: int) -> float:
+    """Return log N - (N - 1) / N, in nats."""
+    return math.log(number) - (number - 1) / number

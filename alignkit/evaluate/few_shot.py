@@ -1,0 +1,148 @@
+"""Tasks in GPT-3's form, solved from K examples in the prompt: no weight changes, only the context does.
+
+A task is JSON lines of {"context", "completion"}, as openai/gpt-3 publishes them; with "choices" the completion is one
+of them, and "answer_context" is what GPT-3 divides by ("Answer: "). Source: Brown et al. 2020 (arXiv 2005.14165),
+section 2.4. Deliberately without beam search (the paper's free-form answers use 4 beams; here they are greedy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from alignkit.data.files import read_file
+from alignkit.data.rejects import BadRow
+from alignkit.errors import DataError, Problem
+from alignkit.evaluate.figures import Figure, Interval, make_figure
+from alignkit.evaluate.intervals import mean, wilson
+from alignkit.evaluate.policy import Policy
+
+_SPARE_TOKENS = 8  # that an answer may be longer than the longest right one before it is cut
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a task."""
+
+    context: str
+    completion: str
+    choices: tuple[str, ...] = ()
+    answer_context: str | None = None
+
+
+def read_task(path: Path, *, max_rows: int | None = None) -> list[Item]:
+    """Read the items of a task; raises DataError with every line that does not fit."""
+    if not path.is_file():
+        raise DataError("there is no such task; give a JSONL file or lm_eval:TASK", where=str(path))
+    items: list[Item] = []
+    problems: list[Problem] = []
+    for place, record in read_file(path):
+        try:
+            if isinstance(record, BadRow):
+                raise record
+            items.append(_read_item(record))
+        except BadRow as bad:
+            problems.append(Problem(bad.reason, place))
+        if max_rows is not None and len(items) == max_rows:
+            break
+    if problems:
+        raise DataError(problems)
+    if not items:
+        raise DataError("holds no item", where=str(path))
+    return items
+
+
+def _read_item(record: dict[str, Any]) -> Item:
+    context, completion = record.get("context"), record.get("completion")
+    if not isinstance(context, str) or not isinstance(completion, str) or not completion.strip():
+        raise BadRow(f"needs the texts context and completion; the row has {', '.join(record) or 'nothing'}")
+    choices = record.get("choices") or []
+    if not isinstance(choices, list) or any(not isinstance(choice, str) or not choice for choice in choices):
+        raise BadRow("choices: must be a list of texts")
+    if choices and completion not in choices:
+        raise BadRow(f"choices: the completion {completion!r} is not one of them")
+    answer_context = record.get("answer_context")
+    if answer_context is not None and not isinstance(answer_context, str):
+        raise BadRow("answer_context: must be a text")
+    return Item(context, completion, tuple(choices), answer_context)
+
+
+def write_prompt(items: Sequence[Item], number: int, *, shots: int, seed: int) -> str:
+    """Return K other items with their completions and then the item's context.
+
+    The examples are drawn anew for each item; an empty line stands between them where the contexts bring none. With K =
+    0 it is the context as it stands.
+    """
+    if shots >= len(items):
+        raise DataError(f"{shots} examples need a task of more than {shots} rows; it has {len(items)}")
+    others = [place for place in range(len(items)) if place != number]
+    chosen = Random(f"{seed} {shots} {number}").sample(others, shots)
+    parts = [items[place].context + items[place].completion for place in chosen]
+    between = "" if items[number].context.startswith("\n") else "\n\n"
+    return between.join([*parts, items[number].context])
+
+
+def measure_few_shot(
+    policy: Policy, items: Sequence[Item], *, shots: Sequence[int], seed: int, resamples: int
+) -> list[Figure]:
+    """Return, for each K, exact match of greedy answers, or accuracy by likelihood where the items have choices."""
+    figures: list[Figure] = []
+    for number in shots:
+        prompts = [write_prompt(items, place, shots=number, seed=seed) for place in range(len(items))]
+        rank = any(item.choices for item in items)
+        found = _rank_choices(policy, items, prompts) if rank else _match_exactly(policy, items, prompts, resamples)
+        figures += [
+            make_figure(name, interval, unit=unit, better="higher", slice=f"K={number}", details=details)
+            for name, interval, unit, details in found
+        ]
+    return figures
+
+
+_Found = tuple[str, Interval, str, list[dict[str, Any]] | None]
+
+
+def _match_exactly(policy: Policy, items: Sequence[Item], prompts: Sequence[str], resamples: int) -> list[_Found]:
+    """Compare the greedy answer up to the first line break, blanks around it aside, with the completion."""
+    scored = policy.score_continuations(prompts, [item.completion for item in items])
+    longest = max(item.tokens for item in scored) + _SPARE_TOKENS
+    answers = policy.answer(prompts, max_new_tokens=longest, plain=True)
+    right = [group[0].text.strip() == item.completion.strip() for group, item in zip(answers, items, strict=True)]
+    details = [
+        {"prompt": prompt, "answer": group[0].text, "reference": item.completion, "right": ok}
+        for prompt, group, item, ok in list(zip(prompts, answers, items, right, strict=True))[:_SHOWN]
+    ]
+    per_token = [item.logp / item.tokens for item in scored]
+    return [
+        ("exact_match", wilson(sum(right), len(right)), "share", details),
+        ("completion_logp", mean(per_token, resamples=resamples), "nats per token", None),
+    ]
+
+
+def _rank_choices(policy: Policy, items: Sequence[Item], prompts: Sequence[str]) -> list[_Found]:
+    """Take the choice with the highest log p: as it is, per token, and relative to p(choice | answer context)."""
+    asked = [(prompt, choice) for prompt, item in zip(prompts, items, strict=True) for choice in item.choices]
+    scored = policy.score_continuations([prompt for prompt, _ in asked], [choice for _, choice in asked])
+    rules = {
+        "likelihood_accuracy": [item.logp / max(item.tokens, 1) for item in scored],
+        "likelihood_accuracy_sum": [item.logp for item in scored],
+    }
+    if all(item.answer_context is not None for item in items):
+        contexts = [item.answer_context or "" for item in items for _ in item.choices]
+        alone = policy.score_continuations(contexts, [choice for _, choice in asked])
+        rules["likelihood_accuracy_relative"] = [
+            item.logp - other.logp for item, other in zip(scored, alone, strict=True)
+        ]
+    return [(name, _accuracy(items, values), "share", None) for name, values in rules.items()]
+
+
+def _accuracy(items: Sequence[Item], values: Sequence[float]) -> Interval:
+    right, start = 0, 0
+    for item in items:
+        own = values[start : start + len(item.choices)]
+        start += len(item.choices)
+        right += item.choices[max(range(len(own)), key=own.__getitem__)] == item.completion
+    return wilson(right, len(items))

@@ -1,0 +1,96 @@
+"""95 % intervals: Wilson's for shares of independent rows, the percentile bootstrap for everything else.
+
+Knows no metric: a statistic is a function of sums over rows, so that a resample is one product of matrices.
+
+Legend: N independent rows (clusters), K sums a row contributes to, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from alignkit.evaluate.figures import Interval
+
+Floats = NDArray[np.float64]
+RESAMPLES = 1000
+_Z = 1.959963984540054  # the 97.5 % point of the normal distribution
+_CHUNK = 4_000_000  # weights held at once
+
+
+def wilson(successes: float, n: int) -> Interval:
+    """Return the share successes / n with Wilson's score interval (Wilson 1927, JASA 22, 209-212).
+
+    `successes` may have halves, where a tie counts as one half.
+    """
+    if n == 0:
+        return Interval(None, None, None, 0, "none")
+    share = successes / n
+    shrink = 1 + _Z**2 / n
+    middle = (share + _Z**2 / (2 * n)) / shrink
+    half = _Z / shrink * (share * (1 - share) / n + _Z**2 / (4 * n**2)) ** 0.5
+    # With no success, or nothing else, the border is 0 or 1; rounding may miss it by an ulp.
+    return Interval(share, max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0), n, "wilson")
+
+
+def bootstrap(
+    sums_NK: ArrayLike,
+    combine: Callable[[Floats], Floats],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Return a statistic of N rows with its percentile bootstrap interval (Efron 1979).
+
+    `combine` maps sums over rows, (R, K), to the statistic, (R,). Rows are drawn with replacement; rows that belong
+    together (answers to one prompt) must have been added up before. One row has a value and no interval.
+    """
+    rows_NK = np.asarray(sums_NK, dtype=np.float64)
+    if rows_NK.ndim == 1:
+        rows_NK = rows_NK[:, None]
+    n = len(rows_NK)
+    if n == 0:
+        return Interval(None, None, None, 0, "none")
+    value = float(combine(rows_NK.sum(axis=0, keepdims=True))[0])
+    if n == 1:
+        return Interval(value, None, None, 1, "none")
+    random = np.random.default_rng(seed)
+    chunk = max(_CHUNK // n, 1)
+    drawn: list[Floats] = []
+    for start in range(0, resamples, chunk):
+        weights_RN = random.multinomial(n, np.full(n, 1 / n), size=min(chunk, resamples - start))
+        with np.errstate(divide="ignore", invalid="ignore"):  # a resample may leave a bin empty
+            drawn.append(combine(weights_RN @ rows_NK))
+    statistics = np.concatenate(drawn)
+    low, high = np.nanpercentile(statistics, [2.5, 97.5])
+    return Interval(value, float(low), float(high), n, "bootstrap")
+
+
+def mean(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Return the mean of independent rows."""
+    return bootstrap([(value, 1.0) for value in values], divide, seed=seed, resamples=resamples)
+
+
+def mean_of_groups(groups: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Return the mean over all values where the values of a group are not independent; n counts the groups."""
+    rows = [(float(sum(group)), float(len(group))) for group in groups if len(group)]
+    return bootstrap(rows, divide, seed=seed, resamples=resamples)
+
+
+def share(outcomes: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Return the share of successes among outcomes in groups: Wilson's interval where each group has one outcome.
+
+    An outcome is 1, 0, or 0.5 for a tie; other values, and several outcomes in a group, need the bootstrap.
+    """
+    flat = [value for group in outcomes for value in group]
+    if all(len(group) == 1 for group in outcomes) and set(flat) <= {0.0, 0.5, 1.0}:
+        return wilson(sum(flat), len(flat))
+    return mean_of_groups(outcomes, seed=seed, resamples=resamples)
+
+
+def divide(sums_R2: Floats) -> Floats:
+    """Return the first sum over the second, (R,)."""
+    quotient: Floats = sums_R2[:, 0] / sums_R2[:, 1]
+    return quotient

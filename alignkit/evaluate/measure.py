@@ -1,0 +1,252 @@
+"""One evaluation: which groups of metrics a model and its rows allow, and each of them measured.
+
+It decides what is asked of which model; what a figure is stands in the file of the metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignkit import console
+from alignkit.errors import EnvironmentProblem, UsageError
+from alignkit.evaluate.best_of_n import measure_best_of
+from alignkit.evaluate.calibration import measure_calibration
+from alignkit.evaluate.divergence import measure_kl
+from alignkit.evaluate.few_shot import measure_few_shot, read_task
+from alignkit.evaluate.figures import Figure, make_figure, place_figures
+from alignkit.evaluate.harness import PREFIX, measure_harness
+from alignkit.evaluate.intervals import mean_of_groups, share
+from alignkit.evaluate.judges import Judge, RewardJudge
+from alignkit.evaluate.material import Material, as_completion
+from alignkit.evaluate.overlap import measure_bleu, measure_rouge
+from alignkit.evaluate.pairs import measure_accuracy, measure_length_baselines
+from alignkit.evaluate.perplexity import measure_perplexity
+from alignkit.evaluate.policy import Policy
+from alignkit.evaluate.rewards import ModelReward, Reward, TrueReward, make_reward, read_text
+from alignkit.evaluate.rows import split_answer
+from alignkit.evaluate.win_rate import measure_win_rate
+
+_BUILTIN = "builtin:"
+
+
+class Evaluation:
+    """The groups of metrics of one model, each measured once."""
+
+    def __init__(self, material: Material, *, judge: Judge | None = None, lenient: bool = False) -> None:
+        """Prepare to measure; `judge` replaces the one that the options name.
+
+        With `lenient` a group that was asked for and cannot be measured is left out with a warning.
+        """
+        self._material, self._judge, self._lenient = material, judge, lenient
+        self.subject, self.options, self.shelf = material.subject, material.options, material.shelf
+        self._seed, self._folder, self._rows = material.seed, material.folder, material.rows
+        self._groups: dict[str, Callable[[], list[Figure]]] = {
+            "perplexity": self._perplexity,
+            "pairs": self._pairs,
+            "answers": self._answers,
+            "kl": self._kl,
+            "overlap": self._overlap,
+            "win_rate": self._win_rate,
+            "best_of": self._best_of,
+            "tasks": self._tasks,
+        }
+
+    def run(self) -> list[Figure]:
+        """Measure every group; raises UsageError for a group that was asked for and cannot be measured."""
+        figures = []
+        for name in self._choose():
+            console.note(f"{self.subject.name}: measuring {name}")
+            try:
+                figures += self._groups[name]()
+            except EnvironmentProblem as problem:
+                if self.options.metrics is not None or name != "overlap":
+                    raise
+                self.shelf.warn(str(problem))
+        return figures
+
+    def _choose(self) -> list[str]:
+        possible = {name: self._why_not(name) for name in self._groups}
+        if self.options.metrics is None:
+            needs_key = {"win_rate": self.options.against, "best_of": self.options.best_of}
+            for name, given in needs_key.items():
+                if given and (reason := possible[name]):
+                    raise UsageError(f"{name} cannot be measured: {reason}")
+            chosen = [name for name, reason in possible.items() if reason is None]
+            if not chosen:
+                raise UsageError(f"nothing can be measured: {'; '.join(str(why) for why in possible.values())}")
+            return chosen
+        problems = [f"{name}: {possible[name]}" for name in self.options.metrics if possible[name]]
+        if problems and not self._lenient:
+            raise UsageError(f"--metric {'; '.join(problems)}")
+        for problem in problems:
+            self.shelf.warn(f"not measured: {problem}")
+        return [name for name in dict.fromkeys(self.options.metrics) if possible[name] is None]
+
+    def _why_not(self, name: str) -> str | None:
+        """Return why a group cannot be measured, or None."""
+        options = self.options
+        if name == "tasks":
+            return self._policy_only() or (None if options.tasks else "no task is named (--task)")
+        if not self._rows:
+            return "there are no rows (--data)"
+        if name == "pairs":
+            if not self._material.pairs:
+                return "the rows hold no pairs of answers"
+            if not self.subject.reward and self._material.reference_source is None:
+                return "an implicit reward needs a reference (--reference)"
+            return None
+        if reason := self._policy_only():
+            return reason
+        checks: dict[str, tuple[bool, str]] = {
+            "perplexity": (any(row.completions for row in self._rows), "the rows hold no text to predict"),
+            "answers": (bool(self._material.prompts), "the rows hold no prompts"),
+            "kl": (bool(self._material.prompts) and self._material.reference_source is not None,
+                   "it needs prompts and a reference (--reference)"),
+            "overlap": (bool(self._material.referenced), "the rows hold no single right answer to compare with"),
+            "win_rate": (bool(self._material.prompts) and options.against is not None,
+                         "it needs prompts and another model (--against)"),
+            "best_of": (bool(self._material.prompts) and bool(options.best_of) and self._material.reward is not None,
+                        "it needs prompts, numbers (--best-of) and a reward (--reward)"),
+        }  # fmt: skip
+        possible, reason = checks[name]
+        return None if possible else reason
+
+    def _policy_only(self) -> str | None:
+        return f"{self.subject.name} is a reward model, which says nothing" if self.subject.reward else None
+
+    def _place(self, figures: Sequence[Figure], **settings: Any) -> list[Figure]:
+        return place_figures(figures, data=self._material.label, rows=len(self._rows), seed=self._seed, **settings)
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        return {"temperature": self.options.temperature, "max_new_tokens": self.options.max_new_tokens}
+
+    def _perplexity(self) -> list[Figure]:
+        whole = [row for row in self._rows if row.kind in ("text", "messages")]
+        answered = [(prompt, answer) for row in self._rows if row.kind not in ("text", "messages")
+                    for prompt, answer in [split_answer(row) or ("", None)] if answer is not None]  # fmt: skip
+        likelihoods = self._material.policy.score_documents(whole) + self._material.policy.score_completions(
+            [prompt for prompt, _ in answered], [answer for _, answer in answered]
+        )
+        return self._place(measure_perplexity(likelihoods, resamples=self.options.resamples))
+
+    def _pairs(self) -> list[Figure]:
+        pairs, resamples = self._material.pairs, self.options.resamples
+        prompts = [pair.prompt for pair in pairs for _ in range(2)]
+        completions = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+        settings: dict[str, Any] = {}
+        if self.subject.reward:
+            metric = "reward_accuracy"
+            rewards = ModelReward(self.subject.source, self.shelf).score_fitting(prompts, completions)
+        else:
+            metric, beta = "implicit_reward_accuracy", self.subject.beta
+            ours = self._material.policy.score_completions(prompts, completions)
+            theirs = self._material.reference.score_completions(prompts, completions)
+            both = zip(ours, theirs, strict=True)
+            rewards = [beta * (a.logp - b.logp) if a.tokens and b.tokens else None for a, b in both]
+            settings = {"reference": self._material.reference_source, "beta": beta}
+        sides = list(zip(rewards[::2], rewards[1::2], strict=True))
+        kept = [(pair, a - b) for pair, (a, b) in zip(pairs, sides, strict=True) if a is not None and b is not None]
+        if len(kept) < len(pairs):
+            self.shelf.warn(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are too long for {self.subject.name}")
+        pairs, margins = [pair for pair, _ in kept], [margin for _, margin in kept]
+        measured = [
+            *measure_accuracy(metric, pairs, margins, resamples=resamples),
+            *measure_calibration(margins, [pair.group for pair in pairs], resamples=resamples),
+        ]
+        lengths = measure_length_baselines(pairs, resamples=resamples)
+        return [*self._place(measured, **settings), *self._place(lengths)]
+
+    def _answers(self) -> list[Figure]:
+        answers = [group[: self.options.samples] for group in self._material.sampled]
+        resamples = self.options.resamples
+        tokens = [[float(len(answer.ids)) for answer in group] for group in answers]
+        lengths = mean_of_groups(tokens, resamples=resamples)
+        ended = share([[float(answer.ended) for answer in group] for group in answers], resamples=resamples)
+        figures = [
+            make_figure("response_length", lengths, unit="tokens"),
+            make_figure("ended_share", ended, unit="share"),
+        ]
+        rewards: list[Reward] = [TrueReward()] if self._material.is_toy else []
+        if self._material.reward is not None and self._material.reward.name not in [reward.name for reward in rewards]:
+            rewards.append(self._material.reward)
+        for reward in rewards:
+            found = mean_of_groups(self._material.score(reward, answers), resamples=resamples)
+            name = reward.name if isinstance(reward, TrueReward) else f"reward/{reward.name}"
+            figures.append(make_figure(name, found, better="higher"))
+        return self._place(figures, samples=self.options.samples, **self._sampling)
+
+    def _kl(self) -> list[Figure]:
+        answers = [group[: self.options.samples] for group in self._material.sampled]
+        temperature = self.options.temperature
+        ours = self._material.policy.score_answers(self._material.prompts, answers, temperature=temperature)
+        theirs = self._material.reference.score_answers(self._material.prompts, answers, temperature=temperature)
+        figures = measure_kl(ours, theirs, resamples=self.options.resamples)
+        reference = {"reference": self._material.reference_source, "samples": self.options.samples}
+        return self._place(figures, **reference, **self._sampling)
+
+    def _overlap(self) -> list[Figure]:
+        limit = self.options.max_new_tokens
+        prompts = [prompt for prompt, _ in self._material.referenced]
+        answers = [group[0].text for group in self._material.policy.answer(prompts, max_new_tokens=limit)]
+        references = [read_text(answer) for _, answer in self._material.referenced]
+        figures = [
+            *measure_rouge(answers, references, resamples=self.options.resamples),
+            *measure_bleu(answers, references, resamples=self.options.resamples),
+        ]
+        return self._place(figures, temperature=0.0, max_new_tokens=limit)
+
+    def _win_rate(self) -> list[Figure]:
+        against = self.options.against
+        assert against is not None
+        judge = self._judge or self._make_judge()
+        ours = [group[0].text for group in self._material.sampled]
+        theirs = [group[0].text for group in self._material.sample(Policy(against, self.shelf), 1)]
+        prompts = self._material.prompts
+        figures = measure_win_rate(
+            judge,
+            prompts,
+            [as_completion(prompt, text) for prompt, text in zip(prompts, ours, strict=True)],
+            [as_completion(prompt, text) for prompt, text in zip(prompts, theirs, strict=True)],
+            resamples=self.options.resamples,
+        )
+        return self._place(figures, against=against, judge=judge.name, **self._sampling)
+
+    def _make_judge(self) -> Judge:
+        named = self.options.judge
+        reward = make_reward(named, self.shelf, folder=self._folder) if named else self._material.reward
+        if reward is None:
+            raise UsageError("win_rate needs a judge: name a reward model, a function or builtin:true-reward (--judge)")
+        return RewardJudge(reward)
+
+    def _best_of(self) -> list[Figure]:
+        reward = self._material.reward
+        assert reward is not None
+        scores = self._material.score(reward, self._material.sampled)
+        watched = {}
+        if self._material.is_toy and not isinstance(reward, TrueReward):
+            watched["true_reward"] = self._material.score(TrueReward(), self._material.sampled)
+        figures = measure_best_of(self.options.best_of, scores, watched, resamples=self.options.resamples)
+        return self._place(figures, reward=reward.name, answers=max(self.options.best_of), **self._sampling)
+
+    def _tasks(self) -> list[Figure]:
+        options, figures = self.options, []
+        for task in options.tasks:
+            if task.startswith(PREFIX):
+                found = measure_harness(
+                    self._material.policy,
+                    task.removeprefix(PREFIX),
+                    shots=options.shots,
+                    max_rows=options.max_rows,
+                    batch_size=options.batch_size,
+                    seed=self._seed,
+                )
+            else:
+                items = read_task(Path(task).expanduser(), max_rows=options.max_rows)
+                found = measure_few_shot(
+                    self._material.policy, items, shots=options.shots, seed=self._seed, resamples=options.resamples
+                )
+            figures += place_figures(found, data=task, max_rows=options.max_rows, seed=self._seed)
+        return figures

@@ -1,0 +1,120 @@
+"""How often a reward puts the better of two answers first: over all pairs, by how sure it is, and by length.
+
+The reward may be a reward model's or a policy's implicit one (DPO, arXiv 2305.18290, eq. 5); here both are margins.
+Beside them stand what the length alone would get. A tie counts one half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from alignkit.data.rows import Row, Text, count_chars
+from alignkit.evaluate.figures import Figure, make_figure
+from alignkit.evaluate.intervals import share
+
+_MARGIN_BINS = 4
+_MIN_SLICE = 2  # a slice of one pair says nothing
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the better one as chosen; pairs of one `group` (a ranked list) are not independent."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    group: int
+
+    @property
+    def length_difference(self) -> int:
+        """Characters that chosen has more than rejected."""
+        return count_chars(self.chosen) - count_chars(self.rejected)
+
+
+def list_pairs(rows: Sequence[Row]) -> list[Pair]:
+    """Return the comparisons that rows hold: pairs as they are labelled, ranked lists as all pairs but ties.
+
+    A soft label below one half prefers the second answer; one of exactly one half is no comparison.
+    """
+    pairs = []
+    for number, row in enumerate(rows):
+        if row.kind == "pair" and row.label != 0.5:
+            chosen, rejected = row.completions if (row.label is None or row.label > 0.5) else row.completions[::-1]
+            pairs.append(Pair(row.prompt, chosen, rejected, number))
+        elif row.kind == "ranked":
+            scores = row.scores or tuple(-float(rank) for rank in range(len(row.completions)))
+            pairs += [
+                Pair(row.prompt, row.completions[better], row.completions[worse], number)
+                for better in range(len(scores))
+                for worse in range(better + 1, len(scores))
+                if scores[better] > scores[worse]
+            ]
+    return pairs
+
+
+def measure_accuracy(metric: str, pairs: Sequence[Pair], margins: Sequence[float], *, resamples: int) -> list[Figure]:
+    """Return the share of pairs whose margin (reward of chosen - reward of rejected) is positive, and its slices.
+
+    Slices: quarters of the pairs by |margin|, the least sure first; by which answer is longer, in characters.
+    """
+    right = [_outcome(margin) for margin in margins]
+
+    def figure(name: str, places: Sequence[int], slice: str | None = None) -> Figure:
+        return make_figure(
+            name,
+            share(_group([right[place] for place in places], [pairs[place].group for place in places]),
+                  resamples=resamples),
+            unit="share",
+            better="higher",
+            slice=slice,
+        )  # fmt: skip
+
+    figures = [figure(metric, range(len(pairs)))]
+    for name, places in [*_by_margin(margins), *_by_length(pairs)]:
+        if _MIN_SLICE <= len(places) < len(pairs):
+            figures.append(figure(metric, places, name))
+    return figures
+
+
+def measure_length_baselines(pairs: Sequence[Pair], *, resamples: int) -> list[Figure]:
+    """Return the accuracy of preferring the longer answer, and of preferring the shorter one."""
+    figures = []
+    for name, sign in (("pair_accuracy_longer", 1), ("pair_accuracy_shorter", -1)):
+        outcomes = [_outcome(sign * pair.length_difference) for pair in pairs]
+        found = share(_group(outcomes, [pair.group for pair in pairs]), resamples=resamples)
+        figures.append(make_figure(name, found, unit="share", better="higher"))
+    return figures
+
+
+def _outcome(margin: float) -> float:
+    return 0.5 if margin == 0 else float(margin > 0)
+
+
+def _group(values: Sequence[float], groups: Sequence[int]) -> list[list[float]]:
+    together: dict[int, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        together.setdefault(group, []).append(value)
+    return list(together.values())
+
+
+def _by_margin(margins: Sequence[float]) -> list[tuple[str, list[int]]]:
+    """Cut the pairs into equal parts by |margin|; none where there are too few."""
+    order = sorted(range(len(margins)), key=lambda place: abs(margins[place]))
+    if len(order) < _MARGIN_BINS * _MIN_SLICE:
+        return []
+    slices = []
+    for part in range(_MARGIN_BINS):
+        places = order[part * len(order) // _MARGIN_BINS : (part + 1) * len(order) // _MARGIN_BINS]
+        low, high = abs(margins[places[0]]), abs(margins[places[-1]])
+        slices.append((f"margin {low:.3g} to {high:.3g}", places))
+    return slices
+
+
+def _by_length(pairs: Sequence[Pair]) -> list[tuple[str, list[int]]]:
+    tests: list[tuple[str, Callable[[int], bool]]] = [
+        ("chosen longer", lambda difference: difference > 0),
+        ("chosen shorter", lambda difference: difference < 0),
+        ("equal length", lambda difference: difference == 0),
+    ]
+    return [(name, [place for place, pair in enumerate(pairs) if test(pair.length_difference)]) for name, test in tests]

@@ -1,0 +1,144 @@
+"""`alignkit eval`: find the model and its rows, measure, and keep what was measured in eval.json.
+
+What is measured is `measure`'s business, what is asked of the command line the caller's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignkit import console
+from alignkit.errors import RunError, UsageError
+from alignkit.evaluate.cache import Cache
+from alignkit.evaluate.material import Material
+from alignkit.evaluate.measure import Evaluation
+from alignkit.evaluate.results import describe, merge, save
+from alignkit.evaluate.rows import Measured, read_measured
+from alignkit.evaluate.shelf import Shelf
+from alignkit.evaluate.subject import Subject, find_subject
+from alignkit.models.causal import fingerprint_causal
+from alignkit.recipe.schema import EvaluateOptions
+from alignkit.runs.layout import RunDir
+from alignkit.runs.publish import publish
+
+_CACHE = "eval-cache.jsonl"
+
+
+def evaluate(
+    source: str,
+    options: EvaluateOptions,
+    *,
+    seed: int | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    trust_code: bool = False,
+    folder: Path | None = None,
+    lenient: bool = False,
+) -> dict[str, Any]:
+    """Measure a model and return what eval.json holds now; `lenient` as in `Evaluation`.
+
+    It is written into the run, or to `out`; a model that is no run and has no `out` leaves nothing. Answers and scores
+    are kept beside it. `folder` is where functions are looked up, too. Raises UsageError for what cannot be measured,
+    and what loading raises.
+    """
+    began = time.monotonic()
+    subject = find_subject(source, trust_code=trust_code)
+    seed = seed if seed is not None else int(subject.stage.get("seed", 0))
+    path = out.expanduser().absolute() if out else subject.run.evaluation if subject.run else None
+    shelf = Shelf(
+        device=device,
+        batch_size=options.batch_size,
+        trust_code=trust_code,
+        cache=Cache(path.with_name(_CACHE) if path else None),
+    )
+    measured = _read(subject, options)
+    for message in measured.warnings if measured else ():
+        shelf.warn(message)
+    material = Material(subject, options, measured, shelf, seed=seed, folder=folder or Path.cwd())
+    figures = Evaluation(material, lenient=lenient).run()
+    for message in shelf.warnings:
+        console.warn(message)
+    data = describe(
+        figures,
+        name=subject.name,
+        model=subject.source,
+        weights=fingerprint_causal(subject.source),
+        seed=seed,
+        seconds=time.monotonic() - began,
+        warnings=shelf.warnings,
+    )
+    if path is None:
+        return merge(None, data)
+    saved = save(path, data)
+    if out is None and subject.run is not None:
+        publish(subject.run.path)  # its page and its card show the figures
+    return saved
+
+
+def evaluate_all(
+    sources: Sequence[str],
+    options: EvaluateOptions,
+    *,
+    seed: int | None,
+    out: Path | None,
+    device: str,
+    trust_code: bool,
+    folder: Path,
+    skip: bool,
+) -> Iterator[dict[str, Any]]:
+    """Measure models one after another and yield what `evaluate` returns.
+
+    With `skip` a run that is not finished is left out with a word, and what a stage cannot be measured on is too;
+    raises RunError when none is finished.
+    """
+    finished = [source for source in sources if not skip or RunDir(Path(source).expanduser().absolute()).is_finished()]
+    for source in sources:
+        if source not in finished:
+            console.note(f"{source}: not finished, left out")
+    if not finished:
+        raise RunError("no stage is finished; train first, with alignkit run --recipe FILE")
+    several = skip and len(finished) > 1
+    for source in finished:
+        chosen = _fit(options, source, trust_code) if several else options
+        try:
+            yield evaluate(
+                source,
+                chosen,
+                seed=seed,
+                out=out,
+                device=device,
+                trust_code=trust_code,
+                folder=folder,
+                lenient=several,
+            )
+        except UsageError as error:
+            if not several:
+                raise
+            console.warn(f"{source}: {error}; left out")
+
+
+def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOptions:
+    """Return the options without what this stage cannot have: itself as rival, and for an rm stage all of a policy."""
+    subject = find_subject(source, trust_code=trust_code)
+    against = options.against
+    if subject.reward:
+        return options.model_copy(update={"against": None, "best_of": [], "tasks": []})
+    if against is not None and Path(against).expanduser().absolute() == Path(source).expanduser().absolute():
+        return options.model_copy(update={"against": None})
+    return options
+
+
+def _read(subject: Subject, options: EvaluateOptions) -> Measured | None:
+    """Return the rows to measure on; None where only tasks are asked for.
+
+    What was held out follows from the seed of the run, whatever the answers are sampled with.
+    """
+    wants = options.metrics or ()
+    only_tasks = options.tasks and (set(wants) == {"tasks"} or not (wants or options.data or subject.stage))
+    if only_tasks:
+        return None
+    sources, share = (options.data, None) if options.data else subject.held_out()
+    return read_measured(sources, share=share, seed=int(subject.stage.get("seed", 0)), max_rows=options.max_rows)

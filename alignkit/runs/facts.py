@@ -1,0 +1,161 @@
+"""What a run directory says about its run, read into one object; secrets are gone before anything can show them.
+
+It reads runs in every state: before the first step, stopped, failed, finished. It neither judges nor draws.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import RunError
+from alignkit.runs.files import read_json
+from alignkit.runs.layout import RunDir
+from alignkit.runs.record import redact
+
+_SHOWN_REJECTS = 20
+_EVAL_PREFIX = "eval_"
+# What the trainers count along with the metrics, and what a reader of curves does not look for.
+_BOOKKEEPING = re.compile(r"step|epoch|.*runtime|.*(samples|steps)_per_second|.*num_tokens|episodes")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One run: its files as plain data, absent ones empty."""
+
+    path: Path
+    stage: dict[str, Any]  # stage.json
+    result: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    evaluation: dict[str, Any]
+    warnings: list[dict[str, Any]]
+    preview: list[dict[str, Any]]
+    rejects: list[dict[str, Any]]
+    num_rejects: int
+    error: str  # the end of error.log; of a finished run empty
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        return str(self.stage.get("stage", self.path.name))
+
+    @property
+    def method(self) -> str:
+        return str(self.stage.get("method", ""))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.result.get("status") == "finished"
+
+    @property
+    def step(self) -> int:
+        """The last optimizer step that is known to have been taken."""
+        return int(self.result.get("step") or max((row.get("step", 0) for row in self.metrics), default=0))
+
+    @property
+    def num_steps(self) -> int | None:
+        """How many steps were planned; None where only the length of the data says so and the run is not finished."""
+        planned = self.stage.get("trl", {}).get("max_steps", -1)
+        return int(planned) if planned and planned > 0 else (self.step if self.is_finished else None)
+
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """Return (step, value) of one metric; a value that is not finite is NaN, and the last one of a step counts."""
+        found = {row["step"]: _number(row[name]) for row in self.metrics if "step" in row and name in row}
+        return sorted((float(step), value) for step, value in found.items() if value is not None)
+
+    def metric_names(self) -> list[str]:
+        """Return the names of all metrics in the order of their first appearance, held-out ones without prefix."""
+        names = (name.removeprefix(_EVAL_PREFIX) for row in self.metrics for name in row)
+        return [name for name in dict.fromkeys(names) if not _BOOKKEEPING.fullmatch(name)]
+
+    def last(self, name: str) -> float | None:
+        """Return the final value of a metric: that of result.json, or the newest logged one."""
+        value = self.result.get("metrics", {}).get(name)
+        points = self.series(name)
+        return float(value) if isinstance(value, int | float) else (points[-1][1] if points else None)
+
+
+def read_facts(path: Path) -> Facts:
+    """Read a run directory. Raises RunError when it is none, or when one of its files is not readable JSON."""
+    run = RunDir(path.expanduser().absolute())
+    if not run.stage.is_file():
+        raise RunError("is no run: it has no stage.json; name a run directory such as runs/demo/sft", where=str(path))
+    finished = run.result.is_file()
+    rejects = _read_lines(run.rejects)
+    return Facts(
+        path=run.path,
+        stage=_clean(read_json(run.stage)),
+        result=_clean(read_json(run.result)) if finished else {},
+        metrics=_clean(_read_lines(run.metrics)),
+        samples=_clean(_read_lines(run.samples)),
+        evaluation=_clean(_read_object(run.evaluation)),
+        warnings=_clean(_read_lines(run.warnings)),
+        preview=_clean(_read_object(run.preview).get("rows", [])),
+        rejects=_clean(rejects[:_SHOWN_REJECTS]),
+        num_rejects=len(rejects),
+        error="" if finished else redact(_read_end(run.error_log)),
+        recipe=redact(run.recipe.read_text(encoding="utf-8", errors="replace")) if run.recipe.is_file() else "",
+    )
+
+
+def find_runs(directory: Path) -> list[Path]:
+    """Return the run directories right below `directory`, oldest first; those that --force set aside do not count."""
+    stages = [path for path in directory.glob("*/stage.json") if ".old-" not in path.parent.name]
+    return [path.parent for path in sorted(stages, key=lambda path: (path.stat().st_mtime, str(path)))]
+
+
+def order_runs(runs: Sequence[Facts]) -> list[Facts]:
+    """Return the runs so that each comes after the one it starts from and those that reward it, else as given."""
+    left, done = list(runs), list[Facts]()
+    while left:
+        waiting = {run.name for run in left}
+        ready = next((run for run in left if not waiting & ({*parents(run)} - {run.name})), left[0])
+        left.remove(ready)
+        done.append(ready)
+    return done
+
+
+def parents(run: Facts) -> list[str]:
+    """Return the stages of the same recipe that a run needs: its start, then its reward models."""
+    start = run.stage.get("start_stage")
+    return [*([start] if start else []), *(run.stage.get("reward_stages") or {}).values()]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON Lines file; a torn last line is left alone and left out: the run may be writing it."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+    except ValueError as error:
+        raise RunError(f"cannot be read ({error})", where=str(path)) from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_end(path: Path, num_chars: int = 4000) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")[-num_chars:] if path.is_file() else ""
+
+
+def _number(value: Any) -> float | None:
+    """Return a logged value as a number: `JsonLines` writes NaN and infinity as text."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return float("nan") if value in ("nan", "inf", "-inf") else None
+
+
+def _clean(value: Any) -> Any:
+    """Return plain data with every secret in its texts replaced."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact(key): _clean(item) for key, item in value.items()}
+    return [_clean(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,47 @@
+"""`alignkit report` as a person types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from written_runs import WriteRun, writer
+
+
+@pytest.fixture
+def write_run(tmp_path: Path) -> WriteRun:
+    return writer(tmp_path)
+
+
+def test_a_run_gets_its_page_and_its_card(write_run: WriteRun, run_alignkit) -> None:
+    run = write_run()
+    done = run_alignkit("report", "runs/demo/sft")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"report: {run}/report.html\ncard: {run}/model/README.md\n"
+
+
+def test_a_recipe_file_stands_for_its_stages(write_run: WriteRun, run_alignkit, tmp_path: Path) -> None:
+    write_run()
+    rows = "data: {path: builtin:instructions}"
+    (tmp_path / "demo.yaml").write_text(
+        f"model: {{path: builtin:tiny-gpt2}}\nsft: {{{rows}}}\nother: {{method: sft, {rows}}}\nstages: [sft, other]\n"
+    )
+    done = run_alignkit("report", "demo.yaml", "--out", "pages/demo.html", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"report": "pages/demo.html"}
+    assert "1 of 2 stages finished" in (tmp_path / "pages" / "demo.html").read_text()
+
+
+def test_what_is_no_run_is_one_line(run_alignkit) -> None:
+    done = run_alignkit("report", "nothing/here")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line == "error: nothing/here: holds no run; name a run directory such as runs/demo/sft, or runs/demo"
+
+
+def test_it_loads_neither_torch_nor_transformers(write_run: WriteRun, run_python) -> None:
+    write_run()
+    script = "import sys\nfrom alignkit.cli import main\nprint(main(), *sorted(sys.modules))"
+    code, *modules = run_python("-c", script, "report", "runs/demo/sft").stdout.splitlines()[-1].split()
+    assert code == "0" and not {"torch", "transformers", "datasets", "matplotlib"} & set(modules)

@@ -1,0 +1,70 @@
+"""Intervals against published and hand-worked values, and their coverage where there is no formula."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from alignkit.evaluate.intervals import bootstrap, divide, mean, mean_of_groups, share, wilson
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        (8, 10, 0.4901625, 0.9433178),  # R: binom.confint(8, 10, methods = "wilson")
+        (0, 10, 0.0, 0.2775328),  # z^2 / (n + z^2)
+        (10, 10, 0.7224672, 1.0),
+        (50, 100, 0.4038315, 0.5961685),
+    ],
+)
+def test_wilson_gives_the_known_interval(successes: int, n: int, low: float, high: float) -> None:
+    found = wilson(successes, n)
+    assert (found.value, found.n, found.method) == (successes / n, n, "wilson")
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_nothing_and_one_row_have_no_interval() -> None:
+    assert wilson(0, 0).value is None
+    assert mean([]).value is None
+    one = mean([3.0])
+    assert (one.value, one.low, one.high, one.n, one.method) == (3.0, None, None, 1, "none")
+
+
+def test_bootstrap_of_a_mean_agrees_with_the_normal_interval() -> None:
+    values = np.random.default_rng(1).normal(2.0, 3.0, size=2000)
+    found = mean(values.tolist())
+    half = 1.96 * values.std() / len(values) ** 0.5
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+
+
+def test_bootstrap_covers_the_truth_of_a_ratio_as_often_as_it_says() -> None:
+    random, covered, trials = np.random.default_rng(3), 0, 300
+    for _ in range(trials):
+        sizes = random.integers(1, 30, size=60)
+        sums = [(float(random.poisson(2.0 * size)), float(size)) for size in sizes]
+        found = bootstrap(sums, divide, resamples=300)
+        assert found.low is not None and found.high is not None
+        covered += found.low <= 2.0 <= found.high
+    assert 0.90 <= covered / trials <= 0.98
+
+
+def test_answers_to_one_prompt_are_drawn_together() -> None:
+    random = np.random.default_rng(0)
+    groups = [[value] * 8 for value in random.normal(size=50)]
+    together = mean_of_groups(groups)
+    apart = mean([value for group in groups for value in group])
+    assert together.n == 50 and apart.n == 400
+    assert together.value == pytest.approx(apart.value)
+    assert together.high - together.low > 2 * (apart.high - apart.low)  # type: ignore[operator]
+
+
+def test_a_share_takes_wilson_only_for_single_outcomes() -> None:
+    assert share([[1.0], [0.0], [0.5]]) == wilson(1.5, 3)
+    assert share([[1.0, 0.0], [1.0]]).method == "bootstrap"
+    assert share([[0.3], [0.9]]).method == "bootstrap"
+
+
+def test_the_same_rows_give_the_same_interval() -> None:
+    assert mean([1.0, 2.0, 5.0]) == mean([1.0, 2.0, 5.0])

@@ -1,0 +1,230 @@
+"""A whole evaluation: rows that were held out, groups that fit, eval.json that grows, messages for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit.data import DataReport, Rejects, read_rows, split_eval
+from alignkit.errors import DataError, RunError, UsageError
+from alignkit.evaluate.figures import Figure
+from alignkit.evaluate.request import combine, name_runs, sources
+from alignkit.evaluate.results import describe, merge, table
+from alignkit.evaluate.rows import _stage, read_measured
+from alignkit.evaluate.run import evaluate, evaluate_all
+from alignkit.evaluate.subject import find_subject
+from alignkit.recipe.schema import DataSource, EvaluateOptions
+
+PAIRS = {"path": "builtin:preferences", "split": "train", "max_rows": 60}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, policy_dir: Path, reference_dir: Path) -> Path:
+    """A dpo run as far as an evaluation reads it, beside the sft run it started from."""
+    runs = tmp_path / "runs/tiny"
+    for name, model in (("sft", reference_dir), ("dpo", policy_dir)):
+        shutil.copytree(model, runs / name / "model")
+        stage: dict[str, Any] = {
+            "recipe": "tiny", "stage": name, "method": name, "seed": 3, "model": {"path": "builtin:tiny-gpt2"},
+            "options": {"data": [PAIRS], "eval": 0.3}, "trainer": {"beta": 0.2},
+            "start_dir": "runs/tiny/sft/model" if name == "dpo" else None,
+            "start_stage": "sft" if name == "dpo" else None,
+        }  # fmt: skip
+        (runs / name / "stage.json").write_text(json.dumps(stage))
+        (runs / name / "result.json").write_text(json.dumps({"status": "finished", "stage": name}))
+    return runs / "dpo"
+
+
+def _options(**given: Any) -> EvaluateOptions:
+    return EvaluateOptions(max_rows=6, max_new_tokens=8, resamples=100, **given)
+
+
+def test_a_run_is_measured_on_what_it_held_out(run_dir: Path) -> None:
+    subject = find_subject(str(run_dir), trust_code=False)
+    given, share = subject.held_out()
+    assert share == 0.3
+    measured = read_measured(given, share=share, seed=3, max_rows=1000)
+    stage = _stage(given, 3)
+    rows = read_rows(replace(stage), given, report=DataReport(), rejects=Rejects())
+    assert [row.prompt for row in measured.rows] == [row.prompt for held, row in split_eval(rows, 0.3, 3) if held]
+    assert 5 < len(measured.rows) < 30
+    assert measured.label == "builtin:preferences (held-out 0.3)"
+
+
+def test_without_held_out_rows_builtin_data_has_a_test_split_and_others_an_error(run_dir: Path) -> None:
+    subject = find_subject(str(run_dir), trust_code=False)
+    options = subject.stage["options"]
+    options["eval"] = None
+    (source,), share = subject.held_out()
+    assert (source.split, share) == ("test", None)
+    options["data"] = [{"path": "owner/data"}]
+    with pytest.raises(DataError, match="tiny/dpo kept no rows out of training: name rows to measure on with --data"):
+        subject.held_out()
+
+
+def test_the_reference_is_found_where_the_run_lies_now(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_subject(str(run_dir), trust_code=False).reference() == str(run_dir.parent / "sft/model")
+    assert find_subject(str(run_dir.parent / "sft"), trust_code=False).reference() is None
+    assert find_subject(str(run_dir / "model"), trust_code=False).run is not None
+
+
+def test_a_dpo_run_gets_every_group_that_fits(run_dir: Path) -> None:
+    against = str(run_dir.parent / "sft")
+    data = evaluate(str(run_dir), _options(against=against, best_of=[1, 2]), device="cpu")
+    whole = {result["metric"]: result for result in data["results"] if result["slice"] is None}
+    assert set(whole) == {
+        "perplexity", "bits_per_byte", "implicit_reward_accuracy", "calibration_error", "pair_accuracy_longer",
+        "pair_accuracy_shorter", "response_length", "ended_share", "true_reward", "kl", "win_rate",
+        "win_rate_length_controlled",
+    }  # fmt: skip
+    for result in data["results"]:
+        assert set(result) == {
+            "metric", "value", "low", "high", "n", "unit", "better", "interval", "slice", "data", "settings", "details",
+        }  # fmt: skip
+        assert result["n"] >= 1 and result["data"] == "builtin:preferences (held-out 0.3)"
+        if result["low"] is not None and result["metric"] != "calibration_error":  # never below 0: biased upwards
+            assert result["low"] <= result["value"] <= result["high"]
+    assert whole["kl"]["settings"]["reference"] == str(run_dir.parent / "sft/model")
+    assert whole["implicit_reward_accuracy"]["settings"]["beta"] == 0.2
+    assert json.loads((run_dir / "eval.json").read_text()) == json.loads(json.dumps(data))
+    # Again: from the cache, the same figures.
+    before = (run_dir / "eval-cache.jsonl").read_text()
+    again = evaluate(str(run_dir), _options(against=against, best_of=[1, 2]), device="cpu")
+    assert again["results"] == data["results"]
+    assert (run_dir / "eval-cache.jsonl").read_text() == before
+
+
+def test_another_seed_samples_other_answers_to_the_same_held_out_prompts(run_dir: Path) -> None:
+    values, asked = [], []
+    for seed in (3, 4):
+        data = evaluate(str(run_dir), _options(metrics=["perplexity", "answers"]), seed=seed, device="cpu")
+        values.append(next(result["value"] for result in data["results"] if result["metric"] == "perplexity"))
+        asked.append(len((run_dir / "eval-cache.jsonl").read_text().splitlines()))
+    assert values[0] == values[1]
+    assert asked == [12, 18]  # 6 likelihoods and 6 answers, then 6 new answers only
+
+
+def test_a_prompt_that_is_repeated_is_asked_once(policy_dir: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": prompt, "completion": " it was"} for prompt in ("one", "two", "one", "one")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = evaluate(
+        str(policy_dir), _options(data=[DataSource(path=str(file))], metrics=["perplexity", "answers"]), device="cpu"
+    )
+    assert {result["metric"]: result["n"] for result in data["results"]} == {
+        "perplexity": 4, "bits_per_byte": 4, "response_length": 2, "ended_share": 2,
+    }  # fmt: skip
+
+
+def test_a_reward_model_gets_accuracy_calibration_and_baselines(reward_dir: Path) -> None:
+    data = evaluate(
+        str(reward_dir), _options(data=[DataSource(path="builtin:preferences", split="test")]), device="cpu"
+    )
+    whole = [result["metric"] for result in data["results"] if result["slice"] is None]
+    assert whole == ["reward_accuracy", "calibration_error", "pair_accuracy_longer", "pair_accuracy_shorter"]
+    assert data["warnings"][0].endswith(f"pairs are too long for {reward_dir}")  # it reads 96 tokens
+    assert not (reward_dir / "eval.json").exists()  # no run: nothing is left without --out
+
+
+def test_overlap_is_measured_where_there_is_one_right_answer(policy_dir: Path, tmp_path: Path) -> None:
+    rows = DataSource(path="builtin:instructions", split="test")
+    data = evaluate(str(policy_dir), _options(data=[rows]), device="cpu", out=tmp_path / "here.json")
+    assert {"rouge1", "rouge2", "rougeL", "bleu", "chrf"} <= {result["metric"] for result in data["results"]}
+    assert (tmp_path / "here.json").is_file()
+
+
+def test_what_cannot_be_measured_is_said(policy_dir: Path, reward_dir: Path) -> None:
+    data = [DataSource(path="builtin:reviews", split="test")]
+    for given, message in (
+        ({"metrics": ["kl"]}, "--metric kl: it needs prompts and a reference"),
+        ({"metrics": ["pairs", "tasks"]}, "pairs: the rows hold no pairs of answers; tasks: no task is named"),
+        ({"against": str(policy_dir)}, "win_rate cannot be measured: it needs prompts"),
+        ({"best_of": [2]}, "best_of cannot be measured"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate(str(policy_dir), _options(data=data, **given), device="cpu")
+    with pytest.raises(UsageError, match="is a reward model, which says nothing"):
+        evaluate(str(reward_dir), _options(data=data, metrics=["perplexity"]), device="cpu")
+
+
+def test_stages_of_a_recipe_that_are_not_finished_are_left_out(run_dir: Path, capsys: Any) -> None:
+    names = [str(run_dir.parent / name) for name in ("sft", "dpo", "later")]
+    arguments: dict[str, Any] = {
+        "seed": None, "out": None, "device": "cpu", "trust_code": False, "folder": run_dir, "skip": True,
+    }  # fmt: skip
+    found = list(evaluate_all(names, _options(metrics=["perplexity", "pairs"]), **arguments))
+    assert [result["name"] for result in found] == ["tiny/sft", "tiny/dpo"]
+    assert "pairs" in found[0]["warnings"][0]  # an sft run has no reference
+    assert "later: not finished, left out" in capsys.readouterr().err
+    with pytest.raises(RunError, match="no stage is finished"):
+        list(evaluate_all(names[2:], _options(), **arguments))
+
+
+def _described(*figures: Figure, weights: str = "w") -> dict[str, Any]:
+    return describe(figures, name="n", model="m", weights=weights, seed=0, seconds=1.0, warnings=())
+
+
+def test_a_figure_replaces_its_older_self_and_keeps_the_others() -> None:
+    kl, old, sliced = (
+        Figure("kl", 1.0, None, None, 5, data="d"),
+        Figure("bleu", 2.0, None, None, 5, data="d"),
+        Figure("bleu", 9.0, None, None, 2, slice="old cut", data="d"),
+    )
+    new = Figure("bleu", 3.0, None, None, 5, data="d")
+    other = Figure("bleu", 4.0, None, None, 5, data="e")
+    merged = merge(_described(kl, old, sliced), _described(new, other))
+    assert [(result["metric"], result["value"]) for result in merged["results"]] == [
+        ("kl", 1.0), ("bleu", 3.0), ("bleu", 4.0),
+    ]  # fmt: skip
+    assert [r["value"] for r in merge(_described(kl), _described(new, weights="other"))["results"]] == [3.0]
+
+
+def test_a_figure_that_is_not_finite_has_no_value() -> None:
+    plain = Figure("perplexity", float("inf"), 1.0, float("nan"), 3).to_dict()
+    assert (plain["value"], plain["low"], plain["high"]) == (None, 1.0, None)
+    json.dumps(plain, allow_nan=False)
+
+
+def test_the_table_shows_slices_below_their_figure() -> None:
+    results = [
+        Figure("kl", 1.25, 1.0, 1.5, 5, unit="nats", data="d").to_dict(),
+        Figure("kl", None, None, None, 0, slice="K=1", data="d").to_dict(),
+    ]
+    columns, rows = table(results)
+    assert columns == ("metric", "value", "95 % interval", "n", "unit", "on")
+    assert rows == [("kl", 1.25, "1 to 1.5", 5, "nats", "d"), ("  kl, K=1", None, None, 0, None, "d")]
+
+
+def test_options_of_the_command_line_lie_over_the_recipe_s(tmp_path: Path) -> None:
+    base = EvaluateOptions(max_rows=9, against="sft")
+    options = combine(base, {"max_rows": None, "shots": [2], "data": sources(["builtin:prompts"], None)})
+    assert (options.max_rows, options.shots, options.against) == (9, [2], "sft")
+    assert options.data is not None and options.data[0].split == "test"
+    assert name_runs(options, {"sft": "runs/x/sft"}).against == "runs/x/sft"
+    with pytest.raises(
+        UsageError, match="--against: sft is neither a stage nor a path that exists; did you mean sft2?"
+    ):
+        name_runs(options, {"sft2": "runs/x/sft2"})
+    with pytest.raises(UsageError) as caught:
+        combine(base, {"metrics": ["perplexitty"], "temperature": 0.0})
+    assert [str(problem) for problem in caught.value.problems] == [
+        "--metric: is perplexitty; it must be one of perplexity, pairs, answers, kl, overlap, win_rate, best_of, "
+        "tasks; did you mean perplexity?",
+        "--temperature: is 0.0: input should be greater than 0",
+    ]
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(UsageError, match="--split has no effect on"):
+        sources([str(tmp_path / "rows.jsonl")], "test")
+
+
+def test_rows_that_do_not_fit_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n{"nonsense": 1}\n{"prompt": "c", "completion": "d"}\n')
+    measured = read_measured([DataSource(path=str(file))], share=None, seed=0, max_rows=10)
+    assert len(measured.rows) == 2
+    assert measured.warnings[0].startswith(f"1 rows of {file} were left out (first: ")

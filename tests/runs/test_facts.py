@@ -1,0 +1,75 @@
+"""Reading run directories in every state, secrets taken out."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from written_runs import SECRET, WriteRun
+
+from alignkit.errors import RunError
+from alignkit.runs.facts import find_runs, order_runs, parents, read_facts
+
+
+def test_a_run_that_is_being_written_is_read_up_to_its_torn_line(write_run: WriteRun) -> None:
+    run = write_run(finished=False, num_steps=5)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    facts = read_facts(run)
+    assert (facts.step, facts.num_steps, facts.is_finished) == (5, 5, False)
+    assert facts.error.startswith("Traceback")
+
+
+def test_a_value_that_is_not_finite_is_a_gap_and_the_last_of_a_step_counts(write_run: WriteRun) -> None:
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": "nan"}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": "inf"}]
+    facts = read_facts(write_run(metrics=rows))
+    points = facts.series("loss")
+    assert points[:2] == [(1.0, 3.0), (2.0, 1.5)] and math.isnan(points[2][1])
+
+
+def test_secrets_are_gone_from_every_file(write_run: WriteRun) -> None:
+    run = write_run(text=f"my token is {SECRET}", warnings=[SECRET], finished=False)
+    facts = read_facts(run)
+    assert SECRET in "".join(file.read_text() for file in run.glob("*.*"))
+    assert SECRET not in repr(facts)
+
+
+def test_a_directory_without_a_stage_is_no_run(write_run: WriteRun) -> None:
+    run = write_run()
+    with pytest.raises(RunError, match=r"runs/demo: is no run: it has no stage\.json"):
+        read_facts(run.parent)
+
+
+def test_a_damaged_file_is_named(write_run: WriteRun) -> None:
+    run = write_run()
+    (run / "eval.json").write_text("{")
+    with pytest.raises(RunError, match=r"eval\.json: cannot be read"):
+        read_facts(run)
+
+
+def test_runs_are_found_and_put_after_what_they_need(write_run: WriteRun) -> None:
+    run = write_run("ppo", "ppo", start_stage="sft", rewards={"runs/demo/rm/model": "rm"})
+    write_run("rm", "rm", start_stage="sft")
+    write_run("sft", "sft")
+    aside = run.parent / "sft.old-20261123-010203-1"
+    aside.mkdir()
+    (aside / "stage.json").write_text("{}")
+    found = [read_facts(path) for path in find_runs(run.parent)]
+    assert {facts.name for facts in found} == {"ppo", "rm", "sft"}
+    assert [facts.name for facts in order_runs(found)] == ["sft", "rm", "ppo"]
+    assert parents(next(facts for facts in found if facts.name == "ppo")) == ["sft", "rm"]
+
+
+def test_names_of_metrics_leave_out_bookkeeping(write_run: WriteRun) -> None:
+    names = read_facts(write_run("dpo", "dpo")).metric_names()
+    assert "rewards/margins" in names and "loss" in names
+    assert not {"step", "epoch", "num_tokens", "runtime", "eval_loss"} & set(names)
+
+
+def test_final_values_come_from_the_result_and_else_from_the_last_step(write_run: WriteRun) -> None:
+    run = write_run(num_steps=4)
+    assert read_facts(run).last("loss") == 0.5
+    assert read_facts(run).last("eval_loss") == 2.1 / 4
+    assert read_facts(run).last("no such") is None
+    assert json.loads((run / "result.json").read_text())["metrics"] == {"loss": 0.5}
