@@ -17,6 +17,7 @@ from alignkit.launch.plan import plan_launch
 from alignkit.launch.slurm import write_jobs
 from alignkit.launch.worker import is_supervised
 from alignkit.recipe import Stage
+from alignkit.recipe.schema import FEEDBACK
 from alignkit.runs.layout import RunDir
 from alignkit.runs.report import write_recipe_report
 
@@ -89,7 +90,7 @@ def _show_plans(jobs: list[tuple[Stage, Command]], *, force: bool, as_json: bool
         console.print_json(shown[0] if len(shown) == 1 else shown)
         return
     for stage, launch in plans:
-        console.print_stage(stage.to_dict(), will=_foresee(Path(stage.run_dir), force=force))
+        console.print_stage(stage.to_dict(), will=_foresee(stage, force=force))
         console.print_launch(launch)
 
 
@@ -110,14 +111,14 @@ def _use_slurm(
         console.print_jobs(written, scripts=dry_run)
 
 
-def _foresee(run_dir: Path, *, force: bool) -> str:
+def _foresee(stage: Stage, *, force: bool) -> str:
     """Return in words what a stage command would do in a run directory as it is now."""
-
-    run = RunDir(run_dir.expanduser().absolute())
+    run = RunDir(Path(stage.run_dir).expanduser().absolute())
+    begin = "run from the start" if stage.method in FEEDBACK else "train from the start"
     if not run.stage.exists():
-        return "train from the start"
+        return begin
     if force:
-        return "move the run that is there aside and train from the start"
+        return f"move the run that is there aside and {begin}"
     if run.is_finished():
         return "nothing: the run is finished (--force starts over)"
     return "go on with the unfinished run"

@@ -80,14 +80,14 @@ def describe_model(model: FeedbackModel, stage: Stage) -> str:
 def _list_checks(stage: Stage, coming: Collection[str]) -> Iterator[Callable[[], object]]:
     options = stage.options
     if isinstance(options, CritiqueOptions):
-        yield from _check_texts(options.constitution, "critique", options.examples)
+        yield from _check_texts(stage, "", options.constitution, "critique", options.examples)
         yield from (partial(_require_file, stage, "replay", path) for path in options.replay or ())
     elif isinstance(options, LabelOptions):
-        yield from _check_texts(options.constitution, "comparison", options.examples)
+        yield from _check_texts(stage, "", options.constitution, "comparison", options.examples)
     elif isinstance(options, PpoOptions):
         for reward in (*options.reward, *(options.gold or ())):
             if reward.judge is not None:
-                yield from _check_texts(reward.constitution, "comparison", "none")
+                yield from _check_texts(stage, "reward.", reward.constitution, "comparison", "none")
     for key, model in list_feedback_models(stage):
         if model.url is not None:
             yield partial(_require_server, stage, key, model)
@@ -98,17 +98,28 @@ def _list_checks(stage: Stage, coming: Collection[str]) -> Iterator[Callable[[],
 
 
 def _check_texts(
-    constitution: str | list[str] | None, part: Literal["critique", "comparison"], examples: str | list[str]
+    stage: Stage,
+    prefix: str,
+    constitution: str | list[str] | None,
+    part: Literal["critique", "comparison"],
+    examples: str | list[str],
 ) -> Iterator[Callable[[], object]]:
-    if constitution is not None:
-        yield partial(load_constitution, constitution, needs=part)
-    yield partial(load_examples, examples)
+    for key, given, load in (
+        ("constitution", constitution, partial(load_constitution, needs=part)),
+        ("examples", examples, load_examples),
+    ):
+        values = [] if given is None else [given] if isinstance(given, str) else given
+        files = [value for value in values if value not in ("none", "builtin") and not value.startswith("builtin:")]
+        missing = [file for file in files if not Path(file).is_file()]
+        yield from (partial(_require_file, stage, f"{prefix}{key}", file) for file in missing)
+        if values and not missing:
+            yield partial(load, values)
 
 
 def _require_file(stage: Stage, key: str, path: str) -> None:
     if not Path(path).is_file():
         folder = Path(path).parent
-        near = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        near = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
         hint = suggest(Path(path).name, near)
         raise RecipeError(f"{stage.name}.{key}: {path} is not there{hint}", where=stage.where(f"{stage.name}.{key}"))
 

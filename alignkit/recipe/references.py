@@ -50,6 +50,9 @@ def _find_problems(
         for path, _ in list_source_paths(stage.node.value.get(key)) if key not in stage.broken else ():
             if path.value in stages and (found := _describe_rows(stage, key, path, stages)):
                 yield key, path, found
+    for key, node in _list_names(stage):
+        if key != "start_from" and key not in stage.broken and (chain := _find_way(node.value, stage.name, stages)):
+            yield key, node, f"{stage.say(key)} goes round in a circle: {' -> '.join((stage.name, *chain))}"
     start = stage.node.value.get("start_from")
     if start is None or "start_from" in stage.broken or not isinstance(start.value, str):
         return
@@ -57,6 +60,28 @@ def _find_problems(
         yield "start_from", start, _describe_group(stage.say("start_from"), start.value, stages)
     elif found := _describe_start(stage, start, stages):
         yield "start_from", start, found
+
+
+def _list_names(stage: StageLike) -> list[tuple[str, Node]]:
+    """Return every node of a stage that may name another one, with its first key."""
+    named = [("start_from", stage.node.value["start_from"])] if "start_from" in stage.node.value else []
+    named += [(key, path) for key in SOURCE_KEYS for path, _ in list_source_paths(stage.node.value.get(key))]
+    named += [(key, model) for key in REWARD_KEYS for model in list_models(stage.node.value.get(key))]
+    return named + [(key.split(".")[0], model) for key, model in list_feedback(stage.node)]
+
+
+def _find_way(start: str, end: str, stages: Mapping[str, StageLike]) -> list[str]:
+    """Return the stages on a way from one that needs others to one of these, both ends included; [] when none is."""
+    ways, seen = [[start]], {start}
+    while ways:
+        way = ways.pop()
+        if way[-1] == end and len(way) > 1:
+            return way
+        for _, node in _list_names(stages[way[-1]]) if way[-1] in stages else ():
+            if isinstance(node.value, str) and (node.value not in seen or node.value == end):
+                seen.add(node.value)
+                ways.append([*way, node.value])
+    return []
 
 
 def _describe_group(key: str, group: str, stages: Mapping[str, StageLike]) -> str:

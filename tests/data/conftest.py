@@ -61,11 +61,11 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
         keys = DataSource.model_fields.keys()
         for_source = {key: settings.pop(key) for key in list(settings) if key in keys}
         sources = [DataSource(path=path, **for_source) if isinstance(path, str) else path for path in paths]
-        known = settings.pop("known_prompts", None)
+        extra = {"known_prompts": settings.pop("known_prompts", None), "method": settings.pop("read_as", None)}
         reading = Reading([], DataReport(), Rejects(), None)
         stage = make_stage(method, seed=seed, **settings)
         try:
-            for row in read_rows(stage, sources, report=reading.report, rejects=reading.rejects, known_prompts=known):
+            for row in read_rows(stage, sources, report=reading.report, rejects=reading.rejects, **extra):
                 reading.rows.append(row)
         except DataError as error:
             reading.error = error

@@ -135,6 +135,19 @@ def test_dpo_takes_all_pairs_of_a_ranking_but_ties(read: Read, lines: Lines) -> 
     assert [row.place for row in reading.rows] == ["ranked.jsonl:1", "ranked.jsonl:1"]
 
 
+def test_critique_and_label_get_rows_as_they_are_and_may_read_them_as_another_method(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", [{"prompt": "q", "chosen": "good", "rejected": "bad", "label": 0.75}])
+    lines("b.jsonl", [{"prompt": "q"}])
+    for method in ("critique", "label"):
+        files = {"data": []} if method == "critique" else {"constitution": "c.yaml", "judge": "x/y"}
+        kinds = [row.kind for name in ("a", "b") for row in read(method, f"{name}.jsonl", **files).rows]
+        assert kinds == ["pair", "prompt"]
+    (row,) = read("critique", "a.jsonl", read_as="rm").rows
+    assert (row.kind, row.label) == ("pair", 0.75)
+    assert "1 row of trl prompt" in (said := read("critique", "b.jsonl", read_as="rm").message)
+    assert said.endswith("rm takes pair, ranked")
+
+
 def test_dpo_does_not_mix_pairs_with_single_answers(read: Read, lines: Lines) -> None:
     lines("pairs.jsonl", pairs(2))
     lines("single.jsonl", [{"prompt": "Hi", "completion": "a", "label": True}])

@@ -62,7 +62,7 @@ def test_a_constitution_without_principles_or_without_questions(recipe: Make, tm
     assert line.startswith("half.yaml: no principle has a question to compare answers by")
     require_feedback(resolve(recipe(constitution="half.yaml"), "rlaif-critique"), coming=["sft"])  # which needs none
     (line,) = problems_of(resolve(recipe(constitution="absent.yaml"), "rlaif-label"))
-    assert line.startswith("absent.yaml: the constitution is not there; give a YAML")
+    assert line == f"a.yaml:6: rlaif-label.constitution: {tmp_path}/absent.yaml is not there"
 
 
 def test_a_key_that_is_not_set_is_named_with_its_place(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:

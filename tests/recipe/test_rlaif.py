@@ -256,6 +256,9 @@ def test_a_method_command_takes_the_stage_that_is_not_a_step(load: Load) -> None
          "stages; name one of them: rlaif-sft, rlaif-dpo"]),
         ("dpo: {start_from: rlaif-label, data: x/y}\n", ["8: dpo.start_from is rlaif-label, which trains no model; "
          "name a stage that does"]),
+        ("pol: {method: sft, start_from: sft, data: lab}\nlab: {method: label, start_from: sft, data: x/y, judge: pol, "
+         "constitution: builtin:helpfulness}\n", ["8: pol.data goes round in a circle: pol -> lab -> pol",
+         "9: lab.judge goes round in a circle: lab -> pol -> lab"]),
         ("stages: [sft, rlaf]\n", ["8: stages names rlaf, which is not a stage here; did you mean rlaif?"]),
     ],
 )  # fmt: skip
