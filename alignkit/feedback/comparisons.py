@@ -110,12 +110,17 @@ def judge_all(desk: Desk, judge: Judge, pairings: Sequence[Pairing], *, by: str 
     return _collect(judge, asked, _decide(desk, judge, asked, by=by))
 
 
+def list_requests(judge: Judge, pairings: Sequence[Pairing]) -> list[Request]:
+    """Return the questions that `judge_all` would ask of a judge that does not think, one for each order."""
+    return [request for pairing in pairings for request in _Asked(judge, pairing).requests(None)]
+
+
 def known_labels(desk: Desk, judge: Judge, pairings: Sequence[Pairing]) -> list[Label]:
     """Return the labels of those pairings that have been judged; nobody is asked. Not for a judge that thinks."""
     if judge.thinks and judge.model.takes_prefill:
         return []
     asked = [_Asked(judge, pairing) for pairing in pairings]
-    verdicts = desk.known(judge.model, [request for item in asked for request in item.requests(None)])
+    verdicts = desk.known(judge.model, list_requests(judge, pairings))
     return [label for label in _collect(judge, asked, verdicts) if None not in label.verdicts]
 
 

@@ -1,14 +1,15 @@
 """A language model on this machine that writes and judges, in batches.
 
-Two options are scored with one forward pass over the prompt they share: their few tokens of their own are read on top
-of its key-value cache. It knows nothing of constitutions, stores or rows.
+What questions have in common is read once: both options are scored on top of the key-value cache of their question, and
+both orders of a comparison on top of that of their conversation. It knows nothing of constitutions, stores or rows.
 
-Legend: B questions, V vocabulary, L tokens of the longest tail, 2B tails of the questions' options.
+Legend: B rows of a batch, T tokens, V vocabulary, L tokens of the longest tail, 2B options of the questions.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from alignkit.models.generation import generate_greedy, generate_sampled
 from alignkit.runs.heartbeat import pulse
 
 _WINDOW = 32  # batches that are sorted by length together
+_WORTH_SHARING = 16  # tokens that two questions must begin with to be read on one cache
 
 
 @dataclass
@@ -63,6 +65,8 @@ class LocalModel:
         self.control_tokens = self._encoder.control_tokens
         self.identity: dict[str, Any] = {"model": loaded.fingerprint, "template": self._encoder.chat_template}
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+        # Windows are counted in places of the cache, padding included: there, questions are read one by one.
+        self._shares = getattr(inner.config.get_text_config(), "sliding_window", None) is None
         self._keeps_last = "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def write(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
@@ -91,16 +95,13 @@ class LocalModel:
             if long:
                 problems = [_too_long("question", question.whole, self._positions) for question in long]
                 yield [(question.place, Verdict(problem=what)) for question, what in zip(long, problems, strict=True)]
-            questions = sorted(
-                (question for question in questions if len(question.whole) <= self._positions),
-                key=lambda question: -len(question.prefix),
-            )
-            for first in range(0, len(questions), self._batch_size):
-                batch = questions[first : first + self._batch_size]
+            fitting = [question for question in questions if len(question.whole) <= self._positions]
+            groups = sorted(_group(fitting, shares=self._shares), key=lambda group: -len(group[0].prefix))
+            for batch in _fill(groups, self._batch_size):
                 if self._stop.is_set():
                     return
                 pulse("judging")
-                yield [(question.place, verdict) for question, verdict in zip(batch, self._score(batch), strict=True)]
+                yield self._score(batch)
 
     def _write_batch(
         self, jobs: Sequence[Job], prompts: list[list[int]], places: list[int], start: int, sampling: Sampling
@@ -129,55 +130,136 @@ class LocalModel:
         return replies
 
     @torch.no_grad()
-    def _score(self, questions: list[_Question]) -> list[Verdict]:
-        """Return the log-probs of both options of each question, from their first own token on."""
-        device = next(self._model.parameters()).device
-        prefix_BT, mask_BT = _pad_left([question.prefix for question in questions], self._tokenizer.pad_token_id)
-        positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
-        keep = {"logits_to_keep": 1} if self._keeps_last else {}
-        output = self._model(
-            input_ids=prefix_BT.to(device),
-            attention_mask=mask_BT.to(device),
-            position_ids=positions_BT.to(device),
-            use_cache=True,
-            **keep,
-        )
-        next_BV = output.logits[:, -1].float().log_softmax(-1)
-        firsts_B2 = torch.tensor([[tail[0] for tail in question.tails] for question in questions], device=device)
-        first_B2 = next_BV.gather(1, firsts_B2)
-        logps_B2 = first_B2 + self._score_rest(questions, output, mask_BT.to(device), positions_BT.to(device))
-        masses = first_B2.exp().sum(1).tolist()
+    def _score(self, groups: list[list[_Question]]) -> list[tuple[int, Verdict]]:
+        """Return the log-probs of both options of each question, from their first own token on.
+
+        The last token of a question is read with the first option, so that no position before it needs logits.
+        """
+        questions = [question for group in groups for question in group]
+        lasts = [question.prefix[-1:] for question in questions]
+        ones, others = zip(*(question.tails for question in questions), strict=True)
+        reader = self._read_questions(groups)
+        after_BTV = reader.read([last + tail[:-1] for last, tail in zip(lasts, ones, strict=True)], wanted=True)
+        rest_BTV = after_BTV[:, 1:]
+        firsts = [[float(after_BTV[row, 0, tail[0]]) for row, tail in enumerate(tails)] for tails in (ones, others)]
+        sums = [_add(firsts[0], rest_BTV, ones), firsts[1]]
+        if any(len(tail) > 1 for tail in others):
+            if reader.can_go_back:
+                reader.go_back(rest_BTV.shape[1])
+            else:
+                reader = self._read_questions(groups)
+                reader.read(lasts)
+            sums[1] = _add(firsts[1], reader.read([tail[:-1] for tail in others], wanted=True), others)
         return [
-            Verdict(
-                share_of_first((a, b)), (a, b), mass, input_tokens=len(question.prefix) + sum(map(len, question.tails))
-            )
-            for question, (a, b), mass in zip(questions, logps_B2.tolist(), masses, strict=True)
+            (question.place, _verdict(question, (sums[0][row], sums[1][row]), (firsts[0][row], firsts[1][row])))
+            for row, question in enumerate(questions)
         ]
 
-    def _score_rest(self, questions: list[_Question], output: Any, mask_BT: Tensor, positions_BT: Tensor) -> Tensor:
-        """Return the log-probs of all but the first token of every tail, (B, 2), read on top of the prefixes' cache."""
-        tails = [tail for question in questions for tail in question.tails]
-        longest = max(map(len, tails)) - 1
-        if not longest:
-            return torch.zeros(len(questions), 2, device=mask_BT.device)
-        fed_2BL = torch.full((len(tails), longest), self._tokenizer.pad_token_id, device=mask_BT.device)
-        for row, tail in enumerate(tails):
-            fed_2BL[row, : len(tail) - 1] = torch.tensor(tail[:-1])
-        cache = output.past_key_values
-        cache.batch_repeat_interleave(2)
-        steps_L = torch.arange(1, longest + 1, device=mask_BT.device)
-        logits_2BLV = self._model(
-            input_ids=fed_2BL,
-            attention_mask=torch.cat([mask_BT.repeat_interleave(2, 0), torch.ones_like(fed_2BL)], dim=1),
-            position_ids=positions_BT[:, -1:].repeat_interleave(2, 0) + steps_L,
-            past_key_values=cache,
+    def _read_questions(self, groups: list[list[_Question]]) -> _Reader:
+        """Read all but the last token of each question; what those of a group have in common is read once."""
+        shared = [_common(group) for group in groups]
+        reader = _Reader(self._model, self._keeps_last, self._tokenizer.pad_token_id)
+        reader.read([group[0].prefix[:length] for group, length in zip(groups, shared, strict=True)], left=True)
+        reader.select([number for number, group in enumerate(groups) for _ in group])
+        reader.read(
+            [question.prefix[length:-1] for group, length in zip(groups, shared, strict=True) for question in group]
+        )
+        return reader
+
+
+class _Reader:
+    """Feeds tokens to a model on top of what it has read; rows of unlike length are padded and masked."""
+
+    def __init__(self, model: Any, keeps_last: bool, pad_id: int) -> None:
+        self._model, self._keeps_last, self._pad_id = model, keeps_last, pad_id
+        self._device = next(model.parameters()).device
+        self._cache: Any = None
+        self._mask_BT: Tensor | None = None
+
+    def read(self, rows: list[list[int]], *, left: bool = False, wanted: bool = False) -> Tensor:
+        """Read more of each row; return the log-probs after each token (B, T, V) where wanted, else nothing of use."""
+        if not any(rows):
+            return torch.empty(0)
+        ids_BT, new_BT = _pad(rows, self._pad_id, left=left)
+        ids_BT, new_BT = ids_BT.to(self._device), new_BT.to(self._device)
+        before_BT = new_BT[:, :0] if self._mask_BT is None else self._mask_BT
+        self._mask_BT = torch.cat([before_BT, new_BT], dim=1)
+        positions_BT = (self._mask_BT.cumsum(1) - 1).clamp_min(0)[:, before_BT.shape[1] :]
+        output = self._model(
+            input_ids=ids_BT,
+            attention_mask=self._mask_BT,
+            position_ids=positions_BT,
+            past_key_values=self._cache,
             use_cache=True,
-        ).logits
-        logps_2BLV = logits_2BLV.float().log_softmax(-1)
-        sums = [
-            sum(float(logps_2BLV[row, i, token]) for i, token in enumerate(tail[1:])) for row, tail in enumerate(tails)
-        ]
-        return torch.tensor(sums, device=mask_BT.device).view(-1, 2)
+            **({"logits_to_keep": 1} if self._keeps_last and not wanted else {}),
+        )
+        self._cache = output.past_key_values
+        logps_BTV: Tensor = output.logits.float().log_softmax(-1) if wanted else torch.empty(0)
+        return logps_BTV
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether what was read last can be forgotten; caches of sliding windows cannot."""
+        return bool(self._cache.is_croppable) and not any(self._cache.is_sliding)
+
+    def go_back(self, count: int) -> None:
+        """Forget the last columns that were read."""
+        if count:
+            assert self._mask_BT is not None
+            self._cache.crop(-count)
+            self._mask_BT = self._mask_BT[:, :-count]
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these of the rows, each as often as it is named."""
+        if self._mask_BT is not None and rows != list(range(len(self._mask_BT))):
+            indices = torch.tensor(rows, device=self._device)
+            self._cache.batch_select_indices(indices)
+            self._mask_BT = self._mask_BT[indices]
+
+
+def _group(questions: list[_Question], *, shares: bool) -> list[list[_Question]]:
+    """Put neighbours together that begin alike, such as the two orders of a comparison."""
+    groups: list[list[_Question]] = []
+    for question in questions:
+        if shares and groups and len(groups[-1]) == 1 and _common([groups[-1][0], question]) >= _WORTH_SHARING:
+            groups[-1].append(question)
+        else:
+            groups.append([question])
+    return groups
+
+
+def _fill(groups: list[list[_Question]], size: int) -> Iterator[list[list[_Question]]]:
+    """Yield batches of whole groups with up to `size` questions, or one group."""
+    batch: list[list[_Question]] = []
+    for group in groups:
+        if batch and sum(map(len, batch)) + len(group) > size:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+def _common(group: list[_Question]) -> int:
+    """Return how many tokens all questions of a group begin with; the last token of each is left out."""
+    shortest = min(len(question.prefix) for question in group) - 1
+    first = group[0].prefix
+    same = (place for place in range(shortest) if any(question.prefix[place] != first[place] for question in group))
+    return next(same, shortest)
+
+
+def _add(firsts: list[float], rest_BTV: Tensor, tails: Sequence[list[int]]) -> list[float]:
+    """Return the log-probs of whole tails: of their first token, and of the others at the places after it."""
+    return [
+        first + sum(float(rest_BTV[row, place, token]) for place, token in enumerate(tail[1:]))
+        for row, (first, tail) in enumerate(zip(firsts, tails, strict=True))
+    ]
+
+
+def _verdict(question: _Question, logps: tuple[float, float], firsts: tuple[float, float]) -> Verdict:
+    mass = min(sum(map(math.exp, firsts)), 1.0)
+    tokens = len(question.prefix) + sum(map(len, question.tails))
+    return Verdict(share_of_first(logps), logps, mass, input_tokens=tokens)
 
 
 def _too_long(what: str, ids: list[int], room: int) -> str:
@@ -185,11 +267,14 @@ def _too_long(what: str, ids: list[int], room: int) -> str:
     return f"the {what} has {len(ids)} tokens; {max(room, 0)} fit{advice}"
 
 
-def _pad_left(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def _pad(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Return ids and mask (B, T)."""
     width = max(map(len, rows))
     ids_BT = torch.full((len(rows), width), pad_id)
     mask_BT = torch.zeros_like(ids_BT)
     for number, row in enumerate(rows):
-        ids_BT[number, width - len(row) :] = torch.tensor(row)
-        mask_BT[number, width - len(row) :] = 1
+        if row:
+            place = slice(width - len(row), width) if left else slice(0, len(row))
+            ids_BT[number, place] = torch.tensor(row)
+            mask_BT[number, place] = 1
     return ids_BT, mask_BT

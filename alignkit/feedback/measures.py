@@ -60,6 +60,11 @@ def find_faults(report: dict[str, Any]) -> list[str]:
         which = "first" if place["share"] > 0.5 else "second"
         share = max(place["share"], 1 - place["share"])
         faults.append(f"the judge picks the {which} place in {share:.0%} of {place['n']} verdicts: it does not compare")
+    elif (agreement := report["order_agreement"]) and agreement["n"] >= _ENOUGH and agreement["low"] <= 0.5:
+        faults.append(
+            f"both orders prefer the same answer in {agreement['share']:.0%} of {agreement['n']} comparisons, no more "
+            "than by chance"
+        )
     if report["option_mass"] is not None and report["option_mass"] < _LITTLE_MASS:
         share = report["option_mass"]
         faults.append(f"(A) and (B) have {share:.1%} of the judge's probability: it does not answer in this format")

@@ -1,8 +1,8 @@
 """Labels per second of the local judge, beside what a script would do: two generations for each pair.
 
-Both judge the same pairs in both orders with the same model in one process, in turn. Ours scores the two options of a
-question on one shared prefix, in batches, and keeps every answer on the disk; the script generates a few tokens for
-one question at a time and reads the letter.
+Both judge the same pairs in both orders with the same base model in one process, in turn, with and without the paper's
+worked examples in front. Ours reads what questions have in common once, in batches, and keeps every answer on the disk;
+the script generates a few tokens for one question at a time and reads the letter.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inputs import write_model
 from table import Row
 
-SIZES = {"0.14 M": (64, 2, 96), "13.9 M": (512, 4, 12)}  # name -> hidden size, layers, pairs
+if TYPE_CHECKING:
+    from alignkit.feedback.comparisons import Judge, Pairing
+
+SIZES = {"0.14 M": (64, 2, 48), "13.9 M": (512, 4, 8)}  # name -> hidden size, layers, pairs
 _NEW_TOKENS = 8
 _BATCH = 16
 
@@ -25,22 +29,30 @@ def measure_labels(directory: Path, *, runs: int) -> list[Row]:
     """Compare labels per second; medians over rounds."""
     rows = []
     for size, (hidden, layers, count) in SIZES.items():
-        model = write_model(directory / f"model-{hidden}", hidden_size=hidden, num_layers=layers, positions=2048)
+        model = write_model(directory / f"model-{hidden}", hidden_size=hidden, num_layers=layers, positions=4096)
         pairings = _make_pairings(count)
-        ours, theirs = [], []
-        for number in range(runs + 1):
-            speeds = _label(model, pairings, directory / f"{hidden}-{number}"), _generate(model, pairings)
-            print(f"  {size}: {speeds[0]:.1f} and {speeds[1]:.1f} labels/s", file=sys.stderr, flush=True)
-            if number:  # the first round warms up
-                ours.append(speeds[0])
-                theirs.append(speeds[1])
-        ratio = statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
-        medians = [f"{statistics.median(speeds):,.1f} labels/s" for speeds in (ours, theirs)]
-        rows.append(Row(f"labels {size}, both orders", *medians, "two generations per pair", ratio, ">= 1"))
+        for examples in ("none", "builtin"):
+            ours, theirs = [], []
+            for number in range(runs + 1):
+                judge = _make_judge(model, examples)
+                speeds = (
+                    _label(judge, pairings, directory / f"{hidden}-{examples}-{number}"),
+                    _generate(model, judge, pairings),
+                )
+                print(
+                    f"  {size}, {examples}: {speeds[0]:.1f} and {speeds[1]:.1f} labels/s", file=sys.stderr, flush=True
+                )
+                if number:  # the first round warms up
+                    ours.append(speeds[0])
+                    theirs.append(speeds[1])
+            ratio = statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
+            medians = [f"{statistics.median(speeds):,.1f} labels/s" for speeds in (ours, theirs)]
+            what = f"labels {size}, {'3 worked examples' if examples == 'builtin' else 'no examples'}"
+            rows.append(Row(what, *medians, "two generations per pair", ratio, ">= 1"))
     return rows
 
 
-def _make_pairings(count: int) -> list:
+def _make_pairings(count: int) -> list[Pairing]:
     from alignkit.data.builtin import iter_builtin, parse_builtin
     from alignkit.feedback.comparisons import Pairing
 
@@ -48,25 +60,25 @@ def _make_pairings(count: int) -> list:
     return [Pairing(row["prompt"], row["chosen"], row["rejected"], place, place) for place, row in rows]
 
 
-def _make_judge(model) -> object:
+def _make_judge(path: Path, examples: str) -> Judge:
     from alignkit.feedback.comparisons import Judge
     from alignkit.feedback.constitution import load_constitution
-    from alignkit.feedback.examples import Examples
+    from alignkit.feedback.examples import load_examples
+    from alignkit.feedback.local import LocalModel
     from alignkit.feedback.quoting import Quoter
 
+    model = LocalModel(str(path), device="cpu", batch_size=_BATCH)
     constitution = load_constitution("builtin:harmlessness", needs="comparison")
-    return Judge(model, constitution, Examples(), Quoter(model.control_tokens), seed=0)
+    return Judge(model, constitution, load_examples(examples), Quoter(model.control_tokens), seed=0)
 
 
-def _label(path: Path, pairings: Sequence, directory: Path) -> float:
+def _label(judge: Judge, pairings: Sequence[Pairing], directory: Path) -> float:
     from alignkit.feedback.comparisons import judge_all
     from alignkit.feedback.desk import Desk
-    from alignkit.feedback.local import LocalModel
     from alignkit.feedback.stop import Stop
     from alignkit.feedback.store import Store
 
     directory.mkdir()
-    judge = _make_judge(LocalModel(str(path), device="cpu", batch_size=_BATCH))
     desk = Desk("bench", Store(directory / "feedback.jsonl"), Stop())
     began = time.perf_counter()
     labels = judge_all(desk, judge, pairings)
@@ -75,24 +87,20 @@ def _label(path: Path, pairings: Sequence, directory: Path) -> float:
     return len(labels) / seconds
 
 
-def _generate(path: Path, pairings: Sequence) -> float:
+def _generate(path: Path, judge: Judge, pairings: Sequence[Pairing]) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from alignkit.feedback.choice import parse_choice
-    from alignkit.feedback.comparisons import Comparison
-    from alignkit.feedback.prompts import comparison_question
+    from alignkit.feedback.comparisons import list_requests
 
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    question = "Which answer is better?"
+    requests = list_requests(judge, pairings)
     began = time.perf_counter()
-    for pairing in pairings:
-        answers = [pairing.first[0]["content"], pairing.second[0]["content"]]
-        for first, second in (answers, answers[::-1]):
-            text = comparison_question(Comparison(tuple(pairing.prompt), first, second, question), str)
-            inputs = tokenizer(text, return_tensors="pt")
-            with torch.no_grad():
-                output = model.generate(**inputs, do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=0)
-            parse_choice(tokenizer.decode(output[0, inputs.input_ids.shape[1] :]))
+    for request in requests:
+        inputs = tokenizer(request.transcript, return_tensors="pt")
+        with torch.no_grad():
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=0)
+        parse_choice(tokenizer.decode(output[0, inputs.input_ids.shape[1] :]))
     return len(pairings) / (time.perf_counter() - began)

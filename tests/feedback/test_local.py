@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from alignkit.errors import ModelError
 from alignkit.feedback.asking import Job, Sampling, share_of_first
 from alignkit.feedback.local import LocalModel
 from alignkit.feedback.prompts import OPTIONS, Comparison, Request, ask_comparison
+from alignkit.models.builtin import builtin_tokenizer
 
 QUESTIONS = [
     Comparison(({"role": "user", "content": f"Question {number} " * (number + 1)},), "yes " * number, "no", "Which?")
@@ -43,17 +45,36 @@ def naive_logps(directory: Path, request: Request, *, chat: bool) -> tuple[float
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("chat", [True, False])
+@pytest.fixture(scope="session")
+def sliding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model whose cache keeps a window of 40 tokens."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, sliding_window=40, max_position_embeddings=512,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("sliding")
+    model = MistralForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    model.save_pretrained(directory)
+    builtin_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["chat", "base", "sliding"])
 def test_shared_prefix_gives_the_probabilities_of_two_whole_forward_passes(
-    chat: bool, chat_model: Path, base_model: Path
+    kind: str, chat_model: Path, base_model: Path, sliding_model: Path
 ) -> None:
-    directory = chat_model if chat else base_model
+    directory = {"chat": chat_model, "base": base_model, "sliding": sliding_model}[kind]
     judge = LocalModel(str(directory), device="cpu", batch_size=3)
-    requests = [ask_comparison(question, (), str) for question in QUESTIONS]
+    both = [order for question in QUESTIONS for order in (question, replace(question, first=question.second))]
+    requests = [ask_comparison(question, (), str) for question in both]  # neighbours begin alike
     found = dict(chain.from_iterable(judge.decide(requests)))
     assert sorted(found) == list(range(len(requests)))
     for place, request in enumerate(requests):
-        logps = naive_logps(directory, request, chat=chat)
+        logps = naive_logps(directory, request, chat=kind == "chat")
         assert found[place].p_first == pytest.approx(share_of_first(logps), abs=1e-5)
         ours = found[place].logps
         assert ours is not None and ours[0] - ours[1] == pytest.approx(logps[0] - logps[1], abs=1e-4)
