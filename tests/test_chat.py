@@ -106,7 +106,7 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(
     terminal.wait_for("> ")
     terminal.type("tell me a long story\r")
     terminal.wait_for("story")
-    time.sleep(0.5)
+    time.sleep(0.1)  # into the answer; the random model may end it by itself within a second
     terminal.type("\x03")  # the terminal turns it into SIGINT for the whole foreground group
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")

@@ -199,8 +199,10 @@ def test_the_job_finishes_with_all_faults_and_its_retries_are_in_the_report(
         label.run(stage, Path(stage.run_dir))
         assert set(server.answered.values()) == {1} and len(server.answered) == QUESTIONS_ASKED
     report = json.loads((Path(stage.run_dir) / "report.json").read_text())
-    assert report["labelled"] == 60 and report["spent"]["requests"] == server.requests
-    assert sum(report["spent"]["retries"].values()) == sum(server.faults.values()) > 40
+    # On a busy machine a try may time out before the server has seen it.
+    assert report["labelled"] == 60 and 0 <= report["spent"]["requests"] - server.requests <= 3
+    assert 0 <= sum(report["spent"]["retries"].values()) - sum(server.faults.values()) <= 3
+    assert sum(server.faults.values()) > 40
     kept = b"".join(path.read_bytes() for path in Path(stage.run_dir).rglob("*") if path.is_file())
     assert KEY.encode() not in kept
 
