@@ -5,6 +5,7 @@ It keeps the conversation and reads commands; the console draws, the models room
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -97,6 +98,7 @@ class Speaker:
 
 def talk(sources: Sequence[str], settings: Settings, *, device: str = "auto", trust_code: bool = False) -> None:
     """Hold a conversation until the input ends; raises ModelError for a model that cannot chat."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with Ctrl-C ignored
     speakers: list[Speaker] = []
     for source in sources:
         loaded = load_causal(source, device=device, trust_code=trust_code)
