@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from alignkit.feedback.prompts import Request
 
@@ -27,7 +27,25 @@ class Job:
 
 
 @dataclass
-class Reply:
+class _Kept:
+    """What was asked of a model as the store keeps it: what it cost, and how to write and read it."""
+
+    input_tokens: int = field(default=0, kw_only=True)
+    output_tokens: int = field(default=0, kw_only=True)
+    retries: dict[str, int] = field(default_factory=dict, kw_only=True)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain data for the store."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Return what `to_record` was made from."""
+        return cls(**{name: record[name] for name in cls.__dataclass_fields__ if name in record})
+
+
+@dataclass
+class Reply(_Kept):
     """A text that a model wrote, or the reason why there is none.
 
     `retries` counts failed tries of a server by cause.
@@ -36,22 +54,10 @@ class Reply:
     text: str = ""
     ended: bool = True  # False: cut off by max_new_tokens
     problem: str | None = None
-    input_tokens: int = 0
-    output_tokens: int = 0
-    retries: dict[str, int] = field(default_factory=dict)
-
-    def to_record(self) -> dict[str, Any]:
-        """Return plain data for the store."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Reply:
-        """Return what `to_record` was made from."""
-        return cls(**{name: record[name] for name in cls.__dataclass_fields__ if name in record})
 
 
 @dataclass
-class Verdict:
+class Verdict(_Kept):
     """What a judge says of two options: the probability of the first, or the reason for abstaining.
 
     `logps` are those of the options (of the deciding letter, from a server); `mass` is the share of probability that
@@ -63,18 +69,6 @@ class Verdict:
     mass: float | None = None
     text: str | None = None
     problem: str | None = None
-    input_tokens: int = 0
-    output_tokens: int = 0
-    retries: dict[str, int] = field(default_factory=dict)
-
-    def to_record(self) -> dict[str, Any]:
-        """Return plain data for the store."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Verdict:
-        """Return what `to_record` was made from."""
-        return cls(**{name: record[name] for name in cls.__dataclass_fields__ if name in record})
 
 
 class Model(Protocol):

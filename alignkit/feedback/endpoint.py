@@ -64,7 +64,9 @@ class Endpoint:
         ended = cut or choice.get("finish_reason") != "length"
         sent, received = data["counts"]
         text = text if job.request.is_plain and not self._is_chat else text.strip()
-        return Reply("" if problem else text, ended, problem, sent, received, retries)
+        return Reply(
+            "" if problem else text, ended, problem, input_tokens=sent, output_tokens=received, retries=retries
+        )
 
     def _decide(self, request: Request) -> Verdict:
         payload = self._payload(request, request.room, 0.0, closing=True)

@@ -126,7 +126,7 @@ class LocalModel:
             text, cut = cut_at(self._encoder.decode(answer), self._encoder.stops(jobs[place].request))
             ended = cut or bool(answer and answer[-1] in self._encoder.stop_ids)
             text = text if jobs[place].request.is_plain else text.strip()
-            replies.append((start + place, Reply(text, ended, None, len(prompt), len(answer))))
+            replies.append((start + place, Reply(text, ended, input_tokens=len(prompt), output_tokens=len(answer))))
         return replies
 
     @torch.no_grad()

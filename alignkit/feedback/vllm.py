@@ -89,8 +89,9 @@ class VllmModel:
         (completion,) = output.outputs
         text, cut = cut_at(completion.text, self._encoder.stops(request))
         ended = cut or completion.finish_reason == "stop"
-        counts = len(output.prompt_token_ids), len(completion.token_ids)
-        return Reply(text if request.is_plain else text.strip(), ended, None, *counts)
+        sent, received = len(output.prompt_token_ids), len(completion.token_ids)
+        text = text if request.is_plain else text.strip()
+        return Reply(text, ended, input_tokens=sent, output_tokens=received)
 
 
 def _verdict(output: Any, firsts: Sequence[int], input_tokens: int) -> Verdict:
