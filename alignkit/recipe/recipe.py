@@ -37,6 +37,7 @@ class Recipe:
     origins: Mapping[str, str]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stages of each rlaif section, in order
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    evaluates: bool = False  # `evaluate:` is written out: `alignkit run` measures at its end
 
     @property
     def stage_names(self) -> list[str]:

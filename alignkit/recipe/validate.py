@@ -216,6 +216,7 @@ def _construct(tree: Node, build: _Build, *, name: str, label: str) -> Recipe:
         lora=top.lora,
         launch=top.launch,
         evaluate=top.evaluate,
+        evaluates="evaluate" in tree.value,
         stages=sections,
         order=tuple(dict.fromkeys(listed or build.stages)),
         origins=origins,
