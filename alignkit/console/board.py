@@ -121,7 +121,7 @@ class Board:
 
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for column in ("stage", "method", "state", "progress", "steps", "time", "left", "figures"):
-            table.add_column(column, no_wrap=column != "figures", overflow="ellipsis")
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
         for row in self._rows.values():
             running = row.state == "running"
             seconds = time.monotonic() - row.began if running and row.began is not None else row.seconds

@@ -5,8 +5,6 @@ Pure: it names no run that is not given, and reads nothing but whether a path ex
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,12 +54,6 @@ def name_runs(options: EvaluateOptions, runs: Mapping[str, str]) -> EvaluateOpti
     if problems:
         raise UsageError(problems)
     return options.model_copy(update=named)
-
-
-def digest(options: EvaluateOptions) -> str:
-    """Return what tells one request from another, for eval.json; not how many rows go through at a time."""
-    text = json.dumps(options.model_dump(mode="json", exclude={"batch_size"}), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _flag(place: tuple[int | str, ...]) -> str:

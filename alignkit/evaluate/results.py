@@ -28,9 +28,8 @@ def describe(
     seed: int,
     seconds: float,
     warnings: Sequence[str],
-    asked: str | None = None,
 ) -> dict[str, Any]:
-    """Return the content of eval.json for figures measured now; `asked` tells requests apart (`request.digest`)."""
+    """Return the content of eval.json for figures measured now."""
     return {
         "schema": SCHEMA,
         "name": name,
@@ -38,7 +37,6 @@ def describe(
         "weights": weights,
         "seed": seed,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "asked": asked,
         "wall_seconds": round(seconds, 3),
         "versions": versions() | _library_versions(),
         "warnings": list(warnings),

@@ -15,7 +15,6 @@ from alignkit.errors import RunError, UsageError
 from alignkit.evaluate.cache import Cache
 from alignkit.evaluate.material import Material
 from alignkit.evaluate.measure import Evaluation
-from alignkit.evaluate.request import digest
 from alignkit.evaluate.results import describe, merge, save
 from alignkit.evaluate.rows import Measured, read_measured
 from alignkit.evaluate.shelf import Shelf
@@ -38,13 +37,12 @@ def evaluate(
     trust_code: bool = False,
     folder: Path | None = None,
     lenient: bool = False,
-    asked: str | None = None,
 ) -> dict[str, Any]:
     """Measure a model and return what eval.json holds now; `lenient` as in `Evaluation`.
 
     It is written into the run, or to `out`; a model that is no run and has no `out` leaves nothing. Answers and scores
-    are kept beside it, and `asked` in it. `folder` is where functions are looked up, too. Raises UsageError for what
-    cannot be measured, and what loading raises.
+    are kept beside it. `folder` is where functions are looked up, too. Raises UsageError for what cannot be measured,
+    and what loading raises.
     """
     began = time.monotonic()
     subject = find_subject(source, trust_code=trust_code)
@@ -71,7 +69,6 @@ def evaluate(
         seed=seed,
         seconds=time.monotonic() - began,
         warnings=shelf.warnings,
-        asked=asked,
     )
     if path is None:
         return merge(None, data)
@@ -116,7 +113,6 @@ def evaluate_all(
                 trust_code=trust_code,
                 folder=folder,
                 lenient=several,
-                asked=digest(options),
             )
         except UsageError as error:
             if not several:

@@ -134,7 +134,8 @@ def _show_results(
         return
     console.print_run([stage.name for stage, _ in jobs], results)
     for evaluation in measured:
-        console.print_table(evaluation["name"], *table(evaluation["results"]))
+        whole = [figure for figure in evaluation["results"] if figure["slice"] is None]
+        console.print_table(evaluation["name"], *table(whole))
 
 
 def _show_agenda(entries: Sequence[Entry], measure: Measuring | None, *, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from alignkit import console
 from alignkit.errors import RunError
 from alignkit.runs.files import disk_failures, read_json, write_json
 
@@ -164,6 +165,7 @@ def set_aside(run: RunDir, lock: RunLock) -> RunLock:
     aside = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     with disk_failures(run.path, "the run directory"):
         os.replace(run.path, aside)
+        console.note(f"{run.path.name}: the earlier run is kept as {aside}")
         lock.release()
         run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         return RunLock(run)
