@@ -73,7 +73,7 @@ def read_axes(
     if node is None or node.value is None:
         return [], []
     reader = _Reader(tree, stages, groups)
-    if not isinstance(node.value, dict) or not node.value:
+    if not isinstance(node.value, dict):
         reader.report(node, f"{KEY} is {show(node)}; it must be a mapping, such as {{dpo.beta: [0.05, 0.1, 0.5]}}")
         return [], reader.problems
     entries = list(reader.flatten(node, ()))
@@ -102,11 +102,11 @@ class _Reader:
             shown = show_key(".".join((KEY, *path)))
             if not all(path):
                 self.report(child, f"{shown} is not a dotted key, such as dpo.beta")
-            elif isinstance(child.value, dict) and child.value:
+            elif isinstance(child.value, dict):
                 yield from self.flatten(child, path)
             elif (isinstance(child.value, list) and child.value) or (child.value is None and child.place == FLAG):
                 yield self._find_path(path), child
-            elif child.value in ([], {}):
+            elif child.value == []:
                 self.report(child, f"{shown} is empty; give at least one value, or take it out")
             else:
                 again = f"[{show(child)}]" if child.value is not None else "[0.1, 0.5]"
