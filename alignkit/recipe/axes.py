@@ -153,9 +153,9 @@ class _Reader:
         if first in _REFUSED:
             return f"cannot be swept: {_REFUSED[first]}"
         if first in TOP:
-            known = {"model": ModelOptions, "lora": LoraOptions}.get(first)
-            if rest and known is not None and rest[0] not in known.model_fields:
-                return f"leads nowhere: {describe_unknown(rest[0], first, known.model_fields)}"
+            known = {"model": ModelOptions.model_fields, "lora": LoraOptions.model_fields}.get(first)
+            if rest and known is not None and rest[0] not in known:
+                return f"leads nowhere: {describe_unknown(rest[0], first, known)}"
             return None
         if first not in self._stages and first not in self._groups:
             names = [name for name, stage in self._stages.items() if stage.group is None]

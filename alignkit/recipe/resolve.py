@@ -166,4 +166,4 @@ def _collect_origins(recipe: Recipe, section: StageSection, trainer: list[str]) 
     for key, place in recipe.origins.items():
         if any(f"{key}.".startswith(f"{name}.") for name in kept):  # the name of a variant may hold dots: dpo-beta-0.1
             origins[key] = place
-    return origins | section.origins
+    return {**origins, **section.origins}
