@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -395,3 +397,53 @@ def test_every_stage_of_a_swept_recipe_of_ours_resolves() -> None:
     found = stages(recipe)
     assert all(stage.point for stage in found.values())
     assert len({stage.run_dir for stage in found.values()}) == len(found) == len(recipe.order)
+
+
+# Many recipes
+
+GOOD = {
+    "seed": "[0, 1]", "lora": "[null, {r: 3}]", "model.path": "[a/b, builtin:tiny-llama]", "data": "[a/b, c/d]",
+    "sft.learning_rate": "[1e-4, 2e-4]", "other.batch_size": "[4, 8]", "dpo.beta": "[0.1, 0.2]",
+    "dpo.start_from": "[sft, null, a/b]", "rm.start_from": "[sft, null]", "ppo.kl_coef": "[0.1, 0.2]",
+    "ppo.reward": "[rm, builtin:true-reward]", "rlaif.judge": "[sft, other]", "rlaif.critique.rounds": "[1, 2]",
+    "rlaif.start_from": "[sft, other, null]", "rlaif-label.answers": "[2, 4]", "rlaif.data": "[a/b, c/d]",
+    "rlaif.generator": "[null, {model: other}]",
+}  # fmt: skip
+BAD = ["0", "x", "null", "[]", "{}", "[1]", "{path: x}", "{judge: sft}", "''", "$NOPE", "rlaif", "[sft, rm]", "1e999"]
+
+
+def draw(rng: random.Random, values: Callable[[str], str]) -> str:
+    """Return a recipe with one to three swept keys; `values` gives what stands after each."""
+    more = ["", "  train: rm+ppo\n  generator: {model: sft}\n", "  critique: true\n"]
+    base = rng.choice([PIPELINE, *(RLAIF + line for line in more)])
+    keys = rng.sample(list(GOOD), rng.randint(1, 3))
+    return base + "sweep:\n" + "".join(f"  {key}: {values(key)}\n" for key in keys)
+
+
+def test_for_every_choice_of_values_there_is_one_variant_of_each_stage(load: Load) -> None:
+    rng, loaded = random.Random(5), 0
+    for _ in range(150):
+        text = draw(rng, GOOD.__getitem__)
+        try:
+            recipe = load(text)
+        except RecipeError:
+            continue  # a key of the other recipe, or one that no stage reads
+        loaded += 1
+        found = stages(recipe)
+        for stage in found.values():
+            for need in (stage.start_stage, *stage.reward_stages.values(), *stage.source_stages.values()):
+                assert need is None or found[need].point.items() <= stage.point.items(), text
+        for variants in recipe.sweeps.values():
+            for one, other in itertools.combinations([found[name].point for name in variants], 2):
+                assert any(key in other and other[key] != value for key, value in one.items()), text
+    assert loaded > 50
+
+
+def test_whatever_is_under_sweep_ends_in_stages_or_in_messages(load: Load) -> None:
+    rng = random.Random(6)
+    for _ in range(300):
+        text = draw(rng, lambda key: rng.choice([GOOD[key], rng.choice(BAD), f"[{rng.choice(BAD)}]"]))
+        try:
+            assert stages(load(text))
+        except RecipeError as error:
+            assert all(problem.where for problem in error.problems), text
