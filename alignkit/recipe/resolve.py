@@ -105,8 +105,8 @@ def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
 def pick_span(recipe: Recipe, first: str | None = None, last: str | None = None) -> list[str]:
     """Return the stages that `alignkit run` looks at, in order: all of them, or those from `first` to `last`.
 
-    An rlaif section and a swept stage stand for their first stage in `first`, for their last in `last`. Raises RecipeError for names that
-    are not under `stages:`, and when the last comes before the first.
+    An rlaif section and a swept stage stand for their first stage in `first`, for their last in `last`. Raises
+    RecipeError for names that are not under `stages:`, and when the last comes before the first.
     """
     order = list(recipe.order)
     several = {**recipe.groups, **recipe.sweeps}
