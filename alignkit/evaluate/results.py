@@ -14,6 +14,7 @@ from typing import Any
 from alignkit.evaluate.figures import Figure
 from alignkit.runs.files import disk_failures, read_json, write_json
 from alignkit.runs.record import versions
+from alignkit.runs.report.evaluation import name_data
 
 SCHEMA = 1
 _LIBRARIES = ("lm_eval", "rouge-score", "sacrebleu")
@@ -76,7 +77,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[t
         low, high = result["low"], result["high"]
         between = None if low is None else f"{low:.4g} to {high:.4g}"
         name = f"  {result['metric']}, {result['slice']}" if inner else result["metric"]
-        rows.append((name, result["value"], between, result["n"], result["unit"] or None, result["data"]))
+        rows.append((name, result["value"], between, result["n"], result["unit"] or None, name_data(result)))
     return columns, rows
 
 

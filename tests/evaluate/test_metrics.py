@@ -143,10 +143,13 @@ def test_best_of_n_figures_carry_the_bound_of_their_kl() -> None:
 class _Biased:
     """A judge that prefers whatever stands first nine times out of ten."""
 
-    name, reads_order = "biased", True
+    name, settings = "biased", {}  # type: ignore[var-annotated]
 
-    def prefer(self, prompts: list, firsts: list, seconds: list) -> list[float]:
-        return [0.9] * len(prompts)
+    def compare(self, prompts: list, firsts: list, seconds: list) -> list[tuple[float, float]]:
+        return [(0.9, 1 - 0.9)] * len(prompts)
+
+    def describe(self) -> dict:
+        return {}
 
 
 def test_asking_both_orders_takes_a_judge_s_bias_out() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,6 @@ from alignkit.evaluate.rows import _stage, read_measured
 from alignkit.evaluate.run import evaluate, evaluate_all
 from alignkit.evaluate.subject import find_subject
 from alignkit.recipe.schema import DataSource, EvaluateOptions
-
-PAIRS = {"path": "builtin:preferences", "split": "train", "max_rows": 60}
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, policy_dir: Path, reference_dir: Path) -> Path:
-    """A dpo run as far as an evaluation reads it, beside the sft run it started from."""
-    runs = tmp_path / "runs/tiny"
-    for name, model in (("sft", reference_dir), ("dpo", policy_dir)):
-        shutil.copytree(model, runs / name / "model")
-        stage: dict[str, Any] = {
-            "recipe": "tiny", "stage": name, "method": name, "seed": 3, "model": {"path": "builtin:tiny-gpt2"},
-            "options": {"data": [PAIRS], "eval": 0.3}, "trainer": {"beta": 0.2},
-            "start_dir": "runs/tiny/sft/model" if name == "dpo" else None,
-            "start_stage": "sft" if name == "dpo" else None,
-        }  # fmt: skip
-        (runs / name / "stage.json").write_text(json.dumps(stage))
-        (runs / name / "result.json").write_text(json.dumps({"status": "finished", "stage": name}))
-    return runs / "dpo"
 
 
 def _options(**given: Any) -> EvaluateOptions:
@@ -201,7 +181,7 @@ def test_the_table_shows_slices_below_their_figure() -> None:
 
 
 def test_options_of_the_command_line_lie_over_the_recipe_s(tmp_path: Path) -> None:
-    base = EvaluateOptions(max_rows=9, against="sft")
+    base = EvaluateOptions(max_rows=9, against="sft", tasks=["sums.jsonl"])
     options = combine(base, {"max_rows": None, "shots": [2], "data": sources(["builtin:prompts"], None)})
     assert (options.max_rows, options.shots, options.against) == (9, [2], "sft")
     assert options.data is not None and options.data[0].split == "test"

@@ -6,7 +6,7 @@ It computes no metric and draws unknown ones like the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ _NAMES = {
     "best_of_n_true_reward": "Best of N, true reward",
     "ended_share": "Answers that end",
     "judge_agreement": "Agreement of the judge with itself, orders swapped",
+    "judge_abstained": "Abstentions of the judge",
     "completion_logp": "Log-probability of the right answer",
     "likelihood_accuracy": "Few-shot, by likelihood per token",
     "likelihood_accuracy_sum": "Few-shot, by likelihood of the whole",
@@ -151,14 +152,14 @@ def _row(result: dict[str, Any], run: str, scale: tuple[float, float], *, first:
         interval="" if low is None or high is None else f"{show(low)} to {show(high)}",
         n=figure(n) if isinstance(n, int | float) else "",
         unit={"share": "", "x 100": "\u00d7 100"}.get(str(result.get("unit") or ""), str(result.get("unit") or "")),
-        data=_name_data(result),
+        data=name_data(result),
         settings=", ".join(f"{key}: {item}" for key, item in (result.get("settings") or {}).items()),
         bar=_draw_bar(value, low, high, scale, mark=0.5 if metric in _COIN_TOSS else None),
         first=first,
     )
 
 
-def _name_data(result: dict[str, Any]) -> str:
+def name_data(result: Mapping[str, Any]) -> str:
     """Return what was evaluated on, and against which other run."""
     settings, data = result.get("settings") or {}, str(result.get("data") or "")
     if against := settings.get("against"):
