@@ -115,7 +115,8 @@ def test_overlap_is_measured_where_there_is_one_right_answer(policy_dir: Path, t
     rows = DataSource(path="builtin:instructions", split="test")
     data = evaluate(str(policy_dir), _options(data=[rows]), device="cpu", out=tmp_path / "here.json")
     assert {"rouge1", "rouge2", "rougeL", "bleu", "chrf"} <= {result["metric"] for result in data["results"]}
-    assert (tmp_path / "here.json").is_file()
+    kept = json.loads((tmp_path / "here.json").read_text())["results"]
+    assert all(isinstance(result[key], float) for result in kept for key in ("value", "low", "high"))
 
 
 def test_what_cannot_be_measured_is_said(policy_dir: Path, reward_dir: Path) -> None:
