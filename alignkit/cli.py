@@ -395,6 +395,10 @@ def evaluate(
 
     prepare_environment()
     from alignkit.evaluate.results import table
+    from alignkit.evaluate.subject import list_siblings
+
+    if source is not None:
+        options = name_runs(options, list_siblings(source), strict=False)
     from alignkit.evaluate.run import evaluate_all
 
     names = [source] if source is not None else [runs[stage]] if stage else list(runs.values())

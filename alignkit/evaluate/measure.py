@@ -14,7 +14,7 @@ from alignkit.errors import EnvironmentProblem, JudgeError, UsageError
 from alignkit.evaluate.best_of_n import measure_best_of
 from alignkit.evaluate.calibration import measure_calibration
 from alignkit.evaluate.divergence import measure_kl
-from alignkit.evaluate.few_shot import measure_few_shot, read_task
+from alignkit.evaluate.few_shot import Item, measure_few_shot, read_task
 from alignkit.evaluate.figures import Figure, make_figure, place_figures
 from alignkit.evaluate.harness import PREFIX, measure_harness
 from alignkit.evaluate.intervals import mean_of_groups, share
@@ -26,6 +26,7 @@ from alignkit.evaluate.perplexity import measure_perplexity
 from alignkit.evaluate.policy import Policy
 from alignkit.evaluate.rewards import ModelReward, Reward, TrueReward, read_text
 from alignkit.evaluate.rows import split_answer
+from alignkit.evaluate.subject import find_subject
 from alignkit.evaluate.win_rate import measure_win_rate
 
 _BUILTIN = "builtin:"
@@ -41,6 +42,8 @@ class Evaluation:
         """
         self._material, self._judged, self._lenient = material, judged, lenient
         self._judge: Judge | None = None
+        self._rival: Policy | None = None
+        self._items: dict[str, list[Item]] = {}
         self.failure: JudgeError | None = None  # why there is no win rate
         self.subject, self.options, self.shelf = material.subject, material.options, material.shelf
         self._seed, self._folder, self._rows = material.seed, material.folder, material.rows
@@ -61,8 +64,7 @@ class Evaluation:
         A judge that gives up takes nothing from the other groups: `failure` tells.
         """
         figures, chosen = [], self._choose()
-        if "win_rate" in chosen:  # what is wrong with its judge is said before anything is measured
-            self._judge = self._make_judge()
+        self._prepare(chosen)
         for name in chosen:
             console.note(f"{self.subject.name}: measuring {name}")
             try:
@@ -74,6 +76,17 @@ class Evaluation:
             except JudgeError as failure:
                 self.failure = failure
         return figures
+
+    def _prepare(self, chosen: Sequence[str]) -> None:
+        """Find out what is wrong with the judge, the other model and the tasks before anything is measured."""
+        if "win_rate" in chosen:
+            against = str(self.options.against)
+            if find_subject(against, trust_code=self.shelf.trust_code).reward:
+                raise UsageError(f"--against: {against} is a reward model, which says nothing")
+            self._rival, self._judge = Policy(against, self.shelf), self._make_judge()
+        for task in self.options.tasks if "tasks" in chosen else ():
+            if not task.startswith(PREFIX):
+                self._items[task] = read_task(Path(task).expanduser(), max_rows=self.options.max_rows)
 
     def _choose(self) -> list[str]:
         possible = {name: self._why_not(name) for name in self._groups}
@@ -208,10 +221,10 @@ class Evaluation:
         return self._place(figures, temperature=0.0, max_new_tokens=limit)
 
     def _win_rate(self) -> list[Figure]:
-        against, judge = self.options.against, self._judge
-        assert against is not None and judge is not None
+        against, rival, judge = self.options.against, self._rival, self._judge
+        assert rival is not None and judge is not None
         ours = [group[0].text for group in self._material.sampled]
-        theirs = [group[0].text for group in self._material.sample(Policy(against, self.shelf), 1)]
+        theirs = [group[0].text for group in self._material.sample(rival, 1)]
         prompts = self._material.prompts
         figures = measure_win_rate(
             judge,
@@ -249,9 +262,9 @@ class Evaluation:
                     seed=self._seed,
                 )
             else:
-                items = read_task(Path(task).expanduser(), max_rows=options.max_rows)
                 found = measure_few_shot(
-                    self._material.policy, items, shots=options.shots, seed=self._seed, resamples=options.resamples
-                )
+                    self._material.policy, self._items[task], shots=options.shots, seed=self._seed,
+                    resamples=options.resamples,
+                )  # fmt: skip
             figures += place_figures(found, data=task, max_rows=options.max_rows, seed=self._seed)
         return figures

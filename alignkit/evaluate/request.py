@@ -63,10 +63,11 @@ def sources(paths: Sequence[str], split: str | None) -> list[dict[str, Any]]:
     return found
 
 
-def name_runs(options: EvaluateOptions, runs: Mapping[str, str]) -> EvaluateOptions:
+def name_runs(options: EvaluateOptions, runs: Mapping[str, str], *, strict: bool = True) -> EvaluateOptions:
     """Return the options with every stage name as its run directory.
 
-    Raises UsageError for a single word that is neither a stage of the recipe nor something that exists.
+    With `strict`, raises UsageError for a single word that is neither a stage of the recipe nor something that exists;
+    else it may be a hub id.
     """
     named: dict[str, Any] = {}
     problems = []
@@ -75,7 +76,7 @@ def name_runs(options: EvaluateOptions, runs: Mapping[str, str]) -> EvaluateOpti
     for key, value in names.items():
         if value in runs:
             named[key] = runs[value]
-        elif runs and value and not set(value) & {"/", ":"} and not Path(value).exists():
+        elif strict and runs and value and not set(value) & {"/", ":"} and not Path(value).exists():
             hint = suggest(value, runs) or f"; the recipe's stages are {', '.join(runs)}"
             problems.append(Problem(f"{value} is neither a stage nor a path that exists{hint}", _flag((key,))))
     if problems:
