@@ -345,7 +345,16 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option("--against", metavar="RUN", rich_help_panel=_WHAT, help="Other side of a win rate.")
     ] = None,
-    judge: Annotated[str | None, typer.Option("--judge", metavar="REWARD", rich_help_panel=_WHAT)] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", metavar="JUDGE", rich_help_panel=_WHAT, help="A reward, a RUN or a URL.")
+    ] = None,
+    judge_name: Annotated[
+        str | None, typer.Option("--judge-name", metavar="NAME", rich_help_panel=_WHAT, help="Of the model at a URL.")
+    ] = None,
+    constitution: Annotated[
+        list[str] | None,
+        typer.Option("--constitution", metavar="FILE", rich_help_panel=_WHAT, help="What a language model judges by."),
+    ] = None,
     best_of: Annotated[list[int] | None, typer.Option("--best-of", metavar="N", rich_help_panel=_WHAT)] = None,
     tasks: Annotated[
         list[str] | None,
@@ -370,7 +379,7 @@ def evaluate(
 ) -> None:
     """Measure a model: every figure with its n and 95 % interval, to eval.json and a table."""
     from alignkit import console
-    from alignkit.evaluate.request import combine, name_runs, sources
+    from alignkit.evaluate.request import combine, judge_source, name_runs, sources
     from alignkit.recipe.schema import EvaluateOptions
 
     if (source is None) == (recipe is None):
@@ -388,14 +397,19 @@ def evaluate(
         raise typer.BadParameter("--split belongs to --data")
     given = {
         "data": sources(data or (), split), "max_rows": max_rows, "metrics": metrics, "reference": reference,
-        "reward": reward, "against": against, "judge": judge, "best_of": best_of, "tasks": tasks, "shots": shots,
-        "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+        "reward": reward, "against": against, "judge": judge_source(judge, judge_name), "constitution": constitution,
+        "best_of": best_of, "tasks": tasks, "shots": shots, "samples": samples, "temperature": temperature,
+        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
     }  # fmt: skip
     options = name_runs(combine(base, given), runs)
     from alignkit.launch import prepare_environment
 
     prepare_environment()
     from alignkit.evaluate.results import table
+    from alignkit.evaluate.subject import list_siblings
+
+    if source is not None:
+        options = name_runs(options, list_siblings(source), strict=False)
     from alignkit.evaluate.run import evaluate_all
 
     names = [source] if source is not None else [runs[stage]] if stage else list(runs.values())

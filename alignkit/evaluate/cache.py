@@ -7,13 +7,17 @@ nothing it has. Deliberately never cleared by itself: it lies in the run directo
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from alignkit import console
 from alignkit.runs.files import disk_failures
 from alignkit.runs.record import JsonLines
+
+_NOTE_SECONDS = 10.0
 
 
 class Cache:
@@ -48,7 +52,11 @@ class Cache:
         places = sorted(unknown.values())
         self.num_misses += len(places)
         self.num_hits += len(keys) - len(places)
+        said = time.monotonic()
         for start in range(0, len(places), batch_size):
+            if start and time.monotonic() - said >= _NOTE_SECONDS:
+                said = time.monotonic()
+                console.note(f"{start} of {len(places)} questions are answered")
             batch = places[start : start + batch_size]
             for place, value in zip(batch, answer(batch), strict=True):
                 self._keep(keys[place], value)

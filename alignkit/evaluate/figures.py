@@ -43,8 +43,8 @@ class Figure:
         """Return plain data; JSON has no NaN and no infinity, so such a figure has no value."""
         plain = asdict(self)
         for key in ("value", "low", "high"):
-            if plain[key] is not None and not math.isfinite(plain[key]):
-                plain[key] = None
+            if plain[key] is not None:
+                plain[key] = float(plain[key]) if math.isfinite(plain[key]) else None  # a library's own type is no JSON
         return plain
 
     @property

@@ -111,8 +111,9 @@ def _require() -> tuple[Any, Any]:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
+        missing = "is not installed" if error.name == "lm_eval" else f"cannot be imported ({error})"
         raise EnvironmentProblem(
-            "lm-evaluation-harness is not installed; pip install 'alignkit[eval]', or leave its tasks out"
+            f"lm-evaluation-harness {missing}; pip install 'alignkit[eval]', or leave its tasks out"
         ) from error
     return lm_eval, HFLM
 

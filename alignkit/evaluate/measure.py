@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import console
-from alignkit.errors import EnvironmentProblem, UsageError
+from alignkit.errors import EnvironmentProblem, JudgeError, UsageError
 from alignkit.evaluate.best_of_n import measure_best_of
 from alignkit.evaluate.calibration import measure_calibration
 from alignkit.evaluate.divergence import measure_kl
-from alignkit.evaluate.few_shot import measure_few_shot, read_task
+from alignkit.evaluate.few_shot import Item, measure_few_shot, read_task
 from alignkit.evaluate.figures import Figure, make_figure, place_figures
 from alignkit.evaluate.harness import PREFIX, measure_harness
 from alignkit.evaluate.intervals import mean_of_groups, share
-from alignkit.evaluate.judges import Judge, RewardJudge
+from alignkit.evaluate.judges import Judge, make_judge
 from alignkit.evaluate.material import Material, as_completion
 from alignkit.evaluate.overlap import measure_bleu, measure_rouge
 from alignkit.evaluate.pairs import measure_accuracy, measure_length_baselines
 from alignkit.evaluate.perplexity import measure_perplexity
 from alignkit.evaluate.policy import Policy
-from alignkit.evaluate.rewards import ModelReward, Reward, TrueReward, make_reward, read_text
+from alignkit.evaluate.rewards import ModelReward, Reward, TrueReward, read_text
 from alignkit.evaluate.rows import split_answer
+from alignkit.evaluate.subject import find_subject
 from alignkit.evaluate.win_rate import measure_win_rate
 
 _BUILTIN = "builtin:"
@@ -34,12 +35,16 @@ _BUILTIN = "builtin:"
 class Evaluation:
     """The groups of metrics of one model, each measured once."""
 
-    def __init__(self, material: Material, *, judge: Judge | None = None, lenient: bool = False) -> None:
-        """Prepare to measure; `judge` replaces the one that the options name.
+    def __init__(self, material: Material, *, judged: Path | None = None, lenient: bool = False) -> None:
+        """Prepare to measure; `judged` is where the verdicts of a language model are kept.
 
         With `lenient` a group that was asked for and cannot be measured is left out with a warning.
         """
-        self._material, self._judge, self._lenient = material, judge, lenient
+        self._material, self._judged, self._lenient = material, judged, lenient
+        self._judge: Judge | None = None
+        self._rival: Policy | None = None
+        self._items: dict[str, list[Item]] = {}
+        self.failure: JudgeError | None = None  # why there is no win rate
         self.subject, self.options, self.shelf = material.subject, material.options, material.shelf
         self._seed, self._folder, self._rows = material.seed, material.folder, material.rows
         self._groups: dict[str, Callable[[], list[Figure]]] = {
@@ -54,9 +59,13 @@ class Evaluation:
         }
 
     def run(self) -> list[Figure]:
-        """Measure every group; raises UsageError for a group that was asked for and cannot be measured."""
-        figures = []
-        for name in self._choose():
+        """Measure every group; raises UsageError for a group that was asked for and cannot be measured.
+
+        A judge that gives up takes nothing from the other groups: `failure` tells.
+        """
+        figures, chosen = [], self._choose()
+        self._prepare(chosen)
+        for name in chosen:
             console.note(f"{self.subject.name}: measuring {name}")
             try:
                 figures += self._groups[name]()
@@ -64,7 +73,20 @@ class Evaluation:
                 if self.options.metrics is not None or name != "overlap":
                     raise
                 self.shelf.warn(str(problem))
+            except JudgeError as failure:
+                self.failure = failure
         return figures
+
+    def _prepare(self, chosen: Sequence[str]) -> None:
+        """Find out what is wrong with the judge, the other model and the tasks before anything is measured."""
+        if "win_rate" in chosen:
+            against = str(self.options.against)
+            if find_subject(against, trust_code=self.shelf.trust_code).reward:
+                raise UsageError(f"--against: {against} is a reward model, which says nothing")
+            self._rival, self._judge = Policy(against, self.shelf), self._make_judge()
+        for task in self.options.tasks if "tasks" in chosen else ():
+            if not task.startswith(PREFIX):
+                self._items[task] = read_task(Path(task).expanduser(), max_rows=self.options.max_rows)
 
     def _choose(self) -> list[str]:
         possible = {name: self._why_not(name) for name in self._groups}
@@ -199,11 +221,10 @@ class Evaluation:
         return self._place(figures, temperature=0.0, max_new_tokens=limit)
 
     def _win_rate(self) -> list[Figure]:
-        against = self.options.against
-        assert against is not None
-        judge = self._judge or self._make_judge()
+        against, rival, judge = self.options.against, self._rival, self._judge
+        assert rival is not None and judge is not None
         ours = [group[0].text for group in self._material.sampled]
-        theirs = [group[0].text for group in self._material.sample(Policy(against, self.shelf), 1)]
+        theirs = [group[0].text for group in self._material.sample(rival, 1)]
         prompts = self._material.prompts
         figures = measure_win_rate(
             judge,
@@ -212,14 +233,11 @@ class Evaluation:
             [as_completion(prompt, text) for prompt, text in zip(prompts, theirs, strict=True)],
             resamples=self.options.resamples,
         )
-        return self._place(figures, against=against, judge=judge.name, **self._sampling)
+        return self._place(figures, against=against, judge=judge.name, **judge.settings, **self._sampling)
 
     def _make_judge(self) -> Judge:
-        named = self.options.judge
-        reward = make_reward(named, self.shelf, folder=self._folder) if named else self._material.reward
-        if reward is None:
-            raise UsageError("win_rate needs a judge: name a reward model, a function or builtin:true-reward (--judge)")
-        return RewardJudge(reward)
+        reward, store = self._material.reward, self._judged
+        return make_judge(self.options, self.shelf, reward=reward, folder=self._folder, seed=self._seed, store=store)
 
     def _best_of(self) -> list[Figure]:
         reward = self._material.reward
@@ -244,9 +262,9 @@ class Evaluation:
                     seed=self._seed,
                 )
             else:
-                items = read_task(Path(task).expanduser(), max_rows=options.max_rows)
                 found = measure_few_shot(
-                    self._material.policy, items, shots=options.shots, seed=self._seed, resamples=options.resamples
-                )
+                    self._material.policy, self._items[task], shots=options.shots, seed=self._seed,
+                    resamples=options.resamples,
+                )  # fmt: skip
             figures += place_figures(found, data=task, max_rows=options.max_rows, seed=self._seed)
         return figures

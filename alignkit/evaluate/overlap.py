@@ -50,7 +50,11 @@ def _corpus_figure(name: str, metric: Any, answers: Sequence[str], references: S
         return make_figure(name, Interval(None, None, None, 0, "none"), unit="x 100", better="higher")
     several = len(answers) > 1
     score = metric.corpus_score(list(answers), [list(references)], n_bootstrap=resamples if several else 1)
-    low, high = (max(score._mean - score._ci, 0.0), min(score._mean + score._ci, 100.0)) if several else (None, None)
+    middle, half = (
+        float(score._mean),
+        float(score._ci),
+    )  # of chrF they are numpy's own float32, which JSON does not know
+    low, high = (max(middle - half, 0.0), min(middle + half, 100.0)) if several else (None, None)
     found = Interval(float(score.score), low, high, len(answers), "bootstrap" if several else "none")
     signature = "|".join(part for part in str(metric.get_signature()).split("|") if not part.startswith(("bs:", "rs:")))
     return make_figure(name, found, unit="x 100", better="higher", signature=signature)

@@ -5,24 +5,51 @@ Pure: it names no run that is not given, and reads nothing but whether a path ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from alignkit.errors import Problem, UsageError
+from alignkit.recipe.audit_feedback import evaluation_problems
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.schema import EVALUATED, EvaluateOptions
+from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
+
+_MODELS = ("reference", "reward", "against")
+_NEEDED = {"judge": "against", "constitution": "against", "shots": "tasks"}  # options that only serve another one
 
 
 def combine(base: EvaluateOptions, given: Mapping[str, Any]) -> EvaluateOptions:
     """Return `base` with every option that was given (not None, not empty); raises UsageError naming bad ones."""
     changes = {key: value for key, value in given.items() if value not in (None, [], ())}
     try:
-        return EvaluateOptions.model_validate({**base.model_dump(), **changes})
+        options = EvaluateOptions.model_validate({**base.model_dump(exclude_unset=True), **changes})
     except ValidationError as error:
         raise UsageError([Problem(_describe(item), _flag(item["loc"])) for item in error.errors()]) from None
+    if problems := list(_find_problems(options, changes)):
+        raise UsageError(problems)
+    return options
+
+
+def _find_problems(options: EvaluateOptions, changes: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong with options that are right in themselves."""
+    if changes.keys() & {"judge", "constitution"}:
+        for key, what in evaluation_problems(options.model_dump(exclude_unset=True)):
+            yield Problem(what, _flag((key,)))
+    for key, needed in _NEEDED.items():
+        if key in changes and not getattr(options, needed):
+            yield Problem(f"has no effect without {_flag((needed,))}", _flag((key,)))
+
+
+def judge_source(judge: str | None, name: str | None) -> dict[str, Any] | None:
+    """Return what --judge and --judge-name mean; raises UsageError for a name without an address."""
+    is_url = judge is not None and "://" in judge
+    if name is not None and not is_url:
+        raise UsageError("has no effect without a url as --judge: it is the model's name there", where="--judge-name")
+    if judge is None:
+        return None
+    return {"url": judge, **({"name": name} if name else {})} if is_url else {"model": judge}
 
 
 def sources(paths: Sequence[str], split: str | None) -> list[dict[str, Any]]:
@@ -36,21 +63,26 @@ def sources(paths: Sequence[str], split: str | None) -> list[dict[str, Any]]:
     return found
 
 
-def name_runs(options: EvaluateOptions, runs: Mapping[str, str]) -> EvaluateOptions:
+def name_runs(options: EvaluateOptions, runs: Mapping[str, str], *, strict: bool = True) -> EvaluateOptions:
     """Return the options with every stage name as its run directory.
 
-    Raises UsageError for a single word that is neither a stage of the recipe nor something that exists.
+    With `strict`, raises UsageError for a single word that is neither a stage of the recipe nor something that exists;
+    else it may be a hub id.
     """
-    named, problems = {}, []
-    for key in EVALUATED:
-        value = getattr(options, key)
+    named: dict[str, Any] = {}
+    problems = []
+    judge = options.judge
+    names = {key: getattr(options, key) for key in _MODELS} | {"judge": judge.model if judge else None}
+    for key, value in names.items():
         if value in runs:
             named[key] = runs[value]
-        elif runs and value and not set(value) & {"/", ":"} and not Path(value).exists():
+        elif strict and runs and value and not set(value) & {"/", ":"} and not Path(value).exists():
             hint = suggest(value, runs) or f"; the recipe's stages are {', '.join(runs)}"
             problems.append(Problem(f"{value} is neither a stage nor a path that exists{hint}", _flag((key,))))
     if problems:
         raise UsageError(problems)
+    if "judge" in named:
+        named["judge"] = FeedbackModel(model=named["judge"], engine=judge.engine if judge else "transformers")
     return options.model_copy(update=named)
 
 

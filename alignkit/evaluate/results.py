@@ -14,6 +14,7 @@ from typing import Any
 from alignkit.evaluate.figures import Figure
 from alignkit.runs.files import disk_failures, read_json, write_json
 from alignkit.runs.record import versions
+from alignkit.runs.report.evaluation import name_all_data
 
 SCHEMA = 1
 _LIBRARIES = ("lm_eval", "rouge-score", "sacrebleu")
@@ -71,12 +72,12 @@ def table(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[t
     """Return columns and rows of a table of results."""
     columns = ("metric", "value", "95 % interval", "n", "unit", "on")
     rows = []
-    for result in results:
+    for result, data in zip(results, name_all_data(results), strict=True):
         inner = result["slice"] is not None
         low, high = result["low"], result["high"]
         between = None if low is None else f"{low:.4g} to {high:.4g}"
         name = f"  {result['metric']}, {result['slice']}" if inner else result["metric"]
-        rows.append((name, result["value"], between, result["n"], result["unit"] or None, result["data"]))
+        rows.append((name, result["value"], between, result["n"], result["unit"] or None, data))
     return columns, rows
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import console
-from alignkit.errors import RunError, UsageError
+from alignkit.errors import JudgeError, RunError, UsageError
 from alignkit.evaluate.cache import Cache
+from alignkit.evaluate.judges import check_judge
 from alignkit.evaluate.material import Material
 from alignkit.evaluate.measure import Evaluation
 from alignkit.evaluate.results import describe, merge, save
@@ -24,7 +25,7 @@ from alignkit.recipe.schema import EvaluateOptions
 from alignkit.runs.layout import RunDir
 from alignkit.runs.publish import publish
 
-_CACHE = "eval-cache.jsonl"
+_CACHE, _JUDGED = "eval-cache.jsonl", "eval-judged.jsonl"
 
 
 def evaluate(
@@ -42,7 +43,7 @@ def evaluate(
 
     It is written into the run, or to `out`; a model that is no run and has no `out` leaves nothing. Answers and scores
     are kept beside it. `folder` is where functions are looked up, too. Raises UsageError for what cannot be measured,
-    and what loading raises.
+    what loading raises, and JudgeError when the judge gave up, after writing the other figures.
     """
     began = time.monotonic()
     subject = find_subject(source, trust_code=trust_code)
@@ -58,7 +59,8 @@ def evaluate(
     for message in measured.warnings if measured else ():
         shelf.warn(message)
     material = Material(subject, options, measured, shelf, seed=seed, folder=folder or Path.cwd())
-    figures = Evaluation(material, lenient=lenient).run()
+    evaluation = Evaluation(material, judged=path.with_name(_JUDGED) if path else None, lenient=lenient)
+    figures = evaluation.run()
     for message in shelf.warnings:
         console.warn(message)
     data = describe(
@@ -71,11 +73,22 @@ def evaluate(
         warnings=shelf.warnings,
     )
     if path is None:
+        _require_judged(subject, evaluation, path)
         return merge(None, data)
     saved = save(path, data)
     if out is None and subject.run is not None:
         publish(subject.run.path)  # its page and its card show the figures
+    _require_judged(subject, evaluation, path)
     return saved
+
+
+def _require_judged(subject: Subject, evaluation: Evaluation, path: Path | None) -> None:
+    """Raise JudgeError when there is no win rate because the judge gave up."""
+    if evaluation.failure is None:
+        return
+    kept = f"; the other figures are in {path.name}, and no verdict will be asked for again" if path else ""
+    advice = "run the same command to go on (with a higher limit where it was the budget)"
+    raise JudgeError(f"{subject.name}: win_rate: {evaluation.failure}{kept}: {advice}")
 
 
 def evaluate_all(
@@ -92,7 +105,7 @@ def evaluate_all(
     """Measure models one after another and yield what `evaluate` returns.
 
     With `skip` a run that is not finished is left out with a word, and what a stage cannot be measured on is too;
-    raises RunError when none is finished.
+    raises RunError when none is finished, and the last stage's error when none could be measured.
     """
     finished = [source for source in sources if not skip or RunDir(Path(source).expanduser().absolute()).is_finished()]
     for source in sources:
@@ -100,11 +113,13 @@ def evaluate_all(
             console.note(f"{source}: not finished, left out")
     if not finished:
         raise RunError("no stage is finished; train first, with alignkit run --recipe FILE")
+    check_judge(options)
     several = skip and len(finished) > 1
+    num_measured = 0
     for source in finished:
         chosen = _fit(options, source, trust_code) if several else options
         try:
-            yield evaluate(
+            found = evaluate(
                 source,
                 chosen,
                 seed=seed,
@@ -115,9 +130,12 @@ def evaluate_all(
                 lenient=several,
             )
         except UsageError as error:
-            if not several:
+            if not several or (source == finished[-1] and not num_measured):
                 raise
             console.warn(f"{source}: {error}; left out")
+        else:
+            num_measured += 1
+            yield found
 
 
 def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOptions:

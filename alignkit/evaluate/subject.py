@@ -5,12 +5,14 @@ It reads the small files of a run and opens no weights.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import DataError, RunError
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
+from alignkit.recipe.lineage import RUNS
 from alignkit.recipe.schema import DataSource
 from alignkit.runs.files import read_json
 from alignkit.runs.layout import RunDir
@@ -78,6 +80,7 @@ class Subject:
 def find_subject(source: str, *, trust_code: bool) -> Subject:
     """Find a model by the name of a run, a directory or a hub id; raises RunError or ModelError."""
     path = Path(source).expanduser()
+    _refuse_near_misses(source, path)
     if (path / "stage.json").is_file():
         run = RunDir(path.absolute())
         if not run.model.is_dir():
@@ -90,3 +93,25 @@ def find_subject(source: str, *, trust_code: bool) -> Subject:
     if (directory.parent / "stage.json").is_file() and directory.name == "model":
         return find_subject(str(directory.parent), trust_code=trust_code)
     return Subject(str(directory), None, inspect_model_dir(directory, trust_code=trust_code).reward)
+
+
+def list_siblings(source: str) -> dict[str, str]:
+    """Return the other runs beside a run, by their names; none of what is no run."""
+    path = Path(source).expanduser().absolute()
+    if not (path / "stage.json").is_file():
+        return {}
+    return {run.name: os.path.relpath(run) for run in _list_runs(path.parent)}
+
+
+def _refuse_near_misses(source: str, path: Path) -> None:
+    """Raise RunError for the directory of a recipe's runs, and for a stage's name without its directory."""
+    if path.is_dir() and not (path / "config.json").exists() and (runs := _list_runs(path)):
+        raise RunError(f"holds the runs {', '.join(run.name for run in runs)}; name one of them", where=source)
+    if len(path.parts) == 1 and not path.exists():
+        known = [str(found.parent) for found in sorted(Path(RUNS).glob(f"*/{source}/stage.json"))]
+        if known:
+            raise RunError(f"is not there; did you mean {' or '.join(known)}?", where=source)
+
+
+def _list_runs(path: Path) -> list[Path]:
+    return sorted(found.parent for found in path.glob("*/stage.json"))

@@ -27,24 +27,38 @@ def measure_win_rate(
 ) -> list[Figure]:
     """Return the share of prompts on which our answer wins, a tie counting one half, and the length-controlled share.
 
-    A judge that reads the order is asked both ways and its two verdicts are averaged; the two orders and the share of
-    equal verdicts are figures of their own.
+    The verdicts of a judge that reads the order are averaged over both; each order by itself, the share of comparisons
+    in which both prefer the same answer, and the share it abstains from are figures of their own. What it abstains from
+    is in no other figure.
     """
     if not prompts:
         return []
-    first = judge.prefer(prompts, ours, theirs)
-    wins, figures = first, []
-    if judge.reads_order:
-        second = [1 - p for p in judge.prefer(prompts, theirs, ours)]
-        wins = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
-        agree = [float((a > 0.5) == (b > 0.5) and (a < 0.5) == (b < 0.5)) for a, b in zip(first, second, strict=True)]
-        for name, outcomes in (("ours first", first), ("ours second", second)):
-            figures.append(_figure("win_rate", _share(outcomes, resamples), slice=name))
-        figures.append(_figure("judge_agreement", _share(agree, resamples)))
-    details = [_show(*row) for row in list(zip(prompts, ours, theirs, wins, strict=True))[:_SHOWN]]
-    whole = _figure("win_rate", _share(wins, resamples), details=details)
-    lengths = [(count_chars(a), count_chars(b)) for a, b in zip(ours, theirs, strict=True)]
-    return [whole, *figures, _figure("win_rate_length_controlled", control_length(wins, lengths))]
+    verdicts = judge.compare(prompts, ours, theirs)
+    decided = [(place, [p for p in orders if p is not None]) for place, orders in enumerate(verdicts)]
+    decided = [(place, orders) for place, orders in decided if len(orders) == len(verdicts[place])]
+    places, wins = [place for place, _ in decided], [sum(orders) / len(orders) for _, orders in decided]
+    shown = [_show(prompts[place], ours[place], theirs[place], win) for place, win in zip(places, wins, strict=True)]
+    whole = _figure("win_rate", _share(wins, resamples), details=shown[:_SHOWN])
+    lengths = [(count_chars(ours[place]), count_chars(theirs[place])) for place in places]
+    controlled = _figure("win_rate_length_controlled", control_length(wins, lengths))
+    return [whole, *_compare_orders(judge, verdicts, resamples), controlled]
+
+
+def _compare_orders(judge: Judge, verdicts: Sequence[tuple[float | None, ...]], resamples: int) -> list[Figure]:
+    """Return what both orders say of the judge; nothing where the order was never read."""
+    asked = [orders for orders in verdicts if len(orders) == 2]
+    if not asked:
+        return []
+    both = [(a, b) for a, b in asked if a is not None and b is not None]
+    abstained = [float(None in orders) for orders in asked]
+    agree = [float((a > 0.5) == (b > 0.5) and (a < 0.5) == (b < 0.5)) for a, b in both]
+    details = [judge.describe()]
+    return [
+        _figure("win_rate", _share([a for a, _ in both], resamples), slice="ours first"),
+        _figure("win_rate", _share([b for _, b in both], resamples), slice="ours second"),
+        _figure("judge_agreement", _share(agree, resamples), details=details if details != [{}] else None),
+        _figure("judge_abstained", _share(abstained, resamples)),
+    ]
 
 
 def control_length(wins: Sequence[float], lengths: Sequence[tuple[int, int]]) -> Interval:
@@ -88,7 +102,7 @@ def _share(outcomes: Sequence[float], resamples: int) -> Interval:
 
 
 def _figure(metric: str, found: Interval, **extra: Any) -> Figure:
-    return make_figure(metric, found, unit="share", better=None if metric == "judge_agreement" else "higher", **extra)
+    return make_figure(metric, found, unit="share", better="higher" if metric.startswith("win_rate") else None, **extra)
 
 
 def _show(prompt: Text, ours: Text, theirs: Text, win: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.errors import Problem
-from alignkit.recipe.audit_feedback import CRITIQUE_RULES, LABEL_RULES
+from alignkit.recipe.audit_feedback import CRITIQUE_RULES, LABEL_RULES, check_evaluation
 from alignkit.recipe.audit_ppo import PPO_RULES
 from alignkit.recipe.check import show_key
 from alignkit.recipe.fields import KTO_LOSSES, OWN_LOSSES, trl_fields
@@ -76,6 +76,15 @@ def audit_stage(stage: Section, recipe: Section) -> list[Problem]:
 def audit_recipe(recipe: Section, stages: Collection[Section]) -> list[Problem]:
     """Return the problems of the sections that all stages share: model, lora, launch."""
     findings = [finding for rule in (_quantization, _scratch, _lora, _launch) for finding in _run(rule, recipe, stages)]
+    return [Problem(f"{show_key(key)} {what}", recipe.place(key)) for key, what in findings]
+
+
+def audit_evaluation(recipe: Section, names: Collection[str]) -> list[Problem]:
+    """Return the problems of `evaluate:`; `names` are those of all stages."""
+    try:
+        findings = list(check_evaluation(recipe, names))
+    except _UnreadableError:
+        return []
     return [Problem(f"{show_key(key)} {what}", recipe.place(key)) for key, what in findings]
 
 

@@ -7,7 +7,7 @@ or a file is there is found out in preflight.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from alignkit.recipe.nearest import suggest
@@ -62,11 +62,43 @@ def _judges(stage: Section, recipe: Section) -> Iterator[Finding]:
 
 
 def _constitution(stage: Section, recipe: Section) -> Iterator[Finding]:
-    given = stage.get("constitution")
+    yield from _unknown_constitutions(stage.get("constitution"))
+
+
+def _unknown_constitutions(given: Any) -> Iterator[Finding]:
     for item in [given] if isinstance(given, str) else given or ():
         if item.startswith("builtin:") and item not in BUILTIN_CONSTITUTIONS:
             known = ", ".join(BUILTIN_CONSTITUTIONS)
             yield "constitution", f"is {item}; it must be a file, {known}{suggest(item, BUILTIN_CONSTITUTIONS)}"
+
+
+def evaluation_problems(given: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield what is wrong with the judge of `evaluate:`, or of the command line's options."""
+    judge, constitution = given.get("judge"), given.get("constitution")
+    if judge is None:
+        if constitution is not None:
+            yield "constitution", "has no effect without a judge: name a language model"
+        return
+    yield from judge_problems("judge", judge, is_judge=False)
+    yield from _unknown_constitutions(constitution)
+    named = judge if isinstance(judge, str) else judge.get("model")
+    if constitution is None and named is None:
+        yield "judge", "is behind a url and judges by principles; add constitution: builtin:helpfulness, or a file"
+    if constitution is not None and named is not None and re.fullmatch(r"builtin:.*|[\w.]+:\w+", named):
+        yield "constitution", f"has no effect on {named}, a reward, which goes by no principles; take it out"
+
+
+def check_evaluation(recipe: Section, names: Collection[str]) -> Iterator[Finding]:
+    """Yield what is wrong with `evaluate:`, the models that it names included."""
+    given = recipe.get("evaluate") or {}
+    for key, problem in evaluation_problems(given):
+        yield f"evaluate.{key}", problem
+    for key in ("reference", "reward", "against", "judge"):
+        named = given.get(key)
+        name = named.get("model") if isinstance(named, dict) else named
+        if name and name not in names and not {"/", ":"} & set(name):
+            hint = suggest(name, names) or f"; the stages are {', '.join(names)}"
+            yield f"evaluate.{key}", f"is {name}, which is neither a stage nor a path that exists{hint}"
 
 
 def _generator(stage: Section, recipe: Section) -> Iterator[Finding]:

@@ -68,7 +68,7 @@ def _resolve_top(resolver: _Resolver, tree: Node) -> None:
         resolver.resolve_sources(tree.value.get(key), key)
     evaluate = tree.value.get("evaluate")
     if evaluate is not None and isinstance(evaluate.value, dict):
-        resolver.resolve_sources(evaluate.value.get("data"), "evaluate.data")
+        resolver.resolve_evaluation(evaluate)
 
 
 class _Resolver:
@@ -98,6 +98,15 @@ class _Resolver:
             self.resolve_files(values.get(key), f"{name}.{key}")
         self.resolve_files(section, name)
         self.resolve_weights(values.get("start_from"), f"{name}.start_from")
+
+    def resolve_evaluation(self, section: Node) -> None:
+        values = section.value
+        self.resolve_sources(values.get("data"), "evaluate.data")
+        for key in ("reference", "reward", "against"):
+            self.resolve_weights(values.get(key), f"evaluate.{key}")
+        for key, model in list_feedback(section):
+            self.resolve_weights(model, f"evaluate.{key}")
+        self.resolve_files(section, "evaluate")
 
     def resolve_weights(self, node: Node | None, key: str) -> None:
         """Resolve what names a stage, a directory or a hub id; runs are looked for below the working directory."""

@@ -643,7 +643,14 @@ class EvaluateOptions(_Section):
         "omitted: true reward on builtin data.",
     )
     against: str | None = Field(None, description="The other side of a win rate: a stage, a run, a model.")
-    judge: str | None = Field(None, description="Decides the win rate, named like reward; omitted: reward.")
+    judge: Feedback | None = Field(
+        None,
+        description="Decides the win rate: with `constitution` a language model, asked in both orders, else named like "
+        "reward; omitted: reward.",
+    )
+    constitution: Texts | None = Field(
+        None, description="What a language model judges by: YAML or JSON files, or builtin:helpfulness."
+    )
     best_of: list[Annotated[int, Field(ge=1)]] = Field(
         default_factory=list, description="Measure the best of N sampled answers by reward, for each N."
     )

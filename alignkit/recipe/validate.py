@@ -13,7 +13,7 @@ from typing import Any
 
 from alignkit.errors import Problem, RecipeError
 from alignkit.recipe.advice import describe_unknown_in_stage, explain_moved
-from alignkit.recipe.audit import Section, audit_recipe, audit_stage
+from alignkit.recipe.audit import Section, audit_evaluation, audit_recipe, audit_stage
 from alignkit.recipe.axes import KEY as SWEEP
 from alignkit.recipe.axes import read_axes
 from alignkit.recipe.check import check, quote_help, show
@@ -175,6 +175,8 @@ class _Build:
         evaluate = self.tree.value.get("evaluate")
         for key in EVALUATED if evaluate is not None and "evaluate" not in self.broken else ():
             node = evaluate.value.get(key)
+            if node is not None and isinstance(node.value, dict):
+                node = node.value.get("model")
             if node is not None and node.value in swept.names:
                 what = f"evaluate.{key} is {node.value}, which {describe_swept(swept.names[node.value])}"
                 self.problems.append(Problem(what, node.place))
@@ -193,6 +195,8 @@ class _Build:
             self.problems += audit_recipe(pairs[0][1], [section for section, _ in pairs])
         if not shapes:
             self.problems += audit_recipe(tops[id(swept.tops[0])], ())
+        named = [*self.stages, *(made.name for all_made in swept.variants.values() for made in all_made)]
+        self.problems += audit_evaluation(tops[id(swept.tops[0])], list(dict.fromkeys(named)))
 
 
 def _remove(node: Node, ids: set[int]) -> None:

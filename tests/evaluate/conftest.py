@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1] / "feedback"))  # its server
 
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
@@ -17,6 +22,7 @@ from alignkit.models.builtin import builtin_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 POSITIONS = 96
+PAIRS = {"path": "builtin:preferences", "split": "train", "max_rows": 60}
 
 
 def _save(path: Path, *, seed: int, reward: bool = False) -> Path:
@@ -51,3 +57,20 @@ def reward_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shelf() -> Shelf:
     return Shelf(device="cpu")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, policy_dir: Path, reference_dir: Path) -> Path:
+    """A dpo run as far as an evaluation reads it, beside the sft run it started from."""
+    runs = tmp_path / "runs/tiny"
+    for name, model in (("sft", reference_dir), ("dpo", policy_dir)):
+        shutil.copytree(model, runs / name / "model")
+        stage: dict[str, Any] = {
+            "recipe": "tiny", "stage": name, "method": name, "seed": 3, "model": {"path": "builtin:tiny-gpt2"},
+            "options": {"data": [PAIRS], "eval": 0.3}, "trainer": {"beta": 0.2},
+            "start_dir": "runs/tiny/sft/model" if name == "dpo" else None,
+            "start_stage": "sft" if name == "dpo" else None,
+        }  # fmt: skip
+        (runs / name / "stage.json").write_text(json.dumps(stage))
+        (runs / name / "result.json").write_text(json.dumps({"status": "finished", "stage": name}))
+    return runs / "dpo"

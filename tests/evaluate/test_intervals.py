@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from alignkit.evaluate.intervals import bootstrap, divide, mean, mean_of_groups, share, wilson
+from alignkit.evaluate.win_rate import control_length
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,39 @@ def test_bootstrap_covers_the_truth_of_a_ratio_as_often_as_it_says() -> None:
         assert found.low is not None and found.high is not None
         covered += found.low <= 2.0 <= found.high
     assert 0.90 <= covered / trials <= 0.98
+
+
+@pytest.mark.parametrize("truth", [0.1, 0.3, 0.5, 0.85])
+def test_wilson_covers_a_share_of_fifty_rows(truth: float) -> None:
+    """Exactly, by the binomial distribution."""
+    covered = 0.0
+    for wins in range(51):
+        found = wilson(wins, 50)
+        assert found.low is not None and found.high is not None
+        if found.low <= truth <= found.high:
+            covered += math.comb(50, wins) * truth**wins * (1 - truth) ** (50 - wins)
+    assert 0.93 <= covered <= 0.98
+
+
+def test_the_bootstrap_covers_a_skewed_mean_of_fifty_rows() -> None:
+    random, covered, trials = np.random.default_rng(7), 0, 400
+    for _ in range(trials):
+        found = mean(random.exponential(2.0, size=50).tolist(), resamples=300)
+        assert found.low is not None and found.high is not None
+        covered += found.low <= 2.0 <= found.high
+    assert 0.89 <= covered / trials <= 0.97  # the percentile bootstrap is known to be a little short for such rows
+
+
+def test_length_control_covers_the_truth_of_fifty_rows() -> None:
+    random, covered, trials, truth = np.random.default_rng(11), 0, 40, 1 / (1 + math.exp(-0.5))
+    for _ in range(trials):
+        difference = random.normal(10, 40, size=50)
+        chance = 1 / (1 + np.exp(-0.5 - 0.8 * np.tanh(difference / 40)))
+        wins = (random.random(50) < chance).astype(float)
+        found = control_length(wins.tolist(), [(int(500 + each), 500) for each in difference])
+        assert found.low is not None and found.high is not None
+        covered += found.low <= truth <= found.high
+    assert covered / trials >= 0.86
 
 
 def test_answers_to_one_prompt_are_drawn_together() -> None:

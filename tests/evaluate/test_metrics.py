@@ -101,7 +101,19 @@ def test_rouge_and_bleu_by_hand() -> None:
     same = ["a small cat sat on the mat"] * 3
     bleu, chrf = measure_bleu(same, same, resamples=100)
     assert (bleu.value, chrf.value) == pytest.approx((100.0, 100.0))
+    assert all(type(value) is float for figure in (bleu, chrf) for value in (figure.low, figure.high))
     assert "nrefs:1" in bleu.settings["signature"] and "bs:" not in bleu.settings["signature"]
+
+
+def test_chrf_and_bleu_of_other_words_by_hand() -> None:
+    # Characters 2 of 3 right, pairs 1 of 2, triples 0 of 1, longer n-grams in neither; precision and recall are equal.
+    chrf = measure_bleu(["abc"], ["abd"], resamples=100)[1]
+    assert chrf.value == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
+    assert (chrf.low, chrf.high, chrf.interval) == (None, None, "none")
+    # 6 of 6 words, 4 of 5 pairs, 2 of 4 triples, 1 of 3 fours; 6 words for 7: brevity exp(1 - 7 / 6).
+    bleu = measure_bleu(["the cat sat on a mat"], ["the cat sat on mat a mat"], resamples=100)[0]
+    right = (6 / 6) * (4 / 5) * (2 / 4) * (1 / 3)
+    assert bleu.value == pytest.approx(100 * right**0.25 * math.exp(1 - 7 / 6))
 
 
 def test_a_missing_scorer_is_one_line_with_its_remedy() -> None:
@@ -143,10 +155,13 @@ def test_best_of_n_figures_carry_the_bound_of_their_kl() -> None:
 class _Biased:
     """A judge that prefers whatever stands first nine times out of ten."""
 
-    name, reads_order = "biased", True
+    name, settings = "biased", {}  # type: ignore[var-annotated]
 
-    def prefer(self, prompts: list, firsts: list, seconds: list) -> list[float]:
-        return [0.9] * len(prompts)
+    def compare(self, prompts: list, firsts: list, seconds: list) -> list[tuple[float, float]]:
+        return [(0.9, 1 - 0.9)] * len(prompts)
+
+    def describe(self) -> dict:
+        return {}
 
 
 def test_asking_both_orders_takes_a_judge_s_bias_out() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,27 +16,8 @@ from alignkit.evaluate.request import combine, name_runs, sources
 from alignkit.evaluate.results import describe, merge, table
 from alignkit.evaluate.rows import _stage, read_measured
 from alignkit.evaluate.run import evaluate, evaluate_all
-from alignkit.evaluate.subject import find_subject
+from alignkit.evaluate.subject import find_subject, list_siblings
 from alignkit.recipe.schema import DataSource, EvaluateOptions
-
-PAIRS = {"path": "builtin:preferences", "split": "train", "max_rows": 60}
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, policy_dir: Path, reference_dir: Path) -> Path:
-    """A dpo run as far as an evaluation reads it, beside the sft run it started from."""
-    runs = tmp_path / "runs/tiny"
-    for name, model in (("sft", reference_dir), ("dpo", policy_dir)):
-        shutil.copytree(model, runs / name / "model")
-        stage: dict[str, Any] = {
-            "recipe": "tiny", "stage": name, "method": name, "seed": 3, "model": {"path": "builtin:tiny-gpt2"},
-            "options": {"data": [PAIRS], "eval": 0.3}, "trainer": {"beta": 0.2},
-            "start_dir": "runs/tiny/sft/model" if name == "dpo" else None,
-            "start_stage": "sft" if name == "dpo" else None,
-        }  # fmt: skip
-        (runs / name / "stage.json").write_text(json.dumps(stage))
-        (runs / name / "result.json").write_text(json.dumps({"status": "finished", "stage": name}))
-    return runs / "dpo"
 
 
 def _options(**given: Any) -> EvaluateOptions:
@@ -135,7 +115,8 @@ def test_overlap_is_measured_where_there_is_one_right_answer(policy_dir: Path, t
     rows = DataSource(path="builtin:instructions", split="test")
     data = evaluate(str(policy_dir), _options(data=[rows]), device="cpu", out=tmp_path / "here.json")
     assert {"rouge1", "rouge2", "rougeL", "bleu", "chrf"} <= {result["metric"] for result in data["results"]}
-    assert (tmp_path / "here.json").is_file()
+    kept = json.loads((tmp_path / "here.json").read_text())["results"]
+    assert all(isinstance(result[key], float) for result in kept for key in ("value", "low", "high"))
 
 
 def test_what_cannot_be_measured_is_said(policy_dir: Path, reward_dir: Path) -> None:
@@ -200,8 +181,46 @@ def test_the_table_shows_slices_below_their_figure() -> None:
     assert rows == [("kl", 1.25, "1 to 1.5", 5, "nats", "d"), ("  kl, K=1", None, None, 0, None, "d")]
 
 
+def test_a_figure_that_was_measured_twice_says_what_differs() -> None:
+    short, long = ({"rows": 6, "max_new_tokens": number} for number in (8, 64))
+    results = [
+        Figure("response_length", 8.0, None, None, 6, data="d", settings=short).to_dict(),
+        Figure("response_length", 30.0, None, None, 6, data="d", settings=long).to_dict(),
+        Figure("kl", 1.0, None, None, 6, data="d", settings=long).to_dict(),
+    ]
+    assert [row[-1] for row in table(results)[1]] == ["d, max_new_tokens 8", "d, max_new_tokens 64", "d"]
+
+
+def test_a_name_that_is_almost_a_run_is_told_which_it_may_be(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_dir.parents[2])
+    for source, message in (
+        ("runs/tiny", "runs/tiny: holds the runs dpo, sft; name one of them"),
+        ("dpo", "dpo: is not there; did you mean runs/tiny/dpo?"),
+    ):
+        with pytest.raises(RunError) as caught:
+            find_subject(source, trust_code=False)
+        assert str(caught.value) == message
+    assert list_siblings("runs/tiny/dpo") == {"dpo": "runs/tiny/dpo", "sft": "runs/tiny/sft"}
+    assert list_siblings("owner/model") == {}
+    found = name_runs(EvaluateOptions(against="sft", reward="gpt2"), list_siblings("runs/tiny/dpo"), strict=False)
+    assert (found.against, found.reward) == ("runs/tiny/sft", "gpt2")
+
+
+def test_what_is_wrong_is_said_before_anything_is_measured(
+    run_dir: Path, reward_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given, message in (
+        ({"against": str(reward_dir)}, "is a reward model, which says nothing"),
+        ({"tasks": ["sums.jsonl"]}, "there is no such task"),
+        ({"against": "runs/no/thing"}, "runs/no/thing"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate(str(run_dir), _options(**given), device="cpu")
+    assert "measuring" not in capsys.readouterr().err
+
+
 def test_options_of_the_command_line_lie_over_the_recipe_s(tmp_path: Path) -> None:
-    base = EvaluateOptions(max_rows=9, against="sft")
+    base = EvaluateOptions(max_rows=9, against="sft", tasks=["sums.jsonl"])
     options = combine(base, {"max_rows": None, "shots": [2], "data": sources(["builtin:prompts"], None)})
     assert (options.max_rows, options.shots, options.against) == (9, [2], "sft")
     assert options.data is not None and options.data[0].split == "test"

@@ -6,7 +6,7 @@ It computes no metric and draws unknown ones like the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ _NAMES = {
     "best_of_n_true_reward": "Best of N, true reward",
     "ended_share": "Answers that end",
     "judge_agreement": "Agreement of the judge with itself, orders swapped",
+    "judge_abstained": "Abstentions of the judge",
     "completion_logp": "Log-probability of the right answer",
     "likelihood_accuracy": "Few-shot, by likelihood per token",
     "likelihood_accuracy_sum": "Few-shot, by likelihood of the whole",
@@ -73,6 +74,10 @@ class Row:
 def tabulate(runs: Sequence[Facts]) -> list[Row]:
     """Return the rows of all runs, those of one metric together and slices below their whole."""
     found = [(run, result) for run in runs for result in run.evaluation.get("results", [])]
+    names: dict[int, str] = {}
+    for run in runs:
+        own = run.evaluation.get("results", [])
+        names |= {id(result): name for result, name in zip(own, name_all_data(own), strict=True)}
     order = list(dict.fromkeys(_group(result) for _, result in found))
     rows = []
     for group in order:
@@ -80,7 +85,7 @@ def tabulate(runs: Sequence[Facts]) -> list[Row]:
         members.sort(key=lambda pair: pair[1].get("slice") is not None)
         scale = _scale([result for _, result in members])
         rows += [
-            _row(result, run.name if len(runs) > 1 else "", scale, first=number == 0)
+            _row(result, run.name if len(runs) > 1 else "", scale, data=names[id(result)], first=number == 0)
             for number, (run, result) in enumerate(members)
         ]
     return rows
@@ -135,7 +140,7 @@ def _group(result: dict[str, Any]) -> tuple[str, ...]:
     return str(result.get("metric")), str(result.get("data")), str(settings)
 
 
-def _row(result: dict[str, Any], run: str, scale: tuple[float, float], *, first: bool) -> Row:
+def _row(result: dict[str, Any], run: str, scale: tuple[float, float], *, data: str, first: bool) -> Row:
     metric = str(result.get("metric"))
     show = share if result.get("unit") == "share" else _three_digits
     value, low, high = (_as_number(result.get(key)) for key in ("value", "low", "high"))
@@ -151,14 +156,32 @@ def _row(result: dict[str, Any], run: str, scale: tuple[float, float], *, first:
         interval="" if low is None or high is None else f"{show(low)} to {show(high)}",
         n=figure(n) if isinstance(n, int | float) else "",
         unit={"share": "", "x 100": "\u00d7 100"}.get(str(result.get("unit") or ""), str(result.get("unit") or "")),
-        data=_name_data(result),
+        data=data,
         settings=", ".join(f"{key}: {item}" for key, item in (result.get("settings") or {}).items()),
         bar=_draw_bar(value, low, high, scale, mark=0.5 if metric in _COIN_TOSS else None),
         first=first,
     )
 
 
-def _name_data(result: dict[str, Any]) -> str:
+def name_all_data(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return for each result of one model what it was evaluated on.
+
+    Where the same figure was measured twice, what differs in the settings is named too.
+    """
+    names = [_name_data(result) for result in results]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for place, (result, name) in enumerate(zip(results, names, strict=True)):
+        alike.setdefault((result.get("metric"), result.get("slice"), name), []).append(place)
+    for places in alike.values():
+        settings = [results[place].get("settings") or {} for place in places]
+        keys = list(dict.fromkeys(key for each in settings for key in each))
+        differing = [key for key in keys if len({repr(each.get(key)) for each in settings}) > 1]
+        for place, each in zip(places, settings, strict=True):
+            names[place] += "".join(f", {key} {each[key]}" for key in differing if key in each)
+    return names
+
+
+def _name_data(result: Mapping[str, Any]) -> str:
     """Return what was evaluated on, and against which other run."""
     settings, data = result.get("settings") or {}, str(result.get("data") or "")
     if against := settings.get("against"):
