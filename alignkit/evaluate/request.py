@@ -14,10 +14,9 @@ from pydantic import ValidationError
 from alignkit.errors import Problem, UsageError
 from alignkit.recipe.audit_feedback import evaluation_problems
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
+from alignkit.recipe.schema import EVALUATED, EvaluateOptions, FeedbackModel
 from alignkit.runs.record import redact
 
-_MODELS = ("reference", "reward", "against")
 _NEEDED = {"judge": "against", "constitution": "against", "shots": "tasks"}  # options that only serve another one
 
 
@@ -73,7 +72,7 @@ def name_runs(options: EvaluateOptions, runs: Mapping[str, str], *, strict: bool
     named: dict[str, Any] = {}
     problems = []
     judge = options.judge
-    names = {key: getattr(options, key) for key in _MODELS} | {"judge": judge.model if judge else None}
+    names = {key: getattr(options, key) for key in EVALUATED} | {"judge": judge.model if judge else None}
     for key, value in names.items():
         if value in runs:
             named[key] = runs[value]
