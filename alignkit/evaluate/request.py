@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from alignkit.errors import Problem, UsageError
 from alignkit.recipe.audit_feedback import evaluation_problems
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
+from alignkit.recipe.schema import EVALUATED, EvaluateOptions, FeedbackModel
+from alignkit.runs.record import redact
 
-_MODELS = ("reference", "reward", "against")
 _NEEDED = {"judge": "against", "constitution": "against", "shots": "tasks"}  # options that only serve another one
 
 
@@ -36,7 +36,7 @@ def _find_problems(options: EvaluateOptions, changes: Mapping[str, Any]) -> Iter
     """Yield what is wrong with options that are right in themselves."""
     if changes.keys() & {"judge", "constitution"}:
         for key, what in evaluation_problems(options.model_dump(exclude_unset=True)):
-            yield Problem(what, _flag((key,)))
+            yield Problem(redact(what), _flag((key,)))  # an address may hold a password
     for key, needed in _NEEDED.items():
         if key in changes and not getattr(options, needed):
             yield Problem(f"has no effect without {_flag((needed,))}", _flag((key,)))
@@ -72,7 +72,7 @@ def name_runs(options: EvaluateOptions, runs: Mapping[str, str], *, strict: bool
     named: dict[str, Any] = {}
     problems = []
     judge = options.judge
-    names = {key: getattr(options, key) for key in _MODELS} | {"judge": judge.model if judge else None}
+    names = {key: getattr(options, key) for key in EVALUATED} | {"judge": judge.model if judge else None}
     for key, value in names.items():
         if value in runs:
             named[key] = runs[value]

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from alignkit import console
-from alignkit.errors import EnvironmentProblem, JudgeError
+from alignkit.errors import EnvironmentProblem, JudgeError, RecipeError
 from alignkit.feedback.spending import Spending
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.runs.record import redact
@@ -50,6 +50,14 @@ class Halted(Exception):
 def find_key(source: FeedbackModel) -> str | None:
     """Return the key from the environment, None where there is none."""
     return os.environ.get(source.api_key_env or DEFAULT_KEY) or None
+
+
+def require_key(source: FeedbackModel, key: str, *, where: str | None = None) -> None:
+    """Raise RecipeError for a variable that is named and nobody has set; whether its key is right, the server knows."""
+    name = source.api_key_env
+    if name is not None and not os.environ.get(name, "").strip():
+        what = f"{key}.api_key_env: the environment variable {name} is not set; export {name}=... first"
+        raise RecipeError(what, where=where)
 
 
 def require_client() -> None:

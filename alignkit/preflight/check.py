@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, UsageError
 from alignkit.preflight.disk import checkpoint_bytes, count_trained, read_model_shapes, require_space
 from alignkit.preflight.doctor import Table
-from alignkit.preflight.feedback import describe_feedback, require_feedback
+from alignkit.preflight.feedback import describe_evaluation, describe_feedback, require_feedback
 from alignkit.preflight.lineage import list_data, list_needs, without_unmade
 from alignkit.preflight.rewards import describe_reward, list_sources
 from alignkit.preflight.rows import describe_rows, find_doubts
@@ -114,6 +114,10 @@ def check_recipe(recipe: Recipe, *, trust_code: bool = False) -> CheckReport:
         report.stages.append(check)
         with check.noting():
             _check_stage(resolve(recipe, name, trust_code=trust_code), check)
+    if recipe.evaluate.constitution is not None:
+        report.stages.append(check := StageCheck("evaluate", "eval"))
+        with check.noting():
+            check.facts |= describe_evaluation(recipe)
     return report
 
 

@@ -6,7 +6,6 @@ Looks at files and the environment only: no request is sent, and no key is ever 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,9 @@ from urllib.parse import urlsplit
 from alignkit.errors import EnvironmentProblem, ModelError, Problem, RecipeError, UsageError
 from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.examples import load_examples
+from alignkit.feedback.server import require_key
 from alignkit.models.files import find_model_dir, inspect_model_dir
-from alignkit.recipe import Stage
+from alignkit.recipe import Recipe, Stage
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import CritiqueOptions, FeedbackModel, LabelOptions, PpoOptions
 
@@ -65,6 +65,20 @@ def describe_feedback(stage: Stage) -> dict[str, str]:
     if isinstance(options, CritiqueOptions) and options.replay:
         facts["replay"] = ", ".join(options.replay)
     return facts
+
+
+def describe_evaluation(recipe: Recipe) -> dict[str, str]:
+    """Return in words who judges the win rates of `evaluate:`, and by how many principles; nothing without those.
+
+    Raises RecipeError for a constitution that is none and for a key that nobody has set.
+    """
+    judge, constitution = recipe.evaluate.judge, recipe.evaluate.constitution
+    if judge is None or constitution is None:
+        return {}
+    require_key(judge, "evaluate.judge", where=recipe.origins.get("evaluate.judge.api_key_env"))
+    principles = load_constitution(constitution, needs="comparison").principles
+    who = judge.model or f"{judge.name} at {urlsplit(judge.url or '').netloc}"
+    return {"judge": who, "principles": str(len(principles))}
 
 
 def describe_model(model: FeedbackModel, stage: Stage) -> str:
@@ -125,13 +139,9 @@ def _require_file(stage: Stage, key: str, path: str) -> None:
 
 
 def _require_server(stage: Stage, key: str, model: FeedbackModel) -> None:
-    """Raise for a variable that the recipe names and nobody has set; whether the key is right, the server knows."""
-    name = model.api_key_env
-    if name is not None and not os.environ.get(name, "").strip():
-        raise RecipeError(
-            f"{stage.name}.{key}.api_key_env: the environment variable {name} is not set; export {name}=... first",
-            where=stage.where(f"{stage.name}.{key}.api_key_env"),
-        )
+    """Raise for a key that nobody has set, and a client that is not installed."""
+    name = f"{stage.name}.{key}"
+    require_key(model, name, where=stage.where(f"{name}.api_key_env"))
     if importlib.util.find_spec("openai") is None:
         raise EnvironmentProblem("a judge or generator with url needs the openai client: pip install 'alignkit[judge]'")
 

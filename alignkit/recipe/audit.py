@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.errors import Problem
-from alignkit.recipe.audit_feedback import CRITIQUE_RULES, LABEL_RULES, check_evaluation
+from alignkit.recipe.audit_feedback import CRITIQUE_RULES, LABEL_RULES, audited_evaluation
 from alignkit.recipe.audit_ppo import PPO_RULES
 from alignkit.recipe.check import show_key
 from alignkit.recipe.fields import KTO_LOSSES, OWN_LOSSES, trl_fields
@@ -79,13 +79,9 @@ def audit_recipe(recipe: Section, stages: Collection[Section]) -> list[Problem]:
     return [Problem(f"{show_key(key)} {what}", recipe.place(key)) for key, what in findings]
 
 
-def audit_evaluation(recipe: Section, names: Collection[str]) -> list[Problem]:
-    """Return the problems of `evaluate:`; `names` are those of all stages."""
-    try:
-        findings = list(check_evaluation(recipe, names))
-    except _UnreadableError:
-        return []
-    return [Problem(f"{show_key(key)} {what}", recipe.place(key)) for key, what in findings]
+def audit_evaluation(recipe: Section) -> list[Problem]:
+    """Return the problems between the keys of `evaluate:`."""
+    return [Problem(f"{key} {what}", recipe.place(key)) for key, what in _run(audited_evaluation, recipe)]
 
 
 def trains_from_scratch(model: Mapping[str, Any], start_from: str | None) -> bool:

@@ -7,7 +7,7 @@ or a file is there is found out in preflight.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from alignkit.recipe.nearest import suggest
@@ -88,17 +88,10 @@ def evaluation_problems(given: Mapping[str, Any]) -> Iterator[Finding]:
         yield "constitution", f"has no effect on {named}, a reward, which goes by no principles; take it out"
 
 
-def check_evaluation(recipe: Section, names: Collection[str]) -> Iterator[Finding]:
-    """Yield what is wrong with `evaluate:`, the models that it names included."""
-    given = recipe.get("evaluate") or {}
-    for key, problem in evaluation_problems(given):
+def audited_evaluation(recipe: Section) -> Iterator[Finding]:
+    """Yield what is wrong with the judge of `evaluate:` in a recipe."""
+    for key, problem in evaluation_problems(recipe.get("evaluate") or {}):
         yield f"evaluate.{key}", problem
-    for key in ("reference", "reward", "against", "judge"):
-        named = given.get(key)
-        name = named.get("model") if isinstance(named, dict) else named
-        if name and name not in names and not {"/", ":"} & set(name):
-            hint = suggest(name, names) or f"; the stages are {', '.join(names)}"
-            yield f"evaluate.{key}", f"is {name}, which is neither a stage nor a path that exists{hint}"
 
 
 def _generator(stage: Section, recipe: Section) -> Iterator[Finding]:

@@ -6,14 +6,14 @@ Only names are looked at; whether a run of that name exists is found out when it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from alignkit.errors import Problem
 from alignkit.recipe.check import show
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.paths import REWARD_KEYS, SOURCE_KEYS, list_feedback, list_models, list_source_paths
-from alignkit.recipe.schema import BUILTIN_REWARD, FEEDBACK
+from alignkit.recipe.schema import BUILTIN_REWARD, EVALUATED, FEEDBACK
 from alignkit.recipe.tree import Node
 
 
@@ -36,6 +36,22 @@ def check_references(
         for key, node, found in _find_problems(stage, stages, groups):
             stage.broken.add(key.split(".")[0])
             yield Problem(found, node.place)
+
+
+def check_evaluated(evaluate: Node, stages: Collection[str], swept: Mapping[str, str]) -> Iterator[Problem]:
+    """Yield what is wrong with the models that `evaluate:` names; `swept` says what a name of several stages means."""
+    for key in EVALUATED:
+        node = evaluate.value.get(key)
+        if node is not None and isinstance(node.value, dict):
+            node = node.value.get("model")
+        if node is None or not isinstance(node.value, str):
+            continue
+        if node.value in swept:
+            yield Problem(f"evaluate.{key} is {node.value}, which {swept[node.value]}", node.place)
+        elif node.value not in stages and not {"/", ":"} & set(node.value):
+            hint = suggest(node.value, stages) or f"; the stages are {', '.join(stages)}"
+            what = f"evaluate.{key} is {show(node)}, which is neither a stage nor a path that exists{hint}"
+            yield Problem(what, node.place)
 
 
 def _find_problems(

@@ -22,9 +22,9 @@ from alignkit.recipe.fields import method_fields
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.paths import resolve_paths
 from alignkit.recipe.recipe import Recipe
-from alignkit.recipe.references import check_references
+from alignkit.recipe.references import check_evaluated, check_references
 from alignkit.recipe.rlaif import METHOD as RLAIF
-from alignkit.recipe.schema import EVALUATED, FEEDBACK, option_fragments, recipe_fragments
+from alignkit.recipe.schema import FEEDBACK, option_fragments, recipe_fragments
 from alignkit.recipe.secrecy import find_secrets
 from alignkit.recipe.sections import (
     METHODS,
@@ -173,13 +173,9 @@ class _Build:
                 self.problems.append(Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place))
         self.problems += check_references(swept.stages, {**self.stages, **variants}, self.groups)
         evaluate = self.tree.value.get("evaluate")
-        for key in EVALUATED if evaluate is not None and "evaluate" not in self.broken else ():
-            node = evaluate.value.get(key)
-            if node is not None and isinstance(node.value, dict):
-                node = node.value.get("model")
-            if node is not None and node.value in swept.names:
-                what = f"evaluate.{key} is {node.value}, which {describe_swept(swept.names[node.value])}"
-                self.problems.append(Problem(what, node.place))
+        if evaluate is not None and "evaluate" not in self.broken:
+            several = {name: describe_swept(made) for name, made in swept.names.items()}
+            self.problems += check_evaluated(evaluate, names, several)
 
     def audit(self, swept: Sweep) -> None:
         """Hold every stage against the top level that it reads, and each model and adapter against its stages."""
@@ -191,12 +187,11 @@ class _Build:
             self.problems += audit_stage(section, top)
             if stage.method not in FEEDBACK or not swept.names:  # they read no lora: and so have not every shape
                 shapes.setdefault(repr([top.values.get(key) for key in ("model", "lora")]), []).append((section, top))
+        self.problems += audit_evaluation(tops[id(swept.tops[0])])
         for pairs in shapes.values():
             self.problems += audit_recipe(pairs[0][1], [section for section, _ in pairs])
         if not shapes:
             self.problems += audit_recipe(tops[id(swept.tops[0])], ())
-        named = [*self.stages, *(made.name for all_made in swept.variants.values() for made in all_made)]
-        self.problems += audit_evaluation(tops[id(swept.tops[0])], list(dict.fromkeys(named)))
 
 
 def _remove(node: Node, ids: set[int]) -> None:

@@ -244,6 +244,7 @@ def test_mistakes_with_judges_end_in_one_line(run_alignkit: Any, run_dir: Path, 
     for arguments, code, message in (
         ((*against, "--judge", "http://127.0.0.1:9/v1", *kind), 2, "has a url without name"),
         ((*against, "--judge", "http://127.0.0.1:9/v1", "--judge-name", "m"), 2, "judges by principles"),
+        ((*against, "--judge", "http://me:canary-pw@127.0.0.1:9/v1", "--judge-name", "m", *kind), 2, "redacted"),
         ((*against, "--judge-name", "m"), 2, "--judge-name: has no effect without a url"),
         ((*against, *kind), 2, "--constitution: has no effect without a judge"),
         (("--judge", "runs/x"), 2, "--judge: has no effect without --against"),
@@ -253,7 +254,7 @@ def test_mistakes_with_judges_end_in_one_line(run_alignkit: Any, run_dir: Path, 
     ):  # fmt: skip
         done = run_alignkit("eval", str(run_dir), *arguments)
         assert (done.returncode, message in done.stderr) == (code, True), done.stderr
-        assert done.stderr.count("\n") == 1
+        assert done.stderr.count("\n") == 1 and "canary-pw" not in done.stderr
 
 
 RECIPE = """name: tiny

@@ -10,7 +10,7 @@ import pytest
 
 from alignkit.errors import ModelError, RecipeError, RunError, UsageError
 from alignkit.preflight.check import check_recipe
-from alignkit.preflight.feedback import describe_feedback, require_feedback
+from alignkit.preflight.feedback import describe_evaluation, describe_feedback, require_feedback
 from alignkit.preflight.lineage import list_needs, require_made, without_unmade
 from alignkit.recipe import Recipe, Stage, load_recipe, resolve
 
@@ -169,3 +169,21 @@ def test_a_mistake_is_told_without_torch(run_python: Callable, tmp_path: Path) -
 def test_errors_are_of_the_recipe(recipe: Make) -> None:
     with pytest.raises(RecipeError):
         require_feedback(resolve(recipe(judge="{replay: x}"), "rlaif-label"))
+
+
+def test_the_judge_of_an_evaluation_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MY_JUDGE", raising=False)
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "name: a\nmodel: {path: builtin:tiny-gpt2, init: scratch}\nsft: {data: builtin:instructions}\n"
+        "evaluate:\n  judge: {url: 'http://127.0.0.1:9/v1', name: m, api_key_env: MY_JUDGE}\n"
+        "  constitution: kind.yaml\n"
+    )
+    (tmp_path / "kind.yaml").write_text("principles: [{name: kind, comparison: Which answer is kinder?}]\n")
+    with pytest.raises(RecipeError, match=r"a.yaml:5: evaluate.judge.api_key_env: .* MY_JUDGE is not set"):
+        describe_evaluation(load_recipe(file))
+    monkeypatch.setenv("MY_JUDGE", "x")
+    assert describe_evaluation(load_recipe(file)) == {"judge": "m at 127.0.0.1:9", "principles": "1"}
+    (tmp_path / "kind.yaml").unlink()
+    with pytest.raises(RecipeError, match="kind.yaml: the constitution is not there"):
+        describe_evaluation(load_recipe(file))
