@@ -101,8 +101,12 @@ def evaluate_all(
     if not finished:
         raise RunError("no stage is finished; train first, with alignkit run --recipe FILE")
     several = skip and len(finished) > 1
+    subjects = [find_subject(source, trust_code=trust_code) for source in finished] if skip else []
+    references = {_directory(found) for subject in subjects if (found := options.reference or subject.reference())}
     for source in finished:
         chosen = _fit(options, source, trust_code) if several else options
+        if several and _directory(source) not in references:
+            chosen = _without_frontier(chosen)
         try:
             yield evaluate(
                 source,
@@ -129,6 +133,18 @@ def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOpt
     if against is not None and Path(against).expanduser().absolute() == Path(source).expanduser().absolute():
         return options.model_copy(update={"against": None})
     return options
+
+
+def _without_frontier(options: EvaluateOptions) -> EvaluateOptions:
+    """Return the options without what is measured on a reference only."""
+    kept = None if options.metrics is None else [name for name in options.metrics if name != "frontier"]
+    return options.model_copy(update={"frontier": None, "metrics": kept})
+
+
+def _directory(source: str) -> Path:
+    """Return the run directory of a run, or of a model in one."""
+    path = Path(source).expanduser().absolute()
+    return path.parent if path.name == "model" else path
 
 
 def _read(subject: Subject, options: EvaluateOptions) -> Measured | None:
