@@ -101,12 +101,13 @@ def evaluate_all(
     if not finished:
         raise RunError("no stage is finished; train first, with alignkit run --recipe FILE")
     several = skip and len(finished) > 1
-    subjects = [find_subject(source, trust_code=trust_code) for source in finished] if skip else []
-    references = {_directory(found) for subject in subjects if (found := options.reference or subject.reference())}
     for source in finished:
         chosen = _fit(options, source, trust_code) if several else options
-        if several and _directory(source) not in references:
+        if options.frontier is not None and not _is_reference(source, options):
             chosen = _without_frontier(chosen)
+            if chosen.metrics == []:
+                console.note(f"{source}: no stage is held near it, left out")
+                continue
         try:
             yield evaluate(
                 source,
@@ -139,6 +140,16 @@ def _without_frontier(options: EvaluateOptions) -> EvaluateOptions:
     """Return the options without what is measured on a reference only."""
     kept = None if options.metrics is None else [name for name in options.metrics if name != "frontier"]
     return options.model_copy(update={"frontier": None, "metrics": kept})
+
+
+def _is_reference(source: str, options: EvaluateOptions) -> bool:
+    """Tell whether other runs beside this one are held near it, as `evaluate.reference` or they themselves say."""
+    run = _directory(source)
+    if options.reference is not None:
+        return _directory(options.reference) == run
+    others = [path.parent for path in run.parent.glob("*/stage.json") if RunDir(path.parent).model.is_dir()]
+    found = [find_subject(str(other), trust_code=False).reference() for other in others]
+    return any(_directory(reference) == run for reference in found if reference is not None)
 
 
 def _directory(source: str) -> Path:

@@ -17,7 +17,7 @@ from written_runs import HOSTILE, WriteRun, figure, writer
 from alignkit.runs.facts import find_runs, read_facts
 from alignkit.runs.frontier import Frontier, read_frontiers
 from alignkit.runs.report import write_report
-from alignkit.runs.report.frontier import draw_alone, judge, view_frontier
+from alignkit.runs.report.frontier import draw_file, judge, view_frontier
 
 HOW = {"rows": 48, "temperature": 1.0, "max_new_tokens": 48}
 DATA = "builtin:prompts[test]"
@@ -165,7 +165,7 @@ def test_marks_lie_where_their_values_are(tmp_path: Path) -> None:
 def test_names_of_runs_are_escaped(tmp_path: Path) -> None:
     policies = {"dpo-1": ("dpo", dpo(0.1) | {"stage": HOSTILE}, policy(1.0, 0.4))}
     frontier = read(write_all(tmp_path, policies))
-    assert "<script>" not in draw_alone(frontier)
+    assert "<script>" not in draw_file(frontier)
     assert "<script>alert" not in re.sub(r"data-series=\"[^\"]*\"", "", str(view_frontier(frontier).wide))
 
 

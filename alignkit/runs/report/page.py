@@ -26,7 +26,7 @@ from alignkit.runs.files import disk_failures, write_json, write_text
 from alignkit.runs.frontier import read_frontiers
 from alignkit.runs.layout import RunDir
 from alignkit.runs.report.evaluation import tabulate
-from alignkit.runs.report.frontier import draw_alone, view_frontier
+from alignkit.runs.report.frontier import draw_file, view_frontier
 from alignkit.runs.report.lineage import Node, draw_lineage
 from alignkit.runs.report.numbers import duration, short_count
 from alignkit.runs.report.view import describe_status, gather_warnings, headline, view_run
@@ -69,7 +69,7 @@ def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out:
     if frontiers := read_frontiers(runs):
         with disk_failures(out.parent, FRONTIER):
             write_json(out.parent / FRONTIER, {"schema": 1, "frontiers": [each.to_dict() for each in frontiers]})
-            write_text(out.parent / Path(FRONTIER).with_suffix(".svg"), draw_alone(frontiers[0]))
+            write_text(out.parent / Path(FRONTIER).with_suffix(".svg"), draw_file(frontiers[0]))
     return page
 
 
