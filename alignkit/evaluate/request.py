@@ -13,9 +13,7 @@ from pydantic import ValidationError
 
 from alignkit.errors import Problem, UsageError
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.schema import EvaluateOptions
-
-_MODELS = ("reference", "reward", "against", "judge")
+from alignkit.recipe.schema import EVALUATED, EvaluateOptions
 
 
 def combine(base: EvaluateOptions, given: Mapping[str, Any]) -> EvaluateOptions:
@@ -44,7 +42,7 @@ def name_runs(options: EvaluateOptions, runs: Mapping[str, str]) -> EvaluateOpti
     Raises UsageError for a single word that is neither a stage of the recipe nor something that exists.
     """
     named, problems = {}, []
-    for key in _MODELS:
+    for key in EVALUATED:
         value = getattr(options, key)
         if value in runs:
             named[key] = runs[value]

@@ -6,7 +6,7 @@ A rule that reads a value which is itself wrong is skipped: that value has its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def audit_stage(stage: Section, recipe: Section) -> list[Problem]:
     return [Problem(f"{stage.say(key)} {what}", stage.place(key)) for key, what in findings]
 
 
-def audit_recipe(recipe: Section, stages: Mapping[str, Section]) -> list[Problem]:
+def audit_recipe(recipe: Section, stages: Collection[Section]) -> list[Problem]:
     """Return the problems of the sections that all stages share: model, lora, launch."""
     findings = [finding for rule in (_quantization, _scratch, _lora, _launch) for finding in _run(rule, recipe, stages)]
     return [Problem(f"{show_key(key)} {what}", recipe.place(key)) for key, what in findings]
@@ -84,7 +84,7 @@ def trains_from_scratch(model: Mapping[str, Any], start_from: str | None) -> boo
     return model.get("init") == "scratch" and start_from is None
 
 
-def _run(rule: Callable[..., Iterator[Finding]], *sections: Section | Mapping[str, Section]) -> list[Finding]:
+def _run(rule: Callable[..., Iterator[Finding]], *sections: Section | Collection[Section]) -> list[Finding]:
     try:
         return list(rule(*sections))
     except _UnreadableError:
@@ -298,7 +298,7 @@ _BY_METHOD: dict[str, list[Callable[[Section, Section], Iterator[Finding]]]] = {
 # The sections that all stages share
 
 
-def _quantization(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]:
+def _quantization(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
     model = recipe.get("model", {})
     quantization = model.get("quantization", "none")
     if quantization != "none" and not recipe.has("lora"):
@@ -307,14 +307,14 @@ def _quantization(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Fi
         yield "model.double_quantization", "has no effect without quantization: nf4 or fp4"
 
 
-def _scratch(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]:
+def _scratch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
     model = recipe.get("model", {})
     builtin = str(model.get("path", "")).startswith("builtin:")
     if model.get("init", "pretrained") != "scratch":
         if model.get("config") and not builtin:
             yield "model.config", "has no effect without init: scratch; pretrained weights fix the shape"
         return
-    starts = [stage.get("start_from") for stage in stages.values() if stage.method not in FEEDBACK]
+    starts = [stage.get("start_from") for stage in stages if stage.method not in FEEDBACK]
     tuned = [start for start in starts if start is not None]
     if len(tuned) == len(starts) and starts:
         yield "model.init", "is scratch, but every stage has start_from, so nothing starts from random weights"
@@ -324,7 +324,7 @@ def _scratch(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding
         yield "lora", "has no effect: every stage starts from random weights, and trains all of them"
 
 
-def _lora(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]:
+def _lora(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
     targets = (recipe.get("lora") or {}).get("target_modules", [])
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         yield "lora.target_modules", "names lm_head, whose adapter would never be trained; use all-linear"
@@ -333,7 +333,7 @@ def _lora(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]:
 _OFFLOADS = {"ddp": (), "fsdp": ("all",), "zero2": ("optimizer",), "zero3": ("optimizer", "all")}
 
 
-def _launch(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]:
+def _launch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
     launch = recipe.get("launch") or {}
     strategy, offload = launch.get("strategy", "ddp"), launch.get("offload", "none")
     if offload != "none" and offload not in _OFFLOADS.get(strategy, ()):
@@ -348,7 +348,7 @@ def _launch(recipe: Section, stages: Mapping[str, Section]) -> Iterator[Finding]
             f"is {strategy}, which cannot shard {quantization} weights; ddp holds the quantised base on every device, "
             "zero2 shards the rest",
         )
-    ppo = [name for name, stage in stages.items() if stage.method == "ppo"]
+    ppo = [stage.name for stage in stages if stage.method == "ppo"]
     if strategy in ("zero2", "zero3") and ppo:
         yield (
             "launch.strategy",

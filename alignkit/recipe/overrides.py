@@ -1,4 +1,4 @@
-"""A --set KEY.PATH=VALUE laid on the tree.
+"""A --set KEY.PATH=VALUE, or any value by its dotted key, laid on the tree.
 
 It does not know which keys exist; an unknown one is found by the validation, as if the file had it.
 """
@@ -27,26 +27,31 @@ def apply_override(tree: Node, override: str) -> Node:
         value = parse_yaml(text, origin) or Node(None, origin)
     except RecipeError as error:
         raise RecipeError(f"{_show(override)}: {error.problems[0].what}", where=FLAG) from None
-    return _place(tree, keys, value, key)
+    return lay_value(tree, keys, value, key=key, where=FLAG)
 
 
-def _place(node: Node, keys: list[str], value: Node, whole: str) -> Node:
+def lay_value(node: Node, keys: list[str], value: Node, *, key: str, where: str) -> Node:
+    """Return the tree with a value at the end of these keys; null takes a section away.
+
+    Raises RecipeError at `where` when they lead through a single value or past a list; `key` is what it calls them.
+    """
     if not keys:
         return value
-    key, *rest = keys
+    first, *rest = keys
     if isinstance(node.value, list):
-        if not key.isdecimal() or len(key) > 6 or int(key) >= len(node.value):
-            raise RecipeError(f"{whole}: {key} is not a position in a list of {len(node.value)}", where=FLAG)
+        if not first.isdecimal() or len(first) > 6 or int(first) >= len(node.value):
+            raise RecipeError(f"{key}: {first} is not a position in a list of {len(node.value)}", where=where)
         items = list(node.value)
-        items[int(key)] = _place(items[int(key)], rest, value, whole)
+        items[int(first)] = lay_value(items[int(first)], rest, value, key=key, where=where)
         return Node(items, node.origin, node.line)
     if node.value is not None and not isinstance(node.value, dict):
-        raise RecipeError(f"{whole}: what stands before .{key} is a single value, not a section", where=FLAG)
+        raise RecipeError(f"{key}: what stands before .{first} is a single value, not a section", where=where)
     entries = dict(node.value or {})
-    if not rest and value.value is None and key in entries and isinstance(entries[key].value, dict):
-        del entries[key]
+    if not rest and value.value is None and first in entries and isinstance(entries[first].value, dict):
+        del entries[first]
     else:
-        entries[key] = _place(entries.get(key, Node({}, value.origin)), rest, value, whole)
+        before = entries.get(first, Node({}, value.origin, value.line))
+        entries[first] = lay_value(before, rest, value, key=key, where=where)
     return Node(entries, node.origin, node.line)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from alignkit.errors import Problem
@@ -40,12 +41,22 @@ def expand(text: str) -> str:
     return os.path.expanduser(_VARIABLE.sub(replace, text))
 
 
-def resolve_paths(tree: Node, stages: dict[str, Node], labels: dict[str, str] | None = None) -> list[Problem]:
-    """Resolve every path of the tree in place and return what could not be resolved.
+def resolve_paths(trees: Iterable[Node], stages: Iterable[tuple[str, Node]], names: Collection[str]) -> list[Problem]:
+    """Resolve every path in place and return what could not be resolved.
 
-    `labels` are names for messages where they differ from those of the stages. Names of stages are left alone.
+    `trees` are the recipe, once for each way in which its top level is swept; `stages` are sections with what messages
+    call them; `names` are those of stages, which are left alone.
     """
-    resolver = _Resolver(stages)
+    resolver = _Resolver(names)
+    for tree in trees:
+        _resolve_top(resolver, tree)
+    for label, section in stages:
+        if isinstance(section.value, dict):
+            resolver.resolve_stage(section, label)
+    return resolver.problems
+
+
+def _resolve_top(resolver: _Resolver, tree: Node) -> None:
     model = tree.value.get("model")
     if model and isinstance(model.value, dict):
         for key in _MODEL_PATHS:
@@ -58,16 +69,12 @@ def resolve_paths(tree: Node, stages: dict[str, Node], labels: dict[str, str] | 
     evaluate = tree.value.get("evaluate")
     if evaluate is not None and isinstance(evaluate.value, dict):
         resolver.resolve_sources(evaluate.value.get("data"), "evaluate.data")
-    for name, section in stages.items():
-        if isinstance(section.value, dict):
-            resolver.resolve_stage(section, (labels or {}).get(name, name))
-    return resolver.problems
 
 
 class _Resolver:
     """Resolves nodes, each once: stages of one rlaif section share what the section says."""
 
-    def __init__(self, stages: dict[str, Node]) -> None:
+    def __init__(self, stages: Collection[str]) -> None:
         self.problems: list[Problem] = []
         self._stages = stages
         self._done: set[int] = set()

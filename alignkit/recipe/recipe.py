@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignkit.recipe.schema import EvaluateOptions, LaunchOptions, LoraOptions, ModelOptions, StageOptions
+from alignkit.recipe.schema import (
+    EvaluateOptions,
+    LaunchOptions,
+    LoraOptions,
+    ModelOptions,
+    RecipeOptions,
+    StageOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,10 @@ class StageSection:
     name: str
     options: StageOptions
     trainer: Mapping[str, Any]
+    top: RecipeOptions  # the recipe's top level as this stage reads it: seed, model and lora may be swept
+    origins: Mapping[str, str]  # places of those three: {"model.path": "recipes/a.yaml:3"}
     group: str | None = None  # the rlaif section that it is a step of
+    point: Mapping[str, Any] = field(default_factory=dict)  # its values of what is swept: {"dpo.beta": 0.05}
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Recipe:
     order: tuple[str, ...]  # what `alignkit run` trains: those under `stages:`, all of them where it is omitted
     origins: Mapping[str, str]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stages of each rlaif section, in order
+    sweeps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # variants of each swept stage, by plain name
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
 
     @property

@@ -6,7 +6,7 @@ Only names are looked at; whether a run of that name exists is found out when it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 from alignkit.errors import Problem
@@ -28,9 +28,11 @@ class StageLike(Protocol):
     def say(self, key: str) -> str: ...
 
 
-def check_references(stages: Mapping[str, StageLike], groups: Mapping[str, object]) -> Iterator[Problem]:
-    """Yield what is wrong with the names that stages call each other by; the keys are marked as broken."""
-    for stage in stages.values():
+def check_references(
+    checked: Iterable[StageLike], stages: Mapping[str, StageLike], groups: Mapping[str, object]
+) -> Iterator[Problem]:
+    """Yield what is wrong with the names by which stages call others; the keys are marked as broken."""
+    for stage in checked:
         for key, node, found in _find_problems(stage, stages, groups):
             stage.broken.add(key.split(".")[0])
             yield Problem(found, node.place)
@@ -50,7 +52,7 @@ def _find_problems(
         for path, _ in list_source_paths(stage.node.value.get(key)) if key not in stage.broken else ():
             if path.value in stages and (found := _describe_rows(stage, key, path, stages)):
                 yield key, path, found
-    for key, node in _list_names(stage):
+    for key, node in list_names(stage.node):
         if key != "start_from" and key not in stage.broken and (chain := _find_way(node.value, stage.name, stages)):
             yield key, node, f"{stage.say(key)} goes round in a circle: {' -> '.join((stage.name, *chain))}"
     start = stage.node.value.get("start_from")
@@ -62,12 +64,17 @@ def _find_problems(
         yield "start_from", start, found
 
 
-def _list_names(stage: StageLike) -> list[tuple[str, Node]]:
-    """Return every node of a stage that may name another one, with its first key."""
-    named = [("start_from", stage.node.value["start_from"])] if "start_from" in stage.node.value else []
-    named += [(key, path) for key in SOURCE_KEYS for path, _ in list_source_paths(stage.node.value.get(key))]
-    named += [(key, model) for key in REWARD_KEYS for model in list_models(stage.node.value.get(key))]
-    return named + [(key.split(".")[0], model) for key, model in list_feedback(stage.node)]
+def list_names(section: Node) -> list[tuple[str, Node]]:
+    """Return every node of a stage's section that may name another stage, with its first key."""
+    values = section.value
+    named = [("start_from", values["start_from"])] if "start_from" in values else []
+    named += [(key, path) for key in SOURCE_KEYS for path, _ in list_source_paths(values.get(key))]
+    for key in ("ptx", "helpful"):
+        part = values.get(key)
+        if part is not None and isinstance(part.value, dict):
+            named += [(key, path) for path, _ in list_source_paths(part.value.get("data"))]
+    named += [(key, model) for key in REWARD_KEYS for model in list_models(values.get(key))]
+    return named + [(key.split(".")[0], model) for key, model in list_feedback(section)]
 
 
 def _find_way(start: str, end: str, stages: Mapping[str, StageLike]) -> list[str]:
@@ -77,7 +84,7 @@ def _find_way(start: str, end: str, stages: Mapping[str, StageLike]) -> list[str
         way = ways.pop()
         if way[-1] == end and len(way) > 1:
             return way
-        for _, node in _list_names(stages[way[-1]]) if way[-1] in stages else ():
+        for _, node in list_names(stages[way[-1]].node) if way[-1] in stages else ():
             if isinstance(node.value, str) and (node.value not in seen or node.value == end):
                 seen.add(node.value)
                 ways.append([*way, node.value])

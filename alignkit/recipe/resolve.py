@@ -16,6 +16,7 @@ from alignkit.recipe.nearest import suggest
 from alignkit.recipe.recipe import Recipe, StageSection
 from alignkit.recipe.schema import FEEDBACK, LaunchOptions, Method, TrainOptions
 from alignkit.recipe.stage import Stage
+from alignkit.recipe.sweep import describe_swept
 
 
 def resolve(
@@ -32,19 +33,19 @@ def resolve(
     several of the method and no name.
     """
     section = _pick(recipe, stage, method)
-    options = section.options
+    options, top = section.options, section.top
     start = options.start_from
-    scratch = trains_from_scratch(recipe.model.model_dump(), start)
-    model = recipe.model.model_copy(update={"quantization": "none"} if scratch else {})
+    scratch = trains_from_scratch(top.model.model_dump(), start)
+    model = top.model.model_copy(update={"quantization": "none"} if scratch else {})
     model = model.model_copy(update={"path": find_weights(model.path)})
-    lora = None if scratch else recipe.lora
+    lora = None if scratch else top.lora
     pointed = point(recipe, options)
-    trainer = _fill_trainer(recipe, section, lora=lora is not None, scratch=scratch)
+    trainer = _fill_trainer(section, lora=lora is not None, scratch=scratch)
     return Stage(
         recipe_name=recipe.name,
         recipe_path=recipe.path,
         name=section.name,
-        seed=recipe.seed,
+        seed=top.seed,
         model=model,
         lora=lora,
         launch=_launch(recipe.launch, options.method),
@@ -57,6 +58,7 @@ def resolve(
         reward_stages=pointed.rewards,
         source_stages=pointed.sources,
         trust_code=trust_code,
+        point=section.point,
     )
 
 
@@ -69,6 +71,8 @@ def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
     groups = recipe.groups
     if name in groups:
         return list(groups[str(name)])
+    if swept := [stage for stage in (name, *(f"{group}-{name}" for group in groups)) if stage in recipe.sweeps]:
+        raise RecipeError(f"--stage {name} {describe_swept(recipe.sweeps[str(swept[0])])}", where=recipe.path)
     if name is not None:
         single = [stage for stage in recipe.stages.values() if stage.name == name]
         steps = [stage for group in groups for stage in groups[group] if stage == f"{group}-{name}"]
@@ -105,7 +109,7 @@ def _launch(launch: LaunchOptions, method: Method) -> LaunchOptions:
     return launch.model_copy(update={"processes": 1, "nodes": 1, "strategy": "ddp", "offload": "none"})
 
 
-def _fill_trainer(recipe: Recipe, section: StageSection, *, lora: bool, scratch: bool) -> dict[str, Any]:
+def _fill_trainer(section: StageSection, *, lora: bool, scratch: bool) -> dict[str, Any]:
     """Return the TRL fields in force: as given, else alignkit's defaults where those differ from TRL's."""
     given, options = dict(section.trainer), section.options
     if not isinstance(options, TrainOptions):
@@ -114,7 +118,7 @@ def _fill_trainer(recipe: Recipe, section: StageSection, *, lora: bool, scratch:
         options.method,
         lora=lora,
         scratch=scratch,
-        builtin=recipe.model.path.startswith("builtin:"),
+        builtin=section.top.model.path.startswith("builtin:"),
         evaluates=options.eval is not None,
     )
     if given.get("eval_strategy", "steps") != "steps":
@@ -128,6 +132,8 @@ def _fill_trainer(recipe: Recipe, section: StageSection, *, lora: bool, scratch:
 def _pick(recipe: Recipe, stage: str | None, method: Method | None) -> StageSection:
     names = ", ".join(recipe.stages)
     if stage is not None:
+        if stage in recipe.sweeps:
+            raise RecipeError(f"--stage {stage} {describe_swept(recipe.sweeps[stage])}", where=recipe.path)
         if stage not in recipe.stages:
             hint = suggest(stage, recipe.stages) or f"; there are {names}"
             raise RecipeError(f"--stage {stage}: the recipe has no such stage{hint}", where=recipe.path)
@@ -151,10 +157,13 @@ def _pick(recipe: Recipe, stage: str | None, method: Method | None) -> StageSect
 def _collect_origins(recipe: Recipe, section: StageSection, trainer: list[str]) -> dict[str, str]:
     """Return the place of every value in force, "default" where the recipe gives none."""
     origins = {}
-    for name, options in (("model", recipe.model), ("lora", recipe.lora), ("launch", recipe.launch)):
+    for name, options in (("model", section.top.model), ("lora", section.top.lora), ("launch", recipe.launch)):
         for key in type(options).model_fields if options else ():
             origins[f"{name}.{key}"] = "default"
     for key in (*type(section.options).model_fields, *trainer):
         origins[f"{section.name}.{key}"] = "default"
-    kept = ("name", "seed", "model", "lora", "launch", section.name)
-    return origins | {key: place for key, place in recipe.origins.items() if key.split(".")[0] in kept}
+    kept = ("name", "launch", section.name)
+    for key, place in recipe.origins.items():
+        if any(f"{key}.".startswith(f"{name}.") for name in kept):  # the name of a variant may hold dots: dpo-beta-0.1
+            origins[key] = place
+    return {**origins, **section.origins}

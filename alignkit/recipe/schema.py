@@ -638,6 +638,9 @@ class FrontierOptions(_Section):
     )
 
 
+EVALUATED = ("reference", "reward", "against", "judge")  # keys of evaluate: that may name a stage
+
+
 class EvaluateOptions(_Section):
     """What `alignkit eval` measures; every name of a model may be a stage of the recipe."""
 
@@ -695,6 +698,10 @@ class RecipeOptions(_Section):
     eval: Share | Sources | None = Field(None, description="Held-out rows of every stage that gives none of its own.")
     stages: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="Order of the stages; as written if omitted."
+    )
+    sweep: dict[str, list[Any] | dict[str, Any] | None] | None = Field(
+        None,
+        description="One run per value: dotted keys of stages, or seed, model, lora, data and eval, each with a list.",
     )
     evaluate: EvaluateOptions = Field(default_factory=EvaluateOptions, description="What `alignkit eval` measures.")
 

@@ -50,7 +50,7 @@ def find_secrets(tree: Node) -> list[tuple[Node, Problem]]:
         key = redact(".".join(path))
         if any(holds_secret(part) for part in path[-1:]):
             found.append((node, Problem(f"{key} looks like a secret; {_ADVICE}", node.place)))
-        elif leads_to_secret(path):
+        elif leads_to_secret([part for name in path for part in name.split(".")]):  # sweep has dotted keys
             found.append((node, Problem(f"{key} is the name of a secret; {_ADVICE}", node.place)))
         elif isinstance(node.value, str) and holds_secret(node.value):
             found.append((node, Problem(f"{key} holds what looks like a secret; {_ADVICE}", node.place)))

@@ -35,9 +35,11 @@ class StageTree:
     name: str
     method: str
     node: Node
+    top: Node  # the recipe, as this stage reads it
     broken: set[str] = field(default_factory=set)
     group: str | None = None  # the rlaif section it is a step of
     shared: frozenset[str] = frozenset()  # keys that it has from there
+    point: tuple[tuple[int, int], ...] = ()  # its own values of what is swept: position of the key, of the value
 
     @property
     def label(self) -> str:
@@ -53,10 +55,14 @@ class StageTree:
         """Whether rows are needed; published chains are rows already."""
         return not (self.method == "critique" and "replay" in self.node.value)
 
-    def section(self, tree: Node) -> Section:
-        """Return the values that are right in themselves, with those of the recipe where it gives none."""
-        inherited = find_inherited(tree, self.method) if self.needs_data else {}
-        node = Node({**inherited, **self.node.value}, self.node.origin, self.node.line)
+    def fill(self) -> Node:
+        """Return all it says, with what the recipe says where it gives nothing."""
+        inherited = find_inherited(self.top, self.method) if self.needs_data else {}
+        return Node({**inherited, **self.node.value}, self.node.origin, self.node.line)
+
+    def section(self, node: Node | None = None) -> Section:
+        """Return the values that are right in themselves; `node` is what `fill` returned, with other names in it."""
+        node = node or self.fill()
         values = {key: child.plain() for key, child in node.value.items() if key not in self.broken}
         return Section(self.name, self.method, values, frozenset(self.broken), node, self.say)
 
@@ -108,13 +114,13 @@ class Group:
         return own.value if own is not None and isinstance(own.value, dict) else ()
 
 
-def split_group(name: str, node: Node) -> Group:
+def split_group(name: str, node: Node, top: Node) -> Group:
     """Return an rlaif section with the stages it stands for."""
     stages = []
     for step in expand(name, node):
         shared = {key for key, child in step.node.value.items() if child is node.value.get(key)}
-        stage = StageTree(stage_name(name, step.name), step.name, step.node, group=name, shared=frozenset(shared))
-        stages.append(stage)
+        full = stage_name(name, step.name)
+        stages.append(StageTree(full, step.name, step.node, top, group=name, shared=frozenset(shared)))
     return Group(name, node, stages)
 
 

@@ -42,6 +42,8 @@ class Stage:
     # directories of judges and generators, and files of rows, that a stage of this recipe makes, each with its name
     source_stages: Mapping[str, str] = field(default_factory=dict)
     trust_code: bool = False
+    # what tells it from the other variants of a swept stage: {"dpo.beta": 0.05}; the values are in force already
+    point: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> Method:
@@ -89,6 +91,7 @@ class Stage:
             "reward_stages": dict(self.reward_stages),
             "source_stages": dict(self.source_stages),
             "trust_code": self.trust_code,
+            "point": dict(self.point),
         }
 
     def fingerprint_values(self) -> dict[str, Any]:

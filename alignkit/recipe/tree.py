@@ -65,6 +65,7 @@ class Node:
     origin: Origin
     line: int = 1
     quoted: bool = False
+    text: str = ""  # a single value as it was written: 2e-4
 
     @property
     def place(self) -> str:
@@ -194,7 +195,7 @@ class _Builder:
         if self.stack and isinstance(self.stack[-1].value, dict) and self.keys[-1] is None:
             self._open_key(text, line, quoted=quoted)
         else:
-            self._add(Node(text if quoted else read_scalar(text), self.origin, line, quoted), closed=True)
+            self._add(Node(text if quoted else read_scalar(text), self.origin, line, quoted, text), closed=True)
 
     def _open_key(self, key: str, line: int, *, quoted: bool) -> None:
         before = self.stack[-1].value.get(key)

@@ -14,14 +14,17 @@ from typing import Any
 from alignkit.errors import Problem, RecipeError
 from alignkit.recipe.advice import describe_unknown_in_stage, explain_moved
 from alignkit.recipe.audit import Section, audit_recipe, audit_stage
+from alignkit.recipe.axes import KEY as SWEEP
+from alignkit.recipe.axes import read_axes
 from alignkit.recipe.check import check, quote_help, show
+from alignkit.recipe.construct import construct
 from alignkit.recipe.fields import method_fields
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.paths import REWARD_KEYS, SOURCE_KEYS, resolve_paths
-from alignkit.recipe.recipe import Recipe, StageSection
+from alignkit.recipe.paths import resolve_paths
+from alignkit.recipe.recipe import Recipe
 from alignkit.recipe.references import check_references
 from alignkit.recipe.rlaif import METHOD as RLAIF
-from alignkit.recipe.schema import FEEDBACK, OPTIONS, RecipeOptions, option_fragments, recipe_fragments
+from alignkit.recipe.schema import EVALUATED, FEEDBACK, option_fragments, recipe_fragments
 from alignkit.recipe.secrecy import find_secrets
 from alignkit.recipe.sections import (
     METHODS,
@@ -32,6 +35,7 @@ from alignkit.recipe.sections import (
     read_method,
     split_group,
 )
+from alignkit.recipe.sweep import Sweep, describe_swept, spread
 from alignkit.recipe.tree import Node
 
 
@@ -40,22 +44,20 @@ def build_recipe(tree: Node, *, path: Path, label: str, problems: Sequence[Probl
     build = _Build(tree, list(problems))
     build.refuse_secrets()
     build.split()
-    nodes = {name: stage.node for name, stage in build.stages.items()}
-    build.problems += resolve_paths(tree, nodes, {name: stage.label for name, stage in build.stages.items()})
-    build.check_top()
-    for group in build.groups.values():
-        build.check_group(group)
-    for stage in build.stages.values():
+    swept = build.sweep()
+    names = {*build.stages, *(name for variants in swept.names.values() for name in variants)}
+    build.problems += resolve_paths(swept.tops, [(stage.label, stage.node) for stage in swept.stages], names)
+    for top in swept.tops:
+        build.check_top(top)
+    for group in swept.groups:
+        build.check_group(group, swept.tops[0])
+    for stage in swept.stages:
         build.check_stage(stage)
-    build.check_references()
-    sections = {name: stage.section(tree) for name, stage in build.stages.items()}
-    top = Section("", "", _plain_without(tree, build.broken), frozenset(build.broken), tree)
-    for section in sections.values():
-        build.problems += audit_stage(section, top)
-    build.problems += audit_recipe(top, sections)
+    build.check_references(swept)
+    build.audit(swept)
     if build.problems:
         raise RecipeError(_sort(build.problems, label))
-    return _construct(tree, build, name=path.stem, label=label)
+    return construct(swept, name=path.stem, label=label)
 
 
 @dataclass
@@ -83,19 +85,26 @@ class _Build:
                 self.problems.append(Problem(problem, node.place))
                 self.broken.add(name)
             elif read_method(name, node) == RLAIF:
-                group = self.groups[name] = split_group(name, node)
+                group = self.groups[name] = split_group(name, node, self.tree)
                 self.problems += [Problem(what, node.place) for what in group.find_clashes(taken)]
                 self.stages |= {stage.name: stage for stage in group.stages if stage.name not in taken}
             else:
-                self.stages[name] = StageTree(name, read_method(name, node), node)
+                self.stages[name] = StageTree(name, read_method(name, node), node, self.tree)
         if not self.stages and not self.problems:
             self.problems.append(Problem(f"there is no stage; add a section such as {METHODS}", self.tree.place))
 
-    def check_top(self) -> None:
+    def sweep(self) -> Sweep:
+        """Return the variants of the stages; with a mistake under `sweep:` the stages as they are."""
+        axes, problems = read_axes(self.tree, self.stages, self.groups)
+        swept = spread(self.tree, self.stages, self.groups, [] if problems else axes)
+        self.problems += [*problems, *swept.problems]
+        return swept
+
+    def check_top(self, top: Node) -> None:
         fragments = recipe_fragments()
         for name, fragment in fragments["properties"].items():
-            if name in self.tree.value:
-                node = self.tree.value[name]
+            if name in top.value and name != SWEEP:
+                node = top.value[name]
                 if name == "lora" and node.value is None:
                     found = [Problem("lora is empty; write {} for its defaults, or take the key out", node.place)]
                 else:
@@ -103,11 +112,11 @@ class _Build:
                 self.problems += found
                 if found:
                     self.broken.add(name)
-        if "model" not in self.tree.value:
-            self.problems.append(Problem("model is missing; add `model: {path: ...}`", self.tree.place))
+        if "model" not in top.value:
+            self.problems.append(Problem("model is missing; add `model: {path: ...}`", top.place))
             self.broken.add("model")
 
-    def check_group(self, group: Group) -> None:
+    def check_group(self, group: Group, top: Node) -> None:
         """Check the keys of an rlaif section itself; those of its steps are checked with their stages."""
         fragments = option_fragments(RLAIF)
         own = fragments["properties"]
@@ -121,7 +130,7 @@ class _Build:
                 self.problems += found
                 if found:
                     group.mark_broken(key)
-        inherited = find_inherited(self.tree, RLAIF)
+        inherited = find_inherited(top, RLAIF)
         for key in sorted(group.find_missing({*fragments["required"]} - inherited.keys())):
             self.problems.append(Problem(f"{group.name}.{key} is missing; {quote_help(own[key])}", group.node.place))
             group.mark_broken(key)
@@ -143,7 +152,7 @@ class _Build:
             self.problems += found
             if found:
                 stage.broken.add(key)
-        given = {*stage.node.value, *find_inherited(self.tree, stage.method), *stage.broken}
+        given = {*stage.node.value, *find_inherited(stage.top, stage.method), *stage.broken}
         if stage.needs_data and "data" not in given:
             work = "work" if stage.method in FEEDBACK else "train"
             help_text = f"add the rows to {work} on, here or as the recipe's own `data:`"
@@ -153,15 +162,37 @@ class _Build:
             self.problems.append(Problem(f"{stage.say(key)} is missing; {quote_help(own[key])}", stage.node.place))
             stage.broken.add(key)
 
-    def check_references(self) -> None:
-        """Check that `stages:` and whatever names a stage name one that is there, and that nothing goes in circles."""
+    def check_references(self, swept: Sweep) -> None:
+        """Check that whatever names a stage names one that is there, and that nothing goes in circles."""
         listed = self.tree.value.get("stages")
-        names = (*self.groups, *self.stages)
+        variants = {made.name: made.stage for all_made in swept.variants.values() for made in all_made}
+        names = (*self.groups, *dict.fromkeys((*self.stages, *variants)))
         for item in listed.value or () if listed is not None and "stages" not in self.broken else ():
             if item.value not in names:
-                hint = suggest(str(item.value), names) or f"; there are {', '.join(names)}"
+                hint = suggest(str(item.value), names) or f"; there are {', '.join((*self.groups, *self.stages))}"
                 self.problems.append(Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place))
-        self.problems += check_references(self.stages, self.groups)
+        self.problems += check_references(swept.stages, {**self.stages, **variants}, self.groups)
+        evaluate = self.tree.value.get("evaluate")
+        for key in EVALUATED if evaluate is not None and "evaluate" not in self.broken else ():
+            node = evaluate.value.get(key)
+            if node is not None and node.value in swept.names:
+                what = f"evaluate.{key} is {node.value}, which {describe_swept(swept.names[node.value])}"
+                self.problems.append(Problem(what, node.place))
+
+    def audit(self, swept: Sweep) -> None:
+        """Hold every stage against the top level that it reads, and each model and adapter against its stages."""
+        broken = frozenset(self.broken)
+        tops = {id(top): Section("", "", _plain_without(top, self.broken), broken, top) for top in swept.tops}
+        shapes: dict[str, list[tuple[Section, Section]]] = {}
+        for stage in swept.stages:
+            section, top = stage.section(), tops[id(stage.top)]
+            self.problems += audit_stage(section, top)
+            if stage.method not in FEEDBACK or not swept.names:  # they read no lora: and so have not every shape
+                shapes.setdefault(repr([top.values.get(key) for key in ("model", "lora")]), []).append((section, top))
+        for pairs in shapes.values():
+            self.problems += audit_recipe(pairs[0][1], [section for section, _ in pairs])
+        if not shapes:
+            self.problems += audit_recipe(tops[id(swept.tops[0])], ())
 
 
 def _remove(node: Node, ids: set[int]) -> None:
@@ -187,48 +218,3 @@ def _sort(problems: list[Problem], label: str) -> list[Problem]:
         return where.startswith("--"), file != label, file, int(line) if line.isdecimal() else 0
 
     return sorted(dict.fromkeys(problems), key=rank)
-
-
-def _construct(tree: Node, build: _Build, *, name: str, label: str) -> Recipe:
-    top = RecipeOptions.model_validate(_plain_without(tree, {*build.stages, *build.groups}))
-    groups = {key: tuple(stage.name for stage in group.stages) for key, group in build.groups.items()}
-    listed = [name for item in top.stages or () for name in groups.get(item, (item,))]
-    origins = {"name": "default", "seed": "default"}
-    for key, node in tree.value.items():
-        if key not in build.stages and key not in groups:
-            origins |= _find_origins(node, key)
-    sections = {}
-    for stage_name in dict.fromkeys((*listed, *build.stages)):
-        stage = build.stages[stage_name]
-        section = stage.section(tree)
-        options = {key: value for key, value in section.values.items() if key in OPTIONS[stage.method].model_fields}
-        trainer = {key: value for key, value in section.values.items() if key not in options}
-        if stage.method == "dpo" and isinstance(trainer.get("loss_type"), str):
-            trainer["loss_type"] = [trainer["loss_type"]]
-        made = OPTIONS[stage.method].model_validate({**options, "method": stage.method})
-        sections[stage_name] = StageSection(stage_name, made, trainer, stage.group)
-        origins |= _find_origins(section.node, stage_name)
-    return Recipe(
-        name=top.name or name,
-        path=label,
-        seed=top.seed,
-        model=top.model,
-        lora=top.lora,
-        launch=top.launch,
-        evaluate=top.evaluate,
-        stages=sections,
-        order=tuple(dict.fromkeys(listed or build.stages)),
-        origins=origins,
-        groups=groups,
-    )
-
-
-def _find_origins(node: Node, key: str) -> dict[str, str]:
-    """Return the place of every dotted key; one source under `data:` is also `data.0`, as in the options, and one
-    reward `reward.0`."""
-    origins = {}
-    for path, child in node.leaves((key,)):
-        origins[".".join(path)] = child.place
-        if path[-1] in (*SOURCE_KEYS, *REWARD_KEYS) and not isinstance(child.value, list):
-            origins |= {".".join((*path, "0", *below)): leaf.place for below, leaf in child.leaves()}
-    return origins
