@@ -214,7 +214,9 @@ def _shorten(point: Point, series: set[str]) -> Point:
 
 
 def _label(run: Facts) -> str:
-    """Return the strength with which a run was held near its reference."""
+    """Return what tells a run from others of its series: what a sweep gave it, else how strongly it was held."""
+    if point := run.stage.get("point"):
+        return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in point.values())
     options, trainer = run.stage.get("options", {}), run.stage.get("trainer", {})
     if options.get("kl_target") is not None:
         return f"target {options['kl_target']:g}"

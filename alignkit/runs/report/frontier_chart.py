@@ -62,7 +62,7 @@ class _Frame:
 
 def right(frontier: Frontier) -> float:
     """Return the largest KL that is drawn, intervals included."""
-    return max([frontier.reach, *(point.kl.high for point in frontier.points)])
+    return max([frontier.reach, *(point.kl.high for point in frontier.points)]) or 1.0
 
 
 def draw(frontier: Frontier, colours: Mapping[str, int], width: int, height: int, *, said: str) -> Markup:
