@@ -11,7 +11,7 @@ from typing import Any
 
 from alignkit import console
 from alignkit.errors import EnvironmentProblem, JudgeError, UsageError
-from alignkit.evaluate.best_of_n import measure_best_of
+from alignkit.evaluate.best_of_n import measure_best_of, measure_best_of_kl
 from alignkit.evaluate.calibration import measure_calibration
 from alignkit.evaluate.divergence import measure_kl
 from alignkit.evaluate.few_shot import Item, measure_few_shot, read_task
@@ -20,6 +20,7 @@ from alignkit.evaluate.harness import PREFIX, measure_harness
 from alignkit.evaluate.intervals import mean_of_groups, share
 from alignkit.evaluate.judges import Judge, make_judge
 from alignkit.evaluate.material import Material, as_completion
+from alignkit.evaluate.optimum import measure_optimum
 from alignkit.evaluate.overlap import measure_bleu, measure_rouge
 from alignkit.evaluate.pairs import measure_accuracy, measure_length_baselines
 from alignkit.evaluate.perplexity import measure_perplexity
@@ -55,6 +56,7 @@ class Evaluation:
             "overlap": self._overlap,
             "win_rate": self._win_rate,
             "best_of": self._best_of,
+            "frontier": self._frontier,
             "tasks": self._tasks,
         }
 
@@ -91,7 +93,11 @@ class Evaluation:
     def _choose(self) -> list[str]:
         possible = {name: self._why_not(name) for name in self._groups}
         if self.options.metrics is None:
-            needs_key = {"win_rate": self.options.against, "best_of": self.options.best_of}
+            needs_key = {
+                "win_rate": self.options.against,
+                "best_of": self.options.best_of,
+                "frontier": self.options.frontier,
+            }
             for name, given in needs_key.items():
                 if given and (reason := possible[name]):
                     raise UsageError(f"{name} cannot be measured: {reason}")
@@ -129,6 +135,8 @@ class Evaluation:
             "overlap": (bool(self._material.referenced), "the rows hold no single right answer to compare with"),
             "win_rate": (bool(self._material.prompts) and options.against is not None,
                          "it needs prompts and another model (--against)"),
+            "frontier": (bool(self._material.prompts) and bool(options.frontier) and self._material.reward is not None,
+                         "it needs prompts, evaluate.frontier in the recipe and a reward (--reward)"),
             "best_of": (bool(self._material.prompts) and bool(options.best_of) and self._material.reward is not None,
                         "it needs prompts, numbers (--best-of) and a reward (--reward)"),
         }  # fmt: skip
@@ -248,6 +256,19 @@ class Evaluation:
             watched["true_reward"] = self._material.score(TrueReward(), self._material.sampled)
         figures = measure_best_of(self.options.best_of, scores, watched, resamples=self.options.resamples)
         return self._place(figures, reward=reward.name, answers=max(self.options.best_of), **self._sampling)
+
+    def _frontier(self) -> list[Figure]:
+        frontier, reward, resamples = self.options.frontier, self._material.reward, self.options.resamples
+        assert frontier is not None and reward is not None
+        number = max([frontier.answers, *frontier.best_of])
+        answers = self._material.sample(self._material.policy, number)
+        scores = self._material.score(reward, answers)
+        figures, warnings = measure_optimum(frontier.betas, scores, resamples=resamples)
+        for message in warnings:
+            self.shelf.warn(message)
+        figures += measure_best_of(frontier.best_of, scores, {}, resamples=resamples)
+        figures += measure_best_of_kl(frontier.best_of, scores, resamples=resamples)
+        return self._place(figures, reward=reward.name, answers=number, **self._sampling)
 
     def _tasks(self) -> list[Figure]:
         options, figures = self.options, []

@@ -216,7 +216,9 @@ class Policy:
     def _ask(
         self, kind: str, questions: Sequence[Any], answer: Callable[[list[int]], Sequence[Any]], **common: Any
     ) -> Any:
-        return self._shelf.cache.ask({"kind": kind, "weights": self.weights, **common}, questions, answer)
+        keep = max(self._shelf.batch_size, 64)  # answers lost at most by a kill; fewer than a batch would cut batches
+        common |= {"kind": kind, "weights": self.weights}
+        return self._shelf.cache.ask(common, questions, answer, batch_size=keep)
 
     def _encode(self, encode: Callable[[], Any]) -> Any:
         try:

@@ -118,6 +118,11 @@ def evaluate_all(
     num_measured = 0
     for source in finished:
         chosen = _fit(options, source, trust_code) if several else options
+        if options.frontier is not None and not _is_reference(source, options):
+            chosen = _without_frontier(chosen)
+            if chosen.metrics == []:
+                console.note(f"{source}: no stage is held near it, left out")
+                continue
         try:
             found = evaluate(
                 source,
@@ -147,6 +152,28 @@ def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOpt
     if against is not None and Path(against).expanduser().absolute() == Path(source).expanduser().absolute():
         return options.model_copy(update={"against": None})
     return options
+
+
+def _without_frontier(options: EvaluateOptions) -> EvaluateOptions:
+    """Return the options without what is measured on a reference only."""
+    kept = None if options.metrics is None else [name for name in options.metrics if name != "frontier"]
+    return options.model_copy(update={"frontier": None, "metrics": kept})
+
+
+def _is_reference(source: str, options: EvaluateOptions) -> bool:
+    """Tell whether other runs beside this one are held near it, as `evaluate.reference` or they themselves say."""
+    run = _directory(source)
+    if options.reference is not None:
+        return _directory(options.reference) == run
+    others = [path.parent for path in run.parent.glob("*/stage.json") if RunDir(path.parent).model.is_dir()]
+    found = [find_subject(str(other), trust_code=False).reference() for other in others]
+    return any(_directory(reference) == run for reference in found if reference is not None)
+
+
+def _directory(source: str) -> Path:
+    """Return the run directory of a run, or of a model in one."""
+    path = Path(source).expanduser().absolute()
+    return path.parent if path.name == "model" else path
 
 
 def _read(subject: Subject, options: EvaluateOptions) -> Measured | None:

@@ -618,7 +618,24 @@ OPTIONS: dict[str, type[StageOptions]] = {
 }  # fmt: skip
 
 
-Metric = Literal["perplexity", "pairs", "answers", "kl", "overlap", "win_rate", "best_of", "tasks"]
+Metric = Literal["perplexity", "pairs", "answers", "kl", "overlap", "win_rate", "best_of", "frontier", "tasks"]
+
+
+class FrontierOptions(_Section):
+    """The most reward at a KL, from answers of the model that others start from; measured on that model alone."""
+
+    betas: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [1.0, 0.5, 0.2, 0.1, 0.05],
+        description="Measure the optimum of reward - beta KL for each beta, in units of the reward; the curve ends at "
+        "the smallest.",
+    )
+    answers: Annotated[int, Field(ge=2)] = Field(
+        256,
+        description="Answers sampled per prompt, at least the largest best_of; no KL above their log can be told.",
+    )
+    best_of: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list, description="Best of N of these answers, for each N."
+    )
 
 
 EVALUATED = ("reference", "reward", "against", "judge")  # keys of evaluate: that may name a stage
@@ -653,6 +670,9 @@ class EvaluateOptions(_Section):
     )
     best_of: list[Annotated[int, Field(ge=1)]] = Field(
         default_factory=list, description="Measure the best of N sampled answers by reward, for each N."
+    )
+    frontier: FrontierOptions | None = Field(
+        None, description="Measure the optimum of reward against KL, on the stage that others are held near."
     )
     tasks: list[str] = Field(
         default_factory=list, description="Few-shot tasks: JSONL of {context, completion}, or lm_eval:TASK."

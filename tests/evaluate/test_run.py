@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alignkit.data import DataReport, Rejects, read_rows, split_eval
+from alignkit.data import DataReport, Rejects, read_rows, split_eval, true_reward
 from alignkit.errors import DataError, RunError, UsageError
 from alignkit.evaluate.figures import Figure
 from alignkit.evaluate.request import combine, name_runs, sources
@@ -146,6 +148,47 @@ def test_stages_of_a_recipe_that_are_not_finished_are_left_out(run_dir: Path, ca
         list(evaluate_all(names[2:], _options(), **arguments))
 
 
+def test_the_optimum_is_measured_on_the_reference_alone(run_dir: Path, policy_dir: Path, capsys: Any) -> None:
+    shutil.copytree(run_dir.parent / "sft", run_dir.parent / "other")
+    names = [str(run_dir.parent / name) for name in ("sft", "other", "dpo")]
+    arguments: dict[str, Any] = {
+        "seed": None, "out": None, "device": "cpu", "trust_code": False, "folder": run_dir, "skip": True,
+    }  # fmt: skip
+    options = _options(frontier={"betas": [1.0, 1e-3], "answers": 24, "best_of": [2, 32]}, samples=2)
+    found = {Path(result["model"]).name: result for result in evaluate_all(names, options, **arguments)}
+    metrics = {name: {figure["metric"] for figure in result["results"]} for name, result in found.items()}
+    wanted = {"reference_reward", "optimum_reward", "optimum_kl", "best_of_n", "best_of_n_kl"}
+    assert wanted <= metrics["sft"]
+    assert not wanted & (metrics["other"] | metrics["dpo"])
+    assert {"true_reward", "kl"} <= metrics["dpo"]
+    (start,) = (figure for figure in found["sft"]["results"] if figure["metric"] == "reference_reward")
+    assert start["settings"]["answers"] == 32  # best of 32 needs as many
+    assert start["n"] == 6 and len(start["details"]) > 10
+    # A single stage of the recipe is no other case, and where nothing but the optimum is asked for nothing is left.
+    (alone,) = evaluate_all(names[2:], options, **arguments)
+    assert not wanted & {figure["metric"] for figure in alone["results"]}
+    only = options.model_copy(update={"metrics": ["frontier"]})
+    assert [Path(result["model"]).name for result in evaluate_all(names, only, **arguments)] == ["sft"]
+    assert "dpo: no stage is held near it, left out" in capsys.readouterr().err
+
+
+def test_the_optimum_is_that_of_the_answers_that_are_sampled(run_dir: Path) -> None:
+    """Recomputed from the answers in the cache: the same prompts, each with its own normalisation."""
+    sft, beta = run_dir.parent / "sft", 0.5
+    data = evaluate(str(sft), _options(frontier={"betas": [beta], "answers": 24}, metrics=["frontier"]), device="cpu")
+    cache = [json.loads(line)["value"] for line in (sft / "eval-cache.jsonl").read_text().splitlines()]
+    rewards = [true_reward(value[1]) for value in cache if isinstance(value, list) and len(value) == 3]
+    assert len(rewards) == 6 * 24
+    found = []
+    for start in range(0, len(rewards), 24):
+        own = rewards[start : start + 24]
+        weights = [math.exp(reward / beta) for reward in own]
+        found.append(sum(w * r for w, r in zip(weights, own, strict=True)) / sum(weights))
+    (figure,) = (figure for figure in data["results"] if figure["metric"] == "optimum_reward")
+    assert figure["value"] == pytest.approx(sum(found) / 6)
+    assert figure["settings"] | {"answers": 24, "reward": "true_reward", "temperature": 1.0} == figure["settings"]
+
+
 def _described(*figures: Figure, weights: str = "w") -> dict[str, Any]:
     return describe(figures, name="n", model="m", weights=weights, seed=0, seconds=1.0, warnings=())
 
@@ -233,7 +276,7 @@ def test_options_of_the_command_line_lie_over_the_recipe_s(tmp_path: Path) -> No
         combine(base, {"metrics": ["perplexitty"], "temperature": 0.0})
     assert [str(problem) for problem in caught.value.problems] == [
         "--metric: is perplexitty; it must be one of perplexity, pairs, answers, kl, overlap, win_rate, best_of, "
-        "tasks; did you mean perplexity?",
+        "frontier, tasks; did you mean perplexity?",
         "--temperature: is 0.0: input should be greater than 0",
     ]
     (tmp_path / "rows.jsonl").write_text("{}")

@@ -22,14 +22,17 @@ from markupsafe import Markup
 from alignkit import __version__
 from alignkit.errors import RunError
 from alignkit.runs.facts import Facts, find_runs, order_runs, parents, read_facts
-from alignkit.runs.files import disk_failures, write_text
+from alignkit.runs.files import disk_failures, write_json, write_text
+from alignkit.runs.frontier import read_frontiers
 from alignkit.runs.layout import RunDir
 from alignkit.runs.report.evaluation import tabulate
+from alignkit.runs.report.frontier import draw_file, view_frontier
 from alignkit.runs.report.lineage import Node, draw_lineage
 from alignkit.runs.report.numbers import duration, short_count
 from alignkit.runs.report.view import describe_status, gather_warnings, headline, view_run
 
 REPORT = "report.html"
+FRONTIER = "frontier.json"
 
 
 def write_report(path: Path, *, out: Path | None = None) -> Path:
@@ -41,7 +44,7 @@ def write_report(path: Path, *, out: Path | None = None) -> Path:
     if RunDir(directory).stage.is_file():
         page = render_run(read_facts(directory))
     elif found := find_runs(directory) if directory.is_dir() else []:
-        page = render_recipe(directory.name, [read_facts(run) for run in found])
+        return _write_recipe(directory.name, [read_facts(run) for run in found], (), out or directory / REPORT)
     else:
         raise RunError("holds no run; name a run directory such as runs/demo/sft, or runs/demo", where=str(path))
     return _write(page, out or directory / REPORT)
@@ -56,8 +59,18 @@ def write_recipe_report(name: str, stages: Sequence[tuple[str, Path]], *, out: P
     if not begun:
         raise RunError("no stage of this recipe has been started; `alignkit run` trains them", where=name)
     waiting = [stage for stage, path in stages if not RunDir(path.expanduser()).stage.is_file()]
-    page = render_recipe(str(begun[0].stage.get("recipe") or name), begun, waiting=waiting)
-    return _write(page, out or stages[0][1].expanduser().absolute().parent / REPORT)
+    title = str(begun[0].stage.get("recipe") or name)
+    return _write_recipe(title, begun, waiting, out or stages[0][1].expanduser().absolute().parent / REPORT)
+
+
+def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out: Path) -> Path:
+    """Write the page of a recipe, and beside it what its frontier picture shows, as data and as a picture alone."""
+    page = _write(render_recipe(name, runs, waiting=waiting), out)
+    if frontiers := read_frontiers(runs):
+        with disk_failures(out.parent, FRONTIER):
+            write_json(out.parent / FRONTIER, {"schema": 1, "frontiers": [each.to_dict() for each in frontiers]})
+            write_text(out.parent / Path(FRONTIER).with_suffix(".svg"), draw_file(frontiers[0]))
+    return page
 
 
 def render_run(run: Facts) -> str:
@@ -88,6 +101,7 @@ def render_recipe(name: str, runs: Sequence[Facts], *, waiting: Sequence[str] = 
         waiting=waiting,
         total=total,
         evaluation=tabulate(ordered),
+        frontiers=[view_frontier(frontier) for frontier in read_frontiers(ordered)],
         num_warnings=sum(len(gather_warnings(run)) for run in ordered),
         lineage=draw_lineage(_tree_of(ordered, waiting)),
     )

@@ -1,0 +1,103 @@
+"""The most reward that a policy can have at a distance from its reference: pi_ref(y|x) exp(r(x, y) / beta) / Z(x).
+
+That policy is the optimum of E[r] - beta KL(pi || pi_ref) (DPO, arXiv 2305.18290, equation 4), and its reward and KL
+follow from answers of the reference alone, by self-normalised importance sampling. It trains nothing and scores no
+policy.
+
+Every prompt has its own Z(x): one Z over all of them would let an optimum choose its prompts, which no policy can.
+
+Three ways in which it can err, and what is done:
+- With few effective answers, 1 / sum of squared weights, the estimate knows only the best answers it has drawn, and is
+  too low to be a bound. A beta whose median prompt has fewer than MIN_EFFECTIVE is left out, and said to be.
+- log Z is biased low by about 1 / (2 effective answers) (Jensen), the value of the objective by beta times that: under
+  0.05 beta where nothing is left out.
+- KL cannot exceed the log of the number of answers; what has a larger one is left out by the same rule.
+
+Legend: P prompts, M answers to each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from alignkit.evaluate.figures import Figure, make_figure
+from alignkit.evaluate.intervals import mean
+
+Floats = NDArray[np.float64]
+MIN_EFFECTIVE = 10.0
+_STEP, _WIDEST = 1.15, 20.0
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The optimum at one beta, prompt by prompt: reward, KL in nats per answer, value, effective answers; (P,) each.
+
+    `value` is beta log Z = reward - beta KL: no policy has more of it, whatever its KL.
+    """
+
+    reward: Floats
+    kl: Floats
+    value: Floats
+    effective: Floats
+
+
+def reweight(scores_PM: ArrayLike, beta: float) -> Optimum:
+    """Return the optimum at this beta from the scores of answers sampled from the reference."""
+    scores = np.asarray(scores_PM, dtype=np.float64)
+    best = scores.max(axis=1, keepdims=True)
+    weights = np.exp((scores - best) / beta)  # of the best answer 1: no overflow at any beta
+    total = weights.sum(axis=1)
+    reward = (weights * scores).sum(axis=1) / total
+    value = best[:, 0] + beta * np.log(total / scores.shape[1])
+    return Optimum(reward, (reward - value) / beta, value, total**2 / (weights**2).sum(axis=1))
+
+
+def measure_optimum(
+    betas: Sequence[float], scores: Sequence[Sequence[float]], *, resamples: int
+) -> tuple[list[Figure], list[str]]:
+    """Return the reference's reward, reward and KL of the optimum at each beta, and a warning of what was left out.
+
+    `details` of the reference's reward hold the whole curve, from twenty times the largest beta to the smallest one
+    that can be told: `beta`, `kl`, `reward`, the `value` of the objective with its interval, and the `effective`
+    answers of the median and of the worst prompt. Intervals are over prompts; the chance in a prompt's answers is part
+    of how prompts differ, so they hold that too.
+    """
+    found = {beta: reweight(scores, beta) for beta in (*betas, *_between(min(betas), _WIDEST * max(betas)))}
+    reliable = {beta: at for beta, at in found.items() if float(np.median(at.effective)) >= MIN_EFFECTIVE}
+    curve = [_describe(beta, reliable[beta], resamples) for beta in sorted(reliable, reverse=True)]
+    start = mean([float(np.mean(group)) for group in scores], resamples=resamples)
+    figures = [make_figure("reference_reward", start, unit="reward", better="higher", details=curve)]
+    for beta in (beta for beta in betas if beta in reliable):
+        reward, kl = (mean(each.tolist(), resamples=resamples) for each in (found[beta].reward, found[beta].kl))
+        figures.append(make_figure("optimum_reward", reward, unit="reward", better="higher", slice=f"beta={beta:g}"))
+        figures.append(make_figure("optimum_kl", kl, unit="nats per answer", slice=f"beta={beta:g}"))
+    left_out = [f"{beta:g} ({np.median(found[beta].effective):.1f})" for beta in betas if beta not in reliable]
+    warning = (
+        f"the optimum at beta {', '.join(left_out)} is left out: in brackets the effective answers of the median "
+        f"prompt, of which {MIN_EFFECTIVE:g} are needed; raise evaluate.frontier.answers"
+    )
+    return figures, [warning] if left_out else []
+
+
+def _between(low: float, high: float) -> list[float]:
+    """Return betas from low to high, each _STEP times the one before."""
+    number = int(np.log(high / low) / np.log(_STEP))
+    return [low * _STEP**power for power in range(1, number + 1)]
+
+
+def _describe(beta: float, found: Optimum, resamples: int) -> dict[str, float | None]:
+    value = mean(found.value.tolist(), resamples=resamples)
+    return {
+        "beta": float(beta),
+        "kl": float(found.kl.mean()),
+        "reward": float(found.reward.mean()),
+        "value": value.value,
+        "low": value.low,
+        "high": value.high,
+        "effective": round(float(np.median(found.effective)), 1),
+        "effective_lowest": round(float(found.effective.min()), 1),
+    }
