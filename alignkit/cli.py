@@ -19,7 +19,6 @@ from alignkit.ending import SUPERVISED, end, end_usage_error, leave
 
 if TYPE_CHECKING:
     from alignkit.recipe import Recipe
-    from alignkit.recipe.schema import EvaluateOptions
 
 RecipeFile = Annotated[
     Path, typer.Option("--recipe", "-r", metavar="FILE", help="The recipe: model, data and stages in YAML.")
@@ -245,11 +244,11 @@ def run(
 
     overrides = _add_address(overrides, main_address, main_port)
     loaded = _load_recipe(recipe, overrides)
-    stages = [resolve(loaded, name, trust_code=trust_code) for name in pick_span(loaded, first, last)]
+    names = pick_span(loaded, first, last)
+    stages = [resolve(loaded, name, trust_code=trust_code) for name in names]
     changes = tuple(allow_change or ())
     jobs = [(stage, Command.of(stage, overrides, allow_change=changes, node_rank=node_rank)) for stage in stages]
-    runs = {name: resolve(loaded, name).run_dir for name in loaded.order}
-    measure = Measuring.of(stages, loaded.evaluate, runs) if loaded.evaluates else None
+    measure = Measuring.of(loaded, names, trust_code=trust_code) if loaded.evaluates else None
     run_many(context.obj, jobs, How(dry_run, force, as_json, retries, slurm, submit), measure=measure)
 
 
@@ -379,19 +378,19 @@ def evaluate(
 ) -> None:
     """Measure a model: every figure with its n and 95 % interval, to eval.json and a table."""
     from alignkit import console
-    from alignkit.evaluate.request import combine, judge_source, name_runs, sources
+    from alignkit.evaluate.request import combine, judge_source, name_runs, request_stages, sources
     from alignkit.recipe.schema import EvaluateOptions
 
     if (source is None) == (recipe is None):
         raise typer.BadParameter("give a RUN or --recipe FILE")
     base, folder = EvaluateOptions(), Path.cwd()
-    runs: dict[str, str] = {}
+    loaded = None
     if recipe is not None:
-        base, runs = _find_runs(recipe, overrides, stage)
-        folder = recipe.resolve().parent
+        loaded = _load_recipe(recipe, overrides)
+        base, folder = loaded.evaluate, recipe.resolve().parent
     elif stage is not None or overrides:
         raise typer.BadParameter("--stage and --set belong to --recipe")
-    if out is not None and len(runs) > 1:
+    if out is not None and loaded is not None and stage is None and len(loaded.order) > 1:
         raise typer.BadParameter("--out is one file, and the recipe has several stages; name one with --stage")
     if split is not None and not data:
         raise typer.BadParameter("--split belongs to --data")
@@ -401,7 +400,8 @@ def evaluate(
         "best_of": best_of, "tasks": tasks, "shots": shots, "samples": samples, "temperature": temperature,
         "max_new_tokens": max_new_tokens, "batch_size": batch_size,
     }  # fmt: skip
-    options = name_runs(combine(base, given), runs)
+    options = combine(base, given)
+    requests = request_stages(loaded, options, None if stage is None else [_named(loaded, stage)]) if loaded else []
     from alignkit.launch import prepare_environment
 
     prepare_environment()
@@ -409,13 +409,12 @@ def evaluate(
     from alignkit.evaluate.subject import list_siblings
 
     if source is not None:
-        options = name_runs(options, list_siblings(source), strict=False)
+        requests = [(source, name_runs(options, list_siblings(source), strict=False))]
     from alignkit.evaluate.run import evaluate_all
 
-    names = [source] if source is not None else [runs[stage]] if stage else list(runs.values())
     results = []
     for result in evaluate_all(
-        names, options, seed=seed, out=out, device=device, trust_code=trust_code, folder=folder, skip=recipe is not None
+        requests, seed=seed, out=out, device=device, trust_code=trust_code, folder=folder, skip=recipe is not None
     ):
         results.append(result)
         if not as_json:
@@ -424,14 +423,11 @@ def evaluate(
         console.print_json(results if recipe is not None and not stage else results[0])
 
 
-def _find_runs(path: Path, overrides: list[str] | None, stage: str | None) -> tuple[EvaluateOptions, dict[str, str]]:
-    """Return what a recipe says of evaluation, and the run directory of each of its stages."""
+def _named(recipe: Recipe, stage: str) -> str:
+    """Return the name of a stage; raises RecipeError saying what is wrong with it."""
     from alignkit.recipe import resolve
 
-    loaded = _load_recipe(path, overrides)
-    if stage is not None:
-        resolve(loaded, stage)  # says what is wrong with the name
-    return loaded.evaluate, {name: resolve(loaded, name).run_dir for name in loaded.order}
+    return resolve(recipe, stage).name
 
 
 @app.command()

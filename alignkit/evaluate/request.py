@@ -11,10 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from alignkit import console
 from alignkit.errors import Problem, UsageError
+from alignkit.recipe import Recipe, Stage, resolve
 from alignkit.recipe.audit_feedback import evaluation_problems
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.schema import EVALUATED, EvaluateOptions, FeedbackModel
+from alignkit.recipe.schema import EVALUATED, FEEDBACK, EvaluateOptions, FeedbackModel
 from alignkit.runs.record import redact
 
 _NEEDED = {"judge": "against", "constitution": "against", "shots": "tasks"}  # options that only serve another one
@@ -63,6 +65,49 @@ def sources(paths: Sequence[str], split: str | None) -> list[dict[str, Any]]:
     return found
 
 
+def request_stages(
+    recipe: Recipe, options: EvaluateOptions, names: Sequence[str] | None = None
+) -> list[tuple[str, EvaluateOptions]]:
+    """Return the run directory of each stage that trains, with the options in which stages are run directories.
+
+    The name of a swept stage means the run with the values of the stage that is measured; where there is not just one,
+    the option is left out for that stage, with a word. Raises UsageError as `name_runs` does.
+    """
+    stages = {name: resolve(recipe, name) for name in recipe.order}
+    runs = {name: stage.run_dir for name, stage in stages.items()}
+    found = []
+    for name in names or list(stages):
+        stage = stages[name]
+        if stage.method in FEEDBACK:
+            continue
+        near = {plain: _find_kin(stage, [stages[made] for made in recipe.sweeps[plain] if made in stages])
+                for plain in recipe.sweeps}  # fmt: skip
+        chosen = options
+        for key in EVALUATED:
+            value = _named(options, key)
+            if value in near and near[value] is None:
+                console.note(f"{name}: evaluate.{key} is left out, no one run of {value} has its values")
+                chosen = chosen.model_copy(update={key: None})
+        known = {**{plain: run_dir for plain, run_dir in near.items() if run_dir is not None}, **runs}
+        found.append((stage.run_dir, name_runs(chosen, known)))
+    return found
+
+
+def _find_kin(stage: Stage, variants: Sequence[Stage]) -> str | None:
+    """Return the run of the only variant that differs in nothing that both are swept over."""
+    same = [
+        variant.run_dir
+        for variant in variants
+        if all(stage.point.get(key, value) == value for key, value in variant.point.items())
+    ]
+    return same[0] if len(same) == 1 else None
+
+
+def _named(options: EvaluateOptions, key: str) -> str | None:
+    value = getattr(options, key)
+    return value.model if isinstance(value, FeedbackModel) else value
+
+
 def name_runs(options: EvaluateOptions, runs: Mapping[str, str], *, strict: bool = True) -> EvaluateOptions:
     """Return the options with every stage name as its run directory.
 
@@ -72,9 +117,9 @@ def name_runs(options: EvaluateOptions, runs: Mapping[str, str], *, strict: bool
     named: dict[str, Any] = {}
     problems = []
     judge = options.judge
-    names = {key: getattr(options, key) for key in EVALUATED} | {"judge": judge.model if judge else None}
-    for key, value in names.items():
-        if value in runs:
+    for key in EVALUATED:
+        value = _named(options, key)
+        if value is not None and value in runs:
             named[key] = runs[value]
         elif strict and runs and value and not set(value) & {"/", ":"} and not Path(value).exists():
             hint = suggest(value, runs) or f"; the recipe's stages are {', '.join(runs)}"

@@ -92,8 +92,7 @@ def _require_judged(subject: Subject, evaluation: Evaluation, path: Path | None)
 
 
 def evaluate_all(
-    sources: Sequence[str],
-    options: EvaluateOptions,
+    requests: Sequence[tuple[str, EvaluateOptions]],
     *,
     seed: int | None,
     out: Path | None,
@@ -102,21 +101,23 @@ def evaluate_all(
     folder: Path,
     skip: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Measure models one after another and yield what `evaluate` returns.
+    """Measure models one after another, each as it is asked for, and yield what `evaluate` returns.
 
     With `skip` a run that is not finished is left out with a word, and what a stage cannot be measured on is too;
     raises RunError when none is finished, and the last stage's error when none could be measured.
     """
-    finished = [source for source in sources if not skip or RunDir(Path(source).expanduser().absolute()).is_finished()]
-    for source in sources:
-        if source not in finished:
+    finished = []
+    for source, options in requests:
+        if skip and not RunDir(Path(source).expanduser().absolute()).is_finished():
             console.note(f"{source}: not finished, left out")
+        else:
+            finished.append((source, options))
+            check_judge(options)
     if not finished:
         raise RunError("no stage is finished; train first, with alignkit run --recipe FILE")
-    check_judge(options)
     several = skip and len(finished) > 1
     num_measured = 0
-    for source in finished:
+    for source, options in finished:
         chosen = _fit(options, source, trust_code) if several else options
         if options.frontier is not None and not _is_reference(source, options):
             chosen = _without_frontier(chosen)
@@ -135,7 +136,7 @@ def evaluate_all(
                 lenient=several,
             )
         except UsageError as error:
-            if not several or (source == finished[-1] and not num_measured):
+            if not several or (source == finished[-1][0] and not num_measured):
                 raise
             console.warn(f"{source}: {error}; left out")
         else:

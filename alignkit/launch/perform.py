@@ -116,7 +116,7 @@ def _measure(measure: Measuring, board: console.Board, *, is_new: bool) -> list[
     measured = []
     for result in measure.run():
         measured.append(result)
-        board.update(MEASURE, len(measured), len(measure.sources), str(result["name"]), None)
+        board.update(MEASURE, len(measured), len(measure.requests), str(result["name"]), None)
     board.end(MEASURE)
     return measured
 

@@ -38,17 +38,15 @@ def check_references(
             yield Problem(found, node.place)
 
 
-def check_evaluated(evaluate: Node, stages: Collection[str], swept: Mapping[str, str]) -> Iterator[Problem]:
-    """Yield what is wrong with the models that `evaluate:` names; `swept` says what a name of several stages means."""
+def check_evaluated(evaluate: Node, stages: Collection[str]) -> Iterator[Problem]:
+    """Yield what is wrong with the models that `evaluate:` names; `stages` holds the names of swept ones too."""
     for key in EVALUATED:
         node = evaluate.value.get(key)
         if node is not None and isinstance(node.value, dict):
             node = node.value.get("model")
         if node is None or not isinstance(node.value, str):
             continue
-        if node.value in swept:
-            yield Problem(f"evaluate.{key} is {node.value}, which {swept[node.value]}", node.place)
-        elif node.value not in stages and not {"/", ":"} & set(node.value):
+        if node.value not in stages and not {"/", ":"} & set(node.value):
             hint = suggest(node.value, stages) or f"; the stages are {', '.join(stages)}"
             what = f"evaluate.{key} is {show(node)}, which is neither a stage nor a path that exists{hint}"
             yield Problem(what, node.place)

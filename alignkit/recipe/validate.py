@@ -35,7 +35,7 @@ from alignkit.recipe.sections import (
     read_method,
     split_group,
 )
-from alignkit.recipe.sweep import Sweep, describe_swept, spread
+from alignkit.recipe.sweep import Sweep, spread
 from alignkit.recipe.tree import Node
 
 
@@ -174,8 +174,7 @@ class _Build:
         self.problems += check_references(swept.stages, {**self.stages, **variants}, self.groups)
         evaluate = self.tree.value.get("evaluate")
         if evaluate is not None and "evaluate" not in self.broken:
-            several = {name: describe_swept(made) for name, made in swept.names.items()}
-            self.problems += check_evaluated(evaluate, names, several)
+            self.problems += check_evaluated(evaluate, names)
 
     def audit(self, swept: Sweep) -> None:
         """Hold every stage against the top level that it reads, and each model and adapter against its stages."""

@@ -140,12 +140,12 @@ def test_stages_of_a_recipe_that_are_not_finished_are_left_out(run_dir: Path, ca
     arguments: dict[str, Any] = {
         "seed": None, "out": None, "device": "cpu", "trust_code": False, "folder": run_dir, "skip": True,
     }  # fmt: skip
-    found = list(evaluate_all(names, _options(metrics=["perplexity", "pairs"]), **arguments))
+    found = list(evaluate_all([(name, _options(metrics=["perplexity", "pairs"])) for name in names], **arguments))
     assert [result["name"] for result in found] == ["tiny/sft", "tiny/dpo"]
     assert "pairs" in found[0]["warnings"][0]  # an sft run has no reference
     assert "later: not finished, left out" in capsys.readouterr().err
     with pytest.raises(RunError, match="no stage is finished"):
-        list(evaluate_all(names[2:], _options(), **arguments))
+        list(evaluate_all([(name, _options()) for name in names[2:]], **arguments))
 
 
 def test_the_optimum_is_measured_on_the_reference_alone(run_dir: Path, policy_dir: Path, capsys: Any) -> None:
@@ -155,7 +155,8 @@ def test_the_optimum_is_measured_on_the_reference_alone(run_dir: Path, policy_di
         "seed": None, "out": None, "device": "cpu", "trust_code": False, "folder": run_dir, "skip": True,
     }  # fmt: skip
     options = _options(frontier={"betas": [1.0, 1e-3], "answers": 24, "best_of": [2, 32]}, samples=2)
-    found = {Path(result["model"]).name: result for result in evaluate_all(names, options, **arguments)}
+    requests = [(name, options) for name in names]
+    found = {Path(result["model"]).name: result for result in evaluate_all(requests, **arguments)}
     metrics = {name: {figure["metric"] for figure in result["results"]} for name, result in found.items()}
     wanted = {"reference_reward", "optimum_reward", "optimum_kl", "best_of_n", "best_of_n_kl"}
     assert wanted <= metrics["sft"]
@@ -165,10 +166,11 @@ def test_the_optimum_is_measured_on_the_reference_alone(run_dir: Path, policy_di
     assert start["settings"]["answers"] == 32  # best of 32 needs as many
     assert start["n"] == 6 and len(start["details"]) > 10
     # A single stage of the recipe is no other case, and where nothing but the optimum is asked for nothing is left.
-    (alone,) = evaluate_all(names[2:], options, **arguments)
+    (alone,) = evaluate_all([(name, options) for name in names[2:]], **arguments)
     assert not wanted & {figure["metric"] for figure in alone["results"]}
     only = options.model_copy(update={"metrics": ["frontier"]})
-    assert [Path(result["model"]).name for result in evaluate_all(names, only, **arguments)] == ["sft"]
+    found = evaluate_all([(name, only) for name in names], **arguments)
+    assert [Path(result["model"]).name for result in found] == ["sft"]
     assert "dpo: no stage is held near it, left out" in capsys.readouterr().err
 
 

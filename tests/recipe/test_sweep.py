@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import RecipeError
+from alignkit.evaluate.request import request_stages
 from alignkit.recipe import Recipe, Stage, load_recipe, pick_steps, resolve
 from alignkit.recipe.schema import CritiqueOptions, LabelOptions, PpoOptions, TrainOptions
 
@@ -379,13 +380,17 @@ def test_a_name_that_another_stage_has(complain: Complain) -> None:
     ]
 
 
-def test_evaluation_names_one_variant(load: Load, complain: Complain) -> None:
-    text = PIPELINE + "sweep: {dpo.beta: [0.1, 0.5]}\n"
-    assert complain(text + "evaluate: {reference: dpo}\n") == [
-        "a.yaml:11: evaluate.reference is dpo, which is swept, so there are several; name one of them: "
-        "dpo-beta-0.1, dpo-beta-0.5"
+def test_evaluation_means_the_run_with_the_same_values(load: Load, complain: Complain) -> None:
+    text = PIPELINE + "sweep: {sft.learning_rate: [1e-3, 2e-3], dpo.beta: [0.1, 0.5]}\n"
+    recipe = load(text + "evaluate: {reference: sft, against: dpo}\n")
+    asked = dict(request_stages(recipe, recipe.evaluate))
+    dpo = next(directory for directory in asked if "/dpo-" in directory and "1e-3" in directory and "0.5" in directory)
+    assert asked[dpo].reference == "runs/a/sft-learning_rate-1e-3"
+    assert asked[dpo].against == dpo
+    assert asked["runs/a/sft-learning_rate-2e-3"].against is None  # two dpo runs have its values
+    assert complain(text + "evaluate: {reference: dpp}\n") == [
+        "a.yaml:11: evaluate.reference is dpp, which is neither a stage nor a path that exists; did you mean dpo?"
     ]
-    assert load(text + "evaluate: {reference: sft, against: dpo-beta-0.5}\n").evaluate.against == "dpo-beta-0.5"
 
 
 def test_the_plain_name_on_the_command_line_lists_the_variants(load: Load) -> None:
