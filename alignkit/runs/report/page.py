@@ -25,6 +25,7 @@ from alignkit.runs.facts import Facts, find_runs, order_runs, parents, read_fact
 from alignkit.runs.files import disk_failures, write_text
 from alignkit.runs.layout import RunDir
 from alignkit.runs.report.evaluation import tabulate
+from alignkit.runs.report.feedback import with_feedback
 from alignkit.runs.report.lineage import Node, draw_lineage
 from alignkit.runs.report.numbers import duration, short_count
 from alignkit.runs.report.view import describe_status, gather_warnings, headline, view_run
@@ -87,7 +88,7 @@ def render_recipe(name: str, runs: Sequence[Facts], *, waiting: Sequence[str] = 
         runs=[view_run(run) for run in ordered],
         waiting=waiting,
         total=total,
-        evaluation=tabulate(ordered),
+        evaluation=tabulate([with_feedback(run) for run in ordered]),
         num_warnings=sum(len(gather_warnings(run)) for run in ordered),
         lineage=draw_lineage(_tree_of(ordered, waiting)),
     )
