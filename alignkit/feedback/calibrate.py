@@ -16,7 +16,7 @@ from alignkit.data.files import display_name
 from alignkit.errors import DataError
 from alignkit.feedback.comparisons import Judge, Label, Pairing, judge_all
 from alignkit.feedback.desk import Desk
-from alignkit.feedback.measures import wilson
+from alignkit.feedback.measures import count_problems, wilson
 from alignkit.feedback.prompts import conversation, read_text
 from alignkit.feedback.published import COMPARISON_FRAME
 from alignkit.feedback.store import key_of
@@ -67,6 +67,7 @@ def describe_accuracy(labels: Sequence[Label]) -> dict[str, Any]:
     return {
         "n": len(labels),
         "abstained": len(labels) - len(values),
+        "abstained_because": count_problems(labels),
         "accuracy": right / len(values) if values else None,
         "low": low,
         "high": high,

@@ -28,6 +28,7 @@ class Chain:
     prompted: Prompted
     answers: list[str]  # the first answer, then the revisions
     principles: list[str] = field(default_factory=list)
+    critiques: list[str] = field(default_factory=list)  # empty texts where none are asked for
     critique: str | None = None  # of the round under way
     problem: str | None = None
 
@@ -71,6 +72,7 @@ def revise(desk: Desk, critic: Critic, chains: Sequence[Chain], *, turn: int) ->
         if chain.problem is None:
             chain.answers.append(reply.text)
             chain.principles.append(principle.name)
+            chain.critiques.append(chain.critique or "")
         chain.critique = None
     return replies
 

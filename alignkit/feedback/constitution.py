@@ -27,7 +27,8 @@ Part = Literal["critique", "comparison"]
 _SHIPPED = Path(__file__).with_name("constitutions")
 _2_64 = float(2**64)
 _MISSING = {
-    "critique": "no principle has a critique request and a revision request; add critique: and revision: to each",
+    "critique": "no principle has a critique request and a revision request; add critique: and revision: to each, or "
+    "leave the stage out (critique: false)",
     "comparison": "no principle has a question to compare answers by; add comparison: to each",
 }
 
@@ -78,14 +79,14 @@ def load_constitution(values: str | Sequence[str], *, needs: Part | None = None)
         for principle in read:
             if principle.name in places:
                 what = f"the principle {principle.name} is also in {places[principle.name]}; rename one"
-                problems.append(Problem(what, display_name(_find(value))))
-            places[principle.name] = display_name(_find(value))
+                problems.append(Problem(what, _display(value)))
+            places[principle.name] = _display(value)
         found += read
     if problems:
         raise RecipeError(problems)
     kept = tuple(principle for principle in found if needs is None or getattr(principle, needs) is not None)
     if not kept:
-        raise RecipeError(_MISSING[needs or "comparison"], where=", ".join(display_name(_find(name)) for name in names))
+        raise RecipeError(_MISSING[needs or "comparison"], where=", ".join(map(_display, names)))
     return Constitution(kept)
 
 
@@ -99,6 +100,10 @@ def _find(value: str) -> Path:
         names = " and ".join(f"{BUILTIN}{other}" for other in known)
         raise RecipeError(f"constitution is {value}; there are {names}{suggest(name, known)}")
     return _SHIPPED / f"{name}.yaml"
+
+
+def _display(value: str) -> str:
+    return value if value.startswith(BUILTIN) else display_name(_find(value))
 
 
 def _read(value: str) -> list[Principle]:

@@ -7,7 +7,7 @@ arXiv 2212.08073, section 3: rows of the revisions of all rounds, and plain answ
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from alignkit.feedback.quoting import Quoter
 from alignkit.feedback.replay import read_chains
 from alignkit.feedback.session import Session, open_session
 from alignkit.feedback.sources import open_model, spent_before
+from alignkit.feedback.spending import Spending, how_to_go_on
 from alignkit.recipe.schema import CritiqueOptions
 from alignkit.recipe.stage import Stage
 from alignkit.runs.result import Result
 
+_SHOWN = 4  # chains whose texts stand in the report
 _MANY_CUT = 0.2  # share of texts cut off by max_new_tokens that is worth a warning
 
 
@@ -82,11 +84,12 @@ def _make(session: Session, options: CritiqueOptions, allow_change: Sequence[str
     try:
         work.do()
     except JudgeError as error:
+        count = work.write(spending, complete=False)["rows"]
         raise JudgeError(
             f"{stage.name}: {error}; {len(session.store)} texts are kept in feedback.jsonl and will not be asked for "
-            "again: run the same command to go on"
+            f"again, and {count} rows of finished rounds are in rows.jsonl: {how_to_go_on(error)}"
         ) from None
-    return work.finish(spending.to_dict() if source.url else None)
+    return work.finish(spending)
 
 
 class _Work:
@@ -123,20 +126,28 @@ class _Work:
             session.log(turn + 1, chains=len(answers), mean_chars=_mean([len(text) for text in answers]))
         self._ask_helpful()
 
-    def finish(self, spent: Mapping[str, Any] | None) -> Result:
-        """Write rows, report and result."""
+    def finish(self, spending: Spending) -> Result:
+        """Write everything; the run is finished."""
+        session = self._session
+        report = self.write(spending, complete=True)
+        if not report["rows"]:
+            raise DataError([*session.rejects.first] or "no revision is left", where=session.stage.recipe_path)
+        metrics = {key: report[key] for key in ("rows", "broken_chains", "cut_off_share")}
+        return session.finish(report["rows"], metrics=metrics, tokens=report["tokens"])
+
+    def write(self, spending: Spending, *, complete: bool) -> dict[str, Any]:
+        """Write the rows and the report of the rounds that are finished; return the report."""
         session = self._session
         for chain in self._chains:
             if chain.problem is not None:
                 session.rejects.add(chain.prompted.place, f"round {len(chain.principles) + 1}: {chain.problem}")
         count = session.write_rows(self._rows())
-        if not count:
-            raise DataError([*session.rejects.first] or "no revision is left", where=session.stage.recipe_path)
         whole = [chain.answers for chain in self._chains if len(chain.answers) > 1]
         cut = sum(not reply.ended for reply in self._replies) / max(len(self._replies), 1)
         broken = sum(chain.problem is not None for chain in self._chains)
         tokens = sum(r.get("input_tokens", 0) + r.get("output_tokens", 0) for r in session.store.values())
         report = {
+            "complete": complete,
             "prompts": len(self._prompts),
             "rows": count,
             "helpful_rows": len(self._extra),
@@ -146,8 +157,9 @@ class _Work:
             "quoted": self._critic.quote.count,
             "principles": dict(Counter(name for chain in self._chains for name in chain.principles)),
             "rounds": _describe_rounds(whole),
+            "chains": [_show(chain) for chain in self._chains if chain.principles][:_SHOWN],
             "tokens": tokens,
-            "spent": spent,
+            "spent": spending.to_dict() if spending.requests else None,
             "seconds": round(session.seconds, 3),
         }
         session.write_report(report)
@@ -155,8 +167,7 @@ class _Work:
             console.warn(f"{session.stage.name}: {cut:.0%} of the texts were cut off; raise max_new_tokens")
         if broken:
             console.warn(f"{session.stage.name}: {broken} of {len(self._chains)} chains broke off (rejects.jsonl)")
-        metrics = {"rows": count, "broken_chains": broken, "cut_off_share": cut}
-        return session.finish(count, metrics=metrics, tokens=tokens)
+        return report
 
     def _ask_helpful(self) -> None:
         helpful = self._options.helpful
@@ -184,6 +195,16 @@ class _Work:
                 yield make_row(chain.prompted.prompt, answer)
         for prompted, answer in self._extra:
             yield make_row(prompted.prompt, answer)
+
+
+def _show(chain: Chain) -> dict[str, Any]:
+    """Return a chain as the report keeps a few of them."""
+    return {
+        "prompt": chain.prompted.prompt,
+        "answers": chain.answers,
+        "principles": chain.principles,
+        "critiques": chain.critiques,
+    }
 
 
 def _describe_rounds(chains: Sequence[Sequence[str]]) -> list[dict[str, float]]:

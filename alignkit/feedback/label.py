@@ -26,7 +26,7 @@ from alignkit.feedback.quoting import Quoter
 from alignkit.feedback.replay import PublishedLabels
 from alignkit.feedback.session import Session, open_session
 from alignkit.feedback.sources import open_model, spent_before
-from alignkit.feedback.spending import Spending
+from alignkit.feedback.spending import Spending, how_to_go_on
 from alignkit.recipe.schema import FeedbackModel, LabelOptions
 from alignkit.recipe.stage import Stage
 from alignkit.runs.result import Result
@@ -56,7 +56,7 @@ def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Res
             count = work.write(complete=False)["rows"]
             raise JudgeError(
                 f"{stage.name}: {error}; {count} rows are in rows.jsonl, and nothing that was answered will be asked "
-                "again: run the same command to go on (with a higher limit where it was the budget)"
+                f"again: {how_to_go_on(error)}"
             ) from None
         return work.finish()
 
@@ -219,12 +219,15 @@ class _Work:
         if accuracy["accuracy"] is None:
             console.warn(f"{self._session.stage.name}: the judge abstained from all of `check`")
             return
+        abstained = accuracy["abstained"]
         line = (
-            f"{self._session.stage.name}: on {accuracy['n']} comparisons with known answers the judge is right in "
-            f"{accuracy['accuracy']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%}), ECE {accuracy['ece']:.3f}"
+            f"{self._session.stage.name}: on {accuracy['n'] - abstained} comparisons with known answers the judge is "
+            f"right in {accuracy['accuracy']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%}), "
+            f"ECE {accuracy['ece']:.3f}"
         )
         say = console.warn if accuracy["low"] <= 0.5 else console.note
-        say(line + (", no better than chance" if accuracy["low"] <= 0.5 else ""))
+        chance = ", no better than chance" if accuracy["low"] <= 0.5 else ""
+        say(line + chance + (f"; it abstained from {abstained} more" if abstained else ""))
 
 
 def _make_judge(

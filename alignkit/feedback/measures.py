@@ -6,6 +6,7 @@ Deliberately pure: labels in, numbers out.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +41,7 @@ def describe_labels(labels: Sequence[Label]) -> dict[str, Any]:
         "comparisons": len(labels),
         "labelled": len(done),
         "abstained": len(labels) - len(done),
-        "abstained_because": dict(Counter(label.problem for label in labels if label.p_first is None).most_common(10)),
+        "abstained_because": count_problems(labels),
         "ties": sum(label.is_tie for label in done),
         "mean_confidence": _mean([abs(label.p_first - 0.5) * 2 for label in done if label.p_first is not None]),
         "order_agreement": _share(both),
@@ -50,6 +51,13 @@ def describe_labels(labels: Sequence[Label]) -> dict[str, Any]:
         "length_bias": _length_bias(done),
         "principles": _by_principle(labels),
     }
+
+
+def count_problems(labels: Sequence[Label]) -> dict[str, int]:
+    """Return the ten most frequent reasons of abstentions; questions that are too long are one, however long."""
+    problems = (label.problem or "" for label in labels if label.p_first is None)
+    same = (re.sub(r"has \d+ tokens; (\d+) fit", r"has more than the \1 tokens that fit", text) for text in problems)
+    return dict(Counter(same).most_common(10))
 
 
 def find_faults(report: dict[str, Any]) -> list[str]:

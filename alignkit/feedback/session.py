@@ -23,6 +23,7 @@ from alignkit.recipe.stage import Stage
 from alignkit.runs.files import disk_failures, sync, write_json
 from alignkit.runs.layout import RunDir, compare_fingerprints, copy_recipe, write_result
 from alignkit.runs.record import JsonLines, git_state, versions
+from alignkit.runs.report import write_report
 from alignkit.runs.result import Result, read_result
 
 ROWS, STORE, REPORT = "rows.jsonl", "feedback.jsonl", "report.json"
@@ -110,6 +111,7 @@ class Session:
         )
         with disk_failures(self.run.path, "result.json"):
             write_result(self.run, result.to_dict())
+            write_report(self.run.path)
         return result
 
 

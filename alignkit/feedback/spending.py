@@ -20,6 +20,11 @@ class BudgetSpent(JudgeError):
     """The next request would exceed the budget."""
 
 
+def how_to_go_on(error: JudgeError) -> str:
+    """Return what to do after an end that kept everything."""
+    return "run the same command to go on" + (", with a higher limit" if isinstance(error, BudgetSpent) else "")
+
+
 class Spending:
     """Tokens, requests and money of one server, earlier sittings included, with the limits of the recipe."""
 
@@ -100,8 +105,12 @@ class Spending:
         most, limit = self._source.max_tokens_total, self._source.max_cost
         if most is not None and self.tokens + self._reserved + tokens > most:
             raise BudgetSpent(
-                f"{self.tokens} of max_tokens_total {most} tokens are spent, too many for another request"
+                f"{self.tokens} of max_tokens_total {most} tokens are spent, and the next request may take {tokens}"
+                + (f" beside {self._reserved:.0f} of others under way" if self._reserved else "")
             )
         spent = self._cost(self.input_tokens, self.output_tokens)
         if limit is not None and spent + self._reserved_cost + cost > limit:
-            raise BudgetSpent(f"{spent:.4f} of max_cost {limit:g} is spent, too much for another request")
+            raise BudgetSpent(
+                f"{spent:.4f} of max_cost {limit:g} is spent, and the next request may cost {cost:.2g}"
+                + (f" beside {self._reserved_cost:.2g} of others under way" if self._reserved_cost else "")
+            )

@@ -18,6 +18,8 @@ from alignkit.runs.layout import RunDir
 from alignkit.runs.record import redact
 
 _SHOWN_REJECTS = 20
+_SHOWN_LABELS = 8
+_FEEDBACK, _LABELS = "report.json", "labels.jsonl"  # of stages that make rows
 _EVAL_PREFIX = "eval_"
 # What the trainers count along with the metrics, and what a reader of curves does not look for.
 _BOOKKEEPING = re.compile(r"step|epoch|.*runtime|.*(samples|steps)_per_second|.*num_tokens|episodes")
@@ -33,6 +35,8 @@ class Facts:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     evaluation: dict[str, Any]
+    feedback: dict[str, Any]  # report.json of a critique or label stage
+    labels: list[dict[str, Any]]  # the first ones of a label stage
     warnings: list[dict[str, Any]]
     preview: list[dict[str, Any]]
     rejects: list[dict[str, Any]]
@@ -94,6 +98,8 @@ def read_facts(path: Path) -> Facts:
         metrics=_clean(_read_lines(run.metrics)),
         samples=_clean(_read_lines(run.samples)),
         evaluation=_clean(_read_object(run.evaluation)),
+        feedback=_clean(_read_object(run.path / _FEEDBACK)),
+        labels=_clean(_read_lines(run.path / _LABELS)[:_SHOWN_LABELS]),
         warnings=_clean(_read_lines(run.warnings)),
         preview=_clean(_read_object(run.preview).get("rows", [])),
         rejects=_clean(rejects[:_SHOWN_REJECTS]),

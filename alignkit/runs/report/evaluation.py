@@ -40,6 +40,11 @@ _NAMES = {
     "best_of_n": "Best of N",
     "best_of_n_true_reward": "Best of N, true reward",
     "ended_share": "Answers that end",
+    "judge_accuracy": "Judge: right",
+    "order_agreement": "Judge: both orders agree",
+    "picks_first_place": "Judge: picks the first place",
+    "length_bias": "Judge: picks the longer answer",
+    "agreement_between_principles": "Judge: two principles agree",
     "judge_agreement": "Agreement of the judge with itself, orders swapped",
     "judge_abstained": "Abstentions of the judge",
     "completion_logp": "Log-probability of the right answer",
@@ -49,7 +54,8 @@ _NAMES = {
     "exact_match": "Few-shot, exact match",
 }
 _COIN_TOSS = frozenset({"reward_accuracy", "implicit_reward_accuracy", "pair_accuracy_longer", "pair_accuracy_shorter",
-                        "win_rate", "win_rate_length_controlled"})  # fmt: skip
+                        "win_rate", "win_rate_length_controlled",
+                        "judge_accuracy", "picks_first_place", "length_bias"})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class Examples:
     name: str
     columns: list[str]
     rows: list[list[str]]
+    title: str = ""  # what the table is; without one, cases behind the figure of that name
 
 
 def list_examples(run: Facts) -> list[Examples]:

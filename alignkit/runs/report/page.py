@@ -26,6 +26,7 @@ from alignkit.runs.files import disk_failures, write_json, write_text
 from alignkit.runs.frontier import read_frontiers
 from alignkit.runs.layout import RunDir
 from alignkit.runs.report.evaluation import tabulate
+from alignkit.runs.report.feedback import with_feedback
 from alignkit.runs.report.frontier import draw_file, view_frontier
 from alignkit.runs.report.lineage import Node, draw_lineage
 from alignkit.runs.report.numbers import duration, short_count
@@ -100,7 +101,7 @@ def render_recipe(name: str, runs: Sequence[Facts], *, waiting: Sequence[str] = 
         runs=[view_run(run) for run in ordered],
         waiting=waiting,
         total=total,
-        evaluation=tabulate(ordered),
+        evaluation=tabulate([with_feedback(run) for run in ordered]),
         frontiers=[view_frontier(frontier) for frontier in read_frontiers(ordered)],
         num_warnings=sum(len(gather_warnings(run)) for run in ordered),
         lineage=draw_lineage(_tree_of(ordered, waiting)),

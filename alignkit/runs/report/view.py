@@ -16,6 +16,7 @@ from alignkit.runs.facts import Facts
 from alignkit.runs.files import describe_bytes
 from alignkit.runs.report.curves import Curve, draw_curves
 from alignkit.runs.report.evaluation import Examples, Row, draw_calibration, list_examples, tabulate
+from alignkit.runs.report.feedback import list_cases, list_costs, list_counts, with_feedback
 from alignkit.runs.report.numbers import count, duration, figure, share, short_count
 from alignkit.runs.report.samples import Sample, arrange_samples
 
@@ -25,7 +26,10 @@ METHODS = {
     "rm": "reward modelling",
     "dpo": "direct preference optimisation",
     "ppo": "reinforcement learning with PPO",
+    "critique": "critiques and revisions",
+    "label": "comparisons by a judge",
 }
+ROW_MAKERS = ("critique", "label")  # stages without a model of their own
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class RunView:
 
 def view_run(run: Facts) -> RunView:
     """Return everything the page says about a run."""
+    judged = with_feedback(run)
     main, others = draw_curves(run)
     given, defaults = _settings(run)
     lengths = run.stage.get("lengths") or {}
@@ -77,9 +82,9 @@ def view_run(run: Facts) -> RunView:
         error=run.error,
         curves=main,
         other_curves=others,
-        evaluation=tabulate([run]),
-        calibration=draw_calibration(run),
-        examples=list_examples(run),
+        evaluation=tabulate([judged]),
+        calibration=draw_calibration(judged),
+        examples=[*list_examples(run), *list_cases(run)],
         samples=arrange_samples(run),
         preview=run.preview,
         data=_data(run),
@@ -100,6 +105,8 @@ def describe_status(run: Facts) -> str:
     """Return how far a run has come."""
     if run.is_finished:
         return "finished"
+    if run.method in ROW_MAKERS:
+        return "not finished"
     of = f" of {count(run.num_steps)}" if run.num_steps else ""
     return f"not finished, at step {count(run.step)}{of}"
 
@@ -113,6 +120,10 @@ def headline(run: Facts) -> list[Pair]:
             ("eval_rewards/accuracies", "pair accuracy, held out", share),
             ("eval_rewards/margins", "implicit margin", figure),
         ),
+        "label": (
+            ("check_accuracy", "right on known answers", share),
+            ("order_agreement", "both orders agree", share),
+        ),
         "ppo": (("reward", "reward", figure), ("gold", "gold reward", figure), ("objective/kl", "KL, nats", figure)),
     }.get(run.method, ())
     found = [(label, show(value)) for name, label, show in wanted if (value := run.last(name)) is not None]
@@ -123,9 +134,9 @@ def headline(run: Facts) -> list[Pair]:
 
 def cost_tiles(run: Facts) -> list[Pair]:
     if not run.result:
-        return [("steps", count(run.step))]
+        return [] if run.method in ROW_MAKERS else [("steps", count(run.step))]
     return [
-        ("steps", count(run.step)),
+        ("rows" if run.method in ROW_MAKERS else "steps", count(run.step)),
         ("tokens", short_count(run.result.get("tokens"))),
         ("wall time", duration(run.result.get("wall_seconds"))),
     ]
@@ -173,7 +184,7 @@ def _data(run: Facts) -> list[Pair]:
         ("mean characters, chosen", _mean(report.get("mean_chosen_chars"))),
         ("mean characters, rejected", _mean(report.get("mean_rejected_chars"))),
     ]
-    return [(label, text) for label, text in pairs if text not in ("", "\u2013")]
+    return [(label, text) for label, text in [*list_counts(run), *pairs] if text not in ("", "\u2013")]
 
 
 def _whole(value: Any) -> str:
@@ -204,13 +215,14 @@ def describe_cost(run: Facts) -> list[Pair]:
         ("tokens, all sittings", _whole(result.get("tokens"))),
         ("tokens per second", figure(result["tokens_per_second"]) if result.get("tokens_per_second") else ""),
         ("peak memory", describe_bytes(result["peak_memory_bytes"]) if result.get("peak_memory_bytes") else ""),
-        ("optimizer steps", count(run.step)),
+        *([] if run.method in ROW_MAKERS else [("optimizer steps", count(run.step))]),
         ("trainable parameters", _of_total(parameters)),
         ("model in memory", describe_bytes(parameters["bytes"]) if parameters.get("bytes") else ""),
     ]
     if quantized := parameters.get("quantized"):
         bits = parameters.get("bits_per_quantized_parameter", 0)
         pairs.append(("quantised parameters", f"{count(quantized)}, {bits:.3f} bits each"))
+    pairs += list_costs(run)
     for role in run.stage.get("roles") or []:
         pairs.append((", ".join(role.get("roles", [])), f"{role.get('what')}, {describe_bytes(role.get('bytes', 0))}"))
     return [(label, text) for label, text in pairs if text]
