@@ -13,7 +13,7 @@ COMMANDS = [
     "sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "schema", "doctor", "merge", "eval", "chat", "diff", "report",
 ]  # fmt: skip
 STAGE_OPTIONS = [
-    "--recipe", "--stage", "--set", "--out", "--dry-run", "--force", "--trust-code", "--allow-change", "--json",
+    "--recipe", "--stage", "--out", "--set", "--dry-run", "--force", "--trust-code", "--allow-change", "--json",
     "--retries", "--slurm", "--submit", "--node-rank", "--main-address", "--main-port",
 ]  # fmt: skip
 LOADED = "import sys\nfrom alignkit.cli import main\ncode = main()\nprint(code, *sorted(sys.modules))"

@@ -1,0 +1,125 @@
+"""`alignkit eval`: its options, and which room does the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from alignkit.cli.options import AsJson, Overrides, StageName, TrustCode, load_recipe
+
+if TYPE_CHECKING:
+    from alignkit.recipe import Recipe
+
+_WHAT, _ANSWERS = "What is measured", "Answers"
+
+
+def evaluate(
+    source: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run, a model directory or a hub id.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", "-r", metavar="FILE", help="Every finished stage, as evaluate: says.")
+    ] = None,
+    stage: StageName = None,
+    overrides: Overrides = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="PATH", rich_help_panel=_WHAT, help="Rows; omitted: those held out."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="NAME", rich_help_panel=_WHAT, help="Of --data; omitted: test.")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option("--max-rows", metavar="N", rich_help_panel=_WHAT)] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="NAME", rich_help_panel=_WHAT, help="Only this group. Repeatable."),
+    ] = None,
+    reference: Annotated[str | None, typer.Option("--reference", metavar="RUN", rich_help_panel=_WHAT)] = None,
+    reward: Annotated[str | None, typer.Option("--reward", metavar="REWARD", rich_help_panel=_WHAT)] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="RUN", rich_help_panel=_WHAT, help="Other side of a win rate.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", metavar="JUDGE", rich_help_panel=_WHAT, help="A reward, a RUN or a URL.")
+    ] = None,
+    judge_name: Annotated[
+        str | None, typer.Option("--judge-name", metavar="NAME", rich_help_panel=_WHAT, help="Of the model at a URL.")
+    ] = None,
+    constitution: Annotated[
+        list[str] | None,
+        typer.Option("--constitution", metavar="FILE", rich_help_panel=_WHAT, help="What a language model judges by."),
+    ] = None,
+    best_of: Annotated[list[int] | None, typer.Option("--best-of", metavar="N", rich_help_panel=_WHAT)] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="FILE", rich_help_panel=_WHAT, help="JSONL task, or lm_eval:TASK. Repeatable."),
+    ] = None,
+    shots: Annotated[
+        list[int] | None, typer.Option("--shots", "-k", metavar="K", rich_help_panel=_WHAT, help="Examples of a task.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", metavar="N", rich_help_panel=_ANSWERS)] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", metavar="T", rich_help_panel=_ANSWERS)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", rich_help_panel=_ANSWERS)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", rich_help_panel=_ANSWERS)] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", rich_help_panel=_ANSWERS)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="eval.json, elsewhere than in the run.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model: every figure with its n and 95 % interval, to eval.json and a table."""
+    from alignkit import console
+    from alignkit.evaluate.request import combine, judge_source, name_runs, request_stages, sources
+    from alignkit.recipe.schema import EvaluateOptions
+
+    if (source is None) == (recipe is None):
+        raise typer.BadParameter("give a RUN or --recipe FILE")
+    base, folder = EvaluateOptions(), Path.cwd()
+    loaded = None
+    if recipe is not None:
+        loaded = load_recipe(recipe, overrides)
+        base, folder = loaded.evaluate, recipe.resolve().parent
+    elif stage is not None or overrides:
+        raise typer.BadParameter("--stage and --set belong to --recipe")
+    if out is not None and loaded is not None and stage is None and len(loaded.order) > 1:
+        raise typer.BadParameter("--out is one file, and the recipe has several stages; name one with --stage")
+    if split is not None and not data:
+        raise typer.BadParameter("--split belongs to --data")
+    given = {
+        "data": sources(data or (), split), "max_rows": max_rows, "metrics": metrics, "reference": reference,
+        "reward": reward, "against": against, "judge": judge_source(judge, judge_name), "constitution": constitution,
+        "best_of": best_of, "tasks": tasks, "shots": shots, "samples": samples, "temperature": temperature,
+        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+    }  # fmt: skip
+    options = combine(base, given)
+    requests = request_stages(loaded, options, None if stage is None else [_named(loaded, stage)]) if loaded else []
+    from alignkit.launch import prepare_environment
+
+    prepare_environment()
+    from alignkit.evaluate.results import table
+    from alignkit.evaluate.subject import list_siblings
+
+    if source is not None:
+        requests = [(source, name_runs(options, list_siblings(source), strict=False))]
+    from alignkit.evaluate.run import evaluate_all
+
+    results = []
+    for result in evaluate_all(
+        requests, seed=seed, out=out, device=device, trust_code=trust_code, folder=folder, skip=recipe is not None
+    ):
+        results.append(result)
+        if not as_json:
+            console.print_table(result["name"], *table(result["results"]))
+    if as_json:
+        console.print_json(results if recipe is not None and not stage else results[0])
+
+
+def _named(recipe: Recipe, stage: str) -> str:
+    """Return the name of a stage; raises RecipeError saying what is wrong with it."""
+    from alignkit.recipe import resolve
+
+    return resolve(recipe, stage).name

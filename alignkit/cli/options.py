@@ -1,0 +1,170 @@
+"""The options that several commands take, each declared once.
+
+`trains` gives a command all that those have in common which train.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from alignkit.launch.command import Command
+    from alignkit.launch.perform import How
+    from alignkit.recipe import Recipe, Stage
+
+RecipeFile = Annotated[
+    Path, typer.Option("--recipe", "-r", metavar="FILE", help="The recipe: model, data and stages in YAML.")
+]
+StageName = Annotated[
+    str | None, typer.Option("--stage", metavar="NAME", help="Which stage, where the recipe has several of a method.")
+]
+StepName = Annotated[
+    str | None,
+    typer.Option("--stage", metavar="NAME", help="One of its stages, by name or step: critique, sft, label, dpo, ..."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value, such as dpo.beta=0.2. Repeatable."),
+]
+RunDir = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="The run directory, instead of runs/<recipe>/<stage>.")
+]
+# An empty metavar: typer would show <bool> beside a flag that takes no value.
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", metavar="", help="Show what would be done, and every value in force; do nothing."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", metavar="", help="Start afresh: an existing run is moved aside, never deleted.")
+]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code", metavar="", help="Allow code of models and reward functions: only what you have read."
+    ),
+]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option("--allow-change", metavar="KEY", help="Resume although this setting has changed. Repeatable."),
+]
+_MANY = "Many processes"
+Retries = Annotated[
+    int,
+    typer.Option(
+        "--retries",
+        min=0,
+        metavar="N",
+        rich_help_panel=_MANY,
+        help="Start again up to N times when a process was killed or hung, as long as each try gets further.",
+    ),
+]
+Slurm = Annotated[
+    bool, typer.Option("--slurm", metavar="", rich_help_panel=_MANY, help="Write an sbatch script instead of training.")
+]
+Submit = Annotated[
+    bool, typer.Option("--submit", metavar="", rich_help_panel=_MANY, help="Hand the script of --slurm to sbatch.")
+]
+NodeRank = Annotated[
+    int | None,
+    typer.Option(
+        "--node-rank",
+        min=0,
+        metavar="N",
+        rich_help_panel=_MANY,
+        help="Which of launch.nodes this machine is; omitted: SLURM_NODEID or NODE_RANK.",
+    ),
+]
+MainAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--main-address", metavar="HOST", rich_help_panel=_MANY, help="Where node 0 is reached: launch.main_address."
+    ),
+]
+MainPort = Annotated[
+    int | None,
+    typer.Option("--main-port", metavar="PORT", rich_help_panel=_MANY, help="Its port: launch.main_port."),
+]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout.")]
+
+
+class Given(NamedTuple):
+    """What every command that trains is given, beside options of its own."""
+
+    recipe: RecipeFile
+    overrides: Overrides = None
+    dry_run: DryRun = False
+    force: Force = False
+    trust_code: TrustCode = False
+    allow_change: AllowChange = None
+    as_json: AsJson = False
+    retries: Retries = 0
+    slurm: Slurm = False
+    submit: Submit = False
+    node_rank: NodeRank = None
+    main_address: MainAddress = None
+    main_port: MainPort = None
+
+    @property
+    def changes(self) -> list[str]:
+        """Return the overrides with --main-address and --main-port, which are short for two of them."""
+        given = (("launch.main_address", self.main_address), ("launch.main_port", self.main_port))
+        return [*(self.overrides or ()), *(f"{key}={value}" for key, value in given if value is not None)]
+
+    @property
+    def how(self) -> How:
+        """Return what is done with stages."""
+        from alignkit.launch.perform import How
+
+        return How(self.dry_run, self.force, self.as_json, self.retries, self.slurm, self.submit)
+
+    def load(self) -> Recipe:
+        """Return the recipe."""
+        return load_recipe(self.recipe, self.changes)
+
+    def job(self, stage: Stage, out: Path | None = None) -> tuple[Stage, Command]:
+        """Return a stage with the command that starts it elsewhere."""
+        from alignkit.launch.command import Command
+
+        changes = tuple(self.allow_change or ())
+        return stage, Command.of(stage, self.changes, allow_change=changes, out=out, node_rank=self.node_rank)
+
+
+def trains(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the options of `Given` beside those of the function's own.
+
+    The function takes the context, a `Given`, and its own options.
+    """
+    context, _, *own = inspect.signature(function, eval_str=True).parameters.values()
+    hints = get_type_hints(Given, include_extras=True)
+    shared = {
+        name: inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=Given._field_defaults.get(name, inspect.Parameter.empty),
+            annotation=hints[name],
+        )
+        for name in Given._fields
+    }
+
+    def command(context: typer.Context, **values: Any) -> None:
+        given = Given(**{name: values.pop(name) for name in Given._fields})
+        function(context, given, **values)
+
+    recipe = shared.pop("recipe")
+    taken = [context, recipe, *(option.replace(kind=recipe.kind) for option in own), *shared.values()]
+    command.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in taken}
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    return command
+
+
+def load_recipe(path: Path, overrides: list[str] | None) -> Recipe:
+    """Read and validate a recipe."""
+    from alignkit.recipe import load_recipe
+
+    return load_recipe(path, overrides=overrides or ())
