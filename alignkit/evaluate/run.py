@@ -145,14 +145,12 @@ def evaluate_all(
 
 
 def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOptions:
-    """Return the options without what this stage cannot have: itself as rival, and for an rm stage all of a policy."""
-    subject = find_subject(source, trust_code=trust_code)
-    against = options.against
-    if subject.reward:
+    """Return the options without what this stage cannot have: itself beside itself, and for an rm all of a policy."""
+    if find_subject(source, trust_code=trust_code).reward:
         return options.model_copy(update={"against": None, "best_of": [], "tasks": []})
-    if against is not None and Path(against).expanduser().absolute() == Path(source).expanduser().absolute():
-        return options.model_copy(update={"against": None})
-    return options
+    named = {key: getattr(options, key) for key in ("reference", "against")}
+    same = {key: None for key, other in named.items() if other is not None and _directory(other) == _directory(source)}
+    return options.model_copy(update=same)
 
 
 def _without_frontier(options: EvaluateOptions) -> EvaluateOptions:
