@@ -216,6 +216,11 @@ def rlaif(
 def run(
     context: typer.Context,
     recipe: RecipeFile,
+    first: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Begin with this stage; leave those before alone."),
+    ] = None,
+    last: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="End with this stage.")] = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     force: Force = False,
@@ -229,17 +234,23 @@ def run(
     main_address: MainAddress = None,
     main_port: MainPort = None,
 ) -> None:
-    """Run the stages of a recipe one after another; finished ones are left alone."""
+    """Run the stages of a recipe one after another, then measure the models if it says how; what is done is left alone.
+
+    A stage whose settings, data or starting weights have changed runs again, and so do those that need it.
+    """
     from alignkit.launch.command import Command
+    from alignkit.launch.measuring import Measuring
     from alignkit.launch.perform import How, run_many
-    from alignkit.recipe import resolve
+    from alignkit.recipe import pick_span, resolve
 
     overrides = _add_address(overrides, main_address, main_port)
     loaded = _load_recipe(recipe, overrides)
-    stages = [resolve(loaded, name, trust_code=trust_code) for name in loaded.order]
+    stages = [resolve(loaded, name, trust_code=trust_code) for name in pick_span(loaded, first, last)]
     changes = tuple(allow_change or ())
     jobs = [(stage, Command.of(stage, overrides, allow_change=changes, node_rank=node_rank)) for stage in stages]
-    run_many(context.obj, jobs, How(dry_run, force, as_json, retries, slurm, submit))
+    runs = {name: resolve(loaded, name).run_dir for name in loaded.order}
+    measure = Measuring.of(stages, loaded.evaluate, runs) if loaded.evaluates else None
+    run_many(context.obj, jobs, How(dry_run, force, as_json, retries, slurm, submit), measure=measure)
 
 
 @app.command()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
-import select
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from terminal import Terminal
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from alignkit.models.builtin import builtin_tokenizer
@@ -22,7 +20,6 @@ from alignkit.models.causal import load_causal
 from alignkit.models.streaming import stream_text, stream_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def _save(path: Path, seed: int) -> Path:
@@ -47,51 +44,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return _save(folder / "left", 0), _save(folder / "right", 1)
 
 
-class Terminal:
-    """A program in a pseudo-terminal of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                                    "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}  # fmt: skip
-        self._leader, follower = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "alignkit", "chat", *arguments],
-            stdin=follower, stdout=follower, stderr=follower, env=environment, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-        )  # fmt: skip
-        os.close(follower)
-        self.screen = ""
-
-    def type(self, text: str) -> None:
-        os.write(self._leader, text.encode())
-
-    def wait_for(self, wanted: str, *, seconds: float = 60) -> str:
-        """Return what was written up to and with the text that is waited for, and forget it."""
-        end = time.monotonic() + seconds
-        while wanted not in self.screen:
-            ready, _, _ = select.select([self._leader], [], [], max(end - time.monotonic(), 0))
-            if not ready:
-                raise AssertionError(f"{wanted!r} did not come; the screen has {self.screen[-600:]!r}")
-            try:
-                self.screen += _ESCAPES.sub("", os.read(self._leader, 65536).decode(errors="replace"))
-            except OSError as error:
-                raise AssertionError(f"it ended before {wanted!r}: {self.screen[-600:]!r}") from error
-        found, _, self.screen = self.screen.partition(wanted)
-        return found + wanted
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        os.close(self._leader)
-
-
 @pytest.fixture
 def open_chat() -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
     def start(*arguments: str) -> Terminal:
-        opened.append(Terminal(*arguments))
+        opened.append(Terminal("chat", *arguments))
         return opened[-1]
 
     yield start

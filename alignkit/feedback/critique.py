@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import console
-from alignkit.data import DataReport, read_rows
+from alignkit.data import DataReport
 from alignkit.errors import DataError, JudgeError
 from alignkit.feedback.asking import Reply, Sampling
 from alignkit.feedback.chains import Chain, Critic, revise
-from alignkit.feedback.constitution import load_constitution
-from alignkit.feedback.examples import load_examples
+from alignkit.feedback.inputs import CritiqueInput, replay_facts
 from alignkit.feedback.prompted import Prompted, list_prompts, make_row, sample_answers, why_useless
 from alignkit.feedback.quoting import Quoter
 from alignkit.feedback.replay import read_chains
 from alignkit.feedback.session import Session, open_session
-from alignkit.feedback.sources import describe_source, fingerprint_file, open_model, own_model, spent_before
+from alignkit.feedback.sources import open_model, spent_before
 from alignkit.recipe.schema import CritiqueOptions
 from alignkit.recipe.stage import Stage
 from alignkit.runs.result import Result
@@ -43,7 +42,7 @@ def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Res
 
 def _replay(session: Session, options: CritiqueOptions, allow_change: Sequence[str]) -> Result:
     assert options.replay is not None
-    facts = {"method": "critique", "replay": [fingerprint_file(path) for path in options.replay]}
+    facts = replay_facts(options)
     if (finished := session.find_finished(facts, allow_change)) is not None:
         return finished
     chains = list(read_chains(options.replay))
@@ -60,42 +59,24 @@ def _replay(session: Session, options: CritiqueOptions, allow_change: Sequence[s
 
 def _make(session: Session, options: CritiqueOptions, allow_change: Sequence[str]) -> Result:
     stage = session.stage
-    source = options.generator or own_model(stage)
-    constitution = load_constitution(options.constitution or (), needs="critique")
-    examples = load_examples(options.examples)
-    report, helpful_report = DataReport(), DataReport()
-    rows = list(read_rows(stage, options.data, report=report, rejects=session.rejects))
-    helpful_data = options.helpful.data if options.helpful else []
-    helpful_rows = (
-        list(read_rows(stage, helpful_data, report=helpful_report, rejects=session.rejects)) if helpful_data else []
-    )
-    facts = {
-        "method": "critique",
-        "seed": stage.seed,
-        "generator": describe_source(source),
-        "constitution": constitution.fingerprint,
-        "examples": examples.fingerprint,
-        "rounds": options.rounds,
-        "critiques": options.critiques,
-        "temperature": options.temperature,
-        "max_new_tokens": options.max_new_tokens,
-        "helpful_samples": options.helpful.samples if options.helpful else 0,
-        "data": report.fingerprint,
-        "helpful_data": helpful_report.fingerprint,
-    }
-    if (finished := session.find_finished(facts, allow_change)) is not None:
+    given = CritiqueInput.read(stage)
+    session.rejects = given.rejects
+    if (finished := session.find_finished(given.facts, allow_change)) is not None:
         return finished
+    source = given.generator
     spending = spent_before(source, session.store.values(), ("generator",))
     model = open_model(
         source, stop=session.stop, spending=spending, device=stage.launch.device,
         batch_size=options.batch_size, trust_code=stage.trust_code,
     )  # fmt: skip
-    prompts = list_prompts(rows, session.rejects, model.control_tokens)
-    helpful = list_prompts(helpful_rows, session.rejects, model.control_tokens) if helpful_rows else []
-    session.begin(facts, report, note=f"{len(prompts)} prompts, {len(constitution.principles)} principles")
+    prompts = list_prompts(given.rows, session.rejects, model.control_tokens)
+    helpful = list_prompts(given.helpful, session.rejects, model.control_tokens) if given.helpful else []
+    session.begin(
+        given.facts, given.report, note=f"{len(prompts)} prompts, {len(given.constitution.principles)} principles"
+    )
     sampling = Sampling(options.temperature, options.max_new_tokens)
     critic = Critic(
-        model, constitution, examples, sampling, Quoter(model.control_tokens), stage.seed, options.critiques
+        model, given.constitution, given.examples, sampling, Quoter(model.control_tokens), stage.seed, options.critiques
     )
     work = _Work(session, critic, prompts, helpful, options)
     try:

@@ -12,22 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import console
-from alignkit.data import DataReport, read_rows
 from alignkit.errors import DataError, JudgeError
 from alignkit.feedback.asking import Model, Sampling
-from alignkit.feedback.calibrate import measure, read_labelled
+from alignkit.feedback.calibrate import measure
 from alignkit.feedback.comparisons import Judge, Label, Pairing, judge_all, known_labels
-from alignkit.feedback.constitution import Constitution, load_constitution
-from alignkit.feedback.examples import Examples, load_examples
+from alignkit.feedback.constitution import Constitution
+from alignkit.feedback.examples import Examples
+from alignkit.feedback.inputs import LabelInput
 from alignkit.feedback.measures import describe_labels, find_faults
 from alignkit.feedback.preferences import make_rows, pair_given, pair_sampled, split_ranking
 from alignkit.feedback.prompted import list_prompts, sample_answers
 from alignkit.feedback.quoting import Quoter
 from alignkit.feedback.replay import PublishedLabels
 from alignkit.feedback.session import Session, open_session
-from alignkit.feedback.sources import describe_source, open_model, own_model, spent_before
+from alignkit.feedback.sources import open_model, spent_before
 from alignkit.feedback.spending import Spending
-from alignkit.feedback.store import key_of
 from alignkit.recipe.schema import FeedbackModel, LabelOptions
 from alignkit.recipe.stage import Stage
 from alignkit.runs.result import Result
@@ -45,9 +44,11 @@ def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Res
     after a signal; RunError for changed settings.
     """
     with open_session(stage, run_dir) as session:
-        work = _Work(session, stage.expect(LabelOptions))
-        if (finished := session.find_finished(work.facts, allow_change)) is not None:
+        given = LabelInput.read(stage)
+        session.rejects = given.rejects
+        if (finished := session.find_finished(given.facts, allow_change)) is not None:
             return finished
+        work = _Work(session, given)
         work.prepare()
         try:
             work.do()
@@ -63,21 +64,8 @@ def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Res
 class _Work:
     """The labels of one stage, from its prompts to the rows."""
 
-    def __init__(self, session: Session, options: LabelOptions) -> None:
-        self._session, self._options = session, options
-        stage = session.stage
-        self._constitution = load_constitution(options.constitution, needs="comparison")
-        self._examples = load_examples(options.examples)
-        self._report, self._mix_report = DataReport(), DataReport()
-        self._given = options.answers == "given"
-        method = "rm" if self._given else None
-        self._rows = list(read_rows(stage, options.data, report=self._report, rejects=session.rejects, method=method))
-        self._mix = (
-            list(read_rows(stage, options.mix, report=self._mix_report, rejects=session.rejects, method="rm"))
-            if options.mix
-            else []
-        )
-        self._check = read_labelled(stage, options.check, session.rejects) if options.check else []
+    def __init__(self, session: Session, given: LabelInput) -> None:
+        self._session, self._given, self._options = session, given, given.options
         self._labels: list[Label] = []
         self._second_opinions: list[tuple[Label, Label]] = []
         self._accuracy: dict[str, Any] | None = None
@@ -86,34 +74,10 @@ class _Work:
         self._cut_off: float | None = None
         self._judge_spending: Spending | None = None
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Everything that can change a row."""
-        options, stage = self._options, self._session.stage
-        return {
-            "method": "label",
-            "seed": stage.seed,
-            "judge": describe_source(options.judge),
-            "generator": None if self._given else describe_source(options.generator or own_model(stage)),
-            "constitution": self._constitution.fingerprint,
-            "examples": self._examples.fingerprint,
-            "answers": options.answers,
-            "orders": options.orders,
-            "cot": options.cot,
-            "cot_tokens": options.cot_tokens if options.cot else None,
-            "bounds": list(options.bounds),
-            "hard": options.hard,
-            "temperature": options.temperature,
-            "max_new_tokens": options.max_new_tokens,
-            "data": self._report.fingerprint,
-            "mix": self._mix_report.fingerprint,
-            "check": key_of(keys=[pairing.key for pairing in self._check]),
-        }
-
     def prepare(self) -> None:
         """Open the models and say what there is to do."""
-        session, options, stage = self._session, self._options, self._session.stage
-        generator = None if self._given else options.generator or own_model(stage)
+        given, options, stage = self._given, self._options, self._session.stage
+        generator = given.generator
         self._generator = self._open(generator, ("generator",)) if generator else None
         if options.judge.replay is not None:
             self._published: PublishedLabels | None = PublishedLabels(stage, options.judge.replay)
@@ -123,15 +87,15 @@ class _Work:
             same = generator is not None and generator.model is not None and generator.model == options.judge.model
             opened = self._generator if same else self._open(options.judge, ("judge", "check"))
             assert opened is not None
-            self._judge = _make_judge(opened[0], self._constitution, self._examples, options, stage.seed)
+            self._judge = _make_judge(opened[0], given.constitution, given.examples, options, stage.seed)
             self._judge_spending = opened[1]
-        what = f"{len(self._rows)} rows, {len(self._constitution.principles)} principles"
-        session.begin(self.facts, self._report, note=what)
+        what = f"{len(given.rows)} rows, {len(given.constitution.principles)} principles"
+        self._session.begin(given.facts, given.report, note=what)
 
     def do(self) -> None:
         """Sample, judge, ask for second opinions, and measure the judge."""
         session, desk = self._session, self._session.desk
-        self._pairings = pair_given(self._rows) if self._given else self._pair_sampled()
+        self._pairings = pair_given(self._given.rows) if self._given.is_given else self._pair_sampled()
         if not self._pairings:
             raise DataError([*session.rejects.first] or "there is nothing to compare", where=session.stage.recipe_path)
         began = session.seconds
@@ -139,8 +103,8 @@ class _Work:
             self._labels = [_replay(self._published, pairing) for pairing in self._pairings]
             return
         assert self._judge is not None
-        if self._check:  # first: a judge that is no good is seen before it is paid for
-            self._accuracy = measure(desk, self._judge, self._check)
+        if self._given.check:  # first: a judge that is no good is seen before it is paid for
+            self._accuracy = measure(desk, self._judge, self._given.check)
             self._say_accuracy(self._accuracy)
             began = session.seconds
         self._labels = judge_all(desk, self._judge, self._pairings)
@@ -152,7 +116,7 @@ class _Work:
         session = self._session
         if not complete and self._judge is not None and not self._labels:
             self._labels = known_labels(session.desk, self._judge, self._pairings)
-        count = session.write_rows(make_rows(self._labels, self._mix, hard=self._options.hard))
+        count = session.write_rows(make_rows(self._labels, self._given.mix, hard=self._options.hard))
         session.write_rows((label.to_dict() for label in self._labels), LABELS)
         report = self._describe(count, complete=complete)
         session.write_report(report)
@@ -195,7 +159,7 @@ class _Work:
         session, options = self._session, self._options
         assert self._generator is not None and isinstance(options.answers, int)
         model = self._generator[0]
-        prompts = list_prompts(self._rows, session.rejects, model.control_tokens)
+        prompts = list_prompts(self._given.rows, session.rejects, model.control_tokens)
         sampling = Sampling(options.temperature, options.max_new_tokens)
         replies = sample_answers(
             session.desk, model, prompts, sampling, count=options.answers, seed=session.stage.seed, kind="answer"
@@ -206,7 +170,7 @@ class _Work:
     def _ask_again(self) -> None:
         """Judge some comparisons by a second principle as well: how far do principles agree?"""
         assert self._judge is not None
-        if len(self._constitution.principles) < 2:
+        if len(self._given.constitution.principles) < 2:
             return
         chosen = self._labels[: min(_SECOND_OPINIONS, len(self._labels) // 10)]
         others = [replace(label.pairing, turn=self._find_other(label)) for label in chosen]
@@ -218,7 +182,7 @@ class _Work:
         """Return a turn at which another principle is drawn; the last one tried where there is none."""
         pairing, seed = label.pairing, self._session.stage.seed
         turns = range(pairing.turn + 1, pairing.turn + _TRIES)
-        draw = self._constitution.draw
+        draw = self._given.constitution.draw
         found = (turn for turn in turns if draw(seed=seed, key=pairing.key, turn=turn).name != label.principle)
         return next(found, turns[-1])
 
@@ -235,7 +199,7 @@ class _Work:
         return {
             "complete": complete,
             "rows": count,
-            "rows_by_people": sum(len(list(split_ranking(row))) for row in self._mix),
+            "rows_by_people": sum(len(list(split_ranking(row))) for row in self._given.mix),
             **describe_labels(self._labels),
             "agreement_between_principles": {"n": len(agreeing), "share": _share(agreeing)},
             "check": self._accuracy,

@@ -20,10 +20,10 @@ from alignkit.feedback.desk import Desk
 from alignkit.feedback.stop import Stop, catch_signals
 from alignkit.feedback.store import Store
 from alignkit.recipe.stage import Stage
-from alignkit.runs.files import disk_failures, read_json, sync, write_json
+from alignkit.runs.files import disk_failures, sync, write_json
 from alignkit.runs.layout import RunDir, compare_fingerprints, copy_recipe, write_result
 from alignkit.runs.record import JsonLines, git_state, versions
-from alignkit.runs.result import Result
+from alignkit.runs.result import Result, read_result
 
 ROWS, STORE, REPORT = "rows.jsonl", "feedback.jsonl", "report.json"
 
@@ -53,9 +53,8 @@ class Session:
             console.warn(f"{self.stage.name}: going on with a changed setting: {change}")
         if not self.run.is_finished():
             return None
-        data = read_json(self.run.result)
         console.note(f"{self.stage.name}: already finished, nothing to do (--force starts over)")
-        return Result(**{key: data[key] for key in Result.__dataclass_fields__})
+        return read_result(self.run.result)
 
     def begin(self, fingerprint: Mapping[str, Any], report: DataReport, *, note: str) -> None:
         """Write stage.json and say what was read."""

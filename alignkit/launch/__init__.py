@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from alignkit.recipe import Stage
     from alignkit.runs.result import Result
 
-__all__ = ["launch_stage", "prepare_environment"]
+__all__ = ["is_in_process", "launch_stage", "prepare_environment"]
 
 
 def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = False, retries: int = 0) -> Result:
@@ -49,6 +49,13 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
     from alignkit.launch.job import run_job
 
     return run_job(stage, command, placement, force=force, retries=retries)
+
+
+def is_in_process(stage: Stage, command: Command, *, retries: int) -> bool:
+    """Tell whether `launch_stage` will do the work in this process; raises RecipeError for places that cannot be."""
+    from alignkit.launch.placement import place
+
+    return stage.method in FEEDBACK or (retries == 0 and place(stage, command.node_rank).world_size == 1)
 
 
 def _tell_one_process(stage: Stage, retries: int) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from alignkit import console
 from alignkit.errors import AlignKitError, EnvironmentProblem, Stopped, UsageError
@@ -26,13 +25,11 @@ from alignkit.launch.supervise import Job, StopRequest
 from alignkit.launch.worker import STOP_SIGNALS
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
-from alignkit.runs.files import disk_failures, read_json
+from alignkit.runs.files import disk_failures
 from alignkit.runs.hardware import count_cores
 from alignkit.runs.layout import RunDir
 from alignkit.runs.record import record_warnings
-
-if TYPE_CHECKING:
-    from alignkit.runs.result import Result
+from alignkit.runs.result import Result, read_result
 
 # A process died or hung, was killed, was told to end while this one was not. Anything else would happen again.
 RETRIED = frozenset({6, 137, 143})
@@ -51,7 +48,7 @@ def run_job(stage: Stage, command: Command, placement: Placement, *, force: bool
         if not placement.is_main:
             console.hush()  # node 0 speaks
             _try_until_done(stage, command, placement, run, stop, retries)
-            return _read_result(run)
+            return read_result(run.result)
         with hold_run(run.path, force=force, check=stop.check):
             try:
                 with record_warnings(run.warnings):
@@ -60,21 +57,14 @@ def run_job(stage: Stage, command: Command, placement: Placement, *, force: bool
                 if not run.stage.exists():
                     _clear(run.launch)
                 raise
-            return _read_result(run)
-
-
-def _read_result(run: RunDir) -> Result:
-    from alignkit.runs.result import Result
-
-    data = read_json(run.result)
-    return Result(**{key: data[key] for key in Result.__dataclass_fields__})
+            return read_result(run.result)
 
 
 def _try_until_done(
     stage: Stage, command: Command, placement: Placement, run: RunDir, stop: StopRequest, retries: int
 ) -> None:
     """Run tries until one ends well; raise what the last one ended of."""
-    before: int | None = None  # the newest sealed step when the try before had ended
+    before: int | None = -1  # the newest sealed step when the try before had ended
     attempt = 0
     for number in range(retries + 1):
         try:
@@ -83,7 +73,7 @@ def _try_until_done(
         except AlignKitError as error:
             if error.exit_code not in RETRIED or stop.received or number == retries:
                 raise
-            newest = _newest_step(run)
+            newest = checkpoints.newest_step(run.checkpoints)
             if newest == before:
                 text = f"{error}; no new checkpoint since the try before, so it is not started again"
                 raise _with_text(error, text) from error
@@ -184,17 +174,11 @@ def _environment(stage: Stage, placement: Placement) -> dict[str, str]:
     return found
 
 
-def _newest_step(run: RunDir) -> int:
-    """Return the step of the newest sealed checkpoint, -1 for none."""
-    sealed = [path for path in checkpoints.list_checkpoints(run.checkpoints) if (path / checkpoints.MANIFEST).is_file()]
-    return checkpoints.step_of(sealed[0]) if sealed else -1
-
-
 def _describe_resume(run: RunDir) -> str:
-    step = _newest_step(run)
+    step = checkpoints.newest_step(run.checkpoints)
     return (
         f"the same command goes on from step {step}"
-        if step >= 0
+        if step is not None
         else "nothing was saved yet; the same command starts again"
     )
 

@@ -5,14 +5,19 @@ It reads no recipe and knows no options of the command line by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from alignkit import console
 from alignkit.errors import UsageError
+from alignkit.evaluate.results import table
 from alignkit.launch import launch_stage
+from alignkit.launch.agenda import WORDS, Entry, plan_run
 from alignkit.launch.command import Command
-from alignkit.launch.pipeline import run_stages
+from alignkit.launch.measuring import NAME as MEASURE
+from alignkit.launch.measuring import Measuring
+from alignkit.launch.pipeline import check_stages, run_stages
 from alignkit.launch.plan import plan_launch
 from alignkit.launch.slurm import write_jobs
 from alignkit.launch.worker import is_supervised
@@ -33,20 +38,14 @@ class How(NamedTuple):
     submit: bool
 
 
-def _only_show(jobs: list[tuple[Stage, Command]], how: How) -> bool:
-    """Write batch jobs or plans where those are asked for; tell whether that was all."""
-    if how.slurm or how.submit:
-        _use_slurm(jobs, how.submit, dry_run=how.dry_run, force=how.force, retries=how.retries, as_json=how.as_json)
-    elif how.dry_run:
-        _show_plans(jobs, force=how.force, as_json=how.as_json)
-    return how.slurm or how.submit or how.dry_run
-
-
 def run_one(place: dict[str, Path], stage: Stage, command: Command, how: How) -> None:
     """Run one stage and show how it ended; its run directory is noted in `place`, for a report of what fails."""
-    if _only_show([(stage, command)], how):
+    if how.slurm or how.submit:
+        _use_slurm([(stage, command)], how)
         return
-
+    if how.dry_run:
+        _show_plan(stage, command, how)
+        return
     place["run_dir"] = Path(stage.run_dir)
 
     result = launch_stage(stage, command, force=how.force, retries=how.retries)
@@ -58,57 +57,127 @@ def run_one(place: dict[str, Path], stage: Stage, command: Command, how: How) ->
         console.print_result(result.to_dict())
 
 
-def run_many(place: dict[str, Path], jobs: list[tuple[Stage, Command]], how: How) -> None:
-    """Run stages one after another and show how each of them ended; `place` holds the run directory of the last."""
-    if _only_show(jobs, how):
-        return
+def run_many(
+    place: dict[str, Path], jobs: list[tuple[Stage, Command]], how: How, *, measure: Measuring | None = None
+) -> None:
+    """Run stages one after another, measure them where that is asked for, and show how each of them ended.
 
-    results = []
+    `place` holds the run directory of the last one, for a report of what fails. With --dry-run it is said instead what
+    would be done with each stage, and why.
+    """
+    if how.slurm or how.submit:
+        _use_slurm(jobs, how)
+        return
+    if how.dry_run:
+        _show_agenda(plan_run(jobs, force=how.force), measure, as_json=how.as_json)
+        return
+    check_stages(jobs)
+    entries = plan_run(jobs, force=how.force)
+
+    results: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
     try:
-        before = lambda stage: place.update(run_dir=Path(stage.run_dir))  # noqa: E731
-        for result in run_stages(jobs, force=how.force, retries=how.retries, before=before):
-            results.append(result.to_dict())
+        with console.Board(_list_rows(entries, measure)) as board:
+            _run_entries(place, entries, how, board, results)
+            if measure is not None and console.is_main():
+                measured += _measure(measure, board, is_new=any(entry.will != "leave" for entry in entries))
     finally:
-        if not console.is_main():
-            pass  # another node speaks
-        elif how.as_json:
-            console.print_json({"stages": results})
-        else:
-            console.print_run([stage.name for stage, _ in jobs], results)
+        if console.is_main():
+            _show_results(jobs, results, measured, how)
     if console.is_main():
         stages = [stage for stage, _ in jobs]
         page = write_recipe_report(stages[0].recipe_name, [(stage.name, Path(stage.run_dir)) for stage in stages])
         console.note(f"report: {page}")
 
 
-def _show_plans(jobs: list[tuple[Stage, Command]], *, force: bool, as_json: bool) -> None:
-    """Write what each command would do; as JSON one object, or a list of them for several."""
-
-    plans = [(stage, plan_launch(stage, command).to_dict()) for stage, command in jobs]
-    if as_json:
-        shown = [{**stage.to_dict(), "would_start": launch} for stage, launch in plans]
-        console.print_json(shown[0] if len(shown) == 1 else shown)
-        return
-    for stage, launch in plans:
-        console.print_stage(stage.to_dict(), will=_foresee(stage, force=force))
-        console.print_launch(launch)
-
-
-def _use_slurm(
-    jobs: list[tuple[Stage, Command]], submit: bool, *, dry_run: bool, force: bool, retries: int, as_json: bool
+def _run_entries(
+    place: dict[str, Path], entries: list[Entry], how: How, board: console.Board, results: list[dict[str, Any]]
 ) -> None:
-    """Write stages as batch jobs, submit them on request, and show them; refuse what a job would not honour."""
+    """Run what is to be run, and add how each stage ended to `results` as soon as it has."""
 
-    if retries:
+    def before(entry: Entry) -> None:
+        place["run_dir"] = Path(entry.stage.run_dir)
+        if entry.will != "leave":
+            board.begin(entry.stage.name)
+
+    done = run_stages(entries, retries=how.retries, before=before, aside=board.paused)
+    for entry, result in zip(entries, done, strict=True):
+        results.append(result.to_dict())
+        board.end(entry.stage.name, left_alone=entry.will == "leave", metrics=result.metrics)
+
+
+def _measure(measure: Measuring, board: console.Board, *, is_new: bool) -> list[dict[str, Any]]:
+    """Return the new content of each eval.json; nothing is done where nothing has changed."""
+    if not is_new and measure.is_done():
+        console.note("evaluate: already measured, nothing to do (alignkit eval measures again)")
+        board.end(MEASURE, left_alone=True)
+        return []
+    board.begin(MEASURE)
+    measured = []
+    for result in measure.run():
+        measured.append(result)
+        board.update(MEASURE, len(measured), len(measure.sources), str(result["name"]), None)
+    board.end(MEASURE)
+    return measured
+
+
+def _list_rows(entries: Sequence[Entry], measure: Measuring | None) -> list[tuple[str, str, str]]:
+    rows = [(entry.stage.name, entry.stage.method, f"{WORDS[entry.will]}: {entry.why}") for entry in entries]
+    return rows + ([(MEASURE, "", "every model, as evaluate: says")] if measure is not None else [])
+
+
+def _show_results(
+    jobs: list[tuple[Stage, Command]], results: list[dict[str, Any]], measured: list[dict[str, Any]], how: How
+) -> None:
+    if how.as_json:
+        console.print_json({"stages": results, "evaluations": measured})
+        return
+    console.print_run([stage.name for stage, _ in jobs], results)
+    for evaluation in measured:
+        whole = [figure for figure in evaluation["results"] if figure["slice"] is None]
+        console.print_table(evaluation["name"], *table(whole))
+
+
+def _show_agenda(entries: Sequence[Entry], measure: Measuring | None, *, as_json: bool) -> None:
+    """Write what would be done with each stage, and why."""
+    if as_json:
+        starts = [plan_launch(entry.stage, entry.command).to_dict() for entry in entries]
+        console.print_json(
+            [
+                {**entry.stage.to_dict(), **entry.to_dict(), "would_start": start}
+                for entry, start in zip(entries, starts, strict=True)
+            ]
+        )
+        return
+    rows = [entry.to_dict() for entry in entries]
+    if measure is not None:
+        done = not any(entry.will != "leave" for entry in entries) and measure.is_done()
+        will, why = ("leave alone", "measured, nothing has changed") if done else ("run", "models to measure")
+        rows.append({"stage": MEASURE, "method": None, "needs": [], "will": will, "why": why})
+    console.print_agenda(rows)
+
+
+def _show_plan(stage: Stage, command: Command, how: How) -> None:
+    """Write what the command of one stage would do, and every value in force."""
+    launch = plan_launch(stage, command).to_dict()
+    if how.as_json:
+        console.print_json({**stage.to_dict(), "would_start": launch})
+        return
+    console.print_stage(stage.to_dict(), will=_foresee(stage, force=how.force))
+    console.print_launch(launch)
+
+
+def _use_slurm(jobs: list[tuple[Stage, Command]], how: How) -> None:
+    """Write stages as batch jobs, submit them on request, and show them; refuse what a job would not honour."""
+    if how.retries:
         raise UsageError("--retries: a Slurm job requeues itself; set launch.slurm.max_requeues")
     if any(command.node_rank is not None for _, command in jobs):
         raise UsageError("--node-rank: Slurm tells each node which one it is; take it away")
-
-    written = [job.to_dict() for job in write_jobs(jobs, submit=submit, dry_run=dry_run, force=force)]
-    if as_json:
+    written = [job.to_dict() for job in write_jobs(jobs, submit=how.submit, dry_run=how.dry_run, force=how.force)]
+    if how.as_json:
         console.print_json({"jobs": written})
     else:
-        console.print_jobs(written, scripts=dry_run)
+        console.print_jobs(written, scripts=how.dry_run)
 
 
 def _foresee(stage: Stage, *, force: bool) -> str:

@@ -1,7 +1,6 @@
 """The stages of a recipe one after another, each as its own command would run it.
 
-It deliberately decides nothing about a stage: a finished one answers at once, an unfinished one resumes, and the first
-failure ends the line.
+What is done with each of them is decided in `agenda`; the first failure ends the line.
 """
 
 from __future__ import annotations
@@ -10,33 +9,27 @@ import ctypes
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from alignkit import console
 from alignkit.errors import EnvironmentProblem, Problem, RecipeError
-from alignkit.launch import launch_stage
+from alignkit.launch import is_in_process, launch_stage
+from alignkit.launch.agenda import Entry
 from alignkit.launch.command import Command
 from alignkit.launch.local import check_first
 from alignkit.launch.worker import is_worker
 from alignkit.preflight.lineage import list_needs
 from alignkit.recipe import Stage
+from alignkit.runs.layout import RunDir
+from alignkit.runs.result import Result, read_result
 
-if TYPE_CHECKING:
-    from alignkit.runs.result import Result
 
+def check_stages(jobs: Sequence[tuple[Stage, Command]]) -> None:
+    """Refuse, before anything is trained, what can be refused of any stage.
 
-def run_stages(
-    jobs: Sequence[tuple[Stage, Command]],
-    *,
-    force: bool = False,
-    retries: int = 0,
-    before: Callable[[Stage], None] = lambda stage: None,
-) -> Iterator[Result]:
-    """Train the stages in this order and yield how each one ended; `before` is told which one is next.
-
-    Raises, before anything is trained, RecipeError when a stage comes before one that it needs, and what
-    `check_first` finds wrong with any of them; then what `launch_stage` raises for the first stage that fails.
+    Raises RecipeError when a stage comes before one that it needs, EnvironmentProblem under a launcher, and what
+    `check_first` finds wrong with any of them.
     """
     if is_worker():
         raise EnvironmentProblem(
@@ -48,9 +41,31 @@ def run_stages(
     names = [stage.name for stage in stages]
     for number, stage in enumerate(stages):  # the last stage's missing file is found now, not in a day
         check_first(stage, coming=names[:number])
-    for stage, command in jobs:
-        before(stage)
-        yield launch_stage(stage, command, force=force, retries=retries)
+
+
+def run_stages(
+    entries: Sequence[Entry],
+    *,
+    retries: int = 0,
+    before: Callable[[Entry], None] = lambda entry: None,
+    aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[Result]:
+    """Do with the stages what was decided, and yield how each one ended; `before` is told which one is next.
+
+    `aside` is entered while processes of a stage's own write to the terminal.
+
+    Raises what `launch_stage` raises for the first stage that fails.
+    """
+    for entry in entries:
+        stage = entry.stage
+        before(entry)
+        if entry.will == "leave":
+            console.note(f"{stage.name}: already finished, nothing to do (--force starts over)")
+            yield read_result(RunDir(Path(stage.run_dir).expanduser().absolute()).result)
+            continue
+        with nullcontext() if is_in_process(stage, entry.command, retries=retries) else aside():
+            result = launch_stage(stage, entry.command, force=entry.will == "again", retries=retries)
+        yield result
         _let_go()
 
 

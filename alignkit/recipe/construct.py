@@ -44,6 +44,7 @@ def construct(swept: Sweep, *, name: str, label: str) -> Recipe:
         lora=top.lora,
         launch=top.launch,
         evaluate=top.evaluate,
+        evaluates="evaluate" in tree.value,
         stages=sections,
         order=tuple(dict.fromkeys(listed or by_name)),
         origins=origins,

@@ -48,6 +48,7 @@ class Recipe:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stages of each rlaif section, in order
     sweeps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # variants of each swept stage, by plain name
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    evaluates: bool = False  # `evaluate:` is written out: `alignkit run` measures at its end
 
     @property
     def stage_names(self) -> list[str]:

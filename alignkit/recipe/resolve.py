@@ -102,6 +102,29 @@ def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
     return list(stages)
 
 
+def pick_span(recipe: Recipe, first: str | None = None, last: str | None = None) -> list[str]:
+    """Return the stages that `alignkit run` looks at, in order: all of them, or those from `first` to `last`.
+
+    An rlaif section and a swept stage stand for their first stage in `first`, for their last in `last`. Raises
+    RecipeError for names that are not under `stages:`, and when the last comes before the first.
+    """
+    order = list(recipe.order)
+    several = {**recipe.groups, **recipe.sweeps}
+    start, end = 0, len(order)
+    for flag, name in (("--from", first), ("--until", last)):
+        if name is None:
+            continue
+        places = [order.index(stage) for stage in several.get(name, (name,)) if stage in order]
+        if not places:
+            hint = suggest(name, [*several, *order]) or f"; there are {', '.join(order)}"
+            what = "is not among the stages that are run" if name in recipe.stages else "is not a stage"
+            raise RecipeError(f"{flag} {name} {what}{hint}", where=recipe.path)
+        start, end = (min(places), end) if flag == "--from" else (start, max(places) + 1)
+    if start >= end:
+        raise RecipeError(f"--until {last} comes before --from {first}", where=recipe.path)
+    return order[start:end]
+
+
 def _launch(launch: LaunchOptions, method: Method) -> LaunchOptions:
     """Return where a stage runs: one that makes rows takes one process, whatever trains beside it."""
     if method not in FEEDBACK:

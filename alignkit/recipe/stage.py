@@ -113,9 +113,11 @@ class Stage:
 
 
 def _strip(value: Any) -> Any:
-    """Leave out how a judge is asked: that changes when its answers come, not what they are."""
+    """Leave out what changes nothing: how a judge is asked, and the directory of a file whose bytes are compared."""
     if isinstance(value, dict):
         return {key: _strip(item) for key, item in value.items() if key not in HARMLESS_OF_A_JUDGE}
+    if isinstance(value, str) and value.startswith("/"):
+        return value.rstrip("/").rpartition("/")[2]
     return [_strip(item) for item in value] if isinstance(value, list) else value
 
 

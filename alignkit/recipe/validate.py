@@ -94,9 +94,9 @@ class _Build:
             self.problems.append(Problem(f"there is no stage; add a section such as {METHODS}", self.tree.place))
 
     def sweep(self) -> Sweep:
-        """Return the variants of the stages; with a mistake under `sweep:` the stages as they are."""
+        """Return the variants of the stages; keys under `sweep:` that cannot be swept are left out."""
         axes, problems = read_axes(self.tree, self.stages, self.groups)
-        swept = spread(self.tree, self.stages, self.groups, [] if problems else axes)
+        swept = spread(self.tree, self.stages, self.groups, axes)
         self.problems += [*problems, *swept.problems]
         return swept
 

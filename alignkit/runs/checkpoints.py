@@ -37,6 +37,12 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted((path for path in directory.iterdir() if step_of(path) >= 0), key=step_of, reverse=True)
 
 
+def newest_step(directory: Path) -> int | None:
+    """Return the step of the newest sealed checkpoint, None without one; nothing is verified."""
+    sealed = [path for path in list_checkpoints(directory) if (path / MANIFEST).is_file()]
+    return step_of(sealed[0]) if sealed else None
+
+
 def checksum(path: Path) -> str:
     """Return the CRC-32 of a file as eight hex digits (3 GB/s a core; damage, not attacks, is the enemy)."""
     crc = 0

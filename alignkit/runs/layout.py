@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from alignkit import console
 from alignkit.errors import RunError
 from alignkit.runs.files import disk_failures, read_json, write_json
 
@@ -164,6 +165,7 @@ def set_aside(run: RunDir, lock: RunLock) -> RunLock:
     aside = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     with disk_failures(run.path, "the run directory"):
         os.replace(run.path, aside)
+        console.note(f"{run.path.name}: the earlier run is kept as {aside}")
         lock.release()
         run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         return RunLock(run)
@@ -188,29 +190,38 @@ def refuse_foreign(path: Path) -> None:
         )
 
 
-def compare_fingerprints(
-    run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = (), where: Mapping[str, str] | None = None
-) -> list[str]:
-    """Compare the fingerprint in stage.json with the current one; return the changes that were allowed.
+def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = ()) -> dict[str, str]:
+    """Compare the fingerprint in stage.json with the current one; return the changes that were not allowed.
+
+    Each key has its text, "key: before -> now".
+    """
+    changes = _compare(run, current)
+    return {key: text for key, text in changes.items() if not _is_allowed(key, allow_change)}
+
+
+def compare_fingerprints(run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = ()) -> list[str]:
+    """Compare the fingerprint in stage.json with the current one; return the changes, all of which are allowed.
 
     Every changed key is named with both values. Raises RunError unless each of them is in `allow_change`.
     """
-    if not run.stage.exists():
-        return []
-    before = read_json(run.stage).get("fingerprint", {})
-    now = json.loads(json.dumps(dict(current), default=str))
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    lines = [f"{key}: {_show(before.get(key))} -> {_show(now.get(key))}" for key in changed]
-    refused = [line for key, line in zip(changed, lines, strict=True) if not _is_allowed(key, allow_change)]
-    if refused:
+    if refused := list_changes(run, current, allow_change=allow_change):
         raise RunError(
             "this run was started with other settings:\n  "
-            + "\n  ".join(refused)
+            + "\n  ".join(refused.values())
             + "\nchange them back, use --out for a new run, --force to move this one aside and start over, "
             "or --allow-change KEY to go on with the new value",
             where=str(run.path),
         )
-    return lines
+    return list(_compare(run, current).values())
+
+
+def _compare(run: RunDir, current: Mapping[str, Any]) -> dict[str, str]:
+    if not run.stage.exists():
+        return {}
+    before = read_json(run.stage).get("fingerprint", {})
+    now = json.loads(json.dumps(dict(current), default=str))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return {key: f"{key}: {_show(before.get(key))} -> {_show(now.get(key))}" for key in changed}
 
 
 def _show(value: Any) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from alignkit.runs.files import read_json
 
 
 @dataclass
@@ -26,3 +29,9 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
+
+
+def read_result(path: Path) -> Result:
+    """Return what result.json says."""
+    data = read_json(path)
+    return Result(**{key: data[key] for key in Result.__dataclass_fields__})

@@ -19,7 +19,6 @@ from transformers import PrinterCallback, set_seed
 from alignkit import console
 from alignkit.errors import RunError
 from alignkit.models.chat import Chat
-from alignkit.models.files import find_model_dir, fingerprint_weights
 from alignkit.models.parameters import describe_parameters, hash_base, hash_samples
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
@@ -31,15 +30,14 @@ from alignkit.runs.record import JsonLines, git_state, versions
 from alignkit.runs.result import Result
 from alignkit.train import ranks
 from alignkit.train.built import Built
+from alignkit.train.fingerprint import fingerprint_stage, hash_data, unread
 from alignkit.train.finish import finish
 from alignkit.train.guard import Guarded, Watch
 from alignkit.train.invariants import check_parameters, check_start
 from alignkit.train.mask import preview_rows
 from alignkit.train.recorder import Recorder
-from alignkit.train.rewards import hash_rewards
 from alignkit.train.shards import is_sharded
 from alignkit.train.signals import StopFlag, catch_signals
-from alignkit.train.tables import hash_data
 
 
 def watch_for(stage: Stage) -> Watch:
@@ -68,7 +66,7 @@ def fit(
         fingerprint: dict[str, Any] = {}
 
         def look() -> dict[str, Any] | None:
-            fingerprint.update(stage.fingerprint_values(), start_weights=_hash_start(stage), **hash_rewards(stage))
+            fingerprint.update(fingerprint_stage(stage))
             return _find_finished(stage, run, fingerprint, allow_change)
 
         if (finished := ranks.once(look)) is not None:
@@ -106,11 +104,10 @@ def _find_finished(
     if not run.stage.exists():
         return None
     # What the recipe alone tells is compared before anything heavy loads.
-    compare_fingerprints(run, {**fingerprint, **_kept_fingerprint(run)}, allow_change=allow_change)
+    compare_fingerprints(run, {**fingerprint, **unread(run)}, allow_change=allow_change)
     if not run.is_finished():
         return None
-    compare_fingerprints(run, {**fingerprint, **_kept_fingerprint(run), "data": hash_data(stage)},
-                         allow_change=allow_change)  # fmt: skip
+    compare_fingerprints(run, {**fingerprint, **unread(run), "data": hash_data(stage)}, allow_change=allow_change)
     return read_json(run.result)
 
 
@@ -138,22 +135,10 @@ def _require_same_weights(model: Any) -> None:
         raise error
 
 
-def _hash_start(stage: Stage) -> str | None:
-    """Fingerprint the files a stage starts from; built-in and hub weights are told by their name."""
-    directory = find_model_dir(stage.start_dir or stage.model.path)
-    return fingerprint_weights(directory) if directory else None
-
-
 def _hash_tokenizer(chat: Chat) -> str:
     """Fingerprint vocabulary and template: other tokens are other data."""
     text = chat.tokenizer.backend_tokenizer.to_str() + str(chat.tokenizer.chat_template)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _kept_fingerprint(run: RunDir) -> dict[str, Any]:
-    """Return the parts of the fingerprint that only reading the data gives again."""
-    kept = read_json(run.stage).get("fingerprint", {})
-    return {key: kept.get(key) for key in ("data", "template", "ptx_data")}
 
 
 def _read_result(data: dict[str, Any]) -> Result:

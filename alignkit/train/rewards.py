@@ -6,7 +6,6 @@ a score means for the policy, not what the sources say.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,12 @@ from torch import Tensor, nn
 
 from alignkit.data import true_reward
 from alignkit.errors import ModelError, NonFiniteError, RewardError
-from alignkit.feedback.constitution import load_constitution
-from alignkit.feedback.reward_function import hash_function, load_function
+from alignkit.feedback.reward_function import load_function
 from alignkit.models.chat import Chat
 from alignkit.models.classifier import load_classifier, name_source
-from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights
 from alignkit.models.scoring import ScoreIds, read_norm, scorer
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
+from alignkit.recipe.schema import BUILTIN_REWARD, RewardSource
 from alignkit.train import ranks
 from alignkit.train.reward_model import ModelReward, choose_encoder, encode_ids
 from alignkit.train.rollout import Rollout
@@ -96,13 +93,6 @@ def build_rewards(
     return Rewards(built)
 
 
-def hash_rewards(stage: Stage) -> dict[str, Any]:
-    """Return what the fingerprint of a stage holds of its rewards: the bytes of models and of functions' files."""
-    if not isinstance(stage.options, PpoOptions):
-        return {}
-    return {"reward_weights": [_hash(stage, source) for source in stage.options.reward]}
-
-
 def _build(stage: Stage, source: RewardSource, chat: Chat, *, key: str, device: str, held: ScoreIds | None) -> Score:
     if source.function is not None:
         function = load_function(stage, source.function, key=key)
@@ -172,19 +162,3 @@ def _unique(name: str, taken: Mapping[str, Any]) -> str:
     while unique in taken:
         unique, number = f"{name}_{number}", number + 1
     return unique
-
-
-def _hash(stage: Stage, source: RewardSource) -> str | None:
-    if source.function is not None:
-        return hash_function(stage, source.function)
-    if source.judge is not None and source.constitution is not None:
-        judge = find_model_dir(source.judge.model) if source.judge.model is not None else None
-        principles = load_constitution(source.constitution, needs="comparison").fingerprint
-        return principles + (fingerprint_weights(judge) if judge else "")
-    assert source.model is not None
-    directory = None if source.model == BUILTIN_REWARD else find_model_dir(source.model)
-    if directory is None:
-        return None
-    norm = directory / REWARD_NORM
-    extra = hashlib.blake2b(norm.read_bytes(), digest_size=16).hexdigest() if norm.is_file() else ""
-    return fingerprint_weights(directory) + extra

@@ -114,16 +114,6 @@ def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> 
     )
 
 
-def hash_data(stage: Stage) -> str:
-    """Return the fingerprint that `prepare_tables` finds, by reading the rows again without tokenising them."""
-    report, rejects = DataReport(), Rejects()
-    sources = [stage.options.data, *([stage.training.eval] if isinstance(stage.training.eval, list) else [])]
-    for group in sources:
-        for _ in read_rows(stage, group, report=report, rejects=rejects):
-            pass
-    return report.fingerprint
-
-
 def _take_side(stage: Stage, rows: Iterable[Row], share: float | None, *, held_out: bool) -> Iterable[Row]:
     """Return the rows of one side of a split by prompt; all of them without a share."""
     if share is None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import RecipeError
+from alignkit.launch.agenda import plan_run
 from alignkit.launch.command import Command
 from alignkit.launch.pipeline import _let_go, check_order, run_stages
 from alignkit.recipe import Stage, load_recipe, resolve
@@ -89,11 +90,11 @@ def test_stages_in_one_process_end_with_the_weights_they_end_with_alone(warm: No
         gc.collect()  # what other tests have left to this process
         alive: list[int] = []
         jobs = [job for recipe, name in line for job in stages_of(recipe, name)]
-        results = list(run_stages(jobs, before=lambda stage: alive.append(count_models())))
+        results = list(run_stages(plan_run(jobs), before=lambda entry: alive.append(count_models())))
         return {"alive": alive, "weights": [digest(result.model_dir) for result in results]}
 
     def alone(recipe: Path, name: str) -> str:
-        return digest(next(run_stages(stages_of(recipe, name))).model_dir)
+        return digest(next(run_stages(plan_run(stages_of(recipe, name)))).model_dir)
 
     one = fork(together, tmp_path / "together")
     many = [fork(lambda recipe=recipe, name=name: alone(recipe, name), tmp_path / "alone") for recipe, name in line]
@@ -122,7 +123,7 @@ def test_a_finished_stage_is_left_alone_and_the_first_failure_ends_the_run(
     warm: None, run_alignkit: Callable, tmp_path: Path
 ) -> None:
     write(tmp_path / "r.yaml")
-    fork(lambda: [result.step for result in run_stages(stages_of(Path("r.yaml"), "sft"))], tmp_path)
+    fork(lambda: [result.step for result in run_stages(plan_run(stages_of(Path("r.yaml"), "sft")))], tmp_path)
     done = run_alignkit(
         "run", "-r", "r.yaml", "--set", "stages=[sft, dpo, rm]", "--set", "dpo.learning_rate=1e30",
         "--set", "dpo.max_grad_norm=1e30", "--set", "dpo.max_steps=6",

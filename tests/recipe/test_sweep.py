@@ -318,6 +318,15 @@ def test_a_wrong_value_has_its_own_line(complain: Complain) -> None:
     ]
 
 
+def test_all_mistakes_are_said_at_once(complain: Complain) -> None:
+    assert complain(PIPELINE + "sweep:\n  dp.beta: [1]\n  launch.nodes: [1]\n  dpo.beta: [0.1, -1]\n") == [
+        "a.yaml:11: sweep.dp.beta leads nowhere: dp is neither a stage nor one of seed, model, lora, data, eval; "
+        "did you mean dpo?",
+        "a.yaml:12: sweep.launch.nodes cannot be swept: it says where stages run, not what is trained",
+        "a.yaml:13: dpo.beta is -1; it must be greater than 0 (typical: 0.05 to 0.5)",
+    ]
+
+
 def test_a_mistake_beside_the_sweep_is_said_once(complain: Complain) -> None:
     text = PIPELINE.replace("  start_from: sft\n", "  start_from: rm\n  bet: 1\n")
     assert complain(text + "sweep: {seed: [0, 1, 2], dpo.beta: [0.1, 0.2]}\n") == [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.recipe import Stage, load_recipe, resolve
-from alignkit.train.rewards import hash_rewards
+from alignkit.train.fingerprint import hash_rewards
 
 RECIPE = """\
 name: a

@@ -28,8 +28,9 @@ from alignkit.models.chat import Chat
 from alignkit.models.save import save_model
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage, load_recipe, resolve
+from alignkit.train.fingerprint import hash_rewards
 from alignkit.train.reward_model import encode_ids
-from alignkit.train.rewards import Rewards, build_rewards, hash_rewards
+from alignkit.train.rewards import Rewards, build_rewards
 from alignkit.train.rollout import Rollout
 
 QUESTION = [{"role": "user", "content": "Was it good?"}]

@@ -1,0 +1,53 @@
+"""Everything a person or a script sees: the only room that draws.
+
+Results go to stdout, progress, warnings and errors to stderr, from rank 0 only. rich is loaded when something is drawn.
+"""
+
+from alignkit.console.board import Board
+from alignkit.console.progress import TrainingProgress
+from alignkit.console.say import (
+    hush,
+    is_main,
+    list_problems,
+    note,
+    print_error,
+    recording,
+    restore_terminal,
+    warn,
+)
+from alignkit.console.tables import (
+    print_agenda,
+    print_jobs,
+    print_json,
+    print_launch,
+    print_paths,
+    print_result,
+    print_run,
+    print_stage,
+    print_table,
+)
+from alignkit.console.talk import ask, stream
+
+__all__ = [
+    "Board",
+    "TrainingProgress",
+    "ask",
+    "hush",
+    "is_main",
+    "list_problems",
+    "note",
+    "print_agenda",
+    "print_error",
+    "print_jobs",
+    "print_json",
+    "print_launch",
+    "print_paths",
+    "print_result",
+    "print_run",
+    "print_stage",
+    "print_table",
+    "recording",
+    "restore_terminal",
+    "stream",
+    "warn",
+]

@@ -1,0 +1,79 @@
+"""What decides the weights that a stage ends with, as values that can be compared before anything heavy loads.
+
+A run keeps its fingerprint in stage.json. Deliberately without torch: `alignkit run` compares every stage first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alignkit.data import DataReport, Rejects, read_rows
+from alignkit.feedback.constitution import load_constitution
+from alignkit.feedback.reward_function import hash_function
+from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights
+from alignkit.recipe import Stage
+from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
+from alignkit.runs.files import read_json
+from alignkit.runs.layout import RunDir, list_changes
+
+
+def fingerprint_stage(stage: Stage) -> dict[str, Any]:
+    """Return all that recipe and model files tell: values in force, weights started from, rewards."""
+    return {**stage.fingerprint_values(), "start_weights": _hash_start(stage), **hash_rewards(stage)}
+
+
+def unread(run: RunDir) -> dict[str, Any]:
+    """Return the parts of a run's fingerprint that only reading the data gives again, as the run has them."""
+    kept = read_json(run.stage).get("fingerprint", {})
+    return {key: kept.get(key) for key in ("data", "template", "ptx_data")}
+
+
+def find_changes(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> list[str]:
+    """Return how a stage differs from the run that has begun there, "key: before -> now"; reads all of its rows."""
+    run = RunDir(run_dir)
+    known = {**fingerprint_stage(stage), **unread(run)}
+    if found := list_changes(run, known, allow_change=allow_change):
+        return list(found.values())
+    return list(list_changes(run, {**known, "data": hash_data(stage)}, allow_change=allow_change).values())
+
+
+def _hash_start(stage: Stage) -> str | None:
+    """Fingerprint the files a stage starts from; built-in and hub weights are told by their name."""
+    directory = find_model_dir(stage.start_dir or stage.model.path)
+    return fingerprint_weights(directory) if directory else None
+
+
+def hash_data(stage: Stage) -> str:
+    """Return the fingerprint that `prepare_tables` finds, by reading the rows again without tokenising them."""
+    report, rejects = DataReport(), Rejects()
+    sources = [stage.options.data, *([stage.training.eval] if isinstance(stage.training.eval, list) else [])]
+    for group in sources:
+        for _ in read_rows(stage, group, report=report, rejects=rejects):
+            pass
+    return report.fingerprint
+
+
+def hash_rewards(stage: Stage) -> dict[str, Any]:
+    """Return what the fingerprint of a stage holds of its rewards: the bytes of models and of functions' files."""
+    if not isinstance(stage.options, PpoOptions):
+        return {}
+    return {"reward_weights": [_hash(stage, source) for source in stage.options.reward]}
+
+
+def _hash(stage: Stage, source: RewardSource) -> str | None:
+    if source.function is not None:
+        return hash_function(stage, source.function)
+    if source.judge is not None and source.constitution is not None:
+        judge = find_model_dir(source.judge.model) if source.judge.model is not None else None
+        principles = load_constitution(source.constitution, needs="comparison").fingerprint
+        return principles + (fingerprint_weights(judge) if judge else "")
+    assert source.model is not None
+    directory = None if source.model == BUILTIN_REWARD else find_model_dir(source.model)
+    if directory is None:
+        return None
+    norm = directory / REWARD_NORM
+    extra = hashlib.blake2b(norm.read_bytes(), digest_size=16).hexdigest() if norm.is_file() else ""
+    return fingerprint_weights(directory) + extra

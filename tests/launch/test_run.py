@@ -1,0 +1,211 @@
+"""`alignkit run`: what it decides for each stage, the span it looks at, its table, its figures, a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from terminal import Terminal
+
+from alignkit.launch.agenda import plan_run
+from alignkit.launch.command import Command
+from alignkit.recipe import load_recipe, pick_span, resolve
+
+COMMON = "batch_size: 4, max_length: 160, samples: {num: 0}, learning_rate: 1e-3"
+RECIPE = f"""\
+model: {{path: builtin:tiny-llama}}
+evaluate: {{max_rows: 8, metrics: [perplexity, pairs]}}
+sft: {{data: rows.jsonl, eval: 0.5, max_steps: 2, {COMMON}}}
+rm: {{start_from: sft, data: {{path: builtin:preferences, max_rows: 16}}, max_steps: 2, {COMMON}}}
+dpo: {{start_from: sft, data: {{path: builtin:preferences, max_rows: 16}}, max_steps: 2, {COMMON}}}
+"""
+ROWS = "".join(json.dumps({"prompt": f"What is {n}?", "completion": f"It is {n}."}) + "\n" for n in range(32))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """A directory in which `alignkit run` has been run to its end."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "r.yaml").write_text(RECIPE)
+    (folder / "rows.jsonl").write_text(ROWS)
+    environment = os.environ | {"PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "alignkit", "run", "-r", "r.yaml", "--json"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (folder / "said.json").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to be changed."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plan(*overrides: str, force: bool = False, allow_change: tuple[str, ...] = ()) -> dict[str, tuple[str, str]]:
+    """Return what would be done with each stage, and why."""
+    loaded = load_recipe(Path("r.yaml"), overrides=overrides)
+    stages = [resolve(loaded, name) for name in loaded.order]
+    jobs = [(stage, Command.of(stage, overrides, allow_change=allow_change)) for stage in stages]
+    return {entry.stage.name: (entry.will, entry.why) for entry in plan_run(jobs, force=force)}
+
+
+LEFT = ("leave", "finished, nothing has changed")
+
+
+def test_what_is_finished_and_unchanged_is_left_alone(folder: Path) -> None:
+    assert plan() == {"sft": LEFT, "rm": LEFT, "dpo": LEFT}
+    assert plan("dpo.logging_steps=7") == {"sft": LEFT, "rm": LEFT, "dpo": LEFT}  # watched, not trained
+
+
+def test_a_changed_stage_runs_again_and_so_does_all_that_needs_it(folder: Path) -> None:
+    assert plan("dpo.beta=0.5") == {
+        "sft": LEFT, "rm": LEFT, "dpo": ("again", "dpo.beta: (default) -> 0.5"),
+    }  # fmt: skip
+    assert plan("sft.learning_rate=2e-3") == {
+        "sft": ("again", "sft.learning_rate: 0.001 -> 0.002"),
+        "rm": ("again", "sft runs before it"), "dpo": ("again", "sft runs before it"),
+    }  # fmt: skip
+    assert plan("sft.learning_rate=2e-3", allow_change=("learning_rate",))["sft"] == LEFT
+    many = plan("seed=3")
+    assert [will for will, _ in many.values()] == ["again"] * 3
+
+
+def test_changed_rows_are_found_too(folder: Path) -> None:
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "And?", "completion": "No."}\n')
+    will, why = plan()["sft"]
+    assert will == "again" and why.startswith("data: ")
+    assert plan()["dpo"] == ("again", "sft runs before it")
+
+
+def test_weights_that_were_trained_anew_run_what_needs_them(folder: Path) -> None:
+    weights = folder / "runs/r/sft/model/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-8] ^= 1
+    weights.write_bytes(bytes(data))
+    found = plan()
+    assert found["sft"] == LEFT
+    assert all(will == "again" and "start_weights" in why for will, why in (found["rm"], found["dpo"]))
+
+
+def test_a_run_that_is_gone_is_run_and_one_that_stopped_goes_on(folder: Path) -> None:
+    shutil.rmtree("runs/r/rm")
+    shutil.rmtree("runs/r/dpo/model")
+    assert plan() == {"sft": LEFT, "rm": ("start", "no run yet"), "dpo": ("again", "its model is gone")}
+    Path("runs/r/sft/result.json").unlink()
+    assert plan() == {
+        "sft": ("resume", "stopped; step 2 is saved"), "rm": ("start", "no run yet"),
+        "dpo": ("again", "sft goes on before it"),
+    }  # fmt: skip
+    assert plan(force=True)["sft"] == ("again", "--force")
+
+
+def test_a_dry_run_says_why_and_touches_nothing(run_alignkit: Callable, folder: Path) -> None:
+    before = sorted(str(path) for path in folder.rglob("*"))
+    done = run_alignkit("run", "-r", "r.yaml", "--dry-run", "--set", "dpo.beta=0.5", "--from", "rm")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(maxsplit=3) for line in done.stdout.splitlines()[2:]]
+    assert rows == [
+        ["rm", "rm", "sft", "leave alone  finished, nothing has changed"],
+        ["dpo", "dpo", "sft", "run again    dpo.beta: (default) -> 0.5"],
+        ["evaluate", "-", "-", "run          models to measure"],
+    ]
+    shown = json.loads(run_alignkit("run", "-r", "r.yaml", "--dry-run", "--json").stdout)
+    assert [(entry["stage"], entry["will"], entry["needs"]) for entry in shown] == [
+        ("sft", "leave alone", []), ("rm", "leave alone", ["sft"]), ("dpo", "leave alone", ["sft"]),
+    ]  # fmt: skip
+    assert sorted(str(path) for path in folder.rglob("*")) == before
+
+
+def test_a_span_of_stages(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert pick_span(recipe) == ["sft", "rm", "dpo"]
+    assert pick_span(recipe, "rm") == ["rm", "dpo"]
+    assert pick_span(recipe, None, "rm") == ["sft", "rm"]
+    assert pick_span(recipe, "rm", "rm") == ["rm"]
+    for span, said in (
+        (("dpo", "sft"), "--until sft comes before --from dpo"),
+        (("dpp", None), "--from dpp is not a stage; did you mean dpo?"),
+        ((None, "nothing"), "--until nothing is not a stage; there are sft, rm, dpo"),
+    ):
+        with pytest.raises(Exception, match=said.replace("?", r"\?")):
+            pick_span(recipe, *span)
+
+
+def test_the_models_are_measured_once(trained: Path, run_alignkit: Callable, folder: Path) -> None:
+    said = json.loads((trained / "said.json").read_text())
+    assert [evaluation["name"] for evaluation in said["evaluations"]] == ["r/sft", "r/rm", "r/dpo"]
+    assert all(figure["n"] > 0 for evaluation in said["evaluations"] for figure in evaluation["results"])
+    assert "perplexity" in (folder / "runs/r/report.html").read_text()
+    file = folder / "runs/r/dpo/eval.json"
+    before = file.stat().st_mtime_ns
+    done = run_alignkit("run", "-r", "r.yaml")
+    assert done.returncode == 0 and "evaluate: already measured, nothing to do" in done.stderr
+    assert done.stderr.count("already finished, nothing to do") == 3
+    assert file.stat().st_mtime_ns == before
+    done = run_alignkit("run", "-r", "r.yaml", "--set", "evaluate.max_rows=4", "--from", "dpo")
+    assert done.returncode == 0 and file.stat().st_mtime_ns > before
+    figures = json.loads(file.read_text())["results"]
+    assert {figure["n"] for figure in figures if figure["metric"] == "perplexity"} == {8, 4}  # both are kept
+
+
+def test_the_run_before_is_kept_when_a_stage_runs_again(run_alignkit: Callable, folder: Path) -> None:
+    done = run_alignkit("run", "-r", "r.yaml", "--set", "dpo.beta=0.5", "--set", "evaluate=null")
+    assert done.returncode == 0, done.stderr
+    assert "dpo (3 of 3): run again: dpo.beta: (default) -> 0.5" in done.stderr
+    (old,) = (folder / "runs/r").glob("dpo.old-*")
+    assert f"the earlier run is kept as {old}" in done.stderr
+    assert (old / "result.json").is_file()
+    assert json.loads((folder / "runs/r/dpo/stage.json").read_text())["trainer"]["beta"] == 0.5
+
+
+@pytest.fixture
+def open_terminal() -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def start(*arguments: str, cwd: Path) -> Terminal:
+        opened.append(Terminal(*arguments, cwd=cwd))
+        return opened[-1]
+
+    yield start
+    for terminal in opened:
+        terminal.close()
+
+
+def test_a_kill_in_the_middle_and_the_same_command_again(
+    run_alignkit: Callable, open_terminal: Callable[..., Terminal], folder: Path
+) -> None:
+    shutil.rmtree("runs/r/dpo")
+    longer = ("--set", "dpo.max_steps=400", "--set", "dpo.save_steps=3")
+    terminal = open_terminal("run", "-r", "r.yaml", *longer, cwd=folder)
+    terminal.wait_for("left alone")
+    terminal.wait_for("running")  # the live table
+    checkpoints = folder / "runs/r/dpo/checkpoints"
+    end = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/alignkit_manifest.json")):
+        assert time.monotonic() < end and terminal.process.poll() is None
+        time.sleep(0.05)
+    os.killpg(terminal.process.pid, signal.SIGKILL)
+    terminal.process.wait()
+    saved = max(int(path.name.removeprefix("checkpoint-")) for path in checkpoints.glob("checkpoint-*"))
+    done = run_alignkit("run", "-r", "r.yaml", *longer, "--dry-run")
+    assert "go on        stopped; step" in done.stdout
+    before = (folder / "runs/r/rm/result.json").stat().st_mtime_ns
+    done = run_alignkit("run", "-r", "r.yaml", *longer, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "dpo: going on from step " in done.stderr
+    assert int(done.stderr.partition("going on from step ")[2].split()[0]) >= saved - 3
+    assert json.loads(done.stdout)["stages"][2]["step"] == 400
+    assert (folder / "runs/r/rm/result.json").stat().st_mtime_ns == before
