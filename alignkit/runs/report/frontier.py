@@ -57,7 +57,7 @@ def view_frontier(frontier: Frontier) -> FrontierView:
     """Return everything the page says about a frontier."""
     colours, said = _colour(frontier.points), f"Reward against KL: {judge(frontier)}"
     settings = frontier.settings
-    answers, prompts = settings.get("answers"), settings.get("rows")
+    answers, prompts = settings.get("answers"), settings.get("prompts")
     beyond = (
         f"; beyond {figure(frontier.reach, 2)} nats, dashed, the last line above it"
         if right(frontier) > frontier.reach
