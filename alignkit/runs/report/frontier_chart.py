@@ -140,9 +140,9 @@ def _axes(frame: _Frame) -> Markup:
 
 def _curve(frontier: Frontier, frame: _Frame) -> list[tuple[float, float, Estimate]]:
     """Return KL, reward and band of the optimum: the reference itself, then the bound from the largest beta on."""
-    first = min(optimum.kl for optimum in frontier.optima)
+    first = min([frame.right, *(optimum.kl for optimum in frontier.optima)])
     roots = [math.sqrt(first) + (math.sqrt(frame.right) - math.sqrt(first)) * step / 160 for step in range(161)]
-    kls = sorted({*(root * root for root in roots), frontier.reach})
+    kls = sorted({*(root * root for root in roots), min(frontier.reach, frame.right)})
     return [(0.0, frontier.start.value, frontier.start)] + [
         (kl, frontier.bound(kl).value, frontier.bound(kl)) for kl in kls
     ]
