@@ -122,9 +122,8 @@ def _read(
     if begin is None or not optima:
         return None
     name = str(start["settings"].get("reward"))
-    frontier = Frontier(
-        reference.name, name, str(start["data"]), dict(start["settings"]), begin, optima, points=[], left_out=[]
-    )
+    settings = {**start["settings"], "prompts": start.get("n")}
+    frontier = Frontier(reference.name, name, str(start["data"]), settings, begin, optima, points=[], left_out=[])
     policies, left_out = list[Point](), list[str]()
     for run in runs:
         if not _starts_from(run, reference):

@@ -156,8 +156,9 @@ def test_marks_lie_where_their_values_are(tmp_path: Path) -> None:
     (series,) = (each for each in json.loads(svg.attrib["data-series"]) if each["label"] == "DPO")
     (x, y, kl, reward), *_ = series["points"]
     assert (kl, reward) == ("50", "0.1: 0.500")
-    # The axis ends 4 % beyond the curve's 200 nats, and is a square root; 46 pixels are left of it and 16 right.
-    assert x == pytest.approx(46 + math.sqrt(50 / 208) * (760 - 46 - 16), abs=0.1)
+    # The axis ends 4 % beyond half as much again as the interval's 55 nats, short of the curve's 200, and is a square
+    # root; 46 pixels are left of it and 16 right.
+    assert x == pytest.approx(46 + math.sqrt(50 / (55 * 1.5 * 1.04)) * (760 - 46 - 16), abs=0.1)
     (circle,) = (each for each in svg.iter("circle") if each.attrib["class"] == "dot c1")
     assert (float(circle.attrib["cx"]), float(circle.attrib["cy"])) == (x, y)
 

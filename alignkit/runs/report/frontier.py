@@ -57,7 +57,7 @@ def view_frontier(frontier: Frontier) -> FrontierView:
     """Return everything the page says about a frontier."""
     colours, said = _colour(frontier.points), f"Reward against KL: {judge(frontier)}"
     settings = frontier.settings
-    answers, prompts = settings.get("answers"), settings.get("rows")
+    answers, prompts = settings.get("answers"), settings.get("prompts")
     beyond = (
         f"; beyond {figure(frontier.reach, 2)} nats, dashed, the last line above it"
         if right(frontier) > frontier.reach
@@ -71,8 +71,8 @@ def view_frontier(frontier: Frontier) -> FrontierView:
         note=f"{_NOTE}, estimated from {answers} answers of {frontier.reference} to each of {prompts} prompts{beyond}.",
         rows=[_row(point, colours[point.series]) for point in frontier.points],
         start=Row(
-            0, frontier.reference, "", "", "0", "", figure(frontier.start.value, 3), _between(frontier.start),
-            figure(frontier.start.value, 3), "0", "", False,
+            0, frontier.reference, "", "", "0", "", _fixed(frontier.start.value), _between(frontier.start),
+            _fixed(frontier.start.value), "0", "", False,
         ),
     )  # fmt: skip
 
@@ -88,7 +88,7 @@ def judge(frontier: Frontier) -> str:
     policies = [point for point in frontier.points if point.run]
     if policies and not above:
         nearest = min(policies, key=lambda point: point.gap.value)
-        said += f" Nearest: {_name(nearest)}, {figure(nearest.gap.value, 2)} below."
+        said += f" Nearest: {_name(nearest)}, {_fixed(nearest.gap.value)} below."
     if frontier.left_out:
         said += f" Not drawn, as measured on other prompts or in another way: {', '.join(frontier.left_out)}."
     return said
@@ -110,14 +110,19 @@ def _colour(points: Sequence[Point]) -> dict[str, int]:
 
 def _row(point: Point, colour: int) -> Row:
     return Row(
-        colour, point.series, point.label, point.run, figure(point.kl.value, 3), _between(point.kl),
-        figure(point.reward.value, 3), _between(point.reward), figure(point.optimum.value, 3),
-        figure(point.gap.value, 2), _between(point.gap), point.is_above,
+        colour, point.series, point.label, point.run, _fixed(point.kl.value), _between(point.kl),
+        _fixed(point.reward.value), _between(point.reward), _fixed(point.optimum.value),
+        _fixed(point.gap.value), _between(point.gap), point.is_above,
     )  # fmt: skip
 
 
 def _between(estimate: Estimate) -> str:
-    return f"{figure(estimate.low, 3)} to {figure(estimate.high, 3)}"
+    return f"{_fixed(estimate.low)} to {_fixed(estimate.high)}"
+
+
+def _fixed(value: float) -> str:
+    """Return a number whose column is read from top to bottom: as many decimals as its neighbours."""
+    return f"{value:.3f}".replace("-", "\u2212") if abs(value) < 100 else figure(value, 3)
 
 
 def _name(point: Point) -> str:

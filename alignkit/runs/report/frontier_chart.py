@@ -61,8 +61,9 @@ class _Frame:
 
 
 def right(frontier: Frontier) -> float:
-    """Return the largest KL that is drawn, intervals included."""
-    return max([frontier.reach, *(point.kl.high for point in frontier.points)]) or 1.0
+    """Return the largest KL that is drawn: that of the farthest policy, or a part of the curve beyond it."""
+    far = max((point.kl.high for point in frontier.points), default=frontier.reach)
+    return max(far, min(frontier.reach, 1.5 * far)) or 1.0
 
 
 def draw(frontier: Frontier, colours: Mapping[str, int], width: int, height: int, *, said: str) -> Markup:
@@ -96,6 +97,8 @@ def _paint(frontier: Frontier, colours: Mapping[str, int], width: int, height: i
     parts.append(Markup('<circle class="start" cx="{}" cy="{}" r="4"/>').format(x, y))
     centres = [(frame.x(point.kl.value), frame.y(point.reward.value)) for point in frontier.points] + [(x, y)]
     taken += [(x - 5, y - 5, x + 5, y + 5) for x, y in centres]
+    curve = [(frame.x(kl), frame.y(reward)) for kl, reward, _ in _curve(frontier, frame)]
+    taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in curve]
     parts.append(_label(frontier.reference, x, y, 0, frame, taken))
     parts += [
         _label(point.label, *centre, colours[point.series], frame, taken)
@@ -137,9 +140,9 @@ def _axes(frame: _Frame) -> Markup:
 
 def _curve(frontier: Frontier, frame: _Frame) -> list[tuple[float, float, Estimate]]:
     """Return KL, reward and band of the optimum: the reference itself, then the bound from the largest beta on."""
-    first = min(optimum.kl for optimum in frontier.optima)
+    first = min([frame.right, *(optimum.kl for optimum in frontier.optima)])
     roots = [math.sqrt(first) + (math.sqrt(frame.right) - math.sqrt(first)) * step / 160 for step in range(161)]
-    kls = sorted({*(root * root for root in roots), frontier.reach})
+    kls = sorted({*(root * root for root in roots), min(frontier.reach, frame.right)})
     return [(0.0, frontier.start.value, frontier.start)] + [
         (kl, frontier.bound(kl).value, frontier.bound(kl)) for kl in kls
     ]
