@@ -13,7 +13,8 @@ from alignkit.runs.files import read_json
 class Result:
     """How a stage ended; result.json holds the same.
 
-    `tokens` counts all sittings of the run; `wall_seconds`, `tokens_per_second` and the peak are of the last one.
+    `tokens` counts all sittings of the run, and so does `wall_seconds` where it trains, as far as they were saved;
+    `tokens_per_second` and the peak are of the last one.
     """
 
     stage: str

@@ -34,7 +34,7 @@ from alignkit.train.samples import write_samples
 _BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")
 
 
-def finish(stage: Stage, run: RunDir, built: Built, *, seconds: float) -> Result:
+def finish(stage: Stage, run: RunDir, built: Built) -> Result:
     """Measure, save the final model, reload it and compare, then write the result."""
     trainer = built.trainer
     trainer.refuse_bad_weights()
@@ -55,7 +55,7 @@ def finish(stage: Stage, run: RunDir, built: Built, *, seconds: float) -> Result
             model_dir=str(run.model),
             metrics=metrics,
             tokens=tokens,
-            wall_seconds=round(seconds, 3),
+            wall_seconds=round(trainer.watch.seconds, 3),
             tokens_per_second=round(_tokens_per_second(trainer), 1),
             peak_memory_bytes=_peak_memory_bytes(),
         ).to_dict()

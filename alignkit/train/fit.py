@@ -74,12 +74,13 @@ def fit(
             return _read_result(finished)
         console.note(f"{stage.name}: reading data and loading the model")
         built = build(stage, run)
+        built.trainer.watch.began = began
         _require_same_weights(built.trainer.model)
         if stage.lora is not None:
             built.base_hash = hash_base(built.trainer.model)
         ranks.once(lambda: _begin(stage, run, built, fingerprint, allow_change))
         _train(stage, run, built, stop, ranks.share(fingerprint))
-        result = finish(stage, run, built, seconds=time.monotonic() - began)
+        result = finish(stage, run, built)
         ranks.leave_at_exit()
         return result
 
@@ -197,6 +198,7 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
     if newest is not None:
         manifest = checkpoints.read_manifest(Path(newest))
         step, trainer.watch.num_tokens = manifest["step"], manifest["num_tokens"]
+        trainer.watch.earlier_seconds = manifest.get("seconds", 0.0)
         console.note(f"{stage.name}: going on from step {step} ({newest})")
         _tell_changes(stage, manifest)
     elif not ranks.is_main():

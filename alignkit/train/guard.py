@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -39,6 +40,13 @@ class Watch:
     facts: dict[str, Any] = field(default_factory=dict)  # goes into every manifest: fingerprint, versions, seed
     stop: StopFlag = field(default_factory=StopFlag)
     num_tokens: int = 0  # trained in earlier sittings of this run
+    earlier_seconds: float = 0.0  # that those took, as far as they were saved
+    began: float = field(default_factory=time.monotonic)  # this one
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the run has taken in all sittings."""
+        return self.earlier_seconds + time.monotonic() - self.began
 
 
 class Guarded(Measured):
@@ -245,6 +253,7 @@ class Guarded(Measured):
             "world_size": self.args.world_size,
             "dtypes": sorted({str(p.dtype) for p in self.model.parameters() if p.requires_grad}),
             "num_tokens": self.watch.num_tokens + self.num_trained_tokens,
+            "seconds": round(self.watch.seconds, 3),
             **self.watch.facts,
         }
 

@@ -199,7 +199,9 @@ def test_a_kill_in_the_middle_and_the_same_command_again(
         time.sleep(0.05)
     os.killpg(terminal.process.pid, signal.SIGKILL)
     terminal.process.wait()
-    saved = max(int(path.name.removeprefix("checkpoint-")) for path in checkpoints.glob("checkpoint-*"))
+    sealed = [path.parent for path in checkpoints.glob("checkpoint-*/alignkit_manifest.json")]
+    saved = max(int(path.name.removeprefix("checkpoint-")) for path in sealed)
+    spent = json.loads((checkpoints / f"checkpoint-{saved}/alignkit_manifest.json").read_text())["seconds"]
     done = run_alignkit("run", "-r", "r.yaml", *longer, "--dry-run")
     assert "go on        stopped; step" in done.stdout
     before = (folder / "runs/r/rm/result.json").stat().st_mtime_ns
@@ -207,5 +209,6 @@ def test_a_kill_in_the_middle_and_the_same_command_again(
     assert done.returncode == 0, done.stderr
     assert "dpo: going on from step " in done.stderr
     assert int(done.stderr.partition("going on from step ")[2].split()[0]) >= saved - 3
-    assert json.loads(done.stdout)["stages"][2]["step"] == 400
+    result = json.loads(done.stdout)["stages"][2]
+    assert result["step"] == 400 and result["wall_seconds"] > spent > 0
     assert (folder / "runs/r/rm/result.json").stat().st_mtime_ns == before

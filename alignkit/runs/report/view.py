@@ -211,7 +211,7 @@ def describe_cost(run: Facts) -> list[Pair]:
     """Return what the run took: time, tokens, memory, steps, parameters."""
     result, parameters = run.result, run.stage.get("parameters") or {}
     pairs = [
-        ("wall time of the last sitting", duration(result["wall_seconds"]) if "wall_seconds" in result else ""),
+        ("wall time", duration(result["wall_seconds"]) if "wall_seconds" in result else ""),
         ("tokens, all sittings", _whole(result.get("tokens"))),
         ("tokens per second", figure(result["tokens_per_second"]) if result.get("tokens_per_second") else ""),
         ("peak memory", describe_bytes(result["peak_memory_bytes"]) if result.get("peak_memory_bytes") else ""),
