@@ -48,6 +48,11 @@ class Terminal:
         found, _, self.screen = self.screen.partition(wanted)
         return found + wanted
 
+    def look(self, *, seconds: float = 0.05) -> None:
+        """Take in what is written meanwhile: a command whose screen nobody reads stands still."""
+        if select.select([self._leader], [], [], seconds)[0]:
+            self.screen += _ESCAPES.sub("", os.read(self._leader, 65536).decode(errors="replace"))
+
     def read_to_end(self, *, seconds: float = 120) -> str:
         """Return all that is still written, until the command ends."""
         end = time.monotonic() + seconds
