@@ -39,7 +39,7 @@ def escape_control_tokens(row: Row, tokens: Sequence[str]) -> Row:
     given = tuple(tokens)
     if not any(_may_need_escape(text, given) for text in iter_contents(row)):
         return row
-    escape = _on_contents(lambda text: _broken(given).sub(rf"{BREAKER}\g<0>", text))
+    escape = _on_contents(lambda text: _at_starts(text, given, lambda piece: piece + BREAKER))
     return replace(row, prompt=escape(row.prompt), completions=tuple(map(escape, row.completions)))
 
 
@@ -47,11 +47,11 @@ def unescape_text(text: str, tokens: Sequence[str]) -> str:
     """Undo `escape_control_tokens` for one text, such as a generated answer."""
     if not tokens or BREAKER not in text:
         return text
-    return _broken(tuple(tokens)).sub(lambda match: match[0].replace(BREAKER, "", 1), text)
+    return _at_starts(text, tuple(tokens), lambda piece: piece.removesuffix(BREAKER))
 
 
 def _may_need_escape(text: str, tokens: tuple[str, ...]) -> bool:
-    """Look with the fast pattern first: the one with look-behinds tries every token at every character."""
+    """Look with the fast pattern first: most texts have neither."""
     return BREAKER in text or _exact(tokens).search(text) is not None
 
 
@@ -73,13 +73,23 @@ def _exact(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, _longest_first(tokens))))
 
 
-@lru_cache(maxsize=8)
-def _broken(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    """Match tokens with any number of joiners behind their first character.
+def _at_starts(text: str, tokens: tuple[str, ...], change: Callable[[str], str]) -> str:
+    """Change every character at which a token starts, with the joiners behind it.
 
-    Joiners count, so that a text that already holds an escaped token gets one more and loses just that one again.
+    Joiners do not count in finding tokens, and tokens may overlap: what is found is the same before and after.
     """
+    starts = {match.start() for match in _start(tokens).finditer(text.replace(BREAKER, ""))}
+    if not starts:
+        return text
+    lead, *pieces = _PIECES.findall(text) if text.startswith(BREAKER) else ["", *_PIECES.findall(text)]
+    return lead + "".join(change(piece) if place in starts else piece for place, piece in enumerate(pieces))
+
+
+_PIECES = re.compile(rf"^{BREAKER}+|[^{BREAKER}]{BREAKER}*", re.DOTALL)
+
+
+@lru_cache(maxsize=8)
+def _start(tokens: tuple[str, ...]) -> re.Pattern[str]:
     if single := [token for token in tokens if len(token) == 1]:
         raise ValueError(f"tokens of one character cannot be escaped: {single}")
-    parts = ((re.escape(token[0]), re.escape(token[1:])) for token in _longest_first(tokens))
-    return re.compile("|".join(rf"(?<={first}){BREAKER}*{rest}" for first, rest in parts))
+    return re.compile(f"(?={_exact(tokens).pattern})")
