@@ -104,6 +104,14 @@ def test_slices_stand_below_their_metric_and_best_of_n_is_one_group(write_run: W
     ]
 
 
+def test_several_runs_are_compared_by_the_whole(write_run: WriteRun) -> None:
+    runs = [read_facts(write_run(name, evaluation=EVERYTHING)) for name in ("sft", "dpo")]
+    shown = [(row.name, row.slice, row.run) for row in tabulate(runs)]
+    assert [run for name, text, run in shown if name == "Pair accuracy"] == ["sft", "dpo"]
+    assert not [text for name, text, _ in shown if "margin" in text]
+    assert {text for name, text, _ in shown if name == "Best of N"} == {"N=1", "N=4"}  # they have no whole
+
+
 def test_nothing_of_a_run_becomes_markup(write_run: WriteRun) -> None:
     evil = {"recipe": HOSTILE, "versions": {HOSTILE: HOSTILE}, "reward_stages": {f"runs/{HOSTILE}/model": HOSTILE}}
     evil["lineage"] = [{"role": HOSTILE, "path": HOSTILE, "action": HOSTILE}]

@@ -82,8 +82,18 @@ class Row:
 
 
 def tabulate(runs: Sequence[Facts]) -> list[Row]:
-    """Return the rows of all runs, those of one metric together and slices below their whole."""
+    """Return the rows of all runs, those of one metric together and slices below their whole.
+
+    Several runs are compared by the whole; its slices stand on the page of each.
+    """
     found = [(run, result) for run in runs for result in run.evaluation.get("results", [])]
+    if len(runs) > 1:
+        whole = {(run.name, _group(result)) for run, result in found if result.get("slice") is None}
+        found = [
+            (run, result)
+            for run, result in found
+            if result.get("slice") is None or (run.name, _group(result)) not in whole
+        ]
     names: dict[int, str] = {}
     for run in runs:
         own = run.evaluation.get("results", [])
