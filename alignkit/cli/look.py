@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from alignkit.cli.options import AsJson, Overrides, RecipeFile, TrustCode, load_recipe
+
+if TYPE_CHECKING:
+    from alignkit.preflight.check import CheckReport
+    from alignkit.preflight.doctor import DoctorReport
 
 
 def check(
@@ -17,12 +21,16 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Find out, without training, whether a recipe would run: keys, data, model, disk, devices."""
-    from alignkit import console
-
     loaded = load_recipe(recipe, overrides)
     from alignkit.preflight.check import check_recipe
 
-    report = check_recipe(loaded, trust_code=trust_code)
+    _show(check_recipe(loaded, trust_code=trust_code), as_json=as_json)
+
+
+def _show(report: CheckReport | DoctorReport, *, as_json: bool) -> None:
+    """Write what was found, and raise what makes it a failure."""
+    from alignkit import console
+
     if as_json:
         console.print_json(report.to_dict())
     else:
@@ -42,17 +50,9 @@ def schema() -> None:
 
 def doctor(as_json: AsJson = False) -> None:
     """Show versions and devices, and what works here and what does not."""
-    from alignkit import console
     from alignkit.preflight.doctor import examine
 
-    report = examine()
-    if as_json:
-        console.print_json(report.to_dict())
-    else:
-        for table in report.tables():
-            console.print_table(*table)
-    if error := report.error():
-        raise error
+    _show(examine(), as_json=as_json)
 
 
 def merge(
