@@ -6,18 +6,19 @@ It reads no recipe and knows no options of the command line by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignkit import console
-from alignkit.errors import UsageError
+from alignkit.errors import AlignKitError, UsageError
 from alignkit.evaluate.results import table
 from alignkit.launch import launch_stage
 from alignkit.launch.agenda import WORDS, Entry, plan_run
 from alignkit.launch.command import Command
 from alignkit.launch.measuring import NAME as MEASURE
 from alignkit.launch.measuring import Measuring
-from alignkit.launch.pipeline import check_stages, run_stages
+from alignkit.launch.pipeline import check_order, check_stages, run_stages
 from alignkit.launch.plan import plan_launch
 from alignkit.launch.slurm import write_jobs
 from alignkit.launch.worker import is_supervised
@@ -69,6 +70,7 @@ def run_many(
         _use_slurm(jobs, how)
         return
     if how.dry_run:
+        check_order([stage for stage, _ in jobs])
         _show_agenda(plan_run(jobs, force=how.force), measure, as_json=how.as_json)
         return
     check_stages(jobs)
@@ -81,9 +83,18 @@ def run_many(
             _run_entries(place, entries, how, board, results)
             if measure is not None and console.is_main():
                 measured += _measure(measure, board, is_new=any(entry.will != "leave" for entry in entries))
+    except BaseException:
+        with suppress(AlignKitError):  # the page shows how far it came; what stopped it is what is said
+            _write_page(jobs)
+        raise
     finally:
         if console.is_main():
             _show_results(jobs, results, measured, how)
+    _write_page(jobs)
+
+
+def _write_page(jobs: Sequence[tuple[Stage, Command]]) -> None:
+    """Write the page of the whole recipe and say where it is."""
     if console.is_main():
         stages = [stage for stage, _ in jobs]
         page = write_recipe_report(stages[0].recipe_name, [(stage.name, Path(stage.run_dir)) for stage in stages])

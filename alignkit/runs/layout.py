@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from alignkit import console
 from alignkit.errors import RunError
+from alignkit.recipe.fields import method_fields
 from alignkit.runs.files import disk_failures, read_json, write_json
 
 
@@ -221,11 +222,19 @@ def _compare(run: RunDir, current: Mapping[str, Any]) -> dict[str, str]:
     before = read_json(run.stage).get("fingerprint", {})
     now = json.loads(json.dumps(dict(current), default=str))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    return {key: f"{key}: {_show(before.get(key))} -> {_show(now.get(key))}" for key in changed}
+    fields = method_fields(str(now.get("method")))
+    defaults = {key: fields.get(key.rpartition(".")[2], {}).get("default") for key in changed}
+    return {
+        key: f"{key}: {_show(before.get(key), defaults[key])} -> {_show(now.get(key), defaults[key])}"
+        for key in changed
+    }  # fmt: skip
 
 
-def _show(value: Any) -> str:
-    return "(default)" if value is None else json.dumps(value)
+def _show(value: Any, default: Any) -> str:
+    """Return a value as the user wrote it; a fingerprint leaves out what is TRL's own default."""
+    if value is not None:
+        return json.dumps(value)
+    return "(default)" if default is None else f"{json.dumps(default)} (default)"
 
 
 def _is_allowed(key: str, allowed: Sequence[str]) -> bool:

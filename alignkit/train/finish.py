@@ -5,6 +5,7 @@ It trains nothing and resumes nothing.
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from alignkit.errors import RunError
+from alignkit.errors import NonFiniteError, RunError
 from alignkit.models.load import load_trained
 from alignkit.models.parameters import describe_parameters, hash_base
 from alignkit.models.probe import compare_probes, take_probe
@@ -141,6 +142,11 @@ def _verify(run: RunDir, built: Built, staging: Path, probe: dict[str, Any]) -> 
     trainer = built.trainer
     again = load_trained(staging, device=_device_with_room(trainer), reward=built.is_reward)
     found = take_probe(again, vocab_size=len(trainer.processing_class), reward=built.is_reward)
+    if not all(map(math.isfinite, probe["values"])):
+        raise NonFiniteError(
+            f"the trained model computes values that are not finite, though its weights are; {staging} is not used. "
+            "Lower learning_rate or max_grad_norm"
+        )
     if (reason := compare_probes(probe, found)) is not None:
         raise RunError(
             f"the saved model is not the trained one ({reason}); the checkpoints are whole", where=str(staging)

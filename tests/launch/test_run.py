@@ -70,7 +70,7 @@ def test_what_is_finished_and_unchanged_is_left_alone(folder: Path) -> None:
 
 def test_a_changed_stage_runs_again_and_so_does_all_that_needs_it(folder: Path) -> None:
     assert plan("dpo.beta=0.5") == {
-        "sft": LEFT, "rm": LEFT, "dpo": ("again", "dpo.beta: (default) -> 0.5"),
+        "sft": LEFT, "rm": LEFT, "dpo": ("again", "dpo.beta: 0.1 (default) -> 0.5"),
     }  # fmt: skip
     assert plan("sft.learning_rate=2e-3") == {
         "sft": ("again", "sft.learning_rate: 0.001 -> 0.002"),
@@ -118,7 +118,7 @@ def test_a_dry_run_says_why_and_touches_nothing(run_alignkit: Callable, folder: 
     rows = [line.split(maxsplit=3) for line in done.stdout.splitlines()[2:]]
     assert rows == [
         ["rm", "rm", "sft", "leave alone  finished, nothing has changed"],
-        ["dpo", "dpo", "sft", "run again    dpo.beta: (default) -> 0.5"],
+        ["dpo", "dpo", "sft", "run again    dpo.beta: 0.1 (default) -> 0.5"],
         ["evaluate", "-", "-", "run          models to measure"],
     ]
     shown = json.loads(run_alignkit("run", "-r", "r.yaml", "--dry-run", "--json").stdout)
@@ -126,6 +126,14 @@ def test_a_dry_run_says_why_and_touches_nothing(run_alignkit: Callable, folder: 
         ("sft", "leave alone", []), ("rm", "leave alone", ["sft"]), ("dpo", "leave alone", ["sft"]),
     ]  # fmt: skip
     assert sorted(str(path) for path in folder.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_an_order_that_cannot_be_run(run_alignkit: Callable, tmp_path: Path) -> None:
+    recipe = tmp_path / "order.yaml"
+    recipe.write_text(RECIPE)
+    done = run_alignkit("run", "-r", str(recipe), "--set", "stages=[rm,sft]", "--set", "evaluate=null", "--dry-run")
+    assert done.returncode == 2
+    assert "rm starts from sft, which neither has been run nor is run before it; put it first" in done.stderr
 
 
 def test_a_span_of_stages(tmp_path: Path) -> None:
@@ -164,7 +172,7 @@ def test_the_models_are_measured_once(trained: Path, run_alignkit: Callable, fol
 def test_the_run_before_is_kept_when_a_stage_runs_again(run_alignkit: Callable, folder: Path) -> None:
     done = run_alignkit("run", "-r", "r.yaml", "--set", "dpo.beta=0.5", "--set", "evaluate=null")
     assert done.returncode == 0, done.stderr
-    assert "dpo (3 of 3): run again: dpo.beta: (default) -> 0.5" in done.stderr
+    assert "dpo (3 of 3): run again: dpo.beta: 0.1 (default) -> 0.5" in done.stderr
     (old,) = (folder / "runs/r").glob("dpo.old-*")
     assert f"the earlier run is kept as {old}" in done.stderr
     assert (old / "result.json").is_file()

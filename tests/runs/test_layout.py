@@ -10,7 +10,7 @@ import pytest
 
 from alignkit.errors import RunError
 from alignkit.runs.files import write_json
-from alignkit.runs.layout import RunDir, compare_fingerprints, open_run
+from alignkit.runs.layout import RunDir, compare_fingerprints, list_changes, open_run
 
 
 def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path) -> None:
@@ -57,3 +57,11 @@ def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None
         compare_fingerprints(run, {"dpo.beta": 0.2, "seed": 0, "data": "bb"}, allow_change=["data"])
     allowed = compare_fingerprints(run, {"dpo.beta": 0.2, "seed": 0, "data": "bb"}, allow_change=["data", "beta"])
     assert allowed == ['data: "aa" -> "bb"', "dpo.beta: 0.1 -> 0.2"]
+
+
+def test_a_change_from_or_to_trls_default_shows_its_value(tmp_path: Path) -> None:
+    run, _ = open_run(tmp_path / "run", force=False)
+    write_json(run.stage, {"fingerprint": {"method": "dpo", "dpo.learning_rate": 1e-5}})
+    changes = list_changes(run, {"method": "dpo", "dpo.beta": 0.5})  # a fingerprint leaves out TRL's own defaults
+    assert changes["dpo.beta"] == "dpo.beta: 0.1 (default) -> 0.5"
+    assert changes["dpo.learning_rate"] == "dpo.learning_rate: 1e-05 -> 1e-06 (default)"

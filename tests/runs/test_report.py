@@ -15,6 +15,7 @@ from alignkit.errors import RunError
 from alignkit.runs.facts import read_facts
 from alignkit.runs.report import write_recipe_report, write_report
 from alignkit.runs.report.evaluation import tabulate
+from alignkit.runs.report.samples import fold
 
 
 class Page(HTMLParser):
@@ -110,6 +111,34 @@ def test_several_runs_are_compared_by_the_whole(write_run: WriteRun) -> None:
     assert [run for name, text, run in shown if name == "Pair accuracy"] == ["sft", "dpo"]
     assert not [text for name, text, _ in shown if "margin" in text]
     assert {text for name, text, _ in shown if name == "Best of N"} == {"N=1", "N=4"}  # they have no whole
+
+
+def test_runs_of_a_sweep_stand_together_and_other_data_is_named_where_it_changes(write_run: WriteRun) -> None:
+    runs = [
+        write_run(
+            f"dpo-{number}", "dpo",
+            evaluation=[
+                figure("implicit_reward_accuracy", 0.6 + number / 10, 0.5, 0.9, unit="share", data="pairs",
+                       settings={"rows": 12, "reference": f"runs/demo/sft-seed-{number}", "beta": 0.1 * (number + 1)}),
+                figure("win_rate", 0.6, 0.5, 0.7, unit="share", data="pairs",
+                       settings={"rows": 12, "against": f"runs/demo/sft-seed-{number}"}),
+            ],
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    rows = [(row.name, row.run, row.data, row.first) for row in tabulate([read_facts(run) for run in runs])]
+    assert rows == [
+        ("Pair accuracy, implicit reward", "dpo-0", "pairs", True),
+        ("Pair accuracy, implicit reward", "dpo-1", "", False),
+        ("Win rate", "dpo-0", "pairs, against sft-seed-0", True),
+        ("Win rate", "dpo-1", "pairs, against sft-seed-1", False),
+    ]
+
+
+def test_long_runs_of_empty_lines_are_counted_instead_of_shown() -> None:
+    assert fold("\n" * 30 + " people\n") == "[30 empty lines]\n people\n"
+    assert fold("a\n\nb\n \n\n\n\n\nc") == "a\n\nb\n[5 empty lines]\nc"
+    assert fold("a\n\n\n\nb") == "a\n\n\n\nb"
 
 
 def test_nothing_of_a_run_becomes_markup(write_run: WriteRun) -> None:

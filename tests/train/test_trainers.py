@@ -240,6 +240,16 @@ def test_a_last_update_that_is_not_finite_is_refused_and_saves_nothing(make_stag
     assert not (tmp_path / "runs/t/sft/model").exists()
 
 
+def test_finite_weights_that_compute_no_numbers_are_not_finished(make_stage: Callable, tmp_path: Path) -> None:
+    text = (
+        f"{BASE}sft: {{data: {{path: builtin:instructions, max_rows: 64}}, batch_size: 4, max_steps: 1, "
+        "learning_rate: 1e30, warmup_steps: 0, max_grad_norm: 0, samples: {num: 0}}"
+    )
+    with pytest.raises(NonFiniteError, match="computes values that are not finite.*Lower learning_rate"):
+        launch_stage(make_stage(text, "sft"))
+    assert not (tmp_path / "runs/t/sft/model").exists()
+
+
 def test_nf4_training_leaves_the_base_byte_identical_at_4_127_bits(make_stage: Callable, tmp_path: Path) -> None:
     text = (
         "name: t\nmodel: {path: builtin:tiny-llama, quantization: nf4, "

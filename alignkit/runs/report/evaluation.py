@@ -61,6 +61,9 @@ _COIN_TOSS = frozenset({"reward_accuracy", "implicit_reward_accuracy", "pair_acc
                         "win_rate", "win_rate_length_controlled",
                         "judge_accuracy", "picks_first_place", "length_bias"})  # fmt: skip
 
+# What differs from run to run of a sweep; "kl" is that of best-of-N.
+_OF_THE_RUN = frozenset({"beta", "reference", "against", "kl"})
+
 
 @dataclass(frozen=True)
 class Row:
@@ -75,7 +78,7 @@ class Row:
     interval: str
     n: str
     unit: str
-    data: str
+    data: str  # empty where it is that of the row above, in the same metric
     settings: str
     bar: Markup
     first: bool  # of its metric
@@ -104,10 +107,12 @@ def tabulate(runs: Sequence[Facts]) -> list[Row]:
         members = [(run, result) for run, result in found if _group(result) == group]
         members.sort(key=lambda pair: pair[1].get("slice") is not None)
         scale = _scale([result for _, result in members])
-        rows += [
-            _row(result, run.name if len(runs) > 1 else "", scale, data=names[id(result)], first=number == 0)
-            for number, (run, result) in enumerate(members)
-        ]
+        above = ""
+        for number, (run, result) in enumerate(members):
+            data = names[id(result)]
+            shown = "" if data == above else data
+            rows.append(_row(result, run.name if len(runs) > 1 else "", scale, data=shown, first=number == 0))
+            above = data
     return rows
 
 
@@ -156,8 +161,8 @@ def _say(value: Any) -> str:
 
 
 def _group(result: dict[str, Any]) -> tuple[str, ...]:
-    """Return what rows share that are compared with each other."""
-    settings = {key: value for key, value in (result.get("settings") or {}).items() if key != "kl"}  # of best-of-N
+    """Return what rows share that are compared with each other: all that does not belong to the run itself."""
+    settings = {key: value for key, value in (result.get("settings") or {}).items() if key not in _OF_THE_RUN}
     return str(result.get("metric")), str(result.get("data")), str(settings)
 
 

@@ -186,15 +186,16 @@ def _with_advisers(node: Node, titles: Mapping[str, str]) -> tuple[str, ...]:
 
 def _box(node: Node, x: float, y: float, width: float, height: float) -> Markup:
     room = int((width - 24) / 6.1)
-    tag_width = 6.6 * len(node.tag) + 8 if node.tag else 0
-    title = _cut(node.title, max(int((width - 24 - tag_width) / 8.6), 6))
+    tag = "" if node.title.startswith(f"{node.tag}-") else node.tag  # dpo-beta-0.1 says it already
+    space = width - 24 - (6.6 * len(tag) + 8 if tag else 0)
+    fits = len(node.title) <= space / 8.6
+    title = _cut(node.title, max(int(space / (8.6 if fits else 6.9)), 6))
     lines = [line for line in node.lines[:2] if line]
     base = y + height / 2 - 8.5 * len(lines) + 5
-    text = Markup('<text class="name" x="{}" y="{}">{}</text>').format(x + 12, base, title)
-    if node.tag:
-        text += Markup('<text class="tag" x="{}" y="{}" text-anchor="end">{}</text>').format(
-            x + width - 12, base, node.tag
-        )
+    kind = "name" if fits else "name long"
+    text = Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, x + 12, base, title)
+    if tag:
+        text += Markup('<text class="tag" x="{}" y="{}" text-anchor="end">{}</text>').format(x + width - 12, base, tag)
     for number, line in enumerate(lines, 1):
         text += Markup('<text class="fact" x="{}" y="{}">{}</text>').format(
             x + 12, base + 2 + 17 * number, _cut(line, room)

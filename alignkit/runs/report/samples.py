@@ -5,6 +5,7 @@ It arranges the rows of samples.jsonl; it scores nothing.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from alignkit.runs.facts import Facts
 from alignkit.runs.report.numbers import figure
 
 _NOT_REWARDS = frozenset({"step", "when", "number", "prompt", "answer", "reference", "answers", "rewards"})
+_EMPTY_LINES = re.compile(r"^(?:[^\S\n]*\n){4,}", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def _arrange(rows: list[dict[str, Any]]) -> Sample:
 def _answer(row: dict[str, Any], first: dict[str, Any]) -> Answer:
     names = [name for name, value in row.items() if name not in _NOT_REWARDS and isinstance(value, int | float)]
     scores = [_score(name, row[name], first.get(name) if row is not first else None) for name in names]
-    return Answer(str(row.get("when", "")), figure(row.get("step", 0)), text_of(row.get("answer")), scores)
+    return Answer(str(row.get("when", "")), figure(row.get("step", 0)), fold(text_of(row.get("answer"))), scores)
 
 
 def _rank(rows: list[dict[str, Any]]) -> list[Ranked]:
@@ -105,6 +107,11 @@ def turns(prompt: Any) -> list[tuple[str, str]]:
     if isinstance(prompt, list):
         return [(str(turn.get("role", "")), text_of(turn)) for turn in prompt if isinstance(turn, dict)]
     return [("", text_of(prompt))] if prompt else []
+
+
+def fold(text: str) -> str:
+    """Return a text with each long run of empty lines, as untrained models write them, in one line that counts them."""
+    return _EMPTY_LINES.sub(lambda found: f"[{found[0].count(chr(10))} empty lines]\n", text)
 
 
 def text_of(content: Any) -> str:
