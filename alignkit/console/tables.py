@@ -115,11 +115,12 @@ def print_agenda(entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_run(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line for each stage of a run to stdout: how it ended, or that it did not."""
+    """Write one line for each stage of a run to stdout: how it ended, where it stopped, what it did not come to."""
     by_name = {result["stage"]: result for result in results}
+    stopped = next((name for name in names if name not in by_name), None)
     rows = []
     for name in names:
-        result = by_name.get(name, {"status": "not finished"})
+        result = by_name.get(name, {"status": "not finished" if name == stopped else "not reached"})
         seconds = result.get("wall_seconds")
         rows.append(
             (name, result["status"], result.get("step"), None if seconds is None else f"{seconds:.0f}",

@@ -21,6 +21,7 @@ from alignkit.evaluate.rows import Measured, read_measured
 from alignkit.evaluate.shelf import Shelf
 from alignkit.evaluate.subject import Subject, find_subject
 from alignkit.models.causal import fingerprint_causal
+from alignkit.models.files import find_model_dir
 from alignkit.recipe.schema import EvaluateOptions
 from alignkit.runs.layout import RunDir
 from alignkit.runs.publish import publish
@@ -113,6 +114,9 @@ def evaluate_all(
         else:
             finished.append((source, options))
             check_judge(options)
+            for other in () if skip else (options.against, options.reference):
+                if other is not None:
+                    find_model_dir(other)  # refuses a path that is not there before anything is measured
     if not finished:
         raise RunError("no stage is finished; train first, with alignkit run --recipe FILE")
     several = skip and len(finished) > 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignkit import console
-from alignkit.errors import AlignKitError, UsageError
+from alignkit.errors import AlignKitError, Stopped, UsageError
 from alignkit.evaluate.results import table
 from alignkit.launch import launch_stage
 from alignkit.launch.agenda import WORDS, Entry, plan_run
@@ -24,8 +24,12 @@ from alignkit.launch.slurm import write_jobs
 from alignkit.launch.worker import is_supervised
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK
+from alignkit.runs.files import disk_failures, write_text
 from alignkit.runs.layout import RunDir
+from alignkit.runs.record import redact
 from alignkit.runs.report import write_recipe_report
+
+_FAILURES = (3, 4, 5, 6, 7)  # not finite, disk, memory, a process, the judge
 
 
 class How(NamedTuple):
@@ -83,8 +87,9 @@ def run_many(
             _run_entries(place, entries, how, board, results)
             if measure is not None and console.is_main():
                 measured += _measure(measure, board, is_new=any(entry.will != "leave" for entry in entries))
-    except BaseException:
+    except BaseException as error:
         with suppress(AlignKitError):  # the page shows how far it came; what stopped it is what is said
+            _note_failure(place.get("run_dir"), error)
             _write_page(jobs)
         raise
     finally:
@@ -99,6 +104,16 @@ def _write_page(jobs: Sequence[tuple[Stage, Command]]) -> None:
         stages = [stage for stage, _ in jobs]
         page = write_recipe_report(stages[0].recipe_name, [(stage.name, Path(stage.run_dir)) for stage in stages])
         console.note(f"report: {page}")
+
+
+def _note_failure(run_dir: Path | None, error: BaseException) -> None:
+    """Keep in an unfinished run why it failed, for its page; not a mistake of the user's, a stop, or a bug."""
+    if run_dir is None or not isinstance(error, AlignKitError) or error.exit_code not in _FAILURES:
+        return
+    run = RunDir(run_dir.expanduser().absolute())
+    if console.is_main() and run.stage.is_file() and not run.is_finished():
+        with disk_failures(run.path, "error.log"):
+            write_text(run.error_log, redact(f"{error}\n"))
 
 
 def _run_entries(
@@ -125,9 +140,15 @@ def _measure(measure: Measuring, board: console.Board, *, is_new: bool) -> list[
         return []
     board.begin(MEASURE)
     measured = []
-    for result in measure.run():
-        measured.append(result)
-        board.update(MEASURE, len(measured), len(measure.requests), str(result["name"]), None)
+    try:
+        for result in measure.run():
+            measured.append(result)
+            board.update(MEASURE, len(measured), len(measure.requests), str(result["name"]), None)
+    except KeyboardInterrupt:
+        raise Stopped(
+            "interrupted while measuring: every model is trained, answers so far are kept; the same command goes on",
+            exit_code=130,
+        ) from None
     board.end(MEASURE)
     return measured
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.errors import ModelError, Problem
+from alignkit.recipe.nearest import suggest
 
 BUILTIN_PREFIX = "builtin:"
 REWARD_NORM = "reward_norm.json"  # of an rm stage, beside its model: gain and bias
@@ -67,7 +68,18 @@ def find_model_dir(path: str) -> Path | None:
         return directory
     if _looks_local(path):
         raise ModelError(f"{path} does not exist; give a hub id, a local directory, or a builtin name")
+    if beside := _list_runs(directory.parent):
+        near = suggest(directory.name, beside) or f"; {directory.parent} holds {', '.join(beside)}"
+        raise ModelError(f"{path} does not exist{near}")
     return None
+
+
+def _list_runs(directory: Path) -> list[str]:
+    """Return the names of the runs, or the directories of runs, in a directory: no hub user has those."""
+    if directory == Path():
+        return []
+    stages = [*directory.glob("*/stage.json"), *directory.glob("*/*/stage.json")]
+    return sorted({stage.relative_to(directory).parts[0] for stage in stages})
 
 
 def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:

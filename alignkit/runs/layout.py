@@ -120,7 +120,9 @@ class RunLock:
             holder = self._path.read_text(encoding="utf-8").strip() or "another process"
             self._file.close()
             raise RunError(
-                f"in use by {holder}; wait for it, or give this run its own directory with --out", where=str(run.path)
+                f"in use by {holder}; wait for it, or give this run its own directory with --out, a whole recipe with "
+                "--set name=NAME",
+                where=str(run.path),
             ) from error
         if not self._is_current():
             self._file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -134,6 +135,21 @@ def test_a_dry_run_refuses_an_order_that_cannot_be_run(run_alignkit: Callable, t
     done = run_alignkit("run", "-r", str(recipe), "--set", "stages=[rm,sft]", "--set", "evaluate=null", "--dry-run")
     assert done.returncode == 2
     assert "rm starts from sft, which neither has been run nor is run before it; put it first" in done.stderr
+
+
+def test_a_failure_is_on_the_page_of_the_recipe(run_alignkit: Callable, folder: Path) -> None:
+    page = folder / "runs/r/report.html"
+    page.unlink()
+    too_large = ("--set", "dpo.learning_rate=1e30", "--set", "dpo.warmup_steps=0", "--set", "dpo.max_grad_norm=0")
+    done = run_alignkit("run", "-r", "r.yaml", *too_large)
+    assert done.returncode == 3, done.stderr
+    error = done.stderr.splitlines()[-1].removeprefix("error: ")
+    assert "Lower learning_rate" in error
+    assert [line.split()[:2] for line in done.stdout.splitlines()[2:]] == [
+        ["sft", "finished"], ["rm", "finished"], ["dpo", "not"],
+    ]  # fmt: skip
+    text = html.unescape(page.read_text())
+    assert "2 of 3 stages finished" in text and "It ended with an error." in text and error in text
 
 
 def test_a_span_of_stages(tmp_path: Path) -> None:

@@ -171,3 +171,15 @@ def test_fingerprint_follows_the_bytes_not_the_place(tmp_path: Path) -> None:
     first, second = write_model(tmp_path / "a"), write_model(tmp_path / "b")
     third = write_model(tmp_path / "c", **{"wte.weight": torch.ones(4, 3), "b": torch.zeros(5)})
     assert fingerprint_weights(first) == fingerprint_weights(second) != fingerprint_weights(third)
+
+
+def test_a_missing_run_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/demo/sft").mkdir(parents=True)
+    (tmp_path / "runs/demo/sft/stage.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"^runs/dmo does not exist; did you mean demo\?$"):
+        find_model_dir("runs/dmo")
+    with pytest.raises(ModelError, match="^runs/other does not exist; runs holds demo$"):
+        find_model_dir("runs/other")
+    assert find_model_dir("Qwen/Qwen2.5-0.5B") is None
+    assert find_model_dir("gpt2") is None

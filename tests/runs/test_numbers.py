@@ -56,6 +56,7 @@ def test_share() -> None:
         (0, 1.05e-4, ["0", "2.5e−5", "5e−5", "7.5e−5", "1e−4"]),
         (0, 52000, ["0", "10_k", "20_k", "30_k", "40_k", "50_k"]),
         (3, 3, ["3"]),
+        (0, 1e18, ["0", "2.5e17", "5.0e17", "7.5e17", "1.0e18"]),
     ],
 )
 def test_ticks_are_round_and_told_apart(low: float, high: float, texts: list[str]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,11 @@ class Row:
     interval: str
     n: str
     unit: str
-    data: str  # empty where it is that of the row above, in the same metric
+    data: str
     settings: str
     bar: Markup
     first: bool  # of its metric
+    says_data: bool = True  # whether `data` is not that of the row above
 
 
 def tabulate(runs: Sequence[Facts]) -> list[Row]:
@@ -110,8 +111,8 @@ def tabulate(runs: Sequence[Facts]) -> list[Row]:
         above = ""
         for number, (run, result) in enumerate(members):
             data = names[id(result)]
-            shown = "" if data == above else data
-            rows.append(_row(result, run.name if len(runs) > 1 else "", scale, data=shown, first=number == 0))
+            row = _row(result, run.name if len(runs) > 1 else "", scale, data=data, first=number == 0)
+            rows.append(replace(row, says_data=data != above))
             above = data
     return rows
 

@@ -82,6 +82,8 @@ def tick_text(value: float, ticks: list[float]) -> str:
     largest = max(abs(tick) for tick in ticks)
     if abs(value) < step * 1e-6:
         return "0"
+    if largest >= 1e15:
+        return figure(value, 3)
     if largest >= 1e4 and step >= 100:
         return short_count(value).replace(".0\u2009", "\u2009") if abs(value) >= 1e4 else figure(value)
     if largest < 1e-2:

@@ -154,8 +154,7 @@ def _tree_of(runs: Sequence[Facts], waiting: Sequence[str]) -> list[Node]:
             begins = (path,)
         advisers = tuple(name for name in dict.fromkeys(needed) if name != start)
         nodes.append(_node(run, begins, advisers, link=f"#{quote(run.name)}"))
-    last = (nodes[-1].key,) if nodes else ()
-    later = [Node(name, name, lines=("not started",), kind="waiting", parents=last) for name in waiting]
+    later = [Node(name, name, lines=("not started",), kind="waiting") for name in waiting]  # of which no run tells
     return [*bases.values(), *nodes, *later]
 
 
