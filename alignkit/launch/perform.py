@@ -74,7 +74,7 @@ def run_many(
         _use_slurm(jobs, how)
         return
     if how.dry_run:
-        check_order([stage for stage, _ in jobs])
+        check_order([stage for stage, _ in jobs], only_listed=True)
         _show_agenda(plan_run(jobs, force=how.force), measure, as_json=how.as_json)
         return
     check_stages(jobs)

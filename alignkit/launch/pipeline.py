@@ -69,13 +69,16 @@ def run_stages(
         _let_go()
 
 
-def check_order(stages: Sequence[Stage]) -> None:
-    """Raise RecipeError when a stage needs one that has not been run and is not run before it."""
+def check_order(stages: Sequence[Stage], *, only_listed: bool = False) -> None:
+    """Raise RecipeError when a stage needs one that has not been run and is not run before it.
+
+    With `only_listed` a stage that is not among these may still be run by another command.
+    """
     names = [stage.name for stage in stages]
     problems = []
     for number, stage in enumerate(stages):
         for need in list_needs(stage):
-            if need.stage in names[:number] or need.is_made():
+            if need.stage in names[:number] or need.is_made() or (only_listed and need.stage not in names):
                 continue
             how = "put it first" if need.stage in names else f"run --stage {need.stage} first, or add it to `stages:`"
             verb = "starts from" if need.key == "start_from" else "needs"
