@@ -54,8 +54,12 @@ def _replay(session: Session, options: CritiqueOptions, allow_change: Sequence[s
     count = session.write_rows(make_row(chain.prompt, text) for chain in chains for _, text in chain.revisions)
     texts = [[chain.answer, *(text for _, text in chain.revisions)] for chain in chains]
     names = Counter(name for chain in chains for name, _ in chain.revisions)
+    shown = [
+        {"prompt": chain.prompt, "answers": answers, "principles": [name for name, _ in chain.revisions]}
+        for chain, answers in list(zip(chains, texts, strict=True))[:_SHOWN]
+    ]
     report = {"chains": len(chains), "rows": count, "principles": dict(names), "rounds": _describe_rounds(texts)}
-    session.write_report(report)
+    session.write_report(report | {"first_chains": shown})
     return session.finish(count, metrics={"chains": len(chains), "rows": count}, tokens=0)
 
 
@@ -157,7 +161,7 @@ class _Work:
             "quoted": self._critic.quote.count,
             "principles": dict(Counter(name for chain in self._chains for name in chain.principles)),
             "rounds": _describe_rounds(whole),
-            "chains": [_show(chain) for chain in self._chains if chain.principles][:_SHOWN],
+            "first_chains": [_show(chain) for chain in self._chains if chain.principles][:_SHOWN],
             "tokens": tokens,
             "spent": spending.to_dict() if spending.requests else None,
             "seconds": round(session.seconds, 3),

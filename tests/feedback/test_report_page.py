@@ -83,3 +83,15 @@ def test_the_page_of_a_critique_stage_shows_chains_and_a_spent_budget_leaves_the
     assert "The first answers, criticised and revised prompt principle critique answer, then its revisions" in text
     assert "Do something bad, number 0. said 1" in text and "Answers, round by round" in text
     assert "Judge:" not in text and "rows written 6" in text
+
+
+def test_the_page_of_published_chains_shows_them(make_stage: MakeStage, tmp_path: Path) -> None:
+    steps = [{"cst_key": "kind", "critique": {"sample": "It is rude."}, "revision": {"sample": f" Try {n}."}}
+             for n in (1, 2)]  # fmt: skip
+    chain = {"rl_prompt": "\n\nHuman: Hello\n\nAssistant:", "initial_response": [{"sample": " Go away."}], "cst": steps}
+    path = tmp_path / "chains.jsonl"
+    path.write_text(json.dumps(chain) + "\n")
+    stage = make_stage("critique", replay=[str(path)])
+    critique.run(stage, Path(stage.run_dir))
+    page = read_page(Path(stage.run_dir))
+    assert "Go away." in page and "kind Try 1. kind Try 2." in page

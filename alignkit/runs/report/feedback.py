@@ -107,10 +107,11 @@ def _labels(run: Facts) -> Examples:
 
 
 def _chains(report: Mapping[str, Any]) -> Examples:
-    """Return the first answer of each chain and every revision below it, with the critique that led to it."""
+    """Return the first answer of each chain and every revision below it, with the critique that led to it, if any."""
     rows = []
-    for chain in report.get("chains") or []:
-        steps = zip(["", *chain["principles"]], ["", *chain["critiques"]], chain["answers"], strict=False)
+    for chain in report.get("first_chains") or []:
+        critiques = chain.get("critiques") or [""] * len(chain["principles"])
+        steps = zip(["", *chain["principles"]], ["", *critiques], chain["answers"], strict=False)
         rows += [
             ["" if number else text_of(chain["prompt"]), principle, critique, answer]
             for number, (principle, critique, answer) in enumerate(steps)
