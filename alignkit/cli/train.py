@@ -63,5 +63,5 @@ def run(
     loaded = given.load()
     names = pick_span(loaded, first, last)
     jobs = [given.job(resolve(loaded, name, trust_code=given.trust_code)) for name in names]
-    measure = Measuring.of(loaded, names, trust_code=given.trust_code) if loaded.evaluates else None
+    measure = Measuring.of(loaded, names, trust_code=given.trust_code)
     run_many(context.obj, jobs, given.how, measure=measure)

@@ -6,7 +6,7 @@ It compares what a stage would be trained on with what its run was trained on; i
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,20 +96,9 @@ def _product(stage: Stage, run: RunDir) -> Path:
 
 def _verb(before: Sequence[Entry]) -> str:
     will = {entry.will for entry in before}
-    return ("goes on" if len(before) == 1 else "go on") if will == {"resume"} else _runs(before)
-
-
-def _runs(before: Sequence[Entry]) -> str:
-    return "runs" if len(before) == 1 else "run"
+    one, several = ("goes on", "go on") if will == {"resume"} else ("runs", "run")
+    return one if len(before) == 1 else several
 
 
 def _join(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def count(entries: Sequence[Entry]) -> Mapping[str, int]:
-    """Return how many stages each word is said of."""
-    found: dict[str, int] = {}
-    for entry in entries:
-        found[WORDS[entry.will]] = found.get(WORDS[entry.will], 0) + 1
-    return found

@@ -30,9 +30,13 @@ class Measuring:
     trust_code: bool
 
     @classmethod
-    def of(cls, recipe: Recipe, names: Sequence[str], *, trust_code: bool) -> Measuring:
-        """Return what to measure of these stages; raises UsageError for a name that is neither a stage nor a path."""
-        return cls(tuple(request_stages(recipe, recipe.evaluate, names)), trust_code)
+    def of(cls, recipe: Recipe, names: Sequence[str], *, trust_code: bool) -> Measuring | None:
+        """Return what to measure of these stages, None where the recipe asks for nothing or none of them has a model.
+
+        Raises UsageError for a name that is neither a stage nor a path.
+        """
+        requests = tuple(request_stages(recipe, recipe.evaluate, names)) if recipe.evaluates else ()
+        return cls(requests, trust_code) if requests else None
 
     @property
     def _record(self) -> Path:
@@ -41,7 +45,7 @@ class Measuring:
 
     def is_done(self) -> bool:
         """Tell whether just this has been measured; a run that was trained anew has lost its eval.json."""
-        if not self.requests or not self._record.is_file():
+        if not self._record.is_file():
             return False
         record = read_json(self._record)
         return record["asked"] == self._asked and all(_figures(source).is_file() for source in record["measured"])

@@ -109,16 +109,25 @@ class Stage:
         fields = method_fields(self.method)
         written = {key: value for key, value in self.trainer.items() if value != fields.get(key, {}).get("default")}
         kept |= {f"{self.name}.{key}": value for key, value in written.items()}
-        return {key: _strip(value) for key, value in kept.items() if key.split(".")[-1] not in HARMLESS}
+        last = {key: key.split(".")[-1] for key in kept}
+        return {
+            key: _strip(value, moves=last[key] in COMPARED_BY_BYTES)
+            for key, value in kept.items()
+            if last[key] not in HARMLESS
+        }
 
 
-def _strip(value: Any) -> Any:
-    """Leave out what changes nothing: how a judge is asked, and the directory of a file whose bytes are compared."""
+def _strip(value: Any, *, moves: bool) -> Any:
+    """Leave out what changes nothing: how a judge is asked and, where it `moves`, the directory of a file."""
     if isinstance(value, dict):
-        return {key: _strip(item) for key, item in value.items() if key not in HARMLESS_OF_A_JUDGE}
-    if isinstance(value, str) and value.startswith("/"):
+        return {key: _strip(item, moves=moves) for key, item in value.items() if key not in HARMLESS_OF_A_JUDGE}
+    if moves and isinstance(value, str) and value.startswith("/"):
         return value.rstrip("/").rpartition("/")[2]
-    return [_strip(item) for item in value] if isinstance(value, list) else value
+    return [_strip(item, moves=moves) for item in value] if isinstance(value, list) else value
+
+
+# Keys of files whose bytes are part of the fingerprint: where they lie does not matter.
+COMPARED_BY_BYTES = frozenset({"start", "start_from", "path", "data", "eval", "reward"})
 
 
 HARMLESS_OF_A_JUDGE = frozenset(

@@ -18,6 +18,7 @@ from terminal import Terminal
 
 from alignkit.launch.agenda import plan_run
 from alignkit.launch.command import Command
+from alignkit.launch.measuring import Measuring
 from alignkit.recipe import load_recipe, pick_span, resolve
 
 COMMON = "batch_size: 4, max_length: 160, samples: {num: 0}, learning_rate: 1e-3"
@@ -88,6 +89,29 @@ def test_changed_rows_are_found_too(folder: Path) -> None:
     will, why = plan()["sft"]
     assert will == "again" and why.startswith("data: ")
     assert plan()["dpo"] == ("again", "sft runs before it")
+
+
+def test_a_file_whose_bytes_are_not_compared_is_known_by_its_directory(folder: Path) -> None:
+    def values(*overrides: str) -> dict:
+        return resolve(load_recipe(Path("r.yaml"), overrides=overrides), "rm").fingerprint_values()
+
+    for name in ("one", "other"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "rows.jsonl", folder / name / "rows.jsonl")
+    one, other = (
+        values("rm.normalize=bias", f"rm.normalize_data={folder}/{name}/rows.jsonl") for name in ("one", "other")
+    )
+    assert {key for key in one if one[key] != other[key]} == {"rm.normalize_data"}
+    assert values(f"rm.data={folder}/one/rows.jsonl") == values(f"rm.data={folder}/other/rows.jsonl")
+
+
+def test_nothing_is_measured_where_no_stage_has_a_model(folder: Path) -> None:
+    label = (
+        "label={method: label, start_from: sft, judge: sft, constitution: builtin:helpfulness, data: builtin:prompts}"
+    )
+    recipe = load_recipe(Path("r.yaml"), overrides=[label])
+    assert Measuring.of(recipe, ["label"], trust_code=False) is None
+    assert Measuring.of(recipe, ["sft", "label"], trust_code=False) is not None
 
 
 def test_weights_that_were_trained_anew_run_what_needs_them(folder: Path) -> None:
