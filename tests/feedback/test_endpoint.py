@@ -199,9 +199,10 @@ def test_the_job_finishes_with_all_faults_and_its_retries_are_in_the_report(
         label.run(stage, Path(stage.run_dir))
         assert set(server.answered.values()) == {1} and len(server.answered) == QUESTIONS_ASKED
     report = json.loads((Path(stage.run_dir) / "report.json").read_text())
-    # On a busy machine a try may time out before the server has seen it.
-    assert report["labelled"] == 60 and 0 <= report["spent"]["requests"] - server.requests <= 3
-    assert 0 <= sum(report["spent"]["retries"].values()) - sum(server.faults.values()) <= 3
+    # On a busy machine a try may time out before the server has seen it: both counts are then that much higher.
+    unseen = report["spent"]["requests"] - server.requests
+    assert report["labelled"] == 60 and 0 <= unseen <= 3
+    assert sum(report["spent"]["retries"].values()) - sum(server.faults.values()) == unseen
     assert sum(server.faults.values()) > 40
     kept = b"".join(path.read_bytes() for path in Path(stage.run_dir).rglob("*") if path.is_file())
     assert KEY.encode() not in kept
