@@ -167,15 +167,15 @@ class _Conversation:
 
     def _answer(self, text: str) -> None:
         before = [list(speaker.messages) for speaker in self._speakers]
-        for speaker in self._speakers:
-            speaker.say(text)
-        answers = {speaker.name: speaker.answer(self._settings, self._generator) for speaker in self._speakers}
         try:
+            for speaker in self._speakers:
+                speaker.say(text)
+            answers = {speaker.name: speaker.answer(self._settings, self._generator) for speaker in self._speakers}
             console.stream(answers)
         except KeyboardInterrupt:
             console.note("(stopped)")
             for speaker in self._speakers:
-                if speaker.messages[-1]["role"] == "user":  # it had not begun
+                if speaker.messages and speaker.messages[-1]["role"] == "user":  # it had not begun
                     speaker.messages.append(Message(role="assistant", content=""))
         except DataError as error:
             console.print_error(error)

@@ -82,7 +82,7 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(
     terminal.type("/help\r")
     terminal.wait_for("Ctrl-C stops an answer and nothing else.")
     terminal.wait_for("> ")
-    terminal.type("\x03")  # at the prompt it leaves nothing
+    terminal.interrupt_prompt()
     terminal.wait_for("(Ctrl-D or a second Ctrl-C leaves)")
     terminal.type("/quit\r")
     assert terminal.process.wait(timeout=30) == 0
