@@ -171,22 +171,22 @@ def _show_results(
 
 
 def _show_agenda(entries: Sequence[Entry], measure: Measuring | None, *, as_json: bool) -> None:
-    """Write what would be done with each stage, and why."""
+    """Write what would be done with each stage and with the models, and why."""
+    rows = [entry.to_dict() for entry in entries]
     if as_json:
         starts = [plan_launch(entry.stage, entry.command).to_dict() for entry in entries]
-        console.print_json(
-            [
-                {**entry.stage.to_dict(), **entry.to_dict(), "would_start": start}
-                for entry, start in zip(entries, starts, strict=True)
-            ]
-        )
-        return
-    rows = [entry.to_dict() for entry in entries]
+        rows = [
+            {**entry.stage.to_dict(), **row, "would_start": start}
+            for entry, row, start in zip(entries, rows, starts, strict=True)
+        ]
     if measure is not None:
         done = not any(entry.will != "leave" for entry in entries) and measure.is_done()
         will, why = ("leave alone", "measured, nothing has changed") if done else ("run", "models to measure")
         rows.append({"stage": MEASURE, "method": None, "needs": [], "will": will, "why": why})
-    console.print_agenda(rows)
+    if as_json:
+        console.print_json(rows)
+    else:
+        console.print_agenda(rows)
 
 
 def _show_plan(stage: Stage, command: Command, how: How) -> None:

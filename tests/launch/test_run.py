@@ -149,6 +149,7 @@ def test_a_dry_run_says_why_and_touches_nothing(run_alignkit: Callable, folder: 
     shown = json.loads(run_alignkit("run", "-r", "r.yaml", "--dry-run", "--json").stdout)
     assert [(entry["stage"], entry["will"], entry["needs"]) for entry in shown] == [
         ("sft", "leave alone", []), ("rm", "leave alone", ["sft"]), ("dpo", "leave alone", ["sft"]),
+        ("evaluate", "leave alone", []),
     ]  # fmt: skip
     assert sorted(str(path) for path in folder.rglob("*")) == before
 
