@@ -64,6 +64,10 @@ class Section:
             node = node.value[part]
         return node.place
 
+    def is_switched_off(self, key: str, *, by: str) -> bool:
+        """Tell whether a key of a file lost its effect through a value of the command line, which is no mistake."""
+        return self.place(by).startswith("--") and not self.place(key).startswith("--")
+
 
 def audit_stage(stage: Section, recipe: Section) -> list[Problem]:
     """Return the problems of one stage."""
@@ -308,7 +312,8 @@ def _quantization(recipe: Section, stages: Collection[Section]) -> Iterator[Find
     quantization = model.get("quantization", "none")
     if quantization != "none" and not recipe.has("lora"):
         yield "model.quantization", f"is {quantization}, and quantised weights cannot be trained; add a lora: section"
-    if quantization not in ("nf4", "fp4") and "double_quantization" in model:
+    switched_off = recipe.is_switched_off("model.double_quantization", by="model.quantization")
+    if quantization not in ("nf4", "fp4") and "double_quantization" in model and not switched_off:
         yield "model.double_quantization", "has no effect without quantization: nf4 or fp4"
 
 
@@ -344,7 +349,8 @@ def _launch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
     if offload != "none" and offload not in _OFFLOADS.get(strategy, ()):
         able = [f"{name} ({' or '.join(words)})" for name, words in _OFFLOADS.items() if words]
         yield "launch.offload", f"is {offload}, which {strategy} does not do; {', '.join(able)} do"
-    if "main_address" in launch and launch.get("nodes", 1) == 1:
+    switched_off = recipe.is_switched_off("launch.main_address", by="launch.nodes")
+    if launch.get("main_address") is not None and launch.get("nodes", 1) == 1 and not switched_off:
         yield "launch.main_address", "has no effect with one node; set launch.nodes"
     quantization = (recipe.get("model") or {}).get("quantization", "none")
     if quantization != "none" and strategy in ("fsdp", "zero3"):

@@ -293,13 +293,13 @@ def test_a_port_in_use_is_one_message(start: Callable[..., Job]) -> None:
 
 @pytest.mark.slow
 def test_retries_finish_a_run_whose_process_was_killed(start: Callable[..., Job]) -> None:
-    job = start("--retries", "2", steps=20)
+    job = start("--retries", "2", steps=80)
     os.kill(job.wait_for_ranks(step=3)[0], signal.SIGKILL)
     job.wait_for_ranks(2)
     further = job.sealed()[-1] + 2  # a step is sealed when the next has begun
     os.kill(job.wait_for_ranks(2, step=further)[1], signal.SIGKILL)
     assert job.wait() == 0, job.stderr
-    assert "finished at step 20" in job.stdout
+    assert "finished at step 80" in job.stdout
     again = [line for line in job.errors if "starting again" in line]  # a half-written checkpoint is a warning too
     assert len(again) == 2 and again[1].endswith("starting again (2 of 2 retries)")
 

@@ -178,3 +178,25 @@ def test_what_fits_together_is_accepted(load: Load, stage: str) -> None:
 
 def test_max_steps_on_the_command_line_shortens_a_recipe_with_epochs(load: Load) -> None:
     assert load(f"{START}sft: {{num_train_epochs: 3}}\n", "sft.max_steps=2").stages["sft"].trainer["max_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "off", "moot"),
+    [
+        ("model: {path: gpt2, quantization: nf4, double_quantization: true}\nlora: {}\n", "model.quantization=none",
+         "model.double_quantization=true"),
+        ("model: {path: gpt2}\nlaunch: {nodes: 2, main_address: head}\n", "launch.nodes=1",
+         "launch.main_address=head"),
+    ],
+)  # fmt: skip
+def test_the_command_line_switches_off_what_a_recipe_has(
+    load: Load, complain: Complain, text: str, off: str, moot: str
+) -> None:
+    text += "sft: {data: x/y}\n"
+    assert load(text, off).stage_names == ["sft"]
+    (line,) = complain(text, off, moot)
+    assert line.startswith(f"--set: {moot.partition('=')[0]} has no effect with")
+
+
+def test_an_address_that_is_null_is_none(load: Load) -> None:
+    assert load("model: {path: gpt2}\nlaunch: {main_address: null}\nsft: {data: x/y}\n").stage_names == ["sft"]
