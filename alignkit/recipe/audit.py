@@ -65,8 +65,12 @@ class Section:
         return node.place
 
     def is_switched_off(self, key: str, *, by: str) -> bool:
-        """Tell whether a key of a file lost its effect through a value of the command line, which is no mistake."""
-        return self.place(by).startswith("--") and not self.place(key).startswith("--")
+        """Tell whether a key lost its effect to a value given elsewhere, which is no mistake.
+
+        Elsewhere is the command line for a key of a file, or another file for one of `extends`, either way round.
+        """
+        own, other = (self.place(name).rpartition(":")[0] or self.place(name) for name in (key, by))
+        return own != other and not own.startswith("--")
 
 
 def audit_stage(stage: Section, recipe: Section) -> list[Problem]:
@@ -125,10 +129,9 @@ def _step_counts(stage: Section, recipe: Section) -> Iterator[Finding]:
             yield key, f"is {value}; it must be a whole number of steps, or a share of all steps below 1"
     if stage.get("max_steps") == 0:
         yield "max_steps", "is 0; it must be at least 1, or -1 to train num_train_epochs"
-    if stage.get("max_steps", -1) > 0 and stage.has("num_train_epochs"):
-        same_file = stage.place("max_steps").rpartition(":")[0] == stage.place("num_train_epochs").rpartition(":")[0]
-        if same_file and not stage.place("max_steps").startswith("--"):
-            yield "num_train_epochs", "has no effect with max_steps; take one of them out"
+    switched_off = stage.is_switched_off("num_train_epochs", by="max_steps")
+    if stage.get("max_steps", -1) > 0 and stage.has("num_train_epochs") and not switched_off:
+        yield "num_train_epochs", "has no effect with max_steps; take one of them out, or set max_steps: -1"
 
 
 def _strategies(stage: Section, recipe: Section) -> Iterator[Finding]:

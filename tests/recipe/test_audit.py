@@ -25,7 +25,7 @@ START = "model: {path: gpt2}\ndata: x/y\n"
          "below 1"),
         ("sft: {max_steps: 0}", "sft.max_steps is 0; it must be at least 1, or -1 to train num_train_epochs"),
         ("sft: {max_steps: 9, num_train_epochs: 2}", "sft.num_train_epochs has no effect with max_steps; take one of "
-         "them out"),
+         "them out, or set max_steps: -1"),
         ("sft: {save_strategy: epoch, save_steps: 5}", "sft.save_steps has no effect with save_strategy: epoch"),
         ("sft: {adapter: merge}", "sft.adapter has no effect without start_from; it says what happens to the adapter a "
          "stage starts from"),
@@ -178,6 +178,13 @@ def test_what_fits_together_is_accepted(load: Load, stage: str) -> None:
 
 def test_max_steps_on_the_command_line_shortens_a_recipe_with_epochs(load: Load) -> None:
     assert load(f"{START}sft: {{num_train_epochs: 3}}\n", "sft.max_steps=2").stages["sft"].trainer["max_steps"] == 2
+
+
+def test_epochs_on_the_command_line_are_not_ignored_beside_max_steps(load: Load, complain: Complain) -> None:
+    text = f"{START}sft: {{max_steps: 9}}\n"
+    (line,) = complain(text, "sft.num_train_epochs=2")
+    assert line.startswith("--set: sft.num_train_epochs has no effect with max_steps")
+    assert load(text, "sft.num_train_epochs=2", "sft.max_steps=-1").stage_names == ["sft"]
 
 
 @pytest.mark.parametrize(
