@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from alignkit.data.rows import Message, Row, Text, iter_contents
+from alignkit.data.rows import Row, iter_contents, map_strings
 
 # WORD JOINER: invisible, no line break, left alone by Unicode normalisation. Behind a token's first character it
 # keeps the tokenizer from matching the rest.
@@ -39,8 +39,12 @@ def escape_control_tokens(row: Row, tokens: Sequence[str]) -> Row:
     given = tuple(tokens)
     if not any(_may_need_escape(text, given) for text in iter_contents(row)):
         return row
-    escape = _on_contents(lambda text: _at_starts(text, given, lambda piece: piece + BREAKER))
-    return replace(row, prompt=escape(row.prompt), completions=tuple(map(escape, row.completions)))
+
+    def escape(text: str) -> str:
+        return _at_starts(text, given, lambda piece: piece + BREAKER)
+
+    completions = tuple(map_strings(text, escape) for text in row.completions)
+    return replace(row, prompt=map_strings(row.prompt, escape), completions=completions)
 
 
 def unescape_text(text: str, tokens: Sequence[str]) -> str:
@@ -53,15 +57,6 @@ def unescape_text(text: str, tokens: Sequence[str]) -> str:
 def _may_need_escape(text: str, tokens: tuple[str, ...]) -> bool:
     """Look with the fast pattern first: most texts have neither."""
     return BREAKER in text or _exact(tokens).search(text) is not None
-
-
-def _on_contents(change: Callable[[str], str]) -> Callable[[Text], Text]:
-    def apply(text: Text) -> Text:
-        if isinstance(text, str):
-            return change(text)
-        return [Message(role=message["role"], content=change(message["content"])) for message in text]
-
-    return apply
 
 
 def _longest_first(tokens: tuple[str, ...]) -> list[str]:

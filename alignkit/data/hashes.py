@@ -6,6 +6,7 @@ fingerprints, splits and half-weighted sources are the same on every machine. No
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -66,7 +67,17 @@ def _netstring(text: Text) -> str:
     """Join lengths and contents so that no two different texts give the same string."""
     if isinstance(text, str):
         return f"{len(text)}:{text}"
-    return "".join([f"{message['role']}:{len(message['content'])}:{message['content']}" for message in text])
+    return "".join(
+        [f"{message['role']}:{len(message['content'])}:{message['content']}{_rest(message)}" for message in text]
+    )
+
+
+def _rest(message: Message) -> str:
+    """Dump what a message holds beside role and content."""
+    if len(message) == 2:
+        return ""
+    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return json.dumps(rest, sort_keys=True, ensure_ascii=False)
 
 
 def _encode(text: str) -> bytes:

@@ -5,18 +5,30 @@ Deliberately knows nothing of files, formats, tokenizers or torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypedDict, get_args
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 
 class Message(TypedDict):
-    """One turn of a conversation; `role` is system, user, assistant or tool."""
+    """One turn of a conversation as a chat template gets it, but for `trained` and `template_kwargs`.
 
-    role: str
-    content: str
+    Keys beyond role and content are there only where they say something: a message without `trained` is trained if
+    the assistant wrote it. What the row gives the template beside its messages travels with the first of them, so that
+    a prompt has it wherever it goes (a rollout, a judge, a table on disk).
+    """
+
+    role: str  # system, user, assistant or tool
+    content: str  # "" only beside tool_calls or reasoning_content
+    trained: NotRequired[bool]  # of an assistant's turn: False is read and never learnt
+    reasoning_content: NotRequired[str]  # what the assistant thought before its content
+    tool_calls: NotRequired[list[dict[str, Any]]]  # {type: function, function: {name, arguments: an object}}, with id
+    name: NotRequired[str]  # of the tool that answers, or of a speaker
+    tool_call_id: NotRequired[str]
+    template_kwargs: NotRequired[dict[str, Any]]  # first message only: `tools` and the row's chat_template_kwargs
 
 
+_MESSAGE_KEYS = Message.__annotations__.keys()
 Text = str | list[Message]
 Kind = Literal["text", "messages", "prompt_completion", "pair", "ranked", "unpaired", "prompt"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -63,11 +75,36 @@ class Row:
 def iter_contents(row: Row) -> Iterator[str]:
     """Yield every piece of text that came from the file: prompt first, then the completions in order."""
     for text in (row.prompt, *row.completions):
-        if isinstance(text, str):
-            yield text
-        else:
-            for message in text:
-                yield message["content"]
+        yield from iter_strings(text)
+
+
+def iter_strings(value: Any) -> Iterator[str]:
+    """Yield the texts inside a text, a conversation, or any other JSON value, names that are the row's own included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from iter_strings(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in _MESSAGE_KEYS:
+                yield key
+            if key != "role":
+                yield from iter_strings(item)
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Return the value with `change` applied to what `iter_strings` yields."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [map_strings(item, change) for item in value]
+    if isinstance(value, dict):
+        return {
+            key if key in _MESSAGE_KEYS else change(key): item if key == "role" else map_strings(item, change)
+            for key, item in value.items()
+        }
+    return value
 
 
 def take_prompt(row: Row) -> Row:
@@ -87,5 +124,5 @@ def take_prompt(row: Row) -> Row:
 
 
 def count_chars(text: Text) -> int:
-    """Return the length of a text, or of all contents of its messages, in characters."""
-    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+    """Return the length of a text, or of all that the messages of a conversation say, in characters."""
+    return sum(map(len, iter_strings(text)))

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -29,8 +29,16 @@ _RENDER_SECONDS = 10
 
 
 class Message(TypedDict):
+    """A turn; alignkit.data.rows says what each key means."""
+
     role: str
     content: str
+    trained: NotRequired[bool]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
+    template_kwargs: NotRequired[dict[str, Any]]
 
 
 _PROBE: list[Message] = [
@@ -238,7 +246,7 @@ class Chat:
         """Return the answers of a rendered conversation whose template does not mark them."""
         spans = []
         for number, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not message.get("trained", True):
                 continue
             head = self._render(messages[:number], index, add_generation_prompt=True)
             upto = text if number == len(messages) - 1 else self._render(messages[: number + 1], index)
@@ -268,13 +276,21 @@ class Chat:
             return [], []
         if self._template is None:
             raise ModelError(NO_TEMPLATE)
+        kwargs = [_template_kwargs(messages) for messages in conversations]
         try:
+            if any(own != kwargs[0] for own in kwargs):
+                each = zip(conversations, places, strict=True)
+                parts = [
+                    self._render_all([messages], [place], add_generation_prompt=add_generation_prompt, mark=mark)
+                    for messages, place in each
+                ]
+                return [text for (text,), _ in parts], [spans[0] for _, spans in parts if spans]
             texts, spans = render_jinja_template(
                 list(conversations),
                 chat_template=self._template,
                 return_assistant_tokens_mask=mark,
                 add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
+                **(self._special_tokens | kwargs[0]),
             )
             return texts, spans
         except (TemplateError, TypeError, KeyError, ValueError) as error:
@@ -321,6 +337,11 @@ class Chat:
             "model.chat_template: chatml | llama3 | zephyr | plain",
             index,
         )
+
+
+def _template_kwargs(messages: Sequence[Any]) -> dict[str, Any]:
+    """Return what a row gives the template beside its messages; `tools` among them."""
+    return messages[0].get("template_kwargs", {}) if messages else {}
 
 
 def _first_token(encoding: Any, char: int, length: int) -> int:
