@@ -169,6 +169,18 @@ def read_base(
             f"{len(missing) - len(head)} tensors are missing, first {first}; the copy is incomplete", where=source
         )
     model.score_is_new = bool(head)
+    return keep_four_bit_layout(model)
+
+
+def keep_four_bit_layout(model: PreTrainedModel) -> PreTrainedModel:
+    """Keep bitsandbytes from repacking 4-bit weights, which it does on CPUs with AVX512-BF16 in a no-grad forward.
+
+    The repacked codes and constants have no backward: gradients are wrong from then on, and only some shapes can be
+    packed at all (bitsandbytes 0.50.2, nn/modules.py, Linear4bit.forward). The layer has no other switch.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from alignkit.errors import ModelError
-from alignkit.models.bases import pick_device
+from alignkit.models.bases import keep_four_bit_layout, pick_device
 from alignkit.models.files import ModelFiles, find_model_dir, inspect_model_dir
 from alignkit.models.hub import explain_hub_errors, fetch_adapter, quiet_transformers
 from alignkit.models.load import load_trained
@@ -113,7 +113,7 @@ def _load_full(source: str, config: PreTrainedConfig, *, device: str, trust_code
             f"{len(missing)} tensors are missing, first {missing[0]}; the copy is incomplete", where=source
         )
     loaded: PreTrainedModel = model.to(where).requires_grad_(False).eval()
-    return loaded
+    return keep_four_bit_layout(loaded)
 
 
 def name_source(source: str) -> str:

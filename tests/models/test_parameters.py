@@ -81,6 +81,27 @@ def test_embeddings_and_head_are_never_quantized(make_stage: MakeStage) -> None:
     assert len(adapted) == 28 and not any("lm_head" in name for name in adapted)
 
 
+@pytest.mark.parametrize("path", ["builtin:tiny-gpt2", "builtin:tiny-llama"])
+def test_evaluating_4_bit_weights_changes_neither_their_bytes_nor_the_gradient(
+    path: str, make_stage: MakeStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = make_stage(lora={}, quantization="nf4", path=path)
+    ids = torch.arange(32).reshape(2, 16)
+    seen = []
+    for avx512bf16 in (False, True):  # what decides whether bitsandbytes repacks; most machines know one answer
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda answer=avx512bf16: answer)
+        model = load_policy(stage, run_dir=Path(stage.run_dir)).model
+        before = hash_base(model)
+        with torch.no_grad():
+            logits = model.eval()(input_ids=ids).logits
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        assert hash_base(model) == before
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        seen.append({"base": before, "logits": logits.tolist()} | {k: g.tolist() for k, g in gradients.items()})
+    assert len(gradients) == (28 if "llama" in path else 16)
+    assert seen[0] == seen[1]
+
+
 def test_base_hash_sees_a_changed_code_and_a_changed_constant_but_no_adapter(make_stage: MakeStage) -> None:
     stage = make_stage(lora={}, quantization="nf4")
     model = load_policy(stage, run_dir=Path(stage.run_dir)).model
