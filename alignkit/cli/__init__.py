@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from alignkit.cli.look import chat, check, diff, doctor, merge, report, schema
+from alignkit.cli.look import chat, check, diff, doctor, merge, preview, report, schema
 from alignkit.cli.measure import evaluate
 from alignkit.cli.train import rlaif, run, stage_command
 from alignkit.ending import SUPERVISED, end, end_usage_error, leave
@@ -50,6 +50,7 @@ app.command("ppo", help="Train the policy on sampled answers and a reward, with 
 app.command()(rlaif)
 app.command()(run)
 app.command()(check)
+app.command()(preview)
 app.command()(schema)
 app.command()(doctor)
 app.command()(merge)

@@ -1,4 +1,4 @@
-"""The commands that train nothing: check, schema, doctor, merge, chat, diff, report."""
+"""The commands that train nothing: check, preview, schema, doctor, merge, chat, diff, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignkit.cli.options import AsJson, Overrides, RecipeFile, TrustCode, load_recipe
+from alignkit.cli.options import AsJson, Overrides, RecipeFile, StageName, TrustCode, load_recipe
 
 if TYPE_CHECKING:
     from alignkit.preflight.check import CheckReport
@@ -38,6 +38,42 @@ def _show(report: CheckReport | DoctorReport, *, as_json: bool) -> None:
             console.print_table(*table)
     if error := report.error():
         raise error
+
+
+def preview(
+    recipe: RecipeFile,
+    stage: StageName = None,
+    num_rows: Annotated[int, typer.Option("--rows", "-n", metavar="N", min=1, help="How many rows are shown.")] = 3,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page instead of the terminal's text.")
+    ] = None,
+    overrides: Overrides = None,
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show rows as the trainer reads them, token by token: what is learnt, read, scored or padding."""
+    loaded = load_recipe(recipe, overrides)
+    from alignkit import console
+    from alignkit.recipe import resolve
+
+    names = [stage] if stage is not None else loaded.stage_names
+    if len(names) > 1:
+        raise typer.BadParameter(f"the recipe has several stages; name one with --stage: {', '.join(names)}")
+    resolved = resolve(loaded, names[0], trust_code=trust_code)
+    from alignkit.launch import prepare_environment
+
+    prepare_environment()
+    from alignkit.preflight.preview import preview_stage
+
+    shown = preview_stage(resolved, num_rows=num_rows)
+    if html is not None:
+        from alignkit.runs.report.page import write_preview
+
+        console.print_paths({"page": str(write_preview(shown.to_dict(), html))})
+    elif as_json:
+        console.print_json(shown.to_dict())
+    else:
+        console.print_preview(shown.to_dict())
 
 
 def schema() -> None:

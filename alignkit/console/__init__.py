@@ -4,6 +4,7 @@ Results go to stdout, progress, warnings and errors to stderr, from rank 0 only.
 """
 
 from alignkit.console.board import Board
+from alignkit.console.preview import print_preview
 from alignkit.console.progress import TrainingProgress
 from alignkit.console.say import (
     hush,
@@ -42,6 +43,7 @@ __all__ = [
     "print_json",
     "print_launch",
     "print_paths",
+    "print_preview",
     "print_result",
     "print_run",
     "print_stage",

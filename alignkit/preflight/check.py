@@ -122,7 +122,7 @@ def check_recipe(recipe: Recipe, *, trust_code: bool = False) -> CheckReport:
 
 
 def _check_stage(stage: Stage, check: StageCheck) -> None:
-    stage = _use_base_of_untrained(stage, check)
+    stage, check.facts["starts from"] = start_today(stage)
     with check.noting():
         _check_start(stage, check)
     with check.noting():
@@ -199,13 +199,12 @@ def _read_rows_alone(stage: Stage, check: StageCheck) -> None:
     check.facts["data"] = f"{report.read} rows read, {report.rows} kept; lengths not checked, there is no tokenizer"
 
 
-def _use_base_of_untrained(stage: Stage, check: StageCheck) -> Stage:
-    """Return the stage as it can be checked today: one that starts from an untrained stage starts from the base."""
+def start_today(stage: Stage) -> tuple[Stage, str]:
+    """Let a stage that starts from an untrained one start from the base, and say what it starts from."""
     if stage.start_stage and stage.start_dir and not Path(stage.start_dir).is_dir():
-        check.facts["starts from"] = f"{stage.start_stage}, not trained yet: checked with {stage.model.path}"
-        return replace(stage, start_dir=None, start_stage=None)
-    check.facts["starts from"] = stage.start_dir or stage.model.path
-    return stage
+        said = f"{stage.start_stage}, not trained yet: looked at with {stage.model.path}"
+        return replace(stage, start_dir=None, start_stage=None), said
+    return stage, stage.start_dir or stage.model.path
 
 
 def _check_start(stage: Stage, check: StageCheck) -> None:

@@ -34,7 +34,7 @@ from alignkit.train.fingerprint import fingerprint_stage, hash_data, unread
 from alignkit.train.finish import finish
 from alignkit.train.guard import Guarded, Watch
 from alignkit.train.invariants import check_parameters, check_start
-from alignkit.train.mask import preview_rows
+from alignkit.train.preview import preview_rows
 from alignkit.train.recorder import Recorder
 from alignkit.train.shards import is_sharded
 from alignkit.train.signals import StopFlag, catch_signals
@@ -121,7 +121,10 @@ def _begin(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any],
     _report_rows(stage, run, built)
     _write_stage(stage, run, built, fingerprint)
     with disk_failures(run.path, "preview.json"):
-        write_json(run.preview, {"rows": preview_rows(built.tables.train, built.chat.tokenizer)})
+        trainer = built.trainer
+        write_json(
+            run.preview, {"rows": preview_rows(trainer.train_dataset, trainer.data_collator, built.chat.tokenizer)}
+        )
 
 
 def _require_same_weights(model: Any) -> None:

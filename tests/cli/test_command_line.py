@@ -10,7 +10,7 @@ import alignkit
 from alignkit.cli import app
 
 COMMANDS = [
-    "sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "schema", "doctor", "merge", "eval", "chat", "diff", "report",
+    "sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "preview", "schema", "doctor", "merge", "eval", "chat", "diff", "report",
 ]  # fmt: skip
 STAGE_OPTIONS = [
     "--recipe", "--stage", "--out", "--set", "--dry-run", "--force", "--trust-code", "--allow-change", "--json",
@@ -111,3 +111,27 @@ def test_schema_into_a_closed_pipe_says_nothing(run_python) -> None:
         "print(repr(p.stderr.read()))\n"
     )
     assert run_python("-c", script).stdout == "''\n"
+
+
+def test_a_preview_is_text_a_page_or_json_and_loads_no_weights(run_alignkit, tmp_path) -> None:
+    """The recipe's stage starts from one that is not trained yet."""
+    chat = [{"role": "user", "content": "Say <b>hello</b>."}, {"role": "assistant", "content": "Hello."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (tmp_path / "r.yaml").write_text(
+        "name: seen\nmodel: {path: builtin:tiny-llama}\nsft: {data: ./rows.jsonl}\n"
+        "second: {method: sft, start_from: sft, data: ./rows.jsonl}\n"
+    )
+    done = run_alignkit("preview", "-r", "r.yaml", "--stage", "second")
+    assert done.returncode == 0, done.stderr
+    assert "[[Hello.<|im_end|>]]" in done.stdout and "nothing looks wrong" in done.stdout
+    as_json = json.loads(run_alignkit("preview", "-r", "r.yaml", "--stage", "sft", "--json").stdout)
+    learnt = as_json["rows"][0]["sequences"][0]["spans"][1]
+    assert (learnt["kind"], "".join(learnt["tokens"])) == ("learnt", "Hello.<|im_end|>")
+    assert learnt["special"] == [len(learnt["tokens"]) - 1]
+    done = run_alignkit("preview", "-r", "r.yaml", "--stage", "sft", "--html", "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert done.returncode == 0 and "Nothing looks wrong" in page and "<b>hello" not in page
+    done = run_alignkit("preview", "-r", "r.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "name one with --stage: sft, second" in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -97,7 +97,7 @@ def test_good_recipe_is_described_stage_by_stage(tmp_path: Path) -> None:
     )
     # one token of prompt, one or two of completion, and the eos
     assert sft.facts["tokens"] == "7, of which 5 are trained"
-    assert dpo.facts["starts from"] == "sft, not trained yet: checked with builtin:tiny-llama"
+    assert dpo.facts["starts from"] == "sft, not trained yet: looked at with builtin:tiny-llama"
     assert dpo.facts["chat template"].endswith("an answer ends with <|im_end|>, which is trained")
     assert {"device", "disk", "held out", "chosen is longer"} <= set(dpo.facts)
     assert list(tmp_path.iterdir()) != [] and not (tmp_path / "runs").exists()

@@ -74,6 +74,11 @@ def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out:
     return page
 
 
+def write_preview(preview: dict[str, Any], out: Path) -> Path:
+    """Write the page of `alignkit preview`; `preview` is `Preview.to_dict()`. Raises DiskError."""
+    return _write(_render("preview.html.jinja", title=f"{preview['stage']}: rows", run=preview), out)
+
+
 def render_run(run: Facts) -> str:
     """Return the page of one run."""
     recipe = str(run.stage.get("recipe", ""))
