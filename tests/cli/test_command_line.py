@@ -10,7 +10,8 @@ import alignkit
 from alignkit.cli import app
 
 COMMANDS = [
-    "sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "preview", "schema", "doctor", "merge", "eval", "chat", "diff", "report",
+    "sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "preview", "schema", "doctor", "merge", "eval", "chat", "diff",
+    "report",
 ]  # fmt: skip
 STAGE_OPTIONS = [
     "--recipe", "--stage", "--out", "--set", "--dry-run", "--force", "--trust-code", "--allow-change", "--json",
