@@ -17,10 +17,10 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 DEMO := recipes/tiny-cpu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint bench snapshot clean
+.PHONY: help setup demo test test-slow test-gpu test-versions lint bench snapshot clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build .venv: torch by its exact version, then alignkit with its development tools
 
@@ -45,6 +45,17 @@ test-slow: $(READY) ## the slow tests
 test-gpu: $(READY) ## the tests that need a CUDA device
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
 
+test-versions: ## the fast tests with the lowest and with the highest accepted version of every library
+	@set -e; for which in lowest highest; do \
+		$(PYTHON) -m venv .venv-$$which; pip="$(CURDIR)/.venv-$$which/bin/python -m pip --disable-pip-version-check"; \
+		$$pip install --quiet "torch==$(TORCH_VERSION)"; \
+		if [ $$which = lowest ]; then $(PYTHON) tests/floors.py > .venv-$$which/floors.txt; \
+		else : > .venv-$$which/floors.txt; fi; \
+		$$pip install --quiet --upgrade -c .venv-$$which/floors.txt "torch==$(TORCH_VERSION)" -e '.[dev]'; \
+		echo "with the $$which versions:" $$($$pip freeze | grep -iE '^(trl|transformers|peft|bitsandbytes|accelerate|datasets)=='); \
+		$(TEST_ENV) .venv-$$which/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not net"; \
+	done
+
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -56,5 +67,5 @@ snapshot: $(READY) ## regenerate the list of TRL's configuration fields from the
 	$(TEST_ENV) $(BIN)/python tests/snapshot.py
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-highest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find alignkit tests -name __pycache__ -type d -prune -exec rm -rf {} +
