@@ -27,8 +27,9 @@ from alignkit.models.adapters import copy_adapter
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.load import load_trained
 from alignkit.train import ranks, shards
+from alignkit.train.dropout import switch_off_dropout
 from alignkit.train.readout import Batch, install_readout, read_out
-from alignkit.train.roles import CRITIC, REWARD, Roles, switch_off_dropout
+from alignkit.train.roles import CRITIC, REWARD, Roles
 
 CRITIC_FILE = "critic.safetensors"
 

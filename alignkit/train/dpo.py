@@ -17,7 +17,6 @@ from peft import PeftModel
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import disable_dropout_in_model
 
 from alignkit.data import Rejects
 from alignkit.errors import RecipeError
@@ -33,6 +32,7 @@ from alignkit.runs.result import Result
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config, micro_batch_size
 from alignkit.train.built import Built
+from alignkit.train.dropout import switch_off_dropout
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
 from alignkit.train.losses import cdpo_loss, ipo_sum_loss, sequence_logps
@@ -67,7 +67,7 @@ class _Referenced(Guarded):
         if reference == "base_adapter":  # otherwise the reference is the base: TRL switches the adapter off
             add_reference_adapter(self.model, of=START)
             if self.args.disable_dropout:
-                disable_dropout_in_model(self.model)  # TRL did so before this copy existed
+                switch_off_dropout(self.model)  # the copy's
             activate(self.model, [START, TRAINED])
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> Any:

@@ -24,6 +24,7 @@ from alignkit.runs import checkpoints
 from alignkit.runs.files import describe_bytes, disk_failures, free_bytes
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks, restore, shards, zero
+from alignkit.train.dropout import switch_off_dropout
 from alignkit.train.measures import Measured
 from alignkit.train.samplers import EpochSampler, fill_up, grouped_order, shuffled_order
 from alignkit.train.signals import StopFlag
@@ -70,6 +71,8 @@ class Guarded(Measured):
         self._weights = defaultdict(list)
         loaded = {name: parameter.data for name, parameter in kwargs["model"].named_parameters()}
         super().__init__(*args, **kwargs)
+        if getattr(self.args, "disable_dropout", False):
+            switch_off_dropout(self.model)
         # Upstream takes the last batch of an epoch for incomplete and drops what it believes to be repeated.
         self.accelerator.gather_for_metrics = self.accelerator.gather
         # TRL casts every trainable parameter of a quantised model to bfloat16, whatever the compute dtype is. We

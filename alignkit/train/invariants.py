@@ -78,9 +78,10 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
     """Raise ModelError unless the first batch has the loss that the method must have at step 0.
 
     dpo: policy and reference are equal, so the margin is 0 and a logistic loss is ln 2. rm: with a new head the loss
-    is near ln 2; far from it, the head's scale or the labels are wrong.
+    is near ln 2; far from it, the head's scale or the labels are wrong. With dropout off, every method's
+    loss is the same in training and in evaluation.
     """
-    if stage.method == "sft" or stage.is_unpaired:
+    if stage.method == "sft":
         return
     if stage.method == "ppo":
         trainer.check_step_zero()
@@ -88,11 +89,23 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
     model = trainer.model
     num_rows = min(trainer.args.per_device_eval_batch_size, len(trainer.train_dataset))
     batch = trainer.data_collator([trainer.train_dataset[number] for number in range(num_rows)])
-    model.eval()
-    with torch.random.fork_rng(), torch.no_grad(), trainer.compute_loss_context_manager():
-        loss = float(trainer.compute_loss(model, trainer._prepare_inputs(batch)))
-    measured = {name: values[-1] for name, values in trainer._metrics["eval"].items() if values}
-    trainer._metrics["eval"].clear()
+    num_tokens, losses, measured = trainer._total_train_tokens, {}, {}
+    for mode in ("train", "eval") if trainer.args.disable_dropout else ("eval",):
+        model.train(mode == "train")
+        with torch.random.fork_rng(), torch.no_grad(), trainer.compute_loss_context_manager():
+            losses[mode] = float(trainer.compute_loss(model, trainer._prepare_inputs(dict(batch))))
+        measured = {name: values[-1] for name, values in trainer._metrics[mode].items() if values}
+        trainer._metrics[mode].clear()
+    trainer._total_train_tokens = num_tokens
+    loss = losses["eval"]
+    if abs(losses.get("train", loss) - loss) > _tolerance(trainer) * max(1.0, abs(loss)):
+        raise ModelError(
+            f"{stage.name}: the loss at step 0 is {losses['train']:.6f} in training and {loss:.6f} in evaluation: the "
+            "model draws random numbers that disable_dropout does not reach; set disable_dropout: false to allow it",
+            where=stage.where(f"{stage.name}.disable_dropout"),
+        )
+    if stage.is_unpaired:
+        return
     if stage.method == "dpo":
         _check_preference(stage, trainer, loss, measured)
         return
@@ -110,9 +123,13 @@ def _has_new_head(model: Any) -> bool:
     return bool(getattr(base, "score_is_new", False))
 
 
-def _check_preference(stage: Stage, trainer: Any, loss: float, measured: dict[str, float]) -> None:
+def _tolerance(trainer: Any) -> float:
     dtype = _ROUNDS_TO.get(trainer.accelerator.mixed_precision, getattr(trainer.model, "dtype", torch.float32))
-    tolerance = _TOLERANCE.get(dtype, 5e-2)
+    return _TOLERANCE.get(dtype, 5e-2)
+
+
+def _check_preference(stage: Stage, trainer: Any, loss: float, measured: dict[str, float]) -> None:
+    tolerance = _tolerance(trainer)
     beta = float(stage.trainer.get("beta", 0.1))
     margin = measured.get("rewards/margins", 0.0) / beta
     if abs(margin) > tolerance * max(1.0, abs(measured.get("logps/chosen", 1.0))):

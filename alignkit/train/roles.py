@@ -18,7 +18,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import disable_dropout_in_model
 
 from alignkit.models.adapters import REFERENCE, START, TRAINED, add_scoring_adapter, cast_adapters
 from alignkit.models.files import ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
@@ -27,7 +26,6 @@ from alignkit.models.parameters import describe_parameters
 from alignkit.models.start import find_base
 from alignkit.train.readout import Batch, install_readout, pad_answers, read_out
 
-_DROPOUT_RATES = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout", "activation_dropout")
 REWARD, CRITIC = "reward", "critic"  # adapter names beside those of the models room
 
 
@@ -149,21 +147,8 @@ class Roles:
         return torch.cat(scores)
 
 
-def switch_off_dropout(model: nn.Module) -> None:
-    """Make training compute what sampling does: TRL's `disable_dropout` misses the rates that attention layers hold.
-
-    The config keeps its rates, so that the saved model is the architecture it was.
-    """
-    disable_dropout_in_model(model)
-    for module in model.modules():
-        for name in _DROPOUT_RATES:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
 def build_roles(stage: Any, loaded: Loaded) -> Roles:
     """Return policy and reference, before any trainer wraps the policy."""
-    switch_off_dropout(loaded.model)
     return Roles(loaded, reference=load_reference(stage, loaded))
 
 
