@@ -1,111 +1,218 @@
-"""How a record of each format becomes a Row.
+"""How a record becomes a Row: what was asked, what was answered, and which answer is better.
 
-One function a format, record and place in, Row out; each raises BadRow with the first thing that is wrong. Which
-format a record is in was decided before (`formats`).
+One function a way to write answers; each takes the record being read and raises BadRow with the first thing that is
+wrong. What was asked is read alike for all of them (`read_prompt`). Which format a record is in was decided before
+(`formats`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
-from alignkit.data.files import Record
+from alignkit.data.files import type_name
 from alignkit.data.rejects import BadRow
-from alignkit.data.rows import Row, Text
-from alignkit.data.transcripts import split_pair
+from alignkit.data.rows import Message, Row, Text
+from alignkit.data.transcripts import START, read_turns, split_pair
 from alignkit.data.values import (
+    Reading,
     check_answer,
     check_conversation,
+    check_json,
     check_list,
+    check_messages,
     check_number,
     check_prompt,
     check_text,
+    check_tools,
     end_prompt,
+    is_empty,
     join_prompt,
-    need,
-    need_text,
 )
 
-
-def adapt_text(record: Record, place: str) -> Row:
-    return Row("text", "", (need_text(record, "text"),), None, None, None, place)
-
-
-def adapt_messages(record: Record, place: str) -> Row:
-    return Row("messages", "", (check_conversation(need(record, "messages"), "messages"),), None, None, None, place)
-
-
-def adapt_sharegpt(record: Record, place: str) -> Row:
-    messages = check_conversation(need(record, "conversations"), "conversations")
-    return Row("messages", "", (messages,), None, None, None, place)
+# Columns by what they say; the first one with something in it counts.
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "transcript")
+PROMPTS = ("prompt", "instruction", "question", "query", "problem")
+CONTEXTS = ("input", "context")  # beside a prompt they follow it; alone they are one
+ANSWERS = ("completion", "output", "response", "solution", "answer")
+SYSTEMS = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "functions")
+LABELS = ("label", "kto_tag")
+ASKED = (*PROMPTS, *CONTEXTS, *CONVERSATIONS, *SYSTEMS, *TOOLS, "chat_template_kwargs")
+_WORDS = {"desirable": 1.0, "undesirable": 0.0, "good": 1.0, "bad": 0.0}
 
 
-def adapt_prompt(record: Record, place: str) -> Row:
-    return Row("prompt", check_prompt(need(record, "prompt"), "prompt"), (), None, None, None, place)
+def adapt_text(reading: Reading) -> Row:
+    return Row("text", "", (reading.need_text("text"),), place=reading.place)
 
 
-def adapt_prompt_completion(record: Record, place: str) -> Row:
-    prompt = check_prompt(need(record, "prompt"), "prompt")
-    answer = check_answer(need(record, "completion"), "completion")
-    if type(prompt) is not str or type(answer) is not str:
-        prompt, (answer,) = join_prompt(prompt, [answer], ["completion"])
-    return Row("prompt_completion", prompt, (answer,), None, None, None, place)
+def adapt_conversation(reading: Reading) -> Row:
+    return Row("messages", "", (_read_conversation(reading),), place=reading.place)
 
 
-def adapt_unpaired(record: Record, place: str) -> Row:
-    prompt = check_prompt(need(record, "prompt"), "prompt")
-    answer = check_answer(need(record, "completion"), "completion")
-    prompt, (answer,) = join_prompt(prompt, [answer], ["completion"])
-    label = check_number(need(record, "label"), "label")
+def _read_conversation(reading: Reading) -> list[Message]:
+    there = [name for name in CONVERSATIONS if name in reading.record]
+    name = reading.first(*CONVERSATIONS) or (there or ["messages"])[0]
+    value = reading.need(name)
+    transcript = type(value) is str and value.lstrip().startswith(START.strip())
+    messages = read_turns(value, name) if transcript else value
+    return _surround(check_conversation(messages, name, reading), reading)
+
+
+def _history(reading: Reading) -> list[Any]:
+    """Return the turns before the one that is asked."""
+    value = reading.record.get("history")
+    if is_empty(value) or "history" in reading.used:  # SHP's question
+        return []
+    reading.used.add("history")
+    return list(check_json(value, "history", list))
+
+
+def _surround(messages: list[Message], reading: Reading) -> list[Message]:
+    """Put the row's system message and history before a conversation, and beside it what the template is given."""
+    record = reading.record
+    if history := _history(reading):
+        messages = [*check_messages(history, "history", reading), *messages]
+    if name := reading.first(*SYSTEMS):
+        said = check_text(record[name], name)
+        first = messages[0]
+        if first["role"] != "system":
+            messages = [Message(role="system", content=said), *messages]
+        elif first["content"].strip() != said.strip():
+            raise BadRow(f"{name}: differs from the system message of the conversation; keep one of the two")
+    given: dict[str, Any] = {}
+    if name := reading.first(*TOOLS):
+        given["tools"] = check_tools(record[name], name)
+    if reading.first("chat_template_kwargs"):
+        own = check_json(record["chat_template_kwargs"], "chat_template_kwargs", dict)
+        given |= {key: value for key, value in own.items() if value is not None}
+    if given:
+        first = messages[0]
+        # A copy: the messages may be the record's own.
+        return [{**first, "template_kwargs": {**first.get("template_kwargs", {}), **given}}, *messages[1:]]
+    return messages
+
+
+def read_prompt(reading: Reading, *, transcript: bool = False) -> Text:
+    """Return what was asked: a text, or messages where the row writes them or says more than a text can.
+
+    With `transcript` a text in the form of HH becomes its turns.
+    """
+    record = reading.record
+    history = ("history",) if type(record.get("history")) is str else ()  # SHP's name for the question
+    name = reading.first(*PROMPTS, *CONTEXTS, *CONVERSATIONS, *history)
+    if name is None:
+        name = next((name for name in (*PROMPTS, *CONVERSATIONS) if name in record), "prompt")
+    value = reading.need(name)
+    if name in CONVERSATIONS:
+        check_list(value, name)
+    if transcript and type(value) is str and value.startswith(START):
+        value = read_turns(value, name)
+        if not value[-1]["content"]:
+            del value[-1]
+    prompt = check_prompt(value, name, reading)
+    context = reading.first(*CONTEXTS)
+    if context is not None and name in PROMPTS:
+        if not isinstance(prompt, str):
+            raise BadRow(f"{context}: stands beside messages; put it into one of them")
+        prompt = f"{prompt}\n\n{check_text(record[context], context)}"
+    if isinstance(prompt, list):
+        return _surround(prompt, reading)
+    turns = _surround([Message(role="user", content=prompt)], reading)
+    return prompt if len(turns) == 1 and len(turns[0]) == 2 else turns
+
+
+def adapt_prompt(reading: Reading) -> Row:
+    return Row("prompt", read_prompt(reading), (), place=reading.place)
+
+
+def _read_answer(reading: Reading) -> tuple[Text, Text]:
+    """Return a prompt and its one answer in one shape."""
+    record = reading.record
+    name = reading.first(*ANSWERS) or next((name for name in ANSWERS if name in record), _missing_answer(record))
+    prompt = read_prompt(reading)
+    prompt, (answer,) = join_prompt(prompt, [check_answer(reading.need(name), name, reading)], [name])
+    return prompt, answer
+
+
+def _missing_answer(record: dict[str, Any]) -> str:
+    return "output" if "instruction" in record else "completion"
+
+
+def adapt_prompt_completion(reading: Reading) -> Row:
+    prompt, answer = _read_answer(reading)
+    return Row("prompt_completion", prompt, (answer,), place=reading.place)
+
+
+def adapt_unpaired(reading: Reading) -> Row:
+    """Read one answer and whether it is desirable; of a conversation the last answer is the one that was judged."""
+    if reading.first(*ANSWERS) or not reading.first(*CONVERSATIONS):
+        prompt, answer = _read_answer(reading)
+    else:
+        messages = _read_conversation(reading)
+        last = max(place for place, message in enumerate(messages) if message["role"] != "assistant") + 1
+        end_prompt(messages[:last], "the turns before the answer")
+        prompt, answer = messages[:last], messages[last:]
+        if not answer:
+            raise BadRow("label: there is no answer that it could judge")
+    return Row("unpaired", prompt, (answer,), label=_read_label(reading), place=reading.place)
+
+
+def _read_label(reading: Reading) -> float:
+    name = next((name for name in LABELS if name in reading.record), "label")
+    value = reading.need(name)
+    label = _WORDS.get(value.strip().lower()) if type(value) is str else None
+    label = check_number(value, name) if label is None else label
     if label not in (0.0, 1.0):
-        raise BadRow(f"label: is {record['label']}; it must be true or false (1 or 0) where there is one completion")
-    return Row("unpaired", prompt, (answer,), None, label, None, place)
+        raise BadRow(f"{name}: is {value}; it must be true or false (1 or 0) where there is one completion")
+    return label
 
 
-def adapt_pair(record: Record, place: str) -> Row:
-    return _pair(record, check_prompt(need(record, "prompt"), "prompt"), place)
+def adapt_pair(reading: Reading) -> Row:
+    return _pair(reading, read_prompt(reading), reading.need("chosen"), reading.need("rejected"))
 
 
-def adapt_sharegpt_pair(record: Record, place: str) -> Row:
-    turns = check_list(need(record, "conversations"), "conversations")
-    return _pair(record, check_prompt(turns, "conversations"), place)
+def _pair(
+    reading: Reading, prompt: Text, better: Any, worse: Any, names: tuple[str, str] = ("chosen", "rejected")
+) -> Row:
+    answers = [check_answer(value, name, reading) for value, name in zip((better, worse), names, strict=True)]
+    prompt, (chosen, rejected) = join_prompt(prompt, answers, list(names))
+    return _finish_pair(reading, prompt, chosen, rejected)
 
 
-def adapt_alpaca_pair(record: Record, place: str) -> Row:
-    return _pair(record, _instruction(record), place)
-
-
-def _pair(record: Record, prompt: Text, place: str) -> Row:
-    chosen = check_answer(need(record, "chosen"), "chosen")
-    rejected = check_answer(need(record, "rejected"), "rejected")
-    if type(prompt) is not str or type(chosen) is not str or type(rejected) is not str:
-        prompt, (chosen, rejected) = join_prompt(prompt, [chosen, rejected], ["chosen", "rejected"])
-    return _finish_pair(record, prompt, chosen, rejected, place)
-
-
-def _finish_pair(record: Record, prompt: Text, chosen: Text, rejected: Text, place: str) -> Row:
+def _finish_pair(reading: Reading, prompt: Text, chosen: Text, rejected: Text) -> Row:
     if chosen == rejected:
         raise BadRow("rejected: is the same as chosen", equal_answers=True)
-    return Row("pair", prompt, (chosen, rejected), None, _soft_label(record), _margin(record), place)
+    if isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list):
+        prompt, chosen, rejected = _move_common_turns(prompt, chosen, rejected)
+    name = reading.first("soft_label", "label")
+    label = None if name is None else check_number(reading.record[name], name, low=0, high=1)
+    margin = check_number(reading.record["margin"], "margin") if reading.first("margin") else None
+    return Row("pair", prompt, (chosen, rejected), label=label, margin=margin, place=reading.place)
 
 
-def _soft_label(record: Record) -> float | None:
-    field = "soft_label" if record.get("soft_label") is not None else "label"
-    value = record.get(field)
-    return None if value is None or value == "" else check_number(value, field, low=0, high=1)
+def _move_common_turns(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Count what both answers begin with as asked, where it ends with the user: [a, u, b] and [a, u, c] differ in b."""
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    while common and chosen[common - 1]["role"] == "assistant":
+        common -= 1
+    if common == min(len(chosen), len(rejected)):
+        return prompt, chosen, rejected
+    return [*prompt, *chosen[:common]], chosen[common:], rejected[common:]
 
 
-def _margin(record: Record) -> float | None:
-    value = record.get("margin")
-    return None if value is None or value == "" else check_number(value, "margin")  # CSV has no null
-
-
-def adapt_implicit(record: Record, place: str) -> Row:
+def adapt_implicit(reading: Reading) -> Row:
     """Take the common start of two texts as their prompt, cut where a word begins.
 
     TRL cuts at the first character that differs, which can be inside a word ("bl" of blue and black). What the
     answers share beyond the cut adds the same log-probability to both, so no loss of pairs changes.
     """
-    chosen, rejected = need_text(record, "chosen"), need_text(record, "rejected")
+    chosen, rejected = reading.need_text("chosen"), reading.need_text("rejected")
     if chosen == rejected:
         raise BadRow("rejected: is the same as chosen", equal_answers=True)
     length = min(len(chosen), len(rejected))
@@ -115,13 +222,26 @@ def adapt_implicit(record: Record, place: str) -> Row:
     prompt, answers = chosen[:start], (chosen[start:], rejected[start:])
     for answer, field in zip(answers, ("chosen", "rejected"), strict=True):
         check_text(answer, f"{field} after the common prompt")
-    return _finish_pair(record, prompt, *answers, place)
+    if not prompt.strip():
+        columns = ", ".join(map(str, reading.record))
+        raise BadRow(
+            f"prompt: is missing, and chosen and rejected share no beginning that could be it; the row has {columns}; "
+            "name what was asked with columns: {prompt: COLUMN}"
+        )
+    turns = _surround([Message(role="user", content=prompt.strip())], reading)
+    if len(turns) > 1 or len(turns[0]) > 2:
+        return _pair(reading, turns, answers[0].strip(), answers[1].strip())
+    return _finish_pair(reading, prompt, *answers)
 
 
-def adapt_implicit_chat(record: Record, place: str) -> Row:
+def adapt_implicit_chat(reading: Reading) -> Row:
+    return _implicit_chat(reading, "chosen", "rejected")
+
+
+def _implicit_chat(reading: Reading, better: str, worse: str) -> Row:
     """Take the common first turns of two conversations as their prompt."""
-    chosen = check_conversation(need(record, "chosen"), "chosen")
-    rejected = check_conversation(need(record, "rejected"), "rejected")
+    chosen = check_conversation(reading.need(better), better, reading)
+    rejected = check_conversation(reading.need(worse), worse, reading)
     if chosen == rejected:
         raise BadRow("rejected: is the same as chosen", equal_answers=True)
     length = min(len(chosen), len(rejected))
@@ -130,61 +250,123 @@ def adapt_implicit_chat(record: Record, place: str) -> Row:
         raise BadRow(f"{'rejected' if length == len(rejected) else 'chosen'}: is only the beginning of the other")
     if not start or chosen[start]["role"] != "assistant" or rejected[start]["role"] != "assistant":
         raise BadRow(f"rejected[{start}]: the prompts differ; all turns before the answer must be those of chosen")
+    while chosen[start - 1]["role"] == "assistant":
+        start -= 1
     end_prompt(chosen[:start], "the common prompt")
-    return _finish_pair(record, chosen[:start], chosen[start:], rejected[start:], place)
+    return _finish_pair(reading, _surround(chosen[:start], reading), chosen[start:], rejected[start:])
 
 
-def adapt_hh(record: Record, place: str) -> Row:
-    prompt, chosen, rejected = split_pair(need_text(record, "chosen"), need_text(record, "rejected"))
-    return _finish_pair(record, prompt, chosen, rejected, place)
+def adapt_hh(reading: Reading) -> Row:
+    prompt, chosen, rejected = split_pair(reading.need_text("chosen"), reading.need_text("rejected"))
+    return _finish_pair(reading, _surround(prompt, reading), chosen, rejected)
 
 
-def _instruction(record: Record) -> str:
-    """Join Alpaca's instruction and input by a blank line; an input that is empty adds nothing."""
-    instruction = need_text(record, "instruction")
-    context = record.get("input")
-    if context is None or (type(context) is str and not context.strip()):
-        return instruction
-    return f"{instruction}\n\n{check_text(context, 'input')}"
+def adapt_rejected_response(reading: Reading) -> Row:
+    """Read a conversation whose last answer is the chosen one, with the other one beside it."""
+    name = next(name for name in REJECTED if name in reading.record)
+    messages = _read_conversation(reading)
+    last = max(place for place, message in enumerate(messages) if message["role"] != "assistant") + 1
+    end_prompt(messages[:last], "the turns before the answer")
+    return _pair(reading, messages[:last], messages[last:], reading.need(name), ("messages", name))
 
 
-def adapt_alpaca(record: Record, place: str) -> Row:
-    return Row("prompt_completion", _instruction(record), (need_text(record, "output"),), None, None, None, place)
+REJECTED = ("rejected_response", "rejected_messages")
 
 
-def adapt_ultrafeedback_ranked(record: Record, place: str) -> Row:
-    """Rank the completions of raw UltraFeedback by overall_score."""
-    prompt = need_text(record, "instruction" if "instruction" in record else "prompt")
-    answers, scores = [], []
-    for index, item in enumerate(check_list(need(record, "completions"), "completions")):
-        field = f"completions[{index}]"
+def adapt_choice(
+    first: str, second: str, choice: str, better: Callable[[Any, str], int] | None
+) -> Callable[[Reading], Row]:
+    """Return an adapter of two answers and a column that says which is better: `better` gives 0 for the first."""
+
+    def adapt(reading: Reading) -> Row:
+        names = (first, second)
+        chosen = 0 if better is None else better(reading.need(choice), choice)
+        names = names if chosen == 0 else names[::-1]
+        if first.startswith("conversation"):
+            return _implicit_chat(reading, *names)
+        return _pair(reading, read_prompt(reading), reading.need(names[0]), reading.need(names[1]), names)
+
+    return adapt
+
+
+def read_index(value: Any, field: str) -> int:
+    """Which answer is better, as its number: 0 or 1."""
+    number = check_number(value, field)
+    if number not in (0.0, 1.0):
+        raise BadRow(f"{field}: is {value}; it must be 0 or 1, the number of the better answer")
+    return int(number)
+
+
+def read_first_wins(value: Any, field: str) -> int:
+    """Which answer is better, as 1 where it is the first one (SHP)."""
+    return 1 - read_index(value, field)
+
+
+def read_strength(value: Any, field: str) -> int:
+    """Which answer is better, as a strength: below 0 the first one, above 0 the second one (HelpSteer2)."""
+    number = check_number(value, field)
+    if number == 0:
+        raise BadRow(f"{field}: is 0; no answer is better than the other", equal_answers=True)
+    return int(number > 0)
+
+
+def read_winner(value: Any, field: str) -> int:
+    """Which answer is better, by name: model_a or model_b, a or b."""
+    name = check_text(value, field).strip().lower().removeprefix("model_").removeprefix("response_")
+    if name in ("a", "b", "1", "2"):
+        return int(name in ("b", "2"))
+    raise BadRow(f"{field}: is {value!r}; no answer is better than the other", equal_answers=True)
+
+
+_ITEM_TEXTS = ("response", "answer", "completion", "text", "content", "output")
+_ITEM_SCORES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1, "ranking": -1}
+
+
+def adapt_rated_items(reading: Reading) -> Row:
+    """Read answers with their scores or ranks in one list of objects: raw UltraFeedback, Nectar."""
+    column = next((name for name in RANKED if name in reading.record), "completions")
+    prompt = read_prompt(reading, transcript=True)
+    answers: list[Text] = []
+    scores = []
+    for index, item in enumerate(check_list(reading.need(column), column)):
+        field = f"{column}[{index}]"
         if type(item) is not dict:
             raise BadRow(f"{field}: must be an object with response and overall_score")
-        for key in ("response", "overall_score"):
+        text = next((key for key in _ITEM_TEXTS if key in item), "response")
+        score = next((key for key in _ITEM_SCORES if item.get(key) is not None), None)
+        score = score or next((key for key in _ITEM_SCORES if key in item), "overall_score")
+        for key in (text, score):
             if item.get(key) is None:
                 raise BadRow(f"{field}.{key}: is {'null' if key in item else 'missing'}")
-        answers.append(check_text(item["response"], f"{field}.response"))
-        scores.append(check_number(item["overall_score"], f"{field}.overall_score"))
-    return _ranked(prompt, list(answers), scores, "completions", place)
+        answers.append(check_text(item[text], f"{field}.{text}"))
+        scores.append(_ITEM_SCORES[score] * check_number(item[score], f"{field}.{score}"))
+    return _ranked(reading, prompt, answers, scores, column)
 
 
-def adapt_ranked(record: Record, place: str) -> Row:
+RANKED = ("completions", "responses", "answers")
+
+
+def adapt_ranked(reading: Reading) -> Row:
     """Read completions with scores (higher is better) or ranking (1 is best, equal ranks are ties), or responses
     from best to worst."""
-    prompt = check_prompt(need(record, "prompt"), "prompt")
-    field = "responses" if "completions" not in record else "completions"
-    values = check_list(need(record, field), field)
-    answers = [check_answer(value, f"{field}[{index}]") for index, value in enumerate(values)]
-    return _ranked(prompt, answers, _scores(record, field, len(answers)), field, place)
+    field = next(name for name in RANKED if name in reading.record)
+    values = check_list(reading.need(field), field)
+    if type(values[0]) is dict and "role" not in values[0]:
+        return adapt_rated_items(reading)
+    prompt = read_prompt(reading)
+    answers = [check_answer(value, f"{field}[{index}]", reading) for index, value in enumerate(values)]
+    return _ranked(reading, prompt, answers, _scores(reading, field, len(answers)), field)
 
 
-def _scores(record: Record, field: str, count: int) -> list[float]:
+def _scores(reading: Reading, field: str, count: int) -> list[float]:
+    record = reading.record
     given = [name for name in ("scores", "ranking") if record.get(name) is not None]
+    reading.used.update(given)
     if len(given) > 1:
         raise BadRow("ranking: give scores or ranking, not both")
     if not given:
-        if field == "completions":
-            raise BadRow("scores: is missing; completions need scores (higher is better) or ranking (1 is best)")
+        if field != "responses":
+            raise BadRow(f"scores: is missing; {field} need scores (higher is better) or ranking (1 is best)")
         return [float(count - place) for place in range(count)]
     (name,) = given
     values = check_list(record[name], name)
@@ -194,7 +376,7 @@ def _scores(record: Record, field: str, count: int) -> list[float]:
     return numbers if name == "scores" else [-number for number in numbers]
 
 
-def _ranked(prompt: Text, answers: list[Text], scores: list[float], field: str, place: str) -> Row:
+def _ranked(reading: Reading, prompt: Text, answers: list[Text], scores: list[float], field: str) -> Row:
     if len(answers) < 2:
         raise BadRow(f"{field}: has one answer; a ranking needs two or more")
     prompt, answers = join_prompt(prompt, answers, [f"{field}[{index}]" for index in range(len(answers))])
@@ -205,4 +387,56 @@ def _ranked(prompt: Text, answers: list[Text], scores: list[float], field: str, 
         if scores[above] != scores[below] and answers[above] == answers[below]:
             raise BadRow(f"{field}[{below}]: is the same as {field}[{above}] with another score", equal_answers=True)
     completions = tuple(answers[index] for index in order)
-    return Row("ranked", prompt, completions, tuple(scores[index] for index in order), None, None, place)
+    return Row("ranked", prompt, completions, tuple(scores[index] for index in order), place=reading.place)
+
+
+def adapt_segments(reading: Reading) -> Row:
+    """Read pieces of one text, each learnt or only read."""
+    pieces, learnt = [], []
+    for index, piece in enumerate(check_list(reading.need("segments"), "segments")):
+        field = f"segments[{index}]"
+        if type(piece) is not dict or type(piece.get("text")) is not str or type(piece.get("label")) is not bool:
+            raise BadRow(f"{field}: must be an object with text and label: true (learnt) or false (only read)")
+        if piece["text"]:
+            pieces.append(piece["text"])
+            learnt.append(float(piece["label"]))
+    if not any(learnt):
+        raise BadRow("segments: none is to be learnt")
+    return Row("segments", "", tuple(pieces), tuple(learnt), place=reading.place)
+
+
+def adapt_tokens(reading: Reading) -> Row:
+    """Take token ids as they are; learnt is what labels, or a mask of TRL's, says; all of them without one."""
+    record = reading.record
+    ids = _check_ids(reading.need("input_ids"), "input_ids", low=0)
+    reading.used.update(("labels", "attention_mask", *MASKS))
+    labels = _check_ids(record["labels"], "labels", low=-100) if record.get("labels") is not None else ids
+    masks = {name: record[name] for name in ("attention_mask", *MASKS) if record.get(name) is not None}
+    for name, value in (("labels", labels), *masks.items()):
+        if type(value) is not list or len(value) != len(ids):
+            what = f"has {len(value)} entries" if type(value) is list else f"is {type_name(value)}"
+            raise BadRow(f"{name}: {what}; input_ids has {len(ids)}")
+    for name in MASKS:
+        if name in masks:
+            labels = [label if keep else -100 for label, keep in zip(labels, masks[name], strict=True)]
+    if any(label not in (-100, token) for label, token in zip(labels, ids, strict=True)):
+        raise BadRow("labels: are -100 or the ids of the same places; they are shifted while training")
+    attended = masks.get("attention_mask") or [1] * len(ids)
+    kept = [(token, label) for token, label, keep in zip(ids, labels, attended, strict=True) if keep]
+    if not any(label != -100 for _, label in kept[1:]):
+        raise BadRow("labels: nothing is to be learnt")
+    tokens = ([token for token, _ in kept], [label for _, label in kept])
+    return Row("tokens", "", (), place=reading.place, tokens=tokens)
+
+
+MASKS = ("assistant_masks", "completion_mask")
+
+
+def _check_ids(value: Any, field: str, *, low: int) -> list[int]:
+    ids = check_list(check_json(value, field, list) if type(value) is str else value, field)
+    for index, token in enumerate(ids):
+        if type(token) is not int or token < low or (low < 0 and low < token < 0):
+            raise BadRow(
+                f"{field}[{index}]: is {token if type(token) is int else type_name(token)}; it must be a token id"
+            )
+    return ids

@@ -1,21 +1,39 @@
-"""Which format a record is in.
+"""Which format a record is in: one table of the ways people write rows.
 
-The format is decided by the record's columns and the types of their values, for every record anew (a dict lookup per
-row, `recognise`). Deliberately reads no files; what becomes of a record is the business of `adapters`.
+A record is in the first format of the table whose columns it has, decided for every record anew (a dict lookup per
+row). What becomes of it is the business of `adapters`; here it is made sure that no column that says something is
+left unread.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from alignkit.data import adapters
+from alignkit.data.adapters import (
+    ANSWERS,
+    ASKED,
+    CONTEXTS,
+    CONVERSATIONS,
+    LABELS,
+    PROMPTS,
+    RANKED,
+    REJECTED,
+    adapt_choice,
+    adapt_conversation,
+    adapt_pair,
+    adapt_prompt,
+    adapt_prompt_completion,
+    adapt_ranked,
+    adapt_unpaired,
+)
 from alignkit.data.files import Record
 from alignkit.data.rejects import BadRow
 from alignkit.data.rows import Kind, Row
 from alignkit.data.transcripts import START
-from alignkit.data.values import suggest_column
+from alignkit.data.values import MEDIA, ROLE_NAMES, Reading, check_number, is_empty, suggest_column
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared and hashed by identity: each is made once
@@ -24,79 +42,206 @@ class Format:
 
     name: str  # the value of `format:` it belongs to
     kind: Kind
-    adapt: Callable[[Record, str], Row]  # record, place -> Row; raises BadRow
-    columns: frozenset[str]  # those that are read; others are reported as ignored
+    needs: str  # the columns it has, all of these words: a|b is one of two, prompt:str a column of that type
+    adapt: Callable[[Reading], Row]  # raises BadRow
     chat: bool = False  # text is in lists of messages
+    loose: bool = False  # its names mean other things beside a prompt of ppo, such as what a reward function expects
 
     def __str__(self) -> str:
         name = self.name if self.name == self.kind else f"{self.name} {self.kind}"
         return f"{name} (messages)" if self.chat else name
 
+    def fits(self, record: Record) -> bool:
+        """Tell whether the record has the columns."""
+        return all(any(_has(column, record) for column in word.split("|")) for word in self.needs.split())
 
-_COLUMN_HELP = (
+
+# Names of several columns in `needs`.
+GROUPS = {
+    "PROMPT": (*PROMPTS, *CONTEXTS),
+    "CONVERSATION": CONVERSATIONS,
+    "ANSWER": ANSWERS,
+    "LABEL": LABELS,
+    "RANKED": RANKED,
+    "REJECTED": REJECTED,
+}
+_TYPES = {"str": str, "list": list}
+
+
+def _has(word: str, record: Record) -> bool:
+    name, _, kind = word.partition(":")
+    columns = GROUPS.get(name, (name,))
+    return any(column in record and (not kind or type(record[column]) is _TYPES[kind]) for column in columns)
+
+
+_IMPLICIT = Format("trl", "pair", "chosen:str rejected:str", adapters.adapt_implicit)
+_HH = Format("hh", "pair", "chosen:str rejected:str", adapters.adapt_hh)  # in place of the one above, by the text
+# A record is in the first one that fits. Of a `format:` only its own are tried; the last of them where none fits.
+FORMATS = (
+    Format("tokens", "tokens", "input_ids", adapters.adapt_tokens),
+    Format("segments", "segments", "segments", adapters.adapt_segments),
+    Format("openai", "pair", "CONVERSATION REJECTED", adapters.adapt_rejected_response),
+    *(
+        Format("choice", "pair", f"{asked} {first} {second} {choice}", adapt_choice(first, second, choice, better))
+        for asked, first, second, choice, better in (
+            ("PROMPT", "response_0", "response_1", "better_response_id", adapters.read_index),  # PKU-SafeRLHF
+            ("PROMPT", "response_0", "response_1", "safer_response_id", adapters.read_index),
+            ("PROMPT", "response_1", "response_2", "preference_strength", adapters.read_strength),  # HelpSteer2
+            ("PROMPT", "response1", "response2", "overall_preference", adapters.read_strength),  # HelpSteer3
+            ("history:str", "human_ref_A", "human_ref_B", "labels", adapters.read_first_wins),  # SHP
+            ("PROMPT", "response_a", "response_b", "winner", adapters.read_winner),
+            ("", "conversation_a", "conversation_b", "winner", adapters.read_winner),  # Chatbot Arena
+            ("PROMPT", "response_j", "response_k", "", None),  # Stack Exchange: the first one is better
+        )
+    ),
+    Format("sharegpt", "pair", "conversations chosen|rejected", adapt_pair),
+    Format("sharegpt", "unpaired", "conversations LABEL", adapt_unpaired),
+    Format("sharegpt", "messages", "conversations", adapt_conversation),
+    Format("alpaca", "pair", "instruction chosen|rejected", adapt_pair),
+    Format("ultrafeedback", "ranked", "instruction completions", adapters.adapt_rated_items),
+    Format("ultrafeedback", "pair", "prompt:str chosen:list", adapt_pair),
+    Format("trl", "pair", "PROMPT chosen:list|PROMPT:list chosen|rejected", adapt_pair, chat=True),
+    Format("trl", "pair", "PROMPT chosen|rejected", adapt_pair),
+    Format("openai", "pair", "CONVERSATION chosen:str rejected:str", adapt_pair),
+    _IMPLICIT,
+    _HH,
+    Format("trl", "pair", "chosen|rejected", adapters.adapt_implicit_chat, chat=True),
+    Format("ranked", "ranked", "completions|responses", adapt_ranked),
+    Format("ranked", "ranked", "PROMPT answers:list", adapt_ranked, loose=True),
+    Format("alpaca", "unpaired", "instruction ANSWER LABEL", adapt_unpaired),
+    Format("alpaca", "prompt_completion", "instruction", adapt_prompt_completion),
+    Format("trl", "unpaired", "completion LABEL prompt:list|completion:list", adapt_unpaired, chat=True),
+    Format("trl", "unpaired", "completion LABEL", adapt_unpaired),
+    Format("openai", "unpaired", "messages LABEL", adapt_unpaired),
+    Format(
+        "trl",
+        "prompt_completion",
+        "completion prompt:list|completion:list|messages",
+        adapt_prompt_completion,
+        chat=True,
+    ),
+    Format("trl", "prompt_completion", "completion", adapt_prompt_completion),
+    Format("openai", "messages", "messages", adapt_conversation),
+    Format("trl", "unpaired", "PROMPT ANSWER LABEL", adapt_unpaired, loose=True),
+    Format(
+        "trl",
+        "prompt_completion",
+        "PROMPT ANSWER PROMPT:list|ANSWER:list",
+        adapt_prompt_completion,
+        chat=True,
+        loose=True,
+    ),
+    Format("trl", "prompt_completion", "PROMPT ANSWER", adapt_prompt_completion, loose=True),
+    Format("sharegpt", "messages", "CONVERSATION", adapt_conversation),
+    Format("trl", "prompt", "prompt:list", adapt_prompt, chat=True),
+    Format("trl", "prompt", "prompt", adapt_prompt),
+    Format("text", "text", "text", adapters.adapt_text),
+    Format("trl", "prompt", "PROMPT:list", adapt_prompt, chat=True),
+    Format("trl", "prompt", "PROMPT", adapt_prompt),
+)
+_HELP = (
     "text; messages; prompt + completion (+ label); prompt + chosen + rejected; chosen + rejected; "
     "prompt + completions + scores or ranking; prompt + responses; conversations; instruction + output; prompt"
 )
-_ITEM_KEYS = {"role", "content", "from", "value", "response", "overall_score"}
+# Not read, these are refused: they say what is asked, or what an answer is worth.
+_TELLING = {*ASKED, "history", "label", "weight"}
 _MAX_KNOWN = 4096  # a file whose columns change with every row must not fill the memory
 
 
-@dataclass(slots=True)
-class _Columns:
-    """A set of columns with the types of their values, as seen in the records of a source."""
-
-    form: Format
-    ignored: frozenset[str]
-    rows: int = 0
-
-
 class Detector:
-    """Finds the format of records, remembering what sets of columns it has seen."""
+    """Finds the format of records and reads them, noting what nothing reads."""
 
-    def __init__(self, format_name: str = "auto") -> None:
-        self._choose = _CHOOSERS[format_name]
-        self._known: dict[tuple[tuple[str, ...], tuple[type, ...]], _Columns] = {}
-        self._ignored: Counter[str] = Counter()
+    def __init__(
+        self,
+        format_name: str = "auto",
+        *,
+        roles: Mapping[str, str] | None = None,
+        for_prompts: bool = False,
+        keeps_columns: bool = False,
+    ) -> None:
+        """`for_prompts`: only what is asked counts; `keeps_columns`: a reward function gets what is not read."""
+        own = [form for form in FORMATS if format_name in ("auto", form.name)]
+        if for_prompts:
+            own = sorted(own, key=lambda form: form.loose)
+        self._formats, self._fallback = own, None if format_name in ("auto", "trl") else own[-1]
+        self._for_prompts, self._keeps_columns = for_prompts, keeps_columns
+        self._known: dict[tuple[tuple[str, ...], tuple[type, ...]], Format] = {}
+        self._roles = dict(roles or {})
+        self.unread: dict[str, tuple[int, str]] = {}  # column or key -> rows that have it, the first of them
+        self.cut: tuple[int, str] = (0, "")  # conversations whose last turns were left out, the first of them
 
     def recognise(self, record: Record) -> Format:
         """Return the record's format; BadRow when no format has such columns."""
         signature = (tuple(record), tuple(map(type, record.values())))
-        columns = self._known.get(signature)
-        if columns is None:
+        form = self._known.get(signature)
+        if form is None:
+            form = next((form for form in self._formats if form.fits(record)), self._fallback)
+            if form is None:
+                raise BadRow(f"no known format has the columns {_list_columns(record)}; accepted: {_HELP}")
             if len(self._known) >= _MAX_KNOWN:
-                self._ignored = self.count_ignored()
                 self._known.clear()
-            form = self._choose(record)
-            columns = self._known[signature] = _Columns(form, frozenset(record) - form.columns | _nested(record, form))
-        columns.rows += 1
-        if columns.form is _IMPLICIT and record["chosen"].startswith(START):
-            return HH
-        return columns.form
+            self._known[signature] = form
+        return _HH if form is _IMPLICIT and record["chosen"].startswith(START) else form
 
-    def count_ignored(self) -> Counter[str]:
-        """Return the columns that no Row carries, with the number of records that have them.
+    def read(self, form: Format, record: Record, place: str) -> Row:
+        """Return the record's row; BadRow when something in it is wrong, or cannot be honoured."""
+        reading = Reading(self._roles, self._for_prompts, record, place)
+        row = form.adapt(reading)
+        unread = [name for name in record if name not in reading.used and not is_empty(record[name])]
+        for name in unread:
+            self._refuse_telling(name, form, reading)
+        for name in (*(() if self._keeps_columns else unread), *reading.unread):
+            count, first = self.unread.get(name, (0, place))
+            self.unread[name] = (count + 1, first)
+        if reading.is_cut:
+            self.cut = (self.cut[0] + 1, self.cut[1] or place)
+        return row
 
-        Extra keys of messages are named too ("messages[].name"), as of the first record with such columns.
-        """
-        ignored = self._ignored.copy()
-        for columns in self._known.values():
-            ignored.update(dict.fromkeys(columns.ignored, columns.rows))
-        return ignored
+    def _refuse_telling(self, name: str, form: Format, reading: Reading) -> None:
+        """Refuse a column that would have changed what is trained, unless it repeats what was read."""
+        value = reading.record[name]
+        if name in MEDIA:
+            raise BadRow(f"{name}: {MEDIA[name]}")
+        if name not in _TELLING or self._keeps_columns or (self._for_prompts and name not in ASKED):
+            return
+        if name == "weight":
+            if check_number(value, name) != 1:
+                raise BadRow(f"weight: is {value}; single rows cannot be weighted, sources can: data.weight")
+        elif not _is_repeated(value, reading):
+            raise BadRow(
+                f"{name}: is not read in a row of {form}, and says something that the columns read do not; "
+                f"name it in columns, or leave it out with columns: {{{name}: null}}"
+            )
 
 
-def _nested(record: Record, form: Format) -> set[str]:
-    """Name the keys of messages that are not read."""
-    lists = ((column, record[column]) for column in form.columns & record.keys() if type(record[column]) is list)
-    items = ((column, item) for column, held in lists for item in held if type(item) is dict)
-    return {f"{column}[].{key}" for column, item in items for key in item.keys() - _ITEM_KEYS}
+def _is_repeated(value: Any, reading: Reading) -> bool:
+    """Tell whether texts stand in the columns that were read, or hold all that those say (Alpaca's text)."""
+    texts = list(_iter_texts(value))
+    read = [text for name in reading.used for text in _iter_texts(reading.record.get(name))]
+    return all(any(text in other for other in read) or all(other in text for other in read) for text in texts)
 
 
-def rename_columns(record: Record, columns: dict[str, str]) -> Record:
-    """Return the record under our names; `columns` maps our name to the file's."""
+def _iter_texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value, without the names of roles."""
+    if isinstance(value, str):
+        if value.strip() and value.strip().lower() not in ROLE_NAMES:
+            yield value.strip()
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _iter_texts(item)
+    elif value is not None:
+        yield str(value)
+
+
+def rename_columns(record: Record, columns: Mapping[str, str | None]) -> Record:
+    """Return the record under our names; `columns` maps our name to the file's, or to None to leave ours out."""
     if not columns:
         return record
     renamed = {name: value for name, value in record.items() if name not in columns.values()}
     for ours, theirs in columns.items():
+        if theirs is None:
+            renamed.pop(ours, None)
+            continue
         if theirs not in record:
             near = suggest_column(ours, record)
             raise BadRow(f"{theirs}: is missing (columns.{ours}); the row has {', '.join(map(str, record))}{near}")
@@ -104,102 +249,7 @@ def rename_columns(record: Record, columns: dict[str, str]) -> Record:
     return renamed
 
 
-def _choose_auto(record: Record) -> Format:
-    if "conversations" in record:
-        return _choose_sharegpt(record)
-    if "chosen" in record or "rejected" in record:
-        if "instruction" in record:
-            return ALPACA_PAIR
-        if type(record.get("prompt")) is str and type(record.get("chosen")) is list:
-            return ULTRAFEEDBACK
-        return _choose_trl(record)
-    if "completions" in record or "responses" in record:
-        return _choose_ultrafeedback(record) if "instruction" in record else RANKED
-    if "instruction" in record:
-        return ALPACA
-    if "messages" in record and "completion" not in record:
-        return OPENAI
-    return _choose_trl(record)
-
-
-def _choose_trl(record: Record) -> Format:
-    if "chosen" in record or "rejected" in record:
-        if "prompt" in record:
-            return _PAIR_CHAT if list in (type(record["prompt"]), type(record.get("chosen"))) else _PAIR
-        both_text = type(record.get("chosen")) is str and type(record.get("rejected")) is str
-        return _IMPLICIT if both_text else _IMPLICIT_CHAT
-    chat = list in (type(record.get("prompt")), type(record.get("completion")))
-    if "completion" in record:
-        if "label" in record:
-            return _UNPAIRED_CHAT if chat else _UNPAIRED
-        return _PROMPT_COMPLETION_CHAT if chat else _PROMPT_COMPLETION
-    if "messages" in record:
-        return _TRL_MESSAGES
-    if "text" in record and "prompt" not in record:
-        return TEXT
-    if "prompt" in record:
-        return _PROMPT_CHAT if chat else _PROMPT
-    raise BadRow(f"no known format has the columns {_list_columns(record)}; accepted: {_COLUMN_HELP}")
-
-
 def _list_columns(record: Record) -> str:
     """List the columns, and the renaming that would make the nearest one fit."""
     hints = [hint for field in ("prompt", "completion", "messages", "text") if (hint := suggest_column(field, record))]
     return f"{', '.join(map(str, record)) or '(none)'}{hints[0] if hints else ''}"
-
-
-def _choose_sharegpt(record: Record) -> Format:
-    return SHAREGPT_PAIR if "chosen" in record or "rejected" in record else SHAREGPT
-
-
-def _choose_alpaca(record: Record) -> Format:
-    return ALPACA_PAIR if "chosen" in record or "rejected" in record else ALPACA
-
-
-def _choose_ultrafeedback(record: Record) -> Format:
-    return ULTRAFEEDBACK_RANKED if "completions" in record else ULTRAFEEDBACK
-
-
-_PAIR_EXTRAS = ("chosen", "rejected", "label", "soft_label", "margin")
-_RANKED_COLUMNS = frozenset({"prompt", "completions", "responses", "scores", "ranking"})
-
-
-def _trl(kind: Kind, adapt: Callable[[Record, str], Row], *columns: str, chat: bool = False) -> Format:
-    return Format("trl", kind, adapt, frozenset(columns), chat)
-
-
-TEXT = Format("text", "text", adapters.adapt_text, frozenset({"text"}))
-OPENAI = Format("openai", "messages", adapters.adapt_messages, frozenset({"messages"}))
-SHAREGPT = Format("sharegpt", "messages", adapters.adapt_sharegpt, frozenset({"conversations"}))
-SHAREGPT_PAIR = Format("sharegpt", "pair", adapters.adapt_sharegpt_pair, frozenset({"conversations", *_PAIR_EXTRAS}))
-ALPACA = Format("alpaca", "prompt_completion", adapters.adapt_alpaca, frozenset({"instruction", "input", "output"}))
-ALPACA_PAIR = Format("alpaca", "pair", adapters.adapt_alpaca_pair, frozenset({"instruction", "input", *_PAIR_EXTRAS}))
-HH = Format("hh", "pair", adapters.adapt_hh, frozenset(_PAIR_EXTRAS))
-ULTRAFEEDBACK = Format("ultrafeedback", "pair", adapters.adapt_pair, frozenset({"prompt", *_PAIR_EXTRAS}))
-ULTRAFEEDBACK_RANKED = Format(
-    "ultrafeedback", "ranked", adapters.adapt_ultrafeedback_ranked, frozenset({"instruction", "prompt", "completions"})
-)
-RANKED = Format("ranked", "ranked", adapters.adapt_ranked, _RANKED_COLUMNS)
-_TRL_MESSAGES = _trl("messages", adapters.adapt_messages, "messages")
-_PAIR = _trl("pair", adapters.adapt_pair, "prompt", *_PAIR_EXTRAS)
-_PAIR_CHAT = _trl("pair", adapters.adapt_pair, "prompt", *_PAIR_EXTRAS, chat=True)
-_IMPLICIT = _trl("pair", adapters.adapt_implicit, *_PAIR_EXTRAS)
-_IMPLICIT_CHAT = _trl("pair", adapters.adapt_implicit_chat, *_PAIR_EXTRAS, chat=True)
-_PROMPT_COMPLETION = _trl("prompt_completion", adapters.adapt_prompt_completion, "prompt", "completion")
-_PROMPT_COMPLETION_CHAT = _trl("prompt_completion", adapters.adapt_prompt_completion, "prompt", "completion", chat=True)
-_UNPAIRED = _trl("unpaired", adapters.adapt_unpaired, "prompt", "completion", "label")
-_UNPAIRED_CHAT = _trl("unpaired", adapters.adapt_unpaired, "prompt", "completion", "label", chat=True)
-_PROMPT = _trl("prompt", adapters.adapt_prompt, "prompt")
-_PROMPT_CHAT = _trl("prompt", adapters.adapt_prompt, "prompt", chat=True)
-
-_CHOOSERS: dict[str, Callable[[Record], Format]] = {
-    "auto": _choose_auto,
-    "trl": _choose_trl,
-    "openai": lambda record: OPENAI,
-    "sharegpt": _choose_sharegpt,
-    "alpaca": _choose_alpaca,
-    "hh": lambda record: HH,
-    "ultrafeedback": _choose_ultrafeedback,
-    "ranked": lambda record: RANKED,
-    "text": lambda record: TEXT,
-}

@@ -28,6 +28,8 @@ def digest_row(row: Row) -> bytes:
     parts = [row.kind, _netstring(row.prompt), *map(_netstring, row.completions)]
     if row.scores is not None or row.label is not None or row.margin is not None:
         parts.append(repr((row.scores, row.label, row.margin)))
+    if row.tokens is not None:
+        parts.append(repr(row.tokens))
     if row.columns:
         parts.append(row.columns)
     return blake2b(_encode("\x1e".join(parts)), digest_size=DIGEST_BYTES).digest()
@@ -42,9 +44,11 @@ def prompt_key(row: Row) -> bytes:
     """Return what decides whether two rows have the same prompt.
 
     A prompt of one user turn equals the same prompt as plain text. Rows without a prompt use what stands in for it:
-    a conversation the turns before its first answer, a text the text itself.
+    a conversation the turns before its first answer, a text the text itself, tokens and segments all of them.
     """
     prompt = row.prompt
+    if row.kind in ("segments", "tokens"):
+        return digest_row(row)
     if not prompt and row.completions:
         prompt = row.completions[0]
         if not isinstance(prompt, str):

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations, islice
 
-from alignkit.data.files import Record
+from alignkit.data.files import Entry, Record
 from alignkit.data.formats import Detector, Format, rename_columns
 from alignkit.data.hashes import HashSet, digest_row, hash_prompt, prompt_key
 from alignkit.data.rejects import BadRow, Problems, Rejects
 from alignkit.data.report import DataReport, SourceReport
 from alignkit.data.rows import METHOD_KINDS, Row, take_prompt
 from alignkit.data.sources import Located, locate, read_entries
+from alignkit.data.threads import join_threads
 from alignkit.errors import DataError, Problem
 from alignkit.recipe.schema import DataSource, PpoOptions
 from alignkit.recipe.stage import Stage
@@ -151,10 +152,38 @@ def _find_unwritable(columns: Record) -> str:
     return "a column"
 
 
+def _check_answers(row: Row) -> None:
+    """Refuse what a comparison of answers cannot mask: turns of others inside one, and an answer that is not learnt."""
+    for messages in row.completions if row.kind in ("pair", "ranked", "unpaired") else ():
+        for message in messages if isinstance(messages, list) else ():
+            if message["role"] != "assistant":
+                raise BadRow(
+                    f"holds a turn of the {message['role']} inside an answer, which is never learnt, and answers are "
+                    "compared as a whole; end the prompt with that turn, or give each answer a row of its own"
+                )
+            if not message.get("trained", True):
+                raise BadRow("an answer that is compared is marked as not learnt; leave the mark or the row out")
+
+
+def _advise(columns: Sequence[str], method: str) -> str:
+    """Say which columns the rows have and how to name them."""
+    ours = {
+        "sft": ("prompt", "completion"),
+        "rm": ("prompt", "chosen", "rejected"),
+        "dpo": ("prompt", "chosen", "rejected"),
+    }
+    missing = [name for name in ours.get(method, ()) if name not in columns]
+    if method == "sft" and {"label", "kto_tag"} & set(columns):
+        return "; columns: {label: null} leaves the labels out"
+    wanted = ", ".join(f"{name}: COLUMN" for name in missing)
+    return f"; the rows have {', '.join(map(str, columns))}: data.columns: {{{wanted}}} names others" if missing else ""
+
+
 @dataclass
 class _Found:
     """Rows of one format in one source."""
 
+    columns: list[str]  # of the first
     rows: int = 0
     places: list[str] = field(default_factory=list)  # the first two
 
@@ -173,46 +202,65 @@ class _SourceReader:
         self._keeps_columns = _reads_columns(stage)
         self._rejects = rejects if stage.options.on_bad_row == "skip" else None
         self._problems = problems
-        self._detector = Detector(located.source.format)
+        self._detector = self._new_detector()
         self._found: dict[Format, _Found] = {}
 
     def iter_rows(self) -> Iterator[tuple[Row, bytes]]:
         """Yield the good rows and their digests."""
-        counts, columns, recognise = self.counts, self.source.columns, self._detector.recognise
+        counts, recognise = self.counts, self._detector.recognise
         only = self._find_commonest() if self._rejects is not None else None
         accepted = METHOD_KINDS[self._method]
-        for place, record in read_entries(self._located):
+        for place, record in self._iter_records():
             counts.read += 1
             try:
                 if isinstance(record, BadRow):
                     raise record
-                record = rename_columns(record, columns)
                 form = recognise(record)
-                self._count(form, place)
+                self._count(form, place, record)
                 if form.kind not in accepted or (only is not None and form is not only):
                     self._leave_out(form, only, place)
                     continue
-                row = form.adapt(record, place)
+                row = self._detector.read(form, record, place)
                 if self._method == "ppo":
                     row = self._prompt_of(row, record)
+                elif self._method == "dpo":
+                    _check_answers(row)
                 digest = digest_row(row)
             except BadRow as bad:
                 self._add_bad(place, bad)
                 continue
             yield row, digest
 
+    def _new_detector(self) -> Detector:
+        prompts = self._method in ("ppo", "critique", "label")
+        source = self.source
+        return Detector(source.format, roles=source.roles, for_prompts=prompts, keeps_columns=self._keeps_columns)
+
+    def _iter_records(self) -> Iterator[Entry]:
+        """Yield the source's records under our names, trees of messages as their conversations."""
+        columns = self.source.columns
+
+        def rename(entry: Entry) -> Entry:
+            place, record = entry
+            try:
+                return place, record if isinstance(record, BadRow) else rename_columns(record, columns)
+            except BadRow as bad:
+                return place, bad
+
+        return join_threads(map(rename, read_entries(self._located)))
+
     def finish(self) -> None:
         """Complete the counts; add the problems of the source: mixed formats, or one that the method cannot take."""
         self.counts.formats.update({str(form): found.rows for form, found in self._found.items()})
-        ignored = self._detector.count_ignored()
-        # Keys of messages are not read by anybody.
-        unread = {name: rows for name, rows in ignored.items() if not self._keeps_columns or "[]" in name}
-        self.counts.ignored_columns.update(unread)
+        unread = self._detector.unread
+        self.counts.ignored_columns.update({name: rows for name, (rows, _) in unread.items()})
+        self.counts.ignored_places.update({name: place for name, (_, place) in unread.items()})
+        self.counts.cut_turns, self.counts.cut_turns_place = self._detector.cut
         if len(self._found) == 1:
             ((form, found),) = self._found.items()
             if form.kind not in METHOD_KINDS[self._method]:
                 takes = ", ".join(METHOD_KINDS[self._method])
-                what = f"{found.describe(form)}; {self._method} takes {takes}"
+                what = f"{found.describe(form)}; {self._method} takes {takes}{_advise(found.columns, self._method)}"
                 self._problems.files.append(Problem(what, self.source.path))
         elif len(self._found) > 1 and self._rejects is None:
             kinds = ", ".join(found.describe(form) for form, found in self._found.items())
@@ -227,10 +275,10 @@ class _SourceReader:
             raise BadRow(str(error)) from None
         return replace(row, columns=_dump_columns(record)) if self._keeps_columns else row
 
-    def _count(self, form: Format, place: str) -> None:
+    def _count(self, form: Format, place: str, record: Record) -> None:
         found = self._found.get(form)
         if found is None:
-            found = self._found[form] = _Found()
+            found = self._found[form] = _Found(list(record))
         found.rows += 1
         if found.rows <= 2:
             found.places.append(place)
@@ -252,12 +300,12 @@ class _SourceReader:
 
     def _find_commonest(self) -> Format | None:
         """Read the source once to find the commonest format that the method takes; the first one on a tie."""
-        detector = Detector(self.source.format)
+        detector = self._new_detector()
         rows: Counter[Format] = Counter()
-        for _, record in islice(read_entries(self._located), self.source.max_rows):
+        for _, record in islice(self._iter_records(), self.source.max_rows):
             try:
                 if not isinstance(record, BadRow):
-                    rows[detector.recognise(rename_columns(record, self.source.columns))] += 1
+                    rows[detector.recognise(record)] += 1
             except BadRow:
                 continue
         usable = [form for form, _ in rows.most_common() if form.kind in METHOD_KINDS[self._method]]

@@ -29,7 +29,10 @@ class SourceReport:
     not_sampled: int = 0  # left out by a weight with a fraction
     equal_answers: int = 0  # of the rejected: chosen and rejected are the same
     formats: Counter[str] = field(default_factory=Counter)  # "hh pair" -> rows
-    ignored_columns: Counter[str] = field(default_factory=Counter)  # column -> rows that have it
+    ignored_columns: Counter[str] = field(default_factory=Counter)  # column or key of messages -> rows that have it
+    ignored_places: dict[str, str] = field(default_factory=dict)  # the first of those rows
+    cut_turns: int = 0  # conversations whose turns after the last answer were cut off
+    cut_turns_place: str = ""
 
 
 @dataclass

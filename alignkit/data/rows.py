@@ -30,14 +30,15 @@ class Message(TypedDict):
 
 _MESSAGE_KEYS = Message.__annotations__.keys()
 Text = str | list[Message]
-Kind = Literal["text", "messages", "prompt_completion", "pair", "ranked", "unpaired", "prompt"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["text", "messages", "prompt_completion", "pair", "ranked", "unpaired", "prompt", "segments", "tokens"]
+_TOKENISED: tuple[Kind, ...] = ("segments", "tokens")  # what is learnt of them is said token by token
+KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind not in _TOKENISED)
 
 # What a method can be fed. sft learns the best answer of a pair or a ranked list; dpo breaks a ranked list
 # into its pairs; ppo takes the prompt of any row, of a conversation what comes before its last answer; critique and
 # label get rows as they are, and take the prompt or the answers themselves; so does eval.
 METHOD_KINDS: dict[str, tuple[Kind, ...]] = {
-    "sft": ("text", "messages", "prompt_completion", "pair", "ranked"),
+    "sft": ("text", "messages", "prompt_completion", "pair", "ranked", *_TOKENISED),
     "rm": ("pair", "ranked"),
     "dpo": ("pair", "ranked", "unpaired"),
     "ppo": KINDS,
@@ -59,12 +60,14 @@ class Row:
     prompt: Text  # "" for text and messages
     completions: tuple[Text, ...]
     # text: (text,); messages: (messages,); prompt_completion and unpaired: (completion,); pair: (chosen, rejected);
-    # ranked: best first; prompt: ()
-    scores: tuple[float, ...] | None = None  # ranked: one per completion, never rising; equal scores are ties
+    # ranked: best first; prompt and tokens: (); segments: pieces of one text
+    # ranked: one per completion, never rising; equal scores are ties. segments: 1.0 where the piece is learnt, else 0.0
+    scores: tuple[float, ...] | None = None
     label: float | None = None  # pair: P(first preferred) in [0, 1]; unpaired: 1.0 desirable, 0.0 not
     margin: float | None = None  # pair only
     place: str = ""  # "pairs.jsonl:734", "pairs.parquet[row 12]"
     columns: str = ""  # prompt only: the row's other columns as a JSON object, where a reward function reads them
+    tokens: tuple[list[int], list[int]] | None = None  # tokens only: ids and labels, -100 where nothing is learnt
 
     @property
     def conversational(self) -> bool:

@@ -28,7 +28,7 @@ def split_pair(chosen: str, rejected: str) -> tuple[list[Message], list[Message]
     end = _prompt_end(chosen, "chosen")
     if _prompt_end(rejected, "rejected") != end or rejected[:end] != chosen[:end]:
         raise BadRow("rejected: its prompt (all up to the last '\\n\\nAssistant:') differs from that of chosen")
-    prompt = _read_turns(chosen[: end - len(_ANSWER)])
+    prompt = read_turns(chosen[: end - len(_ANSWER)], "chosen")
     if prompt[-1]["role"] != "user":
         raise BadRow("chosen: two assistant turns in a row at its end; the prompt must end with a Human turn")
     return prompt, _answer(chosen[end:], "chosen"), _answer(rejected[end:], "rejected")
@@ -43,13 +43,14 @@ def _prompt_end(transcript: str, field: str) -> int:
     return at + len(_ANSWER)
 
 
-def _read_turns(transcript: str) -> list[Message]:
-    _, *pieces = _TURN.split(transcript)
+def read_turns(transcript: str, field: str) -> list[Message]:
+    """Return the turns of a transcript; an empty last one of the assistant, which asks for an answer, is kept empty."""
+    _, *pieces = _TURN.split(f"\n\n{transcript.lstrip()}")
     turns: list[Message] = []
-    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
+    for number, (speaker, said) in enumerate(zip(pieces[::2], pieces[1::2], strict=True)):
         content = said.strip()
-        if not content:
-            raise BadRow(f"chosen: turn {len(turns) + 1} ({speaker}) is empty")
+        if not content and (speaker != "Assistant" or 2 * number + 2 < len(pieces)):
+            raise BadRow(f"{field}: turn {len(turns) + 1} ({speaker}) is empty")
         turns.append({"role": _ROLES[speaker], "content": content})
     return turns
 

@@ -1,12 +1,15 @@
 """Checks of single values in a record: text, numbers, messages, conversations; each raises BadRow with a reason.
 
-Deliberately knows nothing of formats: it is told the field's name for the reason and nothing else.
+It knows nothing of formats: it is told the field's name for the reason. What other tools call roles and keys of a
+message stands in tables here.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,27 +18,77 @@ from alignkit.data.rejects import BadRow
 from alignkit.data.rows import Message, Text
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
-# Names that other formats use. "developer" is OpenAI's newer word for system.
-_ROLE_ALIASES = {
-    "developer": "system",
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "observation": "tool",
+_CALL = "call"  # an assistant's turn whose content is a call of a tool
+# Names that other formats use, in small letters. "developer" is OpenAI's newer word for system.
+ROLE_NAMES = {
+    **{role: role for role in ROLES},
+    **dict.fromkeys(("developer",), "system"),
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai"), "assistant"),
+    **dict.fromkeys(("observation", "function", "tool_response", "function_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), _CALL),
 }
-_UNSUPPORTED = ("tool_calls", "function_call")
+# The keys of a message, by what they say; the first one that is there counts.
+_ROLE_KEYS = ("role", "from", "speaker")
+_CONTENT_KEYS = ("content", "value", "text")
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_TRAINED_KEYS = {"weight": True, "train": True, "training": True, "trainable": True, "loss": True, "masked": False}
+_OTHER_KEYS = ("name", "tool_call_id", "tool_calls", "function_call", "tools")
+_KEYS = {*_ROLE_KEYS, *_CONTENT_KEYS, *_REASONING_KEYS, *_TRAINED_KEYS, *_OTHER_KEYS}
+# What cannot be honoured, unless it is empty: columns and keys of messages; keys of messages.
+MEDIA = dict.fromkeys(
+    ("image", "images", "video", "videos", "audio", "audios"), "only text can be trained on; leave such rows out"
+)
+_UNUSABLE_KEYS = MEDIA | {
+    **dict.fromkeys(("train_detail", "training_detail"), "a turn is learnt or not; use segments for parts of one"),
+    "mask": "say masked: true on each turn that is not to be learnt",
+    "refusal": "put what the assistant says into content",
+    "prefix": "a turn that is to be gone on with cannot be trained on",
+}
+# A turn that holds a question and its answer: which key is whose.
+_SIDES = {"input": "user", "output": "assistant", "question": "user", "answer": "assistant"}
 
 
-def need(record: Record, field: str) -> Any:
-    """Return the field's value; a missing or null one is a BadRow that lists what is there."""
-    value = record.get(field)
-    if value is not None:
-        return value
-    if field in record:
-        raise BadRow(f"{field}: is null")
-    columns = ", ".join(map(str, record)) or "no fields"
-    raise BadRow(f"{field}: is missing; the row has {columns}{suggest_column(field, record)}")
+@dataclass
+class Reading:
+    """One record being read: where it stands, what the source says of roles, and what is noted on the way."""
+
+    roles: Mapping[str, str] = field(default_factory=dict)  # the source's names of roles
+    for_prompts: bool = False  # the answers are of no interest: a conversation may end with a user's turn
+    record: Record = field(default_factory=dict)
+    place: str = ""
+    used: set[str] = field(default_factory=set)  # columns that were read
+    unread: dict[str, None] = field(default_factory=dict)  # keys of messages that nothing reads
+    is_cut: bool = False  # turns after the last answer were cut off
+
+    def need(self, name: str) -> Any:
+        """Return the column's value; a missing or null one is a BadRow that lists what is there."""
+        self.used.add(name)
+        value = self.record.get(name)
+        if value is not None:
+            return value
+        if name in self.record:
+            raise BadRow(f"{name}: is null")
+        columns = ", ".join(map(str, self.record)) or "no fields"
+        raise BadRow(f"{name}: is missing; the row has {columns}{suggest_column(name, self.record)}")
+
+    def need_text(self, name: str) -> str:
+        return check_text(self.need(name), name)
+
+    def first(self, *names: str) -> str | None:
+        """Return the first of the names whose column holds something."""
+        for name in names:
+            if name in self.record and not is_empty(self.record[name]):
+                self.used.add(name)
+                return name
+        return None
+
+
+def is_empty(value: object) -> bool:
+    """Tell whether a value says nothing: null, blank text, an empty list or object, or those as JSON text (of CSV)."""
+    if type(value) is str:
+        return not value or value.isspace() or (len(value) < 5 and value.strip() in ("[]", "{}", "null"))
+    return value is None or (type(value) in (list, dict) and not value)
 
 
 def suggest_column(field: str, columns: Iterable[Any]) -> str:
@@ -54,10 +107,6 @@ def check_text(value: object, field: str) -> str:
     if not value or value.isspace():
         raise BadRow(f"{field}: is empty")
     return value
-
-
-def need_text(record: Record, field: str) -> str:
-    return check_text(need(record, field), field)
 
 
 def check_number(value: object, field: str, *, low: float = -math.inf, high: float = math.inf) -> float:
@@ -97,95 +146,243 @@ def check_list(value: object, field: str) -> list[Any]:
     return value
 
 
-def check_messages(value: object, field: str) -> list[Message]:
-    """Return messages with exactly role and content, roles in our names, at most one system message and that first.
+def check_json(value: Any, field: str, kind: type) -> Any:
+    """Return a list or an object, which may stand as JSON text; it must be writable as JSON."""
+    try:
+        value = json.loads(value) if type(value) is str else value
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"{field}: is no JSON: {error}") from None
+    if type(value) is not kind:
+        raise BadRow(f"{field}: is {type_name(value)}; it must be {type_name(kind())}")
+    return value
 
-    Accepts role/content and from/value. Other keys of a message are dropped (`Detector.count_ignored` names them),
-    but for those that say what to train on: tool calls, and a weight other than 1.
+
+def check_tools(value: Any, field: str) -> list[dict[str, Any]]:
+    """Return the tools that the template is given, in OpenAI's shape; a bare function is put into one."""
+    tools = check_json(value, field, list)
+    for index, tool in enumerate(tools):
+        function = tool.get("function", tool) if type(tool) is dict else None
+        if type(function) is not dict or type(function.get("name")) is not str:
+            raise BadRow(f"{field}[{index}]: must be a function's description with a name and parameters")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _read_calls(value: Any, field: str) -> list[dict[str, Any]]:
+    """Return calls of tools in the shape that templates expect, the arguments as an object."""
+    calls = []
+    for index, call in enumerate(check_json(value, field, list)):
+        function = call.get("function", call) if type(call) is dict else None
+        if type(function) is not dict or type(function.get("name")) is not str:
+            raise BadRow(f"{field}[{index}]: must be an object with function: {{name, arguments}}")
+        arguments = function.get("arguments")
+        arguments = {} if is_empty(arguments) else check_json(arguments, f"{field}[{index}].arguments", dict)
+        known = {"id": call["id"]} if call.get("id") is not None else {}
+        calls.append({"type": "function", **known, "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def check_messages(value: object, field: str, reading: Reading) -> list[Message]:
+    """Return messages in our shape (see Message), whatever other tools call their roles and keys.
+
+    Empty system messages are left out. Keys that mean nothing to training are noted in `reading.unread`; a key that
+    cannot be honoured is a BadRow.
     """
-    messages = check_list(value, field)
     checked: list[Message] = []
-    for index, message in enumerate(messages):
+    for index, message in enumerate(_split_sides(check_list(value, field))):
         if type(message) is not dict:
             raise BadRow(f"{field}[{index}]: is {type_name(message)}; it must be an object with role and content")
         role, content = message.get("role"), message.get("content")
         named = type(role) is str and role in ROLES
         said = type(content) is str and content and not content.isspace()
-        if not (named and said and len(message) == 2):
-            message = _repair_message(message, f"{field}[{index}]")
-            role = message["role"]
-        if role == "system" and index:
-            raise BadRow(f"{field}[{index}]: {_second_system(checked)}")
-        checked.append(message)
+        if named and said and len(message) == 2:
+            checked.append(message)  # type: ignore[arg-type]
+        elif read := _read_message(message, f"{field}[{index}]", reading):
+            checked.append(read)
+    if not checked:
+        raise BadRow(f"{field}: holds nothing but an empty system message")
     return checked
 
 
-def _second_system(before: list[Message]) -> str:
-    if before[0]["role"] == "system":
-        return "is a second system message; a conversation has at most one"
-    return "is a system message; it must come first"
+def _split_sides(turns: list[Any]) -> list[Any]:
+    """Take turns of [question, answer] or {input, output} apart into messages; leave other lists as they are."""
+    first = turns[0]
+    if type(first) is list:
+        if not all(type(turn) is list and len(turn) == 2 for turn in turns):
+            return turns
+        sides = [zip(("user", "assistant"), turn, strict=True) for turn in turns]
+    elif type(first) is dict and first and not first.keys() & {*_ROLE_KEYS, *_CONTENT_KEYS}:
+        names = _SIDES | ROLE_NAMES
+        if not all(type(turn) is dict and all(key in names for key in turn) for turn in turns):
+            return turns
+        sides = [((names[key], value) for key, value in turn.items()) for turn in turns]  # type: ignore[misc]
+    else:
+        return turns
+    return [{"role": role, "content": content} for turn in sides for role, content in turn if content is not None]
 
 
-def _repair_message(message: dict[str, Any], field: str) -> Message:
-    """Bring an unusual message into our shape, or say what is wrong with it."""
-    role_key, content_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
-    for key in _UNSUPPORTED:
-        if message.get(key):
-            raise BadRow(f"{field}.{key}: calls of tools cannot be trained on; write them as text in content")
-    if message.get("weight") not in (None, 1):
-        raise BadRow(
-            f"{field}.weight: is {message['weight']!r}; messages cannot be weighted, leave the row or turn out"
-        )
-    role = message.get(role_key)
+def _read_message(message: dict[str, Any], field: str, reading: Reading) -> Message | None:
+    """Bring an unusual message into our shape, or say what is wrong with it; None for an empty system message."""
+    role = _read_role(message, field, reading)
+    content, reasoning = _read_content(message, field, role)
+    read = Message(role="assistant" if role == _CALL else role, content=content)
+    if role in ("assistant", _CALL):
+        if not _read_trained(message, field):
+            read["trained"] = False
+        if reasoning:
+            read["reasoning_content"] = reasoning
+    elif reasoning:
+        raise BadRow(f"{field}: reasoning is the assistant's, and the turn is {role}")
+    for key in ("tool_calls", "function_call"):
+        if not is_empty(message.get(key)):
+            given = message[key] if key == "tool_calls" else [message[key]]
+            if role != "assistant":
+                raise BadRow(f"{field}.{key}: calls of tools are the assistant's, and the turn is {role}")
+            read["tool_calls"] = _read_calls(given, f"{field}.{key}")
+    if role == _CALL and content.lstrip()[:1] in ("{", "["):
+        _content_to_calls(read, field)
+    if role == "tool":
+        for key in ("name", "tool_call_id"):
+            if message.get(key) is not None:
+                read[key] = check_text(message[key], f"{field}.{key}")  # type: ignore[literal-required]
+    if not is_empty(message.get("tools")):
+        if role != "system":
+            raise BadRow(f"{field}.tools: belong to the row or to its system message")
+        read["template_kwargs"] = {"tools": check_tools(message["tools"], f"{field}.tools")}
+    _note_unread(message, field, reading)
+    if not read["content"].strip() and role != "tool" and not read.get("tool_calls"):
+        if role == "system" and "template_kwargs" not in read:
+            return None
+        raise BadRow(f"{field}.{_key_of(message, _CONTENT_KEYS)}: is empty")
+    return read
+
+
+def _key_of(message: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """Return the first of the keys that is there, with something in it if one has."""
+    there = [key for key in keys if key in message]
+    usual = {"role": "role", "content": "value" if "from" in message and "role" not in message else "content"}
+    return next((key for key in there if message[key] is not None), there[0] if there else usual[keys[0]])
+
+
+def _read_role(message: dict[str, Any], field: str, reading: Reading) -> str:
+    key = _key_of(message, _ROLE_KEYS)
+    role = message.get(key)
     if role is None:
-        raise BadRow(f"{field}.{role_key}: is {'null' if role_key in message else 'missing'}")
+        raise BadRow(f"{field}.{key}: is {'null' if key in message else 'missing'}")
     if type(role) is not str:
-        raise BadRow(f"{field}.{role_key}: is {type_name(role)}; it must be text")
-    name = role if role in ROLES else _ROLE_ALIASES.get(role)
+        raise BadRow(f"{field}.{key}: is {type_name(role)}; it must be text")
+    name = reading.roles.get(role) or ROLE_NAMES.get(role.strip().lower())
     if name is None:
-        accepted = ", ".join(sorted(ROLES))
-        raise BadRow(f"{field}.{role_key}: {role!r} is not a role{_nearest_role(role)}; accepted: {accepted}")
-    content = message.get(content_key)
-    if content is None:
-        raise BadRow(f"{field}.{content_key}: is {'null' if content_key in message else 'missing'}")
+        near = get_close_matches(role.lower(), ROLE_NAMES, n=1, cutoff=0.6)
+        meant = (
+            f" (did you mean {'assistant' if ROLE_NAMES[near[0]] == _CALL else ROLE_NAMES[near[0]]}?)" if near else ""
+        )
+        raise BadRow(
+            f"{field}.{key}: {role!r} is not a role{meant}; accepted: {', '.join(sorted(ROLES))}; "
+            f"data.roles: {{{role}: user}} maps other names"
+        )
+    return name
+
+
+def _read_content(message: dict[str, Any], field: str, role: str) -> tuple[str, str]:
+    """Return what a message says, and what was thought before it."""
+    key = _key_of(message, _CONTENT_KEYS)
+    content, where = message.get(key), f"{field}.{key}"
+    for other in _CONTENT_KEYS:
+        if other != key and not is_empty(message.get(other)) and message[other] != content:
+            raise BadRow(f"{field}.{other}: stands beside {key} and says something else")
+    thoughts = [message[name] for name in _REASONING_KEYS if not is_empty(message.get(name))]
+    if thoughts and any(thought != thoughts[0] for thought in thoughts):
+        raise BadRow(f"{field}: has two texts of reasoning that differ")
+    reasoning = check_text(thoughts[0], f"{field}: the reasoning") if thoughts else ""
     if type(content) is list:
-        content = _join_parts(content, f"{field}.{content_key}")
-    return {"role": name, "content": check_text(content, f"{field}.{content_key}")}
+        content, thought = _join_parts(content, where)
+        reasoning = reasoning or thought
+    elif type(content) is dict and role == "tool":
+        content = json.dumps(check_json(content, where, dict), ensure_ascii=False)
+    silent = role == "assistant" and not (
+        is_empty(message.get("tool_calls")) and is_empty(message.get("function_call"))
+    )
+    if content is None and (silent or role == "system"):
+        content = ""
+    if content is None:
+        raise BadRow(f"{where}: is {'null' if key in message else 'missing'}")
+    if type(content) is not str:
+        raise BadRow(f"{where}: is {type_name(content)}; it must be text")
+    return content, reasoning
 
 
-def _nearest_role(role: str) -> str:
-    near = get_close_matches(role.lower(), [*ROLES, *_ROLE_ALIASES], n=1, cutoff=0.6)
-    return f" (did you mean {_ROLE_ALIASES.get(near[0], near[0])}?)" if near else ""
+def _read_trained(message: dict[str, Any], field: str) -> bool:
+    """Return whether an assistant's turn is learnt."""
+    said: dict[str, bool] = {}
+    for key, means in _TRAINED_KEYS.items():
+        if message.get(key) is not None:
+            number = check_number(message[key], f"{field}.{key}")
+            if number not in (0.0, 1.0):
+                raise BadRow(f"{field}.{key}: is {message[key]!r}; a turn is learnt or not: 1 or 0, true or false")
+            said[key] = bool(number) is means
+    if len(set(said.values())) > 1:
+        raise BadRow(f"{field}: {' and '.join(said)} contradict each other")
+    return all(said.values())
 
 
-def _join_parts(parts: list[Any], field: str) -> str:
-    """Join OpenAI's content parts by line ends; only text can be trained on."""
-    texts = []
+def _content_to_calls(read: Message, field: str) -> None:
+    """Turn the JSON of a function_call turn into a call; what names no function stays what the assistant wrote."""
+    try:
+        calls = json.loads(read["content"])
+    except (ValueError, RecursionError):
+        return
+    calls = calls if type(calls) is list else [calls]
+    if calls and all(type(call) is dict and "name" in call.get("function", call) for call in calls):
+        read["tool_calls"], read["content"] = _read_calls(calls, field), ""
+
+
+def _note_unread(message: dict[str, Any], field: str, reading: Reading) -> None:
+    for key in message.keys() - _KEYS:
+        if not is_empty(message[key]) and message[key] is not False:
+            if key in _UNUSABLE_KEYS:
+                raise BadRow(f"{field}.{key}: {_UNUSABLE_KEYS[key]}")
+            reading.unread[f"{field[: field.rindex('[')]}[].{key}"] = None
+    if message.get("name") is not None and message.get("role") != "tool":
+        reading.unread[f"{field[: field.rindex('[')]}[].name"] = None
+
+
+def _join_parts(parts: list[Any], field: str) -> tuple[str, str]:
+    """Join OpenAI's content parts by line ends, and those of reasoning apart; only text can be trained on."""
+    said: dict[bool, list[str]] = {False: [], True: []}
     for index, part in enumerate(parts):
         if type(part) is not dict:
             raise BadRow(f"{field}[{index}]: is {type_name(part)}; it must be an object with type and text")
-        if part.get("type") != "text":
-            raise BadRow(f"{field}[{index}]: is a part of type {part.get('type')}; only text parts can be used")
-        texts.append(check_text(part.get("text"), f"{field}[{index}].text"))
-    return "\n".join(texts)
+        kind = part.get("type")
+        if kind not in ("text", "thinking", "reasoning"):
+            raise BadRow(f"{field}[{index}]: is a part of type {kind}; only text parts can be used")
+        key = next((key for key in (kind, "text", "value", "content") if part.get(key) is not None), "text")
+        said[kind != "text"].append(check_text(part.get(key), f"{field}[{index}].{key}"))
+    return "\n".join(said[False]), "\n".join(said[True])
 
 
-def check_conversation(value: object, field: str) -> list[Message]:
-    """Return messages that hold at least one user turn and end with an assistant turn."""
-    messages = check_messages(value, field)
-    if messages[-1]["role"] != "assistant":
+def check_conversation(value: object, field: str, reading: Reading) -> list[Message]:
+    """Return messages that hold a user turn and end with an assistant turn; what follows the last one is cut off."""
+    messages = check_messages(value, field, reading)
+    last = max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    if last < 0 and not reading.for_prompts:
         raise BadRow(f"{field}: the last turn is {messages[-1]['role']}; it must be assistant")
     if messages[0]["role"] != "user" and all(message["role"] != "user" for message in messages):
         raise BadRow(f"{field}: has no user turn")
+    if last + 1 < len(messages) and not reading.for_prompts:
+        reading.is_cut = True
+        return messages[: last + 1]
     return messages
 
 
-def check_prompt(value: object, field: str) -> Text:
+def check_prompt(value: object, field: str, reading: Reading) -> Text:
     """Return a prompt: text, or messages that end with a user (or tool) turn."""
     if type(value) is not list:
         return check_text(value, field)
-    messages = check_messages(value, field)
+    messages = check_messages(value, field, reading)
     end_prompt(messages, field)
+    for message in messages:
+        message.pop("trained", None)
     return messages
 
 
@@ -195,13 +392,13 @@ def end_prompt(messages: list[Message], field: str) -> None:
         raise BadRow(f"{field}: the last turn is {messages[-1]['role']}; it must be user")
 
 
-def check_answer(value: object, field: str) -> Text:
+def check_answer(value: object, field: str, reading: Reading) -> Text:
     """Return an answer: text, or messages (one may stand without its list) that end with an assistant turn."""
     if type(value) is str:
         return check_text(value, field)
     if type(value) not in (dict, list):
         raise BadRow(f"{field}: is {type_name(value)}; it must be text or a list of messages")
-    messages = check_messages([value] if type(value) is dict else value, field)
+    messages = check_messages([value] if type(value) is dict else value, field, reading)
     if messages[-1]["role"] != "assistant":
         raise BadRow(f"{field}: the last turn is {messages[-1]['role']}; it must be assistant")
     return messages
@@ -217,25 +414,30 @@ def join_prompt(prompt: Text, answers: list[Text], fields: list[str]) -> tuple[T
         return prompt, answers
     given = prompt if isinstance(prompt, list) else None
     tails: list[Text] = []
-    for answer, field in zip(answers, fields, strict=True):
+    for answer, name in zip(answers, fields, strict=True):
         messages = [Message(role="assistant", content=answer)] if isinstance(answer, str) else answer
-        start = _answer_start(messages)
+        start = _answer_start(messages, given or [])
         if start:
-            _same_prompt(messages[:start], prompt, field)
-            if given is not None and messages[:start] != given:
-                raise BadRow(f"{field}: starts with other turns than the prompt")
-            given = messages[:start]
+            turns = messages[:start]
+            _same_prompt(turns, prompt, name)
+            if given is None:
+                given = turns
+            elif turns != given[-start:] or any(turn["role"] != "system" for turn in given[:-start]):
+                raise BadRow(f"{name}: starts with other turns than the prompt")
         tails.append(messages[start:])
     return given if given is not None else [Message(role="user", content=str(prompt))], tails
 
 
-def _answer_start(messages: list[Message]) -> int:
-    """Return where the answer begins in a conversation: after its last turn that is not the assistant's.
+def _answer_start(messages: list[Message], prompt: list[Message]) -> int:
+    """Return where the answer begins in a conversation: after the prompt, or after its last turn that is not the
+    assistant's.
 
     An answer that starts with an assistant turn is an answer throughout, further user turns included.
     """
     if messages[0]["role"] == "assistant":
         return 0
+    if prompt and messages[: len(prompt)] == prompt and len(messages) > len(prompt):
+        return len(prompt)
     return max(place for place, message in enumerate(messages) if message["role"] != "assistant") + 1
 
 

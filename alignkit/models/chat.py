@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, NotRequired, TypedDict
 
 from jinja2.exceptions import TemplateError
@@ -159,6 +160,18 @@ class Chat:
             start = encoded.spans[0][0] if encoded.spans else len(encoded.ids)
             splits.append(Split(head + encoded.ids + tail, len(head) + start))
         return splits
+
+    def encode_segments(self, segments: Sequence[str], learnt: Sequence[bool]) -> Encoded:
+        """Encode one text whose segments are learnt or only read, with BOS and eos unless it writes them itself."""
+        ends = [0, *accumulate(map(len, segments))]
+        spans = [span for span, is_learnt in zip(pairwise(ends), learnt, strict=True) if is_learnt]
+        (found,) = self._tokenize_spans(["".join(segments)], [spans])
+        head = self._prefix if found.ids[: len(self._prefix)] != self._prefix else []
+        tail = [self.tokenizer.eos_token_id] if found.ids[-1:] != [self.tokenizer.eos_token_id] else []
+        moved = [(start + len(head), end + len(head)) for start, end in found.spans]
+        if learnt[-1] and tail:
+            moved.append((len(head) + len(found.ids), len(head) + len(found.ids) + 1))
+        return Encoded(head + found.ids + tail, moved)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode plain documents, each with the tokenizer's own BOS if it has one, and eos."""

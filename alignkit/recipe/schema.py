@@ -157,11 +157,16 @@ class DataSource(_Section):
     name: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split of a hub data set or of builtin data.")
     revision: str | None = Field(None, description="Commit or tag of a hub data set.")
-    format: Literal["auto", "trl", "openai", "sharegpt", "alpaca", "hh", "ultrafeedback", "ranked", "text"] = Field(
-        "auto", description="Row format; auto looks at every row."
+    format: Literal[
+        "auto", "trl", "openai", "sharegpt", "alpaca", "hh", "ultrafeedback", "ranked", "choice", "text", "segments",
+        "tokens",
+    ] = Field("auto", description="Row format; auto looks at every row.")  # fmt: skip
+    columns: dict[str, str | None] = Field(
+        default_factory=dict,
+        description="Renames: our name on the left, the file's column on the right; null leaves ours out.",
     )
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Renames: our name on the left, the file's column on the right."
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(
+        default_factory=dict, description="Roles of messages: the file's name on the left, ours on the right."
     )
     weight: Annotated[float, Field(gt=0, le=1000)] = Field(
         1.0, description="Passes over this source per epoch: 0.5 takes each row with probability 0.5 (seeded), 2 twice."

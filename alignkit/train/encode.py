@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from alignkit.data import Rejects, Row
+from alignkit.data import Message, Rejects, Row
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat
 from alignkit.recipe import Stage
@@ -107,8 +107,13 @@ class _SftEncoder:
     def _tokenise(self, rows: Sequence[Row]) -> Iterator[tuple[Any, Any]]:
         """Yield ids and labels in the order of `rows`, tokenising each kind in one call."""
         found: dict[int, tuple[Any, Any]] = {}
-        first: list[Any] = [row.completions[0] for row in rows]
-        paired = [number for number, row in enumerate(rows) if row.prompt]
+        first: list[Any] = [row.completions[0] if row.completions else None for row in rows]
+        mixed = [number for number, row in enumerate(rows) if row.prompt and not _is_learnt(row.completions[0])]
+        if mixed:
+            joined = [_join_turns(rows[number]) for number in mixed]
+            for number, item in zip(mixed, self._chat.encode(joined), strict=True):
+                found[number] = (item.ids, item.labels if self._completion_only else item.ids)
+        paired = [number for number, row in enumerate(rows) if row.prompt and number not in found]
         if paired:
             prompts = [rows[number].prompt for number in paired]
             encoded = self._chat.encode_prompt_completion(prompts, [first[number] for number in paired])
@@ -119,12 +124,26 @@ class _SftEncoder:
         if chats:
             for number, item in zip(chats, self._chat.encode([first[n] for n in chats]), strict=True):
                 found[number] = (item.ids, item.labels if self._assistant_only else item.ids)
-        texts = [number for number, row in enumerate(rows) if not row.prompt and row.kind != "messages"]
+        for number, row in enumerate(rows):
+            if row.tokens is not None:
+                self._check_ids(row)
+                found[number] = row.tokens
+            elif row.kind == "segments":
+                item = self._chat.encode_segments(list(map(str, row.completions)), [bool(x) for x in row.scores or ()])
+                found[number] = (item.ids, item.labels)
+        texts = [number for number, row in enumerate(rows) if number not in found]
         if texts:
             for number, ids in zip(texts, self._chat.encode_texts([first[n] for n in texts]), strict=True):
                 found[number] = (ids, ids)
         for number in range(len(rows)):
             yield found[number]
+
+    def _check_ids(self, row: Row) -> None:
+        assert row.tokens is not None
+        if (most := max(row.tokens[0])) >= (size := len(self._chat.tokenizer)):
+            raise DataError(
+                f"input_ids: {most} is no token of the model's tokenizer, which has {size}", where=row.place
+            )
 
     def _pack(self, rows: Sequence[Row], lengths: LengthReport) -> dict[str, list[Any]]:
         """Concatenate documents, each closed by eos, and cut the stream into blocks: no padding at all."""
@@ -139,6 +158,20 @@ class _SftEncoder:
         lengths.num_trained_tokens += num_blocks * (block - 1)
         blocks = list(stream[: num_blocks * block].reshape(num_blocks, block))
         return {"input_ids": blocks, "labels": blocks, "length": [block] * num_blocks}
+
+
+def _is_learnt(completion: Any) -> bool:
+    """Tell whether all of a completion is learnt: it holds nothing but the assistant's turns, none of them masked."""
+    return isinstance(completion, str) or all(
+        message["role"] == "assistant" and message.get("trained", True) for message in completion
+    )
+
+
+def _join_turns(row: Row) -> Any:
+    """Return prompt and completion as one conversation, of which the prompt's answers are only read."""
+    assert isinstance(row.prompt, list)
+    read = [Message(**{**turn, "trained": False}) if turn["role"] == "assistant" else turn for turn in row.prompt]
+    return [*read, *row.completions[0]]
 
 
 class _RewardEncoder:

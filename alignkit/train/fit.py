@@ -166,9 +166,16 @@ def _report_rows(stage: Stage, run: RunDir, built: Built) -> None:
     if report.overlap:
         console.warn(f"{stage.name}: {report.overlap} held-out rows share a prompt with training rows, first "
                      f"{report.overlap_places[0]}; the held-out figures are too good")  # fmt: skip
-    unread = sorted({column for source in report.sources for column in source.ignored_columns})
+    unread = {name: place for source in reversed(report.sources) for name, place in source.ignored_places.items()}
     if unread:
-        console.warn(f"{stage.name}: columns that are not read: {', '.join(unread)} (data.columns renames)")
+        named = ", ".join(f"{name} ({place})" for name, place in sorted(unread.items()))
+        console.warn(
+            f"{stage.name}: columns that are not read, and a row that has each: {named} (data.columns renames)"
+        )
+    if cut := sum(source.cut_turns for source in report.sources):
+        first = next(source.cut_turns_place for source in report.sources if source.cut_turns)
+        console.warn(f"{stage.name}: {cut} conversations end with another turn than the assistant's, which was cut off "
+                     f"(first: {first})")  # fmt: skip
 
 
 def _write_stage(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any]) -> None:

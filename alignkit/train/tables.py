@@ -172,7 +172,8 @@ def _write(stage: Stage, chat: Chat, path: Path, rows: Iterable[Row], rejects: R
         stream = _guard_text(stage, chat, rows, rejects)
         while batch := list(islice(stream, _BATCH_ROWS)):
             pulse("reading data")
-            first.extend(batch[: _REMEMBERED_ROWS - len(first)])
+            shown = [row for row in batch if row.tokens is None]  # token ids have no text to sample from
+            first.extend(shown[: _REMEMBERED_ROWS - len(first)])
             columns = encode(batch, lengths, rejects)
             if columns["length"]:
                 yield columns
