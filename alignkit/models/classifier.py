@@ -64,6 +64,14 @@ def load_classifier(source: str, *, device: str = "auto", trust_code: bool = Fal
     return Classifier(model, tokenizer, inner.config.num_labels, is_own, positions)
 
 
+def hold_on_base(directory: Path, model: PeftModel, *, trust_code: bool = False) -> Classifier:
+    """Describe a reward adapter that a policy's base carries: it reads its own tokenizer and template all the same."""
+    files = inspect_model_dir(directory, trust_code=trust_code)
+    tokenizer = _load_tokenizer(str(directory), files, trust_code=trust_code)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return Classifier(model, tokenizer, 1, bool(files.record), positions)
+
+
 def _read_config(source: str, *, trust_code: bool) -> PreTrainedConfig:
     with explain_hub_errors(source):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_code)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,33 +38,40 @@ def read_norm(source: str) -> tuple[float, float]:
         raise ModelError("does not hold gain and bias; train the rm stage again", where=str(file)) from error
 
 
+@torch.no_grad()
+def score_ids(model: Any, sequences: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = _BATCH_SIZE) -> Tensor:
+    """Score whole token sequences: the logit of one label, or the log-odds of the second; (B,) float32 on the CPU.
+
+    The model is a classifier in eval mode; of a sharded one every rank must ask for the same sequences.
+    """
+    device = next(model.parameters()).device
+    scores_B = torch.empty(len(sequences))
+    # Like lengths together: less padding, and which answers share a batch changes nothing.
+    order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = [torch.tensor(sequences[number], dtype=torch.long) for number in chosen]
+        input_ids_BT = pad_sequence(batch, batch_first=True, padding_value=pad_id)
+        mask_BT = torch.arange(input_ids_BT.size(1)) < torch.tensor([len(ids) for ids in batch])[:, None]
+        logits = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.long().to(device)).logits.float()
+        odds = logits[:, 0] if logits.size(1) == 1 else logits[:, 1] - logits[:, 0]
+        scores_B[chosen] = odds.cpu()
+    return scores_B
+
+
+def cut_at_score(ids: Sequence[int], pad_id: int) -> list[int]:
+    """Cut a sequence after the token a decoder's score is read at: the last one that is not the pad token.
+
+    That is the rule of transformers' classifiers. Where pad and eos are one token, no score sees the end of an answer.
+    """
+    last = max((place for place, token in enumerate(ids) if token != pad_id), default=0)
+    return list(ids[: last + 1])
+
+
 def scorer(classifier: Classifier) -> ScoreIds:
-    """Return a function from token sequences to raw rewards: the logit of one label, the log-odds of the second."""
-
-    @torch.no_grad()
-    def score_ids(sequences: list[list[int]]) -> Tensor:
-        model, pad = classifier.model, _pad_id(classifier)
-        device = next(model.parameters()).device
-        scores_B = torch.empty(len(sequences))
-        # Like lengths together: less padding, and which answers share a batch changes nothing.
-        order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
-        for start in range(0, len(order), _BATCH_SIZE):
-            chosen = order[start : start + _BATCH_SIZE]
-            batch = [torch.tensor(sequences[number], dtype=torch.long) for number in chosen]
-            input_ids_BT = pad_sequence(batch, batch_first=True, padding_value=pad)
-            mask_BT = torch.arange(input_ids_BT.size(1)) < torch.tensor([len(ids) for ids in batch])[:, None]
-            logits = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.long().to(device)).logits.float()
-            odds = logits[:, 0] if logits.size(1) == 1 else logits[:, 1] - logits[:, 0]
-            scores_B[chosen] = odds.cpu()
-        return scores_B
-
-    return score_ids
-
-
-def _pad_id(classifier: Classifier) -> int:
+    """Make the function from token sequences to raw rewards of a loaded classifier."""
     model = classifier.model.get_base_model() if isinstance(classifier.model, PeftModel) else classifier.model
-    # A decoder's score is read at the last token that is not this one.
-    return int(model.config.pad_token_id)
+    return partial(score_ids, classifier.model, pad_id=int(model.config.pad_token_id))
 
 
 def encode_own(

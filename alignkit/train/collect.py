@@ -139,6 +139,8 @@ class Collector:
             rollout = self.sample(numbers[start : start + self.num_answers], (NORMALISATION, start))
             totals.append(self.rewards(rollout).total_B.cpu())
         self.norm = measure_norm(self.options, torch.cat(totals))
+        if self.critic is not None and self.critic.from_reward:
+            self.critic.rescale(*self.norm)
         gain, bias = self.norm
         console.note(
             f"{self.name}: reward normalised on {count} answers of the starting policy: {gain:.4g} r {bias:+.4g}"

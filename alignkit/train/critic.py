@@ -24,8 +24,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from alignkit.errors import ModelError, RunError
 from alignkit.models.adapters import copy_adapter
+from alignkit.models.files import REWARD_NORM
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.load import load_trained
+from alignkit.runs.files import write_json
 from alignkit.train import ranks, shards
 from alignkit.train.dropout import switch_off_dropout
 from alignkit.train.readout import Batch, install_readout, read_out
@@ -37,8 +39,10 @@ CRITIC_FILE = "critic.safetensors"
 class Critic:
     """Values of answer tokens, and the parameters, state and files of whatever computes them."""
 
-    def __init__(self, roles: Roles, head: nn.Linear, *, model: PreTrainedModel | None = None) -> None:
-        self.roles, self.head, self.model = roles, head, model
+    def __init__(
+        self, roles: Roles, head: nn.Linear, *, model: PreTrainedModel | None = None, from_reward: bool = False
+    ) -> None:
+        self.roles, self.head, self.model, self.from_reward = roles, head, model, from_reward
         self.has_adapter = model is None and CRITIC in getattr(roles.policy, "peft_config", {})
 
     @property
@@ -72,6 +76,14 @@ class Critic:
                 if f".{CRITIC}." in name and "lora_" in name
             )
         yield from ((f"head.{name}", p) for name, p in self.head.named_parameters())
+
+    @torch.no_grad()
+    def rescale(self, gain: float, bias: float) -> None:
+        """Let a critic that starts from the reward model start from gain * r + bias, which is what PPO's scores are."""
+        if self.model is not None:
+            shards.reshard(self.model)  # FSDP would drop what is done to a whole weight
+        self.head.weight.mul_(gain)
+        self.head.bias.mul_(gain).add_(bias)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of `named_parameters`."""
@@ -121,12 +133,15 @@ class Critic:
     def _write(self, out: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerFast) -> None:
         policy = self.roles.policy
         out.mkdir(parents=True, exist_ok=True)
+        head = {name: p.detach().float().cpu().contiguous() for name, p in self.head.named_parameters()}
+        if self.from_reward:  # transformers' classifiers have no bias: it goes where a reward model keeps its own
+            bias = state.pop("score.bias") if self.model is not None else head["bias"]
+            write_json(out / REWARD_NORM, {"gain": 1.0, "bias": float(bias)})
         if self.model is not None:
             with quiet_transformers():
                 self.model.save_pretrained(out, state_dict=state)
             tokenizer.save_pretrained(out)
             return
-        head = {name: p.detach().float().cpu().contiguous() for name, p in self.head.named_parameters()}
         if not self.has_adapter:
             save_file({f"value_head.{name}": tensor for name, tensor in head.items()}, out / "value_head.safetensors")
             return
@@ -154,8 +169,7 @@ def critic_on_base(roles: Roles) -> Critic:
     for name, parameter in roles.policy.named_parameters():
         if f".{CRITIC}." in name and "lora_" in name:
             parameter.requires_grad_(True)
-    head = copy.deepcopy(roles.reward_head).float()
-    return Critic(roles, head.requires_grad_(True))
+    return Critic(roles, _with_bias(roles.reward_head).float(), from_reward=True)
 
 
 def critic_from_policy(roles: Roles) -> Critic:
@@ -166,7 +180,7 @@ def critic_from_policy(roles: Roles) -> Critic:
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     model.base_model.load_state_dict(policy.base_model.state_dict())
-    return _own(roles, model.to(policy.device), zero=True)
+    return _own(roles, model.to(policy.device), from_reward=False)
 
 
 def critic_from_reward(roles: Roles, directory: Path, *, where: str, trust_code: bool = False) -> Critic:
@@ -182,19 +196,27 @@ def critic_from_reward(roles: Roles, directory: Path, *, where: str, trust_code:
         raise ModelError(
             f"a {model.config.model_type} classifier gives no value per token; set value_init: policy", where=where
         )
-    return _own(roles, model.to(policy.dtype), zero=False)
+    model.score = _with_bias(model.score)
+    return _own(roles, model.to(policy.dtype), from_reward=True)
 
 
-def _own(roles: Roles, model: Any, *, zero: bool) -> Critic:
+def _with_bias(head: nn.Linear) -> nn.Linear:
+    """Copy a score head, with a bias to train where it has none."""
+    copied = nn.Linear(head.in_features, head.out_features, device=head.weight.device, dtype=head.weight.dtype)
+    copied.load_state_dict({"bias": torch.zeros(head.out_features)} | head.state_dict())
+    return copied
+
+
+def _own(roles: Roles, model: Any, *, from_reward: bool) -> Critic:
     model.config.use_cache = False
     model.config.pad_token_id = roles.policy.config.pad_token_id
     model.requires_grad_(True)
     model.train()
     switch_off_dropout(model)  # values of a rollout and of its training must be of one function
-    if zero:
+    if not from_reward:
         model.score.weight.data.zero_()
     install_readout(model, _read_values)
-    return Critic(roles, model.score, model=model)
+    return Critic(roles, model.score, model=model, from_reward=from_reward)
 
 
 def _read_values(model: Any, hidden_NH: Tensor, batch: Batch) -> Tensor:

@@ -5,22 +5,23 @@ The trainer is `ppo_trainer`, its arithmetic `ppo_math`; nothing is computed her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from trl import GRPOConfig
 
 from alignkit import console
 from alignkit.data import Rejects
 from alignkit.errors import RecipeError
 from alignkit.models.chat import Chat
+from alignkit.models.classifier import Classifier, hold_on_base
 from alignkit.models.context import context_length
 from alignkit.models.files import find_model_dir, is_builtin
 from alignkit.models.load import Loaded, load_policy
+from alignkit.models.scoring import ScoreIds, read_norm
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RewardSource, SftOptions
@@ -67,9 +68,9 @@ def build(stage: Stage, run: RunDir) -> Built:
     if not loaded.precision.quantized:
         loaded.model.to(device)
     roles = build_roles(stage, loaded)
-    score_ids = _hold_reward(stage, roles, options.reward, tokenizer.pad_token_id)
+    held = _hold_reward(stage, roles, options.reward)
     critic = _build_critic(stage, roles, loaded) if options.advantage == "gae" else None
-    rewards = build_rewards(stage, options.reward, chat=chat, device=device, score_ids=score_ids)
+    rewards = build_rewards(stage, options.reward, chat=chat, device=device, held=held)
     gold = None
     if options.gold is not None:
         gold = build_rewards(stage, options.gold, chat=chat, key="gold", device=device)
@@ -217,20 +218,20 @@ def _find_truncation(stage: Stage, tokenizer: Any) -> Truncation | None:
     return Truncation(ids[0], options.truncate.after)
 
 
-def _hold_reward(
-    stage: Stage, roles: Roles, sources: Sequence[RewardSource], pad_id: int
-) -> dict[int, Callable[[list[list[int]]], Tensor]]:
-    """Put the first reward model that lies on the policy's own base there; return who scores which source."""
+def _hold_reward(stage: Stage, roles: Roles, sources: Sequence[RewardSource]) -> dict[int, tuple[Classifier, ScoreIds]]:
+    """Put the first reward model that lies on the policy's own base there; say by which source it is meant."""
     for number, source in enumerate(sources):
         directory = source.model and find_reward_on_base(roles, source.model, trust_code=stage.trust_code)
         if directory:
             roles.add_reward(directory)
-            return {number: partial(roles.score_ids, pad_id=pad_id, batch_size=micro_batch_size(stage))}
+            classifier = hold_on_base(directory, roles.policy, trust_code=stage.trust_code)
+            pad_id, size = classifier.tokenizer.pad_token_id, micro_batch_size(stage)
+            return {number: (classifier, partial(roles.score_ids, pad_id=pad_id, batch_size=size))}
     return {}
 
 
 def _build_critic(stage: Stage, roles: Roles, loaded: Loaded) -> Critic:
-    """Return the critic that value_init asks for; omitted: from the reward where that is one model that can be one."""
+    """Build the critic that value_init asks for; omitted: from the reward where that is one model that can be one."""
     options = stage.expect(PpoOptions)
     where = stage.where(f"{stage.name}.value_init")
     only = options.reward[0].model if len(options.reward) == 1 else None
@@ -243,9 +244,7 @@ def _build_critic(stage: Stage, roles: Roles, loaded: Loaded) -> Critic:
             f"{stage.name}.value_init: reward needs one reward model on disk as the reward; use value_init: policy",
             where=where,
         )
-    if roles.reward_head is not None:
-        return critic_on_base(roles)
-    if stage.lora is not None:
+    if roles.reward_head is None and stage.lora is not None:
         if options.value_init is None:
             console.note(f"{stage.name}: the reward model has another base, so the critic is a zero head on the policy")
             return critic_on_policy(roles)
@@ -254,7 +253,14 @@ def _build_critic(stage: Stage, roles: Roles, loaded: Loaded) -> Critic:
             "without lora:; use value_init: policy",
             where=where,
         )
-    return critic_from_reward(roles, directory, where=where, trust_code=stage.trust_code)
+    critic = (
+        critic_on_base(roles)
+        if roles.reward_head is not None
+        else critic_from_reward(roles, directory, where=where, trust_code=stage.trust_code)
+    )
+    gain, bias = read_norm(str(directory))
+    critic.rescale(options.reward[0].weight * gain, options.reward[0].weight * bias)
+    return critic
 
 
 def _build_ptx(stage: Stage, chat: Chat, run: RunDir, pad_id: int) -> tuple[Ptx | None, str | None]:

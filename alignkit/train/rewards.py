@@ -18,12 +18,12 @@ from alignkit.data import true_reward
 from alignkit.errors import ModelError, NonFiniteError, RewardError
 from alignkit.feedback.reward_function import load_function
 from alignkit.models.chat import Chat
-from alignkit.models.classifier import load_classifier, name_source
+from alignkit.models.classifier import Classifier, load_classifier, name_source
 from alignkit.models.scoring import ScoreIds, read_norm, scorer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import BUILTIN_REWARD, RewardSource
 from alignkit.train import ranks
-from alignkit.train.reward_model import ModelReward, choose_encoder, encode_ids
+from alignkit.train.reward_model import ModelReward, choose_encoder
 from alignkit.train.rollout import Rollout
 
 Score = Callable[[Rollout], Tensor]
@@ -78,22 +78,29 @@ def build_rewards(
     chat: Chat,
     key: str = "reward",
     device: str = "auto",
-    score_ids: Mapping[int, ScoreIds] | None = None,
+    held: Mapping[int, tuple[Classifier, ScoreIds]] | None = None,
 ) -> Rewards:
     """Return what scores the answers of a stage; `key` is reward or gold, for messages.
 
-    `score_ids` gives, by their place in `sources`, the models that the caller holds on the policy's base: nothing is
-    loaded for them. Raises RewardError or ModelError with the place in the recipe.
+    `held` gives, by their place in `sources`, the models that the caller holds on the policy's base: nothing is loaded
+    for them. Raises RewardError or ModelError with the place in the recipe.
     """
-    held = score_ids or {}
     built: dict[str, tuple[Score, float]] = {}
     for place, source in enumerate(sources):
-        score = _build(stage, source, chat, key=key, device=device, held=held.get(place))
+        score = _build(stage, source, chat, key=key, device=device, held=(held or {}).get(place))
         built[_unique(_name(stage, source), built)] = (score, source.weight)
     return Rewards(built)
 
 
-def _build(stage: Stage, source: RewardSource, chat: Chat, *, key: str, device: str, held: ScoreIds | None) -> Score:
+def _build(
+    stage: Stage,
+    source: RewardSource,
+    chat: Chat,
+    *,
+    key: str,
+    device: str,
+    held: tuple[Classifier, ScoreIds] | None,
+) -> Score:
     if source.function is not None:
         function = load_function(stage, source.function, key=key)
         # Once for all ranks: a function may look at the answers together, or count its calls.
@@ -108,16 +115,13 @@ def _build(stage: Stage, source: RewardSource, chat: Chat, *, key: str, device: 
     name = _name(stage, source)
     try:
         norm = read_norm(source.model)
-        if held is not None:  # the policy's base, hence its tokenizer
-            encode = encode_ids(chat.stop_ids, chat.tokenizer.eos_token_id, chat.end_of_turn)
-            return ModelReward(held, encode, norm, limit=None, name=name)
-        classifier = load_classifier(source.model, device=device, trust_code=stage.trust_code)
+        classifier = held[0] if held else load_classifier(source.model, device=device, trust_code=stage.trust_code)
     except ModelError as error:
         where = stage.where(f"{stage.name}.{key}")
         raise RewardError(f"{stage.name}.{key}: {error}", where=where) from error
     encode = choose_encoder(classifier, chat, name=name)
-    limit, module = classifier.positions, classifier.model
-    return ModelReward(scorer(classifier), encode, norm, limit=limit, name=name, module=module)
+    score_ids, module = (held[1], None) if held else (scorer(classifier), classifier.model)
+    return ModelReward(score_ids, encode, norm, limit=classifier.positions, name=name, module=module)
 
 
 def _build_judge(stage: Stage, source: RewardSource, *, key: str) -> Score:

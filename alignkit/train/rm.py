@@ -22,6 +22,7 @@ from alignkit.errors import DataError
 from alignkit.models.chat import Chat
 from alignkit.models.files import REWARD_NORM
 from alignkit.models.load import load_reward_model
+from alignkit.models.scoring import score_ids
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RmOptions, SftOptions
@@ -176,7 +177,7 @@ def _normalize(stage: Stage, trainer: Rm, references: Sequence[Sequence[int]], m
     if options.normalize == "none":
         return {}
     # Every rank scores, for a sharded model needs all of them; rank 0 writes.
-    rewards = torch.tensor(score(trainer.model, references, trainer.processing_class.pad_token_id))
+    rewards = score_ids(trainer.model.eval(), references, pad_id=trainer.processing_class.pad_token_id)
     gain = 1.0 / max(rewards.std(correction=0).item(), 1e-8) if options.normalize == "gain_and_bias" else 1.0
     norm = {"gain": gain, "bias": -gain * rewards.mean().item(), "num_rows": len(rewards)}
     ranks.once(lambda: write_json(model_dir / REWARD_NORM, norm))
@@ -214,21 +215,6 @@ def _encode_references(stage: Stage, chat: Chat, rejects: Rejects) -> list[list[
             where=stage.where(f"{stage.name}.normalize"),
         )
     return kept
-
-
-@torch.no_grad()
-def score(model: Any, sequences: Sequence[Sequence[int]], pad_token_id: int, *, batch_size: int = 16) -> list[float]:
-    """Return the raw reward of each whole token sequence, in order, with the model in eval mode."""
-    model.eval()
-    rewards: list[float] = []
-    for start in range(0, len(sequences), batch_size):
-        batch = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
-        input_ids = pad_sequence(batch, batch_first=True, padding_value=pad_token_id)
-        mask = torch.arange(input_ids.size(1)) < torch.tensor([len(ids) for ids in batch])[:, None]
-        device = next(model.parameters()).device
-        logits = model(input_ids=input_ids.to(device), attention_mask=mask.long().to(device), use_cache=False).logits
-        rewards += logits.squeeze(-1).float().tolist()
-    return rewards
 
 
 def run(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...] = ()) -> Result:

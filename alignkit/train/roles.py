@@ -23,6 +23,7 @@ from alignkit.models.adapters import REFERENCE, START, TRAINED, add_scoring_adap
 from alignkit.models.files import ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.load import Loaded, load_reference
 from alignkit.models.parameters import describe_parameters
+from alignkit.models.scoring import cut_at_score
 from alignkit.models.start import find_base
 from alignkit.train.readout import Batch, install_readout, pad_answers, read_out
 
@@ -133,11 +134,11 @@ class Roles:
 
     @torch.no_grad()
     def score_ids(self, sequences: Sequence[Sequence[int]], *, pad_id: int, batch_size: int) -> Tensor:
-        """Return the reward adapter's raw score of whole token sequences, (B,) float32 on the CPU."""
+        """Score whole token sequences by the reward adapter, as `scoring.score_ids` does; (B,) float32 on the CPU."""
         assert self.reward_head is not None
         scores: list[Tensor] = []
         for start in range(0, len(sequences), batch_size):
-            part = sequences[start : start + batch_size]
+            part = [cut_at_score(ids, pad_id) for ids in sequences[start : start + batch_size]]
             # The last token is the "answer", and the score is read at it, not before it.
             batch = pad_answers(
                 [ids[:-1] for ids in part], [ids[-1:] for ids in part], pad_id=pad_id, device=self.policy.device

@@ -10,6 +10,7 @@ from typing import Any
 
 from alignkit.data import Row
 from alignkit.models.generation import generate_greedy
+from alignkit.models.scoring import score_ids
 from alignkit.recipe import Stage
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines
@@ -65,12 +66,11 @@ def _answer(built: Built, rows: Sequence[Row], *, max_new_tokens: int) -> list[d
 
 
 def _score_answers(built: Built, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    from alignkit.train.rm import score
-
     scored = []
     for row in rows:
         encoded = built.chat.encode_prompt_completion([row.prompt] * len(row.completions), row.completions)
-        rewards = score(built.trainer.model, [item.ids for item in encoded], built.chat.tokenizer.pad_token_id)
+        pad_id = built.chat.tokenizer.pad_token_id
+        rewards = score_ids(built.trainer.model, [item.ids for item in encoded], pad_id=pad_id).tolist()
         scored.append({"prompt": row.prompt, "answers": list(row.completions), "rewards": rewards})
     return scored
 

@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 
 from alignkit.errors import ModelError, RunError
+from alignkit.evaluate.rewards import ModelReward
+from alignkit.evaluate.shelf import Shelf
 from alignkit.launch import launch_stage
 from alignkit.models.load import load_trained
+from alignkit.models.scoring import read_norm, score_ids
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import MissingEos, PpoOptions
 from alignkit.runs import checkpoints
@@ -108,6 +111,45 @@ def test_one_base_holds_four_roles_that_equal_models_of_their_own(make_stage: Ca
     torch.testing.assert_close(before_last, trainer.roles.score_ids(shorter, pad_id=0, batch_size=3), rtol=0, atol=1e-4)
     trained = {name.split(".lora_")[1].split(".")[1] for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained == {"default", "critic"}
+    # Where pad and eos are one token, transformers reads the score before the end of an answer, and so do we.
+    eos = trainer.processing_class.eos_token_id
+    closed = [[*ids, eos, eos] for ids in rollout.whole_ids]
+    alone.get_base_model().config.pad_token_id = eos
+    with torch.no_grad():
+        expected = torch.stack([alone(input_ids=torch.tensor([ids])).logits[0, 0] for ids in closed])
+    found = trainer.roles.score_ids(closed, pad_id=eos, batch_size=3)
+    torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_critic_starts_at_the_scores_that_ppo_gives(lora: bool, make_stage: Callable, tmp_path: Path) -> None:
+    extra = ", missing_eos: null, reward_normalize: gain_and_bias, reward_normalize_rows: 8"
+    text = recipe(lora=lora, reward="{model: rm, weight: 2}", extra=extra)
+    launch_stage(make_stage(text, "rm", "rm.normalize=gain_and_bias"))
+    trainer = build(make_stage(text, "ppo"), tmp_path).trainer
+    collector = trainer.collector
+    collector.prepare()
+    rollout = collector.sample(range(4), (0, 0))
+    *_, values = collector.read(rollout, trainer.model)
+    # The value of an answer's last token is the score of all before it, had the answer been cut there.
+    rollout.completion_ids = [ids[:-1] for ids in rollout.sampled_ids]
+    rollout.ended = [False] * 4
+    scores = finish_scores(trainer.options, collector.rewards(rollout).total_B, rollout.ended, collector.norm)
+    last = torch.stack([values[row, len(ids) - 1] for row, ids in enumerate(rollout.sampled_ids)])
+    torch.testing.assert_close(last, scores, rtol=1e-4, atol=1e-4)
+    # What is saved says the same, as a reward model does: a head without a bias, and reward_norm.json beside it.
+    trainer.critic.save(tmp_path / "critic", trainer.processing_class)
+    again, (gain, bias) = (
+        load_trained(tmp_path / "critic", device="cpu", reward=True),
+        read_norm(str(tmp_path / "critic")),
+    )
+    found = gain * score_ids(again, rollout.whole_ids, pad_id=trainer.processing_class.pad_token_id) + bias
+    torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-4)
+    # A policy that speaks another template does not change how the reward model is asked.
+    other = build(make_stage(text, "ppo", "model.chat_template=zephyr"), tmp_path, "other").trainer.collector
+    answers = other.sample(range(4), (0, 0))
+    alone = ModelReward("runs/t/rm", Shelf(device="cpu")).score(answers.prompts, answers.completions, answers.ended)
+    torch.testing.assert_close(other.rewards(answers).total_B, 2 * torch.tensor(alone), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("start", ["policy", "head"])

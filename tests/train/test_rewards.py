@@ -25,6 +25,7 @@ from alignkit.errors import RewardError
 from alignkit.models.bases import Precision
 from alignkit.models.builtin import builtin_config, builtin_tokenizer
 from alignkit.models.chat import Chat
+from alignkit.models.classifier import load_classifier
 from alignkit.models.save import save_model
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage, load_recipe, resolve
@@ -176,7 +177,10 @@ def test_an_adapter_held_on_the_policys_base_is_asked_and_normalised(
         return torch.tensor([1.0, 3.0])
 
     answers = rollout("yes", "no")
-    assert build("./rm", score_ids={0: score_ids})(answers).total_B.tolist() == [1.0, 5.0]
+    assert build("./rm", held={0: (load_classifier("./rm", device="cpu"), score_ids)})(answers).total_B.tolist() == [
+        1.0,
+        5.0,
+    ]
     assert asked == [answers.whole_ids]
 
 
@@ -288,7 +292,8 @@ def test_a_reward_that_is_not_finite_stops_with_its_name(build: Callable[..., Re
     from alignkit.errors import NonFiniteError
 
     own_model(tmp_path / "rm", template=chatml())
-    rewards = build("./rm", score_ids={0: lambda sequences: torch.tensor([0.0, float("inf")])})
+    held = load_classifier("./rm", device="cpu"), lambda sequences: torch.tensor([0.0, float("inf")])
+    rewards = build("./rm", held={0: held})
     with pytest.raises(NonFiniteError, match="the reward rm of answer 1 is inf"):
         rewards(rollout("yes", "no"))
 

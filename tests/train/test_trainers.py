@@ -156,11 +156,11 @@ def test_a_normalised_reward_has_mean_zero_and_unit_deviation(make_stage: Callab
     model_dir = tmp_path / "runs/t/rm/model"
     norm = json.loads((model_dir / "reward_norm.json").read_text())
     from alignkit.models.load import load_trained
-    from alignkit.train.rm import score
+    from alignkit.models.scoring import score_ids
 
     table = build(stage, tmp_path).tables.train
     model = load_trained(model_dir, device="cpu", reward=True)
-    raw = torch.tensor(score(model, [row["answers_ids"][0] for row in table], model.config.pad_token_id))
+    raw = score_ids(model, [row["answers_ids"][0] for row in table], pad_id=model.config.pad_token_id)
     normal = norm["gain"] * raw + norm["bias"]
     assert normal.mean().item() == pytest.approx(0, abs=1e-4)
     assert normal.std(correction=0).item() == pytest.approx(1, abs=1e-4)
