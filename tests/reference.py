@@ -95,7 +95,7 @@ def describe_default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None or value in ({}, []) or isinstance(value, BaseModel):
         return "–"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else f"`{value!r}`" if value == "\n" else str(value)
 
 
 def render() -> str:

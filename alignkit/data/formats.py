@@ -55,6 +55,11 @@ class Format:
         """Tell whether the record has the columns."""
         return all(any(_has(column, record) for column in word.split("|")) for word in self.needs.split())
 
+    @property
+    def has_turns(self) -> bool:
+        """Whether a prompt and its answers stand apart, so that they can become turns: not in raw text."""
+        return self.kind in ("prompt_completion", "pair", "ranked", "unpaired", "prompt") and self is not _IMPLICIT
+
 
 # Names of several columns in `needs`.
 GROUPS = {

@@ -18,7 +18,7 @@ from alignkit.data.formats import Detector, Format, rename_columns
 from alignkit.data.hashes import HashSet, digest_row, hash_prompt, prompt_key
 from alignkit.data.rejects import BadRow, Problems, Rejects
 from alignkit.data.report import DataReport, SourceReport
-from alignkit.data.rows import METHOD_KINDS, Row, take_prompt
+from alignkit.data.rows import METHOD_KINDS, Row, as_text, as_turns, take_prompt
 from alignkit.data.sources import Located, locate, read_entries
 from alignkit.data.threads import join_threads
 from alignkit.errors import DataError, Problem
@@ -38,8 +38,12 @@ def read_rows(
     rejects: Rejects,
     known_prompts: HashSet | None = None,
     method: str | None = None,
+    template: bool | None = None,
 ) -> Iterator[Row]:
     """Yield the stage's rows, source after source, in the order of their files; as `method` takes them, where given.
+
+    With `template`, whether the model has a chat template, prompts and answers become turns or joined text, as `chat`
+    says; without, they stay apart as they are.
 
     Every source gives its first `max_rows` good rows, without exact repeats under `dedupe`, each as often as `weight`
     says (copies follow each other; a fraction is a choice by the row's hash and the seed). `report` is filled on the
@@ -52,7 +56,7 @@ def read_rows(
     problems = Problems()
     seen = HashSet() if stage.options.dedupe else None
     method = method or stage.method
-    readers = [_SourceReader(located, stage, method, rejects, problems) for located in locate(sources)]
+    readers = [_SourceReader(located, stage, method, rejects, problems, template) for located in locate(sources)]
     kinds: Counter[str] = Counter()  # of this call; the report may hold the rows of another one too
     for reader in readers:
         report.sources.append(reader.counts)
@@ -66,7 +70,7 @@ def read_rows(
             for given in copies * _for_method(row, method):
                 kinds[given.kind] += 1
                 report.add_given_row(given, digest)
-                yield given
+                yield reader.shape(given)
         reader.finish()
     num_read = sum(reader.counts.read for reader in readers)
     if method == "dpo" and {"pair", "unpaired"} <= kinds.keys():
@@ -124,6 +128,23 @@ def _for_method(row: Row, method: str) -> tuple[Row, ...]:
         pairs = ((better, worse) for (better, above), (worse, below) in ranked if above > below)
         return tuple(Row("pair", row.prompt, pair, None, None, None, row.place) for pair in pairs)
     return (row,)
+
+
+def _choose_form(stage: Stage, source: DataSource, template: bool) -> str:
+    """Decide what prompts and answers of a source become: "chat", "text", or "raw" where a language model pre-trains.
+
+    Raises DataError for `chat: true` without a template.
+    """
+    key = "chat" if source.chat == "auto" else "data.chat"
+    wanted = stage.options.chat if source.chat == "auto" else source.chat
+    if wanted is True and not template:
+        raise DataError(
+            "chat: true needs a chat template, and the model has none: set model.chat_template, or chat: false",
+            where=stage.where(f"{stage.name}.{key}"),
+        )
+    if stage.options.model_dump().get("objective") == "lm" and wanted == "auto":
+        return "raw"
+    return "chat" if template and wanted is not False else "text"
 
 
 def _reads_columns(stage: Stage) -> bool:
@@ -195,8 +216,12 @@ class _Found:
 class _SourceReader:
     """Reads one source once, sorting good rows from bad ones; `finish` says what is wrong with it as a whole."""
 
-    def __init__(self, located: Located, stage: Stage, method: str, rejects: Rejects, problems: Problems) -> None:
+    def __init__(
+        self, located: Located, stage: Stage, method: str, rejects: Rejects, problems: Problems, template: bool | None
+    ) -> None:
         self.source = located.source
+        self._form = None if template is None else _choose_form(stage, located.source, template)
+        self._read: Format | None = None  # of the row that was read last
         self.counts = SourceReport(located.source.path)
         self._located, self._method = located, method
         self._keeps_columns = _reads_columns(stage)
@@ -221,6 +246,8 @@ class _SourceReader:
                     self._leave_out(form, only, place)
                     continue
                 row = self._detector.read(form, record, place)
+                self._read = form
+                self._require_form(row, form)
                 if self._method == "ppo":
                     row = self._prompt_of(row, record)
                 elif self._method == "dpo":
@@ -248,6 +275,27 @@ class _SourceReader:
                 return place, bad
 
         return join_threads(map(rename, read_entries(self._located)))
+
+    def shape(self, row: Row) -> Row:
+        """Make turns of a row's prompt and answers, or joined text; conversations and raw text stay."""
+        if self._form is None:
+            return row
+        assert self._read is not None
+        if row.conversational:
+            self.counts.forms["chat"] += 1
+            return row
+        if not self._read.has_turns:
+            self.counts.forms["raw" if self._read.kind != "pair" else "text"] += 1
+            return row
+        self.counts.forms[self._form] += 1
+        return as_turns(row) if self._form == "chat" else as_text(row, self.source.separator)
+
+    def _require_form(self, row: Row, form: Format) -> None:
+        """Refuse what `chat: true` or `chat: false` of the source cannot be done to."""
+        if self.source.chat is True and not (row.conversational or form.has_turns):
+            raise BadRow("is raw text, of which chat: true makes no turns: give it a prompt and a completion")
+        if self.source.chat is False and row.conversational:
+            raise BadRow("is a conversation, which chat: false cannot join as text: take chat: false out")
 
     def finish(self) -> None:
         """Complete the counts; add the problems of the source: mixed formats, or one that the method cannot take."""

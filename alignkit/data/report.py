@@ -29,6 +29,7 @@ class SourceReport:
     not_sampled: int = 0  # left out by a weight with a fraction
     equal_answers: int = 0  # of the rejected: chosen and rejected are the same
     formats: Counter[str] = field(default_factory=Counter)  # "hh pair" -> rows
+    forms: Counter[str] = field(default_factory=Counter)  # rows given out as "chat", as "text", or "raw" as they are
     ignored_columns: Counter[str] = field(default_factory=Counter)  # column or key of messages -> rows that have it
     ignored_places: dict[str, str] = field(default_factory=dict)  # the first of those rows
     cut_turns: int = 0  # conversations whose turns after the last answer were cut off
@@ -139,7 +140,9 @@ class DataReport:
             "overlap_places": list(self.overlap_places),
             "fingerprint": self.fingerprint,
             "sources": [
-                vars(source) | {"formats": dict(source.formats), "ignored_columns": dict(source.ignored_columns)}
+                vars(source)
+                | {"formats": dict(source.formats), "ignored_columns": dict(source.ignored_columns)}
+                | {"forms": dict(source.forms)}
                 for source in self.sources
             ],
         }

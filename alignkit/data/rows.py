@@ -6,7 +6,7 @@ Deliberately knows nothing of files, formats, tokenizers or torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 
@@ -108,6 +108,23 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
             for key, item in value.items()
         }
     return value
+
+
+def as_turns(row: Row) -> Row:
+    """Make a user's turn of a text prompt, and an assistant's turn of each completion."""
+    answers: tuple[Text, ...] = tuple(
+        [{"role": "assistant", "content": text.removeprefix(" ")}] for text in row.completions if isinstance(text, str)
+    )
+    assert isinstance(row.prompt, str)
+    return replace(row, prompt=[{"role": "user", "content": row.prompt}], completions=answers)
+
+
+def as_text(row: Row, separator: str) -> Row:
+    """Put the separator between a text prompt and its completions, where neither brings white space of its own."""
+    if not isinstance(row.prompt, str) or row.prompt[-1:].isspace():
+        return row
+    joined = (text if not isinstance(text, str) or text[:1].isspace() else separator + text for text in row.completions)
+    return replace(row, completions=tuple(joined))
 
 
 def take_prompt(row: Row) -> Row:

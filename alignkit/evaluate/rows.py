@@ -30,8 +30,12 @@ class Measured:
     warnings: list[str]
 
 
-def read_measured(sources: Sequence[DataSource], *, share: float | None, seed: int, max_rows: int) -> Measured:
+def read_measured(
+    sources: Sequence[DataSource], *, share: float | None, seed: int, max_rows: int, template: bool = False
+) -> Measured:
     """Return the first `max_rows` rows, an equal part of each source; with `share` those held out of training.
+
+    With `template` prompts and answers are turns of a chat, unless a source says otherwise.
 
     Rows that do not fit are left out with a warning. Raises DataError when no row is left.
     """
@@ -42,7 +46,7 @@ def read_measured(sources: Sequence[DataSource], *, share: float | None, seed: i
         rejects, report = Rejects(), DataReport()
         limited = source if share is not None else _limit(source, each)
         stage = _stage([limited], seed)
-        found = read_rows(stage, [limited], report=report, rejects=rejects)
+        found = read_rows(stage, [limited], report=report, rejects=rejects, template=template)
         if share is not None:
             found = (row for is_held_out, row in split_eval(found, share, seed) if is_held_out)
         rows += islice(found, each)

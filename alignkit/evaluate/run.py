@@ -20,9 +20,10 @@ from alignkit.evaluate.results import describe, merge, save
 from alignkit.evaluate.rows import Measured, read_measured
 from alignkit.evaluate.shelf import Shelf
 from alignkit.evaluate.subject import Subject, find_subject
-from alignkit.models.causal import fingerprint_causal
+from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 from alignkit.models.files import find_model_dir
 from alignkit.recipe.schema import EvaluateOptions
+from alignkit.runs.form import form_of
 from alignkit.runs.layout import RunDir
 from alignkit.runs.publish import publish
 
@@ -189,4 +190,14 @@ def _read(subject: Subject, options: EvaluateOptions) -> Measured | None:
     if only_tasks:
         return None
     sources, share = (options.data, None) if options.data else subject.held_out()
-    return read_measured(sources, share=share, seed=int(subject.stage.get("seed", 0)), max_rows=options.max_rows)
+    form = form_of(subject.stage.get("data") or {})
+    for source in sources:
+        if form and source.chat != "auto" and source.chat != (form == "chat"):
+            trained = "turns of a chat" if form == "chat" else "text"
+            said = str(source.chat).lower()
+            raise UsageError(
+                f"{source.path} has chat: {said}, and {subject.name} was trained on {trained}; take it out"
+            )
+    template = form == "chat" if form else load_tokenizer_of(subject.source).chat_template is not None
+    seed = int(subject.stage.get("seed", 0))
+    return read_measured(sources, share=share, seed=seed, max_rows=options.max_rows, template=template)

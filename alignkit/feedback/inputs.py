@@ -15,7 +15,7 @@ from alignkit.feedback.calibrate import read_labelled
 from alignkit.feedback.comparisons import Pairing
 from alignkit.feedback.constitution import Constitution, load_constitution
 from alignkit.feedback.examples import Examples, load_examples
-from alignkit.feedback.sources import describe_source, fingerprint_file, own_model
+from alignkit.feedback.sources import describe_source, fingerprint_file, own_model, speaks_chat
 from alignkit.feedback.store import key_of
 from alignkit.recipe.schema import CritiqueOptions, DataSource, FeedbackModel, LabelOptions
 from alignkit.recipe.stage import Stage
@@ -44,7 +44,10 @@ class LabelInput:
         constitution = load_constitution(options.constitution, needs="comparison")
         found = cls(stage, options, constitution, load_examples(options.examples))
         method = "rm" if found.is_given else None
-        found.rows = list(read_rows(stage, options.data, report=found.report, rejects=found.rejects, method=method))
+        template = None if found.generator is None else speaks_chat(found.generator)
+        found.rows = list(
+            read_rows(stage, options.data, report=found.report, rejects=found.rejects, method=method, template=template)
+        )
         if options.mix:
             found.mix = list(read_rows(stage, options.mix, report=found.mix_report, rejects=found.rejects, method="rm"))
         if options.check:
@@ -107,8 +110,10 @@ class CritiqueInput:
         constitution = load_constitution(options.constitution or (), needs="critique")
         found = cls(stage, options, constitution, load_examples(options.examples))
 
+        template = speaks_chat(found.generator)
+
         def read(sources: Sequence[DataSource], report: DataReport) -> list[Row]:
-            return list(read_rows(stage, sources, report=report, rejects=found.rejects))
+            return list(read_rows(stage, sources, report=report, rejects=found.rejects, template=template))
 
         found.rows = read(options.data, found.report)
         found.helpful = read(options.helpful.data, found.helpful_report) if options.helpful else []

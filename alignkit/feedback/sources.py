@@ -43,6 +43,15 @@ def own_model(stage: Stage) -> FeedbackModel:
     return FeedbackModel(model=stage.start_dir or stage.model.path)
 
 
+def speaks_chat(source: FeedbackModel) -> bool:
+    """Tell whether a source is asked in turns of a chat: a server's chat API, or a model with a chat template."""
+    if source.model is None:
+        return source.api == "chat"
+    from alignkit.models.causal import load_tokenizer_of
+
+    return load_tokenizer_of(source.model).chat_template is not None
+
+
 def describe_source(source: FeedbackModel) -> dict[str, Any]:
     """Return what of a source decides its answers, for the run's fingerprint: not how fast or how often it is asked."""
     if source.model is not None:

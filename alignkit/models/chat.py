@@ -111,6 +111,11 @@ class Chat:
             self._replace_unsplittable()
 
     @property
+    def has_template(self) -> bool:
+        """Whether conversations can be read."""
+        return self._template is not None
+
+    @property
     def end_of_turn(self) -> int | None:
         """Id of the token that ends an assistant turn of the template; None when there is no template."""
         if self._template is None:

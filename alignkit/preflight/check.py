@@ -24,6 +24,7 @@ from alignkit.preflight.rows import describe_rows, find_doubts
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
 from alignkit.recipe.schema import FEEDBACK, LabelOptions, PpoOptions
+from alignkit.runs.form import form_of, require_form
 
 if TYPE_CHECKING:
     from alignkit.models.chat import Chat
@@ -109,11 +110,14 @@ def check_recipe(recipe: Recipe, *, trust_code: bool = False) -> CheckReport:
     except EnvironmentProblem as error:
         report.environment.append(str(error))
         return report
+    forms: dict[str, str | None] = {}  # chat or text, by stage
     for name in recipe.stage_names:
         check = StageCheck(name, recipe.stages[name].options.method)
         report.stages.append(check)
         with check.noting():
-            _check_stage(resolve(recipe, name, trust_code=trust_code), check)
+            stage = resolve(recipe, name, trust_code=trust_code)
+            forms[name] = _check_stage(stage, check)
+            require_form(stage, forms[name], forms)
     if recipe.evaluate.constitution is not None:
         report.stages.append(check := StageCheck("evaluate", "eval"))
         with check.noting():
@@ -121,7 +125,8 @@ def check_recipe(recipe: Recipe, *, trust_code: bool = False) -> CheckReport:
     return report
 
 
-def _check_stage(stage: Stage, check: StageCheck) -> None:
+def _check_stage(stage: Stage, check: StageCheck) -> str | None:
+    """Note what is found; the result is the form of the rows, where they can be read."""
     stage, check.facts["starts from"] = start_today(stage)
     with check.noting():
         _check_start(stage, check)
@@ -129,7 +134,7 @@ def _check_stage(stage: Stage, check: StageCheck) -> None:
         _check_feedback(stage, check)
     if stage.method in FEEDBACK:
         _check_sources(stage, check)
-        return
+        return None
     _check_rewards(stage, check)
     with check.noting():
         _check_device(stage, check)
@@ -141,11 +146,11 @@ def _check_stage(stage: Stage, check: StageCheck) -> None:
     if chat is None:
         with check.noting():
             _read_rows_alone(stage, check)
-        return
+        return None
     with check.noting():
         _check_disk(stage, check, chat)
-    if (ready := _use_made_rows(stage, check)) is not None:
-        _check_rows(ready, check, chat)
+    ready = _use_made_rows(stage, check)
+    return None if ready is None else _check_rows(ready, check, chat)
 
 
 def _use_made_rows(stage: Stage, check: StageCheck) -> Stage | None:
@@ -290,18 +295,19 @@ def _check_disk(stage: Stage, check: StageCheck, chat: Chat) -> None:
     check.facts["disk"] = f"needs {needed / _GIB:.2f} GiB, {free / _GIB:.1f} GiB free"
 
 
-def _check_rows(stage: Stage, check: StageCheck, chat: Chat) -> None:
+def _check_rows(stage: Stage, check: StageCheck, chat: Chat) -> str | None:
     """Encode all rows as training would; after rows that do not fit, once more without them, for the rest's sake."""
     before = len(check.problems)
     with check.noting():
-        _encode(stage, check, chat)
+        return _encode(stage, check, chat)
     if len(check.problems) > before and stage.options.on_bad_row == "error":
         lenient = stage.options.model_copy(update={"on_bad_row": "skip"})
         with check.noting():
             _encode(replace(stage, options=lenient), check, chat)
+    return None
 
 
-def _encode(stage: Stage, check: StageCheck, chat: Chat) -> None:
+def _encode(stage: Stage, check: StageCheck, chat: Chat) -> str | None:
     from alignkit.data import Rejects
     from alignkit.train.tables import prepare_tables
 
@@ -309,7 +315,9 @@ def _encode(stage: Stage, check: StageCheck, chat: Chat) -> None:
     with tempfile.TemporaryDirectory(prefix="alignkit-check-") as directory:
         tables = prepare_tables(stage, chat, Path(directory), rejects=rejects)
         check.facts |= describe_rows(tables)
-    check.warnings += find_doubts(tables.report.to_dict())
+    report = tables.report.to_dict()
+    check.warnings += find_doubts(report)
+    return form_of(report)
 
 
 def _unique(items: Iterable[_Item]) -> list[_Item]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Beyond these a run still works, but its result may not mean what it seems to.
 _MANY_DUPLICATES = 0.01
 _LENGTH_BIAS = 0.65
+_FORMS = {"chat": "turns of the chat template", "text": "text, prompt and answer joined", "raw": "raw text"}
 
 
 def describe_rows(tables: Tables) -> dict[str, str]:
@@ -29,6 +30,7 @@ def describe_rows(tables: Tables) -> dict[str, str]:
             + (f", {source['rejected']} do not fit" if source["rejected"] else "")
             + (f", {source['duplicates_dropped']} duplicates dropped" if source["duplicates_dropped"] else "")
             + (f"; columns not used: {ignored}" if ignored else "")
+            + (f"; read as {', '.join(_FORMS[form] for form in source['forms'])}" if source["forms"] else "")
         )
     middle, high = np.percentile(tables.train.data.column("length").to_numpy(), [50, 95])
     prompts_only = "prompt" in tables.train.column_names

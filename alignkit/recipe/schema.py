@@ -168,6 +168,14 @@ class DataSource(_Section):
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(
         default_factory=dict, description="Roles of messages: the file's name on the left, ours on the right."
     )
+    chat: Literal["auto"] | bool = Field(
+        "auto",
+        description="Turns or text: true makes a user's turn of a prompt and an assistant's of its answer, false joins "
+        "them as text; auto: turns where the model has a chat template. Raw `text` is never a turn.",
+    )
+    separator: str = Field(
+        "\n", description="Between a prompt and its answer as text, where neither brings white space of its own."
+    )
     weight: Annotated[float, Field(gt=0, le=1000)] = Field(
         1.0, description="Passes over this source per epoch: 0.5 takes each row with probability 0.5 (seeded), 2 twice."
     )
@@ -349,6 +357,7 @@ class StageOptions(_Section):
         "error", description="skip leaves rows out that do not fit and writes rejects.jsonl."
     )
     dedupe: bool = Field(False, description="Leave out rows that repeat an earlier row exactly.")
+    chat: Literal["auto"] | bool = Field("auto", description="For all sources that do not say it: turns or text.")
 
 
 class TrainOptions(StageOptions):

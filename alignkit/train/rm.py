@@ -193,7 +193,13 @@ def _encode_references(stage: Stage, chat: Chat, rejects: Rejects) -> list[list[
     if options.normalize == "none":
         return []
     as_sft = replace(stage, options=SftOptions(data=options.data, on_bad_row=options.on_bad_row))
-    rows = read_rows(as_sft, options.normalize_data or options.data, report=DataReport(), rejects=Rejects())
+    rows = read_rows(
+        as_sft,
+        options.normalize_data or options.data,
+        report=DataReport(),
+        rejects=Rejects(),
+        template=chat.has_template,
+    )
     limit = stage.trainer.get("max_length") or math.inf
     kept: list[list[int]] = []
     for row in rows:

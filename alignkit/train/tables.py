@@ -26,6 +26,7 @@ from alignkit.errors import DataError, Problem
 from alignkit.models.chat import Chat
 from alignkit.models.tokens import control_tokens
 from alignkit.recipe import Stage
+from alignkit.runs.form import form_of, require_form
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
 from alignkit.train.encode import LengthReport, choose_encoder
@@ -60,17 +61,19 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
     cache.mkdir(parents=True, exist_ok=True)
     options, report = stage.training, DataReport()
     share = options.eval if isinstance(options.eval, float) else None
-    rows = read_rows(stage, options.data, report=report, rejects=rejects)
+    template = chat.has_template
+    rows = read_rows(stage, options.data, report=report, rejects=rejects, template=template)
     train = _write(stage, chat, cache / "train.arrow", _take_side(stage, rows, share, held_out=False), rejects)
     held_out = None
     if share is not None:  # a second pass over the files keeps memory flat, whatever the share is
-        rows = read_rows(stage, options.data, report=DataReport(), rejects=Rejects())
+        rows = read_rows(stage, options.data, report=DataReport(), rejects=Rejects(), template=template)
         held_out = _write(stage, chat, cache / "eval.arrow", _take_side(stage, rows, share, held_out=True), rejects)
     elif isinstance(options.eval, list):
         known = report.prompt_hashes()
-        rows = read_rows(stage, options.eval, report=report, rejects=rejects, known_prompts=known)
+        rows = read_rows(stage, options.eval, report=report, rejects=rejects, known_prompts=known, template=template)
         held_out = _write(stage, chat, cache / "eval.arrow", rows, rejects)
     _require_rows(stage, train)
+    require_form(stage, form_of(report.to_dict()))
     assert train.table is not None
     if held_out is None:
         return Tables(train.table, None, report, train.lengths, None, train.first_rows)

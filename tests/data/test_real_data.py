@@ -61,7 +61,7 @@ def test_alpaca_preference_pairs_in_two_column_orders(read: Read) -> None:
     (source,) = reading.report.sources
     assert source.formats == {"alpaca pair": 1100}
     assert (source.kept, source.equal_answers) == (1094, 6)
-    assert source.ignored_columns == {"output": 1100}
+    assert source.ignored_columns == {"output": 1094}
     assert reading.rows[0].prompt == (
         "Evaluate the following phrase by transforming it into the spelling given.\n\nfreind --> friend"
     )

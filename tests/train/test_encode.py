@@ -44,9 +44,9 @@ def test_only_the_assistants_words_and_end_of_turn_are_learnt(
 
 def test_a_plain_completion_is_learnt_with_its_eos(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
     write_rows([{"prompt": "2 + 2 =", "completion": " 4"}])
-    tables, chat = prepare(make_stage(BASE + "sft: {data: ./rows.jsonl}", "sft"), tmp_path)
+    tables, chat = prepare(make_stage(BASE + "sft: {data: ./rows.jsonl, chat: false}", "sft"), tmp_path)
     assert learnt(chat, tables.train[0]) == " 4<|endoftext|>"
-    everything = make_stage(BASE + "sft: {data: ./rows.jsonl, completion_only_loss: false}", "sft")
+    everything = make_stage(BASE + "sft: {data: ./rows.jsonl, chat: false, completion_only_loss: false}", "sft")
     tables, chat = prepare(everything, tmp_path)
     assert learnt(chat, tables.train[0]) == "2 + 2 = 4<|endoftext|>"
 
@@ -72,9 +72,9 @@ def test_too_many_long_rows_are_refused_with_the_length_that_would_do(
     rows = [{"prompt": "a", "completion": "word " * (200 if number % 2 else 2)} for number in range(40)]
     write_rows(rows)
     with pytest.raises(DataError) as error:
-        prepare(make_stage(BASE + "sft: {data: ./rows.jsonl, max_length: 32}", "sft"), tmp_path)
+        prepare(make_stage(BASE + "sft: {data: ./rows.jsonl, max_length: 32, chat: false}", "sft"), tmp_path)
     longest = len(Chat(load_tokenizer(make_stage(BASE + "sft: {data: ./rows.jsonl}", "sft"))).encode_prompt_completion(
-        ["a"], ["word " * 200])[0].ids)  # fmt: skip
+        ["a"], ["\nword " + "word " * 199])[0].ids)  # fmt: skip
     assert str(error.value) == (
         f"recipe.yaml:2: 50% of the rows are longer than sft.max_length (32 tokens; the longest row has {longest}), "
         "more than max_truncated allows (20%); raise one of the two or shorten the rows"
@@ -152,6 +152,6 @@ def test_a_held_out_share_has_no_prompt_in_common_with_the_rest(make_stage: Call
 
 def test_a_pair_gives_kto_one_answer_of_each_kind(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
     write_rows([{"prompt": "a", "chosen": "good", "rejected": "bad"}])
-    tables, chat = prepare(make_stage(BASE + "dpo: {data: ./rows.jsonl, loss_type: kto}", "dpo"), tmp_path)
+    tables, chat = prepare(make_stage(BASE + "dpo: {data: ./rows.jsonl, loss_type: kto, chat: false}", "dpo"), tmp_path)
     found = {chat.tokenizer.decode(row["completion_ids"]): row["label"] for row in tables.train}
-    assert found == {"good<|endoftext|>": True, "bad<|endoftext|>": False}
+    assert found == {"\ngood<|endoftext|>": True, "\nbad<|endoftext|>": False}

@@ -43,7 +43,7 @@ def test_prompts_are_tokenised_as_generation_starts_from_them(
 
 def test_text_prompts_get_no_end(make_stage: Make, write_rows: WriteRows, tmp_path: Path) -> None:
     write_rows([{"prompt": "The film was "}])
-    stage = make_stage(RECIPE, "ppo")
+    stage = make_stage(RECIPE, "ppo", "ppo.chat=false")
     (row,) = tables(stage, tmp_path).train
     assert load_tokenizer(stage).decode(row["prompt_ids"]) == "The film was "
     assert json.loads(row["prompt"]) == "The film was "
@@ -53,7 +53,7 @@ def test_prompts_without_room_for_an_answer_are_counted(
     make_stage: Make, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     write_rows([{"prompt": "short"}, {"prompt": "a long prompt " * 9}])
-    stage, rejects = make_stage(RECIPE, "ppo"), Rejects()
+    stage, rejects = make_stage(RECIPE, "ppo", "ppo.chat=false"), Rejects()
     assert longest_prompt(stage) == 12
     found = tables(stage, tmp_path, rejects)
     assert len(found.train) == 1 and found.lengths.num_too_long == 1
@@ -62,7 +62,7 @@ def test_prompts_without_room_for_an_answer_are_counted(
 
 def test_too_many_long_prompts_stop_the_stage(make_stage: Make, write_rows: WriteRows, tmp_path: Path) -> None:
     write_rows([{"prompt": "short"}, {"prompt": "a long prompt " * 9}])
-    stage = make_stage(RECIPE, "ppo", "ppo.max_truncated=0.2")
+    stage = make_stage(RECIPE, "ppo", "ppo.chat=false", "ppo.max_truncated=0.2")
     with pytest.raises(DataError) as caught:
         tables(stage, tmp_path)
     assert "50% of the prompts are longer than the 12 tokens that ppo.max_new_tokens leaves of the model's context" in (
@@ -73,7 +73,7 @@ def test_too_many_long_prompts_stop_the_stage(make_stage: Make, write_rows: Writ
 def test_an_answer_that_fills_the_context_is_refused(make_stage: Make, write_rows: WriteRows, tmp_path: Path) -> None:
     write_rows([{"prompt": "short"}])
     with pytest.raises(DataError, match="is 512, and the model reads 512 tokens at once: no room for a prompt is left"):
-        tables(make_stage(RECIPE, "ppo", "ppo.max_new_tokens=512"), tmp_path)
+        tables(make_stage(RECIPE, "ppo", "ppo.chat=false", "ppo.max_new_tokens=512"), tmp_path)
 
 
 def test_columns_are_lists_with_none_where_a_row_has_none() -> None:

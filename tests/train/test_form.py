@@ -1,0 +1,151 @@
+"""Chat or text: decided once, said, and the same for everything that reads one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit.data import DataReport, Rejects, read_rows
+from alignkit.errors import DataError, UsageError
+from alignkit.evaluate.run import _read as read_measured_rows
+from alignkit.evaluate.run import evaluate
+from alignkit.evaluate.subject import find_subject
+from alignkit.models.chat import Chat
+from alignkit.models.tokens import load_tokenizer
+from alignkit.preflight.check import check_recipe
+from alignkit.recipe import load_recipe
+from alignkit.recipe.schema import DataSource, EvaluateOptions
+from alignkit.train import dpo, sft
+from alignkit.train.tables import prepare_tables
+
+BASE = "model: {path: builtin:tiny-llama}\n"
+ASKED = "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n"
+ALPACA = {"instruction": "Name a fruit.", "input": "", "output": "A fig."}
+PAIR = {"prompt": "Name a fruit.", "chosen": "A fig.", "rejected": "A stone."}
+
+
+def read(stage: Any, directory: Path) -> tuple[list[str], dict[str, int]]:
+    """Every sequence of the stage's rows as text, and the forms that were counted."""
+    chat = Chat(load_tokenizer(stage))
+    tables = prepare_tables(stage, chat, directory / "cache", rejects=Rejects())
+    texts = []
+    for row in tables.train:
+        columns = [row[key] for key in ("input_ids", "chosen_ids", "rejected_ids", "completion_ids") if key in row]
+        found = [*columns, *row.get("answers_ids", ())] or [[]]
+        texts += [chat.tokenizer.decode(row.get("prompt_ids", []) + ids) for ids in found]
+    return texts, tables.report.to_dict()["sources"][0]["forms"]
+
+
+@pytest.mark.parametrize(
+    ("section", "row", "turns", "joined"),
+    [
+        ("sft: {", ALPACA, [ASKED + "A fig.<|im_end|>\n"], ["Name a fruit.\nA fig.<|endoftext|>"]),
+        ("sft: {", {"prompt": "Name a fruit.", "completion": " A fig."}, [ASKED + "A fig.<|im_end|>\n"],
+         ["Name a fruit. A fig.<|endoftext|>"]),
+        ("dpo: {", PAIR, [ASKED + "A fig.<|im_end|>\n", ASKED + "A stone.<|im_end|>\n"],
+         ["Name a fruit.\nA fig.<|endoftext|>", "Name a fruit.\nA stone.<|endoftext|>"]),
+        ("rm: {", {"prompt": "Name a fruit.", "completions": ["A fig.", "No."], "scores": [2, 1]},
+         [ASKED + "A fig.<|im_end|>\n", ASKED + "No.<|im_end|>\n"],
+         ["Name a fruit.\nA fig.<|endoftext|>", "Name a fruit.\nNo.<|endoftext|>"]),
+        ("dpo: {loss_type: kto, ", {"prompt": "Name a fruit.", "completion": "A fig.", "label": True},
+         [ASKED + "A fig.<|im_end|>\n"], ["Name a fruit.\nA fig.<|endoftext|>"]),
+        ("ppo: {reward: builtin:true-reward, max_new_tokens: 4, ", {"prompt": "Name a fruit."}, [ASKED],
+         ["Name a fruit."]),
+    ],
+)  # fmt: skip
+def test_prompts_and_answers_become_turns_where_there_is_a_template(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path, section: str, row: dict, turns: list, joined: list
+) -> None:
+    write_rows([row])
+    name = section.split(":")[0]
+
+    def shown(*more: str) -> tuple[list[str], dict[str, int]]:
+        texts, forms = read(make_stage(f"{BASE}{section}data: {{path: ./rows.jsonl{''.join(more)}}}}}", name), tmp_path)
+        return [text.removesuffix("\n") for text in texts], forms
+
+    expected = [text.removesuffix("\n") for text in turns]
+    assert shown() == shown(", chat: true") == (expected, {"chat": 1})
+    assert shown(", chat: false") == (joined, {"text": 1})
+
+
+def test_the_stage_says_it_for_sources_that_do_not(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
+    write_rows([ALPACA])
+    text = BASE + "sft: {data: {path: ./rows.jsonl, separator: ' => '}, chat: false}"
+    assert read(make_stage(text, "sft"), tmp_path)[0] == ["Name a fruit. => A fig.<|endoftext|>"]
+
+
+def test_raw_text_is_never_a_turn(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
+    path = write_rows([{"text": "Once."}])
+    assert read(make_stage(BASE + "sft: {data: ./rows.jsonl}", "sft"), tmp_path) == (["Once.<|endoftext|>"], {"raw": 1})
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: is raw text, of which chat: true makes no turns"):
+        read(make_stage(BASE + "sft: {data: {path: ./rows.jsonl, chat: true}}", "sft"), tmp_path)
+    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: is a conversation, which chat: false cannot join"):
+        read(make_stage(BASE + "sft: {data: {path: ./rows.jsonl, chat: false}}", "sft"), tmp_path)
+
+
+def test_a_model_without_a_template_reads_text_and_refuses_chat_true(
+    make_stage: Callable, write_rows: Callable
+) -> None:
+    write_rows([ALPACA])
+    stage = make_stage(BASE + "sft: {data: ./rows.jsonl}", "sft")
+
+    def rows(**change: Any) -> list[Any]:
+        source = DataSource(path=stage.options.data[0].path, **change)
+        return list(read_rows(stage, [source], report=DataReport(), rejects=Rejects(), template=False))
+
+    assert [(row.prompt, row.completions) for row in rows()] == [("Name a fruit.", ("\nA fig.",))]
+    with pytest.raises(DataError, match="chat: true needs a chat template, and the model has none"):
+        rows(chat=True)
+
+
+def test_two_forms_in_one_model_are_refused_by_check_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Name a fruit.", "completion": "A fig."}\n')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Name a fruit.", "chosen": "A fig.", "rejected": "A stone."}\n')
+    (tmp_path / "r.yaml").write_text(
+        BASE + "name: forms\nsft: {data: ./a.jsonl, chat: false}\n"
+        "rm: {data: ./p.jsonl}\n"
+        "dpo: {start_from: sft, data: ./p.jsonl}\n"
+        "ppo: {data: ./p.jsonl, reward: rm, chat: false, max_new_tokens: 4}\n"
+    )
+    report = check_recipe(load_recipe(tmp_path / "r.yaml"))
+    found = {stage.name: [str(problem) for problem in stage.problems] for stage in report.stages}
+    assert found["sft"] == found["rm"] == []
+    (of_dpo,), (of_ppo,) = found["dpo"], found["ppo"]
+    assert of_dpo.endswith(
+        "r.yaml:5: the rows are turns of its chat template, and the model it starts from (sft) was trained on text "
+        "without a chat template; chat: false gives them the same form"
+    )
+    assert "r.yaml:6: the rows are text without a chat template, and its reward model (rm) was trained on" in of_ppo
+    assert report.stages[0].facts[f"data {tmp_path / 'a.jsonl'}"].endswith("read as text, prompt and answer joined")
+
+
+def test_a_trained_model_is_used_in_the_form_it_knows(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path
+) -> None:
+    """Text on a model that has a template: evaluation follows; a stage or a source that differs is refused."""
+    write_rows([PAIR, {**PAIR, "prompt": "Name a tree."}])
+    short = "batch_size: 2, max_steps: 1, samples: {num: 0}"
+    text = (
+        f"{BASE}sft: {{data: ./rows.jsonl, chat: false, {short}}}\n"
+        f"dpo: {{start_from: sft, data: ./rows.jsonl, {short}}}"
+    )
+    first = make_stage(text, "sft")
+    run = Path(first.run_dir)
+    run.mkdir(parents=True)
+    sft.run(first, run)
+    second = make_stage(text, "dpo")
+    Path(second.run_dir).mkdir(parents=True)
+    with pytest.raises(DataError, match="the rows are turns of its chat template, and the model it starts from"):
+        dpo.run(second, Path(second.run_dir))
+    options = EvaluateOptions(data=[{"path": str(tmp_path / "rows.jsonl")}], metrics=["perplexity"])
+    measured = read_measured_rows(find_subject(str(run), trust_code=False), options)
+    assert measured is not None
+    assert [row.prompt for row in measured.rows] == ["Name a fruit.", "Name a tree."]
+    assert {row.completions for row in measured.rows} == {("\nA fig.", "\nA stone.")}
+    forced = options.model_copy(update={"data": [DataSource(path=str(tmp_path / "rows.jsonl"), chat=True)]})
+    with pytest.raises(UsageError, match=r"rows\.jsonl has chat: true, and .*sft was trained on text; take it out"):
+        evaluate(str(run), forced)
