@@ -263,7 +263,7 @@ def adapt_hh(reading: Reading) -> Row:
 
 def adapt_rejected_response(reading: Reading) -> Row:
     """Read a conversation whose last answer is the chosen one, with the other one beside it."""
-    name = next(name for name in REJECTED if name in reading.record)
+    name = next((name for name in REJECTED if name in reading.record), REJECTED[0])
     messages = _read_conversation(reading)
     last = max(place for place, message in enumerate(messages) if message["role"] != "assistant") + 1
     end_prompt(messages[:last], "the turns before the answer")
@@ -349,7 +349,7 @@ RANKED = ("completions", "responses", "answers")
 def adapt_ranked(reading: Reading) -> Row:
     """Read completions with scores (higher is better) or ranking (1 is best, equal ranks are ties), or responses
     from best to worst."""
-    field = next(name for name in RANKED if name in reading.record)
+    field = next((name for name in RANKED if name in reading.record), "completions")
     values = check_list(reading.need(field), field)
     if type(values[0]) is dict and "role" not in values[0]:
         return adapt_rated_items(reading)

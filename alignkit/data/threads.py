@@ -28,7 +28,7 @@ def join_threads(entries: Iterable[Entry]) -> Iterator[Entry]:
             yield from _list_threads(tree)
             tree = {}
             yield place, record
-        elif "message_id" not in record:
+        elif type(record.get("prompt")) is dict:
             try:
                 nodes = _flatten(record["prompt"], count(), None, 0)
                 yield from _list_threads({node["message_id"]: (place, node) for node in nodes})
@@ -48,9 +48,11 @@ def join_threads(entries: Iterable[Entry]) -> Iterator[Entry]:
 
 
 def _is_of_tree(record: dict[str, Any]) -> bool:
-    if all(name in record for name in _COLUMNS):
-        return type(record["message_id"]) in (str, int) and type(record["parent_id"]) in (str, int, type(None))
-    return type(record.get("prompt")) is dict and type(record["prompt"].get("replies")) is list
+    if type(record.get("prompt")) is dict:
+        return "replies" in record["prompt"]
+    if not all(name in record for name in _COLUMNS):
+        return False
+    return type(record["message_id"]) in (str, int) and type(record["parent_id"]) in (str, int, type(None))
 
 
 def _flatten(node: Any, numbers: Iterator[int], parent: int | None, depth: int) -> Iterator[dict[str, Any]]:

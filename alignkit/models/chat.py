@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, compress, pairwise
 from typing import Any, NotRequired, TypedDict
 
 from jinja2.exceptions import TemplateError
@@ -258,6 +258,13 @@ class Chat:
                 self._find_answers(messages, text, index)
                 for index, (messages, text) in enumerate(zip(conversations, texts, strict=True))
             ]
+            return texts, spans
+        for index, messages in enumerate(conversations):
+            learnt = [message.get("trained", True) for message in messages if message["role"] == "assistant"]
+            if len(learnt) == len(spans[index]):
+                spans[index] = list(compress(spans[index], learnt))
+            elif not all(learnt):  # which block is whose cannot be told from their number
+                spans[index] = self._find_answers(messages, texts[index], index)
         return texts, spans
 
     def _find_answers(self, messages: list[Message], text: str, index: int) -> list[Span]:

@@ -13,7 +13,11 @@ from typing import Any
 
 import pytest
 
+from alignkit.data.formats import FORMATS, Detector
+from alignkit.data.hashes import digest_row
+from alignkit.data.rejects import BadRow
 from alignkit.data.rows import Row
+from alignkit.data.threads import join_threads
 
 Read = Callable[..., Any]
 
@@ -31,6 +35,13 @@ LINES: list[bytes] = [
     b'{"text": ' + b"[" * 3000, b'{"text": "\\ud83d"}', b"# comment", b"text,label", b'{"": ""}', b'{"text": NaN}',
     b'{"text": "' + b"a" * (2 << 20) + b'"}', b"\xef\xbb\xbf{}", b'{"text": "a", "text": 5}', b'"\n"', b"\r", b'"',
 ]  # fmt: skip
+CALL = '{"name": "f", "arguments": {"a": 1}}'
+
+
+def chat(n: int, **last: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": f"a{n}"} | last]
+
+
 SHAPES: list[Callable[[int], dict[str, Any]]] = [
     lambda n: {"text": f"text {n}"},
     lambda n: {"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}]},
@@ -42,19 +53,50 @@ SHAPES: list[Callable[[int], dict[str, Any]]] = [
     lambda n: {"prompt": f"{n}", "completions": ["a", "b", "c"], "scores": [1, 2, 3]},
     lambda n: {"instruction": f"{n}", "completions": [{"response": c, "overall_score": ord(c)} for c in "ab"]},
     lambda n: {"prompt": f"{n}", "completion": "a", "label": True},
-]
+    lambda n: {"messages": chat(n, weight=n % 2), "tools": [{"name": "f", "parameters": {}}], "system": "s"},
+    lambda n: {"conversations": [{"from": "user", "value": f"{n}"}, {"from": "function_call", "value": CALL},
+                                 {"from": "observation", "value": "21"}, {"from": "gpt", "value": "a"}]},
+    lambda n: {"messages": [*chat(n)[:1], {"role": "assistant", "content": None, "tool_calls": [json.loads(CALL)]}]},
+    lambda n: {"query": f"{n}", "response": "a", "history": [["b", "c"]], "system": "s"},
+    lambda n: {"messages": chat(n, thinking="b"), "label": "desirable", "chat_template_kwargs": {"a": True}},
+    lambda n: {"prompt": f"{n}", "response_0": "a", "response_1": "b", "better_response_id": n % 2},
+    lambda n: {"prompt": f"{n}", "response_1": "a", "response_2": "b", "preference_strength": n % 7 - 3},
+    lambda n: {"history": f"{n}", "human_ref_A": "a", "human_ref_B": "b", "labels": n % 2},
+    lambda n: {"prompt": f"\n\nHuman: {n}\n\nAssistant: ", "answers": [{"answer": a, "rank": ord(a)} for a in "ab"]},
+    lambda n: {"conversation_a": chat(n), "conversation_b": [*chat(n)[:1], *chat(1)[1:]], "winner": "model_a"},
+    lambda n: {"messages": chat(n), "rejected_response": "b"},
+    lambda n: {"message_id": f"{n}", "parent_id": f"{n - 1}" if n % 4 else None, "text": f"{n}",
+               "role": ("prompter", "assistant")[n % 2], "rank": 0, "deleted": False},
+    lambda n: {"prompt": {"text": f"{n}", "role": "prompter", "replies": [{"text": "a", "role": "assistant"}]}},
+    lambda n: {"conversation": [{"input": f"{n}", "output": "a"}]},
+    lambda n: {"transcript": f"\n\nHuman: {n}\n\nAssistant: a"},
+    lambda n: {"segments": [{"label": False, "text": f"{n}"}, {"label": True, "text": "a"}]},
+    lambda n: {"input_ids": [n, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1]},
+]  # fmt: skip
 
 
 def damage_row(random: Random, row: dict[str, Any]) -> dict[str, Any]:
     if not row:
         return {"": 1}
     field = random.choice(list(row))
+    if random.random() < 0.5 and type(row[field]) in (list, dict) and row[field]:
+        return row | {field: damage_inside(random, row[field])}
     choice = random.randrange(3)
     if choice == 0:
         return {key: value for key, value in row.items() if key != field}
     if choice == 1:
         return {(key[:-1] if key == field else key): value for key, value in row.items()}
     return row | {field: random.choice(VALUES)}
+
+
+def damage_inside(random: Random, value: Any) -> Any:
+    """Damage an item of a list, or a key of an object, at any depth."""
+    if type(value) is dict and value:
+        return damage_row(random, value)
+    if type(value) is not list or not value or random.random() < 0.2:
+        return random.choice(VALUES)
+    place = random.randrange(len(value))
+    return [*value[:place], damage_inside(random, value[place]), *value[place + 1 :]]
 
 
 def make_file(random: Random, directory: Path) -> Path:
@@ -125,11 +167,51 @@ def damage_bytes(random: Random, content: bytes) -> bytes:
 
 def is_sound(row: Row) -> bool:
     """Whether a row has something to train on, in every text that a tokenizer will see."""
+    if row.tokens is not None:
+        return len(row.tokens[0]) == len(row.tokens[1]) > 1
     for text in row.completions if row.kind != "prompt" else (row.prompt,):
-        contents = [text] if isinstance(text, str) else [message["content"] for message in text]
-        if not contents or not all(content.strip() and content.encode() for content in contents):
+        contents = [text] if isinstance(text, str) else [said(message) for message in text]
+        if not contents or not all(
+            (content.strip() or row.kind == "segments") and content.encode() for content in contents
+        ):
             return False
     return True
+
+
+def said(message: Any) -> str:
+    """Return the content, or what stands in its place."""
+    return message["content"] or json.dumps(message.get("tool_calls", "")) if message["role"] != "tool" else "told"
+
+
+NAMES = sorted({form.name for form in FORMATS})
+
+
+@pytest.mark.parametrize("count", [4000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_damaged_rows_of_every_format_are_read_or_refused_in_words(count: int) -> None:
+    random, read = Random(count), 0
+    for number in range(0, count, 50):
+        detector = Detector(
+            random.choice(["auto"] * 20 + NAMES),
+            for_prompts=random.random() < 0.2,
+            keeps_columns=random.random() < 0.1,
+        )
+        shape = random.choice(SHAPES)
+        rows = [shape(number + place) | random.choice([*[{}] * 9, random.choice(SHAPES)(place)]) for place in range(50)]
+        for _ in range(random.randint(0, 40)):
+            place = random.randrange(50)
+            rows[place] = damage_row(random, rows[place])
+        for place, record in join_threads((f"a.jsonl:{place}", row) for place, row in enumerate(rows)):
+            try:
+                if isinstance(record, BadRow):
+                    raise record
+                row = detector.read(detector.recognise(record), record, place)
+                digest_row(row)
+            except BadRow as bad:
+                assert bad.reason, record
+            else:
+                assert is_sound(row), record
+                read += 1
+    assert read > count / 5
 
 
 @pytest.mark.parametrize("block", range(10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,42 @@ def test_only_the_assistants_words_and_end_of_turn_are_learnt(
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"
     )
     assert [a for a, b in zip(row["input_ids"], row["labels"], strict=True) if b not in (a, IGNORED)] == []
+
+
+MARKED = [("user", "One?", {}), ("assistant", "BAD", {"weight": 0}), ("user", "Again?", {}), ("assistant", "2!", {})]
+ANSWERED = [{"role": role, "content": content, **mark} for role, content, mark in MARKED]
+
+
+@pytest.mark.parametrize("template", ["chatml", "plain"])
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": ANSWERED}, ["2!"]),
+        ({"prompt": ANSWERED[:1], "completion": [{"role": "assistant", "content": "1."}, *ANSWERED[2:]]}, ["1.", "2!"]),
+        ({"prompt": ANSWERED[:3], "completion": ANSWERED[3:]}, ["2!"]),
+        ({"segments": [{"label": False, "text": "BAD "}, {"label": True, "text": "2!"}]}, ["2!"]),
+    ],
+)
+def test_turns_that_are_marked_or_not_the_assistants_are_only_read(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path, template: str, row: dict, expected: list[str]
+) -> None:
+    write_rows([row])
+    recipe = f"model: {{path: builtin:tiny-llama, chat_template: {template}}}\nsft: {{data: ./rows.jsonl}}"
+    tables, chat = prepare(make_stage(recipe, "sft"), tmp_path)
+    (made,) = tables.train
+    said = re.sub(r"<\|\w+\|>", "\n", learnt(chat, made)).split()
+    assert said == expected
+    assert "BAD" not in learnt(chat, made)
+
+
+def test_token_ids_are_learnt_as_they_are(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
+    write_rows([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
+    stage = make_stage(BASE + "sft: {data: ./rows.jsonl}", "sft")
+    (row,) = prepare(stage, tmp_path)[0].train
+    assert (row["input_ids"], row["labels"]) == ([5, 6, 7], [-100, 6, 7])
+    write_rows([{"input_ids": [5, 10**7]}])
+    with pytest.raises(DataError, match="rows.jsonl:1: input_ids: 10000000 is no token of the model's tokenizer"):
+        prepare(stage, tmp_path)
 
 
 def test_a_plain_completion_is_learnt_with_its_eos(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
