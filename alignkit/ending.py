@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
 from typer.exceptions import TyperException
 
 if TYPE_CHECKING:
@@ -27,8 +26,11 @@ def leave(code: int, problems: list[str] | None = None, *, unexpected: bool = Fa
         from alignkit.launch.worker import leave
 
         return leave(code, problems or (), unexpected=unexpected, shared=shared)
-    for problem in problems or ():
-        typer.echo(problem, err=True)
+    if problems:
+        from alignkit.console import redact, write
+
+        for problem in problems:
+            write(redact(problem), stderr=True)
     return code
 
 
@@ -67,12 +69,10 @@ def end(error: Exception, run_dir: Path | None) -> int:
     known = explain(error)
     supervised = SUPERVISED in os.environ
     if known is None:
-        from alignkit.runs.record import redact
-
         log = _write_error_log(error, run_dir)
         rank = os.environ.get("RANK", "0")
         prefix = "" if rank == "0" or supervised else f"rank {rank}: "
-        message = redact(f"{prefix}unexpected {type(error).__name__}: {_first_line(error)} (traceback: {log})")
+        message = console.redact(f"{prefix}unexpected {type(error).__name__}: {_first_line(error)} (traceback: {log})")
         return leave(1, [message if supervised else f"error: {message}"], unexpected=True)
     if supervised:
         return leave(known.exit_code, console.list_problems(known), shared=known.shared)
@@ -115,14 +115,14 @@ def _write_error_log(error: Exception, run_dir: Path | None) -> str:
     """Write the traceback of an error and return where it is, or why it could not be written."""
     import traceback
 
-    from alignkit.runs.record import redact
+    from alignkit.console import printable, redact
 
     rank = os.environ.get("RANK", "0")
     name = "error.log" if rank == "0" else f"error-rank{rank}.log"
     path = run_dir / name if run_dir is not None and run_dir.is_dir() else Path(f"alignkit-{name}")
     text = f"$ {' '.join(sys.argv)}\n{''.join(traceback.format_exception(error))}"
     try:
-        path.write_text(redact(text), encoding="utf-8")
+        path.write_text(printable(redact(text)), encoding="utf-8")
     except OSError as problem:
         return f"not written, {problem.strerror}; ALIGNKIT_DEBUG=1 shows it"
     return str(path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignkit.cli.options import AsJson, Overrides, RecipeFile, StageName, TrustCode, load_recipe
+from alignkit.cli.options import AllowKey, AsJson, Overrides, RecipeFile, StageName, TrustCode, load_recipe
 
 if TYPE_CHECKING:
     from alignkit.preflight.check import CheckReport
@@ -18,6 +18,7 @@ def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
     trust_code: TrustCode = False,
+    allow_key: AllowKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Find out, without training, whether a recipe would run: keys, data, model, disk, devices."""

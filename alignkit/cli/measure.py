@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignkit.cli.options import AsJson, Overrides, StageName, TrustCode, load_recipe
+from alignkit.cli.options import AllowKey, AsJson, Overrides, StageName, TrustCode, load_recipe
 
 if TYPE_CHECKING:
     from alignkit.recipe import Recipe
@@ -69,6 +69,7 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
     trust_code: TrustCode = False,
+    allow_key: AllowKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model: every figure with its n and 95 % interval, to eval.json and a table."""
@@ -91,7 +92,8 @@ def evaluate(
         raise typer.BadParameter("--split belongs to --data")
     given = {
         "data": sources(data or (), split), "max_rows": max_rows, "metrics": metrics, "reference": reference,
-        "reward": reward, "against": against, "judge": judge_source(judge, judge_name), "constitution": constitution,
+        "reward": reward, "against": against, "judge": judge_source(judge, judge_name),
+        "constitution": constitution,
         "best_of": best_of, "tasks": tasks, "shots": shots, "samples": samples, "temperature": temperature,
         "max_new_tokens": max_new_tokens, "batch_size": batch_size,
     }  # fmt: skip

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
@@ -51,6 +52,27 @@ TrustCode = Annotated[
 AllowChange = Annotated[
     list[str] | None,
     typer.Option("--allow-change", metavar="KEY", help="Resume although this setting has changed. Repeatable."),
+]
+
+
+def _allow_keys(names: list[str] | None) -> list[str] | None:
+    """Put what is allowed where every process of the command finds it: in the environment, beside the keys."""
+    if names:
+        os.environ[_ALLOWED] = " ".join(names)
+    return names
+
+
+_ALLOWED = "ALIGNKIT_ALLOW_KEY"  # as in feedback/server.py
+AllowKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-key",
+        metavar="NAME",
+        envvar=_ALLOWED,
+        show_envvar=False,
+        callback=_allow_keys,
+        help="Let api_key_env of a recipe send this variable to the server it names. Repeatable.",
+    ),
 ]
 _MANY = "Many processes"
 Retries = Annotated[
@@ -101,6 +123,7 @@ class Given(NamedTuple):
     force: Force = False
     trust_code: TrustCode = False
     allow_change: AllowChange = None
+    allow_key: AllowKey = None
     as_json: AsJson = False
     retries: Retries = 0
     slurm: Slurm = False
@@ -130,8 +153,10 @@ class Given(NamedTuple):
         """Return a stage with the command that starts it elsewhere."""
         from alignkit.launch.command import Command
 
-        changes = tuple(self.allow_change or ())
-        return stage, Command.of(stage, self.changes, allow_change=changes, out=out, node_rank=self.node_rank)
+        return stage, Command.of(
+            stage, self.changes, allow_change=tuple(self.allow_change or ()), allow_key=tuple(self.allow_key or ()),
+            out=out, node_rank=self.node_rank,
+        )  # fmt: skip
 
 
 def trains(function: Callable[..., None]) -> Callable[..., None]:

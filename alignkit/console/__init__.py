@@ -4,6 +4,7 @@ Results go to stdout, progress, warnings and errors to stderr, from rank 0 only.
 """
 
 from alignkit.console.board import Board
+from alignkit.console.clean import holds_secret, printable, redact
 from alignkit.console.preview import print_preview
 from alignkit.console.progress import TrainingProgress
 from alignkit.console.say import (
@@ -15,6 +16,7 @@ from alignkit.console.say import (
     recording,
     restore_terminal,
     warn,
+    write,
 )
 from alignkit.console.tables import (
     print_agenda,
@@ -33,10 +35,12 @@ __all__ = [
     "Board",
     "TrainingProgress",
     "ask",
+    "holds_secret",
     "hush",
     "is_main",
     "list_problems",
     "note",
+    "printable",
     "print_agenda",
     "print_error",
     "print_jobs",
@@ -49,7 +53,9 @@ __all__ = [
     "print_stage",
     "print_table",
     "recording",
+    "redact",
     "restore_terminal",
     "stream",
     "warn",
+    "write",
 ]

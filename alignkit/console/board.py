@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from alignkit.console.clean import printable
 from alignkit.console.say import is_main, note, open_console
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class Board:
     def _draw(self) -> Table:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for column in ("stage", "method", "state", "progress", "steps", "time", "left", "figures"):
@@ -127,11 +129,11 @@ class Board:
             seconds = time.monotonic() - row.began if running and row.began is not None else row.seconds
             bar = ProgressBar(total=row.total, completed=row.step, width=16) if running and row.total else ""
             table.add_row(
-                row.name, row.method, _MARKS[row.state], bar,
+                Text(printable(row.name)), row.method, _MARKS[row.state], bar,
                 f"{row.step}/{row.total}" if row.total else "",
                 "" if seconds is None else _clock(seconds),
                 "" if row.seconds_left is None else _clock(row.seconds_left),
-                row.facts or f"[dim]{row.why}[/]",
+                Text(printable(row.facts)) if row.facts else Text(printable(row.why), "dim"),
             )  # fmt: skip
         return table
 

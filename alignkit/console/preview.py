@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from alignkit.console.clean import printable
 from alignkit.console.say import open_console
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def print_preview(preview: Mapping[str, Any]) -> None:
     legend += Text.assemble(
         "  read  ", ("scored", _STYLES["scored"]), "  ", ("padding", "dim"), "  ", ("control tokens", "underline")
     ) if coloured else Text("  read  {{scored}}  ((padding))")  # fmt: skip
-    console.print(f"{preview['stage']} ({preview['method']})", style="bold")
+    console.print(Text(printable(f"{preview['stage']} ({preview['method']})"), "bold"))
     console.print(legend)
     for number, row in enumerate(preview["rows"], 1):
         panels = [
@@ -45,9 +46,9 @@ def print_preview(preview: Mapping[str, Any]) -> None:
             for panel in panels:
                 console.print(panel)
     for name, value in preview["facts"].items():
-        console.print(Text(f"{name}: {value}"))
+        console.print(Text(printable(f"{name}: {value}")))
     for finding in preview["findings"]:
-        console.print(Text(f"warning: {finding}", "yellow"))
+        console.print(Text(printable(f"warning: {finding}"), "yellow"))
     if not preview["findings"]:
         console.print(Text("nothing looks wrong", "green"))
 
@@ -61,7 +62,7 @@ def _mark(sequence: Mapping[str, Any], *, coloured: bool) -> Text:
         text.append(opening)
         for number, token in enumerate(span["tokens"]):
             style = _STYLES[span["kind"]] + (" underline" if number in span["special"] else "")
-            text.append(token, style.strip() if coloured else "")
+            text.append(printable(token), style.strip() if coloured else "")
         text.append(closing)
     if sequence["num_left_out"]:
         text.append(f" and {sequence['num_left_out']} tokens more", "dim")

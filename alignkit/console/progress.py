@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from alignkit.console.board import current
+from alignkit.console.clean import printable
 from alignkit.console.say import is_main, note, open_console
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class TrainingProgress:
     """
 
     def __init__(self, name: str, *, total_steps: int, start_step: int = 0) -> None:
-        self._name, self._total, self._start = name, total_steps, start_step
+        self._name, self._total, self._start = printable(name), total_steps, start_step
         self._began = self._last_line = time.monotonic()
         self._shown_step = -1
         self._bar: Progress | None = None
@@ -36,10 +37,10 @@ class TrainingProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
             TimeRemainingColumn(),
             console=open_console(stderr=True),
         )
@@ -48,7 +49,7 @@ class TrainingProgress:
 
     def update(self, step: int, facts: Mapping[str, float]) -> None:
         """Show a step; `facts` are the newest metrics by name."""
-        text = " ".join(f"{name} {value:.4g}" for name, value in facts.items())
+        text = printable(" ".join(f"{name} {value:.4g}" for name, value in facts.items()))
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, facts=text)
             return

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from alignkit.console.clean import printable, redact
 from alignkit.errors import AlignKitError, UsageError
 
 if TYPE_CHECKING:
@@ -41,10 +42,15 @@ def restore_terminal() -> None:
         print("\x1b[?25h", end="", file=sys.stderr, flush=True)
 
 
+def write(text: str = "", *, stderr: bool = False, end: str = "\n") -> None:
+    """Write a text to stdout or stderr as it may be shown: everything that is printed passes here."""
+    print(printable(text), file=sys.stderr if stderr else sys.stdout, end=end, flush=stderr or not end)
+
+
 def note(message: str) -> None:
     """Say one line of progress."""
     if is_main():
-        print(message, file=sys.stderr, flush=True)
+        write(redact(message), stderr=True)
 
 
 def warn(message: str) -> None:
@@ -82,6 +88,6 @@ def print_error(error: AlignKitError) -> None:
     prefix = "" if rank == "0" else f"rank {rank}: "
     problems = list_problems(error)
     for problem in problems:
-        print(f"error: {prefix}{problem}", file=sys.stderr)
+        write(redact(f"error: {prefix}{problem}"), stderr=True)
     if len(problems) > 1:
-        print(f"{len(problems)} problems; nothing was started", file=sys.stderr)
+        write(f"{len(problems)} problems; nothing was started", stderr=True)

@@ -7,10 +7,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alignkit.console.clean import printable, printable_json
+from alignkit.console.say import write
+
 
 def print_json(data: Any) -> None:
     """Write data to stdout for a script."""
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    print(printable_json(json.dumps(data, indent=2, ensure_ascii=False, default=str)))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -18,17 +21,17 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     cells = [[str(column) for column in columns], *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
     if title:
-        print(title)
+        write(title)
     for number, row in enumerate(cells):
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        write("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         if number == 0:
-            print("  " + "  ".join("-" * width for width in widths))
+            write("  " + "  ".join("-" * width for width in widths))
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 def print_stage(stage: Mapping[str, Any], *, will: str) -> None:
@@ -37,9 +40,9 @@ def print_stage(stage: Mapping[str, Any], *, will: str) -> None:
     `stage` is `Stage.to_dict()`.
     """
     name, origins = stage["stage"], stage["origins"]
-    print(f"stage {name} ({stage['method']}) of {stage['recipe_path']}")
-    print(f"would run: {will}")
-    print(f"run directory: {stage['run_dir']}")
+    write(f"stage {name} ({stage['method']}) of {stage['recipe_path']}")
+    write(f"would run: {will}")
+    write(f"run directory: {stage['run_dir']}")
     rows: list[tuple[str, Any, str]] = [("seed", stage["seed"], origins.get("seed", "default"))]
     for section, values in (("model", stage["model"]), ("lora", stage["lora"]), ("launch", stage["launch"])):
         rows += [
@@ -55,37 +58,37 @@ def print_launch(launch: Mapping[str, Any]) -> None:
     """Write to stdout what would be started where; `launch` is `Plan.to_dict()`."""
     place = launch["placement"]
     if launch["mode"] == "worker":
-        print("would start: nothing, this is one of the processes that a launcher has started")
+        write("would start: nothing, this is one of the processes that a launcher has started")
         return
     if launch["mode"] == "in-process":
-        print(f"would start: nothing else, it runs in this process on {place['device']}")
+        write(f"would start: nothing else, it runs in this process on {place['device']}")
         return
     nodes = f"{place['nodes']} nodes with " if place["nodes"] > 1 else ""
     each = " each" if nodes else ""
-    print(f"would start: {nodes}{place['processes']} processes{each} ({place['strategy']}, {place['device']})")
+    write(f"would start: {nodes}{place['processes']} processes{each} ({place['strategy']}, {place['device']})")
     if nodes:
         known = {key: "not known yet" if place[key] is None else place[key] for key in place}
-        print(f"this node: {known['node_rank']}; node 0 at {known['main_address']}:{known['main_port']}")
-    print(f"$ {launch['command']}")
+        write(f"this node: {known['node_rank']}; node 0 at {known['main_address']}:{known['main_port']}")
+    write(f"$ {launch['command']}")
     for name in ("config", "deepspeed"):
         if launch[name]:
-            print(f"\n{launch[f'{name}_file']}:")
+            write(f"\n{launch[f'{name}_file']}:")
             text = launch[name] if isinstance(launch[name], str) else json.dumps(launch[name], indent=2)
-            print("\n".join(f"  {line}" for line in text.splitlines()))
+            write("\n".join(f"  {line}" for line in text.splitlines()))
 
 
 def print_result(result: Mapping[str, Any]) -> None:
     """Write how a stage ended to stdout."""
     made = f"at step {result['step']}, model in {result['model_dir']}" if result["model_dir"] else ""
-    print(f"{result['stage']}: {result['status']} {made or 'with {} rows'.format(result['step'])}")
+    write(f"{result['stage']}: {result['status']} {made or 'with {} rows'.format(result['step'])}")
     for key, value in result.get("metrics", {}).items():
-        print(f"  {key} = {_cell(value)}")
+        write(f"  {key} = {_cell(value)}")
 
 
 def print_paths(paths: Mapping[str, str]) -> None:
     """Write what was made and where it is to stdout, one line each."""
     for name, path in paths.items():
-        print(f"{name}: {path}")
+        write(f"{name}: {path}")
 
 
 def print_jobs(jobs: Sequence[Mapping[str, Any]], *, scripts: bool) -> None:
@@ -94,7 +97,7 @@ def print_jobs(jobs: Sequence[Mapping[str, Any]], *, scripts: bool) -> None:
     `jobs` are `Job.to_dict()`; with `scripts` their text comes first.
     """
     for job in jobs if scripts else ():
-        print(f"# {job['path']}\n{job['script']}")
+        write(f"# {job['path']}\n{job['script']}")
     if any(job["job_id"] for job in jobs):
         rows = [(job["stage"], job["job_id"], ", ".join(job["depends_on"]) or None, job["path"]) for job in jobs]
         print_table("", ("stage", "job", "after", "script"), rows)
@@ -102,7 +105,7 @@ def print_jobs(jobs: Sequence[Mapping[str, Any]], *, scripts: bool) -> None:
     for number, job in enumerate(jobs, 1):
         # `$job_N` is for the shell to fill in; everything else is quoted.
         line = " ".join(word if word.startswith("--dependency=") else shlex.quote(word) for word in job["submit"])
-        print(f"job_{number}=$({line})  # {job['stage']}" if len(jobs) > 1 else line)
+        write(f"job_{number}=$({line})  # {job['stage']}" if len(jobs) > 1 else line)
 
 
 def print_agenda(entries: Sequence[Mapping[str, Any]]) -> None:

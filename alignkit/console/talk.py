@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from alignkit.console.say import note, open_console
+from alignkit.console.clean import printable
+from alignkit.console.say import note, open_console, write
 
 if TYPE_CHECKING:
     from rich.columns import Columns
@@ -27,10 +28,10 @@ def ask(prompt: str) -> str | None:
         try:
             return input(prompt)
         except EOFError:
-            print(file=sys.stderr)
+            write(stderr=True)
             return None
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            write(stderr=True)
             if interrupted:
                 return None
             interrupted = True
@@ -47,12 +48,12 @@ def stream(answers: Mapping[str, Iterator[str]]) -> None:
         return
     for name, pieces in answers.items():
         if len(answers) > 1:
-            print(f"{name}: ", end="", flush=True)
+            write(f"{name}: ", end="")
         try:
             for piece in pieces:
-                print(_printable(piece), end="", flush=True)
+                write(piece, end="")
         finally:
-            print(flush=True)
+            write()
 
 
 def _stream_columns(answers: Mapping[str, Iterator[str]]) -> None:
@@ -67,7 +68,7 @@ def _stream_columns(answers: Mapping[str, Iterator[str]]) -> None:
     width = console.width // len(answers) - 1
 
     def draw() -> Columns:
-        return Columns([Panel(Text(text), title=name, width=width) for name, text in texts.items()])
+        return Columns([Panel(Text(text), title=Text(printable(name)), width=width) for name, text in texts.items()])
 
     growing = dict(answers)
     with Live(draw(), console=console, refresh_per_second=12, vertical_overflow="visible") as live:
@@ -77,10 +78,5 @@ def _stream_columns(answers: Mapping[str, Iterator[str]]) -> None:
                 if piece is None:
                     del growing[name]
                 else:
-                    texts[name] += _printable(piece)
+                    texts[name] += printable(piece)
             live.update(draw())
-
-
-def _printable(text: str) -> str:
-    """Return the text without control characters: a model must not be able to steer the terminal."""
-    return "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())

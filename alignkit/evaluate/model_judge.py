@@ -27,7 +27,7 @@ from alignkit.feedback.examples import Examples
 from alignkit.feedback.measures import describe_labels, find_faults
 from alignkit.feedback.quoting import Quoter
 from alignkit.feedback.replay import pair_key
-from alignkit.feedback.server import require_client, require_key
+from alignkit.feedback.server import find_key, require_client
 from alignkit.feedback.sources import open_model, spent_before
 from alignkit.feedback.spending import Spending
 from alignkit.feedback.stop import Stop, catch_signals
@@ -147,6 +147,6 @@ def _open_store(path: Path) -> Iterator[Store]:
 
 def _require_server(source: FeedbackModel, store: Path | None) -> None:
     require_client()
-    require_key(source, "the judge")
+    find_key(source)
     if store is None:
         raise UsageError("a judge behind a url is asked once: give --out FILE, beside which its verdicts are kept")

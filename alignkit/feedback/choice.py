@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,10 +107,13 @@ def _letter(token: str) -> str | None:
 
 
 def read_chat_tokens(choice: Mapping[str, Any]) -> list[TokenChances]:
-    """Return the tokens of a chat completion's choice; none where the server gives no log-probs."""
+    """Return the tokens of a chat completion's choice; none where the server gives no log-probs.
+
+    Raises ValueError, TypeError or the like for what is none, as `read_text_tokens` does.
+    """
     content = (choice.get("logprobs") or {}).get("content") or []
     return [
-        TokenChances(str(item["token"]), {str(top["token"]): float(top["logprob"]) for top in item["top_logprobs"]})
+        TokenChances(item["token"], _chances((top["token"], top["logprob"]) for top in item["top_logprobs"]))
         for item in content
         if item.get("top_logprobs")
     ]
@@ -120,4 +123,14 @@ def read_text_tokens(choice: Mapping[str, Any]) -> list[TokenChances]:
     """Return the tokens of a text completion's choice; none where the server gives no log-probs."""
     logprobs = choice.get("logprobs") or {}
     pairs = zip(logprobs.get("tokens") or [], logprobs.get("top_logprobs") or [], strict=False)
-    return [TokenChances(str(token), {str(t): float(logp) for t, logp in top.items()}) for token, top in pairs if top]
+    return [TokenChances(token, _chances(top.items())) for token, top in pairs if top]
+
+
+def _chances(top: Iterable[tuple[str, float]]) -> dict[str, float]:
+    chances = {}
+    for token, logp in top:
+        # A little above 0 is what rounding makes of a certain token; -9999 is OpenAI's word for next to never.
+        if not isinstance(token, str) or type(logp) not in (int, float) or not logp <= 1e-3:
+            raise ValueError(f"a log-probability of {logp!r}")
+        chances[token] = max(float(logp), -9999.0)
+    return chances

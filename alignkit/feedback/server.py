@@ -1,37 +1,59 @@
 """One request to an OpenAI-compatible server: sent again while that may help, and every failure one clear line.
 
-Built on the openai client, which is loaded when it is needed. The key comes from the environment and is taken out of
-everything that is said. It knows nothing of constitutions or verdicts.
+Built on the openai client, which is loaded when it is needed. The key comes from the environment, goes to the recipe's
+host and nowhere else, and is taken out of everything that is said or kept.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
+import math
 import os
 import random
 import re
-import threading
 import time
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from alignkit import console
 from alignkit.errors import EnvironmentProblem, JudgeError, RecipeError
-from alignkit.feedback.spending import Spending
+from alignkit.feedback.spending import Spending, count_tokens
 from alignkit.recipe.schema import FeedbackModel
-from alignkit.runs.record import redact
 
-DEFAULT_KEY = "OPENAI_API_KEY"
+_Read = TypeVar("_Read")
 NOT_INSTALLED = (
     "a judge or generator with url: needs the openai package; install it with: pip install 'alignkit[judge]'"
 )
-_MAX_BYTES = 1 << 22  # of a reply
+ALLOWED = "ALIGNKIT_ALLOW_KEY"  # --allow-key, which every process of a run inherits
+_OPENAI = "https://api.openai.com"
+# Variables that need no --allow-key, as long as they go to the host that gave out the key.
+_OWN_KEYS = {
+    _OPENAI: "OPENAI_API_KEY",
+    "https://api.anthropic.com": "ANTHROPIC_API_KEY",
+    "https://api.deepseek.com": "DEEPSEEK_API_KEY",
+    "https://api.fireworks.ai": "FIREWORKS_API_KEY",
+    "https://api.groq.com": "GROQ_API_KEY",
+    "https://api.mistral.ai": "MISTRAL_API_KEY",
+    "https://api.together.xyz": "TOGETHER_API_KEY",
+    "https://generativelanguage.googleapis.com": "GEMINI_API_KEY",
+    "https://openrouter.ai": "OPENROUTER_API_KEY",
+    "https://router.huggingface.co": "HF_TOKEN",
+}
+_MAX_BYTES = 1 << 22  # of a reply, whatever its status
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS, _LONGEST_RETRY_AFTER_SECONDS = 0.5, 60.0, 600.0
+_SAID_SECONDS = 5.0  # a wait that is worth a line
 _OPTIONAL = ("seed", "logprobs", "top_logprobs", "temperature", "max_tokens")  # a server may not know them
 _WITHOUT = "without"  # not a failure: the request is sent again without what the server does not know
-_CHARS_PER_TOKEN = 3.0  # for the reserve: more tokens than most texts have
+_HEADERS = frozenset(
+    {
+        "accept", "connection", "content-length", "content-type", "host", "user-agent",
+        "x-stainless-raw-response",  # the openai client looks for it in what was sent
+    }
+)  # fmt: skip
 
 
 class Unanswered(Exception):
@@ -43,21 +65,29 @@ class Unanswered(Exception):
         self.retries = retries or {}
 
 
-class Halted(Exception):
-    """The run is being stopped."""
+def place_of(url: str) -> str:
+    """Return a server's address without path and credentials."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
 
 
-def find_key(source: FeedbackModel) -> str | None:
-    """Return the key from the environment, None where there is none."""
-    return os.environ.get(source.api_key_env or DEFAULT_KEY) or None
+def find_key(source: FeedbackModel, *, where: str | None = None, key: str = "judge") -> str | None:
+    """Return the key for a server from the environment, None where there is none.
 
-
-def require_key(source: FeedbackModel, key: str, *, where: str | None = None) -> None:
-    """Raise RecipeError for a variable that is named and nobody has set; whether its key is right, the server knows."""
-    name = source.api_key_env
-    if name is not None and not os.environ.get(name, "").strip():
-        what = f"{key}.api_key_env: the environment variable {name} is not set; export {name}=... first"
-        raise RecipeError(what, where=where)
+    Raises RecipeError for a variable that is not the host's own and was not allowed on the command line, so that a
+    recipe alone cannot send somebody's variables away; and for one that is named and not set.
+    """
+    host, name = place_of(str(source.url)), source.api_key_env
+    if name is None:
+        name = _OWN_KEYS.get(host)
+        return (os.environ.get(name) or None) if name else None
+    if name != _OWN_KEYS.get(host) and name not in os.environ.get(ALLOWED, "").split():
+        what = f"would send {name} to {host}; if that is meant, give --allow-key {name} on the command line"
+        raise RecipeError(f"{key}.api_key_env {what}", where=where)
+    if not os.environ.get(name, "").strip():
+        what = f"the environment variable {name} is not set; export {name}=... first"
+        raise RecipeError(f"{key}.api_key_env: {what}", where=where)
+    return os.environ[name]
 
 
 def require_client() -> None:
@@ -67,133 +97,170 @@ def require_client() -> None:
 
 
 class Server:
-    """A server that is asked from several threads; retries, waits and limits are the recipe's."""
+    """A server that is asked several things at a time; retries, waits and limits are the recipe's.
 
-    def __init__(self, source: FeedbackModel, spending: Spending, stop: threading.Event) -> None:
-        """Make the client; nothing is sent yet. Raises EnvironmentProblem without the openai package."""
+    `connect` and `close` stand around the requests of an event loop.
+    """
+
+    def __init__(self, source: FeedbackModel, spending: Spending) -> None:
+        """Find the key; nothing is sent yet. Raises EnvironmentProblem without openai, RecipeError as `find_key`."""
         require_client()
         import openai
 
-        assert source.url is not None
-        self._source, self.spending, self.stop = source, spending, stop
+        self._source, self.spending, self._openai = source, spending, openai
+        self.place = place_of(str(source.url))
         self._key = find_key(source)
-        self._openai = openai
-        self._answered = False
+        self._client: openai.AsyncOpenAI | None = None
+        self._create: dict[bool, Callable[..., Any]] = {}  # of chats, of texts
+        self._answered = self._introduced = False
+        self._quiet_until = 0.0
         self._left_out: set[str] = set()
+
+    def connect(self) -> None:
+        """Make the client of the event loop that asks next, and say once where requests go."""
+        import openai
+
+        key, is_openai = self._key, self.place == _OPENAI
+        if not self._introduced:
+            name = self._source.api_key_env or _OWN_KEYS.get(self.place)
+            which = f"with the key in {name}" if key else "without a key"
+            console.note(f"asking {self._source.name} at {self.place}, {which}")
+            self._introduced = True
+
+        class Client(openai.DefaultAsyncHttpxClient):
+            """Reads every reply whole and bounded, an error's too, and sends no header that the host need not see."""
+
+            async def send(self, request: Any, **options: Any) -> Any:
+                # The openai client adds OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS for any host.
+                for name in [] if is_openai else [name for name in request.headers if name.lower() not in _HEADERS]:
+                    del request.headers[name]
+                request.headers["accept-encoding"] = "identity"  # a body of a few bytes could unpack to gigabytes
+                if key is not None:
+                    request.headers["authorization"] = f"Bearer {key}"
+                response = await super().send(request, **{**options, "stream": True})
+                body = bytearray()
+                try:
+                    async for chunk in response.aiter_raw():
+                        body += chunk
+                        if len(body) > _MAX_BYTES:
+                            raise _Malformed(f"more than {_MAX_BYTES} bytes")
+                finally:
+                    await response.aclose()
+                if response.headers.get("content-encoding", "identity") != "identity":
+                    raise _Malformed("a compressed body that was not asked for")
+                kept = ("content-type", "retry-after")
+                headers = {name: response.headers[name] for name in kept if name in response.headers}
+                return type(response)(response.status_code, headers=headers, content=bytes(body), request=request)
+
         # No proxy and no .netrc from the environment, and no other host by a redirect: the key goes to this address.
-        http = openai.DefaultHttpxClient(trust_env=False, follow_redirects=False, timeout=source.timeout)
-        self._client = openai.OpenAI(
-            api_key=self._key or "none", base_url=source.url, http_client=http, max_retries=0, timeout=source.timeout
-        )
+        http = Client(trust_env=False, follow_redirects=False, timeout=self._source.timeout)
+        self._client = openai.AsyncOpenAI(
+            api_key=key or "none", base_url=self._source.url, http_client=http, max_retries=0,
+            timeout=self._source.timeout,
+        )  # fmt: skip
+        texts, chats = self._client.completions, self._client.chat.completions  # imported now, not in a request's time
+        self._create = {False: texts.with_raw_response.create, True: chats.with_raw_response.create}
 
-    @property
-    def place(self) -> str:
-        """The server's address without path and credentials."""
-        parts = urlsplit(self._source.url or "")
-        return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+    async def close(self) -> None:
+        """Let go of the connections."""
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
 
-    def ask(self, payload: dict[str, Any], *, output_tokens: int) -> tuple[dict[str, Any], dict[str, int]]:
-        """Send a request until it is answered; return the reply, counted, and the failed tries by cause.
+    async def ask(
+        self, payload: dict[str, Any], read: Callable[[dict[str, Any]], _Read], *, output_tokens: int
+    ) -> tuple[_Read, dict[str, Any]]:
+        """Send a request until it is answered; return what `read` makes of the choice, and what it took.
 
-        Raises Unanswered for this request alone, JudgeError when no request can be answered, Halted on `stop`.
+        The latter are `input_tokens`, `output_tokens` and `retries`, the failed tries by cause. Raises Unanswered for
+        this request alone, JudgeError when no request can be answered. `read` raises ValueError or the like for what is
+        not of the protocol.
         """
-        retries: dict[str, int] = {}
-        estimate = int(len(json.dumps(payload, ensure_ascii=False)) / _CHARS_PER_TOKEN)
+        took: dict[str, Any] = {"input_tokens": 0, "output_tokens": 0, "retries": {}}
+        retries: dict[str, int] = took["retries"]
+        estimate = count_tokens(json.dumps(payload, ensure_ascii=False))
         tries = 0
         while True:
-            if self.stop.is_set():
-                raise Halted
             with self.spending.reserve(estimate, output_tokens):
-                self.spending.wait_for_turn(self.stop)
-                outcome = self._try(payload)
-            if isinstance(outcome, dict):
+                await asyncio.sleep(self.spending.seconds_to_turn())
+                outcome = await self._try(payload, read)
+            if not isinstance(outcome, _Failure):
+                value, said, usage = outcome
                 self._answered = True
-                return outcome, retries
-            cause, wait_seconds, what = outcome
-            if cause == _WITHOUT:
+                received = _sensible(usage, "completion_tokens") or count_tokens(said)
+                self._count(took, _sensible(usage, "prompt_tokens") or estimate, received)
+                return value, took
+            if outcome.cause == _WITHOUT:
                 continue
+            if outcome.cause in ("timeout", "malformed"):  # it was sent, and may be charged for
+                self._count(took, estimate, 0)
             tries += 1
-            retries[cause] = retries.get(cause, 0) + 1
-            self.spending.add_retry(cause)
+            retries[outcome.cause] = retries.get(outcome.cause, 0) + 1
+            self.spending.retries[outcome.cause] += 1
             if tries > self._source.retries:
-                raise Unanswered(f"{self.place} {what} ({tries} tries)", problem=False, retries=retries)
-            self._wait(tries - 1, wait_seconds)
+                raise Unanswered(f"{self.place} {outcome.what} ({tries} tries)", problem=False, retries=retries)
+            await self._wait(tries - 1, outcome)
 
-    def _wait(self, attempt: int, wished_seconds: float | None) -> None:
-        """Wait as the server wishes, else twice as long each time, scattered so that threads do not come together."""
+    def _count(self, took: dict[str, Any], input_tokens: int, output_tokens: int) -> None:
+        took["input_tokens"] += input_tokens
+        took["output_tokens"] += output_tokens
+        self.spending.add(input_tokens, output_tokens)
+
+    async def _wait(self, attempt: int, failure: _Failure) -> None:
+        """Wait as the server wishes, else twice as long each time, scattered so that tries do not come together."""
         seconds = min(_FIRST_WAIT_SECONDS * 2**attempt, _LONGEST_WAIT_SECONDS) * random.uniform(0.5, 1.5)
-        if wished_seconds is not None:
-            seconds = min(wished_seconds, _LONGEST_RETRY_AFTER_SECONDS) + random.uniform(0, 0.1)
-        if self.stop.wait(seconds):
-            raise Halted
+        wished = failure.wait_seconds
+        if wished is not None:
+            seconds = min(wished, _LONGEST_RETRY_AFTER_SECONDS) + random.uniform(0, 0.1)
+        now = time.monotonic()
+        if seconds >= _SAID_SECONDS and now >= self._quiet_until:
+            self._quiet_until = now + seconds
+            longest = f" (it asks for {wished:.4g} s; longer is not waited)" if wished and wished > seconds else ""
+            console.note(f"{self.place} {failure.what}; next try in {seconds:.0f} s{longest}")
+        await asyncio.sleep(seconds)
 
-    def _try(self, payload: dict[str, Any]) -> dict[str, Any] | tuple[str, float | None, str]:
-        """Return the reply, or (cause, seconds the server asks to wait, what happened) for a failure that may pass."""
-        openai = self._openai
+    async def _try(
+        self, payload: dict[str, Any], read: Callable[[dict[str, Any]], _Read]
+    ) -> tuple[_Read, str, object] | _Failure:
+        """Return what was read, the text and the usage as the server says it, or a failure that may pass."""
+        openai, seconds = self._openai, self._source.timeout
         sent = {key: value for key, value in payload.items() if key not in self._left_out}
         if "max_tokens" in self._left_out:
             sent["max_completion_tokens"] = payload["max_tokens"]
+        create = self._create["messages" in sent]
         try:
-            return self._read(self._fetch(sent))
-        except openai.APITimeoutError:
-            return "timeout", None, f"no reply within {self._source.timeout:g} s"
+            async with asyncio.timeout(seconds):  # of the whole request; httpx's own is for each read
+                response = await create(**sent)
+            return _read_reply(response.content, read)
+        except (openai.APITimeoutError, TimeoutError):
+            return _Failure("timeout", f"gave no whole reply within {seconds:g} s")
         except openai.APIStatusError as error:
             return self._explain_status(error, sent)
-        except openai.APIConnectionError as error:
-            return "connection", None, f"cannot be reached ({self._scrub(_root(error))})"
         except _Malformed as error:
-            return "malformed", None, f"replies with something else than the protocol says ({error})"
+            return _Failure("malformed", f"replies with something else than the protocol says ({error})")
         except Exception as error:  # the HTTP library's own, which differs between versions of openai
-            if not type(error).__module__.startswith("http"):
+            if not isinstance(error, openai.APIConnectionError) and not type(error).__module__.startswith("http"):
                 raise
-            kind = "timeout" if "Timeout" in type(error).__name__ else "connection"
-            return kind, None, f"the connection broke ({self._scrub(error)})"
+            return _Failure("connection", f"cannot be reached ({self.scrub(_root(error))[:200]})")
 
-    def _fetch(self, sent: dict[str, Any]) -> bytes:
-        """Return the body of the reply, as long as it is of a sensible size and comes in time."""
-        api = self._client.chat.completions if "messages" in sent else self._client.completions
-        deadline = time.monotonic() + self._source.timeout
-        with api.with_streaming_response.create(**sent) as response:
-            body = bytearray()
-            for chunk in response.iter_bytes(65536):
-                body += chunk
-                if len(body) > _MAX_BYTES:
-                    raise _Malformed(f"more than {_MAX_BYTES} bytes")
-                if time.monotonic() > deadline:
-                    raise self._openai.APITimeoutError(request=response.http_request)
-        return bytes(body)
-
-    def _read(self, body: bytes) -> dict[str, Any]:
-        try:
-            data = json.loads(body)
-        except (ValueError, RecursionError):
-            raise _Malformed("not JSON") from None
-        choices = data.get("choices") if isinstance(data, dict) else None
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise _Malformed("no choices")
-        usage = data.get("usage") or {}
-        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        data["counts"] = tuple(count if isinstance(count, int) else 0 for count in counts)
-        self.spending.add(*data["counts"])
-        return data
-
-    def _explain_status(self, error: Any, sent: dict[str, Any]) -> tuple[str, float | None, str]:
+    def _explain_status(self, error: Any, sent: dict[str, Any]) -> _Failure:
         """Tell failures that may pass from those that will not; raises for the latter."""
-        status, said = error.status_code, self._scrub(_message(error))
+        status, said = error.status_code, " ".join(self.scrub(_message(error)).split())[:200]
         if status == 429 and getattr(error, "code", None) == "insufficient_quota":
             raise JudgeError(f"{self.place}: the account has no credit left: {said}") from None
         if status in (408, 409, 425, 429) or status >= 500:
-            return str(status), _retry_after(error), f"answers {status}: {said}"
+            return _Failure(str(status), f"answers {status}: {said}", _retry_after(error))
         if status in (401, 403):
-            name = self._source.api_key_env or DEFAULT_KEY
-            which = f"the key in {name}" if self._key else f"a request without a key (set {name})"
+            name = self._source.api_key_env or _OWN_KEYS.get(self.place)
+            advice = f"set {name}" if name else "name its variable with api_key_env, and allow it with --allow-key"
+            which = f"the key in {name}" if self._key else f"a request without a key ({advice})"
             raise JudgeError(f"{self.place} refuses {which} ({status}): {said}") from None
         if status == 404:
             raise JudgeError(f"{self.place} knows no model {self._source.name} at this url (404): {said}") from None
         if 300 <= status < 400:
             raise JudgeError(f"{self.place} sends us to another address ({status}); give that as url:") from None
         if any(re.search(rf"\b{name}\b", said) and self._leave_out(name, sent) for name in _OPTIONAL):
-            return _WITHOUT, None, said
+            return _Failure(_WITHOUT, said)
         if self._answered or "context" in said:
             raise Unanswered(f"refused ({status}): {said}", problem=True)
         raise JudgeError(f"{self.place} refuses the request ({status}): {said}") from None
@@ -206,16 +273,42 @@ class Server:
         self._left_out.add(name)
         return name in sent
 
-    def _scrub(self, said: object) -> str:
-        """Return one short line without the key."""
-        text = " ".join(str(said).split())
-        if self._key:
-            text = text.replace(self._key, "[redacted]")
-        return redact(text)[:200]
+    def scrub(self, said: object) -> str:
+        """Return a text of the server's without the key."""
+        text = str(said)
+        return console.redact(text.replace(self._key, "[redacted]") if self._key else text)
+
+
+class _Failure:
+    """A try that failed, in a way that may pass."""
+
+    def __init__(self, cause: str, what: str, wait_seconds: float | None = None) -> None:
+        self.cause, self.what, self.wait_seconds = cause, what, wait_seconds  # the last: as the server wishes
 
 
 class _Malformed(Exception):
     """A reply that is not what the protocol says."""
+
+
+def _read_reply(body: bytes, read: Callable[[dict[str, Any]], _Read]) -> tuple[_Read, str, object]:
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        raise _Malformed("not JSON") from None
+    choices = data.get("choices") if isinstance(data, dict) else None
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise _Malformed("no choices")
+    try:
+        value = read(choices[0])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise _Malformed(f"a choice with {type(error).__name__}: {str(error)[:80]}") from None
+    return value, json.dumps(choices[0].get("message") or choices[0].get("text"), ensure_ascii=False), data.get("usage")
+
+
+def _sensible(usage: object, name: str) -> int | None:
+    """Return a count of the server's, None for one that no request of ours can have."""
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if type(count) is int and 0 < count < 1 << 20 else None
 
 
 def _message(error: Any) -> str:
@@ -237,10 +330,10 @@ def _retry_after(error: Any) -> float | None:
     if given is None:
         return None
     try:
-        return max(float(given), 0.0)
+        seconds = float(given)
     except ValueError:
-        pass
-    try:
-        return max(parsedate_to_datetime(given).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError):
-        return None
+        try:
+            seconds = parsedate_to_datetime(given).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return None if math.isnan(seconds) else max(seconds, 0.0)

@@ -1,11 +1,11 @@
 """What asking a server costs: requests, retries and tokens counted, a rate kept, a budget never knowingly exceeded.
 
-It sends nothing itself. Safe to use from several threads.
+Everything is counted in one thread.
 """
 
 from __future__ import annotations
 
-import threading
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +14,13 @@ from typing import Any
 
 from alignkit.errors import JudgeError
 from alignkit.recipe.schema import FeedbackModel
+
+_BYTES_PER_TOKEN = 3.0  # fewer than most texts have
+
+
+def count_tokens(text: str) -> int:
+    """Estimate the tokens of a text, rather too many than too few: for limits, and for a server that counts nothing."""
+    return math.ceil(len(text.encode("utf-8", "replace")) / _BYTES_PER_TOKEN)
 
 
 class BudgetSpent(JudgeError):
@@ -30,7 +37,6 @@ class Spending:
 
     def __init__(self, source: FeedbackModel) -> None:
         self._source = source
-        self._lock = threading.Lock()
         self._reserved = 0.0  # tokens that requests under way may take
         self._reserved_cost = 0.0
         self._next = 0.0
@@ -49,14 +55,8 @@ class Spending:
 
     def add(self, input_tokens: int, output_tokens: int) -> None:
         """Count the tokens of a reply."""
-        with self._lock:
-            self.input_tokens += input_tokens
-            self.output_tokens += output_tokens
-
-    def add_retry(self, cause: str) -> None:
-        """Count a failed try."""
-        with self._lock:
-            self.retries[cause] += 1
+        self.input_tokens += input_tokens
+        self.output_tokens += output_tokens
 
     @contextmanager
     def reserve(self, input_tokens: int, output_tokens: int) -> Iterator[None]:
@@ -65,27 +65,24 @@ class Spending:
         Raises BudgetSpent when there is no room.
         """
         tokens, cost = input_tokens + output_tokens, self._cost(input_tokens, output_tokens)
-        with self._lock:
-            self._require(tokens, cost)
-            self._reserved += tokens
-            self._reserved_cost += cost
-            self.requests += 1
+        self._require(tokens, cost)
+        self._reserved += tokens
+        self._reserved_cost += cost
+        self.requests += 1
         try:
             yield
         finally:
-            with self._lock:
-                self._reserved -= tokens
-                self._reserved_cost -= cost
+            self._reserved -= tokens
+            self._reserved_cost -= cost
 
-    def wait_for_turn(self, stop: threading.Event) -> None:
-        """Wait until `requests_per_minute` allows another request, or `stop` is set."""
-        rate = self._source.requests_per_minute
+    def seconds_to_turn(self) -> float:
+        """Take the next place that `requests_per_minute` leaves, and return how long it is until then."""
+        rate, now = self._source.requests_per_minute, time.monotonic()
         if rate is None:
-            return
-        with self._lock:
-            at = max(self._next, time.monotonic())
-            self._next = at + 60.0 / rate
-        stop.wait(max(at - time.monotonic(), 0.0))
+            return 0.0
+        at = max(self._next, now)
+        self._next = at + 60.0 / rate
+        return at - now
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the report says of it."""

@@ -22,6 +22,7 @@ class Command:
     out: str | None = None
     trust_code: bool = False
     allow_change: tuple[str, ...] = ()
+    allow_key: tuple[str, ...] = ()
     node_rank: int | None = None  # --node-rank: of this machine, so never part of `arguments`
 
     @classmethod
@@ -32,6 +33,7 @@ class Command:
         *,
         out: Path | None = None,
         allow_change: tuple[str, ...] = (),
+        allow_key: tuple[str, ...] = (),
         node_rank: int | None = None,
     ) -> Command:
         """Return the command of a resolved stage, its name always written out."""
@@ -43,6 +45,7 @@ class Command:
             out=str(out) if out else None,
             trust_code=stage.trust_code,
             allow_change=allow_change,
+            allow_key=allow_key,
             node_rank=node_rank,
         )
 
@@ -53,6 +56,8 @@ class Command:
             words += ["--set", override]
         for key in self.allow_change:
             words += ["--allow-change", key]
+        for name in self.allow_key:
+            words += ["--allow-key", name]
         words += ["--out", self.out] if self.out else []
         return words + (["--trust-code"] if self.trust_code else [])
 

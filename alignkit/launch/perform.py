@@ -26,7 +26,6 @@ from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK
 from alignkit.runs.files import disk_failures, write_text
 from alignkit.runs.layout import RunDir
-from alignkit.runs.record import redact
 from alignkit.runs.report import write_recipe_report
 
 _FAILURES = (3, 4, 5, 6, 7)  # not finite, disk, memory, a process, the judge
@@ -113,7 +112,7 @@ def _note_failure(run_dir: Path | None, error: BaseException) -> None:
     run = RunDir(run_dir.expanduser().absolute())
     if console.is_main() and run.stage.is_file() and not run.is_finished():
         with disk_failures(run.path, "error.log"):
-            write_text(run.error_log, redact(f"{error}\n"))
+            write_text(run.error_log, console.redact(f"{error}\n"))
 
 
 def _run_entries(

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from alignkit.errors import EnvironmentProblem, ModelError, Problem, RecipeError, UsageError
 from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.examples import load_examples
-from alignkit.feedback.server import require_key
+from alignkit.feedback.server import find_key
 from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.recipe import Recipe, Stage
 from alignkit.recipe.nearest import suggest
@@ -75,7 +75,8 @@ def describe_evaluation(recipe: Recipe) -> dict[str, str]:
     judge, constitution = recipe.evaluate.judge, recipe.evaluate.constitution
     if judge is None or constitution is None:
         return {}
-    require_key(judge, "evaluate.judge", where=recipe.origins.get("evaluate.judge.api_key_env"))
+    if judge.url is not None:
+        find_key(judge, key="evaluate.judge", where=recipe.origins.get("evaluate.judge.api_key_env"))
     principles = load_constitution(constitution, needs="comparison").principles
     who = judge.model or f"{judge.name} at {urlsplit(judge.url or '').netloc}"
     return {"judge": who, "principles": str(len(principles))}
@@ -141,7 +142,7 @@ def _require_file(stage: Stage, key: str, path: str) -> None:
 def _require_server(stage: Stage, key: str, model: FeedbackModel) -> None:
     """Raise for a key that nobody has set, and a client that is not installed."""
     name = f"{stage.name}.{key}"
-    require_key(model, name, where=stage.where(f"{name}.api_key_env"))
+    find_key(model, key=name, where=stage.where(f"{name}.api_key_env"))
     if importlib.util.find_spec("openai") is None:
         raise EnvironmentProblem("a judge or generator with url needs the openai client: pip install 'alignkit[judge]'")
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from alignkit.console import redact
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS
 
@@ -44,15 +46,28 @@ def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding
 
 
 def _server_problems(key: str, given: Mapping[str, Any]) -> Iterator[Finding]:
-    url = given["url"]
-    if not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#]*)?", url):
-        yield f"{key}.url", f"is {url}; write http://HOST:PORT/v1 or https://HOST/v1, without a question mark or a key"
+    url, variable = given["url"], given.get("api_key_env")
+    shown = redact(url)
+    if not _is_address(url):
+        advice = "write http://HOST:PORT/v1 or https://HOST/v1, without a question mark or a key"
+        yield f"{key}.url", f"is {shown}; {advice}"
     elif url.rstrip("/").endswith(("/chat/completions", "/completions")):
-        yield f"{key}.url", f"is {url}; give the address that ends in /v1: what comes after it is added (api)"
+        yield f"{key}.url", f"is {shown}; give the address that ends in /v1: what comes after it is added (api)"
     if given.get("name") is None:
         yield key, "has a url without name; say which of the server's models is meant"
+    if variable is not None and not variable.endswith(("_API_KEY", "_TOKEN")):
+        yield f"{key}.api_key_env", f"is {variable}; only variables that end in _API_KEY or _TOKEN are sent to a server"
     if given.get("max_cost") is not None and given.get("price") is None:
         yield f"{key}.max_cost", "needs price: {input, output}, per million tokens"
+
+
+def _is_address(url: str) -> bool:
+    """Tell whether a client can use an address as it is, without a question mark or a key in it."""
+    try:
+        has_port = urlsplit(url).port != 0  # raises for one above 65535
+    except ValueError:
+        return False
+    return has_port and re.fullmatch(r"https?://[^/\\\s?#@]+(/[^\s?#]*)?", url) is not None
 
 
 def _judges(stage: Section, recipe: Section) -> Iterator[Finding]:

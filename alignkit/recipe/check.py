@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from alignkit.console import redact
 from alignkit.errors import Problem
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.secrecy import redact
 from alignkit.recipe.tree import Node, read_scalar
 
 Fragment = dict[str, Any]

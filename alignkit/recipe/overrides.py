@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from alignkit.console import redact
 from alignkit.errors import RecipeError
-from alignkit.recipe.secrecy import leads_to_secret, redact
+from alignkit.recipe.secrecy import leads_to_secret
 from alignkit.recipe.tree import Node, Origin, parse_yaml
 
 FLAG = "--set"

@@ -229,7 +229,9 @@ class FeedbackModel(_Section):
     )
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = Field(
         None,
-        description="Name of the environment variable that holds the key; omitted: OPENAI_API_KEY where it is set.",
+        description="Environment variable with the key: its name ends in _API_KEY or _TOKEN and is given to "
+        "--allow-key; "
+        "omitted: the host's own, such as OPENAI_API_KEY for api.openai.com.",
     )
     concurrency: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="Requests under way at one time.")
     requests_per_minute: Annotated[float, Field(gt=0)] | None = Field(

@@ -1,7 +1,4 @@
-"""What must never be written in a recipe or printed: tokens, keys and passwords.
-
-It judges names and shapes only; it never looks at the environment and cannot tell a real secret from a fake one.
-"""
+"""What must never be written in a recipe: tokens, keys and passwords, known by their shape or by the key's name."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from alignkit.console import holds_secret, redact
 from alignkit.errors import Problem
 
 if TYPE_CHECKING:
@@ -17,10 +15,6 @@ if TYPE_CHECKING:
 _SECRET_NAME = re.compile(r"(^|_)(token|api_?key|secret(_?key)?|access_?key|passwords?|passwd|credentials?)$", re.I)
 # Names of vocabulary entries, which the pattern above would take for credentials.
 _VOCABULARY = re.compile(r"^(pad|eos|bos|unk|sep|cls|mask|image|end|stop|special|assistant|user)_token$", re.I)
-_SECRET_VALUE = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bBearer\s+\S{8,}|\bAKIA[0-9A-Z]{12,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
-    r"|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bxox[abprs]-[\w-]{10,}|\bAIza[\w-]{30,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
-)
 
 
 def names_secret(key: str) -> bool:
@@ -32,15 +26,6 @@ def names_secret(key: str) -> bool:
 def leads_to_secret(path: Sequence[str]) -> bool:
     """Tell whether a dotted key names a credential; the token of `truncate:` is one of the vocabulary."""
     return bool(path) and names_secret(path[-1]) and tuple(path[-2:]) != ("truncate", "token")
-
-
-def holds_secret(text: str) -> bool:
-    return bool(_SECRET_VALUE.search(text))
-
-
-def redact(text: str) -> str:
-    """Return the text with everything that looks like a credential replaced by ***."""
-    return _SECRET_VALUE.sub("***", text)
 
 
 def find_secrets(tree: Node) -> list[tuple[Node, Problem]]:

@@ -27,8 +27,8 @@ from ruamel.yaml.events import (
 )
 from ruamel.yaml.reader import ReaderError
 
+from alignkit.console import redact
 from alignkit.errors import Problem, RecipeError
-from alignkit.recipe.secrecy import redact
 
 MAX_DEPTH = 50
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignkit.console import redact
 from alignkit.errors import RunError
 from alignkit.runs.files import read_json
 from alignkit.runs.layout import RunDir
-from alignkit.runs.record import redact
 
 _SHOWN_REJECTS = 20
 _SHOWN_LABELS = 8

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -244,9 +243,10 @@ def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
 
 
 def copy_recipe(run: RunDir, source: Path) -> None:
-    """Keep the recipe as it was given."""
+    """Keep the recipe as it was given; a secret in a comment stays behind."""
     if not run.recipe.exists() and source.is_file():
-        shutil.copyfile(source, run.recipe)
+        text = source.read_bytes().decode("utf-8", "surrogateescape")
+        run.recipe.write_bytes(console.redact(text).encode("utf-8", "surrogateescape"))
 
 
 def write_result(run: RunDir, result: Mapping[str, Any]) -> None:

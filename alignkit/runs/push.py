@@ -19,7 +19,6 @@ from alignkit.runs.card import CARD, is_public, public_name, render_card
 from alignkit.runs.facts import Facts, read_facts
 from alignkit.runs.files import describe_bytes, read_json
 from alignkit.runs.layout import RunDir
-from alignkit.runs.record import redact
 
 _SENT = (".safetensors", ".json", ".jinja", ".model", ".txt")
 _RECORD = "alignkit.json"
@@ -124,7 +123,7 @@ def _find_local_base(model: Path) -> list[Problem]:
 
 def _find_secret(file: Path) -> list[Problem]:
     text = file.read_text(encoding="utf-8", errors="replace")
-    if redact(text) == text:
+    if console.redact(text) == text:
         return []
     return [Problem("holds something that looks like a secret; take it out before pushing", str(file))]
 
@@ -146,10 +145,10 @@ def _explain(repo: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        reason = redact(error.server_message or str(error).split("\n", 1)[0])
+        reason = console.redact(error.server_message or str(error).split("\n", 1)[0])
         advice = "; does your token have the right to write there?" if status in (401, 403, 404) else ""
         raise EnvironmentProblem(f"{repo}: the hub refused ({status}: {reason}){advice}") from error
     except ValueError as error:  # of `validate`, and of answers that make no sense
-        raise EnvironmentProblem(f"{repo}: the hub refused ({redact(str(error))})") from error
+        raise EnvironmentProblem(f"{repo}: the hub refused ({console.redact(str(error))})") from error
     except (HTTPError, OSError) as error:
-        raise EnvironmentProblem(f"{repo}: the hub cannot be reached ({redact(str(error))})") from error
+        raise EnvironmentProblem(f"{repo}: the hub cannot be reached ({console.redact(str(error))})") from error

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +18,6 @@ from alignkit import console
 from alignkit.runs.files import disk_failures
 
 PACKAGES = ("alignkit", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
-_SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|AKIA[0-9A-Z]{16}|Bearer\s+\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
 
 
 class JsonLines:
@@ -75,7 +71,7 @@ def record_warnings(path: Path) -> Iterator[None]:
     def record(message: str) -> None:
         with disk_failures(path.parent, path.name):
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            JsonLines(path).append({"time": now, "message": redact(message)})
+            JsonLines(path).append({"time": now, "message": console.redact(message)})
 
     with console.recording(record):
         yield
@@ -101,8 +97,3 @@ def git_state(directory: Path) -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
-
-
-def redact(text: str) -> str:
-    """Return the text with everything that looks like a secret replaced."""
-    return _SECRET.sub("[redacted]", text)

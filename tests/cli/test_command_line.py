@@ -14,8 +14,8 @@ COMMANDS = [
     "report",
 ]  # fmt: skip
 STAGE_OPTIONS = [
-    "--recipe", "--stage", "--out", "--set", "--dry-run", "--force", "--trust-code", "--allow-change", "--json",
-    "--retries", "--slurm", "--submit", "--node-rank", "--main-address", "--main-port",
+    "--recipe", "--stage", "--out", "--set", "--dry-run", "--force", "--trust-code", "--allow-change", "--allow-key",
+    "--json", "--retries", "--slurm", "--submit", "--node-rank", "--main-address", "--main-port",
 ]  # fmt: skip
 LOADED = "import sys\nfrom alignkit.cli import main\ncode = main()\nprint(code, *sorted(sys.modules))"
 

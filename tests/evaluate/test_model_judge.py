@@ -23,6 +23,7 @@ from alignkit.evaluate.request import name_runs
 from alignkit.evaluate.run import evaluate
 from alignkit.evaluate.shelf import Shelf
 from alignkit.evaluate.win_rate import measure_win_rate
+from alignkit.feedback.server import ALLOWED
 from alignkit.models.builtin import builtin_config, builtin_tokenizer
 from alignkit.models.scratch import random_model
 from alignkit.recipe import load_recipe
@@ -103,8 +104,8 @@ def test_equal_and_empty_answers_need_no_judge(judge_dir: Path, principles: Path
 
 def test_a_server_s_win_rate_is_kept_with_everything_about_its_judge(run_dir: Path, principles: Path) -> None:
     with Server(judge=prefer_longer, key=KEY) as server:
-        os.environ["CANARY_KEY"] = KEY
-        source = FeedbackModel(url=server.url, name="tiny", api_key_env="CANARY_KEY")
+        os.environ |= {"CANARY_TOKEN": KEY, ALLOWED: "CANARY_TOKEN"}
+        source = FeedbackModel(url=server.url, name="tiny", api_key_env="CANARY_TOKEN")
         data = evaluate(str(run_dir), _options(run_dir, source, principles, metrics=["win_rate", "answers"]))
         asked = server.requests
         figures = _figures(data)
@@ -126,7 +127,7 @@ def test_a_server_s_win_rate_is_kept_with_everything_about_its_judge(run_dir: Pa
         again = evaluate(str(run_dir), _options(run_dir, source, principles))
         assert server.requests == asked
         assert _figures(again)["win_rate", None] == whole
-    del os.environ["CANARY_KEY"]
+    del os.environ["CANARY_TOKEN"], os.environ[ALLOWED]
     files = [path for path in run_dir.rglob("*.json*") if path.is_file()]
     assert len(files) > 3 and not any(KEY in path.read_text() for path in files)
 
@@ -229,7 +230,7 @@ def test_judges_that_cannot_be_are_refused_before_anything_is_measured(
         ),
         (FeedbackModel(model="runs/no/thing"), str(principles), "runs/no/thing does not exist"),
         (FeedbackModel(model=str(judge_dir)), str(tmp_path / "none.yaml"), "the constitution is not there"),
-        (url.model_copy(update={"api_key_env": "NOBODY_SET_THIS"}), str(principles), "NOBODY_SET_THIS is not set"),
+        (url.model_copy(update={"api_key_env": "NO_TOKEN"}), str(principles), "give --allow-key NO_TOKEN"),
         (url, str(principles), "give --out FILE"),
         (None, None, "win_rate needs a judge: a reward model"),
     ):

@@ -5,6 +5,7 @@ Start it with `with Server(...) as server`. What it was asked and how it answere
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import socket
@@ -15,7 +16,26 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Fault = str  # "429", "500", "timeout", "malformed", "drop", "empty", "large", "redirect"
+# "429", "429 RETRY-AFTER", "500", "timeout", "malformed", "drop", "empty", "large", "redirect", or of _ODD or _DRIPS
+Fault = str
+
+
+def _logprobs(value: Any) -> dict[str, Any]:
+    top = [{"token": "A", "logprob": value}, {"token": "B", "logprob": -1.0}]
+    return {"logprobs": {"content": [{"token": "A", "logprob": value, "top_logprobs": top}]}}
+
+
+_ODD: dict[str, dict[str, Any]] = {
+    "logprob-huge": _logprobs(1e308), "logprob-text": _logprobs("x"), "logprobs-true": {"logprobs": True},
+    "logprobs-null": {"logprobs": {"content": [None]}}, "content-list": {"message": {"content": ["(A)"]}},
+    "message-text": {"message": "(A)"},
+}  # fmt: skip
+_DRIPS = {  # what is sent first, then again and again, and the seconds between
+    "drip": (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", b" ", 0.1),
+    "drip-header": (b"HTTP/1.1 200 OK\r\nX-A: ", b"a", 0.1),
+    "drip-500": (b"HTTP/1.1 500 No\r\nConnection: close\r\n\r\n", b" ", 0.1),
+    "endless-500": (b"HTTP/1.1 500 No\r\nConnection: close\r\n\r\n", b" " * (1 << 20), 0.0),
+}
 
 
 def last_message(payload: dict[str, Any]) -> str:
@@ -43,9 +63,11 @@ class Server:
         reply: Callable[[dict[str, Any]], str] | None = None,
         refuse: dict[str, str] | None = None,  # parameter -> message of a 400
         seconds: float = 0.0,
+        usage: Any = ...,
     ) -> None:
         self.judge, self.fault, self.logprobs, self.key, self.reply = judge, fault, logprobs, key, reply
         self.refuse, self.seconds = refuse or {}, seconds
+        self.usage, self.sent = usage, 0
         self.lock = threading.Lock()
         self.requests = 0
         self.answered: Counter[str] = Counter()  # prompt -> times answered well
@@ -116,8 +138,15 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             self._send(200, self._reply(payload))
 
         def _fail(self, fault: Fault) -> None:
-            if fault == "429":
-                self._send(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.2"})
+            if fault.startswith("429"):
+                self._send(429, {"error": {"message": "slow down"}}, {"Retry-After": fault[4:] or "0.2"})
+            elif fault in _ODD:
+                self._send(200, {"choices": [{"message": {"role": "assistant", "content": "(A)"}} | _ODD[fault]]})
+            elif fault in _DRIPS:
+                self._drip(*_DRIPS[fault])
+            elif fault == "gzip":
+                body = gzip.compress(b'{"choices": [{"message": {"content": "(A)"}}]}')
+                self._raw(200, body, {"Content-Encoding": "gzip"})
             elif fault == "500":
                 self._send(500, {"error": {"message": "something broke"}})
             elif fault == "timeout":
@@ -137,8 +166,18 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             else:
                 raise AssertionError(fault)
 
+        def _drip(self, head: bytes, chunk: bytes, pause: float) -> None:
+            """Send without end, as long as the client listens."""
+            self.close_connection = True
+            self.connection.sendall(head)
+            for _ in range(100):
+                self.connection.sendall(chunk)
+                server.sent += len(chunk)
+                time.sleep(pause)
+
         def _reply(self, payload: dict[str, Any]) -> dict[str, Any]:
-            usage = {"prompt_tokens": len(last_message(payload)) // 4, "completion_tokens": 3}
+            usage: Any = {"prompt_tokens": len(last_message(payload)) // 4, "completion_tokens": 3}
+            usage = usage if server.usage is ... else server.usage
             if server.reply is not None:
                 text = server.reply(payload)
                 choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,11 +20,12 @@ import pytest
 from helpers import messages, read_rows
 from judge_server import Server, prefer_longer
 
-from alignkit.errors import JudgeError, Stopped
+from alignkit.errors import JudgeError, RecipeError, Stopped
 from alignkit.feedback import label
 from alignkit.feedback.asking import Job, Sampling
 from alignkit.feedback.endpoint import Endpoint
 from alignkit.feedback.prompts import Comparison, Request, ask_comparison
+from alignkit.feedback.server import ALLOWED, find_key
 from alignkit.feedback.spending import Spending
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.recipe.stage import Stage
@@ -129,10 +131,11 @@ def test_a_reply_that_names_no_option_is_an_abstention() -> None:
 
 
 def test_a_wrong_key_ends_it_at_once_and_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_JUDGE_KEY", KEY)
+    monkeypatch.setenv("MY_JUDGE_TOKEN", KEY)
+    monkeypatch.setenv(ALLOWED, "ANOTHER_TOKEN MY_JUDGE_TOKEN")
     with Server(key="another") as server:
-        endpoint, _ = connect(server, api_key_env="MY_JUDGE_KEY")
-        with pytest.raises(JudgeError, match=r"refuses the key in MY_JUDGE_KEY \(401\)") as caught:
+        endpoint, _ = connect(server, api_key_env="MY_JUDGE_TOKEN")
+        with pytest.raises(JudgeError, match=r"refuses the key in MY_JUDGE_TOKEN \(401\)") as caught:
             decide(endpoint, QUESTIONS)
         assert KEY not in str(caught.value) and "[redacted]" in str(caught.value) and "\n" not in str(caught.value)
         assert server.requests <= 8
@@ -140,7 +143,10 @@ def test_a_wrong_key_ends_it_at_once_and_is_shown_nowhere(monkeypatch: pytest.Mo
 
 def test_a_server_that_wants_a_key_says_which_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with Server(key="another") as server, pytest.raises(JudgeError, match=r"without a key \(set OPENAI_API_KEY\)"):
+    with (
+        Server(key="another") as server,
+        pytest.raises(JudgeError, match="name its variable with api_key_env"),
+    ):
         decide(connect(server)[0], QUESTIONS)
 
 
@@ -192,10 +198,11 @@ def stage_for(make_stage: MakeStage, server: Server, pairs: Path, constitution: 
 def test_the_job_finishes_with_all_faults_and_its_retries_are_in_the_report(
     make_stage: MakeStage, pairs: Path, constitution: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("MY_JUDGE_TOKEN", KEY)
+    monkeypatch.setenv(ALLOWED, "MY_JUDGE_TOKEN")
     faults = ("429", "500", "timeout", "malformed", "drop")
     with Server(fault=scattered(*faults), key=KEY) as server:
-        stage = stage_for(make_stage, server, pairs, constitution)
+        stage = stage_for(make_stage, server, pairs, constitution, api_key_env="MY_JUDGE_TOKEN")
         label.run(stage, Path(stage.run_dir))
         assert set(server.answered.values()) == {1} and len(server.answered) == QUESTIONS_ASKED
     report = json.loads((Path(stage.run_dir) / "report.json").read_text())
@@ -352,3 +359,86 @@ def test_stop_while_waiting_for_a_retry_is_heard(make_stage: MakeStage, pairs: P
         with pytest.raises(Stopped, match="SIGTERM"):
             label.run(stage, Path(stage.run_dir))
         assert time.monotonic() - began < 6
+
+
+HOSTILE = {
+    "drip": "timeout", "drip-header": "timeout", "drip-500": "timeout", "endless-500": "malformed",
+    "gzip": "malformed", "logprob-huge": "malformed", "logprob-text": "malformed", "logprobs-true": "malformed",
+    "logprobs-null": "malformed", "content-list": "malformed", "message-text": "malformed",
+}  # fmt: skip
+
+
+def test_hostile_replies_end_in_time_and_in_bounds() -> None:
+    """Each is tried twice; a limit that counts reads, not seconds or bytes, would let one of them go on for ever."""
+    for fault, cause in HOSTILE.items():
+        with Server(fault=lambda number, payload, fault=fault: fault) as server:
+            endpoint, spending = connect(server, concurrency=1, retries=1, timeout=0.5)
+            began = time.monotonic()
+            with pytest.raises(JudgeError, match=r"\(2 tries\)"):
+                decide(endpoint, QUESTIONS[:1])
+            assert time.monotonic() - began < 4, fault
+            assert spending.retries == {cause: 2}, fault
+            assert spending.input_tokens > 0 and server.sent < 64 << 20
+
+
+def test_what_a_server_does_not_count_is_counted_here() -> None:
+    honest = {"prompt_tokens": 70, "completion_tokens": 2}
+    odd: list[Any] = [{}, {"prompt_tokens": 0, "completion_tokens": 0}, "many", [1], None, True]
+    odd += [{"prompt_tokens": count, "completion_tokens": count} for count in (-10_000_000, 1 << 40, "7", 1.5, True)]
+    own = set()
+    for usage in (honest, *odd):
+        with Server(usage=usage) as server:
+            endpoint, spending = connect(server, concurrency=1)
+            decide(endpoint, QUESTIONS[:1])
+            own.add((spending.input_tokens, spending.output_tokens))
+            sent = len(json.dumps(server.payloads[0], ensure_ascii=False).encode()) / 3
+    assert own == {(70, 2), (math.ceil(sent), math.ceil(len('{"role": "assistant", "content": "(A)"}') / 3))}
+
+
+def test_a_wait_without_end_is_bounded_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for asked in ("inf", "1e400", "Fri, 31 Dec 9999 23:59:59 GMT"):
+        with Server(fault=lambda number, payload, asked=asked: f"429 {asked}") as server:
+            endpoint, _ = connect(server, concurrency=1)
+            timer = threading.Timer(0.7, endpoint._stop.set)
+            timer.start()
+            began = time.monotonic()
+            assert decide(endpoint, QUESTIONS) == {}
+            assert time.monotonic() - began < 2 and server.requests == 1
+        said = capsys.readouterr().err
+        assert "answers 429: slow down; next try in 600 s (it asks for" in said, asked
+
+
+def test_a_key_goes_to_its_own_host_or_where_the_command_line_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "MY_TOKEN"):
+        monkeypatch.setenv(name, f"{KEY}-{name}")
+    for name, value in (("OPENAI_ORG_ID", "org-1"), ("OPENAI_CUSTOM_HEADERS", "X-Mine: 1\nAuthorization: Bearer own")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(ALLOWED, "MY_TOKEN")
+
+    def key(url: str, variable: str | None = None) -> str | None:
+        return find_key(FeedbackModel(url=url, name="m", api_key_env=variable))
+
+    assert key("https://api.openai.com/v1") == f"{KEY}-OPENAI_API_KEY"
+    assert key("https://router.huggingface.co/v1", "HF_TOKEN") == f"{KEY}-HF_TOKEN"
+    for url in ("http://api.openai.com/v1", "https://api.openai.com:99/v1", "https://api.openai.com.evil/v1"):
+        assert key(url) is None
+        with pytest.raises(RecipeError, match=r"judge.api_key_env would send OPENAI_API_KEY to http.*--allow-key"):
+            key(url, "OPENAI_API_KEY")
+    with Server(key=f"{KEY}-MY_TOKEN") as server:
+        with pytest.raises(RecipeError, match="would send HF_TOKEN"):
+            connect(server, api_key_env="HF_TOKEN")
+        assert len(decide(connect(server, api_key_env="MY_TOKEN")[0], QUESTIONS[:1])) == 1
+        sent = {name.lower(): value for name, value in server.headers[0].items()}
+        assert sent["authorization"] == f"Bearer {KEY}-MY_TOKEN"
+        assert not [name for name in sent if name.startswith(("openai", "x-mine"))]
+    with Server() as server:
+        decide(connect(server)[0], QUESTIONS[:1])
+        assert "authorization" not in {name.lower() for name in server.headers[0]}
+
+
+def test_a_key_in_a_reply_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", KEY)
+    monkeypatch.setenv(ALLOWED, "MY_TOKEN")
+    with Server(reply=lambda payload: f"(A) {KEY} hf_{'a' * 20}") as server:
+        endpoint, _ = connect(server, api_key_env="MY_TOKEN")
+        assert decide(endpoint, QUESTIONS[:1])[0].text == "(A) [redacted] [redacted]"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import ModelError, RecipeError, RunError, UsageError
+from alignkit.feedback.server import ALLOWED
 from alignkit.preflight.check import check_recipe
 from alignkit.preflight.feedback import describe_evaluation, describe_feedback, require_feedback
 from alignkit.preflight.lineage import list_needs, require_made, without_unmade
@@ -66,14 +67,19 @@ def test_a_constitution_without_principles_or_without_questions(recipe: Make, tm
 
 
 def test_a_key_that_is_not_set_is_named_with_its_place(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MY_JUDGE", raising=False)
+    monkeypatch.delenv("MY_JUDGE_TOKEN", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    stage = resolve(recipe(judge=SERVER.replace("}", ", api_key_env: MY_JUDGE}")), "rlaif-label")
+    stage = resolve(recipe(judge=SERVER.replace("}", ", api_key_env: MY_JUDGE_TOKEN}")), "rlaif-label")
     assert problems_of(stage) == [
-        "a.yaml:8: rlaif-label.judge.api_key_env: the environment variable MY_JUDGE is not set; export MY_JUDGE=... "
-        "first"
+        "a.yaml:8: rlaif-label.judge.api_key_env would send MY_JUDGE_TOKEN to http://127.0.0.1:1; if that is meant, "
+        "give --allow-key MY_JUDGE_TOKEN on the command line"
     ]
-    monkeypatch.setenv("MY_JUDGE", "x" * 20)
+    monkeypatch.setenv(ALLOWED, "MY_JUDGE_TOKEN")
+    assert problems_of(stage) == [
+        "a.yaml:8: rlaif-label.judge.api_key_env: the environment variable MY_JUDGE_TOKEN is not set; export "
+        "MY_JUDGE_TOKEN=... first"
+    ]
+    monkeypatch.setenv("MY_JUDGE_TOKEN", "x" * 20)
     require_feedback(stage)
     require_feedback(resolve(recipe(judge=SERVER), "rlaif-label"))  # a server of one's own may need none
 
@@ -152,17 +158,16 @@ def test_mistakes_in_every_step_come_at_once(recipe: Make, tmp_path: Path) -> No
 
 
 def test_a_mistake_is_told_without_torch(run_python: Callable, tmp_path: Path) -> None:
-    write(tmp_path / "a.yaml", judge="{url: 'http://x/v1', name: m, api_key_env: NOT_SET_ANYWHERE}")
-    for command in (["rlaif", "--stage", "label"], ["rlaif"]):
+    write(tmp_path / "a.yaml", judge="{url: 'http://x/v1', name: m, api_key_env: NOT_SET_ANYWHERE_TOKEN}")
+    allow = ["--allow-key", "NOT_SET_ANYWHERE_TOKEN"]
+    for command in (["rlaif", "--stage", "label", *allow], ["rlaif", *allow]):
         done = run_python("-c", SEES_TORCH, *command, "-r", "a.yaml")
         assert (done.returncode, done.stdout.splitlines()[-1]) == (2, "False"), done.stderr
     (tmp_path / "runs/a/sft/model").mkdir(parents=True)
     (tmp_path / "runs/a/rlaif-sft/model").mkdir(parents=True)
-    done = run_python("-c", SEES_TORCH, "rlaif", "--stage", "label", "-r", "a.yaml")
+    done = run_python("-c", SEES_TORCH, "rlaif", "--stage", "label", *allow, "-r", "a.yaml")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (2, "False"), done.stderr
-    assert (
-        "a.yaml:8: rlaif-label.judge.api_key_env: the environment variable NOT_SET_ANYWHERE is not set" in done.stderr
-    )
+    assert "a.yaml:8: rlaif-label.judge.api_key_env: the environment variable NOT_SET_ANYWHERE_TOKEN" in done.stderr
     assert not (tmp_path / "runs/a/rlaif-label").exists()
 
 
@@ -172,17 +177,18 @@ def test_errors_are_of_the_recipe(recipe: Make) -> None:
 
 
 def test_the_judge_of_an_evaluation_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MY_JUDGE", raising=False)
+    monkeypatch.delenv("MY_JUDGE_TOKEN", raising=False)
+    monkeypatch.setenv(ALLOWED, "MY_JUDGE_TOKEN")
     file = tmp_path / "a.yaml"
     file.write_text(
         "name: a\nmodel: {path: builtin:tiny-gpt2, init: scratch}\nsft: {data: builtin:instructions}\n"
-        "evaluate:\n  judge: {url: 'http://127.0.0.1:9/v1', name: m, api_key_env: MY_JUDGE}\n"
+        "evaluate:\n  judge: {url: 'http://127.0.0.1:9/v1', name: m, api_key_env: MY_JUDGE_TOKEN}\n"
         "  constitution: kind.yaml\n"
     )
     (tmp_path / "kind.yaml").write_text("principles: [{name: kind, comparison: Which answer is kinder?}]\n")
-    with pytest.raises(RecipeError, match=r"a.yaml:5: evaluate.judge.api_key_env: .* MY_JUDGE is not set"):
+    with pytest.raises(RecipeError, match=r"a.yaml:5: evaluate.judge.api_key_env: .* MY_JUDGE_TOKEN is not set"):
         describe_evaluation(load_recipe(file))
-    monkeypatch.setenv("MY_JUDGE", "x")
+    monkeypatch.setenv("MY_JUDGE_TOKEN", "x")
     assert describe_evaluation(load_recipe(file)) == {"judge": "m at 127.0.0.1:9", "principles": "1"}
     (tmp_path / "kind.yaml").unlink()
     with pytest.raises(RecipeError, match="kind.yaml: the constitution is not there"):

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from alignkit.console import redact
 from alignkit.recipe import Recipe
-from alignkit.recipe.secrecy import names_secret, redact
+from alignkit.recipe.secrecy import names_secret
 
 Complain = Callable[..., list[str]]
 
@@ -59,5 +60,5 @@ def test_fields_about_tokens_can_be_set(load: Callable[..., Recipe]) -> None:
 
 
 def test_redaction_leaves_the_rest() -> None:
-    assert redact(f"a {SECRETS[0]} b https://me:pw@host") == "a *** b https://***@host"
+    assert redact(f"a {SECRETS[0]} b https://me:pw@host") == "a [redacted] b https://[redacted]@host"
     assert redact("task-sk-model hf_model org/hf-name") == "task-sk-model hf_model org/hf-name"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignkit import console
-from alignkit.runs.record import JsonLines, record_warnings, redact, versions
+from alignkit.runs.record import JsonLines, record_warnings, versions
 
 
 def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_rows_of_steps_that_come_again_are_dropped(tmp_path: Path) -> None:
 
 def test_secrets_are_redacted() -> None:
     text = "hf_abcdefghijklmnopqrst sk-abcdefghijklmnopqrst https://me:word@host/x Authorization: Bearer abc.def"
-    assert redact(text) == "[redacted] [redacted] https://[redacted]@host/x Authorization: [redacted]"
+    assert console.redact(text) == "[redacted] [redacted] https://[redacted]@host/x Authorization: [redacted]"
 
 
 def test_versions_name_what_can_change_a_result() -> None:
