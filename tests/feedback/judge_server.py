@@ -50,6 +50,10 @@ def prefer_longer(payload: dict[str, Any]) -> float:
     return 0.9 if len(first[0]) > len(second) else 0.1
 
 
+class _HTTPServer(ThreadingHTTPServer):
+    request_queue_size = 128  # of 5, connections that come at once wait a second for their turn
+
+
 class Server:
     """`fault(number, payload)` names the fault of a request by its number, or None; `judge(payload)` gives P(A)."""
 
@@ -78,7 +82,7 @@ class Server:
         self.headers: list[dict[str, str]] = []
 
     def __enter__(self) -> Server:
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http = _HTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,))
         self._thread.start()
