@@ -6,6 +6,7 @@ transformers say; what alignkit adds or refuses is in `fields.py`.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import types
@@ -39,7 +40,25 @@ def take_snapshot() -> dict[str, Any]:
         name: {field: fragment for field, fragment in all_fields.items() if field not in common}
         for name, all_fields in described.items()
     }
-    return {"versions": {name: version(name) for name in ("trl", "transformers")}, "common": common, **own}
+    versions = {name: version(name) for name in ("trl", "transformers")}
+    return {"versions": versions, "schedulers": describe_schedulers(), "common": common, **own}
+
+
+def describe_schedulers() -> dict[str, dict[str, Any]]:
+    """Return what lr_scheduler_kwargs may hold for each schedule: name -> its default, or "required"."""
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
+
+    given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    own: dict[str, Any] = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
+    return {
+        kind.value: {
+            name: "required" if parameter.default is parameter.empty else parameter.default
+            for name, parameter in inspect.signature(own.get(kind.value, function)).parameters.items()
+            if name not in given
+        }
+        for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()
+    }
 
 
 def describe_class(cls: type) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from alignkit.data.sources import Located, locate
 from alignkit.errors import DataError, ModelError, Problem
 from alignkit.launch import processes
 from alignkit.models.files import find_model_dir, inspect_model_dir
-from alignkit.preflight.check import check_trackers
+from alignkit.preflight.check import check_packages
 from alignkit.preflight.feedback import require_feedback
 from alignkit.preflight.lineage import list_data, require_made, without_unmade
 from alignkit.preflight.rewards import require_rewards
@@ -55,7 +55,7 @@ def check_first(stage: Stage, *, coming: Collection[str] = ()) -> None:
     refuse_foreign(Path(stage.run_dir))
     _read_ahead(stage, coming)
     require_versions()
-    check_trackers(stage)
+    check_packages(stage)
 
 
 def train_here(stage: Stage, *, force: bool, allow_change: tuple[str, ...] = ()) -> Result:

@@ -52,9 +52,10 @@ def write_jobs(jobs: Sequence[tuple[Stage, Command]], *, submit: bool, dry_run: 
     A stage waits for the stages that it needs and that are among `jobs`. With `dry_run` nothing is written; with
     `force` an existing run is moved aside now, not at each start of the job. Raises RecipeError for what Slurm could
     not honour, RunError for a run directory that cannot be used, EnvironmentProblem when sbatch is absent or refuses,
-    and with `submit` what `check_first` finds wrong with a stage.
+    and what `check_first` finds wrong with a stage; without `submit`, what it needs may be made until it is submitted.
     """
     written: list[Job] = []
+    names: list[str] = []  # of the stages before
     if submit and not dry_run and shutil.which("sbatch") is None:
         raise EnvironmentProblem(
             "sbatch is not on PATH here; submit on a machine of the cluster, or take --submit away to write the script"
@@ -64,8 +65,9 @@ def write_jobs(jobs: Sequence[tuple[Stage, Command]], *, submit: bool, dry_run: 
         run = RunDir(Path(stage.run_dir).expanduser().absolute())
         earlier = {job.stage: number for number, job in enumerate(written, 1)}
         after = tuple(dict.fromkeys(need.stage for need in list_needs(stage) if need.stage in earlier))
-        if submit and not dry_run:
-            check_first(stage, coming=after)
+        if not dry_run:
+            check_first(stage, coming=names if submit else [*names, *(need.stage for need in list_needs(stage))])
+        names.append(stage.name)
         path = run.launch / SCRIPT
         order = ("sbatch", "--parsable", *_dependency([f"$job_{earlier[name]}" for name in after]), str(path))
         written.append(Job(stage.name, str(path), build_script(stage, command), after, order))

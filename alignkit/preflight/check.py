@@ -23,6 +23,7 @@ from alignkit.preflight.rewards import describe_reward, list_sources
 from alignkit.preflight.rows import describe_rows, find_doubts
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
+from alignkit.recipe.optimizers import find_optimizer
 from alignkit.recipe.schema import FEEDBACK, LabelOptions, PpoOptions
 from alignkit.runs.form import form_of, require_form
 
@@ -32,7 +33,11 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 
 _GIB = 2**30
-_TRACKERS = {"tensorboard", "trackio", "wandb"}
+_TRACKERS = {  # of report_to: what is imported, what is installed
+    **{name: (name, "'alignkit[trackers]'") for name in ("tensorboard", "trackio", "wandb")},
+    **{name: (name, name) for name in ("clearml", "codecarbon", "dagshub", "dvclive", "mlflow", "neptune", "swanlab")},
+    "azure_ml": ("azureml", "azureml-core"), "comet_ml": ("comet_ml", "comet-ml"), "flyte": ("flytekit", "flytekit"),
+}  # fmt: skip
 
 
 @dataclass
@@ -139,7 +144,7 @@ def _check_stage(stage: Stage, check: StageCheck) -> str | None:
     with check.noting():
         _check_device(stage, check)
     with check.noting():
-        check_trackers(stage)
+        check_packages(stage)
     chat: Chat | None = None
     with check.noting():
         chat = _check_tokenizer(stage, check)
@@ -249,15 +254,21 @@ def _check_device(stage: Stage, check: StageCheck) -> None:
             raise EnvironmentProblem(f"model.quantization {kind} does not work here: {ability.note}")
 
 
-def check_trackers(stage: Stage) -> None:
+def check_packages(stage: Stage) -> None:
+    """Raise EnvironmentProblem for a tracker or an optimizer whose package is not installed here."""
     asked = stage.trainer.get("report_to") or []
-    wanted = _TRACKERS & set([asked] if isinstance(asked, str) else asked)
-    missing = sorted(name for name in wanted if importlib.util.find_spec(name) is None)
-    if missing:
-        raise EnvironmentProblem(
-            f"{stage.where(f'{stage.name}.report_to')}: report_to names {', '.join(missing)}, not installed here; "
-            "pip install 'alignkit[trackers]'"
-        )
+    optimizer = stage.trainer.get("optim", "")
+    package = find_optimizer(optimizer).package
+    wanted = [("report_to", name, *_TRACKERS[name]) for name in ([asked] if isinstance(asked, str) else asked)
+              if name in _TRACKERS]  # fmt: skip
+    wanted += [("optim", optimizer, *package)] if package else []
+    problems = [
+        f"{stage.where(f'{stage.name}.{key}')}: {key} {name} needs {module}, not installed here; pip install {install}"
+        for key, name, module, install in wanted
+        if importlib.util.find_spec(module) is None
+    ]
+    if problems:
+        raise EnvironmentProblem("\n".join(problems))
 
 
 def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:

@@ -9,7 +9,7 @@ import re
 
 from alignkit.errors import Problem
 from alignkit.recipe.check import describe_unknown, show_key
-from alignkit.recipe.fields import CONTROLLED, MOVED, controlled_fields, method_fields, moved_names
+from alignkit.recipe.fields import CONTROLLED, ELSEWHERE, MOVED, controlled_fields, method_fields, moved_names
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.rlaif import METHOD as RLAIF
 from alignkit.recipe.schema import OPTIONS, LoraOptions, ModelOptions, option_fragments, recipe_fragments
@@ -22,6 +22,8 @@ def describe_unknown_top(name: str, *, is_mapping: bool) -> str:
         return f"{name}: {CONTROLLED[name]}"
     if name == "extends":
         return "extends cannot be set from the command line; write it in the file"
+    if name.lower() in ELSEWHERE:
+        return f"{name} is not a section here: {ELSEWHERE[name.lower()]}"
     owner = _find_section(name)
     if owner:
         return f"{name} is not a key at the top level; it belongs in {owner}"

@@ -16,6 +16,7 @@ from alignkit.recipe.audit_ppo import PPO_RULES
 from alignkit.recipe.check import show_key
 from alignkit.recipe.fields import KTO_LOSSES, OWN_LOSSES, trl_fields
 from alignkit.recipe.nearest import suggest
+from alignkit.recipe.optimizers import checkpointing_problems, optimizer_problems, schedule_problems
 from alignkit.recipe.schema import FEEDBACK, SLURM_OPTIONS
 from alignkit.recipe.tree import Node
 
@@ -75,7 +76,10 @@ class Section:
 
 def audit_stage(stage: Section, recipe: Section) -> list[Problem]:
     """Return the problems of one stage."""
-    trained = (_batch, _evaluation, _step_counts, _strategies, _switched, _checkpointing, _adapter)
+    trained = (
+        _batch, _evaluation, _step_counts, _strategies, _switched, _checkpointing, _adapter,
+        optimizer_problems, schedule_problems, checkpointing_problems,
+    )  # fmt: skip
     rules = (*(() if stage.method in FEEDBACK else trained), *_BY_METHOD[stage.method])
     findings = [finding for rule in rules for finding in _run(rule, stage, recipe)]
     return [Problem(f"{stage.say(key)} {what}", stage.place(key)) for key, what in findings]

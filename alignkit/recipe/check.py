@@ -14,6 +14,7 @@ from typing import Any
 
 from alignkit.console import redact
 from alignkit.errors import Problem
+from alignkit.recipe.fields import ELSEWHERE
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.tree import Node, read_scalar
 
@@ -161,6 +162,8 @@ def _check_option(node: Node, option: Fragment, key: str, defs: Fragment, whole:
 def _describe_choices(value: Any, choices: list[Any]) -> str:
     words = [json.dumps(choice) if not isinstance(choice, str) else choice for choice in choices]
     hint = suggest(value, words) if isinstance(value, str) else ""
+    if isinstance(value, str) and value.lower() in ELSEWHERE:  # a method of its own, not a slip of the pen
+        hint = f"; {ELSEWHERE[value.lower()]}"
     if len(words) > _MANY:
         return f"it must be one of {len(words)} names{hint or ' (`alignkit schema` lists them)'}"
     return (f"it must be one of {', '.join(words)}" if len(words) > 1 else f"it must be {words[0]}") + hint

@@ -68,6 +68,9 @@ _CHOICES = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
     "pad_to_multiple_of": ("auto",),
     "save_strategy": ("no", "steps", "epoch"),  # best needs load_best_model_at_end
+    "debug": ("underflow_overflow", "tpu_metrics_debug"),
+    "torch_compile_backend": ("inductor", "eager", "aot_eager", "cudagraphs", "onnxrt", "openxla", "tvm"),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 }
 
 _HUB = "alignkit sends nothing anywhere; upload the run's model/ yourself"
@@ -211,6 +214,26 @@ MOVED: dict[str, str] = {
     "env": "a recipe cannot set environment variables",
     "dpo_beta": "it is beta in a dpo stage",
     "label_smoothing_loss": "it is label_smoothing in a dpo stage",
+}
+
+
+# Methods of other tools and of TRL's other trainers, asked for as a section, a method or a loss.
+ELSEWHERE: dict[str, str] = {
+    "grpo": "write `ppo:` with advantage: grpo",
+    "rloo": "write `ppo:` with advantage: rloo",
+    "reinforce": "write `ppo:` with advantage: reinforce",
+    "kto": "write `dpo:` with loss_type: kto",
+    "ipo": "write `dpo:` with loss_type: ipo",
+    "cdpo": "write `dpo:` with loss_type: cdpo",
+    "bco": "write `dpo:` with loss_type: bco_pair",
+    "reward": "write `rm:`",
+    "reward_modeling": "write `rm:`",
+    "pretrain": "write `sft:` with objective: lm",
+    "pt": "write `sft:` with objective: lm",
+    **dict.fromkeys(
+        ("orpo", "simpo", "cpo", "gkd", "gspo", "dapo", "online_dpo", "nash_md", "xpo", "prm"),
+        "alignkit has no such method; `dpo:` learns from pairs, `ppo:` from a reward",
+    ),
 }
 
 

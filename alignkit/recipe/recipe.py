@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from alignkit.recipe.schema import (
@@ -49,6 +50,15 @@ class Recipe:
     sweeps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # variants of each swept stage, by plain name
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     evaluates: bool = False  # `evaluate:` is written out: `alignkit run` measures at its end
+
+    @cached_property
+    def origins_below(self) -> dict[str, dict[str, str]]:
+        """`origins` by each beginning of a key up to a dot: the name of a variant may hold dots itself."""
+        found: dict[str, dict[str, str]] = {}
+        for key, place in self.origins.items():
+            for end in (at for at, letter in enumerate(f"{key}.") if letter == "."):
+                found.setdefault(key[:end], {})[key] = place
+        return found
 
     @property
     def stage_names(self) -> list[str]:

@@ -32,8 +32,9 @@ def check_references(
     checked: Iterable[StageLike], stages: Mapping[str, StageLike], groups: Mapping[str, object]
 ) -> Iterator[Problem]:
     """Yield what is wrong with the names by which stages call others; the keys are marked as broken."""
+    sound: set[str] = set()
     for stage in checked:
-        for key, node, found in _find_problems(stage, stages, groups):
+        for key, node, found in _find_problems(stage, stages, groups, sound):
             stage.broken.add(key.split(".")[0])
             yield Problem(found, node.place)
 
@@ -53,8 +54,9 @@ def check_evaluated(evaluate: Node, stages: Collection[str]) -> Iterator[Problem
 
 
 def _find_problems(
-    stage: StageLike, stages: Mapping[str, StageLike], groups: Mapping[str, object]
+    stage: StageLike, stages: Mapping[str, StageLike], groups: Mapping[str, object], sound: set[str]
 ) -> Iterator[tuple[str, Node, str]]:
+    """Yield what is wrong with the names in a stage; `sound` are those from which no start_from leads in a circle."""
     for key in REWARD_KEYS if stage.method == "ppo" else ():
         for model in list_models(stage.node.value.get(key)) if key not in stage.broken else ():
             if found := _describe_reward(stage.say(key), model, stages):
@@ -74,7 +76,7 @@ def _find_problems(
         return
     if start.value in groups:
         yield "start_from", start, _describe_group(stage.say("start_from"), start.value, stages)
-    elif found := _describe_start(stage, start, stages):
+    elif found := _describe_start(stage, start, stages, sound):
         yield "start_from", start, found
 
 
@@ -159,16 +161,18 @@ def _describe_reward(key: str, model: Node, stages: Mapping[str, StageLike]) -> 
     return f"{key} is {show(model)}, which is neither a stage nor a path that exists{hint}"
 
 
-def _describe_start(stage: StageLike, start: Node, stages: Mapping[str, StageLike]) -> str | None:
+def _describe_start(stage: StageLike, start: Node, stages: Mapping[str, StageLike], sound: set[str]) -> str | None:
     key, value = stage.say("start_from"), start.value
     if value in stages:
-        chain = [stage.name]
-        while value in stages:
-            chain.append(value)
-            if value in chain[:-1]:
-                return f"{key} goes round in a circle: {' -> '.join(chain)}" if value == stage.name else None
+        chain = {stage.name: None}
+        while value in stages and value not in sound:
+            if value in chain:
+                way = " -> ".join((*chain, value))
+                return f"{key} goes round in a circle: {way}" if value == stage.name else None
+            chain[value] = None
             following = stages[value].node.value.get("start_from")
             value = following.value if following is not None and isinstance(following.value, str) else None
+        sound.update(chain)
         if stages[start.value].method in FEEDBACK:
             return f"{key} is {start.value}, which trains no model; name a stage that does"
         if stages[start.value].method == "rm" and stage.method != "rm":

@@ -185,8 +185,6 @@ def _collect_origins(recipe: Recipe, section: StageSection, trainer: list[str]) 
             origins[f"{name}.{key}"] = "default"
     for key in (*type(section.options).model_fields, *trainer):
         origins[f"{section.name}.{key}"] = "default"
-    kept = ("name", "launch", section.name)
-    for key, place in recipe.origins.items():
-        if any(f"{key}.".startswith(f"{name}.") for name in kept):  # the name of a variant may hold dots: dpo-beta-0.1
-            origins[key] = place
+    for name in ("name", "launch", section.name):
+        origins |= recipe.origins_below.get(name, {})
     return {**origins, **section.origins}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from alignkit.recipe.advice import describe_unknown_top
 from alignkit.recipe.audit import Section
 from alignkit.recipe.check import show, show_key
+from alignkit.recipe.fields import ELSEWHERE
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.rlaif import METHOD as RLAIF
 from alignkit.recipe.rlaif import expand, find_unused, list_steps, stage_name
@@ -147,6 +148,7 @@ def describe_not_a_stage(name: str, node: Node) -> str | None:
         good = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) and "." not in name
         return None if good else f"stage {show_key(name)}: use letters, digits, '_' and '-' in a stage's name only"
     if method is not None:
-        nearest = suggest(method.value, SECTIONS) if isinstance(method.value, str) else ""
+        known = ELSEWHERE.get(str(method.value).lower())
+        nearest = f"; {known}" if known else suggest(method.value, SECTIONS) if isinstance(method.value, str) else ""
         return f"{show_key(name)}.method is {show(method)}; it must be one of {METHODS}{nearest}"
     return describe_unknown_top(name, is_mapping=is_mapping)

@@ -41,6 +41,8 @@ from alignkit.recipe.tree import Node
 
 def build_recipe(tree: Node, *, path: Path, label: str, problems: Sequence[Problem] = ()) -> Recipe:
     """Return the validated recipe; raises RecipeError with these and all further problems, sorted by place."""
+    if (model := tree.value.get("model")) is not None and isinstance(model.value, str) and model.value:
+        tree.value["model"] = Node({"path": model}, model.origin, model.line)  # `model: PATH` is short for it
     build = _Build(tree, list(problems))
     build.refuse_secrets()
     build.split()

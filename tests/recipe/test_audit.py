@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
 
-from alignkit.recipe import Recipe
+from alignkit.recipe import Recipe, resolve
+from alignkit.recipe.fields import read_snapshot
+from alignkit.recipe.optimizers import find_optimizer
 
 Load = Callable[..., Recipe]
 Complain = Callable[..., list[str]]
@@ -207,3 +210,114 @@ def test_the_command_line_switches_off_what_a_recipe_has(
 
 def test_an_address_that_is_null_is_none(load: Load) -> None:
     assert load("model: {path: gpt2}\nlaunch: {main_address: null}\nsft: {data: x/y}\n").stage_names == ["sft"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "messages"),
+    [
+        ("  optim_args: betaa=3\n", [
+            "4: sft.optim_args names betaa, which optim: adamw_torch_fused does not know; it takes none",
+        ]),
+        ("  optim: sgd\n  optim_args: momentun=0.9\n", [
+            "5: sft.optim_args names momentun, which optim: sgd does not know; it takes momentum, dampening, "
+            "weight_decay, nesterov; did you mean momentum?",
+        ]),
+        ("  optim: sgd\n  optim_args: 'momentum=high, nesterov=maybe'\n", [
+            "5: sft.optim_args has momentum high; it must be a number",
+            "5: sft.optim_args has nesterov maybe; it must be true or false",
+        ]),
+        ("  optim: sgd\n  optim_args: momentum\n", [
+            "5: sft.optim_args holds momentum; write name=value, with commas between",
+        ]),
+        ("  optim: galore_adamw\n", [
+            "2: sft.optim_target_modules is missing, and optim: galore_adamw needs it; write all-linear, or names"
+            " of modules",
+        ]),
+        ("  optim_target_modules: all-linear\n", [
+            "4: sft.optim_target_modules has no effect with optim: adamw_torch_fused; galore and apollo "
+            "optimizers read it",
+        ]),
+        ("  lr_scheduler_type: warmup_stable_decay\n", [
+            "2: sft.lr_scheduler_kwargs lacks num_decay_steps, which lr_scheduler_type: warmup_stable_decay "
+            "needs, such as {num_decay_steps: 100}",
+        ]),
+        ("  lr_scheduler_type: cosine_with_min_lr\n", [
+            "2: sft.lr_scheduler_kwargs has neither of min_lr and min_lr_rate; lr_scheduler_type: "
+            "cosine_with_min_lr needs one, such as {min_lr_rate: 0.1}",
+        ]),
+        ("  lr_scheduler_type: cosine\n  lr_scheduler_kwargs: {min_lr_rate: 0.1}\n", [
+            "5: sft.lr_scheduler_kwargs names min_lr_rate, which lr_scheduler_type: cosine does not know; it "
+            "takes num_cycles",
+        ]),
+        ("  lr_scheduler_type: reduce_lr_on_plateau\n", [
+            "4: sft.lr_scheduler_type is reduce_lr_on_plateau, which goes by an evaluation's loss; add eval: "
+            "0.05, or a source",
+        ]),
+        ("  torch_compile_mode: fast\n", [
+            "4: sft.torch_compile_mode is fast; it must be one of default, reduce-overhead, max-autotune, "
+            "max-autotune-no-cudagraphs",
+        ]),
+        ("  gradient_checkpointing_kwargs: {use_reentrent: true}\n", [
+            "4: sft.gradient_checkpointing_kwargs names use_reentrent; torch takes use_reentrant, "
+            "preserve_rng_state, determinism_check, debug, early_stop; did you mean use_reentrant?",
+        ]),
+    ],
+)  # fmt: skip
+def test_what_would_only_fail_in_train_is_said_first(complain: Complain, lines: str, messages: list[str]) -> None:
+    found = complain(f"model: {{path: gpt2}}\nsft:\n  data: x/y\n{lines}")
+    assert sorted(found) == sorted(f"a.yaml:{message}" for message in messages)
+
+
+def test_every_schedule_and_optimizer_has_settings_that_are_accepted(load: Callable[..., Recipe]) -> None:
+    schedules, optimizers = read_snapshot()["schedulers"], read_snapshot()["common"]["optim"]["enum"]
+    assert schedules.keys() == set(read_snapshot()["common"]["lr_scheduler_type"]["enum"])
+    needed = {"warmup_stable_decay": "{num_decay_steps: 2}", "cosine_with_min_lr": "{min_lr: 0}",
+              "cosine_warmup_with_min_lr": "{min_lr_rate: 0.1}"}  # fmt: skip
+    for name in schedules:
+        load(
+            f"model: gpt2\nsft: {{data: x/y, eval: 0.1, lr_scheduler_type: {name}, lr_scheduler_kwargs: {needed.get(name, '{}')}}}\n"
+        )
+    for name in optimizers:
+        targets = ", optim_target_modules: all-linear" if find_optimizer(name).targets else ""
+        load(f"model: gpt2\nsft: {{data: x/y, optim: {name}{targets}}}\n")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("grpo: {data: x/y}", "a.yaml:2: grpo is not a section here: write `ppo:` with advantage: grpo"),
+        ("KTO: {data: x/y}", "a.yaml:2: KTO is not a section here: write `dpo:` with loss_type: kto"),
+        ("a: {method: rloo, data: x/y}", "write `ppo:` with advantage: rloo"),
+        ("dpo: {data: x/y, loss_type: simpo}", "alignkit has no such method"),
+    ],
+)
+def test_methods_of_other_tools_have_a_place(complain: Complain, section: str, message: str) -> None:
+    (found,) = complain(f"model: gpt2\n{section}\n")
+    assert message in found and "did you mean" not in found
+
+
+def test_a_model_may_be_a_text(load: Callable[..., Recipe]) -> None:
+    recipe = load("model: builtin:tiny-gpt2\nsft: {data: x/y}\n")
+    assert recipe.model.path == "builtin:tiny-gpt2" and recipe.origins["model.path"] == "a.yaml:1"
+
+
+def test_a_long_chain_of_stages_is_read_in_linear_time(load: Callable[..., Recipe]) -> None:
+    """Steps of the interpreter are counted, not seconds: 4 times the stages, at most 5 times the work."""
+    counts = []
+    for num in (25, 100):
+        lines = [f"s{i}: {{method: sft{f', start_from: s{i - 1}' if i else ''}}}" for i in range(num)]
+        text = "model: gpt2\ndata: x/y\n" + "\n".join(lines) + "\n"
+        count = 0
+
+        def step(frame: object, event: str, argument: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(step)
+        try:
+            recipe = load(text)
+            [resolve(recipe, name) for name in recipe.order]
+        finally:
+            sys.setprofile(None)
+        counts.append(count)
+    assert counts[1] < 5 * counts[0]
