@@ -274,9 +274,8 @@ def test_every_schedule_and_optimizer_has_settings_that_are_accepted(load: Calla
     needed = {"warmup_stable_decay": "{num_decay_steps: 2}", "cosine_with_min_lr": "{min_lr: 0}",
               "cosine_warmup_with_min_lr": "{min_lr_rate: 0.1}"}  # fmt: skip
     for name in schedules:
-        load(
-            f"model: gpt2\nsft: {{data: x/y, eval: 0.1, lr_scheduler_type: {name}, lr_scheduler_kwargs: {needed.get(name, '{}')}}}\n"
-        )
+        schedule = f"lr_scheduler_type: {name}, lr_scheduler_kwargs: {needed.get(name, '{}')}"
+        load(f"model: gpt2\nsft: {{data: x/y, eval: 0.1, {schedule}}}\n")
     for name in optimizers:
         targets = ", optim_target_modules: all-linear" if find_optimizer(name).targets else ""
         load(f"model: gpt2\nsft: {{data: x/y, optim: {name}{targets}}}\n")
