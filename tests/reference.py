@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from pathlib import Path
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from alignkit.data.formats import FORMATS, GROUPS
 from alignkit.recipe.schema import (
     CritiqueOptions,
     DataSource,
@@ -41,6 +43,7 @@ from alignkit.recipe.schema import (
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- recipe reference: begin -->", "<!-- recipe reference: end -->"
+FORMAT_MARKS = ("<!-- formats: begin -->", "<!-- formats: end -->")
 SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("Top level", RecipeOptions),
     ("`model:`", ModelOptions),
@@ -115,10 +118,24 @@ def render() -> str:
     return "\n".join(parts)
 
 
+def render_formats() -> str:
+    """Return the table of formats as Markdown: the columns a row needs, and what it becomes."""
+    lines = ["| `format` | columns that a row needs | kind of row |", "|---|---|---|"]
+    for form in FORMATS:
+        # The same columns as lists of messages are no line of their own.
+        needs = " ".join(dict.fromkeys(word for word in form.needs.split() if ":list|" not in word))
+        columns = re.sub(r":\w+", "", needs).replace("|", " or ").replace(" ", " + ").replace(" + or + ", " or ")
+        lines.append(f"| {form.name} | {columns} | {form.kind} |")
+    groups = [f"{group}: {', '.join(f'`{name}`' for name in names)}" for group, names in GROUPS.items()]
+    return "\n".join([*dict.fromkeys(lines), "", ". ".join(groups) + "."])
+
+
 def replace(text: str) -> str:
     """Return the README's text with the reference as it should be."""
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{render()}\n{END}{rest.split(END)[1]}"
+    for (begin, end), content in (((BEGIN, END), render()), (FORMAT_MARKS, render_formats())):
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":

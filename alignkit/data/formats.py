@@ -19,7 +19,6 @@ from alignkit.data.adapters import (
     CONVERSATIONS,
     LABELS,
     PROMPTS,
-    RANKED,
     REJECTED,
     adapt_choice,
     adapt_conversation,
@@ -67,7 +66,6 @@ GROUPS = {
     "CONVERSATION": CONVERSATIONS,
     "ANSWER": ANSWERS,
     "LABEL": LABELS,
-    "RANKED": RANKED,
     "REJECTED": REJECTED,
 }
 _TYPES = {"str": str, "list": list}

@@ -250,7 +250,9 @@ def _read_message(message: dict[str, Any], field: str, reading: Reading) -> Mess
             raise BadRow(f"{field}.tools: belong to the row or to its system message")
         read["template_kwargs"] = {"tools": check_tools(message["tools"], f"{field}.tools")}
     _note_unread(message, field, reading)
-    if not read["content"].strip() and role != "tool" and not read.get("tool_calls"):
+    if not read["content"].strip() and read.get("tool_calls"):
+        read["content"] = ""
+    elif not read["content"].strip() and role != "tool":
         if role == "system" and "template_kwargs" not in read:
             return None
         raise BadRow(f"{field}.{_key_of(message, _CONTENT_KEYS)}: is empty")
