@@ -151,7 +151,8 @@ def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
     run = RunDir(path.expanduser().absolute())
     refuse_foreign(run.path)
     with disk_failures(run.path, "the run directory"):
-        run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for directory in (run.path.parent, run.path):  # the recipe's own too: its page shows what the runs' pages do
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = RunLock(run)
     return run, set_aside(run, lock) if force else lock
 

@@ -65,3 +65,9 @@ def test_a_change_from_or_to_trls_default_shows_its_value(tmp_path: Path) -> Non
     changes = list_changes(run, {"method": "dpo", "dpo.beta": 0.5})  # a fingerprint leaves out TRL's own defaults
     assert changes["dpo.beta"] == "dpo.beta: 0.1 (default) -> 0.5"
     assert changes["dpo.learning_rate"] == "dpo.learning_rate: 1e-05 -> 1e-06 (default)"
+
+
+def test_a_run_and_its_recipe_s_directory_are_for_their_owner_alone(tmp_path: Path) -> None:
+    run, lock = open_run(tmp_path / "runs/a/sft", force=False)
+    lock.release()
+    assert [path.stat().st_mode & 0o777 for path in (run.path, run.path.parent)] == [0o700, 0o700]
