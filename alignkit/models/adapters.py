@@ -6,6 +6,7 @@ which would load it in a way that a later wrap silently throws away.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -25,12 +27,16 @@ from alignkit.recipe.schema import LoraOptions
 from alignkit.recipe.stage import Stage
 
 TRAINED, START, REFERENCE = "default", "start", "ref"  # adapter names
+_LARGEST_RANK = 2**16
 
 
 def add_new_adapter(model: PreTrainedModel, stage: Stage, *, reward: bool) -> PeftModel:
     """Wrap a base with a fresh adapter; B is zero, so the model still computes what the base does."""
-    with _seeded(stage.seed), _explain(stage):
-        return get_peft_model(model, _new_config(model, stage, reward=reward), adapter_name=TRAINED)
+    known = _list_names(model)
+    with _seeded(stage.seed), _explain(stage, known):
+        wrapped = get_peft_model(model, _new_config(model, stage, reward=reward), adapter_name=TRAINED)
+    _require_matches(wrapped, stage, known)
+    return wrapped
 
 
 def continue_adapter(model: PreTrainedModel, directory: Path, stage: Stage, *, reward: bool) -> PeftModel:
@@ -43,7 +49,7 @@ def continue_adapter(model: PreTrainedModel, directory: Path, stage: Stage, *, r
     config = _stored_config(model, directory, reward=reward, trainable=True)
     _check_shape(config, stage.lora, directory, stage)
     config.lora_dropout = stage.lora.dropout
-    with _seeded(stage.seed), _explain(stage):
+    with _seeded(stage.seed), _explain(stage, _list_names(model)):
         wrapped = get_peft_model(model, config, adapter_name=TRAINED)
     _fill(wrapped, directory, TRAINED, reward=reward)
     return wrapped
@@ -57,10 +63,12 @@ def stack_adapter(model: PreTrainedModel, directory: Path, stage: Stage, *, rewa
         raise ModelError(
             "adapter: stack adds two low-rank updates, which DoRA's are not; use merge", where=str(directory)
         )
-    with _seeded(stage.seed), _explain(stage):
+    known = _list_names(model)
+    with _seeded(stage.seed), _explain(stage, known):
         wrapped = get_peft_model(model, lower, adapter_name=START)
         _fill(wrapped, directory, START, reward=reward)
         wrapped.add_adapter(TRAINED, upper)
+    _require_matches(wrapped, stage, known)
     _copy_saved_modules(wrapped, START, TRAINED)
     activate(wrapped, [START, TRAINED])
     return wrapped
@@ -179,19 +187,29 @@ def _is_transposed(model: PreTrainedModel) -> bool:
 
 
 def _stored_config(model: PreTrainedModel, directory: Path, *, reward: bool, trainable: bool) -> LoraConfig:
-    config = PeftConfig.from_pretrained(str(directory))
+    place = str(directory / "adapter_config.json")
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except Exception as error:  # PEFT hands what stands there to a dataclass
+        raise ModelError(f"is not the config of an adapter: {error}", where=place) from error
+    if isinstance(config, LoraConfig) and not (isinstance(config.r, int) and 1 <= config.r <= _LARGEST_RANK):
+        raise ModelError(f"r is {config.r!r}; it must be a whole number from 1 to {_LARGEST_RANK:,}", where=place)
     if not isinstance(config, LoraConfig):
         raise ModelError(f"holds a {config.peft_type} adapter; only LoRA adapters can be used", where=str(directory))
     config.inference_mode = not trainable
     config.fan_in_fan_out = _is_transposed(model)
     config.base_model_name_or_path = model.name_or_path  # a moved base is found again, see load.find_base
     config.task_type = "SEQ_CLS" if reward else "CAUSAL_LM"
+    if reward and config.modules_to_save:  # the LM head of a policy, trained in full, is no part of a reward model
+        config.modules_to_save = [name for name in config.modules_to_save if name.split(".")[-1] != "lm_head"] or None
     return config
 
 
 def _fill(model: PeftModel, directory: Path, name: str, *, reward: bool) -> None:
     """Copy stored tensors into an adapter; every one must find its place, and every place but a new head its tensor."""
     stored = read_adapter(directory)
+    if reward:
+        stored = {key: tensor for key, tensor in stored.items() if ".lm_head." not in key}
     places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     wrong = [key for key in stored if key not in places or places[key].shape != stored[key].shape]
     unfilled = [key for key in places if key not in stored and not (reward and ".score." in key)]
@@ -249,10 +267,57 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def _list_names(model: PreTrainedModel) -> str:
+    """Say which layers a model has, and which experts it holds as parameters."""
+    kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
+    layers = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, kinds)}
+    experts = {name.split(".")[-1] for name, weight in model.named_parameters() if weight.ndim == 3}
+    also = (
+        f"; its experts' {', '.join(sorted(experts))} are parameters, which all-linear adapts where PEFT can"
+        if experts
+        else ""
+    )
+    return f"the model has {', '.join(sorted(layers))}{also}"
+
+
+def _require_matches(model: PeftModel, stage: Stage, known: str) -> None:
+    """Refuse names in `lora:` that match nothing, which PEFT passes over as long as another one matches.
+
+    A pattern is asked for its words. PEFT itself puts names of experts that were layers once (w1, gate_proj) on the
+    parameters that they are now; what is left in the config is what it took for layers.
+    """
+    options = stage.lora
+    assert options is not None
+    config = model.peft_config[TRAINED]
+    names = [name for name, _ in model.named_modules()]
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    missing: dict[str, list[str]] = {"target_modules": [], "modules_to_save": []}
+    if isinstance(options.target_modules, list):
+        left = config.target_modules if isinstance(config.target_modules, set | list) else options.target_modules
+        asked = [name for name in options.target_modules if name in left]
+        missing["target_modules"] = [n for n in asked if not any(f".{key}".endswith(f".{n}") for key in adapted)]
+    elif options.target_modules != "all-linear":
+        pattern = re.sub(r"\(\?[!<][^)]*\)|\[[^]]*\]|\\.", " ", options.target_modules)
+        words = dict.fromkeys(re.findall(r"[A-Za-z]\w{2,}", pattern))
+        missing["target_modules"] = [word for word in words if not any(word in key for key in names)]
+    for name in options.modules_to_save:
+        if not any(f".{key}".endswith(f".{name}") for key in names):
+            missing["modules_to_save"].append(name)
+    if any(missing.values()):
+        raise ModelError(
+            Problem(f"lora.{key} names {', '.join(left)}: nothing in the model; {known}", stage.where(f"lora.{key}"))
+            for key, left in missing.items()
+            if left
+        )
+
+
 @contextmanager
-def _explain(stage: Stage) -> Iterator[None]:
-    """PEFT answers names that match nothing with a ValueError."""
+def _explain(stage: Stage, known: str) -> Iterator[None]:
+    """PEFT answers names that match nothing with a ValueError, patterns that are none with re.error."""
     try:
         yield
-    except ValueError as error:
-        raise ModelError(f"lora does not fit the model: {error}", where=stage.where("lora.target_modules")) from error
+    except (ValueError, re.error) as error:
+        first = str(error).strip().splitlines()[0]
+        key = "lora.dropout" if "lora_dropout" in first else "lora.target_modules"
+        there = "; set lora.dropout: 0 or name layers without experts" if key == "lora.dropout" else f"; {known}"
+        raise ModelError(f"lora does not fit the model: {first}{there}", where=stage.where(key)) from error

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -23,14 +22,14 @@ from transformers import (
 )
 
 from alignkit.errors import EnvironmentProblem, ModelError
-from alignkit.models.builtin import builtin_config
+from alignkit.models.configs import know_classifier, read_config, require_packages, require_sizes
 from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.models.scratch import fit_config_to_tokenizer, override_config, random_model
 from alignkit.recipe.stage import Stage
 
 # Kept out of quantization: a head that is read or trained directly. Embeddings are no linear layers.
-_UNQUANTIZED = ["lm_head", "score"]
+UNQUANTIZED = ["lm_head", "score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +91,9 @@ def is_random(stage: Stage) -> bool:
 def draw_base(stage: Stage, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> PreTrainedModel:
     """Draw the weights of a builtin model or of `init: scratch` from the stage's seed, on the CPU."""
     options = stage.model
-    if is_builtin(options.path):
-        config = builtin_config(options.path)
-    else:
-        with explain_hub_errors(options.path):
-            config = AutoConfig.from_pretrained(
-                str(find_model_dir(options.path) or options.path),
-                revision=options.revision,
-                trust_remote_code=stage.trust_code,
-            )
+    config = read_config(options.path, revision=options.revision, trust_code=stage.trust_code)
     config = override_config(config, options.config, where=stage.where("model.config"))
+    require_sizes(config, stage.where("model.config"))
     config = fit_config_to_tokenizer(config, tokenizer, options.config)
     return random_model(config, seed=stage.seed, dtype=dtype, attn_implementation=options.attn_implementation)
 
@@ -144,6 +136,10 @@ def read_base(
     directory = find_model_dir(source)
     if directory is not None and inspect_model_dir(directory, trust_code=trust_code).kind == "adapter":
         raise ModelError(f"{directory} is an adapter, not base weights")  # AutoModel would load it and wipe it later
+    config = read_config(source, revision=revision, trust_code=trust_code)
+    require_packages(config, source)
+    if reward:
+        know_classifier(config)
     family = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     arguments: dict[str, Any] = {"num_labels": 1} if reward else {}
     if attn_implementation:
@@ -187,14 +183,14 @@ def keep_four_bit_layout(model: PreTrainedModel) -> PreTrainedModel:
 def quantization_config(precision: Precision) -> BitsAndBytesConfig:
     """Return the bitsandbytes settings: blocks of 64, bytes as storage, computing in `dtype` (arXiv 2305.14314)."""
     if precision.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_UNQUANTIZED)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=precision.quantization,
         bnb_4bit_use_double_quant=precision.double_quantization,
         bnb_4bit_compute_dtype=precision.dtype,
         bnb_4bit_quant_storage=torch.uint8,
-        llm_int8_skip_modules=_UNQUANTIZED,
+        llm_int8_skip_modules=UNQUANTIZED,
     )
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -21,6 +20,7 @@ from transformers import (
 
 from alignkit.errors import ModelError
 from alignkit.models.bases import keep_four_bit_layout, pick_device
+from alignkit.models.configs import know_classifier, read_config
 from alignkit.models.files import ModelFiles, find_model_dir, inspect_model_dir
 from alignkit.models.hub import explain_hub_errors, fetch_adapter, quiet_transformers
 from alignkit.models.load import load_trained
@@ -47,7 +47,7 @@ def load_classifier(source: str, *, device: str = "auto", trust_code: bool = Fal
     directory = find_model_dir(source) or fetch_adapter(source, None)
     files = inspect_model_dir(directory, trust_code=trust_code) if directory else None
     place = str(directory or source)
-    config = _read_config(place, trust_code=trust_code) if files is None or files.kind == "full" else None
+    config = read_config(place, trust_code=trust_code) if files is None or files.kind == "full" else None
     _require_classifier(place, files, config)
     tokenizer = _load_tokenizer(place, files, trust_code=trust_code)
     model: PreTrainedModel | PeftModel
@@ -70,11 +70,6 @@ def hold_on_base(directory: Path, model: PeftModel, *, trust_code: bool = False)
     tokenizer = _load_tokenizer(str(directory), files, trust_code=trust_code)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Classifier(model, tokenizer, 1, bool(files.record), positions)
-
-
-def _read_config(source: str, *, trust_code: bool) -> PreTrainedConfig:
-    with explain_hub_errors(source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_code)
 
 
 def _require_classifier(source: str, files: ModelFiles | None, config: PreTrainedConfig | None) -> None:
@@ -111,6 +106,7 @@ def _load_full(source: str, config: PreTrainedConfig, *, device: str, trust_code
     where = pick_device(device)
     # Half precision is slow on a CPU, and a foreign model says nothing of how it was trained.
     dtype = torch.float32 if where == "cpu" else (config.dtype or torch.float32)
+    know_classifier(config)
     with explain_hub_errors(source), quiet_transformers():
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_code, output_loading_info=True

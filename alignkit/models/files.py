@@ -102,7 +102,7 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
         problems += _find_remote_code(tokenizer_config, path / "tokenizer_config.json")
     tensors = _read_weights(path, "adapter_model" if is_adapter else "model", problems)
     base = config.get("base_model_name_or_path")
-    if is_adapter and not base:
+    if is_adapter and not (base and isinstance(base, str)):
         what = "base_model_name_or_path is missing: the adapter does not say which base it belongs to; add it"
         problems.append(Problem(what, str(path / config_name)))
     if problems:

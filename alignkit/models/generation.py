@@ -6,7 +6,8 @@ their random numbers row by row: an answer does not depend on what else is in it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,11 +111,28 @@ def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationCo
     for row, prompt in enumerate(prompts):
         ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, width - len(prompt) :] = 1
-    with torch.no_grad():
+    with torch.no_grad(), no_router_loss(model):
         output = model.generate(
             input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings, **hooks
         )
     return [_cut(row, settings.eos_token_id) for row in output[:, width:].tolist()]
+
+
+@contextmanager
+def no_router_loss(model: Any) -> Iterator[None]:
+    """Keep a mixture of experts from computing its router's loss, which fails once a cache makes inputs shorter.
+
+    TRL sets `output_router_logits` in the config for training.
+    """
+    config = model.config.get_text_config()
+    before = getattr(config, "output_router_logits", False)
+    if before:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if before:
+            config.output_router_logits = True
 
 
 def _cut(tokens: list[int], eos_ids: list[int]) -> list[int]:

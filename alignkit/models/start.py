@@ -11,8 +11,10 @@ from typing import Any
 
 from alignkit.errors import ModelError
 from alignkit.models.bases import is_random
+from alignkit.models.configs import read_config
 from alignkit.models.files import ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.hub import fetch_adapter
+from alignkit.models.scratch import override_config
 from alignkit.recipe.stage import Stage
 
 
@@ -70,6 +72,19 @@ def choose_action(stage: Stage, start: Start) -> str:
             where=where,
         )
     return wanted or "continue"
+
+
+def context_length(stage: Stage) -> int | None:
+    """Return the positions of the model a stage starts from; None where its config names no limit.
+
+    Raises ModelError, or EnvironmentProblem when a hub id cannot be reached.
+    """
+    start = find_start(stage)
+    config = read_config(start.base, revision=start.revision, trust_code=stage.trust_code)
+    if is_random(stage) and start.base == stage.model.path:
+        config = override_config(config, stage.model.config, where=stage.where("model.config"))
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(positions) if positions else None
 
 
 def find_base(files: ModelFiles) -> str:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, UsageError
-from alignkit.preflight.disk import checkpoint_bytes, count_trained, read_model_shapes, require_space
+from alignkit.preflight.disk import checkpoint_bytes, require_space
 from alignkit.preflight.doctor import Table
 from alignkit.preflight.feedback import describe_evaluation, describe_feedback, require_feedback
 from alignkit.preflight.lineage import list_data, list_needs, without_unmade
@@ -153,7 +153,7 @@ def _check_stage(stage: Stage, check: StageCheck) -> str | None:
             _read_rows_alone(stage, check)
         return None
     with check.noting():
-        _check_disk(stage, check, chat)
+        _check_model(stage, check, chat)
     ready = _use_made_rows(stage, check)
     return None if ready is None else _check_rows(ready, check, chat)
 
@@ -222,7 +222,7 @@ def _check_start(stage: Stage, check: StageCheck) -> None:
 
     source = stage.start_dir or stage.model.path
     directory = find_model_dir(source)
-    if directory is None:
+    if directory is None or (stage.model.init == "scratch" and not stage.start_dir):
         return
     files = inspect_model_dir(directory, trust_code=stage.trust_code)
     check.facts["starts from"] += f" ({files.kind}{', a reward model' if files.reward else ''})"
@@ -287,15 +287,16 @@ def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
     return chat
 
 
-def _check_disk(stage: Stage, check: StageCheck, chat: Chat) -> None:
+def _check_model(stage: Stage, check: StageCheck, chat: Chat) -> None:
     from alignkit.models.bases import pick_precision
+    from alignkit.models.skeleton import build_skeleton
 
-    shapes = read_model_shapes(stage, chat.tokenizer)
-    if shapes is None:
-        check.warnings.append(f"{stage.model.path} is not on this machine yet: its size on disk is not known")
-        return
+    skeleton = build_skeleton(stage, chat.tokenizer)
+    check.warnings += skeleton.doubts
+    if stage.model.quantization != "none":
+        check.facts["quantised"] = f"{skeleton.four_bit_share:.1%} of the weights ({stage.model.quantization})"
     dtype = str(pick_precision(stage).dtype).removeprefix("torch.")
-    num_trained = count_trained(shapes, stage.lora)
+    num_trained = skeleton.num_trained
     if isinstance(stage.options, PpoOptions) and stage.options.advantage == "gae":
         num_trained *= 2  # the critic is as large as the policy, in adapters or in weights
     # Rotation comes after the new checkpoint is sealed, so for a moment there is one more than is kept.

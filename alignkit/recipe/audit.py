@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from alignkit.errors import Problem
@@ -173,7 +174,10 @@ def _adapter(stage: Section, recipe: Section) -> Iterator[Finding]:
     if not stage.has("adapter"):
         return
     adapter = stage.get("adapter")
-    if not stage.has("start_from"):
+    path = str(recipe.get("model", {}).get("path", ""))
+    # model.path may be an adapter itself: one on disk, or on the hub, which only the stage can tell.
+    may_be_adapter = "/" in path or Path(path, "adapter_config.json").is_file()
+    if not stage.has("start_from") and not may_be_adapter:
         yield "adapter", "has no effect without start_from; it says what happens to the adapter a stage starts from"
     elif adapter == "stack" and not recipe.has("lora"):
         yield "adapter", "is stack, which puts a new adapter on top; add a lora: section"

@@ -24,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from alignkit.errors import ModelError, RunError
 from alignkit.models.adapters import copy_adapter
+from alignkit.models.configs import know_classifier
 from alignkit.models.files import REWARD_NORM
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.load import load_trained
@@ -177,6 +178,7 @@ def critic_from_policy(roles: Roles) -> Critic:
     policy = roles.policy
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
+    know_classifier(config)
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     model.base_model.load_state_dict(policy.base_model.state_dict())

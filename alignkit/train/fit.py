@@ -20,6 +20,7 @@ from alignkit import console
 from alignkit.errors import RunError
 from alignkit.models.chat import Chat
 from alignkit.models.parameters import describe_parameters, hash_base, hash_samples
+from alignkit.models.skeleton import build_skeleton
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
 from alignkit.runs.files import disk_failures, read_json, write_json
@@ -72,6 +73,8 @@ def fit(
         if (finished := ranks.once(look)) is not None:
             ranks.leave_at_exit()
             return _read_result(finished)
+        for doubt in ranks.once(lambda: build_skeleton(stage).doubts):
+            console.warn(f"{stage.name}: {doubt}")
         console.note(f"{stage.name}: reading data and loading the model")
         built = build(stage, run)
         built.trainer.watch.began = began

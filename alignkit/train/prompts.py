@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.data import Rejects, Row
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat
-from alignkit.models.context import context_length
+from alignkit.models.start import context_length
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions
 
