@@ -44,7 +44,11 @@ def read_task(path: Path, *, max_rows: int | None = None) -> list[Item]:
         try:
             if isinstance(record, BadRow):
                 raise record
-            items.append(_read_item(record))
+            item = _read_item(record)
+            if items and bool(item.choices) != bool(items[0].choices):
+                first = "has" if items[0].choices else "has none"
+                raise BadRow(f"choices: the first item {first}, this one differs; items with and without are two tasks")
+            items.append(item)
         except BadRow as bad:
             problems.append(Problem(bad.reason, place))
         if max_rows is not None and len(items) == max_rows:

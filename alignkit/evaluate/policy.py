@@ -128,7 +128,7 @@ class Policy:
         """
         samples = samples if temperature > 0 else 1
         common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        common |= {"seed": seed, "plain": plain}
+        common |= {"seed": seed, "plain": plain, "generation_config": "none"}  # see `generation.plainly`
         questions = [(prompt, number) for prompt in prompts for number in range(samples)]
 
         def answer(places: list[int]) -> list[list[Any]]:
@@ -170,7 +170,7 @@ class Policy:
             pairs = [self._encode_pair(*questions[place]) for place in places]
             return [[sum(logps), len(logps), 0] for logps in self.score_tokens(pairs)]
 
-        found = [Likelihood(*value) for value in self._ask("continuation", questions, answer)]
+        found = [Likelihood(*value) for value in self._ask("continuation", questions, answer, start="eos")]
         if any(not item.tokens for item in found):
             raise DataError(f"a completion of a task is longer than {self.source} can read")
         return found
@@ -231,6 +231,8 @@ class Policy:
         continuation = context[len(kept) :] + continuation  # blanks belong to the continuation, as tokens have them
         (head,) = self.chat.encode_prompts([kept])
         (whole,) = self.chat.encode_prompts([kept + continuation])
+        if not head:  # nothing to predict the first token from: the end-of-text token, as the harness has it
+            return [int(self.chat.tokenizer.eos_token_id)], whole
         return head, whole[len(head) :]
 
     def _cut_document(self, content: Text) -> tuple[list[tuple[list[int], list[int]]], int]:

@@ -48,19 +48,26 @@ class Pairing:
 
 @dataclass
 class Label:
-    """What a judge says of a pairing; `orders` are P(first preferred) as asked with it first and with it second."""
+    """What a judge says of a pairing; `orders` are P(first preferred) as asked with it first and with it second.
+
+    `bounds` clamp their mean, not each: a judge that leans to one place would make a tie of every pair.
+    """
 
     pairing: Pairing
     principle: str
     orders: tuple[float | None, ...]
     verdicts: list[Verdict | None] = field(repr=False, default_factory=list)
     problem: str | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
 
     @property
     def p_first(self) -> float | None:
-        """P(first preferred): the mean of the orders; None where the judge abstained in one of them."""
+        """P(first preferred): the clamped mean of the orders; None where the judge abstained in one of them."""
         values = [value for value in self.orders if value is not None]
-        return sum(values) / len(values) if values and len(values) == len(self.orders) else None
+        if not values or len(values) < len(self.orders):
+            return None
+        low, high = self.bounds
+        return min(max(sum(values) / len(values), low), high)
 
     @property
     def is_tie(self) -> bool:
@@ -91,7 +98,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who compares, by what, and how; `bounds` clamp what each order says (section 4.1: 0.4 to 0.6 after thoughts)."""
+    """Who compares, by what, and how; `bounds` clamp the mean of the orders (section 4.1: 0.4 to 0.6)."""
 
     model: Model
     constitution: Constitution
@@ -199,21 +206,17 @@ def _collect(judge: Judge, asked: Sequence[_Asked], verdicts: Sequence[Verdict |
     labels = []
     for item in asked:
         own = [next(waiting) for _ in item.shown]
-        values = tuple(
-            _first_preferred(verdict, turned, judge.bounds) for verdict, turned in zip(own, item.turned, strict=True)
-        )
+        values = tuple(_first_preferred(verdict, turned) for verdict, turned in zip(own, item.turned, strict=True))
         problem = next((verdict.problem for verdict in own if verdict is not None and verdict.problem), None)
-        labels.append(Label(item.pairing, item.principle.name, values, own, problem))
+        labels.append(Label(item.pairing, item.principle.name, values, own, problem, judge.bounds))
     return labels
 
 
-def _first_preferred(verdict: Verdict | None, turned: bool, bounds: tuple[float, float]) -> float | None:
-    """Return P(first preferred) of one order, clamped."""
+def _first_preferred(verdict: Verdict | None, turned: bool) -> float | None:
+    """P(first preferred) by one order."""
     if verdict is None or verdict.p_first is None:
         return None
-    low, high = bounds
-    value = min(max(verdict.p_first, low), high)
-    return 1.0 - value if turned else value
+    return 1.0 - verdict.p_first if turned else verdict.p_first
 
 
 def _question(principle: Principle) -> str:

@@ -82,11 +82,12 @@ class RewardFunction:
             raise self._error(f"returned {len(returned)} rewards for {count} answers")
         rewards = []
         for number, value in enumerate(returned):
-            if hasattr(value, "item"):
-                value = value.item()
-            if not isinstance(value, (int, float)):
-                what = f"returned {_shorten(repr(value))} for answer {number} ({_shorten(repr(prompts[number]))})"
-                raise self._error(f"{what}; it must be a number")
+            if getattr(value, "size", None) == 1 or hasattr(value, "numel"):  # a number of numpy's, or a tensor
+                value = value.tolist()
+            if not isinstance(value, (int, float)) or (isinstance(value, int) and abs(value) > sys.float_info.max):
+                shown = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else _shorten(repr(value))
+                what = f"returned {shown} for answer {number} ({_shorten(repr(prompts[number]))})"
+                raise self._error(f"{what}; it must be a number{' a float can hold' if isinstance(value, int) else ''}")
             if not math.isfinite(value):
                 what = f"returned {float(value)} for answer {number} ({_shorten(repr(prompts[number]))})"
                 place = f"{self.where}: " if self.where else ""

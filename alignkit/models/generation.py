@@ -11,10 +11,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 _BATCH = 16
 _TAIL = 24  # new tokens that are looked at for an end
+
+
+@contextmanager
+def plainly(model: Any) -> Iterator[None]:
+    """Let `model.generate` do what it is told and no more, but for the stop tokens that the model has.
+
+    transformers fills every setting that is not given from the base's generation_config.json: a repetition penalty or
+    banned n-grams would act on greedy answers, and on rollouts whose probabilities are taken without them.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    before = base.generation_config
+    base.generation_config = GenerationConfig(eos_token_id=before.eos_token_id, pad_token_id=before.pad_token_id)
+    try:
+        yield
+    finally:
+        base.generation_config = before
 
 
 def generate_greedy(
@@ -111,7 +128,7 @@ def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationCo
     for row, prompt in enumerate(prompts):
         ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, width - len(prompt) :] = 1
-    with torch.no_grad(), no_router_loss(model):
+    with torch.no_grad(), no_router_loss(model), plainly(model):
         output = model.generate(
             input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings, **hooks
         )

@@ -55,7 +55,12 @@ def save_model(
             _save_full(model, draft, state_dict)
     tokenizer.save_pretrained(draft)
     eos = sorted({*stop_ids, tokenizer.eos_token_id} - {None})
-    GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id).save_pretrained(draft)
+    # The base's defaults go on, as they are: transformers refuses to save some that it reads.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    generation = copy.deepcopy(getattr(base, "generation_config", None)) or GenerationConfig()
+    generation._from_model_config = False  # transformers would make it anew from config.json
+    generation.eos_token_id, generation.pad_token_id = eos, tokenizer.pad_token_id
+    (draft / "generation_config.json").write_text(generation.to_json_string(use_diff=True), encoding="utf-8")
     record: dict[str, Any] = {"lineage": list(lineage), "pad_token_id": tokenizer.pad_token_id}
     record |= precision.to_record() if precision else {}
     (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -60,6 +60,7 @@ def render_card(run: Facts, *, repo: str | None = None) -> str:
             is_adapter=is_adapter,
             is_reward=run.method == "rm",
             has_chat=_has_template(run),
+            has_held_out=any(str(key).startswith("eval_") for key in run.result.get("metrics", {})),
             base=_base(run),
             lineage=[(_cell(public_name(str(entry.get("path", "")))), _role(entry))
                      for entry in run.stage.get("lineage") or []],
@@ -158,7 +159,8 @@ def _is_adapter(run: Facts) -> bool:
 
 def _has_template(run: Facts) -> bool:
     """Tell whether the model talks in turns: it has a template, and was not trained on bare text."""
-    is_text = (run.stage.get("options") or {}).get("objective") == "lm"
+    is_lm = (run.stage.get("options") or {}).get("objective") == "lm"
+    is_text = is_lm or set((run.stage.get("data") or {}).get("kinds") or ()) == {"text"}
     return not is_text and (RunDir(run.path).model / "chat_template.jinja").is_file()
 
 

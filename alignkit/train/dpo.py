@@ -81,9 +81,10 @@ class Dpo(_Referenced, DPOTrainer):
     """TRL's DPOTrainer behind our guard, with our losses beside TRL's."""
 
     precompute_ref_logps: bool
+    _sft_scale: float | None = None  # None until a step's batches are known
 
-    def __init__(self, *args: Any, own_loss: str | None = None, **kwargs: Any) -> None:
-        self.own_loss = own_loss
+    def __init__(self, *args: Any, own_loss: str | None = None, is_soft: bool = False, **kwargs: Any) -> None:
+        self.own_loss, self.is_soft = own_loss, is_soft
         super().__init__(*args, **kwargs)
         if self.precompute_ref_logps:
             self.ref_model = None
@@ -98,15 +99,39 @@ class Dpo(_Referenced, DPOTrainer):
         if "ref_chosen_logps" not in inputs:
             reference = self.model if self.ref_model is None else self.ref_model
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.compute_ref_log_probs(reference, inputs)
-        is_soft = label_B is not None and bool((label_B != 1).any())
-        if self.own_loss or is_soft:
+        if self.own_loss or self.is_soft:  # of all rows alike, or ranks would wait for each other's gathers
             return self._own_loss(model, inputs, label_B)
         before = self.precompute_ref_logps
         self.precompute_ref_logps = True
+        outputs: list[Any] = []
+
+        def watched(**kwargs: Any) -> Any:
+            outputs.append(model(**kwargs))
+            return outputs[-1]
+
         try:
-            return super()._compute_loss(model, inputs, return_outputs)
+            loss = super()._compute_loss(watched, inputs, False)
         finally:
             self.precompute_ref_logps = before
+        return loss + self._sft_correction(outputs[0], inputs)
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        batches, num_items = super().get_batch_samples(*args)
+        counts = [int(batch["completion_mask"][:, 1:].chunk(2)[0].sum()) for batch in batches]
+        total = sum(map(sum, ranks.gather(counts))) if "sft" in self.loss_types else 0
+        # What a micro batch's mean over its chosen tokens must be multiplied by so that the mean over micro batches
+        # and ranks is the mean over the tokens of the step.
+        self._sft_scale = len(batches) * self.args.world_size / total if total else 0.0
+        return batches, num_items
+
+    def _sft_correction(self, outputs: Any, inputs: dict[str, Tensor]) -> Tensor | float:
+        """Make TRL's `sft` part, a mean over the chosen tokens of a micro batch, one over those of the whole step."""
+        weight = sum(weight for name, weight in zip(self.loss_types, self.loss_weights, strict=True) if name == "sft")
+        if not weight or self._sft_scale is None or not self.model.training or self.use_weighting:
+            return 0.0
+        mask_BT = inputs["completion_mask"][:, 1:].chunk(2)[0].bool()
+        logps_BT = outputs.log_probs[:, -mask_BT.size(1) :].chunk(2)[0]
+        return -weight * logps_BT[mask_BT].sum() * (self._sft_scale - 1 / int(mask_BT.sum()))
 
     def _own_loss(self, model: Any, inputs: dict[str, Tensor], label_B: Tensor | None) -> Tensor:
         labels_BT = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
@@ -207,6 +232,7 @@ def _build_dpo(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokeni
         watch=watch_for(stage),
         reference=loaded.reference,
         own_loss=own,
+        is_soft=any((np.asarray(table["label"]) != 1).any() for table in (tables.train, tables.eval) if table),
     )
 
 

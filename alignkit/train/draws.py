@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from alignkit.models.generation import plainly
+
 Key = tuple[int, ...]  # which answers these are: the run's seed, what they are for, and their number
 
 
@@ -50,7 +52,8 @@ def drawing(model: Any, uniforms_BT: Tensor, *, temperature: float, in_step: boo
     processors = LogitsProcessorList([InverseTransform(uniforms_BT, temperature=temperature)])
 
     def drawn(*args: Any, **kwargs: Any) -> Any:
-        return generate(*args, logits_processor=processors, synced_gpus=in_step, **kwargs)
+        with plainly(model):
+            return generate(*args, logits_processor=processors, synced_gpus=in_step, **kwargs)
 
     model.generate = drawn
     try:

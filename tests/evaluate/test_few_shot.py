@@ -155,3 +155,11 @@ def test_a_missing_harness_is_one_line(policy_dir: Path, shelf: Shelf, monkeypat
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(EnvironmentProblem, match="lm-evaluation-harness is not installed; pip install"):
         measure_harness(Policy(str(policy_dir), shelf), "arc_easy", shots=[0], max_rows=1, batch_size=1, seed=0)
+
+
+def test_items_with_and_without_choices_are_two_tasks(tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    rows = [{"context": "a", "completion": " b"}, {"context": "a", "completion": " b", "choices": [" b", " c"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"task\.jsonl:2: choices: the first item has none"):
+        read_task(path)

@@ -53,3 +53,12 @@ def test_without_log_probs_the_text_decides_or_abstains() -> None:
 def test_a_reply_that_was_cut_before_its_verdict_is_read_by_its_first_letter_token() -> None:
     tokens = [TokenChances("A", {"A": math.log(0.7), "B": math.log(0.2)}), TokenChances(" fine", {" fine": -1.0})]
     assert read_verdict("A fine answer, both", tokens).p_first == pytest.approx(0.7 / 0.9)
+
+
+def test_the_mean_of_both_orders_is_clamped_and_not_each_order() -> None:
+    from alignkit.feedback.comparisons import Label, Pairing
+
+    pairing = Pairing("p", "a", "b", "f:1", "k")
+    leaning = Label(pairing, "x", (0.46, 0.58), bounds=(0.45, 0.55))  # a judge that prefers the second place
+    assert leaning.p_first == pytest.approx(0.52) and not leaning.is_tie
+    assert Label(pairing, "x", (0.9, 0.7), bounds=(0.45, 0.55)).p_first == 0.55

@@ -190,3 +190,11 @@ def test_the_fingerprint_is_that_of_the_file(load: Load, tmp_path: Path) -> None
     assert before is not None and math.isfinite(len(before))
     (tmp_path / "score_it.py").write_text("def score(prompts, completions):\n    return [1, 3]\n")
     assert hash_function(stage, "score_it:score") not in (None, before)
+
+
+@pytest.mark.parametrize(
+    "value", ["[10**400, 1]", "[10**5000, 1]", "[1j, 1]", "[None, 1]", "[numpy.ones(2), 1]", "[1]"]
+)
+def test_what_is_no_reward_is_refused_with_the_functions_name(load: Load, value: str) -> None:
+    message = complain(load(f"import numpy\ndef score(prompts, completions):\n    return {value}\n"))
+    assert "score_it:score returned" in message and ("number" in message or "rewards for 2 answers" in message)

@@ -84,3 +84,14 @@ def test_a_row_ends_when_it_has_said_enough() -> None:
     (free,) = generate_sampled(model, [[60]], [7], **settings)
     (cut,) = generate_sampled(model, [[60]], [7], is_over=lambda tail: free[2] in tail, **settings)
     assert cut == free[: free.index(free[2]) + 1]
+
+
+def test_the_bases_generation_config_acts_on_nothing_and_is_kept() -> None:
+    model = random_model(builtin_config("builtin:tiny-llama"), seed=3, dtype=torch.float32).eval()
+    settings = {"max_new_tokens": 8, "eos_ids": [508], "pad_id": 509}
+    free = generate_greedy(model, [[60, 61]], **settings)
+    cold = generate_sampled(model, [[60, 61]], [1], temperature=1e-4, **settings)
+    model.generation_config.update(repetition_penalty=1.8, no_repeat_ngram_size=1, suppress_tokens=[free[0][0]])
+    assert generate_greedy(model, [[60, 61]], **settings) == free
+    assert generate_sampled(model, [[60, 61]], [1], temperature=1e-4, **settings) == cold
+    assert model.generation_config.repetition_penalty == 1.8

@@ -7,6 +7,8 @@ import math
 import re
 from xml.etree import ElementTree
 
+import pytest
+
 from alignkit.runs.report.charts import Line, draw_lines
 from alignkit.runs.report.lineage import Node, draw_lineage
 
@@ -135,3 +137,14 @@ def test_a_wide_fan_out_keeps_every_box_apart() -> None:
     for svg in svgs_of(draw_lineage(nodes)):
         tops = sorted(box[1] for box in boxes(svg).values() if box[0] > 3)
         assert len(tops) == 12 and all(b - a > 50 for a, b in zip(tops, tops[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0.0] * 5, [1e-17, -3e-17, 2e-17], [0.1, 0.1 + 1e-17], [5e-324, 0.0], [1e308, -1e308, 1.0], [7.0], [],
+     [float("nan"), float("inf"), 1.0], [1e16, 1e16 + 2]],
+    ids=str,
+)  # fmt: skip
+def test_no_values_keep_a_chart_from_being_drawn(values: list[float]) -> None:
+    drawn = draw_lines([Line("a", list(enumerate(values)))], title="t", marks=(0.0,))
+    assert bool(drawn) == bool(values) and "nan" not in drawn

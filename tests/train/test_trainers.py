@@ -393,3 +393,17 @@ print(compare_probes(before, probe(accelerator.unwrap_model(wrapped, keep_fp32_w
 def test_a_probe_is_taken_without_the_autocast_wrapper_of_training(run_python: Callable) -> None:
     """Under bfloat16 autocast the wrapped model rounds; what is compared after saving must not."""
     assert run_python("-c", AUTOCAST).stdout == "False\nTrue\n"
+
+
+def test_a_loss_with_an_sft_part_does_not_depend_on_micro_batches(make_stage: Callable, tmp_path: Path) -> None:
+    text = (
+        f"{BASE}dpo: {{data: {{path: builtin:preferences, max_rows: 8}}, batch_size: 8, max_steps: 1, "
+        "samples: {num: 0}, logging_steps: 1, loss_type: [sigmoid, bco_pair, sft], loss_weights: [1.0, 0.5, 0.5], "
+        "precompute_ref_log_probs: true}"
+    )
+    losses = []
+    for size in (8, 2, 1):
+        trainer = build(make_stage(text, "dpo", f"dpo.micro_batch_size={size}"), tmp_path).trainer
+        trainer.train()
+        losses.append(next(row["loss"] for row in trainer.state.log_history if "loss" in row))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)

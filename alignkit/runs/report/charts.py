@@ -66,7 +66,7 @@ def draw_lines(
     Values that are not finite leave a gap. With `in_order` false the points are a path, drawn as they come.
     """
     buckets = [_condense(line.points) if in_order else [_Bucket(x, y, y, y) for x, y in line.points] for line in lines]
-    known = [bucket for row in buckets for bucket in row if math.isfinite(bucket.y) and math.isfinite(bucket.x)]
+    known = [bucket for row in buckets for bucket in row if _ok(bucket)]
     if not known:
         return Markup("")
     frame = _frame(known, marks)
@@ -90,7 +90,12 @@ def draw_lines(
 
 
 def _ok(bucket: _Bucket) -> bool:
-    return math.isfinite(bucket.x) and math.isfinite(bucket.y)
+    return _drawable(bucket.x) and _drawable(bucket.y)
+
+
+def _drawable(value: float) -> bool:
+    """Tell whether differences of such values are finite, too; NaN is not."""
+    return abs(value) < 1e150
 
 
 def _condense(points: Sequence[Point]) -> list[_Bucket]:
@@ -99,7 +104,7 @@ def _condense(points: Sequence[Point]) -> list[_Bucket]:
     groups = [points[start : start + size] for start in range(0, len(points), size)] if size else []
     found = []
     for group in groups:
-        values = [y for _, y in group if math.isfinite(y)]
+        values = [y for _, y in group if _drawable(y)]
         x = sum(x for x, _ in group) / len(group)
         mean = sum(values) / len(values) if values else math.nan
         found.append(_Bucket(x, mean, min(values, default=mean), max(values, default=mean)))
@@ -112,6 +117,8 @@ def _frame(known: Sequence[_Bucket], marks: Sequence[float]) -> _Frame:
         left, right = left - 0.5, right + 0.5
     values = [value for bucket in known for value in (bucket.low, bucket.high)]
     low, high = min(values), max(values)
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-150):  # flat but for rounding
+        low = high = (low + high) / 2
     for mark in marks:  # a line far outside would flatten the curve
         if low - (high - low) <= mark <= high + (high - low):
             low, high = min(low, mark), max(high, mark)

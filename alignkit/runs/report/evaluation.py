@@ -234,7 +234,7 @@ def _draw_bar(
     value: float | None, low: float | None, high: float | None, scale: tuple[float, float], *, mark: float | None
 ) -> Markup:
     """Return the interval as a line, the value as a dot, zero (or a coin toss) as a tick."""
-    if value is None:
+    if value is None or not 0 < scale[1] - scale[0] < math.inf:
         return Markup("")
 
     def x(number: float) -> float:

@@ -67,7 +67,8 @@ def duration(seconds: float | None) -> str:
 def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     """Return about `wanted` round numbers that lie within [low, high]: steps of 1, 2, 2.5 or 5 times a power of ten."""
     span = high - low
-    if span <= 0:
+    # A span that rounding made has no steps to count in; nor has one beyond the range of floats.
+    if not max(1e-9 * max(abs(low), abs(high)), 1e-300) < span < math.inf:
         return [low]
     rough = span / wanted
     power = 10 ** math.floor(math.log10(rough))
