@@ -1,4 +1,4 @@
-"""Local files to records: .jsonl, .ndjson, .json, .csv, .txt (each plain or .gz) and .parquet, one at a time.
+"""Local files to records: .jsonl, .ndjson, .json, .csv, .tsv, .txt (each plain, .gz or .zst), .parquet and .arrow.
 
 A record is a dict as it stands in the file; a line that cannot become one is yielded as a BadRow so that reading goes
 on. A file that cannot be read at all raises a DataError. Nothing here knows formats of rows, and nothing but a JSON
@@ -26,15 +26,17 @@ Record = dict[str, Any]
 Entry = tuple[str, Record | BadRow]  # place, and the record or why there is none
 
 MAX_LINE_BYTES = 2_000_000 - 1  # a longer line is a broken file far more often than a row
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".parquet")
-_PARQUET_BATCH = 1024
+MAX_DOCUMENT_BYTES = 256_000_000 - 1  # of raw text, where one row may be a book
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+ACCEPTED = f"{', '.join(SUFFIXES)}, plain, .gz or .zst"
+_PACKED = (".gz", ".zst")
+_TABLE_BATCH = 1024
 _BUFFER_BYTES = 1 << 18
-_TOO_LONG = BadRow("the line has 2 MB or more; split the row or remove it")
 
 
 def data_suffix(path: Path) -> str | None:
-    """Return the suffix that decides how to read the file, without .gz; None when we do not read such files."""
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    """The suffix that decides how to read the file, without .gz or .zst; None when we do not read such files."""
+    suffix = Path(path.stem).suffix if path.suffix in _PACKED else path.suffix
     return suffix.lower() if suffix.lower() in SUFFIXES else None
 
 
@@ -46,18 +48,19 @@ def display_name(path: Path) -> str:
         return str(path)
 
 
-def read_file(path: Path, *, blocks: bool = False) -> Iterator[Entry]:
+def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES) -> Iterator[Entry]:
     """Yield (place, record or BadRow) for every row of the file; blank lines are no rows.
 
     A .txt file gives one {"text": ...} per line that is not blank, or with `blocks` one per block of lines between
-    blank lines. Places carry real line numbers for jsonl, csv and txt, row numbers (from 1) for json and parquet.
+    blank lines. Places carry real line numbers for jsonl, csv and txt, row numbers (from 1) for json and tables. A row
+    of more than `limit` bytes is a BadRow.
 
     Raises:
         DataError: the file is missing, empty, not readable, or broken beyond one row.
     """
     name = display_name(path)
     suffix = data_suffix(path)
-    entries = _entries(path, name, suffix, blocks)
+    entries = _entries(path, name, suffix, blocks, limit)
     first = next(entries, None)
     if first is None:
         raise DataError("the file has no rows", where=name)
@@ -65,31 +68,30 @@ def read_file(path: Path, *, blocks: bool = False) -> Iterator[Entry]:
     yield from entries
 
 
-def _entries(path: Path, name: str, suffix: str | None, blocks: bool) -> Iterator[Entry]:
-    if suffix == ".parquet":
-        yield from _read_parquet(path, name)
+def _entries(path: Path, name: str, suffix: str | None, blocks: bool, limit: int) -> Iterator[Entry]:
+    if suffix in (".parquet", ".arrow"):
+        yield from _read_table(path, name)
         return
     with _open(path, name) as stream:
         if suffix in (".jsonl", ".ndjson"):
-            yield from _read_json_lines(stream, name)
+            yield from _read_json_lines(stream, name, limit)
         elif suffix == ".json":
-            yield from _read_json(stream, name)
-        elif suffix == ".csv":
-            yield from _read_csv(stream, name)
+            yield from _read_json(stream, name, limit)
+        elif suffix in (".csv", ".tsv"):
+            yield from _read_csv(stream, name, limit, "," if suffix == ".csv" else "\t")
         elif blocks:
-            yield from _read_blocks(stream, name)
+            yield from _read_blocks(stream, name, limit)
         else:
-            yield from _read_text_lines(stream, name)
+            yield from _read_text_lines(stream, name, limit)
 
 
 @contextmanager
 def _open(path: Path, name: str) -> Iterator[io.BufferedReader[Any]]:
-    """Open for reading bytes, through gzip when the name says so; reading errors become one line."""
+    """Open for reading bytes, unpacked when the name says so; reading errors become one line."""
     try:
         with path.open("rb", buffering=0) as raw:
             # GzipFile.readline runs in Python; a BufferedReader around it runs in C.
-            bytes_in = gzip.GzipFile(fileobj=raw, mode="rb") if path.suffix == ".gz" else raw
-            stream = io.BufferedReader(bytes_in, _BUFFER_BYTES)
+            stream = io.BufferedReader(_unpack(raw, path.suffix), _BUFFER_BYTES)
             _refuse_foreign(stream, name)
             yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -98,8 +100,19 @@ def _open(path: Path, name: str) -> Iterator[io.BufferedReader[Any]]:
         raise DataError(f"cannot be read: {error.strerror or error}", where=name) from error
 
 
+def _unpack(raw: io.FileIO, suffix: str) -> Any:
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw, mode="rb")
+    if suffix == ".zst":
+        import pyarrow as pa
+
+        return pa.CompressedInputStream(raw, "zstd")
+    return raw
+
+
 _FOREIGN = {
     b"\x1f\x8b": "gzip data; name the file .gz",
+    b"\x28\xb5\x2f\xfd": "Zstandard data; name the file .zst",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"PAR1": "Parquet data; name the file .parquet",
     codecs.BOM_UTF16_LE: "UTF-16 text; save it as UTF-8",
@@ -114,18 +127,22 @@ def _refuse_foreign(stream: io.BufferedReader[Any], name: str) -> None:
             raise DataError(f"holds {what}", where=name)
 
 
-def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | BadRow]]:
-    """Yield (line number, bytes) without ever holding more than MAX_LINE_BYTES; drops a byte order mark."""
+def _too_long(limit: int) -> BadRow:
+    return BadRow(f"the line has {round(limit / 1e6)} MB or more; split the row or remove it")
+
+
+def _lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | BadRow]]:
+    """Yield (line number, bytes) without ever holding more than `limit` bytes; drops a byte order mark."""
     readline = stream.readline
     number = 0
-    while line := readline(MAX_LINE_BYTES + 1):
+    while line := readline(limit + 1):
         number += 1
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+        if len(line) > limit and not line.endswith(b"\n"):
             while line and not line.endswith(b"\n"):
-                line = readline(MAX_LINE_BYTES)
-            yield number, _TOO_LONG
+                line = readline(limit)
+            yield number, _too_long(limit)
         else:
             yield number, line
 
@@ -135,9 +152,9 @@ def _bad_utf8(error: UnicodeDecodeError) -> BadRow:
     return BadRow(f"byte 0x{byte:02x} at byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8")
 
 
-def _read_json_lines(stream: IO[bytes], name: str) -> Iterator[Entry]:
+def _read_json_lines(stream: IO[bytes], name: str, limit: int) -> Iterator[Entry]:
     decode = json.JSONDecoder().raw_decode
-    for number, line in _lines(stream):
+    for number, line in _lines(stream, limit):
         place = f"{name}:{number}"
         if isinstance(line, BadRow):
             yield place, line
@@ -189,15 +206,15 @@ def not_an_object(value: object) -> BadRow:
     return BadRow(f"the row is {type_name(value)}; it must be an object with named fields")
 
 
-def _read_json(stream: io.BufferedReader[Any], name: str) -> Iterator[Entry]:
+def _read_json(stream: io.BufferedReader[Any], name: str, limit: int) -> Iterator[Entry]:
     """Read an array of objects, an object that holds one list of them, or lines of objects with the wrong suffix."""
     head = stream.peek(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith(b"["):
-        for number, value in enumerate(iter_array(stream, name, max_item_chars=MAX_LINE_BYTES), start=1):
+        for number, value in enumerate(iter_array(stream, name, max_item_chars=limit), start=1):
             place = f"{name}[row {number}]"
             yield place, value if type(value) is dict else not_an_object(value)
     elif _is_whole_object(head):
-        yield from _read_json_lines(stream, name)
+        yield from _read_json_lines(stream, name, limit)
     elif head:
         yield from _read_json_object(stream, name)
 
@@ -231,11 +248,11 @@ def _read_json_object(stream: IO[bytes], name: str) -> Iterator[Entry]:
         yield f"{name}[row {number}]", row if type(row) is dict else not_an_object(row)
 
 
-def _read_csv(stream: IO[bytes], name: str) -> Iterator[Entry]:
-    """Read comma-separated values with a header line; cells are text, quoted ones may span lines."""
-    csv.field_size_limit(MAX_LINE_BYTES)
+def _read_csv(stream: IO[bytes], name: str, limit: int, delimiter: str) -> Iterator[Entry]:
+    """Read separated values with a header line; cells are text, quoted ones may span lines."""
+    csv.field_size_limit(limit)
     broken: dict[int, BadRow] = {}  # lines of the current record that could not be read
-    reader = csv.reader(_decoded(stream, broken), strict=True)
+    reader = csv.reader(_decoded(stream, limit, broken), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         place = f"{name}:{reader.line_num + 1}"
@@ -262,8 +279,8 @@ def _read_csv(stream: IO[bytes], name: str) -> Iterator[Entry]:
             yield place, dict(zip(header, cells, strict=True))
 
 
-def _decoded(stream: IO[bytes], broken: dict[int, BadRow]) -> Iterator[str]:
-    for number, line in _lines(stream):
+def _decoded(stream: IO[bytes], limit: int, broken: dict[int, BadRow]) -> Iterator[str]:
+    for number, line in _lines(stream, limit):
         if isinstance(line, BadRow):
             broken[number] = line
             yield "\n"
@@ -282,8 +299,8 @@ def _check_header(cells: list[str], place: str) -> list[str]:
     return names
 
 
-def _read_text_lines(stream: IO[bytes], name: str) -> Iterator[Entry]:
-    for number, line in _lines(stream):
+def _read_text_lines(stream: IO[bytes], name: str, limit: int) -> Iterator[Entry]:
+    for number, line in _lines(stream, limit):
         if isinstance(line, BadRow):
             yield f"{name}:{number}", line
         elif line := line.strip():
@@ -293,9 +310,9 @@ def _read_text_lines(stream: IO[bytes], name: str) -> Iterator[Entry]:
                 yield f"{name}:{number}", _bad_utf8(error)
 
 
-def _read_blocks(stream: IO[bytes], name: str) -> Iterator[Entry]:
+def _read_blocks(stream: IO[bytes], name: str, limit: int) -> Iterator[Entry]:
     """Join lines up to the next blank one; a line that cannot be read spoils its block."""
-    for start, lines in _iter_blocks(stream):
+    for start, lines in _iter_blocks(stream, limit):
         place = f"{name}:{start}"
         bad = next((line for line in lines if isinstance(line, BadRow)), None)
         try:
@@ -304,10 +321,10 @@ def _read_blocks(stream: IO[bytes], name: str) -> Iterator[Entry]:
             yield place, BadRow("the block holds bytes that are not UTF-8; save the file as UTF-8")
 
 
-def _iter_blocks(stream: IO[bytes]) -> Iterator[tuple[int, list[bytes | BadRow]]]:
+def _iter_blocks(stream: IO[bytes], limit: int) -> Iterator[tuple[int, list[bytes | BadRow]]]:
     block: list[bytes | BadRow] = []
     start, size = 1, 0
-    for number, line in _lines(stream):
+    for number, line in _lines(stream, limit):
         if not isinstance(line, BadRow) and not line.strip():
             if block:
                 yield start, block
@@ -315,28 +332,48 @@ def _iter_blocks(stream: IO[bytes]) -> Iterator[tuple[int, list[bytes | BadRow]]
             continue
         start = start if block else number
         size += 0 if isinstance(line, BadRow) else len(line)
-        if size > MAX_LINE_BYTES:
-            block = [_TOO_LONG]
+        if size > limit:
+            block = [_too_long(limit)]
         else:
             block.append(line)
     if block:
         yield start, block
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[Entry]:
+def _read_table(path: Path, name: str) -> Iterator[Entry]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    if path.suffix == ".gz":
-        raise DataError("Parquet is compressed already and cannot be read through gzip; unpack it", where=name)
+    if path.suffix in _PACKED:
+        raise DataError(f"a table is packed already and cannot be read through {path.suffix}; unpack it", where=name)
+    kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
     number = 0
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                for record in batch.to_pylist():
+        for batch in _iter_arrow(path) if kind == "Arrow" else _iter_parquet(path):
+            for start in range(0, len(batch), _TABLE_BATCH):
+                for record in batch.slice(start, _TABLE_BATCH).to_pylist():
                     number += 1
                     yield f"{name}[row {number}]", record
     except (pa.ArrowException, OSError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
         after = f" after row {number}" if number else ""
-        raise DataError(f"is not a readable Parquet file{after}: {first_line}", where=name) from error
+        raise DataError(f"is not a readable {kind} file{after}: {first_line}", where=name) from error
+
+
+def _iter_parquet(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        yield from file.iter_batches(batch_size=_TABLE_BATCH)
+
+
+def _iter_arrow(path: Path) -> Iterator[Any]:
+    """Read what datasets writes, a stream, or what Feather is, a file that ends with a table of its batches."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(source)
+            yield from map(file.get_batch, range(file.num_record_batches))
+        else:
+            source.seek(0)
+            yield from pa.ipc.open_stream(source)

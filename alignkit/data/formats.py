@@ -7,6 +7,8 @@ left unread.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -148,6 +150,10 @@ _HELP = (
 )
 # Not read, these are refused: they say what is asked, or what an answer is worth.
 _TELLING = {*ASKED, "history", "label", "weight"}
+# The beginning of a message, or of a list of them, as JSON or as Python shows it.
+_CONVERSATION = re.compile(
+    r"""\[?\s*\{(?=[^{}]*["'](?:role|from|speaker)["']\s*:)(?=[^{}]*["'](?:content|value|text)["']\s*:)"""
+)
 _MAX_KNOWN = 4096  # a file whose columns change with every row must not fill the memory
 
 
@@ -234,6 +240,19 @@ def _iter_texts(value: Any) -> Iterator[str]:
             yield from _iter_texts(item)
     elif value is not None:
         yield str(value)
+
+
+def parse_cells(record: Record) -> Record:
+    """The record with conversations that stand as JSON text in a cell, as CSV has them, read as lists of messages."""
+    for column, value in record.items():
+        if type(value) is str and value[:1] in ("[", "{") and _CONVERSATION.match(value):
+            try:
+                parsed = json.loads(value)
+            except ValueError:
+                what = "holds a conversation as text that is no JSON; write the cell with json.dumps"
+                raise BadRow(f"{column}: {what}") from None
+            record = {**record, column: parsed}
+    return record
 
 
 def rename_columns(record: Record, columns: Mapping[str, str | None]) -> Record:

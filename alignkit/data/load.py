@@ -14,7 +14,7 @@ from hashlib import blake2b
 from itertools import combinations, islice
 
 from alignkit.data.files import Entry, Record
-from alignkit.data.formats import Detector, Format, rename_columns
+from alignkit.data.formats import Detector, Format, parse_cells, rename_columns
 from alignkit.data.hashes import HashSet, digest_row, hash_prompt, prompt_key
 from alignkit.data.rejects import BadRow, Problems, Rejects
 from alignkit.data.report import DataReport, SourceReport
@@ -225,6 +225,7 @@ class _SourceReader:
         self.counts = SourceReport(located.source.path)
         self._located, self._method = located, method
         self._keeps_columns = _reads_columns(stage)
+        self._documents = getattr(stage.options, "objective", None) == "lm"
         self._rejects = rejects if stage.options.on_bad_row == "skip" else None
         self._problems = problems
         self._detector = self._new_detector()
@@ -270,11 +271,11 @@ class _SourceReader:
         def rename(entry: Entry) -> Entry:
             place, record = entry
             try:
-                return place, record if isinstance(record, BadRow) else rename_columns(record, columns)
+                return place, record if isinstance(record, BadRow) else parse_cells(rename_columns(record, columns))
             except BadRow as bad:
                 return place, bad
 
-        return join_threads(map(rename, read_entries(self._located)))
+        return join_threads(map(rename, read_entries(self._located, documents=self._documents)))
 
     def shape(self, row: Row) -> Row:
         """Make turns of a row's prompt and answers, or joined text; conversations and raw text stay."""

@@ -1,27 +1,41 @@
 """Where a source's records come from: local files, directories, builtin data, hub data sets.
 
-Turns a recipe's DataSource into a stream of (place, record or BadRow). Deliberately does not look into records.
+Turns a recipe's DataSource into a stream of (place, record or BadRow). It does not look into records.
 """
 
 from __future__ import annotations
 
+import glob
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.data.builtin import PREFIX, BuiltinData, iter_builtin, parse_builtin
-from alignkit.data.files import SUFFIXES, Entry, data_suffix, display_name, read_file
+from alignkit.data.files import (
+    ACCEPTED,
+    MAX_DOCUMENT_BYTES,
+    MAX_LINE_BYTES,
+    Entry,
+    data_suffix,
+    display_name,
+    read_file,
+)
 from alignkit.errors import DataError, Problem
 from alignkit.recipe.schema import DataSource
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _HUB_BATCH = 1000
-_TRAIN = re.compile(r"(?:^|[^a-z])train", re.IGNORECASE)
-_HELD_OUT = re.compile(r"(?:^|[^a-z])(?:test|valid|validation|eval|dev)(?:[^a-z]|$)", re.IGNORECASE)
+_SHARDED = re.compile(r"(.+)-\d{5}-of-\d{5}")  # how the hub names the files of a split: train_sft-00000-of-00003
+_NUMBERED = re.compile(r"[-_.]?\d[-_.\d]*$")
+_KEYWORD = re.compile(r"(?:^|(?<=[^a-z]))(train|test|validation|valid|val|eval|dev)(?![a-z])", re.IGNORECASE)
+_SPLIT_OF = {"valid": "validation", "val": "validation", "eval": "validation", "dev": "validation"}
+_CONFIGS = re.compile(r"\A---\n(?:(?!---).*\n)*?configs:")  # in the front matter of a data set's README.md
 
 
 @dataclass(frozen=True)
@@ -30,8 +44,13 @@ class Located:
 
     source: DataSource
     origin: Literal["files", "builtin", "saved", "hub"]
-    files: tuple[Path, ...] = ()
+    splits: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)  # every split that is there, with its files
     builtin: BuiltinData | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """The local files that hold the rows."""
+        return [path for name in _split_names(self.source.split) for path in self.splits.get(name, ())]
 
 
 def locate(sources: Sequence[DataSource]) -> list[Located]:
@@ -52,8 +71,10 @@ def locate(sources: Sequence[DataSource]) -> list[Located]:
     return located
 
 
-def read_entries(located: Located) -> Iterator[Entry]:
+def read_entries(located: Located, *, documents: bool = False) -> Iterator[Entry]:
     """Yield (place, record or BadRow) for every row of the source, in a fixed order; can be called again.
+
+    With `documents` a row may be as long as a book.
 
     Raises:
         DataError: a file or data set that cannot be read.
@@ -62,29 +83,45 @@ def read_entries(located: Located) -> Iterator[Entry]:
     if located.builtin is not None:
         yield from iter_builtin(located.builtin)
     elif located.origin == "files":
-        for path in located.files:
-            yield from read_file(path, blocks=source.format == "text")
+        limit = MAX_DOCUMENT_BYTES if documents else MAX_LINE_BYTES
+
+        def read(name: str) -> Iterator[Entry]:
+            files = (read_file(path, blocks=source.format == "text", limit=limit) for path in located.splits[name])
+            return chain.from_iterable(files)
+
+        for name, start, stop in _read_slices(source, lambda name: sum(1 for _ in read(name))):
+            yield from islice(read(name), start, stop)
     else:
         yield from _read_dataset(source, saved=located.origin == "saved")
 
 
 def _locate(source: DataSource) -> Located:
     if source.path.startswith(PREFIX):
-        _refuse_keys(source, "builtin data", ("name", "revision"))
+        _refuse_keys(source, "builtin data", ("name", "data_dir", "revision"))
         data = parse_builtin(source.path, split=source.split, max_rows=source.max_rows)
         return Located(source, "builtin", builtin=data)
     path = Path(source.path).expanduser()
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            _refuse_keys(source, "a data set saved on disk", ("name", "revision"))
-            return Located(source, "saved")
-        _refuse_keys(source, "local files", ("name", "revision", "split"))
-        return Located(source, "files", _list_files(path))
+            _refuse_keys(source, "a data set saved on disk", ("name", "data_dir", "revision"))
+            return _choose(Located(source, "saved", dict.fromkeys(_list_saved(path), ())))
+        _refuse_keys(source, "local files", ("revision",))
+        return _choose(Located(source, "files", _list_splits(path, source)))
     if path.exists():
-        _refuse_keys(source, "a local file", ("name", "revision", "split"))
+        split = () if _split_names(source.split) == ["train"] else ("split",)
+        _refuse_keys(source, "a local file", ("name", "data_dir", "revision", *split))
         if data_suffix(path) is None:
-            raise DataError(f"is not a data file we read ({_suffix_list()}, plain or .gz)", where=display_name(path))
-        return Located(source, "files", (path,))
+            raise DataError(f"is not a data file we read ({ACCEPTED})", where=display_name(path))
+        return _choose(Located(source, "files", {"train": (path,)}))
+    if files := [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if data_suffix(Path(name))]:
+        _refuse_keys(source, "local files", ("name", "data_dir", "revision"))
+        splits = _split_by_name(files, display_name(path))
+        if len(splits) == 1 and "split" not in source.model_fields_set:
+            splits = {"train": tuple(files)}
+        elif "split" not in source.model_fields_set:
+            raise DataError(f"matches files of the splits {', '.join(splits)}; write split: NAME, or name the files",
+                            where=display_name(path))  # fmt: skip
+        return _choose(Located(source, "files", splits))
     if _HUB_ID.fullmatch(source.path) and data_suffix(path) is None:
         return Located(source, "hub")
     raise DataError(f"no such file{_near_files(path)}", where=display_name(path))
@@ -92,32 +129,120 @@ def _locate(source: DataSource) -> Located:
 
 def _refuse_keys(source: DataSource, what: str, keys: Sequence[str]) -> None:
     """Refuse keys that mean nothing for this kind of source, so that none is silently ignored."""
-    defaults = {"name": None, "revision": None, "split": "train"}
+    defaults = {"name": None, "data_dir": None, "revision": None, "split": "train"}
     if given := [key for key in keys if getattr(source, key) != defaults[key]]:
         raise DataError([Problem(f"data.{key} has no effect on {what}; remove it", source.path) for key in given])
 
 
-def _suffix_list() -> str:
-    return ", ".join(SUFFIXES)
+def _split_names(split: str) -> list[str]:
+    """The splits that `train[:10%]+test` takes rows of."""
+    return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
-def _list_files(directory: Path) -> tuple[Path, ...]:
-    """List the data files of a directory by name; files of other kinds (README, LICENSE) are passed over.
+def _choose(located: Located) -> Located:
+    """Refuse a split that is not there, or a slice that cannot be read."""
+    split, where = located.source.split, located.source.path
+    if missing := [name for name in _split_names(split) if name not in located.splits]:
+        known = ", ".join(located.splits)
+        raise DataError(f"has no split {missing[0]}; it has {known}: write split: NAME", where=where)
+    if "[" in split:
+        from datasets import ReadInstruction
 
-    Raises:
-        DataError: none is there, or training and held-out files lie side by side.
+        try:
+            ReadInstruction.from_spec(split)
+        except (ValueError, AssertionError) as error:
+            raise DataError(f"split: {str(error).splitlines()[0]}", where=where) from error
+    return located
+
+
+def _read_slices(source: DataSource, count: Callable[[str], int]) -> list[tuple[str, int, int | None]]:
+    """Split, first row and end of each part of `split:`; rows are counted only where a slice asks for it."""
+    if "[" not in source.split:
+        return [(name, 0, None) for name in _split_names(source.split)]
+    from datasets import ReadInstruction
+
+    counts = {name: count(name) for name in _split_names(source.split)}
+    try:
+        parts = ReadInstruction.from_spec(source.split).to_absolute(counts)
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"split: {str(error).splitlines()[0]}", where=source.path) from error
+    return [(part.splitname, part.from_, part.to) for part in parts]
+
+
+def _list_saved(path: Path) -> list[str]:
+    """The splits of what `save_to_disk` wrote: a DatasetDict, or a Dataset that may know its split."""
+    try:
+        if (path / "dataset_dict.json").is_file():
+            return list(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+        return [json.loads((path / "state.json").read_text(encoding="utf-8")).get("_split") or "train"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"cannot be read as a data set saved on disk: {error}", where=str(path)) from error
+
+
+def _list_splits(directory: Path, source: DataSource) -> dict[str, tuple[Path, ...]]:
+    """Sort the data files of a directory into splits; files of other kinds (LICENSE) are passed over.
+
+    A local copy of a hub data set whose README.md lists its files is read as the hub does. Else the files that lie in
+    the directory itself count, or, where none does, those below it.
     """
-    name = display_name(directory)
-    files = sorted(path for path in directory.iterdir() if path.is_file() and data_suffix(path) and path.name[0] != ".")
+    name, readme = display_name(directory), directory / "README.md"
+    if readme.is_file() and _CONFIGS.match(readme.read_text(encoding="utf-8", errors="replace").replace("\r", "")):
+        return _list_configured(directory, source)
+    if source.name is not None:
+        raise DataError("data.name has no effect: the directory's README.md lists no configs", where=name)
+    if source.data_dir is not None:
+        directory = directory / source.data_dir
+        name = display_name(directory)
+        if not directory.is_dir():
+            raise DataError("no such directory (data.data_dir)", where=name)
+    below = [path for path in sorted(directory.rglob("*")) if path.is_file() and data_suffix(path)]
+    below = [path for path in below if not any(part[0] in "._" for part in path.relative_to(directory).parts)]
+    files = [path for path in below if path.parent == directory] or below
     if not files:
-        below = sorted({display_name(path.parent) for path in directory.glob("*/*") if data_suffix(path)})
-        hint = f"; there are some in {', '.join(below[:3])}" if below else ""
-        raise DataError(f"the directory has no data files ({_suffix_list()}, plain or .gz){hint}", where=name)
-    held_out = [path.name for path in files if _HELD_OUT.search(path.name)]
-    if held_out and any(_TRAIN.search(path.name) for path in files):
-        mixed = ", ".join(held_out[:3])
-        raise DataError(f"holds training files and held-out ones ({mixed}); name the files to use", where=name)
-    return tuple(files)
+        raise DataError(f"the directory has no data files ({ACCEPTED})", where=name)
+    folders = sorted({display_name(path.parent) for path in files})
+    if len(folders) > 1:
+        several = ", ".join([*folders[:4], *(["..."] if len(folders) > 4 else [])])
+        remedy = "name one with data_dir:, or several with a pattern such as DIR/**/*.jsonl"
+        raise DataError(f"holds data files in {several}; {remedy}", where=name)
+    return _split_by_name(files, name)
+
+
+def _list_configured(directory: Path, source: DataSource) -> dict[str, tuple[Path, ...]]:
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    where = display_name(directory)
+    try:
+        builder = load_dataset_builder(str(directory), source.name, data_dir=source.data_dir)
+    except (OSError, ValueError, DatasetsError) as error:
+        said = " ".join(str(error).split())
+        raise DataError(f"cannot be read as its README.md describes it: {said}", where=where) from error
+    splits = {str(split): tuple(map(Path, paths)) for split, paths in (builder.config.data_files or {}).items()}
+    if foreign := [path for paths in splits.values() for path in paths if data_suffix(path) is None]:
+        raise DataError(f"lists {foreign[0].name}, which is not a data file we read ({ACCEPTED})", where=where)
+    return splits
+
+
+def _split_by_name(files: Sequence[Path], where: str) -> dict[str, tuple[Path, ...]]:
+    """Sort files into splits by their names, as the hub does: train-00000-of-00002, alpaca_test, train_sft.
+
+    Raises DataError where some files name a split and others none.
+    """
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        stem = path.name[: path.name.lower().rindex(data_suffix(path) or "")]
+        sharded = _SHARDED.fullmatch(stem)
+        name = sharded[1] if sharded else _NUMBERED.sub("", stem)
+        word = _KEYWORD.search(name)
+        if word and word.start() > 0:
+            name = word[1].lower()
+        splits.setdefault(_SPLIT_OF.get(name.lower(), name) if word else "", []).append(path)
+    if len(splits) > 1 and "" in splits:
+        bare, named = splits[""][0].name, next(paths[0].name for name, paths in splits.items() if name)
+        raise DataError(f"holds {named}, which names a split, and {bare}, which names none; name the files to use",
+                        where=where)  # fmt: skip
+    return {name or "train": tuple(paths) for name, paths in splits.items()}
 
 
 def _near_files(path: Path) -> str:
@@ -141,13 +266,14 @@ def _read_dataset(source: DataSource, *, saved: bool) -> Iterator[Entry]:
     # Ours to import late: datasets takes a second.
     from datasets.exceptions import DatasetsError
 
+    number = 0
     try:
-        dataset = _open_saved(source) if saved else _open_hub(source)
-        number = 0
-        for table in dataset.with_format("arrow").iter(_HUB_BATCH):
-            for record in table.to_pylist():
-                number += 1
-                yield f"{source.path}[row {number}]", record
+        for dataset, first in _open_saved(source) if saved else [(_open_hub(source), 0)]:
+            place = first
+            for table in dataset.with_format("arrow").iter(_HUB_BATCH):
+                for record in table.to_pylist():
+                    number, place = number + 1, place + 1
+                    yield f"{source.path}[row {place}]", record
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(_hub_problem(source, error, saved=saved), where=source.path) from error
     if not number:
@@ -157,19 +283,26 @@ def _read_dataset(source: DataSource, *, saved: bool) -> Iterator[Entry]:
 def _open_hub(source: DataSource) -> Any:
     from datasets import load_dataset
 
-    streaming = source.max_rows is not None
-    return load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=streaming)
+    streaming = source.max_rows is not None and not set("[+") & set(source.split)  # datasets streams whole splits only
+    return load_dataset(
+        source.path,
+        source.name,
+        data_dir=source.data_dir,
+        split=source.split,
+        revision=source.revision,
+        streaming=streaming,
+    )
 
 
-def _open_saved(source: DataSource) -> Any:
+def _open_saved(source: DataSource) -> Iterator[tuple[Any, int]]:
+    """Yield the parts that `split:` asks for, each with the number of rows before it."""
     from datasets import DatasetDict, load_from_disk
 
     held = load_from_disk(source.path)
-    if not isinstance(held, DatasetDict):
-        return held
-    if source.split not in held:
-        raise ValueError(f"no split {source.split!r}; it has {', '.join(held)}")
-    return held[source.split]
+    splits = held if isinstance(held, DatasetDict) else dict.fromkeys(_split_names(source.split), held)
+    for name, start, stop in _read_slices(source, lambda name: len(splits[name])):
+        whole = splits[name]
+        yield whole.select(range(start, len(whole) if stop is None else stop)), start
 
 
 def _hub_problem(source: DataSource, error: Exception, *, saved: bool) -> str:

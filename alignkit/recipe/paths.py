@@ -5,6 +5,7 @@ It asks the file system only whether a name exists; a hub id stays as it is, and
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Collection, Iterable
@@ -15,7 +16,7 @@ from alignkit.recipe.secrecy import names_secret
 from alignkit.recipe.tree import Node
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
-_LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".arrow", ".jinja")
+_LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".ndjson", ".gz", ".zst", ".arrow", ".jinja")
 # Sections and keys that hold paths; all else is taken literally.
 _MODEL_PATHS = ("path", "tokenizer")
 SOURCE_KEYS = ("data", "eval", "normalize_data", "mix", "check")
@@ -143,7 +144,7 @@ class _Resolver:
             self.problems.append(Problem(f"{key}: {error}", node.place))
             return
         for folder in (node.origin.folder, Path.cwd()):
-            if os.path.exists(folder / text):
+            if os.path.exists(folder / text) or ("*" in text and glob.glob(str(folder / text), recursive=True)):
                 node.value = os.path.abspath(folder / text)
                 return
         if only_file or _looks_local(text):
@@ -191,4 +192,4 @@ def list_models(node: Node | None) -> list[Node]:
 
 def _looks_local(text: str) -> bool:
     """Tell a file or directory that is not there from a hub id (`name` or `owner/name`)."""
-    return text.startswith((".", "/")) or text.lower().endswith(_LOCAL_SUFFIXES) or text.count("/") > 1
+    return text.startswith((".", "/")) or text.lower().endswith(_LOCAL_SUFFIXES) or text.count("/") > 1 or "*" in text

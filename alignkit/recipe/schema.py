@@ -153,9 +153,10 @@ class LaunchOptions(_Section):
 
 
 class DataSource(_Section):
-    path: str = Field(description="A file, a directory, a hub id, or builtin:NAME.")
+    path: str = Field(description="A file, a pattern such as data/*.jsonl, a directory, a hub id, or builtin:NAME.")
     name: str | None = Field(None, description="Configuration name of a hub data set.")
-    split: str = Field("train", description="Split of a hub data set or of builtin data.")
+    data_dir: str | None = Field(None, description="Directory within a hub data set or a local directory.")
+    split: str = Field("train", description="Split of a data set; slices as datasets has them: train[:10%], a+b.")
     revision: str | None = Field(None, description="Commit or tag of a hub data set.")
     format: Literal[
         "auto", "trl", "openai", "sharegpt", "alpaca", "hh", "ultrafeedback", "ranked", "choice", "text", "segments",

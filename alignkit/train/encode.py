@@ -46,6 +46,7 @@ class LengthReport:
         return (self.num_truncated + self.num_too_long) / seen if seen else 0.0
 
 
+# Called with no rows at the end: what an encoder has kept back is given then.
 Encode = Callable[[Sequence[Row], LengthReport, Rejects], dict[str, list[Any]]]
 
 
@@ -146,8 +147,19 @@ class _SftEncoder:
             )
 
     def _pack(self, rows: Sequence[Row], lengths: LengthReport) -> dict[str, list[Any]]:
-        """Concatenate documents, each closed by eos, and cut the stream into blocks: no padding at all."""
+        """Concatenate documents, each closed by eos, and cut the stream into blocks of max_length.
+
+        What does not fill a block waits for the next rows; when there are none, it is a shorter block of its own.
+        """
         block = self._max_length or 1024
+        if not rows:
+            tail, self._rest = self._rest, self._rest[:0]
+            if len(tail) < 2:  # one token has nothing that it could be learnt from
+                return {"input_ids": [], "labels": [], "length": []}
+            lengths.num_rows += 1
+            lengths.num_tokens += len(tail)
+            lengths.num_trained_tokens += len(tail) - 1
+            return {"input_ids": [tail], "labels": [tail], "length": [len(tail)]}
         pieces = [self._rest, *(np.asarray(ids, dtype=np.int32) for ids, _ in self._tokenise(rows))]
         stream = np.concatenate(pieces)
         num_blocks = len(stream) // block

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from alignkit.data import (
     split_eval,
     write_table,
 )
+from alignkit.data.rows import iter_contents
 from alignkit.errors import DataError, Problem
 from alignkit.models.chat import Chat
 from alignkit.models.tokens import control_tokens
@@ -35,7 +36,7 @@ from alignkit.train.prompts import longest_prompt
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_BATCH_ROWS = 1000
+_BATCH_ROWS, _BATCH_CHARS = 1000, 10_000_000
 _SHOWN_PROBLEMS = 5
 _REMEMBERED_ROWS = 256  # for samples
 
@@ -172,8 +173,7 @@ def _write(stage: Stage, chat: Chat, path: Path, rows: Iterable[Row], rejects: R
     first: list[Row] = []
 
     def batches() -> Iterator[dict[str, list[Any]]]:
-        stream = _guard_text(stage, chat, rows, rejects)
-        while batch := list(islice(stream, _BATCH_ROWS)):
+        for batch in chain(_batched(_guard_text(stage, chat, rows, rejects)), [[]]):
             pulse("reading data")
             shown = [row for row in batch if row.tokens is None]  # token ids have no text to sample from
             first.extend(shown[: _REMEMBERED_ROWS - len(first)])
@@ -185,6 +185,20 @@ def _write(stage: Stage, chat: Chat, path: Path, rows: Iterable[Row], rejects: R
     start = next(found, None)
     table = None if start is None else write_table(path, chain([start], found))
     return _Written(table, lengths, first)
+
+
+def _batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Cut rows into batches of bounded size: a few of them, where each is as long as a book."""
+    batch: list[Row] = []
+    num_chars = 0
+    for row in rows:
+        batch.append(row)
+        num_chars += sum(map(len, iter_contents(row)))
+        if len(batch) == _BATCH_ROWS or num_chars > _BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
 
 
 def _require_rows(stage: Stage, train: _Written) -> None:

@@ -53,6 +53,32 @@ def test_gzipped_json_lines_read_the_same(tmp_path: Path, lines: Lines) -> None:
     assert entries(packed)[2][0] == "rows.jsonl.gz:3"
 
 
+def test_zstandard_and_tabs_read_the_same(tmp_path: Path, lines: Lines) -> None:
+    import pyarrow as pa
+
+    def pack(data: bytes) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as out:
+            out.write(data)
+        return bytes(sink.getvalue())
+
+    plain = lines("rows.jsonl", ROWS).read_bytes()
+    packed = tmp_path / "rows.jsonl.zst"
+    packed.write_bytes(pack(plain[:20]) + pack(plain[20:]))  # two frames, as pzstd writes them
+    assert [record for _, record in entries(packed)] == ROWS
+    packed.write_bytes(pack(plain * 1000)[:-20])
+    assert refused(packed).startswith("rows.jsonl.zst: cannot be read: ")
+    table = tmp_path / "rows.tsv"
+    table.write_text('text\tlabel\none, two\t1\n"a\tb"\t0\n')
+    assert [record["text"] for _, record in entries(table)] == ["one, two", "a\tb"]
+    (tmp_path / "rows.arrow").write_bytes(b"no table")
+    assert refused(tmp_path / "rows.arrow").startswith("rows.arrow: is not a readable Arrow file: ")
+    feather = tmp_path / "feather.arrow"
+    with pa.OSFile(str(feather), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("text", pa.string())])) as out:
+        out.write_table(pa.Table.from_pylist(ROWS))
+    assert [record for _, record in entries(feather)] == ROWS
+
+
 def test_invalid_json_in_line_734_is_named_with_its_column(lines: Lines) -> None:
     rows: list[Any] = [{"text": f"row {number}"} for number in range(1000)]
     rows[733] = '{"text": "row 733"'

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from alignkit.data import Row, split_eval
+from alignkit.data.files import ACCEPTED
 from alignkit.recipe.schema import DataSource
 
 Lines = Callable[..., Path]
@@ -286,19 +287,73 @@ def test_a_directory_gives_its_data_files_by_name(read: Read, lines: Lines) -> N
     assert [row.place for row in read("sft", "data").rows] == ["data/a.jsonl:1", "data/a.jsonl:2", "data/b.jsonl:1"]
 
 
-def test_a_directory_with_held_out_files_is_refused(read: Read, lines: Lines) -> None:
-    for name in ("train-00000.jsonl", "test-00000.jsonl", "dev.jsonl"):
+@pytest.mark.parametrize(
+    ("files", "keys", "found"),
+    [
+        (["train-00000.jsonl", "test-00000.jsonl", "dev.jsonl"], {}, ["train-00000.jsonl:1"]),
+        (["train.jsonl", "dev.jsonl"], {"split": "validation"}, ["dev.jsonl:1"]),
+        (["alpaca_train.jsonl", "alpaca_test.jsonl"], {"split": "test"}, ["alpaca_test.jsonl:1"]),
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl"], {},
+         ["train-00000-of-00002.jsonl:1", "train-00001-of-00002.jsonl:1"]),
+        (["train_sft-00000-of-00001.jsonl", "train_gen-00000-of-00001.jsonl"], {},
+         "has no split train; it has train_gen, train_sft: write split: NAME"),
+        (["train_sft.jsonl", "train_gen.jsonl"], {"split": "train_sft+train_gen"},
+         ["train_sft.jsonl:1", "train_gen.jsonl:1"]),
+        (["test.jsonl"], {}, "has no split train; it has test: write split: NAME"),
+        (["train.jsonl", "more.jsonl"], {},
+         "holds train.jsonl, which names a split, and more.jsonl, which names none; name the files to use"),
+        (["deep/a.jsonl"], {}, ["deep/a.jsonl:1"]),
+        (["x/a.jsonl", "y/b.jsonl"], {"data_dir": "y"}, ["y/b.jsonl:1"]),
+        (["x/a.jsonl", "y/b.jsonl"], {}, "holds data files in data/x, data/y; name one with data_dir:, or several "
+         "with a pattern such as DIR/**/*.jsonl"),
+        (["a.jsonl"], {"name": "other"}, "data.name has no effect: the directory's README.md lists no configs"),
+    ],
+)  # fmt: skip
+def test_a_directory_is_read_by_split_and_never_mixed(
+    read: Read, lines: Lines, files: list[str], keys: dict[str, str], found: list[str] | str
+) -> None:
+    for name in files:
         lines(f"data/{name}", answers(1))
-    expected = "data: holds training files and held-out ones (dev.jsonl, test-00000.jsonl); name the files to use"
-    assert read("sft", "data").message == expected
+    reading = read("sft", "data", **keys)
+    if isinstance(found, str):
+        assert reading.message == f"data: {found}"
+    else:
+        assert [row.place for row in reading.rows] == [f"data/{name}" for name in found]
 
 
-def test_an_empty_directory_names_where_files_are(read: Read, lines: Lines) -> None:
-    lines("data/deep/a.jsonl", answers(1))
-    assert read("sft", "data").message == (
-        "data: the directory has no data files (.jsonl, .ndjson, .json, .csv, .txt, .parquet, plain or .gz); "
-        "there are some in data/deep"
-    )
+def test_a_pattern_gives_its_files_and_a_slice_its_rows(read: Read, lines: Lines) -> None:
+    lines("data/train-1.jsonl", answers(3))
+    lines("data/train-2.jsonl", answers(1))
+    lines("data/test-1.jsonl", answers(2))
+
+    def places(path: str, **keys: str) -> list[str]:
+        return [row.place.removeprefix("data/") for row in read("sft", path, **keys).rows]
+
+    assert places("data/train-*.jsonl", split="train[1:]") == ["train-1.jsonl:2", "train-1.jsonl:3", "train-2.jsonl:1"]
+    assert places("data/test-*") == ["test-1.jsonl:1", "test-1.jsonl:2"]
+    assert places("data", split="train[:50%]+test[1:]") == ["train-1.jsonl:1", "train-1.jsonl:2", "test-1.jsonl:2"]
+    assert places("data/train-1.jsonl", split="train[-1:]") == ["train-1.jsonl:3"]
+    matches = "data/*: matches files of the splits test, train; write split: NAME, or name the files"
+    assert read("sft", "data/*").message == matches
+    assert read("sft", "data", split="train[a]").message.startswith("data: split: Unrecognized instruction format")
+
+
+def test_a_local_copy_is_read_as_its_readme_says(read: Read, lines: Lines) -> None:
+    lines("hub/data/train-a.jsonl", answers(2))
+    lines("hub/data/test-a.jsonl", answers(1))
+    lines("hub/more/a.jsonl", answers(3))
+    lines("hub/README.md", ["---", "license: mit", "configs:", "- config_name: default", "  data_files:",
+                            "  - {split: train, path: data/train-*}", "  - {split: test, path: data/test-*}",
+                            "- config_name: other", "  data_dir: more", "---"])  # fmt: skip
+    assert len(read("sft", "hub").rows) == 2
+    assert [row.place for row in read("sft", "hub", split="test").rows] == ["hub/data/test-a.jsonl:1"]
+    assert len(read("sft", "hub", name="other").rows) == 3
+    assert "Available: ['default', 'other']" in read("sft", "hub", name="nothing").message
+
+
+def test_an_empty_directory_is_refused(read: Read, lines: Lines) -> None:
+    lines("data/LICENSE", ["MIT"])
+    assert read("sft", "data").message == f"data: the directory has no data files ({ACCEPTED})"
 
 
 def test_missing_files_are_all_named_with_the_nearest(read: Read, lines: Lines) -> None:
@@ -311,7 +366,7 @@ def test_missing_files_are_all_named_with_the_nearest(read: Read, lines: Lines) 
 
 def test_files_of_other_kinds_are_refused(read: Read, lines: Lines) -> None:
     lines("rows.xlsx", ["x"])
-    expected = "rows.xlsx: is not a data file we read (.jsonl, .ndjson, .json, .csv, .txt, .parquet, plain or .gz)"
+    expected = f"rows.xlsx: is not a data file we read ({ACCEPTED})"
     assert read("sft", "rows.xlsx").message == expected
 
 
@@ -344,12 +399,36 @@ def saved_dataset(tmp_path: Path) -> Iterator[Path]:
     yield path
 
 
-@pytest.mark.slow
 def test_data_saved_by_datasets_is_read_by_split(read: Read, saved_dataset: Path) -> None:
     assert len(read("sft", "saved").rows) == 5
     assert read("sft", "saved", split="test").rows[1].place == "saved[row 2]"
-    expected = "saved: cannot be read as a data set saved on disk: no split 'dev'; it has train, test"
-    assert read("sft", "saved", split="dev").message == expected
+    assert [row.place for row in read("sft", "saved", split="train[3:]").rows] == ["saved[row 4]", "saved[row 5]"]
+    expected = "has no split dev; it has train, test: write split: NAME"
+    assert read("sft", "saved", split="dev").message == f"saved: {expected}"
+    lone = "saved/train"  # a Dataset that does not know its split
+    assert len(read("sft", lone, split="train[:1]").rows) == 1
+    expected = "has no split test; it has train: write split: NAME"
+    assert read("sft", lone, split="test").message == f"{lone}: {expected}"
+    (arrow,) = Path("saved/train").glob("*.arrow")
+    assert [row.place for row in read("sft", str(arrow), split="train[:1]").rows] == [f"{arrow}[row 1]"]
+
+
+def test_conversations_that_stand_as_json_in_a_cell_are_read(read: Read, lines: Lines) -> None:
+    def cell(*said: tuple[str, str]) -> str:
+        text = json.dumps([{"role": role, "content": content} for role, content in said]).replace('"', '""')
+        return f'"{text}"'
+
+    chosen, rejected = (cell(("user", "q"), ("assistant", answer)) for answer in "ab")
+    lines("pairs.csv", ["chosen,rejected", f"{chosen},{rejected}"])
+    (row,) = read("dpo", "pairs.csv").rows
+    assert row.prompt == [{"role": "user", "content": "q"}]
+    assert row.completions == ([{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}])
+    lines("shown.tsv", ["messages", "[{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]"])
+    expected = "shown.tsv:2: messages: holds a conversation as text that is no JSON; write the cell with json.dumps"
+    assert read("sft", "shown.tsv").message.splitlines()[0] == expected
+    answer = '[{"role": "admin"}]'
+    lines("text.jsonl", [{"prompt": "List the roles.", "completion": answer}])  # JSON as an answer stays one
+    assert read("sft", "text.jsonl").rows[0].completions == (answer,)
 
 
 @pytest.mark.slow

@@ -369,7 +369,8 @@ def test_ptx_blocks_fit_the_context_of_the_model(make_stage: Callable, tmp_path:
     text = recipe(extra=", ptx: {data: {path: builtin:reviews, max_rows: 40}, coef: 1.0}")
     text = text.replace("builtin:tiny-llama}", "builtin:tiny-llama, config: {max_position_embeddings: 128}}")
     trainer = build(make_stage(text, "ppo"), tmp_path).trainer
-    assert {len(row["input_ids"]) for row in trainer.ptx.blocks} == {128}
+    *blocks, tail = (len(row["input_ids"]) for row in trainer.ptx.blocks)
+    assert {*blocks} == {128} and 2 <= tail <= 128
 
 
 def test_where_an_answer_cannot_end_its_log_probabilities_know_it(make_stage: Callable, tmp_path: Path) -> None:
