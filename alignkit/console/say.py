@@ -54,7 +54,8 @@ def note(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Say one warning, and hand it to whoever records the run."""
+    """Say one warning, and hand it to whoever records the run, as it may be shown."""
+    message = printable(redact(message))
     note(f"warning: {message}")
     if is_main():
         (_record or _unrecorded.append)(message)

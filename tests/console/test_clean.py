@@ -97,3 +97,12 @@ def test_a_template_s_own_words_are_shown_harmless(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     told = done.stdout + done.stderr
     assert done.returncode == 2 and "\x1b" not in told and "\ufffd[2Jgone [redacted]" in told
+
+
+def test_a_warning_is_recorded_as_it_is_shown() -> None:
+    told: list[str] = []
+    with console.recording(lambda message: None):
+        pass  # what earlier tests said is handed over
+    with console.recording(told.append):
+        console.warn(NASTY)
+    assert told == [SHOWN]
