@@ -16,6 +16,7 @@ _WHAT, _ANSWERS = "What is measured", "Answers"
 
 
 def evaluate(
+    context: typer.Context,
     source: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run, a model directory or a hub id.")] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", "-r", metavar="FILE", help="Every finished stage, as evaluate: says.")
@@ -75,7 +76,7 @@ def evaluate(
     """Measure a model: every figure with its n and 95 % interval, to eval.json and a table."""
     from alignkit import console
     from alignkit.evaluate.request import combine, judge_source, name_runs, request_stages, sources
-    from alignkit.recipe.schema import EvaluateOptions
+    from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
 
     if (source is None) == (recipe is None):
         raise typer.BadParameter("give a RUN or --recipe FILE")
@@ -98,6 +99,11 @@ def evaluate(
         "max_new_tokens": max_new_tokens, "batch_size": batch_size,
     }  # fmt: skip
     options = combine(base, given)
+    typed = getattr(context.get_parameter_source("allow_key"), "name", "") == "COMMANDLINE"  # not in the environment
+    if typed and not (isinstance(options.judge, FeedbackModel) and options.judge.api_key_env):
+        raise typer.BadParameter(
+            "--allow-key has no effect here; name the key of a judge as evaluate.judge.api_key_env in a --recipe"
+        )
     requests = request_stages(loaded, options, None if stage is None else [_named(loaded, stage)]) if loaded else []
     from alignkit.launch import prepare_environment
 

@@ -18,6 +18,7 @@ def recipe_schema() -> dict[str, Any]:
     """Return a draft 2020-12 JSON Schema: sections named after a method, and any other name with `method:`."""
     top = copy.deepcopy(recipe_fragments())
     defs: Fragment = top.pop("$defs")
+    defs["ModelOptions"]["type"] = ["object", "string"]  # a text is its path
     stages: Fragment = {}
     for method in OPTIONS:
         fragments = copy.deepcopy(option_fragments(method))

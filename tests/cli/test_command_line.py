@@ -64,12 +64,36 @@ def test_bad_recipe_loads_no_torch(run_python, tmp_path) -> None:
         assert not modules & {"torch", "numpy", "transformers", "trl", "datasets", "rich"}
 
 
+NO_KEY = (
+    "error: Invalid value: --allow-key has no effect here; name the key of a judge as evaluate.judge.api_key_env in a "
+    "--recipe (see alignkit eval --help)\n"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["dpo", "--recpe", "a"], "error: No such option: --recpe; did you mean --recipe? (see alignkit dpo --help)\n"),
         (["dop"], "error: No such command 'dop'. Did you mean 'dpo'? (see alignkit --help)\n"),
         (["dpo"], "error: Missing option '--recipe' / '-r' (see alignkit dpo --help)\n"),
+        (["eval", "x", "--allow-key", "MY_TOKEN"], NO_KEY),
+        (
+            [
+                "eval",
+                "x",
+                "--against",
+                "y",
+                "--judge",
+                "http://h/v1",
+                "--judge-name",
+                "m",
+                "--constitution",
+                "builtin:helpfulness",
+                "--allow-key",
+                "MY_TOKEN",
+            ],
+            NO_KEY,
+        ),
         (["dpo", "-r", "a", "b"], "error: Got unexpected extra argument(s) (b) (see alignkit dpo --help)\n"),
     ],
 )

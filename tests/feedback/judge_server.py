@@ -68,10 +68,11 @@ class Server:
         refuse: dict[str, str] | None = None,  # parameter -> message of a 400
         seconds: float = 0.0,
         usage: Any = ...,
+        hang: float = 1.5,  # seconds of a "timeout"
     ) -> None:
         self.judge, self.fault, self.logprobs, self.key, self.reply = judge, fault, logprobs, key, reply
         self.refuse, self.seconds = refuse or {}, seconds
-        self.usage, self.sent = usage, 0
+        self.usage, self.sent, self.hang = usage, 0, hang
         self.lock = threading.Lock()
         self.requests = 0
         self.answered: Counter[str] = Counter()  # prompt -> times answered well
@@ -154,7 +155,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             elif fault == "500":
                 self._send(500, {"error": {"message": "something broke"}})
             elif fault == "timeout":
-                time.sleep(1.5)
+                time.sleep(server.hang)
                 self.close_connection = True
             elif fault == "malformed":
                 self._raw(200, b'{"choices": [{"message": {"content": "(A')

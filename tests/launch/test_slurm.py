@@ -240,9 +240,10 @@ def test_a_stage_whose_start_is_not_trained_is_not_submitted_alone(fakes: Path) 
     write_jobs([job(name="dpo")], submit=False, dry_run=False)
 
 
-def test_what_can_be_checked_is_checked_before_a_job_waits_in_a_queue(fakes: Path) -> None:
+@pytest.mark.parametrize("submit", [True, False])
+def test_what_can_be_checked_is_checked_before_a_job_waits_in_a_queue(fakes: Path, submit: bool) -> None:
     with pytest.raises(DataError, match=r"sft\.data: absent\.jsonl: no such file"):
-        write_jobs([job("{}", "sft.data=./absent.jsonl")], submit=True, dry_run=False)
+        write_jobs([job("{}", "sft.data=./absent.jsonl")], submit=submit, dry_run=False)
     assert not (fakes / "sbatch").exists() and not Path("runs").exists()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import EnvironmentProblem, Problem, RecipeError, UsageError
-from alignkit.preflight.check import CheckReport, StageCheck, check_recipe, find_doubts
-from alignkit.recipe import load_recipe
+from alignkit.preflight.check import CheckReport, StageCheck, check_packages, check_recipe, find_doubts
+from alignkit.recipe import load_recipe, resolve
 
 NO_DOUBTS = {
     "rows": 1000,
@@ -48,6 +48,27 @@ def test_nothing_unusual_raises_no_doubt() -> None:
 )
 def test_each_doubt_is_said_with_its_number(change: dict[str, object], doubt: str) -> None:
     assert find_doubts(NO_DOUBTS | change) == [doubt]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("optim: galore_adamw\n  optim_target_modules: all-linear",
+         "optim galore_adamw needs galore_torch, not installed here; pip install galore-torch"),
+        ("optim: schedule_free_adamw", "optim schedule_free_adamw needs schedulefree, not installed here; "
+         "pip install schedulefree"),
+        ("report_to: [neptune]", "report_to neptune needs neptune, not installed here; pip install neptune"),
+        ("report_to: comet_ml", "report_to comet_ml needs comet_ml, not installed here; pip install comet-ml"),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_missing_is_named_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # whatever is installed here
+    path = _write(tmp_path, f"model: builtin:tiny-gpt2\nsft:\n  data: builtin:instructions\n  {line}\n")
+    with pytest.raises(EnvironmentProblem) as caught:
+        check_packages(resolve(load_recipe(path), "sft"))
+    assert str(caught.value) == f"{path}:4: {message}" and caught.value.exit_code == 8
 
 
 def test_context_notes_what_a_user_can_act_on_and_lets_bugs_through() -> None:

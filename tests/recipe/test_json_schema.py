@@ -76,4 +76,6 @@ def test_shipped_recipes_validate(path: Path) -> None:
     validator = jsonschema.Draft202012Validator(schema)
     recipe = YAML(typ="safe").load(path)
     assert list(validator.iter_errors(recipe)) == []
+    assert list(validator.iter_errors(recipe | {"model": "builtin:tiny-gpt2"})) == []
+    assert list(validator.iter_errors(recipe | {"model": 3})) != []
     assert list(validator.iter_errors(recipe | {"sft": {"betta": 1}})) != []

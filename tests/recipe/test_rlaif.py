@@ -280,6 +280,8 @@ def test_what_a_section_says_wrong(complain: Complain, more: str, messages: list
          "replay, and has model and url"]),
         ("judge: sft", "judge: {url: 'ftp://x', name: m}", ["7: rlaif.judge.url is ftp://x; write http://HOST:PORT/v1 "
          "or https://HOST/v1, without a question mark or a key"]),
+        ("judge: sft", "judge: {url: 'http://x:99999/v1', name: m}", ["7: rlaif.judge.url is http://x:99999/v1; write "
+         "http://HOST:PORT/v1 or https://HOST/v1, without a question mark or a key"]),
         ("judge: sft", "judge: {url: 'http://x/v1/chat/completions', name: m}", ["7: rlaif.judge.url is "
          "http://x/v1/chat/completions; give the address that ends in /v1: what comes after it is added (api)"]),
         ("judge: sft", "judge: {url: 'http://x/v1'}", ["7: rlaif.judge has a url without name; say which of the "
