@@ -160,8 +160,8 @@ class Evaluation:
         likelihoods = self._material.policy.score_documents(whole) + self._material.policy.score_completions(
             [prompt for prompt, _ in answered], [answer for _, answer in answered]
         )
-        if short := sum(not item.tokens for item in likelihoods):
-            why = "no token of theirs has one before it to be predicted from, or the model cannot read them whole"
+        if short := sum(not (item.tokens and item.num_bytes) for item in likelihoods):
+            why = "no text of theirs has a token before it to be predicted from, or the model cannot read them whole"
             self.shelf.warn(f"perplexity leaves out {short} of {len(likelihoods)} texts: {why}")
         return self._place(measure_perplexity(likelihoods, resamples=self.options.resamples))
 

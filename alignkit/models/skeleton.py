@@ -14,7 +14,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import AlignKitError, ModelError
@@ -35,6 +40,7 @@ class Skeleton:
     num_trained: int
     four_bit_share: float  # of all weights: what bitsandbytes would quantise
     doubts: list[str]
+    notes: list[str]  # settings that are not used, which may be right
 
 
 def build_skeleton(stage: Stage, tokenizer: PreTrainedTokenizerFast | None = None) -> Skeleton:
@@ -62,7 +68,30 @@ def build_skeleton(stage: Stage, tokenizer: PreTrainedTokenizerFast | None = Non
         wrapped = _adapt(base, stage, start, action)
         doubts += _find_unadapted(wrapped, total)
         base = wrapped
-    return Skeleton(sum(p.numel() for p in base.parameters() if p.requires_grad), linear / total, doubts)
+    num_trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
+    return Skeleton(num_trained, linear / total, doubts, _list_unused(stage, start))
+
+
+def _list_unused(stage: Stage, start: Start) -> list[str]:
+    """Say what the recipe and the base set that this stage does not use."""
+    notes = []
+    is_off = stage.method != "sft" and stage.trainer.get("disable_dropout") is not False
+    if stage.lora is not None and stage.lora.dropout and is_off:
+        notes.append(f"lora.dropout {stage.lora.dropout}: {stage.method} switches dropout off (disable_dropout)")
+    directory = find_model_dir(start.base)
+    if stage.method != "rm" and directory and (directory / "generation_config.json").exists():
+        settings = GenerationConfig.from_pretrained(str(directory)).to_diff_dict()
+        others = (
+            "_token_id",
+            "_version",
+            "_from_model_config",
+            "use_cache",
+            "output_attentions",
+            "output_hidden_states",
+        )
+        if names := [name for name in settings if not name.endswith(others)]:
+            notes.append(f"the base's generation_config.json ({', '.join(names)}): the saved model keeps it")
+    return notes
 
 
 def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast | None) -> nn.Module:

@@ -293,6 +293,8 @@ def _check_model(stage: Stage, check: StageCheck, chat: Chat) -> None:
 
     skeleton = build_skeleton(stage, chat.tokenizer)
     check.warnings += skeleton.doubts
+    if skeleton.notes:
+        check.facts["not used"] = "; ".join(skeleton.notes)
     if stage.model.quantization != "none":
         check.facts["quantised"] = f"{skeleton.four_bit_share:.1%} of the weights ({stage.model.quantization})"
     dtype = str(pick_precision(stage).dtype).removeprefix("torch.")

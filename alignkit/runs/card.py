@@ -158,10 +158,10 @@ def _is_adapter(run: Facts) -> bool:
 
 
 def _has_template(run: Facts) -> bool:
-    """Tell whether the model talks in turns: it has a template, and was not trained on bare text."""
-    is_lm = (run.stage.get("options") or {}).get("objective") == "lm"
-    is_text = is_lm or set((run.stage.get("data") or {}).get("kinds") or ()) == {"text"}
-    return not is_text and (RunDir(run.path).model / "chat_template.jinja").is_file()
+    """Tell whether the model talks in turns: it has a template, and was trained on rows in it."""
+    sources = (run.stage.get("data") or {}).get("sources", ())
+    forms = {form for source in sources for form in source.get("forms", ())}
+    return (not forms or "chat" in forms) and (RunDir(run.path).model / "chat_template.jinja").is_file()
 
 
 def _role(entry: dict[str, Any]) -> str:

@@ -96,7 +96,7 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
     device = pick_device(stage)
     micro = micro_batch_size(stage)
     precision = _precision(stage, device)
-    names = {field.name for field in dataclasses.fields(config_class)}
+    types = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
     values: dict[str, Any] = {
         # A loss that is not finite must be seen, not averaged away; the guard stops before the optimizer step.
         "logging_nan_inf_filter": False,
@@ -114,7 +114,13 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
         "ddp_find_unused_parameters": False,
         "ddp_timeout": int(stage.launch.timeout_seconds),
     }
-    values |= {key: value for key, value in stage.trainer.items() if key in names}
+    # A whole number for a float field: TRL copies router_aux_loss_coef into configs that refuse an int. Counts of steps
+    # stay what they are: they are shares below 1 only.
+    values |= {
+        key: float(value) if type(value) is int and "float" in types[key] and not key.endswith("_steps") else value
+        for key, value in stage.trainer.items()
+        if key in types
+    }
     values |= {
         "output_dir": str(checkpoints),
         "per_device_train_batch_size": micro,

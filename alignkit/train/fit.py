@@ -73,11 +73,15 @@ def fit(
         if (finished := ranks.once(look)) is not None:
             ranks.leave_at_exit()
             return _read_result(finished)
-        for doubt in ranks.once(lambda: build_skeleton(stage).doubts):
+        skeleton = ranks.once(lambda: vars(build_skeleton(stage)))
+        for doubt in skeleton["doubts"]:
             console.warn(f"{stage.name}: {doubt}")
+        for note in skeleton["notes"]:
+            console.note(f"{stage.name}: not used: {note}")
         console.note(f"{stage.name}: reading data and loading the model")
         built = build(stage, run)
         built.trainer.watch.began = began
+        built.record["notes"] = skeleton["notes"]
         _require_same_weights(built.trainer.model)
         if stage.lora is not None:
             built.base_hash = hash_base(built.trainer.model)

@@ -103,6 +103,14 @@ def test_a_prompt_that_is_repeated_is_asked_once(policy_dir: Path, tmp_path: Pat
     }  # fmt: skip
 
 
+def test_a_text_of_one_token_is_left_out_of_perplexity_and_said(policy_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "the plot was good"}\n')
+    data = evaluate(str(policy_dir), _options(data=[DataSource(path=str(file))], metrics=["perplexity"]), device="cpu")
+    assert data["results"][0]["n"] == 1
+    assert [line for line in data["warnings"] if "perplexity leaves out 1 of 2 texts" in line]
+
+
 def test_a_reward_model_gets_accuracy_calibration_and_baselines(reward_dir: Path) -> None:
     data = evaluate(
         str(reward_dir), _options(data=[DataSource(path="builtin:preferences", split="test")]), device="cpu"

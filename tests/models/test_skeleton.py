@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,17 @@ def test_counts_are_those_of_the_loaded_model_and_experts_left_out_are_said(
     (doubt,) = build_skeleton(make_stage(path=str(models / "mixtral"), lora={}, quantization="nf4")).doubts
     # q and o 32 x 32, k and v 32 x 16, in two layers: 6,144 of 88,480 weights
     assert doubt.startswith("model.quantization nf4 holds 6.9% of the weights") and "gate_up_proj" in doubt
+
+
+def test_settings_that_a_stage_does_not_use_are_noted(models: Path, make_stage: MakeStage, tmp_path: Path) -> None:
+    base = shutil.copytree(models / "phi3", tmp_path / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.6, "repetition_penalty": 1.1}')
+    kept = "the base's generation_config.json (temperature, repetition_penalty): the saved model keeps it"
+    off = "lora.dropout 0.1: METHOD switches dropout off (disable_dropout)"
+    for method, notes in (("sft", [kept]), ("dpo", [off, kept]), ("rm", [off])):
+        skeleton = build_skeleton(make_stage(method, path=str(base), lora={"dropout": 0.1}))
+        assert sorted(skeleton.notes) == sorted(note.replace("METHOD", method) for note in notes)
+    assert build_skeleton(make_stage(path=str(models / "phi3"), lora={})).notes == []
 
 
 def test_a_model_without_a_classifier_class_is_trained_and_read_as_a_reward_model(

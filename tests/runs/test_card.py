@@ -86,6 +86,13 @@ def test_hostile_text_stays_text(write_run: WriteRun) -> None:
     assert "\n---" not in card.text
 
 
+@pytest.mark.parametrize(("forms", "chat"), [({"chat": 4}, True), ({"text": 4}, False), ({"raw": 4}, False)])
+def test_usage_has_the_form_that_was_trained(write_run: WriteRun, forms: dict[str, int], chat: bool) -> None:
+    sources = [{"path": "rows.jsonl", "kept": 4, "formats": {"prompt completion": 4}, "forms": forms}]
+    text = card_of(write_run(stage={"data": {"sources": sources}})).text
+    assert ("apply_chat_template" in text, 'tokenizer("..."' in text) == (chat, not chat)
+
+
 def test_a_run_without_a_model_has_no_card(write_run: WriteRun) -> None:
     run = write_run(finished=False)
     (run / "model").rename(run / "elsewhere")

@@ -407,3 +407,14 @@ def test_a_loss_with_an_sft_part_does_not_depend_on_micro_batches(make_stage: Ca
         trainer.train()
         losses.append(next(row["loss"] for row in trainer.state.log_history if "loss" in row))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_a_whole_number_is_a_float_where_trl_wants_one(make_stage: Callable, tmp_path: Path) -> None:
+    """Configs of mixtures of experts refuse an int for router_aux_loss_coef, which TRL copies into them."""
+    from trl import SFTConfig
+
+    from alignkit.train.arguments import build_config
+
+    stage = make_stage(f"{BASE}sft: {{data: builtin:reviews, router_aux_loss_coef: 0, logging_steps: 1}}", "sft")
+    config = build_config(stage, SFTConfig, tmp_path)
+    assert type(config.router_aux_loss_coef) is float and type(config.logging_steps) is int
