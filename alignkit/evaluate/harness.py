@@ -16,6 +16,7 @@ from alignkit.errors import DataError, EnvironmentProblem
 from alignkit.evaluate.figures import Better, Figure, Interval, make_figure
 from alignkit.evaluate.intervals import wilson
 from alignkit.evaluate.policy import Policy
+from alignkit.models.generation import plainly
 
 PREFIX = "lm_eval:"
 _Z = 1.959963984540054
@@ -34,7 +35,7 @@ def measure_harness(
     figures: list[Figure] = []
     for number in shots:
         loaded = policy.loaded
-        with _quiet():
+        with _quiet(), plainly(loaded.model):
             results = library.simple_evaluate(
                 model=hflm(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
                 tasks=names,
