@@ -18,7 +18,6 @@ from alignkit.models.causal import Causal, load_causal
 from alignkit.models.chat import NO_TEMPLATE, Chat, ConversationError, Message
 from alignkit.models.classifier import name_source
 from alignkit.models.streaming import stream_text, stream_tokens
-from alignkit.models.tokens import control_tokens
 
 HELP = """/reset            forget the conversation
 /system TEXT      set the system message and start afresh; without a text, take it away
@@ -48,7 +47,7 @@ class Speaker:
 
     def __post_init__(self) -> None:
         self.chat = Chat(self.loaded.tokenizer)
-        self._tokens = control_tokens(self.loaded.tokenizer)
+        self._tokens = self.chat.control_tokens
 
     def reset(self, system: str | None) -> None:
         """Forget the conversation."""
@@ -102,7 +101,7 @@ def talk(sources: Sequence[str], settings: Settings, *, device: str = "auto", tr
     speakers: list[Speaker] = []
     for source in sources:
         loaded = load_causal(source, device=device, trust_code=trust_code)
-        if not isinstance(loaded.tokenizer.chat_template, str):
+        if not loaded.tokenizer.chat_template:
             raise ModelError(f"{source} cannot chat: {NO_TEMPLATE}")
         speakers.append(Speaker(_name(source, [speaker.name for speaker in speakers]), loaded))
     _Conversation(speakers, settings).run()

@@ -1,9 +1,9 @@
 """The data room: which rows a stage is trained on. Imports neither torch nor, before a file needs them, pyarrow."""
 
 from alignkit.data.builtin import true_reward
-from alignkit.data.control import escape_control_tokens, find_control_tokens, unescape_text
+from alignkit.data.control import as_rendered, escape_control_tokens, find_control_tokens, unescape_text
 from alignkit.data.load import read_rows, split_eval
-from alignkit.data.rejects import Rejects
+from alignkit.data.rejects import Problems, Rejects
 from alignkit.data.report import DataReport
 from alignkit.data.rows import METHOD_KINDS, Kind, Message, Row, Text
 from alignkit.data.store import write_table
@@ -13,9 +13,11 @@ __all__ = [
     "DataReport",
     "Kind",
     "Message",
+    "Problems",
     "Rejects",
     "Row",
     "Text",
+    "as_rendered",
     "escape_control_tokens",
     "find_control_tokens",
     "read_rows",

@@ -26,6 +26,24 @@ def find_control_tokens(row: Row, tokens: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(token for text in iter_contents(row) for token in search(text)))
 
 
+def as_rendered(row: Row, tokens: Sequence[str]) -> Row | None:
+    """Return a row that a chat template has written already as the text it is; None for any other.
+
+    Such a text begins with a control token and has more of them. It may have been taken for what a user says.
+    """
+    text, completions = row.prompt or next(iter(row.completions), ""), row.completions
+    if isinstance(row.prompt, list):
+        turns = [row.prompt, *completions]
+        if any(isinstance(turn, str) or len(turn) > 1 for turn in turns):
+            return None
+        text, *completions = (turn[0]["content"] for turn in turns)
+    if not isinstance(text, str) or not _exact(tuple(tokens)).match(text.lstrip()):
+        return None
+    if len(_exact(tuple(tokens)).findall(text)) < 2:
+        return None
+    return replace(row, prompt=text if row.prompt else "", completions=tuple(completions))
+
+
 def escape_control_tokens(row: Row, tokens: Sequence[str]) -> Row:
     """Return the row with a WORD JOINER behind the first character of every token in its text.
 

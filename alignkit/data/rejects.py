@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ class Problems:
         if len(self.rows) < SHOWN_PROBLEMS:
             self.rows.append(Problem(reason, place))
 
-    def raise_any(self, num_read: int) -> None:
-        """Raise a DataError when there is a problem; `num_read` is the number of all rows read."""
+    def raise_any(self, num_read: int, remedies: Iterable[str] = ()) -> None:
+        """Raise a DataError when there is a problem, with remedies; `num_read` is the number of all rows read."""
         if not self.files and not self.num_rows:
             return
         advice = "on_bad_row: skip leaves such rows out and writes rejects.jsonl"
@@ -105,4 +106,4 @@ class Problems:
             summary = [Problem(f"and {more} more of {num_read} rows ({advice})")]
         elif self.num_rows:
             summary = [Problem(f"{self.num_rows} of {num_read} rows cannot be used ({advice})")]
-        raise DataError([*self.files, *self.rows, *summary])
+        raise DataError([*self.files, *self.rows, *summary, *map(Problem, remedies)])

@@ -247,8 +247,8 @@ class Policy:
             # Each window begins with the last token of the one before it, which it does not score again.
             starts = range(0, max(len(ids) - 1, 1), max(room - 1, 1))
             return [(ids[start : start + 1], ids[start + 1 : start + room]) for start in starts], num_bytes
-        (encoded,) = self._encode(lambda: self.chat.encode([content]))
-        parts = [(encoded.ids[:start], encoded.ids[start:end]) for start, end in encoded.spans]
+        (texts,) = self._encode(lambda: self.chat.encode([content]))
+        parts = [(text.ids[:start], text.ids[start:end]) for text in texts for start, end in text.spans]
         said = sum(_count_bytes([message]) for message in content if message["role"] == "assistant")
         return parts, said
 

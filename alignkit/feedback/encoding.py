@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 
 from alignkit.feedback.prompts import OPTIONS, Request
 from alignkit.models.chat import Chat
-from alignkit.models.tokens import control_tokens
 
 
 class Encoder:
@@ -19,9 +18,9 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        self.chat_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-        self.control_tokens = control_tokens(tokenizer)
         self._chat = Chat(tokenizer)
+        self.chat_template = tokenizer.chat_template
+        self.control_tokens = self._chat.control_tokens
         self.stop_ids = self._chat.stop_ids
 
     def encode(self, request: Request) -> list[int]:
@@ -55,7 +54,7 @@ class Encoder:
         return () if self._speaks(request) else request.stops
 
     def _speaks(self, request: Request) -> bool:
-        return self.chat_template is not None and request.messages is not None
+        return self._chat.has_template and request.messages is not None
 
     def _plain(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids

@@ -11,8 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
 from alignkit.models.builtin import builtin_tokenizer
+from alignkit.models.chat import SETTINGS
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
+from alignkit.models.template import list_settings
 from alignkit.recipe.stage import Stage
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -45,10 +47,38 @@ def load_tokenizer(stage: Stage) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {source} has no eos token; set eos_token in its tokenizer_config.json")
     set_pad_token(tokenizer)
-    if stage.model.chat_template:
-        where = stage.where("model.chat_template")
-        tokenizer.chat_template = _read_template(stage.model.chat_template, tokenizer, where=where)
+    _set_template(stage, tokenizer, source)
     return tokenizer
+
+
+def _set_template(stage: Stage, tokenizer: PreTrainedTokenizerFast, source: str) -> None:
+    """Give the tokenizer the template and the settings that the recipe names; a saved model keeps both.
+
+    Of several templates the tokenizer keeps all, with the chosen one as `default`. Raises ModelError.
+    """
+    name, where = stage.model.chat_template, stage.where("model.chat_template")
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        if name in own or (name is None and len(own) == 1):
+            tokenizer.chat_template = own | {"default": own.get(name) or next(iter(own.values()))}
+            name = None
+        elif name is None and "default" not in own:
+            raise ModelError(f"{source} has several chat templates; name one: {', '.join(sorted(own))}", where=where)
+    if name:
+        tokenizer.chat_template = _read_template(name, tokenizer, where=where)
+    found = tokenizer.chat_template or {}
+    texts = found if isinstance(found, dict) else {"default": found}
+    settings = stage.model.chat_template_kwargs or {}
+    read = set[str]()
+    for text in texts.values():
+        read |= list_settings(text, where=name or f"{source} (chat template)")
+    if unread := sorted(settings.keys() - read):
+        raise ModelError(
+            f"the chat template does not read {', '.join(unread)}; it reads {', '.join(sorted(read)) or 'no settings'}",
+            where=stage.where("model.chat_template_kwargs"),
+        )
+    if settings:
+        tokenizer.init_kwargs[SETTINGS] = settings
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -73,13 +103,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, *, mod
             f"the tokenizer has token ids up to {highest} but {model} has {vocab_size} embeddings; "
             "set model.tokenizer to the tokenizer that belongs to the model"
         )
-
-
-def control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return the strings that become control tokens when they occur in a text, longest first."""
-    added = tokenizer.added_tokens_decoder.values()
-    tokens = {token.content for token in added if token.special or token.content.startswith("<|")}
-    return sorted(tokens | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:

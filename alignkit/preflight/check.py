@@ -276,14 +276,12 @@ def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
     from alignkit.models.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(stage)
-    chat = Chat(tokenizer)
+    name = stage.model.chat_template or "the tokenizer's own"
+    chat = Chat(tokenizer, name=name)
     ends = f"eos {tokenizer.eos_token}, pad {tokenizer.pad_token}"
     check.facts["tokenizer"] = f"{len(tokenizer)} tokens, {ends}"
-    if tokenizer.chat_template:
-        chat.check()
-        end = tokenizer.convert_ids_to_tokens(chat.end_of_turn)
-        name = stage.model.chat_template or "the tokenizer's own"
-        check.facts["chat template"] = f"{name}; an answer ends with {end}, which is trained"
+    if chat.has_template:
+        check.facts["chat template"] = f"{name}; {chat.template.describe()}"
     return chat
 
 

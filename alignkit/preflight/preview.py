@@ -72,7 +72,7 @@ def preview_stage(stage: Stage, *, num_rows: int) -> Preview:
 def find_faults(stage: Stage, tables: Tables, chat: Chat) -> list[str]:
     """Look at the tokens of the first 10,000 rows for what trains a model wrongly without stopping it."""
     tokenizer, limit = chat.tokenizer, stage.trainer.get("max_length")
-    ends = {tokenizer.eos_token_id, chat.end_of_turn} - {None}
+    ends = set(chat.stop_ids)
     found: Counter[str] = Counter()
     first: dict[str, int] = {}
     total = min(len(tables.train), _LOOKED_AT)

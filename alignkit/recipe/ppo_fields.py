@@ -50,7 +50,7 @@ PPO_CONTROLLED: dict[str, str] = {
     "generation_batch_size": _ROLLOUT,
     "steps_per_generation": _ROLLOUT,
     "num_iterations": "set ppo_epochs",
-    "chat_template_kwargs": "alignkit tokenises the prompts; set model.chat_template",
+    "chat_template_kwargs": "set model.chat_template_kwargs",
     "use_vllm": _VLLM,
     "vllm_mode": _VLLM,
     "vllm_model_impl": _VLLM,

@@ -54,7 +54,13 @@ class ModelOptions(_Section):
     )
     chat_template: str | None = Field(
         None,
-        description="chatml, llama3, zephyr, plain, or a .jinja file; omitted: the tokenizer's own.",
+        description="chatml, llama3, zephyr, plain, a .jinja file, or the name of one of the tokenizer's several; "
+        "omitted: the tokenizer's own (of several: `default`).",
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None,
+        description="What the template reads beside turns and tools: `enable_thinking`, `reasoning_effort`, "
+        "`date_string`; the saved model keeps it, a row's own goes before it.",
     )
 
 

@@ -21,9 +21,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from alignkit.data import Rejects
 from alignkit.errors import RecipeError
 from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, add_reference_adapter
-from alignkit.models.chat import Chat
 from alignkit.models.load import Loaded, load_policy, load_reference
-from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.fields import OWN_LOSSES
 from alignkit.recipe.schema import DpoOptions
@@ -37,7 +35,7 @@ from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
 from alignkit.train.losses import cdpo_loss, ipo_sum_loss, sequence_logps
 from alignkit.train.samplers import shuffled_order
-from alignkit.train.tables import Tables, share_tables
+from alignkit.train.tables import Tables, open_chat, share_tables
 
 
 @dataclass
@@ -200,8 +198,8 @@ class Kto(_Referenced, KTOTrainer):
 def build(stage: Stage, run: RunDir) -> Built:
     """Load policy, reference and rows and return a trainer that has not trained yet."""
     stage.expect(DpoOptions)
-    tokenizer = load_tokenizer(stage)
-    chat = Chat(tokenizer)
+    chat = open_chat(stage, run)
+    tokenizer = chat.tokenizer
     rejects = Rejects()
     tables = share_tables(stage, chat, run.cache, rejects=rejects)
     loaded = ranks.first(lambda: load_policy(stage, run_dir=run.path, tokenizer=tokenizer))

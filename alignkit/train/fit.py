@@ -149,6 +149,7 @@ def _require_same_weights(model: Any) -> None:
 def _hash_tokenizer(chat: Chat) -> str:
     """Fingerprint vocabulary and template: other tokens are other data."""
     text = chat.tokenizer.backend_tokenizer.to_str() + str(chat.tokenizer.chat_template)
+    text += "".join(str(part) for part in (chat.settings, chat.dated) if part)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -194,6 +195,7 @@ def _write_stage(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str,
                 **stage.to_dict(),
                 "trl": {key: value for key, value in built.trainer.args.to_dict().items() if "token" not in key},
                 "fingerprint": fingerprint,
+                "clock": built.chat.clock.isoformat() if built.chat.dated else None,
                 "data": built.tables.report.to_dict(),
                 "lengths": asdict(built.tables.lengths),
                 "eval_lengths": asdict(built.tables.eval_lengths) if built.tables.eval_lengths else None,

@@ -22,7 +22,6 @@ from alignkit.models.files import find_model_dir, is_builtin
 from alignkit.models.load import Loaded, load_policy
 from alignkit.models.scoring import ScoreIds, read_norm
 from alignkit.models.start import context_length
-from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RewardSource, SftOptions
 from alignkit.runs.files import describe_bytes
@@ -48,7 +47,7 @@ from alignkit.train.readout import Sampling
 from alignkit.train.rewards import build_rewards
 from alignkit.train.roles import Part, Roles, build_roles, find_reward_on_base, list_parts
 from alignkit.train.rollout import Truncation
-from alignkit.train.tables import Tables, prepare_tables
+from alignkit.train.tables import Tables, open_chat, prepare_tables
 
 _LONGEST_PTX_BLOCK = 1024  # tokens, as those of an sft stage with objective: lm
 
@@ -56,8 +55,8 @@ _LONGEST_PTX_BLOCK = 1024  # tokens, as those of an sft stage with objective: lm
 def build(stage: Stage, run: RunDir) -> Built:
     """Load the four roles and the prompts and return a trainer that has not trained yet."""
     options = stage.expect(PpoOptions)
-    tokenizer = load_tokenizer(stage)
-    chat = Chat(tokenizer)
+    chat = open_chat(stage, run)
+    tokenizer = chat.tokenizer
     rejects = Rejects()
     tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
     truncation = _find_truncation(stage, tokenizer)

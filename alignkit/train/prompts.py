@@ -9,15 +9,14 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from alignkit.data import Rejects, Row
+from alignkit.data import Rejects
 from alignkit.errors import DataError
-from alignkit.models.chat import Chat
 from alignkit.models.start import context_length
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions
 
 if TYPE_CHECKING:
-    from alignkit.train.encode import LengthReport
+    from alignkit.train.encode import EncodedRow, LengthReport
 
 
 def longest_prompt(stage: Stage) -> int | None:
@@ -38,12 +37,13 @@ def longest_prompt(stage: Stage) -> int | None:
 class PromptEncoder:
     """Prompts -> their ids as generation starts from them, the prompt itself and its columns for rewards."""
 
-    def __init__(self, chat: Chat, limit: int | None) -> None:
-        self._chat, self._limit = chat, limit
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
 
-    def __call__(self, rows: Sequence[Row], lengths: LengthReport, rejects: Rejects) -> dict[str, list[Any]]:
+    def __call__(self, rows: Sequence[EncodedRow], lengths: LengthReport, rejects: Rejects) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {name: [] for name in ("prompt_ids", "prompt", "columns", "length")}
-        for row, ids in zip(rows, self._chat.encode_prompts([row.prompt for row in rows]), strict=True):
+        for row, (prompt,) in rows:
+            ids = prompt.ids
             lengths.longest_tokens = max(lengths.longest_tokens, len(ids))
             if self._limit is not None and len(ids) > self._limit:
                 lengths.num_too_long += 1

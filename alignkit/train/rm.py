@@ -23,7 +23,6 @@ from alignkit.models.chat import Chat
 from alignkit.models.files import REWARD_NORM
 from alignkit.models.load import load_reward_model
 from alignkit.models.scoring import score_ids
-from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RmOptions, SftOptions
 from alignkit.runs.files import write_json
@@ -35,7 +34,7 @@ from alignkit.train.built import Built
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
 from alignkit.train.losses import best_of_loss, kway_loss, pairwise_losses
-from alignkit.train.tables import share_tables
+from alignkit.train.tables import open_chat, share_tables
 
 
 @dataclass
@@ -143,8 +142,8 @@ def _pair_sums(rewards_A: Tensor, inputs: dict[str, Tensor]) -> Tensor:
 def build(stage: Stage, run: RunDir) -> Built:
     """Load model and rows and return a trainer that has not trained yet."""
     options = stage.expect(RmOptions)
-    tokenizer = load_tokenizer(stage)
-    chat = Chat(tokenizer)
+    chat = open_chat(stage, run)
+    tokenizer = chat.tokenizer
     rejects = Rejects()
     tables = share_tables(stage, chat, run.cache, rejects=rejects)
     references = ranks.once(lambda: _encode_references(stage, chat, rejects))

@@ -11,9 +11,7 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from alignkit.data import Rejects
-from alignkit.models.chat import Chat
 from alignkit.models.load import load_policy
-from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import SftOptions
 from alignkit.runs.layout import RunDir
@@ -24,7 +22,7 @@ from alignkit.train.built import Built
 from alignkit.train.encode import IGNORED
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
-from alignkit.train.tables import share_tables
+from alignkit.train.tables import open_chat, share_tables
 
 
 class Sft(Guarded, SFTTrainer):
@@ -46,8 +44,8 @@ class Sft(Guarded, SFTTrainer):
 def build(stage: Stage, run: RunDir) -> Built:
     """Load model and rows and return a trainer that has not trained yet."""
     stage.expect(SftOptions)
-    tokenizer = load_tokenizer(stage)
-    chat = Chat(tokenizer)
+    chat = open_chat(stage, run)
+    tokenizer = chat.tokenizer
     rejects = Rejects()
     tables = share_tables(stage, chat, run.cache, rejects=rejects)
     loaded = ranks.first(lambda: load_policy(stage, run_dir=run.path, tokenizer=tokenizer))

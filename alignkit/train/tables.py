@@ -6,16 +6,20 @@ method: what a row becomes is `encode`'s business.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.data import (
     DataReport,
+    Problems,
     Rejects,
     Row,
+    as_rendered,
     escape_control_tokens,
     find_control_tokens,
     read_rows,
@@ -23,21 +27,22 @@ from alignkit.data import (
     write_table,
 )
 from alignkit.data.rows import iter_contents
-from alignkit.errors import DataError, Problem
-from alignkit.models.chat import Chat
-from alignkit.models.tokens import control_tokens
+from alignkit.errors import DataError
+from alignkit.models.chat import Chat, ConversationError, Written
+from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
+from alignkit.runs.files import read_json
 from alignkit.runs.form import form_of, require_form
 from alignkit.runs.heartbeat import pulse
+from alignkit.runs.layout import RunDir
 from alignkit.train import ranks
-from alignkit.train.encode import LengthReport, choose_encoder
+from alignkit.train.encode import LengthReport, choose_encoder, write_row
 from alignkit.train.prompts import longest_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _BATCH_ROWS, _BATCH_CHARS = 1000, 10_000_000
-_SHOWN_PROBLEMS = 5
 _REMEMBERED_ROWS = 256  # for samples
 
 
@@ -51,6 +56,13 @@ class Tables:
     lengths: LengthReport
     eval_lengths: LengthReport | None = None
     eval_rows: list[Row] = field(default_factory=list)  # a few held-out (or else training) rows, for samples
+
+
+def open_chat(stage: Stage, run: RunDir) -> Chat:
+    """Load the tokenizer and template of a stage; a template that reads the clock reads when the run began."""
+    kept = read_json(run.stage).get("clock") if run.stage.exists() else None
+    clock = datetime.fromisoformat(kept) if kept else ranks.share(datetime.now())
+    return Chat(load_tokenizer(stage), clock=clock, name=stage.model.chat_template or "the tokenizer's own")
 
 
 def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:
@@ -125,37 +137,51 @@ def _take_side(stage: Stage, rows: Iterable[Row], share: float | None, *, held_o
     return (row for is_eval, row in split_eval(rows, share, stage.seed) if is_eval == held_out)
 
 
-def _guard_text(stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects) -> Iterator[Row]:
-    """Check the template at the first conversation, and deal with control tokens inside the text of rows.
+def _write_texts(
+    stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects
+) -> Iterator[tuple[Row, list[Written]]]:
+    """Check the template at the first conversation, deal with control tokens in the text of rows, and render them.
 
     Written by whoever wrote the text, such tokens would end a turn or open another one in the model's own language.
     They are refused, left out, defused or kept, as `special_tokens_in_text` says.
     """
     choice = stage.training.special_tokens_in_text
-    tokens = [] if choice == "keep" else control_tokens(chat.tokenizer)
-    found: list[Problem] = []
-    num_found = 0
+    tokens = chat.control_tokens
+    problems, num_read, found = Problems(), 0, Counter[bool]()
     template_checked = False
     for row in rows:
+        num_read += 1
         if row.conversational and not template_checked:
             chat.check()
             template_checked = True
-        if choice == "escape":
-            yield escape_control_tokens(row, tokens)
-        elif not (inside := find_control_tokens(row, tokens)):
-            yield row
-        elif stage.options.on_bad_row == "skip":
-            rejects.add(row.place, f"control tokens in the text: {', '.join(inside)}")
+        try:
+            if choice == "escape":
+                row = escape_control_tokens(row, tokens)
+            elif choice == "keep":
+                row = as_rendered(row, tokens) or row
+            elif inside := find_control_tokens(row, tokens):
+                rendered = as_rendered(row, tokens) is not None
+                found[rendered] += 1
+                what = "is rendered already" if rendered else "control tokens of the tokenizer in the text"
+                raise ConversationError(f"{what}: {', '.join(inside)}")
+            written = write_row(stage, chat, row)
+        except ConversationError as error:
+            if stage.options.on_bad_row == "skip":
+                rejects.add(row.place, str(error))
+            else:
+                problems.add_row(row.place, str(error))
         else:
-            num_found += 1
-            if len(found) < _SHOWN_PROBLEMS:
-                found.append(Problem(f"control tokens of the tokenizer in the text: {', '.join(inside)}", row.place))
-    if found:
-        remedy = (
-            f"{num_found} rows hold control tokens; set {stage.name}.special_tokens_in_text: escape or keep, "
-            "or on_bad_row: skip"
-        )
-        raise DataError([*found, Problem(remedy)])
+            yield row, written
+    key = f"{stage.name}.special_tokens_in_text"
+    advice = [
+        f"{found[True]} rows are rendered already; set {key}: keep, which adds no second BOS or end"
+        if found[True]
+        else "",
+        f"{found[False]} rows hold control tokens; set {key}: escape or keep, or on_bad_row: skip"
+        if found[False]
+        else "",
+    ]
+    problems.raise_any(num_read, [remedy for remedy in advice if remedy])
 
 
 @dataclass
@@ -169,15 +195,16 @@ class _Written:
 
 def _write(stage: Stage, chat: Chat, path: Path, rows: Iterable[Row], rejects: Rejects) -> _Written:
     """Check, encode and write rows, batch by batch, remembering the first few."""
-    encode, lengths = choose_encoder(stage, chat), LengthReport()
+    encode, lengths = choose_encoder(stage), LengthReport()
     first: list[Row] = []
 
     def batches() -> Iterator[dict[str, list[Any]]]:
-        for batch in chain(_batched(_guard_text(stage, chat, rows, rejects)), [[]]):
+        for batch in chain(_batched(_write_texts(stage, chat, rows, rejects)), [[]]):
             pulse("reading data")
-            shown = [row for row in batch if row.tokens is None]  # token ids have no text to sample from
+            shown = [row for row, _ in batch if row.tokens is None]  # token ids have no text to sample from
             first.extend(shown[: _REMEMBERED_ROWS - len(first)])
-            columns = encode(batch, lengths, rejects)
+            encoded = iter(chat.tokenize([text for _, texts in batch for text in texts]))
+            columns = encode([(row, [next(encoded) for _ in texts]) for row, texts in batch], lengths, rejects)
             if columns["length"]:
                 yield columns
 
@@ -187,12 +214,12 @@ def _write(stage: Stage, chat: Chat, path: Path, rows: Iterable[Row], rejects: R
     return _Written(table, lengths, first)
 
 
-def _batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def _batched(rows: Iterable[tuple[Row, list[Written]]]) -> Iterator[list[tuple[Row, list[Written]]]]:
     """Cut rows into batches of bounded size: a few of them, where each is as long as a book."""
-    batch: list[Row] = []
+    batch: list[tuple[Row, list[Written]]] = []
     num_chars = 0
-    for row in rows:
-        batch.append(row)
+    for row, texts in rows:
+        batch.append((row, texts))
         num_chars += sum(map(len, iter_contents(row)))
         if len(batch) == _BATCH_ROWS or num_chars > _BATCH_CHARS:
             yield batch

@@ -36,8 +36,8 @@ def tokenizer_with(template: str | None, *, llama3: bool = False) -> PreTrainedT
 
 
 def answers(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> list[str]:
-    encoded = Chat(tokenizer).encode([messages])[0]
-    return [tokenizer.decode(encoded.ids[start:end]) for start, end in encoded.spans]
+    (texts,) = Chat(tokenizer).encode([messages])
+    return [tokenizer.decode(text.ids[start:end]) for text in texts for start, end in text.spans]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_shipped_templates_train_exactly_the_answers_and_their_end(name: str, le
     expected = [f"{lead}Hello,  you{end}", f"{lead}Because\n\nof it{end}"]
     for messages in ([*FIRST, *SECOND], [SYSTEM, *FIRST, *SECOND]):
         assert answers(tokenizer, messages) == expected
-        ids = Chat(tokenizer).encode([messages])[0].ids
+        ids = Chat(tokenizer).encode([messages])[0][-1].ids
         assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
         assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     chat = Chat(tokenizer)
@@ -70,7 +70,7 @@ def test_llama3_instruct_templates_are_split_without_generation_blocks(name: str
     assert answers(tokenizer, [SYSTEM, *FIRST, *SECOND]) == ["Hello,  you<|eot_id|>", "Because\n\nof it<|eot_id|>"]
     chat = Chat(tokenizer)
     chat.check()
-    ids = chat.encode([[SYSTEM, *FIRST]])[0].ids
+    ids = chat.encode([[SYSTEM, *FIRST]])[0][-1].ids
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
     assert ids == tokenizer.apply_chat_template([SYSTEM, *FIRST], return_dict=False)
 
@@ -84,13 +84,13 @@ def test_derived_answers_agree_with_trl_training_templates(name: str, strip: str
     assert answers(ours, messages) == [answer.strip(strip) for answer in answers(theirs, messages)]
 
 
-def test_template_that_rewrites_earlier_turns_is_encoded_with_trl_training_variant() -> None:
+def test_answer_that_later_turns_rewrite_is_learnt_in_a_text_of_its_own() -> None:
     tokenizer = tokenizer_with(trl_template("qwen3"))
     Chat(tokenizer).check()
     thought = "<think>\n\n</think>\n\n"
     assert answers(tokenizer, [*FIRST, *SECOND]) == [
-        f"{thought}Hello,  you<|im_end|>\n",
-        f"{thought}Because\n\nof it<|im_end|>\n",
+        f"{thought}Hello,  you<|im_end|>",
+        f"{thought}Because\n\nof it<|im_end|>",
     ]
     assert tokenizer.chat_template == trl_template("qwen3")  # what is saved stays the model's own
 
@@ -98,7 +98,7 @@ def test_template_that_rewrites_earlier_turns_is_encoded_with_trl_training_varia
 def test_template_that_cannot_be_split_is_named_with_the_remedy() -> None:
     template = "{% for m in messages %}{{ m.content }}{% if loop.last %}!{% endif %}{% endfor %}"
     with pytest.raises(ModelError, match="cannot be told from the rest; give it {% generation %} blocks, or set"):
-        Chat(tokenizer_with(template)).check()
+        Chat(tokenizer_with(template)).encode([FIRST])
 
 
 def test_prompt_and_completion_meet_where_generation_starts() -> None:
@@ -142,7 +142,7 @@ def test_tokenizer_with_its_own_bos_gives_exactly_one_everywhere() -> None:
     chat = Chat(tokenizer)
     chat.check()
     found = [
-        chat.encode([FIRST])[0].ids,
+        chat.encode([FIRST])[0][-1].ids,
         chat.encode_texts(["ab"])[0],
         chat.encode_prompt_completion(["ab"], [" cd"])[0].ids,
         chat.encode_prompt_completion([FIRST[:1]], [FIRST[1:]])[0].ids,
@@ -185,7 +185,7 @@ def test_tokenizers_with_a_space_mark_keep_the_ids_of_the_whole_text() -> None:
     ]  # fmt: skip
     chat = Chat(tokenizer)
     chat.check()
-    encoded = chat.encode([messages])[0]
+    encoded = chat.encode([messages])[0][-1]
     assert encoded.ids == tokenizer.apply_chat_template(messages, return_dict=False)
     spans = [tokenizer.convert_ids_to_tokens(encoded.ids[start:end]) for start, end in encoded.spans]
     assert spans == [["▁yes", "</s>"], ["▁yes", ".", "</s>"]]
@@ -205,7 +205,8 @@ def test_messages_without_a_template_say_what_to_set() -> None:
 
 def test_template_that_never_trains_the_end_of_a_turn_is_refused() -> None:
     template = shipped("chatml").replace(
-        "message['content'] + '<|im_end|>' }}\n        {%- endg", "message['content'] }}\n        {%- endg"
+        "message['content'] + '<|im_end|>' }}\n        {%- endgeneration %}",
+        "message['content'] }}\n        {%- endgeneration %}{{- '<|im_end|>' }}",
     )
     assert template != shipped("chatml")
     with pytest.raises(ModelError, match="never trains a token that ends an answer"):
@@ -221,7 +222,7 @@ def test_template_that_marks_no_answer_is_refused() -> None:
 
 
 def test_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignkit.models.chat._RENDER_SECONDS", 1)
+    monkeypatch.setattr("alignkit.models.template._RENDER_SECONDS", 1)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ModelError, match="did not render within 1 s"):
         Chat(tokenizer_with("{% generation %}{% endgeneration %}" + loops)).check()
@@ -244,8 +245,8 @@ def test_template_cannot_leave_the_sandbox() -> None:
 
 def test_labels_and_flags_follow_the_spans() -> None:
     chat = Chat(tokenizer_with(shipped("chatml")))
-    encoded = chat.encode([FIRST])[0]
-    kept = [token for token, flag in zip(encoded.ids, encoded.assistant, strict=True) if flag]
+    encoded = chat.encode([FIRST])[0][-1]
+    kept = [token for start, end in encoded.spans for token in encoded.ids[start:end]]
     assert kept == [token for token in encoded.labels if token != -100]
     assert chat.tokenizer.decode(kept) == "Hello,  you<|im_end|>"
 

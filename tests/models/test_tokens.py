@@ -7,7 +7,8 @@ import pytest
 
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError
 from alignkit.models.builtin import builtin_tokenizer
-from alignkit.models.tokens import check_vocabulary, control_tokens, load_tokenizer, set_pad_token
+from alignkit.models.chat import Chat
+from alignkit.models.tokens import check_vocabulary, load_tokenizer, set_pad_token
 from alignkit.recipe.stage import Stage
 
 MakeStage = Callable[..., Stage]
@@ -42,6 +43,25 @@ def test_template_of_a_file_or_of_a_name_nobody_knows(make_stage: MakeStage, tmp
         load_tokenizer(make_stage(chat_template="alpaca"))
 
 
+def test_settings_of_a_template_are_those_it_reads_and_stay_with_the_model(
+    make_stage: MakeStage, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.jinja").write_text(
+        "{{ 'deep' if enable_thinking }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    mine = str(tmp_path / "mine.jinja")
+    stage = make_stage(chat_template=mine, chat_template_kwargs={"enable_thinking": True})
+    load_tokenizer(stage).save_pretrained(tmp_path / "saved")
+    saved = load_tokenizer(make_stage(tokenizer=str(tmp_path / "saved")))
+    assert Chat(saved).settings == {"enable_thinking": True}
+    assert Chat(saved).write_prompt([{"role": "user", "content": "hi"}]).text == "deephi"
+    with pytest.raises(ModelError, match="the chat template does not read thinking; it reads enable_thinking"):
+        load_tokenizer(make_stage(chat_template=mine, chat_template_kwargs={"thinking": True}))
+    (tmp_path / "mine.jinja").write_text("{% include 'x' %}")
+    with pytest.raises(ModelError, match="mine.jinja: includes, imports or extends another file"):
+        load_tokenizer(make_stage(chat_template=mine))
+
+
 def test_tokenizer_comes_from_the_start_then_the_key_then_the_model(make_stage: MakeStage, tmp_path: Path) -> None:
     given = save_tokenizer(tmp_path / "given", eos_token="<|im_end|>")
     assert load_tokenizer(make_stage()).eos_token == "<|endoftext|>"
@@ -71,7 +91,7 @@ def test_pad_token_is_the_eos_where_nothing_is_spare() -> None:
 
 
 def test_control_tokens_are_listed_longest_first() -> None:
-    assert control_tokens(builtin_tokenizer()) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    assert Chat(builtin_tokenizer()).control_tokens == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 
 
 def test_vocabulary_larger_than_the_embeddings_is_refused() -> None:

@@ -193,3 +193,52 @@ def test_a_pair_gives_kto_one_answer_of_each_kind(make_stage: Callable, write_ro
     tables, chat = prepare(make_stage(BASE + "dpo: {data: ./rows.jsonl, loss_type: kto, chat: false}", "dpo"), tmp_path)
     found = {chat.tokenizer.decode(row["completion_ids"]): row["label"] for row in tables.train}
     assert found == {"\ngood<|endoftext|>": True, "\nbad<|endoftext|>": False}
+
+
+STRICT = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no turns') }}"
+    "{% endif %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_rows_that_the_template_refuses_are_named_or_skipped(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "strict.jinja").write_text(STRICT)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    called = {"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}
+    write_rows(
+        [
+            {"messages": turns},
+            {"messages": [turns[0], *turns]},
+            {"messages": turns, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+            {"messages": [turns[0], {"role": "assistant", "content": "", "tool_calls": [called]}]},
+        ]
+    )
+    recipe = "model: {path: builtin:tiny-llama, chat_template: strict.jinja}\nsft: {data: ./rows.jsonl}"
+    with pytest.raises(DataError) as error:
+        prepare(make_stage(recipe, "sft"), tmp_path)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "rows.jsonl:2: the chat template refuses the conversation: no turns"
+    assert [re.sub(" .the tokenizer's own.", "", line) for line in lines[1:3]] == [
+        "rows.jsonl:3: the chat template does not write `tools`; use one that does",
+        "rows.jsonl:4: the chat template does not write tool calls; use one that does",
+    ]
+    rejects = Rejects()
+    tables, chat = prepare(make_stage(recipe, "sft", "sft.on_bad_row=skip"), tmp_path, rejects)
+    assert (learnt(chat, tables.train[0]), len(tables.train), rejects.count) == ("b<|im_end|>", 1, 3)
+
+
+def test_text_that_is_rendered_already_gets_no_second_frame(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path
+) -> None:
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    write_rows([{"prompt": prompt, "completion": "yes<|im_end|>"}])
+    text = BASE + "sft: {data: ./rows.jsonl, special_tokens_in_text: CHOICE}"
+    with pytest.raises(DataError, match="rows.jsonl:1: is rendered already: <.im_start.>, <.im_end.>") as error:
+        prepare(make_stage(text.replace("CHOICE", "error"), "sft"), tmp_path)
+    assert str(error.value).endswith("set sft.special_tokens_in_text: keep, which adds no second BOS or end")
+    tables, chat = prepare(make_stage(text.replace("CHOICE", "keep"), "sft"), tmp_path)
+    assert chat.tokenizer.decode(tables.train[0]["input_ids"]) == prompt + "yes<|im_end|>"
+    assert learnt(chat, tables.train[0]) == "yes<|im_end|>"

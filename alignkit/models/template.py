@@ -1,0 +1,582 @@
+"""A chat template by what it does: what it can write, where generation begins, where an answer ends.
+
+Nothing is told from a template's text. It is asked by rendering short conversations, and a conversation is split by
+comparing the rendering of the turns before an answer, as generation would be given them, with that of the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from itertools import product
+from typing import Any, NotRequired, TypedDict
+
+from jinja2 import Environment, meta, nodes
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+from alignkit.errors import ModelError
+
+_RENDER_SECONDS = 1
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*(.*)\Z", re.DOTALL)
+# Whatever an expression of a template can raise inside the sandbox.
+_FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
+# What transformers gives every template.
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+_GIVEN |= {"bos_token", "eos_token", "pad_token", "unk_token"}
+Span = tuple[int, int]  # half open, in characters
+
+
+class Message(TypedDict):
+    """A turn; alignkit.data.rows says what each key means."""
+
+    role: str
+    content: str
+    trained: NotRequired[bool]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
+    template_kwargs: NotRequired[dict[str, Any]]
+
+
+class ConversationError(ModelError):
+    """The template cannot render or split one conversation; `index` is its place in a batch."""
+
+    def __init__(self, what: str, index: int = 0) -> None:
+        super().__init__(what)
+        self.index = index
+
+
+class Endless(ConversationError):
+    """The template does not come to an end."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text to be tokenised: its first `start` characters are the prompt, `spans` of it are learnt.
+
+    A `plain` text gets the tokenizer's own BOS and an eos, unless it has them.
+    """
+
+    text: str
+    spans: list[Span] = field(default_factory=list)
+    start: int = 0
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class _End:
+    """What ends an answer: the token, whether we have to append it, and what the template writes after it."""
+
+    token: str
+    appended: str = ""
+    dropped: str = ""
+
+
+_A, _B, _THOUGHT, _TOOL = "Xanswer", "Xlater", "Xthought", "Xtool"  # capitals: no template changes them
+_SYSTEM: Message = {"role": "system", "content": "Xsystem"}
+_USER: Message = {"role": "user", "content": "Xuser"}
+_ANSWER: Message = {"role": "assistant", "content": _A}
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "id": "Xcall00000", "function": {"name": "Xname", "arguments": {"x": _A}}}],
+}
+_OTHER_CALL: Any = {
+    "content": "",
+    "tool_calls": [
+        {"type": "function", "id": "Xcall00001", "function": {"name": "Xname", "arguments": {"x": "Xother"}}}
+    ],
+}
+_RESULT: Message = {"role": "tool", "content": _B, "name": "Xname", "tool_call_id": "Xcall00000"}
+_PARAMETERS = {"type": "object", "properties": {"x": {"type": "string"}}}
+_OFFER = {"type": "function", "function": {"name": _TOOL, "description": _TOOL, "parameters": _PARAMETERS}}
+
+
+class Template:
+    """One template text with the settings it is rendered with."""
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        name: str,
+        controls: Sequence[str],
+        eos: str,
+        settings: Mapping[str, Any],
+        clock: datetime,
+    ) -> None:
+        self.source, self.name, self._settings, self._eos = source, name, dict(settings), eos
+        self._strftime = clock.strftime
+        self._control = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
+        self.marked = _GENERATION.search(source) is not None
+
+    # What the template can do.
+
+    @cached_property
+    def end(self) -> _End:
+        """What ends a whole answer."""
+        return self._find_end(_ANSWER, {"role": "user", "content": _B})
+
+    @cached_property
+    def call_end(self) -> _End:
+        """What ends an answer that calls a tool."""
+        if not self._call_form:
+            return self.end
+        call = self._prepare(_CALL)
+        # Behind several calls, where the template writes several: one may be closed by a token of its own (DeepSeek).
+        both = call | {"tool_calls": [_in_form(_OTHER_CALL, self._call_form)["tool_calls"][0], *call["tool_calls"]]}
+        return self._find_end(both if _A in self._try([_USER, both]) else call, _RESULT)
+
+    @cached_property
+    def reads_clock(self) -> bool:
+        """Whether the date is part of what is written, as far as a short conversation tells."""
+        now, texts = self._strftime, []
+        for clock in (datetime(2001, 2, 3, 4, 5, 6), datetime(2012, 11, 10, 9, 8, 7)):
+            self._strftime = clock.strftime
+            texts.append(self._try([_USER], prompt=True))
+        self._strftime = now
+        return texts[0] != texts[1]
+
+    @cached_property
+    def reads_reasoning(self) -> bool:
+        """Whether a turn's `reasoning_content` (or `thinking`, which transformers fills in) is written."""
+        return _THOUGHT in self._try([_USER, _ANSWER | {"reasoning_content": _THOUGHT}])
+
+    @cached_property
+    def _writes_tools(self) -> bool:
+        return _TOOL in self._try([_USER | {"template_kwargs": {"tools": [_OFFER]}}], prompt=True)
+
+    @cached_property
+    def _call_form(self) -> tuple[Any, type] | None:
+        """How a call is given: its empty content ("", None or no key: ...) and the type of its arguments."""
+        for form in product(("", None, ...), (dict, str)):
+            text = self._try([_USER, _in_form(_CALL, form), _RESULT])
+            if "Xname" in text and _A in text:
+                return form
+        return None
+
+    @cached_property
+    def _trusts_marks(self) -> bool:
+        """Whether the {% generation %} blocks are exactly what is generated: then they need no comparing."""
+        probe: list[Any] = [_USER, _ANSWER, _USER, _ANSWER | {"content": _B}]
+        try:
+            text, marks = self._render(probe, mark=True)
+            (compared,) = self._compare(probe, probe, [1, 3])
+        except (ConversationError, ValueError):
+            return False
+        return text.startswith(compared.text) and marks == compared.spans
+
+    def describe(self) -> str:
+        """Say what was found out about the template."""
+        appended = ", which it does not write: added to the last answer" if self.end.appended == self._eos else ""
+        said = f"an answer ends with {self.end.token}{appended}, which is trained"
+        if self.call_end.token != self.end.token:
+            said += f", a tool call with {self.call_end.token}"
+        if not self._writes_tools or self._call_form is None:
+            said += "; no tools"
+        if not self.reads_reasoning:
+            said += "; reasoning is written as <think> in the answer"
+        return said + ("; it reads the clock" if self.reads_clock else "")
+
+    def frame(self) -> str:
+        """Return what is written around turns: before the first, between them, and at the end of an answer."""
+        asked = self._try([_SYSTEM, _USER], prompt=True) or self._try([_USER], prompt=True)
+        return asked + self.end.token
+
+    def check(self) -> None:
+        """Raise ModelError when no conversation can be used."""
+        try:
+            self.render([_USER], prompt=True)
+        except Endless:
+            raise
+        except ConversationError:
+            return  # it may want a system turn, or tools: the rows will tell
+        if not self.marked:
+            return
+        try:
+            text, marks = self._render([_USER, _ANSWER, _USER, _ANSWER], mark=True)
+        except ConversationError:
+            return
+        if len(marks) < 2:
+            raise ModelError(
+                f"the chat template marks {len(marks)} of 2 answers with {{% generation %}}; put the block around "
+                "every assistant message, or set model.chat_template: chatml | llama3 | zephyr | plain"
+            )
+        if not text[: marks[-1][1]].rstrip().endswith(self.end.token) and not self.end.appended:
+            raise ModelError(
+                "the chat template never trains a token that ends an answer, so the model would not learn to stop; "
+                "end the assistant message with eos_token inside {% generation %}, or set "
+                "model.chat_template: chatml | llama3 | zephyr | plain"
+            )
+
+    # Writing conversations.
+
+    def write_prompt(self, messages: Sequence[Any]) -> str:
+        """Return turns as generation starts after them."""
+        text = self.render(self._prepare_all(messages), prompt=True)
+        _require_written(messages, text)
+        return text
+
+    def write_all(self, messages: Sequence[Any]) -> str:
+        """Return a conversation without telling its answers apart, up to the end of the last one."""
+        text = self.render(self._prepare_all(messages))
+        _require_written(messages, text)
+        end = self._end_of(messages[-1])
+        return text.removesuffix(end.dropped) + end.appended
+
+    def write(self, messages: Sequence[Any], *, first: int = 0) -> list[Written]:
+        """Return a conversation with the answers that are learnt, which are those of its turns from `first` on.
+
+        An answer that the template writes otherwise once later turns follow (without its thoughts, with another end)
+        is learnt as generation produces it, in a text of its own that ends there; the whole conversation comes last.
+        """
+        given = self._prepare_all(messages)
+        trained = [
+            number
+            for number, message in enumerate(messages)
+            if number >= first and message["role"] == "assistant" and message.get("trained", True)
+        ]
+        if not first and self.marked and self._trusts_marks and all(map(_is_simple, messages)):
+            answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+            text, marks = self._render(given, mark=True)
+            if len(marks) == len(answers):
+                _require_written(messages, text)
+                return [Written(text, [span for number, span in zip(answers, marks, strict=True) if number in trained])]
+        try:
+            found = self._compare(messages, given, trained, first=first)
+        except Endless:
+            raise
+        except ConversationError:
+            if not self.marked or first:
+                raise
+            text, marks = self._render(given, mark=True)
+            return [Written(text, marks)]
+        return found
+
+    def _compare(
+        self, messages: Sequence[Any], given: list[Any], trained: Sequence[int], *, first: int = 0
+    ) -> list[Written]:
+        last = len(given) - 1
+        answers = given[first]["role"] == "assistant"
+        single = [last] if first == last and answers else []
+        parts = {number: self._split(messages, given, number) for number in {*trained, *single}}
+        text = "".join(parts[last]) if last in parts else self.render(given)
+        blank = self._end_of(given[last]).dropped
+        if last in parts and not first and blank.isspace():
+            text += blank  # as the template has it; it is not learnt
+        _require_written(messages[:last], text)
+        start = 0
+        if first:
+            opening = parts[last][0] if first == last and answers else self.render(given[:first], prompt=answers)
+            if not text.startswith(opening):
+                raise self._unsplittable("once later turns follow it")
+            start = len(opening)
+        spans, others = [], []
+        for number in trained:
+            head, said = parts[number]
+            answer = Written(head + said, [(len(head), len(head) + len(said))], len(head))
+            if self.marked:
+                answer = self._clip(answer, given[: number + 1])
+            if text.startswith(answer.text):
+                spans += answer.spans
+            else:
+                others.append(answer)
+        return [*others, Written(text, spans, start)] if spans or not others else others
+
+    def _split(self, messages: Sequence[Any], given: list[Any], number: int) -> tuple[str, str]:
+        """Return what generation is given before an answer, and what it should write: the answer and its end."""
+        message, before = given[number], given[:number]
+        if not before:
+            return self._split_first(given)
+        end = self._end_of(message)
+        head, whole = self.render(before, prompt=True), self.render(given[: number + 1])
+        if whole.startswith(head):
+            said = self._cut(whole[len(head) :], end)
+            if not _missing(messages[number], said):
+                return head, said
+        return head, self._compose(messages[number], message, before, head, end)
+
+    def _split_first(self, given: list[Any]) -> tuple[str, str]:
+        whole, head = self.render(given[:1]), self._try([], prompt=True)
+        if head and whole.startswith(head):
+            return head, self._cut(whole[len(head) :], self._end_of(given[0]))
+        raise ConversationError(
+            "its first turn is the assistant's, and the chat template has no prompt before it that generation could "
+            'start from; put a user turn before it, or give that message "train": false'
+        )
+
+    def _compose(self, message: Any, given: Any, before: list[Any], head: str, end: _End) -> str:
+        """Return an answer that the template does not write behind its own prompt, thoughts included.
+
+        Templates of reasoning models open the thoughts in the generation prompt and leave them out of an answer that
+        is rendered (DeepSeek-R1): the model writes on from the prompt, so the answer is its thoughts and its content.
+        """
+        thoughts, content = _split_thoughts(message)
+        if thoughts and head.rstrip().endswith("</think>"):
+            raise ConversationError(
+                "the answer has thoughts, and the generation prompt of the chat template has closed them already "
+                "(chat_template_kwargs: enable_thinking?)"
+            )
+        if thoughts is None and head.rstrip().endswith("<think>"):
+            thoughts = ""
+        body = content if thoughts is None else _join_thoughts(thoughts, content)
+        lead, found, tail = self._try([*before, _ANSWER]).rpartition(_A)
+        prompted = head.removeprefix(lead)
+        if "tool_calls" in given or not found or not head.startswith(lead) or not body.startswith(prompted):
+            lost = _missing(message, self.render([*before, given]))
+            raise (
+                ConversationError(f"the chat template does not write {lost} of this turn")
+                if lost
+                else self._unsplittable("than add_generation_prompt begins it")
+            )
+        return self._cut(body[len(prompted) :] + tail, end)
+
+    def _unsplittable(self, when: str) -> ConversationError:
+        return ConversationError(
+            f"the chat template ({self.name}) writes an answer otherwise {when}, so the answers cannot be told from "
+            "the rest; give it {% generation %} blocks, or set model.chat_template: chatml | llama3 | zephyr | plain"
+        )
+
+    def _clip(self, alone: Written, given: list[Any]) -> Written:
+        """Leave out what {% generation %} blocks leave out."""
+        text, marks = self._render(given, mark=True)
+        end = len(alone.text.removesuffix(self._end_of(given[-1]).appended))
+        if alone.text[:end] != text[:end]:
+            return alone  # put together: what is marked in it is not known
+        ((start, stop),) = alone.spans
+        kept = [(max(start, a), min(end, b)) for a, b in marks if max(start, a) < min(end, b)]
+        if kept and kept[-1][1] == end:
+            kept[-1] = (kept[-1][0], stop)
+        return Written(alone.text, kept, alone.start)
+
+    def _end_of(self, message: Any) -> _End:
+        return self.call_end if message.get("tool_calls") else self.end
+
+    def _cut(self, rest: str, end: _End) -> str:
+        """Return the rendering of an answer up to and with its end."""
+        said = rest.removesuffix(end.dropped)
+        if end.appended:
+            return said + end.appended
+        if not said.endswith(end.token):
+            said = rest[: rest.rfind(end.token) + len(end.token)] if end.token in rest else rest.rstrip() + self._eos
+        return said
+
+    def _find_end(self, message: Any, following: Any) -> _End:
+        for before in ([_USER], [_SYSTEM, _USER]):
+            text = self._try([*before, message])
+            if _A not in text:
+                continue
+            tail = text.rpartition(_A)[2]
+            run = self._first_tokens(tail)
+            if run and self._try(before) == self._try(before, prompt=True):
+                run = run[:1]  # it always writes the next header
+            if run:
+                return _End(run[-1][0], dropped=tail[run[-1][1] :])
+            # Families whose end is the token that opens the next turn (GLM-4).
+            written = tail.rstrip()
+            after = self._try([*before, message, following]).rpartition(_B)[0].rpartition(_A)[2].removeprefix(written)
+            run = self._first_tokens(after)
+            if run and after[: run[0][1]].strip() == run[0][0]:
+                return _End(run[0][0], appended=after[: run[0][1]], dropped=tail[len(written) :])
+            return _End(self._eos, appended=self._eos, dropped=tail[len(written) :])
+        return _End(self._eos)
+
+    def _first_tokens(self, text: str) -> list[tuple[str, int]]:
+        """Return the first control token of a text and those that follow without a gap, each with its end."""
+        found: list[tuple[str, int]] = []
+        for match in self._control.finditer(text):
+            if found and match.start() != found[-1][1]:
+                break
+            found.append((match.group(), match.end()))
+        return found
+
+    # Asking it.
+
+    def _prepare_all(self, messages: Sequence[Any]) -> list[Any]:
+        """Return messages as this template wants them given."""
+        if messages and messages[0].get("template_kwargs", {}).get("tools") and not self._writes_tools:
+            raise ConversationError(f"the chat template ({self.name}) does not write `tools`; use one that does")
+        return [self._prepare(message) for message in messages]
+
+    def _prepare(self, message: Any) -> Any:
+        if message.get("tool_calls"):
+            if self._call_form is None:
+                raise ConversationError(f"the chat template ({self.name}) does not write tool calls; use one that does")
+            message = _in_form(message, self._call_form)
+        if message["role"] != "assistant":
+            return message
+        thoughts, content = _split_thoughts(message)
+        if thoughts is None:
+            return message
+        if self.reads_reasoning:
+            return message | {"reasoning_content": thoughts, "content": content}
+        if "reasoning_content" not in message:
+            return message
+        kept = {key: value for key, value in message.items() if key != "reasoning_content"}
+        return kept | {"content": _join_thoughts(thoughts, content)}
+
+    def render(self, messages: Sequence[Any], *, prompt: bool = False) -> str:
+        """Return messages as the template writes them; with `prompt` up to where generation starts."""
+        return self._render(messages, prompt=prompt)[0]
+
+    def _try(self, messages: Sequence[Any], *, prompt: bool = False) -> str:
+        """Render a probe; "" where the template refuses it."""
+        try:
+            return self.render(messages, prompt=prompt)
+        except Endless:
+            raise
+        except ConversationError:
+            return ""
+
+    def _render(self, messages: Sequence[Any], *, prompt: bool = False, mark: bool = False) -> tuple[str, list[Span]]:
+        given = messages[0].get("template_kwargs", {}) if messages else {}
+        bare = [
+            {key: value for key, value in message.items() if key not in ("trained", "template_kwargs")}
+            for message in messages
+        ]
+        # transformers offers no way to set the clock: its cached template takes a global of its own.
+        _compile_jinja_template(self.source).globals["strftime_now"] = self._strftime
+        try:
+            with _time_limit(_RENDER_SECONDS):
+                texts, spans = render_jinja_template(
+                    [bare],
+                    chat_template=self.source,
+                    return_assistant_tokens_mask=mark,
+                    add_generation_prompt=prompt,
+                    **(self._settings | given),
+                )
+        except RecursionError as error:
+            raise Endless(f"the chat template ({self.name}) calls itself without end") from error
+        except _FAILURES as error:
+            first = "; its first turn is the assistant's" if bare and bare[0]["role"] == "assistant" else ""
+            said = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in str(error))
+            raise ConversationError(f"the chat template refuses the conversation: {said}{first}") from error
+        return texts[0], spans[0] if spans else []
+
+
+def list_settings(source: str, *, where: str) -> set[str]:
+    """Return the names that a template reads beside turns and tools; ModelError for one that cannot be a template."""
+    environment = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(source)
+    except TemplateSyntaxError as error:
+        raise ModelError(f"is no chat template: {error.message} (line {error.lineno})", where=where) from error
+    if list(meta.find_referenced_templates(tree)):
+        raise ModelError("includes, imports or extends another file, which a chat template cannot do", where=where)
+    return meta.find_undeclared_variables(tree) - _GIVEN
+
+
+class _Generation(Extension):
+    """Reads the blocks that transformers adds to the language."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:  # type: ignore[override]
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _is_simple(message: Any) -> bool:
+    return message.keys() <= {"role", "content", "trained"} and "think>" not in message["content"]
+
+
+def _in_form(message: Any, form: tuple[Any, type]) -> Any:
+    """Give a turn that calls tools its empty content and its arguments in the form that the template reads."""
+    empty, arguments = form
+    calls = [call | {"function": dict(call["function"])} for call in message["tool_calls"]]
+    for call in calls:
+        held = call["function"].get("arguments")
+        if arguments is str and not isinstance(held, str):
+            call["function"]["arguments"] = json.dumps(held, ensure_ascii=False)
+    changed = message | {"tool_calls": calls}
+    if not message["content"]:
+        changed["content"] = empty
+    return {key: value for key, value in changed.items() if value is not ...}
+
+
+def _split_thoughts(message: Any) -> tuple[str | None, str]:
+    """Return the thoughts of a turn (None without any) and what it says after them."""
+    content = message.get("content") or ""
+    if (thoughts := message.get("reasoning_content")) is not None:
+        return thoughts.strip("\n"), content.lstrip("\n")
+    if found := _THOUGHTS.match(content):
+        return found[1].strip("\n"), found[2]
+    return None, content
+
+
+def _join_thoughts(thoughts: str, content: str) -> str:
+    return f"<think>\n{thoughts}\n</think>\n\n{content}"
+
+
+def _missing(message: Any, text: str) -> str:
+    """Name what a turn says and a text does not hold, or ""."""
+    if not all(_is_written(piece, text) for piece in re.split(r"</?think>", message.get("content") or "")):
+        return "the thoughts or the content" if "think>" in message["content"] else "the content"
+    if not _is_written(message.get("reasoning_content") or "", text):
+        return "the reasoning"
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    if not all(_is_written(value, text) for call in calls for value in _values(call)):
+        return "all tool calls"
+    return ""
+
+
+def _require_written(messages: Sequence[Any], text: str) -> None:
+    """Raise ConversationError for a turn that a template leaves out in silence; thoughts of earlier turns may go."""
+    for message in messages:
+        content = _split_thoughts(message)[1] if message["role"] == "assistant" else message["content"]
+        if not _is_written(content, text):
+            raise ConversationError(f"the chat template leaves out a {message['role']} turn: {content[:40]!r}")
+
+
+def _values(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _values(item)
+
+
+def _is_written(value: str, text: str) -> bool:
+    """Whether a text holds a value, as it is, as JSON, or with other white space."""
+    value = value.strip()
+    if value in text:
+        return True
+    as_json = (json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+    return any(form in text for form in as_json) or "".join(value.split()) in "".join(text.split())
+
+
+@contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    """Stop a template that does not end; only the main thread can be interrupted, elsewhere there is no limit.
+
+    The time is the thread's own, so that a busy machine stops nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    until = time.thread_time() + seconds
+
+    def stop(*_: object) -> None:
+        if time.thread_time() >= until:
+            raise Endless(f"the chat template did not render within {seconds} s; use another: model.chat_template")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

@@ -1,0 +1,186 @@
+"""What templates of real model families train: eight shapes of conversation, as TRL ships the templates."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from alignkit.errors import ModelError
+from alignkit.models.builtin import builtin_tokenizer
+from alignkit.models.chat import Chat, ConversationError
+
+USER, ANSWER = {"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello you"}
+AGAIN, LAST = {"role": "user", "content": "Why so?"}, {"role": "assistant", "content": "Because"}
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+OFFER = {"type": "function", "function": {"name": "weather", "description": "Of a city", "parameters": PARAMETERS}}
+CALL = {"type": "function", "id": "call00001", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+SHAPES: dict[str, list[Any]] = {
+    "system": [{"role": "system", "content": "Be kind."}, USER, ANSWER],
+    "multi-turn": [USER, ANSWER, AGAIN, LAST],
+    "tool call": [
+        USER | {"template_kwargs": {"tools": [OFFER]}},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "21 degrees", "name": "weather", "tool_call_id": "call00001"},
+        LAST,
+    ],
+    "reasoning": [USER, ANSWER | {"reasoning_content": "A greeting."}],
+    "no system": [USER, ANSWER],
+    "assistant first": [ANSWER, AGAIN, LAST],
+    "empty system": [{"role": "system", "content": ""}, USER, ANSWER],
+    "ends with user": [USER, ANSWER, AGAIN],
+}
+HEADERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<｜User｜>", "<｜Assistant｜>", "21 degrees")
+TOKENS = {
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "qwen3": ["<|im_start|>", "<|im_end|>"],
+    "qwen3_5_think": ["<|im_start|>", "<|im_end|>"],
+    "llama3_1": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "gemma3": ["<bos>", "<start_of_turn>", "<end_of_turn>"],
+    "gptoss": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"],
+    "deepseek_r1_distill": ["<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"],
+    "glm4moe": ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
+}
+
+
+def chat_of(name: str) -> Chat:
+    import trl
+
+    tokenizer = builtin_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": TOKENS[name]})
+    if name == "deepseek_r1_distill":
+        tokenizer.eos_token = TOKENS[name][-1]
+    shipped = Path(__file__).resolve().parents[2] / "alignkit" / "models" / "templates" / f"{name}.jinja"
+    file = shipped if shipped.exists() else Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    tokenizer.chat_template = file.read_text()
+    return Chat(tokenizer, name=name)
+
+
+def learnt(chat: Chat, messages: list[Any]) -> list[str]:
+    (texts,) = chat.encode([messages])
+    return [chat.tokenizer.decode(text.ids[start:end]) for text in texts for start, end in text.spans]
+
+
+def check_shapes(chat: Chat) -> None:
+    """Every shape is refused in words, or its answers are learnt as generation would write them; in pairs too."""
+    for shape, messages in SHAPES.items():
+        prompt = messages if shape == "ends with user" else messages[:-1]
+        try:
+            found = learnt(chat, messages)
+            (pair,) = chat.encode_prompt_completion([prompt], [[LAST] if shape == "ends with user" else messages[-1:]])
+            (start,) = chat.encode_prompts([prompt])
+        except ConversationError as error:
+            assert shape in ("tool call", "assistant first", "system", "empty system"), (shape, str(error))
+            continue
+        said = [turn for turn in messages if turn["role"] == "assistant"]
+        assert len(found) == len(said), (shape, found)
+        for text, turn in zip(found, said, strict=True):
+            assert turn["content"] in text and turn.get("reasoning_content", "") in text, (shape, text)
+            assert ("Rome" in text) == ("tool_calls" in turn), (shape, text)
+            assert not text.startswith(HEADERS) and "21 degrees" not in text, (shape, text)
+            assert chat.tokenizer(text, add_special_tokens=False).input_ids[-1] in chat.stop_ids, (shape, text)
+        assert pair.ids[: pair.prompt_length] == start, shape  # pairs begin where ppo samples from
+        if shape != "ends with user":
+            assert chat.tokenizer.decode(pair.ids[pair.prompt_length :]) == found[-1], shape
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_shapes_of_conversations_under_templates_of_families(name: str) -> None:
+    check_shapes(chat_of(name))
+
+
+def test_shapes_of_conversations_with_real_tokenizers() -> None:
+    folder = os.environ.get("ALIGNKIT_TOKENIZERS")
+    if not folder:
+        pytest.skip("ALIGNKIT_TOKENIZERS names no directory of tokenizers")
+    for path in sorted(Path(folder).glob("tok-*")):
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        if tokenizer.chat_template:
+            check_shapes(Chat(tokenizer, name=path.name))
+
+
+@pytest.mark.parametrize("name", ["chatml", "gemma3", "deepseek_r1_distill"])
+def test_templates_without_tools_are_refused_by_name(name: str) -> None:
+    chat = chat_of(name)
+    with pytest.raises(ConversationError, match=f"template .{name}. does not write `tools`; use one that does"):
+        chat.encode([SHAPES["tool call"]])
+    if name != "deepseek_r1_distill":  # it writes calls, but not behind the thoughts that its prompt opens
+        with pytest.raises(ConversationError, match=f"template .{name}. does not write tool calls; use one that does"):
+            chat.encode([[USER, *SHAPES["tool call"][1:]]])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen3", ['<think>\n\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n'
+                   "</tool_call><|im_end|>", "<think>\n\n</think>\n\nBecause<|im_end|>"]),
+        ("llama3_1", ['{"name": "weather", "parameters": {"city": "Rome"}}<|eot_id|>', "Because<|eot_id|>"]),
+        ("gptoss", [' to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>',
+                    "<|channel|>final<|message|>Because<|return|>"]),
+    ],
+)  # fmt: skip
+def test_calls_of_tools_are_learnt_and_their_results_are_not(name: str, expected: list[str]) -> None:
+    assert learnt(chat_of(name), SHAPES["tool call"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen3", "<think>\nA greeting.\n</think>\n\nHello you<|im_end|>"),
+        ("qwen3_5_think", "A greeting.\n</think>\n\nHello you<|im_end|>"),  # the prompt gives <think>
+        ("deepseek_r1_distill", "A greeting.\n</think>\n\nHello you<｜end▁of▁sentence｜>"),
+        ("gptoss", "<|channel|>analysis<|message|>A greeting.<|end|><|start|>assistant<|channel|>final<|message|>"
+                   "Hello you<|return|>"),
+        ("glm4moe", "\n<think>A greeting.</think>\nHello you<|user|>"),  # the next turn's header ends an answer
+        ("chatml", "<think>\nA greeting.\n</think>\n\nHello you<|im_end|>"),
+    ],
+)  # fmt: skip
+def test_reasoning_is_learnt_as_generation_writes_it(name: str, expected: str) -> None:
+    chat = chat_of(name)
+    assert learnt(chat, SHAPES["reasoning"]) == [expected]
+    inside = {"role": "assistant", "content": "<think>\nA greeting.\n</think>\n\nHello you"}
+    assert learnt(chat, [USER, inside]) == [expected]
+
+
+def test_whole_answers_stop_generation_and_parts_of_them_do_not() -> None:
+    chat = chat_of("gptoss")
+    names = set(chat.tokenizer.convert_ids_to_tokens(chat.stop_ids))
+    assert {"<|return|>", "<|call|>"} <= names and "<|end|>" not in names
+    assert chat.dated and not chat_of("qwen3").dated
+
+
+def with_template(text: str, **templates: str) -> PreTrainedTokenizerFast:
+    tokenizer = builtin_tokenizer()
+    tokenizer.chat_template = {"default": text, **templates} if templates else text
+    return tokenizer
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_template_that_always_writes_the_next_header_is_cut_before_it() -> None:
+    chat = Chat(with_template(TURNS + "{{ '<|im_start|>assistant\\n' }}"))
+    assert learnt(chat, [USER, ANSWER, AGAIN, LAST]) == ["Hello you<|im_end|>", "Because<|im_end|>"]
+    (whole,) = chat.encode([[USER, ANSWER]])[0]
+    assert chat.tokenizer.decode(whole.ids).count("assistant") == 1
+
+
+def test_of_several_templates_tools_choose_theirs() -> None:
+    prompt = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    chat = Chat(with_template(prompt, tool_use="{{ tools | tojson }}" + prompt))
+    assert learnt(chat, [USER, ANSWER]) == ["Hello you<|im_end|>"]
+    offered = [USER | {"template_kwargs": {"tools": [OFFER]}}, ANSWER]
+    (text,) = chat.encode([offered])[0]
+    assert chat.tokenizer.decode(text.ids).startswith('[{"type": "function"')
+
+
+def test_template_that_never_ends_or_calls_itself_is_stopped() -> None:
+    for text, message in (
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not render within 1 s"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "calls itself without end"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            Chat(with_template(text)).check()
