@@ -87,7 +87,7 @@ def explain(error: Exception) -> AlignKitError | None:
     """Return what the user can act on, or None for a bug; foreign exceptions are known by errno or class name."""
     import errno
 
-    from alignkit.errors import AlignKitError, DiskError, OutOfMemoryError
+    from alignkit.errors import AlignKitError, DiskError, OutOfMemoryError, UsageError
 
     if isinstance(error, AlignKitError):
         return error
@@ -97,6 +97,8 @@ def explain(error: Exception) -> AlignKitError | None:
             f"out of memory: {_first_line(error) or 'the host has no memory left'}\n"
             "lower micro_batch_size or max_length, or use lora: or model.quantization: nf4"
         )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(f"{str(error.filename)[:60]}...: file name too long; choose a shorter one")
     full = {errno.ENOSPC, errno.EDQUOT}
     if isinstance(error, OSError) and error.errno in full | {errno.EROFS, errno.EACCES}:
         place = f"{error.filename}: " if error.filename else ""

@@ -17,6 +17,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PA
 LEVELS = {
     "errors": 0,
     "console": 1,
+    "manifest": 1,
     "recipe": 2,
     "runs": 3,
     "data": 3,

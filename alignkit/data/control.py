@@ -31,12 +31,13 @@ def as_rendered(row: Row, tokens: Sequence[str]) -> Row | None:
 
     Such a text begins with a control token and has more of them. It may have been taken for what a user says.
     """
-    text, completions = row.prompt or next(iter(row.completions), ""), row.completions
+    completions = list(row.completions)
+    text = row.prompt or next(iter(completions), "")
     if isinstance(row.prompt, list):
-        turns = [row.prompt, *completions]
-        if any(isinstance(turn, str) or len(turn) > 1 for turn in turns):
+        turns = [turn[0]["content"] for turn in (row.prompt, *completions) if isinstance(turn, list) and len(turn) == 1]
+        if len(turns) != 1 + len(completions):
             return None
-        text, *completions = (turn[0]["content"] for turn in turns)
+        text, completions = turns[0], list(turns[1:])
     if not isinstance(text, str) or not _exact(tuple(tokens)).match(text.lstrip()):
         return None
     if len(_exact(tuple(tokens)).findall(text)) < 2:

@@ -27,6 +27,7 @@ from alignkit.data.files import (
     read_file,
 )
 from alignkit.errors import DataError, Problem
+from alignkit.manifest import require_whole
 from alignkit.recipe.schema import DataSource
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -112,6 +113,7 @@ def _locate(source: DataSource) -> Located:
         _refuse_keys(source, "a local file", ("name", "data_dir", "revision", *split))
         if data_suffix(path) is None:
             raise DataError(f"is not a data file we read ({ACCEPTED})", where=display_name(path))
+        require_whole(path)
         return _choose(Located(source, "files", {"train": (path,)}))
     if files := [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if data_suffix(Path(name))]:
         _refuse_keys(source, "local files", ("name", "data_dir", "revision"))

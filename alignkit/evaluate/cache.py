@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import console
+from alignkit.feedback.store import Store
 from alignkit.runs.files import disk_failures
-from alignkit.runs.record import JsonLines
 
 _NOTE_SECONDS = 10.0
 
@@ -24,15 +24,15 @@ class Cache:
     """Values by the hash of their question; without a path they live as long as the object."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self._values: dict[str, Any] = {}
-        self._file: JsonLines | None = None
-        self._path = path
         self.num_hits = self.num_misses = 0
+        self._store: Store | None = None
         if path is not None:
             with disk_failures(path.parent, "the evaluation cache"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = JsonLines(path)
-            self._values = {row["key"]: row["value"] for row in _read(self._file)}
+            self._store = Store(path)
+        self._values = (
+            {row["key"]: row["value"] for row in self._store.values() if "value" in row} if self._store else {}
+        )
 
     def ask(
         self,
@@ -58,23 +58,11 @@ class Cache:
                 said = time.monotonic()
                 console.note(f"{start} of {len(places)} questions are answered")
             batch = places[start : start + batch_size]
-            for place, value in zip(batch, answer(batch), strict=True):
-                self._keep(keys[place], value)
+            new = {keys[place]: value for place, value in zip(batch, answer(batch), strict=True)}
+            self._values |= new
+            if self._store is not None:
+                self._store.put_all([(key, {"value": value}) for key, value in new.items()])
         return [self._values[key] for key in keys]
-
-    def _keep(self, key: str, value: Any) -> None:
-        self._values[key] = value
-        if self._file is not None and self._path is not None:
-            with disk_failures(self._path.parent, "the evaluation cache"):
-                self._file.append({"key": key, "value": value})
-
-
-def _read(file: JsonLines) -> list[dict[str, Any]]:
-    try:
-        rows = file.read()
-    except ValueError:  # another program has written into it: what is not known is measured again
-        return []
-    return [row for row in rows if isinstance(row, dict) and {"key", "value"} <= row.keys()]
 
 
 def _hash(common: Any, question: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.evaluate.figures import Figure
-from alignkit.runs.files import disk_failures, read_json, write_json
+from alignkit.runs.files import disk_failures, read_record, write_json
 from alignkit.runs.record import versions
 from alignkit.runs.report.evaluation import name_all_data
 
@@ -60,11 +60,10 @@ def merge(before: Mapping[str, Any] | None, now: dict[str, Any]) -> dict[str, An
 
 def save(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     """Merge into the file at `path`, whole or not at all, and return what it holds now."""
-    before = read_json(path) if path.is_file() else None
-    merged = merge(before, data)
+    merged = merge(read_record(path) or None, data)
     with disk_failures(path.parent, path.name):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, merged)
+    write_json(path, merged)
     return merged
 
 

@@ -25,7 +25,7 @@ from alignkit.models.files import find_model_dir
 from alignkit.recipe.schema import EvaluateOptions
 from alignkit.runs.form import form_of
 from alignkit.runs.layout import RunDir
-from alignkit.runs.publish import publish
+from alignkit.runs.publish import show
 
 _CACHE, _JUDGED = "eval-cache.jsonl", "eval-judged.jsonl"
 
@@ -79,7 +79,7 @@ def evaluate(
         return merge(None, data)
     saved = save(path, data)
     if out is None and subject.run is not None:
-        publish(subject.run.path)  # its page and its card show the figures
+        show(subject.run)  # its page and its card show the figures
     _require_judged(subject, evaluation, path)
     return saved
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
@@ -75,7 +75,9 @@ class Model(Protocol):
     """Somebody who writes texts and decides between options; every answer is given out as soon as it is there.
 
     Both methods yield lists of (place in the sequence, answer), in any order: those that came together. They end early
-    when the run is being stopped, and raise JudgeError when no more is to be had.
+    when the run is being stopped, and raise JudgeError when no more is to be had. Places in `known` have an answer
+    already. The last bits of a local model's numbers depend on what shares a batch: its batches are those of the whole
+    sequence, whatever is known, so that a run that was cut off ends like one that was not.
     """
 
     @property
@@ -90,10 +92,12 @@ class Model(Protocol):
     def takes_prefill(self) -> bool:
         """Whether the model's turn can be begun for it."""
 
-    def write(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
+    def write(
+        self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
+    ) -> Iterator[list[tuple[int, Reply]]]:
         """Write a text for each job."""
 
-    def decide(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Verdict]]]:
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Verdict]]]:
         """Decide each question between prompts.OPTIONS."""
 
 

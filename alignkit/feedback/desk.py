@@ -39,19 +39,19 @@ class Desk:
             key_of(ask="write", model=model.identity, request=_digest(job.request), seed=job.seed, **asdict(sampling))
             for job in jobs
         ]
-        asked = self._missing(keys)
-        if asked:
-            batches = model.write([jobs[place] for place in asked], sampling)
-            self._keep(batches, keys, asked, {"kind": kind, "by": by}, about)
+        first, known = self._look_up(keys)
+        if len(known) < len(first):
+            batches = model.write([jobs[place] for place in first], sampling, known)
+            self._keep(batches, keys, first, known, {"kind": kind, "by": by}, about)
         return [Reply.from_record(self._store.get(key) or {}) for key in keys]
 
     def decide(self, model: Model, requests: Sequence[Request], *, by: str, about: Sequence[About]) -> list[Verdict]:
         """Return a verdict for each question; raises as `write` does."""
         keys = [_verdict_key(model, request) for request in requests]
-        asked = self._missing(keys)
-        if asked:
-            batches = model.decide([requests[place] for place in asked])
-            self._keep(batches, keys, asked, {"kind": "label", "by": by}, about)
+        first, known = self._look_up(keys)
+        if len(known) < len(first):
+            batches = model.decide([requests[place] for place in first], known)
+            self._keep(batches, keys, first, known, {"kind": "label", "by": by}, about)
         return self.known(model, requests)  # type: ignore[return-value]
 
     def known(self, model: Model, requests: Sequence[Request]) -> list[Verdict | None]:
@@ -59,30 +59,30 @@ class Desk:
         records = [self._store.get(_verdict_key(model, request)) for request in requests]
         return [None if record is None else Verdict.from_record(record) for record in records]
 
-    def _missing(self, keys: Sequence[str]) -> list[int]:
-        """Return the places of the first of each key that has no answer."""
+    def _look_up(self, keys: Sequence[str]) -> tuple[list[int], frozenset[int]]:
+        """Return the places of the first of each key, and which of those have an answer, by their number."""
         first: dict[str, int] = {}
         for place, key in enumerate(keys):
-            if key not in self._store:
-                first.setdefault(key, place)
-        return list(first.values())
+            first.setdefault(key, place)
+        return list(first.values()), frozenset(number for number, key in enumerate(first) if key in self._store)
 
     def _keep(
         self,
         batches: Iterator[list[tuple[int, _Answer]]],
         keys: Sequence[str],
         asked: Sequence[int],
+        known: frozenset[int],
         facts: About,
         about: Sequence[About],
     ) -> None:
-        """Put answers into the store as they come."""
-        say = _Progress(f"{self._name}: {facts['kind']}", len(asked))
+        """Put answers into the store as they come; those that are there already stay."""
+        say = _Progress(f"{self._name}: {facts['kind']}", len(asked) - len(known))
         for batch in batches:  # after a signal the model ends it, when what is under way has come
             records = [(asked[at], answer) for at, answer in batch]
             self._store.put_all(
                 [(keys[place], {**facts, **about[place], **answer.to_record()}) for place, answer in records]
             )
-            say(len(batch))
+            say(sum(at not in known for at, _ in batch))
         self._stop.check()
 
 

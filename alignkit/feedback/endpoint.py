@@ -44,13 +44,15 @@ class Endpoint:
         self.takes_prefill = not self._is_chat
         self.identity: dict[str, Any] = {"url": self._server.place, "name": source.name, "api": source.api}
 
-    def write(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
-        """Write a text for each job."""
-        return self._ask_all(jobs, lambda job: self._write(job, sampling))
+    def write(
+        self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
+    ) -> Iterator[list[tuple[int, Reply]]]:
+        """Write a text for each job that has none."""
+        return self._ask_all(jobs, known, lambda job: self._write(job, sampling))
 
-    def decide(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Verdict]]]:
-        """Decide each question, by log-probs where the server gives them, else by its text."""
-        return self._ask_all(requests, self._decide)
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Verdict]]]:
+        """Decide each question that is open, by log-probs where the server gives them, else by its text."""
+        return self._ask_all(requests, known, self._decide)
 
     async def _write(self, job: Job, sampling: Sampling) -> Reply:
         payload = self._payload(job.request, sampling.max_new_tokens, sampling.temperature, closing=False)
@@ -115,7 +117,10 @@ class Endpoint:
         return self._server.scrub(text or "")
 
     def _ask_all(
-        self, items: Sequence[_Item], work: Callable[[_Item], Coroutine[Any, Any, _Answer]]
+        self,
+        items: Sequence[_Item],
+        known: Collection[int],
+        work: Callable[[_Item], Coroutine[Any, Any, _Answer]],
     ) -> Iterator[list[tuple[int, _Answer]]]:
         """Yield answers as they come; what is under way when an error ends it is waited for and given out first.
 
@@ -123,7 +128,7 @@ class Endpoint:
         up, when the budget is spent, or when some could not be answered.
         """
         waiting: dict[asyncio.Task[_Answer], int] = {}
-        places = iter(range(len(items)))
+        places = iter([place for place in range(len(items)) if place not in known])
         unanswered: list[str] = []
         in_a_row = 0
         failure: JudgeError | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,9 @@ class LocalModel:
         self._shares = getattr(inner.config.get_text_config(), "sliding_window", None) is None
         self._keeps_last = "logits_to_keep" in inspect.signature(inner.forward).parameters
 
-    def write(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
+    def write(
+        self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
+    ) -> Iterator[list[tuple[int, Reply]]]:
         """Write a text for each job; one whose prompt leaves no room is answered with a problem."""
         for start in range(0, len(jobs), _WINDOW * self._batch_size):
             window = jobs[start : start + _WINDOW * self._batch_size]
@@ -81,12 +83,14 @@ class LocalModel:
             order = sorted({*range(len(window))} - {*long}, key=lambda place: -len(prompts[place]))
             for first in range(0, len(order), self._batch_size):
                 places = order[first : first + self._batch_size]
+                if all(start + place in known for place in places):
+                    continue
                 if self._stop.is_set():
                     return
                 pulse("writing")
                 yield self._write_batch(window, prompts, places, start, sampling)
 
-    def decide(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Verdict]]]:
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Verdict]]]:
         """Score both options of each question; one that is too long for the model is abstained from."""
         for start in range(0, len(requests), _WINDOW * self._batch_size):
             window = requests[start : start + _WINDOW * self._batch_size]
@@ -98,6 +102,8 @@ class LocalModel:
             fitting = [question for question in questions if len(question.whole) <= self._positions]
             groups = sorted(_group(fitting, shares=self._shares), key=lambda group: -len(group[0].prefix))
             for batch in _fill(groups, self._batch_size):
+                if all(question.place in known for group in batch for question in group):
+                    continue
                 if self._stop.is_set():
                     return
                 pulse("judging")

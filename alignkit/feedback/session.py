@@ -6,7 +6,6 @@ What the rows are is the business of `critique` and `label`.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,13 @@ from alignkit.data import DataReport, Rejects
 from alignkit.feedback.desk import Desk
 from alignkit.feedback.stop import Stop, catch_signals
 from alignkit.feedback.store import Store
+from alignkit.manifest import find_damaged_product
 from alignkit.recipe.stage import Stage
-from alignkit.runs.files import disk_failures, sync, write_json
+from alignkit.runs.files import replacing, write_json
 from alignkit.runs.layout import RunDir, compare_fingerprints, copy_recipe, write_result
+from alignkit.runs.publish import leave_finished, show
 from alignkit.runs.record import JsonLines, git_state, versions
-from alignkit.runs.report import write_report
-from alignkit.runs.result import Result, read_result
+from alignkit.runs.result import Result
 
 ROWS, STORE, REPORT = "rows.jsonl", "feedback.jsonl", "report.json"
 
@@ -54,8 +54,10 @@ class Session:
             console.warn(f"{self.stage.name}: going on with a changed setting: {change}")
         if not self.run.is_finished():
             return None
-        console.note(f"{self.stage.name}: already finished, nothing to do (--force starts over)")
-        return read_result(self.run.result)
+        if (damage := find_damaged_product(self.run.path)) is not None:
+            console.warn(f"{self.stage.name}: {damage}; it is made again from the answers in {STORE}")
+            return None
+        return leave_finished(self.run)
 
     def begin(self, fingerprint: Mapping[str, Any], report: DataReport, *, note: str) -> None:
         """Write stage.json and say what was read."""
@@ -70,32 +72,24 @@ class Session:
             "versions": versions(),
             "git": git_state(Path(self.stage.recipe_path).resolve().parent),
         }
-        with disk_failures(self.run.path, "stage.json"):
-            write_json(self.run.stage, record)
+        write_json(self.run.stage, record)
 
     def write_rows(self, rows: Iterable[Mapping[str, Any]], name: str = ROWS) -> int:
         """Replace a file of rows in one step; return how many it holds."""
-        path, count = self.run.path / name, 0
-        partial = path.with_name(f".{name}.tmp")
-        with disk_failures(self.run.path, name), partial.open("w", encoding="utf-8") as file:
+        count = 0
+        with replacing(self.run.path / name) as file:
             for count, row in enumerate(rows, 1):  # noqa: B007
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync(path.parent)
         return count
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Replace report.json, and rejects.jsonl where rows were left out."""
-        with disk_failures(self.run.path, REPORT):
-            write_json(self.run.path / REPORT, dict(report))
-            self.rejects.write(self.run.rejects)
+        write_json(self.run.path / REPORT, dict(report))
+        self.rejects.write(self.run.rejects)
 
     def log(self, step: int, **facts: float) -> None:
         """Append a line to metrics.jsonl."""
-        with disk_failures(self.run.path, self.run.metrics.name):
-            JsonLines(self.run.metrics).append({"step": step, **facts})
+        JsonLines(self.run.metrics).append({"step": step, **facts})
 
     def finish(self, num_rows: int, *, metrics: Mapping[str, float], tokens: int) -> Result:
         """Write the result; the run is finished."""
@@ -109,9 +103,8 @@ class Session:
             wall_seconds=round(self.seconds, 3),
             tokens_per_second=round(tokens / max(self.seconds, 1e-9), 1),
         )
-        with disk_failures(self.run.path, "result.json"):
-            write_result(self.run, result.to_dict())
-            write_report(self.run.path)
+        write_result(self.run, result.to_dict(), [self.run.path / ROWS])
+        show(self.run)
         return result
 
 

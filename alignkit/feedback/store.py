@@ -1,7 +1,7 @@
 """Everything that was ever answered, in a file that only grows: no question is asked twice, and no answer is lost.
 
-One JSON object a line, keyed by a hash of all that decides the answer; on the disk before `put` returns. It knows
-nothing of what the records mean.
+One JSON object a line, keyed by a hash of all that decides the answer, with a checksum of the line; on the disk before
+`put` returns. It knows nothing of what the records mean.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import hashlib
 import json
 import os
 import threading
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit.errors import RunError
-from alignkit.runs.files import disk_failures
+from alignkit.runs.files import disk_failures, open_own, scan_lines, tell_bad_lines
 
 Record = dict[str, Any]
 _CHUNK_BYTES = 1 << 20
+_CHECK = "crc32"
 
 
 def key_of(**facts: Any) -> str:
@@ -36,13 +37,14 @@ class Store:
     def __init__(self, path: Path) -> None:
         """Open the file, or make it; a last line that a kill or a full disk has torn is cut off.
 
-        Raises RunError for a file that holds something else.
+        Lines that are damaged inside, or hold something else, stay and are passed over with a warning: what they
+        answered is asked again. Raises DiskError for what is no file.
         """
         self.path = path
         self._lock = threading.Lock()
         self._starts: dict[str, int] = {}
         with disk_failures(path.parent, path.name):
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._file = open_own(path, os.O_RDWR | os.O_CREAT, mode=0o600)
         self._end = self._index()
 
     def __len__(self) -> int:
@@ -67,10 +69,7 @@ class Store:
         """
         with self._lock:
             new = {key: record for key, record in records if key not in self._starts}
-            lines = [
-                json.dumps({"key": key, **record}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-                for key, record in new.items()
-            ]
+            lines = [_encode({"key": key, **record}) for key, record in new.items()]
             with disk_failures(self.path.parent, self.path.name):
                 self._append(b"".join(lines))
             for key, line in zip(new, lines, strict=True):
@@ -105,23 +104,33 @@ class Store:
                 break
             data += chunk
         record: Record = json.loads(data.partition(b"\n")[0])
+        record.pop(_CHECK, None)
         return record
 
     def _index(self) -> int:
         """Find where every record starts; return the end of the last whole line, and cut off what follows it."""
-        end, number = 0, 0
+        end, bad = 0, []
         with os.fdopen(os.dup(self._file), "rb") as file:
             file.seek(0)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    os.ftruncate(self._file, end)
-                    break
-                number += 1
-                try:
-                    self._starts.setdefault(json.loads(line)["key"], end)
-                except (ValueError, KeyError, TypeError):
-                    # A crash of the machine, not of the process, can leave a block of zeros inside.
-                    what = f"line {number} is damaged; take it out by hand to keep the others, or start with --force"
-                    raise RunError(what, where=str(self.path)) from None
+            for number, (line, record) in enumerate(scan_lines(file, self.path.name), 1):
+                if record is None or not isinstance(record.get("key"), str) or not _is_as_written(record):
+                    bad.append(number)  # a crash of the machine, not of the process, can leave a block of zeros inside
+                else:
+                    self._starts.setdefault(record["key"], end)
                 end += len(line)
+        if end < os.fstat(self._file).st_size:
+            os.ftruncate(self._file, end)
+        tell_bad_lines(self.path, bad, "what they answered is asked again")
         return end
+
+
+def _encode(record: Record) -> bytes:
+    """Return the line of a record: its JSON with a checksum of it as the last key."""
+    text = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return text[:-1] + b', "%s": "%08x"}\n' % (_CHECK.encode(), zlib.crc32(text))
+
+
+def _is_as_written(record: Record) -> bool:
+    """Tell whether a record has the checksum of its content; those of earlier versions have none."""
+    content = {name: value for name, value in record.items() if name != _CHECK}
+    return _CHECK not in record or _encode(content).endswith(b'"%s"}\n' % str(record[_CHECK]).encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from alignkit.errors import EnvironmentProblem
@@ -41,9 +41,13 @@ class VllmModel:
         self.control_tokens = self._encoder.control_tokens
         self.identity: dict[str, Any] = {"model": fingerprint_causal(source), "engine": "vllm"}
 
-    def write(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
+    def write(
+        self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
+    ) -> Iterator[list[tuple[int, Reply]]]:
         """Write a text for each job."""
         for start in range(0, len(jobs), _BATCH):
+            if all(place in known for place in range(start, min(start + _BATCH, len(jobs)))):
+                continue
             if self._stop.is_set():
                 return
             batch = jobs[start : start + _BATCH]
@@ -63,9 +67,11 @@ class VllmModel:
                 for place, (job, output) in enumerate(zip(batch, self._generate(prompts, settings), strict=True))
             ]
 
-    def decide(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Verdict]]]:
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Verdict]]]:
         """Score both options of each question by their first own token."""
         for start in range(0, len(requests), _BATCH):
+            if all(place in known for place in range(start, min(start + _BATCH, len(requests)))):
+                continue
             if self._stop.is_set():
                 return
             split = [self._encoder.split(request) for request in requests[start : start + _BATCH]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.launch.command import Command
+from alignkit.manifest import find_damaged_product
 from alignkit.preflight.lineage import list_needs
 from alignkit.recipe import Stage
 from alignkit.recipe.lineage import ROWS
@@ -80,7 +81,10 @@ def _decide(stage: Stage, command: Command, before: Sequence[Entry], *, force: b
         more = f" (and {len(changes) - 2} more)" if len(changes) > 2 else ""
         return "again", f"{'; '.join(changes[:2])}{more}"
     if run.is_finished():
-        return "leave", "finished, nothing has changed"
+        reason = find_damaged_product(run.path)
+        if reason is None and stage.method not in FEEDBACK:
+            reason = _room(stage).find_longer(stage, run)
+        return ("resume", reason) if reason else ("leave", "finished, nothing has changed")
     newest = checkpoints.newest_step(run.checkpoints)
     return "resume", "not finished" if newest is None else f"stopped; step {newest} is saved"
 

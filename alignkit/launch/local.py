@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from alignkit import console
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.sources import Located, locate
-from alignkit.errors import DataError, ModelError, Problem
+from alignkit.errors import DataError, DiskError, ModelError, Problem
 from alignkit.launch import processes
 from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.preflight.check import check_packages
@@ -85,9 +85,23 @@ def hold_run(path: Path, *, force: bool, check: Callable[[], None] = lambda: Non
         raise
     try:
         yield run
+        if not lock.is_current():
+            raise _gone(run)
+    except Exception as error:
+        if lock.is_current():
+            raise
+        raise _gone(run) from error  # whatever else went wrong began there
     finally:
-        _remove_if_empty(run.path)  # while it is ours: another command may lock it as soon as we let go
+        if lock.is_current():
+            _remove_if_empty(run.path)  # while it is ours: another command may lock it as soon as we let go
         lock.release()
+
+
+def _gone(run: RunDir) -> DiskError:
+    return DiskError(
+        f"{run.path}: the run directory was moved or deleted while the run went on; move it back, and the same command "
+        "goes on from what was saved"
+    )
 
 
 def train_in(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...]) -> Result:

@@ -15,7 +15,7 @@ from typing import Any
 from alignkit.evaluate.request import request_stages
 from alignkit.recipe import Recipe
 from alignkit.recipe.schema import EvaluateOptions
-from alignkit.runs.files import disk_failures, read_json, write_json
+from alignkit.runs.files import read_record, write_json
 from alignkit.runs.layout import RunDir
 
 NAME = "evaluate"
@@ -45,10 +45,10 @@ class Measuring:
 
     def is_done(self) -> bool:
         """Tell whether just this has been measured; a run that was trained anew has lost its eval.json."""
-        if not self._record.is_file():
+        record = read_record(self._record)
+        if record.get("asked") != self._asked:
             return False
-        record = read_json(self._record)
-        return record["asked"] == self._asked and all(_figures(source).is_file() for source in record["measured"])
+        return all(read_record(_figures(source)) for source in record["measured"])
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Measure one model after another and yield what its eval.json holds now."""
@@ -63,8 +63,7 @@ class Measuring:
             folder=Path.cwd(), skip=True,
         )  # fmt: skip
         measured = [source for source, _ in self.requests if _figures(source).is_file()]
-        with disk_failures(self._record.parent, RECORD):
-            write_json(self._record, {"asked": self._asked, "measured": measured})
+        write_json(self._record, {"asked": self._asked, "measured": measured})
 
     @property
     def _asked(self) -> str:

@@ -24,8 +24,9 @@ from alignkit.launch.slurm import write_jobs
 from alignkit.launch.worker import is_supervised
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK
-from alignkit.runs.files import disk_failures, write_text
+from alignkit.runs.files import write_text
 from alignkit.runs.layout import RunDir
+from alignkit.runs.publish import attempt
 from alignkit.runs.report import write_recipe_report
 
 _FAILURES = (3, 4, 5, 6, 7)  # not finite, disk, memory, a process, the judge
@@ -101,8 +102,10 @@ def _write_page(jobs: Sequence[tuple[Stage, Command]]) -> None:
     """Write the page of the whole recipe and say where it is."""
     if console.is_main():
         stages = [stage for stage, _ in jobs]
-        page = write_recipe_report(stages[0].recipe_name, [(stage.name, Path(stage.run_dir)) for stage in stages])
-        console.note(f"report: {page}")
+        runs = [(stage.name, Path(stage.run_dir)) for stage in stages]
+        place = runs[0][1].expanduser().absolute().parent
+        if (page := attempt("page", place, lambda: write_recipe_report(stages[0].recipe_name, runs))) is not None:
+            console.note(f"report: {page}")
 
 
 def _note_failure(run_dir: Path | None, error: BaseException) -> None:
@@ -111,8 +114,7 @@ def _note_failure(run_dir: Path | None, error: BaseException) -> None:
         return
     run = RunDir(run_dir.expanduser().absolute())
     if console.is_main() and run.stage.is_file() and not run.is_finished():
-        with disk_failures(run.path, "error.log"):
-            write_text(run.error_log, console.redact(f"{error}\n"))
+        write_text(run.error_log, console.redact(f"{error}\n"))
 
 
 def _run_entries(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
-from alignkit import console
 from alignkit.errors import EnvironmentProblem, Problem, RecipeError
 from alignkit.launch import is_in_process, launch_stage
 from alignkit.launch.agenda import Entry
@@ -22,7 +21,8 @@ from alignkit.launch.worker import is_worker
 from alignkit.preflight.lineage import list_needs
 from alignkit.recipe import Stage
 from alignkit.runs.layout import RunDir
-from alignkit.runs.result import Result, read_result
+from alignkit.runs.publish import leave_finished
+from alignkit.runs.result import Result
 
 
 def check_stages(jobs: Sequence[tuple[Stage, Command]]) -> None:
@@ -60,8 +60,7 @@ def run_stages(
         stage = entry.stage
         before(entry)
         if entry.will == "leave":
-            console.note(f"{stage.name}: already finished, nothing to do (--force starts over)")
-            yield read_result(RunDir(Path(stage.run_dir).expanduser().absolute()).result)
+            yield leave_finished(RunDir(Path(stage.run_dir).expanduser().absolute()))
             continue
         with nullcontext() if is_in_process(stage, entry.command, retries=retries) else aside():
             result = launch_stage(stage, entry.command, force=entry.will == "again", retries=retries)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.errors import ModelError, Problem
+from alignkit.manifest import require_whole
 from alignkit.recipe.nearest import suggest
 
 BUILTIN_PREFIX = "builtin:"
@@ -86,8 +87,10 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
     """Read what a directory of weights holds and refuse what must not be loaded.
 
     Refused, all problems at once: weights only as pickles, remote code without `trust_code`, missing shards,
-    damaged safetensors headers, an adapter without a base. Raises ModelError.
+    damaged safetensors headers, an adapter without a base. Raises ModelError; RunError when a run of ours had finished
+    it with other bytes.
     """
+    require_whole(path)
     is_adapter = (path / "adapter_config.json").exists()
     config_name = "adapter_config.json" if is_adapter else "config.json"
     if not (path / config_name).exists():

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit import __version__
+from alignkit.errors import RunError
 from alignkit.runs.facts import Facts, read_facts
-from alignkit.runs.files import disk_failures, write_text
-from alignkit.runs.layout import RunDir
+from alignkit.runs.files import write_text
+from alignkit.runs.layout import CARD, RunDir
 from alignkit.runs.report.evaluation import Row, tabulate
 from alignkit.runs.report.numbers import count, duration, figure
 from alignkit.runs.report.view import METHODS, describe_cost, describe_hardware, gather_warnings
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
     from jinja2 import Environment
 
-CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|yaml)", re.IGNORECASE)
 _PATH = re.compile(r"(?:~|\.{0,2})(?:/[^\s/:,;'\"()]+){2,}/?|(?<![\w/.-])(?:[\w.-]+/){2,}[\w.-]+")
@@ -39,8 +39,9 @@ def write_card(path: Path, *, repo: str | None = None) -> Path | None:
     if not run.model.is_dir():
         return None
     card = run.model / CARD
-    with disk_failures(run.model, CARD):
-        write_text(card, render_card(read_facts(run.path), repo=repo))
+    if run.model.is_symlink():
+        raise RunError("is a link, and the card would be written where it points to", where=str(run.model))
+    write_text(card, render_card(read_facts(run.path), repo=repo))
     return card
 
 

@@ -10,18 +10,19 @@ import json
 import os
 import re
 import shutil
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import RunError
-from alignkit.runs.files import directory_bytes, read_json, sync, write_json
+from alignkit.manifest import describe
+from alignkit.manifest import find_damage as find_damaged_file
+from alignkit.runs.files import directory_bytes, put_aside, read_json, sync, write_json
 
 MANIFEST = "alignkit_manifest.json"
+SEALED = ".sealed"  # in a run directory: it has had a checkpoint
 _STEP = re.compile(r"checkpoint-(\d+)")
-_CHUNK_BYTES = 1 << 22
 
 
 def step_of(checkpoint: Path) -> int:
@@ -43,15 +44,6 @@ def newest_step(directory: Path) -> int | None:
     return step_of(sealed[0]) if sealed else None
 
 
-def checksum(path: Path) -> str:
-    """Return the CRC-32 of a file as eight hex digits (3 GB/s a core; damage, not attacks, is the enemy)."""
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            crc = zlib.crc32(chunk, crc)
-    return f"{crc:08x}"
-
-
 def _own_checksum(manifest: dict[str, Any]) -> str:
     """Return the CRC-32 of a manifest's content, its own checksum left out."""
     content = {key: value for key, value in manifest.items() if key != "crc32"}
@@ -64,11 +56,10 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     `facts` goes into the manifest as it is: step, world size, dtypes, fingerprints, versions, seed.
     """
     (checkpoint / MANIFEST).unlink(missing_ok=True)
-    files = {}
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    for path in files:
         sync(path)
-        files[str(path.relative_to(checkpoint))] = {"bytes": path.stat().st_size, "crc32": checksum(path)}
-    manifest = json.loads(json.dumps({"format": 1, "files": files, **facts}, default=str))
+    manifest = json.loads(json.dumps({"format": 1, "files": describe(checkpoint, files), **facts}, default=str))
     write_json(checkpoint / MANIFEST, {**manifest, "crc32": _own_checksum(manifest)})
     sync(checkpoint.parent)
 
@@ -85,40 +76,39 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{MANIFEST} has other content than was sealed"
         if manifest["step"] != step_of(checkpoint):
             return f"its manifest is of step {manifest['step']}"
-        for name, sealed in files.items():
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != sealed["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {sealed['bytes']}"
-            if checksum(path) != sealed["crc32"]:
-                return f"{name} has other bytes than were sealed"
+        return find_damaged_file(checkpoint, files, thorough=True)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    return None
 
 
-def find_resumable(directory: Path, *, warn: Callable[[str], None]) -> Path | None:
+def remember(directory: Path, step: int) -> None:
+    """Note beside the directory that there was a checkpoint: should all vanish, the run must not start afresh."""
+    write_json(directory.parent / SEALED, {"step": step})
+
+
+def find_resumable(
+    directory: Path, *, warn: Callable[[str], None], find_fault: Callable[[Path], str | None] = lambda checkpoint: None
+) -> Path | None:
     """Return the newest checkpoint that verifies, setting damaged ones aside as `bad-...`.
 
-    Each damaged checkpoint costs one warning. Raises RunError when there were checkpoints and none is whole, rather
-    than train from the start in silence. A directory that was only ever partly written does not count as one.
+    `find_fault` says of one whose files are whole why it cannot be loaded all the same. Each damaged checkpoint costs
+    one warning. Raises RunError when there were checkpoints and none is whole, rather than train from the start in
+    silence. A directory that was only ever partly written does not count as one.
     """
     found = list_checkpoints(directory)
     for checkpoint in found:
-        reason = find_damage(checkpoint)
+        reason = find_damage(checkpoint) or find_fault(checkpoint)
         if reason is None:
             return checkpoint
-        aside = checkpoint.with_name(f"bad-{checkpoint.name}-{time.time_ns() // 1_000_000}")
-        os.replace(checkpoint, aside)
-        warn(f"{checkpoint}: {reason}; set aside as {aside.name}")
+        warn(f"{checkpoint}: {reason}; set aside as {put_aside(checkpoint).name}")
     # Those set aside by an earlier try count too: trying again must not start afresh in silence.
     damaged = sum((path / MANIFEST).is_file() for path in directory.glob("bad-checkpoint-*"))
-    if damaged:
+    if damaged or (directory.parent / SEALED).exists():
+        what = f"none of its checkpoints is whole, {damaged} were set aside as bad-*" if damaged else (
+            "its checkpoints are gone, though the run had saved some; put them back"
+        )  # fmt: skip
         raise RunError(
-            f"none of its checkpoints is whole, {damaged} were set aside as bad-*; "
-            "start over with --force, which keeps this directory under another name",
-            where=str(directory),
+            f"{what}; or start over with --force, which keeps this directory under another name", where=str(directory)
         )
     return None
 

@@ -5,7 +5,6 @@ It reads runs in every state: before the first step, stopped, failed, finished. 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 from alignkit.console import redact
 from alignkit.errors import RunError
-from alignkit.runs.files import read_json
+from alignkit.runs.files import read_json, read_lines, read_record
 from alignkit.runs.layout import RunDir
 
 _SHOWN_REJECTS = 20
@@ -85,23 +84,26 @@ class Facts:
 
 
 def read_facts(path: Path) -> Facts:
-    """Read a run directory. Raises RunError when it is none, or when one of its files is not readable JSON."""
+    """Read a run directory; records it can do without are left out with a warning where they are damaged.
+
+    Raises RunError when it is no run, or its stage.json cannot be read.
+    """
     run = RunDir(path.expanduser().absolute())
     if not run.stage.is_file():
         raise RunError("is no run: it has no stage.json; name a run directory such as runs/demo/sft", where=str(path))
     finished = run.result.is_file()
-    rejects = _read_lines(run.rejects)
+    rejects = read_lines(run.rejects)
     return Facts(
         path=run.path,
         stage=_clean(read_json(run.stage)),
-        result=_clean(read_json(run.result)) if finished else {},
-        metrics=_clean(_read_lines(run.metrics)),
-        samples=_clean(_read_lines(run.samples)),
-        evaluation=_clean(_read_object(run.evaluation)),
-        feedback=_clean(_read_object(run.path / _FEEDBACK)),
-        labels=_clean(_read_lines(run.path / _LABELS)[:_SHOWN_LABELS]),
-        warnings=_clean(_read_lines(run.warnings)),
-        preview=_clean(_read_object(run.preview).get("rows", [])),
+        result=_clean(read_record(run.result)),
+        metrics=_clean(read_lines(run.metrics)),
+        samples=_clean(read_lines(run.samples)),
+        evaluation=_clean(read_record(run.evaluation)),
+        feedback=_clean(read_record(run.path / _FEEDBACK)),
+        labels=_clean(read_lines(run.path / _LABELS)[:_SHOWN_LABELS]),
+        warnings=_clean(read_lines(run.warnings)),
+        preview=_clean(read_record(run.preview).get("rows", [])),
         rejects=_clean(rejects[:_SHOWN_REJECTS]),
         num_rejects=len(rejects),
         error="" if finished else redact(_read_end(run.error_log)),
@@ -130,21 +132,6 @@ def parents(run: Facts) -> list[str]:
     """Return the stages of the same recipe that a run needs: its start, then its reward models."""
     start = run.stage.get("start_stage")
     return [*([start] if start else []), *(run.stage.get("reward_stages") or {}).values()]
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON Lines file; a torn last line is left alone and left out: the run may be writing it."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
-    except ValueError as error:
-        raise RunError(f"cannot be read ({error})", where=str(path)) from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _read_end(path: Path, num_chars: int = 4000) -> str:

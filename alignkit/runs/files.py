@@ -1,18 +1,30 @@
-"""Writing files that are either whole or absent, and reading them back; knows nothing of runs."""
+"""Writing files that are either whole or absent, and reading records back by one rule; knows nothing of training.
+
+No link is followed: a name inside a run directory may have been left there by somebody else.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import IO, Any
 
-from alignkit.errors import DiskError, RunError
+from alignkit import console
+from alignkit.errors import AlignKitError, DiskError, RunError
 
-_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+# What stands at the place of a file, where more room would not help.
+_PLACE_ERRNOS = {
+    errno.EBUSY, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG,
+}  # fmt: skip
+_DISK_ERRNOS = _PLACE_ERRNOS | {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE,
+}  # fmt: skip
 # What torch.save and safetensors say when a write comes up short: neither keeps the errno.
 _DISK_MESSAGES = ("No space left", "unexpected pos", "PytorchStreamWriter failed", "Disk quota", "File too large")
 
@@ -29,15 +41,36 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by a file with this text, in one step and on the disk before returning."""
+def open_own(path: Path, flags: int, *, mode: int = 0o666) -> int:
+    """Open a file of a run, which is no link; flags as for os.open."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """Write a file in the block; it takes the place of `path` in one step at the end, and is on the disk then.
+
+    Raises DiskError; what was there before is untouched by any error.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with disk_failures(path.parent, path.name):
+        temporary.unlink(missing_ok=True)
+        try:
+            with os.fdopen(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by a file with this text, in one step and on the disk before returning; raises DiskError."""
+    with replacing(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -45,15 +78,105 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+# What the records of a run must hold to be used, by their file names; what may be None may be absent.
+_NUMBER = (int, float)
+_TEXT, _MAP, _LIST = (str, NoneType), (dict, NoneType), (list, NoneType)
+_SHAPES: dict[str, dict[str, Any]] = {
+    "stage.json": {
+        "stage": str, "method": str, "recipe": _TEXT, "start_stage": _TEXT, "start_dir": _TEXT,
+        "seed": (*_NUMBER, NoneType), "num_processes": (*_NUMBER, NoneType), "lineage": _LIST, "reward_stages": _MAP,
+        **dict.fromkeys(
+            ("fingerprint", "options", "trainer", "trl", "data", "lengths", "eval_lengths", "model", "lora", "launch",
+             "parameters", "versions", "hardware", "git", "training"), _MAP,
+        ),
+    },
+    "result.json": {
+        "status": str, "stage": _TEXT, "step": (int, NoneType), "model_dir": _TEXT, "metrics": _MAP, "files": _MAP,
+        **dict.fromkeys(("tokens", "wall_seconds", "tokens_per_second", "peak_memory_bytes"), (*_NUMBER, NoneType)),
+    },
+    "probe.json": {"reward": bool, "dtype": str, "quantization": str, "values": list},
+    "eval.json": {"schema": (int, NoneType), "weights": _TEXT, "results": _LIST, "warnings": _LIST},
+    "evaluated.json": {"asked": str, "measured": list},
+    "preview.json": {"rows": list},
+    "metrics.jsonl": {"step": int},
+    "samples.jsonl": {"step": int},
+    "warnings.jsonl": {"time": str, "message": str},
+    "rejects.jsonl": {"reason": str},
+}  # fmt: skip
+
+
+def _find_fault(name: str, data: Any) -> str | None:
+    """Return what keeps a record of this file name from being used, None when nothing does."""
+    if not isinstance(data, dict):
+        return f"holds {type(data).__name__}, not an object"
+    for key, kind in _SHAPES.get(name, {}).items():
+        if not isinstance(data.get(key), kind):
+            return f"has no {key}" if key not in data else f"{key} is {json.dumps(data[key])[:40]}"
+    return None
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in `path`; raises RunError when it is not readable JSON."""
+    """Return the object in `path`; raises RunError when it is not readable JSON, or not what such a file holds."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot be read ({error}); start over with --force", where=str(path)) from error
-    if not isinstance(data, dict):
-        raise RunError("holds no JSON object; start over with --force", where=str(path))
-    return data
+        fault = _find_fault(path.name, data)
+    except (OSError, ValueError, RecursionError) as error:
+        fault = f"cannot be read ({error})"
+    if fault is not None:
+        raise RunError(f"{fault}; put the file back as it was, or start over with --force", where=str(path))
+    found: dict[str, Any] = data
+    return found
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the object in a file that others can do without: empty, after a warning, where it cannot be used."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        return read_json(path)
+    except RunError as error:
+        console.warn(f"{path}: {error.problems[0].what.partition(';')[0]}; it is left out")
+        return {}
+
+
+def scan_lines(lines: IO[bytes], name: str) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield each whole line of a JSON Lines file with its record, None where it cannot be used; not a torn last line.
+
+    Lines end at newlines only: JSON leaves other separators, such as U+2028, inside strings.
+    """
+    for line in lines:
+        if not line.endswith(b"\n"):
+            return
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError):
+            data = None
+        yield line, data if _find_fault(name, data) is None else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSON Lines file; lines that cannot be used are left out, with one warning."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        found = [record for line, record in scan_lines(file, path.name) if line.strip()]
+    tell_bad_lines(path, [number for number, record in enumerate(found, 1) if record is None], "left out")
+    return [record for record in found if record is not None]
+
+
+def tell_bad_lines(path: Path, numbers: list[int], what: str) -> None:
+    """Say, where there are any, which lines of a file cannot be used and what becomes of them."""
+    if numbers:
+        lines = "1 line" if len(numbers) == 1 else f"{len(numbers)} lines"
+        console.warn(f"{path}: {lines} cannot be read (first: line {numbers[0]}); {what}")
+
+
+def put_aside(path: Path) -> Path:
+    """Give a file or directory that cannot be used another name beside the old one, and return it."""
+    aside = path.with_name(f"bad-{path.name}-{time.time_ns() // 1_000_000}")
+    with disk_failures(path.parent, path.name):
+        os.replace(path, aside)
+    return aside
 
 
 def is_disk_failure(error: BaseException) -> bool:
@@ -68,13 +191,18 @@ def disk_failures(directory: Path, what: str) -> Iterator[None]:
     """Turn a failed write below `directory` into one DiskError that says what is needed and what is free."""
     try:
         yield
+    except AlignKitError:
+        raise  # of a block within this one
     except Exception as error:
         if not is_disk_failure(error):
             raise
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no space left"
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            reason = "it is a link, and none is followed out of a run directory"
+        remedy = "put that right" if isinstance(error, OSError) and error.errno in _PLACE_ERRNOS else "make room"
         raise DiskError(
             f"{directory}: cannot write {what} ({reason}; {describe_bytes(free_bytes(directory))} free); "
-            "nothing complete was touched: make room and run the same command again"
+            f"nothing complete was touched: {remedy} and run the same command again"
         ) from error
 
 

@@ -17,8 +17,11 @@ from typing import IO, Any
 
 from alignkit import console
 from alignkit.errors import RunError
+from alignkit.manifest import describe
 from alignkit.recipe.fields import method_fields
-from alignkit.runs.files import disk_failures, read_json, write_json
+from alignkit.runs.files import disk_failures, open_own, read_json, read_record, write_json
+
+CARD = "README.md"  # the model card, beside the weights
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,8 @@ class RunDir:
         return self.path / "error.log"
 
     def is_finished(self) -> bool:
-        """Tell whether the run ended well; result.json is written last."""
-        return self.result.is_file() and read_json(self.result).get("status") == "finished"
+        """Tell whether the run ended well, whatever has become of its files since; a torn result.json does not."""
+        return read_record(self.result).get("status") == "finished"
 
 
 class RunLock:
@@ -112,7 +115,9 @@ class RunLock:
     def __init__(self, run: RunDir) -> None:
         """Take the lock. Raises RunError naming the holder when another process has it."""
         self._path = run.path / ".lock"
-        self._file: IO[str] = self._path.open("a+", encoding="utf-8")
+        self._file: IO[str] = os.fdopen(
+            open_own(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+", encoding="utf-8"
+        )
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -123,7 +128,7 @@ class RunLock:
                 "--set name=NAME",
                 where=str(run.path),
             ) from error
-        if not self._is_current():
+        if not self.is_current():
             self._file.close()
             raise RunError("in use by another process, which has just ended; try again", where=str(run.path))
         self._file.truncate(0)
@@ -134,8 +139,8 @@ class RunLock:
         """Let another process have the directory."""
         self._file.close()
 
-    def _is_current(self) -> bool:
-        """Tell whether this is still the directory's lock: its last holder may have removed or moved the directory."""
+    def is_current(self) -> bool:
+        """Tell whether this is still the directory's lock: the directory may have been removed or moved."""
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
         except FileNotFoundError:
@@ -153,8 +158,21 @@ def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
     with disk_failures(run.path, "the run directory"):
         for directory in (run.path.parent, run.path):  # the recipe's own too: its page shows what the runs' pages do
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _refuse_links(run.path)
         lock = RunLock(run)
     return run, set_aside(run, lock) if force else lock
+
+
+def _refuse_links(directory: Path) -> None:
+    """Raise RunError for a symbolic link anywhere in a run: what it points to would be written, emptied or renamed."""
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            if os.path.islink(path := os.path.join(folder, name)):
+                raise RunError(
+                    f"is a link to {os.readlink(path)}; a run's files lie in its directory: put what it points to in "
+                    "its place, or remove it",
+                    where=path,
+                )
 
 
 def set_aside(run: RunDir, lock: RunLock) -> RunLock:
@@ -250,6 +268,11 @@ def copy_recipe(run: RunDir, source: Path) -> None:
         run.recipe.write_bytes(console.redact(text).encode("utf-8", "surrogateescape"))
 
 
-def write_result(run: RunDir, result: Mapping[str, Any]) -> None:
-    """Write result.json, the last file of a run."""
-    write_json(run.result, dict(result))
+def write_result(run: RunDir, result: Mapping[str, Any], products: Sequence[Path]) -> None:
+    """Write result.json, which makes a run count as finished; it names the files that others use, with checksums.
+
+    `products` are those files, and directories of them. The model card is none of them: it is written later and again.
+    """
+    files = [path for product in products for path in (product.rglob("*") if product.is_dir() else [product])]
+    kept = [path for path in files if path.is_file() and path.name != CARD]
+    write_json(run.result, {**result, "files": describe(run.path, kept)})

@@ -1,17 +1,59 @@
-"""What `alignkit report` does: the page, the model card, and on request the upload, in this order.
+"""What shows a run: the page, the model card, and on request the upload, in this order.
 
 It decides only which of them apply to what was named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-from alignkit.errors import RunError, UsageError
+from alignkit import console
+from alignkit.errors import DiskError, RunError, UsageError
+from alignkit.manifest import find_damaged_product
 from alignkit.runs.card import write_card
-from alignkit.runs.layout import RunDir
+from alignkit.runs.files import write_text
+from alignkit.runs.layout import CARD, RunDir
 from alignkit.runs.report import write_recipe_report, write_report
+from alignkit.runs.result import Result, read_result
+
+_Page = TypeVar("_Page")
+
+
+def show(run: RunDir) -> None:
+    """Write page and card of a run that has ended; neither can fail it."""
+    attempt("model card", run.path, lambda: write_card(run.path))
+    attempt("page", run.path, lambda: write_report(run.path))
+
+
+def attempt(what: str, directory: Path, write: Callable[[], _Page]) -> _Page | None:
+    """Write a page or a card of work that is done; where that cannot be, warn, keep the traceback, and go on.
+
+    Whatever goes wrong in drawing is no reason to lose a run or its exit code.
+    """
+    try:
+        return write()
+    except Exception as error:
+        said = str(error).strip().split("\n", 1)[0]
+        console.warn(
+            f"{directory.name}: its {what} could not be made ({type(error).__name__}: {said}); the run itself is "
+            f"whole, and `alignkit report {directory}` tries again"
+        )
+        with suppress(DiskError):
+            write_text(RunDir(directory).error_log, console.redact("".join(traceback.format_exception(error))))
+        return None
+
+
+def leave_finished(run: RunDir) -> Result:
+    """Say that a run has been finished already, make its page and card where they are missing, return how it ended."""
+    result = read_result(run.result)
+    console.note(f"{result.stage}: already finished, nothing to do (--force starts over)")
+    if not run.report.is_file() or (run.model.is_dir() and not (run.model / CARD).is_file()):
+        show(run)
+    return result
 
 
 def publish(
@@ -28,9 +70,16 @@ def publish(
     """
     if public and repo is None:
         raise UsageError("--public has no effect without --push")
+    if out is not None and out.is_dir():
+        raise UsageError(f"--out: {str(out)!r} is a directory; name the file of the page")
     is_run = RunDir(target.expanduser()).stage.is_file()
     if repo is not None and not is_run:
         raise RunError("--push uploads the model of one run; name its directory", where=str(target))
+    if is_run and (damage := find_damaged_product(target.expanduser())) is not None:
+        what = f"{damage}: it was damaged after the run had finished; run its command again, which makes it anew"
+        if repo is not None:
+            raise RunError(what, where=str(target))
+        console.warn(f"{target}: {what}")
     page = write_recipe_report(target.stem, stages, out=out) if stages else write_report(target, out=out)
     done = {"report": str(page)}
     if is_run and (card := write_card(target)) is not None:

@@ -8,55 +8,61 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from alignkit import console
-from alignkit.runs.files import disk_failures
+from alignkit.runs.files import disk_failures, open_own, put_aside, read_lines, scan_lines, tell_bad_lines, write_text
 
 PACKAGES = ("alignkit", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
 
 class JsonLines:
-    """A file of JSON objects that grows by whole lines; a torn last line is cut when it is opened again."""
+    """A file of JSON objects that grows by whole lines; it is mended when it is opened again.
+
+    A torn last line is cut off; lines inside that cannot be used go to `bad-NAME-...` beside it, with a warning.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        if path.exists():
-            _cut_torn_line(path)
+        if path.is_file() and not path.is_symlink():
+            self._mend()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one object and hand it to the operating system."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
+        """Add one object and hand it to the operating system; raises DiskError."""
+        line = json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n"
+        with disk_failures(self._path.parent, self._path.name):
+            descriptor = open_own(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(line)
 
-    def keep(self, wanted: Any) -> None:
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the rows for which `wanted(row)` is false: those of steps that a resumed run will take again."""
-        if not self._path.exists():
-            return
-        rows = [line for line in self._lines() if wanted(json.loads(line))]
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
-        os.replace(temporary, self._path)
+        if self._path.is_file():
+            with self._path.open("rb") as file:
+                found = list(scan_lines(file, self._path.name))
+            self._rewrite([line for line, row in found if row is not None and wanted(row)])
 
     def read(self) -> list[dict[str, Any]]:
         """Return every row."""
-        return [json.loads(line) for line in self._lines()]
+        return read_lines(self._path)
 
-    def _lines(self) -> list[str]:
-        if not self._path.exists():
-            return []
-        # Not splitlines: it also cuts at separators such as U+2028, which JSON leaves inside strings.
-        return [line for line in self._path.read_text(encoding="utf-8").split("\n") if line]
+    def _mend(self) -> None:
+        with self._path.open("rb") as file:
+            found = list(scan_lines(file, self._path.name))
+        bad = [number for number, (_, row) in enumerate(found, 1) if row is None]
+        if bad:
+            aside = put_aside(self._path)
+            self._rewrite([line for line, row in found if row is not None])
+            tell_bad_lines(self._path, bad, f"the file as it was is kept as {aside.name}")
+        elif sum(len(line) for line, _ in found) < self._path.stat().st_size:
+            self._rewrite([line for line, _ in found])
 
-
-def _cut_torn_line(path: Path) -> None:
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+    def _rewrite(self, lines: Sequence[bytes]) -> None:
+        write_text(self._path, b"".join(lines).decode("utf-8", "replace"))
 
 
 def _finite(value: Any) -> Any:
@@ -69,9 +75,8 @@ def record_warnings(path: Path) -> Iterator[None]:
     """Append every warning that is said meanwhile to the file at `path`: when it was said, and what it says."""
 
     def record(message: str) -> None:
-        with disk_failures(path.parent, path.name):
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            JsonLines(path).append({"time": now, "message": console.redact(message)})
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        JsonLines(path).append({"time": now, "message": console.redact(message)})
 
     with console.recording(record):
         yield

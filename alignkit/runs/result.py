@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignkit.errors import RunError
 from alignkit.runs.files import read_json
 
 
@@ -33,6 +34,8 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """Return what result.json says."""
+    """Return what result.json says; raises RunError where it does not say all."""
     data = read_json(path)
+    if missing := [key for key in Result.__dataclass_fields__ if data.get(key) is None]:
+        raise RunError(f"has no {missing[0]}; put the file back as it was, or start over with --force", where=str(path))
     return Result(**{key: data[key] for key in Result.__dataclass_fields__})

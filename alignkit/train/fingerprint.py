@@ -40,6 +40,17 @@ def find_changes(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = (
     return list(list_changes(run, {**known, "data": hash_data(stage)}, allow_change=allow_change).values())
 
 
+def find_longer(stage: Stage, run: RunDir) -> str | None:
+    """Return which allowed change makes a finished run longer, as "key: before -> now", None when none does."""
+    before, now = read_json(run.stage).get("fingerprint") or {}, stage.fingerprint_values()
+    for key in sorted(now):
+        if key.rpartition(".")[2] in ("num_train_epochs", "max_steps") and before.get(key) != now[key]:
+            old = before.get(key)
+            if not isinstance(old, int | float) or now[key] > old:
+                return f"{key}: {old} -> {now[key]}"
+    return None
+
+
 def _hash_start(stage: Stage) -> str | None:
     """Fingerprint the files a stage starts from; built-in and hub weights are told by their name."""
     directory = find_model_dir(stage.start_dir or stage.model.path)

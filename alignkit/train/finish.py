@@ -19,12 +19,11 @@ from alignkit.models.parameters import describe_parameters, hash_base
 from alignkit.models.probe import compare_probes, take_probe
 from alignkit.models.save import save_model
 from alignkit.recipe import Stage
-from alignkit.runs.card import write_card
 from alignkit.runs.files import disk_failures, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.layout import RunDir, write_result
+from alignkit.runs.publish import show
 from alignkit.runs.record import JsonLines
-from alignkit.runs.report import write_report
 from alignkit.runs.result import Result
 from alignkit.train import ranks, shards, zero
 from alignkit.train.built import Built
@@ -60,9 +59,8 @@ def finish(stage: Stage, run: RunDir, built: Built) -> Result:
             tokens_per_second=round(_tokens_per_second(trainer), 1),
             peak_memory_bytes=_peak_memory_bytes(),
         ).to_dict()
-        write_result(run, result)
-        write_card(run.path)
-        write_report(run.path)
+        write_result(run, result, [run.model, run.base])
+        show(run)
         return result
 
     return Result(**ranks.once(record))
@@ -75,19 +73,14 @@ def _tokens_per_second(trainer: Guarded) -> float:
 
 
 def _final_metrics(trainer: Guarded, metrics: JsonLines) -> dict[str, float]:
-    rows = ranks.once(lambda: [row for row in metrics.read() if "loss" in row][-1:])
-    final = {"loss": rows[-1]["loss"]} if rows else {}
+    """Return the last loss, and the metrics on the held-out rows: those of the last step, if they were measured."""
+    rows, step = ranks.once(metrics.read), trainer.state.global_step
+    losses = [row["loss"] for row in rows if "loss" in row]
+    final = {"loss": losses[-1]} if losses else {}
     if trainer.eval_dataset is not None:
-        final |= _held_out_metrics(trainer)
+        last = next((row for row in rows[::-1] if "eval_loss" in row and row["step"] == step), None)
+        final |= {key: value for key, value in (last or trainer.evaluate()).items() if key.startswith("eval_")}
     return {key: value for key, value in final.items() if not key.endswith(_BOOKKEEPING)}
-
-
-def _held_out_metrics(trainer: Guarded) -> dict[str, float]:
-    """Return the metrics on the held-out rows: those just measured at the last step, if they were."""
-    step = trainer.state.global_step
-    last = next((row for row in trainer.state.log_history[::-1] if "eval_loss" in row and row["step"] == step), None)
-    measured = last or trainer.evaluate()
-    return {key: value for key, value in measured.items() if key.startswith("eval_")}
 
 
 def _save_final(run: RunDir, built: Built) -> dict[str, Any]:
@@ -151,8 +144,8 @@ def _verify(run: RunDir, built: Built, staging: Path, probe: dict[str, Any]) -> 
         raise RunError(
             f"the saved model is not the trained one ({reason}); the checkpoints are whole", where=str(staging)
         )
+    write_json(run.probe, found)
     with disk_failures(run.path, "the final model"):
-        write_json(run.probe, found)
         shutil.rmtree(run.model, ignore_errors=True)
         staging.rename(run.model)
 

@@ -18,25 +18,28 @@ from transformers import PrinterCallback, set_seed
 
 from alignkit import console
 from alignkit.errors import RunError
+from alignkit.manifest import find_damaged_product
 from alignkit.models.chat import Chat
 from alignkit.models.parameters import describe_parameters, hash_base, hash_samples
 from alignkit.models.skeleton import build_skeleton
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
-from alignkit.runs.files import disk_failures, read_json, write_json
+from alignkit.runs.files import put_aside, write_json
 from alignkit.runs.hardware import describe_hardware
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.layout import RunDir, compare_fingerprints, copy_recipe
+from alignkit.runs.publish import leave_finished
 from alignkit.runs.record import JsonLines, git_state, versions
 from alignkit.runs.result import Result
 from alignkit.train import ranks
 from alignkit.train.built import Built
-from alignkit.train.fingerprint import fingerprint_stage, hash_data, unread
+from alignkit.train.fingerprint import find_longer, fingerprint_stage, hash_data, unread
 from alignkit.train.finish import finish
 from alignkit.train.guard import Guarded, Watch
 from alignkit.train.invariants import check_parameters, check_start
 from alignkit.train.preview import preview_rows
 from alignkit.train.recorder import Recorder
+from alignkit.train.restore import find_fault
 from alignkit.train.shards import is_sharded
 from alignkit.train.signals import StopFlag, catch_signals
 
@@ -72,7 +75,7 @@ def fit(
 
         if (finished := ranks.once(look)) is not None:
             ranks.leave_at_exit()
-            return _read_result(finished)
+            return Result(**finished)
         skeleton = ranks.once(lambda: vars(build_skeleton(stage)))
         for doubt in skeleton["doubts"]:
             console.warn(f"{stage.name}: {doubt}")
@@ -116,7 +119,17 @@ def _find_finished(
     if not run.is_finished():
         return None
     compare_fingerprints(run, {**fingerprint, **unread(run), "data": hash_data(stage)}, allow_change=allow_change)
-    return read_json(run.result)
+    reason = find_damaged_product(run.path) or find_longer(stage, run)
+    if reason is None:
+        return leave_finished(run).to_dict()
+    if checkpoints.newest_step(run.checkpoints) is None:
+        raise RunError(
+            f"{reason}; the run cannot go on, for it has no checkpoint left: start over with --force, which keeps this "
+            "directory under another name",
+            where=str(run.path),
+        )
+    console.warn(f"{stage.name}: the run had finished, but {reason}; it goes on from its last checkpoint")
+    return None
 
 
 def _begin(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any], allow_change: Sequence[str]) -> None:
@@ -125,13 +138,15 @@ def _begin(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any],
     fingerprint["ptx_data"] = built.ptx_data
     for change in compare_fingerprints(run, fingerprint, allow_change=allow_change):
         console.warn(f"{stage.name}: going on with a changed setting: {change}")
+    if run.result.exists():  # torn, or of a run that was damaged since or is to be trained longer
+        # The model too: were this sitting killed, others would take it for that of a run with no checksums.
+        kept = [put_aside(path).name for path in (run.result, run.model) if path.exists()]
+        console.note(f"{stage.name}: the earlier result is kept as {' and '.join(kept)}")
     _report_rows(stage, run, built)
     _write_stage(stage, run, built, fingerprint)
-    with disk_failures(run.path, "preview.json"):
-        trainer = built.trainer
-        write_json(
-            run.preview, {"rows": preview_rows(trainer.train_dataset, trainer.data_collator, built.chat.tokenizer)}
-        )
+    trainer = built.trainer
+    rows = preview_rows(trainer.train_dataset, trainer.data_collator, built.chat.tokenizer)
+    write_json(run.preview, {"rows": rows})
 
 
 def _require_same_weights(model: Any) -> None:
@@ -151,11 +166,6 @@ def _hash_tokenizer(chat: Chat) -> str:
     text = chat.tokenizer.backend_tokenizer.to_str() + str(chat.tokenizer.chat_template)
     text += "".join(str(part) for part in (chat.settings, chat.dated) if part)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _read_result(data: dict[str, Any]) -> Result:
-    console.note(f"{data['stage']}: already finished, nothing to do (--force starts over)")
-    return Result(**{key: data[key] for key in Result.__dataclass_fields__})
 
 
 def _report_rows(stage: Stage, run: RunDir, built: Built) -> None:
@@ -188,26 +198,25 @@ def _report_rows(stage: Stage, run: RunDir, built: Built) -> None:
 
 def _write_stage(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any]) -> None:
     copy_recipe(run, Path(stage.recipe_path))
-    with disk_failures(run.path, "stage.json"):
-        write_json(
-            run.stage,
-            {
-                **stage.to_dict(),
-                "trl": {key: value for key, value in built.trainer.args.to_dict().items() if "token" not in key},
-                "fingerprint": fingerprint,
-                "clock": built.chat.clock.isoformat() if built.chat.dated else None,
-                "data": built.tables.report.to_dict(),
-                "lengths": asdict(built.tables.lengths),
-                "eval_lengths": asdict(built.tables.eval_lengths) if built.tables.eval_lengths else None,
-                "lineage": built.loaded.lineage,
-                "parameters": describe_parameters(built.trainer.model),
-                **built.record,
-                "versions": versions(),
-                "hardware": describe_hardware(),
-                "num_processes": ranks.world_size(),
-                "git": git_state(Path(stage.recipe_path).resolve().parent),
-            },
-        )
+    write_json(
+        run.stage,
+        {
+            **stage.to_dict(),
+            "trl": {key: value for key, value in built.trainer.args.to_dict().items() if "token" not in key},
+            "fingerprint": fingerprint,
+            "clock": built.chat.clock.isoformat() if built.chat.dated else None,
+            "data": built.tables.report.to_dict(),
+            "lengths": asdict(built.tables.lengths),
+            "eval_lengths": asdict(built.tables.eval_lengths) if built.tables.eval_lengths else None,
+            "lineage": built.loaded.lineage,
+            "parameters": describe_parameters(built.trainer.model),
+            **built.record,
+            "versions": versions(),
+            "hardware": describe_hardware(),
+            "num_processes": ranks.world_size(),
+            "git": git_state(Path(stage.recipe_path).resolve().parent),
+        },
+    )
 
 
 def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
@@ -218,6 +227,9 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
         manifest = checkpoints.read_manifest(Path(newest))
         step, trainer.watch.num_tokens = manifest["step"], manifest["num_tokens"]
         trainer.watch.earlier_seconds = manifest.get("seconds", 0.0)
+        trainer.watch.window = manifest.get("window", [])
+        trainer.watch.batches = manifest.get("batches", []) if stage.method != "ppo" else []
+        trainer.evaluation_cut = manifest.get("evaluation_cut", False)
         console.note(f"{stage.name}: going on from step {step} ({newest})")
         _tell_changes(stage, manifest)
     elif not ranks.is_main():
@@ -225,7 +237,8 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
     metrics, samples = JsonLines(run.metrics), JsonLines(run.samples)
     ranks.once(lambda: _keep_rows(metrics, samples, step=step))
     check_parameters(stage, trainer.model, adapters=trainer.trained_adapters)
-    trainer.watch.stop = stop
+    trainer.watch.stop, trainer.watch.place = stop, run.path.stat()
+    stop.at_risk = lambda: _describe_loss(run, trainer.state.global_step)
     trainer.watch.facts = {"fingerprint": fingerprint, "versions": versions(), "seed": stage.seed}
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     recorder = Recorder(stage, built, metrics, samples)
@@ -234,6 +247,7 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
         return
     if newest is None and not is_sharded(trainer):
         check_start(stage, built)
+    ranks.once(lambda: trainer.require_room(run.checkpoints))
     stop.training = True
     try:
         trainer.train(resume_from_checkpoint=newest)
@@ -251,8 +265,14 @@ def _find_checkpoint(run: RunDir) -> str | None:
     """Return the checkpoint to go on from, after clearing away what an interrupted rotation left."""
     run.checkpoints.mkdir(exist_ok=True)
     checkpoints.sweep(run.checkpoints)
-    newest = checkpoints.find_resumable(run.checkpoints, warn=console.warn)
+    newest = checkpoints.find_resumable(run.checkpoints, warn=console.warn, find_fault=find_fault)
     return str(newest) if newest else None
+
+
+def _describe_loss(run: RunDir, step: int) -> str:
+    """Return what is lost by stopping at once."""
+    saved = checkpoints.newest_step(run.checkpoints) or 0
+    return f"steps {saved + 1} to {step} were not saved and are lost" if step > saved else f"step {saved} is saved"
 
 
 def _keep_rows(metrics: JsonLines, samples: JsonLines, *, step: int) -> None:

@@ -7,7 +7,9 @@ nothing about data. Upstream references are transformers 5.23, TRL 1.16 and acce
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import signal
 import time
 import warnings
 from collections import defaultdict
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import Trainer
@@ -25,8 +28,8 @@ from alignkit.runs.files import describe_bytes, disk_failures, free_bytes
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks, restore, shards, zero
 from alignkit.train.dropout import switch_off_dropout
-from alignkit.train.measures import Measured
-from alignkit.train.samplers import EpochSampler, fill_up, grouped_order, shuffled_order
+from alignkit.train.measures import EvaluationCut, Measured
+from alignkit.train.samplers import EpochSampler, Rest, fill_up, go_on, grouped_order, shuffled_order
 from alignkit.train.signals import StopFlag
 
 TRAINED_ADAPTER = "default"
@@ -43,6 +46,9 @@ class Watch:
     num_tokens: int = 0  # trained in earlier sittings of this run
     earlier_seconds: float = 0.0  # that those took, as far as they were saved
     began: float = field(default_factory=time.monotonic)  # this one
+    batches: list[tuple[int, int]] = field(default_factory=list)  # of earlier sittings: (last step, rows in each)
+    window: list[dict[str, Any]] = field(default_factory=list)  # what each rank has measured since the last log
+    place: os.stat_result | None = None  # of the run directory
 
     @property
     def seconds(self) -> float:
@@ -61,8 +67,20 @@ class Guarded(Measured):
         """Whether a checkpoint can be written after this step; not so inside a rollout of ppo."""
         return True
 
+    def stop_wanted(self) -> bool:
+        """Read the flag; when any rank was asked to stop, all of them are, at the same step and by the same signal."""
+        if number := ranks.largest(self.watch.stop.signal or 0):
+            self.watch.stop.signal = signal.Signals(number)
+        return number != 0
+
     def ready_final(self) -> None:
         """Make the weights those that are to be published; called once, after training."""
+
+    _rest: Rest | None = None  # rows left of the epoch in which the batch size was changed
+    _skipped = 0  # steps of that epoch that others rows stand for
+    _schedule_steps = 0
+    schedule_place: int | None = None  # of a resumed run, in steps of this batch size; None: its own
+    evaluation_cut = False  # by a request to stop: it is to be made up for
 
     _save_error: Exception | None = None  # of this rank's weights, until all ranks may hear of it
 
@@ -95,6 +113,7 @@ class Guarded(Measured):
         return optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: Any) -> Any:
+        max_steps = self._schedule_steps or max_steps
         if not self.is_deepspeed_enabled:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
             shards.settle(self)
@@ -115,15 +134,42 @@ class Guarded(Measured):
         table = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch = self._batch_rows
+
+        def whole(epoch: int, batch_size: int) -> Any:
+            return self._order(table, batch_size, seed=seed, epoch=epoch)
+
+        self._rest = go_on(self.watch.batches, whole, batch_size=batch)
 
         def order(epoch: int) -> Any:
-            found = self._order(table, batch, seed=seed, epoch=epoch)
-            return fill_up(found, batch_size=batch)
+            found = fill_up(whole(epoch, batch), batch_size=batch)
+            if self._rest is None or epoch != self._rest.epoch:
+                return found
+            rest = fill_up(self._rest.rows, batch_size=batch)
+            return np.concatenate([found[: len(found) - len(rest)], rest])  # what comes before is skipped
 
         num_rows = -(-len(table) // batch) * batch
         # state.epoch is a whole number when an epoch starts and keeps its whole part when a resumed one does.
         return EpochSampler(num_rows, order, lambda: int(self.state.epoch or 0))
+
+    @property
+    def _batch_rows(self) -> int:
+        """Rows of an optimizer step, over all ranks."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Count the steps that are left of a run whose batch size was changed: those of the rows that are left."""
+        epochs, per_epoch, *others, total = super().set_initial_training_values(args, dataloader)
+        self.schedule_place, self._schedule_steps = None, total
+        if (rest := self._rest) is not None:
+            left = -(-len(rest.rows) // self._batch_rows)
+            self._skipped = per_epoch - left
+            done = rest.epoch * per_epoch + self._skipped
+            if args.max_steps <= 0:  # the learning rate stands where the rows do
+                self.schedule_place = min(done, total)
+                total = rest.step + max(total - done, 0)
+            epochs = max(epochs, rest.epoch + -(-(total - rest.step + self._skipped) // per_epoch))
+        return epochs, per_epoch, *others, total
 
     def _order(self, table: Any, batch_size: int, *, seed: int, epoch: int) -> Any:
         """Return the order of an epoch's rows."""
@@ -182,6 +228,20 @@ class Guarded(Measured):
         kept = checkpoints.list_checkpoints(Path(self.args.output_dir))
         return f"the last good checkpoint is {kept[0].name}" if kept else "no checkpoint was saved yet"
 
+    # ---- held-out rows: a request to stop is heard between two batches ----
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            found = super()._evaluate(*args, **kwargs)
+            self.evaluation_cut = False
+            return found
+        except EvaluationCut:  # the step is saved, and the evaluation made up for by the next sitting
+            self.evaluation_cut = self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+
     # ---- checkpoints: one layout, whatever trained them; upstream names the files, we make them count ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -218,6 +278,7 @@ class Guarded(Measured):
         checkpoint = directory / f"checkpoint-{self.state.global_step}"
         pulse("saving", self.state.global_step)
         self.refuse_bad_weights()
+        self.watch.window = ranks.gather(self._describe_window())
         if not ranks.once(lambda: self._make_way(directory, checkpoint)):
             return  # this very step is sealed: an interrupt at a save step, or the last step of a resumed run
         try:
@@ -231,9 +292,10 @@ class Guarded(Measured):
 
     def _make_way(self, directory: Path, checkpoint: Path) -> bool:
         """Make room for a checkpoint; return False when it is there already, whole."""
+        self.require_place()
         if (checkpoint / checkpoints.MANIFEST).exists():
             return False
-        self._require_room(directory)
+        self.require_room(directory)
         shutil.rmtree(checkpoint, ignore_errors=True)
         return True
 
@@ -248,6 +310,7 @@ class Guarded(Measured):
     def _seal(self, checkpoint: Path) -> None:
         with disk_failures(checkpoint.parent, checkpoint.name):
             checkpoints.seal(checkpoint, self._manifest_facts())
+            checkpoints.remember(checkpoint.parent, self.state.global_step)
             checkpoints.rotate(checkpoint.parent, keep=self.watch.keep_checkpoints)
 
     def _manifest_facts(self) -> dict[str, Any]:
@@ -257,21 +320,55 @@ class Guarded(Measured):
             "dtypes": sorted({str(p.dtype) for p in self.model.parameters() if p.requires_grad}),
             "num_tokens": self.watch.num_tokens + self.num_trained_tokens,
             "seconds": round(self.watch.seconds, 3),
+            "batches": [*self.watch.batches, (self.state.global_step, self._batch_rows)],
+            "window": self.watch.window,
+            "evaluation_cut": self.evaluation_cut,
             **self.watch.facts,
         }
+
+    def _describe_window(self) -> dict[str, Any]:
+        """Return what has been measured since the last log: a resumed run logs what an undisturbed one would have."""
+        return {
+            "loss": float(self._tr_loss),
+            "since": self._globalstep_last_logged,
+            "metrics": {name: [float(value) for value in values] for name, values in self._metrics["train"].items()},
+            "weights": {name: list(values) for name, values in self._weights.items()},
+        }
+
+    def restore_window(self) -> None:
+        """Go on with the logging window of the checkpoint; of other processes than these, with the mean of theirs."""
+        if not (windows := self.watch.window):
+            return
+        own = windows[self.args.process_index % len(windows)]
+        same = len(windows) == self.args.world_size
+        self._tr_loss += own["loss"] if same else sum(each["loss"] for each in windows) / len(windows)
+        self._globalstep_last_logged = own["since"]
+        for kept, found in ((self._metrics["train"], own["metrics"]), (self._weights, own["weights"])):
+            kept.update({name: list(values) for name, values in found.items()})
+
+    def require_place(self) -> None:
+        """Raise DiskError when the run directory is not the one that the run has begun in."""
+        directory = Path(self.args.output_dir).parent
+        try:
+            there = self.watch.place is None or os.path.samestat(directory.stat(), self.watch.place)
+        except OSError:
+            there = False
+        if not there:
+            raise DiskError(f"{directory}: the run directory was moved or deleted while the run went on")
 
     @property
     def num_trained_tokens(self) -> int:
         """Non-padding tokens seen in this sitting, over all ranks."""
         return int(getattr(self, "_total_train_tokens", 0))
 
-    def _require_room(self, directory: Path) -> None:
+    def require_room(self, directory: Path) -> None:
+        """Raise DiskError when the next checkpoint would not fit the disk."""
         trainable = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         needed = checkpoints.expected_bytes(directory, first_guess=3 * trainable)
         free = free_bytes(directory)
         if free < needed:
             raise DiskError(
-                f"{directory}: checkpoint-{self.state.global_step} needs about {describe_bytes(needed)} and "
+                f"{directory}: the next checkpoint needs about {describe_bytes(needed)} and "
                 f"{describe_bytes(free)} are free; earlier checkpoints are untouched: make room and run the same "
                 "command again"
             )
@@ -291,7 +388,10 @@ class Guarded(Measured):
         """Take how often to log, save and evaluate from the recipe: upstream takes it from the checkpoint."""
         found = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
-        return found
+        if (rest := self._rest) is None:
+            return found
+        self.state.epoch = float(rest.epoch)
+        return rest.epoch, self._skipped * self.args.gradient_accumulation_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Copy the sealed weights into the model as it stands, so that dtypes and frozen parts stay what they are.

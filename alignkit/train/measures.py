@@ -21,6 +21,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from alignkit.train import ranks
 
 
+class EvaluationCut(Exception):
+    """A request to stop came while held-out rows were measured; caught where the step before can still be saved."""
+
+
 class Measured(Trainer):
     """Mixin over transformers' Trainer; see the module docstring."""
 
@@ -54,6 +58,10 @@ class Measured(Trainer):
                     found[name] = [sum(value * weight for value, weight in values) / sum(weights)]
             self._weights.clear()
         super().log(logs, *args, **kwargs)
+
+    def stop_wanted(self) -> bool:
+        """Tell whether the run was asked to stop, on all ranks alike."""
+        return False
 
     # ---- held-out rows: whole batches are dealt to the ranks, each counts once ----
 
@@ -92,6 +100,9 @@ class Measured(Trainer):
                         totals[name][0] += value * weight if weight else 0.0
                         totals[name][1] += weight
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                if self.stop_wanted():
+                    self._metrics["eval"].clear()
+                    raise EvaluationCut
         means = _mean_over_ranks(totals)
         self._metrics["eval"].clear()
         metrics = {f"{metric_key_prefix}_loss": means.pop("loss")}

@@ -5,7 +5,6 @@ It changes nothing about training but its end.
 
 from __future__ import annotations
 
-import signal
 import time
 from typing import Any
 
@@ -15,7 +14,6 @@ from alignkit import console
 from alignkit.recipe import Stage
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines
-from alignkit.train import ranks
 from alignkit.train.built import Built
 from alignkit.train.invariants import check_start, check_step_zero
 from alignkit.train.samples import write_samples
@@ -40,6 +38,11 @@ class Recorder(TrainerCallback):
                 check_start(self._stage, self._built)
             check_step_zero(self._stage, self._built.trainer)
             write_samples(self._stage, self._built, self._samples, step=0, when="before")
+        else:
+            trainer = self._built.trainer
+            trainer.restore_window()
+            if trainer.evaluation_cut:  # as it would have come before that step was saved
+                trainer._evaluate(None, None)
         self._began, self._tokens = time.monotonic(), 0
         self._progress = console.TrainingProgress(
             self._stage.name, total_steps=state.max_steps, start_step=state.global_step
@@ -66,16 +69,9 @@ class Recorder(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True  # the loss in result.json is that of the last step
         pulse("training", state.global_step)
-        if self._stop_wanted() and self._built.trainer.may_stop:
+        if self._built.trainer.stop_wanted() and self._built.trainer.may_stop:
             control.should_save = control.should_training_stop = True
         return control
-
-    def _stop_wanted(self) -> bool:
-        """Read the flag; when any rank was asked to stop, all of them are, at the same step and by the same signal."""
-        stop = self._built.trainer.watch.stop
-        if number := ranks.largest(stop.signal or 0):
-            stop.signal = signal.Signals(number)
-        return number != 0
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._show(state)

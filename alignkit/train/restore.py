@@ -1,11 +1,12 @@
 """What a resumed run takes from a checkpoint: weights, optimizer, random numbers; by how many processes it was written
 does not matter.
 
-It chooses no checkpoint and trusts the one it is given: `runs.checkpoints` has verified it.
+It chooses no checkpoint: `runs.checkpoints` has verified that the files are those that were sealed.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,35 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState
 
 from alignkit.errors import RunError
 from alignkit.models.adapters import TRAINED
+from alignkit.models.files import read_shapes
+from alignkit.runs.checkpoints import step_of
 from alignkit.train import shards
 
 _SETTINGS = frozenset({"weight_decay", "betas", "eps", "initial_lr"})  # of an optimizer's parameter group
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """Return which file of a sealed checkpoint cannot be loaded, None when all can; large ones are opened, not read."""
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix == ".safetensors":
+                read_shapes(path)
+            elif path.suffix == ".pt":
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            elif path.name == "trainer_state.json":
+                state = TrainerState.load_from_json(str(path))
+                if state.global_step != step_of(checkpoint) or not isinstance(state.epoch, int | float):
+                    return f"{path.name} is not of step {step_of(checkpoint)}"
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except Exception as error:  # whatever the libraries raise over a file is the finding
+            return f"{path.name} cannot be loaded ({type(error).__name__})"
+    return None
 
 
 def load_weights(model: Any, directory: Path) -> None:
@@ -49,7 +73,10 @@ def load_weights(model: Any, directory: Path) -> None:
 
 
 def load_optimizer(trainer: Any, directory: Path) -> None:
-    """Load optimizer and schedule, but keep this sitting's settings: a change that was allowed must have its effect."""
+    """Load optimizer and schedule, but keep this sitting's settings: a change that was allowed must have its effect.
+
+    That holds for the schedule's length too: its place is that of the rows that were seen, out of all there will be.
+    """
     settings = [{key: group[key] for key in _SETTINGS & group.keys()} for group in trainer.optimizer.param_groups]
     schedule = trainer.lr_scheduler
     base_lrs = list(getattr(schedule, "base_lrs", ()))
@@ -57,8 +84,9 @@ def load_optimizer(trainer: Any, directory: Path) -> None:
     schedule.load_state_dict(torch.load(directory / "scheduler.pt", map_location="cpu", weights_only=True))
     for group, given in zip(trainer.optimizer.param_groups, settings, strict=True):
         group |= given
-    if base_lrs and base_lrs != schedule.base_lrs:
-        schedule.base_lrs = base_lrs
+    place = trainer.schedule_place
+    if base_lrs and isinstance(schedule, LambdaLR):  # a function of the place alone: unchanged, it gives the same rate
+        schedule.base_lrs, schedule.last_epoch = base_lrs, schedule.last_epoch if place is None else place
         for group, rate in zip(trainer.optimizer.param_groups, schedule.get_lr(), strict=True):
             group["lr"] = rate
         schedule._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]

@@ -203,7 +203,7 @@ def _encode_references(stage: Stage, chat: Chat, rejects: Rejects) -> list[list[
     kept: list[list[int]] = []
     for row in rows:
         if row.kind == "messages":
-            ids = chat.encode([row.completions[0]])[0].ids  # type: ignore[list-item]
+            ids = chat.encode([row.completions[0]])[0][-1].ids  # type: ignore[list-item]
         elif row.prompt:
             ids = chat.encode_prompt_completion([row.prompt], [row.completions[0]])[0].ids
         else:

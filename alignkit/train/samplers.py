@@ -6,6 +6,7 @@ Each order is a concatenation of global batches; it does not depend on micro bat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -44,6 +45,37 @@ def fill_up(order: np.ndarray, *, batch_size: int) -> np.ndarray:
     """
     missing = -len(order) % batch_size
     return np.concatenate([order, np.resize(order, missing)]) if missing else order
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Where a run stands whose batch size was changed: after `step`, in `epoch`, with these rows of it left."""
+
+    step: int
+    epoch: int
+    rows: np.ndarray
+
+
+def go_on(batches: Sequence[Sequence[int]], whole: Callable[[int, int], np.ndarray], *, batch_size: int) -> Rest | None:
+    """Return the rows that are left of the epoch in which a run was stopped, None where its batch size never changed.
+
+    `batches` are (last step, rows of each) of the sittings so far; `whole(epoch, batch_size)` is the order of an epoch
+    that begins with batches of that size. One that goes on with another size deals out what is left, in order.
+    """
+    if all(size == batch_size for _, size in batches):
+        return None
+    epoch, step = 0, 0
+    rows = whole(0, batches[0][1])
+    for last, size in batches:
+        while step < last:
+            in_epoch = -(-len(rows) // size)
+            taken = min(last - step, in_epoch)
+            step, rows = step + taken, rows[taken * size :]
+            if not len(rows):
+                epoch, rows = epoch + 1, whole(epoch + 1, size)
+    if len(rows) == len(whole(epoch, batch_size)):  # an epoch that has not begun is dealt out anew
+        rows = whole(epoch, batch_size)
+    return Rest(step, epoch, rows)
 
 
 class EpochSampler(Sampler[int]):

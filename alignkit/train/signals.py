@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+from alignkit import console
 from alignkit.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -29,6 +30,7 @@ class StopFlag:
         self._heard = False
         self.joined = False
         self.training = False
+        self.at_risk: Callable[[], str] = lambda: "the last sealed checkpoint counts"  # what a second signal costs
 
     @property
     def exit_code(self) -> int:
@@ -50,9 +52,11 @@ class StopFlag:
             return
         self.signal = signal.Signals(number)
         if again:
-            raise self.stopped("at once, by a second signal; the last sealed checkpoint counts")
+            raise self.stopped(f"at once, by a second signal; {self.at_risk()}")
         if self.joined and not self.training:
             raise self.not_begun()
+        with suppress(RuntimeError):  # the signal came in the middle of another line
+            console.note(f"{self.signal.name}: stopping as soon as the step is saved; once more stops at once")
 
 
 @contextmanager

@@ -32,6 +32,14 @@ def test_place_that_cannot_be_written_asks_for_another(number: int) -> None:
     assert str(explained).endswith("choose another --out")
 
 
+def test_name_that_is_too_long_for_the_file_system_asks_for_another() -> None:
+    with pytest.raises(OSError) as error:
+        Path("a" * 300).stat()
+    known = explain(error.value)
+    assert known is not None and known.exit_code == 2
+    assert str(known) == f"{'a' * 60}...: file name too long; choose a shorter one"
+
+
 def test_full_disk_in_the_words_of_torch_and_safetensors() -> None:
     for words in (
         "[enforce fail at inline_container.cc:672] . unexpected pos 273024 vs 272912",

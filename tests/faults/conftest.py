@@ -79,9 +79,10 @@ def make_stage(tmp_path: Path) -> Callable[..., object]:
     return make
 
 
-def _child(stage: object, log: Path, prepare: Callable[[], None] | None) -> int:
+def _child(stage: object, log: Path, prepare: Callable[[], None] | None, allow_change: tuple[str, ...]) -> int:
     from alignkit.errors import AlignKitError
     from alignkit.launch import launch_stage
+    from alignkit.launch.command import Command
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 2)
@@ -91,7 +92,7 @@ def _child(stage: object, log: Path, prepare: Callable[[], None] | None) -> int:
     if prepare is not None:
         prepare()
     try:
-        launch_stage(stage)  # type: ignore[arg-type]
+        launch_stage(stage, Command.of(stage, (), allow_change=allow_change))  # type: ignore[arg-type]
     except AlignKitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -100,14 +101,15 @@ def _child(stage: object, log: Path, prepare: Callable[[], None] | None) -> int:
 
 @pytest.fixture
 def run(warm: None, tmp_path: Path) -> Iterator[Callable[..., Ended]]:
-    """Return a function that runs a stage in a fork, with an optional signal after a delay or at a step."""
+    """Return a function that runs a stage in a fork, with an optional signal after a delay or once a test holds."""
     children: list[int] = []
 
     def start(
         stage: object,
         *,
-        kill_after: float | None = None,
+        kill_after: float | Callable[[], bool] | None = None,
         number: int = signal.SIGKILL,
+        allow_change: tuple[str, ...] = (),
         prepare: Callable[[], None] | None = None,
         timeout: float = 300,
     ) -> Ended:
@@ -118,7 +120,7 @@ def run(warm: None, tmp_path: Path) -> Iterator[Callable[..., Ended]]:
         if pid == 0:
             code = 1
             try:
-                code = _child(stage, log, prepare)
+                code = _child(stage, log, prepare, allow_change)
             except BaseException:
                 import traceback
 
@@ -132,7 +134,9 @@ def run(warm: None, tmp_path: Path) -> Iterator[Callable[..., Ended]]:
             elapsed = time.monotonic() - began
             if done:
                 break
-            if kill_after is not None and elapsed >= kill_after and not sent:
+            if kill_after is not None and not sent and (
+                kill_after() if callable(kill_after) else elapsed >= kill_after
+            ):  # fmt: skip
                 os.kill(pid, number)
                 sent = True
             if elapsed > timeout:

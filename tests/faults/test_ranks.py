@@ -54,8 +54,9 @@ class Job:
 
     @property
     def errors(self) -> list[str]:
-        """What was said besides progress."""
-        return [line for line in self.stderr.splitlines() if not line.startswith("sft: ")]
+        """What was said besides progress and the answer to a signal."""
+        lines = [line for line in self.stderr.splitlines() if not line.startswith("sft: ")]
+        return [line for line in lines if ": stopping as soon as the step is saved" not in line]
 
     def beats(self, attempt: int) -> dict[int, dict]:
         found = {}
@@ -180,6 +181,7 @@ def test_a_signal_to_the_supervisor_is_passed_on(start: Callable[..., Job], numb
     began = time.monotonic()
     job.process.send_signal(number)
     job.seconds_to_end(began, f"{number.name} to the supervisor")
+    assert job.stderr.count(f"{number.name}: stopping as soon as the step is saved; once more stops at once") == 1
     assert (job.process.returncode, job.left()) == (code, [])
     newest = job.sealed()[-1]
     assert job.errors == [

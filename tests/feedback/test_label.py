@@ -81,12 +81,13 @@ def test_answers_and_labels_do_not_depend_on_the_batch_or_on_an_interruption(
     options = {"data": str(prompts), "constitution": constitution, "judge": str(chat_model), "max_new_tokens": 8}
     whole, _ = run(make_stage("label", name="whole", start=chat_model, **options))
     stage = make_stage("label", name="again", start=chat_model, batch_size=2, **options)
-    run(stage)
+    before, _ = run(stage)
     store = Path(stage.run_dir) / "feedback.jsonl"
     lines = store.read_text().splitlines(keepends=True)
     store.write_text("".join(lines[:9]) + lines[9][:20])  # a kill in the middle of a write
     (Path(stage.run_dir) / "result.json").unlink()
     again, _ = run(stage)
+    assert again == before  # to the last bit: the batches are those of a run that was not cut off
     assert again == [{**row, "label": pytest.approx(row["label"], abs=1e-5)} for row in whole]
     assert sorted(store.read_text().splitlines()[:9]) == sorted(line.strip() for line in lines[:9])
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.errors import RunError
 from alignkit.feedback.store import Store, key_of
 
 
@@ -41,11 +40,28 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, cut: int) -> None:
     assert path.read_bytes() == whole
 
 
-def test_a_damaged_line_inside_is_named(tmp_path: Path) -> None:
+def test_damaged_lines_inside_are_named_and_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "s.jsonl"
-    path.write_bytes(b'{"key": "a"}\n' + bytes(20) + b"\n" + b'{"key": "b"}\n')
-    with pytest.raises(RunError, match="line 2 is damaged; take it out by hand"):
-        Store(path)
+    store = Store(path)
+    store.put_all([(key, {"n": number}) for number, key in enumerate("abc")])
+    store.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    changed = lines[1].replace(b'"n": 1', b'"n": 7')  # JSON still, with another answer than was given
+    path.write_bytes(
+        lines[0] + bytes(20) + b"\n" + changed + lines[2] + b'{"key": "d", "n": 3}\n'
+    )  # of an earlier version
+    store = Store(path)
+    assert [store.get(key) for key in "abcd"] == [
+        {"key": "a", "n": 0},
+        None,
+        {"key": "c", "n": 2},
+        {"key": "d", "n": 3},
+    ]
+    said = f"warning: {path}: 2 lines cannot be read (first: line 2); what they answered is asked again"
+    assert said in capsys.readouterr().err
+    store.put("b", {"n": 1})
+    store.close()
+    assert Store(path).get("b") == {"key": "b", "n": 1}
 
 
 def test_threads_may_put_at_the_same_time(tmp_path: Path) -> None:
@@ -103,4 +119,4 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, env=environment)
     assert resource.RLIMIT_FSIZE >= 0 and done.returncode == 4, done.stderr
     assert "cannot write s.jsonl (File too large" in done.stdout
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"key": "a", "n": 1}]
+    assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [1]

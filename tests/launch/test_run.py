@@ -20,6 +20,7 @@ from alignkit.launch.agenda import plan_run
 from alignkit.launch.command import Command
 from alignkit.launch.measuring import Measuring
 from alignkit.recipe import load_recipe, pick_span, resolve
+from alignkit.runs.layout import RunDir, write_result
 
 COMMON = "batch_size: 4, max_length: 160, samples: {num: 0}, learning_rate: 1e-3"
 RECIPE = f"""\
@@ -119,6 +120,11 @@ def test_weights_that_were_trained_anew_run_what_needs_them(folder: Path) -> Non
     data = bytearray(weights.read_bytes())
     data[-8] ^= 1
     weights.write_bytes(bytes(data))
+    found = plan()  # as long as the result says otherwise, they are damaged
+    assert found["sft"] == ("resume", "model/model.safetensors has other bytes than were saved")
+    assert found["rm"] == found["dpo"] == ("again", "sft goes on before it")
+    run = RunDir(folder / "runs/r/sft")
+    write_result(run, json.loads(run.result.read_text()), [run.model])
     found = plan()
     assert found["sft"] == LEFT
     assert all(will == "again" and "start_weights" in why for will, why in (found["rm"], found["dpo"]))

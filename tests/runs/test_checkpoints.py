@@ -77,6 +77,22 @@ def test_all_damaged_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None
             checkpoints.find_resumable(tmp_path, warn=lambda _: None)
 
 
+def test_checkpoints_that_are_gone_are_an_error_too(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    checkpoints.remember(directory, 2)
+    with pytest.raises(RunError, match="its checkpoints are gone, though the run had saved some"):
+        checkpoints.find_resumable(directory, warn=lambda _: None)
+
+
+def test_a_sealed_checkpoint_that_cannot_be_loaded_is_set_aside(tmp_path: Path) -> None:
+    older, newest = make(tmp_path, 9), make(tmp_path, 10)
+    warnings: list[str] = []
+    faults = {newest: "optimizer.pt cannot be loaded"}
+    found = checkpoints.find_resumable(tmp_path, warn=warnings.append, find_fault=faults.get)
+    assert found == older and not newest.exists()
+    assert warnings[0].startswith(f"{newest}: optimizer.pt cannot be loaded; set aside as bad-checkpoint-10-")
+
+
 def test_a_partly_written_checkpoint_does_not_count(tmp_path: Path) -> None:
     make(tmp_path, 1, sealed=False)
     assert checkpoints.find_resumable(tmp_path, warn=lambda _: None) is None

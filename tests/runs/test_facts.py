@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from written_runs import SECRET, WriteRun
 
 from alignkit.errors import RunError
 from alignkit.runs.facts import find_runs, order_runs, parents, read_facts
+from alignkit.runs.report.page import render_run
 
 
 def test_a_run_that_is_being_written_is_read_up_to_its_torn_line(write_run: WriteRun) -> None:
@@ -41,11 +43,34 @@ def test_a_directory_without_a_stage_is_no_run(write_run: WriteRun) -> None:
         read_facts(run.parent)
 
 
-def test_a_damaged_file_is_named(write_run: WriteRun) -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("eval.json", "{", r"eval\.json: cannot be read \(.*; it is left out"),
+        ("preview.json", '{"rows": "x"}', r"preview\.json: rows is \"x\"; it is left out"),
+        ("result.json", "{}", r"result\.json: has no status; it is left out"),
+        ("warnings.jsonl", 'null\n{"time": "x", "mess\n{"time": "x", "message": "y"}\n',
+         r"2 lines cannot be read \(first: line 1\)"),
+        ("rejects.jsonl", "null\nnull\n", r"rejects\.jsonl: 2 lines cannot be read"),
+        ("metrics.jsonl", '{"st\n{"step": 1, "loss": 2.0}\n', r"metrics\.jsonl: 1 line cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_named_and_left_out(
+    write_run: WriteRun, name: str, text: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = write_run()
-    (run / "eval.json").write_text("{")
-    with pytest.raises(RunError, match=r"eval\.json: cannot be read"):
-        read_facts(run)
+    (run / name).write_text(text)
+    render_run(read_facts(run))
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert re.search(said, warning)
+
+
+def test_a_damaged_stage_json_is_refused(write_run: WriteRun) -> None:
+    run = write_run()
+    for text, said in (("{", "cannot be read"), ('{"stage": "sft", "method": "sft", "model": "x"}', 'model is "x"')):
+        (run / "stage.json").write_text(text)
+        with pytest.raises(RunError, match=rf"stage\.json: {said}"):
+            read_facts(run)
 
 
 def test_runs_are_found_and_put_after_what_they_need(write_run: WriteRun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_force_moves_the_old_run_aside(tmp_path: Path) -> None:
 
 def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    write_json(run.stage, {"fingerprint": {"dpo.beta": 0.1, "seed": 0, "data": "aa"}})
+    write_json(run.stage, {"stage": "dpo", "method": "dpo", "fingerprint": {"dpo.beta": 0.1, "seed": 0, "data": "aa"}})
     with pytest.raises(RunError) as error:
         compare_fingerprints(run, {"dpo.beta": 0.2, "seed": 0, "data": "bb"})
     assert "dpo.beta: 0.1 -> 0.2" in str(error.value)
@@ -61,10 +62,28 @@ def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None
 
 def test_a_change_from_or_to_trls_default_shows_its_value(tmp_path: Path) -> None:
     run, _ = open_run(tmp_path / "run", force=False)
-    write_json(run.stage, {"fingerprint": {"method": "dpo", "dpo.learning_rate": 1e-5}})
+    fingerprint = {"method": "dpo", "dpo.learning_rate": 1e-5}
+    write_json(run.stage, {"stage": "dpo", "method": "dpo", "fingerprint": fingerprint})
     changes = list_changes(run, {"method": "dpo", "dpo.beta": 0.5})  # a fingerprint leaves out TRL's own defaults
     assert changes["dpo.beta"] == "dpo.beta: 0.1 (default) -> 0.5"
     assert changes["dpo.learning_rate"] == "dpo.learning_rate: 1e-05 -> 1e-06 (default)"
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "stage.json.tmp", "model/config.json", "checkpoints"])
+def test_a_link_in_a_run_is_refused_and_nothing_it_points_to_is_touched(tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    (outside / "checkpoint-1").mkdir(parents=True)
+    (outside / "precious").write_text("precious\nlast line")
+    link = tmp_path / "run" / name
+    link.parent.mkdir(parents=True)
+    (tmp_path / "run/.lock").touch()
+    link.unlink(missing_ok=True)
+    link.symlink_to(outside if name == "checkpoints" else outside / "precious")
+    for force in (False, True):
+        with pytest.raises(RunError, match=rf"{re.escape(name)}: is a link to {outside}"):
+            open_run(tmp_path / "run", force=force)
+    assert (outside / "precious").read_text() == "precious\nlast line"
+    assert sorted(path.name for path in outside.iterdir()) == ["checkpoint-1", "precious"]
 
 
 def test_a_run_and_its_recipe_s_directory_are_for_their_owner_alone(tmp_path: Path) -> None:

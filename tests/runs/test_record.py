@@ -18,6 +18,18 @@ def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
     assert lines.read() == [{"step": 1}, {"step": 2}, {"step": 3, "loss": "nan"}]
 
 
+def test_lines_that_cannot_be_used_go_aside_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    text = '{"step": 1}\n{"st\nnull\n{"step": "x"}\n{"step": 2}\n'
+    path.write_text(text)
+    assert JsonLines(path).read() == [{"step": 1}, {"step": 2}]
+    (aside,) = tmp_path.glob("bad-metrics.jsonl-*")
+    assert aside.read_text() == text
+    assert (
+        f"3 lines cannot be read (first: line 2); the file as it was is kept as {aside.name}" in capsys.readouterr().err
+    )
+
+
 def test_line_separators_inside_a_text_do_not_cut_its_row(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "samples.jsonl")
     lines.append({"step": 1, "answer": "one\u2028two\u0085three"})

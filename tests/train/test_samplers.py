@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alignkit.train.samplers import EpochSampler, fill_up, grouped_order, shuffled_order
+from alignkit.train.samplers import EpochSampler, fill_up, go_on, grouped_order, shuffled_order
 
 
 def test_every_row_comes_once_per_epoch() -> None:
@@ -55,3 +55,18 @@ def test_the_last_batch_is_filled_up_from_the_beginning_of_the_epoch() -> None:
     assert fill_up(order, batch_size=4).tolist() == [*range(10), 0, 1]
     assert fill_up(order, batch_size=5) is order
     assert fill_up(order[:3], batch_size=8).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_another_batch_size_deals_out_the_rows_that_are_left() -> None:
+    def whole(epoch: int, batch_size: int) -> np.ndarray:
+        return 100 * epoch + np.arange(10)
+
+    assert go_on([(2, 4)], whole, batch_size=4) is None
+    rest = go_on([(2, 3)], whole, batch_size=2)
+    assert rest is not None and (rest.step, rest.epoch, rest.rows.tolist()) == (2, 0, [6, 7, 8, 9])
+    rest = go_on([(2, 3), (3, 2)], whole, batch_size=5)  # two changes: 6 rows, then 2
+    assert rest is not None and (rest.step, rest.epoch, rest.rows.tolist()) == (3, 0, [8, 9])
+    rest = go_on([(5, 4)], whole, batch_size=2)  # three steps are the first epoch, its last batch filled up
+    assert rest is not None and (rest.step, rest.epoch, rest.rows.tolist()) == (5, 1, [108, 109])
+    rest = go_on([(3, 4)], whole, batch_size=2)
+    assert rest is not None and (rest.step, rest.epoch, rest.rows.tolist()) == (3, 1, [*range(100, 110)])

@@ -173,7 +173,7 @@ def test_a_run_leaves_its_files_and_is_not_trained_twice(
     result = launch_stage(make_stage(text, "sft"))
     run = tmp_path / "runs/t/sft"
     assert {path.name for path in run.iterdir()} == {
-        ".lock", "recipe.yaml", "stage.json", "metrics.jsonl", "checkpoints", "model", "base", "probe.json",
+        ".lock", ".sealed", "recipe.yaml", "stage.json", "metrics.jsonl", "checkpoints", "model", "base", "probe.json",
         "samples.jsonl", "result.json", "preview.json", "report.html",
     }  # fmt: skip
     record = json.loads((run / "stage.json").read_text())
@@ -208,6 +208,12 @@ def test_a_start_that_was_changed_after_training_is_refused(make_stage: Callable
     weights = tmp_path / "runs/t/sft/model/adapter_model.safetensors"
     tensors = load_file(weights)
     save_file({name: torch.zeros_like(value) for name, value in tensors.items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        RunError, match="adapter_model.safetensors has other bytes than were saved: it was damaged after"
+    ):
+        launch_stage(make_stage(text, "dpo"))
+    result = tmp_path / "runs/t/sft/result.json"  # one of a version that kept no checksums
+    result.write_text(json.dumps({**json.loads(result.read_text()), "files": {}}))
     with pytest.raises(ModelError, match="dpo does not start where .* ended"):
         launch_stage(make_stage(text, "dpo"))
 

@@ -68,9 +68,8 @@ def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out:
     """Write the page of a recipe, and beside it what its frontier picture shows, as data and as a picture alone."""
     page = _write(render_recipe(name, runs, waiting=waiting), out)
     if frontiers := read_frontiers(runs):
-        with disk_failures(out.parent, FRONTIER):
-            write_json(out.parent / FRONTIER, {"schema": 1, "frontiers": [each.to_dict() for each in frontiers]})
-            write_text(out.parent / Path(FRONTIER).with_suffix(".svg"), draw_file(frontiers[0]))
+        write_json(out.parent / FRONTIER, {"schema": 1, "frontiers": [each.to_dict() for each in frontiers]})
+        write_text(out.parent / Path(FRONTIER).with_suffix(".svg"), draw_file(frontiers[0]))
     return page
 
 
