@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from alignkit.errors import DiskError, NonFiniteError
@@ -28,6 +29,7 @@ from alignkit.train.dropout import switch_off_dropout
 from alignkit.train.measures import Measured
 from alignkit.train.samplers import EpochSampler, fill_up, grouped_order, shuffled_order
 from alignkit.train.signals import StopFlag
+from alignkit.train.tables import Stream
 
 TRAINED_ADAPTER = "default"
 
@@ -113,6 +115,8 @@ class Guarded(Measured):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         table = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(table, Stream):
+            return SequentialSampler(table)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
