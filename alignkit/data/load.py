@@ -26,6 +26,7 @@ from alignkit.recipe.schema import DataSource, PpoOptions
 from alignkit.recipe.stage import Stage
 
 _2_64 = float(2**64)
+_FIRST_ROWS = 1000  # of a source that is streamed: what is checked, counted and shown before training
 # Of a reward function; columns of these names are not given to it.
 _ARGUMENTS = ("prompt", "prompts", "completions", "completion_ids")
 
@@ -53,7 +54,7 @@ def read_rows(
         DataError: at once for sources that cannot be found or read; after the last row for rows that do not fit,
             with `on_bad_row: error`, and when no row is left.
     """
-    problems = Problems()
+    problems = Problems(at_once=not report.remembers)
     seen = HashSet() if stage.options.dedupe else None
     method = method or stage.method
     readers = [_SourceReader(located, stage, method, rejects, problems, template) for located in locate(sources)]
@@ -81,6 +82,25 @@ def read_rows(
     if not kinds:
         paths = ", ".join(source.path for source in sources)
         raise DataError([*rejects.first, Problem(f"no row is left of {num_read} read", paths)])
+
+
+def first_rows(stage: Stage, report: DataReport) -> list[DataSource]:
+    """The sources of the training rows; of a stage that streams no more of each than what is looked at beforehand.
+
+    `report` then takes the sizes of the files into its fingerprint.
+    """
+    sources = stage.options.data
+    if not streams(stage):
+        return sources
+    for located in locate(sources):
+        report.add_sizes([path.stat().st_size for path in located.files])
+    most = [min(source.max_rows or _FIRST_ROWS, _FIRST_ROWS) for source in sources]
+    return [source.model_copy(update={"max_rows": rows}) for source, rows in zip(sources, most, strict=True)]
+
+
+def streams(stage: Stage) -> bool:
+    """Whether the training rows are read while it trains."""
+    return bool(getattr(stage.options, "streaming", False))
 
 
 def split_eval(rows: Iterable[Row], share: float, seed: int) -> Iterator[tuple[bool, Row]]:
@@ -328,6 +348,8 @@ class _SourceReader:
         found = self._found.get(form)
         if found is None:
             found = self._found[form] = _Found(list(record))
+            if self._problems.at_once and len(self._found) > 1:
+                self._problems.add_row(place, f"is a row of {form}; those before it are not: give each its own source")
         found.rows += 1
         if found.rows <= 2:
             found.places.append(place)
@@ -338,6 +360,8 @@ class _SourceReader:
         if self._rejects is not None:
             most = f"most usable rows of the source are {only}" if only else f"{self._method} cannot take it"
             self._rejects.add(place, f"is a row of {form}; {most}")
+        elif self._problems.at_once:
+            self._problems.add_row(place, f"is a row of {form}; {self._method} cannot take it")
 
     def _add_bad(self, place: str, bad: BadRow) -> None:
         self.counts.rejected += 1

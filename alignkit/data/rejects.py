@@ -85,13 +85,16 @@ def _locate(place: str) -> dict[str, Any]:
 class Problems:
     """Counts what is wrong and keeps the first few; `raise_any` says it all at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.files: list[Problem] = []  # about a file as a whole
         self.rows: list[Problem] = []
         self.num_rows = 0
 
     def add_row(self, place: str, reason: str) -> None:
-        """Count a row; only the first five are kept."""
+        """Count a row; only the first five are kept. With `at_once` the first one is raised."""
+        if self.at_once:
+            raise DataError(reason, where=place)
         self.num_rows += 1
         if len(self.rows) < SHOWN_PROBLEMS:
             self.rows.append(Problem(reason, place))

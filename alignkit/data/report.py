@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -52,6 +53,7 @@ class DataReport:
     rejected_chars: int = 0
     overlap: int = 0  # rows whose prompt is also in the rows this report was compared with
     overlap_places: list[str] = field(default_factory=list)  # the first five
+    remembers: bool = True  # False: no hash of a row is kept, so that memory stays flat over any number of rows
     _row_hashes: array[int] = field(default_factory=lambda: array("Q"), repr=False)
     _prompt_hashes: array[int] = field(default_factory=lambda: array("Q"), repr=False)
     _hasher: Any = field(default_factory=lambda: blake2b(digest_size=16), repr=False)
@@ -92,8 +94,14 @@ class DataReport:
         """Return the prompts seen, to look for them in other rows."""
         return HashSet(self._prompt_hashes)
 
+    def add_sizes(self, sizes: Sequence[int]) -> None:
+        """Take the sizes of files into the fingerprint, where not all of their rows will be."""
+        self._hasher.update(repr(list(sizes)).encode())
+
     def add_source_row(self, row: Row, digest: bytes, prompt_hash: int, known_prompts: HashSet | None) -> None:
         """Count a row that is used, once however often its weight repeats it."""
+        if not self.remembers:
+            return
         self._row_hashes.append(int.from_bytes(digest[:8], "little"))
         self._prompt_hashes.append(prompt_hash)
         if known_prompts is not None and prompt_hash in known_prompts:

@@ -210,6 +210,18 @@ def _sft_packing(stage: Section, recipe: Section) -> Iterator[Finding]:
         yield "batching", "has no effect with packing: true, which fills every block to the same length"
 
 
+def _sft_streaming(stage: Section, recipe: Section) -> Iterator[Finding]:
+    if not stage.get("streaming", False):
+        return
+    if stage.get("max_steps", -1) <= 0:
+        yield "streaming", "needs max_steps: the number of rows is not known"
+    if isinstance(stage.get("eval"), float):
+        yield "eval", "is a share, which streaming cannot hold out; name a source of held-out rows"
+    for key, off in (("dedupe", False), ("packing", False), ("batching", None), ("on_bad_row", "error")):
+        if stage.get(key, off) != off:
+            yield key, f"is {show_key(str(stage.get(key)))}, which streaming cannot do; take one of the two out"
+
+
 # rm
 
 
@@ -306,7 +318,7 @@ def _value_of(stage: Section, key: str) -> str:
 
 
 _BY_METHOD: dict[str, list[Callable[[Section, Section], Iterator[Finding]]]] = {
-    "sft": [_sft_objective, _sft_packing],
+    "sft": [_sft_objective, _sft_packing, _sft_streaming],
     "rm": [_rm_loss],
     "dpo": [_dpo_kto, _dpo_smoothing, _dpo_losses, _dpo_divergence, _dpo_reference],
     "ppo": PPO_RULES,

@@ -404,6 +404,9 @@ class SftOptions(TrainOptions):
     objective: Literal["chat", "lm"] = Field(
         "chat", description="chat: prompt-completion or messages; lm: raw text packed into blocks of max_length."
     )
+    streaming: bool = Field(
+        False, description="Read rows while training, in the order of the files, pass after pass, until max_steps."
+    )
 
 
 class RmOptions(TrainOptions):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.data import DataReport, Rejects, read_rows
+from alignkit.data.load import first_rows
 from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.reward_function import hash_function
 from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights
@@ -60,7 +61,7 @@ def _hash_start(stage: Stage) -> str | None:
 def hash_data(stage: Stage) -> str:
     """Return the fingerprint that `prepare_tables` finds, by reading the rows again without tokenising them."""
     report, rejects = DataReport(), Rejects()
-    sources = [stage.options.data, *([stage.training.eval] if isinstance(stage.training.eval, list) else [])]
+    sources = [first_rows(stage, report), *([stage.training.eval] if isinstance(stage.training.eval, list) else [])]
     for group in sources:
         for _ in read_rows(stage, group, report=report, rejects=rejects):
             pass

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from alignkit.errors import DiskError, NonFiniteError
@@ -31,6 +32,7 @@ from alignkit.train.dropout import switch_off_dropout
 from alignkit.train.measures import EvaluationCut, Measured
 from alignkit.train.samplers import EpochSampler, Rest, fill_up, go_on, grouped_order, shuffled_order
 from alignkit.train.signals import StopFlag
+from alignkit.train.tables import Stream
 
 TRAINED_ADAPTER = "default"
 
@@ -132,6 +134,8 @@ class Guarded(Measured):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         table = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(table, Stream):
+            return SequentialSampler(table)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
         batch = self._batch_rows

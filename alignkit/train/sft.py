@@ -11,6 +11,7 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from alignkit.data import Rejects
+from alignkit.data.load import streams
 from alignkit.models.load import load_policy
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import SftOptions
@@ -22,7 +23,7 @@ from alignkit.train.built import Built
 from alignkit.train.encode import IGNORED
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guard import Guarded
-from alignkit.train.tables import open_chat, share_tables
+from alignkit.train.tables import open_chat, open_stream, share_tables
 
 
 class Sft(Guarded, SFTTrainer):
@@ -67,6 +68,8 @@ def build(stage: Stage, run: RunDir) -> Built:
         processing_class=tokenizer,
         watch=watch_for(stage),
     )
+    if streams(stage):
+        trainer.train_dataset = open_stream(stage, chat)  # TRL's constructor takes a Dataset alone
     return Built(trainer, tables, chat, loaded, rejects)
 
 

@@ -7,7 +7,7 @@ method: what a row becomes is `encode`'s business.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import chain
@@ -26,6 +26,7 @@ from alignkit.data import (
     split_eval,
     write_table,
 )
+from alignkit.data.load import first_rows, streams
 from alignkit.data.rows import iter_contents
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat, ConversationError, Written
@@ -46,9 +47,46 @@ _BATCH_ROWS, _BATCH_CHARS = 1000, 10_000_000
 _REMEMBERED_ROWS = 256  # for samples
 
 
+class Stream:
+    """Token rows of a stage, encoded as they are asked for: `num_rows` of them, pass after pass over the sources.
+
+    Rows are asked for in rising order, with gaps where other ranks or earlier sittings have them, so a resumed run
+    reads its way to the very row that it stopped at. Memory does not grow with the rows.
+    """
+
+    column_names: Sequence[str] = ()
+
+    def __init__(self, encode: Callable[[], Iterator[dict[str, list[Any]]]], num_rows: int) -> None:
+        self._encode, self._num_rows = encode, num_rows
+        self._restart()
+
+    def _restart(self) -> None:
+        self._rows, self._next = self._iter_rows(), 0
+
+    def _iter_rows(self) -> Iterator[dict[str, Any]]:
+        while True:
+            for columns in self._encode():
+                for values in zip(*columns.values(), strict=True):
+                    yield dict(zip(columns, values, strict=True))
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if not 0 <= number < self._num_rows:
+            raise IndexError(number)
+        if number < self._next:
+            self._restart()
+        while self._next < number:
+            next(self._rows)
+            self._next += 1
+        self._next += 1
+        return next(self._rows)
+
+
 @dataclass
 class Tables:
-    """Ready token tables of one stage."""
+    """Ready token tables of one stage; of a stage that streams, `train` holds its first rows alone."""
 
     train: Dataset
     eval: Dataset | None
@@ -75,7 +113,7 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
     options, report = stage.training, DataReport()
     share = options.eval if isinstance(options.eval, float) else None
     template = chat.has_template
-    rows = read_rows(stage, options.data, report=report, rejects=rejects, template=template)
+    rows = read_rows(stage, first_rows(stage, report), report=report, rejects=rejects, template=template)
     train = _write(stage, chat, cache / "train.arrow", _take_side(stage, rows, share, held_out=False), rejects)
     held_out = None
     if share is not None:  # a second pass over the files keeps memory flat, whatever the share is
@@ -96,6 +134,17 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
             where=stage.where(f"{stage.name}.eval"),
         )
     return Tables(train.table, held_out.table, report, train.lengths, held_out.lengths, held_out.first_rows)
+
+
+def open_stream(stage: Stage, chat: Chat) -> Stream:
+    """The rows of a stage that streams; a row that does not fit raises DataError when it is reached."""
+
+    def encode() -> Iterator[dict[str, list[Any]]]:
+        report = DataReport(remembers=False)
+        rows = read_rows(stage, stage.options.data, report=report, rejects=Rejects(), template=chat.has_template)
+        return _encode(stage, chat, rows, Rejects(), LengthReport(), [])
+
+    return Stream(encode, stage.trainer["max_steps"] * stage.training.batch_size)
 
 
 def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:
@@ -168,6 +217,8 @@ def _write_texts(
         except ConversationError as error:
             if stage.options.on_bad_row == "skip":
                 rejects.add(row.place, str(error))
+            elif streams(stage):  # the last row, after which the others are told of, may never come
+                raise DataError(str(error), where=row.place) from None
             else:
                 problems.add_row(row.place, str(error))
         else:
@@ -195,23 +246,27 @@ class _Written:
 
 def _write(stage: Stage, chat: Chat, path: Path, rows: Iterable[Row], rejects: Rejects) -> _Written:
     """Check, encode and write rows, batch by batch, remembering the first few."""
-    encode, lengths = choose_encoder(stage), LengthReport()
+    lengths = LengthReport()
     first: list[Row] = []
-
-    def batches() -> Iterator[dict[str, list[Any]]]:
-        for batch in chain(_batched(_write_texts(stage, chat, rows, rejects)), [[]]):
-            pulse("reading data")
-            shown = [row for row, _ in batch if row.tokens is None]  # token ids have no text to sample from
-            first.extend(shown[: _REMEMBERED_ROWS - len(first)])
-            encoded = iter(chat.tokenize([text for _, texts in batch for text in texts]))
-            columns = encode([(row, [next(encoded) for _ in texts]) for row, texts in batch], lengths, rejects)
-            if columns["length"]:
-                yield columns
-
-    found = batches()
+    found = _encode(stage, chat, rows, rejects, lengths, first)
     start = next(found, None)
     table = None if start is None else write_table(path, chain([start], found))
     return _Written(table, lengths, first)
+
+
+def _encode(
+    stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects, lengths: LengthReport, first: list[Row]
+) -> Iterator[dict[str, list[Any]]]:
+    """Check and encode rows, batch by batch; a few of them are put into `first`."""
+    encode = choose_encoder(stage)
+    for batch in chain(_batched(_write_texts(stage, chat, rows, rejects)), [[]]):
+        pulse("reading data")
+        shown = [row for row, _ in batch if row.tokens is None]  # token ids have no text to sample from
+        first.extend(shown[: _REMEMBERED_ROWS - len(first)])
+        encoded = iter(chat.tokenize([text for _, texts in batch for text in texts]))
+        columns = encode([(row, [next(encoded) for _ in texts]) for row, texts in batch], lengths, rejects)
+        if columns["length"]:
+            yield columns
 
 
 def _batched(rows: Iterable[tuple[Row, list[Written]]]) -> Iterator[list[tuple[Row, list[Written]]]]:

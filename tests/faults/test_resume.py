@@ -6,10 +6,12 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
 
 CASES = [(method, kind) for method in ("sft", "rm", "dpo") for kind in ("full", "lora", "qlora")]
@@ -42,6 +44,19 @@ def test_three_kills_leave_the_final_weights_bit_identical(
     hits = kill_until_finished(make_stage(method, kind, "killed"), run, random.Random(1), seconds, 3)
     assert hits >= 1
     assert digest(tmp_path / "killed") == whole
+
+
+def test_a_killed_run_that_streams_goes_on_at_its_row(
+    make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    def make(out: str) -> Stage:
+        stage = make_stage("sft", "full", out)  # 12 steps of 4 rows: a pass over the 32 rows and a half
+        return replace(stage, options=stage.options.model_copy(update={"streaming": True}))
+
+    ended = run(make("whole"))
+    assert ended.code == 0, ended.stderr
+    assert kill_until_finished(make("killed"), run, random.Random(3), ended.seconds, 3) >= 1
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
 
 
 @pytest.mark.slow

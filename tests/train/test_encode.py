@@ -15,7 +15,7 @@ from alignkit.models.chat import Chat
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.train.encode import IGNORED
-from alignkit.train.tables import Tables, prepare_tables
+from alignkit.train.tables import Tables, open_stream, prepare_tables
 
 BASE = "model: {path: builtin:tiny-llama}\n"
 
@@ -242,3 +242,30 @@ def test_text_that_is_rendered_already_gets_no_second_frame(
     tables, chat = prepare(make_stage(text.replace("CHOICE", "keep"), "sft"), tmp_path)
     assert chat.tokenizer.decode(tables.train[0]["input_ids"]) == prompt + "yes<|im_end|>"
     assert learnt(chat, tables.train[0]) == "yes<|im_end|>"
+
+
+def test_streamed_rows_are_those_of_the_table_pass_after_pass(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path
+) -> None:
+    write_rows([{"text": f"row {number}"} for number in range(7)])
+    text = BASE + "sft: {data: ./rows.jsonl, objective: lm, max_length: 16, streaming: true, max_steps: 5}"
+    stage = make_stage(text, "sft")
+    tables, chat = prepare(stage, tmp_path)
+    stream, table = open_stream(stage, chat), list(tables.train["input_ids"])
+    assert len(stream) == 5 * stage.training.batch_size
+    wanted = [0, 1, len(table), 2 * len(table) + 1, 1, 2]  # on, over a gap, and back
+    assert [stream[at]["input_ids"].tolist() for at in wanted] == [table[at % len(table)] for at in wanted]
+
+
+def test_a_bad_row_of_a_stream_is_named_when_it_comes(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path
+) -> None:
+    write_rows([*({"text": f"row {number}"} for number in range(1200)), {"text": 5}])
+    text = BASE + "sft: {data: ./rows.jsonl, streaming: true, max_steps: 200}"
+    stage = make_stage(text, "sft")
+    tables, chat = prepare(stage, tmp_path)
+    assert len(tables.train) == 1000  # what is looked at beforehand
+    stream = open_stream(stage, chat)
+    assert stream[999]["length"] > 0
+    with pytest.raises(DataError, match=r"rows.jsonl:1201: text: is a number"):
+        stream[1200]
