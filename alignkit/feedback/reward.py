@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ def build_reward(
     if judge.replay is not None:
         raise RewardError("published labels cannot judge new answers; give the judge a model or a url", where=where)
     principles = load_constitution(constitution, needs="comparison")
-    stop = Stop()  # never set: the trainer hears the signals
+    stop = Stop()
+    if threading.current_thread() is threading.main_thread():
+        stop.listen()
     rank = os.environ.get("RANK", "0")
     store = Store(directory / (STORE if rank == "0" else f"judged-rank-{rank}.jsonl"))  # each process writes its own
 

@@ -1,15 +1,17 @@
 """A request to stop, heard between two answers: what is under way is kept, and the command ends in order.
 
-Deliberately apart from the trainers' signals: there is no step to finish and no other rank to agree with.
+Apart from the trainers' signals: there is no step to finish and no other rank to agree with.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 from alignkit.errors import Stopped
 
@@ -39,6 +41,17 @@ class Stop:
         self.event.set()
         if again:
             raise self._stopped("at once, by a second signal; everything answered is kept")
+
+    def listen(self) -> None:
+        """Hear signals beside the trainer, which then says what a second one does and puts back what was there."""
+        for number in _SIGNALS:
+            if callable(handle := signal.getsignal(number)):
+                signal.signal(number, partial(self._hear, handle))
+
+    def _hear(self, handle: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None) -> None:
+        self._number = self._number or signal.Signals(number)
+        self.event.set()
+        handle(number, frame)
 
 
 @contextmanager

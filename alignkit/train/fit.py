@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PrinterCallback, set_seed
 
 from alignkit import console
-from alignkit.errors import RunError
+from alignkit.errors import RunError, Stopped
 from alignkit.manifest import find_damaged_product
 from alignkit.models.chat import Chat
 from alignkit.models.parameters import describe_parameters, hash_base, hash_samples
@@ -251,6 +251,11 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
     stop.training = True
     try:
         trainer.train(resume_from_checkpoint=newest)
+    except Stopped:
+        # From a judge that was waited for before a rollout's first step: the state is that of the last step's end.
+        if not stop.at_once and trainer.may_stop and trainer.state.global_step:
+            trainer._save_checkpoint(trainer.model, None)
+        raise
     finally:
         stop.training = False
         recorder.close()

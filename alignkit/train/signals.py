@@ -28,6 +28,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None  # the loop sets it, too, when another rank was asked
         self._heard = False
+        self.at_once = False  # a second one came: wherever the program was, nothing more is saved
         self.joined = False
         self.training = False
         self.at_risk: Callable[[], str] = lambda: "the last sealed checkpoint counts"  # what a second signal costs
@@ -43,7 +44,7 @@ class StopFlag:
 
     def not_begun(self) -> Stopped:
         """Return the exception for a signal that came while no step was running."""
-        return self.stopped("nothing was being trained; the same command starts again")
+        return self.stopped("nothing was being trained; the same command goes on from what is saved")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self._heard = self._heard, True
@@ -52,6 +53,7 @@ class StopFlag:
             return
         self.signal = signal.Signals(number)
         if again:
+            self.at_once = True
             raise self.stopped(f"at once, by a second signal; {self.at_risk()}")
         if self.joined and not self.training:
             raise self.not_begun()

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,13 @@ import pytest
 from helpers import messages, read_rows
 from judge_server import Server
 
-from alignkit.errors import JudgeError, RewardError
+from alignkit.errors import JudgeError, RewardError, Stopped
 from alignkit.feedback.reward import build_reward, log_odds
+from alignkit.launch import launch_stage
+from alignkit.recipe import load_recipe, resolve
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.recipe.stage import Stage
+from alignkit.runs import checkpoints
 
 MakeStage = Callable[..., Stage]
 PROMPTS = [messages(f"Film {number}?") for number in range(3)]
@@ -69,3 +76,57 @@ def test_a_judge_that_abstains_from_everything_ends_the_run(stage: Stage, consti
 def test_published_labels_cannot_judge_new_answers(stage: Stage, constitution: str, tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="published labels cannot judge new answers"):
         build_reward(stage, FeedbackModel(replay="labels.jsonl"), constitution, tmp_path)
+
+
+RECIPE = """
+name: judged
+model: {path: MODEL}
+launch: {device: cpu}
+ppo:
+  data: {path: builtin:prompts, max_rows: 8}
+  reward: {judge: {url: 'URL', name: slow, timeout: 60, concurrency: 2}, constitution: FILE}
+  batch_size: 4
+  micro_batch_size: 4
+  ppo_epochs: 1
+  max_new_tokens: 6
+  max_steps: 3
+  save_steps: 100
+  samples: {num: 0}
+"""
+
+
+@pytest.mark.slow
+def test_a_silent_judge_does_not_delay_ctrl_c_and_the_last_step_is_saved(
+    constitution: str, tmp_path: Path, chat_model: Path
+) -> None:
+    limit = 1 << 30
+    with Server(fault=lambda number, payload: "timeout" if number >= limit else None, hang=60) as server:
+        recipe = tmp_path / "a.yaml"
+        recipe.write_text(
+            RECIPE.replace("URL", server.url).replace("FILE", constitution).replace("MODEL", str(chat_model))
+        )
+        whole, stopped = (resolve(load_recipe(recipe), "ppo", out=tmp_path / name) for name in ("whole", "stopped"))
+        launch_stage(whole)
+        limit = 2 * server.requests - 1  # the second run's last verdict does not come
+        sent: list[float] = []
+
+        def interrupt() -> None:
+            while server.requests <= limit and time.monotonic() < began + 60:
+                time.sleep(0.01)
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        began = time.monotonic()
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(Stopped, match="stopped by SIGINT") as caught:
+            launch_stage(stopped)
+        assert caught.value.exit_code == 130
+        assert time.monotonic() - sent[0] < 3  # half a second for what is under way, and the checkpoint
+        thread.join()
+        kept = checkpoints.list_checkpoints(tmp_path / "stopped" / "checkpoints")
+        assert [checkpoints.step_of(path) for path in kept] == [2] and checkpoints.find_damage(kept[0]) is None
+        limit = 1 << 30
+        launch_stage(stopped)
+    models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert models[0] == models[1]
