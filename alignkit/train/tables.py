@@ -99,7 +99,7 @@ class Tables:
 def open_chat(stage: Stage, run: RunDir) -> Chat:
     """Load the tokenizer and template of a stage; a template that reads the clock reads when the run began."""
     kept = read_json(run.stage).get("clock") if run.stage.exists() else None
-    clock = datetime.fromisoformat(kept) if kept else ranks.share(datetime.now())
+    clock = datetime.fromisoformat(ranks.share(kept or datetime.now().isoformat()))
     return Chat(load_tokenizer(stage), clock=clock, name=stage.model.chat_template or "the tokenizer's own")
 
 
