@@ -89,7 +89,7 @@ class Dpo(_Referenced, DPOTrainer):
 
     def weigh(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         chosen, rejected = (mask.sum() for mask in inputs["completion_mask"][:, 1:].chunk(2))
-        tokens = {"entropy": chosen + rejected, "mean_token_accuracy": chosen}
+        tokens = {"entropy": chosen + rejected, "mean_token_accuracy": chosen, "loss/sft": chosen}
         return tokens | {"logits/chosen": chosen, "logits/rejected": rejected}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
@@ -123,13 +123,20 @@ class Dpo(_Referenced, DPOTrainer):
         return batches, num_items
 
     def _sft_correction(self, outputs: Any, inputs: dict[str, Tensor]) -> Tensor | float:
-        """Make TRL's `sft` part, a mean over the chosen tokens of a micro batch, one over those of the whole step."""
+        """Make TRL's `sft` part, a mean over the chosen tokens of a micro batch, one over those of the whole step.
+
+        Of held-out rows it is a metric, by which `evaluation_loop` takes its mean over all their tokens.
+        """
         weight = sum(weight for name, weight in zip(self.loss_types, self.loss_weights, strict=True) if name == "sft")
-        if not weight or self._sft_scale is None or not self.model.training or self.use_weighting:
+        if not weight or self.use_weighting:
             return 0.0
         mask_BT = inputs["completion_mask"][:, 1:].chunk(2)[0].bool()
         logps_BT = outputs.log_probs[:, -mask_BT.size(1) :].chunk(2)[0]
-        return -weight * logps_BT[mask_BT].sum() * (self._sft_scale - 1 / int(mask_BT.sum()))
+        total, num_tokens = -weight * logps_BT[mask_BT].sum(), int(mask_BT.sum())
+        if not self.model.training:
+            self._metrics["eval"]["loss/sft"].append(float(total) / num_tokens)
+            return 0.0
+        return 0.0 if self._sft_scale is None else total * (self._sft_scale - 1 / num_tokens)
 
     def _own_loss(self, model: Any, inputs: dict[str, Tensor], label_B: Tensor | None) -> Tensor:
         labels_BT = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)

@@ -95,7 +95,7 @@ class Measured(Trainer):
                 loss, _logits, _labels = self.prediction_step(self.model, inputs, prediction_loss_only=True)
                 values = {name: found[-1] for name, found in self._metrics["eval"].items() if found}
                 if number * num_ranks + self.args.process_index < num_batches:  # else it fills up, and counts nowhere
-                    for name, value in {"loss": float(loss), **values}.items():
+                    for name, value in {"loss": float(loss) - values.get("loss/sft", 0.0), **values}.items():
                         weight = weights.get(name, len(rows))
                         totals[name][0] += value * weight if weight else 0.0
                         totals[name][1] += weight
@@ -105,7 +105,7 @@ class Measured(Trainer):
                     raise EvaluationCut
         means = _mean_over_ranks(totals)
         self._metrics["eval"].clear()
-        metrics = {f"{metric_key_prefix}_loss": means.pop("loss")}
+        metrics = {f"{metric_key_prefix}_loss": means.pop("loss") + means.pop("loss/sft", 0.0)}
         self._metrics["eval"].update({name: [value] for name, value in means.items()})  # TRL's `log` adds them
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
 

@@ -217,6 +217,7 @@ MORE = {
     "merged-dpo": (f"{LLAMA}{LORA}{START}dpo: {{start_from: sft, adapter: merge, {PAIRS}, {COMMON}}}", "dpo"),
     "cdpo-lora": (f"{LLAMA}{LORA}dpo: {{{PAIRS}, loss_type: cdpo, label_smoothing: 0.1, {COMMON}}}", "dpo"),
     "soft-dpo": (f"{LLAMA}dpo: {{data: ./soft.jsonl, {COMMON}}}", "dpo"),
+    "sft-part-dpo": (f"{LLAMA}dpo: {{{PAIRS}, loss_type: [sigmoid, sft], loss_weights: [1.0, 0.5], {COMMON}}}", "dpo"),
     "kto": (f"{LLAMA}dpo: {{{PAIRS}, loss_type: kto, {AUTO}}}", "dpo"),
     "kto-lora": (f"{LLAMA}{LORA}dpo: {{{PAIRS}, loss_type: kto, {AUTO}}}", "dpo"),
     "best-of-rm": (f"{LLAMA}rm: {{data: {{path: builtin:ranked, max_rows: 30}}, loss: best_of, {COMMON}}}", "rm"),
@@ -232,9 +233,10 @@ MORE = {
 @pytest.mark.slow
 def test_every_kind_of_reference_loss_and_precision_has_one_curve(tmp_path: Path) -> None:
     rows = [
-        {"prompt": f"say {n}", "chosen": "yes" * (n % 4 + 1), "rejected": "no" * (n % 3 + 1), "label": 0.25 + n % 2 / 2}
+        {"prompt": f"say {n}", "chosen": "yes" * (n % 4 + 1), "rejected": "no" * (n % 3 + 1),
+         "label": (0.25, 0.75, 1.0)[n % 3]}
         for n in range(30)
-    ]
+    ]  # fmt: skip
     (tmp_path / "soft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, (recipe, _) in MORE.items():
         (tmp_path / f"{name}.yaml").write_text(f"name: more\n{recipe}")

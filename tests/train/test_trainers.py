@@ -407,12 +407,15 @@ def test_a_loss_with_an_sft_part_does_not_depend_on_micro_batches(make_stage: Ca
         "samples: {num: 0}, logging_steps: 1, loss_type: [sigmoid, bco_pair, sft], loss_weights: [1.0, 0.5, 0.5], "
         "precompute_ref_log_probs: true}"
     )
-    losses = []
+    losses, held_out = [], []
     for size in (8, 2, 1):
         trainer = build(make_stage(text, "dpo", f"dpo.micro_batch_size={size}"), tmp_path).trainer
+        trainer.eval_dataset = trainer.train_dataset
+        held_out.append(trainer.evaluate()["eval_loss"])
         trainer.train()
         losses.append(next(row["loss"] for row in trainer.state.log_history if "loss" in row))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    assert held_out == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 def test_a_whole_number_is_a_float_where_trl_wants_one(make_stage: Callable, tmp_path: Path) -> None:
