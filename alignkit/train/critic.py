@@ -24,10 +24,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from alignkit.errors import ModelError, RunError
 from alignkit.models.adapters import copy_adapter
+from alignkit.models.classifier import load_classifier
 from alignkit.models.configs import know_classifier
 from alignkit.models.files import REWARD_NORM
 from alignkit.models.hub import quiet_transformers
-from alignkit.models.load import load_trained
 from alignkit.runs.files import write_json
 from alignkit.train import ranks, shards
 from alignkit.train.dropout import switch_off_dropout
@@ -186,26 +186,29 @@ def critic_from_policy(roles: Roles) -> Critic:
 
 
 def critic_from_reward(roles: Roles, directory: Path, *, where: str, trust_code: bool = False) -> Critic:
-    """Return a trainable copy of a reward model; an adapter is folded into its base.
+    """Return a trainable copy of a reward model; an adapter is folded into its base, two labels into their log-odds.
 
     Raises ModelError for a classifier whose trunk reads the whole text at once: it has no value per token.
     """
     policy = roles.policy
-    model = load_trained(directory, device=str(policy.device), reward=True, trust_code=trust_code)
+    model: Any = load_classifier(str(directory), device=str(policy.device), trust_code=trust_code).model
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     if not isinstance(getattr(model, "score", None), nn.Linear) or getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
             f"a {model.config.model_type} classifier gives no value per token; set value_init: policy", where=where
         )
-    model.score = _with_bias(model.score)
+    model.score, model.num_labels, model.config.num_labels = _with_bias(model.score), 1, 1
     return _own(roles, model.to(policy.dtype), from_reward=True)
 
 
 def _with_bias(head: nn.Linear) -> nn.Linear:
-    """Copy a score head, with a bias to train where it has none."""
-    copied = nn.Linear(head.in_features, head.out_features, device=head.weight.device, dtype=head.weight.dtype)
-    copied.load_state_dict({"bias": torch.zeros(head.out_features)} | head.state_dict())
+    """Copy a score head, with a bias to train where it has none; of two labels, their difference is the score."""
+    state = {"bias": torch.zeros(head.out_features)} | head.state_dict()
+    if head.out_features == 2:
+        state = {name: tensor[1:] - tensor[:1] for name, tensor in state.items()}
+    copied = nn.Linear(head.in_features, 1, device=head.weight.device, dtype=head.weight.dtype)
+    copied.load_state_dict(state)
     return copied
 
 

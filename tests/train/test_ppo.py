@@ -19,6 +19,7 @@ from alignkit.errors import ModelError, RunError
 from alignkit.evaluate.rewards import ModelReward
 from alignkit.evaluate.shelf import Shelf
 from alignkit.launch import launch_stage
+from alignkit.models.builtin import builtin_config, builtin_tokenizer
 from alignkit.models.load import load_trained
 from alignkit.models.scoring import read_norm, score_ids
 from alignkit.recipe import Stage
@@ -492,3 +493,24 @@ def test_models_of_their_own_are_all_accounted_for(make_stage: Callable, tmp_pat
         with torch.no_grad():
             expected = alone(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, 0]
         torch.testing.assert_close(values[row, len(answer) - 1], expected, rtol=0, atol=1e-4)
+
+
+def test_the_critic_of_a_classifier_with_two_labels_starts_from_their_log_odds(
+    make_stage: Callable, tmp_path: Path
+) -> None:
+    config = builtin_config("builtin:tiny-llama")
+    config.num_labels, config.pad_token_id = 2, 509
+    torch.manual_seed(0)
+    two = AutoModelForSequenceClassification.from_config(config).eval()
+    two.save_pretrained(tmp_path / "two")
+    builtin_tokenizer().save_pretrained(tmp_path / "two")
+    trainer = build(make_stage(recipe(reward="./two", extra=", chat: false"), "ppo"), tmp_path).trainer
+    rollout = trainer.collector.sample(range(2), (0, 0))
+    *_, values = trainer.collector.read(rollout, trainer.model)
+    for row, (prompt, answer) in enumerate(zip(rollout.prompt_ids, rollout.sampled_ids, strict=True)):
+        with torch.no_grad():
+            lost, won = two(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0]
+        torch.testing.assert_close(values[row, len(answer) - 1], won - lost, rtol=0, atol=1e-4)
+    trainer.critic.save(tmp_path / "critic", builtin_tokenizer())
+    assert json.loads((tmp_path / "critic/config.json").read_text()).get("num_labels", 1) == 1
+    assert load_file(tmp_path / "critic/model.safetensors")["score.weight"].shape[0] == 1
