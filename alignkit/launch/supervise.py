@@ -6,6 +6,7 @@ It starts the launcher, forwards stop signals, and kills. It neither trains nor 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -171,7 +172,18 @@ class Job:
         if any(end.exit_code for end in ends.values()):
             self._raise(ends, None)
 
+    def _told_status(self, pid: int) -> int | None:
+        """Find the wait status of a process in the launcher's log, where it asked the kernel before we looked."""
+        told = re.search(rf"exitcode *: (-?\d+)\)?[^\n]*\(pid: {pid}\)", self._log_path.read_text(errors="replace"))
+        if told is None:
+            return None
+        code = int(told[1])
+        return -code if code < 0 else code << 8
+
     def _raise(self, ends: dict[int, End], hung: str | None) -> None:
+        for rank, death in self._deaths.items():
+            if death.status is None:
+                self._deaths[rank] = verdict.Death(death.beat, self._told_status(death.beat.pid))
         if any(end.exit_code in _STOPS for end in ends.values()):
             # One that stopped while the stage was loading left alone: the others' lost connections are no news.
             ends = {rank: end for rank, end in ends.items() if not verdict.lost_peer(end)}

@@ -223,6 +223,7 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
     trainer = built.trainer
     newest = ranks.once(lambda: _find_checkpoint(run))
     step = 0
+    stop.saved = newest is not None
     if newest is not None:
         manifest = checkpoints.read_manifest(Path(newest))
         step, trainer.watch.num_tokens = manifest["step"], manifest["num_tokens"]
@@ -257,7 +258,7 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
             trainer._save_checkpoint(trainer.model, None)
         raise
     finally:
-        stop.training = False
+        stop.training, stop.saved = False, True
         recorder.close()
     if stop.signal is not None:
         ranks.leave_at_exit()

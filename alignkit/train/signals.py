@@ -31,6 +31,7 @@ class StopFlag:
         self.at_once = False  # a second one came: wherever the program was, nothing more is saved
         self.joined = False
         self.training = False
+        self.saved = False  # whether there is a step to go on from
         self.at_risk: Callable[[], str] = lambda: "the last sealed checkpoint counts"  # what a second signal costs
 
     @property
@@ -44,7 +45,8 @@ class StopFlag:
 
     def not_begun(self) -> Stopped:
         """Return the exception for a signal that came while no step was running."""
-        return self.stopped("nothing was being trained; the same command goes on from what is saved")
+        then = "goes on from what is saved" if self.saved else "starts again"
+        return self.stopped(f"nothing was being trained; the same command {then}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self._heard = self._heard, True
