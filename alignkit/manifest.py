@@ -33,7 +33,7 @@ def checksum(path: Path) -> str:
 
 
 def describe(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Return what tells later whether these files below a directory are still the same, by their names in it."""
+    """Take sizes and checksums of files below a directory, by their names in it."""
     found = {}
     for path in sorted(files):
         state = path.stat()

@@ -95,7 +95,7 @@ def _surround(messages: list[Message], reading: Reading) -> list[Message]:
 
 
 def read_prompt(reading: Reading, *, transcript: bool = False) -> Text:
-    """Return what was asked: a text, or messages where the row writes them or says more than a text can.
+    """Read the question: a text, or messages where the row writes them or says more than a text can.
 
     With `transcript` a text in the form of HH becomes its turns.
     """

@@ -287,7 +287,7 @@ def _read_role(message: dict[str, Any], field: str, reading: Reading) -> str:
 
 
 def _read_content(message: dict[str, Any], field: str, role: str) -> tuple[str, str]:
-    """Return what a message says, and what was thought before it."""
+    """Read the content of a message and the reasoning before it."""
     key = _key_of(message, _CONTENT_KEYS)
     content, where = message.get(key), f"{field}.{key}"
     for other in _CONTENT_KEYS:

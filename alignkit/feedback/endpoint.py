@@ -110,7 +110,7 @@ class Endpoint:
         return payload | {"messages": messages}
 
     def _text(self, choice: dict[str, Any]) -> str:
-        """Return what the model wrote; raises TypeError for what is no text."""
+        """Read the answer out of a reply; raises TypeError where it is no text."""
         text = choice["message"].get("content") if self._is_chat else choice.get("text")
         if not isinstance(text, str | None):
             raise TypeError(f"{type(text).__name__} instead of a text")

@@ -222,7 +222,7 @@ class Server:
     async def _try(
         self, payload: dict[str, Any], read: Callable[[dict[str, Any]], _Read]
     ) -> tuple[_Read, str, object] | _Failure:
-        """Return what was read, the text and the usage as the server says it, or a failure that may pass."""
+        """Ask once: the reply with its text and usage as the server gives them, or a failure worth another try."""
         openai, seconds = self._openai, self._source.timeout
         sent = {key: value for key, value in payload.items() if key not in self._left_out}
         if "max_tokens" in self._left_out:

@@ -1,6 +1,6 @@
 """Configurations of models: read, held to sizes that can be built, and what they need to be loaded.
 
-Deliberately reads configs only, never weights.
+It reads configs, never weights.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ class Template:
         return said + ("; it reads the clock" if self.reads_clock else "")
 
     def frame(self) -> str:
-        """Return what is written around turns: before the first, between them, and at the end of an answer."""
+        """The texts around turns: before the first, between them, and at the end of an answer."""
         asked = self._try([_SYSTEM, _USER], prompt=True) or self._try([_USER], prompt=True)
         return asked + self.end.token
 
@@ -297,7 +297,7 @@ class Template:
         return [*others, Written(text, spans, start)] if spans or not others else others
 
     def _split(self, messages: Sequence[Any], given: list[Any], number: int) -> tuple[str, str]:
-        """Return what generation is given before an answer, and what it should write: the answer and its end."""
+        """Split at an answer: the text generation starts from, and the answer with its end."""
         message, before = given[number], given[:number]
         if not before:
             return self._split_first(given)

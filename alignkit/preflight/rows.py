@@ -40,6 +40,8 @@ def describe_rows(tables: Tables) -> dict[str, str]:
     facts["too long"] = f"{lengths.truncated_share:.1%}: {lengths.num_truncated} cut, {lengths.num_too_long} left out"
     if lengths.num_untrained:
         facts["nothing to learn"] = f"{lengths.num_untrained} rows left out"
+    if lengths.num_apart:
+        facts["learnt apart"] = f"{lengths.num_apart} answers, each in a text of its own: later turns rewrite them"
     facts["duplicates"] = f"{report['duplicates']} rows, {report['duplicate_prompts']} prompts"
     if report["longer_chosen_share"] is not None:
         facts["chosen is longer"] = f"in {report['longer_chosen_share']:.0%} of {report['comparisons']} comparisons"

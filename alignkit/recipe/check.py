@@ -134,6 +134,8 @@ def _check_option(node: Node, option: Fragment, key: str, defs: Fragment, whole:
     found = f"{show_key(key)} is {show(node)}"
     choices = _choices(option)
     if choices and value not in choices:
+        if any(other.get("type") == "boolean" for other in whole.get("anyOf", ())):
+            choices = [*choices, True, False]
         yield Problem(f"{found}; {_describe_choices(value, choices)}", node.place)
     elif isinstance(value, float) and not math.isfinite(value):
         yield Problem(f"{found}; it must be a finite number{_typical(whole)}", node.place)

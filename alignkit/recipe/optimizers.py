@@ -66,7 +66,7 @@ _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "d
 
 
 def find_optimizer(name: str) -> Optimizer:
-    """Return what is known of an optimizer of transformers."""
+    """Look an optimizer of transformers up."""
     fitting = [kind for kind in _KINDS if name.startswith(kind)]
     return _KINDS[max(fitting, key=len)] if fitting else Optimizer()
 

@@ -106,7 +106,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 
 def _find_fault(name: str, data: Any) -> str | None:
-    """Return what keeps a record of this file name from being used, None when nothing does."""
+    """Say why a record of this file name cannot be used; None if it can."""
     if not isinstance(data, dict):
         return f"holds {type(data).__name__}, not an object"
     for key, kind in _SHAPES.get(name, {}).items():

@@ -34,7 +34,7 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """Return what result.json says; raises RunError where it does not say all."""
+    """Read result.json; raises RunError where a field is missing or of another type."""
     data = read_json(path)
     if missing := [key for key in Result.__dataclass_fields__ if data.get(key) is None]:
         raise RunError(f"has no {missing[0]}; put the file back as it was, or start over with --force", where=str(path))

@@ -276,7 +276,7 @@ def _find_checkpoint(run: RunDir) -> str | None:
 
 
 def _describe_loss(run: RunDir, step: int) -> str:
-    """Return what is lost by stopping at once."""
+    """Name the steps lost by stopping at once."""
     saved = checkpoints.newest_step(run.checkpoints) or 0
     return f"steps {saved + 1} to {step} were not saved and are lost" if step > saved else f"step {saved} is saved"
 

@@ -331,7 +331,7 @@ class Guarded(Measured):
         }
 
     def _describe_window(self) -> dict[str, Any]:
-        """Return what has been measured since the last log: a resumed run logs what an undisturbed one would have."""
+        """The sums since the last log, so that a resumed run logs what an undisturbed one would have."""
         return {
             "loss": float(self._tr_loss),
             "since": self._globalstep_last_logged,

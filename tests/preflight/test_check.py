@@ -119,7 +119,9 @@ def test_good_recipe_is_described_stage_by_stage(tmp_path: Path) -> None:
     # of a completion one or two tokens, and the end of its turn
     assert sft.facts["tokens"].endswith("of which 5 are trained")
     assert dpo.facts["starts from"] == "sft, not trained yet: looked at with builtin:tiny-llama"
-    assert dpo.facts["chat template"].endswith("an answer ends with <|im_end|>, which is trained")
+    assert dpo.facts["chat template"].endswith(
+        "an answer ends with <|im_end|>, which is trained; no tools; reasoning is written as <think> in the answer"
+    )
     assert {"device", "disk", "held out", "chosen is longer"} <= set(dpo.facts)
     assert list(tmp_path.iterdir()) != [] and not (tmp_path / "runs").exists()
 

@@ -142,6 +142,7 @@ def test_message_of_a_stage_key(complain: Complain, line: str, message: str) -> 
         ("name: ..", "name is ..; use letters, digits, '.', '_' and '-' only"),
         ("rm: {data: {split: train}}",
          "rm.data.path is missing; a file, a pattern such as data/*.jsonl, a directory, a hub id, or builtin:NAME"),
+        ("rm: {data: {path: x/y, chat: maybe}}", "rm.data.chat is maybe; it must be one of auto, true, false"),
         ("rm: {data: [x/y, 3]}", "rm.data[1] is 3; it must be text or a mapping"),
         ("rm: {data: {path: x/y, weight: 0}}", "rm.data.weight is 0; it must be greater than 0 and at most 1000"),
     ],

@@ -157,3 +157,20 @@ def test_a_stage_without_rows_of_tokens_cannot_be_previewed(make_stage: Callable
     )
     with pytest.raises(RecipeError, match="label is a label stage: it trains on no rows"):
         preview_stage(make_stage(text, "label"), num_rows=1)
+
+
+def test_answers_that_later_turns_rewrite_are_counted(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path
+) -> None:
+    from alignkit.preflight.preview import preview_stage
+
+    write_rows([{"messages": [*PAIR["prompt"], *PAIR["chosen"]] * 2}])
+    (tmp_path / "last.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}So: {% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    text = "model: {path: builtin:tiny-llama, chat_template: ./last.jinja}\nsft: {data: ./rows.jsonl}\n"
+    shown = preview_stage(make_stage(text, "sft"), num_rows=5)
+    assert shown.facts["learnt apart"] == "1 answers, each in a text of its own: later turns rewrite them"
+    learnt = [text for row in shown.rows for kind, text in spans(row["sequences"][0]) if kind == "learnt"]
+    assert learnt == ["So: Good.<|im_end|>"] * 2
