@@ -17,20 +17,20 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PA
 LEVELS = {
     "errors": 0,
     "console": 1,
-    "manifest": 1,
     "recipe": 2,
     "runs": 3,
-    "data": 3,
-    "models": 3,
-    "feedback": 4,
-    "train": 5,
-    "evaluate": 5,
-    "chat": 5,
-    "preflight": 6,
-    "launch": 7,
-    "ending": 8,
-    "cli": 9,
-    "__main__": 10,
+    "data": 4,
+    "models": 4,
+    "report": 4,  # of the files of a run alone: stages write their page when they end
+    "feedback": 5,
+    "train": 6,
+    "evaluate": 6,
+    "chat": 6,
+    "preflight": 7,
+    "launch": 8,
+    "ending": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 
 

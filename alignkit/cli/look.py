@@ -68,7 +68,7 @@ def preview(
 
     shown = preview_stage(resolved, num_rows=num_rows)
     if html is not None:
-        from alignkit.runs.report.page import write_preview
+        from alignkit.report.page import write_preview
 
         console.print_paths({"page": str(write_preview(shown.to_dict(), html))})
     elif as_json:
@@ -136,7 +136,7 @@ def diff(
 ) -> None:
     """Show how two runs differ: values in force, data and template, versions, then what came out."""
     from alignkit import console
-    from alignkit.evaluate.diff import compare_runs
+    from alignkit.report.compare import compare_runs
 
     difference = compare_runs(first, second)
     if as_json:
@@ -164,7 +164,7 @@ def report(
 ) -> None:
     """Write one HTML page that shows a run or a whole recipe, and bring the run's model card up to date."""
     from alignkit import console
-    from alignkit.runs.publish import publish
+    from alignkit.report.publish import publish
 
     stages = None
     if target.suffix in (".yaml", ".yml"):

@@ -27,8 +27,8 @@ from alignkit.data.files import (
     read_file,
 )
 from alignkit.errors import DataError, Problem
-from alignkit.manifest import require_whole
 from alignkit.recipe.schema import DataSource
+from alignkit.runs.manifest import require_whole
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _HUB_BATCH = 1000

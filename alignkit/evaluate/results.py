@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.evaluate.figures import Figure
+from alignkit.report.evaluation import name_all_data
 from alignkit.runs.files import disk_failures, read_record, write_json
 from alignkit.runs.record import versions
-from alignkit.runs.report.evaluation import name_all_data
 
 SCHEMA = 1
 _LIBRARIES = ("lm_eval", "rouge-score", "sacrebleu")

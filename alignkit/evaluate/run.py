@@ -23,9 +23,9 @@ from alignkit.evaluate.subject import Subject, find_subject
 from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 from alignkit.models.files import find_model_dir
 from alignkit.recipe.schema import EvaluateOptions
+from alignkit.report.publish import show
+from alignkit.runs.directory import RunDir
 from alignkit.runs.form import form_of
-from alignkit.runs.layout import RunDir
-from alignkit.runs.publish import show
 
 _CACHE, _JUDGED = "eval-cache.jsonl", "eval-judged.jsonl"
 

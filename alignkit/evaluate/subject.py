@@ -14,8 +14,8 @@ from alignkit.errors import DataError, RunError
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.recipe.lineage import RUNS
 from alignkit.recipe.schema import DataSource
+from alignkit.runs.directory import RunDir
 from alignkit.runs.files import read_json
-from alignkit.runs.layout import RunDir
 
 _REFERENCED = ("dpo", "ppo")  # methods that hold the policy near where it started
 

@@ -25,7 +25,7 @@ from alignkit.feedback.sources import open_model, spent_before
 from alignkit.feedback.spending import Spending, how_to_go_on
 from alignkit.recipe.schema import CritiqueOptions
 from alignkit.recipe.stage import Stage
-from alignkit.runs.result import Result
+from alignkit.runs.directory import Result
 
 _SHOWN = 4  # chains whose texts stand in the report
 _MANY_CUT = 0.2  # share of texts cut off by max_new_tokens that is worth a warning

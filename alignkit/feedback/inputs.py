@@ -19,7 +19,7 @@ from alignkit.feedback.sources import describe_source, fingerprint_file, own_mod
 from alignkit.feedback.store import key_of
 from alignkit.recipe.schema import CritiqueOptions, DataSource, FeedbackModel, LabelOptions
 from alignkit.recipe.stage import Stage
-from alignkit.runs.layout import RunDir, list_changes
+from alignkit.runs.directory import RunDir, list_changes
 
 
 @dataclass

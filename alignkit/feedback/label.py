@@ -29,7 +29,7 @@ from alignkit.feedback.sources import open_model, spent_before
 from alignkit.feedback.spending import Spending, how_to_go_on
 from alignkit.recipe.schema import FeedbackModel, LabelOptions
 from alignkit.recipe.stage import Stage
-from alignkit.runs.result import Result
+from alignkit.runs.directory import Result
 
 LABELS = "labels.jsonl"  # every comparison with what was said of it; rows.jsonl holds what is trained on
 _SECOND_OPINIONS = 32  # comparisons that are also judged by another principle, at most a tenth of them

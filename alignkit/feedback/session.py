@@ -18,13 +18,12 @@ from alignkit.data import DataReport, Rejects
 from alignkit.feedback.desk import Desk
 from alignkit.feedback.stop import Stop, catch_signals
 from alignkit.feedback.store import Store
-from alignkit.manifest import find_damaged_product
 from alignkit.recipe.stage import Stage
+from alignkit.report.publish import leave_finished, show
+from alignkit.runs.directory import Result, RunDir, compare_fingerprints, copy_recipe, write_result
 from alignkit.runs.files import replacing, write_json
-from alignkit.runs.layout import RunDir, compare_fingerprints, copy_recipe, write_result
-from alignkit.runs.publish import leave_finished, show
+from alignkit.runs.manifest import find_damaged_product
 from alignkit.runs.record import JsonLines, git_state, versions
-from alignkit.runs.result import Result
 
 ROWS, STORE, REPORT = "rows.jsonl", "feedback.jsonl", "report.json"
 

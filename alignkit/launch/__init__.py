@@ -12,7 +12,7 @@ from alignkit.recipe.schema import FEEDBACK
 if TYPE_CHECKING:
     from alignkit.launch.command import Command
     from alignkit.recipe import Stage
-    from alignkit.runs.result import Result
+    from alignkit.runs.directory import Result
 
 __all__ = ["is_in_process", "launch_stage", "prepare_environment"]
 

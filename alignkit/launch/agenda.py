@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.launch.command import Command
-from alignkit.manifest import find_damaged_product
 from alignkit.preflight.lineage import list_needs
 from alignkit.recipe import Stage
 from alignkit.recipe.lineage import ROWS
 from alignkit.recipe.schema import FEEDBACK
 from alignkit.runs import checkpoints
-from alignkit.runs.layout import RunDir
+from alignkit.runs.directory import RunDir
+from alignkit.runs.manifest import find_damaged_product
 
 Will = Literal["leave", "resume", "start", "again"]
 WORDS: dict[Will, str] = {

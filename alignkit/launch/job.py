@@ -25,11 +25,9 @@ from alignkit.launch.supervise import Job, StopRequest
 from alignkit.launch.worker import STOP_SIGNALS
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
+from alignkit.runs.directory import Result, RunDir, read_result
 from alignkit.runs.files import disk_failures
-from alignkit.runs.hardware import count_cores
-from alignkit.runs.layout import RunDir
-from alignkit.runs.record import record_warnings
-from alignkit.runs.result import Result, read_result
+from alignkit.runs.record import count_cores, record_warnings
 
 # A process died or hung, was killed, was told to end while this one was not. Anything else would happen again.
 RETRIED = frozenset({6, 137, 143})

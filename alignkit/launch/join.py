@@ -21,7 +21,7 @@ from alignkit.launch.worker import is_supervised, rank
 from alignkit.recipe import Stage
 
 if TYPE_CHECKING:
-    from alignkit.runs.result import Result
+    from alignkit.runs.directory import Result
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

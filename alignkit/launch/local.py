@@ -29,11 +29,11 @@ from alignkit.preflight.rewards import require_rewards
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK, DataSource
-from alignkit.runs.layout import RunDir, open_run, refuse_foreign, set_aside
+from alignkit.runs.directory import RunDir, open_run, refuse_foreign, set_aside
 from alignkit.runs.record import record_warnings
 
 if TYPE_CHECKING:
-    from alignkit.runs.result import Result
+    from alignkit.runs.directory import Result
 
 # Files up to this size are read and checked in half a second, before the libraries load in ten; larger ones are
 # checked only when they are tokenised.

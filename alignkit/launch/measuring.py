@@ -15,8 +15,8 @@ from typing import Any
 from alignkit.evaluate.request import request_stages
 from alignkit.recipe import Recipe
 from alignkit.recipe.schema import EvaluateOptions
+from alignkit.runs.directory import RunDir
 from alignkit.runs.files import read_record, write_json
-from alignkit.runs.layout import RunDir
 
 NAME = "evaluate"
 RECORD = "evaluated.json"

@@ -24,10 +24,10 @@ from alignkit.launch.slurm import write_jobs
 from alignkit.launch.worker import is_supervised
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK
+from alignkit.report import write_recipe_report
+from alignkit.report.publish import attempt
+from alignkit.runs.directory import RunDir
 from alignkit.runs.files import write_text
-from alignkit.runs.layout import RunDir
-from alignkit.runs.publish import attempt
-from alignkit.runs.report import write_recipe_report
 
 _FAILURES = (3, 4, 5, 6, 7)  # not finite, disk, memory, a process, the judge
 

@@ -20,9 +20,8 @@ from alignkit.launch.local import check_first
 from alignkit.launch.worker import is_worker
 from alignkit.preflight.lineage import list_needs
 from alignkit.recipe import Stage
-from alignkit.runs.layout import RunDir
-from alignkit.runs.publish import leave_finished
-from alignkit.runs.result import Result
+from alignkit.report.publish import leave_finished
+from alignkit.runs.directory import Result, RunDir
 
 
 def check_stages(jobs: Sequence[tuple[Stage, Command]]) -> None:

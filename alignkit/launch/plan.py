@@ -24,7 +24,7 @@ from alignkit.launch.devices import mixed_precision
 from alignkit.launch.placement import Placement, place
 from alignkit.launch.worker import is_worker
 from alignkit.recipe import Stage
-from alignkit.runs.layout import RunDir
+from alignkit.runs.directory import RunDir
 
 
 @dataclass(frozen=True)

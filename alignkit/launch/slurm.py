@@ -24,8 +24,8 @@ from alignkit.recipe import Stage
 from alignkit.recipe.batch import check_batch
 from alignkit.recipe.schema import SlurmOptions
 from alignkit.runs.checkpoints import MANIFEST
+from alignkit.runs.directory import RunDir, open_run, refuse_foreign
 from alignkit.runs.files import disk_failures, write_text
-from alignkit.runs.layout import RunDir, open_run, refuse_foreign
 
 SCRIPT = "job.sbatch"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.errors import ModelError, Problem
-from alignkit.manifest import require_whole
 from alignkit.recipe.nearest import suggest
+from alignkit.runs.manifest import require_whole
 
 BUILTIN_PREFIX = "builtin:"
 REWARD_NORM = "reward_norm.json"  # of an rm stage, beside its model: gain and bias

@@ -17,7 +17,7 @@ from alignkit.preflight.machine import (
     try_abilities,
 )
 from alignkit.preflight.versions import Library, read_libraries
-from alignkit.runs.hardware import describe_devices
+from alignkit.runs.record import describe_devices
 
 Table = tuple[str, list[str], list[list[str]]]  # title, column names, rows
 

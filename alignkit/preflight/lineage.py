@@ -14,7 +14,7 @@ from alignkit.errors import Problem, RunError
 from alignkit.preflight.feedback import list_feedback_models
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import DataSource, PpoOptions
-from alignkit.runs.layout import RunDir
+from alignkit.runs.directory import RunDir
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alignkit.runs.hardware import count_cores, memory_bytes
+from alignkit.runs.record import count_cores, memory_bytes
 
 _GIB = 2**30
 # Secrets are shown as set or not, never by value.

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import RunError
-from alignkit.manifest import describe
-from alignkit.manifest import find_damage as find_damaged_file
 from alignkit.runs.files import directory_bytes, put_aside, read_json, sync, write_json
+from alignkit.runs.manifest import describe
+from alignkit.runs.manifest import find_damage as find_damaged_file
 
 MANIFEST = "alignkit_manifest.json"
 SEALED = ".sealed"  # in a run directory: it has had a checkpoint

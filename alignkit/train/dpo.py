@@ -25,8 +25,7 @@ from alignkit.models.load import Loaded, load_policy, load_reference
 from alignkit.recipe import Stage
 from alignkit.recipe.fields import OWN_LOSSES
 from alignkit.recipe.schema import DpoOptions
-from alignkit.runs.layout import RunDir
-from alignkit.runs.result import Result
+from alignkit.runs.directory import Result, RunDir
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config, micro_batch_size
 from alignkit.train.built import Built

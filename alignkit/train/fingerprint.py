@@ -17,8 +17,8 @@ from alignkit.feedback.reward_function import hash_function
 from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
+from alignkit.runs.directory import RunDir, list_changes
 from alignkit.runs.files import read_json
-from alignkit.runs.layout import RunDir, list_changes
 
 
 def fingerprint_stage(stage: Stage) -> dict[str, Any]:

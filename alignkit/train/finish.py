@@ -19,12 +19,11 @@ from alignkit.models.parameters import describe_parameters, hash_base
 from alignkit.models.probe import compare_probes, take_probe
 from alignkit.models.save import save_model
 from alignkit.recipe import Stage
+from alignkit.report.publish import show
+from alignkit.runs.directory import Result, RunDir, write_result
 from alignkit.runs.files import disk_failures, write_json
 from alignkit.runs.heartbeat import pulse
-from alignkit.runs.layout import RunDir, write_result
-from alignkit.runs.publish import show
 from alignkit.runs.record import JsonLines
-from alignkit.runs.result import Result
 from alignkit.train import ranks, shards, zero
 from alignkit.train.built import Built
 from alignkit.train.guard import Guarded

@@ -18,19 +18,17 @@ from transformers import PrinterCallback, set_seed
 
 from alignkit import console
 from alignkit.errors import RunError, Stopped
-from alignkit.manifest import find_damaged_product
 from alignkit.models.chat import Chat
 from alignkit.models.parameters import describe_parameters, hash_base, hash_samples
 from alignkit.models.skeleton import build_skeleton
 from alignkit.recipe import Stage
+from alignkit.report.publish import leave_finished
 from alignkit.runs import checkpoints
+from alignkit.runs.directory import Result, RunDir, compare_fingerprints, copy_recipe
 from alignkit.runs.files import put_aside, write_json
-from alignkit.runs.hardware import describe_hardware
 from alignkit.runs.heartbeat import pulse
-from alignkit.runs.layout import RunDir, compare_fingerprints, copy_recipe
-from alignkit.runs.publish import leave_finished
-from alignkit.runs.record import JsonLines, git_state, versions
-from alignkit.runs.result import Result
+from alignkit.runs.manifest import find_damaged_product
+from alignkit.runs.record import JsonLines, describe_hardware, git_state, versions
 from alignkit.train import ranks
 from alignkit.train.built import Built
 from alignkit.train.fingerprint import find_longer, fingerprint_stage, hash_data, unread

@@ -24,9 +24,8 @@ from alignkit.models.scoring import ScoreIds, read_norm
 from alignkit.models.start import context_length
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RewardSource, SftOptions
+from alignkit.runs.directory import Result, RunDir
 from alignkit.runs.files import describe_bytes
-from alignkit.runs.layout import RunDir
-from alignkit.runs.result import Result
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config, micro_batch_size, world_size
 from alignkit.train.built import Built

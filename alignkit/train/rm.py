@@ -25,9 +25,8 @@ from alignkit.models.load import load_reward_model
 from alignkit.models.scoring import score_ids
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RmOptions, SftOptions
+from alignkit.runs.directory import Result, RunDir
 from alignkit.runs.files import write_json
-from alignkit.runs.layout import RunDir
-from alignkit.runs.result import Result
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config
 from alignkit.train.built import Built

@@ -15,8 +15,7 @@ from alignkit.data.load import streams
 from alignkit.models.load import load_policy
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import SftOptions
-from alignkit.runs.layout import RunDir
-from alignkit.runs.result import Result
+from alignkit.runs.directory import Result, RunDir
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config
 from alignkit.train.built import Built

@@ -32,10 +32,10 @@ from alignkit.errors import DataError
 from alignkit.models.chat import Chat, ConversationError, Written
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
+from alignkit.runs.directory import RunDir
 from alignkit.runs.files import read_json
 from alignkit.runs.form import form_of, require_form
 from alignkit.runs.heartbeat import pulse
-from alignkit.runs.layout import RunDir
 from alignkit.train import ranks
 from alignkit.train.encode import LengthReport, choose_encoder, write_row
 from alignkit.train.prompts import longest_prompt

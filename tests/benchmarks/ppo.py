@@ -116,7 +116,7 @@ def train_ours(recipe: Path) -> tuple[float, float]:
     """Train and return the seconds of training alone, on the wall and of the processor."""
     from alignkit.launch.environment import prepare_environment
     from alignkit.recipe import load_recipe, resolve
-    from alignkit.runs.layout import RunDir
+    from alignkit.runs.directory import RunDir
     from alignkit.train.ppo import build
 
     prepare_environment(tiny=False)

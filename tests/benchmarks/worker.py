@@ -39,7 +39,7 @@ sft:
 def train_ours(model: Path, rows: Path, batch: int, out: Path, *, batching: str) -> float:
     """Train with alignkit's own trainer and return the seconds of the loop."""
     from alignkit.recipe import load_recipe, resolve
-    from alignkit.runs.layout import RunDir
+    from alignkit.runs.directory import RunDir
     from alignkit.train.sft import build
 
     recipe = out / "recipe.yaml"

@@ -11,7 +11,7 @@ import pytest
 
 from alignkit import console
 from alignkit.errors import DataError, Problem
-from alignkit.runs.layout import RunDir, copy_recipe
+from alignkit.runs.directory import RunDir, copy_recipe
 
 NASTY = "\x1b]0;title\x07\x1b[2J\x9b1mgone\r\u202e\x7f\ud800[/red]"
 SHOWN = "\ufffd]0;title\ufffd\ufffd[2J\ufffd1mgone\ufffd\ufffd\ufffd\ufffd[/red]"

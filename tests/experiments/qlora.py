@@ -112,7 +112,7 @@ def train(recipe: Path) -> dict[str, Any]:
 
     from alignkit.launch.environment import prepare_environment
     from alignkit.recipe import load_recipe, resolve
-    from alignkit.runs.layout import RunDir
+    from alignkit.runs.directory import RunDir
     from alignkit.train.ppo import build
 
     prepare_environment(tiny=False)

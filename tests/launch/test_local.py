@@ -64,7 +64,7 @@ def test_a_second_run_in_the_same_directory_is_refused(run_python: Callable, tmp
     (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", "builtin:tiny-gpt2"))
     (tmp_path / "rows.jsonl").write_text(GOOD)
     hold = (
-        "import sys, time; from pathlib import Path; from alignkit.runs.layout import open_run\n"
+        "import sys, time; from pathlib import Path; from alignkit.runs.directory import open_run\n"
         "held = open_run(Path('runs/r/sft'), force=False); print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen(

@@ -20,7 +20,7 @@ from alignkit.launch.agenda import plan_run
 from alignkit.launch.command import Command
 from alignkit.launch.measuring import Measuring
 from alignkit.recipe import load_recipe, pick_span, resolve
-from alignkit.runs.layout import RunDir, write_result
+from alignkit.runs.directory import RunDir, write_result
 
 COMMON = "batch_size: 4, max_length: 160, samples: {num: 0}, learning_rate: 1e-3"
 RECIPE = f"""\

@@ -23,7 +23,7 @@ from alignkit.errors import AlignKitError, DataError, EnvironmentProblem, Recipe
 from alignkit.launch.command import Command
 from alignkit.launch.slurm import _directive, _read_time, build_script, write_jobs
 from alignkit.recipe import Stage, load_recipe, resolve
-from alignkit.runs.layout import open_run, refuse_foreign
+from alignkit.runs.directory import open_run, refuse_foreign
 
 MODEL = "model: {path: builtin:tiny-llama}\n"
 STAGES = """\

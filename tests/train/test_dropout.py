@@ -12,7 +12,7 @@ from transformers import FalconConfig, GraniteConfig, MixtralConfig, OPTConfig, 
 
 from alignkit.errors import ModelError
 from alignkit.models.builtin import builtin_tokenizer
-from alignkit.runs.layout import RunDir
+from alignkit.runs.directory import RunDir
 from alignkit.train.dropout import switch_off_dropout
 from alignkit.train.invariants import check_step_zero
 

@@ -25,7 +25,7 @@ from alignkit.models.scoring import read_norm, score_ids
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import MissingEos, PpoOptions
 from alignkit.runs import checkpoints
-from alignkit.runs.layout import RunDir
+from alignkit.runs.directory import RunDir
 from alignkit.train import ppo
 from alignkit.train.experience import answer_order, finish_scores, measure_norm, prompt_numbers, sort_steps
 from alignkit.train.monitors import HackingMonitor, judge_first

@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
-from alignkit.runs.layout import RunDir
+from alignkit.runs.directory import RunDir
 from alignkit.train import ppo
 from alignkit.train.readout import pad_answers
 

@@ -14,7 +14,7 @@ from alignkit.data import Rejects
 from alignkit.errors import RecipeError
 from alignkit.models.chat import Chat
 from alignkit.models.tokens import load_tokenizer
-from alignkit.runs.layout import RunDir
+from alignkit.runs.directory import RunDir
 from alignkit.train.preview import preview_rows, training_rows
 from alignkit.train.tables import prepare_tables
 

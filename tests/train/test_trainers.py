@@ -15,7 +15,7 @@ from alignkit.errors import DataError, ModelError, NonFiniteError, RunError
 from alignkit.launch import launch_stage
 from alignkit.launch.command import Command
 from alignkit.recipe import Stage
-from alignkit.runs.layout import RunDir
+from alignkit.runs.directory import RunDir
 
 LORA = "lora: {r: 4, alpha: 8}\n"
 BASE = "name: t\nmodel: {path: builtin:tiny-llama}\n"

@@ -14,10 +14,10 @@ import pytest
 from browser import CHROMIUM, Browser, open_browser
 from written_runs import HOSTILE, WriteRun, figure, writer
 
-from alignkit.runs.facts import find_runs, read_facts
-from alignkit.runs.frontier import Frontier, read_frontiers
-from alignkit.runs.report import write_report
-from alignkit.runs.report.frontier import draw_file, judge, view_frontier
+from alignkit.report import write_report
+from alignkit.report.facts import find_runs, read_facts
+from alignkit.report.frontier import Frontier, read_frontiers
+from alignkit.report.frontier_view import draw_file, judge, view_frontier
 
 HOW = {"rows": 48, "temperature": 1.0, "max_new_tokens": 48}
 DATA = "builtin:prompts[test]"

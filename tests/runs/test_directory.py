@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import RunError
+from alignkit.runs.directory import RunDir, compare_fingerprints, list_changes, open_run
 from alignkit.runs.files import write_json
-from alignkit.runs.layout import RunDir, compare_fingerprints, list_changes, open_run
 
 
 def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path) -> None:
     _, lock = open_run(tmp_path / "run", force=False)
     code = (
         "import sys; from pathlib import Path; from alignkit.errors import RunError\n"
-        "from alignkit.runs.layout import open_run\n"
+        "from alignkit.runs.directory import open_run\n"
         "try: open_run(Path(sys.argv[1]), force=False)\n"
         "except RunError as error: print(error)"
     )

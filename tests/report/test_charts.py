@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from alignkit.runs.report.charts import Line, draw_lines
-from alignkit.runs.report.lineage import Node, draw_lineage
+from alignkit.report.charts import Line, draw_lines
+from alignkit.report.lineage import Node, draw_lineage
 
 
 def parse(svg: str) -> ElementTree.Element:

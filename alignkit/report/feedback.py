@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from alignkit.runs.facts import Facts
-from alignkit.runs.report.evaluation import Examples
-from alignkit.runs.report.numbers import figure, share
-from alignkit.runs.report.samples import text_of
+from alignkit.report.evaluation import Examples
+from alignkit.report.facts import Facts
+from alignkit.report.numbers import figure, share
+from alignkit.report.samples import text_of
 
 _SHARES = ("order_agreement", "picks_first_place", "length_bias")
 _LABELS = "labels"

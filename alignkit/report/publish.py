@@ -13,12 +13,11 @@ from typing import TypeVar
 
 from alignkit import console
 from alignkit.errors import DiskError, RunError, UsageError
-from alignkit.manifest import find_damaged_product
-from alignkit.runs.card import write_card
+from alignkit.report import write_recipe_report, write_report
+from alignkit.report.card import write_card
+from alignkit.runs.directory import CARD, Result, RunDir, read_result
 from alignkit.runs.files import write_text
-from alignkit.runs.layout import CARD, RunDir
-from alignkit.runs.report import write_recipe_report, write_report
-from alignkit.runs.result import Result, read_result
+from alignkit.runs.manifest import find_damaged_product
 
 _Page = TypeVar("_Page")
 
@@ -85,7 +84,7 @@ def publish(
     if is_run and (card := write_card(target)) is not None:
         done["card"] = str(card)
     if repo is not None:
-        from alignkit.runs.push import push
+        from alignkit.report.push import push
 
         done["pushed"] = push(target, repo, public=public)
     return done

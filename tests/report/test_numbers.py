@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from alignkit.runs.report.numbers import duration, figure, nice_ticks, share, short_count, tick_text
+from alignkit.report.numbers import duration, figure, nice_ticks, share, short_count, tick_text
 
 
 @pytest.mark.parametrize(

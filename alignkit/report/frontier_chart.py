@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from alignkit.runs.frontier import Estimate, Frontier, Point
-from alignkit.runs.report.numbers import figure, nice_ticks, tick_text
+from alignkit.report.frontier import Estimate, Frontier, Point
+from alignkit.report.numbers import figure, nice_ticks, tick_text
 
 WIDE, NARROW = (760, 420), (350, 330)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 16, 12, 44

@@ -21,16 +21,16 @@ from markupsafe import Markup
 
 from alignkit import __version__
 from alignkit.errors import RunError
-from alignkit.runs.facts import Facts, find_runs, order_runs, parents, read_facts
+from alignkit.report.evaluation import tabulate
+from alignkit.report.facts import Facts, find_runs, order_runs, parents, read_facts
+from alignkit.report.feedback import with_feedback
+from alignkit.report.frontier import read_frontiers
+from alignkit.report.frontier_view import draw_file, view_frontier
+from alignkit.report.lineage import Node, draw_lineage
+from alignkit.report.numbers import duration, short_count
+from alignkit.report.view import describe_status, gather_warnings, headline, view_run
+from alignkit.runs.directory import RunDir
 from alignkit.runs.files import disk_failures, write_json, write_text
-from alignkit.runs.frontier import read_frontiers
-from alignkit.runs.layout import RunDir
-from alignkit.runs.report.evaluation import tabulate
-from alignkit.runs.report.feedback import with_feedback
-from alignkit.runs.report.frontier import draw_file, view_frontier
-from alignkit.runs.report.lineage import Node, draw_lineage
-from alignkit.runs.report.numbers import duration, short_count
-from alignkit.runs.report.view import describe_status, gather_warnings, headline, view_run
 
 REPORT = "report.html"
 FRONTIER = "frontier.json"
@@ -210,7 +210,7 @@ def _render(template: str, **values: Any) -> str:
 @cache
 def _environment() -> Environment:
     return Environment(
-        loader=PackageLoader("alignkit.runs.report", "."),
+        loader=PackageLoader("alignkit.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -219,4 +219,4 @@ def _environment() -> Environment:
 
 
 def _asset(name: str) -> str:
-    return files("alignkit.runs.report").joinpath(name).read_text(encoding="utf-8")
+    return files("alignkit.report").joinpath(name).read_text(encoding="utf-8")

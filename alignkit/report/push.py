@@ -15,10 +15,10 @@ from typing import Any
 
 from alignkit import __version__, console
 from alignkit.errors import EnvironmentProblem, Problem, RunError
-from alignkit.runs.card import CARD, is_public, public_name, render_card
-from alignkit.runs.facts import Facts, read_facts
+from alignkit.report.card import CARD, is_public, public_name, render_card
+from alignkit.report.facts import Facts, read_facts
+from alignkit.runs.directory import RunDir
 from alignkit.runs.files import describe_bytes, read_json
-from alignkit.runs.layout import RunDir
 
 _SENT = (".safetensors", ".json", ".jinja", ".model", ".txt")
 _RECORD = "alignkit.json"

@@ -11,10 +11,10 @@ import pytest
 
 from alignkit.data.sources import locate
 from alignkit.errors import RunError
-from alignkit.manifest import checksum, describe, find_damage, find_damaged_product, require_whole
 from alignkit.models.files import inspect_model_dir
 from alignkit.recipe.schema import DataSource
-from alignkit.runs.layout import RunDir, write_result
+from alignkit.runs.directory import RunDir, write_result
+from alignkit.runs.manifest import checksum, describe, find_damage, find_damaged_product, require_whole
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_torn_result_counts_as_damage_and_one_without_files_is_believed(run_di
 def test_large_files_are_read_again_only_where_they_were_touched(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignkit.manifest._ALWAYS_READ_BYTES", 1)
+    monkeypatch.setattr("alignkit.runs.manifest._ALWAYS_READ_BYTES", 1)
     weights = run_dir / "model/model.safetensors"
     known = describe(run_dir, [weights])
     known["model/model.safetensors"]["crc32"] = "00000000"

@@ -13,10 +13,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from alignkit.runs.facts import Facts
-from alignkit.runs.report.charts import Line, draw_lines
-from alignkit.runs.report.numbers import figure, share
-from alignkit.runs.report.samples import text_of
+from alignkit.report.charts import Line, draw_lines
+from alignkit.report.facts import Facts
+from alignkit.report.numbers import figure, share
+from alignkit.report.samples import text_of
 
 _BAR_WIDTH, _BAR_HEIGHT = 160, 18
 _NAMES = {

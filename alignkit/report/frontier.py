@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.runs.facts import Facts
+from alignkit.report.facts import Facts
 
 _SAME = ("rows", "temperature", "max_new_tokens")  # what two figures must share to be compared
 _METHODS = {"dpo": "DPO", "ppo": "PPO"}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from alignkit.runs.report.numbers import figure, nice_ticks, tick_text
+from alignkit.report.numbers import figure, nice_ticks, tick_text
 
 Point = tuple[float, float]
 _WIDTH, _HEIGHT = 380, 190

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import RunError
+from alignkit.runs.directory import RunDir
 from alignkit.runs.files import read_json
-from alignkit.runs.layout import RunDir
 
 _DATA = ("rows", "fingerprint", "kinds", "duplicates", "rejected", "overlap")
 _RESULT = ("status", "step", "tokens", "wall_seconds", "tokens_per_second", "peak_memory_bytes")

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit import __version__
 from alignkit.errors import RunError
-from alignkit.runs.facts import Facts, read_facts
+from alignkit.report.evaluation import Row, tabulate
+from alignkit.report.facts import Facts, read_facts
+from alignkit.report.numbers import count, duration, figure
+from alignkit.report.view import METHODS, describe_cost, describe_hardware, gather_warnings
+from alignkit.runs.directory import CARD, RunDir
 from alignkit.runs.files import write_text
-from alignkit.runs.layout import CARD, RunDir
-from alignkit.runs.report.evaluation import Row, tabulate
-from alignkit.runs.report.numbers import count, duration, figure
-from alignkit.runs.report.view import METHODS, describe_cost, describe_hardware, gather_warnings
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -212,7 +212,7 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("alignkit.runs.report", "."),
+        loader=PackageLoader("alignkit.report", "."),
         autoescape=False,  # Markdown; `_cell` escapes what a run says
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -13,8 +13,8 @@ from typing import Any
 
 from alignkit.console import redact
 from alignkit.errors import RunError
+from alignkit.runs.directory import RunDir
 from alignkit.runs.files import read_json, read_lines, read_record
-from alignkit.runs.layout import RunDir
 
 _SHOWN_REJECTS = 20
 _SHOWN_LABELS = 8

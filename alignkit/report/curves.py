@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from alignkit.runs.facts import Facts
-from alignkit.runs.report.charts import Line, draw_lines
-from alignkit.runs.report.numbers import figure
+from alignkit.report.charts import Line, draw_lines
+from alignkit.report.facts import Facts
+from alignkit.report.numbers import figure
 
 _HELD_OUT = "held out"
 _LN2 = math.log(2)

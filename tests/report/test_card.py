@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from written_runs import HOSTILE, SECRET, WriteRun, figure
 
-from alignkit.runs.card import hide_paths, public_name, write_card
+from alignkit.report.card import hide_paths, public_name, write_card
 
 LOCAL = "/home/ann/secret-project/rows.jsonl"
 HUB = {

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from alignkit.runs.frontier import BEST_OF, Estimate, Frontier, Point
-from alignkit.runs.report.frontier_chart import NARROW, WIDE, draw, draw_alone, right
-from alignkit.runs.report.numbers import figure
+from alignkit.report.frontier import BEST_OF, Estimate, Frontier, Point
+from alignkit.report.frontier_chart import NARROW, WIDE, draw, draw_alone, right
+from alignkit.report.numbers import figure
 
 _COLOURS = 4
 _BEST_OF_COLOUR = 3

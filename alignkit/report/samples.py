@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.runs.facts import Facts
-from alignkit.runs.report.numbers import figure
+from alignkit.report.facts import Facts
+from alignkit.report.numbers import figure
 
 _NOT_REWARDS = frozenset({"step", "when", "number", "prompt", "answer", "reference", "answers", "rewards"})
 _EMPTY_LINES = re.compile(r"^(?:[^\S\n]*\n){4,}", re.MULTILINE)

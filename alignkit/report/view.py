@@ -12,13 +12,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from alignkit.runs.facts import Facts
+from alignkit.report.curves import Curve, draw_curves
+from alignkit.report.evaluation import Examples, Row, draw_calibration, list_examples, tabulate
+from alignkit.report.facts import Facts
+from alignkit.report.feedback import list_cases, list_costs, list_counts, with_feedback
+from alignkit.report.numbers import count, duration, figure, share, short_count
+from alignkit.report.samples import Sample, arrange_samples
 from alignkit.runs.files import describe_bytes
-from alignkit.runs.report.curves import Curve, draw_curves
-from alignkit.runs.report.evaluation import Examples, Row, draw_calibration, list_examples, tabulate
-from alignkit.runs.report.feedback import list_cases, list_costs, list_counts, with_feedback
-from alignkit.runs.report.numbers import count, duration, figure, share, short_count
-from alignkit.runs.report.samples import Sample, arrange_samples
 
 Pair = tuple[str, str]
 METHODS = {

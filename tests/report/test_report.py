@@ -12,10 +12,10 @@ import pytest
 from written_runs import HOSTILE, SECRET, WriteRun, figure
 
 from alignkit.errors import RunError
-from alignkit.runs.facts import read_facts
-from alignkit.runs.report import write_recipe_report, write_report
-from alignkit.runs.report.evaluation import tabulate
-from alignkit.runs.report.samples import fold
+from alignkit.report import write_recipe_report, write_report
+from alignkit.report.evaluation import tabulate
+from alignkit.report.facts import read_facts
+from alignkit.report.samples import fold
 
 
 class Page(HTMLParser):
