@@ -1,0 +1,540 @@
+"""All that a person or a script sees in the terminal.
+
+Results go to stdout; progress, warnings and errors to stderr, from rank 0 only. rich is loaded when something is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from alignkit.errors import AlignKitError, UsageError
+
+if TYPE_CHECKING:
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+# The shapes of secrets: recipes, records, messages, pages and uploads are all searched for them.
+_SECRET = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|sk_live_\w{16,}|gsk_\w{16,}|xai-\w{16,}|nvapi-[\w-]{16,}"
+    r"|AKIA[0-9A-Z]{12,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}"
+    r"|AIza[\w-]{30,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|r8_[A-Za-z0-9]{30,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}[\w.-]*)"
+    r"|\bBearer\s+\S{6,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----)?"
+    r"|(?P<name>\b[A-Z0-9_]*(?:TOKEN|API_?KEY|SECRET|SECRET_ACCESS_KEY|PASSWORD)=)(?!\.\.\.|\$)[^\s,;)]+"
+    r"|(?P<query>[?&](?:api[_-]?key|key|access[_-]?token|token|auth|secret|password|signature|sig)=)[^&\s\"']+"
+    r"|(?<=://)[^/\s@]+(?=@)",
+    re.DOTALL,
+)
+# C0 and C1 controls but tab and line feed, marks that reverse the direction of writing, halves of surrogate pairs.
+_CONTROL = re.compile("\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def redact(text: str) -> str:
+    """Replace everything that looks like a credential."""
+    return _SECRET.sub(lambda found: f"{found['name'] or found['query'] or ''}[redacted]", text)
+
+
+def holds_secret(text: str) -> bool:
+    return bool(_SECRET.search(text))
+
+
+def printable(text: str) -> str:
+    """Replace control characters: a model, a server or a file must not steer the terminal."""
+    return _CONTROL.sub("\ufffd", text)
+
+
+# Lines of text.
+
+_hushed = False
+_record: Callable[[str], None] | None = None
+_unrecorded: list[str] = []
+
+
+def hush() -> None:
+    """Say nothing but errors from now on: another process speaks for the job."""
+    global _hushed
+    _hushed = True
+
+
+def is_main() -> bool:
+    """Tell whether this process speaks for the job."""
+    return os.environ.get("RANK", "0") == "0" and not _hushed
+
+
+def write(text: str = "", *, stderr: bool = False, end: str = "\n") -> None:
+    """Write a text to stdout or stderr, control characters replaced."""
+    print(printable(text), file=sys.stderr if stderr else sys.stdout, end=end, flush=stderr or not end)
+
+
+def note(message: str) -> None:
+    """Write one line of progress."""
+    if is_main():
+        write(redact(message), stderr=True)
+
+
+def warn(message: str) -> None:
+    """Write one warning, and hand it to whoever records the run."""
+    message = printable(redact(message))
+    note(f"warning: {message}")
+    if is_main():
+        (_record or _unrecorded.append)(message)
+
+
+@contextmanager
+def recording(record: Callable[[str], None]) -> Iterator[None]:
+    """Give `record` every warning of the block, and first those said since the last recording ended."""
+    global _record
+    before, _record = _record, record
+    try:
+        for message in _unrecorded:
+            record(message)
+        _unrecorded.clear()
+        yield
+    finally:
+        _record = before
+
+
+def list_problems(error: AlignKitError) -> list[str]:
+    """Split an error into one text per problem."""
+    return [str(problem) for problem in error.problems] if isinstance(error, UsageError) else [str(error)]
+
+
+def print_error(error: AlignKitError) -> None:
+    """Write one `error:` line per problem, and how many there are; a process other than rank 0 says which it is."""
+    rank = os.environ.get("RANK", "0")
+    prefix = "" if rank == "0" else f"rank {rank}: "
+    problems = list_problems(error)
+    for problem in problems:
+        write(redact(f"error: {prefix}{problem}"), stderr=True)
+    if len(problems) > 1:
+        write(f"{len(problems)} problems; nothing was started", stderr=True)
+
+
+def _open_console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True, highlight=False)
+
+
+def restore_terminal() -> None:
+    """Show the cursor again: a process that was killed while it drew a table has left it hidden."""
+    if sys.stderr.isatty():
+        print("\x1b[?25h", end="", file=sys.stderr, flush=True)
+
+
+# Progress: one live table on a terminal, plain lines elsewhere.
+
+State = Literal["waiting", "left alone", "running", "finished", "stopped"]
+_STATES: dict[State, str] = {
+    "waiting": "dim", "left alone": "dim", "running": "bold cyan", "finished": "green", "stopped": "bold red",
+}  # fmt: skip
+_LINE_INTERVAL_SECONDS = 10.0
+_board: Board | None = None  # the table on the screen now
+
+
+@dataclass
+class _Row:
+    name: str
+    method: str
+    why: str
+    state: State = "waiting"
+    step: int = 0
+    total: int = 0
+    facts: str = ""
+    began: float | None = None
+    seconds: float | None = None
+    seconds_left: float | None = None
+
+
+class Board:
+    """The stages of a run as a table; `rows` are (name, method, why it is run or not).
+
+    Where stderr is no terminal it writes a line as each stage begins. What is printed meanwhile stands above the table.
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        self._rows = {name: _Row(name, method, why) for name, method, why in rows}
+        self._live: Live | None = None
+
+    def __enter__(self) -> Board:
+        global _board
+        if is_main() and sys.stderr.isatty():
+            from rich.live import Live
+
+            self._live = Live(
+                get_renderable=self._draw, console=_open_console(stderr=True), refresh_per_second=4,
+                redirect_stdout=False, transient=len(self._rows) > 1,
+            )  # fmt: skip
+            self._live.start()
+            _board = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _board
+        _board = None
+        for row in self._rows.values():
+            if row.state == "running":
+                self._end(row, "stopped")
+        if self._live is not None:
+            self._live.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take the table off the screen while other processes write to the terminal."""
+        global _board
+        if self._live is None:
+            yield
+            return
+        self._live.stop()
+        _board = None
+        try:
+            yield
+        finally:
+            _board = self
+            self._live.start()
+
+    def begin(self, name: str) -> None:
+        """Show a stage as running."""
+        row = self._rows[name]
+        row.state, row.began = "running", time.monotonic()
+        if self._live is None:
+            note(f"{name} ({list(self._rows).index(name) + 1} of {len(self._rows)}): {row.why}")
+
+    def update(self, name: str, step: int, total: int, facts: str, seconds_left: float | None) -> None:
+        """Show how far a stage is."""
+        if row := self._rows.get(name):
+            row.step, row.total, row.facts, row.seconds_left = step, total, facts, seconds_left
+
+    def end(self, name: str, *, left_alone: bool = False, metrics: Mapping[str, Any] | None = None) -> None:
+        """Show a stage as finished, with the first two of its metrics."""
+        row = self._rows[name]
+        self._end(row, "left alone" if left_alone else "finished")
+        if metrics is not None:
+            shown = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float))][:2]
+            row.facts = " ".join(f"{key} {value:.4g}" for key, value in shown)
+
+    def _end(self, row: _Row, state: State) -> None:
+        row.state, row.seconds_left = state, None
+        if row.began is not None:
+            row.seconds = time.monotonic() - row.began
+
+    def _draw(self) -> Table:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        def clock(seconds: float | None) -> str:
+            if seconds is None:
+                return ""
+            minutes, rest = divmod(round(seconds), 60)
+            hours, minutes = divmod(minutes, 60)
+            return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for column in ("stage", "method", "state", "progress", "steps", "time", "left", "figures"):
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        for row in self._rows.values():
+            running = row.state == "running"
+            seconds = time.monotonic() - row.began if running and row.began is not None else row.seconds
+            bar = ProgressBar(total=row.total, completed=row.step, width=16) if running and row.total else ""
+            table.add_row(
+                Text(printable(row.name)), row.method, Text(row.state, _STATES[row.state]), bar,
+                f"{row.step}/{row.total}" if row.total else "", clock(seconds), clock(row.seconds_left),
+                Text(printable(row.facts)) if row.facts else Text(printable(row.why), "dim"),
+            )  # fmt: skip
+        return table
+
+
+class TrainingProgress:
+    """How far a training is: its row of the table on the screen, or a table of its own.
+
+    Where stderr is no terminal it writes lines: at the first and the last step, and at most every ten seconds between.
+    """
+
+    def __init__(self, name: str, *, total_steps: int, start_step: int = 0) -> None:
+        self._name, self._total, self._start = name, total_steps, start_step
+        self._began = self._last_line = time.monotonic()
+        self._step = -1
+        self._own: Board | None = None
+        if is_main() and sys.stderr.isatty() and _board is None:
+            self._own = Board([(name, "", "")]).__enter__()
+            self._own.begin(name)
+            self._own.update(name, start_step, total_steps, "", None)
+
+    def update(self, step: int, facts: Mapping[str, float]) -> None:
+        """Show a step; `facts` are the newest metrics by name."""
+        if step == self._step and _board is None:
+            return
+        text = printable(" ".join(f"{name} {value:.4g}" for name, value in facts.items()))
+        now = time.monotonic()
+        left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
+        if _board is not None:
+            _board.update(self._name, step, self._total, text, left)
+        elif step in (self._start + 1, self._total) or now - self._last_line >= _LINE_INTERVAL_SECONDS:
+            self._last_line = now
+            note(f"{self._name}: step {step}/{self._total} {text} ({left:.0f} s left)")
+        self._step = step
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._own is not None:
+            if self._step >= self._total:
+                self._own.end(self._name)
+            self._own.__exit__()
+
+
+# Results on stdout, without decoration that a pipe would have to strip.
+
+
+def print_json(data: Any) -> None:
+    """Write data for a script; control characters become JSON's own escapes."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
+    print(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a table in aligned columns."""
+    cells = [[str(column) for column in columns], *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    if title:
+        write(title)
+    for number, row in enumerate(cells):
+        write("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if number == 0:
+            write("  " + "  ".join("-" * width for width in widths))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+
+
+def print_stage(stage: Mapping[str, Any], *, will: str) -> None:
+    """Write what would run, then every value of a stage with its origin; `stage` is `Stage.to_dict()`."""
+    name, origins = stage["stage"], stage["origins"]
+    write(f"stage {name} ({stage['method']}) of {stage['recipe_path']}")
+    write(f"would run: {will}")
+    write(f"run directory: {stage['run_dir']}")
+    sections = [(part, stage[part] or {}) for part in ("model", "lora", "launch")]
+    values = {"seed": stage["seed"]}
+    for section, found in [*sections, (name, stage["options"]), (name, stage["trainer"])]:
+        values |= {f"{section}.{key}": value for key, value in found.items()}
+    rows = [(key, origins.get(key, "default"), json.dumps(value)) for key, value in values.items()]
+    print_table("", ("key", "from", "value"), rows)
+
+
+def print_launch(launch: Mapping[str, Any]) -> None:
+    """Write what would be started where; `launch` is `Plan.to_dict()`."""
+    place = launch["placement"]
+    if launch["mode"] == "worker":
+        write("would start: nothing, this is one of the processes that a launcher has started")
+        return
+    if launch["mode"] == "in-process":
+        write(f"would start: nothing else, it runs in this process on {place['device']}")
+        return
+    nodes = f"{place['nodes']} nodes with " if place["nodes"] > 1 else ""
+    each = " each" if nodes else ""
+    write(f"would start: {nodes}{place['processes']} processes{each} ({place['strategy']}, {place['device']})")
+    if nodes:
+        known = {key: "not known yet" if place[key] is None else place[key] for key in place}
+        write(f"this node: {known['node_rank']}; node 0 at {known['main_address']}:{known['main_port']}")
+    write(f"$ {launch['command']}")
+    for name in ("config", "deepspeed"):
+        if launch[name]:
+            text = launch[name] if isinstance(launch[name], str) else json.dumps(launch[name], indent=2)
+            write("\n".join([f"\n{launch[f'{name}_file']}:", *(f"  {line}" for line in text.splitlines())]))
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """Write how a stage ended."""
+    made = f"at step {result['step']}, model in {result['model_dir']}" if result["model_dir"] else ""
+    write(f"{result['stage']}: {result['status']} {made or 'with {} rows'.format(result['step'])}")
+    for key, value in result.get("metrics", {}).items():
+        write(f"  {key} = {_cell(value)}")
+
+
+def print_paths(paths: Mapping[str, str]) -> None:
+    """Write what was made and where it is, one line each."""
+    for name, path in paths.items():
+        write(f"{name}: {path}")
+
+
+def print_jobs(jobs: Sequence[Mapping[str, Any]], *, scripts: bool) -> None:
+    """Write which batch jobs were submitted, or the commands that would, ready for a shell.
+
+    `jobs` are `Job.to_dict()`; with `scripts` their text comes first.
+    """
+    for job in jobs if scripts else ():
+        write(f"# {job['path']}\n{job['script']}")
+    if any(job["job_id"] for job in jobs):
+        rows = [(job["stage"], job["job_id"], ", ".join(job["depends_on"]) or None, job["path"]) for job in jobs]
+        print_table("", ("stage", "job", "after", "script"), rows)
+        return
+    for number, job in enumerate(jobs, 1):
+        # `$job_N` is for the shell to fill in; everything else is quoted.
+        line = " ".join(word if word.startswith("--dependency=") else shlex.quote(word) for word in job["submit"])
+        write(f"job_{number}=$({line})  # {job['stage']}" if len(jobs) > 1 else line)
+
+
+def print_agenda(entries: Sequence[Mapping[str, Any]]) -> None:
+    """Write what a run would do with each stage, and why; `entries` are `Entry.to_dict()`."""
+    rows = [
+        (entry["stage"], entry["method"], ", ".join(entry["needs"]) or None, entry["will"], entry["why"])
+        for entry in entries
+    ]
+    print_table("", ("stage", "method", "needs", "will", "why"), rows)
+
+
+def print_run(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
+    """Write one line for each stage of a run: how it ended, where it stopped, what was not reached."""
+    by_name = {result["stage"]: result for result in results}
+    stopped = next((name for name in names if name not in by_name), None)
+    rows = []
+    for name in names:
+        result = by_name.get(name, {"status": "not finished" if name == stopped else "not reached"})
+        seconds = result.get("wall_seconds")
+        rows.append(
+            (name, result["status"], result.get("step"), None if seconds is None else f"{seconds:.0f}",
+             result.get("model_dir") or None)
+        )  # fmt: skip
+    print_table("", ("stage", "status", "steps or rows", "seconds", "model"), rows)
+
+
+# Rows of tokens: colours on a terminal, brackets in a pipe.
+
+_TOKEN_STYLES = {"learnt": "bold green", "scored": "bold black on yellow", "read": "", "padding": "dim"}
+_TOKEN_MARKS = {"learnt": ("[[", "]]"), "scored": ("{{", "}}"), "padding": ("((", "))")}
+_WIDE = 120  # columns from which chosen and rejected stand beside each other
+
+
+def print_preview(preview: Mapping[str, Any]) -> None:
+    """Write rows, counts and findings; `preview` is `Preview.to_dict()`."""
+    from rich.columns import Columns
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = _open_console(stderr=False)
+    coloured = console.is_terminal and not console.no_color
+    legend = Text.assemble(
+        ("learnt", _TOKEN_STYLES["learnt"]), "  read  ", ("scored", _TOKEN_STYLES["scored"]), "  ", ("padding", "dim"),
+        "  ", ("control tokens", "underline"),
+    ) if coloured else Text("[[learnt]]  read  {{scored}}  ((padding))")  # fmt: skip
+    console.print(Text(printable(f"{preview['stage']} ({preview['method']})"), "bold"))
+    console.print(legend)
+    for number, row in enumerate(preview["rows"], 1):
+        panels = []
+        for sequence in row["sequences"]:
+            title = f"row {number}" + (f", {sequence['label']}" if sequence["label"] else "")
+            text = _mark_tokens(sequence, coloured=coloured)
+            panels.append(Panel(text, title=title, title_align="left", border_style="dim"))
+        if len(panels) == 2 and console.width >= _WIDE:
+            console.print(Columns(panels, width=console.width // 2 - 1, expand=True))
+        else:
+            console.print(*panels, sep="\n")
+    for name, value in preview["facts"].items():
+        console.print(Text(printable(f"{name}: {value}")))
+    for finding in preview["findings"]:
+        console.print(Text(printable(f"warning: {finding}"), "yellow"))
+    if not preview["findings"]:
+        console.print(Text("nothing looks wrong", "green"))
+
+
+def _mark_tokens(sequence: Mapping[str, Any], *, coloured: bool) -> Text:
+    from rich.text import Text
+
+    text = Text()
+    for span in sequence["spans"]:
+        opening, closing = ("", "") if coloured else _TOKEN_MARKS.get(span["kind"], ("", ""))
+        text.append(opening)
+        for number, token in enumerate(span["tokens"]):
+            style = _TOKEN_STYLES[span["kind"]] + (" underline" if number in span["special"] else "")
+            text.append(printable(token), style.strip() if coloured else "")
+        text.append(closing)
+    if sequence["num_left_out"]:
+        text.append(f" and {sequence['num_left_out']} tokens more", "dim")
+    return text
+
+
+# A conversation: what is typed, and answers as they grow.
+
+
+def ask(prompt: str) -> str | None:
+    """Read the next line that is typed or piped in, None at its end; Ctrl-C at the prompt starts a new line.
+
+    The prompt is shown on a terminal only. With two Ctrl-C in a row the input counts as ended.
+    """
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    import readline  # noqa: F401 - editing and history
+
+    interrupted = False
+    while True:
+        try:
+            return input(prompt)
+        except EOFError:
+            write(stderr=True)
+            return None
+        except KeyboardInterrupt:
+            write(stderr=True)
+            if interrupted:
+                return None
+            interrupted = True
+            note("(Ctrl-D or a second Ctrl-C leaves)")
+
+
+def stream(answers: Mapping[str, Iterator[str]]) -> None:
+    """Write answers to stdout as they grow: one as it comes; several side by side on a terminal, else in turn.
+
+    Each is an iterator of pieces. On KeyboardInterrupt what has come stays on the screen.
+    """
+    if len(answers) > 1 and sys.stdout.isatty():
+        _stream_columns(answers)
+        return
+    for name, pieces in answers.items():
+        if len(answers) > 1:
+            write(f"{name}: ", end="")
+        try:
+            for piece in pieces:
+                write(piece, end="")
+        finally:
+            write()
+
+
+def _stream_columns(answers: Mapping[str, Iterator[str]]) -> None:
+    """Take a piece from each answer in turn and redraw them in columns."""
+    from rich.columns import Columns
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.text import Text
+
+    texts = dict.fromkeys(answers, "")
+    console = _open_console(stderr=False)
+    width = console.width // len(answers) - 1
+
+    def draw() -> Columns:
+        return Columns([Panel(Text(text), title=Text(printable(name)), width=width) for name, text in texts.items()])
+
+    growing = dict(answers)
+    with Live(draw(), console=console, refresh_per_second=12, vertical_overflow="visible") as live:
+        while growing:
+            for name in list(growing):
+                piece = next(growing[name], None)
+                if piece is None:
+                    del growing[name]
+                else:
+                    texts[name] += printable(piece)
+            live.update(draw())
