@@ -243,8 +243,9 @@ class Board:
             return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for column in ("stage", "method", "state", "progress", "steps", "time", "left", "figures"):
+        for column in ("stage", "method", "state", "progress", "steps", "time", "left"):
             table.add_column(column, no_wrap=True, overflow="ellipsis")
+        table.add_column("figures")  # which alone gives way where the terminal is narrow
         for row in self._rows.values():
             running = row.state == "running"
             seconds = time.monotonic() - row.began if running and row.began is not None else row.seconds
@@ -252,7 +253,7 @@ class Board:
             table.add_row(
                 Text(printable(row.name)), row.method, Text(row.state, _STATES[row.state]), bar,
                 f"{row.step}/{row.total}" if row.total else "", clock(seconds), clock(row.seconds_left),
-                Text(printable(row.facts)) if row.facts else Text(printable(row.why), "dim"),
+                Text(printable(row.facts or row.why), "" if row.facts else "dim", no_wrap=True, overflow="ellipsis"),
             )  # fmt: skip
         return table
 
