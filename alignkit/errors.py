@@ -1,27 +1,15 @@
-"""The exception tree and its exit codes; everything a user can be told in one message.
-
-Deliberately imports nothing beyond the standard library, so that every room can raise from here.
-
-    AlignKitError                1  (never raised itself)
-    ├── UsageError               2  a mistake in what was given; carries every problem found
-    │   ├── RecipeError             the recipe file
-    │   ├── DataError               rows, files, columns
-    │   ├── ModelError              weights, adapters, tokenizers, templates
-    │   ├── RewardError             reward functions, and reward models that do not fit
-    │   └── RunError                the run directory: in use, changed settings, damaged checkpoints
-    ├── NonFiniteError           3  loss, gradient or reward is NaN or infinite
-    ├── DiskError                4  no room, or not writable
-    ├── OutOfMemoryError         5
-    ├── RankError                6  a process of the job died or hung
-    ├── JudgeError               7
-    ├── EnvironmentProblem       8  versions, devices, missing extras
-    └── Stopped                130  interrupted, or 143 terminated; everything was saved
-"""
+"""Exceptions with their exit codes, and which foreign exceptions a user can act on; loads the standard library only."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+# In the environment of a process that our own supervisor started: the directory where its signs of life go.
+SUPERVISED = "ALIGNKIT_LAUNCH_DIR"
+# What torch.save and safetensors say when a write comes up short: neither keeps the errno.
+DISK_FULL_MESSAGES = ("No space left", "unexpected pos", "PytorchStreamWriter failed", "Disk quota", "File too large")
 
 
 @dataclass(frozen=True)
@@ -118,3 +106,35 @@ class Stopped(AlignKitError):
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code  # 130 for SIGINT, 143 for SIGTERM, SIGUSR1 and SIGHUP
+
+
+def explain(error: Exception) -> AlignKitError | None:
+    """Turn an exception into one that the user can act on, None for a bug; foreign ones are known by errno or name."""
+    if isinstance(error, AlignKitError):
+        return error
+    said = first_line(error)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or type(error).__name__ == _OUT_OF_MEMORY:
+        return OutOfMemoryError(
+            f"out of memory: {said or 'the host has no memory left'}\n"
+            "lower micro_batch_size or max_length, or use lora: or model.quantization: nf4"
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(f"{str(error.filename)[:60]}...: file name too long; choose a shorter one")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        place = f"{error.filename}: " if error.filename else ""
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space and run the same command again" if is_full else "choose another --out"
+        return DiskError(f"{place}{error.strerror}; what was complete before is untouched; {advice}")
+    if any(message in str(error) for message in DISK_FULL_MESSAGES):
+        return DiskError(
+            f"could not write a checkpoint: {said}; what was complete before is untouched; "
+            "free some space and run the same command again"
+        )
+    return None
+
+
+_OUT_OF_MEMORY = "OutOfMemoryError"  # torch's own, which is not loaded for this
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

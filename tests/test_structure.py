@@ -28,9 +28,8 @@ LEVELS = {
     "chat": 6,
     "preflight": 7,
     "launch": 8,
-    "ending": 9,
-    "cli": 10,
-    "__main__": 11,
+    "cli": 9,
+    "__main__": 10,
 }
 
 
@@ -151,7 +150,7 @@ COMMAND_LINE = [path for path in TREES if path.parent == PACKAGE / "cli"]
 
 def test_command_line_loads_typer_and_the_standard_library_only() -> None:
     allowed = {"typer", *sys.stdlib_module_names}
-    for name in ("ending.py", "errors.py", "__init__.py", "__main__.py"):
+    for name in ("errors.py", "__init__.py", "__main__.py"):
         foreign = set(_top_level_imports(TREES[PACKAGE / name])) - allowed
         assert foreign <= ({"alignkit"} if name == "__main__.py" else set()), name
     assert COMMAND_LINE
@@ -164,7 +163,7 @@ def test_of_alignkit_the_command_line_loads_only_how_a_command_ends() -> None:
         node.module or "" for path in COMMAND_LINE for node in TREES[path].body if isinstance(node, ast.ImportFrom)
     }
     loaded = {name for name in found if name.startswith("alignkit") and not name.startswith("alignkit.cli.")}
-    assert loaded == {"alignkit.ending"}
+    assert loaded == {"alignkit.errors"}
 
 
 def test_public_names() -> None:

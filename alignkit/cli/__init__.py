@@ -1,13 +1,15 @@
-"""Every command of alignkit: its options, and which room does the work.
+"""Every command of alignkit, and how a command ends: what is said of a failure, by which process, and its exit code.
 
-Deliberately does none of the work, and loads typer, `ending` and the standard library only: everything else is imported
-by the command that needs it, so that `--help` and a mistyped option answer at once.
+It loads typer, `errors` and the standard library only: the rest is imported by the command that needs it, so that
+`--help` and a mistyped option answer at once.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +19,7 @@ from typer.exceptions import TyperException
 from alignkit.cli.look import chat, check, diff, doctor, merge, preview, report, schema
 from alignkit.cli.measure import evaluate
 from alignkit.cli.train import rlaif, run, stage_command
-from alignkit.ending import SUPERVISED, end, end_usage_error, leave
+from alignkit.errors import SUPERVISED, explain, first_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,9 +80,9 @@ def main() -> int:
     try:
         code = app(standalone_mode=False, prog_name="alignkit", obj=place)
     except TyperException as error:
-        return end_usage_error(error)
+        return _end_usage_error(error)
     except typer.Abort:
-        return leave(130, ["interrupted"])
+        return _leave(130, ["interrupted"])
     except Exception as error:
         if os.environ.get("ALIGNKIT_DEBUG") == "1":
             import traceback
@@ -88,5 +90,85 @@ def main() -> int:
             traceback.print_exception(error)
         return end(error, place.get("run_dir"))
     if code == 130:  # typer turns KeyboardInterrupt into this code without a word
-        return leave(130, ["interrupted"])
-    return leave(code if isinstance(code, int) else 0)
+        return _leave(130, ["interrupted"])
+    return _leave(code if isinstance(code, int) else 0)
+
+
+def end(error: Exception, run_dir: Path | None) -> int:
+    """Report an error, once for all processes, and return the exit code; a bug leaves its traceback in error.log."""
+    from alignkit import console
+
+    known = explain(error)
+    supervised = SUPERVISED in os.environ
+    if known is None:
+        log = _write_error_log(error, run_dir)
+        rank = os.environ.get("RANK", "0")
+        prefix = "" if rank == "0" or supervised else f"rank {rank}: "
+        message = console.redact(f"{prefix}unexpected {type(error).__name__}: {first_line(error)} (traceback: {log})")
+        return _leave(1, [message if supervised else f"error: {message}"], unexpected=True)
+    if supervised:
+        return _leave(known.exit_code, console.list_problems(known), shared=known.shared)
+    agreed = known.exit_code in (130, 143) and not console.is_main()  # all ranks stop together
+    if known.shared or agreed or _is_met_by_all(run_dir):
+        return _leave_to_others(known.exit_code)
+    console.print_error(known)
+    return known.exit_code
+
+
+def _end_usage_error(error: TyperException) -> int:
+    """Report a mistake in the command's own options; return the exit code."""
+    message = error.format_message().rstrip(".")
+    if near := getattr(error, "possibilities", None):
+        message = f"{error.message.rstrip('.')}; did you mean {near[0]}?"
+    if SUPERVISED not in os.environ and _is_met_by_all(None):
+        return _leave_to_others(error.exit_code)
+    if message:  # empty after a bare `alignkit`: typer has shown the help already
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        return _leave(error.exit_code, [f"error: {message}{hint}"])
+    return error.exit_code
+
+
+def _leave(code: int, problems: list[str] | None = None, *, unexpected: bool = False, shared: bool = False) -> int:
+    """Say what is left to say and return the exit code; a supervised process writes it down instead."""
+    if SUPERVISED in os.environ:
+        from alignkit.launch.worker import leave
+
+        return leave(code, problems or (), unexpected=unexpected, shared=shared)
+    if problems:
+        from alignkit.console import redact, write
+
+        for problem in problems:
+            write(redact(problem), stderr=True)
+    return code
+
+
+def _leave_to_others(code: int) -> int:
+    """Return the exit code of an error that another process reports, but not before that one has spoken.
+
+    torchrun ends all processes as soon as the first one leaves.
+    """
+    time.sleep(5)
+    return code
+
+
+def _is_met_by_all(run_dir: Path | None) -> bool:
+    """Whether every process of this node meets this error, and its first one reports it."""
+    return run_dir is None and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def _write_error_log(error: Exception, run_dir: Path | None) -> str:
+    """Write the traceback of an error and return where it is, or why it could not be written."""
+    import traceback
+
+    from alignkit.console import printable, redact
+
+    rank = os.environ.get("RANK", "0")
+    name = "error.log" if rank == "0" else f"error-rank{rank}.log"
+    path = run_dir / name if run_dir is not None and run_dir.is_dir() else Path(f"alignkit-{name}")
+    text = f"$ {' '.join(sys.argv)}\n{''.join(traceback.format_exception(error))}"
+    try:
+        path.write_text(printable(redact(text)), encoding="utf-8")
+    except OSError as problem:
+        return f"not written, {problem.strerror}; ALIGNKIT_DEBUG=1 shows it"
+    return str(path)

@@ -18,7 +18,8 @@ from typing import IO
 
 import psutil
 
-from alignkit.launch.worker import LAUNCH_DIR, STOP_SIGNALS
+from alignkit.errors import SUPERVISED
+from alignkit.launch.worker import STOP_SIGNALS
 
 _PR_SET_PDEATHSIG = 1
 _GONE_SECONDS = 10.0
@@ -102,7 +103,7 @@ def marked(job_root: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            mark = process.environ().get(LAUNCH_DIR)
+            mark = process.environ().get(SUPERVISED)
             if mark and Path(mark).is_relative_to(job_root) and _runs(process):
                 found.append(process)
         except (psutil.Error, OSError):  # another user's, or gone meanwhile

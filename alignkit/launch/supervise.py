@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alignkit import console
-from alignkit.errors import AlignKitError, RankError, Stopped, UsageError
+from alignkit.errors import SUPERVISED, AlignKitError, RankError, Stopped, UsageError
 from alignkit.launch import nodes, processes, verdict
 from alignkit.launch.placement import Placement
-from alignkit.launch.worker import INTERVAL, LAUNCH_DIR, SUPERVISOR
+from alignkit.launch.worker import INTERVAL, SUPERVISOR
 from alignkit.runs import heartbeat
 from alignkit.runs.heartbeat import Beat, End
 
@@ -87,7 +87,7 @@ class Job:
         is left.
         """
         environment = os.environ | extra | {
-            LAUNCH_DIR: str(self.directory),
+            SUPERVISED: str(self.directory),
             SUPERVISOR: str(os.getpid()),
             INTERVAL: f"{min(1.0, self.heartbeat_seconds / 4):g}",
             "PYTHONUNBUFFERED": "1",

@@ -12,9 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from alignkit.errors import SUPERVISED
 from alignkit.runs import heartbeat
 
-LAUNCH_DIR = "ALIGNKIT_LAUNCH_DIR"  # set by the supervisor: where signs of life go
 SUPERVISOR = "ALIGNKIT_SUPERVISOR"  # its process id: without it the worker ends
 INTERVAL = "ALIGNKIT_BEAT_SECONDS"
 # The launcher's own process is kept deaf to these; a worker hears them again when it can end in order.
@@ -29,7 +29,7 @@ def is_worker(environment: Mapping[str, str] = os.environ) -> bool:
 
 def is_supervised(environment: Mapping[str, str] = os.environ) -> bool:
     """Tell whether our supervisor started this process and speaks for it."""
-    return LAUNCH_DIR in environment
+    return SUPERVISED in environment
 
 
 def rank() -> int:
@@ -45,7 +45,7 @@ def attach() -> None:
 
     Only what rank 0 prints reaches the terminal; what libraries write to file descriptor 2 goes to `rank-N.log`.
     """
-    directory = Path(os.environ[LAUNCH_DIR])
+    directory = Path(os.environ[SUPERVISED])
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     log = os.open(directory / f"rank-{rank()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     if rank() == 0:  # the supervisor gave its own stderr as our stdout
@@ -94,6 +94,6 @@ def leave(exit_code: int, problems: Sequence[str] = (), *, unexpected: bool = Fa
     A stop that all ranks agreed on leaves with 0: for any other code torchrun would kill those still saving.
     """
     heartbeat.pulse("ended")
-    heartbeat.write_end(Path(os.environ[LAUNCH_DIR]), rank(), exit_code, problems, unexpected=unexpected, shared=shared)
+    heartbeat.write_end(Path(os.environ[SUPERVISED]), rank(), exit_code, problems, unexpected=unexpected, shared=shared)
     heartbeat.stop()
     return 0 if exit_code in (130, 143) else exit_code

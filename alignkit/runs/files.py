@@ -16,7 +16,7 @@ from types import NoneType
 from typing import IO, Any
 
 from alignkit import console
-from alignkit.errors import AlignKitError, DiskError, RunError
+from alignkit.errors import DISK_FULL_MESSAGES, AlignKitError, DiskError, RunError
 
 # What stands at the place of a file, where more room would not help.
 _PLACE_ERRNOS = {
@@ -25,8 +25,6 @@ _PLACE_ERRNOS = {
 _DISK_ERRNOS = _PLACE_ERRNOS | {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE,
 }  # fmt: skip
-# What torch.save and safetensors say when a write comes up short: neither keeps the errno.
-_DISK_MESSAGES = ("No space left", "unexpected pos", "PytorchStreamWriter failed", "Disk quota", "File too large")
 
 
 def sync(path: Path) -> None:
@@ -183,7 +181,7 @@ def is_disk_failure(error: BaseException) -> bool:
     """Tell whether an exception of a save means that the disk is full or not writable."""
     if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
         return True
-    return any(message in str(error) for message in _DISK_MESSAGES)
+    return any(message in str(error) for message in DISK_FULL_MESSAGES)
 
 
 @contextmanager

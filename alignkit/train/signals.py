@@ -9,10 +9,9 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from alignkit import console
-from alignkit.errors import Stopped
+from alignkit.errors import SUPERVISED, Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-SUPERVISED = "ALIGNKIT_LAUNCH_DIR"  # in the environment of a process that our own supervisor started
 
 
 class StopFlag:

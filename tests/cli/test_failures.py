@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.ending import end, explain
-from alignkit.errors import DiskError, NonFiniteError, OutOfMemoryError, RecipeError
+from alignkit.cli import end
+from alignkit.errors import DiskError, NonFiniteError, OutOfMemoryError, RecipeError, explain
 
 
 def test_our_own_error_is_left_as_it_is() -> None:
