@@ -23,13 +23,14 @@ LEVELS = {
     "models": 4,
     "report": 4,  # of the files of a run alone: stages write their page when they end
     "feedback": 5,
-    "train": 6,
-    "evaluate": 6,
-    "chat": 6,
-    "preflight": 7,
-    "launch": 8,
-    "cli": 9,
-    "__main__": 10,
+    "rewards": 6,  # a judge asks as the feedback room does
+    "train": 7,
+    "evaluate": 7,
+    "chat": 7,
+    "preflight": 8,
+    "launch": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 
 

@@ -75,7 +75,7 @@ def evaluate(
 ) -> None:
     """Measure a model: every figure with its n and 95 % interval, to eval.json and a table."""
     from alignkit import console
-    from alignkit.evaluate.request import combine, judge_source, name_runs, request_stages, sources
+    from alignkit.evaluate.options import combine, judge_source, name_runs, request_stages, sources
     from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
 
     if (source is None) == (recipe is None):
@@ -109,7 +109,7 @@ def evaluate(
 
     prepare_environment()
     from alignkit.evaluate.results import table
-    from alignkit.evaluate.subject import list_siblings
+    from alignkit.evaluate.target import list_siblings
 
     if source is not None:
         requests = [(source, name_runs(options, list_siblings(source), strict=False))]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import console
-from alignkit.feedback.store import Store
+from alignkit.feedback.cache import Store
 from alignkit.runs.files import disk_failures
 
 _NOTE_SECONDS = 10.0

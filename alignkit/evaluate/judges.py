@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from alignkit.data import Text
 from alignkit.errors import UsageError
+from alignkit.evaluate.policy import Shelf
 from alignkit.evaluate.rewards import Reward, is_function, make_reward
-from alignkit.evaluate.shelf import Shelf
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.recipe.schema import EvaluateOptions
 

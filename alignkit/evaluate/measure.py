@@ -11,24 +11,20 @@ from typing import Any
 
 from alignkit import console
 from alignkit.errors import EnvironmentProblem, JudgeError, UsageError
-from alignkit.evaluate.best_of_n import measure_best_of, measure_best_of_kl
-from alignkit.evaluate.calibration import measure_calibration
-from alignkit.evaluate.divergence import measure_kl
-from alignkit.evaluate.few_shot import Item, measure_few_shot, read_task
-from alignkit.evaluate.figures import Figure, make_figure, place_figures
-from alignkit.evaluate.harness import PREFIX, measure_harness
-from alignkit.evaluate.intervals import mean_of_groups, share
+from alignkit.evaluate.context import Material, as_completion
+from alignkit.evaluate.intervals import Figure, make_figure, mean_of_groups, place_figures, share
 from alignkit.evaluate.judges import Judge, make_judge
-from alignkit.evaluate.material import Material, as_completion
-from alignkit.evaluate.optimum import measure_optimum
-from alignkit.evaluate.overlap import measure_bleu, measure_rouge
-from alignkit.evaluate.pairs import measure_accuracy, measure_length_baselines
-from alignkit.evaluate.perplexity import measure_perplexity
+from alignkit.evaluate.metrics.best_of import measure_best_of, measure_best_of_kl
+from alignkit.evaluate.metrics.frontier import measure_optimum
+from alignkit.evaluate.metrics.kl import measure_kl
+from alignkit.evaluate.metrics.overlap import measure_bleu, measure_rouge
+from alignkit.evaluate.metrics.pairs import measure_accuracy, measure_calibration, measure_length_baselines
+from alignkit.evaluate.metrics.perplexity import measure_perplexity
+from alignkit.evaluate.metrics.tasks import PREFIX, Item, measure_few_shot, measure_harness, read_task
+from alignkit.evaluate.metrics.win_rate import measure_win_rate
 from alignkit.evaluate.policy import Policy
 from alignkit.evaluate.rewards import ModelReward, Reward, TrueReward, read_text
-from alignkit.evaluate.rows import split_answer
-from alignkit.evaluate.subject import find_subject
-from alignkit.evaluate.win_rate import measure_win_rate
+from alignkit.evaluate.target import find_subject, split_answer
 
 _BUILTIN = "builtin:"
 

@@ -17,24 +17,21 @@ from urllib.parse import urlsplit
 
 from alignkit.data import Text
 from alignkit.errors import JudgeError, RunError, UsageError
+from alignkit.evaluate.policy import Shelf, collect_memory
 from alignkit.evaluate.rewards import read_text
-from alignkit.evaluate.shelf import Shelf, collect_memory
-from alignkit.feedback.asking import Model
-from alignkit.feedback.comparisons import Judge, Label, Pairing, judge_all
+from alignkit.feedback.cache import Desk, Store
 from alignkit.feedback.constitution import load_constitution
-from alignkit.feedback.desk import Desk
 from alignkit.feedback.examples import Examples
-from alignkit.feedback.measures import describe_labels, find_faults
-from alignkit.feedback.quoting import Quoter
+from alignkit.feedback.judge import Judge, Label, Pairing, judge_all
+from alignkit.feedback.judge_report import describe_labels, find_faults
+from alignkit.feedback.prompts import Quoter
 from alignkit.feedback.replay import pair_key
 from alignkit.feedback.server import find_key, require_client
-from alignkit.feedback.sources import open_model, spent_before
-from alignkit.feedback.spending import Spending
-from alignkit.feedback.stop import Stop, catch_signals
-from alignkit.feedback.store import Store
+from alignkit.feedback.writer import Model, Spending, open_model, spent_before
 from alignkit.models.classifier import name_source
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.runs.files import disk_failures
+from alignkit.runs.stop import Stop, catch_signals
 
 _TIE = (0.5,)
 

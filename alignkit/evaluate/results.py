@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit.evaluate.figures import Figure
+from alignkit.evaluate.intervals import Figure
 from alignkit.report.evaluation import name_all_data
 from alignkit.runs.files import disk_failures, read_record, write_json
 from alignkit.runs.record import versions

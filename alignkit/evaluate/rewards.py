@@ -12,13 +12,20 @@ from typing import Any, Protocol
 
 from alignkit.data import Text, true_reward
 from alignkit.errors import NonFiniteError, RewardError
-from alignkit.evaluate.shelf import Shelf, collect_memory
-from alignkit.feedback.reward_function import RewardFunction, import_function
+from alignkit.evaluate.policy import Shelf, collect_memory
 from alignkit.models.causal import fingerprint_causal
 from alignkit.models.chat import Chat
-from alignkit.models.classifier import Classifier, load_classifier, name_source
-from alignkit.models.scoring import encode_foreign, encode_own, read_norm, scorer
+from alignkit.models.classifier import (
+    Classifier,
+    encode_foreign,
+    encode_own,
+    load_classifier,
+    name_source,
+    read_norm,
+    scorer,
+)
 from alignkit.recipe.schema import BUILTIN_REWARD
+from alignkit.rewards.function import RewardFunction, import_function
 
 _FUNCTION_SECONDS = 60.0
 

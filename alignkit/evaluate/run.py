@@ -13,13 +13,12 @@ from typing import Any
 from alignkit import console
 from alignkit.errors import JudgeError, RunError, UsageError
 from alignkit.evaluate.cache import Cache
+from alignkit.evaluate.context import Material
 from alignkit.evaluate.judges import check_judge
-from alignkit.evaluate.material import Material
 from alignkit.evaluate.measure import Evaluation
+from alignkit.evaluate.policy import Shelf
 from alignkit.evaluate.results import describe, merge, save
-from alignkit.evaluate.rows import Measured, read_measured
-from alignkit.evaluate.shelf import Shelf
-from alignkit.evaluate.subject import Subject, find_subject
+from alignkit.evaluate.target import Measured, Subject, find_subject, read_measured
 from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 from alignkit.models.files import find_model_dir
 from alignkit.recipe.schema import EvaluateOptions

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.feedback.asking import Verdict, share_of_first
+from alignkit.feedback.writer import Verdict, share_of_first
 
 _WRAP = r"[\s*_`\"'\[(]*"
 _VERDICT = re.compile(rf"answer is\s*:?{_WRAP}(?:option|response|answer)?{_WRAP}([AB])(?![A-Za-z'])", re.IGNORECASE)

@@ -17,7 +17,7 @@ from typing import Any
 from alignkit.data.files import display_name
 from alignkit.data.rows import Message
 from alignkit.errors import Problem, RecipeError
-from alignkit.feedback.published import CRITIQUE_FRAME, REVISION_FRAME, load_json
+from alignkit.feedback.constitution import CRITIQUE_FRAME, REVISION_FRAME, load_json
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.tree import Node, Origin, parse_yaml
 

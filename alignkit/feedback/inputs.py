@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.data import DataReport, Rejects, Row, read_rows
-from alignkit.feedback.calibrate import read_labelled
-from alignkit.feedback.comparisons import Pairing
+from alignkit.feedback.cache import key_of
 from alignkit.feedback.constitution import Constitution, load_constitution
 from alignkit.feedback.examples import Examples, load_examples
-from alignkit.feedback.sources import describe_source, fingerprint_file, own_model, speaks_chat
-from alignkit.feedback.store import key_of
+from alignkit.feedback.judge import Pairing
+from alignkit.feedback.judge_report import read_labelled
+from alignkit.feedback.writer import describe_source, fingerprint_file, own_model, speaks_chat
 from alignkit.recipe.schema import CritiqueOptions, DataSource, FeedbackModel, LabelOptions
 from alignkit.recipe.stage import Stage
 from alignkit.runs.directory import RunDir, list_changes

@@ -1,9 +1,6 @@
-"""A language model on this machine that writes and judges, in batches.
+"""Requests as token ids: chats up to the model's turn and its prefill, transcripts as they are.
 
-What questions have in common is read once: both options are scored on top of the key-value cache of their question, and
-both orders of a comparison on top of that of their conversation. It knows nothing of constitutions, stores or rows.
-
-Legend: B rows of a batch, T tokens, V vocabulary, L tokens of the longest tail, 2B options of the questions.
+It runs no model.
 """
 
 from __future__ import annotations
@@ -17,13 +14,63 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from alignkit.feedback.asking import Job, Reply, Sampling, Verdict, share_of_first
-from alignkit.feedback.encoding import Encoder
-from alignkit.feedback.prompts import Request, cut_at
+from alignkit.feedback.prompts import OPTIONS, Request, cut_at
+from alignkit.feedback.writer import Job, Reply, Sampling, Verdict, share_of_first
 from alignkit.models.causal import load_causal
+from alignkit.models.chat import Chat
 from alignkit.models.generation import generate_greedy, generate_sampled
 from alignkit.runs.heartbeat import pulse
+
+
+class Encoder:
+    """Encodes for one tokenizer; chat models get messages, others the transcript."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self._chat = Chat(tokenizer)
+        self.chat_template = tokenizer.chat_template
+        self.control_tokens = self._chat.control_tokens
+        self.stop_ids = self._chat.stop_ids
+
+    def encode(self, request: Request) -> list[int]:
+        """Return the ids that a text is written after."""
+        if not self._speaks(request):
+            return self._chat.encode_prompts([request.transcript])[0]
+        (ids,) = self._chat.encode_prompts([list(request.messages or ())])
+        return ids + self._plain(request.prefill) if request.prefill else ids
+
+    def split(self, request: Request) -> tuple[list[int], tuple[list[int], list[int]]]:
+        """Return what a question has in common with either option, and the one or more tokens of each that follow.
+
+        The options stand at the very end of the ids, whatever the question says.
+        """
+        if not self._speaks(request):
+            whole = self._chat.encode_prompts([request.transcript + option for option in OPTIONS])
+        else:
+            (head,) = self._chat.encode_prompts([list(request.messages or ())])
+            whole = [head + self._plain(request.prefill + option) for option in OPTIONS]
+        first, second = whole
+        same = next(place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+        return first[:same], (first[same:], second[same:])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return what was written, without control tokens."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def stops(self, request: Request) -> tuple[str, ...]:
+        """Return the texts at which a transcript ends; a chat ends with its end of turn."""
+        return () if self._speaks(request) else request.stops
+
+    def _speaks(self, request: Request) -> bool:
+        return self._chat.has_template and request.messages is not None
+
+    def _plain(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
 
 _WINDOW = 32  # batches that are sorted by length together
 _WORTH_SHARING = 16  # tokens that two questions must begin with to be read on one cache

@@ -16,8 +16,8 @@ from alignkit.data import DataReport, Rejects, Text, read_rows
 from alignkit.data.files import display_name
 from alignkit.data.rows import Message
 from alignkit.errors import DataError, Problem
+from alignkit.feedback.cache import key_of
 from alignkit.feedback.prompts import conversation, read_text
-from alignkit.feedback.store import key_of
 from alignkit.recipe.schema import DataSource
 from alignkit.recipe.stage import Stage
 

@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from alignkit.errors import EnvironmentProblem
-from alignkit.feedback.asking import Job, Reply, Sampling, Verdict, share_of_first
-from alignkit.feedback.encoding import Encoder
+from alignkit.feedback.local import Encoder
 from alignkit.feedback.prompts import Request, cut_at
+from alignkit.feedback.writer import Job, Reply, Sampling, Verdict, share_of_first
 from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 
 _BATCH = 512  # requests handed over at once; vLLM batches them itself

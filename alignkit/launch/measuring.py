@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.evaluate.request import request_stages
+from alignkit.evaluate.options import request_stages
 from alignkit.recipe import Recipe
 from alignkit.recipe.schema import EvaluateOptions
 from alignkit.runs.directory import RunDir

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from alignkit.errors import ModelError, Problem, RewardError, RunError, UsageError
-from alignkit.feedback.reward_function import load_function, require_trust
 from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.preflight.feedback import describe_model
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
+from alignkit.rewards.function import load_function, require_trust
 
 
 def list_sources(stage: Stage) -> Iterator[tuple[str, RewardSource]]:

@@ -13,10 +13,10 @@ from typing import Any
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.load import first_rows
 from alignkit.feedback.constitution import load_constitution
-from alignkit.feedback.reward_function import hash_function
 from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
+from alignkit.rewards.function import hash_function
 from alignkit.runs.directory import RunDir, list_changes
 from alignkit.runs.files import read_json
 

@@ -17,10 +17,9 @@ from alignkit import console
 from alignkit.data import Rejects
 from alignkit.errors import RecipeError
 from alignkit.models.chat import Chat
-from alignkit.models.classifier import Classifier, hold_on_base
+from alignkit.models.classifier import Classifier, ScoreIds, hold_on_base, read_norm
 from alignkit.models.files import find_model_dir, is_builtin
 from alignkit.models.load import Loaded, load_policy
-from alignkit.models.scoring import ScoreIds, read_norm
 from alignkit.models.start import context_length
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RewardSource, SftOptions

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from alignkit.errors import RewardError
 from alignkit.models.chat import Chat
-from alignkit.models.classifier import Classifier
-from alignkit.models.scoring import ScoreIds, encode_foreign, encode_own
+from alignkit.models.classifier import Classifier, ScoreIds, encode_foreign, encode_own
 from alignkit.train import ranks
 from alignkit.train.rollout import Rollout
 

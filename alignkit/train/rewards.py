@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from alignkit.data import true_reward
 from alignkit.errors import ModelError, NonFiniteError, RewardError
-from alignkit.feedback.reward_function import load_function
 from alignkit.models.chat import Chat
-from alignkit.models.classifier import Classifier, load_classifier, name_source
-from alignkit.models.scoring import ScoreIds, read_norm, scorer
+from alignkit.models.classifier import Classifier, ScoreIds, load_classifier, name_source, read_norm, scorer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import BUILTIN_REWARD, RewardSource
+from alignkit.rewards.function import load_function
 from alignkit.train import ranks
 from alignkit.train.reward_model import ModelReward, choose_encoder
 from alignkit.train.rollout import Rollout
@@ -126,7 +125,7 @@ def _build(
 
 def _build_judge(stage: Stage, source: RewardSource, *, key: str) -> Score:
     """Return the score of a judge, which rank 0 alone holds and asks: nothing is asked, or paid for, twice."""
-    from alignkit.feedback.reward import build_reward  # with a judge alone: its libraries are not everybody's
+    from alignkit.rewards.judge import build_reward  # with a judge alone: its libraries are not everybody's
 
     assert source.judge is not None and source.constitution is not None
     where = stage.where(f"{stage.name}.{key}")

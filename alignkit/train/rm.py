@@ -20,9 +20,9 @@ from trl import RewardConfig, RewardTrainer
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat
+from alignkit.models.classifier import score_ids
 from alignkit.models.files import REWARD_NORM
 from alignkit.models.load import load_reward_model
-from alignkit.models.scoring import score_ids
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RmOptions, SftOptions
 from alignkit.runs.directory import Result, RunDir

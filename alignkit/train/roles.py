@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignkit.models.adapters import REFERENCE, START, TRAINED, add_scoring_adapter, cast_adapters
+from alignkit.models.classifier import cut_at_score
 from alignkit.models.files import ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.load import Loaded, load_reference
 from alignkit.models.parameters import describe_parameters
-from alignkit.models.scoring import cut_at_score
 from alignkit.models.start import find_base
 from alignkit.train.readout import Batch, install_readout, pad_answers, read_out
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignkit.data import Row
+from alignkit.models.classifier import score_ids
 from alignkit.models.generation import generate_greedy
-from alignkit.models.scoring import score_ids
 from alignkit.recipe import Stage
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines

@@ -18,7 +18,7 @@ from inputs import write_model
 from table import Row
 
 if TYPE_CHECKING:
-    from alignkit.feedback.comparisons import Judge, Pairing
+    from alignkit.feedback.judge import Judge, Pairing
 
 SIZES = {"0.14 M": (64, 2, 48), "13.9 M": (512, 4, 8)}  # name -> hidden size, layers, pairs
 _NEW_TOKENS = 8
@@ -54,18 +54,18 @@ def measure_labels(directory: Path, *, runs: int) -> list[Row]:
 
 def _make_pairings(count: int) -> list[Pairing]:
     from alignkit.data.builtin import iter_builtin, parse_builtin
-    from alignkit.feedback.comparisons import Pairing
+    from alignkit.feedback.judge import Pairing
 
     rows = iter_builtin(parse_builtin(f"builtin:preferences?rows={count}"))
     return [Pairing(row["prompt"], row["chosen"], row["rejected"], place, place) for place, row in rows]
 
 
 def _make_judge(path: Path, examples: str) -> Judge:
-    from alignkit.feedback.comparisons import Judge
     from alignkit.feedback.constitution import load_constitution
     from alignkit.feedback.examples import load_examples
+    from alignkit.feedback.judge import Judge
     from alignkit.feedback.local import LocalModel
-    from alignkit.feedback.quoting import Quoter
+    from alignkit.feedback.prompts import Quoter
 
     model = LocalModel(str(path), device="cpu", batch_size=_BATCH)
     constitution = load_constitution("builtin:harmlessness", needs="comparison")
@@ -73,10 +73,9 @@ def _make_judge(path: Path, examples: str) -> Judge:
 
 
 def _label(judge: Judge, pairings: Sequence[Pairing], directory: Path) -> float:
-    from alignkit.feedback.comparisons import judge_all
-    from alignkit.feedback.desk import Desk
-    from alignkit.feedback.stop import Stop
-    from alignkit.feedback.store import Store
+    from alignkit.feedback.cache import Desk, Store
+    from alignkit.feedback.judge import judge_all
+    from alignkit.runs.stop import Stop
 
     directory.mkdir()
     desk = Desk("bench", Store(directory / "feedback.jsonl"), Stop())
@@ -92,7 +91,7 @@ def _generate(path: Path, judge: Judge, pairings: Sequence[Pairing]) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from alignkit.feedback.choice import parse_choice
-    from alignkit.feedback.comparisons import list_requests
+    from alignkit.feedback.judge import list_requests
 
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)

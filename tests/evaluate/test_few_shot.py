@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import DataError, EnvironmentProblem
-from alignkit.evaluate.few_shot import Item, measure_few_shot, read_task, write_prompt
-from alignkit.evaluate.harness import measure_harness
-from alignkit.evaluate.policy import Policy
-from alignkit.evaluate.shelf import Shelf
+from alignkit.evaluate.metrics.tasks import Item, measure_few_shot, measure_harness, read_task, write_prompt
+from alignkit.evaluate.policy import Policy, Shelf
 
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 CHOICES = (" superb", " awful", " rather thin and slow", " a")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.evaluate.overlap import measure_bleu, measure_rouge
+from alignkit.evaluate.metrics.overlap import measure_bleu, measure_rouge
 
 GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "golden/instructgpt_samples_metrics.json").read_text())
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"

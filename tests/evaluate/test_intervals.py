@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignkit.evaluate.intervals import bootstrap, divide, mean, mean_of_groups, share, wilson
-from alignkit.evaluate.win_rate import control_length
+from alignkit.evaluate.metrics.win_rate import control_length
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,19 @@ import numpy as np
 import pytest
 
 from alignkit.data import Row
-from alignkit.evaluate.best_of_n import best_of_kl, expected_best, measure_best_of
-from alignkit.evaluate.calibration import measure_calibration
-from alignkit.evaluate.divergence import measure_kl
-from alignkit.evaluate.overlap import measure_bleu, measure_rouge
-from alignkit.evaluate.pairs import Pair, list_pairs, measure_accuracy, measure_length_baselines
-from alignkit.evaluate.perplexity import measure_perplexity
+from alignkit.evaluate.metrics.best_of import best_of_kl, expected_best, measure_best_of
+from alignkit.evaluate.metrics.kl import measure_kl
+from alignkit.evaluate.metrics.overlap import measure_bleu, measure_rouge
+from alignkit.evaluate.metrics.pairs import (
+    Pair,
+    list_pairs,
+    measure_accuracy,
+    measure_calibration,
+    measure_length_baselines,
+)
+from alignkit.evaluate.metrics.perplexity import measure_perplexity
+from alignkit.evaluate.metrics.win_rate import control_length, measure_win_rate
 from alignkit.evaluate.policy import Likelihood
-from alignkit.evaluate.win_rate import control_length, measure_win_rate
 
 RESAMPLES = 200
 
@@ -119,7 +124,7 @@ def test_chrf_and_bleu_of_other_words_by_hand() -> None:
 def test_a_missing_scorer_is_one_line_with_its_remedy() -> None:
     code = (
         "import sys; sys.modules['sacrebleu'] = None\n"
-        "from alignkit.evaluate.overlap import measure_bleu\n"
+        "from alignkit.evaluate.metrics.overlap import measure_bleu\n"
         "from alignkit.errors import EnvironmentProblem\n"
         "try: measure_bleu(['a'], ['a'], resamples=100)\n"
         "except EnvironmentProblem as error: print(error)"

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import JudgeError, RecipeError, RunError, UsageError
 from alignkit.evaluate.judges import make_judge
+from alignkit.evaluate.metrics.win_rate import measure_win_rate
 from alignkit.evaluate.model_judge import ModelJudge, _open_store
-from alignkit.evaluate.request import name_runs
+from alignkit.evaluate.options import name_runs
+from alignkit.evaluate.policy import Shelf
 from alignkit.evaluate.run import evaluate
-from alignkit.evaluate.shelf import Shelf
-from alignkit.evaluate.win_rate import measure_win_rate
 from alignkit.feedback.server import ALLOWED
 from alignkit.models.builtin import builtin_config, builtin_tokenizer
 from alignkit.models.scratch import random_model

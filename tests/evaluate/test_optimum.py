@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alignkit.evaluate.best_of_n import best_of_kl, expected_best, measure_best_of_kl, tied_kl
-from alignkit.evaluate.optimum import MIN_EFFECTIVE, measure_optimum, reweight
+from alignkit.evaluate.metrics.best_of import best_of_kl, expected_best, measure_best_of_kl, tied_kl
+from alignkit.evaluate.metrics.frontier import MIN_EFFECTIVE, measure_optimum, reweight
 
 Floats = NDArray[np.float64]
 SHARES = np.array([0.5, 0.3, 0.15, 0.04, 0.01])  # of each answer under the reference

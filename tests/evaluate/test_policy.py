@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignkit.data import Message, Row
 from alignkit.errors import DataError, ModelError
 from alignkit.evaluate.cache import Cache
-from alignkit.evaluate.divergence import measure_kl
-from alignkit.evaluate.policy import Policy
+from alignkit.evaluate.metrics.kl import measure_kl
+from alignkit.evaluate.policy import Policy, Shelf
 from alignkit.evaluate.rewards import ModelReward, is_function, make_reward
-from alignkit.evaluate.shelf import Shelf
 
 POSITIONS = 96
 

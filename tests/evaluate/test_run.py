@@ -13,12 +13,11 @@ import pytest
 
 from alignkit.data import DataReport, Rejects, read_rows, split_eval, true_reward
 from alignkit.errors import DataError, RunError, UsageError
-from alignkit.evaluate.figures import Figure
-from alignkit.evaluate.request import combine, name_runs, sources
+from alignkit.evaluate.intervals import Figure
+from alignkit.evaluate.options import combine, name_runs, sources
 from alignkit.evaluate.results import describe, merge, table
-from alignkit.evaluate.rows import _stage, read_measured
 from alignkit.evaluate.run import evaluate, evaluate_all
-from alignkit.evaluate.subject import find_subject, list_siblings
+from alignkit.evaluate.target import _stage, find_subject, list_siblings, read_measured
 from alignkit.recipe.schema import DataSource, EvaluateOptions
 
 

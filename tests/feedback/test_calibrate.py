@@ -12,10 +12,9 @@ from judge_server import Server
 from alignkit.data import Rejects
 from alignkit.errors import DataError
 from alignkit.feedback import label
-from alignkit.feedback.asking import Verdict
-from alignkit.feedback.calibrate import describe_accuracy, read_labelled
-from alignkit.feedback.comparisons import Label, Pairing
-from alignkit.feedback.measures import describe_labels, find_faults, wilson
+from alignkit.feedback.judge import Label, Pairing
+from alignkit.feedback.judge_report import describe_accuracy, describe_labels, find_faults, read_labelled, wilson
+from alignkit.feedback.writer import Verdict
 from alignkit.recipe.schema import DataSource
 from alignkit.recipe.stage import Stage
 

@@ -56,7 +56,7 @@ def test_a_reply_that_was_cut_before_its_verdict_is_read_by_its_first_letter_tok
 
 
 def test_the_mean_of_both_orders_is_clamped_and_not_each_order() -> None:
-    from alignkit.feedback.comparisons import Label, Pairing
+    from alignkit.feedback.judge import Label, Pairing
 
     pairing = Pairing("p", "a", "b", "f:1", "k")
     leaning = Label(pairing, "x", (0.46, 0.58), bounds=(0.45, 0.55))  # a judge that prefers the second place

@@ -10,8 +10,7 @@ import pytest
 from helpers import PUBLISHED, real_data
 
 from alignkit.errors import RecipeError
-from alignkit.feedback.constitution import Constitution, load_constitution
-from alignkit.feedback.principles import Principle
+from alignkit.feedback.constitution import Constitution, Principle, load_constitution
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -22,11 +22,9 @@ from judge_server import Server, prefer_longer
 
 from alignkit.errors import JudgeError, RecipeError, Stopped
 from alignkit.feedback import label
-from alignkit.feedback.asking import Job, Sampling
-from alignkit.feedback.endpoint import Endpoint
 from alignkit.feedback.prompts import Comparison, Request, ask_comparison
-from alignkit.feedback.server import ALLOWED, find_key
-from alignkit.feedback.spending import Spending
+from alignkit.feedback.server import ALLOWED, Endpoint, find_key
+from alignkit.feedback.writer import Job, Sampling, Spending
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.recipe.stage import Stage
 

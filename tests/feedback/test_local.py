@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from alignkit.errors import ModelError
-from alignkit.feedback.asking import Job, Sampling, share_of_first
 from alignkit.feedback.local import LocalModel
 from alignkit.feedback.prompts import OPTIONS, Comparison, Request, ask_comparison
+from alignkit.feedback.writer import Job, Sampling, share_of_first
 from alignkit.models.builtin import builtin_tokenizer
 
 QUESTIONS = [

@@ -10,12 +10,13 @@ import pytest
 from helpers import PUBLISHED, messages, real_data
 
 from alignkit.errors import RecipeError
-from alignkit.feedback.constitution import load_constitution
-from alignkit.feedback.encoding import Encoder
+from alignkit.feedback.constitution import Principle, load_constitution
 from alignkit.feedback.examples import Examples, load_examples, messages_of
-from alignkit.feedback.principles import Principle
+from alignkit.feedback.local import Encoder
 from alignkit.feedback.prompts import (
+    FOREIGN_TOKENS,
     Comparison,
+    Quoter,
     ask_after_thoughts,
     ask_answer,
     ask_comparison,
@@ -26,7 +27,6 @@ from alignkit.feedback.prompts import (
     conversation,
     fill_thought,
 )
-from alignkit.feedback.quoting import FOREIGN_TOKENS, Quoter
 from alignkit.models.builtin import builtin_tokenizer
 
 NONE = Examples()

@@ -14,11 +14,11 @@ from helpers import messages, read_rows
 from judge_server import Server
 
 from alignkit.errors import JudgeError, RewardError, Stopped
-from alignkit.feedback.reward import build_reward, log_odds
 from alignkit.launch import launch_stage
 from alignkit.recipe import load_recipe, resolve
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.recipe.stage import Stage
+from alignkit.rewards.judge import build_reward, log_odds
 from alignkit.runs import checkpoints
 
 MakeStage = Callable[..., Stage]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.feedback.store import Store, key_of
+from alignkit.feedback.cache import Store, key_of
 
 
 def test_records_are_there_again_after_opening(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from alignkit.errors import DiskError
-from alignkit.feedback.store import Store
+from alignkit.feedback.cache import Store
 store = Store(Path(sys.argv[1]))
 store.put("a", {"n": 1})
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))

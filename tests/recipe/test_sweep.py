@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import RecipeError
-from alignkit.evaluate.request import request_stages
+from alignkit.evaluate.options import request_stages
 from alignkit.recipe import Recipe, Stage, load_recipe, pick_steps, resolve
 from alignkit.recipe.schema import CritiqueOptions, LabelOptions, PpoOptions, TrainOptions
 

@@ -12,7 +12,7 @@ from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.errors import DataError, UsageError
 from alignkit.evaluate.run import _read as read_measured_rows
 from alignkit.evaluate.run import evaluate
-from alignkit.evaluate.subject import find_subject
+from alignkit.evaluate.target import find_subject
 from alignkit.models.chat import Chat
 from alignkit.models.tokens import load_tokenizer
 from alignkit.preflight.check import check_recipe

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 
 from alignkit.errors import ModelError, RunError
+from alignkit.evaluate.policy import Shelf
 from alignkit.evaluate.rewards import ModelReward
-from alignkit.evaluate.shelf import Shelf
 from alignkit.launch import launch_stage
 from alignkit.models.builtin import builtin_config, builtin_tokenizer
+from alignkit.models.classifier import read_norm, score_ids
 from alignkit.models.load import load_trained
-from alignkit.models.scoring import read_norm, score_ids
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import MissingEos, PpoOptions
 from alignkit.runs import checkpoints

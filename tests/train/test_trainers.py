@@ -155,8 +155,8 @@ def test_a_normalised_reward_has_mean_zero_and_unit_deviation(make_stage: Callab
     launch_stage(stage)
     model_dir = tmp_path / "runs/t/rm/model"
     norm = json.loads((model_dir / "reward_norm.json").read_text())
+    from alignkit.models.classifier import score_ids
     from alignkit.models.load import load_trained
-    from alignkit.models.scoring import score_ids
 
     table = build(stage, tmp_path).tables.train
     model = load_trained(model_dir, device="cpu", reward=True)

@@ -11,14 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from alignkit.data import Text
-from alignkit.feedback.asking import Job, Model, Sampling, Verdict
-from alignkit.feedback.constitution import Constitution
-from alignkit.feedback.desk import Desk, seed_of
+from alignkit.feedback.cache import Desk, seed_of
+from alignkit.feedback.constitution import Constitution, Principle
 from alignkit.feedback.examples import Examples
-from alignkit.feedback.principles import Principle
 from alignkit.feedback.prompts import (
     OPTIONS,
     Comparison,
+    Quoter,
     Request,
     ask_after_thoughts,
     ask_comparison,
@@ -27,7 +26,7 @@ from alignkit.feedback.prompts import (
     fill_thought,
     read_text,
 )
-from alignkit.feedback.quoting import Quoter
+from alignkit.feedback.writer import Job, Model, Sampling, Verdict
 
 _TIE = 1e-6  # from 1/2
 _EXAMPLE_TURNS = 1000  # draws for examples, far from those of anything else

@@ -12,12 +12,10 @@ from pathlib import Path
 from alignkit.data import Row, Text
 from alignkit.data.rows import Message
 from alignkit.errors import UsageError
-from alignkit.evaluate.pairs import Pair, list_pairs
-from alignkit.evaluate.policy import Answer, Policy
+from alignkit.evaluate.metrics.pairs import Pair, list_pairs
+from alignkit.evaluate.policy import Answer, Policy, Shelf
 from alignkit.evaluate.rewards import Reward, TrueReward, make_reward
-from alignkit.evaluate.rows import Measured, split_answer
-from alignkit.evaluate.shelf import Shelf
-from alignkit.evaluate.subject import Subject
+from alignkit.evaluate.target import Measured, Subject, split_answer
 from alignkit.recipe.schema import EvaluateOptions
 
 _BUILTIN = "builtin:"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alignkit.evaluate.figures import Figure, make_figure
-from alignkit.evaluate.intervals import mean_of_groups
+from alignkit.evaluate.intervals import Figure, make_figure, mean_of_groups
 
 
 def measure_kl(

@@ -7,7 +7,9 @@ section 2.4. Deliberately without beam search (the paper's free-form answers use
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -15,10 +17,10 @@ from typing import Any
 
 from alignkit.data.files import read_file
 from alignkit.data.rejects import BadRow
-from alignkit.errors import DataError, Problem
-from alignkit.evaluate.figures import Figure, Interval, make_figure
-from alignkit.evaluate.intervals import mean, wilson
+from alignkit.errors import DataError, EnvironmentProblem, Problem
+from alignkit.evaluate.intervals import Better, Figure, Interval, make_figure, mean, wilson
 from alignkit.evaluate.policy import Policy
+from alignkit.models.generation import plainly
 
 _SPARE_TOKENS = 8  # that an answer may be longer than the longest right one before it is cut
 _SHOWN = 8
@@ -150,3 +152,116 @@ def _accuracy(items: Sequence[Item], values: Sequence[float]) -> Interval:
         start += len(item.choices)
         right += item.choices[max(range(len(own)), key=own.__getitem__)] == item.completion
     return wilson(right, len(items))
+
+
+PREFIX = "lm_eval:"
+_Z = 1.959963984540054
+_SHARES = ("acc", "exact_match")  # means of right and wrong, for which Wilson's interval holds
+
+
+def measure_harness(
+    policy: Policy, task: str, *, shots: Sequence[int], max_rows: int | None, batch_size: int, seed: int
+) -> list[Figure]:
+    """Return every figure of a task for each K; `task` is a name or the path of a task's YAML file.
+
+    Raises EnvironmentProblem without lm-eval, DataError for an unknown task.
+    """
+    library, hflm = _require()
+    manager, names = _find_task(task)
+    figures: list[Figure] = []
+    for number in shots:
+        loaded = policy.loaded
+        with _quiet(), plainly(loaded.model):
+            results = library.simple_evaluate(
+                model=hflm(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
+                tasks=names,
+                task_manager=manager,
+                num_fewshot=number,
+                limit=max_rows,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+        figures += _read_results(results, number)
+    return figures
+
+
+def _find_task(task: str) -> tuple[Any, list[str]]:
+    from lm_eval.tasks import TaskManager
+
+    file = Path(task).expanduser()
+    with _quiet():
+        if file.suffix in (".yaml", ".yml"):
+            if not file.is_file():
+                raise DataError("there is no such task file", where=str(file))
+            return TaskManager(include_path=str(file.parent.resolve())), [_name_of(file)]
+        manager = TaskManager()
+        known = set(manager.all_tasks)
+    if task not in known:
+        from difflib import get_close_matches
+
+        near = get_close_matches(task, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise DataError(f"{PREFIX}{task}: lm-evaluation-harness has no such task{hint}")
+    return manager, [task]
+
+
+def _name_of(file: Path) -> str:
+    from ruamel.yaml import YAML
+
+    content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("task"), str):
+        raise DataError("needs `task: NAME`", where=str(file))
+    return str(content["task"])
+
+
+def _read_results(results: dict[str, Any], shots: int) -> list[Figure]:
+    figures = []
+    for task, values in results["results"].items():
+        n = int(results["n-samples"].get(task, {}).get("effective", 0))
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")
+            if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not filtered:
+                continue
+            higher = results.get("higher_is_better", {}).get(task, {}).get(metric)
+            better: Better | None = None if higher is None else "higher" if higher else "lower"
+            name = f"{PREFIX[:-1]}/{task}/{metric}" + ("" if filtered == "none" else f"/{filtered}")
+            error = values.get(f"{metric}_stderr,{filtered}")
+            found = _interval(metric, float(value), error, n)
+            figures.append(make_figure(name, found, better=better, slice=f"K={shots}"))
+    return figures
+
+
+def _interval(metric: str, value: float, error: Any, n: int) -> Interval:
+    if metric.startswith(_SHARES) and n and 0 <= value <= 1:
+        return wilson(value * n, n)
+    if isinstance(error, (int, float)):
+        return Interval(value, value - _Z * error, value + _Z * error, n, "normal")
+    return Interval(value, None, None, n, "none")
+
+
+def _require() -> tuple[Any, Any]:
+    """Return the library and its class of Hugging Face models."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        missing = "is not installed" if error.name == "lm_eval" else f"cannot be imported ({error})"
+        raise EnvironmentProblem(
+            f"lm-evaluation-harness {missing}; pip install 'alignkit[eval]', or leave its tasks out"
+        ) from error
+    return lm_eval, HFLM
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the library logs to warnings: the console is ours."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -12,8 +12,7 @@ import numpy as np
 
 from alignkit.data import Text
 from alignkit.data.rows import count_chars
-from alignkit.evaluate.figures import Figure, Interval, make_figure
-from alignkit.evaluate.intervals import Floats, share
+from alignkit.evaluate.intervals import Figure, Floats, Interval, make_figure, share
 from alignkit.evaluate.judges import Judge
 from alignkit.evaluate.rewards import read_text
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignkit.errors import EnvironmentProblem
-from alignkit.evaluate.figures import Figure, Interval, make_figure
-from alignkit.evaluate.intervals import mean
+from alignkit.evaluate.intervals import Figure, Interval, make_figure, mean
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 

@@ -10,8 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from alignkit.evaluate.figures import Figure, make_figure
-from alignkit.evaluate.intervals import mean
+from alignkit.evaluate.intervals import Figure, make_figure, mean
 
 
 def measure_best_of(

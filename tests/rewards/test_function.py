@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import NonFiniteError, RewardError
-from alignkit.feedback.reward_function import RewardFunction, hash_function, load_function
 from alignkit.recipe import Stage, load_recipe, resolve
+from alignkit.rewards.function import RewardFunction, hash_function, load_function
 
 RECIPE = """model: {path: builtin:tiny-gpt2}
 ppo:
@@ -170,7 +170,7 @@ def test_a_column_it_needs_and_the_rows_do_not_have(load: Load) -> None:
 def test_a_function_that_cannot_be_had(
     load: Load, monkeypatch: pytest.MonkeyPatch, code: str, path: str, message: str
 ) -> None:
-    monkeypatch.setattr("alignkit.feedback.reward_function._IMPORT_SECONDS", 0.5)
+    monkeypatch.setattr("alignkit.rewards.function._IMPORT_SECONDS", 0.5)
     with pytest.raises(RewardError) as caught:
         load(code, path)
     assert message in str(caught.value) and str(caught.value).startswith(f"a.yaml:3: the reward function {path}")

@@ -17,19 +17,16 @@ from typing import Any
 
 from alignkit.data import Text
 from alignkit.errors import JudgeError, RewardError
-from alignkit.feedback.asking import Job, Model, Sampling
-from alignkit.feedback.comparisons import Judge, Pairing, judge_all
+from alignkit.feedback.cache import Desk, Store
 from alignkit.feedback.constitution import load_constitution
-from alignkit.feedback.desk import Desk
 from alignkit.feedback.examples import Examples
-from alignkit.feedback.prompts import ask_answer, read_text
-from alignkit.feedback.quoting import Quoter
+from alignkit.feedback.judge import Judge, Pairing, judge_all
+from alignkit.feedback.prompts import Quoter, ask_answer, read_text
 from alignkit.feedback.replay import pair_key
-from alignkit.feedback.sources import open_model, own_model, spent_before
-from alignkit.feedback.stop import Stop
-from alignkit.feedback.store import Store
+from alignkit.feedback.writer import Job, Model, Sampling, open_model, own_model, spent_before
 from alignkit.recipe.schema import FeedbackModel, PpoOptions
 from alignkit.recipe.stage import Stage
+from alignkit.runs.stop import Stop
 
 STORE = "judged.jsonl"
 _WORST = 1e-4  # a probability from which the log-odds go no further: 9.2 nats

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alignkit.evaluate.figures import Figure, make_figure
-from alignkit.evaluate.intervals import bootstrap, divide
+from alignkit.evaluate.intervals import Figure, bootstrap, divide, make_figure
 from alignkit.evaluate.policy import Likelihood
 
 

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from alignkit.evaluate.figures import Figure, make_figure
-from alignkit.evaluate.intervals import mean
+from alignkit.evaluate.intervals import Figure, make_figure, mean
 
 Floats = NDArray[np.float64]
 MIN_EFFECTIVE = 10.0

@@ -1,0 +1,1 @@
+"""What scores an answer: classifiers, functions, judges and the toy world."""
