@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +50,16 @@ TOKENS = {
 }
 
 
-def chat_of(name: str) -> Chat:
-    import trl
+TEMPLATES = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"  # type: ignore[union-attr, index]
 
+
+def chat_of(name: str) -> Chat:
     tokenizer = builtin_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": TOKENS[name]})
     if name == "deepseek_r1_distill":
         tokenizer.eos_token = TOKENS[name][-1]
     shipped = Path(__file__).resolve().parents[2] / "alignkit" / "models" / "templates" / f"{name}.jinja"
-    file = shipped if shipped.exists() else Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    file = shipped if shipped.exists() else TEMPLATES / f"{name}.jinja"
     tokenizer.chat_template = file.read_text()
     return Chat(tokenizer, name=name)
 
@@ -92,14 +97,93 @@ def test_shapes_of_conversations_under_templates_of_families(name: str) -> None:
     check_shapes(chat_of(name))
 
 
-def test_shapes_of_conversations_with_real_tokenizers() -> None:
+METHODS = {"sft": "", "dpo": "", "rm": "", "ppo": ", reward: builtin:true-reward, max_new_tokens: 4"}
+
+
+def check_tables(chat: Chat, directory: Path) -> None:
+    """Each method trains on what `apply_chat_template` writes, token for token, and learns its answers alone."""
+    from alignkit.data import Rejects
+    from alignkit.errors import DataError
+    from alignkit.recipe import load_recipe, resolve
+    from alignkit.train.tables import prepare_tables
+
+    def apply(turns: list[Any], *, prompt: bool = False) -> str:
+        kept = [dict(turn) for turn in turns if turn["content"] or turn["role"] != "system"]
+        if not kept:  # apply_chat_template refuses to begin
+            return chat.template.render([], prompt=prompt)
+        given = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
+        return str(chat.tokenizer.apply_chat_template(kept, **given))
+
+    def ids(turns: list[Any], *, prompt: bool = False) -> list[int]:
+        text = apply(turns, prompt=prompt)
+        if not prompt:  # up to the end of the answer
+            end = (chat.template.call_end if "tool_calls" in turns[-1] else chat.template.end).token
+            start, thoughts = apply(turns[:-1], prompt=True), turns[-1].get("reasoning_content", "")
+            if thoughts not in text or not text.startswith(start):  # written by us, on from where generation starts
+                opened = start.endswith("<think>\n")
+                text = start + "<think>\n" * (not opened and bool(thoughts)) + thoughts
+                text += "\n</think>\n\n" * (opened or bool(thoughts)) + turns[-1]["content"]
+            text = text[: text.rindex(end) + len(end)] if end in text[len(start) :] else text + end
+        return list(chat.tokenizer(text, add_special_tokens=False).input_ids)
+
+    for shape, method in product(SHAPES, METHODS):
+        turns = [{key: value for key, value in turn.items() if key != "template_kwargs"} for turn in SHAPES[shape]]
+        tools = SHAPES[shape][0].get("template_kwargs", {}).get("tools")
+        prompt, answer = (turns, LAST) if shape == "ends with user" else (turns[:-1], turns[-1])
+        other = {"role": "assistant", "content": "No."}
+        pair = {"prompt": prompt} | ({} if method == "ppo" else {"chosen": [answer], "rejected": [other]})
+        row = ({"messages": turns} if method == "sft" else pair) | ({"tools": tools} if tools else {})
+        (directory / "rows.jsonl").write_text(json.dumps(row))
+        (directory / "recipe.yaml").write_text(
+            "model: {path: builtin:tiny-llama, init: scratch, config: {max_position_embeddings: 2048}}\n"
+            f"{method}: {{data: ./rows.jsonl{METHODS[method]}}}"
+        )
+        stage = resolve(load_recipe(directory / "recipe.yaml"), method)
+        try:
+            table = list(prepare_tables(stage, chat, directory / "cache", rejects=Rejects()).train)
+        except DataError as error:
+            assert shape in ("tool call", "assistant first"), (shape, method, str(error))
+            assert re.search(r"rows.jsonl:1: (the chat template|its first turn is the assistant's)", str(error))
+            continue
+        where = (shape, method)
+        if method == "sft":
+            numbers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+            answers = [(len(ids(turns[:number], prompt=True)), ids(turns[: number + 1])) for number in numbers]
+            for start, whole in answers:
+                assert any(
+                    made["input_ids"][: len(whole)] == whole and made["labels"][start : len(whole)] == whole[start:]
+                    for made in table
+                ), where
+            learnt = sum(len(made["labels"]) - made["labels"].count(-100) for made in table)
+            assert learnt == sum(len(whole) - start for start, whole in answers), where  # and nothing else
+        elif method == "rm":
+            assert table[0]["answers_ids"] == [ids([*prompt, answer]), ids([*prompt, other])], where
+        else:
+            assert table[0]["prompt_ids"] == ids(prompt, prompt=True), where
+            for side, said in {"chosen_ids": answer, "rejected_ids": other}.items():
+                assert method == "ppo" or table[0]["prompt_ids"] + table[0][side] == ids([*prompt, said]), where
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_every_method_trains_on_what_apply_chat_template_writes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_tables(chat_of(name), tmp_path)
+
+
+def test_shapes_of_conversations_with_real_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = os.environ.get("ALIGNKIT_TOKENIZERS")
     if not folder:
-        pytest.skip("ALIGNKIT_TOKENIZERS names no directory of tokenizers")
+        pytest.skip("ALIGNKIT_TOKENIZERS names no directory of tokenizers (tok-llama3, tok-gptoss, ...)")
+    monkeypatch.chdir(tmp_path)
     for path in sorted(Path(folder).glob("tok-*")):
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-        if tokenizer.chat_template:
-            check_shapes(Chat(tokenizer, name=path.name))
+        if not tokenizer.chat_template:  # gpt-oss ships its template beside the tokenizer
+            tokenizer.chat_template = (TEMPLATES / f"{path.name.removeprefix('tok-')}.jinja").read_text()
+        chat = Chat(tokenizer, name=path.name)
+        check_shapes(chat)
+        check_tables(chat, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["chatml", "gemma3", "deepseek_r1_distill"])
