@@ -120,11 +120,21 @@ def as_turns(row: Row) -> Row:
 
 
 def as_text(row: Row, separator: str) -> Row:
-    """Put the separator between a text prompt and its completions, where neither brings white space of its own."""
-    if not isinstance(row.prompt, str) or row.prompt[-1:].isspace():
+    """End a text prompt with the separator, unless it or all of its completions bring white space of their own.
+
+    A blank at the separator's end begins the completions instead: tokenizers count a blank to the word that follows.
+    """
+    texts = [str(text) for text in row.completions]
+    if (
+        not isinstance(row.prompt, str)
+        or row.prompt[-1:].isspace()
+        or (texts and all(text[:1].isspace() for text in texts))
+    ):
         return row
-    joined = (text if not isinstance(text, str) or text[:1].isspace() else separator + text for text in row.completions)
-    return replace(row, completions=tuple(joined))
+    mark = separator.removesuffix(" ")
+    prompt = row.prompt if row.prompt.endswith(mark) else row.prompt + mark  # rows that a stage made have it
+    blank = separator[len(mark) :]
+    return replace(row, prompt=prompt, completions=tuple(blank + text.removeprefix(" ") for text in texts))
 
 
 def take_prompt(row: Row) -> Row:

@@ -197,6 +197,12 @@ def _read(subject: Subject, options: EvaluateOptions) -> Measured | None:
             raise UsageError(
                 f"{source.path} has chat: {said}, and {subject.name} was trained on {trained}; take it out"
             )
+    if form == "text" and options.data:  # prompts end as they did in training
+        mark = subject.stage["options"]["data"][0]["separator"]
+        sources = [
+            source if "separator" in source.model_fields_set else source.model_copy(update={"separator": mark})
+            for source in sources
+        ]
     template = form == "chat" if form else load_tokenizer_of(subject.source).chat_template is not None
     seed = int(subject.stage.get("seed", 0))
     return read_measured(sources, share=share, seed=seed, max_rows=options.max_rows, template=template)

@@ -150,7 +150,7 @@ def _check_option(node: Node, option: Fragment, key: str, defs: Fragment, whole:
             is_name = "._-]" in option["pattern"]
             rule = "use letters, digits, '.', '_' and '-' only" if is_name else quote_help(whole)
             yield Problem(f"{found}; {rule}", node.place)
-        elif not value.strip() and not choices:
+        elif not value.strip() and not choices and str(whole.get("default") or "-").strip():  # `separator` may be blank
             yield Problem(f"{show_key(key)} is empty text", node.place)
     elif isinstance(value, dict):
         yield from check_mapping(node, option, key, defs)

@@ -181,7 +181,9 @@ class DataSource(_Section):
         "them as text; auto: turns where the model has a chat template. Raw `text` is never a turn.",
     )
     separator: str = Field(
-        "\n", description="Between a prompt and its answer as text, where neither brings white space of its own."
+        "\n",
+        description="Ends a prompt that is read as text, where neither it nor its answers bring white space of their "
+        "own; it is not learnt. '' for prompts that are to be gone on with.",
     )
     weight: Annotated[float, Field(gt=0, le=1000)] = Field(
         1.0, description="Passes over this source per epoch: 0.5 takes each row with probability 0.5 (seeded), 2 twice."

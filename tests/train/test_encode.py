@@ -192,7 +192,7 @@ def test_a_pair_gives_kto_one_answer_of_each_kind(make_stage: Callable, write_ro
     write_rows([{"prompt": "a", "chosen": "good", "rejected": "bad"}])
     tables, chat = prepare(make_stage(BASE + "dpo: {data: ./rows.jsonl, loss_type: kto, chat: false}", "dpo"), tmp_path)
     found = {chat.tokenizer.decode(row["completion_ids"]): row["label"] for row in tables.train}
-    assert found == {"\ngood<|endoftext|>": True, "\nbad<|endoftext|>": False}
+    assert found == {"good<|endoftext|>": True, "bad<|endoftext|>": False}
 
 
 STRICT = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,48 @@ def test_prompts_and_answers_become_turns_where_there_is_a_template(
     assert shown(", chat: false") == (joined, {"text": 1})
 
 
+@pytest.mark.parametrize(
+    ("separator", "completion", "prompt", "answer"),
+    [
+        ("\n", "A fig.", "Name a fruit.\n", "A fig."),
+        (" => ", "A fig.", "Name a fruit. =>", " A fig."),  # tokenizers count a blank to the word that follows
+        ("", "A fig.", "Name a fruit.", "A fig."),
+        ("\n", " A fig.", "Name a fruit.", " A fig."),
+    ],
+)
+def test_the_separator_is_part_of_the_prompt_whatever_is_trained(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path,
+    separator: str, completion: str, prompt: str, answer: str,
+) -> None:  # fmt: skip
+    single = {"prompt": "Name a fruit.", "completion": completion}
+    pair = {"prompt": "Name a fruit.", "chosen": completion, "rejected": completion.replace("fig", "stone")}
+    source = json.dumps({"path": "./rows.jsonl", "separator": separator, "chat": False})
+    whole = (prompt, f"{answer}<|endoftext|>")
+    for method, row, key in (
+        ("sft", single, ""), ("dpo", pair, ""), ("dpo", {**single, "label": True}, ", loss_type: kto"), ("rm", pair, "")
+    ):  # fmt: skip
+        write_rows([row])
+        stage = make_stage(f"{BASE}{method}: {{data: {source}{key}}}", method)
+        chat = Chat(load_tokenizer(stage))
+        made = prepare_tables(stage, chat, tmp_path / "cache", rejects=Rejects()).train[0]
+        say = chat.tokenizer.decode
+        if method == "sft":
+            start = made["labels"].count(-100)
+            assert (say(made["input_ids"][:start]), say(made["labels"][start:])) == whole
+        elif method == "dpo":
+            assert (say(made["prompt_ids"]), say(made["completion_ids" if key else "chosen_ids"])) == whole
+        else:
+            assert say(made["answers_ids"][0]) == "".join(whole)
+
+
+def test_a_prompt_alone_ends_as_it_does_in_training(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
+    write_rows([{"prompt": "Name a fruit."}])
+    for separator, prompt in (("\n", "Name a fruit.\n"), (" => ", "Name a fruit. =>"), ("", "Name a fruit.")):
+        source = json.dumps({"path": "./rows.jsonl", "separator": separator, "chat": False})
+        text = f"{BASE}ppo: {{data: {source}, reward: builtin:true-reward, max_new_tokens: 4}}"
+        assert read(make_stage(text, "ppo"), tmp_path)[0] == [prompt]
+
+
 def test_the_stage_says_it_for_sources_that_do_not(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
     write_rows([ALPACA])
     text = BASE + "sft: {data: {path: ./rows.jsonl, separator: ' => '}, chat: false}"
@@ -97,7 +140,7 @@ def test_a_model_without_a_template_reads_text_and_refuses_chat_true(
         source = DataSource(path=stage.options.data[0].path, **change)
         return list(read_rows(stage, [source], report=DataReport(), rejects=Rejects(), template=False))
 
-    assert [(row.prompt, row.completions) for row in rows()] == [("Name a fruit.", ("\nA fig.",))]
+    assert [(row.prompt, row.completions) for row in rows()] == [("Name a fruit.\n", ("A fig.",))]
     with pytest.raises(DataError, match="chat: true needs a chat template, and the model has none"):
         rows(chat=True)
 
@@ -126,11 +169,11 @@ def test_two_forms_in_one_model_are_refused_by_check_before_anything_is_trained(
 def test_a_trained_model_is_used_in_the_form_it_knows(
     make_stage: Callable, write_rows: Callable, tmp_path: Path
 ) -> None:
-    """Text on a model that has a template: evaluation follows; a stage or a source that differs is refused."""
+    """Text on a model that has a template: evaluation follows, in the separator too; another form is refused."""
     write_rows([PAIR, {**PAIR, "prompt": "Name a tree."}])
     short = "batch_size: 2, max_steps: 1, samples: {num: 0}"
     text = (
-        f"{BASE}sft: {{data: ./rows.jsonl, chat: false, {short}}}\n"
+        f"{BASE}sft: {{data: {{path: ./rows.jsonl, separator: ' => '}}, chat: false, {short}}}\n"
         f"dpo: {{start_from: sft, data: ./rows.jsonl, {short}}}"
     )
     first = make_stage(text, "sft")
@@ -144,8 +187,8 @@ def test_a_trained_model_is_used_in_the_form_it_knows(
     options = EvaluateOptions(data=[{"path": str(tmp_path / "rows.jsonl")}], metrics=["perplexity"])
     measured = read_measured_rows(find_subject(str(run), trust_code=False), options)
     assert measured is not None
-    assert [row.prompt for row in measured.rows] == ["Name a fruit.", "Name a tree."]
-    assert {row.completions for row in measured.rows} == {("\nA fig.", "\nA stone.")}
+    assert [row.prompt for row in measured.rows] == ["Name a fruit. =>", "Name a tree. =>"]
+    assert {row.completions for row in measured.rows} == {(" A fig.", " A stone.")}
     forced = options.model_copy(update={"data": [DataSource(path=str(tmp_path / "rows.jsonl"), chat=True)]})
     with pytest.raises(UsageError, match=r"rows\.jsonl has chat: true, and .*sft was trained on text; take it out"):
         evaluate(str(run), forced)
