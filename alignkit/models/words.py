@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-_MAX_WORDS = 500_000  # about 100 MB of Python lists
+_MAX_WORDS = 100_000  # about 20 MB of Python lists
 # A run of white space with a space in it is cut as a whole, and differently at its end.
 _RUN = re.compile(r"\s | \s")
 # Patterns that start a new piece at a space between two visible characters: Llama 3, Qwen 2 and 3, GPT-4's.
