@@ -39,6 +39,7 @@ ANSWERS = ("completion", "output", "response", "solution", "answer")
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 LABELS = ("label", "kto_tag")
+SCORES = ("overall_score", "score", "rating", "reward", "helpfulness")  # higher is better
 ASKED = (*PROMPTS, *CONTEXTS, *CONVERSATIONS, *SYSTEMS, *TOOLS, "chat_template_kwargs")
 _WORDS = {"desirable": 1.0, "undesirable": 0.0, "good": 1.0, "bad": 0.0}
 
@@ -319,7 +320,7 @@ def read_winner(value: Any, field: str) -> int:
 
 
 _ITEM_TEXTS = ("response", "answer", "completion", "text", "content", "output")
-_ITEM_SCORES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1, "ranking": -1}
+_ITEM_SCORES = {**dict.fromkeys(SCORES, 1), "rank": -1, "ranking": -1}
 
 
 def adapt_rated_items(reading: Reading) -> Row:

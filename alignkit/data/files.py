@@ -294,6 +294,9 @@ def _decoded(stream: IO[bytes], limit: int, broken: dict[int, BadRow]) -> Iterat
 
 def _check_header(cells: list[str], place: str) -> list[str]:
     names = [cell.strip() for cell in cells]
+    if len(names) == 1 and (other := next((sign for sign in ",;\t|" if sign in names[0]), "")):
+        rule = "a .csv file by commas, a .tsv file by tabs"
+        raise DataError(f"the header is one cell, {names[0]!r}: cells look separated by {other!r}; {rule}", where=place)
     if twice := sorted({cell for cell in names if names.count(cell) > 1}):
         raise DataError(f"the header names {', '.join(map(repr, twice))} more than once", where=place)
     return names

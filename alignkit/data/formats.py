@@ -154,6 +154,7 @@ _TELLING = {*ASKED, "history", "label", "weight"}
 _CONVERSATION = re.compile(
     r"""\[?\s*\{(?=[^{}]*["'](?:role|from|speaker)["']\s*:)(?=[^{}]*["'](?:content|value|text)["']\s*:)"""
 )
+_CSV = re.compile(r"\.[ct]sv(\.\w+)?:\d+\Z")
 _MAX_KNOWN = 4096  # a file whose columns change with every row must not fill the memory
 
 
@@ -177,16 +178,17 @@ class Detector:
         self._known: dict[tuple[tuple[str, ...], tuple[type, ...]], Format] = {}
         self._roles = dict(roles or {})
         self.unread: dict[str, tuple[int, str]] = {}  # column or key -> rows that have it, the first of them
-        self.cut: tuple[int, str] = (0, "")  # conversations whose last turns were left out, the first of them
+        self.noted: dict[str, tuple[int, str]] = {}  # what is odd about rows -> how many, the first of them
 
-    def recognise(self, record: Record) -> Format:
+    def recognise(self, record: Record, place: str = "") -> Format:
         """Return the record's format; BadRow when no format has such columns."""
         signature = (tuple(record), tuple(map(type, record.values())))
         form = self._known.get(signature)
         if form is None:
             form = next((form for form in self._formats if form.fits(record)), self._fallback)
             if form is None:
-                raise BadRow(f"no known format has the columns {_list_columns(record)}; accepted: {_HELP}")
+                header = " (its first line names the columns)" if _CSV.search(place) else ""
+                raise BadRow(f"no known format has the columns {_list_columns(record)}{header}; accepted: {_HELP}")
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
             self._known[signature] = form
@@ -200,11 +202,14 @@ class Detector:
         for name in unread:
             self._refuse_telling(name, form, reading)
         for name in (*(() if self._keeps_columns else unread), *reading.unread):
-            count, first = self.unread.get(name, (0, place))
-            self.unread[name] = (count + 1, first)
-        if reading.is_cut:
-            self.cut = (self.cut[0] + 1, self.cut[1] or place)
+            _count(self.unread, name, place)
+        for what in reading.noted:
+            self.note(what, place)
         return row
+
+    def note(self, what: str, place: str) -> None:
+        """Count what is odd about a row."""
+        _count(self.noted, what, place)
 
     def _refuse_telling(self, name: str, form: Format, reading: Reading) -> None:
         """Refuse a column that would have changed what is trained, unless it repeats what was read."""
@@ -221,6 +226,11 @@ class Detector:
                 f"{name}: is not read in a row of {form}, and says something that the columns read do not; "
                 f"name it in columns, or leave it out with columns: {{{name}: null}}"
             )
+
+
+def _count(found: dict[str, tuple[int, str]], what: str, place: str) -> None:
+    count, first = found.get(what, (0, place))
+    found[what] = (count + 1, first)
 
 
 def _is_repeated(value: Any, reading: Reading) -> bool:

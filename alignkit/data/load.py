@@ -20,7 +20,7 @@ from alignkit.data.rejects import BadRow, Problems, Rejects
 from alignkit.data.report import DataReport, SourceReport
 from alignkit.data.rows import METHOD_KINDS, Row, as_text, as_turns, take_prompt
 from alignkit.data.sources import Located, locate, read_entries
-from alignkit.data.threads import join_threads
+from alignkit.data.threads import join_rated, join_threads
 from alignkit.errors import DataError, Problem
 from alignkit.recipe.schema import DataSource, PpoOptions
 from alignkit.recipe.stage import Stage
@@ -261,7 +261,7 @@ class _SourceReader:
             try:
                 if isinstance(record, BadRow):
                     raise record
-                form = recognise(record)
+                form = recognise(record, place)
                 self._count(form, place, record)
                 if form.kind not in accepted or (only is not None and form is not only):
                     self._leave_out(form, only, place)
@@ -269,7 +269,11 @@ class _SourceReader:
                 row = self._detector.read(form, record, place)
                 self._read = form
                 self._require_form(row, form)
-                if self._method == "ppo":
+                if self._method == "sft" and row.kind in ("pair", "ranked"):
+                    self._detector.note(
+                        "rows have worse answers beside the best one; sft learns nothing from them", place
+                    )
+                elif self._method == "ppo":
                     row = self._prompt_of(row, record)
                 elif self._method == "dpo":
                     _check_answers(row)
@@ -295,7 +299,8 @@ class _SourceReader:
             except BadRow as bad:
                 return place, bad
 
-        return join_threads(map(rename, read_entries(self._located, documents=self._documents)))
+        entries = join_threads(map(rename, read_entries(self._located, documents=self._documents)))
+        return join_rated(entries) if self._method in ("rm", "dpo") else entries
 
     def shape(self, row: Row) -> Row:
         """Make turns of a row's prompt and answers, or joined text; conversations and raw text stay."""
@@ -324,7 +329,7 @@ class _SourceReader:
         unread = self._detector.unread
         self.counts.ignored_columns.update({name: rows for name, (rows, _) in unread.items()})
         self.counts.ignored_places.update({name: place for name, (_, place) in unread.items()})
-        self.counts.cut_turns, self.counts.cut_turns_place = self._detector.cut
+        self.counts.noted = self._detector.noted
         if len(self._found) == 1:
             ((form, found),) = self._found.items()
             if form.kind not in METHOD_KINDS[self._method]:

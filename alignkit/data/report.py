@@ -33,8 +33,7 @@ class SourceReport:
     forms: Counter[str] = field(default_factory=Counter)  # rows given out as "chat", as "text", or "raw" as they are
     ignored_columns: Counter[str] = field(default_factory=Counter)  # column or key of messages -> rows that have it
     ignored_places: dict[str, str] = field(default_factory=dict)  # the first of those rows
-    cut_turns: int = 0  # conversations whose turns after the last answer were cut off
-    cut_turns_place: str = ""
+    noted: dict[str, tuple[int, str]] = field(default_factory=dict)  # what is odd about rows -> how many, the first
 
 
 @dataclass
@@ -43,6 +42,7 @@ class DataReport:
 
     sources: list[SourceReport] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)  # of the rows given out
+    desirable: int = 0  # of the unpaired ones
     rows: int = 0  # given out: after weights, with ranked lists broken up where the method does so
     prompt_chars: int = 0
     completion_chars: int = 0  # of all completions of a row
@@ -113,6 +113,7 @@ class DataReport:
         """Count a row as it is given out; `digest` is that of the row it came from."""
         self.rows += 1
         self.kinds[row.kind] += 1
+        self.desirable += row.kind == "unpaired" and row.label == 1
         self._hasher.update(digest)
         if row.prompt:
             self.prompt_chars += count_chars(row.prompt)
@@ -128,6 +129,18 @@ class DataReport:
         self.rejected_chars += rejected
         self.longer_chosen += chosen > rejected
         self.shorter_chosen += chosen < rejected
+
+    def remarks(self) -> list[str]:
+        """What the rows make one doubt that they say what they are meant to."""
+        said = [
+            f"{count} {what} (first: {place})"
+            for source in self.sources
+            for what, (count, place) in source.noted.items()
+        ]
+        if (labelled := self.kinds["unpaired"]) and self.desirable in (0, labelled):
+            kind = "desirable" if self.desirable else "undesirable"
+            said.append(f"all {labelled} answers are labelled {kind}: kto learns from the difference of the two kinds")
+        return said
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for stage.json and `check --json`."""

@@ -1,16 +1,18 @@
-"""Trees of messages (OpenAssistant's) to conversations, from one message a row or one tree a row.
+"""Rows that belong together: trees of messages (OpenAssistant's), rated answers to one prompt (HelpSteer2's).
 
-Every path from the root to an answer nothing follows is a conversation. Paths share their first turns; an answer is
-learnt in the first conversation that has it, and only read in the others.
+A tree comes as one message a row or one tree a row. Every path from its root to an answer nothing follows is a
+conversation. Paths share their first turns; an answer is learnt in the first conversation that has it, and only read in
+the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import count
+from itertools import count, groupby
 from typing import Any
 
-from alignkit.data.files import Entry
+from alignkit.data.adapters import ANSWERS, ASKED, LABELS, SCORES
+from alignkit.data.files import Entry, Record
 from alignkit.data.rejects import BadRow
 
 _COLUMNS = ("message_id", "parent_id", "text", "role")
@@ -94,3 +96,34 @@ def _rank(node: dict[str, Any]) -> float:
 def _message(node: dict[str, Any], *, known: bool) -> dict[str, Any]:
     kept = {key: value for key, value in node.items() if key not in ("message_id", "parent_id", "deleted", "text")}
     return {**kept, "content": node.get("text"), **({"train": False} if known else {})}
+
+
+def join_rated(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Yield rows of one prompt, each with an answer and its score, as one row of ranked answers; others pass.
+
+    They follow each other, as HelpSteer2's do.
+    """
+    for rated, group in groupby(entries, lambda entry: _find_rated(entry[1])):
+        if rated is None:
+            yield from group
+            continue
+        answer, score, _ = rated
+        rows = list(group)
+        place, first = rows[0]
+        if len(rows) == 1:
+            what = "one rated answer to its prompt, which is compared with nothing"
+            yield place, BadRow(f"{score}: is of {what}; the rows of a prompt must follow each other")
+            continue
+        answers, scores = ([row[name] for _, row in rows] for name in (answer, score))  # type: ignore[index]
+        asked = {name: value for name, value in first.items() if name not in (answer, score)}  # type: ignore[union-attr]
+        yield place, {**asked, "completions": answers, "scores": scores}
+
+
+def _find_rated(record: Record | BadRow) -> tuple[str, str, list[Any]] | None:
+    """Tell a row of one answer and its score: the columns of both, and what was asked."""
+    if isinstance(record, BadRow) or not record.keys().isdisjoint((*LABELS, "chosen", "rejected", "completions")):
+        return None
+    answer = next((name for name in ANSWERS if type(record.get(name)) is str), None)
+    score = next((name for name in SCORES if record.get(name) is not None), None)
+    asked = [record.get(name) for name in ASKED]
+    return (answer, score, asked) if answer and score and any(asked) else None

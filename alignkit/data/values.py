@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -59,7 +59,7 @@ class Reading:
     place: str = ""
     used: set[str] = field(default_factory=set)  # columns that were read
     unread: dict[str, None] = field(default_factory=dict)  # keys of messages that nothing reads
-    is_cut: bool = False  # turns after the last answer were cut off
+    noted: set[str] = field(default_factory=set)  # what is odd about the row
 
     def need(self, name: str) -> Any:
         """Return the column's value; a missing or null one is a BadRow that lists what is there."""
@@ -193,7 +193,7 @@ def check_messages(value: object, field: str, reading: Reading) -> list[Message]
         if type(message) is not dict:
             raise BadRow(f"{field}[{index}]: is {type_name(message)}; it must be an object with role and content")
         role, content = message.get("role"), message.get("content")
-        named = type(role) is str and role in ROLES
+        named = type(role) is str and role in ROLES and role not in reading.roles
         said = type(content) is str and content and not content.isspace()
         if named and said and len(message) == 2:
             checked.append(message)  # type: ignore[arg-type]
@@ -366,15 +366,27 @@ def _join_parts(parts: list[Any], field: str) -> tuple[str, str]:
 def check_conversation(value: object, field: str, reading: Reading) -> list[Message]:
     """Return messages that hold a user turn and end with an assistant turn; what follows the last one is cut off."""
     messages = check_messages(value, field, reading)
-    last = max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
-    if last < 0 and not reading.for_prompts:
-        raise BadRow(f"{field}: the last turn is {messages[-1]['role']}; it must be assistant")
-    if messages[0]["role"] != "user" and all(message["role"] != "user" for message in messages):
+    roles = [message["role"] for message in messages]
+    if roles[0] != "user" and "user" not in roles:
         raise BadRow(f"{field}: has no user turn")
-    if last + 1 < len(messages) and not reading.for_prompts:
-        reading.is_cut = True
-        return messages[: last + 1]
-    return messages
+    _note_opening(roles, reading)
+    if reading.for_prompts or roles[-1] == "assistant":
+        return messages
+    if "assistant" not in roles:
+        raise BadRow(f"{field}: the last turn is {roles[-1]}; it must be assistant")
+    last = max(place for place, role in enumerate(roles) if role == "assistant")
+    if "user" not in roles[:last]:
+        raise BadRow(f"{field}: no turn of the user comes before an answer; {_SWAPPED}")
+    reading.noted.add("conversations end with another turn than the assistant's, which was cut off")
+    return messages[: last + 1]
+
+
+_SWAPPED = "where roles are swapped, data.roles: {user: assistant, assistant: user} swaps them back"
+
+
+def _note_opening(roles: Sequence[str], reading: Reading) -> None:
+    if roles[0] == "assistant" or roles[:2] == ["system", "assistant"]:
+        reading.noted.add(f"conversations begin with the assistant's turn; {_SWAPPED}")
 
 
 def check_prompt(value: object, field: str, reading: Reading) -> Text:
@@ -383,6 +395,7 @@ def check_prompt(value: object, field: str, reading: Reading) -> Text:
         return check_text(value, field)
     messages = check_messages(value, field, reading)
     end_prompt(messages, field)
+    _note_opening([message["role"] for message in messages], reading)
     for message in messages:
         message.pop("trained", None)
     return messages

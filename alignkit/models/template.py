@@ -460,10 +460,15 @@ class Template:
                 )
         except RecursionError as error:
             raise Endless(f"the chat template ({self.name}) calls itself without end") from error
+        except OverflowError as error:  # of the sandbox
+            raise Endless(f"the chat template ({self.name}) fails: {error}") from error
         except _FAILURES as error:
             first = "; its first turn is the assistant's" if bare and bare[0]["role"] == "assistant" else ""
             said = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in str(error))
-            raise ConversationError(f"the chat template refuses the conversation: {said}{first}") from error
+            name = ""
+            if type(error) is not TemplateError:  # which raise_exception raises: a mistake of the template's own
+                name, said = f" ({self.name})", f"{type(error).__name__}: {said}"
+            raise ConversationError(f"the chat template{name} refuses the conversation: {said}{first}") from error
         return texts[0], spans[0] if spans else []
 
 

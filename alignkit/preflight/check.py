@@ -328,7 +328,7 @@ def _encode(stage: Stage, check: StageCheck, chat: Chat) -> str | None:
         tables = prepare_tables(stage, chat, Path(directory), rejects=rejects)
         check.facts |= describe_rows(tables)
     report = tables.report.to_dict()
-    check.warnings += find_doubts(report)
+    check.warnings += [*tables.report.remarks(), *find_doubts(report)]
     return form_of(report)
 
 

@@ -63,9 +63,9 @@ def preview_stage(stage: Stage, *, num_rows: int) -> Preview:
         rejects = Rejects()
         tables = prepare_tables(stage, chat, Path(directory), rejects=rejects)
         table, collate = training_rows(stage, tables.train, tokenizer, num_rows=num_rows)
-        rows = preview_rows(table, collate, tokenizer, num_rows=num_rows)
+        rows = preview_rows(table, collate, tokenizer, num_rows=num_rows, limit=stage.trainer.get("max_length"))
         facts = describe_rows(tables)
-        findings = [*find_faults(stage, tables, chat), *_left_out(tables, rejects)]
+        findings = [*tables.report.remarks(), *find_faults(stage, tables, chat), *_left_out(tables, rejects)]
     return Preview(stage.name, stage.method, rows, facts, findings)
 
 
@@ -121,6 +121,7 @@ def _left_out(tables: Tables, rejects: Any) -> Iterator[str]:
         yield (
             f"{lengths.truncated_share:.1%} of the rows are longer than max_length: {lengths.num_truncated} cut, "
             f"{lengths.num_too_long} left out; the longest has {lengths.longest_tokens} tokens"
+            + (f"; first cut: {lengths.first_cut}" if lengths.first_cut else "")
         )
     if lengths.num_untrained:
         yield f"{lengths.num_untrained} rows are left out: they have no token to learn from"

@@ -38,6 +38,8 @@ def describe_rows(tables: Tables) -> dict[str, str]:
     facts["tokens"] = f"{lengths.num_tokens:,}, {trained}"
     facts["tokens a row"] = f"median {middle:.0f}, 95 % below {high:.0f}, longest {lengths.longest_tokens}"
     facts["too long"] = f"{lengths.truncated_share:.1%}: {lengths.num_truncated} cut, {lengths.num_too_long} left out"
+    if lengths.first_cut:
+        facts["too long"] += f"; first cut: {lengths.first_cut}"
     if lengths.num_untrained:
         facts["nothing to learn"] = f"{lengths.num_untrained} rows left out"
     if lengths.num_apart:

@@ -36,9 +36,15 @@ class LengthReport:
     num_trained_tokens: int = 0
     longest_tokens: int = 0
     num_truncated: int = 0
+    first_cut: str = ""  # the place of the first row that was cut
     num_too_long: int = 0
     num_apart: int = 0  # answers in a text of their own: the template rewrites them once later turns follow
     num_untrained: int = 0  # nothing to learn was left: every label masked, or every pair a tie
+
+    def cut(self, row: Row) -> None:
+        """Count a row that is cut to max_length."""
+        self.num_truncated += 1
+        self.first_cut = self.first_cut or row.place
 
     @property
     def truncated_share(self) -> float:
@@ -119,7 +125,7 @@ class _SftEncoder:
             for ids, labels in found:
                 lengths.longest_tokens = max(lengths.longest_tokens, len(ids))
                 if self._max_length and len(ids) > self._max_length:
-                    lengths.num_truncated += 1
+                    lengths.cut(row)
                     ids, labels = ids[: self._max_length], labels[: self._max_length]
                 trained = int((np.asarray(labels[1:]) != IGNORED).sum())
                 if not trained:
@@ -241,7 +247,8 @@ class _PairEncoder:
                 lengths.num_too_long += 1
                 rejects.add(row.place, f"the prompt alone fills max_length ({len(prompt)} tokens)")
                 continue
-            lengths.num_truncated += longest > limit
+            if longest > limit:
+                lengths.cut(row)
             answers = [side.ids[side.prompt_length : limit] for side in (chosen, rejected)]
             lengths.num_rows += 1
             lengths.num_tokens += 2 * len(prompt) + len(answers[0]) + len(answers[1])
@@ -274,7 +281,8 @@ class _UnpairedEncoder:
                 lengths.num_too_long += 1
                 rejects.add(row.place, f"the prompt alone fills max_length ({item.prompt_length} tokens)")
                 continue
-            lengths.num_truncated += len(item.ids) > limit
+            if len(item.ids) > limit:
+                lengths.cut(row)
             ids = item.ids[:limit]
             lengths.num_rows += 1
             lengths.num_tokens += len(ids)

@@ -143,7 +143,9 @@ def _begin(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any],
     _report_rows(stage, run, built)
     _write_stage(stage, run, built, fingerprint)
     trainer = built.trainer
-    rows = preview_rows(trainer.train_dataset, trainer.data_collator, built.chat.tokenizer)
+    rows = preview_rows(
+        trainer.train_dataset, trainer.data_collator, built.chat.tokenizer, limit=stage.trainer.get("max_length")
+    )
     write_json(run.preview, {"rows": rows})
 
 
@@ -173,7 +175,7 @@ def _report_rows(stage: Stage, run: RunDir, built: Built) -> None:
     prompts = f"{lengths.num_rows} prompts, the longest of {lengths.longest_tokens} tokens"
     line = f"{stage.name}: {prompts if stage.method == 'ppo' else trained}"
     if lengths.num_truncated:
-        line += f", {lengths.num_truncated} cut to max_length"
+        line += f", {lengths.num_truncated} cut to max_length (first: {lengths.first_cut})"
     if rejects.count:
         rejects.write(run.rejects)
         line += f", {rejects.count} left out (rejects.jsonl)"
@@ -188,10 +190,8 @@ def _report_rows(stage: Stage, run: RunDir, built: Built) -> None:
         console.warn(
             f"{stage.name}: columns that are not read, and a row that has each: {named} (data.columns renames)"
         )
-    if cut := sum(source.cut_turns for source in report.sources):
-        first = next(source.cut_turns_place for source in report.sources if source.cut_turns)
-        console.warn(f"{stage.name}: {cut} conversations end with another turn than the assistant's, which was cut off "
-                     f"(first: {first})")  # fmt: skip
+    for remark in report.remarks():
+        console.warn(f"{stage.name}: {remark}")
 
 
 def _write_stage(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any]) -> None:

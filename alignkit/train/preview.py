@@ -19,19 +19,25 @@ Tokens = tuple[str, Sequence[int], Sequence[str]]  # label, ids, kinds
 
 
 def preview_rows(
-    table: Dataset, collate: Callable[[list[dict[str, Any]]], Any], tokenizer: Any, *, num_rows: int = 3
+    table: Dataset,
+    collate: Callable[[list[dict[str, Any]]], Any],
+    tokenizer: Any,
+    *,
+    num_rows: int = 3,
+    limit: int | None = None,
 ) -> list[dict[str, Any]]:
     """Collate the first rows of a table as one micro batch and describe every token of it.
 
     Each row is `{"sequences": [{"label", "spans": [{"kind", "tokens", "special"}], "num_left_out"}]}`. Kinds: `read`
     (context, no loss), `learnt` (its log-probability enters the loss), `scored` (where a reward model reads its reward)
     and `padding`. `special` lists the places of control tokens in `tokens`. A row of several packed documents has a
-    sequence for each.
+    sequence for each. A sequence of `limit` tokens, which may have been cut there, says so.
     """
     rows = [table[number] for number in range(min(num_rows, len(table)))]
     batch = rows if "prompt" in rows[0] else collate(rows)  # prompts of ppo are only read
     return [
-        {"sequences": [_describe(tokenizer, *sequence) for sequence in sequences]} for sequences in _read_batch(batch)
+        {"sequences": [_describe(tokenizer, *sequence, limit=limit) for sequence in sequences]}
+        for sequences in _read_batch(batch)
     ]
 
 
@@ -117,7 +123,9 @@ def _padded(kinds: list[str], mask: Sequence[int]) -> list[str]:
     return [kind if kept else "padding" for kind, kept in zip(kinds, mask, strict=True)]
 
 
-def _describe(tokenizer: Any, label: str, ids: Sequence[int], kinds: Sequence[str]) -> dict[str, Any]:
+def _describe(
+    tokenizer: Any, label: str, ids: Sequence[int], kinds: Sequence[str], *, limit: int | None
+) -> dict[str, Any]:
     num_tokens = len(kinds) - kinds.count("padding")
     texts = _split_text(tokenizer, ids[: min(num_tokens, _SHOWN_TOKENS)])
     controls = set(tokenizer.added_tokens_decoder)
@@ -127,6 +135,8 @@ def _describe(tokenizer: Any, label: str, ids: Sequence[int], kinds: Sequence[st
         members = list(group)
         special = [number for number, (_, token, _) in enumerate(members) if token in controls]
         spans.append({"kind": kind, "tokens": [text for *_, text in members], "special": special})
+    if num_tokens == limit:
+        spans.append({"kind": "padding", "tokens": [f" max_length ({limit}) is reached"], "special": []})
     if num_padding := len(kinds) - num_tokens:
         text = f"{tokenizer.pad_token} x {num_padding}"
         spans.append({"kind": "padding", "tokens": [text], "special": []})

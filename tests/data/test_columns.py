@@ -262,10 +262,55 @@ def test_turns_after_the_last_answer_are_cut_and_counted(read: Read, lines: Line
     lines("a.jsonl", [{"messages": MESSAGES}, {"messages": turns("Hi", "Hello", "Thanks")}])
     reading = read("sft", "a.jsonl")
     assert [row.completions for row in reading.rows] == [(MESSAGES,), (MESSAGES,)]
-    (source,) = reading.report.sources
-    assert (source.cut_turns, source.cut_turns_place) == (1, "a.jsonl:2")
+    assert reading.report.remarks() == [
+        "1 conversations end with another turn than the assistant's, which was cut off (first: a.jsonl:2)"
+    ]
     (_, asked) = read("ppo", "a.jsonl", reward="builtin:true-reward").rows
     assert asked.prompt == turns("Hi", "Hello", "Thanks")
+
+
+def test_roles_that_are_swapped_are_said_or_refused_and_can_be_swapped_back(read: Read, lines: Lines) -> None:
+    asks = [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Hello"}]
+    swap = "where roles are swapped, data.roles: {user: assistant, assistant: user} swaps them back"
+    lines("a.jsonl", [{"messages": asks}])
+    error = str(read("sft", "a.jsonl").error)
+    assert error.startswith(f"a.jsonl:1: messages: no turn of the user comes before an answer; {swap}")
+    swapped = read("sft", "a.jsonl", roles={"user": "assistant", "assistant": "user"})
+    assert [row.completions for row in swapped.rows] == [(MESSAGES,)]
+    lines("a.jsonl", [{"messages": MESSAGES}, {"messages": [asks[0], *MESSAGES]}])
+    said = [f"1 conversations begin with the assistant's turn; {swap} (first: a.jsonl:2)"]
+    assert read("sft", "a.jsonl").report.remarks() == said
+    pair = {"prompt": [asks[0], MESSAGES[0]], "chosen": MESSAGES[1:], "rejected": asks[:1]}
+    lines("a.jsonl", [{**pair, "prompt": MESSAGES[:1]}, pair])
+    assert read("dpo", "a.jsonl").report.remarks() == said
+
+
+def test_what_a_method_learns_nothing_from_is_said(read: Read, lines: Lines) -> None:
+    lines("a.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "b"}])
+    assert read("sft", "a.jsonl").report.remarks() == [
+        "1 rows have worse answers beside the best one; sft learns nothing from them (first: a.jsonl:1)"
+    ]
+    for labels, said in (((1, 1), "desirable"), ((0, 0), "undesirable"), ((0, 1), None)):
+        lines("a.jsonl", [{"prompt": "Q", "completion": f"a{n}", "label": label} for n, label in enumerate(labels)])
+        assert read("dpo", "a.jsonl").report.remarks() == [
+            f"all 2 answers are labelled {said}: kto learns from the difference of the two kinds"
+        ] * bool(said)
+
+
+def test_rated_answers_to_one_prompt_are_compared(read: Read, lines: Lines) -> None:
+    """HelpSteer2: one answer a row, two rows a prompt."""
+    rated = [("Q", "a", 2), ("Q", "b", 4), ("R", "c", 1), ("R", "d", 0)]
+    rows = [{"prompt": asked, "response": said, "helpfulness": score, "verbosity": 1} for asked, said, score in rated]
+    lines("a.jsonl", rows)
+    found = read("rm", "a.jsonl")
+    assert [(row.prompt, row.completions, row.scores, row.place) for row in found.rows] == [
+        ("Q", ("b", "a"), (4.0, 2.0), "a.jsonl:1"), ("R", ("c", "d"), (1.0, 0.0), "a.jsonl:3"),
+    ]  # fmt: skip
+    assert found.report.sources[0].ignored_columns == {"verbosity": 2}
+    assert [row.completions for row in read("dpo", "a.jsonl").rows] == [("b", "a"), ("c", "d")]
+    assert [row.completions for row in read("sft", "a.jsonl").rows] == [("a",), ("b",), ("c",), ("d",)]
+    lines("a.jsonl", rows[:3])
+    assert str(read("rm", "a.jsonl").error).startswith("a.jsonl:3: helpfulness: is of one rated answer to its prompt")
 
 
 def test_turns_of_others_inside_a_compared_answer_are_refused_by_place(read: Read, lines: Lines) -> None:

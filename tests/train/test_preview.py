@@ -140,7 +140,8 @@ def test_a_preview_names_what_looks_wrong(make_stage: Callable, write_rows: Call
     shown = preview_stage(make_stage(text, "sft"), num_rows=5)
     assert shown.findings == [
         "1 of 1 rows end with <|im_end|><|im_end|>, more than one end; first row 1",
-        "50.0% of the rows are longer than max_length: 1 cut, 0 left out; the longest has 111 tokens",
+        "50.0% of the rows are longer than max_length: 1 cut, 0 left out; the longest has 111 tokens; "
+        "first cut: rows.jsonl:2",
         "1 rows are left out: they have no token to learn from",
         "rows.jsonl:2: left out: no token to learn from within max_length",
     ]
