@@ -24,7 +24,7 @@ from alignkit.launch.slurm import write_jobs
 from alignkit.launch.worker import is_supervised
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK
-from alignkit.report import write_recipe_report
+from alignkit.report.page import write_recipe_report
 from alignkit.report.publish import attempt
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import write_text

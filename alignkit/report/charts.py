@@ -1,8 +1,8 @@
-"""Line charts as inline SVG: axes, lines, a band where many steps share a pixel, dots for held-out values.
+"""Charts as inline SVG: which metrics make which chart, and the one routine that draws lines, bands and points.
 
 Our own instead of matplotlib's: no import of two seconds at the end of every stage, a twentieth of the bytes, text that
-can be selected and read aloud, and colours that follow the reader's light or dark scheme through CSS. Colours, legend
-and title are the page's business, and the small script of the page reads `data-series` to say values under a pointer.
+can be selected and read aloud, and colours that follow the reader's light or dark scheme through CSS. The script of the
+page reads `data-series` to show the values under the pointer.
 """
 
 from __future__ import annotations
@@ -11,34 +11,50 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from markupsafe import Markup
 
-from alignkit.report.numbers import figure, nice_ticks, tick_text
+from alignkit.report.facts import Facts
+from alignkit.report.text import MINUS, figure, short_count
 
-Point = tuple[float, float]
-_WIDTH, _HEIGHT = 380, 190
+WIDTH, HEIGHT = 380, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 8, 22
 _MAX_POINTS = 240
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of a chart; `dots` marks every point, for few or unevenly spaced ones."""
-
-    label: str
-    points: Sequence[Point]
-    dots: bool = False
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """Neighbouring points drawn as one: mean position, and the range of their values."""
+class Point(NamedTuple):
+    """A value with the ends of its interval, or of the values it stands for, where there are any."""
 
     x: float
     y: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
+    left: float | None = None
+    right: float | None = None
+    label: str = ""
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether differences of such values are finite, too; NaN is not drawn."""
+        return abs(self.x) < 1e150 and abs(self.y) < 1e150
+
+    def ends(self) -> tuple[float, float, float, float]:
+        """List the lowest and highest x, then y, that are drawn."""
+        x, y = (self.x, self.y)
+        return (
+            x if self.left is None else self.left, x if self.right is None else self.right,
+            y if self.low is None else self.low, y if self.high is None else self.high,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series of a chart: a line with a dot at its end or at every point, a bare curve, or points with bars."""
+
+    label: str
+    points: Sequence[Point | tuple[float, float]]
+    style: Literal["line", "dots", "curve", "bars"] = "line"
 
 
 @dataclass(frozen=True)
@@ -49,144 +65,277 @@ class _Frame:
     right: float
     bottom: float
     top: float
+    height: float
 
     def x(self, value: float) -> float:
-        return round(_LEFT + (value - self.left) / (self.right - self.left) * (_WIDTH - _LEFT - _RIGHT), 1)
+        return round(_LEFT + (value - self.left) / (self.right - self.left) * (WIDTH - _LEFT - _RIGHT), 1)
 
     def y(self, value: float) -> float:
-        height = (value - self.bottom) / (self.top - self.bottom) * (_HEIGHT - _TOP - _BOTTOM)
-        return round(_HEIGHT - _BOTTOM - height, 1)
+        share = (value - self.bottom) / (self.top - self.bottom)
+        return round(self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM), 1)
 
 
 def draw_lines(
-    lines: Sequence[Line], *, title: str, x_label: str = "step", marks: Sequence[float] = (), in_order: bool = True
+    lines: Sequence[Line],
+    *,
+    title: str,
+    x_label: str = "step",
+    marks: Sequence[float] = (),
+    in_order: bool = True,
+    height: int = HEIGHT,
+    first_colour: int = 1,
 ) -> Markup:
-    """Return a chart of lines over one x axis; `marks` are values that get a dashed line across.
+    """Draw lines over one x axis; `marks` are values that get a dashed line across. Empty where nothing is finite.
 
     Values that are not finite leave a gap. With `in_order` false the points are a path, drawn as they come.
     """
-    buckets = [_condense(line.points) if in_order else [_Bucket(x, y, y, y) for x, y in line.points] for line in lines]
-    known = [bucket for row in buckets for bucket in row if _ok(bucket)]
+    series = [[Point(*point) for point in line.points] for line in lines]
+    if in_order:
+        series = [_condense(points) for points in series]
+    known = [point for points in series for point in points if point.is_drawn]
     if not known:
         return Markup("")
-    frame = _frame(known, marks)
-    body = [_axes(frame, x_label)]
+    frame = _fit(known, marks, height)
+    body = [_draw_axes(frame, "" if x_label == "step" else x_label)]
     body += [
-        Markup('<line class="mark" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(_LEFT, _WIDTH - _RIGHT, y=frame.y(mark))
+        Markup('<line class="mark" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(_LEFT, WIDTH - _RIGHT, y=frame.y(mark))
         for mark in marks
     ]
-    for number, (line, row) in enumerate(zip(lines, buckets, strict=True), 1):
-        body.append(_draw(frame, row, number, dots=line.dots or len(row) < 3))
-    series = [
-        {"label": line.label, "points": [[frame.x(b.x), frame.y(b.y), figure(b.x), figure(b.y)] for b in row if _ok(b)]}
-        for line, row in zip(lines, buckets, strict=True)
-    ]
+    told, said = [], []
+    for number, (line, points) in enumerate(zip(lines, series, strict=True)):
+        body.append(_draw_line(frame, points, line.style, colour(number + first_colour)))
+        drawn = [point for point in points if point.is_drawn]
+        texts = [(figure(point.x), (f"{point.label}: " if point.label else "") + figure(point.y)) for point in drawn]
+        places = [(frame.x(point.x), frame.y(point.y)) for point in drawn]
+        told.append({"label": line.label, "points": [[*a, *b] for a, b in zip(places, texts, strict=True)]})
+        if finite := [point[1] for point in line.points if math.isfinite(point[1])]:
+            said.append(f"{line.label or title} from {figure(finite[0])} to {figure(finite[-1])}")
     return Markup(
         '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}" data-x="{}" data-series="{}">{}</svg>'
     ).format(
-        _WIDTH, _HEIGHT, _describe(title, lines), x_label,
-        json.dumps(series, ensure_ascii=False, separators=(",", ":")), Markup("").join(body),
+        WIDTH, height, f"{title}: {'; '.join(said)}", x_label,
+        json.dumps(told, ensure_ascii=False, separators=(",", ":")), Markup("").join(body),
     )  # fmt: skip
 
 
-def _ok(bucket: _Bucket) -> bool:
-    return _drawable(bucket.x) and _drawable(bucket.y)
+def colour(number: int) -> int:
+    """Map the number of a series to one of the four colours of the page; 0 is that of the text."""
+    return 1 + (number - 1) % 4 if number else 0
 
 
-def _drawable(value: float) -> bool:
-    """Tell whether differences of such values are finite, too; NaN is not."""
-    return abs(value) < 1e150
-
-
-def _condense(points: Sequence[Point]) -> list[_Bucket]:
-    """Return at most _MAX_POINTS means of neighbouring points, with the range of what each stands for."""
+def _condense(points: list[Point]) -> list[Point]:
+    """Put means with the range of what each stands for in place of more points than there are pixels."""
     size = math.ceil(len(points) / _MAX_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)] if size else []
+    if size < 2:
+        return points
     found = []
-    for group in groups:
-        values = [y for _, y in group if _drawable(y)]
-        x = sum(x for x, _ in group) / len(group)
+    for start in range(0, len(points), size):
+        group = points[start : start + size]
+        values = [point.y for point in group if abs(point.y) < 1e150]
         mean = sum(values) / len(values) if values else math.nan
-        found.append(_Bucket(x, mean, min(values, default=mean), max(values, default=mean)))
+        x = sum(point.x for point in group) / len(group)
+        found.append(Point(x, mean, min(values, default=mean), max(values, default=mean)))
     return found
 
 
-def _frame(known: Sequence[_Bucket], marks: Sequence[float]) -> _Frame:
-    left, right = min(bucket.x for bucket in known), max(bucket.x for bucket in known)
+def _fit(known: Sequence[Point], marks: Sequence[float], height: float) -> _Frame:
+    lefts, rights, lows, highs = zip(*(point.ends() for point in known), strict=True)
+    left, right, low, high = min(lefts), max(rights), min(lows), max(highs)
     if left == right:
         left, right = left - 0.5, right + 0.5
-    values = [value for bucket in known for value in (bucket.low, bucket.high)]
-    low, high = min(values), max(values)
     if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-150):  # flat but for rounding
         low = high = (low + high) / 2
     for mark in marks:  # a line far outside would flatten the curve
         if low - (high - low) <= mark <= high + (high - low):
             low, high = min(low, mark), max(high, mark)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    bottom = 0.0 if 0 <= low <= 0.35 * high else low - room
-    return _Frame(left, right, bottom, high + room)
+    return _Frame(left, right, 0.0 if 0 <= low <= 0.35 * high else low - room, high + room, height)
 
 
-def _axes(frame: _Frame, x_label: str) -> Markup:
+def _draw_axes(frame: _Frame, x_label: str) -> Markup:
     parts = []
     ticks = nice_ticks(frame.bottom, frame.top)
     for tick in ticks:
         y = frame.y(tick)
         parts.append(
             Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/><text class="tick" x="{}" y="{}">{}</text>')
-            .format(_LEFT, _WIDTH - _RIGHT, _LEFT - 6, y + 3.5, tick_text(tick, ticks), y=y)
+            .format(_LEFT, WIDTH - _RIGHT, _LEFT - 6, y + 3.5, tick_text(tick, ticks), y=y)
         )  # fmt: skip
+    below = Markup('<text class="tick below" text-anchor="{}" x="{}" y="{}">{}</text>')
     ticks = nice_ticks(frame.left, frame.right)
     for tick in ticks:
-        anchor = "end" if frame.x(tick) > _WIDTH - 30 else "middle"
-        parts.append(
-            Markup('<text class="tick below" text-anchor="{}" x="{}" y="{}">{}</text>').format(
-                anchor, min(frame.x(tick), _WIDTH - 2), _HEIGHT - 7, tick_text(tick, ticks)
-            )
-        )
+        x = frame.x(tick)
+        anchor = "end" if x > WIDTH - 30 else "middle"
+        parts.append(below.format(anchor, min(x, WIDTH - 2), frame.height - 7, tick_text(tick, ticks)))
+    floor = frame.height - _BOTTOM
     parts.append(
-        Markup('<line class="axis" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(
-            _LEFT, _WIDTH - _RIGHT, y=_HEIGHT - _BOTTOM
-        )
+        Markup('<line class="axis" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(_LEFT, WIDTH - _RIGHT, y=floor)
     )
+    if x_label:
+        parts.append(below.format("end", WIDTH - _RIGHT, floor - 5, x_label))
     return Markup("").join(parts)
 
 
-def _draw(frame: _Frame, row: Sequence[_Bucket], number: int, *, dots: bool) -> Markup:
+def _draw_line(frame: _Frame, points: Sequence[Point], style: str, colour: int) -> Markup:
     parts = []
-    for piece in _pieces(row):
-        if any(bucket.high > bucket.low for bucket in piece):
-            edge = [(bucket.x, bucket.high) for bucket in piece] + [(b.x, b.low) for b in reversed(piece)]
-            outline = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in edge)
-            parts.append(Markup('<polygon class="band c{}" points="{}"/>').format(number, outline))
-        path = " ".join(f"{frame.x(bucket.x)},{frame.y(bucket.y)}" for bucket in piece)
-        parts.append(Markup('<polyline class="line c{}" points="{}"/>').format(number, path))
-    marked = [bucket for bucket in row if _ok(bucket)]
-    for bucket in marked if dots else marked[-1:]:
+    drawn = [point for point in points if point.is_drawn]
+    if style == "bars":
+        for point in drawn:
+            left, right, low, high = point.ends()
+            parts.append(
+                Markup('<path class="span c{}" d="M{} {y}H{}M{x} {}V{}"/>').format(
+                    colour, frame.x(left), frame.x(right), frame.y(low), frame.y(high),
+                    x=frame.x(point.x), y=frame.y(point.y),
+                )
+            )  # fmt: skip
+    for piece in _split(points) if style != "bars" else ():
+        ends = [(point.x, *point.ends()[2:]) for point in piece]
+        if any(high > low for _, low, high in ends):
+            edge = [(x, high) for x, _, high in ends] + [(x, low) for x, low, _ in reversed(ends)]
+            parts.append(Markup('<polygon class="band c{}" points="{}"/>').format(colour, _path(frame, edge)))
+        path = _path(frame, [(point.x, point.y) for point in piece])
+        parts.append(Markup('<polyline class="line c{}" points="{}"/>').format(colour, path))
+    all_dots = style in ("dots", "bars") or len(points) < 3
+    for point in drawn if all_dots else drawn[-1:] if style == "line" else ():
+        title = Markup("<title>{}</title>").format(point.label) if point.label else ""
         parts.append(
-            Markup('<circle class="dot c{}" cx="{}" cy="{}" r="{}"/>').format(
-                number, frame.x(bucket.x), frame.y(bucket.y), 2.6 if dots else 3
+            Markup('<circle class="dot c{}" cx="{}" cy="{}" r="{}">{}</circle>').format(
+                colour, frame.x(point.x), frame.y(point.y), 2.6 if all_dots else 3, title
             )
         )
     return Markup("").join(parts)
 
 
-def _pieces(row: Sequence[_Bucket]) -> list[list[_Bucket]]:
-    """Return the runs of finite points."""
-    pieces: list[list[_Bucket]] = [[]]
-    for bucket in row:
-        if _ok(bucket):
-            pieces[-1].append(bucket)
+def _path(frame: _Frame, places: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in places)
+
+
+def _split(points: Sequence[Point]) -> list[list[Point]]:
+    """Split a line at its gaps."""
+    pieces: list[list[Point]] = [[]]
+    for point in points:
+        if point.is_drawn:
+            pieces[-1].append(point)
         elif pieces[-1]:
             pieces.append([])
     return [piece for piece in pieces if piece]
 
 
-def _describe(title: str, lines: Sequence[Line]) -> str:
-    """Return what the chart shows in words, for who does not see it."""
-    said = []
-    for line in lines:
-        known = [y for _, y in line.points if math.isfinite(y)]
-        if known:
-            said.append(f"{line.label or title} from {figure(known[0])} to {figure(known[-1])}")
-    return f"{title}: {'; '.join(said)}"
+def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    """List about `wanted` round numbers within [low, high]: steps of 1, 2, 2.5 or 5 times a power of ten."""
+    span = high - low
+    # A span that rounding made has no steps to count in; nor has one beyond the range of floats.
+    if not max(1e-9 * max(abs(low), abs(high)), 1e-300) < span < math.inf:
+        return [low]
+    rough = span / wanted
+    power = 10 ** math.floor(math.log10(rough))
+    step = min((factor * power for factor in (1, 2, 2.5, 5, 10)), key=lambda step: abs(step - rough))
+    first = math.ceil(low / step - 1e-9)
+    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def tick_text(value: float, ticks: Sequence[float]) -> str:
+    """Format a tick with as many decimals as tell it from its neighbours."""
+    step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else abs(value) or 1.0
+    largest = max(abs(tick) for tick in ticks)
+    if abs(value) < step * 1e-6:
+        return "0"
+    if largest >= 1e15:
+        return figure(value, 3)
+    if largest >= 1e4 and step >= 100:
+        return short_count(value).replace(".0\u2009", "\u2009") if abs(value) >= 1e4 else figure(value)
+    if largest < 1e-2:
+        is_round = math.isclose(value, float(f"{value:.0e}"), rel_tol=1e-9)
+        return f"{value:.0e}".replace("e-0", "e-").replace("-", MINUS) if is_round else figure(value, 3)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if not math.isclose(step * 10**decimals, round(step * 10**decimals), abs_tol=1e-6):
+        decimals += 1  # a step of 2.5 times a power of ten
+    return f"{value:.{decimals}f}".replace("-", MINUS)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its words; `legend` names the lines in the order of their colours, empty for a single one."""
+
+    title: str
+    note: str
+    svg: Markup
+    legend: list[str]
+    last: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A chart to draw when any of its metrics was logged."""
+
+    title: str
+    note: str
+    metrics: dict[str, str]  # name -> label
+    marks: tuple[float, ...] = ()
+    methods: tuple[str, ...] = ()  # empty: all
+
+
+_LN2 = math.log(2)
+_PLANS = (
+    _Plan("Loss", "nats; ln 2, dashed, is a coin toss", {"loss": "training"}, marks=(_LN2,), methods=("rm", "dpo")),
+    _Plan("Loss", "nats per trained token", {"loss": "training"}, methods=("sft",)),
+    _Plan("Loss", "policy and critic together", {"loss": "training"}),
+    _Plan("Reward", "mean over answers", {"reward": "training"}),
+    _Plan("Gold reward", "watched, never trained on", {"gold": "training"}),
+    _Plan("KL to the reference", "nats per sequence", {"objective/kl": "training"}),
+    _Plan("Pair accuracy", "share of pairs in the right order; dashed: chance", {"accuracy": "training"}, (0.5,)),
+    _Plan("Pair accuracy", "of the implicit reward; dashed: chance", {"rewards/accuracies": "training"}, (0.5,)),
+    _Plan("Margin", "chosen minus rejected reward", {"margin": "training"}, (0.0,)),
+    _Plan("Margin", "chosen minus rejected implicit reward", {"rewards/margins": "training"}, (0.0,)),
+    _Plan("Implicit reward", "beta times the log-ratio to the reference",
+          {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, (0.0,)),
+    _Plan("Log-probability", "nats per answer", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+    _Plan("Mean reward", "over all answers", {"mean_reward": "training"}, (0.0,)),
+    _Plan("Token accuracy", "share of tokens ranked first", {"mean_token_accuracy": "training"}),
+    _Plan("Length of answers", "tokens", {"response_length": "training"}),
+    _Plan("Entropy", "nats per token", {"entropy": "training"}),
+    _Plan("Learning rate", "", {"learning_rate": ""}),
+    _Plan("Gradient norm", "before clipping", {"grad_norm": "model", "critic_grad_norm": "critic"}),
+)  # fmt: skip
+
+
+def draw_curves(run: Facts) -> tuple[list[Chart], list[Chart]]:
+    """Draw what a reader looks for first, and a chart for each metric that is left."""
+    main, used = list[Chart](), set[str]()
+    for plan in _PLANS:
+        if plan.methods and run.method not in plan.methods or used & plan.metrics.keys():
+            continue
+        if chart := _draw_plan(run, plan):
+            main.append(chart)
+            used |= plan.metrics.keys()
+            if "objective/kl" in plan.metrics:
+                main += _draw_against_kl(run)
+    rest = [_draw_plan(run, _Plan(name, "", {name: "training"})) for name in run.metric_names() if name not in used]
+    return main, [chart for chart in rest if chart]
+
+
+def _draw_plan(run: Facts, plan: _Plan) -> Chart | None:
+    lines = []
+    for metric, label in plan.metrics.items():
+        if points := run.series(metric):
+            lines.append(Line(label, points))
+        if points := run.series(f"eval_{metric}"):
+            lines.append(Line("held out" if len(plan.metrics) == 1 else f"{label}, held out", points, style="dots"))
+    if not any(len(line.points) > 1 for line in lines):
+        return None
+    svg = draw_lines(lines, title=plan.title, marks=plan.marks)
+    legend = [line.label for line in lines] if len(lines) > 1 else []
+    return Chart(plan.title, plan.note, svg, legend, figure(lines[0].points[-1][1]))
+
+
+def _draw_against_kl(run: Facts) -> list[Chart]:
+    """Draw each reward against the square root of the KL (Bai et al. 2022a, arXiv:2204.05862, section 4.3)."""
+    distance = dict(run.series("sqrt_kl"))
+    charts = []
+    for metric, name in (("reward", "Reward"), ("gold", "Gold reward")):
+        points = [(distance[step], value) for step, value in run.series(metric) if step in distance]
+        if len(points) > 1:
+            title, line = f"{name} against \u221aKL", Line("", points, style="dots")
+            svg = draw_lines([line], title=title, x_label="\u221aKL", in_order=False)
+            charts.append(Chart(title, "one dot per rollout, in order", svg, [], figure(points[-1][1])))
+    return charts

@@ -48,8 +48,18 @@ class Facts:
         return str(self.stage.get("stage", self.path.name))
 
     @property
+    def full_name(self) -> str:
+        """Recipe and stage, `demo/sft`."""
+        return "/".join(part for part in (str(self.stage.get("recipe", "")), self.name) if part)
+
+    @property
     def method(self) -> str:
         return str(self.stage.get("method", ""))
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """The data sources, as `DataReport` tells of each."""
+        return (self.stage.get("data") or {}).get("sources") or []
 
     @property
     def is_finished(self) -> bool:

@@ -1,21 +1,28 @@
-"""Reward against KL of the runs of a recipe, beside the most that any policy can have, from their eval.json files.
+"""Reward against KL of a recipe's runs, and the most that any policy can have: Figure 2 (left) of arXiv:2305.18290.
 
-It measures nothing and draws nothing: `alignkit eval` measures, `report.frontier` draws.
+`alignkit eval` estimates the optimum, pi_ref exp(r / beta) / Z of each prompt. Its figures in eval.json, and those of
+policies and best-of-N on the same prompts in the same way, are put side by side here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from alignkit.report.charts import Line, colour, draw_lines
+from alignkit.report.charts import Point as Place
 from alignkit.report.facts import Facts
+from alignkit.report.text import MINUS, figure
 
 _SAME = ("rows", "temperature", "max_new_tokens")  # what two figures must share to be compared
 _METHODS = {"dpo": "DPO", "ppo": "PPO"}
 BEST_OF = "best of N"
+_HEIGHT = 240
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Estimate:
 
     @property
     def half(self) -> float:
-        """Return half of the interval's width."""
+        """Half of the interval's width."""
         return (self.high - self.low) / 2
 
 
@@ -79,7 +86,7 @@ class Frontier:
     left_out: list[str]  # runs that were measured otherwise
 
     def bound(self, kl: float) -> Estimate:
-        """Return the most reward at this KL: the lowest of the lines value + beta KL, each above every policy.
+        """Find the most reward at this KL: the lowest of the lines value + beta KL, each above every policy.
 
         Between two betas it is a little above the optimum; beyond the last it is that beta's line.
         """
@@ -87,93 +94,64 @@ class Frontier:
         shift, value = best.beta * kl, best.value
         return Estimate(value.value + shift, value.low + shift, value.high + shift)
 
-    def slope(self, kl: float) -> float:
-        """Return the beta whose line is the bound at this KL: reward per nat."""
-        return min(self.optima, key=lambda optimum: optimum.value.value + optimum.beta * kl).beta
-
     @property
     def reach(self) -> float:
-        """Return the largest KL at which the optimum itself was estimated."""
+        """The largest KL at which the optimum itself was estimated."""
         return max(optimum.kl for optimum in self.optima)
 
+    @property
+    def right(self) -> float:
+        """The largest KL that is drawn: that of the farthest policy, or a part of the curve beyond it."""
+        far = max((point.kl.high for point in self.points), default=self.reach)
+        return max(far, min(self.reach, 1.5 * far)) or 1.0
+
+    @property
+    def series(self) -> list[str]:
+        return list(dict.fromkeys(point.series for point in self.points))
+
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, as frontier.json holds it."""
-        plain = {key: value for key, value in asdict(self).items() if key != "points"}
-        return plain | {"points": [asdict(point) | {"above": point.is_above} for point in self.points]}
+        """Plain data, as frontier.json holds it."""
+        return asdict(self) | {"points": [asdict(point) | {"above": point.is_above} for point in self.points]}
 
 
 def read_frontiers(runs: Sequence[Facts]) -> list[Frontier]:
-    """Return a frontier for each optimum that the evaluations of these runs hold; mostly there is none or one."""
-    found: list[Frontier | None] = []
+    """Read a frontier for each optimum that the evaluations of these runs hold; mostly there is none or one."""
+    found = []
     for run in runs:
-        results = run.evaluation.get("results", [])
-        starts = [result for result in results if result.get("metric") == "reference_reward"]
-        found += [_read(run, start, results, runs) for start in starts]
-    return [frontier for frontier in found if frontier is not None]
+        for start in run.evaluation.get("results", []):
+            if start.get("metric") == "reference_reward" and (frontier := _read(run, start, runs)) is not None:
+                found.append(frontier)
+    return found
 
 
-def _read(
-    reference: Facts, start: dict[str, Any], results: Sequence[dict[str, Any]], runs: Sequence[Facts]
-) -> Frontier | None:
-    same = [each for each in results if _alike(each, start, (*_SAME, "reward", "answers"))]
+def _read(reference: Facts, start: dict[str, Any], runs: Sequence[Facts]) -> Frontier | None:
     begin = _estimate(start)
-    read = [_read_optimum(each) for each in start.get("details") or []]
-    optima = sorted((each for each in read if each is not None), key=lambda optimum: -optimum.beta)
+    optima = []
+    for each in start.get("details") or []:
+        value, keys = _estimate(each), ("beta", "kl", "reward", "effective")
+        if value is not None and all(isinstance(each.get(key), int | float) for key in keys):
+            beta, kl, reward, effective = (float(each[key]) for key in keys)
+            optima.append(Optimum(beta, kl, reward, value, effective))
     if begin is None or not optima:
         return None
-    name = str(start["settings"].get("reward"))
+    optima.sort(key=lambda optimum: -optimum.beta)
     settings = {**start["settings"], "prompts": start.get("n")}
-    frontier = Frontier(reference.name, name, str(start["data"]), settings, begin, optima, points=[], left_out=[])
+    name, data = str(start["settings"].get("reward")), str(start["data"])
+    empty = Frontier(reference.name, name, data, settings, begin, optima, points=[], left_out=[])
     policies, left_out = list[Point](), list[str]()
     for run in runs:
-        if not _starts_from(run, reference):
-            continue
-        if (point := _read_policy(run, start, frontier)) is not None:
-            policies.append(point)
-        elif run.evaluation:
-            left_out.append(run.name)
-    series = {point.series for point in policies}
-    plain = [_shorten(point, series) for point in policies]
-    points = sorted([*plain, *_read_best_of(same, frontier)], key=lambda point: (point.series, point.kl.value))
-    return Frontier(**{**vars(frontier), "points": points, "left_out": left_out})
-
-
-def _read_optimum(details: dict[str, Any]) -> Optimum | None:
-    keys, value = ("beta", "kl", "reward", "effective"), _estimate(details)
-    if value is None or not all(isinstance(details.get(key), int | float) for key in keys):
-        return None
-    beta, kl, reward, effective = (float(details[key]) for key in keys)
-    return Optimum(beta, kl, reward, value, effective)
-
-
-def _read_policy(run: Facts, start: dict[str, Any], frontier: Frontier) -> Point | None:
-    """Return where a policy lies; None when it was not measured on the prompts of the optimum in the same way."""
-    name = frontier.reward_name
-    metric = name if name == "true_reward" else f"reward/{name}"
-    found: dict[str, Estimate] = {}
-    for result in run.evaluation.get("results", []):
-        asked = result.get("metric") in (metric, "kl") and result.get("slice") is None
-        if asked and _alike(result, start, _SAME) and (estimate := _estimate(result)) is not None:
-            found[result["metric"]] = estimate
-    if metric not in found or "kl" not in found:
-        return None
-    return _place(run.name, _series(run), _label(run), found["kl"], found[metric], frontier)
-
-
-def _read_best_of(results: Sequence[dict[str, Any]], frontier: Frontier) -> Iterator[Point]:
-    kls = {each.get("slice"): _estimate(each) for each in results if each.get("metric") == "best_of_n_kl"}
-    for result in results:
-        if result.get("metric") == "best_of_n":
-            reward, kl = _estimate(result), kls.get(result.get("slice"))
-            if reward is not None and kl is not None:
-                yield _place("", BEST_OF, str(result["slice"]).removeprefix("N="), kl, reward, frontier)
-
-
-def _place(run: str, series: str, label: str, kl: Estimate, reward: Estimate, frontier: Frontier) -> Point:
-    bound = frontier.bound(kl.value)
-    gap = bound.value - reward.value
-    half = math.hypot(reward.half, bound.half, frontier.slope(kl.value) * kl.half)
-    return Point(run, series, label, kl, reward, bound, Estimate(gap, gap - half, gap + half))
+        if _starts_from(run, reference):
+            if (point := _read_policy(run, start, empty)) is not None:
+                policies.append(point)
+            elif run.evaluation:
+                left_out.append(run.name)
+    # A series is called by its method alone where no other series has that method.
+    methods = [series.split(",")[0] for series in {point.series for point in policies}]
+    for number, point in enumerate(policies):
+        if methods.count(method := point.series.split(",")[0]) == 1:
+            policies[number] = replace(point, series=method)
+    points = [*policies, *_read_best_of(reference, start, empty)]
+    return replace(empty, points=sorted(points, key=lambda point: (point.series, point.kl.value)), left_out=left_out)
 
 
 def _starts_from(run: Facts, reference: Facts) -> bool:
@@ -185,51 +163,144 @@ def _starts_from(run: Facts, reference: Facts) -> bool:
     return run.method in _METHODS and run.stage.get("start_stage") == reference.name
 
 
-def _series(run: Facts) -> str:
-    """Return what runs share that differ in the strength of the KL only."""
-    method = _METHODS.get(run.method, run.method)
+def _read_policy(run: Facts, start: Mapping[str, Any], frontier: Frontier) -> Point | None:
+    """Find where a policy lies; None when it was not measured on the prompts of the optimum in the same way."""
+    name = frontier.reward_name
+    metric = name if name == "true_reward" else f"reward/{name}"
+    found: dict[str, Estimate] = {}
+    for result in run.evaluation.get("results", []):
+        asked = result.get("metric") in (metric, "kl") and result.get("slice") is None
+        if asked and _alike(result, start, _SAME) and (estimate := _estimate(result)) is not None:
+            found[result["metric"]] = estimate
+    if metric not in found or "kl" not in found:
+        return None
+    return _place(run.name, *_name(run), found["kl"], found[metric], frontier)
+
+
+def _read_best_of(reference: Facts, start: Mapping[str, Any], frontier: Frontier) -> Iterator[Point]:
+    results = reference.evaluation.get("results", [])
+    same = [each for each in results if _alike(each, start, (*_SAME, "reward", "answers"))]
+    kls = {each.get("slice"): _estimate(each) for each in same if each.get("metric") == "best_of_n_kl"}
+    for result in same:
+        reward, kl = _estimate(result), kls.get(result.get("slice"))
+        if result.get("metric") == "best_of_n" and reward is not None and kl is not None:
+            yield _place("", BEST_OF, str(result["slice"]).removeprefix("N="), kl, reward, frontier)
+
+
+def _place(run: str, series: str, label: str, kl: Estimate, reward: Estimate, frontier: Frontier) -> Point:
+    bound = frontier.bound(kl.value)
+    slope = min(frontier.optima, key=lambda optimum: optimum.value.value + optimum.beta * kl.value).beta
+    gap, half = bound.value - reward.value, math.hypot(reward.half, bound.half, slope * kl.half)
+    return Point(run, series, label, kl, reward, bound, Estimate(gap, gap - half, gap + half))
+
+
+def _name(run: Facts) -> tuple[str, str]:
+    """Name the series of a run, which differs in the strength of the KL only, and what tells it from the others."""
+    options, trainer = run.stage.get("options", {}), run.stage.get("trainer", {})
+    series = _METHODS.get(run.method, run.method)
     if run.method == "dpo":
-        loss = run.stage.get("trainer", {}).get("loss_type")
+        loss = trainer.get("loss_type")
         loss = "+".join(map(str, loss)) if isinstance(loss, list) else loss
-        return method if loss in (None, "sigmoid") else f"{method}, {loss}"
-    if run.method == "ppo":
-        rewards = run.stage.get("options", {}).get("reward") or []
-        names = [_name_reward(each) for each in rewards if isinstance(each, dict)]
-        return f"{method}, {' + '.join(names)}" if names else method
-    return method
+        series += f", {loss}" if loss not in (None, "sigmoid") else ""
+        strength = trainer.get("beta", 0.1)
+    else:
+        names = [_name_reward(each) for each in options.get("reward") or [] if isinstance(each, dict)]
+        series += f", {' + '.join(names)}" if names and run.method == "ppo" else ""
+        strength = options.get("kl_coef")
+    if point := run.stage.get("point"):  # what a sweep gave it
+        return series, ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in point.values())
+    if options.get("kl_target") is not None:
+        return series, f"target {options['kl_target']:g}"
+    return series, f"{strength:g}" if isinstance(strength, int | float) else run.name
 
 
-def _name_reward(reward: dict[str, Any]) -> str:
+def _name_reward(reward: Mapping[str, Any]) -> str:
     name = str(reward.get("model") or reward.get("function") or "judge").removeprefix("builtin:").replace("-", " ")
     path = Path(name)
     return path.parent.name if path.name == "model" else path.name
 
 
-def _shorten(point: Point, series: set[str]) -> Point:
-    """Return the point with its method alone as its series, where no other series has that method."""
-    method = point.series.split(",")[0]
-    alone = sum(each.split(",")[0] == method for each in series) == 1
-    return Point(**{**vars(point), "series": method}) if alone else point
-
-
-def _label(run: Facts) -> str:
-    """Return what tells a run from others of its series: what a sweep gave it, else how strongly it was held."""
-    if point := run.stage.get("point"):
-        return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in point.values())
-    options, trainer = run.stage.get("options", {}), run.stage.get("trainer", {})
-    if options.get("kl_target") is not None:
-        return f"target {options['kl_target']:g}"
-    strength = trainer.get("beta", 0.1) if run.method == "dpo" else options.get("kl_coef")
-    return f"{strength:g}" if isinstance(strength, int | float) else run.name
-
-
-def _alike(one: dict[str, Any], other: dict[str, Any], keys: Sequence[str]) -> bool:
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]) -> bool:
     """Tell whether two figures are of the same data, and agree in these settings."""
     ours, theirs = one.get("settings") or {}, other.get("settings") or {}
     return one.get("data") == other.get("data") and all(ours.get(key) == theirs.get(key) for key in keys)
 
 
-def _estimate(result: dict[str, Any]) -> Estimate | None:
+def _estimate(result: Mapping[str, Any]) -> Estimate | None:
     numbers = [result.get(key) for key in ("value", "low", "high")]
     known = [float(number) for number in numbers if isinstance(number, int | float)]
     return Estimate(*known) if len(known) == len(numbers) else None
+
+
+def judge(frontier: Frontier) -> str:
+    """Say in a sentence or two whether anything lies above the optimum, and how near the policies come to it."""
+    above = [point.run or f"{point.series} {point.label}" for point in frontier.points if point.is_above]
+    policies = [point for point in frontier.points if point.run]
+    if above:
+        said = f"{', '.join(above)} {'lies' if len(above) == 1 else 'lie'} above the optimum beyond the interval: "
+        said += "no policy can, so the estimate of the optimum or of the KL is wrong."
+    else:
+        said = "No point lies above the optimum beyond its interval."
+        if policies:
+            nearest = min(policies, key=lambda point: point.gap.value)
+            said += f" Nearest: {nearest.run}, {fixed(nearest.gap.value)} below."
+    if frontier.left_out:
+        said += f" Not drawn, as measured on other prompts or in another way: {', '.join(frontier.left_out)}."
+    return said
+
+
+def explain(frontier: Frontier) -> str:
+    """Say how the picture is to be read."""
+    settings, right = frontier.settings, frontier.right
+    beyond = f"; beyond {figure(frontier.reach, 2)} nats the last line above it" if right > frontier.reach else ""
+    return (
+        "Bars and band: 95 % intervals over prompts. Nothing can lie above the optimum, \u03c0_ref exp(r/\u03b2)/Z of "
+        f"each prompt, estimated from {settings.get('answers')} answers of {frontier.reference} to each of "
+        f"{settings.get('prompts')} prompts{beyond}. KL in nats per answer."
+    )
+
+
+def draw_frontier(frontier: Frontier) -> Markup:
+    """Draw the optimum with its band, and the points with bars both ways, over the square root of the KL.
+
+    Near the reference the best reward grows with the root of the KL: there the curve is nearly straight.
+    """
+    first = min(frontier.right, *(optimum.kl for optimum in frontier.optima))
+    low, high = math.sqrt(first), math.sqrt(frontier.right)
+    roots = [low + (high - low) * step / 160 for step in range(161)]
+    curve = [(0.0, frontier.start), *((root, frontier.bound(root * root)) for root in roots)]
+    lines = [Line("optimum", [Place(x, at.value, at.low, at.high) for x, at in curve], style="curve")]
+    for series in frontier.series:
+        places = [
+            Place(
+                math.sqrt(max(point.kl.value, 0.0)), point.reward.value, point.reward.low, point.reward.high,
+                math.sqrt(max(point.kl.low, 0.0)), math.sqrt(max(point.kl.high, 0.0)), label=point.label,
+            )
+            for point in frontier.points if point.series == series
+        ]  # fmt: skip
+        lines.append(Line(series, places, style="bars"))
+    title = f"Reward against KL: {judge(frontier)}"
+    return draw_lines(lines, title=title, x_label="\u221aKL", height=_HEIGHT, first_colour=0)
+
+
+def draw_file(frontier: Frontier, style: str) -> str:
+    """Draw the picture as a file of its own, with a legend and the colours of the page."""
+    x, legend = 44.0, []
+    for number, series in enumerate(["optimum", *frontier.series]):
+        legend.append(Markup('<text class="label c{}" x="{}" y="14">{}</text>').format(colour(number), x, series))
+        x += 18 + 6.2 * len(series)
+    chart = draw_frontier(frontier)
+    inner = chart[chart.index(">") + 1 : -len("</svg>")]
+    return Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -22 {} {}" font-family="system-ui, sans-serif">'
+        '<style>{}</style><g transform="translate(0 -22)">{}</g>{}</svg>\n'
+    ).format(max(380, round(x)), _HEIGHT + 22, Markup(style), Markup("").join(legend), inner)
+
+
+def fixed(value: float) -> str:
+    """Format a number whose column is read from top to bottom: as many decimals as its neighbours."""
+    return f"{value:.3f}".replace("-", MINUS) if abs(value) < 100 else figure(value, 3)
+
+
+def between(estimate: Estimate) -> str:
+    return f"{fixed(estimate.low)} to {fixed(estimate.high)}"

@@ -12,7 +12,7 @@
     const cursor = document.createElementNS(space, "line");
     cursor.setAttribute("class", "cursor");
     cursor.setAttribute("y1", 8);
-    cursor.setAttribute("y2", box.height - (svg.dataset.bottom ?? 22));
+    cursor.setAttribute("y2", box.height - 22);
     const leave = () => { tip.hidden = true; cursor.remove(); };
     svg.addEventListener("pointerleave", leave);
     svg.addEventListener("pointercancel", leave);

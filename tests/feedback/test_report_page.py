@@ -15,7 +15,7 @@ from judge_server import Server
 from alignkit.errors import JudgeError
 from alignkit.feedback import critique, label
 from alignkit.recipe.stage import Stage
-from alignkit.report import write_report
+from alignkit.report.page import write_report
 
 MakeStage = Callable[..., Stage]
 

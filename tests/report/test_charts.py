@@ -1,16 +1,14 @@
-"""Charts: where points land, gaps, bands, and the lineage drawing."""
+"""Charts: where points land, gaps, and bands."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from xml.etree import ElementTree
 
 import pytest
 
 from alignkit.report.charts import Line, draw_lines
-from alignkit.report.lineage import Node, draw_lineage
 
 
 def parse(svg: str) -> ElementTree.Element:
@@ -62,81 +60,8 @@ def test_titles_and_labels_are_escaped_and_said_in_words() -> None:
 
 
 def test_a_path_is_drawn_in_the_order_of_its_points() -> None:
-    (line,) = points_of(draw_lines([Line("", [(0, 0), (2, 1), (1, 2)], dots=True)], title="t", in_order=False))
+    (line,) = points_of(draw_lines([Line("", [(0, 0), (2, 1), (1, 2)], style="dots")], title="t", in_order=False))
     assert [x for x, _ in line] == [44.0, 370.0, 207.0]
-
-
-TREE = [
-    Node("base", "base", kind="base"),
-    Node("sft", "sft", parents=("base",)),
-    Node("rm", "rm", parents=("sft",)),
-    Node("dpo", "dpo", parents=("sft",)),
-    Node("ppo", "ppo", parents=("sft",), advisers=("rm",)),
-]
-
-
-def boxes(svg: str) -> dict[str, tuple[float, float, float, float]]:
-    found = {}
-    for group in parse(svg).iter("g"):
-        rect, name = next(group.iter("rect")).attrib, next(group.iter("text")).text
-        found[name or ""] = tuple(float(rect[key]) for key in ("x", "y", "width", "height"))
-    return found  # type: ignore[return-value]
-
-
-def svgs_of(markup: str) -> list[str]:
-    return re.findall(r"<svg.*?</svg>", markup)
-
-
-def test_every_stage_is_right_of_what_it_was_made_from() -> None:
-    wide, narrow = svgs_of(draw_lineage(TREE))
-    place = boxes(wide)
-    assert place["base"][0] < place["sft"][0] < place["rm"][0] == place["dpo"][0] < place["ppo"][0]
-    indents = boxes(narrow)
-    assert indents["base"][0] < indents["sft"][0] < indents["rm"][0] == indents["ppo"][0]
-    assert "rewarded by rm" in narrow
-
-
-def test_no_edge_crosses_a_box() -> None:
-    wide = svgs_of(draw_lineage(TREE))[0]
-    rects = list(boxes(wide).values())
-    for path in parse(wide).iter("path"):
-        if not path.attrib["class"].startswith("edge"):
-            continue
-        for x, y in _along(path.attrib["d"]):
-            inside = [r for r in rects if r[0] + 2 < x < r[0] + r[2] - 2 and r[1] + 2 < y < r[1] + r[3] - 2]
-            assert inside == [], (path.attrib["d"], x, y)
-
-
-def _along(path: str) -> list[tuple[float, float]]:
-    """Return points along an SVG path of M, C and H."""
-    found: list[tuple[float, float]] = []
-    for letter, text in re.findall(r"([MCH])([^MCH]*)", path):
-        numbers = [float(number) for number in text.split()]
-        if letter == "M":
-            found.append((numbers[0], numbers[1]))
-        elif letter == "H":
-            x, y = found[-1]
-            found += [(x + (numbers[0] - x) * part / 40, y) for part in range(41)]
-        else:
-            (x0, y0), (x1, y1, x2, y2, x3, y3) = found[-1], numbers
-            for part in range(41):
-                t = part / 40
-                a, b, c, d = (1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3
-                found.append((a * x0 + b * x1 + c * x2 + d * x3, a * y0 + b * y1 + c * y2 + d * y3))
-    return found
-
-
-def test_a_long_line_is_shown_as_a_tree_on_every_screen() -> None:
-    nodes = [Node(str(n), f"stage {n}", parents=(str(n - 1),) if n else ()) for n in range(8)]
-    markup = draw_lineage(nodes)
-    assert 'class="lineage wide"' not in markup and "narrow only" in markup
-
-
-def test_a_wide_fan_out_keeps_every_box_apart() -> None:
-    nodes = [Node("sft", "sft"), *(Node(f"dpo-{n}", f"dpo-{n}", parents=("sft",)) for n in range(12))]
-    for svg in svgs_of(draw_lineage(nodes)):
-        tops = sorted(box[1] for box in boxes(svg).values() if box[0] > 3)
-        assert len(tops) == 12 and all(b - a > 50 for a, b in zip(tops, tops[1:], strict=False))
 
 
 @pytest.mark.parametrize(

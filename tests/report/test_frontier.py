@@ -14,10 +14,9 @@ import pytest
 from browser import CHROMIUM, Browser, open_browser
 from written_runs import HOSTILE, WriteRun, figure, writer
 
-from alignkit.report import write_report
 from alignkit.report.facts import find_runs, read_facts
-from alignkit.report.frontier import Frontier, read_frontiers
-from alignkit.report.frontier_view import draw_file, judge, view_frontier
+from alignkit.report.frontier import Frontier, draw_file, draw_frontier, judge, read_frontiers
+from alignkit.report.page import write_report
 
 HOW = {"rows": 48, "temperature": 1.0, "max_new_tokens": 48}
 DATA = "builtin:prompts[test]"
@@ -147,20 +146,24 @@ def test_the_page_the_data_and_the_picture_say_the_same(tmp_path: Path) -> None:
     assert all(point["above"] is False and point["gap"]["value"] > 0 for point in frontier["points"])
     alone = ElementTree.fromstring((runs / "frontier.svg").read_text())
     words = [text.text for text in alone.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"optimum", "DPO", "PPO, rm", "PPO, true reward", "best of N", "sft", "0.1", "4"} <= set(words)
+    assert {"optimum", "DPO", "PPO, rm", "PPO, true reward", "best of N", "\u221aKL"} <= set(words)
+    assert {"0.1", "0.5", "0.05", "4"} == {each.text for each in alone.iter("{http://www.w3.org/2000/svg}title")}
+    assert page.count("0.1: 0.250") == 1 and ">DPO 0.1</span>" in page  # under the pointer, and in the table
 
 
 def test_marks_lie_where_their_values_are(tmp_path: Path) -> None:
     frontier = read(write_all(tmp_path, {"dpo-1": ("dpo", dpo(0.1), policy(50.0, 0.5))}))
-    svg = ElementTree.fromstring(str(view_frontier(frontier).wide))
+    svg = ElementTree.fromstring(draw_frontier(frontier))
     (series,) = (each for each in json.loads(svg.attrib["data-series"]) if each["label"] == "DPO")
-    (x, y, kl, reward), *_ = series["points"]
-    assert (kl, reward) == ("50", "0.1: 0.500")
-    # The axis ends 4 % beyond half as much again as the interval's 55 nats, short of the curve's 200, and is a square
-    # root; 46 pixels are left of it and 16 right.
-    assert x == pytest.approx(46 + math.sqrt(50 / (55 * 1.5 * 1.04)) * (760 - 46 - 16), abs=0.1)
+    (x, y, root, reward), *_ = series["points"]
+    assert (root, reward) == ("7.071", "0.1: 0.5000")
+    # The axis is a square root and ends at half as much again as the interval's 55 nats, short of the curve's 200;
+    # 44 pixels are left of it and 10 right.
+    assert x == pytest.approx(44 + math.sqrt(50 / (55 * 1.5)) * (380 - 44 - 10), abs=0.1)
     (circle,) = (each for each in svg.iter("circle") if each.attrib["class"] == "dot c1")
     assert (float(circle.attrib["cx"]), float(circle.attrib["cy"])) == (x, y)
+    (bars,) = (each.attrib["d"] for each in svg.iter("path") if each.attrib["class"] == "span c1")
+    assert bars.startswith(f"M{44 + math.sqrt(45 / 82.5) * 326:.1f} {y}H{44 + math.sqrt(55 / 82.5) * 326:.1f}M{x} ")
 
 
 def test_a_reference_without_any_reward_has_a_picture_too(tmp_path: Path) -> None:
@@ -169,14 +172,14 @@ def test_a_reference_without_any_reward_has_a_picture_too(tmp_path: Path) -> Non
     start = figure("reference_reward", 0.0, 0.0, 0.0, data=DATA, settings=settings, details=[flat])
     runs = writer(tmp_path)("sft", "sft", evaluation=[start]).parent
     write_report(runs)
-    assert "nan" not in str(view_frontier(read(runs)).wide)
+    assert "nan" not in draw_frontier(read(runs))
 
 
 def test_names_of_runs_are_escaped(tmp_path: Path) -> None:
     policies = {"dpo-1": ("dpo", dpo(0.1) | {"stage": HOSTILE}, policy(1.0, 0.4))}
     frontier = read(write_all(tmp_path, policies))
-    assert "<script>" not in draw_file(frontier)
-    assert "<script>alert" not in re.sub(r"data-series=\"[^\"]*\"", "", str(view_frontier(frontier).wide))
+    assert "<script>" not in draw_file(frontier, "")
+    assert "<script>alert" not in re.sub(r"data-series=\"[^\"]*\"", "", draw_frontier(frontier))
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import pytest
 from written_runs import HOSTILE, SECRET, WriteRun, figure
 
 from alignkit.errors import RunError
-from alignkit.report import write_recipe_report, write_report
 from alignkit.report.evaluation import tabulate
 from alignkit.report.facts import read_facts
-from alignkit.report.samples import fold
+from alignkit.report.page import write_recipe_report, write_report
+from alignkit.report.text import fold
 
 
 class Page(HTMLParser):
@@ -214,8 +214,25 @@ def test_a_recipe_shows_its_stages_in_order_and_those_that_wait(write_run: Write
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
     assert sections == ["sft", "rm", "ppo"]
     assert "3 of 4 stages finished" in page.text and "not started" in page.text and "few pairs" in page.text
-    words = next(each["aria-label"] for _, each in page.tags if each.get("aria-label", "").startswith("Lineage"))
-    assert "ppo from sft, rewarded by rm" in words and "rm from sft" in words
+    words = " ".join(page.text.split())
+    for made in ("from builtin:tiny-gpt2 (random weights) builtin:reviews", "from sft, rewarded by rm", "from sft"):
+        assert made in words
+
+
+def test_a_run_lists_what_it_was_made_from_with_links_to_pages(write_run: WriteRun) -> None:
+    write_report(write_run("sft"))
+    lineage = [
+        {"role": "base", "path": "/models/llama"},
+        {"role": "model", "path": "runs/demo/sft/model", "action": "continue"},
+    ]
+    rewards = {"runs/demo/rm/model": "rm"}
+    run = write_run("ppo", "ppo", start_stage="sft", rewards=rewards, stage={"lineage": lineage})
+    path = write_report(run)
+    page = path.read_text()
+    listed = page.partition('<ol class="lineage"')[2].partition("</ol>")[0]
+    items = [" ".join(Page(f"<li{item}").text.split()) for item in listed.split("<li")[1:]]
+    assert items == ["llama base", "sft model, continued", "rm gives the reward", "ppo from sft, rewarded by rm"]
+    assert page.count('href="../sft/report.html"') == 1 and "../rm/" not in page  # rm has no page
 
 
 def test_a_hundred_thousand_steps_make_a_small_page(write_run: WriteRun) -> None:

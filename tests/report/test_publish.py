@@ -12,7 +12,7 @@ from hub_server import TOKEN, Hub, serve_hub
 from written_runs import SECRET, WriteRun
 
 from alignkit.errors import RunError
-from alignkit.report.push import pack
+from alignkit.report.publish import pack
 
 Run = Callable[..., CompletedProcess[str]]
 

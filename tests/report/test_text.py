@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from alignkit.report.numbers import duration, figure, nice_ticks, share, short_count, tick_text
+from alignkit.report.charts import nice_ticks, tick_text
+from alignkit.report.text import duration, figure, share, short_count
 
 
 @pytest.mark.parametrize(

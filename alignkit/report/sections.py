@@ -1,0 +1,272 @@
+"""What a page or a card says about one run: figures, settings, data and costs as labelled texts, lineage and tables."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from alignkit.report.evaluation import Table, list_examples
+from alignkit.report.facts import Facts
+from alignkit.report.text import DASH, count, duration, figure, share, short_count, text_of
+from alignkit.runs.files import describe_bytes
+
+Pair = tuple[str, str]
+METHODS = {
+    "sft": "supervised fine-tuning",
+    "rm": "reward modelling",
+    "dpo": "direct preference optimisation",
+    "ppo": "reinforcement learning with PPO",
+    "critique": "critiques and revisions",
+    "label": "comparisons by a judge",
+}
+_ROW_MAKERS = ("critique", "label")  # stages without a model of their own
+_HEADLINES = {
+    "sft": (("eval_loss", "held-out loss", figure), ("eval_mean_token_accuracy", "token accuracy", share)),
+    "rm": (("eval_accuracy", "pair accuracy, held out", share), ("eval_margin", "margin, held out", figure)),
+    "dpo": (("eval_rewards/accuracies", "pair accuracy, held out", share),
+            ("eval_rewards/margins", "implicit margin", figure)),
+    "label": (("check_accuracy", "right on known answers", share), ("order_agreement", "both orders agree", share)),
+    "ppo": (("reward", "reward", figure), ("gold", "gold reward", figure), ("objective/kl", "KL, nats", figure)),
+}  # fmt: skip
+
+
+def describe_status(run: Facts) -> str:
+    """Say how far a run has come."""
+    if run.is_finished or run.method in _ROW_MAKERS:
+        return "finished" if run.is_finished else "not finished"
+    return f"not finished, at step {count(run.step)}" + (f" of {count(run.num_steps)}" if run.num_steps else "")
+
+
+def headline(run: Facts) -> list[Pair]:
+    """List the one to three figures that say how a run went, by its method."""
+    wanted = _HEADLINES.get(run.method, ())
+    found = [(label, show(value)) for name, label, show in wanted if (value := run.last(name)) is not None]
+    if not found and (loss := run.last("loss")) is not None:
+        found = [("training loss", figure(loss))]
+    return found
+
+
+def cost_tiles(run: Facts) -> list[Pair]:
+    unit = "rows" if run.method in _ROW_MAKERS else "steps"
+    if not run.result:
+        return [(unit, count(run.step))] if unit == "steps" else []
+    tokens, seconds = run.result.get("tokens"), run.result.get("wall_seconds")
+    return [(unit, count(run.step)), ("tokens", short_count(tokens)), ("wall time", duration(seconds))]
+
+
+def gather_warnings(run: Facts) -> list[Pair]:
+    """List each warning once, evaluation's included, with when it was first said and how often."""
+    said = [(str(row.get("message", "")), str(row.get("time", "")).replace("T", " ").removesuffix("+00:00"))
+            for row in run.warnings]  # fmt: skip
+    said += [(str(message), "evaluation") for message in run.evaluation.get("warnings", [])]
+    numbers, times = Counter(message for message, _ in said), dict(reversed(said))
+    return [(text, times[text] + (f", {number} times" if number > 1 else "")) for text, number in numbers.items()]
+
+
+def list_lineage(run: Facts) -> list[dict[str, Any]]:
+    """List what a run was made from, from the base on, then its reward models: name, role, and link to a page."""
+    found: dict[str, dict[str, Any]] = {}
+    actions = {"continue": ", continued", "merge": ", merged", "stack": ", stacked"}
+    for entry in run.stage.get("lineage") or []:
+        path, role = str(entry.get("path", "")), str(entry.get("role", "")) + actions.get(entry.get("action", ""), "")
+        found[path] = {"name": short_name(path), "role": role}
+    start = list(found)[-1:]
+    for path, name in (run.stage.get("reward_stages") or {}).items():
+        if path not in start:
+            found[path] = {"name": name, "role": "gives the reward"}
+    for path, entry in found.items():
+        stage = Path(path).parent.name
+        has_page = Path(path).name == "model" and (run.path.parent / stage / "report.html").is_file()
+        entry["link"] = f"../{quote(stage)}/report.html" if has_page else ""
+    return list(found.values())
+
+
+def describe_start(run: Facts) -> str:
+    """Say in a few words what a run starts from, and what rewards it."""
+    stage, model = run.stage, run.stage.get("model") or {}
+    start = stage.get("start_stage")
+    if start is None:
+        path = str(stage.get("start_dir") or model.get("path", ""))
+        start = short_name(path) + (" (random weights)" if model.get("init") == "scratch" else "")
+    rewards = [name for name in dict.fromkeys((stage.get("reward_stages") or {}).values()) if name != start]
+    return f"from {start}" + (f", rewarded by {', '.join(rewards)}" if rewards else "")
+
+
+def short_name(path: str) -> str:
+    """Shorten a model or a source: the run's name for `runs/a/sft/model`, a file's name, or a hub id as it is."""
+    parts = [part for part in path.split("/") if part]
+    if parts and parts[-1] == "model":
+        parts = parts[:-1]
+    return path if len(parts) <= 2 and not path.startswith(("/", ".", "~")) and "runs" not in parts else parts[-1]
+
+
+def list_data(run: Facts) -> list[Pair]:
+    """List what was read, kept, left out and found in the rows."""
+    report, lengths = run.stage.get("data") or {}, run.stage.get("lengths") or {}
+    held_out = run.stage.get("eval_lengths") or {}
+    unit = "prompts" if run.method == "ppo" else "rows"
+
+    def mean(key: str) -> str:
+        return f"{report[key]:.1f}" if report.get(key) else ""
+
+    pairs = [
+        *_list_counts(run.feedback),
+        (f"{unit} trained on", count(lengths.get("num_rows"))),
+        (f"{unit} held out", count(held_out.get("num_rows"))),
+        ("read from the sources", count(report.get("read"))),
+        ("kinds", ", ".join(f"{count(number)} {kind}" for kind, number in (report.get("kinds") or {}).items())),
+        ("left out", count(report.get("rejected"))),
+        ("duplicates kept", count(report.get("duplicates"))),
+        ("held-out rows that share a prompt", count(report.get("overlap"))),
+        ("tokens", count(lengths.get("num_tokens"))),
+        ("tokens learnt", count(lengths.get("num_trained_tokens") or None)),
+        ("longest row, tokens", count(lengths.get("longest_tokens"))),
+        ("cut to max_length", count(lengths.get("num_truncated"))),
+        ("left out as too long", count(lengths.get("num_too_long"))),
+        ("mean characters of a prompt", mean("mean_prompt_chars")),
+        ("mean characters of an answer", mean("mean_completion_chars")),
+        ("pairs where the longer answer is chosen", share(report.get("longer_chosen_share"))),
+        ("mean characters, chosen", mean("mean_chosen_chars")),
+        ("mean characters, rejected", mean("mean_rejected_chars")),
+    ]
+    return [(label, text) for label, text in pairs if text not in ("", DASH)]
+
+
+def _list_counts(report: Mapping[str, Any]) -> Iterator[Pair]:
+    """List how many texts or comparisons a critique or label stage made, and what became of them."""
+    named = {
+        "prompts": "prompts", "rows": "rows written", "rows_by_people": "of them compared by people",
+        "helpful_rows": "of them helpful answers", "broken_chains": "chains that broke off",
+        "comparisons": "comparisons", "abstained": "the judge abstained from", "ties": "ties",
+        "quoted": "texts defused, which looked like a template",
+    }  # fmt: skip
+    yield from ((label, figure(report[key])) for key, label in named.items() if report.get(key))
+    for part in (report, report.get("check") or {}):
+        for reason, number in (part.get("abstained_because") or {}).items():
+            yield f"abstained: {reason}", figure(number)
+    yield "probability on (A) and (B)", share(report.get("option_mass"))
+    yield "texts cut off", share(report.get("cut_off_share"))
+
+
+def describe_cost(run: Facts) -> list[Pair]:
+    """List what the run took: time, tokens, memory, steps, parameters, requests to a judge."""
+    result, parameters = run.result, run.stage.get("parameters") or {}
+    trainable, total = parameters.get("trainable"), parameters.get("total")
+    of_total = f" of {count(total)} ({share(trainable / total)})" if trainable and total and trainable < total else ""
+    spent = [each for key in ("spent", "spent_on_answers") if (each := run.feedback.get(key))]
+    retries = sum(sum((each.get("retries") or {}).values()) for each in spent)
+    has_price = any(each.get("cost") is not None for each in spent)
+
+    def size(num_bytes: float | None) -> str:
+        return describe_bytes(num_bytes) if num_bytes else ""
+
+    pairs = [
+        ("wall time", duration(result["wall_seconds"]) if "wall_seconds" in result else ""),
+        ("tokens, all sittings", count(result.get("tokens"))),
+        ("tokens per second", figure(result["tokens_per_second"]) if result.get("tokens_per_second") else ""),
+        ("peak memory", size(result.get("peak_memory_bytes"))),
+        ("optimizer steps", count(run.step) if run.method not in _ROW_MAKERS else ""),
+        ("trainable parameters", count(trainable) + of_total if trainable and total else ""),
+        ("model in memory", size(parameters.get("bytes"))),
+        ("quantised parameters", f"{count(parameters['quantized'])}, "
+         f"{parameters.get('bits_per_quantized_parameter', 0):.3f} bits each" if parameters.get("quantized") else ""),
+        ("labels per second", figure(speed, 3) if (speed := run.feedback.get("labels_per_second")) else ""),
+        ("requests to servers", figure(sum(each.get("requests", 0) for each in spent)) if spent else ""),
+        ("of them tried again", figure(retries) if spent else ""),
+        ("price of the tokens", figure(sum(each.get("cost") or 0.0 for each in spent)) if has_price else ""),
+        *((", ".join(role.get("roles", [])), f"{role.get('what')}, {describe_bytes(role.get('bytes', 0))}")
+          for role in run.stage.get("roles") or []),
+    ]  # fmt: skip
+    return [(label, text) for label, text in pairs if text]
+
+
+def describe_hardware(run: Facts) -> list[Pair]:
+    """List what the run was trained on."""
+    found, git = run.stage.get("hardware") or {}, run.stage.get("git") or {}
+    pairs = [
+        *((str(name), str(text)) for name, text in (found.get("devices") or {}).items()),
+        ("processor", str(found.get("processor", ""))),
+        ("cores", count(found.get("cores"))),
+        ("memory", describe_bytes(found["memory_bytes"]) if found.get("memory_bytes") else ""),
+        ("system", str(found.get("system", ""))),
+        ("processes", count(run.stage.get("num_processes"))),
+        ("git", f"{git.get('commit', '')[:12]}{', with changes' if git.get('dirty') else ''}" if git else ""),
+    ]
+    return [(label, text) for label, text in pairs if text]
+
+
+def list_settings(run: Facts) -> list[tuple[str, Any, str]]:
+    """List key, value and origin ("default", or where the recipe gave it) of every setting of a stage."""
+    stage, origins = run.stage, run.stage.get("origins") or {}
+    sections = [("model", stage.get("model")), ("lora", stage.get("lora")), ("launch", stage.get("launch")),
+                (run.name, stage.get("options")), (run.name, stage.get("trainer"))]  # fmt: skip
+    values = {"seed": stage.get("seed")}
+    for section, found in sections:
+        values |= {f"{section}.{key}": value for key, value in (found or {}).items()}
+    values.pop(f"{run.name}.method", None)
+    return [(key, value, str(origins.get(key, "default"))) for key, value in values.items()]
+
+
+def show_setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def list_tables(run: Facts) -> list[Table]:
+    """List the cases behind the figures, some labels with their texts, the principles, and the rounds of revisions."""
+    report = run.feedback
+    labels = [
+        [
+            *(text_of(label.get(key)) for key in ("prompt", "first", "second")),
+            "abstained" if label.get("p_first") is None else figure(label["p_first"], 3),
+            ", ".join(figure(value, 3) for value in label.get("orders") or []),
+            str(label.get("principle", "")),
+        ]
+        for label in run.labels
+    ]
+    chains = []  # the first answer of each, and every revision below it, with the critique that led to it, if any
+    for chain in report.get("first_chains") or []:
+        critiques = chain.get("critiques") or [""] * len(chain["principles"])
+        steps = zip(["", *chain["principles"]], ["", *critiques], chain["answers"], strict=False)
+        for number, step in enumerate(steps):
+            chains.append(["" if number else text_of(chain["prompt"]), *step])
+    drawn = report.get("principles") or {}  # a critique stage only counts them
+    drawn = {name: value if isinstance(value, dict) else {"n": value} for name, value in drawn.items()}
+    orders = ["both orders agree"] if any("order_agreement" in value for value in drawn.values()) else []
+    principles = [
+        [name, figure(value.get("n")), *(share(value.get("order_agreement")) for _ in orders)]
+        for name, value in drawn.items()
+    ]
+    rounds = [
+        [figure(each.get("round")), figure(each.get("texts")), figure(each.get("mean_chars"), 3),
+         share(each.get("changed_share"))]
+        for each in report.get("rounds") or []
+    ]  # fmt: skip
+    tables = [
+        *list_examples(run),
+        Table(f"The first {len(labels)} comparisons and what the judge said",
+              ["prompt", "first", "second", "P(first)", "each order", "principle"], labels),
+        Table("The first answers, criticised and revised",
+              ["prompt", "principle", "critique", "answer, then its revisions"], chains),
+        Table(f"{len(principles)} principles, as they were drawn", ["principle", "n", *orders], principles),
+        Table("Answers, round by round", ["round", "texts", "mean characters", "changed"], rounds),
+    ]  # fmt: skip
+    return [table for table in tables if table.rows]
+
+
+def group_samples(run: Facts) -> list[list[dict[str, Any]]]:
+    """Group the rows of samples.jsonl by prompt, each in the order of its steps."""
+    by_number: dict[Any, list[dict[str, Any]]] = {}
+    for row in sorted(run.samples, key=lambda row: row.get("step", 0)):
+        by_number.setdefault(row.get("number"), []).append(row)
+    return list(by_number.values())
+
+
+def find_rewards(row: Mapping[str, Any]) -> dict[str, float]:
+    """Find what rewards said of a sampled answer."""
+    others = ("step", "number", "when", "prompt", "answer", "reference", "answers", "rewards")
+    return {name: float(value) for name, value in row.items()
+            if name not in others and isinstance(value, int | float)}  # fmt: skip

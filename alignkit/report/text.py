@@ -1,0 +1,78 @@
+"""Numbers and texts as a page shows them: four digits, units, thin spaces, and long runs of empty lines folded."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+MINUS, DASH, THIN = "\u2212", "\u2013", "\u2009"
+_EMPTY_LINES = re.compile(r"^(?:[^\S\n]*\n){4,}", re.MULTILINE)
+
+
+def figure(value: float | int | None, digits: int = 4) -> str:
+    """Format a value with `digits` significant digits and a real minus sign; a dash for None."""
+    if value is None:
+        return DASH
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not finite"
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e6):
+        return count(int(value))
+    if abs(value) < 1e-3 or abs(value) >= 1e6:
+        mantissa, _, exponent = f"{value:.{max(digits - 2, 1)}e}".partition("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
+    decimals = min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 5)
+    return f"{value:,.{decimals}f}".replace(",", THIN).replace("-", MINUS)
+
+
+def count(value: Any) -> str:
+    """Format a whole number with thin spaces between thousands; empty for what is no number."""
+    return f"{int(value):,}".replace(",", THIN).replace("-", MINUS) if isinstance(value, int | float) else ""
+
+
+def short_count(value: float | None) -> str:
+    """Format a large count in thousands, millions or billions, such as `1.2 M`."""
+    if value is None:
+        return DASH
+    for limit, scale, unit in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / scale:.{1 if abs(value) < 100 * scale else 0}f}{THIN}{unit}"
+    return count(value)
+
+
+def share(value: float | None) -> str:
+    """Format a share of one in percent."""
+    return DASH if value is None else f"{100 * value:.1f}{THIN}%".replace("-", MINUS)
+
+
+def duration(seconds: float | None) -> str:
+    """Format seconds as the two largest units, such as `2 h 05 min`."""
+    if seconds is None:
+        return DASH
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f}{THIN}s" if seconds < 10 else f"{whole}{THIN}s"
+    units = ((3600, 60, "min", 1, "s"), (48 * 3600, 3600, "h", 60, "min"), (math.inf, 86400, "d", 3600, "h"))
+    size, unit, part_size, part = next(unit[1:] for unit in units if whole < unit[0])
+    return f"{whole // size}{THIN}{unit} {whole % size // part_size:02d}{THIN}{part}"
+
+
+def text_of(content: Any) -> str:
+    """Take the text out of an answer: itself, a message, or messages one below the other."""
+    if isinstance(content, dict):
+        return text_of(content.get("content"))
+    if isinstance(content, list):
+        return "\n".join(text_of(item.get("text") if item.get("type") == "text" else item) for item in content)
+    return "" if content is None else str(content)
+
+
+def turns(prompt: Any) -> list[tuple[str, str]]:
+    """Split a prompt into turns of role and text; a plain text has one turn without a role."""
+    if isinstance(prompt, list):
+        return [(str(turn.get("role", "")), text_of(turn)) for turn in prompt if isinstance(turn, dict)]
+    return [("", text_of(prompt))] if prompt else []
+
+
+def fold(text: str) -> str:
+    """Put one line that counts them in place of many empty lines, as untrained models write them."""
+    return _EMPTY_LINES.sub(lambda found: f"[{found[0].count(chr(10))} empty lines]\n", text)
