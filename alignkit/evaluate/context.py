@@ -1,94 +1,75 @@
-"""What the groups of metrics share: models, reward, rows, prompts and sampled answers, each made when first asked for.
-
-No figure is computed here.
-"""
+"""What the metrics of one evaluation share: models, reward, rows, prompts and answers, made when first asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from alignkit.data import Row, Text
 from alignkit.data.rows import Message
 from alignkit.errors import UsageError
-from alignkit.evaluate.metrics.pairs import Pair, list_pairs
-from alignkit.evaluate.policy import Answer, Policy, Shelf
-from alignkit.evaluate.rewards import Reward, TrueReward, make_reward
-from alignkit.evaluate.target import Measured, Subject, split_answer
-from alignkit.recipe.schema import EvaluateOptions
+from alignkit.evaluate.intervals import Figure, place_figures
+from alignkit.evaluate.policy import Answer, Policy
+from alignkit.evaluate.target import Measured, Target, split_answer
+from alignkit.recipe.schema import BUILTIN_REWARD, EvaluateOptions
+from alignkit.rewards.base import Answers, Reward, Workspace
+from alignkit.rewards.kinds import open_reward
 
-_BUILTIN = "builtin:"
 
-
-class Material:
+class Context:
     """The models, rows and answers of one evaluation."""
 
     def __init__(
-        self,
-        subject: Subject,
-        options: EvaluateOptions,
-        measured: Measured | None,
-        shelf: Shelf,
-        *,
-        seed: int,
-        folder: Path,
-    ) -> None:
-        """Keep what is given; `measured` is None where only tasks are asked for."""
-        self.subject, self.options, self.shelf = subject, options, shelf
-        self.seed, self.folder = seed, folder
+        self, target: Target, options: EvaluateOptions, measured: Measured | None, space: Workspace, *, seed: int,
+        judged: Path | None = None,
+    ) -> None:  # fmt: skip
+        """`measured` is None where only tasks are asked for; `judged` is where verdicts are kept."""
+        self.target, self.options, self.space, self.seed, self.judged = target, options, space, seed, judged
         self.rows: list[Row] = measured.rows if measured else []
         self.label = measured.label if measured else ""
+        self.is_toy = self.label.startswith("builtin:")
 
     @cached_property
     def policy(self) -> Policy:
-        return Policy(self.subject.source, self.shelf)
+        return Policy(self.target.source, self.space)
 
     @cached_property
     def reference_source(self) -> str | None:
-        return self.options.reference or self.subject.reference()
+        return self.options.reference or self.target.reference()
 
     @cached_property
     def reference(self) -> Policy:
         assert self.reference_source is not None
-        reference = Policy(self.reference_source, self.shelf)
+        reference = Policy(self.reference_source, self.space)
         if reference.tokens != self.policy.tokens:
             raise UsageError(
-                f"{self.reference_source} and {self.subject.source} read different tokens (tokenizer or template), so "
+                f"{self.reference_source} and {self.target.source} read different tokens (tokenizer or template), so "
                 "their log-probabilities cannot be compared; name another --reference"
             )
         return reference
 
     @cached_property
     def reward(self) -> Reward | None:
+        """The reward that is asked for, else the true one in the toy world."""
         if self.options.reward is not None:
-            return make_reward(self.options.reward, self.shelf, folder=self.folder)
-        return TrueReward() if self.is_toy else None
-
-    @property
-    def is_toy(self) -> bool:
-        return self.label.startswith(_BUILTIN)
+            return open_reward(self.options.reward, self.space)
+        return self.true_reward if self.is_toy else None
 
     @cached_property
-    def pairs(self) -> list[Pair]:
-        return list_pairs(self.rows)
+    def true_reward(self) -> Reward:
+        return open_reward(BUILTIN_REWARD, self.space)
 
     @cached_property
     def asked(self) -> list[tuple[Text, Text | None]]:
+        """The prompts of the rows, each with its best answer where it has one."""
         return [found for found in map(split_answer, self.rows) if found is not None]
 
     @cached_property
     def prompts(self) -> list[Text]:
         """Prompts to sample from, each once: a repeated one would get the same answers, which tell nothing new."""
         return list({repr(prompt): prompt for prompt, _ in self.asked}.values())
-
-    @property
-    def referenced(self) -> list[tuple[Text, Text]]:
-        """Prompts with their one right answer; the better of two is not that unless overlap is asked for."""
-        named = self.options.metrics is not None
-        if not named and any(row.kind in ("pair", "ranked", "unpaired") for row in self.rows):
-            return []
-        return [(prompt, answer) for prompt, answer in self.asked if answer is not None]
 
     def sample(self, policy: Policy, samples: int) -> list[list[Answer]]:
         return policy.answer(
@@ -101,23 +82,40 @@ class Material:
 
     @cached_property
     def sampled(self) -> list[list[Answer]]:
-        """Answers of the policy: as many as any group needs."""
+        """Answers of the policy: as many as any metric needs."""
         most = max([self.options.samples, *(self.options.best_of if self.reward is not None else ())])
         return self.sample(self.policy, most)
 
     def score(self, reward: Reward, answers: Sequence[Sequence[Answer]]) -> list[list[float]]:
         """Score answers to the prompts, group by group."""
         flat = [(prompt, answer) for prompt, group in zip(self.prompts, answers, strict=True) for answer in group]
-        scores = iter(
-            reward.score(
-                [prompt for prompt, _ in flat],
-                [as_completion(prompt, answer.text) for prompt, answer in flat],
-                [answer.ended for _, answer in flat],
-            )
+        given = Answers(
+            [prompt for prompt, _ in flat],
+            [as_completion(prompt, answer.text) for prompt, answer in flat],
+            [answer.ended for _, answer in flat],
         )
+        scores = iter(reward.score(given))
         return [[next(scores) for _ in group] for group in answers]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How answers were sampled, for the settings of a figure."""
+        return {"temperature": self.options.temperature, "max_new_tokens": self.options.max_new_tokens}
+
+    def place(self, figures: Sequence[Figure], **settings: Any) -> list[Figure]:
+        """Say of figures on which rows they were measured, and how."""
+        return place_figures(figures, data=self.label, rows=len(self.rows), seed=self.seed, **settings)
+
+    def only_rows(self, there: bool, otherwise: str) -> str | None:
+        """Say why a metric of a policy cannot be measured on rows that lack something."""
+        if not self.rows:
+            return "there are no rows (--data)"
+        return self.only_policies() or (None if there else otherwise)
+
+    def only_policies(self) -> str | None:
+        return f"{self.target.name} is a reward model, which says nothing" if self.target.reward else None
 
 
 def as_completion(prompt: Text, text: str) -> Text:
-    """Return an answer as its prompt is written: text, or a message."""
+    """Write an answer as its prompt is written: text, or a message."""
     return text if isinstance(prompt, str) else [Message(role="assistant", content=text)]

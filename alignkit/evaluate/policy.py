@@ -1,65 +1,23 @@
-"""What all models of an evaluation share: the device, the cache, the warnings, and the room for one of them at a time.
+"""A language model that is measured: what it says of given texts and what it answers, cached by content.
 
-It loads nothing itself.
+Weights are read at the first question that the cache cannot answer, and one model at a time is held (`Workspace`).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from alignkit.data import Message, Row, Text
 from alignkit.errors import DataError, ModelError
-from alignkit.evaluate.cache import Cache
 from alignkit.models.causal import Causal, fingerprint_causal, load_causal
 from alignkit.models.chat import Chat, ConversationError
 from alignkit.models.generation import generate_greedy, generate_sampled
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.logprobs import score_tokens
-
-
-class Holder(Protocol):
-    """Something that holds weights."""
-
-    def release(self) -> None:
-        """Let go of them."""
-
-
-def collect_memory() -> None:
-    """Give back what a model that was let go of has held."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-@dataclass
-class Shelf:
-    """Who holds weights now: asking another model lets go of them, so that no more than one is in memory."""
-
-    device: str = "auto"
-    batch_size: int = 16
-    trust_code: bool = False
-    cache: Cache = field(default_factory=Cache)
-    warnings: list[str] = field(default_factory=list)
-    holder: Holder | None = None
-
-    def take(self, user: Holder) -> None:
-        """Let `user` hold weights and the one before it let go of its own."""
-        if self.holder is not None and self.holder is not user:
-            self.holder.release()
-        self.holder = user
-
-    def warn(self, message: str) -> None:
-        """Keep a warning once."""
-        if message not in self.warnings:
-            self.warnings.append(message)
-
+from alignkit.rewards.base import Workspace, collect_memory
 
 _FAR = 10**9
 
@@ -85,11 +43,12 @@ class Answer:
 class Policy:
     """A causal language model by the name of a run, a directory or a hub id."""
 
-    def __init__(self, source: str, shelf: Shelf) -> None:
+    def __init__(self, source: str, space: Workspace) -> None:
         """Take down where the weights are; raises ModelError when nothing is there."""
         self.source = source
         self.weights = fingerprint_causal(source)
-        self._shelf = shelf
+        assert space.cache is not None
+        self._space, self._cache = space, space.cache
         self._loaded: Causal | None = None
         self._chat: Chat | None = None
 
@@ -101,9 +60,9 @@ class Policy:
     @property
     def loaded(self) -> Causal:
         """Return the model, read when it is first needed."""
-        self._shelf.take(self)
+        self._space.take(self)
         if self._loaded is None:
-            self._loaded = load_causal(self.source, device=self._shelf.device, trust_code=self._shelf.trust_code)
+            self._loaded = load_causal(self.source, device=self._space.device, trust_code=self._space.trust_code)
             self._chat = Chat(self._loaded.tokenizer)
         return self._loaded
 
@@ -235,11 +194,11 @@ class Policy:
             keep = room - len(tail)
             fitting.append((context[-keep:] if keep else [], tail) if len(context) > keep else (context, tail))
         if num_cut:
-            self._shelf.warn(f"{num_cut} prompts were cut on the left to fit the {room} positions of {self.source}")
+            self._space.warn(f"{num_cut} prompts were cut on the left to fit the {room} positions of {self.source}")
         if num_long:
-            self._shelf.warn(f"{num_long} texts are longer than the {room} positions of {self.source}: left out")
+            self._space.warn(f"{num_long} texts are longer than the {room} positions of {self.source}: left out")
         pad = int(loaded.tokenizer.pad_token_id)
-        size = self._shelf.batch_size
+        size = self._space.batch_size
         return score_tokens(loaded.model, fitting, pad_id=pad, temperature=temperature, batch_size=size)
 
     @property
@@ -252,14 +211,14 @@ class Policy:
             parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id)
             return [hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()]
 
-        return str(self._shelf.cache.ask(question, [self.source], answer)[0])
+        return str(self._cache.ask(question, [self.source], answer)[0])
 
     def _ask(
         self, kind: str, questions: Sequence[Any], answer: Callable[[list[int]], Sequence[Any]], **common: Any
     ) -> Any:
-        keep = max(self._shelf.batch_size, 64)  # answers lost at most by a kill; fewer than a batch would cut batches
+        keep = max(self._space.batch_size, 64)  # answers lost at most by a kill; fewer than a batch would cut batches
         common |= {"kind": kind, "weights": self.weights}
-        return self._shelf.cache.ask(common, questions, answer, batch_size=keep)
+        return self._cache.ask(common, questions, answer, batch_size=keep)
 
     def _encode(self, encode: Callable[[], Any]) -> Any:
         try:
@@ -297,12 +256,12 @@ class Policy:
         self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float
     ) -> list[list[Any]]:
         """Return tokens, text and whether it ended of an answer to each prompt."""
-        loaded, size = self.loaded, self._shelf.batch_size
+        loaded, size = self.loaded, self._space.batch_size
         room = (loaded.positions or _FAR) - max_new_tokens
         if room < 1:
             raise ModelError(f"max_new_tokens {max_new_tokens} fills the {loaded.positions} positions of {self.source}")
         if num_cut := sum(len(ids) > room for ids in prompts):
-            self._shelf.warn(f"{num_cut} prompts were cut on the left to fit the positions of {self.source}")
+            self._space.warn(f"{num_cut} prompts were cut on the left to fit the positions of {self.source}")
         stops, pad = self.chat.stop_ids, int(loaded.tokenizer.pad_token_id)
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
         values: list[list[Any]] = [[] for _ in prompts]

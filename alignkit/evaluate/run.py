@@ -1,7 +1,4 @@
-"""`alignkit eval`: find the model and its rows, measure, and keep what was measured in eval.json.
-
-What is measured is `measure`'s business, what is asked of the command line the caller's.
-"""
+"""`alignkit eval`: find the model and its rows, measure, and keep what was measured in eval.json."""
 
 from __future__ import annotations
 
@@ -11,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import console
-from alignkit.errors import JudgeError, RunError, UsageError
-from alignkit.evaluate.cache import Cache
-from alignkit.evaluate.context import Material
-from alignkit.evaluate.judges import check_judge
-from alignkit.evaluate.measure import Evaluation
-from alignkit.evaluate.policy import Shelf
+from alignkit.errors import EnvironmentProblem, JudgeError, RunError, UsageError
+from alignkit.evaluate.context import Context
+from alignkit.evaluate.intervals import Figure
+from alignkit.evaluate.metrics import Metric, load_metrics
 from alignkit.evaluate.results import describe, merge, save
-from alignkit.evaluate.target import Measured, Subject, find_subject, read_measured
+from alignkit.evaluate.target import Measured, Target, find_target, read_measured
+from alignkit.feedback.cache import Cache
 from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 from alignkit.models.files import find_model_dir
 from alignkit.recipe.schema import EvaluateOptions
 from alignkit.report.publish import show
+from alignkit.rewards.base import Workspace
+from alignkit.rewards.compare import check_judge
 from alignkit.runs.directory import RunDir
 from alignkit.runs.form import form_of
 
@@ -40,56 +38,85 @@ def evaluate(
     folder: Path | None = None,
     lenient: bool = False,
 ) -> dict[str, Any]:
-    """Measure a model and return what eval.json holds now; `lenient` as in `Evaluation`.
+    """Measure a model and return what eval.json holds now.
 
     It is written into the run, or to `out`; a model that is no run and has no `out` leaves nothing. Answers and scores
-    are kept beside it. `folder` is where functions are looked up, too. Raises UsageError for what cannot be measured,
-    what loading raises, and JudgeError when the judge gave up, after writing the other figures.
+    are kept beside it. `folder` is where functions are looked up, too. With `lenient` a metric that was asked for and
+    cannot be measured is left out with a warning. Raises UsageError for what cannot be measured, what loading raises,
+    and JudgeError when the judge gave up, after writing the other figures.
     """
     began = time.monotonic()
-    subject = find_subject(source, trust_code=trust_code)
-    seed = seed if seed is not None else int(subject.stage.get("seed", 0))
-    path = out.expanduser().absolute() if out else subject.run.evaluation if subject.run else None
-    shelf = Shelf(
+    target = find_target(source, trust_code=trust_code)
+    seed = seed if seed is not None else int(target.stage.get("seed", 0))
+    path = out.expanduser().absolute() if out else target.run.evaluation if target.run else None
+    space = Workspace(
         device=device,
         batch_size=options.batch_size,
         trust_code=trust_code,
+        folder=folder or Path.cwd(),
         cache=Cache(path.with_name(_CACHE) if path else None),
     )
-    measured = _read(subject, options)
+    measured = _read(target, options)
     for message in measured.warnings if measured else ():
-        shelf.warn(message)
-    material = Material(subject, options, measured, shelf, seed=seed, folder=folder or Path.cwd())
-    evaluation = Evaluation(material, judged=path.with_name(_JUDGED) if path else None, lenient=lenient)
-    figures = evaluation.run()
-    for message in shelf.warnings:
+        space.warn(message)
+    context = Context(target, options, measured, space, seed=seed, judged=path.with_name(_JUDGED) if path else None)
+    figures, failure = _measure(context, lenient=lenient)
+    for message in space.warnings:
         console.warn(message)
     data = describe(
         figures,
-        name=subject.name,
-        model=subject.source,
-        weights=fingerprint_causal(subject.source),
+        name=target.name,
+        model=target.source,
+        weights=fingerprint_causal(target.source),
         seed=seed,
         seconds=time.monotonic() - began,
-        warnings=shelf.warnings,
+        warnings=space.warnings,
     )
-    if path is None:
-        _require_judged(subject, evaluation, path)
-        return merge(None, data)
-    saved = save(path, data)
-    if out is None and subject.run is not None:
-        show(subject.run)  # its page and its card show the figures
-    _require_judged(subject, evaluation, path)
-    return saved
+    data = merge(None, data) if path is None else save(path, data)
+    if out is None and target.run is not None:
+        show(target.run)  # its page and its card show the figures
+    if failure is not None:
+        kept = f"; the other figures are in {path.name}, and no verdict will be asked for again" if path else ""
+        advice = "run the same command to go on (with a higher limit where it was the budget)"
+        raise JudgeError(f"{target.name}: win_rate: {failure}{kept}: {advice}")
+    return data
 
 
-def _require_judged(subject: Subject, evaluation: Evaluation, path: Path | None) -> None:
-    """Raise JudgeError when there is no win rate because the judge gave up."""
-    if evaluation.failure is None:
-        return
-    kept = f"; the other figures are in {path.name}, and no verdict will be asked for again" if path else ""
-    advice = "run the same command to go on (with a higher limit where it was the budget)"
-    raise JudgeError(f"{subject.name}: win_rate: {evaluation.failure}{kept}: {advice}")
+def _measure(context: Context, *, lenient: bool) -> tuple[list[Figure], JudgeError | None]:
+    """Measure all that was asked for; a judge that gives up takes nothing from the other metrics."""
+    figures: list[Figure] = []
+    failure = None
+    chosen = {name: metric(context) for name, metric in _choose(context, lenient=lenient).items()}
+    for name, metric in chosen.items():
+        console.note(f"{context.target.name}: measuring {name}")
+        try:
+            figures += metric.measure()
+        except EnvironmentProblem as problem:
+            if context.options.metrics is not None or not metric.optional:
+                raise
+            context.space.warn(str(problem))
+        except JudgeError as error:
+            failure = error
+    return figures, failure
+
+
+def _choose(context: Context, *, lenient: bool) -> dict[str, type[Metric]]:
+    """Find the metrics to measure; raises UsageError for one that was asked for and cannot be."""
+    known, options = load_metrics(), context.options
+    reasons = {name: metric.why_not(context) for name, metric in known.items()}
+    if options.metrics is None:
+        for name, metric in known.items():
+            if metric.key and getattr(options, metric.key) and reasons[name]:
+                raise UsageError(f"{name} cannot be measured: {reasons[name]}")
+        if all(reasons.values()):
+            raise UsageError(f"nothing can be measured: {'; '.join(map(str, reasons.values()))}")
+        return {name: metric for name, metric in known.items() if reasons[name] is None}
+    problems = [f"{name}: {reasons[name]}" for name in options.metrics if reasons[name]]
+    if problems and not lenient:
+        raise UsageError(f"--metric {'; '.join(problems)}")
+    for problem in problems:
+        context.space.warn(f"not measured: {problem}")
+    return {name: known[name] for name in options.metrics if reasons[name] is None}
 
 
 def evaluate_all(
@@ -150,7 +177,7 @@ def evaluate_all(
 
 def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOptions:
     """Return the options without what this stage cannot have: itself beside itself, and for an rm all of a policy."""
-    if find_subject(source, trust_code=trust_code).reward:
+    if find_target(source, trust_code=trust_code).reward:
         return options.model_copy(update={"against": None, "best_of": [], "tasks": []})
     named = {key: getattr(options, key) for key in ("reference", "against")}
     same = {key: None for key, other in named.items() if other is not None and _directory(other) == _directory(source)}
@@ -169,7 +196,7 @@ def _is_reference(source: str, options: EvaluateOptions) -> bool:
     if options.reference is not None:
         return _directory(options.reference) == run
     others = [path.parent for path in run.parent.glob("*/stage.json") if RunDir(path.parent).model.is_dir()]
-    found = [find_subject(str(other), trust_code=False).reference() for other in others]
+    found = [find_target(str(other), trust_code=False).reference() for other in others]
     return any(_directory(reference) == run for reference in found if reference is not None)
 
 
@@ -179,30 +206,28 @@ def _directory(source: str) -> Path:
     return path.parent if path.name == "model" else path
 
 
-def _read(subject: Subject, options: EvaluateOptions) -> Measured | None:
+def _read(target: Target, options: EvaluateOptions) -> Measured | None:
     """Return the rows to measure on; None where only tasks are asked for.
 
     What was held out follows from the seed of the run, whatever the answers are sampled with.
     """
     wants = options.metrics or ()
-    only_tasks = options.tasks and (set(wants) == {"tasks"} or not (wants or options.data or subject.stage))
+    only_tasks = options.tasks and (set(wants) == {"tasks"} or not (wants or options.data or target.stage))
     if only_tasks:
         return None
-    sources, share = (options.data, None) if options.data else subject.held_out()
-    form = form_of(subject.stage.get("data") or {})
+    sources, share = (options.data, None) if options.data else target.held_out()
+    form = form_of(target.stage.get("data") or {})
     for source in sources:
         if form and source.chat != "auto" and source.chat != (form == "chat"):
             trained = "turns of a chat" if form == "chat" else "text"
             said = str(source.chat).lower()
-            raise UsageError(
-                f"{source.path} has chat: {said}, and {subject.name} was trained on {trained}; take it out"
-            )
+            raise UsageError(f"{source.path} has chat: {said}, and {target.name} was trained on {trained}; take it out")
     if form == "text" and options.data:  # prompts end as they did in training
-        mark = subject.stage["options"]["data"][0]["separator"]
+        mark = target.stage["options"]["data"][0]["separator"]
         sources = [
             source if "separator" in source.model_fields_set else source.model_copy(update={"separator": mark})
             for source in sources
         ]
-    template = form == "chat" if form else load_tokenizer_of(subject.source).chat_template is not None
-    seed = int(subject.stage.get("seed", 0))
+    template = form == "chat" if form else load_tokenizer_of(target.source).chat_template is not None
+    seed = int(target.stage.get("seed", 0))
     return read_measured(sources, share=share, seed=seed, max_rows=options.max_rows, template=template)

@@ -26,7 +26,7 @@ _REFERENCED = ("dpo", "ppo")  # methods that hold the policy near where it start
 
 
 @dataclass(frozen=True)
-class Subject:
+class Target:
     """A model to measure; `run` is None for one that no run of ours has made."""
 
     source: str  # what is loaded: the run, the directory or the hub id
@@ -82,7 +82,7 @@ class Subject:
         return None if start or scratch else model.get("path")
 
 
-def find_subject(source: str, *, trust_code: bool) -> Subject:
+def find_target(source: str, *, trust_code: bool) -> Target:
     """Find a model by the name of a run, a directory or a hub id; raises RunError or ModelError."""
     path = Path(source).expanduser()
     _refuse_near_misses(source, path)
@@ -91,13 +91,13 @@ def find_subject(source: str, *, trust_code: bool) -> Subject:
         if not run.model.is_dir():
             raise RunError("has no model yet: finish the run first", where=source)
         stage = read_json(run.stage)
-        return Subject(str(run.path), run, inspect_model_dir(run.model, trust_code=trust_code).reward, stage)
+        return Target(str(run.path), run, inspect_model_dir(run.model, trust_code=trust_code).reward, stage)
     directory = find_model_dir(source)
     if directory is None:
-        return Subject(source, None, False)
+        return Target(source, None, False)
     if (directory.parent / "stage.json").is_file() and directory.name == "model":
-        return find_subject(str(directory.parent), trust_code=trust_code)
-    return Subject(str(directory), None, inspect_model_dir(directory, trust_code=trust_code).reward)
+        return find_target(str(directory.parent), trust_code=trust_code)
+    return Target(str(directory), None, inspect_model_dir(directory, trust_code=trust_code).reward)
 
 
 def list_siblings(source: str) -> dict[str, str]:

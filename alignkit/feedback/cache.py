@@ -1,7 +1,7 @@
 """Everything that was ever answered, in a file that only grows: no question is asked twice, and no answer is lost.
 
-One JSON object a line, keyed by a hash of all that decides the answer, with a checksum of the line; on the disk before
-`put` returns. It knows nothing of what the records mean.
+One JSON object a line, keyed by a hash of all that decides the answer, with a checksum of the line; it is on the disk
+before `put` returns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,14 +24,16 @@ from alignkit.runs.files import disk_failures, open_own, scan_lines, tell_bad_li
 from alignkit.runs.stop import Stop
 
 Record = dict[str, Any]
+About = Mapping[str, Any]
+_Answer = TypeVar("_Answer", Reply, Verdict)
+_NOTE_SECONDS = 10.0
 _CHUNK_BYTES = 1 << 20
 _CHECK = "crc32"
 
 
 def key_of(**facts: Any) -> str:
     """Return a key, in hex, that two askings share only when all facts are equal."""
-    text = json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return _hash(json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str))
 
 
 class Store:
@@ -142,13 +144,54 @@ def _is_as_written(record: Record) -> bool:
     return _CHECK not in record or _encode(content).endswith(b'"%s"}\n' % str(record[_CHECK]).encode())
 
 
-_Answer = TypeVar("_Answer", Reply, Verdict)
-_NOTE_SECONDS = 10.0
-About = Mapping[str, Any]
+class Cache:
+    """Values by the hash of their question, in a file where it is given a path, else as long as it lives.
+
+    An evaluation keeps its answers and scores here: one that is cut off or repeated asks again for nothing it has.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.num_hits = self.num_misses = 0
+        self._store: Store | None = None
+        if path is not None:
+            with disk_failures(path.parent, "the evaluation cache"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._store = Store(path)
+        self._values = (
+            {row["key"]: row["value"] for row in self._store.values() if "value" in row} if self._store else {}
+        )
+
+    def ask(
+        self,
+        common: Any,
+        questions: Sequence[Any],
+        answer: Callable[[list[int]], Sequence[Any]],
+        *,
+        batch_size: int = 64,
+    ) -> list[Any]:
+        """Return the value of every question; `answer` is called with the places of those that are not known yet.
+
+        `common` (weights, settings) and a question must be plain data: together they are the key. Values are kept after
+        every `batch_size` of them.
+        """
+        keys = [_hash(json.dumps([common, question], sort_keys=True, ensure_ascii=False)) for question in questions]
+        unknown = {key: place for place, key in reversed(list(enumerate(keys))) if key not in self._values}
+        places = sorted(unknown.values())
+        self.num_misses += len(places)
+        self.num_hits += len(keys) - len(places)
+        say = _Progress("questions answered", len(places))
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            new = {keys[place]: value for place, value in zip(batch, answer(batch), strict=True)}
+            self._values |= new
+            if self._store is not None:
+                self._store.put_all([(key, {"value": value}) for key, value in new.items()])
+            say(len(new))
+        return [self._values[key] for key in keys]
 
 
-class Desk:
-    """Takes questions for models, in one run."""
+class Asker:
+    """Asks models on behalf of one run, through its store: what was answered before is not asked again."""
 
     def __init__(self, name: str, store: Store, stop: Stop) -> None:
         self._name, self._store, self._stop = name, store, stop
@@ -156,56 +199,53 @@ class Desk:
     def write(
         self, model: Model, jobs: Sequence[Job], sampling: Sampling, *, kind: str, by: str, about: Sequence[About]
     ) -> list[Reply]:
-        """Return a text for each job. `kind`, `by` and `about` are kept beside it, for people to read.
+        """Write a text for each job. `kind`, `by` and `about` are kept beside it, for people to read.
 
         Raises what the model raises, and Stopped after a signal; all that was answered by then is kept.
         """
         keys = [
-            key_of(ask="write", model=model.identity, request=_digest(job.request), seed=job.seed, **asdict(sampling))
+            key_of(
+                ask="write", model=model.identity, request=key_of(**asdict(job.request)), seed=job.seed,
+                **asdict(sampling),
+            )
             for job in jobs
-        ]
-        first, known = self._look_up(keys)
-        if len(known) < len(first):
-            batches = model.write([jobs[place] for place in first], sampling, known)
-            self._keep(batches, keys, first, known, {"kind": kind, "by": by}, about)
+        ]  # fmt: skip
+        self._ask(keys, lambda places, known: model.write([jobs[place] for place in places], sampling, known),
+                  {"kind": kind, "by": by}, about)  # fmt: skip
         return [Reply.from_record(self._store.get(key) or {}) for key in keys]
 
     def decide(self, model: Model, requests: Sequence[Request], *, by: str, about: Sequence[About]) -> list[Verdict]:
-        """Return a verdict for each question; raises as `write` does."""
-        keys = [_verdict_key(model, request) for request in requests]
-        first, known = self._look_up(keys)
-        if len(known) < len(first):
-            batches = model.decide([requests[place] for place in first], known)
-            self._keep(batches, keys, first, known, {"kind": "label", "by": by}, about)
+        """Decide each question; raises as `write` does."""
+        self._ask(_decision_keys(model, requests),
+                  lambda places, known: model.decide([requests[place] for place in places], known),
+                  {"kind": "label", "by": by}, about)  # fmt: skip
         return self.known(model, requests)  # type: ignore[return-value]
 
     def known(self, model: Model, requests: Sequence[Request]) -> list[Verdict | None]:
-        """Return the verdicts that are there, None for the others; nobody is asked."""
-        records = [self._store.get(_verdict_key(model, request)) for request in requests]
+        """Look up the verdicts that are there, None for the others; nobody is asked."""
+        records = [self._store.get(key) for key in _decision_keys(model, requests)]
         return [None if record is None else Verdict.from_record(record) for record in records]
 
-    def _look_up(self, keys: Sequence[str]) -> tuple[list[int], frozenset[int]]:
-        """Return the places of the first of each key, and which of those have an answer, by their number."""
-        first: dict[str, int] = {}
-        for place, key in enumerate(keys):
-            first.setdefault(key, place)
-        return list(first.values()), frozenset(number for number, key in enumerate(first) if key in self._store)
-
-    def _keep(
+    def _ask(
         self,
-        batches: Iterator[list[tuple[int, _Answer]]],
         keys: Sequence[str],
-        asked: Sequence[int],
-        known: frozenset[int],
+        ask: Callable[[list[int], frozenset[int]], Iterator[list[tuple[int, _Answer]]]],
         facts: About,
         about: Sequence[About],
     ) -> None:
-        """Put answers into the store as they come; those that are there already stay."""
+        """Put answers into the store as they come. Equal questions are asked once; known ones are only told, for the
+        batches of a local model are those of the whole list."""
+        first: dict[str, int] = {}
+        for place, key in enumerate(keys):
+            first.setdefault(key, place)
+        asked = list(first.values())
+        known = frozenset(number for number, key in enumerate(first) if key in self._store)
+        if len(known) == len(asked):
+            return
         say = _Progress(f"{self._name}: {facts['kind']}", len(asked) - len(known))
-        for batch in batches:  # after a signal the model ends it, when what is under way has come
-            records = [(asked[at], answer) for at, answer in batch]
+        for batch in ask(asked, known):  # after a signal the model ends it, when what is under way has come
             self._store.put_all(
-                [(keys[place], {**facts, **about[place], **answer.to_record()}) for place, answer in records]
+                [(keys[asked[at]], {**facts, **about[asked[at]], **answer.to_record()}) for at, answer in batch]
             )
             say(sum(at not in known for at, _ in batch))
         self._stop.check()
@@ -221,7 +261,7 @@ class _Progress:
     def __call__(self, count: int) -> None:
         self._done += count
         now = time.monotonic()
-        if now - self._said >= _NOTE_SECONDS:
+        if self._done < self._total and now - self._said >= _NOTE_SECONDS:
             self._said = now
             rate = self._done / (now - self._began)
             left = (self._total - self._done) / rate
@@ -229,14 +269,14 @@ class _Progress:
 
 
 def seed_of(*parts: Any) -> int:
-    """Return a seed that depends on these parts only."""
+    """Derive a seed that depends on these parts only."""
     text = "\x1e".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=7).digest(), "little")
 
 
-def _verdict_key(model: Model, request: Request) -> str:
-    return key_of(ask="decide", model=model.identity, request=_digest(request))
+def _decision_keys(model: Model, requests: Sequence[Request]) -> list[str]:
+    return [key_of(ask="decide", model=model.identity, request=key_of(**asdict(request))) for request in requests]
 
 
-def _digest(request: Request) -> str:
-    return key_of(**asdict(request))
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

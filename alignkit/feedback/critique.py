@@ -16,7 +16,7 @@ from alignkit import console
 from alignkit.data import DataReport
 from alignkit.data.rows import Message
 from alignkit.errors import DataError, JudgeError
-from alignkit.feedback.cache import Desk, seed_of
+from alignkit.feedback.cache import Asker, seed_of
 from alignkit.feedback.constitution import Constitution, Principle
 from alignkit.feedback.examples import Examples
 from alignkit.feedback.inputs import CritiqueInput, replay_facts
@@ -59,12 +59,12 @@ class Critic:
     critiques: bool
 
 
-def revise(desk: Desk, critic: Critic, chains: Sequence[Chain], *, turn: int) -> list[Reply]:
+def revise(asker: Asker, critic: Critic, chains: Sequence[Chain], *, turn: int) -> list[Reply]:
     """Take every chain that goes on through one round; return what was written as revisions."""
     going = [chain for chain in chains if chain.problem is None]
     drawn = [critic.constitution.draw(seed=critic.seed, key=chain.prompted.key, turn=turn) for chain in going]
     if critic.critiques:
-        replies = _ask(desk, critic, going, drawn, turn, "critique", lambda chain, principle: ask_critique(
+        replies = _ask(asker, critic, going, drawn, turn, "critique", lambda chain, principle: ask_critique(
             chain.turns, principle, critic.examples, critic.quote
         ))  # fmt: skip
         for chain, reply in zip(going, replies, strict=True):
@@ -72,7 +72,7 @@ def revise(desk: Desk, critic: Critic, chains: Sequence[Chain], *, turn: int) ->
             chain.critique = reply.text
         kept = [place for place, chain in enumerate(going) if chain.problem is None]
         going, drawn = [going[place] for place in kept], [drawn[place] for place in kept]
-    replies = _ask(desk, critic, going, drawn, turn, "revision", lambda chain, principle: ask_revision(
+    replies = _ask(asker, critic, going, drawn, turn, "revision", lambda chain, principle: ask_revision(
         chain.turns, chain.critique, principle, critic.examples, critic.quote
     ))  # fmt: skip
     for chain, principle, reply in zip(going, drawn, replies, strict=True):
@@ -86,7 +86,7 @@ def revise(desk: Desk, critic: Critic, chains: Sequence[Chain], *, turn: int) ->
 
 
 def _ask(
-    desk: Desk,
+    asker: Asker,
     critic: Critic,
     chains: Sequence[Chain],
     drawn: Sequence[Principle],
@@ -102,7 +102,7 @@ def _ask(
         {"place": chain.prompted.place, "round": turn, "principle": principle.name}
         for chain, principle in zip(chains, drawn, strict=True)
     ]
-    return desk.write(critic.model, jobs, critic.sampling, kind=kind, by="generator", about=about)
+    return asker.write(critic.model, jobs, critic.sampling, kind=kind, by="generator", about=about)
 
 
 _SHOWN = 4  # chains whose texts stand in the report
@@ -193,17 +193,17 @@ class _Work:
 
     def do(self) -> None:
         """Ask for everything, round by round."""
-        session, critic, desk = self._session, self._critic, self._session.desk
+        session, critic, asker = self._session, self._critic, self._session.asker
         seed = session.stage.seed
         for prompted, (reply,) in zip(
             self._prompts,
-            sample_answers(desk, critic.model, self._prompts, critic.sampling, count=1, seed=seed, kind="sample"),
+            sample_answers(asker, critic.model, self._prompts, critic.sampling, count=1, seed=seed, kind="sample"),
             strict=True,
         ):
             self._replies.append(reply)
             self._chains.append(Chain(prompted, [reply.text], problem=self._check(reply)))
         for turn in range(self._options.rounds):
-            self._replies += revise(desk, critic, self._chains, turn=turn)
+            self._replies += revise(asker, critic, self._chains, turn=turn)
             answers = [chain.answers[-1] for chain in self._chains if chain.problem is None]
             session.log(turn + 1, chains=len(answers), mean_chars=_mean([len(text) for text in answers]))
         self._ask_helpful()
@@ -257,7 +257,7 @@ class _Work:
             return
         session, critic = self._session, self._critic
         answers = sample_answers(
-            session.desk, critic.model, self._helpful, critic.sampling,
+            session.asker, critic.model, self._helpful, critic.sampling,
             count=helpful.samples, seed=session.stage.seed, kind="helpful",
         )  # fmt: skip
         for prompted, replies in zip(self._helpful, answers, strict=True):

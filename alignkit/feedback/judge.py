@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from alignkit.data import Text
-from alignkit.feedback.cache import Desk, seed_of
+from alignkit.feedback.cache import Asker, seed_of
 from alignkit.feedback.constitution import Constitution, Principle
 from alignkit.feedback.examples import Examples
 from alignkit.feedback.prompts import (
@@ -110,10 +110,10 @@ class Judge:
     bounds: tuple[float, float] = (0.0, 1.0)
 
 
-def judge_all(desk: Desk, judge: Judge, pairings: Sequence[Pairing], *, by: str = "judge") -> list[Label]:
-    """Return a label for every pairing; raises what the desk raises."""
+def judge_all(asker: Asker, judge: Judge, pairings: Sequence[Pairing], *, by: str = "judge") -> list[Label]:
+    """Return a label for every pairing; raises what the asker raises."""
     asked = [_Asked(judge, pairing) for pairing in pairings]
-    return _collect(judge, asked, _decide(desk, judge, asked, by=by))
+    return _collect(judge, asked, _decide(asker, judge, asked, by=by))
 
 
 def list_requests(judge: Judge, pairings: Sequence[Pairing]) -> list[Request]:
@@ -121,12 +121,12 @@ def list_requests(judge: Judge, pairings: Sequence[Pairing]) -> list[Request]:
     return [request for pairing in pairings for request in _Asked(judge, pairing).requests(None)]
 
 
-def known_labels(desk: Desk, judge: Judge, pairings: Sequence[Pairing]) -> list[Label]:
+def known_labels(asker: Asker, judge: Judge, pairings: Sequence[Pairing]) -> list[Label]:
     """Return the labels of those pairings that have been judged; nobody is asked. Not for a judge that thinks."""
     if judge.thinks and judge.model.takes_prefill:
         return []
     asked = [_Asked(judge, pairing) for pairing in pairings]
-    verdicts = desk.known(judge.model, list_requests(judge, pairings))
+    verdicts = asker.known(judge.model, list_requests(judge, pairings))
     return [label for label in _collect(judge, asked, verdicts) if None not in label.verdicts]
 
 
@@ -184,7 +184,7 @@ class _Asked:
         ]
 
 
-def _decide(desk: Desk, judge: Judge, asked: Sequence[_Asked], *, by: str) -> list[Verdict]:
+def _decide(asker: Asker, judge: Judge, asked: Sequence[_Asked], *, by: str) -> list[Verdict]:
     thoughts: list[list[str] | None] = [None] * len(asked)
     if judge.thinks and judge.model.takes_prefill:
         jobs = [
@@ -193,11 +193,11 @@ def _decide(desk: Desk, judge: Judge, asked: Sequence[_Asked], *, by: str) -> li
             for number, request in enumerate(item.thoughts())
         ]
         about = [facts for item in asked for facts in item.about()]
-        replies = iter(desk.write(judge.model, jobs, judge.thoughts, kind="thoughts", by=by, about=about))
+        replies = iter(asker.write(judge.model, jobs, judge.thoughts, kind="thoughts", by=by, about=about))
         thoughts = [[next(replies).text for _ in item.shown] for item in asked]
     requests = [request for item, said in zip(asked, thoughts, strict=True) for request in item.requests(said)]
     about = [facts for item in asked for facts in item.about()]
-    return desk.decide(judge.model, requests, by=by, about=about)
+    return asker.decide(judge.model, requests, by=by, about=about)
 
 
 def _collect(judge: Judge, asked: Sequence[_Asked], verdicts: Sequence[Verdict | None]) -> list[Label]:

@@ -17,7 +17,7 @@ from typing import Any
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.files import display_name
 from alignkit.errors import DataError
-from alignkit.feedback.cache import Desk, key_of
+from alignkit.feedback.cache import Asker, key_of
 from alignkit.feedback.constitution import COMPARISON_FRAME
 from alignkit.feedback.judge import Judge, Label, Pairing, judge_all
 from alignkit.feedback.prompts import conversation, read_text
@@ -150,9 +150,9 @@ def read_labelled(stage: Stage, sources: Sequence[DataSource], rejects: Rejects)
     return found
 
 
-def measure(desk: Desk, judge: Judge, pairings: Sequence[Pairing]) -> dict[str, Any]:
+def measure(asker: Asker, judge: Judge, pairings: Sequence[Pairing]) -> dict[str, Any]:
     """Return accuracy with its 95 % interval, calibration and order consistency; both orders of each are asked."""
-    labels = judge_all(desk, replace(judge, orders="both", bounds=(0.0, 1.0)), pairings, by="check")
+    labels = judge_all(asker, replace(judge, orders="both", bounds=(0.0, 1.0)), pairings, by="check")
     return describe_accuracy(labels)
 
 

@@ -166,7 +166,7 @@ class _Work:
 
     def do(self) -> None:
         """Sample, judge, ask for second opinions, and measure the judge."""
-        session, desk = self._session, self._session.desk
+        session, asker = self._session, self._session.asker
         self._pairings = pair_given(self._given.rows) if self._given.is_given else self._pair_sampled()
         if not self._pairings:
             raise DataError([*session.rejects.first] or "there is nothing to compare", where=session.stage.recipe_path)
@@ -176,10 +176,10 @@ class _Work:
             return
         assert self._judge is not None
         if self._given.check:  # first: a judge that is no good is seen before it is paid for
-            self._accuracy = measure(desk, self._judge, self._given.check)
+            self._accuracy = measure(asker, self._judge, self._given.check)
             self._say_accuracy(self._accuracy)
             began = session.seconds
-        self._labels = judge_all(desk, self._judge, self._pairings)
+        self._labels = judge_all(asker, self._judge, self._pairings)
         self._judging_seconds = session.seconds - began
         self._ask_again()
 
@@ -187,7 +187,7 @@ class _Work:
         """Write the rows and the report of what has been judged; return the report."""
         session = self._session
         if not complete and self._judge is not None and not self._labels:
-            self._labels = known_labels(session.desk, self._judge, self._pairings)
+            self._labels = known_labels(session.asker, self._judge, self._pairings)
         count = session.write_rows(make_rows(self._labels, self._given.mix, hard=self._options.hard))
         session.write_rows((label.to_dict() for label in self._labels), LABELS)
         report = self._describe(count, complete=complete)
@@ -234,7 +234,7 @@ class _Work:
         prompts = list_prompts(self._given.rows, session.rejects, model.control_tokens)
         sampling = Sampling(options.temperature, options.max_new_tokens)
         replies = sample_answers(
-            session.desk, model, prompts, sampling, count=options.answers, seed=session.stage.seed, kind="answer"
+            session.asker, model, prompts, sampling, count=options.answers, seed=session.stage.seed, kind="answer"
         )
         self._cut_off = _share([not reply.ended for own in replies for reply in own])
         return pair_sampled(prompts, replies, session.rejects, model.control_tokens)
@@ -246,7 +246,7 @@ class _Work:
             return
         chosen = self._labels[: min(_SECOND_OPINIONS, len(self._labels) // 10)]
         others = [replace(label.pairing, turn=self._find_other(label)) for label in chosen]
-        again = judge_all(self._session.desk, self._judge, others)
+        again = judge_all(self._session.asker, self._judge, others)
         pairs = zip(chosen, again, strict=True)
         self._second_opinions = [(one, other) for one, other in pairs if one.principle != other.principle]
 

@@ -20,7 +20,7 @@ from alignkit.data import DataReport, Rejects, Row, Text, find_control_tokens
 from alignkit.data.hashes import prompt_key
 from alignkit.data.rows import Message, take_prompt
 from alignkit.errors import DataError
-from alignkit.feedback.cache import Desk, Store, seed_of
+from alignkit.feedback.cache import Asker, Store, seed_of
 from alignkit.feedback.prompts import ask_answer
 from alignkit.feedback.writer import Job, Model, Reply, Sampling
 from alignkit.recipe.stage import Stage
@@ -46,8 +46,8 @@ class Session:
     began: float = field(default_factory=time.monotonic)
 
     @property
-    def desk(self) -> Desk:
-        return Desk(self.stage.name, self.store, self.stop)
+    def asker(self) -> Asker:
+        return Asker(self.stage.name, self.store, self.stop)
 
     @property
     def seconds(self) -> float:
@@ -161,7 +161,7 @@ def list_prompts(rows: Iterable[Row], rejects: Rejects, control_tokens: Sequence
 
 
 def sample_answers(
-    desk: Desk, model: Model, prompts: Sequence[Prompted], sampling: Sampling, *, count: int, seed: int, kind: str
+    asker: Asker, model: Model, prompts: Sequence[Prompted], sampling: Sampling, *, count: int, seed: int, kind: str
 ) -> list[list[Reply]]:
     """Return `count` answers to each prompt."""
     jobs, about = [], []
@@ -170,7 +170,7 @@ def sample_answers(
         for number in range(count):
             jobs.append(Job(request, seed_of(seed, kind, number, prompted.key)))
             about.append({"place": prompted.place, "number": number})
-    replies = desk.write(model, jobs, sampling, kind=kind, by="generator", about=about)
+    replies = asker.write(model, jobs, sampling, kind=kind, by="generator", about=about)
     return [replies[start : start + count] for start in range(0, len(replies), count)]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
+from urllib.parse import urlsplit
 
 from alignkit.errors import JudgeError, UsageError
 from alignkit.feedback.prompts import Request
@@ -280,3 +281,13 @@ def spent_before(source: FeedbackModel, records: Iterable[dict[str, Any]], by: C
                 spending.retries[cause] += count
                 spending.requests += count
     return spending
+
+
+def describe_model(model: FeedbackModel, stage: Stage) -> str:
+    """Return in words what answers or judges; of an address only its host."""
+    if model.url is not None:
+        return f"{model.name} at {urlsplit(model.url).netloc}"
+    if model.replay is not None:
+        return f"the labels of {model.replay}"
+    assert model.model is not None
+    return stage.source_stages.get(model.model, model.model)

@@ -25,10 +25,10 @@ from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.preflight.check import check_packages
 from alignkit.preflight.feedback import require_feedback
 from alignkit.preflight.lineage import list_data, require_made, without_unmade
-from alignkit.preflight.rewards import require_rewards
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK, DataSource
+from alignkit.rewards.kinds import check_rewards
 from alignkit.runs.directory import RunDir, open_run, refuse_foreign, set_aside
 from alignkit.runs.record import record_warnings
 
@@ -48,7 +48,7 @@ def check_first(stage: Stage, *, coming: Collection[str] = ()) -> None:
     EnvironmentProblem.
     """
     require_made(stage, coming=coming)
-    require_rewards(stage, coming=coming)
+    check_rewards(stage, coming=coming)
     require_feedback(stage, coming=coming)
     if stage.start_stage is None or stage.start_stage not in coming:
         _inspect_weights(stage)

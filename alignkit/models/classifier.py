@@ -127,12 +127,6 @@ def _load_full(source: str, config: PreTrainedConfig, *, device: str, trust_code
     return keep_four_bit_layout(loaded)
 
 
-def name_source(source: str) -> str:
-    """Return a short name for a model in metrics: of runs/NAME/STAGE/model the stage, else the last part."""
-    parts = [part for part in Path(source).parts if part not in ("/", "model")]
-    return parts[-1] if parts else source
-
-
 ScoreIds = Callable[[list[list[int]]], Tensor]
 _BATCH_SIZE = 16
 

@@ -19,12 +19,12 @@ from alignkit.preflight.disk import checkpoint_bytes, require_space
 from alignkit.preflight.doctor import Table
 from alignkit.preflight.feedback import describe_evaluation, describe_feedback, require_feedback
 from alignkit.preflight.lineage import list_data, list_needs, without_unmade
-from alignkit.preflight.rewards import describe_reward, list_sources
 from alignkit.preflight.rows import describe_rows, find_doubts
 from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
 from alignkit.recipe.optimizers import find_optimizer
 from alignkit.recipe.schema import FEEDBACK, LabelOptions, PpoOptions
+from alignkit.rewards.kinds import describe_reward, list_sources
 from alignkit.runs.form import form_of, require_form
 
 if TYPE_CHECKING:

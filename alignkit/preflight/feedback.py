@@ -16,6 +16,7 @@ from alignkit.errors import EnvironmentProblem, ModelError, Problem, RecipeError
 from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.examples import load_examples
 from alignkit.feedback.server import find_key
+from alignkit.feedback.writer import describe_model
 from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.recipe import Recipe, Stage
 from alignkit.recipe.nearest import suggest
@@ -80,16 +81,6 @@ def describe_evaluation(recipe: Recipe) -> dict[str, str]:
     principles = load_constitution(constitution, needs="comparison").principles
     who = judge.model or f"{judge.name} at {urlsplit(judge.url or '').netloc}"
     return {"judge": who, "principles": str(len(principles))}
-
-
-def describe_model(model: FeedbackModel, stage: Stage) -> str:
-    """Return in words what answers or judges; of an address only its host."""
-    if model.url is not None:
-        return f"{model.name} at {urlsplit(model.url).netloc}"
-    if model.replay is not None:
-        return f"the labels of {model.replay}"
-    assert model.model is not None
-    return stage.source_stages.get(model.model, model.model)
 
 
 def _list_checks(stage: Stage, coming: Collection[str]) -> Iterator[Callable[[], object]]:

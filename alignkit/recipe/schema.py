@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Method = Literal["sft", "rm", "dpo", "ppo", "critique", "label"]
 FEEDBACK = ("critique", "label")  # these make rows; they train nothing
-BUILTIN_CONSTITUTIONS = ("builtin:harmlessness", "builtin:helpfulness", "builtin:positive-reviews")
+_ROOMS = Path(__file__).parents[1]
+# A constitution is a file of this directory.
+BUILTIN_CONSTITUTIONS = tuple(
+    f"builtin:{path.stem}" for path in sorted(_ROOMS.joinpath("feedback", "constitutions").glob("*.yaml"))
+)
 BUILTIN_REWARD = "builtin:true-reward"  # the toy world's own sentiment, as a reward or as gold
 
 
@@ -646,7 +650,12 @@ OPTIONS: dict[str, type[StageOptions]] = {
 }  # fmt: skip
 
 
-Metric = Literal["perplexity", "pairs", "answers", "kl", "overlap", "win_rate", "best_of", "frontier", "tasks"]
+# A metric is a file of this directory; nothing is imported to know its name.
+METRICS = tuple(path.stem for path in sorted(_ROOMS.joinpath("evaluate", "metrics").glob("[a-z]*.py")))
+if TYPE_CHECKING:
+    Metric = str
+else:
+    Metric = Literal[METRICS]
 
 
 class FrontierOptions(_Section):

@@ -1,1 +1,1 @@
-"""What scores an answer: classifiers, functions, judges and the toy world."""
+"""What scores an answer, for ppo, gold, best-of-N, win rates and evaluation: one class a kind, listed in `kinds`."""

@@ -1,7 +1,6 @@
 """A Python function as a reward: found by its import path, called under a time limit, its answer checked.
 
-Deliberately knows nothing of torch or of models. Every way in which such a function can go wrong is one message that
-names the function and the answer.
+Every way in which such a function can go wrong is one message that names the function and the answer.
 """
 
 from __future__ import annotations
@@ -17,13 +16,15 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import NonFiniteError, RewardError
 from alignkit.recipe import Stage
 from alignkit.recipe.nearest import suggest
+from alignkit.recipe.schema import RewardSource
+from alignkit.rewards.base import Answers, Workspace
 
 _IMPORT_SECONDS = 120.0
 _AGAIN_SECONDS = 1.0  # a function that swallows the interruption is interrupted again
@@ -33,13 +34,57 @@ class _TimeUp(BaseException):
     """The time is over; no `except Exception` of a reward function catches it."""
 
 
-class RewardFunction:
-    """A function that is ready to be called, with a name and a place for messages."""
+class FunctionReward:
+    """A Python function of prompts, answers and the rows' columns that it has parameters for."""
 
-    def __init__(self, path: str, function: Callable[..., Any], *, seconds: float, where: str | None) -> None:
-        self.path, self.seconds, self.where = path, seconds, where
-        self._function = function
-        self._accepted = _list_parameters(function)
+    def __init__(self, source: RewardSource, space: Workspace) -> None:
+        """Import `pkg.module:name` from sys.path or the recipe's directory.
+
+        Raises RewardError without --trust-code, and for a module or a name that is not there.
+        """
+        self.path, self.where, self._once = str(source.function), space.where, space.once
+        _require_trust(self.path, allowed=space.trust_code, where=self.where)
+        self.name = self.path.rpartition(":")[2]
+        options = space.stage.options if space.stage else None
+        self.seconds = float(getattr(options, "reward_timeout", 60.0))
+        self._function = _import(self.path, space.folder, self.where)
+        self._accepted = _list_parameters(self._function)
+
+    def score(self, answers: Answers) -> list[float]:
+        """Call it, once for all processes: a function may look at the answers together, or count its calls."""
+        if not answers.prompts:
+            return []
+        found: list[float] = self._once(lambda: self(answers.prompts, answers.completions, answers.columns))
+        return found
+
+    @staticmethod
+    def takes(source: RewardSource) -> bool:
+        return source.function is not None
+
+    @staticmethod
+    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
+        _require_trust(str(source.function), allowed=stage.trust_code, where=stage.where(f"{stage.name}.{key}"))
+
+    @staticmethod
+    def describe(source: RewardSource, stage: Stage, key: str) -> str:
+        folder, where = Path(stage.recipe_path).resolve().parent, stage.where(f"{stage.name}.{key}")
+        FunctionReward(source, Workspace(trust_code=stage.trust_code, folder=folder, where=where, stage=stage))
+        return f"function {source.function}"
+
+    @staticmethod
+    def fingerprint(source: RewardSource, stage: Stage) -> str | None:
+        """Hash the file the function is in; None where it has no file, or code is not allowed."""
+        if not stage.trust_code:
+            return None
+        folder = str(Path(stage.recipe_path).resolve().parent)
+        if folder not in sys.path:
+            sys.path.append(folder)
+        try:
+            spec = importlib.util.find_spec(str(source.function).partition(":")[0])
+        except (ImportError, ValueError, AttributeError):
+            return None  # opening it says what is wrong
+        file = Path(spec.origin) if spec is not None and spec.origin else None
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file and file.is_file() else None
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
@@ -99,19 +144,20 @@ class RewardFunction:
         return RewardError(f"the reward function {self.path} {what}", where=self.where)
 
 
-def load_function(stage: Stage, path: str, *, key: str) -> RewardFunction:
-    """Import `pkg.module:name` from sys.path or the recipe's directory; `key` is where the recipe names it.
-
-    Raises RewardError without --trust-code, and for a module or a name that is not there.
-    """
-    where = stage.where(f"{stage.name}.{key}")
-    require_trust(stage, path, where=where)
-    seconds = float(getattr(stage.options, "reward_timeout", 60.0))
-    return import_function(path, folder=Path(stage.recipe_path).resolve().parent, seconds=seconds, where=where)
+def is_function(source: str) -> bool:
+    """Tell `pkg.module:name` from a path or a hub id."""
+    module, colon, name = source.partition(":")
+    parts = module.split(".")
+    return bool(colon) and module != "builtin" and name.isidentifier() and all(part.isidentifier() for part in parts)
 
 
-def import_function(path: str, *, folder: Path, seconds: float, where: str | None) -> RewardFunction:
-    """Import `pkg.module:name` from sys.path or `folder`, trusted already; raises RewardError when it is not there."""
+def _require_trust(path: str, *, allowed: bool, where: str | None) -> None:
+    if not allowed:
+        what = f"the reward function {path} is code, which a recipe cannot allow; read it, and give --trust-code on the"
+        raise RewardError(f"{what} command line", where=where)
+
+
+def _import(path: str, folder: Path, where: str | None) -> Callable[..., Any]:
     module_name, _, name = path.partition(":")
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # last: it must not hide a library
@@ -129,37 +175,12 @@ def import_function(path: str, *, folder: Path, seconds: float, where: str | Non
         what = f"importing {module_name} raised {_describe(error)}"
         raise RewardError(f"the reward function {path}: {what}", where=where) from error
     function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        hint = suggest(name, known) or (f"; it has {', '.join(known[:8])}" if known else "")
-        state = "is not a function" if hasattr(module, name) else "is not there"
-        raise RewardError(f"the reward function {path}: {name} {state} in {module_name}{hint}", where=where)
-    return RewardFunction(path, function, seconds=seconds, where=where)
-
-
-def require_trust(stage: Stage, path: str, *, where: str | None) -> None:
-    """Raise RewardError unless the person at the keyboard allowed code."""
-    if not stage.trust_code:
-        raise RewardError(
-            f"the reward function {path} is code, which a recipe cannot allow; read it, and give --trust-code on the "
-            "command line",
-            where=where,
-        )
-
-
-def hash_function(stage: Stage, path: str) -> str | None:
-    """Fingerprint the file a function is in; None where it has no file, or code is not allowed."""
-    if not stage.trust_code:
-        return None
-    folder = str(Path(stage.recipe_path).resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    try:
-        spec = importlib.util.find_spec(path.partition(":")[0])
-    except (ImportError, ValueError, AttributeError):
-        return None  # `load_function` says what is wrong
-    source = Path(spec.origin) if spec is not None and spec.origin else None
-    return hashlib.blake2b(source.read_bytes(), digest_size=16).hexdigest() if source and source.is_file() else None
+    if callable(function):
+        return function
+    known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+    hint = suggest(name, known) or (f"; it has {', '.join(known[:8])}" if known else "")
+    state = "is not a function" if hasattr(module, name) else "is not there"
+    raise RewardError(f"the reward function {path}: {name} {state} in {module_name}{hint}", where=where)
 
 
 def _list_parameters(function: Callable[..., Any]) -> dict[str, bool] | None:

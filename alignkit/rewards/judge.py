@@ -1,114 +1,129 @@
-"""A judge as the reward of PPO: how much better it finds an answer than the answer the policy began with.
-
-The question is the labels' own, so that one judge and one format of prompts serve both; an absolute question would
-need another wording of every principle, and a judge trained for it. The baseline is the greedy answer of the model that
-PPO starts from: an answer as good as that is worth 0. The reward is the log-odds of the judge, both orders averaged, so
-that a preference for a place takes no part in it. Everything asked is kept: nothing is asked twice.
-"""
+"""A language model that judges as the reward of PPO."""
 
 from __future__ import annotations
 
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from alignkit.data import Text
 from alignkit.errors import JudgeError, RewardError
-from alignkit.feedback.cache import Desk, Store
+from alignkit.feedback.cache import Asker, Store
 from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.examples import Examples
 from alignkit.feedback.judge import Judge, Pairing, judge_all
 from alignkit.feedback.prompts import Quoter, ask_answer, read_text
 from alignkit.feedback.replay import pair_key
-from alignkit.feedback.writer import Job, Model, Sampling, open_model, own_model, spent_before
-from alignkit.recipe.schema import FeedbackModel, PpoOptions
-from alignkit.recipe.stage import Stage
+from alignkit.feedback.writer import Job, Model, Sampling, describe_model, open_model, own_model, spent_before
+from alignkit.models.files import find_model_dir, fingerprint_weights
+from alignkit.recipe import Stage
+from alignkit.recipe.schema import FeedbackModel, PpoOptions, RewardSource
+from alignkit.rewards.base import Answers, Workspace
 from alignkit.runs.stop import Stop
 
 STORE = "judged.jsonl"
 _WORST = 1e-4  # a probability from which the log-odds go no further: 9.2 nats
-_BATCH = 16
-
-Reward = Callable[[Sequence[Text], Sequence[Text]], list[float]]
 
 
 class JudgeReward:
-    """Call it with prompts and answers, as rows have them; it returns one number for each.
+    """How much better a judge finds an answer than the greedy answer of the model that PPO starts from: log-odds.
 
-    An empty answer is not put to the judge: it gets the lowest reward there is. So does one that the judge abstains
-    from, or that is too long for it: it must not pay to confuse the judge.
+    The question is that of labels, so that one judge and one format of prompts serve both; both orders are averaged, so
+    that a preference for a place takes no part. An answer as good as the baseline is worth 0. An empty answer is not
+    put to the judge: it gets the lowest reward there is. So does one that the judge abstains from, or that is too long
+    for it: it must not pay to confuse the judge. What was asked is kept in judged.jsonl of the run, and not asked
+    again.
     """
 
-    def __init__(self, desk: Desk, judge: Judge, baseline: Model, *, max_new_tokens: int) -> None:
-        self._desk, self._judge, self._baseline = desk, judge, baseline
-        self._sampling = Sampling(0.0, max_new_tokens)
+    name = "judge"
 
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
-        """Return the rewards; raises JudgeError when the judge gave up, or abstains from everything."""
-        answers = [read_text(completion).strip() for completion in completions]
-        asked = [place for place, answer in enumerate(answers) if answer]
-        baselines = self._answer([prompts[place] for place in asked])
-        pairings = [
-            Pairing(prompts[place], answers[place], base, "", pair_key(prompts[place], answers[place], base))
-            for place, base in zip(asked, baselines, strict=True)
-        ]
-        labels = judge_all(self._desk, self._judge, pairings)
+    def __init__(self, source: RewardSource, space: Workspace) -> None:
+        """Open the judge, in the one process that asks.
+
+        Raises RecipeError for a constitution that cannot be used, ModelError or EnvironmentProblem for a judge.
+        """
+        stage, judge = space.stage, source.judge
+        assert judge is not None
+        if stage is None:
+            raise RewardError("a judge compares; name it as the judge of a win rate", where=space.where)
+        if judge.replay is not None:
+            what = "published labels cannot judge new answers; give the judge a model or a url"
+            raise RewardError(what, where=space.where)
+        self._stage, self._once = stage, space.once
+        self._sampling = Sampling(0.0, stage.expect(PpoOptions).max_new_tokens)
+        self._constitution, self._source = source.constitution or (), judge
+        space.once(self._open)
+
+    def score(self, answers: Answers) -> list[float]:
+        """Ask once for all processes; raises JudgeError when the judge gave up, or abstains from everything."""
+        found: list[float] = self._once(lambda: self._ask(answers))
+        return found
+
+    def _open(self) -> None:
+        stage, stop = self._stage, Stop()
+        if threading.current_thread() is threading.main_thread():
+            stop.listen()
+        rank = os.environ.get("RANK", "0")
+        directory = Path(stage.run_dir).expanduser().absolute()
+        store = Store(directory / (STORE if rank == "0" else f"judged-rank-{rank}.jsonl"))
+
+        def open_source(source: FeedbackModel, by: str) -> Model:
+            return open_model(
+                source, stop=stop, spending=spent_before(source, store.values(), (by,)), device=stage.launch.device,
+                batch_size=16, trust_code=stage.trust_code,
+            )  # fmt: skip
+
+        own, judge = own_model(stage), self._source
+        principles = load_constitution(self._constitution, needs="comparison")
+        self._baseline = open_source(own, "generator")
+        model = self._baseline if judge.model == own.model else open_source(judge, "judge")
+        self._judge = Judge(model, principles, Examples(), Quoter(model.control_tokens), stage.seed)
+        self._asker = Asker(stage.name, store, stop)
+
+    def _ask(self, answers: Answers) -> list[float]:
+        texts = [read_text(completion).strip() for completion in answers.completions]
+        asked = [place for place, text in enumerate(texts) if text]
+        jobs = [Job(ask_answer(answers.prompts[place]), 0) for place in asked]
+        about: list[dict[str, Any]] = [{} for _ in jobs]
+        replies = self._asker.write(self._baseline, jobs, self._sampling, kind="baseline", by="generator", about=about)
+        pairings = []
+        for place, reply in zip(asked, replies, strict=True):
+            shown = answers.prompts[place], texts[place], reply.text.strip()
+            pairings.append(Pairing(*shown, "", pair_key(*shown)))
+        labels = judge_all(self._asker, self._judge, pairings)
         if labels and all(label.p_first is None for label in labels):
             raise JudgeError(f"the judge abstains from all {len(labels)} answers: {labels[0].problem}")
-        rewards = [log_odds(0.0)] * len(answers)
+        rewards = [log_odds(0.0)] * len(texts)
         for place, label in zip(asked, labels, strict=True):
             values = [log_odds(value) for value in label.orders if value is not None]
             if values and label.p_first is not None:
                 rewards[place] = sum(values) / len(values)
         return rewards
 
-    def _answer(self, prompts: Sequence[Text]) -> list[str]:
-        """Return the greedy answer of the baseline to each prompt."""
-        jobs = [Job(ask_answer(prompt), 0) for prompt in prompts]
-        about: list[dict[str, Any]] = [{} for _ in jobs]
-        replies = self._desk.write(self._baseline, jobs, self._sampling, kind="baseline", by="generator", about=about)
-        return [reply.text.strip() for reply in replies]
+    @staticmethod
+    def takes(source: RewardSource) -> bool:
+        return source.judge is not None
+
+    @staticmethod
+    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
+        """Nothing here: judges are checked with all that is asked for feedback (`preflight.feedback`)."""
+
+    @staticmethod
+    def describe(source: RewardSource, stage: Stage, key: str) -> str:
+        assert source.judge is not None
+        return f"judged by {describe_model(source.judge, stage)}"
+
+    @staticmethod
+    def fingerprint(source: RewardSource, stage: Stage) -> str:
+        assert source.judge is not None and source.constitution is not None
+        judge = find_model_dir(source.judge.model) if source.judge.model is not None else None
+        principles = load_constitution(source.constitution, needs="comparison").fingerprint
+        return principles + (fingerprint_weights(judge) if judge else "")
 
 
 def log_odds(p: float) -> float:
-    """Return log(p / (1 - p)), bounded: one sure judgement must not drown all others."""
+    """Compute log(p / (1 - p)), bounded: one sure judgement must not drown all others."""
     p = min(max(p, _WORST), 1.0 - _WORST)
     return math.log(p / (1.0 - p))
-
-
-def build_reward(
-    stage: Stage,
-    judge: FeedbackModel,
-    constitution: str | Sequence[str],
-    directory: Path,
-    *,
-    where: str | None = None,
-) -> Reward:
-    """Return the reward that a judge gives in a ppo stage; what it says is kept in `<directory>/judged.jsonl`.
-
-    Raises RecipeError for a constitution that cannot be used, ModelError or EnvironmentProblem for a judge.
-    """
-    options = stage.expect(PpoOptions)
-    if judge.replay is not None:
-        raise RewardError("published labels cannot judge new answers; give the judge a model or a url", where=where)
-    principles = load_constitution(constitution, needs="comparison")
-    stop = Stop()
-    if threading.current_thread() is threading.main_thread():
-        stop.listen()
-    rank = os.environ.get("RANK", "0")
-    store = Store(directory / (STORE if rank == "0" else f"judged-rank-{rank}.jsonl"))  # each process writes its own
-
-    def open_source(source: FeedbackModel, by: str) -> Model:
-        return open_model(
-            source, stop=stop, spending=spent_before(source, store.values(), (by,)), device=stage.launch.device,
-            batch_size=_BATCH, trust_code=stage.trust_code,
-        )  # fmt: skip
-
-    own = own_model(stage)
-    baseline = open_source(own, "generator")
-    model = baseline if judge.model == own.model else open_source(judge, "judge")
-    asked = Judge(model, principles, Examples(), Quoter(model.control_tokens), stage.seed)
-    return JudgeReward(Desk(stage.name, store, stop), asked, baseline, max_new_tokens=options.max_new_tokens)

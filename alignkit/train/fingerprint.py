@@ -5,25 +5,22 @@ A run keeps its fingerprint in stage.json. Deliberately without torch: `alignkit
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.load import first_rows
-from alignkit.feedback.constitution import load_constitution
-from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights
+from alignkit.models.files import find_model_dir, fingerprint_weights
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
-from alignkit.rewards.function import hash_function
+from alignkit.rewards.kinds import fingerprint_rewards
 from alignkit.runs.directory import RunDir, list_changes
 from alignkit.runs.files import read_json
 
 
 def fingerprint_stage(stage: Stage) -> dict[str, Any]:
     """Return all that recipe and model files tell: values in force, weights started from, rewards."""
-    return {**stage.fingerprint_values(), "start_weights": _hash_start(stage), **hash_rewards(stage)}
+    return {**stage.fingerprint_values(), "start_weights": _hash_start(stage), **fingerprint_rewards(stage)}
 
 
 def unread(run: RunDir) -> dict[str, Any]:
@@ -66,26 +63,3 @@ def hash_data(stage: Stage) -> str:
         for _ in read_rows(stage, group, report=report, rejects=rejects):
             pass
     return report.fingerprint
-
-
-def hash_rewards(stage: Stage) -> dict[str, Any]:
-    """Return what the fingerprint of a stage holds of its rewards: the bytes of models and of functions' files."""
-    if not isinstance(stage.options, PpoOptions):
-        return {}
-    return {"reward_weights": [_hash(stage, source) for source in stage.options.reward]}
-
-
-def _hash(stage: Stage, source: RewardSource) -> str | None:
-    if source.function is not None:
-        return hash_function(stage, source.function)
-    if source.judge is not None and source.constitution is not None:
-        judge = find_model_dir(source.judge.model) if source.judge.model is not None else None
-        principles = load_constitution(source.constitution, needs="comparison").fingerprint
-        return principles + (fingerprint_weights(judge) if judge else "")
-    assert source.model is not None
-    directory = None if source.model == BUILTIN_REWARD else find_model_dir(source.model)
-    if directory is None:
-        return None
-    norm = directory / REWARD_NORM
-    extra = hashlib.blake2b(norm.read_bytes(), digest_size=16).hexdigest() if norm.is_file() else ""
-    return fingerprint_weights(directory) + extra

@@ -1,4 +1,4 @@
-"""The reward of an answer: reward models, functions, judges and the toy world's own, as one weighted sum.
+"""The reward of a rollout: all sources of a ppo stage as one weighted sum.
 
 Normalisation on the starting policy, clipping, the penalty for a missing end and the KL are not here: they change what
 a score means for the policy, not what the sources say.
@@ -14,18 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignkit.data import true_reward
 from alignkit.errors import ModelError, NonFiniteError, RewardError
 from alignkit.models.chat import Chat
-from alignkit.models.classifier import Classifier, ScoreIds, load_classifier, name_source, read_norm, scorer
+from alignkit.models.classifier import Classifier, ScoreIds
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import BUILTIN_REWARD, RewardSource
-from alignkit.rewards.function import load_function
+from alignkit.recipe.schema import RewardSource
+from alignkit.rewards.base import Reward, Workspace
+from alignkit.rewards.classifier import ClassifierReward
+from alignkit.rewards.kinds import open_reward
 from alignkit.train import ranks
-from alignkit.train.reward_model import ModelReward, choose_encoder
 from alignkit.train.rollout import Rollout
-
-Score = Callable[[Rollout], Tensor]
 
 
 @dataclass
@@ -37,28 +35,22 @@ class Scored:
 
 
 class Rewards:
-    """All sources of a reward; call it with a rollout."""
+    """All sources of a reward; call it with a rollout. `modules` are the models that were loaded for it."""
 
-    def __init__(self, sources: Mapping[str, tuple[Score, float]]) -> None:
-        self._sources = dict(sources)
+    def __init__(self, sources: Mapping[str, tuple[Reward, float]], modules: Sequence[nn.Module] = ()) -> None:
+        self._sources, self.modules = dict(sources), list(modules)
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the parts, as metrics call them."""
+        """The names of the parts in metrics."""
         return list(self._sources)
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """Return the models that were loaded for it."""
-        scores = [score for score, _ in self._sources.values()]
-        return [score.module for score in scores if isinstance(score, ModelReward) and score.module is not None]
 
     def __call__(self, rollout: Rollout) -> Scored:
         """Score every answer; raises RewardError or NonFiniteError with the source and the answer."""
         total_B = torch.zeros(len(rollout))
         parts = {}
-        for name, (score, weight) in self._sources.items():
-            part_B = score(rollout).float()
+        for name, (reward, weight) in self._sources.items():
+            part_B = torch.tensor(reward.score(rollout), dtype=torch.float32)
             if not bool(part_B.isfinite().all()):
                 number = int((~part_B.isfinite()).nonzero()[0])
                 raise NonFiniteError(
@@ -79,89 +71,70 @@ def build_rewards(
     device: str = "auto",
     held: Mapping[int, tuple[Classifier, ScoreIds]] | None = None,
 ) -> Rewards:
-    """Return what scores the answers of a stage; `key` is reward or gold, for messages.
+    """Open what scores the answers of a stage; `key` is reward or gold, for messages.
 
     `held` gives, by their place in `sources`, the models that the caller holds on the policy's base: nothing is loaded
     for them. Raises RewardError or ModelError with the place in the recipe.
     """
-    built: dict[str, tuple[Score, float]] = {}
-    for place, source in enumerate(sources):
-        score = _build(stage, source, chat, key=key, device=device, held=(held or {}).get(place))
-        built[_unique(_name(stage, source), built)] = (score, source.weight)
-    return Rewards(built)
-
-
-def _build(
-    stage: Stage,
-    source: RewardSource,
-    chat: Chat,
-    *,
-    key: str,
-    device: str,
-    held: tuple[Classifier, ScoreIds] | None,
-) -> Score:
-    if source.function is not None:
-        function = load_function(stage, source.function, key=key)
-        # Once for all ranks: a function may look at the answers together, or count its calls.
-        return lambda rollout: torch.tensor(
-            ranks.once(lambda: function(rollout.prompts, rollout.completions, rollout.columns))
-        )
-    if source.judge is not None:
-        return _build_judge(stage, source, key=key)
-    assert source.model is not None
-    if source.model == BUILTIN_REWARD:
-        return _score_truly
-    name = _name(stage, source)
-    try:
-        norm = read_norm(source.model)
-        classifier = held[0] if held else load_classifier(source.model, device=device, trust_code=stage.trust_code)
-    except ModelError as error:
-        where = stage.where(f"{stage.name}.{key}")
-        raise RewardError(f"{stage.name}.{key}: {error}", where=where) from error
-    encode = choose_encoder(classifier, chat, name=name)
-    score_ids, module = (held[1], None) if held else (scorer(classifier), classifier.model)
-    return ModelReward(score_ids, encode, norm, limit=classifier.positions, name=name, module=module)
-
-
-def _build_judge(stage: Stage, source: RewardSource, *, key: str) -> Score:
-    """Return the score of a judge, which rank 0 alone holds and asks: nothing is asked, or paid for, twice."""
-    from alignkit.rewards.judge import build_reward  # with a judge alone: its libraries are not everybody's
-
-    assert source.judge is not None and source.constitution is not None
     where = stage.where(f"{stage.name}.{key}")
-    directory = Path(stage.run_dir).expanduser().absolute()
-    asked = build_reward(stage, source.judge, source.constitution, directory, where=where) if ranks.is_main() else None
-
-    def ask(rollout: Rollout) -> list[float]:
-        assert asked is not None
-        return list(asked(rollout.prompts, rollout.completions))
-
-    return lambda rollout: torch.tensor(ranks.once(lambda: ask(rollout)))
-
-
-def _score_truly(rollout: Rollout) -> Tensor:
-    return torch.tensor([true_reward(read_answer(answer)) for answer in rollout.completions])
-
-
-def read_answer(completion: Any) -> str:
-    """Return the text of an answer, which may be text or messages."""
-    return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)
-
-
-def _name(stage: Stage, source: RewardSource) -> str:
-    if source.function is not None:
-        return source.function.rpartition(":")[2]
-    if source.judge is not None:
-        return "judge"
-    assert source.model is not None
-    if source.model == BUILTIN_REWARD:
-        return "true_reward"
-    return stage.reward_stages.get(source.model) or name_source(source.model)
+    space = Workspace(
+        device=device, trust_code=stage.trust_code, folder=Path(stage.recipe_path).resolve().parent, stage=stage,
+        where=where, cache=None, once=ranks.once, split=_split,
+    )  # fmt: skip
+    opened: dict[str, tuple[Reward, float]] = {}
+    modules = []
+    for place, source in enumerate(sources):
+        try:
+            reward = open_reward(source, space)
+            if isinstance(reward, ClassifierReward):
+                mine = (held or {}).get(place, ())
+                classifier = reward.hold(*mine)
+                modules += [] if mine else [classifier.model]
+                if is_same_encoding(classifier, chat) and classifier.is_own:
+                    reward.encode = encode_ids(chat.stop_ids, chat.tokenizer.eos_token_id, chat.end_of_turn)
+        except ModelError as error:
+            raise RewardError(f"{stage.name}.{key}: {error}", where=where) from error
+        name, number = reward.name, 2
+        while name in opened:
+            name, number = f"{reward.name}_{number}", number + 1
+        opened[name] = (reward, source.weight)
+    return Rewards(opened, modules)
 
 
-def _unique(name: str, taken: Mapping[str, Any]) -> str:
-    number = 2
-    unique = name
-    while unique in taken:
-        unique, number = f"{name}_{number}", number + 1
-    return unique
+def _split(items: Sequence[Any], score: Callable[[Sequence[Any]], list[float]]) -> list[float]:
+    """Score a part of the items on each rank, and share the scores."""
+    mine, num_own = ranks.share_out(range(len(items)))
+    found_M = torch.tensor(score([items[number] for number in mine]))
+    scores_B = torch.zeros(len(items))
+    scores_B[mine[:num_own]] = found_M[:num_own]
+    scores: list[float] = ranks.total(scores_B).tolist()
+    return scores
+
+
+def encode_ids(
+    stop_ids: Sequence[int], end_of_text: int, end_of_turn: int | None
+) -> Callable[[Rollout], list[list[int]]]:
+    """Make the encoder of a reward model that reads the policy's own tokens: nothing is written and cut anew.
+
+    An answer that ended is given its end token where truncation has cut it off: whole answers are what an rm stage has
+    been trained on.
+    """
+
+    def encode(rollout: Rollout) -> list[list[int]]:
+        sequences = []
+        for prompt, ids, answer, ended in zip(
+            rollout.prompts, rollout.whole_ids, rollout.completion_ids, rollout.ended, strict=True
+        ):
+            closed = bool(answer) and answer[-1] in stop_ids
+            end = end_of_text if isinstance(prompt, str) or end_of_turn is None else end_of_turn
+            sequences.append([*ids, end] if ended and not closed else ids)
+        return sequences
+
+    return encode
+
+
+def is_same_encoding(classifier: Classifier, chat: Chat) -> bool:
+    """Tell whether a reward model reads the same tokens for the same conversation as the policy."""
+    mine, other = chat.tokenizer, classifier.tokenizer
+    same_tokens = mine.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    return same_tokens and mine.chat_template == other.chat_template and mine.eos_token_id == other.eos_token_id

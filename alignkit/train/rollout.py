@@ -1,29 +1,23 @@
-"""One rollout as data: what was asked, what the policy answered, and what rewards are given to read.
-
-Deliberately plain lists without padding, and no model: rewards, monitors and tests all read the same thing.
-"""
+"""One rollout as plain lists: prompts, what the policy answered, and what rewards are given to read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+from alignkit.rewards.base import Answers
 
 
 @dataclass
-class Rollout:
+class Rollout(Answers):
     """Answers of the policy, one entry per answer; the answers of one prompt stand together.
 
     `completion_ids` and `completions` are what a reward sees: cut by `truncate`, stop token included where one came.
     `sampled_ids` is everything that was sampled; the KL is taken over all of it.
     """
 
-    prompts: list[Any]  # as the rows have them: text, or messages
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    completions: list[Any]  # text for text prompts, [{"role": "assistant", "content": ...}] for messages
-    ended: list[bool]  # False: cut off by max_new_tokens, or without a truncation token
-    columns: dict[str, list[Any]] = field(default_factory=dict)  # the rows' extra columns, for reward functions
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
     sampled_ids: list[list[int]] = field(default_factory=list)
 
     def __len__(self) -> int:

@@ -73,14 +73,14 @@ def _make_judge(path: Path, examples: str) -> Judge:
 
 
 def _label(judge: Judge, pairings: Sequence[Pairing], directory: Path) -> float:
-    from alignkit.feedback.cache import Desk, Store
+    from alignkit.feedback.cache import Asker, Store
     from alignkit.feedback.judge import judge_all
     from alignkit.runs.stop import Stop
 
     directory.mkdir()
-    desk = Desk("bench", Store(directory / "feedback.jsonl"), Stop())
+    asker = Asker("bench", Store(directory / "feedback.jsonl"), Stop())
     began = time.perf_counter()
-    labels = judge_all(desk, judge, pairings)
+    labels = judge_all(asker, judge, pairings)
     seconds = time.perf_counter() - began
     assert all(label.p_first is not None for label in labels)
     return len(labels) / seconds

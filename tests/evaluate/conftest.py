@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "feedback"))  # its server
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from alignkit.evaluate.policy import Shelf
 from alignkit.models.builtin import builtin_tokenizer
+from alignkit.rewards.base import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 POSITIONS = 96
@@ -55,8 +55,8 @@ def reward_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def shelf() -> Shelf:
-    return Shelf(device="cpu")
+def space() -> Workspace:
+    return Workspace(device="cpu")
 
 
 @pytest.fixture

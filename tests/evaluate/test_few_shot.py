@@ -9,7 +9,8 @@ import pytest
 
 from alignkit.errors import DataError, EnvironmentProblem
 from alignkit.evaluate.metrics.tasks import Item, measure_few_shot, measure_harness, read_task, write_prompt
-from alignkit.evaluate.policy import Policy, Shelf
+from alignkit.evaluate.policy import Policy
+from alignkit.rewards.base import Workspace
 
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 CHOICES = (" superb", " awful", " rather thin and slow", " a")
@@ -78,8 +79,8 @@ def test_rows_that_are_no_items_are_all_named(tmp_path: Path) -> None:
         read_task(tmp_path / "none.jsonl")
 
 
-def test_choices_are_ranked_by_sum_per_token_and_relative(policy_dir: Path, task: Path, shelf: Shelf) -> None:
-    policy, items = Policy(str(policy_dir), shelf), read_task(task)
+def test_choices_are_ranked_by_sum_per_token_and_relative(policy_dir: Path, task: Path, space: Workspace) -> None:
+    policy, items = Policy(str(policy_dir), space), read_task(task)
     figures = {figure.metric: figure for figure in measure_few_shot(policy, items, shots=[0], seed=0, resamples=100)}
     right = {"likelihood_accuracy": 0, "likelihood_accuracy_sum": 0, "likelihood_accuracy_relative": 0}
     for item in items:
@@ -96,8 +97,8 @@ def test_choices_are_ranked_by_sum_per_token_and_relative(policy_dir: Path, task
     assert {(figure.slice, figure.n, figure.interval) for figure in figures.values()} == {("K=0", 15, "wilson")}
 
 
-def test_exact_match_compares_the_first_line(policy_dir: Path, shelf: Shelf) -> None:
-    policy = Policy(str(policy_dir), shelf)
+def test_exact_match_compares_the_first_line(policy_dir: Path, space: Workspace) -> None:
+    policy = Policy(str(policy_dir), space)
     contexts = ["One", "Two", "Three"]
     said = [group[0].text for group in policy.answer(contexts, max_new_tokens=12, plain=True)]
     items = [Item(context, f" {text.strip()}  ") for context, text in zip(contexts, said, strict=True)]
@@ -113,7 +114,7 @@ def test_exact_match_compares_the_first_line(policy_dir: Path, shelf: Shelf) -> 
     assert logp.unit == "nats per token" and match.details is not None and len(match.details) == 4
 
 
-def test_lm_evaluation_harness_agrees(policy_dir: Path, task: Path, shelf: Shelf, tmp_path: Path) -> None:
+def test_lm_evaluation_harness_agrees(policy_dir: Path, task: Path, space: Workspace, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install 'alignkit[eval]')")
     yaml = tmp_path / "films.yaml"
     yaml.write_text(
@@ -129,7 +130,7 @@ target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
     )
-    policy = Policy(str(policy_dir), shelf)
+    policy = Policy(str(policy_dir), space)
     theirs = measure_harness(policy, str(yaml), shots=[0], max_rows=None, batch_size=4, seed=0)
     (acc,) = [figure for figure in theirs if figure.metric == "lm_eval/films/acc"]
     ours = measure_few_shot(policy, read_task(task), shots=[0], seed=0, resamples=100)
@@ -149,10 +150,10 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     assert [item.logp for item in found] == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_missing_harness_is_one_line(policy_dir: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_harness_is_one_line(policy_dir: Path, space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(EnvironmentProblem, match="lm-evaluation-harness is not installed; pip install"):
-        measure_harness(Policy(str(policy_dir), shelf), "arc_easy", shots=[0], max_rows=1, batch_size=1, seed=0)
+        measure_harness(Policy(str(policy_dir), space), "arc_easy", shots=[0], max_rows=1, batch_size=1, seed=0)
 
 
 def test_items_with_and_without_choices_are_two_tasks(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.data import Message, Row
 from alignkit.errors import DataError, ModelError
-from alignkit.evaluate.cache import Cache
 from alignkit.evaluate.metrics.kl import measure_kl
-from alignkit.evaluate.policy import Policy, Shelf
-from alignkit.evaluate.rewards import ModelReward, is_function, make_reward
+from alignkit.evaluate.policy import Policy
+from alignkit.feedback.cache import Cache
+from alignkit.rewards.base import Answers, Workspace
+from alignkit.rewards.function import is_function
+from alignkit.rewards.kinds import open_reward
 
 POSITIONS = 96
 
@@ -31,8 +33,8 @@ def _loop(directory: Path, ids: list[int], start: int, temperature: float = 1.0)
     return total
 
 
-def test_completions_are_scored_as_a_loop_would(policy_dir: Path, shelf: Shelf) -> None:
-    policy = Policy(str(policy_dir), shelf)
+def test_completions_are_scored_as_a_loop_would(policy_dir: Path, space: Workspace) -> None:
+    policy = Policy(str(policy_dir), space)
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
     prompts, completions = ["The plot", "A much longer prompt about"], [" was superb.", " it"]
     found = policy.score_completions(prompts, completions)
@@ -42,8 +44,8 @@ def test_completions_are_scored_as_a_loop_would(policy_dir: Path, shelf: Shelf) 
         assert (item.tokens, item.num_bytes) == (len(tail), len(completion))
 
 
-def test_an_answer_in_a_conversation_is_scored_with_the_end_of_its_turn(policy_dir: Path, shelf: Shelf) -> None:
-    policy = Policy(str(policy_dir), shelf)
+def test_an_answer_in_a_conversation_is_scored_with_the_end_of_its_turn(policy_dir: Path, space: Workspace) -> None:
+    policy = Policy(str(policy_dir), space)
     prompt, answer = [Message(role="user", content="Hi?")], [Message(role="assistant", content="Good.")]
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
     text = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
@@ -55,12 +57,12 @@ def test_an_answer_in_a_conversation_is_scored_with_the_end_of_its_turn(policy_d
     assert (whole.logp, whole.num_bytes) == (pytest.approx(found.logp, abs=1e-3), 5)
 
 
-def test_a_document_longer_than_the_model_is_read_in_windows(policy_dir: Path, shelf: Shelf) -> None:
+def test_a_document_longer_than_the_model_is_read_in_windows(policy_dir: Path, space: Workspace) -> None:
     text = "superb plot, awful cast; " * 20
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
     ids = tokenizer(text).input_ids + [tokenizer.eos_token_id]
     assert len(ids) > 2 * POSITIONS
-    (found,) = Policy(str(policy_dir), shelf).score_documents([Row("text", "", (text,))])
+    (found,) = Policy(str(policy_dir), space).score_documents([Row("text", "", (text,))])
     expected = sum(
         _loop(policy_dir, ids[start : start + POSITIONS], 1) for start in range(0, len(ids) - 1, POSITIONS - 1)
     )
@@ -69,12 +71,12 @@ def test_a_document_longer_than_the_model_is_read_in_windows(policy_dir: Path, s
     assert found.num_bytes == len(text) - len(tokenizer.decode(ids[:1]))
 
 
-def test_a_prompt_that_leaves_no_room_loses_its_beginning_and_says_so(policy_dir: Path, shelf: Shelf) -> None:
-    policy = Policy(str(policy_dir), shelf)
+def test_a_prompt_that_leaves_no_room_loses_its_beginning_and_says_so(policy_dir: Path, space: Workspace) -> None:
+    policy = Policy(str(policy_dir), space)
     policy.score_completions(["word " * 200], [" end"])
-    assert shelf.warnings == [f"1 prompts were cut on the left to fit the {POSITIONS} positions of {policy_dir}"]
+    assert space.warnings == [f"1 prompts were cut on the left to fit the {POSITIONS} positions of {policy_dir}"]
     assert policy.score_completions(["a"], ["word " * 200])[0].tokens == 0
-    assert shelf.warnings[1] == f"1 texts are longer than the {POSITIONS} positions of {policy_dir}: left out"
+    assert space.warnings[1] == f"1 texts are longer than the {POSITIONS} positions of {policy_dir}: left out"
     with pytest.raises(DataError, match="is longer than .* can read"):
         policy.score_continuations(["a"], ["word " * 200])
     with pytest.raises(ModelError, match="max_new_tokens 96 fills the 96 positions"):
@@ -83,7 +85,7 @@ def test_a_prompt_that_leaves_no_room_loses_its_beginning_and_says_so(policy_dir
 
 def test_answers_depend_on_seed_prompt_and_number_alone(policy_dir: Path) -> None:
     def ask(prompts: list[str], batch_size: int, seed: int = 0) -> dict[str, list[str]]:
-        policy = Policy(str(policy_dir), Shelf(device="cpu", batch_size=batch_size))
+        policy = Policy(str(policy_dir), Workspace(device="cpu", batch_size=batch_size))
         found = policy.answer(prompts, max_new_tokens=6, temperature=1.0, samples=3, seed=seed)
         return {prompt: [answer.text for answer in group] for prompt, group in zip(prompts, found, strict=True)}
 
@@ -93,7 +95,7 @@ def test_answers_depend_on_seed_prompt_and_number_alone(policy_dir: Path) -> Non
     assert ask(["one"], 16, seed=1)["one"] != first["one"]
 
 
-def test_the_sampled_kl_agrees_with_the_exact_one(policy_dir: Path, reference_dir: Path, shelf: Shelf) -> None:
+def test_the_sampled_kl_agrees_with_the_exact_one(policy_dir: Path, reference_dir: Path, space: Workspace) -> None:
     """One token long answers: the KL is a sum over the vocabulary."""
     temperature = 2.0
     ids = torch.tensor([AutoTokenizer.from_pretrained(policy_dir)("The plot").input_ids])
@@ -103,7 +105,7 @@ def test_the_sampled_kl_agrees_with_the_exact_one(policy_dir: Path, reference_di
             logits = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(ids).logits[0, -1]
         logps.append((logits / temperature).log_softmax(-1))
     exact = float((logps[0].exp() * (logps[0] - logps[1])).sum())
-    policy, reference = Policy(str(policy_dir), shelf), Policy(str(reference_dir), shelf)
+    policy, reference = Policy(str(policy_dir), space), Policy(str(reference_dir), space)
     assert policy.tokens == reference.tokens
     answers = policy.answer(["The plot"], max_new_tokens=1, temperature=temperature, samples=800)
     ours = policy.score_answers(["The plot"], answers, temperature=temperature)
@@ -115,19 +117,19 @@ def test_the_sampled_kl_agrees_with_the_exact_one(policy_dir: Path, reference_di
 
 
 def test_what_was_asked_once_is_never_asked_again(policy_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
-    def ask(max_new_tokens: int = 5) -> tuple[list, Shelf, Policy]:
-        shelf = Shelf(device="cpu", cache=Cache(tmp_path / "cache.jsonl"))
-        policy = Policy(str(policy_dir), shelf)
+    def ask(max_new_tokens: int = 5) -> tuple[list, Workspace, Policy]:
+        space = Workspace(device="cpu", cache=Cache(tmp_path / "cache.jsonl"))
+        policy = Policy(str(policy_dir), space)
         answers = policy.answer(["a", "b"], max_new_tokens=max_new_tokens, temperature=1.0)
-        scores = ModelReward(str(reward_dir), shelf).score(["a", "b"], [group[0].text for group in answers])
-        return [answers, scores, policy.score_completions(["a"], ["b"])], shelf, policy
+        scores = open_reward(str(reward_dir), space).score(Answers(["a", "b"], [group[0].text for group in answers]))
+        return [answers, scores, policy.score_completions(["a"], ["b"])], space, policy
 
-    first, shelf, _ = ask()
-    assert (shelf.cache.num_misses, shelf.cache.num_hits) == (5, 0)
-    again, shelf, policy = ask()
+    first, space, _ = ask()
+    assert (space.cache.num_misses, space.cache.num_hits) == (5, 0)
+    again, space, policy = ask()
     assert again == first
-    assert (shelf.cache.num_misses, shelf.cache.num_hits) == (0, 5)
-    assert shelf.holder is None and policy._loaded is None  # no weights were read
+    assert (space.cache.num_misses, space.cache.num_hits) == (0, 5)
+    assert space.holder is None and policy._loaded is None  # no weights were read
     assert ask(max_new_tokens=4)[1].cache.num_misses > 0
     # A line torn by a kill costs that line only.
     text = (tmp_path / "cache.jsonl").read_text()
@@ -136,48 +138,53 @@ def test_what_was_asked_once_is_never_asked_again(policy_dir: Path, reward_dir: 
 
 
 def test_other_weights_are_another_question(policy_dir: Path, reference_dir: Path, tmp_path: Path) -> None:
-    shelf = Shelf(device="cpu", cache=Cache(tmp_path / "cache.jsonl"))
-    found = [Policy(str(path), shelf).score_completions(["a"], ["b"])[0].logp for path in (policy_dir, reference_dir)]
+    space = Workspace(device="cpu", cache=Cache(tmp_path / "cache.jsonl"))
+    found = [Policy(str(path), space).score_completions(["a"], ["b"])[0].logp for path in (policy_dir, reference_dir)]
     assert found[0] != found[1]
-    assert shelf.cache.num_misses == 2
+    assert space.cache.num_misses == 2
 
 
-def test_one_model_at_a_time_is_held(policy_dir: Path, reference_dir: Path, reward_dir: Path, shelf: Shelf) -> None:
-    policy, reference = Policy(str(policy_dir), shelf), Policy(str(reference_dir), shelf)
+def test_one_model_at_a_time_is_held(policy_dir: Path, reference_dir: Path, reward_dir: Path, space: Workspace) -> None:
+    policy, reference = Policy(str(policy_dir), space), Policy(str(reference_dir), space)
     policy.score_completions(["a"], ["b"])
     reference.score_completions(["a"], ["b"])
     assert policy._loaded is None and reference._loaded is not None
-    ModelReward(str(reward_dir), shelf).score(["a"], ["b"])
+    open_reward(str(reward_dir), space).score(Answers(["a"], ["b"]))
     assert reference._loaded is None
 
 
-def test_a_reward_model_applies_the_norm_of_its_stage(reward_dir: Path, tmp_path: Path, shelf: Shelf) -> None:
-    raw = ModelReward(str(reward_dir), shelf).score(["a", "b"], ["x", "y"])
+def test_a_reward_model_applies_the_norm_of_its_stage(reward_dir: Path, tmp_path: Path, space: Workspace) -> None:
+    raw = open_reward(str(reward_dir), space).score(Answers(["a", "b"], ["x", "y"]))
     import shutil
 
     normed = tmp_path / "normed"
     shutil.copytree(reward_dir, normed)
     (normed / "reward_norm.json").write_text(json.dumps({"gain": 2.0, "bias": -1.0}))
-    assert ModelReward(str(normed), shelf).score(["a", "b"], ["x", "y"]) == pytest.approx([2 * r - 1 for r in raw])
+    assert open_reward(str(normed), space).score(Answers(["a", "b"], ["x", "y"])) == pytest.approx(
+        [2 * r - 1 for r in raw]
+    )
 
 
-def test_rewards_are_told_apart_by_their_names(shelf: Shelf, tmp_path: Path) -> None:
+def test_rewards_are_told_apart_by_their_names(space: Workspace, tmp_path: Path) -> None:
     assert is_function("my_rewards:brevity") and is_function("a.b:c")
     assert not any(map(is_function, ["builtin:true-reward", "runs/x/rm", "owner/model", "C:/x"]))
-    reward = make_reward("builtin:true-reward", shelf, folder=tmp_path)
-    assert reward.score(["q", "q"], ["A superb plot", [Message(role="assistant", content="awful")]]) == [1.0, -1.0]
+    reward = open_reward("builtin:true-reward", space)
+    assert reward.score(Answers(["q", "q"], ["A superb plot", [Message(role="assistant", content="awful")]])) == [
+        1.0,
+        -1.0,
+    ]
     with pytest.raises(Exception, match="is no builtin reward; the only one is builtin:true-reward"):
-        make_reward("builtin:nope", shelf, folder=tmp_path)
-    with pytest.raises(Exception, match="is code; read it, and give --trust-code"):
-        make_reward("my_rewards:brevity", shelf, folder=tmp_path)
+        open_reward("builtin:nope", space)
+    with pytest.raises(Exception, match="is code, which a recipe cannot allow; read it, and give --trust-code"):
+        open_reward("my_rewards:brevity", space)
     (tmp_path / "brevity_reward.py").write_text(
         "def short(prompts, completions):\n    return [-len(c) for c in completions]\n"
     )
-    shelf.trust_code = True
-    assert make_reward("brevity_reward:short", shelf, folder=tmp_path).score(["q"], ["four"]) == [-4.0]
+    space.trust_code, space.folder = True, tmp_path
+    assert open_reward("brevity_reward:short", space).score(Answers(["q"], ["four"])) == [-4.0]
 
 
-def test_perplexity_of_a_uniform_model_is_its_vocabulary(policy_dir: Path, tmp_path: Path, shelf: Shelf) -> None:
+def test_perplexity_of_a_uniform_model_is_its_vocabulary(policy_dir: Path, tmp_path: Path, space: Workspace) -> None:
     model = AutoModelForCausalLM.from_pretrained(policy_dir)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -185,5 +192,5 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(policy_dir: Path, tmp_p
     model.save_pretrained(tmp_path / "flat")
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
     tokenizer.save_pretrained(tmp_path / "flat")
-    (found,) = Policy(str(tmp_path / "flat"), shelf).score_completions(["a"], [" long answer"])
+    (found,) = Policy(str(tmp_path / "flat"), space).score_completions(["a"], [" long answer"])
     assert math.exp(-found.logp / found.tokens) == pytest.approx(len(tokenizer), rel=1e-5)

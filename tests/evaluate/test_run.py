@@ -17,7 +17,7 @@ from alignkit.evaluate.intervals import Figure
 from alignkit.evaluate.options import combine, name_runs, sources
 from alignkit.evaluate.results import describe, merge, table
 from alignkit.evaluate.run import evaluate, evaluate_all
-from alignkit.evaluate.target import _stage, find_subject, list_siblings, read_measured
+from alignkit.evaluate.target import _stage, find_target, list_siblings, read_measured
 from alignkit.recipe.schema import DataSource, EvaluateOptions
 
 
@@ -26,7 +26,7 @@ def _options(**given: Any) -> EvaluateOptions:
 
 
 def test_a_run_is_measured_on_what_it_held_out(run_dir: Path) -> None:
-    subject = find_subject(str(run_dir), trust_code=False)
+    subject = find_target(str(run_dir), trust_code=False)
     given, share = subject.held_out()
     assert share == 0.3
     measured = read_measured(given, share=share, seed=3, max_rows=1000)
@@ -38,7 +38,7 @@ def test_a_run_is_measured_on_what_it_held_out(run_dir: Path) -> None:
 
 
 def test_without_held_out_rows_builtin_data_has_a_test_split_and_others_an_error(run_dir: Path) -> None:
-    subject = find_subject(str(run_dir), trust_code=False)
+    subject = find_target(str(run_dir), trust_code=False)
     options = subject.stage["options"]
     options["eval"] = None
     (source,), share = subject.held_out()
@@ -49,9 +49,9 @@ def test_without_held_out_rows_builtin_data_has_a_test_split_and_others_an_error
 
 
 def test_the_reference_is_found_where_the_run_lies_now(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_subject(str(run_dir), trust_code=False).reference() == str(run_dir.parent / "sft/model")
-    assert find_subject(str(run_dir.parent / "sft"), trust_code=False).reference() is None
-    assert find_subject(str(run_dir / "model"), trust_code=False).run is not None
+    assert find_target(str(run_dir), trust_code=False).reference() == str(run_dir.parent / "sft/model")
+    assert find_target(str(run_dir.parent / "sft"), trust_code=False).reference() is None
+    assert find_target(str(run_dir / "model"), trust_code=False).run is not None
 
 
 def test_a_dpo_run_gets_every_group_that_fits(run_dir: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_name_that_is_almost_a_run_is_told_which_it_may_be(run_dir: Path, monk
         ("dpo", "dpo: is not there; did you mean runs/tiny/dpo?"),
     ):
         with pytest.raises(RunError) as caught:
-            find_subject(source, trust_code=False)
+            find_target(source, trust_code=False)
         assert str(caught.value) == message
     assert list_siblings("runs/tiny/dpo") == {"dpo": "runs/tiny/dpo", "sft": "runs/tiny/sft"}
     assert list_siblings("owner/model") == {}

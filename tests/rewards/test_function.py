@@ -13,7 +13,8 @@ import pytest
 
 from alignkit.errors import NonFiniteError, RewardError
 from alignkit.recipe import Stage, load_recipe, resolve
-from alignkit.rewards.function import RewardFunction, hash_function, load_function
+from alignkit.rewards.base import Workspace
+from alignkit.rewards.function import FunctionReward
 
 RECIPE = """model: {path: builtin:tiny-gpt2}
 ppo:
@@ -22,7 +23,7 @@ ppo:
   data: builtin:prompts
 """
 PROMPTS, ANSWERS = ["What is red?", "What is blue?"], ["an apple", "the sky"]
-Load = Callable[..., RewardFunction]
+Load = Callable[..., FunctionReward]
 
 
 @pytest.fixture
@@ -32,9 +33,12 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
 
-    def run(code: str, path: str = "score_it:score", *, trust: bool = True) -> RewardFunction:
+    def run(code: str, path: str = "score_it:score", *, trust: bool = True) -> FunctionReward:
         (tmp_path / "score_it.py").write_text(code)
-        return load_function(make_stage(tmp_path, path, trust=trust), path, key="reward")
+        stage = make_stage(tmp_path, path, trust=trust)
+        where = stage.where("ppo.reward")
+        space = Workspace(trust_code=trust, folder=tmp_path, stage=stage, where=where)
+        return FunctionReward(stage.options.reward[0], space)  # type: ignore[attr-defined]
 
     yield run
     for name in set(sys.modules) - before:
@@ -47,7 +51,7 @@ def make_stage(folder: Path, path: str, *, trust: bool) -> Stage:
     return resolve(load_recipe(recipe), trust_code=trust)
 
 
-def complain(function: RewardFunction, **columns: list[object]) -> str:
+def complain(function: FunctionReward, **columns: list[object]) -> str:
     with pytest.raises((RewardError, NonFiniteError)) as caught:
         function(PROMPTS, ANSWERS, columns)
     return str(caught.value)
@@ -186,10 +190,11 @@ def test_code_needs_trust(load: Load, tmp_path: Path) -> None:
 def test_the_fingerprint_is_that_of_the_file(load: Load, tmp_path: Path) -> None:
     load("def score(prompts, completions):\n    return [1, 2]\n")
     stage = make_stage(tmp_path, "score_it:score", trust=True)
-    before = hash_function(stage, "score_it:score")
+    source = stage.options.reward[0]  # type: ignore[attr-defined]
+    before = FunctionReward.fingerprint(source, stage)
     assert before is not None and math.isfinite(len(before))
     (tmp_path / "score_it.py").write_text("def score(prompts, completions):\n    return [1, 3]\n")
-    assert hash_function(stage, "score_it:score") not in (None, before)
+    assert FunctionReward.fingerprint(source, stage) not in (None, before)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.errors import DataError, UsageError
 from alignkit.evaluate.run import _read as read_measured_rows
 from alignkit.evaluate.run import evaluate
-from alignkit.evaluate.target import find_subject
+from alignkit.evaluate.target import find_target
 from alignkit.models.chat import Chat
 from alignkit.models.tokens import load_tokenizer
 from alignkit.preflight.check import check_recipe
@@ -185,7 +185,7 @@ def test_a_trained_model_is_used_in_the_form_it_knows(
     with pytest.raises(DataError, match="the rows are turns of its chat template, and the model it starts from"):
         dpo.run(second, Path(second.run_dir))
     options = EvaluateOptions(data=[{"path": str(tmp_path / "rows.jsonl")}], metrics=["perplexity"])
-    measured = read_measured_rows(find_subject(str(run), trust_code=False), options)
+    measured = read_measured_rows(find_target(str(run), trust_code=False), options)
     assert measured is not None
     assert [row.prompt for row in measured.rows] == ["Name a fruit. =>", "Name a tree. =>"]
     assert {row.completions for row in measured.rows} == {(" A fig.", " A stone.")}

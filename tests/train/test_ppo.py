@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 
 from alignkit.errors import ModelError, RunError
-from alignkit.evaluate.policy import Shelf
-from alignkit.evaluate.rewards import ModelReward
 from alignkit.launch import launch_stage
 from alignkit.models.builtin import builtin_config, builtin_tokenizer
 from alignkit.models.classifier import read_norm, score_ids
 from alignkit.models.load import load_trained
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import MissingEos, PpoOptions
+from alignkit.rewards.base import Workspace
+from alignkit.rewards.kinds import open_reward
 from alignkit.runs import checkpoints
 from alignkit.runs.directory import RunDir
 from alignkit.train import ppo
@@ -149,7 +149,7 @@ def test_a_critic_starts_at_the_scores_that_ppo_gives(lora: bool, make_stage: Ca
     # A policy that speaks another template does not change how the reward model is asked.
     other = build(make_stage(text, "ppo", "model.chat_template=zephyr"), tmp_path, "other").trainer.collector
     answers = other.sample(range(4), (0, 0))
-    alone = ModelReward("runs/t/rm", Shelf(device="cpu")).score(answers.prompts, answers.completions, answers.ended)
+    alone = open_reward("runs/t/rm", Workspace(device="cpu")).score(answers)
     torch.testing.assert_close(other.rewards(answers).total_B, 2 * torch.tensor(alone), rtol=1e-4, atol=1e-4)
 
 

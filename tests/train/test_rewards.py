@@ -29,9 +29,8 @@ from alignkit.models.classifier import load_classifier
 from alignkit.models.save import save_model
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage, load_recipe, resolve
-from alignkit.train.fingerprint import hash_rewards
-from alignkit.train.reward_model import encode_ids
-from alignkit.train.rewards import Rewards, build_rewards
+from alignkit.rewards.kinds import fingerprint_rewards
+from alignkit.train.rewards import Rewards, build_rewards, encode_ids
 from alignkit.train.rollout import Rollout
 
 QUESTION = [{"role": "user", "content": "Was it good?"}]
@@ -302,12 +301,12 @@ def test_the_fingerprint_follows_weights_and_normalisation(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     own_model(tmp_path / "rm", template=chatml())
     stage = resolve(load_recipe(write_recipe(tmp_path, "./rm")))
-    first = hash_rewards(stage)
+    first = fingerprint_rewards(stage)
     (tmp_path / "rm" / "reward_norm.json").write_text("{}")
-    second = hash_rewards(stage)
+    second = fingerprint_rewards(stage)
     torch.manual_seed(3)
     foreign_model(tmp_path / "rm", labels=1)
-    assert first != second != hash_rewards(stage)
+    assert first != second != fingerprint_rewards(stage)
 
 
 def test_true_reward_reads_the_answer_only(build: Callable[..., Rewards]) -> None:

@@ -10,7 +10,30 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from alignkit.evaluate.context import Context
 from alignkit.evaluate.intervals import Figure, make_figure, mean
+
+
+class Metric:
+    key = "best_of"
+    optional = False
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    @staticmethod
+    def why_not(context: Context) -> str | None:
+        there = bool(context.prompts) and bool(context.options.best_of) and context.reward is not None
+        return context.only_rows(there, "it needs prompts, numbers (--best-of) and a reward (--reward)")
+
+    def measure(self) -> list[Figure]:
+        context, options, reward = self._context, self._context.options, self._context.reward
+        assert reward is not None
+        scores, watched = context.score(reward, context.sampled), {}
+        if context.is_toy and reward.name != "true_reward":
+            watched["true_reward"] = context.score(context.true_reward, context.sampled)
+        figures = measure_best_of(options.best_of, scores, watched, resamples=options.resamples)
+        return context.place(figures, reward=reward.name, answers=max(options.best_of), **context.sampling)
 
 
 def measure_best_of(

@@ -24,11 +24,39 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from alignkit.evaluate.context import Context
 from alignkit.evaluate.intervals import Figure, make_figure, mean
+from alignkit.evaluate.metrics.best_of import measure_best_of, measure_best_of_kl
 
 Floats = NDArray[np.float64]
 MIN_EFFECTIVE = 10.0
 _STEP, _WIDEST = 1.15, 20.0
+
+
+class Metric:
+    key = "frontier"
+    optional = False
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    @staticmethod
+    def why_not(context: Context) -> str | None:
+        there = bool(context.prompts) and bool(context.options.frontier) and context.reward is not None
+        return context.only_rows(there, "it needs prompts, evaluate.frontier in the recipe and a reward (--reward)")
+
+    def measure(self) -> list[Figure]:
+        context, frontier, reward = self._context, self._context.options.frontier, self._context.reward
+        assert frontier is not None and reward is not None
+        resamples = context.options.resamples
+        number = max([frontier.answers, *frontier.best_of])
+        scores = context.score(reward, context.sample(context.policy, number))
+        figures, warnings = measure_optimum(frontier.betas, scores, resamples=resamples)
+        for message in warnings:
+            context.space.warn(message)
+        figures += measure_best_of(frontier.best_of, scores, {}, resamples=resamples)
+        figures += measure_best_of_kl(frontier.best_of, scores, resamples=resamples)
+        return context.place(figures, reward=reward.name, answers=number, **context.sampling)
 
 
 @dataclass(frozen=True)

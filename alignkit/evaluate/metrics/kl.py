@@ -1,10 +1,34 @@
-"""How far a policy has moved from its reference: KL(pi || pi_ref) in nats per answer, from sampled answers."""
+"""KL(pi || pi_ref) of a policy to its reference, in nats per answer, from sampled answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from alignkit.evaluate.context import Context
 from alignkit.evaluate.intervals import Figure, make_figure, mean_of_groups
+
+
+class Metric:
+    key = None
+    optional = False
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    @staticmethod
+    def why_not(context: Context) -> str | None:
+        there = bool(context.prompts) and context.reference_source is not None
+        return context.only_rows(there, "it needs prompts and a reference (--reference)")
+
+    def measure(self) -> list[Figure]:
+        context, samples = self._context, self._context.options.samples
+        answers = [group[:samples] for group in context.sampled]
+        ours, theirs = (
+            policy.score_answers(context.prompts, answers, temperature=context.options.temperature)
+            for policy in (context.policy, context.reference)
+        )
+        figures = measure_kl(ours, theirs, resamples=context.options.resamples)
+        return context.place(figures, reference=context.reference_source, samples=samples, **context.sampling)
 
 
 def measure_kl(

@@ -1,6 +1,6 @@
 """ROUGE, BLEU and chrF of answers against reference texts, by rouge-score and sacrebleu.
 
-Deliberately no scoring code of our own. Overlap is not quality: ROUGE-L ranks raw GPT-3 above InstructGPT on published
+Overlap is not quality: ROUGE-L ranks raw GPT-3 above InstructGPT on published
 summaries. All figures are times 100.
 """
 
@@ -9,10 +9,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from alignkit.data import Text
 from alignkit.errors import EnvironmentProblem
+from alignkit.evaluate.context import Context
 from alignkit.evaluate.intervals import Figure, Interval, make_figure, mean
+from alignkit.feedback.prompts import read_text
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+class Metric:
+    key = None
+    optional = True
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    @staticmethod
+    def why_not(context: Context) -> str | None:
+        return context.only_rows(
+            bool(_list_references(context)), "the rows hold no single right answer to compare with"
+        )
+
+    def measure(self) -> list[Figure]:
+        context, limit, resamples = self._context, self._context.options.max_new_tokens, self._context.options.resamples
+        pairs = _list_references(context)
+        found = context.policy.answer([prompt for prompt, _ in pairs], max_new_tokens=limit)
+        answers = [group[0].text for group in found]
+        references = [read_text(answer) for _, answer in pairs]
+        figures = [
+            *measure_rouge(answers, references, resamples=resamples),
+            *measure_bleu(answers, references, resamples=resamples),
+        ]
+        return context.place(figures, temperature=0.0, max_new_tokens=limit)
+
+
+def _list_references(context: Context) -> list[tuple[Text, Text]]:
+    """List prompts with their one right answer; the better of two is not that unless overlap is asked for."""
+    if context.options.metrics is None and any(row.kind in ("pair", "ranked", "unpaired") for row in context.rows):
+        return []
+    return [(prompt, answer) for prompt, answer in context.asked if answer is not None]
 
 
 def measure_rouge(

@@ -1,21 +1,73 @@
-"""How often a reward puts the better of two answers first: over all pairs, by how sure it is, and by length.
+"""How often a reward puts the better of two answers first, and whether its margins mean what Bradley-Terry says.
 
 The reward may be a reward model's or a policy's implicit one (DPO, arXiv 2305.18290, eq. 5); here both are margins.
-Beside them stand what the length alone would get. A tie counts one half.
+Beside them stands what the length alone would get. A tie counts one half. Calibration: HH-RLHF (arXiv 2204.05862),
+section 2.3 and figure 9; expected calibration error: Naeini et al. 2015.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from alignkit.data.rows import Row, Text, count_chars
+from alignkit.evaluate.context import Context
 from alignkit.evaluate.intervals import Figure, Floats, bootstrap, make_figure, share
+from alignkit.recipe.schema import RewardSource
+from alignkit.rewards.base import Answers
+from alignkit.rewards.classifier import ClassifierReward
 
 _MARGIN_BINS = 4
 _MIN_SLICE = 2  # a slice of one pair says nothing
+
+
+class Metric:
+    key = None
+    optional = False
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    @staticmethod
+    def why_not(context: Context) -> str | None:
+        if not context.rows:
+            return "there are no rows (--data)"
+        if not list_pairs(context.rows):
+            return "the rows hold no pairs of answers"
+        if not context.target.reward and context.reference_source is None:
+            return "an implicit reward needs a reference (--reference)"
+        return None
+
+    def measure(self) -> list[Figure]:
+        context, target, resamples = self._context, self._context.target, self._context.options.resamples
+        pairs = list_pairs(context.rows)
+        prompts = [pair.prompt for pair in pairs for _ in range(2)]
+        completions = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+        settings: dict[str, Any] = {}
+        if target.reward:
+            metric, reward = "reward_accuracy", ClassifierReward(RewardSource(model=target.source), context.space)
+            rewards = reward.score_fitting(Answers(prompts, completions))
+        else:
+            metric, beta = "implicit_reward_accuracy", target.beta
+            ours = context.policy.score_completions(prompts, completions)
+            theirs = context.reference.score_completions(prompts, completions)
+            both = zip(ours, theirs, strict=True)
+            rewards = [beta * (a.logp - b.logp) if a.tokens and b.tokens else None for a, b in both]
+            settings = {"reference": context.reference_source, "beta": beta}
+        sides = list(zip(rewards[::2], rewards[1::2], strict=True))
+        kept = [(pair, a - b) for pair, (a, b) in zip(pairs, sides, strict=True) if a is not None and b is not None]
+        if len(kept) < len(pairs):
+            context.space.warn(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are too long for {target.name}")
+        pairs, margins = [pair for pair, _ in kept], [margin for _, margin in kept]
+        measured = [
+            *measure_accuracy(metric, pairs, margins, resamples=resamples),
+            *measure_calibration(margins, [pair.group for pair in pairs], resamples=resamples),
+        ]
+        lengths = measure_length_baselines(pairs, resamples=resamples)
+        return [*context.place(measured, **settings), *context.place(lengths)]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Tasks in GPT-3's form, solved from K examples in the prompt: no weight changes, only the context does.
+"""Tasks solved from K examples in the prompt: ours in GPT-3's form, and those of lm-evaluation-harness.
 
-A task is JSON lines of {"context", "completion"}, as openai/gpt-3 publishes them; with "choices" the completion is one
-of them, and "answer_context" is what GPT-3 divides by ("Answer: "). Source: Brown et al. 2020 (arXiv 2005.14165),
-section 2.4. Deliberately without beam search (the paper's free-form answers use 4 beams; here they are greedy).
+A task of ours is JSON lines of {"context", "completion"}, as openai/gpt-3 publishes them; with "choices" the completion
+is one of them, and "answer_context" is what GPT-3 divides by ("Answer: "). Source: Brown et al. 2020 (arXiv
+2005.14165), section 2.4; the paper's free-form answers use 4 beams, here they are greedy. lm_eval:TASK has the prompts,
+scoring and standard errors of its own library, and data from the hub; its results are not in our cache.
 """
 
 from __future__ import annotations
@@ -18,12 +19,44 @@ from typing import Any
 from alignkit.data.files import read_file
 from alignkit.data.rejects import BadRow
 from alignkit.errors import DataError, EnvironmentProblem, Problem
-from alignkit.evaluate.intervals import Better, Figure, Interval, make_figure, mean, wilson
+from alignkit.evaluate.context import Context
+from alignkit.evaluate.intervals import Better, Figure, Interval, make_figure, mean, place_figures, wilson
 from alignkit.evaluate.policy import Policy
 from alignkit.models.generation import plainly
 
 _SPARE_TOKENS = 8  # that an answer may be longer than the longest right one before it is cut
 _SHOWN = 8
+
+
+class Metric:
+    key = None
+    optional = False
+
+    def __init__(self, context: Context) -> None:
+        """Read the tasks; raises DataError for one that is not there."""
+        self._context = context
+        own = [task for task in context.options.tasks if not task.startswith(PREFIX)]
+        self._items = {task: read_task(Path(task).expanduser(), max_rows=context.options.max_rows) for task in own}
+
+    @staticmethod
+    def why_not(context: Context) -> str | None:
+        return context.only_policies() or (None if context.options.tasks else "no task is named (--task)")
+
+    def measure(self) -> list[Figure]:
+        context, options, figures = self._context, self._context.options, []
+        for task in options.tasks:
+            if task in self._items:
+                found = measure_few_shot(
+                    context.policy, self._items[task], shots=options.shots, seed=context.seed,
+                    resamples=options.resamples,
+                )  # fmt: skip
+            else:
+                found = measure_harness(
+                    context.policy, task.removeprefix(PREFIX), shots=options.shots, max_rows=options.max_rows,
+                    batch_size=options.batch_size, seed=context.seed,
+                )  # fmt: skip
+            figures += place_figures(found, data=task, max_rows=options.max_rows, seed=context.seed)
+        return figures
 
 
 @dataclass(frozen=True)

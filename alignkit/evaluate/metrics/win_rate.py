@@ -12,17 +12,52 @@ import numpy as np
 
 from alignkit.data import Text
 from alignkit.data.rows import count_chars
+from alignkit.errors import UsageError
+from alignkit.evaluate.context import Context, as_completion
 from alignkit.evaluate.intervals import Figure, Floats, Interval, make_figure, share
-from alignkit.evaluate.judges import Judge
-from alignkit.evaluate.rewards import read_text
+from alignkit.evaluate.policy import Policy
+from alignkit.evaluate.target import find_target
+from alignkit.feedback.prompts import read_text
+from alignkit.rewards.compare import Comparer, make_comparer
 
 _SHOWN = 8
 _FIT_RESAMPLES = 200  # each one is a fit
 _RIDGE = 1e-3  # keeps the fit finite where length separates the wins
 
 
+class Metric:
+    key = "against"
+    optional = False
+
+    def __init__(self, context: Context) -> None:
+        """Find the judge and the other model; raises UsageError for what cannot be either."""
+        against = str(context.options.against)
+        if find_target(against, trust_code=context.space.trust_code).reward:
+            raise UsageError(f"--against: {against} is a reward model, which says nothing")
+        self._context, self._rival = context, Policy(against, context.space)
+        self._judge = make_comparer(
+            context.options, context.space, reward=context.reward, seed=context.seed, store=context.judged
+        )
+
+    @staticmethod
+    def why_not(context: Context) -> str | None:
+        there = bool(context.prompts) and context.options.against is not None
+        return context.only_rows(there, "it needs prompts and another model (--against)")
+
+    def measure(self) -> list[Figure]:
+        context, judge, prompts = self._context, self._judge, self._context.prompts
+        ours, theirs = (
+            [as_completion(prompt, group[0].text) for prompt, group in zip(prompts, answers, strict=True)]
+            for answers in (context.sampled, context.sample(self._rival, 1))
+        )
+        figures = measure_win_rate(judge, prompts, ours, theirs, resamples=context.options.resamples)
+        return context.place(
+            figures, against=context.options.against, judge=judge.name, **judge.settings, **context.sampling
+        )
+
+
 def measure_win_rate(
-    judge: Judge, prompts: Sequence[Text], ours: Sequence[Text], theirs: Sequence[Text], *, resamples: int
+    judge: Comparer, prompts: Sequence[Text], ours: Sequence[Text], theirs: Sequence[Text], *, resamples: int
 ) -> list[Figure]:
     """Return the share of prompts on which our answer wins, a tie counting one half, and the length-controlled share.
 
@@ -43,7 +78,7 @@ def measure_win_rate(
     return [whole, *_compare_orders(judge, verdicts, resamples), controlled]
 
 
-def _compare_orders(judge: Judge, verdicts: Sequence[tuple[float | None, ...]], resamples: int) -> list[Figure]:
+def _compare_orders(judge: Comparer, verdicts: Sequence[tuple[float | None, ...]], resamples: int) -> list[Figure]:
     """Return what both orders say of the judge; nothing where the order was never read."""
     asked = [orders for orders in verdicts if len(orders) == 2]
     if not asked:

@@ -16,13 +16,19 @@ from judge_server import Server
 from alignkit.errors import JudgeError, RewardError, Stopped
 from alignkit.launch import launch_stage
 from alignkit.recipe import load_recipe, resolve
-from alignkit.recipe.schema import FeedbackModel
+from alignkit.recipe.schema import FeedbackModel, RewardSource
 from alignkit.recipe.stage import Stage
-from alignkit.rewards.judge import build_reward, log_odds
+from alignkit.rewards.base import Answers, Workspace
+from alignkit.rewards.judge import JudgeReward, log_odds
 from alignkit.runs import checkpoints
 
 MakeStage = Callable[..., Stage]
 PROMPTS = [messages(f"Film {number}?") for number in range(3)]
+
+
+def open_judge(stage: Stage, judge: FeedbackModel, constitution: str) -> Callable[[list, list], list[float]]:
+    reward = JudgeReward(RewardSource(judge=judge, constitution=constitution), Workspace(stage=stage))
+    return lambda prompts, completions: reward.score(Answers(prompts, completions))
 
 
 @pytest.fixture
@@ -38,7 +44,7 @@ def judge_at(server: Server, **options: Any) -> FeedbackModel:
 
 def test_log_odds_against_the_answer_the_policy_began_with(stage: Stage, constitution: str, tmp_path: Path) -> None:
     with Server() as server:  # it prefers the longer answer, with 0.9
-        reward = build_reward(stage, judge_at(server), constitution, tmp_path)
+        reward = open_judge(stage, judge_at(server), constitution)
         answers = [messages("", "word " * 40)[1:], messages("", "")[1:], messages("", "x")[1:]]
         found = reward(PROMPTS, answers)
         assert found[0] == pytest.approx(math.log(9), rel=1e-6)
@@ -46,36 +52,36 @@ def test_log_odds_against_the_answer_the_policy_began_with(stage: Stage, constit
         assert found[2] == pytest.approx(-math.log(9), rel=1e-6)
         assert server.requests == 4
         assert reward(PROMPTS, answers) == found and server.requests == 4  # nothing is asked twice
-    again = build_reward(stage, judge_at(server), constitution, tmp_path)  # the server is gone by now
+    again = open_judge(stage, judge_at(server), constitution)  # the server is gone by now
     assert again(PROMPTS, answers) == found
-    kinds = [record["kind"] for record in read_rows(tmp_path / "judged.jsonl")]
+    kinds = [record["kind"] for record in read_rows(Path(stage.run_dir) / "judged.jsonl")]
     assert sorted(kinds) == ["baseline"] * 2 + ["label"] * 4
 
 
 def test_an_answer_like_the_baseline_is_worth_nothing(stage: Stage, constitution: str, tmp_path: Path) -> None:
     with Server(judge=lambda payload: 0.8) as server:  # it prefers the first place: both orders take that out
-        reward = build_reward(stage, judge_at(server), constitution, tmp_path)
+        reward = open_judge(stage, judge_at(server), constitution)
         assert reward(PROMPTS[:1], [messages("", "anything")[1:]]) == [pytest.approx(0.0, abs=1e-9)]
 
 
 def test_a_local_judge_shares_the_model_of_the_baseline(
     stage: Stage, constitution: str, tmp_path: Path, chat_model: Path
 ) -> None:
-    reward = build_reward(stage, FeedbackModel(model=str(chat_model)), constitution, tmp_path)
+    reward = open_judge(stage, FeedbackModel(model=str(chat_model)), constitution)
     found = reward(PROMPTS, [messages("", text)[1:] for text in ("good", "bad", "good")])
     assert len(found) == 3 and all(math.isfinite(value) for value in found)
 
 
 def test_a_judge_that_abstains_from_everything_ends_the_run(stage: Stage, constitution: str, tmp_path: Path) -> None:
     with Server(reply=lambda payload: "I cannot say.") as server:
-        reward = build_reward(stage, judge_at(server), constitution, tmp_path)
+        reward = open_judge(stage, judge_at(server), constitution)
         with pytest.raises(JudgeError, match="abstains from all 1 answers: the reply names neither option, or both"):
             reward(PROMPTS[:1], [messages("", "x")[1:]])
 
 
 def test_published_labels_cannot_judge_new_answers(stage: Stage, constitution: str, tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="published labels cannot judge new answers"):
-        build_reward(stage, FeedbackModel(replay="labels.jsonl"), constitution, tmp_path)
+        open_judge(stage, FeedbackModel(replay="labels.jsonl"), constitution)
 
 
 RECIPE = """

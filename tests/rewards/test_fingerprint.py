@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.recipe import Stage, load_recipe, resolve
-from alignkit.train.fingerprint import hash_rewards
+from alignkit.rewards.kinds import fingerprint_rewards
 
 RECIPE = """\
 name: a
@@ -33,10 +33,10 @@ def stage(tmp_path: Path) -> Callable[[str], Stage]:
 def test_other_principles_are_another_reward(stage: Callable[[str], Stage], tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("principles: [{name: kind, comparison: Which answer is kinder?}]\n")
-    before = hash_rewards(stage("mine.yaml"))
-    assert before == hash_rewards(stage("mine.yaml"))
+    before = fingerprint_rewards(stage("mine.yaml"))
+    assert before == fingerprint_rewards(stage("mine.yaml"))
     mine.write_text("principles: [{name: kind, comparison: Which answer is less kind?}]\n")
-    assert hash_rewards(stage("mine.yaml")) != before
+    assert fingerprint_rewards(stage("mine.yaml")) != before
     assert before["reward_weights"][1] is None  # the toy world's own has no bytes
 
 

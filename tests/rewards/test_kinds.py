@@ -10,8 +10,8 @@ import pytest
 
 from alignkit.errors import RewardError
 from alignkit.preflight.check import check_recipe
-from alignkit.preflight.rewards import describe_reward, list_sources, require_rewards
 from alignkit.recipe import Stage, load_recipe, resolve
+from alignkit.rewards.kinds import check_rewards, describe_reward, list_sources
 
 RECIPE = """name: a
 model: {path: builtin:tiny-gpt2}
@@ -45,7 +45,7 @@ def test_all_problems_of_the_rewards_come_at_once(stage: Callable[..., Stage], t
     write_model(tmp_path / "policy", "GPT2LMHeadModel")
     write_model(tmp_path / "pickled", "GPT2ForSequenceClassification", "pytorch_model.bin")
     with pytest.raises(RewardError) as caught:
-        require_rewards(stage("[rm, ./policy, ./pickled, {function: 'm:f'}, ./absent]"))
+        check_rewards(stage("[rm, ./policy, ./pickled, {function: 'm:f'}, ./absent]"))
     lines = str(caught.value).split("\n")
     assert lines[0] == (
         "a.yaml:5: ppo.reward is rm, which has not been trained to its end; train --stage rm of a.yaml first, or name "
@@ -63,8 +63,8 @@ def test_all_problems_of_the_rewards_come_at_once(stage: Callable[..., Stage], t
 
 def test_good_rewards_pass(stage: Callable[..., Stage], tmp_path: Path) -> None:
     write_model(tmp_path / "rm_x", "GPT2ForSequenceClassification")
-    require_rewards(stage("[./rm_x, builtin:true-reward]"))
-    require_rewards(stage("{function: 'm:f'}", trust=True))  # it is imported when the stage is built
+    check_rewards(stage("[./rm_x, builtin:true-reward]"))
+    check_rewards(stage("{function: 'm:f'}", trust=True))  # it is imported when the stage is built
 
 
 def test_sources_are_described(stage: Callable[..., Stage], tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""What all kinds of rewards share: the answers they score, what they work with, and the shape of a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from alignkit.data import Text
+from alignkit.feedback.cache import Cache
+from alignkit.recipe import Stage
+from alignkit.recipe.schema import RewardSource
+
+
+@dataclass
+class Answers:
+    """Answers to score, each with its prompt, as text or messages; a rollout of PPO is one too."""
+
+    prompts: Sequence[Text]
+    completions: Sequence[Text]
+    ended: Sequence[bool] = ()  # False for an answer that was cut off; empty: all of them ended
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of the rows, for reward functions
+
+
+class Holder(Protocol):
+    """Something that holds weights."""
+
+    def release(self) -> None:
+        """Let go of them; they are loaded again when they are needed."""
+
+
+def _ask_all(items: Sequence[Any], score: Callable[[Sequence[Any]], list[float]]) -> list[float]:
+    return score(items)
+
+
+@dataclass
+class Workspace:
+    """What rewards, judges and measured models work with: a device, a cache, and room for one model at a time.
+
+    `once` runs something in one of a job's processes for all of them; `split` lets the processes score a part each.
+    """
+
+    device: str = "auto"
+    batch_size: int = 16
+    trust_code: bool = False
+    folder: Path = field(default_factory=Path.cwd)  # where reward functions are looked up, beside sys.path
+    cache: Cache | None = field(default_factory=Cache)  # None: each score is wanted once
+    warnings: list[str] = field(default_factory=list)
+    stage: Stage | None = None  # the ppo stage that is trained on the reward
+    where: str | None = None  # the place in the recipe, for messages
+    once: Callable[[Callable[[], Any]], Any] = lambda ask: ask()
+    split: Callable[[Sequence[Any], Callable[[Sequence[Any]], list[float]]], list[float]] = _ask_all
+    holder: Holder | None = None
+
+    def take(self, user: Holder) -> None:
+        """Let `user` hold weights; the model before it is released, so that one at most is in memory."""
+        if self.holder is not None and self.holder is not user:
+            self.holder.release()
+        self.holder = user
+
+    def warn(self, message: str) -> None:
+        """Keep a warning once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+
+class Reward(Protocol):
+    """A kind of reward. `source` is what a recipe says of it, `key` where: reward or gold of a ppo stage."""
+
+    name: str  # in metrics
+
+    def __init__(self, source: RewardSource, space: Workspace) -> None:
+        """Find out whether it can score; weights are loaded when they are needed."""
+
+    def score(self, answers: Answers) -> list[float]:
+        """Return a number for each answer: the higher, the better."""
+
+    @staticmethod
+    def takes(source: RewardSource) -> bool:
+        """Tell whether a source is of this kind."""
+
+    @staticmethod
+    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
+        """Raise what would stop a stage, without loading torch; `coming` are stages that are trained before it."""
+
+    @staticmethod
+    def describe(source: RewardSource, stage: Stage, key: str) -> str:
+        """Say what it is, for `alignkit check`; raises like `check`, and looks closer."""
+
+    @staticmethod
+    def fingerprint(source: RewardSource, stage: Stage) -> str | None:
+        """Hash all that can change a score, None where the recipe says it all."""
+
+
+def collect_memory() -> None:
+    """Give back what a released model has held."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def name_source(source: str) -> str:
+    """Shorten the path of a model for metrics: of runs/NAME/STAGE/model the stage, else the last part."""
+    parts = [part for part in Path(source).parts if part not in ("/", "model")]
+    return parts[-1] if parts else source

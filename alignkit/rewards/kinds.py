@@ -1,0 +1,98 @@
+"""The table of the kinds of rewards, and what a stage wants of all of its rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from alignkit.data import true_reward
+from alignkit.errors import Problem, RewardError, UsageError
+from alignkit.feedback.prompts import read_text
+from alignkit.recipe import Stage
+from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
+from alignkit.rewards.base import Answers, Reward, Workspace
+from alignkit.rewards.classifier import ClassifierReward
+from alignkit.rewards.function import FunctionReward, is_function
+from alignkit.rewards.judge import JudgeReward
+
+
+class BuiltinReward:
+    """The sentiment of the toy world, in [-1, 1]: the mean worth of an answer's words."""
+
+    name = "true_reward"
+
+    def __init__(self, source: RewardSource, space: Workspace) -> None:
+        if source.model != BUILTIN_REWARD:
+            what = f"{source.model} is no builtin reward; the only one is {BUILTIN_REWARD}"
+            raise RewardError(what, where=space.where)
+
+    def score(self, answers: Answers) -> list[float]:
+        return [true_reward(read_text(completion)) for completion in answers.completions]
+
+    @staticmethod
+    def takes(source: RewardSource) -> bool:
+        return (source.model or "").startswith("builtin:")
+
+    @staticmethod
+    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
+        BuiltinReward(source, Workspace(where=stage.where(f"{stage.name}.{key}")))
+
+    @staticmethod
+    def describe(source: RewardSource, stage: Stage, key: str) -> str:
+        return "the toy world's true reward"
+
+    @staticmethod
+    def fingerprint(source: RewardSource, stage: Stage) -> None:
+        return None
+
+
+# A new kind is a class here: the first that takes a source has it.
+KINDS: tuple[type[Reward], ...] = (FunctionReward, JudgeReward, BuiltinReward, ClassifierReward)
+
+
+def kind_of(source: RewardSource) -> type[Reward]:
+    return next(kind for kind in KINDS if kind.takes(source))
+
+
+def open_reward(source: RewardSource | str, space: Workspace) -> Reward:
+    """Make ready what scores; a name is builtin:true-reward, pkg.module:function, a run, a directory or a hub id.
+
+    Raises RewardError or ModelError for what cannot score.
+    """
+    if isinstance(source, str):
+        source = RewardSource(function=source) if is_function(source) else RewardSource(model=source)
+    return kind_of(source)(source, space)
+
+
+def list_sources(stage: Stage) -> Iterator[tuple[str, RewardSource]]:
+    """Yield (reward or gold, source) of a stage; nothing for methods without a reward."""
+    if isinstance(stage.options, PpoOptions):
+        yield from (("reward", source) for source in stage.options.reward)
+        yield from (("gold", source) for source in stage.options.gold or ())
+
+
+def check_rewards(stage: Stage, *, coming: Collection[str] = ()) -> None:
+    """Raise what would stop a stage because of its rewards, all problems at once; `coming` are stages before it.
+
+    A stage of this recipe that is not trained, a directory that is no reward model, pickles, code without --trust-code.
+    """
+    problems: list[Problem] = []
+    for key, source in list_sources(stage):
+        try:
+            kind_of(source).check(source, stage, key, coming)
+        except UsageError as error:
+            problems += error.problems
+    if problems:
+        raise RewardError(problems)
+
+
+def describe_reward(stage: Stage, key: str, source: RewardSource) -> str:
+    """Say in words what a source is; raises what would stop the stage, but not for a stage that is not trained yet."""
+    weight = "" if source.weight == 1 else f", times {source.weight:g}"
+    return kind_of(source).describe(source, stage, key) + weight
+
+
+def fingerprint_rewards(stage: Stage) -> dict[str, list[str | None]]:
+    """Hash models and the files of functions that a ppo stage learns from, for its fingerprint."""
+    if not isinstance(stage.options, PpoOptions):
+        return {}
+    return {"reward_weights": [kind_of(source).fingerprint(source, stage) for source in stage.options.reward]}
