@@ -169,7 +169,19 @@ def _inspect_weights(stage: Stage) -> None:
 def _read_ahead(stage: Stage, coming: Collection[str]) -> None:
     """Find missing files, and bad rows of small ones, while nothing heavy is loaded.
 
-    Raises DataError as `read_rows` does; a file that cannot be found is named with its place in the recipe.
+    Raises DataError as `read_rows` does.
+    """
+    groups, located = locate_rows(stage, coming=coming)
+    if _local_bytes(located) <= _READ_AHEAD_BYTES:
+        for key in ("data", "eval"):
+            for _ in read_rows(stage, groups[key], report=DataReport(), rejects=Rejects()) if key in groups else ():
+                pass
+
+
+def locate_rows(stage: Stage, *, coming: Collection[str] = ()) -> tuple[dict[str, list[DataSource]], list[Located]]:
+    """Find the sources of a stage, by key and all of them, without reading any.
+
+    Raises DataError for files and splits that are not there, with their place in the recipe.
     """
     located: list[Located] = []
     problems: list[Problem] = []
@@ -181,10 +193,7 @@ def _read_ahead(stage: Stage, coming: Collection[str]) -> None:
         located += _locate(stage, sources, key, problems)
     if problems:
         raise DataError(problems)
-    if _local_bytes(located) <= _READ_AHEAD_BYTES:
-        for key in ("data", "eval"):
-            for _ in read_rows(stage, groups[key], report=DataReport(), rejects=Rejects()) if key in groups else ():
-                pass
+    return groups, located
 
 
 def _locate(stage: Stage, sources: Sequence[DataSource], key: str, problems: list[Problem]) -> list[Located]:

@@ -16,6 +16,7 @@ from alignkit.evaluate.results import table
 from alignkit.launch import launch_stage
 from alignkit.launch.agenda import WORDS, Entry, plan_run
 from alignkit.launch.command import Command
+from alignkit.launch.local import locate_rows
 from alignkit.launch.measuring import NAME as MEASURE
 from alignkit.launch.measuring import Measuring
 from alignkit.launch.pipeline import check_order, check_stages, run_stages
@@ -75,6 +76,8 @@ def run_many(
         return
     if how.dry_run:
         check_order([stage for stage, _ in jobs], only_listed=True)
+        for stage, _ in jobs:
+            locate_rows(stage)
         _show_agenda(plan_run(jobs, force=how.force), measure, as_json=how.as_json)
         return
     check_stages(jobs)
@@ -192,6 +195,7 @@ def _show_agenda(entries: Sequence[Entry], measure: Measuring | None, *, as_json
 
 def _show_plan(stage: Stage, command: Command, how: How) -> None:
     """Write what the command of one stage would do, and every value in force."""
+    locate_rows(stage)
     launch = plan_launch(stage, command).to_dict()
     if how.as_json:
         console.print_json({**stage.to_dict(), "would_start": launch})

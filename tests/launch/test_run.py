@@ -160,6 +160,24 @@ def test_a_dry_run_says_why_and_touches_nothing(run_alignkit: Callable, folder: 
     assert sorted(str(path) for path in folder.rglob("*")) == before
 
 
+def test_a_dry_run_refuses_rows_that_are_not_there(run_alignkit: Callable, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "rows" / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "r.yaml").write_text(
+        "model: {path: builtin:tiny-gpt2}\nsft: {data: {path: ./rows, split: tset}, eval: ./no.jsonl}\n"
+    )
+    for command in ("sft", "run"):
+        done = run_alignkit(command, "-r", "r.yaml", "--dry-run")
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[:2] == [
+            f"error: r.yaml:2: sft.data: {tmp_path / 'rows'}: has no split tset; it has test, train: write split: NAME",
+            "error: r.yaml:2: sft.eval: no.jsonl: no such file",
+        ]
+    right = ("--set", "sft.data.split=test", "--set", "sft.eval=null")
+    assert run_alignkit("sft", "-r", "r.yaml", "--dry-run", *right).returncode == 0
+
+
 def test_a_dry_run_refuses_an_order_that_cannot_be_run(run_alignkit: Callable, tmp_path: Path) -> None:
     recipe = tmp_path / "order.yaml"
     recipe.write_text(RECIPE)
