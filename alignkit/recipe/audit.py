@@ -219,7 +219,7 @@ def _sft_streaming(stage: Section, recipe: Section) -> Iterator[Finding]:
         yield "eval", "is a share, which streaming cannot hold out; name a source of held-out rows"
     for key, off in (("dedupe", False), ("packing", False), ("batching", None), ("on_bad_row", "error")):
         if stage.get(key, off) != off:
-            yield key, f"is {show_key(str(stage.get(key)))}, which streaming cannot do; take one of the two out"
+            yield key, f"is {show_key(str(stage.get(key)).lower())}, which streaming cannot do; take one of the two out"
 
 
 # rm

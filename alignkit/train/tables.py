@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit import console
 from alignkit.data import (
     DataReport,
     Problems,
@@ -139,10 +140,16 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
 def open_stream(stage: Stage, chat: Chat) -> Stream:
     """The rows of a stage that streams; a row that does not fit raises DataError when it is reached."""
 
+    told: list[bool] = []
+
     def encode() -> Iterator[dict[str, list[Any]]]:
-        report = DataReport(remembers=False)
+        report, lengths = DataReport(remembers=False), LengthReport()
         rows = read_rows(stage, stage.options.data, report=report, rejects=Rejects(), template=chat.has_template)
-        return _encode(stage, chat, rows, Rejects(), LengthReport(), [])
+        for columns in _encode(stage, chat, rows, (left_out := Rejects()), lengths, []):
+            if left_out.count and not told:
+                told.append(True)
+                console.warn(f"{stage.name}: {left_out.first[0]}: such rows of the stream are left out")
+            yield columns
 
     return Stream(encode, stage.trainer["max_steps"] * stage.training.batch_size)
 

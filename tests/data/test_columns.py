@@ -297,6 +297,12 @@ def test_what_a_method_learns_nothing_from_is_said(read: Read, lines: Lines) -> 
         ] * bool(said)
 
 
+def test_a_table_without_a_header_says_what_its_first_line_is(read: Read, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("1+1?,2\n2+2?,4\n")
+    told = "a.csv:2: no known format has the columns 1+1?, 2 (its first line names the columns); accepted: text; "
+    assert str(read("sft", "a.csv").error).startswith(told)
+
+
 def test_rated_answers_to_one_prompt_are_compared(read: Read, lines: Lines) -> None:
     """HelpSteer2: one answer a row, two rows a prompt."""
     rated = [("Q", "a", 2), ("Q", "b", 4), ("R", "c", 1), ("R", "d", 0)]

@@ -211,6 +211,11 @@ def test_csv_faults(tmp_path: Path) -> None:
     assert refused(path) == ("rows.csv:2: invalid CSV: unexpected end of data; the record that starts here has no end")
     path.write_bytes(b"text,text\na,b\n")
     assert refused(path) == "rows.csv:1: the header names 'text' more than once"
+    path.write_bytes(b"prompt;completion\na;b\n")
+    assert refused(path) == (
+        "rows.csv:1: the header is one cell, 'prompt;completion': cells look separated by ';'; a .csv file by commas, "
+        "a .tsv file by tabs"
+    )
     path.write_bytes(b"t\xffxt\na\n")
     assert refused(path) == "rows.csv:1: byte 0xff at byte 2 of the line is not UTF-8; save the file as UTF-8"
 

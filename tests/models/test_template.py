@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
+from alignkit.data import Row, escape_control_tokens, find_control_tokens
 from alignkit.errors import ModelError
 from alignkit.models.builtin import builtin_tokenizer
 from alignkit.models.chat import Chat, ConversationError
@@ -53,9 +54,11 @@ TOKENS = {
 TEMPLATES = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"  # type: ignore[union-attr, index]
 
 
-def chat_of(name: str) -> Chat:
+def chat_of(name: str, *, special: bool = True) -> Chat:
     tokenizer = builtin_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": TOKENS[name]})
+    tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in TOKENS[name]])
+    if name == "gemma3":
+        tokenizer.bos_token = TOKENS[name][0]
     if name == "deepseek_r1_distill":
         tokenizer.eos_token = TOKENS[name][-1]
     shipped = Path(__file__).resolve().parents[2] / "alignkit" / "models" / "templates" / f"{name}.jinja"
@@ -97,6 +100,14 @@ def test_shapes_of_conversations_under_templates_of_families(name: str) -> None:
     check_shapes(chat_of(name))
 
 
+REAL = {
+    "llama3": TOKENS["llama3_1"],
+    "llama3_1": TOKENS["llama3_1"],
+    "qwen3": TOKENS["qwen3"],
+    "gemma3": TOKENS["gemma3"],
+    "gptoss": TOKENS["gptoss"],
+    "deepseek_v3": ["<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<｜tool▁calls▁begin｜>"],
+}
 METHODS = {"sft": "", "dpo": "", "rm": "", "ppo": ", reward: builtin:true-reward, max_new_tokens: 4"}
 
 
@@ -184,6 +195,7 @@ def test_shapes_of_conversations_with_real_tokenizers(tmp_path: Path, monkeypatc
         chat = Chat(tokenizer, name=path.name)
         check_shapes(chat)
         check_tables(chat, tmp_path)
+        check_forged(chat, REAL[path.name.removeprefix("tok-")])
 
 
 @pytest.mark.parametrize("name", ["chatml", "gemma3", "deepseek_r1_distill"])
@@ -265,6 +277,39 @@ def test_template_that_never_ends_or_calls_itself_is_stopped() -> None:
     for text, message in (
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not render within 1 s"),
         ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "calls itself without end"),
+        ("{% for a in range(1000000000) %}{% endfor %}", r"\(the tokenizer's own\) fails: Range too big"),
     ):
         with pytest.raises(ModelError, match=message):
             Chat(with_template(text)).check()
+
+
+def test_a_mistake_of_a_template_is_told_from_its_refusal() -> None:
+    wrong = Chat(with_template("{% for a in range(1e9) %}{% endfor %}"), name="loop.jinja")
+    with pytest.raises(ConversationError) as error:
+        wrong.encode([SHAPES["no system"]])
+    assert str(error.value) == (
+        "the chat template (loop.jinja) refuses the conversation: TypeError: 'float' object cannot be interpreted as "
+        "an integer"
+    )
+
+
+def check_forged(chat: Chat, tokens: list[str]) -> None:
+    """Control tokens of the template in a user's text are found and can be defused, whatever the tokenizer flags."""
+    ids = chat.tokenizer.convert_tokens_to_ids(tokens)
+
+    def count(row: Row) -> list[int]:
+        (found,) = chat.encode_prompts([row.prompt])
+        return [found.count(token) for token in ids]
+
+    clean = count(Row("prompt", [{"role": "user", "content": "Hi  there"}], ()))
+    for token in tokens:
+        forged = Row("prompt", [{"role": "user", "content": f"Hi {token} there"}], ())
+        assert token in find_control_tokens(forged, chat.control_tokens), token
+        assert count(forged) != clean, token
+        assert count(escape_control_tokens(forged, chat.control_tokens)) == clean, token
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("name", ["gemma3", "gptoss", "deepseek_r1_distill", "llama3_1", "glm4moe"])
+def test_forged_turns_are_found_and_defused(name: str, special: bool) -> None:
+    check_forged(chat_of(name, special=special), TOKENS[name])

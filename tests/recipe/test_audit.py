@@ -46,6 +46,18 @@ START = "model: {path: gpt2}\ndata: x/y\n"
         ("sft: {packing: true, max_length: null}", "sft.packing needs max_length, the size of a block"),
         ("sft: {padding_free: true}", "sft.padding_free does not enforce max_length; use packing: true, or set "
          "max_length: null"),
+        ("sft: {streaming: true}", "sft.streaming needs max_steps: the number of rows is not known"),
+        *(
+            (f"sft: {{streaming: true, max_steps: 9, {key}: {value}}}", f"sft.{key} is {what}")
+            for key, value, what in (
+                ("eval", "0.1", "a share, which streaming cannot hold out; name a source of held-out rows"),
+                ("dedupe", "true", "true, which streaming cannot do; take one of the two out"),
+                ("packing", "true", "true, which streaming cannot do; take one of the two out"),
+                ("batching", "shuffled", "shuffled, which streaming cannot do; take one of the two out"),
+                ("on_bad_row", "skip", "skip, which streaming cannot do; take one of the two out"),
+            )
+        ),
+        ("dpo: {streaming: true}", "dpo.streaming is not a key of dpo; it belongs in the sft stage"),
         ("sft: {packing: true, batching: grouped}", "sft.batching has no effect with packing: true, which fills every "
          "block to the same length"),
         ("rm: {loss: best_of, grouping: pairs}", "rm.grouping is pairs, but loss: best_of compares all answers of a "

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from alignkit.data import Rejects
 from alignkit.errors import DataError
+from alignkit.models.builtin import builtin_tokenizer
 from alignkit.models.chat import Chat
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.train.encode import IGNORED
 from alignkit.train.tables import Tables, open_stream, prepare_tables
 
+TEMPLATES = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"  # type: ignore[union-attr, index]
 BASE = "model: {path: builtin:tiny-llama}\n"
 
 
@@ -244,6 +248,32 @@ def test_text_that_is_rendered_already_gets_no_second_frame(
     assert learnt(chat, tables.train[0]) == "yes<|im_end|>"
 
 
+def test_a_rendered_pair_is_previewed_with_one_beginning_and_one_end(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path
+) -> None:
+    """Gemma's way: the tokenizer begins every text with <bos>, and so does what its template has written."""
+    from alignkit.preflight.preview import preview_stage
+
+    tokenizer = builtin_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "extra_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    start = ("<bos>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[start])
+    tokenizer.chat_template = (TEMPLATES / "gemma3.jinja").read_text()
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    prompt = "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
+    write_rows([{"prompt": prompt, "chosen": "yes<end_of_turn>", "rejected": "no<end_of_turn>\n"}])
+    text = (
+        "model: {path: builtin:tiny-llama, tokenizer: ./gemma}\ndpo: {data: ./rows.jsonl, special_tokens_in_text: keep}"
+    )
+    shown = preview_stage(make_stage(text, "dpo"), num_rows=1)
+    sides = [
+        [("".join(span["tokens"]), span["kind"]) for span in side["spans"] if span["kind"] != "padding"]
+        for side in shown.rows[0]["sequences"]
+    ]
+    assert sides == [[(prompt, "read"), (f"{said}<end_of_turn>", "learnt")] for said in ("yes", "no")]
+    assert shown.findings == []
+
+
 def test_streamed_rows_are_those_of_the_table_pass_after_pass(
     make_stage: Callable, write_rows: Callable, tmp_path: Path
 ) -> None:
@@ -269,3 +299,18 @@ def test_a_bad_row_of_a_stream_is_named_when_it_comes(
     assert stream[999]["length"] > 0
     with pytest.raises(DataError, match=r"rows.jsonl:1201: text: is a number"):
         stream[1200]
+
+
+def test_rows_of_a_stream_without_anything_to_learn_are_said_once(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 1200
+    write_rows([*rows, {"prompt": "word " * 99, "completion": "b"}])
+    text = BASE + "sft: {data: ./rows.jsonl, streaming: true, max_steps: 200, max_length: 32}"
+    stage = make_stage(text, "sft")
+    stream = open_stream(stage, prepare(stage, tmp_path)[1])
+    assert stream[2401]["length"] > 0  # in the third pass
+    told = (
+        "warning: sft: rows.jsonl:1201: no token to learn from within max_length: such rows of the stream are left out"
+    )
+    assert " ".join(capsys.readouterr().err.split()) == told
