@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from alignkit.data import Text
-from alignkit.feedback.cache import Asker, seed_of
+from alignkit.feedback.cache import Asker, key_of, seed_of
 from alignkit.feedback.constitution import Constitution, Principle
 from alignkit.feedback.examples import Examples
 from alignkit.feedback.prompts import (
@@ -221,3 +221,9 @@ def _first_preferred(verdict: Verdict | None, turned: bool) -> float | None:
 def _question(principle: Principle) -> str:
     assert principle.comparison is not None  # load_constitution(needs="comparison") saw to it
     return principle.comparison
+
+
+def pair_key(prompt: Text, first: Text, second: Text) -> str:
+    """Hash a comparison's texts, the same for messages and for plain text."""
+    turns = [(turn["role"], turn["content"].strip()) for turn in conversation(prompt)]
+    return key_of(turns=turns, first=read_text(first).strip(), second=read_text(second).strip())

@@ -1,7 +1,4 @@
-"""One sitting of a stage that makes rows: its run directory, its store, and how it begins and ends.
-
-What the rows are is the business of `critique` and `label`.
-"""
+"""What critique and label stages share: run directory, store, models, prompts, and how they begin and end."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +19,8 @@ from alignkit.data.rows import Message, take_prompt
 from alignkit.errors import DataError
 from alignkit.feedback.cache import Asker, Store, seed_of
 from alignkit.feedback.prompts import ask_answer
-from alignkit.feedback.writer import Job, Model, Reply, Sampling
+from alignkit.feedback.writer import Job, Model, Reply, Sampling, Spending, open_model, spent_before
+from alignkit.recipe.schema import FeedbackModel
 from alignkit.recipe.stage import Stage
 from alignkit.report.publish import leave_finished, show
 from alignkit.runs.directory import Result, RunDir, compare_fingerprints, copy_recipe, write_result
@@ -32,6 +30,7 @@ from alignkit.runs.record import JsonLines, git_state, versions
 from alignkit.runs.stop import Stop, catch_signals
 
 ROWS, STORE, REPORT = "rows.jsonl", "feedback.jsonl", "report.json"
+LABELS = "labels.jsonl"  # every comparison with what was said of it; rows.jsonl holds what is trained on
 
 
 @dataclass
@@ -50,8 +49,22 @@ class Session:
         return Asker(self.stage.name, self.store, self.stop)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens sent and received, earlier sittings included."""
+        return sum(record.get("input_tokens", 0) + record.get("output_tokens", 0) for record in self.store.values())
+
+    @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
+
+    def open(self, source: FeedbackModel, by: Collection[str]) -> tuple[Model, Spending]:
+        """Open a model with what the askers in `by` have spent on it already."""
+        stage, spending = self.stage, spent_before(source, self.store.values(), by)
+        model = open_model(
+            source, stop=self.stop, spending=spending, device=stage.launch.device,
+            batch_size=stage.options.batch_size, trust_code=stage.trust_code,  # type: ignore[attr-defined]
+        )  # fmt: skip
+        return model, spending
 
     def find_finished(self, fingerprint: Mapping[str, Any], allow_change: Sequence[str]) -> Result | None:
         """Return the result of a finished run; raises RunError when its settings were others."""

@@ -90,7 +90,7 @@ def _decide(stage: Stage, command: Command, before: Sequence[Entry], *, force: b
 
 
 def _room(stage: Stage) -> Any:
-    name = "feedback.inputs" if stage.method in FEEDBACK else "train.fingerprint"
+    name = f"feedback.{stage.method}" if stage.method in FEEDBACK else "train.fingerprint"
     return importlib.import_module(f"alignkit.{name}")
 
 

@@ -16,10 +16,9 @@ from alignkit.errors import JudgeError, RunError, UsageError
 from alignkit.feedback.cache import Asker, Store
 from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.examples import Examples
-from alignkit.feedback.judge import Judge, Label, Pairing, judge_all
+from alignkit.feedback.judge import Judge, Label, Pairing, judge_all, pair_key
 from alignkit.feedback.judge_report import describe_labels, find_faults
 from alignkit.feedback.prompts import Quoter, read_text
-from alignkit.feedback.replay import pair_key
 from alignkit.feedback.server import find_key, require_client
 from alignkit.feedback.writer import Model, Spending, open_model, spent_before
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
