@@ -17,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 DEMO := recipes/tiny-cpu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-versions lint bench snapshot clean
+.PHONY: help setup demo test test-slow test-gpu test-versions lint bench bench-gpu snapshot clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ test-slow: $(READY) ## the slow tests
 	@$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu and not net"
 
 test-gpu: $(READY) ## the tests that need a CUDA device
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 4 -m gpu tests/gpu
 
 test-versions: ## the fast tests with the lowest and with the highest accepted version of every library
 	@set -e; for which in lowest highest; do \
@@ -62,6 +62,10 @@ lint: $(READY) ## ruff and mypy
 
 bench: $(READY) ## side by side with TRL; writes tests/benchmarks/RESULTS.md
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/run.py
+
+bench-gpu: $(READY) ## speed, memory and margins on a card; writes tests/benchmarks/GPU.md
+	@rm -f .gpu-checks.jsonl; ALIGNKIT_GPU_LOG=$(CURDIR)/.gpu-checks.jsonl $(MAKE) test-gpu
+	ALIGNKIT_GPU_LOG=$(CURDIR)/.gpu-checks.jsonl HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/gpu.py
 
 snapshot: $(READY) ## regenerate the list of TRL's configuration fields from the installed TRL
 	$(TEST_ENV) $(BIN)/python tests/snapshot.py
