@@ -28,7 +28,7 @@ from alignkit.data.files import (
 )
 from alignkit.errors import DataError, Problem
 from alignkit.recipe.schema import DataSource
-from alignkit.runs.manifest import require_whole
+from alignkit.runs.directory import require_whole
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _HUB_BATCH = 1000

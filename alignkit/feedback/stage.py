@@ -23,9 +23,15 @@ from alignkit.feedback.writer import Job, Model, Reply, Sampling, Spending, open
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.recipe.stage import Stage
 from alignkit.report.publish import leave_finished, show
-from alignkit.runs.directory import Result, RunDir, compare_fingerprints, copy_recipe, write_result
+from alignkit.runs.directory import (
+    Result,
+    RunDir,
+    compare_fingerprints,
+    copy_recipe,
+    find_damaged_product,
+    write_result,
+)
 from alignkit.runs.files import replacing, write_json
-from alignkit.runs.manifest import find_damaged_product
 from alignkit.runs.record import JsonLines, git_state, versions
 from alignkit.runs.stop import Stop, catch_signals
 

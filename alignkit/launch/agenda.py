@@ -17,8 +17,7 @@ from alignkit.recipe import Stage
 from alignkit.recipe.lineage import ROWS
 from alignkit.recipe.schema import FEEDBACK
 from alignkit.runs import checkpoints
-from alignkit.runs.directory import RunDir
-from alignkit.runs.manifest import find_damaged_product
+from alignkit.runs.directory import RunDir, find_damaged_product
 
 Will = Literal["leave", "resume", "start", "again"]
 WORDS: dict[Will, str] = {

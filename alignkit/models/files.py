@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from alignkit.errors import ModelError, Problem
 from alignkit.recipe.nearest import suggest
-from alignkit.runs.manifest import require_whole
+from alignkit.runs.directory import require_whole
 
 BUILTIN_PREFIX = "builtin:"
 REWARD_NORM = "reward_norm.json"  # of an rm stage, beside its model: gain and bias

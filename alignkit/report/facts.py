@@ -1,7 +1,4 @@
-"""What a run directory says about its run, read into one object; secrets are gone before anything can show them.
-
-It reads runs in every state: before the first step, stopped, failed, finished. It neither judges nor draws.
-"""
+"""The files of a run directory in any state, read into one object, without the secrets they may hold."""
 
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ from alignkit.runs.files import read_json, read_lines, read_record
 
 _SHOWN_REJECTS = 20
 _SHOWN_LABELS = 8
-_FEEDBACK, _LABELS = "report.json", "labels.jsonl"  # of stages that make rows
-_EVAL_PREFIX = "eval_"
+_SHOWN_ERROR_CHARS = 4000
 # What the trainers count along with the metrics, and what a reader of curves does not look for.
 _BOOKKEEPING = re.compile(r"step|epoch|.*runtime|.*(samples|steps)_per_second|.*num_tokens|episodes")
 
@@ -77,17 +73,17 @@ class Facts:
         return int(planned) if planned and planned > 0 else (self.step if self.is_finished else None)
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """Return (step, value) of one metric; a value that is not finite is NaN, and the last one of a step counts."""
+        """List (step, value) of one metric; a value that is not finite is NaN, and the last one of a step counts."""
         found = {row["step"]: _number(row[name]) for row in self.metrics if "step" in row and name in row}
         return sorted((float(step), value) for step, value in found.items() if value is not None)
 
     def metric_names(self) -> list[str]:
-        """Return the names of all metrics in the order of their first appearance, held-out ones without prefix."""
-        names = (name.removeprefix(_EVAL_PREFIX) for row in self.metrics for name in row)
+        """List the names of all metrics in the order of their first appearance, held-out ones without prefix."""
+        names = (name.removeprefix("eval_") for row in self.metrics for name in row)
         return [name for name in dict.fromkeys(names) if not _BOOKKEEPING.fullmatch(name)]
 
     def last(self, name: str) -> float | None:
-        """Return the final value of a metric: that of result.json, or the newest logged one."""
+        """Find the final value of a metric: that of result.json, or the newest logged one."""
         value = self.result.get("metrics", {}).get(name)
         points = self.series(name)
         return float(value) if isinstance(value, int | float) else (points[-1][1] if points else None)
@@ -101,7 +97,6 @@ def read_facts(path: Path) -> Facts:
     run = RunDir(path.expanduser().absolute())
     if not run.stage.is_file():
         raise RunError("is no run: it has no stage.json; name a run directory such as runs/demo/sft", where=str(path))
-    finished = run.result.is_file()
     rejects = read_lines(run.rejects)
     return Facts(
         path=run.path,
@@ -110,25 +105,25 @@ def read_facts(path: Path) -> Facts:
         metrics=_clean(read_lines(run.metrics)),
         samples=_clean(read_lines(run.samples)),
         evaluation=_clean(read_record(run.evaluation)),
-        feedback=_clean(read_record(run.path / _FEEDBACK)),
-        labels=_clean(read_lines(run.path / _LABELS)[:_SHOWN_LABELS]),
+        feedback=_clean(read_record(run.path / "report.json")),
+        labels=_clean(read_lines(run.path / "labels.jsonl")[:_SHOWN_LABELS]),
         warnings=_clean(read_lines(run.warnings)),
         preview=_clean(read_record(run.preview).get("rows", [])),
         rejects=_clean(rejects[:_SHOWN_REJECTS]),
         num_rejects=len(rejects),
-        error="" if finished else redact(_read_end(run.error_log)),
-        recipe=redact(run.recipe.read_text(encoding="utf-8", errors="replace")) if run.recipe.is_file() else "",
+        error="" if run.result.is_file() else redact(_read_text(run.error_log)[-_SHOWN_ERROR_CHARS:]),
+        recipe=redact(_read_text(run.recipe)),
     )
 
 
 def find_runs(directory: Path) -> list[Path]:
-    """Return the run directories right below `directory`, oldest first; those that --force set aside do not count."""
+    """Find the run directories right below `directory`, oldest first; those that --force set aside do not count."""
     stages = [path for path in directory.glob("*/stage.json") if ".old-" not in path.parent.name]
     return [path.parent for path in sorted(stages, key=lambda path: (path.stat().st_mtime, str(path)))]
 
 
 def order_runs(runs: Sequence[Facts]) -> list[Facts]:
-    """Return the runs so that each comes after the one it starts from and those that reward it, else as given."""
+    """Order the runs so that each comes after the one it starts from and those that reward it, else as given."""
     left, done = list(runs), list[Facts]()
     while left:
         waiting = {run.name for run in left}
@@ -139,24 +134,24 @@ def order_runs(runs: Sequence[Facts]) -> list[Facts]:
 
 
 def parents(run: Facts) -> list[str]:
-    """Return the stages of the same recipe that a run needs: its start, then its reward models."""
+    """List the stages of the same recipe that a run needs: its start, then its reward models."""
     start = run.stage.get("start_stage")
     return [*([start] if start else []), *(run.stage.get("reward_stages") or {}).values()]
 
 
-def _read_end(path: Path, num_chars: int = 4000) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")[-num_chars:] if path.is_file() else ""
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _number(value: Any) -> float | None:
-    """Return a logged value as a number: `JsonLines` writes NaN and infinity as text."""
+    """Read a logged value as a number: `JsonLines` writes NaN and infinity as text."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     return float("nan") if value in ("nan", "inf", "-inf") else None
 
 
 def _clean(value: Any) -> Any:
-    """Return plain data with every secret in its texts replaced."""
+    """Replace every secret in the texts of plain data."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):

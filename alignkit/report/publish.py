@@ -19,9 +19,8 @@ from alignkit.errors import DiskError, EnvironmentProblem, Problem, RunError, Us
 from alignkit.report.card import is_public, public_name, render_card, write_card
 from alignkit.report.facts import read_facts
 from alignkit.report.page import write_recipe_report, write_report
-from alignkit.runs.directory import CARD, Result, RunDir, read_result
+from alignkit.runs.directory import CARD, Result, RunDir, find_damaged_product, read_result
 from alignkit.runs.files import describe_bytes, read_json, write_text
-from alignkit.runs.manifest import find_damaged_product
 
 _Page = TypeVar("_Page")
 _SENT = (".safetensors", ".json", ".jinja", ".model", ".txt")

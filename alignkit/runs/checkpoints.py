@@ -1,7 +1,6 @@
 """Checkpoints that can be trusted: sealed by a manifest written last, verified before use, rotated by step.
 
-What is not sealed does not count. Nothing here is ever restored or trained: it looks at files only. The design is
-"manifest last", not "rename last": no directory is renamed while ranks write into it.
+What is not sealed does not count. No directory is renamed when it is whole: ranks may still write into it.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import RunError
-from alignkit.runs.files import directory_bytes, put_aside, read_json, sync, write_json
-from alignkit.runs.manifest import describe
-from alignkit.runs.manifest import find_damage as find_damaged_file
+from alignkit.runs.files import describe_files, find_damaged_file, put_aside, read_json, sync, write_json
 
 MANIFEST = "alignkit_manifest.json"
 SEALED = ".sealed"  # in a run directory: it has had a checkpoint
@@ -26,26 +23,30 @@ _STEP = re.compile(r"checkpoint-(\d+)")
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the optimizer step a checkpoint directory is named after, or -1 for any other name."""
+    """Read the optimizer step from the name of a checkpoint directory, -1 from any other name."""
     match = _STEP.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Return the `checkpoint-N` directories, newest step first, sealed or not."""
+    """List the `checkpoint-N` directories, newest step first, sealed or not."""
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if step_of(path) >= 0), key=step_of, reverse=True)
 
 
 def newest_step(directory: Path) -> int | None:
-    """Return the step of the newest sealed checkpoint, None without one; nothing is verified."""
-    sealed = [path for path in list_checkpoints(directory) if (path / MANIFEST).is_file()]
+    """Find the step of the newest sealed checkpoint, None without one; nothing is verified."""
+    sealed = _list_sealed(directory)
     return step_of(sealed[0]) if sealed else None
 
 
+def _list_sealed(directory: Path) -> list[Path]:
+    return [path for path in list_checkpoints(directory) if (path / MANIFEST).is_file()]
+
+
 def _own_checksum(manifest: dict[str, Any]) -> str:
-    """Return the CRC-32 of a manifest's content, its own checksum left out."""
+    """Compute the CRC-32 of a manifest's content, its own checksum left out."""
     content = {key: value for key, value in manifest.items() if key != "crc32"}
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
@@ -59,13 +60,13 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     for path in files:
         sync(path)
-    manifest = json.loads(json.dumps({"format": 1, "files": describe(checkpoint, files), **facts}, default=str))
+    manifest = json.loads(json.dumps({"format": 1, "files": describe_files(checkpoint, files), **facts}, default=str))
     write_json(checkpoint / MANIFEST, {**manifest, "crc32": _own_checksum(manifest)})
     sync(checkpoint.parent)
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return why a checkpoint cannot be used, or None when every file is as it was sealed."""
+    """Find why a checkpoint cannot be used; None when every file is as it was sealed."""
     manifest_path = checkpoint / MANIFEST
     if not manifest_path.is_file():
         return "it was never sealed (the run stopped while it was written, or its manifest is gone)"
@@ -89,7 +90,7 @@ def remember(directory: Path, step: int) -> None:
 def find_resumable(
     directory: Path, *, warn: Callable[[str], None], find_fault: Callable[[Path], str | None] = lambda checkpoint: None
 ) -> Path | None:
-    """Return the newest checkpoint that verifies, setting damaged ones aside as `bad-...`.
+    """Find the newest checkpoint that verifies, setting damaged ones aside as `bad-...`.
 
     `find_fault` says of one whose files are whole why it cannot be loaded all the same. Each damaged checkpoint costs
     one warning. Raises RunError when there were checkpoints and none is whole, rather than train from the start in
@@ -118,8 +119,7 @@ def rotate(directory: Path, *, keep: int) -> None:
 
     A doomed directory is renamed to `trash-` first, so that a kill in between leaves nothing half deleted behind.
     """
-    sealed = [path for path in list_checkpoints(directory) if (path / MANIFEST).is_file()]
-    for checkpoint in sealed[max(keep, 1) :]:
+    for checkpoint in _list_sealed(directory)[max(keep, 1) :]:
         os.replace(checkpoint, checkpoint.with_name(f"trash-{checkpoint.name}"))
     sweep(directory)
 
@@ -131,13 +131,12 @@ def sweep(directory: Path) -> None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return the manifest of a sealed checkpoint."""
+    """Read the manifest of a sealed checkpoint."""
     return read_json(checkpoint / MANIFEST)
 
 
 def expected_bytes(directory: Path, *, first_guess: int) -> int:
-    """Return what the next checkpoint will take: the size of the newest sealed one, or the caller's guess."""
-    for checkpoint in list_checkpoints(directory):
-        if (checkpoint / MANIFEST).is_file():
-            return directory_bytes(checkpoint)
-    return first_guess
+    """Estimate the size of the next checkpoint: that of the newest sealed one, or the caller's guess."""
+    sealed = _list_sealed(directory)
+    files = [path for path in sealed[0].rglob("*") if path.is_file()] if sealed else []
+    return sum(path.stat().st_size for path in files) if sealed else first_guess

@@ -1,7 +1,4 @@
-"""The run directory: where each file of a run lives, who may write to it, and whether it may go on.
-
-It deliberately knows nothing of training: it opens, locks and compares, and hands out paths.
-"""
+"""The run directory: where each file of a run lives, who may write to it, whether it may go on, and how it ended."""
 
 from __future__ import annotations
 
@@ -18,91 +15,42 @@ from typing import IO, Any
 from alignkit import console
 from alignkit.errors import RunError
 from alignkit.recipe.fields import method_fields
-from alignkit.runs.files import disk_failures, open_own, read_json, read_record, write_json
-from alignkit.runs.manifest import describe
+from alignkit.runs.files import (
+    describe_files,
+    disk_failures,
+    find_damaged_file,
+    open_own,
+    read_json,
+    read_record,
+    write_json,
+)
 
 CARD = "README.md"  # the model card, beside the weights
+PRODUCTS = ("model", "rows.jsonl")  # what others take from a run
 
 
-@dataclass(frozen=True)
 class RunDir:
     """Paths of one run; `path` is absolute."""
 
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def stage(self) -> Path:
-        return self.path / "stage.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
-    def rejects(self) -> Path:
-        return self.path / "rejects.jsonl"
-
-    @property
-    def warnings(self) -> Path:
-        """Every warning that was said while the run was trained, with its time."""
-        return self.path / "warnings.jsonl"
-
-    @property
-    def preview(self) -> Path:
-        """A few rows as the trainer saw them: tokens, and which of them are learnt."""
-        return self.path / "preview.json"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def base(self) -> Path:
-        """A base this run had to make itself (built-in, scratch, or merged); adapters point to it."""
-        return self.path / "base"
-
-    @property
-    def cache(self) -> Path:
-        """Tokenised rows; deleted when the run is finished."""
-        return self.path / "cache"
-
-    @property
-    def launch(self) -> Path:
-        """How the run was started: launcher configuration, batch script, what the processes left."""
-        return self.path / "launch"
-
-    @property
-    def probe(self) -> Path:
-        return self.path / "probe.json"
-
-    @property
-    def evaluation(self) -> Path:
-        """What `alignkit eval` has measured."""
-        return self.path / "eval.json"
-
-    @property
-    def result(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def error_log(self) -> Path:
-        return self.path / "error.log"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.stage = path / "stage.json"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.rejects = path / "rejects.jsonl"
+        self.warnings = path / "warnings.jsonl"  # every warning of the run, with its time
+        self.preview = path / "preview.json"  # a few rows as the trainer saw them: tokens, and which are learnt
+        self.report = path / "report.html"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.base = path / "base"  # a base this run had to make (built-in, scratch, merged); adapters point to it
+        self.cache = path / "cache"  # tokenised rows; deleted when the run is finished
+        self.launch = path / "launch"  # launcher configuration, batch script, what the processes left
+        self.probe = path / "probe.json"
+        self.evaluation = path / "eval.json"
+        self.result = path / "result.json"
+        self.error_log = path / "error.log"
 
     def is_finished(self) -> bool:
         """Tell whether the run ended well, whatever has become of its files since; a torn result.json does not."""
@@ -212,16 +160,32 @@ def refuse_foreign(path: Path) -> None:
 
 
 def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = ()) -> dict[str, str]:
-    """Compare the fingerprint in stage.json with the current one; return the changes that were not allowed.
+    """Compare the fingerprint in stage.json with the current one; list the changes that were not allowed.
 
     Each key has its text, "key: before -> now".
     """
-    changes = _compare(run, current)
-    return {key: text for key, text in changes.items() if not _is_allowed(key, allow_change)}
+    if not run.stage.exists():
+        return {}
+    before = read_json(run.stage).get("fingerprint", {})
+    now = json.loads(json.dumps(dict(current), default=str))
+    fields = method_fields(str(now.get("method")))
+
+    def show(key: str, value: Any) -> str:
+        # As the user wrote it; a fingerprint leaves out what is TRL's own default.
+        default = fields.get(key.rpartition(".")[2], {}).get("default")
+        if value is not None:
+            return json.dumps(value)
+        return "(default)" if default is None else f"{json.dumps(default)} (default)"
+
+    return {
+        key: f"{key}: {show(key, before.get(key))} -> {show(key, now.get(key))}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not any(key == name or key.endswith(f".{name}") for name in allow_change)
+    }
 
 
 def compare_fingerprints(run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = ()) -> list[str]:
-    """Compare the fingerprint in stage.json with the current one; return the changes, all of which are allowed.
+    """Compare the fingerprint in stage.json with the current one; list the changes, all of which are allowed.
 
     Every changed key is named with both values. Raises RunError unless each of them is in `allow_change`.
     """
@@ -233,32 +197,7 @@ def compare_fingerprints(run: RunDir, current: Mapping[str, Any], *, allow_chang
             "or --allow-change KEY to go on with the new value",
             where=str(run.path),
         )
-    return list(_compare(run, current).values())
-
-
-def _compare(run: RunDir, current: Mapping[str, Any]) -> dict[str, str]:
-    if not run.stage.exists():
-        return {}
-    before = read_json(run.stage).get("fingerprint", {})
-    now = json.loads(json.dumps(dict(current), default=str))
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    fields = method_fields(str(now.get("method")))
-    defaults = {key: fields.get(key.rpartition(".")[2], {}).get("default") for key in changed}
-    return {
-        key: f"{key}: {_show(before.get(key), defaults[key])} -> {_show(now.get(key), defaults[key])}"
-        for key in changed
-    }  # fmt: skip
-
-
-def _show(value: Any, default: Any) -> str:
-    """Return a value as the user wrote it; a fingerprint leaves out what is TRL's own default."""
-    if value is not None:
-        return json.dumps(value)
-    return "(default)" if default is None else f"{json.dumps(default)} (default)"
-
-
-def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
-    return any(key == name or key.endswith(f".{name}") for name in allowed)
+    return list(list_changes(run, current).values())
 
 
 def copy_recipe(run: RunDir, source: Path) -> None:
@@ -266,16 +205,6 @@ def copy_recipe(run: RunDir, source: Path) -> None:
     if not run.recipe.exists() and source.is_file():
         text = source.read_bytes().decode("utf-8", "surrogateescape")
         run.recipe.write_bytes(console.redact(text).encode("utf-8", "surrogateescape"))
-
-
-def write_result(run: RunDir, result: Mapping[str, Any], products: Sequence[Path]) -> None:
-    """Write result.json, which makes a run count as finished; it names the files that others use, with checksums.
-
-    `products` are those files, and directories of them. The model card is none of them: it is written later and again.
-    """
-    files = [path for product in products for path in (product.rglob("*") if product.is_dir() else [product])]
-    kept = [path for path in files if path.is_file() and path.name != CARD]
-    write_json(run.result, {**result, "files": describe(run.path, kept)})
 
 
 @dataclass
@@ -297,8 +226,17 @@ class Result:
     peak_memory_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
         return asdict(self)
+
+
+def write_result(run: RunDir, result: Mapping[str, Any], products: Sequence[Path]) -> None:
+    """Write result.json, which makes a run count as finished; it names the files that others use, with checksums.
+
+    `products` are those files, and directories of them. The model card is none of them: it is written later and again.
+    """
+    files = [path for product in products for path in (product.rglob("*") if product.is_dir() else [product])]
+    kept = [path for path in files if path.is_file() and path.name != CARD]
+    write_json(run.result, {**result, "files": describe_files(run.path, kept)})
 
 
 def read_result(path: Path) -> Result:
@@ -307,3 +245,36 @@ def read_result(path: Path) -> Result:
     if missing := [key for key in Result.__dataclass_fields__ if data.get(key) is None]:
         raise RunError(f"has no {missing[0]}; put the file back as it was, or start over with --force", where=str(path))
     return Result(**{key: data[key] for key in Result.__dataclass_fields__})
+
+
+def find_damaged_product(run_dir: Path) -> str | None:
+    """Find which of a finished run's files (weights, rows) is not as its result.json says; None when all are.
+
+    Runs of earlier versions, whose result names no files, are believed.
+    """
+    result = RunDir(run_dir).result
+    try:
+        return find_damaged_file(run_dir, json.loads(result.read_text(encoding="utf-8")).get("files", {}))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{result.name} cannot be read ({type(error).__name__})"
+
+
+def require_whole(product: Path) -> None:
+    """Raise RunError when `product`, a model directory or a file of rows, is of a finished run and was damaged since.
+
+    What no run of ours has made is not looked at.
+    """
+    product = product.absolute()
+    if product.name == "critic":  # of a ppo run, inside its model
+        product = product.parent
+    run_dir = product.parent
+    if product.name not in PRODUCTS or not RunDir(run_dir).stage.is_file():
+        return
+    if (damage := find_damaged_product(run_dir)) is not None:
+        raise RunError(
+            f"{damage}: it was damaged after the run had finished; run the stage's own command again, which makes it "
+            "anew from the last checkpoint, or put the file back",
+            where=str(run_dir),
+        )

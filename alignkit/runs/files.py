@@ -1,4 +1,4 @@
-"""Writing files that are either whole or absent, and reading records back by one rule; knows nothing of training.
+"""Files that are either whole or absent, records read back by one rule, and checksums of files that count.
 
 No link is followed: a name inside a run directory may have been left there by somebody else.
 """
@@ -9,8 +9,10 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType
 from typing import IO, Any
@@ -114,7 +116,7 @@ def _find_fault(name: str, data: Any) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in `path`; raises RunError when it is not readable JSON, or not what such a file holds."""
+    """Read the object in `path`; raises RunError when it is not readable JSON, or not what such a file holds."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         fault = _find_fault(path.name, data)
@@ -127,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the object in a file that others can do without: empty, after a warning, where it cannot be used."""
+    """Read a file that others can do without: empty, after a warning, where it cannot be used."""
     if not os.path.lexists(path):
         return {}
     try:
@@ -153,7 +155,7 @@ def scan_lines(lines: IO[bytes], name: str) -> Iterator[tuple[bytes, dict[str, A
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON Lines file; lines that cannot be used are left out, with one warning."""
+    """Read the records of a JSON Lines file; lines that cannot be used are left out, with one warning."""
     if not path.is_file():
         return []
     with path.open("rb") as file:
@@ -177,13 +179,6 @@ def put_aside(path: Path) -> Path:
     return aside
 
 
-def is_disk_failure(error: BaseException) -> bool:
-    """Tell whether an exception of a save means that the disk is full or not writable."""
-    if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
-        return True
-    return any(message in str(error) for message in DISK_FULL_MESSAGES)
-
-
 @contextmanager
 def disk_failures(directory: Path, what: str) -> Iterator[None]:
     """Turn a failed write below `directory` into one DiskError that says what is needed and what is free."""
@@ -192,12 +187,13 @@ def disk_failures(directory: Path, what: str) -> Iterator[None]:
     except AlignKitError:
         raise  # of a block within this one
     except Exception as error:
-        if not is_disk_failure(error):
+        number = error.errno if isinstance(error, OSError) else None
+        if number not in _DISK_ERRNOS and not any(message in str(error) for message in DISK_FULL_MESSAGES):
             raise
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no space left"
-        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        reason = os.strerror(number) if number else "no space left"
+        if number == errno.ELOOP:
             reason = "it is a link, and none is followed out of a run directory"
-        remedy = "put that right" if isinstance(error, OSError) and error.errno in _PLACE_ERRNOS else "make room"
+        remedy = "put that right" if number in _PLACE_ERRNOS else "make room"
         raise DiskError(
             f"{directory}: cannot write {what} ({reason}; {describe_bytes(free_bytes(directory))} free); "
             f"nothing complete was touched: {remedy} and run the same command again"
@@ -205,22 +201,67 @@ def disk_failures(directory: Path, what: str) -> Iterator[None]:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the bytes a user may still write below `path` (or its nearest existing parent)."""
+    """Count the bytes a user may still write below `path` (or its nearest existing parent)."""
     while not path.exists():
         path = path.parent
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
 
 
-def directory_bytes(path: Path) -> int:
-    """Return the bytes of all files below `path`."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
 def describe_bytes(num_bytes: float) -> str:
-    """Return a size with a unit, such as `1.3 GiB`."""
+    """Format a size with a unit, such as `1.3 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+# Checksums: damage is the enemy here, not an attacker, and CRC-32 runs at some GB/s. Larger files are read again only
+# where their size, or the time of their last change, is not what it was: a few seconds for each GB would otherwise be
+# spent by every command. That time (ctime) cannot be set by hand.
+_ALWAYS_READ_BYTES = 1 << 28
+
+
+def checksum(path: Path) -> str:
+    """Compute the CRC-32 of a file as eight hex digits."""
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
+@lru_cache(maxsize=256)
+def _checksum_once(path: Path, *_state: int) -> str:
+    """Read a file once in this process for each state it has been in."""
+    return checksum(path)
+
+
+def describe_files(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Take sizes and checksums of files below a directory, by their names in it."""
+    found = {}
+    for path in sorted(files):
+        state = path.stat()
+        facts = {"bytes": state.st_size, "crc32": checksum(path), "changed_ns": state.st_ctime_ns}
+        found[path.relative_to(directory).as_posix()] = facts
+    return found
+
+
+def find_damaged_file(directory: Path, files: Mapping[str, Mapping[str, Any]], *, thorough: bool = False) -> str | None:
+    """Find a file that is not as `describe_files` found it; None when all are. `thorough` reads large ones in any case.
+
+    Raises what a mapping of another shape makes it raise: KeyError, TypeError, AttributeError.
+    """
+    for name, known in files.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        state = path.stat()
+        if state.st_size != known["bytes"]:
+            return f"{name} has {state.st_size} bytes instead of {known['bytes']}"
+        if not thorough and state.st_size > _ALWAYS_READ_BYTES and state.st_ctime_ns == known.get("changed_ns"):
+            continue
+        if _checksum_once(path, state.st_size, state.st_ctime_ns, state.st_ino) != known["crc32"]:
+            return f"{name} has other bytes than were saved"
+    return None

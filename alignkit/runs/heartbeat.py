@@ -1,7 +1,7 @@
 """Signs of life of the processes of a job, as small files that whoever started them reads.
 
 `rank-N.beat` is rewritten about once a second and says how far the main thread has come; `rank-N.end` says how the
-process ended. Nothing here judges: who is dead or hung is for the reader to say. Without `start` nothing is written.
+process ended. Without `start` nothing is written.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Heart:
         self._seen = time.monotonic()
         self._stop = threading.Event()
         self._host = socket.gethostname()
-        with _end_path(directory, rank).open("wb") as file:
+        with (directory / f"rank-{rank}.end").open("wb") as file:
             file.write(b" " * _END_BYTES)
         self._write()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -133,7 +133,7 @@ def write_end(
     }  # fmt: skip
     while len(data := json.dumps({**record, "problems": kept}).encode()) > _END_BYTES:
         kept = kept[: len(kept) // 2] if len(kept) > 1 else [kept[0][: len(kept[0]) // 2]]
-    descriptor = os.open(_end_path(directory, rank), os.O_WRONLY | os.O_CREAT, 0o600)
+    descriptor = os.open(directory / f"rank-{rank}.end", os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         os.pwrite(descriptor, data.ljust(_END_BYTES), 0)
         os.fsync(descriptor)
@@ -143,24 +143,20 @@ def write_end(
         os.close(descriptor)
 
 
-def _end_path(directory: Path, rank: int) -> Path:
-    return directory / f"rank-{rank}.end"
-
-
 def read_beats(directory: Path) -> dict[int, Beat]:
-    """Return the newest sign of life of each process that has given one."""
+    """Read the newest sign of life of each process that has given one."""
     return {rank: Beat(**data) for rank, data in _read_all(directory, "beat").items()}
 
 
 def read_ends(directory: Path) -> dict[int, End]:
-    """Return how each process ended that said so."""
+    """Read how each process ended that said so."""
     return {
         rank: End(**{**data, "problems": tuple(data["problems"])}) for rank, data in _read_all(directory, "end").items()
     }
 
 
 def beat_time(directory: Path, rank: int) -> int:
-    """Return a number that changes whenever a process writes a sign of life, even on a full disk."""
+    """Take a number that changes whenever a process writes a sign of life, even on a full disk."""
     try:
         return (directory / f"rank-{rank}.beat").stat().st_mtime_ns
     except OSError:

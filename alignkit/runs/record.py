@@ -1,4 +1,4 @@
-"""What happened: metrics as they come, versions, git state, and secrets kept out of all of it."""
+"""Records of a run: metrics and warnings as they come, versions, git state and hardware."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def record_warnings(path: Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Return the installed versions that can change a result."""
+    """Look up the installed versions that can change a result."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state(directory: Path) -> dict[str, Any] | None:
-    """Return commit and dirtiness of the repository around `directory`, or None outside one."""
+    """Ask git for the commit around `directory` and whether it has changes; None outside a repository."""
     command = ["git", "-C", str(directory), "--no-optional-locks"]
     try:
         commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
@@ -105,33 +105,29 @@ def git_state(directory: Path) -> dict[str, Any] | None:
 
 
 def describe_hardware() -> dict[str, Any]:
-    """Return system, processor, cores, memory in bytes and torch's devices by name; loads torch."""
+    """Describe system, processor, cores, memory and torch's devices, without host or user; loads torch."""
+    processor = platform.processor() or platform.machine()
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():  # Linux knows the model, Python the architecture only
+        lines = listing.read_text(encoding="utf-8", errors="replace").splitlines()
+        models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        processor = next(models, processor)
     return {
         "system": platform.platform(terse=True),
-        "processor": _name_processor(),
+        "processor": processor,
         "cores": count_cores(),
         "memory_bytes": memory_bytes(),
         "devices": describe_devices(),
     }
 
 
-def _name_processor() -> str:
-    """Return the name of the processor as Linux tells it, else as Python does."""
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def count_cores() -> int:
-    """Return the cores this process may use, which a container or a scheduler can make fewer than there are."""
+    """Count the cores this process may use, which a container or a scheduler can make fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
-    """Return the host memory this process may use: physical, or the control group's limit where that is lower."""
+    """Read the host memory this process may use: physical, or the control group's limit where that is lower."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
@@ -139,7 +135,7 @@ def memory_bytes() -> int:
 
 
 def describe_devices() -> dict[str, str]:
-    """Return torch's devices by name with their memory; loads torch."""
+    """List torch's devices by name with their memory; loads torch."""
     import torch
 
     devices = {}

@@ -24,10 +24,9 @@ from alignkit.models.skeleton import build_skeleton
 from alignkit.recipe import Stage
 from alignkit.report.publish import leave_finished
 from alignkit.runs import checkpoints
-from alignkit.runs.directory import Result, RunDir, compare_fingerprints, copy_recipe
+from alignkit.runs.directory import Result, RunDir, compare_fingerprints, copy_recipe, find_damaged_product
 from alignkit.runs.files import put_aside, write_json
 from alignkit.runs.heartbeat import pulse
-from alignkit.runs.manifest import find_damaged_product
 from alignkit.runs.record import JsonLines, describe_hardware, git_state, versions
 from alignkit.train import ranks
 from alignkit.train.built import Built

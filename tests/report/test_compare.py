@@ -38,10 +38,10 @@ def test_every_difference_is_named_and_nothing_else(tmp_path: Path) -> None:
     first = _run(tmp_path / "a", loss=0.5, kl=2.0)
     second = _run(tmp_path / "b", beta=0.3, data="bb", template="uu", trl="1.16.1", loss=0.25, kl=3.5)
     found = compare_runs(first, second)
-    assert found.settings == [("stage.beta", 0.1, 0.3)]
-    assert found.data == [("train.fingerprint", "aa", "bb"), ("data", "aa", "bb"), ("template", "tt", "uu")]
-    assert found.versions == [("trl", "1.16.0", "1.16.1")]
-    assert {"loss": [0.5, 0.25], "kl on d": [2.0, 3.5], "step": [10, 10]}.items() <= found.to_dict()["metrics"].items()
+    assert found.settings == {"stage.beta": (0.1, 0.3)}
+    assert found.data == {"train.fingerprint": ("aa", "bb"), "data": ("aa", "bb"), "template": ("tt", "uu")}
+    assert found.versions == {"trl": ("1.16.0", "1.16.1")}
+    assert {"loss": (0.5, 0.25), "kl on d": (2.0, 3.5), "step": (10, 10)}.items() <= found.to_dict()["metrics"].items()
     titles = [title for title, _, _ in found.tables()]
     assert titles == ["settings", "data and template", "versions", "metrics"]
     metrics = list(found.tables())[3][2]
@@ -51,12 +51,12 @@ def test_every_difference_is_named_and_nothing_else(tmp_path: Path) -> None:
 def test_a_run_differs_from_itself_in_nothing(tmp_path: Path) -> None:
     run = _run(tmp_path / "a", loss=0.5, kl=2.0)
     found = compare_runs(run, run)
-    assert (found.settings, found.data, found.versions) == ([], [], [])
+    assert (found.settings, found.data, found.versions) == ({}, {}, {})
     assert list(found.tables())[0][2] == [("(no difference)", "", "")]
 
 
 def test_a_run_that_is_not_finished_has_no_figures(tmp_path: Path) -> None:
     found = compare_runs(_run(tmp_path / "a"), _run(tmp_path / "b", loss=0.5, kl=1.0))
-    assert ("loss", None, 0.5) in found.metrics
+    assert found.metrics["loss"] == (None, 0.5)
     with pytest.raises(RunError, match="is no run: it has no stage.json"):
         compare_runs(tmp_path, tmp_path / "a")

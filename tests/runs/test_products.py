@@ -13,8 +13,8 @@ from alignkit.data.sources import locate
 from alignkit.errors import RunError
 from alignkit.models.files import inspect_model_dir
 from alignkit.recipe.schema import DataSource
-from alignkit.runs.directory import RunDir, write_result
-from alignkit.runs.manifest import checksum, describe, find_damage, find_damaged_product, require_whole
+from alignkit.runs.directory import RunDir, find_damaged_product, require_whole, write_result
+from alignkit.runs.files import checksum, describe_files, find_damaged_file
 
 
 @pytest.fixture
@@ -71,12 +71,12 @@ def test_a_torn_result_counts_as_damage_and_one_without_files_is_believed(run_di
 def test_large_files_are_read_again_only_where_they_were_touched(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignkit.runs.manifest._ALWAYS_READ_BYTES", 1)
+    monkeypatch.setattr("alignkit.runs.files._ALWAYS_READ_BYTES", 1)
     weights = run_dir / "model/model.safetensors"
-    known = describe(run_dir, [weights])
+    known = describe_files(run_dir, [weights])
     known["model/model.safetensors"]["crc32"] = "00000000"
-    assert find_damage(run_dir, known) is None  # the time of its last change is the same
-    assert find_damage(run_dir, known, thorough=True) is not None
+    assert find_damaged_file(run_dir, known) is None  # the time of its last change is the same
+    assert find_damaged_file(run_dir, known, thorough=True) is not None
     time.sleep(0.05)  # clocks of file systems are coarse
     weights.write_bytes(b"123456780")
-    assert find_damage(run_dir, known) == "model/model.safetensors has other bytes than were saved"
+    assert find_damaged_file(run_dir, known) == "model/model.safetensors has other bytes than were saved"
