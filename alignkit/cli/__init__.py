@@ -7,9 +7,11 @@ It loads typer, `errors` and the standard library only: the rest is imported by 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +64,27 @@ app.command()(diff)
 app.command()(report)
 
 
+def quiet_libraries() -> None:
+    """Switch off pings, bars and chatter of the libraries before they load; what the user has set stays.
+
+    ALIGNKIT_DEBUG=1 leaves their warnings on.
+    """
+    for name, value in (
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),  # TRL pings once per trainer; alignkit sends nothing anywhere by itself
+        ("TOKENIZERS_PARALLELISM", "true"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("TQDM_DISABLE", "1"),
+        ("TRL_EXPERIMENTAL_SILENCE", "1"),
+        ("BITSANDBYTES_NOWELCOME", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    if os.environ.get("ALIGNKIT_DEBUG") != "1":
+        warnings.simplefilter("ignore")  # upstream deprecations are ours to mend, not the user's
+        # It warns of kernels that it could download, and once for each int8 matrix product.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def main() -> int:
     """Run the command line and return the exit code; every failure is one message, shown once.
 
@@ -72,6 +95,7 @@ def main() -> int:
     gc.disable()
     # Pydantic would search every installed distribution for plugins; alignkit has none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    quiet_libraries()
     if SUPERVISED in os.environ:
         from alignkit.launch.worker import attach
 

@@ -61,9 +61,6 @@ def preview(
     if len(names) > 1:
         raise typer.BadParameter(f"the recipe has several stages; name one with --stage: {', '.join(names)}")
     resolved = resolve(loaded, names[0], trust_code=trust_code)
-    from alignkit.launch import prepare_environment
-
-    prepare_environment()
     from alignkit.preflight.preview import preview_stage
 
     shown = preview_stage(resolved, num_rows=num_rows)
@@ -98,9 +95,9 @@ def merge(
 ) -> None:
     """Write an adapter and its base as one model directory."""
     from alignkit import console
-    from alignkit.launch import prepare_environment
+    from alignkit.models.files import require_available
 
-    prepare_environment()
+    require_available(str(source), as_run=True)
     from alignkit.models.merge import merge as merge_adapter
 
     merge_adapter(source, out)
@@ -120,13 +117,15 @@ def chat(
     trust_code: TrustCode = False,
 ) -> None:
     """Talk to a model, or to two at once; /help lists what can be typed."""
-    from alignkit.launch import prepare_environment
+    from alignkit.models.files import require_available
 
-    prepare_environment()
+    sources = [source] if compare is None else [source, compare]
+    for name in sources:
+        require_available(name, as_run=True)
     from alignkit.chat import Settings, talk
 
     settings = Settings(system=system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-    talk([source] if compare is None else [source, compare], settings, device=device, trust_code=trust_code)
+    talk(sources, settings, device=device, trust_code=trust_code)
 
 
 def diff(

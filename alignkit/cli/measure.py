@@ -105,9 +105,11 @@ def evaluate(
             "--allow-key has no effect here; name the key of a judge as evaluate.judge.api_key_env in a --recipe"
         )
     requests = request_stages(loaded, options, None if stage is None else [_named(loaded, stage)]) if loaded else []
-    from alignkit.launch import prepare_environment
+    from alignkit.models.files import require_available
 
-    prepare_environment()
+    for name in (source, options.against, options.reference) if source is not None else ():
+        if name is not None:
+            require_available(name, as_run=True)
     from alignkit.evaluate.results import table
     from alignkit.evaluate.target import list_siblings
 

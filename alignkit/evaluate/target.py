@@ -16,7 +16,6 @@ from alignkit.data import DataReport, Rejects, Row, read_rows, split_eval
 from alignkit.data.rows import Text, take_prompt
 from alignkit.errors import DataError, RunError
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
-from alignkit.recipe.lineage import RUNS
 from alignkit.recipe.schema import DataSource, LaunchOptions, ModelOptions, StageOptions
 from alignkit.recipe.stage import Stage
 from alignkit.runs.directory import RunDir
@@ -85,7 +84,6 @@ class Target:
 def find_target(source: str, *, trust_code: bool) -> Target:
     """Find a model by the name of a run, a directory or a hub id; raises RunError or ModelError."""
     path = Path(source).expanduser()
-    _refuse_near_misses(source, path)
     if (path / "stage.json").is_file():
         run = RunDir(path.absolute())
         if not run.model.is_dir():
@@ -106,16 +104,6 @@ def list_siblings(source: str) -> dict[str, str]:
     if not (path / "stage.json").is_file():
         return {}
     return {run.name: os.path.relpath(run) for run in _list_runs(path.parent)}
-
-
-def _refuse_near_misses(source: str, path: Path) -> None:
-    """Raise RunError for the directory of a recipe's runs, and for a stage's name without its directory."""
-    if path.is_dir() and not (path / "config.json").exists() and (runs := _list_runs(path)):
-        raise RunError(f"holds the runs {', '.join(run.name for run in runs)}; name one of them", where=source)
-    if len(path.parts) == 1 and not path.exists():
-        known = [str(found.parent) for found in sorted(Path(RUNS).glob(f"*/{source}/stage.json"))]
-        if known:
-            raise RunError(f"is not there; did you mean {' or '.join(known)}?", where=source)
 
 
 def _list_runs(path: Path) -> list[Path]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from alignkit import console
 from alignkit.errors import EnvironmentProblem
-from alignkit.launch.environment import prepare_environment
 from alignkit.recipe.schema import FEEDBACK
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from alignkit.recipe import Stage
     from alignkit.runs.directory import Result
 
-__all__ = ["is_in_process", "launch_stage", "prepare_environment"]
+__all__ = ["is_in_process", "launch_stage"]
 
 
 def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = False, retries: int = 0) -> Result:
@@ -30,7 +30,8 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
     command = command or Command.of(stage, ())
     if stage.method in FEEDBACK:
         _tell_one_process(stage, retries)
-    prepare_environment(tiny=stage.model.path.startswith("builtin:"))
+    if stage.model.path.startswith("builtin:"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # its matrices are so small that threads only wait for each other
     if is_worker() and stage.method in FEEDBACK:
         raise EnvironmentProblem(
             f"a {stage.method} stage runs in one process, and asks its models in batches; start it without a launcher"

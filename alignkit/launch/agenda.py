@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.launch.command import Command
-from alignkit.preflight.lineage import list_needs
+from alignkit.preflight.requirements import list_needs
 from alignkit.recipe import Stage
 from alignkit.recipe.lineage import ROWS
 from alignkit.recipe.schema import FEEDBACK

@@ -19,10 +19,11 @@ from alignkit.errors import AlignKitError, EnvironmentProblem, Stopped, UsageErr
 from alignkit.launch import accelerate, nodes, rendezvous
 from alignkit.launch.command import Command
 from alignkit.launch.devices import Precision, mixed_precision
-from alignkit.launch.local import check_first, hold_run
+from alignkit.launch.local import hold_run
 from alignkit.launch.placement import Placement
 from alignkit.launch.supervise import Job, StopRequest
 from alignkit.launch.worker import STOP_SIGNALS
+from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
 from alignkit.runs.directory import Result, RunDir, read_result
@@ -39,7 +40,7 @@ def run_job(stage: Stage, command: Command, placement: Placement, *, force: bool
 
     Raises what a process reported, RankError for one that died or hung, Stopped; no process is left then.
     """
-    check_first(stage)
+    require_ready(stage)
     _require_deepspeed(stage)
     run = RunDir(Path(stage.run_dir).expanduser().absolute())
     with _catch() as stop:

@@ -16,8 +16,9 @@ from alignkit.errors import AlignKitError, EnvironmentProblem, Problem, RecipeEr
 from alignkit.launch import accelerate
 from alignkit.launch.command import Command
 from alignkit.launch.devices import mixed_precision, pick_device
-from alignkit.launch.local import check_first, train_here, train_in
+from alignkit.launch.local import train_here, train_in
 from alignkit.launch.worker import is_supervised, rank
+from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _prepare(stage: Stage, *, retries: int) -> None:
     require_agreement(stage, os.environ)
     apply_strategy(stage, os.environ)
     if not is_supervised() and rank() != 0 and os.environ["LOCAL_RANK"] == "0":
-        check_first(stage)  # this node may lack a file that node 0 has
+        require_ready(stage)  # this node may lack a file that node 0 has
 
 
 def require_launcher(environment: Mapping[str, str]) -> None:

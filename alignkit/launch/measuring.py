@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignkit import console
 from alignkit.evaluate.options import request_stages
+from alignkit.preflight.requirements import require_held_out
 from alignkit.recipe import Recipe
 from alignkit.recipe.schema import EvaluateOptions
 from alignkit.runs.directory import RunDir
@@ -33,8 +35,10 @@ class Measuring:
     def of(cls, recipe: Recipe, names: Sequence[str], *, trust_code: bool) -> Measuring | None:
         """Return what to measure of these stages, None where the recipe asks for nothing or none of them has a model.
 
-        Raises UsageError for a name that is neither a stage nor a path.
+        Raises UsageError for a name that is neither a stage nor a path, and where no stage has rows to measure on.
         """
+        for doubt in require_held_out(recipe, names):
+            console.warn(doubt)
         requests = tuple(request_stages(recipe, recipe.evaluate, names)) if recipe.evaluates else ()
         return cls(requests, trust_code) if requests else None
 
@@ -52,9 +56,6 @@ class Measuring:
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Measure one model after another and yield what its eval.json holds now."""
-        from alignkit.launch.environment import prepare_environment
-
-        prepare_environment()
         from alignkit.evaluate.run import evaluate_all
 
         self._record.unlink(missing_ok=True)

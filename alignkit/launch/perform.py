@@ -16,13 +16,13 @@ from alignkit.evaluate.results import table
 from alignkit.launch import launch_stage
 from alignkit.launch.agenda import WORDS, Entry, plan_run
 from alignkit.launch.command import Command
-from alignkit.launch.local import locate_rows
 from alignkit.launch.measuring import NAME as MEASURE
 from alignkit.launch.measuring import Measuring
 from alignkit.launch.pipeline import check_order, check_stages, run_stages
 from alignkit.launch.plan import plan_launch
 from alignkit.launch.slurm import write_jobs
 from alignkit.launch.worker import is_supervised
+from alignkit.preflight.requirements import locate_rows
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK
 from alignkit.report.page import write_recipe_report

@@ -16,9 +16,8 @@ from alignkit.errors import EnvironmentProblem, Problem, RecipeError
 from alignkit.launch import is_in_process, launch_stage
 from alignkit.launch.agenda import Entry
 from alignkit.launch.command import Command
-from alignkit.launch.local import check_first
 from alignkit.launch.worker import is_worker
-from alignkit.preflight.lineage import list_needs
+from alignkit.preflight.requirements import list_needs, require_ready
 from alignkit.recipe import Stage
 from alignkit.report.publish import leave_finished
 from alignkit.runs.directory import Result, RunDir
@@ -28,7 +27,7 @@ def check_stages(jobs: Sequence[tuple[Stage, Command]]) -> None:
     """Refuse, before anything is trained, what can be refused of any stage.
 
     Raises RecipeError when a stage comes before one that it needs, EnvironmentProblem under a launcher, and what
-    `check_first` finds wrong with any of them.
+    `require_ready` finds wrong with any of them.
     """
     if is_worker():
         raise EnvironmentProblem(
@@ -39,7 +38,7 @@ def check_stages(jobs: Sequence[tuple[Stage, Command]]) -> None:
     check_order(stages)
     names = [stage.name for stage in stages]
     for number, stage in enumerate(stages):  # the last stage's missing file is found now, not in a day
-        check_first(stage, coming=names[:number])
+        require_ready(stage, coming=names[:number])
 
 
 def run_stages(

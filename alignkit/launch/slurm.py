@@ -18,8 +18,7 @@ from typing import Any
 
 from alignkit.errors import EnvironmentProblem, RecipeError, RunError
 from alignkit.launch.command import Command
-from alignkit.launch.local import check_first
-from alignkit.preflight.lineage import list_needs
+from alignkit.preflight.requirements import list_needs, require_ready
 from alignkit.recipe import Stage
 from alignkit.recipe.batch import check_batch
 from alignkit.recipe.schema import SlurmOptions
@@ -52,7 +51,7 @@ def write_jobs(jobs: Sequence[tuple[Stage, Command]], *, submit: bool, dry_run: 
     A stage waits for the stages that it needs and that are among `jobs`. With `dry_run` nothing is written; with
     `force` an existing run is moved aside now, not at each start of the job. Raises RecipeError for what Slurm could
     not honour, RunError for a run directory that cannot be used, EnvironmentProblem when sbatch is absent or refuses,
-    and what `check_first` finds wrong with a stage; without `submit`, what it needs may be made until it is submitted.
+    and what `require_ready` does; without `submit`, what a stage needs may be made until it is submitted.
     """
     written: list[Job] = []
     names: list[str] = []  # of the stages before
@@ -66,7 +65,7 @@ def write_jobs(jobs: Sequence[tuple[Stage, Command]], *, submit: bool, dry_run: 
         earlier = {job.stage: number for number, job in enumerate(written, 1)}
         after = tuple(dict.fromkeys(need.stage for need in list_needs(stage) if need.stage in earlier))
         if not dry_run:
-            check_first(stage, coming=names if submit else [*names, *(need.stage for need in list_needs(stage))])
+            require_ready(stage, coming=names if submit else [*names, *(need.stage for need in list_needs(stage))])
         names.append(stage.name)
         path = run.launch / SCRIPT
         order = ("sbatch", "--parsable", *_dependency([f"$job_{earlier[name]}" for name in after]), str(path))

@@ -12,9 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from alignkit.errors import ModelError
-from alignkit.models.files import BUILTIN_PREFIX
-from alignkit.recipe.nearest import suggest
+from alignkit.models.files import BUILTIN_PREFIX, find_model_dir
 
 END_OF_TEXT, PAD, IM_START, IM_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 _MERGES = Path(__file__).with_name("tiny_merges.txt")
@@ -23,12 +21,8 @@ _POSITIONS = 512
 
 def builtin_config(path: str) -> PreTrainedConfig:
     """Return the configuration behind `builtin:NAME`; a ModelError names the nearest name that exists."""
-    name = path.removeprefix(BUILTIN_PREFIX)
-    builders = {"tiny-gpt2": _tiny_gpt2, "tiny-llama": _tiny_llama}
-    if name not in builders:
-        known = ", ".join(f"{BUILTIN_PREFIX}{known_name}" for known_name in builders)
-        raise ModelError(f"model.path {path!r} is not one of {known}{suggest(name, builders)}")
-    return builders[name]()
+    find_model_dir(path)
+    return {"tiny-gpt2": _tiny_gpt2, "tiny-llama": _tiny_llama}[path.removeprefix(BUILTIN_PREFIX)]()
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerFast:

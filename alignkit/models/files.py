@@ -14,11 +14,13 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from alignkit.errors import ModelError, Problem
-from alignkit.recipe.nearest import suggest
+from alignkit.errors import EnvironmentProblem, ModelError, Problem, RunError
+from alignkit.recipe.lineage import RUNS
+from alignkit.recipe.nearest import find_nearest, suggest
 from alignkit.runs.directory import require_whole
 
 BUILTIN_PREFIX = "builtin:"
+BUILTIN_MODELS = ("builtin:tiny-gpt2", "builtin:tiny-llama")  # made in `builtin`
 REWARD_NORM = "reward_norm.json"  # of an rm stage, beside its model: gain and bias
 RECORD = "alignkit.json"  # what we add to a model directory: lineage, dtype and quantization it was trained with
 
@@ -53,34 +55,80 @@ def is_builtin(path: str) -> bool:
 def find_model_dir(path: str) -> Path | None:
     """Return the local directory of weights that a path names: itself, or `model/` of a run.
 
-    None for builtin names and hub ids. Raises ModelError for a path that is clearly local but not there.
+    None for builtin names and hub ids. Raises ModelError for a builtin name that there is not, for a path that is
+    clearly local but not there, and for what is nearly the name of a run.
     """
     if is_builtin(path):
+        if path not in BUILTIN_MODELS:
+            raise ModelError(f"{path!r} is not one of {', '.join(BUILTIN_MODELS)}{suggest(path, BUILTIN_MODELS)}")
         return None
     directory = Path(path).expanduser()
     if directory.is_file():
         raise ModelError(f"{path} is a file; give the directory that holds config.json and the safetensors files")
     if directory.is_dir():
-        is_run = (directory / "stage.json").exists() or not _is_model_dir(directory)
-        if is_run and _is_model_dir(directory / "model"):
-            return directory / "model"
-        if (directory / "stage.json").exists():
-            raise ModelError(f"{path} is a run that has no model yet; finish it first")
+        if (directory / "stage.json").exists() or not _is_model_dir(directory):
+            if _is_model_dir(directory / "model"):
+                return directory / "model"
+            if (directory / "stage.json").exists():
+                raise ModelError(f"{path} is a run that has no model yet; finish it first")
+            if runs := sorted(stage.parent.name for stage in directory.glob("*/stage.json")):
+                raise RunError(f"holds the runs {', '.join(runs)}; name one of them", where=path)
         return directory
-    if _looks_local(path):
-        raise ModelError(f"{path} does not exist; give a hub id, a local directory, or a builtin name")
-    if beside := _list_runs(directory.parent):
-        near = suggest(directory.name, beside) or f"; {directory.parent} holds {', '.join(beside)}"
-        raise ModelError(f"{path} does not exist{near}")
+    beside = _list_beside(directory.parent)
+    near = suggest(directory.name, beside)
+    if not near and (beside or _looks_local(path)):
+        near = _suggest_run(path) or (f"; {directory.parent} holds {', '.join(beside)}" if beside else near)
+    if near or _looks_local(path):
+        raise ModelError(f"{path} does not exist{near or '; give a hub id, a local directory, or a builtin name'}")
+    if (near := _suggest_run(path)) and not _is_cached(path):
+        raise RunError(f"is not there{near}", where=path)
     return None
 
 
-def _list_runs(directory: Path) -> list[str]:
-    """Return the names of the runs, or the directories of runs, in a directory: no hub user has those."""
+def require_available(source: str, *, as_run: bool = False) -> None:
+    """Raise at once for a model that would only turn out not to be there once the libraries are loaded.
+
+    Raises as `find_model_dir` does, and for a hub id that is not on this machine while the hub is switched off:
+    RunError where a single word was given `as_run`, else EnvironmentProblem.
+    """
+    if is_builtin(source) or find_model_dir(source) is not None or _is_cached(source):
+        return
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        return
+    if as_run and "/" not in source:
+        runs = [str(stage.parent) for stage in sorted(Path(RUNS).glob("*/*/stage.json"))]
+        known = f"; the runs here are {', '.join(runs)}" if runs else f"; there are no runs below {RUNS}/ here"
+        raise RunError(f"is neither a directory nor a model on this machine{known}", where=source)
+    raise EnvironmentProblem(
+        f"{source} is not on this machine and the hub is switched off (HF_HUB_OFFLINE); download it first, or set "
+        "HF_HUB_OFFLINE=0"
+    )
+
+
+def _is_cached(hub_id: str) -> bool:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").is_dir()
+
+
+def _list_beside(directory: Path) -> list[str]:
+    """Names of the runs, or the directories of runs, in a directory: no hub user has those."""
     if directory == Path():
         return []
     stages = [*directory.glob("*/stage.json"), *directory.glob("*/*/stage.json")]
     return sorted({stage.relative_to(directory).parts[0] for stage in stages})
+
+
+def _suggest_run(path: str) -> str:
+    """Name the runs below `runs/` that may be meant by a stage's name, RECIPE/STAGE, or something like it."""
+    names: dict[str, list[str]] = {}
+    for run in sorted(stage.parent for stage in Path(RUNS).glob("*/*/stage.json")):
+        for name in (run.name, f"{run.parent.name}/{run.name}", str(run)):
+            names.setdefault(name, []).append(str(run))
+    found = names.get(path) or names.get(find_nearest(path, names) or "")
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:

@@ -1,43 +1,49 @@
 """`alignkit check`: everything about a recipe that can be known without training, all problems at once.
 
-It reads every row with the encoder that training uses and looks at models through their small files; it loads no
-weights and leaves nothing behind.
+It looks at two depths. First it goes through `requirements` for every stage, as a stage does that is about to start;
+only where nothing of that is wrong it reads every row with the encoder that training uses and looks at models through
+their small files. It loads no weights and leaves nothing behind.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
-from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, UsageError
-from alignkit.preflight.disk import checkpoint_bytes, require_space
-from alignkit.preflight.doctor import Table
-from alignkit.preflight.feedback import describe_evaluation, describe_feedback, require_feedback
-from alignkit.preflight.lineage import list_data, list_needs, without_unmade
+from alignkit.errors import AlignKitError, EnvironmentProblem, Problem, UsageError
+from alignkit.feedback.constitution import load_constitution
+from alignkit.feedback.server import find_key
+from alignkit.feedback.writer import describe_model
+from alignkit.models.files import find_model_dir, inspect_model_dir
+from alignkit.preflight.doctor import Table, require_versions, try_quantization
+from alignkit.preflight.requirements import (
+    list_data,
+    list_feedback_models,
+    list_needs,
+    require_held_out,
+    require_ready,
+    without_unmade,
+)
 from alignkit.preflight.rows import describe_rows, find_doubts
-from alignkit.preflight.versions import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
-from alignkit.recipe.optimizers import find_optimizer
-from alignkit.recipe.schema import FEEDBACK, LabelOptions, PpoOptions
+from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, LabelOptions, PpoOptions
 from alignkit.rewards.kinds import describe_reward, list_sources
 from alignkit.runs.form import form_of, require_form
 
 if TYPE_CHECKING:
     from alignkit.models.chat import Chat
 
-_Item = TypeVar("_Item")
+_Given = ParamSpec("_Given")
+_Found = TypeVar("_Found")
 
 _GIB = 2**30
-_TRACKERS = {  # of report_to: what is imported, what is installed
-    **{name: (name, "'alignkit[trackers]'") for name in ("tensorboard", "trackio", "wandb")},
-    **{name: (name, name) for name in ("clearml", "codecarbon", "dagshub", "dvclive", "mlflow", "neptune", "swanlab")},
-    "azure_ml": ("azureml", "azureml-core"), "comet_ml": ("comet_ml", "comet-ml"), "flyte": ("flytekit", "flytekit"),
-}  # fmt: skip
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass
@@ -51,26 +57,15 @@ class StageCheck:
     problems: list[Problem] = field(default_factory=list)  # exit code 2
     environment: list[str] = field(default_factory=list)  # exit code 8
 
-    def noting(self) -> _Noting:
-        """Return a context that notes what stops the stage, and goes on after it."""
-        return _Noting(self)
-
-
-class _Noting:
-    """A context that turns the errors a user can act on into findings; bugs pass through."""
-
-    def __init__(self, check: StageCheck) -> None:
-        self._check = check
-
-    def __enter__(self) -> None:
+    def note(self, look: Callable[_Given, _Found], *given: _Given.args, **named: _Given.kwargs) -> _Found | None:
+        """Call a function; None where it raises what a user can act on, which is noted. Bugs pass through."""
+        try:
+            return look(*given, **named)
+        except EnvironmentProblem as error:
+            self.environment.append(str(error))
+        except UsageError as error:
+            self.problems += error.problems
         return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        if isinstance(error, EnvironmentProblem):
-            self._check.environment.append(str(error))
-        elif isinstance(error, UsageError):
-            self._check.problems += error.problems
-        return isinstance(error, EnvironmentProblem | UsageError)
 
 
 @dataclass
@@ -82,25 +77,27 @@ class CheckReport:
     environment: list[str]
 
     def error(self) -> AlignKitError | None:
-        """Return the error to end with: 2 for the user's mistakes, 8 when only this machine is wrong."""
-        problems = _unique(problem for stage in self.stages for problem in stage.problems)
-        missing = _unique([*self.environment, *(line for stage in self.stages for line in stage.environment)])
+        """The error to end with: 2 for the user's mistakes, 8 when only this machine is wrong."""
+        problems = dict.fromkeys(problem for stage in self.stages for problem in stage.problems)
+        found = [*self.environment, *(line for stage in self.stages for line in stage.environment)]
+        missing = dict.fromkeys(line for text in found for line in text.split("\n"))
         if problems:
             return UsageError([*problems, *(Problem(line) for line in missing)])
         return EnvironmentProblem("\n".join(missing)) if missing else None
 
     def tables(self) -> list[Table]:
-        """Return the report for a terminal."""
+        """The report for a terminal."""
         tables = []
         for stage in self.stages:
             rows = [[name, value] for name, value in stage.facts.items()]
             rows += [["warning", text] for text in stage.warnings]
             state = "would not run" if stage.problems or stage.environment or self.environment else "would run"
-            tables.append((f"{stage.name} ({stage.method}): {state}", ["what", "found"], rows))
+            if rows:
+                tables.append((f"{stage.name} ({stage.method}): {state}", ["what", "found"], rows))
         return tables
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for --json."""
+        """Plain data for --json."""
         return asdict(self) | {"ok": self.error() is None}
 
 
@@ -112,54 +109,82 @@ def check_recipe(recipe: Recipe, *, trust_code: bool = False) -> CheckReport:
     report = CheckReport(recipe.path, [], [])
     try:
         require_versions()
-    except EnvironmentProblem as error:
+    except EnvironmentProblem as error:  # libraries that may not be loaded
         report.environment.append(str(error))
         return report
-    forms: dict[str, str | None] = {}  # chat or text, by stage
+    stages: list[tuple[Stage, StageCheck]] = []
     for name in recipe.stage_names:
-        check = StageCheck(name, recipe.stages[name].options.method)
-        report.stages.append(check)
-        with check.noting():
-            stage = resolve(recipe, name, trust_code=trust_code)
-            forms[name] = _check_stage(stage, check)
-            require_form(stage, forms[name], forms)
-    if recipe.evaluate.constitution is not None:
+        report.stages.append(check := StageCheck(name, recipe.stages[name].options.method))
+        if (stage := check.note(resolve, recipe, name, trust_code=trust_code)) is not None:
+            stages.append((stage, check))
+            unmade = [need.stage for need in list_needs(stage) if not need.is_made()]
+            check.note(require_ready, stage, coming=unmade)
+    if recipe.evaluates:
         report.stages.append(check := StageCheck("evaluate", "eval"))
-        with check.noting():
-            check.facts |= describe_evaluation(recipe)
+        check.facts |= check.note(describe_evaluation, recipe) or {}
+        check.warnings += check.note(require_held_out, recipe, recipe.order) or []
+    if any(check.problems for check in report.stages):
+        return report
+    forms: dict[str, str | None] = {}  # chat or text, by stage
+    for stage, check in stages:
+        forms[stage.name] = check.note(_check_stage, stage, check)
+        check.note(require_form, stage, forms[stage.name], forms)
     return report
 
 
 def _check_stage(stage: Stage, check: StageCheck) -> str | None:
     """Note what is found; the result is the form of the rows, where they can be read."""
     stage, check.facts["starts from"] = start_today(stage)
-    with check.noting():
-        _check_start(stage, check)
-    with check.noting():
-        _check_feedback(stage, check)
+    scratch = stage.model.init == "scratch" and not stage.start_dir
+    if (directory := find_model_dir(stage.start_dir or stage.model.path)) and not scratch:
+        files = inspect_model_dir(directory, trust_code=stage.trust_code)
+        check.facts["starts from"] += f" ({files.kind}{', a reward model' if files.reward else ''})"
+    check.facts |= describe_feedback(stage)
     if stage.method in FEEDBACK:
         _check_sources(stage, check)
         return None
-    _check_rewards(stage, check)
-    with check.noting():
-        _check_device(stage, check)
-    with check.noting():
-        check_packages(stage)
-    chat: Chat | None = None
-    with check.noting():
-        chat = _check_tokenizer(stage, check)
+    for key, source in list_sources(stage):
+        if what := check.note(describe_reward, stage, key, source):
+            check.facts[key] = f"{check.facts[key]}; {what}" if key in check.facts else what
+    check.note(_check_device, stage, check)
+    chat = check.note(_check_tokenizer, stage, check)
     if chat is None:
-        with check.noting():
-            _read_rows_alone(stage, check)
+        check.note(_read_rows_alone, stage, check)
         return None
-    with check.noting():
-        _check_model(stage, check, chat)
+    check.note(_check_model, stage, check, chat)
     ready = _use_made_rows(stage, check)
     return None if ready is None else _check_rows(ready, check, chat)
 
 
+def describe_feedback(stage: Stage) -> dict[str, str]:
+    """Say what a stage asks for feedback, and by how many principles."""
+    options = stage.options
+    facts = {key: describe_model(model, stage) for key, model in list_feedback_models(stage)}
+    if isinstance(options, CritiqueOptions | LabelOptions) and options.constitution is not None:
+        part: Literal["critique", "comparison"] = "critique" if isinstance(options, CritiqueOptions) else "comparison"
+        facts["principles"] = str(len(load_constitution(options.constitution, needs=part).principles))
+    if isinstance(options, CritiqueOptions) and options.replay:
+        facts["replay"] = ", ".join(options.replay)
+    return facts
+
+
+def describe_evaluation(recipe: Recipe) -> dict[str, str]:
+    """Say who judges the win rates of `evaluate:`, and by how many principles; nothing without those.
+
+    Raises RecipeError for a constitution that is none and for a key that nobody has set.
+    """
+    judge, constitution = recipe.evaluate.judge, recipe.evaluate.constitution
+    if judge is None or constitution is None:
+        return {}
+    if judge.url is not None:
+        find_key(judge, key="evaluate.judge", where=recipe.origins.get("evaluate.judge.api_key_env"))
+    principles = load_constitution(constitution, needs="comparison").principles
+    who = judge.model or f"{judge.name} at {urlsplit(judge.url or '').netloc}"
+    return {"judge": who, "principles": str(len(principles))}
+
+
 def _use_made_rows(stage: Stage, check: StageCheck) -> Stage | None:
-    """Return the stage as it can be checked today: without the rows that other stages have yet to make."""
+    """Leave out the rows that other stages have yet to make; None where no others are left."""
     options = stage.training
     data = without_unmade(options.data, stage)
     held_out = without_unmade(options.eval, stage) if isinstance(options.eval, list) else []
@@ -174,28 +199,18 @@ def _use_made_rows(stage: Stage, check: StageCheck) -> Stage | None:
     return replace(stage, options=options.model_copy(update=changed))
 
 
-def _check_feedback(stage: Stage, check: StageCheck) -> None:
-    """Look at constitutions, judges and generators; those that a stage of the recipe makes may still come."""
-    require_feedback(stage, coming=tuple(stage.source_stages.values()))
-    check.facts |= describe_feedback(stage)
-
-
 def _check_sources(stage: Stage, check: StageCheck) -> None:
     """Read the rows that a stage asks about, as they are."""
     from alignkit.data import DataReport, Rejects, read_rows
-    from alignkit.data.sources import locate
 
     given = isinstance(stage.options, LabelOptions) and stage.options.answers == "given"
     methods = {"data": "rm" if given else stage.method, "mix": "rm", "helpful.data": stage.method}
     for key, source in list_data(stage):
-        with check.noting():
-            if key in methods and without_unmade([source], stage):
-                report = DataReport()
-                for _ in read_rows(stage, [source], report=report, rejects=Rejects(), method=methods[key]):
-                    pass
+        if key in methods and without_unmade([source], stage):
+            report = DataReport()
+            rows = read_rows(stage, [source], report=report, rejects=Rejects(), method=methods[key])
+            if check.note(deque, rows, maxlen=0) is not None:
                 check.facts[f"{key} {source.path}"] = f"{report.read} rows read, {report.rows} kept"
-            elif key not in methods:
-                locate([source])
 
 
 def _read_rows_alone(stage: Stage, check: StageCheck) -> None:
@@ -204,8 +219,7 @@ def _read_rows_alone(stage: Stage, check: StageCheck) -> None:
 
     report = DataReport()
     sources = without_unmade(stage.options.data, stage)
-    for _ in read_rows(stage, sources, report=report, rejects=Rejects()) if sources else ():
-        pass
+    deque(read_rows(stage, sources, report=report, rejects=Rejects()) if sources else (), maxlen=0)
     check.facts["data"] = f"{report.read} rows read, {report.rows} kept; lengths not checked, there is no tokenizer"
 
 
@@ -217,31 +231,7 @@ def start_today(stage: Stage) -> tuple[Stage, str]:
     return stage, stage.start_dir or stage.model.path
 
 
-def _check_start(stage: Stage, check: StageCheck) -> None:
-    from alignkit.models.files import find_model_dir, inspect_model_dir
-
-    source = stage.start_dir or stage.model.path
-    directory = find_model_dir(source)
-    if directory is None or (stage.model.init == "scratch" and not stage.start_dir):
-        return
-    files = inspect_model_dir(directory, trust_code=stage.trust_code)
-    check.facts["starts from"] += f" ({files.kind}{', a reward model' if files.reward else ''})"
-    if files.reward and stage.method != "rm":
-        raise ModelError(
-            f"{source} is a reward model; {stage.method} needs a policy to start from",
-            where=stage.where(f"{stage.name}.start_from"),
-        )
-
-
-def _check_rewards(stage: Stage, check: StageCheck) -> None:
-    for key, source in list_sources(stage):
-        with check.noting():
-            what = describe_reward(stage, key, source)
-            check.facts[key] = f"{check.facts[key]}; {what}" if key in check.facts else what
-
-
 def _check_device(stage: Stage, check: StageCheck) -> None:
-    from alignkit.preflight.machine import try_quantization
     from alignkit.train.arguments import micro_batch_size, pick_device
 
     device = pick_device(stage)
@@ -252,23 +242,6 @@ def _check_device(stage: Stage, check: StageCheck) -> None:
         ability = try_quantization(kind, device)
         if not ability.works:
             raise EnvironmentProblem(f"model.quantization {kind} does not work here: {ability.note}")
-
-
-def check_packages(stage: Stage) -> None:
-    """Raise EnvironmentProblem for a tracker or an optimizer whose package is not installed here."""
-    asked = stage.trainer.get("report_to") or []
-    optimizer = stage.trainer.get("optim", "")
-    package = find_optimizer(optimizer).package
-    wanted = [("report_to", name, *_TRACKERS[name]) for name in ([asked] if isinstance(asked, str) else asked)
-              if name in _TRACKERS]  # fmt: skip
-    wanted += [("optim", optimizer, *package)] if package else []
-    problems = [
-        f"{stage.where(f'{stage.name}.{key}')}: {key} {name} needs {module}, not installed here; pip install {install}"
-        for key, name, module, install in wanted
-        if importlib.util.find_spec(module) is None
-    ]
-    if problems:
-        raise EnvironmentProblem("\n".join(problems))
 
 
 def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
@@ -307,16 +280,31 @@ def _check_model(stage: Stage, check: StageCheck, chat: Chat) -> None:
     check.facts["disk"] = f"needs {needed / _GIB:.2f} GiB, {free / _GIB:.1f} GiB free"
 
 
+def checkpoint_bytes(num_trained: int, *, dtype: str) -> int:
+    """Size of a checkpoint, from above: the trained weights and AdamW's two values for each, in one dtype."""
+    return 3 * num_trained * _BYTES[dtype]
+
+
+def require_space(run_dir: Path, needed_bytes: int, *, num_checkpoints: int) -> int:
+    """Return the free bytes where the run will be written; raises EnvironmentProblem when they are too few."""
+    existing = next(place for place in (run_dir.absolute(), *run_dir.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise EnvironmentProblem(
+            f"{existing} has {free / _GIB:.2f} GiB free; {num_checkpoints} checkpoints and the final model need about "
+            f"{needed_bytes / _GIB:.2f} GiB; free some, lower keep_checkpoints, or choose another --out"
+        )
+    return free
+
+
 def _check_rows(stage: Stage, check: StageCheck, chat: Chat) -> str | None:
     """Encode all rows as training would; after rows that do not fit, once more without them, for the rest's sake."""
     before = len(check.problems)
-    with check.noting():
-        return _encode(stage, check, chat)
+    form = check.note(_encode, stage, check, chat)
     if len(check.problems) > before and stage.options.on_bad_row == "error":
         lenient = stage.options.model_copy(update={"on_bad_row": "skip"})
-        with check.noting():
-            _encode(replace(stage, options=lenient), check, chat)
-    return None
+        check.note(_encode, replace(stage, options=lenient), check, chat)
+    return form
 
 
 def _encode(stage: Stage, check: StageCheck, chat: Chat) -> str | None:
@@ -330,7 +318,3 @@ def _encode(stage: Stage, check: StageCheck, chat: Chat) -> str | None:
     report = tables.report.to_dict()
     check.warnings += [*tables.report.remarks(), *find_doubts(report)]
     return form_of(report)
-
-
-def _unique(items: Iterable[_Item]) -> list[_Item]:
-    return list(dict.fromkeys(items))

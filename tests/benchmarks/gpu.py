@@ -148,11 +148,11 @@ def train(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
 def _ours(spec: dict[str, Any], directory: Path, rows: Path, length: int, more: str = "") -> Any:
     import importlib
 
-    from alignkit.launch.environment import prepare_environment
+    from alignkit.cli import quiet_libraries
     from alignkit.recipe import load_recipe, resolve
     from alignkit.runs.directory import RunDir
 
-    prepare_environment(tiny=False)
+    quiet_libraries()
     recipe = directory / "recipe.yaml"
     recipe.write_text(
         RECIPE.format(

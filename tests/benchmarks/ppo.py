@@ -114,12 +114,12 @@ def prepare(directory: Path) -> None:
 
 def train_ours(recipe: Path) -> tuple[float, float]:
     """Train and return the seconds of training alone, on the wall and of the processor."""
-    from alignkit.launch.environment import prepare_environment
+    from alignkit.cli import quiet_libraries
     from alignkit.recipe import load_recipe, resolve
     from alignkit.runs.directory import RunDir
     from alignkit.train.ppo import build
 
-    prepare_environment(tiny=False)
+    quiet_libraries()
     run = RunDir(recipe.parent / f"run-{os.getpid()}")
     run.path.mkdir()
     built = build(resolve(load_recipe(recipe), "ppo"), run)

@@ -214,9 +214,9 @@ def prepare_world(data: Path, out: Path) -> World:
     (out / "prompts.jsonl").write_text("".join(json.dumps({"prompt": start}) + "\n" for start in starts[:2048]))
     run = out / "runs" / "sentiment" / "pretrain"
 
-    from alignkit.launch import prepare_environment
+    from alignkit.cli import quiet_libraries
 
-    prepare_environment(tiny=True)
+    quiet_libraries()
     import alignkit.train.ppo
     import alignkit.train.sft  # noqa: F401 - what every child shares
 

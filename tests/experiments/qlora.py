@@ -110,12 +110,12 @@ def train(recipe: Path) -> dict[str, Any]:
     """Train the ppo stage in this process; return hashes, peak memory, and what was logged."""
     from dataclasses import replace
 
-    from alignkit.launch.environment import prepare_environment
+    from alignkit.cli import quiet_libraries
     from alignkit.recipe import load_recipe, resolve
     from alignkit.runs.directory import RunDir
     from alignkit.train.ppo import build
 
-    prepare_environment(tiny=False)
+    quiet_libraries()
     run = RunDir(recipe.parent / f"run-{os.getpid()}")
     run.path.mkdir()
     built = build(replace(resolve(load_recipe(recipe), "ppo"), trust_code=True), run)

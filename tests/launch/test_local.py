@@ -46,7 +46,7 @@ def test_bad_rows_of_a_small_file_are_all_found(refuse: Callable) -> None:
 
 
 def test_a_stage_that_starts_from_an_untrained_one_says_what_to_train(refuse: Callable) -> None:
-    assert refuse("dpo") == (
+    assert refuse("dpo", rows='{"prompt": "a", "chosen": "b", "rejected": "c"}\n') == (
         "error: r.yaml:3: dpo starts from sft, which has not been trained to its end; train --stage sft of r.yaml "
         "first, or name another start_from\n"
     )

@@ -41,7 +41,7 @@ def test_unknown_builtin_name_suggests_the_nearest() -> None:
     with pytest.raises(ModelError) as caught:
         builtin_config("builtin:tiny-gtp2")
     assert str(caught.value) == (
-        "model.path 'builtin:tiny-gtp2' is not one of builtin:tiny-gpt2, builtin:tiny-llama; did you mean tiny-gpt2?"
+        "'builtin:tiny-gtp2' is not one of builtin:tiny-gpt2, builtin:tiny-llama; did you mean builtin:tiny-gpt2?"
     )
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import EnvironmentProblem, Problem, RecipeError, UsageError
-from alignkit.preflight.check import CheckReport, StageCheck, check_packages, check_recipe, find_doubts
+from alignkit.preflight.check import CheckReport, StageCheck, check_recipe, checkpoint_bytes, require_space
+from alignkit.preflight.requirements import require_packages
+from alignkit.preflight.rows import find_doubts
 from alignkit.recipe import load_recipe, resolve
 
 NO_DOUBTS = {
@@ -67,19 +69,32 @@ def test_a_package_that_is_missing_is_named_with_its_line(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # whatever is installed here
     path = _write(tmp_path, f"model: builtin:tiny-gpt2\nsft:\n  data: builtin:instructions\n  {line}\n")
     with pytest.raises(EnvironmentProblem) as caught:
-        check_packages(resolve(load_recipe(path), "sft"))
+        require_packages(resolve(load_recipe(path), "sft"))
     assert str(caught.value) == f"{path}:4: {message}" and caught.value.exit_code == 8
 
 
-def test_context_notes_what_a_user_can_act_on_and_lets_bugs_through() -> None:
+def test_checkpoint_holds_weights_and_two_optimizer_values() -> None:
+    assert checkpoint_bytes(1000, dtype="float32") == 12_000
+    assert checkpoint_bytes(1000, dtype="bfloat16") == 6_000
+
+
+def test_too_little_space_says_how_much_is_needed_and_what_to_do(tmp_path: Path) -> None:
+    assert require_space(tmp_path / "runs" / "a", 1024, num_checkpoints=3) > 1024
+    with pytest.raises(EnvironmentProblem, match=r"3 checkpoints and the final model need about 1048576\.00 GiB; free"):
+        require_space(tmp_path / "runs" / "a", 2**50, num_checkpoints=3)
+
+
+def test_a_check_notes_what_a_user_can_act_on_and_lets_bugs_through() -> None:
     check = StageCheck("sft", "sft")
-    with check.noting():
-        raise RecipeError("beta is -1", where="a.yaml:7")
-    with check.noting():
-        raise EnvironmentProblem("no cuda")
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    assert check.note(fail, RecipeError("beta is -1", where="a.yaml:7")) is None
+    assert check.note(fail, EnvironmentProblem("no cuda")) is None
     assert (check.problems, check.environment) == ([Problem("beta is -1", "a.yaml:7")], ["no cuda"])
-    with pytest.raises(KeyError), check.noting():
-        raise KeyError("a bug")
+    with pytest.raises(KeyError):
+        check.note(fail, KeyError("a bug"))
 
 
 def test_exit_code_is_2_for_mistakes_and_8_when_only_the_machine_is_wrong() -> None:

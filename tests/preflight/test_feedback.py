@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.errors import ModelError, RecipeError, RunError, UsageError
+from alignkit.errors import RecipeError, UsageError
 from alignkit.feedback.server import ALLOWED
-from alignkit.preflight.check import check_recipe
-from alignkit.preflight.feedback import describe_evaluation, describe_feedback, require_feedback
-from alignkit.preflight.lineage import list_needs, require_made, without_unmade
+from alignkit.preflight.check import check_recipe, describe_evaluation, describe_feedback
+from alignkit.preflight.requirements import list_needs, require_ready, without_unmade
 from alignkit.recipe import Recipe, Stage, load_recipe, resolve
 
 RECIPE = """name: a
@@ -44,13 +43,14 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 def problems_of(stage: Stage) -> list[str]:
     with pytest.raises(UsageError) as caught:
-        require_feedback(stage)
+        require_ready(stage, coming=["sft", "rlaif-sft"])
     return str(caught.value).split("\n")
 
 
 def finish(run: Path) -> None:
     run.mkdir(parents=True)
     (run / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (run / "stage.json").write_text("{}")
     (run / "result.json").write_text('{"status": "finished"}')
 
 
@@ -61,7 +61,7 @@ def test_a_constitution_without_principles_or_without_questions(recipe: Make, tm
     assert line.startswith("empty.yaml:1: ")
     (line,) = problems_of(resolve(recipe(constitution="half.yaml"), "rlaif-label"))
     assert line.startswith("half.yaml: no principle has a question to compare answers by")
-    require_feedback(resolve(recipe(constitution="half.yaml"), "rlaif-critique"), coming=["sft"])  # which needs none
+    require_ready(resolve(recipe(constitution="half.yaml"), "rlaif-critique"), coming=["sft"])  # which needs none
     (line,) = problems_of(resolve(recipe(constitution="absent.yaml"), "rlaif-label"))
     assert line == f"a.yaml:6: rlaif-label.constitution: {tmp_path}/absent.yaml is not there"
 
@@ -80,8 +80,8 @@ def test_a_key_that_is_not_set_is_named_with_its_place(recipe: Make, monkeypatch
         "MY_JUDGE_TOKEN=... first"
     ]
     monkeypatch.setenv("MY_JUDGE_TOKEN", "x" * 20)
-    require_feedback(stage)
-    require_feedback(resolve(recipe(judge=SERVER), "rlaif-label"))  # a server of one's own may need none
+    require_ready(stage, coming=["rlaif-sft"])
+    require_ready(resolve(recipe(judge=SERVER), "rlaif-label"), coming=["rlaif-sft"])  # needs no key
 
 
 def test_files_that_are_not_there(recipe: Make, tmp_path: Path) -> None:
@@ -105,7 +105,6 @@ def test_a_reward_model_cannot_judge(recipe: Make, tmp_path: Path) -> None:
     )
     (line,) = problems_of(resolve(recipe(judge="./absent/model"), "rlaif-label"))
     assert line.startswith(f"a.yaml:8: rlaif-label.judge: {tmp_path}/absent/model does not exist")
-    assert issubclass(ModelError, UsageError)
 
 
 def test_what_a_stage_needs_of_others_and_what_is_there(recipe: Make, tmp_path: Path) -> None:
@@ -114,8 +113,8 @@ def test_what_a_stage_needs_of_others_and_what_is_there(recipe: Make, tmp_path: 
     needs = [(need.key, need.stage, need.rows) for need in list_needs(dpo)]
     assert needs == [("start_from", "rlaif-sft", False), ("data", "rlaif-label", True)]
     assert [need.key for need in list_needs(label)] == ["start_from", "judge"]
-    with pytest.raises(RunError) as caught:
-        require_made(dpo, coming=["rlaif-sft"])
+    with pytest.raises(UsageError) as caught:
+        require_ready(dpo, coming=["rlaif-sft"])
     assert str(caught.value) == (
         "a.yaml:4: rlaif-dpo needs rlaif-label, which has not been run to its end; run --stage rlaif-label of a.yaml "
         "first, or name the file of rows itself"
@@ -125,9 +124,10 @@ def test_what_a_stage_needs_of_others_and_what_is_there(recipe: Make, tmp_path: 
     run.mkdir(parents=True)
     (run / "rows.jsonl").write_text("half of the ro")  # what an unfinished run has left does not count
     assert without_unmade(dpo.options.data, dpo) == []
+    (run / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     (run / "result.json").write_text('{"status": "finished"}')
     assert without_unmade(dpo.options.data, dpo) == dpo.options.data
-    require_made(dpo, coming=["rlaif-sft"])
+    require_ready(dpo, coming=["rlaif-sft"])
 
 
 def test_what_is_asked_of_whom_in_words(recipe: Make) -> None:
@@ -154,7 +154,7 @@ def test_mistakes_in_every_step_come_at_once(recipe: Make, tmp_path: Path) -> No
     error = check_recipe(made).error()
     assert isinstance(error, UsageError)
     lines = sorted(str(error).split("\n"))
-    assert [line.split(": ")[0] for line in lines] == ["a.yaml:8", "absent.jsonl", "mine.yaml:1"]
+    assert [line.split(": ")[0] for line in lines] == ["a.yaml:8", "a.yaml:9", "mine.yaml:1"]
 
 
 def test_a_mistake_is_told_without_torch(run_python: Callable, tmp_path: Path) -> None:
@@ -169,11 +169,6 @@ def test_a_mistake_is_told_without_torch(run_python: Callable, tmp_path: Path) -
     assert (done.returncode, done.stdout.splitlines()[-1]) == (2, "False"), done.stderr
     assert "a.yaml:8: rlaif-label.judge.api_key_env: the environment variable NOT_SET_ANYWHERE_TOKEN" in done.stderr
     assert not (tmp_path / "runs/a/rlaif-label").exists()
-
-
-def test_errors_are_of_the_recipe(recipe: Make) -> None:
-    with pytest.raises(RecipeError):
-        require_feedback(resolve(recipe(judge="{replay: x}"), "rlaif-label"))
 
 
 def test_the_judge_of_an_evaluation_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,11 +91,15 @@ def test_a_launch_refuses_before_torch_is_loaded(run_python: Callable, tmp_path:
 @pytest.mark.slow
 def test_check_covers_prompts_rewards_and_lengths(stage: Callable[..., Stage], tmp_path: Path) -> None:
     stage("[rm, {function: 'm:f'}]")
-    report = check_recipe(load_recipe(tmp_path / "a.yaml", overrides=["ppo.max_new_tokens=490", "ppo.max_truncated=0"]))
+    report = check_recipe(load_recipe(tmp_path / "a.yaml"))
+    (ppo,) = (found for found in report.stages if found.method == "ppo")
+    assert ppo.facts == {}  # what a start refuses comes first, and at once
+    assert "the reward function m:f is code, which a recipe cannot allow" in str(ppo.problems)
+    many = ["ppo.reward=rm", "ppo.max_new_tokens=490", "ppo.max_truncated=0"]
+    report = check_recipe(load_recipe(tmp_path / "a.yaml", overrides=many))
     (ppo,) = (found for found in report.stages if found.method == "ppo")
     assert ppo.facts["reward"] == "rm, not trained yet"
     said = "\n".join(map(str, ppo.problems))
-    assert "the reward function m:f is code, which a recipe cannot allow" in said
     assert "of the prompts are longer than the 22 tokens that ppo.max_new_tokens leaves of the model's context" in said
     good = check_recipe(load_recipe(tmp_path / "a.yaml", overrides=["ppo.reward=rm"]))
     (ppo,) = (found for found in good.stages if found.method == "ppo")

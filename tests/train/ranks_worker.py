@@ -22,9 +22,9 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 def main(spec: Path) -> None:
-    from alignkit.launch import prepare_environment
+    from alignkit.cli import quiet_libraries
 
-    prepare_environment(tiny=True)
+    quiet_libraries()
     for job in json.loads(spec.read_text()):
         began = time.monotonic()
         outcome = run(job)

@@ -1,0 +1,325 @@
+"""What a stage needs before it may start: earlier stages, models, rewards, judges, rows, packages.
+
+`require_ready` is the one list that every command goes through before it starts a stage, and `alignkit check` before it
+looks deeper. It reads small files and small sources of rows, in about a second and without torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from alignkit.data import DataReport, Rejects, read_rows
+from alignkit.data.sources import Located, locate
+from alignkit.errors import DataError, EnvironmentProblem, ModelError, Problem, RecipeError, RunError, UsageError
+from alignkit.feedback.constitution import load_constitution
+from alignkit.feedback.examples import load_examples
+from alignkit.feedback.server import find_key
+from alignkit.models.files import ModelFiles, find_model_dir, inspect_model_dir, require_available
+from alignkit.preflight.doctor import require_versions
+from alignkit.recipe import Recipe, Stage, resolve
+from alignkit.recipe.nearest import suggest
+from alignkit.recipe.optimizers import find_optimizer
+from alignkit.recipe.schema import (
+    FEEDBACK,
+    CritiqueOptions,
+    DataSource,
+    FeedbackModel,
+    LabelOptions,
+)
+from alignkit.rewards.kinds import check_rewards, list_sources
+from alignkit.runs.directory import RunDir, refuse_foreign
+
+# Files up to this size are read in half a second, before the libraries load in ten; larger ones are checked only when
+# they are tokenised.
+_READ_AHEAD_BYTES = 8 << 20
+_TRACKERS = {  # of report_to: what is imported, what is installed
+    **{name: (name, "'alignkit[trackers]'") for name in ("tensorboard", "trackio", "wandb")},
+    **{name: (name, name) for name in ("clearml", "codecarbon", "dagshub", "dvclive", "mlflow", "neptune", "swanlab")},
+    "azure_ml": ("azureml", "azureml-core"), "comet_ml": ("comet_ml", "comet-ml"), "flyte": ("flytekit", "flytekit"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one stage has from another: a model directory, or a file of rows."""
+
+    stage: str  # the one that makes it
+    path: str
+    key: str  # of the stage that needs it, without its name
+    rows: bool = False
+
+    def is_made(self) -> bool:
+        """Tell whether it is there; rows only count when all of them are."""
+        return RunDir(Path(self.path).parent).is_finished() if self.rows else Path(self.path).is_dir()
+
+
+def require_ready(stage: Stage, *, coming: Collection[str] = ()) -> None:
+    """Raise all that would stop a stage and can be found out within a second; `coming` are stages that run before it.
+
+    Raises UsageError, or EnvironmentProblem where only this machine lacks something.
+    """
+    require_all(_list_requirements(stage, coming))
+
+
+def require_all(requirements: Iterable[Callable[[], object]]) -> None:
+    """Call all of them, and raise what they raise as one error."""
+    problems: list[Problem] = []
+    kinds: list[type[UsageError]] = []
+    missing: list[str] = []
+    for require in requirements:
+        try:
+            require()
+        except UsageError as error:
+            kinds.append(type(error))
+            problems += error.problems
+        except EnvironmentProblem as error:
+            missing.append(str(error))
+    if problems:
+        raise (kinds[0] if len(set(kinds)) == 1 else UsageError)(dict.fromkeys(problems))
+    if missing:
+        raise EnvironmentProblem("\n".join(dict.fromkeys(missing)))
+
+
+def _list_requirements(stage: Stage, coming: Collection[str]) -> Iterator[Callable[[], object]]:
+    yield partial(_require_made, stage, coming)
+    yield partial(_require_start, stage)
+    unmade = [need.stage for need in list_needs(stage) if not need.is_made()]
+    yield partial(check_rewards, stage, coming=[*coming, *unmade])
+    for key, model in list_feedback_models(stage):
+        yield partial(_require_feedback_model, stage, key, model)
+    yield from _list_texts(stage)
+    yield partial(refuse_foreign, Path(stage.run_dir))
+    yield partial(_require_rows, stage, coming)
+    yield require_versions
+    yield partial(require_packages, stage)
+
+
+# What a stage names.
+
+
+def list_needs(stage: Stage) -> list[Need]:
+    """List everything a stage has from other stages of its recipe."""
+    needs = []
+    if stage.start_stage is not None and stage.start_dir is not None:
+        needs.append(Need(stage.start_stage, stage.start_dir, "start_from"))
+    for key, reward in list_sources(stage):
+        if reward.model and (name := stage.reward_stages.get(reward.model)):
+            needs.append(Need(name, reward.model, key))
+    for key, source in list_data(stage):
+        if name := stage.source_stages.get(source.path):
+            needs.append(Need(name, source.path, key, rows=True))
+    for key, model in list_feedback_models(stage):
+        if model.model and (name := stage.source_stages.get(model.model)):
+            needs.append(Need(name, model.model, key))
+    return needs
+
+
+def list_feedback_models(stage: Stage) -> Iterator[tuple[str, FeedbackModel]]:
+    """Yield every judge and generator of a stage with its key."""
+    for key in ("judge", "generator"):
+        if (model := getattr(stage.options, key, None)) is not None:
+            yield key, model
+    yield from ((f"{key}.judge", reward.judge) for key, reward in list_sources(stage) if reward.judge is not None)
+
+
+def list_data(stage: Stage) -> Iterator[tuple[str, DataSource]]:
+    """Yield every source of rows of a stage with its key."""
+    options = stage.options
+    for key in ("data", "eval", "normalize_data", "mix", "check"):
+        sources = getattr(options, key, None)
+        yield from ((key, source) for source in (sources if isinstance(sources, list) else ()))
+    for key in ("ptx", "helpful"):
+        part = getattr(options, key, None)
+        yield from ((f"{key}.data", source) for source in (part.data if part is not None else ()))
+
+
+def without_unmade(sources: list[DataSource], stage: Stage, *, coming: Collection[str] = ()) -> list[DataSource]:
+    """Leave out the rows that another stage has yet to make."""
+    unmade = {need.path for need in list_needs(stage) if need.rows and (need.stage in coming or not need.is_made())}
+    return [source for source in sources if source.path not in unmade]
+
+
+# Whether it is there.
+
+
+def _require_made(stage: Stage, coming: Collection[str]) -> None:
+    problems = []
+    for need in list_needs(stage):
+        if need.stage in coming or need.is_made():
+            continue
+        verb = {"start_from": "starts from", "reward": "is scored by", "gold": "is scored by"}.get(need.key, "needs")
+        state = "has not been run to its end" if need.rows else "has not been trained to its end"
+        instead = "the file of rows itself" if need.rows else f"another {need.key.split('.')[-1]}"
+        problems.append(
+            Problem(
+                f"{stage.name} {verb} {need.stage}, which {state}; {'run' if need.rows else 'train'} --stage "
+                f"{need.stage} of {shlex.quote(stage.recipe_path)} first, or name {instead}",
+                stage.where(f"{stage.name}.{need.key}"),
+            )
+        )
+    if problems:
+        raise RunError(problems)
+
+
+def _inspect(stage: Stage, key: str, source: str, *, weights: bool = True) -> ModelFiles | None:
+    """Look at the files of a model that a key names, unless it is built in, on the hub, or made by a stage to come.
+
+    Raises ModelError with the key and its place.
+    """
+    if any(need.path == source and not need.is_made() for need in list_needs(stage)):
+        return None
+    try:
+        require_available(source)
+        directory = find_model_dir(source)
+        return inspect_model_dir(directory, trust_code=stage.trust_code) if directory and weights else None
+    except UsageError as error:
+        raise ModelError([Problem(f"{key}: {problem}", stage.where(key)) for problem in error.problems]) from error
+
+
+def _require_start(stage: Stage) -> None:
+    """Refuse weights that loading would refuse: misspelt, damaged, pickled, with code, or a reward model."""
+    key = f"{stage.name}.start_from" if stage.start_dir else "model.path"
+    source = stage.start_dir or stage.model.path
+    files = _inspect(stage, key, source, weights=stage.model.init != "scratch" or bool(stage.start_dir))
+    if files is not None and files.reward and stage.method != "rm":
+        what = f"{source} is a reward model; {stage.method} needs a policy to start from"
+        raise ModelError(what, where=stage.where(key))
+    if stage.model.tokenizer:
+        _inspect(stage, "model.tokenizer", stage.model.tokenizer, weights=False)
+    template = stage.model.chat_template or ""
+    if template.startswith("/"):
+        _require_file(stage, "model.chat_template", template)
+
+
+def _require_feedback_model(stage: Stage, name: str, model: FeedbackModel) -> None:
+    key = f"{stage.name}.{name}"
+    if model.url is not None:
+        find_key(model, key=key, where=stage.where(f"{key}.api_key_env"))
+        if importlib.util.find_spec("openai") is None:
+            raise EnvironmentProblem(
+                "a judge or generator with url needs the openai client: pip install 'alignkit[judge]'"
+            )
+    elif model.replay is not None:
+        _require_file(stage, f"{key}.replay", model.replay)
+    elif model.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        where = stage.where(key)
+        raise EnvironmentProblem(f"{where}: {name}.engine is vllm, which is not installed; use transformers or url")
+    elif model.model is not None:
+        files = _inspect(stage, key, model.model)
+        if files is not None and files.reward:
+            raise ModelError(
+                f"{key} is {model.model}, a reward model, which cannot write or choose; name a language model",
+                where=stage.where(key),
+            )
+
+
+def _list_texts(stage: Stage) -> Iterator[Callable[[], object]]:
+    """Yield what looks at the constitutions, examples and replays of a stage."""
+    options = stage.options
+    if isinstance(options, CritiqueOptions | LabelOptions):
+        part: Literal["critique", "comparison"] = "critique" if isinstance(options, CritiqueOptions) else "comparison"
+        yield from _list_files(stage, "constitution", options.constitution, partial(load_constitution, needs=part))
+        yield from _list_files(stage, "examples", options.examples, load_examples)
+    if isinstance(options, CritiqueOptions):
+        yield from (partial(_require_file, stage, f"{stage.name}.replay", path) for path in options.replay or ())
+    for _, reward in list_sources(stage):
+        if reward.judge is not None:
+            load = partial(load_constitution, needs="comparison")
+            yield from _list_files(stage, "reward.constitution", reward.constitution, load)
+
+
+def _list_files(
+    stage: Stage, key: str, given: str | list[str] | None, load: Callable[[list[str]], object]
+) -> Iterator[Callable[[], object]]:
+    values = [] if given is None else [given] if isinstance(given, str) else given
+    files = [value for value in values if value not in ("none", "builtin") and not value.startswith("builtin:")]
+    missing = [file for file in files if not Path(file).is_file()]
+    yield from (partial(_require_file, stage, f"{stage.name}.{key}", file) for file in missing)
+    if values and not missing:
+        yield partial(load, values)
+
+
+def _require_file(stage: Stage, key: str, path: str) -> None:
+    if not Path(path).is_file():
+        folder = Path(path).parent
+        near = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+        hint = suggest(Path(path).name, near)
+        raise RecipeError(f"{key}: {path} is not there{hint}", where=stage.where(key))
+
+
+def locate_rows(stage: Stage, *, coming: Collection[str] = ()) -> tuple[dict[str, list[DataSource]], list[Located]]:
+    """Find the sources of a stage, by key and all of them, without reading any.
+
+    Raises DataError for files and splits that are not there, with their place in the recipe.
+    """
+    located: list[Located] = []
+    problems: list[Problem] = []
+    groups: dict[str, list[DataSource]] = {}
+    for key, source in list_data(stage):
+        if without_unmade([source], stage, coming=coming):
+            groups.setdefault(key, []).append(source)
+    for name, sources in groups.items():
+        key = f"{stage.name}.{name}"
+        try:
+            located += locate(sources)
+        except DataError as error:
+            problems += [Problem(f"{key}: {problem}", stage.where(key)) for problem in error.problems]
+    if problems:
+        raise DataError(problems)
+    return groups, located
+
+
+def _require_rows(stage: Stage, coming: Collection[str]) -> None:
+    """Find missing files, and bad rows where all files are small."""
+    groups, located = locate_rows(stage, coming=coming)
+    # Rows that are not in files (hub, built-in) are not read ahead.
+    sizes = [sum(path.stat().st_size for path in place.files) if place.files else float("inf") for place in located]
+    if sum(sizes) <= _READ_AHEAD_BYTES:
+        for name in groups.keys() & {"data", "eval"}:
+            deque(read_rows(stage, groups[name], report=DataReport(), rejects=Rejects()), maxlen=0)
+
+
+def require_packages(stage: Stage) -> None:
+    """Raise EnvironmentProblem for a tracker or an optimizer whose package is not installed here."""
+    asked = stage.trainer.get("report_to") or []
+    optimizer = stage.trainer.get("optim", "")
+    package = find_optimizer(optimizer).package
+    wanted = [("report_to", name, *_TRACKERS[name]) for name in ([asked] if isinstance(asked, str) else asked)
+              if name in _TRACKERS]  # fmt: skip
+    wanted += [("optim", optimizer, *package)] if package else []
+    problems = [
+        f"{stage.where(f'{stage.name}.{key}')}: {key} {name} needs {module}, not installed here; pip install {install}"
+        for key, name, module, install in wanted
+        if importlib.util.find_spec(module) is None
+    ]
+    if problems:
+        raise EnvironmentProblem("\n".join(problems))
+
+
+def require_held_out(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """Refuse an `evaluate:` that none of these stages keeps rows for; return the doubts where only some do."""
+    options = recipe.evaluate
+    if not recipe.evaluates or options.data or set(options.metrics or ()) == {"tasks"}:
+        return []
+    stages = [stage for stage in (resolve(recipe, name) for name in names) if stage.method not in FEEDBACK]
+    bare = [
+        stage.name
+        for stage in stages
+        if not stage.training.eval and not all(source.path.startswith("builtin:") for source in stage.training.data)
+    ]
+    if bare and len(bare) == len(stages):
+        keeps = f"{', '.join(bare)} {'keeps' if len(bare) == 1 else 'keep'}"
+        raise RecipeError(
+            f"evaluate: has no rows to measure on: {keeps} none out of training; add eval: to "
+            f"{bare[0]} (a share such as 0.05, or files), or evaluate.data",
+            where=next(iter(recipe.origins_below.get("evaluate", {}).values()), recipe.path),
+        )
+    return [f"evaluate: leaves out {name}, which keeps no rows out of training; add eval: to it, or evaluate.data"
+            for name in bare]  # fmt: skip
