@@ -23,8 +23,8 @@ SEES_TORCH = "import sys; from alignkit.cli import main; code = main(); print('t
 def refuse(run_python: Callable, tmp_path: Path) -> Callable[..., str]:
     """Return a function that runs a command which must fail with exit code 2 and without torch; return its stderr."""
 
-    def run(*arguments: str, model: str = "builtin:tiny-gpt2", rows: str | None = GOOD) -> str:
-        (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", model))
+    def run(*arguments: str, model: str = "builtin:tiny-gpt2", rows: str | None = GOOD, more: str = "") -> str:
+        (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", model) + more)
         if rows is not None:
             (tmp_path / "rows.jsonl").write_text(rows)
         ended = run_python("-c", SEES_TORCH, *arguments, "-r", "r.yaml")
@@ -34,8 +34,45 @@ def refuse(run_python: Callable, tmp_path: Path) -> Callable[..., str]:
     return run
 
 
-def test_a_missing_file_is_named_with_its_place_in_the_recipe(refuse: Callable) -> None:
-    assert refuse("sft", rows=None) == "error: r.yaml:2: sft.data: rows.jsonl: no such file\n"
+@pytest.mark.parametrize("command", ["sft", "check"])
+def test_what_is_not_there_is_named_with_its_place_in_the_recipe(refuse: Callable, command: str) -> None:
+    assert refuse(command, rows=None).startswith("error: r.yaml:2: sft.data: rows.jsonl: no such file\n")
+    assert refuse(command, model="builtin:tiny-gtp2").startswith(
+        "error: r.yaml:1: model.path: 'builtin:tiny-gtp2' is not one of builtin:tiny-gpt2, builtin:tiny-llama; did you "
+        "mean builtin:tiny-gpt2?\n"
+    )
+
+
+@pytest.mark.parametrize("command", [("run",), ("run", "--dry-run"), ("check",)])
+def test_an_evaluation_without_rows_is_refused_before_anything_is_trained(refuse: Callable, command: str) -> None:
+    line = (
+        "error: r.yaml:4: evaluate: has no rows to measure on: sft keeps none out of training; add eval: to sft (a "
+        "share such as 0.05, or files), or evaluate.data\n"
+    )
+    assert line in refuse(*command, more="evaluate: {max_rows: 4}\nstages: [sft]\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("chat", "runs/r/stf"), "runs/r/stf does not exist; did you mean sft?"),
+        (("eval", "sft"), "sft: is not there; did you mean runs/r/sft?"),
+        (("merge", "r/sft", "--out", "m"), "r/sft: is not there; did you mean runs/r/sft?"),
+        (("chat", "r/stf"), "r/stf: is not there; did you mean runs/r/sft?"),
+        (("eval", "policy"),
+         "policy: is neither a directory nor a model on this machine; the runs here are runs/r/dpo, runs/r/sft"),
+        (("chat", "runs/r"), "runs/r: holds the runs dpo, sft; name one of them"),
+        (("eval", "runs/r/sft"), "runs/r/sft is a run that has no model yet; finish it first"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_run_ends_at_once_with_the_runs_that_may_be_meant(
+    run_python: Callable, tmp_path: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    for name in ("dpo", "sft"):
+        (tmp_path / f"runs/r/{name}").mkdir(parents=True)
+        (tmp_path / f"runs/r/{name}/stage.json").write_text("{}")
+    ended = run_python("-c", SEES_TORCH, *arguments)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "False\n", f"error: {told}\n")
 
 
 def test_bad_rows_of_a_small_file_are_all_found(refuse: Callable) -> None:
