@@ -441,10 +441,9 @@ def print_preview(preview: Mapping[str, Any]) -> None:
             title = f"row {number}" + (f", {sequence['label']}" if sequence["label"] else "")
             text = _mark_tokens(sequence, coloured=coloured)
             panels.append(Panel(text, title=title, title_align="left", border_style="dim"))
-        if len(panels) == 2 and console.width >= _WIDE:
-            console.print(Columns(panels, width=console.width // 2 - 1, expand=True))
-        else:
-            console.print(*panels, sep="\n")
+        wide = len(panels) == 2 and console.width >= _WIDE
+        shown = [Columns(panels, width=console.width // 2 - 1, expand=True)] if wide else panels
+        console.print(*shown, sep="\n", soft_wrap=False)  # long lines are folded: no token is cut off
     for name, value in preview["facts"].items():
         console.print(Text(printable(f"{name}: {value}")))
     for finding in preview["findings"]:

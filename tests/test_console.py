@@ -43,6 +43,16 @@ def test_tokens_of_a_preview_are_shown_harmless(capsys: pytest.CaptureFixture[st
     assert "\x1b" not in told and "[[\ufffd[2Jgone[/red]]]" in told
 
 
+def test_a_long_line_of_a_preview_is_folded(capsys: pytest.CaptureFixture[str]) -> None:
+    span = {"kind": "read", "tokens": [f"{number:04}" for number in range(99)], "special": []}
+    sequence = {"label": "", "spans": [span], "num_left_out": 0}
+    console.print_preview(
+        {"stage": "a", "method": "sft", "rows": [{"sequences": [sequence]}], "facts": {}, "findings": []}
+    )
+    told = capsys.readouterr().out
+    assert "".join(span["tokens"]) in "".join(letter for letter in told if letter.isdigit())
+
+
 def test_json_keeps_every_character_as_an_escape(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_json({"text": NASTY})
     told = capsys.readouterr().out

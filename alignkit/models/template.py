@@ -338,7 +338,7 @@ class Template:
         if "tool_calls" in given or not found or not head.startswith(lead) or not body.startswith(prompted):
             lost = _missing(message, self.render([*before, given]))
             raise (
-                ConversationError(f"the chat template does not write {lost} of this turn")
+                ConversationError(f"the chat template ({self.name}) does not write {lost} of this turn")
                 if lost
                 else self._unsplittable("than add_generation_prompt begins it")
             )

@@ -5,13 +5,14 @@ Deliberately never adds a token: a vocabulary that grows needs new embedding row
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
 from alignkit.models.builtin import builtin_tokenizer
-from alignkit.models.chat import SETTINGS
+from alignkit.models.chat import SETTINGS, Chat
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.models.template import list_settings
@@ -49,6 +50,11 @@ def load_tokenizer(stage: Stage) -> PreTrainedTokenizerFast:
     set_pad_token(tokenizer)
     _set_template(stage, tokenizer, source)
     return tokenizer
+
+
+def load_chat(stage: Stage, *, clock: datetime | None = None) -> Chat:
+    """Load a stage's tokenizer with its template, which reads the time of `clock`."""
+    return Chat(load_tokenizer(stage), clock=clock, name=stage.model.chat_template or "the tokenizer's own")
 
 
 def _set_template(stage: Stage, tokenizer: PreTrainedTokenizerFast, source: str) -> None:

@@ -245,16 +245,13 @@ def _check_device(stage: Stage, check: StageCheck) -> None:
 
 
 def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
-    from alignkit.models.chat import Chat
-    from alignkit.models.tokens import load_tokenizer
+    from alignkit.models.tokens import load_chat
 
-    tokenizer = load_tokenizer(stage)
-    name = stage.model.chat_template or "the tokenizer's own"
-    chat = Chat(tokenizer, name=name)
-    ends = f"eos {tokenizer.eos_token}, pad {tokenizer.pad_token}"
-    check.facts["tokenizer"] = f"{len(tokenizer)} tokens, {ends}"
+    chat = load_chat(stage)
+    tokenizer = chat.tokenizer
+    check.facts["tokenizer"] = f"{len(tokenizer)} tokens, eos {tokenizer.eos_token}, pad {tokenizer.pad_token}"
     if chat.has_template:
-        check.facts["chat template"] = f"{name}; {chat.template.describe()}"
+        check.facts["chat template"] = f"{chat.template.name}; {chat.template.describe()}"
     return chat
 
 

@@ -51,19 +51,17 @@ def preview_stage(stage: Stage, *, num_rows: int) -> Preview:
             where=stage.where(stage.name),
         )
     from alignkit.data import Rejects
-    from alignkit.models.chat import Chat
-    from alignkit.models.tokens import load_tokenizer
+    from alignkit.models.tokens import load_chat
     from alignkit.train.preview import preview_rows, training_rows
     from alignkit.train.tables import prepare_tables
 
     stage, _ = start_today(stage)
-    tokenizer = load_tokenizer(stage)
-    chat = Chat(tokenizer)
+    chat = load_chat(stage)
     with tempfile.TemporaryDirectory(prefix="alignkit-preview-") as directory:
         rejects = Rejects()
         tables = prepare_tables(stage, chat, Path(directory), rejects=rejects)
-        table, collate = training_rows(stage, tables.train, tokenizer, num_rows=num_rows)
-        rows = preview_rows(table, collate, tokenizer, num_rows=num_rows, limit=stage.trainer.get("max_length"))
+        table, collate = training_rows(stage, tables.train, chat.tokenizer, num_rows=num_rows)
+        rows = preview_rows(table, collate, chat.tokenizer, num_rows=num_rows, limit=stage.trainer.get("max_length"))
         facts = describe_rows(tables)
         findings = [*tables.report.remarks(), *find_faults(stage, tables, chat), *_left_out(tables, rejects)]
     return Preview(stage.name, stage.method, rows, facts, findings)

@@ -31,7 +31,7 @@ from alignkit.data.load import first_rows, streams
 from alignkit.data.rows import iter_contents
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat, ConversationError, Written
-from alignkit.models.tokens import load_tokenizer
+from alignkit.models.tokens import load_chat
 from alignkit.recipe import Stage
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import read_json
@@ -101,7 +101,7 @@ def open_chat(stage: Stage, run: RunDir) -> Chat:
     """Load the tokenizer and template of a stage; a template that reads the clock reads when the run began."""
     kept = read_json(run.stage).get("clock") if run.stage.exists() else None
     clock = datetime.fromisoformat(ranks.share(kept or datetime.now().isoformat()))
-    return Chat(load_tokenizer(stage), clock=clock, name=stage.model.chat_template or "the tokenizer's own")
+    return load_chat(stage, clock=clock)
 
 
 def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:
