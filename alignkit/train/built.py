@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # who only reads a result does not wait for the libraries
     from alignkit.data import Rejects, Row
     from alignkit.models.chat import Chat
     from alignkit.models.load import Loaded
-    from alignkit.train.guard import Guarded
+    from alignkit.train.guarded import Guarded
     from alignkit.train.tables import Tables
 
 

@@ -29,12 +29,10 @@ from alignkit.runs.directory import Result, RunDir
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config, micro_batch_size
 from alignkit.train.built import Built
-from alignkit.train.dropout import switch_off_dropout
 from alignkit.train.fit import fit, watch_for
-from alignkit.train.guard import Guarded
+from alignkit.train.guarded import Guarded, switch_off_dropout
 from alignkit.train.losses import cdpo_loss, ipo_sum_loss, sequence_logps
-from alignkit.train.samplers import shuffled_order
-from alignkit.train.tables import Tables, open_chat, share_tables
+from alignkit.train.tables import Tables, open_chat, share_tables, shuffled_order
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""From rows to tokens, one encoder per kind of training: what is learnt, what is masked, what is cut.
+"""From rows to tokens, one encoder a method: what is learnt, what is masked, what is cut.
 
-It reads no file and loads no model. Columns, int32 lists unless said otherwise:
+Columns, int32 lists unless said otherwise:
 
     sft   input_ids, labels (-100 where nothing is learnt), length
     rm    answers_ids (one list per answer, best first), scores (float, one per answer), label, margin (float), length
@@ -11,7 +11,8 @@ It reads no file and loads no model. Columns, int32 lists unless said otherwise:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,9 @@ import numpy as np
 from alignkit.data import Rejects, Row
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat, ConversationError, Encoded, Written
+from alignkit.models.start import context_length
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import RmOptions
-from alignkit.train.prompts import PromptEncoder, longest_prompt
+from alignkit.recipe.schema import PpoOptions, RmOptions
 
 IGNORED = -100
 
@@ -292,3 +293,49 @@ class _UnpairedEncoder:
             columns["label"].append(desirable)
             columns["length"].append(len(ids))
         return columns
+
+
+def longest_prompt(stage: Stage) -> int | None:
+    """Return the most tokens a ppo prompt may have: what max_new_tokens leaves of the context; None without a limit.
+
+    Raises DataError when that is nothing.
+    """
+    context, answer = context_length(stage), stage.expect(PpoOptions).max_new_tokens
+    if context is not None and answer >= context:
+        raise DataError(
+            f"{stage.name}.max_new_tokens is {answer}, and the model reads {context} tokens at once: no room for a "
+            "prompt is left; lower it",
+            where=stage.where(f"{stage.name}.max_new_tokens"),
+        )
+    return None if context is None else context - answer
+
+
+class PromptEncoder:
+    """Prompts -> their ids as generation starts from them, the prompt itself and its columns for rewards."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+
+    def __call__(self, rows: Sequence[EncodedRow], lengths: LengthReport, rejects: Rejects) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {name: [] for name in ("prompt_ids", "prompt", "columns", "length")}
+        for row, (prompt,) in rows:
+            ids = prompt.ids
+            lengths.longest_tokens = max(lengths.longest_tokens, len(ids))
+            if self._limit is not None and len(ids) > self._limit:
+                lengths.num_too_long += 1
+                rejects.add(row.place, f"a prompt of {len(ids)} tokens, which leaves no room for max_new_tokens")
+                continue
+            lengths.num_rows += 1
+            lengths.num_tokens += len(ids)
+            columns["prompt_ids"].append(ids)
+            columns["prompt"].append(json.dumps(row.prompt, ensure_ascii=False))
+            columns["columns"].append(row.columns or "{}")
+            columns["length"].append(len(ids))
+        return columns
+
+
+def join_columns(rows: Iterable[str]) -> dict[str, list[Any]]:
+    """Return the `columns` of table rows as a reward function gets them: one list a name, None where a row has none."""
+    read = [json.loads(text) for text in rows]
+    names = dict.fromkeys(name for row in read for name in row)
+    return {name: [row.get(name) for row in read] for name in names}

@@ -26,9 +26,9 @@ from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines
 from alignkit.train import ranks, shards, zero
 from alignkit.train.built import Built
-from alignkit.train.guard import Guarded
+from alignkit.train.guarded import Guarded
 from alignkit.train.invariants import computes_in
-from alignkit.train.samples import write_samples
+from alignkit.train.recorder import write_samples
 
 _BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")
 

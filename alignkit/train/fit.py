@@ -32,7 +32,7 @@ from alignkit.train import ranks
 from alignkit.train.built import Built
 from alignkit.train.fingerprint import find_longer, fingerprint_stage, hash_data, unread
 from alignkit.train.finish import finish
-from alignkit.train.guard import Guarded, Watch
+from alignkit.train.guarded import Guarded, Watch
 from alignkit.train.invariants import check_parameters, check_start
 from alignkit.train.preview import preview_rows
 from alignkit.train.recorder import Recorder

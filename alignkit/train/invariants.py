@@ -17,7 +17,7 @@ from alignkit.models.probe import compare_probes, take_probe
 from alignkit.recipe import Stage
 from alignkit.runs.files import read_json
 from alignkit.train.built import Built
-from alignkit.train.guard import TRAINED_ADAPTER, Guarded
+from alignkit.train.guarded import TRAINED_ADAPTER, Guarded
 from alignkit.train.shards import is_sharded
 
 LN2 = math.log(2)

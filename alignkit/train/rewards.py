@@ -23,7 +23,7 @@ from alignkit.rewards.base import Reward, Workspace
 from alignkit.rewards.classifier import ClassifierReward
 from alignkit.rewards.kinds import open_reward
 from alignkit.train import ranks
-from alignkit.train.rollout import Rollout
+from alignkit.train.ppo.rollout import Rollout
 
 
 @dataclass

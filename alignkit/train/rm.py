@@ -31,7 +31,7 @@ from alignkit.train import ranks
 from alignkit.train.arguments import build_config
 from alignkit.train.built import Built
 from alignkit.train.fit import fit, watch_for
-from alignkit.train.guard import Guarded
+from alignkit.train.guarded import Guarded
 from alignkit.train.losses import best_of_loss, kway_loss, pairwise_losses
 from alignkit.train.tables import open_chat, share_tables
 

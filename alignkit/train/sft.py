@@ -21,7 +21,7 @@ from alignkit.train.arguments import build_config
 from alignkit.train.built import Built
 from alignkit.train.encode import IGNORED
 from alignkit.train.fit import fit, watch_for
-from alignkit.train.guard import Guarded
+from alignkit.train.guarded import Guarded
 from alignkit.train.tables import open_chat, open_stream, share_tables
 
 

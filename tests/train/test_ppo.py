@@ -27,10 +27,19 @@ from alignkit.rewards.kinds import open_reward
 from alignkit.runs import checkpoints
 from alignkit.runs.directory import RunDir
 from alignkit.train import ppo
-from alignkit.train.experience import answer_order, finish_scores, measure_norm, prompt_numbers, sort_steps
-from alignkit.train.monitors import HackingMonitor, judge_first
+from alignkit.train.ppo.rollout import (
+    HackingMonitor,
+    Truncation,
+    answer_order,
+    cut_answer,
+    finish_scores,
+    judge_first,
+    measure_norm,
+    prompt_numbers,
+    repetition,
+    sort_steps,
+)
 from alignkit.train.readout import Sampling, pad_answers
-from alignkit.train.rollout import Truncation, cut_answer, repetition
 
 LORA = "lora: {r: 4, alpha: 8}\n"
 BASE = "name: t\nmodel: {path: builtin:tiny-llama%s}\n"

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkit.train.ppo_math import (
+from alignkit.train.ppo.math import (
     KlController,
     explained_variance,
     gae,

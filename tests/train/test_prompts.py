@@ -13,7 +13,7 @@ from alignkit.errors import DataError
 from alignkit.models.chat import Chat
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
-from alignkit.train.prompts import join_columns, longest_prompt
+from alignkit.train.encode import join_columns, longest_prompt
 from alignkit.train.tables import Tables, prepare_tables
 
 RECIPE = """model: {path: builtin:tiny-gpt2}

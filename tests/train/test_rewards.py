@@ -30,8 +30,8 @@ from alignkit.models.save import save_model
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.rewards.kinds import fingerprint_rewards
+from alignkit.train.ppo.rollout import Rollout
 from alignkit.train.rewards import Rewards, build_rewards, encode_ids
-from alignkit.train.rollout import Rollout
 
 QUESTION = [{"role": "user", "content": "Was it good?"}]
 WORDS = ["yes", "no", "it", "was", "good", "bad", "?", ".", "Was"]

@@ -1,11 +1,12 @@
-"""What every trainer does the same way: read ready tables, refuse non-finite steps, save what can be trusted.
+"""What every trainer does the same way: order rows, refuse steps that are not finite, weigh the log, save and stop.
 
-`Guarded` goes in front of a TRL trainer: `class Sft(Guarded, SFTTrainer)`. It holds no method's loss and decides
-nothing about data. Upstream references are transformers 5.23, TRL 1.16 and accelerate 1.15.
+`Guarded` stands in front of a TRL trainer: `class Sft(Guarded, SFTTrainer)`. It knows no method's loss. Upstream
+references are transformers 5.23, TRL 1.16 and accelerate 1.15.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -13,6 +14,8 @@ import signal
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,19 +23,164 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch.utils.data import SequentialSampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.utils import disable_dropout_in_model
 
 from alignkit.errors import DiskError, NonFiniteError
 from alignkit.runs import checkpoints
 from alignkit.runs.files import describe_bytes, disk_failures, free_bytes
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks, restore, shards, zero
-from alignkit.train.dropout import switch_off_dropout
-from alignkit.train.measures import EvaluationCut, Measured
-from alignkit.train.samplers import EpochSampler, Rest, fill_up, go_on, grouped_order, shuffled_order
 from alignkit.train.signals import StopFlag
-from alignkit.train.tables import Stream
+from alignkit.train.tables import EpochSampler, Rest, Stream, fill_up, go_on, grouped_order, shuffled_order
+
+_NAMES = ("drop", "jitter")  # attention_dropout, layerdrop, embd_pdrop, router_jitter_noise, ...
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Make a forward pass in training compute what one in evaluation does.
+
+    TRL's `disable_dropout` knows nn.Dropout alone. Most architectures call dropout as a function, at a rate that a
+    layer holds (OPT, Granite) or reads from its config (Falcon, GPT-Neo). The model's own config keeps its rates, so
+    that what is saved is the architecture it was.
+    """
+    disable_dropout_in_model(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    configs: dict[int, Any] = {}  # one copy for all layers that share a config
+    for module in base.modules():
+        for name in _rates(module):
+            setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        if module is not base and config is not None and (rates := _rates(config)):
+            changed = configs.setdefault(id(config), copy.copy(config))
+            for name in rates:
+                setattr(changed, name, 0.0)
+            module.config = changed
+
+
+def _rates(owner: Any) -> list[str]:
+    return [
+        name
+        for name, value in vars(owner).items()
+        if isinstance(value, float) and value and any(part in name for part in _NAMES)
+    ]
+
+
+class EvaluationCut(Exception):
+    """A request to stop came while held-out rows were measured; caught where the step before can still be saved."""
+
+
+class Measured(Trainer):
+    """Mixin over transformers' Trainer; see the module docstring."""
+
+    _metrics: dict[str, dict[str, list[float]]]  # TRL's: mode -> name -> one value per forward pass
+    _weights: dict[str, list[float]]  # of the training metrics since the last log, where rows do not say it
+
+    def weigh(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return for each metric of a batch how many things it is a mean over; unnamed ones are means over rows."""
+        return {}
+
+    # ---- training: values are of all ranks already, one per micro batch ----
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        weights = self.weigh(inputs)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if weights:
+            total = torch.stack([weight.to(self.args.device, torch.float64) for weight in weights.values()])
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(total)
+            for name, weight in zip(weights, total.tolist(), strict=True):
+                if weight:  # TRL, too, leaves out what it has no rows for
+                    self._weights[name].append(weight)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.model.training:
+            found = self._metrics["train"]
+            for name, weights in self._weights.items():
+                if found.get(name) and len(found[name]) == len(weights) and sum(weights):
+                    values = zip(found[name], weights, strict=True)
+                    found[name] = [sum(value * weight for value, weight in values) / sum(weights)]
+            self._weights.clear()
+        super().log(logs, *args, **kwargs)
+
+    def stop_wanted(self) -> bool:
+        """Tell whether the run was asked to stop, on all ranks alike."""
+        return False
+
+    # ---- held-out rows: whole batches are dealt to the ranks, each counts once ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the batches of this rank: of equal number on all ranks, which sharded models need to keep step."""
+        table = self.eval_dataset if eval_dataset is None else eval_dataset
+        size = self.args.per_device_eval_batch_size
+        batches = [list(range(start, min(start + size, len(table)))) for start in range(0, len(table), size)]
+        mine = batches[self.args.process_index :: self.args.world_size]
+        missing = -(-len(batches) // self.args.world_size) - len(mine)
+        return DataLoader(
+            table,
+            batch_sampler=mine + batches[:1] * missing,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def evaluation_loop(self, dataloader: DataLoader, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> Any:
+        """Measure loss and metrics on held-out rows; the model is the one that is being trained."""
+        num_rows, num_ranks = len(dataloader.dataset), self.args.world_size
+        num_batches = -(-num_rows // self.args.per_device_eval_batch_size)
+        self.model.eval()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+        totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # name -> sum of value x weight, of weight
+        with self._alone():
+            for number, (rows, inputs) in enumerate(zip(dataloader.batch_sampler, dataloader, strict=True)):
+                self._metrics["eval"].clear()
+                weights = {name: float(weight) for name, weight in self.weigh(inputs).items()}
+                loss, _logits, _labels = self.prediction_step(self.model, inputs, prediction_loss_only=True)
+                values = {name: found[-1] for name, found in self._metrics["eval"].items() if found}
+                if number * num_ranks + self.args.process_index < num_batches:  # else it fills up, and counts nowhere
+                    for name, value in {"loss": float(loss) - values.get("loss/sft", 0.0), **values}.items():
+                        weight = weights.get(name, len(rows))
+                        totals[name][0] += value * weight if weight else 0.0
+                        totals[name][1] += weight
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                if self.stop_wanted():
+                    self._metrics["eval"].clear()
+                    raise EvaluationCut
+        means = _mean_over_ranks(totals)
+        self._metrics["eval"].clear()
+        metrics = {f"{metric_key_prefix}_loss": means.pop("loss") + means.pop("loss/sft", 0.0)}
+        self._metrics["eval"].update({name: [value] for name, value in means.items()})  # TRL's `log` adds them
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let TRL's metrics see this rank only: it gathers means of unequal parts, and the parts that fill up."""
+        names = ("gather", "gather_for_metrics")
+        before = {name: getattr(self.accelerator, name) for name in names}
+        for name in names:
+            setattr(self.accelerator, name, lambda value, *_, **__: value)
+        try:
+            yield
+        finally:
+            for name, function in before.items():
+                setattr(self.accelerator, name, function)
+
+
+def _mean_over_ranks(totals: dict[str, list[float]]) -> dict[str, float]:
+    """Return the weighted means of all ranks' sums."""
+    parts = ranks.gather(totals)
+    means = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        value, weight = (sum(part.get(name, (0.0, 0.0))[index] for part in parts) for index in range(2))
+        if weight:
+            means[name] = value / weight
+    return means
+
 
 TRAINED_ADAPTER = "default"
 

@@ -1,7 +1,7 @@
-"""The four roles of PPO and what they are made of: adapters and heads on one base, or models of their own.
+"""The four roles of PPO as adapters and heads on one base, or as models of their own.
 
-With `lora:` the policy, its reference, a reward model of the same base and the critic share the base's weights; which
-adapter acts is switched per forward pass. Deliberately knows no loss and no rollout.
+With `lora:` policy, reference, a reward model of the same base and the critic share the base's weights; which adapter
+acts is switched per forward pass.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     adapter  an adapter on the policy's base, from the reward model's adapter and head
     head     a zero head on the policy's own hidden states (Ziegler 2019): its loss also reaches the policy's adapter
 
-The value of a token is what is expected before it is sampled. Deliberately knows no loss.
+The value of a token is what is expected before it is sampled.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from alignkit.models.files import REWARD_NORM
 from alignkit.models.hub import quiet_transformers
 from alignkit.runs.files import write_json
 from alignkit.train import ranks, shards
-from alignkit.train.dropout import switch_off_dropout
+from alignkit.train.guarded import switch_off_dropout
+from alignkit.train.ppo.roles import CRITIC, REWARD, Roles
 from alignkit.train.readout import Batch, install_readout, read_out
-from alignkit.train.roles import CRITIC, REWARD, Roles
 
 CRITIC_FILE = "critic.safetensors"
 

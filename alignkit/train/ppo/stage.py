@@ -28,8 +28,8 @@ from alignkit.runs.files import describe_bytes
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config, micro_batch_size, world_size
 from alignkit.train.built import Built
-from alignkit.train.collect import Collector
-from alignkit.train.critic import (
+from alignkit.train.fit import fit, watch_for
+from alignkit.train.ppo.critic import (
     Critic,
     critic_from_policy,
     critic_from_reward,
@@ -37,14 +37,11 @@ from alignkit.train.critic import (
     critic_on_policy,
     heads_and_models,
 )
-from alignkit.train.fit import fit, watch_for
-from alignkit.train.ppo_checks import answer_held_out
-from alignkit.train.ppo_trainer import Ppo
-from alignkit.train.ptx import Ptx
+from alignkit.train.ppo.roles import Part, Roles, build_roles, find_reward_on_base, list_parts
+from alignkit.train.ppo.rollout import Collector, Truncation
+from alignkit.train.ppo.trainer import Ppo, Ptx, answer_held_out
 from alignkit.train.readout import Sampling
 from alignkit.train.rewards import build_rewards
-from alignkit.train.roles import Part, Roles, build_roles, find_reward_on_base, list_parts
-from alignkit.train.rollout import Truncation
 from alignkit.train.tables import Tables, open_chat, prepare_tables
 
 _LONGEST_PTX_BLOCK = 1024  # tokens, as those of an sft stage with objective: lm

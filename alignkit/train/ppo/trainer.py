@@ -1,0 +1,447 @@
+"""PPO on TRL's GRPOTrainer: its generation, its vLLM and its place in transformers; our critic, advantages and losses.
+
+An optimizer step is `batch_size` answers; a rollout is `minibatches` of them and is gone through `ppo_epochs` times.
+Losses are means over the tokens of the whole step, over all ranks: micro batches and processes change nothing.
+Checkpoints are written between rollouts only: a resumed run samples the next rollout as the undisturbed one would have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import fsdp2_prepare_model
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from trl import GRPOTrainer
+
+from alignkit import console
+from alignkit.errors import ModelError, RunError
+from alignkit.recipe.schema import PpoOptions
+from alignkit.runs import checkpoints
+from alignkit.train import ranks
+from alignkit.train.guarded import TRAINED_ADAPTER, Guarded
+from alignkit.train.ppo.critic import Critic
+from alignkit.train.ppo.math import AfterStep, Ema, policy_losses, value_losses
+from alignkit.train.ppo.roles import CRITIC, Roles
+from alignkit.train.ppo.rollout import (
+    CHECK,
+    HELD_OUT,
+    Collector,
+    Experience,
+    KlTooLarge,
+    Turns,
+    answer_order,
+    drawing,
+    in_batches,
+    never_called,
+    prompt_numbers,
+    sort_steps,
+)
+from alignkit.train.readout import Batch, pad_answers
+from alignkit.train.shards import clip_gradients, gathered_root, is_sharded
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+_SEED_OFFSET = 7919  # another order than that of the prompts
+
+
+@dataclass
+class Ptx:
+    """Blocks of raw text and the weight of their loss."""
+
+    blocks: Dataset  # input_ids
+    coef: float
+    batch_size: int  # blocks per optimizer step
+    seed: int
+    pad_id: int
+
+    def micro_batches(self, step: int, number: int, count: int) -> list[int]:
+        """Return the blocks that micro batch `number` of `count` of a step reads; together they are the step's."""
+        numbers = prompt_numbers(
+            step * self.batch_size, self.batch_size, num_prompts=len(self.blocks), seed=self.seed + _SEED_OFFSET
+        )
+        return numbers[number::count]
+
+    def batch(self, numbers: list[int], device: Any) -> Batch:
+        """Return blocks as one answer each: every token after the first is learnt."""
+        blocks = [list(self.blocks[number]["input_ids"]) for number in numbers]
+        return pad_answers([ids[:1] for ids in blocks], [ids[1:] for ids in blocks], pad_id=self.pad_id, device=device)
+
+    def loss(self, logps_N: Tensor, num_tokens: int) -> Tensor:
+        """Return this micro batch's part of coef times the mean loss of the step's tokens."""
+        return -self.coef * logps_N.sum() / num_tokens
+
+    def count_tokens(self, step: int) -> int:
+        """Return the learnt tokens of a whole step."""
+        numbers = self.micro_batches(step, 0, 1)
+        return sum(len(self.blocks[number]["input_ids"]) - 1 for number in numbers)
+
+
+class PpoStep(GRPOTrainer):
+    """The part of PPO's trainer that takes steps; `ppo_trainer` gives it micro batches."""
+
+    options: PpoOptions
+    roles: Roles
+    critic: Critic | None
+    ptx: Ptx | None
+    experience: Experience | None
+
+    def _bind_parameters(self) -> None:
+        """Take note of who owns which parameters and begin the policy's averages.
+
+        Sharding replaces parameters, and between two passes a sharded model may show its whole ones.
+        """
+        self._critic_parameters = self.critic.parameters() if self.critic else []
+        others = {id(parameter) for parameter in self._critic_parameters}
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self._policy_parameters = {name: p for name, p in trained if id(p) not in others}
+        self.ema = Ema(self._policy_parameters, self.options.ema) if self.options.ema else None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        if inputs["micro"] == 0 and self.critic is not None:
+            for parameter in self._critic_parameters:
+                parameter.grad = None  # upstream clears the policy's
+        batch, num_tokens = inputs["batch"], inputs["num_tokens"]
+        old = self._targets(inputs)
+        value_loss = torch.zeros((), device=batch.input_ids_BL.device)
+        if self.critic is not None and not self.critic.shares_hidden:
+            # A graph of its own: its memory is free before the policy's is built.
+            with self.critic.acting():
+                value_loss = self._value_loss(self.critic.values(batch), old, num_tokens) * self.args.world_size
+                self.accelerator.backward(value_loss)
+            value_loss = value_loss.detach()
+        logps_N, _, hidden_NH = self.roles.policy_logps(model, batch)
+        losses_N = policy_losses(logps_N, old["logps"], old["advantages"], clip=self.options.cliprange)
+        loss = losses_N.sum() / num_tokens
+        ratio_N = (logps_N.detach() - old["logps"]).exp()
+        self._add("policy_loss", float(loss.detach()))
+        self._add("clip_fraction", float(((ratio_N - 1).abs() > self.options.cliprange).sum()) / num_tokens)
+        if self.critic is not None and self.critic.shares_hidden:
+            value_loss = self._value_loss(self.critic.values(batch, hidden_NH), old, num_tokens) * self.args.world_size
+        return loss * self.args.world_size + value_loss  # gradients are averaged over ranks, and this is a sum
+
+    def _targets(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what the rollout fixed for the tokens of a micro batch, each (N,)."""
+        assert self.experience is not None
+        rows, keep_BT = inputs["rows"], inputs["batch"].mask_BT.cpu()
+        device = inputs["batch"].input_ids_BL.device
+        columns = {
+            "logps": self.experience.logps_RT,
+            "advantages": self.experience.advantages_RT,
+            "values": self.experience.values_RT,
+            "returns": self.experience.returns_RT,
+        }
+        return {name: tensor[rows][keep_BT].to(device) for name, tensor in columns.items()}
+
+    def _value_loss(self, values_N: Tensor, old: dict[str, Tensor], num_tokens: float) -> Tensor:
+        losses_N = value_losses(values_N, old["values"], old["returns"], clip=self.options.cliprange_value)
+        clipped = ((values_N.detach() - old["values"]).abs() > self.options.cliprange_value).sum()
+        self._add("value_loss", float(losses_N.detach().sum()) / num_tokens)
+        self._add("value_clip_fraction", float(clipped) / num_tokens)
+        return self.options.vf_coef * losses_N.sum() / num_tokens
+
+    def _add(self, name: str, part: float) -> None:
+        """Add a micro batch's part of a step's mean; the step's means are averaged at the next log."""
+        self._step_sums[name] = self._step_sums.get(name, 0.0) + part
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        accumulate = self.args.gradient_accumulation_steps
+        step, micro = divmod(inputs["turn"], accumulate)
+        if micro == 0:
+            self._step_sums: dict[str, float] = {}
+        ptx_loss = self._train_ptx(model, step, micro) if self.ptx is not None else None
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if ptx_loss is not None:
+            loss = loss + ptx_loss
+        if micro == accumulate - 1:
+            if self.critic is not None:
+                ranks.average_gradients(p for p in self._critic_parameters if not isinstance(p, DTensor))
+            sums = ranks.total(torch.tensor(list(self._step_sums.values()), dtype=torch.float64))
+            for name, value in zip(self._step_sums, sums.tolist(), strict=True):
+                self._metrics["train"][name].append(value)
+        return loss
+
+    def _train_ptx(self, model: Any, step: int, micro: int) -> Tensor:
+        """Add the gradient of this rank's blocks; DDP sums it up with the one of PPO, which comes after it."""
+        assert self.ptx is not None
+        world_size = self.args.world_size
+        turn = micro * world_size + self.args.process_index
+        numbers = self.ptx.micro_batches(step, turn, self.args.gradient_accumulation_steps * world_size)
+        loss = torch.zeros((), device=self.args.device)
+        if numbers:
+            batch = self.ptx.batch(numbers, self.args.device)
+            with self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    logps_N, _, _ = self.roles.policy_logps(model, batch)
+                    loss = self.ptx.loss(logps_N, self.ptx.count_tokens(step)) * world_size
+                self.accelerator.backward(loss)
+        self._add("ptx_loss", float(loss.detach()) / self.ptx.coef / world_size)
+        return loss.detach()
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Leave out the critic, some of whose parameters are adapters inside the policy's model."""
+        apart = self.critic.parameters() if self.critic is not None else []
+        for parameter in apart:
+            parameter.requires_grad_(False)
+        optimizer = super().create_optimizer(model)
+        for parameter in apart:
+            parameter.requires_grad_(True)
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Shard what stands beside the policy and give the critic parameter groups with a learning rate of its own.
+
+        Upstream calls it when the policy has just been sharded and the optimizer follows it.
+        """
+        if self.is_fsdp_enabled:
+            for model in (self.roles.reference, self.critic.model if self.critic else None):
+                if model is not None:
+                    fsdp2_prepare_model(self.accelerator, model)
+            self._bind_parameters()
+        if self.critic is not None:
+            rate = self.options.critic_learning_rate or self.args.learning_rate
+            for parameters in self.critic.parameter_groups():
+                decay = self.args.weight_decay if parameters[0].ndim >= 2 else 0.0
+                self.optimizer.add_param_group({"params": parameters, "weight_decay": decay, "lr": rate})
+        return super().create_scheduler(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        """Clip policy and critic apart; return the norm of both together, for the check that it is finite."""
+        self.accelerator.unscale_gradients()
+        policy = clip_gradients(self._policy_parameters.values(), self.args.max_grad_norm)
+        if self.critic is None:
+            return policy
+        critic = clip_gradients(self._critic_parameters, self.args.max_grad_norm)
+        self._metrics["train"]["critic_grad_norm"].append(float(critic))
+        return (policy**2 + critic**2) ** 0.5
+
+
+_KEPT = ("reward", "gold", "objective/kl", "entropy", "response_length", "ended_share", "repetition")
+
+
+def check_step_zero(collector: Collector, model: Any, *, count: int) -> None:
+    """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on `count` answers of the fresh policy."""
+    ranks.alike(lambda: _check_step_zero(collector, model, count))
+
+
+def _check_step_zero(collector: Collector, model: Any, count: int) -> None:
+    rollout = collector.sample(range(count), (CHECK,))
+    mask_RT, logps_RT, ref_logps_RT, *_ = collector.read(rollout, model)
+    batch = collector.batch(rollout, range(count), mask_RT.size(1))
+    with collector.autocast():  # with gradients, as a training step computes it
+        again_RT = batch.spread(collector.roles.policy_logps(model, batch)[0].float()).detach().cpu()
+    # Kernels of a GPU may add in another order from one call to the next.
+    bound = 0.0 if batch.input_ids_BL.device.type == "cpu" else 1e-2
+    kl, ratio = float((logps_RT - ref_logps_RT).abs().max()), float((again_RT - logps_RT).abs().max())
+    if not kl <= bound:
+        raise ModelError(
+            f"{collector.name}: policy and reference differ at step 0 (by {kl:.3g} nats in a token, it must be 0): the "
+            "reference is not the model that training starts from"
+        )
+    if not ratio <= bound:
+        raise ModelError(
+            f"{collector.name}: the ratio at step 0 is exp({ratio:.3g}), it must be 1: the policy is not the same in "
+            "sampling and in training; switch dropout off"
+        )
+
+
+@torch.no_grad()
+def answer_held_out(collector: Collector, model: Any, table: Dataset, *, step: int) -> dict[str, float]:
+    """Answer each held-out prompt as in training and return the means as eval_*."""
+    was_training = model.training
+    sums: dict[str, float] = {}
+    model.eval()
+    repeats = collector.options.answers_per_prompt
+    for start in range(0, len(table), collector.num_answers // repeats):
+        numbers = range(start, min(start + collector.num_answers // repeats, len(table)))
+        rollout = collector.sample(numbers, (HELD_OUT, start), table=table, repeats=repeats)
+        found = collector.examine(rollout, model, step=step)
+        for name, value in found.metrics.items():
+            sums[name] = sums.get(name, 0.0) + value * len(numbers) / len(table)
+    model.train(was_training)
+    return {f"eval_{name}": sums[name] for name in _KEPT if name in sums}
+
+
+def go_back(trainer: Any, stop: KlTooLarge) -> None:
+    """Take the weights of the last checkpoint whose KL was within bounds: the newest before the one just judged.
+
+    Raises RunError when there is none.
+    """
+    directory = Path(trainer.args.output_dir)
+    good = [path for path in checkpoints.list_checkpoints(directory) if checkpoints.step_of(path) < stop.step]
+    limit = f"the KL is {stop.kl:.3g} nats per sequence at step {stop.step}, above max_kl {trainer.options.max_kl:g}"
+    if not good:
+        error = RunError(
+            f"{limit}, and no earlier checkpoint was saved; lower learning_rate or save_steps, or raise kl_coef",
+            where=str(directory),
+        )
+        error.shared = not ranks.is_main()
+        raise error
+    trainer._load_from_checkpoint(str(good[0]))
+    trainer.state.global_step = checkpoints.step_of(good[0])
+    console.warn(f"{trainer.collector.name}: {limit}; stopped, and the model is that of {good[0].name}")
+
+
+STATE_FILE = "ppo_state.json"
+
+
+class Ppo(Guarded, PpoStep):
+    """See the module docstring."""
+
+    trained_adapters = (TRAINED_ADAPTER, CRITIC)
+
+    def __init__(
+        self,
+        *args: Any,
+        options: PpoOptions,
+        collector: Collector,
+        roles: Roles,
+        critic: Critic | None,
+        ptx: Ptx | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.options, self.collector, self.roles, self.critic, self.ptx = options, collector, roles, critic, ptx
+        self.experience: Experience | None = None
+        self._steps_per_rollout = options.ppo_epochs * options.minibatches
+        super().__init__(*args, reward_funcs=never_called, **kwargs)
+        if critic is not None and critic.model is not None and self.args.gradient_checkpointing:
+            critic.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        collector.generate, collector.autocast = self._sample, self.accelerator.autocast
+        self._bind_parameters()
+        # DDP would wait for the gradients of an adapter that another backward pass trains.
+        apart = [
+            name for name, p in self.model.named_parameters() if p.requires_grad and name not in self._policy_parameters
+        ]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, apart)
+        if not self.use_vllm:  # `draws` leaves one token to a greedy search
+            self.generation_kwargs |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            self.generation_config.update(**self.generation_kwargs)
+        if self.options.ema:
+            self.add_callback(AfterStep(lambda: self.ema))
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, int]]:
+        count = self.args.max_steps * self.args.gradient_accumulation_steps
+        return DataLoader(Turns(count), batch_size=1, shuffle=False, collate_fn=lambda rows: rows[0])
+
+    def _init_training_state(self, *args: Any) -> Any:
+        found = super()._init_training_state(*args)
+        every = self.state.save_steps
+        if self.args.save_strategy == "steps" and every % self._steps_per_rollout:
+            self.state.save_steps = math.ceil(every / self._steps_per_rollout) * self._steps_per_rollout
+            console.note(
+                f"{self.collector.name}: saving every {self.state.save_steps} steps instead of {every}: checkpoints "
+                f"lie between rollouts, which take {self._steps_per_rollout} steps"
+            )
+        return found
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the run stands between two rollouts, where it can be saved and stopped."""
+        return self.state.global_step % self._steps_per_rollout == 0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except KlTooLarge as stop:
+            self.is_in_train = False
+            go_back(self, stop)
+
+    # ---- sampling ----
+
+    def _sample(self, prompt_ids: list[list[int]], uniforms_BT: Tensor, repeats: int) -> list[list[int]]:
+        """Return this rank's answers; vLLM draws random numbers of its own."""
+        if self.use_vllm:
+            answers: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, repeats)[0]
+            return answers
+        return in_batches(self._draw, prompt_ids, uniforms_BT, batch_size=self.options.generation.batch_size)
+
+    def _draw(self, prompt_ids: list[list[int]], uniforms_BT: Tensor) -> list[list[int]]:
+        numbers = drawing(self.model, uniforms_BT, temperature=self.options.temperature, in_step=is_sharded(self))
+        with numbers, gathered_root(self.model):
+            answers: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, 1)[0]
+        return answers
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return this rank's micro batch of a turn, at a rollout's first turn after sampling it."""
+        accumulate = self.args.gradient_accumulation_steps
+        step, micro = divmod(inputs["turn"], accumulate)
+        number, place = divmod(step, self._steps_per_rollout)
+        if place == 0 and micro == 0:
+            if number == 0:
+                self.collector.prepare()
+            self.experience = None  # its memory is needed
+            self.experience = ranks.alike(lambda: self.collector.collect(number, self.model, step=step))
+            self._log_rollout(self.experience)
+        assert self.experience is not None
+        epoch, minibatch = divmod(place, self.options.minibatches)
+        rollout = self.experience.rollout
+        order = answer_order(len(rollout), seed=self.args.seed, rollout=number, epoch=epoch)
+        batch_size, size = self.options.batch_size, self.args.per_device_train_batch_size
+        rows_of_step = order[minibatch * batch_size : (minibatch + 1) * batch_size]
+        rows_of_step = sort_steps(rows_of_step, rollout.lengths, step_size=batch_size)
+        turn = micro * self.args.world_size + self.args.process_index
+        rows = rows_of_step[turn * size : (turn + 1) * size]
+        mask_RT = self.experience.mask_RT
+        return {
+            "step": step,
+            "micro": micro,
+            "rows": torch.as_tensor(rows),
+            "num_tokens": float(mask_RT[rows_of_step].sum()),
+            "batch": self.collector.batch(rollout, rows.tolist(), mask_RT.size(1)),
+        }
+
+    def _log_rollout(self, experience: Experience) -> None:
+        metrics = self._metrics["train"]
+        for name, value in experience.metrics.items():
+            metrics[name].append(value)
+        self._total_train_tokens += sum(experience.rollout.lengths)
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        rollouts = math.ceil(self.state.global_step / self._steps_per_rollout)
+        episodes = rollouts * self.collector.num_answers
+        self.state.epoch = episodes / self.options.answers_per_prompt / len(self.collector.prompts)
+        if "loss" in logs:
+            logs["episodes"] = episodes
+        super().log(logs, start_time)
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        directory = Path(str(output_dir))
+        if self.critic is not None:
+            self.critic.save_state(directory)
+        if self.ema is not None:
+            self.ema.save(directory)
+        if self.args.should_save:
+            (directory / STATE_FILE).write_text(json.dumps(self.collector.state()) + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        directory = Path(resume_from_checkpoint)
+        if self.critic is not None:
+            self.critic.load_state(directory)
+        if self.ema is not None:
+            self.ema.load(directory)
+        self.collector.restore(json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
+
+    def ready_final(self) -> None:
+        if self.ema is not None:
+            self.ema.put_in()
+
+    def check_step_zero(self) -> None:
+        """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on answers of the fresh policy."""
+        count = min(self.args.per_device_train_batch_size, len(self.collector.prompts))
+        check_step_zero(self.collector, self.model, count=count)
