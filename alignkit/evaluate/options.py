@@ -15,8 +15,8 @@ from alignkit import console
 from alignkit.console import redact
 from alignkit.errors import Problem, UsageError
 from alignkit.recipe import Recipe, Stage, resolve
-from alignkit.recipe.audit_feedback import evaluation_problems
 from alignkit.recipe.nearest import suggest
+from alignkit.recipe.rules_feedback import evaluation_problems
 from alignkit.recipe.schema import EVALUATED, FEEDBACK, EvaluateOptions, FeedbackModel
 
 _NEEDED = {"judge": "against", "constitution": "against", "shots": "tasks"}  # options that only serve another one

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from alignkit.data.files import display_name
 from alignkit.errors import Problem, RecipeError
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.tree import Node, Origin, parse_yaml
+from alignkit.recipe.yaml import Node, Origin, parse_yaml
 
 _TOP = ("name", "description", "principles")
 _TEXTS = ("critique", "revision", "comparison")

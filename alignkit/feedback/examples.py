@@ -19,7 +19,7 @@ from alignkit.data.rows import Message
 from alignkit.errors import Problem, RecipeError
 from alignkit.feedback.constitution import CRITIQUE_FRAME, REVISION_FRAME, load_json
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.tree import Node, Origin, parse_yaml
+from alignkit.recipe.yaml import Node, Origin, parse_yaml
 
 BUILTIN, NONE = "builtin", "none"
 PRINCIPLE_HERE = "{}"  # in a published chain of thought: where the question goes

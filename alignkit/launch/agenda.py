@@ -14,7 +14,7 @@ from typing import Any, Literal
 from alignkit.launch.command import Command
 from alignkit.preflight.requirements import list_needs
 from alignkit.recipe import Stage
-from alignkit.recipe.lineage import ROWS
+from alignkit.recipe.references import ROWS
 from alignkit.recipe.schema import FEEDBACK
 from alignkit.runs import checkpoints
 from alignkit.runs.directory import RunDir, find_damaged_product

@@ -14,7 +14,7 @@ from typing import Any
 from alignkit.errors import Problem, RecipeError
 from alignkit.launch.devices import Device, count_cuda, pick_device
 from alignkit.recipe import Stage
-from alignkit.recipe.batch import check_batch
+from alignkit.recipe.stage import check_batch
 
 DEFAULT_PORT = 29500
 LOOPBACK = "127.0.0.1"

@@ -20,8 +20,8 @@ from alignkit.errors import EnvironmentProblem, RecipeError, RunError
 from alignkit.launch.command import Command
 from alignkit.preflight.requirements import list_needs, require_ready
 from alignkit.recipe import Stage
-from alignkit.recipe.batch import check_batch
 from alignkit.recipe.schema import SlurmOptions
+from alignkit.recipe.stage import check_batch
 from alignkit.runs.checkpoints import MANIFEST
 from alignkit.runs.directory import RunDir, open_run, refuse_foreign
 from alignkit.runs.files import disk_failures, write_text

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.errors import EnvironmentProblem, ModelError, Problem, RunError
-from alignkit.recipe.lineage import RUNS
 from alignkit.recipe.nearest import find_nearest, suggest
+from alignkit.recipe.references import RUNS
 from alignkit.runs.directory import require_whole
 
 BUILTIN_PREFIX = "builtin:"

@@ -25,7 +25,7 @@ from alignkit.models.files import ModelFiles, find_model_dir, inspect_model_dir,
 from alignkit.preflight.doctor import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.optimizers import find_optimizer
+from alignkit.recipe.rules import find_optimizer
 from alignkit.recipe.schema import (
     FEEDBACK,
     CritiqueOptions,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from alignkit.recipe.json_schema import recipe_schema
 from alignkit.recipe.load import load_recipe
-from alignkit.recipe.recipe import Recipe
 from alignkit.recipe.resolve import pick_span, pick_steps, resolve
-from alignkit.recipe.stage import Stage
+from alignkit.recipe.stage import Recipe, Stage
 
 __all__ = ["Recipe", "Stage", "load_recipe", "pick_span", "pick_steps", "recipe_schema", "resolve"]

@@ -8,10 +8,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from alignkit.recipe.fields import Fragment, method_fields
-from alignkit.recipe.rlaif import METHOD as RLAIF
 from alignkit.recipe.rlaif import STEPS
-from alignkit.recipe.schema import OPTIONS, RlaifOptions, option_fragments, recipe_fragments
+from alignkit.recipe.schema import OPTIONS, RLAIF, RlaifOptions, option_fragments, recipe_fragments
+from alignkit.recipe.trl_fields import Fragment, method_fields
 
 
 def recipe_schema() -> dict[str, Any]:

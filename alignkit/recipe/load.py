@@ -1,24 +1,27 @@
-"""The recipe file, the fragments it extends and the --set values as one tree with places, and from it a Recipe.
+"""Load a recipe: read, merge and check everything it may say, and make a Recipe of it.
 
-Nothing here knows a key beyond `extends`; what the keys mean is checked in `validate`.
+All problems are collected before anything is raised; nothing here looks at data, models or devices.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from alignkit.errors import Problem, RecipeError
-from alignkit.recipe.nearest import find_nearest
-from alignkit.recipe.overrides import apply_override
-from alignkit.recipe.paths import expand
-from alignkit.recipe.recipe import Recipe
-from alignkit.recipe.tree import Node, Origin, parse_yaml
-from alignkit.recipe.validate import build_recipe
-
-MAX_BYTES = 256 * 1024  # some 5,000 lines; the parser needs a second per 100 KB
-MAX_FILES = 32
+from alignkit.recipe.check import check, describe_unknown_in_stage, explain_moved, quote_help, show
+from alignkit.recipe.nearest import suggest
+from alignkit.recipe.references import REWARD_KEYS, SOURCE_KEYS, check_evaluated, check_references, resolve_paths
+from alignkit.recipe.rlaif import Group, split_group
+from alignkit.recipe.rules import audit_evaluation, audit_recipe, audit_stage
+from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, RecipeOptions, option_fragments, recipe_fragments
+from alignkit.recipe.sections import METHODS, Section, StageTree, describe_not_a_stage, find_inherited, read_method
+from alignkit.recipe.stage import Recipe, StageSection
+from alignkit.recipe.sweep import SWEEP, Sweep, Variant, read_axes, spread
+from alignkit.recipe.trl_fields import method_fields
+from alignkit.recipe.yaml import Node, apply_override, find_secrets, label_path, load_tree
 
 
 def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -34,107 +37,260 @@ def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
             tree = apply_override(tree, override)
         except RecipeError as error:
             problems += error.problems
-    return build_recipe(tree, path=path, label=_label(path), problems=problems)
+    return build_recipe(tree, path=path, label=label_path(path), problems=problems)
 
 
-def load_tree(path: Path, *, above: tuple[Path, ...] = (), read: list[Path] | None = None) -> Node:
-    """Return the merged tree of a file and all it extends; `above` are the files that led here."""
-    read = [] if read is None else read
-    read.append(path)
-    origin = Origin(_label(path), path.parent)
-    tree = parse_yaml(_read_text(path), origin)
-    if tree is None or tree.value is None:
-        raise RecipeError("the file is empty; a recipe needs at least `model:` and one stage", where=origin.place(1))
-    if not isinstance(tree.value, dict):
-        kind = "a list" if isinstance(tree.value, list) else "one value"
-        raise RecipeError(f"the file holds {kind}; a recipe is a mapping of `key: value` lines", where=tree.place)
-    extends = tree.value.pop("extends", None)
-    if extends is None:
-        return tree
-    merged: Node | None = None
-    for node in extends.value if isinstance(extends.value, list) else [extends]:
-        fragment = load_tree(_find_fragment(node, (*above, path), read), above=(*above, path), read=read)
-        merged = fragment if merged is None else merge(merged, fragment)
-    return merge(merged, tree) if merged else tree
+def build_recipe(tree: Node, *, path: Path, label: str, problems: Sequence[Problem] = ()) -> Recipe:
+    """Return the validated recipe; raises RecipeError with these and all further problems, sorted by place."""
+    if (model := tree.value.get("model")) is not None and isinstance(model.value, str) and model.value:
+        tree.value["model"] = Node({"path": model}, model.origin, model.line)  # `model: PATH` is short for it
+    build = _Build(tree, list(problems))
+    build.refuse_secrets()
+    build.split()
+    swept = build.sweep()
+    names = {*build.stages, *(name for variants in swept.names.values() for name in variants)}
+    build.problems += resolve_paths(swept.tops, [(stage.label, stage.node) for stage in swept.stages], names)
+    for top in swept.tops:
+        build.check_top(top)
+    for group in swept.groups:
+        build.check_group(group, swept.tops[0])
+    for stage in swept.stages:
+        build.check_stage(stage)
+    build.check_references(swept)
+    build.audit(swept)
+    if build.problems:
+        raise RecipeError(_sort(build.problems, label))
+    return construct(swept, name=path.stem, label=label)
 
 
-def merge(base: Node, over: Node) -> Node:
-    """Return `over` laid on `base`: mappings are merged, all else is replaced, null takes a mapping away."""
-    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
-        return over
-    merged = dict(base.value)
-    for key, node in over.value.items():
-        before = merged.get(key)
-        if before is not None and node.value is None and isinstance(before.value, dict):
-            del merged[key]
-        else:
-            merged[key] = merge(before, node) if before is not None else node
-    return Node(merged, over.origin, over.line)
+@dataclass
+class _Build:
+    tree: Node
+    problems: list[Problem]
+    stages: dict[str, StageTree] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+
+    def refuse_secrets(self) -> None:
+        """Report secrets and take them out, so that no other message shows them."""
+        found = find_secrets(self.tree)
+        self.problems += [problem for _, problem in found]
+        _remove(self.tree, {id(node) for node, _ in found})
+
+    def split(self) -> None:
+        """Tell stage sections from the recipe's own keys; report keys that are neither."""
+        known = recipe_fragments()["properties"]
+        taken = self.tree.value.keys()
+        for name, node in self.tree.value.items():
+            if name in known:
+                continue
+            if problem := describe_not_a_stage(name, node):
+                self.problems.append(Problem(problem, node.place))
+                self.broken.add(name)
+            elif read_method(name, node) == RLAIF:
+                group = self.groups[name] = split_group(name, node, self.tree)
+                self.problems += [Problem(what, node.place) for what in group.find_clashes(taken)]
+                self.stages |= {stage.name: stage for stage in group.stages if stage.name not in taken}
+            else:
+                self.stages[name] = StageTree(name, read_method(name, node), node, self.tree)
+        if not self.stages and not self.problems:
+            self.problems.append(Problem(f"there is no stage; add a section such as {METHODS}", self.tree.place))
+
+    def sweep(self) -> Sweep:
+        """Return the variants of the stages; keys under `sweep:` that cannot be swept are left out."""
+        axes, problems = read_axes(self.tree, self.stages, self.groups)
+        swept = spread(self.tree, self.stages, self.groups, axes)
+        self.problems += [*problems, *swept.problems]
+        return swept
+
+    def check_top(self, top: Node) -> None:
+        fragments = recipe_fragments()
+        for name, fragment in fragments["properties"].items():
+            if name in top.value and name != SWEEP:
+                node = top.value[name]
+                if name == "lora" and node.value is None:
+                    found = [Problem("lora is empty; write {} for its defaults, or take the key out", node.place)]
+                else:
+                    found = [explain_moved(problem) for problem in check(node, fragment, name, fragments["$defs"])]
+                self.problems += found
+                if found:
+                    self.broken.add(name)
+        if "model" not in top.value:
+            self.problems.append(Problem("model is missing; add `model: {path: ...}`", top.place))
+            self.broken.add("model")
+
+    def check_group(self, group: Group, top: Node) -> None:
+        """Check the keys of an rlaif section itself; those of its steps are checked with their stages."""
+        fragments = option_fragments(RLAIF)
+        own = fragments["properties"]
+        for key, node in group.node.value.items():
+            if key not in own:
+                accepted = [*own]
+                what = describe_unknown_in_stage(key, stage=group.name, method=RLAIF, accepted=accepted)
+                self.problems.append(Problem(what, node.place))
+            else:
+                found = list(check(node, own[key], f"{group.name}.{key}", fragments["$defs"]))
+                self.problems += found
+                if found:
+                    group.mark_broken(key)
+        inherited = find_inherited(top, RLAIF)
+        for key in sorted(group.find_missing({*fragments["required"]} - inherited.keys())):
+            self.problems.append(Problem(f"{group.name}.{key} is missing; {quote_help(own[key])}", group.node.place))
+            group.mark_broken(key)
+        for key, what in group.find_unused():
+            self.problems.append(Problem(f"{group.name}.{key} {what}", group.place(key)))
+
+    def check_stage(self, stage: StageTree) -> None:
+        fragments = option_fragments(stage.method)
+        own, fields = fragments["properties"], method_fields(stage.method)
+        for key, node in stage.node.value.items():
+            if key in own:
+                found = list(check(node, own[key], stage.say(key), fragments.get("$defs", {})))
+            elif key in fields:
+                found = list(check(node, fields[key], stage.say(key), {}))
+            else:
+                accepted = [*own, *fields]
+                what = describe_unknown_in_stage(key, stage=stage.label, method=stage.method, accepted=accepted)
+                found = [Problem(what, node.place)]
+            self.problems += found
+            if found:
+                stage.broken.add(key)
+        given = {*stage.node.value, *find_inherited(stage.top, stage.method), *stage.broken}
+        if stage.needs_data and "data" not in given:
+            work = "work" if stage.method in FEEDBACK else "train"
+            help_text = f"add the rows to {work} on, here or as the recipe's own `data:`"
+            self.problems.append(Problem(f"{stage.say('data')} is missing; {help_text}", stage.node.place))
+            stage.broken.add("data")
+        for key in sorted({*fragments.get("required", ())} - {"data", "method", *stage.node.value, *stage.broken}):
+            self.problems.append(Problem(f"{stage.say(key)} is missing; {quote_help(own[key])}", stage.node.place))
+            stage.broken.add(key)
+
+    def check_references(self, swept: Sweep) -> None:
+        """Check that whatever names a stage names one that is there, and that nothing goes in circles."""
+        listed = self.tree.value.get("stages")
+        variants = {made.name: made.stage for all_made in swept.variants.values() for made in all_made}
+        names = (*self.groups, *dict.fromkeys((*self.stages, *variants)))
+        for item in listed.value or () if listed is not None and "stages" not in self.broken else ():
+            if item.value not in names:
+                hint = suggest(str(item.value), names) or f"; there are {', '.join((*self.groups, *self.stages))}"
+                self.problems.append(Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place))
+        self.problems += check_references(swept.stages, {**self.stages, **variants}, self.groups)
+        evaluate = self.tree.value.get("evaluate")
+        if evaluate is not None and "evaluate" not in self.broken:
+            self.problems += check_evaluated(evaluate, names)
+
+    def audit(self, swept: Sweep) -> None:
+        """Hold every stage against the top level that it reads, and each model and adapter against its stages."""
+        broken = frozenset(self.broken)
+        tops = {id(top): Section("", "", _plain_without(top, self.broken), broken, top) for top in swept.tops}
+        shapes: dict[str, list[tuple[Section, Section]]] = {}
+        for stage in swept.stages:
+            section, top = stage.section(), tops[id(stage.top)]
+            self.problems += audit_stage(section, top)
+            if stage.method not in FEEDBACK or not swept.names:  # they read no lora: and so have not every shape
+                shapes.setdefault(repr([top.values.get(key) for key in ("model", "lora")]), []).append((section, top))
+        self.problems += audit_evaluation(tops[id(swept.tops[0])])
+        for pairs in shapes.values():
+            self.problems += audit_recipe(pairs[0][1], [section for section, _ in pairs])
+        if not shapes:
+            self.problems += audit_recipe(tops[id(swept.tops[0])], ())
 
 
-def _find_fragment(node: Node, above: tuple[Path, ...], read: list[Path]) -> Path:
-    """Return the file an `extends:` entry names; refuses a chain that comes back to itself."""
-    if not isinstance(node.value, str) or not node.value.strip():
-        raise RecipeError("extends must be a file name or a list of file names", where=node.place)
-    try:
-        fragment = node.origin.folder / expand(node.value)
-    except ValueError as error:
-        raise RecipeError(f"extends: {error}", where=node.place) from None
-    if any(_same_file(fragment, other) for other in above):
-        chain = " -> ".join(_label(file) for file in (*above, fragment))
-        raise RecipeError(f"extends goes round in a circle: {chain}", where=node.place)
-    if len(read) >= MAX_FILES:
-        raise RecipeError(f"extends reads more than {MAX_FILES} files", where=node.place)
-    if not fragment.is_file():
-        raise RecipeError(f"extends names {node.value}, {_describe_missing(fragment)}", where=node.place)
-    return fragment
+def _remove(node: Node, ids: set[int]) -> None:
+    if isinstance(node.value, dict):
+        node.value = {key: child for key, child in node.value.items() if id(child) not in ids}
+        children: Iterator[Node] = iter(node.value.values())
+    else:
+        children = iter(node.value if isinstance(node.value, list) else ())
+    for child in children:
+        _remove(child, ids)
 
 
-def _read_text(path: Path) -> str:
-    """Return the file's text; refuses what cannot be a recipe before anything parses it."""
-    label = _label(path)
-    try:
-        if not path.is_file():
-            raise RecipeError(f"recipe {label} is {_describe_missing(path)}" if path.is_dir() else
-                              f"recipe {label} {_describe_missing(path)}")  # fmt: skip
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=label) from None
-    if len(data) > MAX_BYTES:
-        raise RecipeError(f"larger than {MAX_BYTES // 1024} KB; this is not a recipe", where=f"{label}:1")
-    if b"\0" in data:
-        line = data[: data.index(b"\0")].count(b"\n") + 1
-        raise RecipeError("a NUL byte; a recipe is plain UTF-8 text", where=f"{label}:{line}")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise RecipeError("a byte that is not UTF-8; save the file as UTF-8", where=f"{label}:{line}") from None
+def _plain_without(node: Node, broken: set[str]) -> dict[str, Any]:
+    return {key: child.plain() for key, child in node.value.items() if key not in broken}
 
 
-def _describe_missing(path: Path) -> str:
-    """Say that a file is not there, with the nearest name that is."""
-    if path.is_dir():
-        recipes = sorted(file.name for file in path.glob("*.y*ml"))
-        return "a directory; name a file" + (f" in it, such as {recipes[0]}" if recipes else "")
-    folder = path.parent
-    if not folder.is_dir():
-        return f"does not exist; there is no directory {_label(folder)}"
-    names = [file.name for file in folder.iterdir() if file.suffix in (".yaml", ".yml")]
-    nearest = find_nearest(path.name, names) or find_nearest(path.stem, [Path(name).stem for name in names])
-    if nearest:
-        nearest = next(name for name in names if nearest in (name, Path(name).stem))
-        return f"does not exist; did you mean {_label(folder / nearest)}?"
-    return "does not exist" + (f"; {_label(folder)} has {', '.join(sorted(names)[:8])}" if names else "")
+def _sort(problems: list[Problem], label: str) -> list[Problem]:
+    """Order by file (the recipe itself first) and line; what came from the command line is last."""
+
+    def rank(problem: Problem) -> tuple[bool, bool, str, int]:
+        where = problem.where or ""
+        file, _, line = where.rpartition(":")
+        return where.startswith("--"), file != label, file, int(line) if line.isdecimal() else 0
+
+    return sorted(dict.fromkeys(problems), key=rank)
 
 
-def _label(path: Path) -> str:
-    """Return the path as messages show it: relative to the working directory when it is below it."""
-    absolute = os.path.abspath(path)
-    relative = os.path.relpath(absolute)
-    return absolute if relative.startswith("..") else relative
+_READ_BY_STAGES = ("seed", "model", "lora")  # data and eval are among a stage's own values by now
 
 
-def _same_file(a: Path, b: Path) -> bool:
-    return os.path.realpath(a) == os.path.realpath(b)
+def construct(swept: Sweep, *, name: str, label: str) -> Recipe:
+    """Return the recipe; `name` is its name where it gives none, `label` the file as messages show it."""
+    tops = {id(tree): _read_top(tree) for tree in swept.tops}
+    tree, top = swept.tops[0], tops[id(swept.tops[0])]
+    variants = {plain: tuple(variant.name for variant in made) for plain, made in swept.variants.items()}
+    groups: dict[str, tuple[str, ...]] = {}
+    for group in swept.groups:
+        steps = dict.fromkeys(stage.name for stage in group.stages)
+        groups[group.name] = tuple(variant for step in steps for variant in variants[step])
+    listed = [made for item in top.stages or () for made in groups.get(item, variants.get(item, (item,)))]
+    by_name = {variant.name: variant for made in swept.variants.values() for variant in made}
+    origins = {"name": "default", "seed": "default"}
+    for key, node in tree.value.items():
+        if key in RecipeOptions.model_fields and key != SWEEP:
+            origins |= _find_origins(node, key)
+    sections = {}
+    for variant_name in dict.fromkeys((*listed, *by_name)):
+        sections[variant_name], found = _make_section(by_name[variant_name], tops)
+        origins |= found
+    return Recipe(
+        name=top.name or name,
+        path=label,
+        seed=top.seed,
+        model=top.model,
+        lora=top.lora,
+        launch=top.launch,
+        evaluate=top.evaluate,
+        evaluates="evaluate" in tree.value,
+        stages=sections,
+        order=tuple(dict.fromkeys(listed or by_name)),
+        origins=origins,
+        groups=groups,
+        sweeps=swept.names,
+    )
+
+
+def _read_top(tree: Node) -> RecipeOptions:
+    known = RecipeOptions.model_fields.keys() - {SWEEP}
+    return RecipeOptions.model_validate({key: node.plain() for key, node in tree.value.items() if key in known})
+
+
+def _make_section(variant: Variant, tops: Mapping[int, RecipeOptions]) -> tuple[StageSection, dict[str, str]]:
+    """Return a stage and the places of its values."""
+    stage = variant.stage
+    section = stage.section(variant.fill())
+    options = {key: value for key, value in section.values.items() if key in OPTIONS[stage.method].model_fields}
+    trainer = {key: value for key, value in section.values.items() if key not in options}
+    if stage.method == "dpo" and isinstance(trainer.get("loss_type"), str):
+        trainer["loss_type"] = [trainer["loss_type"]]
+    made = OPTIONS[stage.method].model_validate({**options, "method": stage.method})
+    origins = {"seed": "default"}
+    for key in _READ_BY_STAGES:
+        if key in stage.top.value:
+            origins |= _find_origins(stage.top.value[key], key)
+    top = tops[id(stage.top)]
+    return (
+        StageSection(variant.name, made, trainer, top, origins, stage.group, variant.values),
+        _find_origins(section.node, variant.name),
+    )
+
+
+def _find_origins(node: Node, key: str) -> dict[str, str]:
+    """Return the place of every dotted key; one source under `data:` is also `data.0`, as in the options, and one
+    reward `reward.0`."""
+    origins = {}
+    for path, child in node.leaves((key,)):
+        origins[".".join(path)] = child.place
+        if path[-1] in (*SOURCE_KEYS, *REWARD_KEYS) and not isinstance(child.value, list):
+            origins |= {".".join((*path, "0", *below)): leaf.place for below, leaf in child.leaves()}
+    return origins

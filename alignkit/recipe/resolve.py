@@ -9,14 +9,40 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import RecipeError
-from alignkit.recipe.audit import trains_from_scratch
-from alignkit.recipe.defaults import choose_defaults
-from alignkit.recipe.lineage import RUNS, find_model, find_weights, point
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.recipe import Recipe, StageSection
+from alignkit.recipe.references import RUNS, find_model, find_weights, point
+from alignkit.recipe.rules import trains_from_scratch
 from alignkit.recipe.schema import FEEDBACK, LaunchOptions, Method, TrainOptions
-from alignkit.recipe.stage import Stage
+from alignkit.recipe.stage import Recipe, Stage, StageSection
 from alignkit.recipe.sweep import describe_swept
+
+# learning rate with LoRA, and of all weights
+_LEARNING_RATES = {"sft": (2e-4, 2e-5), "rm": (1e-4, 1e-5), "dpo": (5e-6, 5e-7), "ppo": (1e-5, 1e-6)}
+_FROM_SCRATCH = 2.5e-4
+
+
+def choose_defaults(method: str, *, lora: bool, scratch: bool, builtin: bool, evaluates: bool) -> dict[str, Any]:
+    """Return alignkit's defaults of TRL fields for a stage; `builtin`: a tiny model that ships with alignkit."""
+    with_lora, full = _LEARNING_RATES[method]
+    defaults: dict[str, Any] = {
+        "learning_rate": _FROM_SCRATCH if scratch else with_lora if lora else full,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,  # a share of all steps
+        "max_grad_norm": 1.0,
+        "max_length": 1024,
+        "num_train_epochs": 1.0,
+        "logging_steps": 10,
+        "save_steps": 100,
+    }
+    if method == "ppo":  # Adam's eps as in lm-human-preferences; prompt and answer are bounded by max_new_tokens
+        defaults |= {"adam_epsilon": 1e-5}
+        del defaults["max_length"]
+        evaluates = False  # rollouts are the evaluation; held-out prompts are for samples
+    if builtin:  # recomputing activations only pays where they are large
+        defaults["gradient_checkpointing"] = False
+    if evaluates:
+        defaults |= {"eval_strategy": "steps", "eval_steps": 0.1}
+    return defaults
 
 
 def resolve(

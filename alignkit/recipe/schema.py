@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Method = Literal["sft", "rm", "dpo", "ppo", "critique", "label"]
 FEEDBACK = ("critique", "label")  # these make rows; they train nothing
+RLAIF = "rlaif"  # one section that stands for several stages
 _ROOMS = Path(__file__).parents[1]
 # A constitution is a file of this directory.
 BUILTIN_CONSTITUTIONS = tuple(

@@ -6,18 +6,15 @@ Knows what a stage is called and what it takes from the recipe; whether its valu
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from alignkit.recipe.advice import describe_unknown_top
-from alignkit.recipe.audit import Section
-from alignkit.recipe.check import show, show_key
-from alignkit.recipe.fields import ELSEWHERE
+from alignkit.recipe.check import describe_unknown_top, show, show_key
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.rlaif import METHOD as RLAIF
-from alignkit.recipe.rlaif import expand, find_unused, list_steps, stage_name
-from alignkit.recipe.schema import FEEDBACK, OPTIONS
-from alignkit.recipe.tree import Node
+from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF
+from alignkit.recipe.trl_fields import ELSEWHERE
+from alignkit.recipe.yaml import Node
 
 SECTIONS = (*OPTIONS, RLAIF)  # names that need no `method:`
 METHODS = ", ".join(SECTIONS)
@@ -27,6 +24,51 @@ def find_inherited(tree: Node, method: str) -> dict[str, Node]:
     """Return what a stage of a method takes from the recipe when it gives none of its own."""
     keys = ("data",) if method in (*FEEDBACK, RLAIF) else ("data", "eval")
     return {key: tree.value[key] for key in keys if key in tree.value and tree.value[key].value is not None}
+
+
+Finding = tuple[str, str]  # key, what is wrong with it
+
+
+class UnreadableError(Exception):
+    """A rule asked for a value that has a problem of its own."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """The values of a stage, or of the whole recipe, that are right in themselves."""
+
+    name: str
+    method: str
+    values: Mapping[str, Any]
+    broken: frozenset[str]
+    node: Node
+    say: Callable[[str], str] = str  # what messages call a key
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value as given, else the default; raises when the value given is wrong."""
+        if key in self.broken:
+            raise UnreadableError
+        return self.values.get(key, default)
+
+    def has(self, key: str) -> bool:
+        return self.get(key) is not None
+
+    def place(self, key: str) -> str:
+        """Return the place of a key, which may be dotted; of the section when it is not given."""
+        node = self.node
+        for part in key.split("."):
+            if not isinstance(node.value, dict) or part not in node.value:
+                break
+            node = node.value[part]
+        return node.place
+
+    def is_switched_off(self, key: str, *, by: str) -> bool:
+        """Tell whether a key lost its effect to a value given elsewhere, which is no mistake.
+
+        Elsewhere is the command line for a key of a file, or another file for one of `extends`, either way round.
+        """
+        own, other = (self.place(name).rpartition(":")[0] or self.place(name) for name in (key, by))
+        return own != other and not own.startswith("--")
 
 
 @dataclass
@@ -66,63 +108,6 @@ class StageTree:
         node = node or self.fill()
         values = {key: child.plain() for key, child in node.value.items() if key not in self.broken}
         return Section(self.name, self.method, values, frozenset(self.broken), node, self.say)
-
-
-@dataclass
-class Group:
-    """An rlaif section while it is checked."""
-
-    name: str
-    node: Node
-    stages: list[StageTree]
-
-    def mark_broken(self, key: str) -> None:
-        """Let nobody rely on a key of the section: not the stages that have it from there either."""
-        for stage in self.stages:
-            if key in stage.shared:
-                del stage.node.value[key]
-                stage.shared -= {key}
-            if key not in stage.node.value:
-                stage.broken.add(key)
-            if key in ("judge", "constitution") and "reward" not in self._own(stage):
-                stage.broken.add("reward")
-
-    def find_missing(self, required: Collection[str]) -> set[str]:
-        """Return the keys that the section or one of its stages needs, and that are nowhere."""
-        missing = {key for key in required if key not in self.node.value and key != "method"}
-        without = [stage for stage in self.stages if stage.method == "label" and "judge" not in stage.node.value]
-        if "rm" not in list_steps(self.node.value):
-            without += [stage for stage in self.stages if stage.method == "ppo" and "reward" not in self._own(stage)]
-        if without and "judge" not in self.node.value:
-            missing.add("judge")
-        return missing
-
-    def find_unused(self) -> Iterator[tuple[str, str]]:
-        """Yield the keys of the section that would have no effect, and why."""
-        yield from find_unused(self.node.value)
-
-    def find_clashes(self, taken: Collection[str]) -> Iterator[str]:
-        """Yield what is wrong when the recipe has a section of the name of one of the stages."""
-        for stage in self.stages:
-            if stage.name in taken:
-                yield f"{self.name} has a stage {stage.name}, and so has the recipe; rename one of the two sections"
-
-    def place(self, key: str) -> str:
-        return str(self.node.value[key].place if key in self.node.value else self.node.place)
-
-    def _own(self, stage: StageTree) -> Collection[str]:
-        own = self.node.value.get(stage.method)
-        return own.value if own is not None and isinstance(own.value, dict) else ()
-
-
-def split_group(name: str, node: Node, top: Node) -> Group:
-    """Return an rlaif section with the stages it stands for."""
-    stages = []
-    for step in expand(name, node):
-        shared = {key for key, child in step.node.value.items() if child is node.value.get(key)}
-        full = stage_name(name, step.name)
-        stages.append(StageTree(full, step.name, step.node, top, group=name, shared=frozenset(shared)))
-    return Group(name, node, stages)
 
 
 def read_method(name: str, node: Node) -> str:

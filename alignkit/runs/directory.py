@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from alignkit import console
 from alignkit.errors import RunError
-from alignkit.recipe.fields import method_fields
+from alignkit.recipe.trl_fields import method_fields
 from alignkit.runs.files import (
     describe_files,
     disk_failures,

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from alignkit.errors import EnvironmentProblem, RecipeError
 from alignkit.recipe import Stage
-from alignkit.recipe.batch import check_batch
+from alignkit.recipe.stage import check_batch
 from alignkit.train.ranks import uses_fsdp, world_size
 
 _Config = TypeVar("_Config", bound=TrainingArguments)

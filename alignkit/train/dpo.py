@@ -23,8 +23,8 @@ from alignkit.errors import RecipeError
 from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, add_reference_adapter
 from alignkit.models.load import Loaded, load_policy, load_reference
 from alignkit.recipe import Stage
-from alignkit.recipe.fields import OWN_LOSSES
 from alignkit.recipe.schema import DpoOptions
+from alignkit.recipe.trl_fields import OWN_LOSSES
 from alignkit.runs.directory import Result, RunDir
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config, micro_batch_size

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from alignkit.recipe import Recipe, resolve
-from alignkit.recipe.fields import read_snapshot
-from alignkit.recipe.optimizers import find_optimizer
+from alignkit.recipe.rules import find_optimizer
+from alignkit.recipe.trl_fields import read_snapshot
 
 Load = Callable[..., Recipe]
 Complain = Callable[..., list[str]]

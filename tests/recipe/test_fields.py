@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 
-from alignkit.recipe.fields import (
+from alignkit.recipe.schema import OPTIONS, DataSource, LaunchOptions, LoraOptions, ModelOptions, RecipeOptions
+from alignkit.recipe.trl_fields import (
     CONTROLLED,
     MOVED,
+    OWN,
+    PPO_CONTROLLED,
+    PPO_MOVED,
     controlled_fields,
     method_fields,
     moved_names,
     read_snapshot,
     trl_fields,
 )
-from alignkit.recipe.ppo_fields import OWN, PPO_CONTROLLED, PPO_MOVED
-from alignkit.recipe.schema import OPTIONS, DataSource, LaunchOptions, LoraOptions, ModelOptions, RecipeOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -100,7 +102,7 @@ def test_advice_names_keys_that_exist() -> None:
 
 def test_defaults_of_trl_pass_their_own_checks() -> None:
     from alignkit.recipe.check import check
-    from alignkit.recipe.tree import Node, Origin
+    from alignkit.recipe.yaml import Node, Origin
 
     def node(value: Any) -> Node:
         inner = [node(item) for item in value] if isinstance(value, list) else value

@@ -11,8 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from alignkit.recipe import recipe_schema
-from alignkit.recipe.fields import method_fields
 from alignkit.recipe.schema import FEEDBACK, OPTIONS
+from alignkit.recipe.trl_fields import method_fields
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 

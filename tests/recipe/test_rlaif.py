@@ -11,7 +11,7 @@ from alignkit.errors import RecipeError
 from alignkit.recipe import Recipe, pick_steps, recipe_schema, resolve
 from alignkit.recipe.rlaif import STEPS, list_steps
 from alignkit.recipe.schema import CritiqueOptions, FeedbackModel, LabelOptions, PpoOptions
-from alignkit.recipe.tree import Node, Origin
+from alignkit.recipe.yaml import Node, Origin
 
 Load = Callable[..., Recipe]
 Complain = Callable[..., list[str]]

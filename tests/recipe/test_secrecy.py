@@ -8,7 +8,7 @@ import pytest
 
 from alignkit.console import redact
 from alignkit.recipe import Recipe
-from alignkit.recipe.secrecy import names_secret
+from alignkit.recipe.yaml import names_secret
 
 Complain = Callable[..., list[str]]
 

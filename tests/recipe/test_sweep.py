@@ -177,8 +177,8 @@ def test_without_a_sweep_nothing_is_different(load: Load) -> None:
     ],
 )
 def test_values_as_file_names(values: str, names: list[str]) -> None:
-    from alignkit.recipe.axes import _label
-    from alignkit.recipe.tree import Origin, parse_yaml
+    from alignkit.recipe.sweep import _label
+    from alignkit.recipe.yaml import Origin, parse_yaml
 
     node = parse_yaml(values, Origin("a.yaml", Path()))
     assert node is not None and list(_label(node.value)) == names

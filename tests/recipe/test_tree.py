@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from alignkit.recipe.tree import Origin, parse_yaml, read_scalar
+from alignkit.recipe.yaml import Origin, parse_yaml, read_scalar
 
 Complain = Callable[..., list[str]]
 

@@ -1,7 +1,7 @@
 """The fields of TRL's config classes as a recipe may use them: what TRL says, narrowed to what makes sense here.
 
-`fields.json` is the generated snapshot of TRL; this module adds ranges and alignkit's own losses, and says for
-each field that a recipe cannot set why, and what to write instead. It never imports TRL.
+`fields.json` is the generated snapshot of TRL; here are ranges, alignkit's own losses and, for each field that a recipe
+cannot set and each name from elsewhere, what to write instead. TRL itself is never imported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,188 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from alignkit.recipe.ppo_fields import OWN, PPO_CONTROLLED, PPO_MOVED
+# Fields of GRPOConfig that are keys of alignkit's own, with their own ranges.
+OWN = ("temperature", "num_generations")
+
+_ROLLOUT = "a rollout is batch_size x minibatches answers; set those"
+_CLIP = "set cliprange, the same on both sides"
+_LOSS = "PPO has one loss; set advantage: gae, rloo, grpo or reinforce"
+_ENTROPY = "alignkit's PPO has no entropy bonus, as its papers have none; kl_coef keeps the policy broad"
+_VLLM = "set generation: {engine: vllm, mode: colocate or server, url, gpu_memory_utilization}"
+_EXACT = "the trainer computes the log-probabilities of what was sampled itself, so there is nothing to correct"
+_SAMPLES = "samples.jsonl and metrics.jsonl hold the answers and their rewards; set samples"
+_TOOLS = "an answer is one turn; tools are not called"
+_CONTINUOUS = "set generation: {engine: vllm} for fast sampling"
+_WEIGHTS = "give reward: a list of {model or function, weight}, which is summed"
+_PROMPTS = "a prompt may take what max_new_tokens leaves of the context; longer ones are counted (max_truncated)"
+_EVAL = "rollouts are measured at every step, and the prompts of `eval:` are answered at the end"
+_SAMPLED = "PPO samples from the policy itself, or the ratios and the KL would be of something else; set temperature"
+_STREAM = "rollouts take the prompts from a stream of their own; there is no loader to set up"
+
+PPO_CONTROLLED: dict[str, str] = {
+    "top_p": _SAMPLED,
+    "top_k": _SAMPLED,
+    "min_p": _SAMPLED,
+    "repetition_penalty": _SAMPLED,
+    "generation_kwargs": "set temperature, max_new_tokens and min_new_tokens; all else of sampling is fixed by PPO",
+    "dataloader_num_workers": _STREAM,
+    "dataloader_prefetch_factor": _STREAM,
+    "dataloader_persistent_workers": _STREAM,
+    "dataloader_pin_memory": _STREAM,
+    "dataloader_drop_last": _STREAM,
+    "dataloader_multiprocessing_context": _STREAM,
+    "disable_dropout": "dropout is always off in PPO: at the first step the ratio must be exactly 1",
+    "cast_lm_head_to_fp32": "log-probabilities are computed in float32; set model.dtype: float32 for the whole model",
+    "max_completion_length": "set max_new_tokens",
+    "num_generations_eval": _EVAL,
+    "eval_strategy": _EVAL,
+    "eval_steps": _EVAL,
+    "eval_on_start": _EVAL,
+    "eval_delay": _EVAL,
+    "eval_accumulation_steps": _EVAL,
+    "per_device_eval_batch_size": _EVAL,
+    "ds3_gather_for_generation": "sharding belongs to the launcher",
+    "generation_batch_size": _ROLLOUT,
+    "steps_per_generation": _ROLLOUT,
+    "num_iterations": "set ppo_epochs",
+    "chat_template_kwargs": "set model.chat_template_kwargs",
+    "use_vllm": _VLLM,
+    "vllm_mode": _VLLM,
+    "vllm_model_impl": _VLLM,
+    "vllm_enable_sleep_mode": _VLLM,
+    "vllm_structured_outputs_regex": _VLLM,
+    "vllm_server_base_url": _VLLM,
+    "vllm_server_host": _VLLM,
+    "vllm_server_port": _VLLM,
+    "vllm_server_timeout": _VLLM,
+    "vllm_group_port": _VLLM,
+    "vllm_gpu_memory_utilization": _VLLM,
+    "vllm_max_model_length": _VLLM,
+    "vllm_tensor_parallel_size": _VLLM,
+    "vllm_importance_sampling_correction": _EXACT,
+    "vllm_importance_sampling_mode": _EXACT,
+    "vllm_importance_sampling_clip_max": _EXACT,
+    "vllm_importance_sampling_clip_min": _EXACT,
+    "vllm_importance_sampling_cap": _EXACT,
+    "off_policy_mask_threshold": _EXACT,
+    "use_transformers_continuous_batching": _CONTINUOUS,
+    "transformers_continuous_batching_config": _CONTINUOUS,
+    "use_transformers_paged": _CONTINUOUS,
+    "beta": "set kl_coef, the factor of the KL in the reward",
+    "use_bias_correction_kl": "the KL is part of the reward, not of the loss; set kl_coef",
+    "epsilon": "set cliprange",
+    "epsilon_high": _CLIP,
+    "delta": _CLIP,
+    "loss_type": _LOSS,
+    "sapo_temperature_neg": _LOSS,
+    "sapo_temperature_pos": _LOSS,
+    "vespo_k_pos": _LOSS,
+    "vespo_lambda_pos": _LOSS,
+    "vespo_k_neg": _LOSS,
+    "vespo_lambda_neg": _LOSS,
+    "importance_sampling_level": _LOSS,
+    "reward_weights": _WEIGHTS,
+    "multi_objective_aggregation": _WEIGHTS,
+    "scale_rewards": "set whiten_rewards or reward_normalize; the z-score of a group is advantage: grpo",
+    "mask_truncated_completions": "set missing_eos: {penalty: x} or {score: x}",
+    "top_entropy_quantile": _LOSS,
+    "entropy_coef": _ENTROPY,
+    "use_adaptive_entropy": _ENTROPY,
+    "entropy_coef_min": _ENTROPY,
+    "entropy_coef_max": _ENTROPY,
+    "entropy_coef_delta": _ENTROPY,
+    "entropy_target": _ENTROPY,
+    "max_tool_calling_iterations": _TOOLS,
+    "log_completions": _SAMPLES,
+    "log_multimodal": _SAMPLES,
+    "num_completions_to_print": _SAMPLES,
+    "log_unique_prompts": _SAMPLES,
+    "log_completions_hub_repo": "alignkit sends nothing anywhere; samples.jsonl holds the answers",
+    "label_smoothing_factor": "PPO has no labels to smooth",
+    "neftune_noise_alpha": "noise in the embeddings would change the probabilities of what was sampled",
+    "pad_to_multiple_of": "rollouts are padded once, to their longest answer",
+    "router_aux_loss_coef": "PPO has no auxiliary loss of the experts' router",
+}
+
+# TRL's old PPOConfig (0.x and experimental up to 1.12), LLaMA-Factory, OpenRLHF, verl and TRLX.
+PPO_MOVED: dict[str, str] = {
+    "num_ppo_epochs": "it is ppo_epochs",
+    "max_epochs": "it is ppo_epochs",
+    "num_mini_batches": "it is minibatches",
+    "mini_batch_size": "it is batch_size, answers per optimizer step over all devices",
+    "ppo_mini_batch_size": "it is batch_size, answers per optimizer step over all devices",
+    "rollout_batch_size": "it is minibatches: a rollout is batch_size x minibatches answers",
+    "ppo_buffer_size": "it is minibatches: a rollout is batch_size x minibatches answers",
+    "backward_batch_size": "it is micro_batch_size",
+    "micro_train_batch_size": "it is micro_batch_size",
+    "micro_rollout_batch_size": "it is micro_batch_size",
+    "local_rollout_forward_batch_size": "it is micro_batch_size",
+    "forward_batch_size": "it is micro_batch_size",
+    "num_total_batches": "it is max_steps",
+    "num_episodes": "it is total_episodes",
+    "episodes": "it is total_episodes",
+    "num_sample_generations": "it is samples",
+    "response_length": "it is max_new_tokens",
+    "generate_max_len": "it is max_new_tokens",
+    "max_response_length": "it is max_new_tokens",
+    "max_prompt_length": _PROMPTS,
+    "prompt_max_len": _PROMPTS,
+    "max_length": "an answer has at most max_new_tokens, and a prompt what they leave of the context",
+    "min_length": "it is min_new_tokens",
+    "stop_token": "it is truncate: {token: TEXT}; the end-of-turn token always ends an answer",
+    "stop_token_id": "it is truncate: {token: TEXT}; the end-of-turn token always ends an answer",
+    "missing_eos_penalty": "it is missing_eos: {penalty: x}",
+    "penalise_no_eos": "it is missing_eos: {penalty: x}",
+    "non_eos_penalty": "it is missing_eos: {penalty: x}",
+    "kl_estimator": "the KL is log pi - log ref of the sampled tokens (k1), as in Ziegler 2019; take it out",
+    "kl_penalty": "the KL is log pi - log ref of the sampled tokens (k1), as in Ziegler 2019; take it out",
+    "use_kl_loss": "the KL is part of the reward, not of the loss; set kl_coef",
+    "init_kl_coef": "it is kl_coef, where an adaptive one starts",
+    "kl_coeff": "it is kl_coef",
+    "adap_kl_ctrl": "it is kl_target: a target makes kl_coef adaptive",
+    "kl_ctrl": "it is kl_target: a target makes kl_coef adaptive",
+    "target": "it is kl_target, in nats per sequence",
+    "ppo_target": "it is kl_target, in nats per sequence",
+    "target_kl": "it is kl_target, in nats per sequence (other tools count per token), or max_kl to stop the run",
+    "early_stopping": "it is max_kl",
+    "horizon": "it is kl_horizon, in episodes",
+    "eps_clip": "it is cliprange",
+    "clip_ratio": "it is cliprange",
+    "clip_range": "it is cliprange",
+    "value_clip": "it is cliprange_value",
+    "clip_range_value": "it is cliprange_value",
+    "lambd": "it is lam",
+    "gae_lambda": "it is lam",
+    "advantage_estimator": "it is advantage: gae, rloo, grpo or reinforce",
+    "adv_estimator": "it is advantage: gae, rloo, grpo or reinforce",
+    "rloo_k": "it is num_generations",
+    "n_samples_per_prompt": "it is num_generations",
+    "use_score_scaling": "it is reward_normalize: gain_and_bias",
+    "use_score_norm": "it is reward_normalize: gain_and_bias",
+    "ppo_score_norm": "it is reward_normalize: gain_and_bias",
+    "normalize_reward": "it is reward_normalize: gain_and_bias",
+    "scale_reward": "it is reward_normalize: gain_and_bias",
+    "score_clip": "it is reward_clip",
+    "cliprange_reward": "it is reward_clip",
+    "reward_clip_range": "it is reward_clip: one number for both sides",
+    "ppo_whiten_rewards": "it is whiten_rewards",
+    "reward_model_path": "it is reward",
+    "reward_model": "it is reward",
+    "reward_pretrain": "it is reward",
+    "reward_funcs": "it is reward: {function: pkg.module:name}",
+    "remote_rm_url": "it is reward: a model, or a function that asks your server",
+    "critic_pretrain": "it is value_init",
+    "value_model": "it is value_init",
+    "sft_model_path": "it is start_from",
+    "actor_learning_rate": "it is learning_rate",
+    "critic_lr": "it is critic_learning_rate",
+    "value_learning_rate": "it is critic_learning_rate",
+    "ema_beta": "it is ema",
+    "enable_ema": "it is ema, a decay such as 0.992",
+    "ptx_coef": "it is ptx: {data, coef}",
+    "pretrain_data": "it is ptx: {data, coef}",
+}
+
 
 Fragment = dict[str, Any]
 

@@ -1,0 +1,448 @@
+"""A recipe file as a tree that knows where every value was written, with what it extends and --set laid on.
+
+It accepts the part of YAML 1.2 that a recipe needs and refuses the rest: tags, anchors, aliases, several documents,
+repeated keys, secrets. It knows no key by name beyond `extends`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import (
+    AliasEvent,
+    DocumentStartEvent,
+    Event,
+    MappingEndEvent,
+    MappingStartEvent,
+    NodeEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    SequenceStartEvent,
+)
+from ruamel.yaml.reader import ReaderError
+
+from alignkit.console import holds_secret, redact
+from alignkit.errors import Problem, RecipeError
+from alignkit.recipe.nearest import find_nearest
+
+_SECRET_NAME = re.compile(r"(^|_)(token|api_?key|secret(_?key)?|access_?key|passwords?|passwd|credentials?)$", re.I)
+# Names of vocabulary entries, which the pattern above would take for credentials.
+_VOCABULARY = re.compile(r"^(pad|eos|bos|unk|sep|cls|mask|image|end|stop|special|assistant|user)_token$", re.I)
+
+
+def names_secret(key: str) -> bool:
+    """Tell whether a key is the name of a credential (hub_token, api-key), not of a vocabulary entry (eos_token)."""
+    name = key.replace("-", "_")
+    return bool(_SECRET_NAME.search(name)) and not _VOCABULARY.match(name)
+
+
+def leads_to_secret(path: Sequence[str]) -> bool:
+    """Tell whether a dotted key names a credential; the token of `truncate:` is one of the vocabulary."""
+    return bool(path) and names_secret(path[-1]) and tuple(path[-2:]) != ("truncate", "token")
+
+
+def find_secrets(tree: Node) -> list[tuple[Node, Problem]]:
+    """Return each node that holds or names a secret, with a problem that does not show it."""
+    found = []
+    for path, node in tree.leaves():
+        key = redact(".".join(path))
+        if any(holds_secret(part) for part in path[-1:]):
+            found.append((node, Problem(f"{key} looks like a secret; {_ADVICE}", node.place)))
+        elif leads_to_secret([part for name in path for part in name.split(".")]):  # sweep has dotted keys
+            found.append((node, Problem(f"{key} is the name of a secret; {_ADVICE}", node.place)))
+        elif isinstance(node.value, str) and holds_secret(node.value):
+            found.append((node, Problem(f"{key} holds what looks like a secret; {_ADVICE}", node.place)))
+    return found
+
+
+_ADVICE = "a recipe holds none: take it out and set HF_TOKEN (or the service's own variable) in the environment"
+
+
+MAX_DEPTH = 50
+
+# YAML 1.2 core schema, less its octal and hexadecimal forms: 1e-4 is a number, no and 1:30 are text, 010 is ten.
+_INTEGER = re.compile(r"[-+]?[0-9]{1,40}")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_WORDS: dict[str, bool | None] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+# Escapes such as "\0" and "\ud800" bring in what no file name, message or JSON file can hold.
+_KEY = re.compile(r"[\s-]*([\w.-]{1,60}):(\s|$)")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a text came from: the name messages use, and the folder its relative paths start at."""
+
+    label: str
+    folder: Path
+
+    def place(self, line: int) -> str:
+        return self.label if self.label.startswith("--") else f"{self.label}:{line}"
+
+
+@dataclass(slots=True)
+class Node:
+    """A value with its place; for an entry of a mapping the line is the key's."""
+
+    value: Any  # str, int, float, bool, None, dict[str, Node] or list[Node]
+    origin: Origin
+    line: int = 1
+    quoted: bool = False
+    text: str = ""  # a single value as it was written: 2e-4
+
+    @property
+    def place(self) -> str:
+        return self.origin.place(self.line)
+
+    def plain(self) -> Any:
+        """Return the value without places."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.plain() for child in self.value]
+        return self.value
+
+    def leaves(self, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Node]]:
+        """Yield every node below and including this one with its path of keys and list positions."""
+        yield path, self
+        if isinstance(self.value, dict):
+            children: Iterable[tuple[str, Node]] = self.value.items()
+        else:
+            children = ((str(i), item) for i, item in enumerate(self.value)) if isinstance(self.value, list) else ()
+        for key, child in children:
+            yield from child.leaves((*path, key))
+
+
+def parse_yaml(text: str, origin: Origin) -> Node | None:
+    """Return the tree of one YAML document, None when it holds nothing; raises RecipeError with every problem."""
+    problems = [
+        Problem("a tab indents this line; YAML indents with spaces", origin.place(number))
+        for number, line in enumerate(text.splitlines(), 1)
+        if "\t" in line[: len(line) - len(line.lstrip())] and line.strip()
+    ]
+    builder = _Builder(origin, problems)
+    try:
+        for event in YAML(typ="safe", pure=True).parse(text):
+            builder.take(event)
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position or 0) + 1
+        problems.append(Problem("a control character; a recipe is plain UTF-8 text", origin.place(line)))
+    except MarkedYAMLError as error:
+        if not problems:  # a tab also breaks the parser: one message is enough
+            what, mark = _explain(error)
+            lines = text.rstrip().splitlines()  # the end of the text is not a line to look at
+            line = min(mark.line + 1 if mark else 1, len(lines))
+            key = _KEY.match(lines[line - 1]) if lines else None
+            problems.append(Problem(redact(f"{key[1]}: {what}") if key else what, origin.place(line)))
+    except YAMLError as error:
+        problems.append(Problem(f"this is not YAML ({type(error).__name__})", origin.place(1)))
+    if problems:
+        raise RecipeError(problems)
+    return builder.root
+
+
+def read_scalar(text: str) -> Any:
+    """Return what a plain (unquoted) scalar means."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _INFINITE.fullmatch(text):
+        return float(text.replace(".", "", 1))
+    return text
+
+
+def _explain(error: MarkedYAMLError) -> tuple[str, Any]:
+    """Say what is wrong and where, from the parser's complaint; the parser knows no causes, only expectations."""
+    problem, context = (error.problem or "").strip(), (error.context or "").strip()
+    here = error.problem_mark or error.context_mark
+    if "stream end" in problem or "end of stream" in problem:
+        return "a bracket or quote that opens here is never closed", error.context_mark or here
+    if "mapping values are not allowed" in problem:
+        return "a `:` that cannot be here; check the indentation, and put text that holds `: ` in quotes", here
+    if "<block end>" in problem:
+        return "the indentation does not fit the lines above", here
+    if "could not find expected ':'" in problem:
+        return "a key without `:`", error.context_mark or here
+    if "cannot start any token" in problem:
+        return f"{problem}; put the text in quotes", here
+    return f"this is not YAML: {problem or context}" + (f" ({context})" if context and problem else ""), here
+
+
+@dataclass(slots=True)
+class _Builder:
+    """Builds the tree from parser events with its own stack, so that depth is bounded before Python's is."""
+
+    origin: Origin
+    problems: list[Problem]
+    root: Node | None = None
+    stack: list[Node] = field(default_factory=list)
+    keys: list[tuple[str, int] | None] = field(default_factory=list)  # the pending key of each open collection
+    documents: int = 0
+
+    def take(self, event: Event) -> None:
+        line = event.start_mark.line + 1
+        if isinstance(event, DocumentStartEvent):
+            self.documents += 1
+            if self.documents > 1:
+                self._stop("a second document; a recipe is one document", line)
+            if event.version or event.tags:
+                self._report("a % directive; a recipe needs none", line)
+        elif isinstance(event, AliasEvent):
+            self._report(f"an alias (*{event.anchor}); share values through `extends:` instead", line)
+            self._add(Node(None, self.origin, line), closed=True)
+        elif isinstance(event, (MappingEndEvent, SequenceEndEvent)):
+            self.stack.pop()
+            self.keys.pop()
+        elif isinstance(event, NodeEvent):
+            self._check_decoration(event, line)
+            if isinstance(event, ScalarEvent):
+                self._add_scalar(event, line)
+            elif isinstance(event, (MappingStartEvent, SequenceStartEvent)):
+                self._add(Node({} if isinstance(event, MappingStartEvent) else [], self.origin, line), closed=False)
+
+    def _check_decoration(self, event: Any, line: int) -> None:
+        if event.anchor:
+            self._report(f"an anchor (&{event.anchor}); share values through `extends:` instead", line)
+        if event.tag is not None:
+            self._report(f"a tag ({str(event.tag)[:40]}); a recipe is plain data and cannot name types or code", line)
+
+    def _add_scalar(self, event: ScalarEvent, line: int) -> None:
+        text = event.value
+        if _UNPRINTABLE.search(text):
+            self._report("a control character or half a surrogate pair in this text", line)
+            text = _UNPRINTABLE.sub("?", text)
+        quoted = bool(event.style)
+        if self.stack and isinstance(self.stack[-1].value, dict) and self.keys[-1] is None:
+            self._open_key(text, line, quoted=quoted)
+        else:
+            self._add(Node(text if quoted else read_scalar(text), self.origin, line, quoted, text), closed=True)
+
+    def _open_key(self, key: str, line: int, *, quoted: bool) -> None:
+        before = self.stack[-1].value.get(key)
+        if before is not None:
+            self._report(f"{_shorten(key)} is here twice, first in line {before.line}; keep one", line)
+        if key == "<<" and not quoted:
+            self._report("a merge key (<<); share values through `extends:` instead", line)
+        if not key.strip():
+            self._report("an empty key", line)
+        self.keys[-1] = (key, line)
+
+    def _add(self, node: Node, *, closed: bool) -> None:
+        if not self.stack:
+            self.root = node
+        elif isinstance(self.stack[-1].value, list):
+            self.stack[-1].value.append(node)
+        elif self.keys[-1] is None:
+            self._stop("a list, mapping or alias used as a key; a key is one word", node.line)
+        else:
+            key, node.line = self.keys[-1]
+            self.keys[-1] = None
+            self.stack[-1].value.setdefault(key, node)
+        if not closed:
+            if len(self.stack) >= MAX_DEPTH:
+                self._stop(f"nested deeper than {MAX_DEPTH} levels", node.line)
+            self.stack.append(node)
+            self.keys.append(None)
+
+    def _report(self, what: str, line: int) -> None:
+        if len(self.problems) < 100:
+            self.problems.append(Problem(what, self.origin.place(line)))
+
+    def _stop(self, what: str, line: int) -> None:
+        self._report(what, line)
+        raise RecipeError(self.problems)
+
+
+def _shorten(text: str) -> str:
+    text = redact(text)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+FLAG = "--set"
+
+
+def apply_override(tree: Node, override: str) -> Node:
+    """Return the tree with one value set; null takes a section away. Raises RecipeError when it cannot be laid on."""
+    key, separator, text = override.partition("=")
+    keys = key.strip().split(".")
+    if not separator or not all(keys):
+        raise RecipeError(f"{_show(override)} is not KEY.PATH=VALUE, such as dpo.beta=0.2", where=FLAG)
+    if leads_to_secret(keys):
+        raise RecipeError(f"{key} is the name of a secret; set it in the environment instead (HF_TOKEN)", where=FLAG)
+    origin = Origin(FLAG, Path.cwd())
+    try:
+        value = parse_yaml(text, origin) or Node(None, origin)
+    except RecipeError as error:
+        raise RecipeError(f"{_show(override)}: {error.problems[0].what}", where=FLAG) from None
+    return lay_value(tree, keys, value, key=key, where=FLAG)
+
+
+def lay_value(node: Node, keys: list[str], value: Node, *, key: str, where: str) -> Node:
+    """Return the tree with a value at the end of these keys; null takes a section away.
+
+    Raises RecipeError at `where` when they lead through a single value or past a list; `key` is what it calls them.
+    """
+    if not keys:
+        return value
+    first, *rest = keys
+    if isinstance(node.value, list):
+        if not first.isdecimal() or len(first) > 6 or int(first) >= len(node.value):
+            raise RecipeError(f"{key}: {first} is not a position in a list of {len(node.value)}", where=where)
+        items = list(node.value)
+        items[int(first)] = lay_value(items[int(first)], rest, value, key=key, where=where)
+        return Node(items, node.origin, node.line)
+    if node.value is not None and not isinstance(node.value, dict):
+        raise RecipeError(f"{key}: what stands before .{first} is a single value, not a section", where=where)
+    entries = dict(node.value or {})
+    if not rest and value.value is None and first in entries and isinstance(entries[first].value, dict):
+        del entries[first]
+    else:
+        before = entries.get(first, Node({}, value.origin, value.line))
+        entries[first] = lay_value(before, rest, value, key=key, where=where)
+    return Node(entries, node.origin, node.line)
+
+
+def _show(override: str) -> str:
+    text = redact(override)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+MAX_BYTES = 256 * 1024  # some 5,000 lines; the parser needs a second per 100 KB
+MAX_FILES = 32
+
+
+_VARIABLE = re.compile(r"\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
+
+
+def expand(text: str) -> str:
+    """Return the text with ~ and environment variables replaced; raises ValueError saying what is wrong."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match[1] if match[1] is not None else match[2]
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{match[0]} is not an environment variable; write ${{NAME}}")
+        if names_secret(name):
+            raise ValueError(f"{match[0]} is a secret; a path cannot hold one")
+        if name not in os.environ:
+            raise ValueError(f"the environment variable {name} is not set")
+        return os.environ[name]
+
+    return os.path.expanduser(_VARIABLE.sub(replace, text))
+
+
+def load_tree(path: Path, *, above: tuple[Path, ...] = (), read: list[Path] | None = None) -> Node:
+    """Return the merged tree of a file and all it extends; `above` are the files that led here."""
+    read = [] if read is None else read
+    read.append(path)
+    origin = Origin(label_path(path), path.parent)
+    tree = parse_yaml(_read_text(path), origin)
+    if tree is None or tree.value is None:
+        raise RecipeError("the file is empty; a recipe needs at least `model:` and one stage", where=origin.place(1))
+    if not isinstance(tree.value, dict):
+        kind = "a list" if isinstance(tree.value, list) else "one value"
+        raise RecipeError(f"the file holds {kind}; a recipe is a mapping of `key: value` lines", where=tree.place)
+    extends = tree.value.pop("extends", None)
+    if extends is None:
+        return tree
+    merged: Node | None = None
+    for node in extends.value if isinstance(extends.value, list) else [extends]:
+        fragment = load_tree(_find_fragment(node, (*above, path), read), above=(*above, path), read=read)
+        merged = fragment if merged is None else merge(merged, fragment)
+    return merge(merged, tree) if merged else tree
+
+
+def merge(base: Node, over: Node) -> Node:
+    """Return `over` laid on `base`: mappings are merged, all else is replaced, null takes a mapping away."""
+    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
+        return over
+    merged = dict(base.value)
+    for key, node in over.value.items():
+        before = merged.get(key)
+        if before is not None and node.value is None and isinstance(before.value, dict):
+            del merged[key]
+        else:
+            merged[key] = merge(before, node) if before is not None else node
+    return Node(merged, over.origin, over.line)
+
+
+def _find_fragment(node: Node, above: tuple[Path, ...], read: list[Path]) -> Path:
+    """Return the file an `extends:` entry names; refuses a chain that comes back to itself."""
+    if not isinstance(node.value, str) or not node.value.strip():
+        raise RecipeError("extends must be a file name or a list of file names", where=node.place)
+    try:
+        fragment = node.origin.folder / expand(node.value)
+    except ValueError as error:
+        raise RecipeError(f"extends: {error}", where=node.place) from None
+    if any(_same_file(fragment, other) for other in above):
+        chain = " -> ".join(label_path(file) for file in (*above, fragment))
+        raise RecipeError(f"extends goes round in a circle: {chain}", where=node.place)
+    if len(read) >= MAX_FILES:
+        raise RecipeError(f"extends reads more than {MAX_FILES} files", where=node.place)
+    if not fragment.is_file():
+        raise RecipeError(f"extends names {node.value}, {_describe_missing(fragment)}", where=node.place)
+    return fragment
+
+
+def _read_text(path: Path) -> str:
+    """Return the file's text; refuses what cannot be a recipe before anything parses it."""
+    label = label_path(path)
+    try:
+        if not path.is_file():
+            raise RecipeError(f"recipe {label} is {_describe_missing(path)}" if path.is_dir() else
+                              f"recipe {label} {_describe_missing(path)}")  # fmt: skip
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=label) from None
+    if len(data) > MAX_BYTES:
+        raise RecipeError(f"larger than {MAX_BYTES // 1024} KB; this is not a recipe", where=f"{label}:1")
+    if b"\0" in data:
+        line = data[: data.index(b"\0")].count(b"\n") + 1
+        raise RecipeError("a NUL byte; a recipe is plain UTF-8 text", where=f"{label}:{line}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RecipeError("a byte that is not UTF-8; save the file as UTF-8", where=f"{label}:{line}") from None
+
+
+def _describe_missing(path: Path) -> str:
+    """Say that a file is not there, with the nearest name that is."""
+    if path.is_dir():
+        recipes = sorted(file.name for file in path.glob("*.y*ml"))
+        return "a directory; name a file" + (f" in it, such as {recipes[0]}" if recipes else "")
+    folder = path.parent
+    if not folder.is_dir():
+        return f"does not exist; there is no directory {label_path(folder)}"
+    names = [file.name for file in folder.iterdir() if file.suffix in (".yaml", ".yml")]
+    nearest = find_nearest(path.name, names) or find_nearest(path.stem, [Path(name).stem for name in names])
+    if nearest:
+        nearest = next(name for name in names if nearest in (name, Path(name).stem))
+        return f"does not exist; did you mean {label_path(folder / nearest)}?"
+    return "does not exist" + (f"; {label_path(folder)} has {', '.join(sorted(names)[:8])}" if names else "")
+
+
+def label_path(path: Path) -> str:
+    """Return the path as messages show it: relative to the working directory when it is below it."""
+    absolute = os.path.abspath(path)
+    relative = os.path.relpath(absolute)
+    return absolute if relative.startswith("..") else relative
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
