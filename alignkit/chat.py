@@ -1,7 +1,4 @@
-"""`alignkit chat`: a conversation with one model, or with two side by side, in a terminal or through a pipe.
-
-It keeps the conversation and reads commands; the console draws, the models room writes. Nothing is saved.
-"""
+"""`alignkit chat`: a conversation with one model, or with two side by side, in a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -47,7 +44,6 @@ class Speaker:
 
     def __post_init__(self) -> None:
         self.chat = Chat(self.loaded.tokenizer)
-        self._tokens = self.chat.control_tokens
 
     def reset(self, system: str | None) -> None:
         """Forget the conversation."""
@@ -55,7 +51,8 @@ class Speaker:
 
     def say(self, text: str) -> None:
         """Add the user's message; control tokens in it are defused, so that nobody forges a turn by typing one."""
-        self.messages.append(Message(role="user", content=self._defuse(text)))
+        row = escape_control_tokens(Row("prompt", text, ()), self.chat.control_tokens)
+        self.messages.append(Message(role="user", content=str(row.prompt)))
 
     def answer(self, settings: Settings, generator: torch.Generator | None) -> Iterator[str]:
         """Yield the answer piece by piece; what has been said when the caller stops is part of the conversation."""
@@ -74,7 +71,7 @@ class Speaker:
             yield piece
 
     def _encode(self, max_new_tokens: int) -> list[int]:
-        """Return the conversation as tokens; the oldest turns are forgotten when it outgrows the model."""
+        """Encode the conversation; the oldest turns are forgotten when it outgrows the model."""
         while True:
             try:
                 (ids,) = self.chat.encode_prompts([self.messages])
@@ -90,93 +87,70 @@ class Speaker:
             del self.messages[first : first + 2]
             console.note(f"({self.name} has forgotten the oldest turn: its {self.loaded.positions} positions are full)")
 
-    def _defuse(self, text: str) -> str:
-        row = escape_control_tokens(Row("prompt", text, ()), self._tokens)
-        return str(row.prompt)
-
 
 def talk(sources: Sequence[str], settings: Settings, *, device: str = "auto", trust_code: bool = False) -> None:
     """Hold a conversation until the input ends; raises ModelError for a model that cannot chat."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with Ctrl-C ignored
-    speakers: list[Speaker] = []
+    speakers: dict[str, Speaker] = {}
     for source in sources:
         loaded = load_causal(source, device=device, trust_code=trust_code)
         if not loaded.tokenizer.chat_template:
             raise ModelError(f"{source} cannot chat: {NO_TEMPLATE}")
-        speakers.append(Speaker(_name(source, [speaker.name for speaker in speakers]), loaded))
-    _Conversation(speakers, settings).run()
+        name = name_source(source)
+        name = f"{name} ({len(speakers) + 1})" if name in speakers else name
+        speakers[name] = Speaker(name, loaded)
+        speakers[name].reset(settings.system)
+    generator = None if settings.seed is None else torch.Generator().manual_seed(settings.seed)
+    console.note(f"talking to {' and '.join(speakers)}; /help lists commands")
+    while (line := console.ask("> ")) is not None:
+        text = line.strip()
+        if text in ("/quit", "/exit"):
+            return
+        if text.startswith("/"):
+            settings = _obey(text, settings, list(speakers.values()))
+        elif text:
+            _answer(text, settings, generator, list(speakers.values()))
 
 
-def _name(source: str, taken: Sequence[str]) -> str:
-    name = name_source(source)
-    return name if name not in taken else f"{name} ({len(taken) + 1})"
-
-
-class _Conversation:
-    def __init__(self, speakers: Sequence[Speaker], settings: Settings) -> None:
-        self._speakers, self._settings = speakers, settings
-        self._generator = None
-        if settings.seed is not None:
-            self._generator = torch.Generator().manual_seed(settings.seed)
-        self._reset()
-
-    def run(self) -> None:
-        """Read lines until the input ends or /quit."""
-        console.note(f"talking to {' and '.join(speaker.name for speaker in self._speakers)}; /help lists commands")
-        while (line := console.ask("> ")) is not None:
-            text = line.strip()
-            if text in ("/quit", "/exit"):
-                return
-            if text.startswith("/"):
-                self._obey(text)
-            elif text:
-                self._answer(text)
-
-    def _reset(self) -> None:
-        for speaker in self._speakers:
-            speaker.reset(self._settings.system)
-
-    def _obey(self, text: str) -> None:
-        command, _, rest = text.partition(" ")
-        rest = rest.strip()
-        if command == "/reset":
-            self._reset()
-            console.note("(a new conversation)")
-        elif command == "/system":
-            self._settings = replace(self._settings, system=rest or None)
-            self._reset()
-            console.note("(a new conversation with this system message)" if rest else "(no system message)")
-        elif command == "/temp":
-            self._set_temperature(rest)
-        elif command == "/help":
-            console.note(HELP)
-        else:
-            console.note(f"(there is no {command}; /help lists commands)")
-
-    def _set_temperature(self, text: str) -> None:
+def _obey(text: str, settings: Settings, speakers: Sequence[Speaker]) -> Settings:
+    """Do what a command says, and return the settings as they are then."""
+    command, _, rest = text.partition(" ")
+    rest = rest.strip()
+    if command == "/system":
+        settings = replace(settings, system=rest or None)
+    if command in ("/reset", "/system"):
+        for speaker in speakers:
+            speaker.reset(settings.system)
+    if command == "/temp":
         try:
-            value = float(text)
+            value = float(rest)
         except ValueError:
             value = -1.0
-        if not 0 <= value <= 100:
-            console.note(f"(the temperature is {self._settings.temperature:g}; /temp takes a number from 0 up)")
-            return
-        self._settings = replace(self._settings, temperature=value)
-        console.note(f"(temperature {value:g})")
+        if 0 <= value <= 100:
+            console.note(f"(temperature {value:g})")
+            return replace(settings, temperature=value)
+    said = {
+        "/reset": "(a new conversation)",
+        "/system": "(a new conversation with this system message)" if rest else "(no system message)",
+        "/temp": f"(the temperature is {settings.temperature:g}; /temp takes a number from 0 up)",
+        "/help": HELP,
+    }
+    console.note(said.get(command, f"(there is no {command}; /help lists commands)"))
+    return settings
 
-    def _answer(self, text: str) -> None:
-        before = [list(speaker.messages) for speaker in self._speakers]
-        try:
-            for speaker in self._speakers:
-                speaker.say(text)
-            answers = {speaker.name: speaker.answer(self._settings, self._generator) for speaker in self._speakers}
-            console.stream(answers)
-        except KeyboardInterrupt:
-            console.note("(stopped)")
-            for speaker in self._speakers:
-                if speaker.messages and speaker.messages[-1]["role"] == "user":  # it had not begun
-                    speaker.messages.append(Message(role="assistant", content=""))
-        except DataError as error:
-            console.print_error(error)
-            for speaker, messages in zip(self._speakers, before, strict=True):
-                speaker.messages = messages
+
+def _answer(text: str, settings: Settings, generator: torch.Generator | None, speakers: Sequence[Speaker]) -> None:
+    before = [list(speaker.messages) for speaker in speakers]
+    try:
+        for speaker in speakers:
+            speaker.say(text)
+        console.stream({speaker.name: speaker.answer(settings, generator) for speaker in speakers})
+    except KeyboardInterrupt:
+        console.note("(stopped)")
+        for speaker in speakers:
+            if speaker.messages and speaker.messages[-1]["role"] == "user":  # it had not begun
+                speaker.messages.append(Message(role="assistant", content=""))
+    except DataError as error:
+        console.print_error(error)
+        for speaker, messages in zip(speakers, before, strict=True):
+            speaker.messages = messages
