@@ -33,7 +33,7 @@ _THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*(.*)\Z", re.DOTALL)
 # Whatever an expression of a template can raise inside the sandbox.
 _FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 # What transformers gives every template.
-_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+_GIVEN = {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"}
 _GIVEN |= {"bos_token", "eos_token", "pad_token", "unk_token"}
 Span = tuple[int, int]  # half open, in characters
 
@@ -154,6 +154,10 @@ class Template:
     def reads_reasoning(self) -> bool:
         """Whether a turn's `reasoning_content` (or `thinking`, which transformers fills in) is written."""
         return _THOUGHT in self._try([_USER, _ANSWER | {"reasoning_content": _THOUGHT}])
+
+    @cached_property
+    def _settings_read(self) -> set[str]:
+        return list_settings(self.source, where=self.name)
 
     @cached_property
     def _writes_tools(self) -> bool:
@@ -407,8 +411,12 @@ class Template:
 
     def _prepare_all(self, messages: Sequence[Any]) -> list[Any]:
         """Return messages as this template wants them given."""
-        if messages and messages[0].get("template_kwargs", {}).get("tools") and not self._writes_tools:
+        given = messages[0].get("template_kwargs", {}) if messages else {}
+        if given.get("tools") and not self._writes_tools:
             raise ConversationError(f"the chat template ({self.name}) does not write `tools`; use one that does")
+        if unread := given.keys() - {"tools"} - self._settings_read:
+            what = f"chat_template_kwargs: {', '.join(sorted(unread))}"
+            raise ConversationError(f"the chat template ({self.name}) does not read {what}")
         return [self._prepare(message) for message in messages]
 
     def _prepare(self, message: Any) -> Any:

@@ -283,6 +283,14 @@ def test_template_that_never_ends_or_calls_itself_is_stopped() -> None:
             Chat(with_template(text)).check()
 
 
+def test_what_a_row_gives_a_template_is_read_or_refused() -> None:
+    turns = [USER | {"template_kwargs": {"enable_thinking": False}}, ANSWER]
+    (text,) = chat_of("qwen3").write(turns)
+    assert text.start == 0 and "<think>\n\n</think>\n\nHello you" in text.text
+    with pytest.raises(ConversationError, match=r"template \(chatml\) does not read chat_template_kwargs: enable_thin"):
+        chat_of("chatml").write(turns)
+
+
 def test_a_mistake_of_a_template_is_told_from_its_refusal() -> None:
     wrong = Chat(with_template("{% for a in range(1e9) %}{% endfor %}"), name="loop.jinja")
     with pytest.raises(ConversationError) as error:
