@@ -112,10 +112,9 @@ def explain(error: Exception) -> AlignKitError | None:
     """Turn an exception into one that the user can act on, None for a bug; foreign ones are known by errno or name."""
     if isinstance(error, AlignKitError):
         return error
-    said = first_line(error)
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or type(error).__name__ == _OUT_OF_MEMORY:
         return OutOfMemoryError(
-            f"out of memory: {said or 'the host has no memory left'}\n"
+            f"out of memory: {first_line(error) if str(error) else 'the host has no memory left'}\n"
             "lower micro_batch_size or max_length, or use lora: or model.quantization: nf4"
         )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
@@ -127,7 +126,7 @@ def explain(error: Exception) -> AlignKitError | None:
         return DiskError(f"{place}{error.strerror}; what was complete before is untouched; {advice}")
     if any(message in str(error) for message in DISK_FULL_MESSAGES):
         return DiskError(
-            f"could not write a checkpoint: {said}; what was complete before is untouched; "
+            f"could not write a checkpoint: {first_line(error)}; what was complete before is untouched; "
             "free some space and run the same command again"
         )
     return None
@@ -137,4 +136,5 @@ _OUT_OF_MEMORY = "OutOfMemoryError"  # torch's own, which is not loaded for this
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]
+    """Take the first line that says something, or else the name of the exception."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

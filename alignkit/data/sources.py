@@ -26,7 +26,7 @@ from alignkit.data.files import (
     display_name,
     read_file,
 )
-from alignkit.errors import DataError, Problem
+from alignkit.errors import DataError, Problem, first_line
 from alignkit.recipe.schema import DataSource
 from alignkit.runs.directory import require_whole
 
@@ -153,7 +153,7 @@ def _choose(located: Located) -> Located:
         try:
             ReadInstruction.from_spec(split)
         except (ValueError, AssertionError) as error:
-            raise DataError(f"split: {str(error).splitlines()[0]}", where=where) from error
+            raise DataError(f"split: {first_line(error)}", where=where) from error
     return located
 
 
@@ -167,7 +167,7 @@ def _read_slices(source: DataSource, count: Callable[[str], int]) -> list[tuple[
     try:
         parts = ReadInstruction.from_spec(source.split).to_absolute(counts)
     except (ValueError, AssertionError) as error:
-        raise DataError(f"split: {str(error).splitlines()[0]}", where=source.path) from error
+        raise DataError(f"split: {first_line(error)}", where=source.path) from error
     return [(part.splitname, part.from_, part.to) for part in parts]
 
 

@@ -53,11 +53,11 @@ def describe_labels(labels: Sequence[Label]) -> dict[str, Any]:
         "abstained": len(labels) - len(done),
         "abstained_because": count_problems(labels),
         "ties": sum(label.is_tie for label in done),
-        "mean_confidence": _mean([abs(label.p_first - 0.5) * 2 for label in done if label.p_first is not None]),
+        "mean_confidence": mean([abs(label.p_first - 0.5) * 2 for label in done if label.p_first is not None]),
         "order_agreement": _share(both),
         "picks_first_place": _share([p > 0.5 for p in answered if p != 0.5]),
-        "mean_p_first_place": _mean(answered),
-        "option_mass": _mean(masses),
+        "mean_p_first_place": mean(answered),
+        "option_mass": mean(masses),
         "length_bias": _length_bias(done),
         "principles": _by_principle(labels),
     }
@@ -119,7 +119,7 @@ def _share(values: Sequence[bool]) -> dict[str, Any] | None:
     return {"share": sum(values) / len(values), "n": len(values), "low": low, "high": high}
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 

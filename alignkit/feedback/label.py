@@ -19,7 +19,7 @@ from alignkit.feedback.cache import key_of
 from alignkit.feedback.constitution import Constitution, load_constitution
 from alignkit.feedback.examples import Examples, load_examples
 from alignkit.feedback.judge import Judge, Label, Pairing, judge_all, known_labels, pair_key
-from alignkit.feedback.judge_report import describe_labels, find_faults, measure, read_labelled
+from alignkit.feedback.judge_report import describe_labels, find_faults, mean, measure, read_labelled
 from alignkit.feedback.prompts import Quoter, conversation, read_text
 from alignkit.feedback.stage import (
     LABELS,
@@ -216,7 +216,7 @@ class _Labelling:
         replies = sample_answers(
             session.asker, model, prompts, sampling, count=options.answers, seed=session.stage.seed, kind="answer"
         )
-        self._cut_off = _share([not reply.ended for own in replies for reply in own])
+        self._cut_off = mean([not reply.ended for own in replies for reply in own])
         return pair_sampled(prompts, replies, session.rejects, model.control_tokens)
 
     def _turn_over(self, label: Label) -> Pairing:
@@ -241,7 +241,7 @@ class _Labelling:
             "rows": count,
             "rows_by_people": sum(len(list(split_ranking(row))) for row in self._given.mix),
             **describe_labels(self._labels),
-            "agreement_between_principles": {"n": len(agreeing), "share": _share(agreeing)},
+            "agreement_between_principles": {"n": len(agreeing), "share": mean(agreeing)},
             "check": self._accuracy,
             "quoted": self._judge.quote.count if self._judge else 0,
             "left_out": session.rejects.count,
@@ -344,7 +344,3 @@ def _read_published(stage: Stage, path: str) -> dict[str, float]:
             published[pair_key(row.prompt, first, second)] = label
             published[pair_key(row.prompt, second, first)] = 1.0 - label
     return published
-
-
-def _share(values: Sequence[bool]) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from alignkit.errors import ModelError, Problem
+from alignkit.errors import ModelError, Problem, first_line
 from alignkit.recipe.schema import LoraOptions
 from alignkit.recipe.stage import Stage
 
@@ -317,7 +317,7 @@ def _explain(stage: Stage, known: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, re.error) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         key = "lora.dropout" if "lora_dropout" in first else "lora.target_modules"
         there = "; set lora.dropout: 0 or name layers without experts" if key == "lora.dropout" else f"; {known}"
         raise ModelError(f"lora does not fit the model: {first}{there}", where=stage.where(key)) from error

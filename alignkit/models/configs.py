@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.quantizers import AutoHfQuantizer
 
-from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem
+from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, first_line
 from alignkit.models.builtin import builtin_config
 from alignkit.models.files import find_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors
@@ -102,8 +102,8 @@ def require_packages(config: PreTrainedConfig, source: str) -> None:
     try:
         AutoHfQuantizer.from_config(stored, pre_quantized=True).validate_environment(device_map=None)
     except (ImportError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise EnvironmentProblem(f"{source} has quantised weights that cannot be used here: {first}") from error
+        what = f"{source} has quantised weights that cannot be used here: {first_line(error)}"
+        raise EnvironmentProblem(what) from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(f"its quantization_config cannot be used: {error}", where=source) from error
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from alignkit.errors import AlignKitError, ModelError
+from alignkit.errors import AlignKitError, ModelError, first_line
 from alignkit.models import adapters
 from alignkit.models.bases import UNQUANTIZED, draw_base, is_random
 from alignkit.models.configs import know_classifier, read_config, require_packages
@@ -125,7 +125,7 @@ def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast |
         with torch.device("meta"):
             model = family.from_config(config, trust_remote_code=stage.trust_code)
     except Exception as error:  # whatever a strange config provokes; nothing but this build is in here
-        raise ModelError(f"does not make a model: {_first_line(error)}", where=_config_file(start.base)) from error
+        raise ModelError(f"does not make a model: {first_line(error)}", where=_config_file(start.base)) from error
     _compare_shapes(model, start.base)
     return model
 
@@ -171,7 +171,7 @@ def _adapt(base: nn.Module, stage: Stage, start: Start, action: str) -> PeftMode
         raise
     except Exception as error:  # whatever a strange adapter_config.json provokes
         place = str(start.adapter) if start.adapter else stage.where("lora")
-        raise ModelError(f"does not fit the model: {_first_line(error)}", where=place) from error
+        raise ModelError(f"does not fit the model: {first_line(error)}", where=place) from error
 
 
 def _find_unadapted(model: PeftModel, total: int) -> list[str]:
@@ -198,7 +198,3 @@ def _list_experts(model: nn.Module) -> str:
 def _config_file(source: str) -> str:
     directory = None if is_builtin(source) else find_model_dir(source)
     return str(directory / "config.json") if directory else source
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
