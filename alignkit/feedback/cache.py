@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 
 from alignkit import console
 from alignkit.feedback.prompts import Request
-from alignkit.feedback.writer import Job, Model, Reply, Sampling, Verdict
+from alignkit.feedback.writer import Job, Model, Reply, Sampling, Decision
 from alignkit.runs.files import disk_failures, open_own, scan_lines, tell_bad_lines
 from alignkit.runs.stop import Stop
 
 Record = dict[str, Any]
 About = Mapping[str, Any]
-_Answer = TypeVar("_Answer", Reply, Verdict)
+_Answer = TypeVar("_Answer", Reply, Decision)
 _NOTE_SECONDS = 10.0
 _CHUNK_BYTES = 1 << 20
 _CHECK = "crc32"
@@ -214,17 +214,17 @@ class Asker:
                   {"kind": kind, "by": by}, about)  # fmt: skip
         return [Reply.from_record(self._store.get(key) or {}) for key in keys]
 
-    def decide(self, model: Model, requests: Sequence[Request], *, by: str, about: Sequence[About]) -> list[Verdict]:
+    def decide(self, model: Model, requests: Sequence[Request], *, by: str, about: Sequence[About]) -> list[Decision]:
         """Decide each question; raises as `write` does."""
         self._ask(_decision_keys(model, requests),
                   lambda places, known: model.decide([requests[place] for place in places], known),
                   {"kind": "label", "by": by}, about)  # fmt: skip
         return self.known(model, requests)  # type: ignore[return-value]
 
-    def known(self, model: Model, requests: Sequence[Request]) -> list[Verdict | None]:
-        """Look up the verdicts that are there, None for the others; nobody is asked."""
+    def known(self, model: Model, requests: Sequence[Request]) -> list[Decision | None]:
+        """Look up the decisions that are there, None for the others; nobody is asked."""
         records = [self._store.get(key) for key in _decision_keys(model, requests)]
-        return [None if record is None else Verdict.from_record(record) for record in records]
+        return [None if record is None else Decision.from_record(record) for record in records]
 
     def _ask(
         self,

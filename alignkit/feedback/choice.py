@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.feedback.writer import Verdict, share_of_first
+from alignkit.feedback.writer import Decision, share_of_first
 
 _WRAP = r"[\s*_`\"'\[(]*"
 _VERDICT = re.compile(rf"answer is\s*:?{_WRAP}(?:option|response|answer)?{_WRAP}([AB])(?![A-Za-z'])", re.IGNORECASE)
@@ -52,16 +52,16 @@ def _agreed(found: Sequence[re.Match[str]]) -> tuple[str, int] | None:
     return (found[-1][1].upper(), found[-1].start(1)) if len(letters) == 1 else None
 
 
-def read_verdict(text: str, tokens: Sequence[TokenChances]) -> Verdict:
+def read_decision(text: str, tokens: Sequence[TokenChances]) -> Decision:
     """Return what a reply says: a probability from the tokens at the deciding letter, else 0 or 1 from the text."""
     choice = parse_choice(text)
     deciding = _deciding_token(text, tokens, choice)
     if deciding is not None and (weighed := _weigh(deciding)) is not None:
         logps, mass = weighed
-        return Verdict(share_of_first(logps), logps, mass, text)
+        return Decision(share_of_first(logps), logps, mass, text)
     if choice is None:
-        return Verdict(text=text, problem="the reply names neither option, or both" if text.strip() else "empty reply")
-    return Verdict(1.0 if choice[0] == "A" else 0.0, text=text)
+        return Decision(text=text, problem="the reply names neither option, or both" if text.strip() else "empty reply")
+    return Decision(1.0 if choice[0] == "A" else 0.0, text=text)
 
 
 def _deciding_token(text: str, tokens: Sequence[TokenChances], choice: tuple[str, int] | None) -> TokenChances | None:

@@ -26,7 +26,7 @@ from alignkit.feedback.prompts import (
     fill_thought,
     read_text,
 )
-from alignkit.feedback.writer import Job, Model, Sampling, Verdict
+from alignkit.feedback.writer import Job, Model, Sampling, Decision
 
 _TIE = 1e-6  # from 1/2
 _EXAMPLE_TURNS = 1000  # draws for examples, far from those of anything else
@@ -55,7 +55,7 @@ class Label:
     pairing: Pairing
     principle: str
     orders: tuple[float | None, ...]
-    verdicts: list[Verdict | None] = field(repr=False, default_factory=list)
+    decisions: list[Decision | None] = field(repr=False, default_factory=list)
     problem: str | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
 
@@ -126,8 +126,8 @@ def known_labels(asker: Asker, judge: Judge, pairings: Sequence[Pairing]) -> lis
     if judge.thinks and judge.model.takes_prefill:
         return []
     asked = [_Asked(judge, pairing) for pairing in pairings]
-    verdicts = asker.known(judge.model, list_requests(judge, pairings))
-    return [label for label in _collect(judge, asked, verdicts) if None not in label.verdicts]
+    decisions = asker.known(judge.model, list_requests(judge, pairings))
+    return [label for label in _collect(judge, asked, decisions) if None not in label.decisions]
 
 
 class _Asked:
@@ -155,7 +155,7 @@ class _Asked:
         if thoughts is not None:
             pairs = zip(self.shown, thoughts, strict=True)
             return [ask_after_thoughts(shown, self._filled(), said, judge.quote) for shown, said in pairs]
-        if judge.thinks:  # thoughts and verdict in one reply
+        if judge.thinks:  # thoughts and decision in one reply
             return [replace(request, room=judge.thoughts.max_new_tokens) for request in self.thoughts()]
         return [ask_comparison(comparison, self._examples(), judge.quote) for comparison in self.shown]
 
@@ -184,7 +184,7 @@ class _Asked:
         ]
 
 
-def _decide(asker: Asker, judge: Judge, asked: Sequence[_Asked], *, by: str) -> list[Verdict]:
+def _decide(asker: Asker, judge: Judge, asked: Sequence[_Asked], *, by: str) -> list[Decision]:
     thoughts: list[list[str] | None] = [None] * len(asked)
     if judge.thinks and judge.model.takes_prefill:
         jobs = [
@@ -200,22 +200,22 @@ def _decide(asker: Asker, judge: Judge, asked: Sequence[_Asked], *, by: str) -> 
     return asker.decide(judge.model, requests, by=by, about=about)
 
 
-def _collect(judge: Judge, asked: Sequence[_Asked], verdicts: Sequence[Verdict | None]) -> list[Label]:
-    waiting = iter(verdicts)
+def _collect(judge: Judge, asked: Sequence[_Asked], decisions: Sequence[Decision | None]) -> list[Label]:
+    waiting = iter(decisions)
     labels = []
     for item in asked:
         own = [next(waiting) for _ in item.shown]
-        values = tuple(_first_preferred(verdict, turned) for verdict, turned in zip(own, item.turned, strict=True))
-        problem = next((verdict.problem for verdict in own if verdict is not None and verdict.problem), None)
+        values = tuple(_first_preferred(decision, turned) for decision, turned in zip(own, item.turned, strict=True))
+        problem = next((decision.problem for decision in own if decision is not None and decision.problem), None)
         labels.append(Label(item.pairing, item.principle.name, values, own, problem, judge.bounds))
     return labels
 
 
-def _first_preferred(verdict: Verdict | None, turned: bool) -> float | None:
+def _first_preferred(decision: Decision | None, turned: bool) -> float | None:
     """P(first preferred) by one order."""
-    if verdict is None or verdict.p_first is None:
+    if decision is None or decision.p_first is None:
         return None
-    return 1.0 - verdict.p_first if turned else verdict.p_first
+    return 1.0 - decision.p_first if turned else decision.p_first
 
 
 def _question(principle: Principle) -> str:

@@ -44,9 +44,9 @@ def describe_labels(labels: Sequence[Label]) -> dict[str, Any]:
     """Return the part of the report that is about the labels."""
     done = [label for label in labels if label.p_first is not None]
     both = [label.agrees for label in labels if label.agrees is not None]
-    verdicts = [verdict for label in labels for verdict in label.verdicts if verdict is not None]
-    answered = [verdict.p_first for verdict in verdicts if verdict.p_first is not None]
-    masses = [verdict.mass for verdict in verdicts if verdict.mass is not None]
+    decisions = [decision for label in labels for decision in label.decisions if decision is not None]
+    answered = [decision.p_first for decision in decisions if decision.p_first is not None]
+    masses = [decision.mass for decision in decisions if decision.mass is not None]
     return {
         "comparisons": len(labels),
         "labelled": len(done),

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.feedback.prompts import OPTIONS, Request, cut_at
-from alignkit.feedback.writer import Job, Reply, Sampling, Verdict, share_of_first
+from alignkit.feedback.writer import Job, Reply, Sampling, Decision, share_of_first
 from alignkit.models.causal import load_causal
 from alignkit.models.chat import Chat
 from alignkit.models.generation import generate_greedy, generate_sampled
@@ -137,7 +137,7 @@ class LocalModel:
                 pulse("writing")
                 yield self._write_batch(window, prompts, places, start, sampling)
 
-    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Verdict]]]:
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
         """Score both options of each question; one that is too long for the model is abstained from."""
         for start in range(0, len(requests), _WINDOW * self._batch_size):
             window = requests[start : start + _WINDOW * self._batch_size]
@@ -145,7 +145,7 @@ class LocalModel:
             long = [question for question in questions if len(question.whole) > self._positions]
             if long:
                 problems = [_too_long("question", question.whole, self._positions) for question in long]
-                yield [(question.place, Verdict(problem=what)) for question, what in zip(long, problems, strict=True)]
+                yield [(question.place, Decision(problem=what)) for question, what in zip(long, problems, strict=True)]
             fitting = [question for question in questions if len(question.whole) <= self._positions]
             groups = sorted(_group(fitting, shares=self._shares), key=lambda group: -len(group[0].prefix))
             for batch in _fill(groups, self._batch_size):
@@ -183,7 +183,7 @@ class LocalModel:
         return replies
 
     @torch.no_grad()
-    def _score(self, groups: list[list[_Question]]) -> list[tuple[int, Verdict]]:
+    def _score(self, groups: list[list[_Question]]) -> list[tuple[int, Decision]]:
         """Return the log-probs of both options of each question, from their first own token on.
 
         The last token of a question is read with the first option, so that no position before it needs logits.
@@ -204,7 +204,7 @@ class LocalModel:
                 reader.read(lasts)
             sums[1] = _add(firsts[1], reader.read([tail[:-1] for tail in others], wanted=True), others)
         return [
-            (question.place, _verdict(question, (sums[0][row], sums[1][row]), (firsts[0][row], firsts[1][row])))
+            (question.place, _decision(question, (sums[0][row], sums[1][row]), (firsts[0][row], firsts[1][row])))
             for row, question in enumerate(questions)
         ]
 
@@ -315,10 +315,10 @@ def _add(firsts: list[float], rest_BTV: Tensor, tails: Sequence[list[int]]) -> l
     ]
 
 
-def _verdict(question: _Question, logps: tuple[float, float], firsts: tuple[float, float]) -> Verdict:
+def _decision(question: _Question, logps: tuple[float, float], firsts: tuple[float, float]) -> Decision:
     mass = min(sum(map(math.exp, firsts)), 1.0)
     tokens = len(question.prefix) + sum(map(len, question.tails))
-    return Verdict(share_of_first(logps), logps, mass, input_tokens=tokens)
+    return Decision(share_of_first(logps), logps, mass, input_tokens=tokens)
 
 
 def _too_long(what: str, ids: list[int], room: int) -> str:

@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 from alignkit import console
 from alignkit.data.rows import Message
 from alignkit.errors import EnvironmentProblem, JudgeError, RecipeError
-from alignkit.feedback.choice import read_chat_tokens, read_text_tokens, read_verdict
+from alignkit.feedback.choice import read_chat_tokens, read_text_tokens, read_decision
 from alignkit.feedback.prompts import FOREIGN_TOKENS, Request, cut_at
-from alignkit.feedback.writer import Job, Reply, Sampling, Spending, Verdict, count_tokens
+from alignkit.feedback.writer import Job, Reply, Sampling, Spending, Decision, count_tokens
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.runs.heartbeat import pulse
 
@@ -346,7 +346,7 @@ def _retry_after(error: Any) -> float | None:
 
 
 _Item = TypeVar("_Item")
-_Answer = TypeVar("_Answer", Reply, Verdict)
+_Answer = TypeVar("_Answer", Reply, Decision)
 _IN_A_ROW = 3  # requests that fail for good, without one answered between, mean that the server is down
 _LISTEN_SECONDS = 0.2  # a signal is heard at least this often
 _LAST_SECONDS = 0.5  # what requests under way have to end in after one
@@ -373,7 +373,7 @@ class Endpoint:
         """Write a text for each job that has none."""
         return self._ask_all(jobs, known, lambda job: self._write(job, sampling))
 
-    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Verdict]]]:
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
         """Decide each question that is open, by log-probs where the server gives them, else by its text."""
         return self._ask_all(requests, known, self._decide)
 
@@ -390,18 +390,18 @@ class Endpoint:
 
         return await self._ask(payload, read, Reply, output_tokens=sampling.max_new_tokens)
 
-    async def _decide(self, request: Request) -> Verdict:
+    async def _decide(self, request: Request) -> Decision:
         payload = self._payload(request, request.room, 0.0, closing=True)
         if self._source.logprobs:
             top = _TOP[self._source.api]
             payload |= {"logprobs": True, "top_logprobs": top} if self._is_chat else {"logprobs": top}
         tokens = read_chat_tokens if self._is_chat else read_text_tokens
 
-        def read(choice: dict[str, Any]) -> Verdict:
+        def read(choice: dict[str, Any]) -> Decision:
             text, _ = cut_at(self._text(choice), () if self._is_chat else request.stops)
-            return read_verdict(text, tokens(choice))
+            return read_decision(text, tokens(choice))
 
-        return await self._ask(payload, read, Verdict, output_tokens=request.room)
+        return await self._ask(payload, read, Decision, output_tokens=request.room)
 
     async def _ask(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 from alignkit.errors import EnvironmentProblem
 from alignkit.feedback.local import Encoder
 from alignkit.feedback.prompts import Request, cut_at
-from alignkit.feedback.writer import Job, Reply, Sampling, Verdict, share_of_first
+from alignkit.feedback.writer import Job, Reply, Sampling, Decision, share_of_first
 from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 
 _BATCH = 512  # requests handed over at once; vLLM batches them itself
@@ -67,7 +67,7 @@ class VllmModel:
                 for place, (job, output) in enumerate(zip(batch, self._generate(prompts, settings), strict=True))
             ]
 
-    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Verdict]]]:
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
         """Score both options of each question by their first own token."""
         for start in range(0, len(requests), _BATCH):
             if all(place in known for place in range(start, min(start + _BATCH, len(requests)))):
@@ -83,7 +83,7 @@ class VllmModel:
             ]
             outputs = self._generate([{"prompt_token_ids": prefix} for prefix, _ in split], settings)
             yield [
-                (start + place, _verdict(output, [tail[0] for tail in tails], len(prefix)))
+                (start + place, _decision(output, [tail[0] for tail in tails], len(prefix)))
                 for place, ((prefix, tails), output) in enumerate(zip(split, outputs, strict=True))
             ]
 
@@ -100,10 +100,10 @@ class VllmModel:
         return Reply(text, ended, input_tokens=sent, output_tokens=received)
 
 
-def _verdict(output: Any, firsts: Sequence[int], input_tokens: int) -> Verdict:
+def _decision(output: Any, firsts: Sequence[int], input_tokens: int) -> Decision:
     chances = output.outputs[0].logprobs[0]
     found = [chances[token].logprob if token in chances else None for token in firsts]
     if found[0] is None or found[1] is None:
-        return Verdict(problem="the options are not among the likeliest tokens", input_tokens=input_tokens)
+        return Decision(problem="the options are not among the likeliest tokens", input_tokens=input_tokens)
     logps = (found[0], found[1])
-    return Verdict(share_of_first(logps), logps, input_tokens=input_tokens, output_tokens=1)
+    return Decision(share_of_first(logps), logps, input_tokens=input_tokens, output_tokens=1)

@@ -65,7 +65,7 @@ class Reply(_Kept):
 
 
 @dataclass
-class Verdict(_Kept):
+class Decision(_Kept):
     """What a judge says of two options: the probability of the first, or the reason for abstaining.
 
     `logps` are those of the options (of the deciding letter, from a server); `mass` is the share of probability that
@@ -105,7 +105,7 @@ class Model(Protocol):
     ) -> Iterator[list[tuple[int, Reply]]]:
         """Write a text for each job."""
 
-    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Verdict]]]:
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
         """Decide each question between prompts.OPTIONS."""
 
 

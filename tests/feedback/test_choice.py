@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from alignkit.feedback.choice import TokenChances, parse_choice, read_verdict
+from alignkit.feedback.choice import TokenChances, parse_choice, read_decision
 
 
 @pytest.mark.parametrize(
@@ -34,25 +34,25 @@ def test_the_probability_comes_from_the_token_that_decides() -> None:
         TokenChances("B", {"B": math.log(0.6), "A": math.log(0.3), " A": math.log(0.05), "C": math.log(0.05)}),
         TokenChances(")", {")": -0.1}),
     ]
-    verdict = read_verdict("The answer is: (B)", tokens)
+    verdict = read_decision("The answer is: (B)", tokens)
     assert verdict.p_first == pytest.approx(0.35 / 0.95) and verdict.mass == pytest.approx(0.95)
 
 
 def test_an_option_that_is_not_listed_is_as_likely_as_the_least_that_is() -> None:
-    verdict = read_verdict("A", [TokenChances("A", {"A": math.log(0.9), "I": math.log(0.01)})])
+    verdict = read_decision("A", [TokenChances("A", {"A": math.log(0.9), "I": math.log(0.01)})])
     assert verdict.p_first == pytest.approx(0.9 / 0.91)
 
 
 def test_without_log_probs_the_text_decides_or_abstains() -> None:
-    assert read_verdict("(A)", []).p_first == 1.0
-    assert read_verdict("(B)", []).p_first == 0.0
-    assert read_verdict("", []).problem == "empty reply"
-    assert read_verdict("hm", []).problem == "the reply names neither option, or both"
+    assert read_decision("(A)", []).p_first == 1.0
+    assert read_decision("(B)", []).p_first == 0.0
+    assert read_decision("", []).problem == "empty reply"
+    assert read_decision("hm", []).problem == "the reply names neither option, or both"
 
 
 def test_a_reply_that_was_cut_before_its_verdict_is_read_by_its_first_letter_token() -> None:
     tokens = [TokenChances("A", {"A": math.log(0.7), "B": math.log(0.2)}), TokenChances(" fine", {" fine": -1.0})]
-    assert read_verdict("A fine answer, both", tokens).p_first == pytest.approx(0.7 / 0.9)
+    assert read_decision("A fine answer, both", tokens).p_first == pytest.approx(0.7 / 0.9)
 
 
 def test_the_mean_of_both_orders_is_clamped_and_not_each_order() -> None:
