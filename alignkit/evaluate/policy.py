@@ -14,7 +14,7 @@ from alignkit.data import Message, Row, Text
 from alignkit.errors import DataError, ModelError
 from alignkit.models.causal import Causal, fingerprint_causal, load_causal
 from alignkit.models.chat import Chat, ConversationError
-from alignkit.models.generation import generate_greedy, generate_sampled
+from alignkit.models.generation import generate_answers
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.logprobs import score_tokens
 from alignkit.rewards.base import Workspace, collect_memory
@@ -269,20 +269,10 @@ class Policy:
             places = order[start : start + size]
             batch = [prompts[place][-room:] for place in places]
             with quiet_transformers():  # it looks for a mask that `generate` leaves out where nothing is padded
-                if temperature > 0:
-                    answers = generate_sampled(
-                        loaded.model,
-                        batch,
-                        [seeds[place] for place in places],
-                        temperature=temperature,
-                        max_new_tokens=max_new_tokens,
-                        eos_ids=stops,
-                        pad_id=pad,
-                    )
-                else:
-                    answers = generate_greedy(
-                        loaded.model, batch, max_new_tokens=max_new_tokens, eos_ids=stops, pad_id=pad
-                    )
+                answers = generate_answers(
+                    loaded.model, batch, [seeds[place] for place in places], temperature=temperature,
+                    max_new_tokens=max_new_tokens, eos_ids=stops, pad_id=pad,
+                )  # fmt: skip
             for place, ids in zip(places, answers, strict=True):
                 text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
                 values[place] = [ids, text, bool(ids) and ids[-1] in stops]

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from alignkit import console
 from alignkit.feedback.prompts import Request
-from alignkit.feedback.writer import Job, Model, Reply, Sampling, Decision
+from alignkit.feedback.writer import Decision, Job, Model, Reply, Sampling
 from alignkit.runs.files import disk_failures, open_own, scan_lines, tell_bad_lines
 from alignkit.runs.stop import Stop
 

@@ -26,7 +26,7 @@ from alignkit.feedback.prompts import (
     fill_thought,
     read_text,
 )
-from alignkit.feedback.writer import Job, Model, Sampling, Decision
+from alignkit.feedback.writer import Decision, Job, Model, Sampling
 
 _TIE = 1e-6  # from 1/2
 _EXAMPLE_TURNS = 1000  # draws for examples, far from those of anything else

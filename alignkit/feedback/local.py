@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.feedback.prompts import OPTIONS, Request, cut_at
-from alignkit.feedback.writer import Job, Reply, Sampling, Decision, share_of_first
+from alignkit.feedback.writer import Decision, Job, Reply, Sampling, share_of_first
 from alignkit.models.causal import load_causal
 from alignkit.models.chat import Chat
 from alignkit.models.generation import generate_greedy, generate_sampled

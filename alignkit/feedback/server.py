@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 from alignkit import console
 from alignkit.data.rows import Message
 from alignkit.errors import EnvironmentProblem, JudgeError, RecipeError
-from alignkit.feedback.choice import read_chat_tokens, read_text_tokens, read_decision
+from alignkit.feedback.choice import read_chat_tokens, read_decision, read_text_tokens
 from alignkit.feedback.prompts import FOREIGN_TOKENS, Request, cut_at
-from alignkit.feedback.writer import Job, Reply, Sampling, Spending, Decision, count_tokens
+from alignkit.feedback.writer import Decision, Job, Reply, Sampling, Spending, count_tokens
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.runs.heartbeat import pulse
 

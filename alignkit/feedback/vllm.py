@@ -15,7 +15,7 @@ from typing import Any
 from alignkit.errors import EnvironmentProblem
 from alignkit.feedback.local import Encoder
 from alignkit.feedback.prompts import Request, cut_at
-from alignkit.feedback.writer import Job, Reply, Sampling, Decision, share_of_first
+from alignkit.feedback.writer import Decision, Job, Reply, Sampling, share_of_first
 from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 
 _BATCH = 512  # requests handed over at once; vLLM batches them itself

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -31,6 +30,7 @@ from alignkit.models.configs import know_classifier, read_config
 from alignkit.models.files import REWARD_NORM, ModelFiles, find_model_dir, inspect_model_dir
 from alignkit.models.hub import explain_hub_errors, fetch_adapter, quiet_transformers
 from alignkit.models.load import load_trained
+from alignkit.models.logprobs import pad
 
 _FAMILY = "ForSequenceClassification"
 
@@ -156,10 +156,8 @@ def score_ids(model: Any, sequences: Sequence[Sequence[int]], *, pad_id: int, ba
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = [torch.tensor(sequences[number], dtype=torch.long) for number in chosen]
-        input_ids_BT = pad_sequence(batch, batch_first=True, padding_value=pad_id)
-        mask_BT = torch.arange(input_ids_BT.size(1)) < torch.tensor([len(ids) for ids in batch])[:, None]
-        logits = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.long().to(device)).logits.float()
+        input_ids_BT, mask_BT = pad([sequences[number] for number in chosen], pad_id)
+        logits = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device)).logits.float()
         odds = logits[:, 0] if logits.size(1) == 1 else logits[:, 1] - logits[:, 0]
         scores_B[chosen] = odds.cpu()
     return scores_B

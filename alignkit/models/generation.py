@@ -14,6 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from alignkit.models.logprobs import pad
+
 _BATCH = 16
 _TAIL = 24  # new tokens that are looked at for an end
 
@@ -92,6 +94,16 @@ def generate_sampled(
     )
 
 
+def generate_answers(
+    model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, temperature: float, is_over: Any = None,
+    **settings: Any,
+) -> list[list[int]]:  # fmt: skip
+    """Write an answer to each prompt of a batch: sampled, or greedy with temperature 0."""
+    if temperature == 0:
+        return generate_greedy(model, prompts, **settings)
+    return generate_sampled(model, prompts, seeds, temperature=temperature, is_over=is_over, **settings)
+
+
 class _Gumbel(LogitsProcessor):
     """Turns greedy search into sampling: the largest of logits / T + Gumbel noise is a draw from softmax(logits / T).
 
@@ -122,17 +134,12 @@ class _Over(StoppingCriteria):
 
 def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationConfig, **hooks: Any) -> list[list[int]]:
     device = next(model.parameters()).device
-    width = max(len(prompt) for prompt in prompts)
-    ids_BT = torch.full((len(prompts), width), settings.pad_token_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[row, width - len(prompt) :] = 1
+    ids_BT, mask_BT = pad(prompts, settings.pad_token_id, left=True)
     with torch.no_grad(), no_router_loss(model), plainly(model):
         output = model.generate(
             input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings, **hooks
         )
-    return [_cut(row, settings.eos_token_id) for row in output[:, width:].tolist()]
+    return [_cut(row, settings.eos_token_id) for row in output[:, ids_BT.size(1) :].tolist()]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Log-probabilities of given tokens under a causal language model, in batches of like length.
+"""Token ids as padded batches, and log-probabilities of given tokens under a causal language model.
 
-Only positions that predict a scored token go through the softmax. No text, no template, no cache: `policy` has them.
+Only positions that predict a scored token go through the softmax.
 
 Legend: B sequences of a batch, T tokens of the longest, P positions that are scored, V vocabulary.
 """
@@ -50,14 +50,10 @@ def _score_batch(
 ) -> list[list[float]]:
     device = next(model.parameters()).device
     whole = [[*context, *tail] for context, tail in sequences]
-    width = max(len(ids) for ids in whole)
-    ids_BT = torch.full((len(whole), width), pad_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, ids in enumerate(whole):
-        ids_BT[row, : len(ids)] = torch.tensor(ids)
-        mask_BT[row, : len(ids)] = 1
+    ids_BT, mask_BT = pad(whole, pad_id)
+    width = ids_BT.size(1)
     first = max(min(len(context) for context, _ in sequences) - 1, 0)  # the earliest position that is needed
-    kept = {"logits_to_keep": width - first} if _keeps_last(model) else {}
+    kept = {"logits_to_keep": width - first} if keeps_last(model) else {}
     logits_BPV: Tensor = model(
         input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False, **kept
     ).logits
@@ -83,6 +79,19 @@ def _score_batch(
     return split
 
 
-def _keeps_last(model: Any) -> bool:
+def pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Pad rows of token ids, some of them empty, to one width: ids and mask, int64 (B, T) on the CPU."""
+    width = max(map(len, rows))
+    ids_BT = torch.full((len(rows), width), pad_id)
+    mask_BT = torch.zeros_like(ids_BT)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids_BT[number, place] = torch.tensor(row, dtype=torch.long)
+        mask_BT[number, place] = 1
+    return ids_BT, mask_BT
+
+
+def keeps_last(model: Any) -> bool:
+    """Tell whether a model can leave out the logits of the first positions."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from trl.kernels import ChunkedLogProbFunction
 
+from alignkit.models.logprobs import pad
+
 _VOCABULARY_TILE = 8192
 
 
@@ -62,11 +64,7 @@ def pad_answers(
 ) -> Batch:
     """Pad prompts with their answers on the right; `num_columns` is T where it is not the longest answer."""
     whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    width = max(len(ids) for ids in whole)
-    input_ids = torch.full((len(whole), width), pad_id, dtype=torch.long)
-    for row, ids in enumerate(whole):
-        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-    lengths = torch.tensor([len(ids) for ids in whole])
+    input_ids, attention_mask = pad(whole, pad_id)
     starts = torch.tensor([len(prompt) for prompt in prompts])
     sizes = torch.tensor([len(answer) for answer in answers])
     longest = num_columns or int(sizes.max())
@@ -75,7 +73,7 @@ def pad_answers(
     columns_N = starts[rows_N] + steps_N - 1
     return Batch(
         input_ids_BL=input_ids.to(device),
-        attention_mask_BL=(torch.arange(width) < lengths[:, None]).long().to(device),
+        attention_mask_BL=attention_mask.to(device),
         mask_BT=mask_BT.to(device),
         rows_N=rows_N.to(device),
         columns_N=columns_N.to(device),
