@@ -15,7 +15,7 @@ from alignkit.launch.command import Command
 from alignkit.preflight.requirements import list_needs
 from alignkit.recipe import Stage
 from alignkit.recipe.references import ROWS
-from alignkit.recipe.schema import FEEDBACK
+from alignkit.recipe.schema import FEEDBACK, ROOMS
 from alignkit.runs import checkpoints
 from alignkit.runs.directory import RunDir, find_damaged_product
 
@@ -89,7 +89,7 @@ def _decide(stage: Stage, command: Command, before: Sequence[Entry], *, force: b
 
 
 def _room(stage: Stage) -> Any:
-    name = f"feedback.{stage.method}" if stage.method in FEEDBACK else "train.fingerprint"
+    name = f"{ROOMS[stage.method]}.{stage.method}" if stage.method in FEEDBACK else "train.fingerprint"
     return importlib.import_module(f"alignkit.{name}")
 
 

@@ -21,7 +21,7 @@ from alignkit.errors import DiskError
 from alignkit.launch import processes
 from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import FEEDBACK
+from alignkit.recipe.schema import ROOMS
 from alignkit.runs.directory import RunDir, open_run, set_aside
 from alignkit.runs.record import record_warnings
 
@@ -79,8 +79,7 @@ def _gone(run: RunDir) -> DiskError:
 
 def train_in(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...]) -> Result:
     """Train in this process, in a run directory that somebody holds for it."""
-    room = "feedback" if stage.method in FEEDBACK else "train"
-    method = importlib.import_module(f"alignkit.{room}.{stage.method}")
+    method = importlib.import_module(f"alignkit.{ROOMS.get(stage.method, 'train')}.{stage.method}")
     gc.enable()
     gc.freeze()  # what the libraries made stays for good: never look through it again
     with _tensorboard_in(run_dir), record_warnings(RunDir(run_dir).warnings):

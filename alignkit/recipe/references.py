@@ -234,7 +234,7 @@ def _find_problems(
     stage: StageLike, stages: Mapping[str, StageLike], groups: Mapping[str, object], sound: set[str]
 ) -> Iterator[tuple[str, Node, str]]:
     """Yield what is wrong with the names in a stage; `sound` are those from which no start_from leads in a circle."""
-    for key in REWARD_KEYS if stage.method == "ppo" else ():
+    for key in REWARD_KEYS if stage.method in ("ppo", "label") else ():
         for model in list_models(stage.node.value.get(key)) if key not in stage.broken else ():
             if found := _describe_reward(stage.say(key), model, stages):
                 yield key, model, found

@@ -138,6 +138,21 @@ def _answers(stage: Section, recipe: Section) -> Iterator[Finding]:
                 yield key, "has no effect with answers: given, which samples none"
 
 
+def _label_reward(stage: Section, recipe: Section) -> Iterator[Finding]:
+    if not stage.has("reward"):
+        if not stage.has("constitution"):
+            yield "constitution", "is missing; give builtin:harmlessness or a file of principles"
+        if not stage.has("judge"):
+            yield "judge", "is missing; name a model, {url: ...} or {replay: FILE} that compares, or give reward:"
+        return
+    for key in ("judge", "constitution", "orders", "cot", "cot_tokens", "examples", "check"):
+        if stage.has(key):
+            yield key, "has no effect with reward:, which compares by itself; take one of them out"
+    given = stage.get("reward")
+    if any(isinstance(part, dict) and part.get("judge") for part in (given if isinstance(given, list) else [given])):
+        yield "reward", "has a judge, which compares answers itself; name it as judge:"
+
+
 def _labels(stage: Section, recipe: Section) -> Iterator[Finding]:
     cot, clamp = stage.get("cot", False), stage.get("clamp")
     if not cot and stage.has("cot_tokens"):
@@ -154,9 +169,6 @@ def _labels(stage: Section, recipe: Section) -> Iterator[Finding]:
 
 
 CRITIQUE_RULES: list[Callable[[Section, Section], Iterator[Finding]]] = [_judges, _constitution, _generator, _replay]
-LABEL_RULES: list[Callable[[Section, Section], Iterator[Finding]]] = [
-    _judges, _constitution, _generator, _answers, _labels,
-]  # fmt: skip
 
 
 _CRITIC = ("gamma", "lam", "cliprange_value", "vf_coef", "value_init", "critic_learning_rate")
@@ -170,7 +182,7 @@ def list_rewards(stage: Section, key: str) -> list[dict[str, Any]]:
     return [{"model": item} if isinstance(item, str) else item for item in items]
 
 
-def _rewards(stage: Section, recipe: Section) -> Iterator[Finding]:
+def reward_problems(stage: Section, recipe: Section) -> Iterator[Finding]:
     for key in ("reward", "gold"):
         for reward in list_rewards(stage, key):
             function = reward.get("function")
@@ -308,5 +320,9 @@ def _stream(stage: Section, recipe: Section) -> Iterator[Finding]:
 
 
 PPO_RULES: list[Callable[[Section, Section], Iterator[Finding]]] = [
-    _rewards, _functions, _normalisation, _kl, _critic, _groups, _clipping, _lengths, _duration, _generation, _stream,
+    reward_problems, _functions, _normalisation, _kl, _critic, _groups, _clipping, _lengths, _duration, _generation,
+    _stream,
+]  # fmt: skip
+LABEL_RULES: list[Callable[[Section, Section], Iterator[Finding]]] = [
+    _judges, _constitution, _generator, _answers, _label_reward, reward_problems, _labels,
 ]  # fmt: skip

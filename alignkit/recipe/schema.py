@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 Method = Literal["sft", "rm", "dpo", "ppo", "critique", "label"]
 FEEDBACK = ("critique", "label")  # these make rows; they train nothing
 RLAIF = "rlaif"  # one section that stands for several stages
+ROOMS = {"critique": "feedback", "label": "rewards"}  # where their code is; that of all others is in train
 _ROOMS = Path(__file__).parents[1]
 # A constitution is a file of this directory.
 BUILTIN_CONSTITUTIONS = tuple(
@@ -581,11 +582,18 @@ class CritiqueOptions(StageOptions):
 
 
 class LabelOptions(StageOptions):
-    """Comparisons labelled by a judge: the preferences of RL-CAI (arXiv 2212.08073, section 4.1)."""
+    """Comparisons labelled by a judge: the preferences of RL-CAI (arXiv 2212.08073, section 4.1); or by a reward."""
 
     method: Literal["label"] = "label"
-    constitution: Texts = Field(description=_CONSTITUTION)
-    judge: Feedback = Field(description="What compares the answers: a model, {url: ...}, or {replay: FILE}.")
+    constitution: Texts | None = Field(None, description=_CONSTITUTION)
+    judge: Feedback | None = Field(
+        None, description="What compares the answers: a model, {url: ...}, or {replay: FILE}."
+    )
+    reward: Rewards | None = Field(
+        None,
+        description="Compares the answers instead of a judge, by the probability that Bradley-Terry gives the first: "
+        "rewards as in `ppo:`.",
+    )
     generator: Feedback | None = Field(None, description="What answers the prompts; omitted: the model of start_from.")
     answers: Annotated[int, Field(ge=2, le=64)] | Literal["given"] = Field(
         2, description="Answers sampled for each prompt; given: those that the rows have. All pairs are compared."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 from alignkit.data import true_reward
 from alignkit.errors import Problem, RewardError, UsageError
 from alignkit.feedback.prompts import read_text
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import BUILTIN_REWARD, PpoOptions, RewardSource
+from alignkit.recipe.schema import BUILTIN_REWARD, RewardSource
 from alignkit.rewards.base import Answers, Reward, Workspace
 from alignkit.rewards.classifier import ClassifierReward
 from alignkit.rewards.function import FunctionReward, is_function
@@ -65,9 +66,15 @@ def open_reward(source: RewardSource | str, space: Workspace) -> Reward:
 
 def list_sources(stage: Stage) -> Iterator[tuple[str, RewardSource]]:
     """Yield (reward or gold, source) of a stage; nothing for methods without a reward."""
-    if isinstance(stage.options, PpoOptions):
-        yield from (("reward", source) for source in stage.options.reward)
-        yield from (("gold", source) for source in stage.options.gold or ())
+    for key in ("reward", "gold"):
+        yield from ((key, source) for source in getattr(stage.options, key, None) or ())
+
+
+def open_rewards(stage: Stage, sources: Sequence[RewardSource], *, key: str = "reward") -> list[tuple[Reward, float]]:
+    """Open the rewards of a stage outside training, each with its weight in their sum."""
+    where, folder = stage.where(f"{stage.name}.{key}"), Path(stage.recipe_path).resolve().parent
+    space = Workspace(device=stage.launch.device, trust_code=stage.trust_code, folder=folder, stage=stage, where=where)
+    return [(open_reward(source, space), source.weight) for source in sources]
 
 
 def check_rewards(stage: Stage, *, coming: Collection[str] = ()) -> None:
@@ -92,7 +99,6 @@ def describe_reward(stage: Stage, key: str, source: RewardSource) -> str:
 
 
 def fingerprint_rewards(stage: Stage) -> dict[str, list[str | None]]:
-    """Hash models and the files of functions that a ppo stage learns from, for its fingerprint."""
-    if not isinstance(stage.options, PpoOptions):
-        return {}
-    return {"reward_weights": [kind_of(source).fingerprint(source, stage) for source in stage.options.reward]}
+    """Hash models and the files of functions that a stage is scored by, for its fingerprint."""
+    found = [kind_of(source).fingerprint(source, stage) for key, source in list_sources(stage) if key == "reward"]
+    return {"reward_weights": found} if found else {}

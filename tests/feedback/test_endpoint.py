@@ -21,12 +21,12 @@ from helpers import messages, read_rows
 from judge_server import Server, prefer_longer
 
 from alignkit.errors import JudgeError, RecipeError, Stopped
-from alignkit.feedback import label
 from alignkit.feedback.prompts import Comparison, Request, ask_comparison
 from alignkit.feedback.server import ALLOWED, Endpoint, find_key
 from alignkit.feedback.writer import Job, Sampling, Spending
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.recipe.stage import Stage
+from alignkit.rewards import label
 
 QUESTIONS_ASKED = 132  # 60 comparisons in both orders, 6 of them by a second principle
 MakeStage = Callable[..., Stage]
@@ -271,7 +271,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from alignkit.errors import AlignKitError
-from alignkit.feedback import label
+from alignkit.rewards import label
 from alignkit.recipe.schema import OPTIONS, LaunchOptions, ModelOptions
 from alignkit.recipe.stage import Stage
 

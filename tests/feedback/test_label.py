@@ -13,9 +13,9 @@ from judge_server import Server
 from alignkit.data import DataReport, Rejects
 from alignkit.data import read_rows as read_data
 from alignkit.errors import DataError, JudgeError, RecipeError, RunError
-from alignkit.feedback import label
 from alignkit.recipe.schema import DataSource
 from alignkit.recipe.stage import Stage
+from alignkit.rewards import label
 
 MakeStage = Callable[..., Stage]
 

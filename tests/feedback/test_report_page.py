@@ -13,9 +13,10 @@ from helpers import messages
 from judge_server import Server
 
 from alignkit.errors import JudgeError
-from alignkit.feedback import critique, label
+from alignkit.feedback import critique
 from alignkit.recipe.stage import Stage
 from alignkit.report.page import write_report
+from alignkit.rewards import label
 
 MakeStage = Callable[..., Stage]
 

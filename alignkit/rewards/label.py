@@ -1,7 +1,8 @@
-"""The label stage: comparisons labelled by a judge, as rows for an rm or dpo stage (RL-CAI).
+"""The label stage: comparisons labelled by a judge (RL-CAI) or by a reward, as rows for an rm or dpo stage.
 
 arXiv 2212.08073, section 4.1: answers are sampled (or given), compared in pairs by a principle each, and written with
-the judge's probability as a soft label; comparisons by people can be mixed in. It trains nothing.
+the judge's probability as a soft label; comparisons by people can be mixed in. A reward of any kind compares by its
+scores instead, as for iterated DPO.
 """
 
 from __future__ import annotations
@@ -31,9 +32,19 @@ from alignkit.feedback.stage import (
     sample_answers,
     why_useless,
 )
-from alignkit.feedback.writer import Reply, Sampling, describe_source, how_to_go_on, own_model, speaks_chat
+from alignkit.feedback.writer import (
+    Reply,
+    Sampling,
+    describe_source,
+    how_to_go_on,
+    own_model,
+    share_of_first,
+    speaks_chat,
+)
 from alignkit.recipe.schema import DataSource, FeedbackModel, LabelOptions
 from alignkit.recipe.stage import Stage
+from alignkit.rewards.base import Answers
+from alignkit.rewards.kinds import fingerprint_rewards, open_rewards
 from alignkit.runs.directory import Result, RunDir, list_changes
 
 _SECOND_OPINIONS = 32  # comparisons that are also judged by another principle, at most a tenth of them
@@ -44,7 +55,7 @@ _TRIES = 64  # draws until another principle has come, unless its weight is next
 class LabelInput:
     """What a label stage works on, read before a model is opened. Equal facts and the same seed make the same rows."""
 
-    constitution: Constitution
+    constitution: Constitution | None  # None where a reward compares
     examples: Examples
     generator: FeedbackModel | None  # None where the answers are those of the rows
     rejects: Rejects = field(default_factory=Rejects)
@@ -58,7 +69,7 @@ class LabelInput:
 def read_input(stage: Stage) -> LabelInput:
     """Read rows, principles and examples; raises DataError and RecipeError for what cannot be used."""
     options = stage.expect(LabelOptions)
-    constitution = load_constitution(options.constitution, needs="comparison")
+    constitution = load_constitution(options.constitution, needs="comparison") if options.constitution else None
     generator = None if options.answers == "given" else options.generator or own_model(stage)
     found = LabelInput(constitution, load_examples(options.examples), generator)
     mix_report = DataReport()
@@ -76,9 +87,10 @@ def read_input(stage: Stage) -> LabelInput:
     found.facts = {
         "method": "label",
         "seed": stage.seed,
-        "judge": describe_source(options.judge),
+        "judge": describe_source(options.judge) if options.judge else None,
+        **fingerprint_rewards(stage),
         "generator": None if generator is None else describe_source(generator),
-        "constitution": constitution.fingerprint,
+        "constitution": constitution.fingerprint if constitution else None,
         "examples": found.examples.fingerprint,
         **{key: getattr(options, key) for key in ("answers", "orders", "cot", "hard", "temperature", "max_new_tokens")},
         "cot_tokens": options.cot_tokens if options.cot else None,
@@ -135,7 +147,10 @@ class _Labelling:
         self._cut_off: float | None = None
         self._generator = session.open(generator, ("generator",)) if generator else None
         self._judge: Judge | None = None
-        if options.judge.replay is not None:
+        what = f"{len(given.rows)} rows"
+        if options.judge is None or given.constitution is None:
+            self._rewards = open_rewards(stage, options.reward or ())
+        elif options.judge.replay is not None:
             self._published = _read_published(stage, options.judge.replay)
         else:
             same = generator is not None and generator.model is not None and generator.model == options.judge.model
@@ -147,7 +162,7 @@ class _Labelling:
                 orders=options.orders, thinks=options.cot, thoughts=Sampling(options.temperature, options.cot_tokens),
                 bounds=options.bounds,
             )  # fmt: skip
-        what = f"{len(given.rows)} rows, {len(given.constitution.principles)} principles"
+        what += f", {len(given.constitution.principles)} principles" if given.constitution else ""
         session.begin(given.facts, given.report, note=what)
 
     def do(self) -> None:
@@ -156,6 +171,11 @@ class _Labelling:
         self._pairings = pair_given(given.rows) if given.generator is None else self._sample()
         if not self._pairings:
             raise DataError([*session.rejects.first] or "there is nothing to compare", where=session.stage.recipe_path)
+        if self._options.reward is not None:
+            began = session.seconds
+            self._labels = self._compare()
+            self._judging_seconds = session.seconds - began
+            return
         if self._judge is None:
             values = [self._published.get(pair_key(it.prompt, it.first, it.second)) for it in self._pairings]
             missing = "not among the published labels"
@@ -170,7 +190,7 @@ class _Labelling:
         began = session.seconds
         self._labels = judge_all(session.asker, self._judge, self._pairings)
         self._judging_seconds = session.seconds - began
-        if len(given.constitution.principles) > 1:  # how far do principles agree?
+        if given.constitution is not None and len(given.constitution.principles) > 1:  # how far do principles agree?
             chosen = self._labels[: min(_SECOND_OPINIONS, len(self._labels) // 10)]
             again = judge_all(session.asker, self._judge, [self._turn_over(label) for label in chosen])
             pairs = zip(chosen, again, strict=True)
@@ -219,10 +239,26 @@ class _Labelling:
         self._cut_off = mean([not reply.ended for own in replies for reply in own])
         return pair_sampled(prompts, replies, session.rejects, model.control_tokens)
 
+    def _compare(self) -> list[Label]:
+        """Label each pair by the rewards of its answers: P(first) = 1 / (1 + exp(r_second - r_first))."""
+        asked = {repr((it.prompt, text)): (it.prompt, text) for it in self._pairings for text in (it.first, it.second)}
+        answers = Answers([prompt for prompt, _ in asked.values()], [text for _, text in asked.values()])
+        names, totals = [], dict.fromkeys(asked, 0.0)
+        for reward, weight in self._rewards:
+            names.append(reward.name)
+            for key, score in zip(asked, reward.score(answers), strict=True):
+                totals[key] += weight * score
+        labels = []
+        for it in self._pairings:
+            p_first = share_of_first((totals[repr((it.prompt, it.first))], totals[repr((it.prompt, it.second))]))
+            labels.append(Label(it, " + ".join(names), (p_first,), bounds=self._options.bounds))
+        return labels
+
     def _turn_over(self, label: Label) -> Pairing:
         """Ask again at a turn at which another principle is drawn; at the last one tried where there is none."""
         pairing, seed = label.pairing, self._session.stage.seed
         turns = range(pairing.turn + 1, pairing.turn + _TRIES)
+        assert self._given.constitution is not None
         draw = self._given.constitution.draw
         found = (turn for turn in turns if draw(seed=seed, key=pairing.key, turn=turn).name != label.principle)
         return replace(pairing, turn=next(found, turns[-1]))
@@ -234,7 +270,8 @@ class _Labelling:
             for one, other in self._second_opinions
             if one.p_first is not None and other.p_first is not None and not one.is_tie and not other.is_tie
         ]
-        asked = self._judge is not None and self._options.judge.url is not None
+        judge = self._options.judge
+        asked = self._judge is not None and judge is not None and judge.url is not None
         generator = self._generator[1] if self._generator and self._generator[1].requests else None
         return {
             "complete": complete,
