@@ -13,7 +13,7 @@ from alignkit.data import Row, escape_control_tokens
 from alignkit.errors import DataError, ModelError
 from alignkit.models.causal import Causal, load_causal
 from alignkit.models.chat import NO_TEMPLATE, Chat, ConversationError, Message
-from alignkit.models.streaming import stream_text, stream_tokens
+from alignkit.models.generation import stream_text, stream_tokens
 from alignkit.rewards.base import name_source
 
 HELP = """/reset            forget the conversation

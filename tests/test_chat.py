@@ -15,9 +15,9 @@ import torch
 from terminal import Terminal
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from alignkit.models.builtin import builtin_tokenizer
 from alignkit.models.causal import load_causal
-from alignkit.models.streaming import stream_text, stream_tokens
+from alignkit.models.generation import stream_text, stream_tokens
+from alignkit.models.scratch import builtin_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 

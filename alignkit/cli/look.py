@@ -98,7 +98,7 @@ def merge(
     from alignkit.models.files import require_available
 
     require_available(str(source), as_run=True)
-    from alignkit.models.merge import merge as merge_adapter
+    from alignkit.models.save import merge as merge_adapter
 
     merge_adapter(source, out)
     console.print_json({"merged": str(source), "model": str(out)})

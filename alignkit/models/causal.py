@@ -12,10 +12,9 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
-from alignkit.models.bases import Precision, pick_device, read_base
 from alignkit.models.files import find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors, fetch_adapter, quiet_transformers
-from alignkit.models.load import load_trained
+from alignkit.models.load import Precision, load_trained, pick_device, read_base
 from alignkit.models.start import find_base
 from alignkit.models.tokens import set_pad_token
 

@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from alignkit.errors import ModelError, RewardError
-from alignkit.models.bases import keep_four_bit_layout, pick_device
 from alignkit.models.chat import Chat, ConversationError
 from alignkit.models.configs import know_classifier, read_config
 from alignkit.models.files import REWARD_NORM, ModelFiles, find_model_dir, inspect_model_dir

@@ -20,9 +20,9 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.quantizers import AutoHfQuantizer
 
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, first_line
-from alignkit.models.builtin import builtin_config
 from alignkit.models.files import find_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors
+from alignkit.models.scratch import builtin_config
 
 # The largest that can be meant: models have some hundred layers, and contexts of some ten million tokens.
 _LIMITS = {

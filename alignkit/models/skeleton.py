@@ -24,10 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import AlignKitError, ModelError, first_line
 from alignkit.models import adapters
-from alignkit.models.bases import UNQUANTIZED, draw_base, is_random
 from alignkit.models.configs import know_classifier, read_config, require_packages
 from alignkit.models.files import find_model_dir, is_builtin, read_shapes
-from alignkit.models.start import Start, choose_action, find_start
+from alignkit.models.load import UNQUANTIZED, draw_base
+from alignkit.models.start import Start, choose_action, find_start, is_random
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe.schema import PpoOptions
 from alignkit.recipe.stage import Stage

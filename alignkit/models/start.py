@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ModelError
-from alignkit.models.bases import is_random
 from alignkit.models.configs import read_config
 from alignkit.models.files import ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.hub import fetch_adapter
 from alignkit.models.scratch import override_config
 from alignkit.recipe.stage import Stage
+
+
+def is_random(stage: Stage) -> bool:
+    """Say whether the base of a stage is drawn, not read: builtin, or init: scratch."""
+    return is_builtin(stage.model.path) or stage.model.init == "scratch"
 
 
 @dataclass(frozen=True, slots=True)

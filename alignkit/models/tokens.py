@@ -11,10 +11,10 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
-from alignkit.models.builtin import builtin_tokenizer
 from alignkit.models.chat import SETTINGS, Chat
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
+from alignkit.models.scratch import builtin_tokenizer
 from alignkit.models.template import list_settings
 from alignkit.recipe.stage import Stage
 

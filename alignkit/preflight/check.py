@@ -256,7 +256,7 @@ def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
 
 
 def _check_model(stage: Stage, check: StageCheck, chat: Chat) -> None:
-    from alignkit.models.bases import pick_precision
+    from alignkit.models.load import pick_precision
     from alignkit.models.skeleton import build_skeleton
 
     skeleton = build_skeleton(stage, chat.tokenizer)

@@ -59,7 +59,7 @@ def start(stage: Stage, run_dir: Path) -> None:
         return
     from accelerate import PartialState
 
-    from alignkit.models.bases import pick_device
+    from alignkit.models.load import pick_device
 
     timeout = timedelta(seconds=stage.launch.timeout_seconds)
     on_cpu = pick_device(stage.launch.device) == "cpu"

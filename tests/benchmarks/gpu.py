@@ -252,7 +252,7 @@ def housekeeping(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Seconds of hashing the frozen base of an 8B model on the card, and of writing 4 GiB of optimizer state."""
     import torch
 
-    from alignkit.models.bases import Precision, read_base
+    from alignkit.models.load import Precision, read_base
     from alignkit.models.parameters import hash_base, hash_samples
 
     began = time.perf_counter()

@@ -68,7 +68,7 @@ def prepare(directory: Path) -> None:
     from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
     from alignkit.launch import launch_stage
-    from alignkit.models.builtin import builtin_tokenizer
+    from alignkit.models.scratch import builtin_tokenizer
     from alignkit.recipe import load_recipe, resolve
     from alignkit.train.ppo import build
 

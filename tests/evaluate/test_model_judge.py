@@ -21,8 +21,7 @@ from alignkit.evaluate.metrics.win_rate import measure_win_rate
 from alignkit.evaluate.options import name_runs
 from alignkit.evaluate.run import evaluate
 from alignkit.feedback.server import ALLOWED
-from alignkit.models.builtin import builtin_config, builtin_tokenizer
-from alignkit.models.scratch import random_model
+from alignkit.models.scratch import builtin_config, builtin_tokenizer, random_model
 from alignkit.recipe import load_recipe
 from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
 from alignkit.rewards.base import Workspace

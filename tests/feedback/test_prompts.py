@@ -27,7 +27,7 @@ from alignkit.feedback.prompts import (
     conversation,
     fill_thought,
 )
-from alignkit.models.builtin import builtin_tokenizer
+from alignkit.models.scratch import builtin_tokenizer
 
 NONE = Examples()
 PRINCIPLE = Principle("p", "What is wrong?", "Make it right.", "Which is better?")

@@ -127,7 +127,7 @@ def test_samplers_draw_the_distribution_at_a_real_vocabulary(note: Callable[...,
 
 def test_bits_per_parameter_of_nf4(note: Callable[..., None], tmp_path: Path) -> None:
     """Blocks of 64 with double quantisation hold 4.127 bits a parameter (arXiv 2305.14314, section 3)."""
-    from alignkit.models.bases import Precision, read_base
+    from alignkit.models.load import Precision, read_base
 
     _write_llama(tmp_path / "model", hidden_size=1024)
     torch.cuda.empty_cache()
@@ -155,7 +155,7 @@ def _furthest(one: dict, other: dict) -> float:
 def _write_llama(directory: Path, *, hidden_size: int = 512) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from alignkit.models.builtin import builtin_tokenizer
+    from alignkit.models.scratch import builtin_tokenizer
 
     tokenizer = builtin_tokenizer()
     torch.manual_seed(0)

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from alignkit.models.builtin import builtin_config
 from alignkit.models.generation import generate_greedy, generate_sampled
-from alignkit.models.scratch import random_model
+from alignkit.models.scratch import builtin_config, random_model
 
 
 def greedy_by_hand(model: torch.nn.Module, prompt: list[int], count: int, eos_ids: list[int]) -> list[int]:

@@ -9,9 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import ModelError
 from alignkit.models.load import load_policy, load_trained
-from alignkit.models.merge import merge
 from alignkit.models.probe import compare_probes, take_probe
-from alignkit.models.save import save_model
+from alignkit.models.save import merge, save_model
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe.stage import Stage
 

@@ -11,8 +11,7 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from alignkit.models.bases import Precision, quantization_config
-from alignkit.models.load import load_policy
+from alignkit.models.load import Precision, load_policy, quantization_config
 from alignkit.models.parameters import describe_parameters, hash_base
 from alignkit.recipe.stage import Stage
 

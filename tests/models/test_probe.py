@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from alignkit.models.builtin import builtin_config
 from alignkit.models.probe import compare_probes, probe_ids, take_probe
-from alignkit.models.scratch import random_model
+from alignkit.models.scratch import builtin_config, random_model
 
 
 def tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, GraniteConfig, MixtralConfig, Phi3Config
 
 from alignkit.errors import EnvironmentProblem, ModelError
-from alignkit.models.builtin import builtin_tokenizer
 from alignkit.models.generation import generate_greedy
 from alignkit.models.load import load_policy, load_reward_model, load_trained
 from alignkit.models.probe import take_probe
 from alignkit.models.save import save_model
+from alignkit.models.scratch import builtin_tokenizer
 from alignkit.models.skeleton import build_skeleton
 from alignkit.recipe.stage import Stage
 

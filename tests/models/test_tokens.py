@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError
-from alignkit.models.builtin import builtin_tokenizer
 from alignkit.models.chat import Chat
+from alignkit.models.scratch import builtin_tokenizer
 from alignkit.models.tokens import check_vocabulary, load_tokenizer, set_pad_token
 from alignkit.recipe.stage import Stage
 

@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from alignkit.models.builtin import builtin_tokenizer
-from alignkit.models.words import _SAFE_PATTERNS, WordTokenizer
+from alignkit.models.chat import _SAFE_PATTERNS, WordTokenizer
+from alignkit.models.scratch import builtin_tokenizer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 PIECES = st.sampled_from(
@@ -45,7 +45,7 @@ def test_cached_words_give_the_ids_of_the_tokenizer_itself(texts: list[str]) -> 
 
 
 def test_full_cache_is_emptied_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignkit.models.words._MAX_WORDS", 3)
+    monkeypatch.setattr("alignkit.models.chat._MAX_WORDS", 3)
     backend = builtin_tokenizer().backend_tokenizer
     words = WordTokenizer(backend)
     for text in ("one two three four five", "six seven", "one two eight"):

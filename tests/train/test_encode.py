@@ -13,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 
 from alignkit.data import Rejects
 from alignkit.errors import DataError
-from alignkit.models.builtin import builtin_tokenizer
 from alignkit.models.chat import Chat
+from alignkit.models.scratch import builtin_tokenizer
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.train.encode import IGNORED

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alignkit.errors import ModelError, RunError
 from alignkit.launch import launch_stage
-from alignkit.models.builtin import builtin_config, builtin_tokenizer
 from alignkit.models.classifier import read_norm, score_ids
 from alignkit.models.load import load_trained
+from alignkit.models.scratch import builtin_config, builtin_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import MissingEos, PpoOptions
 from alignkit.rewards.base import Workspace

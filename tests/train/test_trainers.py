@@ -380,7 +380,7 @@ def test_a_refused_stage_leaves_nothing_behind(make_stage: Callable, write_rows:
 AUTOCAST = """
 import torch
 from accelerate import Accelerator
-from alignkit.models.builtin import builtin_config
+from alignkit.models.scratch import builtin_config
 from alignkit.models.probe import compare_probes, take_probe
 from alignkit.models.scratch import random_model
 
