@@ -28,7 +28,7 @@ from alignkit.models.chat import Chat, ConversationError
 from alignkit.models.configs import know_classifier, read_config
 from alignkit.models.files import REWARD_NORM, ModelFiles, find_model_dir, inspect_model_dir
 from alignkit.models.hub import explain_hub_errors, fetch_adapter, quiet_transformers
-from alignkit.models.load import load_trained
+from alignkit.models.load import keep_four_bit_layout, load_trained, pick_device
 from alignkit.models.logprobs import pad
 
 _FAMILY = "ForSequenceClassification"
