@@ -1,4 +1,4 @@
-"""The recipe reference of the README, made from the schema: `python tests/reference.py` rewrites it in place.
+"""recipes/REFERENCE.md, made from the schema: `python tests/reference.py` rewrites it in place.
 
 `test_readme` fails when the two differ.
 """
@@ -41,7 +41,7 @@ from alignkit.recipe.schema import (
     Truncate,
 )
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+REFERENCE = Path(__file__).resolve().parents[1] / "recipes/REFERENCE.md"
 BEGIN, END = "<!-- recipe reference: begin -->", "<!-- recipe reference: end -->"
 FORMAT_MARKS = ("<!-- formats: begin -->", "<!-- formats: end -->")
 SECTIONS: list[tuple[str, type[BaseModel]]] = [
@@ -131,7 +131,7 @@ def render_formats() -> str:
 
 
 def replace(text: str) -> str:
-    """Return the README's text with the reference as it should be."""
+    """Return the text of REFERENCE.md as it should be."""
     for (begin, end), content in (((BEGIN, END), render()), (FORMAT_MARKS, render_formats())):
         head, rest = text.split(begin)
         text = f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
@@ -139,4 +139,4 @@ def replace(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(replace(README.read_text(encoding="utf-8")), encoding="utf-8")
+    REFERENCE.write_text(replace(REFERENCE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The README describes the present: its reference, its commands and its files are checked against the code."""
+"""The README and the files beside the recipes describe the present: reference, commands and files named exist."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+README, GUIDE, REFERENCE = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "recipes/README.md", "recipes/REFERENCE.md")
+)
+TEXT = README + GUIDE + REFERENCE
 
 
 def test_the_recipe_reference_is_what_the_schema_says() -> None:
@@ -15,7 +18,7 @@ def test_the_recipe_reference_is_what_the_schema_says() -> None:
     assert spec and spec.loader
     reference = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reference)
-    assert reference.replace(TEXT) == TEXT, "run: python tests/reference.py"
+    assert reference.replace(REFERENCE) == REFERENCE, "run: python tests/reference.py"
 
 
 def test_every_command_the_readme_shows_exists() -> None:
@@ -31,3 +34,14 @@ def test_every_file_the_readme_names_exists() -> None:
     named = set(re.findall(r"`((?:recipes|tests|alignkit)/[\w./-]+)`", TEXT))
     assert named
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) <= 15 * 1024
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    for page in ("README.md", "recipes/README.md", "recipes/REFERENCE.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+        assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == [], page

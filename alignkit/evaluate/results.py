@@ -1,6 +1,6 @@
 """eval.json: what was measured on a run, so far; a figure that is measured again replaces its older self.
 
-The file is described in the README. Deliberately nothing but figures and what is needed to judge them.
+The file is described in recipes/README.md. Deliberately nothing but figures and what is needed to judge them.
 """
 
 from __future__ import annotations
