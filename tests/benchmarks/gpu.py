@@ -359,7 +359,8 @@ def _table(measured: list[dict[str, Any]]) -> str:
         )
     lines += [
         "",
-        "| 64 answers of 128 tokens | s a rollout | s sampling | tokens/s decoded | by `generate` | peak GiB |",
+        "| 64 answers of 128 tokens | s a rollout, mean of the first 3 | s sampling | tokens/s decoded "
+        "| by `generate` | peak GiB |",
     ]
     lines += ["|---|---|---|---|---|---|"]
     lines += [
