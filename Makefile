@@ -17,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 DEMO := recipes/tiny-cpu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-versions lint bench bench-gpu snapshot clean
+.PHONY: help setup demo test test-slow test-gpu test-versions lint bench bench-gpu figures snapshot clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench: $(READY) ## side by side with TRL; writes tests/benchmarks/RESULTS.md
 bench-gpu: $(READY) ## speed, memory and margins on a card; writes tests/benchmarks/GPU.md
 	@rm -f .gpu-checks.jsonl; ALIGNKIT_GPU_LOG=$(CURDIR)/.gpu-checks.jsonl $(MAKE) test-gpu
 	ALIGNKIT_GPU_LOG=$(CURDIR)/.gpu-checks.jsonl HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/gpu.py
+
+figures: $(READY) ## how large the code is, and how far a reader must walk
+	@$(BIN)/python tests/figures.py
 
 snapshot: $(READY) ## regenerate the list of TRL's configuration fields from the installed TRL
 	$(TEST_ENV) $(BIN)/python tests/snapshot.py
