@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from alignkit.console import redact
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS
+from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, REWARD_KINDS
 from alignkit.recipe.sections import Finding, Section
 
 _KINDS = ("model", "url", "replay")
@@ -186,8 +186,9 @@ def reward_problems(stage: Section, recipe: Section) -> Iterator[Finding]:
     for key in ("reward", "gold"):
         for reward in list_rewards(stage, key):
             function = reward.get("function")
-            if sum(reward.get(name) is not None for name in ("model", "function", "judge")) != 1:
-                yield key, f"needs exactly one of model, function and judge for each part, and has {_describe(reward)}"
+            if sum(reward.get(kind) is not None for kind in REWARD_KINDS) != 1:
+                kinds = f"{', '.join(REWARD_KINDS[:-1])} and {REWARD_KINDS[-1]}"
+                yield key, f"needs exactly one of {kinds} for each part, and has {_describe(reward)}"
             if reward.get("judge") is not None:
                 yield from judge_problems(f"{key}.judge", reward["judge"], is_judge=False)
                 if reward.get("constitution") is None:
@@ -201,7 +202,7 @@ def reward_problems(stage: Section, recipe: Section) -> Iterator[Finding]:
 
 
 def _describe(reward: dict[str, Any]) -> str:
-    given = [f"{key} {reward[key]}" for key in ("model", "function") if reward.get(key) is not None]
+    given = [f"{key} {reward[key]}" for key in REWARD_KINDS if key != "judge" and reward.get(key) is not None]
     given += ["a judge"] if reward.get("judge") is not None else []
     return " and ".join(given) or "none"
 

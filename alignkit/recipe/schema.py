@@ -302,6 +302,9 @@ class RewardSource(_Section):
     weight: float = Field(1.0, description="Factor of this part in the sum.")
 
 
+REWARD_KINDS = tuple(key for key in RewardSource.model_fields if key not in ("constitution", "weight"))
+
+
 def _list_rewards(value: Any) -> Any:
     """Turn a name, a reward or a list that mixes them into a list of rewards; leave anything else as it is."""
     items = value if isinstance(value, list) else [value]
