@@ -16,6 +16,7 @@ from alignkit.data.rejects import BadRow
 from alignkit.data.rows import Message, Row, Text
 from alignkit.data.transcripts import START, read_turns, split_pair
 from alignkit.data.values import (
+    REASONING_KEYS,
     Reading,
     check_answer,
     check_conversation,
@@ -132,8 +133,15 @@ def _read_answer(reading: Reading) -> tuple[Text, Text]:
     """Return a prompt and its one answer in one shape."""
     record = reading.record
     name = reading.first(*ANSWERS) or next((name for name in ANSWERS if name in record), _missing_answer(record))
-    prompt = read_prompt(reading)
-    prompt, (answer,) = join_prompt(prompt, [check_answer(reading.need(name), name, reading)], [name])
+    prompt, answer = read_prompt(reading), check_answer(reading.need(name), name, reading)
+    if thoughts := reading.first(*REASONING_KEYS):
+        turns = [Message(role="assistant", content=answer)] if isinstance(answer, str) else answer
+        if len(turns) > 1 or "reasoning_content" in turns[0]:
+            raise BadRow(
+                f"{thoughts}: stands beside several turns, or one with its own reasoning; put it into the turn"
+            )
+        answer = [{**turns[0], "reasoning_content": check_text(record[thoughts], thoughts)}]
+    prompt, (answer,) = join_prompt(prompt, [answer], [name])
     return prompt, answer
 
 

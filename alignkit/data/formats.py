@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from alignkit.data import adapters
@@ -34,7 +35,7 @@ from alignkit.data.files import Record
 from alignkit.data.rejects import BadRow
 from alignkit.data.rows import Kind, Row
 from alignkit.data.transcripts import START
-from alignkit.data.values import MEDIA, ROLE_NAMES, Reading, check_number, is_empty, suggest_column
+from alignkit.data.values import MEDIA, REASONING_KEYS, ROLE_NAMES, Reading, check_number, is_empty, suggest_column
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared and hashed by identity: each is made once
@@ -148,8 +149,8 @@ _HELP = (
     "text; messages; prompt + completion (+ label); prompt + chosen + rejected; chosen + rejected; "
     "prompt + completions + scores or ranking; prompt + responses; conversations; instruction + output; prompt"
 )
-# Not read, these are refused: they say what is asked, or what an answer is worth.
-_TELLING = {*ASKED, "history", "label", "weight"}
+# Not read, these are refused: they say what is asked or thought, what is learnt, or what an answer is worth.
+_TELLING = {*ASKED, *REASONING_KEYS, "history", "label", "weight", "loss_mask"}
 # The beginning of a message, or of a list of them, as JSON or as Python shows it.
 _CONVERSATION = re.compile(
     r"""\[?\s*\{(?=[^{}]*["'](?:role|from|speaker)["']\s*:)(?=[^{}]*["'](?:content|value|text)["']\s*:)"""
@@ -282,6 +283,17 @@ def rename_columns(record: Record, columns: Mapping[str, str | None]) -> Record:
 
 
 def _list_columns(record: Record) -> str:
-    """List the columns, and the renaming that would make the nearest one fit."""
-    hints = [hint for field in ("prompt", "completion", "messages", "text") if (hint := suggest_column(field, record))]
-    return f"{', '.join(map(str, record)) or '(none)'}{hints[0] if hints else ''}"
+    """List the columns, and the renaming that would make the nearest ones fit."""
+    names = {str(column).lower(): str(column) for column in record}
+    near: dict[str, str] = {}
+    for field, group in (("prompt", PROMPTS), ("completion", ANSWERS), ("messages", CONVERSATIONS), ("text", ())):
+        like = [name for name in (field, *group) if name in names] or get_close_matches(field, names, n=1, cutoff=0.7)
+        if like and names[like[0]] not in (field, *group):
+            near[field] = names[like[0]]
+    renaming = ", ".join(f"{ours}: {theirs}" for ours, theirs in near.items())
+    hint = (
+        f"did you mean columns: {{{renaming}}}?"
+        if near
+        else "columns: {prompt: COLUMN, completion: COLUMN} names others"
+    )
+    return f"{', '.join(map(str, record)) or '(none)'} ({hint})"

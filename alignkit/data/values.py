@@ -31,10 +31,10 @@ ROLE_NAMES = {
 # The keys of a message, by what they say; the first one that is there counts.
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TRAINED_KEYS = {"weight": True, "train": True, "training": True, "trainable": True, "loss": True, "masked": False}
 _OTHER_KEYS = ("name", "tool_call_id", "tool_calls", "function_call", "tools")
-_KEYS = {*_ROLE_KEYS, *_CONTENT_KEYS, *_REASONING_KEYS, *_TRAINED_KEYS, *_OTHER_KEYS}
+_KEYS = {*_ROLE_KEYS, *_CONTENT_KEYS, *REASONING_KEYS, *_TRAINED_KEYS, *_OTHER_KEYS}
 # What cannot be honoured, unless it is empty: columns and keys of messages; keys of messages.
 MEDIA = dict.fromkeys(
     ("image", "images", "video", "videos", "audio", "audios"), "only text can be trained on; leave such rows out"
@@ -293,7 +293,7 @@ def _read_content(message: dict[str, Any], field: str, role: str) -> tuple[str, 
     for other in _CONTENT_KEYS:
         if other != key and not is_empty(message.get(other)) and message[other] != content:
             raise BadRow(f"{field}.{other}: stands beside {key} and says something else")
-    thoughts = [message[name] for name in _REASONING_KEYS if not is_empty(message.get(name))]
+    thoughts = [message[name] for name in REASONING_KEYS if not is_empty(message.get(name))]
     if thoughts and any(thought != thoughts[0] for thought in thoughts):
         raise BadRow(f"{field}: has two texts of reasoning that differ")
     reasoning = check_text(thoughts[0], f"{field}: the reasoning") if thoughts else ""

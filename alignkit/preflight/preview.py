@@ -60,8 +60,9 @@ def preview_stage(stage: Stage, *, num_rows: int) -> Preview:
     with tempfile.TemporaryDirectory(prefix="alignkit-preview-") as directory:
         rejects = Rejects()
         tables = prepare_tables(stage, chat, Path(directory), rejects=rejects)
+        limit = stage.trainer.get("max_length") if tables.lengths.first_cut else None
         table, collate = training_rows(stage, tables.train, chat.tokenizer, num_rows=num_rows)
-        rows = preview_rows(table, collate, chat.tokenizer, num_rows=num_rows, limit=stage.trainer.get("max_length"))
+        rows = preview_rows(table, collate, chat.tokenizer, num_rows=num_rows, limit=limit)
         facts = describe_rows(tables)
         findings = [*tables.report.remarks(), *find_faults(stage, tables, chat), *_left_out(tables, rejects)]
     return Preview(stage.name, stage.method, rows, facts, findings)

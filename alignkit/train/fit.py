@@ -142,9 +142,8 @@ def _begin(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any],
     _report_rows(stage, run, built)
     _write_stage(stage, run, built, fingerprint)
     trainer = built.trainer
-    rows = preview_rows(
-        trainer.train_dataset, trainer.data_collator, built.chat.tokenizer, limit=stage.trainer.get("max_length")
-    )
+    limit = stage.trainer.get("max_length") if built.tables.lengths.first_cut else None
+    rows = preview_rows(trainer.train_dataset, trainer.data_collator, built.chat.tokenizer, limit=limit)
     write_json(run.preview, {"rows": rows})
 
 

@@ -299,8 +299,24 @@ def test_what_a_method_learns_nothing_from_is_said(read: Read, lines: Lines) -> 
 
 def test_a_table_without_a_header_says_what_its_first_line_is(read: Read, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("1+1?,2\n2+2?,4\n")
-    told = "a.csv:2: no known format has the columns 1+1?, 2 (its first line names the columns); accepted: text; "
-    assert str(read("sft", "a.csv").error).startswith(told)
+    told = (
+        "a.csv:2: no known format has the columns 1+1?, 2 (columns: {prompt: COLUMN, completion: COLUMN} names others)"
+    )
+    assert str(read("sft", "a.csv").error).startswith(f"{told} (its first line names the columns); accepted: text; ")
+    (tmp_path / "a.csv").write_text("Instruction,Response\n1+1?,2\n")
+    assert "(did you mean columns: {prompt: Instruction, completion: Response}?)" in str(read("sft", "a.csv").error)
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])
+def test_a_column_of_reasoning_is_part_of_the_answer_or_refused(read: Read, lines: Lines, name: str) -> None:
+    row = {"question": "Hi", "answer": "Hello", name: "A greeting."}
+    lines("a.jsonl", [row, {**row, name: ""}])
+    first, second = read("sft", "a.jsonl").rows
+    assert first.completions == ([{"role": "assistant", "content": "Hello", "reasoning_content": "A greeting."}],)
+    assert (first.prompt, second.prompt, second.completions) == (MESSAGES[:1], "Hi", ("Hello",))
+    refused = f"a.jsonl:1: {name}: is not read in a row of trl pair, and says something that the columns read do not"
+    lines("a.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "b", name: "A greeting."}])
+    assert str(read("dpo", "a.jsonl").error).startswith(refused)
 
 
 def test_rated_answers_to_one_prompt_are_compared(read: Read, lines: Lines) -> None:
