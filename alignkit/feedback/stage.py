@@ -33,7 +33,7 @@ from alignkit.runs.directory import (
 )
 from alignkit.runs.files import replacing, write_json
 from alignkit.runs.record import JsonLines, git_state, versions
-from alignkit.runs.stop import Stop, catch_signals
+from alignkit.runs.stop import Stop, stop_between_answers
 
 ROWS, STORE, REPORT = "rows.jsonl", "feedback.jsonl", "report.json"
 LABELS = "labels.jsonl"  # every comparison with what was said of it; rows.jsonl holds what is trained on
@@ -136,7 +136,7 @@ class Session:
 def open_session(stage: Stage, run_dir: Path) -> Iterator[Session]:
     """Open the store of a run directory that the caller has locked, with stop signals heard while it is open."""
     run = RunDir(run_dir.absolute())
-    with catch_signals() as stop:
+    with stop_between_answers() as stop:
         store = Store(run.path / STORE)
         try:
             yield Session(stage, run, store, stop)

@@ -40,7 +40,7 @@ def rank() -> int:
 def attach() -> None:
     """Prepare a supervised worker: write to its own log, give signs of life, end with the supervisor.
 
-    Stop signals wait until `train.signals.catch_signals` hears them: one that came before would kill this process, and
+    Stop signals wait until `runs.stop.stop_between_steps` hears them: one that came before would kill this process, and
     a thread started now never takes one.
 
     Only what rank 0 prints reaches the terminal; what libraries write to file descriptor 2 goes to `rank-N.log`.

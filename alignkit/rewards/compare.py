@@ -27,7 +27,7 @@ from alignkit.rewards.base import Answers, Reward, Workspace, collect_memory, na
 from alignkit.rewards.function import is_function
 from alignkit.rewards.kinds import open_reward
 from alignkit.runs.files import disk_failures
-from alignkit.runs.stop import catch_signals
+from alignkit.runs.stop import stop_between_answers
 
 _TIE = (0.5,)
 Orders = tuple[float | None, ...]  # P(first is better): as it was asked, in one order or in both; None: abstained
@@ -135,7 +135,7 @@ class ModelComparer:
 
     def _ask(self, pairings: Sequence[Pairing]) -> list[Label]:
         space = self._space
-        with catch_signals() as stop, open_alone(self._path) as store:
+        with stop_between_answers() as stop, open_alone(self._path) as store:
             space.take(self)
             self._spending = spent_before(self._source, store.values(), (self.name,))
             self._model = open_model(

@@ -1,21 +1,20 @@
-"""A request to stop, heard between two answers: what is under way is kept, and the command ends in order.
-
-Apart from the trainers' signals: there is no step to finish and no other rank to agree with.
-"""
+"""Requests to stop: the first signal is remembered and heard between two answers, or at the end of a training step."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any
 
-from alignkit.errors import Stopped
+from alignkit import console
+from alignkit.errors import SUPERVISED, Stopped
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stop:
@@ -28,23 +27,18 @@ class Stop:
     def check(self) -> None:
         """Raise Stopped when a signal came."""
         if self._number is not None:
-            raise self._stopped("everything answered is kept; the same command goes on from there")
-
-    def _stopped(self, message: str) -> Stopped:
-        assert self._number is not None
-        code = 130 if self._number == signal.SIGINT else 143
-        return Stopped(f"stopped by {self._number.name}: {message}", exit_code=code)
+            raise _stopped(self._number, "everything answered is kept; the same command goes on from there")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self._number is not None
         self._number = self._number or signal.Signals(number)
         self.event.set()
         if again:
-            raise self._stopped("at once, by a second signal; everything answered is kept")
+            raise _stopped(self._number, "at once, by a second signal; everything answered is kept")
 
     def listen(self) -> None:
         """Hear signals beside the trainer, which then says what a second one does and puts back what was there."""
-        for number in _SIGNALS:
+        for number in SIGNALS:
             if callable(handle := signal.getsignal(number)):
                 signal.signal(number, partial(self._hear, handle))
 
@@ -54,17 +48,90 @@ class Stop:
         handle(number, frame)
 
 
+class StopFlag:
+    """Remembers the first signal; a second one ends the process at once.
+
+    Not so under our supervisor: a scheduler signals it and every process, it passes the signal on, and so the same
+    request comes twice. It ends the processes itself when it is asked twice.
+    `joined` says whether all processes have met: before, a signal only waits, since one that left alone would leave the
+    others waiting for it. `training` says whether steps are running: only then is there something to save, and the loop
+    will look here.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None  # the loop sets it, too, when another rank was asked
+        self._heard = False
+        self.at_once = False  # a second one came: wherever the program was, nothing more is saved
+        self.joined = False
+        self.training = False
+        self.saved = False  # whether there is a step to go on from
+        self.at_risk: Callable[[], str] = lambda: "the last sealed checkpoint counts"  # what a second signal costs
+
+    def stopped(self, message: str) -> Stopped:
+        """Make the exception that ends the command with this signal's exit code."""
+        return _stopped(self.signal or signal.SIGTERM, message)
+
+    def not_begun(self) -> Stopped:
+        """Make the exception for a signal that came while no step was running."""
+        then = "goes on from what is saved" if self.saved else "starts again"
+        return self.stopped(f"nothing was being trained; the same command {then}")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self._heard = self._heard, True
+        # Set by another rank's signal already, or passed on by the supervisor once more: it is being done.
+        if self.signal is not None and (not again or SUPERVISED in os.environ):
+            return
+        self.signal = signal.Signals(number)
+        if again:
+            self.at_once = True
+            raise self.stopped(f"at once, by a second signal; {self.at_risk()}")
+        if self.joined and not self.training:
+            raise self.not_begun()
+        with suppress(RuntimeError):  # the signal came in the middle of another line
+            console.note(f"{self.signal.name}: stopping as soon as the step is saved; once more stops at once")
+
+
 @contextmanager
-def catch_signals() -> Iterator[Stop]:
-    """Turn the stop signals into a Stop while the block runs; outside the main thread nothing is caught."""
+def stop_between_answers() -> Iterator[Stop]:
+    """Turn the stop signals into a Stop while the block runs: what is under way is kept, and the command ends."""
     stop = Stop()
+    with _hearing(stop._handle):
+        yield stop
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[StopFlag]:
+    """Turn the stop signals into a StopFlag while the block runs.
+
+    A worker under our supervisor has had them blocked until now, and has again afterwards: one that came while it
+    started is heard now, and one that comes when all is done cannot keep it from saying how it ended.
+    """
+    flag, supervised = StopFlag(), SUPERVISED in os.environ
+    with _hearing(flag._handle):
+        try:
+            if supervised:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            yield flag
+        finally:
+            if supervised:
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+@contextmanager
+def _hearing(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let `handle` hear the stop signals, then put back what was there; outside the main thread nothing is heard."""
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
-    wanted = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores on purpose
-    before = {number: signal.signal(number, stop._handle) for number in wanted}
+    wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores on purpose
+    before = {number: signal.signal(number, handle) for number in wanted}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stopped(number: signal.Signals, message: str) -> Stopped:
+    code = 130 if number == signal.SIGINT else 143
+    return Stopped(f"stopped by {number.name}: {message}", exit_code=code)

@@ -28,6 +28,7 @@ from alignkit.runs.directory import Result, RunDir, compare_fingerprints, copy_r
 from alignkit.runs.files import put_aside, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines, describe_hardware, git_state, versions
+from alignkit.runs.stop import StopFlag, stop_between_steps
 from alignkit.train import ranks
 from alignkit.train.built import Built
 from alignkit.train.fingerprint import find_longer, fingerprint_stage, hash_data, unread
@@ -38,7 +39,6 @@ from alignkit.train.preview import preview_rows
 from alignkit.train.recorder import Recorder
 from alignkit.train.restore import find_fault
 from alignkit.train.shards import is_sharded
-from alignkit.train.signals import StopFlag, catch_signals
 
 
 def watch_for(stage: Stage) -> Watch:
@@ -60,7 +60,7 @@ def fit(
     """
     run = RunDir(run_dir)
     began = time.monotonic()
-    with catch_signals() as stop:
+    with stop_between_steps() as stop:
         pulse("joining")
         ranks.start(stage, run.path)
         _require_no_stop(stop)

@@ -33,8 +33,8 @@ from alignkit.errors import DiskError, NonFiniteError
 from alignkit.runs import checkpoints
 from alignkit.runs.files import describe_bytes, disk_failures, free_bytes
 from alignkit.runs.heartbeat import pulse
+from alignkit.runs.stop import StopFlag
 from alignkit.train import ranks, restore, shards, zero
-from alignkit.train.signals import StopFlag
 from alignkit.train.tables import EpochSampler, Rest, Stream, fill_up, go_on, grouped_order, shuffled_order
 
 _NAMES = ("drop", "jitter")  # attention_dropout, layerdrop, embd_pdrop, router_jitter_noise, ...
