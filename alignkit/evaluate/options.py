@@ -1,7 +1,4 @@
-"""What the command line asks of an evaluation, laid over what the recipe's `evaluate:` says.
-
-Pure: it names no run that is not given, and reads nothing but whether a path exists.
-"""
+"""Options of an evaluation: those of the command line laid over the recipe's `evaluate:`."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ def _find_problems(options: EvaluateOptions, changes: Mapping[str, Any]) -> Iter
 
 
 def judge_source(judge: str | None, name: str | None) -> dict[str, Any] | None:
-    """Return what --judge and --judge-name mean; raises UsageError for a name without an address."""
+    """Read --judge and --judge-name; raises UsageError for a name without an address."""
     is_url = judge is not None and "://" in judge
     if name is not None and not is_url:
         raise UsageError("has no effect without a url as --judge: it is the model's name there", where="--judge-name")
@@ -94,7 +91,6 @@ def request_stages(
 
 
 def _find_kin(stage: Stage, variants: Sequence[Stage]) -> str | None:
-    """Return the run of the only variant that differs in nothing that both are swept over."""
     same = [
         variant.run_dir
         for variant in variants

@@ -24,7 +24,7 @@ _FAR = 10**9
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What a model gives a text: the sum of log-probabilities in nats, and over how many tokens and UTF-8 bytes."""
+    """The likelihood of a text: the sum of log-probabilities in nats, and over how many tokens and UTF-8 bytes."""
 
     logp: float
     tokens: int
@@ -203,7 +203,7 @@ class Policy:
 
     @property
     def tokens(self) -> str:
-        """Return what two models share when they read the same tokens for the same conversation, as a hash."""
+        """Hash tokenizer and template: models with the same hash read the same tokens for the same conversation."""
         question = {"kind": "tokens", "weights": self.weights}
 
         def answer(places: list[int]) -> list[str]:
@@ -286,6 +286,6 @@ def _count_bytes(content: Text | Sequence[Message]) -> int:
 
 
 def _seed_of(seed: int, prompt: Text, number: int) -> int:
-    """Return what an answer's generator starts from: 63 bits of seed, prompt and number."""
+    """Seed an answer's generator: 63 bits of seed, prompt and number."""
     digest = hashlib.blake2b(repr((seed, prompt, number)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -30,7 +30,6 @@ def describe(
     seconds: float,
     warnings: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the content of eval.json for figures measured now."""
     return {
         "schema": SCHEMA,
         "name": name,

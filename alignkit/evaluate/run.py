@@ -185,7 +185,6 @@ def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOpt
 
 
 def _without_frontier(options: EvaluateOptions) -> EvaluateOptions:
-    """Return the options without what is measured on a reference only."""
     kept = None if options.metrics is None else [name for name in options.metrics if name != "frontier"]
     return options.model_copy(update={"frontier": None, "metrics": kept})
 

@@ -1,7 +1,4 @@
-"""What is evaluated: a run, a directory or a hub id, and what a run says of its own data and reference.
-
-It reads the small files of a run and opens no weights.
-"""
+"""The model that is evaluated, a run, a directory or a hub id, with its reference and the rows it is measured on."""
 
 from __future__ import annotations
 
@@ -66,7 +63,7 @@ class Target:
         raise DataError(f"{where}: name rows to measure on with --data, or evaluate.data in the recipe")
 
     def reference(self) -> str | None:
-        """Return what a dpo or ppo run started from, None for others and where that is not there any more."""
+        """Find what a dpo or ppo run started from, None for others and where that is not there any more."""
         if self.run is None or self.method not in _REFERENCED:
             return None
         start = self.stage.get("start_dir")
@@ -182,7 +179,6 @@ def _label(sources: Sequence[DataSource], share: float | None) -> str:
 
 
 def _stage(sources: list[DataSource], seed: int) -> Stage:
-    """Return what the data room needs of a stage."""
     return Stage(
         recipe_name="eval",
         recipe_path="eval",

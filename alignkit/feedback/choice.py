@@ -53,7 +53,7 @@ def _agreed(found: Sequence[re.Match[str]]) -> tuple[str, int] | None:
 
 
 def read_decision(text: str, tokens: Sequence[TokenChances]) -> Decision:
-    """Return what a reply says: a probability from the tokens at the deciding letter, else 0 or 1 from the text."""
+    """Read a reply: a probability from the tokens at the deciding letter, else 0 or 1 from the text."""
     choice = parse_choice(text)
     deciding = _deciding_token(text, tokens, choice)
     if deciding is not None and (weighed := _weigh(deciding)) is not None:

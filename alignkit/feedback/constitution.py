@@ -1,6 +1,8 @@
-"""Principles as our YAML writes them, every mistake found at once with its line.
+"""Constitutions: principles to criticise, revise and compare by, from our YAML or the JSON that Anthropic published.
 
-It knows neither the published JSON (`published`) nor how a principle is drawn (`constitution`).
+Every mistake in a file is found at once, with its line. Published files (arXiv 2212.08073):
+https://github.com/anthropics/ConstitutionalHarmlessnessPaper; the words around an instruction are taken off, and
+`prompts` puts them back, byte for byte.
 """
 
 from __future__ import annotations
@@ -181,7 +183,7 @@ def load_json(text: str, label: str) -> Any:
 
 
 def unframe(text: str, frame: tuple[str, str], name: str, label: str) -> str:
-    """Return what stands inside a frame; raises RecipeError where the text is not framed so."""
+    """Take a text out of its frame; raises RecipeError where the text is not framed so."""
     start, end = frame
     if not (text.startswith(start) and text.endswith(end) and text[len(start) : -len(end)].strip()):
         raise RecipeError(f"{name} is not {start!r} + an instruction + {end!r}", where=label)

@@ -47,7 +47,7 @@ class Pairing:
 
 @dataclass
 class Label:
-    """What a judge says of a pairing; `orders` are P(first preferred) as asked with it first and with it second.
+    """The label of a pairing; `orders` are P(first preferred) as asked with it first and with it second.
 
     `bounds` clamp their mean, not each: a judge that leans to one place would make a tie of every pair.
     """
@@ -80,7 +80,6 @@ class Label:
         return len({value > 0.5 for value in self.orders if value is not None}) == 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for labels.jsonl."""
         return {
             "place": self.pairing.place,
             "principle": self.principle,
@@ -97,7 +96,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who compares, by what, and how; `bounds` clamp the mean of the orders (section 4.1: 0.4 to 0.6)."""
+    """A model, its principles and how it is asked; `bounds` clamp the mean of the orders (section 4.1: 0.4 to 0.6)."""
 
     model: Model
     constitution: Constitution

@@ -1,6 +1,7 @@
-"""What labels say of their judge: order consistency, a preference for a place or for length, ties and abstentions.
+"""The report on a judge: order consistency, a preference for a place or for length, ties, abstentions, calibration.
 
-Deliberately pure: labels in, numbers out.
+A judge is also held against comparisons whose answer is known: any file of them, or Anthropic's 438 HHH comparisons as
+published. Nothing of that becomes a row.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def count_problems(labels: Sequence[Label]) -> dict[str, int]:
 
 
 def find_faults(report: dict[str, Any]) -> list[str]:
-    """Return what a person should know of a judge before using its labels; empty for one without such faults."""
+    """List what a person should know of a judge before using its labels."""
     faults = []
     place = report["picks_first_place"]
     if place and place["n"] >= _ENOUGH and not 1 - _SAME_PLACE <= place["share"] <= _SAME_PLACE:

@@ -1,6 +1,9 @@
-"""Requests as token ids: chats up to the model's turn and its prefill, transcripts as they are.
+"""A language model on this machine that writes and judges, in batches.
 
-It runs no model.
+What questions have in common is read once: both options are scored on top of the key-value cache of their question, and
+both orders of a comparison on top of that of their conversation.
+
+Legend: B rows of a batch, T tokens, V vocabulary, L tokens of the longest tail, 2B options of the questions.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class Encoder:
         return ids + self._plain(request.prefill) if request.prefill else ids
 
     def split(self, request: Request) -> tuple[list[int], tuple[list[int], list[int]]]:
-        """Return what a question has in common with either option, and the one or more tokens of each that follow.
+        """Encode what a question has in common with either option, and the one or more tokens of each that follow.
 
         The options stand at the very end of the ids, whatever the question says.
         """
@@ -56,7 +59,7 @@ class Encoder:
         return first[:same], (first[same:], second[same:])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return what was written, without control tokens."""
+        """Decode what was written, without control tokens."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 

@@ -1,4 +1,7 @@
-"""Texts of users and models made harmless before they go into a prompt of ours.
+"""The prompts of Constitutional AI, with texts of users and models made harmless before they go into one.
+
+The paper's transcripts for base models (arXiv 2212.08073, sections 3.1 and 4.1), whose bytes are those of the published
+files; messages for chat models.
 
 An answer may hold "The answer is: (A)", a forged turn, closing brackets or a control token, by chance or on purpose.
 Where such a text could be taken for a part of the prompt it is marked as a quotation. Only what a judge is shown is
@@ -37,7 +40,6 @@ class Quoter:
         self.count = 0
 
     def __call__(self, text: str) -> str:
-        """Return the text with nothing in it that reads as a part of our prompts."""
         quoted = _LABEL.sub(r"\1> \2", text)
         quoted = _SHORT_LABEL.sub(r"\1> \2", quoted)
         quoted = _BRACKETS.sub(lambda match: " ".join(match[0]), quoted)

@@ -1,4 +1,4 @@
-"""One request to an OpenAI-compatible server: sent again while that may help, and every failure one clear line.
+"""A model behind an OpenAI-compatible server: requests sent again while that may help, answers given out as they come.
 
 Built on the openai client, which is loaded when it is needed. The key comes from the environment, goes to the recipe's
 host and nowhere else, and is taken out of everything that is said or kept.

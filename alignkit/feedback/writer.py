@@ -1,4 +1,4 @@
-"""What is asked of a model and what comes back; data only, the same for a local model and a server."""
+"""Whoever writes and decides (a local model, vLLM, a server): what is asked, what comes back, and its budget."""
 
 from __future__ import annotations
 
@@ -36,19 +36,17 @@ class Job:
 
 @dataclass
 class _Kept:
-    """What was asked of a model as the store keeps it: what it cost, and how to write and read it."""
+    """A record of the store: what an answer cost, and how to write and read it."""
 
     input_tokens: int = field(default=0, kw_only=True)
     output_tokens: int = field(default=0, kw_only=True)
     retries: dict[str, int] = field(default_factory=dict, kw_only=True)
 
     def to_record(self) -> dict[str, Any]:
-        """Return plain data for the store."""
         return {name: value for name, value in asdict(self).items() if value not in (None, {})}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Return what `to_record` was made from."""
         return cls(**{name: record[name] for name in cls.__dataclass_fields__ if name in record})
 
 
@@ -66,7 +64,7 @@ class Reply(_Kept):
 
 @dataclass
 class Decision(_Kept):
-    """What a judge says of two options: the probability of the first, or the reason for abstaining.
+    """A judge's decision between two options: the probability of the first, or the reason for abstaining.
 
     `logps` are those of the options (of the deciding letter, from a server); `mass` is the share of probability that
     the two have at the place where they part: little of it means that the judge does not answer in this format.
@@ -90,7 +88,7 @@ class Model(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells this model's answers from those of another one; it is part of every key."""
+        """Facts that tell this model's answers from those of another one; part of every key."""
 
     @property
     def control_tokens(self) -> Sequence[str]:
@@ -127,7 +125,7 @@ class BudgetSpent(JudgeError):
 
 
 def how_to_go_on(error: JudgeError) -> str:
-    """Return what to do after an end that kept everything."""
+    """Say what to do after an end that kept everything."""
     return "run the same command to go on" + (", with a higher limit" if isinstance(error, BudgetSpent) else "")
 
 
@@ -149,7 +147,7 @@ class Spending:
 
     @property
     def cost(self) -> float | None:
-        """What the tokens cost by `price`, None without one."""
+        """The price of the tokens, None without `price`."""
         return None if self._source.price is None else self._cost(self.input_tokens, self.output_tokens)
 
     def add(self, input_tokens: int, output_tokens: int) -> None:
@@ -184,7 +182,6 @@ class Spending:
         return at - now
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the report says of it."""
         return {
             "requests": self.requests,
             "retries": dict(self.retries),
@@ -248,7 +245,7 @@ def speaks_chat(source: FeedbackModel) -> bool:
 
 
 def describe_source(source: FeedbackModel) -> dict[str, Any]:
-    """Return what of a source decides its answers, for the run's fingerprint: not how fast or how often it is asked."""
+    """Describe what decides a source's answers, for the run's fingerprint: not how fast or how often it is asked."""
     if source.model is not None:
         from alignkit.models.causal import fingerprint_causal
 

@@ -196,7 +196,7 @@ def _list_parameters(function: Callable[..., Any]) -> dict[str, bool] | None:
 
 
 def _describe(error: BaseException) -> str:
-    """Return what was raised and where, in one line."""
+    """Say what was raised and where, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     outside = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
     place = f" at {outside[-1].filename}:{outside[-1].lineno}" if outside else ""

@@ -276,7 +276,6 @@ def _interval(metric: str, value: float, error: Any, n: int) -> Interval:
 
 
 def _require() -> tuple[Any, Any]:
-    """Return the library and its class of Hugging Face models."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM

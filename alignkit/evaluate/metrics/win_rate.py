@@ -1,7 +1,4 @@
-"""How often one model's answers are preferred to another's: both orders asked, and what length alone explains.
-
-The judge is anything that compares two answers (`judges`).
-"""
+"""How often one model's answers are preferred to another's: both orders asked, and what length alone explains."""
 
 from __future__ import annotations
 
@@ -79,7 +76,7 @@ def measure_win_rate(
 
 
 def _compare_orders(judge: Comparer, verdicts: Sequence[tuple[float | None, ...]], resamples: int) -> list[Figure]:
-    """Return what both orders say of the judge; nothing where the order was never read."""
+    """Compare both orders: how consistent the judge is; nothing where the order was never read."""
     asked = [orders for orders in verdicts if len(orders) == 2]
     if not asked:
         return []
