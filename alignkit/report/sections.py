@@ -111,7 +111,8 @@ def list_data(run: Facts) -> list[Pair]:
     unit = "prompts" if run.method == "ppo" else "rows"
 
     def mean(key: str) -> str:
-        return f"{report[key]:.1f}" if report.get(key) else ""
+        value = report.get(key)
+        return f"{value:.1f}" if value and isinstance(value, int | float) else ""
 
     pairs = [
         *_list_counts(run.feedback),
