@@ -1,7 +1,6 @@
 """Write alignkit/recipe/fields.json: the configuration fields of the installed TRL as JSON Schema fragments.
 
-Run by `make snapshot`, which also writes keys.json, the same of alignkit's own keys. It copies what TRL and
-transformers say; what alignkit adds or refuses is in `fields.py`.
+Run by `make snapshot`. It copies what TRL and transformers say; what alignkit adds or refuses is in `trl_fields.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 TARGET = Path(__file__).parents[1] / "alignkit" / "recipe" / "fields.json"
-KEYS = TARGET.with_name("keys.json")  # of alignkit's own keys, read instead of building pydantic models
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", type(None): "null"}
 # Choices that TRL names in a field's help only, and values it accepts but has deprecated.
 _CHOICES_IN_HELP = ("loss_type", "f_divergence_type")
@@ -132,15 +130,6 @@ def render(snapshot: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def describe_own_keys() -> dict[str, Any]:
-    """Return what keys.json must hold: the schema of alignkit's own keys."""
-    from alignkit.recipe.schema import describe_keys
-
-    return describe_keys()
-
-
 if __name__ == "__main__":
-    KEYS.write_text(render(describe_own_keys()), encoding="utf-8")
-    print(f"wrote {KEYS}")
     TARGET.write_text(render(take_snapshot()), encoding="utf-8")
     print(f"wrote {TARGET}")

@@ -1,65 +1,204 @@
-"""Values held against a JSON Schema, with messages that name the place, the value and what is accepted."""
+"""Values held against pydantic's models and TRL's fields, with messages that name place, value and what is accepted.
+
+pydantic says what is wrong and where; its words are about Python types, so the message is made from the JSON Schema of
+the key and the node of the file: what stands there, what may stand there, what was probably meant.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alignkit.console import redact
 from alignkit.errors import Problem
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, option_fragments, recipe_fragments
+from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, Text
 from alignkit.recipe.trl_fields import CONTROLLED, ELSEWHERE, MOVED, controlled_fields, method_fields, moved_names
 from alignkit.recipe.yaml import Node, read_scalar
 
 Fragment = dict[str, Any]
+_Error = tuple[tuple[str | int, ...], str]  # where pydantic found something wrong, below a node, and its type
 
 _NAMES = {
-    "boolean": "true or false",
-    "integer": "a whole number",
-    "number": "a number",
-    "string": "text",
-    "array": "a list",
-    "object": "a mapping",
-}
+    "boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text",
+    "array": "a list", "object": "a mapping",
+}  # fmt: skip
+_TYPES: dict[str, Any] = {
+    "boolean": bool, "integer": int, "number": float, "string": Text, "object": dict[str, Any], "null": None,
+}  # fmt: skip
+# JSON Schema's name of a bound, pydantic's, and ours.
 _BOUNDS = {
-    "exclusiveMinimum": ("greater than", lambda value, bound: value > bound),
-    "minimum": ("at least", lambda value, bound: value >= bound),
-    "exclusiveMaximum": ("less than", lambda value, bound: value < bound),
-    "maximum": ("at most", lambda value, bound: value <= bound),
-}
+    "exclusiveMinimum": ("gt", "greater than"), "minimum": ("ge", "at least"),
+    "exclusiveMaximum": ("lt", "less than"), "maximum": ("le", "at most"), "minItems": ("min_length", ""),
+}  # fmt: skip
+# pydantic's errors about the kind of a value: what else may stand there is said, or another member of a union fits.
+_KIND_ERRORS = {
+    "bool_type", "int_type", "float_type", "string_type", "list_type", "dict_type", "model_type", "literal_error",
+    "none_required",
+}  # fmt: skip
 _YAML_11_BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 _MANY = 20
 
 
-def check(node: Node, fragment: Fragment, key: str, defs: Fragment) -> Iterator[Problem]:
-    """Yield every problem of a value; `key` is its dotted name and `defs` what `$ref` points into."""
-    options = [_follow(option, defs) for option in _list_options(fragment, defs)]
-    fitting = [option for option in options if _kind_fits(node.value, option)]
-    if not fitting:
-        yield Problem(_describe_wrong_kind(node, key, options, fragment), node.place)
-        return
-    attempts = [list(_check_option(node, option, key, defs, fragment)) for option in fitting]
-    yield from min(attempts, key=len)
+def check_section(
+    model: type[BaseModel], values: Mapping[str, Node], say: Callable[[str], str] = str
+) -> dict[str, list[Problem]]:
+    """Return the problems of the keys of a model by key; `say` is what messages call a key.
+
+    Keys that the model does not have, and those that it misses, are for the caller to judge.
+    """
+    try:
+        model.model_validate({key: node.plain() for key, node in values.items() if key in model.model_fields})
+    except ValidationError as error:
+        errors: dict[str, list[_Error]] = {}
+        for (key, *below), kind in _list_errors(error):
+            errors.setdefault(str(key), []).append((tuple(below), kind))
+        schema = _schema(model)
+        return {
+            key: list(_explain(values[key], schema["properties"][key], schema.get("$defs", {}), say(key), found))
+            for key, found in errors.items()
+            if key in values
+        }
+    return {}
 
 
-def check_mapping(node: Node, fragment: Fragment, key: str, defs: Fragment) -> Iterator[Problem]:
-    """Yield the problems of a mapping's entries, unknown and missing keys included."""
-    properties: Fragment = fragment.get("properties", {})
-    others = fragment.get("additionalProperties", True)
-    for name, child in node.value.items():
-        if name in properties:
-            yield from check(child, properties[name], f"{key}.{name}", defs)
-        elif isinstance(others, dict):
-            yield from check(child, others, f"{key}.{name}", defs)
-        elif not others:
-            yield Problem(describe_unknown(name, key, properties), child.place)
-    for name in fragment.get("required", ()):
-        if name not in node.value:
-            yield Problem(f"{key}.{name} is missing; {quote_help(properties[name])}", node.place)
+def check_field(node: Node, method: str, name: str, key: str) -> list[Problem]:
+    """Return the problems of a value of one of TRL's fields, which messages call `key`."""
+    try:
+        _adapter(method, name).validate_python(node.plain())
+    except ValidationError as error:
+        return list(_explain(node, method_fields(method)[name], {}, key, _list_errors(error)))
+    return []
+
+
+@cache
+def _schema(model: type[BaseModel]) -> Fragment:
+    return model.model_json_schema()
+
+
+@cache
+def _adapter(method: str, name: str) -> TypeAdapter[Any]:
+    config = ConfigDict(strict=True, allow_inf_nan=False)
+    return TypeAdapter(_make_type(method_fields(method)[name]), config=config)
+
+
+def _make_type(fragment: Fragment) -> Any:
+    """Return the type that a fragment of `fields.json` describes."""
+    if "anyOf" in fragment:
+        return Union[tuple(_make_type(option) for option in fragment["anyOf"])]  # noqa: UP007 - of a tuple
+    if "enum" in fragment:
+        return Literal[tuple(fragment["enum"])]
+    made = list[_make_type(fragment["items"])] if fragment["type"] == "array" else _TYPES[fragment["type"]]  # type: ignore[misc]
+    bounds = {ours: fragment[name] for name, (ours, _) in _BOUNDS.items() if name in fragment}
+    return Annotated[made, Field(**bounds)] if bounds else made
+
+
+def _list_errors(error: ValidationError) -> list[_Error]:
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return [(problem["loc"], problem["type"]) for problem in found]
+
+
+def _explain(node: Node, fragment: Fragment, defs: Fragment, key: str, errors: list[_Error]) -> Iterator[Problem]:
+    """Yield a message for each thing that pydantic found wrong with a value or below it.
+
+    pydantic names the member of a union in the path of an error, and a position or key where the schema wraps a value
+    (one source in a list, its path in a mapping); neither is in the file.
+    """
+    options = [_follow(option, defs) for option in _follow(fragment, defs).get("anyOf", [fragment])]
+    below: dict[str | int, list[_Error]] = {}
+    members: dict[str | int, list[_Error]] = {}
+    for loc, kind in errors:
+        if not loc or (len(loc) == 1 and kind in ("extra_forbidden", "missing")):
+            yield Problem(*_describe(node, fragment, options, key, kind, str(loc[0]) if loc else ""))
+        elif isinstance(node.value, list) if isinstance(loc[0], int) else _has(node, loc[0]):
+            below.setdefault(loc[0], []).append((loc[1:], kind))
+        else:
+            members.setdefault(loc[0], []).append((loc[1:], kind))
+    for part, found in below.items():
+        child = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}"
+        yield from _explain(node.value[part], _find_part(options, part), defs, child, found)
+    if members:
+        fitting = [found for found in members.values() if not any(_misfits(node, options, *error) for error in found)]
+        if fitting:
+            yield from _explain(node, fragment, defs, key, min(fitting, key=len))
+        else:
+            yield Problem(_describe_wrong_kind(node, key, options, fragment), node.place)
+
+
+def _has(node: Node, key: str | int) -> bool:
+    return isinstance(node.value, dict) and key in node.value
+
+
+def _misfits(node: Node, options: list[Fragment], loc: tuple[str | int, ...], kind: str) -> bool:
+    """Tell whether a value is not of the kind that a member of a union takes."""
+    wrapped = not isinstance(node.value, list) and all(isinstance(part, int) for part in loc)
+    return kind in _KIND_ERRORS and (not loc or wrapped) and (kind != "literal_error" or not _is_choice(node, options))
+
+
+def _is_choice(node: Node, options: list[Fragment]) -> bool:
+    """Tell whether a value is a wrong word where one of several is expected, and nothing of another kind."""
+    return any(_choices(option) and _kind_fits(node.value, option) for option in options)
+
+
+def _find_part(options: list[Fragment], part: str | int) -> Fragment:
+    """Return what may stand at a position of a list or under a key of a mapping."""
+    for option in options:
+        found = option.get("items") if isinstance(part, int) else option.get("properties", {}).get(part)
+        found = found or (option.get("additionalProperties") if isinstance(part, str) else None)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _describe(
+    node: Node, fragment: Fragment, options: list[Fragment], key: str, kind: str, name: str
+) -> tuple[str, str]:
+    """Return what is wrong with a value, or with the entry `name` of it, and its place."""
+    found = f"{show_key(key)} is {show(node)}"
+    option = next((option for option in options if _kind_fits(node.value, option)), fragment)
+    match kind:
+        case "extra_forbidden":
+            return _describe_moved(name, key) or describe_unknown(name, key, option["properties"]), node.value[
+                name
+            ].place
+        case "missing":
+            return f"{key}.{name} is missing; {quote_help(option['properties'][name].get('description'))}", node.place
+        case "blank":
+            return f"{show_key(key)} is empty text", node.place
+        case "finite_number":
+            return f"{found}; it must be a finite number{_typical(fragment)}", node.place
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            return f"{found}; it must be {_name_bounds(option)}{_typical(fragment)}", node.place
+        case "string_pattern_mismatch":
+            is_name = "._-]" in option["pattern"]
+            rule = "use letters, digits, '.', '_' and '-' only" if is_name else quote_help(fragment.get("description"))
+            return f"{found}; {rule}", node.place
+        case "too_short" if not node.value:
+            return f"{show_key(key)} is an empty list; give at least one entry", node.place
+        case "too_short" | "too_long":
+            bounds = [f"{words} {option[name]}" for name, words in _LENGTHS.items() if name in option]
+            return f"{found}; it must have {' and '.join(bounds)} entries", node.place
+        case "literal_error" if _is_choice(node, options):
+            choices = [choice for option in options for choice in _choices(option)]
+            choices += [True, False] if any(option.get("type") == "boolean" for option in options) else []
+            return f"{found}; {_describe_choices(node.value, choices)}", node.place
+    return _describe_wrong_kind(node, key, options, fragment), node.place
+
+
+_LENGTHS = {"minItems": "at least", "maxItems": "at most"}
+
+
+def _describe_moved(name: str, section: str) -> str | None:
+    """Say what an old key, or one of another tool, is called now; None when it is not one of them."""
+    if name == "trust_remote_code":
+        return f"{section}.{name}: {CONTROLLED[name]}"
+    return f"{section}.{name} is not a key of {section}: {MOVED[name]}" if name in MOVED else None
 
 
 def describe_unknown(name: str, section: str, accepted: Iterable[str]) -> str:
@@ -93,12 +232,6 @@ def show_key(key: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _list_options(fragment: Fragment, defs: Fragment) -> list[Fragment]:
-    fragment = _follow(fragment, defs)
-    options: list[Fragment] = fragment.get("anyOf", [fragment])
-    return options
-
-
 def _follow(fragment: Fragment, defs: Fragment) -> Fragment:
     reference = fragment.get("$ref")
     return defs[reference.removeprefix("#/$defs/")] if reference else fragment
@@ -125,39 +258,6 @@ def _choices(option: Fragment) -> list[Any]:
     return [option["const"]] if "const" in option else list(option.get("enum", ()))
 
 
-def _check_option(node: Node, option: Fragment, key: str, defs: Fragment, whole: Fragment) -> Iterator[Problem]:
-    """Yield the problems of a value that has the kind of this option."""
-    value = node.value
-    found = f"{show_key(key)} is {show(node)}"
-    choices = _choices(option)
-    if choices and value not in choices:
-        if any(other.get("type") == "boolean" for other in whole.get("anyOf", ())):
-            choices = [*choices, True, False]
-        yield Problem(f"{found}; {_describe_choices(value, choices)}", node.place)
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield Problem(f"{found}; it must be a finite number{_typical(whole)}", node.place)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        bounds = [(words, bound) for name, (words, _) in _BOUNDS.items() if (bound := option.get(name)) is not None]
-        if not all(holds(value, option[name]) for name, (_, holds) in _BOUNDS.items() if name in option):
-            accepted = " and ".join(f"{words} {bound}" for words, bound in bounds)
-            yield Problem(f"{found}; it must be {accepted}{_typical(whole)}", node.place)
-    elif isinstance(value, str):
-        # fullmatch: in Python, unlike in pydantic, `$` alone would also stand before a newline at the end.
-        if "pattern" in option and not re.fullmatch(option["pattern"], value):
-            is_name = "._-]" in option["pattern"]
-            rule = "use letters, digits, '.', '_' and '-' only" if is_name else quote_help(whole)
-            yield Problem(f"{found}; {rule}", node.place)
-        elif not value.strip() and not choices and str(whole.get("default") or "-").strip():  # `separator` may be blank
-            yield Problem(f"{show_key(key)} is empty text", node.place)
-    elif isinstance(value, dict):
-        yield from check_mapping(node, option, key, defs)
-    elif isinstance(value, list):
-        if len(value) < option.get("minItems", 0):
-            yield Problem(f"{show_key(key)} is an empty list; give at least one entry", node.place)
-        for position, item in enumerate(value):
-            yield from check(item, option.get("items", {}), f"{key}[{position}]", defs)
-
-
 def _describe_choices(value: Any, choices: list[Any]) -> str:
     words = [json.dumps(choice) if not isinstance(choice, str) else choice for choice in choices]
     hint = suggest(value, words) if isinstance(value, str) else ""
@@ -178,10 +278,12 @@ def _name_option(option: Fragment) -> str:
     if choices:
         words = [json.dumps(choice) if not isinstance(choice, str) else choice for choice in choices]
         return words[0] if len(words) == 1 else "one of " + ", ".join(words[:_MANY])
-    name = _NAMES[option["type"]]
-    bounds = [f"{words} {option[bound]}" for bound, (words, _) in _BOUNDS.items() if bound in option]
-    joined = " and ".join(bounds)
-    return f"{name} of {joined}" if joined.startswith("at ") else f"{name} {joined}".rstrip()
+    name, bounds = _NAMES[option["type"]], _name_bounds(option)
+    return f"{name} of {bounds}" if bounds.startswith("at ") else f"{name} {bounds}".rstrip()
+
+
+def _name_bounds(option: Fragment) -> str:
+    return " and ".join(f"{words} {option[name]}" for name, (_, words) in _BOUNDS.items() if words and name in option)
 
 
 def _hint(node: Node, options: list[Fragment]) -> str:
@@ -207,15 +309,15 @@ def _typical(fragment: Fragment) -> str:
     return f" (typical: {fragment['typical']})" if "typical" in fragment else ""
 
 
-def quote_help(fragment: Fragment) -> str:
-    """Return the description of a key as the end of a sentence."""
-    text: str = fragment.get("description", "give it a value")
+def quote_help(description: str | None) -> str:
+    """Turn the description of a key into the end of a sentence."""
+    text = description or "give it a value"
     return text[:1].lower() + text[1:].rstrip(".")
 
 
 def describe_unknown_top(name: str, *, is_mapping: bool) -> str:
     """Say that a recipe has no such key at its top level, and where it belongs."""
-    known, sections = recipe_fragments()["properties"], [*OPTIONS, RLAIF]
+    known, sections = RecipeOptions.model_fields, [*OPTIONS, RLAIF]
     if name == "trust_remote_code":
         return f"{name}: {CONTROLLED[name]}"
     if name == "extends":
@@ -239,7 +341,7 @@ def describe_unknown_in_stage(key: str, *, stage: str, method: str, accepted: li
     refused, moved = controlled_fields(method), moved_names(method)
     if key in refused:
         return f"{where} cannot be set: {refused[key]}"
-    if key in recipe_fragments()["properties"] and key not in option_fragments("sft")["properties"]:
+    if key in RecipeOptions.model_fields and key not in OPTIONS["sft"].model_fields:
         return f"{where} is not a key of a stage; {key} belongs at the top level of the recipe"
     if key in moved:
         return f"{where} is not a key of a stage: {moved[key]}"
@@ -251,20 +353,10 @@ def describe_unknown_in_stage(key: str, *, stage: str, method: str, accepted: li
 
 def _find_section(key: str) -> str | None:
     """Return where a key would be right: "a dpo stage", "model:", "lora:"."""
-    methods = [name for name in OPTIONS if key in method_fields(name) or key in option_fragments(name)["properties"]]
+    methods = [name for name, options in OPTIONS.items() if key in method_fields(name) or key in options.model_fields]
     if methods and key != "method":
         return f"a stage, such as {methods[0]}" if len(methods) > 2 else f"the {' or '.join(methods)} stage"
     for section, model in (("model:", ModelOptions), ("lora:", LoraOptions)):
         if key in model.model_fields and key not in ("path", "config"):
             return section
     return None
-
-
-def explain_moved(problem: Problem) -> Problem:
-    """Give the new name of an old key instead of the nearest spelling."""
-    match = re.match(r"(\w+)\.(\w+) is not a key of \w+(?=[;\[.])", problem.what)
-    name = match[2] if match else ""
-    if name == "trust_remote_code":
-        return Problem(f"{match[1] if match else ''}.{name}: {CONTROLLED[name]}", problem.where)
-    moved = MOVED.get(name)
-    return Problem(f"{match[0]}: {moved}", problem.where) if match and moved else problem

@@ -9,18 +9,18 @@ import copy
 from typing import Any
 
 from alignkit.recipe.rlaif import STEPS
-from alignkit.recipe.schema import OPTIONS, RLAIF, RlaifOptions, option_fragments, recipe_fragments
+from alignkit.recipe.schema import OPTIONS, RLAIF, RecipeOptions, RlaifOptions
 from alignkit.recipe.trl_fields import Fragment, method_fields
 
 
 def recipe_schema() -> dict[str, Any]:
     """Return a draft 2020-12 JSON Schema: sections named after a method, and any other name with `method:`."""
-    top = copy.deepcopy(recipe_fragments())
+    top = RecipeOptions.model_json_schema()
     defs: Fragment = top.pop("$defs")
     defs["ModelOptions"]["type"] = ["object", "string"]  # a text is its path
     stages: Fragment = {}
     for method in OPTIONS:
-        fragments = copy.deepcopy(option_fragments(method))
+        fragments = OPTIONS[method].model_json_schema()
         defs |= fragments.pop("$defs", {})
         fields = copy.deepcopy(method_fields(method))
         properties = {**fragments["properties"], **fields}
@@ -56,7 +56,7 @@ def recipe_schema() -> dict[str, Any]:
 
 def _describe_rlaif(defs: Fragment) -> Fragment:
     """Return the fragment of an rlaif section, whose steps take the keys of their stages."""
-    fragments = copy.deepcopy(option_fragments(RLAIF))
+    fragments = RlaifOptions.model_json_schema()
     defs |= fragments.pop("$defs", {})
     properties = fragments["properties"]
     properties["method"] = {"const": RLAIF, "description": "This section is an rlaif section."}

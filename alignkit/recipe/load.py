@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import Problem, RecipeError
-from alignkit.recipe.check import check, describe_unknown_in_stage, explain_moved, quote_help, show
+from alignkit.recipe.check import check_field, check_section, describe_unknown_in_stage, quote_help, show
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.references import REWARD_KEYS, SOURCE_KEYS, check_evaluated, check_references, resolve_paths
 from alignkit.recipe.rlaif import Group, split_group
 from alignkit.recipe.rules import audit_evaluation, audit_recipe, audit_stage
-from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, RecipeOptions, option_fragments, recipe_fragments
+from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, RecipeOptions, RlaifOptions
 from alignkit.recipe.sections import METHODS, Section, StageTree, describe_not_a_stage, find_inherited, read_method
 from alignkit.recipe.stage import Recipe, StageSection
 from alignkit.recipe.sweep import SWEEP, Sweep, Variant, read_axes, spread
@@ -79,7 +79,7 @@ class _Build:
 
     def split(self) -> None:
         """Tell stage sections from the recipe's own keys; report keys that are neither."""
-        known = recipe_fragments()["properties"]
+        known = RecipeOptions.model_fields
         taken = self.tree.value.keys()
         for name, node in self.tree.value.items():
             if name in known:
@@ -104,66 +104,55 @@ class _Build:
         return swept
 
     def check_top(self, top: Node) -> None:
-        fragments = recipe_fragments()
-        for name, fragment in fragments["properties"].items():
-            if name in top.value and name != SWEEP:
-                node = top.value[name]
-                if name == "lora" and node.value is None:
-                    found = [Problem("lora is empty; write {} for its defaults, or take the key out", node.place)]
-                else:
-                    found = [explain_moved(problem) for problem in check(node, fragment, name, fragments["$defs"])]
-                self.problems += found
-                if found:
-                    self.broken.add(name)
+        found = check_section(RecipeOptions, {key: node for key, node in top.value.items() if key != SWEEP})
+        if (lora := top.value.get("lora")) is not None and lora.value is None:
+            found["lora"] = [Problem("lora is empty; write {} for its defaults, or take the key out", lora.place)]
         if "model" not in top.value:
-            self.problems.append(Problem("model is missing; add `model: {path: ...}`", top.place))
-            self.broken.add("model")
+            found["model"] = [Problem("model is missing; add `model: {path: ...}`", top.place)]
+        for key, problems in found.items():
+            self.problems += problems
+            self.broken.add(key)
 
     def check_group(self, group: Group, top: Node) -> None:
         """Check the keys of an rlaif section itself; those of its steps are checked with their stages."""
-        fragments = option_fragments(RLAIF)
-        own = fragments["properties"]
+        own = RlaifOptions.model_fields
+        found = check_section(RlaifOptions, group.node.value, lambda key: f"{group.name}.{key}")
+        required = {key for key, field in own.items() if field.is_required()}
+        for key in sorted(group.find_missing(required - find_inherited(top, RLAIF).keys())):
+            what = f"{group.name}.{key} is missing; {quote_help(own[key].description)}"
+            found[key] = [Problem(what, group.node.place)]
+        for key, problems in found.items():
+            self.problems += problems
+            group.mark_broken(key)
         for key, node in group.node.value.items():
             if key not in own:
-                accepted = [*own]
-                what = describe_unknown_in_stage(key, stage=group.name, method=RLAIF, accepted=accepted)
+                what = describe_unknown_in_stage(key, stage=group.name, method=RLAIF, accepted=[*own])
                 self.problems.append(Problem(what, node.place))
-            else:
-                found = list(check(node, own[key], f"{group.name}.{key}", fragments["$defs"]))
-                self.problems += found
-                if found:
-                    group.mark_broken(key)
-        inherited = find_inherited(top, RLAIF)
-        for key in sorted(group.find_missing({*fragments["required"]} - inherited.keys())):
-            self.problems.append(Problem(f"{group.name}.{key} is missing; {quote_help(own[key])}", group.node.place))
-            group.mark_broken(key)
         for key, what in group.find_unused():
             self.problems.append(Problem(f"{group.name}.{key} {what}", group.place(key)))
 
     def check_stage(self, stage: StageTree) -> None:
-        fragments = option_fragments(stage.method)
-        own, fields = fragments["properties"], method_fields(stage.method)
+        own, fields = OPTIONS[stage.method].model_fields, method_fields(stage.method)
+        found = check_section(OPTIONS[stage.method], stage.node.value, stage.say)
         for key, node in stage.node.value.items():
-            if key in own:
-                found = list(check(node, own[key], stage.say(key), fragments.get("$defs", {})))
-            elif key in fields:
-                found = list(check(node, fields[key], stage.say(key), {}))
-            else:
+            if key in fields:
+                found[key] = check_field(node, stage.method, key, stage.say(key))
+            elif key not in own:
                 accepted = [*own, *fields]
                 what = describe_unknown_in_stage(key, stage=stage.label, method=stage.method, accepted=accepted)
-                found = [Problem(what, node.place)]
-            self.problems += found
-            if found:
-                stage.broken.add(key)
+                found[key] = [Problem(what, node.place)]
         given = {*stage.node.value, *find_inherited(stage.top, stage.method), *stage.broken}
-        if stage.needs_data and "data" not in given:
-            work = "work" if stage.method in FEEDBACK else "train"
-            help_text = f"add the rows to {work} on, here or as the recipe's own `data:`"
-            self.problems.append(Problem(f"{stage.say('data')} is missing; {help_text}", stage.node.place))
-            stage.broken.add("data")
-        for key in sorted({*fragments.get("required", ())} - {"data", "method", *stage.node.value, *stage.broken}):
-            self.problems.append(Problem(f"{stage.say(key)} is missing; {quote_help(own[key])}", stage.node.place))
-            stage.broken.add(key)
+        missing = {key for key, field in own.items() if field.is_required() and key != "data"}
+        for key in [*(["data"] if stage.needs_data else []), *sorted(missing)]:
+            if key not in given:
+                work = "work" if stage.method in FEEDBACK else "train"
+                rows = f"add the rows to {work} on, here or as the recipe's own `data:`"
+                what = f"{stage.say(key)} is missing; {rows if key == 'data' else quote_help(own[key].description)}"
+                found[key] = [Problem(what, stage.node.place)]
+        for key, problems in found.items():
+            self.problems += problems
+            if problems:
+                stage.broken.add(key)
 
     def check_references(self, swept: Sweep) -> None:
         """Check that whatever names a stage names one that is there, and that nothing goes in circles."""

@@ -6,12 +6,11 @@ that looks at files, models or devices.
 
 from __future__ import annotations
 
-import json
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Method = Literal["sft", "rm", "dpo", "ppo", "critique", "label"]
 FEEDBACK = ("critique", "label")  # these make rows; they train nothing
@@ -25,16 +24,25 @@ BUILTIN_CONSTITUTIONS = tuple(
 BUILTIN_REWARD = "builtin:true-reward"  # the toy world's own sentiment, as a reward or as gold
 
 
+def _require_text(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError("blank", "is empty text")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_require_text)]
+
+
 class _Section(BaseModel):
-    # Built when a value is first validated: a recipe with a mistake never gets that far.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, defer_build=True)
+    # Strict: 16.0 is no whole number, "10" and true are no numbers. Built when a value is first validated.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class ModelOptions(_Section):
-    path: str = Field(
+    path: Text = Field(
         description="Base model: hub id, local directory, builtin:tiny-gpt2 or builtin:tiny-llama.",
     )
-    revision: str | None = Field(None, description="Commit or tag of a hub id; a hub id is pinned by it.")
+    revision: Text | None = Field(None, description="Commit or tag of a hub id; a hub id is pinned by it.")
     init: Literal["pretrained", "scratch"] = Field(
         "pretrained",
         description="scratch: random weights from the model's config (GPT-1's first step), seeded by `seed`.",
@@ -43,7 +51,9 @@ class ModelOptions(_Section):
         default_factory=dict,
         description="Overrides of the model config for init: scratch, such as {n_layer: 4, n_embd: 128}.",
     )
-    tokenizer: str | None = Field(None, description="Directory or hub id of the tokenizer; the model's own if omitted.")
+    tokenizer: Text | None = Field(
+        None, description="Directory or hub id of the tokenizer; the model's own if omitted."
+    )
     quantization: Literal["none", "int8", "nf4", "fp4"] = Field(
         "none", description="Base weights through bitsandbytes; anything but none needs `lora:`."
     )
@@ -58,7 +68,7 @@ class ModelOptions(_Section):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = Field(
         None, description="Attention kernel; omitted: what transformers picks."
     )
-    chat_template: str | None = Field(
+    chat_template: Text | None = Field(
         None,
         description="chatml, llama3, zephyr, plain, a .jinja file, or the name of one of the tokenizer's several; "
         "omitted: the tokenizer's own (of several: `default`).",
@@ -74,12 +84,12 @@ class LoraOptions(_Section):
     r: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="Rank of the adapter.")
     alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scale: the update is multiplied by alpha / r.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapter's input.")
-    target_modules: str | list[str] = Field(
+    target_modules: Text | list[Text] = Field(
         "all-linear", description="all-linear (every linear layer but the head, as QLoRA) or module names."
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (arXiv 2312.03732).")
     use_dora: bool = Field(False, description="Weight-decomposed adapters (arXiv 2402.09353).")
-    modules_to_save: list[str] = Field(
+    modules_to_save: list[Text] = Field(
         default_factory=list, description="Modules trained in full and saved with the adapter."
     )
 
@@ -165,16 +175,16 @@ class LaunchOptions(_Section):
 
 
 class DataSource(_Section):
-    path: str = Field(description="A file, a pattern such as data/*.jsonl, a directory, a hub id, or builtin:NAME.")
-    name: str | None = Field(None, description="Configuration name of a hub data set.")
-    data_dir: str | None = Field(None, description="Directory within a hub data set or a local directory.")
-    split: str = Field("train", description="Split of a data set; slices as datasets has them: train[:10%], a+b.")
-    revision: str | None = Field(None, description="Commit or tag of a hub data set.")
+    path: Text = Field(description="A file, a pattern such as data/*.jsonl, a directory, a hub id, or builtin:NAME.")
+    name: Text | None = Field(None, description="Configuration name of a hub data set.")
+    data_dir: Text | None = Field(None, description="Directory within a hub data set or a local directory.")
+    split: Text = Field("train", description="Split of a data set; slices as datasets has them: train[:10%], a+b.")
+    revision: Text | None = Field(None, description="Commit or tag of a hub data set.")
     format: Literal[
         "auto", "trl", "openai", "sharegpt", "alpaca", "hh", "ultrafeedback", "ranked", "choice", "text", "segments",
         "tokens",
     ] = Field("auto", description="Row format; auto looks at every row.")  # fmt: skip
-    columns: dict[str, str | None] = Field(
+    columns: dict[str, Text | None] = Field(
         default_factory=dict,
         description="Renames: our name on the left, the file's column on the right; null leaves ours out.",
     )
@@ -197,17 +207,19 @@ class DataSource(_Section):
     max_rows: Annotated[int, Field(ge=1)] | None = Field(None, description="Take only the first rows of the source.")
 
 
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _list_sources(value: Any) -> Any:
-    """Turn a path, a source or a list that mixes them into a list of sources; leave anything else as it is."""
-    items = value if isinstance(value, list) else [value]
-    if any(not isinstance(item, (str, dict)) for item in items):
-        return value
-    return [{"path": item} if isinstance(item, str) else item for item in items]
+    """Turn a path, a source or a list that mixes them into a list of sources."""
+    return [{"path": item} if isinstance(item, str) else item for item in _as_list(value)]
 
 
 # A path or a source where one is enough, a list where there are more.
 Sources = Annotated[
     list[DataSource],
+    Field(min_length=1),
     BeforeValidator(
         _list_sources,
         json_schema_input_type=str | DataSource | Annotated[list[str | DataSource], Field(min_length=1)],
@@ -216,7 +228,7 @@ Sources = Annotated[
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-Texts = str | Annotated[list[str], Field(min_length=1)]
+Texts = Text | Annotated[list[Text], Field(min_length=1)]
 
 
 class Price(_Section):
@@ -227,15 +239,15 @@ class Price(_Section):
 class FeedbackModel(_Section):
     """What answers, criticises or judges; exactly one of `model`, `url` and `replay` is given."""
 
-    model: str | None = Field(
+    model: Text | None = Field(
         None,
         description="A stage of this recipe, a run, a model or adapter directory, or a hub id, run on this machine.",
     )
     engine: Literal["transformers", "vllm"] = Field("transformers", description="What runs `model`.")
-    url: str | None = Field(
+    url: Text | None = Field(
         None, description="Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."
     )
-    name: str | None = Field(None, description="The model's name at the server.")
+    name: Text | None = Field(None, description="The model's name at the server.")
     api: Literal["chat", "completions"] = Field(
         "chat", description="chat sends messages; completions sends plain text, which base models need."
     )
@@ -263,7 +275,7 @@ class FeedbackModel(_Section):
         None, description="Cost after which the stage stops and keeps what it has; needs price."
     )
     price: Price | None = Field(None, description="What tokens cost: {input, output}, per million.")
-    replay: str | None = Field(None, description="A file of labels that are published already (a judge only).")
+    replay: Text | None = Field(None, description="A file of labels that are published already (a judge only).")
 
 
 def _name_model(value: Any) -> Any:
@@ -272,7 +284,7 @@ def _name_model(value: Any) -> Any:
 
 
 # A name where that is all there is to say.
-Feedback = Annotated[FeedbackModel, BeforeValidator(_name_model, json_schema_input_type=str | FeedbackModel)]
+Feedback = Annotated[FeedbackModel, BeforeValidator(_name_model, json_schema_input_type=Text | FeedbackModel)]
 
 
 class SampleOptions(_Section):
@@ -283,12 +295,12 @@ class SampleOptions(_Section):
 class RewardSource(_Section):
     """One reward, or one part of a weighted sum; exactly one of `model`, `function` and `judge` is given."""
 
-    model: str | None = Field(
+    model: Text | None = Field(
         None,
         description="An rm stage of this recipe, or a run, a directory or a hub id of a sequence classifier: its logit "
         "with one label, the log-odds of the second with two; builtin:true-reward is the toy world's own.",
     )
-    function: str | None = Field(
+    function: Text | None = Field(
         None,
         description="pkg.module:name, called as name(prompts, completions, **columns) -> list[float], columns of the "
         "data included; needs --trust-code.",
@@ -306,16 +318,14 @@ REWARD_KINDS = tuple(key for key in RewardSource.model_fields if key not in ("co
 
 
 def _list_rewards(value: Any) -> Any:
-    """Turn a name, a reward or a list that mixes them into a list of rewards; leave anything else as it is."""
-    items = value if isinstance(value, list) else [value]
-    if any(not isinstance(item, (str, dict, RewardSource)) for item in items):
-        return value
-    return [{"model": item} if isinstance(item, str) else item for item in items]
+    """Turn a name, a reward or a list that mixes them into a list of rewards."""
+    return [{"model": item} if isinstance(item, str) else item for item in _as_list(value)]
 
 
 # A name or a reward where one is enough, a list where several are summed.
 Rewards = Annotated[
     list[RewardSource],
+    Field(min_length=1),
     BeforeValidator(
         _list_rewards,
         json_schema_input_type=str | RewardSource | Annotated[list[str | RewardSource], Field(min_length=1)],
@@ -331,7 +341,7 @@ class MissingEos(_Section):
 
 
 class Truncate(_Section):
-    token: str = Field(description="The text whose token ends an answer for the reward, such as a full stop.")
+    token: Text = Field(description="The text whose token ends an answer for the reward, such as a full stop.")
     after: Annotated[int, Field(ge=0)] = Field(
         16, description="Tokens of an answer before the first one that can end it (Ziegler 2019: 16)."
     )
@@ -355,7 +365,7 @@ class GenerationOptions(_Section):
     mode: Literal["colocate", "server"] = Field(
         "colocate", description="vLLM on the training devices, or as a server of its own (`trl vllm-serve`)."
     )
-    url: str | None = Field(None, description="Address of the vLLM server, such as http://127.0.0.1:8000.")
+    url: Text | None = Field(None, description="Address of the vLLM server, such as http://127.0.0.1:8000.")
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.3, description="Share of a device's memory for a colocated vLLM."
     )
@@ -367,7 +377,7 @@ class StageOptions(_Section):
     method: Method = Field(
         description="What the stage does; its name says it when it is sft, rm, dpo, ppo, critique or label."
     )
-    start_from: str | None = Field(
+    start_from: Text | None = Field(
         None, description="A stage of this recipe, a run directory, a model or adapter directory; omitted: model.path."
     )
     data: Sources = Field(
@@ -554,11 +564,7 @@ class Helpful(_Section):
     samples: Annotated[int, Field(ge=1, le=64)] = Field(2, description="Answers to each prompt (the paper: 2).")
 
 
-def _list_texts(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-_Files = Annotated[list[str], Field(min_length=1), BeforeValidator(_list_texts, json_schema_input_type=Texts)]
+_Files = Annotated[list[Text], Field(min_length=1), BeforeValidator(_as_list, json_schema_input_type=Texts)]
 
 
 class CritiqueOptions(StageOptions):
@@ -630,7 +636,7 @@ class RlaifOptions(_Section):
     """Reinforcement learning from AI feedback: one section that stands for several stages."""
 
     method: Literal["rlaif"] = "rlaif"
-    start_from: str | None = Field(
+    start_from: Text | None = Field(
         None, description="The helpful model to begin with: a stage, a run or a directory; omitted: model.path."
     )
     constitution: Texts = Field(description=_CONSTITUTION)
@@ -700,15 +706,15 @@ class EvaluateOptions(_Section):
     metrics: Annotated[list[Metric], Field(min_length=1)] | None = Field(
         None, description="Which groups of metrics; omitted: all that model, data and the keys below allow."
     )
-    reference: str | None = Field(
+    reference: Text | None = Field(
         None, description="Reference of KL and implicit reward; omitted: what a dpo or ppo stage started from."
     )
-    reward: str | None = Field(
+    reward: Text | None = Field(
         None,
         description="Scores answers: an rm stage, a run, a classifier, pkg.module:function, or builtin:true-reward; "
         "omitted: true reward on builtin data.",
     )
-    against: str | None = Field(None, description="The other side of a win rate: a stage, a run, a model.")
+    against: Text | None = Field(None, description="The other side of a win rate: a stage, a run, a model.")
     judge: Feedback | None = Field(
         None,
         description="Decides the win rate: with `constitution` a language model, asked in both orders, else named like "
@@ -723,7 +729,7 @@ class EvaluateOptions(_Section):
     frontier: FrontierOptions | None = Field(
         None, description="Measure the optimum of reward against KL, on the stage that others are held near."
     )
-    tasks: list[str] = Field(
+    tasks: list[Text] = Field(
         default_factory=list, description="Few-shot tasks: JSONL of {context, completion}, or lm_eval:TASK."
     )
     shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
@@ -752,7 +758,7 @@ class RecipeOptions(_Section):
     launch: LaunchOptions = Field(default_factory=LaunchOptions, description="Where it runs.")
     data: Sources | None = Field(None, description="Training rows of every stage that gives none of its own.")
     eval: Share | Sources | None = Field(None, description="Held-out rows of every stage that gives none of its own.")
-    stages: Annotated[list[str], Field(min_length=1)] | None = Field(
+    stages: Annotated[list[Text], Field(min_length=1)] | None = Field(
         None, description="Order of the stages; as written if omitted."
     )
     sweep: dict[str, list[Any] | dict[str, Any] | None] | None = Field(
@@ -760,28 +766,3 @@ class RecipeOptions(_Section):
         description="One run per value: dotted keys of stages, or seed, model, lora, data and eval, each with a list.",
     )
     evaluate: EvaluateOptions = Field(default_factory=EvaluateOptions, description="What `alignkit eval` measures.")
-
-
-def describe_keys() -> dict[str, Any]:
-    """Return the JSON Schema of the top level ("recipe"), each method's own keys and "rlaif", made from the models."""
-    sections: dict[str, type[BaseModel]] = {"recipe": RecipeOptions, **OPTIONS, "rlaif": RlaifOptions}
-    return {name: options.model_json_schema() for name, options in sections.items()}
-
-
-@cache
-def _keys() -> dict[str, Any]:
-    """Return `describe_keys()` as `make snapshot` wrote it: reading is faster than making, and a test compares."""
-    keys: dict[str, Any] = json.loads(Path(__file__).with_name("keys.json").read_text(encoding="utf-8"))
-    return keys
-
-
-def recipe_fragments() -> dict[str, Any]:
-    """Return the JSON Schema of the top level."""
-    fragments: dict[str, Any] = _keys()["recipe"]
-    return fragments
-
-
-def option_fragments(method: str) -> dict[str, Any]:
-    """Return the JSON Schema of alignkit's own keys in a stage of this method."""
-    fragments: dict[str, Any] = _keys()[method]
-    return fragments

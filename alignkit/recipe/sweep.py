@@ -20,7 +20,7 @@ from alignkit.recipe.check import describe_unknown, describe_unknown_in_stage, s
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.references import list_names
 from alignkit.recipe.rlaif import STEPS, Group, split_group, stage_name
-from alignkit.recipe.schema import FEEDBACK, RLAIF, LoraOptions, ModelOptions, option_fragments
+from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, LoraOptions, ModelOptions, RlaifOptions
 from alignkit.recipe.sections import StageTree
 from alignkit.recipe.stage import HARMLESS
 from alignkit.recipe.trl_fields import method_fields
@@ -177,7 +177,8 @@ class _Reader:
         label, method, key = first, RLAIF if first in self._groups else self._stages[first].method, rest[0]
         if first in self._groups and rest[0] in STEPS:
             label, method, key = f"{first}.{rest[0]}", rest[0], rest[1]
-        accepted = [*option_fragments(method)["properties"], *(method_fields(method) if method != RLAIF else ())]
+        own = RlaifOptions if method == RLAIF else OPTIONS[method]
+        accepted = [*own.model_fields, *method_fields(method)]
         if key in accepted:
             return None
         return f"{SWEEP}: {describe_unknown_in_stage(key, stage=label, method=method, accepted=accepted)}"

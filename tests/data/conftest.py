@@ -18,7 +18,7 @@ from alignkit.recipe.stage import Stage
 
 def make_stage(method: str, *, seed: int = 0, **options: Any) -> Stage:
     """A resolved stage with nothing but what reading data looks at."""
-    options = {"data": [], **options}
+    options = {"data": ["x/y"], **options}
     return Stage(
         recipe_name="test",
         recipe_path="test.yaml",

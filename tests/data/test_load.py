@@ -141,7 +141,7 @@ def test_critique_and_label_get_rows_as_they_are_and_may_read_them_as_another_me
     lines("a.jsonl", [{"prompt": "q", "chosen": "good", "rejected": "bad", "label": 0.75}])
     lines("b.jsonl", [{"prompt": "q"}])
     for method in ("critique", "label"):
-        files = {"data": []} if method == "critique" else {"constitution": "c.yaml", "judge": "x/y"}
+        files = {} if method == "critique" else {"constitution": "c.yaml", "judge": "x/y"}
         kinds = [row.kind for name in ("a", "b") for row in read(method, f"{name}.jsonl", **files).rows]
         assert kinds == ["pair", "prompt"]
     (row,) = read("critique", "a.jsonl", read_as="rm").rows
