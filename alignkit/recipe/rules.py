@@ -240,6 +240,13 @@ def _dpo_losses(stage: Section, recipe: Section) -> Iterator[Finding]:
     for key in _TRL_LOSSES_ONLY if own else ():
         if stage.has(key):
             yield key, f"has no effect with loss_type: {own[0]}"
+    for key in ("precompute_ref_log_probs", "precompute_ref_batch_size"):
+        if own and not OWN_LOSSES[own[0]].has_reference and stage.has(key):
+            yield key, f"has no effect with loss_type: {own[0]}, which has no reference"
+    for loss, what in OWN_LOSSES.items():
+        for key in what.keys:
+            if stage.has(key) and loss not in losses:
+                yield key, f"has no effect without loss_type: {loss}"
     if stage.has("discopop_tau") and "discopop" not in losses:
         yield "discopop_tau", "has no effect without loss_type: discopop"
     if stage.get("use_weighting") and set(losses) & {"aot", "aot_unpaired"}:

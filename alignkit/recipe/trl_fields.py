@@ -7,6 +7,8 @@ cannot set and each name from elsewhere, what to write instead. TRL itself is ne
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -196,8 +198,29 @@ PPO_MOVED: dict[str, str] = {
 
 Fragment = dict[str, Any]
 
-# Losses that alignkit adds to TRL's DPO losses, and those that TRL's KTOTrainer computes, on single answers.
-OWN_LOSSES = ("cdpo", "ipo_sum")
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A preference loss beside TRL's: the function of its name in train/losses.py computes it."""
+
+    keys: Mapping[str, Fragment] = field(default_factory=dict)  # recipe keys that it alone reads
+    has_reference: bool = True
+    is_logistic: bool = False  # the cross-entropy of one margin: ln 2 at step 0, and it reads soft labels
+
+
+def _own_key(default: float, description: str) -> Fragment:
+    return {"type": "number", "minimum": 0, "default": default, "description": description}
+
+
+OWN_LOSSES = {
+    "cdpo": OwnLoss(is_logistic=True),
+    "ipo_sum": OwnLoss(),
+    "dpop": OwnLoss({"dpop_lambda": _own_key(50.0, "Weight of the penalty on chosen answers that lose probability.")}),
+    "simpo": OwnLoss({"simpo_gamma": _own_key(0.5, "Margin that chosen answers must lead by.")}, has_reference=False),
+    "cpo": OwnLoss({"cpo_alpha": _own_key(1.0, "Weight of the likelihood of chosen answers.")}, has_reference=False),
+    "orpo": OwnLoss(has_reference=False),
+}
+# Those that TRL's KTOTrainer computes, on single answers.
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
 _POSITIVE: Fragment = {"exclusiveMinimum": 0}
@@ -407,12 +430,13 @@ ELSEWHERE: dict[str, str] = {
     "ipo": "write `dpo:` with loss_type: ipo",
     "cdpo": "write `dpo:` with loss_type: cdpo",
     "bco": "write `dpo:` with loss_type: bco_pair",
+    **{name: f"write `dpo:` with loss_type: {name}" for name in ("orpo", "simpo", "cpo", "dpop")},
     "reward": "write `rm:`",
     "reward_modeling": "write `rm:`",
     "pretrain": "write `sft:` with objective: lm",
     "pt": "write `sft:` with objective: lm",
     **dict.fromkeys(
-        ("orpo", "simpo", "cpo", "gkd", "gspo", "dapo", "online_dpo", "nash_md", "xpo", "prm"),
+        ("gkd", "gspo", "dapo", "online_dpo", "nash_md", "xpo", "prm"),
         "alignkit has no such method; `dpo:` learns from pairs, `ppo:` from a reward",
     ),
 }
@@ -457,6 +481,7 @@ def method_fields(method: str) -> dict[str, Fragment]:
         several = {"type": "array", "items": item, "minItems": 1}
         fields = {**trl_fields("kto"), **fields, "loss_type": {**fields["loss_type"], "anyOf": [item, several]}}
         fields["loss_type"] = {key: fields["loss_type"][key] for key in ("anyOf", "default", "description")}
+        fields |= {key: fragment for loss in OWN_LOSSES.values() for key, fragment in loss.keys.items()}
     refused = controlled_fields(method).keys() | (OWN if method == "ppo" else ())
     return {name: fragment for name, fragment in fields.items() if name not in refused}
 

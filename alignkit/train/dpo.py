@@ -1,6 +1,6 @@
 """Direct preference optimisation on TRL's DPOTrainer, and KTO for answers without a partner.
 
-Adds what TRL lacks: conservative DPO, soft labels, IPO on summed log-probabilities, and a reference that is right for
+Adds what TRL lacks: the losses of `OWN_LOSSES`, soft labels, and a reference that is right for
 continued, stacked and merged adapters. No model is loaded here but through the models room.
 """
 
@@ -31,7 +31,7 @@ from alignkit.train.arguments import build_config, micro_batch_size
 from alignkit.train.built import Built
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guarded import Guarded, switch_off_dropout
-from alignkit.train.losses import cdpo_loss, ipo_sum_loss, sequence_logps
+from alignkit.train.losses import PairLoss, Pairs, pick_loss, sequence_logps
 from alignkit.train.tables import Tables, open_chat, share_tables, shuffled_order
 
 
@@ -78,8 +78,8 @@ class Dpo(_Referenced, DPOTrainer):
     precompute_ref_logps: bool
     _sft_scale: float | None = None  # None until a step's batches are known
 
-    def __init__(self, *args: Any, own_loss: str | None = None, is_soft: bool = False, **kwargs: Any) -> None:
-        self.own_loss, self.is_soft = own_loss, is_soft
+    def __init__(self, *args: Any, own_loss: PairLoss | None = None, has_reference: bool = True, **kwargs: Any) -> None:
+        self.own_loss, self.has_reference = own_loss, has_reference
         super().__init__(*args, **kwargs)
         if self.precompute_ref_logps:
             self.ref_model = None
@@ -91,11 +91,11 @@ class Dpo(_Referenced, DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
         label_B = inputs.pop("label", None)
-        if "ref_chosen_logps" not in inputs:
+        if self.has_reference and "ref_chosen_logps" not in inputs:
             reference = self.model if self.ref_model is None else self.ref_model
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.compute_ref_log_probs(reference, inputs)
-        if self.own_loss or self.is_soft:  # of all rows alike, or ranks would wait for each other's gathers
-            return self._own_loss(model, inputs, label_B)
+        if self.own_loss is not None:  # of all rows alike, or ranks would wait for each other's gathers
+            return self._own_loss(self.own_loss, model, inputs, label_B)
         before = self.precompute_ref_logps
         self.precompute_ref_logps = True
         outputs: list[Any] = []
@@ -135,7 +135,10 @@ class Dpo(_Referenced, DPOTrainer):
             return 0.0
         return 0.0 if self._sft_scale is None else total * (self._sft_scale - 1 / num_tokens)
 
-    def _own_loss(self, model: Any, inputs: dict[str, Tensor], label_B: Tensor | None) -> Tensor:
+    def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
+        return super()._precompute_ref_logps(dataset, *args) if self.has_reference else dataset
+
+    def _own_loss(self, loss: PairLoss, model: Any, inputs: dict[str, Tensor], label_B: Tensor | None) -> Tensor:
         labels_BT = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -145,20 +148,18 @@ class Dpo(_Referenced, DPOTrainer):
             fused_lm_head=True,
         )
         token_logps_BT = outputs.log_probs[:, 1 - labels_BT.size(1) :]
-        chosen_B, rejected_B = sequence_logps(token_logps_BT, inputs["completion_mask"][:, 1:]).chunk(2)
-        chosen_ratio_B = chosen_B - inputs["ref_chosen_logps"]
-        rejected_ratio_B = rejected_B - inputs["ref_rejected_logps"]
-        margins_B = chosen_ratio_B - rejected_ratio_B
-        if self.own_loss == "ipo_sum":
-            losses_B = ipo_sum_loss(margins_B, beta=self.beta)
-        else:
-            # A pair whose label is wrong with probability eps, and whose soft label says p, is preferred with
-            # probability p (1 - eps) + (1 - p) eps.
-            label_B = torch.ones_like(margins_B) if label_B is None else label_B.to(margins_B)
-            smoothing = self.label_smoothing if self.own_loss == "cdpo" else 0.0
-            wrong_B = 1 - (label_B * (1 - smoothing) + (1 - label_B) * smoothing)
-            losses_B = cdpo_loss(margins_B, beta=self.beta, label_smoothing=wrong_B)
-        self._record(inputs, chosen_ratio_B.detach(), rejected_ratio_B.detach(), chosen_B, rejected_B)
+        mask_BT = inputs["completion_mask"][:, 1:]
+        chosen_B, rejected_B = sequence_logps(token_logps_BT, mask_BT).chunk(2)
+        ref_chosen_B, ref_rejected_B = (
+            (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]) if self.has_reference else (0.0, 0.0)
+        )
+        label_B = torch.ones_like(chosen_B) if label_B is None else label_B.to(chosen_B)
+        chosen_tokens_B, rejected_tokens_B = mask_BT.sum(dim=1).chunk(2)
+        losses_B = loss(
+            Pairs(chosen_B, rejected_B, chosen_tokens_B, rejected_tokens_B, label_B, ref_chosen_B, ref_rejected_B)
+        )
+        ratios = (chosen_B - ref_chosen_B).detach(), (rejected_B - ref_rejected_B).detach()
+        self._record(inputs, *ratios, chosen_B, rejected_B)
         return losses_B.mean()
 
     def _record(self, inputs: dict[str, Tensor], chosen_ratio: Tensor, rejected_ratio: Tensor, *logps: Tensor) -> None:
@@ -213,8 +214,17 @@ def build(stage: Stage, run: RunDir) -> Built:
 
 
 def _build_dpo(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokenizer: Any) -> Dpo:
-    own = next((name for name in stage.trainer.get("loss_type", ()) if name in OWN_LOSSES), None)
-    config = build_config(stage, DPOConfig, run.checkpoints, **({"loss_type": ["sigmoid"]} if own else {}))
+    (own,) = {*stage.trainer.get("loss_type", ())} & OWN_LOSSES.keys() or (None,)
+    is_soft = any((np.asarray(table["label"]) != 1).any() for table in (tables.train, tables.eval) if table)
+    has_reference = own is None or OWN_LOSSES[own].has_reference
+    fixed: dict[str, Any] = {"loss_type": ["sigmoid"]} if own else {}
+    if not has_reference:
+        fixed["precompute_ref_log_probs"] = True  # TRL then holds no second model, and `Dpo` computes nothing
+    config = build_config(stage, DPOConfig, run.checkpoints, **fixed)
+    loss = None
+    if own or is_soft:  # a soft label on `sigmoid` is cdpo without smoothing
+        smoothing = config.label_smoothing if own else 0.0
+        loss = pick_loss(own or "cdpo", stage.trainer, beta=config.beta, label_smoothing=smoothing)
     collator = DataCollatorForPreference(
         pad_token_id=tokenizer.pad_token_id,
         max_length=config.max_length,
@@ -225,16 +235,20 @@ def _build_dpo(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokeni
         model=loaded.model,
         # Precomputed log-probabilities come from the untouched policy: no second model is held. Under FSDP TRL wants
         # one until they are computed, and would load it by a name that not every policy has.
-        ref_model=load_reference(stage, loaded) if ranks.uses_fsdp() or not config.precompute_ref_log_probs else None,
+        ref_model=(
+            load_reference(stage, loaded)
+            if has_reference and (ranks.uses_fsdp() or not config.precompute_ref_log_probs)
+            else None
+        ),
         args=config,
         data_collator=LabelledCollator(collator),
         train_dataset=tables.train,
         eval_dataset=tables.eval,
         processing_class=tokenizer,
         watch=watch_for(stage),
-        reference=loaded.reference,
-        own_loss=own,
-        is_soft=any((np.asarray(table["label"]) != 1).any() for table in (tables.train, tables.eval) if table),
+        reference=loaded.reference if has_reference else None,
+        own_loss=loss,
+        has_reference=has_reference,
     )
 
 

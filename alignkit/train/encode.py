@@ -24,6 +24,7 @@ from alignkit.models.chat import Chat, ConversationError, Encoded, Written
 from alignkit.models.start import context_length
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RmOptions
+from alignkit.train.losses import is_logistic
 
 IGNORED = -100
 
@@ -103,7 +104,7 @@ def choose_encoder(stage: Stage) -> Encode:
 def _reads_soft_labels(stage: Stage) -> bool:
     """Tell whether the stage's loss is plain cross-entropy, which alone knows what a soft label means."""
     others = {"ld_alpha", "f_divergence_type", "use_weighting", "loss_weights"} & stage.trainer.keys()
-    return stage.trainer.get("loss_type", ["sigmoid"]) in (["sigmoid"], ["cdpo"]) and not others
+    return is_logistic(stage.trainer) and not others
 
 
 class _SftEncoder:

@@ -18,6 +18,7 @@ from alignkit.recipe import Stage
 from alignkit.runs.files import read_json
 from alignkit.train.built import Built
 from alignkit.train.guarded import TRAINED_ADAPTER, Guarded
+from alignkit.train.losses import is_logistic
 from alignkit.train.shards import is_sharded
 
 LN2 = math.log(2)
@@ -129,6 +130,8 @@ def _tolerance(trainer: Any) -> float:
 
 
 def _check_preference(stage: Stage, trainer: Any, loss: float, measured: dict[str, float]) -> None:
+    if not trainer.has_reference:
+        return
     tolerance = _tolerance(trainer)
     beta = float(stage.trainer.get("beta", 0.1))
     margin = measured.get("rewards/margins", 0.0) / beta
@@ -138,6 +141,5 @@ def _check_preference(stage: Stage, trainer: Any, loss: float, measured: dict[st
             "reference is not the model that training starts from"
         )
     plain = not (trainer.use_weighting or trainer.aux_loss_enabled or stage.trainer.get("loss_weights"))
-    logistic = stage.trainer.get("loss_type", ["sigmoid"]) in (["sigmoid"], ["cdpo"])
-    if plain and logistic and abs(loss - LN2) > 10 * tolerance:
+    if plain and is_logistic(stage.trainer) and abs(loss - LN2) > 10 * tolerance:
         raise ModelError(f"{stage.name}: the loss at step 0 is {loss:.6f} instead of {LN2:.6f} (ln 2)")

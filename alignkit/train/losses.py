@@ -5,9 +5,100 @@ Legend: B pairs (or prompts) in a batch, K answers of one prompt, P pairs of one
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from alignkit.recipe.trl_fields import OWN_LOSSES
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a preference loss reads of B pairs: each answer's log-probability in nats, its tokens, its soft label."""
+
+    chosen_B: Tensor
+    rejected_B: Tensor
+    chosen_tokens_B: Tensor
+    rejected_tokens_B: Tensor
+    label_B: Tensor  # P(chosen preferred)
+    ref_chosen_B: Tensor | float = 0.0  # of the reference, where the loss has one
+    ref_rejected_B: Tensor | float = 0.0
+
+    @property
+    def margins_B(self) -> Tensor:
+        return (self.chosen_B - self.ref_chosen_B) - (self.rejected_B - self.ref_rejected_B)
+
+
+PairLoss = Callable[[Pairs], Tensor]  # -> (B,)
+
+
+def pick_loss(name: str, options: Mapping[str, Any], *, beta: float, label_smoothing: float) -> PairLoss:
+    """Return the loss of `OWN_LOSSES` of that name, with its keys' values in a dpo stage's `options`."""
+    keys = {key: options.get(key, fragment["default"]) for key, fragment in OWN_LOSSES[name].keys.items()}
+    if name == "cdpo":
+        keys["label_smoothing"] = label_smoothing
+    return partial(globals()[name], beta=beta, **keys)
+
+
+def is_logistic(options: Mapping[str, Any]) -> bool:
+    """Tell whether a dpo stage's loss is the cross-entropy of one margin: ln 2 at step 0, and soft labels mean it."""
+    names = options.get("loss_type", ["sigmoid"])
+    return names == ["sigmoid"] or (len(names) == 1 and names[0] in OWN_LOSSES and OWN_LOSSES[names[0]].is_logistic)
+
+
+def cdpo(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Conservative DPO on soft labels: the chosen answer is preferred with p (1 - eps) + (1 - p) eps."""
+    eps, label_B = label_smoothing, pairs.label_B
+    wrong_B = 1 - (label_B * (1 - eps) + (1 - label_B) * eps)
+    return cdpo_loss(pairs.margins_B, beta=beta, label_smoothing=wrong_B)
+
+
+def ipo_sum(pairs: Pairs, *, beta: float) -> Tensor:
+    """IPO on summed log-probabilities."""
+    return ipo_sum_loss(pairs.margins_B, beta=beta)
+
+
+def dpop(pairs: Pairs, *, beta: float, dpop_lambda: float) -> Tensor:
+    """DPO-Positive: the margin less lambda max(0, log pi_ref - log pi of the chosen answer).
+
+    Source: Pal et al. 2024 (arXiv 2402.13228), eq. 3.
+    """
+    lost_B = (pairs.ref_chosen_B - pairs.chosen_B).clamp(min=0)
+    return -F.logsigmoid(beta * (pairs.margins_B - dpop_lambda * lost_B))
+
+
+def simpo(pairs: Pairs, *, beta: float, simpo_gamma: float) -> Tensor:
+    """SimPO: -log s(beta (mean log pi of chosen - of rejected) - gamma), means over an answer's tokens.
+
+    Source: Meng et al. 2024 (arXiv 2405.14734), eq. 6.
+    """
+    difference_B = pairs.chosen_B / pairs.chosen_tokens_B - pairs.rejected_B / pairs.rejected_tokens_B
+    return -F.logsigmoid(beta * difference_B - simpo_gamma)
+
+
+def cpo(pairs: Pairs, *, beta: float, cpo_alpha: float) -> Tensor:
+    """CPO: DPO against a uniform reference, and the likelihood of the chosen answer, a mean over its tokens.
+
+    Source: Xu et al. 2024 (arXiv 2401.08417), eq. 4 and 5; the mean over tokens is that of the authors' code.
+    """
+    likelihood_B = -pairs.chosen_B / pairs.chosen_tokens_B
+    return -F.logsigmoid(beta * (pairs.chosen_B - pairs.rejected_B)) + cpo_alpha * likelihood_B
+
+
+def orpo(pairs: Pairs, *, beta: float) -> Tensor:
+    """ORPO: the likelihood of the chosen answer and, times beta (lambda), its odds ratio to the rejected one.
+
+    Source: Hong et al. 2024 (arXiv 2403.07691), eq. 4 to 7; P is the geometric mean over an answer's tokens.
+    """
+    chosen_B = pairs.chosen_B / pairs.chosen_tokens_B
+    rejected_B = pairs.rejected_B / pairs.rejected_tokens_B
+    log_odds_B = (chosen_B - rejected_B) - (torch.log1p(-chosen_B.exp()) - torch.log1p(-rejected_B.exp()))
+    return -chosen_B - beta * F.logsigmoid(log_odds_B)
 
 
 def sequence_logps(token_logps_BT: Tensor, mask_BT: Tensor) -> Tensor:

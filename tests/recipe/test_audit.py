@@ -299,7 +299,7 @@ def test_every_schedule_and_optimizer_has_settings_that_are_accepted(load: Calla
         ("grpo: {data: x/y}", "a.yaml:2: grpo is not a section here: write `ppo:` with advantage: grpo"),
         ("KTO: {data: x/y}", "a.yaml:2: KTO is not a section here: write `dpo:` with loss_type: kto"),
         ("a: {method: rloo, data: x/y}", "write `ppo:` with advantage: rloo"),
-        ("dpo: {data: x/y, loss_type: simpo}", "alignkit has no such method"),
+        ("dpo: {data: x/y, loss_type: xpo}", "alignkit has no such method"),
     ],
 )
 def test_methods_of_other_tools_have_a_place(complain: Complain, section: str, message: str) -> None:

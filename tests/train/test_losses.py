@@ -108,3 +108,43 @@ def test_best_of_four_loss_equals_the_reference_value() -> None:
 def test_best_of_loss_leaves_out_answers_that_are_not_there() -> None:
     scores = tensor([[1.0, 0.0, -math.inf]])
     assert best_of_loss(scores, torch.tensor([0])).item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-12)
+
+
+ONE_PAIR = {"chosen_B": -6.0, "rejected_B": -8.0, "chosen_tokens_B": 3.0, "rejected_tokens_B": 2.0, "label_B": 1.0}
+REFERENCE = {"ref_chosen_B": -5.0, "ref_rejected_B": -9.0}
+
+
+def softplus(value: float) -> float:
+    return math.log1p(math.exp(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "beta", "options", "reference", "expected"),
+    [
+        # margin (-6 + 5) - (-8 + 9) = -2; log pi_ref - log pi of the chosen answer is 1
+        ("dpop", 0.1, {"dpop_lambda": 5.0}, True, softplus(-0.1 * (-2 - 5 * 1))),
+        ("ipo_sum", 0.1, {}, True, (-2 - 5.0) ** 2),
+        ("cdpo", 0.1, {}, True, softplus(0.2)),
+        # means over tokens: -2 and -4
+        ("simpo", 2.0, {"simpo_gamma": 0.5}, False, softplus(-(2.0 * 2 - 0.5))),
+        ("cpo", 0.1, {"cpo_alpha": 0.5}, False, softplus(-0.1 * 2) + 0.5 * 2),
+        ("orpo", 0.25, {}, False, 2 + 0.25 * softplus(-(2 - math.log1p(-math.exp(-2)) + math.log1p(-math.exp(-4))))),
+    ],
+)
+def test_preference_losses_worked_by_hand(
+    name: str, beta: float, options: dict, reference: bool, expected: float
+) -> None:
+    from alignkit.train.losses import Pairs, pick_loss
+
+    values = ONE_PAIR | (REFERENCE if reference else {})
+    loss = pick_loss(name, options, beta=beta, label_smoothing=0.0)
+    found = loss(Pairs(**{key: tensor([value]) for key, value in values.items()}))
+    assert found.tolist() == [pytest.approx(expected, abs=1e-12)]
+
+
+def test_every_loss_of_the_table_has_its_function() -> None:
+    from alignkit.recipe.trl_fields import OWN_LOSSES
+    from alignkit.train.losses import pick_loss
+
+    for name in OWN_LOSSES:
+        assert callable(pick_loss(name, {}, beta=0.1, label_smoothing=0.0)), name

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignkit.errors import DataError, ModelError, NonFiniteError, RunError
+from alignkit.errors import DataError, ModelError, NonFiniteError, RecipeError, RunError
 from alignkit.launch import launch_stage
 from alignkit.launch.command import Command
 from alignkit.recipe import Stage
@@ -269,7 +269,8 @@ def test_nf4_training_leaves_the_base_byte_identical_at_4_127_bits(make_stage: C
 
 LOSSES = [
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "cdpo", "ipo_sum", "kto", "apo_zero_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "cdpo", "ipo_sum", "dpop", "simpo", "cpo", "orpo", "kto",
+    "apo_zero_unpaired",
 ]  # fmt: skip
 
 
@@ -287,6 +288,30 @@ def test_all_losses_are_tried() -> None:
     from alignkit.recipe.trl_fields import KTO_LOSSES, OWN_LOSSES, trl_fields
 
     assert {*trl_fields("dpo")["loss_type"]["items"]["enum"], *OWN_LOSSES, *KTO_LOSSES} == set(LOSSES)
+
+
+@pytest.mark.parametrize("lora", ["", LORA], ids=["full", "lora"])
+def test_a_loss_without_a_reference_holds_none_and_equals_its_formula(
+    lora: str, make_stage: Callable, tmp_path: Path
+) -> None:
+    text = f"{BASE}{lora}dpo: {{{PAIRS}, {SHORT}, loss_type: simpo, beta: 2.0, simpo_gamma: 0.3}}"
+    trainer = build(make_stage(text, "dpo"), tmp_path).trainer  # type: ignore[attr-defined]
+    assert trainer.ref_model is None
+    assert "ref" not in getattr(trainer.model, "peft_config", {})
+    trainer.model.eval()
+    batch = first_batch(trainer)
+    means = completion_logps(trainer.model, batch) / batch["completion_mask"][:, 1:].sum(1)
+    expected = -torch.nn.functional.logsigmoid(2.0 * (means[:4] - means[4:]) - 0.3).mean()
+    with torch.no_grad():
+        found = trainer.compute_loss(trainer.model, dict(batch))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_keys_of_a_loss_need_it(make_stage: Callable) -> None:
+    with pytest.raises(RecipeError, match="simpo_gamma has no effect without loss_type: simpo"):
+        make_stage(f"{BASE}dpo: {{{PAIRS}, {SHORT}, simpo_gamma: 0.3}}", "dpo")
+    with pytest.raises(RecipeError, match="precompute_ref_log_probs has no effect with loss_type: orpo"):
+        make_stage(f"{BASE}dpo: {{{PAIRS}, {SHORT}, loss_type: orpo, precompute_ref_log_probs: true}}", "dpo")
 
 
 def test_single_answers_need_a_loss_for_single_answers(make_stage: Callable) -> None:
