@@ -71,6 +71,14 @@ def _history(reading: Reading) -> list[Any]:
     return list(check_json(value, "history", list))
 
 
+def _split_last(reading: Reading) -> tuple[list[Message], list[Message]]:
+    """Return the turns of a conversation before its last answer, and that answer."""
+    messages = _read_conversation(reading)
+    last = max(place for place, message in enumerate(messages) if message["role"] != "assistant") + 1
+    end_prompt(messages[:last], "the turns before the answer")
+    return messages[:last], messages[last:]
+
+
 def _surround(messages: list[Message], reading: Reading) -> list[Message]:
     """Put the row's system message and history before a conversation, and beside it what the template is given."""
     record = reading.record
@@ -132,7 +140,8 @@ def adapt_prompt(reading: Reading) -> Row:
 def _read_answer(reading: Reading) -> tuple[Text, Text]:
     """Return a prompt and its one answer in one shape."""
     record = reading.record
-    name = reading.first(*ANSWERS) or next((name for name in ANSWERS if name in record), _missing_answer(record))
+    missing = "output" if "instruction" in record else "completion"
+    name = reading.first(*ANSWERS) or next((name for name in ANSWERS if name in record), missing)
     prompt, answer = read_prompt(reading), check_answer(reading.need(name), name, reading)
     if thoughts := reading.first(*REASONING_KEYS):
         turns = [Message(role="assistant", content=answer)] if isinstance(answer, str) else answer
@@ -145,10 +154,6 @@ def _read_answer(reading: Reading) -> tuple[Text, Text]:
     return prompt, answer
 
 
-def _missing_answer(record: dict[str, Any]) -> str:
-    return "output" if "instruction" in record else "completion"
-
-
 def adapt_prompt_completion(reading: Reading) -> Row:
     prompt, answer = _read_answer(reading)
     return Row("prompt_completion", prompt, (answer,), place=reading.place)
@@ -159,10 +164,7 @@ def adapt_unpaired(reading: Reading) -> Row:
     if reading.first(*ANSWERS) or not reading.first(*CONVERSATIONS):
         prompt, answer = _read_answer(reading)
     else:
-        messages = _read_conversation(reading)
-        last = max(place for place, message in enumerate(messages) if message["role"] != "assistant") + 1
-        end_prompt(messages[:last], "the turns before the answer")
-        prompt, answer = messages[:last], messages[last:]
+        prompt, answer = _split_last(reading)
         if not answer:
             raise BadRow("label: there is no answer that it could judge")
     return Row("unpaired", prompt, (answer,), label=_read_label(reading), place=reading.place)
@@ -273,10 +275,8 @@ def adapt_hh(reading: Reading) -> Row:
 def adapt_rejected_response(reading: Reading) -> Row:
     """Read a conversation whose last answer is the chosen one, with the other one beside it."""
     name = next((name for name in REJECTED if name in reading.record), REJECTED[0])
-    messages = _read_conversation(reading)
-    last = max(place for place, message in enumerate(messages) if message["role"] != "assistant") + 1
-    end_prompt(messages[:last], "the turns before the answer")
-    return _pair(reading, messages[:last], messages[last:], reading.need(name), ("messages", name))
+    prompt, chosen = _split_last(reading)
+    return _pair(reading, prompt, chosen, reading.need(name), ("messages", name))
 
 
 REJECTED = ("rejected_response", "rejected_messages")

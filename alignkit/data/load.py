@@ -176,21 +176,14 @@ def _reads_columns(stage: Stage) -> bool:
 
 def _dump_columns(record: Record) -> str:
     """Return a record's columns as a JSON object, but for those whose names a reward function's arguments have."""
-    kept = {name: value for name, value in record.items() if name not in _ARGUMENTS}
-    try:
-        return json.dumps(kept, ensure_ascii=False)
-    except (TypeError, ValueError):
-        raise BadRow(f"{_find_unwritable(kept)}: holds a value that is no JSON (a date, bytes, ...), and a reward "
-                     "function is given the columns as JSON; convert it, or drop the column") from None  # fmt: skip
-
-
-def _find_unwritable(columns: Record) -> str:
-    for name, value in columns.items():
+    written = []
+    for name, value in record.items():
         try:
-            json.dumps({name: value})
+            written += [json.dumps({name: value}, ensure_ascii=False)[1:-1]] if name not in _ARGUMENTS else []
         except (TypeError, ValueError):
-            return str(name)
-    return "a column"
+            raise BadRow(f"{name}: holds a value that is no JSON (a date, bytes, ...), and a reward function is given "
+                         "the columns as JSON; convert it, or drop the column") from None  # fmt: skip
+    return f"{{{', '.join(written)}}}"
 
 
 def _check_answers(row: Row) -> None:

@@ -434,7 +434,8 @@ def join_prompt(prompt: Text, answers: list[Text], fields: list[str]) -> tuple[T
         start = _answer_start(messages, given or [])
         if start:
             turns = messages[:start]
-            _same_prompt(turns, prompt, name)
+            if isinstance(prompt, str) and all(turn["content"].strip() != prompt.strip() for turn in turns):
+                raise BadRow(f"{name}: its turns before the answer do not contain the prompt")
             if given is None:
                 given = turns
             elif turns != given[-start:] or any(turn["role"] != "system" for turn in given[:-start]):
@@ -454,8 +455,3 @@ def _answer_start(messages: list[Message], prompt: list[Message]) -> int:
     if prompt and messages[: len(prompt)] == prompt and len(messages) > len(prompt):
         return len(prompt)
     return max(place for place, message in enumerate(messages) if message["role"] != "assistant") + 1
-
-
-def _same_prompt(turns: list[Message], prompt: Text, field: str) -> None:
-    if isinstance(prompt, str) and all(turn["content"].strip() != prompt.strip() for turn in turns):
-        raise BadRow(f"{field}: its turns before the answer do not contain the prompt")
