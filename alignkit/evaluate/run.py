@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import console
-from alignkit.errors import EnvironmentProblem, JudgeError, RunError, UsageError
+from alignkit.errors import EnvironmentProblem, JudgeError, RunError, Stopped, UsageError
 from alignkit.evaluate.context import Context
 from alignkit.evaluate.intervals import Figure
 from alignkit.evaluate.metrics import Metric, load_metrics
@@ -60,7 +60,11 @@ def evaluate(
     for message in measured.warnings if measured else ():
         space.warn(message)
     context = Context(target, options, measured, space, seed=seed, judged=path.with_name(_JUDGED) if path else None)
-    figures, failure = _measure(context, lenient=lenient)
+    try:
+        figures, failure = _measure(context, lenient=lenient)
+    except KeyboardInterrupt:
+        kept = "answers so far are kept; the same command goes on" if path else "nothing is kept without --out"
+        raise Stopped(f"interrupted while measuring {target.name}: {kept}", exit_code=130) from None
     for message in space.warnings:
         console.warn(message)
     data = describe(

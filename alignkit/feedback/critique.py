@@ -8,7 +8,6 @@ chains and nobody is asked.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ from typing import Any
 
 from alignkit import console
 from alignkit.data import DataReport, Rejects, Row, read_rows
-from alignkit.data.files import display_name
+from alignkit.data.files import read_published
 from alignkit.data.rows import Message
-from alignkit.errors import DataError, JudgeError, Problem
+from alignkit.errors import DataError, JudgeError
 from alignkit.feedback.cache import seed_of
 from alignkit.feedback.constitution import Constitution, Principle, load_constitution
 from alignkit.feedback.examples import Examples, load_examples
@@ -50,7 +49,6 @@ from alignkit.recipe.stage import Stage
 from alignkit.runs.directory import Result, RunDir, list_changes
 
 _SHOWN = 4  # chains whose texts stand in the report
-_SHOWN_PROBLEMS = 5
 _MANY_CUT = 0.2  # share of texts cut off by max_new_tokens that is worth a warning
 
 
@@ -322,7 +320,7 @@ def _replay(session: Session, options: CritiqueOptions, allow_change: Sequence[s
     facts = _replay_facts(options)
     if (finished := session.find_finished(facts, allow_change)) is not None:
         return finished
-    chains = list(read_chains(options.replay or ()))
+    chains = list(read_chains(options.replay or (), skip=options.on_bad_row == "skip", rejects=session.rejects))
     if not chains:
         raise DataError("holds no chains", where=", ".join(options.replay or ()))
     session.begin(facts, DataReport(), note=f"{len(chains)} published chains")
@@ -340,30 +338,15 @@ def _replay(session: Session, options: CritiqueOptions, allow_change: Sequence[s
     return session.finish(count, metrics={"chains": len(chains), "rows": count}, tokens=0)
 
 
-def read_chains(paths: Sequence[str]) -> Iterator[PublishedChain]:
+def read_chains(paths: Sequence[str], *, skip: bool, rejects: Rejects) -> Iterator[PublishedChain]:
     """Yield the chains of published files, `samples_*_SLMADISON.jsonl` of the Constitutional AI paper.
 
-    Raises DataError with the first problems, each with file and line.
+    Rows that hold none are rejected with `skip`, else refused: DataError.
     """
-    problems: list[Problem] = []
+    what = "published chain {rl_prompt, initial_response, cst: [{cst_key, critique, revision}]}"
     for path in paths:
-        label = display_name(Path(path))
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot be read: {error}", where=label) from None
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                yield _read_chain(json.loads(line))
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                what = "is no published chain {rl_prompt, initial_response, cst: [{cst_key, critique, revision}]}"
-                problems.append(Problem(f"{what} ({type(error).__name__}: {error})", f"{label}:{number}"))
-                if len(problems) >= _SHOWN_PROBLEMS:
-                    raise DataError(problems) from None
-    if problems:
-        raise DataError(problems)
+        for _, chain in read_published(Path(path), _read_chain, what, skip=skip, rejects=rejects):
+            yield chain
 
 
 def _read_chain(data: Any) -> PublishedChain:

@@ -6,18 +6,17 @@ published. Nothing of that becomes a row.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from alignkit.data import DataReport, Rejects, read_rows
-from alignkit.data.files import display_name
-from alignkit.errors import DataError
+from alignkit.data.files import read_file, read_published
 from alignkit.feedback.cache import Asker, key_of
 from alignkit.feedback.constitution import COMPARISON_FRAME
 from alignkit.feedback.judge import Judge, Label, Pairing, judge_all
@@ -138,7 +137,9 @@ def read_labelled(stage: Stage, sources: Sequence[DataSource], rejects: Rejects)
     for source in sources:
         path = Path(source.path)
         if path.suffix == ".jsonl" and path.is_file() and _is_published(path):
-            found += list(_read_published(path))[: source.max_rows]
+            skip = stage.options.on_bad_row == "skip"
+            rows = read_published(path, _read_comparison, "HHH comparison", skip=skip, rejects=rejects)
+            found += [replace(pairing, place=place) for place, pairing in islice(rows, source.max_rows)]
             continue
         for row in read_rows(stage, [source], report=DataReport(), rejects=rejects, method="rm"):
             better, worse = row.completions[0], row.completions[-1]
@@ -202,29 +203,15 @@ def _longer(label: Label) -> float:
 
 
 def _is_published(path: Path) -> bool:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        try:
-            first = json.loads(file.readline())
-        except ValueError:
-            return False
-    return isinstance(first, dict) and first.keys() >= _HHH_KEYS
+    return next((row.keys() >= _HHH_KEYS for _, row in read_file(path) if isinstance(row, dict)), False)
 
 
-def _read_published(path: Path) -> Iterator[Pairing]:
-    """Yield Anthropic's HHH comparisons, each with its own question."""
-    label = display_name(path)
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-            prompt, _, better = data["text_correct"].rpartition(_ANSWER)
-            other, _, worse = data["text_incorrect"].rpartition(_ANSWER)
-            head, found, _ = data["prompt"].partition(COMPARISON_FRAME[1] + "\n (A)")
-            if prompt != other or not found or not prompt:
-                raise ValueError("its two answers are to different prompts, or it has no question")
-            question = head.rpartition("\n")[2]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"is no HHH comparison: {error}", where=f"{label}:{number}") from None
-        key = key_of(check=line)
-        yield Pairing(conversation(prompt), better, worse, f"{label}:{number}", key, question)
+def _read_comparison(data: Mapping[str, Any]) -> Pairing:
+    """Read one of Anthropic's HHH comparisons, with its own question."""
+    prompt, _, better = data["text_correct"].rpartition(_ANSWER)
+    other, _, worse = data["text_incorrect"].rpartition(_ANSWER)
+    head, found, _ = data["prompt"].partition(COMPARISON_FRAME[1] + "\n (A)")
+    if prompt != other or not found or not prompt:
+        raise ValueError("its two answers are to different prompts, or it has no question")
+    question = head.rpartition("\n")[2]
+    return Pairing(conversation(prompt), better, worse, "", key_of(check=data), question)

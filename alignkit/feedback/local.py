@@ -138,7 +138,10 @@ class LocalModel:
                 if self._stop.is_set():
                     return
                 pulse("writing")
-                yield self._write_batch(window, prompts, places, start, sampling)
+                replies = self._write_batch(window, prompts, places, start, sampling)
+                if self._stop.is_set():
+                    return  # they may be cut short
+                yield replies
 
     def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
         """Score both options of each question; one that is too long for the model is abstained from."""
@@ -173,7 +176,10 @@ class LocalModel:
             answers = generate_greedy(self._model, ids, **settings)
         else:
             seeds = [jobs[place].seed for place in places]
-            is_over = (lambda tail: any(stop in self._encoder.decode(tail) for stop in stops)) if stops else None
+
+            def is_over(tail: list[int]) -> bool:
+                return self._stop.is_set() or any(stop in self._encoder.decode(tail) for stop in stops)
+
             answers = generate_sampled(
                 self._model, ids, seeds, temperature=sampling.temperature, is_over=is_over, **settings
             )

@@ -76,7 +76,7 @@ class Session:
         """Return the result of a finished run; raises RunError when its settings were others."""
         for change in compare_fingerprints(self.run, fingerprint, allow_change=allow_change):
             console.warn(f"{self.stage.name}: going on with a changed setting: {change}")
-        if not self.run.is_finished():
+        if not self.run.stage.exists() or not self.run.is_finished():
             return None
         if (damage := find_damaged_product(self.run.path)) is not None:
             console.warn(f"{self.stage.name}: {damage}; it is made again from the answers in {STORE}")
@@ -127,7 +127,7 @@ class Session:
             wall_seconds=round(self.seconds, 3),
             tokens_per_second=round(tokens / max(self.seconds, 1e-9), 1),
         )
-        write_result(self.run, result.to_dict(), [self.run.path / ROWS])
+        write_result(self.run, result.to_dict(), [self.run.path / name for name in (ROWS, LABELS, REPORT)])
         show(self.run)
         return result
 

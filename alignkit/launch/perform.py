@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignkit import console
-from alignkit.errors import AlignKitError, Stopped, UsageError
+from alignkit.errors import AlignKitError, UsageError
 from alignkit.evaluate.results import table
 from alignkit.launch import launch_stage
 from alignkit.launch.agenda import WORDS, Entry, plan_run
@@ -144,15 +144,9 @@ def _measure(measure: Measuring, board: console.Board, *, is_new: bool) -> list[
         return []
     board.begin(MEASURE)
     measured = []
-    try:
-        for result in measure.run():
-            measured.append(result)
-            board.update(MEASURE, len(measured), len(measure.requests), str(result["name"]), None)
-    except KeyboardInterrupt:
-        raise Stopped(
-            "interrupted while measuring: every model is trained, answers so far are kept; the same command goes on",
-            exit_code=130,
-        ) from None
+    for result in measure.run():
+        measured.append(result)
+        board.update(MEASURE, len(measured), len(measure.requests), str(result["name"]), None)
     board.end(MEASURE)
     return measured
 

@@ -159,6 +159,10 @@ def refuse_foreign(path: Path) -> None:
         )
 
 
+# What says to which rollout of ppo a step belongs, and so which prompts are left.
+_OF_A_ROLLOUT = ("batch_size", "minibatches", "ppo_epochs", "num_generations", "advantage")
+
+
 def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = ()) -> dict[str, str]:
     """Compare the fingerprint in stage.json with the current one; list the changes that were not allowed.
 
@@ -177,11 +181,16 @@ def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Seque
             return json.dumps(value)
         return "(default)" if default is None else f"{json.dumps(default)} (default)"
 
-    return {
-        key: f"{key}: {show(key, before.get(key))} -> {show(key, now.get(key))}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not any(key == name or key.endswith(f".{name}") for name in allow_change)
-    }
+    refused = {}
+    for key in sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
+        change = f"{key}: {show(key, before.get(key))} -> {show(key, now.get(key))}"
+        if now.get("method") == "ppo" and key.rpartition(".")[2] in _OF_A_ROLLOUT:
+            refused[key] = (
+                f"{change} (the steps of a rollout; --allow-change cannot change that in a run that has begun)"
+            )
+        elif not any(key == name or key.endswith(f".{name}") for name in allow_change):
+            refused[key] = change
+    return refused
 
 
 def compare_fingerprints(run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = ()) -> list[str]:
@@ -275,6 +284,6 @@ def require_whole(product: Path) -> None:
     if (damage := find_damaged_product(run_dir)) is not None:
         raise RunError(
             f"{damage}: it was damaged after the run had finished; run the stage's own command again, which makes it "
-            "anew from the last checkpoint, or put the file back",
+            "anew from what it has kept, or put the file back",
             where=str(run_dir),
         )

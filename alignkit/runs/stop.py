@@ -35,6 +35,8 @@ class Stop:
         self.event.set()
         if again:
             raise _stopped(self._number, "at once, by a second signal; everything answered is kept")
+        with suppress(RuntimeError):  # the signal came in the middle of another line
+            console.note(f"{self._number.name}: stopping once what was sent is answered; once more stops at once")
 
     def listen(self) -> None:
         """Hear signals beside the trainer, which then says what a second one does and puts back what was there."""

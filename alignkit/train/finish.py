@@ -58,7 +58,7 @@ def finish(stage: Stage, run: RunDir, built: Built) -> Result:
             tokens_per_second=round(_tokens_per_second(trainer), 1),
             peak_memory_bytes=_peak_memory_bytes(),
         ).to_dict()
-        write_result(run, result, [run.model, run.base])
+        write_result(run, result, [run.model, run.base, run.probe])
         show(run)
         return result
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerState, set_seed
 
 from alignkit import console
 from alignkit.errors import RunError, Stopped
@@ -228,11 +228,13 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
         trainer.watch.batches = manifest.get("batches", []) if stage.method != "ppo" else []
         trainer.evaluation_cut = manifest.get("evaluation_cut", False)
         console.note(f"{stage.name}: going on from step {step} ({newest})")
-        _tell_changes(stage, manifest)
+        _tell_changes(stage, manifest, trainer.batch_rows)
     elif not ranks.is_main():
         set_seed(stage.seed + ranks.rank())  # dropout: every rank draws its own; rank 0 draws as one process does
     metrics, samples = JsonLines(run.metrics), JsonLines(run.samples)
     ranks.once(lambda: _keep_rows(metrics, samples, step=step))
+    if newest is not None and ranks.is_main():
+        _tell_lost_rows(stage, metrics, Path(newest))
     check_parameters(stage, trainer.model, adapters=trainer.trained_adapters)
     trainer.watch.stop, trainer.watch.place = stop, run.path.stat()
     stop.at_risk = lambda: _describe_loss(run, trainer.state.global_step)
@@ -249,7 +251,8 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
     try:
         trainer.train(resume_from_checkpoint=newest)
     except Stopped:
-        # From a judge that was waited for before a rollout's first step: the state is that of the last step's end.
+        # While samples were drawn, or a judge was waited for before a rollout's first step: nothing has changed since
+        # the last step's end.
         if not stop.at_once and trainer.may_stop and trainer.state.global_step:
             trainer._save_checkpoint(trainer.model, None)
         raise
@@ -283,6 +286,14 @@ def _keep_rows(metrics: JsonLines, samples: JsonLines, *, step: int) -> None:
     samples.keep(lambda row: row["step"] < step)
 
 
+def _tell_lost_rows(stage: Stage, metrics: JsonLines, newest: Path) -> None:
+    """Say which steps metrics.jsonl has lost of those that the checkpoint's trainer has logged."""
+    logged = {row["step"] for row in TrainerState.load_from_json(str(newest / "trainer_state.json")).log_history}
+    if lost := sorted(logged - {row["step"] for row in metrics.read()}):
+        some = f"{len(lost)} logged steps, {lost[0]} to {lost[-1]}"
+        console.warn(f"{stage.name}: metrics.jsonl has lost {some}: its curves have a gap there, the weights have not")
+
+
 def _is_complete(trainer: Guarded, newest: str, step: int) -> bool:
     """Tell whether no step is left to take; then the model holds the weights of its last one."""
     loader = trainer.get_train_dataloader()
@@ -296,7 +307,7 @@ def _is_complete(trainer: Guarded, newest: str, step: int) -> bool:
     return True
 
 
-def _tell_changes(stage: Stage, manifest: dict[str, Any]) -> None:
+def _tell_changes(stage: Stage, manifest: dict[str, Any], batch_rows: int) -> None:
     """Say what changed since the checkpoint that keeps the run from going on to the same bits."""
     now = versions()
     before = manifest["versions"]
@@ -305,6 +316,13 @@ def _tell_changes(stage: Stage, manifest: dict[str, Any]) -> None:
     ]
     if changed:
         console.warn(f"{stage.name}: other versions than when it was stopped: {', '.join(changed)}")
+    before = (manifest.get("batches") or [(0, batch_rows)])[-1][1]
+    if (planned := stage.trainer.get("max_steps", 0)) > 0 and before != batch_rows:
+        same = manifest["step"] + -(-(planned - manifest["step"]) * before // batch_rows)
+        console.warn(
+            f"{stage.name}: max_steps counts steps, and those to come have {batch_rows} rows instead of {before}: "
+            f"max_steps: {same} reads as many rows as before"
+        )
     if manifest["world_size"] != ranks.world_size():
         console.note(
             f"{stage.name}: {manifest['world_size']} processes before, {ranks.world_size()} now: the same batches, "

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import disable_dropout_in_model
@@ -283,10 +283,16 @@ class Guarded(Measured):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         table = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(table, Stream):
-            return SequentialSampler(table)
+            seen = step = 0
+            for last, size in self.watch.batches:
+                seen, step = seen + (last - step) * size, last
+            first = seen - step * self.batch_rows  # so that after the steps that are skipped comes the next row
+            rows = range(first, first + self.args.max_steps * self.batch_rows)
+            table.num_rows = rows.stop
+            return rows
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
-        batch = self._batch_rows
+        batch = self.batch_rows
 
         def whole(epoch: int, batch_size: int) -> Any:
             return self._order(table, batch_size, seed=seed, epoch=epoch)
@@ -305,7 +311,7 @@ class Guarded(Measured):
         return EpochSampler(num_rows, order, lambda: int(self.state.epoch or 0))
 
     @property
-    def _batch_rows(self) -> int:
+    def batch_rows(self) -> int:
         """Rows of an optimizer step, over all ranks."""
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
@@ -314,7 +320,7 @@ class Guarded(Measured):
         epochs, per_epoch, *others, total = super().set_initial_training_values(args, dataloader)
         self.schedule_place, self._schedule_steps = None, total
         if (rest := self._rest) is not None:
-            left = -(-len(rest.rows) // self._batch_rows)
+            left = -(-len(rest.rows) // self.batch_rows)
             self._skipped = per_epoch - left
             done = rest.epoch * per_epoch + self._skipped
             if args.max_steps <= 0:  # the learning rate stands where the rows do
@@ -472,7 +478,7 @@ class Guarded(Measured):
             "dtypes": sorted({str(p.dtype) for p in self.model.parameters() if p.requires_grad}),
             "num_tokens": self.watch.num_tokens + self.num_trained_tokens,
             "seconds": round(self.watch.seconds, 3),
-            "batches": [*self.watch.batches, (self.state.global_step, self._batch_rows)],
+            "batches": [*self.watch.batches, (self.state.global_step, self.batch_rows)],
             "window": self.watch.window,
             "evaluation_cut": self.evaluation_cut,
             **self.watch.facts,

@@ -111,7 +111,7 @@ class Recorder(TrainerCallback):
             if is_sharded(self._built.trainer):
                 check_start(self._stage, self._built)
             check_step_zero(self._stage, self._built.trainer)
-            write_samples(self._stage, self._built, self._samples, step=0, when="before")
+            self._sample(step=0, when="before")
         else:
             trainer = self._built.trainer
             trainer.restore_window()
@@ -154,7 +154,16 @@ class Recorder(TrainerCallback):
         self._show(state)
         pulse("training", state.global_step)
         if state.global_step == state.max_steps // 2 > 0:
-            write_samples(self._stage, self._built, self._samples, step=state.global_step, when="during")
+            self._sample(step=state.global_step, when="during")
+
+    def _sample(self, *, step: int, when: str) -> None:
+        """Answer the prompts; a request to stop ends that at once, where no other rank would wait for this one."""
+        trainer = self._built.trainer
+        stop = trainer.watch.stop
+        stop.training = ranks.world_size() > 1
+        stop.saved = stop.saved or (step > 0 and trainer.may_stop)  # `fit` saves where the last step left off
+        write_samples(self._stage, self._built, self._samples, step=step, when=when)
+        stop.training = True
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -146,7 +146,7 @@ class Stream:
     column_names: Sequence[str] = ()
 
     def __init__(self, encode: Callable[[], Iterator[dict[str, list[Any]]]], num_rows: int) -> None:
-        self._encode, self._num_rows = encode, num_rows
+        self._encode, self.num_rows = encode, num_rows
         self._restart()
 
     def _restart(self) -> None:
@@ -159,10 +159,10 @@ class Stream:
                     yield dict(zip(columns, values, strict=True))
 
     def __len__(self) -> int:
-        return self._num_rows
+        return self.num_rows
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        if not 0 <= number < self._num_rows:
+        if not 0 <= number < self.num_rows:
             raise IndexError(number)
         if number < self._next:
             self._restart()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -179,3 +181,61 @@ def limit_file_size(num_bytes: int) -> Callable[[], None]:
 @pytest.fixture
 def full_disk() -> Callable[[int], Callable[[], None]]:
     return limit_file_size
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB, where this user may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    half = len(content) // 2
+    if how in ("delete", "directory"):
+        path.unlink()
+        if how == "directory":
+            path.mkdir()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(content[:half])
+    elif how == "zero tail":
+        path.write_bytes(content[:half] + bytes(len(content) - half))
+    else:
+        path.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
+
+
+def damage_each(
+    begun: Path, run: Callable[..., Ended], make: Callable[[str], object], read: Callable[[Path], object]
+) -> Iterator[int]:
+    """Damage each file of a run in turn, in a copy of it, and give its command once more; yield the exit codes.
+
+    What comes out is what the undisturbed run `whole` has, or the command refuses in one message with a remedy.
+    """
+    whole, place = read(begun.parent / "whole"), begun.parent / "damaged"
+    for file in sorted(path for path in begun.rglob("*") if path.is_file() and path.name != ".lock"):
+        name = file.relative_to(begun)
+        for how in ("delete", "empty", "cut", "flip", "directory"):
+            if not file.stat().st_size and how in ("cut", "flip"):
+                continue
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(begun, place)
+            damage(place / name, how)
+            ended = run(make("damaged"))
+            said = (str(name), how, ended)
+            assert ended.code in (0, 2, 4) and "Traceback" not in ended.stderr, said
+            if ended.code == 0:
+                assert read(place) == whole, said
+            else:
+                assert ended.stderr.count("error:") == 1 and any(way in ended.stderr for way in _REMEDIES), said
+            yield ended.code
+
+
+_REMEDIES = ("--force", "put the file back", "put that right", "run the stage's own command")

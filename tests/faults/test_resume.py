@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from faults.conftest import damage, damage_each
 
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints
@@ -105,21 +106,6 @@ def test_sigterm_saves_at_the_end_of_the_step_and_the_same_command_goes_on(
     assert digest(tmp_path / "stopped") == whole
 
 
-def damage(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    half = len(content) // 2
-    if how == "delete":
-        path.unlink()
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "cut":
-        path.write_bytes(content[:half])
-    elif how == "zero tail":
-        path.write_bytes(content[:half] + bytes(len(content) - half))
-    else:
-        path.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
-
-
 DAMAGES = ("delete", "empty", "cut", "zero tail", "flip")
 
 
@@ -170,6 +156,24 @@ def test_every_damage_to_every_file_falls_back_and_ends_exact(
     cases = [(name, how) for name in FILES[kind] + STATE for how in DAMAGES]
     check_damage(cases, method, kind, make_stage, run, digest, tmp_path)
     print(f"{method} {kind}: {len(cases)} damages, all exact")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "kind"), [("sft", "full"), ("rm", "lora")])
+def test_every_damage_to_every_file_of_a_run_is_mended_or_refused(
+    method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    def make(out: str) -> object:
+        return make_stage(method, kind, out, steps=5)
+
+    assert run(make("whole")).code == 0
+    part = tmp_path / "part"
+    shutil.copytree(tmp_path / "whole", part)
+    shutil.rmtree(part / "model")
+    for name in ("result.json", "report.html", "probe.json"):
+        (part / name).unlink()
+    codes = [code for begun in (tmp_path / "whole", part) for code in damage_each(begun, run, make, digest)]
+    print(f"{method} {kind}: {len(codes)} damages, {codes.count(0)} mended, the others refused")
 
 
 def test_a_full_disk_exits_4_keeps_what_was_sealed_and_goes_on_when_there_is_room(

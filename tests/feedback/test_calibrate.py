@@ -127,10 +127,18 @@ def test_published_comparisons_are_read_with_their_own_question(make_stage: Make
 def test_a_damaged_published_line_is_named(make_stage: MakeStage, constitution: str, tmp_path: Path) -> None:
     path = tmp_path / "evals.jsonl"
     row = {"prompt": "?", "corrects": [], "incorrects": [], "text_correct": "a", "text_incorrect": "b"}
-    path.write_text(json.dumps(row) + "\n")
-    stage = make_stage("label", data="builtin:preferences", constitution=constitution, judge="x/y", answers="given")
-    with pytest.raises(DataError, match=r"evals.jsonl:1: is no HHH comparison"):
-        read_labelled(stage, [DataSource(path=str(path))], Rejects())
+    path.write_text('{"prompt\n' + json.dumps(row) + "\n")
+    for on_bad_row in ("error", "skip"):
+        stage = make_stage(
+            "label", data="builtin:preferences", constitution=constitution, judge="x/y", answers="given",
+            on_bad_row=on_bad_row,
+        )  # fmt: skip
+        rejects = Rejects()
+        if on_bad_row == "skip":
+            assert read_labelled(stage, [DataSource(path=str(path))], rejects) == [] and rejects.count == 2
+            continue
+        with pytest.raises(DataError, match=r"evals.jsonl:1: invalid JSON.*\n.*evals.jsonl:2: is no HHH comparison"):
+            read_labelled(stage, [DataSource(path=str(path))], rejects)
 
 
 def test_confidence_of_a_certain_judge_falls_into_the_last_bin() -> None:

@@ -174,11 +174,18 @@ def test_the_published_chains_become_rows_without_any_model(make_stage: MakeStag
 
 def test_a_file_that_holds_no_chains_is_named_with_its_lines(make_stage: MakeStage, tmp_path: Path) -> None:
     path = tmp_path / "chains.jsonl"
-    path.write_text('{"rl_prompt": "\\n\\nHuman: Hi\\n\\nAssistant:", "initial_response": [], "cst": []}\n{]\n')
+    chain = {"rl_prompt": "\n\nHuman: Hi\n\nAssistant:", "initial_response": [{"sample": "a"}], "cst": []}
+    revised = chain | {"cst": [{"cst_key": "kind", "revision": {"sample": "b"}}]}
+    path.write_text(f"{json.dumps(chain)}\n{{]\n{json.dumps(revised)}\n{json.dumps(revised)[:-9]}")  # the last is torn
     stage = make_stage("critique", replay=[str(path)])
     with pytest.raises(DataError) as caught:
         critique.run(stage, Path(stage.run_dir))
-    assert [str(problem).partition(" is no published")[0].rpartition("/")[2] for problem in caught.value.problems] == [
-        "chains.jsonl:1:", "chains.jsonl:2:",
+    said = [str(problem).rpartition("/")[2] for problem in caught.value.problems]
+    assert [line[:30] for line in said[:3]] == [
+        "chains.jsonl:1: is no publishe", "chains.jsonl:2: invalid JSON: ", "chains.jsonl:4: invalid JSON: ",
     ]  # fmt: skip
+    assert said[3].startswith("3 of 4 rows cannot be used")
     assert not (Path(stage.run_dir) / "feedback.jsonl").exists()
+    rows, _ = run(make_stage("critique", replay=[str(path)], on_bad_row="skip"))
+    assert [row["completion"][0]["content"] for row in rows] == ["b"]
+    assert [row["line"] for row in read_rows(Path(stage.run_dir) / "rejects.jsonl")] == [1, 2, 4]
