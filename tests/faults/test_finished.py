@@ -18,13 +18,13 @@ from alignkit.runs import checkpoints
 RECIPE = """
 name: faults
 model: {{path: builtin:tiny-llama}}
-sft: {{data: "builtin:instructions?rows={rows}", {options}, max_length: 160, learning_rate: 1e-3, samples: {{num: 0}}}}
+sft: {{data: "builtin:instructions?rows={rows}", {options}, max_length: 160, learning_rate: 1e-3, {samples}}}
 """
 
 
-def make(tmp_path: Path, out: str, *, rows: int = 32, options: str) -> Stage:
+def make(tmp_path: Path, out: str, *, rows: int = 32, options: str, samples: str = "samples: {num: 0}") -> Stage:
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(rows=rows, options=options))
+    path.write_text(RECIPE.format(rows=rows, options=options, samples=samples))
     return resolve(load_recipe(path), None, method="sft", out=tmp_path / out)
 
 
@@ -95,6 +95,17 @@ def test_what_was_damaged_is_made_again_and_nothing_else(run: Callable, digest: 
 
     once_more("line", break_line, "metrics.jsonl: 1 line cannot be read (first: line 1)")
 
+    def lose_metrics(at: Path) -> None:
+        unfinish(at, last=7)
+        (at / "metrics.jsonl").write_text("")
+
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(tmp_path / "whole", unfinished)
+    lose_metrics(unfinished)
+    ended = run(make(tmp_path, "unfinished", options=options))
+    assert ended.code == 0 and "metrics.jsonl has lost 3 logged steps, 1 to 6: its curves" in ended.stderr
+    assert digest(unfinished) == weights
+
     def put_directory(at: Path) -> None:
         unfinish(at, last=7)
         (at / "preview.json").unlink()
@@ -135,6 +146,31 @@ def test_another_batch_size_and_a_longer_run_go_on_from_the_row(run: Callable, t
     assert (result["step"], result["tokens"]) == (16, 2 * whole["tokens"])
 
 
+def test_max_steps_counts_steps_and_a_stream_goes_on_at_its_row_after_another_batch_size(
+    run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    options = "max_steps: 8, save_steps: 4, logging_steps: 1"
+    for name, extra in (("table", "batching: shuffled"), ("stream", "streaming: true, batching: shuffled")):
+        assert run(make(tmp_path, name, options=f"{options}, batch_size: 4, {extra}")).code == 0
+        whole = json.loads((tmp_path / name / "result.json").read_text())
+        for size, same in ((8, 6), (2, 12)):  # four steps of 4 rows are done: the other 16 rows
+            out = f"{name}{size}"
+            shutil.copytree(tmp_path / name, tmp_path / out)
+            unfinish(tmp_path / out, last=8)
+            changed = f"{options.replace('8', str(same))}, batch_size: {size}, {extra}"
+            ended = run(make(tmp_path, out, options=changed), allow_change=("batch_size", "max_steps"))
+            assert ended.code == 0, ended.stderr
+            result = json.loads((tmp_path / out / "result.json").read_text())
+            assert (result["step"], result["tokens"]) == (same, whole["tokens"])  # each row once
+        shutil.rmtree(tmp_path / f"{name}8")
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}8")
+        unfinish(tmp_path / f"{name}8", last=8)
+        stage = make(tmp_path, f"{name}8", options=f"{options}, batch_size: 8, {extra}")
+        ended = run(stage, allow_change=("batch_size",))
+        assert ended.code == 0 and "max_steps: 6 reads as many rows as before" in ended.stderr
+        assert json.loads((tmp_path / f"{name}8/result.json").read_text())["step"] == 8
+
+
 def test_one_interrupt_ends_an_evaluation_and_the_next_sitting_makes_up_for_it(
     run: Callable, digest: Callable, tmp_path: Path
 ) -> None:
@@ -157,6 +193,32 @@ def test_one_interrupt_ends_an_evaluation_and_the_next_sitting_makes_up_for_it(
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
     for name in ("loss", "eval_loss"):
         assert read_metrics(tmp_path / "cut", name) == read_metrics(tmp_path / "whole", name)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_one_interrupt_ends_the_drawing_of_samples(run: Callable, digest: Callable, tmp_path: Path, step: int) -> None:
+    options = "max_steps: 4, batch_size: 4, logging_steps: 1"  # save_steps: never before the end
+    drawn = "samples: {num: 16, max_new_tokens: 250}"
+    assert run(make(tmp_path, "whole", options=options, samples=drawn)).code == 0
+    stage = make(tmp_path, "cut", options=options, samples=drawn)
+    sent: list[float] = []
+
+    def draws() -> bool:  # before the first step, and before the third one
+        begun = (tmp_path / "cut/preview.json").is_file()
+        if begun and (
+            step == 0
+            or ((tmp_path / "cut/metrics.jsonl").is_file() and len(read_metrics(tmp_path / "cut", "loss")) == step)
+        ):
+            sent.append(time.monotonic())
+        return bool(sent) and time.monotonic() - sent[0] > 0.3
+
+    ended = run(stage, kill_after=draws, number=signal.SIGINT)
+    assert ended.code == 130 and time.monotonic() - sent[-1] < 1
+    assert ("starts again" if step == 0 else "goes on from what is saved") in ended.stderr
+    ended = run(stage)
+    assert ended.code == 0 and ("going on from step 2" in ended.stderr) == (step == 2)
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    assert (tmp_path / "cut/samples.jsonl").read_bytes() == (tmp_path / "whole/samples.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("how", ["moved", "deleted"])

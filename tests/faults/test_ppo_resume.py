@@ -7,6 +7,7 @@ import json
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,16 @@ def check_kills(kind: str, make_ppo: Callable, run: Callable, tmp_path: Path, *,
 
 def test_kills_leave_policy_and_critic_bit_identical(make_ppo: Callable, run: Callable, tmp_path: Path) -> None:
     assert check_kills("head", make_ppo, run, tmp_path, num_kills=2, seed=1) >= 2
+
+
+def test_another_batch_size_in_a_run_that_has_begun_is_refused(
+    make_ppo: Callable, run: Callable, tmp_path: Path
+) -> None:
+    assert run(make_ppo("head", "run")).code == 0
+    stage = make_ppo("head", "run")
+    changed = replace(stage, options=stage.options.model_copy(update={"batch_size": 8}))
+    ended = run(changed, allow_change=("batch_size",))
+    assert ended.code == 2 and "ppo.batch_size: 4 -> 8 (the steps of a rollout; --allow-change cannot" in ended.stderr
 
 
 @pytest.mark.slow
