@@ -186,7 +186,7 @@ def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Seque
         change = f"{key}: {show(key, before.get(key))} -> {show(key, now.get(key))}"
         if now.get("method") == "ppo" and key.rpartition(".")[2] in _OF_A_ROLLOUT:
             refused[key] = (
-                f"{change} (the steps of a rollout; --allow-change cannot change that in a run that has begun)"
+                f"{change} (it decides which step is of which rollout: not to be changed in a run that has begun)"
             )
         elif not any(key == name or key.endswith(f".{name}") for name in allow_change):
             refused[key] = change

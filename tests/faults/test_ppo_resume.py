@@ -125,7 +125,10 @@ def test_another_batch_size_in_a_run_that_has_begun_is_refused(
     stage = make_ppo("head", "run")
     changed = replace(stage, options=stage.options.model_copy(update={"batch_size": 8}))
     ended = run(changed, allow_change=("batch_size",))
-    assert ended.code == 2 and "ppo.batch_size: 4 -> 8 (the steps of a rollout; --allow-change cannot" in ended.stderr
+    assert (
+        ended.code == 2
+        and "ppo.batch_size: 4 -> 8 (it decides which step is of which rollout: not to be changed" in ended.stderr
+    )
 
 
 @pytest.mark.slow
