@@ -59,17 +59,16 @@ def warm_feedback(warm: None) -> None:
     import openai  # noqa: F401
 
     import alignkit.feedback.critique
-    import alignkit.feedback.label
     import alignkit.feedback.local
-    import alignkit.feedback.server  # noqa: F401
+    import alignkit.feedback.server
+    import alignkit.rewards.label  # noqa: F401
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
-    from alignkit.models.builtin import builtin_config, builtin_tokenizer
-    from alignkit.models.scratch import random_model
+    from alignkit.models.scratch import builtin_config, builtin_tokenizer, random_model
 
     directory = tmp_path_factory.mktemp("model")
     config = builtin_config("builtin:tiny-gpt2")
