@@ -1,6 +1,6 @@
 """The JSON Schema of a whole recipe, for editors: hover text, completion, and red lines under mistakes.
 
-It says what one file may hold; the rules between options (`audit`) cannot be said in JSON Schema.
+It says what one file may hold; the rules between options (`rules`) cannot be said in JSON Schema.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from alignkit.recipe.rlaif import STEPS
-from alignkit.recipe.schema import OPTIONS, RLAIF, RecipeOptions, RlaifOptions
+from alignkit.recipe.schema import OPTIONS, RLAIF, STEPS, RecipeOptions, RlaifOptions
 from alignkit.recipe.trl_fields import Fragment, method_fields
 
 

@@ -14,12 +14,20 @@ from alignkit.errors import Problem, RecipeError
 from alignkit.recipe.check import check_field, check_section, describe_unknown_in_stage, quote_help, show
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.references import REWARD_KEYS, SOURCE_KEYS, check_evaluated, check_references, resolve_paths
-from alignkit.recipe.rlaif import Group, split_group
 from alignkit.recipe.rules import audit_evaluation, audit_recipe, audit_stage
-from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, RecipeOptions, RlaifOptions
-from alignkit.recipe.sections import METHODS, Section, StageTree, describe_not_a_stage, find_inherited, read_method
+from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions, RlaifOptions
+from alignkit.recipe.sections import (
+    METHODS,
+    Group,
+    Section,
+    StageTree,
+    Sweep,
+    Variant,
+    describe_not_a_stage,
+    find_inherited,
+    read_method,
+)
 from alignkit.recipe.stage import Recipe, StageSection
-from alignkit.recipe.sweep import SWEEP, Sweep, Variant, read_axes, spread
 from alignkit.recipe.trl_fields import method_fields
 from alignkit.recipe.yaml import Node, apply_override, find_secrets, label_path, load_tree
 
@@ -88,6 +96,8 @@ class _Build:
                 self.problems.append(Problem(problem, node.place))
                 self.broken.add(name)
             elif read_method(name, node) == RLAIF:
+                from alignkit.recipe.rlaif import split_group
+
                 group = self.groups[name] = split_group(name, node, self.tree)
                 self.problems += [Problem(what, node.place) for what in group.find_clashes(taken)]
                 self.stages |= {stage.name: stage for stage in group.stages if stage.name not in taken}
@@ -98,6 +108,11 @@ class _Build:
 
     def sweep(self) -> Sweep:
         """Return the variants of the stages; keys under `sweep:` that cannot be swept are left out."""
+        if SWEEP not in self.tree.value:
+            plain = {name: [Variant(name, stage, {}, {})] for name, stage in self.stages.items()}
+            return Sweep([self.tree], [*self.groups.values()], [*self.stages.values()], plain)
+        from alignkit.recipe.sweep import read_axes, spread
+
         axes, problems = read_axes(self.tree, self.stages, self.groups)
         swept = spread(self.tree, self.stages, self.groups, axes)
         self.problems += [*problems, *swept.problems]
@@ -115,6 +130,8 @@ class _Build:
 
     def check_group(self, group: Group, top: Node) -> None:
         """Check the keys of an rlaif section itself; those of its steps are checked with their stages."""
+        from alignkit.recipe.rlaif import find_unused
+
         own = RlaifOptions.model_fields
         found = check_section(RlaifOptions, group.node.value, lambda key: f"{group.name}.{key}")
         required = {key for key, field in own.items() if field.is_required()}
@@ -128,7 +145,7 @@ class _Build:
             if key not in own:
                 what = describe_unknown_in_stage(key, stage=group.name, method=RLAIF, accepted=[*own])
                 self.problems.append(Problem(what, node.place))
-        for key, what in group.find_unused():
+        for key, what in find_unused(group.node.value):
             self.problems.append(Problem(f"{group.name}.{key} {what}", group.place(key)))
 
     def check_stage(self, stage: StageTree) -> None:
@@ -256,8 +273,12 @@ def _read_top(tree: Node) -> RecipeOptions:
 
 def _make_section(variant: Variant, tops: Mapping[int, RecipeOptions]) -> tuple[StageSection, dict[str, str]]:
     """Return a stage and the places of its values."""
-    stage = variant.stage
-    section = stage.section(variant.fill())
+    stage, node = variant.stage, None
+    if variant.names:
+        from alignkit.recipe.sweep import rename_stages
+
+        node = rename_stages(variant)
+    section = stage.section(node)
     options = {key: value for key, value in section.values.items() if key in OPTIONS[stage.method].model_fields}
     trainer = {key: value for key, value in section.values.items() if key not in options}
     if stage.method == "dpo" and isinstance(trainer.get("loss_type"), str):

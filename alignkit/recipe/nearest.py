@@ -1,6 +1,6 @@
 """The name somebody probably meant.
 
-Only spelling is compared; meaning (`warmup_ratio` is now `warmup_steps`) is the business of `fields`.
+Only spelling is compared; meaning (`warmup_ratio` is now `warmup_steps`) is the business of `trl_fields`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ It fills in defaults and names directories; it creates nothing and loads nothing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from alignkit.recipe.references import RUNS, find_model, find_weights, point
 from alignkit.recipe.rules import trains_from_scratch
 from alignkit.recipe.schema import FEEDBACK, LaunchOptions, Method, TrainOptions
 from alignkit.recipe.stage import Recipe, Stage, StageSection
-from alignkit.recipe.sweep import describe_swept
 
 # learning rate with LoRA, and of all weights
 _LEARNING_RATES = {"sft": (2e-4, 2e-5), "rm": (1e-4, 1e-5), "dpo": (5e-6, 5e-7), "ppo": (1e-5, 1e-6)}
@@ -43,6 +43,9 @@ def choose_defaults(method: str, *, lora: bool, scratch: bool, builtin: bool, ev
     if evaluates:
         defaults |= {"eval_strategy": "steps", "eval_steps": 0.1}
     return defaults
+
+
+_LISTED = 8  # variants of a swept stage that a message names
 
 
 def resolve(
@@ -98,7 +101,7 @@ def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
     if name in groups:
         return list(groups[str(name)])
     if swept := [stage for stage in (name, *(f"{group}-{name}" for group in groups)) if stage in recipe.sweeps]:
-        raise RecipeError(f"--stage {name} {describe_swept(recipe.sweeps[str(swept[0])])}", where=recipe.path)
+        raise RecipeError(f"--stage {name} {_describe_swept(recipe.sweeps[str(swept[0])])}", where=recipe.path)
     if name is not None:
         single = [stage for stage in recipe.stages.values() if stage.name == name]
         steps = [stage for group in groups for stage in groups[group] if stage == f"{group}-{name}"]
@@ -151,6 +154,12 @@ def pick_span(recipe: Recipe, first: str | None = None, last: str | None = None)
     return order[start:end]
 
 
+def _describe_swept(variants: Sequence[str]) -> str:
+    """Say, after its name, that a stage is swept and what its variants are called."""
+    more = f", ... ({len(variants)} in all)" if len(variants) > _LISTED else ""
+    return f"is swept, so there are several; name one of them: {', '.join(variants[:_LISTED])}{more}"
+
+
 def _launch(launch: LaunchOptions, method: Method) -> LaunchOptions:
     """Return where a stage runs: one that makes rows takes one process, whatever trains beside it."""
     if method not in FEEDBACK:
@@ -182,7 +191,7 @@ def _pick(recipe: Recipe, stage: str | None, method: Method | None) -> StageSect
     names = ", ".join(recipe.stages)
     if stage is not None:
         if stage in recipe.sweeps:
-            raise RecipeError(f"--stage {stage} {describe_swept(recipe.sweeps[stage])}", where=recipe.path)
+            raise RecipeError(f"--stage {stage} {_describe_swept(recipe.sweeps[stage])}", where=recipe.path)
         if stage not in recipe.stages:
             hint = suggest(stage, recipe.stages) or f"; there are {names}"
             raise RecipeError(f"--stage {stage}: the recipe has no such stage{hint}", where=recipe.path)

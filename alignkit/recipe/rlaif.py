@@ -6,13 +6,13 @@ keeps the place where it was written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from alignkit.recipe.sections import StageTree
+from alignkit.recipe.schema import STEPS
+from alignkit.recipe.sections import Group, StageTree
 from alignkit.recipe.yaml import Node
 
-STEPS = ("critique", "sft", "label", "dpo", "rm", "ppo")
 _TRAINED = {"dpo": ("label", "dpo"), "rm+ppo": ("label", "rm", "ppo"), "ppo": ("ppo",), "none": ()}
 
 
@@ -100,53 +100,6 @@ def _lay(filled: dict[str, Node], own: Node | None, section: Node) -> Node:
     if own is not None and isinstance(own.value, dict):
         return Node({**filled, **own.value}, own.origin, own.line)
     return Node(filled, section.origin, section.line)
-
-
-@dataclass
-class Group:
-    """An rlaif section while it is checked."""
-
-    name: str
-    node: Node
-    stages: list[StageTree]
-
-    def mark_broken(self, key: str) -> None:
-        """Let nobody rely on a key of the section: not the stages that have it from there either."""
-        for stage in self.stages:
-            if key in stage.shared:
-                del stage.node.value[key]
-                stage.shared -= {key}
-            if key not in stage.node.value:
-                stage.broken.add(key)
-            if key in ("judge", "constitution") and "reward" not in self._own(stage):
-                stage.broken.add("reward")
-
-    def find_missing(self, required: Collection[str]) -> set[str]:
-        """Return the keys that the section or one of its stages needs, and that are nowhere."""
-        missing = {key for key in required if key not in self.node.value and key != "method"}
-        without = [stage for stage in self.stages if stage.method == "label" and "judge" not in stage.node.value]
-        if "rm" not in list_steps(self.node.value):
-            without += [stage for stage in self.stages if stage.method == "ppo" and "reward" not in self._own(stage)]
-        if without and "judge" not in self.node.value:
-            missing.add("judge")
-        return missing
-
-    def find_unused(self) -> Iterator[tuple[str, str]]:
-        """Yield the keys of the section that would have no effect, and why."""
-        yield from find_unused(self.node.value)
-
-    def find_clashes(self, taken: Collection[str]) -> Iterator[str]:
-        """Yield what is wrong when the recipe has a section of the name of one of the stages."""
-        for stage in self.stages:
-            if stage.name in taken:
-                yield f"{self.name} has a stage {stage.name}, and so has the recipe; rename one of the two sections"
-
-    def place(self, key: str) -> str:
-        return str(self.node.value[key].place if key in self.node.value else self.node.place)
-
-    def _own(self, stage: StageTree) -> Collection[str]:
-        own = self.node.value.get(stage.method)
-        return own.value if own is not None and isinstance(own.value, dict) else ()
 
 
 def split_group(name: str, node: Node, top: Node) -> Group:

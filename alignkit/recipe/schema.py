@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError
 Method = Literal["sft", "rm", "dpo", "ppo", "critique", "label"]
 FEEDBACK = ("critique", "label")  # these make rows; they train nothing
 RLAIF = "rlaif"  # one section that stands for several stages
+STEPS = ("critique", "sft", "label", "dpo", "rm", "ppo")
+SWEEP = "sweep"
 ROOMS = {"critique": "feedback", "label": "rewards"}  # where their code is; that of all others is in train
 _ROOMS = Path(__file__).parents[1]
 # A constitution is a file of this directory.
@@ -31,6 +33,8 @@ def _require_text(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_require_text)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class _Section(BaseModel):
@@ -82,7 +86,7 @@ class ModelOptions(_Section):
 
 class LoraOptions(_Section):
     r: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="Rank of the adapter.")
-    alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scale: the update is multiplied by alpha / r.")
+    alpha: Positive = Field(32, description="Scale: the update is multiplied by alpha / r.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapter's input.")
     target_modules: Text | list[Text] = Field(
         "all-linear", description="all-linear (every linear layer but the head, as QLoRA) or module names."
@@ -108,7 +112,7 @@ class SlurmOptions(_Section):
     gpus_per_node: Annotated[int, Field(ge=0)] | None = Field(
         None, description="GPUs asked for on each node; omitted: as many as launch.processes, 0 on the CPU."
     )
-    cpus_per_process: Annotated[int, Field(ge=1)] = Field(8, description="CPU cores for each process.")
+    cpus_per_process: Count = Field(8, description="CPU cores for each process.")
     memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(
         None, description="Host memory per node, such as 480G; 0 takes all of it."
     )
@@ -139,12 +143,10 @@ class LaunchOptions(_Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Where to train; auto takes cuda, then mps, then cpu."
     )
-    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    processes: Count | Literal["auto"] = Field(
         1, description="Processes on each node, one a device; auto takes the visible devices."
     )
-    nodes: Annotated[int, Field(ge=1)] = Field(
-        1, description="Machines; the same command is started on each of them, or --slurm starts it."
-    )
+    nodes: Count = Field(1, description="Machines; the same command is started on each of them, or --slurm starts it.")
     strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = Field(
         "ddp",
         description="ddp copies the model to every process; fsdp (PyTorch) and zero3 (DeepSpeed) shard weights, "
@@ -204,7 +206,7 @@ class DataSource(_Section):
     weight: Annotated[float, Field(gt=0, le=1000)] = Field(
         1.0, description="Passes over this source per epoch: 0.5 takes each row with probability 0.5 (seeded), 2 twice."
     )
-    max_rows: Annotated[int, Field(ge=1)] | None = Field(None, description="Take only the first rows of the source.")
+    max_rows: Count | None = Field(None, description="Take only the first rows of the source.")
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -261,17 +263,17 @@ class FeedbackModel(_Section):
         "omitted: the host's own, such as OPENAI_API_KEY for api.openai.com.",
     )
     concurrency: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="Requests under way at one time.")
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = Field(
+    requests_per_minute: Positive | None = Field(
         None, description="Most requests started in a minute; omitted: as many as concurrency lets through."
     )
-    timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="Seconds that one request may take.")
+    timeout: Positive = Field(60.0, description="Seconds that one request may take.")
     retries: Annotated[int, Field(ge=0)] = Field(
         6, description="Further tries of a request that failed, with growing waits; Retry-After is honoured."
     )
-    max_tokens_total: Annotated[int, Field(ge=1)] | None = Field(
+    max_tokens_total: Count | None = Field(
         None, description="Tokens, sent and received, after which the stage stops and keeps what it has."
     )
-    max_cost: Annotated[float, Field(gt=0)] | None = Field(
+    max_cost: Positive | None = Field(
         None, description="Cost after which the stage stops and keeps what it has; needs price."
     )
     price: Price | None = Field(None, description="What tokens cost: {input, output}, per million.")
@@ -289,7 +291,7 @@ Feedback = Annotated[FeedbackModel, BeforeValidator(_name_model, json_schema_inp
 
 class SampleOptions(_Section):
     num: Annotated[int, Field(ge=0, le=256)] = Field(4, description="Prompts answered; 0 switches samples off.")
-    max_new_tokens: Annotated[int, Field(ge=1)] = Field(48, description="Length of an answer, in tokens.")
+    max_new_tokens: Count = Field(48, description="Length of an answer, in tokens.")
 
 
 class RewardSource(_Section):
@@ -336,7 +338,7 @@ Rewards = Annotated[
 class MissingEos(_Section):
     """What an answer without an end gets; exactly one of the two."""
 
-    penalty: Annotated[float, Field(gt=0)] | None = Field(None, description="Subtracted from its reward.")
+    penalty: Positive | None = Field(None, description="Subtracted from its reward.")
     score: float | None = Field(None, description="Replaces its reward.")
 
 
@@ -349,12 +351,8 @@ class Truncate(_Section):
 
 class Ptx(_Section):
     data: Sources = Field(description="Raw text of the pre-training distribution.")
-    coef: Annotated[float, Field(gt=0)] = Field(
-        description="Weight of its loss beside PPO's (InstructGPT eq. 2: gamma, 27.8)."
-    )
-    batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Blocks of text per optimizer step; omitted: batch_size."
-    )
+    coef: Positive = Field(description="Weight of its loss beside PPO's (InstructGPT eq. 2: gamma, 27.8).")
+    batch_size: Count | None = Field(None, description="Blocks of text per optimizer step; omitted: batch_size.")
 
 
 class GenerationOptions(_Section):
@@ -402,10 +400,8 @@ class TrainOptions(StageOptions):
     max_truncated: Annotated[float, Field(ge=0, le=1)] = Field(
         0.2, description="Largest share of rows that may be cut to max_length or left out for being longer."
     )
-    batch_size: Annotated[int, Field(ge=1)] = Field(
-        16, description="Rows per optimizer step over all devices (rm: prompts)."
-    )
-    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    batch_size: Count = Field(16, description="Rows per optimizer step over all devices (rm: prompts).")
+    micro_batch_size: Count | Literal["auto"] = Field(
         "auto", description="Rows per forward pass on one device; must divide batch_size."
     )
     batching: Literal["shuffled", "grouped"] = Field(
@@ -416,7 +412,7 @@ class TrainOptions(StageOptions):
         description="When start_from is an adapter: train it on (default), fold it into the base first, or freeze it "
         "and train a new one on top.",
     )
-    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(2, description="Sealed checkpoints kept, newest first.")
+    keep_checkpoints: Count = Field(2, description="Sealed checkpoints kept, newest first.")
     samples: SampleOptions = Field(default_factory=SampleOptions, description="Prompts answered before, during, after.")
 
 
@@ -462,16 +458,14 @@ class PpoOptions(TrainOptions):
     gold: Rewards | None = Field(
         None, description="Scores rollouts and samples too, and is never trained on: it shows over-optimisation."
     )
-    reward_timeout: Annotated[float, Field(gt=0)] = Field(
-        60.0, description="Seconds that one call of a reward function may take."
-    )
+    reward_timeout: Positive = Field(60.0, description="Seconds that one call of a reward function may take.")
     reward_normalize: Literal["none", "bias", "gain_and_bias"] = Field(
         "none",
         description="Before training, shift (and scale) the reward to mean 0 (and std 1) on answers of the starting "
         "policy (Ziegler 2019); an rm stage's own reward_norm.json always applies first.",
     )
     reward_normalize_rows: Annotated[int, Field(ge=2)] = Field(256, description="Answers used by reward_normalize.")
-    reward_clip: Annotated[float, Field(gt=0)] | None = Field(
+    reward_clip: Positive | None = Field(
         None, description="Bounds the reward to [-reward_clip, reward_clip], after normalisation."
     )
     missing_eos: MissingEos | None = Field(
@@ -486,13 +480,11 @@ class PpoOptions(TrainOptions):
         0.05,
         description="Factor of the KL to the starting policy, per token, in the reward; where an adaptive one starts.",
     )
-    kl_target: Annotated[float, Field(gt=0)] | None = Field(
+    kl_target: Positive | None = Field(
         None, description="Adapts kl_coef to keep the KL near this many nats per sequence; omitted: it stays fixed."
     )
-    kl_horizon: Annotated[int, Field(ge=1)] = Field(
-        10_000, description="Episodes over which kl_coef adapts; smaller is faster."
-    )
-    max_kl: Annotated[float, Field(gt=0)] | None = Field(
+    kl_horizon: Count = Field(10_000, description="Episodes over which kl_coef adapts; smaller is faster.")
+    max_kl: Positive | None = Field(
         None, description="Stops the run when the KL exceeds this many nats per sequence, and keeps the model before."
     )
     advantage: Literal["gae", "rloo", "grpo", "reinforce"] = Field(
@@ -505,11 +497,11 @@ class PpoOptions(TrainOptions):
     )
     gamma: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Discount of gae, per token.")
     lam: Annotated[float, Field(ge=0, le=1)] = Field(0.95, description="Lambda of gae: 1 trusts returns, 0 the critic.")
-    cliprange: Annotated[float, Field(gt=0)] = Field(0.2, description="Clip of the policy's probability ratio.")
-    cliprange_value: Annotated[float, Field(gt=0)] = Field(0.2, description="Clip of the critic's change in value.")
-    vf_coef: Annotated[float, Field(gt=0)] = Field(0.1, description="Factor of the critic's loss.")
-    ppo_epochs: Annotated[int, Field(ge=1)] = Field(4, description="Passes over the answers of a rollout.")
-    minibatches: Annotated[int, Field(ge=1)] = Field(
+    cliprange: Positive = Field(0.2, description="Clip of the policy's probability ratio.")
+    cliprange_value: Positive = Field(0.2, description="Clip of the critic's change in value.")
+    vf_coef: Positive = Field(0.1, description="Factor of the critic's loss.")
+    ppo_epochs: Count = Field(4, description="Passes over the answers of a rollout.")
+    minibatches: Count = Field(
         1, description="Optimizer steps per pass: a rollout is batch_size x minibatches answers."
     )
     whiten_rewards: bool = Field(False, description="Scale the per-token rewards of a rollout to variance 1.")
@@ -520,17 +512,13 @@ class PpoOptions(TrainOptions):
         "zero head on the policy's own trunk (Ziegler: one forward pass for both; policy with lora:); omitted: the "
         "reward where that is one model.",
     )
-    critic_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+    critic_learning_rate: Positive | None = Field(
         None, description="Learning rate of the critic; omitted: learning_rate."
     )
-    temperature: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="Of the policy: in sampling and in its log-probabilities."
-    )
-    max_new_tokens: Annotated[int, Field(ge=1)] = Field(64, description="Longest answer, in tokens.")
-    min_new_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Shortest answer, in tokens: no end before."
-    )
-    total_episodes: Annotated[int, Field(ge=1)] | None = Field(
+    temperature: Positive = Field(1.0, description="Of the policy: in sampling and in its log-probabilities.")
+    max_new_tokens: Count = Field(64, description="Longest answer, in tokens.")
+    min_new_tokens: Count | None = Field(None, description="Shortest answer, in tokens: no end before.")
+    total_episodes: Count | None = Field(
         None, description="Answers sampled in the whole run; omitted: max_steps or num_train_epochs decide."
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -611,7 +599,7 @@ class LabelOptions(StageOptions):
         "both", description="both asks twice, each answer once as (A), and takes the mean; one draws an order."
     )
     cot: bool = Field(False, description="Let the judge think step by step before it answers.")
-    cot_tokens: Annotated[int, Field(ge=1)] = Field(256, description="Longest chain of thought, in tokens.")
+    cot_tokens: Count = Field(256, description="Longest chain of thought, in tokens.")
     clamp: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)] | None = Field(
         None, description="Bounds of a label; omitted: [0.4, 0.6] with cot, as the paper has it, else none."
     )
@@ -679,7 +667,7 @@ else:
 class FrontierOptions(_Section):
     """The most reward at a KL, from answers of the model that others start from; measured on that model alone."""
 
-    betas: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
+    betas: Annotated[list[Positive], Field(min_length=1)] = Field(
         default_factory=lambda: [1.0, 0.5, 0.2, 0.1, 0.05],
         description="Measure the optimum of reward - beta KL for each beta, in units of the reward; the curve ends at "
         "the smallest.",
@@ -688,9 +676,7 @@ class FrontierOptions(_Section):
         256,
         description="Answers sampled per prompt, at least the largest best_of; no KL above their log can be told.",
     )
-    best_of: list[Annotated[int, Field(ge=1)]] = Field(
-        default_factory=list, description="Best of N of these answers, for each N."
-    )
+    best_of: list[Count] = Field(default_factory=list, description="Best of N of these answers, for each N.")
 
 
 EVALUATED = ("reference", "reward", "against", "judge")  # keys of evaluate: that may name a stage
@@ -702,7 +688,7 @@ class EvaluateOptions(_Section):
     data: Sources | None = Field(
         None, description="Rows to measure on; omitted: the held-out rows of the stage, of builtin data the split test."
     )
-    max_rows: Annotated[int, Field(ge=1)] = Field(200, description="Rows used: the first ones of the data.")
+    max_rows: Count = Field(200, description="Rows used: the first ones of the data.")
     metrics: Annotated[list[Metric], Field(min_length=1)] | None = Field(
         None, description="Which groups of metrics; omitted: all that model, data and the keys below allow."
     )
@@ -723,7 +709,7 @@ class EvaluateOptions(_Section):
     constitution: Texts | None = Field(
         None, description="What a language model judges by: YAML or JSON files, or builtin:helpfulness."
     )
-    best_of: list[Annotated[int, Field(ge=1)]] = Field(
+    best_of: list[Count] = Field(
         default_factory=list, description="Measure the best of N sampled answers by reward, for each N."
     )
     frontier: FrontierOptions | None = Field(
@@ -735,10 +721,10 @@ class EvaluateOptions(_Section):
     shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
         default_factory=lambda: [0], description="Examples in the prompt of a task; one figure for each number."
     )
-    samples: Annotated[int, Field(ge=1)] = Field(1, description="Answers sampled per prompt for kl and answers.")
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Of the sampled answers.")
-    max_new_tokens: Annotated[int, Field(ge=1)] = Field(64, description="Longest answer, in tokens.")
-    batch_size: Annotated[int, Field(ge=1)] = Field(16, description="Rows per forward pass.")
+    samples: Count = Field(1, description="Answers sampled per prompt for kl and answers.")
+    temperature: Positive = Field(1.0, description="Of the sampled answers.")
+    max_new_tokens: Count = Field(64, description="Longest answer, in tokens.")
+    batch_size: Count = Field(16, description="Rows per forward pass.")
     resamples: Annotated[int, Field(ge=100)] = Field(1000, description="Bootstrap resamples behind an interval.")
 
 

@@ -6,10 +6,11 @@ Knows what a stage is called and what it takes from the recipe; whether its valu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alignkit.errors import Problem
 from alignkit.recipe.check import describe_unknown_top, show, show_key
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF
@@ -137,3 +138,74 @@ def describe_not_a_stage(name: str, node: Node) -> str | None:
         nearest = f"; {known}" if known else suggest(method.value, SECTIONS) if isinstance(method.value, str) else ""
         return f"{show_key(name)}.method is {show(method)}; it must be one of {METHODS}{nearest}"
     return describe_unknown_top(name, is_mapping=is_mapping)
+
+
+@dataclass
+class Group:
+    """An rlaif section while it is checked."""
+
+    name: str
+    node: Node
+    stages: list[StageTree]
+
+    def mark_broken(self, key: str) -> None:
+        """Let nobody rely on a key of the section: not the stages that have it from there either."""
+        for stage in self.stages:
+            if key in stage.shared:
+                del stage.node.value[key]
+                stage.shared -= {key}
+            if key not in stage.node.value:
+                stage.broken.add(key)
+            if key in ("judge", "constitution") and "reward" not in self._own(stage):
+                stage.broken.add("reward")
+
+    def find_missing(self, required: Collection[str]) -> set[str]:
+        """Return the keys that the section or one of its stages needs, and that are nowhere."""
+        missing = {key for key in required if key not in self.node.value and key != "method"}
+        without = [stage for stage in self.stages if stage.method == "label" and "judge" not in stage.node.value]
+        if not any(stage.method == "rm" for stage in self.stages):
+            without += [stage for stage in self.stages if stage.method == "ppo" and "reward" not in self._own(stage)]
+        if without and "judge" not in self.node.value:
+            missing.add("judge")
+        return missing
+
+    def find_clashes(self, taken: Collection[str]) -> Iterator[str]:
+        """Yield what is wrong when the recipe has a section of the name of one of the stages."""
+        for stage in self.stages:
+            if stage.name in taken:
+                yield f"{self.name} has a stage {stage.name}, and so has the recipe; rename one of the two sections"
+
+    def place(self, key: str) -> str:
+        return str(self.node.value[key].place if key in self.node.value else self.node.place)
+
+    def _own(self, stage: StageTree) -> Collection[str]:
+        own = self.node.value.get(stage.method)
+        return own.value if own is not None and isinstance(own.value, dict) else ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of a stage; of a stage that is not swept, the only one."""
+
+    name: str
+    stage: StageTree
+    names: Mapping[str, str]  # what the stages that it takes something from are called here
+    values: Mapping[str, Any]  # of the swept keys that matter to it, as written
+    point: Mapping[int, int] = field(default_factory=dict)  # the same by positions of axis and value
+
+
+@dataclass
+class Sweep:
+    """The stages of a recipe with every value that each of them can have by itself, and what these make together."""
+
+    tops: list[Node]  # the recipe with each combination of swept values of the top level
+    groups: list[Group]
+    stages: list[StageTree]
+    variants: dict[str, list[Variant]] = field(default_factory=dict)  # by the name of the section
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the variants of each swept stage."""
+        swept = {name: tuple(variant.name for variant in made) for name, made in self.variants.items()}
+        return {name: names for name, names in swept.items() if names != (name,)}

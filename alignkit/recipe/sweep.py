@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -19,14 +19,13 @@ from alignkit.errors import Problem, RecipeError
 from alignkit.recipe.check import describe_unknown, describe_unknown_in_stage, show, show_key
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.references import list_names
-from alignkit.recipe.rlaif import STEPS, Group, split_group, stage_name
-from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, LoraOptions, ModelOptions, RlaifOptions
-from alignkit.recipe.sections import StageTree
+from alignkit.recipe.rlaif import split_group, stage_name
+from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, STEPS, SWEEP, LoraOptions, ModelOptions, RlaifOptions
+from alignkit.recipe.sections import Group, StageTree, Sweep, Variant
 from alignkit.recipe.stage import HARMLESS
 from alignkit.recipe.trl_fields import method_fields
 from alignkit.recipe.yaml import FLAG, Node, lay_value
 
-SWEEP = "sweep"
 TOP = ("seed", "model", "lora", "data", "eval")  # keys of the top level that stages read
 _REFUSED = {
     "name": "it is the directory of all runs",
@@ -238,49 +237,8 @@ def _shorten(node: Node) -> str:
 
 MAX_STAGES = 256
 MAX_NAME = 200  # characters; a file name holds 255, and a job's name or a file of the run adds some
-_LISTED = 8
 
 Point = tuple[tuple[int, int], ...]  # positions of axes, in order, each with the position of one of its values
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One run of a stage; of a stage that is not swept, the only one."""
-
-    name: str
-    stage: StageTree
-    names: Mapping[str, str]  # what the stages that it takes something from are called here
-    values: Mapping[str, Any]  # of the swept keys that matter to it, as written
-    point: Mapping[int, int] = field(default_factory=dict)  # the same by positions of axis and value
-
-    def fill(self) -> Node:
-        """Return all that the stage says, with the names of variants where it names swept stages."""
-        node = self.stage.fill()
-        new = {id(name): self.names[name.value] for _, name in list_names(node) if name.value in self.names}
-        return _rename(node, new) if new else node
-
-
-@dataclass
-class Sweep:
-    """The stages of a recipe with every value that each of them can have by itself, and what these make together."""
-
-    tops: list[Node]  # the recipe with each combination of swept values of the top level
-    groups: list[Group]
-    stages: list[StageTree]
-    variants: dict[str, list[Variant]] = field(default_factory=dict)  # by the name of the section
-    problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def names(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of the variants of each swept stage."""
-        swept = {name: tuple(variant.name for variant in made) for name, made in self.variants.items()}
-        return {name: names for name, names in swept.items() if names != (name,)}
-
-
-def describe_swept(variants: Sequence[str]) -> str:
-    """Say, after its name, that a stage is swept and what its variants are called."""
-    more = f", ... ({len(variants)} in all)" if len(variants) > _LISTED else ""
-    return f"is swept, so there are several; name one of them: {', '.join(variants[:_LISTED])}{more}"
 
 
 def spread(tree: Node, stages: Mapping[str, StageTree], groups: Mapping[str, Group], axes: Sequence[Axis]) -> Sweep:
@@ -512,3 +470,10 @@ def _rename(node: Node, names: Mapping[int, str]) -> Node:
     if isinstance(node.value, list):
         return Node([_rename(child, names) for child in node.value], node.origin, node.line)
     return node
+
+
+def rename_stages(variant: Variant) -> Node:
+    """Return all that a stage says, with the names of variants where it names swept stages."""
+    node = variant.stage.fill()
+    new = {id(name): variant.names[name.value] for _, name in list_names(node) if name.value in variant.names}
+    return _rename(node, new) if new else node
