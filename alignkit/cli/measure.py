@@ -11,6 +11,7 @@ from alignkit.cli.options import AllowKey, AsJson, Overrides, StageName, TrustCo
 
 if TYPE_CHECKING:
     from alignkit.recipe import Recipe
+    from alignkit.recipe.schema import EvaluateOptions
 
 _WHAT, _ANSWERS = "What is measured", "Answers"
 
@@ -85,8 +86,10 @@ def evaluate(
     if recipe is not None:
         loaded = load_recipe(recipe, overrides)
         base, folder = loaded.evaluate, recipe.resolve().parent
-    elif stage is not None or overrides:
-        raise typer.BadParameter("--stage and --set belong to --recipe")
+    elif stage is not None:
+        raise typer.BadParameter("--stage belongs to --recipe; of a RUN it is the directory, such as runs/RECIPE/STAGE")
+    elif overrides:
+        base = _read_overrides(overrides)
     if out is not None and loaded is not None and stage is None and len(loaded.order) > 1:
         raise typer.BadParameter("--out is one file, and the recipe has several stages; name one with --stage")
     if split is not None and not data:
@@ -107,14 +110,16 @@ def evaluate(
     requests = request_stages(loaded, options, None if stage is None else [_named(loaded, stage)]) if loaded else []
     from alignkit.models.files import require_available
 
-    for name in (source, options.against, options.reference) if source is not None else ():
-        if name is not None:
-            require_available(name, as_run=True)
-    from alignkit.evaluate.results import table
-    from alignkit.evaluate.target import list_siblings
-
     if source is not None:
-        requests = [(source, name_runs(options, list_siblings(source), strict=False))]
+        from alignkit.evaluate.target import list_siblings
+
+        require_available(source, as_run=True)
+        named = name_runs(options, list_siblings(source), strict=False)
+        for other in (named.against, named.reference):
+            if other is not None:
+                require_available(other, as_run=True)
+        requests = [(source, named)]
+    from alignkit.evaluate.results import table
     from alignkit.evaluate.run import evaluate_all
 
     results = []
@@ -133,3 +138,24 @@ def _named(recipe: Recipe, stage: str) -> str:
     from alignkit.recipe import resolve
 
     return resolve(recipe, stage).name
+
+
+def _read_overrides(overrides: list[str]) -> EvaluateOptions:
+    """Read --set evaluate.KEY=VALUE where there is a RUN and no recipe; raises UsageError for any other key."""
+    from alignkit.errors import Problem, UsageError
+    from alignkit.evaluate.options import combine
+    from alignkit.recipe.nearest import suggest
+    from alignkit.recipe.overrides import FLAG, apply_override
+    from alignkit.recipe.schema import EvaluateOptions
+    from alignkit.recipe.tree import Node, Origin
+
+    tree = Node({}, Origin(FLAG, Path.cwd()))
+    for override in overrides:
+        tree = apply_override(tree, override)
+    if foreign := tree.value.keys() - {"evaluate"}:
+        what = "only evaluate.KEY can be set for a RUN; the rest is what it was trained with"
+        raise UsageError([Problem(f"{key}: {what}", FLAG) for key in sorted(foreign)])
+    given, known = tree.value["evaluate"].plain(), EvaluateOptions.model_fields
+    if unknown := [f"evaluate.{key} is no key{suggest(key, known)}" for key in given if key not in known]:
+        raise UsageError([Problem(what, FLAG) for what in unknown])
+    return combine(EvaluateOptions(), given)

@@ -10,7 +10,7 @@ from typing import Any
 
 from alignkit.errors import RunError
 from alignkit.runs.directory import RunDir
-from alignkit.runs.files import read_json
+from alignkit.runs.files import read_json, read_record
 
 _DATA = ("rows", "fingerprint", "kinds", "duplicates", "rejected", "overlap")
 _RESULT = ("status", "step", "tokens", "wall_seconds", "tokens_per_second", "peak_memory_bytes")
@@ -101,7 +101,7 @@ def _metrics(run: RunDir) -> dict[str, Any]:
     if run.result.is_file():
         result = read_json(run.result)
         found |= {key: result.get(key) for key in _RESULT} | dict(result.get("metrics") or {})
-    for figure in read_json(run.evaluation).get("results", ()) if run.evaluation.is_file() else ():
+    for figure in read_record(run.evaluation).get("results", ()):
         part = str(figure.get("slice") or "")
         if not part.startswith(("margin", "chosen", "equal")):  # those are cut by the run's own rows
             found[f"{figure['metric']}{f', {part}' if part else ''} on {figure['data']}"] = figure["value"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,11 @@ from alignkit.runs.files import (
     write_json,
 )
 
+_DIGEST = re.compile(r'\[?("[0-9a-f]{32,}"|null|, )+\]?')
+_DIGESTS = {  # parts of a fingerprint that are checksums, in words
+    "start_weights": "the weights it starts from", "reward_weights": "the weights or the code of its rewards",
+    "data": "its rows", "ptx_data": "the rows of ptx", "template": "the chat template",
+}  # fmt: skip
 CARD = "README.md"  # the model card, beside the weights
 PRODUCTS = ("model", "rows.jsonl")  # what others take from a run
 
@@ -166,13 +172,18 @@ _OF_A_ROLLOUT = ("batch_size", "minibatches", "ppo_epochs", "num_generations", "
 def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = ()) -> dict[str, str]:
     """Compare the fingerprint in stage.json with the current one; list the changes that were not allowed.
 
-    Each key has its text, "key: before -> now".
+    Each key has its text, "key: before -> now", or that it changed where the values are checksums.
     """
     if not run.stage.exists():
         return {}
     before = read_json(run.stage).get("fingerprint", {})
     now = json.loads(json.dumps(dict(current), default=str))
     fields = method_fields(str(now.get("method")))
+
+    def tell(key: str) -> str:
+        if all(_DIGEST.fullmatch(json.dumps(values.get(key))) for values in (before, now)):
+            return f"{key}: {_DIGESTS.get(key, 'its bytes')} changed"
+        return f"{key}: {show(key, before.get(key))} -> {show(key, now.get(key))}"
 
     def show(key: str, value: Any) -> str:
         # As the user wrote it; a fingerprint leaves out what is TRL's own default.
@@ -183,7 +194,7 @@ def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Seque
 
     refused = {}
     for key in sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
-        change = f"{key}: {show(key, before.get(key))} -> {show(key, now.get(key))}"
+        change = tell(key)
         if now.get("method") == "ppo" and key.rpartition(".")[2] in _OF_A_ROLLOUT:
             refused[key] = (
                 f"{change} (it decides which step is of which rollout: not to be changed in a run that has begun)"

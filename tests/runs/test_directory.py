@@ -90,3 +90,15 @@ def test_a_run_and_its_recipe_s_directory_are_for_their_owner_alone(tmp_path: Pa
     run, lock = open_run(tmp_path / "runs/a/sft", force=False)
     lock.release()
     assert [path.stat().st_mode & 0o777 for path in (run.path, run.path.parent)] == [0o700, 0o700]
+
+
+def test_a_checksum_that_changed_is_told_in_words(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    before = {"start_weights": "a" * 32, "reward_weights": ["b" * 64, None], "sft.model": None}
+    write_json(run.stage, {"fingerprint": before})
+    now = {"start_weights": "c" * 32, "reward_weights": [None, None], "sft.model": "a" * 32}
+    assert list(list_changes(run, now).values()) == [
+        "reward_weights: the weights or the code of its rewards changed",
+        "sft.model: its bytes changed",
+        "start_weights: the weights it starts from changed",
+    ]
