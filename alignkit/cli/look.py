@@ -95,9 +95,9 @@ def merge(
 ) -> None:
     """Write an adapter and its base as one model directory."""
     from alignkit import console
-    from alignkit.models.files import require_available
+    from alignkit.models.files import find_adapter
 
-    require_available(str(source), as_run=True)
+    find_adapter(str(source))  # refuses a whole model before the libraries are loaded
     from alignkit.models.save import merge as merge_adapter
 
     merge_adapter(source, out)
@@ -117,11 +117,15 @@ def chat(
     trust_code: TrustCode = False,
 ) -> None:
     """Talk to a model, or to two at once; /help lists what can be typed."""
-    from alignkit.models.files import require_available
+    from alignkit.errors import ModelError
+    from alignkit.models.files import find_model_dir, inspect_model_dir, require_available
 
     sources = [source] if compare is None else [source, compare]
     for name in sources:
         require_available(name, as_run=True)
+        directory = find_model_dir(name)
+        if directory is not None and inspect_model_dir(directory, trust_code=trust_code).reward:
+            raise ModelError(f"{name} is a reward model, which cannot write; `alignkit eval` measures it")
     from alignkit.chat import Settings, talk
 
     settings = Settings(system=system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
@@ -135,8 +139,12 @@ def diff(
 ) -> None:
     """Show how two runs differ: values in force, data and template, versions, then what came out."""
     from alignkit import console
+    from alignkit.models.files import find_model_dir
     from alignkit.report.compare import compare_runs
 
+    for run in (first, second):
+        if not run.exists():
+            find_model_dir(str(run))  # says which run may be meant
     difference = compare_runs(first, second)
     if as_json:
         console.print_json(difference.to_dict())
@@ -163,8 +171,11 @@ def report(
 ) -> None:
     """Write one HTML page that shows a run or a whole recipe, and bring the run's model card up to date."""
     from alignkit import console
+    from alignkit.models.files import find_model_dir
     from alignkit.report.publish import publish
 
+    if not target.exists():
+        find_model_dir(str(target))  # says which run may be meant
     stages = None
     if target.suffix in (".yaml", ".yml"):
         from alignkit.recipe import resolve

@@ -145,9 +145,8 @@ def _read_overrides(overrides: list[str]) -> EvaluateOptions:
     from alignkit.errors import Problem, UsageError
     from alignkit.evaluate.options import combine
     from alignkit.recipe.nearest import suggest
-    from alignkit.recipe.overrides import FLAG, apply_override
     from alignkit.recipe.schema import EvaluateOptions
-    from alignkit.recipe.tree import Node, Origin
+    from alignkit.recipe.yaml import FLAG, Node, Origin, apply_override
 
     tree = Node({}, Origin(FLAG, Path.cwd()))
     for override in overrides:

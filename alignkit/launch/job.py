@@ -19,7 +19,7 @@ from alignkit.errors import AlignKitError, EnvironmentProblem, Stopped, UsageErr
 from alignkit.launch import accelerate, nodes, rendezvous
 from alignkit.launch.command import Command
 from alignkit.launch.devices import Precision, mixed_precision
-from alignkit.launch.local import hold_run
+from alignkit.launch.local import hold_run, refuse_changes
 from alignkit.launch.placement import Placement
 from alignkit.launch.supervise import Job, StopRequest
 from alignkit.launch.worker import STOP_SIGNALS
@@ -49,6 +49,7 @@ def run_job(stage: Stage, command: Command, placement: Placement, *, force: bool
             _try_until_done(stage, command, placement, run, stop, retries)
             return read_result(run.result)
         with hold_run(run.path, force=force, check=stop.check):
+            refuse_changes(stage, run, command.allow_change)
             try:
                 with record_warnings(run.warnings):
                     _try_until_done(stage, command, placement, run, stop, retries)

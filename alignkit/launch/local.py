@@ -22,8 +22,9 @@ from alignkit.launch import processes
 from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import ROOMS
-from alignkit.runs.directory import RunDir, open_run, set_aside
+from alignkit.runs.directory import RunDir, compare_fingerprints, open_run, set_aside
 from alignkit.runs.record import record_warnings
+from alignkit.train.fingerprint import fingerprint_stage, unread
 
 if TYPE_CHECKING:
     from alignkit.runs.directory import Result
@@ -38,7 +39,15 @@ def train_here(stage: Stage, *, force: bool, allow_change: tuple[str, ...] = ())
     """
     require_ready(stage)
     with hold_run(Path(stage.run_dir), force=force) as run:
+        refuse_changes(stage, run, allow_change)
         return train_in(stage, run.path, allow_change=allow_change)
+
+
+def refuse_changes(stage: Stage, run: RunDir, allow_change: tuple[str, ...]) -> None:
+    """Raise RunError for a run with other settings or weights before anything loads; `fit` compares its rows, too."""
+    if run.stage.is_file() and stage.method not in ROOMS:
+        known = {**fingerprint_stage(stage), **unread(run)}
+        compare_fingerprints(run, known, allow_change=allow_change)
 
 
 @contextmanager

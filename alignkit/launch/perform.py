@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignkit import console
-from alignkit.errors import AlignKitError, UsageError
+from alignkit.errors import AlignKitError, Problem, UsageError
 from alignkit.evaluate.results import table
 from alignkit.launch import launch_stage
 from alignkit.launch.agenda import WORDS, Entry, plan_run
@@ -24,11 +24,13 @@ from alignkit.launch.slurm import write_jobs
 from alignkit.launch.worker import is_supervised
 from alignkit.preflight.requirements import locate_rows
 from alignkit.recipe import Stage
+from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import FEEDBACK
+from alignkit.recipe.trl_fields import method_fields
 from alignkit.report.page import write_recipe_report
 from alignkit.report.publish import attempt
 from alignkit.runs.directory import RunDir
-from alignkit.runs.files import write_text
+from alignkit.runs.files import read_json, write_text
 
 _FAILURES = (3, 4, 5, 6, 7)  # not finite, disk, memory, a process, the judge
 
@@ -46,6 +48,7 @@ class How(NamedTuple):
 
 def run_one(place: dict[str, Path], stage: Stage, command: Command, how: How) -> None:
     """Run one stage and show how it ended; its run directory is noted in `place`, for a report of what fails."""
+    _refuse_unknown([(stage, command)])
     if how.slurm or how.submit:
         _use_slurm([(stage, command)], how)
         return
@@ -71,6 +74,7 @@ def run_many(
     `place` holds the run directory of the last one, for a report of what fails. With --dry-run it is said instead what
     would be done with each stage, and why.
     """
+    _refuse_unknown(jobs)
     if how.slurm or how.submit:
         _use_slurm(jobs, how)
         return
@@ -99,6 +103,19 @@ def run_many(
         if console.is_main():
             _show_results(jobs, results, measured, how)
     _write_page(jobs)
+
+
+def _refuse_unknown(jobs: Sequence[tuple[Stage, Command]]) -> None:
+    """Refuse an --allow-change that names no setting of any of these stages, now or when their runs began."""
+    known = {"start_weights", "reward_weights", "data", "template", "ptx_data"}
+    for stage, _ in jobs:
+        run = RunDir(Path(stage.run_dir).expanduser().absolute())
+        began = read_json(run.stage).get("fingerprint") or {} if run.stage.is_file() else {}
+        known |= {*stage.fingerprint_values(), *began, *(f"{stage.name}.{key}" for key in method_fields(stage.method))}
+    names = {key.split(".", dot)[-1] for key in known for dot in range(key.count(".") + 1)}
+    if unknown := [name for name in jobs[0][1].allow_change if name not in names]:
+        what = "is no setting of these stages"
+        raise UsageError([Problem(f"{name} {what}{suggest(name, names)}", "--allow-change") for name in unknown])
 
 
 def _write_page(jobs: Sequence[tuple[Stage, Command]]) -> None:

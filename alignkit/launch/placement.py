@@ -133,6 +133,9 @@ def _check_devices(stage: Stage, processes: int, device: Device) -> list[Problem
         return [Problem(f"launch.processes is {processes}, but mps is one device; set launch.device: cpu", where)]
     if device != "cuda" or processes <= (visible := count_cuda()):
         return []
+    if not visible:
+        what = "launch.device is cuda, but no CUDA device is visible here; leave it out, or set it to cpu"
+        return [Problem(what, stage.where("launch.device"))]
     return [
         Problem(
             f"launch.processes is {processes}, but {visible} CUDA devices are visible here; "

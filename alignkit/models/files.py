@@ -21,6 +21,7 @@ from alignkit.runs.directory import require_whole
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_MODELS = ("builtin:tiny-gpt2", "builtin:tiny-llama")  # made in `builtin`
+TEMPLATES = ("chatml", "llama3", "zephyr", "plain")  # chat templates that we ship
 REWARD_NORM = "reward_norm.json"  # of an rm stage, beside its model: gain and bias
 RECORD = "alignkit.json"  # what we add to a model directory: lineage, dtype and quantization it was trained with
 
@@ -78,6 +79,8 @@ def find_model_dir(path: str) -> Path | None:
     near = suggest(directory.name, beside)
     if not near and (beside or _looks_local(path)):
         near = _suggest_run(path) or (f"; {directory.parent} holds {', '.join(beside)}" if beside else near)
+    if _looks_local(path) and not near and directory.parent.is_dir():
+        near = suggest(directory.name, [folder.name for folder in directory.parent.iterdir() if folder.is_dir()])
     if near or _looks_local(path):
         raise ModelError(f"{path} does not exist{near or '; give a hub id, a local directory, or a builtin name'}")
     if (near := _suggest_run(path)) and not _is_cached(path):
@@ -169,6 +172,14 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
         config=config,
         record=_read_json(path / RECORD, []),
     )
+
+
+def find_adapter(source: str, *, trust_code: bool = False) -> ModelFiles:
+    """Inspect the adapter that a run or a directory holds; raises ModelError for a whole model."""
+    files = inspect_model_dir(find_model_dir(source) or Path(source), trust_code=trust_code)
+    if files.kind != "adapter":
+        raise ModelError(f"{files.path} is a whole model already; there is nothing to merge")
+    return files
 
 
 def read_shapes(file: Path) -> dict[str, list[int]]:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters import START, TRAINED, attach_frozen, is_stacked
-from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir
+from alignkit.models.files import RECORD, find_adapter
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.load import Precision, read_base
 from alignkit.models.probe import compare_probes, take_probe
@@ -133,10 +133,8 @@ def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_co
     `source` is a run or an adapter directory. Works on the CPU, in the dtype of training unless given. Raises
     ModelError for a source without an adapter, an `out` that is not empty, or a result that differs.
     """
-    directory = find_model_dir(str(source)) or source
-    files = inspect_model_dir(directory, trust_code=trust_code)
-    if files.kind != "adapter":
-        raise ModelError(f"{directory} is a whole model already; there is nothing to merge")
+    files = find_adapter(str(source), trust_code=trust_code)
+    directory = files.path
     if out.exists() and any(out.iterdir()):
         raise ModelError(f"{out} is not empty; give a directory that does not exist yet", where="--out")
     precision = Precision(dtype or getattr(torch, files.record.get("dtype", "float32")), "cpu")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
 from alignkit.models.chat import SETTINGS, Chat
-from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
+from alignkit.models.files import TEMPLATES, find_model_dir, inspect_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.models.scratch import builtin_tokenizer
 from alignkit.models.template import list_settings
@@ -149,8 +149,8 @@ def _read_template(name: str, tokenizer: PreTrainedTokenizerFast, *, where: str 
     if name not in _NEEDED_TOKENS:
         file = Path(name).expanduser()
         if not file.is_file():
-            known = ", ".join(_NEEDED_TOKENS)
-            raise ModelError(f"model.chat_template {name!r} is neither a file nor one of {known}", where=where)
+            what = f"model.chat_template {name!r} is neither a file nor one of {', '.join(TEMPLATES)}"
+            raise ModelError(what, where=where)
         return file.read_text(encoding="utf-8")
     missing = [token for token in _NEEDED_TOKENS[name] if token not in tokenizer.get_vocab()]
     if missing:

@@ -21,7 +21,7 @@ from alignkit.errors import DataError, EnvironmentProblem, ModelError, Problem, 
 from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.examples import load_examples
 from alignkit.feedback.server import find_key
-from alignkit.models.files import ModelFiles, find_model_dir, inspect_model_dir, require_available
+from alignkit.models.files import TEMPLATES, ModelFiles, find_model_dir, inspect_model_dir, require_available
 from alignkit.preflight.doctor import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
 from alignkit.recipe.nearest import suggest
@@ -196,6 +196,10 @@ def _require_start(stage: Stage) -> None:
     template = stage.model.chat_template or ""
     if template.startswith("/"):
         _require_file(stage, "model.chat_template", template)
+    # Others may be names of templates that the tokenizer brings.
+    elif hint := suggest(template, TEMPLATES) if template not in TEMPLATES else "":
+        what = f"model.chat_template: {template!r} is neither a file nor one of {', '.join(TEMPLATES)}{hint}"
+        raise ModelError(what, where=stage.where("model.chat_template"))
 
 
 def _require_feedback_model(stage: Stage, name: str, model: FeedbackModel) -> None:

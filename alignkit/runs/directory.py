@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -183,7 +183,8 @@ def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Seque
     def tell(key: str) -> str:
         if all(_DIGEST.fullmatch(json.dumps(values.get(key))) for values in (before, now)):
             return f"{key}: {_DIGESTS.get(key, 'its bytes')} changed"
-        return f"{key}: {show(key, before.get(key))} -> {show(key, now.get(key))}"
+        differing = _differing(key, before.get(key), now.get(key))
+        return "; ".join(f"{name}: {show(name, old)} -> {show(name, new)}" for name, old, new in differing)
 
     def show(key: str, value: Any) -> str:
         # As the user wrote it; a fingerprint leaves out what is TRL's own default.
@@ -202,6 +203,17 @@ def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Seque
         elif not any(key == name or key.endswith(f".{name}") for name in allow_change):
             refused[key] = change
     return refused
+
+
+def _differing(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what differs of two values, each key of a mapping by itself: of a data source only its path, say."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in (name for name in {**old, **new} if old.get(name) != new.get(name)):
+            yield from _differing(f"{key}.{name}", old.get(name), new.get(name))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) == 1:
+        yield from _differing(key, old[0], new[0])
+    else:
+        yield key, old, new
 
 
 def compare_fingerprints(run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = ()) -> list[str]:

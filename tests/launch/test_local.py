@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -63,6 +64,12 @@ def test_an_evaluation_without_rows_is_refused_before_anything_is_trained(refuse
          "policy: is neither a directory nor a model on this machine; the runs here are runs/r/dpo, runs/r/sft"),
         (("chat", "runs/r"), "runs/r: holds the runs dpo, sft; name one of them"),
         (("eval", "runs/r/sft"), "runs/r/sft is a run that has no model yet; finish it first"),
+        (("diff", "runs/r/sft", "runs/r/dop"), "runs/r/dop does not exist; did you mean dpo?"),
+        (("report", "runs/rr"), "runs/rr does not exist; did you mean r?"),
+        (("eval", "runs/r/sft", "--set", "evaluate.max_row=4"),
+         "--set: evaluate.max_row is no key; did you mean max_rows?"),
+        (("eval", "runs/r/sft", "--set", "dpo.beta=1"),
+         "--set: dpo: only evaluate.KEY can be set for a RUN; the rest is what it was trained with"),
     ],
 )  # fmt: skip
 def test_a_mistyped_run_ends_at_once_with_the_runs_that_may_be_meant(
@@ -87,6 +94,20 @@ def test_a_stage_that_starts_from_an_untrained_one_says_what_to_train(refuse: Ca
         "error: r.yaml:3: dpo starts from sft, which has not been trained to its end; train --stage sft of r.yaml "
         "first, or name another start_from\n"
     )
+
+
+def test_settings_that_cannot_be_are_refused_with_their_line(refuse: Callable, tmp_path: Path) -> None:
+    assert refuse("sft", model="builtin:tiny-gpt2, chat_template: chatlm") == (
+        "error: r.yaml:1: model.chat_template: 'chatlm' is neither a file nor one of chatml, llama3, zephyr, plain; "
+        "did you mean chatml?\n"
+    )
+    assert refuse("sft", "--allow-change", "sft.max_step") == (
+        "error: --allow-change: sft.max_step is no setting of these stages; did you mean sft.max_steps?\n"
+    )
+    (tmp_path / "runs/r/sft").mkdir(parents=True)
+    before = {"stage": "sft", "method": "sft", "fingerprint": {"sft.learning_rate": 1e-3}}
+    (tmp_path / "runs/r/sft/stage.json").write_text(json.dumps(before))
+    assert "  sft.learning_rate: 0.001 -> 2e-05 (default)\n" in refuse("sft", "--set", "sft.learning_rate=2e-5")
 
 
 def test_pickled_weights_are_refused(refuse: Callable, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_run_and_its_recipe_s_directory_are_for_their_owner_alone(tmp_path: Pa
 def test_a_checksum_that_changed_is_told_in_words(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     before = {"start_weights": "a" * 32, "reward_weights": ["b" * 64, None], "sft.model": None}
-    write_json(run.stage, {"fingerprint": before})
+    write_json(run.stage, {"stage": "sft", "method": "sft", "fingerprint": before})
     now = {"start_weights": "c" * 32, "reward_weights": [None, None], "sft.model": "a" * 32}
     assert list(list_changes(run, now).values()) == [
         "reward_weights: the weights or the code of its rewards changed",
