@@ -8,7 +8,6 @@ Legend: B rows of a batch, T tokens, V vocabulary, L tokens of the longest tail,
 
 from __future__ import annotations
 
-import inspect
 import math
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -24,6 +23,7 @@ from alignkit.feedback.writer import Decision, Job, Reply, Sampling, share_of_fi
 from alignkit.models.causal import load_causal
 from alignkit.models.chat import Chat
 from alignkit.models.generation import generate_greedy, generate_sampled
+from alignkit.models.logprobs import keeps_last, pad
 from alignkit.runs.heartbeat import pulse
 
 
@@ -117,7 +117,7 @@ class LocalModel:
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         # Windows are counted in places of the cache, padding included: there, questions are read one by one.
         self._shares = getattr(inner.config.get_text_config(), "sliding_window", None) is None
-        self._keeps_last = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self._keeps_last = keeps_last(self._model)
 
     def write(
         self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
@@ -247,7 +247,7 @@ class _Reader:
         """
         if not any(rows):
             return torch.empty(0)
-        ids_BT, new_BT = _pad(rows, self._pad_id, left=left)
+        ids_BT, new_BT = pad(rows, self._pad_id, left=left)
         ids_BT, new_BT = ids_BT.to(self._device), new_BT.to(self._device)
         before_BT = new_BT[:, :0] if self._mask_BT is None else self._mask_BT
         self._mask_BT = torch.cat([before_BT, new_BT], dim=1)
@@ -333,16 +333,3 @@ def _decision(question: _Question, logps: tuple[float, float], firsts: tuple[flo
 def _too_long(what: str, ids: list[int], room: int) -> str:
     advice = ", beside max_new_tokens; examples: none makes prompts shorter" if what == "prompt" else ""
     return f"the {what} has {len(ids)} tokens; {max(room, 0)} fit{advice}"
-
-
-def _pad(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Return ids and mask (B, T)."""
-    width = max(map(len, rows))
-    ids_BT = torch.full((len(rows), width), pad_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    for number, row in enumerate(rows):
-        if row:
-            place = slice(width - len(row), width) if left else slice(0, len(row))
-            ids_BT[number, place] = torch.tensor(row)
-            mask_BT[number, place] = 1
-    return ids_BT, mask_BT

@@ -45,11 +45,7 @@ class VllmModel:
         self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
     ) -> Iterator[list[tuple[int, Reply]]]:
         """Write a text for each job."""
-        for start in range(0, len(jobs), _BATCH):
-            if all(place in known for place in range(start, min(start + _BATCH, len(jobs)))):
-                continue
-            if self._stop.is_set():
-                return
+        for start in self._batches(len(jobs), known):
             batch = jobs[start : start + _BATCH]
             settings = [
                 self._vllm.SamplingParams(
@@ -69,11 +65,7 @@ class VllmModel:
 
     def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
         """Score both options of each question by their first own token."""
-        for start in range(0, len(requests), _BATCH):
-            if all(place in known for place in range(start, min(start + _BATCH, len(requests)))):
-                continue
-            if self._stop.is_set():
-                return
+        for start in self._batches(len(requests), known):
             split = [self._encoder.split(request) for request in requests[start : start + _BATCH]]
             settings = [
                 self._vllm.SamplingParams(
@@ -86,6 +78,14 @@ class VllmModel:
                 (start + place, _decision(output, [tail[0] for tail in tails], len(prefix)))
                 for place, ((prefix, tails), output) in enumerate(zip(split, outputs, strict=True))
             ]
+
+    def _batches(self, count: int, known: Collection[int]) -> Iterator[int]:
+        """Yield where each batch starts that is not known whole, until a signal."""
+        for start in range(0, count, _BATCH):
+            if self._stop.is_set():
+                return
+            if not all(place in known for place in range(start, min(start + _BATCH, count))):
+                yield start
 
     def _generate(self, prompts: list[dict[str, Any]], settings: list[Any]) -> list[Any]:
         outputs: list[Any] = self._engine.generate(prompts, settings, use_tqdm=False)

@@ -6,6 +6,7 @@ import hashlib
 import math
 import shlex
 from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,16 +76,20 @@ class ClassifierReward:
 
     def score_fitting(self, answers: Answers) -> list[float | None]:
         """Score answers through the cache; None for one that is too long for the model with its prompt."""
-        from alignkit.models.causal import fingerprint_causal
-
         ended = answers.ended or [True] * len(answers.prompts)
         questions = list(zip(answers.prompts, answers.completions, ended, strict=True))
-        common = {"kind": "reward", "weights": fingerprint_causal(self._source)}
+        common = {"kind": "reward", "weights": self._weights}
         assert self._space.cache is not None
         scores = self._space.cache.ask(
             common, questions, lambda at: self._score_new([questions[place] for place in at])
         )
         return [None if score is None else self._normalise(score) for score in scores]
+
+    @cached_property
+    def _weights(self) -> str:
+        from alignkit.models.causal import fingerprint_causal
+
+        return fingerprint_causal(self._source)
 
     def _score_new(self, questions: Sequence[tuple[Text, Text, bool]]) -> list[float | None]:
         self._space.take(self)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from alignkit.evaluate.context import Context
 from alignkit.evaluate.intervals import Figure, make_figure, mean_of_groups, share
 
 
+@dataclass
 class Metric:
+    context: Context
     key = None
     optional = False
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
 
     @staticmethod
     def why_not(context: Context) -> str | None:
         return context.only_rows(bool(context.prompts), "the rows hold no prompts")
 
     def measure(self) -> list[Figure]:
-        context, options = self._context, self._context.options
+        context, options = self.context, self.context.options
         answers = [group[: options.samples] for group in context.sampled]
         lengths = [[float(len(answer.ids)) for answer in group] for group in answers]
         ended = [[float(answer.ended) for answer in group] for group in answers]

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from alignkit.evaluate.context import Context
 from alignkit.evaluate.intervals import Figure, make_figure, mean
 
 
+@dataclass
 class Metric:
+    context: Context
     key = "best_of"
     optional = False
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
 
     @staticmethod
     def why_not(context: Context) -> str | None:
@@ -27,7 +27,7 @@ class Metric:
         return context.only_rows(there, "it needs prompts, numbers (--best-of) and a reward (--reward)")
 
     def measure(self) -> list[Figure]:
-        context, options, reward = self._context, self._context.options, self._context.reward
+        context, options, reward = self.context, self.context.options, self.context.reward
         assert reward is not None
         scores, watched = context.score(reward, context.sampled), {}
         if context.is_toy and reward.name != "true_reward":

@@ -33,12 +33,11 @@ MIN_EFFECTIVE = 10.0
 _STEP, _WIDEST = 1.15, 20.0
 
 
+@dataclass
 class Metric:
+    context: Context
     key = "frontier"
     optional = False
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
 
     @staticmethod
     def why_not(context: Context) -> str | None:
@@ -46,7 +45,7 @@ class Metric:
         return context.only_rows(there, "it needs prompts, evaluate.frontier in the recipe and a reward (--reward)")
 
     def measure(self) -> list[Figure]:
-        context, frontier, reward = self._context, self._context.options.frontier, self._context.reward
+        context, frontier, reward = self.context, self.context.options.frontier, self.context.reward
         assert frontier is not None and reward is not None
         resamples = context.options.resamples
         number = max([frontier.answers, *frontier.best_of])

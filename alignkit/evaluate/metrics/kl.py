@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from alignkit.evaluate.context import Context
 from alignkit.evaluate.intervals import Figure, make_figure, mean_of_groups
 
 
+@dataclass
 class Metric:
+    context: Context
     key = None
     optional = False
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
 
     @staticmethod
     def why_not(context: Context) -> str | None:
@@ -21,7 +21,7 @@ class Metric:
         return context.only_rows(there, "it needs prompts and a reference (--reference)")
 
     def measure(self) -> list[Figure]:
-        context, samples = self._context, self._context.options.samples
+        context, samples = self.context, self.context.options.samples
         answers = [group[:samples] for group in context.sampled]
         ours, theirs = (
             policy.score_answers(context.prompts, answers, temperature=context.options.temperature)

@@ -7,6 +7,7 @@ summaries. All figures are times 100.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from alignkit.data import Text
@@ -18,12 +19,11 @@ from alignkit.feedback.prompts import read_text
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
+@dataclass
 class Metric:
+    context: Context
     key = None
     optional = True
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
 
     @staticmethod
     def why_not(context: Context) -> str | None:
@@ -32,7 +32,7 @@ class Metric:
         )
 
     def measure(self) -> list[Figure]:
-        context, limit, resamples = self._context, self._context.options.max_new_tokens, self._context.options.resamples
+        context, limit, resamples = self.context, self.context.options.max_new_tokens, self.context.options.resamples
         pairs = _list_references(context)
         found = context.policy.answer([prompt for prompt, _ in pairs], max_new_tokens=limit)
         answers = [group[0].text for group in found]

@@ -24,12 +24,11 @@ _MARGIN_BINS = 4
 _MIN_SLICE = 2  # a slice of one pair says nothing
 
 
+@dataclass
 class Metric:
+    context: Context
     key = None
     optional = False
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
 
     @staticmethod
     def why_not(context: Context) -> str | None:
@@ -42,7 +41,7 @@ class Metric:
         return None
 
     def measure(self) -> list[Figure]:
-        context, target, resamples = self._context, self._context.target, self._context.options.resamples
+        context, target, resamples = self.context, self.context.target, self.context.options.resamples
         pairs = list_pairs(context.rows)
         prompts = [pair.prompt for pair in pairs for _ in range(2)]
         completions = [text for pair in pairs for text in (pair.chosen, pair.rejected)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,19 +14,18 @@ from alignkit.evaluate.policy import Likelihood
 from alignkit.evaluate.target import split_answer
 
 
+@dataclass
 class Metric:
+    context: Context
     key = None
     optional = False
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
 
     @staticmethod
     def why_not(context: Context) -> str | None:
         return context.only_rows(any(row.completions for row in context.rows), "the rows hold no text to predict")
 
     def measure(self) -> list[Figure]:
-        context = self._context
+        context = self.context
         whole = [row for row in context.rows if row.kind in ("text", "messages")]
         answered = [(prompt, answer) for row in context.rows if row.kind not in ("text", "messages")
                     for prompt, answer in [split_answer(row) or ("", None)] if answer is not None]  # fmt: skip
