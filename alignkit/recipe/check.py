@@ -277,7 +277,8 @@ def _name_option(option: Fragment) -> str:
     choices = _choices(option)
     if choices:
         words = [json.dumps(choice) if not isinstance(choice, str) else choice for choice in choices]
-        return words[0] if len(words) == 1 else "one of " + ", ".join(words[:_MANY])
+        several = ", ".join(words) if len(words) <= _MANY else f"{len(words)} names"
+        return words[0] if len(words) == 1 else f"one of {several}"
     name, bounds = _NAMES[option["type"]], _name_bounds(option)
     return f"{name} of {bounds}" if bounds.startswith("at ") else f"{name} {bounds}".rstrip()
 

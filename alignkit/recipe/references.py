@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel
 
@@ -24,7 +24,6 @@ from alignkit.recipe.schema import (
     FEEDBACK,
     DataSource,
     FeedbackModel,
-    PpoOptions,
     RewardSource,
     StageOptions,
 )
@@ -33,160 +32,114 @@ from alignkit.recipe.yaml import Node, expand
 
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".ndjson", ".gz", ".zst", ".arrow", ".jinja")
 # Sections and keys that hold paths; all else is taken literally.
-_MODEL_PATHS = ("path", "tokenizer")
+_MODEL_PATHS = ("path", "tokenizer", "chat_template")
 SOURCE_KEYS = ("data", "eval", "normalize_data", "mix", "check")
 REWARD_KEYS = ("reward", "gold")
-FEEDBACK_KEYS = ("judge", "generator")
+WRITER_KEYS = ("judge", "generator")
 _FILE_KEYS = ("constitution", "examples", "replay")
 _WORDS = ("none", "builtin")  # of `examples:`, beside files
 
 
+@dataclass(frozen=True)
+class Name:
+    """A text of a section that names a file, a model or another stage."""
+
+    key: str  # as written below the section: data.path, reward.judge
+    node: Node
+    kind: Literal["start", "weights", "rows", "reward", "writer", "file"]
+
+
+def find_names(section: Node) -> list[Name]:
+    """List what a stage, or `evaluate:`, names; the values may be wrong in any way."""
+    values = section.value
+    found: list[tuple[str, Node | None, Any]] = [("start_from", values.get("start_from"), "start")]
+    found += [(key, values.get(key), "weights") for key in ("reference", "against")]
+    for key in SOURCE_KEYS:
+        found += _find_sources(key, values.get(key))
+    for key in ("ptx", "helpful"):
+        found += _find_sources(f"{key}.data", _entry(values.get(key), "data"))
+    for key in REWARD_KEYS:
+        for part in _items(values.get(key)):
+            found.append((key, _entry(part, "model", short=True), "reward"))
+            if judge := _entry(part, "judge"):
+                found += [(f"{key}.judge", _entry(judge, "model", short=True), "writer"), *_find_files(f"{key}.", part)]
+    for key in WRITER_KEYS:
+        found.append((key, _entry(values.get(key), "model", short=True), "writer"))
+        found += _find_files(f"{key}.", values.get(key))
+    found += _find_files("", section)
+    return [Name(key, node, kind) for key, node, kind in found if node is not None and isinstance(node.value, str)]
+
+
+def _items(node: Node | None) -> list[Node]:
+    """List the parts of a value that may be one or several."""
+    return [] if node is None else node.value if isinstance(node.value, list) else [node]
+
+
+def _entry(node: Node | None, key: str, *, short: bool = False) -> Node | None:
+    """Find an entry of a mapping; with `short`, another value stands for that entry itself."""
+    if node is None or not isinstance(node.value, dict):
+        return node if short else None
+    return node.value.get(key)
+
+
+def _find_sources(key: str, node: Node | None) -> Iterator[tuple[str, Node | None, str]]:
+    for item in _items(node):
+        yield f"{key}.path" if isinstance(item.value, dict) else key, _entry(item, "path", short=True), "rows"
+
+
+def _find_files(prefix: str, part: Node | None) -> Iterator[tuple[str, Node | None, str]]:
+    """Yield what can only be files: constitutions, examples, replays."""
+    for key in _FILE_KEYS:
+        for item in _items(_entry(part, key)):
+            if item.value not in _WORDS:
+                yield f"{prefix}{key}", item, "file"
+
+
 def resolve_paths(trees: Iterable[Node], stages: Iterable[tuple[str, Node]], names: Collection[str]) -> list[Problem]:
-    """Resolve every path in place and return what could not be resolved.
+    """Make every path absolute, in place, and return what could not be resolved.
 
     `trees` are the recipe, once for each way in which its top level is swept; `stages` are sections with what messages
-    call them; `names` are those of stages, which are left alone.
+    call them; `names` are those of stages, which are left alone. Stages of one rlaif section share nodes: each is
+    resolved once.
     """
-    resolver = _Resolver(names)
+    found: list[Name] = []
     for tree in trees:
-        _resolve_top(resolver, tree)
+        model = tree.value.get("model")
+        found += [
+            Name(f"model.{key}", node, "rows")
+            for key in _MODEL_PATHS
+            # a template that is no file is one of ours, by name
+            if (node := _entry(model, key)) and (key != "chat_template" or str(node.value).endswith(".jinja"))
+        ]
+        found += [Name(*named) for key in SOURCE_KEYS for named in _find_sources(key, tree.value.get(key))]  # type: ignore[arg-type]
+        stages = [*stages, ("evaluate", tree.value["evaluate"])] if "evaluate" in tree.value else stages
     for label, section in stages:
         if isinstance(section.value, dict):
-            resolver.resolve_stage(section, label)
-    return resolver.problems
+            found += [Name(f"{label}.{name.key}", name.node, name.kind) for name in find_names(section)]
+    problems = []
+    for name in {id(name.node): name for name in reversed(found)}.values():
+        is_name = name.node is not None and isinstance(name.node.value, str)
+        if is_name and (name.node.value not in names or name.key.startswith("model.")):
+            try:
+                _resolve(name)
+            except ValueError as error:
+                problems.append(Problem(f"{name.key}: {error}", name.node.place))
+    return problems
 
 
-def _resolve_top(resolver: _Resolver, tree: Node) -> None:
-    model = tree.value.get("model")
-    if model and isinstance(model.value, dict):
-        for key in _MODEL_PATHS:
-            resolver.resolve(model.value.get(key), f"model.{key}")
-        template = model.value.get("chat_template")
-        if template and str(template.value).endswith(".jinja"):  # else one of ours, by name
-            resolver.resolve(template, "model.chat_template")
-    for key in SOURCE_KEYS:
-        resolver.resolve_sources(tree.value.get(key), key)
-    evaluate = tree.value.get("evaluate")
-    if evaluate is not None and isinstance(evaluate.value, dict):
-        resolver.resolve_evaluation(evaluate)
-
-
-class _Resolver:
-    """Resolves nodes, each once: stages of one rlaif section share what the section says."""
-
-    def __init__(self, stages: Collection[str]) -> None:
-        self.problems: list[Problem] = []
-        self._stages = stages
-        self._done: set[int] = set()
-
-    def resolve_stage(self, section: Node, name: str) -> None:
-        values = section.value
-        for key in SOURCE_KEYS:
-            self.resolve_sources(values.get(key), f"{name}.{key}")
-        for key in ("ptx", "helpful"):
-            part = values.get(key)
-            if part is not None and isinstance(part.value, dict):
-                self.resolve_sources(part.value.get("data"), f"{name}.{key}.data")
-        for key in REWARD_KEYS:
-            for model in list_models(values.get(key)):
-                self.resolve_weights(model, f"{name}.{key}")
-            for reward in list_judged(values.get(key)):
-                self.resolve_files(reward, f"{name}.{key}")
-        for key, model in list_feedback(section):
-            self.resolve_weights(model, f"{name}.{key}")
-        for key in FEEDBACK_KEYS:
-            self.resolve_files(values.get(key), f"{name}.{key}")
-        self.resolve_files(section, name)
-        self.resolve_weights(values.get("start_from"), f"{name}.start_from")
-
-    def resolve_evaluation(self, section: Node) -> None:
-        values = section.value
-        self.resolve_sources(values.get("data"), "evaluate.data")
-        for key in ("reference", "reward", "against"):
-            self.resolve_weights(values.get(key), f"evaluate.{key}")
-        for key, model in list_feedback(section):
-            self.resolve_weights(model, f"evaluate.{key}")
-        self.resolve_files(section, "evaluate")
-
-    def resolve_weights(self, node: Node | None, key: str) -> None:
-        """Resolve what names a stage, a directory or a hub id; runs are looked for below the working directory."""
-        if node is not None and isinstance(node.value, str) and node.value not in self._stages:
-            self.resolve(node, key, missing_from=Path.cwd())
-
-    def resolve_sources(self, node: Node | None, key: str) -> None:
-        """Resolve the path of each source of `data:` or `eval:` in any of its shapes."""
-        for path, at_path in list_source_paths(node):
-            if path.value not in self._stages:
-                self.resolve(path, f"{key}.path" if at_path else key)
-
-    def resolve_files(self, part: Node | None, key: str) -> None:
-        """Resolve the keys of a mapping that can only be files: constitutions, examples, replays."""
-        if part is None or not isinstance(part.value, dict):
+def _resolve(name: Name) -> None:
+    """Make a path absolute; raises ValueError for a variable that cannot be used."""
+    node = name.node
+    if node.value.startswith("builtin:") or "://" in node.value:
+        return
+    text, here = expand(node.value), Path.cwd()
+    for folder in (node.origin.folder, here):
+        if os.path.exists(folder / text) or ("*" in text and glob.glob(str(folder / text), recursive=True)):
+            node.value = os.path.abspath(folder / text)
             return
-        for name in _FILE_KEYS:
-            node = part.value.get(name)
-            for item in node.value if node is not None and isinstance(node.value, list) else [node]:
-                if item is not None and item.value not in _WORDS:
-                    self.resolve(item, f"{key}.{name}", only_file=True)
-
-    def resolve(
-        self, node: Node | None, key: str, *, missing_from: Path | None = None, only_file: bool = False
-    ) -> None:
-        if node is None or not isinstance(node.value, str) or node.value.startswith("builtin:") or "://" in node.value:
-            return
-        if id(node) in self._done:
-            return
-        self._done.add(id(node))
-        try:
-            text = expand(node.value)
-        except ValueError as error:
-            self.problems.append(Problem(f"{key}: {error}", node.place))
-            return
-        for folder in (node.origin.folder, Path.cwd()):
-            if os.path.exists(folder / text) or ("*" in text and glob.glob(str(folder / text), recursive=True)):
-                node.value = os.path.abspath(folder / text)
-                return
-        if only_file or _looks_local(text):
-            node.value = os.path.abspath((missing_from or node.origin.folder) / text)
-
-
-def list_source_paths(node: Node | None) -> list[tuple[Node, bool]]:
-    """Return the nodes of `data:`, in any of its shapes, that name a source, and whether each is under `path:`."""
-    if node is None:
-        return []
-    items = [
-        (item.value.get("path"), True) if isinstance(item.value, dict) else (item, False)
-        for item in (node.value if isinstance(node.value, list) else [node])
-    ]
-    return [(item, at_path) for item, at_path in items if item is not None and isinstance(item.value, str)]
-
-
-def list_feedback(section: Node) -> list[tuple[str, Node]]:
-    """Return key and node of each model that a section names as judge or generator, those of rewards included."""
-    named = [(key, section.value.get(key)) for key in FEEDBACK_KEYS]
-    for key in REWARD_KEYS:
-        named += [(f"{key}.judge", reward.value.get("judge")) for reward in list_judged(section.value.get(key))]
-    models = [(key, _read_model(node)) for key, node in named if node is not None]
-    return [(key, model) for key, model in models if model is not None and isinstance(model.value, str)]
-
-
-def list_judged(node: Node | None) -> list[Node]:
-    """Return the parts of `reward:` or `gold:` that are mappings with a judge."""
-    items = [] if node is None else node.value if isinstance(node.value, list) else [node]
-    return [item for item in items if isinstance(item.value, dict) and "judge" in item.value]
-
-
-def _read_model(node: Node) -> Node | None:
-    return node.value.get("model") if isinstance(node.value, dict) else node
-
-
-def list_models(node: Node | None) -> list[Node]:
-    """Return the nodes of `reward:` or `gold:`, in any of its shapes, that name a model or a stage."""
-    if node is None:
-        return []
-    items = [item.value.get("model") if isinstance(item.value, dict) else item
-             for item in (node.value if isinstance(node.value, list) else [node])]  # fmt: skip
-    return [item for item in items if item is not None and isinstance(item.value, str)]
+    # Runs and models that are not there yet are looked for below the working directory, files beside the recipe.
+    if name.kind == "file" or _looks_local(text):
+        node.value = os.path.abspath((node.origin.folder if name.kind in ("rows", "file") else here) / text)
 
 
 def _looks_local(text: str) -> bool:
@@ -212,62 +165,47 @@ def check_references(
     sound: set[str] = set()
     for stage in checked:
         for key, node, found in _find_problems(stage, stages, groups, sound):
-            stage.broken.add(key.split(".")[0])
+            stage.broken.add(key)
             yield Problem(found, node.place)
 
 
 def check_evaluated(evaluate: Node, stages: Collection[str]) -> Iterator[Problem]:
     """Yield what is wrong with the models that `evaluate:` names; `stages` holds the names of swept ones too."""
-    for key in EVALUATED:
-        node = evaluate.value.get(key)
-        if node is not None and isinstance(node.value, dict):
-            node = node.value.get("model")
-        if node is None or not isinstance(node.value, str):
-            continue
-        if node.value not in stages and not {"/", ":"} & set(node.value):
-            hint = suggest(node.value, stages) or f"; the stages are {', '.join(stages)}"
-            what = f"evaluate.{key} is {show(node)}, which is neither a stage nor a path that exists{hint}"
-            yield Problem(what, node.place)
+    for name in find_names(evaluate):
+        value = name.node.value
+        if name.key in EVALUATED and value not in stages and not {"/", ":"} & set(value):
+            hint = suggest(value, stages) or f"; the stages are {', '.join(stages)}"
+            what = f"evaluate.{name.key} is {show(name.node)}, which is neither a stage nor a path that exists{hint}"
+            yield Problem(what, name.node.place)
 
 
 def _find_problems(
     stage: StageLike, stages: Mapping[str, StageLike], groups: Mapping[str, object], sound: set[str]
 ) -> Iterator[tuple[str, Node, str]]:
     """Yield what is wrong with the names in a stage; `sound` are those from which no start_from leads in a circle."""
-    for key in REWARD_KEYS if stage.method in ("ppo", "label") else ():
-        for model in list_models(stage.node.value.get(key)) if key not in stage.broken else ():
-            if found := _describe_reward(stage.say(key), model, stages):
-                yield key, model, found
-    for key, model in list_feedback(stage.node):
-        if key.split(".")[0] not in stage.broken and (found := _describe_feedback(stage, key, model, stages)):
-            yield key, model, found
-    for key in SOURCE_KEYS:
-        for path, _ in list_source_paths(stage.node.value.get(key)) if key not in stage.broken else ():
-            if path.value in stages and (found := _describe_rows(stage, key, path, stages)):
-                yield key, path, found
-    for key, node in list_names(stage.node):
-        if key != "start_from" and key not in stage.broken and (chain := _find_way(node.value, stage.name, stages)):
-            yield key, node, f"{stage.say(key)} goes round in a circle: {' -> '.join((stage.name, *chain))}"
-    start = stage.node.value.get("start_from")
-    if start is None or "start_from" in stage.broken or not isinstance(start.value, str):
-        return
-    if start.value in groups:
-        yield "start_from", start, _describe_group(stage.say("start_from"), start.value, stages)
-    elif found := _describe_start(stage, start, stages, sound):
-        yield "start_from", start, found
+    for name in find_names(stage.node):
+        node, first = name.node, name.key.split(".")[0]
+        key = stage.say(name.key.removesuffix(".path"))
+        if first in stage.broken or name.kind in ("file", "weights"):
+            continue
+        if name.kind == "start":
+            in_group = node.value in groups
+            found = (
+                _describe_group(key, node.value, stages) if in_group else _describe_start(stage, node, stages, sound)
+            )
+        elif chain := _find_way(node.value, stage.name, stages):
+            found = f"{stage.say(first)} goes round in a circle: {' -> '.join((stage.name, *chain))}"
+        elif name.kind == "rows":
+            found = _describe_rows(stage, key, node, stages) if node.value in stages else None
+        else:
+            found = (_describe_reward if name.kind == "reward" else _describe_feedback)(stage, key, node, stages)
+        if found:
+            yield first, node, found
 
 
 def list_names(section: Node) -> list[tuple[str, Node]]:
-    """Return every node of a stage's section that may name another stage, with its first key."""
-    values = section.value
-    named = [("start_from", values["start_from"])] if "start_from" in values else []
-    named += [(key, path) for key in SOURCE_KEYS for path, _ in list_source_paths(values.get(key))]
-    for key in ("ptx", "helpful"):
-        part = values.get(key)
-        if part is not None and isinstance(part.value, dict):
-            named += [(key, path) for path, _ in list_source_paths(part.value.get("data"))]
-    named += [(key, model) for key in REWARD_KEYS for model in list_models(values.get(key))]
-    return named + [(key.split(".")[0], model) for key, model in list_feedback(section)]
+    """List every node of a stage's section that may name another stage, with its first key."""
+    return [(name.key.split(".")[0], name.node) for name in find_names(section) if name.kind not in ("file", "weights")]
 
 
 def _find_way(start: str, end: str, stages: Mapping[str, StageLike]) -> list[str]:
@@ -290,7 +228,7 @@ def _describe_group(key: str, group: str, stages: Mapping[str, StageLike]) -> st
 
 
 def _describe_feedback(stage: StageLike, key: str, model: Node, stages: Mapping[str, StageLike]) -> str | None:
-    key, value = stage.say(key), model.value
+    value = model.value
     if value in stages:
         if stages[value].method == "rm":
             return f"{key} is {value}, a reward model, which cannot write or choose; name a language model"
@@ -310,7 +248,7 @@ def _list(stages: Mapping[str, StageLike]) -> str:
 
 
 def _describe_rows(stage: StageLike, key: str, path: Node, stages: Mapping[str, StageLike]) -> str | None:
-    key, source = stage.say(key), stages[path.value]
+    source = stages[path.value]
     if source.name == stage.name:
         return f"{key} is {path.value}, the stage itself"
     if source.method not in FEEDBACK:
@@ -322,7 +260,7 @@ def _describe_rows(stage: StageLike, key: str, path: Node, stages: Mapping[str, 
     return None
 
 
-def _describe_reward(key: str, model: Node, stages: Mapping[str, StageLike]) -> str | None:
+def _describe_reward(stage: StageLike, key: str, model: Node, stages: Mapping[str, StageLike]) -> str | None:
     value = model.value
     if value in stages:
         return None if stages[value].method == "rm" else f"{key} is {value}, which is not an rm stage; name one"
@@ -399,8 +337,7 @@ def point(recipe: Recipe, options: StageOptions) -> Pointed:
 
     options = _replace(options, FeedbackModel, point_model)
     options = _replace(options, DataSource, point_source)
-    if isinstance(options, PpoOptions):
-        options = _replace(options, RewardSource, point_reward)
+    options = _replace(options, RewardSource, point_reward)
     pointed.options = options
     return pointed
 

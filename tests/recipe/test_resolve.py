@@ -144,3 +144,10 @@ def test_fingerprints_tell_what_trains_from_what_watches(load: Load) -> None:
     assert values() != values("seed=1")
     assert values() != values("lora.r=8")
     assert values() != values("dpo.loss_type=hinge")
+
+
+def test_a_label_stage_is_scored_by_a_stage_of_the_recipe(load: Load) -> None:
+    recipe = load("model: {path: gpt2}\ndata: x/y\nrm: {}\nlabel: {reward: [rm, {model: o/r, weight: 2}]}\n")
+    stage = resolve(recipe, "label")
+    assert [part["model"] for part in stage.to_dict()["options"]["reward"]] == ["runs/a/rm/model", "o/r"]
+    assert stage.reward_stages == {"runs/a/rm/model": "rm"}
