@@ -54,9 +54,9 @@ def test_accuracy_and_calibration_by_hand() -> None:
 def test_faults_of_a_judge() -> None:
     always_a = describe_labels([labelled(0.99, 0.01)] * 15)
     assert always_a["picks_first_place"]["share"] == 1.0 and always_a["order_agreement"]["share"] == 0.0
-    assert find_faults(always_a) == ["the judge picks the first place in 100% of 30 decisions: it does not compare"]
+    assert find_faults(always_a) == ["the judge picks the first place in 100% of 30 verdicts: it does not compare"]
     always_b = describe_labels([labelled(0.01, 0.99)] * 15)
-    assert find_faults(always_b) == ["the judge picks the second place in 100% of 30 decisions: it does not compare"]
+    assert find_faults(always_b) == ["the judge picks the second place in 100% of 30 verdicts: it does not compare"]
     torn = describe_labels([labelled(0.6, 0.4), labelled(0.4, 0.6), labelled(0.6, 0.7), labelled(0.4, 0.3)] * 6)
     assert find_faults(torn) == ["both orders prefer the same answer in 50% of 24 comparisons, no more than by chance"]
     fair = describe_labels([labelled(0.9, 0.8), labelled(0.2, 0.1)] * 10)
