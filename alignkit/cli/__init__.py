@@ -6,6 +6,7 @@ It loads typer, `errors` and the standard library only: the rest is imported by 
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -93,6 +94,7 @@ def main() -> int:
     """
     # Imports make many objects and no garbage: looking for some costs a tenth of them. `launch` switches it on again.
     gc.disable()
+    atexit.register(gc.freeze)  # the collection at exit would walk all of torch: seconds after the last word
     # Pydantic would search every installed distribution for plugins; alignkit has none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     quiet_libraries()
