@@ -91,6 +91,7 @@ STAGE = "model: {path: gpt2}\nsft:\n  data: x/y\n"
         ("eval: 1.5", "sft.eval is 1.5; it must be greater than 0 and less than 1"),
         ("eval: {path: x/y, splt: test}", "sft.eval.splt is not a key of sft.eval; did you mean split?"),
         ("eval: []", "sft.eval is an empty list; give at least one entry"),
+        ("eval: {path: x/y, dataset_config: z}", "sft.eval.dataset_config is not a key of sft.eval: it is data.name"),
         ("samples: {num: 1000}", "sft.samples.num is 1000; it must be at least 0 and at most 256"),
         (
             "micro_batch_size: outo",
@@ -142,6 +143,9 @@ def test_message_of_a_stage_key(complain: Complain, line: str, message: str) -> 
          "rm.data.path is missing; a file, a pattern such as data/*.jsonl, a directory, a hub id, or builtin:NAME"),
         ("rm: {data: {path: x/y, chat: maybe}}", "rm.data.chat is maybe; it must be one of auto, true, false"),
         ("rm: {data: [x/y, 3]}", "rm.data[1] is 3; it must be text or a mapping"),
+        ("label: {data: x/y, judge: x/j, constitution: builtin:harmlessness, cot: true, clamp: [0.1, 0.2, 0.9]}",
+         "label.clamp is [0.1, 0.2, 0.9]; it must have at least 2 and at most 2 entries"),
+        ("dpo: {data: x/y, loss_type: 3}", "dpo.loss_type is 3; it must be one of 23 names or a list"),
         ("rm: {data: {path: x/y, weight: 0}}", "rm.data.weight is 0; it must be greater than 0 and at most 1000"),
     ],
 )  # fmt: skip
