@@ -182,16 +182,14 @@ def _describe(
         case "too_short" if not node.value:
             return f"{show_key(key)} is an empty list; give at least one entry", node.place
         case "too_short" | "too_long":
-            bounds = [f"{words} {option[name]}" for name, words in _LENGTHS.items() if name in option]
-            return f"{found}; it must have {' and '.join(bounds)} entries", node.place
+            least, most = option.get("minItems", 0), option.get("maxItems")
+            count = least if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+            return f"{found}; it must have {count} entries", node.place
         case "literal_error" if _is_choice(node, options):
             choices = [choice for option in options for choice in _choices(option)]
             choices += [True, False] if any(option.get("type") == "boolean" for option in options) else []
             return f"{found}; {_describe_choices(node.value, choices)}", node.place
     return _describe_wrong_kind(node, key, options, fragment), node.place
-
-
-_LENGTHS = {"minItems": "at least", "maxItems": "at most"}
 
 
 def _describe_moved(name: str, section: str) -> str | None:

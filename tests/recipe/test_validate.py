@@ -144,7 +144,7 @@ def test_message_of_a_stage_key(complain: Complain, line: str, message: str) -> 
         ("rm: {data: {path: x/y, chat: maybe}}", "rm.data.chat is maybe; it must be one of auto, true, false"),
         ("rm: {data: [x/y, 3]}", "rm.data[1] is 3; it must be text or a mapping"),
         ("label: {data: x/y, judge: x/j, constitution: builtin:harmlessness, cot: true, clamp: [0.1, 0.2, 0.9]}",
-         "label.clamp is [0.1, 0.2, 0.9]; it must have at least 2 and at most 2 entries"),
+         "label.clamp is [0.1, 0.2, 0.9]; it must have 2 entries"),
         ("dpo: {data: x/y, loss_type: 3}", "dpo.loss_type is 3; it must be one of 23 names or a list"),
         ("rm: {data: {path: x/y, weight: 0}}", "rm.data.weight is 0; it must be greater than 0 and at most 1000"),
     ],
