@@ -15,7 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from alignkit.launch.command import Command
-    from alignkit.launch.perform import How
+    from alignkit.launch.run import How
     from alignkit.recipe import Recipe, Stage
 
 RecipeFile = Annotated[
@@ -141,7 +141,7 @@ class Given(NamedTuple):
     @property
     def how(self) -> How:
         """Return what is done with stages."""
-        from alignkit.launch.perform import How
+        from alignkit.launch.run import How
 
         return How(self.dry_run, self.force, self.as_json, self.retries, self.slurm, self.submit)
 

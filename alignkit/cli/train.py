@@ -18,7 +18,7 @@ def stage_command(method: Literal["sft", "rm", "dpo", "ppo"]) -> Callable[..., N
         from alignkit.recipe import resolve
 
         resolved = resolve(given.load(), stage, method=method, out=out, trust_code=given.trust_code)
-        from alignkit.launch.perform import run_one
+        from alignkit.launch.run import run_one
 
         run_one(context.obj, *given.job(resolved, out), given.how)
 
@@ -29,7 +29,7 @@ def stage_command(method: Literal["sft", "rm", "dpo", "ppo"]) -> Callable[..., N
 def rlaif(context: typer.Context, given: Given, stage: StepName = None, out: RunDir = None) -> None:
     """Align by a constitution: critiques and revisions, labels by a judge, training on them."""
     from alignkit.errors import UsageError
-    from alignkit.launch.perform import run_many, run_one
+    from alignkit.launch.run import run_many, run_one
     from alignkit.recipe import pick_steps, resolve
 
     loaded = given.load()
@@ -56,8 +56,7 @@ def run(
 
     A stage whose settings, data or starting weights have changed runs again, and so do those that need it.
     """
-    from alignkit.launch.measuring import Measuring
-    from alignkit.launch.perform import run_many
+    from alignkit.launch.run import Measuring, run_many
     from alignkit.recipe import pick_span, resolve
 
     loaded = given.load()

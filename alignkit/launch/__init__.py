@@ -1,4 +1,4 @@
-"""Where a stage runs: in this process, in several that are started and watched, or as one of somebody's several."""
+"""Where a stage runs: in this process, in several that are started and watched, or in one that a launcher started."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
             f"a {stage.method} stage runs in one process, and asks its models in batches; start it without a launcher"
         )
     if is_worker():
-        from alignkit.launch.join import join
+        from alignkit.launch.launcher import join
 
         return join(stage, command, force=force, retries=retries)
     if stage.method in FEEDBACK:
@@ -60,7 +60,7 @@ def is_in_process(stage: Stage, command: Command, *, retries: int) -> bool:
 
 
 def _tell_one_process(stage: Stage, retries: int) -> None:
-    """Say what becomes of `launch:`, which the trained stages of the recipe follow."""
+    """Note that keys of `launch:` have no effect on a stage that makes rows."""
     given = [key for key in ("processes", "nodes", "strategy") if stage.origins.get(f"launch.{key}") != "default"]
     if given:
         console.note(f"{stage.name}: makes rows in one process; launch.{', launch.'.join(given)} is for training")

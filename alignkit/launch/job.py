@@ -16,11 +16,10 @@ from pathlib import Path
 
 from alignkit import console
 from alignkit.errors import AlignKitError, EnvironmentProblem, Stopped, UsageError
-from alignkit.launch import accelerate, nodes, rendezvous
+from alignkit.launch import accelerate, rendezvous
 from alignkit.launch.command import Command
-from alignkit.launch.devices import Precision, mixed_precision
 from alignkit.launch.local import hold_run, refuse_changes
-from alignkit.launch.placement import Placement
+from alignkit.launch.placement import Placement, Precision, mixed_precision
 from alignkit.launch.supervise import Job, StopRequest
 from alignkit.launch.worker import STOP_SIGNALS
 from alignkit.preflight.requirements import require_ready
@@ -78,7 +77,7 @@ def _try_until_done(
                 text = f"{error}; no new checkpoint since the try before, so it is not started again"
                 raise _with_text(error, text) from error
             before = newest
-            attempt = nodes.current_attempt(run.launch)
+            attempt = rendezvous.current_attempt(run.launch)
             console.warn(f"{stage.name}: {error}; starting again ({number + 1} of {retries} retries)")
 
 
@@ -103,13 +102,13 @@ def _try(stage: Stage, command: Command, placement: Placement, run: RunDir, stop
         attempt = _prepare(launch_dir, stage, placement, precision)
     else:
         rendezvous.wait_for_main(
-            stage, placement, look=lambda: nodes.current_attempt(launch_dir) > after, pause=stop.check
+            stage, placement, look=lambda: rendezvous.current_attempt(launch_dir) > after, pause=stop.check
         )
-        attempt = nodes.current_attempt(launch_dir)
+        attempt = rendezvous.current_attempt(launch_dir)
         try:
-            nodes.require_same_job(stage, launch_dir, placement)
+            rendezvous.require_same_job(stage, launch_dir, placement)
         except UsageError as error:
-            nodes.abort(_attempt_dir(launch_dir, attempt), placement, error.exit_code, (str(error),))
+            rendezvous.abort(_attempt_dir(launch_dir, attempt), placement, error.exit_code, (str(error),))
             raise
     directory = _attempt_dir(launch_dir, attempt)
     argv = command.argv()
@@ -122,7 +121,7 @@ def _try(stage: Stage, command: Command, placement: Placement, run: RunDir, stop
             f"{stage.name}: starting {placement.processes} processes{where} ({placement.strategy}, {placement.device})"
         )
     with disk_failures(run.path, "launch files"):
-        nodes.arrive(directory, placement)
+        rendezvous.arrive(directory, placement)
     job = Job(
         directory=directory,
         placement=placement,
@@ -145,7 +144,7 @@ def _prepare(launch_dir: Path, stage: Stage, placement: Placement, precision: Pr
         _attempt_dir(launch_dir, attempt).mkdir()
         if placement.world_size > 1:
             accelerate.write_configs(stage, placement, precision, launch_dir)
-        nodes.announce(launch_dir, attempt, placement)
+        rendezvous.announce(launch_dir, attempt, placement)
     return attempt
 
 
@@ -153,7 +152,7 @@ def _clear(launch_dir: Path) -> None:
     """Remove what tries have left, and nothing that was put there otherwise."""
     for path in launch_dir.glob("attempt-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for name in (accelerate.CONFIG, accelerate.DEEPSPEED_CONFIG, nodes.CURRENT):
+    for name in (accelerate.CONFIG, accelerate.DEEPSPEED_CONFIG, rendezvous.CURRENT):
         (launch_dir / name).unlink(missing_ok=True)
     with suppress(OSError):
         launch_dir.rmdir()

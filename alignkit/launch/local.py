@@ -1,7 +1,6 @@
 """Run a stage in this process: what can be refused at once, then run directory and lock around the method's `run`.
 
-It deliberately starts no process and knows no method's details. Of other processes it knows only those that an
-earlier command has left in the run directory.
+It starts no process; of others it knows those that an earlier command has left in the run directory.
 """
 
 from __future__ import annotations

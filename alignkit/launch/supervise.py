@@ -19,7 +19,7 @@ from pathlib import Path
 
 from alignkit import console
 from alignkit.errors import SUPERVISED, AlignKitError, RankError, Stopped, UsageError
-from alignkit.launch import nodes, processes, verdict
+from alignkit.launch import causes, processes, rendezvous
 from alignkit.launch.placement import Placement
 from alignkit.launch.worker import INTERVAL, SUPERVISOR
 from alignkit.runs import heartbeat
@@ -76,7 +76,7 @@ class Job:
     timeout_seconds: float
     stop: StopRequest
     resume_hint: Callable[[], str]  # what a restart goes on from, for messages
-    _deaths: dict[int, verdict.Death] = field(default_factory=dict)
+    _deaths: dict[int, causes.Death] = field(default_factory=dict)
     _sights: dict[int, _Sight] = field(default_factory=dict)
     _signalled: set[int] = field(default_factory=set)
 
@@ -102,7 +102,7 @@ class Job:
             if self.placement.nodes > 1:
                 problems = error.problems if isinstance(error, UsageError) else (str(error),)
                 lines = tuple(str(problem) for problem in problems)
-                nodes.abort(self.directory, self.placement, error.exit_code, lines)
+                rendezvous.abort(self.directory, self.placement, error.exit_code, lines)
             raise
         except BaseException:
             self._kill()
@@ -136,7 +136,7 @@ class Job:
             mine = {rank: end for rank, end in ends.items() if rank in self._ranks}
             if exited is not None and len(mine) < len(self._ranks) and not self._deaths:
                 hung = hung or self._describe_launcher(exited)
-            wrong = bool(hung or self._deaths) or any(verdict.failed(end) for end in ends.values())
+            wrong = bool(hung or self._deaths) or any(causes.failed(end) for end in ends.values())
             stopping = not wrong and any(end.exit_code for end in ends.values())
             if exited is not None and not wrong and len(mine) == len(self._ranks):
                 self._finish(ends)
@@ -156,14 +156,14 @@ class Job:
         return self.placement.nodes == 1 and not any(alive)
 
     def _patience(self, wrong: bool, hung: str | None, ends: dict[int, End]) -> float:
-        """Return how long to wait for the others' words before the verdict."""
+        """Return how long to wait for the others' words before the cause is told."""
         if not wrong:
             return _STOP_SECONDS
-        if hung or any(verdict.failed(end) and not end.unexpected and not end.shared for end in ends.values()):
+        if hung or any(causes.failed(end) and not end.unexpected and not end.shared for end in ends.values()):
             return 0.0 if self.placement.nodes == 1 else _SETTLE_SECONDS
         if self.placement.nodes == 1 or self._deaths:
             return _SETTLE_SECONDS
-        if all(verdict.lost_peer(end) for end in ends.values() if verdict.failed(end)):
+        if all(causes.lost_peer(end) for end in ends.values() if causes.failed(end)):
             return self.heartbeat_seconds + _SETTLE_NODES_SECONDS  # whose silence it was shows no sooner
         return _SETTLE_NODES_SECONDS
 
@@ -183,11 +183,11 @@ class Job:
     def _raise(self, ends: dict[int, End], hung: str | None) -> None:
         for rank, death in self._deaths.items():
             if death.status is None:
-                self._deaths[rank] = verdict.Death(death.beat, self._told_status(death.beat.pid))
+                self._deaths[rank] = causes.Death(death.beat, self._told_status(death.beat.pid))
         if any(end.exit_code in _STOPS for end in ends.values()):
             # One that stopped while the stage was loading left alone: the others' lost connections are no news.
-            ends = {rank: end for rank, end in ends.items() if not verdict.lost_peer(end)}
-        cause = verdict.find_cause(ends, self._deaths.values(), hung)
+            ends = {rank: end for rank, end in ends.items() if not causes.lost_peer(end)}
+        cause = causes.find_cause(ends, self._deaths.values(), hung)
         by_us = {int(death.signal or 0) for death in self._deaths.values()} & {*self.stop.received}
         if by_us and not isinstance(cause, AlignKitError):
             raise self.stop.stopped(f"nothing was being trained; {self.resume_hint()}")
@@ -221,11 +221,11 @@ class Job:
             else:
                 status = processes.death_of(beat.pid) or 0
             if rank not in heartbeat.read_ends(self.directory):  # it may have written its end as we looked
-                self._deaths[rank] = verdict.Death(beat, status or None)
+                self._deaths[rank] = causes.Death(beat, status or None)
 
     def _see_abort(self) -> None:
         """Raise what another node says the job ended of."""
-        told = nodes.read_abort(self.directory) if self.placement.nodes > 1 else None
+        told = rendezvous.read_abort(self.directory) if self.placement.nodes > 1 else None
         if told is None:
             return
         text = f"node {told.node} ({told.host}) ended the job: " + "; ".join(told.problems)
@@ -244,9 +244,9 @@ class Job:
             silent = now - self._sights[rank].seen
             if silent > self.heartbeat_seconds:
                 here = rank in self._ranks and beat.host == socket.gethostname()
-                return verdict.describe_frozen(beat, silent, stopped=here and processes.is_stopped(beat.pid))
+                return causes.describe_frozen(beat, silent, stopped=here and processes.is_stopped(beat.pid))
         stuck = [beat for beat in running.values() if beat.idle_seconds > self.timeout_seconds]
-        return verdict.describe_stuck(running.values(), self.timeout_seconds) if stuck else None
+        return causes.describe_stuck(running.values(), self.timeout_seconds) if stuck else None
 
     def _find_absent(self, beats: dict[int, Beat], seconds: float) -> str | None:
         """Say which processes never appeared, once launch.timeout_seconds have passed."""
@@ -254,7 +254,7 @@ class Job:
         if not absent or seconds <= self.timeout_seconds:
             return None
         if self.placement.nodes > 1:
-            away = sorted({*range(self.placement.nodes)} - nodes.arrived(self.directory))
+            away = sorted({*range(self.placement.nodes)} - rendezvous.arrived(self.directory))
             if away:
                 which = ", ".join(map(str, away))
                 return f"node {which} did not come within {self.timeout_seconds:g} s; start the same command there"

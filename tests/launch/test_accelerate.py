@@ -14,7 +14,7 @@ import pytest
 
 from alignkit.launch import accelerate
 from alignkit.launch.command import Command
-from alignkit.launch.join import launcher_strategy
+from alignkit.launch.launcher import launcher_strategy
 from alignkit.launch.placement import place
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.recipe.schema import LaunchOptions

@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import RecipeError
-from alignkit.launch.agenda import plan_run
 from alignkit.launch.command import Command
-from alignkit.launch.pipeline import _let_go, check_order, run_stages
+from alignkit.launch.pipeline import _let_go, check_order, plan_run, run_stages
 from alignkit.recipe import Stage, load_recipe, resolve
 
 COMMON = "max_steps: 2, batch_size: 4, max_length: 160, samples: {num: 0}, learning_rate: 1e-3"

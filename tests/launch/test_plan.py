@@ -11,10 +11,9 @@ import pytest
 
 from alignkit.errors import RecipeError
 from alignkit.launch import placement
+from alignkit.launch.accelerate import plan_launch
 from alignkit.launch.command import Command
-from alignkit.launch.devices import count_cuda
-from alignkit.launch.placement import Placement, first_host, place
-from alignkit.launch.plan import plan_launch
+from alignkit.launch.placement import Placement, count_cuda, first_host, place
 from alignkit.recipe import Stage, load_recipe, resolve
 
 TEXT = "model: {path: builtin:tiny-llama}\nlaunch: {LAUNCH}\nsft: {data: builtin:instructions}\n"

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from terminal import Terminal
 
-from alignkit.launch.agenda import plan_run
 from alignkit.launch.command import Command
-from alignkit.launch.measuring import Measuring
+from alignkit.launch.pipeline import plan_run
+from alignkit.launch.run import Measuring
 from alignkit.recipe import load_recipe, pick_span, resolve
 from alignkit.runs.directory import RunDir, write_result
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from alignkit.errors import AlignKitError, EnvironmentProblem, Problem, RecipeError
 from alignkit.launch import accelerate
 from alignkit.launch.command import Command
-from alignkit.launch.devices import mixed_precision, pick_device
 from alignkit.launch.local import train_here, train_in
+from alignkit.launch.placement import mixed_precision, pick_device
 from alignkit.launch.worker import is_supervised, rank
 from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage

@@ -1,37 +1,37 @@
-"""What a command does with resolved stages: shows them, hands them to Slurm, or runs them and says how they ended.
-
-It reads no recipe and knows no options of the command line by name.
-"""
+"""What a command does with its stages: show them, hand them to Slurm, or run and measure them and show the results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignkit import console
 from alignkit.errors import AlignKitError, Problem, UsageError
+from alignkit.evaluate.options import request_stages
 from alignkit.evaluate.results import table
 from alignkit.launch import launch_stage
-from alignkit.launch.agenda import WORDS, Entry, plan_run
+from alignkit.launch.accelerate import plan_launch
 from alignkit.launch.command import Command
-from alignkit.launch.measuring import NAME as MEASURE
-from alignkit.launch.measuring import Measuring
-from alignkit.launch.pipeline import check_order, check_stages, run_stages
-from alignkit.launch.plan import plan_launch
+from alignkit.launch.pipeline import WORDS, Entry, check_order, check_stages, plan_run, run_stages
 from alignkit.launch.slurm import write_jobs
 from alignkit.launch.worker import is_supervised
-from alignkit.preflight.requirements import locate_rows
-from alignkit.recipe import Stage
+from alignkit.preflight.requirements import locate_rows, require_held_out
+from alignkit.recipe import Recipe, Stage
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.schema import FEEDBACK
+from alignkit.recipe.schema import FEEDBACK, EvaluateOptions
 from alignkit.recipe.trl_fields import method_fields
 from alignkit.report.page import write_recipe_report
 from alignkit.report.publish import attempt
 from alignkit.runs.directory import RunDir
-from alignkit.runs.files import read_json, write_text
+from alignkit.runs.files import read_json, read_record, write_json, write_text
 
+MEASURE = "evaluate"  # the last step of a run, in tables
+_RECORD = "evaluated.json"
 _FAILURES = (3, 4, 5, 6, 7)  # not finite, disk, memory, a process, the judge
 
 
@@ -239,3 +239,56 @@ def _foresee(stage: Stage, *, force: bool) -> str:
     if run.is_finished():
         return "nothing: the run is finished (--force starts over)"
     return "go on with the unfinished run"
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """The models of a run, each with what is asked of it."""
+
+    requests: tuple[tuple[str, EvaluateOptions], ...]
+    trust_code: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, names: Sequence[str], *, trust_code: bool) -> Measuring | None:
+        """Return what to measure of these stages, None where the recipe asks for nothing or none of them has a model.
+
+        Raises UsageError for a name that is neither a stage nor a path, and where no stage has rows to measure on.
+        """
+        for doubt in require_held_out(recipe, names):
+            console.warn(doubt)
+        requests = tuple(request_stages(recipe, recipe.evaluate, names)) if recipe.evaluates else ()
+        return cls(requests, trust_code) if requests else None
+
+    @property
+    def _record(self) -> Path:
+        """What was asked last, beside the runs of the recipe."""
+        return Path(self.requests[0][0]).expanduser().absolute().parent / _RECORD
+
+    def is_done(self) -> bool:
+        """Tell whether just this has been measured; a run that was trained anew has lost its eval.json."""
+        record = read_record(self._record)
+        if record.get("asked") != self._asked:
+            return False
+        return all(read_record(_figures(source)) for source in record["measured"])
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Measure one model after another and yield what its eval.json holds now."""
+        from alignkit.evaluate.run import evaluate_all
+
+        self._record.unlink(missing_ok=True)
+        yield from evaluate_all(
+            self.requests, seed=None, out=None, device="auto", trust_code=self.trust_code,
+            folder=Path.cwd(), skip=True,
+        )  # fmt: skip
+        measured = [source for source, _ in self.requests if _figures(source).is_file()]
+        write_json(self._record, {"asked": self._asked, "measured": measured})
+
+    @property
+    def _asked(self) -> str:
+        """Return what tells one request from another; not how many rows go through at a time."""
+        asked = [(source, options.model_dump(mode="json", exclude={"batch_size"})) for source, options in self.requests]
+        return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _figures(source: str) -> Path:
+    return RunDir(Path(source).expanduser().absolute()).evaluation
