@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from alignkit import console
 from alignkit.errors import AlignKitError, Problem, UsageError
 from alignkit.evaluate.options import request_stages
-from alignkit.evaluate.results import table
 from alignkit.launch import launch_stage
 from alignkit.launch.accelerate import plan_launch
 from alignkit.launch.command import Command
@@ -181,6 +180,8 @@ def _show_results(
         return
     console.print_run([stage.name for stage, _ in jobs], results)
     for evaluation in measured:
+        from alignkit.evaluate.results import table  # which loads numpy
+
         whole = [figure for figure in evaluation["results"] if figure["slice"] is None]
         console.print_table(evaluation["name"], *table(whole))
 
