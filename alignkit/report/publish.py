@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from jinja2 import TemplateError
+
 from alignkit import __version__, console
 from alignkit.errors import DiskError, EnvironmentProblem, Problem, RunError, UsageError, first_line
 from alignkit.report.card import is_public, public_name, render_card, write_card
@@ -70,7 +72,8 @@ def publish(
 ) -> dict[str, str]:
     """Write the page of a run, a directory of runs, or a recipe's `stages`; return name -> path of all that was made.
 
-    Raises what the writers raise, UsageError for --public without --push, RunError when more than a run is pushed.
+    Raises what the writers raise, UsageError for --public without --push, RunError when more than a run is pushed or
+    a record has other types or keys than alignkit writes.
     """
     if public and repo is None:
         raise UsageError("--public has no effect without --push")
@@ -84,10 +87,17 @@ def publish(
         if repo is not None:
             raise RunError(what, where=str(target))
         console.warn(f"{target}: {what}")
-    page = write_recipe_report(target.stem, stages, out=out) if stages else write_report(target, out=out)
-    done = {"report": str(page)}
-    if is_run and (card := write_card(target)) is not None:
-        done["card"] = str(card)
+    try:
+        page = write_recipe_report(target.stem, stages, out=out) if stages else write_report(target, out=out)
+        done = {"report": str(page)}
+        if is_run and (card := write_card(target)) is not None:
+            done["card"] = str(card)
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
+        raise RunError(
+            f"a record says what alignkit does not write there ({type(error).__name__}: {first_line(error)}), and no "
+            "page can be made of it; put the file back as it was, or run the stage again with --force",
+            where=str(target),
+        ) from error
     if repo is not None:
         done["pushed"] = push(target, repo, public=public)
     return done

@@ -12,7 +12,7 @@ from hub_server import TOKEN, Hub, serve_hub
 from written_runs import SECRET, WriteRun
 
 from alignkit.errors import RunError
-from alignkit.report.publish import pack
+from alignkit.report.publish import pack, publish
 
 Run = Callable[..., CompletedProcess[str]]
 
@@ -116,3 +116,22 @@ def test_only_a_run_can_be_pushed(write_run: WriteRun, run_alignkit: Run) -> Non
     assert (done.returncode, "uploads the model of one run" in done.stderr) == (2, True)
     done = run_alignkit("report", str(run), "--public")
     assert (done.returncode, "--public has no effect without --push" in done.stderr) == (2, True)
+
+
+def test_a_record_of_another_shape_is_refused_with_what_to_do(write_run: WriteRun) -> None:
+    """Each value of result.json and stage.json in turn becomes a list: the page is drawn, or the run refused."""
+    run = write_run()
+    refused = 0
+    for name in ("result.json", "stage.json"):
+        path = run / name
+        whole = path.read_text()
+        for key in json.loads(whole):
+            path.write_text(json.dumps(json.loads(whole) | {key: [1, None]}))
+            try:
+                publish(run)
+            except RunError as error:
+                refused += 1
+                assert str(run) in str(error), key
+        path.write_text(whole)
+    assert refused
+    publish(run)
