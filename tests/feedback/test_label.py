@@ -102,7 +102,7 @@ def test_a_finished_stage_answers_at_once_and_refuses_another_judge(
     label.run(stage, Path(stage.run_dir))
     assert (Path(stage.run_dir) / "feedback.jsonl").stat().st_mtime_ns == before
     other = make_stage("label", judge=str(base_model), **options)
-    with pytest.raises(RunError, match="judge: .* -> "):
+    with pytest.raises(RunError, match="judge.model: .* -> "):
         label.run(other, Path(other.run_dir))
     asked_faster = make_stage("label", judge=str(chat_model), batch_size=2, **options)
     assert label.run(asked_faster, Path(stage.run_dir)).status == "finished"
