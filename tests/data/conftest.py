@@ -61,7 +61,8 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
         keys = DataSource.model_fields.keys()
         for_source = {key: settings.pop(key) for key in list(settings) if key in keys}
         sources = [DataSource(path=path, **for_source) if isinstance(path, str) else path for path in paths]
-        extra = {"known_prompts": settings.pop("known_prompts", None), "method": settings.pop("read_as", None)}
+        names = {"known_prompts": "known_prompts", "read_as": "method", "template": "template"}
+        extra = {names[key]: settings.pop(key) for key in list(settings) if key in names}
         reading = Reading([], DataReport(), Rejects(), None)
         stage = make_stage(method, seed=seed, **settings)
         try:

@@ -6,18 +6,20 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
-from alignkit.data.formats import FORMATS, Detector
+from alignkit.data.formats import FORMATS, GROUPS, Detector, Format
 from alignkit.data.hashes import digest_row
-from alignkit.data.rejects import BadRow
-from alignkit.data.rows import Row
+from alignkit.data.rejects import BadRow, Rejects
+from alignkit.data.rows import METHOD_KINDS, Row
 from alignkit.data.threads import join_threads
+from alignkit.errors import AlignKitError, DataError
+from alignkit.recipe import Stage, load_recipe, resolve
 
 Read = Callable[..., Any]
 
@@ -28,6 +30,9 @@ VALUES: list[Any] = [
     [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}], {"role": "assistant", "content": "a"},
     [{"role": "user", "content": "a"}], [{"role": "assistant", "content": ["a"]}], "<|im_end|><|im_start|>assistant",
     [{"from": "human", "value": "a"}, {"from": "usr", "value": "b"}], [[["a"]]], {"a": {"b": [1]}},
+    "\u202ea\u2028\ufeff", "e\u0301\U0001f468\u200d", "<｜end▁of▁sentence｜>", "[INST] a</s>", "<think>a",
+    [{"type": "text", "text": "a"}, {"type": "image"}], "a" * (1 << 20), {"a": "\udfff"}, '[{"role": "a", "text": "a"',
+    -1, 2**63, "5", "model_c", "null", [[]], [1, "a", None], {"\ud800": 1}, [{"role": "tool", "content": "a"}],
 ]  # fmt: skip
 LINES: list[bytes] = [
     b"   ", b"{", b"}", b"null", b"5", b'"a"', b"[]", b"{}", b"[1, 2]", b'{"a": 1}', b'{"text": "a"} {"text": "b"}',
@@ -73,6 +78,51 @@ SHAPES: list[Callable[[int], dict[str, Any]]] = [
     lambda n: {"segments": [{"label": False, "text": f"{n}"}, {"label": True, "text": "a"}]},
     lambda n: {"input_ids": [n, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1]},
 ]  # fmt: skip
+
+# What a column of the formats' table holds where it is neither a short text nor a conversation.
+COLUMNS: dict[str, Callable[[Random], Any]] = {
+    **dict.fromkeys(("label", "kto_tag"), lambda random: random.choice([True, 0, 0.5, "good"])),
+    **dict.fromkeys(("better_response_id", "safer_response_id", "labels"), lambda random: random.randrange(2)),
+    **dict.fromkeys(("preference_strength", "overall_preference"), lambda random: random.randint(-3, 3)),
+    "winner": lambda random: random.choice(["model_a", "model_b", "response_a", "tie"]),
+    "completions": lambda random: [{"response": answer, "overall_score": ord(answer)} for answer in "abc"],
+    "responses": lambda random: ["a", "b"],
+    "answers": lambda random: [{"answer": answer, "rank": ord(answer)} for answer in "ab"],
+    "segments": lambda random: [{"label": False, "text": "b"}, {"label": True, "text": "a"}],
+    "input_ids": lambda random: [1, 2, 3],
+    "transcript": lambda random: "\n\nHuman: b\n\nAssistant: a",
+}
+BESIDE = ("system", "history", "tools", "input", "weight", "margin", "id", "scores", "chat_template_kwargs", "images")
+
+
+def row_of(random: Random, form: Format, number: int) -> dict[str, Any]:
+    """A row with the columns that a format needs, under any of their names; most are sound before they are damaged."""
+    words = form.needs.split()
+    if form.needs == "instruction":
+        words.append("output")
+    elif not {"PROMPT", "CONVERSATION", "history:str"} & set(words) and form.kind not in ("text", "messages"):
+        words += random.choice([[], ["PROMPT"], ["PROMPT"]])
+    if "chosen" in form.needs:
+        words += ["chosen", "rejected"]
+    row: dict[str, Any] = {}
+    chat = form.chat or "list" in form.needs
+    for word in words:
+        name, _, kind = random.choice(word.split("|")).partition(":")
+        column = random.choice(GROUPS.get(name, (name,)))
+        turns = [{"role": "user", "content": f"{number}"}, {"role": "assistant", "content": f"{column} {number}"}]
+        if column in COLUMNS:
+            row[column] = COLUMNS[column](random)
+        elif column in (*GROUPS["CONVERSATION"], "conversation_a", "conversation_b"):
+            row[column] = turns[:1] if {"chosen", "chosen|rejected", "completion", "REJECTED"} & set(words) else turns
+        elif kind != "str" and chat:
+            row[column] = turns[:1] if column in GROUPS["PROMPT"] else turns[1:]
+        else:
+            said = f"{column} {number}"
+            row[column] = f"\n\nHuman: {number}\n\nAssistant: {said}" if form.name == "hh" else said
+    if random.random() < 0.1:
+        said = random.choice(["a", 1, [], [["b", "c"]], [{"name": "f", "parameters": {}}], {}])
+        row.setdefault(random.choice(BESIDE), said)
+    return row
 
 
 def damage_row(random: Random, row: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +262,106 @@ def test_damaged_rows_of_every_format_are_read_or_refused_in_words(count: int) -
                 assert is_sound(row), record
                 read += 1
     assert read > count / 5
+
+
+def write_damaged(random: Random, path: Path, count: int, forms: Sequence[Format] = FORMATS) -> Format:
+    """One format of the table (seldom others in between), four rows of ten damaged; return the format."""
+    form, lines = random.choice(forms), list[str]()
+    for number in range(count):
+        row = row_of(random, form if random.random() < 0.98 else random.choice(FORMATS), number)
+        for _ in range(random.choice([0, 0, 0, 0, 0, 0, 1, 1, 2, 3])):
+            row = damage_row(random, row)
+        lines.append(json.dumps(row, ensure_ascii=random.random() < 0.5))
+    path.write_bytes("\n".join(lines).encode(errors="surrogatepass"))
+    return form
+
+
+@pytest.mark.parametrize("count", [6000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_damaged_rows_of_the_whole_table_are_accepted_refused_or_left_out(
+    read: Read, tmp_path: Path, rejected_rows: Callable[..., list[dict[str, Any]]], count: int
+) -> None:
+    """Through the reading of a stage: each row is counted once, and one that is not kept is named with its line."""
+    random, kept, refused = Random(count), 0, 0
+    assert set(FORMATS) == {
+        Detector().recognise(row_of(Random(seed), form, 0)) for form in FORMATS for seed in range(9)
+    }
+    for _ in range(count // 100):
+        form = write_damaged(random, tmp_path / "rows.jsonl", 100)
+        settings: dict[str, Any] = {
+            "on_bad_row": random.choice(["skip", "skip", "skip", "error"]),
+            "template": random.choice([True, False]),
+            "dedupe": random.random() < 0.3,
+        }
+        takes = [name for name in ("sft", "rm", "dpo", "ppo") if form.kind in METHOD_KINDS[name]]
+        method = random.choice(takes if random.random() < 0.95 else ["sft", "rm", "dpo"])
+        if method == "ppo":
+            settings["reward"] = "builtin:true-reward"
+        reading = read(method, "rows.jsonl", **settings)
+        [source] = reading.report.sources
+        assert source.read == 100 == source.kept + source.rejected + source.duplicates_dropped, method
+        kept += source.kept
+        refused += source.rejected
+        assert all(map(is_sound, reading.rows))
+        if settings["on_bad_row"] == "skip":
+            rejects = rejected_rows(reading.rejects)
+            assert len(rejects) == source.rejected
+            assert all(1 <= reject["line"] <= 100 and reject["reason"] for reject in rejects)
+        elif reading.error is not None:
+            assert reading.message.startswith("rows.jsonl:")
+    print(f"{count} rows: {kept} kept, {refused} refused with their line")
+    assert min(kept, refused) > count / 5
+
+
+@pytest.fixture(scope="module")
+def chats() -> Callable[[Stage], Any]:
+    """Tokenizer and template of a stage, loaded once for all that name the same."""
+    from alignkit.models.tokens import load_chat
+
+    found: dict[Any, Any] = {}
+
+    def load(stage: Stage) -> Any:
+        name = stage.model.chat_template
+        if name not in found:
+            found[name] = load_chat(stage)
+        return found[name]
+
+    return load
+
+
+@pytest.mark.parametrize("files", [10, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["sft", "rm", "dpo", "kto", "ppo"])
+def test_damaged_rows_are_tokenised_or_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chats: Callable[[Stage], Any], method: str, files: int
+) -> None:
+    """Rows of each method, ten to a file, from the file to the table of tokens."""
+    from alignkit.train.tables import prepare_tables
+
+    monkeypatch.chdir(tmp_path)
+    random, tokenised = Random(method), 0
+    forms = [form for form in FORMATS if form.kind in METHOD_KINDS["dpo" if method == "kto" else method]]
+    name, own = {"kto": ("dpo", "loss_type: kto, "), "ppo": ("ppo", "reward: builtin:true-reward, ")}.get(
+        method, (method, "")
+    )
+    for number in range(files):
+        write_damaged(random, Path("rows.jsonl"), 10, forms)
+        template = random.choice(["", ", chat_template: chatml"])
+        tokens = random.choice(["error", "escape", "keep"])
+        Path("recipe.yaml").write_text(
+            f"name: a\nmodel: {{path: builtin:tiny-gpt2{template}}}\n"
+            f"{name}: {{{own}data: rows.jsonl, on_bad_row: skip, special_tokens_in_text: {tokens}}}\n"
+        )
+        stage, rejects = resolve(load_recipe(Path("recipe.yaml")), name), Rejects()
+        try:
+            tables = prepare_tables(stage, chats(stage), tmp_path / f"{number}", rejects=rejects)
+        except AlignKitError as error:
+            assert str(error)
+            assert not isinstance(error, DataError) or "rows.jsonl" in str(error) or "recipe.yaml" in str(error), error
+            continue
+        [source] = tables.report.sources
+        assert source.read == 10 == source.kept + source.rejected
+        tokenised += source.kept
+    print(f"{method}: {10 * files} rows, {tokenised} tokenised")
+    assert tokenised > 2 * files
 
 
 @pytest.mark.parametrize("block", range(10))
