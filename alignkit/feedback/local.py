@@ -3,7 +3,7 @@
 What questions have in common is read once: both options are scored on top of the key-value cache of their question, and
 both orders of a comparison on top of that of their conversation.
 
-Legend: B rows of a batch, T tokens, V vocabulary, L tokens of the longest tail, 2B options of the questions.
+Legend: B rows of a batch, T tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -23,7 +24,7 @@ from alignkit.feedback.writer import Decision, Job, Reply, Sampling, share_of_fi
 from alignkit.models.causal import load_causal
 from alignkit.models.chat import Chat
 from alignkit.models.generation import generate_greedy, generate_sampled
-from alignkit.models.logprobs import keeps_last, pad
+from alignkit.models.logprobs import pad, run_trunk, token_logps
 from alignkit.runs.heartbeat import pulse
 
 
@@ -117,7 +118,6 @@ class LocalModel:
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         # Windows are counted in places of the cache, padding included: there, questions are read one by one.
         self._shares = getattr(inner.config.get_text_config(), "sliding_window", None) is None
-        self._keeps_last = keeps_last(self._model)
 
     def write(
         self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
@@ -193,34 +193,27 @@ class LocalModel:
 
     @torch.no_grad()
     def _score(self, groups: list[list[_Question]]) -> list[tuple[int, Decision]]:
-        """Return the log-probs of both options of each question, from their first own token on.
-
-        The last token of a question is read with the first option, so that no position before it needs logits.
-        """
+        """Score both options of each question, from their first own token on, on top of what they have in common."""
         questions = [question for group in groups for question in group]
         lasts = [question.prefix[-1:] for question in questions]
         ones, others = zip(*(question.tails for question in questions), strict=True)
         reader = self._read_questions(groups)
-        after_BTV = reader.read([last + tail[:-1] for last, tail in zip(lasts, ones, strict=True)], wanted=True)
-        rest_BTV = after_BTV[:, 1:]
-        firsts = [[float(after_BTV[row, 0, tail[0]]) for row, tail in enumerate(tails)] for tails in (ones, others)]
-        sums = [_add(firsts[0], rest_BTV, ones), firsts[1]]
+        hidden_BTH = reader.read([last + tail[:-1] for last, tail in zip(lasts, ones, strict=True)])
+        logps = [reader.score(hidden_BTH, ones)]
         if any(len(tail) > 1 for tail in others):
             if reader.can_go_back:
-                reader.go_back(rest_BTV.shape[1])
+                reader.go_back(hidden_BTH.shape[1] - 1)
             else:
                 reader = self._read_questions(groups)
                 reader.read(lasts)
-            sums[1] = _add(firsts[1], reader.read([tail[:-1] for tail in others], wanted=True), others)
-        return [
-            (question.place, _decision(question, (sums[0][row], sums[1][row]), (firsts[0][row], firsts[1][row])))
-            for row, question in enumerate(questions)
-        ]
+            hidden_BTH = torch.cat([hidden_BTH[:, :1], reader.read([tail[:-1] for tail in others])], dim=1)
+        logps.append(reader.score(hidden_BTH, others))
+        return [(question.place, _decision(question, *pair)) for question, *pair in zip(questions, *logps, strict=True)]
 
     def _read_questions(self, groups: list[list[_Question]]) -> _Reader:
         """Read all but the last token of each question; what those of a group have in common is read once."""
         shared = [_common(group) for group in groups]
-        reader = _Reader(self._model, self._keeps_last, self._tokenizer.pad_token_id)
+        reader = _Reader(self._model, self._tokenizer.pad_token_id)
         common = [group[0].prefix[:length] for group, length in zip(groups, shared, strict=True)]
         reader.read(common, left=not self._shares)
         reader.select([number for number, group in enumerate(groups) for _ in group])
@@ -233,14 +226,14 @@ class LocalModel:
 class _Reader:
     """Feeds tokens to a model on top of what it has read; rows of unlike length are padded and masked."""
 
-    def __init__(self, model: Any, keeps_last: bool, pad_id: int) -> None:
-        self._model, self._keeps_last, self._pad_id = model, keeps_last, pad_id
-        self._device = next(model.parameters()).device
+    def __init__(self, model: Any, pad_id: int) -> None:
+        self._base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._pad_id, self._device = pad_id, next(model.parameters()).device
         self._cache: Any = None
         self._mask_BT: Tensor | None = None
 
-    def read(self, rows: list[list[int]], *, left: bool = False, wanted: bool = False) -> Tensor:
-        """Read more of each row; return the log-probs after each token (B, T, V) where wanted, else nothing of use.
+    def read(self, rows: list[list[int]], *, left: bool = False) -> Tensor:
+        """Read more of each row and return the hidden states after each token, (B, T, H).
 
         What is read first needs no mask where its padding follows it: causal attention never looks there, and is twice
         as fast without one.
@@ -253,17 +246,24 @@ class _Reader:
         self._mask_BT = torch.cat([before_BT, new_BT], dim=1)
         is_plain = self._cache is None and not left
         positions_BT = (self._mask_BT.cumsum(1) - 1).clamp_min(0)[:, before_BT.shape[1] :]
-        output = self._model(
+        hidden_BTH, output = run_trunk(
+            self._base,
+            self._base.get_output_embeddings(),
             input_ids=ids_BT,
             attention_mask=torch.ones_like(new_BT) if is_plain else self._mask_BT,
             position_ids=positions_BT,
             past_key_values=self._cache,
             use_cache=True,
-            **({"logits_to_keep": 1} if self._keeps_last and not wanted else {}),
         )
         self._cache = output.past_key_values
-        logps_BTV: Tensor = output.logits.float().log_softmax(-1) if wanted else torch.empty(0)
-        return logps_BTV
+        return hidden_BTH
+
+    def score(self, hidden_BTH: Tensor, tails: Sequence[list[int]]) -> list[list[float]]:
+        """Log-probs of the tokens of each tail; the first is predicted by the first hidden state, and so on."""
+        mask_BT = torch.arange(max(map(len, tails))) < torch.tensor([len(tail) for tail in tails])[:, None]
+        targets_N = torch.tensor([token for tail in tails for token in tail], device=self._device)
+        logps_N, _ = token_logps(self._base, hidden_BTH[mask_BT.to(hidden_BTH.device)], targets_N)
+        return [part.tolist() for part in logps_N.split([len(tail) for tail in tails])]
 
     @property
     def can_go_back(self) -> bool:
@@ -316,16 +316,9 @@ def _common(group: list[_Question]) -> int:
     return next(same, shortest)
 
 
-def _add(firsts: list[float], rest_BTV: Tensor, tails: Sequence[list[int]]) -> list[float]:
-    """Return the log-probs of whole tails: of their first token, and of the others at the places after it."""
-    return [
-        first + sum(float(rest_BTV[row, place, token]) for place, token in enumerate(tail[1:]))
-        for row, (first, tail) in enumerate(zip(firsts, tails, strict=True))
-    ]
-
-
-def _decision(question: _Question, logps: tuple[float, float], firsts: tuple[float, float]) -> Decision:
-    mass = min(sum(map(math.exp, firsts)), 1.0)
+def _decision(question: _Question, first: list[float], second: list[float]) -> Decision:
+    logps = (sum(first), sum(second))
+    mass = min(math.exp(first[0]) + math.exp(second[0]), 1.0)
     tokens = len(question.prefix) + sum(map(len, question.tails))
     return Decision(share_of_first(logps), logps, mass, input_tokens=tokens)
 

@@ -1,21 +1,162 @@
 """Token ids as padded batches, and log-probabilities of given tokens under a causal language model.
 
-Only positions that predict a scored token go through the softmax.
+PPO, evaluation and the local judge all ask here. Only positions that predict a wanted token go through the LM head,
+tile by tile: prompts and padding cost no logits.
 
-Legend: B sequences of a batch, T tokens of the longest, P positions that are scored, V vocabulary.
+Legend: B sequences of a batch, L tokens of the longest, T of the longest answer, N answer tokens in all, H hidden size.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-_LOGITS = 2**26  # entries of one batch of logits
-_POSITIONS = 4096  # scored at once, in float32
+_BATCH_TOKENS = 2**16
+_VOCABULARY_TILE = 8192
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled, as far as their log-probabilities must know it."""
+
+    temperature: float = 1.0
+    min_new_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Answers ready for a forward pass; everything lies on one device."""
+
+    input_ids_BL: Tensor
+    attention_mask_BL: Tensor
+    mask_BT: Tensor  # bool, the tokens of each answer
+    rows_N: Tensor
+    columns_N: Tensor  # the position before each answer token, which predicts it
+    targets_N: Tensor
+    sampling: Sampling
+    early_N: Tensor | None = None  # where min_new_tokens forbids the stop tokens
+
+    def pick(self, hidden_BLH: Tensor) -> Tensor:
+        """Take the hidden state before every answer token, (N, H)."""
+        return hidden_BLH[self.rows_N.to(hidden_BLH.device), self.columns_N.to(hidden_BLH.device)]
+
+    def spread(self, values_N: Tensor) -> Tensor:
+        """Lay values out as (B, T): at the answers' tokens, 0 elsewhere."""
+        spread = torch.zeros(self.mask_BT.shape, dtype=values_N.dtype, device=values_N.device)
+        return spread.masked_scatter(self.mask_BT, values_N)
+
+
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False, multiple_of: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Pad rows of token ids, some of them empty, to one width: ids and mask, int64 (B, L) on the CPU."""
+    width = -(-max(map(len, rows)) // multiple_of) * multiple_of
+    ids_BL = torch.full((len(rows), width), pad_id)
+    mask_BL = torch.zeros_like(ids_BL)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids_BL[number, place] = torch.tensor(row, dtype=torch.long)
+        mask_BL[number, place] = 1
+    return ids_BL, mask_BL
+
+
+def pad_answers(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    num_columns: int | None = None,
+    sampling: Sampling = Sampling(),
+) -> Batch:
+    """Pad prompts with their answers on the right; `num_columns` is T where it is not the longest answer."""
+    whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    input_ids, attention_mask = pad(whole, pad_id)
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    sizes = torch.tensor([len(answer) for answer in answers])
+    mask_BT = torch.arange(num_columns or int(sizes.max())) < sizes[:, None]
+    rows_N, steps_N = mask_BT.nonzero(as_tuple=True)
+    columns_N = starts[rows_N] + steps_N - 1
+    return Batch(
+        input_ids_BL=input_ids.to(device),
+        attention_mask_BL=attention_mask.to(device),
+        mask_BT=mask_BT.to(device),
+        rows_N=rows_N.to(device),
+        columns_N=columns_N.to(device),
+        targets_N=input_ids[rows_N, columns_N + 1].to(device),
+        sampling=sampling,
+        early_N=(steps_N < sampling.min_new_tokens).to(device) if sampling.min_new_tokens else None,
+    )
+
+
+def run_trunk(forward: Callable[..., Any], head: Any, **inputs: Any) -> tuple[Tensor, Any]:
+    """Run a causal language model up to its LM head: what the head is given, (B, L, H), and the model's output.
+
+    Taken where the head takes it, for some architectures (ModernBERT's decoder) have layers between trunk and head.
+    """
+    given: list[Tensor] = []
+
+    def keep(_: Any, arguments: tuple[Tensor, ...]) -> Tensor:
+        given.append(arguments[0])
+        return arguments[0][:, :0]  # no logits
+
+    hook = head.register_forward_pre_hook(keep)
+    try:
+        output = forward(**inputs)
+    finally:
+        hook.remove()
+    return given[0], output
+
+
+def token_logps(base: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `targets_N` after these hidden states and entropies, in nats, float32 (N,).
+
+    `base` is a causal language model without PEFT's wrapper. The logits are never held whole: TRL's kernel folds them
+    tile by tile.
+    """
+    from trl.kernels import ChunkedLogProbFunction  # slow to import
+
+    config, head = base.config.get_text_config(), base.get_output_embeddings()
+    # FSDP gives a layer its whole weights in that layer's own forward, which is not called here.
+    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
+    if isinstance(head, BaseTunerLayer):  # somebody else's adapter: ours leave the head alone
+        weight = weight + sum(head.get_delta_weight(name) for name in head.active_adapters)
+    # What the architecture multiplies its logits by, by any of the names in use (TRL's `add_fused_lm_head`).
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+    scale = next((float(value) for name in names if (value := getattr(config, name, None)) is not None), None)
+    if scale is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
+        scale = float(divisor if config.model_type == "hyperclovax" else 1 / divisor)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    hidden_NH, targets_N = hidden_NH.to(weight.device), targets_N.to(weight.device)
+    logps_N, entropy_N, *_ = ChunkedLogProbFunction.apply(
+        hidden_NH, weight, bias, targets_N, temperature, _VOCABULARY_TILE, softcap, scale or 1.0, ("entropy",)
+    )
+    return logps_N, entropy_N.detach()
+
+
+def sampled_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of a batch's answers as they were sampled, float32 (N,)."""
+    sampling = batch.sampling
+    logps_N, entropy_N = token_logps(base, hidden_NH, batch.targets_N, sampling.temperature)
+    if batch.early_N is not None:
+        # Where sampling cannot stop, the other tokens share the stop tokens' mass: p' = p / (1 - p_stop). The logged
+        # entropy stays that of the whole distribution.
+        early_MH, early_M = hidden_NH[batch.early_N], batch.targets_N[batch.early_N]
+        stops_MS = [
+            token_logps(base, early_MH, torch.full_like(early_M, stop), sampling.temperature)[0]
+            for stop in sampling.stop_ids
+        ]
+        rest_M = torch.log1p(-torch.stack(stops_MS).exp().sum(dim=0).clamp(max=1 - 1e-6))
+        logps_N = logps_N.index_add(0, batch.early_N.nonzero().squeeze(1), -rest_M)
+    return logps_N, entropy_N
 
 
 @torch.no_grad()
@@ -27,71 +168,25 @@ def score_tokens(
     temperature: float = 1.0,
     batch_size: int = 16,
 ) -> list[list[float]]:
-    """Return log p of every token of each continuation given what comes before it, in nats.
+    """Log p of every token of each (context, continuation) given what comes before it, in nats.
 
-    A sequence is (context, continuation); the first token of an empty context has nothing before it and is left out.
-    Everything must fit into the model's positions. `temperature` divides the logits. The model is in eval mode.
+    The first token of an empty context has nothing before it and is left out. Everything must fit into the model's
+    positions. `temperature` divides the logits. The model is in eval mode.
     """
     results: list[list[float]] = [[] for _ in sequences]
-    vocabulary = model.get_input_embeddings().num_embeddings
-    lengths = [len(context) + len(tail) for context, tail in sequences]
-    waiting = sorted((place for place, (_, tail) in enumerate(sequences) if tail), key=lambda place: -lengths[place])
-    while waiting:
-        size = max(min(batch_size, _LOGITS // (lengths[waiting[0]] * vocabulary)), 1)
-        batch, waiting = waiting[:size], waiting[size:]
-        scored = _score_batch(model, [sequences[place] for place in batch], pad_id, temperature)
-        for place, values in zip(batch, scored, strict=True):
-            results[place] = values
-    return results
-
-
-def _score_batch(
-    model: Any, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, temperature: float
-) -> list[list[float]]:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     device = next(model.parameters()).device
-    whole = [[*context, *tail] for context, tail in sequences]
-    ids_BT, mask_BT = pad(whole, pad_id)
-    width = ids_BT.size(1)
-    first = max(min(len(context) for context, _ in sequences) - 1, 0)  # the earliest position that is needed
-    kept = {"logits_to_keep": width - first} if keeps_last(model) else {}
-    logits_BPV: Tensor = model(
-        input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False, **kept
-    ).logits
-    offset = width - logits_BPV.size(1)
-    rows, columns, targets = [], [], []
-    counts = []
-    for row, (context, tail) in enumerate(sequences):
-        start = max(len(context), 1)  # a token needs one before it
-        stop = len(context) + len(tail)
-        rows += [row] * (stop - start)
-        columns += list(range(start - 1 - offset, stop - 1 - offset))
-        targets += whole[row][start:stop]
-        counts.append(stop - start)
-    values: list[float] = []
-    for begin in range(0, len(rows), _POSITIONS):
-        part = slice(begin, begin + _POSITIONS)
-        logps_PV = (logits_BPV[rows[part], columns[part]].float() / temperature).log_softmax(dim=-1)
-        values += logps_PV.gather(1, torch.tensor(targets[part], device=device)[:, None])[:, 0].tolist()
-    split, begin = [], 0
-    for count in counts:
-        split.append(values[begin : begin + count])
-        begin += count
-    return split
-
-
-def pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Pad rows of token ids, some of them empty, to one width: ids and mask, int64 (B, T) on the CPU."""
-    width = max(map(len, rows))
-    ids_BT = torch.full((len(rows), width), pad_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    for number, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids_BT[number, place] = torch.tensor(row, dtype=torch.long)
-        mask_BT[number, place] = 1
-    return ids_BT, mask_BT
-
-
-def keeps_last(model: Any) -> bool:
-    """Tell whether a model can leave out the logits of the first positions."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    pairs = [(context, tail) if context else (tail[:1], tail[1:]) for context, tail in sequences]
+    lengths = [len(context) + len(tail) for context, tail in pairs]
+    waiting = sorted((place for place, (_, tail) in enumerate(pairs) if tail), key=lambda place: -lengths[place])
+    while waiting:
+        size = max(min(batch_size, _BATCH_TOKENS // lengths[waiting[0]]), 1)
+        places, waiting = waiting[:size], waiting[size:]
+        contexts, tails = zip(*(pairs[place] for place in places), strict=True)
+        batch = pad_answers(contexts, tails, pad_id=pad_id, device=device)
+        inputs = {"input_ids": batch.input_ids_BL, "attention_mask": batch.attention_mask_BL, "use_cache": False}
+        hidden_BLH, _ = run_trunk(base, base.get_output_embeddings(), **inputs)
+        logps_N, _ = token_logps(base, batch.pick(hidden_BLH), batch.targets_N, temperature)
+        for place, values in zip(places, logps_N.split([len(tail) for tail in tails]), strict=True):
+            results[place] = values.tolist()
+    return results

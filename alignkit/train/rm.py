@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from trl import RewardConfig, RewardTrainer
 
 from alignkit.data import DataReport, Rejects, read_rows
@@ -23,6 +22,7 @@ from alignkit.models.chat import Chat
 from alignkit.models.classifier import score_ids
 from alignkit.models.files import REWARD_NORM
 from alignkit.models.load import load_reward_model
+from alignkit.models.logprobs import pad
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RmOptions, SftOptions
 from alignkit.runs.directory import Result, RunDir
@@ -48,11 +48,8 @@ class GroupCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        answers = [torch.tensor(ids) for row in rows for ids in row["answers_ids"]]
-        input_ids = pad_sequence(answers, batch_first=True, padding_value=self.pad_token_id)
-        if self.pad_to_multiple_of and (rest := input_ids.size(1) % self.pad_to_multiple_of):
-            input_ids = torch.nn.functional.pad(input_ids, (0, self.pad_to_multiple_of - rest), value=self.pad_token_id)
-        lengths = torch.tensor([len(ids) for ids in answers])
+        answers = [ids for row in rows for ids in row["answers_ids"]]
+        input_ids, attention_mask = pad(answers, self.pad_token_id, multiple_of=self.pad_to_multiple_of or 1)
         pairs: list[tuple[int, int, int, float, float]] = []
         prompt_of: list[int] = []
         for prompt, row in enumerate(rows):
@@ -65,7 +62,7 @@ class GroupCollator:
         columns = list(zip(*pairs, strict=True))
         return {
             "input_ids": input_ids,
-            "attention_mask": (torch.arange(input_ids.size(1)) < lengths[:, None]).long(),
+            "attention_mask": attention_mask,
             "better": torch.tensor(columns[0]),
             "worse": torch.tensor(columns[1]),
             "pair_prompt": torch.tensor(columns[2]),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 def test_the_chunked_head_equals_a_plain_softmax(
     dtype: torch.dtype, temperature: float, softcap: float | None, note: Callable[..., None]
 ) -> None:
-    from alignkit.train.readout import _fold_logits
+    from alignkit.models.logprobs import token_logps
 
     torch.manual_seed(0)
     vocabulary, hidden, num = 128_256, 1024, 300
@@ -29,7 +29,7 @@ def test_the_chunked_head_equals_a_plain_softmax(
     config.get_text_config = lambda: config
     base = SimpleNamespace(config=config, get_output_embeddings=lambda: head)
     weights = torch.randn(num, device="cuda")
-    logps, entropy = _fold_logits(base, states, targets, temperature)
+    logps, entropy = token_logps(base, states, targets, temperature)
     (logps * weights).sum().backward()
     found = logps.detach(), entropy.detach(), states.grad, head.weight.grad
 

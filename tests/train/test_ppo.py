@@ -19,6 +19,7 @@ from alignkit.errors import ModelError, RunError
 from alignkit.launch import launch_stage
 from alignkit.models.classifier import read_norm, score_ids
 from alignkit.models.load import load_trained
+from alignkit.models.logprobs import Sampling, pad_answers
 from alignkit.models.scratch import builtin_config, builtin_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import MissingEos, PpoOptions
@@ -39,7 +40,6 @@ from alignkit.train.ppo.rollout import (
     repetition,
     sort_steps,
 )
-from alignkit.train.readout import Sampling, pad_answers
 
 LORA = "lora: {r: 4, alpha: 8}\n"
 BASE = "name: t\nmodel: {path: builtin:tiny-llama%s}\n"

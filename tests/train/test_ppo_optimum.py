@@ -17,9 +17,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
+from alignkit.models.logprobs import pad_answers
 from alignkit.runs.directory import RunDir
 from alignkit.train import ppo
-from alignkit.train.readout import pad_answers
 
 LETTERS, END = "abcdefg", 7
 REWARD = """

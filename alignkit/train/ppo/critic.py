@@ -28,11 +28,11 @@ from alignkit.models.classifier import load_classifier
 from alignkit.models.configs import know_classifier
 from alignkit.models.files import REWARD_NORM
 from alignkit.models.hub import quiet_transformers
+from alignkit.models.logprobs import Batch
 from alignkit.runs.files import write_json
 from alignkit.train import ranks, shards
 from alignkit.train.guarded import switch_off_dropout
-from alignkit.train.ppo.roles import CRITIC, REWARD, Roles
-from alignkit.train.readout import Batch, install_readout, read_out
+from alignkit.train.ppo.roles import CRITIC, REWARD, Roles, read_answers, return_logps
 
 CRITIC_FILE = "critic.safetensors"
 
@@ -58,7 +58,7 @@ class Critic:
     def values(self, batch: Batch, hidden_NH: Tensor | None = None) -> Tensor:
         """Return values, float32 (N,); `hidden_NH` is the policy's, where it is shared."""
         if self.model is not None:
-            values_N: Tensor = read_out(self.model, batch)
+            values_N: Tensor = read_answers(self.model, batch)
             return values_N
         if self.has_adapter:
             hidden_NH = self.roles.hidden_states(batch, (CRITIC,))
@@ -220,7 +220,7 @@ def _own(roles: Roles, model: Any, *, from_reward: bool) -> Critic:
     switch_off_dropout(model)  # values of a rollout and of its training must be of one function
     if not from_reward:
         model.score.weight.data.zero_()
-    install_readout(model, _read_values)
+    return_logps(model, _read_values)
     return Critic(roles, model.score, model=model, from_reward=from_reward)
 
 

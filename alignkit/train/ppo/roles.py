@@ -6,7 +6,8 @@ acts is switched per forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +24,39 @@ from alignkit.models.adapters import REFERENCE, START, TRAINED, add_scoring_adap
 from alignkit.models.classifier import cut_at_score
 from alignkit.models.files import ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.load import Loaded, load_reference
+from alignkit.models.logprobs import Batch, pad_answers, run_trunk, sampled_logps
 from alignkit.models.parameters import describe_parameters
 from alignkit.models.start import find_base
-from alignkit.train.readout import Batch, install_readout, pad_answers, read_out
 
 REWARD, CRITIC = "reward", "critic"  # adapter names beside those of the models room
+
+
+def return_logps(model: Any, read: Callable[[Any, Tensor, Batch], Any] | None = None) -> None:
+    """Let `model(..., batch=)` return `read(base, hidden states (N, H), batch)` of a batch's answers instead of logits;
+    without `read` log-probs (N,), entropies (N,) and hidden states, and with `hidden_only=True` the last alone.
+
+    Part of the model's own forward, so that it works through the wrappers of PEFT, accelerate, DDP and FSDP; without
+    `batch` the forward is what it was. TRL's `add_fused_lm_head` does the same and scores prompts too.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    original = base.forward
+
+    @functools.wraps(type(base).forward)  # `generate` looks at the signature
+    def forward(*args: Any, batch: Batch | None = None, hidden_only: bool = False, **kwargs: Any) -> Any:
+        if batch is None:
+            return original(*args, **kwargs)
+        if read is not None:
+            return read(base, batch.pick(base.base_model(**kwargs, use_cache=False).last_hidden_state), batch)
+        hidden_BLH, _ = run_trunk(original, base.get_output_embeddings(), **kwargs, use_cache=False)
+        hidden_NH = batch.pick(hidden_BLH)
+        return hidden_NH if hidden_only else (*sampled_logps(base, hidden_NH, batch), hidden_NH)
+
+    base.forward = forward
+
+
+def read_answers(model: Any, batch: Batch, **kwargs: Any) -> Any:
+    """Call a model of `return_logps`; `model` may be its wrapper."""
+    return model(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, batch=batch, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -73,13 +102,13 @@ class Roles:
             str(loaded.reference), ()
         )
         self.reward_head: nn.Linear | None = None
-        install_readout(self.policy)
+        return_logps(self.policy)
         if reference is not None:
-            install_readout(reference)
+            return_logps(reference)
 
     def policy_logps(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probs (N,), entropies (N,) and hidden states (N, H) of the policy; `model` may be its wrapper."""
-        logps_N, entropy_N, hidden_NH = read_out(model, batch)
+        logps_N, entropy_N, hidden_NH = read_answers(model, batch)
         return logps_N, entropy_N, hidden_NH
 
     @torch.no_grad()
@@ -100,7 +129,7 @@ class Roles:
     def hidden_states(self, batch: Batch, adapters: Sequence[str]) -> Tensor:
         """Return the shared base's hidden states with these adapters acting, (N, H)."""
         with self.act_as(adapters):
-            hidden_NH: Tensor = read_out(self.policy, batch, hidden_only=True)
+            hidden_NH: Tensor = read_answers(self.policy, batch, hidden_only=True)
         return hidden_NH
 
     def trunk(self) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,11 @@ from alignkit.data import Row
 from alignkit.errors import NonFiniteError
 from alignkit.models.chat import Chat
 from alignkit.models.generation import plainly
+from alignkit.models.logprobs import Sampling, pad_answers
 from alignkit.recipe.schema import PpoOptions
 from alignkit.rewards.base import Answers
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
-from alignkit.train.encode import join_columns
 from alignkit.train.ppo.critic import Critic
 from alignkit.train.ppo.math import (
     KlController,
@@ -43,7 +43,6 @@ from alignkit.train.ppo.math import (
     whiten,
 )
 from alignkit.train.ppo.roles import Roles
-from alignkit.train.readout import Sampling, pad_answers
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -112,6 +111,13 @@ def in_batches(
         for place, ids in zip(places, found, strict=True):
             answers[place] = ids
     return answers
+
+
+def join_columns(rows: Iterable[str]) -> dict[str, list[Any]]:
+    """The `columns` of table rows as a reward function gets them: one list a name, None where a row has none."""
+    read = [json.loads(text) for text in rows]
+    names = dict.fromkeys(name for row in read for name in row)
+    return {name: [row.get(name) for row in read] for name in names}
 
 
 @dataclass

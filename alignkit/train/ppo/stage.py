@@ -20,6 +20,7 @@ from alignkit.models.chat import Chat
 from alignkit.models.classifier import Classifier, ScoreIds, hold_on_base, read_norm
 from alignkit.models.files import find_model_dir, is_builtin
 from alignkit.models.load import Loaded, load_policy
+from alignkit.models.logprobs import Sampling
 from alignkit.models.start import context_length
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RewardSource, SftOptions
@@ -40,7 +41,6 @@ from alignkit.train.ppo.critic import (
 from alignkit.train.ppo.roles import Part, Roles, build_roles, find_reward_on_base, list_parts
 from alignkit.train.ppo.rollout import Collector, Truncation
 from alignkit.train.ppo.trainer import Ppo, Ptx, answer_held_out
-from alignkit.train.readout import Sampling
 from alignkit.train.rewards import build_rewards
 from alignkit.train.tables import Tables, open_chat, prepare_tables
 

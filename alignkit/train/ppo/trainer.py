@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 
 from alignkit import console
 from alignkit.errors import ModelError, RunError
+from alignkit.models.logprobs import Batch, pad_answers
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
 from alignkit.train import ranks
@@ -44,7 +45,6 @@ from alignkit.train.ppo.rollout import (
     prompt_numbers,
     sort_steps,
 )
-from alignkit.train.readout import Batch, pad_answers
 from alignkit.train.shards import clip_gradients, gathered_root, is_sharded
 
 if TYPE_CHECKING:

@@ -1,0 +1,53 @@
+"""Log-probabilities of given tokens are those of the model's own logits, whatever stands around its head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from alignkit.models.logprobs import pad, score_tokens
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "head_dim": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 1},
+    "gemma2": {"num_key_value_heads": 1, "final_logit_softcapping": 2.0},
+    "cohere": {"num_key_value_heads": 1, "logit_scale": 0.25},
+    "granite": {"num_key_value_heads": 1, "logits_scaling": 4.0},
+    "opt": {"word_embed_proj_dim": 8, "ffn_dim": 32, "do_layer_norm_before": True},
+    "modernbert-decoder": {"global_attn_every_n_layers": 1},  # has a layer between trunk and head
+    "mamba": {},
+}
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "an adapter on the head"])
+@torch.no_grad()
+def test_log_probabilities_are_those_of_the_models_own_logits(kind: str) -> None:
+    name = kind if kind in MODELS else "llama"
+    torch.manual_seed(0)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CONFIG_MAPPING[name](**{**SMALL, **MODELS[name]}, vocab_size=40, max_position_embeddings=32, **ids)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.3)
+    if kind != name:
+        model = get_peft_model(model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    model.eval()
+    sequences = [([5, 6, 7], [8, 9]), ([], [3, 4, 5]), ([7], []), ([11, 12], [13, 14, 15, 16])]
+    found = score_tokens(model, sequences, pad_id=0, temperature=0.7, batch_size=2)
+    for (context, tail), logps in zip(sequences, found, strict=True):
+        whole = torch.tensor([[*context, *tail]])
+        logits = model(input_ids=whole).logits[0].float() / 0.7
+        start = max(len(context), 1)
+        wanted = logits.log_softmax(-1)[start - 1 : -1].gather(1, whole[0, start:, None])[:, 0]
+        assert logps == pytest.approx(wanted[len(wanted) - len(logps) :].tolist(), abs=2e-5)
+        assert len(logps) == len(context) + len(tail) - start
+
+
+def test_padding() -> None:
+    ids, mask = pad([[5, 6], [], [7, 8, 9]], 1, left=True, multiple_of=4)
+    assert ids.tolist() == [[1, 1, 5, 6], [1, 1, 1, 1], [1, 7, 8, 9]]
+    assert mask.tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]]
