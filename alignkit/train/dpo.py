@@ -32,7 +32,8 @@ from alignkit.train.built import Built
 from alignkit.train.fit import fit, watch_for
 from alignkit.train.guarded import Guarded, switch_off_dropout
 from alignkit.train.losses import PairLoss, Pairs, pick_loss, sequence_logps
-from alignkit.train.tables import Tables, open_chat, share_tables, shuffled_order
+from alignkit.train.order import shuffled_order
+from alignkit.train.tables import Tables, open_chat, share_tables
 
 
 @dataclass

@@ -35,7 +35,8 @@ from alignkit.runs.files import describe_bytes, disk_failures, free_bytes
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.stop import StopFlag
 from alignkit.train import ranks, restore, shards, zero
-from alignkit.train.tables import EpochSampler, Rest, Stream, fill_up, go_on, grouped_order, shuffled_order
+from alignkit.train.order import EpochSampler, Rest, fill_up, go_on, grouped_order, shuffled_order
+from alignkit.train.tables import Stream
 
 _NAMES = ("drop", "jitter")  # attention_dropout, layerdrop, embd_pdrop, router_jitter_noise, ...
 

@@ -1,8 +1,5 @@
-"""Rows of a stage as token tables on disk, and the order in which an epoch takes them.
-
-Tables are read, checked, split and tokenised in constant memory; `check` reads the same ones. The order is a pure
-function of (lengths, seed, epoch), so that a resumed run sees the rows it would have seen, on any number of devices.
-"""
+"""Rows of a stage as token tables on disk: read, checked, split and tokenised in constant memory; `check` reads the
+same ones."""
 
 from __future__ import annotations
 
@@ -13,9 +10,6 @@ from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from torch.utils.data import Sampler
 
 from alignkit import console
 from alignkit.data import (
@@ -41,136 +35,13 @@ from alignkit.runs.files import read_json
 from alignkit.runs.form import form_of, require_form
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
-from alignkit.train.encode import LengthReport, choose_encoder, longest_prompt, write_row
+from alignkit.train.encode import EncodedRow, LengthReport, encode_rows, longest_prompt, write_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-MEGA_BATCHES = 50  # global batches whose rows are sorted together: enough to match lengths, few enough to stay random
-
-
-def shuffled_order(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of the row numbers, (num_rows,) int64."""
-    return np.random.default_rng((seed, epoch)).permutation(num_rows)
-
-
-def grouped_order(lengths: Sequence[int] | np.ndarray, *, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation in which the rows of one global batch are of like length.
-
-    Rows are shuffled, cut into stretches of MEGA_BATCHES batches, sorted by length inside a stretch, and the batches
-    are shuffled again; the incomplete batch stays last. Inside a batch the longest row comes first.
-    """
-    rng = np.random.default_rng((seed, epoch))
-    lengths = np.asarray(lengths)
-    order = rng.permutation(len(lengths))
-    stretch = batch_size * MEGA_BATCHES
-    parts = [order[start : start + stretch] for start in range(0, len(order), stretch)]
-    order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
-    num_whole = len(order) // batch_size
-    whole, rest = order[: num_whole * batch_size], order[num_whole * batch_size :]
-    batches = whole.reshape(num_whole, batch_size)[rng.permutation(num_whole)]
-    return np.concatenate([batches.reshape(-1), rest])
-
-
-def fill_up(order: np.ndarray, *, batch_size: int) -> np.ndarray:
-    """Return an order of whole batches: the incomplete last one gets rows from the beginning of the epoch.
-
-    Every optimizer step then has the same number of rows, and so the same rows on any number of devices; PyTorch's
-    DistributedSampler fills up in the same way.
-    """
-    missing = -len(order) % batch_size
-    return np.concatenate([order, np.resize(order, missing)]) if missing else order
-
-
-@dataclass(frozen=True)
-class Rest:
-    """Where a run stands whose batch size was changed: after `step`, in `epoch`, with these rows of it left."""
-
-    step: int
-    epoch: int
-    rows: np.ndarray
-
-
-def go_on(batches: Sequence[Sequence[int]], whole: Callable[[int, int], np.ndarray], *, batch_size: int) -> Rest | None:
-    """Return the rows that are left of the epoch in which a run was stopped, None where its batch size never changed.
-
-    `batches` are (last step, rows of each) of the sittings so far; `whole(epoch, batch_size)` is the order of an epoch
-    that begins with batches of that size. One that goes on with another size deals out what is left, in order.
-    """
-    if all(size == batch_size for _, size in batches):
-        return None
-    epoch, step = 0, 0
-    rows = whole(0, batches[0][1])
-    for last, size in batches:
-        while step < last:
-            in_epoch = -(-len(rows) // size)
-            taken = min(last - step, in_epoch)
-            step, rows = step + taken, rows[taken * size :]
-            if not len(rows):
-                epoch, rows = epoch + 1, whole(epoch + 1, size)
-    if len(rows) == len(whole(epoch, batch_size)):  # an epoch that has not begun is dealt out anew
-        rows = whole(epoch, batch_size)
-    return Rest(step, epoch, rows)
-
-
-class EpochSampler(Sampler[int]):
-    """Hand the order of the current epoch to a data loader.
-
-    The epoch is asked for when iteration starts, not counted here: a resumed run starts in the middle of one.
-    """
-
-    def __init__(self, num_rows: int, order: Callable[[int], np.ndarray], epoch: Callable[[], int]) -> None:
-        self._num_rows = num_rows
-        self._order = order
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._order(self._epoch()).tolist())
-
-
 _BATCH_ROWS, _BATCH_CHARS = 1000, 10_000_000
 _REMEMBERED_ROWS = 256  # for samples
-
-
-class Stream:
-    """Token rows of a stage, encoded as they are asked for: `num_rows` of them, pass after pass over the sources.
-
-    Rows are asked for in rising order, with gaps where other ranks or earlier sittings have them, so a resumed run
-    reads its way to the very row that it stopped at. Memory does not grow with the rows.
-    """
-
-    column_names: Sequence[str] = ()
-
-    def __init__(self, encode: Callable[[], Iterator[dict[str, list[Any]]]], num_rows: int) -> None:
-        self._encode, self.num_rows = encode, num_rows
-        self._restart()
-
-    def _restart(self) -> None:
-        self._rows, self._next = self._iter_rows(), 0
-
-    def _iter_rows(self) -> Iterator[dict[str, Any]]:
-        while True:
-            for columns in self._encode():
-                for values in zip(*columns.values(), strict=True):
-                    yield dict(zip(columns, values, strict=True))
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        if not 0 <= number < self.num_rows:
-            raise IndexError(number)
-        if number < self._next:
-            self._restart()
-        while self._next < number:
-            next(self._rows)
-            self._next += 1
-        self._next += 1
-        return next(self._rows)
 
 
 @dataclass
@@ -198,48 +69,37 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
     Memory does not grow with the number of rows. Raises DataError for rows that do not fit, for an empty table, and
     when more than `max_truncated` of the rows are cut or too long.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    options, report = stage.training, DataReport()
-    share = options.eval if isinstance(options.eval, float) else None
-    template = chat.has_template
+    held_out, report, template = stage.training.eval, DataReport(), chat.has_template
+
+    def write(name: str, rows: Iterable[Row], side: bool | None = None) -> tuple[Dataset | None, LengthReport, list]:
+        if side is not None:
+            assert isinstance(held_out, float)
+            rows = (row for is_eval, row in split_eval(rows, held_out, stage.seed) if is_eval == side)
+        lengths, first = LengthReport(), list[Row]()
+        found = _encode(stage, chat, rows, rejects, lengths, first)
+        start = next(found, None)
+        return None if start is None else write_table(cache / name, chain([start], found)), lengths, first
+
+    splits = isinstance(held_out, float)
     rows = read_rows(stage, first_rows(stage, report), report=report, rejects=rejects, template=template)
-    train = _write(stage, chat, cache / "train.arrow", _take_side(stage, rows, share, held_out=False), rejects)
-    held_out = None
-    if share is not None:  # a second pass over the files keeps memory flat, whatever the share is
-        rows = read_rows(stage, options.data, report=DataReport(), rejects=Rejects(), template=template)
-        held_out = _write(stage, chat, cache / "eval.arrow", _take_side(stage, rows, share, held_out=True), rejects)
-    elif isinstance(options.eval, list):
+    train, lengths, first = write("train.arrow", rows, side=False if splits else None)
+    table, eval_lengths = None, None
+    if splits:  # a second pass over the files keeps memory flat, whatever the share is
+        rows = read_rows(stage, stage.options.data, report=DataReport(), rejects=Rejects(), template=template)
+        table, eval_lengths, first = write("eval.arrow", rows, side=True)
+    elif isinstance(held_out, list):
         known = report.prompt_hashes()
-        rows = read_rows(stage, options.eval, report=report, rejects=rejects, known_prompts=known, template=template)
-        held_out = _write(stage, chat, cache / "eval.arrow", rows, rejects)
-    _require_rows(stage, train)
+        rows = read_rows(stage, held_out, report=report, rejects=rejects, known_prompts=known, template=template)
+        table, eval_lengths, first = write("eval.arrow", rows)
+    if (problem := _find_lack(stage, lengths, is_empty=train is None)) is not None:
+        raise DataError(problem, where=stage.where(f"{stage.name}.data"))
     require_form(stage, form_of(report.to_dict()))
-    assert train.table is not None
-    if held_out is None:
-        return Tables(train.table, None, report, train.lengths, None, train.first_rows)
-    if held_out.table is None:
+    if eval_lengths is not None and table is None:
         raise DataError(
             f"{stage.name}.eval holds out no row that can be used; raise the share or look at the source",
             where=stage.where(f"{stage.name}.eval"),
         )
-    return Tables(train.table, held_out.table, report, train.lengths, held_out.lengths, held_out.first_rows)
-
-
-def open_stream(stage: Stage, chat: Chat) -> Stream:
-    """The rows of a stage that streams; a row that does not fit raises DataError when it is reached."""
-
-    told: list[bool] = []
-
-    def encode() -> Iterator[dict[str, list[Any]]]:
-        report, lengths = DataReport(remembers=False), LengthReport()
-        rows = read_rows(stage, stage.options.data, report=report, rejects=Rejects(), template=chat.has_template)
-        for columns in _encode(stage, chat, rows, (left_out := Rejects()), lengths, []):
-            if left_out.count and not told:
-                told.append(True)
-                console.warn(f"{stage.name}: {left_out.first[0]}: such rows of the stream are left out")
-            yield columns
-
-    return Stream(encode, stage.trainer["max_steps"] * stage.training.batch_size)
+    return Tables(train, table, report, lengths, eval_lengths, first)
 
 
 def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:
@@ -250,8 +110,7 @@ def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> 
     mine: list[Tables] = []
 
     def prepare() -> dict[str, Any]:
-        tables = prepare_tables(stage, chat, cache, rejects=rejects)
-        mine.append(tables)
+        mine.append(tables := prepare_tables(stage, chat, cache, rejects=rejects))
         return {
             "lengths": asdict(tables.lengths),
             "eval_lengths": asdict(tables.eval_lengths) if tables.eval_lengths else None,
@@ -274,11 +133,83 @@ def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> 
     )
 
 
-def _take_side(stage: Stage, rows: Iterable[Row], share: float | None, *, held_out: bool) -> Iterable[Row]:
-    """Return the rows of one side of a split by prompt; all of them without a share."""
-    if share is None:
-        return rows
-    return (row for is_eval, row in split_eval(rows, share, stage.seed) if is_eval == held_out)
+class Stream:
+    """Token rows of a stage, encoded as they are asked for: `num_rows` of them, pass after pass over the sources.
+
+    Rows are asked for in rising order, with gaps where other ranks or earlier sittings have them, so a resumed run
+    reads its way to the very row that it stopped at. Memory does not grow with the rows.
+    """
+
+    column_names: Sequence[str] = ()
+
+    def __init__(self, encode: Callable[[], Iterator[dict[str, list[Any]]]], num_rows: int) -> None:
+        self._encode, self.num_rows = encode, num_rows
+        self._rows, self._next = self._iter_rows(), 0
+
+    def _iter_rows(self) -> Iterator[dict[str, Any]]:
+        while True:
+            for columns in self._encode():
+                for values in zip(*columns.values(), strict=True):
+                    yield dict(zip(columns, values, strict=True))
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if not 0 <= number < self.num_rows:
+            raise IndexError(number)
+        if number < self._next:
+            self._rows, self._next = self._iter_rows(), 0
+        while self._next < number:
+            next(self._rows)
+            self._next += 1
+        self._next += 1
+        return next(self._rows)
+
+
+def open_stream(stage: Stage, chat: Chat) -> Stream:
+    """The rows of a stage that streams; a row that does not fit raises DataError when it is reached."""
+    told: list[bool] = []
+
+    def encode() -> Iterator[dict[str, list[Any]]]:
+        report, left_out = DataReport(remembers=False), Rejects()
+        rows = read_rows(stage, stage.options.data, report=report, rejects=Rejects(), template=chat.has_template)
+        for columns in _encode(stage, chat, rows, left_out, LengthReport(), []):
+            if left_out.count and not told:
+                told.append(True)
+                console.warn(f"{stage.name}: {left_out.first[0]}: such rows of the stream are left out")
+            yield columns
+
+    return Stream(encode, stage.trainer["max_steps"] * stage.training.batch_size)
+
+
+def _encode(
+    stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects, lengths: LengthReport, first: list[Row]
+) -> Iterator[dict[str, list[Any]]]:
+    """Check, tokenise and encode rows, batch by batch; a few of them are put into `first`.
+
+    Batches are bounded in characters too: a few rows, where each is as long as a book.
+    """
+
+    def tokenise(batch: list[tuple[Row, list[Written]]]) -> list[EncodedRow]:
+        pulse("reading data")
+        shown = [row for row, _ in batch if row.tokens is None]  # token ids have no text to sample from
+        first.extend(shown[: _REMEMBERED_ROWS - len(first)])
+        encoded = iter(chat.tokenize([text for _, texts in batch for text in texts]))
+        return [(row, [next(encoded) for _ in texts]) for row, texts in batch]
+
+    def batches() -> Iterator[list[EncodedRow]]:
+        batch, num_chars = list[tuple[Row, list[Written]]](), 0
+        for row, texts in _write_texts(stage, chat, rows, rejects):
+            batch.append((row, texts))
+            num_chars += sum(map(len, iter_contents(row)))
+            if len(batch) == _BATCH_ROWS or num_chars > _BATCH_CHARS:
+                yield tokenise(batch)
+                batch, num_chars = [], 0
+        if batch:
+            yield tokenise(batch)
+
+    return encode_rows(stage, batches(), lengths, rejects)
 
 
 def _write_texts(
@@ -289,10 +220,16 @@ def _write_texts(
     Written by whoever wrote the text, such tokens would end a turn or open another one in the model's own language.
     They are refused, left out, defused or kept, as `special_tokens_in_text` says.
     """
-    choice = stage.training.special_tokens_in_text
-    tokens = chat.control_tokens
-    problems, num_read, found = Problems(), 0, Counter[bool]()
+    choice, tokens = stage.training.special_tokens_in_text, chat.control_tokens
+    problems, num_read, found = Problems(), 0, Counter[str]()
     template_checked = False
+    key = f"{stage.name}.special_tokens_in_text"
+    remedies = {
+        "is rendered already": f"rows are rendered already; set {key}: keep, which adds no second BOS or end",
+        "control tokens of the tokenizer in the text": f"rows hold control tokens; set {key}: escape or keep, or "
+        "on_bad_row: skip",
+    }
+    rendered, unwanted = remedies
     for row in rows:
         num_read += 1
         if row.conversational and not template_checked:
@@ -304,11 +241,10 @@ def _write_texts(
             elif choice == "keep":
                 row = as_rendered(row, tokens) or row
             elif inside := find_control_tokens(row, tokens):
-                rendered = as_rendered(row, tokens) is not None
-                found[rendered] += 1
-                what = "is rendered already" if rendered else "control tokens of the tokenizer in the text"
+                what = unwanted if as_rendered(row, tokens) is None else rendered
+                found[what] += 1
                 raise ConversationError(f"{what}: {', '.join(inside)}")
-            written = write_row(stage, chat, row)
+            yield row, write_row(stage, chat, row)
         except ConversationError as error:
             if stage.options.on_bad_row == "skip":
                 rejects.add(row.place, str(error))
@@ -316,90 +252,27 @@ def _write_texts(
                 raise DataError(str(error), where=row.place) from None
             else:
                 problems.add_row(row.place, str(error))
-        else:
-            yield row, written
-    key = f"{stage.name}.special_tokens_in_text"
-    advice = [
-        f"{found[True]} rows are rendered already; set {key}: keep, which adds no second BOS or end"
-        if found[True]
-        else "",
-        f"{found[False]} rows hold control tokens; set {key}: escape or keep, or on_bad_row: skip"
-        if found[False]
-        else "",
-    ]
-    problems.raise_any(num_read, [remedy for remedy in advice if remedy])
+    problems.raise_any(num_read, [f"{found[what]} {remedy}" for what, remedy in remedies.items() if found[what]])
 
 
-@dataclass
-class _Written:
-    """A table and what was counted while it was written; no table when no row was left."""
-
-    table: Dataset | None
-    lengths: LengthReport
-    first_rows: list[Row]
-
-
-def _write(stage: Stage, chat: Chat, path: Path, rows: Iterable[Row], rejects: Rejects) -> _Written:
-    """Check, encode and write rows, batch by batch, remembering the first few."""
-    lengths = LengthReport()
-    first: list[Row] = []
-    found = _encode(stage, chat, rows, rejects, lengths, first)
-    start = next(found, None)
-    table = None if start is None else write_table(path, chain([start], found))
-    return _Written(table, lengths, first)
-
-
-def _encode(
-    stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects, lengths: LengthReport, first: list[Row]
-) -> Iterator[dict[str, list[Any]]]:
-    """Check and encode rows, batch by batch; a few of them are put into `first`."""
-    encode = choose_encoder(stage)
-    for batch in chain(_batched(_write_texts(stage, chat, rows, rejects)), [[]]):
-        pulse("reading data")
-        shown = [row for row, _ in batch if row.tokens is None]  # token ids have no text to sample from
-        first.extend(shown[: _REMEMBERED_ROWS - len(first)])
-        encoded = iter(chat.tokenize([text for _, texts in batch for text in texts]))
-        columns = encode([(row, [next(encoded) for _ in texts]) for row, texts in batch], lengths, rejects)
-        if columns["length"]:
-            yield columns
-
-
-def _batched(rows: Iterable[tuple[Row, list[Written]]]) -> Iterator[list[tuple[Row, list[Written]]]]:
-    """Cut rows into batches of bounded size: a few of them, where each is as long as a book."""
-    batch: list[tuple[Row, list[Written]]] = []
-    num_chars = 0
-    for row, texts in rows:
-        batch.append((row, texts))
-        num_chars += sum(map(len, iter_contents(row)))
-        if len(batch) == _BATCH_ROWS or num_chars > _BATCH_CHARS:
-            yield batch
-            batch, num_chars = [], 0
-    if batch:
-        yield batch
-
-
-def _require_rows(stage: Stage, train: _Written) -> None:
-    lengths = train.lengths
-    where = stage.where(f"{stage.name}.data")
-    if stage.method == "ppo" and lengths.truncated_share > stage.training.max_truncated:
-        raise DataError(
-            f"{lengths.truncated_share:.0%} of the prompts are longer than the {longest_prompt(stage)} tokens that "
-            f"{stage.name}.max_new_tokens leaves of the model's context (the longest has {lengths.longest_tokens}), "
-            f"more than max_truncated allows ({stage.training.max_truncated:.0%}); raise it, or lower max_new_tokens",
-            where=where,
+def _find_lack(stage: Stage, lengths: LengthReport, *, is_empty: bool) -> str | None:
+    """Say why the training rows are too few to train on."""
+    share, most, longest = lengths.truncated_share, stage.training.max_truncated, lengths.longest_tokens
+    if share > most and stage.method == "ppo":
+        return (
+            f"{share:.0%} of the prompts are longer than the {longest_prompt(stage)} tokens that "
+            f"{stage.name}.max_new_tokens leaves of the model's context (the longest has {longest}), more than "
+            f"max_truncated allows ({most:.0%}); raise it, or lower max_new_tokens"
         )
-    if lengths.truncated_share > stage.training.max_truncated:
-        raise DataError(
-            f"{lengths.truncated_share:.0%} of the rows are longer than {stage.name}.max_length "
-            f"({stage.trainer.get('max_length')} tokens; the longest row has {lengths.longest_tokens}), more than "
-            f"max_truncated allows ({stage.training.max_truncated:.0%}); raise one of the two or shorten the rows",
-            where=where,
+    if share > most:
+        return (
+            f"{share:.0%} of the rows are longer than {stage.name}.max_length ({stage.trainer.get('max_length')} "
+            f"tokens; the longest row has {longest}), more than max_truncated allows ({most:.0%}); raise one of the "
+            "two or shorten the rows"
         )
     if lengths.num_untrained and not lengths.num_rows:
-        raise DataError(
+        return (
             f"none of the {lengths.num_untrained} rows has a token to learn from: every label is masked; look at the "
-            "roles of the messages and at max_length",
-            where=where,
+            "roles of the messages and at max_length"
         )
-    if train.table is None:
-        raise DataError("no row is left to train on", where=where)
+    return "no row is left to train on" if is_empty else None

@@ -58,7 +58,7 @@ def train_trl(model: Path, rows: Path, batch: int, out: Path) -> float:
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
-    from alignkit.train.tables import shuffled_order
+    from alignkit.train.order import shuffled_order
 
     data = load_dataset(str(rows), split="train")
     data = data.select(shuffled_order(len(data), seed=0, epoch=0))

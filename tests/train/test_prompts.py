@@ -13,7 +13,8 @@ from alignkit.errors import DataError
 from alignkit.models.chat import Chat
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
-from alignkit.train.encode import join_columns, longest_prompt
+from alignkit.train.encode import longest_prompt
+from alignkit.train.ppo.rollout import join_columns
 from alignkit.train.tables import Tables, prepare_tables
 
 RECIPE = """model: {path: builtin:tiny-gpt2}
