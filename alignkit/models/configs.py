@@ -56,7 +56,8 @@ def read_config(source: str, *, revision: str | None = None, trust_code: bool = 
         raise
     except Exception as error:  # config classes check and compute as they like
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise ModelError(f"is not the config of a model: {reason[0].strip()}", where=place) from error
+        remedy = "; put that right" if directory else ""
+        raise ModelError(f"is not the config of a model: {reason[0].strip()}{remedy}", where=place) from error
     require_sizes(config, place)
     if directory and (directory / "generation_config.json").exists():
         _require_generation(directory)

@@ -146,7 +146,9 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
     config_name = "adapter_config.json" if is_adapter else "config.json"
     if not (path / config_name).exists():
         raise ModelError(
-            f"no config.json and no adapter_config.json: not a model directory{_content(path)}", where=str(path)
+            f"no config.json and no adapter_config.json: not a model directory{_content(path)}; put the file back, or "
+            "name another directory",
+            where=str(path),
         )
     problems: list[Problem] = []
     config = _read_json(path / config_name, problems)
@@ -257,7 +259,7 @@ def _explain_missing(path: Path, stem: str) -> str:
         )
     if list(path.glob(f"{stem}-*-of-*.safetensors")):
         return f"shards without {stem}.safetensors.index.json; copy the model again"
-    return f"no {stem}.safetensors"
+    return f"no {stem}.safetensors; copy the model again"
 
 
 def _find_remote_code(config: dict[str, Any], file: Path, prefix: str = "") -> list[Problem]:
@@ -286,10 +288,10 @@ def _read_json(file: Path, problems: list[Problem]) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        problems.append(Problem(f"is not readable JSON: {error}", str(file)))
+        problems.append(Problem(f"is not readable JSON: {error}; put the file back", str(file)))
         return {}
     if not isinstance(value, dict):
-        problems.append(Problem(f"holds {type(value).__name__}, not an object", str(file)))
+        problems.append(Problem(f"holds {type(value).__name__}, not an object; put the file back", str(file)))
         return {}
     return value
 

@@ -5,6 +5,7 @@ Deliberately catches only what the hub client and transformers raise for files t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,8 @@ def _explain(source: str, error: Exception) -> Exception:
             f"{source} is not on this machine and the hub cannot be reached; download it first, or set HF_HUB_OFFLINE=0"
         )
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ModelError(f"cannot be loaded: {reason}", where=source)
+    remedy = "; put that right, or name another model" if os.path.isdir(source) else ""
+    return ModelError(f"cannot be loaded: {reason.rstrip('.')}{remedy}", where=source)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -125,6 +125,11 @@ def _find_finished(
             "directory under another name",
             where=str(run.path),
         )
+    if reason.startswith("base/") and (run.path / "base").exists():
+        raise RunError(
+            f"{reason}; no checkpoint has the base, so put the file back, or start over with --force",
+            where=str(run.path),
+        )
     console.warn(f"{stage.name}: the run had finished, but {reason}; it goes on from its last checkpoint")
     return None
 
