@@ -238,4 +238,7 @@ def damage_each(
             yield ended.code
 
 
-_REMEDIES = ("--force", "put the file back", "put that right", "mend it", "the model again", "the file again", "run the stage's own command")
+_REMEDIES = (
+    "--force", "put the file back", "put that right", "mend it", "the model again", "the file again",
+    "run the stage's own command",
+)

@@ -133,7 +133,7 @@ def test_all_problems_of_a_directory_come_together(tmp_path: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     assert refusal(adapter) == (
         "DIR/adapter_config.json: auto_map would run code that comes with the model; --trust-code allows it\n"
-        "DIR: no adapter_model.safetensors\n"
+        "DIR: no adapter_model.safetensors; copy the model again\n"
         "DIR/adapter_config.json: base_model_name_or_path is missing: the adapter does not say which base it belongs "
         "to; add it"
     )
