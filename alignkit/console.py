@@ -390,7 +390,7 @@ def print_jobs(jobs: Sequence[Mapping[str, Any]], *, scripts: bool) -> None:
         write(f"job_{number}=$({line})  # {job['stage']}" if len(jobs) > 1 else line)
 
 
-def print_agenda(entries: Sequence[Mapping[str, Any]]) -> None:
+def print_plan(entries: Sequence[Mapping[str, Any]]) -> None:
     """Write what a run would do with each stage, and why; `entries` are `Entry.to_dict()`."""
     rows = [
         (entry["stage"], entry["method"], ", ".join(entry["needs"]) or None, entry["will"], entry["why"])

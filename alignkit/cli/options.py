@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 import typer
 
 if TYPE_CHECKING:
-    from alignkit.launch.command import Command
+    from alignkit.launch.placement import Command
     from alignkit.launch.run import How
     from alignkit.recipe import Recipe, Stage
 
@@ -149,11 +149,11 @@ class Given(NamedTuple):
         """Return the recipe."""
         return load_recipe(self.recipe, self.changes)
 
-    def job(self, stage: Stage, out: Path | None = None) -> tuple[Stage, Command]:
-        """Return a stage with the command that starts it elsewhere."""
-        from alignkit.launch.command import Command
+    def job(self, stage: Stage, out: Path | None = None) -> Command:
+        """Make the command that starts a stage elsewhere."""
+        from alignkit.launch.placement import Command
 
-        return stage, Command.of(
+        return Command(
             stage, self.changes, allow_change=tuple(self.allow_change or ()), allow_key=tuple(self.allow_key or ()),
             out=out, node_rank=self.node_rank,
         )  # fmt: skip

@@ -20,7 +20,7 @@ def stage_command(method: Literal["sft", "rm", "dpo", "ppo"]) -> Callable[..., N
         resolved = resolve(given.load(), stage, method=method, out=out, trust_code=given.trust_code)
         from alignkit.launch.run import run_one
 
-        run_one(context.obj, *given.job(resolved, out), given.how)
+        run_one(context.obj, given.job(resolved, out), given.how)
 
     return command
 
@@ -38,7 +38,7 @@ def rlaif(context: typer.Context, given: Given, stage: StepName = None, out: Run
         raise UsageError(f"--out: {', '.join(names)} have a run directory each; name one of them with --stage")
     jobs = [given.job(resolve(loaded, name, out=out, trust_code=given.trust_code), out) for name in names]
     if len(jobs) == 1:
-        run_one(context.obj, *jobs[0], given.how)
+        run_one(context.obj, jobs[0], given.how)
     else:
         run_many(context.obj, jobs, given.how)
 

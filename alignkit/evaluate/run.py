@@ -140,7 +140,7 @@ def evaluate_all(
     """
     finished = []
     for source, options in requests:
-        if skip and not RunDir(Path(source).expanduser().absolute()).is_finished():
+        if skip and not RunDir(Path(source)).is_finished():
             console.note(f"{source}: not finished, left out")
         else:
             finished.append((source, options))

@@ -1,36 +1,39 @@
-"""What accelerate is told: its config file, DeepSpeed's, the command line, and the same as environment for torchrun.
+"""What accelerate is told of a stage, and what accelerate or torchrun has told a process that it started.
 
-Pure text and data from recipe and placement: it starts nothing, and knows no value that is not in them. Checked
-against accelerate 1.15, torch 2.13 and DeepSpeed 0.19.
+The config file, DeepSpeed's, the command line, and the same as environment for torchrun are made of recipe and
+placement alone. Checked against accelerate 1.15, torch 2.13 and DeepSpeed 0.19.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import shlex
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from alignkit.launch.command import Command
-from alignkit.launch.placement import Placement, Precision, mixed_precision, place
-from alignkit.launch.worker import is_worker
+from alignkit.errors import SUPERVISED, AlignKitError, EnvironmentProblem, Problem, RecipeError
+from alignkit.launch.placement import Command, Placement, Precision, mixed_precision, pick_device, place
+from alignkit.launch.processes import is_worker
+from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage
 from alignkit.runs.directory import RunDir
 
 CONFIG = "accelerate.yaml"
 DEEPSPEED_CONFIG = "deepspeed.json"
+ZERO_STAGES = {"zero2": 2, "zero3": 3}
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_NEEDED = (*_NUMBERS, "MASTER_ADDR", "MASTER_PORT")
 
 
-def zero_stage(strategy: str) -> int:
-    """Return DeepSpeed's stage of a strategy, 0 for the others."""
-    return {"zero2": 2, "zero3": 3}.get(strategy, 0)
+# What we tell.
 
 
 def fsdp_settings(stage: Stage) -> dict[str, Any]:
-    """Return accelerate's `fsdp_config`: FSDP 2, each transformer layer sharded by itself.
+    """Make accelerate's `fsdp_config`: FSDP 2, each transformer layer sharded by itself.
 
     Only `launch.activation_checkpointing: true` makes FSDP recompute; without it the Trainer's own
     `gradient_checkpointing` holds, and both at once is an error upstream.
@@ -48,8 +51,8 @@ def fsdp_settings(stage: Stage) -> dict[str, Any]:
 
 
 def deepspeed_config(stage: Stage) -> dict[str, Any]:
-    """Return DeepSpeed's JSON; "auto" is filled in by the Trainer from what the stage says."""
-    level, offload = zero_stage(stage.launch.strategy), stage.launch.offload
+    """Make DeepSpeed's JSON; "auto" is filled in by the Trainer from what the stage says."""
+    level, offload = ZERO_STAGES[stage.launch.strategy], stage.launch.offload
     zero: dict[str, Any] = {
         "stage": level,
         "contiguous_gradients": True,
@@ -69,11 +72,9 @@ def deepspeed_config(stage: Stage) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if offload == "all" and level == 3:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
+        **dict.fromkeys(batch, "auto"),
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
         "zero_optimization": zero,
@@ -83,7 +84,7 @@ def deepspeed_config(stage: Stage) -> dict[str, Any]:
 
 
 def config_values(stage: Stage, placement: Placement, precision: Precision, directory: Path) -> dict[str, Any]:
-    """Return the config file's content; what differs between nodes and tries is on the command line instead."""
+    """Make the config file's content; what differs between nodes and tries is on the command line instead."""
     values: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": {"ddp": "MULTI_GPU", "fsdp": "FSDP"}.get(placement.strategy, "DEEPSPEED"),
@@ -93,7 +94,7 @@ def config_values(stage: Stage, placement: Placement, precision: Precision, dire
         "same_network": True,
         "use_cpu": placement.device == "cpu",
     }
-    if zero_stage(placement.strategy):
+    if placement.strategy in ZERO_STAGES:
         # accelerate refuses mixed_precision and zero_stage here when DeepSpeed has a file of its own.
         values["deepspeed_config"] = {
             "deepspeed_config_file": str(directory / DEEPSPEED_CONFIG),
@@ -107,53 +108,44 @@ def config_values(stage: Stage, placement: Placement, precision: Precision, dire
     return values
 
 
-def config_text(stage: Stage, values: dict[str, Any]) -> str:
-    """Return the config file as YAML, with where it comes from."""
+def make_configs(stage: Stage, placement: Placement, precision: Precision, directory: Path) -> dict[str, str]:
+    """Make the texts of the files that accelerate reads below `directory`, by their names."""
     lines = [
         f"# Generated by alignkit from launch: in {stage.recipe_path}, anew at each start; edit the recipe instead."
     ]
-    for key, value in sorted(values.items()):
+    for key, value in sorted(config_values(stage, placement, precision, directory).items()):
         # Values as JSON, which is YAML too: a bare `no` would be read as false.
         if isinstance(value, dict):
             lines += [f"{key}:", *(f"  {name}: {json.dumps(inner)}" for name, inner in value.items())]
         else:
             lines.append(f"{key}: {json.dumps(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def write_configs(stage: Stage, placement: Placement, precision: Precision, directory: Path) -> Path:
-    """Write what accelerate reads below `directory`; return the path of its config file."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if zero_stage(placement.strategy):
-        (directory / DEEPSPEED_CONFIG).write_text(json.dumps(deepspeed_config(stage), indent=2) + "\n")
-    path = directory / CONFIG
-    path.write_text(config_text(stage, config_values(stage, placement, precision, directory)), encoding="utf-8")
-    return path
+    texts = {CONFIG: "\n".join(lines) + "\n"}
+    if placement.strategy in ZERO_STAGES:
+        texts[DEEPSPEED_CONFIG] = json.dumps(deepspeed_config(stage), indent=2) + "\n"
+    return texts
 
 
 def command_line(
     command: Command, placement: Placement, precision: Precision, config: Path, *, timeout_seconds: float
 ) -> list[str]:
-    """Return `accelerate launch ... -m alignkit ...` for this node."""
+    """Make `accelerate launch ... -m alignkit ...` for this node; what --dry-run does not know yet is UNKNOWN."""
+    rank, address, port = (
+        "UNKNOWN" if value is None else str(value)
+        for value in (placement.node_rank, placement.main_address, placement.main_port)
+    )
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    if zero_stage(placement.strategy):
+    if placement.strategy in ZERO_STAGES:
         words += ["--mixed_precision", precision]
     if placement.nodes > 1:
-        words += ["--machine_rank", _known(placement.node_rank), "--main_process_ip", _known(placement.main_address)]
+        words += ["--machine_rank", rank, "--main_process_ip", address]
         words += ["--rdzv_conf", f"timeout={int(timeout_seconds)}"]
-    words += ["--main_process_port", _known(placement.main_port)]
     # Slower than we look: a death is seen, and its signal read, before torchrun begins to end the others.
-    words += ["--monitor_interval", "1"]
+    words += ["--main_process_port", port, "--monitor_interval", "1"]
     return [*words, "-m", "alignkit", *command.arguments()]
 
 
-def _known(value: object) -> str:
-    """Return a value that --dry-run may not know yet as a word that says so."""
-    return "UNKNOWN" if value is None else str(value)
-
-
 def worker_environment(stage: Stage, precision: Precision) -> dict[str, str]:
-    """Return what `accelerate launch` would have set for the strategy, for workers that torchrun started.
+    """Make what `accelerate launch` would have set for the strategy, for workers that torchrun started.
 
     torchrun says nothing of a strategy; accelerate and the Trainer read it from these variables.
     """
@@ -162,7 +154,7 @@ def worker_environment(stage: Stage, precision: Precision) -> dict[str, str]:
         found["ACCELERATE_USE_FSDP"] = "true"
         for key, value in fsdp_settings(stage).items():
             found[key.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
-    if zero_stage(stage.launch.strategy):
+    if stage.launch.strategy in ZERO_STAGES:
         found["ACCELERATE_USE_DEEPSPEED"] = "true"
         # Its readers take a file or the content itself: so no process needs one that another has yet to write.
         content = json.dumps(deepspeed_config(stage)).encode()
@@ -172,48 +164,190 @@ def worker_environment(stage: Stage, precision: Precision) -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What would be started on this node."""
-
-    mode: str  # in-process, accelerate, or worker
-    placement: Placement
-    command: list[str] = field(default_factory=list)
-    config_file: str | None = None
-    config: str | None = None
-    deepspeed_file: str | None = None
-    deepspeed: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data, the command as one line for a shell."""
-        return {
-            "mode": self.mode,
-            "placement": self.placement.to_dict(),
-            "command": shlex.join(self.command),
-            "config_file": self.config_file,
-            "config": self.config,
-            "deepspeed_file": self.deepspeed_file,
-            "deepspeed": self.deepspeed,
-        }
-
-
-def plan_launch(stage: Stage, command: Command) -> Plan:
-    """Return what the command would start here; what is not known before the start is written UNKNOWN.
+def plan_launch(command: Command) -> dict[str, Any]:
+    """Say what the command would start here, as plain data; what is not known before the start is written UNKNOWN.
 
     Raises RecipeError when `launch:`, the command line and SLURM contradict each other.
     """
+    stage = command.stage
     placement = place(stage, command.node_rank, strict=False)
-    if is_worker():
-        return Plan("worker", placement)
-    if placement.world_size == 1:
-        return Plan("in-process", placement)
-    directory = RunDir(Path(stage.run_dir).expanduser().absolute()).launch
-    precision = mixed_precision(stage, placement.device)
-    return Plan(
-        "accelerate",
-        placement,
-        command_line(command, placement, precision, directory / CONFIG, timeout_seconds=stage.launch.timeout_seconds),
-        str(directory / CONFIG),
-        config_text(stage, config_values(stage, placement, precision, directory)),
-        *((str(directory / DEEPSPEED_CONFIG), deepspeed_config(stage)) if zero_stage(placement.strategy) else ()),
-    )
+    plan: dict[str, Any] = {
+        "mode": "worker" if is_worker() else "in-process", "placement": placement.to_dict(), "command": "",
+        **dict.fromkeys(("config_file", "config", "deepspeed_file", "deepspeed")),
+    }  # fmt: skip
+    if is_worker() or placement.world_size == 1:
+        return plan
+    directory, precision = RunDir(Path(stage.run_dir)).launch, mixed_precision(stage, placement.device)
+    config, seconds = directory / CONFIG, stage.launch.timeout_seconds
+    line = command_line(command, placement, precision, config, timeout_seconds=seconds)
+    texts = make_configs(stage, placement, precision, directory)
+    plan |= {"mode": "accelerate", "command": shlex.join(line), "config_file": str(config), "config": texts[CONFIG]}
+    if DEEPSPEED_CONFIG in texts:
+        plan |= {"deepspeed_file": str(directory / DEEPSPEED_CONFIG), "deepspeed": deepspeed_config(stage)}
+    return plan
+
+
+# What a launcher has told us.
+
+
+def join_launcher(stage: Stage, *, retries: int) -> None:
+    """Refuse, as one of a launcher's processes, what contradicts the recipe; set what torchrun leaves unsaid."""
+    try:
+        if retries:
+            raise RecipeError(
+                "starts a job again, which a process that accelerate or torchrun started cannot do; leave it out, or "
+                "start alignkit without them",
+                where="--retries",
+            )
+        require_launcher(os.environ)
+        require_agreement(stage, os.environ)
+        apply_strategy(stage, os.environ)
+        if SUPERVISED not in os.environ and os.environ["RANK"] != "0" and os.environ["LOCAL_RANK"] == "0":
+            require_ready(stage)  # this node may lack a file that node 0 has
+    except AlignKitError as error:
+        # Each process finds the same: one of them on each node speaks.
+        error.shared = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
+
+
+def require_launcher(environment: Mapping[str, str]) -> None:
+    """Raise EnvironmentProblem when a launcher's variables are there in part only."""
+    if "RANK" not in environment and environment.get("WORLD_SIZE", "1") == "1":
+        return
+    for name in _NUMBERS:
+        if name in environment and not environment[name].isdigit():
+            raise EnvironmentProblem(f"{name} is {environment[name]!r} in the environment, which is no number")
+    if environment.get("MASTER_PORT") == "0":  # the processes would wait for each other at a port that is none
+        raise EnvironmentProblem("MASTER_PORT is 0; give torchrun --standalone, or a port with --master_port")
+    if missing := [name for name in _NEEDED if name not in environment]:
+        found = ", ".join(name for name in _NEEDED if name in environment)
+        raise EnvironmentProblem(
+            f"the environment has {found} but not {', '.join(missing)}; start with `accelerate launch` or torchrun, "
+            f"or unset {found} to let alignkit start the processes"
+        )
+
+
+def require_agreement(stage: Stage, environment: Mapping[str, str]) -> None:
+    """Raise RecipeError naming both sides where `launch:` says otherwise than who started this process."""
+    if "RANK" not in environment:
+        return
+    checks = (_compare_counts, _compare_strategy, _compare_precision)
+    findings = [finding for compare in checks for finding in compare(stage, environment)]
+    if findings:
+        raise RecipeError([Problem(what, stage.where(f"launch.{key}")) for key, what in findings])
+
+
+def _is_given(stage: Stage, key: str) -> bool:
+    return stage.origins.get(f"launch.{key}", "default") != "default"
+
+
+def _compare_counts(stage: Stage, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    world, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
+    nodes = int(environment.get("GROUP_WORLD_SIZE") or max(world // local, 1))
+    if nodes * local != world:
+        yield (
+            "processes",
+            f"the nodes run different numbers of processes: {local} here, {world} on all {nodes} together; start the "
+            "same number on each",
+        )
+        return
+    wanted = stage.launch.processes
+    if wanted not in ("auto", local) and _is_given(stage, "processes"):
+        yield (
+            "processes",
+            f"launch.processes is {wanted}, but the launcher started {local} on this node (LOCAL_WORLD_SIZE={local}); "
+            "make them equal, or leave launch.processes out",
+        )
+    if stage.launch.nodes != nodes and _is_given(stage, "nodes"):
+        yield (
+            "nodes",
+            f"launch.nodes is {stage.launch.nodes}, but the launcher runs {nodes} (WORLD_SIZE={world}, "
+            f"LOCAL_WORLD_SIZE={local}); make them equal, or leave launch.nodes out",
+        )
+
+
+def launcher_strategy(environment: Mapping[str, str]) -> str | None:
+    """Read the strategy the launcher has set, None when it said nothing, as torchrun does."""
+    if _is_on(environment, "ACCELERATE_USE_FSDP"):
+        return "fsdp"
+    if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return f"zero{_zero_settings(environment).get('stage', environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2))}"
+    return "ddp" if "ACCELERATE_MIXED_PRECISION" in environment else None
+
+
+def _compare_strategy(stage: Stage, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    found, launch = launcher_strategy(environment), stage.launch
+    for name in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        if _is_on(environment, name):
+            yield "strategy", f"the launcher set {name}, which alignkit does not know; use ddp, fsdp, zero2 or zero3"
+    if found is None:
+        return
+    if found != launch.strategy and _is_given(stage, "strategy"):
+        yield (
+            "strategy",
+            f"launch.strategy is {launch.strategy}, but accelerate launch was told {found}; give it a config for "
+            f"{launch.strategy}, leave launch.strategy out, or start alignkit itself, which writes one",
+        )
+    elif found == "fsdp" and environment.get("FSDP_VERSION", "1") != "2":
+        yield "strategy", "accelerate launch was told FSDP version 1; set fsdp_version: 2 in its config"
+    elif found not in ("ddp", "fsdp", *ZERO_STAGES):
+        yield "strategy", f"accelerate launch was told DeepSpeed stage {found[4:]}; use stage 2 or 3"
+    elif _is_given(stage, "offload") and (offload := _launcher_offload(found, environment)) != launch.offload:
+        yield "offload", f"launch.offload is {launch.offload}, but accelerate launch was told {offload}"
+    by_fsdp = found == "fsdp" and _is_on(environment, "FSDP_ACTIVATION_CHECKPOINTING")
+    if by_fsdp and launch.activation_checkpointing is False:
+        yield (
+            "activation_checkpointing",
+            "launch.activation_checkpointing is false, but accelerate launch was told fsdp_activation_checkpointing: "
+            "true; make them equal",
+        )
+
+
+def _launcher_offload(strategy: str, environment: Mapping[str, str]) -> str:
+    if strategy == "fsdp":
+        return "all" if _is_on(environment, "FSDP_OFFLOAD_PARAMS") else "none"
+    zero = _zero_settings(environment)
+    for part, name in (("param", "all"), ("optimizer", "optimizer")):
+        device = zero.get(f"offload_{part}", {}).get("device")
+        device = device or environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE")
+        if device not in (None, "none"):
+            return name
+    return "none"
+
+
+def _compare_precision(stage: Stage, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Compare only what was said on both sides: `accelerate launch` without the flag says no, and means nothing."""
+    found = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    key, value = "launch.mixed_precision", str(stage.launch.mixed_precision)
+    if value == "auto":
+        key, value = "model.dtype", stage.model.dtype
+    if found != "no" and value != "auto" and mixed_precision(stage, "cpu") != found:
+        yield (
+            "mixed_precision",
+            f"{key} is {value}, but accelerate launch was told mixed_precision {found}; make them equal",
+        )
+
+
+def apply_strategy(stage: Stage, environment: MutableMapping[str, str]) -> None:
+    """Set what accelerate reads of `launch.strategy`, where the launcher said nothing of it."""
+    if "RANK" in environment and launcher_strategy(environment) is None:
+        for name, value in worker_environment(stage, mixed_precision(stage, pick_device(stage))).items():
+            environment.setdefault(name, value)
+
+
+def _zero_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Read `zero_optimization` of the launcher's DeepSpeed config, empty where it has none."""
+    source = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if not source or source == "none":
+        return {}
+    try:
+        is_file = os.path.isfile(source)
+        text = Path(source).read_text("utf-8") if is_file else base64.urlsafe_b64decode(source).decode()
+        found = json.loads(text).get("zero_optimization", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise EnvironmentProblem(f"{source[:200]}: is no DeepSpeed config that can be read ({error})") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _is_on(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "").lower() in ("true", "1", "yes")

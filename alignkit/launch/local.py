@@ -1,7 +1,4 @@
-"""Run a stage in this process: what can be refused at once, then run directory and lock around the method's `run`.
-
-It starts no process; of others it knows those that an earlier command has left in the run directory.
-"""
+"""Run a stage in this process: what can be refused at once, then run directory and lock around the method's `run`."""
 
 from __future__ import annotations
 
@@ -37,26 +34,40 @@ def train_here(stage: Stage, *, force: bool, allow_change: tuple[str, ...] = ())
     Raises what `fit` raises, and RunError when another process holds the directory.
     """
     require_ready(stage)
-    with hold_run(Path(stage.run_dir), force=force) as run:
-        refuse_changes(stage, run, allow_change)
+    with hold_run(stage, force=force, allow_change=allow_change) as run:
         return train_in(stage, run.path, allow_change=allow_change)
 
 
-def refuse_changes(stage: Stage, run: RunDir, allow_change: tuple[str, ...]) -> None:
-    """Raise RunError for a run with other settings or weights before anything loads; `fit` compares its rows, too."""
-    if run.stage.is_file() and stage.method not in ROOMS:
-        known = {**fingerprint_stage(stage), **unread(run)}
-        compare_fingerprints(run, known, allow_change=allow_change)
+def train_in(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...]) -> Result:
+    """Train in this process, in a run directory that somebody holds for it."""
+    run = RunDir(run_dir)
+    method = importlib.import_module(f"alignkit.{ROOMS.get(stage.method, 'train')}.{stage.method}")
+    gc.enable()
+    gc.freeze()  # what the libraries made stays for good: never look through it again
+    # TensorBoard writes below the run, unless the user says where: by itself it makes a directory of this host's name
+    # inside the checkpoints.
+    given = "TENSORBOARD_LOGGING_DIR" in os.environ
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
+    try:
+        with record_warnings(run.warnings):
+            result: Result = method.run(stage, run.path, allow_change=allow_change)
+    finally:
+        if not given:
+            del os.environ["TENSORBOARD_LOGGING_DIR"]
+    return result
 
 
 @contextmanager
-def hold_run(path: Path, *, force: bool, check: Callable[[], None] = lambda: None) -> Iterator[RunDir]:
+def hold_run(
+    stage: Stage, *, force: bool, allow_change: tuple[str, ...], check: Callable[[], None] = lambda: None
+) -> Iterator[RunDir]:
     """Have a run directory for one command alone: locked, and with nobody in it whose supervisor was killed.
 
     With `force` an earlier run is moved aside, but only when those processes have ended: they know the run by its path,
-    and their last save would land in the new one. `check` is called while they are waited for, and may raise.
+    and their last save would land in the new one. `check` is called while they are waited for, and may raise. Raises
+    RunError for a run with other settings or weights before anything loads; `fit` compares its rows, too.
     """
-    run, lock = open_run(path, force=False)
+    run, lock = open_run(Path(stage.run_dir), force=False)
     try:
         _end_strays(run, check)
         if force:
@@ -64,69 +75,37 @@ def hold_run(path: Path, *, force: bool, check: Callable[[], None] = lambda: Non
     except BaseException:
         lock.release()
         raise
-    try:
-        yield run
-        if not lock.is_current():
-            raise _gone(run)
-    except Exception as error:
-        if lock.is_current():
-            raise
-        raise _gone(run) from error  # whatever else went wrong began there
-    finally:
-        if lock.is_current():
-            _remove_if_empty(run.path)  # while it is ours: another command may lock it as soon as we let go
-        lock.release()
-
-
-def _gone(run: RunDir) -> DiskError:
-    return DiskError(
+    gone = DiskError(
         f"{run.path}: the run directory was moved or deleted while the run went on; move it back, and the same command "
         "goes on from what was saved"
     )
-
-
-def train_in(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...]) -> Result:
-    """Train in this process, in a run directory that somebody holds for it."""
-    method = importlib.import_module(f"alignkit.{ROOMS.get(stage.method, 'train')}.{stage.method}")
-    gc.enable()
-    gc.freeze()  # what the libraries made stays for good: never look through it again
-    with _tensorboard_in(run_dir), record_warnings(RunDir(run_dir).warnings):
-        result: Result = method.run(stage, run_dir, allow_change=allow_change)
-    return result
-
-
-def _remove_if_empty(directory: Path) -> None:
-    """Leave nothing behind of a stage that was refused before it began."""
-    if {entry.name for entry in directory.iterdir()} <= {".lock", "cache", "warnings.jsonl"}:
-        shutil.rmtree(directory, ignore_errors=True)
+    try:
+        if run.stage.is_file() and stage.method not in ROOMS:
+            compare_fingerprints(run, {**fingerprint_stage(stage), **unread(run)}, allow_change=allow_change)
+        yield run
+        if not lock.is_current():
+            raise gone
+    except Exception as error:
+        if error is gone or lock.is_current():
+            raise
+        raise gone from error  # whatever else went wrong began there
+    finally:
+        # While it is ours: another command may lock it as soon as we let go. A stage refused before it began leaves
+        # nothing behind.
+        if lock.is_current() and {entry.name for entry in run.path.iterdir()} <= {".lock", "cache", "warnings.jsonl"}:
+            shutil.rmtree(run.path, ignore_errors=True)
+        lock.release()
 
 
 def _end_strays(run: RunDir, check: Callable[[], None]) -> None:
     """Wait for processes of an earlier command that was killed: they save and end by themselves; then kill the rest."""
-    root = run.launch
-    deadline = time.monotonic() + _STRAY_SECONDS
-    told = False
-    while strays := processes.marked(root):
+    deadline, told = time.monotonic() + _STRAY_SECONDS, False
+    while strays := processes.marked(run.launch):
         if not told:
             console.note(f"waiting for {len(strays)} processes of an earlier command in {run.path} to end")
             told = True
         if time.monotonic() > deadline:
-            processes.kill_all([stray.pid for stray in strays], root)
+            processes.kill_all([stray.pid for stray in strays], run.launch)
             return
         check()
         time.sleep(0.2)
-
-
-@contextmanager
-def _tensorboard_in(directory: Path) -> Iterator[None]:
-    """Let TensorBoard write below the run, unless the user says where.
-
-    Its own default is a directory named after this host, inside the checkpoints.
-    """
-    given = "TENSORBOARD_LOGGING_DIR" in os.environ
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(directory / "tensorboard"))
-    try:
-        yield
-    finally:
-        if not given:
-            del os.environ["TENSORBOARD_LOGGING_DIR"]

@@ -1,7 +1,6 @@
-"""The processes of a job as the kernel sees them: started so that none outlives us, looked at, killed.
+"""The processes of a job: how one takes part, and how they are started so that none outlives us, looked at, killed.
 
-It knows nothing of training and judges nothing. Linux gives every guarantee; elsewhere a worker that finds its
-parent gone ends itself.
+Linux gives every guarantee; elsewhere a worker that finds its parent gone ends itself.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,10 +19,64 @@ from typing import IO
 import psutil
 
 from alignkit.errors import SUPERVISED
-from alignkit.launch.worker import STOP_SIGNALS
+from alignkit.runs import heartbeat
+from alignkit.runs.stop import SIGNALS
 
-_PR_SET_PDEATHSIG = 1
+SUPERVISOR = "ALIGNKIT_SUPERVISOR"  # its process id: without it the worker ends
+INTERVAL = "ALIGNKIT_BEAT_SECONDS"
+_LAST_WORDS_SECONDS = 30.0
 _GONE_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+def is_worker(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether this process was started as one of a job's, by us or by accelerate or torchrun."""
+    return SUPERVISED in environment or "RANK" in environment or environment.get("WORLD_SIZE", "1") != "1"
+
+
+def attach() -> None:
+    """Prepare a supervised worker: write to its own log, give signs of life, end with its parent and the supervisor.
+
+    Stop signals wait until `runs.stop.stop_between_steps` hears them: one that came before would kill this process, and
+    a thread started now never takes one. Only what rank 0 prints reaches the terminal; what libraries write to file
+    descriptor 2 goes to `rank-N.log`.
+    """
+    directory, rank = Path(os.environ[SUPERVISED]), int(os.environ.get("RANK", "0"))
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    log = os.open(directory / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    if rank == 0:  # the supervisor gave its own stderr as our stdout
+        sys.stderr = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    else:
+        os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    parent, supervisor = os.getppid(), int(os.environ[SUPERVISOR])
+    alone_since: float | None = None
+
+    def end_when_alone() -> None:
+        """End this process when its parent or the supervisor is gone: first as SIGTERM would, then at once."""
+        nonlocal alone_since
+        if alone_since is not None:
+            if time.monotonic() - alone_since > _LAST_WORDS_SECONDS:
+                os._exit(143)
+        elif os.getppid() != parent or not psutil.pid_exists(supervisor):
+            alone_since = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    seconds = float(os.environ.get(INTERVAL, "1"))
+    heartbeat.start(directory, rank, interval_seconds=seconds, each=end_when_alone)
+
+
+def leave(exit_code: int, problems: Sequence[str] = (), *, unexpected: bool = False, shared: bool = False) -> int:
+    """Write how this worker ends; return the exit code its process should have.
+
+    A stop that all ranks agreed on leaves with 0: for any other code torchrun would kill those still saving.
+    """
+    directory, rank = Path(os.environ[SUPERVISED]), int(os.environ.get("RANK", "0"))
+    heartbeat.pulse("ended")
+    heartbeat.write_end(directory, rank, exit_code, problems, unexpected=unexpected, shared=shared)
+    heartbeat.stop()
+    return 0 if exit_code in (130, 143) else exit_code
 
 
 def start(
@@ -38,22 +92,17 @@ def start(
 
     def prepare() -> None:
         if deaf:
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if libc is not None:
-            # A worker itself ends softly instead, as it finds its supervisor gone: see worker.attach.
+            # A worker itself ends softly instead, as it finds its supervisor gone: see `attach`.
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if deaf else 0)
             if os.getppid() != parent:
                 os._exit(1)
 
     return subprocess.Popen(
-        list(argv),
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=log,
-        start_new_session=True,
+        argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=log, start_new_session=True,
         preexec_fn=prepare,
-    )
+    )  # fmt: skip
 
 
 def is_alive(pid: int, *, child_of: int) -> bool:
@@ -74,7 +123,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def death_of(pid: int) -> int | None:
-    """Return the wait status of a process that has ended and whose parent has not asked yet; None when unknown."""
+    """Read the wait status of a process that has ended and whose parent has not asked yet; None when unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -82,48 +131,33 @@ def death_of(pid: int) -> int | None:
     return int(fields[-1]) if fields[0] == "Z" else None
 
 
-def kill_all(pids: Iterable[int], job_root: Path) -> list[int]:
-    """Kill these processes, all they started, and all that carry the job's mark; return those that will not go."""
-    doomed: dict[int, psutil.Process] = {}
-    for _ in range(3):  # what was being started while we looked shows at the next look
-        found = {process.pid: process for process in _family(pids, job_root) if process.pid != os.getpid()}
-        fresh = [process for pid, process in found.items() if pid not in doomed]
-        if not fresh and doomed:
-            break
-        doomed |= found
-        for process in fresh:
-            with suppress(psutil.Error):
-                process.kill()
-    _, left = psutil.wait_procs(list(doomed.values()), timeout=_GONE_SECONDS)
-    return [process.pid for process in left if _runs(process)]
-
-
 def marked(job_root: Path) -> list[psutil.Process]:
-    """Return the living processes of a job, by the directory in their environment: `job_root` or one below it."""
+    """List the living processes of a job, by the directory in their environment: `job_root` or one below it."""
     found = []
     for process in psutil.process_iter():
         try:
             mark = process.environ().get(SUPERVISED)
-            if mark and Path(mark).is_relative_to(job_root) and _runs(process):
+            if mark and Path(mark).is_relative_to(job_root) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.Error, OSError):  # another user's, or gone meanwhile
             continue
     return found
 
 
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
-
-
-def _family(pids: Iterable[int], job_root: Path) -> list[psutil.Process]:
-    family = marked(job_root)
-    for pid in pids:
-        try:
-            process = psutil.Process(pid)
-            family += [process, *process.children(recursive=True)]
-        except psutil.Error:
-            continue
-    return family
+def kill_all(pids: Iterable[int], job_root: Path) -> None:
+    """Kill these processes, all they started, and all that carry the job's mark, and wait until they are gone."""
+    doomed: dict[int, psutil.Process] = {}
+    for _ in range(3):  # what was being started while we looked shows at the next look
+        family = marked(job_root)
+        for pid in pids:
+            with suppress(psutil.Error):
+                process = psutil.Process(pid)
+                family += [process, *process.children(recursive=True)]
+        fresh = [process for process in family if process.pid not in (*doomed, os.getpid())]
+        if not fresh and doomed:
+            break
+        for process in fresh:
+            doomed[process.pid] = process
+            with suppress(psutil.Error):
+                process.kill()
+    psutil.wait_procs(list(doomed.values()), timeout=_GONE_SECONDS)

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
+import importlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from alignkit import console
-from alignkit.errors import AlignKitError, Problem, UsageError
-from alignkit.evaluate.options import request_stages
-from alignkit.launch import launch_stage
-from alignkit.launch.accelerate import plan_launch
-from alignkit.launch.command import Command
-from alignkit.launch.pipeline import WORDS, Entry, check_order, check_stages, plan_run, run_stages
-from alignkit.launch.slurm import write_jobs
-from alignkit.launch.worker import is_supervised
-from alignkit.preflight.requirements import locate_rows, require_held_out
+from alignkit.errors import SUPERVISED, AlignKitError, EnvironmentProblem, Problem, RecipeError, UsageError
+from alignkit.launch import is_in_process, launch_stage
+from alignkit.launch.placement import Command
+from alignkit.launch.processes import is_worker
+from alignkit.preflight.requirements import list_needs, locate_rows, require_held_out, require_ready
 from alignkit.recipe import Recipe, Stage
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.schema import FEEDBACK, EvaluateOptions
+from alignkit.recipe.references import ROWS
+from alignkit.recipe.schema import FEEDBACK, ROOMS, EvaluateOptions
 from alignkit.recipe.trl_fields import method_fields
-from alignkit.report.page import write_recipe_report
-from alignkit.report.publish import attempt
-from alignkit.runs.directory import RunDir
+from alignkit.runs import checkpoints
+from alignkit.runs.directory import Result, RunDir, find_damaged_product
 from alignkit.runs.files import read_json, read_record, write_json, write_text
 
 MEASURE = "evaluate"  # the last step of a run, in tables
-_RECORD = "evaluated.json"
 _FAILURES = (3, 4, 5, 6, 7)  # not finite, disk, memory, a process, the judge
+Will = Literal["leave alone", "go on", "run", "run again"]
 
 
 class How(NamedTuple):
@@ -45,82 +45,129 @@ class How(NamedTuple):
     submit: bool
 
 
-def run_one(place: dict[str, Path], stage: Stage, command: Command, how: How) -> None:
-    """Run one stage and show how it ended; its run directory is noted in `place`, for a report of what fails."""
-    _refuse_unknown([(stage, command)])
-    if how.slurm or how.submit:
-        _use_slurm([(stage, command)], how)
-        return
-    if how.dry_run:
-        _show_plan(stage, command, how)
-        return
-    place["run_dir"] = Path(stage.run_dir)
+class Entry(NamedTuple):
+    """One stage of a run: what will be done with it, and the reason as a person reads it."""
 
-    result = launch_stage(stage, command, force=how.force, retries=how.retries)
-    if is_supervised() or not console.is_main():
-        return  # who started this process, or rank 0, shows it
-    if how.as_json:
-        console.print_json(result.to_dict())
+    command: Command
+    will: Will
+    why: str
+    needs: tuple[str, ...] = ()  # stages of the recipe that it takes something from
+
+    @property
+    def stage(self) -> Stage:
+        return self.command.stage
+
+    def to_dict(self) -> dict[str, Any]:
+        """Make plain data for --dry-run."""
+        stage = self.stage
+        return {"stage": stage.name, "method": stage.method, "needs": list(self.needs), "will": self.will,
+                "why": self.why, "run_dir": stage.run_dir}  # fmt: skip
+
+
+def run_one(place: dict[str, Path], command: Command, how: How) -> None:
+    """Run one stage and show how it ended; its run directory is noted in `place`, for a report of what fails."""
+    stage = command.stage
+    _refuse_unknown([command])
+    if how.slurm or how.submit:
+        _use_slurm([command], how)
+    elif how.dry_run:
+        _show_plan(command, how)
     else:
-        console.print_result(result.to_dict())
+        place["run_dir"] = Path(stage.run_dir)
+        result = launch_stage(stage, command, force=how.force, retries=how.retries)
+        if SUPERVISED in os.environ or not console.is_main():
+            return  # who started this process, or rank 0, shows it
+        show = console.print_json if how.as_json else console.print_result
+        show(result.to_dict())
 
 
 def run_many(
-    place: dict[str, Path], jobs: list[tuple[Stage, Command]], how: How, *, measure: Measuring | None = None
+    place: dict[str, Path], commands: Sequence[Command], how: How, *, measure: Measuring | None = None
 ) -> None:
     """Run stages one after another, measure them where that is asked for, and show how each of them ended.
 
     `place` holds the run directory of the last one, for a report of what fails. With --dry-run it is said instead what
     would be done with each stage, and why.
     """
-    _refuse_unknown(jobs)
+    _refuse_unknown(commands)
     if how.slurm or how.submit:
-        _use_slurm(jobs, how)
+        _use_slurm(commands, how)
         return
+    stages = [command.stage for command in commands]
     if how.dry_run:
-        check_order([stage for stage, _ in jobs], only_listed=True)
-        for stage, _ in jobs:
+        check_order(stages, only_listed=True)
+        for stage in stages:
             locate_rows(stage)
-        _show_agenda(plan_run(jobs, force=how.force), measure, as_json=how.as_json)
+        _show_entries(plan_run(commands, force=how.force), measure, as_json=how.as_json)
         return
-    check_stages(jobs)
-    entries = plan_run(jobs, force=how.force)
+    if is_worker():
+        raise EnvironmentProblem(
+            "`alignkit run` starts the processes of each stage itself (launch.processes); with a launcher of your own, "
+            "start the stages one by one"
+        )
+    check_order(stages)
+    for number, stage in enumerate(stages):  # the last stage's missing file is found now, not in a day
+        require_ready(stage, coming=[before.name for before in stages[:number]])
+    entries = plan_run(commands, force=how.force)
 
     results: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
+    rows: list[tuple[str, str, str]] = []
+    rows += [(entry.stage.name, entry.stage.method, f"{entry.will}: {entry.why}") for entry in entries]
+    rows += [(MEASURE, "", "every model, as evaluate: says")] if measure is not None else []
     try:
-        with console.Board(_list_rows(entries, measure)) as board:
-            _run_entries(place, entries, how, board, results)
+        with console.Board(rows) as board:
+
+            def before(entry: Entry) -> None:
+                place["run_dir"] = Path(entry.stage.run_dir)
+                if entry.will != "leave alone":
+                    board.begin(entry.stage.name)
+
+            done = run_stages(entries, retries=how.retries, before=before, aside=board.paused)
+            for entry, result in zip(entries, done, strict=True):
+                results.append(result.to_dict())
+                board.end(entry.stage.name, left_alone=entry.will == "leave alone", metrics=result.metrics)
             if measure is not None and console.is_main():
-                measured += _measure(measure, board, is_new=any(entry.will != "leave" for entry in entries))
+                measure.show(board, measured, is_new=any(entry.will != "leave alone" for entry in entries))
     except BaseException as error:
         with suppress(AlignKitError):  # the page shows how far it came; what stopped it is what is said
             _note_failure(place.get("run_dir"), error)
-            _write_page(jobs)
+            _write_page(stages)
         raise
     finally:
-        if console.is_main():
-            _show_results(jobs, results, measured, how)
-    _write_page(jobs)
+        if console.is_main() and how.as_json:
+            console.print_json({"stages": results, "evaluations": measured})
+        elif console.is_main():
+            console.print_run([stage.name for stage in stages], results)
+            for evaluation in measured:
+                from alignkit.evaluate.results import table  # which loads numpy
+
+                whole = [figure for figure in evaluation["results"] if figure["slice"] is None]
+                console.print_table(evaluation["name"], *table(whole))
+    _write_page(stages)
 
 
-def _refuse_unknown(jobs: Sequence[tuple[Stage, Command]]) -> None:
+def _refuse_unknown(commands: Sequence[Command]) -> None:
     """Refuse an --allow-change that names no setting of any of these stages, now or when their runs began."""
+    if not commands[0].allow_change:
+        return
     known = {"start_weights", "reward_weights", "data", "template", "ptx_data"}
-    for stage, _ in jobs:
-        run = RunDir(Path(stage.run_dir).expanduser().absolute())
+    for stage in (command.stage for command in commands):
+        run = RunDir(Path(stage.run_dir))
         began = read_json(run.stage).get("fingerprint") or {} if run.stage.is_file() else {}
         known |= {*stage.fingerprint_values(), *began, *(f"{stage.name}.{key}" for key in method_fields(stage.method))}
     names = {key.split(".", dot)[-1] for key in known for dot in range(key.count(".") + 1)}
-    if unknown := [name for name in jobs[0][1].allow_change if name not in names]:
+    if unknown := [name for name in commands[0].allow_change if name not in names]:
         what = "is no setting of these stages"
         raise UsageError([Problem(f"{name} {what}{suggest(name, names)}", "--allow-change") for name in unknown])
 
 
-def _write_page(jobs: Sequence[tuple[Stage, Command]]) -> None:
+def _write_page(stages: Sequence[Stage]) -> None:
     """Write the page of the whole recipe and say where it is."""
+    from alignkit.report.page import write_recipe_report
+    from alignkit.report.publish import attempt
+
     if console.is_main():
-        stages = [stage for stage, _ in jobs]
         runs = [(stage.name, Path(stage.run_dir)) for stage in stages]
         place = runs[0][1].expanduser().absolute().parent
         if (page := attempt("page", place, lambda: write_recipe_report(stages[0].recipe_name, runs))) is not None:
@@ -131,146 +178,218 @@ def _note_failure(run_dir: Path | None, error: BaseException) -> None:
     """Keep in an unfinished run why it failed, for its page; not a mistake of the user's, a stop, or a bug."""
     if run_dir is None or not isinstance(error, AlignKitError) or error.exit_code not in _FAILURES:
         return
-    run = RunDir(run_dir.expanduser().absolute())
+    run = RunDir(run_dir)
     if console.is_main() and run.stage.is_file() and not run.is_finished():
         write_text(run.error_log, console.redact(f"{error}\n"))
 
 
-def _run_entries(
-    place: dict[str, Path], entries: list[Entry], how: How, board: console.Board, results: list[dict[str, Any]]
-) -> None:
-    """Run what is to be run, and add how each stage ended to `results` as soon as it has."""
-
-    def before(entry: Entry) -> None:
-        place["run_dir"] = Path(entry.stage.run_dir)
-        if entry.will != "leave":
-            board.begin(entry.stage.name)
-
-    done = run_stages(entries, retries=how.retries, before=before, aside=board.paused)
-    for entry, result in zip(entries, done, strict=True):
-        results.append(result.to_dict())
-        board.end(entry.stage.name, left_alone=entry.will == "leave", metrics=result.metrics)
+# The stages of a recipe one after another.
 
 
-def _measure(measure: Measuring, board: console.Board, *, is_new: bool) -> list[dict[str, Any]]:
-    """Return the new content of each eval.json; nothing is done where nothing has changed."""
-    if not is_new and measure.is_done():
-        console.note("evaluate: already measured, nothing to do (alignkit eval measures again)")
-        board.end(MEASURE, left_alone=True)
-        return []
-    board.begin(MEASURE)
-    measured = []
-    for result in measure.run():
-        measured.append(result)
-        board.update(MEASURE, len(measured), len(measure.requests), str(result["name"]), None)
-    board.end(MEASURE)
-    return measured
+def plan_run(commands: Sequence[Command], *, force: bool = False) -> list[Entry]:
+    """Decide what is done with each stage, in order.
+
+    A finished one is left alone, an unfinished one goes on; one whose settings, data or starting weights have changed
+    runs again, and so does every one that needs a stage run before it. Reads the rows of stages that have begun; raises
+    what reading them raises.
+    """
+    entries: list[Entry] = []
+    busy: dict[str, Will] = {}  # stages that will make something new
+    for command in commands:
+        needs = tuple(dict.fromkeys(need.stage for need in list_needs(command.stage)))
+        before = {name: busy[name] for name in needs if name in busy}
+        entry = Entry(command, *_decide(command, before, force=force), needs)
+        entries.append(entry)
+        if entry.will != "leave alone":
+            busy[command.stage.name] = entry.will
+    return entries
 
 
-def _list_rows(entries: Sequence[Entry], measure: Measuring | None) -> list[tuple[str, str, str]]:
-    rows = [(entry.stage.name, entry.stage.method, f"{WORDS[entry.will]}: {entry.why}") for entry in entries]
-    return rows + ([(MEASURE, "", "every model, as evaluate: says")] if measure is not None else [])
+def _decide(command: Command, before: dict[str, Will], *, force: bool) -> tuple[Will, str]:
+    stage = command.stage
+    run = RunDir(Path(stage.run_dir))
+    makes_rows = stage.method in FEEDBACK
+    product = run.path / ROWS if makes_rows else run.model
+    if not run.stage.exists():
+        return "run", "no run yet"
+    if force:
+        return "run again", "--force"
+    if before:
+        *names, last = before
+        one, several = ("goes on", "go on") if {*before.values()} == {"go on"} else ("runs", "run")
+        said = f"{', '.join(names)} and {last} {several}" if names else f"{last} {one}"
+        return "run again", f"{said} before it"
+    if run.is_finished() and not product.exists():
+        return "run again", f"its {product.name} is gone"
+    room = importlib.import_module(
+        f"alignkit.{ROOMS[stage.method]}.{stage.method}" if makes_rows else "alignkit.train.fingerprint"
+    )
+    if changes := room.find_changes(stage, run.path, allow_change=command.allow_change):
+        more = f" (and {len(changes) - 2} more)" if len(changes) > 2 else ""
+        return "run again", f"{'; '.join(changes[:2])}{more}"
+    if run.is_finished():
+        reason = find_damaged_product(run.path) or (None if makes_rows else room.find_longer(stage, run))
+        return ("go on", reason) if reason else ("leave alone", "finished, nothing has changed")
+    newest = checkpoints.newest_step(run.checkpoints)
+    return "go on", "not finished" if newest is None else f"stopped; step {newest} is saved"
 
 
-def _show_results(
-    jobs: list[tuple[Stage, Command]], results: list[dict[str, Any]], measured: list[dict[str, Any]], how: How
-) -> None:
-    if how.as_json:
-        console.print_json({"stages": results, "evaluations": measured})
-        return
-    console.print_run([stage.name for stage, _ in jobs], results)
-    for evaluation in measured:
-        from alignkit.evaluate.results import table  # which loads numpy
+def check_order(stages: Sequence[Stage], *, only_listed: bool = False) -> None:
+    """Raise RecipeError when a stage needs one that has not been run and is not run before it.
 
-        whole = [figure for figure in evaluation["results"] if figure["slice"] is None]
-        console.print_table(evaluation["name"], *table(whole))
+    With `only_listed` a stage that is not among these may still be run by another command.
+    """
+    names = [stage.name for stage in stages]
+    problems = []
+    for number, stage in enumerate(stages):
+        for need in list_needs(stage):
+            if need.stage in names[:number] or need.is_made() or (only_listed and need.stage not in names):
+                continue
+            how = "put it first" if need.stage in names else f"run --stage {need.stage} first, or add it to `stages:`"
+            verb = "starts from" if need.key == "start_from" else "needs"
+            what = f"{stage.name} {verb} {need.stage}, which neither has been run nor is run before it; {how}"
+            problems.append(Problem(what, stage.where(f"{stage.name}.{need.key}")))
+    if problems:
+        raise RecipeError(problems)
 
 
-def _show_agenda(entries: Sequence[Entry], measure: Measuring | None, *, as_json: bool) -> None:
+def run_stages(
+    entries: Sequence[Entry],
+    *,
+    retries: int = 0,
+    before: Callable[[Entry], None] = lambda entry: None,
+    aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[Result]:
+    """Do with the stages what was decided, and yield how each one ended; `before` is told which one is next.
+
+    `aside` is entered while processes of a stage's own write to the terminal. Raises what `launch_stage` raises for the
+    first stage that fails.
+    """
+    from alignkit.report.publish import leave_finished
+
+    for entry in entries:
+        before(entry)
+        if entry.will == "leave alone":
+            yield leave_finished(RunDir(Path(entry.stage.run_dir)))
+            continue
+        with nullcontext() if is_in_process(entry.command, retries=retries) else aside():
+            result = launch_stage(entry.stage, entry.command, force=entry.will == "run again", retries=retries)
+        yield result
+        let_go()
+
+
+def let_go() -> None:
+    """Forget the stage that ended in this process: accelerate's global state, and everything that is held in cycles.
+
+    Freed memory goes back to Linux, and its record of the peak begins anew: each stage reports its own.
+    """
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    gc.unfreeze()  # `launch_stage` freezes what it finds: without this the next stage would freeze this one's models
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        with suppress(OSError):  # a kernel without it
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+# What a command would do.
+
+
+def _show_entries(entries: Sequence[Entry], measure: Measuring | None, *, as_json: bool) -> None:
     """Write what would be done with each stage and with the models, and why."""
     rows = [entry.to_dict() for entry in entries]
-    if as_json:
-        starts = [plan_launch(entry.stage, entry.command).to_dict() for entry in entries]
-        rows = [
-            {**entry.stage.to_dict(), **row, "would_start": start}
-            for entry, row, start in zip(entries, rows, starts, strict=True)
-        ]
     if measure is not None:
-        done = not any(entry.will != "leave" for entry in entries) and measure.is_done()
+        is_new = any(entry.will != "leave alone" for entry in entries)
+        done = not is_new and measure.is_done()
         will, why = ("leave alone", "measured, nothing has changed") if done else ("run", "models to measure")
         rows.append({"stage": MEASURE, "method": None, "needs": [], "will": will, "why": why})
-    if as_json:
-        console.print_json(rows)
-    else:
-        console.print_agenda(rows)
+    if not as_json:
+        console.print_plan(rows)
+        return
+    from alignkit.launch.accelerate import plan_launch
+
+    starts = [{**entry.stage.to_dict(), "would_start": plan_launch(entry.command)} for entry in entries]
+    console.print_json([{**start, **row} for start, row in zip([*starts, {}], rows, strict=False)])
 
 
-def _show_plan(stage: Stage, command: Command, how: How) -> None:
+def _show_plan(command: Command, how: How) -> None:
     """Write what the command of one stage would do, and every value in force."""
+    from alignkit.launch.accelerate import plan_launch
+
+    stage = command.stage
     locate_rows(stage)
-    launch = plan_launch(stage, command).to_dict()
+    launch = plan_launch(command)
     if how.as_json:
         console.print_json({**stage.to_dict(), "would_start": launch})
         return
-    console.print_stage(stage.to_dict(), will=_foresee(stage, force=how.force))
+    run = RunDir(Path(stage.run_dir))
+    will = "run from the start" if stage.method in FEEDBACK else "train from the start"
+    if run.stage.exists() and how.force:
+        will = f"move the run that is there aside and {will}"
+    elif run.stage.exists() and run.is_finished():
+        will = "nothing: the run is finished (--force starts over)"
+    elif run.stage.exists():
+        will = "go on with the unfinished run"
+    console.print_stage(stage.to_dict(), will=will)
     console.print_launch(launch)
 
 
-def _use_slurm(jobs: list[tuple[Stage, Command]], how: How) -> None:
+def _use_slurm(commands: Sequence[Command], how: How) -> None:
     """Write stages as batch jobs, submit them on request, and show them; refuse what a job would not honour."""
+    from alignkit.launch.slurm import write_jobs
+
     if how.retries:
         raise UsageError("--retries: a Slurm job requeues itself; set launch.slurm.max_requeues")
-    if any(command.node_rank is not None for _, command in jobs):
+    if commands[0].node_rank is not None:
         raise UsageError("--node-rank: Slurm tells each node which one it is; take it away")
-    written = [job.to_dict() for job in write_jobs(jobs, submit=how.submit, dry_run=how.dry_run, force=how.force)]
+    jobs = write_jobs(commands, submit=how.submit, dry_run=how.dry_run, force=how.force)
     if how.as_json:
-        console.print_json({"jobs": written})
+        console.print_json({"jobs": jobs})
     else:
-        console.print_jobs(written, scripts=how.dry_run)
+        console.print_jobs(jobs, scripts=how.dry_run)
 
 
-def _foresee(stage: Stage, *, force: bool) -> str:
-    """Return in words what a stage command would do in a run directory as it is now."""
-    run = RunDir(Path(stage.run_dir).expanduser().absolute())
-    begin = "run from the start" if stage.method in FEEDBACK else "train from the start"
-    if not run.stage.exists():
-        return begin
-    if force:
-        return f"move the run that is there aside and {begin}"
-    if run.is_finished():
-        return "nothing: the run is finished (--force starts over)"
-    return "go on with the unfinished run"
+# Measuring the models of a run.
 
 
-@dataclass(frozen=True)
 class Measuring:
     """The models of a run, each with what is asked of it."""
 
-    requests: tuple[tuple[str, EvaluateOptions], ...]
-    trust_code: bool
+    def __init__(self, requests: Sequence[tuple[str, EvaluateOptions]], *, trust_code: bool) -> None:
+        self._requests, self._trust_code = requests, trust_code
+        # What was asked last is kept beside the runs of the recipe; how many rows go through at a time makes no
+        # difference.
+        self._record = Path(requests[0][0]).expanduser().absolute().parent / "evaluated.json"
+        asked = [(source, options.model_dump(mode="json", exclude={"batch_size"})) for source, options in requests]
+        self._asked = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @classmethod
     def of(cls, recipe: Recipe, names: Sequence[str], *, trust_code: bool) -> Measuring | None:
-        """Return what to measure of these stages, None where the recipe asks for nothing or none of them has a model.
+        """Find what to measure of these stages, None where the recipe asks for nothing or none of them has a model.
 
         Raises UsageError for a name that is neither a stage nor a path, and where no stage has rows to measure on.
         """
+        from alignkit.evaluate.options import request_stages
+
         for doubt in require_held_out(recipe, names):
             console.warn(doubt)
-        requests = tuple(request_stages(recipe, recipe.evaluate, names)) if recipe.evaluates else ()
-        return cls(requests, trust_code) if requests else None
-
-    @property
-    def _record(self) -> Path:
-        """What was asked last, beside the runs of the recipe."""
-        return Path(self.requests[0][0]).expanduser().absolute().parent / _RECORD
+        requests = request_stages(recipe, recipe.evaluate, names) if recipe.evaluates else ()
+        return cls(requests, trust_code=trust_code) if requests else None
 
     def is_done(self) -> bool:
         """Tell whether just this has been measured; a run that was trained anew has lost its eval.json."""
         record = read_record(self._record)
         if record.get("asked") != self._asked:
             return False
-        return all(read_record(_figures(source)) for source in record["measured"])
+        return all(read_record(RunDir(Path(source)).evaluation) for source in record["measured"])
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Measure one model after another and yield what its eval.json holds now."""
@@ -278,18 +397,20 @@ class Measuring:
 
         self._record.unlink(missing_ok=True)
         yield from evaluate_all(
-            self.requests, seed=None, out=None, device="auto", trust_code=self.trust_code,
-            folder=Path.cwd(), skip=True,
+            self._requests, seed=None, out=None, device="auto", trust_code=self._trust_code, folder=Path.cwd(),
+            skip=True,
         )  # fmt: skip
-        measured = [source for source, _ in self.requests if _figures(source).is_file()]
+        measured = [source for source, _ in self._requests if RunDir(Path(source)).evaluation.is_file()]
         write_json(self._record, {"asked": self._asked, "measured": measured})
 
-    @property
-    def _asked(self) -> str:
-        """Return what tells one request from another; not how many rows go through at a time."""
-        asked = [(source, options.model_dump(mode="json", exclude={"batch_size"})) for source, options in self.requests]
-        return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _figures(source: str) -> Path:
-    return RunDir(Path(source).expanduser().absolute()).evaluation
+    def show(self, board: console.Board, measured: list[dict[str, Any]], *, is_new: bool) -> None:
+        """Add the new content of each eval.json to `measured`; nothing is done where nothing has changed."""
+        if not is_new and self.is_done():
+            console.note("evaluate: already measured, nothing to do (alignkit eval measures again)")
+            board.end(MEASURE, left_alone=True)
+            return
+        board.begin(MEASURE)
+        for result in self.run():
+            measured.append(result)
+            board.update(MEASURE, len(measured), len(self._requests), str(result["name"]), None)
+        board.end(MEASURE)

@@ -1,7 +1,7 @@
 """A stage as a Slurm batch job: the sbatch script beside the run, submitted on request, chained where stages follow.
 
-It deliberately sets up no environment: the job uses this interpreter, this directory and the variables of the shell
-that submits it. A recipe says how much of the cluster it wants and nothing else; every word of it is quoted.
+No environment is set up: the job uses this interpreter, this directory and the variables of the shell that submits it.
+A recipe says how much of the cluster it wants and nothing else; every word of it is quoted.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import EnvironmentProblem, RecipeError, RunError
-from alignkit.launch.command import Command
+from alignkit.launch.placement import Command
 from alignkit.preflight.requirements import list_needs, require_ready
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import SlurmOptions
@@ -26,94 +25,77 @@ from alignkit.runs.checkpoints import MANIFEST
 from alignkit.runs.directory import RunDir, open_run, refuse_foreign
 from alignkit.runs.files import disk_failures, write_text
 
-SCRIPT = "job.sbatch"
 
-
-@dataclass(frozen=True)
-class Job:
-    """One stage as a batch job; `job_id` is None until it has been submitted."""
-
-    stage: str
-    path: str
-    script: str
-    depends_on: tuple[str, ...] = ()  # stages of the same call that must have ended well before
-    submit: tuple[str, ...] = ()  # the command; before submission `$job_N` stands for the id of the N-th job
-    job_id: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
-
-
-def write_jobs(jobs: Sequence[tuple[Stage, Command]], *, submit: bool, dry_run: bool, force: bool = False) -> list[Job]:
+def write_jobs(
+    commands: Sequence[Command], *, submit: bool, dry_run: bool, force: bool = False
+) -> list[dict[str, Any]]:
     """Write `<run dir>/launch/job.sbatch` for each stage and, with `submit`, hand them to sbatch in this order.
 
-    A stage waits for the stages that it needs and that are among `jobs`. With `dry_run` nothing is written; with
-    `force` an existing run is moved aside now, not at each start of the job. Raises RecipeError for what Slurm could
-    not honour, RunError for a run directory that cannot be used, EnvironmentProblem when sbatch is absent or refuses,
-    and what `require_ready` does; without `submit`, what a stage needs may be made until it is submitted.
+    Of each job it tells stage, path and script, the stages of the same call that it waits for (`depends_on`), the
+    command that submits it, in which `$job_N` stands for the id of the N-th job until that is known, and its `job_id`.
+    With `dry_run` nothing is written; with `force` an existing run is moved aside now, not at each start of the job.
+    Raises RecipeError for what Slurm could not honour, RunError for a run directory that cannot be used,
+    EnvironmentProblem when sbatch is absent or refuses, and what `require_ready` does; without `submit`, what a stage
+    needs may be made until it is submitted.
     """
-    written: list[Job] = []
-    names: list[str] = []  # of the stages before
     if submit and not dry_run and shutil.which("sbatch") is None:
         raise EnvironmentProblem(
             "sbatch is not on PATH here; submit on a machine of the cluster, or take --submit away to write the script"
         )
-    for stage, command in jobs:
+    jobs: dict[str, dict[str, Any]] = {}
+    for command in commands:
+        stage = command.stage
         refuse_foreign(Path(stage.run_dir))
-        run = RunDir(Path(stage.run_dir).expanduser().absolute())
-        earlier = {job.stage: number for number, job in enumerate(written, 1)}
-        after = tuple(dict.fromkeys(need.stage for need in list_needs(stage) if need.stage in earlier))
+        needs = dict.fromkeys(need.stage for need in list_needs(stage))
         if not dry_run:
-            require_ready(stage, coming=names if submit else [*names, *(need.stage for need in list_needs(stage))])
-        names.append(stage.name)
-        path = run.launch / SCRIPT
-        order = ("sbatch", "--parsable", *_dependency([f"$job_{earlier[name]}" for name in after]), str(path))
-        written.append(Job(stage.name, str(path), build_script(stage, command), after, order))
-    if dry_run:
-        return written
-    for (stage, _), job in zip(jobs, written, strict=True):
-        _write(job, Path(stage.run_dir), force=force)
-    return _submit(written) if submit else written
-
-
-def _write(job: Job, run_dir: Path, *, force: bool) -> None:
-    """Write the script into its run, which no other process of this machine may hold."""
-    run, lock = open_run(run_dir, force=force)
-    try:
-        with disk_failures(run.path, "the batch script"):
-            run.launch.mkdir(exist_ok=True)
-            write_text(Path(job.path), job.script)
-    finally:
-        lock.release()
-
-
-def _submit(jobs: Sequence[Job]) -> list[Job]:
-    submitted: dict[str, Job] = {}
-    for job in jobs:
-        ids = [str(submitted[name].job_id) for name in job.depends_on]
-        order = ("sbatch", "--parsable", *_dependency(ids), job.path)
-        done = subprocess.run(order, capture_output=True, text=True, check=False)
+            require_ready(stage, coming=[*jobs, *(() if submit else needs)])
+        path = str(RunDir(Path(stage.run_dir)).launch / "job.sbatch")
+        after = [name for name in needs if name in jobs]
+        ids = [f"$job_{list(jobs).index(name) + 1}" for name in after]
+        jobs[stage.name] = {
+            "stage": stage.name, "path": path, "script": build_script(command), "depends_on": after,
+            "submit": _order(ids, path), "job_id": None,
+        }  # fmt: skip
+    for command, job in zip(commands if not dry_run else (), jobs.values(), strict=False):
+        run, lock = open_run(Path(command.stage.run_dir), force=force)
+        try:
+            with disk_failures(run.path, "the batch script"):
+                run.launch.mkdir(exist_ok=True)
+                write_text(Path(job["path"]), job["script"])
+        finally:
+            lock.release()
+    for job in jobs.values() if submit and not dry_run else ():
+        job["submit"] = _order([jobs[name]["job_id"] for name in job["depends_on"]], job["path"])
+        done = subprocess.run(job["submit"], capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            before = "".join(f"; {name} is submitted as job {other.job_id}" for name, other in submitted.items())
-            raise EnvironmentProblem(f"sbatch refuses {job.path}: {' '.join(done.stderr.split())}{before}")
-        job_id = done.stdout.strip().split(";")[0]  # `--parsable` prints id, or id;cluster
-        submitted[job.stage] = Job(job.stage, job.path, job.script, job.depends_on, order, job_id)
-    return list(submitted.values())
+            before = "".join(
+                f"; {name} is submitted as job {each['job_id']}" for name, each in jobs.items() if each["job_id"]
+            )
+            raise EnvironmentProblem(f"sbatch refuses {job['path']}: {' '.join(done.stderr.split())}{before}")
+        job["job_id"] = done.stdout.strip().split(";")[0]  # `--parsable` prints id, or id;cluster
+    return list(jobs.values())
 
 
-def _dependency(ids: Sequence[str]) -> tuple[str, ...]:
-    """Return the options that let a job wait for others, and be cancelled when one of them fails."""
-    return (f"--dependency=afterok:{':'.join(ids)}", "--kill-on-invalid-dep=yes") if ids else ()
+def _order(ids: Sequence[str], path: str) -> list[str]:
+    """Make the command that submits a script; it waits for other jobs, and is cancelled when one of them fails."""
+    after = [f"--dependency=afterok:{':'.join(ids)}", "--kill-on-invalid-dep=yes"] if ids else []
+    return ["sbatch", "--parsable", *after, path]
 
 
-def build_script(stage: Stage, command: Command) -> str:
-    """Return the text of the batch script of a stage."""
+def build_script(command: Command) -> str:
+    """Make the text of the batch script of a stage."""
+    stage = command.stage
     launch, slurm = stage.launch, stage.launch.slurm or SlurmOptions()
     gpus = _count_gpus(stage, slurm)
     processes = gpus if launch.processes == "auto" else launch.processes
-    run = RunDir(Path(stage.run_dir).expanduser().absolute())
-    _check_time(stage, slurm)
+    run = RunDir(Path(stage.run_dir))
+    seconds = read_time(slurm.time) if slurm.time else 0
+    if seconds and seconds <= slurm.signal_seconds + 60:  # Slurm signals up to 60 s early
+        raise RecipeError(
+            f"launch.slurm.time is {slurm.time}, and launch.slurm.signal_seconds stops the job {slurm.signal_seconds} "
+            "to 60 more seconds before that; raise the one or lower the other",
+            where=stage.where("launch.slurm.time"),
+        )
     if problem := check_batch(stage, launch.nodes * processes):
         raise RecipeError(problem)
     cpus = slurm.cpus_per_process * processes
@@ -124,25 +106,20 @@ def build_script(stage: Stage, command: Command) -> str:
         "cpus-per-task": cpus,
         "gpus-per-node": gpus or None,
         "mem": slurm.memory,
-        "time": slurm.time,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
+        **{name: getattr(slurm, name) for name in ("time", "partition", "account", "qos", "constraint")},
         **slurm.options,
         "output": f"{str(run.launch).replace('%', '%%')}/slurm-%j.log",
         "open-mode": "append",
         "requeue": "",
         "signal": f"B:USR1@{slurm.signal_seconds}",
     }
-    directives = [f"#SBATCH --{name}{_directive(value)}" for name, value in options.items() if value is not None]
-    meeting = _MEETING if launch.nodes > 1 else ""
+    directives = [f"#SBATCH --{name}{quote(value)}" for name, value in options.items() if value is not None]
     return _BODY.format(
         directives="\n".join(directives),
         directory=shlex.quote(os.getcwd()),
         run=shlex.quote(str(run.path)),
         manifest=MANIFEST,
-        meeting=meeting,
+        meeting=_MEETING if launch.nodes > 1 else "",
         max_requeues=slurm.max_requeues,
         cpus=cpus,
         command=shlex.join(command.argv()),
@@ -150,39 +127,27 @@ def build_script(stage: Stage, command: Command) -> str:
 
 
 def _count_gpus(stage: Stage, slurm: SlurmOptions) -> int:
-    """Return the GPUs of a node: as the recipe says, else one for each process unless it trains on the CPU."""
-    launch = stage.launch
-    wanted = launch.processes if isinstance(launch.processes, int) and launch.device != "cpu" else 0
-    if slurm.gpus_per_node is not None and 0 < slurm.gpus_per_node < wanted:
-        raise RecipeError(
-            f"launch.slurm.gpus_per_node is {slurm.gpus_per_node}, but launch.processes is {wanted}, one a GPU; "
-            "make them equal",
-            where=stage.where("launch.slurm.gpus_per_node"),
-        )
-    if slurm.gpus_per_node is not None and (slurm.gpus_per_node > 0 or launch.processes != "auto"):
-        return slurm.gpus_per_node
+    """Count the GPUs of a node: as the recipe says, else one for each process unless it trains on the CPU."""
+    launch, given = stage.launch, slurm.gpus_per_node
     if launch.processes == "auto":
+        if given:
+            return given
         raise RecipeError(
             "launch.processes is auto, and the devices here say nothing of the cluster's; --slurm needs a number there "
             "or in launch.slurm.gpus_per_node",
             where=stage.where("launch.processes"),
         )
-    return 0 if launch.device == "cpu" else launch.processes
-
-
-def _check_time(stage: Stage, slurm: SlurmOptions) -> None:
-    """Raise RecipeError when a sitting would be over before it has begun; Slurm signals up to 60 s early."""
-    seconds = _read_time(slurm.time) if slurm.time else 0
-    if seconds and seconds <= slurm.signal_seconds + 60:
+    wanted = 0 if launch.device == "cpu" else launch.processes
+    if given is not None and 0 < given < wanted:
         raise RecipeError(
-            f"launch.slurm.time is {slurm.time}, and launch.slurm.signal_seconds stops the job {slurm.signal_seconds} "
-            "to 60 more seconds before that; raise the one or lower the other",
-            where=stage.where("launch.slurm.time"),
+            f"launch.slurm.gpus_per_node is {given}, but launch.processes is {wanted}, one a GPU; make them equal",
+            where=stage.where("launch.slurm.gpus_per_node"),
         )
+    return wanted if given is None else given
 
 
-def _read_time(text: str) -> int:
-    """Return the seconds of M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0 means no limit."""
+def read_time(text: str) -> int:
+    """Read the seconds of M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0 means no limit."""
     days, _, clock = text.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     if days or len(parts) == 3:
@@ -192,8 +157,8 @@ def _read_time(text: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _directive(value: object) -> str:
-    """Return `=value` as sbatch reads a directive: quotes keep blanks together, a backslash takes one character as is.
+def quote(value: object) -> str:
+    """Write `=value` as sbatch reads a directive: quotes keep blanks together, a backslash takes one character as is.
 
     sbatch does not read a backslash inside quotes as a shell does, so that no character is both.
     """

@@ -1,10 +1,11 @@
 """Watch the processes of one try on this node until they have ended, or end them all and say why.
 
-It starts the launcher, forwards stop signals, and kills. It neither trains nor decides whether to try again.
+Losing a peer is a consequence, never the cause, unless nothing else is known. Whether to try again is decided in `job`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,18 +13,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from alignkit import console
-from alignkit.errors import SUPERVISED, AlignKitError, RankError, Stopped, UsageError
-from alignkit.launch import causes, processes, rendezvous
+from alignkit.errors import SUPERVISED, AlignKitError, Problem, RankError, Stopped, UsageError
+from alignkit.launch import processes
 from alignkit.launch.placement import Placement
-from alignkit.launch.worker import INTERVAL, SUPERVISOR
 from alignkit.runs import heartbeat
 from alignkit.runs.heartbeat import Beat, End
+from alignkit.runs.stop import stopped_by
 
 _POLL_SECONDS = 0.1
 _STOPS = (130, 143)  # exit codes of an orderly stop
@@ -33,90 +34,173 @@ _SETTLE_NODES_SECONDS = 5.0
 _STOP_SECONDS = 30.0  # for the rest, after one process has left by a stop signal
 _EXIT_SECONDS = 20.0  # for processes that have said how they end, and their launcher
 _OWN_PAUSE_SECONDS = 3.0  # longer between two looks: we were stopped ourselves, and so may the others have been
+_ABORT = "abort.json"  # why a node has ended the job: node, host, exit code and problems
+
+# What gloo, NCCL and the store say when somebody else has gone.
+_PEER_LOST = re.compile(
+    r"unexpected (Dist\w*Error|RuntimeError|Connection\w*Error|BrokenPipeError|TimeoutError|OSError): .*"
+    r"(connection (closed|reset|refused)|broken pipe|\bgloo\b|\bnccl\b|\bTCPStore\b|\bsocket\b|timed out|"
+    r"not connected|remote process)",
+    re.IGNORECASE,
+)
+_LOG = re.compile(r" \(traceback: .*\)$")  # a path may hold any of these words
 
 
-class StopRequest:
-    """Signals this process was sent: the first is passed on, the second ends the job at once."""
+@dataclass(frozen=True)
+class Death:
+    """A process that vanished without a word."""
 
-    def __init__(self) -> None:
-        self.received: list[int] = []
-
-    def handle(self, number: int, frame: object) -> None:
-        self.received.append(number)
+    beat: Beat
+    status: int | None  # the wait status, where the kernel still had it
 
     @property
-    def exit_code(self) -> int:
-        return 130 if self.received and self.received[0] == signal.SIGINT else 143
+    def signal(self) -> int:
+        return (self.status or 0) & 0x7F
 
-    def stopped(self, message: str) -> Stopped:
-        name = signal.Signals(self.received[0]).name if self.received else "SIGTERM"
-        return Stopped(f"stopped by {name}: {message}", exit_code=self.exit_code)
-
-    def check(self) -> None:
-        """Raise Stopped when a signal has come."""
-        if self.received:
-            raise self.stopped("nothing was being trained; the same command starts again")
-
-
-@dataclass
-class _Sight:
-    """What was last seen of a process, and when by our clock."""
-
-    sign: tuple[int, int]
-    seen: float
+    def __str__(self) -> str:
+        if self.signal == signal.SIGKILL:
+            how = "was killed (SIGKILL: by somebody, or by the kernel for want of memory)"
+        elif self.signal:
+            how = f"was ended by {signal.Signals(self.signal).name}"
+        elif self.status:
+            how = f"ended with exit code {self.status >> 8} without a word"
+        else:
+            how = "is gone without a word"
+        return f"{self.beat} {how} {self.beat.place}"
 
 
-@dataclass
-class Job:
-    """One try on this node; `watch` is the only thing to call."""
+def describe_frozen(beat: Beat, seconds: float, *, stopped: bool) -> str:
+    """Say that a process gives no sign of life."""
+    why = "; it is stopped (SIGSTOP)" if stopped else ""
+    return (
+        f"{beat} has given no sign of life for {seconds:.0f} s{why}, last seen {beat.place}; "
+        "launch.heartbeat_seconds bounds that"
+    )
 
-    directory: Path  # where its processes write their signs of life
-    placement: Placement
-    heartbeat_seconds: float
-    timeout_seconds: float
-    stop: StopRequest
-    resume_hint: Callable[[], str]  # what a restart goes on from, for messages
-    _deaths: dict[int, causes.Death] = field(default_factory=dict)
-    _sights: dict[int, _Sight] = field(default_factory=dict)
-    _signalled: set[int] = field(default_factory=set)
 
-    def watch(self, argv: Sequence[str], *, extra: dict[str, str]) -> None:
+def describe_stuck(beats: Iterable[Beat], seconds: float) -> str:
+    """Say that the main threads got no further, naming the one that is furthest behind."""
+    last = min(beats, key=lambda beat: (-1 if beat.step is None else beat.step, -beat.idle_seconds))
+    return (
+        f"{last} got no further for {seconds:g} s (launch.timeout_seconds), last seen {last.place}; "
+        "raise it if this work takes so long"
+    )
+
+
+def _failed(end: End) -> bool:
+    """Tell whether a process ended otherwise than well or by an agreed stop."""
+    return end.exit_code != 0 and end.exit_code not in _STOPS
+
+
+def _lost_peer(end: End) -> bool:
+    """Tell whether all a process knows is that another one is gone."""
+    return end.unexpected and any(_PEER_LOST.search(_LOG.sub("", problem)) for problem in end.problems)
+
+
+def find_cause(ends: Mapping[int, End], deaths: Iterable[Death], hung: str | None) -> AlignKitError | str | None:
+    """Find the error a process reported, or in words what happened to one; None when there is no cause.
+
+    A condition that a user can act on comes first, then a death, a hang, a bug, and a stop last: what a process says
+    after its peer has gone is no news.
+    """
+    in_order = sorted(ends.values(), key=lambda end: end.seconds)
+    known = [end for end in in_order if _failed(end) and not end.unexpected]
+    own = [end for end in known if not end.shared]
+    lost = [end for end in in_order if _lost_peer(end)]
+    bugs = [end for end in in_order if end.unexpected and end not in lost]
+    if own:
+        return _report(next((end for end in own if end.rank == 0 and end.problems == own[0].problems), own[0]))
+    for what in (*deaths, hung):
+        if what:
+            return str(what)
+    if bugs or known:
+        return _report([*bugs, *known][0])
+    if lost:
+        return f"rank {lost[0].rank} lost the connection to another process: {'; '.join(lost[0].problems)}"
+    stops = [end for end in ends.values() if end.exit_code in _STOPS]
+    return _report(min(stops, key=lambda end: end.rank)) if stops else None
+
+
+def _report(end: End) -> AlignKitError:
+    """Make the error that a process wrote down, to be raised as if it had happened here."""
+    prefix = f"rank {end.rank}: " if end.rank and end.unexpected else ""
+    lines = [f"{prefix}{line}" for line in end.problems] or [f"rank {end.rank} ended with exit code {end.exit_code}"]
+    return make_error(end.exit_code, lines)
+
+
+def make_error(exit_code: int, lines: Sequence[str]) -> AlignKitError:
+    """Make an error with this exit code and one problem a line."""
+    if exit_code in _STOPS:
+        return Stopped("\n".join(lines), exit_code=exit_code)
+    if exit_code == UsageError.exit_code:
+        return UsageError([Problem(line) for line in lines])
+    error = RankError("\n".join(lines))
+    error.exit_code = exit_code
+    return error
+
+
+def abort(directory: Path, node: int, error: AlignKitError) -> None:
+    """Tell the other nodes of a try to end too, unless one has told already."""
+    told = {"node": node, "host": socket.gethostname(), "exit_code": error.exit_code,
+            "problems": console.list_problems(error)}  # fmt: skip
+    temporary = directory / f".abort-{node}.tmp"
+    with suppress(OSError):  # no room: then silence tells them, after launch.heartbeat_seconds
+        if not (directory / _ABORT).exists():
+            temporary.write_text(json.dumps(told))
+            os.replace(temporary, directory / _ABORT)
+
+
+class Supervisor:
+    """One try on this node: `watch` starts its processes and sees them to their end.
+
+    `directory` is where they write their signs of life, `received` the signals this process was sent: the first is
+    passed on, the second ends the job at once. `resume_hint` says what a restart goes on from.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        placement: Placement,
+        *,
+        heartbeat_seconds: float,
+        timeout_seconds: float,
+        received: Sequence[int],
+        resume_hint: Callable[[], str],
+    ) -> None:
+        self._directory, self._placement = directory, placement
+        self._heartbeat_seconds, self._timeout_seconds = heartbeat_seconds, timeout_seconds
+        self._received, self._resume_hint = received, resume_hint
+        node = int(placement.node_rank or 0)
+        self._ranks = range(node * placement.processes, (node + 1) * placement.processes)
+        self._log = directory / (f"launcher-node{node}.log" if node else "launcher.log")
+        self._deaths: dict[int, Death] = {}
+        self._seen: dict[int, tuple[tuple[int, int], float]] = {}  # the newest sign of a rank, and when, by our clock
+        self._signalled: set[int] = set()
+
+    def watch(self, argv: Sequence[str], *, extra: Mapping[str, str]) -> None:
         """Start the processes and return when all of this node's have ended well.
 
         Raises what a process reported, Stopped after a signal, RankError for one that died or hung; then none of them
         is left.
         """
-        environment = os.environ | extra | {
-            SUPERVISED: str(self.directory),
-            SUPERVISOR: str(os.getpid()),
-            INTERVAL: f"{min(1.0, self.heartbeat_seconds / 4):g}",
-            "PYTHONUNBUFFERED": "1",
+        environment = {
+            **os.environ, **extra, SUPERVISED: str(self._directory), processes.SUPERVISOR: str(os.getpid()),
+            processes.INTERVAL: f"{min(1.0, self._heartbeat_seconds / 4):g}", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
-        solo = self.placement.world_size == 1
-        with self._log_path.open("w") as log:
-            self._process = processes.start(argv, environment, output=_terminal(), log=log, deaf=not solo)
+        try:
+            output = sys.stderr.fileno()
+        except (OSError, ValueError, AttributeError):  # replaced by something that is no file, as test runners do
+            output = 2
+        deaf = self._placement.world_size > 1
+        with self._log.open("w") as log:
+            self._process = processes.start(argv, environment, output=output, log=log, deaf=deaf)
         try:
             self._watch()
-        except AlignKitError as error:
+        except BaseException as error:
             self._kill()
-            if self.placement.nodes > 1:
-                problems = error.problems if isinstance(error, UsageError) else (str(error),)
-                lines = tuple(str(problem) for problem in problems)
-                rendezvous.abort(self.directory, self.placement, error.exit_code, lines)
+            if self._placement.nodes > 1 and isinstance(error, AlignKitError):
+                abort(self._directory, int(self._placement.node_rank or 0), error)
             raise
-        except BaseException:
-            self._kill()
-            raise
-
-    @property
-    def _log_path(self) -> Path:
-        number = self.placement.node_rank
-        return self.directory / (f"launcher-node{number}.log" if number else "launcher.log")
-
-    @property
-    def _ranks(self) -> range:
-        first = int(self.placement.node_rank or 0) * self.placement.processes
-        return range(first, first + self.placement.processes)
 
     def _watch(self) -> None:
         began = looked = time.monotonic()
@@ -124,166 +208,145 @@ class Job:
         ended: float | None = None  # since when all ranks have said how they end
         while True:
             exited = self._process.poll()  # first: what has exited by now has written its end before we read
-            beats, ends = heartbeat.read_beats(self.directory), heartbeat.read_ends(self.directory)
+            beats, ends = heartbeat.read_beats(self._directory), heartbeat.read_ends(self._directory)
             now = time.monotonic()
-            if now - looked > _OWN_PAUSE_SECONDS:
-                self._forgive(now - looked)
+            if (pause := now - looked) > _OWN_PAUSE_SECONDS:
+                self._seen = {rank: (sign, seen + pause) for rank, (sign, seen) in self._seen.items()}
             looked = now
-            self._see_signals(beats, ends)
+            self._pass_signals_on(beats, ends)
             self._see_deaths(beats, ends, exited)
             self._see_abort()
             hung = self._find_hung(beats, ends, now) or self._find_absent(beats, now - began)
-            mine = {rank: end for rank, end in ends.items() if rank in self._ranks}
-            if exited is not None and len(mine) < len(self._ranks) and not self._deaths:
+            all_said = all(rank in ends for rank in self._ranks)
+            if exited is not None and not all_said and not self._deaths:
                 hung = hung or self._describe_launcher(exited)
-            wrong = bool(hung or self._deaths) or any(causes.failed(end) for end in ends.values())
+            wrong = bool(hung or self._deaths) or any(_failed(end) for end in ends.values())
             stopping = not wrong and any(end.exit_code for end in ends.values())
-            if exited is not None and not wrong and len(mine) == len(self._ranks):
-                self._finish(ends)
+            if exited is not None and all_said and not wrong:
+                if stopping:
+                    self._raise(ends, None)
                 return
             suspect = (suspect or now) if wrong or stopping else None
             if suspect is not None and now - suspect >= self._patience(wrong, hung, ends):
                 self._raise(ends, hung)
-            if exited is None and not wrong and len(ends) == self.placement.world_size:
+            if exited is None and not wrong and len(ends) == self._placement.world_size:
                 ended = ended or now
-                if now - ended > _EXIT_SECONDS or self._is_over(beats):
+                # With several nodes the launcher keeps the others' store, and waits for them.
+                alone = self._placement.nodes == 1 and not any(map(self._is_alive, beats.values()))
+                if alone or now - ended > _EXIT_SECONDS:
                     self._kill()
             time.sleep(_POLL_SECONDS)
 
-    def _is_over(self, beats: dict[int, Beat]) -> bool:
-        """Tell whether only the launcher is left; with several nodes it keeps the others' store, and waits for them."""
-        alive = (processes.is_alive(beat.pid, child_of=self._process.pid) for beat in beats.values())
-        return self.placement.nodes == 1 and not any(alive)
+    def _is_alive(self, beat: Beat) -> bool:
+        return processes.is_alive(beat.pid, child_of=self._process.pid)
 
-    def _patience(self, wrong: bool, hung: str | None, ends: dict[int, End]) -> float:
-        """Return how long to wait for the others' words before the cause is told."""
+    def _patience(self, wrong: bool, hung: str | None, ends: Mapping[int, End]) -> float:
+        """Decide how long to wait for the others' words before the cause is told."""
+        failures = [end for end in ends.values() if _failed(end)]
+        one_node = self._placement.nodes == 1
         if not wrong:
             return _STOP_SECONDS
-        if hung or any(causes.failed(end) and not end.unexpected and not end.shared for end in ends.values()):
-            return 0.0 if self.placement.nodes == 1 else _SETTLE_SECONDS
-        if self.placement.nodes == 1 or self._deaths:
+        if hung or any(not end.unexpected and not end.shared for end in failures):
+            return 0.0 if one_node else _SETTLE_SECONDS
+        if one_node or self._deaths:
             return _SETTLE_SECONDS
-        if all(causes.lost_peer(end) for end in ends.values() if causes.failed(end)):
-            return self.heartbeat_seconds + _SETTLE_NODES_SECONDS  # whose silence it was shows no sooner
+        if all(map(_lost_peer, failures)):
+            return self._heartbeat_seconds + _SETTLE_NODES_SECONDS  # whose silence it was shows no sooner
         return _SETTLE_NODES_SECONDS
 
-    def _finish(self, ends: dict[int, End]) -> None:
-        """Return when all that ended on this node ended well; raise what they reported otherwise."""
-        if any(end.exit_code for end in ends.values()):
-            self._raise(ends, None)
-
-    def _told_status(self, pid: int) -> int | None:
-        """Find the wait status of a process in the launcher's log, where it asked the kernel before we looked."""
-        told = re.search(rf"exitcode *: (-?\d+)\)?[^\n]*\(pid: {pid}\)", self._log_path.read_text(errors="replace"))
-        if told is None:
-            return None
-        code = int(told[1])
-        return -code if code < 0 else code << 8
-
-    def _raise(self, ends: dict[int, End], hung: str | None) -> None:
+    def _raise(self, ends: Mapping[int, End], hung: str | None) -> None:
         for rank, death in self._deaths.items():
             if death.status is None:
-                self._deaths[rank] = causes.Death(death.beat, self._told_status(death.beat.pid))
+                # The launcher may have asked the kernel before we looked, and have written the answer to its log.
+                pattern = rf"exitcode *: (-?\d+)\)?[^\n]*\(pid: {death.beat.pid}\)"
+                if told := re.search(pattern, self._log.read_text(errors="replace")):
+                    code = int(told[1])
+                    self._deaths[rank] = Death(death.beat, -code if code < 0 else code << 8)
         if any(end.exit_code in _STOPS for end in ends.values()):
             # One that stopped while the stage was loading left alone: the others' lost connections are no news.
-            ends = {rank: end for rank, end in ends.items() if not causes.lost_peer(end)}
-        cause = causes.find_cause(ends, self._deaths.values(), hung)
-        by_us = {int(death.signal or 0) for death in self._deaths.values()} & {*self.stop.received}
-        if by_us and not isinstance(cause, AlignKitError):
-            raise self.stop.stopped(f"nothing was being trained; {self.resume_hint()}")
+            ends = {rank: end for rank, end in ends.items() if not _lost_peer(end)}
+        cause = find_cause(ends, self._deaths.values(), hung)
         if isinstance(cause, AlignKitError):
             raise cause
-        raise RankError(f"{cause or 'a process failed'}; all processes were ended; {self.resume_hint()}")
+        if {death.signal for death in self._deaths.values()} & {*self._received}:
+            raise self._stopped("nothing was being trained")
+        raise RankError(f"{cause or 'a process failed'}; all processes were ended; {self._resume_hint()}")
 
-    def _see_signals(self, beats: dict[int, Beat], ends: dict[int, End]) -> None:
+    def _stopped(self, message: str) -> Stopped:
+        return stopped_by(self._received[0], f"{message}; {self._resume_hint()}")
+
+    def _pass_signals_on(self, beats: Mapping[int, Beat], ends: Mapping[int, End]) -> None:
         """Pass the first signal on to this node's workers, also to those that appear later; end all at the second."""
-        if not self.stop.received:
+        if not self._received:
             return
-        if len(self.stop.received) > 1:
-            raise self.stop.stopped(f"at once, by a second signal; {self.resume_hint()}")
+        if len(self._received) > 1:
+            raise self._stopped("at once, by a second signal")
         local = [beat for rank, beat in beats.items() if rank in self._ranks]
         if not local:
-            raise self.stop.stopped(f"nothing was being trained; {self.resume_hint()}")
+            raise self._stopped("nothing was being trained")
         for beat in local:
             if beat.rank not in self._signalled and beat.rank not in ends:
                 self._signalled.add(beat.rank)
                 with suppress(OSError):
-                    os.kill(beat.pid, self.stop.received[0])
+                    os.kill(beat.pid, self._received[0])
 
-    def _see_deaths(self, beats: dict[int, Beat], ends: dict[int, End], exited: int | None) -> None:
+    def _see_deaths(self, beats: Mapping[int, Beat], ends: Mapping[int, End], exited: int | None) -> None:
         for rank, beat in beats.items():
             if rank not in self._ranks or rank in ends or rank in self._deaths:
                 continue
             if self._process.pid == beat.pid and exited is not None:
                 status = -exited if exited < 0 else exited << 8
-            elif processes.is_alive(beat.pid, child_of=self._process.pid):
+            elif self._is_alive(beat):
                 continue
             else:
                 status = processes.death_of(beat.pid) or 0
-            if rank not in heartbeat.read_ends(self.directory):  # it may have written its end as we looked
-                self._deaths[rank] = causes.Death(beat, status or None)
+            if rank not in heartbeat.read_ends(self._directory):  # it may have written its end as we looked
+                self._deaths[rank] = Death(beat, status or None)
 
     def _see_abort(self) -> None:
         """Raise what another node says the job ended of."""
-        told = rendezvous.read_abort(self.directory) if self.placement.nodes > 1 else None
-        if told is None:
-            return
-        text = f"node {told.node} ({told.host}) ended the job: " + "; ".join(told.problems)
-        if told.exit_code in (130, 143):
-            raise Stopped(text, exit_code=told.exit_code)
-        error = RankError(text)
-        error.exit_code = told.exit_code
-        raise error
+        path = self._directory / _ABORT
+        if self._placement.nodes > 1 and path.is_file():
+            told = json.loads(path.read_text(encoding="utf-8"))
+            said = "; ".join(told["problems"])
+            raise make_error(told["exit_code"], [f"node {told['node']} ({told['host']}) ended the job: {said}"])
 
-    def _find_hung(self, beats: dict[int, Beat], ends: dict[int, End], now: float) -> str | None:
+    def _find_hung(self, beats: Mapping[int, Beat], ends: Mapping[int, End], now: float) -> str | None:
         running = {rank: beat for rank, beat in beats.items() if rank not in ends and rank not in self._deaths}
         for rank, beat in running.items():
-            sign = (beat.count, heartbeat.beat_time(self.directory, rank))
-            if rank not in self._sights or self._sights[rank].sign != sign:
-                self._sights[rank] = _Sight(sign, now)
-            silent = now - self._sights[rank].seen
-            if silent > self.heartbeat_seconds:
+            sign = (beat.count, heartbeat.beat_time(self._directory, rank))
+            if rank not in self._seen or self._seen[rank][0] != sign:
+                self._seen[rank] = (sign, now)
+            silent = now - self._seen[rank][1]
+            if silent > self._heartbeat_seconds:
                 here = rank in self._ranks and beat.host == socket.gethostname()
-                return causes.describe_frozen(beat, silent, stopped=here and processes.is_stopped(beat.pid))
-        stuck = [beat for beat in running.values() if beat.idle_seconds > self.timeout_seconds]
-        return causes.describe_stuck(running.values(), self.timeout_seconds) if stuck else None
+                return describe_frozen(beat, silent, stopped=here and processes.is_stopped(beat.pid))
+        stuck = any(beat.idle_seconds > self._timeout_seconds for beat in running.values())
+        return describe_stuck(running.values(), self._timeout_seconds) if stuck else None
 
-    def _find_absent(self, beats: dict[int, Beat], seconds: float) -> str | None:
+    def _find_absent(self, beats: Mapping[int, Beat], seconds: float) -> str | None:
         """Say which processes never appeared, once launch.timeout_seconds have passed."""
-        absent = [rank for rank in range(self.placement.world_size) if rank not in beats]
-        if not absent or seconds <= self.timeout_seconds:
+        absent = [rank for rank in range(self._placement.world_size) if rank not in beats]
+        if not absent or seconds <= self._timeout_seconds:
             return None
-        if self.placement.nodes > 1:
-            away = sorted({*range(self.placement.nodes)} - rendezvous.arrived(self.directory))
-            if away:
-                which = ", ".join(map(str, away))
-                return f"node {which} did not come within {self.timeout_seconds:g} s; start the same command there"
-        log = self._log_path
-        return f"rank {absent[0]} did not start within {self.timeout_seconds:g} s (the launcher's output: {log})"
-
-    def _forgive(self, seconds: float) -> None:
-        for sight in self._sights.values():
-            sight.seen += seconds
+        arrived = {path.stem for path in self._directory.glob("node-*.json")}
+        away = [node for node in range(self._placement.nodes) if f"node-{node}" not in arrived]
+        if away:
+            which = ", ".join(map(str, away))
+            return f"node {which} did not come within {self._timeout_seconds:g} s; start the same command there"
+        log = self._log
+        return f"rank {absent[0]} did not start within {self._timeout_seconds:g} s (the launcher's output: {log})"
 
     def _describe_launcher(self, code: int) -> str:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        lines = [line.strip() for line in self._log_path.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         last = f": {lines[-1][:300]}" if lines else ""
-        return f"the launcher {how} before its processes{last} (its output: {self._log_path})"
+        return f"the launcher {how} before its processes{last} (its output: {self._log})"
 
     def _kill(self) -> None:
-        pids = [self._process.pid]
-        pids += [beat.pid for rank, beat in heartbeat.read_beats(self.directory).items() if rank in self._ranks
-                 and processes.is_alive(beat.pid, child_of=self._process.pid)]  # fmt: skip
-        processes.kill_all(pids, self.directory)
+        beats = heartbeat.read_beats(self._directory)
+        local = [beat.pid for rank, beat in beats.items() if rank in self._ranks and self._is_alive(beat)]
+        processes.kill_all([self._process.pid, *local], self._directory)
         console.restore_terminal()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
-
-
-def _terminal() -> int:
-    """Return the file descriptor of our stderr: what the workers print goes there."""
-    try:
-        return sys.stderr.fileno()
-    except (OSError, ValueError, AttributeError):  # replaced by something that is no file, as test runners do
-        return 2

@@ -31,7 +31,7 @@ def write_card(path: Path, *, repo: str | None = None) -> Path | None:
 
     `repo` is the hub id it will be published under. Raises RunError when the directory is no run, DiskError.
     """
-    run = RunDir(path.expanduser().absolute())
+    run = RunDir(path)
     if not run.model.is_dir():
         return None
     if run.model.is_symlink():

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
@@ -41,15 +40,11 @@ class Point(NamedTuple):
 
     def ends(self) -> tuple[float, float, float, float]:
         """List the lowest and highest x, then y, that are drawn."""
-        x, y = (self.x, self.y)
-        return (
-            x if self.left is None else self.left, x if self.right is None else self.right,
-            y if self.low is None else self.low, y if self.high is None else self.high,
-        )  # fmt: skip
+        xs, ys = (self.left, self.right), (self.low, self.high)
+        return (*(self.x if x is None else x for x in xs), *(self.y if y is None else y for y in ys))  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A series of a chart: a line with a dot at its end or at every point, a bare curve, or points with bars."""
 
     label: str
@@ -57,8 +52,7 @@ class Line:
     style: Literal["line", "dots", "curve", "bars"] = "line"
 
 
-@dataclass(frozen=True)
-class _Frame:
+class _Frame(NamedTuple):
     """From values to pixels."""
 
     left: float
@@ -73,6 +67,17 @@ class _Frame:
     def y(self, value: float) -> float:
         share = (value - self.bottom) / (self.top - self.bottom)
         return round(self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM), 1)
+
+
+def _tag(name: str, content: Any = "", **attributes: Any) -> Markup:
+    """Make an SVG element; every text is escaped, and `class_` and the like lose their last character."""
+    said = Markup("").join(Markup(' {}="{}"').format(key.rstrip("_"), value) for key, value in attributes.items())
+    return Markup("<{}{}>{}</{}>").format(Markup(name), said, content, Markup(name))
+
+
+def colour(number: int) -> int:
+    """Map the number of a series to one of the four colours of the page; 0 is that of the text."""
+    return 1 + (number - 1) % 4 if number else 0
 
 
 def draw_lines(
@@ -96,31 +101,24 @@ def draw_lines(
     if not known:
         return Markup("")
     frame = _fit(known, marks, height)
-    body = [_draw_axes(frame, "" if x_label == "step" else x_label)]
-    body += [
-        Markup('<line class="mark" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(_LEFT, WIDTH - _RIGHT, y=frame.y(mark))
-        for mark in marks
-    ]
+    body = [*_draw_axes(frame, "" if x_label == "step" else x_label)]
+    body += [_tag("line", class_="mark", x1=_LEFT, x2=WIDTH - _RIGHT, y1=frame.y(at), y2=frame.y(at)) for at in marks]
     told, said = [], []
     for number, (line, points) in enumerate(zip(lines, series, strict=True)):
-        body.append(_draw_line(frame, points, line.style, colour(number + first_colour)))
-        drawn = [point for point in points if point.is_drawn]
-        texts = [(figure(point.x), (f"{point.label}: " if point.label else "") + figure(point.y)) for point in drawn]
-        places = [(frame.x(point.x), frame.y(point.y)) for point in drawn]
-        told.append({"label": line.label, "points": [[*a, *b] for a, b in zip(places, texts, strict=True)]})
+        body += _draw_line(frame, points, line.style, colour(number + first_colour))
+        told.append({"label": line.label, "points": [
+            [frame.x(point.x), frame.y(point.y), figure(point.x),
+             (f"{point.label}: " if point.label else "") + figure(point.y)]
+            for point in points if point.is_drawn
+        ]})  # fmt: skip
         if finite := [point[1] for point in line.points if math.isfinite(point[1])]:
             said.append(f"{line.label or title} from {figure(finite[0])} to {figure(finite[-1])}")
-    return Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}" data-x="{}" data-series="{}">{}</svg>'
-    ).format(
-        WIDTH, height, f"{title}: {'; '.join(said)}", x_label,
-        json.dumps(told, ensure_ascii=False, separators=(",", ":")), Markup("").join(body),
-    )  # fmt: skip
-
-
-def colour(number: int) -> int:
-    """Map the number of a series to one of the four colours of the page; 0 is that of the text."""
-    return 1 + (number - 1) % 4 if number else 0
+    attributes = {
+        "class": "chart", "viewBox": f"0 0 {WIDTH} {height}", "role": "img",
+        "aria-label": f"{title}: {'; '.join(said)}", "data-x": x_label,
+        "data-series": json.dumps(told, ensure_ascii=False, separators=(",", ":")),
+    }  # fmt: skip
+    return _tag("svg", Markup("").join(body), **attributes)
 
 
 def _condense(points: list[Point]) -> list[Point]:
@@ -152,73 +150,51 @@ def _fit(known: Sequence[Point], marks: Sequence[float], height: float) -> _Fram
     return _Frame(left, right, 0.0 if 0 <= low <= 0.35 * high else low - room, high + room, height)
 
 
-def _draw_axes(frame: _Frame, x_label: str) -> Markup:
-    parts = []
+def _draw_axes(frame: _Frame, x_label: str) -> Iterator[Markup]:
+    end, floor = WIDTH - _RIGHT, frame.height - _BOTTOM
     ticks = nice_ticks(frame.bottom, frame.top)
     for tick in ticks:
         y = frame.y(tick)
-        parts.append(
-            Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/><text class="tick" x="{}" y="{}">{}</text>')
-            .format(_LEFT, WIDTH - _RIGHT, _LEFT - 6, y + 3.5, tick_text(tick, ticks), y=y)
-        )  # fmt: skip
-    below = Markup('<text class="tick below" text-anchor="{}" x="{}" y="{}">{}</text>')
+        yield _tag("line", class_="grid", x1=_LEFT, x2=end, y1=y, y2=y)
+        yield _tag("text", tick_text(tick, ticks), class_="tick", x=_LEFT - 6, y=y + 3.5)
     ticks = nice_ticks(frame.left, frame.right)
-    for tick in ticks:
-        x = frame.x(tick)
+    below = [(frame.x(tick), frame.height - 7, tick_text(tick, ticks)) for tick in ticks]
+    yield _tag("line", class_="axis", x1=_LEFT, x2=end, y1=floor, y2=floor)
+    for x, y, text in below:
         anchor = "end" if x > WIDTH - 30 else "middle"
-        parts.append(below.format(anchor, min(x, WIDTH - 2), frame.height - 7, tick_text(tick, ticks)))
-    floor = frame.height - _BOTTOM
-    parts.append(
-        Markup('<line class="axis" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(_LEFT, WIDTH - _RIGHT, y=floor)
-    )
+        yield _tag("text", text, class_="tick below", **{"text-anchor": anchor}, x=min(x, WIDTH - 2), y=y)
     if x_label:
-        parts.append(below.format("end", WIDTH - _RIGHT, floor - 5, x_label))
-    return Markup("").join(parts)
+        yield _tag("text", x_label, class_="tick below", **{"text-anchor": "end"}, x=end, y=floor - 5)
 
 
-def _draw_line(frame: _Frame, points: Sequence[Point], style: str, colour: int) -> Markup:
-    parts = []
+def _draw_line(frame: _Frame, points: Sequence[Point], style: str, colour: int) -> Iterator[Markup]:
     drawn = [point for point in points if point.is_drawn]
-    if style == "bars":
-        for point in drawn:
-            left, right, low, high = point.ends()
-            parts.append(
-                Markup('<path class="span c{}" d="M{} {y}H{}M{x} {}V{}"/>').format(
-                    colour, frame.x(left), frame.x(right), frame.y(low), frame.y(high),
-                    x=frame.x(point.x), y=frame.y(point.y),
-                )
-            )  # fmt: skip
-    for piece in _split(points) if style != "bars" else ():
+    pieces: list[list[Point]] = [[]]  # between gaps
+    for point in points if style != "bars" else ():
+        if point.is_drawn:
+            pieces[-1].append(point)
+        else:
+            pieces.append([])
+    for point in drawn if style == "bars" else ():
+        left, right, low, high = point.ends()
+        x, y = frame.x(point.x), frame.y(point.y)
+        path = f"M{frame.x(left)} {y}H{frame.x(right)}M{x} {frame.y(low)}V{frame.y(high)}"
+        yield _tag("path", class_=f"span c{colour}", d=path)
+
+    def path_of(places: Sequence[tuple[float, float]]) -> str:
+        return " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in places)
+
+    for piece in filter(None, pieces):
         ends = [(point.x, *point.ends()[2:]) for point in piece]
         if any(high > low for _, low, high in ends):
             edge = [(x, high) for x, _, high in ends] + [(x, low) for x, low, _ in reversed(ends)]
-            parts.append(Markup('<polygon class="band c{}" points="{}"/>').format(colour, _path(frame, edge)))
-        path = _path(frame, [(point.x, point.y) for point in piece])
-        parts.append(Markup('<polyline class="line c{}" points="{}"/>').format(colour, path))
+            yield _tag("polygon", class_=f"band c{colour}", points=path_of(edge))
+        yield _tag("polyline", class_=f"line c{colour}", points=path_of([(point.x, point.y) for point in piece]))
     all_dots = style in ("dots", "bars") or len(points) < 3
     for point in drawn if all_dots else drawn[-1:] if style == "line" else ():
-        title = Markup("<title>{}</title>").format(point.label) if point.label else ""
-        parts.append(
-            Markup('<circle class="dot c{}" cx="{}" cy="{}" r="{}">{}</circle>').format(
-                colour, frame.x(point.x), frame.y(point.y), 2.6 if all_dots else 3, title
-            )
-        )
-    return Markup("").join(parts)
-
-
-def _path(frame: _Frame, places: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in places)
-
-
-def _split(points: Sequence[Point]) -> list[list[Point]]:
-    """Split a line at its gaps."""
-    pieces: list[list[Point]] = [[]]
-    for point in points:
-        if point.is_drawn:
-            pieces[-1].append(point)
-        elif pieces[-1]:
-            pieces.append([])
-    return [piece for piece in pieces if piece]
+        title = _tag("title", point.label) if point.label else ""
+        place = {"cx": frame.x(point.x), "cy": frame.y(point.y), "r": 2.6 if all_dots else 3}
+        yield _tag("circle", title, class_=f"dot c{colour}", **place)
 
 
 def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -253,19 +229,7 @@ def tick_text(value: float, ticks: Sequence[float]) -> str:
     return f"{value:.{decimals}f}".replace("-", MINUS)
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart with its words; `legend` names the lines in the order of their colours, empty for a single one."""
-
-    title: str
-    note: str
-    svg: Markup
-    legend: list[str]
-    last: str
-
-
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     """A chart to draw when any of its metrics was logged."""
 
     title: str
@@ -299,22 +263,24 @@ _PLANS = (
 )  # fmt: skip
 
 
-def draw_curves(run: Facts) -> tuple[list[Chart], list[Chart]]:
-    """Draw what a reader looks for first, and a chart for each metric that is left."""
-    main, used = list[Chart](), set[str]()
+def draw_curves(run: Facts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Draw what a reader looks for first, and a chart for each metric that is left.
+
+    Each is a title, a note, the SVG, `last`, its newest value, and a `legend` of several lines in their colours' order.
+    """
+    main, used = list[dict[str, Any]](), set[str]()
     for plan in _PLANS:
         if plan.methods and run.method not in plan.methods or used & plan.metrics.keys():
             continue
         if chart := _draw_plan(run, plan):
-            main.append(chart)
+            main += chart
             used |= plan.metrics.keys()
-            if "objective/kl" in plan.metrics:
-                main += _draw_against_kl(run)
+            main += _draw_against_kl(run) if "objective/kl" in plan.metrics else ()
     rest = [_draw_plan(run, _Plan(name, "", {name: "training"})) for name in run.metric_names() if name not in used]
-    return main, [chart for chart in rest if chart]
+    return main, [chart for charts in rest for chart in charts]
 
 
-def _draw_plan(run: Facts, plan: _Plan) -> Chart | None:
+def _draw_plan(run: Facts, plan: _Plan) -> list[dict[str, Any]]:
     lines = []
     for metric, label in plan.metrics.items():
         if points := run.series(metric):
@@ -322,20 +288,20 @@ def _draw_plan(run: Facts, plan: _Plan) -> Chart | None:
         if points := run.series(f"eval_{metric}"):
             lines.append(Line("held out" if len(plan.metrics) == 1 else f"{label}, held out", points, style="dots"))
     if not any(len(line.points) > 1 for line in lines):
-        return None
+        return []
     svg = draw_lines(lines, title=plan.title, marks=plan.marks)
     legend = [line.label for line in lines] if len(lines) > 1 else []
-    return Chart(plan.title, plan.note, svg, legend, figure(lines[0].points[-1][1]))
+    last = figure(lines[0].points[-1][1])
+    return [{"title": plan.title, "note": plan.note, "svg": svg, "legend": legend, "last": last}]
 
 
-def _draw_against_kl(run: Facts) -> list[Chart]:
+def _draw_against_kl(run: Facts) -> Iterator[dict[str, Any]]:
     """Draw each reward against the square root of the KL (Bai et al. 2022a, arXiv:2204.05862, section 4.3)."""
     distance = dict(run.series("sqrt_kl"))
-    charts = []
     for metric, name in (("reward", "Reward"), ("gold", "Gold reward")):
         points = [(distance[step], value) for step, value in run.series(metric) if step in distance]
         if len(points) > 1:
             title, line = f"{name} against \u221aKL", Line("", points, style="dots")
             svg = draw_lines([line], title=title, x_label="\u221aKL", in_order=False)
-            charts.append(Chart(title, "one dot per rollout, in order", svg, [], figure(points[-1][1])))
-    return charts
+            last, note = figure(points[-1][1]), "one dot per rollout, in order"
+            yield {"title": title, "note": note, "svg": svg, "legend": [], "last": last}

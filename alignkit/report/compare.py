@@ -49,7 +49,7 @@ class Difference:
 
 def compare_runs(first: Path, second: Path) -> Difference:
     """Compare two run directories; raises RunError for one that is not a run."""
-    runs = [RunDir(path.expanduser().absolute()) for path in (first, second)]
+    runs = [RunDir(path) for path in (first, second)]
     for run, path in zip(runs, (first, second), strict=True):
         if not run.stage.is_file():
             raise RunError("is no run: it has no stage.json", where=str(path))

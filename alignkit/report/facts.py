@@ -94,7 +94,7 @@ def read_facts(path: Path) -> Facts:
 
     Raises RunError when it is no run, or its stage.json cannot be read.
     """
-    run = RunDir(path.expanduser().absolute())
+    run = RunDir(path)
     if not run.stage.is_file():
         raise RunError("is no run: it has no stage.json; name a run directory such as runs/demo/sft", where=str(path))
     rejects = read_lines(run.rejects)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from alignkit.report.text import MINUS, figure
 
 _SAME = ("rows", "temperature", "max_new_tokens")  # what two figures must share to be compared
 _METHODS = {"dpo": "DPO", "ppo": "PPO"}
-BEST_OF = "best of N"
 _HEIGHT = 240
 
 
@@ -72,7 +71,7 @@ class Point:
         return self.gap.high < 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Frontier:
     """The optimum of one reference, and the policies that were measured on the same prompts in the same way."""
 
@@ -82,15 +81,16 @@ class Frontier:
     settings: dict[str, Any]
     start: Estimate  # the reference's own reward, at KL 0
     optima: list[Optimum]  # by falling beta
-    points: list[Point]
-    left_out: list[str]  # runs that were measured otherwise
+    points: list[Point] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # runs that were measured otherwise
+
+    def touching(self, kl: float) -> Optimum:
+        """Find the optimum whose line value + beta KL is lowest at this KL; each line is above every policy."""
+        return min(self.optima, key=lambda optimum: optimum.value.value + optimum.beta * kl)
 
     def bound(self, kl: float) -> Estimate:
-        """Find the most reward at this KL: the lowest of the lines value + beta KL, each above every policy.
-
-        Between two betas it is a little above the optimum; beyond the last it is that beta's line.
-        """
-        best = min(self.optima, key=lambda optimum: optimum.value.value + optimum.beta * kl)
+        """Find the most reward at this KL: between two betas a little above the optimum, beyond the last its line."""
+        best = self.touching(kl)
         shift, value = best.beta * kl, best.value
         return Estimate(value.value + shift, value.low + shift, value.high + shift)
 
@@ -109,49 +109,57 @@ class Frontier:
     def series(self) -> list[str]:
         return list(dict.fromkeys(point.series for point in self.points))
 
+    def place(self, run: str, series: str, label: str, kl: Estimate, reward: Estimate) -> Point:
+        """Find where a policy lies."""
+        bound = self.bound(kl.value)
+        gap, slope = bound.value - reward.value, self.touching(kl.value).beta
+        half = math.hypot(reward.half, bound.half, slope * kl.half)
+        return Point(run, series, label, kl, reward, bound, Estimate(gap, gap - half, gap + half))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as frontier.json holds it."""
+        """Make plain data, as frontier.json holds it."""
         return asdict(self) | {"points": [asdict(point) | {"above": point.is_above} for point in self.points]}
 
 
 def read_frontiers(runs: Sequence[Facts]) -> list[Frontier]:
     """Read a frontier for each optimum that the evaluations of these runs hold; mostly there is none or one."""
-    found = []
-    for run in runs:
-        for start in run.evaluation.get("results", []):
-            if start.get("metric") == "reference_reward" and (frontier := _read(run, start, runs)) is not None:
-                found.append(frontier)
-    return found
+    found = [
+        _read(run, start, runs)
+        for run in runs
+        for start in run.evaluation.get("results", [])
+        if start.get("metric") == "reference_reward"
+    ]
+    return [frontier for frontier in found if frontier is not None]
 
 
 def _read(reference: Facts, start: dict[str, Any], runs: Sequence[Facts]) -> Frontier | None:
     begin = _estimate(start)
     optima = []
     for each in start.get("details") or []:
-        value, keys = _estimate(each), ("beta", "kl", "reward", "effective")
-        if value is not None and all(isinstance(each.get(key), int | float) for key in keys):
-            beta, kl, reward, effective = (float(each[key]) for key in keys)
+        value, (beta, kl, reward, effective) = _estimate(each), map(each.get, ("beta", "kl", "reward", "effective"))
+        if value is not None and all(isinstance(number, int | float) for number in (beta, kl, reward, effective)):
             optima.append(Optimum(beta, kl, reward, value, effective))
     if begin is None or not optima:
         return None
     optima.sort(key=lambda optimum: -optimum.beta)
     settings = {**start["settings"], "prompts": start.get("n")}
-    name, data = str(start["settings"].get("reward")), str(start["data"])
-    empty = Frontier(reference.name, name, data, settings, begin, optima, points=[], left_out=[])
-    policies, left_out = list[Point](), list[str]()
+    frontier = Frontier(
+        reference.name, str(start["settings"].get("reward")), str(start["data"]), settings, begin, optima
+    )
     for run in runs:
         if _starts_from(run, reference):
-            if (point := _read_policy(run, start, empty)) is not None:
-                policies.append(point)
+            if (point := _read_policy(run, start, frontier)) is not None:
+                frontier.points.append(point)
             elif run.evaluation:
-                left_out.append(run.name)
+                frontier.left_out.append(run.name)
     # A series is called by its method alone where no other series has that method.
-    methods = [series.split(",")[0] for series in {point.series for point in policies}]
-    for number, point in enumerate(policies):
+    methods = [series.split(",")[0] for series in frontier.series]
+    for number, point in enumerate(frontier.points):
         if methods.count(method := point.series.split(",")[0]) == 1:
-            policies[number] = replace(point, series=method)
-    points = [*policies, *_read_best_of(reference, start, empty)]
-    return replace(empty, points=sorted(points, key=lambda point: (point.series, point.kl.value)), left_out=left_out)
+            frontier.points[number] = replace(point, series=method)
+    frontier.points += _read_best_of(reference, start, frontier)
+    frontier.points.sort(key=lambda point: (point.series, point.kl.value))
+    return frontier
 
 
 def _starts_from(run: Facts, reference: Facts) -> bool:
@@ -167,14 +175,13 @@ def _read_policy(run: Facts, start: Mapping[str, Any], frontier: Frontier) -> Po
     """Find where a policy lies; None when it was not measured on the prompts of the optimum in the same way."""
     name = frontier.reward_name
     metric = name if name == "true_reward" else f"reward/{name}"
-    found: dict[str, Estimate] = {}
-    for result in run.evaluation.get("results", []):
-        asked = result.get("metric") in (metric, "kl") and result.get("slice") is None
-        if asked and _alike(result, start, _SAME) and (estimate := _estimate(result)) is not None:
-            found[result["metric"]] = estimate
-    if metric not in found or "kl" not in found:
-        return None
-    return _place(run.name, *_name(run), found["kl"], found[metric], frontier)
+    found = {
+        result.get("metric"): _estimate(result)
+        for result in run.evaluation.get("results", [])
+        if result.get("slice") is None and _alike(result, start, _SAME)
+    }
+    kl, reward = found.get("kl"), found.get(metric)
+    return None if kl is None or reward is None else frontier.place(run.name, *_name(run), kl, reward)
 
 
 def _read_best_of(reference: Facts, start: Mapping[str, Any], frontier: Frontier) -> Iterator[Point]:
@@ -184,40 +191,29 @@ def _read_best_of(reference: Facts, start: Mapping[str, Any], frontier: Frontier
     for result in same:
         reward, kl = _estimate(result), kls.get(result.get("slice"))
         if result.get("metric") == "best_of_n" and reward is not None and kl is not None:
-            yield _place("", BEST_OF, str(result["slice"]).removeprefix("N="), kl, reward, frontier)
-
-
-def _place(run: str, series: str, label: str, kl: Estimate, reward: Estimate, frontier: Frontier) -> Point:
-    bound = frontier.bound(kl.value)
-    slope = min(frontier.optima, key=lambda optimum: optimum.value.value + optimum.beta * kl.value).beta
-    gap, half = bound.value - reward.value, math.hypot(reward.half, bound.half, slope * kl.half)
-    return Point(run, series, label, kl, reward, bound, Estimate(gap, gap - half, gap + half))
+            yield frontier.place("", "best of N", str(result["slice"]).removeprefix("N="), kl, reward)
 
 
 def _name(run: Facts) -> tuple[str, str]:
     """Name the series of a run, which differs in the strength of the KL only, and what tells it from the others."""
     options, trainer = run.stage.get("options", {}), run.stage.get("trainer", {})
-    series = _METHODS.get(run.method, run.method)
+    series, strength = _METHODS.get(run.method, run.method), options.get("kl_coef")
     if run.method == "dpo":
-        loss = trainer.get("loss_type")
+        loss, strength = trainer.get("loss_type"), trainer.get("beta", 0.1)
         loss = "+".join(map(str, loss)) if isinstance(loss, list) else loss
         series += f", {loss}" if loss not in (None, "sigmoid") else ""
-        strength = trainer.get("beta", 0.1)
-    else:
-        names = [_name_reward(each) for each in options.get("reward") or [] if isinstance(each, dict)]
-        series += f", {' + '.join(names)}" if names and run.method == "ppo" else ""
-        strength = options.get("kl_coef")
+    elif run.method == "ppo":
+        names = []
+        for reward in options.get("reward") or []:
+            name = str(reward.get("model") or reward.get("function") or "judge").removeprefix("builtin:")
+            path = Path(name.replace("-", " "))
+            names.append(path.parent.name if path.name == "model" else path.name)
+        series += f", {' + '.join(names)}" if names else ""
     if point := run.stage.get("point"):  # what a sweep gave it
         return series, ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in point.values())
     if options.get("kl_target") is not None:
         return series, f"target {options['kl_target']:g}"
     return series, f"{strength:g}" if isinstance(strength, int | float) else run.name
-
-
-def _name_reward(reward: Mapping[str, Any]) -> str:
-    name = str(reward.get("model") or reward.get("function") or "judge").removeprefix("builtin:").replace("-", " ")
-    path = Path(name)
-    return path.parent.name if path.name == "model" else path.name
 
 
 def _alike(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]) -> bool:
@@ -227,9 +223,8 @@ def _alike(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]
 
 
 def _estimate(result: Mapping[str, Any]) -> Estimate | None:
-    numbers = [result.get(key) for key in ("value", "low", "high")]
-    known = [float(number) for number in numbers if isinstance(number, int | float)]
-    return Estimate(*known) if len(known) == len(numbers) else None
+    numbers = [float(each) for key in ("value", "low", "high") if isinstance(each := result.get(key), int | float)]
+    return Estimate(*numbers) if len(numbers) == 3 else None
 
 
 def judge(frontier: Frontier) -> str:
@@ -265,20 +260,17 @@ def draw_frontier(frontier: Frontier) -> Markup:
 
     Near the reference the best reward grows with the root of the KL: there the curve is nearly straight.
     """
-    first = min(frontier.right, *(optimum.kl for optimum in frontier.optima))
-    low, high = math.sqrt(first), math.sqrt(frontier.right)
+    low, high = math.sqrt(min(frontier.right, *(optimum.kl for optimum in frontier.optima))), math.sqrt(frontier.right)
     roots = [low + (high - low) * step / 160 for step in range(161)]
     curve = [(0.0, frontier.start), *((root, frontier.bound(root * root)) for root in roots)]
     lines = [Line("optimum", [Place(x, at.value, at.low, at.high) for x, at in curve], style="curve")]
-    for series in frontier.series:
-        places = [
-            Place(
-                math.sqrt(max(point.kl.value, 0.0)), point.reward.value, point.reward.low, point.reward.high,
-                math.sqrt(max(point.kl.low, 0.0)), math.sqrt(max(point.kl.high, 0.0)), label=point.label,
-            )
-            for point in frontier.points if point.series == series
-        ]  # fmt: skip
-        lines.append(Line(series, places, style="bars"))
+    places: dict[str, list[Place]] = {}
+    for point in frontier.points:
+        x, left, right = (math.sqrt(max(kl, 0.0)) for kl in (point.kl.value, point.kl.low, point.kl.high))
+        reward = point.reward
+        place = Place(x, reward.value, reward.low, reward.high, left, right, label=point.label)
+        places.setdefault(point.series, []).append(place)
+    lines += [Line(series, found, style="bars") for series, found in places.items()]
     title = f"Reward against KL: {judge(frontier)}"
     return draw_lines(lines, title=title, x_label="\u221aKL", height=_HEIGHT, first_colour=0)
 

@@ -47,10 +47,10 @@ def write_recipe_report(name: str, stages: Sequence[tuple[str, Path]], *, out: P
 
     Stages that have not begun are shown as waiting. Raises RunError when none has, DiskError.
     """
-    begun = [read_facts(path) for _, path in stages if RunDir(path.expanduser()).stage.is_file()]
+    begun = [read_facts(path) for _, path in stages if RunDir(path).stage.is_file()]
     if not begun:
         raise RunError("no stage of this recipe has been started; `alignkit run` trains them", where=name)
-    waiting = [stage for stage, path in stages if not RunDir(path.expanduser()).stage.is_file()]
+    waiting = [stage for stage, path in stages if not RunDir(path).stage.is_file()]
     title = str(begun[0].stage.get("recipe") or name)
     return _write_recipe(title, begun, waiting, out or stages[0][1].expanduser().absolute().parent / REPORT)
 

@@ -79,7 +79,7 @@ def publish(
         raise UsageError("--public has no effect without --push")
     if out is not None and out.is_dir():
         raise UsageError(f"--out: {str(out)!r} is a directory; name the file of the page")
-    is_run = RunDir(target.expanduser()).stage.is_file()
+    is_run = RunDir(target).stage.is_file()
     if repo is not None and not is_run:
         raise RunError("--push uploads the model of one run; name its directory", where=str(target))
     if is_run and (damage := find_damaged_product(target.expanduser())) is not None:

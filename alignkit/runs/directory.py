@@ -36,10 +36,10 @@ PRODUCTS = ("model", "rows.jsonl")  # what others take from a run
 
 
 class RunDir:
-    """Paths of one run; `path` is absolute."""
+    """Paths of one run, all of them absolute."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = path.expanduser().absolute()
         self.recipe = path / "recipe.yaml"
         self.stage = path / "stage.json"
         self.metrics = path / "metrics.jsonl"
@@ -107,7 +107,7 @@ def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
     With `force` an existing run is moved aside at once, as `set_aside` does. Raises RunError when the directory holds
     something that is not a run of ours, or is in use; DiskError when it cannot be made.
     """
-    run = RunDir(path.expanduser().absolute())
+    run = RunDir(path)
     refuse_foreign(run.path)
     with disk_failures(run.path, "the run directory"):
         for directory in (run.path.parent, run.path):  # the recipe's own too: its page shows what the runs' pages do

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import threading
 import time
@@ -20,7 +19,6 @@ from typing import Any
 
 # The end record's room is taken when the process begins, so that a full disk cannot keep it from saying so.
 _END_BYTES = 1 << 14
-_NAME = re.compile(r"rank-(\d+)\.(?:beat|end)")
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,13 @@ class Beat:
     step: int | None
     idle_seconds: float  # since the main thread was last seen
 
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+    @property
+    def place(self) -> str:
+        return f"while {self.phase}" if self.step is None else f"in step {self.step} ({self.phase})"
+
 
 @dataclass(frozen=True)
 class End:
@@ -48,42 +53,19 @@ class End:
     seconds: float  # of its host's clock, since the epoch
 
 
-class _Heart:
-    """What this process writes; one of it, or none."""
+_seen: tuple[str, int | None, float] = ("starting", None, 0.0)  # phase and step of the main thread, and when it said so
+_stopping: threading.Event | None = None
+_thread: threading.Thread | None = None
 
-    def __init__(self, directory: Path, rank: int, interval_seconds: float, each: Callable[[], None] | None) -> None:
-        self._directory, self._rank, self._interval = directory, rank, interval_seconds
-        self._each = each
-        self._count, self._phase, self._step = 0, "starting", None  # type: tuple[int, str, int | None]
-        self._seen = time.monotonic()
-        self._stop = threading.Event()
-        self._host = socket.gethostname()
-        with (directory / f"rank-{rank}.end").open("wb") as file:
-            file.write(b" " * _END_BYTES)
-        self._write()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
 
-    def pulse(self, phase: str, step: int | None) -> None:
-        self._phase, self._step, self._seen = phase, step, time.monotonic()
+def start(directory: Path, rank: int, *, interval_seconds: float = 1.0, each: Callable[[], None] | None = None) -> None:
+    """Begin to write signs of life of this process; `each` is called in the writing thread after every beat."""
+    global _stopping, _thread
+    path, host, stopping = directory / f"rank-{rank}.beat", socket.gethostname(), threading.Event()
 
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join(timeout=2)
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._write()
-            if self._each is not None:
-                self._each()
-
-    def _write(self) -> None:
-        self._count += 1
-        beat = Beat(
-            self._rank, os.getpid(), self._host, self._count, self._phase, self._step,
-            round(time.monotonic() - self._seen, 1),
-        )  # fmt: skip
-        path = self._directory / f"rank-{self._rank}.beat"
+    def write(count: int) -> None:
+        phase, step, since = _seen
+        beat = Beat(rank, os.getpid(), host, count, phase, step, round(time.monotonic() - since, 1))
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             temporary.write_text(json.dumps(asdict(beat)))  # not synced: a busy disk would look like a frozen process
@@ -93,28 +75,32 @@ class _Heart:
             with suppress(OSError):
                 os.utime(path)
 
+    def beat_on() -> None:
+        count = 1
+        while not stopping.wait(interval_seconds):
+            count += 1
+            write(count)
+            if each is not None:
+                each()
 
-_heart: _Heart | None = None
-
-
-def start(directory: Path, rank: int, *, interval_seconds: float = 1.0, each: Callable[[], None] | None = None) -> None:
-    """Begin to write signs of life of this process; `each` is called in the writing thread after every beat."""
-    global _heart
-    _heart = _Heart(directory, rank, interval_seconds, each)
+    (directory / f"rank-{rank}.end").write_bytes(b" " * _END_BYTES)
+    pulse("starting")
+    write(1)
+    _stopping, _thread = stopping, threading.Thread(target=beat_on, name="heartbeat", daemon=True)
+    _thread.start()
 
 
 def pulse(phase: str, step: int | None = None) -> None:
     """Tell that the main thread got here: what it does now, and at which optimizer step. Costs nothing."""
-    if _heart is not None:
-        _heart.pulse(phase, step)
+    global _seen
+    _seen = (phase, step, time.monotonic())
 
 
 def stop() -> None:
     """End the signs of life, if there are any."""
-    global _heart
-    if _heart is not None:
-        _heart.stop()
-    _heart = None
+    if _stopping is not None and _thread is not None:
+        _stopping.set()
+        _thread.join(timeout=2)
 
 
 def write_end(
@@ -145,14 +131,13 @@ def write_end(
 
 def read_beats(directory: Path) -> dict[int, Beat]:
     """Read the newest sign of life of each process that has given one."""
-    return {rank: Beat(**data) for rank, data in _read_all(directory, "beat").items()}
+    return {data["rank"]: Beat(**data) for data in _read_all(directory, "beat")}
 
 
 def read_ends(directory: Path) -> dict[int, End]:
     """Read how each process ended that said so."""
-    return {
-        rank: End(**{**data, "problems": tuple(data["problems"])}) for rank, data in _read_all(directory, "end").items()
-    }
+    found = [End(**{**data, "problems": tuple(data["problems"])}) for data in _read_all(directory, "end")]
+    return {end.rank: end for end in found}
 
 
 def beat_time(directory: Path, rank: int) -> int:
@@ -163,15 +148,9 @@ def beat_time(directory: Path, rank: int) -> int:
         return 0
 
 
-def _read_all(directory: Path, kind: str) -> dict[int, dict[str, Any]]:
-    found = {}
+def _read_all(directory: Path, kind: str) -> list[dict[str, Any]]:
+    found = []
     for path in directory.glob(f"rank-*.{kind}"):
-        match = _NAME.fullmatch(path.name)
-        try:
-            text = path.read_text(encoding="utf-8").strip()
-            data = json.loads(text) if text else None
-        except (OSError, ValueError):  # being written: the next look finds it whole
-            continue
-        if match and isinstance(data, dict):
-            found[int(match[1])] = data
+        with suppress(OSError, ValueError):  # empty or being written: the next look finds it whole
+            found.append(json.loads(path.read_text(encoding="utf-8")))
     return found

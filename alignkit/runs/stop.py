@@ -1,4 +1,4 @@
-"""Requests to stop: the first signal is remembered and heard between two answers, or at the end of a training step."""
+"""Stop signals and time limits: the first signal is remembered and heard between two answers, or after a step."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from types import FrameType
-from typing import Any
 
 from alignkit import console
 from alignkit.errors import SUPERVISED, Stopped
@@ -17,41 +15,71 @@ from alignkit.errors import SUPERVISED, Stopped
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
+def stopped_by(number: int, message: str) -> Stopped:
+    """Make the exception that ends the command with a signal's exit code."""
+    code = 130 if number == signal.SIGINT else 143
+    return Stopped(f"stopped by {signal.Signals(number).name}: {message}", exit_code=code)
+
+
+@contextmanager
+def hearing(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let `handle` hear the stop signals, then put back what was there; outside the main thread nothing is heard."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores on purpose
+    before = {number: signal.signal(number, handle) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Stop:
     """Remembers the first signal; a second one ends the process at once. Waits of other threads end with it."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
-        self._number: signal.Signals | None = None
+        self._number = 0
 
     def check(self) -> None:
         """Raise Stopped when a signal came."""
-        if self._number is not None:
-            raise _stopped(self._number, "everything answered is kept; the same command goes on from there")
+        if self._number:
+            raise stopped_by(self._number, "everything answered is kept; the same command goes on from there")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self._number is not None
-        self._number = self._number or signal.Signals(number)
+        again, self._number = bool(self._number), self._number or number
         self.event.set()
         if again:
-            raise _stopped(self._number, "at once, by a second signal; everything answered is kept")
+            raise stopped_by(self._number, "at once, by a second signal; everything answered is kept")
         with suppress(RuntimeError):  # the signal came in the middle of another line
-            console.note(f"{self._number.name}: stopping once what was sent is answered; once more stops at once")
+            name = signal.Signals(number).name
+            console.note(f"{name}: stopping once what was sent is answered; once more stops at once")
 
     def listen(self) -> None:
         """Hear signals beside the trainer, which then says what a second one does and puts back what was there."""
         for number in SIGNALS:
             if callable(handle := signal.getsignal(number)):
-                signal.signal(number, partial(self._hear, handle))
 
-    def _hear(self, handle: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None) -> None:
-        self._number = self._number or signal.Signals(number)
-        self.event.set()
-        handle(number, frame)
+                def hear(number: int, frame: FrameType | None, handle: Callable = handle) -> None:
+                    self._number = self._number or number
+                    self.event.set()
+                    handle(number, frame)
+
+                signal.signal(number, hear)
+
+
+@contextmanager
+def stop_between_answers() -> Iterator[Stop]:
+    """Turn the stop signals into a Stop while the block runs: what is under way is kept, and the command ends."""
+    stop = Stop()
+    with hearing(stop._handle):
+        yield stop
 
 
 class StopFlag:
-    """Remembers the first signal; a second one ends the process at once.
+    """Remembers the first signal of a training; a second one ends the process at once.
 
     Not so under our supervisor: a scheduler signals it and every process, it passes the signal on, and so the same
     request comes twice. It ends the processes itself when it is asked twice.
@@ -70,8 +98,7 @@ class StopFlag:
         self.at_risk: Callable[[], str] = lambda: "the last sealed checkpoint counts"  # what a second signal costs
 
     def stopped(self, message: str) -> Stopped:
-        """Make the exception that ends the command with this signal's exit code."""
-        return _stopped(self.signal or signal.SIGTERM, message)
+        return stopped_by(self.signal or signal.SIGTERM, message)
 
     def not_begun(self) -> Stopped:
         """Make the exception for a signal that came while no step was running."""
@@ -94,14 +121,6 @@ class StopFlag:
 
 
 @contextmanager
-def stop_between_answers() -> Iterator[Stop]:
-    """Turn the stop signals into a Stop while the block runs: what is under way is kept, and the command ends."""
-    stop = Stop()
-    with _hearing(stop._handle):
-        yield stop
-
-
-@contextmanager
 def stop_between_steps() -> Iterator[StopFlag]:
     """Turn the stop signals into a StopFlag while the block runs.
 
@@ -109,7 +128,7 @@ def stop_between_steps() -> Iterator[StopFlag]:
     started is heard now, and one that comes when all is done cannot keep it from saying how it ended.
     """
     flag, supervised = StopFlag(), SUPERVISED in os.environ
-    with _hearing(flag._handle):
+    with hearing(flag._handle):
         try:
             if supervised:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -117,23 +136,3 @@ def stop_between_steps() -> Iterator[StopFlag]:
         finally:
             if supervised:
                 signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-
-@contextmanager
-def _hearing(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let `handle` hear the stop signals, then put back what was there; outside the main thread nothing is heard."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores on purpose
-    before = {number: signal.signal(number, handle) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stopped(number: signal.Signals, message: str) -> Stopped:
-    code = 130 if number == signal.SIGINT else 143
-    return Stopped(f"stopped by {number.name}: {message}", exit_code=code)

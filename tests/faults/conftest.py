@@ -84,7 +84,7 @@ def make_stage(tmp_path: Path) -> Callable[..., object]:
 def _child(stage: object, log: Path, prepare: Callable[[], None] | None, allow_change: tuple[str, ...]) -> int:
     from alignkit.errors import AlignKitError
     from alignkit.launch import launch_stage
-    from alignkit.launch.command import Command
+    from alignkit.launch.placement import Command
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 2)
@@ -94,7 +94,7 @@ def _child(stage: object, log: Path, prepare: Callable[[], None] | None, allow_c
     if prepare is not None:
         prepare()
     try:
-        launch_stage(stage, Command.of(stage, (), allow_change=allow_change))  # type: ignore[arg-type]
+        launch_stage(stage, Command(stage, (), allow_change=allow_change))  # type: ignore[arg-type]
     except AlignKitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

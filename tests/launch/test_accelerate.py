@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from alignkit.launch import accelerate
-from alignkit.launch.command import Command
-from alignkit.launch.launcher import launcher_strategy
-from alignkit.launch.placement import place
+from alignkit.launch.accelerate import launcher_strategy
+from alignkit.launch.placement import Command, place
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.recipe.schema import LaunchOptions
 
@@ -56,6 +55,14 @@ def make_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     return make
 
 
+def write_configs(stage: Stage, precision: str, directory: Path) -> Path:
+    directory.mkdir(exist_ok=True)
+    texts = accelerate.make_configs(stage, place(stage, environment={}), precision, directory)  # type: ignore[arg-type]
+    for name, text in texts.items():
+        (directory / name).write_text(text)
+    return directory / accelerate.CONFIG
+
+
 @pytest.fixture
 def launch(make_stage: Callable[[str], Stage], tmp_path: Path) -> Callable[[str], dict[str, object]]:
     """Return a function that runs the real command line with a worker of this test; it returns what rank 1 saw."""
@@ -63,8 +70,8 @@ def launch(make_stage: Callable[[str], Stage], tmp_path: Path) -> Callable[[str]
     def run(options: str, precision: str = "no") -> dict[str, object]:
         stage = make_stage(options)
         found = place(stage, environment={})
-        config = accelerate.write_configs(stage, found, precision, tmp_path / "launch")  # type: ignore[arg-type]
-        line = accelerate.command_line(Command.of(stage, ()), found, precision, config, timeout_seconds=60)  # type: ignore[arg-type]
+        config = write_configs(stage, precision, tmp_path / "launch")
+        line = accelerate.command_line(Command(stage, ()), found, precision, config, timeout_seconds=60)  # type: ignore[arg-type]
         line[line.index("UNKNOWN")] = "0"
         (tmp_path / "alignkit.py").write_text(WORKER)  # found before the package: the working directory comes first
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -141,7 +148,7 @@ def test_accelerate_knows_every_key(make_stage: Callable, strategy: str, tmp_pat
     from accelerate.commands.config.config_args import ClusterConfig
 
     stage = make_stage(f"strategy: {strategy}")
-    path = accelerate.write_configs(stage, place(stage, environment={}), "no", tmp_path)
+    path = write_configs(stage, "no", tmp_path)
     config = ClusterConfig.from_yaml_file(str(path))  # raises for a key it does not know
     assert (config.num_processes, config.num_machines, config.same_network) == (2, 1, True)
     # With a DeepSpeed file of its own, accelerate refuses to hear of the precision here.

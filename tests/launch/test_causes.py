@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from alignkit.errors import AlignKitError, Stopped, UsageError
-from alignkit.launch.causes import Death, describe_frozen, describe_stuck, find_cause
+from alignkit.launch.supervise import Death, describe_frozen, describe_stuck, find_cause
 from alignkit.runs.heartbeat import Beat, End
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import RecipeError
-from alignkit.launch.command import Command
-from alignkit.launch.pipeline import _let_go, check_order, plan_run, run_stages
-from alignkit.recipe import Stage, load_recipe, resolve
+from alignkit.launch.placement import Command
+from alignkit.launch.run import check_order, let_go, plan_run, run_stages
+from alignkit.recipe import load_recipe, resolve
 
 COMMON = "max_steps: 2, batch_size: 4, max_length: 160, samples: {num: 0}, learning_rate: 1e-3"
 RECIPE = f"""\
@@ -37,9 +37,8 @@ def write(path: Path, *, dtype: str = "float32", lora: str = "") -> Path:
     return path
 
 
-def stages_of(recipe: Path, *names: str) -> list[tuple[Stage, Command]]:
-    stages = [resolve(load_recipe(recipe), name) for name in names]
-    return [(stage, Command.of(stage, ())) for stage in stages]
+def stages_of(recipe: Path, *names: str) -> list[Command]:
+    return [Command(resolve(load_recipe(recipe), name)) for name in names]
 
 
 def fork(work: Callable[[], object], directory: Path) -> object:
@@ -111,7 +110,7 @@ def test_the_peak_of_a_stage_is_not_that_of_the_one_before(tmp_path: Path) -> No
             held = bytearray(num_bytes)
             found.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
             del held
-            _let_go()
+            let_go()
         return found
 
     first, second = fork(peaks, tmp_path / "peaks")

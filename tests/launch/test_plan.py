@@ -12,8 +12,7 @@ import pytest
 from alignkit.errors import RecipeError
 from alignkit.launch import placement
 from alignkit.launch.accelerate import plan_launch
-from alignkit.launch.command import Command
-from alignkit.launch.placement import Placement, count_cuda, first_host, place
+from alignkit.launch.placement import Command, Placement, count_cuda, first_host, place
 from alignkit.recipe import Stage, load_recipe, resolve
 
 TEXT = "model: {path: builtin:tiny-llama}\nlaunch: {LAUNCH}\nsft: {data: builtin:instructions}\n"
@@ -141,13 +140,13 @@ def test_a_node_rank_beyond_the_nodes_is_refused(make_stage: Callable) -> None:
 
 def test_a_plan_for_one_process_starts_nothing(make_stage: Callable) -> None:
     stage = make_stage("device: cpu")
-    found = plan_launch(stage, Command.of(stage, ())).to_dict()
+    found = plan_launch(Command(stage))
     assert (found["mode"], found["command"], found["config"]) == ("in-process", "", None)
 
 
 def test_a_plan_says_what_is_not_known_yet(make_stage: Callable) -> None:
     stage = make_stage("nodes: 4, processes: 4, strategy: zero3, device: cpu", seed="3")
-    found = plan_launch(stage, Command.of(stage, ["seed=3"])).to_dict()
+    found = plan_launch(Command(stage, ["seed=3"]))
     assert found["placement"]["world_size"] == 16
     assert "--mixed_precision no --machine_rank UNKNOWN --main_process_ip UNKNOWN" in found["command"]
     assert found["command"].startswith(f"{sys.executable} -m accelerate.commands.launch --config_file ")
@@ -161,7 +160,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_star
     with pytest.raises(
         RecipeError, match=r"sft\.batch_size is 16, which 32 processes cannot divide; .* multiple of 32$"
     ):
-        plan_launch(stage, Command.of(stage, []))
+        plan_launch(Command(stage))
 
 
 def test_dry_run_shows_command_and_config(run_alignkit: Callable, tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 from terminal import Terminal
 
-from alignkit.launch.command import Command
-from alignkit.launch.pipeline import plan_run
-from alignkit.launch.run import Measuring
+from alignkit.launch.placement import Command
+from alignkit.launch.run import Measuring, plan_run
 from alignkit.recipe import load_recipe, pick_span, resolve
 from alignkit.runs.directory import RunDir, write_result
 
@@ -58,12 +57,11 @@ def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def plan(*overrides: str, force: bool = False, allow_change: tuple[str, ...] = ()) -> dict[str, tuple[str, str]]:
     """Return what would be done with each stage, and why."""
     loaded = load_recipe(Path("r.yaml"), overrides=overrides)
-    stages = [resolve(loaded, name) for name in loaded.order]
-    jobs = [(stage, Command.of(stage, overrides, allow_change=allow_change)) for stage in stages]
-    return {entry.stage.name: (entry.will, entry.why) for entry in plan_run(jobs, force=force)}
+    commands = [Command(resolve(loaded, name), overrides, allow_change=allow_change) for name in loaded.order]
+    return {entry.stage.name: (entry.will, entry.why) for entry in plan_run(commands, force=force)}
 
 
-LEFT = ("leave", "finished, nothing has changed")
+LEFT = ("leave alone", "finished, nothing has changed")
 
 
 def test_what_is_finished_and_unchanged_is_left_alone(folder: Path) -> None:
@@ -73,23 +71,23 @@ def test_what_is_finished_and_unchanged_is_left_alone(folder: Path) -> None:
 
 def test_a_changed_stage_runs_again_and_so_does_all_that_needs_it(folder: Path) -> None:
     assert plan("dpo.beta=0.5") == {
-        "sft": LEFT, "rm": LEFT, "dpo": ("again", "dpo.beta: 0.1 (default) -> 0.5"),
+        "sft": LEFT, "rm": LEFT, "dpo": ("run again", "dpo.beta: 0.1 (default) -> 0.5"),
     }  # fmt: skip
     assert plan("sft.learning_rate=2e-3") == {
-        "sft": ("again", "sft.learning_rate: 0.001 -> 0.002"),
-        "rm": ("again", "sft runs before it"), "dpo": ("again", "sft runs before it"),
+        "sft": ("run again", "sft.learning_rate: 0.001 -> 0.002"),
+        "rm": ("run again", "sft runs before it"), "dpo": ("run again", "sft runs before it"),
     }  # fmt: skip
     assert plan("sft.learning_rate=2e-3", allow_change=("learning_rate",))["sft"] == LEFT
     many = plan("seed=3")
-    assert [will for will, _ in many.values()] == ["again"] * 3
+    assert [will for will, _ in many.values()] == ["run again"] * 3
 
 
 def test_changed_rows_are_found_too(folder: Path) -> None:
     with (folder / "rows.jsonl").open("a") as file:
         file.write('{"prompt": "And?", "completion": "No."}\n')
     will, why = plan()["sft"]
-    assert will == "again" and why.startswith("data: ")
-    assert plan()["dpo"] == ("again", "sft runs before it")
+    assert will == "run again" and why.startswith("data: ")
+    assert plan()["dpo"] == ("run again", "sft runs before it")
 
 
 def test_a_file_whose_bytes_are_not_compared_is_known_by_its_directory(folder: Path) -> None:
@@ -121,25 +119,25 @@ def test_weights_that_were_trained_anew_run_what_needs_them(folder: Path) -> Non
     data[-8] ^= 1
     weights.write_bytes(bytes(data))
     found = plan()  # as long as the result says otherwise, they are damaged
-    assert found["sft"] == ("resume", "model/model.safetensors has other bytes than were saved")
-    assert found["rm"] == found["dpo"] == ("again", "sft goes on before it")
+    assert found["sft"] == ("go on", "model/model.safetensors has other bytes than were saved")
+    assert found["rm"] == found["dpo"] == ("run again", "sft goes on before it")
     run = RunDir(folder / "runs/r/sft")
     write_result(run, json.loads(run.result.read_text()), [run.model])
     found = plan()
     assert found["sft"] == LEFT
-    assert all(will == "again" and "start_weights" in why for will, why in (found["rm"], found["dpo"]))
+    assert all(will == "run again" and "start_weights" in why for will, why in (found["rm"], found["dpo"]))
 
 
 def test_a_run_that_is_gone_is_run_and_one_that_stopped_goes_on(folder: Path) -> None:
     shutil.rmtree("runs/r/rm")
     shutil.rmtree("runs/r/dpo/model")
-    assert plan() == {"sft": LEFT, "rm": ("start", "no run yet"), "dpo": ("again", "its model is gone")}
+    assert plan() == {"sft": LEFT, "rm": ("run", "no run yet"), "dpo": ("run again", "its model is gone")}
     Path("runs/r/sft/result.json").unlink()
     assert plan() == {
-        "sft": ("resume", "stopped; step 2 is saved"), "rm": ("start", "no run yet"),
-        "dpo": ("again", "sft goes on before it"),
+        "sft": ("go on", "stopped; step 2 is saved"), "rm": ("run", "no run yet"),
+        "dpo": ("run again", "sft goes on before it"),
     }  # fmt: skip
-    assert plan(force=True)["sft"] == ("again", "--force")
+    assert plan(force=True)["sft"] == ("run again", "--force")
 
 
 def test_a_dry_run_says_why_and_touches_nothing(run_alignkit: Callable, folder: Path) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import AlignKitError, DataError, EnvironmentProblem, RecipeError, RunError
-from alignkit.launch.command import Command
-from alignkit.launch.slurm import _directive, _read_time, build_script, write_jobs
-from alignkit.recipe import Stage, load_recipe, resolve
+from alignkit.launch.placement import Command
+from alignkit.launch.slurm import build_script, quote, read_time, write_jobs
+from alignkit.recipe import load_recipe, resolve
 from alignkit.runs.directory import open_run, refuse_foreign
 
 MODEL = "model: {path: builtin:tiny-llama}\n"
@@ -73,11 +73,10 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def job(launch: str = "{}", *overrides: str, name: str = "sft", out: Path | None = None) -> tuple[Stage, Command]:
-    """Write a recipe with this launch section and return a stage of it with its command."""
+def job(launch: str = "{}", *overrides: str, name: str = "sft", out: Path | None = None) -> Command:
+    """Write a recipe with this launch section and return the command of a stage of it."""
     Path("r.yaml").write_text(f"{MODEL}launch: {launch}\n{STAGES}")
-    stage = resolve(load_recipe("r.yaml", overrides=overrides), name, out=out)
-    return stage, Command.of(stage, overrides, out=out)
+    return Command(resolve(load_recipe("r.yaml", overrides=overrides), name, out=out), overrides, out=out)
 
 
 def directives(script: str) -> list[str]:
@@ -89,8 +88,8 @@ def test_the_script_asks_for_what_the_recipe_says(directory: Path) -> None:
     slurm += "cpus_per_process: 12, signal_seconds: 300, options: {nodelist: 'n[1-4]'}}"
     launch = f"{{nodes: 4, processes: 8, strategy: fsdp, slurm: {slurm}}}"
     with pytest.raises(RecipeError, match="which 32 processes cannot divide"):
-        build_script(*job(launch))
-    script = build_script(*job(launch, "sft.batch_size=64"))
+        build_script(job(launch))
+    script = build_script(job(launch, "sft.batch_size=64"))
     assert directives(script) == [
         "job-name=r-sft",
         "nodes=4",
@@ -114,26 +113,26 @@ def test_the_script_asks_for_what_the_recipe_says(directory: Path) -> None:
 
 
 def test_one_process_on_the_cpu_asks_for_no_gpu_and_no_meeting_place() -> None:
-    script = build_script(*job("{device: cpu}"))
+    script = build_script(job("{device: cpu}"))
     assert "cpus-per-task=8" in directives(script)
     assert not [line for line in directives(script) if line.startswith(("gpus", "mem", "time", "partition"))]
     assert "scontrol show hostnames" not in script
 
 
 def test_gpus_are_one_a_process_or_as_given() -> None:
-    assert "gpus-per-node=4" in directives(build_script(*job("{processes: 4}")))
-    assert "gpus-per-node=8" in directives(build_script(*job("{processes: 4, slurm: {gpus_per_node: 8}}")))
+    assert "gpus-per-node=4" in directives(build_script(job("{processes: 4}")))
+    assert "gpus-per-node=8" in directives(build_script(job("{processes: 4, slurm: {gpus_per_node: 8}}")))
     with pytest.raises(
         RecipeError, match=r"gpus_per_node is 2, but launch\.processes is 4, one a GPU; make them equal"
     ):
-        build_script(*job("{processes: 4, slurm: {gpus_per_node: 2}}"))
-    script = build_script(*job("{processes: auto, slurm: {gpus_per_node: 8, cpus_per_process: 4}}"))
+        build_script(job("{processes: 4, slurm: {gpus_per_node: 2}}"))
+    script = build_script(job("{processes: auto, slurm: {gpus_per_node: 8, cpus_per_process: 4}}"))
     assert {"gpus-per-node=8", "cpus-per-task=32"} <= set(directives(script))
 
 
 def test_processes_auto_without_gpus_per_node_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"^r\.yaml:2: launch\.processes is auto, .* launch\.slurm\.gpus_per_node$"):
-        build_script(*job("{processes: auto}"))
+        build_script(job("{processes: auto}"))
 
 
 @pytest.mark.parametrize(
@@ -141,14 +140,14 @@ def test_processes_auto_without_gpus_per_node_is_refused() -> None:
     [("90", 5400), ("1:30", 90), ("2:00:05", 7205), ("1-0", 86400), ("1-2:30", 95400), ("1-0:0:1", 86401), ("0", 0)],
 )
 def test_time_is_read_as_sbatch_reads_it(text: str, seconds: int) -> None:
-    assert _read_time(text) == seconds
+    assert read_time(text) == seconds
 
 
 def test_a_sitting_that_would_end_as_it_begins_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"^r\.yaml:2: launch\.slurm\.time is 3:00, and launch\.slurm\.signal_sec"):
-        build_script(*job("{slurm: {time: '3:00'}}"))
-    build_script(*job("{slurm: {time: '3:01'}}"))
-    build_script(*job("{slurm: {time: '0'}}"))
+        build_script(job("{slurm: {time: '3:00'}}"))
+    build_script(job("{slurm: {time: '3:01'}}"))
+    build_script(job("{slurm: {time: '0'}}"))
 
 
 HOSTILE_VALUES = [
@@ -177,25 +176,25 @@ def test_a_recipe_cannot_put_anything_else_into_the_script(key: str, value: obje
     [("a.b-c/%%u", "=a.b-c/%%u"), ("a b", '="a b"'), ("a\"b'c\\d e", '="a"\\""b"\\\'"c"\\\\"d e"'), ("", "")],
 )
 def test_directives_are_quoted_for_sbatch(value: str, written: str) -> None:
-    assert _directive(value) == written
+    assert quote(value) == written
 
 
 def test_a_path_with_a_newline_cannot_stand_in_a_script(directory: Path) -> None:
     with pytest.raises(RunError, match="choose another directory with --out"):
-        build_script(*job(out=directory / "a\nb"))
+        build_script(job(out=directory / "a\nb"))
 
 
 def test_dry_run_writes_nothing(directory: Path) -> None:
     written = write_jobs([job()], submit=True, dry_run=True)
-    assert written[0].script.startswith("#!/bin/bash\n#SBATCH")
+    assert written[0]["script"].startswith("#!/bin/bash\n#SBATCH")
     assert os.listdir(directory) == ["r.yaml"]
 
 
 def test_a_written_script_is_no_foreign_file_and_no_started_run(directory: Path) -> None:
     written = write_jobs([job()], submit=False, dry_run=False)[0]
     run = directory / "runs/r/sft"
-    assert written.path == str(run / "launch/job.sbatch")
-    assert (run / "launch/job.sbatch").read_text() == written.script
+    assert written["path"] == str(run / "launch/job.sbatch")
+    assert (run / "launch/job.sbatch").read_text() == written["script"]
     refuse_foreign(run)
     opened, lock = open_run(run, force=True)  # nothing to move aside: nothing was started
     lock.release()
@@ -222,8 +221,8 @@ def test_force_moves_the_old_run_aside_now(directory: Path) -> None:
 def test_stages_of_a_chain_wait_for_the_one_they_start_from(fakes: Path, directory: Path) -> None:
     chain = [job(name=name) for name in ("sft", "rm", "dpo")]
     written = write_jobs(chain, submit=True, dry_run=False)
-    assert [(job.stage, job.job_id, job.depends_on) for job in written] == [
-        ("sft", "101", ()), ("rm", "102", ("sft",)), ("dpo", "103", ("sft",)),
+    assert [(job["stage"], job["job_id"], job["depends_on"]) for job in written] == [
+        ("sft", "101", []), ("rm", "102", ["sft"]), ("dpo", "103", ["sft"]),
     ]  # fmt: skip
     run = directory / "runs/r"
     assert (fakes / "sbatch").read_text().splitlines() == [
@@ -323,7 +322,7 @@ def start(fakes: Path) -> Callable[..., Body]:
     """Return a function that writes a task and the script of a one-node job, and starts the script."""
 
     def start(task: str, *, state: str = "RUNNING", sitting: int = 0, launch: str = "{device: cpu}") -> Body:
-        script = Path(write_jobs([job(launch)], submit=False, dry_run=False)[0].path)
+        script = Path(write_jobs([job(launch)], submit=False, dry_run=False)[0]["path"])
         subprocess.run(["bash", "-n", str(script)], check=True)
         (fakes / "task").write_text(f"RUN={script.parents[1]}\n{task}\n")
         return Body(fakes, script, state=state, sitting=sitting)
@@ -415,9 +414,9 @@ def test_several_nodes_meet_at_the_first_and_foreign_ranks_are_forgotten(
 def test_a_hostile_directory_stays_a_directory(name: str, fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(name).mkdir()
     monkeypatch.chdir(name)
-    stage, command = job("{device: cpu}", f"sft.run_name={name}", out=Path.cwd() / name)
+    command = job("{device: cpu}", f"sft.run_name={name}", out=Path.cwd() / name)
     try:
-        script = Path(write_jobs([(stage, command)], submit=False, dry_run=False)[0].path)
+        script = Path(write_jobs([command], submit=False, dry_run=False)[0]["path"])
     except AlignKitError as error:
         pytest.fail(str(error))
     subprocess.run(["bash", "-n", str(script)], check=True)

@@ -27,5 +27,7 @@ def test_an_end_that_is_written_while_we_look_is_no_failure(tmp_path: Path, monk
 
     monkeypatch.setattr(heartbeat, "read_ends", read_slowly)
     one = Placement(1, nodes=1, node_rank=0, main_address=None, main_port=None, device="cpu", strategy="ddp")
-    job = supervise.Job(tmp_path, one, 30, 60, supervise.StopRequest(), lambda: "")
-    job.watch([sys.executable, "-c", ENDS_WELL, str(tmp_path)], extra={})
+    one_try = supervise.Supervisor(
+        tmp_path, one, heartbeat_seconds=30, timeout_seconds=60, received=[], resume_hint=lambda: ""
+    )
+    one_try.watch([sys.executable, "-c", ENDS_WELL, str(tmp_path)], extra={})

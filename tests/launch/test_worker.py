@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import EnvironmentProblem, RecipeError
-from alignkit.launch.launcher import apply_strategy, require_agreement, require_launcher
-from alignkit.launch.worker import is_worker
+from alignkit.launch.accelerate import apply_strategy, require_agreement, require_launcher
+from alignkit.launch.processes import is_worker
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.runs import heartbeat
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from alignkit.errors import DataError, ModelError, NonFiniteError, RecipeError, RunError, UsageError
 from alignkit.launch import launch_stage
-from alignkit.launch.command import Command
+from alignkit.launch.placement import Command
 from alignkit.recipe import Stage
 from alignkit.runs.directory import RunDir
 
@@ -361,7 +361,7 @@ def test_an_allowed_change_of_the_learning_rate_has_its_effect(make_stage: Calla
     run = tmp_path / "runs/t/sft"
     (run / "result.json").unlink()
     changed = make_stage(text.replace("MAX", "8").replace("RATE", "5e-4"), "sft")
-    launch_stage(changed, Command.of(changed, (), allow_change=("learning_rate", "max_steps")))
+    launch_stage(changed, Command(changed, (), allow_change=("learning_rate", "max_steps")))
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     rates = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
     assert [rates[step] for step in (4, 5, 8)] == [1e-3, 5e-4, 5e-4]
