@@ -49,31 +49,32 @@ class Difference:
 
 def compare_runs(first: Path, second: Path) -> Difference:
     """Compare two run directories; raises RunError for one that is not a run."""
-    runs = [RunDir(path) for path in (first, second)]
-    for run, path in zip(runs, (first, second), strict=True):
-        if not run.stage.is_file():
+    for path in (first, second):
+        if not RunDir(path).stage.is_file():
             raise RunError("is no run: it has no stage.json", where=str(path))
-    stages = [read_json(run.stage) for run in runs]
+    one, other = (read_json(RunDir(path).stage) for path in (first, second))
     # That the methods differ says it all: TRL's fields that only one of them has are left out.
-    of_both = {f"trl.{key}" for key in (stages[0].get("trl") or {}).keys() & (stages[1].get("trl") or {}).keys()}
-    settings = _pair(*map(_settings, stages), only_different=True)
-    versions = ({**(stage.get("versions") or {}), "git": (stage.get("git") or {}).get("commit")} for stage in stages)
+    of_both = {f"trl.{key}" for key in (one.get("trl") or {}).keys() & (other.get("trl") or {}).keys()}
+    settings = _differing(_settings(one), _settings(other))
     names = [
         str(path) if len(str(path)) <= 40 else f"{stage.get('recipe')}/{stage.get('stage')}"
-        for path, stage in zip((first, second), stages, strict=True)
+        for path, stage in ((first, one), (second, other))
     ]
     return Difference(
         runs=(names[0], names[1]),
         settings={key: pair for key, pair in settings.items() if not key.startswith("trl.") or key in of_both},
-        data=_pair(*map(_data, stages), only_different=True),
-        versions=_pair(*versions, only_different=True),
-        metrics=_pair(*map(_metrics, runs)),
+        data=_differing(_data(one), _data(other)),
+        versions=_differing(_versions(one), _versions(other)),
+        metrics=_pair(_metrics(RunDir(first)), _metrics(RunDir(second))),
     )
 
 
-def _pair(first: Mapping[str, Any], second: Mapping[str, Any], *, only_different: bool = False) -> Pairs:
-    pairs = {key: (first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
-    return {key: (a, b) for key, (a, b) in pairs.items() if a != b or not only_different}
+def _pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> Pairs:
+    return {key: (first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> Pairs:
+    return {key: (a, b) for key, (a, b) in _pair(first, second).items() if a != b}
 
 
 def _settings(stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,21 +87,24 @@ def _settings(stage: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _data(stage: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    reports = stage.get("data") or {}
-    for part, report in ({"train": reports} if "fingerprint" in reports else reports).items():
-        if isinstance(report, dict):
-            found |= {f"{part}.{key}": report[key] for key in _DATA if key in report}
-    prints = stage.get("fingerprint") or {}
+    reports, prints = stage.get("data") or {}, stage.get("fingerprint") or {}
+    parts = {"train": reports} if "fingerprint" in reports else reports
+    found: dict[str, Any] = {
+        part: {key: report[key] for key in _DATA if key in report}
+        for part, report in parts.items()
+        if isinstance(report, dict)
+    }
     found |= {key: prints[key] for key in prints if "." not in key and key not in ("seed", "start", "method")}
     return _flatten(found)
 
 
+def _versions(stage: Mapping[str, Any]) -> dict[str, Any]:
+    return {**(stage.get("versions") or {}), "git": (stage.get("git") or {}).get("commit")}
+
+
 def _metrics(run: RunDir) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if run.result.is_file():
-        result = read_json(run.result)
-        found |= {key: result.get(key) for key in _RESULT} | dict(result.get("metrics") or {})
+    result = read_json(run.result) if run.result.is_file() else None
+    found = {} if result is None else {key: result.get(key) for key in _RESULT} | (result.get("metrics") or {})
     for figure in read_record(run.evaluation).get("results", ()):
         part = str(figure.get("slice") or "")
         if not part.startswith(("margin", "chosen", "equal")):  # those are cut by the run's own rows

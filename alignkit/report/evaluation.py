@@ -14,7 +14,7 @@ from alignkit.report.charts import Line, draw_lines
 from alignkit.report.facts import Facts
 from alignkit.report.text import figure, share, text_of
 
-_NAMES = {
+NAMES = {
     "perplexity": "Perplexity",
     "bits_per_byte": "Bits per byte",
     "reward_accuracy": "Pair accuracy",
@@ -55,7 +55,6 @@ _NAMES = {
 _COIN_TOSS = frozenset({"reward_accuracy", "implicit_reward_accuracy", "pair_accuracy_longer", "pair_accuracy_shorter",
                         "win_rate", "win_rate_length_controlled",
                         "judge_accuracy", "picks_first_place", "length_bias"})  # fmt: skip
-
 # What differs from run to run of a sweep; "kl" is that of best-of-N.
 _OF_THE_RUN = frozenset({"beta", "reference", "against", "kl"})
 
@@ -86,22 +85,20 @@ def list_figures(run: Facts) -> list[dict[str, Any]]:
 
 
 def _list_judge_figures(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    def make(metric: str, value: float, found: Mapping[str, Any], data: str = "labels", better: str = "") -> dict:
-        ends = {key: found.get(key) for key in ("low", "high", "n")}
-        return {"metric": metric, "value": value, **ends, "unit": "share", "better": better, "data": data}
-
+    shares = {"unit": "share", "better": "", "data": "labels"}
     for name in ("order_agreement", "picks_first_place", "length_bias", "agreement_between_principles"):
         if (value := report.get(name)) and value.get("n", 1):
-            yield make(name, value["share"], value)
+            yield {**shares, **value, "metric": name, "value": value["share"]}
     check = report.get("check") or {}
     if check.get("accuracy") is not None:
-        known, answered = "comparisons with known answers", {"n": check["n"] - check["abstained"]}
-        yield make("judge_accuracy", check["accuracy"], check | answered, known, "higher")
-        yield make("pair_accuracy_longer", check["longer_is_better"], {"n": check["n"]}, known)
+        shares |= {"data": "comparisons with known answers", "n": check["n"] - check["abstained"]}
+        ends = {key: check.get(key) for key in ("low", "high")}
+        yield {**shares, **ends, "metric": "judge_accuracy", "value": check["accuracy"], "better": "higher"}
+        yield {**shares, "metric": "pair_accuracy_longer", "value": check["longer_is_better"], "n": check["n"]}
         if check.get("order_agreement") is not None:
-            yield make("order_agreement", check["order_agreement"], answered, known)
-        ece = make("calibration_error", check["ece"], answered, known, "lower")
-        yield ece | {"details": check.get("bins") or []}
+            yield {**shares, "metric": "order_agreement", "value": check["order_agreement"]}
+        yield {**shares, "metric": "calibration_error", "value": check["ece"], "better": "lower",
+               "details": check.get("bins") or []}  # fmt: skip
 
 
 def tabulate(runs: Sequence[Facts]) -> list[Row]:
@@ -123,9 +120,7 @@ def tabulate(runs: Sequence[Facts]) -> list[Row]:
         scale = _scale([result for _, result, _ in members])
         above: str | None = None
         for run, result, data in members:
-            rows.append(
-                _row(result, run.name if several else "", scale, data, first=above is None, says_data=data != above)
-            )
+            rows.append(_make_row(result, run.name if several else "", scale, data, above))
             above = data
     return rows
 
@@ -136,24 +131,22 @@ def _group(result: Mapping[str, Any]) -> tuple[str, ...]:
     return str(result.get("metric")), str(result.get("data")), str(settings)
 
 
-def _row(
-    result: Mapping[str, Any], run: str, scale: tuple[float, float], data: str, *, first: bool, says_data: bool
-) -> Row:
+def _make_row(result: Mapping[str, Any], run: str, scale: tuple[float, float], data: str, above: str | None) -> Row:
     metric, unit = str(result.get("metric")), str(result.get("unit") or "")
     value, low, high = (_number(result.get(key)) for key in ("value", "low", "high"))
 
     def show(number: float | None) -> str:
         return share(number) if unit == "share" else figure(number, 3)
 
-    width = scale[1] - scale[0]
+    left, right = scale
     bar: dict[str, float] = {}
-    if value is not None and 0 < width < math.inf:
+    if value is not None and 0 < right - left < math.inf:
         mark = 0.5 if metric in _COIN_TOSS else 0.0
-        places = {"value": value, "low": low, "high": high, "mark": mark if scale[0] <= mark <= scale[1] else None}
-        bar = {name: round(100 * (at - scale[0]) / width, 1) for name, at in places.items() if at is not None}
+        places = {"value": value, "low": low, "high": high, "mark": mark if left <= mark <= right else None}
+        bar = {name: round(100 * (at - left) / (right - left), 1) for name, at in places.items() if at is not None}
     n = result.get("n")
     return Row(
-        name=_NAMES.get(metric, metric.replace("reward/", "Reward by ") if metric.startswith("reward/") else metric),
+        name=NAMES.get(metric, f"Reward by {metric[7:]}" if metric.startswith("reward/") else metric),
         better={"higher": "\u2191", "lower": "\u2193"}.get(str(result.get("better")), ""),
         slice=str(result.get("slice") or ""),
         run=run,
@@ -165,8 +158,8 @@ def _row(
         data=data,
         settings=", ".join(f"{key}: {item}" for key, item in (result.get("settings") or {}).items()),
         bar=bar,
-        first=first,
-        says_data=says_data,
+        first=above is None,
+        says_data=data != above,
     )
 
 
@@ -210,26 +203,21 @@ def name_all_data(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def draw_calibration(run: Facts) -> Markup:
     """Draw accuracy against confidence of the bins behind a calibration error; empty without them."""
     for result in list_figures(run):
-        details = [each for each in result.get("details") or [] if isinstance(each, dict)]
-        bins = [(_number(each.get("confidence")), _number(each.get("accuracy"))) for each in details]
-        points = [(x, y) for x, y in bins if x is not None and y is not None]
-        if result.get("metric") == "calibration_error" and len(points) > 1:
-            low = min(x for x, _ in points)
-            lines = [Line("measured", points, style="dots"), Line("perfect", [(low, low), (1.0, 1.0)])]
-            return draw_lines(lines, title="Calibration", x_label="confidence")
+        if result.get("metric") == "calibration_error":
+            bins = [(_number(each.get("confidence")), _number(each.get("accuracy"))) for each in _details(result)]
+            points = [(x, y) for x, y in bins if x is not None and y is not None]
+            if len(points) > 1:
+                low = min(x for x, _ in points)
+                lines = [Line("measured", points, style="dots"), Line("perfect", [(low, low), (1.0, 1.0)])]
+                return draw_lines(lines, title="Calibration", x_label="confidence")
     return Markup("")
 
 
-@dataclass(frozen=True)
-class Table:
-    """Texts under columns, such as a few cases behind a figure."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
+def _details(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [each for each in result.get("details") or [] if isinstance(each, dict)]
 
 
-def list_examples(run: Facts) -> list[Table]:
+def list_examples(run: Facts) -> list[dict[str, Any]]:
     """List the single cases that figures were made from, where eval.json keeps some; bins of a curve are none."""
 
     def say(value: Any) -> str:
@@ -239,10 +227,9 @@ def list_examples(run: Facts) -> list[Table]:
 
     found = []
     for result in run.evaluation.get("results", []):
-        cases = [case for case in result.get("details") or [] if isinstance(case, dict) and "answer" in case]
-        if cases:
-            columns = list(dict.fromkeys(key for case in cases for key in case))
-            name = _NAMES.get(str(result.get("metric")), str(result.get("metric")))
-            rows = [[say(case.get(column)) for column in columns] for case in cases]
-            found.append(Table(f"{len(cases)} cases behind {name}", columns, rows))
+        cases = [case for case in _details(result) if "answer" in case]
+        columns = list(dict.fromkeys(key for case in cases for key in case))
+        name = NAMES.get(str(result.get("metric")), str(result.get("metric")))
+        rows = [[say(case.get(column)) for column in columns] for case in cases]
+        found.append({"title": f"{len(cases)} cases behind {name}", "columns": columns, "rows": rows})
     return found

@@ -72,10 +72,22 @@ class Facts:
         planned = self.stage.get("trl", {}).get("max_steps", -1)
         return int(planned) if planned and planned > 0 else (self.step if self.is_finished else None)
 
+    @property
+    def parents(self) -> list[str]:
+        """The stages of the same recipe that the run needs: its start, then its reward models."""
+        start = self.stage.get("start_stage")
+        return [*([start] if start else []), *(self.stage.get("reward_stages") or {}).values()]
+
     def series(self, name: str) -> list[tuple[float, float]]:
         """List (step, value) of one metric; a value that is not finite is NaN, and the last one of a step counts."""
-        found = {row["step"]: _number(row[name]) for row in self.metrics if "step" in row and name in row}
-        return sorted((float(step), value) for step, value in found.items() if value is not None)
+        found: dict[float, float] = {}
+        for row in self.metrics:
+            value = row.get(name)
+            if value in ("nan", "inf", "-inf"):  # as `JsonLines` writes them
+                found[float(row["step"])] = float("nan")
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                found[float(row["step"])] = float(value)
+        return sorted(found.items())
 
     def metric_names(self) -> list[str]:
         """List the names of all metrics in the order of their first appearance, held-out ones without prefix."""
@@ -98,22 +110,34 @@ def read_facts(path: Path) -> Facts:
     if not run.stage.is_file():
         raise RunError("is no run: it has no stage.json; name a run directory such as runs/demo/sft", where=str(path))
     rejects = read_lines(run.rejects)
-    return Facts(
-        path=run.path,
-        stage=_clean(read_json(run.stage)),
-        result=_clean(read_record(run.result)),
-        metrics=_clean(read_lines(run.metrics)),
-        samples=_clean(read_lines(run.samples)),
-        evaluation=_clean(read_record(run.evaluation)),
-        feedback=_clean(read_record(run.path / "report.json")),
-        labels=_clean(read_lines(run.path / "labels.jsonl")[:_SHOWN_LABELS]),
-        warnings=_clean(read_lines(run.warnings)),
-        preview=_clean(read_record(run.preview).get("rows", [])),
-        rejects=_clean(rejects[:_SHOWN_REJECTS]),
-        num_rejects=len(rejects),
-        error="" if run.result.is_file() else redact(_read_text(run.error_log)[-_SHOWN_ERROR_CHARS:]),
-        recipe=redact(_read_text(run.recipe)),
+    error, recipe = (
+        file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        for file in (run.error_log, run.recipe)
     )
+    found = {
+        "stage": read_json(run.stage),
+        "result": read_record(run.result),
+        "metrics": read_lines(run.metrics),
+        "samples": read_lines(run.samples),
+        "evaluation": read_record(run.evaluation),
+        "feedback": read_record(run.path / "report.json"),
+        "labels": read_lines(run.path / "labels.jsonl")[:_SHOWN_LABELS],
+        "warnings": read_lines(run.warnings),
+        "preview": read_record(run.preview).get("rows", []),
+        "rejects": rejects[:_SHOWN_REJECTS],
+        "error": "" if run.result.is_file() else error[-_SHOWN_ERROR_CHARS:],
+        "recipe": recipe,
+    }
+    return Facts(path=run.path, num_rejects=len(rejects), **_clean(found))
+
+
+def _clean(value: Any) -> Any:
+    """Replace every secret in the texts of plain data."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact(key): _clean(item) for key, item in value.items()}
+    return [_clean(item) for item in value] if isinstance(value, list) else value
 
 
 def find_runs(directory: Path) -> list[Path]:
@@ -127,33 +151,7 @@ def order_runs(runs: Sequence[Facts]) -> list[Facts]:
     left, done = list(runs), list[Facts]()
     while left:
         waiting = {run.name for run in left}
-        ready = next((run for run in left if not waiting & ({*parents(run)} - {run.name})), left[0])
+        ready = next((run for run in left if not waiting & ({*run.parents} - {run.name})), left[0])
         left.remove(ready)
         done.append(ready)
     return done
-
-
-def parents(run: Facts) -> list[str]:
-    """List the stages of the same recipe that a run needs: its start, then its reward models."""
-    start = run.stage.get("start_stage")
-    return [*([start] if start else []), *(run.stage.get("reward_stages") or {}).values()]
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _number(value: Any) -> float | None:
-    """Read a logged value as a number: `JsonLines` writes NaN and infinity as text."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    return float("nan") if value in ("nan", "inf", "-inf") else None
-
-
-def _clean(value: Any) -> Any:
-    """Replace every secret in the texts of plain data."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {redact(key): _clean(item) for key, item in value.items()}
-    return [_clean(item) for item in value] if isinstance(value, list) else value

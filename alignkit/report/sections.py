@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from alignkit.report.evaluation import Table, list_examples
+from alignkit.report.evaluation import list_examples
 from alignkit.report.facts import Facts
 from alignkit.report.text import DASH, count, duration, figure, share, short_count, text_of
 from alignkit.runs.files import describe_bytes
@@ -31,6 +31,42 @@ _HEADLINES = {
             ("eval_rewards/margins", "implicit margin", figure)),
     "label": (("check_accuracy", "right on known answers", share), ("order_agreement", "both orders agree", share)),
     "ppo": (("reward", "reward", figure), ("gold", "gold reward", figure), ("objective/kl", "KL, nats", figure)),
+}  # fmt: skip
+
+
+def _size(num_bytes: float | None) -> str:
+    return describe_bytes(num_bytes) if num_bytes else ""
+
+
+def _mean(value: Any) -> str:
+    return f"{value:.1f}" if value and isinstance(value, int | float) else ""
+
+
+# Labels of what stage.json says of the rows, in the order of the page: which part, its key, how it is written.
+_DATA = (
+    ("held out", "eval_lengths", "num_rows", count),
+    ("read from the sources", "data", "read", count),
+    ("kinds", "data", "kinds", lambda kinds: ", ".join(f"{count(n)} {kind}" for kind, n in (kinds or {}).items())),
+    ("left out", "data", "rejected", count),
+    ("duplicates kept", "data", "duplicates", count),
+    ("held-out rows that share a prompt", "data", "overlap", count),
+    ("tokens", "lengths", "num_tokens", count),
+    ("tokens learnt", "lengths", "num_trained_tokens", lambda number: count(number or None)),
+    ("longest row, tokens", "lengths", "longest_tokens", count),
+    ("cut to max_length", "lengths", "num_truncated", count),
+    ("left out as too long", "lengths", "num_too_long", count),
+    ("mean characters of a prompt", "data", "mean_prompt_chars", _mean),
+    ("mean characters of an answer", "data", "mean_completion_chars", _mean),
+    ("pairs where the longer answer is chosen", "data", "longer_chosen_share", share),
+    ("mean characters, chosen", "data", "mean_chosen_chars", _mean),
+    ("mean characters, rejected", "data", "mean_rejected_chars", _mean),
+)
+# The same of report.json of a critique or label stage.
+_COUNTS = {
+    "prompts": "prompts", "rows": "rows written", "rows_by_people": "of them compared by people",
+    "helpful_rows": "of them helpful answers", "broken_chains": "chains that broke off",
+    "comparisons": "comparisons", "abstained": "the judge abstained from", "ties": "ties",
+    "quoted": "texts defused, which looked like a template",
 }  # fmt: skip
 
 
@@ -60,8 +96,7 @@ def cost_tiles(run: Facts) -> list[Pair]:
 
 def gather_warnings(run: Facts) -> list[Pair]:
     """List each warning once, evaluation's included, with when it was first said and how often."""
-    said = [(str(row.get("message", "")), str(row.get("time", "")).replace("T", " ").removesuffix("+00:00"))
-            for row in run.warnings]  # fmt: skip
+    said = [(str(row["message"]), str(row["time"]).replace("T", " ").removesuffix("+00:00")) for row in run.warnings]
     said += [(str(message), "evaluation") for message in run.evaluation.get("warnings", [])]
     numbers, times = Counter(message for message, _ in said), dict(reversed(said))
     return [(text, times[text] + (f", {number} times" if number > 1 else "")) for text, number in numbers.items()]
@@ -106,46 +141,18 @@ def short_name(path: str) -> str:
 
 def list_data(run: Facts) -> list[Pair]:
     """List what was read, kept, left out and found in the rows."""
-    report, lengths = run.stage.get("data") or {}, run.stage.get("lengths") or {}
-    held_out = run.stage.get("eval_lengths") or {}
+    trained = (run.stage.get("lengths") or {}).get("num_rows")
     unit = "prompts" if run.method == "ppo" else "rows"
-
-    def mean(key: str) -> str:
-        value = report.get(key)
-        return f"{value:.1f}" if value and isinstance(value, int | float) else ""
-
-    pairs = [
-        *_list_counts(run.feedback),
-        (f"{unit} trained on", count(lengths.get("num_rows"))),
-        (f"{unit} held out", count(held_out.get("num_rows"))),
-        ("read from the sources", count(report.get("read"))),
-        ("kinds", ", ".join(f"{count(number)} {kind}" for kind, number in (report.get("kinds") or {}).items())),
-        ("left out", count(report.get("rejected"))),
-        ("duplicates kept", count(report.get("duplicates"))),
-        ("held-out rows that share a prompt", count(report.get("overlap"))),
-        ("tokens", count(lengths.get("num_tokens"))),
-        ("tokens learnt", count(lengths.get("num_trained_tokens") or None)),
-        ("longest row, tokens", count(lengths.get("longest_tokens"))),
-        ("cut to max_length", count(lengths.get("num_truncated"))),
-        ("left out as too long", count(lengths.get("num_too_long"))),
-        ("mean characters of a prompt", mean("mean_prompt_chars")),
-        ("mean characters of an answer", mean("mean_completion_chars")),
-        ("pairs where the longer answer is chosen", share(report.get("longer_chosen_share"))),
-        ("mean characters, chosen", mean("mean_chosen_chars")),
-        ("mean characters, rejected", mean("mean_rejected_chars")),
-    ]
+    pairs = [*_list_counts(run.feedback), (f"{unit} trained on", count(trained))]
+    for label, part, key, show in _DATA:
+        value = (run.stage.get(part) or {}).get(key)
+        pairs.append((f"{unit} {label}" if label == "held out" else label, show(value)))
     return [(label, text) for label, text in pairs if text not in ("", DASH)]
 
 
 def _list_counts(report: Mapping[str, Any]) -> Iterator[Pair]:
     """List how many texts or comparisons a critique or label stage made, and what became of them."""
-    named = {
-        "prompts": "prompts", "rows": "rows written", "rows_by_people": "of them compared by people",
-        "helpful_rows": "of them helpful answers", "broken_chains": "chains that broke off",
-        "comparisons": "comparisons", "abstained": "the judge abstained from", "ties": "ties",
-        "quoted": "texts defused, which looked like a template",
-    }  # fmt: skip
-    yield from ((label, figure(report[key])) for key, label in named.items() if report.get(key))
+    yield from ((label, figure(report[key])) for key, label in _COUNTS.items() if report.get(key))
     for part in (report, report.get("check") or {}):
         for reason, number in (part.get("abstained_because") or {}).items():
             yield f"abstained: {reason}", figure(number)
@@ -156,32 +163,31 @@ def _list_counts(report: Mapping[str, Any]) -> Iterator[Pair]:
 def describe_cost(run: Facts) -> list[Pair]:
     """List what the run took: time, tokens, memory, steps, parameters, requests to a judge."""
     result, parameters = run.result, run.stage.get("parameters") or {}
-    trainable, total = parameters.get("trainable"), parameters.get("total")
+    trainable, total, quantized = (parameters.get(key) for key in ("trainable", "total", "quantized"))
     of_total = f" of {count(total)} ({share(trainable / total)})" if trainable and total and trainable < total else ""
     spent = [each for key in ("spent", "spent_on_answers") if (each := run.feedback.get(key))]
-    retries = sum(sum((each.get("retries") or {}).values()) for each in spent)
-    has_price = any(each.get("cost") is not None for each in spent)
-
-    def size(num_bytes: float | None) -> str:
-        return describe_bytes(num_bytes) if num_bytes else ""
-
+    speed = run.feedback.get("labels_per_second")
     pairs = [
         ("wall time", duration(result["wall_seconds"]) if "wall_seconds" in result else ""),
         ("tokens, all sittings", count(result.get("tokens"))),
         ("tokens per second", figure(result["tokens_per_second"]) if result.get("tokens_per_second") else ""),
-        ("peak memory", size(result.get("peak_memory_bytes"))),
+        ("peak memory", _size(result.get("peak_memory_bytes"))),
         ("optimizer steps", count(run.step) if run.method not in _ROW_MAKERS else ""),
         ("trainable parameters", count(trainable) + of_total if trainable and total else ""),
-        ("model in memory", size(parameters.get("bytes"))),
-        ("quantised parameters", f"{count(parameters['quantized'])}, "
-         f"{parameters.get('bits_per_quantized_parameter', 0):.3f} bits each" if parameters.get("quantized") else ""),
-        ("labels per second", figure(speed, 3) if (speed := run.feedback.get("labels_per_second")) else ""),
-        ("requests to servers", figure(sum(each.get("requests", 0) for each in spent)) if spent else ""),
-        ("of them tried again", figure(retries) if spent else ""),
-        ("price of the tokens", figure(sum(each.get("cost") or 0.0 for each in spent)) if has_price else ""),
-        *((", ".join(role.get("roles", [])), f"{role.get('what')}, {describe_bytes(role.get('bytes', 0))}")
-          for role in run.stage.get("roles") or []),
+        ("model in memory", _size(parameters.get("bytes"))),
+        ("quantised parameters", f"{count(quantized)}, {parameters.get('bits_per_quantized_parameter', 0):.3f} bits "
+         "each" if quantized else ""),
+        ("labels per second", figure(speed, 3) if speed else ""),
     ]  # fmt: skip
+    if spent:
+        pairs += [
+            ("requests to servers", figure(sum(each.get("requests", 0) for each in spent))),
+            ("of them tried again", figure(sum(sum((each.get("retries") or {}).values()) for each in spent))),
+        ]
+    if costs := [cost for each in spent if (cost := each.get("cost")) is not None]:
+        pairs.append(("price of the tokens", figure(sum(costs, 0.0))))
+    for role in run.stage.get("roles") or []:
+        pairs.append((", ".join(role.get("roles", [])), f"{role.get('what')}, {describe_bytes(role.get('bytes', 0))}"))
     return [(label, text) for label, text in pairs if text]
 
 
@@ -192,7 +198,7 @@ def describe_hardware(run: Facts) -> list[Pair]:
         *((str(name), str(text)) for name, text in (found.get("devices") or {}).items()),
         ("processor", str(found.get("processor", ""))),
         ("cores", count(found.get("cores"))),
-        ("memory", describe_bytes(found["memory_bytes"]) if found.get("memory_bytes") else ""),
+        ("memory", _size(found.get("memory_bytes"))),
         ("system", str(found.get("system", ""))),
         ("processes", count(run.stage.get("num_processes"))),
         ("git", f"{git.get('commit', '')[:12]}{', with changes' if git.get('dirty') else ''}" if git else ""),
@@ -203,11 +209,10 @@ def describe_hardware(run: Facts) -> list[Pair]:
 def list_settings(run: Facts) -> list[tuple[str, Any, str]]:
     """List key, value and origin ("default", or where the recipe gave it) of every setting of a stage."""
     stage, origins = run.stage, run.stage.get("origins") or {}
-    sections = [("model", stage.get("model")), ("lora", stage.get("lora")), ("launch", stage.get("launch")),
-                (run.name, stage.get("options")), (run.name, stage.get("trainer"))]  # fmt: skip
     values = {"seed": stage.get("seed")}
-    for section, found in sections:
-        values |= {f"{section}.{key}": value for key, value in (found or {}).items()}
+    for part in ("model", "lora", "launch", "options", "trainer"):
+        section = run.name if part in ("options", "trainer") else part
+        values |= {f"{section}.{key}": value for key, value in (stage.get(part) or {}).items()}
     values.pop(f"{run.name}.method", None)
     return [(key, value, str(origins.get(key, "default"))) for key, value in values.items()]
 
@@ -216,8 +221,11 @@ def show_setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def list_tables(run: Facts) -> list[Table]:
-    """List the cases behind the figures, some labels with their texts, the principles, and the rounds of revisions."""
+def list_tables(run: Facts) -> list[dict[str, Any]]:
+    """List the cases behind the figures, some labels with their texts, the principles, and the rounds of revisions.
+
+    Each is a title, the names of its columns, and rows of texts.
+    """
     report = run.feedback
     labels = [
         [
@@ -246,22 +254,22 @@ def list_tables(run: Facts) -> list[Table]:
          share(each.get("changed_share"))]
         for each in report.get("rounds") or []
     ]  # fmt: skip
-    tables = [
-        *list_examples(run),
-        Table(f"The first {len(labels)} comparisons and what the judge said",
-              ["prompt", "first", "second", "P(first)", "each order", "principle"], labels),
-        Table("The first answers, criticised and revised",
-              ["prompt", "principle", "critique", "answer, then its revisions"], chains),
-        Table(f"{len(principles)} principles, as they were drawn", ["principle", "n", *orders], principles),
-        Table("Answers, round by round", ["round", "texts", "mean characters", "changed"], rounds),
-    ]  # fmt: skip
-    return [table for table in tables if table.rows]
+    made = (
+        (f"The first {len(labels)} comparisons and what the judge said",
+         ["prompt", "first", "second", "P(first)", "each order", "principle"], labels),
+        ("The first answers, criticised and revised",
+         ["prompt", "principle", "critique", "answer, then its revisions"], chains),
+        (f"{len(principles)} principles, as they were drawn", ["principle", "n", *orders], principles),
+        ("Answers, round by round", ["round", "texts", "mean characters", "changed"], rounds),
+    )  # fmt: skip
+    tables = list_examples(run) + [{"title": title, "columns": columns, "rows": rows} for title, columns, rows in made]
+    return [table for table in tables if table["rows"]]
 
 
 def group_samples(run: Facts) -> list[list[dict[str, Any]]]:
     """Group the rows of samples.jsonl by prompt, each in the order of its steps."""
     by_number: dict[Any, list[dict[str, Any]]] = {}
-    for row in sorted(run.samples, key=lambda row: row.get("step", 0)):
+    for row in sorted(run.samples, key=lambda row: row["step"]):
         by_number.setdefault(row.get("number"), []).append(row)
     return list(by_number.values())
 

@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import ModelCard
 from written_runs import HOSTILE, SECRET, WriteRun, figure
 
-from alignkit.report.card import hide_paths, public_name, write_card
+from alignkit.report.card import hide_paths, public_name, render_card, write_card
+from alignkit.report.facts import read_facts
 
 LOCAL = "/home/ann/secret-project/rows.jsonl"
 HUB = {
@@ -24,9 +25,7 @@ HUB = {
 
 
 def card_of(run: Path, repo: str | None = None) -> ModelCard:
-    path = write_card(run, repo=repo)
-    assert path == run / "model" / "README.md"
-    return ModelCard.load(path)
+    return ModelCard(render_card(read_facts(run), repo=repo))
 
 
 def test_metadata_of_a_fine_tune_of_a_hub_model(write_run: WriteRun) -> None:

@@ -10,7 +10,7 @@ import pytest
 from written_runs import SECRET, WriteRun
 
 from alignkit.errors import RunError
-from alignkit.report.facts import find_runs, order_runs, parents, read_facts
+from alignkit.report.facts import find_runs, order_runs, read_facts
 from alignkit.report.page import render_run
 
 
@@ -83,7 +83,7 @@ def test_runs_are_found_and_put_after_what_they_need(write_run: WriteRun) -> Non
     found = [read_facts(path) for path in find_runs(run.parent)]
     assert {facts.name for facts in found} == {"ppo", "rm", "sft"}
     assert [facts.name for facts in order_runs(found)] == ["sft", "rm", "ppo"]
-    assert parents(next(facts for facts in found if facts.name == "ppo")) == ["sft", "rm"]
+    assert next(facts for facts in found if facts.name == "ppo").parents == ["sft", "rm"]
 
 
 def test_names_of_metrics_leave_out_bookkeeping(write_run: WriteRun) -> None:

@@ -12,7 +12,8 @@ from hub_server import TOKEN, Hub, serve_hub
 from written_runs import SECRET, WriteRun
 
 from alignkit.errors import RunError
-from alignkit.report.publish import pack, publish
+from alignkit.report.card import pack
+from alignkit.report.publish import publish
 
 Run = Callable[..., CompletedProcess[str]]
 
@@ -94,7 +95,7 @@ def test_an_adapter_of_a_local_base_is_refused(write_run: WriteRun) -> None:
     (run / "model" / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": "meta-llama/Llama-3.2-1B"})
     )
-    assert "adapter_config.json" in pack(run, "me/demo").files
+    assert "adapter_config.json" in pack(run, "me/demo")[0]
 
 
 def test_a_secret_in_a_configuration_is_refused(write_run: WriteRun) -> None:
