@@ -159,8 +159,23 @@ _CSV = re.compile(r"\.[ct]sv(\.\w+)?:\d+\Z")
 _MAX_KNOWN = 4096  # a file whose columns change with every row must not fill the memory
 
 
+@dataclass(slots=True)
+class Parsed:
+    """What became of a record."""
+
+    place: str
+    form: Format | None = None  # None where no format has its columns
+    row: Row | None = None  # None for a bad row, and for a kind that the method does not take
+    digest: bytes = b""
+    reason: str = ""  # of a bad row
+    equal_answers: bool = False
+    columns: list[str] | None = None  # of the first record of a format
+    unread: tuple[str, ...] = ()  # columns, and keys of messages, that nothing reads
+    noted: tuple[str, ...] = ()  # what is odd about the row
+
+
 class Detector:
-    """Finds the format of records and reads them, noting what nothing reads."""
+    """Finds the format of records and reads them."""
 
     def __init__(
         self,
@@ -178,8 +193,6 @@ class Detector:
         self._for_prompts, self._keeps_columns = for_prompts, keeps_columns
         self._known: dict[tuple[tuple[str, ...], tuple[type, ...]], Format] = {}
         self._roles = dict(roles or {})
-        self.unread: dict[str, tuple[int, str]] = {}  # column or key -> rows that have it, the first of them
-        self.noted: dict[str, tuple[int, str]] = {}  # what is odd about rows -> how many, the first of them
 
     def recognise(self, record: Record, place: str = "") -> Format:
         """Return the record's format; BadRow when no format has such columns."""
@@ -195,22 +208,16 @@ class Detector:
             self._known[signature] = form
         return _HH if form is _IMPLICIT and record["chosen"].startswith(START) else form
 
-    def read(self, form: Format, record: Record, place: str) -> Row:
-        """Return the record's row; BadRow when something in it is wrong, or cannot be honoured."""
-        reading = Reading(self._roles, self._for_prompts, record, place)
+    def read(self, form: Format, record: Record, parsed: Parsed) -> Row:
+        """Read the record's row, and note in `parsed` what nothing reads; BadRow for what cannot be honoured."""
+        reading = Reading(self._roles, self._for_prompts, record, parsed.place)
         row = form.adapt(reading)
         unread = [name for name in record if name not in reading.used and not is_empty(record[name])]
         for name in unread:
             self._refuse_telling(name, form, reading)
-        for name in (*(() if self._keeps_columns else unread), *reading.unread):
-            _count(self.unread, name, place)
-        for what in reading.noted:
-            self.note(what, place)
+        parsed.unread = (*(() if self._keeps_columns else unread), *reading.unread)
+        parsed.noted = tuple(reading.noted)
         return row
-
-    def note(self, what: str, place: str) -> None:
-        """Count what is odd about a row."""
-        _count(self.noted, what, place)
 
     def _refuse_telling(self, name: str, form: Format, reading: Reading) -> None:
         """Refuse a column that would have changed what is trained, unless it repeats what was read."""
@@ -227,11 +234,6 @@ class Detector:
                 f"{name}: is not read in a row of {form}, and says something that the columns read do not; "
                 f"name it in columns, or leave it out with columns: {{{name}: null}}"
             )
-
-
-def _count(found: dict[str, tuple[int, str]], what: str, place: str) -> None:
-    count, first = found.get(what, (0, place))
-    found[what] = (count + 1, first)
 
 
 def _is_repeated(value: Any, reading: Reading) -> bool:

@@ -1,25 +1,23 @@
-"""Rows for a stage: every source read, checked, adapted to the method, mixed, in a fixed order.
-
-Rows stream by; what is kept per row is two hashes. Deliberately does not shuffle (the trainer does), tokenise, or
-write files.
-"""
+"""Rows for a stage: every source read, checked, adapted to the method, mixed, in a fixed order."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from itertools import combinations, islice
 
 from alignkit.data.files import Entry, Record
-from alignkit.data.formats import Detector, Format, parse_cells, rename_columns
+from alignkit.data.formats import Detector, Format, Parsed, parse_cells, rename_columns
 from alignkit.data.hashes import HashSet, digest_row, hash_prompt, prompt_key
 from alignkit.data.rejects import BadRow, Problems, Rejects
 from alignkit.data.report import DataReport, SourceReport
 from alignkit.data.rows import METHOD_KINDS, Row, as_text, as_turns, take_prompt
 from alignkit.data.sources import Located, locate, read_entries
+from alignkit.data.store import keep_parsed
 from alignkit.data.threads import join_rated, join_threads
 from alignkit.errors import DataError, Problem
 from alignkit.recipe.schema import DataSource, PpoOptions
@@ -57,23 +55,24 @@ def read_rows(
     problems = Problems(at_once=not report.remembers)
     seen = HashSet() if stage.options.dedupe else None
     method = method or stage.method
-    readers = [_SourceReader(located, stage, method, rejects, problems, template) for located in locate(sources)]
+    skipped = rejects if stage.options.on_bad_row == "skip" else None
     kinds: Counter[str] = Counter()  # of this call; the report may hold the rows of another one too
-    for reader in readers:
-        report.sources.append(reader.counts)
-        for row, digest in _take(reader, seen):
-            copies = _count_copies(digest, reader.source.weight, stage.seed)
+    chosen = [_Source(located, stage, method, problems, skipped, template) for located in locate(sources)]
+    for source in chosen:
+        report.sources.append(source.counts)
+        for row, digest, form in source.iter_good(seen):
+            copies = _count_copies(digest, source.source.weight, stage.seed)
             if not copies:
-                reader.counts.not_sampled += 1
+                source.counts.not_sampled += 1
                 continue
-            reader.counts.kept += 1
+            source.counts.kept += 1
             report.add_source_row(row, digest, hash_prompt(row), known_prompts)
             for given in copies * _for_method(row, method):
                 kinds[given.kind] += 1
                 report.add_given_row(given, digest)
-                yield reader.shape(given)
-        reader.finish()
-    num_read = sum(reader.counts.read for reader in readers)
+                yield source.shape(given, form)
+        source.finish()
+    num_read = sum(source.counts.read for source in chosen)
     if method == "dpo" and {"pair", "unpaired"} <= kinds.keys():
         counts = " and ".join(f"{count} {kind} rows" for kind, count in kinds.items())
         where = stage.where(f"{stage.name}.data")
@@ -114,22 +113,8 @@ def split_eval(rows: Iterable[Row], share: float, seed: int) -> Iterator[tuple[b
         yield drawn < share * _2_64, row
 
 
-def _take(reader: _SourceReader, seen: HashSet | None) -> Iterator[tuple[Row, bytes]]:
-    """Yield the source's first max_rows rows that are not in `seen`, adding them to it."""
-    limit = reader.source.max_rows
-    taken = 0
-    for row, digest in reader.iter_rows():
-        if seen is not None and not seen.add(int.from_bytes(digest[:8], "little")):
-            reader.counts.duplicates_dropped += 1
-            continue
-        yield row, digest
-        taken += 1
-        if taken == limit:
-            return
-
-
 def _count_copies(digest: bytes, weight: float, seed: int) -> int:
-    """Return how often a row is given out: the whole passes, and one more for a seeded share of the rows."""
+    """How often a row is given out: the whole passes, and one more for a seeded share of the rows."""
     whole = int(weight)
     if weight == whole:
         return whole
@@ -141,13 +126,215 @@ def _for_method(row: Row, method: str) -> tuple[Row, ...]:
     """Turn a row into what the method trains on: sft takes the best answer, dpo all pairs of a ranked list."""
     if method == "sft" and row.kind in ("pair", "ranked"):
         best = row.completions[1 if row.label is not None and row.label < 0.5 else 0]
-        return (Row("prompt_completion", row.prompt, (best,), None, None, None, row.place),)
+        return (Row("prompt_completion", row.prompt, (best,), place=row.place),)
     if method == "dpo" and row.kind == "ranked":
         assert row.scores is not None
         ranked = combinations(zip(row.completions, row.scores, strict=True), 2)
         pairs = ((better, worse) for (better, above), (worse, below) in ranked if above > below)
-        return tuple(Row("pair", row.prompt, pair, None, None, None, row.place) for pair in pairs)
+        return tuple(Row("pair", row.prompt, pair, place=row.place) for pair in pairs)
     return (row,)
+
+
+# From a source's records to rows: what is kept and read again by every later pass of the command.
+
+
+def _parse(located: Located, method: str, *, keeps_columns: bool, documents: bool) -> Iterator[Parsed]:
+    """Yield what becomes of every record of a source; rows of kinds that the method does not take are not read."""
+    source, known = located.source, set[Format]()
+    for_prompts = method in ("ppo", "critique", "label")
+    detector = Detector(source.format, roles=source.roles, for_prompts=for_prompts, keeps_columns=keeps_columns)
+
+    def rename(entry: Entry) -> Entry:
+        place, record = entry
+        try:
+            return place, record if isinstance(record, BadRow) else parse_cells(rename_columns(record, source.columns))
+        except BadRow as bad:
+            return place, bad
+
+    entries = join_threads(map(rename, read_entries(located, documents=documents)))
+    for place, record in join_rated(entries) if method in ("rm", "dpo") else entries:
+        parsed = Parsed(place)
+        try:
+            if isinstance(record, BadRow):
+                raise record
+            parsed.form = form = detector.recognise(record, place)
+            if form not in known:
+                known.add(form)
+                parsed.columns = list(map(str, record))
+            if form.kind in METHOD_KINDS[method]:
+                row = detector.read(form, record, parsed)
+                _require_form(row, form, source)
+                if method == "sft" and row.kind in ("pair", "ranked"):
+                    parsed.noted += ("rows have worse answers beside the best one; sft learns nothing from them",)
+                elif method == "dpo":
+                    _check_answers(row)
+                elif method == "ppo":
+                    row = take_prompt(row)
+                    row = replace(row, columns=_dump_columns(record)) if keeps_columns else row
+                parsed.row, parsed.digest = row, digest_row(row)
+        except BadRow as bad:
+            parsed.reason, parsed.equal_answers = bad.reason, bad.equal_answers
+        yield parsed
+
+
+def _require_form(row: Row, form: Format, source: DataSource) -> None:
+    """Refuse what `chat: true` or `chat: false` of the source cannot be done to."""
+    if source.chat is True and not (row.conversational or form.has_turns):
+        raise BadRow("is raw text, of which chat: true makes no turns: give it a prompt and a completion")
+    if source.chat is False and row.conversational:
+        raise BadRow("is a conversation, which chat: false cannot join as text: take chat: false out")
+
+
+def _check_answers(row: Row) -> None:
+    """Refuse what a comparison of answers cannot mask: turns of others inside one, and an answer that is not learnt."""
+    for messages in row.completions if row.kind in ("pair", "ranked", "unpaired") else ():
+        for message in messages if isinstance(messages, list) else ():
+            if message["role"] != "assistant":
+                raise BadRow(
+                    f"holds a turn of the {message['role']} inside an answer, which is never learnt, and answers are "
+                    "compared as a whole; end the prompt with that turn, or give each answer a row of its own"
+                )
+            if not message.get("trained", True):
+                raise BadRow("an answer that is compared is marked as not learnt; leave the mark or the row out")
+
+
+def _dump_columns(record: Record) -> str:
+    """A record's columns as a JSON object, but for those whose names a reward function's arguments have."""
+    written = []
+    for name, value in record.items():
+        try:
+            written += [json.dumps({name: value}, ensure_ascii=False)[1:-1]] if name not in _ARGUMENTS else []
+        except (TypeError, ValueError):
+            raise BadRow(f"{name}: holds a value that is no JSON (a date, bytes, ...), and a reward function is given "
+                         "the columns as JSON; convert it, or drop the column") from None  # fmt: skip
+    return f"{{{', '.join(written)}}}"
+
+
+# From parsed rows to those that a stage is given.
+
+
+@dataclass
+class _Found:
+    """Rows of one format in one source."""
+
+    columns: list[str]  # of the first
+    rows: int = 0
+    places: list[str] = field(default_factory=list)  # the first two
+
+    def describe(self, form: Format) -> str:
+        places = f"{', '.join(self.places)}{', ...' if self.rows > len(self.places) else ''}"
+        return f"{self.rows} {'row' if self.rows == 1 else 'rows'} of {form} ({places})"
+
+
+class _Source:
+    """One source: its good rows sorted from bad ones, and what is wrong with it as a whole."""
+
+    def __init__(
+        self,
+        located: Located,
+        stage: Stage,
+        method: str,
+        problems: Problems,
+        rejects: Rejects | None,
+        template: bool | None,
+    ) -> None:
+        self.source = located.source
+        self.counts = SourceReport(located.source.path)
+        self._method, self._problems, self._rejects = method, problems, rejects
+        self._form = None if template is None else _choose_form(stage, located.source, template)
+        self._found: dict[Format, _Found] = {}
+        options = stage.options
+        # Whether a reward function is given the rows' columns; whether a row may be as long as a book.
+        rewards = [*options.reward, *(options.gold or ())] if isinstance(options, PpoOptions) else []
+        flags = {
+            "keeps_columns": any(reward.function for reward in rewards),
+            "documents": getattr(options, "objective", None) == "lm",
+        }
+        self._parsed: Callable[[], Iterator[Parsed]] = partial(_parse, located, method, **flags)
+        if not problems.at_once:  # a stream may be longer than a disk
+            self._parsed = keep_parsed(located, (method, *flags.values()), self._parsed)
+
+    def iter_good(self, seen: HashSet | None) -> Iterator[tuple[Row, bytes, Format]]:
+        """Yield the first max_rows good rows that are not in `seen`, adding them to it."""
+        counts, accepted, taken = self.counts, METHOD_KINDS[self._method], 0
+        only = self._find_commonest() if self._rejects is not None else None
+        for parsed in self._parsed():
+            counts.read += 1
+            form = parsed.form
+            if form is not None:
+                self._count_form(form, parsed)
+                if form.kind not in accepted or (only is not None and form is not only):
+                    self._leave_out(form, only, parsed.place)
+                    continue
+            counts.add_remarks(parsed)
+            if parsed.row is None or form is None:
+                counts.rejected += 1
+                counts.equal_answers += parsed.equal_answers
+                (self._rejects.add if self._rejects is not None else self._problems.add_row)(
+                    parsed.place, parsed.reason
+                )
+            elif seen is not None and not seen.add(int.from_bytes(parsed.digest[:8], "little")):
+                counts.duplicates_dropped += 1
+            else:
+                yield parsed.row, parsed.digest, form
+                taken += 1
+                if taken == self.source.max_rows:
+                    return
+
+    def shape(self, row: Row, form: Format) -> Row:
+        """Make turns of a row's prompt and answers, or joined text; conversations and raw text stay."""
+        if self._form is None:
+            return row
+        if row.conversational:
+            shape = "chat"
+        elif not form.has_turns:
+            shape = "text" if form.kind == "pair" else "raw"
+        else:
+            shape = self._form
+            row = as_turns(row) if shape == "chat" else as_text(row, self.source.separator)
+        self.counts.forms[shape] += 1
+        return row
+
+    def finish(self) -> None:
+        """Complete the counts; add the problems of the source: mixed formats, or one that the method cannot take."""
+        self.counts.formats.update({str(form): found.rows for form, found in self._found.items()})
+        if len(self._found) == 1:
+            ((form, found),) = self._found.items()
+            if form.kind not in METHOD_KINDS[self._method]:
+                takes = ", ".join(METHOD_KINDS[self._method])
+                what = f"{found.describe(form)}; {self._method} takes {takes}{_advise(found.columns, self._method)}"
+                self._problems.files.append(Problem(what, self.source.path))
+        elif len(self._found) > 1 and self._rejects is None:
+            kinds = ", ".join(found.describe(form) for form, found in self._found.items())
+            advice = "give each kind its own source, or set on_bad_row: skip to keep the commonest"
+            self._problems.files.append(Problem(f"mixes kinds of rows: {kinds}; {advice}", self.source.path))
+
+    def _count_form(self, form: Format, parsed: Parsed) -> None:
+        found = self._found.get(form)
+        if found is None:
+            found = self._found[form] = _Found(parsed.columns or [])
+            if self._problems.at_once and len(self._found) > 1:
+                what = f"is a row of {form}; those before it are not: give each its own source"
+                self._problems.add_row(parsed.place, what)
+        found.rows += 1
+        if found.rows <= 2:
+            found.places.append(parsed.place)
+
+    def _leave_out(self, form: Format, only: Format | None, place: str) -> None:
+        """Leave out a row of another kind; without on_bad_row: skip, `finish` reports them together."""
+        self.counts.rejected += 1
+        if self._rejects is not None:
+            most = f"most usable rows of the source are {only}" if only else f"{self._method} cannot take it"
+            self._rejects.add(place, f"is a row of {form}; {most}")
+        elif self._problems.at_once:
+            self._problems.add_row(place, f"is a row of {form}; {self._method} cannot take it")
+
+    def _find_commonest(self) -> Format | None:
+        """Find the commonest format that the method takes; the first one on a tie."""
+        forms = (parsed.form for parsed in islice(self._parsed(), self.source.max_rows))
+        accepted = METHOD_KINDS[self._method]
+        rows = Counter(form for form in forms if form is not None and form.kind in accepted)
+        return rows.most_common(1)[0][0] if rows else None
 
 
 def _choose_form(stage: Stage, source: DataSource, template: bool) -> str:
@@ -167,217 +354,11 @@ def _choose_form(stage: Stage, source: DataSource, template: bool) -> str:
     return "chat" if template and wanted is not False else "text"
 
 
-def _reads_columns(stage: Stage) -> bool:
-    """Tell whether a reward function of the stage is given the rows' columns."""
-    options = stage.options
-    rewards = [*options.reward, *(options.gold or ())] if isinstance(options, PpoOptions) else []
-    return any(reward.function for reward in rewards)
-
-
-def _dump_columns(record: Record) -> str:
-    """Return a record's columns as a JSON object, but for those whose names a reward function's arguments have."""
-    written = []
-    for name, value in record.items():
-        try:
-            written += [json.dumps({name: value}, ensure_ascii=False)[1:-1]] if name not in _ARGUMENTS else []
-        except (TypeError, ValueError):
-            raise BadRow(f"{name}: holds a value that is no JSON (a date, bytes, ...), and a reward function is given "
-                         "the columns as JSON; convert it, or drop the column") from None  # fmt: skip
-    return f"{{{', '.join(written)}}}"
-
-
-def _check_answers(row: Row) -> None:
-    """Refuse what a comparison of answers cannot mask: turns of others inside one, and an answer that is not learnt."""
-    for messages in row.completions if row.kind in ("pair", "ranked", "unpaired") else ():
-        for message in messages if isinstance(messages, list) else ():
-            if message["role"] != "assistant":
-                raise BadRow(
-                    f"holds a turn of the {message['role']} inside an answer, which is never learnt, and answers are "
-                    "compared as a whole; end the prompt with that turn, or give each answer a row of its own"
-                )
-            if not message.get("trained", True):
-                raise BadRow("an answer that is compared is marked as not learnt; leave the mark or the row out")
-
-
 def _advise(columns: Sequence[str], method: str) -> str:
     """Say which columns the rows have and how to name them."""
-    ours = {
-        "sft": ("prompt", "completion"),
-        "rm": ("prompt", "chosen", "rejected"),
-        "dpo": ("prompt", "chosen", "rejected"),
-    }
-    missing = [name for name in ours.get(method, ()) if name not in columns]
     if method == "sft" and {"label", "kto_tag"} & set(columns):
         return "; columns: {label: null} leaves the labels out"
-    wanted = ", ".join(f"{name}: COLUMN" for name in missing)
-    return f"; the rows have {', '.join(map(str, columns))}: data.columns: {{{wanted}}} names others" if missing else ""
-
-
-@dataclass
-class _Found:
-    """Rows of one format in one source."""
-
-    columns: list[str]  # of the first
-    rows: int = 0
-    places: list[str] = field(default_factory=list)  # the first two
-
-    def describe(self, form: Format) -> str:
-        places = f"{', '.join(self.places)}{', ...' if self.rows > len(self.places) else ''}"
-        return f"{self.rows} {'row' if self.rows == 1 else 'rows'} of {form} ({places})"
-
-
-class _SourceReader:
-    """Reads one source once, sorting good rows from bad ones; `finish` says what is wrong with it as a whole."""
-
-    def __init__(
-        self, located: Located, stage: Stage, method: str, rejects: Rejects, problems: Problems, template: bool | None
-    ) -> None:
-        self.source = located.source
-        self._form = None if template is None else _choose_form(stage, located.source, template)
-        self._read: Format | None = None  # of the row that was read last
-        self.counts = SourceReport(located.source.path)
-        self._located, self._method = located, method
-        self._keeps_columns = _reads_columns(stage)
-        self._documents = getattr(stage.options, "objective", None) == "lm"
-        self._rejects = rejects if stage.options.on_bad_row == "skip" else None
-        self._problems = problems
-        self._detector = self._new_detector()
-        self._found: dict[Format, _Found] = {}
-
-    def iter_rows(self) -> Iterator[tuple[Row, bytes]]:
-        """Yield the good rows and their digests."""
-        counts, recognise = self.counts, self._detector.recognise
-        only = self._find_commonest() if self._rejects is not None else None
-        accepted = METHOD_KINDS[self._method]
-        for place, record in self._iter_records():
-            counts.read += 1
-            try:
-                if isinstance(record, BadRow):
-                    raise record
-                form = recognise(record, place)
-                self._count(form, place, record)
-                if form.kind not in accepted or (only is not None and form is not only):
-                    self._leave_out(form, only, place)
-                    continue
-                row = self._detector.read(form, record, place)
-                self._read = form
-                self._require_form(row, form)
-                if self._method == "sft" and row.kind in ("pair", "ranked"):
-                    self._detector.note(
-                        "rows have worse answers beside the best one; sft learns nothing from them", place
-                    )
-                elif self._method == "ppo":
-                    row = self._prompt_of(row, record)
-                elif self._method == "dpo":
-                    _check_answers(row)
-                digest = digest_row(row)
-            except BadRow as bad:
-                self._add_bad(place, bad)
-                continue
-            yield row, digest
-
-    def _new_detector(self) -> Detector:
-        prompts = self._method in ("ppo", "critique", "label")
-        source = self.source
-        return Detector(source.format, roles=source.roles, for_prompts=prompts, keeps_columns=self._keeps_columns)
-
-    def _iter_records(self) -> Iterator[Entry]:
-        """Yield the source's records under our names, trees of messages as their conversations."""
-        columns = self.source.columns
-
-        def rename(entry: Entry) -> Entry:
-            place, record = entry
-            try:
-                return place, record if isinstance(record, BadRow) else parse_cells(rename_columns(record, columns))
-            except BadRow as bad:
-                return place, bad
-
-        entries = join_threads(map(rename, read_entries(self._located, documents=self._documents)))
-        return join_rated(entries) if self._method in ("rm", "dpo") else entries
-
-    def shape(self, row: Row) -> Row:
-        """Make turns of a row's prompt and answers, or joined text; conversations and raw text stay."""
-        if self._form is None:
-            return row
-        assert self._read is not None
-        if row.conversational:
-            self.counts.forms["chat"] += 1
-            return row
-        if not self._read.has_turns:
-            self.counts.forms["raw" if self._read.kind != "pair" else "text"] += 1
-            return row
-        self.counts.forms[self._form] += 1
-        return as_turns(row) if self._form == "chat" else as_text(row, self.source.separator)
-
-    def _require_form(self, row: Row, form: Format) -> None:
-        """Refuse what `chat: true` or `chat: false` of the source cannot be done to."""
-        if self.source.chat is True and not (row.conversational or form.has_turns):
-            raise BadRow("is raw text, of which chat: true makes no turns: give it a prompt and a completion")
-        if self.source.chat is False and row.conversational:
-            raise BadRow("is a conversation, which chat: false cannot join as text: take chat: false out")
-
-    def finish(self) -> None:
-        """Complete the counts; add the problems of the source: mixed formats, or one that the method cannot take."""
-        self.counts.formats.update({str(form): found.rows for form, found in self._found.items()})
-        unread = self._detector.unread
-        self.counts.ignored_columns.update({name: rows for name, (rows, _) in unread.items()})
-        self.counts.ignored_places.update({name: place for name, (_, place) in unread.items()})
-        self.counts.noted = self._detector.noted
-        if len(self._found) == 1:
-            ((form, found),) = self._found.items()
-            if form.kind not in METHOD_KINDS[self._method]:
-                takes = ", ".join(METHOD_KINDS[self._method])
-                what = f"{found.describe(form)}; {self._method} takes {takes}{_advise(found.columns, self._method)}"
-                self._problems.files.append(Problem(what, self.source.path))
-        elif len(self._found) > 1 and self._rejects is None:
-            kinds = ", ".join(found.describe(form) for form, found in self._found.items())
-            advice = "give each kind its own source, or set on_bad_row: skip to keep the commonest"
-            self._problems.files.append(Problem(f"mixes kinds of rows: {kinds}; {advice}", self.source.path))
-
-    def _prompt_of(self, row: Row, record: Record) -> Row:
-        """Return the prompt alone, with the row's other columns where a reward function is given them."""
-        try:
-            row = take_prompt(row)
-        except ValueError as error:
-            raise BadRow(str(error)) from None
-        return replace(row, columns=_dump_columns(record)) if self._keeps_columns else row
-
-    def _count(self, form: Format, place: str, record: Record) -> None:
-        found = self._found.get(form)
-        if found is None:
-            found = self._found[form] = _Found(list(record))
-            if self._problems.at_once and len(self._found) > 1:
-                self._problems.add_row(place, f"is a row of {form}; those before it are not: give each its own source")
-        found.rows += 1
-        if found.rows <= 2:
-            found.places.append(place)
-
-    def _leave_out(self, form: Format, only: Format | None, place: str) -> None:
-        """Leave out a row of another kind; without on_bad_row: skip, `finish` reports them together."""
-        self.counts.rejected += 1
-        if self._rejects is not None:
-            most = f"most usable rows of the source are {only}" if only else f"{self._method} cannot take it"
-            self._rejects.add(place, f"is a row of {form}; {most}")
-        elif self._problems.at_once:
-            self._problems.add_row(place, f"is a row of {form}; {self._method} cannot take it")
-
-    def _add_bad(self, place: str, bad: BadRow) -> None:
-        self.counts.rejected += 1
-        self.counts.equal_answers += bad.equal_answers
-        if self._rejects is not None:
-            self._rejects.add(place, bad.reason)
-        else:
-            self._problems.add_row(place, bad.reason)
-
-    def _find_commonest(self) -> Format | None:
-        """Read the source once to find the commonest format that the method takes; the first one on a tie."""
-        detector = self._new_detector()
-        rows: Counter[Format] = Counter()
-        for _, record in islice(self._iter_records(), self.source.max_rows):
-            try:
-                if not isinstance(record, BadRow):
-                    rows[detector.recognise(record)] += 1
-            except BadRow:
-                continue
-        usable = [form for form, _ in rows.most_common() if form.kind in METHOD_KINDS[self._method]]
-        return usable[0] if usable else None
+    pair = ("prompt", "chosen", "rejected")
+    ours = {"sft": ("prompt", "completion"), "rm": pair, "dpo": pair}.get(method, ())
+    wanted = ", ".join(f"{name}: COLUMN" for name in ours if name not in columns)
+    return f"; the rows have {', '.join(columns)}: data.columns: {{{wanted}}} names others" if wanted else ""

@@ -20,7 +20,7 @@ _SPOOL_BYTES = 1 << 20  # beyond this the rejects wait on disk, not in memory
 _PLACE = re.compile(r"(?s)(?P<file>.*?)(?::(?P<line>\d+)|\[row (?P<row>\d+)\])?\Z")
 
 
-class BadRow(Exception):
+class BadRow(ValueError):
     """A row that cannot be used; `reason` reads "field: what is wrong".
 
     `equal_answers` marks the one reason that is counted by itself: chosen and rejected are the same.

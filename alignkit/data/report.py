@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
+from alignkit.data.formats import Parsed
 from alignkit.data.hashes import HashSet
 from alignkit.data.rows import Row, Text, count_chars
 
@@ -34,6 +35,15 @@ class SourceReport:
     ignored_columns: Counter[str] = field(default_factory=Counter)  # column or key of messages -> rows that have it
     ignored_places: dict[str, str] = field(default_factory=dict)  # the first of those rows
     noted: dict[str, tuple[int, str]] = field(default_factory=dict)  # what is odd about rows -> how many, the first
+
+    def add_remarks(self, parsed: Parsed) -> None:
+        """Count what nothing reads of a row, and what is odd about it."""
+        for name in parsed.unread:
+            self.ignored_columns[name] += 1
+            self.ignored_places.setdefault(name, parsed.place)
+        for what in parsed.noted:
+            count, first = self.noted.get(what, (0, parsed.place))
+            self.noted[what] = (count + 1, first)
 
 
 @dataclass

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
+from alignkit.data.rejects import BadRow
+
 
 class Message(TypedDict):
     """One turn of a conversation as a chat template gets it, but for `trained` and `template_kwargs`.
@@ -138,9 +140,9 @@ def as_text(row: Row, separator: str) -> Row:
 
 
 def take_prompt(row: Row) -> Row:
-    """Return the prompt alone of any row: of a conversation the turns before its last answer, of a text all of it.
+    """Take the prompt alone of any row: of a conversation the turns before its last answer, of a text all of it.
 
-    Raises ValueError with the reason when a row has none.
+    Raises BadRow when a row has none.
     """
     prompt = row.prompt
     if row.kind in ("text", "messages"):
@@ -149,8 +151,8 @@ def take_prompt(row: Row) -> Row:
             last = max(number for number, message in enumerate(prompt) if message["role"] in ("user", "tool"))
             prompt = prompt[: last + 1]
     if isinstance(prompt, str) and not prompt.strip():
-        raise ValueError("prompt: is empty: the answers begin with different words")
-    return Row("prompt", prompt, (), None, None, None, row.place)
+        raise BadRow("prompt: is empty: the answers begin with different words")
+    return Row("prompt", prompt, (), place=row.place)
 
 
 def count_chars(text: Text) -> int:

@@ -1,24 +1,154 @@
-"""Tokenised rows in an Arrow file on disk, so that their number is not bound by memory.
-
-Deliberately knows nothing of what the columns mean.
-"""
+"""Rows on disk, so that their number is not bound by memory: parsed ones for later passes, and tables of token ids."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryFile, gettempdir
+from typing import IO, TYPE_CHECKING, Any
 
+from alignkit.data.formats import FORMATS, Parsed
+from alignkit.data.rows import Row
+from alignkit.data.sources import Located
 from alignkit.errors import DiskError
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
+_CHUNK = 4096  # parsed rows of a source that are held in memory
+_MOST_SOURCES = 64
+_FORMATS = {form: number for number, form in enumerate(FORMATS)}
+_NO_ROW = Row("text", "", ())
+_NOTHING: tuple[Any, ...] = (
+    None,
+    None,
+    None,
+    "",
+    None,
+    "",
+    False,
+    None,
+    (),
+    (),
+)  # what most rows have beside their texts
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_kept: dict[str, KeptRows] = {}
+
+
+def keep_parsed(located: Located, settings: object, parse: Callable[[], Iterator[Parsed]]) -> KeptRows:
+    """Give the rows of a source that were parsed before in this process, or keep them as they are parsed now.
+
+    A command looks at rows several times: ahead of the libraries, for the commonest format, for either side of a
+    split, to compare them with a run's. Sources count as the same by the `settings` they are parsed with and by name,
+    size and times of their files.
+    """
+    stats = [(str(path), path.stat()) for path in located.files]
+    files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats]
+    source = located.source.model_dump(exclude={"weight", "separator", "max_rows"})
+    max_rows = located.source.max_rows if not files else None  # built-in data makes, and the hub streams, as many
+    key = _encode([source, max_rows, files, settings, str(Path.cwd())])
+    if key not in _kept:
+        if len(_kept) == _MOST_SOURCES:
+            del _kept[next(iter(_kept))]
+        _kept[key] = KeptRows(parse(), lambda: _kept.pop(key, None))
+    return _kept[key]
+
+
+def forget_parsed() -> None:
+    """Free the disk of kept rows, once nothing is left to read them."""
+    _kept.clear()
+
+
+class KeptRows:
+    """Parsed rows, read from their source once and only as far as they are asked for."""
+
+    def __init__(self, source: Iterator[Parsed], forget: Callable[[], object]) -> None:
+        self._source, self._forget = source, forget
+        self._file: IO[bytes] | None = None  # has no name: it goes with this object, however the process ends
+        self._chunks: list[int] = []  # where each _CHUNK of rows begins in the file
+        self._fresh: list[Parsed] = []  # rows after those
+
+    def __call__(self) -> Iterator[Parsed]:
+        number = 0
+        while True:
+            while number < len(self._chunks):
+                yield from self._read(self._chunks[number])
+                number += 1
+            fresh = self._fresh
+            for place in range(_CHUNK):
+                if place == len(fresh):
+                    try:
+                        fresh.append(next(self._source))
+                    except StopIteration:
+                        return
+                    except BaseException:
+                        self._forget()  # a later pass meets the same fault
+                        raise
+                    if len(fresh) == _CHUNK:
+                        self._write()
+                yield fresh[place]
+            number += 1
+
+    def _write(self) -> None:
+        import pyarrow as pa
+
+        names = ("place", "form", "digest", "kind", "chat", "prompt", "completions", "rest")
+        columns = dict(zip(names, zip(*map(_flatten, self._fresh), strict=True), strict=True))
+        batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+        self._file = self._file or TemporaryFile()  # noqa: SIM115
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            with pa.ipc.new_stream(self._file, batch.schema) as out:
+                out.write_batch(batch)
+            self._file.flush()
+        except OSError as error:
+            raise DiskError(f"{gettempdir()}: rows cannot be kept: {error.strerror or error}") from error
+        self._chunks.append(start)
+        self._fresh = []
+
+    def _read(self, start: int) -> Iterator[Parsed]:
+        import pyarrow as pa
+
+        assert self._file is not None
+        self._file.seek(start)
+        with pa.ipc.open_stream(self._file) as stored:
+            columns = stored.read_next_batch().to_pydict()
+        return map(_restore, *columns.values())
+
+
+def _flatten(parsed: Parsed) -> tuple[Any, ...]:
+    """What Arrow stores of a row: texts as they are, turns and what few rows have as JSON."""
+    form = -1 if parsed.form is None else _FORMATS[parsed.form]
+    row = parsed.row or _NO_ROW
+    rest: Any = (row.scores, row.label, row.margin, row.columns, row.tokens, parsed.reason, parsed.equal_answers,
+                 parsed.columns, parsed.unread, parsed.noted)  # fmt: skip
+    rest = "" if rest == _NOTHING else _encode(rest)
+    chat, prompt, completions = row.conversational, row.prompt, row.completions
+    if chat:
+        prompt, completions = _encode(prompt), tuple(map(_encode, completions))
+    return os.fsencode(parsed.place), form, parsed.digest, parsed.row and row.kind, chat, prompt, completions, rest
+
+
+def _restore(
+    place: bytes, form: int, digest: bytes, kind: Any, chat: bool, prompt: Any, completions: Any, rest: str
+) -> Parsed:
+    parsed = Parsed(os.fsdecode(place), None if form < 0 else FORMATS[form], digest=digest)
+    scores, label, margin, columns, tokens, *others = json.loads(rest) if rest else _NOTHING
+    parsed.reason, parsed.equal_answers, parsed.columns = others[:3]
+    parsed.unread, parsed.noted = map(tuple, others[3:])
+    if kind:
+        if chat:
+            prompt, completions = json.loads(prompt), map(json.loads, completions)
+        scores, tokens = scores and tuple(scores), tokens and tuple(tokens)
+        parsed.row = Row(kind, prompt, tuple(completions), scores, label, margin, parsed.place, columns, tokens)
+    return parsed
+
 
 def write_table(path: Path, batches: Iterable[dict[str, list[Any]]]) -> datasets.Dataset:
-    """Write batches of columns to `path` and return the file as a memory-mapped data set.
+    """Write batches of columns to `path` and open the file as a memory-mapped data set.
 
     Lists of whole numbers (token ids, labels) take 32 bits each. The first batch decides the columns and types.
     The file appears whole or not at all; a batch is as much as is held in memory.
@@ -27,44 +157,33 @@ def write_table(path: Path, batches: Iterable[dict[str, list[Any]]]) -> datasets
         ValueError: there is no row, or a batch has other columns than the first one.
         DiskError: the file cannot be written.
     """
+    import pyarrow as pa
     from datasets import Dataset
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
+    writer: pa.ipc.RecordBatchStreamWriter | None = None
     try:
-        _write_stream(partial, batches)
+        with partial.open("wb") as out:
+            for columns in batches:
+                if writer is None:
+                    schema = pa.schema([(name, _narrow(pa.array(values).type)) for name, values in columns.items()])
+                    writer = pa.ipc.new_stream(out, schema)
+                if columns.keys() != set(schema.names):
+                    raise ValueError(f"columns {sorted(columns)} differ from the first batch's {sorted(schema.names)}")
+                arrays = [pa.array(columns[column.name], type=column.type) for column in schema]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+            if writer is None:
+                raise ValueError("no rows to write")
+            writer.close()
+            out.flush()
+            os.fsync(out.fileno())
         partial.replace(path)
     except OSError as error:
         raise DiskError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return Dataset.from_file(str(path))
-
-
-def _write_stream(path: Path, batches: Iterable[dict[str, list[Any]]]) -> None:
-    import pyarrow as pa
-
-    writer: pa.ipc.RecordBatchStreamWriter | None = None
-    with path.open("wb") as out:
-        for columns in batches:
-            if writer is None:
-                schema = pa.schema([(name, _column_type(values)) for name, values in columns.items()])
-                writer = pa.ipc.new_stream(out, schema)
-            if columns.keys() != set(schema.names):
-                raise ValueError(f"columns {sorted(columns)} differ from the first batch's {sorted(schema.names)}")
-            arrays = [pa.array(columns[column.name], type=column.type) for column in schema]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-        if writer is None:
-            raise ValueError("no rows to write")
-        writer.close()
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _column_type(values: list[Any]) -> pa.DataType:
-    import pyarrow as pa
-
-    return _narrow(pa.array(values).type)
 
 
 def _narrow(kind: pa.DataType) -> pa.DataType:

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerState, set_seed
 
 from alignkit import console
+from alignkit.data.store import forget_parsed
 from alignkit.errors import RunError, Stopped
 from alignkit.models.chat import Chat
 from alignkit.models.parameters import describe_parameters, hash_base, hash_samples
@@ -253,6 +254,7 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
         check_start(stage, built)
     ranks.once(lambda: trainer.require_room(run.checkpoints))
     stop.training = True
+    forget_parsed()
     try:
         trainer.train(resume_from_checkpoint=newest)
     except Stopped:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from alignkit.data.formats import FORMATS, Detector, rename_columns
+from alignkit.data.formats import FORMATS, Detector, Parsed, rename_columns
 from alignkit.data.rejects import BadRow
 from alignkit.data.rows import Row
 
@@ -30,7 +30,7 @@ def system(content: str) -> dict[str, Any]:
 
 def adapt(record: dict[str, Any], **settings: Any) -> Row:
     detector = Detector(**settings)
-    return detector.read(detector.recognise(record), record, "a.jsonl:1")
+    return detector.read(detector.recognise(record), record, Parsed("a.jsonl:1"))
 
 
 def reason(record: dict[str, Any], **settings: Any) -> str:

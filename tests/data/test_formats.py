@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignkit.data.formats import Detector, rename_columns
+from alignkit.data.formats import Detector, Parsed, rename_columns
 from alignkit.data.rejects import BadRow
 from alignkit.data.rows import Row
 
@@ -17,7 +17,7 @@ Lines = Callable[..., Path]
 
 def adapt(record: dict[str, Any], format_name: str = "auto") -> Row:
     detector = Detector(format_name)
-    return detector.read(detector.recognise(record), record, "rows.jsonl:1")
+    return detector.read(detector.recognise(record), record, Parsed("rows.jsonl:1"))
 
 
 def reason(record: dict[str, Any], format_name: str = "auto") -> str:
@@ -202,9 +202,8 @@ def test_ultrafeedback_binarized() -> None:
     detector = Detector()
     form = detector.recognise(record)
     assert str(form) == "ultrafeedback pair"
-    detector.read(form, record, "a.jsonl:1")
-    first = (1, "a.jsonl:1")
-    assert detector.unread == dict.fromkeys(("prompt_id", "messages", "score_chosen", "score_rejected"), first)
+    detector.read(form, record, parsed := Parsed("a.jsonl:1"))
+    assert parsed.unread == ("prompt_id", "messages", "score_chosen", "score_rejected")
 
 
 def test_ultrafeedback_answer_to_another_prompt_is_refused() -> None:
@@ -320,6 +319,6 @@ def test_a_file_whose_columns_always_change_does_not_fill_the_detector() -> None
     detector = Detector()
     for number in range(10_000):
         record = {"text": "a", f"column {number}": 1}
-        detector.read(detector.recognise(record), record, "a.jsonl:1")
+        detector.read(detector.recognise(record), record, parsed := Parsed("a.jsonl:1"))
+        assert parsed.unread == (f"column {number}",)
     assert len(detector._known) <= 4096
-    assert len(detector.unread) == 10_000

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from alignkit.data.formats import FORMATS, GROUPS, Detector, Format
+from alignkit.data.formats import FORMATS, GROUPS, Detector, Format, Parsed
 from alignkit.data.hashes import digest_row
 from alignkit.data.rejects import BadRow, Rejects
 from alignkit.data.rows import METHOD_KINDS, Row
@@ -254,7 +254,7 @@ def test_damaged_rows_of_every_format_are_read_or_refused_in_words(count: int) -
             try:
                 if isinstance(record, BadRow):
                     raise record
-                row = detector.read(detector.recognise(record), record, place)
+                row = detector.read(detector.recognise(record), record, Parsed(place))
                 digest_row(row)
             except BadRow as bad:
                 assert bad.reason, record
