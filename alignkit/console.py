@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import AlignKitError, UsageError
 
@@ -136,8 +137,7 @@ def restore_terminal() -> None:
 
 # Progress: one live table on a terminal, plain lines elsewhere.
 
-State = Literal["waiting", "left alone", "running", "finished", "stopped"]
-_STATES: dict[State, str] = {
+_STATES = {
     "waiting": "dim", "left alone": "dim", "running": "bold cyan", "finished": "green", "stopped": "bold red",
 }  # fmt: skip
 _LINE_INTERVAL_SECONDS = 10.0
@@ -149,12 +149,12 @@ class _Row:
     name: str
     method: str
     why: str
-    state: State = "waiting"
+    state: str = "waiting"
     step: int = 0
     total: int = 0
     facts: str = ""
     began: float | None = None
-    seconds: float | None = None
+    ended: float | None = None
     seconds_left: float | None = None
 
 
@@ -165,7 +165,7 @@ class Board:
     """
 
     def __init__(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        self._rows = {name: _Row(name, method, why) for name, method, why in rows}
+        self._rows = {row[0]: _Row(*row) for row in rows}
         self._live: Live | None = None
 
     def __enter__(self) -> Board:
@@ -184,9 +184,9 @@ class Board:
     def __exit__(self, *_: object) -> None:
         global _board
         _board = None
-        for row in self._rows.values():
+        for name, row in self._rows.items():
             if row.state == "running":
-                self._end(row, "stopped")
+                self.end(name, state="stopped")
         if self._live is not None:
             self._live.stop()
 
@@ -217,30 +217,18 @@ class Board:
         if row := self._rows.get(name):
             row.step, row.total, row.facts, row.seconds_left = step, total, facts, seconds_left
 
-    def end(self, name: str, *, left_alone: bool = False, metrics: Mapping[str, Any] | None = None) -> None:
-        """Show a stage as finished, with the first two of its metrics."""
+    def end(self, name: str, *, state: str = "finished", metrics: Mapping[str, Any] | None = None) -> None:
+        """Show a stage as ended, with the first two of its metrics."""
         row = self._rows[name]
-        self._end(row, "left alone" if left_alone else "finished")
+        row.state, row.seconds_left, row.ended = state, None, time.monotonic()
         if metrics is not None:
             shown = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float))][:2]
             row.facts = " ".join(f"{key} {value:.4g}" for key, value in shown)
-
-    def _end(self, row: _Row, state: State) -> None:
-        row.state, row.seconds_left = state, None
-        if row.began is not None:
-            row.seconds = time.monotonic() - row.began
 
     def _draw(self) -> Table:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
-
-        def clock(seconds: float | None) -> str:
-            if seconds is None:
-                return ""
-            minutes, rest = divmod(round(seconds), 60)
-            hours, minutes = divmod(minutes, 60)
-            return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for column in ("stage", "method", "state", "progress", "steps", "time", "left"):
@@ -248,11 +236,13 @@ class Board:
         table.add_column("figures")  # which alone gives way where the terminal is narrow
         for row in self._rows.values():
             running = row.state == "running"
-            seconds = time.monotonic() - row.began if running and row.began is not None else row.seconds
-            bar = ProgressBar(total=row.total, completed=row.step, width=16) if running and row.total else ""
+            seconds = None if row.began is None else (row.ended or time.monotonic()) - row.began
+            times = (seconds, row.seconds_left)
+            clocks = ["" if each is None else str(timedelta(seconds=round(each))) for each in times]
             table.add_row(
-                Text(printable(row.name)), row.method, Text(row.state, _STATES[row.state]), bar,
-                f"{row.step}/{row.total}" if row.total else "", clock(seconds), clock(row.seconds_left),
+                Text(printable(row.name)), row.method, Text(row.state, _STATES[row.state]),
+                ProgressBar(total=row.total, completed=row.step, width=16) if running and row.total else "",
+                f"{row.step}/{row.total}" if row.total else "", *clocks,
                 Text(printable(row.facts or row.why), "" if row.facts else "dim", no_wrap=True, overflow="ellipsis"),
             )  # fmt: skip
         return table
@@ -392,25 +382,23 @@ def print_jobs(jobs: Sequence[Mapping[str, Any]], *, scripts: bool) -> None:
 
 def print_plan(entries: Sequence[Mapping[str, Any]]) -> None:
     """Write what a run would do with each stage, and why; `entries` are `Entry.to_dict()`."""
-    rows = [
-        (entry["stage"], entry["method"], ", ".join(entry["needs"]) or None, entry["will"], entry["why"])
-        for entry in entries
-    ]
-    print_table("", ("stage", "method", "needs", "will", "why"), rows)
+    columns = ("stage", "method", "needs", "will", "why")
+    rows = [{**entry, "needs": ", ".join(entry["needs"]) or None} for entry in entries]
+    print_table("", columns, [[row[column] for column in columns] for row in rows])
 
 
 def print_run(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
     """Write one line for each stage of a run: how it ended, where it stopped, what was not reached."""
     by_name = {result["stage"]: result for result in results}
-    stopped = next((name for name in names if name not in by_name), None)
-    rows = []
+    rows: list[tuple[Any, ...]] = []
+    status = "not finished"
     for name in names:
-        result = by_name.get(name, {"status": "not finished" if name == stopped else "not reached"})
-        seconds = result.get("wall_seconds")
-        rows.append(
-            (name, result["status"], result.get("step"), None if seconds is None else f"{seconds:.0f}",
-             result.get("model_dir") or None)
-        )  # fmt: skip
+        if (result := by_name.get(name)) is not None:
+            seconds = f"{result['wall_seconds']:.0f}"
+            rows.append((name, result["status"], result["step"], seconds, result["model_dir"] or None))
+        else:
+            rows.append((name, status, None, None, None))
+            status = "not reached"
     print_table("", ("stage", "status", "steps or rows", "seconds", "model"), rows)
 
 

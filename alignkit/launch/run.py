@@ -126,7 +126,8 @@ def run_many(
             done = run_stages(entries, retries=how.retries, before=before, aside=board.paused)
             for entry, result in zip(entries, done, strict=True):
                 results.append(result.to_dict())
-                board.end(entry.stage.name, left_alone=entry.will == "leave alone", metrics=result.metrics)
+                state = "left alone" if entry.will == "leave alone" else "finished"
+                board.end(entry.stage.name, state=state, metrics=result.metrics)
             if measure is not None and console.is_main():
                 measure.show(board, measured, is_new=any(entry.will != "leave alone" for entry in entries))
     except BaseException as error:
@@ -407,7 +408,7 @@ class Measuring:
         """Add the new content of each eval.json to `measured`; nothing is done where nothing has changed."""
         if not is_new and self.is_done():
             console.note("evaluate: already measured, nothing to do (alignkit eval measures again)")
-            board.end(MEASURE, left_alone=True)
+            board.end(MEASURE, state="left alone")
             return
         board.begin(MEASURE)
         for result in self.run():

@@ -35,14 +35,13 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted((path for path in directory.iterdir() if step_of(path) >= 0), key=step_of, reverse=True)
 
 
-def newest_step(directory: Path) -> int | None:
-    """Find the step of the newest sealed checkpoint, None without one; nothing is verified."""
-    sealed = _list_sealed(directory)
-    return step_of(sealed[0]) if sealed else None
-
-
 def _list_sealed(directory: Path) -> list[Path]:
     return [path for path in list_checkpoints(directory) if (path / MANIFEST).is_file()]
+
+
+def newest_step(directory: Path) -> int | None:
+    """Find the step of the newest sealed checkpoint, None without one; nothing is verified."""
+    return next(map(step_of, _list_sealed(directory)), None)
 
 
 def _own_checksum(manifest: dict[str, Any]) -> str:
@@ -137,6 +136,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def expected_bytes(directory: Path, *, first_guess: int) -> int:
     """Estimate the size of the next checkpoint: that of the newest sealed one, or the caller's guess."""
-    sealed = _list_sealed(directory)
-    files = [path for path in sealed[0].rglob("*") if path.is_file()] if sealed else []
-    return sum(path.stat().st_size for path in files) if sealed else first_guess
+    for newest in _list_sealed(directory)[:1]:
+        return sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    return first_guess

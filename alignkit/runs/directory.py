@@ -74,17 +74,13 @@ class RunLock:
         )
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = self._path.read_text(encoding="utf-8").strip() or "another process"
+            taken = None if self.is_current() else "another process, which has just ended; try again"
+        except OSError:
+            taken = self._path.read_text(encoding="utf-8").strip() or "another process"
+            taken += "; wait for it, or give this run its own directory with --out, a whole recipe with --set name=NAME"
+        if taken is not None:
             self._file.close()
-            raise RunError(
-                f"in use by {holder}; wait for it, or give this run its own directory with --out, a whole recipe with "
-                "--set name=NAME",
-                where=str(run.path),
-            ) from error
-        if not self.is_current():
-            self._file.close()
-            raise RunError("in use by another process, which has just ended; try again", where=str(run.path))
+            raise RunError(f"in use by {taken}", where=str(run.path))
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
@@ -112,21 +108,17 @@ def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
     with disk_failures(run.path, "the run directory"):
         for directory in (run.path.parent, run.path):  # the recipe's own too: its page shows what the runs' pages do
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _refuse_links(run.path)
+        # What a link anywhere in a run points to would be written, emptied or renamed.
+        for folder, folders, files in os.walk(run.path):
+            for name in (*folders, *files):
+                if os.path.islink(link := os.path.join(folder, name)):
+                    raise RunError(
+                        f"is a link to {os.readlink(link)}; a run's files lie in its directory: put what it points to "
+                        "in its place, or remove it",
+                        where=link,
+                    )
         lock = RunLock(run)
     return run, set_aside(run, lock) if force else lock
-
-
-def _refuse_links(directory: Path) -> None:
-    """Raise RunError for a symbolic link anywhere in a run: what it points to would be written, emptied or renamed."""
-    for folder, folders, files in os.walk(directory):
-        for name in (*folders, *files):
-            if os.path.islink(path := os.path.join(folder, name)):
-                raise RunError(
-                    f"is a link to {os.readlink(path)}; a run's files lie in its directory: put what it points to in "
-                    "its place, or remove it",
-                    where=path,
-                )
 
 
 def set_aside(run: RunDir, lock: RunLock) -> RunLock:
@@ -151,13 +143,10 @@ def refuse_foreign(path: Path) -> None:
     path = path.expanduser().absolute()
     if path == path.parent or path == Path.home():
         raise RunError("is no place for a run; name a directory of its own with --out", where=str(path))
-    if not path.exists():
-        return
-    if not path.is_dir():
+    if path.exists() and not path.is_dir():
         raise RunError("is a file; a run needs a directory", where=str(path))
-    ours = {".lock", "stage.json", "error.log", "launch"}
-    content = {entry.name for entry in path.iterdir()}
-    if content and not content & ours:
+    content = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    if content and not content & {".lock", "stage.json", "error.log", "launch"}:
         raise RunError(
             f"is not empty and holds no run (found {', '.join(sorted(content)[:3])}); "
             "choose another directory with --out",
@@ -180,12 +169,6 @@ def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Seque
     now = json.loads(json.dumps(dict(current), default=str))
     fields = method_fields(str(now.get("method")))
 
-    def tell(key: str) -> str:
-        if all(_DIGEST.fullmatch(json.dumps(values.get(key))) for values in (before, now)):
-            return f"{key}: {_DIGESTS.get(key, 'its bytes')} changed"
-        differing = _differing(key, before.get(key), now.get(key))
-        return "; ".join(f"{name}: {show(name, old)} -> {show(name, new)}" for name, old, new in differing)
-
     def show(key: str, value: Any) -> str:
         # As the user wrote it; a fingerprint leaves out what is TRL's own default.
         default = fields.get(key.rpartition(".")[2], {}).get("default")
@@ -195,13 +178,17 @@ def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Seque
 
     refused = {}
     for key in sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
-        change = tell(key)
-        if now.get("method") == "ppo" and key.rpartition(".")[2] in _OF_A_ROLLOUT:
-            refused[key] = (
-                f"{change} (it decides which step is of which rollout: not to be changed in a run that has begun)"
-            )
-        elif not any(key == name or key.endswith(f".{name}") for name in allow_change):
-            refused[key] = change
+        old, new, last = before.get(key), now.get(key), key.rpartition(".")[2]
+        of_a_rollout = now.get("method") == "ppo" and last in _OF_A_ROLLOUT
+        if not of_a_rollout and any(key == name or key.endswith(f".{name}") for name in allow_change):
+            continue
+        if all(_DIGEST.fullmatch(json.dumps(value)) for value in (old, new)):
+            refused[key] = f"{key}: {_DIGESTS.get(key, 'its bytes')} changed"
+        else:
+            differing = _differing(key, old, new)
+            refused[key] = "; ".join(f"{name}: {show(name, old)} -> {show(name, new)}" for name, old, new in differing)
+        if of_a_rollout:
+            refused[key] += " (it decides which step is of which rollout: not to be changed in a run that has begun)"
     return refused
 
 

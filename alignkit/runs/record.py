@@ -7,9 +7,10 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,46 +29,43 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        if path.is_file() and not path.is_symlink():
-            self._mend()
+        if not path.is_file() or path.is_symlink():
+            return
+        num_bytes, lines = path.stat().st_size, self._scan()
+        bad = [number for number, (_, row) in enumerate(lines, 1) if row is None]
+        aside = put_aside(path) if bad else path
+        if bad or sum(len(line) for line, _ in lines) < num_bytes:
+            self._write(line for line, row in lines if row is not None)
+        tell_bad_lines(path, bad, f"the file as it was is kept as {aside.name}")
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one object and hand it to the operating system; raises DiskError."""
-        line = json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n"
+        """Add one object and hand it to the operating system; raises DiskError.
+
+        JSON has no NaN: it becomes a string rather than a file that parsers refuse.
+        """
+        finite = {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         with disk_failures(self._path.parent, self._path.name):
             descriptor = open_own(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(line)
+                file.write(json.dumps(finite, ensure_ascii=False) + "\n")
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the rows for which `wanted(row)` is false: those of steps that a resumed run will take again."""
         if self._path.is_file():
-            with self._path.open("rb") as file:
-                found = list(scan_lines(file, self._path.name))
-            self._rewrite([line for line, row in found if row is not None and wanted(row)])
+            self._write(line for line, row in self._scan() if row is not None and wanted(row))
 
     def read(self) -> list[dict[str, Any]]:
-        """Return every row."""
         return read_lines(self._path)
 
-    def _mend(self) -> None:
+    def _scan(self) -> list[tuple[bytes, dict[str, Any] | None]]:
         with self._path.open("rb") as file:
-            found = list(scan_lines(file, self._path.name))
-        bad = [number for number, (_, row) in enumerate(found, 1) if row is None]
-        if bad:
-            aside = put_aside(self._path)
-            self._rewrite([line for line, row in found if row is not None])
-            tell_bad_lines(self._path, bad, f"the file as it was is kept as {aside.name}")
-        elif sum(len(line) for line, _ in found) < self._path.stat().st_size:
-            self._rewrite([line for line, _ in found])
+            return list(scan_lines(file, self._path.name))
 
-    def _rewrite(self, lines: Sequence[bytes]) -> None:
+    def _write(self, lines: Iterable[bytes]) -> None:
         write_text(self._path, b"".join(lines).decode("utf-8", "replace"))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: say it as a string rather than write a file that parsers refuse."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
@@ -86,10 +84,8 @@ def versions() -> dict[str, str]:
     """Look up the installed versions that can change a result."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -107,11 +103,10 @@ def git_state(directory: Path) -> dict[str, Any] | None:
 def describe_hardware() -> dict[str, Any]:
     """Describe system, processor, cores, memory and torch's devices, without host or user; loads torch."""
     processor = platform.processor() or platform.machine()
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():  # Linux knows the model, Python the architecture only
-        lines = listing.read_text(encoding="utf-8", errors="replace").splitlines()
-        models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        processor = next(models, processor)
+    with suppress(OSError):  # Linux knows the model, Python the architecture only
+        listing = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if model := re.search(r"^model name\s*:\s*(.*\S)", listing, re.MULTILINE):
+            processor = model[1]
     return {
         "system": platform.platform(terse=True),
         "processor": processor,
@@ -140,10 +135,9 @@ def describe_devices() -> dict[str, str]:
 
     devices = {}
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        memory = f"{properties.total_memory / 2**30:.1f} GiB"
-        devices[f"cuda:{index}"] = f"{properties.name}, {memory}, compute capability {capability}"
+        found = torch.cuda.get_device_properties(index)
+        memory = f"{found.total_memory / 2**30:.1f} GiB"
+        devices[f"cuda:{index}"] = f"{found.name}, {memory}, compute capability {found.major}.{found.minor}"
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU, shared memory"
     threads = torch.get_num_threads()
