@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -26,6 +22,7 @@ from jinja2.parser import Parser
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from alignkit.errors import ModelError
+from alignkit.runs.stop import time_limit
 
 _RENDER_SECONDS = 1
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -457,8 +454,10 @@ class Template:
         ]
         # transformers offers no way to set the clock: its cached template takes a global of its own.
         _compile_jinja_template(self.source).globals["strftime_now"] = self._strftime
+        what = f"the chat template did not render within {_RENDER_SECONDS} s; use another: model.chat_template"
+        endless = Endless(what)
         try:
-            with _time_limit(_RENDER_SECONDS):
+            with time_limit(_RENDER_SECONDS, endless, of_thread=True):
                 texts, spans = render_jinja_template(
                     [bare],
                     chat_template=self.source,
@@ -569,27 +568,3 @@ def _is_written(value: str, text: str) -> bool:
         return True
     as_json = (json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
     return any(form in text for form in as_json) or "".join(value.split()) in "".join(text.split())
-
-
-@contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
-    """Stop a template that does not end; only the main thread can be interrupted, elsewhere there is no limit.
-
-    The time is the thread's own, so that a busy machine stops nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    until = time.thread_time() + seconds
-
-    def stop(*_: object) -> None:
-        if time.thread_time() >= until:
-            raise Endless(f"the chat template did not render within {seconds} s; use another: model.chat_template")
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)

@@ -12,11 +12,9 @@ import importlib
 import importlib.util
 import inspect
 import math
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,9 @@ from alignkit.recipe import Stage
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers, Workspace
+from alignkit.runs.stop import time_limit
 
 _IMPORT_SECONDS = 120.0
-_AGAIN_SECONDS = 1.0  # a function that swallows the interruption is interrupted again
 
 
 class _TimeUp(BaseException):
@@ -98,7 +96,7 @@ class FunctionReward:
         arguments = copy.deepcopy((list(prompts), list(completions), given))  # it may change what it gets
         try:
             # Standard output is for results.
-            with contextlib.redirect_stdout(sys.stderr), _time_limit(self.seconds):
+            with contextlib.redirect_stdout(sys.stderr), time_limit(self.seconds, _TimeUp()):
                 returned = self._function(arguments[0], arguments[1], **arguments[2])
         except _TimeUp:
             raise self._error(
@@ -162,7 +160,7 @@ def _import(path: str, folder: Path, where: str | None) -> Callable[..., Any]:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # last: it must not hide a library
     try:
-        with contextlib.redirect_stdout(sys.stderr), _time_limit(_IMPORT_SECONDS):
+        with contextlib.redirect_stdout(sys.stderr), time_limit(_IMPORT_SECONDS, _TimeUp()):
             module = importlib.import_module(module_name)
     except _TimeUp:
         what = f"cannot be imported: {module_name} takes longer than {_IMPORT_SECONDS:g} s"
@@ -206,26 +204,3 @@ def _describe(error: BaseException) -> str:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt what runs inside after `seconds`, with an alarm in this very thread: nothing is left running.
-
-    Only the main thread, where training runs, can be interrupted; elsewhere there is no limit. A C extension that never
-    comes back to Python is not interrupted either: no thread could end it.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise _TimeUp
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -34,6 +35,32 @@ def hearing(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def time_limit(seconds: float, error: BaseException, *, of_thread: bool = False) -> Iterator[None]:
+    """Raise `error` in the block after `seconds`, by an alarm in this very thread: nothing is left running.
+
+    Code that swallows it is interrupted again. Only the main thread can be interrupted, and no C extension that never
+    comes back to Python. With `of_thread` the seconds are those the thread has computed: a busy machine stops nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    timer, number = (signal.ITIMER_VIRTUAL, signal.SIGVTALRM) if of_thread else (signal.ITIMER_REAL, signal.SIGALRM)
+    until = time.thread_time() + seconds
+
+    def interrupt(*_: object) -> None:
+        if not of_thread or time.thread_time() >= until:
+            raise error
+
+    before = signal.signal(number, interrupt)
+    signal.setitimer(timer, seconds, 0.1 if of_thread else 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(timer, 0)
+        signal.signal(number, before)
 
 
 class Stop:
