@@ -323,7 +323,7 @@ def require_held_out(recipe: Recipe, names: Sequence[str]) -> list[str]:
         raise RecipeError(
             f"evaluate: has no rows to measure on: {keeps} none out of training; add eval: to "
             f"{bare[0]} (a share such as 0.05, or files), or evaluate.data",
-            where=next(iter(recipe.origins_below.get("evaluate", {}).values()), recipe.path),
+            where=next(place for key, place in recipe.origins.items() if key.split(".")[0] == "evaluate"),
         )
     return [f"evaluate: leaves out {name}, which keeps no rows out of training; add eval: to it, or evaluate.data"
             for name in bare]  # fmt: skip

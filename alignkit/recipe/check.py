@@ -11,14 +11,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alignkit.console import redact
 from alignkit.errors import Problem
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, Text
+from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, RlaifOptions, Text
 from alignkit.recipe.trl_fields import CONTROLLED, ELSEWHERE, MOVED, controlled_fields, method_fields, moved_names
 from alignkit.recipe.yaml import Node, read_scalar
 
@@ -46,26 +46,47 @@ _YAML_11_BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "o
 _MANY = 20
 
 
-def check_section(
-    model: type[BaseModel], values: Mapping[str, Node], say: Callable[[str], str] = str
-) -> dict[str, list[Problem]]:
-    """Return the problems of the keys of a model by key; `say` is what messages call a key.
+_Model = TypeVar("_Model", bound=BaseModel)
 
-    Keys that the model does not have, and those that it misses, are for the caller to judge.
+
+def check_keys(
+    model: type[_Model], node: Node, method: str, label: str, say: Callable[[str], str]
+) -> tuple[_Model | None, dict[str, list[Problem]]]:
+    """Check the keys of a stage or an rlaif section: alignkit's own, TRL's, and those that are neither.
+
+    The problems are by key; without any, there is what pydantic made of alignkit's own keys.
+    """
+    own = {key: child for key, child in node.value.items() if key in model.model_fields}
+    made, found = validate(model, own, say)
+    fields = method_fields(method)
+    for key, child in node.value.items():
+        if key in fields:
+            if problems := check_field(child, method, key, say(key)):
+                found[key] = problems
+        elif key not in own:
+            found[key] = [Problem(describe_unknown_in_stage(key, stage=label, method=method), child.place)]
+    return made, found
+
+
+def validate(
+    model: type[_Model], values: Mapping[str, Node], say: Callable[[str], str]
+) -> tuple[_Model | None, dict[str, list[Problem]]]:
+    """Make a model of values, with the problems of the values by key; `say` is what messages call a key.
+
+    Keys that are missing are for the caller to judge.
     """
     try:
-        model.model_validate({key: node.plain() for key, node in values.items() if key in model.model_fields})
+        return model.model_validate({key: node.plain() for key, node in values.items()}), {}
     except ValidationError as error:
         errors: dict[str, list[_Error]] = {}
         for (key, *below), kind in _list_errors(error):
             errors.setdefault(str(key), []).append((tuple(below), kind))
         schema = _schema(model)
-        return {
+        return None, {
             key: list(_explain(values[key], schema["properties"][key], schema.get("$defs", {}), say(key), found))
             for key, found in errors.items()
             if key in values
         }
-    return {}
 
 
 def check_field(node: Node, method: str, name: str, key: str) -> list[Problem]:
@@ -334,7 +355,12 @@ def describe_unknown_top(name: str, *, is_mapping: bool) -> str:
     return describe_unknown(name, "", [*known, *sections])
 
 
-def describe_unknown_in_stage(key: str, *, stage: str, method: str, accepted: list[str]) -> str:
+def accepted_keys(method: str) -> list[str]:
+    """List what a stage or an rlaif section may say: alignkit's own keys, then TRL's."""
+    return [*(OPTIONS.get(method, RlaifOptions)).model_fields, *method_fields(method)]
+
+
+def describe_unknown_in_stage(key: str, *, stage: str, method: str) -> str:
     """Say that a stage has no such key, and where it belongs."""
     where = f"{stage}.{key}"
     refused, moved = controlled_fields(method), moved_names(method)
@@ -347,7 +373,7 @@ def describe_unknown_in_stage(key: str, *, stage: str, method: str, accepted: li
     owner = _find_section(key)
     if owner:
         return f"{where} is not a key of {method}; it belongs in {owner}"
-    return describe_unknown(key, stage, accepted)
+    return describe_unknown(key, stage, accepted_keys(method))
 
 
 def _find_section(key: str) -> str | None:

@@ -5,31 +5,31 @@ All problems are collected before anything is raised; nothing here looks at data
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import Problem, RecipeError
-from alignkit.recipe.check import check_field, check_section, describe_unknown_in_stage, quote_help, show
+from alignkit.recipe.check import check_keys, describe_unknown_top, quote_help, show, show_key, validate
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.references import REWARD_KEYS, SOURCE_KEYS, check_evaluated, check_references, resolve_paths
-from alignkit.recipe.rules import audit_evaluation, audit_recipe, audit_stage
-from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions, RlaifOptions
-from alignkit.recipe.sections import (
-    METHODS,
-    Group,
-    Section,
-    StageTree,
-    Sweep,
-    Variant,
-    describe_not_a_stage,
-    find_inherited,
-    read_method,
+from alignkit.recipe.references import (
+    REWARD_KEYS,
+    SOURCE_KEYS,
+    check_circles,
+    check_evaluated,
+    check_references,
+    resolve_paths,
 )
+from alignkit.recipe.rules import audit_recipe, audit_stage
+from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions
+from alignkit.recipe.sections import Run, Section, Whole, make_stage
 from alignkit.recipe.stage import Recipe, StageSection
-from alignkit.recipe.trl_fields import method_fields
-from alignkit.recipe.yaml import Node, apply_override, find_secrets, label_path, load_tree
+from alignkit.recipe.trl_fields import ELSEWHERE
+from alignkit.recipe.yaml import Node, apply_override, label_path, load_tree, take_secrets
+
+SECTIONS = (*OPTIONS, RLAIF)  # names that need no `method:`
+METHODS = ", ".join(SECTIONS)
 
 
 def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -45,259 +45,213 @@ def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
             tree = apply_override(tree, override)
         except RecipeError as error:
             problems += error.problems
-    return build_recipe(tree, path=path, label=label_path(path), problems=problems)
+    problems += take_secrets(tree)
+    whole, found = split(tree, set())
+    problems += found
+    runs, tops = [Run(name, stage, whole) for name, stage in whole.stages.items()], [whole.top]
+    groups = [*whole.groups.values()]
+    if SWEEP in tree.value:
+        from alignkit.recipe.sweep import spread
+
+        swept = spread(whole, lambda tree: split(tree, whole.top.broken)[0])
+        runs, tops, groups = swept.runs or runs, swept.tops or tops, swept.groups or groups
+        problems += swept.problems
+    problems += check_values(whole, runs, tops, groups)
+    if problems:
+        label = label_path(path)
+
+        def rank(problem: Problem) -> tuple[bool, bool, str, int]:
+            """The recipe itself first, other files by name, by line in each; the command line is last."""
+            where = problem.where or ""
+            file, _, line = where.rpartition(":")
+            return where.startswith("--"), file != label, file, int(line) if line.isdecimal() else 0
+
+        raise RecipeError(sorted(dict.fromkeys(problems), key=rank))
+    return construct(whole, runs, tops[0], path)
 
 
-def build_recipe(tree: Node, *, path: Path, label: str, problems: Sequence[Problem] = ()) -> Recipe:
-    """Return the validated recipe; raises RecipeError with these and all further problems, sorted by place."""
+def split(tree: Node, broken: set[str]) -> tuple[Whole, list[Problem]]:
+    """Tell stage sections from the recipe's own keys; `broken` is where wrong keys of the top level are noted."""
     if (model := tree.value.get("model")) is not None and isinstance(model.value, str) and model.value:
-        tree.value["model"] = Node({"path": model}, model.origin, model.line)  # `model: PATH` is short for it
-    build = _Build(tree, list(problems))
-    build.refuse_secrets()
-    build.split()
-    swept = build.sweep()
-    names = {*build.stages, *(name for variants in swept.names.values() for name in variants)}
-    build.problems += resolve_paths(swept.tops, [(stage.label, stage.node) for stage in swept.stages], names)
-    for top in swept.tops:
-        build.check_top(top)
-    for group in swept.groups:
-        build.check_group(group, swept.tops[0])
-    for stage in swept.stages:
-        build.check_stage(stage)
-    build.check_references(swept)
-    build.audit(swept)
-    if build.problems:
-        raise RecipeError(_sort(build.problems, label))
-    return construct(swept, name=path.stem, label=label)
+        short = Node({"path": model}, model.origin, model.line)  # `model: PATH` is short for it
+        tree = Node({**tree.value, "model": short}, tree.origin, tree.line)
+    whole = Whole(Section("", "", tree, broken), {}, {})
+    problems: list[Problem] = []
+    for name, node in tree.value.items():
+        if name in RecipeOptions.model_fields:
+            continue
+        if problem := describe_not_a_stage(name, node):
+            problems.append(Problem(problem, node.place))
+            broken.add(name)
+            continue
+        method = str(node.value["method"].value) if "method" in node.value else name
+        if method != RLAIF:
+            whole.stages[name] = make_stage(name, method, node, whole.top)
+            continue
+        from alignkit.recipe.rlaif import split_group
 
-
-@dataclass
-class _Build:
-    tree: Node
-    problems: list[Problem]
-    stages: dict[str, StageTree] = field(default_factory=dict)
-    groups: dict[str, Group] = field(default_factory=dict)
-    broken: set[str] = field(default_factory=set)
-
-    def refuse_secrets(self) -> None:
-        """Report secrets and take them out, so that no other message shows them."""
-        found = find_secrets(self.tree)
-        self.problems += [problem for _, problem in found]
-        _remove(self.tree, {id(node) for node, _ in found})
-
-    def split(self) -> None:
-        """Tell stage sections from the recipe's own keys; report keys that are neither."""
-        known = RecipeOptions.model_fields
-        taken = self.tree.value.keys()
-        for name, node in self.tree.value.items():
-            if name in known:
-                continue
-            if problem := describe_not_a_stage(name, node):
-                self.problems.append(Problem(problem, node.place))
-                self.broken.add(name)
-            elif read_method(name, node) == RLAIF:
-                from alignkit.recipe.rlaif import split_group
-
-                group = self.groups[name] = split_group(name, node, self.tree)
-                self.problems += [Problem(what, node.place) for what in group.find_clashes(taken)]
-                self.stages |= {stage.name: stage for stage in group.stages if stage.name not in taken}
+        group = whole.groups[name] = split_group(name, node, whole.top)
+        for stage in group.stages:
+            if stage.name not in tree.value:
+                whole.stages[stage.name] = stage
             else:
-                self.stages[name] = StageTree(name, read_method(name, node), node, self.tree)
-        if not self.stages and not self.problems:
-            self.problems.append(Problem(f"there is no stage; add a section such as {METHODS}", self.tree.place))
-
-    def sweep(self) -> Sweep:
-        """Return the variants of the stages; keys under `sweep:` that cannot be swept are left out."""
-        if SWEEP not in self.tree.value:
-            plain = {name: [Variant(name, stage, {}, {})] for name, stage in self.stages.items()}
-            return Sweep([self.tree], [*self.groups.values()], [*self.stages.values()], plain)
-        from alignkit.recipe.sweep import read_axes, spread
-
-        axes, problems = read_axes(self.tree, self.stages, self.groups)
-        swept = spread(self.tree, self.stages, self.groups, axes)
-        self.problems += [*problems, *swept.problems]
-        return swept
-
-    def check_top(self, top: Node) -> None:
-        found = check_section(RecipeOptions, {key: node for key, node in top.value.items() if key != SWEEP})
-        if (lora := top.value.get("lora")) is not None and lora.value is None:
-            found["lora"] = [Problem("lora is empty; write {} for its defaults, or take the key out", lora.place)]
-        if "model" not in top.value:
-            found["model"] = [Problem("model is missing; add `model: {path: ...}`", top.place)]
-        for key, problems in found.items():
-            self.problems += problems
-            self.broken.add(key)
-
-    def check_group(self, group: Group, top: Node) -> None:
-        """Check the keys of an rlaif section itself; those of its steps are checked with their stages."""
-        from alignkit.recipe.rlaif import find_unused
-
-        own = RlaifOptions.model_fields
-        found = check_section(RlaifOptions, group.node.value, lambda key: f"{group.name}.{key}")
-        required = {key for key, field in own.items() if field.is_required()}
-        for key in sorted(group.find_missing(required - find_inherited(top, RLAIF).keys())):
-            what = f"{group.name}.{key} is missing; {quote_help(own[key].description)}"
-            found[key] = [Problem(what, group.node.place)]
-        for key, problems in found.items():
-            self.problems += problems
-            group.mark_broken(key)
-        for key, node in group.node.value.items():
-            if key not in own:
-                what = describe_unknown_in_stage(key, stage=group.name, method=RLAIF, accepted=[*own])
-                self.problems.append(Problem(what, node.place))
-        for key, what in find_unused(group.node.value):
-            self.problems.append(Problem(f"{group.name}.{key} {what}", group.place(key)))
-
-    def check_stage(self, stage: StageTree) -> None:
-        own, fields = OPTIONS[stage.method].model_fields, method_fields(stage.method)
-        found = check_section(OPTIONS[stage.method], stage.node.value, stage.say)
-        for key, node in stage.node.value.items():
-            if key in fields:
-                found[key] = check_field(node, stage.method, key, stage.say(key))
-            elif key not in own:
-                accepted = [*own, *fields]
-                what = describe_unknown_in_stage(key, stage=stage.label, method=stage.method, accepted=accepted)
-                found[key] = [Problem(what, node.place)]
-        given = {*stage.node.value, *find_inherited(stage.top, stage.method), *stage.broken}
-        missing = {key for key, field in own.items() if field.is_required() and key != "data"}
-        for key in [*(["data"] if stage.needs_data else []), *sorted(missing)]:
-            if key not in given:
-                work = "work" if stage.method in FEEDBACK else "train"
-                rows = f"add the rows to {work} on, here or as the recipe's own `data:`"
-                what = f"{stage.say(key)} is missing; {rows if key == 'data' else quote_help(own[key].description)}"
-                found[key] = [Problem(what, stage.node.place)]
-        for key, problems in found.items():
-            self.problems += problems
-            if problems:
-                stage.broken.add(key)
-
-    def check_references(self, swept: Sweep) -> None:
-        """Check that whatever names a stage names one that is there, and that nothing goes in circles."""
-        listed = self.tree.value.get("stages")
-        variants = {made.name: made.stage for all_made in swept.variants.values() for made in all_made}
-        names = (*self.groups, *dict.fromkeys((*self.stages, *variants)))
-        for item in listed.value or () if listed is not None and "stages" not in self.broken else ():
-            if item.value not in names:
-                hint = suggest(str(item.value), names) or f"; there are {', '.join((*self.groups, *self.stages))}"
-                self.problems.append(Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place))
-        self.problems += check_references(swept.stages, {**self.stages, **variants}, self.groups)
-        evaluate = self.tree.value.get("evaluate")
-        if evaluate is not None and "evaluate" not in self.broken:
-            self.problems += check_evaluated(evaluate, names)
-
-    def audit(self, swept: Sweep) -> None:
-        """Hold every stage against the top level that it reads, and each model and adapter against its stages."""
-        broken = frozenset(self.broken)
-        tops = {id(top): Section("", "", _plain_without(top, self.broken), broken, top) for top in swept.tops}
-        shapes: dict[str, list[tuple[Section, Section]]] = {}
-        for stage in swept.stages:
-            section, top = stage.section(), tops[id(stage.top)]
-            self.problems += audit_stage(section, top)
-            if stage.method not in FEEDBACK or not swept.names:  # they read no lora: and so have not every shape
-                shapes.setdefault(repr([top.values.get(key) for key in ("model", "lora")]), []).append((section, top))
-        self.problems += audit_evaluation(tops[id(swept.tops[0])])
-        for pairs in shapes.values():
-            self.problems += audit_recipe(pairs[0][1], [section for section, _ in pairs])
-        if not shapes:
-            self.problems += audit_recipe(tops[id(swept.tops[0])], ())
+                what = f"{name} has a stage {stage.name}, and so has the recipe; rename one of the two sections"
+                problems.append(Problem(what, node.place))
+    if not whole.stages and not problems:
+        problems.append(Problem(f"there is no stage; add a section such as {METHODS}", tree.place))
+    return whole, problems
 
 
-def _remove(node: Node, ids: set[int]) -> None:
-    if isinstance(node.value, dict):
-        node.value = {key: child for key, child in node.value.items() if id(child) not in ids}
-        children: Iterator[Node] = iter(node.value.values())
-    else:
-        children = iter(node.value if isinstance(node.value, list) else ())
-    for child in children:
-        _remove(child, ids)
+def describe_not_a_stage(name: str, node: Node) -> str | None:
+    """Say why a section that is no key of a recipe is no stage either; None when it is one."""
+    is_mapping = isinstance(node.value, dict)
+    method = node.value.get("method") if is_mapping else None
+    if name in SECTIONS and not is_mapping:
+        needed = "it is a mapping with at least `constitution:`"
+        return f"{name} is {show(node)}; {needed if name == RLAIF else 'a stage is a mapping with at least `data:`'}"
+    if name in SECTIONS and method is not None and method.value != name:
+        article = "a" if name in ("dpo", "critique", "label") else "an"
+        return (
+            f"{name}.method is {show(method)}; a section named {name} is {article} {name} stage: "
+            "take method out, or rename the section"
+        )
+    if name in SECTIONS or (method is not None and method.value in list(SECTIONS)):
+        good = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name)
+        return None if good else f"stage {show_key(name)}: use letters, digits, '_' and '-' in a stage's name only"
+    if method is not None:
+        known = ELSEWHERE.get(str(method.value).lower())
+        nearest = f"; {known}" if known else suggest(method.value, SECTIONS) if isinstance(method.value, str) else ""
+        return f"{show_key(name)}.method is {show(method)}; it must be one of {METHODS}{nearest}"
+    return describe_unknown_top(name, is_mapping=is_mapping)
 
 
-def _plain_without(node: Node, broken: set[str]) -> dict[str, Any]:
-    return {key: child.plain() for key, child in node.value.items() if key not in broken}
+def check_values(whole: Whole, runs: Sequence[Run], tops: Sequence[Section], groups: Sequence[Any]) -> list[Problem]:
+    """Check everything in a recipe; with a sweep, every section with each of its values."""
+    stages = list({id(run.stage): run.stage for run in runs}.values())
+    runs_by_name = {run.name: run.stage for run in runs}
+    names = [*whole.groups, *dict.fromkeys((*whole.stages, *runs_by_name))]
+    problems = resolve_paths(tops, stages, names)
+    for top in tops:
+        problems += check_top(top)
+    for group in groups:
+        from alignkit.recipe.rlaif import check_group
+
+        problems += check_group(group)
+    for stage in stages:
+        problems += check_stage(stage)
+    problems += check_listed(whole, names)
+    for run in runs:
+        problems += check_references(run.stage, {**run.whole.stages, **runs_by_name}, run.whole.groups)
+    problems += check_circles({run.name: run for run in runs})
+    evaluate = whole.top.node.value.get("evaluate")
+    if evaluate is not None and "evaluate" not in whole.top.broken:
+        problems += check_evaluated(evaluate, names)
+    for stage in stages:
+        problems += audit_stage(stage)
+    shapes: dict[str, list[Section]] = {repr([whole.top.node.value.get("model"), None]): []} if not stages else {}
+    for stage in stages:
+        assert stage.top is not None
+        if stage.method not in FEEDBACK or stages == [*whole.stages.values()]:  # they read no lora
+            read = [child.plain() for key in ("model", "lora") if (child := stage.top.node.value.get(key))]
+            shapes.setdefault(repr(read), []).append(stage)
+    for alike in shapes.values():
+        problems += audit_recipe(alike[0].top if alike and alike[0].top else whole.top, alike)
+    return problems
 
 
-def _sort(problems: list[Problem], label: str) -> list[Problem]:
-    """Order by file (the recipe itself first) and line; what came from the command line is last."""
-
-    def rank(problem: Problem) -> tuple[bool, bool, str, int]:
-        where = problem.where or ""
-        file, _, line = where.rpartition(":")
-        return where.startswith("--"), file != label, file, int(line) if line.isdecimal() else 0
-
-    return sorted(dict.fromkeys(problems), key=rank)
-
-
-_READ_BY_STAGES = ("seed", "model", "lora")  # data and eval are among a stage's own values by now
+def check_top(top: Section) -> Iterator[Problem]:
+    values = {key: node for key, node in top.node.value.items() if key in RecipeOptions.model_fields and key != SWEEP}
+    top.options, found = validate(RecipeOptions, values, str)
+    if (lora := values.get("lora")) is not None and lora.value is None:
+        found["lora"] = [Problem("lora is empty; write {} for its defaults, or take the key out", lora.place)]
+    if "model" not in values:
+        found["model"] = [Problem("model is missing; add `model: {path: ...}`", top.node.place)]
+    for key, problems in found.items():
+        yield from problems
+        top.broken.add(key)
 
 
-def construct(swept: Sweep, *, name: str, label: str) -> Recipe:
-    """Return the recipe; `name` is its name where it gives none, `label` the file as messages show it."""
-    tops = {id(tree): _read_top(tree) for tree in swept.tops}
-    tree, top = swept.tops[0], tops[id(swept.tops[0])]
-    variants = {plain: tuple(variant.name for variant in made) for plain, made in swept.variants.items()}
-    groups: dict[str, tuple[str, ...]] = {}
-    for group in swept.groups:
-        steps = dict.fromkeys(stage.name for stage in group.stages)
-        groups[group.name] = tuple(variant for step in steps for variant in variants[step])
-    listed = [made for item in top.stages or () for made in groups.get(item, variants.get(item, (item,)))]
-    by_name = {variant.name: variant for made in swept.variants.values() for variant in made}
+def check_stage(stage: Section) -> Iterator[Problem]:
+    """Yield what is wrong with the keys of a stage, one by one; what it has from the top level is checked there."""
+    model, given = OPTIONS[stage.method], {*stage.node.value, *stage.broken}
+    stage.options, found = check_keys(model, stage.node, stage.method, stage.label, stage.say)
+    required = [key for key, field in model.model_fields.items() if field.is_required()]
+    if stage.method == "critique" and "replay" not in given:
+        required.append("data")
+    for key in required:
+        if key not in given:
+            work = "work" if stage.method in FEEDBACK else "train"
+            rows = f"add the rows to {work} on, here or as the recipe's own `data:`"
+            help = rows if key == "data" else quote_help(model.model_fields[key].description)
+            found[key] = [Problem(f"{stage.say(key)} is missing; {help}", stage.node.place)]
+    stage.broken |= found.keys()
+    for key, problems in found.items():
+        yield from problems if key not in stage.inherited else ()
+
+
+def check_listed(whole: Whole, names: Sequence[str]) -> Iterator[Problem]:
+    listed = whole.top.node.value.get("stages")
+    for item in listed.value or () if listed is not None and "stages" not in whole.top.broken else ():
+        if item.value not in names:
+            hint = suggest(str(item.value), names) or f"; there are {', '.join((*whole.groups, *whole.stages))}"
+            yield Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place)
+
+
+def construct(whole: Whole, runs: Sequence[Run], top: Section, path: Path) -> Recipe:
+    """Make the recipe of sections that are right; `top` has the first value of each swept key."""
+    options: RecipeOptions = top.options
+    variants: dict[str, list[str]] = {}
+    for run in runs:
+        variants.setdefault(run.stage.name, []).append(run.name)
+    groups = {name: _join(variants[stage.name] for stage in group.stages) for name, group in whole.groups.items()}
+    listed = _join(groups.get(item) or variants.get(item) or (item,) for item in options.stages or ())
+    by_name = {run.name: run for run in runs}
+    ordered = _join([listed, by_name])
+    sections = {name: _make_section(by_name[name]) for name in ordered}
     origins = {"name": "default", "seed": "default"}
-    for key, node in tree.value.items():
+    for key, node in top.node.value.items():
         if key in RecipeOptions.model_fields and key != SWEEP:
             origins |= _find_origins(node, key)
-    sections = {}
-    for variant_name in dict.fromkeys((*listed, *by_name)):
-        sections[variant_name], found = _make_section(by_name[variant_name], tops)
-        origins |= found
+    for run in runs:
+        origins |= _find_origins(run.stage.node, run.name)
     return Recipe(
-        name=top.name or name,
-        path=label,
-        seed=top.seed,
-        model=top.model,
-        lora=top.lora,
-        launch=top.launch,
-        evaluate=top.evaluate,
-        evaluates="evaluate" in tree.value,
+        name=options.name or path.stem,
+        path=label_path(path),
+        seed=options.seed,
+        model=options.model,
+        lora=options.lora,
+        launch=options.launch,
+        evaluate=options.evaluate,
+        evaluates="evaluate" in top.node.value,
         stages=sections,
-        order=tuple(dict.fromkeys(listed or by_name)),
+        order=listed or ordered,
         origins=origins,
         groups=groups,
-        sweeps=swept.names,
+        sweeps={name: tuple(made) for name, made in variants.items() if made != [name]},
     )
 
 
-def _read_top(tree: Node) -> RecipeOptions:
-    known = RecipeOptions.model_fields.keys() - {SWEEP}
-    return RecipeOptions.model_validate({key: node.plain() for key, node in tree.value.items() if key in known})
+def _join(parts: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for part in parts for name in part))
 
 
-def _make_section(variant: Variant, tops: Mapping[int, RecipeOptions]) -> tuple[StageSection, dict[str, str]]:
-    """Return a stage and the places of its values."""
-    stage, node = variant.stage, None
-    if variant.names:
-        from alignkit.recipe.sweep import rename_stages
-
-        node = rename_stages(variant)
-    section = stage.section(node)
-    options = {key: value for key, value in section.values.items() if key in OPTIONS[stage.method].model_fields}
-    trainer = {key: value for key, value in section.values.items() if key not in options}
+def _make_section(run: Run) -> StageSection:
+    stage, top = run.stage, run.stage.top
+    assert top is not None
+    values = stage.node.value
+    trainer = {key: child.plain() for key, child in values.items() if key not in type(stage.options).model_fields}
     if stage.method == "dpo" and isinstance(trainer.get("loss_type"), str):
         trainer["loss_type"] = [trainer["loss_type"]]
-    made = OPTIONS[stage.method].model_validate({**options, "method": stage.method})
-    origins = {"seed": "default"}
-    for key in _READ_BY_STAGES:
-        if key in stage.top.value:
-            origins |= _find_origins(stage.top.value[key], key)
-    top = tops[id(stage.top)]
-    return (
-        StageSection(variant.name, made, trainer, top, origins, stage.group, variant.values),
-        _find_origins(section.node, variant.name),
-    )
+    origins = {"name": "default", "seed": "default"}
+    for key in ("name", "seed", "model", "lora", "launch"):
+        if key in top.node.value:
+            origins |= _find_origins(top.node.value[key], key)
+    origins |= _find_origins(stage.node, run.name)
+    return StageSection(run.name, stage.options, trainer, top.options, origins, run.names, stage.group, run.point)
 
 
 def _find_origins(node: Node, key: str) -> dict[str, str]:
-    """Return the place of every dotted key; one source under `data:` is also `data.0`, as in the options, and one
-    reward `reward.0`."""
+    """Find the place of every dotted key; one source under `data:` is also `data.0`, and one reward `reward.0`."""
     origins = {}
     for path, child in node.leaves((key,)):
         origins[".".join(path)] = child.place

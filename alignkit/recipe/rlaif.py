@@ -1,60 +1,43 @@
-"""The rlaif section spread out into the ordinary stages it stands for; a pure function of the tree.
-
-It checks nothing beyond what decides which stages there are: each of them is validated like any other, and a value
-keeps the place where it was written.
-"""
+"""An rlaif section spread out into the ordinary stages that it stands for; values keep their places."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from alignkit.recipe.schema import STEPS
-from alignkit.recipe.sections import Group, StageTree
+from alignkit.errors import Problem
+from alignkit.recipe.check import check_keys, quote_help
+from alignkit.recipe.schema import RLAIF, STEPS, RlaifOptions
+from alignkit.recipe.sections import Section, find_inherited, make_stage
 from alignkit.recipe.yaml import Node
 
 _TRAINED = {"dpo": ("label", "dpo"), "rm+ppo": ("label", "rm", "ppo"), "ppo": ("ppo",), "none": ()}
 
 
-@dataclass(frozen=True)
-class Step:
-    """One stage of the expansion; its method is its name."""
+@dataclass
+class Group:
+    """An rlaif section with its stages, each with the values of the section that it takes."""
 
     name: str
     node: Node
+    top: Section
+    stages: list[Section]
 
 
 def stage_name(section: str, step: str) -> str:
-    """Return the name of a step's stage: rlaif-label."""
+    """Name a step's stage: rlaif-label."""
     return f"{section}-{step}"
 
 
 def list_steps(values: Mapping[str, Node]) -> tuple[str, ...]:
-    """Return the steps that a section has, in order."""
-    critique = values.get("critique")
+    """List the steps that a section has, in order."""
+    critique, train = values.get("critique"), values.get("train")
     first = () if critique is not None and critique.value is False else ("critique", "sft")
-    train = values.get("train")
-    trained = _TRAINED.get(train.value if train is not None and isinstance(train.value, str) else "dpo", ())
-    return (*first, *trained)
+    return (*first, *_TRAINED.get(train.value if train is not None and isinstance(train.value, str) else "dpo", ()))
 
 
-def find_unused(values: Mapping[str, Node]) -> Iterator[tuple[str, str]]:
-    """Yield the keys of a section that would have no effect, and why."""
-    steps = list_steps(values)
-    train = values["train"].value if "train" in values else "dpo"
-    if train not in list(_TRAINED):
-        return  # it has a message of its own
-    for key in ("sft", *STEPS[2:]):
-        if key in values and key not in steps:
-            yield key, "has no effect with critique: false" if key == "sft" else f"has no effect with train: {train}"
-    if "judge" in values and not {"label", "ppo"} & {*steps}:
-        yield "judge", f"has no effect with train: {train}"
-    if not steps:
-        yield "train", "is none and critique is false, so nothing is left to do"
-
-
-def expand(section: str, node: Node) -> list[Step]:
-    """Return the stages of a section; what a step's own keys do not say is taken from the section.
+def split_group(name: str, node: Node, top: Section) -> Group:
+    """Make the stages of a section; what a step's own keys do not say is taken from the section.
 
     critique makes rows for sft; label has answers of the sft model judged; dpo, or rm and ppo, learn from the labels;
     with train: ppo the judge itself is the reward. Without critique the section's own start_from takes the sft
@@ -63,50 +46,82 @@ def expand(section: str, node: Node) -> list[Step]:
     values: dict[str, Node] = node.value
     steps = list_steps(values)
 
-    def new(value: object) -> Node:
-        return Node(value, node.origin, node.line)
+    def take(*keys: str) -> dict[str, Node]:
+        return {key: values[key] for key in keys if key in values}
 
     def stage(step: str) -> Node:
-        return new(stage_name(section, step))
+        return Node(stage_name(name, step), node.origin, node.line)
 
-    shared: dict[str, Node] = {
-        key: values[key] for key in ("start_from", "constitution", "data", "generator") if key in values
-    }
-    judge = {"judge": values["judge"]} if "judge" in values else {}
-    policy = {"start_from": stage("sft")} if "sft" in steps else _take(shared, "start_from")
-    reward = stage("rm") if "rm" in steps else new({**judge, **_take(shared, "constitution")})
+    policy = {"start_from": stage("sft")} if "sft" in steps else take("start_from")
+    asked = take("start_from", "constitution", "data", "generator")
+    reward = stage("rm") if "rm" in steps else Node(take("judge", "constitution"), node.origin, node.line)
     filled: dict[str, dict[str, Node]] = {
-        "critique": _without_replayed(shared, values.get("critique")),
-        "sft": {**_take(shared, "start_from"), "data": stage("critique")},
-        "label": {**shared, **policy, **judge},
+        "critique": {} if "replay" in _own(values, "critique") else asked,  # with published chains nothing is sampled
+        "sft": {**take("start_from"), "data": stage("critique")},
+        "label": {**asked, **policy, **take("judge")},
         "dpo": {**policy, "data": stage("label")},
         "rm": {**policy, "data": stage("label")},
-        "ppo": {**policy, **_take(shared, "data"), "reward": reward},
+        "ppo": {**policy, **take("data"), "reward": reward},
     }
-    return [Step(step, _lay(filled[step], values.get(step), node)) for step in steps]
-
-
-def _take(values: Mapping[str, Node], *keys: str) -> dict[str, Node]:
-    return {key: values[key] for key in keys if key in values}
-
-
-def _without_replayed(shared: dict[str, Node], own: Node | None) -> dict[str, Node]:
-    """Leave everything out with published chains: nothing is sampled."""
-    given = own.value if own is not None and isinstance(own.value, dict) else {}
-    return {} if "replay" in given else shared
-
-
-def _lay(filled: dict[str, Node], own: Node | None, section: Node) -> Node:
-    if own is not None and isinstance(own.value, dict):
-        return Node({**filled, **own.value}, own.origin, own.line)
-    return Node(filled, section.origin, section.line)
-
-
-def split_group(name: str, node: Node, top: Node) -> Group:
-    """Return an rlaif section with the stages it stands for."""
     stages = []
-    for step in expand(name, node):
-        shared = {key for key, child in step.node.value.items() if child is node.value.get(key)}
-        full = stage_name(name, step.name)
-        stages.append(StageTree(full, step.name, step.node, top, group=name, shared=frozenset(shared)))
-    return Group(name, node, stages)
+    for step in steps:
+        own = values[step] if isinstance(_own(values, step), dict) and step in values else node
+        whole = Node({**filled[step], **_own(values, step)}, own.origin, own.line)
+        shared = frozenset(key for key, child in whole.value.items() if child is values.get(key))
+        stages.append(make_stage(stage_name(name, step), step, whole, top, group=name, shared=shared))
+    return Group(name, node, top, stages)
+
+
+def _own(values: Mapping[str, Node], step: str) -> dict[str, Node]:
+    own = values.get(step)
+    return own.value if own is not None and isinstance(own.value, dict) else {}
+
+
+def check_group(group: Group) -> Iterator[Problem]:
+    """Yield what is wrong with the section's own keys; those of its steps are checked with their stages.
+
+    No stage can rely on a key that is wrong, so it is taken out of those that have it from the section.
+    """
+    name, values, place = group.name, group.node.value, group.node.place
+    own = RlaifOptions.model_fields
+    _, found = check_keys(RlaifOptions, group.node, RLAIF, name, lambda key: f"{name}.{key}")
+    inherited = find_inherited(group.top.node, RLAIF)
+    missing = {key for key, field in own.items() if field.is_required() and key not in (*values, *inherited)}
+    if "judge" not in values and any(_lacks_judge(group, stage) for stage in group.stages):
+        missing.add("judge")
+    for key in sorted(missing):
+        found[key] = [Problem(f"{name}.{key} is missing; {quote_help(own[key].description)}", place)]
+    for key, problems in found.items():
+        yield from problems
+        for stage in group.stages if key in own else ():
+            if key in stage.shared:
+                del stage.node.value[key]
+                stage.shared -= {key}
+            if key not in stage.node.value:
+                stage.broken.add(key)
+            if key in ("judge", "constitution") and "reward" not in _own(values, stage.method):
+                stage.broken.add("reward")
+    for key, what in _find_unused(values):
+        yield Problem(f"{name}.{key} {what}", values[key].place if key in values else place)
+
+
+def _lacks_judge(group: Group, stage: Section) -> bool:
+    if stage.method == "label":
+        return "judge" not in stage.node.value
+    with_rm = any(other.method == "rm" for other in group.stages)
+    return stage.method == "ppo" and not with_rm and "reward" not in _own(group.node.value, "ppo")
+
+
+def _find_unused(values: Mapping[str, Node]) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a section that have no effect, and why."""
+    steps: Collection[str] = list_steps(values)
+    train = values["train"].value if "train" in values else "dpo"
+    if train not in list(_TRAINED):
+        return  # it has a message of its own
+    for key in ("sft", *STEPS[2:]):
+        if key in values and key not in steps:
+            yield key, f"has no effect with {'critique: false' if key == 'sft' else f'train: {train}'}"
+    if "judge" in values and not {"label", "ppo"} & {*steps}:
+        yield "judge", f"has no effect with train: {train}"
+    if not steps:
+        yield "train", "is none and critique is false, so nothing is left to do"

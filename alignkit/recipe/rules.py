@@ -1,19 +1,19 @@
-"""Options that contradict each other, or that would have no effect: an error, with the reason and the alternative.
+"""Options that contradict each other: an error, with the reason and the alternative.
 
 Only what the recipe itself shows is judged: rows, model and devices have their own checks. A rule that reads a value
-which is itself wrong is skipped: that value has its own message.
+which is itself wrong is skipped: that value has its own message. Keys without effect are in `idle_keys`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from alignkit.errors import Problem
 from alignkit.recipe.check import show_key
+from alignkit.recipe.idle_keys import find_idle_keys, losses_of
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.rules_feedback import CRITIQUE_RULES, LABEL_RULES, PPO_RULES, audited_evaluation
+from alignkit.recipe.rules_feedback import CRITIQUE_RULES, LABEL_RULES, PPO_RULES, evaluation_rule
 from alignkit.recipe.schema import FEEDBACK, SLURM_OPTIONS
 from alignkit.recipe.sections import Finding, Section, UnreadableError
 from alignkit.recipe.trl_fields import KTO_LOSSES, OWN_LOSSES, read_snapshot, trl_fields
@@ -23,147 +23,81 @@ _SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired")
 _F_DIVERGENCE = (
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft",
 )  # fmt: skip
-# What TRL's losses read and alignkit's own do not.
-_TRL_LOSSES_ONLY = ("ld_alpha", "f_divergence_type", "use_weighting", "loss_weights", "router_aux_loss_coef")
-_STEP_COUNTS = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
+
+Rule = Callable[[Section], Iterable[Finding]]
 
 
-def audit_stage(stage: Section, recipe: Section) -> list[Problem]:
-    """Return the problems of one stage."""
-    trained = (
-        _batch, _evaluation, _step_counts, _strategies, _switched, _checkpointing, _adapter,
-        optimizer_problems, schedule_problems, checkpointing_problems,
-    )  # fmt: skip
-    rules = (*(() if stage.method in FEEDBACK else trained), *_BY_METHOD[stage.method])
-    findings = [finding for rule in rules for finding in _run(rule, stage, recipe)]
-    return [Problem(f"{stage.say(key)} {what}", stage.place(key)) for key, what in findings]
+def audit_stage(stage: Section) -> list[Problem]:
+    """Hold the options of one stage against each other."""
+    rules = (find_idle_keys, *(() if stage.method in FEEDBACK else _TRAIN_RULES), *_BY_METHOD[stage.method])
+    found = [finding for rule in rules for finding in _run(rule, stage)]
+    return [Problem(f"{stage.say(key)} {what}", stage.place(key)) for key, what in found]
 
 
-def audit_recipe(recipe: Section, stages: Collection[Section]) -> list[Problem]:
-    """Return the problems of the sections that all stages share: model, lora, launch."""
-    findings = [finding for rule in (_quantization, _scratch, _lora, _launch) for finding in _run(rule, recipe, stages)]
-    return [Problem(f"{show_key(key)} {what}", recipe.place(key)) for key, what in findings]
+def audit_recipe(top: Section, stages: Collection[Section]) -> list[Problem]:
+    """Hold the sections that all stages share against each other: model, lora, launch, evaluate."""
+    found = _run(evaluation_rule, top)
+    for rule in (_quantization, _scratch, _lora, _launch):
+        found += _run(lambda top, rule=rule: rule(top, stages), top)  # type: ignore[misc]
+    return [Problem(f"{show_key(key)} {what}", top.place(key)) for key, what in found]
 
 
-def audit_evaluation(recipe: Section) -> list[Problem]:
-    """Return the problems between the keys of `evaluate:`."""
-    return [Problem(f"{key} {what}", recipe.place(key)) for key, what in _run(audited_evaluation, recipe)]
-
-
-def trains_from_scratch(model: Mapping[str, Any], start_from: str | None) -> bool:
-    """Tell whether a stage starts from random weights: it then trains all of them, unquantised."""
-    return model.get("init") == "scratch" and start_from is None
-
-
-def _run(rule: Callable[..., Iterator[Finding]], *sections: Section | Collection[Section]) -> list[Finding]:
+def _run(rule: Rule, section: Section) -> list[Finding]:
     try:
-        return list(rule(*sections))
+        return list(rule(section))
     except UnreadableError:
         return []
 
 
-# Rules for every method
+# Rules for every method that trains
 
 
-def _batch(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _batch(stage: Section) -> Iterator[Finding]:
     batch, micro = stage.get("batch_size", 16), stage.get("micro_batch_size", "auto")
     if micro != "auto" and batch % micro:
         yield "micro_batch_size", f"is {micro}, which does not divide batch_size {batch}"
 
 
-def _evaluation(stage: Section, recipe: Section) -> Iterator[Finding]:
-    if stage.has("eval"):
-        return
-    for key in ("eval_strategy", "eval_steps", "eval_on_start", "eval_delay", "per_device_eval_batch_size",
-                "eval_accumulation_steps", "eval_packing"):  # fmt: skip
-        if stage.get(key) not in (None, False, "no", 0):
-            yield key, "has no effect without `eval:`; add eval: 0.05 (a share of the data) or a source"
-
-
-def _step_counts(stage: Section, recipe: Section) -> Iterator[Finding]:
-    for key in _STEP_COUNTS:
+def _step_counts(stage: Section) -> Iterator[Finding]:
+    for key in ("logging_steps", "save_steps", "eval_steps", "warmup_steps"):
         value = stage.get(key)
         if value is not None and value >= 1 and value != int(value):
             yield key, f"is {value}; it must be a whole number of steps, or a share of all steps below 1"
     if stage.get("max_steps") == 0:
         yield "max_steps", "is 0; it must be at least 1, or -1 to train num_train_epochs"
-    switched_off = stage.is_switched_off("num_train_epochs", by="max_steps")
-    if stage.get("max_steps", -1) > 0 and stage.has("num_train_epochs") and not switched_off:
-        yield "num_train_epochs", "has no effect with max_steps; take one of them out, or set max_steps: -1"
 
 
-def _strategies(stage: Section, recipe: Section) -> Iterator[Finding]:
-    for kind in ("logging", "save", "eval"):
-        strategy = stage.get(f"{kind}_strategy", "steps")
-        if strategy in ("no", "epoch") and stage.has(f"{kind}_steps") and (kind != "eval" or stage.has("eval")):
-            yield f"{kind}_steps", f"has no effect with {kind}_strategy: {strategy}"
-
-
-def _switched(stage: Section, recipe: Section) -> Iterator[Finding]:
-    """Options that only modify another one that is off."""
-    checkpointing = stage.get("gradient_checkpointing") is False and not stage.get("activation_checkpointing")
-    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        if checkpointing and stage.has(key):
-            yield key, "has no effect with gradient_checkpointing: false"
-    if not stage.get("dataloader_num_workers"):
-        for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
-            if stage.get(key):
-                yield key, "has no effect without dataloader_num_workers"
-    if stage.method != "sft" and stage.get("label_smoothing_factor"):
-        instead = "use loss_type: cdpo with label_smoothing" if stage.method == "dpo" else "soft labels are a column"
-        yield "label_smoothing_factor", f"has no effect on the loss of {stage.method}; {instead}"
-
-
-def _checkpointing(stage: Section, recipe: Section) -> Iterator[Finding]:
-    wanted = (recipe.get("launch") or {}).get("activation_checkpointing")
+def _checkpointing(stage: Section) -> Iterator[Finding]:
+    wanted = stage.top.get("launch.activation_checkpointing") if stage.top else None
     given = stage.get("gradient_checkpointing")
     if None not in (wanted, given) and wanted != given:
-        other = str(wanted).lower()
-        what = f"is {str(given).lower()}, but launch.activation_checkpointing is {other}; keep one"
+        what = f"is {str(given).lower()}, but launch.activation_checkpointing is {str(wanted).lower()}; keep one"
         yield "gradient_checkpointing", what
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        for name in stage.get(key) or {}:
+            if name not in _CHECKPOINTING:
+                yield key, f"names {name}; torch takes {', '.join(_CHECKPOINTING)}{suggest(str(name), _CHECKPOINTING)}"
 
 
-def _adapter(stage: Section, recipe: Section) -> Iterator[Finding]:
-    if not stage.has("adapter"):
-        return
-    adapter = stage.get("adapter")
-    path = str(recipe.get("model", {}).get("path", ""))
-    # model.path may be an adapter itself: one on disk, or on the hub, which only the stage can tell.
-    may_be_adapter = "/" in path or Path(path, "adapter_config.json").is_file()
-    if not stage.has("start_from") and not may_be_adapter:
-        yield "adapter", "has no effect without start_from; it says what happens to the adapter a stage starts from"
-    elif adapter == "stack" and not recipe.has("lora"):
+def _adapter(stage: Section) -> Iterator[Finding]:
+    if stage.get("adapter") == "stack" and stage.top and not stage.top.has("lora") and stage.has("start_from"):
         yield "adapter", "is stack, which puts a new adapter on top; add a lora: section"
 
 
-# sft
+# sft, rm
 
 
-def _sft_objective(stage: Section, recipe: Section) -> Iterator[Finding]:
-    if stage.get("objective", "chat") == "lm":
-        for key in ("completion_only_loss", "assistant_only_loss"):
-            if stage.get(key):
-                yield key, "has no effect with objective: lm, which trains on every token; use objective: chat"
-        for key in ("packing", "packing_strategy", "eval_packing", "padding_free"):
-            if stage.has(key):
-                yield key, "has no effect with objective: lm, which packs its text already"
-
-
-def _sft_packing(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _sft_packing(stage: Section) -> Iterator[Finding]:
+    packing, bounded = stage.get("packing"), stage.get("max_length", 1024) is not None
     if stage.get("objective", "chat") == "lm":
         return
-    packing, bounded = stage.get("packing"), stage.get("max_length", 1024) is not None
-    if not packing and not stage.get("eval_packing") and stage.has("packing_strategy"):
-        yield "packing_strategy", "has no effect without packing: true"
     if packing and not bounded:
         yield "packing", "needs max_length, the size of a block"
     if stage.get("padding_free") and not packing and bounded:
         yield "padding_free", "does not enforce max_length; use packing: true, or set max_length: null"
-    if packing and stage.has("batching"):
-        yield "batching", "has no effect with packing: true, which fills every block to the same length"
 
 
-def _sft_streaming(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _sft_streaming(stage: Section) -> Iterator[Finding]:
     if not stage.get("streaming", False):
         return
     if stage.get("max_steps", -1) <= 0:
@@ -175,116 +109,69 @@ def _sft_streaming(stage: Section, recipe: Section) -> Iterator[Finding]:
             yield key, f"is {show_key(str(stage.get(key)).lower())}, which streaming cannot do; take one of the two out"
 
 
-# rm
-
-
-def _rm_loss(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _rm_loss(stage: Section) -> Iterator[Finding]:
     if stage.get("loss") == "best_of" and stage.get("grouping") == "pairs":
         yield "grouping", "is pairs, but loss: best_of compares all answers of a prompt; use grouping: kway"
-    if stage.get("normalize", "none") == "none":
-        for key in ("normalize_data", "normalize_rows"):
-            if stage.has(key):
-                yield key, "has no effect without normalize: bias or gain_and_bias"
 
 
 # dpo
 
 
-def _losses(stage: Section) -> list[str]:
-    given = stage.get("loss_type") or ["sigmoid"]
-    return [given] if isinstance(given, str) else given
-
-
-def _dpo_kto(stage: Section, recipe: Section) -> Iterator[Finding]:
-    losses = _losses(stage)
-    kto = [loss for loss in losses if loss in KTO_LOSSES]
-    if not kto:
-        for key in ("desirable_weight", "undesirable_weight"):
-            if stage.has(key):
-                yield key, "has no effect without loss_type: kto"
+def _dpo_kto(stage: Section) -> Iterator[Finding]:
+    losses = losses_of(stage)
+    kto = next((loss for loss in losses if loss in KTO_LOSSES), None)
+    if kto is None:
         return
     if len(losses) > 1:
-        yield "loss_type", f"mixes {kto[0]} with others; it is computed on single answers and must stand alone"
+        yield "loss_type", f"mixes {kto} with others; it is computed on single answers and must stand alone"
     if stage.get("batching") == "grouped":
         yield "batching", "is grouped; KTO pairs each prompt with its neighbour's answer, so rows are only shuffled"
-    for key in stage.values:
+    for key in stage.node.value:
         if key in trl_fields("dpo") and key not in trl_fields("kto"):
-            yield key, f"has no effect with loss_type: {kto[0]}"
-    if stage.get("micro_batch_size") == 1 or stage.get("batch_size") == 1:
-        key = "micro_batch_size" if stage.get("micro_batch_size") == 1 else "batch_size"
-        yield key, "is 1; KTO estimates its KL term across a batch and needs at least 2"
+            yield key, f"has no effect with loss_type: {kto}"
+    for key in ("micro_batch_size", "batch_size"):
+        if stage.get(key) == 1:
+            yield key, "is 1; KTO estimates its KL term across a batch and needs at least 2"
+            return
 
 
-def _dpo_smoothing(stage: Section, recipe: Section) -> Iterator[Finding]:
-    losses, smoothing = _losses(stage), stage.get("label_smoothing", 0.0)
+def _dpo_smoothing(stage: Section) -> Iterator[Finding]:
+    losses, smoothing = losses_of(stage), stage.get("label_smoothing", 0.0)
     if smoothing and not set(losses) & {*_SMOOTHED, *KTO_LOSSES}:
         instead = "; use loss_type: cdpo" if "sigmoid" in losses else f"; only {', '.join(_SMOOTHED)} read it"
         yield "label_smoothing", f"has no effect with loss_type {', '.join(losses)}{instead}"
     key = "label_smoothing" if stage.has("label_smoothing") else "loss_type"
-    if "cdpo" in losses and not 0 < smoothing < 0.5:
-        yield key, f"{_value_of(stage, key)}; cdpo needs label_smoothing between 0 and 0.5: the share of flipped labels"
-    if "robust" in losses and not smoothing < 0.5:
-        yield key, f"{_value_of(stage, key)}; robust needs label_smoothing below 0.5"
-    if "exo_pair" in losses and smoothing == 0:
-        yield key, f"{_value_of(stage, key)}; exo_pair needs label_smoothing above 0 (typical: 0.001)"
+    given = stage.get(key)
+    for loss, fits, needed in (
+        ("cdpo", 0 < smoothing < 0.5, "between 0 and 0.5: the share of flipped labels"),
+        ("robust", smoothing < 0.5, "below 0.5"),
+        ("exo_pair", smoothing != 0, "above 0 (typical: 0.001)"),
+    ):
+        if loss in losses and not fits:
+            shown = ", ".join(given) if isinstance(given, list) else given
+            yield key, f"is {shown}; {loss} needs label_smoothing {needed}"
 
 
-def _dpo_losses(stage: Section, recipe: Section) -> Iterator[Finding]:
-    losses = _losses(stage)
-    weights = stage.get("loss_weights")
+def _dpo_losses(stage: Section) -> Iterator[Finding]:
+    losses, weights = losses_of(stage), stage.get("loss_weights")
     if weights is not None and len(weights) != len(losses):
         yield "loss_weights", f"has {len(weights)} weights for {len(losses)} losses in loss_type"
-    own = [loss for loss in losses if loss in OWN_LOSSES]
+    own = next((loss for loss in losses if loss in OWN_LOSSES), None)
     if own and len(losses) > 1:
-        yield "loss_type", f"mixes {own[0]} with others; it must stand alone"
-    for key in _TRL_LOSSES_ONLY if own else ():
-        if stage.has(key):
-            yield key, f"has no effect with loss_type: {own[0]}"
-    for key in ("precompute_ref_log_probs", "precompute_ref_batch_size"):
-        if own and not OWN_LOSSES[own[0]].has_reference and stage.has(key):
-            yield key, f"has no effect with loss_type: {own[0]}, which has no reference"
-    for loss, what in OWN_LOSSES.items():
-        for key in what.keys:
-            if stage.has(key) and loss not in losses:
-                yield key, f"has no effect without loss_type: {loss}"
-    if stage.has("discopop_tau") and "discopop" not in losses:
-        yield "discopop_tau", "has no effect without loss_type: discopop"
+        yield "loss_type", f"mixes {own} with others; it must stand alone"
     if stage.get("use_weighting") and set(losses) & {"aot", "aot_unpaired"}:
         yield "use_weighting", "does not work with aot and aot_unpaired, which sort the rows of a batch"
-
-
-def _dpo_divergence(stage: Section, recipe: Section) -> Iterator[Finding]:
     divergence = stage.get("f_divergence_type", "reverse_kl")
-    refused = sorted(set(_losses(stage)) - {*_F_DIVERGENCE, *KTO_LOSSES})
+    refused = sorted(set(losses) - {*_F_DIVERGENCE, *KTO_LOSSES})
     if divergence != "reverse_kl" and refused:
         yield "f_divergence_type", f"is {divergence}, which {', '.join(refused)} cannot use; use reverse_kl"
-    if divergence != "alpha_divergence" and stage.has("f_alpha_divergence_coef"):
-        yield "f_alpha_divergence_coef", "has no effect without f_divergence_type: alpha_divergence"
 
 
-def _dpo_reference(stage: Section, recipe: Section) -> Iterator[Finding]:
-    precompute = stage.get("precompute_ref_log_probs")
+def _dpo_reference(stage: Section) -> Iterator[Finding]:
     if stage.get("padding_free"):
         yield "padding_free", "is accepted and then switched off by TRL's DPOTrainer; use batching: grouped"
-    if precompute and stage.get("adapter") == "stack":
+    if stage.get("precompute_ref_log_probs") and stage.get("adapter") == "stack":
         yield "adapter", "is stack, which does not work with precompute_ref_log_probs; use continue or merge"
-    if not precompute and stage.has("precompute_ref_batch_size"):
-        yield "precompute_ref_batch_size", "has no effect without precompute_ref_log_probs: true"
-
-
-def _value_of(stage: Section, key: str) -> str:
-    value = stage.get(key)
-    return f"is {', '.join(value) if isinstance(value, list) else value}"
-
-
-_BY_METHOD: dict[str, list[Callable[[Section, Section], Iterator[Finding]]]] = {
-    "sft": [_sft_objective, _sft_packing, _sft_streaming],
-    "rm": [_rm_loss],
-    "dpo": [_dpo_kto, _dpo_smoothing, _dpo_losses, _dpo_divergence, _dpo_reference],
-    "ppo": PPO_RULES,
-    "critique": CRITIQUE_RULES,
-    "label": LABEL_RULES,
-}
 
 
 # The sections that all stages share
@@ -412,7 +299,7 @@ def find_optimizer(name: str) -> Optimizer:
     return _KINDS[max(fitting, key=len)] if fitting else Optimizer()
 
 
-def optimizer_problems(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _optimizer(stage: Section) -> Iterator[Finding]:
     """Yield what is wrong with `optim_args` and `optim_target_modules`."""
     name = stage.get("optim", "adamw_torch_fused")
     optimizer = find_optimizer(name)
@@ -431,7 +318,7 @@ def optimizer_problems(stage: Section, recipe: Section) -> Iterator[Finding]:
     yield from _check_arguments("optim_args", given, accepted, f"optim: {name}")
 
 
-def schedule_problems(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _schedule(stage: Section) -> Iterator[Finding]:
     """Yield what is wrong with `lr_scheduler_kwargs`, and with a schedule that has not what it goes by."""
     name, given = stage.get("lr_scheduler_type", "linear"), stage.get("lr_scheduler_kwargs") or {}
     accepted = read_snapshot()["schedulers"][name]
@@ -446,14 +333,6 @@ def schedule_problems(stage: Section, recipe: Section) -> Iterator[Finding]:
             yield "lr_scheduler_type", f"is {name}, which goes by an evaluation's loss, and ppo has none"
         elif not stage.has("eval") or stage.get("eval_strategy", "steps") == "no":
             yield "lr_scheduler_type", f"is {name}, which goes by an evaluation's loss; add eval: 0.05, or a source"
-
-
-def checkpointing_problems(stage: Section, recipe: Section) -> Iterator[Finding]:
-    """Yield what torch's checkpoint function does not take."""
-    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        for name in stage.get(key) or {}:
-            if name not in _CHECKPOINTING:
-                yield key, f"names {name}; torch takes {', '.join(_CHECKPOINTING)}{suggest(str(name), _CHECKPOINTING)}"
 
 
 def _check_arguments(key: str, given: Mapping[str, Any], accepted: Mapping[str, Any], of: str) -> Iterator[Finding]:
@@ -479,3 +358,14 @@ def _read(text: str) -> Any:
         except ValueError:
             continue
     return text.lower()
+
+
+_TRAIN_RULES: tuple[Rule, ...] = (_batch, _step_counts, _checkpointing, _adapter, _optimizer, _schedule)
+_BY_METHOD: dict[str, tuple[Rule, ...]] = {
+    "sft": (_sft_packing, _sft_streaming),
+    "rm": (_rm_loss,),
+    "dpo": (_dpo_kto, _dpo_smoothing, _dpo_losses, _dpo_reference),
+    "ppo": PPO_RULES,
+    "critique": CRITIQUE_RULES,
+    "label": LABEL_RULES,
+}

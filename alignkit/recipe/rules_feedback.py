@@ -7,11 +7,12 @@ preflight.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from alignkit.console import redact
+from alignkit.recipe.idle_keys import list_rewards
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, REWARD_KINDS
 from alignkit.recipe.sections import Finding, Section
@@ -68,13 +69,13 @@ def _is_address(url: str) -> bool:
     return has_port and re.fullmatch(r"https?://[^/\\\s?#@]+(/[^\s?#]*)?", url) is not None
 
 
-def _judges(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _judges(stage: Section) -> Iterator[Finding]:
     for key in ("judge", "generator"):
         if stage.has(key):
             yield from judge_problems(key, stage.get(key), is_judge=key == "judge")
 
 
-def _constitution(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _constitution(stage: Section) -> Iterator[Finding]:
     yield from _unknown_constitutions(stage.get("constitution"))
 
 
@@ -101,88 +102,36 @@ def evaluation_problems(given: Mapping[str, Any]) -> Iterator[Finding]:
         yield "constitution", f"has no effect on {named}, a reward, which goes by no principles; take it out"
 
 
-def audited_evaluation(recipe: Section) -> Iterator[Finding]:
+def evaluation_rule(top: Section) -> Iterator[Finding]:
     """Yield what is wrong with the judge of `evaluate:` in a recipe."""
-    for key, problem in evaluation_problems(recipe.get("evaluate") or {}):
+    for key, problem in evaluation_problems(top.get("evaluate") or {}):
         yield f"evaluate.{key}", problem
 
 
-def _generator(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _generator(stage: Section) -> Iterator[Finding]:
     """A model of random weights has nothing to say."""
-    model = recipe.get("model") or {}
-    if model.get("init") != "scratch" or stage.has("start_from") or stage.has("generator"):
-        return
-    if (stage.method == "critique" and not stage.has("replay")) or (
-        stage.method == "label" and stage.get("answers", 2) != "given"
-    ):
+    scratch = stage.top is not None and stage.top.get("model.init") == "scratch"
+    samples = stage.get("answers") != "given" and not stage.has("replay")
+    if scratch and samples and not stage.has("start_from") and not stage.has("generator"):
         yield "start_from", "is missing, and model.init is scratch: random weights have no answers; name a stage"
 
 
-def _replay(stage: Section, recipe: Section) -> Iterator[Finding]:
-    if not stage.has("replay"):
-        if not stage.has("constitution"):
-            yield "constitution", "is missing; give builtin:harmlessness or a file of principles"
-        return
-    for key in (
-        "rounds", "critiques", "examples", "constitution", "data", "helpful", "start_from", "generator", "temperature",
-        "max_new_tokens", "batch_size",
-    ):  # fmt: skip
-        if stage.has(key):
-            yield key, "has no effect with replay, which takes published critiques and revisions; nothing is sampled"
+def _principles(stage: Section) -> Iterator[Finding]:
+    if not stage.has("constitution") and not stage.has("replay") and not stage.has("reward"):
+        yield "constitution", "is missing; give builtin:harmlessness or a file of principles"
 
 
-def _answers(stage: Section, recipe: Section) -> Iterator[Finding]:
-    if stage.get("answers", 2) == "given":
-        for key in ("generator", "max_new_tokens"):
-            if stage.has(key):
-                yield key, "has no effect with answers: given, which samples none"
-
-
-def _label_reward(stage: Section, recipe: Section) -> Iterator[Finding]:
-    if not stage.has("reward"):
-        if not stage.has("constitution"):
-            yield "constitution", "is missing; give builtin:harmlessness or a file of principles"
-        if not stage.has("judge"):
-            yield "judge", "is missing; name a model, {url: ...} or {replay: FILE} that compares, or give reward:"
-        return
-    for key in ("judge", "constitution", "orders", "cot", "cot_tokens", "examples", "check"):
-        if stage.has(key):
-            yield key, "has no effect with reward:, which compares by itself; take one of them out"
-    given = stage.get("reward")
+def _labels(stage: Section) -> Iterator[Finding]:
+    clamp, given = stage.get("clamp"), stage.get("reward")
+    if given is None and not stage.has("judge"):
+        yield "judge", "is missing; name a model, {url: ...} or {replay: FILE} that compares, or give reward:"
     if any(isinstance(part, dict) and part.get("judge") for part in (given if isinstance(given, list) else [given])):
         yield "reward", "has a judge, which compares answers itself; name it as judge:"
-
-
-def _labels(stage: Section, recipe: Section) -> Iterator[Finding]:
-    cot, clamp = stage.get("cot", False), stage.get("clamp")
-    if not cot and stage.has("cot_tokens"):
-        yield "cot_tokens", "has no effect without cot: true"
     if clamp is not None and clamp[0] >= clamp[1]:
         yield "clamp", f"is {clamp}; it must be [low, high], such as [0.4, 0.6]"
-    if stage.get("hard", False) and clamp is not None:
-        yield "clamp", "has no effect with hard: true, which rounds labels to 0 or 1"
-    judge = stage.get("judge")
-    if isinstance(judge, dict) and judge.get("replay") is not None:
-        for key in ("orders", "cot", "examples"):
-            if stage.has(key):
-                yield key, "has no effect with judge.replay: the labels are made already"
 
 
-CRITIQUE_RULES: list[Callable[[Section, Section], Iterator[Finding]]] = [_judges, _constitution, _generator, _replay]
-
-
-_CRITIC = ("gamma", "lam", "cliprange_value", "vf_coef", "value_init", "critic_learning_rate")
-_FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
-
-
-def list_rewards(stage: Section, key: str) -> list[dict[str, Any]]:
-    """Return the rewards under `reward:` or `gold:` as mappings, in whatever shape they are given."""
-    value = stage.get(key)
-    items = value if isinstance(value, list) else [] if value is None else [value]
-    return [{"model": item} if isinstance(item, str) else item for item in items]
-
-
-def reward_problems(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _rewards(stage: Section) -> Iterator[Finding]:
     for key in ("reward", "gold"):
         for reward in list_rewards(stage, key):
             function = reward.get("function")
@@ -195,7 +144,7 @@ def reward_problems(stage: Section, recipe: Section) -> Iterator[Finding]:
                     yield key, "has a judge without a constitution; add constitution: builtin:harmlessness or a file"
             elif reward.get("constitution") is not None:
                 yield key, "has a constitution, which only a judge goes by; take it out, or give a judge"
-            if function is not None and not re.fullmatch(_FUNCTION, function):
+            if function is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
                 yield key, f"names the function {function!r}; write pkg.module:name"
             if reward.get("weight", 1) == 0:
                 yield key, f"gives {_describe(reward)} the weight 0, which has no effect; take it out, or make it gold"
@@ -207,123 +156,60 @@ def _describe(reward: dict[str, Any]) -> str:
     return " and ".join(given) or "none"
 
 
-def _functions(stage: Section, recipe: Section) -> Iterator[Finding]:
-    given = [*list_rewards(stage, "reward"), *list_rewards(stage, "gold")]
-    if stage.has("reward_timeout") and not any(reward.get("function") for reward in given):
-        yield "reward_timeout", "has no effect without a reward function"
-
-
-def _normalisation(stage: Section, recipe: Section) -> Iterator[Finding]:
-    if stage.has("reward_normalize_rows") and stage.get("reward_normalize", "none") == "none":
-        yield "reward_normalize_rows", "has no effect without reward_normalize: bias or gain_and_bias"
-
-
-def _kl(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _kl(stage: Section) -> Iterator[Finding]:
     target, most = stage.get("kl_target"), stage.get("max_kl")
-    if target is None and stage.has("kl_horizon"):
-        yield "kl_horizon", "has no effect without kl_target, which makes kl_coef adaptive"
     if target is not None and stage.get("kl_coef", 0.05) == 0:
         yield "kl_coef", "is 0, which kl_target cannot change, for it multiplies; start above 0 (typical: 0.05)"
     if target is not None and most is not None and most <= target:
         yield "max_kl", f"is {most:g}, so the run would stop before it reaches kl_target {target:g}; raise it"
 
 
-def _critic(stage: Section, recipe: Section) -> Iterator[Finding]:
-    kind = stage.get("advantage", "gae")
-    if kind != "gae":
-        for key in _CRITIC:
-            if stage.has(key):
-                yield key, f"has no effect with advantage: {kind}, which has no critic; use advantage: gae"
-        if stage.get("whiten_rewards"):
-            yield "whiten_rewards", f"has no effect with advantage: {kind}, which compares whole answers; use gae"
-        return
+def _critic(stage: Section) -> Iterator[Finding]:
     rewards = list_rewards(stage, "reward")
     # value_init: reward needs one model whose weights a critic can start from.
     models = [reward for reward in rewards if reward.get("model") and not reward["model"].startswith("builtin:")]
-    if stage.get("value_init") == "reward" and (len(rewards) != 1 or not models):
+    from_reward = stage.get("value_init") == "reward" and stage.get("advantage", "gae") == "gae"
+    if from_reward and (len(rewards) != 1 or not models):
         yield "value_init", "is reward, but the reward is not one model; use value_init: policy"
 
 
-def _groups(stage: Section, recipe: Section) -> Iterator[Finding]:
-    kind, size = stage.get("advantage", "gae"), stage.get("num_generations")
-    if kind not in ("rloo", "grpo"):
-        if size is not None:
-            yield "num_generations", f"has no effect with advantage: {kind}, which takes one answer per prompt"
-        return
-    rollout = stage.get("batch_size", 16) * stage.get("minibatches", 1)
-    if rollout % (size or 4):
+def _groups(stage: Section) -> Iterator[Finding]:
+    size, rollout = stage.get("num_generations"), stage.get("batch_size", 16) * stage.get("minibatches", 1)
+    if stage.get("advantage") in ("rloo", "grpo") and rollout % (size or 4):
         key = "num_generations" if size is not None else "batch_size"
         what = f"is {stage.get(key, 16)}: a rollout of {rollout} answers does not divide into groups of {size or 4}"
         yield key, f"{what}; make batch_size x minibatches a multiple of num_generations"
 
 
-def _clipping(stage: Section, recipe: Section) -> Iterator[Finding]:
-    if stage.get("ppo_epochs", 4) * stage.get("minibatches", 1) > 1:
-        return
-    for key in ("cliprange", "cliprange_value"):
-        if stage.has(key):
-            yield key, "has no effect with one step per rollout: nothing has moved yet; raise ppo_epochs or minibatches"
-
-
-def _lengths(stage: Section, recipe: Section) -> Iterator[Finding]:
+def _lengths(stage: Section) -> Iterator[Finding]:
     most, least = stage.get("max_new_tokens", 64), stage.get("min_new_tokens")
-    missing, truncate = stage.get("missing_eos"), stage.get("truncate")
+    missing, after = stage.get("missing_eos"), stage.get("truncate.after", 16)
     if least is not None and least > most:
         yield "min_new_tokens", f"is {least}, more than max_new_tokens ({most})"
     if missing is not None and sum(missing.get(key) is not None for key in ("penalty", "score")) != 1:
         yield "missing_eos", "needs exactly one of penalty (subtracted) and score (instead)"
-    if missing is not None and truncate is None and least == most:
+    if missing is not None and not stage.has("truncate") and least == most:
         yield "missing_eos", "would hit every answer: with min_new_tokens = max_new_tokens none can end"
-    if truncate is not None and truncate.get("after", 16) >= most:
-        after = truncate.get("after", 16)
+    if stage.has("truncate") and after >= most:
         yield "truncate", f"has no effect: after is {after}, and an answer has at most {most} tokens (max_new_tokens)"
 
 
-def _duration(stage: Section, recipe: Section) -> Iterator[Finding]:
-    if not stage.has("total_episodes"):
+def _generation(stage: Section) -> Iterator[Finding]:
+    url = stage.get("generation.url")
+    if stage.get("generation.engine") != "vllm":
         return
-    if stage.get("max_steps", -1) > 0:
-        yield "max_steps", "has no effect with total_episodes; take one of them out"
-    if stage.has("num_train_epochs"):
-        yield "num_train_epochs", "has no effect with total_episodes; take one of them out"
-
-
-def _generation(stage: Section, recipe: Section) -> Iterator[Finding]:
-    given = stage.get("generation") or {}
-    engine, mode, url = given.get("engine", "transformers"), given.get("mode", "colocate"), given.get("url")
-    if engine != "vllm":
-        for key in ("mode", "url", "gpu_memory_utilization"):
-            if given.get(key) is not None:
-                yield f"generation.{key}", "has no effect without engine: vllm"
-        return
-    if given.get("batch_size") is not None:
-        yield "generation.batch_size", "has no effect with engine: vllm, which batches by itself"
-    if mode == "server" and url is None:
+    if stage.get("generation.mode") == "server" and url is None:
         yield "generation", "has mode: server without url; start `trl vllm-serve` and give its address"
-    if mode == "colocate" and url is not None:
-        yield "generation.url", "has no effect with mode: colocate; use mode: server"
-    if mode == "server" and given.get("gpu_memory_utilization") is not None:
-        yield "generation.gpu_memory_utilization", "has no effect with mode: server; give it to `trl vllm-serve`"
     if url is not None and not re.match(r"https?://[^/]", url):
         yield "generation.url", f"is {url!r}; it must start with http:// or https://"
 
 
-def _stream(stage: Section, recipe: Section) -> Iterator[Finding]:
-    """A run is one stream of rollouts: no epochs to count by, no batches to group."""
-    if stage.has("batching"):
-        yield "batching", "has no effect: a rollout draws its prompts at random, and pads once"
+def _strategies(stage: Section) -> Iterator[Finding]:
     for key in ("save_strategy", "logging_strategy"):
         if stage.get(key) == "epoch":
             yield key, "is epoch; PPO counts in steps, of which a rollout takes ppo_epochs x minibatches"
-    kind = stage.get("advantage", "gae")
-    if kind in ("rloo", "grpo") and stage.get("whiten_advantages"):
-        yield "whiten_advantages", f"has no effect with advantage: {kind}, which has a baseline and scale of its own"
 
 
-PPO_RULES: list[Callable[[Section, Section], Iterator[Finding]]] = [
-    reward_problems, _functions, _normalisation, _kl, _critic, _groups, _clipping, _lengths, _duration, _generation,
-    _stream,
-]  # fmt: skip
-LABEL_RULES: list[Callable[[Section, Section], Iterator[Finding]]] = [
-    _judges, _constitution, _generator, _answers, _label_reward, reward_problems, _labels,
-]  # fmt: skip
+CRITIQUE_RULES = (_judges, _constitution, _generator, _principles)
+LABEL_RULES = (_judges, _constitution, _generator, _principles, _labels, _rewards)
+PPO_RULES = (_rewards, _kl, _critic, _groups, _lengths, _generation, _strategies)

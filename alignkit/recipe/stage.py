@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 from alignkit.errors import Problem
@@ -29,7 +28,8 @@ class StageSection:
     options: StageOptions
     trainer: Mapping[str, Any]
     top: RecipeOptions  # the recipe's top level as this stage reads it: seed, model and lora may be swept
-    origins: Mapping[str, str]  # places of those three: {"model.path": "recipes/a.yaml:3"}
+    origins: Mapping[str, str]  # places of what is in force for it: {"model.path": "recipes/a.yaml:3"}
+    names: Mapping[str, str] = field(default_factory=dict)  # which run of a swept stage it means by the stage's name
     group: str | None = None  # the rlaif section that it is a step of
     point: Mapping[str, Any] = field(default_factory=dict)  # its values of what is swept: {"dpo.beta": 0.05}
 
@@ -51,15 +51,6 @@ class Recipe:
     sweeps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # variants of each swept stage, by plain name
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     evaluates: bool = False  # `evaluate:` is written out: `alignkit run` measures at its end
-
-    @cached_property
-    def origins_below(self) -> dict[str, dict[str, str]]:
-        """`origins` by each beginning of a key up to a dot: the name of a variant may hold dots itself."""
-        found: dict[str, dict[str, str]] = {}
-        for key, place in self.origins.items():
-            for end in (at for at, letter in enumerate(f"{key}.") if letter == "."):
-                found.setdefault(key[:end], {})[key] = place
-        return found
 
     @property
     def stage_names(self) -> list[str]:

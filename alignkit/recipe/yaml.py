@@ -48,18 +48,24 @@ def leads_to_secret(path: Sequence[str]) -> bool:
     return bool(path) and names_secret(path[-1]) and tuple(path[-2:]) != ("truncate", "token")
 
 
-def find_secrets(tree: Node) -> list[tuple[Node, Problem]]:
-    """Return each node that holds or names a secret, with a problem that does not show it."""
-    found = []
+def take_secrets(tree: Node) -> list[Problem]:
+    """Report secrets and take them out, so that no other message shows them."""
+    problems, secret = [], set()
     for path, node in tree.leaves():
-        key = redact(".".join(path))
+        found = None
         if any(holds_secret(part) for part in path[-1:]):
-            found.append((node, Problem(f"{key} looks like a secret; {_ADVICE}", node.place)))
+            found = "looks like a secret"
         elif leads_to_secret([part for name in path for part in name.split(".")]):  # sweep has dotted keys
-            found.append((node, Problem(f"{key} is the name of a secret; {_ADVICE}", node.place)))
+            found = "is the name of a secret"
         elif isinstance(node.value, str) and holds_secret(node.value):
-            found.append((node, Problem(f"{key} holds what looks like a secret; {_ADVICE}", node.place)))
-    return found
+            found = "holds what looks like a secret"
+        if found:
+            secret.add(id(node))
+            problems.append(Problem(f"{redact('.'.join(path))} {found}; {_ADVICE}", node.place))
+    for _, node in list(tree.leaves()) if secret else ():
+        if isinstance(node.value, dict):
+            node.value = {key: child for key, child in node.value.items() if id(child) not in secret}
+    return problems
 
 
 _ADVICE = "a recipe holds none: take it out and set HF_TOKEN (or the service's own variable) in the environment"

@@ -294,15 +294,17 @@ def test_the_value_and_not_the_sweep_is_in_the_fingerprint(load: Load) -> None:
         ("{dpo.start_from: [sft, st]}", "dpo.start_from is st, which is neither a stage nor a path that exists; did "
                                         "you mean sft?"),
         ("{dpo.start_from: [sft, dpo]}", "dpo.start_from goes round in a circle: dpo -> dpo"),
-        ("{sft.start_from: [dpo]}", "sft.start_from goes round in a circle: dpo -> sft -> dpo"),
     ],
 )  # fmt: skip
 def test_refused(complain: Complain, text: str, message: str) -> None:
-    found = complain(f"{PIPELINE}sweep: {text}\n")
-    if "circle: dpo -> sft" in message:
-        assert len(found) == 1 and "goes round in a circle" in found[0]
-    else:
-        assert found == [f"a.yaml:10: {message}"]
+    assert complain(f"{PIPELINE}sweep: {text}\n") == [f"a.yaml:10: {message}"]
+
+
+def test_a_swept_circle_is_told_at_each_of_its_stages(complain: Complain) -> None:
+    assert complain(f"{PIPELINE}sweep: {{sft.start_from: [dpo]}}\n") == [
+        "a.yaml:6: dpo.start_from goes round in a circle: dpo -> sft -> dpo",
+        "a.yaml:10: sft.start_from goes round in a circle: sft -> dpo -> sft",
+    ]
 
 
 def test_a_secret_is_not_shown(complain: Complain) -> None:
@@ -367,10 +369,10 @@ def test_one_value_of_a_swept_key_on_the_command_line_has_no_effect(complain: Co
 def test_too_many_runs(complain: Complain) -> None:
     seeds = ", ".join(str(seed) for seed in range(65))
     assert complain(f"{PIPELINE}sweep: {{seed: [{seeds}]}}\n") == [
-        "a.yaml:10: sweep makes 260 runs in all, more than 256; give fewer keys or values"
+        "a.yaml:10: sweep makes more than 256 runs; give fewer keys or values"
     ]
     (found,) = complain(f"{PIPELINE}sweep: {{seed: [{seeds}], lora.r: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]}}\n")
-    assert found == "a.yaml:10: sweep makes 650 runs of sft alone, more than 256; give fewer keys or values"
+    assert found == "a.yaml:10: sweep makes more than 256 runs; give fewer keys or values"
 
 
 def test_a_name_that_another_stage_has(complain: Complain) -> None:
