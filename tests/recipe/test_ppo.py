@@ -76,7 +76,8 @@ def ppo(text: str, *, reward: str = "rm") -> str:
          "mode: server"),
         ("generation: {engine: vllm, mode: server, url: 'a:1'}", "ppo.generation.url is 'a:1'; it must start with "
          "http:// or https://"),
-        ("batching: grouped", "ppo.batching has no effect in ppo: a rollout draws its prompts at random, and pads once"),
+        ("batching: grouped", "ppo.batching has no effect in ppo: a rollout draws its prompts at random, and pads "
+         "once"),
         ("save_strategy: epoch", "ppo.save_strategy is epoch; PPO counts in steps, of which a rollout takes ppo_epochs "
          "x minibatches"),
         ("ptx: {data: builtin:reviews}", "ppo.ptx.coef is missing; weight of its loss beside PPO's (InstructGPT eq. 2: "
