@@ -99,7 +99,7 @@ def main() -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     quiet_libraries()
     if SUPERVISED in os.environ:
-        from alignkit.launch.processes import attach
+        from alignkit.runs.heartbeat import attach
 
         attach()
     place: dict[str, Path] = {}
@@ -158,7 +158,7 @@ def _end_usage_error(error: TyperException) -> int:
 def _leave(code: int, problems: list[str] | None = None, *, unexpected: bool = False, shared: bool = False) -> int:
     """Say what is left to say and return the exit code; a supervised process writes it down instead."""
     if SUPERVISED in os.environ:
-        from alignkit.launch.processes import leave
+        from alignkit.runs.heartbeat import leave
 
         return leave(code, problems or (), unexpected=unexpected, shared=shared)
     if problems:

@@ -1,21 +1,32 @@
-"""Where a stage runs: in this process, in several that are started and watched, or in one that a launcher started."""
+"""Where a stage runs: in this process, in several that are started and watched, or in one that a launcher started.
+
+Before anything loads, what can be refused at once is; run directory and lock are held around the method's `run`.
+"""
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from alignkit import console
-from alignkit.errors import SUPERVISED, EnvironmentProblem
-from alignkit.recipe.schema import FEEDBACK
+from alignkit.errors import SUPERVISED, DiskError, EnvironmentProblem
+from alignkit.launch import processes
+from alignkit.launch.placement import Command, place
+from alignkit.preflight.requirements import require_ready
+from alignkit.recipe import Stage
+from alignkit.recipe.schema import FEEDBACK, ROOMS
+from alignkit.runs.directory import Result, RunDir, compare_fingerprints, open_run, set_aside
+from alignkit.runs.heartbeat import is_worker
+from alignkit.runs.record import record_warnings
+from alignkit.train.fingerprint import fingerprint_stage, unread
 
-if TYPE_CHECKING:
-    from alignkit.launch.placement import Command
-    from alignkit.recipe import Stage
-    from alignkit.runs.directory import Result
-
-__all__ = ["is_in_process", "launch_stage"]
+_STRAY_SECONDS = 45.0
 
 
 def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = False, retries: int = 0) -> Result:
@@ -24,10 +35,6 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
     Raises what `fit` raises, RunError when another process holds the directory, RankError when a process died or hung,
     RecipeError where `launch:` and who started this process contradict each other.
     """
-    from alignkit.launch.local import train_here, train_in
-    from alignkit.launch.placement import Command, place
-    from alignkit.launch.processes import is_worker
-
     command = command or Command(stage)
     makes_rows = stage.method in FEEDBACK
     if makes_rows:
@@ -48,7 +55,7 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
             )
         join_launcher(stage, retries=retries)
         if SUPERVISED in os.environ or os.environ.get("RANK", "0") != "0":  # somebody has checked and locked the run
-            return train_in(stage, Path(stage.run_dir), allow_change=command.allow_change)
+            return _train(stage, command)
     elif not makes_rows:
         placement = place(stage, command.node_rank)
         if placement.world_size == 1 and placement.strategy != "ddp":
@@ -56,13 +63,86 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
         if placement.world_size > 1 or retries:
             from alignkit.launch.job import Job
 
-            return Job(command, placement).run(force=force, retries=retries)
-    return train_here(stage, force=force, allow_change=command.allow_change)
+            return Job(command, placement, hold_run).run(force=force, retries=retries)
+    require_ready(stage)
+    with hold_run(command, force=force):
+        return _train(stage, command)
 
 
 def is_in_process(command: Command, *, retries: int) -> bool:
     """Tell whether `launch_stage` will do the work in this process; raises RecipeError for places that cannot be."""
-    from alignkit.launch.placement import place
-
     stage = command.stage
     return stage.method in FEEDBACK or (retries == 0 and place(stage, command.node_rank).world_size == 1)
+
+
+def _train(stage: Stage, command: Command) -> Result:
+    """Train in this process, in a run directory that somebody holds for it."""
+    run = RunDir(Path(stage.run_dir))
+    method = importlib.import_module(f"alignkit.{ROOMS.get(stage.method, 'train')}.{stage.method}")
+    gc.enable()
+    gc.freeze()  # what the libraries made stays for good: never look through it again
+    # TensorBoard writes below the run, unless the user says where: by itself it makes a directory of this host's name
+    # inside the checkpoints.
+    given = "TENSORBOARD_LOGGING_DIR" in os.environ
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
+    try:
+        with record_warnings(run.warnings):
+            result: Result = method.run(stage, run.path, allow_change=command.allow_change)
+    finally:
+        if not given:
+            del os.environ["TENSORBOARD_LOGGING_DIR"]
+    return result
+
+
+@contextmanager
+def hold_run(command: Command, *, force: bool, check: Callable[[], None] = lambda: None) -> Iterator[RunDir]:
+    """Have a run directory for one command alone: locked, and with nobody in it whose supervisor was killed.
+
+    With `force` an earlier run is moved aside, but only when those processes have ended: they know the run by its path,
+    and their last save would land in the new one. `check` is called while they are waited for, and may raise. Raises
+    RunError for a run with other settings or weights before anything loads; `fit` compares its rows, too.
+    """
+    stage = command.stage
+    run, lock = open_run(Path(stage.run_dir), force=False)
+    try:
+        _end_strays(run, check)
+        if force:
+            lock = set_aside(run, lock)
+    except BaseException:
+        lock.release()
+        raise
+    gone = DiskError(
+        f"{run.path}: the run directory was moved or deleted while the run went on; move it back, and the same command "
+        "goes on from what was saved"
+    )
+    try:
+        if run.stage.is_file() and stage.method not in ROOMS:
+            known = {**fingerprint_stage(stage), **unread(run)}
+            compare_fingerprints(run, known, allow_change=command.allow_change)
+        yield run
+        if not lock.is_current():
+            raise gone
+    except Exception as error:
+        if error is gone or lock.is_current():
+            raise
+        raise gone from error  # whatever else went wrong began there
+    finally:
+        # While it is ours: another command may lock it as soon as we let go. A stage refused before it began leaves
+        # nothing behind.
+        if lock.is_current() and {entry.name for entry in run.path.iterdir()} <= {".lock", "cache", "warnings.jsonl"}:
+            shutil.rmtree(run.path, ignore_errors=True)
+        lock.release()
+
+
+def _end_strays(run: RunDir, check: Callable[[], None]) -> None:
+    """Wait for processes of an earlier command that was killed: they save and end by themselves; then kill the rest."""
+    deadline, told = time.monotonic() + _STRAY_SECONDS, False
+    while strays := processes.marked(run.launch):
+        if not told:
+            console.note(f"waiting for {len(strays)} processes of an earlier command in {run.path} to end")
+            told = True
+        if time.monotonic() > deadline:
+            processes.kill_all([stray.pid for stray in strays], run.launch)
+            return
+        check()
+        time.sleep(0.2)

@@ -17,10 +17,10 @@ from typing import Any
 
 from alignkit.errors import SUPERVISED, AlignKitError, EnvironmentProblem, Problem, RecipeError
 from alignkit.launch.placement import Command, Placement, Precision, mixed_precision, pick_device, place
-from alignkit.launch.processes import is_worker
 from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage
 from alignkit.runs.directory import RunDir
+from alignkit.runs.heartbeat import is_worker
 
 CONFIG = "accelerate.yaml"
 DEEPSPEED_CONFIG = "deepspeed.json"

@@ -14,7 +14,8 @@ import shutil
 import socket
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 from alignkit import __version__, console
 from alignkit.errors import AlignKitError, EnvironmentProblem, RunError, UsageError
 from alignkit.launch import accelerate
-from alignkit.launch.local import hold_run
 from alignkit.launch.placement import LOOPBACK, Command, Placement, mixed_precision
 from alignkit.launch.supervise import Supervisor, abort, make_error
 from alignkit.preflight.requirements import require_ready
@@ -41,10 +41,15 @@ _COMPARED = ("processes", "nodes", "strategy", "device", "version")
 
 
 class Job:
-    """A stage in processes of its own, as this node sees it; `run` is the only thing to call."""
+    """A stage in processes of its own, as this node sees it; `run` is the only thing to call.
 
-    def __init__(self, command: Command, placement: Placement) -> None:
-        self._command, self._stage, self._placement = command, command.stage, placement
+    `hold` is `hold_run`: node 0 has the run directory for itself meanwhile.
+    """
+
+    def __init__(
+        self, command: Command, placement: Placement, hold: Callable[..., AbstractContextManager[RunDir]]
+    ) -> None:
+        self._command, self._stage, self._placement, self._hold = command, command.stage, placement, hold
         self._run = RunDir(Path(command.stage.run_dir))
         self._received: list[int] = []  # stop signals
 
@@ -65,7 +70,7 @@ class Job:
                 console.hush()  # node 0 speaks
                 self._try_until_done(retries)
                 return read_result(run.result)
-            with hold_run(stage, force=force, allow_change=self._command.allow_change, check=self._heed_signal):
+            with self._hold(self._command, force=force, check=self._heed_signal):
                 try:
                     with record_warnings(run.warnings):
                         self._try_until_done(retries)

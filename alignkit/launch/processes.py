@@ -1,4 +1,4 @@
-"""The processes of a job: how one takes part, and how they are started so that none outlives us, looked at, killed.
+"""The processes of a job as who started them sees them: started so that none outlives us, looked at and killed.
 
 Linux gives every guarantee; elsewhere a worker that finds its parent gone ends itself.
 """
@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,64 +18,10 @@ from typing import IO
 import psutil
 
 from alignkit.errors import SUPERVISED
-from alignkit.runs import heartbeat
 from alignkit.runs.stop import SIGNALS
 
-SUPERVISOR = "ALIGNKIT_SUPERVISOR"  # its process id: without it the worker ends
-INTERVAL = "ALIGNKIT_BEAT_SECONDS"
-_LAST_WORDS_SECONDS = 30.0
 _GONE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
-
-
-def is_worker(environment: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether this process was started as one of a job's, by us or by accelerate or torchrun."""
-    return SUPERVISED in environment or "RANK" in environment or environment.get("WORLD_SIZE", "1") != "1"
-
-
-def attach() -> None:
-    """Prepare a supervised worker: write to its own log, give signs of life, end with its parent and the supervisor.
-
-    Stop signals wait until `runs.stop.stop_between_steps` hears them: one that came before would kill this process, and
-    a thread started now never takes one. Only what rank 0 prints reaches the terminal; what libraries write to file
-    descriptor 2 goes to `rank-N.log`.
-    """
-    directory, rank = Path(os.environ[SUPERVISED]), int(os.environ.get("RANK", "0"))
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    log = os.open(directory / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    if rank == 0:  # the supervisor gave its own stderr as our stdout
-        sys.stderr = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
-    else:
-        os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    parent, supervisor = os.getppid(), int(os.environ[SUPERVISOR])
-    alone_since: float | None = None
-
-    def end_when_alone() -> None:
-        """End this process when its parent or the supervisor is gone: first as SIGTERM would, then at once."""
-        nonlocal alone_since
-        if alone_since is not None:
-            if time.monotonic() - alone_since > _LAST_WORDS_SECONDS:
-                os._exit(143)
-        elif os.getppid() != parent or not psutil.pid_exists(supervisor):
-            alone_since = time.monotonic()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    seconds = float(os.environ.get(INTERVAL, "1"))
-    heartbeat.start(directory, rank, interval_seconds=seconds, each=end_when_alone)
-
-
-def leave(exit_code: int, problems: Sequence[str] = (), *, unexpected: bool = False, shared: bool = False) -> int:
-    """Write how this worker ends; return the exit code its process should have.
-
-    A stop that all ranks agreed on leaves with 0: for any other code torchrun would kill those still saving.
-    """
-    directory, rank = Path(os.environ[SUPERVISED]), int(os.environ.get("RANK", "0"))
-    heartbeat.pulse("ended")
-    heartbeat.write_end(directory, rank, exit_code, problems, unexpected=unexpected, shared=shared)
-    heartbeat.stop()
-    return 0 if exit_code in (130, 143) else exit_code
 
 
 def start(
@@ -94,7 +39,7 @@ def start(
         if deaf:
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if libc is not None:
-            # A worker itself ends softly instead, as it finds its supervisor gone: see `attach`.
+            # A worker itself ends softly instead, as it finds its supervisor gone: see `heartbeat.attach`.
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if deaf else 0)
             if os.getppid() != parent:
                 os._exit(1)

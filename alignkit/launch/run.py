@@ -18,7 +18,6 @@ from alignkit import console
 from alignkit.errors import SUPERVISED, AlignKitError, EnvironmentProblem, Problem, RecipeError, UsageError
 from alignkit.launch import is_in_process, launch_stage
 from alignkit.launch.placement import Command
-from alignkit.launch.processes import is_worker
 from alignkit.preflight.requirements import list_needs, locate_rows, require_held_out, require_ready
 from alignkit.recipe import Recipe, Stage
 from alignkit.recipe.nearest import suggest
@@ -28,6 +27,7 @@ from alignkit.recipe.trl_fields import method_fields
 from alignkit.runs import checkpoints
 from alignkit.runs.directory import Result, RunDir, find_damaged_product
 from alignkit.runs.files import read_json, read_record, write_json, write_text
+from alignkit.runs.heartbeat import is_worker
 
 MEASURE = "evaluate"  # the last step of a run, in tables
 _FAILURES = (3, 4, 5, 6, 7)  # not finite, disk, memory, a process, the judge

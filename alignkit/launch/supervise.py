@@ -184,8 +184,8 @@ class Supervisor:
         is left.
         """
         environment = {
-            **os.environ, **extra, SUPERVISED: str(self._directory), processes.SUPERVISOR: str(os.getpid()),
-            processes.INTERVAL: f"{min(1.0, self._heartbeat_seconds / 4):g}", "PYTHONUNBUFFERED": "1",
+            **os.environ, **extra, SUPERVISED: str(self._directory), heartbeat.SUPERVISOR: str(os.getpid()),
+            heartbeat.INTERVAL: f"{min(1.0, self._heartbeat_seconds / 4):g}", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         try:
             output = sys.stderr.fileno()

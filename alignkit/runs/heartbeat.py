@@ -1,4 +1,4 @@
-"""Signs of life of the processes of a job, as small files that whoever started them reads.
+"""A process of a job: how it takes part, and its signs of life, small files that whoever started it reads.
 
 `rank-N.beat` is rewritten about once a second and says how far the main thread has come; `rank-N.end` says how the
 process ended. Without `start` nothing is written.
@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from alignkit.errors import SUPERVISED
+from alignkit.runs.stop import SIGNALS
+
 # The end record's room is taken when the process begins, so that a full disk cannot keep it from saying so.
 _END_BYTES = 1 << 14
+
+
+SUPERVISOR = "ALIGNKIT_SUPERVISOR"  # its process id: without it the worker ends
+INTERVAL = "ALIGNKIT_BEAT_SECONDS"
+_LAST_WORDS_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -154,3 +164,58 @@ def _read_all(directory: Path, kind: str) -> list[dict[str, Any]]:
         with suppress(OSError, ValueError):  # empty or being written: the next look finds it whole
             found.append(json.loads(path.read_text(encoding="utf-8")))
     return found
+
+
+# One process among several.
+
+
+def is_worker(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether this process was started as one of a job's, by us or by accelerate or torchrun."""
+    return SUPERVISED in environment or "RANK" in environment or environment.get("WORLD_SIZE", "1") != "1"
+
+
+def attach() -> None:
+    """Prepare a supervised worker: write to its own log, give signs of life, end with its parent and the supervisor.
+
+    Stop signals wait until `stop_between_steps` hears them: one that came before would kill this process, and
+    a thread started now never takes one. Only what rank 0 prints reaches the terminal; what libraries write to file
+    descriptor 2 goes to `rank-N.log`.
+    """
+    import psutil
+
+    directory, rank = Path(os.environ[SUPERVISED]), int(os.environ.get("RANK", "0"))
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    log = os.open(directory / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    if rank == 0:  # the supervisor gave its own stderr as our stdout
+        sys.stderr = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    else:
+        os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    parent, supervisor = os.getppid(), int(os.environ[SUPERVISOR])
+    alone_since: float | None = None
+
+    def end_when_alone() -> None:
+        """End this process when its parent or the supervisor is gone: first as SIGTERM would, then at once."""
+        nonlocal alone_since
+        if alone_since is not None:
+            if time.monotonic() - alone_since > _LAST_WORDS_SECONDS:
+                os._exit(143)
+        elif os.getppid() != parent or not psutil.pid_exists(supervisor):
+            alone_since = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    seconds = float(os.environ.get(INTERVAL, "1"))
+    start(directory, rank, interval_seconds=seconds, each=end_when_alone)
+
+
+def leave(exit_code: int, problems: Sequence[str] = (), *, unexpected: bool = False, shared: bool = False) -> int:
+    """Write how this worker ends; return the exit code its process should have.
+
+    A stop that all ranks agreed on leaves with 0: for any other code torchrun would kill those still saving.
+    """
+    directory, rank = Path(os.environ[SUPERVISED]), int(os.environ.get("RANK", "0"))
+    pulse("ended")
+    write_end(directory, rank, exit_code, problems, unexpected=unexpected, shared=shared)
+    stop()
+    return 0 if exit_code in (130, 143) else exit_code

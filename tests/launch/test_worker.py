@@ -13,9 +13,9 @@ import pytest
 
 from alignkit.errors import EnvironmentProblem, RecipeError
 from alignkit.launch.accelerate import apply_strategy, require_agreement, require_launcher
-from alignkit.launch.processes import is_worker
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.runs import heartbeat
+from alignkit.runs.heartbeat import is_worker
 
 TEXT = "model: {path: builtin:tiny-llama}\nlaunch: {LAUNCH}\nsft: {data: builtin:instructions}\n"
 # What torchrun and `accelerate launch` set for the second of two processes on one node.
