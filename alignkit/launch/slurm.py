@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+
 from alignkit.errors import EnvironmentProblem, RecipeError, RunError
 from alignkit.launch.placement import Command
 from alignkit.preflight.requirements import list_needs, require_ready
@@ -114,12 +116,14 @@ def build_script(command: Command) -> str:
         "signal": f"B:USR1@{slurm.signal_seconds}",
     }
     directives = [f"#SBATCH --{name}{quote(value)}" for name, value in options.items() if value is not None]
-    return _BODY.format(
+    script = Path(__file__).with_name("job.sh.jinja").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(script).render(
         directives="\n".join(directives),
         directory=shlex.quote(os.getcwd()),
         run=shlex.quote(str(run.path)),
         manifest=MANIFEST,
-        meeting=_MEETING if launch.nodes > 1 else "",
+        several_nodes=launch.nodes > 1,
         max_requeues=slurm.max_requeues,
         cpus=cpus,
         command=shlex.join(command.argv()),
@@ -172,77 +176,3 @@ def quote(value: object) -> str:
     return "=" + "".join(
         f"\\{part}" if part in "\"'\\" else f'"{part}"' for part in re.split(r"([\"'\\])", text) if part
     )
-
-
-# Where the processes of several nodes meet; below the ports that Linux hands out by itself (32768 and up).
-_MEETING = """\
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
-"""
-
-_BODY = """\
-#!/bin/bash
-{directives}
-
-# One alignkit a node: each finds its place from SLURM_* and starts the processes of its node. Before the time limit
-# Slurm sends USR1 to this script, which passes it on; alignkit saves, the job requeues itself and resumes.
-set -u
-cd -- {directory} || exit 8
-unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT
-run={run}
-{meeting}
-sitting=${{SLURM_RESTART_COUNT:-0}}
-ended=$run/launch/ended-$SLURM_JOB_ID-$sitting
-told=
-turns=0
-
-state() {{ squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }}
-newest() {{ ls -d -- "$run"/checkpoints/checkpoint-*/{manifest} 2>/dev/null | sort -V | tail -n 1; }}
-stop() {{
-    told=$1 turns=$((turns + 1))
-    # What Slurm ends by itself (scancel, preemption, the time limit) has had SIGTERM already; twice would cut it short.
-    if [ -n "${{step:-}}" ] && {{ [ "$1" = USR1 ] || [ "$(state)" = RUNNING ]; }}; then kill -USR1 "$step"; fi
-}}
-trap 'stop USR1' USR1
-trap 'stop TERM' TERM
-
-before=$(newest)
-# srun ends with the highest code of all nodes, and kill-on-bad-exit makes that 143 or 137: the first to fail tells why.
-srun --kill-on-bad-exit=1 --cpus-per-task={cpus} bash -c '
-    trap : USR1 TERM
-    "$@"; code=$?
-    if [ "$code" != 0 ]; then set -C; {{ echo "$code" >"$0"; }} 2>/dev/null; fi
-    exit "$code"
-' "$ended" {command} &
-step=$!
-if [ -n "$told" ]; then kill -USR1 "$step"; fi  # it came while srun started
-while :; do
-    seen=$turns
-    wait "$step"; next=$?
-    if [ "$next" != 127 ]; then code=$next; fi
-    if [ "$turns" = "$seen" ]; then break; fi  # else a trap has cut the waiting short
-done
-trap '' USR1 TERM
-if [ "$code" != 0 ] && [ -s "$ended" ]; then code=$(cat "$ended"); fi
-rm -f -- "$ended"
-
-again=
-case $code in
-    138 | 143) again=yes ;;  # asked to stop; 138: before alignkit could listen
-    6 | 137)  # a process died: worth another try, but not a third one that gets no further
-        if [ -n "$told" ] || [ "$(newest)" != "$before" ] || [ "$sitting" -eq 0 ]; then again=yes; fi ;;
-esac
-if [ -n "$again" ] && [ "$sitting" -ge {max_requeues} ]; then
-    echo "alignkit: not requeued after $sitting times (launch.slurm.max_requeues)" >&2
-elif [ -n "$again" ] && [ "$(state)" = RUNNING ]; then
-    echo "alignkit: ended with code $code; requeued, the next sitting goes on from the newest checkpoint" >&2
-    if scontrol requeue "$SLURM_JOB_ID"; then
-        trap - TERM
-        sleep 300 & wait  # Slurm ends this script now; a code of its own could count as that of the next sitting
-    else
-        echo "alignkit: Slurm did not requeue; submit $run/launch/job.sbatch again" >&2
-    fi
-fi
-exit "$code"
-"""
