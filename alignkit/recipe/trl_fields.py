@@ -13,153 +13,113 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+
+def _by_name(names: Mapping[str, str]) -> dict[str, str]:
+    """Turn a table of what is said, each with the names it is said of, into one by name."""
+    return {name: what for what, listed in names.items() for name in listed.split()}
+
+
 # Fields of GRPOConfig that are keys of alignkit's own, with their own ranges.
 OWN = ("temperature", "num_generations")
 
 # What a ppo stage cannot set.
-PPO_CONTROLLED: dict[str, str] = {
-    **dict.fromkeys(
-        ("top_p", "top_k", "min_p", "repetition_penalty"),
-        "PPO samples from the policy itself, or the ratios and the KL would be of something else; set temperature",
-    ),
-    "generation_kwargs": "set temperature, max_new_tokens and min_new_tokens; all else of sampling is fixed by PPO",
-    **dict.fromkeys(
-        ("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
-         "dataloader_pin_memory", "dataloader_drop_last", "dataloader_multiprocessing_context"),
-        "rollouts take the prompts from a stream of their own; there is no loader to set up",
-    ),
-    "disable_dropout": "dropout is always off in PPO: at the first step the ratio must be exactly 1",
-    "cast_lm_head_to_fp32": "log-probabilities are computed in float32; set model.dtype: float32 for the whole model",
-    "max_completion_length": "set max_new_tokens",
-    **dict.fromkeys(
-        ("num_generations_eval", "eval_strategy", "eval_steps", "eval_on_start", "eval_delay",
-         "eval_accumulation_steps", "per_device_eval_batch_size"),
-        "rollouts are measured at every step, and the prompts of `eval:` are answered at the end",
-    ),
-    "ds3_gather_for_generation": "sharding belongs to the launcher",
-    **dict.fromkeys(
-        ("generation_batch_size", "steps_per_generation"),
-        "a rollout is batch_size x minibatches answers; set those",
-    ),
-    "num_iterations": "set ppo_epochs",
-    "chat_template_kwargs": "set model.chat_template_kwargs",
-    **dict.fromkeys(
-        ("use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
-         "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
-         "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_max_model_length",
-         "vllm_tensor_parallel_size"),
-        "set generation: {engine: vllm, mode: colocate or server, url, gpu_memory_utilization}",
-    ),
-    **dict.fromkeys(
-        ("vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
-         "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
-         "vllm_importance_sampling_cap", "off_policy_mask_threshold"),
-        "the trainer computes the log-probabilities of what was sampled itself, so there is nothing to correct",
-    ),
-    **dict.fromkeys(
-        ("use_transformers_continuous_batching", "transformers_continuous_batching_config",
-         "use_transformers_paged"),
-        "set generation: {engine: vllm} for fast sampling",
-    ),
-    "beta": "set kl_coef, the factor of the KL in the reward",
-    "use_bias_correction_kl": "the KL is part of the reward, not of the loss; set kl_coef",
-    "epsilon": "set cliprange",
-    **dict.fromkeys(("epsilon_high", "delta"), "set cliprange, the same on both sides"),
-    **dict.fromkeys(
-        ("loss_type", "sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos",
-         "vespo_k_neg", "vespo_lambda_neg", "importance_sampling_level", "top_entropy_quantile"),
-        "PPO has one loss; set advantage: gae, rloo, grpo or reinforce",
-    ),
-    **dict.fromkeys(
-        ("reward_weights", "multi_objective_aggregation"),
-        "give reward: a list of {model or function, weight}, which is summed",
-    ),
-    "scale_rewards": "set whiten_rewards or reward_normalize; the z-score of a group is advantage: grpo",
-    "mask_truncated_completions": "set missing_eos: {penalty: x} or {score: x}",
-    **dict.fromkeys(
-        ("entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta",
-         "entropy_target"),
-        "alignkit's PPO has no entropy bonus, as its papers have none; kl_coef keeps the policy broad",
-    ),
-    "max_tool_calling_iterations": "an answer is one turn; tools are not called",
-    **dict.fromkeys(
-        ("log_completions", "log_multimodal", "num_completions_to_print", "log_unique_prompts"),
-        "samples.jsonl and metrics.jsonl hold the answers and their rewards; set samples",
-    ),
-    "log_completions_hub_repo": "alignkit sends nothing anywhere; samples.jsonl holds the answers",
-    "label_smoothing_factor": "PPO has no labels to smooth",
-    "neftune_noise_alpha": "noise in the embeddings would change the probabilities of what was sampled",
-    "pad_to_multiple_of": "rollouts are padded once, to their longest answer",
-    "router_aux_loss_coef": "PPO has no auxiliary loss of the experts' router",
-}  # fmt: skip
+PPO_CONTROLLED = _by_name({
+    "PPO samples from the policy itself, or the ratios and the KL would be of something else; set temperature":
+        "top_p top_k min_p repetition_penalty",
+    "set temperature, max_new_tokens and min_new_tokens; all else of sampling is fixed by PPO": "generation_kwargs",
+    "rollouts take the prompts from a stream of their own; there is no loader to set up":
+        "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers dataloader_pin_memory "
+        "dataloader_drop_last dataloader_multiprocessing_context",
+    "dropout is always off in PPO: at the first step the ratio must be exactly 1": "disable_dropout",
+    "log-probabilities are computed in float32; set model.dtype: float32 for the whole model": "cast_lm_head_to_fp32",
+    "set max_new_tokens": "max_completion_length",
+    "rollouts are measured at every step, and the prompts of `eval:` are answered at the end":
+        "num_generations_eval eval_strategy eval_steps eval_on_start eval_delay eval_accumulation_steps "
+        "per_device_eval_batch_size",
+    "sharding belongs to the launcher": "ds3_gather_for_generation",
+    "a rollout is batch_size x minibatches answers; set those": "generation_batch_size steps_per_generation",
+    "set ppo_epochs": "num_iterations",
+    "set model.chat_template_kwargs": "chat_template_kwargs",
+    "set generation: {engine: vllm, mode: colocate or server, url, gpu_memory_utilization}":
+        "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
+        "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port "
+        "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size",
+    "the trainer computes the log-probabilities of what was sampled itself, so there is nothing to correct":
+        "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
+        "vllm_importance_sampling_clip_min vllm_importance_sampling_cap off_policy_mask_threshold",
+    "set generation: {engine: vllm} for fast sampling":
+        "use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged",
+    "set kl_coef, the factor of the KL in the reward": "beta",
+    "the KL is part of the reward, not of the loss; set kl_coef": "use_bias_correction_kl",
+    "set cliprange": "epsilon",
+    "set cliprange, the same on both sides": "epsilon_high delta",
+    "PPO has one loss; set advantage: gae, rloo, grpo or reinforce":
+        "loss_type sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
+        "vespo_lambda_neg importance_sampling_level top_entropy_quantile",
+    "give reward: a list of {model or function, weight}, which is summed": "reward_weights multi_objective_aggregation",
+    "set whiten_rewards or reward_normalize; the z-score of a group is advantage: grpo": "scale_rewards",
+    "set missing_eos: {penalty: x} or {score: x}": "mask_truncated_completions",
+    "alignkit's PPO has no entropy bonus, as its papers have none; kl_coef keeps the policy broad":
+        "entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
+    "an answer is one turn; tools are not called": "max_tool_calling_iterations",
+    "samples.jsonl and metrics.jsonl hold the answers and their rewards; set samples":
+        "log_completions log_multimodal num_completions_to_print log_unique_prompts",
+    "alignkit sends nothing anywhere; samples.jsonl holds the answers": "log_completions_hub_repo",
+    "PPO has no labels to smooth": "label_smoothing_factor",
+    "noise in the embeddings would change the probabilities of what was sampled": "neftune_noise_alpha",
+    "rollouts are padded once, to their longest answer": "pad_to_multiple_of",
+    "PPO has no auxiliary loss of the experts' router": "router_aux_loss_coef",
+})  # fmt: skip
 
 # TRL's old PPOConfig (0.x and experimental up to 1.12), LLaMA-Factory, OpenRLHF, verl and TRLX.
-PPO_MOVED: dict[str, str] = {
-    **dict.fromkeys(("num_ppo_epochs", "max_epochs"), "it is ppo_epochs"),
-    "num_mini_batches": "it is minibatches",
-    **dict.fromkeys(
-        ("mini_batch_size", "ppo_mini_batch_size"),
-        "it is batch_size, answers per optimizer step over all devices",
-    ),
-    **dict.fromkeys(
-        ("rollout_batch_size", "ppo_buffer_size"),
-        "it is minibatches: a rollout is batch_size x minibatches answers",
-    ),
-    **dict.fromkeys(
-        ("backward_batch_size", "micro_train_batch_size", "micro_rollout_batch_size",
-         "local_rollout_forward_batch_size", "forward_batch_size"),
-        "it is micro_batch_size",
-    ),
-    "num_total_batches": "it is max_steps",
-    **dict.fromkeys(("num_episodes", "episodes"), "it is total_episodes"),
-    "num_sample_generations": "it is samples",
-    **dict.fromkeys(("response_length", "generate_max_len", "max_response_length"), "it is max_new_tokens"),
-    **dict.fromkeys(
-        ("max_prompt_length", "prompt_max_len"),
-        "a prompt may take what max_new_tokens leaves of the context; longer ones are counted (max_truncated)",
-    ),
-    "max_length": "an answer has at most max_new_tokens, and a prompt what they leave of the context",
-    "min_length": "it is min_new_tokens",
-    **dict.fromkeys(
-        ("stop_token", "stop_token_id"),
-        "it is truncate: {token: TEXT}; the end-of-turn token always ends an answer",
-    ),
-    **dict.fromkeys(("missing_eos_penalty", "penalise_no_eos", "non_eos_penalty"), "it is missing_eos: {penalty: x}"),
-    **dict.fromkeys(
-        ("kl_estimator", "kl_penalty"),
-        "the KL is log pi - log ref of the sampled tokens (k1), as in Ziegler 2019; take it out",
-    ),
-    "use_kl_loss": "the KL is part of the reward, not of the loss; set kl_coef",
-    "init_kl_coef": "it is kl_coef, where an adaptive one starts",
-    "kl_coeff": "it is kl_coef",
-    **dict.fromkeys(("adap_kl_ctrl", "kl_ctrl"), "it is kl_target: a target makes kl_coef adaptive"),
-    **dict.fromkeys(("target", "ppo_target"), "it is kl_target, in nats per sequence"),
-    "target_kl": "it is kl_target, in nats per sequence (other tools count per token), or max_kl to stop the run",
-    "early_stopping": "it is max_kl",
-    "horizon": "it is kl_horizon, in episodes",
-    **dict.fromkeys(("eps_clip", "clip_ratio", "clip_range"), "it is cliprange"),
-    **dict.fromkeys(("value_clip", "clip_range_value"), "it is cliprange_value"),
-    **dict.fromkeys(("lambd", "gae_lambda"), "it is lam"),
-    **dict.fromkeys(("advantage_estimator", "adv_estimator"), "it is advantage: gae, rloo, grpo or reinforce"),
-    **dict.fromkeys(("rloo_k", "n_samples_per_prompt"), "it is num_generations"),
-    **dict.fromkeys(
-        ("use_score_scaling", "use_score_norm", "ppo_score_norm", "normalize_reward", "scale_reward"),
-        "it is reward_normalize: gain_and_bias",
-    ),
-    **dict.fromkeys(("score_clip", "cliprange_reward"), "it is reward_clip"),
-    "reward_clip_range": "it is reward_clip: one number for both sides",
-    "ppo_whiten_rewards": "it is whiten_rewards",
-    **dict.fromkeys(("reward_model_path", "reward_model", "reward_pretrain"), "it is reward"),
-    "reward_funcs": "it is reward: {function: pkg.module:name}",
-    "remote_rm_url": "it is reward: a model, or a function that asks your server",
-    **dict.fromkeys(("critic_pretrain", "value_model"), "it is value_init"),
-    "sft_model_path": "it is start_from",
-    "actor_learning_rate": "it is learning_rate",
-    **dict.fromkeys(("critic_lr", "value_learning_rate"), "it is critic_learning_rate"),
-    "ema_beta": "it is ema",
-    "enable_ema": "it is ema, a decay such as 0.992",
-    **dict.fromkeys(("ptx_coef", "pretrain_data"), "it is ptx: {data, coef}"),
-}  # fmt: skip
+PPO_MOVED = _by_name({
+    "it is ppo_epochs": "num_ppo_epochs max_epochs",
+    "it is minibatches": "num_mini_batches",
+    "it is batch_size, answers per optimizer step over all devices": "mini_batch_size ppo_mini_batch_size",
+    "it is minibatches: a rollout is batch_size x minibatches answers": "rollout_batch_size ppo_buffer_size",
+    "it is micro_batch_size":
+        "backward_batch_size micro_train_batch_size micro_rollout_batch_size local_rollout_forward_batch_size "
+        "forward_batch_size",
+    "it is max_steps": "num_total_batches",
+    "it is total_episodes": "num_episodes episodes",
+    "it is samples": "num_sample_generations",
+    "it is max_new_tokens": "response_length generate_max_len max_response_length",
+    "a prompt may take what max_new_tokens leaves of the context; longer ones are counted (max_truncated)":
+        "max_prompt_length prompt_max_len",
+    "an answer has at most max_new_tokens, and a prompt what they leave of the context": "max_length",
+    "it is min_new_tokens": "min_length",
+    "it is truncate: {token: TEXT}; the end-of-turn token always ends an answer": "stop_token stop_token_id",
+    "it is missing_eos: {penalty: x}": "missing_eos_penalty penalise_no_eos non_eos_penalty",
+    "the KL is log pi - log ref of the sampled tokens (k1), as in Ziegler 2019; take it out": "kl_estimator kl_penalty",
+    "the KL is part of the reward, not of the loss; set kl_coef": "use_kl_loss",
+    "it is kl_coef, where an adaptive one starts": "init_kl_coef",
+    "it is kl_coef": "kl_coeff",
+    "it is kl_target: a target makes kl_coef adaptive": "adap_kl_ctrl kl_ctrl",
+    "it is kl_target, in nats per sequence": "target ppo_target",
+    "it is kl_target, in nats per sequence (other tools count per token), or max_kl to stop the run": "target_kl",
+    "it is max_kl": "early_stopping",
+    "it is kl_horizon, in episodes": "horizon",
+    "it is cliprange": "eps_clip clip_ratio clip_range",
+    "it is cliprange_value": "value_clip clip_range_value",
+    "it is lam": "lambd gae_lambda",
+    "it is advantage: gae, rloo, grpo or reinforce": "advantage_estimator adv_estimator",
+    "it is num_generations": "rloo_k n_samples_per_prompt",
+    "it is reward_normalize: gain_and_bias":
+        "use_score_scaling use_score_norm ppo_score_norm normalize_reward scale_reward",
+    "it is reward_clip": "score_clip cliprange_reward",
+    "it is reward_clip: one number for both sides": "reward_clip_range",
+    "it is whiten_rewards": "ppo_whiten_rewards",
+    "it is reward": "reward_model_path reward_model reward_pretrain",
+    "it is reward: {function: pkg.module:name}": "reward_funcs",
+    "it is reward: a model, or a function that asks your server": "remote_rm_url",
+    "it is value_init": "critic_pretrain value_model",
+    "it is start_from": "sft_model_path",
+    "it is learning_rate": "actor_learning_rate",
+    "it is critic_learning_rate": "critic_lr value_learning_rate",
+    "it is ema": "ema_beta",
+    "it is ema, a decay such as 0.992": "enable_ema",
+    "it is ptx: {data, coef}": "ptx_coef pretrain_data",
+})  # fmt: skip
 
 
 Fragment = dict[str, Any]
@@ -189,51 +149,29 @@ OWN_LOSSES = {
 # Those that TRL's KTOTrainer computes, on single answers.
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
-_POSITIVE: Fragment = {"exclusiveMinimum": 0}
-_NOT_NEGATIVE: Fragment = {"minimum": 0}
-_AT_LEAST_ONE: Fragment = {"minimum": 1}
-_SHARE: Fragment = {"minimum": 0, "maximum": 1}
-_BELOW_ONE: Fragment = {"minimum": 0, "exclusiveMaximum": 1}
-
 # What TRL leaves open. "typical" is shown in messages and in the schema's descriptions.
-_RANGES: dict[str, Fragment] = {
-    "learning_rate": {**_POSITIVE, "typical": "1e-6 to 5e-4"},
-    "beta": {**_POSITIVE, "typical": "0.05 to 0.5"},
-    "num_train_epochs": {**_POSITIVE, "typical": "1 to 3"},
+_LIMITS: dict[str, Fragment] = {
+    "learning_rate": {"exclusiveMinimum": 0, "typical": "1e-6 to 5e-4"},
+    "beta": {"exclusiveMinimum": 0, "typical": "0.05 to 0.5"},
+    "num_train_epochs": {"exclusiveMinimum": 0, "typical": "1 to 3"},
     "max_steps": {"minimum": -1},
     "max_length": {"minimum": 2, "typical": "512 to 4096"},
-    "warmup_steps": {**_NOT_NEGATIVE, "typical": "0.03 to 0.1 of all steps, or a count"},
-    "weight_decay": {**_NOT_NEGATIVE, "typical": "0 to 0.1"},
-    "adam_beta1": _BELOW_ONE,
-    "adam_beta2": _BELOW_ONE,
-    "adam_epsilon": _POSITIVE,
-    "max_grad_norm": {**_NOT_NEGATIVE, "typical": "0.3 to 1"},
-    "label_smoothing_factor": _BELOW_ONE,
-    "label_smoothing": {**_BELOW_ONE, "typical": "0.1"},
-    "neftune_noise_alpha": {**_POSITIVE, "typical": "5 to 15"},
-    "logging_steps": _POSITIVE,
-    "save_steps": _POSITIVE,
-    "eval_steps": _POSITIVE,
-    "eval_delay": _NOT_NEGATIVE,
-    "eval_accumulation_steps": _AT_LEAST_ONE,
-    "per_device_eval_batch_size": _AT_LEAST_ONE,
-    "torch_empty_cache_steps": _AT_LEAST_ONE,
-    "dataset_num_proc": _AT_LEAST_ONE,
-    "dataloader_num_workers": _NOT_NEGATIVE,
-    "dataloader_prefetch_factor": _AT_LEAST_ONE,
-    "ddp_bucket_cap_mb": _AT_LEAST_ONE,
-    "pad_to_multiple_of": _AT_LEAST_ONE,
-    "router_aux_loss_coef": _NOT_NEGATIVE,
-    "center_rewards_coefficient": {**_NOT_NEGATIVE, "typical": "0.01"},
-    "precompute_ref_batch_size": _AT_LEAST_ONE,
-    "ld_alpha": _SHARE,
-    "discopop_tau": _POSITIVE,
-    "ref_model_mixup_alpha": _SHARE,
-    "ref_model_sync_steps": _AT_LEAST_ONE,
-    "desirable_weight": _NOT_NEGATIVE,
-    "undesirable_weight": _NOT_NEGATIVE,
-    "loss_weights": _NOT_NEGATIVE,
-}
+    "warmup_steps": {"minimum": 0, "typical": "0.03 to 0.1 of all steps, or a count"},
+    "weight_decay": {"minimum": 0, "typical": "0 to 0.1"},
+    "max_grad_norm": {"minimum": 0, "typical": "0.3 to 1"},
+    "label_smoothing": {"minimum": 0, "exclusiveMaximum": 1, "typical": "0.1"},
+    "neftune_noise_alpha": {"exclusiveMinimum": 0, "typical": "5 to 15"},
+    "center_rewards_coefficient": {"minimum": 0, "typical": "0.01"},
+    "adam_beta1 adam_beta2 label_smoothing_factor": {"minimum": 0, "exclusiveMaximum": 1},
+    "adam_epsilon logging_steps save_steps eval_steps discopop_tau": {"exclusiveMinimum": 0},
+    "eval_delay dataloader_num_workers router_aux_loss_coef loss_weights": {"minimum": 0},
+    "desirable_weight undesirable_weight": {"minimum": 0},
+    "eval_accumulation_steps per_device_eval_batch_size torch_empty_cache_steps dataset_num_proc "
+    "dataloader_prefetch_factor ddp_bucket_cap_mb pad_to_multiple_of precompute_ref_batch_size "
+    "ref_model_sync_steps": {"minimum": 1},
+    "ld_alpha ref_model_mixup_alpha": {"minimum": 0, "maximum": 1},
+}  # fmt: skip
+_RANGES = {name: limits for names, limits in _LIMITS.items() for name in names.split()}
 _CHOICES = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
     "pad_to_multiple_of": ("auto",),
@@ -245,146 +183,120 @@ _CHOICES = {
 
 
 # Fields of TRL that alignkit sets itself: the reason, and what to write instead.
-CONTROLLED: dict[str, str] = {
-    "output_dir": "the run directory is runs/NAME/STAGE, or --out DIR on the command line",
-    "per_device_train_batch_size": "set batch_size (over all devices) and, if needed, micro_batch_size (per device)",
-    "gradient_accumulation_steps": "it follows from batch_size and micro_batch_size",
-    "auto_find_batch_size": "set micro_batch_size: auto instead",
-    **dict.fromkeys(("seed", "data_seed"), "set the recipe's top-level `seed`"),
-    **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "set model.dtype instead"),
-    "use_cpu": "set launch.device: cpu",
-    "ddp_backend": "gloo on the CPU, nccl on CUDA",
-    "model_init_kwargs": "write the options in the model: section (dtype, attn_implementation, revision, ...)",
-    "trust_remote_code": "a recipe cannot allow code to run; give --trust-code on the command line",
-    "chat_template_path": "set model.chat_template",
-    **dict.fromkeys(("eos_token", "pad_token"), "the tokenizer and model.chat_template decide it"),
-    **dict.fromkeys(
-        ("dataset_text_field", "dataset_kwargs", "remove_unused_columns", "label_names", "length_column_name"),
-        "alignkit prepares the rows; rename columns with data.columns",
-    ),
-    **dict.fromkeys(
-        ("shuffle_dataset", "dataloader_in_order"),
-        "the order of rows is fixed by `seed`, so that a resumed run is exact; see batching",
-    ),
-    "train_sampling_strategy": "set batching: grouped or shuffled",
-    **dict.fromkeys(
-        ("accelerator_config", "parallelism_config", "fsdp", "fsdp_config", "deepspeed"),
-        "set launch.strategy: ddp, fsdp, zero2 or zero3",
-    ),
-    "local_rank": "the launcher sets it",
-    "ddp_timeout": "set launch.timeout_seconds",
-    "save_total_limit": "set keep_checkpoints",
-    **dict.fromkeys(
-        ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
-        "the reference stays fixed: a moving one is in no checkpoint, and a resumed run would differ",
-    ),
-    "truncation_mode": "the start of a row is kept, and what is cut is counted; raise max_length",
-    "save_only_model": "a checkpoint without the optimizer cannot be resumed; model/ has the final weights alone",
-    "save_on_each_node": "checkpoints are written once and sealed",
-    "enable_jit_checkpoint": "SIGTERM, SIGINT and SIGUSR1 save at the end of the step anyway",
-    "resume_from_checkpoint": "resuming is automatic: give the same command again",
-    **dict.fromkeys(
-        ("ignore_data_skip", "restore_callback_states_from_checkpoint"),
-        "a resumed run must be exact, so this is not a choice",
-    ),
-    **dict.fromkeys(
-        ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-        "a run keeps its last weights; bound it with num_train_epochs or max_steps",
-    ),
-    **dict.fromkeys(
-        ("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
-         "hub_revision"),
-        "alignkit sends nothing anywhere; upload the run's model/ yourself",
-    ),
-    "logging_nan_inf_filter": "a loss that is not finite stops the run; nothing is filtered",
-    "disable_tqdm": "progress is drawn on a terminal and printed in lines elsewhere",
-    **dict.fromkeys(("do_train", "do_predict"), "the command decides what is done"),
-    "do_eval": "give `eval:` to evaluate",
-    **dict.fromkeys(
-        ("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches",
-         "eval_use_gather_object"),
-        "alignkit computes its own metrics",
-    ),
-    "use_cache": "the cache is off in training: with it, packed documents see each other",
-    **dict.fromkeys(
-        ("use_liger_kernel", "liger_kernel_config"),
-        "TRL has deprecated it; the trainers fuse the LM head themselves",
-    ),
-}  # fmt: skip
+CONTROLLED = _by_name({
+    "the run directory is runs/NAME/STAGE, or --out DIR on the command line": "output_dir",
+    "set batch_size (over all devices) and, if needed, micro_batch_size (per device)": "per_device_train_batch_size",
+    "it follows from batch_size and micro_batch_size": "gradient_accumulation_steps",
+    "set micro_batch_size: auto instead": "auto_find_batch_size",
+    "set the recipe's top-level `seed`": "seed data_seed",
+    "set model.dtype instead": "bf16 fp16 bf16_full_eval fp16_full_eval",
+    "set launch.device: cpu": "use_cpu",
+    "gloo on the CPU, nccl on CUDA": "ddp_backend",
+    "write the options in the model: section (dtype, attn_implementation, revision, ...)": "model_init_kwargs",
+    "a recipe cannot allow code to run; give --trust-code on the command line": "trust_remote_code",
+    "set model.chat_template": "chat_template_path",
+    "the tokenizer and model.chat_template decide it": "eos_token pad_token",
+    "alignkit prepares the rows; rename columns with data.columns":
+        "dataset_text_field dataset_kwargs remove_unused_columns label_names length_column_name",
+    "the order of rows is fixed by `seed`, so that a resumed run is exact; see batching":
+        "shuffle_dataset dataloader_in_order",
+    "set batching: grouped or shuffled": "train_sampling_strategy",
+    "set launch.strategy: ddp, fsdp, zero2 or zero3":
+        "accelerator_config parallelism_config fsdp fsdp_config deepspeed",
+    "the launcher sets it": "local_rank",
+    "set launch.timeout_seconds": "ddp_timeout",
+    "set keep_checkpoints": "save_total_limit",
+    "the reference stays fixed: a moving one is in no checkpoint, and a resumed run would differ":
+        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
+    "the start of a row is kept, and what is cut is counted; raise max_length": "truncation_mode",
+    "a checkpoint without the optimizer cannot be resumed; model/ has the final weights alone": "save_only_model",
+    "checkpoints are written once and sealed": "save_on_each_node",
+    "SIGTERM, SIGINT and SIGUSR1 save at the end of the step anyway": "enable_jit_checkpoint",
+    "resuming is automatic: give the same command again": "resume_from_checkpoint",
+    "a resumed run must be exact, so this is not a choice": "ignore_data_skip restore_callback_states_from_checkpoint",
+    "a run keeps its last weights; bound it with num_train_epochs or max_steps":
+        "load_best_model_at_end metric_for_best_model greater_is_better",
+    "alignkit sends nothing anywhere; upload the run's model/ yourself":
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+    "a loss that is not finite stops the run; nothing is filtered": "logging_nan_inf_filter",
+    "progress is drawn on a terminal and printed in lines elsewhere": "disable_tqdm",
+    "the command decides what is done": "do_train do_predict",
+    "give `eval:` to evaluate": "do_eval",
+    "alignkit computes its own metrics":
+        "prediction_loss_only include_for_metrics batch_eval_metrics eval_do_concat_batches eval_use_gather_object",
+    "the cache is off in training: with it, packed documents see each other": "use_cache",
+    "TRL has deprecated it; the trainers fuse the LM head themselves": "use_liger_kernel liger_kernel_config",
+})  # fmt: skip
 
 # Names from other tools and older versions: where the thing lives now.
-MOVED: dict[str, str] = {
-    **dict.fromkeys(("torch_dtype", "dtype", "bnb_4bit_compute_dtype"), "it is model.dtype"),
-    "warmup_ratio": "it is warmup_steps: a number below 1 is a share of all steps",
-    **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "it is max_length"),
-    **dict.fromkeys(
-        ("max_prompt_length", "max_completion_length"),
-        "TRL has removed it; max_length bounds prompt and answer together",
-    ),
-    "micro_batch": "it is micro_batch_size",
-    **dict.fromkeys(("train_batch_size", "global_batch_size"), "it is batch_size, over all devices"),
-    **dict.fromkeys(("epochs", "num_epochs"), "it is num_train_epochs"),
-    "lr": "it is learning_rate",
-    "lr_scheduler": "it is lr_scheduler_type",
-    "optimizer": "it is optim",
-    "load_in_4bit": "it is model.quantization: nf4",
-    "load_in_8bit": "it is model.quantization: int8",
-    "bnb_4bit_quant_type": "it is model.quantization: nf4 or fp4",
-    **dict.fromkeys(("use_bnb_nested_quant", "bnb_4bit_use_double_quant"), "it is model.double_quantization"),
-    "use_peft": "give a lora: section",
-    "lora_r": "it is lora.r",
-    "lora_alpha": "it is lora.alpha",
-    "lora_dropout": "it is lora.dropout",
-    "lora_target_modules": "it is lora.target_modules",
-    "lora_modules_to_save": "it is lora.modules_to_save",
-    "lora_task_type": "the method decides it",
-    "use_rslora": "it is lora.use_rslora",
-    "use_dora": "it is lora.use_dora",
-    **dict.fromkeys(("model_name_or_path", "base_model"), "it is model.path"),
-    "model_revision": "it is model.revision",
-    "tokenizer_name_or_path": "it is model.tokenizer",
-    "attn_implementation": "it is model.attn_implementation",
-    **dict.fromkeys(("dataset_name", "dataset_path"), "it is data.path"),
-    "dataset_config": "it is data.name",
-    "dataset_train_split": "it is data.split",
-    "dataset_test_split": "it is eval: with its own split",
-    **dict.fromkeys(("dataset_mixer", "datasets"), "it is data: a list of sources, each with a weight"),
-    "val_set_size": "it is eval: a share of the data, such as 0.05",
-    "overwrite_output_dir": "--force moves the old run aside",
-    "no_cuda": "it is launch.device: cpu",
-    "group_by_length": "it is batching: grouped",
-    "logging_dir": "logs are written to the run directory",
-    "save_safetensors": "weights are always safetensors",
-    "reference_free": "TRL has removed it",
-    "rpo_alpha": "TRL has removed it; write loss_type: [sigmoid, sft] with loss_weights",
-    "ref_model": "the reference is the model the stage starts from",
-    "ref_model_init_kwargs": "the reference is loaded like the model",
-    "hub_model_revision": "alignkit sends nothing anywhere; upload the run's model/ yourself",
-    "env": "a recipe cannot set environment variables",
-    "dpo_beta": "it is beta in a dpo stage",
-    "label_smoothing_loss": "it is label_smoothing in a dpo stage",
-}  # fmt: skip
+MOVED = _by_name({
+    "it is model.dtype": "torch_dtype dtype bnb_4bit_compute_dtype",
+    "it is warmup_steps: a number below 1 is a share of all steps": "warmup_ratio",
+    "it is max_length": "max_seq_length max_seq_len cutoff_len sequence_len",
+    "TRL has removed it; max_length bounds prompt and answer together": "max_prompt_length max_completion_length",
+    "it is micro_batch_size": "micro_batch",
+    "it is batch_size, over all devices": "train_batch_size global_batch_size",
+    "it is num_train_epochs": "epochs num_epochs",
+    "it is learning_rate": "lr",
+    "it is lr_scheduler_type": "lr_scheduler",
+    "it is optim": "optimizer",
+    "it is model.quantization: nf4": "load_in_4bit",
+    "it is model.quantization: int8": "load_in_8bit",
+    "it is model.quantization: nf4 or fp4": "bnb_4bit_quant_type",
+    "it is model.double_quantization": "use_bnb_nested_quant bnb_4bit_use_double_quant",
+    "give a lora: section": "use_peft",
+    "it is lora.r": "lora_r",
+    "it is lora.alpha": "lora_alpha",
+    "it is lora.dropout": "lora_dropout",
+    "it is lora.target_modules": "lora_target_modules",
+    "it is lora.modules_to_save": "lora_modules_to_save",
+    "the method decides it": "lora_task_type",
+    "it is lora.use_rslora": "use_rslora",
+    "it is lora.use_dora": "use_dora",
+    "it is model.path": "model_name_or_path base_model",
+    "it is model.revision": "model_revision",
+    "it is model.tokenizer": "tokenizer_name_or_path",
+    "it is model.attn_implementation": "attn_implementation",
+    "it is data.path": "dataset_name dataset_path",
+    "it is data.name": "dataset_config",
+    "it is data.split": "dataset_train_split",
+    "it is eval: with its own split": "dataset_test_split",
+    "it is data: a list of sources, each with a weight": "dataset_mixer datasets",
+    "it is eval: a share of the data, such as 0.05": "val_set_size",
+    "--force moves the old run aside": "overwrite_output_dir",
+    "it is launch.device: cpu": "no_cuda",
+    "it is batching: grouped": "group_by_length",
+    "logs are written to the run directory": "logging_dir",
+    "weights are always safetensors": "save_safetensors",
+    "TRL has removed it": "reference_free",
+    "TRL has removed it; write loss_type: [sigmoid, sft] with loss_weights": "rpo_alpha",
+    "the reference is the model the stage starts from": "ref_model",
+    "the reference is loaded like the model": "ref_model_init_kwargs",
+    "alignkit sends nothing anywhere; upload the run's model/ yourself": "hub_model_revision",
+    "a recipe cannot set environment variables": "env",
+    "it is beta in a dpo stage": "dpo_beta",
+    "it is label_smoothing in a dpo stage": "label_smoothing_loss",
+})  # fmt: skip
 
 
 # Methods of other tools and of TRL's other trainers, asked for as a section, a method or a loss.
-ELSEWHERE: dict[str, str] = {
-    "grpo": "write `ppo:` with advantage: grpo",
-    "rloo": "write `ppo:` with advantage: rloo",
-    "reinforce": "write `ppo:` with advantage: reinforce",
-    "kto": "write `dpo:` with loss_type: kto",
-    "ipo": "write `dpo:` with loss_type: ipo",
-    "cdpo": "write `dpo:` with loss_type: cdpo",
-    "bco": "write `dpo:` with loss_type: bco_pair",
-    **{name: f"write `dpo:` with loss_type: {name}" for name in ("orpo", "simpo", "cpo", "dpop")},
-    "reward": "write `rm:`",
-    "reward_modeling": "write `rm:`",
-    "pretrain": "write `sft:` with objective: lm",
-    "pt": "write `sft:` with objective: lm",
-    **dict.fromkeys(
-        ("gkd", "gspo", "dapo", "online_dpo", "nash_md", "xpo", "prm"),
-        "alignkit has no such method; `dpo:` learns from pairs, `ppo:` from a reward",
-    ),
-}
+ELSEWHERE = _by_name({
+    "write `ppo:` with advantage: grpo": "grpo",
+    "write `ppo:` with advantage: rloo": "rloo",
+    "write `ppo:` with advantage: reinforce": "reinforce",
+    "write `dpo:` with loss_type: kto": "kto",
+    "write `dpo:` with loss_type: ipo": "ipo",
+    "write `dpo:` with loss_type: cdpo": "cdpo",
+    "write `dpo:` with loss_type: bco_pair": "bco",
+    "write `dpo:` with loss_type: orpo": "orpo",
+    "write `dpo:` with loss_type: simpo": "simpo",
+    "write `dpo:` with loss_type: cpo": "cpo",
+    "write `dpo:` with loss_type: dpop": "dpop",
+    "write `rm:`": "reward reward_modeling",
+    "write `sft:` with objective: lm": "pretrain pt",
+    "alignkit has no such method; `dpo:` learns from pairs, `ppo:` from a reward":
+        "gkd gspo dapo online_dpo nash_md xpo prm",
+})  # fmt: skip
 
 
 def controlled_fields(method: str) -> dict[str, str]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -20,7 +20,6 @@ from ruamel.yaml.events import (
     DocumentStartEvent,
     Event,
     MappingEndEvent,
-    MappingStartEvent,
     NodeEvent,
     ScalarEvent,
     SequenceEndEvent,
@@ -132,16 +131,15 @@ class Node:
 
 
 def parse_yaml(text: str, origin: Origin) -> Node | None:
-    """Return the tree of one YAML document, None when it holds nothing; raises RecipeError with every problem."""
+    """Read one YAML document as a tree, None when it holds nothing; raises RecipeError with every problem."""
     problems = [
         Problem("a tab indents this line; YAML indents with spaces", origin.place(number))
         for number, line in enumerate(text.splitlines(), 1)
         if "\t" in line[: len(line) - len(line.lstrip())] and line.strip()
     ]
-    builder = _Builder(origin, problems)
+    root = None
     try:
-        for event in YAML(typ="safe", pure=True).parse(text):
-            builder.take(event)
+        root = _Builder(origin, problems, iter(YAML(typ="safe", pure=True).parse(text))).build_document()
     except ReaderError as error:
         line = text.count("\n", 0, error.position or 0) + 1
         problems.append(Problem("a control character; a recipe is plain UTF-8 text", origin.place(line)))
@@ -156,7 +154,7 @@ def parse_yaml(text: str, origin: Origin) -> Node | None:
         problems.append(Problem(f"this is not YAML ({type(error).__name__})", origin.place(1)))
     if problems:
         raise RecipeError(problems)
-    return builder.root
+    return root
 
 
 def read_scalar(text: str) -> Any:
@@ -191,35 +189,71 @@ def _explain(error: MarkedYAMLError) -> tuple[str, Any]:
 
 @dataclass(slots=True)
 class _Builder:
-    """Builds the tree from parser events with its own stack, so that depth is bounded before Python's is."""
+    """Builds the tree from the parser's events; depth is bounded before Python's is."""
 
     origin: Origin
     problems: list[Problem]
-    root: Node | None = None
-    stack: list[Node] = field(default_factory=list)
-    keys: list[tuple[str, int] | None] = field(default_factory=list)  # the pending key of each open collection
-    documents: int = 0
+    events: Iterator[Event]
 
-    def take(self, event: Event) -> None:
+    def build_document(self) -> Node | None:
+        root, documents = None, 0
+        for event in self.events:
+            line = event.start_mark.line + 1
+            if isinstance(event, DocumentStartEvent):
+                documents += 1
+                if documents > 1:
+                    self._stop("a second document; a recipe is one document", line)
+                if event.version or event.tags:
+                    self._report("a % directive; a recipe needs none", line)
+            elif isinstance(event, NodeEvent):
+                root = self._build(event, 0)
+        return root
+
+    def _build(self, event: Event, depth: int) -> Node:
+        """Build the value that begins with an event, and take the events that belong to it."""
         line = event.start_mark.line + 1
-        if isinstance(event, DocumentStartEvent):
-            self.documents += 1
-            if self.documents > 1:
-                self._stop("a second document; a recipe is one document", line)
-            if event.version or event.tags:
-                self._report("a % directive; a recipe needs none", line)
-        elif isinstance(event, AliasEvent):
+        if isinstance(event, AliasEvent):
             self._report(f"an alias (*{event.anchor}); share values through `extends:` instead", line)
-            self._add(Node(None, self.origin, line), closed=True)
-        elif isinstance(event, (MappingEndEvent, SequenceEndEvent)):
-            self.stack.pop()
-            self.keys.pop()
-        elif isinstance(event, NodeEvent):
-            self._check_decoration(event, line)
-            if isinstance(event, ScalarEvent):
-                self._add_scalar(event, line)
-            elif isinstance(event, (MappingStartEvent, SequenceStartEvent)):
-                self._add(Node({} if isinstance(event, MappingStartEvent) else [], self.origin, line), closed=False)
+            return Node(None, self.origin, line)
+        self._check_decoration(event, line)
+        if isinstance(event, ScalarEvent):
+            text, quoted = self._read_text(event), bool(event.style)
+            return Node(text if quoted else read_scalar(text), self.origin, line, quoted, text)
+        if depth >= MAX_DEPTH:
+            self._stop(f"nested deeper than {MAX_DEPTH} levels", line)
+        if isinstance(event, SequenceStartEvent):
+            items = []
+            while not isinstance(item := next(self.events), SequenceEndEvent):
+                items.append(self._build(item, depth + 1))
+            return Node(items, self.origin, line)
+        entries: dict[str, Node] = {}
+        while not isinstance(key := next(self.events), MappingEndEvent):
+            at = key.start_mark.line + 1
+            name = self._read_key(key, entries, at)
+            child = self._build(next(self.events), depth + 1)
+            child.line = at
+            entries.setdefault(name, child)
+        return Node(entries, self.origin, line)
+
+    def _read_text(self, event: ScalarEvent) -> str:
+        text: str = event.value
+        if _UNPRINTABLE.search(text):
+            what = "a control character or half a surrogate pair in this text"
+            self._report(what, event.start_mark.line + 1)
+        return _UNPRINTABLE.sub("?", text)
+
+    def _read_key(self, event: Event, entries: dict[str, Node], line: int) -> str:
+        if not isinstance(event, ScalarEvent):
+            self._stop("a list, mapping or alias used as a key; a key is one word", line)
+        self._check_decoration(event, line)
+        key = self._read_text(event)
+        if key in entries:
+            self._report(f"{_shorten(key)} is here twice, first in line {entries[key].line}; keep one", line)
+        if key == "<<" and not event.style:
+            self._report("a merge key (<<); share values through `extends:` instead", line)
+        if not key.strip():
+            self._report("an empty key", line)
+        return key
 
     def _check_decoration(self, event: Any, line: int) -> None:
         if event.anchor:
@@ -227,56 +261,18 @@ class _Builder:
         if event.tag is not None:
             self._report(f"a tag ({str(event.tag)[:40]}); a recipe is plain data and cannot name types or code", line)
 
-    def _add_scalar(self, event: ScalarEvent, line: int) -> None:
-        text = event.value
-        if _UNPRINTABLE.search(text):
-            self._report("a control character or half a surrogate pair in this text", line)
-            text = _UNPRINTABLE.sub("?", text)
-        quoted = bool(event.style)
-        if self.stack and isinstance(self.stack[-1].value, dict) and self.keys[-1] is None:
-            self._open_key(text, line, quoted=quoted)
-        else:
-            self._add(Node(text if quoted else read_scalar(text), self.origin, line, quoted, text), closed=True)
-
-    def _open_key(self, key: str, line: int, *, quoted: bool) -> None:
-        before = self.stack[-1].value.get(key)
-        if before is not None:
-            self._report(f"{_shorten(key)} is here twice, first in line {before.line}; keep one", line)
-        if key == "<<" and not quoted:
-            self._report("a merge key (<<); share values through `extends:` instead", line)
-        if not key.strip():
-            self._report("an empty key", line)
-        self.keys[-1] = (key, line)
-
-    def _add(self, node: Node, *, closed: bool) -> None:
-        if not self.stack:
-            self.root = node
-        elif isinstance(self.stack[-1].value, list):
-            self.stack[-1].value.append(node)
-        elif self.keys[-1] is None:
-            self._stop("a list, mapping or alias used as a key; a key is one word", node.line)
-        else:
-            key, node.line = self.keys[-1]
-            self.keys[-1] = None
-            self.stack[-1].value.setdefault(key, node)
-        if not closed:
-            if len(self.stack) >= MAX_DEPTH:
-                self._stop(f"nested deeper than {MAX_DEPTH} levels", node.line)
-            self.stack.append(node)
-            self.keys.append(None)
-
     def _report(self, what: str, line: int) -> None:
         if len(self.problems) < 100:
             self.problems.append(Problem(what, self.origin.place(line)))
 
-    def _stop(self, what: str, line: int) -> None:
+    def _stop(self, what: str, line: int) -> NoReturn:
         self._report(what, line)
         raise RecipeError(self.problems)
 
 
-def _shorten(text: str) -> str:
+def _shorten(text: str, longest: int = 60) -> str:
     text = redact(text)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 FLAG = "--set"
@@ -287,14 +283,14 @@ def apply_override(tree: Node, override: str) -> Node:
     key, separator, text = override.partition("=")
     keys = key.strip().split(".")
     if not separator or not all(keys):
-        raise RecipeError(f"{_show(override)} is not KEY.PATH=VALUE, such as dpo.beta=0.2", where=FLAG)
+        raise RecipeError(f"{_shorten(override, 80)} is not KEY.PATH=VALUE, such as dpo.beta=0.2", where=FLAG)
     if leads_to_secret(keys):
         raise RecipeError(f"{key} is the name of a secret; set it in the environment instead (HF_TOKEN)", where=FLAG)
     origin = Origin(FLAG, Path.cwd())
     try:
         value = parse_yaml(text, origin) or Node(None, origin)
     except RecipeError as error:
-        raise RecipeError(f"{_show(override)}: {error.problems[0].what}", where=FLAG) from None
+        raise RecipeError(f"{_shorten(override, 80)}: {error.problems[0].what}", where=FLAG) from None
     return lay_value(tree, keys, value, key=key, where=FLAG)
 
 
@@ -321,11 +317,6 @@ def lay_value(node: Node, keys: list[str], value: Node, *, key: str, where: str)
         before = entries.get(first, Node({}, value.origin, value.line))
         entries[first] = lay_value(before, rest, value, key=key, where=where)
     return Node(entries, node.origin, node.line)
-
-
-def _show(override: str) -> str:
-    text = redact(override)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 MAX_BYTES = 256 * 1024  # some 5,000 lines; the parser needs a second per 100 KB
@@ -394,7 +385,7 @@ def _find_fragment(node: Node, above: tuple[Path, ...], read: list[Path]) -> Pat
         fragment = node.origin.folder / expand(node.value)
     except ValueError as error:
         raise RecipeError(f"extends: {error}", where=node.place) from None
-    if any(_same_file(fragment, other) for other in above):
+    if os.path.realpath(fragment) in map(os.path.realpath, above):
         chain = " -> ".join(label_path(file) for file in (*above, fragment))
         raise RecipeError(f"extends goes round in a circle: {chain}", where=node.place)
     if len(read) >= MAX_FILES:
@@ -409,8 +400,7 @@ def _read_text(path: Path) -> str:
     label = label_path(path)
     try:
         if not path.is_file():
-            raise RecipeError(f"recipe {label} is {_describe_missing(path)}" if path.is_dir() else
-                              f"recipe {label} {_describe_missing(path)}")  # fmt: skip
+            raise RecipeError(f"recipe {label} {'is ' if path.is_dir() else ''}{_describe_missing(path)}")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
@@ -448,7 +438,3 @@ def label_path(path: Path) -> str:
     absolute = os.path.abspath(path)
     relative = os.path.relpath(absolute)
     return absolute if relative.startswith("..") else relative
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    return os.path.realpath(a) == os.path.realpath(b)
