@@ -1,14 +1,12 @@
 """Direct preference optimisation on TRL's DPOTrainer, and KTO for answers without a partner.
 
-Adds what TRL lacks: the losses of `OWN_LOSSES`, soft labels, and a reference that is right for
-continued, stacked and merged adapters. No model is loaded here but through the models room.
+Adds what TRL lacks: the losses of `OWN_LOSSES`, soft labels, and a reference that is right for continued, stacked and
+merged adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,34 +16,21 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from alignkit.data import Rejects
 from alignkit.errors import RecipeError
 from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, add_reference_adapter
-from alignkit.models.load import Loaded, load_policy, load_reference
+from alignkit.models.load import load_reference
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import DpoOptions
 from alignkit.recipe.trl_fields import OWN_LOSSES
-from alignkit.runs.directory import Result, RunDir
+from alignkit.runs.directory import RunDir
 from alignkit.train import ranks
-from alignkit.train.arguments import build_config, micro_batch_size
-from alignkit.train.built import Built
-from alignkit.train.fit import fit, watch_for
-from alignkit.train.guarded import Guarded, switch_off_dropout
+from alignkit.train.arguments import build_config
+from alignkit.train.collate import LabelledCollator
+from alignkit.train.fit import fit
 from alignkit.train.losses import PairLoss, Pairs, pick_loss, sequence_logps
 from alignkit.train.order import shuffled_order
-from alignkit.train.tables import Tables, open_chat, share_tables
-
-
-@dataclass
-class LabelledCollator:
-    """TRL's preference collator, with each pair's soft label P(chosen preferred) kept beside the tokens, (B,)."""
-
-    inner: DataCollatorForPreference
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self.inner(rows)
-        batch["label"] = torch.tensor([row.get("label", 1.0) for row in rows], dtype=torch.float)
-        return batch
+from alignkit.train.setup import Setup, open_rows
+from alignkit.train.trainer import Guarded, switch_off_dropout
 
 
 class _Referenced(Guarded):
@@ -64,7 +49,8 @@ class _Referenced(Guarded):
             add_reference_adapter(self.model, of=START)
             if self.args.disable_dropout:
                 switch_off_dropout(self.model)  # the copy's
-            activate(self.model, [START, TRAINED])
+        if START in self.model.peft_config:
+            activate(self.model, [START, TRAINED])  # TRL leaves one of a stack
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> Any:
         logps = super().compute_ref_log_probs(model, inputs)
@@ -140,6 +126,7 @@ class Dpo(_Referenced, DPOTrainer):
         return super()._precompute_ref_logps(dataset, *args) if self.has_reference else dataset
 
     def _own_loss(self, loss: PairLoss, model: Any, inputs: dict[str, Tensor], label_B: Tensor | None) -> Tensor:
+        """A loss of `OWN_LOSSES`; metrics have TRL's names, so that curves of different losses lie in one plot."""
         labels_BT = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -159,27 +146,25 @@ class Dpo(_Referenced, DPOTrainer):
         losses_B = loss(
             Pairs(chosen_B, rejected_B, chosen_tokens_B, rejected_tokens_B, label_B, ref_chosen_B, ref_rejected_B)
         )
-        ratios = (chosen_B - ref_chosen_B).detach(), (rejected_B - ref_rejected_B).detach()
-        self._record(inputs, *ratios, chosen_B, rejected_B)
-        return losses_B.mean()
-
-    def _record(self, inputs: dict[str, Tensor], chosen_ratio: Tensor, rejected_ratio: Tensor, *logps: Tensor) -> None:
-        """Log under the names TRL uses, so that curves of different losses lie in one plot."""
         mode = "train" if self.model.training else "eval"
         gather, metrics = self.accelerator.gather, self._metrics[mode]
         if mode == "train":
             self._total_train_tokens += int(gather(inputs["attention_mask"].sum()).sum())
         metrics["num_tokens"] = [self._total_train_tokens]
-        chosen, rejected = self.beta * chosen_ratio, self.beta * rejected_ratio
+        chosen, rejected = (
+            self.beta * (logps_B - ref_B).detach()
+            for logps_B, ref_B in ((chosen_B, ref_chosen_B), (rejected_B, ref_rejected_B))
+        )
         for name, value in (
             ("rewards/chosen", chosen),
             ("rewards/rejected", rejected),
             ("rewards/accuracies", (chosen > rejected).float()),
             ("rewards/margins", chosen - rejected),
-            ("logps/chosen", logps[0].detach()),
-            ("logps/rejected", logps[1].detach()),
+            ("logps/chosen", chosen_B.detach()),
+            ("logps/rejected", rejected_B.detach()),
         ):
             metrics[name].append(gather(value).mean().item())
+        return losses_B.mean()
 
 
 class Kto(_Referenced, KTOTrainer):
@@ -201,83 +186,68 @@ class Kto(_Referenced, KTOTrainer):
         return weights
 
 
-def build(stage: Stage, run: RunDir) -> Built:
-    """Load policy, reference and rows and return a trainer that has not trained yet."""
+def build(stage: Stage, run: RunDir) -> Setup:
+    """Load policy, reference and rows and make a trainer that has not trained yet."""
     stage.expect(DpoOptions)
-    chat = open_chat(stage, run)
-    tokenizer = chat.tokenizer
-    rejects = Rejects()
-    tables = share_tables(stage, chat, run.cache, rejects=rejects)
-    loaded = ranks.first(lambda: load_policy(stage, run_dir=run.path, tokenizer=tokenizer))
-    make = _build_kto if stage.is_unpaired else _build_dpo
-    trainer = make(stage, run, tables, loaded, tokenizer)
-    return Built(trainer, tables, chat, loaded, rejects)
+    setup = open_rows(stage, run)
+    setup.load()
+    setup.trainer = (_build_kto if stage.is_unpaired else _build_dpo)(setup)
+    return setup
 
 
-def _build_dpo(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokenizer: Any) -> Dpo:
+def _build_dpo(setup: Setup) -> Dpo:
+    stage, tables, loaded = setup.stage, setup.tables, setup.loaded
     (own,) = {*stage.trainer.get("loss_type", ())} & OWN_LOSSES.keys() or (None,)
     is_soft = any((np.asarray(table["label"]) != 1).any() for table in (tables.train, tables.eval) if table)
     has_reference = own is None or OWN_LOSSES[own].has_reference
     fixed: dict[str, Any] = {"loss_type": ["sigmoid"]} if own else {}
     if not has_reference:
         fixed["precompute_ref_log_probs"] = True  # TRL then holds no second model, and `Dpo` computes nothing
-    config = build_config(stage, DPOConfig, run.checkpoints, **fixed)
+    config = build_config(stage, DPOConfig, setup.run.checkpoints, **fixed)
     loss = None
     if own or is_soft:  # a soft label on `sigmoid` is cdpo without smoothing
         smoothing = config.label_smoothing if own else 0.0
         loss = pick_loss(own or "cdpo", stage.trainer, beta=config.beta, label_smoothing=smoothing)
     collator = DataCollatorForPreference(
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=setup.chat.tokenizer.pad_token_id,
         max_length=config.max_length,
         truncation_mode=config.truncation_mode,
         pad_to_multiple_of=config.pad_to_multiple_of,
     )
+    # Precomputed log-probabilities come from the untouched policy: no second model is held. Under FSDP TRL wants one
+    # until they are computed, and would load it by a name that not every policy has.
+    needs_model = has_reference and (ranks.uses_fsdp() or not config.precompute_ref_log_probs)
     return Dpo(
-        model=loaded.model,
-        # Precomputed log-probabilities come from the untouched policy: no second model is held. Under FSDP TRL wants
-        # one until they are computed, and would load it by a name that not every policy has.
-        ref_model=(
-            load_reference(stage, loaded)
-            if has_reference and (ranks.uses_fsdp() or not config.precompute_ref_log_probs)
-            else None
-        ),
-        args=config,
+        **setup.arguments(config),
+        ref_model=load_reference(stage, loaded) if needs_model else None,
         data_collator=LabelledCollator(collator),
-        train_dataset=tables.train,
-        eval_dataset=tables.eval,
-        processing_class=tokenizer,
-        watch=watch_for(stage),
         reference=loaded.reference if has_reference else None,
         own_loss=loss,
         has_reference=has_reference,
     )
 
 
-def _build_kto(stage: Stage, run: RunDir, tables: Tables, loaded: Loaded, tokenizer: Any) -> Kto:
+def _build_kto(setup: Setup) -> Kto:
+    stage, loaded = setup.stage, setup.loaded
     if loaded.reference == "base_adapter":
         raise RecipeError(
             "adapter: stack does not work with loss_type kto; use continue or merge",
             where=stage.where(f"{stage.name}.adapter"),
         )
     (loss,) = stage.trainer["loss_type"]
-    config = build_config(stage, KTOConfig, run.checkpoints, loss_type=loss)
-    # Neighbours are the rows of one forward pass of all processes, over which the KL term is averaged.
-    width = micro_batch_size(stage) * ranks.world_size()
+    config = build_config(stage, KTOConfig, setup.run.checkpoints, loss_type=loss)
 
     def with_neighbours(table: Any, width: int) -> Any:
         order = shuffled_order(len(table), seed=stage.seed, epoch=0)
         return table.select(order).map(_rotate_answers, batched=True, batch_size=width)
 
-    return Kto(
-        model=loaded.model,
-        ref_model=load_reference(stage, loaded),
-        args=config,
-        train_dataset=with_neighbours(tables.train, width),
-        eval_dataset=with_neighbours(tables.eval, config.per_device_eval_batch_size) if tables.eval else None,
-        processing_class=tokenizer,
-        watch=watch_for(stage),
-        reference=loaded.reference,
-    )
+    arguments = setup.arguments(config)
+    # Neighbours are the rows of one forward pass of all processes, over which the KL term is averaged.
+    width = config.per_device_train_batch_size * ranks.world_size()
+    arguments["train_dataset"] = with_neighbours(setup.tables.train, width)
+    if setup.tables.eval:
+        arguments["eval_dataset"] = with_neighbours(setup.tables.eval, config.per_device_eval_batch_size)
+    return Kto(**arguments, ref_model=load_reference(stage, loaded), reference=loaded.reference)
 
 
 def _rotate_answers(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -286,6 +256,4 @@ def _rotate_answers(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
 
 
-def run(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...] = ()) -> Result:
-    """Train the stage in its run directory, going on where an earlier sitting stopped."""
-    return fit(stage, run_dir, build, allow_change=allow_change)
+run = partial(fit, build)

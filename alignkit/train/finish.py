@@ -1,7 +1,4 @@
-"""The end of a run: measure, save the final model, read it back and compare, and only then say that it is finished.
-
-It trains nothing and resumes nothing.
-"""
+"""The end of a run: measure, save the final model, read it back and compare, and only then say that it is finished."""
 
 from __future__ import annotations
 
@@ -18,45 +15,47 @@ from alignkit.models.load import load_trained
 from alignkit.models.parameters import describe_parameters, hash_base
 from alignkit.models.probe import compare_probes, take_probe
 from alignkit.models.save import save_model
-from alignkit.recipe import Stage
 from alignkit.report.publish import show
-from alignkit.runs.directory import Result, RunDir, write_result
+from alignkit.runs.directory import Result, write_result
 from alignkit.runs.files import disk_failures, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines
 from alignkit.train import ranks, shards, zero
-from alignkit.train.built import Built
-from alignkit.train.guarded import Guarded
 from alignkit.train.invariants import computes_in
 from alignkit.train.recorder import write_samples
+from alignkit.train.setup import Setup
+from alignkit.train.trainer import Guarded
 
 _BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")
 
 
-def finish(stage: Stage, run: RunDir, built: Built) -> Result:
+def finish(setup: Setup) -> Result:
     """Measure, save the final model, reload it and compare, then write the result."""
-    trainer = built.trainer
+    trainer, run = setup.trainer, setup.run
     trainer.refuse_bad_weights()
     trainer.ready_final()
     # Opened before the ranks meet again: opening mends a torn last line, which must not be one that is being written.
     rows, samples = JsonLines(run.metrics), JsonLines(run.samples)
     metrics = _final_metrics(trainer, rows)
-    write_samples(stage, built, samples, step=trainer.state.global_step, when="after")
+    write_samples(setup, samples, step=trainer.state.global_step, when="after")
     tokens = trainer.watch.num_tokens + trainer.num_trained_tokens
-    metrics |= _save_final(run, built)
+    metrics |= _save_final(setup)
 
     def record() -> dict[str, Any]:
         shutil.rmtree(run.cache, ignore_errors=True)
+        # Of this sitting's steps; loading and saving are left out.
+        runtime = next((row["train_runtime"] for row in trainer.state.log_history[::-1] if "train_runtime" in row), 0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         result = Result(
-            stage=stage.name,
+            stage=setup.stage.name,
             status="finished",
             step=trainer.state.global_step,
             model_dir=str(run.model),
             metrics=metrics,
             tokens=tokens,
             wall_seconds=round(trainer.watch.seconds, 3),
-            tokens_per_second=round(_tokens_per_second(trainer), 1),
-            peak_memory_bytes=_peak_memory_bytes(),
+            tokens_per_second=round(trainer.num_trained_tokens / runtime if runtime else 0.0, 1),
+            peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
         ).to_dict()
         write_result(run, result, [run.model, run.base, run.probe])
         show(run)
@@ -65,14 +64,8 @@ def finish(stage: Stage, run: RunDir, built: Built) -> Result:
     return Result(**ranks.once(record))
 
 
-def _tokens_per_second(trainer: Guarded) -> float:
-    """Return the non-padding tokens per second of this sitting's steps, loading and saving left out."""
-    runtime = next((row["train_runtime"] for row in trainer.state.log_history[::-1] if "train_runtime" in row), None)
-    return trainer.num_trained_tokens / runtime if runtime else 0.0
-
-
 def _final_metrics(trainer: Guarded, metrics: JsonLines) -> dict[str, float]:
-    """Return the last loss, and the metrics on the held-out rows: those of the last step, if they were measured."""
+    """The last loss, and the metrics on the held-out rows: those of the last step, if they were measured."""
     rows, step = ranks.once(metrics.read), trainer.state.global_step
     losses = [row["loss"] for row in rows if "loss" in row]
     final = {"loss": losses[-1]} if losses else {}
@@ -82,58 +75,60 @@ def _final_metrics(trainer: Guarded, metrics: JsonLines) -> dict[str, float]:
     return {key: value for key, value in final.items() if not key.endswith(_BOOKKEEPING)}
 
 
-def _save_final(run: RunDir, built: Built) -> dict[str, Any]:
+def _save_final(setup: Setup) -> dict[str, Any]:
     """Write model/ in one step, after the copy on disk has given the same answers as the model in memory.
 
     Raises RunError when it does not, and when the frozen base has other bytes than before training. All ranks take
     part, for the model may be sharded; rank 0 writes and reads back.
     """
-    trainer = built.trainer
+    trainer, run = setup.trainer, setup.run
     # Without its autocast wrapper: what is saved must be compared in the precision it is loaded in.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     shards.reshard(model)
-    if built.base_hash and hash_base(model) != built.base_hash:
+    if setup.base_hash and hash_base(model) != setup.base_hash:
         raise RunError(
             "the frozen base changed during training; this is a bug, keep the run directory", where=str(run.path)
         )
-    staging = run.path / "model.tmp"
+    staging = run.path / "model.tmp"  # does not count yet
     pulse("saving the model")
-    _write_model(built, model, staging)
-    extra = built.finish(staging) if built.finish else {}
-    probe = take_probe(model, vocab_size=len(trainer.processing_class), reward=built.is_reward)
-    probe["dtype"] = computes_in(trainer) or probe["dtype"]
-    _drop_optimizer(trainer)  # its room is needed for the copy
-    pulse("reading the model back")
-    if trainer.is_deepspeed_enabled:
-        zero.load_plainly()
-    ranks.once(lambda: _verify(run, built, staging, probe))
-    return extra
-
-
-def _write_model(built: Built, model: Any, staging: Path) -> None:
-    """Save the model in a directory that does not count yet."""
-    state = shards.gather_model(built.trainer)
+    state = shards.gather_model(trainer)
 
     def save() -> None:
-        with disk_failures(staging.parent, "the final model"):
+        with disk_failures(run.path, "the final model"):
             save_model(
                 model,
-                built.trainer.processing_class,
+                trainer.processing_class,
                 staging,
-                lineage=built.loaded.lineage,
-                precision=built.loaded.precision,
-                stop_ids=built.chat.stop_ids,
+                lineage=setup.loaded.lineage,
+                precision=setup.loaded.precision,
+                stop_ids=setup.chat.stop_ids,
                 state_dict=state,
             )
 
     ranks.once(save)
+    extra = setup.finish(staging) if setup.finish else {}
+    probe = take_probe(model, vocab_size=len(trainer.processing_class), reward=setup.is_reward)
+    probe["dtype"] = computes_in(trainer) or probe["dtype"]
+    handler = trainer.callback_handler  # the optimizer's room is needed for the copy
+    trainer.optimizer = trainer.lr_scheduler = handler.optimizer = handler.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    pulse("reading the model back")
+    if trainer.is_deepspeed_enabled:
+        zero.load_plainly()
+    ranks.once(lambda: _verify(setup, staging, probe))
+    return extra
 
 
-def _verify(run: RunDir, built: Built, staging: Path, probe: dict[str, Any]) -> None:
+def _verify(setup: Setup, staging: Path, probe: dict[str, Any]) -> None:
     """Read the saved model back, compare its answers with the trained one's, and make it count."""
-    trainer = built.trainer
-    again = load_trained(staging, device=_device_with_room(trainer), reward=built.is_reward)
-    found = take_probe(again, vocab_size=len(trainer.processing_class), reward=built.is_reward)
+    trainer, run = setup.trainer, setup.run
+    device = trainer.args.device.type
+    if device == "cuda":  # where a second copy fits
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        device = "cuda" if free > 1.2 * describe_parameters(trainer.model)["bytes"] else "cpu"
+    again = load_trained(staging, device=device, reward=setup.is_reward)
+    found = take_probe(again, vocab_size=len(trainer.processing_class), reward=setup.is_reward)
     if not all(map(math.isfinite, probe["values"])):
         raise NonFiniteError(
             f"the trained model computes values that are not finite, though its weights are; {staging} is not used. "
@@ -147,26 +142,3 @@ def _verify(run: RunDir, built: Built, staging: Path, probe: dict[str, Any]) -> 
     with disk_failures(run.path, "the final model"):
         shutil.rmtree(run.model, ignore_errors=True)
         staging.rename(run.model)
-
-
-def _drop_optimizer(trainer: Guarded) -> None:
-    """Let go of the optimizer everywhere it is held."""
-    handler = trainer.callback_handler
-    trainer.optimizer = trainer.lr_scheduler = handler.optimizer = handler.lr_scheduler = None
-    trainer.accelerator.free_memory()
-
-
-def _device_with_room(trainer: Guarded) -> str:
-    """Return the training device when a second copy of the model fits there, else cpu."""
-    if trainer.args.device.type != "cuda":
-        return trainer.args.device.type
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    return "cuda" if free > 1.2 * describe_parameters(trainer.model)["bytes"] else "cpu"
-
-
-def _peak_memory_bytes() -> int:
-    """Return the most memory this process held: device memory with CUDA, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

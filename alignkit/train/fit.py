@@ -1,7 +1,7 @@
 """One way to run every trainer: resume, train, save, verify, record.
 
-A method only builds its trainer; everything that must hold for all of them is here. Nothing here knows a loss. With
-several processes all of them run this; rank 0 alone decides what files say, and writes them.
+A method only builds its trainer. With several processes all of them run this; rank 0 alone decides what files say, and
+writes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from transformers import PrinterCallback, TrainerState, set_seed
 from alignkit import console
 from alignkit.data.store import forget_parsed
 from alignkit.errors import RunError, Stopped
-from alignkit.models.chat import Chat
 from alignkit.models.parameters import describe_parameters, hash_base, hash_samples
 from alignkit.models.skeleton import build_skeleton
 from alignkit.recipe import Stage
@@ -31,29 +30,20 @@ from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines, describe_hardware, git_state, versions
 from alignkit.runs.stop import StopFlag, stop_between_steps
 from alignkit.train import ranks
-from alignkit.train.built import Built
+from alignkit.train.checkpoint import find_fault
 from alignkit.train.fingerprint import find_longer, fingerprint_stage, hash_data, unread
 from alignkit.train.finish import finish
-from alignkit.train.guarded import Guarded, Watch
 from alignkit.train.invariants import check_parameters, check_start
 from alignkit.train.preview import preview_rows
 from alignkit.train.recorder import Recorder
-from alignkit.train.restore import find_fault
+from alignkit.train.setup import Setup
 from alignkit.train.shards import is_sharded
+from alignkit.train.trainer import Guarded
+
+Build = Callable[[Stage, RunDir], Setup]
 
 
-def watch_for(stage: Stage) -> Watch:
-    """Return the guard's settings for a stage."""
-    return Watch(keep_checkpoints=stage.training.keep_checkpoints, batching=stage.training.batching)
-
-
-def fit(
-    stage: Stage,
-    run_dir: Path,
-    build: Callable[[Stage, RunDir], Built],
-    *,
-    allow_change: Sequence[str] = (),
-) -> Result:
+def fit(build: Build, stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Result:
     """Train a stage in its run directory, which the caller has opened and locked.
 
     A finished run is returned as it is; an unfinished one goes on from its newest checkpoint that verifies. Raises
@@ -64,7 +54,13 @@ def fit(
     with stop_between_steps() as stop:
         pulse("joining")
         ranks.start(stage, run.path)
-        _require_no_stop(stop)
+        asked = ranks.largest(stop.signal or 0)  # any of them, before they met
+        stop.joined = True
+        if asked:
+            ranks.leave_at_exit()
+            stop.signal = signal.Signals(asked)
+        if stop.signal is not None:
+            raise ranks.met_by_all(stop.not_begun())
         fingerprint: dict[str, Any] = {}
 
         def look() -> dict[str, Any] | None:
@@ -80,36 +76,30 @@ def fit(
         for note in skeleton["notes"]:
             console.note(f"{stage.name}: not used: {note}")
         console.note(f"{stage.name}: reading data and loading the model")
-        built = build(stage, run)
-        built.trainer.watch.began = began
-        built.record["notes"] = skeleton["notes"]
-        _require_same_weights(built.trainer.model)
+        setup = build(stage, run)
+        setup.trainer.watch.began = began
+        setup.record["notes"] = skeleton["notes"]
+        samples = ranks.gather(hash_samples(setup.trainer.model))
+        if (other := next((rank for rank, digest in enumerate(samples) if digest != samples[0]), None)) is not None:
+            raise ranks.met_by_all(
+                RunError(
+                    f"rank 0 and rank {other} have loaded different weights; give all nodes the same model files or "
+                    "revision"
+                )
+            )
         if stage.lora is not None:
-            built.base_hash = hash_base(built.trainer.model)
-        ranks.once(lambda: _begin(stage, run, built, fingerprint, allow_change))
-        _train(stage, run, built, stop, ranks.share(fingerprint))
-        result = finish(stage, run, built)
+            setup.base_hash = hash_base(setup.trainer.model)
+        ranks.once(lambda: _begin(setup, fingerprint, allow_change))
+        _train(setup, stop, ranks.share(fingerprint))
+        result = finish(setup)
         ranks.leave_at_exit()
         return result
-
-
-def _require_no_stop(stop: StopFlag) -> None:
-    """Raise Stopped on every rank when any of them was asked to stop before they met."""
-    asked = ranks.largest(stop.signal or 0)
-    stop.joined = True
-    if asked:
-        ranks.leave_at_exit()
-        stop.signal = signal.Signals(asked)
-    if stop.signal is not None:
-        error = stop.not_begun()
-        error.shared = not ranks.is_main()
-        raise error
 
 
 def _find_finished(
     stage: Stage, run: RunDir, fingerprint: dict[str, Any], allow_change: Sequence[str]
 ) -> dict[str, Any] | None:
-    """Return the result of a finished run, None for one to be trained; raises RunError when settings were changed."""
+    """Give the result of a finished run, None for one to be trained; raises RunError when settings were changed."""
     if not run.stage.exists():
         return None
     # What the recipe alone tells is compared before anything heavy loads.
@@ -135,123 +125,121 @@ def _find_finished(
     return None
 
 
-def _begin(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any], allow_change: Sequence[str]) -> None:
+def _begin(setup: Setup, fingerprint: dict[str, Any], allow_change: Sequence[str]) -> None:
     """Compare the whole fingerprint with that of an earlier sitting, say what was read, and write stage.json."""
-    fingerprint |= {"data": built.tables.report.fingerprint, "template": _hash_tokenizer(built.chat)}
-    fingerprint["ptx_data"] = built.ptx_data
+    stage, run, chat, trainer = setup.stage, setup.run, setup.chat, setup.trainer
+    tables = setup.tables
+    # Other tokens are other data: vocabulary and template count.
+    template = chat.tokenizer.backend_tokenizer.to_str() + str(chat.tokenizer.chat_template)
+    template += "".join(str(part) for part in (chat.settings, chat.dated) if part)
+    fingerprint |= {
+        "data": tables.report.fingerprint,
+        "template": hashlib.blake2b(template.encode(), digest_size=16).hexdigest(),
+        "ptx_data": setup.ptx_data,
+    }
     for change in compare_fingerprints(run, fingerprint, allow_change=allow_change):
         console.warn(f"{stage.name}: going on with a changed setting: {change}")
     if run.result.exists():  # torn, or of a run that was damaged since or is to be trained longer
         # The model too: were this sitting killed, others would take it for that of a run with no checksums.
         kept = [put_aside(path).name for path in (run.result, run.model) if path.exists()]
         console.note(f"{stage.name}: the earlier result is kept as {' and '.join(kept)}")
-    _report_rows(stage, run, built)
-    _write_stage(stage, run, built, fingerprint)
-    trainer = built.trainer
-    limit = stage.trainer.get("max_length") if built.tables.lengths.first_cut else None
-    rows = preview_rows(trainer.train_dataset, trainer.data_collator, built.chat.tokenizer, limit=limit)
-    write_json(run.preview, {"rows": rows})
-
-
-def _require_same_weights(model: Any) -> None:
-    """Raise RunError unless all ranks have loaded the same weights, as far as samples of every tensor tell."""
-    found = ranks.gather(hash_samples(model))
-    other = next((number for number, digest in enumerate(found) if digest != found[0]), None)
-    if other is not None:
-        error = RunError(
-            f"rank 0 and rank {other} have loaded different weights; give all nodes the same model files or revision"
-        )
-        error.shared = not ranks.is_main()
-        raise error
-
-
-def _hash_tokenizer(chat: Chat) -> str:
-    """Fingerprint vocabulary and template: other tokens are other data."""
-    text = chat.tokenizer.backend_tokenizer.to_str() + str(chat.tokenizer.chat_template)
-    text += "".join(str(part) for part in (chat.settings, chat.dated) if part)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _report_rows(stage: Stage, run: RunDir, built: Built) -> None:
-    """Say what was read and what was left out; every row left out is in rejects.jsonl too."""
-    lengths, rejects = built.tables.lengths, built.rejects
-    trained = f"{lengths.num_rows} rows, {lengths.num_trained_tokens} trained tokens"
-    prompts = f"{lengths.num_rows} prompts, the longest of {lengths.longest_tokens} tokens"
-    line = f"{stage.name}: {prompts if stage.method == 'ppo' else trained}"
-    if lengths.num_truncated:
-        line += f", {lengths.num_truncated} cut to max_length (first: {lengths.first_cut})"
-    if rejects.count:
-        rejects.write(run.rejects)
-        line += f", {rejects.count} left out (rejects.jsonl)"
-    console.note(line)
-    report = built.tables.report
-    if report.overlap:
-        console.warn(f"{stage.name}: {report.overlap} held-out rows share a prompt with training rows, first "
-                     f"{report.overlap_places[0]}; the held-out figures are too good")  # fmt: skip
-    unread = {name: place for source in reversed(report.sources) for name, place in source.ignored_places.items()}
-    if unread:
-        named = ", ".join(f"{name} ({place})" for name, place in sorted(unread.items()))
-        console.warn(
-            f"{stage.name}: columns that are not read, and a row that has each: {named} (data.columns renames)"
-        )
-    for remark in report.remarks():
-        console.warn(f"{stage.name}: {remark}")
-
-
-def _write_stage(stage: Stage, run: RunDir, built: Built, fingerprint: dict[str, Any]) -> None:
+    _report_rows(setup)
     copy_recipe(run, Path(stage.recipe_path))
     write_json(
         run.stage,
         {
             **stage.to_dict(),
-            "trl": {key: value for key, value in built.trainer.args.to_dict().items() if "token" not in key},
+            "trl": {key: value for key, value in trainer.args.to_dict().items() if "token" not in key},
             "fingerprint": fingerprint,
-            "clock": built.chat.clock.isoformat() if built.chat.dated else None,
-            "data": built.tables.report.to_dict(),
-            "lengths": asdict(built.tables.lengths),
-            "eval_lengths": asdict(built.tables.eval_lengths) if built.tables.eval_lengths else None,
-            "lineage": built.loaded.lineage,
-            "parameters": describe_parameters(built.trainer.model),
-            **built.record,
+            "clock": chat.clock.isoformat() if chat.dated else None,
+            "data": tables.report.to_dict(),
+            "lengths": asdict(tables.lengths),
+            "eval_lengths": asdict(tables.eval_lengths) if tables.eval_lengths else None,
+            "lineage": setup.loaded.lineage,
+            "parameters": describe_parameters(trainer.model),
+            **setup.record,
             "versions": versions(),
             "hardware": describe_hardware(),
             "num_processes": ranks.world_size(),
             "git": git_state(Path(stage.recipe_path).resolve().parent),
         },
     )
+    limit = stage.trainer.get("max_length") if tables.lengths.first_cut else None
+    rows = preview_rows(trainer.train_dataset, trainer.data_collator, chat.tokenizer, limit=limit)
+    write_json(run.preview, {"rows": rows})
 
 
-def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
-    trainer = built.trainer
-    newest = ranks.once(lambda: _find_checkpoint(run))
-    step = 0
-    stop.saved = newest is not None
+def _report_rows(setup: Setup) -> None:
+    """Say what was read and what was left out; every row left out is in rejects.jsonl too."""
+    name, lengths, rejects, report = setup.stage.name, setup.tables.lengths, setup.rejects, setup.tables.report
+    line = f"{name}: {lengths.num_rows} rows, {lengths.num_trained_tokens} trained tokens"
+    if setup.stage.method == "ppo":
+        line = f"{name}: {lengths.num_rows} prompts, the longest of {lengths.longest_tokens} tokens"
+    if lengths.num_truncated:
+        line += f", {lengths.num_truncated} cut to max_length (first: {lengths.first_cut})"
+    if rejects.count:
+        rejects.write(setup.run.rejects)
+        line += f", {rejects.count} left out (rejects.jsonl)"
+    console.note(line)
+    remarks = report.remarks()
+    columns = {column: place for source in reversed(report.sources) for column, place in source.ignored_places.items()}
+    if columns:
+        named = ", ".join(f"{column} ({place})" for column, place in sorted(columns.items()))
+        remarks = [f"columns that are not read, and a row that has each: {named} (data.columns renames)", *remarks]
+    if report.overlap:
+        shared = f"{report.overlap} held-out rows share a prompt with training rows, first {report.overlap_places[0]}"
+        remarks = [f"{shared}; the held-out figures are too good", *remarks]
+    for remark in remarks:
+        console.warn(f"{name}: {remark}")
+
+
+def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
+    """Take the steps that are left, from the newest checkpoint on. Raises Stopped when a signal came."""
+    stage, run, trainer = setup.stage, setup.run, setup.trainer
+
+    def find_checkpoint() -> str | None:
+        run.checkpoints.mkdir(exist_ok=True)
+        checkpoints.sweep(run.checkpoints)  # what an interrupted rotation left
+        newest = checkpoints.find_resumable(run.checkpoints, warn=console.warn, find_fault=find_fault)
+        return str(newest) if newest else None
+
+    newest = ranks.once(find_checkpoint)
+    stop.saved, step = newest is not None, 0
     if newest is not None:
         manifest = checkpoints.read_manifest(Path(newest))
-        step, trainer.watch.num_tokens = manifest["step"], manifest["num_tokens"]
-        trainer.watch.earlier_seconds = manifest.get("seconds", 0.0)
-        trainer.watch.window = manifest.get("window", [])
-        trainer.watch.batches = manifest.get("batches", []) if stage.method != "ppo" else []
+        step, watch = manifest["step"], trainer.watch
+        watch.num_tokens, watch.earlier_seconds = manifest["num_tokens"], manifest.get("seconds", 0.0)
+        watch.window = manifest.get("window", [])
+        watch.batches = manifest.get("batches", []) if stage.method != "ppo" else []
         trainer.evaluation_cut = manifest.get("evaluation_cut", False)
         console.note(f"{stage.name}: going on from step {step} ({newest})")
         _tell_changes(stage, manifest, trainer.batch_rows)
     elif not ranks.is_main():
         set_seed(stage.seed + ranks.rank())  # dropout: every rank draws its own; rank 0 draws as one process does
     metrics, samples = JsonLines(run.metrics), JsonLines(run.samples)
-    ranks.once(lambda: _keep_rows(metrics, samples, step=step))
-    if newest is not None and ranks.is_main():
-        _tell_lost_rows(stage, metrics, Path(newest))
+
+    def drop_later_rows() -> None:  # the steps to come write them again
+        metrics.keep(lambda row: row["step"] <= step)
+        samples.keep(lambda row: row["step"] < step)
+        if newest is not None:
+            _tell_lost_rows(stage, metrics, Path(newest))
+
+    def describe_loss() -> str:
+        saved, now = checkpoints.newest_step(run.checkpoints) or 0, trainer.state.global_step
+        return f"steps {saved + 1} to {now} were not saved and are lost" if now > saved else f"step {now} is saved"
+
+    ranks.once(drop_later_rows)
     check_parameters(stage, trainer.model, adapters=trainer.trained_adapters)
     trainer.watch.stop, trainer.watch.place = stop, run.path.stat()
-    stop.at_risk = lambda: _describe_loss(run, trainer.state.global_step)
+    stop.at_risk = describe_loss
     trainer.watch.facts = {"fingerprint": fingerprint, "versions": versions(), "seed": stage.seed}
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
-    recorder = Recorder(stage, built, metrics, samples)
+    recorder = Recorder(setup, metrics, samples)
     trainer.add_callback(recorder)
     if newest is not None and _is_complete(trainer, newest, step):
         return
     if newest is None and not is_sharded(trainer):
-        check_start(stage, built)
+        check_start(setup)
     ranks.once(lambda: trainer.require_room(run.checkpoints))
     stop.training = True
     forget_parsed()
@@ -268,37 +256,8 @@ def _train(stage: Stage, run: RunDir, built: Built, stop: StopFlag, fingerprint:
         recorder.close()
     if stop.signal is not None:
         ranks.leave_at_exit()
-        error = stop.stopped(f"step {trainer.state.global_step} is saved; the same command goes on from there")
-        error.shared = not ranks.is_main()
-        raise error
-
-
-def _find_checkpoint(run: RunDir) -> str | None:
-    """Return the checkpoint to go on from, after clearing away what an interrupted rotation left."""
-    run.checkpoints.mkdir(exist_ok=True)
-    checkpoints.sweep(run.checkpoints)
-    newest = checkpoints.find_resumable(run.checkpoints, warn=console.warn, find_fault=find_fault)
-    return str(newest) if newest else None
-
-
-def _describe_loss(run: RunDir, step: int) -> str:
-    """Name the steps lost by stopping at once."""
-    saved = checkpoints.newest_step(run.checkpoints) or 0
-    return f"steps {saved + 1} to {step} were not saved and are lost" if step > saved else f"step {saved} is saved"
-
-
-def _keep_rows(metrics: JsonLines, samples: JsonLines, *, step: int) -> None:
-    """Drop from the files what the steps to come will write again."""
-    metrics.keep(lambda row: row["step"] <= step)
-    samples.keep(lambda row: row["step"] < step)
-
-
-def _tell_lost_rows(stage: Stage, metrics: JsonLines, newest: Path) -> None:
-    """Say which steps metrics.jsonl has lost of those that the checkpoint's trainer has logged."""
-    logged = {row["step"] for row in TrainerState.load_from_json(str(newest / "trainer_state.json")).log_history}
-    if lost := sorted(logged - {row["step"] for row in metrics.read()}):
-        some = f"{len(lost)} logged steps, {lost[0]} to {lost[-1]}"
-        console.warn(f"{stage.name}: metrics.jsonl has lost {some}: its curves have a gap there, the weights have not")
+        saved = f"step {trainer.state.global_step} is saved; the same command goes on from there"
+        raise ranks.met_by_all(stop.stopped(saved))
 
 
 def _is_complete(trainer: Guarded, newest: str, step: int) -> bool:
@@ -314,20 +273,26 @@ def _is_complete(trainer: Guarded, newest: str, step: int) -> bool:
     return True
 
 
+def _tell_lost_rows(stage: Stage, metrics: JsonLines, newest: Path) -> None:
+    """Say which steps metrics.jsonl has lost of those that the checkpoint's trainer has logged."""
+    logged = {row["step"] for row in TrainerState.load_from_json(str(newest / "trainer_state.json")).log_history}
+    if lost := sorted(logged - {row["step"] for row in metrics.read()}):
+        some = f"{len(lost)} logged steps, {lost[0]} to {lost[-1]}"
+        console.warn(f"{stage.name}: metrics.jsonl has lost {some}: its curves have a gap there, the weights have not")
+
+
 def _tell_changes(stage: Stage, manifest: dict[str, Any], batch_rows: int) -> None:
     """Say what changed since the checkpoint that keeps the run from going on to the same bits."""
-    now = versions()
-    before = manifest["versions"]
-    changed = [
-        f"{name} {before[name]} -> {now[name]}" for name in sorted(before.keys() & now) if before[name] != now[name]
-    ]
+    now, before = versions(), manifest["versions"]
+    changed = [name for name in sorted(before.keys() & now) if before[name] != now[name]]
     if changed:
-        console.warn(f"{stage.name}: other versions than when it was stopped: {', '.join(changed)}")
-    before = (manifest.get("batches") or [(0, batch_rows)])[-1][1]
-    if (planned := stage.trainer.get("max_steps", 0)) > 0 and before != batch_rows:
-        same = manifest["step"] + -(-(planned - manifest["step"]) * before // batch_rows)
+        told = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
+        console.warn(f"{stage.name}: other versions than when it was stopped: {told}")
+    rows = (manifest.get("batches") or [(0, batch_rows)])[-1][1]
+    if (planned := stage.trainer.get("max_steps", 0)) > 0 and rows != batch_rows:
+        same = manifest["step"] + -(-(planned - manifest["step"]) * rows // batch_rows)
         console.warn(
-            f"{stage.name}: max_steps counts steps, and those to come have {batch_rows} rows instead of {before}: "
+            f"{stage.name}: max_steps counts steps, and those to come have {batch_rows} rows instead of {rows}: "
             f"max_steps: {same} reads as many rows as before"
         )
     if manifest["world_size"] != ranks.world_size():

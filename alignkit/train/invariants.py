@@ -13,13 +13,14 @@ import torch
 from peft import PeftModel
 
 from alignkit.errors import ModelError
+from alignkit.models.adapters import TRAINED
 from alignkit.models.probe import compare_probes, take_probe
 from alignkit.recipe import Stage
 from alignkit.runs.files import read_json
-from alignkit.train.built import Built
-from alignkit.train.guarded import TRAINED_ADAPTER, Guarded
 from alignkit.train.losses import is_logistic
+from alignkit.train.setup import Setup
 from alignkit.train.shards import is_sharded
+from alignkit.train.trainer import Guarded
 
 LN2 = math.log(2)
 _LARGEST_REWARD_LOSS = 2.5  # above that of reward 0: a head drawn as Ziegler 2019 does scores with a deviation near 1
@@ -27,7 +28,7 @@ _ROUNDS_TO = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of mixed precisi
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def check_parameters(stage: Stage, model: Any, *, adapters: tuple[str, ...] = (TRAINED_ADAPTER,)) -> None:
+def check_parameters(stage: Stage, model: Any, *, adapters: tuple[str, ...] = (TRAINED,)) -> None:
     """Raise ModelError unless exactly the expected parameters are trained.
 
     With `lora:` those are the trained adapters, their heads and modules_to_save; without it, all of them.
@@ -44,19 +45,20 @@ def check_parameters(stage: Stage, model: Any, *, adapters: tuple[str, ...] = (T
 
 
 def computes_in(trainer: Guarded) -> str | None:
-    """Return the dtype that a sharded model rounds to wherever it is asked, None for a model that computes as it is."""
+    """The dtype that a sharded model rounds to wherever it is asked, None for a model that computes as it is."""
     dtype = _ROUNDS_TO.get(trainer.accelerator.mixed_precision) if is_sharded(trainer) else None
     return str(dtype).removeprefix("torch.") if dtype else None
 
 
-def check_start(stage: Stage, built: Built) -> None:
+def check_start(setup: Setup) -> None:
     """Raise ModelError unless the model answers as the run it starts from did when it was saved.
 
     This catches an adapter that was silently wiped, which no loss at step 0 shows. A sharded model is asked once it
     is sharded, any other before autocast wraps it. It compares only like with like: a start that has no probe, or had
     another head, precision or quantisation, is left to its own checks.
     """
-    if not stage.start_dir or built.is_reward:
+    stage = setup.stage
+    if not stage.start_dir or setup.is_reward:
         return
     path = Path(stage.start_dir).parent / "probe.json"
     if not path.is_file():
@@ -64,9 +66,9 @@ def check_start(stage: Stage, built: Built) -> None:
     before = read_json(path)
     if stage.training.adapter == "merge" and stage.model.quantization != "none":
         before["quantization"] = "of the base alone"  # now that of base and adapter together: rounded otherwise
-    before["dtype"] = computes_in(built.trainer) or before["dtype"]
-    vocab_size = len(built.chat.tokenizer)
-    reason = compare_probes(before, take_probe(built.trainer.model, vocab_size=vocab_size, reward=False))
+    before["dtype"] = computes_in(setup.trainer) or before["dtype"]
+    vocab_size = len(setup.chat.tokenizer)
+    reason = compare_probes(before, take_probe(setup.trainer.model, vocab_size=vocab_size, reward=False))
     if reason is not None:
         raise ModelError(
             f"{stage.name} does not start where {stage.start_dir} ended ({reason}); the adapter, base or tokenizer was "
@@ -99,42 +101,32 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
         trainer._metrics[mode].clear()
     trainer._total_train_tokens = num_tokens
     loss = losses["eval"]
-    if abs(losses.get("train", loss) - loss) > _tolerance(trainer) * max(1.0, abs(loss)):
+    dtype = _ROUNDS_TO.get(trainer.accelerator.mixed_precision, getattr(model, "dtype", torch.float32))
+    tolerance = _TOLERANCE.get(dtype, 5e-2)
+    if abs(losses.get("train", loss) - loss) > tolerance * max(1.0, abs(loss)):
         raise ModelError(
             f"{stage.name}: the loss at step 0 is {losses['train']:.6f} in training and {loss:.6f} in evaluation: the "
             "model draws random numbers that disable_dropout does not reach; set disable_dropout: false to allow it",
             where=stage.where(f"{stage.name}.disable_dropout"),
         )
-    if stage.is_unpaired:
-        return
-    if stage.method == "dpo":
-        _check_preference(stage, trainer, loss, measured)
-        return
-    # At reward 0 a pair costs ln 2, a margin m softplus(m), and the best of K ln K.
-    expected = float(trainer._group_loss(torch.zeros(len(batch["input_ids"])), batch))
-    if not math.isfinite(loss) or (loss > expected + _LARGEST_REWARD_LOSS and _has_new_head(model)):
-        raise ModelError(
-            f"{stage.name}: the reward loss at step 0 is {loss:.3g}, it should be near {expected:.3f}; "
-            "the weights it starts from give far too large activations"
-        )
+    if stage.method == "dpo" and not stage.is_unpaired:
+        _check_preference(stage, trainer, loss, measured, tolerance)
+    elif stage.method == "rm":
+        # At reward 0 a pair costs ln 2, a margin m softplus(m), and the best of K ln K.
+        expected = float(trainer._group_loss(torch.zeros(len(batch["input_ids"])), batch))
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        is_new = bool(getattr(base, "score_is_new", False))
+        if not math.isfinite(loss) or (loss > expected + _LARGEST_REWARD_LOSS and is_new):
+            raise ModelError(
+                f"{stage.name}: the reward loss at step 0 is {loss:.3g}, it should be near {expected:.3f}; "
+                "the weights it starts from give far too large activations"
+            )
 
 
-def _has_new_head(model: Any) -> bool:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return bool(getattr(base, "score_is_new", False))
-
-
-def _tolerance(trainer: Any) -> float:
-    dtype = _ROUNDS_TO.get(trainer.accelerator.mixed_precision, getattr(trainer.model, "dtype", torch.float32))
-    return _TOLERANCE.get(dtype, 5e-2)
-
-
-def _check_preference(stage: Stage, trainer: Any, loss: float, measured: dict[str, float]) -> None:
+def _check_preference(stage: Stage, trainer: Any, loss: float, measured: dict[str, float], tolerance: float) -> None:
     if not trainer.has_reference:
         return
-    tolerance = _tolerance(trainer)
-    beta = float(stage.trainer.get("beta", 0.1))
-    margin = measured.get("rewards/margins", 0.0) / beta
+    margin = measured.get("rewards/margins", 0.0) / float(stage.trainer.get("beta", 0.1))
     if abs(margin) > tolerance * max(1.0, abs(measured.get("logps/chosen", 1.0))):
         raise ModelError(
             f"{stage.name}: policy and reference differ at step 0 (margin {margin:.3g} nats, it must be 0): the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,6 @@ from alignkit.train.encode import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from alignkit.recipe import Stage
 
 _SHOWN_TOKENS = 400  # of each sequence
 
@@ -41,86 +40,45 @@ def preview_rows(
     ]
 
 
-def training_rows(stage: Stage, table: Dataset, tokenizer: Any, *, num_rows: int) -> tuple[Dataset, Callable[..., Any]]:
-    """Give the first rows of a token table as the stage's trainer reads them, packed if it packs, and its collator.
-
-    Equal to `train_dataset` and `data_collator` of the trainer, without a model.
-    """
-    table = table.select(range(min(len(table), 1000 if stage.trainer.get("packing") else num_rows)))
-    pad = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": stage.trainer.get("pad_to_multiple_of")}
-    if stage.method == "ppo":
-        return table, list
-    if stage.method == "rm":
-        from alignkit.train.rm import GroupCollator
-
-        return table, GroupCollator(**pad)
-    if stage.is_unpaired:
-        from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
-
-        return table, DataCollatorForUnpairedPreference(**pad)
-    if stage.method == "dpo":
-        from trl.trainer.dpo_trainer import DataCollatorForPreference
-
-        from alignkit.train.dpo import LabelledCollator
-
-        return table, LabelledCollator(DataCollatorForPreference(**pad))
-    from trl.data_utils import pack_dataset
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    strategy = stage.trainer.get("packing_strategy", "bfd")
-    if packs := bool(stage.trainer.get("packing")):
-        table = pack_dataset(table.select_columns(["input_ids", "labels"]), stage.trainer["max_length"], strategy)
-    padding_free = stage.trainer.get("padding_free", False) or (packs and strategy != "wrapped")
-    return table, DataCollatorForLanguageModeling(**pad, padding_free=padding_free)
-
-
 def _read_batch(batch: Any) -> Iterator[Sequence[Tokens]]:
     """Yield the sequences of each row of a collated batch; which columns it has depends on the method."""
     if isinstance(batch, list):
         yield from ([("prompt", row["prompt_ids"], ["read"] * len(row["prompt_ids"]))] for row in batch)
-    elif "cu_seq_lens_q" in batch:  # padding-free: all documents of all rows end to end
-        ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-        pieces = list(pairwise(batch["cu_seq_lens_q"].tolist()))
+        return
+    columns = {name: column.tolist() for name, column in batch.items() if hasattr(column, "tolist")}
+    ids = columns["input_ids"]
+    if "cu_seq_lens_q" in columns:  # padding-free: all documents of all rows end to end
+        pieces = [slice(*ends) for ends in pairwise(columns["cu_seq_lens_q"])]
         yield [
-            (f"document {number} of {len(pieces)}", ids[start:end], _learnt(labels[start:end]))
-            for number, (start, end) in enumerate(pieces, 1)
+            (f"document {number} of {len(pieces)}", ids[0][piece], _kinds(columns["labels"][0][piece]))
+            for number, piece in enumerate(pieces, 1)
         ]
-    elif "labels" in batch:
-        masks = batch.get("attention_mask", batch["input_ids"] == batch["input_ids"])
-        columns = (batch["input_ids"].tolist(), batch["labels"].tolist(), masks.tolist())
-        for ids, labels, mask in zip(*columns, strict=True):
-            yield [("", ids, _padded(_learnt(labels), mask))]
-    elif "prompt_of" in batch:
-        rows: dict[int, list[Tokens]] = {}
-        columns = tuple(batch[key].tolist() for key in ("prompt_of", "input_ids", "attention_mask"))
-        for prompt, ids, mask in zip(*columns, strict=True):
-            kinds = _padded(["read"] * len(ids), mask)
+    elif "labels" in columns:
+        masks = columns.get("attention_mask", [None] * len(ids))
+        yield from ([("", *row[:1], _kinds(*row[1:]))] for row in zip(ids, columns["labels"], masks, strict=True))
+    elif "prompt_of" in columns:
+        rows: dict[int, list[Tokens]] = defaultdict(list)
+        for prompt, tokens, mask in zip(columns["prompt_of"], ids, columns["attention_mask"], strict=True):
+            kinds = _kinds([IGNORED] * len(tokens), mask)
             kinds[sum(mask) - 1] = "scored"
-            answers = rows.setdefault(prompt, [])
-            answers.append((f"answer {len(answers) + 1}", ids, kinds))
+            rows[prompt].append((f"answer {len(rows[prompt]) + 1}", tokens, kinds))
         yield from rows.values()
     else:
-        columns = tuple(batch[key].tolist() for key in ("input_ids", "completion_mask", "attention_mask"))
-        sides = [
-            (ids, _padded(["learnt" if flag else "read" for flag in learnt], mask))
-            for ids, learnt, mask in zip(*columns, strict=True)
-        ]
-        if len(batch["label"]) == len(sides):  # single answers, each desired or not
-            for good, (ids, kinds) in zip(batch["label"].tolist(), sides, strict=True):
-                yield [("desired" if good else "undesired", ids, kinds)]
+        labels = ([flag or IGNORED for flag in flags] for flags in columns["completion_mask"])
+        kinds_of = [_kinds(*row) for row in zip(labels, columns["attention_mask"], strict=True)]
+        sides = list(zip(ids, kinds_of, strict=True))
+        if len(columns["label"]) == len(sides):  # single answers, each desired or not
+            for good, side in zip(columns["label"], sides, strict=True):
+                yield [("desired" if good else "undesired", *side)]
             return
-        half = len(sides) // 2
-        for chosen, rejected in zip(sides[:half], sides[half:], strict=True):
+        for chosen, rejected in zip(sides[: len(sides) // 2], sides[len(sides) // 2 :], strict=True):
             yield [("chosen", *chosen), ("rejected", *rejected)]
 
 
-def _learnt(labels: Sequence[int]) -> list[str]:
+def _kinds(labels: Sequence[int], mask: Sequence[int] | None = None) -> list[str]:
     # The first token is predicted from nothing: no method learns it.
-    return ["learnt" if number and label != IGNORED else "read" for number, label in enumerate(labels)]
-
-
-def _padded(kinds: list[str], mask: Sequence[int]) -> list[str]:
-    return [kind if kept else "padding" for kind, kept in zip(kinds, mask, strict=True)]
+    kinds = ["learnt" if number and label != IGNORED else "read" for number, label in enumerate(labels)]
+    return [kind if kept else "padding" for kind, kept in zip(kinds, mask or [1] * len(kinds), strict=True)]
 
 
 def _describe(

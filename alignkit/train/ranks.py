@@ -26,6 +26,7 @@ from alignkit.errors import AlignKitError, EnvironmentProblem, Problem, RankErro
 from alignkit.recipe import Stage
 
 _Value = TypeVar("_Value")
+_Error = TypeVar("_Error", bound=AlignKitError)
 _TOKEN = ".ranks"  # written by rank 0 in the run directory, for the others to find
 _TOKEN_SECONDS = 30.0  # a network file system may show a new file late
 
@@ -170,6 +171,12 @@ def agree(error: Exception | None = None) -> None:
             raise _rebuild(number, description)
 
 
+def met_by_all(error: _Error) -> _Error:
+    """Mark an error that every rank raises alike, so that rank 0 reports it."""
+    error.shared = not is_main()
+    return error
+
+
 def attempt(work: Callable[[], _Value]) -> _Value:
     """Run work that holds no collective operation on every rank; when it fails on one, it fails on all."""
     result, error = _try(work)
@@ -179,12 +186,11 @@ def attempt(work: Callable[[], _Value]) -> _Value:
 
 def alike(work: Callable[[], _Value]) -> _Value:
     """Run work that all ranks do alike, collectives included; the error that all of them meet is reported by rank 0."""
-    result, error = _try(work)
-    if isinstance(error, AlignKitError):
-        error.shared = not is_main()
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    try:
+        return work()
+    except AlignKitError as error:
+        met_by_all(error)
+        raise
 
 
 def once(work: Callable[[], _Value]) -> _Value:
@@ -248,13 +254,13 @@ def _require_equal(mine: dict[str, str]) -> None:
     for name in mine:
         for number, other in enumerate(everyone):
             if other[name] != everyone[0][name]:
-                error = RunError(
-                    f"the processes do not do the same work: {name} is {everyone[0][name]} for rank 0 on "
-                    f"{everyone[0]['host']} and {other[name]} for rank {number} on {other['host']}; start all of them "
-                    "with the same command, recipe and alignkit"
+                raise met_by_all(
+                    RunError(
+                        f"the processes do not do the same work: {name} is {everyone[0][name]} for rank 0 on "
+                        f"{everyone[0]['host']} and {other[name]} for rank {number} on {other['host']}; start all of "
+                        "them with the same command, recipe and alignkit"
+                    )
                 )
-                error.shared = not is_main()
-                raise error
 
 
 def _require_shared(run_dir: Path) -> None:
@@ -268,13 +274,13 @@ def _require_shared(run_dir: Path) -> None:
     if is_main():
         path.unlink(missing_ok=True)
     if blind:
-        error = RunError(
-            f"is not the same directory for all processes: rank {blind[0][0]} on {blind[0][1]} does not see what "
-            "rank 0 writes there; put it on a file system that all nodes share, with --out",
-            where=str(run_dir),
+        raise met_by_all(
+            RunError(
+                f"is not the same directory for all processes: rank {blind[0][0]} on {blind[0][1]} does not see what "
+                "rank 0 writes there; put it on a file system that all nodes share, with --out",
+                where=str(run_dir),
+            )
         )
-        error.shared = not is_main()
-        raise error
 
 
 def _write_token(path: Path) -> str:

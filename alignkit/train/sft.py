@@ -1,28 +1,22 @@
-"""Supervised fine-tuning and language-model pre-training on TRL's SFTTrainer.
-
-Reads tables that `encode` has tokenised and masked; chooses nothing about data or weights.
-"""
+"""Supervised fine-tuning and language-model pre-training on TRL's SFTTrainer."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from alignkit.data import Rejects
 from alignkit.data.load import streams
-from alignkit.models.load import load_policy
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import SftOptions
-from alignkit.runs.directory import Result, RunDir
-from alignkit.train import ranks
+from alignkit.runs.directory import RunDir
 from alignkit.train.arguments import build_config
-from alignkit.train.built import Built
 from alignkit.train.encode import IGNORED
-from alignkit.train.fit import fit, watch_for
-from alignkit.train.guarded import Guarded
-from alignkit.train.tables import open_chat, open_stream, share_tables
+from alignkit.train.fit import fit
+from alignkit.train.setup import Setup, open_rows
+from alignkit.train.tables import open_stream
+from alignkit.train.trainer import Guarded
 
 
 class Sft(Guarded, SFTTrainer):
@@ -41,14 +35,11 @@ class Sft(Guarded, SFTTrainer):
         )
 
 
-def build(stage: Stage, run: RunDir) -> Built:
-    """Load model and rows and return a trainer that has not trained yet."""
+def build(stage: Stage, run: RunDir) -> Setup:
+    """Load model and rows and make a trainer that has not trained yet."""
     stage.expect(SftOptions)
-    chat = open_chat(stage, run)
-    tokenizer = chat.tokenizer
-    rejects = Rejects()
-    tables = share_tables(stage, chat, run.cache, rejects=rejects)
-    loaded = ranks.first(lambda: load_policy(stage, run_dir=run.path, tokenizer=tokenizer))
+    setup = open_rows(stage, run)
+    setup.load()
     packs = stage.trainer.get("packing") or stage.trainer.get("eval_packing")
     config = build_config(
         stage,
@@ -59,19 +50,10 @@ def build(stage: Stage, run: RunDir) -> Built:
         completion_only_loss=False,
         max_length=stage.trainer.get("max_length") if packs else None,
     )
-    trainer = Sft(
-        model=loaded.model,
-        args=config,
-        train_dataset=tables.train,
-        eval_dataset=tables.eval,
-        processing_class=tokenizer,
-        watch=watch_for(stage),
-    )
+    setup.trainer = Sft(**setup.arguments(config))
     if streams(stage):
-        trainer.train_dataset = open_stream(stage, chat)  # TRL's constructor takes a Dataset alone
-    return Built(trainer, tables, chat, loaded, rejects)
+        setup.trainer.train_dataset = open_stream(stage, setup.chat)  # TRL's constructor takes a Dataset alone
+    return setup
 
 
-def run(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...] = ()) -> Result:
-    """Train the stage in its run directory, going on where an earlier sitting stopped."""
-    return fit(stage, run_dir, build, allow_change=allow_change)
+run = partial(fit, build)

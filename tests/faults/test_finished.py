@@ -242,7 +242,7 @@ def test_a_run_directory_that_vanishes_ends_the_run_in_one_line(run: Callable, t
 def test_the_disk_is_checked_before_the_first_step(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignkit.train.guarded.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("alignkit.train.checkpoint.free_bytes", lambda path: 1000)
     ended = run(make(tmp_path, "run", options="max_steps: 2, batch_size: 4"))
     assert ended.code == 4 and "1000 B are free" in ended.stderr
     assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -15,7 +15,8 @@ from alignkit.errors import RecipeError
 from alignkit.models.chat import Chat
 from alignkit.models.tokens import load_tokenizer
 from alignkit.runs.directory import RunDir
-from alignkit.train.preview import preview_rows, training_rows
+from alignkit.train.collate import training_rows
+from alignkit.train.preview import preview_rows
 from alignkit.train.tables import prepare_tables
 
 BASE = "model: {path: builtin:tiny-llama}\n"

@@ -31,8 +31,8 @@ from alignkit.models.hub import quiet_transformers
 from alignkit.models.logprobs import Batch
 from alignkit.runs.files import write_json
 from alignkit.train import ranks, shards
-from alignkit.train.guarded import switch_off_dropout
 from alignkit.train.ppo.roles import CRITIC, REWARD, Roles, read_answers, return_logps
+from alignkit.train.trainer import switch_off_dropout
 
 CRITIC_FILE = "critic.safetensors"
 
@@ -56,7 +56,7 @@ class Critic:
         return self.roles.act_as((CRITIC,)) if self.has_adapter else nullcontext()
 
     def values(self, batch: Batch, hidden_NH: Tensor | None = None) -> Tensor:
-        """Return values, float32 (N,); `hidden_NH` is the policy's, where it is shared."""
+        """Values, float32 (N,); `hidden_NH` is the policy's, where it is shared."""
         if self.model is not None:
             values_N: Tensor = read_answers(self.model, batch)
             return values_N
@@ -71,11 +71,8 @@ class Critic:
             yield from ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
             return
         if self.has_adapter:
-            yield from (
-                (name, p)
-                for name, p in self.roles.policy.named_parameters()
-                if f".{CRITIC}." in name and "lora_" in name
-            )
+            named = self.roles.policy.named_parameters()
+            yield from ((name, p) for name, p in named if f".{CRITIC}." in name and "lora_" in name)
         yield from ((f"head.{name}", p) for name, p in self.head.named_parameters())
 
     @torch.no_grad()
@@ -87,11 +84,11 @@ class Critic:
         self.head.bias.mul_(gain).add_(bias)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of `named_parameters`."""
+        """The parameters of `named_parameters`."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """Return the parameters by what an optimizer must treat apart: matrices, vectors, and those of the head.
+        """Sort the parameters by what an optimizer must treat apart: matrices, vectors, and those of the head.
 
         A head may be whole where all else is sharded, and one kernel steps through a group.
         """
@@ -119,17 +116,13 @@ class Critic:
 
         All ranks call it, for the weights may be sharded; rank 0 writes.
         """
-        policy = self.roles.policy
-        if self.model is not None:
-            state = shards.gather(self.model.state_dict(keep_vars=True).items())
-        elif self.has_adapter:
-            adapter = get_peft_model_state_dict(
-                policy, policy.state_dict(keep_vars=True), adapter_name=CRITIC, save_embedding_layers=False
-            )
-            state = shards.gather(adapter.items())
-        else:
-            state = {}
-        ranks.once(lambda: self._write(out, state or {}, tokenizer))
+        policy: Any = self.roles.policy
+        tensors = {} if self.model is None else self.model.state_dict(keep_vars=True)
+        if self.has_adapter:
+            own = policy.state_dict(keep_vars=True)
+            tensors = get_peft_model_state_dict(policy, own, adapter_name=CRITIC, save_embedding_layers=False)
+        state = shards.gather(tensors.items()) or {}
+        ranks.once(lambda: self._write(out, state, tokenizer))
 
     def _write(self, out: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerFast) -> None:
         policy = self.roles.policy
@@ -158,12 +151,17 @@ class Critic:
 
 
 def critic_on_policy(roles: Roles) -> Critic:
-    """Return the zero head on the policy's hidden states."""
-    return Critic(roles, _zero_head(roles))
+    """A zero head on the policy's hidden states."""
+    size = roles.policy.get_input_embeddings().weight.size(1)
+    hidden = getattr(roles.policy.config.get_text_config(), "hidden_size", size)
+    head = nn.Linear(hidden, 1, device=roles.policy.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return Critic(roles, head)
 
 
 def critic_on_base(roles: Roles) -> Critic:
-    """Return an adapter on the shared base that starts as the reward model's, with its head."""
+    """An adapter on the shared base that starts as the reward model's, with its head."""
     assert isinstance(roles.policy, PeftModel) and roles.reward_head is not None
     with roles.policy_kept():
         copy_adapter(roles.policy, REWARD, CRITIC)
@@ -174,7 +172,7 @@ def critic_on_base(roles: Roles) -> Critic:
 
 
 def critic_from_policy(roles: Roles) -> Critic:
-    """Return a model of its own: the policy's trunk and a zero head."""
+    """A model of its own: the policy's trunk and a zero head."""
     policy = roles.policy
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
@@ -182,11 +180,12 @@ def critic_from_policy(roles: Roles) -> Critic:
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     model.base_model.load_state_dict(policy.base_model.state_dict())
+    model.score.weight.data.zero_()
     return _own(roles, model.to(policy.device), from_reward=False)
 
 
 def critic_from_reward(roles: Roles, directory: Path, *, where: str, trust_code: bool = False) -> Critic:
-    """Return a trainable copy of a reward model; an adapter is folded into its base, two labels into their log-odds.
+    """A trainable copy of a reward model; an adapter is folded into its base, two labels into their log-odds.
 
     Raises ModelError for a classifier whose trunk reads the whole text at once: it has no value per token.
     """
@@ -213,39 +212,14 @@ def _with_bias(head: nn.Linear) -> nn.Linear:
 
 
 def _own(roles: Roles, model: Any, *, from_reward: bool) -> Critic:
+    def read_values(model: Any, hidden_NH: Tensor, batch: Batch) -> Tensor:
+        values_N: Tensor = model.score(hidden_NH.to(model.score.weight.dtype)).squeeze(-1).float()
+        return values_N
+
     model.config.use_cache = False
     model.config.pad_token_id = roles.policy.config.pad_token_id
     model.requires_grad_(True)
     model.train()
     switch_off_dropout(model)  # values of a rollout and of its training must be of one function
-    if not from_reward:
-        model.score.weight.data.zero_()
-    return_logps(model, _read_values)
+    return_logps(model, read_values)
     return Critic(roles, model.score, model=model, from_reward=from_reward)
-
-
-def _read_values(model: Any, hidden_NH: Tensor, batch: Batch) -> Tensor:
-    values_N: Tensor = model.score(hidden_NH.to(model.score.weight.dtype)).squeeze(-1).float()
-    return values_N
-
-
-def _zero_head(roles: Roles) -> nn.Linear:
-    size = roles.policy.get_input_embeddings().weight.size(1)
-    hidden = getattr(roles.policy.config.get_text_config(), "hidden_size", size)
-    head = nn.Linear(hidden, 1, device=roles.policy.device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def heads_and_models(
-    roles: Roles, critic: Critic | None
-) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, nn.Module]]]:
-    """Return the named heads and models beside the policy, for the account of memory."""
-    heads: list[tuple[str, nn.Module]] = [] if roles.reward_head is None else [(REWARD, roles.reward_head)]
-    models: list[tuple[str, nn.Module]] = []
-    if critic is not None and critic.model is not None:
-        models.append((CRITIC, critic.model))
-    elif critic is not None:
-        heads.append((CRITIC, critic.head))
-    return heads, models

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignkit.models.adapters import REFERENCE, START, TRAINED, add_scoring_adapter, cast_adapters
+from alignkit.models.adapters import REFERENCE, START, add_scoring_adapter, cast_adapters
 from alignkit.models.classifier import cut_at_score
-from alignkit.models.files import ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
-from alignkit.models.load import Loaded, load_reference
+from alignkit.models.files import find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
+from alignkit.models.load import Loaded
 from alignkit.models.logprobs import Batch, pad_answers, run_trunk, sampled_logps
-from alignkit.models.parameters import describe_parameters
 from alignkit.models.start import find_base
 
 REWARD, CRITIC = "reward", "critic"  # adapter names beside those of the models room
@@ -59,61 +58,27 @@ def read_answers(model: Any, batch: Batch, **kwargs: Any) -> Any:
     return model(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, batch=batch, **kwargs)
 
 
-@dataclass(frozen=True)
-class Part:
-    """One thing held in memory: `what` is base, adapter, head or model."""
-
-    what: str
-    roles: tuple[str, ...]
-    num_bytes: int
-
-
-class AdapterSwitch:
-    """Choose which adapters of a PeftModel act, without touching what is trained.
-
-    PEFT's own `set_adapter` also turns gradients on and off, which would lose the policy's while the critic computes.
-    """
-
-    def __init__(self, model: PeftModel) -> None:
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        self._layers = [module for module in model.modules() if isinstance(module, kinds)]
-
-    @contextmanager
-    def acting(self, names: Sequence[str]) -> Iterator[None]:
-        """Let only the named adapters act; none is the bare base."""
-        before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]
-        for layer in self._layers:
-            layer._active_adapter, layer._disable_adapters = list(names), not names
-        try:
-            yield
-        finally:
-            for layer, active, disabled in before:
-                layer._active_adapter, layer._disable_adapters = active, disabled
-
-
 class Roles:
-    """Forward passes of the policy and its reference; the critic and a reward adapter use the same switch."""
+    """Forward passes of the policy and its reference; the critic and a reward adapter share the policy's base."""
 
     def __init__(self, loaded: Loaded, *, reference: PreTrainedModel | None) -> None:
-        self.policy = loaded.model
-        self.reference = reference
-        self.switch = AdapterSwitch(loaded.model) if isinstance(loaded.model, PeftModel) else None
-        self._reference_adapters = {"adapter_off": (), "ref_adapter": (REFERENCE,), "base_adapter": (START,)}.get(
-            str(loaded.reference), ()
-        )
+        """Take the models before any trainer wraps the policy; `reference` is None where adapters of it stand in."""
+        self.policy, self.reference = loaded.model, reference
+        adapters = {"ref_adapter": (REFERENCE,), "base_adapter": (START,)}
+        self._reference_adapters = adapters.get(str(loaded.reference), ())  # none is the bare base
         self.reward_head: nn.Linear | None = None
-        return_logps(self.policy)
-        if reference is not None:
-            return_logps(reference)
+        for model in (self.policy, reference):
+            if model is not None:
+                return_logps(model)
 
     def policy_logps(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probs (N,), entropies (N,) and hidden states (N, H) of the policy; `model` may be its wrapper."""
+        """Log-probs (N,), entropies (N,) and hidden states (N, H) of the policy; `model` may be its wrapper."""
         logps_N, entropy_N, hidden_NH = read_answers(model, batch)
         return logps_N, entropy_N, hidden_NH
 
     @torch.no_grad()
     def reference_logps(self, batch: Batch) -> Tensor:
-        """Return log-probs of the reference, (N,)."""
+        """Log-probs of the reference, (N,)."""
         if self.reference is not None:
             return self.policy_logps(self.reference, batch)[0]
         with self.act_as(self._reference_adapters):
@@ -121,20 +86,30 @@ class Roles:
 
     @contextmanager
     def act_as(self, names: Sequence[str]) -> Iterator[None]:
-        """Let other adapters than the policy's act on the shared base."""
-        assert self.switch is not None
-        with self.switch.acting(names):
+        """Let only the named adapters act on the shared base, without touching what is trained; none: the bare base.
+
+        PEFT's own `set_adapter` also turns gradients on and off, which would lose the policy's while the critic
+        computes.
+        """
+        before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._adapted()]
+        for layer, *_ in before:
+            layer._active_adapter, layer._disable_adapters = list(names), not names
+        try:
             yield
+        finally:
+            for layer, active, disabled in before:
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def _adapted(self) -> list[Any]:
+        assert isinstance(self.policy, PeftModel)
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        return [module for module in self.policy.modules() if isinstance(module, kinds)]
 
     def hidden_states(self, batch: Batch, adapters: Sequence[str]) -> Tensor:
-        """Return the shared base's hidden states with these adapters acting, (N, H)."""
+        """Hidden states of the shared base with these adapters acting, (N, H)."""
         with self.act_as(adapters):
             hidden_NH: Tensor = read_answers(self.policy, batch, hidden_only=True)
         return hidden_NH
-
-    def trunk(self) -> Any:
-        """Return the shared base: a causal language model without its adapters' wrapper."""
-        return self.policy.get_base_model()
 
     def add_reward(self, directory: Path) -> None:
         """Hold a reward model of the policy's own base as an adapter and a head on it."""
@@ -148,22 +123,21 @@ class Roles:
     @contextmanager
     def policy_kept(self) -> Iterator[None]:
         """Put back what acts and what trains after PEFT has added an adapter."""
-        model = self.policy
+        model: Any = self.policy
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         dtype = next(p.dtype for name, p in model.named_parameters() if name in trained and ".lora_" in name)
         active = list(model.active_adapters)
         yield
-        if getattr(self.trunk(), "is_quantized", False):
+        if getattr(model.get_base_model(), "is_quantized", False):
             cast_adapters(model, dtype)
-        self.switch = AdapterSwitch(model)
-        for layer in self.switch._layers:
+        for layer in self._adapted():
             layer._active_adapter, layer._disable_adapters = active, False
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
 
     @torch.no_grad()
     def score_ids(self, sequences: Sequence[Sequence[int]], *, pad_id: int, batch_size: int) -> Tensor:
-        """Score whole token sequences by the reward adapter, as `scoring.score_ids` does; (B,) float32 on the CPU."""
+        """Score token sequences by the reward adapter, as `classifier.score_ids` does; (B,) float32 on the CPU."""
         assert self.reward_head is not None
         scores: list[Tensor] = []
         for start in range(0, len(sequences), batch_size):
@@ -177,64 +151,21 @@ class Roles:
         return torch.cat(scores)
 
 
-def build_roles(stage: Any, loaded: Loaded) -> Roles:
-    """Return policy and reference, before any trainer wraps the policy."""
-    return Roles(loaded, reference=load_reference(stage, loaded))
-
-
 def find_reward_on_base(roles: Roles, source: str, *, trust_code: bool) -> Path | None:
-    """Return the directory of a reward model that is an adapter on the very base of the policy, else None."""
-    if not isinstance(roles.policy, PeftModel) or is_builtin(source):
-        return None
-    directory = find_model_dir(source)
-    if directory is None:
+    """Find the directory of a reward model that is an adapter on the very base of the policy, else None."""
+    directory = None if is_builtin(source) else find_model_dir(source)
+    if not isinstance(roles.policy, PeftModel) or directory is None:
         return None
     files = inspect_model_dir(directory, trust_code=trust_code)
     # PEFT names both heads; other modules trained in full would not be the base's.
     own_modules = set(files.config.get("modules_to_save") or ()) - {"score", "classifier"}
     if files.kind != "adapter" or not files.reward or own_modules:
         return None
-    return directory if _same_base(roles.trunk(), files) else None
-
-
-def _same_base(base: Any, files: ModelFiles) -> bool:
-    mine, other = base.name_or_path, find_base(files)
+    mine, other = roles.policy.get_base_model().name_or_path, find_base(files)
     if mine == other:
-        return True
+        return directory
     here, there = find_model_dir(mine), find_model_dir(other)
     if here is None or there is None:
-        return False
-    return here.resolve() == there.resolve() or fingerprint_weights(here) == fingerprint_weights(there)
-
-
-def list_parts(
-    roles: Roles, heads: Sequence[tuple[str, nn.Module]], models: Sequence[tuple[str, nn.Module]]
-) -> list[Part]:
-    """Return what is held in memory for the four roles: the bases, then adapters and heads."""
-    parts: list[Part] = []
-    if not isinstance(roles.policy, PeftModel):
-        parts.append(Part("model", ("policy",), _bytes(roles.policy)))
-        if roles.reference is not None:
-            parts.append(Part("model", ("reference",), _bytes(roles.reference)))
-    else:
-        names = list(roles.policy.peft_config)
-        sizes = {name: _adapter_bytes(roles.policy, name) for name in names}
-        base = _bytes(roles.policy) - sum(sizes.values())
-        shared = ["policy", "reference"] + [REWARD] * (REWARD in names) + [CRITIC] * (CRITIC in names)
-        if any(name == CRITIC for name, _ in heads) and CRITIC not in shared:
-            shared.append(CRITIC)
-        parts.append(Part("base", tuple(shared), base))
-        role_of = {TRAINED: "policy", START: "policy, reference", REFERENCE: "reference"}
-        parts += [Part("adapter", (role_of.get(name, name),), sizes[name]) for name in names]
-    parts += [Part("head", (role,), _bytes(head)) for role, head in heads]
-    parts += [Part("model", (role,), _bytes(model)) for role, model in models]
-    return parts
-
-
-def _bytes(module: nn.Module) -> int:
-    return int(describe_parameters(module)["bytes"])
-
-
-def _adapter_bytes(model: nn.Module, name: str) -> int:
-    own = (p for key, p in model.named_parameters() if f".{name}" in key and "lora_" in key)
-    return sum(p.numel() * p.element_size() for p in own)
+        return None
+    same = here.resolve() == there.resolve() or fingerprint_weights(here) == fingerprint_weights(there)
+    return directory if same else None

@@ -1,7 +1,4 @@
-"""PPO as a stage: policy, reference, rewards and critic put together, and what is saved beside the policy.
-
-The trainer is `ppo_trainer`, its arithmetic `ppo_math`; nothing is computed here.
-"""
+"""PPO as a stage: policy, reference, rewards and critic put together, and what is saved beside the policy."""
 
 from __future__ import annotations
 
@@ -11,64 +8,65 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from torch import nn
 from trl import GRPOConfig
 
 from alignkit import console
 from alignkit.data import Rejects
 from alignkit.errors import RecipeError
-from alignkit.models.chat import Chat
+from alignkit.models.adapters import REFERENCE, START, TRAINED
 from alignkit.models.classifier import Classifier, ScoreIds, hold_on_base, read_norm
 from alignkit.models.files import find_model_dir, is_builtin
-from alignkit.models.load import Loaded, load_policy
+from alignkit.models.load import load_reference
 from alignkit.models.logprobs import Sampling
+from alignkit.models.parameters import describe_parameters
 from alignkit.models.start import context_length
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RewardSource, SftOptions
-from alignkit.runs.directory import Result, RunDir
+from alignkit.runs.directory import RunDir
 from alignkit.runs.files import describe_bytes
+from alignkit.runs.record import JsonLines
 from alignkit.train import ranks
-from alignkit.train.arguments import build_config, micro_batch_size, world_size
-from alignkit.train.built import Built
-from alignkit.train.fit import fit, watch_for
+from alignkit.train.arguments import build_config, micro_batch_size
+from alignkit.train.fit import fit
 from alignkit.train.ppo.critic import (
     Critic,
     critic_from_policy,
     critic_from_reward,
     critic_on_base,
     critic_on_policy,
-    heads_and_models,
 )
-from alignkit.train.ppo.roles import Part, Roles, build_roles, find_reward_on_base, list_parts
+from alignkit.train.ppo.roles import CRITIC, REWARD, Roles, find_reward_on_base
 from alignkit.train.ppo.rollout import Collector, Truncation
 from alignkit.train.ppo.trainer import Ppo, Ptx, answer_held_out
 from alignkit.train.rewards import build_rewards
-from alignkit.train.tables import Tables, open_chat, prepare_tables
+from alignkit.train.setup import Setup, open_rows
+from alignkit.train.tables import share_tables
 
 _LONGEST_PTX_BLOCK = 1024  # tokens, as those of an sft stage with objective: lm
 
 
-def build(stage: Stage, run: RunDir) -> Built:
-    """Load the four roles and the prompts and return a trainer that has not trained yet."""
+def build(stage: Stage, run: RunDir) -> Setup:
+    """Load the four roles and the prompts and make a trainer that has not trained yet."""
     options = stage.expect(PpoOptions)
-    chat = open_chat(stage, run)
-    tokenizer = chat.tokenizer
-    rejects = Rejects()
-    tables = prepare_tables(stage, chat, run.cache, rejects=rejects)
-    truncation = _find_truncation(stage, tokenizer)
-    loaded = ranks.first(lambda: load_policy(stage, run_dir=run.path, tokenizer=tokenizer))
-    loaded.model.generation_config.eos_token_id = chat.stop_ids
+    setup = open_rows(stage, run)
+    chat, tables = setup.chat, setup.tables
+    truncation = _find_truncation(stage, chat.tokenizer)
+    model = setup.load()
+    model.generation_config.eos_token_id = chat.stop_ids
     config = _build_config(stage, run.checkpoints, num_prompts=len(tables.train))
     device = str(config.device)
-    if not loaded.precision.quantized:
-        loaded.model.to(device)
-    roles = build_roles(stage, loaded)
+    if not setup.loaded.precision.quantized:
+        model.to(device)
+    roles = Roles(setup.loaded, reference=load_reference(stage, setup.loaded))
     held = _hold_reward(stage, roles, options.reward)
-    critic = _build_critic(stage, roles, loaded) if options.advantage == "gae" else None
+    critic = _build_critic(stage, roles) if options.advantage == "gae" else None
     rewards = build_rewards(stage, options.reward, chat=chat, device=device, held=held)
     gold = None
     if options.gold is not None:
         gold = build_rewards(stage, options.gold, chat=chat, key="gold", device=device)
-    ptx, ptx_data = _build_ptx(stage, chat, run, tokenizer.pad_token_id)
+    ptx = _build_ptx(setup)
     collector = Collector(
         options=options,
         chat=chat,
@@ -84,50 +82,38 @@ def build(stage: Stage, run: RunDir) -> Built:
         seed=stage.seed,
         name=stage.name,
     )
-    trainer = Ppo(
-        model=loaded.model,
-        args=config,
-        train_dataset=tables.train,
-        eval_dataset=None,  # rollouts are the evaluation; held-out prompts are answered once, at the end
-        processing_class=tokenizer,
-        watch=watch_for(stage),
-        options=options,
-        collector=collector,
-        roles=roles,
-        critic=critic,
-        ptx=ptx,
+    arguments = setup.arguments(config)
+    arguments["eval_dataset"] = None  # rollouts are the evaluation; held-out prompts are answered once, at the end
+    setup.trainer = trainer = Ppo(
+        **arguments, options=options, collector=collector, roles=roles, critic=critic, ptx=ptx
     )
-    heads, models = heads_and_models(roles, critic)
-    models += [
-        (role, module) for role, held in (("reward", rewards), ("gold", gold)) if held for module in held.modules
-    ]
-    parts = list_parts(roles, heads, models)
-    _say_parts(stage, parts)
+    loaded = [(role, module) for role, held in ((REWARD, rewards), ("gold", gold)) if held for module in held.modules]
+    parts = _list_parts(roles, critic, loaded)
+    told = "; ".join(f"{part['what']} {describe_bytes(part['bytes'])} ({', '.join(part['roles'])})" for part in parts)
+    console.note(f"{stage.name}: holds {told}")
+    setup.record["roles"] = parts
+    setup.score_answers = collector.score_answers
+
+    def last_metrics() -> dict[str, float]:
+        rows = [row for row in JsonLines(run.metrics).read() if "objective/kl" in row]
+        kept = ("reward", "gold", "objective/kl", "entropy", "response_length")
+        return {name: rows[-1][name] for name in kept if name in rows[-1]} if rows else {}
 
     def finish(model_dir: Path) -> dict[str, float]:
         if critic is not None:
-            critic.save(model_dir / "critic", tokenizer)
-        metrics = ranks.once(lambda: _last_metrics(run))
+            critic.save(model_dir / "critic", chat.tokenizer)
+        metrics = ranks.once(last_metrics)
         if tables.eval is not None:
             metrics |= answer_held_out(collector, trainer.model, tables.eval, step=trainer.state.global_step)
         return metrics
 
-    return Built(
-        trainer,
-        tables,
-        chat,
-        loaded,
-        rejects,
-        finish=finish,
-        score_answers=collector.score_answers,
-        ptx_data=ptx_data,
-        record={"roles": [{"what": part.what, "roles": part.roles, "bytes": part.num_bytes} for part in parts]},
-    )
+    setup.finish = finish
+    return setup
 
 
 def _build_config(stage: Stage, checkpoints: Path, *, num_prompts: int) -> GRPOConfig:
-    """Return GRPO's config with the fields PPO decides; the length of the run is counted in whole rollouts."""
-    options = stage.expect(PpoOptions)
+    """Fill GRPO's config; the length of the run is counted in whole rollouts."""
+    options, generation = stage.expect(PpoOptions), stage.expect(PpoOptions).generation
     repeats = options.answers_per_prompt
     answers = options.batch_size * options.minibatches
     if answers % repeats:
@@ -137,8 +123,21 @@ def _build_config(stage: Stage, checkpoints: Path, *, num_prompts: int) -> GRPOC
             where=stage.where(f"{stage.name}.batch_size"),
         )
     steps = options.ppo_epochs * options.minibatches
-    micro = micro_batch_size(stage)
-    accumulate = options.batch_size // world_size() // micro
+    least = options.min_new_tokens
+    sampling: dict[str, Any] = {
+        "generation_kwargs": {"use_cache": True} | ({"min_new_tokens": least} if least else {}),
+    }
+    if generation.engine == "vllm":
+        sampling = {
+            "use_vllm": True,
+            "vllm_mode": generation.mode,
+            "vllm_gpu_memory_utilization": generation.gpu_memory_utilization,
+            # We compute log-probabilities with the model that trains: there is nothing to correct.
+            "vllm_importance_sampling_correction": False,
+            "generation_kwargs": {"min_tokens": least} if least else None,
+        }
+        if generation.mode == "server":
+            sampling["vllm_server_base_url"] = generation.url
     config = build_config(
         stage,
         GRPOConfig,
@@ -147,20 +146,19 @@ def _build_config(stage: Stage, checkpoints: Path, *, num_prompts: int) -> GRPOC
         # GRPO wants groups of two and batches that hold whole ones; we group by ourselves.
         num_generations=2,
         num_generations_eval=1,
-        steps_per_generation=2 * accumulate,
+        steps_per_generation=2 * (options.batch_size // ranks.world_size() // micro_batch_size(stage)),
         beta=0.0,
         disable_dropout=True,
         max_completion_length=options.max_new_tokens,
         temperature=options.temperature,
-        generation_kwargs=_generation_arguments(options),
-        **_vllm_arguments(options),
+        **sampling,
     )
     config.num_generations = repeats
     return config
 
 
 def _count_rollouts(stage: Stage, num_prompts: int, answers: int, steps: int) -> int:
-    """Return the rollouts of the run: from total_episodes, max_steps or num_train_epochs, rounded up."""
+    """Count the rollouts of the run: from total_episodes, max_steps or num_train_epochs, rounded up."""
     options = stage.expect(PpoOptions)
     max_steps = int(stage.trainer.get("max_steps", -1))
     if options.total_episodes is not None:
@@ -175,28 +173,6 @@ def _count_rollouts(stage: Stage, num_prompts: int, answers: int, steps: int) ->
         return rollouts
     epochs = float(stage.trainer.get("num_train_epochs", 1.0))
     return max(1, round(epochs * num_prompts * options.answers_per_prompt / answers))
-
-
-def _generation_arguments(options: PpoOptions) -> dict[str, Any] | None:
-    if options.generation.engine == "vllm":
-        return {"min_tokens": options.min_new_tokens} if options.min_new_tokens else None
-    extra = {"min_new_tokens": options.min_new_tokens} if options.min_new_tokens else {}
-    return {"use_cache": True, **extra}
-
-
-def _vllm_arguments(options: PpoOptions) -> dict[str, Any]:
-    generation = options.generation
-    if generation.engine != "vllm":
-        return {}
-    server = {"vllm_server_base_url": generation.url} if generation.mode == "server" else {}
-    return {
-        "use_vllm": True,
-        "vllm_mode": generation.mode,
-        "vllm_gpu_memory_utilization": generation.gpu_memory_utilization,
-        # We compute log-probabilities with the model that trains: there is nothing to correct.
-        "vllm_importance_sampling_correction": False,
-        **server,
-    }
 
 
 def _find_truncation(stage: Stage, tokenizer: Any) -> Truncation | None:
@@ -224,7 +200,7 @@ def _hold_reward(stage: Stage, roles: Roles, sources: Sequence[RewardSource]) ->
     return {}
 
 
-def _build_critic(stage: Stage, roles: Roles, loaded: Loaded) -> Critic:
+def _build_critic(stage: Stage, roles: Roles) -> Critic:
     """Build the critic that value_init asks for; omitted: from the reward where that is one model that can be one."""
     options = stage.expect(PpoOptions)
     where = stage.where(f"{stage.name}.value_init")
@@ -238,54 +214,69 @@ def _build_critic(stage: Stage, roles: Roles, loaded: Loaded) -> Critic:
             f"{stage.name}.value_init: reward needs one reward model on disk as the reward; use value_init: policy",
             where=where,
         )
-    if roles.reward_head is None and stage.lora is not None:
-        if options.value_init is None:
-            console.note(f"{stage.name}: the reward model has another base, so the critic is a zero head on the policy")
-            return critic_on_policy(roles)
+    if roles.reward_head is not None:
+        critic = critic_on_base(roles)
+    elif stage.lora is None:
+        critic = critic_from_reward(roles, directory, where=where, trust_code=stage.trust_code)
+    elif options.value_init is None:
+        console.note(f"{stage.name}: the reward model has another base, so the critic is a zero head on the policy")
+        return critic_on_policy(roles)
+    else:
         raise RecipeError(
             f"{stage.name}.value_init: reward needs a reward model that is an adapter on the policy's base, or a stage "
             "without lora:; use value_init: policy",
             where=where,
         )
-    critic = (
-        critic_on_base(roles)
-        if roles.reward_head is not None
-        else critic_from_reward(roles, directory, where=where, trust_code=stage.trust_code)
-    )
-    gain, bias = read_norm(str(directory))
-    critic.rescale(options.reward[0].weight * gain, options.reward[0].weight * bias)
+    weight, (gain, bias) = options.reward[0].weight, read_norm(str(directory))
+    critic.rescale(weight * gain, weight * bias)
     return critic
 
 
-def _build_ptx(stage: Stage, chat: Chat, run: RunDir, pad_id: int) -> tuple[Ptx | None, str | None]:
-    """Return the pre-training text and the fingerprint of its rows."""
-    options = stage.expect(PpoOptions)
+def _list_parts(
+    roles: Roles, critic: Critic | None, rewards: Sequence[tuple[str, nn.Module]]
+) -> list[dict[str, Any]]:
+    """List what is held in memory for the four roles: the bases, then adapters, heads and models of their own."""
+
+    def part(what: str, role: Sequence[str], module: nn.Module) -> dict[str, Any]:
+        return {"what": what, "roles": tuple(role), "bytes": int(describe_parameters(module)["bytes"])}
+
+    policy = roles.policy
+    heads = [part("head", [REWARD], roles.reward_head)] if roles.reward_head is not None else []
+    models = [part("model", [role], model) for role, model in rewards]
+    if critic is not None and critic.model is not None:
+        models.insert(0, part("model", [CRITIC], critic.model))
+    elif critic is not None:
+        heads.append(part("head", [CRITIC], critic.head))
+    if not isinstance(policy, PeftModel):
+        reference = [part("model", ["reference"], roles.reference)] if roles.reference is not None else []
+        return [part("model", ["policy"], policy), *reference, *heads, *models]
+    role_of = {TRAINED: "policy", START: "policy, reference", REFERENCE: "reference"}
+    adapters = []
+    for name in policy.peft_config:
+        own = [p for key, p in policy.named_parameters() if f".{name}" in key and "lora_" in key]
+        size = sum(p.numel() * p.element_size() for p in own)
+        adapters.append({"what": "adapter", "roles": (role_of.get(name, name),), "bytes": size})
+    shared = ["policy", "reference"] + [REWARD] * (REWARD in policy.peft_config)
+    base = part("base", shared + [CRITIC] * (critic is not None and critic.model is None), policy)
+    base["bytes"] -= sum(adapter["bytes"] for adapter in adapters)
+    return [base, *adapters, *heads, *models]
+
+
+def _build_ptx(setup: Setup) -> Ptx | None:
+    """Read the pre-training text; the fingerprint of its rows goes into the run's."""
+    stage, options = setup.stage, setup.stage.expect(PpoOptions)
     if options.ptx is None:
-        return None, None
+        return None
     block = min(_LONGEST_PTX_BLOCK, context_length(stage) or _LONGEST_PTX_BLOCK)
     as_sft = replace(
         stage,
         options=SftOptions(data=options.ptx.data, objective="lm"),
         trainer={**stage.trainer, "max_length": block},
     )
-    tables: Tables = prepare_tables(as_sft, chat, run.cache / "ptx", rejects=Rejects())
-    size = options.ptx.batch_size or options.batch_size
-    return Ptx(tables.train, options.ptx.coef, size, stage.seed, pad_id), tables.report.fingerprint
+    tables = share_tables(as_sft, setup.chat, setup.run.cache / "ptx", rejects=Rejects())
+    setup.ptx_data = tables.report.fingerprint
+    size, pad_id = options.ptx.batch_size or options.batch_size, setup.chat.tokenizer.pad_token_id
+    return Ptx(tables.train, options.ptx.coef, size, stage.seed, pad_id)
 
 
-def _say_parts(stage: Stage, parts: Sequence[Part]) -> None:
-    said = "; ".join(f"{part.what} {describe_bytes(part.num_bytes)} ({', '.join(part.roles)})" for part in parts)
-    console.note(f"{stage.name}: holds {said}")
-
-
-def _last_metrics(run: RunDir) -> dict[str, float]:
-    from alignkit.runs.record import JsonLines
-
-    rows = [row for row in JsonLines(run.metrics).read() if "objective/kl" in row]
-    kept = ("reward", "gold", "objective/kl", "entropy", "response_length")
-    return {name: rows[-1][name] for name in kept if name in rows[-1]} if rows else {}
-
-
-def run(stage: Stage, run_dir: Path, *, allow_change: tuple[str, ...] = ()) -> Result:
-    """Train the stage in its run directory, going on where an earlier sitting stopped."""
-    return fit(stage, run_dir, build, allow_change=allow_change)
+run = partial(fit, build)

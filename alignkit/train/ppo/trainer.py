@@ -23,11 +23,11 @@ from trl import GRPOTrainer
 
 from alignkit import console
 from alignkit.errors import ModelError, RunError
+from alignkit.models.adapters import TRAINED
 from alignkit.models.logprobs import Batch, pad_answers
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
 from alignkit.train import ranks
-from alignkit.train.guarded import TRAINED_ADAPTER, Guarded
 from alignkit.train.ppo.critic import Critic
 from alignkit.train.ppo.math import AfterStep, Ema, policy_losses, value_losses
 from alignkit.train.ppo.roles import CRITIC, Roles
@@ -46,6 +46,7 @@ from alignkit.train.ppo.rollout import (
     sort_steps,
 )
 from alignkit.train.shards import clip_gradients, gathered_root, is_sharded
+from alignkit.train.trainer import Guarded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -299,7 +300,7 @@ STATE_FILE = "ppo_state.json"
 class Ppo(Guarded, PpoStep):
     """See the module docstring."""
 
-    trained_adapters = (TRAINED_ADAPTER, CRITIC)
+    trained_adapters = (TRAINED, CRITIC)
 
     def __init__(
         self,
