@@ -30,20 +30,24 @@ from alignkit.preflight.requirements import (
     require_ready,
     without_unmade,
 )
-from alignkit.preflight.rows import describe_rows, find_doubts
 from alignkit.recipe import Recipe, Stage, resolve
-from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, LabelOptions, PpoOptions
+from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, LabelOptions, PpoOptions
 from alignkit.rewards.kinds import describe_reward, list_sources
 from alignkit.runs.form import form_of, require_form
 
 if TYPE_CHECKING:
     from alignkit.models.chat import Chat
+    from alignkit.train.tables import Tables
 
 _Given = ParamSpec("_Given")
 _Found = TypeVar("_Found")
 
 _GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Beyond these a run still works, but its result may not mean what it seems to.
+_MANY_DUPLICATES = 0.01
+_LENGTH_BIAS = 0.65
+_FORMS = {"chat": "turns of the chat template", "text": "text, prompt and answer joined", "raw": "raw text"}
 
 
 @dataclass
@@ -141,7 +145,9 @@ def _check_stage(stage: Stage, check: StageCheck) -> str | None:
         check.facts["starts from"] += f" ({files.kind}{', a reward model' if files.reward else ''})"
     check.facts |= describe_feedback(stage)
     if stage.method in FEEDBACK:
-        _check_sources(stage, check)
+        given = isinstance(stage.options, LabelOptions) and stage.options.answers == "given"
+        asked = "rm" if given else stage.method
+        _read_rows(stage, check, {"data": asked, "mix": "rm", "helpful.data": stage.method})
         return None
     for key, source in list_sources(stage):
         if what := check.note(describe_reward, stage, key, source):
@@ -149,11 +155,25 @@ def _check_stage(stage: Stage, check: StageCheck) -> str | None:
     check.note(_check_device, stage, check)
     chat = check.note(_check_tokenizer, stage, check)
     if chat is None:
-        check.note(_read_rows_alone, stage, check)
+        _read_rows(stage, check, {"data": stage.method}, "; lengths not checked, there is no tokenizer")
         return None
     check.note(_check_model, stage, check, chat)
-    ready = _use_made_rows(stage, check)
-    return None if ready is None else _check_rows(ready, check, chat)
+    for need in list_needs(stage):
+        if need.rows and not need.is_made():
+            check.facts[f"data {need.path}"] = f"of {need.stage}, not made yet: not checked"
+    held_out = stage.training.eval
+    made = {"data": without_unmade(stage.options.data, stage)}
+    if isinstance(held_out, list):
+        made["eval"] = without_unmade(held_out, stage) or None  # type: ignore[assignment]
+    stage = replace(stage, options=stage.options.model_copy(update=made))
+    if not made["data"]:
+        return None
+    before = len(check.problems)
+    form = check.note(_encode, stage, check, chat)
+    if len(check.problems) > before and stage.options.on_bad_row == "error":  # and once more for the other rows' sake
+        lenient = stage.options.model_copy(update={"on_bad_row": "skip"})
+        check.note(_encode, replace(stage, options=lenient), check, chat)
+    return form
 
 
 def describe_feedback(stage: Stage) -> dict[str, str]:
@@ -161,8 +181,8 @@ def describe_feedback(stage: Stage) -> dict[str, str]:
     options = stage.options
     facts = {key: describe_model(model, stage) for key, model in list_feedback_models(stage)}
     if isinstance(options, CritiqueOptions | LabelOptions) and options.constitution is not None:
-        part: Literal["critique", "comparison"] = "critique" if isinstance(options, CritiqueOptions) else "comparison"
-        facts["principles"] = str(len(load_constitution(options.constitution, needs=part).principles))
+        needs: Literal["critique", "comparison"] = "critique" if stage.method == "critique" else "comparison"
+        facts["principles"] = str(len(load_constitution(options.constitution, needs=needs).principles))
     if isinstance(options, CritiqueOptions) and options.replay:
         facts["replay"] = ", ".join(options.replay)
     return facts
@@ -183,44 +203,20 @@ def describe_evaluation(recipe: Recipe) -> dict[str, str]:
     return {"judge": who, "principles": str(len(principles))}
 
 
-def _use_made_rows(stage: Stage, check: StageCheck) -> Stage | None:
-    """Leave out the rows that other stages have yet to make; None where no others are left."""
-    options = stage.training
-    data = without_unmade(options.data, stage)
-    held_out = without_unmade(options.eval, stage) if isinstance(options.eval, list) else []
-    for need in list_needs(stage):
-        if need.rows and not need.is_made():
-            check.facts[f"data {need.path}"] = f"of {need.stage}, not made yet: not checked"
-    if not data:
-        return None
-    changed: dict[str, Any] = {"data": data}
-    if isinstance(options.eval, list):
-        changed["eval"] = held_out or None
-    return replace(stage, options=options.model_copy(update=changed))
-
-
-def _check_sources(stage: Stage, check: StageCheck) -> None:
-    """Read the rows that a stage asks about, as they are."""
+def _read_rows(stage: Stage, check: StageCheck, keys: dict[str, str], note: str = "") -> None:
+    """Read rows as they are, without a tokenizer: formats, places and counts, of these keys by the method given."""
     from alignkit.data import DataReport, Rejects, read_rows
 
-    given = isinstance(stage.options, LabelOptions) and stage.options.answers == "given"
-    methods = {"data": "rm" if given else stage.method, "mix": "rm", "helpful.data": stage.method}
+    sources: dict[str, list[DataSource]] = {}
     for key, source in list_data(stage):
-        if key in methods and without_unmade([source], stage):
-            report = DataReport()
-            rows = read_rows(stage, [source], report=report, rejects=Rejects(), method=methods[key])
-            if check.note(deque, rows, maxlen=0) is not None:
-                check.facts[f"{key} {source.path}"] = f"{report.read} rows read, {report.rows} kept"
-
-
-def _read_rows_alone(stage: Stage, check: StageCheck) -> None:
-    """Check the rows without a tokenizer: formats, places and counts, no lengths."""
-    from alignkit.data import DataReport, Rejects, read_rows
-
-    report = DataReport()
-    sources = without_unmade(stage.options.data, stage)
-    deque(read_rows(stage, sources, report=report, rejects=Rejects()) if sources else (), maxlen=0)
-    check.facts["data"] = f"{report.read} rows read, {report.rows} kept; lengths not checked, there is no tokenizer"
+        if key in keys and without_unmade([source], stage):
+            name = f"{key} {source.path}" if stage.method in FEEDBACK else key
+            sources.setdefault(name, []).append(source)
+    for name, given in sources.items():
+        report = DataReport()
+        rows = read_rows(stage, given, report=report, rejects=Rejects(), method=keys[name.split()[0]])
+        if check.note(deque, rows, maxlen=0) is not None:
+            check.facts[name] = f"{report.read} rows read, {report.rows} kept{note}"
 
 
 def start_today(stage: Stage) -> tuple[Stage, str]:
@@ -234,14 +230,11 @@ def start_today(stage: Stage) -> tuple[Stage, str]:
 def _check_device(stage: Stage, check: StageCheck) -> None:
     from alignkit.train.arguments import micro_batch_size, pick_device
 
-    device = pick_device(stage)
+    device, kind = pick_device(stage), stage.model.quantization
     check.facts["device"] = device
     check.facts["batch"] = f"{stage.training.batch_size} rows a step, {micro_batch_size(stage)} at a time"
-    if stage.model.quantization != "none":
-        kind = stage.model.quantization
-        ability = try_quantization(kind, device)
-        if not ability.works:
-            raise EnvironmentProblem(f"model.quantization {kind} does not work here: {ability.note}")
+    if kind != "none" and not (ability := try_quantization(kind, device)).works:
+        raise EnvironmentProblem(f"model.quantization {kind} does not work here: {ability.note}")
 
 
 def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
@@ -294,16 +287,6 @@ def require_space(run_dir: Path, needed_bytes: int, *, num_checkpoints: int) -> 
     return free
 
 
-def _check_rows(stage: Stage, check: StageCheck, chat: Chat) -> str | None:
-    """Encode all rows as training would; after rows that do not fit, once more without them, for the rest's sake."""
-    before = len(check.problems)
-    form = check.note(_encode, stage, check, chat)
-    if len(check.problems) > before and stage.options.on_bad_row == "error":
-        lenient = stage.options.model_copy(update={"on_bad_row": "skip"})
-        check.note(_encode, replace(stage, options=lenient), check, chat)
-    return form
-
-
 def _encode(stage: Stage, check: StageCheck, chat: Chat) -> str | None:
     from alignkit.data import Rejects
     from alignkit.train.tables import prepare_tables
@@ -315,3 +298,60 @@ def _encode(stage: Stage, check: StageCheck, chat: Chat) -> str | None:
     report = tables.report.to_dict()
     check.warnings += [*tables.report.remarks(), *find_doubts(report)]
     return form_of(report)
+
+
+def describe_rows(tables: Tables) -> dict[str, str]:
+    """Describe the rows of a stage by what was counted while they were encoded."""
+    import numpy as np
+
+    report, lengths = tables.report.to_dict(), tables.lengths
+    facts = {}
+    for source in report["sources"]:
+        formats = ", ".join(f"{count} {name}" for name, count in source["formats"].items())
+        ignored = ", ".join(source["ignored_columns"])
+        facts[f"data {source['path']}"] = (
+            f"{source['read']} rows read, {source['kept']} kept ({formats})"
+            + (f", {source['rejected']} do not fit" if source["rejected"] else "")
+            + (f", {source['duplicates_dropped']} duplicates dropped" if source["duplicates_dropped"] else "")
+            + (f"; columns not used: {ignored}" if ignored else "")
+            + (f"; read as {', '.join(_FORMS[form] for form in source['forms'])}" if source["forms"] else "")
+        )
+    middle, high = np.percentile(tables.train.data.column("length").to_numpy(), [50, 95])
+    prompts_only = "prompt" in tables.train.column_names
+    trained = "all in prompts" if prompts_only else f"of which {lengths.num_trained_tokens:,} are trained"
+    facts["tokens"] = f"{lengths.num_tokens:,}, {trained}"
+    facts["tokens a row"] = f"median {middle:.0f}, 95 % below {high:.0f}, longest {lengths.longest_tokens}"
+    facts["too long"] = f"{lengths.truncated_share:.1%}: {lengths.num_truncated} cut, {lengths.num_too_long} left out"
+    if lengths.first_cut:
+        facts["too long"] += f"; first cut: {lengths.first_cut}"
+    if lengths.num_untrained:
+        facts["nothing to learn"] = f"{lengths.num_untrained} rows left out"
+    if lengths.num_apart:
+        facts["learnt apart"] = f"{lengths.num_apart} answers, each in a text of its own: later turns rewrite them"
+    facts["duplicates"] = f"{report['duplicates']} rows, {report['duplicate_prompts']} prompts"
+    if report["longer_chosen_share"] is not None:
+        facts["chosen is longer"] = f"in {report['longer_chosen_share']:.0%} of {report['comparisons']} comparisons"
+    if tables.eval is not None:
+        facts["held out"] = f"{len(tables.eval)} rows, {report['overlap']} prompts of them also in the training rows"
+    return facts
+
+
+def find_doubts(report: dict[str, Any]) -> list[str]:
+    """Find what lets a stage run but makes its result doubtful; `report` is DataReport.to_dict()."""
+    doubts = []
+    if report["duplicates"] > _MANY_DUPLICATES * report["rows"]:
+        doubts.append(f"{report['duplicates']} of {report['rows']} rows repeat an earlier one; dedupe: true drops them")
+    equal = sum(source["equal_answers"] for source in report["sources"])
+    if equal:
+        doubts.append(f"{equal} rows have the same answer as chosen and rejected")
+    share = report["longer_chosen_share"]
+    if share is not None and abs(share - 0.5) > _LENGTH_BIAS - 0.5:
+        kind = "longer" if share > 0.5 else "shorter"
+        doubts.append(
+            f"the chosen answer is the {kind} one in {max(share, 1 - share):.0%} of comparisons: "
+            "the model may learn length instead of quality"
+        )
+    if report["overlap"]:
+        places = ", ".join(report["overlap_places"])
+        doubts.append(f"{report['overlap']} held-out rows have a prompt that is also trained on, first at {places}")
+    return doubts

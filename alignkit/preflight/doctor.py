@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from alignkit.errors import EnvironmentProblem
 from alignkit.runs.record import count_cores, describe_devices, memory_bytes
@@ -68,25 +68,26 @@ class DoctorReport:
     torch_problem: str | None
 
     def problems(self) -> list[str]:
-        """Return what stops alignkit from working at all; a missing extra or ability does not."""
+        """What stops alignkit from working at all; a missing extra or ability does not."""
         found = [library.problem for library in self.libraries if library.extra is None and library.problem]
         return found + ([self.torch_problem] if self.torch_problem else [])
 
     def error(self) -> EnvironmentProblem | None:
-        """Return the error to end with, or None when alignkit can work here."""
+        """The error to end with, or None when alignkit can work here."""
         problems = self.problems()
         return EnvironmentProblem("\n".join(problems)) if problems else None
 
     def tables(self) -> list[Table]:
-        """Return the report for a terminal."""
-        libraries = [
-            [library.name, library.installed or "-", library.accepted or "any", _state(library)]
-            for library in self.libraries
-        ]
+        """The report for a terminal."""
+        libraries = []
+        for library in self.libraries:
+            missing = library.extra and library.installed is None
+            state = "ok" if library.problem is None else "optional, missing" if missing else "problem"
+            libraries.append([library.name, library.installed or "-", library.accepted or "any", state])
         abilities = [[ability.name, "yes" if ability.works else "no", ability.note] for ability in self.abilities]
-        facts = {**self.system, **self.devices}
+        facts = [[name, value] for name, value in {**self.system, **self.devices}.items()]
         tables: list[Table] = [
-            ("This computer", ["what", "found"], [[name, value] for name, value in facts.items()]),
+            ("This computer", ["what", "found"], facts),
             ("Environment variables", ["name", "value"], [[name, value] for name, value in self.variables.items()]),
             ("Libraries", ["name", "installed", "accepted", "state"], libraries),
             ("What works here", ["what", "works", "how, or why not"], abilities),
@@ -94,7 +95,7 @@ class DoctorReport:
         return [table for table in tables if table[2]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for --json."""
+        """Plain data for --json."""
         return asdict(self) | {"problems": self.problems()}
 
 
@@ -103,33 +104,19 @@ def examine(directory: Path = Path("runs")) -> DoctorReport:
 
     Raises EnvironmentProblem when alignkit is not installed as a package.
     """
-    libraries = read_libraries()
+    libraries, problem = read_libraries(), None
     devices: dict[str, str] = {}
     abilities: list[Ability] = []
-    problem = None
     try:
         devices = describe_devices()
         abilities = try_abilities()
     except (ImportError, OSError) as error:  # not installed, or a shared library that does not load
         problem = f"torch does not load: {error}"
-    return DoctorReport(
-        system=describe_system(directory),
-        variables=describe_variables(),
-        libraries=libraries,
-        devices=devices,
-        abilities=abilities,
-        torch_problem=problem,
-    )
-
-
-def _state(library: Library) -> str:
-    if library.problem is None:
-        return "ok"
-    return "optional, missing" if library.extra and library.installed is None else "problem"
+    return DoctorReport(describe_system(directory), describe_variables(), libraries, devices, abilities, problem)
 
 
 def read_libraries() -> list[Library]:
-    """Return every library that alignkit declares, core ones first, and those with a safety floor.
+    """Look at every library that alignkit declares, core ones first, and at those with a safety floor.
 
     Raises EnvironmentProblem when alignkit itself is not installed as a package: its bounds are not known then.
     """
@@ -139,16 +126,11 @@ def read_libraries() -> list[Library]:
         declared = [Requirement(line) for line in metadata.requires("alignkit") or ()]
     except metadata.PackageNotFoundError:
         raise EnvironmentProblem("alignkit is not installed, only importable; run `pip install -e .`") from None
-    core = [_look_at(need.name, str(need.specifier), None) for need in declared if need.marker is None]
-    known = {library.name.lower() for library in core}
-    core += [_look_at(name, "", None) for name in SAFE_SINCE if name not in known]
-    extras = [
-        _look_at(need.name, str(need.specifier), extra)
-        for extra in ("trackers",)
-        for need in declared
-        if need.marker is not None and need.marker.evaluate({"extra": extra})
-    ]
-    return sorted(core, key=lambda library: library.name) + extras
+    core = {need.name: str(need.specifier) for need in declared if need.marker is None}
+    core |= {name: "" for name in SAFE_SINCE if name not in {known.lower() for known in core}}
+    trackers = [need for need in declared if need.marker is not None and need.marker.evaluate({"extra": "trackers"})]
+    found = [_look_at(name, specifier, None) for name, specifier in sorted(core.items())]
+    return found + [_look_at(need.name, str(need.specifier), "trackers") for need in trackers]
 
 
 def require_versions() -> None:
@@ -164,10 +146,11 @@ def _look_at(name: str, specifier: str, extra: str | None) -> Library:
     except metadata.PackageNotFoundError:
         install = f"pip install 'alignkit[{extra}]'" if extra else f"pip install '{name}{specifier}'"
         return Library(name, None, specifier, extra, f"{name} is not installed; {install}")
-    return Library(name, installed, specifier, extra, _judge(name, installed, specifier))
+    return Library(name, installed, specifier, extra, judge_version(name, installed, specifier))
 
 
-def _judge(name: str, installed: str, specifier: str) -> str | None:
+def judge_version(name: str, installed: str, specifier: str) -> str | None:
+    """Say what is wrong with a version, and which to install."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
@@ -180,7 +163,7 @@ def _judge(name: str, installed: str, specifier: str) -> str | None:
 
 
 def describe_system(directory: Path) -> dict[str, str]:
-    """Return facts about the host; `directory` is where runs would be written."""
+    """Describe the host; `directory` is where runs would be written."""
     existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.is_dir())
     disk = shutil.disk_usage(existing)
     return {
@@ -193,7 +176,7 @@ def describe_system(directory: Path) -> dict[str, str]:
 
 
 def describe_variables() -> dict[str, str]:
-    """Return the environment variables that change what a run does, without the value of a secret."""
+    """List the environment variables that change what a run does, without the value of a secret."""
     found = {name: os.environ[name] for name in _WATCHED if name in os.environ}
     return found | {name: "set" for name in _SECRET if os.environ.get(name)}
 
@@ -203,65 +186,55 @@ def try_abilities() -> list[Ability]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return [
-        _try("full fine-tuning and LoRA", f"on {device}", lambda: _multiply(device, torch.float32)),
-        _try("dtype: bfloat16", f"on {device}", lambda: _multiply(device, torch.bfloat16)),
-        try_quantization("nf4", device),
-        try_quantization("fp4", device),
-        try_quantization("int8", device),
+
+    def multiply(dtype: torch.dtype) -> None:
+        weight = torch.ones(8, 8, device=device, dtype=dtype, requires_grad=True)
+        (weight @ weight).sum().backward()
+        if weight.grad is None or weight.grad[0, 0].item() != 16:
+            raise ArithmeticError("a gradient came out wrong")
+
+    abilities = [
+        try_ability("full fine-tuning and LoRA", f"on {device}", lambda: multiply(torch.float32)),
+        try_ability("dtype: bfloat16", f"on {device}", lambda: multiply(torch.bfloat16)),
+        *(try_quantization(kind, device) for kind in ("nf4", "fp4", "int8")),
         Ability("paged optimizers", device == "cuda", "cuda only; elsewhere ordinary ones take their place"),
-        _look_for("attn_implementation: flash_attention_2", "flash_attn", "pip install flash-attn; needs cuda"),
-        _look_for("report_to: tensorboard", "tensorboard", "pip install 'alignkit[trackers]'"),
-        _look_for("report_to: trackio", "trackio", "pip install 'alignkit[trackers]'"),
-        _look_for("report_to: wandb", "wandb", "pip install 'alignkit[trackers]'"),
     ]
+    trackers = "pip install 'alignkit[trackers]'"
+    for name, module, advice in (
+        ("attn_implementation: flash_attention_2", "flash_attn", "pip install flash-attn; needs cuda"),
+        *((f"report_to: {tracker}", tracker, trackers) for tracker in ("tensorboard", "trackio", "wandb")),
+    ):
+        there = importlib.util.find_spec(module) is not None
+        abilities.append(Ability(name, there, "installed" if there else f"not installed; {advice}"))
+    return abilities
 
 
-def try_quantization(kind: Literal["nf4", "fp4", "int8"], device: str) -> Ability:
+def try_quantization(kind: str, device: str) -> Ability:
     """Quantise a small weight with bitsandbytes and look at what comes back; loads torch and bitsandbytes."""
-    action = (lambda: _quantise_8bit(device)) if kind == "int8" else (lambda: _quantise_4bit(device, kind))
-    return _try(f"quantization: {kind}", f"bitsandbytes on {device}", action)
+
+    def quantise() -> None:
+        import torch
+        from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
+
+        weight = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
+        if kind == "int8":
+            packed, scale, _ = int8_vectorwise_quant(weight.to(torch.float16))
+            restored, most = packed.float() * scale[:, None].float() / 127, 0.02
+        else:
+            packed, state = quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=True)
+            # Half of the widest gap between neighbouring codes, that of fp4 from 2/3 to 1, and some for double
+            # quantisation.
+            restored, most = dequantize_4bit(packed, state), 0.2
+        if (restored - weight).abs().max().item() > most:
+            raise ArithmeticError(f"{kind} came out wrong")
+
+    return try_ability(f"quantization: {kind}", f"bitsandbytes on {device}", quantise)
 
 
-def _try(name: str, note: str, action: Callable[[], None]) -> Ability:
+def try_ability(name: str, note: str, action: Callable[[], None]) -> Ability:
+    """Do something small; whatever it raises is the finding, for no failure here is a bug of ours to show."""
     try:
         action()
-    except Exception as error:  # whatever it raises is the finding: no failure here is a bug of ours to show
+    except Exception as error:
         return Ability(name, False, f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0]}")
     return Ability(name, True, note)
-
-
-def _look_for(name: str, module: str, advice: str) -> Ability:
-    there = importlib.util.find_spec(module) is not None
-    return Ability(name, there, "installed" if there else f"not installed; {advice}")
-
-
-def _multiply(device: str, dtype: object) -> None:
-    import torch
-
-    weight = torch.ones(8, 8, device=device, dtype=dtype, requires_grad=True)
-    (weight @ weight).sum().backward()
-    if weight.grad is None or weight.grad[0, 0].item() != 16:
-        raise ArithmeticError("a gradient came out wrong")
-
-
-def _quantise_4bit(device: str, kind: str) -> None:
-    import torch
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    weight = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
-    packed, state = quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=True)
-    # Half of the widest gap between neighbouring codes, that of fp4 from 2/3 to 1, and some for double quantisation.
-    if (dequantize_4bit(packed, state) - weight).abs().max().item() > 0.2:
-        raise ArithmeticError(f"{kind} came out wrong")
-
-
-def _quantise_8bit(device: str) -> None:
-    import torch
-    from bitsandbytes.functional import int8_vectorwise_quant
-
-    weight = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64).to(torch.float16)
-    packed, scale, _ = int8_vectorwise_quant(weight)
-    restored = packed.float() * scale[:, None].float() / 127
-    if (restored - weight.float()).abs().max().item() > 0.02:
-        raise ArithmeticError("int8 came out wrong")

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import RecipeError
-from alignkit.preflight.check import start_today
-from alignkit.preflight.rows import describe_rows
+from alignkit.preflight.check import describe_rows, start_today
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import shlex
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,24 +65,19 @@ def require_ready(stage: Stage, *, coming: Collection[str] = ()) -> None:
 
     Raises UsageError, or EnvironmentProblem where only this machine lacks something.
     """
-    require_all(_list_requirements(stage, coming))
-
-
-def require_all(requirements: Iterable[Callable[[], object]]) -> None:
-    """Call all of them, and raise what they raise as one error."""
-    problems: list[Problem] = []
-    kinds: list[type[UsageError]] = []
+    errors: list[UsageError] = []
     missing: list[str] = []
-    for require in requirements:
+    for require in _list_requirements(stage, coming):
         try:
             require()
         except UsageError as error:
-            kinds.append(type(error))
-            problems += error.problems
+            errors.append(error)
         except EnvironmentProblem as error:
             missing.append(str(error))
-    if problems:
-        raise (kinds[0] if len(set(kinds)) == 1 else UsageError)(dict.fromkeys(problems))
+    if errors:
+        kinds = {type(error) for error in errors}
+        problems = dict.fromkeys(problem for error in errors for problem in error.problems)
+        raise (kinds.pop() if len(kinds) == 1 else UsageError)(problems)
     if missing:
         raise EnvironmentProblem("\n".join(dict.fromkeys(missing)))
 
@@ -197,7 +192,7 @@ def _require_start(stage: Stage) -> None:
     if template.startswith("/"):
         _require_file(stage, "model.chat_template", template)
     # Others may be names of templates that the tokenizer brings.
-    elif hint := suggest(template, TEMPLATES) if template not in TEMPLATES else "":
+    elif template and template not in TEMPLATES and (hint := suggest(template, TEMPLATES)):
         what = f"model.chat_template: {template!r} is neither a file nor one of {', '.join(TEMPLATES)}{hint}"
         raise ModelError(what, where=stage.where("model.chat_template"))
 
@@ -227,35 +222,30 @@ def _require_feedback_model(stage: Stage, name: str, model: FeedbackModel) -> No
 def _list_texts(stage: Stage) -> Iterator[Callable[[], object]]:
     """Yield what looks at the constitutions, examples and replays of a stage."""
     options = stage.options
+    texts: list[tuple[str, str | list[str] | None, Callable[[list[str]], object]]] = []
     if isinstance(options, CritiqueOptions | LabelOptions):
-        part: Literal["critique", "comparison"] = "critique" if isinstance(options, CritiqueOptions) else "comparison"
-        yield from _list_files(stage, "constitution", options.constitution, partial(load_constitution, needs=part))
-        yield from _list_files(stage, "examples", options.examples, load_examples)
-    if isinstance(options, CritiqueOptions):
-        yield from (partial(_require_file, stage, f"{stage.name}.replay", path) for path in options.replay or ())
-    for _, reward in list_sources(stage):
-        if reward.judge is not None:
-            load = partial(load_constitution, needs="comparison")
-            yield from _list_files(stage, "reward.constitution", reward.constitution, load)
-
-
-def _list_files(
-    stage: Stage, key: str, given: str | list[str] | None, load: Callable[[list[str]], object]
-) -> Iterator[Callable[[], object]]:
-    values = [] if given is None else [given] if isinstance(given, str) else given
-    files = [value for value in values if value not in ("none", "builtin") and not value.startswith("builtin:")]
-    missing = [file for file in files if not Path(file).is_file()]
-    yield from (partial(_require_file, stage, f"{stage.name}.{key}", file) for file in missing)
-    if values and not missing:
-        yield partial(load, values)
+        needs: Literal["critique", "comparison"] = "critique" if stage.method == "critique" else "comparison"
+        texts.append(("constitution", options.constitution, partial(load_constitution, needs=needs)))
+        texts.append(("examples", options.examples, load_examples))
+    compare = partial(load_constitution, needs="comparison")
+    judged = [reward for _, reward in list_sources(stage) if reward.judge is not None]
+    texts += [("reward.constitution", reward.constitution, compare) for reward in judged]
+    for key, given, load in texts:
+        values = [given] if isinstance(given, str) else given or []
+        files = [value for value in values if value not in ("none", "builtin") and not value.startswith("builtin:")]
+        missing = [file for file in files if not Path(file).is_file()]
+        yield from (partial(_require_file, stage, f"{stage.name}.{key}", file) for file in missing)
+        if values and not missing:
+            yield partial(load, values)
+    for path in getattr(options, "replay", None) or ():
+        yield partial(_require_file, stage, f"{stage.name}.replay", path)
 
 
 def _require_file(stage: Stage, key: str, path: str) -> None:
     if not Path(path).is_file():
         folder = Path(path).parent
         near = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
-        hint = suggest(Path(path).name, near)
-        raise RecipeError(f"{key}: {path} is not there{hint}", where=stage.where(key))
+        raise RecipeError(f"{key}: {path} is not there{suggest(Path(path).name, near)}", where=stage.where(key))
 
 
 def locate_rows(stage: Stage, *, coming: Collection[str] = ()) -> tuple[dict[str, list[DataSource]], list[Located]]:

@@ -6,9 +6,15 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import EnvironmentProblem, Problem, RecipeError, UsageError
-from alignkit.preflight.check import CheckReport, StageCheck, check_recipe, checkpoint_bytes, require_space
+from alignkit.preflight.check import (
+    CheckReport,
+    StageCheck,
+    check_recipe,
+    checkpoint_bytes,
+    find_doubts,
+    require_space,
+)
 from alignkit.preflight.requirements import require_packages
-from alignkit.preflight.rows import find_doubts
 from alignkit.recipe import load_recipe, resolve
 
 NO_DOUBTS = {

@@ -14,13 +14,13 @@ from alignkit.preflight.doctor import (
     Ability,
     DoctorReport,
     Library,
-    _judge,
-    _try,
     describe_system,
     describe_variables,
+    judge_version,
     read_libraries,
     require_versions,
     try_abilities,
+    try_ability,
 )
 from alignkit.runs.record import count_cores, memory_bytes
 
@@ -81,17 +81,17 @@ def test_libraries_without_a_bound_of_ours_still_have_a_safety_floor() -> None:
 
 
 def test_unsafe_version_is_refused_before_bounds_are_looked_at() -> None:
-    assert _judge("torch", "2.9.1", ">=2.0") == (
+    assert judge_version("torch", "2.9.1", ">=2.0") == (
         "torch 2.9.1 has known security holes; alignkit needs 2.10: pip install 'torch>=2.10'"
     )
 
 
 def test_local_build_of_a_safe_version_is_accepted() -> None:
-    assert _judge("torch", "2.13.0+cpu", ">=2.10") is None
+    assert judge_version("torch", "2.13.0+cpu", ">=2.10") is None
 
 
 def test_version_out_of_bounds_names_both_and_the_command() -> None:
-    assert _judge("trl", "1.17.0", "<1.17,>=1.16") == (
+    assert judge_version("trl", "1.17.0", "<1.17,>=1.16") == (
         "trl is 1.17.0; alignkit needs <1.17,>=1.16: pip install 'trl<1.17,>=1.16'"
     )
 
@@ -117,7 +117,7 @@ def test_failed_try_becomes_a_reason_not_an_exception() -> None:
     def fail() -> None:
         raise RuntimeError("no kernel image\nwith a long story")
 
-    ability = _try("something", "on cpu", fail)
+    ability = try_ability("something", "on cpu", fail)
     assert (ability.works, ability.note) == (False, "RuntimeError: no kernel image")
 
 
