@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.errors import EnvironmentProblem, ModelError, Problem, RunError
+from alignkit.models.gguf import find_gguf, make_full
 from alignkit.recipe.nearest import find_nearest, suggest
 from alignkit.recipe.references import RUNS
 from alignkit.runs.directory import require_whole
@@ -63,9 +64,13 @@ def find_model_dir(path: str) -> Path | None:
         if path not in BUILTIN_MODELS:
             raise ModelError(f"{path!r} is not one of {', '.join(BUILTIN_MODELS)}{suggest(path, BUILTIN_MODELS)}")
         return None
+    if gguf := find_gguf(path):
+        return make_full(gguf)
     directory = Path(path).expanduser()
     if directory.is_file():
-        raise ModelError(f"{path} is a file; give the directory that holds config.json and the safetensors files")
+        raise ModelError(
+            f"{path} is a file; give a GGUF file, or the directory that holds config.json and the safetensors files"
+        )
     if directory.is_dir():
         if (directory / "stage.json").exists() or not _is_model_dir(directory):
             if _is_model_dir(directory / "model"):

@@ -25,7 +25,10 @@ RUNS = "runs"
 ROWS = "rows.jsonl"  # what a critique or label stage writes
 SOURCE_KEYS = ("data", "eval", "normalize_data", "mix", "check")
 REWARD_KEYS = ("reward", "gold")
-_LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".ndjson", ".gz", ".zst", ".arrow", ".jinja")
+_LOCAL_SUFFIXES = (
+    ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".ndjson", ".gz", ".zst", ".arrow", ".jinja",
+    ".gguf",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def resolve_paths(tops: Sequence[Section], stages: Sequence[Section], stage_name
 def _resolve(name: Name) -> None:
     """Make a path absolute; raises ValueError for a variable that cannot be used."""
     node = name.node
-    if node.value.startswith("builtin:") or "://" in node.value:
+    if node.value.startswith(("builtin:", "pypi:")) or "://" in node.value:
         return
     text, here = expand(node.value), Path.cwd()
     for folder in (node.origin.folder, here):
@@ -192,7 +195,7 @@ def _describe_stranger(name: Name, stages: Mapping[str, Section]) -> str | None:
     value = name.node.value
     if name.kind == "reward" and value.startswith("builtin:") and value != BUILTIN_REWARD:
         return f", a builtin reward that is not there; the only one is {BUILTIN_REWARD}"
-    if name.kind == "rows" or "/" in value or value.startswith("builtin:"):
+    if name.kind == "rows" or "/" in value or value.startswith(("builtin:", "pypi:")):
         return None
     hint = suggest(value, stages)
     if not hint and name.kind == "reward" and re.fullmatch(r"[\w.]+:\w+", value):

@@ -51,7 +51,8 @@ class _Section(BaseModel):
 class ModelOptions(_Section):
     path: Text = option(
         ...,
-        "Base model: hub id, local directory, builtin:tiny-gpt2 or builtin:tiny-llama.",
+        "Base model: hub id, local directory, GGUF file, pypi:PACKAGE that holds one, builtin:tiny-gpt2 or "
+        "builtin:tiny-llama.",
     )
     revision: Text | None = option(None, "Commit or tag of a hub id; a hub id is pinned by it.")
     init: Literal["pretrained", "scratch"] = option(
