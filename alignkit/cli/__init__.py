@@ -135,10 +135,19 @@ def end(error: Exception, run_dir: Path | None) -> int:
     if supervised:
         return _leave(known.exit_code, console.list_problems(known), shared=known.shared)
     agreed = known.exit_code in (130, 143) and not console.is_main()  # all ranks stop together
-    if known.shared or agreed or _is_met_by_all(run_dir):
-        return _leave_to_others(known.exit_code)
-    console.print_error(known)
+    if not known.shared and not agreed and (run_dir is not None or _reports_for_all()):
+        console.print_error(known)
+    else:
+        time.sleep(_WAIT_SECONDS)
     return known.exit_code
+
+
+_WAIT_SECONDS = 5  # before leaving with what another process reports: torchrun ends all as soon as the first one leaves
+
+
+def _reports_for_all() -> bool:
+    """Whether an error that every process of this node meets, before there is a run, is reported by this one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _end_usage_error(error: TyperException) -> int:
@@ -146,9 +155,9 @@ def _end_usage_error(error: TyperException) -> int:
     message = error.format_message().rstrip(".")
     if near := getattr(error, "possibilities", None):
         message = f"{error.message.rstrip('.')}; did you mean {near[0]}?"
-    if SUPERVISED not in os.environ and _is_met_by_all(None):
-        return _leave_to_others(error.exit_code)
-    if message:  # empty after a bare `alignkit`: typer has shown the help already
+    if SUPERVISED not in os.environ and not _reports_for_all():
+        time.sleep(_WAIT_SECONDS)
+    elif message:  # empty after a bare `alignkit`: typer has shown the help already
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
         return _leave(error.exit_code, [f"error: {message}{hint}"])
@@ -169,22 +178,8 @@ def _leave(code: int, problems: list[str] | None = None, *, unexpected: bool = F
     return code
 
 
-def _leave_to_others(code: int) -> int:
-    """Return the exit code of an error that another process reports, but not before that one has spoken.
-
-    torchrun ends all processes as soon as the first one leaves.
-    """
-    time.sleep(5)
-    return code
-
-
-def _is_met_by_all(run_dir: Path | None) -> bool:
-    """Whether every process of this node meets this error, and its first one reports it."""
-    return run_dir is None and os.environ.get("LOCAL_RANK", "0") != "0"
-
-
 def _write_error_log(error: Exception, run_dir: Path | None) -> str:
-    """Write the traceback of an error and return where it is, or why it could not be written."""
+    """Write the traceback of an error, and say where it is or why it could not be written."""
     import traceback
 
     from alignkit.console import printable, redact

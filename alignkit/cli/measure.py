@@ -10,7 +10,6 @@ import typer
 from alignkit.cli.options import AllowKey, AsJson, Overrides, StageName, TrustCode, load_recipe
 
 if TYPE_CHECKING:
-    from alignkit.recipe import Recipe
     from alignkit.recipe.schema import EvaluateOptions
 
 _WHAT, _ANSWERS = "What is measured", "Answers"
@@ -107,11 +106,13 @@ def evaluate(
         raise typer.BadParameter(
             "--allow-key has no effect here; name the key of a judge as evaluate.judge.api_key_env in a --recipe"
         )
-    requests = request_stages(loaded, options, None if stage is None else [_named(loaded, stage)]) if loaded else []
-    from alignkit.models.files import require_available
+    if loaded is not None:
+        from alignkit.recipe import resolve
 
-    if source is not None:
+        requests = request_stages(loaded, options, [resolve(loaded, stage).name] if stage is not None else None)
+    elif source is not None:
         from alignkit.evaluate.target import list_siblings
+        from alignkit.models.files import require_available
 
         require_available(source, as_run=True)
         named = name_runs(options, list_siblings(source), strict=False)
@@ -131,13 +132,6 @@ def evaluate(
             console.print_table(result["name"], *table(result["results"]))
     if as_json:
         console.print_json(results if recipe is not None and not stage else results[0])
-
-
-def _named(recipe: Recipe, stage: str) -> str:
-    """Return the name of a stage; raises RecipeError saying what is wrong with it."""
-    from alignkit.recipe import resolve
-
-    return resolve(recipe, stage).name
 
 
 def _read_overrides(overrides: list[str]) -> EvaluateOptions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from alignkit.launch.placement import Command
     from alignkit.launch.run import How
     from alignkit.recipe import Recipe, Stage
+
+_flag = partial(typer.Option, metavar="")  # typer would show <bool> beside a flag, which takes no value
+_many = partial(typer.Option, rich_help_panel="Many processes")
 
 RecipeFile = Annotated[
     Path, typer.Option("--recipe", "-r", metavar="FILE", help="The recipe: model, data and stages in YAML.")
@@ -35,24 +39,16 @@ Overrides = Annotated[
 RunDir = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="The run directory, instead of runs/<recipe>/<stage>.")
 ]
-# An empty metavar: typer would show <bool> beside a flag that takes no value.
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", metavar="", help="Show what would be done, and every value in force; do nothing."),
-]
-Force = Annotated[
-    bool, typer.Option("--force", metavar="", help="Start afresh: an existing run is moved aside, never deleted.")
-]
+DryRun = Annotated[bool, _flag("--dry-run", help="Show what would be done, and every value in force; do nothing.")]
+Force = Annotated[bool, _flag("--force", help="Start afresh: an existing run is moved aside, never deleted.")]
 TrustCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-code", metavar="", help="Allow code of models and reward functions: only what you have read."
-    ),
+    bool, _flag("--trust-code", help="Allow code of models and reward functions: only what you have read.")
 ]
 AllowChange = Annotated[
     list[str] | None,
     typer.Option("--allow-change", metavar="KEY", help="Resume although this setting has changed. Repeatable."),
 ]
+_ALLOWED = "ALIGNKIT_ALLOW_KEY"  # as in feedback/server.py
 
 
 def _allow_keys(names: list[str] | None) -> list[str] | None:
@@ -62,56 +58,34 @@ def _allow_keys(names: list[str] | None) -> list[str] | None:
     return names
 
 
-_ALLOWED = "ALIGNKIT_ALLOW_KEY"  # as in feedback/server.py
 AllowKey = Annotated[
     list[str] | None,
     typer.Option(
-        "--allow-key",
-        metavar="NAME",
-        envvar=_ALLOWED,
-        show_envvar=False,
-        callback=_allow_keys,
+        "--allow-key", metavar="NAME", envvar=_ALLOWED, show_envvar=False, callback=_allow_keys,
         help="Let api_key_env of a recipe send this variable to the server it names. Repeatable.",
     ),
-]
-_MANY = "Many processes"
+]  # fmt: skip
 Retries = Annotated[
     int,
-    typer.Option(
-        "--retries",
-        min=0,
-        metavar="N",
-        rich_help_panel=_MANY,
+    _many(
+        "--retries", min=0, metavar="N",
         help="Start again up to N times when a process was killed or hung, as long as each try gets further.",
     ),
-]
-Slurm = Annotated[
-    bool, typer.Option("--slurm", metavar="", rich_help_panel=_MANY, help="Write an sbatch script instead of training.")
-]
-Submit = Annotated[
-    bool, typer.Option("--submit", metavar="", rich_help_panel=_MANY, help="Hand the script of --slurm to sbatch.")
-]
+]  # fmt: skip
+Slurm = Annotated[bool, _many("--slurm", metavar="", help="Write an sbatch script instead of training.")]
+Submit = Annotated[bool, _many("--submit", metavar="", help="Hand the script of --slurm to sbatch.")]
 NodeRank = Annotated[
     int | None,
-    typer.Option(
-        "--node-rank",
-        min=0,
-        metavar="N",
-        rich_help_panel=_MANY,
+    _many(
+        "--node-rank", min=0, metavar="N",
         help="Which of launch.nodes this machine is; omitted: SLURM_NODEID or NODE_RANK.",
     ),
-]
+]  # fmt: skip
 MainAddress = Annotated[
-    str | None,
-    typer.Option(
-        "--main-address", metavar="HOST", rich_help_panel=_MANY, help="Where node 0 is reached: launch.main_address."
-    ),
+    str | None, _many("--main-address", metavar="HOST", help="Where node 0 is reached: launch.main_address.")
 ]
-MainPort = Annotated[
-    int | None,
-    typer.Option("--main-port", metavar="PORT", rich_help_panel=_MANY, help="Its port: launch.main_port."),
-]
-AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout.")]
+MainPort = Annotated[int | None, _many("--main-port", metavar="PORT", help="Its port: launch.main_port.")]
+AsJson = Annotated[bool, _flag("--json", help="Print the result as JSON on stdout.")]
 
 
 class Given(NamedTuple):
@@ -134,19 +108,17 @@ class Given(NamedTuple):
 
     @property
     def changes(self) -> list[str]:
-        """Return the overrides with --main-address and --main-port, which are short for two of them."""
+        """The overrides, with --main-address and --main-port, which are short for two of them."""
         given = (("launch.main_address", self.main_address), ("launch.main_port", self.main_port))
         return [*(self.overrides or ()), *(f"{key}={value}" for key, value in given if value is not None)]
 
     @property
     def how(self) -> How:
-        """Return what is done with stages."""
         from alignkit.launch.run import How
 
         return How(self.dry_run, self.force, self.as_json, self.retries, self.slurm, self.submit)
 
     def load(self) -> Recipe:
-        """Return the recipe."""
         return load_recipe(self.recipe, self.changes)
 
     def job(self, stage: Stage, out: Path | None = None) -> Command:
@@ -160,20 +132,12 @@ class Given(NamedTuple):
 
 
 def trains(function: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with the options of `Given` beside those of the function's own.
-
-    The function takes the context, a `Given`, and its own options.
-    """
+    """Make a command of a function that takes the context, a `Given`, and options of its own."""
     context, _, *own = inspect.signature(function, eval_str=True).parameters.values()
     hints = get_type_hints(Given, include_extras=True)
     shared = {
-        name: inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=Given._field_defaults.get(name, inspect.Parameter.empty),
-            annotation=hints[name],
-        )
-        for name in Given._fields
+        name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+        for name, default in {"recipe": inspect.Parameter.empty, **Given._field_defaults}.items()
     }
 
     def command(context: typer.Context, **values: Any) -> None:

@@ -11,7 +11,7 @@ from alignkit.cli.options import Given, RunDir, StageName, StepName, trains
 
 
 def stage_command(method: Literal["sft", "rm", "dpo", "ppo"]) -> Callable[..., None]:
-    """Return the command of a method."""
+    """Make the command of a method."""
 
     @trains
     def command(context: typer.Context, given: Given, stage: StageName = None, out: RunDir = None) -> None:
