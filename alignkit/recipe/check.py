@@ -90,7 +90,7 @@ def validate(
 
 
 def check_field(node: Node, method: str, name: str, key: str) -> list[Problem]:
-    """Return the problems of a value of one of TRL's fields, which messages call `key`."""
+    """Check a value of one of TRL's fields, which messages call `key`."""
     try:
         _adapter(method, name).validate_python(node.plain())
     except ValidationError as error:
@@ -110,7 +110,7 @@ def _adapter(method: str, name: str) -> TypeAdapter[Any]:
 
 
 def _make_type(fragment: Fragment) -> Any:
-    """Return the type that a fragment of `fields.json` describes."""
+    """Make the type that a fragment of `fields.json` describes."""
     if "anyOf" in fragment:
         return Union[tuple(_make_type(option) for option in fragment["anyOf"])]  # noqa: UP007 - of a tuple
     if "enum" in fragment:
@@ -131,13 +131,19 @@ def _explain(node: Node, fragment: Fragment, defs: Fragment, key: str, errors: l
     pydantic names the member of a union in the path of an error, and a position or key where the schema wraps a value
     (one source in a list, its path in a mapping); neither is in the file.
     """
-    options = [_follow(option, defs) for option in _follow(fragment, defs).get("anyOf", [fragment])]
+
+    def follow(fragment: Fragment) -> Fragment:
+        return defs[fragment["$ref"].removeprefix("#/$defs/")] if "$ref" in fragment else fragment
+
+    options = [follow(option) for option in follow(fragment).get("anyOf", [fragment])]
     below: dict[str | int, list[_Error]] = {}
     members: dict[str | int, list[_Error]] = {}
     for loc, kind in errors:
         if not loc or (len(loc) == 1 and kind in ("extra_forbidden", "missing")):
             yield Problem(*_describe(node, fragment, options, key, kind, str(loc[0]) if loc else ""))
-        elif isinstance(node.value, list) if isinstance(loc[0], int) else _has(node, loc[0]):
+        elif isinstance(node.value, list if isinstance(loc[0], int) else dict) and (
+            isinstance(loc[0], int) or loc[0] in node.value
+        ):
             below.setdefault(loc[0], []).append((loc[1:], kind))
         else:
             members.setdefault(loc[0], []).append((loc[1:], kind))
@@ -149,11 +155,7 @@ def _explain(node: Node, fragment: Fragment, defs: Fragment, key: str, errors: l
         if fitting:
             yield from _explain(node, fragment, defs, key, min(fitting, key=len))
         else:
-            yield Problem(_describe_wrong_kind(node, key, options, fragment), node.place)
-
-
-def _has(node: Node, key: str | int) -> bool:
-    return isinstance(node.value, dict) and key in node.value
+            yield Problem(*_describe(node, fragment, options, key, "kind", ""))
 
 
 def _misfits(node: Node, options: list[Fragment], loc: tuple[str | int, ...], kind: str) -> bool:
@@ -168,10 +170,10 @@ def _is_choice(node: Node, options: list[Fragment]) -> bool:
 
 
 def _find_part(options: list[Fragment], part: str | int) -> Fragment:
-    """Return what may stand at a position of a list or under a key of a mapping."""
+    """Find what may stand at a position of a list or under a key of a mapping."""
     for option in options:
-        found = option.get("items") if isinstance(part, int) else option.get("properties", {}).get(part)
-        found = found or (option.get("additionalProperties") if isinstance(part, str) else None)
+        in_mapping = option.get("properties", {}).get(part) or option.get("additionalProperties")
+        found = option.get("items") if isinstance(part, int) else in_mapping
         if isinstance(found, dict):
             return found
     return {}
@@ -180,44 +182,44 @@ def _find_part(options: list[Fragment], part: str | int) -> Fragment:
 def _describe(
     node: Node, fragment: Fragment, options: list[Fragment], key: str, kind: str, name: str
 ) -> tuple[str, str]:
-    """Return what is wrong with a value, or with the entry `name` of it, and its place."""
+    """Say what is wrong with a value, or with the entry `name` of it, and where it is."""
     found = f"{show_key(key)} is {show(node)}"
     option = next((option for option in options if _kind_fits(node.value, option)), fragment)
+    typical = f" (typical: {fragment['typical']})" if "typical" in fragment else ""
     match kind:
         case "extra_forbidden":
-            return _describe_moved(name, key) or describe_unknown(name, key, option["properties"]), node.value[
-                name
-            ].place
+            what = f"{key}.{name} is not a key of {key}: {MOVED.get(name)}"
+            if name == "trust_remote_code":
+                what = f"{key}.{name}: {CONTROLLED[name]}"
+            elif name not in MOVED:
+                what = describe_unknown(name, key, option["properties"])
+            return what, node.value[name].place
         case "missing":
-            return f"{key}.{name} is missing; {quote_help(option['properties'][name].get('description'))}", node.place
+            found = f"{key}.{name} is missing; {quote_help(option['properties'][name].get('description'))}"
         case "blank":
-            return f"{show_key(key)} is empty text", node.place
+            found = f"{show_key(key)} is empty text"
         case "finite_number":
-            return f"{found}; it must be a finite number{_typical(fragment)}", node.place
+            found += f"; it must be a finite number{typical}"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            return f"{found}; it must be {_name_bounds(option)}{_typical(fragment)}", node.place
+            found += f"; it must be {_name_bounds(option)}{typical}"
         case "string_pattern_mismatch":
             is_name = "._-]" in option["pattern"]
             rule = "use letters, digits, '.', '_' and '-' only" if is_name else quote_help(fragment.get("description"))
-            return f"{found}; {rule}", node.place
+            found += f"; {rule}"
         case "too_short" if not node.value:
-            return f"{show_key(key)} is an empty list; give at least one entry", node.place
+            found = f"{show_key(key)} is an empty list; give at least one entry"
         case "too_short" | "too_long":
             least, most = option.get("minItems", 0), option.get("maxItems")
             count = least if least == most else f"{least} or more" if most is None else f"{least} to {most}"
-            return f"{found}; it must have {count} entries", node.place
+            found += f"; it must have {count} entries"
         case "literal_error" if _is_choice(node, options):
             choices = [choice for option in options for choice in _choices(option)]
             choices += [True, False] if any(option.get("type") == "boolean" for option in options) else []
-            return f"{found}; {_describe_choices(node.value, choices)}", node.place
-    return _describe_wrong_kind(node, key, options, fragment), node.place
-
-
-def _describe_moved(name: str, section: str) -> str | None:
-    """Say what an old key, or one of another tool, is called now; None when it is not one of them."""
-    if name == "trust_remote_code":
-        return f"{section}.{name}: {CONTROLLED[name]}"
-    return f"{section}.{name} is not a key of {section}: {MOVED[name]}" if name in MOVED else None
+            found += f"; {_describe_choices(node.value, choices)}"
+        case _:
+            names = [_name_option(option) for option in options if option.get("type") != "null"]
+            found += f"; it must be {' or '.join(dict.fromkeys(names))}{typical}{_hint(node, options)}"
+    return found, node.place
 
 
 def describe_unknown(name: str, section: str, accepted: Iterable[str]) -> str:
@@ -230,7 +232,7 @@ def describe_unknown(name: str, section: str, accepted: Iterable[str]) -> str:
 
 
 def show(node: Node) -> str:
-    """Return a value as a message shows it: in one line, shortened, without secrets."""
+    """A value as a message shows it: in one line, shortened, without secrets."""
     if node.value is None:
         return "empty"
     if isinstance(node.value, str):
@@ -245,15 +247,10 @@ def show(node: Node) -> str:
 
 
 def show_key(key: str) -> str:
-    """Return a key as a message shows it: shortened, without secrets or line breaks."""
+    """A key as a message shows it: shortened, without secrets or line breaks."""
     text = redact(key)
     text = text if text.isprintable() else json.dumps(text, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _follow(fragment: Fragment, defs: Fragment) -> Fragment:
-    reference = fragment.get("$ref")
-    return defs[reference.removeprefix("#/$defs/")] if reference else fragment
 
 
 def _kind_fits(value: Any, option: Fragment) -> bool:
@@ -261,43 +258,38 @@ def _kind_fits(value: Any, option: Fragment) -> bool:
 
 
 def _kind(value: Any) -> str:
-    for kind, name in ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (dict, "object")):
-        if isinstance(value, kind):
-            return name
-    return "array" if isinstance(value, list) else "null"
+    """JSON Schema's name of a value's type."""
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}
+    return kinds.get(type(value), "null")
 
 
 def _kinds(option: Fragment) -> set[str]:
-    if "type" in option:
-        return {option["type"]}
-    return {_kind(choice) for choice in _choices(option)}
+    return {option["type"]} if "type" in option else {_kind(choice) for choice in _choices(option)}
 
 
 def _choices(option: Fragment) -> list[Any]:
     return [option["const"]] if "const" in option else list(option.get("enum", ()))
 
 
+def _name_choices(choices: list[Any]) -> tuple[list[str], str]:
+    """Name the values of a choice, one by one and together."""
+    words = [choice if isinstance(choice, str) else json.dumps(choice) for choice in choices]
+    return words, ", ".join(words) if len(words) <= _MANY else f"{len(words)} names"
+
+
 def _describe_choices(value: Any, choices: list[Any]) -> str:
-    words = [json.dumps(choice) if not isinstance(choice, str) else choice for choice in choices]
+    words, several = _name_choices(choices)
     hint = suggest(value, words) if isinstance(value, str) else ""
     if isinstance(value, str) and value.lower() in ELSEWHERE:  # a method of its own, not a slip of the pen
         hint = f"; {ELSEWHERE[value.lower()]}"
-    if len(words) > _MANY:
-        return f"it must be one of {len(words)} names{hint or ' (`alignkit schema` lists them)'}"
-    return (f"it must be one of {', '.join(words)}" if len(words) > 1 else f"it must be {words[0]}") + hint
-
-
-def _describe_wrong_kind(node: Node, key: str, options: list[Fragment], whole: Fragment) -> str:
-    accepted = " or ".join(dict.fromkeys(_name_option(option) for option in options if option.get("type") != "null"))
-    return f"{show_key(key)} is {show(node)}; it must be {accepted}{_typical(whole)}{_hint(node, options)}"
+    listed = " (`alignkit schema` lists them)" if len(words) > _MANY and not hint else ""
+    return f"it must be {'one of ' if len(words) > 1 else ''}{several}{hint}{listed}"
 
 
 def _name_option(option: Fragment) -> str:
-    choices = _choices(option)
-    if choices:
-        words = [json.dumps(choice) if not isinstance(choice, str) else choice for choice in choices]
-        several = ", ".join(words) if len(words) <= _MANY else f"{len(words)} names"
-        return words[0] if len(words) == 1 else f"one of {several}"
+    if choices := _choices(option):
+        words, several = _name_choices(choices)
+        return f"one of {several}" if len(words) > 1 else several
     name, bounds = _NAMES[option["type"]], _name_bounds(option)
     return f"{name} of {bounds}" if bounds.startswith("at ") else f"{name} {bounds}".rstrip()
 
@@ -323,10 +315,6 @@ def _hint(node: Node, options: list[Fragment]) -> str:
     if isinstance(value, float) and "integer" in kinds and math.isfinite(value):
         return f"; write {int(value)}" if value == int(value) and abs(value) < 1e15 else ""
     return ""
-
-
-def _typical(fragment: Fragment) -> str:
-    return f" (typical: {fragment['typical']})" if "typical" in fragment else ""
 
 
 def quote_help(description: str | None) -> str:
@@ -377,7 +365,7 @@ def describe_unknown_in_stage(key: str, *, stage: str, method: str) -> str:
 
 
 def _find_section(key: str) -> str | None:
-    """Return where a key would be right: "a dpo stage", "model:", "lora:"."""
+    """Find where a key would be right: "a dpo stage", "model:", "lora:"."""
     methods = [name for name, options in OPTIONS.items() if key in method_fields(name) or key in options.model_fields]
     if methods and key != "method":
         return f"a stage, such as {methods[0]}" if len(methods) > 2 else f"the {' or '.join(methods)} stage"

