@@ -14,7 +14,7 @@ from alignkit.evaluate.intervals import Figure
 from alignkit.evaluate.metrics import Metric, load_metrics
 from alignkit.evaluate.results import describe, merge, save
 from alignkit.evaluate.target import Measured, Target, find_target, read_measured
-from alignkit.feedback.cache import Cache
+from alignkit.feedback.cache import Store
 from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 from alignkit.models.files import find_model_dir
 from alignkit.recipe.schema import EvaluateOptions
@@ -54,7 +54,7 @@ def evaluate(
         batch_size=options.batch_size,
         trust_code=trust_code,
         folder=folder or Path.cwd(),
-        cache=Cache(path.with_name(_CACHE) if path else None),
+        cache=Store(path.with_name(_CACHE) if path else None),
     )
     measured = _read(target, options)
     for message in measured.warnings if measured else ():

@@ -1,58 +1,84 @@
 """Everything that was ever answered, in a file that only grows: no question is asked twice, and no answer is lost.
 
 One JSON object a line, keyed by a hash of all that decides the answer, with a checksum of the line; it is on the disk
-before `put` returns.
+before `put` returns. Feedback stages, judges and evaluations keep their answers in it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any
 
 from alignkit import console
+from alignkit.errors import RunError
 from alignkit.feedback.prompts import Request
-from alignkit.feedback.writer import Decision, Job, Model, Reply, Sampling
+from alignkit.feedback.writer import Answer, Decision, Job, Model, Reply, Sampling
 from alignkit.runs.files import disk_failures, open_own, scan_lines, tell_bad_lines
 from alignkit.runs.stop import Stop
 
 Record = dict[str, Any]
-About = Mapping[str, Any]
-_Answer = TypeVar("_Answer", Reply, Decision)
 _NOTE_SECONDS = 10.0
 _CHUNK_BYTES = 1 << 20
 _CHECK = "crc32"
 
 
 def key_of(**facts: Any) -> str:
-    """Return a key, in hex, that two askings share only when all facts are equal."""
-    return _hash(json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str))
+    """Hash the facts, in hex: two askings share a key only when all of them are equal."""
+    return _hash(facts)
+
+
+def seed_of(*parts: Any) -> int:
+    """Derive a seed that depends on these parts only."""
+    text = "\x1e".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=7).digest(), "little")
+
+
+def _hash(facts: Any) -> str:
+    text = json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 class Store:
-    """The records of one run. Safe to use from several threads; one process at a time, which the run's lock sees to.
+    """Answers by their keys. Safe to use from several threads, and by one process at a time.
 
     In memory is only where each record starts, some 120 bytes for each.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None, *, alone: bool = False) -> None:
         """Open the file, or make it; a last line that a kill or a full disk has torn is cut off.
 
-        Lines that are damaged inside, or hold something else, stay and are passed over with a warning: what they
-        answered is asked again. Raises DiskError for what is no file.
+        Without a path it is a temporary one. Lines that are damaged inside, or hold something else, stay and are passed
+        over with a warning: what they answered is asked again. Raises DiskError for what is no file; with `alone`,
+        RunError when another process has it open: that of a run has the run's lock.
         """
-        self.path = path
+        self.path = path or Path(tempfile.gettempdir(), "answers")
+        self._is_kept = path is not None
         self._lock = threading.Lock()
         self._starts: dict[str, int] = {}
-        with disk_failures(path.parent, path.name):
-            self._file = open_own(path, os.O_RDWR | os.O_CREAT, mode=0o600)
+        self._file: IO[bytes]
+        with disk_failures(self.path.parent, self.path.name):
+            if path is None:
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - open as long as the store
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.fdopen(open_own(path, os.O_RDWR | os.O_CREAT, mode=0o600), "r+b", buffering=0)
+        if alone:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self._file.close()
+                what = "another evaluation is asking a judge; wait for it, or give this one its own --out FILE"
+                raise RunError(what, where=str(path)) from None
         self._end = self._index()
 
     def __len__(self) -> int:
@@ -62,7 +88,7 @@ class Store:
         return key in self._starts
 
     def get(self, key: str) -> Record | None:
-        """Return the record of a key, None when there is none."""
+        """Look up a record, None when there is none."""
         start = self._starts.get(key)
         return None if start is None else self._read(start)
 
@@ -91,23 +117,78 @@ class Store:
 
     def close(self) -> None:
         """Let go of the file."""
-        os.close(self._file)
+        self._file.close()
+
+    def fill(
+        self,
+        keys: Sequence[str],
+        answer: Callable[[list[int], frozenset[int]], Iterable[list[tuple[int, Mapping[str, Any]]]]],
+        what: str,
+    ) -> None:
+        """Have the questions with these keys answered where they are not yet, and keep answers as they come.
+
+        `answer` is given the places of all different questions, and which of those (by their number) are known: the
+        batches of a local model are those of the whole list. It yields (number, record) of answers that came together.
+        """
+        first: dict[str, int] = {}
+        for place, key in enumerate(keys):
+            first.setdefault(key, place)
+        places = list(first.values())
+        known = frozenset(number for number, key in enumerate(first) if key in self)
+        if len(known) == len(places):
+            return
+        began = said = time.monotonic()
+        done, total = 0, len(places) - len(known)
+        for batch in answer(places, known):
+            self.put_all([(keys[places[number]], record) for number, record in batch])
+            done += sum(number not in known for number, _ in batch)
+            if done < total and time.monotonic() - said >= _NOTE_SECONDS:
+                said = time.monotonic()
+                rate = done / (said - began)
+                left = (total - done) / rate if rate else float("inf")
+                console.note(f"{what}: {done} of {total}, {rate:.3g} per second ({left:.0f} s left)")
+
+    def ask(
+        self,
+        common: Any,
+        questions: Sequence[Any],
+        answer: Callable[[list[int]], Sequence[Any]],
+        *,
+        batch_size: int = 64,
+    ) -> list[Any]:
+        """Look up the value of every question; `answer` gives those at the places that are not known yet.
+
+        `common` (weights, settings) and a question must be plain data: together they are the key. Values are kept after
+        every `batch_size` of them.
+        """
+        keys = [_hash([common, question]) for question in questions]
+
+        def fill(places: list[int], known: frozenset[int]) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
+            numbers = [number for number in range(len(places)) if number not in known]
+            for start in range(0, len(numbers), batch_size):
+                batch = numbers[start : start + batch_size]
+                values = answer([places[number] for number in batch])
+                yield [(number, {"value": value}) for number, value in zip(batch, values, strict=True)]
+
+        self.fill(keys, fill, "questions answered")
+        return [self._read(self._starts[key])["value"] for key in keys]
 
     def _append(self, data: bytes) -> None:
         """Write all of the data and sync it, or leave the file as it was."""
         written = 0
         try:
             while written < len(data):
-                written += os.pwrite(self._file, data[written:], self._end + written)
-            os.fsync(self._file)
+                written += os.pwrite(self._file.fileno(), data[written:], self._end + written)
+            if self._is_kept:
+                os.fsync(self._file.fileno())
         except OSError:
-            os.ftruncate(self._file, self._end)
+            self._file.truncate(self._end)
             raise
 
     def _read(self, start: int) -> Record:
         data = b""
         while b"\n" not in data[-_CHUNK_BYTES:]:
-            chunk = os.pread(self._file, _CHUNK_BYTES if data else 8192, start + len(data))
+            chunk = os.pread(self._file.fileno(), _CHUNK_BYTES if data else 8192, start + len(data))
             if not chunk:
                 break
             data += chunk
@@ -118,7 +199,7 @@ class Store:
     def _index(self) -> int:
         """Find where every record starts; return the end of the last whole line, and cut off what follows it."""
         end, bad = 0, []
-        with os.fdopen(os.dup(self._file), "rb") as file:
+        with os.fdopen(os.dup(self._file.fileno()), "rb") as file:
             file.seek(0)
             for number, (line, record) in enumerate(scan_lines(file, self.path.name), 1):
                 if record is None or not isinstance(record.get("key"), str) or not _is_as_written(record):
@@ -126,14 +207,14 @@ class Store:
                 else:
                     self._starts.setdefault(record["key"], end)
                 end += len(line)
-        if end < os.fstat(self._file).st_size:
-            os.ftruncate(self._file, end)
+        if end < os.fstat(self._file.fileno()).st_size:
+            self._file.truncate(end)
         tell_bad_lines(self.path, bad, "what they answered is asked again")
         return end
 
 
 def _encode(record: Record) -> bytes:
-    """Return the line of a record: its JSON with a checksum of it as the last key."""
+    """Write a record as its line: JSON with a checksum of it as the last key."""
     text = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
     return text[:-1] + b', "%s": "%08x"}\n' % (_CHECK.encode(), zlib.crc32(text))
 
@@ -144,52 +225,6 @@ def _is_as_written(record: Record) -> bool:
     return _CHECK not in record or _encode(content).endswith(b'"%s"}\n' % str(record[_CHECK]).encode())
 
 
-class Cache:
-    """Values by the hash of their question, in a file where it is given a path, else as long as it lives.
-
-    An evaluation keeps its answers and scores here: one that is cut off or repeated asks again for nothing it has.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.num_hits = self.num_misses = 0
-        self._store: Store | None = None
-        if path is not None:
-            with disk_failures(path.parent, "the evaluation cache"):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            self._store = Store(path)
-        self._values = (
-            {row["key"]: row["value"] for row in self._store.values() if "value" in row} if self._store else {}
-        )
-
-    def ask(
-        self,
-        common: Any,
-        questions: Sequence[Any],
-        answer: Callable[[list[int]], Sequence[Any]],
-        *,
-        batch_size: int = 64,
-    ) -> list[Any]:
-        """Return the value of every question; `answer` is called with the places of those that are not known yet.
-
-        `common` (weights, settings) and a question must be plain data: together they are the key. Values are kept after
-        every `batch_size` of them.
-        """
-        keys = [_hash(json.dumps([common, question], sort_keys=True, ensure_ascii=False)) for question in questions]
-        unknown = {key: place for place, key in reversed(list(enumerate(keys))) if key not in self._values}
-        places = sorted(unknown.values())
-        self.num_misses += len(places)
-        self.num_hits += len(keys) - len(places)
-        say = _Progress("questions answered", len(places))
-        for start in range(0, len(places), batch_size):
-            batch = places[start : start + batch_size]
-            new = {keys[place]: value for place, value in zip(batch, answer(batch), strict=True)}
-            self._values |= new
-            if self._store is not None:
-                self._store.put_all([(key, {"value": value}) for key, value in new.items()])
-            say(len(new))
-        return [self._values[key] for key in keys]
-
-
 class Asker:
     """Asks models on behalf of one run, through its store: what was answered before is not asked again."""
 
@@ -197,28 +232,29 @@ class Asker:
         self._name, self._store, self._stop = name, store, stop
 
     def write(
-        self, model: Model, jobs: Sequence[Job], sampling: Sampling, *, kind: str, by: str, about: Sequence[About]
+        self,
+        model: Model,
+        jobs: Sequence[Job],
+        sampling: Sampling,
+        *,
+        kind: str,
+        by: str,
+        about: Sequence[Mapping[str, Any]],
     ) -> list[Reply]:
         """Write a text for each job. `kind`, `by` and `about` are kept beside it, for people to read.
 
         Raises what the model raises, and Stopped after a signal; all that was answered by then is kept.
         """
-        keys = [
-            key_of(
-                ask="write", model=model.identity, request=key_of(**asdict(job.request)), seed=job.seed,
-                **asdict(sampling),
-            )
-            for job in jobs
-        ]  # fmt: skip
-        self._ask(keys, lambda places, known: model.write([jobs[place] for place in places], sampling, known),
-                  {"kind": kind, "by": by}, about)  # fmt: skip
+        common = {"ask": "write", "model": model.identity, **asdict(sampling)}
+        keys = [key_of(**common, request=key_of(**asdict(job.request)), seed=job.seed) for job in jobs]
+        self._ask(keys, jobs, lambda new, known: model.write(new, sampling, known), {"kind": kind, "by": by}, about)
         return [Reply.from_record(self._store.get(key) or {}) for key in keys]
 
-    def decide(self, model: Model, requests: Sequence[Request], *, by: str, about: Sequence[About]) -> list[Decision]:
+    def decide(
+        self, model: Model, requests: Sequence[Request], *, by: str, about: Sequence[Mapping[str, Any]]
+    ) -> list[Decision]:
         """Decide each question; raises as `write` does."""
-        self._ask(_decision_keys(model, requests),
-                  lambda places, known: model.decide([requests[place] for place in places], known),
-                  {"kind": "label", "by": by}, about)  # fmt: skip
+        self._ask(_decision_keys(model, requests), requests, model.decide, {"kind": "label", "by": by}, about)
         return self.known(model, requests)  # type: ignore[return-value]
 
     def known(self, model: Model, requests: Sequence[Request]) -> list[Decision | None]:
@@ -229,54 +265,19 @@ class Asker:
     def _ask(
         self,
         keys: Sequence[str],
-        ask: Callable[[list[int], frozenset[int]], Iterator[list[tuple[int, _Answer]]]],
-        facts: About,
-        about: Sequence[About],
+        items: Sequence[Any],
+        ask: Callable[[list[Any], frozenset[int]], Iterator[list[tuple[int, Any]]]],
+        facts: Mapping[str, Any],
+        about: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Put answers into the store as they come. Equal questions are asked once; known ones are only told, for the
-        batches of a local model are those of the whole list."""
-        first: dict[str, int] = {}
-        for place, key in enumerate(keys):
-            first.setdefault(key, place)
-        asked = list(first.values())
-        known = frozenset(number for number, key in enumerate(first) if key in self._store)
-        if len(known) == len(asked):
-            return
-        say = _Progress(f"{self._name}: {facts['kind']}", len(asked) - len(known))
-        for batch in ask(asked, known):  # after a signal the model ends it, when what is under way has come
-            self._store.put_all(
-                [(keys[asked[at]], {**facts, **about[asked[at]], **answer.to_record()}) for at, answer in batch]
-            )
-            say(sum(at not in known for at, _ in batch))
-        self._stop.check()
+        def answer(places: list[int], known: frozenset[int]) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
+            batch: list[tuple[int, Answer]]
+            for batch in ask([items[place] for place in places], known):
+                yield [(number, {**facts, **about[places[number]], **found.to_record()}) for number, found in batch]
+            self._stop.check()  # after a signal the model has ended, when what was under way had come
 
-
-class _Progress:
-    """Says now and then how far a long list of questions is."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
-        self._began = self._said = time.monotonic()
-
-    def __call__(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if self._done < self._total and now - self._said >= _NOTE_SECONDS:
-            self._said = now
-            rate = self._done / (now - self._began)
-            left = (self._total - self._done) / rate
-            console.note(f"{self._what}: {self._done} of {self._total}, {rate:.3g} per second ({left:.0f} s left)")
-
-
-def seed_of(*parts: Any) -> int:
-    """Derive a seed that depends on these parts only."""
-    text = "\x1e".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=7).digest(), "little")
+        self._store.fill(keys, answer, f"{self._name}: {facts['kind']}")
 
 
 def _decision_keys(model: Model, requests: Sequence[Request]) -> list[str]:
     return [key_of(ask="decide", model=model.identity, request=key_of(**asdict(request))) for request in requests]
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

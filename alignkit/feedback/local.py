@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.feedback.prompts import OPTIONS, Request, cut_at
-from alignkit.feedback.writer import Decision, Job, Reply, Sampling, share_of_first
+from alignkit.feedback.writer import Decision, Job, Reply, Sampling, Spending, share_of_first
 from alignkit.models.causal import load_causal
 from alignkit.models.chat import Chat
 from alignkit.models.generation import generate_greedy, generate_sampled
@@ -96,6 +96,7 @@ class LocalModel:
     """A frozen causal language model; chat models get messages, others the transcript."""
 
     takes_prefill = True
+    spending: Spending | None = None
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class LocalModel:
         self._encoder = Encoder(loaded.tokenizer)
         self._batch_size = batch_size
         self._stop = stop or threading.Event()
-        self.control_tokens = self._encoder.control_tokens
+        self.control_tokens: Sequence[str] = self._encoder.control_tokens
         self.identity: dict[str, Any] = {"model": loaded.fingerprint, "template": self._encoder.chat_template}
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         # Windows are counted in places of the cache, padding included: there, questions are read one by one.

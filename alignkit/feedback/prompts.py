@@ -116,7 +116,7 @@ def ask_answer(prompt: Text) -> Request:
 def ask_critique(turns: Sequence[Message], principle: Principle, examples: Examples, quote: Quote) -> Request:
     """Return the request for a critique of the answer that ends the conversation."""
     quoted = _quote_all(turns, quote)
-    text = examples.critique_text + _transcript(quoted) + f"{principle.critique}".join(CRITIQUE_FRAME)
+    text = "".join(examples.critiques) + _transcript(quoted) + f"{principle.critique}".join(CRITIQUE_FRAME)
     asked = Message(role="user", content=f"{principle.critique}")
     return Request(text, (*examples.critique_messages, *quoted, asked))
 
@@ -128,7 +128,7 @@ def ask_revision(
     quoted = _quote_all(turns, quote)
     if critique is None:
         examples = without_critiques(examples)
-        text, said = examples.critique_text + _transcript(quoted), list[Message]()
+        text, said = "".join(examples.critiques) + _transcript(quoted), list[Message]()
     else:
         critique = quote(critique)
         text = ask_critique(turns, principle, examples, quote).transcript + f" {critique}"

@@ -1,4 +1,4 @@
-"""What critique and label stages share: run directory, store, models, prompts, and how they begin and end."""
+"""What critique and label stages share: how they begin and end, their models, prompts and rows."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from alignkit import console
 from alignkit.data import DataReport, Rejects, Row, Text, find_control_tokens
 from alignkit.data.hashes import prompt_key
 from alignkit.data.rows import Message, take_prompt
-from alignkit.errors import DataError
+from alignkit.errors import DataError, JudgeError
 from alignkit.feedback.cache import Asker, Store, seed_of
 from alignkit.feedback.prompts import ask_answer
-from alignkit.feedback.writer import Job, Model, Reply, Sampling, Spending, open_model, spent_before
+from alignkit.feedback.sources import open_model
+from alignkit.feedback.writer import Job, Model, Reply, Sampling, how_to_go_on
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.recipe.stage import Stage
 from alignkit.report.publish import leave_finished, show
@@ -47,7 +47,6 @@ class Session:
     run: RunDir
     store: Store
     stop: Stop
-    rejects: Rejects = field(default_factory=Rejects)
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -63,40 +62,13 @@ class Session:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def open(self, source: FeedbackModel, by: Collection[str]) -> tuple[Model, Spending]:
+    def open(self, source: FeedbackModel, by: Collection[str]) -> Model:
         """Open a model with what the askers in `by` have spent on it already."""
-        stage, spending = self.stage, spent_before(source, self.store.values(), by)
-        model = open_model(
-            source, stop=self.stop, spending=spending, device=stage.launch.device,
-            batch_size=stage.options.batch_size, trust_code=stage.trust_code,  # type: ignore[attr-defined]
+        batch_size: int = self.stage.options.batch_size  # type: ignore[attr-defined]
+        return open_model(
+            source, self.store, by, stop=self.stop, device=self.stage.launch.device, batch_size=batch_size,
+            trust_code=self.stage.trust_code,
         )  # fmt: skip
-        return model, spending
-
-    def find_finished(self, fingerprint: Mapping[str, Any], allow_change: Sequence[str]) -> Result | None:
-        """Return the result of a finished run; raises RunError when its settings were others."""
-        for change in compare_fingerprints(self.run, fingerprint, allow_change=allow_change):
-            console.warn(f"{self.stage.name}: going on with a changed setting: {change}")
-        if not self.run.stage.exists() or not self.run.is_finished():
-            return None
-        if (damage := find_damaged_product(self.run.path)) is not None:
-            console.warn(f"{self.stage.name}: {damage}; it is made again from the answers in {STORE}")
-            return None
-        return leave_finished(self.run)
-
-    def begin(self, fingerprint: Mapping[str, Any], report: DataReport, *, note: str) -> None:
-        """Write stage.json and say what was read."""
-        copy_recipe(self.run, Path(self.stage.recipe_path))
-        left = f", {self.rejects.count} left out (rejects.jsonl)" if self.rejects.count else ""
-        kept = f", {len(self.store)} answers are there already" if len(self.store) else ""
-        console.note(f"{self.stage.name}: {note}{left}{kept}")
-        record = {
-            **self.stage.to_dict(),
-            "fingerprint": dict(fingerprint),
-            "data": report.to_dict(),
-            "versions": versions(),
-            "git": git_state(Path(self.stage.recipe_path).resolve().parent),
-        }
-        write_json(self.run.stage, record)
 
     def write_rows(self, rows: Iterable[Mapping[str, Any]], name: str = ROWS) -> int:
         """Replace a file of rows in one step; return how many it holds."""
@@ -106,44 +78,116 @@ class Session:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         return count
 
-    def write_report(self, report: Mapping[str, Any]) -> None:
-        """Replace report.json, and rejects.jsonl where rows were left out."""
-        write_json(self.run.path / REPORT, dict(report))
-        self.rejects.write(self.run.rejects)
-
     def log(self, step: int, **facts: float) -> None:
         """Append a line to metrics.jsonl."""
         JsonLines(self.run.metrics).append({"step": step, **facts})
 
-    def finish(self, num_rows: int, *, metrics: Mapping[str, float], tokens: int) -> Result:
-        """Write the result; the run is finished."""
-        result = Result(
-            stage=self.stage.name,
-            status="finished",
-            step=num_rows,
-            model_dir="",
-            metrics=dict(metrics),
-            tokens=tokens,
-            wall_seconds=round(self.seconds, 3),
-            tokens_per_second=round(tokens / max(self.seconds, 1e-9), 1),
-        )
-        write_result(self.run, result.to_dict(), [self.run.path / name for name in (ROWS, LABELS, REPORT)])
-        show(self.run)
-        return result
+
+class Work(Protocol):
+    """The work of one stage, its rows read already; equal facts and the same seed make the same rows."""
+
+    facts: dict[str, Any]  # its fingerprint
+    report: DataReport
+    rejects: Rejects
+    nothing: str  # said when no row comes of it
+
+    def open(self, session: Session) -> str:
+        """Open the models; say what there is to do."""
+
+    def do(self) -> None:
+        """Ask for everything."""
+
+    def write(self, *, complete: bool) -> dict[str, Any]:
+        """Write the rows of what has been answered; return the report, which has at least `rows`."""
+
+    def measure(self, report: Mapping[str, Any]) -> dict[str, float]:
+        """Choose the figures of the result."""
 
 
-@contextmanager
-def open_session(stage: Stage, run_dir: Path) -> Iterator[Session]:
-    """Open the store of a run directory that the caller has locked, with stop signals heard while it is open."""
+def run_work(stage: Stage, run_dir: Path, read: Callable[[Stage], Work], *, allow_change: Sequence[str]) -> Result:
+    """Make the rows of a stage in its run directory, which the caller has opened and locked.
+
+    Writes rows.jsonl, report.json and every answer in feedback.jsonl; what is there already is not asked again. Raises
+    JudgeError when a model gave up or a budget is spent, after writing the rows there are; Stopped after a signal;
+    RunError for changed settings.
+    """
     run = RunDir(run_dir.absolute())
     with stop_between_answers() as stop:
         store = Store(run.path / STORE)
         try:
-            yield Session(stage, run, store, stop)
+            work, session = read(stage), Session(stage, run, store, stop)
+            for change in compare_fingerprints(run, work.facts, allow_change=allow_change):
+                console.warn(f"{stage.name}: going on with a changed setting: {change}")
+            if run.stage.exists() and run.is_finished():
+                if (damage := find_damaged_product(run.path)) is None:
+                    return leave_finished(run)
+                console.warn(f"{stage.name}: {damage}; it is made again from the answers in {STORE}")
+            _begin(session, work, work.open(session))
+            try:
+                work.do()
+            except JudgeError as error:
+                report = _write(session, work, complete=False)
+                raise JudgeError(
+                    f"{stage.name}: {error}; {report['rows']} rows are in {ROWS}, and the {len(store)} answers in "
+                    f"{STORE} will not be asked for again: {how_to_go_on(error)}"
+                ) from None
+            report = _write(session, work, complete=True)
+            if not report["rows"]:
+                raise DataError([*work.rejects.first] or work.nothing, where=stage.recipe_path)
+            return _finish(session, report, work.measure(report))
         finally:
             store.close()
             if not len(store):
                 (run.path / STORE).unlink(missing_ok=True)  # leave nothing of a stage that was refused
+
+
+def _begin(session: Session, work: Work, note: str) -> None:
+    """Write stage.json and say what was read."""
+    stage, run, rejects = session.stage, session.run, work.rejects
+    copy_recipe(run, Path(stage.recipe_path))
+    left = f", {rejects.count} left out (rejects.jsonl)" if rejects.count else ""
+    kept = f", {len(session.store)} answers are there already" if len(session.store) else ""
+    console.note(f"{stage.name}: {note}{left}{kept}")
+    record = {
+        **stage.to_dict(),
+        "fingerprint": dict(work.facts),
+        "data": work.report.to_dict(),
+        "versions": versions(),
+        "git": git_state(Path(stage.recipe_path).resolve().parent),
+    }
+    write_json(run.stage, record)
+
+
+def _write(session: Session, work: Work, *, complete: bool) -> dict[str, Any]:
+    """Write rows and report.json, and rejects.jsonl where rows were left out."""
+    report = work.write(complete=complete)
+    report = {
+        "complete": complete,
+        **report,
+        "left_out": work.rejects.count,
+        "tokens": session.num_tokens,
+        "seconds": round(session.seconds, 3),
+    }
+    write_json(session.run.path / REPORT, report)
+    work.rejects.write(session.run.rejects)
+    return report
+
+
+def _finish(session: Session, report: Mapping[str, Any], metrics: Mapping[str, float]) -> Result:
+    run, seconds, tokens = session.run, session.seconds, report["tokens"]
+    result = Result(
+        stage=session.stage.name,
+        status="finished",
+        step=report["rows"],
+        model_dir="",
+        metrics=dict(metrics),
+        tokens=tokens,
+        wall_seconds=round(seconds, 3),
+        tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
+    )
+    write_result(run, result.to_dict(), [run.path / name for name in (ROWS, LABELS, REPORT)])
+    show(run)
+    return result
 
 
 @dataclass(frozen=True)
@@ -156,7 +200,7 @@ class Prompted:
 
 
 def list_prompts(rows: Iterable[Row], rejects: Rejects, control_tokens: Sequence[str]) -> list[Prompted]:
-    """Return the prompts of rows; one with a control token in its text is left out, for it would act as one.
+    """List the prompts of rows; one with a control token in its text is left out, for it would act as one.
 
     Raises DataError when none is left.
     """
@@ -180,21 +224,21 @@ def list_prompts(rows: Iterable[Row], rejects: Rejects, control_tokens: Sequence
 
 
 def sample_answers(
-    asker: Asker, model: Model, prompts: Sequence[Prompted], sampling: Sampling, *, count: int, seed: int, kind: str
+    session: Session, model: Model, prompts: Sequence[Prompted], sampling: Sampling, *, count: int, kind: str
 ) -> list[list[Reply]]:
-    """Return `count` answers to each prompt."""
+    """Sample `count` answers to each prompt."""
     jobs, about = [], []
     for prompted in prompts:
         request = ask_answer(prompted.prompt)
         for number in range(count):
-            jobs.append(Job(request, seed_of(seed, kind, number, prompted.key)))
+            jobs.append(Job(request, seed_of(session.stage.seed, kind, number, prompted.key)))
             about.append({"place": prompted.place, "number": number})
-    replies = asker.write(model, jobs, sampling, kind=kind, by="generator", about=about)
+    replies = session.asker.write(model, jobs, sampling, kind=kind, by="generator", about=about)
     return [replies[start : start + count] for start in range(0, len(replies), count)]
 
 
 def why_useless(reply: Reply, control_tokens: Sequence[str]) -> str | None:
-    """Return why an answer can be no row, None when it can: an empty one teaches nothing, a control token would act."""
+    """Say why an answer can be no row, None when it can: an empty one teaches nothing, a control token would act."""
     if reply.problem is not None:
         return reply.problem
     if not reply.text.strip():
@@ -204,13 +248,8 @@ def why_useless(reply: Reply, control_tokens: Sequence[str]) -> str | None:
     return None
 
 
-def make_row(prompt: Text, answer: str) -> dict[str, Any]:
-    """Return a row for an sft stage."""
-    return {"prompt": prompt, "completion": make_answer(prompt, answer)}
-
-
 def make_answer(prompt: Text, answer: str) -> Text:
-    """Return an answer in the form of its prompt; in a transcript it stands one space after its label."""
+    """Write an answer in the form of its prompt; in a transcript it stands one space after its label."""
     if not isinstance(prompt, str):
         return [Message(role="assistant", content=answer)]
     return f" {answer}" if prompt.startswith("\n\nHuman:") else answer

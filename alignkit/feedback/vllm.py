@@ -15,7 +15,7 @@ from typing import Any
 from alignkit.errors import EnvironmentProblem
 from alignkit.feedback.local import Encoder
 from alignkit.feedback.prompts import Request, cut_at
-from alignkit.feedback.writer import Decision, Job, Reply, Sampling, share_of_first
+from alignkit.feedback.writer import Decision, Job, Reply, Sampling, Spending, share_of_first
 from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 
 _BATCH = 512  # requests handed over at once; vLLM batches them itself
@@ -25,6 +25,7 @@ class VllmModel:
     """A language model that vLLM runs."""
 
     takes_prefill = True
+    spending: Spending | None = None
 
     def __init__(self, source: str, *, stop: threading.Event, trust_code: bool = False) -> None:
         """Start the engine; raises EnvironmentProblem where vLLM is not installed."""
@@ -38,7 +39,7 @@ class VllmModel:
         self._engine = self._vllm.LLM(model=source, trust_remote_code=trust_code)
         self._stop = stop
         self._encoder = Encoder(load_tokenizer_of(source, trust_code=trust_code))
-        self.control_tokens = self._encoder.control_tokens
+        self.control_tokens: Sequence[str] = self._encoder.control_tokens
         self.identity: dict[str, Any] = {"model": fingerprint_causal(source), "engine": "vllm"}
 
     def write(

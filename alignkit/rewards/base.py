@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from alignkit.data import Text
-from alignkit.feedback.cache import Cache
+from alignkit.feedback.cache import Store
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RewardSource
 
@@ -45,7 +45,7 @@ class Workspace:
     batch_size: int = 16
     trust_code: bool = False
     folder: Path = field(default_factory=Path.cwd)  # where reward functions are looked up, beside sys.path
-    cache: Cache | None = field(default_factory=Cache)  # None: each score is wanted once
+    cache: Store | None = field(default_factory=Store)  # None: each score is wanted once
     warnings: list[str] = field(default_factory=list)
     stage: Stage | None = None  # the ppo stage that is trained on the reward
     where: str | None = None  # the place in the recipe, for messages

@@ -1,18 +1,15 @@
-"""Who says which of two answers is better, for win rates: a reward, or a language model with principles."""
+"""Judges for win rates: a reward, or a language model with principles."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from alignkit.data import Text
-from alignkit.errors import JudgeError, RunError, UsageError
+from alignkit.errors import JudgeError, UsageError
 from alignkit.feedback.cache import Asker, Store
 from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.examples import Examples
@@ -20,13 +17,13 @@ from alignkit.feedback.judge import Judge, Label, Pairing, judge_all, pair_key
 from alignkit.feedback.judge_report import describe_labels, find_faults
 from alignkit.feedback.prompts import Quoter, read_text
 from alignkit.feedback.server import find_key, require_client
-from alignkit.feedback.writer import Model, Spending, open_model, spent_before
+from alignkit.feedback.sources import open_model
+from alignkit.feedback.writer import Model
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
 from alignkit.rewards.base import Answers, Reward, Workspace, collect_memory, name_source
 from alignkit.rewards.function import is_function
 from alignkit.rewards.kinds import open_reward
-from alignkit.runs.files import disk_failures
 from alignkit.runs.stop import stop_between_answers
 
 _TIE = (0.5,)
@@ -34,13 +31,13 @@ Orders = tuple[float | None, ...]  # P(first is better): as it was asked, in one
 
 
 class Comparer(Protocol):
-    """Whoever says which of two answers to a prompt is better."""
+    """Says which of two answers to a prompt is better."""
 
     name: str
     settings: dict[str, Any]  # what else decides what it says, for eval.json
 
     def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
-        """Return P(first is better) of each pair, in [0, 1]; 0.5 is a tie, None an abstention.
+        """Give P(first is better) of each pair, in [0, 1]; 0.5 is a tie, None an abstention.
 
         One number where the order was not read; else two: with the first answer shown first, and shown second.
         """
@@ -53,8 +50,7 @@ class RewardComparer:
     """The higher reward wins; equal rewards tie. An answer that was cut off is scored as if it had ended there."""
 
     def __init__(self, reward: Reward) -> None:
-        self._reward = reward
-        self.name = reward.name
+        self._reward, self.name = reward, reward.name
         self.settings: dict[str, Any] = {}
 
     def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
@@ -79,25 +75,19 @@ class ModelComparer:
         for. Raises RecipeError for a constitution, UsageError or EnvironmentProblem for a server that cannot be used.
         """
         self._principles = load_constitution(constitution, needs="comparison")
-        self._source, self._space, self._seed = source, space, seed
+        self._source, self._space, self._seed, self._path = source, space, seed, store
         self._model: Model | None = None
-        self._labels: list[Label] = []
-        self._spending = Spending(source)
+        self._report: dict[str, Any] = {}
         self.name = name_source(str(source.model))
         if source.url is not None:
             require_client()
             find_key(source)
             if store is None:
-                raise UsageError(
-                    "a judge behind a url is asked once: give --out FILE, beside which its verdicts are kept"
-                )
+                what = "a judge behind a url is asked once: give --out FILE, beside which its verdicts are kept"
+                raise UsageError(what)
             self.name = f"{source.name} at {urlsplit(source.url).netloc}"
         files = [constitution] if isinstance(constitution, str) else constitution
         self.settings = {"constitution": ", ".join(Path(file).name for file in files)}
-        if store is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="alignkit-judged-")
-            store = Path(self._temporary.name) / "judged.jsonl"
-        self._path = store
 
     def release(self) -> None:
         self._model = None
@@ -107,7 +97,7 @@ class ModelComparer:
         """Ask about each pair; two answers that are the same tie, and an empty one loses, without a question.
 
         Raises JudgeError when the judge gave up, the budget is spent, or it abstains from everything; Stopped after a
-        signal. What was answered is kept.
+        signal; RunError when another evaluation has the verdicts open. What was answered is kept.
         """
         outcomes: list[Orders | None] = []
         pairings = []
@@ -120,51 +110,31 @@ class ModelComparer:
             key = pair_key(prompt, *sorted((first, second), key=read_text))
             pairings.append(Pairing(prompt, first, second, f"prompt {place}", key))
             outcomes.append(None)
-        self._labels = self._ask(pairings) if pairings else []
-        if self._labels and all(label.p_first is None for label in self._labels):
-            count, reason = len(self._labels), self._labels[0].problem
-            raise JudgeError(f"the judge {self.name} abstains from all {count} comparisons: {reason}")
-        for fault in find_faults(describe_labels(self._labels)):
+        labels = self._ask(pairings) if pairings else []
+        if labels and all(label.p_first is None for label in labels):
+            reason = labels[0].problem
+            raise JudgeError(f"the judge {self.name} abstains from all {len(labels)} comparisons: {reason}")
+        spending = self._model.spending if self._model is not None else None
+        self._report = {**describe_labels(labels), "spent": spending.to_dict() if spending is not None else None}
+        for fault in find_faults(self._report):
             self._space.warn(f"{self.name}: {fault}")
-        labels = iter(self._labels)
-        return [next(labels).orders if outcome is None else outcome for outcome in outcomes]
+        answered = iter(labels)
+        return [next(answered).orders if outcome is None else outcome for outcome in outcomes]
 
     def describe(self) -> dict[str, Any]:
         """Describe order consistency, bias, principles and spending."""
-        return {**describe_labels(self._labels), "spent": self._spending.to_dict() if self._source.url else None}
+        return self._report
 
     def _ask(self, pairings: Sequence[Pairing]) -> list[Label]:
         space = self._space
-        with stop_between_answers() as stop, open_alone(self._path) as store:
+        with stop_between_answers() as stop, closing(Store(self._path, alone=True)) as store:
             space.take(self)
-            self._spending = spent_before(self._source, store.values(), (self.name,))
             self._model = open_model(
-                self._source, stop=stop, spending=self._spending, device=space.device, batch_size=space.batch_size,
+                self._source, store, (self.name,), stop=stop, device=space.device, batch_size=space.batch_size,
                 trust_code=space.trust_code,
             )  # fmt: skip
             judge = Judge(self._model, self._principles, Examples(), Quoter(self._model.control_tokens), self._seed)
             return judge_all(Asker("win_rate", store, stop), judge, pairings, by=self.name)
-
-
-@contextmanager
-def open_alone(path: Path) -> Iterator[Store]:
-    """Open the verdicts for this process alone; raises RunError when another evaluation has them open."""
-    with disk_failures(path.parent, path.name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            what = "another evaluation is asking a judge; wait for it, or give this one its own --out FILE elsewhere"
-            raise RunError(what, where=str(path)) from None
-        store = Store(path)
-        try:
-            yield store
-        finally:
-            store.close()
-    finally:
-        os.close(held)
 
 
 def make_comparer(
@@ -175,16 +145,16 @@ def make_comparer(
     `store` is where a language model's verdicts are kept. Raises UsageError without a judge and for what cannot be one.
     """
     check_judge(options)
-    if options.judge is None:
-        if reward is None:
-            raise UsageError(
-                "win_rate needs a judge: a reward model, a function or builtin:true-reward (--judge), or a language "
-                "model with principles (--judge and --constitution)"
-            )
-        return RewardComparer(reward)
-    if options.constitution is None:
+    if options.judge is not None and options.constitution is not None:
+        return ModelComparer(options.judge, options.constitution, space, seed=seed, store=store)
+    if options.judge is not None:
         return RewardComparer(open_reward(str(options.judge.model), space))
-    return ModelComparer(options.judge, options.constitution, space, seed=seed, store=store)
+    if reward is None:
+        raise UsageError(
+            "win_rate needs a judge: a reward model, a function or builtin:true-reward (--judge), or a language model "
+            "with principles (--judge and --constitution)"
+        )
+    return RewardComparer(reward)
 
 
 def check_judge(options: EvaluateOptions) -> None:
@@ -193,23 +163,16 @@ def check_judge(options: EvaluateOptions) -> None:
     Raises UsageError for a reward model with a constitution, a language model without one, and a constitution that
     cannot be used; ModelError for a judge that is not there.
     """
-    judge, constitution = options.judge, options.constitution
+    constitution, name = options.constitution, options.judge.model if options.judge else None
     if constitution is not None:
         load_constitution(constitution, needs="comparison")
-    name = judge.model if judge is not None else None
-    if name is None or is_function(name) or is_builtin(name):
-        return
-    directory = find_model_dir(name)
+    directory = None if name is None or is_function(name) or is_builtin(name) else find_model_dir(name)
     if directory is None:  # on the hub: what it is shows when it is loaded
         return
     reward = inspect_model_dir(directory, trust_code=True).reward
     if reward and constitution is not None:
-        raise UsageError(
-            f"the judge {name} is a reward model, which goes by no principles; leave constitution out, or name a "
-            "language model"
-        )
+        what = "a reward model, which goes by no principles; leave constitution out, or name a language model"
+        raise UsageError(f"the judge {name} is {what}")
     if not reward and constitution is None:
-        raise UsageError(
-            f"the judge {name} is a language model, which judges by principles; add constitution (--constitution "
-            "builtin:helpfulness, or a file), or name a reward model"
-        )
+        what = "a language model, which judges by principles; add constitution (--constitution builtin:helpfulness, or "
+        raise UsageError(f"the judge {name} is {what}a file), or name a reward model")

@@ -15,7 +15,8 @@ from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.examples import Examples
 from alignkit.feedback.judge import Judge, Pairing, judge_all, pair_key
 from alignkit.feedback.prompts import Quoter, ask_answer, read_text
-from alignkit.feedback.writer import Job, Model, Sampling, describe_model, open_model, own_model, spent_before
+from alignkit.feedback.sources import describe_model, open_model, own_model
+from alignkit.feedback.writer import Job, Model, Sampling
 from alignkit.models.files import find_model_dir, fingerprint_weights
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FeedbackModel, PpoOptions, RewardSource
@@ -70,8 +71,8 @@ class JudgeReward:
 
         def open_source(source: FeedbackModel, by: str) -> Model:
             return open_model(
-                source, stop=stop, spending=spent_before(source, store.values(), (by,)), device=stage.launch.device,
-                batch_size=16, trust_code=stage.trust_code,
+                source, store, (by,), stop=stop, device=stage.launch.device, batch_size=16,
+                trust_code=stage.trust_code,
             )  # fmt: skip
 
         own, judge = own_model(stage), self._source

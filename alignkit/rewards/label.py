@@ -8,42 +8,35 @@ scores instead, as for iterated DPO.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from alignkit import console
 from alignkit.data import DataReport, Rejects, Row, Text, read_rows
-from alignkit.errors import DataError, JudgeError
+from alignkit.errors import DataError
 from alignkit.feedback.cache import key_of
-from alignkit.feedback.constitution import Constitution, load_constitution
-from alignkit.feedback.examples import Examples, load_examples
+from alignkit.feedback.constitution import load_constitution
+from alignkit.feedback.examples import load_examples
 from alignkit.feedback.judge import Judge, Label, Pairing, judge_all, known_labels, pair_key
 from alignkit.feedback.judge_report import describe_labels, find_faults, mean, measure, read_labelled
 from alignkit.feedback.prompts import Quoter, conversation, read_text
+from alignkit.feedback.sources import describe_source, own_model, speaks_chat
 from alignkit.feedback.stage import (
     LABELS,
     Prompted,
     Session,
     list_prompts,
     make_answer,
-    open_session,
+    run_work,
     sample_answers,
     why_useless,
 )
-from alignkit.feedback.writer import (
-    Reply,
-    Sampling,
-    describe_source,
-    how_to_go_on,
-    own_model,
-    share_of_first,
-    speaks_chat,
-)
-from alignkit.recipe.schema import DataSource, FeedbackModel, LabelOptions
+from alignkit.feedback.writer import Model, Reply, Sampling, share_of_first
+from alignkit.recipe.schema import DataSource, LabelOptions
 from alignkit.recipe.stage import Stage
-from alignkit.rewards.base import Answers
+from alignkit.rewards.base import Answers, Reward
 from alignkit.rewards.kinds import fingerprint_rewards, open_rewards
 from alignkit.runs.directory import Result, RunDir, list_changes
 
@@ -51,255 +44,192 @@ _SECOND_OPINIONS = 32  # comparisons that are also judged by another principle, 
 _TRIES = 64  # draws until another principle has come, unless its weight is next to nothing
 
 
-@dataclass
-class LabelInput:
-    """What a label stage works on, read before a model is opened. Equal facts and the same seed make the same rows."""
-
-    constitution: Constitution | None  # None where a reward compares
-    examples: Examples
-    generator: FeedbackModel | None  # None where the answers are those of the rows
-    rejects: Rejects = field(default_factory=Rejects)
-    report: DataReport = field(default_factory=DataReport)
-    rows: list[Row] = field(default_factory=list)
-    mix: list[Row] = field(default_factory=list)
-    check: list[Pairing] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def read_input(stage: Stage) -> LabelInput:
-    """Read rows, principles and examples; raises DataError and RecipeError for what cannot be used."""
-    options = stage.expect(LabelOptions)
-    constitution = load_constitution(options.constitution, needs="comparison") if options.constitution else None
-    generator = None if options.answers == "given" else options.generator or own_model(stage)
-    found = LabelInput(constitution, load_examples(options.examples), generator)
-    mix_report = DataReport()
-    found.rows = list(
-        read_rows(
-            stage, options.data, report=found.report, rejects=found.rejects,
-            method="rm" if generator is None else None,
-            template=None if generator is None else speaks_chat(generator),
-        )
-    )  # fmt: skip
-    if options.mix:
-        found.mix = list(read_rows(stage, options.mix, report=mix_report, rejects=found.rejects, method="rm"))
-    if options.check:
-        found.check = read_labelled(stage, options.check, found.rejects)
-    found.facts = {
-        "method": "label",
-        "seed": stage.seed,
-        "judge": describe_source(options.judge) if options.judge else None,
-        **fingerprint_rewards(stage),
-        "generator": None if generator is None else describe_source(generator),
-        "constitution": constitution.fingerprint if constitution else None,
-        "examples": found.examples.fingerprint,
-        **{key: getattr(options, key) for key in ("answers", "orders", "cot", "hard", "temperature", "max_new_tokens")},
-        "cot_tokens": options.cot_tokens if options.cot else None,
-        "bounds": list(options.bounds),
-        "data": found.report.fingerprint,
-        "mix": mix_report.fingerprint,
-        "check": key_of(keys=[pairing.key for pairing in found.check]),
-    }
-    return found
+def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Result:
+    """Make the rows of a label stage, and labels.jsonl; see `run_work`."""
+    return run_work(stage, run_dir, _Labelling, allow_change=allow_change)
 
 
 def find_changes(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> list[str]:
     """Say how a stage differs from the run that has begun there, "key: before -> now"; reads all of its rows."""
-    return list(list_changes(RunDir(run_dir), read_input(stage).facts, allow_change=allow_change).values())
-
-
-def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Result:
-    """Make the rows of a label stage in its run directory, which the caller has opened and locked.
-
-    Writes rows.jsonl, labels.jsonl, report.json and every answer in feedback.jsonl; what is there already is not asked
-    again. Raises JudgeError when the judge gave up or the budget is spent, after writing the rows there are; Stopped
-    after a signal; RunError for changed settings.
-    """
-    with open_session(stage, run_dir) as session:
-        given = read_input(stage)
-        session.rejects = given.rejects
-        if (finished := session.find_finished(given.facts, allow_change)) is not None:
-            return finished
-        labelling = _Labelling(session, given)
-        try:
-            labelling.do()
-        except JudgeError as error:
-            count = labelling.write(complete=False)["rows"]
-            raise JudgeError(
-                f"{stage.name}: {error}; {count} rows are in rows.jsonl, and nothing that was answered will be asked "
-                f"again: {how_to_go_on(error)}"
-            ) from None
-        return labelling.finish()
+    return list(list_changes(RunDir(run_dir), _Labelling(stage).facts, allow_change=allow_change).values())
 
 
 class _Labelling:
     """The labels of one stage, from its prompts to the rows."""
 
-    def __init__(self, session: Session, given: LabelInput) -> None:
-        """Open the models and say what there is to do."""
-        self._session, self._given = session, given
-        stage, generator = session.stage, given.generator
-        self._options = options = stage.expect(LabelOptions)
+    nothing = "the judge abstained from all comparisons, or all are ties; report.json says why"
+
+    def __init__(self, stage: Stage) -> None:
+        """Read rows, principles and examples; raises DataError and RecipeError for what cannot be used."""
+        self._stage, self._options = stage, stage.expect(LabelOptions)
+        options, mix_report = self._options, DataReport()
+        self._constitution = (
+            load_constitution(options.constitution, needs="comparison") if options.constitution else None
+        )
+        self._examples = load_examples(options.examples)
+        given = options.answers == "given"
+        self._source = None if given else options.generator or own_model(stage)
+        self.report, self.rejects = DataReport(), Rejects()
+        template = speaks_chat(self._source) if self._source else None
+        reading: dict[str, Any] = {"method": "rm"} if given else {"template": template}
+        self._rows = list(read_rows(stage, options.data, report=self.report, rejects=self.rejects, **reading))
+        mix = options.mix and read_rows(stage, options.mix, report=mix_report, rejects=self.rejects, method="rm")
+        self._mix = list(mix or ())
+        self._check = read_labelled(stage, options.check, self.rejects) if options.check else []
+        keys = ("answers", "orders", "cot", "hard", "temperature", "max_new_tokens")
+        self.facts = {
+            "method": "label",
+            "seed": stage.seed,
+            "judge": describe_source(options.judge) if options.judge else None,
+            **fingerprint_rewards(stage),
+            "generator": describe_source(self._source) if self._source else None,
+            "constitution": self._constitution.fingerprint if self._constitution else None,
+            "examples": self._examples.fingerprint,
+            **{key: getattr(options, key) for key in keys},
+            "cot_tokens": options.cot_tokens if options.cot else None,
+            "bounds": list(options.bounds),
+            "data": self.report.fingerprint,
+            "mix": mix_report.fingerprint,
+            "check": key_of(keys=[pairing.key for pairing in self._check]),
+        }
         self._labels: list[Label] = []
-        self._second_opinions: list[tuple[Label, Label]] = []
-        self._accuracy: dict[str, Any] | None = None
         self._pairings: list[Pairing] = []
-        self._judging_seconds = 0.0
+        self._agreeing: list[bool] = []  # whether a second principle prefers the same answer
+        self._accuracy: dict[str, Any] | None = None
         self._cut_off: float | None = None
-        self._generator = session.open(generator, ("generator",)) if generator else None
+        self._seconds = 0.0  # of judging
+
+    def open(self, session: Session) -> str:
+        """Open generator and judge, the rewards, or the published labels."""
+        options, self._session = self._options, session
+        self._generator = session.open(self._source, ("generator",)) if self._source else None
         self._judge: Judge | None = None
-        what = f"{len(given.rows)} rows"
-        if options.judge is None or given.constitution is None:
-            self._rewards = open_rewards(stage, options.reward or ())
-        elif options.judge.replay is not None:
-            self._published = _read_published(stage, options.judge.replay)
+        self._rewards: list[tuple[Reward, float]] = []
+        self._published: dict[str, float] = {}
+        what = f"{len(self._rows)} rows"
+        if options.judge is None or self._constitution is None:
+            self._rewards = open_rewards(self._stage, options.reward or ())
+            return what
+        if options.judge.replay is not None:
+            self._published = _read_published(self._stage, options.judge.replay)
         else:
-            same = generator is not None and generator.model is not None and generator.model == options.judge.model
-            opened = self._generator if same else session.open(options.judge, ("judge", "check"))
-            assert opened is not None
-            model, self._judge_spending = opened
+            shares = self._source is not None and self._source.model and self._source.model == options.judge.model
+            model: Model = (self._generator if shares else None) or session.open(options.judge, ("judge", "check"))
             self._judge = Judge(
-                model, given.constitution, given.examples, Quoter(model.control_tokens), stage.seed,
+                model, self._constitution, self._examples, Quoter(model.control_tokens), self._stage.seed,
                 orders=options.orders, thinks=options.cot, thoughts=Sampling(options.temperature, options.cot_tokens),
                 bounds=options.bounds,
             )  # fmt: skip
-        what += f", {len(given.constitution.principles)} principles" if given.constitution else ""
-        session.begin(given.facts, given.report, note=what)
+        return f"{what}, {len(self._constitution.principles)} principles"
 
     def do(self) -> None:
-        """Sample, judge, ask for second opinions, and measure the judge."""
-        session, given = self._session, self._given
-        self._pairings = pair_given(given.rows) if given.generator is None else self._sample()
+        """Sample and judge; ask for second opinions, and measure the judge."""
+        session = self._session
+        self._pairings = self._sample() if self._generator else pair_given(self._rows)
         if not self._pairings:
-            raise DataError([*session.rejects.first] or "there is nothing to compare", where=session.stage.recipe_path)
-        if self._options.reward is not None:
-            began = session.seconds
-            self._labels = self._compare()
-            self._judging_seconds = session.seconds - began
-            return
-        if self._judge is None:
-            values = [self._published.get(pair_key(it.prompt, it.first, it.second)) for it in self._pairings]
-            missing = "not among the published labels"
-            self._labels = [
-                Label(pairing, "published", (value,), [], missing if value is None else None)
-                for pairing, value in zip(self._pairings, values, strict=True)
-            ]
-            return
-        if given.check:  # first: a judge that is no good is seen before it is paid for
-            self._accuracy = measure(session.asker, self._judge, given.check)
+            raise DataError([*self.rejects.first] or "there is nothing to compare", where=self._stage.recipe_path)
+        if self._judge is not None and self._check:  # first: a judge that is no good is seen before it is paid for
+            self._accuracy = measure(session.asker, self._judge, self._check)
             self._say_accuracy(self._accuracy)
         began = session.seconds
-        self._labels = judge_all(session.asker, self._judge, self._pairings)
-        self._judging_seconds = session.seconds - began
-        if given.constitution is not None and len(given.constitution.principles) > 1:  # how far do principles agree?
-            chosen = self._labels[: min(_SECOND_OPINIONS, len(self._labels) // 10)]
-            again = judge_all(session.asker, self._judge, [self._turn_over(label) for label in chosen])
-            pairs = zip(chosen, again, strict=True)
-            self._second_opinions = [(one, other) for one, other in pairs if one.principle != other.principle]
+        if self._rewards:
+            self._labels = self._compare(self._rewards)
+        elif self._judge is None:
+            for it in self._pairings:
+                value = self._published.get(pair_key(it.prompt, it.first, it.second))
+                problem = "not among the published labels" if value is None else None
+                self._labels.append(Label(it, "published", (value,), problem=problem))
+        else:
+            self._labels = judge_all(session.asker, self._judge, self._pairings)
+        self._seconds = session.seconds - began
+        if self._judge is not None:
+            self._ask_again(self._judge)
 
     def write(self, *, complete: bool) -> dict[str, Any]:
-        """Write the rows and the report of what has been judged; return the report."""
-        session = self._session
-        if not complete and self._judge is not None and not self._labels:
-            self._labels = known_labels(session.asker, self._judge, self._pairings)
-        count = session.write_rows(make_rows(self._labels, self._given.mix, hard=self._options.hard))
+        """Write the rows and labels of what has been judged."""
+        session, judge = self._session, self._judge
+        if not complete and judge is not None and not self._labels:
+            self._labels = known_labels(session.asker, judge, self._pairings)
+        count = session.write_rows(make_rows(self._labels, self._mix, hard=self._options.hard))
         session.write_rows((label.to_dict() for label in self._labels), LABELS)
-        report = self._describe(count, complete=complete)
-        session.write_report(report)
+        models = {"spent": judge.model if judge else None, "spent_on_answers": self._generator}
+        report = {
+            "rows": count,
+            "rows_by_people": sum(len(list(split_ranking(row))) for row in self._mix),
+            **describe_labels(self._labels),
+            "agreement_between_principles": {"n": len(self._agreeing), "share": mean(self._agreeing)},
+            "check": self._accuracy,
+            "quoted": judge.quote.count if judge else 0,
+            "cut_off_share": self._cut_off,
+            **{key: model.spending.to_dict() if model and model.spending else None for key, model in models.items()},
+            "labels_per_second": round(len(self._labels) / self._seconds, 2) if self._seconds > 0 else None,
+        }
         for fault in find_faults(report):
-            console.warn(f"{session.stage.name}: {fault}")
+            console.warn(f"{self._stage.name}: {fault}")
         return report
 
-    def finish(self) -> Result:
-        """Write everything; the run is finished."""
-        session = self._session
-        report = self.write(complete=True)
-        count = report["rows"]
-        if not count:
-            reason = "the judge abstained from all comparisons, or all are ties; report.json says why"
-            raise DataError([*session.rejects.first] or reason, where=session.stage.recipe_path)
-        agreement = report["order_agreement"]
-        metrics = {
-            **{key: report[key] for key in ("rows", "comparisons", "abstained", "ties")},
-            "mean_confidence": report["mean_confidence"] or 0.0,
-            **({"order_agreement": agreement["share"]} if agreement else {}),
-            **({"check_accuracy": self._accuracy["accuracy"]} if self._accuracy else {}),
-        }
-        session.log(count, **{key: value for key, value in metrics.items() if value is not None})
-        return session.finish(count, metrics=metrics, tokens=report["tokens"])
+    def measure(self, report: Mapping[str, Any]) -> dict[str, float]:
+        found = {key: report[key] for key in ("rows", "comparisons", "abstained", "ties")}
+        found["mean_confidence"] = report["mean_confidence"] or 0.0
+        if report["order_agreement"]:
+            found["order_agreement"] = report["order_agreement"]["share"]
+        if self._accuracy and self._accuracy["accuracy"] is not None:
+            found["check_accuracy"] = self._accuracy["accuracy"]
+        self._session.log(report["rows"], **found)
+        return found
 
     def _sample(self) -> list[Pairing]:
-        session, options = self._session, self._options
-        assert self._generator is not None and isinstance(options.answers, int)
-        model = self._generator[0]
-        prompts = list_prompts(self._given.rows, session.rejects, model.control_tokens)
+        options, model = self._options, self._generator
+        assert model is not None and isinstance(options.answers, int)
+        prompts = list_prompts(self._rows, self.rejects, model.control_tokens)
         sampling = Sampling(options.temperature, options.max_new_tokens)
-        replies = sample_answers(
-            session.asker, model, prompts, sampling, count=options.answers, seed=session.stage.seed, kind="answer"
-        )
+        replies = sample_answers(self._session, model, prompts, sampling, count=options.answers, kind="answer")
         self._cut_off = mean([not reply.ended for own in replies for reply in own])
-        return pair_sampled(prompts, replies, session.rejects, model.control_tokens)
+        return pair_sampled(prompts, replies, self.rejects, model.control_tokens)
 
-    def _compare(self) -> list[Label]:
+    def _compare(self, rewards: Sequence[tuple[Reward, float]]) -> list[Label]:
         """Label each pair by the rewards of its answers: P(first) = 1 / (1 + exp(r_second - r_first))."""
         asked = {repr((it.prompt, text)): (it.prompt, text) for it in self._pairings for text in (it.first, it.second)}
         answers = Answers([prompt for prompt, _ in asked.values()], [text for _, text in asked.values()])
-        names, totals = [], dict.fromkeys(asked, 0.0)
-        for reward, weight in self._rewards:
-            names.append(reward.name)
+        totals = dict.fromkeys(asked, 0.0)
+        for reward, weight in rewards:
             for key, score in zip(asked, reward.score(answers), strict=True):
                 totals[key] += weight * score
+        name = " + ".join(reward.name for reward, _ in rewards)
         labels = []
         for it in self._pairings:
             p_first = share_of_first((totals[repr((it.prompt, it.first))], totals[repr((it.prompt, it.second))]))
-            labels.append(Label(it, " + ".join(names), (p_first,), bounds=self._options.bounds))
+            labels.append(Label(it, name, (p_first,), bounds=self._options.bounds))
         return labels
 
-    def _turn_over(self, label: Label) -> Pairing:
-        """Ask again at a turn at which another principle is drawn; at the last one tried where there is none."""
-        pairing, seed = label.pairing, self._session.stage.seed
-        turns = range(pairing.turn + 1, pairing.turn + _TRIES)
-        assert self._given.constitution is not None
-        draw = self._given.constitution.draw
-        found = (turn for turn in turns if draw(seed=seed, key=pairing.key, turn=turn).name != label.principle)
-        return replace(pairing, turn=next(found, turns[-1]))
+    def _ask_again(self, judge: Judge) -> None:
+        """Have some pairs judged by another principle, to see how far principles agree."""
+        if len(judge.constitution.principles) < 2:
+            return
+        chosen, again = self._labels[: min(_SECOND_OPINIONS, len(self._labels) // 10)], []
+        for label in chosen:  # at a turn at which another principle is drawn, at the last one tried where none is
+            pairing = label.pairing
+            turns = range(pairing.turn + 1, pairing.turn + _TRIES)
+            names = (
+                (turn, judge.constitution.draw(seed=judge.seed, key=pairing.key, turn=turn).name) for turn in turns
+            )
+            turn = next((turn for turn, name in names if name != label.principle), turns[-1])
+            again.append(replace(pairing, turn=turn))
+        for one, other in zip(chosen, judge_all(self._session.asker, judge, again), strict=True):
+            if one.principle == other.principle or one.is_tie or other.is_tie:
+                continue
+            if one.p_first is not None and other.p_first is not None:
+                self._agreeing.append((one.p_first > 0.5) == (other.p_first > 0.5))
 
-    def _describe(self, count: int, *, complete: bool) -> dict[str, Any]:
-        session, seconds = self._session, self._judging_seconds
-        agreeing = [
-            (one.p_first > 0.5) == (other.p_first > 0.5)
-            for one, other in self._second_opinions
-            if one.p_first is not None and other.p_first is not None and not one.is_tie and not other.is_tie
-        ]
-        judge = self._options.judge
-        asked = self._judge is not None and judge is not None and judge.url is not None
-        generator = self._generator[1] if self._generator and self._generator[1].requests else None
-        return {
-            "complete": complete,
-            "rows": count,
-            "rows_by_people": sum(len(list(split_ranking(row))) for row in self._given.mix),
-            **describe_labels(self._labels),
-            "agreement_between_principles": {"n": len(agreeing), "share": mean(agreeing)},
-            "check": self._accuracy,
-            "quoted": self._judge.quote.count if self._judge else 0,
-            "left_out": session.rejects.count,
-            "cut_off_share": self._cut_off,
-            "tokens": session.num_tokens,
-            "spent": self._judge_spending.to_dict() if asked else None,
-            "spent_on_answers": generator.to_dict() if generator else None,
-            "seconds": round(session.seconds, 3),
-            "labels_per_second": round(len(self._labels) / seconds, 2) if seconds > 0 else None,
-        }
-
-    def _say_accuracy(self, accuracy: Mapping[str, Any]) -> None:
-        name, abstained = self._session.stage.name, accuracy["abstained"]
-        if accuracy["accuracy"] is None:
+    def _say_accuracy(self, found: Mapping[str, Any]) -> None:
+        name, abstained = self._stage.name, found["abstained"]
+        if found["accuracy"] is None:
             console.warn(f"{name}: the judge abstained from all of `check`")
             return
-        by_chance = accuracy["low"] <= 0.5
+        by_chance = found["low"] <= 0.5
         (console.warn if by_chance else console.note)(
-            f"{name}: on {accuracy['n'] - abstained} comparisons with known answers the judge is "
-            f"right in {accuracy['accuracy']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%}), "
-            f"ECE {accuracy['ece']:.3f}"
+            f"{name}: on {found['n'] - abstained} comparisons with known answers the judge is right in "
+            f"{found['accuracy']:.1%} ({found['low']:.1%} to {found['high']:.1%}), ECE {found['ece']:.3f}"
             + (", no better than chance" if by_chance else "")
             + (f"; it abstained from {abstained} more" if abstained else "")
         )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from alignkit.errors import JudgeError, RecipeError, RunError, UsageError
 from alignkit.evaluate.metrics.win_rate import measure_win_rate
 from alignkit.evaluate.options import name_runs
 from alignkit.evaluate.run import evaluate
+from alignkit.feedback.cache import Store
 from alignkit.feedback.server import ALLOWED
 from alignkit.models.scratch import builtin_config, builtin_tokenizer, random_model
 from alignkit.recipe import load_recipe
 from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
 from alignkit.rewards.base import Workspace
-from alignkit.rewards.compare import ModelComparer, make_comparer, open_alone
+from alignkit.rewards.compare import ModelComparer, make_comparer
 
 KEY = "canary-key-7a31e9"
 
@@ -210,7 +212,7 @@ def test_a_killed_evaluation_asks_nothing_twice(run_dir: Path, principles: Path)
 
 
 def test_one_evaluation_at_a_time_asks(run_dir: Path, principles: Path) -> None:
-    with open_alone(run_dir / "eval-judged.jsonl"), Server() as server:
+    with closing(Store(run_dir / "eval-judged.jsonl", alone=True)), Server() as server:
         source = FeedbackModel(url=server.url, name="tiny")
         with pytest.raises(RunError, match="another evaluation is asking a judge"):
             evaluate(str(run_dir), _options(run_dir, source, principles))

@@ -26,7 +26,7 @@ def draw_many(constitution: Constitution, count: int = 20_000, seed: int = 0) ->
 
 
 def test_draws_are_uniform() -> None:
-    principles = tuple(Principle(f"p{number}", comparison="?") for number in range(16))
+    principles = tuple(Principle(name=f"p{number}", comparison="?") for number in range(16))
     for seed in range(3):
         counts = draw_many(Constitution(principles), seed=seed)
         assert chi_square(counts, {principle.name: 1.0 for principle in principles}) < 30.6  # 15 degrees, p = 0.01
@@ -35,13 +35,13 @@ def test_draws_are_uniform() -> None:
 def test_draws_follow_the_weights() -> None:
     weights = {"a": 1.0, "b": 3.0, "c": 0.5}
     constitution = Constitution(
-        tuple(Principle(name, comparison="?", weight=weight) for name, weight in weights.items())
+        tuple(Principle(name=name, comparison="?", weight=weight) for name, weight in weights.items())
     )
     assert chi_square(draw_many(constitution), weights) < 9.2  # 2 degrees, p = 0.01
 
 
 def test_draws_of_one_row_are_independent_of_each_other() -> None:
-    constitution = Constitution(tuple(Principle(str(number), comparison="?") for number in range(4)))
+    constitution = Constitution(tuple(Principle(name=str(number), comparison="?") for number in range(4)))
     pairs = Counter(
         "".join(constitution.draw(seed=0, key=f"row {n}", turn=turn).name for turn in (0, 1)) for n in range(16_000)
     )
@@ -61,14 +61,12 @@ PINNED = ["no-preaching", "no-stereotypes", "no-cruelty"]
 
 
 @pytest.mark.parametrize("name", ["harmlessness", "helpfulness"])
-def test_ours_have_every_part_and_are_in_the_recipes(name: str) -> None:
+def test_ours_have_every_part(name: str) -> None:
     constitution = load_constitution(f"builtin:{name}")
     assert len(constitution.principles) >= 10
     for principle in constitution.principles:
         assert principle.critique and principle.revision and principle.comparison and principle.tags
         assert principle.weight == 1.0
-    there = REPOSITORY / "recipes" / "constitutions" / f"{name}.yaml"
-    assert load_constitution(str(there)).fingerprint == constitution.fingerprint
 
 
 @real_data
@@ -125,24 +123,23 @@ principles:
 """,
     )
     assert found == [
-        "2: principels is no key of a constitution; it has name, description, principles; did you mean principles?",
-        "7: principle one: unknown key comparision; it has name, critique, revision, comparison, weight, tags; "
-        "did you mean comparison?",
-        "9: principle two: comparison is empty; it must be a text",
-        "10: principle two: weight is 0; it must be a number greater than 0",
+        "2: constitution.principels is not a key of constitution; did you mean principles?",
+        "7: principles[0].comparision is not a key of principles[0]; did you mean comparison?",
+        "9: principles[1].comparison is empty text",
+        "10: principles[1].weight is 0; it must be greater than 0",
+        "14: principles[4].name is missing; a short name, for the report",
+        "17: principles[5].tags is nice; it must be a list",
         "11: principle three has a critique but no revision; the two go together",
         "13: principle four has no question; add comparison: (for labels), or critique: and revision:",
-        "14: principle 5 has no name; add a short one, for the report",
-        "17: principle one: tags is nice; it must be a list of words",
         "15: the name one is here twice, first in line 4; rename one",
     ]
 
 
 def test_a_constitution_without_principles_is_refused(tmp_path: Path) -> None:
-    advice = "there are no principles; write `principles:` with a list of {name, critique, revision, comparison}"
-    assert problems_of(tmp_path, "name: mine\n") == [f"1: {advice}"]
-    assert problems_of(tmp_path, "principles: []\n") == [f"1: {advice}"]
-    assert problems_of(tmp_path, "[]\n") == ["1: a constitution is a mapping with a list of `principles:`"]
+    missing = "constitution.principles is missing; a list of {name, critique, revision, comparison}"
+    assert problems_of(tmp_path, "name: mine\n") == [f"1: {missing}"]
+    assert problems_of(tmp_path, "principles: []\n") == ["1: principles is an empty list; give at least one entry"]
+    assert problems_of(tmp_path, "[]\n") == ["1: must be a mapping with name and description and principles"]
 
 
 def test_a_principle_without_the_question_that_others_have_is_refused(tmp_path: Path) -> None:
@@ -151,7 +148,7 @@ def test_a_principle_without_the_question_that_others_have_is_refused(tmp_path: 
   - {name: two, critique: a, revision: b}
 """
     assert problems_of(tmp_path, text) == [
-        "3: principle two has no question; add comparison: (the other principles have them)"
+        "3: principle two has no question to compare answers by; add comparison: (other principles have one)"
     ]
 
 

@@ -149,7 +149,7 @@ def test_a_generator_that_is_down_says_what_is_kept(make_stage: MakeStage, promp
     with Server(reply=scribe, fault=lambda number, payload: "500" if number >= 10 else None) as server:
         source = {"url": server.url, "name": "tiny", "retries": 0, "concurrency": 1}
         stage = make_stage("critique", data=str(prompts), constitution=constitution, generator=source)
-        with pytest.raises(JudgeError, match="10 texts are kept in feedback.jsonl and will not be asked for again"):
+        with pytest.raises(JudgeError, match="0 rows .* the 10 answers in feedback.jsonl will not be asked for again"):
             critique.run(stage, Path(stage.run_dir))
         server.fault = lambda number, payload: None
         rows, _ = run(stage)

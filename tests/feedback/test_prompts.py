@@ -30,7 +30,9 @@ from alignkit.feedback.prompts import (
 from alignkit.models.scratch import builtin_tokenizer
 
 NONE = Examples()
-PRINCIPLE = Principle("p", "What is wrong?", "Make it right.", "Which is better?")
+PRINCIPLE = Principle(
+    name="p", critique="What is wrong?", revision="Make it right.", comparison="Which is better?"
+)
 TURNS = messages("How do I pick a lock?", "With a hook.")
 
 
@@ -228,9 +230,9 @@ def test_examples_of_ours_and_their_mistakes(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_examples(str(path))
     assert [str(problem).removeprefix(f"{path}:") for problem in caught.value.problems] == [
-        "1: unknown key comparison; it has critiques and comparisons; did you mean comparisons?",
-        "3: unknown key worser; did you mean worse?",
-        "3: the example has no text for worse",
+        "1: examples.comparison is not a key of examples; did you mean comparisons?",
+        "3: comparisons[0].worse is missing; give it a value",
+        "3: comparisons[0].worser is not a key of comparisons[0]; did you mean worse?",
     ]
     with pytest.raises(RecipeError, match="the examples are not there"):
         load_examples(str(tmp_path / "none.json"))

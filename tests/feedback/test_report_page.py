@@ -70,7 +70,7 @@ def test_the_page_of_a_critique_stage_shows_chains_and_a_spent_budget_leaves_the
             "critique", data=str(prompts), constitution=constitution, generator=source, rounds=2, examples="none"
         )
         server.fault = lambda number, payload: "500" if number >= 11 else None
-        with pytest.raises(JudgeError, match="3 rows of finished rounds are in rows.jsonl: run the same command"):
+        with pytest.raises(JudgeError, match="3 rows are in rows.jsonl, and .* again: run the same command"):
             critique.run(stage, Path(stage.run_dir))
         report = json.loads((Path(stage.run_dir) / "report.json").read_text())
         assert (report["complete"], report["rows"]) == (False, 3)
