@@ -120,8 +120,7 @@ def evaluate(
             if other is not None:
                 require_available(other, as_run=True)
         requests = [(source, named)]
-    from alignkit.evaluate.results import table
-    from alignkit.evaluate.run import evaluate_all
+    from alignkit.evaluate.run import evaluate_all, table
 
     results = []
     for result in evaluate_all(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from alignkit.data.rows import Message
 from alignkit.errors import UsageError
 from alignkit.evaluate.intervals import Figure, place_figures
 from alignkit.evaluate.policy import Answer, Policy
-from alignkit.evaluate.target import Measured, Target, split_answer
-from alignkit.recipe.schema import BUILTIN_REWARD, EvaluateOptions
+from alignkit.evaluate.target import Measured, Target, find_target, split_answer
+from alignkit.recipe.schema import BUILTIN_REWARD, METRICS, EvaluateOptions
 from alignkit.rewards.base import Answers, Reward, Workspace
+from alignkit.rewards.compare import Comparer, make_comparer
 from alignkit.rewards.kinds import open_reward
 
 
@@ -26,10 +29,11 @@ class Context:
         judged: Path | None = None,
     ) -> None:  # fmt: skip
         """`measured` is None where only tasks are asked for; `judged` is where verdicts are kept."""
-        self.target, self.options, self.space, self.seed, self.judged = target, options, space, seed, judged
+        self.target, self.options, self.space, self.seed = target, options, space, seed
         self.rows: list[Row] = measured.rows if measured else []
         self.label = measured.label if measured else ""
         self.is_toy = self.label.startswith("builtin:")
+        self._judged = judged
 
     @cached_property
     def policy(self) -> Policy:
@@ -49,6 +53,19 @@ class Context:
                 "their log-probabilities cannot be compared; name another --reference"
             )
         return reference
+
+    @cached_property
+    def rival(self) -> Policy:
+        """The other side of a win rate; raises UsageError for what is no language model."""
+        against = str(self.options.against)
+        if find_target(against, trust_code=self.space.trust_code).reward:
+            raise UsageError(f"--against: {against} is a reward model, which says nothing")
+        return Policy(against, self.space)
+
+    @cached_property
+    def judge(self) -> Comparer:
+        """The judge of a win rate; raises UsageError for what cannot be one."""
+        return make_comparer(self.options, self.space, reward=self.reward, seed=self.seed, store=self._judged)
 
     @cached_property
     def reward(self) -> Reward | None:
@@ -72,13 +89,8 @@ class Context:
         return list({repr(prompt): prompt for prompt, _ in self.asked}.values())
 
     def sample(self, policy: Policy, samples: int) -> list[list[Answer]]:
-        return policy.answer(
-            self.prompts,
-            max_new_tokens=self.options.max_new_tokens,
-            temperature=self.options.temperature,
-            samples=samples,
-            seed=self.seed,
-        )
+        """Sample answers to the prompts, the same ones each time."""
+        return policy.answer(self.prompts, samples=samples, seed=self.seed, **self.sampling)
 
     @cached_property
     def sampled(self) -> list[list[Answer]]:
@@ -99,23 +111,40 @@ class Context:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How answers were sampled, for the settings of a figure."""
+        """How answers are sampled."""
         return {"temperature": self.options.temperature, "max_new_tokens": self.options.max_new_tokens}
 
     def place(self, figures: Sequence[Figure], **settings: Any) -> list[Figure]:
         """Say of figures on which rows they were measured, and how."""
         return place_figures(figures, data=self.label, rows=len(self.rows), seed=self.seed, **settings)
 
-    def only_rows(self, there: bool, otherwise: str) -> str | None:
-        """Say why a metric of a policy cannot be measured on rows that lack something."""
-        if not self.rows:
-            return "there are no rows (--data)"
-        return self.only_policies() or (None if there else otherwise)
-
-    def only_policies(self) -> str | None:
-        return f"{self.target.name} is a reward model, which says nothing" if self.target.reward else None
-
 
 def as_completion(prompt: Text, text: str) -> Text:
     """Write an answer as its prompt is written: text, or a message."""
     return text if isinstance(prompt, str) else [Message(role="assistant", content=text)]
+
+
+Need = tuple[Callable[[Context], Any], str]  # whether it is there, and what is said where it is not
+ROWS: Need = (lambda context: context.rows, "there are no rows (--data)")
+POLICY: Need = (lambda context: not context.target.reward, "the model is a reward model, which says nothing")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is measured, and what it needs: a policy and rows that hold something."""
+
+    measure: Callable[[Context], Sequence[Figure]]
+    needs: Need
+    first: tuple[Need, ...] = (ROWS, POLICY)  # looked for before
+    key: str | None = None  # the option that asks for it, as its name in `metrics` does
+    optional: bool = False  # left out with a warning where its package is not installed, unless it was asked for
+    prepare: Callable[[Context], Any] = lambda context: None  # finds out what is wrong before anything is measured
+
+    def find_lack(self, context: Context) -> str | None:
+        """Say why it cannot be measured, None where it can."""
+        return next((what for is_there, what in (*self.first, self.needs) if not is_there(context)), None)
+
+
+def load_metrics() -> dict[str, Metric]:
+    """Import every metric, by its name."""
+    return {name: importlib.import_module(f"alignkit.evaluate.metrics.{name}").METRIC for name in METRICS}

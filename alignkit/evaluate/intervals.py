@@ -1,4 +1,4 @@
-"""One measured figure, as eval.json keeps it and tables show it; data only."""
+"""Measured figures and their 95 % intervals, as eval.json keeps them and tables show them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 Better = Literal["higher", "lower"]
 Method = Literal["bootstrap", "wilson", "normal", "none"]
+Floats = NDArray[np.float64]
+RESAMPLES = 1000
+Z = 1.959963984540054  # the 97.5 % point of the normal distribution
+_CHUNK = 4_000_000  # weights held at once
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,12 @@ class Figure:
     details: list[dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data; JSON has no NaN and no infinity, so such a figure has no value."""
+        """Turn it into plain data; JSON has no NaN and no infinity, so such a figure has no value."""
         plain = asdict(self)
         for key in ("value", "low", "high"):
             if plain[key] is not None:
                 plain[key] = float(plain[key]) if math.isfinite(plain[key]) else None  # a library's own type is no JSON
         return plain
-
-    @property
-    def identity(self) -> str:
-        """What a later measurement of the same thing replaces."""
-        return repr((self.metric, self.slice, self.data, sorted(self.settings.items(), key=str)))
 
 
 def make_figure(
@@ -66,34 +65,28 @@ def make_figure(
     details: list[dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Figure:
-    """Return a figure from an interval; data and common settings are added by `place_figures`."""
+    """Make a figure of an interval; data and common settings are added by `place_figures`."""
     return Figure(
         metric, found.value, found.low, found.high, found.n, unit, better, found.method, slice, "", settings, details
     )
 
 
 def place_figures(figures: Iterable[Figure], *, data: str, **settings: Any) -> list[Figure]:
-    """Return the figures with what they were measured on."""
+    """Say of figures what they were measured on."""
     return [replace(figure, data=data, settings={**settings, **figure.settings}) for figure in figures]
 
 
-Floats = NDArray[np.float64]
-RESAMPLES = 1000
-_Z = 1.959963984540054  # the 97.5 % point of the normal distribution
-_CHUNK = 4_000_000  # weights held at once
-
-
 def wilson(successes: float, n: int) -> Interval:
-    """Return the share successes / n with Wilson's score interval (Wilson 1927, JASA 22, 209-212).
+    """Wilson's score interval of the share successes / n (Wilson 1927, JASA 22, 209-212).
 
     `successes` may have halves, where a tie counts as one half.
     """
     if n == 0:
         return Interval(None, None, None, 0, "none")
     share = successes / n
-    shrink = 1 + _Z**2 / n
-    middle = (share + _Z**2 / (2 * n)) / shrink
-    half = _Z / shrink * (share * (1 - share) / n + _Z**2 / (4 * n**2)) ** 0.5
+    shrink = 1 + Z**2 / n
+    middle = (share + Z**2 / (2 * n)) / shrink
+    half = Z / shrink * (share * (1 - share) / n + Z**2 / (4 * n**2)) ** 0.5
     # With no success, or nothing else, the border is 0 or 1; rounding may miss it by an ulp.
     return Interval(share, max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0), n, "wilson")
 
@@ -105,7 +98,7 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return a statistic of N rows with its percentile bootstrap interval (Efron 1979).
+    """Percentile bootstrap interval of a statistic of N rows (Efron 1979).
 
     `combine` maps sums over rows, (R, K), to the statistic, (R,). Rows are drawn with replacement; rows that belong
     together (answers to one prompt) must have been added up before. One row has a value and no interval.
@@ -126,24 +119,23 @@ def bootstrap(
         weights_RN = random.multinomial(n, np.full(n, 1 / n), size=min(chunk, resamples - start))
         with np.errstate(divide="ignore", invalid="ignore"):  # a resample may leave a bin empty
             drawn.append(combine(weights_RN @ rows_NK))
-    statistics = np.concatenate(drawn)
-    low, high = np.nanpercentile(statistics, [2.5, 97.5])
+    low, high = np.nanpercentile(np.concatenate(drawn), [2.5, 97.5])
     return Interval(value, float(low), float(high), n, "bootstrap")
 
 
 def mean(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Return the mean of independent rows."""
-    return bootstrap([(value, 1.0) for value in values], divide, seed=seed, resamples=resamples)
+    """Mean of independent rows."""
+    return mean_of_groups([[value] for value in values], seed=seed, resamples=resamples)
 
 
 def mean_of_groups(groups: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Return the mean over all values where the values of a group are not independent; n counts the groups."""
+    """Mean over all values where the values of a group are not independent; n counts the groups."""
     rows = [(float(sum(group)), float(len(group))) for group in groups if len(group)]
     return bootstrap(rows, divide, seed=seed, resamples=resamples)
 
 
 def share(outcomes: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Return the share of successes among outcomes in groups: Wilson's interval where each group has one outcome.
+    """Share of successes among outcomes in groups: Wilson's interval where each group has one outcome.
 
     An outcome is 1, 0, or 0.5 for a tie; other values, and several outcomes in a group, need the bootstrap.
     """
@@ -154,6 +146,6 @@ def share(outcomes: Sequence[Sequence[float]], *, seed: int = 0, resamples: int 
 
 
 def divide(sums_R2: Floats) -> Floats:
-    """Return the first sum over the second, (R,)."""
+    """Divide the first sum by the second, (R,)."""
     quotient: Floats = sums_R2[:, 0] / sums_R2[:, 1]
     return quotient

@@ -1,4 +1,4 @@
-"""A language model that is measured: what it says of given texts and what it answers, cached by content.
+"""A language model that is measured: its log-probabilities of given texts and its answers, cached by content.
 
 Weights are read at the first question that the cache cannot answer, and one model at a time is held (`Workspace`).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from alignkit.data import Message, Row, Text
@@ -44,37 +45,46 @@ class Policy:
     """A causal language model by the name of a run, a directory or a hub id."""
 
     def __init__(self, source: str, space: Workspace) -> None:
-        """Take down where the weights are; raises ModelError when nothing is there."""
-        self.source = source
+        """Find the weights; raises ModelError when nothing is there."""
+        self.source, self._space = source, space
         self.weights = fingerprint_causal(source)
-        assert space.cache is not None
-        self._space, self._cache = space, space.cache
-        self._loaded: Causal | None = None
-        self._chat: Chat | None = None
+        self._loaded: tuple[Causal, Chat] | None = None
 
     def release(self) -> None:
         """Let go of the weights; they are read again when they are needed."""
         self._loaded = None
         collect_memory()
 
-    @property
-    def loaded(self) -> Causal:
-        """Return the model, read when it is first needed."""
+    def _load(self) -> tuple[Causal, Chat]:
         self._space.take(self)
         if self._loaded is None:
-            self._loaded = load_causal(self.source, device=self._space.device, trust_code=self._space.trust_code)
-            self._chat = Chat(self._loaded.tokenizer)
+            loaded = load_causal(self.source, device=self._space.device, trust_code=self._space.trust_code)
+            self._loaded = loaded, Chat(loaded.tokenizer)
         return self._loaded
 
     @property
+    def loaded(self) -> Causal:
+        """The model, read when it is first needed."""
+        return self._load()[0]
+
+    @property
     def chat(self) -> Chat:
-        """Return the encoder of the model's own tokenizer and template."""
-        self.loaded  # noqa: B018 - reads it
-        assert self._chat is not None
-        return self._chat
+        """The encoder of the model's own tokenizer and template."""
+        return self._load()[1]
+
+    @cached_property
+    def tokens(self) -> str:
+        """A hash of tokenizer and template: models with the same one read the same tokens of a conversation."""
+
+        def answer(_: list[int]) -> list[str]:
+            tokenizer = self.loaded.tokenizer
+            parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id)
+            return [hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()]
+
+        return str(self._ask("tokens", [self.source], answer)[0])
 
     def score_completions(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Likelihood]:
-        """Return log p(completion | prompt), its end token included.
+        """Score log p(completion | prompt), its end token included.
 
         A prompt that leaves no room loses its beginning; a completion longer than the model is not scored (no tokens).
         Both are warned of. Raises DataError for a conversation that the template cannot write.
@@ -82,17 +92,16 @@ class Policy:
         questions = list(zip(prompts, completions, strict=True))
 
         def answer(places: list[int]) -> list[list[float]]:
-            chosen = [questions[place] for place in places]
-            splits = self._encode(lambda: self.chat.encode_prompt_completion(*map(list, zip(*chosen, strict=True))))
+            asked, answers = zip(*(questions[place] for place in places), strict=True)
+            splits = self._encode(lambda: self.chat.encode_prompt_completion(asked, answers))
             pairs = [(split.ids[: split.prompt_length], split.ids[split.prompt_length :]) for split in splits]
-            scored = self.score_tokens(pairs)
-            sizes = [_count_bytes(completion) for _, completion in chosen]
-            return [[sum(logps), len(logps), size] for logps, size in zip(scored, sizes, strict=True)]
+            found = zip(self.score_tokens(pairs), answers, strict=True)
+            return [[sum(logps), len(logps), _count_bytes(text)] for logps, text in found]
 
         return [Likelihood(*value) for value in self._ask("completion", questions, answer)]
 
     def score_documents(self, rows: Sequence[Row]) -> list[Likelihood]:
-        """Return log p of whole texts (each with its end token) and of the assistant's turns of conversations.
+        """Score log p of whole texts (each with its end token) and of the assistant's turns of conversations.
 
         A text longer than the model is read in windows that do not overlap; the first token of a text has nothing
         before it where the tokenizer has no BOS: it is not scored, and its bytes are not counted.
@@ -111,56 +120,8 @@ class Policy:
 
         return [Likelihood(*value) for value in self._ask("document", questions, answer)]
 
-    def answer(
-        self,
-        prompts: Sequence[Text],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        samples: int = 1,
-        seed: int = 0,
-        plain: bool = False,
-    ) -> list[list[Answer]]:
-        """Return `samples` answers to each prompt; temperature 0 is greedy, and then there is one.
-
-        What an answer draws follows from seed, prompt and its number alone. With `plain` a text prompt goes in as it
-        is, and an answer ends at the first new line too.
-        """
-        samples = samples if temperature > 0 else 1
-        common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        common |= {"seed": seed, "plain": plain, "generation_config": "none"}  # see `generation.plainly`
-        questions = [(prompt, number) for prompt in prompts for number in range(samples)]
-
-        def answer(places: list[int]) -> list[list[Any]]:
-            asked = [questions[place] for place in places]
-            ids = self._encode(lambda: self.chat.encode_prompts([prompt for prompt, _ in asked]))
-            values = self._write(
-                ids,
-                [_seed_of(seed, *question) for question in asked],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-            )
-            return [[ids, text.split("\n", 1)[0] if plain else text, ended] for ids, text, ended in values]
-
-        flat = [Answer(*value) for value in self._ask("answer", questions, answer, **common)]
-        return [flat[start : start + samples] for start in range(0, len(flat), samples)]
-
-    def score_answers(
-        self, prompts: Sequence[Text], answers: Sequence[Sequence[Answer]], *, temperature: float = 1.0
-    ) -> list[list[float]]:
-        """Return log p of every answer as it was sampled, token by token, at this temperature, in nats per answer."""
-        questions = [(prompt, answer.ids) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
-
-        def answer(places: list[int]) -> list[float]:
-            prompt_ids = self._encode(lambda: self.chat.encode_prompts([questions[place][0] for place in places]))
-            pairs = [(ids, questions[place][1]) for ids, place in zip(prompt_ids, places, strict=True)]
-            return [sum(logps) for logps in self.score_tokens(pairs, temperature=temperature)]
-
-        flat = iter(self._ask("answer logp", questions, answer, temperature=temperature))
-        return [[next(flat) for _ in group] for group in answers]
-
     def score_continuations(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[Likelihood]:
-        """Return log p(continuation | context) of plain text without an end token, as few-shot tasks compare it.
+        """Score log p(continuation | context) of plain text without an end token, as few-shot tasks compare it.
 
         Tokenised together and cut where the context alone ends, as lm-evaluation-harness does (`_encode_pair`).
         """
@@ -174,6 +135,20 @@ class Policy:
         if any(not item.tokens for item in found):
             raise DataError(f"a completion of a task is longer than {self.source} can read")
         return found
+
+    def score_answers(
+        self, prompts: Sequence[Text], answers: Sequence[Sequence[Answer]], *, temperature: float = 1.0
+    ) -> list[list[float]]:
+        """Score log p of every answer as it was sampled, token by token, at this temperature, in nats per answer."""
+        questions = [(prompt, answer.ids) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
+
+        def answer(places: list[int]) -> list[float]:
+            prompt_ids = self._encode(lambda: self.chat.encode_prompts([questions[place][0] for place in places]))
+            pairs = [(ids, questions[place][1]) for ids, place in zip(prompt_ids, places, strict=True)]
+            return [sum(logps) for logps in self.score_tokens(pairs, temperature=temperature)]
+
+        flat = iter(self._ask("answer logp", questions, answer, temperature=temperature))
+        return [[next(flat) for _ in group] for group in answers]
 
     def score_tokens(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float = 1.0
@@ -190,35 +165,78 @@ class Policy:
             if len(tail) > room:
                 num_long += 1
                 tail = ()
-            num_cut += len(context) + len(tail) > room
             keep = room - len(tail)
-            fitting.append((context[-keep:] if keep else [], tail) if len(context) > keep else (context, tail))
+            num_cut += len(context) > keep
+            fitting.append((context[max(len(context) - keep, 0) :], tail))
         if num_cut:
             self._space.warn(f"{num_cut} prompts were cut on the left to fit the {room} positions of {self.source}")
         if num_long:
             self._space.warn(f"{num_long} texts are longer than the {room} positions of {self.source}: left out")
-        pad = int(loaded.tokenizer.pad_token_id)
-        size = self._space.batch_size
+        pad, size = int(loaded.tokenizer.pad_token_id), self._space.batch_size
         return score_tokens(loaded.model, fitting, pad_id=pad, temperature=temperature, batch_size=size)
 
-    @property
-    def tokens(self) -> str:
-        """Hash tokenizer and template: models with the same hash read the same tokens for the same conversation."""
-        question = {"kind": "tokens", "weights": self.weights}
+    def answer(
+        self,
+        prompts: Sequence[Text],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        samples: int = 1,
+        seed: int = 0,
+        plain: bool = False,
+    ) -> list[list[Answer]]:
+        """Write `samples` answers to each prompt; temperature 0 is greedy, and then there is one.
 
-        def answer(places: list[int]) -> list[str]:
-            tokenizer = self.loaded.tokenizer
-            parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id)
-            return [hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()]
+        What an answer draws follows from seed, prompt and its number alone. With `plain` a text prompt goes in as it
+        is, and an answer ends at the first new line too.
+        """
+        samples = samples if temperature > 0 else 1
+        common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        settings = common | {"seed": seed, "plain": plain, "generation_config": "none"}  # see `generation.plainly`
+        questions = [(prompt, number) for prompt in prompts for number in range(samples)]
 
-        return str(self._cache.ask(question, [self.source], answer)[0])
+        def answer(places: list[int]) -> list[list[Any]]:
+            asked = [questions[place] for place in places]
+            ids = self._encode(lambda: self.chat.encode_prompts([prompt for prompt, _ in asked]))
+            values = self._write(ids, [_seed_of(seed, *question) for question in asked], **common)
+            return [[ids, text.split("\n", 1)[0] if plain else text, ended] for ids, text, ended in values]
+
+        flat = [Answer(*value) for value in self._ask("answer", questions, answer, **settings)]
+        return [flat[start : start + samples] for start in range(0, len(flat), samples)]
+
+    def _write(
+        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float
+    ) -> list[list[Any]]:
+        """Write tokens, text and whether it ended of an answer to each prompt, in batches of like length."""
+        loaded, chat = self._load()
+        size, pad = self._space.batch_size, int(loaded.tokenizer.pad_token_id)
+        room = (loaded.positions or _FAR) - max_new_tokens
+        if room < 1:
+            raise ModelError(f"max_new_tokens {max_new_tokens} fills the {loaded.positions} positions of {self.source}")
+        if num_cut := sum(len(ids) > room for ids in prompts):
+            self._space.warn(f"{num_cut} prompts were cut on the left to fit the positions of {self.source}")
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+        values: list[list[Any]] = [[] for _ in prompts]
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            batch = [prompts[place][-room:] for place in places]
+            with quiet_transformers():  # it looks for a mask that `generate` leaves out where nothing is padded
+                answers = generate_answers(
+                    loaded.model, batch, [seeds[place] for place in places], temperature=temperature,
+                    max_new_tokens=max_new_tokens, eos_ids=chat.stop_ids, pad_id=pad,
+                )  # fmt: skip
+            for place, ids in zip(places, answers, strict=True):
+                text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
+                values[place] = [ids, text, bool(ids) and ids[-1] in chat.stop_ids]
+        return values
 
     def _ask(
         self, kind: str, questions: Sequence[Any], answer: Callable[[list[int]], Sequence[Any]], **common: Any
     ) -> Any:
         keep = max(self._space.batch_size, 64)  # answers lost at most by a kill; fewer than a batch would cut batches
+        assert self._space.cache is not None
         common |= {"kind": kind, "weights": self.weights}
-        return self._cache.ask(common, questions, answer, batch_size=keep)
+        return self._space.cache.ask(common, questions, answer, batch_size=keep)
 
     def _encode(self, encode: Callable[[], Any]) -> Any:
         try:
@@ -229,54 +247,26 @@ class Policy:
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation  # blanks belong to the continuation, as tokens have them
-        (head,) = self.chat.encode_prompts([kept])
-        (whole,) = self.chat.encode_prompts([kept + continuation])
+        head, whole = self.chat.encode_prompts([kept, kept + continuation])
         if not head:  # nothing to predict the first token from: the end-of-text token, as the harness has it
             return [int(self.chat.tokenizer.eos_token_id)], whole
         return head, whole[len(head) :]
 
     def _cut_document(self, content: Text) -> tuple[list[tuple[list[int], list[int]]], int]:
-        """Return the parts that are scored, each with what it is read after, and the bytes they stand for."""
-        room = self.loaded.positions or _FAR
+        """Cut a text into the parts that are scored, each with what it is read after, and count their bytes."""
+        loaded, chat = self._load()
+        room = loaded.positions or _FAR
         if isinstance(content, str):
-            (ids,) = self.chat.encode_texts([content])
-            has_bos = bool(self.chat.encode_prompts([""])[0])
+            (ids,) = chat.encode_texts([content])
             num_bytes = len(content.encode())
-            if not has_bos:
-                num_bytes -= len(self.chat.tokenizer.decode(ids[:1], clean_up_tokenization_spaces=False).encode())
+            if not chat.encode_prompts([""])[0]:  # no BOS
+                num_bytes -= len(chat.tokenizer.decode(ids[:1], clean_up_tokenization_spaces=False).encode())
             # Each window begins with the last token of the one before it, which it does not score again.
             starts = range(0, max(len(ids) - 1, 1), max(room - 1, 1))
             return [(ids[start : start + 1], ids[start + 1 : start + room]) for start in starts], num_bytes
-        (texts,) = self._encode(lambda: self.chat.encode([content]))
+        (texts,) = self._encode(lambda: chat.encode([content]))
         parts = [(text.ids[:start], text.ids[start:end]) for text in texts for start, end in text.spans]
-        said = sum(_count_bytes([message]) for message in content if message["role"] == "assistant")
-        return parts, said
-
-    def _write(
-        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float
-    ) -> list[list[Any]]:
-        """Return tokens, text and whether it ended of an answer to each prompt."""
-        loaded, size = self.loaded, self._space.batch_size
-        room = (loaded.positions or _FAR) - max_new_tokens
-        if room < 1:
-            raise ModelError(f"max_new_tokens {max_new_tokens} fills the {loaded.positions} positions of {self.source}")
-        if num_cut := sum(len(ids) > room for ids in prompts):
-            self._space.warn(f"{num_cut} prompts were cut on the left to fit the positions of {self.source}")
-        stops, pad = self.chat.stop_ids, int(loaded.tokenizer.pad_token_id)
-        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-        values: list[list[Any]] = [[] for _ in prompts]
-        for start in range(0, len(order), size):
-            places = order[start : start + size]
-            batch = [prompts[place][-room:] for place in places]
-            with quiet_transformers():  # it looks for a mask that `generate` leaves out where nothing is padded
-                answers = generate_answers(
-                    loaded.model, batch, [seeds[place] for place in places], temperature=temperature,
-                    max_new_tokens=max_new_tokens, eos_ids=stops, pad_id=pad,
-                )  # fmt: skip
-            for place, ids in zip(places, answers, strict=True):
-                text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
-                values[place] = [ids, text, bool(ids) and ids[-1] in stops]
-        return values
+        return parts, _count_bytes([message for message in content if message["role"] == "assistant"])
 
 
 def _count_bytes(content: Text | Sequence[Message]) -> int:

@@ -1,30 +1,36 @@
-"""`alignkit eval`: find the model and its rows, measure, and keep what was measured in eval.json."""
+"""`alignkit eval`: find the model and its rows, measure, and keep what was measured in eval.json.
+
+The file is described in recipes/README.md; a figure that is measured again replaces its older self.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignkit import console
 from alignkit.errors import EnvironmentProblem, JudgeError, RunError, Stopped, UsageError
-from alignkit.evaluate.context import Context
+from alignkit.evaluate.context import Context, Metric, load_metrics
 from alignkit.evaluate.intervals import Figure
-from alignkit.evaluate.metrics import Metric, load_metrics
-from alignkit.evaluate.results import describe, merge, save
 from alignkit.evaluate.target import Measured, Target, find_target, read_measured
 from alignkit.feedback.cache import Store
 from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 from alignkit.models.files import find_model_dir
 from alignkit.recipe.schema import EvaluateOptions
+from alignkit.report.evaluation import name_all_data
 from alignkit.report.publish import show
 from alignkit.rewards.base import Workspace
 from alignkit.rewards.compare import check_judge
 from alignkit.runs.directory import RunDir
+from alignkit.runs.files import disk_failures, read_record, write_json
 from alignkit.runs.form import form_of
+from alignkit.runs.record import versions
 
+SCHEMA = 1
 _CACHE, _JUDGED = "eval-cache.jsonl", "eval-judged.jsonl"
+_LIBRARIES = ("lm_eval", "rouge-score", "sacrebleu")
 
 
 def evaluate(
@@ -76,7 +82,11 @@ def evaluate(
         seconds=time.monotonic() - began,
         warnings=space.warnings,
     )
-    data = merge(None, data) if path is None else save(path, data)
+    if path is not None:
+        data = merge(read_record(path), data)
+        with disk_failures(path.parent, path.name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, data)
     if out is None and target.run is not None:
         show(target.run)  # its page and its card show the figures
     if failure is not None:
@@ -90,11 +100,13 @@ def _measure(context: Context, *, lenient: bool) -> tuple[list[Figure], JudgeErr
     """Measure all that was asked for; a judge that gives up takes nothing from the other metrics."""
     figures: list[Figure] = []
     failure = None
-    chosen = {name: metric(context) for name, metric in _choose(context, lenient=lenient).items()}
+    chosen = _choose(context, lenient=lenient)
+    for metric in chosen.values():
+        metric.prepare(context)
     for name, metric in chosen.items():
         console.note(f"{context.target.name}: measuring {name}")
         try:
-            figures += metric.measure()
+            figures += metric.measure(context)
         except EnvironmentProblem as problem:
             if context.options.metrics is not None or not metric.optional:
                 raise
@@ -104,23 +116,23 @@ def _measure(context: Context, *, lenient: bool) -> tuple[list[Figure], JudgeErr
     return figures, failure
 
 
-def _choose(context: Context, *, lenient: bool) -> dict[str, type[Metric]]:
+def _choose(context: Context, *, lenient: bool) -> dict[str, Metric]:
     """Find the metrics to measure; raises UsageError for one that was asked for and cannot be."""
     known, options = load_metrics(), context.options
-    reasons = {name: metric.why_not(context) for name, metric in known.items()}
+    lacks = {name: metric.find_lack(context) for name, metric in known.items()}
     if options.metrics is None:
         for name, metric in known.items():
-            if metric.key and getattr(options, metric.key) and reasons[name]:
-                raise UsageError(f"{name} cannot be measured: {reasons[name]}")
-        if all(reasons.values()):
-            raise UsageError(f"nothing can be measured: {'; '.join(map(str, reasons.values()))}")
-        return {name: metric for name, metric in known.items() if reasons[name] is None}
-    problems = [f"{name}: {reasons[name]}" for name in options.metrics if reasons[name]]
+            if metric.key and getattr(options, metric.key) and lacks[name]:
+                raise UsageError(f"{name} cannot be measured: {lacks[name]}")
+        if all(lacks.values()):
+            raise UsageError(f"nothing can be measured: {'; '.join(dict.fromkeys(map(str, lacks.values())))}")
+    wanted = options.metrics or list(known)
+    problems = [f"{name}: {lacks[name]}" for name in options.metrics or () if lacks[name]]
     if problems and not lenient:
         raise UsageError(f"--metric {'; '.join(problems)}")
     for problem in problems:
         context.space.warn(f"not measured: {problem}")
-    return {name: known[name] for name in options.metrics if reasons[name] is None}
+    return {name: known[name] for name in wanted if lacks[name] is None}
 
 
 def evaluate_all(
@@ -140,14 +152,14 @@ def evaluate_all(
     """
     finished = []
     for source, options in requests:
-        if skip and not RunDir(Path(source)).is_finished():
+        if skip and not RunDir(Path(source).expanduser().absolute()).is_finished():
             console.note(f"{source}: not finished, left out")
-        else:
-            finished.append((source, options))
-            check_judge(options)
-            for other in () if skip else (options.against, options.reference):
-                if other is not None:
-                    find_model_dir(other)  # refuses a path that is not there before anything is measured
+            continue
+        finished.append((source, options))
+        check_judge(options)
+        for other in () if skip else (options.against, options.reference):
+            if other is not None:
+                find_model_dir(other)  # refuses a path that is not there before anything is measured
     if not finished:
         raise RunError("no stage is finished; train first, with alignkit run --recipe FILE")
     several = skip and len(finished) > 1
@@ -155,12 +167,13 @@ def evaluate_all(
     for source, options in finished:
         chosen = _fit(options, source, trust_code) if several else options
         if options.frontier is not None and not _is_reference(source, options):
-            chosen = _without_frontier(chosen)
-            if chosen.metrics == []:
+            kept = None if chosen.metrics is None else [name for name in chosen.metrics if name != "frontier"]
+            chosen = chosen.model_copy(update={"frontier": None, "metrics": kept})
+            if kept == []:
                 console.note(f"{source}: no stage is held near it, left out")
                 continue
         try:
-            found = evaluate(
+            yield evaluate(
                 source,
                 chosen,
                 seed=seed,
@@ -176,21 +189,15 @@ def evaluate_all(
             console.warn(f"{source}: {error}; left out")
         else:
             num_measured += 1
-            yield found
 
 
 def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOptions:
-    """Return the options without what this stage cannot have: itself beside itself, and for an rm all of a policy."""
+    """Leave out what this stage cannot have: itself beside itself, and for an rm all of a policy."""
     if find_target(source, trust_code=trust_code).reward:
         return options.model_copy(update={"against": None, "best_of": [], "tasks": []})
     named = {key: getattr(options, key) for key in ("reference", "against")}
     same = {key: None for key, other in named.items() if other is not None and _directory(other) == _directory(source)}
     return options.model_copy(update=same)
-
-
-def _without_frontier(options: EvaluateOptions) -> EvaluateOptions:
-    kept = None if options.metrics is None else [name for name in options.metrics if name != "frontier"]
-    return options.model_copy(update={"frontier": None, "metrics": kept})
 
 
 def _is_reference(source: str, options: EvaluateOptions) -> bool:
@@ -204,19 +211,18 @@ def _is_reference(source: str, options: EvaluateOptions) -> bool:
 
 
 def _directory(source: str) -> Path:
-    """Return the run directory of a run, or of a model in one."""
+    """The run directory of a run, or of a model in one."""
     path = Path(source).expanduser().absolute()
     return path.parent if path.name == "model" else path
 
 
 def _read(target: Target, options: EvaluateOptions) -> Measured | None:
-    """Return the rows to measure on; None where only tasks are asked for.
+    """Read the rows to measure on; None where only tasks are asked for.
 
     What was held out follows from the seed of the run, whatever the answers are sampled with.
     """
     wants = options.metrics or ()
-    only_tasks = options.tasks and (set(wants) == {"tasks"} or not (wants or options.data or target.stage))
-    if only_tasks:
+    if options.tasks and (set(wants) == {"tasks"} or not (wants or options.data or target.stage)):
         return None
     sources, share = (options.data, None) if options.data else target.held_out()
     form = form_of(target.stage.get("data") or {})
@@ -234,3 +240,55 @@ def _read(target: Target, options: EvaluateOptions) -> Measured | None:
     template = form == "chat" if form else load_tokenizer_of(target.source).chat_template is not None
     seed = int(target.stage.get("seed", 0))
     return read_measured(sources, share=share, seed=seed, max_rows=options.max_rows, template=template)
+
+
+def describe(
+    figures: Sequence[Figure], *, name: str, model: str, weights: str, seed: int, seconds: float,
+    warnings: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Write what eval.json holds of one evaluation."""
+    return {
+        "schema": SCHEMA,
+        "name": name,
+        "model": model,
+        "weights": weights,
+        "seed": seed,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "wall_seconds": round(seconds, 3),
+        "versions": versions() | versions(_LIBRARIES),
+        "warnings": list(warnings),
+        "results": [figure.to_dict() for figure in figures],
+    }
+
+
+def merge(before: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Add to `now` the results of `before` that were not measured again; of other weights nothing is kept."""
+    if before.get("schema") != SCHEMA or before.get("weights") != now["weights"]:
+        return now
+
+    def whole(result: Mapping[str, Any]) -> str:
+        return repr((result.get("metric"), result.get("data"), sorted(result.get("settings", {}).items(), key=str)))
+
+    # A slice belongs to its whole: the cut into slices may have changed.
+    again = {whole(result) for result in now["results"]}
+    measured = {(whole(result), result.get("slice")) for result in now["results"]}
+    kept = [
+        result
+        for result in before.get("results", ())
+        if (whole(result), result.get("slice")) not in measured and not (result.get("slice") and whole(result) in again)
+    ]
+    warnings = list(dict.fromkeys([*before.get("warnings", ()), *now["warnings"]])) if kept else now["warnings"]
+    return {**now, "warnings": warnings, "results": [*kept, *now["results"]]}
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Lay out columns and rows of a table of results."""
+    columns = ("metric", "value", "95 % interval", "n", "unit", "on")
+    rows = []
+    for result, data in zip(results, name_all_data(results), strict=True):
+        inner = result["slice"] is not None
+        low, high = result["low"], result["high"]
+        between = None if low is None else f"{low:.4g} to {high:.4g}"
+        name = f"  {result['metric']}, {result['slice']}" if inner else result["metric"]
+        rows.append((name, result["value"], between, result["n"], result["unit"] or None, data))
+    return columns, rows

@@ -32,21 +32,16 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Return a short name for tables: recipe/stage, or the source."""
+        """A short name for tables: recipe/stage, or the source."""
         return f"{self.stage['recipe']}/{self.stage['stage']}" if self.stage else self.source
 
     @property
-    def method(self) -> str | None:
-        """Return how it was trained, None where that is not known."""
-        return self.stage.get("method")
-
-    @property
     def beta(self) -> float:
-        """Return beta of a dpo stage, with which its implicit reward is scaled."""
+        """beta of a dpo stage, with which its implicit reward is scaled."""
         return float(self.stage.get("trainer", {}).get("beta", 0.1))
 
     def held_out(self) -> tuple[list[DataSource], float | None]:
-        """Return the rows the run kept out of training, and which share of them where it was a share.
+        """Find the rows the run kept out of training, and which share of them where it was a share.
 
         Of builtin data without held-out rows it is the split test. Raises DataError when nothing was kept out.
         """
@@ -64,18 +59,16 @@ class Target:
 
     def reference(self) -> str | None:
         """Find what a dpo or ppo run started from, None for others and where that is not there any more."""
-        if self.run is None or self.method not in _REFERENCED:
+        if self.run is None or self.stage.get("method") not in _REFERENCED:
             return None
-        start = self.stage.get("start_dir")
-        candidates = [start, str(self.run.path.parent / str(self.stage.get("start_stage")) / "model")] if start else []
-        if not start and (self.run.base / "config.json").exists():
+        if start := self.stage.get("start_dir"):
+            beside = str(self.run.path.parent / str(self.stage.get("start_stage")) / "model")
+            return next((str(path) for path in (start, beside) if Path(path).is_dir()), None)
+        if (self.run.base / "config.json").exists():
             return str(self.run.base)
-        for candidate in candidates:
-            if Path(candidate).is_dir():
-                return str(candidate)
         model = self.stage.get("model", {})
         scratch = is_builtin(model.get("path", "")) or model.get("init") == "scratch"
-        return None if start or scratch else model.get("path")
+        return None if scratch else model.get("path")
 
 
 def find_target(source: str, *, trust_code: bool) -> Target:
@@ -96,15 +89,11 @@ def find_target(source: str, *, trust_code: bool) -> Target:
 
 
 def list_siblings(source: str) -> dict[str, str]:
-    """Return the other runs beside a run, by their names; none of what is no run."""
+    """List the runs beside a run, by their names; none of what is no run."""
     path = Path(source).expanduser().absolute()
     if not (path / "stage.json").is_file():
         return {}
-    return {run.name: os.path.relpath(run) for run in _list_runs(path.parent)}
-
-
-def _list_runs(path: Path) -> list[Path]:
-    return sorted(found.parent for found in path.glob("*/stage.json"))
+    return {found.parent.name: os.path.relpath(found.parent) for found in sorted(path.parent.glob("*/stage.json"))}
 
 
 class _Options(StageOptions):
@@ -123,20 +112,20 @@ class Measured:
 def read_measured(
     sources: Sequence[DataSource], *, share: float | None, seed: int, max_rows: int, template: bool = False
 ) -> Measured:
-    """Return the first `max_rows` rows, an equal part of each source; with `share` those held out of training.
+    """Read the first `max_rows` rows, an equal part of each source; with `share` those held out of training.
 
-    With `template` prompts and answers are turns of a chat, unless a source says otherwise.
-
-    Rows that do not fit are left out with a warning. Raises DataError when no row is left.
+    With `template` prompts and answers are turns of a chat, unless a source says otherwise. Rows that do not fit are
+    left out with a warning. Raises DataError when no row is left.
     """
     rows: list[Row] = []
     warnings: list[str] = []
     each = -(-max_rows // len(sources))
     for source in sources:
         rejects, report = Rejects(), DataReport()
-        limited = source if share is not None else _limit(source, each)
-        stage = _stage([limited], seed)
-        found = read_rows(stage, [limited], report=report, rejects=rejects, template=template)
+        if share is None:
+            source = source.model_copy(update={"max_rows": min(source.max_rows or each, each)})
+        stage = _stage([source], seed)
+        found = read_rows(stage, [source], report=report, rejects=rejects, template=template)
         if share is not None:
             found = (row for is_held_out, row in split_eval(found, share, seed) if is_held_out)
         rows += islice(found, each)
@@ -145,11 +134,31 @@ def read_measured(
             warnings.append(f"{report.rejected} rows of {source.path} were left out{first}")
     if not rows:
         raise DataError(f"no row is left of {', '.join(source.path for source in sources)}")
-    return Measured(rows[:max_rows], _label(sources, share), warnings)
+    if share is None:
+        label = ", ".join(f"{source.path}[{source.split}]" for source in sources)
+    else:
+        label = f"{', '.join(source.path for source in sources)} (held-out {share:g})"
+    return Measured(rows[:max_rows], label, warnings)
+
+
+def _stage(sources: list[DataSource], seed: int) -> Stage:
+    return Stage(
+        recipe_name="eval",
+        recipe_path="eval",
+        name="eval",
+        seed=seed,
+        model=ModelOptions(path="none"),
+        lora=None,
+        launch=LaunchOptions(),
+        options=_Options(data=sources, on_bad_row="skip"),
+        trainer={},
+        origins={},
+        run_dir="",
+    )
 
 
 def split_answer(row: Row) -> tuple[Text, Text | None] | None:
-    """Return a row's prompt and its best answer (None without one), or None for raw text, which has no prompt.
+    """Split a row into prompt and best answer (None without one); None for raw text, which has no prompt.
 
     Of a conversation it is the last question and what the assistant said then.
     """
@@ -167,28 +176,3 @@ def split_answer(row: Row) -> tuple[Text, Text | None] | None:
         return prompt, None
     best = 1 if row.kind == "pair" and row.label is not None and row.label < 0.5 else 0
     return prompt, row.completions[best] if row.completions else None
-
-
-def _limit(source: DataSource, num_rows: int) -> DataSource:
-    return source.model_copy(update={"max_rows": min(source.max_rows or num_rows, num_rows)})
-
-
-def _label(sources: Sequence[DataSource], share: float | None) -> str:
-    parts = [source.path if share is not None else f"{source.path}[{source.split}]" for source in sources]
-    return ", ".join(parts) + (f" (held-out {share:g})" if share is not None else "")
-
-
-def _stage(sources: list[DataSource], seed: int) -> Stage:
-    return Stage(
-        recipe_name="eval",
-        recipe_path="eval",
-        name="eval",
-        seed=seed,
-        model=ModelOptions(path="none"),
-        lora=None,
-        launch=LaunchOptions(),
-        options=_Options(data=sources, on_bad_row="skip"),
-        trainer={},
-        origins={},
-        run_dir="",
-    )

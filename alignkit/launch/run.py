@@ -141,7 +141,7 @@ def run_many(
         elif console.is_main():
             console.print_run([stage.name for stage in stages], results)
             for evaluation in measured:
-                from alignkit.evaluate.results import table  # which loads numpy
+                from alignkit.evaluate.run import table
 
                 whole = [figure for figure in evaluation["results"] if figure["slice"] is None]
                 console.print_table(evaluation["name"], *table(whole))

@@ -80,10 +80,10 @@ def record_warnings(path: Path) -> Iterator[None]:
         yield
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Look up the installed versions that can change a result."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

@@ -15,8 +15,7 @@ from alignkit.data import DataReport, Rejects, read_rows, split_eval, true_rewar
 from alignkit.errors import DataError, RunError, UsageError
 from alignkit.evaluate.intervals import Figure
 from alignkit.evaluate.options import combine, name_runs, sources
-from alignkit.evaluate.results import describe, merge, table
-from alignkit.evaluate.run import evaluate, evaluate_all
+from alignkit.evaluate.run import describe, evaluate, evaluate_all, merge, table
 from alignkit.evaluate.target import _stage, find_target, list_siblings, read_measured
 from alignkit.recipe.schema import DataSource, EvaluateOptions
 

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from alignkit.evaluate.context import Context
+from alignkit.evaluate.context import Context, Metric
 from alignkit.evaluate.intervals import Figure, make_figure, mean_of_groups, share
 
 
-@dataclass
-class Metric:
-    context: Context
-    key = None
-    optional = False
+def measure(context: Context) -> list[Figure]:
+    options = context.options
+    answers = [group[: options.samples] for group in context.sampled]
+    lengths = [[float(len(answer.ids)) for answer in group] for group in answers]
+    ended = [[float(answer.ended) for answer in group] for group in answers]
+    figures = [
+        make_figure("response_length", mean_of_groups(lengths, resamples=options.resamples), unit="tokens"),
+        make_figure("ended_share", share(ended, resamples=options.resamples), unit="share"),
+    ]
+    rewards = {"true_reward": context.true_reward} if context.is_toy else {}
+    if context.reward is not None and context.reward.name not in rewards:
+        name = context.reward.name
+        rewards[name if name == "true_reward" else f"reward/{name}"] = context.reward
+    for name, reward in rewards.items():
+        found = mean_of_groups(context.score(reward, answers), resamples=options.resamples)
+        figures.append(make_figure(name, found, better="higher"))
+    return context.place(figures, samples=options.samples, **context.sampling)
 
-    @staticmethod
-    def why_not(context: Context) -> str | None:
-        return context.only_rows(bool(context.prompts), "the rows hold no prompts")
 
-    def measure(self) -> list[Figure]:
-        context, options = self.context, self.context.options
-        answers = [group[: options.samples] for group in context.sampled]
-        lengths = [[float(len(answer.ids)) for answer in group] for group in answers]
-        ended = [[float(answer.ended) for answer in group] for group in answers]
-        figures = [
-            make_figure("response_length", mean_of_groups(lengths, resamples=options.resamples), unit="tokens"),
-            make_figure("ended_share", share(ended, resamples=options.resamples), unit="share"),
-        ]
-        rewards = {"true_reward": context.true_reward} if context.is_toy else {}
-        if context.reward is not None and context.reward.name not in rewards:
-            name = context.reward.name
-            rewards[name if name == "true_reward" else f"reward/{name}"] = context.reward
-        for name, reward in rewards.items():
-            found = mean_of_groups(context.score(reward, answers), resamples=options.resamples)
-            figures.append(make_figure(name, found, better="higher"))
-        return context.place(figures, samples=options.samples, **context.sampling)
+METRIC = Metric(measure, needs=(lambda context: context.prompts, "the rows hold no prompts"))

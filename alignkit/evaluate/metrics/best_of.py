@@ -8,32 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
-from alignkit.evaluate.context import Context
+from alignkit.evaluate.context import Context, Metric
 from alignkit.evaluate.intervals import Figure, make_figure, mean
 
 
-@dataclass
-class Metric:
-    context: Context
-    key = "best_of"
-    optional = False
+def measure(context: Context) -> list[Figure]:
+    options, reward = context.options, context.reward
+    assert reward is not None
+    scores, watched = context.score(reward, context.sampled), {}
+    if context.is_toy and reward.name != "true_reward":
+        watched["true_reward"] = context.score(context.true_reward, context.sampled)
+    figures = measure_best_of(options.best_of, scores, watched, resamples=options.resamples)
+    return context.place(figures, reward=reward.name, answers=max(options.best_of), **context.sampling)
 
-    @staticmethod
-    def why_not(context: Context) -> str | None:
-        there = bool(context.prompts) and bool(context.options.best_of) and context.reward is not None
-        return context.only_rows(there, "it needs prompts, numbers (--best-of) and a reward (--reward)")
 
-    def measure(self) -> list[Figure]:
-        context, options, reward = self.context, self.context.options, self.context.reward
-        assert reward is not None
-        scores, watched = context.score(reward, context.sampled), {}
-        if context.is_toy and reward.name != "true_reward":
-            watched["true_reward"] = context.score(context.true_reward, context.sampled)
-        figures = measure_best_of(options.best_of, scores, watched, resamples=options.resamples)
-        return context.place(figures, reward=reward.name, answers=max(options.best_of), **context.sampling)
+METRIC = Metric(
+    measure,
+    needs=(
+        lambda context: context.prompts and context.options.best_of and context.reward is not None,
+        "it needs prompts, numbers (--best-of) and a reward (--reward)",
+    ),
+    key="best_of",
+)
 
 
 def measure_best_of(

@@ -22,40 +22,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from alignkit.evaluate.context import Context
-from alignkit.evaluate.intervals import Figure, make_figure, mean
+from alignkit.evaluate.context import Context, Metric
+from alignkit.evaluate.intervals import Figure, Floats, make_figure, mean
 from alignkit.evaluate.metrics.best_of import measure_best_of, measure_best_of_kl
 
-Floats = NDArray[np.float64]
 MIN_EFFECTIVE = 10.0
 _STEP, _WIDEST = 1.15, 20.0
 
 
-@dataclass
-class Metric:
-    context: Context
-    key = "frontier"
-    optional = False
+def measure(context: Context) -> list[Figure]:
+    frontier, reward, resamples = context.options.frontier, context.reward, context.options.resamples
+    assert frontier is not None and reward is not None
+    number = max([frontier.answers, *frontier.best_of])
+    scores = context.score(reward, context.sample(context.policy, number))
+    figures, warnings = measure_optimum(frontier.betas, scores, resamples=resamples)
+    for message in warnings:
+        context.space.warn(message)
+    figures += measure_best_of(frontier.best_of, scores, {}, resamples=resamples)
+    figures += measure_best_of_kl(frontier.best_of, scores, resamples=resamples)
+    return context.place(figures, reward=reward.name, answers=number, **context.sampling)
 
-    @staticmethod
-    def why_not(context: Context) -> str | None:
-        there = bool(context.prompts) and bool(context.options.frontier) and context.reward is not None
-        return context.only_rows(there, "it needs prompts, evaluate.frontier in the recipe and a reward (--reward)")
 
-    def measure(self) -> list[Figure]:
-        context, frontier, reward = self.context, self.context.options.frontier, self.context.reward
-        assert frontier is not None and reward is not None
-        resamples = context.options.resamples
-        number = max([frontier.answers, *frontier.best_of])
-        scores = context.score(reward, context.sample(context.policy, number))
-        figures, warnings = measure_optimum(frontier.betas, scores, resamples=resamples)
-        for message in warnings:
-            context.space.warn(message)
-        figures += measure_best_of(frontier.best_of, scores, {}, resamples=resamples)
-        figures += measure_best_of_kl(frontier.best_of, scores, resamples=resamples)
-        return context.place(figures, reward=reward.name, answers=number, **context.sampling)
+METRIC = Metric(
+    measure,
+    needs=(
+        lambda context: context.prompts and context.options.frontier and context.reward is not None,
+        "it needs prompts, evaluate.frontier in the recipe and a reward (--reward)",
+    ),
+    key="frontier",
+)
 
 
 @dataclass(frozen=True)

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from alignkit.evaluate.context import Context
+from alignkit.evaluate.context import Context, Metric
 from alignkit.evaluate.intervals import Figure, make_figure, mean_of_groups
 
 
-@dataclass
-class Metric:
-    context: Context
-    key = None
-    optional = False
+def measure(context: Context) -> list[Figure]:
+    samples = context.options.samples
+    answers = [group[:samples] for group in context.sampled]
+    ours, theirs = (
+        policy.score_answers(context.prompts, answers, temperature=context.options.temperature)
+        for policy in (context.policy, context.reference)
+    )
+    figures = measure_kl(ours, theirs, resamples=context.options.resamples)
+    return context.place(figures, reference=context.reference_source, samples=samples, **context.sampling)
 
-    @staticmethod
-    def why_not(context: Context) -> str | None:
-        there = bool(context.prompts) and context.reference_source is not None
-        return context.only_rows(there, "it needs prompts and a reference (--reference)")
 
-    def measure(self) -> list[Figure]:
-        context, samples = self.context, self.context.options.samples
-        answers = [group[:samples] for group in context.sampled]
-        ours, theirs = (
-            policy.score_answers(context.prompts, answers, temperature=context.options.temperature)
-            for policy in (context.policy, context.reference)
-        )
-        figures = measure_kl(ours, theirs, resamples=context.options.resamples)
-        return context.place(figures, reference=context.reference_source, samples=samples, **context.sampling)
+METRIC = Metric(
+    measure,
+    needs=(
+        lambda context: context.prompts and context.reference_source is not None,
+        "it needs prompts and a reference (--reference)",
+    ),
+)
 
 
 def measure_kl(

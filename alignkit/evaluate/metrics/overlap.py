@@ -7,41 +7,26 @@ summaries. All figures are times 100.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from alignkit.data import Text
 from alignkit.errors import EnvironmentProblem
-from alignkit.evaluate.context import Context
+from alignkit.evaluate.context import Context, Metric
 from alignkit.evaluate.intervals import Figure, Interval, make_figure, mean
 from alignkit.feedback.prompts import read_text
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-@dataclass
-class Metric:
-    context: Context
-    key = None
-    optional = True
-
-    @staticmethod
-    def why_not(context: Context) -> str | None:
-        return context.only_rows(
-            bool(_list_references(context)), "the rows hold no single right answer to compare with"
-        )
-
-    def measure(self) -> list[Figure]:
-        context, limit, resamples = self.context, self.context.options.max_new_tokens, self.context.options.resamples
-        pairs = _list_references(context)
-        found = context.policy.answer([prompt for prompt, _ in pairs], max_new_tokens=limit)
-        answers = [group[0].text for group in found]
-        references = [read_text(answer) for _, answer in pairs]
-        figures = [
-            *measure_rouge(answers, references, resamples=resamples),
-            *measure_bleu(answers, references, resamples=resamples),
-        ]
-        return context.place(figures, temperature=0.0, max_new_tokens=limit)
+def measure(context: Context) -> list[Figure]:
+    limit, resamples = context.options.max_new_tokens, context.options.resamples
+    pairs = _list_references(context)
+    found = context.policy.answer([prompt for prompt, _ in pairs], max_new_tokens=limit)
+    answers = [group[0].text for group in found]
+    references = [read_text(answer) for _, answer in pairs]
+    figures = measure_rouge(answers, references, resamples=resamples)
+    figures += measure_bleu(answers, references, resamples=resamples)
+    return context.place(figures, temperature=0.0, max_new_tokens=limit)
 
 
 def _list_references(context: Context) -> list[tuple[Text, Text]]:
@@ -49,6 +34,13 @@ def _list_references(context: Context) -> list[tuple[Text, Text]]:
     if context.options.metrics is None and any(row.kind in ("pair", "ranked", "unpaired") for row in context.rows):
         return []
     return [(prompt, answer) for prompt, answer in context.asked if answer is not None]
+
+
+METRIC = Metric(
+    measure,
+    needs=(_list_references, "the rows hold no single right answer to compare with"),
+    optional=True,
+)
 
 
 def measure_rouge(

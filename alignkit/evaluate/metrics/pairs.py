@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from alignkit.data.rows import Row, Text, count_chars
-from alignkit.evaluate.context import Context
+from alignkit.evaluate.context import ROWS, Context, Metric
 from alignkit.evaluate.intervals import Figure, Floats, bootstrap, make_figure, share
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers
@@ -24,49 +24,43 @@ _MARGIN_BINS = 4
 _MIN_SLICE = 2  # a slice of one pair says nothing
 
 
-@dataclass
-class Metric:
-    context: Context
-    key = None
-    optional = False
+def measure(context: Context) -> list[Figure]:
+    target, resamples = context.target, context.options.resamples
+    pairs = list_pairs(context.rows)
+    prompts = [pair.prompt for pair in pairs for _ in range(2)]
+    completions = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+    settings: dict[str, Any] = {}
+    if target.reward:
+        metric, reward = "reward_accuracy", ClassifierReward(RewardSource(model=target.source), context.space)
+        rewards = reward.score_fitting(Answers(prompts, completions))
+    else:
+        metric, beta = "implicit_reward_accuracy", target.beta
+        ours = context.policy.score_completions(prompts, completions)
+        theirs = context.reference.score_completions(prompts, completions)
+        both = zip(ours, theirs, strict=True)
+        rewards = [beta * (a.logp - b.logp) if a.tokens and b.tokens else None for a, b in both]
+        settings = {"reference": context.reference_source, "beta": beta}
+    sides = list(zip(rewards[::2], rewards[1::2], strict=True))
+    kept = [(pair, a - b) for pair, (a, b) in zip(pairs, sides, strict=True) if a is not None and b is not None]
+    if len(kept) < len(pairs):
+        context.space.warn(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are too long for {target.name}")
+    pairs, margins = [pair for pair, _ in kept], [margin for _, margin in kept]
+    measured = [
+        *measure_accuracy(metric, pairs, margins, resamples=resamples),
+        *measure_calibration(margins, [pair.group for pair in pairs], resamples=resamples),
+    ]
+    lengths = measure_length_baselines(pairs, resamples=resamples)
+    return [*context.place(measured, **settings), *context.place(lengths)]
 
-    @staticmethod
-    def why_not(context: Context) -> str | None:
-        if not context.rows:
-            return "there are no rows (--data)"
-        if not list_pairs(context.rows):
-            return "the rows hold no pairs of answers"
-        if not context.target.reward and context.reference_source is None:
-            return "an implicit reward needs a reference (--reference)"
-        return None
 
-    def measure(self) -> list[Figure]:
-        context, target, resamples = self.context, self.context.target, self.context.options.resamples
-        pairs = list_pairs(context.rows)
-        prompts = [pair.prompt for pair in pairs for _ in range(2)]
-        completions = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
-        settings: dict[str, Any] = {}
-        if target.reward:
-            metric, reward = "reward_accuracy", ClassifierReward(RewardSource(model=target.source), context.space)
-            rewards = reward.score_fitting(Answers(prompts, completions))
-        else:
-            metric, beta = "implicit_reward_accuracy", target.beta
-            ours = context.policy.score_completions(prompts, completions)
-            theirs = context.reference.score_completions(prompts, completions)
-            both = zip(ours, theirs, strict=True)
-            rewards = [beta * (a.logp - b.logp) if a.tokens and b.tokens else None for a, b in both]
-            settings = {"reference": context.reference_source, "beta": beta}
-        sides = list(zip(rewards[::2], rewards[1::2], strict=True))
-        kept = [(pair, a - b) for pair, (a, b) in zip(pairs, sides, strict=True) if a is not None and b is not None]
-        if len(kept) < len(pairs):
-            context.space.warn(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are too long for {target.name}")
-        pairs, margins = [pair for pair, _ in kept], [margin for _, margin in kept]
-        measured = [
-            *measure_accuracy(metric, pairs, margins, resamples=resamples),
-            *measure_calibration(margins, [pair.group for pair in pairs], resamples=resamples),
-        ]
-        lengths = measure_length_baselines(pairs, resamples=resamples)
-        return [*context.place(measured, **settings), *context.place(lengths)]
+METRIC = Metric(
+    measure,
+    first=(ROWS, (lambda context: list_pairs(context.rows), "the rows hold no pairs of answers")),
+    needs=(
+        lambda context: context.target.reward or context.reference_source is not None,
+        "an implicit reward needs a reference (--reference)",
+    ),
+)
 
 
 @dataclass(frozen=True)

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from alignkit.evaluate.context import Context
+from alignkit.evaluate.context import Context, Metric
 from alignkit.evaluate.intervals import Figure, bootstrap, divide, make_figure
 from alignkit.evaluate.policy import Likelihood
 from alignkit.evaluate.target import split_answer
 
 
-@dataclass
-class Metric:
-    context: Context
-    key = None
-    optional = False
+def measure(context: Context) -> list[Figure]:
+    whole = [row for row in context.rows if row.kind in ("text", "messages")]
+    answered = [
+        (prompt, answer)
+        for row in context.rows
+        if row.kind not in ("text", "messages")
+        for prompt, answer in [split_answer(row) or ("", None)]
+        if answer is not None
+    ]
+    likelihoods = context.policy.score_documents(whole) + context.policy.score_completions(
+        [prompt for prompt, _ in answered], [answer for _, answer in answered]
+    )
+    if short := sum(not (item.tokens and item.num_bytes) for item in likelihoods):
+        why = "no text of theirs has a token before it to be predicted from, or the model cannot read them whole"
+        context.space.warn(f"perplexity leaves out {short} of {len(likelihoods)} texts: {why}")
+    return context.place(measure_perplexity(likelihoods, resamples=context.options.resamples))
 
-    @staticmethod
-    def why_not(context: Context) -> str | None:
-        return context.only_rows(any(row.completions for row in context.rows), "the rows hold no text to predict")
 
-    def measure(self) -> list[Figure]:
-        context = self.context
-        whole = [row for row in context.rows if row.kind in ("text", "messages")]
-        answered = [(prompt, answer) for row in context.rows if row.kind not in ("text", "messages")
-                    for prompt, answer in [split_answer(row) or ("", None)] if answer is not None]  # fmt: skip
-        likelihoods = context.policy.score_documents(whole) + context.policy.score_completions(
-            [prompt for prompt, _ in answered], [answer for _, answer in answered]
-        )
-        if short := sum(not (item.tokens and item.num_bytes) for item in likelihoods):
-            why = "no text of theirs has a token before it to be predicted from, or the model cannot read them whole"
-            context.space.warn(f"perplexity leaves out {short} of {len(likelihoods)} texts: {why}")
-        return context.place(measure_perplexity(likelihoods, resamples=context.options.resamples))
+METRIC = Metric(
+    measure,
+    needs=(lambda context: any(row.completions for row in context.rows), "the rows hold no text to predict"),
+)
 
 
 def measure_perplexity(likelihoods: Sequence[Likelihood], *, resamples: int) -> list[Figure]:

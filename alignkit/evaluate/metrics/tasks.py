@@ -19,44 +19,47 @@ from typing import Any
 from alignkit.data.files import read_file
 from alignkit.data.rejects import BadRow
 from alignkit.errors import DataError, EnvironmentProblem, Problem
-from alignkit.evaluate.context import Context
-from alignkit.evaluate.intervals import Better, Figure, Interval, make_figure, mean, place_figures, wilson
+from alignkit.evaluate.context import POLICY, Context, Metric
+from alignkit.evaluate.intervals import Better, Figure, Interval, Z, make_figure, mean, place_figures, wilson
 from alignkit.evaluate.policy import Policy
 from alignkit.models.generation import plainly
+from alignkit.recipe.nearest import suggest
 
 _SPARE_TOKENS = 8  # that an answer may be longer than the longest right one before it is cut
 _SHOWN = 8
+_HARNESS = "lm_eval:"
+_SHARES = ("acc", "exact_match")  # of the harness: means of right and wrong, for which Wilson's interval holds
 
 
-class Metric:
-    key = None
-    optional = False
+def _read_tasks(context: Context) -> dict[str, list[Item]]:
+    """Read the tasks of ours; raises DataError for one that is not there."""
+    own = [task for task in context.options.tasks if not task.startswith(_HARNESS)]
+    return {task: read_task(Path(task).expanduser(), max_rows=context.options.max_rows) for task in own}
 
-    def __init__(self, context: Context) -> None:
-        """Read the tasks; raises DataError for one that is not there."""
-        self._context = context
-        own = [task for task in context.options.tasks if not task.startswith(PREFIX)]
-        self._items = {task: read_task(Path(task).expanduser(), max_rows=context.options.max_rows) for task in own}
 
-    @staticmethod
-    def why_not(context: Context) -> str | None:
-        return context.only_policies() or (None if context.options.tasks else "no task is named (--task)")
+def measure(context: Context) -> list[Figure]:
+    options, own, figures = context.options, _read_tasks(context), []
+    for task in options.tasks:
+        found = (
+            measure_few_shot(
+                context.policy, own[task], shots=options.shots, seed=context.seed, resamples=options.resamples
+            )
+            if task in own
+            else measure_harness(
+                context.policy, task.removeprefix(_HARNESS), shots=options.shots, max_rows=options.max_rows,
+                batch_size=options.batch_size, seed=context.seed,
+            )
+        )  # fmt: skip
+        figures += place_figures(found, data=task, max_rows=options.max_rows, seed=context.seed)
+    return figures
 
-    def measure(self) -> list[Figure]:
-        context, options, figures = self._context, self._context.options, []
-        for task in options.tasks:
-            if task in self._items:
-                found = measure_few_shot(
-                    context.policy, self._items[task], shots=options.shots, seed=context.seed,
-                    resamples=options.resamples,
-                )  # fmt: skip
-            else:
-                found = measure_harness(
-                    context.policy, task.removeprefix(PREFIX), shots=options.shots, max_rows=options.max_rows,
-                    batch_size=options.batch_size, seed=context.seed,
-                )  # fmt: skip
-            figures += place_figures(found, data=task, max_rows=options.max_rows, seed=context.seed)
-        return figures
+
+METRIC = Metric(
+    measure,
+    first=(POLICY,),
+    needs=(lambda context: context.options.tasks, "no task is named (--task)"),
+    prepare=_read_tasks,
+)
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,10 @@ def read_task(path: Path, *, max_rows: int | None = None) -> list[Item]:
             items.append(item)
         except BadRow as bad:
             problems.append(Problem(bad.reason, place))
-        if max_rows is not None and len(items) == max_rows:
+        if len(items) == max_rows:
             break
-    if problems:
-        raise DataError(problems)
-    if not items:
-        raise DataError("holds no item", where=str(path))
+    if problems or not items:
+        raise DataError(problems or [Problem("holds no item", str(path))])
     return items
 
 
@@ -105,13 +106,13 @@ def _read_item(record: dict[str, Any]) -> Item:
     if choices and completion not in choices:
         raise BadRow(f"choices: the completion {completion!r} is not one of them")
     answer_context = record.get("answer_context")
-    if answer_context is not None and not isinstance(answer_context, str):
+    if not isinstance(answer_context, str | None):
         raise BadRow("answer_context: must be a text")
     return Item(context, completion, tuple(choices), answer_context)
 
 
 def write_prompt(items: Sequence[Item], number: int, *, shots: int, seed: int) -> str:
-    """Return K other items with their completions and then the item's context.
+    """Write K other items with their completions and then the item's context.
 
     The examples are drawn anew for each item; an empty line stands between them where the contexts bring none. With K =
     0 it is the context as it stands.
@@ -128,12 +129,11 @@ def write_prompt(items: Sequence[Item], number: int, *, shots: int, seed: int) -
 def measure_few_shot(
     policy: Policy, items: Sequence[Item], *, shots: Sequence[int], seed: int, resamples: int
 ) -> list[Figure]:
-    """Return, for each K, exact match of greedy answers, or accuracy by likelihood where the items have choices."""
+    """Measure, for each K, exact match of greedy answers, or accuracy by likelihood where the items have choices."""
     figures: list[Figure] = []
     for number in shots:
         prompts = [write_prompt(items, place, shots=number, seed=seed) for place in range(len(items))]
-        rank = any(item.choices for item in items)
-        found = _rank_choices(policy, items, prompts) if rank else _match_exactly(policy, items, prompts, resamples)
+        found = _rank_choices(policy, items, prompts) if items[0].choices else _match(policy, items, prompts, resamples)
         figures += [
             make_figure(name, interval, unit=unit, better="higher", slice=f"K={number}", details=details)
             for name, interval, unit, details in found
@@ -144,15 +144,15 @@ def measure_few_shot(
 _Found = tuple[str, Interval, str, list[dict[str, Any]] | None]
 
 
-def _match_exactly(policy: Policy, items: Sequence[Item], prompts: Sequence[str], resamples: int) -> list[_Found]:
+def _match(policy: Policy, items: Sequence[Item], prompts: Sequence[str], resamples: int) -> list[_Found]:
     """Compare the greedy answer up to the first line break, blanks around it aside, with the completion."""
     scored = policy.score_continuations(prompts, [item.completion for item in items])
     longest = max(item.tokens for item in scored) + _SPARE_TOKENS
-    answers = policy.answer(prompts, max_new_tokens=longest, plain=True)
-    right = [group[0].text.strip() == item.completion.strip() for group, item in zip(answers, items, strict=True)]
+    answers = [group[0].text for group in policy.answer(prompts, max_new_tokens=longest, plain=True)]
+    right = [answer.strip() == item.completion.strip() for answer, item in zip(answers, items, strict=True)]
     details = [
-        {"prompt": prompt, "answer": group[0].text, "reference": item.completion, "right": ok}
-        for prompt, group, item, ok in list(zip(prompts, answers, items, right, strict=True))[:_SHOWN]
+        {"prompt": prompt, "answer": answer, "reference": item.completion, "right": ok}
+        for prompt, answer, item, ok in list(zip(prompts, answers, items, right, strict=True))[:_SHOWN]
     ]
     per_token = [item.logp / item.tokens for item in scored]
     return [
@@ -172,42 +172,41 @@ def _rank_choices(policy: Policy, items: Sequence[Item], prompts: Sequence[str])
     if all(item.answer_context is not None for item in items):
         contexts = [item.answer_context or "" for item in items for _ in item.choices]
         alone = policy.score_continuations(contexts, [choice for _, choice in asked])
-        rules["likelihood_accuracy_relative"] = [
-            item.logp - other.logp for item, other in zip(scored, alone, strict=True)
-        ]
-    return [(name, _accuracy(items, values), "share", None) for name, values in rules.items()]
-
-
-def _accuracy(items: Sequence[Item], values: Sequence[float]) -> Interval:
-    right, start = 0, 0
-    for item in items:
-        own = values[start : start + len(item.choices)]
-        start += len(item.choices)
-        right += item.choices[max(range(len(own)), key=own.__getitem__)] == item.completion
-    return wilson(right, len(items))
-
-
-PREFIX = "lm_eval:"
-_Z = 1.959963984540054
-_SHARES = ("acc", "exact_match")  # means of right and wrong, for which Wilson's interval holds
+        relative = [item.logp - other.logp for item, other in zip(scored, alone, strict=True)]
+        rules["likelihood_accuracy_relative"] = relative
+    found: list[_Found] = []
+    for name, values in rules.items():
+        waiting = iter(values)
+        right = 0
+        for item in items:
+            own = [next(waiting) for _ in item.choices]
+            right += item.choices[own.index(max(own))] == item.completion
+        found.append((name, wilson(right, len(items)), "share", None))
+    return found
 
 
 def measure_harness(
     policy: Policy, task: str, *, shots: Sequence[int], max_rows: int | None, batch_size: int, seed: int
 ) -> list[Figure]:
-    """Return every figure of a task for each K; `task` is a name or the path of a task's YAML file.
+    """Read every figure of a task for each K; `task` is a name or the path of a task's YAML file.
 
     Raises EnvironmentProblem without lm-eval, DataError for an unknown task.
     """
-    library, hflm = _require()
-    manager, names = _find_task(task)
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        missing = "is not installed" if error.name == "lm_eval" else f"cannot be imported ({error})"
+        what = f"lm-evaluation-harness {missing}; pip install 'alignkit[eval]', or leave its tasks out"
+        raise EnvironmentProblem(what) from error
+    manager, name = _find_task(task)
     figures: list[Figure] = []
     for number in shots:
         loaded = policy.loaded
         with _quiet(), plainly(loaded.model):
-            results = library.simple_evaluate(
-                model=hflm(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
-                tasks=names,
+            results = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
+                tasks=[name],
                 task_manager=manager,
                 num_fewshot=number,
                 limit=max_rows,
@@ -217,79 +216,57 @@ def measure_harness(
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-        figures += _read_results(results, number)
+        for key, values in results["results"].items():
+            n = int(results["n-samples"].get(key, {}).get("effective", 0))
+            higher = results.get("higher_is_better", {}).get(key, {})
+            figures += _read_results(key, values, n, higher, slice=f"K={number}")
     return figures
 
 
-def _find_task(task: str) -> tuple[Any, list[str]]:
+def _find_task(task: str) -> tuple[Any, str]:
     from lm_eval.tasks import TaskManager
+    from ruamel.yaml import YAML
 
     file = Path(task).expanduser()
     with _quiet():
         if file.suffix in (".yaml", ".yml"):
             if not file.is_file():
                 raise DataError("there is no such task file", where=str(file))
-            return TaskManager(include_path=str(file.parent.resolve())), [_name_of(file)]
+            content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or not isinstance(content.get("task"), str):
+                raise DataError("needs `task: NAME`", where=str(file))
+            return TaskManager(include_path=str(file.parent.resolve())), content["task"]
         manager = TaskManager()
         known = set(manager.all_tasks)
     if task not in known:
-        from difflib import get_close_matches
-
-        near = get_close_matches(task, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise DataError(f"{PREFIX}{task}: lm-evaluation-harness has no such task{hint}")
-    return manager, [task]
+        raise DataError(f"{_HARNESS}{task}: lm-evaluation-harness has no such task{suggest(task, known)}")
+    return manager, task
 
 
-def _name_of(file: Path) -> str:
-    from ruamel.yaml import YAML
-
-    content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not isinstance(content.get("task"), str):
-        raise DataError("needs `task: NAME`", where=str(file))
-    return str(content["task"])
-
-
-def _read_results(results: dict[str, Any], shots: int) -> list[Figure]:
-    figures = []
-    for task, values in results["results"].items():
-        n = int(results["n-samples"].get(task, {}).get("effective", 0))
-        for key, value in values.items():
-            metric, _, filtered = key.partition(",")
-            if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not filtered:
-                continue
-            higher = results.get("higher_is_better", {}).get(task, {}).get(metric)
-            better: Better | None = None if higher is None else "higher" if higher else "lower"
-            name = f"{PREFIX[:-1]}/{task}/{metric}" + ("" if filtered == "none" else f"/{filtered}")
-            error = values.get(f"{metric}_stderr,{filtered}")
-            found = _interval(metric, float(value), error, n)
-            figures.append(make_figure(name, found, better=better, slice=f"K={shots}"))
-    return figures
-
-
-def _interval(metric: str, value: float, error: Any, n: int) -> Interval:
-    if metric.startswith(_SHARES) and n and 0 <= value <= 1:
-        return wilson(value * n, n)
-    if isinstance(error, (int, float)):
-        return Interval(value, value - _Z * error, value + _Z * error, n, "normal")
-    return Interval(value, None, None, n, "none")
-
-
-def _require() -> tuple[Any, Any]:
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        missing = "is not installed" if error.name == "lm_eval" else f"cannot be imported ({error})"
-        raise EnvironmentProblem(
-            f"lm-evaluation-harness {missing}; pip install 'alignkit[eval]', or leave its tasks out"
-        ) from error
-    return lm_eval, HFLM
+def _read_results(
+    task: str, values: dict[str, Any], n: int, higher_is_better: dict[str, bool], *, slice: str
+) -> Iterator[Figure]:
+    for key, value in values.items():
+        metric, _, filtered = key.partition(",")
+        if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not filtered:
+            continue
+        error = values.get(f"{metric}_stderr,{filtered}")
+        if metric.startswith(_SHARES) and n and 0 <= value <= 1:
+            found = wilson(value * n, n)
+        elif isinstance(error, (int, float)):
+            found = Interval(float(value), value - Z * error, value + Z * error, n, "normal")
+        else:
+            found = Interval(float(value), None, None, n, "none")
+        better: Better | None = None
+        if metric in higher_is_better:
+            better = "higher" if higher_is_better[metric] else "lower"
+        name = f"{_HARNESS[:-1]}/{task}/{metric}" + ("" if filtered == "none" else f"/{filtered}")
+        yield make_figure(name, found, better=better, slice=slice)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what the library logs to warnings: the console is ours."""
+    """Keep what the library logs to errors: the console is ours."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -9,48 +9,37 @@ import numpy as np
 
 from alignkit.data import Text
 from alignkit.data.rows import count_chars
-from alignkit.errors import UsageError
-from alignkit.evaluate.context import Context, as_completion
+from alignkit.evaluate.context import Context, Metric, as_completion
 from alignkit.evaluate.intervals import Figure, Floats, Interval, make_figure, share
-from alignkit.evaluate.policy import Policy
-from alignkit.evaluate.target import find_target
 from alignkit.feedback.prompts import read_text
-from alignkit.rewards.compare import Comparer, make_comparer
+from alignkit.rewards.compare import Comparer
 
 _SHOWN = 8
 _FIT_RESAMPLES = 200  # each one is a fit
 _RIDGE = 1e-3  # keeps the fit finite where length separates the wins
 
 
-class Metric:
-    key = "against"
-    optional = False
+def measure(context: Context) -> list[Figure]:
+    judge, prompts = context.judge, context.prompts
+    ours, theirs = (
+        [as_completion(prompt, group[0].text) for prompt, group in zip(prompts, answers, strict=True)]
+        for answers in (context.sampled, context.sample(context.rival, 1))
+    )
+    figures = measure_win_rate(judge, prompts, ours, theirs, resamples=context.options.resamples)
+    return context.place(
+        figures, against=context.options.against, judge=judge.name, **judge.settings, **context.sampling
+    )
 
-    def __init__(self, context: Context) -> None:
-        """Find the judge and the other model; raises UsageError for what cannot be either."""
-        against = str(context.options.against)
-        if find_target(against, trust_code=context.space.trust_code).reward:
-            raise UsageError(f"--against: {against} is a reward model, which says nothing")
-        self._context, self._rival = context, Policy(against, context.space)
-        self._judge = make_comparer(
-            context.options, context.space, reward=context.reward, seed=context.seed, store=context.judged
-        )
 
-    @staticmethod
-    def why_not(context: Context) -> str | None:
-        there = bool(context.prompts) and context.options.against is not None
-        return context.only_rows(there, "it needs prompts and another model (--against)")
-
-    def measure(self) -> list[Figure]:
-        context, judge, prompts = self._context, self._judge, self._context.prompts
-        ours, theirs = (
-            [as_completion(prompt, group[0].text) for prompt, group in zip(prompts, answers, strict=True)]
-            for answers in (context.sampled, context.sample(self._rival, 1))
-        )
-        figures = measure_win_rate(judge, prompts, ours, theirs, resamples=context.options.resamples)
-        return context.place(
-            figures, against=context.options.against, judge=judge.name, **judge.settings, **context.sampling
-        )
+METRIC = Metric(
+    measure,
+    needs=(
+        lambda context: context.prompts and context.options.against is not None,
+        "it needs prompts and another model (--against)",
+    ),
+    key="against",
+    prepare=lambda context: (context.rival, context.judge),
+)
 
 
 def measure_win_rate(
