@@ -80,7 +80,7 @@ def record_warnings(path: Path) -> Iterator[None]:
         yield
 
 
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Look up the installed versions that can change a result."""
     found = {"python": platform.python_version()}
     for package in packages:
