@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from alignkit.feedback.judge_report import wilson as score_interval
+
 Better = Literal["higher", "lower"]
 Method = Literal["bootstrap", "wilson", "normal", "none"]
 Floats = NDArray[np.float64]
@@ -77,18 +79,11 @@ def place_figures(figures: Iterable[Figure], *, data: str, **settings: Any) -> l
 
 
 def wilson(successes: float, n: int) -> Interval:
-    """Wilson's score interval of the share successes / n (Wilson 1927, JASA 22, 209-212).
-
-    `successes` may have halves, where a tie counts as one half.
-    """
+    """Wilson's interval of the share successes / n; `successes` may have halves, where a tie counts as one half."""
     if n == 0:
         return Interval(None, None, None, 0, "none")
-    share = successes / n
-    shrink = 1 + Z**2 / n
-    middle = (share + Z**2 / (2 * n)) / shrink
-    half = Z / shrink * (share * (1 - share) / n + Z**2 / (4 * n**2)) ** 0.5
-    # With no success, or nothing else, the border is 0 or 1; rounding may miss it by an ulp.
-    return Interval(share, max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0), n, "wilson")
+    low, high = score_interval(successes, n)
+    return Interval(successes / n, low, high, n, "wilson")
 
 
 def bootstrap(

@@ -65,9 +65,7 @@ def read_decision(text: str, tokens: Sequence[TokenChances]) -> Decision:
 
 
 def _deciding_token(text: str, tokens: Sequence[TokenChances], choice: tuple[str, int] | None) -> TokenChances | None:
-    """Return the token that holds the chosen letter; without a choice, the first one that says anything."""
-    if not tokens:
-        return None
+    """Find the token that holds the chosen letter; without a choice, the first one that says anything."""
     if choice is None:
         return next((token for token in tokens if _letter(token.token)), None)
     if "".join(token.token for token in tokens)[: len(text)] != text:
@@ -81,24 +79,19 @@ def _deciding_token(text: str, tokens: Sequence[TokenChances], choice: tuple[str
 
 
 def _weigh(token: TokenChances) -> tuple[tuple[float, float], float] | None:
-    """Return the log-probs of A and B at a token's place, and the probability that they have together.
+    """The log-probs of A and B at a token's place, and the probability that they have together.
 
     Where one of them is not among the likeliest, it is taken to be as likely as the least of those: the most it can be.
     """
-    found: dict[str, list[float]] = {letter: [] for letter in _LETTERS}
-    for text, logp in token.top.items():
-        if (letter := _letter(text)) is not None:
-            found[letter].append(logp)
-    if not found["A"] and not found["B"]:
+    found = [[logp for text, logp in token.top.items() if _letter(text) == letter] for letter in _LETTERS]
+    if not any(found):
         return None
+    sums = [sum(map(math.exp, logps)) for logps in found]
     least = min(token.top.values())
-    logp_a, logp_b = (_log_sum(found[letter]) if found[letter] else least for letter in _LETTERS)
-    return (logp_a, logp_b), sum(math.exp(logp) for logps in found.values() for logp in logps)
-
-
-def _log_sum(values: Sequence[float]) -> float:
-    top = max(values)
-    return top + math.log(sum(math.exp(value - top) for value in values))
+    logp_a, logp_b = (
+        math.log(total) if total else max([least, *logps]) for total, logps in zip(sums, found, strict=True)
+    )
+    return (logp_a, logp_b), sum(sums)
 
 
 def _letter(token: str) -> str | None:
@@ -107,7 +100,7 @@ def _letter(token: str) -> str | None:
 
 
 def read_chat_tokens(choice: Mapping[str, Any]) -> list[TokenChances]:
-    """Return the tokens of a chat completion's choice; none where the server gives no log-probs.
+    """Read the tokens of a chat completion's choice; none where the server gives no log-probs.
 
     Raises ValueError, TypeError or the like for what is none, as `read_text_tokens` does.
     """
@@ -120,7 +113,7 @@ def read_chat_tokens(choice: Mapping[str, Any]) -> list[TokenChances]:
 
 
 def read_text_tokens(choice: Mapping[str, Any]) -> list[TokenChances]:
-    """Return the tokens of a text completion's choice; none where the server gives no log-probs."""
+    """Read the tokens of a text completion's choice; none where the server gives no log-probs."""
     logprobs = choice.get("logprobs") or {}
     pairs = zip(logprobs.get("tokens") or [], logprobs.get("top_logprobs") or [], strict=False)
     return [TokenChances(token, _chances(top.items())) for token, top in pairs if top]

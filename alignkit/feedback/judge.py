@@ -1,7 +1,7 @@
 """Comparisons put to a judge: each in both orders, by a principle drawn for it, with what came of it as a soft label.
 
 Constitutional AI, section 4.1 (arXiv 2212.08073). The mean of both orders takes out that a judge prefers a place; what
-it says in each order is kept. No rows and no reports here.
+it says in each order is kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from alignkit.data import Text
 from alignkit.feedback.cache import Asker, key_of, seed_of
-from alignkit.feedback.constitution import Constitution, Principle
+from alignkit.feedback.constitution import Constitution
 from alignkit.feedback.examples import Examples
 from alignkit.feedback.prompts import (
     OPTIONS,
@@ -110,116 +110,107 @@ class Judge:
 
 
 def judge_all(asker: Asker, judge: Judge, pairings: Sequence[Pairing], *, by: str = "judge") -> list[Label]:
-    """Return a label for every pairing; raises what the asker raises."""
-    asked = [_Asked(judge, pairing) for pairing in pairings]
-    return _collect(judge, asked, _decide(asker, judge, asked, by=by))
+    """Label every pairing; raises what the asker raises."""
+    shown = _show_all(judge, pairings)
+    about = [item.about for item in shown]
+    thoughts: list[str | None] = [None] * len(shown)
+    if judge.thinks and judge.model.takes_prefill:
+        jobs = []
+        for item in shown:
+            request = ask_thoughts(item.comparison, _fill_thoughts(judge, item), judge.quote)
+            jobs.append(Job(request, seed_of(judge.seed, "thoughts", item.number, item.pairing.key)))
+        replies = asker.write(judge.model, jobs, judge.thoughts, kind="thoughts", by=by, about=about)
+        thoughts = [reply.text for reply in replies]
+    requests = [_ask(judge, item, said) for item, said in zip(shown, thoughts, strict=True)]
+    return _collect(judge, pairings, shown, asker.decide(judge.model, requests, by=by, about=about))
 
 
 def list_requests(judge: Judge, pairings: Sequence[Pairing]) -> list[Request]:
-    """Return the questions that `judge_all` would ask of a judge that does not think, one for each order."""
-    return [request for pairing in pairings for request in _Asked(judge, pairing).requests(None)]
+    """List the questions that `judge_all` would ask of a judge that does not think, one for each order."""
+    return [_ask(judge, item, None) for item in _show_all(judge, pairings)]
 
 
 def known_labels(asker: Asker, judge: Judge, pairings: Sequence[Pairing]) -> list[Label]:
-    """Return the labels of those pairings that have been judged; nobody is asked. Not for a judge that thinks."""
+    """Label those pairings that have been judged; nobody is asked. Not for a judge that thinks."""
     if judge.thinks and judge.model.takes_prefill:
         return []
-    asked = [_Asked(judge, pairing) for pairing in pairings]
     decisions = asker.known(judge.model, list_requests(judge, pairings))
-    return [label for label in _collect(judge, asked, decisions) if None not in label.decisions]
+    labels = _collect(judge, pairings, _show_all(judge, pairings), decisions)
+    return [label for label in labels if None not in label.decisions]
 
 
-class _Asked:
-    """A pairing with its principle and the orders it is shown in."""
+@dataclass(frozen=True)
+class _Shown:
+    """A pairing in one order, with the principle drawn for it; `number` counts the orders of the pairing."""
 
-    def __init__(self, judge: Judge, pairing: Pairing) -> None:
-        self.judge, self.pairing = judge, pairing
-        self.principle = judge.constitution.draw(seed=judge.seed, key=pairing.key, turn=pairing.turn)
-        question = pairing.question or _question(self.principle)
-        turns = tuple(conversation(pairing.prompt))
-        first, second = read_text(pairing.first).strip(), read_text(pairing.second).strip()
-        forward = Comparison(turns, first, second, question)
-        backward = Comparison(turns, second, first, question)
-        turned = seed_of(judge.seed, "order", pairing.key) % 2
-        self.turned = (False, True) if judge.orders == "both" else (bool(turned),)
-        self.shown = [backward if is_turned else forward for is_turned in self.turned]
+    pairing: Pairing
+    principle: str
+    comparison: Comparison
+    number: int
+    turned: bool
 
-    def thoughts(self) -> list[Request]:
-        """Return the requests for chains of thought, one for each order."""
-        return [ask_thoughts(comparison, self._filled(), self.judge.quote) for comparison in self.shown]
-
-    def requests(self, thoughts: Sequence[str] | None) -> list[Request]:
-        """Return the questions, one for each order, after the chains of thought where there are any."""
-        judge = self.judge
-        if thoughts is not None:
-            pairs = zip(self.shown, thoughts, strict=True)
-            return [ask_after_thoughts(shown, self._filled(), said, judge.quote) for shown, said in pairs]
-        if judge.thinks:  # thoughts and decision in one reply
-            return [replace(request, room=judge.thoughts.max_new_tokens) for request in self.thoughts()]
-        return [ask_comparison(comparison, self._examples(), judge.quote) for comparison in self.shown]
-
-    def about(self) -> list[dict[str, Any]]:
-        facts = {"place": self.pairing.place, "principle": self.principle.name}
-        return [{**facts, "order": "second first" if turned else "first first"} for turned in self.turned]
-
-    def _examples(self) -> list[tuple[Comparison, str]]:
-        """Return the worked examples, each with a principle and a place for its better answer of its own."""
-        judge, key = self.judge, self.pairing.key
-        shown = []
-        for number, pair in enumerate(judge.examples.pairs):
-            question = _question(judge.constitution.draw(seed=judge.seed, key=key, turn=_EXAMPLE_TURNS + number))
-            right = seed_of(judge.seed, "example", number, key) % 2
-            answers = (pair.worse, pair.better) if right else (pair.better, pair.worse)
-            shown.append((Comparison(tuple(conversation(pair.prompt)), *answers, question), OPTIONS[right]))
-        return shown
-
-    def _filled(self) -> list[str]:
-        judge, key = self.judge, self.pairing.key
-        return [
-            fill_thought(
-                text, _question(judge.constitution.draw(seed=judge.seed, key=key, turn=_EXAMPLE_TURNS + number))
-            )
-            for number, text in enumerate(judge.examples.thoughts)
-        ]
+    @property
+    def about(self) -> dict[str, Any]:
+        order = "second first" if self.turned else "first first"
+        return {"place": self.pairing.place, "principle": self.principle, "order": order}
 
 
-def _decide(asker: Asker, judge: Judge, asked: Sequence[_Asked], *, by: str) -> list[Decision]:
-    thoughts: list[list[str] | None] = [None] * len(asked)
-    if judge.thinks and judge.model.takes_prefill:
-        jobs = [
-            Job(request, seed_of(judge.seed, "thoughts", number, item.pairing.key))
-            for item in asked
-            for number, request in enumerate(item.thoughts())
-        ]
-        about = [facts for item in asked for facts in item.about()]
-        replies = iter(asker.write(judge.model, jobs, judge.thoughts, kind="thoughts", by=by, about=about))
-        thoughts = [[next(replies).text for _ in item.shown] for item in asked]
-    requests = [request for item, said in zip(asked, thoughts, strict=True) for request in item.requests(said)]
-    about = [facts for item in asked for facts in item.about()]
-    return asker.decide(judge.model, requests, by=by, about=about)
+def _show_all(judge: Judge, pairings: Sequence[Pairing]) -> list[_Shown]:
+    shown = []
+    for pairing in pairings:
+        principle = judge.constitution.draw(seed=judge.seed, key=pairing.key, turn=pairing.turn)
+        question, turns = pairing.question or str(principle.comparison), tuple(conversation(pairing.prompt))
+        answers = read_text(pairing.first).strip(), read_text(pairing.second).strip()
+        one = bool(seed_of(judge.seed, "order", pairing.key) % 2)
+        for number, turned in enumerate((False, True) if judge.orders == "both" else (one,)):
+            first, second = answers[::-1] if turned else answers
+            comparison = Comparison(turns, first, second, question)
+            shown.append(_Shown(pairing, principle.name, comparison, number, turned))
+    return shown
 
 
-def _collect(judge: Judge, asked: Sequence[_Asked], decisions: Sequence[Decision | None]) -> list[Label]:
-    waiting = iter(decisions)
+def _ask(judge: Judge, item: _Shown, thoughts: str | None) -> Request:
+    """Ask which answer is better, after the judge's chain of thought where there is one."""
+    if thoughts is not None:
+        return ask_after_thoughts(item.comparison, _fill_thoughts(judge, item), thoughts, judge.quote)
+    if judge.thinks:  # thoughts and decision in one reply
+        request = ask_thoughts(item.comparison, _fill_thoughts(judge, item), judge.quote)
+        return replace(request, room=judge.thoughts.max_new_tokens)
+    examples = []
+    for number, pair in enumerate(judge.examples.pairs):  # each with a place for its better answer of its own
+        right = seed_of(judge.seed, "example", number, item.pairing.key) % 2
+        answers = (pair.worse, pair.better) if right else (pair.better, pair.worse)
+        question = _draw_for_example(judge, item, number)
+        examples.append((Comparison(tuple(conversation(pair.prompt)), *answers, question), OPTIONS[right]))
+    return ask_comparison(item.comparison, examples, judge.quote)
+
+
+def _fill_thoughts(judge: Judge, item: _Shown) -> list[str]:
+    thoughts = enumerate(judge.examples.thoughts)
+    return [fill_thought(text, _draw_for_example(judge, item, number)) for number, text in thoughts]
+
+
+def _draw_for_example(judge: Judge, item: _Shown, number: int) -> str:
+    """Draw the question of a worked example, a principle of its own."""
+    turn = _EXAMPLE_TURNS + number
+    return str(judge.constitution.draw(seed=judge.seed, key=item.pairing.key, turn=turn).comparison)
+
+
+def _collect(
+    judge: Judge, pairings: Sequence[Pairing], shown: Sequence[_Shown], decisions: Sequence[Decision | None]
+) -> list[Label]:
+    waiting = iter(zip(shown, decisions, strict=True))
     labels = []
-    for item in asked:
-        own = [next(waiting) for _ in item.shown]
-        values = tuple(_first_preferred(decision, turned) for decision, turned in zip(own, item.turned, strict=True))
-        problem = next((decision.problem for decision in own if decision is not None and decision.problem), None)
-        labels.append(Label(item.pairing, item.principle.name, values, own, problem, judge.bounds))
+    for pairing in pairings:
+        own = [next(waiting) for _ in range(2 if judge.orders == "both" else 1)]
+        orders: list[float | None] = []
+        for item, decision in own:
+            p_first = decision.p_first if decision is not None else None
+            orders.append(1.0 - p_first if item.turned and p_first is not None else p_first)
+        said = [decision for _, decision in own]
+        problem = next((decision.problem for decision in said if decision is not None and decision.problem), None)
+        labels.append(Label(pairing, own[0][0].principle, tuple(orders), said, problem, judge.bounds))
     return labels
-
-
-def _first_preferred(decision: Decision | None, turned: bool) -> float | None:
-    """P(first preferred) by one order."""
-    if decision is None or decision.p_first is None:
-        return None
-    return 1.0 - decision.p_first if turned else decision.p_first
-
-
-def _question(principle: Principle) -> str:
-    assert principle.comparison is not None  # load_constitution(needs="comparison") saw to it
-    return principle.comparison
 
 
 def pair_key(prompt: Text, first: Text, second: Text) -> str:

@@ -23,7 +23,7 @@ from alignkit.feedback.prompts import OPTIONS, Request, cut_at
 from alignkit.feedback.writer import Decision, Job, Reply, Sampling, Spending, share_of_first
 from alignkit.models.causal import load_causal
 from alignkit.models.chat import Chat
-from alignkit.models.generation import generate_greedy, generate_sampled
+from alignkit.models.generation import generate_answers
 from alignkit.models.logprobs import pad, run_trunk, token_logps
 from alignkit.runs.heartbeat import pulse
 
@@ -32,14 +32,13 @@ class Encoder:
     """Encodes for one tokenizer; chat models get messages, others the transcript."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-        self._chat = Chat(tokenizer)
+        self.tokenizer, self._chat = tokenizer, Chat(tokenizer)
         self.chat_template = tokenizer.chat_template
-        self.control_tokens = self._chat.control_tokens
+        self.control_tokens: Sequence[str] = self._chat.control_tokens
         self.stop_ids = self._chat.stop_ids
 
     def encode(self, request: Request) -> list[int]:
-        """Return the ids that a text is written after."""
+        """Encode what a text is written after."""
         if not self._speaks(request):
             return self._chat.encode_prompts([request.transcript])[0]
         (ids,) = self._chat.encode_prompts([list(request.messages or ())])
@@ -59,14 +58,15 @@ class Encoder:
         same = next(place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
         return first[:same], (first[same:], second[same:])
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode what was written, without control tokens."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
     def stops(self, request: Request) -> tuple[str, ...]:
-        """Return the texts at which a transcript ends; a chat ends with its end of turn."""
+        """The texts at which a transcript ends; a chat ends with its end of turn."""
         return () if self._speaks(request) else request.stops
+
+    def read_reply(self, request: Request, text: str, ended: bool, *, read: int, written: int) -> Reply:
+        """Cut a text at the request's stops; `read` and `written` count its tokens."""
+        text, cut = cut_at(text, self.stops(request))
+        text = text if request.is_plain else text.strip()
+        return Reply(text, cut or ended, input_tokens=read, output_tokens=written)
 
     def _speaks(self, request: Request) -> bool:
         return self._chat.has_template and request.messages is not None
@@ -109,12 +109,12 @@ class LocalModel:
     ) -> None:
         """Load the model; raises what `load_causal` raises. No batch is begun once `stop` is set."""
         loaded = load_causal(source, device=device, trust_code=trust_code)
-        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._model = loaded.model
         self._positions = loaded.positions or 10**9
         self._encoder = Encoder(loaded.tokenizer)
         self._batch_size = batch_size
         self._stop = stop or threading.Event()
-        self.control_tokens: Sequence[str] = self._encoder.control_tokens
+        self.control_tokens = self._encoder.control_tokens
         self.identity: dict[str, Any] = {"model": loaded.fingerprint, "template": self._encoder.chat_template}
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         # Windows are counted in places of the cache, padding included: there, questions are read one by one.
@@ -139,10 +139,11 @@ class LocalModel:
                 if self._stop.is_set():
                     return
                 pulse("writing")
-                replies = self._write_batch(window, prompts, places, start, sampling)
+                ids = [prompts[place] for place in places]
+                replies = list(self._write_batch([window[place] for place in places], ids, sampling))
                 if self._stop.is_set():
                     return  # they may be cut short
-                yield replies
+                yield [(start + place, reply) for place, reply in zip(places, replies, strict=True)]
 
     def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
         """Score both options of each question; one that is too long for the model is abstained from."""
@@ -163,34 +164,23 @@ class LocalModel:
                 pulse("judging")
                 yield self._score(batch)
 
-    def _write_batch(
-        self, jobs: Sequence[Job], prompts: list[list[int]], places: list[int], start: int, sampling: Sampling
-    ) -> list[tuple[int, Reply]]:
-        ids = [prompts[place] for place in places]
-        stops = {stop for place in places for stop in self._encoder.stops(jobs[place].request)}
-        settings: dict[str, Any] = {
-            "max_new_tokens": sampling.max_new_tokens,
-            "eos_ids": self._encoder.stop_ids,
-            "pad_id": self._tokenizer.pad_token_id,
-        }
-        if sampling.temperature == 0:
-            answers = generate_greedy(self._model, ids, **settings)
-        else:
-            seeds = [jobs[place].seed for place in places]
+    def _write_batch(self, jobs: Sequence[Job], prompts: Sequence[list[int]], sampling: Sampling) -> Iterator[Reply]:
+        encoder = self._encoder
+        stops = {stop for job in jobs for stop in encoder.stops(job.request)}
 
-            def is_over(tail: list[int]) -> bool:
-                return self._stop.is_set() or any(stop in self._encoder.decode(tail) for stop in stops)
+        def decode(ids: list[int]) -> str:
+            return str(encoder.tokenizer.decode(ids, skip_special_tokens=True))
 
-            answers = generate_sampled(
-                self._model, ids, seeds, temperature=sampling.temperature, is_over=is_over, **settings
-            )
-        replies = []
-        for place, prompt, answer in zip(places, ids, answers, strict=True):
-            text, cut = cut_at(self._encoder.decode(answer), self._encoder.stops(jobs[place].request))
-            ended = cut or bool(answer and answer[-1] in self._encoder.stop_ids)
-            text = text if jobs[place].request.is_plain else text.strip()
-            replies.append((start + place, Reply(text, ended, input_tokens=len(prompt), output_tokens=len(answer))))
-        return replies
+        def is_over(tail: list[int]) -> bool:
+            return self._stop.is_set() or any(stop in decode(tail) for stop in stops)
+
+        answers = generate_answers(
+            self._model, prompts, [job.seed for job in jobs], temperature=sampling.temperature, is_over=is_over,
+            max_new_tokens=sampling.max_new_tokens, eos_ids=encoder.stop_ids, pad_id=encoder.tokenizer.pad_token_id,
+        )  # fmt: skip
+        for job, prompt, ids in zip(jobs, prompts, answers, strict=True):
+            ended = bool(ids) and ids[-1] in encoder.stop_ids
+            yield encoder.read_reply(job.request, decode(ids), ended, read=len(prompt), written=len(ids))
 
     @torch.no_grad()
     def _score(self, groups: list[list[_Question]]) -> list[tuple[int, Decision]]:
@@ -214,7 +204,7 @@ class LocalModel:
     def _read_questions(self, groups: list[list[_Question]]) -> _Reader:
         """Read all but the last token of each question; what those of a group have in common is read once."""
         shared = [_common(group) for group in groups]
-        reader = _Reader(self._model, self._tokenizer.pad_token_id)
+        reader = _Reader(self._model, self._encoder.tokenizer.pad_token_id)
         common = [group[0].prefix[:length] for group, length in zip(groups, shared, strict=True)]
         reader.read(common, left=not self._shares)
         reader.select([number for number, group in enumerate(groups) for _ in group])
@@ -310,7 +300,7 @@ def _fill(groups: list[list[_Question]], size: int) -> Iterator[list[list[_Quest
 
 
 def _common(group: list[_Question]) -> int:
-    """Return how many tokens all questions of a group begin with; the last token of each is left out."""
+    """Count the tokens that all questions of a group begin with; the last token of each is left out."""
     shortest = min(len(question.prefix) for question in group) - 1
     first = group[0].prefix
     same = (place for place in range(shortest) if any(question.prefix[place] != first[place] for question in group))

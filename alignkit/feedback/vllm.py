@@ -14,7 +14,7 @@ from typing import Any
 
 from alignkit.errors import EnvironmentProblem
 from alignkit.feedback.local import Encoder
-from alignkit.feedback.prompts import Request, cut_at
+from alignkit.feedback.prompts import Request
 from alignkit.feedback.writer import Decision, Job, Reply, Sampling, Spending, share_of_first
 from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 
@@ -39,7 +39,7 @@ class VllmModel:
         self._engine = self._vllm.LLM(model=source, trust_remote_code=trust_code)
         self._stop = stop
         self._encoder = Encoder(load_tokenizer_of(source, trust_code=trust_code))
-        self.control_tokens: Sequence[str] = self._encoder.control_tokens
+        self.control_tokens = self._encoder.control_tokens
         self.identity: dict[str, Any] = {"model": fingerprint_causal(source), "engine": "vllm"}
 
     def write(
@@ -58,11 +58,16 @@ class VllmModel:
                 )
                 for job in batch
             ]
-            prompts = [{"prompt_token_ids": self._encoder.encode(job.request)} for job in batch]
-            yield [
-                (start + place, self._reply(job.request, output))
-                for place, (job, output) in enumerate(zip(batch, self._generate(prompts, settings), strict=True))
-            ]
+            replies = []
+            outputs = self._generate([self._encoder.encode(job.request) for job in batch], settings)
+            for place, (job, output) in enumerate(zip(batch, outputs, strict=True), start):
+                (written,) = output.outputs
+                reply = self._encoder.read_reply(
+                    job.request, written.text, written.finish_reason == "stop", read=len(output.prompt_token_ids),
+                    written=len(written.token_ids),
+                )  # fmt: skip
+                replies.append((place, reply))
+            yield replies
 
     def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
         """Score both options of each question by their first own token."""
@@ -74,11 +79,18 @@ class VllmModel:
                 )
                 for _, tails in split
             ]
-            outputs = self._generate([{"prompt_token_ids": prefix} for prefix, _ in split], settings)
-            yield [
-                (start + place, _decision(output, [tail[0] for tail in tails], len(prefix)))
-                for place, ((prefix, tails), output) in enumerate(zip(split, outputs, strict=True))
-            ]
+            outputs = self._generate([prefix for prefix, _ in split], settings)
+            decisions = []
+            for place, ((prefix, tails), output) in enumerate(zip(split, outputs, strict=True), start):
+                chances = output.outputs[0].logprobs[0]
+                first, second = (chances[tail[0]].logprob if tail[0] in chances else None for tail in tails)
+                if first is None or second is None:
+                    problem = "the options are not among the likeliest tokens"
+                    decisions.append((place, Decision(problem=problem, input_tokens=len(prefix))))
+                    continue
+                p_first, logps = share_of_first((first, second)), (first, second)
+                decisions.append((place, Decision(p_first, logps, input_tokens=len(prefix), output_tokens=1)))
+            yield decisions
 
     def _batches(self, count: int, known: Collection[int]) -> Iterator[int]:
         """Yield where each batch starts that is not known whole, until a signal."""
@@ -88,23 +100,7 @@ class VllmModel:
             if not all(place in known for place in range(start, min(start + _BATCH, count))):
                 yield start
 
-    def _generate(self, prompts: list[dict[str, Any]], settings: list[Any]) -> list[Any]:
-        outputs: list[Any] = self._engine.generate(prompts, settings, use_tqdm=False)
+    def _generate(self, prompts: list[list[int]], settings: list[Any]) -> list[Any]:
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs: list[Any] = self._engine.generate(asked, settings, use_tqdm=False)
         return outputs
-
-    def _reply(self, request: Request, output: Any) -> Reply:
-        (completion,) = output.outputs
-        text, cut = cut_at(completion.text, self._encoder.stops(request))
-        ended = cut or completion.finish_reason == "stop"
-        sent, received = len(output.prompt_token_ids), len(completion.token_ids)
-        text = text if request.is_plain else text.strip()
-        return Reply(text, ended, input_tokens=sent, output_tokens=received)
-
-
-def _decision(output: Any, firsts: Sequence[int], input_tokens: int) -> Decision:
-    chances = output.outputs[0].logprobs[0]
-    found = [chances[token].logprob if token in chances else None for token in firsts]
-    if found[0] is None or found[1] is None:
-        return Decision(problem="the options are not among the likeliest tokens", input_tokens=input_tokens)
-    logps = (found[0], found[1])
-    return Decision(share_of_first(logps), logps, input_tokens=input_tokens, output_tokens=1)
