@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from alignkit.data.files import display_name
 from alignkit.errors import Problem, RecipeError
-from alignkit.recipe.check import check_section, describe_unknown, quote_help
+from alignkit.recipe.check import describe_unknown, quote_help, validate
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, Positive, Text
 from alignkit.recipe.yaml import Node, Origin, parse_yaml
@@ -31,6 +31,7 @@ REVISION_FRAME = ("\n\nRevisionRequest: ", "\n\nRevision:")
 COMPARISON_FRAME = ("\n", " Options:")
 BUILTIN = "builtin:"
 Part = Literal["critique", "comparison"]
+_Model = TypeVar("_Model", bound=BaseModel)
 # What a principle lacks that a stage needs, or that the others in its file have.
 _ADVICE = {
     "critique": "critique request and a revision request; add critique: and revision:",
@@ -64,9 +65,9 @@ class _File(Written):
 
 
 def read_yaml(
-    model: type[Written], text: str, label: str, folder: Path, what: str
-) -> tuple[dict[str, Node], list[Problem]]:
-    """Parse a YAML mapping and hold it against its model; return its keys and all that is wrong with them."""
+    model: type[_Model], text: str, label: str, folder: Path, what: str
+) -> tuple[_Model | None, dict[str, Node], list[Problem]]:
+    """Parse a YAML mapping and make its model; with its keys and all that is wrong with them."""
     tree = parse_yaml(text, Origin(label, folder))
     if tree is None or not isinstance(tree.value, dict) or not tree.value:
         raise RecipeError(f"must be a mapping with {' and '.join(model.model_fields)}", where=f"{label}:1")
@@ -79,7 +80,8 @@ def read_yaml(
     for name, field in model.model_fields.items():
         if field.is_required() and name not in values:
             problems.append(Problem(f"{what}.{name} is missing; {quote_help(field.description)}", tree.place))
-    return values, problems + [problem for found in check_section(model, values).values() for problem in found]
+    made, found = validate(model, {key: node for key, node in values.items() if key in model.model_fields}, str)
+    return made, values, problems + [problem for each in found.values() for problem in each]
 
 
 def load_json(text: str, label: str) -> Any:
@@ -92,23 +94,21 @@ def load_json(text: str, label: str) -> Any:
 
 
 def _read_own(text: str, label: str, folder: Path) -> list[Principle]:
-    values, problems = read_yaml(_File, text, label, folder, "constitution")
+    made, values, problems = read_yaml(_File, text, label, folder, "constitution")
     listed = values["principles"].value if "principles" in values else None
-    nodes: list[Node] = listed if isinstance(listed, list) else []
-    mappings = [node for node in nodes if isinstance(node.value, dict)]
+    mappings = [node for node in (listed if isinstance(listed, list) else ()) if isinstance(node.value, dict)]
     named = [node for node in mappings if isinstance(getattr(node.value.get("name"), "value", None), str)]
     problems += _check_principles(named)
     if problems := problems or list(_find_missing_parts(named)):
         raise RecipeError(problems)
+    assert made is not None
     found = []
-    for node in nodes:
-        values = node.plain()
-        for key in ("critique", "revision", "comparison"):
-            if values.get(key) is not None:
-                values[key] = " ".join(values[key].split())
-        if values.get("comparison") is not None:  # the prompt adds it
-            values["comparison"] = values["comparison"].removesuffix("Options:").rstrip()
-        found.append(Principle(**values))
+    for principle in made.principles:
+        texts = {key: getattr(principle, key) for key in ("critique", "revision", "comparison")}
+        texts = {key: " ".join(text.split()) for key, text in texts.items() if text is not None}
+        if "comparison" in texts:  # the prompt adds it
+            texts["comparison"] = texts["comparison"].removesuffix("Options:").rstrip()
+        found.append(principle.model_copy(update=texts))
     return found
 
 

@@ -118,10 +118,9 @@ def _read(path: Path) -> Examples:
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".json":
         return _read_published(load_json(text, label), label)
-    nodes, problems = read_yaml(_File, text, label, path.parent, "examples")
-    if problems:
+    file, _, problems = read_yaml(_File, text, label, path.parent, "examples")
+    if problems or file is None:
         raise RecipeError(problems)
-    file = _File(**{key: node.plain() for key, node in nodes.items()})
     critiques = []
     for item in file.critiques:
         critique = f"{item.critique_request.strip().join(CRITIQUE_FRAME)} {item.critique.strip()}"
