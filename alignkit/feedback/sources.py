@@ -32,12 +32,10 @@ def open_model(
                 spending.add_record(record)
         return Endpoint(source, spending=spending, stop=stop.event)
     assert source.model is not None
+    from alignkit.feedback.local import LocalModel, VllmModel
+
     if source.engine == "vllm":
-        from alignkit.feedback.vllm import VllmModel
-
         return VllmModel(source.model, stop=stop.event, trust_code=trust_code)
-    from alignkit.feedback.local import LocalModel
-
     return LocalModel(source.model, device=device, batch_size=batch_size, trust_code=trust_code, stop=stop.event)
 
 
