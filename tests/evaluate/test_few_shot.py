@@ -16,6 +16,19 @@ DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 CHOICES = (" superb", " awful", " rather thin and slow", " a")
 
 
+HARNESS = """task: films
+dataset_path: json
+dataset_kwargs: {data_files: {test: TASK}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{choices.index(completion)}}"
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
 def _write(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -66,15 +79,17 @@ def test_published_tasks_are_read_as_they_stand() -> None:
 
 
 def test_rows_that_are_no_items_are_all_named(tmp_path: Path) -> None:
-    rows = [{"context": "a", "completion": "b"}, {"text": "x"}, {"context": "a", "completion": "c", "choices": ["d"]}]
-    file = _write(tmp_path / "bad.jsonl", rows)
+    rows = [
+        {"context": "a", "completion": "b"}, {"text": "x"}, {"context": "a", "completion": "c", "choices": ["d"]},
+        {"context": "a", "completion": " b", "choices": [" b", " c"]},
+    ]  # fmt: skip
     with pytest.raises(DataError) as caught:
-        read_task(file)
-    assert [str(problem).split(": ", 1)[1] for problem in caught.value.problems] == [
-        "needs the texts context and completion; the row has text",
-        "choices: the completion 'c' is not one of them",
+        read_task(_write(tmp_path / "bad.jsonl", rows))
+    assert [str(problem).rpartition("bad.jsonl")[2] for problem in caught.value.problems] == [
+        ":2: needs the texts context and completion; the row has text",
+        ":3: choices: the completion 'c' is not one of them",
+        ":4: choices: the first item has none, this one differs; items with and without are two tasks",
     ]
-    assert "bad.jsonl:2" in str(caught.value) and "bad.jsonl:3" in str(caught.value)
     with pytest.raises(DataError, match="there is no such task"):
         read_task(tmp_path / "none.jsonl")
 
@@ -117,19 +132,7 @@ def test_exact_match_compares_the_first_line(policy_dir: Path, space: Workspace)
 def test_lm_evaluation_harness_agrees(policy_dir: Path, task: Path, space: Workspace, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install 'alignkit[eval]')")
     yaml = tmp_path / "films.yaml"
-    yaml.write_text(
-        f"""task: films
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {task}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{choices.index(completion)}}}}"
-target_delimiter: ""
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
-    )
+    yaml.write_text(HARNESS.replace("TASK", str(task)))
     policy = Policy(str(policy_dir), space)
     theirs = measure_harness(policy, str(yaml), shots=[0], max_rows=None, batch_size=4, seed=0)
     (acc,) = [figure for figure in theirs if figure.metric == "lm_eval/films/acc"]
@@ -154,11 +157,3 @@ def test_a_missing_harness_is_one_line(policy_dir: Path, space: Workspace, monke
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(EnvironmentProblem, match="lm-evaluation-harness is not installed; pip install"):
         measure_harness(Policy(str(policy_dir), space), "arc_easy", shots=[0], max_rows=1, batch_size=1, seed=0)
-
-
-def test_items_with_and_without_choices_are_two_tasks(tmp_path: Path) -> None:
-    path = tmp_path / "task.jsonl"
-    rows = [{"context": "a", "completion": " b"}, {"context": "a", "completion": " b", "choices": [" b", " c"]}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"task\.jsonl:2: choices: the first item has none"):
-        read_task(path)

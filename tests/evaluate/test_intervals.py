@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from alignkit.evaluate.intervals import bootstrap, divide, mean, mean_of_groups, share, wilson
+from alignkit.evaluate.intervals import Interval, bootstrap, divide, mean, mean_of_groups, share, wilson
 from alignkit.evaluate.metrics.win_rate import control_length
 
 
@@ -42,15 +42,22 @@ def test_bootstrap_of_a_mean_agrees_with_the_normal_interval() -> None:
     assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
 
 
-def test_bootstrap_covers_the_truth_of_a_ratio_as_often_as_it_says() -> None:
-    random, covered, trials = np.random.default_rng(3), 0, 300
-    for _ in range(trials):
+def _covers(found: Interval, truth: float) -> bool:
+    assert found.low is not None and found.high is not None
+    return found.low <= truth <= found.high
+
+
+def test_the_bootstrap_covers_a_ratio_and_a_skewed_mean_as_often_as_it_says() -> None:
+    random, covered = np.random.default_rng(3), 0
+    for _ in range(300):
         sizes = random.integers(1, 30, size=60)
         sums = [(float(random.poisson(2.0 * size)), float(size)) for size in sizes]
-        found = bootstrap(sums, divide, resamples=300)
-        assert found.low is not None and found.high is not None
-        covered += found.low <= 2.0 <= found.high
-    assert 0.90 <= covered / trials <= 0.98
+        covered += _covers(bootstrap(sums, divide, resamples=300), 2.0)
+    assert 0.90 <= covered / 300 <= 0.98
+    random, covered = np.random.default_rng(7), 0
+    for _ in range(400):
+        covered += _covers(mean(random.exponential(2.0, size=50).tolist(), resamples=300), 2.0)
+    assert 0.89 <= covered / 400 <= 0.97  # the percentile bootstrap is known to be a little short for such rows
 
 
 @pytest.mark.parametrize("truth", [0.1, 0.3, 0.5, 0.85])
@@ -58,20 +65,9 @@ def test_wilson_covers_a_share_of_fifty_rows(truth: float) -> None:
     """Exactly, by the binomial distribution."""
     covered = 0.0
     for wins in range(51):
-        found = wilson(wins, 50)
-        assert found.low is not None and found.high is not None
-        if found.low <= truth <= found.high:
+        if _covers(wilson(wins, 50), truth):
             covered += math.comb(50, wins) * truth**wins * (1 - truth) ** (50 - wins)
     assert 0.93 <= covered <= 0.98
-
-
-def test_the_bootstrap_covers_a_skewed_mean_of_fifty_rows() -> None:
-    random, covered, trials = np.random.default_rng(7), 0, 400
-    for _ in range(trials):
-        found = mean(random.exponential(2.0, size=50).tolist(), resamples=300)
-        assert found.low is not None and found.high is not None
-        covered += found.low <= 2.0 <= found.high
-    assert 0.89 <= covered / trials <= 0.97  # the percentile bootstrap is known to be a little short for such rows
 
 
 def test_length_control_covers_the_truth_of_fifty_rows() -> None:
@@ -80,9 +76,8 @@ def test_length_control_covers_the_truth_of_fifty_rows() -> None:
         difference = random.normal(10, 40, size=50)
         chance = 1 / (1 + np.exp(-0.5 - 0.8 * np.tanh(difference / 40)))
         wins = (random.random(50) < chance).astype(float)
-        found = control_length(wins.tolist(), [(int(500 + each), 500) for each in difference])
-        assert found.low is not None and found.high is not None
-        covered += found.low <= truth <= found.high
+        lengths = [(int(500 + each), 500) for each in difference]
+        covered += _covers(control_length(wins.tolist(), lengths), truth)
     assert covered / trials >= 0.86
 
 

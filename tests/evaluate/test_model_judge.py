@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -67,11 +66,12 @@ def test_a_local_judge_is_asked_in_both_orders_and_averaged(
     judge_dir: Path, principles: Path, space: Workspace
 ) -> None:
     judge = ModelComparer(FeedbackModel(model=str(judge_dir)), str(principles), space, seed=0, store=None)
-    found = judge.compare(["Q?", "R?"], ["It is good.", "Yes"], ["It is awful.", "No, not at all"])
+    prompts, ours, theirs = ["Q?", "R?"], ["It is good.", "Yes"], ["It is awful.", "No, not at all"]
+    found = judge.compare(prompts, ours, theirs)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(judge_dir), AutoTokenizer.from_pretrained(judge_dir)
 
     def ask(prompt: str, first: str, second: str) -> float:
-        """Return P((A)) of the paper's question, written out by hand, from two whole forward passes."""
+        """P((A)) of the paper's question, written out by hand, from two whole forward passes."""
         text = (
             f"\n\nConsider the following conversation between a human and an assistant:\n\nHuman: {prompt}\n\n"
             f"\nWhich answer is kinder? Options:\n (A) [[[{first}]]]\n (B) [[[{second}]]]\n\nThe answer is:"
@@ -84,16 +84,11 @@ def test_a_local_judge_is_asked_in_both_orders_and_averaged(
             totals.append(sum(float(logps[place - 1, ids[place]]) for place in range(start, len(ids))))
         return 1 / (1 + torch.tensor(totals[1] - totals[0]).exp().item())
 
-    by_hand = [
-        (ask("Q?", "It is good.", "It is awful."), 1 - ask("Q?", "It is awful.", "It is good.")),
-        (ask("R?", "Yes", "No, not at all"), 1 - ask("R?", "No, not at all", "Yes")),
-    ]
-    for ours, expected in zip(found, by_hand, strict=True):
-        assert ours == pytest.approx(expected, abs=1e-4)
+    by_hand = [(ask(q, a, b), 1 - ask(q, b, a)) for q, a, b in zip(prompts, ours, theirs, strict=True)]
+    for mine, expected in zip(found, by_hand, strict=True):
+        assert mine == pytest.approx(expected, abs=1e-4)
     assert abs(found[0][0] - found[0][1]) > 0.01  # type: ignore[operator]
-    figures = measure_win_rate(
-        judge, ["Q?", "R?"], ["It is good.", "Yes"], ["It is awful.", "No, not at all"], resamples=100
-    )
+    figures = measure_win_rate(judge, prompts, ours, theirs, resamples=100)
     assert figures[0].value == pytest.approx(sum(map(sum, by_hand)) / 4, abs=1e-4)
 
 
@@ -104,44 +99,36 @@ def test_equal_and_empty_answers_need_no_judge(judge_dir: Path, principles: Path
     assert space.holder is None  # nobody was loaded
 
 
-def test_a_server_s_win_rate_is_kept_with_everything_about_its_judge(run_dir: Path, principles: Path) -> None:
-    with Server(judge=prefer_longer, key=KEY) as server:
-        os.environ |= {"CANARY_TOKEN": KEY, ALLOWED: "CANARY_TOKEN"}
-        source = FeedbackModel(url=server.url, name="tiny", api_key_env="CANARY_TOKEN")
+def test_a_server_s_win_rate_is_kept_with_everything_about_its_judge(
+    run_dir: Path, principles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CANARY_TOKEN", KEY)
+    monkeypatch.setenv(ALLOWED, "CANARY_TOKEN")
+    faults = ("429", "500", "malformed", "drop")
+    with Server(key=KEY, fault=lambda number, _: faults[number // 3 % 4] if number % 3 == 0 else None) as server:
+        source = FeedbackModel(url=server.url, name="tiny", api_key_env="CANARY_TOKEN", timeout=1.0)
         data = evaluate(str(run_dir), _options(run_dir, source, principles, metrics=["win_rate", "answers"]))
-        asked = server.requests
-        figures = _figures(data)
+        asked, figures = server.requests, _figures(data)
         whole, forward, backward = (figures["win_rate", name] for name in (None, "ours first", "ours second"))
         assert whole["value"] == pytest.approx((forward["value"] + backward["value"]) / 2)
-        shown = whole["details"]
-        wins = [0.9 if len(each["answer"].strip()) > len(each["other"].strip()) else 0.1 for each in shown]
-        asked_about = [each for each in shown if each["answer"].strip() != each["other"].strip()]
-        assert asked == 2 * len(asked_about) and len(asked_about) >= 6
-        for each, win in zip(shown, wins, strict=True):
-            if len(each["answer"].strip()) != len(each["other"].strip()):
-                assert each["win"] == pytest.approx(win)
+        num_asked = 0
+        for each in whole["details"]:
+            ours, theirs = each["answer"].strip(), each["other"].strip()
+            num_asked += ours != theirs
+            if len(ours) != len(theirs):
+                assert each["win"] == pytest.approx(0.9 if len(ours) > len(theirs) else 0.1)
+        assert set(server.answered.values()) == {1} and len(server.answered) == 2 * num_asked >= 12
         assert whole["settings"]["judge"] == f"tiny at {server.url.removeprefix('http://').removesuffix('/v1')}"
         assert whole["settings"]["constitution"] == "kind.yaml"
         assert figures["judge_abstained", None]["value"] == 0.0
         assert figures["win_rate_length_controlled", None]["n"] == whole["n"]
         (report,) = figures["judge_agreement", None]["details"]
-        assert report["spent"]["requests"] == asked and report["principles"]["kind"]["n"] == asked // 2
+        assert report["spent"]["requests"] == asked and report["principles"]["kind"]["n"] == num_asked
+        assert sum(report["spent"]["retries"].values()) == sum(server.faults.values()) > 0
         again = evaluate(str(run_dir), _options(run_dir, source, principles))
-        assert server.requests == asked
-        assert _figures(again)["win_rate", None] == whole
-    del os.environ["CANARY_TOKEN"], os.environ[ALLOWED]
+        assert server.requests == asked and _figures(again)["win_rate", None] == whole
     files = [path for path in run_dir.rglob("*.json*") if path.is_file()]
     assert len(files) > 3 and not any(KEY in path.read_text() for path in files)
-
-
-def test_what_misbehaves_is_asked_again_and_counted(run_dir: Path, principles: Path) -> None:
-    faults = ("429", "500", "malformed", "drop")
-    with Server(fault=lambda number, _: faults[number // 3 % 4] if number % 3 == 0 else None) as server:
-        source = FeedbackModel(url=server.url, name="tiny", timeout=1.0)
-        data = evaluate(str(run_dir), _options(run_dir, source, principles))
-        (report,) = _figures(data)["judge_agreement", None]["details"]
-        assert sum(report["spent"]["retries"].values()) == sum(server.faults.values()) > 0
-        assert set(server.answered.values()) == {1}
 
 
 def test_a_budget_that_runs_out_keeps_what_there_is_and_goes_on(run_dir: Path, principles: Path) -> None:
@@ -225,11 +212,7 @@ def test_judges_that_cannot_be_are_refused_before_anything_is_measured(
     url = FeedbackModel(url="http://127.0.0.1:9/v1", name="m")
     for source, constitution, message in (
         (FeedbackModel(model=str(reward_dir)), str(principles), "is a reward model, which goes by no principles"),
-        (
-            FeedbackModel(model=str(judge_dir)),
-            None,
-            "is a language model, which judges by principles",
-        ),
+        (FeedbackModel(model=str(judge_dir)), None, "is a language model, which judges by principles"),
         (FeedbackModel(model="runs/no/thing"), str(principles), "runs/no/thing does not exist"),
         (FeedbackModel(model=str(judge_dir)), str(tmp_path / "none.yaml"), "the constitution is not there"),
         (url.model_copy(update={"api_key_env": "NO_TOKEN"}), str(principles), "give --allow-key NO_TOKEN"),
@@ -274,9 +257,7 @@ def test_a_judge_that_is_down_ends_with_its_own_code(run_alignkit: Any, run_dir:
     done = run_alignkit("eval", "--recipe", "r.yaml", "--stage", "dpo", "--metric", "win_rate")
     assert done.returncode == 7, done.stderr
     last = done.stderr.strip().split("\n")[-1]
-    assert (
-        last.startswith("error: tiny/dpo: win_rate: http://127.0.0.1:9 cannot be reached") and "Traceback" not in last
-    )
+    assert last.startswith("error: tiny/dpo: win_rate: http://127.0.0.1:9 cannot be reached")
 
 
 def test_a_recipe_s_judge_is_a_stage_a_path_or_a_server(tmp_path: Path, principles: Path) -> None:

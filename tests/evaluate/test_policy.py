@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,8 @@ def test_a_document_longer_than_the_model_is_read_in_windows(policy_dir: Path, s
     ids = tokenizer(text).input_ids + [tokenizer.eos_token_id]
     assert len(ids) > 2 * POSITIONS
     (found,) = Policy(str(policy_dir), space).score_documents([Row("text", "", (text,))])
-    expected = sum(
-        _loop(policy_dir, ids[start : start + POSITIONS], 1) for start in range(0, len(ids) - 1, POSITIONS - 1)
-    )
+    windows = [ids[start : start + POSITIONS] for start in range(0, len(ids) - 1, POSITIONS - 1)]
+    expected = sum(_loop(policy_dir, window, 1) for window in windows)
     assert found.logp == pytest.approx(expected, abs=1e-2)
     assert found.tokens == len(ids) - 1  # every token once, but the first
     assert found.num_bytes == len(text) - len(tokenizer.decode(ids[:1]))
@@ -137,11 +137,9 @@ def test_what_was_asked_once_is_never_asked_again(policy_dir: Path, reward_dir: 
     assert ask()[0] == first
 
 
-def test_other_weights_are_another_question(policy_dir: Path, reference_dir: Path, tmp_path: Path) -> None:
-    space = Workspace(device="cpu", cache=Store(tmp_path / "cache.jsonl"))
+def test_other_weights_are_another_question(policy_dir: Path, reference_dir: Path, space: Workspace) -> None:
     found = [Policy(str(path), space).score_completions(["a"], ["b"])[0].logp for path in (policy_dir, reference_dir)]
-    assert found[0] != found[1]
-    assert len(space.cache) == 2
+    assert found[0] != found[1] and len(space.cache) == 2
 
 
 def test_one_model_at_a_time_is_held(policy_dir: Path, reference_dir: Path, reward_dir: Path, space: Workspace) -> None:
@@ -154,32 +152,23 @@ def test_one_model_at_a_time_is_held(policy_dir: Path, reference_dir: Path, rewa
 
 
 def test_a_reward_model_applies_the_norm_of_its_stage(reward_dir: Path, tmp_path: Path, space: Workspace) -> None:
-    raw = open_reward(str(reward_dir), space).score(Answers(["a", "b"], ["x", "y"]))
-    import shutil
-
-    normed = tmp_path / "normed"
-    shutil.copytree(reward_dir, normed)
+    answers = Answers(["a", "b"], ["x", "y"])
+    raw = open_reward(str(reward_dir), space).score(answers)
+    normed = shutil.copytree(reward_dir, tmp_path / "normed")
     (normed / "reward_norm.json").write_text(json.dumps({"gain": 2.0, "bias": -1.0}))
-    assert open_reward(str(normed), space).score(Answers(["a", "b"], ["x", "y"])) == pytest.approx(
-        [2 * r - 1 for r in raw]
-    )
+    assert open_reward(str(normed), space).score(answers) == pytest.approx([2 * r - 1 for r in raw])
 
 
 def test_rewards_are_told_apart_by_their_names(space: Workspace, tmp_path: Path) -> None:
     assert is_function("my_rewards:brevity") and is_function("a.b:c")
     assert not any(map(is_function, ["builtin:true-reward", "runs/x/rm", "owner/model", "C:/x"]))
-    reward = open_reward("builtin:true-reward", space)
-    assert reward.score(Answers(["q", "q"], ["A superb plot", [Message(role="assistant", content="awful")]])) == [
-        1.0,
-        -1.0,
-    ]
+    answers = Answers(["q", "q"], ["A superb plot", [Message(role="assistant", content="awful")]])
+    assert open_reward("builtin:true-reward", space).score(answers) == [1.0, -1.0]
     with pytest.raises(Exception, match="is no builtin reward; the only one is builtin:true-reward"):
         open_reward("builtin:nope", space)
     with pytest.raises(Exception, match="is code, which a recipe cannot allow; read it, and give --trust-code"):
         open_reward("my_rewards:brevity", space)
-    (tmp_path / "brevity_reward.py").write_text(
-        "def short(prompts, completions):\n    return [-len(c) for c in completions]\n"
-    )
+    (tmp_path / "brevity_reward.py").write_text("def short(prompts, answers):\n    return [-len(a) for a in answers]\n")
     space.trust_code, space.folder = True, tmp_path
     assert open_reward("brevity_reward:short", space).score(Answers(["q"], ["four"])) == [-4.0]
 

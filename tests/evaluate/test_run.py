@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +23,45 @@ def _options(**given: Any) -> EvaluateOptions:
     return EvaluateOptions(max_rows=6, max_new_tokens=8, resamples=100, **given)
 
 
-def test_a_run_is_measured_on_what_it_held_out(run_dir: Path) -> None:
-    subject = find_target(str(run_dir), trust_code=False)
-    given, share = subject.held_out()
+def _measure(source: Path, **given: Any) -> dict[str, Any]:
+    return evaluate(str(source), _options(**given), device="cpu")
+
+
+def _whole(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {result["metric"]: result for result in data["results"] if result["slice"] is None}
+
+
+def _rows(tmp_path: Path, *rows: Any) -> list[DataSource]:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [DataSource(path=str(file))]
+
+
+def test_a_run_is_measured_on_what_it_held_out_and_its_reference_is_found_where_it_lies(run_dir: Path) -> None:
+    target = find_target(str(run_dir), trust_code=False)
+    given, share = target.held_out()
     assert share == 0.3
     measured = read_measured(given, share=share, seed=3, max_rows=1000)
-    stage = _stage(given, 3)
-    rows = read_rows(replace(stage), given, report=DataReport(), rejects=Rejects())
+    rows = read_rows(_stage(given, 3), given, report=DataReport(), rejects=Rejects())
     assert [row.prompt for row in measured.rows] == [row.prompt for held, row in split_eval(rows, 0.3, 3) if held]
-    assert 5 < len(measured.rows) < 30
-    assert measured.label == "builtin:preferences (held-out 0.3)"
-
-
-def test_without_held_out_rows_builtin_data_has_a_test_split_and_others_an_error(run_dir: Path) -> None:
-    subject = find_target(str(run_dir), trust_code=False)
-    options = subject.stage["options"]
+    assert 5 < len(measured.rows) < 30 and measured.label == "builtin:preferences (held-out 0.3)"
+    assert target.reference() == str(run_dir.parent / "sft/model")
+    assert find_target(str(run_dir.parent / "sft"), trust_code=False).reference() is None
+    assert find_target(str(run_dir / "model"), trust_code=False).run is not None
+    # Without held-out rows builtin data has a test split, and others an error.
+    options = target.stage["options"]
     options["eval"] = None
-    (source,), share = subject.held_out()
+    (source,), share = target.held_out()
     assert (source.split, share) == ("test", None)
     options["data"] = [{"path": "owner/data"}]
     with pytest.raises(DataError, match="tiny/dpo kept no rows out of training: name rows to measure on with --data"):
-        subject.held_out()
-
-
-def test_the_reference_is_found_where_the_run_lies_now(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_target(str(run_dir), trust_code=False).reference() == str(run_dir.parent / "sft/model")
-    assert find_target(str(run_dir.parent / "sft"), trust_code=False).reference() is None
-    assert find_target(str(run_dir / "model"), trust_code=False).run is not None
+        target.held_out()
 
 
 def test_a_dpo_run_gets_every_group_that_fits(run_dir: Path) -> None:
     against = str(run_dir.parent / "sft")
-    data = evaluate(str(run_dir), _options(against=against, best_of=[1, 2]), device="cpu")
-    whole = {result["metric"]: result for result in data["results"] if result["slice"] is None}
+    data = _measure(run_dir, against=against, best_of=[1, 2])
+    whole = _whole(data)
     assert set(whole) == {
         "perplexity", "bits_per_byte", "implicit_reward_accuracy", "calibration_error", "pair_accuracy_longer",
         "pair_accuracy_shorter", "response_length", "ended_share", "true_reward", "kl", "win_rate",
@@ -74,8 +79,7 @@ def test_a_dpo_run_gets_every_group_that_fits(run_dir: Path) -> None:
     assert json.loads((run_dir / "eval.json").read_text()) == json.loads(json.dumps(data))
     # Again: from the cache, the same figures.
     before = (run_dir / "eval-cache.jsonl").read_text()
-    again = evaluate(str(run_dir), _options(against=against, best_of=[1, 2]), device="cpu")
-    assert again["results"] == data["results"]
+    assert _measure(run_dir, against=against, best_of=[1, 2])["results"] == data["results"]
     assert (run_dir / "eval-cache.jsonl").read_text() == before
 
 
@@ -83,45 +87,35 @@ def test_another_seed_samples_other_answers_to_the_same_held_out_prompts(run_dir
     values, asked = [], []
     for seed in (3, 4):
         data = evaluate(str(run_dir), _options(metrics=["perplexity", "answers"]), seed=seed, device="cpu")
-        values.append(next(result["value"] for result in data["results"] if result["metric"] == "perplexity"))
+        values.append(_whole(data)["perplexity"]["value"])
         asked.append(len((run_dir / "eval-cache.jsonl").read_text().splitlines()))
     assert values[0] == values[1]
     assert asked == [12, 18]  # 6 likelihoods and 6 answers, then 6 new answers only
 
 
-def test_a_prompt_that_is_repeated_is_asked_once(policy_dir: Path, tmp_path: Path) -> None:
+def test_a_repeated_prompt_is_asked_once_and_a_text_of_one_token_is_left_out(policy_dir: Path, tmp_path: Path) -> None:
     rows = [{"prompt": prompt, "completion": " it was"} for prompt in ("one", "two", "one", "one")]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = evaluate(
-        str(policy_dir), _options(data=[DataSource(path=str(file))], metrics=["perplexity", "answers"]), device="cpu"
-    )
+    data = _measure(policy_dir, data=_rows(tmp_path, *rows), metrics=["perplexity", "answers"])
     assert {result["metric"]: result["n"] for result in data["results"]} == {
         "perplexity": 4, "bits_per_byte": 4, "response_length": 2, "ended_share": 2,
     }  # fmt: skip
-
-
-def test_a_text_of_one_token_is_left_out_of_perplexity_and_said(policy_dir: Path, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"text": "a"}\n{"text": "the plot was good"}\n')
-    data = evaluate(str(policy_dir), _options(data=[DataSource(path=str(file))], metrics=["perplexity"]), device="cpu")
+    texts = _rows(tmp_path, {"text": "a"}, {"text": "the plot was good"})
+    data = _measure(policy_dir, data=texts, metrics=["perplexity"])
     assert data["results"][0]["n"] == 1
     assert [line for line in data["warnings"] if "perplexity leaves out 1 of 2 texts" in line]
 
 
 def test_a_reward_model_gets_accuracy_calibration_and_baselines(reward_dir: Path) -> None:
-    data = evaluate(
-        str(reward_dir), _options(data=[DataSource(path="builtin:preferences", split="test")]), device="cpu"
-    )
-    whole = [result["metric"] for result in data["results"] if result["slice"] is None]
-    assert whole == ["reward_accuracy", "calibration_error", "pair_accuracy_longer", "pair_accuracy_shorter"]
+    data = _measure(reward_dir, data=[DataSource(path="builtin:preferences", split="test")])
+    whole = ["reward_accuracy", "calibration_error", "pair_accuracy_longer", "pair_accuracy_shorter"]
+    assert list(_whole(data)) == whole
     assert data["warnings"][0].endswith(f"pairs are too long for {reward_dir}")  # it reads 96 tokens
     assert not (reward_dir / "eval.json").exists()  # no run: nothing is left without --out
 
 
 def test_overlap_is_measured_where_there_is_one_right_answer(policy_dir: Path, tmp_path: Path) -> None:
-    rows = DataSource(path="builtin:instructions", split="test")
-    data = evaluate(str(policy_dir), _options(data=[rows]), device="cpu", out=tmp_path / "here.json")
+    options = _options(data=[DataSource(path="builtin:instructions", split="test")])
+    data = evaluate(str(policy_dir), options, device="cpu", out=tmp_path / "here.json")
     assert {"rouge1", "rouge2", "rougeL", "bleu", "chrf"} <= {result["metric"] for result in data["results"]}
     kept = json.loads((tmp_path / "here.json").read_text())["results"]
     assert all(isinstance(result[key], float) for result in kept for key in ("value", "low", "high"))
@@ -136,33 +130,32 @@ def test_what_cannot_be_measured_is_said(policy_dir: Path, reward_dir: Path) -> 
         ({"best_of": [2]}, "best_of cannot be measured"),
     ):
         with pytest.raises(UsageError, match=message):
-            evaluate(str(policy_dir), _options(data=data, **given), device="cpu")
+            _measure(policy_dir, data=data, **given)
     with pytest.raises(UsageError, match="is a reward model, which says nothing"):
-        evaluate(str(reward_dir), _options(data=data, metrics=["perplexity"]), device="cpu")
+        _measure(reward_dir, data=data, metrics=["perplexity"])
+
+
+SKIPPING: dict[str, Any] = {
+    "seed": None, "out": None, "device": "cpu", "trust_code": False, "folder": Path(), "skip": True,
+}  # fmt: skip
 
 
 def test_stages_of_a_recipe_that_are_not_finished_are_left_out(run_dir: Path, capsys: Any) -> None:
     names = [str(run_dir.parent / name) for name in ("sft", "dpo", "later")]
-    arguments: dict[str, Any] = {
-        "seed": None, "out": None, "device": "cpu", "trust_code": False, "folder": run_dir, "skip": True,
-    }  # fmt: skip
-    found = list(evaluate_all([(name, _options(metrics=["perplexity", "pairs"])) for name in names], **arguments))
+    found = list(evaluate_all([(name, _options(metrics=["perplexity", "pairs"])) for name in names], **SKIPPING))
     assert [result["name"] for result in found] == ["tiny/sft", "tiny/dpo"]
     assert "pairs" in found[0]["warnings"][0]  # an sft run has no reference
     assert "later: not finished, left out" in capsys.readouterr().err
     with pytest.raises(RunError, match="no stage is finished"):
-        list(evaluate_all([(name, _options()) for name in names[2:]], **arguments))
+        list(evaluate_all([(name, _options()) for name in names[2:]], **SKIPPING))
 
 
 def test_the_optimum_is_measured_on_the_reference_alone(run_dir: Path, policy_dir: Path, capsys: Any) -> None:
     shutil.copytree(run_dir.parent / "sft", run_dir.parent / "other")
     names = [str(run_dir.parent / name) for name in ("sft", "other", "dpo")]
-    arguments: dict[str, Any] = {
-        "seed": None, "out": None, "device": "cpu", "trust_code": False, "folder": run_dir, "skip": True,
-    }  # fmt: skip
     options = _options(frontier={"betas": [1.0, 1e-3], "answers": 24, "best_of": [2, 32]}, samples=2)
     requests = [(name, options) for name in names]
-    found = {Path(result["model"]).name: result for result in evaluate_all(requests, **arguments)}
+    found = {Path(result["model"]).name: result for result in evaluate_all(requests, **SKIPPING)}
     metrics = {name: {figure["metric"] for figure in result["results"]} for name, result in found.items()}
     wanted = {"reference_reward", "optimum_reward", "optimum_kl", "best_of_n", "best_of_n_kl"}
     assert wanted <= metrics["sft"]
@@ -172,10 +165,10 @@ def test_the_optimum_is_measured_on_the_reference_alone(run_dir: Path, policy_di
     assert start["settings"]["answers"] == 32  # best of 32 needs as many
     assert start["n"] == 6 and len(start["details"]) > 10
     # A single stage of the recipe is no other case, and where nothing but the optimum is asked for nothing is left.
-    (alone,) = evaluate_all([(name, options) for name in names[2:]], **arguments)
+    (alone,) = evaluate_all([(name, options) for name in names[2:]], **SKIPPING)
     assert not wanted & {figure["metric"] for figure in alone["results"]}
     only = options.model_copy(update={"metrics": ["frontier"]})
-    found = evaluate_all([(name, only) for name in names], **arguments)
+    found = evaluate_all([(name, only) for name in names], **SKIPPING)
     assert [Path(result["model"]).name for result in found] == ["sft"]
     assert "dpo: no stage is held near it, left out" in capsys.readouterr().err
 
@@ -201,45 +194,33 @@ def _described(*figures: Figure, weights: str = "w") -> dict[str, Any]:
     return describe(figures, name="n", model="m", weights=weights, seed=0, seconds=1.0, warnings=())
 
 
+def _figure(metric: str, value: float | None, **given: Any) -> Figure:
+    return Figure(metric, value, None, None, 5, **{"data": "d", **given})
+
+
 def test_a_figure_replaces_its_older_self_and_keeps_the_others() -> None:
-    kl, old, sliced = (
-        Figure("kl", 1.0, None, None, 5, data="d"),
-        Figure("bleu", 2.0, None, None, 5, data="d"),
-        Figure("bleu", 9.0, None, None, 2, slice="old cut", data="d"),
-    )
-    new = Figure("bleu", 3.0, None, None, 5, data="d")
-    other = Figure("bleu", 4.0, None, None, 5, data="e")
+    kl, old, sliced = _figure("kl", 1.0), _figure("bleu", 2.0), _figure("bleu", 9.0, slice="old cut")
+    new, other = _figure("bleu", 3.0), _figure("bleu", 4.0, data="e")
     merged = merge(_described(kl, old, sliced), _described(new, other))
     assert [(result["metric"], result["value"]) for result in merged["results"]] == [
         ("kl", 1.0), ("bleu", 3.0), ("bleu", 4.0),
     ]  # fmt: skip
     assert [r["value"] for r in merge(_described(kl), _described(new, weights="other"))["results"]] == [3.0]
-
-
-def test_a_figure_that_is_not_finite_has_no_value() -> None:
-    plain = Figure("perplexity", float("inf"), 1.0, float("nan"), 3).to_dict()
+    plain = Figure("perplexity", float("inf"), 1.0, float("nan"), 3).to_dict()  # what is not finite has no value
     assert (plain["value"], plain["low"], plain["high"]) == (None, 1.0, None)
     json.dumps(plain, allow_nan=False)
 
 
-def test_the_table_shows_slices_below_their_figure() -> None:
-    results = [
-        Figure("kl", 1.25, 1.0, 1.5, 5, unit="nats", data="d").to_dict(),
-        Figure("kl", None, None, None, 0, slice="K=1", data="d").to_dict(),
-    ]
-    columns, rows = table(results)
+def test_the_table_shows_slices_below_their_figure_and_how_figures_differ() -> None:
+    results = [Figure("kl", 1.25, 1.0, 1.5, 5, unit="nats", data="d"), _figure("kl", None, slice="K=1")]
+    columns, rows = table([figure.to_dict() for figure in results])
     assert columns == ("metric", "value", "95 % interval", "n", "unit", "on")
-    assert rows == [("kl", 1.25, "1 to 1.5", 5, "nats", "d"), ("  kl, K=1", None, None, 0, None, "d")]
-
-
-def test_a_figure_that_was_measured_twice_says_what_differs() -> None:
+    assert rows == [("kl", 1.25, "1 to 1.5", 5, "nats", "d"), ("  kl, K=1", None, None, 5, None, "d")]
     short, long = ({"rows": 6, "max_new_tokens": number} for number in (8, 64))
-    results = [
-        Figure("response_length", 8.0, None, None, 6, data="d", settings=short).to_dict(),
-        Figure("response_length", 30.0, None, None, 6, data="d", settings=long).to_dict(),
-        Figure("kl", 1.0, None, None, 6, data="d", settings=long).to_dict(),
-    ]
-    assert [row[-1] for row in table(results)[1]] == ["d, max_new_tokens 8", "d, max_new_tokens 64", "d"]
+    results = [_figure("response_length", 8.0, settings=short), _figure("response_length", 30.0, settings=long)]
+    results.append(_figure("kl", 1.0, settings=long))
+    shown = table([figure.to_dict() for figure in results])[1]
+    assert [row[-1] for row in shown] == ["d, max_new_tokens 8", "d, max_new_tokens 64", "d"]
 
 
 def test_a_name_that_is_almost_a_run_is_told_which_it_may_be(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +247,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
         ({"against": "runs/no/thing"}, "runs/no/thing"),
     ):
         with pytest.raises(UsageError, match=message):
-            evaluate(str(run_dir), _options(**given), device="cpu")
+            _measure(run_dir, **given)
     assert "measuring" not in capsys.readouterr().err
 
 
@@ -276,9 +257,8 @@ def test_options_of_the_command_line_lie_over_the_recipe_s(tmp_path: Path) -> No
     assert (options.max_rows, options.shots, options.against) == (9, [2], "sft")
     assert options.data is not None and options.data[0].split == "test"
     assert name_runs(options, {"sft": "runs/x/sft"}).against == "runs/x/sft"
-    with pytest.raises(
-        UsageError, match="--against: sft is neither a stage nor a path that exists; did you mean sft2?"
-    ):
+    wrong = "--against: sft is neither a stage nor a path that exists; did you mean sft2?"
+    with pytest.raises(UsageError, match=wrong):
         name_runs(options, {"sft2": "runs/x/sft2"})
     with pytest.raises(UsageError) as caught:
         combine(base, {"metrics": ["perplexitty"], "temperature": 0.0})
@@ -293,8 +273,8 @@ def test_options_of_the_command_line_lie_over_the_recipe_s(tmp_path: Path) -> No
 
 
 def test_rows_that_do_not_fit_are_left_out_with_a_warning(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "a", "completion": "b"}\n{"nonsense": 1}\n{"prompt": "c", "completion": "d"}\n')
-    measured = read_measured([DataSource(path=str(file))], share=None, seed=0, max_rows=10)
+    good = [{"prompt": letter, "completion": "b"} for letter in "ac"]
+    (source,) = _rows(tmp_path, good[0], {"nonsense": 1}, good[1])
+    measured = read_measured([source], share=None, seed=0, max_rows=10)
     assert len(measured.rows) == 2
-    assert measured.warnings[0].startswith(f"1 rows of {file} were left out (first: ")
+    assert measured.warnings[0].startswith(f"1 rows of {source.path} were left out (first: ")

@@ -25,19 +25,14 @@ def draw_many(constitution: Constitution, count: int = 20_000, seed: int = 0) ->
     return Counter(constitution.draw(seed=seed, key=f"row {n // 4}", turn=n % 4).name for n in range(count))
 
 
-def test_draws_are_uniform() -> None:
-    principles = tuple(Principle(name=f"p{number}", comparison="?") for number in range(16))
-    for seed in range(3):
-        counts = draw_many(Constitution(principles), seed=seed)
-        assert chi_square(counts, {principle.name: 1.0 for principle in principles}) < 30.6  # 15 degrees, p = 0.01
-
-
 def test_draws_follow_the_weights() -> None:
-    weights = {"a": 1.0, "b": 3.0, "c": 0.5}
-    constitution = Constitution(
-        tuple(Principle(name=name, comparison="?", weight=weight) for name, weight in weights.items())
-    )
-    assert chi_square(draw_many(constitution), weights) < 9.2  # 2 degrees, p = 0.01
+    for weights, seeds, bound in (
+        ({f"p{number}": 1.0 for number in range(16)}, (0, 1, 2), 30.6),  # 15 degrees, p = 0.01
+        ({"a": 1.0, "b": 3.0, "c": 0.5}, (0,), 9.2),  # 2 degrees, p = 0.01
+    ):
+        principles = [Principle(name=name, comparison="?", weight=weight) for name, weight in weights.items()]
+        for seed in seeds:
+            assert chi_square(draw_many(Constitution(tuple(principles)), seed=seed), weights) < bound
 
 
 def test_draws_of_one_row_are_independent_of_each_other() -> None:
@@ -54,10 +49,7 @@ def test_a_draw_depends_on_seed_key_and_turn_only() -> None:
     assert drawn == [constitution.draw(seed=1, key=f"row {n}", turn=2).name for n in reversed(range(50))][::-1]
     assert drawn != [constitution.draw(seed=2, key=f"row {n}", turn=2).name for n in range(50)]
     # Pinned: the principles of a run that is resumed next year must be those of today.
-    assert drawn[:3] == PINNED
-
-
-PINNED = ["no-preaching", "no-stereotypes", "no-cruelty"]
+    assert drawn[:3] == ["no-preaching", "no-stereotypes", "no-cruelty"]
 
 
 @pytest.mark.parametrize("name", ["harmlessness", "helpfulness"])
@@ -90,6 +82,9 @@ def test_published_examples_are_no_constitution() -> None:
     path = PUBLISHED / "prompts_RLMadisonFewShotPrompts.json"
     with pytest.raises(RecipeError, match="holds examples, not instructions; name it under examples:"):
         load_constitution(str(path))
+
+
+ONE = "principles:\n  - {name: one, comparison: Which?}\n"
 
 
 def problems_of(tmp_path: Path, text: str, name: str = "c.yaml") -> list[str]:
@@ -142,7 +137,7 @@ def test_a_constitution_without_principles_is_refused(tmp_path: Path) -> None:
     assert problems_of(tmp_path, "[]\n") == ["1: must be a mapping with name and description and principles"]
 
 
-def test_a_principle_without_the_question_that_others_have_is_refused(tmp_path: Path) -> None:
+def test_a_constitution_without_what_the_stage_needs_is_refused(tmp_path: Path) -> None:
     text = """principles:
   - {name: one, critique: a, revision: b, comparison: Which?}
   - {name: two, critique: a, revision: b}
@@ -150,37 +145,35 @@ def test_a_principle_without_the_question_that_others_have_is_refused(tmp_path: 
     assert problems_of(tmp_path, text) == [
         "3: principle two has no question to compare answers by; add comparison: (other principles have one)"
     ]
-
-
-def test_a_constitution_without_what_the_stage_needs_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("principles:\n  - {name: one, comparison: Which?}\n")
+    path.write_text(ONE)
     load_constitution(str(path), needs="comparison")
     with pytest.raises(RecipeError, match="no principle has a critique request and a revision request; add critique:"):
         load_constitution(str(path), needs="critique")
 
 
-def test_names_that_are_not_there_suggest_the_nearest(tmp_path: Path) -> None:
+def test_names_that_are_not_there_suggest_the_nearest_and_are_unique(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean harmlessness"):
         load_constitution("builtin:harmlesness")
-    (tmp_path / "mine.yaml").write_text("principles:\n  - {name: one, comparison: Which?}\n")
+    for name in ("mine.yaml", "b.yaml"):
+        (tmp_path / name).write_text(ONE)
     with pytest.raises(RecipeError, match=r"mnie.yaml: the constitution is not there; did you mean mine.yaml\?"):
         load_constitution(str(tmp_path / "mnie.yaml"))
+    with pytest.raises(RecipeError, match="the principle one is also in .*mine.yaml; rename one"):
+        load_constitution([str(tmp_path / "mine.yaml"), str(tmp_path / "b.yaml")])
 
 
-def test_json_of_another_shape_is_refused(tmp_path: Path) -> None:
-    assert problems_of(tmp_path, "{\n,}", "c.json")[0].startswith("2: is not JSON")
-    (found,) = problems_of(tmp_path, '{"harmful": {"prompt": "text"}}', "c.json")
-    assert found.endswith("harmful: must be {prompt: [TEXT], edit_request: TEXT}")
-    (found,) = problems_of(tmp_path, '["Choose."]', "c.json")
-    assert r"entry 0 is not '\n' + an instruction + ' Options:'" in found
-
-
-def test_two_files_may_not_share_a_name(tmp_path: Path) -> None:
-    for name in ("a.yaml", "b.yaml"):
-        (tmp_path / name).write_text("principles:\n  - {name: one, comparison: Which?}\n")
-    with pytest.raises(RecipeError, match="the principle one is also in .*a.yaml; rename one"):
-        load_constitution([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{\n,}", "2: is not JSON"),
+        ('{"harmful": {"prompt": "text"}}', "harmful: must be {prompt: [TEXT], edit_request: TEXT}"),
+        ('["Choose."]', r"entry 0 is not '\n' + an instruction + ' Options:'"),
+    ],
+)
+def test_json_of_another_shape_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+    (found,) = problems_of(tmp_path, text, "c.json")
+    assert problem in found
 
 
 def test_reading_a_constitution_loads_no_machine_learning_library() -> None:

@@ -32,6 +32,18 @@ def prompts(write_rows: Callable[..., Path]) -> Path:
     return write_rows([{"prompt": messages(f"Do something bad, number {number}.")} for number in range(6)])
 
 
+@pytest.fixture
+def asked(make_stage: MakeStage, prompts: Path, constitution: str) -> Callable[..., Stage]:
+    """Make a stage whose chains a server writes."""
+
+    def make(server: Server, *, source: dict[str, Any] | None = None, **options: Any) -> Stage:
+        generator = {"url": server.url, "name": "tiny", **(source or {})}
+        options = {"data": str(prompts), "constitution": constitution, "examples": "none", **options}
+        return make_stage("critique", generator=generator, **options)
+
+    return make
+
+
 def scribe(payload: dict[str, Any]) -> str:
     """Answer like somebody who counts revisions: `answer 0`, a critique of it, `answer 1`, ..."""
     said = [message["content"] for message in payload["messages"]]
@@ -42,11 +54,10 @@ def scribe(payload: dict[str, Any]) -> str:
 
 
 def test_every_revision_becomes_a_row_and_the_next_round_sees_only_the_newest(
-    make_stage: MakeStage, prompts: Path, constitution: str
+    asked: Callable[..., Stage], prompts: Path, constitution: str
 ) -> None:
     with Server(reply=scribe) as server:
-        source = {"url": server.url, "name": "tiny"}
-        stage = make_stage("critique", data=str(prompts), constitution=constitution, generator=source, examples="none")
+        stage = asked(server)
         rows, report = run(stage)
     assert [row["completion"][0]["content"] for row in rows] == [f"answer {n}" for n in range(1, 5)] * 6
     assert [row["prompt"] for row in rows[::4]] == [row["prompt"] for row in read_rows(prompts)]
@@ -63,43 +74,25 @@ def test_every_revision_becomes_a_row_and_the_next_round_sees_only_the_newest(
             assert said[3] == "It is too bad."
             assert said[4] == f"{principles[said[2]].revision} Reply with the new answer only."
         assert len(said) in (1, 3, 5)
-
-
-def test_a_principle_is_drawn_at_every_round(make_stage: MakeStage, prompts: Path, constitution: str) -> None:
-    with Server(reply=scribe) as server:
-        source = {"url": server.url, "name": "tiny"}
-        stage = make_stage("critique", data=str(prompts), constitution=constitution, generator=source, examples="none")
-        run(stage)
-    drawn: dict[str, list[str]] = {}
-    for record in read_rows(Path(stage.run_dir) / "feedback.jsonl"):
+    drawn: dict[str, list[str]] = {}  # a principle is drawn at every round
+    for record in kept:
         if record["kind"] == "revision":
             drawn.setdefault(record["place"], []).append(record["principle"])
     assert all(len(names) == 4 for names in drawn.values())
     assert len({tuple(names) for names in drawn.values()}) > 1 and any(len({*names}) > 1 for names in drawn.values())
 
 
-def test_critiques_can_be_left_out(make_stage: MakeStage, prompts: Path, constitution: str) -> None:
+def test_critiques_can_be_left_out(asked: Callable[..., Stage]) -> None:
     with Server(reply=scribe) as server:
-        source = {"url": server.url, "name": "tiny"}
-        stage = make_stage(
-            "critique", data=str(prompts), constitution=constitution, generator=source, critiques=False, rounds=2
-        )
-        rows, _ = run(stage)
+        rows, _ = run(asked(server, critiques=False, rounds=2, examples="builtin"))
         assert server.requests == 18 and len(rows) == 12
         assert not any("It is too bad." in json.dumps(payload) for payload in server.payloads)
 
 
-def test_helpful_answers_are_added_as_they_are(
-    make_stage: MakeStage, prompts: Path, constitution: str, write_rows: Callable[..., Path]
-) -> None:
+def test_helpful_answers_are_added_as_they_are(asked: Callable[..., Stage], write_rows: Callable[..., Path]) -> None:
     helpful = write_rows([{"prompt": messages(f"Help {number}")} for number in range(3)], "helpful.jsonl")
     with Server(reply=scribe) as server:
-        source = {"url": server.url, "name": "tiny"}
-        stage = make_stage(
-            "critique", data=str(prompts), constitution=constitution, generator=source, rounds=1,
-            helpful={"data": str(helpful), "samples": 2},
-        )  # fmt: skip
-        rows, report = run(stage)
+        rows, report = run(asked(server, rounds=1, helpful={"data": str(helpful), "samples": 2}, examples="builtin"))
     assert report["helpful_rows"] == 6 and len(rows) == 12
     assert [row["completion"][0]["content"] for row in rows[6:]] == ["answer 0"] * 6
     seeds = {payload["seed"] for payload in server.payloads if last_message(payload).startswith("Help")}
@@ -107,7 +100,7 @@ def test_helpful_answers_are_added_as_they_are(
 
 
 def test_a_chain_that_breaks_is_counted_with_its_reason(
-    make_stage: MakeStage, prompts: Path, constitution: str, capsys: pytest.CaptureFixture[str]
+    asked: Callable[..., Stage], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def reply(payload: dict[str, Any]) -> str:
         said = scribe(payload)
@@ -116,8 +109,7 @@ def test_a_chain_that_breaks_is_counted_with_its_reason(
         return "<|im_end|> answer" if "number 4" in last_message(payload) else said
 
     with Server(reply=reply) as server:
-        source = {"url": server.url, "name": "tiny"}
-        stage = make_stage("critique", data=str(prompts), constitution=constitution, generator=source, examples="none")
+        stage = asked(server)
         rows, report = run(stage)
     assert len(rows) == 4 * 4 + 1 and report["broken_chains"] == 2
     rejects = read_rows(Path(stage.run_dir) / "rejects.jsonl")
@@ -145,10 +137,9 @@ def test_local_models_write_chains_that_an_interruption_does_not_change(
     assert again == whole
 
 
-def test_a_generator_that_is_down_says_what_is_kept(make_stage: MakeStage, prompts: Path, constitution: str) -> None:
+def test_a_generator_that_is_down_says_what_is_kept(asked: Callable[..., Stage]) -> None:
     with Server(reply=scribe, fault=lambda number, payload: "500" if number >= 10 else None) as server:
-        source = {"url": server.url, "name": "tiny", "retries": 0, "concurrency": 1}
-        stage = make_stage("critique", data=str(prompts), constitution=constitution, generator=source)
+        stage = asked(server, source={"retries": 0, "concurrency": 1}, examples="builtin")
         with pytest.raises(JudgeError, match="0 rows .* the 10 answers in feedback.jsonl will not be asked for again"):
             critique.run(stage, Path(stage.run_dir))
         server.fault = lambda number, payload: None

@@ -90,20 +90,18 @@ def test_concurrency_and_requests_per_minute_are_kept() -> None:
     assert found[-1][0] > 0.07 and found[-1][1] > 0.45, found
 
 
-def test_log_probs_at_the_deciding_letter_make_a_soft_verdict() -> None:
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_log_probs_at_the_deciding_letter_make_a_soft_verdict(api: str) -> None:
     with Server(judge=lambda payload: 0.73) as server:
-        verdict = decide(connect(server)[0], QUESTIONS[:1])[0]
+        verdict = decide(connect(server, api=api)[0], QUESTIONS[:1])[0]
         assert verdict.p_first == pytest.approx(0.73) and verdict.mass == pytest.approx(0.98)
-        assert server.payloads[0]["top_logprobs"] == 20 and server.payloads[0]["temperature"] == 0
-        assert server.payloads[0]["messages"][-1]["content"].endswith("Reply with (A) or (B) and nothing else.")
-
-
-def test_base_models_are_sent_the_transcript() -> None:
-    with Server(judge=lambda payload: 0.27) as server:
-        verdict = decide(connect(server, api="completions")[0], QUESTIONS[:1])[0]
-        assert verdict.p_first == pytest.approx(0.27)
-        assert server.payloads[0]["prompt"] == QUESTIONS[0].transcript
-        assert server.payloads[0]["prompt"].endswith("The answer is:")
+        (sent,) = server.payloads
+    assert sent["temperature"] == 0
+    if api == "completions":  # base models are sent the transcript
+        assert sent["prompt"] == QUESTIONS[0].transcript and sent["prompt"].endswith("The answer is:")
+    else:
+        assert sent["top_logprobs"] == 20
+        assert sent["messages"][-1]["content"].endswith("Reply with (A) or (B) and nothing else.")
 
 
 def test_a_server_without_log_probs_is_read_by_its_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,31 +132,21 @@ def test_a_reply_that_names_no_option_is_an_abstention() -> None:
 def test_a_wrong_key_ends_it_at_once_and_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_JUDGE_TOKEN", KEY)
     monkeypatch.setenv(ALLOWED, "ANOTHER_TOKEN MY_JUDGE_TOKEN")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with Server(key="another") as server:
-        endpoint, _ = connect(server, api_key_env="MY_JUDGE_TOKEN")
         with pytest.raises(JudgeError, match=r"refuses the key in MY_JUDGE_TOKEN \(401\)") as caught:
-            decide(endpoint, QUESTIONS)
+            decide(connect(server, api_key_env="MY_JUDGE_TOKEN")[0], QUESTIONS)
         assert KEY not in str(caught.value) and "[redacted]" in str(caught.value) and "\n" not in str(caught.value)
         assert server.requests <= 8
+        with pytest.raises(JudgeError, match="name its variable with api_key_env"):
+            decide(connect(server)[0], QUESTIONS)
 
 
-def test_a_server_that_wants_a_key_says_which_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with (
-        Server(key="another") as server,
-        pytest.raises(JudgeError, match="name its variable with api_key_env"),
-    ):
-        decide(connect(server)[0], QUESTIONS)
-
-
-def test_an_endpoint_that_is_down_gives_up() -> None:
+def test_an_endpoint_that_is_down_or_sends_us_elsewhere_gives_up() -> None:
     source = FeedbackModel(url="http://127.0.0.1:9/v1", name="tiny", retries=1)
     endpoint = Endpoint(source, spending=Spending(source), stop=threading.Event())
     with pytest.raises(JudgeError, match=r"127.0.0.1:9 cannot be reached .* 3 requests in a row have failed"):
         decide(endpoint, QUESTIONS)
-
-
-def test_a_redirect_to_another_address_is_not_followed() -> None:
     with (
         Server(fault=lambda number, payload: "redirect") as server,
         pytest.raises(JudgeError, match="sends us to another address"),
@@ -167,10 +155,7 @@ def test_a_redirect_to_another_address_is_not_followed() -> None:
 
 
 def test_one_request_that_is_refused_is_an_abstention_among_others() -> None:
-    def fault(number: int, payload: dict[str, Any]) -> str | None:
-        return None
-
-    with Server(fault=fault) as server:
+    with Server() as server:
         endpoint, _ = connect(server, concurrency=1)
         decide(endpoint, QUESTIONS[:1])
         server.refuse = {"messages": "this model's maximum context length is 5 tokens"}
@@ -181,19 +166,20 @@ def test_one_request_that_is_refused_is_an_abstention_among_others() -> None:
 @pytest.fixture
 def pairs(write_rows: Callable[..., Path]) -> Path:
     rows = [
-        {
-            "prompt": messages(f"Q{number}"),
-            "chosen": messages("", f"long answer {number}")[1:],
-            "rejected": messages("", "no")[1:],
-        }
+        {"prompt": messages(f"Q{number}"), "chosen": messages("", f"long answer {number}")[1:],
+         "rejected": messages("", "no")[1:]}
         for number in range(60)
-    ]
+    ]  # fmt: skip
     return write_rows(rows)
 
 
 def stage_for(make_stage: MakeStage, server: Server, pairs: Path, constitution: str, **judge: Any) -> Stage:
     source = {"url": server.url, "name": "tiny", "timeout": 1.0, **judge}
     return make_stage("label", data=str(pairs), constitution=constitution, judge=source, answers="given")
+
+
+def report_of(stage: Stage) -> dict[str, Any]:
+    return json.loads((Path(stage.run_dir) / "report.json").read_text())
 
 
 def test_the_job_finishes_with_all_faults_and_its_retries_are_in_the_report(
@@ -206,7 +192,7 @@ def test_the_job_finishes_with_all_faults_and_its_retries_are_in_the_report(
         stage = stage_for(make_stage, server, pairs, constitution, api_key_env="MY_JUDGE_TOKEN")
         label.run(stage, Path(stage.run_dir))
         assert set(server.answered.values()) == {1} and len(server.answered) == QUESTIONS_ASKED
-    report = json.loads((Path(stage.run_dir) / "report.json").read_text())
+    report = report_of(stage)
     # On a busy machine a try may time out before the server has seen it: both counts are then that much higher.
     unseen = report["spent"]["requests"] - server.requests
     assert report["labelled"] == 60 and 0 <= unseen <= 3
@@ -242,16 +228,12 @@ def test_a_budget_that_runs_out_keeps_what_there_is_and_goes_on_with_a_higher_on
         stage = stage_for(make_stage, server, pairs, constitution, max_tokens_total=4000, concurrency=3)
         with pytest.raises(JudgeError, match=r"of max_tokens_total 4000 tokens are spent.*\d+ rows are in rows.jsonl"):
             label.run(stage, Path(stage.run_dir))
-        asked = server.requests
-        rows = read_rows(Path(stage.run_dir) / "rows.jsonl")
-        report = json.loads((Path(stage.run_dir) / "report.json").read_text())
-        assert 10 < len(rows) < 60 and not report["complete"]
-        assert 3000 < report["tokens"] <= 4000
+        asked, rows, report = server.requests, read_rows(Path(stage.run_dir) / "rows.jsonl"), report_of(stage)
+        assert 10 < len(rows) < 60 and not report["complete"] and 3000 < report["tokens"] <= 4000
         with pytest.raises(JudgeError, match="max_tokens_total"):  # what was spent is not forgotten
             label.run(stage, Path(stage.run_dir))
         assert server.requests <= asked + 3  # the room that requests under way had held
-        more = stage_for(make_stage, server, pairs, constitution, max_tokens_total=40000)
-        label.run(more, Path(stage.run_dir))
+        label.run(stage_for(make_stage, server, pairs, constitution, max_tokens_total=40000), Path(stage.run_dir))
         assert len(read_rows(Path(stage.run_dir) / "rows.jsonl")) == 60
         assert set(server.answered.values()) == {1}
 
@@ -262,7 +244,7 @@ def test_a_money_budget_counts_what_tokens_cost(make_stage: MakeStage, pairs: Pa
         stage = stage_for(make_stage, server, pairs, constitution, max_cost=0.05, price=price, concurrency=2)
         with pytest.raises(JudgeError, match=r"of max_cost 0.05 is spent"):
             label.run(stage, Path(stage.run_dir))
-    spent = json.loads((Path(stage.run_dir) / "report.json").read_text())["spent"]
+    spent = report_of(stage)["spent"]
     assert 0.03 < spent["cost"] <= 0.05
     assert spent["cost"] == pytest.approx((spent["input_tokens"] * 10 + spent["output_tokens"] * 100) / 1e6)
 

@@ -26,6 +26,10 @@ def run(stage: Stage) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return read_rows(Path(stage.run_dir) / "rows.jsonl"), report
 
 
+def kinds_kept(stage: Stage) -> Counter[str]:
+    return Counter(record["kind"] for record in read_rows(Path(stage.run_dir) / "feedback.jsonl"))
+
+
 @pytest.fixture
 def pairs(write_rows: Callable[..., Path]) -> Path:
     """40 pairs; the longer answer stands first and second by turns."""
@@ -33,10 +37,22 @@ def pairs(write_rows: Callable[..., Path]) -> Path:
     for number in range(40):
         answers = [f"short {number}", f"a much longer answer {number}"]
         first, second = answers if number % 2 else answers[::-1]
-        rows.append(
-            {"prompt": messages(f"Q{number}"), "chosen": messages("", first)[1:], "rejected": messages("", second)[1:]}
-        )
+        sides = {side: messages("", text)[1:] for side, text in (("chosen", first), ("rejected", second))}
+        rows.append({"prompt": messages(f"Q{number}"), **sides})
     return write_rows(rows)
+
+
+@pytest.fixture
+def given(make_stage: MakeStage, pairs: Path, constitution: str) -> MakeStage:
+    """Make a stage that labels the 40 pairs."""
+
+    def make(judge: Path | Server, **options: Any) -> Stage:
+        source = {"url": judge.url, "name": "tiny"} if isinstance(judge, Server) else str(judge)
+        return make_stage("label", **{
+            "data": str(pairs), "constitution": constitution, "judge": source, "answers": "given", **options,
+        })  # fmt: skip
+
+    return make
 
 
 def test_local_judge_labels_sampled_answers(
@@ -49,10 +65,9 @@ def test_local_judge_labels_sampled_answers(
     )  # fmt: skip
     rows, report = run(stage)
     assert report["comparisons"] == 36 and report["labelled"] == 36
-    assert all(set(row) == {"prompt", "chosen", "rejected", "label"} and 0.5 <= row["label"] <= 1 for row in rows)
+    assert all(set(row) == {"prompt", "chosen", "rejected", "label"} for row in rows)
     assert all(row["chosen"][0]["role"] == "assistant" for row in rows)
-    kept = read_rows(Path(stage.run_dir) / "feedback.jsonl")
-    assert Counter(record["kind"] for record in kept) == {"answer": 36, "label": 72 + 6}  # both orders; second opinions
+    assert kinds_kept(stage) == {"answer": 36, "label": 72 + 6}  # both orders; second opinions
     labels = read_rows(Path(stage.run_dir) / "labels.jsonl")
     for row, one in zip(rows, labels, strict=True):
         assert one["p_first"] == pytest.approx(sum(one["orders"]) / 2)
@@ -61,17 +76,6 @@ def test_local_judge_labels_sampled_answers(
     assert {one["principle"] for one in labels} == {"one", "two", "three", "four"}
     result = json.loads((Path(stage.run_dir) / "result.json").read_text())
     assert result["status"] == "finished" and result["step"] == len(rows)
-
-
-def test_rows_are_read_back_by_the_data_room(
-    make_stage: MakeStage, pairs: Path, chat_model: Path, constitution: str
-) -> None:
-    stage = make_stage("label", data=str(pairs), constitution=constitution, judge=str(chat_model), answers="given")
-    rows, _ = run(stage)
-    source = [DataSource(path=str(Path(stage.run_dir) / "rows.jsonl"))]
-    read = list(read_data(stage, source, report=DataReport(), rejects=Rejects(), method="dpo"))
-    assert [row.label for row in read] == [row["label"] for row in rows]
-    assert all(row.kind == "pair" and row.conversational for row in read)
 
 
 def test_answers_and_labels_do_not_depend_on_the_batch_or_on_an_interruption(
@@ -93,76 +97,52 @@ def test_answers_and_labels_do_not_depend_on_the_batch_or_on_an_interruption(
 
 
 def test_a_finished_stage_answers_at_once_and_refuses_another_judge(
-    make_stage: MakeStage, pairs: Path, chat_model: Path, base_model: Path, constitution: str
+    given: MakeStage, chat_model: Path, base_model: Path
 ) -> None:
-    options = {"data": str(pairs), "constitution": constitution, "answers": "given"}
-    stage = make_stage("label", judge=str(chat_model), **options)
-    run(stage)
+    stage = given(chat_model)
+    rows, _ = run(stage)
     before = (Path(stage.run_dir) / "feedback.jsonl").stat().st_mtime_ns
     label.run(stage, Path(stage.run_dir))
     assert (Path(stage.run_dir) / "feedback.jsonl").stat().st_mtime_ns == before
-    other = make_stage("label", judge=str(base_model), **options)
     with pytest.raises(RunError, match="judge.model: .* -> "):
-        label.run(other, Path(other.run_dir))
-    asked_faster = make_stage("label", judge=str(chat_model), batch_size=2, **options)
-    assert label.run(asked_faster, Path(stage.run_dir)).status == "finished"
+        label.run(given(base_model), Path(stage.run_dir))
+    assert label.run(given(chat_model, batch_size=2), Path(stage.run_dir)).status == "finished"
+    source = [DataSource(path=str(Path(stage.run_dir) / "rows.jsonl"))]  # the data room reads the rows
+    read = list(read_data(stage, source, report=DataReport(), rejects=Rejects(), method="dpo"))
+    assert [row.label for row in read] == [row["label"] for row in rows]
+    assert all(row.kind == "pair" and row.conversational for row in read)
 
 
 def test_base_models_judge_transcripts_with_examples(
-    make_stage: MakeStage, write_rows: Callable[..., Path], base_model: Path, tmp_path: Path
+    given: MakeStage, write_rows: Callable[..., Path], base_model: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "one.yaml"
+    path, examples = tmp_path / "one.yaml", tmp_path / "examples.yaml"
     path.write_text("principles:\n  - {name: one, comparison: Which is better?}\n")
-    examples = tmp_path / "examples.yaml"
     examples.write_text("comparisons:\n  - {human: Hi, better: Hello, worse: No}\n")
     data = write_rows([{"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b c"}])
-    stage = make_stage(
-        "label", data=str(data), constitution=str(path), judge=str(base_model), answers="given", examples=str(examples)
-    )
-    rows, report = run(stage)
-    assert (
-        report["labelled"] == 1
-        and isinstance(rows[0]["prompt"], str)
-        and {rows[0]["chosen"], rows[0]["rejected"]} == {" a", " b c"}
-    )
+    (row,), report = run(given(base_model, data=str(data), constitution=str(path), examples=str(examples)))
+    assert report["labelled"] == 1 and isinstance(row["prompt"], str)
+    assert {row["chosen"], row["rejected"]} == {" a", " b c"}
 
 
-def test_thoughts_are_kept_and_labels_clamped(
-    make_stage: MakeStage, pairs: Path, chat_model: Path, constitution: str
-) -> None:
-    stage = make_stage(
-        "label", data={"path": str(pairs), "max_rows": 4}, constitution=constitution, judge=str(chat_model),
-        answers="given", cot=True, cot_tokens=6,
-    )  # fmt: skip
+def test_thoughts_are_kept_and_labels_clamped(given: MakeStage, pairs: Path, chat_model: Path) -> None:
+    stage = given(chat_model, data={"path": str(pairs), "max_rows": 4}, cot=True, cot_tokens=6)
     rows, _ = run(stage)
-    kept = read_rows(Path(stage.run_dir) / "feedback.jsonl")
-    assert Counter(record["kind"] for record in kept) == {"thoughts": 8, "label": 8}
+    assert kinds_kept(stage) == {"thoughts": 8, "label": 8}
     assert all(0.5 <= row["label"] <= 0.6 for row in rows)
 
 
-def test_hard_labels_have_no_label_and_no_ties(
-    make_stage: MakeStage, pairs: Path, chat_model: Path, constitution: str
-) -> None:
-    options = {"data": str(pairs), "constitution": constitution, "judge": str(chat_model), "answers": "given"}
-    soft, _ = run(make_stage("label", name="soft", **options))
-    hard, _ = run(make_stage("label", name="hard", hard=True, **options))
-    assert [{**row, "label": None} for row in hard] == [{**row, "label": None} for row in soft]
-    assert all("label" not in row for row in hard)
-
-
-def test_comparisons_by_people_are_mixed_in(
-    make_stage: MakeStage, write_rows: Callable[..., Path], pairs: Path, chat_model: Path, constitution: str
+def test_hard_labels_have_no_label_and_people_s_comparisons_are_mixed_in(
+    given: MakeStage, write_rows: Callable[..., Path], chat_model: Path
 ) -> None:
     people = write_rows([{"prompt": "Text?", "chosen": "yes", "rejected": "no"}], "people.jsonl")
-    options = {"data": str(pairs), "constitution": constitution, "judge": str(chat_model), "answers": "given"}
-    rows, report = run(make_stage("label", mix=str(people), **options))
-    assert report["rows_by_people"] == 1 and len(rows) == 41
-    assert rows[-1] == {
-        "prompt": messages("Text?"),
-        "chosen": messages("", "yes")[1:],
-        "rejected": messages("", "no")[1:],
-        "label": 1.0,
-    }
+    soft, report = run(given(chat_model, name="soft", mix=str(people)))
+    hard, _ = run(given(chat_model, name="hard", hard=True))
+    assert [{**row, "label": None} for row in hard] == [{**row, "label": None} for row in soft[:-1]]
+    assert all("label" not in row for row in hard)
+    assert report["rows_by_people"] == 1 and len(soft) == 41
+    sides = {"chosen": messages("", "yes")[1:], "rejected": messages("", "no")[1:]}
+    assert soft[-1] == {"prompt": messages("Text?"), **sides, "label": 1.0}
 
 
 def test_published_labels_stand_in_for_a_judge(
@@ -173,59 +153,33 @@ def test_published_labels_stand_in_for_a_judge(
         {"prompt": "Q0", "chosen": "b", "rejected": "a", "label": 0.8},
         {"prompt": "Q1", "chosen": "a", "rejected": "b"},
     ]
-    published = write_rows(known, "published.jsonl")
-    stage = make_stage(
-        "label", data=str(data), constitution=constitution, judge={"replay": str(published)}, answers="given"
-    )
-    rows, report = run(stage)
-    assert rows == [
-        {"prompt": "Q0", "chosen": "b", "rejected": "a", "label": pytest.approx(0.8)},
-        {"prompt": "Q1", "chosen": "a", "rejected": "b", "label": 1.0},
-    ]
+    judge = {"replay": str(write_rows(known, "published.jsonl"))}
+    rows, report = run(make_stage("label", data=str(data), constitution=constitution, judge=judge, answers="given"))
+    assert rows == [known[0] | {"label": pytest.approx(0.8)}, known[1] | {"label": 1.0}]
     assert report["abstained_because"] == {"not among the published labels": 1}
 
 
-def test_a_judge_that_always_answers_a_is_flagged(
-    make_stage: MakeStage, pairs: Path, constitution: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_judge_leans_to_shows_in_the_report(given: MakeStage, capsys: pytest.CaptureFixture[str]) -> None:
     with Server(judge=lambda payload: 0.97) as server:
-        judge = {"url": server.url, "name": "tiny"}
-        rows, report = run(
-            make_stage("label", data=str(pairs), constitution=constitution, judge=judge, answers="given")
-        )
+        rows, report = run(given(server, name="always-a"))
     assert report["picks_first_place"]["share"] == 1.0 and report["order_agreement"]["share"] == 0.0
     assert "the judge picks the first place in 100% of 80 verdicts: it does not compare" in capsys.readouterr().err
     assert all(row["label"] == pytest.approx(0.5) for row in rows) and report["ties"] == 40
-
-
-def test_a_judge_that_prefers_length_shows_in_the_report(make_stage: MakeStage, pairs: Path, constitution: str) -> None:
     with Server() as server:
-        judge = {"url": server.url, "name": "tiny"}
-        rows, report = run(
-            make_stage("label", data=str(pairs), constitution=constitution, judge=judge, answers="given")
-        )
+        rows, report = run(given(server, name="longer"))
     assert report["length_bias"]["share"] == 1.0 and report["length_bias"]["n"] == 40
-    assert report["order_agreement"]["share"] == 1.0
-    assert report["agreement_between_principles"]["share"] == 1.0
+    assert report["order_agreement"]["share"] == report["agreement_between_principles"]["share"] == 1.0
     assert all("longer" in row["chosen"][0]["content"] and row["label"] == pytest.approx(0.9) for row in rows)
 
 
 def test_judge_is_measured_on_comparisons_with_known_answers(
-    make_stage: MakeStage, pairs: Path, write_rows: Callable[..., Path], constitution: str
+    given: MakeStage, write_rows: Callable[..., Path]
 ) -> None:
-    check = write_rows(
-        [{"prompt": "Q", "chosen": "long answer" if n < 6 else "x", "rejected": "y" * (n + 2)} for n in range(8)],
-        "check.jsonl",
-    )
+    check = [{"prompt": "Q", "chosen": "long answer" if n < 6 else "x", "rejected": "y" * (n + 2)} for n in range(8)]
     with Server() as server:
-        judge = {"url": server.url, "name": "tiny"}
-        stage = make_stage(
-            "label", data=str(pairs), constitution=constitution, judge=judge, answers="given", check=str(check)
-        )
-        rows, report = run(stage)
-    assert len(rows) == 40
+        rows, report = run(given(server, check=str(write_rows(check, "check.jsonl"))))
     found = report["check"]
-    assert (found["n"], found["accuracy"], found["longer_is_better"]) == (8, 0.75, 0.75)
+    assert (len(rows), found["n"], found["accuracy"], found["longer_is_better"]) == (40, 8, 0.75, 0.75)
     assert found["low"] == pytest.approx(0.4093, abs=1e-3) and found["high"] == pytest.approx(0.9285, abs=1e-3)
     assert found["ece"] == pytest.approx(0.15) and found["bins"][0]["n"] == 8  # 0.9 sure, 0.75 right
 
@@ -244,22 +198,17 @@ def test_empty_answers_are_left_out_with_a_reason(
         assert server.requests == 0
 
 
-def test_a_constitution_without_questions_is_refused(make_stage: MakeStage, pairs: Path, tmp_path: Path) -> None:
+def test_a_constitution_without_questions_is_refused(given: MakeStage, chat_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("principles:\n  - {name: kind, critique: What is unkind?, revision: Be kind.}\n")
-    stage = make_stage(
-        "label", data=str(pairs), constitution=str(path), judge={"url": "http://127.0.0.1:9", "name": "x"}
-    )
+    stage = given(chat_model, constitution=str(path))
     with pytest.raises(RecipeError, match="no principle has a question to compare answers by"):
         label.run(stage, Path(stage.run_dir))
 
 
-def test_orders_one_asks_half_as_often(make_stage: MakeStage, pairs: Path, constitution: str) -> None:
+def test_orders_one_asks_half_as_often(given: MakeStage) -> None:
     with Server() as server:
-        judge = {"url": server.url, "name": "tiny"}
-        stage = make_stage(
-            "label", data=str(pairs), constitution=constitution, judge=judge, answers="given", orders="one"
-        )
+        stage = given(server, orders="one")
         rows, report = run(stage)
         assert server.requests == 40 + 4
     assert report["order_agreement"] is None and len(rows) == 40
@@ -267,13 +216,9 @@ def test_orders_one_asks_half_as_often(make_stage: MakeStage, pairs: Path, const
     assert shown == {"first first", "second first"}
 
 
-def test_an_endpoint_that_is_down_leaves_the_rows_there_are(
-    make_stage: MakeStage, pairs: Path, constitution: str
-) -> None:
-    judge = {"url": "http://127.0.0.1:9/v1", "name": "tiny", "retries": 0}
-    stage = make_stage("label", data=str(pairs), constitution=constitution, judge=judge, answers="given")
-    with pytest.raises(
-        JudgeError, match=r"http://127.0.0.1:9 cannot be reached .* run the same command to go on"
-    ) as caught:
+def test_an_endpoint_that_is_down_leaves_the_rows_there_are(given: MakeStage, chat_model: Path) -> None:
+    stage = given(chat_model, judge={"url": "http://127.0.0.1:9/v1", "name": "tiny", "retries": 0})
+    message = r"http://127.0.0.1:9 cannot be reached .* run the same command to go on"
+    with pytest.raises(JudgeError, match=message) as caught:
         label.run(stage, Path(stage.run_dir))
     assert "\n" not in str(caught.value) and caught.value.exit_code == 7

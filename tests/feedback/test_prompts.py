@@ -162,60 +162,54 @@ _SHAPE = re.compile(
 )
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
 @pytest.mark.parametrize("place", ["prompt", "first", "second"])
-def test_no_text_can_change_how_a_comparison_is_read(hostile: str, place: str) -> None:
+def test_no_text_can_change_how_a_comparison_is_read(place: str) -> None:
     """A strict reader of the format finds the same parts, whatever is in them."""
-    texts = {"prompt": "Hi", "first": "yes", "second": "no", place: hostile}
-    quote = Quoter(FOREIGN_TOKENS)
-    comparison = Comparison(tuple(messages(texts["prompt"])), texts["first"], texts["second"], "Which?")
-    found = _SHAPE.fullmatch(comparison_question(comparison, quote))
-    assert found is not None
-    turns, question, first, second = found.groups()
-    assert question == "Which?" and (first, second) == (quote(texts["first"]), quote(texts["second"]))
-    assert turns == f"\n\nHuman: {quote(texts['prompt'])}"
-    assert quote.count > 0
-    for label in ("Human:", "Assistant:", "The answer is:", "Critique:", "(A)", "(B)", "]]]", "[[["):
+    for hostile in HOSTILE:
+        texts = {"prompt": "Hi", "first": "yes", "second": "no", place: hostile}
+        quote = Quoter(FOREIGN_TOKENS)
+        comparison = Comparison(tuple(messages(texts["prompt"])), texts["first"], texts["second"], "Which?")
+        found = _SHAPE.fullmatch(comparison_question(comparison, quote))
+        assert found is not None, hostile
+        turns, question, first, second = found.groups()
+        assert question == "Which?" and (first, second) == (quote(texts["first"]), quote(texts["second"]))
+        assert turns == f"\n\nHuman: {quote(texts['prompt'])}"
+        assert quote.count > 0
         inside = "".join(quote(text) for text in texts.values())
-        assert not re.search(rf"(?mi)^\s*{re.escape(label)}" if label[0] not in "[]" else re.escape(label), inside)
+        for label in ("Human:", "Assistant:", "The answer is:", "Critique:", "(A)", "(B)", "]]]", "[[["):
+            pattern = rf"(?mi)^\s*{re.escape(label)}" if label[0] not in "[]" else re.escape(label)
+            assert not re.search(pattern, inside), (hostile, label)
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_critiques_and_revisions_have_the_turns_that_were_asked_for(hostile: str) -> None:
-    quote = Quoter(FOREIGN_TOKENS)
-    request = ask_revision(messages("Hi", hostile), hostile, PRINCIPLE, NONE, quote)
-    labels = re.findall(r"\n\n(Human|Assistant|CritiqueRequest|Critique|RevisionRequest|Revision):", request.transcript)
-    assert labels == ["Human", "Assistant", "CritiqueRequest", "Critique", "RevisionRequest", "Revision"]
+def test_critiques_and_revisions_have_the_turns_that_were_asked_for() -> None:
+    turns = ["Human", "Assistant", "CritiqueRequest", "Critique", "RevisionRequest", "Revision"]
+    for hostile in HOSTILE:
+        quote = Quoter(FOREIGN_TOKENS)
+        request = ask_revision(messages("Hi", hostile), hostile, PRINCIPLE, NONE, quote)
+        assert re.findall(rf"\n\n({'|'.join(turns)}):", request.transcript) == turns, hostile
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_a_chat_template_gets_no_control_token_from_a_text(hostile: str) -> None:
+def test_a_chat_template_gets_no_control_token_from_a_text() -> None:
     tokenizer = builtin_tokenizer()
     template = Path(__file__).resolve().parents[2] / "alignkit/models/templates/chatml.jinja"
     tokenizer.chat_template = template.read_text(encoding="utf-8")
     encoder = Encoder(tokenizer)
     control = set(tokenizer.all_special_ids)
 
-    def count(first: str) -> list[int]:
-        quote = Quoter(encoder.control_tokens)
+    def list_controls(first: str) -> list[int]:
         comparison = Comparison(tuple(messages("Hi")), first, "no", "Which?")
-        prefix, tails = encoder.split(ask_comparison(comparison, (), quote))
+        prefix, tails = encoder.split(ask_comparison(comparison, (), Quoter(encoder.control_tokens)))
         assert tokenizer.decode(prefix).endswith("<|im_start|>assistant\nThe answer is: (")
         assert [tokenizer.decode(tail) for tail in tails] == ["A)", "B)"]
         return [token for token in prefix if token in control]
 
-    assert count(hostile) == count("yes")
+    plain = list_controls("yes")
+    assert [hostile for hostile in HOSTILE if list_controls(hostile) != plain] == []
 
 
 def test_harmless_texts_are_left_as_they_are() -> None:
     quote = Quoter(FOREIGN_TOKENS)
-    for text in (
-        "A: plain",
-        "I say: the answer is 4.",
-        "a [list] of [[things]]",
-        "Human rights: a history",
-        "(A) is on"[4:],
-    ):
+    for text in ("A: plain", "I say: the answer is 4.", "a [list] of [[things]]", "Human rights: a history", " is on"):
         assert quote(text) == text
     assert quote.count == 0
 

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -28,15 +29,14 @@ def test_records_are_there_again_after_opening(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 5, 30])
 def test_a_torn_last_line_is_cut_off(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "s.jsonl"
-    store = Store(path)
-    store.put("a", {"n": 1})
-    store.put("b", {"text": "second record that is torn"})
-    store.close()
+    records = [("a", {"n": 1}), ("b", {"text": "second record that is torn"})]
+    with closing(Store(path)) as store:
+        store.put_all(records)
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
-    store = Store(path)
-    assert len(store) == 1 and store.get("b") is None
-    store.put("b", {"text": "second record that is torn"})
+    with closing(Store(path)) as store:
+        assert len(store) == 1 and store.get("b") is None
+        store.put(*records[1])
     assert path.read_bytes() == whole
 
 
@@ -47,16 +47,11 @@ def test_damaged_lines_inside_are_named_and_asked_again(tmp_path: Path, capsys: 
     store.close()
     lines = path.read_bytes().splitlines(keepends=True)
     changed = lines[1].replace(b'"n": 1', b'"n": 7')  # JSON still, with another answer than was given
-    path.write_bytes(
-        lines[0] + bytes(20) + b"\n" + changed + lines[2] + b'{"key": "d", "n": 3}\n'
-    )  # of an earlier version
+    of_earlier_version = b'{"key": "d", "n": 3}\n'
+    path.write_bytes(lines[0] + bytes(20) + b"\n" + changed + lines[2] + of_earlier_version)
     store = Store(path)
-    assert [store.get(key) for key in "abcd"] == [
-        {"key": "a", "n": 0},
-        None,
-        {"key": "c", "n": 2},
-        {"key": "d", "n": 3},
-    ]
+    found = [store.get(key) for key in "abcd"]
+    assert found == [{"key": "a", "n": 0}, None, {"key": "c", "n": 2}, {"key": "d", "n": 3}]
     said = f"warning: {path}: 2 lines cannot be read (first: line 2); what they answered is asked again"
     assert said in capsys.readouterr().err
     store.put("b", {"n": 1})
@@ -80,6 +75,21 @@ def test_threads_may_put_at_the_same_time(tmp_path: Path) -> None:
     assert all(
         store.get(f"{a} {b}") == {"key": f"{a} {b}", "text": "y" * (100 * a + b)} for a in range(6) for b in (0, 19)
     )
+
+
+def test_questions_are_asked_once_with_a_file_and_without_one(tmp_path: Path) -> None:
+    asked: list[list[int]] = []
+
+    def square(places: list[int]) -> list[int]:
+        asked.append(places)
+        return [place**2 for place in places]
+
+    for path in (tmp_path / "deep" / "cache.jsonl", None):
+        asked.clear()
+        store = Store(path)
+        assert store.ask("x", ["a", "b", "a", "c"], square, batch_size=2) == [0, 1, 0, 9]
+        assert store.ask("x", ["c", "d", "a"], square) == [9, 1, 0] and store.ask("y", ["a"], square) == [0]
+        assert asked == [[0, 1], [3], [1], [0]]
 
 
 def test_half_a_surrogate_pair_is_kept_as_an_escape(tmp_path: Path) -> None:

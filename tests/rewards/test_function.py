@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import signal
 import sys
 import threading
 import time
@@ -57,21 +57,20 @@ def complain(function: FunctionReward, **columns: list[object]) -> str:
     return str(caught.value)
 
 
-def test_a_function_scores_and_gets_columns(load: Load) -> None:
-    function = load("def score(prompts, completions, **columns):\n    return [len(w) for w in columns['wanted']]\n")
-    assert function(PROMPTS, ANSWERS, {"wanted": ["red", "blue!"]}) == [3.0, 5.0]
-
-
-def test_a_function_gets_only_the_columns_it_names(load: Load) -> None:
-    function = load("def score(prompts, completions, wanted, other=None):\n    return [float(w) for w in wanted]\n")
-    assert function(PROMPTS, ANSWERS, {"wanted": [1, 2], "unused": [0, 0]}) == [1.0, 2.0]
-
-
-def test_arrays_tensors_tuples_and_booleans_are_numbers(load: Load) -> None:
-    for value in ("numpy.array([1, 2])", "torch.tensor([1.0, 2.0])", "(True, 2)", "[numpy.float32(1), 2]"):
-        function = load(f"import numpy, torch\ndef score(prompts, completions):\n    return {value}\n")
-        assert function(PROMPTS, ANSWERS, {}) == [1.0, 2.0]
-        del sys.modules["score_it"]
+@pytest.mark.parametrize(
+    ("parameters", "value", "scores"),
+    [
+        ("**columns", "[len(w) for w in columns['wanted']]", [3.0, 5.0]),
+        ("wanted, other=None", "[float(len(w)) for w in wanted]", [3.0, 5.0]),  # only the columns it names
+        ("**columns", "numpy.array([1, 2])", [1.0, 2.0]),
+        ("**columns", "torch.tensor([1.0, 2.0])", [1.0, 2.0]),
+        ("**columns", "(True, 2)", [1.0, 2.0]),
+        ("**columns", "[numpy.float32(1), 2]", [1.0, 2.0]),
+    ],
+)
+def test_a_function_gets_columns_and_gives_numbers(load: Load, parameters: str, value: str, scores: list) -> None:
+    function = load(f"import numpy, torch\ndef score(prompts, completions, {parameters}):\n    return {value}\n")
+    assert function(PROMPTS, ANSWERS, {"wanted": ["red", "blue!"], "unused": [0, 0]}) == scores
 
 
 def test_what_it_changes_or_prints_stays_its_own(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,32 +82,27 @@ def test_what_it_changes_or_prints_stays_its_own(load: Load, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("value", "message"),
     [
-        ("return [1.0]", "a.yaml:3: the reward function score_it:score returned 1 rewards for 2 answers"),
-        ("return None", "a.yaml:3: the reward function score_it:score returned NoneType; it must return a list of 2 "
-         "numbers"),
-        ("return 1.0", "a.yaml:3: the reward function score_it:score returned float; it must return a list of 2 "
-         "numbers"),
-        ("return [1, 'good']", "a.yaml:3: the reward function score_it:score returned 'good' for answer 1 "
-         "('What is blue?'); it must be a number"),
-        ("return [1, None]", "a.yaml:3: the reward function score_it:score returned None for answer 1 "
-         "('What is blue?'); it must be a number"),
-        ("return [float('nan'), 1]", "a.yaml:3: the reward function score_it:score returned nan for answer 0 "
-         "('What is red?'); a reward must be finite"),
-        ("return [1, -float('inf')]", "a.yaml:3: the reward function score_it:score returned -inf for answer 1 "
-         "('What is blue?'); a reward must be finite"),
+        ("[1.0]", "returned 1 rewards for 2 answers"),
+        ("None", "returned NoneType; it must return a list of 2 numbers"),
+        ("1.0", "returned float; it must return a list of 2 numbers"),
+        ("[1, 'good']", "returned 'good' for answer 1 ('What is blue?'); it must be a number"),
+        ("[1, None]", "returned None for answer 1 ('What is blue?'); it must be a number"),
+        ("[1j, 1]", "returned 1j for answer 0 ('What is red?'); it must be a number"),
+        ("[numpy.ones(2), 1]", "returned array([1., 1.]) for answer 0 ('What is red?'); it must be a number"),
+        ("[10**400, 1]", "returned an integer of 1329 bits for answer 0 ('What is red?'); it must be a number a float "
+         "can hold"),
+        ("[float('nan'), 1]", "returned nan for answer 0 ('What is red?'); a reward must be finite"),
+        ("[1, -float('inf')]", "returned -inf for answer 1 ('What is blue?'); a reward must be finite"),
     ],
 )  # fmt: skip
-def test_a_wrong_answer_of_a_function_is_one_message(load: Load, body: str, message: str) -> None:
-    assert complain(load(f"def score(prompts, completions):\n    {body}\n")) == message
-
-
-def test_not_finite_rewards_end_with_their_own_exit_code(load: Load) -> None:
-    function = load("def score(prompts, completions):\n    return [float('nan')] * 2\n")
-    with pytest.raises(NonFiniteError) as caught:
+def test_a_wrong_answer_of_a_function_is_one_message(load: Load, value: str, message: str) -> None:
+    function = load(f"import numpy\ndef score(prompts, completions):\n    return {value}\n")
+    with pytest.raises((RewardError, NonFiniteError)) as caught:
         function(PROMPTS, ANSWERS, {})
-    assert caught.value.exit_code == 3
+    assert str(caught.value) == f"a.yaml:3: the reward function score_it:score {message}"
+    assert caught.value.exit_code == (3 if "finite" in message else 2)
 
 
 def test_an_exception_is_named_with_its_line(load: Load, tmp_path: Path) -> None:
@@ -132,7 +126,7 @@ def test_an_exception_is_named_with_its_line(load: Load, tmp_path: Path) -> None
 )
 def test_a_function_that_hangs_is_stopped_and_leaves_nothing_running(load: Load, body: str) -> None:
     function = load(f"def score(prompts, completions):\n    {body}\n")
-    threads, began = threading.active_count(), time.monotonic()
+    before, threads, began = signal.getsignal(signal.SIGALRM), threading.active_count(), time.monotonic()
     assert complain(function) == (
         "a.yaml:3: the reward function score_it:score did not return within 0.4 s for 2 answers; make it faster, or "
         "raise reward_timeout"
@@ -140,13 +134,6 @@ def test_a_function_that_hangs_is_stopped_and_leaves_nothing_running(load: Load,
     assert time.monotonic() - began < 3
     assert threading.active_count() == threads
     time.sleep(1.2)  # no alarm is left that would end something else
-
-
-def test_an_earlier_alarm_handler_comes_back(load: Load) -> None:
-    import signal
-
-    before = signal.getsignal(signal.SIGALRM)
-    load("def score(prompts, completions):\n    return [1, 2]\n")(PROMPTS, ANSWERS, {})
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
@@ -192,14 +179,6 @@ def test_the_fingerprint_is_that_of_the_file(load: Load, tmp_path: Path) -> None
     stage = make_stage(tmp_path, "score_it:score", trust=True)
     source = stage.options.reward[0]  # type: ignore[attr-defined]
     before = FunctionReward.fingerprint(source, stage)
-    assert before is not None and math.isfinite(len(before))
+    assert before is not None
     (tmp_path / "score_it.py").write_text("def score(prompts, completions):\n    return [1, 3]\n")
     assert FunctionReward.fingerprint(source, stage) not in (None, before)
-
-
-@pytest.mark.parametrize(
-    "value", ["[10**400, 1]", "[10**5000, 1]", "[1j, 1]", "[None, 1]", "[numpy.ones(2), 1]", "[1]"]
-)
-def test_what_is_no_reward_is_refused_with_the_functions_name(load: Load, value: str) -> None:
-    message = complain(load(f"import numpy\ndef score(prompts, completions):\n    return {value}\n"))
-    assert "score_it:score returned" in message and ("number" in message or "rewards for 2 answers" in message)
