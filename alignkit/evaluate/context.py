@@ -1,4 +1,4 @@
-"""What the metrics of one evaluation share: models, reward, rows, prompts and answers, made when first asked for."""
+"""The models, reward, rows, prompts and answers that metrics share, made when first asked for; what a metric is."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Context:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How answers are sampled."""
+        """The settings that answers are sampled with."""
         return {"temperature": self.options.temperature, "max_new_tokens": self.options.max_new_tokens}
 
     def place(self, figures: Sequence[Figure], **settings: Any) -> list[Figure]:
@@ -131,7 +131,7 @@ POLICY: Need = (lambda context: not context.target.reward, "the model is a rewar
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is measured, and what it needs: a policy and rows that hold something."""
+    """A metric: what it needs (a policy and rows that hold something), and the function that measures it."""
 
     measure: Callable[[Context], Sequence[Figure]]
     needs: Need

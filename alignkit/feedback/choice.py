@@ -32,7 +32,7 @@ class TokenChances:
 
 
 def parse_choice(text: str) -> tuple[str, int] | None:
-    """Return the letter that a reply chooses and where it stands; None for an abstention."""
+    """Find the letter that a reply chooses and where it stands; None for an abstention."""
     if alone := _ALONE.match(text):
         return alone[1].upper(), alone.start(1)
     lines = [line for line in text.splitlines() if line.strip()]

@@ -88,7 +88,7 @@ class Request:
 
 
 def conversation(prompt: Text) -> list[Message]:
-    """Return a prompt as messages: HH transcripts by their turns, any other text as one user turn."""
+    """Turn a prompt into messages: HH transcripts by their turns, any other text as one user turn."""
     if not isinstance(prompt, str):
         return list(prompt)
     if not prompt.startswith("\n\nHuman:"):
@@ -102,19 +102,19 @@ def conversation(prompt: Text) -> list[Message]:
 
 
 def read_text(text: Text) -> str:
-    """Return an answer as text: of messages their contents."""
+    """Turn an answer into text: of messages their contents."""
     return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
 
 
 def ask_answer(prompt: Text) -> Request:
-    """Return the request for an answer to a row's prompt; text stays text, as training has it."""
+    """Ask for an answer to a row's prompt; text stays text, as training has it."""
     if isinstance(prompt, str):
         return Request(prompt, None, stops=STOPS if prompt.startswith("\n\nHuman:") else ())
     return Request(_transcript(prompt) + "\n\nAssistant:", tuple(prompt))
 
 
 def ask_critique(turns: Sequence[Message], principle: Principle, examples: Examples, quote: Quote) -> Request:
-    """Return the request for a critique of the answer that ends the conversation."""
+    """Ask for a critique of the answer that ends the conversation."""
     quoted = _quote_all(turns, quote)
     text = "".join(examples.critiques) + _transcript(quoted) + f"{principle.critique}".join(CRITIQUE_FRAME)
     asked = Message(role="user", content=f"{principle.critique}")
@@ -124,7 +124,7 @@ def ask_critique(turns: Sequence[Message], principle: Principle, examples: Examp
 def ask_revision(
     turns: Sequence[Message], critique: str | None, principle: Principle, examples: Examples, quote: Quote
 ) -> Request:
-    """Return the request for a revision of the last answer; without a critique, the examples have none either."""
+    """Ask for a revision of the last answer; without a critique, the examples have none either."""
     quoted = _quote_all(turns, quote)
     if critique is None:
         examples = without_critiques(examples)
@@ -142,7 +142,7 @@ def ask_revision(
 
 
 def cut_at(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """Return the text before the first of the stops, and whether there was one."""
+    """Cut a text before the first of the stops; say whether there was one."""
     ends = [at for stop in stops if (at := text.find(stop)) >= 0]
     return (text[: min(ends)], True) if ends else (text, False)
 
@@ -158,12 +158,12 @@ class Comparison:
 
 
 def comparison_question(comparison: Comparison, quote: Quote) -> str:
-    """Return the paper's text of a comparison, up to and with "The answer is:"."""
+    """Write the paper's text of a comparison, up to and with "The answer is:"."""
     return f"{_CONSIDER}{_compare(comparison, quote, _LABELS)}\n\n{VERDICT}"
 
 
 def ask_comparison(comparison: Comparison, shown: Sequence[tuple[Comparison, str]], quote: Quote) -> Request:
-    """Return the question which of two answers is better, to be decided by the log-probs of OPTIONS.
+    """Ask which of two answers is better, to be decided by the log-probs of OPTIONS.
 
     `shown` are worked examples, each with the option that is right; they are ours and are not quoted.
     """
@@ -178,12 +178,12 @@ def ask_comparison(comparison: Comparison, shown: Sequence[tuple[Comparison, str
 
 
 def fill_thought(example: str, question: str) -> str:
-    """Return a published chain of thought with a question in its place."""
+    """Put a question into its place in a published chain of thought."""
     return example.replace(PRINCIPLE_HERE, question.join(COMPARISON_FRAME), 1)
 
 
 def ask_thoughts(comparison: Comparison, shown: Sequence[str], quote: Quote) -> Request:
-    """Return the request for a chain of thought about two answers; `shown` are worked examples (`fill_thought`)."""
+    """Ask for a chain of thought about two answers; `shown` are worked examples (`fill_thought`)."""
     text = "".join(shown) + _thinking_question(comparison, quote) + f"\n\nAssistant: {_THOUGHT}"
     asked = Message(role="user", content=_chat_question(comparison, quote))
     messages = (*(turn for example in shown for turn in _thought_messages(example)), asked)
@@ -191,7 +191,7 @@ def ask_thoughts(comparison: Comparison, shown: Sequence[str], quote: Quote) -> 
 
 
 def ask_after_thoughts(comparison: Comparison, shown: Sequence[str], thoughts: str, quote: Quote) -> Request:
-    """Return the question which of two answers is better, after the judge's own chain of thought."""
+    """Ask which of two answers is better, after the judge's own chain of thought."""
     before = ask_thoughts(comparison, shown, quote)
     text = f"{before.transcript} {quote(thoughts)}{_SO}{_SO_VERDICT}"
     prefill = f"{_THOUGHT} {quote(thoughts)}\n\n{_SO_VERDICT}"
@@ -199,7 +199,7 @@ def ask_after_thoughts(comparison: Comparison, shown: Sequence[str], thoughts: s
 
 
 def _thought_messages(example: str) -> list[Message]:
-    """Return a worked chain of thought as two turns: the question, and the thoughts with their verdict."""
+    """Turn a worked chain of thought into two turns: the question, and the thoughts with their verdict."""
     thoughts, _, verdict = example.rpartition(_SO)
     *before, last = messages_of(thoughts)
     return [*before, Message(role="assistant", content=f"{last['content']}\n\n{verdict}")]

@@ -1,4 +1,4 @@
-"""What critique and label stages share: how they begin and end, their models, prompts and rows."""
+"""The run of a critique or label stage: its begin and end, models, prompts and rows."""
 
 from __future__ import annotations
 

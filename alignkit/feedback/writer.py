@@ -17,7 +17,7 @@ from alignkit.recipe.schema import FeedbackModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text is sampled. Temperature 0 takes the likeliest token each time."""
+    """Settings of sampling. Temperature 0 takes the likeliest token each time."""
 
     temperature: float
     max_new_tokens: int
@@ -33,7 +33,7 @@ class Job:
 
 @dataclass
 class Answer:
-    """What an answer cost, and how it is kept: `retries` counts failed tries of a server by cause."""
+    """The cost of an answer, and its record: `retries` counts failed tries of a server by cause."""
 
     input_tokens: int = field(default=0, kw_only=True)
     output_tokens: int = field(default=0, kw_only=True)

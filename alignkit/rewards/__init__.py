@@ -1,1 +1,1 @@
-"""What scores an answer, for ppo, gold, best-of-N, win rates and evaluation: one class a kind, listed in `kinds`."""
+"""Scores of answers, for ppo, gold, best-of-N, win rates and evaluation: one class a kind, listed in `kinds`."""

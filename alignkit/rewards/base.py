@@ -1,4 +1,4 @@
-"""What all kinds of rewards share: the answers they score, what they work with, and the shape of a kind."""
+"""The interface of a reward, the answers it scores and the workspace it scores in."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _ask_all(items: Sequence[Any], score: Callable[[Sequence[Any]], list[float]]
 
 @dataclass
 class Workspace:
-    """What rewards, judges and measured models work with: a device, a cache, and room for one model at a time.
+    """A device, a cache, and room for one model at a time, for rewards, judges and measured models.
 
     `once` runs something in one of a job's processes for all of them; `split` lets the processes score a part each.
     """
@@ -74,7 +74,7 @@ class Reward(Protocol):
         """Find out whether it can score; weights are loaded when they are needed."""
 
     def score(self, answers: Answers) -> list[float]:
-        """Return a number for each answer: the higher, the better."""
+        """Score each answer: the higher, the better."""
 
     @staticmethod
     def takes(source: RewardSource) -> bool:

@@ -66,7 +66,8 @@ class FunctionReward:
     @staticmethod
     def describe(source: RewardSource, stage: Stage, key: str) -> str:
         folder, where = Path(stage.recipe_path).resolve().parent, stage.where(f"{stage.name}.{key}")
-        FunctionReward(source, Workspace(trust_code=stage.trust_code, folder=folder, where=where, stage=stage))
+        space = Workspace(trust_code=stage.trust_code, folder=folder, where=where, stage=stage, cache=None)
+        FunctionReward(source, space)
         return f"function {source.function}"
 
     @staticmethod
@@ -87,7 +88,7 @@ class FunctionReward:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> list[float]:
-        """Return one finite number per answer.
+        """Call the function: one finite number per answer.
 
         Raises RewardError for a function that raises, takes too long, or returns something else, NonFiniteError for a
         number that is not finite.
@@ -108,7 +109,7 @@ class FunctionReward:
         return self._read(returned, prompts, len(completions))
 
     def _pick_columns(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Return the columns it has parameters for, all of them where it takes **columns."""
+        """Pick the columns it has parameters for, all of them where it takes **columns."""
         missing = [name for name, needed in (self._accepted or {}).items() if needed and name not in columns]
         if missing:
             there = ", ".join(columns) or "no other columns"
@@ -182,7 +183,7 @@ def _import(path: str, folder: Path, where: str | None) -> Callable[..., Any]:
 
 
 def _list_parameters(function: Callable[..., Any]) -> dict[str, bool] | None:
-    """Return the names of columns a function takes, and whether it needs them; None when it takes any."""
+    """List the columns a function takes, and whether it needs them; None when it takes any."""
     try:
         parameters = list(inspect.signature(function).parameters.values())[2:]
     except (TypeError, ValueError):  # built in: it has no signature

@@ -28,7 +28,7 @@ _WORST = 1e-4  # a probability from which the log-odds go no further: 9.2 nats
 
 
 class JudgeReward:
-    """How much better a judge finds an answer than the greedy answer of the model that PPO starts from: log-odds.
+    """Log-odds of a judge preferring an answer to the greedy answer of the model that PPO starts from.
 
     The question is that of labels, so that one judge and one format of prompts serve both; both orders are averaged, so
     that a preference for a place takes no part. An answer as good as the baseline is worth 0. An empty answer is not

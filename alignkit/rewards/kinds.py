@@ -35,7 +35,7 @@ class BuiltinReward:
 
     @staticmethod
     def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
-        BuiltinReward(source, Workspace(where=stage.where(f"{stage.name}.{key}")))
+        BuiltinReward(source, Workspace(where=stage.where(f"{stage.name}.{key}"), cache=None))
 
     @staticmethod
     def describe(source: RewardSource, stage: Stage, key: str) -> str:

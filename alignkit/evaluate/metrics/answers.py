@@ -1,4 +1,4 @@
-"""What sampled answers are like: their length, whether they end, and what a reward gives them."""
+"""Sampled answers: their length, whether they end, and their rewards."""
 
 from __future__ import annotations
 

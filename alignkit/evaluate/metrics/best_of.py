@@ -41,7 +41,7 @@ def measure_best_of(
     *,
     resamples: int,
 ) -> list[Figure]:
-    """Return the expected score of the best of N by `scores`, one figure per N, and of other rewards of that answer.
+    """Estimate the expected score of the best of N by `scores`, one figure per N, and of other rewards of that answer.
 
     `scores` and each entry of `watched` (true reward, gold) hold M >= N numbers per prompt. `kl` in the settings is
     log N - (N - 1) / N nats per answer, an upper bound of the KL to the policy (HH-RLHF, section 4.3; arXiv
@@ -65,7 +65,7 @@ def measure_best_of(
 
 
 def expected_best(number: int, scores: Sequence[float], values: Sequence[float]) -> float:
-    """Return the mean of `values` at the highest of `scores` over all subsets of this size; ties share their ranks."""
+    """Average `values` at the highest of `scores` over all subsets of this size; ties share their ranks."""
     total = len(scores)
     if not 1 <= number <= total:
         raise ValueError(f"best of {number} needs as many answers, there are {total}")
@@ -83,7 +83,7 @@ def expected_best(number: int, scores: Sequence[float], values: Sequence[float])
 
 
 def measure_best_of_kl(counts: Sequence[int], scores: Sequence[Sequence[float]], *, resamples: int) -> list[Figure]:
-    """Return the KL of the best of N to the policy it picks from, in nats per answer, one figure per N.
+    """Measure the KL of the best of N to the policy it picks from, in nats per answer, one figure per N.
 
     Unlike the bound it knows of ties, which in a world of few rewards are most of it: within a tie nothing is picked.
     """
@@ -99,7 +99,7 @@ def measure_best_of_kl(counts: Sequence[int], scores: Sequence[Sequence[float]],
 
 
 def tied_kl(number: int, scores: Sequence[float]) -> float:
-    """Return sum over scores s of q(s) log(q(s) / p(s)): p is the share of s, q its chance to be the best of N."""
+    """Sum over scores s of q(s) log(q(s) / p(s)): p is the share of s, q its chance to be the best of N."""
     total, kl, below = len(scores), 0.0, 0
     for size in (len(list(tied)) for _, tied in groupby(sorted(scores))):
         chance = (math.comb(below + size, number) - math.comb(below, number)) / math.comb(total, number)
@@ -109,5 +109,5 @@ def tied_kl(number: int, scores: Sequence[float]) -> float:
 
 
 def best_of_kl(number: int) -> float:
-    """Return log N - (N - 1) / N, in nats."""
+    """Compute log N - (N - 1) / N, in nats."""
     return math.log(number) - (number - 1) / number

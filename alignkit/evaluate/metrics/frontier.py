@@ -69,7 +69,7 @@ class Optimum:
 
 
 def reweight(scores_PM: ArrayLike, beta: float) -> Optimum:
-    """Return the optimum at this beta from the scores of answers sampled from the reference."""
+    """Compute the optimum at this beta from the scores of answers sampled from the reference."""
     scores = np.asarray(scores_PM, dtype=np.float64)
     best = scores.max(axis=1, keepdims=True)
     weights = np.exp((scores - best) / beta)  # of the best answer 1: no overflow at any beta
@@ -82,7 +82,7 @@ def reweight(scores_PM: ArrayLike, beta: float) -> Optimum:
 def measure_optimum(
     betas: Sequence[float], scores: Sequence[Sequence[float]], *, resamples: int
 ) -> tuple[list[Figure], list[str]]:
-    """Return the reference's reward, reward and KL of the optimum at each beta, and a warning of what was left out.
+    """Measure the reference's reward, and reward and KL of the optimum at each beta; warn of what was left out.
 
     `details` of the reference's reward hold the whole curve, from twenty times the largest beta to the smallest one
     that can be told: `beta`, `kl`, `reward`, the `value` of the objective with its interval, and the `effective`
@@ -107,7 +107,7 @@ def measure_optimum(
 
 
 def _between(low: float, high: float) -> list[float]:
-    """Return betas from low to high, each _STEP times the one before."""
+    """List betas from low to high, each _STEP times the one before."""
     number = int(np.log(high / low) / np.log(_STEP))
     return [low * _STEP**power for power in range(1, number + 1)]
 

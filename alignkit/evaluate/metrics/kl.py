@@ -31,7 +31,7 @@ METRIC = Metric(
 def measure_kl(
     logps: Sequence[Sequence[float]], reference_logps: Sequence[Sequence[float]], *, resamples: int
 ) -> list[Figure]:
-    """Return the mean of log pi(y|x) - log pi_ref(y|x) over answers y sampled from pi, end token included.
+    """Average log pi(y|x) - log pi_ref(y|x) over answers y sampled from pi, end token included.
 
     One group per prompt. It is the unbiased one-sample estimate that PPO's `objective/kl` is too: single answers may
     be negative, and over few of them the mean may.

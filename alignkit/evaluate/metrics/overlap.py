@@ -46,7 +46,7 @@ METRIC = Metric(
 def measure_rouge(
     answers: Sequence[str], references: Sequence[str], *, stemmer: bool = False, resamples: int
 ) -> list[Figure]:
-    """Return the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004); `stemmer` is Porter's.
+    """Measure the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004); `stemmer` is Porter's.
 
     Raises EnvironmentProblem when rouge-score is not installed.
     """
@@ -61,7 +61,7 @@ def measure_rouge(
 
 
 def measure_bleu(answers: Sequence[str], references: Sequence[str], *, resamples: int) -> list[Figure]:
-    """Return corpus BLEU and chrF with sacrebleu's own bootstrap (Koehn 2004) and signature.
+    """Measure corpus BLEU and chrF with sacrebleu's own bootstrap (Koehn 2004) and signature.
 
     Raises EnvironmentProblem when sacrebleu is not installed.
     """

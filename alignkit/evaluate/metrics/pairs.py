@@ -1,4 +1,4 @@
-"""How often a reward puts the better of two answers first, and whether its margins mean what Bradley-Terry says.
+"""Accuracy of a reward on pairs of answers, and whether its margins mean what Bradley-Terry says.
 
 The reward may be a reward model's or a policy's implicit one (DPO, arXiv 2305.18290, eq. 5); here both are margins.
 Beside them stands what the length alone would get. A tie counts one half. Calibration: HH-RLHF (arXiv 2204.05862),
@@ -79,7 +79,7 @@ class Pair:
 
 
 def list_pairs(rows: Sequence[Row]) -> list[Pair]:
-    """Return the comparisons that rows hold: pairs as they are labelled, ranked lists as all pairs but ties.
+    """List the comparisons that rows hold: pairs as they are labelled, ranked lists as all pairs but ties.
 
     A soft label below one half prefers the second answer; one of exactly one half is no comparison.
     """
@@ -100,7 +100,7 @@ def list_pairs(rows: Sequence[Row]) -> list[Pair]:
 
 
 def measure_accuracy(metric: str, pairs: Sequence[Pair], margins: Sequence[float], *, resamples: int) -> list[Figure]:
-    """Return the share of pairs whose margin (reward of chosen - reward of rejected) is positive, and its slices.
+    """Measure the share of pairs whose margin (reward of chosen - reward of rejected) is positive, and its slices.
 
     Slices: quarters of the pairs by |margin|, the least sure first; by which answer is longer, in characters.
     """
@@ -124,7 +124,7 @@ def measure_accuracy(metric: str, pairs: Sequence[Pair], margins: Sequence[float
 
 
 def measure_length_baselines(pairs: Sequence[Pair], *, resamples: int) -> list[Figure]:
-    """Return the accuracy of preferring the longer answer, and of preferring the shorter one."""
+    """Measure the accuracy of preferring the longer answer, and of preferring the shorter one."""
     figures = []
     for name, sign in (("pair_accuracy_longer", 1), ("pair_accuracy_shorter", -1)):
         outcomes = [_outcome(sign * pair.length_difference) for pair in pairs]
@@ -170,7 +170,7 @@ _BINS = 10
 
 
 def measure_calibration(margins: Sequence[float], groups: Sequence[int], *, resamples: int) -> list[Figure]:
-    """Return the expected calibration error of margins (chosen - rejected), with the bins as details.
+    """Measure the expected calibration error of margins (chosen - rejected), with the bins as details.
 
     The reward's confidence is the probability it gives to the answer it prefers, in [0.5, 1], cut into ten equal bins;
     the error is the mean over pairs of |accuracy - confidence| of the pair's bin. It is never negative, so that its

@@ -38,7 +38,7 @@ METRIC = Metric(
 
 
 def measure_perplexity(likelihoods: Sequence[Likelihood], *, resamples: int) -> list[Figure]:
-    """Return exp(-sum log p / tokens) and -sum log p / (ln 2 x bytes) over all rows, end tokens included.
+    """Measure exp(-sum log p / tokens) and -sum log p / (ln 2 x bytes) over all rows, end tokens included.
 
     Both are ratios of sums, so that long rows weigh more; the bootstrap draws rows.
     """

@@ -1,4 +1,4 @@
-"""How often one model's answers are preferred to another's: both orders asked, and what length alone explains."""
+"""Win rate of one model's answers against another's: both orders asked, and what length alone explains."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ METRIC = Metric(
 def measure_win_rate(
     judge: Comparer, prompts: Sequence[Text], ours: Sequence[Text], theirs: Sequence[Text], *, resamples: int
 ) -> list[Figure]:
-    """Return the share of prompts on which our answer wins, a tie counting one half, and the length-controlled share.
+    """Measure the share of prompts on which our answer wins, a tie counting one half, and the length-controlled share.
 
     The verdicts of a judge that reads the order are averaged over both; each order by itself, the share of comparisons
     in which both prefer the same answer, and the share it abstains from are figures of their own. What it abstains from
@@ -82,7 +82,7 @@ def _compare_orders(judge: Comparer, verdicts: Sequence[tuple[float | None, ...]
 
 
 def control_length(wins: Sequence[float], lengths: Sequence[tuple[int, int]]) -> Interval:
-    """Return the win rate that answers of equal length would have.
+    """Estimate the win rate that answers of equal length would have.
 
     A logistic regression of wins on tanh of the length difference in standard deviations, read at 0; of length-
     controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475, eq. 1) it has the model and length terms, not the
