@@ -7,7 +7,7 @@ section 2.3 and figure 9; expected calibration error: Naeini et al. 2015.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,15 @@ import numpy as np
 
 from alignkit.data.rows import Row, Text, count_chars
 from alignkit.evaluate.context import ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, Floats, bootstrap, make_figure, share
+from alignkit.evaluate.intervals import Figure, Floats, Interval, bootstrap, make_figure, share
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers
 from alignkit.rewards.classifier import ClassifierReward
 
 _MARGIN_BINS = 4
 _MIN_SLICE = 2  # a slice of one pair says nothing
+_BINS = 10
+_NO_MEANS = {"confidence": None, "accuracy": None}
 
 
 def measure(context: Context) -> list[Figure]:
@@ -104,22 +106,20 @@ def measure_accuracy(metric: str, pairs: Sequence[Pair], margins: Sequence[float
 
     Slices: quarters of the pairs by |margin|, the least sure first; by which answer is longer, in characters.
     """
-    right = [_outcome(margin) for margin in margins]
-
-    def figure(name: str, places: Sequence[int], slice: str | None = None) -> Figure:
-        return make_figure(
-            name,
-            share(_group([right[place] for place in places], [pairs[place].group for place in places]),
-                  resamples=resamples),
-            unit="share",
-            better="higher",
-            slice=slice,
-        )  # fmt: skip
-
-    figures = [figure(metric, range(len(pairs)))]
-    for name, places in [*_by_margin(margins), *_by_length(pairs)]:
-        if _MIN_SLICE <= len(places) < len(pairs):
-            figures.append(figure(metric, places, name))
+    slices: list[tuple[str | None, Sequence[int]]] = [(None, range(len(pairs)))]
+    order = sorted(range(len(margins)), key=lambda place: abs(margins[place]))
+    for part in range(_MARGIN_BINS if len(order) >= _MARGIN_BINS * _MIN_SLICE else 0):
+        places = order[part * len(order) // _MARGIN_BINS : (part + 1) * len(order) // _MARGIN_BINS]
+        low, high = abs(margins[places[0]]), abs(margins[places[-1]])
+        slices.append((f"margin {low:.3g} to {high:.3g}", places))
+    signs = np.sign([pair.length_difference for pair in pairs])
+    for side, sign in (("chosen longer", 1), ("chosen shorter", -1), ("equal length", 0)):
+        slices.append((side, np.flatnonzero(signs == sign).tolist()))
+    figures = []
+    for name, where in slices:
+        if name is None or _MIN_SLICE <= len(where) < len(pairs):
+            found = _accuracy([margins[place] for place in where], [pairs[place] for place in where], resamples)
+            figures.append(make_figure(metric, found, unit="share", better="higher", slice=name))
     return figures
 
 
@@ -127,46 +127,16 @@ def measure_length_baselines(pairs: Sequence[Pair], *, resamples: int) -> list[F
     """Measure the accuracy of preferring the longer answer, and of preferring the shorter one."""
     figures = []
     for name, sign in (("pair_accuracy_longer", 1), ("pair_accuracy_shorter", -1)):
-        outcomes = [_outcome(sign * pair.length_difference) for pair in pairs]
-        found = share(_group(outcomes, [pair.group for pair in pairs]), resamples=resamples)
+        found = _accuracy([sign * pair.length_difference for pair in pairs], pairs, resamples)
         figures.append(make_figure(name, found, unit="share", better="higher"))
     return figures
 
 
-def _outcome(margin: float) -> float:
-    return 0.5 if margin == 0 else float(margin > 0)
-
-
-def _group(values: Sequence[float], groups: Sequence[int]) -> list[list[float]]:
-    together: dict[int, list[float]] = {}
-    for value, group in zip(values, groups, strict=True):
-        together.setdefault(group, []).append(value)
-    return list(together.values())
-
-
-def _by_margin(margins: Sequence[float]) -> list[tuple[str, list[int]]]:
-    """Cut the pairs into equal parts by |margin|; none where there are too few."""
-    order = sorted(range(len(margins)), key=lambda place: abs(margins[place]))
-    if len(order) < _MARGIN_BINS * _MIN_SLICE:
-        return []
-    slices = []
-    for part in range(_MARGIN_BINS):
-        places = order[part * len(order) // _MARGIN_BINS : (part + 1) * len(order) // _MARGIN_BINS]
-        low, high = abs(margins[places[0]]), abs(margins[places[-1]])
-        slices.append((f"margin {low:.3g} to {high:.3g}", places))
-    return slices
-
-
-def _by_length(pairs: Sequence[Pair]) -> list[tuple[str, list[int]]]:
-    tests: list[tuple[str, Callable[[int], bool]]] = [
-        ("chosen longer", lambda difference: difference > 0),
-        ("chosen shorter", lambda difference: difference < 0),
-        ("equal length", lambda difference: difference == 0),
-    ]
-    return [(name, [place for place, pair in enumerate(pairs) if test(pair.length_difference)]) for name, test in tests]
-
-
-_BINS = 10
+def _accuracy(margins: Sequence[float], pairs: Sequence[Pair], resamples: int) -> Interval:
+    groups: dict[int, list[float]] = {}
+    for margin, pair in zip(margins, pairs, strict=True):
+        groups.setdefault(pair.group, []).append(0.5 if margin == 0 else float(margin > 0))
+    return share(list(groups.values()), resamples=resamples)
 
 
 def measure_calibration(margins: Sequence[float], groups: Sequence[int], *, resamples: int) -> list[Figure]:
@@ -188,26 +158,15 @@ def measure_calibration(margins: Sequence[float], groups: Sequence[int], *, resa
     sums_N = np.zeros((cluster_P.max() + 1, 3 * _BINS))
     np.add.at(sums_N, cluster_P, sums_P3B)
     found = bootstrap(sums_N, _calibration_error, resamples=resamples)
-    return [
-        make_figure("calibration_error", found, unit="share", better="lower", details=_describe(sums_N.sum(axis=0)))
-    ]
+    details: list[dict[str, float | int | None]] = []
+    for number, (count, confidence, right) in enumerate(sums_N.sum(axis=0).reshape(3, _BINS).T.tolist()):
+        low, high = 0.5 + number / (2 * _BINS), 0.5 + (number + 1) / (2 * _BINS)
+        means = {"confidence": confidence / count, "accuracy": right / count} if count else _NO_MEANS
+        details.append({"low": low, "high": high, "n": int(count), **means})
+    return [make_figure("calibration_error", found, unit="share", better="lower", details=details)]
 
 
 def _calibration_error(sums_R: Floats) -> Floats:
     counts_RB, confidence_RB, right_RB = np.split(sums_R, 3, axis=1)
     error: Floats = np.abs(right_RB - confidence_RB).sum(axis=1) / counts_RB.sum(axis=1)
     return error
-
-
-def _describe(sums: Floats) -> list[dict[str, float | int | None]]:
-    counts_B, confidence_B, right_B = np.split(sums, 3)
-    return [
-        {
-            "low": 0.5 + number / (2 * _BINS),
-            "high": 0.5 + (number + 1) / (2 * _BINS),
-            "n": int(count),
-            "confidence": float(confidence / count) if count else None,
-            "accuracy": float(right / count) if count else None,
-        }
-        for number, (count, confidence, right) in enumerate(zip(counts_B, confidence_B, right_B, strict=True))
-    ]
