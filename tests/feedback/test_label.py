@@ -46,8 +46,9 @@ def pairs(write_rows: Callable[..., Path]) -> Path:
 def given(make_stage: MakeStage, pairs: Path, constitution: str) -> MakeStage:
     """Make a stage that labels the 40 pairs."""
 
-    def make(judge: Path | Server, **options: Any) -> Stage:
-        source = {"url": judge.url, "name": "tiny"} if isinstance(judge, Server) else str(judge)
+    def make(judge: Path | Server | dict[str, Any], **options: Any) -> Stage:
+        source = {"url": judge.url, "name": "tiny"} if isinstance(judge, Server) else judge
+        source = str(source) if isinstance(source, Path) else source
         return make_stage("label", **{
             "data": str(pairs), "constitution": constitution, "judge": source, "answers": "given", **options,
         })  # fmt: skip
@@ -216,8 +217,8 @@ def test_orders_one_asks_half_as_often(given: MakeStage) -> None:
     assert shown == {"first first", "second first"}
 
 
-def test_an_endpoint_that_is_down_leaves_the_rows_there_are(given: MakeStage, chat_model: Path) -> None:
-    stage = given(chat_model, judge={"url": "http://127.0.0.1:9/v1", "name": "tiny", "retries": 0})
+def test_an_endpoint_that_is_down_leaves_the_rows_there_are(given: MakeStage) -> None:
+    stage = given({"url": "http://127.0.0.1:9/v1", "name": "tiny", "retries": 0})
     message = r"http://127.0.0.1:9 cannot be reached .* run the same command to go on"
     with pytest.raises(JudgeError, match=message) as caught:
         label.run(stage, Path(stage.run_dir))
