@@ -95,7 +95,7 @@ def test_bf16_margins_of_probe_and_step_zero(kind: str, tmp_path: Path, note: Ca
 def test_samplers_draw_the_distribution_at_a_real_vocabulary(note: Callable[..., None]) -> None:
     """Both samplers' tokens have the logits' probabilities: 64 rows x 128,256, chi-square on a peaked distribution."""
     from alignkit.models.generation import _Gumbel
-    from alignkit.train.ppo.rollout import InverseTransform
+    from alignkit.train.ppo.sampling import InverseTransform
 
     torch.manual_seed(0)
     rows, vocabulary = 64, 128_256

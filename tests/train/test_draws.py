@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignkit.train import ranks
-from alignkit.train.ppo.rollout import InverseTransform, draw_uniforms, in_batches
+from alignkit.train.ppo.sampling import InverseTransform, draw_uniforms, in_batches
 
 
 def test_tokens_come_with_the_probabilities_of_the_softmax_at_the_temperature() -> None:

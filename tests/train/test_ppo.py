@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,9 @@ from alignkit.rewards.kinds import open_reward
 from alignkit.runs import checkpoints
 from alignkit.runs.directory import RunDir
 from alignkit.train import ppo
-from alignkit.train.ppo.rollout import (
-    HackingMonitor,
-    Truncation,
-    answer_order,
-    cut_answer,
-    finish_scores,
-    judge_first,
-    measure_norm,
-    prompt_numbers,
-    repetition,
-    sort_steps,
-)
+from alignkit.train.ppo.rewards import finish_scores, measure_norm
+from alignkit.train.ppo.rollout import HackingMonitor, judge_first
+from alignkit.train.ppo.sampling import Truncation, answer_order, cut_answer, prompt_numbers, repetition, sort_steps
 
 LORA = "lora: {r: 4, alpha: 8}\n"
 BASE = "name: t\nmodel: {path: builtin:tiny-llama%s}\n"
@@ -144,7 +136,7 @@ def test_a_critic_starts_at_the_scores_that_ppo_gives(lora: bool, make_stage: Ca
     # The value of an answer's last token is the score of all before it, had the answer been cut there.
     rollout.completion_ids = [ids[:-1] for ids in rollout.sampled_ids]
     rollout.ended = [False] * 4
-    scores = finish_scores(trainer.options, collector.rewards(rollout).total_B, rollout.ended, collector.norm)
+    scores = finish_scores(trainer.options, collector.rewards(rollout)[0], rollout.ended, collector.norm)
     last = torch.stack([values[row, len(ids) - 1] for row, ids in enumerate(rollout.sampled_ids)])
     torch.testing.assert_close(last, scores, rtol=1e-4, atol=1e-4)
     # What is saved says the same, as a reward model does: a head without a bias, and reward_norm.json beside it.
@@ -159,7 +151,7 @@ def test_a_critic_starts_at_the_scores_that_ppo_gives(lora: bool, make_stage: Ca
     other = build(make_stage(text, "ppo", "model.chat_template=zephyr"), tmp_path, "other").trainer.collector
     answers = other.sample(range(4), (0, 0))
     alone = open_reward("runs/t/rm", Workspace(device="cpu")).score(answers)
-    torch.testing.assert_close(other.rewards(answers).total_B, 2 * torch.tensor(alone), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other.rewards(answers)[0], 2 * torch.tensor(alone), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("start", ["policy", "head"])
@@ -168,7 +160,7 @@ def test_losses_equal_those_computed_from_plain_logits(start: str, make_stage: C
     assert trainer.critic.shares_hidden == (start == "head")
     collector = trainer.collector
     rollout = collector.sample(range(4), (0, 0))
-    trainer.experience = collector.examine(rollout, trainer.model, step=0)
+    trainer.experience = collector.examine(rollout, trainer.model)
     experience = trainer.experience
     experience.advantages_RT = torch.randn(experience.mask_RT.shape) * experience.mask_RT
     experience.returns_RT = torch.randn(experience.mask_RT.shape) * experience.mask_RT
@@ -304,10 +296,8 @@ def test_estimators_without_a_critic_train(extra: str, make_stage: Callable, tmp
 
 
 def _prefer_long(rollout: Any) -> Any:
-    from alignkit.train.rewards import Scored
-
     total = torch.tensor([sum(ids) / 1000 for ids in rollout.sampled_ids])
-    return Scored(total, {"sum": total})
+    return total, {"sum": total}
 
 
 def test_the_average_of_the_weights_is_what_is_saved(make_stage: Callable, tmp_path: Path) -> None:
@@ -455,9 +445,7 @@ def test_a_reward_that_rises_with_repetition_is_flagged_once() -> None:
     said = [monitor.look(metrics) for metrics in [fine] * 5 + [odd] * 6]
     assert sum(text is not None for text in said) == 1
     assert "repetition rose from 0.10 to" in next(text for text in said if text)
-    again = HackingMonitor()
-    again.restore(json.loads(json.dumps(monitor.to_dict())))
-    assert again == monitor
+    assert HackingMonitor(**json.loads(json.dumps(asdict(monitor)))) == monitor
     assert not any(HackingMonitor().look({**fine, "reward": float(n)}) for n in range(12))
 
 

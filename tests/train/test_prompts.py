@@ -14,7 +14,7 @@ from alignkit.models.chat import Chat
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage
 from alignkit.train.encode import longest_prompt
-from alignkit.train.ppo.rollout import join_columns
+from alignkit.train.ppo.sampling import join_columns
 from alignkit.train.tables import Tables, prepare_tables
 
 RECIPE = """model: {path: builtin:tiny-gpt2}

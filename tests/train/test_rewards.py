@@ -30,8 +30,8 @@ from alignkit.models.scratch import builtin_config, builtin_tokenizer
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.rewards.kinds import fingerprint_rewards
-from alignkit.train.ppo.rollout import Rollout
-from alignkit.train.rewards import Rewards, build_rewards, encode_ids
+from alignkit.train.ppo.rewards import Rewards, build_rewards, encode_ids
+from alignkit.train.ppo.sampling import Rollout
 
 QUESTION = [{"role": "user", "content": "Was it good?"}]
 WORDS = ["yes", "no", "it", "was", "good", "bad", "?", ".", "Was"]
@@ -120,8 +120,8 @@ def rollout(*answers: str, ended: bool = True, text: bool = False) -> Rollout:
 
 def test_the_toy_worlds_reward_needs_no_code(build: Callable[..., Rewards]) -> None:
     scored = build("builtin:true-reward")(rollout("I loved the superb plot.", "It was awful.", ""))
-    assert scored.total_B.tolist() == [1.0, -1.0, 0.0]
-    assert list(scored.parts) == ["true_reward"]
+    assert scored[0].tolist() == [1.0, -1.0, 0.0]
+    assert list(scored[1]) == ["true_reward"]
 
 
 def test_a_sum_is_weighted_and_its_parts_are_raw(build: Callable[..., Rewards], tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_a_sum_is_weighted_and_its_parts_are_raw(build: Callable[..., Rewards], 
     )
     rewards = build("[{model: builtin:true-reward, weight: 2}, {function: 'by_length:score', weight: -0.5}]")
     scored = rewards(rollout("superb", "awful"))
-    assert scored.parts["score"].tolist() == [6.0, 5.0]
-    assert scored.total_B.tolist() == [2 * 1 - 0.5 * 6, 2 * -1 - 0.5 * 5]
+    assert scored[1]["score"].tolist() == [6.0, 5.0]
+    assert scored[0].tolist() == [2 * 1 - 0.5 * 6, 2 * -1 - 0.5 * 5]
     del sys.modules["by_length"]
 
 
@@ -143,7 +143,7 @@ def test_an_rm_stage_reads_the_policys_own_tokens(build: Callable[..., Rewards],
     """The score is that of plain transformers on prompt and answer, end token included, whatever stands beside it."""
     own_model(tmp_path / "rm", template=chatml())
     answers = rollout("yes", "it was good, I loved it very much")
-    scored = build("./rm")(answers).total_B
+    scored = build("./rm")(answers)[0]
     model = GPT2ForSequenceClassification.from_pretrained(tmp_path / "rm")
     with torch.no_grad():
         expected = [float(model(torch.tensor([ids])).logits) for ids in answers.whole_ids]
@@ -154,7 +154,7 @@ def test_what_the_rm_stage_measured_is_applied(build: Callable[..., Rewards], tm
     own_model(tmp_path / "raw", template=chatml())
     own_model(tmp_path / "rm", template=chatml(), norm=True)
     answers = rollout("yes", "no")
-    raw, normed = build("./raw")(answers).total_B, build("./rm")(answers).total_B
+    raw, normed = build("./raw")(answers)[0], build("./rm")(answers)[0]
     assert torch.allclose(normed, 2 * raw - 1)
 
 
@@ -176,7 +176,7 @@ def test_an_adapter_held_on_the_policys_base_is_asked_and_normalised(
         return torch.tensor([1.0, 3.0])
 
     answers = rollout("yes", "no")
-    assert build("./rm", held={0: (load_classifier("./rm", device="cpu"), score_ids)})(answers).total_B.tolist() == [
+    assert build("./rm", held={0: (load_classifier("./rm", device="cpu"), score_ids)})(answers)[0].tolist() == [
         1.0,
         5.0,
     ]
@@ -198,9 +198,9 @@ def test_another_template_means_the_text_is_written_anew(build: Callable[..., Re
         return float(model(torch.tensor([tokenizer(text).input_ids])).logits)
 
     rewards = build("./rm")
-    scored = rewards(rollout("yes")).total_B
+    scored = rewards(rollout("yes"))[0]
     assert scored.tolist() == pytest.approx([expect("Q: Was it good?\nA:\nyes<|endoftext|>")], abs=1e-5)
-    cut = rewards(rollout("yes", ended=False)).total_B  # an answer that was cut off is not given an end
+    cut = rewards(rollout("yes", ended=False))[0]  # an answer that was cut off is not given an end
     assert cut.tolist() == pytest.approx([expect("Q: Was it good?\nA:\nyes")], abs=1e-5)
 
 
@@ -208,7 +208,7 @@ def test_a_foreign_tokenizer_reads_texts_its_own_way(build: Callable[..., Reward
     foreign_model(tmp_path / "bert", labels=1)
     model = BertForSequenceClassification.from_pretrained(tmp_path / "bert").eval()
     ids = torch.tensor([word_tokenizer()("Was it good? yes it was").input_ids])
-    scored = build("./bert")(rollout("yes it was", "no", text=True)).total_B
+    scored = build("./bert")(rollout("yes it was", "no", text=True))[0]
     assert scored[0] == pytest.approx(float(model(ids).logits), abs=1e-5)
 
 
@@ -216,7 +216,7 @@ def test_two_labels_give_the_log_odds_of_the_second(build: Callable[..., Rewards
     foreign_model(tmp_path / "bert", labels=2)
     model = BertForSequenceClassification.from_pretrained(tmp_path / "bert").eval()
     (logits,) = model(torch.tensor([word_tokenizer()("Was it good? yes").input_ids])).logits.tolist()
-    scored = build("./bert")(rollout("yes", text=True)).total_B
+    scored = build("./bert")(rollout("yes", text=True))[0]
     assert scored.tolist() == pytest.approx([logits[1] - logits[0]], abs=1e-5)
 
 
@@ -224,7 +224,7 @@ def test_a_template_of_the_classifier_is_used_for_conversations(build: Callable[
     foreign_model(tmp_path / "bert", labels=1, template="{% for m in messages %}{{ m.content }} . {% endfor %}")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "bert").eval()
     ids = torch.tensor([word_tokenizer()("Was it good? . yes . ").input_ids])
-    assert build("./bert")(rollout("yes")).total_B.tolist() == pytest.approx([float(model(ids).logits)], abs=1e-5)
+    assert build("./bert")(rollout("yes"))[0].tolist() == pytest.approx([float(model(ids).logits)], abs=1e-5)
 
 
 def test_conversations_without_a_template_cannot_be_scored(build: Callable[..., Rewards], tmp_path: Path) -> None:
@@ -248,9 +248,9 @@ def test_answers_longer_than_the_reward_model_reads(build: Callable[..., Rewards
 def test_empty_answers_and_answers_without_end_are_scored(build: Callable[..., Rewards], tmp_path: Path) -> None:
     own_model(tmp_path / "rm", template=chatml())
     foreign_model(tmp_path / "bert", labels=1)
-    assert build("./rm")(rollout("", "", ended=False)).total_B.isfinite().all()
-    assert build("./rm")(rollout("yes", "no", ended=False)).total_B.isfinite().all()
-    assert build("./bert")(rollout("", "no", ended=False, text=True)).total_B.isfinite().all()
+    assert build("./rm")(rollout("", "", ended=False))[0].isfinite().all()
+    assert build("./rm")(rollout("yes", "no", ended=False))[0].isfinite().all()
+    assert build("./bert")(rollout("", "no", ended=False, text=True))[0].isfinite().all()
 
 
 def test_an_answer_that_a_truncation_token_ended_is_closed_for_the_rm_stage() -> None:
@@ -312,4 +312,4 @@ def test_the_fingerprint_follows_weights_and_normalisation(tmp_path: Path, monke
 def test_true_reward_reads_the_answer_only(build: Callable[..., Rewards]) -> None:
     answers = rollout("dull")
     answers.prompts = [[{"role": "user", "content": "superb?"}]]
-    assert build("builtin:true-reward")(answers).total_B.tolist() == [true_reward("dull")]
+    assert build("builtin:true-reward")(answers)[0].tolist() == [true_reward("dull")]

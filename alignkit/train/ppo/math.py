@@ -7,18 +7,11 @@ the masked forms of vwxyzjn/summarize_from_feedback_details.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import TrainerCallback
-
-from alignkit.errors import RunError
-from alignkit.train import shards
+from torch import Tensor
 
 Advantage = Literal["gae", "rloo", "grpo", "reinforce"]
 
@@ -83,12 +76,12 @@ def group_advantages(returns_B: Tensor, group_size: int, kind: Advantage) -> Ten
         return returns_B - returns_B.mean()
     if group_size < 2:
         raise ValueError(f"{kind} compares the answers of a prompt and needs at least 2")
-    groups = returns_B.view(-1, group_size)
+    groups_PG = returns_B.view(-1, group_size)  # P prompts, G answers of each
+    means_P1 = groups_PG.mean(dim=1, keepdim=True)
     if kind == "rloo":
-        others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
-        return (groups - others).flatten()
-    deviation = groups.std(dim=1, keepdim=True)
-    return ((groups - groups.mean(dim=1, keepdim=True)) / (deviation + 1e-4)).flatten()
+        others_PG = (groups_PG.sum(dim=1, keepdim=True) - groups_PG) / (group_size - 1)
+        return (groups_PG - others_PG).flatten()
+    return ((groups_PG - means_P1) / (groups_PG.std(dim=1, keepdim=True) + 1e-4)).flatten()
 
 
 def policy_losses(logps_BT: Tensor, old_logps_BT: Tensor, advantages_BT: Tensor, *, clip: float) -> Tensor:
@@ -131,50 +124,3 @@ def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -
     returns = returns_BT[kept]
     variance = returns.var(correction=0)
     return float(1 - (returns - values_BT[kept]).var(correction=0) / variance) if variance > 0 else 0.0
-
-
-EMA_FILE = "ema.safetensors"
-
-
-class Ema:
-    """Averages of named parameters, on their devices."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        self._parameters, self._decay = parameters, decay
-        self._averages: list[Tensor] = [p.detach().float().clone() for p in parameters.values()]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the averages towards the weights: a <- decay a + (1 - decay) w."""
-        weights = [p.detach().float() for p in self._parameters.values()]
-        torch._foreach_lerp_(self._averages, weights, 1 - self._decay)
-
-    @torch.no_grad()
-    def put_in(self) -> None:
-        """Make the averages the weights."""
-        for parameter, average in zip(self._parameters.values(), self._averages, strict=True):
-            parameter.copy_(average)
-
-    def save(self, directory: Path) -> None:
-        """Write the averages beside a checkpoint's weights; all ranks call it, rank 0 writes."""
-        state = shards.gather(zip(self._parameters, self._averages, strict=True))
-        if state is not None:
-            save_file(state, directory / EMA_FILE, metadata={"format": "pt"})
-
-    def load(self, directory: Path) -> None:
-        """Read them back. Raises RunError when the checkpoint was written without them."""
-        if not (directory / EMA_FILE).is_file():
-            raise RunError("holds no averaged weights (ema); start over with --force", where=str(directory))
-        places = dict(zip(self._parameters, self._averages, strict=True))
-        shards.scatter_model(places, load_file(directory / EMA_FILE))
-
-
-class AfterStep(TrainerCallback):
-    """Moves the averages after every optimizer step, before anything is saved."""
-
-    def __init__(self, find: Callable[[], Ema | None]) -> None:
-        self._find = find
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        if (ema := self._find()) is not None:
-            ema.update()

@@ -37,10 +37,11 @@ from alignkit.train.ppo.critic import (
     critic_on_base,
     critic_on_policy,
 )
+from alignkit.train.ppo.rewards import build_rewards
 from alignkit.train.ppo.roles import CRITIC, REWARD, Roles, find_reward_on_base
-from alignkit.train.ppo.rollout import Collector, Truncation
-from alignkit.train.ppo.trainer import Ppo, Ptx, answer_held_out
-from alignkit.train.rewards import build_rewards
+from alignkit.train.ppo.rollout import Collector
+from alignkit.train.ppo.sampling import Truncation
+from alignkit.train.ppo.trainer import Ppo, Ptx
 from alignkit.train.setup import Setup, open_rows
 from alignkit.train.tables import share_tables
 
@@ -104,7 +105,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
             critic.save(model_dir / "critic", chat.tokenizer)
         metrics = ranks.once(last_metrics)
         if tables.eval is not None:
-            metrics |= answer_held_out(collector, trainer.model, tables.eval, step=trainer.state.global_step)
+            metrics |= trainer.answer_held_out(tables.eval)
         return metrics
 
     setup.finish = finish

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from alignkit import console
@@ -27,37 +30,25 @@ from alignkit.models.adapters import TRAINED
 from alignkit.models.logprobs import Batch, pad_answers
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
-from alignkit.train import ranks
+from alignkit.train import ranks, shards
 from alignkit.train.ppo.critic import Critic
-from alignkit.train.ppo.math import AfterStep, Ema, policy_losses, value_losses
+from alignkit.train.ppo.math import policy_losses, value_losses
 from alignkit.train.ppo.roles import CRITIC, Roles
-from alignkit.train.ppo.rollout import (
-    CHECK,
-    HELD_OUT,
-    Collector,
-    Experience,
-    KlTooLarge,
-    Turns,
-    answer_order,
-    drawing,
-    in_batches,
-    never_called,
-    prompt_numbers,
-    sort_steps,
-)
-from alignkit.train.shards import clip_gradients, gathered_root, is_sharded
+from alignkit.train.ppo.rollout import CHECK, HELD_OUT, Collector, Experience, KlTooLarge
+from alignkit.train.ppo.sampling import answer_order, drawing, in_batches, prompt_numbers, sort_steps
 from alignkit.train.trainer import Guarded
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-_SEED_OFFSET = 7919  # another order than that of the prompts
+STATE_FILE, EMA_FILE = "ppo_state.json", "ema.safetensors"  # of a checkpoint, beside the policy and the critic
+_PTX_SEED = 7919  # another order than that of the prompts
+_HELD_OUT_METRICS = ("reward", "gold", "objective/kl", "entropy", "response_length", "ended_share", "repetition")
 
 
 @dataclass
 class Ptx:
-    """Blocks of raw text and the weight of their loss."""
+    """Blocks of raw text whose language-model loss is added to PPO's (InstructGPT, arXiv 2203.02155 eq. 2)."""
 
     blocks: Dataset  # input_ids
     coef: float
@@ -66,35 +57,101 @@ class Ptx:
     pad_id: int
 
     def micro_batches(self, step: int, number: int, count: int) -> list[int]:
-        """Return the blocks that micro batch `number` of `count` of a step reads; together they are the step's."""
+        """The blocks that micro batch `number` of `count` of a step reads; together they are the step's."""
         numbers = prompt_numbers(
-            step * self.batch_size, self.batch_size, num_prompts=len(self.blocks), seed=self.seed + _SEED_OFFSET
+            step * self.batch_size, self.batch_size, num_prompts=len(self.blocks), seed=self.seed + _PTX_SEED
         )
         return numbers[number::count]
 
     def batch(self, numbers: list[int], device: Any) -> Batch:
-        """Return blocks as one answer each: every token after the first is learnt."""
+        """Blocks as one answer each: every token after the first is learnt."""
         blocks = [list(self.blocks[number]["input_ids"]) for number in numbers]
         return pad_answers([ids[:1] for ids in blocks], [ids[1:] for ids in blocks], pad_id=self.pad_id, device=device)
 
     def loss(self, logps_N: Tensor, num_tokens: int) -> Tensor:
-        """Return this micro batch's part of coef times the mean loss of the step's tokens."""
+        """This micro batch's part of coef times the mean loss of the step's tokens."""
         return -self.coef * logps_N.sum() / num_tokens
 
     def count_tokens(self, step: int) -> int:
-        """Return the learnt tokens of a whole step."""
-        numbers = self.micro_batches(step, 0, 1)
-        return sum(len(self.blocks[number]["input_ids"]) - 1 for number in numbers)
+        """Count the learnt tokens of a whole step."""
+        return sum(len(self.blocks[number]["input_ids"]) - 1 for number in self.micro_batches(step, 0, 1))
 
 
-class PpoStep(GRPOTrainer):
-    """The part of PPO's trainer that takes steps; `ppo_trainer` gives it micro batches."""
+class Ema(TrainerCallback):
+    """Averages of named parameters, on their devices; moved after every optimizer step, before anything is saved."""
 
-    options: PpoOptions
-    roles: Roles
-    critic: Critic | None
-    ptx: Ptx | None
-    experience: Experience | None
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+
+    def begin(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Start from the weights as they are."""
+        self._parameters = parameters
+        self._averages: list[Tensor] = [p.detach().float().clone() for p in parameters.values()]
+
+    @torch.no_grad()
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Move the averages towards the weights: a <- decay a + (1 - decay) w."""
+        weights = [p.detach().float() for p in self._parameters.values()]
+        torch._foreach_lerp_(self._averages, weights, 1 - self._decay)
+
+    @torch.no_grad()
+    def put_in(self) -> None:
+        """Make the averages the weights."""
+        for parameter, average in zip(self._parameters.values(), self._averages, strict=True):
+            parameter.copy_(average)
+
+    def save(self, directory: Path) -> None:
+        """Write the averages beside a checkpoint's weights; all ranks call it, rank 0 writes."""
+        state = shards.gather(zip(self._parameters, self._averages, strict=True))
+        if state is not None:
+            save_file(state, directory / EMA_FILE, metadata={"format": "pt"})
+
+    def load(self, directory: Path) -> None:
+        """Read them back. Raises RunError when the checkpoint was written without them."""
+        if not (directory / EMA_FILE).is_file():
+            raise RunError("holds no averaged weights (ema); start over with --force", where=str(directory))
+        places = dict(zip(self._parameters, self._averages, strict=True))
+        shards.scatter_model(places, load_file(directory / EMA_FILE))
+
+
+def _refuse_reward(**_: Any) -> list[float]:
+    raise AssertionError("the collector computes rewards")
+
+
+class Ppo(Guarded, GRPOTrainer):
+    """See the module docstring."""
+
+    trained_adapters = (TRAINED, CRITIC)
+
+    def __init__(
+        self,
+        *args: Any,
+        options: PpoOptions,
+        collector: Collector,
+        roles: Roles,
+        critic: Critic | None,
+        ptx: Ptx | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.options, self.collector, self.roles, self.critic, self.ptx = options, collector, roles, critic, ptx
+        self.experience: Experience | None = None
+        self.ema = Ema(options.ema) if options.ema else None
+        self._steps_per_rollout = options.ppo_epochs * options.minibatches
+        super().__init__(*args, reward_funcs=_refuse_reward, **kwargs)
+        if critic is not None and critic.model is not None and self.args.gradient_checkpointing:
+            critic.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        collector.generate, collector.autocast = self._sample, self.accelerator.autocast
+        self._bind_parameters()
+        # DDP would wait for the gradients of an adapter that another backward pass trains.
+        apart = [
+            name for name, p in self.model.named_parameters() if p.requires_grad and name not in self._policy_parameters
+        ]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, apart)
+        if not self.use_vllm:  # `drawing` leaves one token to a greedy search
+            self.generation_kwargs |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            self.generation_config.update(**self.generation_kwargs)
+        if self.ema is not None:
+            self.add_callback(self.ema)
 
     def _bind_parameters(self) -> None:
         """Take note of who owns which parameters and begin the policy's averages.
@@ -105,66 +162,121 @@ class PpoStep(GRPOTrainer):
         others = {id(parameter) for parameter in self._critic_parameters}
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self._policy_parameters = {name: p for name, p in trained if id(p) not in others}
-        self.ema = Ema(self._policy_parameters, self.options.ema) if self.options.ema else None
+        if self.ema is not None:
+            self.ema.begin(self._policy_parameters)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        if inputs["micro"] == 0 and self.critic is not None:
-            for parameter in self._critic_parameters:
-                parameter.grad = None  # upstream clears the policy's
-        batch, num_tokens = inputs["batch"], inputs["num_tokens"]
-        old = self._targets(inputs)
-        value_loss = torch.zeros((), device=batch.input_ids_BL.device)
-        if self.critic is not None and not self.critic.shares_hidden:
-            # A graph of its own: its memory is free before the policy's is built.
-            with self.critic.acting():
-                value_loss = self._value_loss(self.critic.values(batch), old, num_tokens) * self.args.world_size
-                self.accelerator.backward(value_loss)
-            value_loss = value_loss.detach()
-        logps_N, _, hidden_NH = self.roles.policy_logps(model, batch)
-        losses_N = policy_losses(logps_N, old["logps"], old["advantages"], clip=self.options.cliprange)
-        loss = losses_N.sum() / num_tokens
-        ratio_N = (logps_N.detach() - old["logps"]).exp()
-        self._add("policy_loss", float(loss.detach()))
-        self._add("clip_fraction", float(((ratio_N - 1).abs() > self.options.cliprange).sum()) / num_tokens)
-        if self.critic is not None and self.critic.shares_hidden:
-            value_loss = self._value_loss(self.critic.values(batch, hidden_NH), old, num_tokens) * self.args.world_size
-        return loss * self.args.world_size + value_loss  # gradients are averaged over ranks, and this is a sum
+    # ---- the run: rollouts of several steps ----
 
-    def _targets(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return what the rollout fixed for the tokens of a micro batch, each (N,)."""
+    def get_train_dataloader(self) -> DataLoader[int]:
+        """Number the micro batches of a run; what is in them is sampled when their rollout comes."""
+        count = self.args.max_steps * self.args.gradient_accumulation_steps
+        return DataLoader(range(count), shuffle=False, collate_fn=lambda turns: {"turn": turns[0]})
+
+    def _init_training_state(self, *args: Any) -> Any:
+        found = super()._init_training_state(*args)
+        every = self.state.save_steps
+        if self.args.save_strategy == "steps" and every % self._steps_per_rollout:
+            self.state.save_steps = math.ceil(every / self._steps_per_rollout) * self._steps_per_rollout
+            console.note(
+                f"{self.collector.name}: saving every {self.state.save_steps} steps instead of {every}: checkpoints "
+                f"lie between rollouts, which take {self._steps_per_rollout} steps"
+            )
+        return found
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the run stands between two rollouts, where it can be saved and stopped."""
+        return self.state.global_step % self._steps_per_rollout == 0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; where the KL passes max_kl, stop with the weights of the newest checkpoint before.
+
+        Raises RunError when there is none.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except KlTooLarge as stop:
+            self.is_in_train = False
+            directory = Path(self.args.output_dir)
+            good = [path for path in checkpoints.list_checkpoints(directory) if checkpoints.step_of(path) < stop.step]
+            limit = (
+                f"the KL is {stop.kl:.3g} nats per sequence at step {stop.step}, above max_kl {self.options.max_kl:g}"
+            )
+            if not good:
+                advice = "lower learning_rate or save_steps, or raise kl_coef"
+                error = RunError(f"{limit}, and no earlier checkpoint was saved; {advice}", where=str(directory))
+                raise ranks.met_by_all(error) from None
+            self._load_from_checkpoint(str(good[0]))
+            self.state.global_step = checkpoints.step_of(good[0])
+            console.warn(f"{self.collector.name}: {limit}; stopped, and the model is that of {good[0].name}")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        rollouts = math.ceil(self.state.global_step / self._steps_per_rollout)
+        episodes = rollouts * self.collector.num_answers
+        self.state.epoch = episodes / self.options.answers_per_prompt / len(self.collector.prompts)
+        if "loss" in logs:
+            logs["episodes"] = episodes
+        super().log(logs, start_time)
+
+    # ---- sampling ----
+
+    def _sample(self, prompt_ids: list[list[int]], uniforms_BT: Tensor, repeats: int) -> list[list[int]]:
+        """Sample this rank's answers; vLLM draws random numbers of its own."""
+
+        def draw(prompt_ids: list[list[int]], uniforms_BT: Tensor) -> list[list[int]]:
+            in_step = shards.is_sharded(self)
+            numbers = drawing(self.model, uniforms_BT, temperature=self.options.temperature, in_step=in_step)
+            with numbers, shards.gathered_root(self.model):
+                drawn: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, 1)[0]
+            return drawn
+
+        if self.use_vllm:
+            answers: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, repeats)[0]
+            return answers
+        return in_batches(draw, prompt_ids, uniforms_BT, batch_size=self.options.generation.batch_size)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Make this rank's micro batch of a turn, at a rollout's first turn after sampling it."""
+        step, micro = divmod(inputs["turn"], self.args.gradient_accumulation_steps)
+        number, place = divmod(step, self._steps_per_rollout)
+        if place == 0 and micro == 0:
+            if number == 0:
+                self.collector.prepare()
+            self.experience = None  # its memory is needed
+            self.experience = ranks.alike(lambda: self.collector.collect(number, self.model, step=step))
+            metrics = self._metrics["train"]
+            for name, value in self.experience.metrics.items():
+                metrics[name].append(value)
+            self._total_train_tokens += sum(self.experience.rollout.lengths)
+            metrics["num_tokens"] = [self._total_train_tokens]
         assert self.experience is not None
-        rows, keep_BT = inputs["rows"], inputs["batch"].mask_BT.cpu()
-        device = inputs["batch"].input_ids_BL.device
-        columns = {
-            "logps": self.experience.logps_RT,
-            "advantages": self.experience.advantages_RT,
-            "values": self.experience.values_RT,
-            "returns": self.experience.returns_RT,
+        epoch, minibatch = divmod(place, self.options.minibatches)
+        rollout, mask_RT = self.experience.rollout, self.experience.mask_RT
+        order = answer_order(len(rollout), seed=self.args.seed, rollout=number, epoch=epoch)
+        batch_size, size = self.options.batch_size, self.args.per_device_train_batch_size
+        rows_of_step = order[minibatch * batch_size : (minibatch + 1) * batch_size]
+        rows_of_step = sort_steps(rows_of_step, rollout.lengths, step_size=batch_size)
+        turn = micro * self.args.world_size + self.args.process_index
+        rows = rows_of_step[turn * size : (turn + 1) * size]
+        return {
+            "step": step,
+            "micro": micro,
+            "rows": torch.as_tensor(rows),
+            "num_tokens": float(mask_RT[rows_of_step].sum()),
+            "batch": self.collector.batch(rollout, rows.tolist(), mask_RT.size(1)),
         }
-        return {name: tensor[rows][keep_BT].to(device) for name, tensor in columns.items()}
 
-    def _value_loss(self, values_N: Tensor, old: dict[str, Tensor], num_tokens: float) -> Tensor:
-        losses_N = value_losses(values_N, old["values"], old["returns"], clip=self.options.cliprange_value)
-        clipped = ((values_N.detach() - old["values"]).abs() > self.options.cliprange_value).sum()
-        self._add("value_loss", float(losses_N.detach().sum()) / num_tokens)
-        self._add("value_clip_fraction", float(clipped) / num_tokens)
-        return self.options.vf_coef * losses_N.sum() / num_tokens
-
-    def _add(self, name: str, part: float) -> None:
-        """Add a micro batch's part of a step's mean; the step's means are averaged at the next log."""
-        self._step_sums[name] = self._step_sums.get(name, 0.0) + part
+    # ---- steps ----
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         accumulate = self.args.gradient_accumulation_steps
         step, micro = divmod(inputs["turn"], accumulate)
-        if micro == 0:
-            self._step_sums: dict[str, float] = {}
+        if micro == 0:  # parts of the step's means, added up over its micro batches and the ranks
+            self._step_sums: dict[str, float] = defaultdict(float)
         ptx_loss = self._train_ptx(model, step, micro) if self.ptx is not None else None
         loss = super().training_step(model, inputs, *args, **kwargs)
         if ptx_loss is not None:
-            loss = loss + ptx_loss
+            self._last_loss = loss = loss + ptx_loss
         if micro == accumulate - 1:
             if self.critic is not None:
                 ranks.average_gradients(p for p in self._critic_parameters if not isinstance(p, DTensor))
@@ -187,8 +299,53 @@ class PpoStep(GRPOTrainer):
                     logps_N, _, _ = self.roles.policy_logps(model, batch)
                     loss = self.ptx.loss(logps_N, self.ptx.count_tokens(step)) * world_size
                 self.accelerator.backward(loss)
-        self._add("ptx_loss", float(loss.detach()) / self.ptx.coef / world_size)
+        self._step_sums["ptx_loss"] += float(loss.detach()) / self.ptx.coef / world_size
         return loss.detach()
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        assert self.experience is not None
+        if inputs["micro"] == 0:
+            for parameter in self._critic_parameters:
+                parameter.grad = None  # upstream clears the policy's
+        batch, num_tokens, experience = inputs["batch"], inputs["num_tokens"], self.experience
+        device, keep_BT = batch.input_ids_BL.device, batch.mask_BT.cpu()
+        old_logps_N, advantages_N, old_values_N, returns_N = (  # what the rollout fixed
+            column_RT[inputs["rows"]][keep_BT].to(device)
+            for column_RT in (
+                experience.logps_RT, experience.advantages_RT, experience.values_RT, experience.returns_RT
+            )
+        )  # fmt: skip
+
+        def value_loss_of(values_N: Tensor) -> Tensor:
+            clip = self.options.cliprange_value
+            losses_N = value_losses(values_N, old_values_N, returns_N, clip=clip)
+            self._step_sums["value_loss"] += float(losses_N.detach().sum()) / num_tokens
+            clipped = float(((values_N.detach() - old_values_N).abs() > clip).sum())
+            self._step_sums["value_clip_fraction"] += clipped / num_tokens
+            # Gradients are averaged over ranks, and this is a sum.
+            return self.options.vf_coef * losses_N.sum() / num_tokens * self.args.world_size
+
+        value_loss = torch.zeros((), device=device)
+        if self.critic is not None and not self.critic.shares_hidden:
+            # A graph of its own: its memory is free before the policy's is built.
+            with self.critic.acting():
+                value_loss = value_loss_of(self.critic.values(batch))
+                self.accelerator.backward(value_loss)
+            value_loss = value_loss.detach()
+        logps_N, _, hidden_NH = self.roles.policy_logps(model, batch)
+        losses_N = policy_losses(logps_N, old_logps_N, advantages_N, clip=self.options.cliprange)
+        loss = losses_N.sum() / num_tokens
+        ratio_N = (logps_N.detach() - old_logps_N).exp()
+        self._step_sums["policy_loss"] += float(loss.detach())
+        clipped = float(((ratio_N - 1).abs() > self.options.cliprange).sum())
+        self._step_sums["clip_fraction"] += clipped / num_tokens
+        if self.critic is not None and self.critic.shares_hidden:
+            value_loss = value_loss_of(self.critic.values(batch, hidden_NH))
+        return loss * self.args.world_size + value_loss
+
+    # ---- optimizer ----
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Leave out the critic, some of whose parameters are adapters inside the policy's model."""
@@ -220,202 +377,12 @@ class PpoStep(GRPOTrainer):
     def _clip_grad_norm(self, model: Any) -> Tensor:
         """Clip policy and critic apart; return the norm of both together, for the check that it is finite."""
         self.accelerator.unscale_gradients()
-        policy = clip_gradients(self._policy_parameters.values(), self.args.max_grad_norm)
+        policy = shards.clip_gradients(self._policy_parameters.values(), self.args.max_grad_norm)
         if self.critic is None:
             return policy
-        critic = clip_gradients(self._critic_parameters, self.args.max_grad_norm)
+        critic = shards.clip_gradients(self._critic_parameters, self.args.max_grad_norm)
         self._metrics["train"]["critic_grad_norm"].append(float(critic))
         return (policy**2 + critic**2) ** 0.5
-
-
-_KEPT = ("reward", "gold", "objective/kl", "entropy", "response_length", "ended_share", "repetition")
-
-
-def check_step_zero(collector: Collector, model: Any, *, count: int) -> None:
-    """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on `count` answers of the fresh policy."""
-    ranks.alike(lambda: _check_step_zero(collector, model, count))
-
-
-def _check_step_zero(collector: Collector, model: Any, count: int) -> None:
-    rollout = collector.sample(range(count), (CHECK,))
-    mask_RT, logps_RT, ref_logps_RT, *_ = collector.read(rollout, model)
-    batch = collector.batch(rollout, range(count), mask_RT.size(1))
-    with collector.autocast():  # with gradients, as a training step computes it
-        again_RT = batch.spread(collector.roles.policy_logps(model, batch)[0].float()).detach().cpu()
-    # Kernels of a GPU may add in another order from one call to the next.
-    bound = 0.0 if batch.input_ids_BL.device.type == "cpu" else 1e-2
-    kl, ratio = float((logps_RT - ref_logps_RT).abs().max()), float((again_RT - logps_RT).abs().max())
-    if not kl <= bound:
-        raise ModelError(
-            f"{collector.name}: policy and reference differ at step 0 (by {kl:.3g} nats in a token, it must be 0): the "
-            "reference is not the model that training starts from"
-        )
-    if not ratio <= bound:
-        raise ModelError(
-            f"{collector.name}: the ratio at step 0 is exp({ratio:.3g}), it must be 1: the policy is not the same in "
-            "sampling and in training; switch dropout off"
-        )
-
-
-@torch.no_grad()
-def answer_held_out(collector: Collector, model: Any, table: Dataset, *, step: int) -> dict[str, float]:
-    """Answer each held-out prompt as in training and return the means as eval_*."""
-    was_training = model.training
-    sums: dict[str, float] = {}
-    model.eval()
-    repeats = collector.options.answers_per_prompt
-    for start in range(0, len(table), collector.num_answers // repeats):
-        numbers = range(start, min(start + collector.num_answers // repeats, len(table)))
-        rollout = collector.sample(numbers, (HELD_OUT, start), table=table, repeats=repeats)
-        found = collector.examine(rollout, model, step=step)
-        for name, value in found.metrics.items():
-            sums[name] = sums.get(name, 0.0) + value * len(numbers) / len(table)
-    model.train(was_training)
-    return {f"eval_{name}": sums[name] for name in _KEPT if name in sums}
-
-
-def go_back(trainer: Any, stop: KlTooLarge) -> None:
-    """Take the weights of the last checkpoint whose KL was within bounds: the newest before the one just judged.
-
-    Raises RunError when there is none.
-    """
-    directory = Path(trainer.args.output_dir)
-    good = [path for path in checkpoints.list_checkpoints(directory) if checkpoints.step_of(path) < stop.step]
-    limit = f"the KL is {stop.kl:.3g} nats per sequence at step {stop.step}, above max_kl {trainer.options.max_kl:g}"
-    if not good:
-        error = RunError(
-            f"{limit}, and no earlier checkpoint was saved; lower learning_rate or save_steps, or raise kl_coef",
-            where=str(directory),
-        )
-        error.shared = not ranks.is_main()
-        raise error
-    trainer._load_from_checkpoint(str(good[0]))
-    trainer.state.global_step = checkpoints.step_of(good[0])
-    console.warn(f"{trainer.collector.name}: {limit}; stopped, and the model is that of {good[0].name}")
-
-
-STATE_FILE = "ppo_state.json"
-
-
-class Ppo(Guarded, PpoStep):
-    """See the module docstring."""
-
-    trained_adapters = (TRAINED, CRITIC)
-
-    def __init__(
-        self,
-        *args: Any,
-        options: PpoOptions,
-        collector: Collector,
-        roles: Roles,
-        critic: Critic | None,
-        ptx: Ptx | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.options, self.collector, self.roles, self.critic, self.ptx = options, collector, roles, critic, ptx
-        self.experience: Experience | None = None
-        self._steps_per_rollout = options.ppo_epochs * options.minibatches
-        super().__init__(*args, reward_funcs=never_called, **kwargs)
-        if critic is not None and critic.model is not None and self.args.gradient_checkpointing:
-            critic.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
-        collector.generate, collector.autocast = self._sample, self.accelerator.autocast
-        self._bind_parameters()
-        # DDP would wait for the gradients of an adapter that another backward pass trains.
-        apart = [
-            name for name, p in self.model.named_parameters() if p.requires_grad and name not in self._policy_parameters
-        ]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, apart)
-        if not self.use_vllm:  # `draws` leaves one token to a greedy search
-            self.generation_kwargs |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-            self.generation_config.update(**self.generation_kwargs)
-        if self.options.ema:
-            self.add_callback(AfterStep(lambda: self.ema))
-
-    def get_train_dataloader(self) -> DataLoader[dict[str, int]]:
-        count = self.args.max_steps * self.args.gradient_accumulation_steps
-        return DataLoader(Turns(count), batch_size=1, shuffle=False, collate_fn=lambda rows: rows[0])
-
-    def _init_training_state(self, *args: Any) -> Any:
-        found = super()._init_training_state(*args)
-        every = self.state.save_steps
-        if self.args.save_strategy == "steps" and every % self._steps_per_rollout:
-            self.state.save_steps = math.ceil(every / self._steps_per_rollout) * self._steps_per_rollout
-            console.note(
-                f"{self.collector.name}: saving every {self.state.save_steps} steps instead of {every}: checkpoints "
-                f"lie between rollouts, which take {self._steps_per_rollout} steps"
-            )
-        return found
-
-    @property
-    def may_stop(self) -> bool:
-        """Whether the run stands between two rollouts, where it can be saved and stopped."""
-        return self.state.global_step % self._steps_per_rollout == 0
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().train(*args, **kwargs)
-        except KlTooLarge as stop:
-            self.is_in_train = False
-            go_back(self, stop)
-
-    # ---- sampling ----
-
-    def _sample(self, prompt_ids: list[list[int]], uniforms_BT: Tensor, repeats: int) -> list[list[int]]:
-        """Return this rank's answers; vLLM draws random numbers of its own."""
-        if self.use_vllm:
-            answers: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, repeats)[0]
-            return answers
-        return in_batches(self._draw, prompt_ids, uniforms_BT, batch_size=self.options.generation.batch_size)
-
-    def _draw(self, prompt_ids: list[list[int]], uniforms_BT: Tensor) -> list[list[int]]:
-        numbers = drawing(self.model, uniforms_BT, temperature=self.options.temperature, in_step=is_sharded(self))
-        with numbers, gathered_root(self.model):
-            answers: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, 1)[0]
-        return answers
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return this rank's micro batch of a turn, at a rollout's first turn after sampling it."""
-        accumulate = self.args.gradient_accumulation_steps
-        step, micro = divmod(inputs["turn"], accumulate)
-        number, place = divmod(step, self._steps_per_rollout)
-        if place == 0 and micro == 0:
-            if number == 0:
-                self.collector.prepare()
-            self.experience = None  # its memory is needed
-            self.experience = ranks.alike(lambda: self.collector.collect(number, self.model, step=step))
-            self._log_rollout(self.experience)
-        assert self.experience is not None
-        epoch, minibatch = divmod(place, self.options.minibatches)
-        rollout = self.experience.rollout
-        order = answer_order(len(rollout), seed=self.args.seed, rollout=number, epoch=epoch)
-        batch_size, size = self.options.batch_size, self.args.per_device_train_batch_size
-        rows_of_step = order[minibatch * batch_size : (minibatch + 1) * batch_size]
-        rows_of_step = sort_steps(rows_of_step, rollout.lengths, step_size=batch_size)
-        turn = micro * self.args.world_size + self.args.process_index
-        rows = rows_of_step[turn * size : (turn + 1) * size]
-        mask_RT = self.experience.mask_RT
-        return {
-            "step": step,
-            "micro": micro,
-            "rows": torch.as_tensor(rows),
-            "num_tokens": float(mask_RT[rows_of_step].sum()),
-            "batch": self.collector.batch(rollout, rows.tolist(), mask_RT.size(1)),
-        }
-
-    def _log_rollout(self, experience: Experience) -> None:
-        metrics = self._metrics["train"]
-        for name, value in experience.metrics.items():
-            metrics[name].append(value)
-        self._total_train_tokens += sum(experience.rollout.lengths)
-        metrics["num_tokens"] = [self._total_train_tokens]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        rollouts = math.ceil(self.state.global_step / self._steps_per_rollout)
-        episodes = rollouts * self.collector.num_answers
-        self.state.epoch = episodes / self.options.answers_per_prompt / len(self.collector.prompts)
-        if "loss" in logs:
-            logs["episodes"] = episodes
-        super().log(logs, start_time)
 
     # ---- checkpoints ----
 
@@ -444,5 +411,42 @@ class Ppo(Guarded, PpoStep):
 
     def check_step_zero(self) -> None:
         """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on answers of the fresh policy."""
-        count = min(self.args.per_device_train_batch_size, len(self.collector.prompts))
-        check_step_zero(self.collector, self.model, count=count)
+        collector = self.collector
+        numbers = range(min(self.args.per_device_train_batch_size, len(collector.prompts)))
+
+        def check() -> None:
+            rollout = collector.sample(numbers, (CHECK,))
+            mask_RT, logps_RT, ref_logps_RT, *_ = collector.read(rollout, self.model)
+            batch = collector.batch(rollout, numbers, mask_RT.size(1))
+            with collector.autocast():  # with gradients, as a training step computes it
+                again_RT = batch.spread(self.roles.policy_logps(self.model, batch)[0].float()).detach().cpu()
+            # Kernels of a GPU may add in another order from one call to the next.
+            bound = 0.0 if batch.input_ids_BL.device.type == "cpu" else 1e-2
+            kl, ratio = float((logps_RT - ref_logps_RT).abs().max()), float((again_RT - logps_RT).abs().max())
+            if not kl <= bound:
+                raise ModelError(
+                    f"{collector.name}: policy and reference differ at step 0 (by {kl:.3g} nats in a token, it must "
+                    "be 0): the reference is not the model that training starts from"
+                )
+            if not ratio <= bound:
+                raise ModelError(
+                    f"{collector.name}: the ratio at step 0 is exp({ratio:.3g}), it must be 1: the policy is not the "
+                    "same in sampling and in training; switch dropout off"
+                )
+
+        ranks.alike(check)
+
+    @torch.no_grad()
+    def answer_held_out(self, table: Dataset) -> dict[str, float]:
+        """Answer each held-out prompt as in training and give the means as eval_*."""
+        collector, was_training = self.collector, self.model.training
+        sums: dict[str, float] = defaultdict(float)
+        self.model.eval()
+        repeats = self.options.answers_per_prompt
+        for start in range(0, len(table), collector.num_answers // repeats):
+            numbers = range(start, min(start + collector.num_answers // repeats, len(table)))
+            rollout = collector.sample(numbers, (HELD_OUT, start), table=table, repeats=repeats)
+            for name, value in collector.examine(rollout, self.model).metrics.items():
+                sums[name] += value * len(numbers) / len(table)
+        self.model.train(was_training)
+        return {f"eval_{name}": sums[name] for name in _HELD_OUT_METRICS if name in sums}

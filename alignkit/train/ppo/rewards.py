@@ -1,13 +1,8 @@
-"""The reward of a rollout: all sources of a ppo stage as one weighted sum.
-
-Normalisation on the starting policy, clipping, the penalty for a missing end and the KL are not here: they change what
-a score means for the policy, not what the sources say.
-"""
+"""The reward of a rollout: all sources of a ppo stage as one weighted sum, and what becomes of it before the KL."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +13,12 @@ from alignkit.errors import ModelError, NonFiniteError, RewardError
 from alignkit.models.chat import Chat
 from alignkit.models.classifier import Classifier, ScoreIds
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import RewardSource
+from alignkit.recipe.schema import PpoOptions, RewardSource
 from alignkit.rewards.base import Reward, Workspace
 from alignkit.rewards.classifier import ClassifierReward
 from alignkit.rewards.kinds import open_reward
 from alignkit.train import ranks
-from alignkit.train.ppo.rollout import Rollout
-
-
-@dataclass
-class Scored:
-    """Rewards of a rollout, float32 on the CPU; `total_B` is the weighted sum of the parts."""
-
-    total_B: Tensor
-    parts: dict[str, Tensor]
+from alignkit.train.ppo.sampling import Rollout
 
 
 class Rewards:
@@ -39,27 +26,26 @@ class Rewards:
 
     def __init__(self, sources: Mapping[str, tuple[Reward, float]], modules: Sequence[nn.Module] = ()) -> None:
         self._sources, self.modules = dict(sources), list(modules)
+        self.names = list(self._sources)  # of the parts, in metrics
 
-    @property
-    def names(self) -> list[str]:
-        """The names of the parts in metrics."""
-        return list(self._sources)
+    def __call__(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Score every answer: the weighted sum and its parts, each (R,) float32 on the CPU.
 
-    def __call__(self, rollout: Rollout) -> Scored:
-        """Score every answer; raises RewardError or NonFiniteError with the source and the answer."""
-        total_B = torch.zeros(len(rollout))
+        Raises RewardError or NonFiniteError with the source and the answer.
+        """
+        total_R = torch.zeros(len(rollout))
         parts = {}
         for name, (reward, weight) in self._sources.items():
-            part_B = torch.tensor(reward.score(rollout), dtype=torch.float32)
-            if not bool(part_B.isfinite().all()):
-                number = int((~part_B.isfinite()).nonzero()[0])
+            part_R = torch.tensor(reward.score(rollout), dtype=torch.float32)
+            if not bool(part_R.isfinite().all()):
+                number = int((~part_R.isfinite()).nonzero()[0])
                 raise NonFiniteError(
-                    f"the reward {name} of answer {number} is {float(part_B[number])}; its weights or dtype are not "
+                    f"the reward {name} of answer {number} is {float(part_R[number])}; its weights or dtype are not "
                     "fit for these texts"
                 )
-            parts[name] = part_B
-            total_B = total_B + weight * part_B
-        return Scored(total_B, parts)
+            parts[name] = part_R
+            total_R = total_R + weight * part_R
+        return total_R, parts
 
 
 def build_rewards(
@@ -105,9 +91,9 @@ def _split(items: Sequence[Any], score: Callable[[Sequence[Any]], list[float]]) 
     """Score a part of the items on each rank, and share the scores."""
     mine, num_own = ranks.share_out(range(len(items)))
     found_M = torch.tensor(score([items[number] for number in mine]))
-    scores_B = torch.zeros(len(items))
-    scores_B[mine[:num_own]] = found_M[:num_own]
-    scores: list[float] = ranks.total(scores_B).tolist()
+    scores_R = torch.zeros(len(items))
+    scores_R[mine[:num_own]] = found_M[:num_own]
+    scores: list[float] = ranks.total(scores_R).tolist()
     return scores
 
 
@@ -138,3 +124,30 @@ def is_same_encoding(classifier: Classifier, chat: Chat) -> bool:
     mine, other = chat.tokenizer, classifier.tokenizer
     same_tokens = mine.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
     return same_tokens and mine.chat_template == other.chat_template and mine.eos_token_id == other.eos_token_id
+
+
+def measure_norm(options: PpoOptions, rewards_R: Tensor) -> tuple[float, float]:
+    """Gain and bias that give these rewards mean 0, and with gain_and_bias deviation 1 (Ziegler 2019)."""
+    gain = 1.0
+    if options.reward_normalize == "gain_and_bias":
+        gain = 1.0 / max(float(rewards_R.std(correction=0)), 1e-8)
+    return gain, -gain * float(rewards_R.mean())
+
+
+def finish_scores(
+    options: PpoOptions, total_R: Tensor, ended: Sequence[bool], norm: tuple[float, float] | None
+) -> Tensor:
+    """Make the final score of each answer: normalised, clipped, and with what a missing end costs."""
+    scores_R = total_R.float()
+    if norm is not None:
+        gain, bias = norm
+        scores_R = gain * scores_R + bias
+    if options.reward_clip is not None:
+        scores_R = scores_R.clamp(-options.reward_clip, options.reward_clip)
+    if options.missing_eos is not None:
+        cut_R = ~torch.tensor(ended, dtype=torch.bool)
+        if options.missing_eos.score is not None:
+            scores_R = torch.where(cut_R, torch.full_like(scores_R, options.missing_eos.score), scores_R)
+        else:
+            scores_R = scores_R - cut_R * float(options.missing_eos.penalty or 0.0)
+    return scores_R

@@ -1,0 +1,174 @@
+"""Answers of the policy: which prompts come when, which random numbers choose the tokens, and where an answer ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from alignkit.models.generation import plainly
+from alignkit.rewards.base import Answers
+
+Key = tuple[int, ...]  # which answers these are: the run's seed, what they are for, and their number
+
+
+def draw_uniforms(key: Key, num_answers: int, num_tokens: int) -> Tensor:
+    """Numbers in [0, 1), float32 (num_answers, num_tokens): one for every token an answer may have."""
+    return torch.from_numpy(np.random.default_rng(key).random((num_answers, num_tokens), dtype=np.float32))
+
+
+class InverseTransform(LogitsProcessor):
+    """Choose each token where the cumulative distribution passes the answer's own number; greedy search then takes it.
+
+    A multinomial draw would depend on which other answers are in the batch.
+    """
+
+    def __init__(self, uniforms_BT: Tensor, *, temperature: float) -> None:
+        self._uniforms_BT, self._temperature, self._step = uniforms_BT, temperature, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Make scores, (B, vocabulary), that are 0 for the token drawn and -inf for all others."""
+        cumulative_BV = (scores.float() / self._temperature).softmax(dim=-1).cumsum(dim=-1)
+        total_B = cumulative_BV[:, -1]
+        wanted_B = self._uniforms_BT[:, self._step].to(scores.device) * total_B
+        wanted_B = torch.minimum(wanted_B, total_B.nextafter(torch.zeros_like(total_B)))  # rounding may reach the end
+        tokens_B1 = torch.searchsorted(cumulative_BV, wanted_B[:, None], right=True)
+        self._step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B1, 0.0)
+
+
+@contextmanager
+def drawing(model: Any, uniforms_BT: Tensor, *, temperature: float, in_step: bool = False) -> Iterator[None]:
+    """Let `model.generate` draw with these numbers, whoever calls it; `in_step`: until all ranks have finished."""
+    generate = model.generate
+    processors = LogitsProcessorList([InverseTransform(uniforms_BT, temperature=temperature)])
+
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        with plainly(model):
+            return generate(*args, logits_processor=processors, synced_gpus=in_step, **kwargs)
+
+    model.generate = drawn
+    try:
+        yield
+    finally:
+        del model.generate
+
+
+def in_batches(
+    generate: Callable[[list[list[int]], Tensor], list[list[int]]],
+    prompts: Sequence[list[int]],
+    uniforms_BT: Tensor,
+    *,
+    batch_size: int,
+) -> list[list[int]]:
+    """Sample answers to all prompts, a batch at a time; prompts of like length come together."""
+    answers: list[list[int]] = [[]] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        found = generate([prompts[place] for place in places], uniforms_BT[places])
+        for place, ids in zip(places, found, strict=True):
+            answers[place] = ids
+    return answers
+
+
+@dataclass
+class Rollout(Answers):
+    """Answers of the policy, one entry per answer; the answers of one prompt stand together.
+
+    `completion_ids` and `completions` are what a reward sees: cut by `truncate`, stop token included where one came.
+    `sampled_ids` is everything that was sampled; the KL is taken over all of it.
+    """
+
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
+    sampled_ids: list[list[int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt with everything sampled after it."""
+        return [len(prompt) + len(ids) for prompt, ids in zip(self.prompt_ids, self.sampled_ids, strict=True)]
+
+    @property
+    def whole_ids(self) -> list[list[int]]:
+        """Prompt and answer of each row in one list."""
+        return [prompt + answer for prompt, answer in zip(self.prompt_ids, self.completion_ids, strict=True)]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Cut an answer after the first `token` at or after position `after` (Ziegler 2019: '.' after 16 tokens)."""
+
+    token: int
+    after: int
+
+
+def cut_answer(
+    sampled: Sequence[int], *, stop_ids: Sequence[int], truncation: Truncation | None
+) -> tuple[list[int], bool]:
+    """Cut an answer to the tokens a reward sees, and tell whether it ended by itself.
+
+    Without a truncation token an answer ends with a stop token; with one, only the truncation token counts.
+    """
+    if truncation is None:
+        return list(sampled), bool(sampled) and sampled[-1] in stop_ids
+    for position in range(truncation.after, len(sampled)):
+        if sampled[position] == truncation.token:
+            return list(sampled[: position + 1]), True
+    return list(sampled), False
+
+
+def repetition(answers: Sequence[Sequence[int]]) -> float:
+    """Share of the bigrams that occurred before among all answers: 1 - distinct-2 (Li et al., arXiv 1510.03055)."""
+    pairs = [pair for answer in answers for pair in zip(answer, answer[1:], strict=False)]
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def join_columns(rows: Iterable[str]) -> dict[str, list[Any]]:
+    """The `columns` of table rows as a reward function gets them: one list a name, None where a row has none."""
+    read = [json.loads(text) for text in rows]
+    names = dict.fromkeys(name for row in read for name in row)
+    return {name: [row.get(name) for row in read] for name in names}
+
+
+def prompt_numbers(first: int, count: int, *, num_prompts: int, seed: int) -> list[int]:
+    """Places `first` to `first + count` of the endless stream of prompts: one shuffled pass after the other."""
+    numbers: list[int] = []
+    order: dict[int, np.ndarray] = {}
+    for place in range(first, first + count):
+        turn, offset = divmod(place, num_prompts)
+        if turn not in order:
+            order[turn] = np.random.default_rng((seed, turn)).permutation(num_prompts)
+        numbers.append(int(order[turn][offset]))
+    return numbers
+
+
+def answer_order(num_answers: int, *, seed: int, rollout: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch goes through a rollout, (R,).
+
+    The first epoch keeps the rollout's own order: its prompts are in random order already, and the first minibatch is
+    then computed as its log-probabilities were, so that its ratio is exactly 1.
+    """
+    if epoch == 0:
+        return np.arange(num_answers)
+    return np.random.default_rng((seed, rollout, epoch)).permutation(num_answers)
+
+
+def sort_steps(rows: np.ndarray, lengths: Sequence[int], *, step_size: int) -> np.ndarray:
+    """Sort the answers of each optimizer step by length, longest first: micro batches then hold little padding.
+
+    A step's loss is a sum over its tokens, so that the order inside a step changes no more than rounding.
+    """
+    sizes = np.asarray(lengths)
+    parts = [rows[start : start + step_size] for start in range(0, len(rows), step_size)]
+    return np.concatenate([part[np.argsort(-sizes[part], kind="stable")] for part in parts])
