@@ -60,13 +60,21 @@ class Precision:
         }
 
 
-def pick_device(wanted: str = "auto") -> str:
-    """Return cuda, mps or cpu: the one asked for, or the best that is there."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def pick_device(wanted: str = "auto", *, where: str = "") -> str:
+    """Pick cuda, mps or cpu: the one asked for, or the best that is there.
+
+    Raises EnvironmentProblem when the one asked for, at `where` in a recipe, is not available.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name, there in available.items() if there)
+    if not available[wanted.partition(":")[0]]:
+        place = f"{where}: launch.device" if where else "the device asked for"
+        raise EnvironmentProblem(
+            f"{place} is {wanted}, which torch {torch.__version__} does not see here; use auto or cpu, or run "
+            "`alignkit doctor`"
+        )
+    return wanted
 
 
 def pick_precision(stage: Stage) -> Precision:

@@ -228,9 +228,10 @@ def start_today(stage: Stage) -> tuple[Stage, str]:
 
 
 def _check_device(stage: Stage, check: StageCheck) -> None:
-    from alignkit.train.arguments import micro_batch_size, pick_device
+    from alignkit.models.load import pick_device
+    from alignkit.train.arguments import micro_batch_size
 
-    device, kind = pick_device(stage), stage.model.quantization
+    device, kind = pick_device(stage.launch.device, where=stage.where("launch.device")), stage.model.quantization
     check.facts["device"] = device
     check.facts["batch"] = f"{stage.training.batch_size} rows a step, {micro_batch_size(stage)} at a time"
     if kind != "none" and not (ability := try_quantization(kind, device)).works:

@@ -1,7 +1,4 @@
-"""From a resolved stage to TRL's config object: what the recipe asks for, and what alignkit insists on.
-
-It builds no model and reads no data. Why each switch is set: reliability.md's list is upstream behaviour we measured.
-"""
+"""From a resolved stage to TRL's config object: what the recipe asks for, and what alignkit insists on."""
 
 from __future__ import annotations
 
@@ -13,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments
 
-from alignkit.errors import EnvironmentProblem, RecipeError
+from alignkit.errors import RecipeError
+from alignkit.models.load import pick_device
 from alignkit.recipe import Stage
 from alignkit.recipe.stage import check_batch
 from alignkit.train.ranks import uses_fsdp, world_size
@@ -22,25 +20,8 @@ _Config = TypeVar("_Config", bound=TrainingArguments)
 _LARGEST_MICRO_BATCH = 8
 
 
-def pick_device(stage: Stage) -> str:
-    """Return cuda, mps or cpu: what the recipe says, else what is there.
-
-    Raises EnvironmentProblem when the device asked for is not available.
-    """
-    wanted = stage.launch.device
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return next(name for name, there in available.items() if there)
-    if not available[wanted]:
-        raise EnvironmentProblem(
-            f"{stage.where('launch.device')}: launch.device is {wanted}, which torch {torch.__version__} does not see "
-            "here; use auto or cpu, or run `alignkit doctor`"
-        )
-    return wanted
-
-
 def micro_batch_size(stage: Stage) -> int:
-    """Return the rows per forward pass: the recipe's, or for auto the largest divisor of the share up to 8.
+    """Rows per forward pass: the recipe's, or for auto the largest divisor of the share up to 8.
 
     For KTO, auto takes 8 over all processes together: its KL term is estimated from the rows that all of them have in
     one forward pass, which then are the same rows however many processes there are.
@@ -63,39 +44,17 @@ def micro_batch_size(stage: Stage) -> int:
     return micro
 
 
-def eval_batch_size(stage: Stage) -> int:
-    """Return the held-out rows per forward pass, which do not depend on the number of processes."""
-    wanted = stage.training.micro_batch_size
-    given = stage.trainer.get("per_device_eval_batch_size")
-    return int(given or (_LARGEST_MICRO_BATCH if wanted == "auto" else wanted))
-
-
-def _precision(stage: Stage, device: str) -> str:
-    """Return what matrix products are computed in: no, bf16 or fp16."""
-    wanted = stage.launch.mixed_precision
-    if wanted != "auto":
-        return wanted
-    dtype = stage.model.dtype
-    if dtype == "bfloat16" or (dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()):
-        return "bf16"
-    return "fp16" if dtype == "float16" else "no"
-
-
-def _recompute(stage: Stage) -> dict[str, bool]:
-    """Return the switches for recomputing activations that launch: and the launcher decide, none where they do not.
-
-    A launcher that has FSDP do it must not find transformers doing it too; `shards.set_up` sees to it later.
-    """
-    by_fsdp = uses_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
-    wanted = False if by_fsdp else stage.launch.activation_checkpointing
-    return {} if wanted is None else {"gradient_checkpointing": wanted, "activation_checkpointing": wanted}
-
-
 def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, **fixed: Any) -> _Config:
-    """Return the TRL config for this stage; `fixed` are values the method itself decides."""
-    device = pick_device(stage)
-    micro = micro_batch_size(stage)
-    precision = _precision(stage, device)
+    """Fill TRL's config for a stage; `fixed` are values the method itself decides."""
+    device = pick_device(stage.launch.device, where=stage.where("launch.device"))
+    micro, wanted = micro_batch_size(stage), stage.training.micro_batch_size
+    precision, dtype = stage.launch.mixed_precision, stage.model.dtype  # of matrix products: no, bf16 or fp16
+    if precision == "auto" and (
+        dtype == "bfloat16" or (dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
+    ):
+        precision = "bf16"
+    elif precision == "auto":
+        precision = "fp16" if dtype == "float16" else "no"
     types = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
     values: dict[str, Any] = {
         # A loss that is not finite must be seen, not averaged away; the guard stops before the optimizer step.
@@ -124,14 +83,21 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
     values |= {
         "output_dir": str(checkpoints),
         "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": eval_batch_size(stage),
+        # Held-out rows per forward pass do not depend on the number of processes.
+        "per_device_eval_batch_size": int(
+            stage.trainer.get("per_device_eval_batch_size") or (_LARGEST_MICRO_BATCH if wanted == "auto" else wanted)
+        ),
         "gradient_accumulation_steps": stage.training.batch_size // world_size() // micro,
         "seed": stage.seed,
         "use_cpu": device == "cpu",
         "ddp_backend": "gloo" if device == "cpu" and world_size() > 1 else None,
-        **_recompute(stage),
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
-        **fixed,
     }
-    return config_class(**values)
+    # A launcher that has FSDP recompute activations must not find transformers doing it too; `shards.set_up` sees to
+    # it later.
+    by_fsdp = uses_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
+    recompute = False if by_fsdp else stage.launch.activation_checkpointing
+    if recompute is not None:
+        values |= {"gradient_checkpointing": recompute, "activation_checkpointing": recompute}
+    return config_class(**(values | fixed))

@@ -1,6 +1,6 @@
 """What decides the weights that a stage ends with, as values that can be compared before anything heavy loads.
 
-A run keeps its fingerprint in stage.json. Deliberately without torch: `alignkit run` compares every stage first.
+A run keeps its fingerprint in stage.json. Without torch: `alignkit run` compares every stage first.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from alignkit.runs.files import read_json
 
 
 def fingerprint_stage(stage: Stage) -> dict[str, Any]:
-    """Return all that recipe and model files tell: values in force, weights started from, rewards."""
-    return {**stage.fingerprint_values(), "start_weights": _hash_start(stage), **fingerprint_rewards(stage)}
+    """Collect all that recipe and model files tell: values in force, weights started from, rewards."""
+    directory = find_model_dir(stage.start_dir or stage.model.path)
+    weights = fingerprint_weights(directory) if directory else None  # built-in and hub weights are told by their name
+    return {**stage.fingerprint_values(), "start_weights": weights, **fingerprint_rewards(stage)}
 
 
 def unread(run: RunDir) -> dict[str, Any]:
-    """Return the parts of a run's fingerprint that only reading the data gives again, as the run has them."""
+    """The parts of a run's fingerprint that only reading the data gives again, as the run has them."""
     kept = read_json(run.stage).get("fingerprint", {})
     return {key: kept.get(key) for key in ("data", "template", "ptx_data")}
 
 
 def find_changes(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> list[str]:
-    """Return how a stage differs from the run that has begun there, "key: before -> now"; reads all of its rows."""
+    """Tell how a stage differs from the run that has begun there, "key: before -> now"; reads all of its rows."""
     run = RunDir(run_dir)
     known = {**fingerprint_stage(stage), **unread(run)}
     if found := list_changes(run, known, allow_change=allow_change):
@@ -39,7 +41,7 @@ def find_changes(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = (
 
 
 def find_longer(stage: Stage, run: RunDir) -> str | None:
-    """Return which allowed change makes a finished run longer, as "key: before -> now", None when none does."""
+    """Tell which allowed change makes a finished run longer, as "key: before -> now", None when none does."""
     before, now = read_json(run.stage).get("fingerprint") or {}, stage.fingerprint_values()
     for key in sorted(now):
         if key.rpartition(".")[2] in ("num_train_epochs", "max_steps") and before.get(key) != now[key]:
@@ -49,14 +51,8 @@ def find_longer(stage: Stage, run: RunDir) -> str | None:
     return None
 
 
-def _hash_start(stage: Stage) -> str | None:
-    """Fingerprint the files a stage starts from; built-in and hub weights are told by their name."""
-    directory = find_model_dir(stage.start_dir or stage.model.path)
-    return fingerprint_weights(directory) if directory else None
-
-
 def hash_data(stage: Stage) -> str:
-    """Return the fingerprint that `prepare_tables` finds, by reading the rows again without tokenising them."""
+    """Make the fingerprint that `prepare_tables` finds, by reading the rows again without tokenising them."""
     report, rejects = DataReport(), Rejects()
     sources = [first_rows(stage, report), *([stage.training.eval] if isinstance(stage.training.eval, list) else [])]
     for group in sources:

@@ -38,7 +38,7 @@ PairLoss = Callable[[Pairs], Tensor]  # -> (B,)
 
 
 def pick_loss(name: str, options: Mapping[str, Any], *, beta: float, label_smoothing: float) -> PairLoss:
-    """Return the loss of `OWN_LOSSES` of that name, with its keys' values in a dpo stage's `options`."""
+    """The loss of `OWN_LOSSES` of that name, with its keys' values in a dpo stage's `options`."""
     keys = {key: options.get(key, fragment["default"]) for key, fragment in OWN_LOSSES[name].keys.items()}
     if name == "cdpo":
         keys["label_smoothing"] = label_smoothing
@@ -52,15 +52,21 @@ def is_logistic(options: Mapping[str, Any]) -> bool:
 
 
 def cdpo(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Conservative DPO on soft labels: the chosen answer is preferred with p (1 - eps) + (1 - p) eps."""
-    eps, label_B = label_smoothing, pairs.label_B
-    wrong_B = 1 - (label_B * (1 - eps) + (1 - label_B) * eps)
-    return cdpo_loss(pairs.margins_B, beta=beta, label_smoothing=wrong_B)
+    """Conservative DPO: cross-entropy of each margin, of soft labels that are wrong with probability `label_smoothing`.
+
+    Source: Mitchell, "A note on DPO with noisy preferences" (2023), eq. 3; `preference_loss` of the DPO authors.
+    """
+    wrong_B = 1 - (pairs.label_B * (1 - label_smoothing) + (1 - pairs.label_B) * label_smoothing)
+    scaled_B = beta * pairs.margins_B
+    return -(1 - wrong_B) * F.logsigmoid(scaled_B) - wrong_B * F.logsigmoid(-scaled_B)
 
 
 def ipo_sum(pairs: Pairs, *, beta: float) -> Tensor:
-    """IPO on summed log-probabilities."""
-    return ipo_sum_loss(pairs.margins_B, beta=beta)
+    """IPO on summed log-probabilities: (margin - 1 / (2 beta))^2, as the DPO authors' code has it.
+
+    TRL's `ipo` divides each side by its length first. Source: arXiv 2310.12036, eq. 17.
+    """
+    return (pairs.margins_B - 1 / (2 * beta)) ** 2
 
 
 def dpop(pairs: Pairs, *, beta: float, dpop_lambda: float) -> Tensor:
@@ -104,25 +110,6 @@ def orpo(pairs: Pairs, *, beta: float) -> Tensor:
 def sequence_logps(token_logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Sum the log-probabilities of the masked tokens: (B, T), (B, T) -> (B,)."""
     return (token_logps_BT * mask_BT).sum(dim=-1)
-
-
-def cdpo_loss(margins_B: Tensor, *, beta: float, label_smoothing: float | Tensor) -> Tensor:
-    """Conservative DPO: cross-entropy against labels that are wrong with probability `label_smoothing`.
-
-    `margins_B` is (log pi/ref of chosen) - (log pi/ref of rejected), in nats. With a tensor (B,) every pair has its
-    own probability, which is DPO on soft labels: P(chosen preferred) = 1 - label_smoothing.
-    Source: Mitchell, "A note on DPO with noisy preferences" (2023), eq. 3; `preference_loss` of the DPO authors.
-    """
-    scaled = beta * margins_B
-    return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
-
-
-def ipo_sum_loss(margins_B: Tensor, *, beta: float) -> Tensor:
-    """IPO on summed log-probabilities: (margin - 1 / (2 beta))^2, as the DPO authors' code has it.
-
-    TRL's `ipo` divides each side by its length first. Source: arXiv 2310.12036, eq. 17.
-    """
-    return (margins_B - 1 / (2 * beta)) ** 2
 
 
 def pairwise_losses(

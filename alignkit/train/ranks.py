@@ -27,17 +27,16 @@ from alignkit.recipe import Stage
 
 _Value = TypeVar("_Value")
 _Error = TypeVar("_Error", bound=AlignKitError)
-_TOKEN = ".ranks"  # written by rank 0 in the run directory, for the others to find
 _TOKEN_SECONDS = 30.0  # a network file system may show a new file late
 
 
 def world_size() -> int:
-    """Return the number of processes a launcher started, 1 without one."""
+    """The number of processes a launcher started, 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Return this process's number in the job."""
+    """This process's number in the job."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -71,36 +70,35 @@ def start(stage: Stage, run_dir: Path) -> None:
             "`accelerate launch` or torchrun"
         )
     values = json.dumps(stage.fingerprint_values(), sort_keys=True, default=str)
-    _require_equal(
-        {
-            "run directory": str(run_dir),
-            "alignkit version": alignkit.__version__,
-            "recipe": hashlib.blake2b(values.encode(), digest_size=8).hexdigest(),
-        }
-    )
+    mine = {
+        "run directory": str(run_dir),
+        "alignkit version": alignkit.__version__,
+        "recipe": hashlib.blake2b(values.encode(), digest_size=8).hexdigest(),
+    }
+    everyone = gather({"host": socket.gethostname(), **mine})
+    for name in mine:
+        for number, other in enumerate(everyone):
+            if other[name] != everyone[0][name]:
+                raise met_by_all(
+                    RunError(
+                        f"the processes do not do the same work: {name} is {everyone[0][name]} for rank 0 on "
+                        f"{everyone[0]['host']} and {other[name]} for rank {number} on {other['host']}; start all of "
+                        "them with the same command, recipe and alignkit"
+                    )
+                )
     _require_shared(run_dir)
 
 
 def leave_at_exit() -> None:
     """Take leave of the other processes when this one ends; call it when all of them have finished their work."""
     if world_size() > 1:
-        barrier()
-        atexit.unregister(_leave)
-        atexit.register(_leave)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    gather(None)
+        gather(None)  # waits for them
+        atexit.unregister(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group)
 
 
 def gather(value: Any) -> list[Any]:
-    """Return every rank's value, by rank; values must be JSON-able."""
+    """Collect every rank's value, by rank; values must be JSON-able. Waits for all ranks."""
     if world_size() == 1:
         return [value]
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
@@ -115,12 +113,12 @@ def gather(value: Any) -> list[Any]:
 
 
 def share(value: Any) -> Any:
-    """Return rank 0's value on every rank; it must be JSON-able."""
+    """Give rank 0's value to every rank; it must be JSON-able."""
     return gather(value if is_main() else None)[0]
 
 
 def largest(value: int) -> int:
-    """Return the largest of all ranks' whole numbers: one small reduction, cheap enough for every step."""
+    """Find the largest of all ranks' whole numbers: one small reduction, cheap enough for every step."""
     if world_size() == 1:
         return value
     found = torch.tensor([value], device=_device())
@@ -129,7 +127,7 @@ def largest(value: int) -> int:
 
 
 def share_out(items: Sequence[_Value]) -> tuple[list[_Value], int]:
-    """Return this rank's part of a list and how much of it is its own.
+    """Deal out a list: this rank's part, and how much of it is its own.
 
     All parts are equally long, so that sharded models keep step: the last ones are filled up with the list's end.
     """
@@ -141,7 +139,7 @@ def share_out(items: Sequence[_Value]) -> tuple[list[_Value], int]:
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of all ranks' tensors of this shape, on the CPU."""
+    """Add up all ranks' tensors of this shape, on the CPU."""
     if world_size() == 1:
         return values.cpu()
     found = values.to(_device(), copy=True)
@@ -163,12 +161,23 @@ def agree(error: Exception | None = None) -> None:
 
     A copy has `shared` set: whoever reports errors leaves it to the rank it came from.
     """
-    found = gather(_describe(error)) if world_size() > 1 else []
+    if world_size() == 1 and error is None:
+        return
+    description = None
+    if error is not None:
+        text = str(error)
+        if not isinstance(error, AlignKitError):
+            text = f"{type(error).__name__}: {text.strip().split(chr(10), 1)[0]}"
+        found = error.problems if isinstance(error, UsageError) else []
+        problems = [[problem.what, problem.where] for problem in found]
+        code = getattr(error, "exit_code", 1)
+        description = {"type": type(error).__name__, "text": text, "problems": problems, "code": code}
+    everyone = gather(description)
     if error is not None:
         raise error
-    for number, description in enumerate(found):
-        if description is not None:
-            raise _rebuild(number, description)
+    for number, other in enumerate(everyone):
+        if other is not None:
+            raise _rebuild(number, other)
 
 
 def met_by_all(error: _Error) -> _Error:
@@ -222,18 +231,8 @@ def _try(work: Callable[[], _Value]) -> tuple[_Value | None, Exception | None]:
         return None, error
 
 
-def _describe(error: Exception | None) -> dict[str, Any] | None:
-    if error is None:
-        return None
-    problems = [[problem.what, problem.where] for problem in error.problems] if isinstance(error, UsageError) else []
-    text = str(error)
-    if not isinstance(error, AlignKitError):
-        text = f"{type(error).__name__}: {text.strip().split(chr(10), 1)[0]}"
-    return {"type": type(error).__name__, "text": text, "problems": problems, "code": getattr(error, "exit_code", 1)}
-
-
 def _rebuild(number: int, description: dict[str, Any]) -> AlignKitError:
-    """Return the error of another rank as one of this rank's, marked as shared."""
+    """Make the error of another rank one of this rank's, marked as shared."""
     kind = getattr(errors, description["type"], None)
     copy: AlignKitError
     if kind is None or not issubclass(kind, AlignKitError):
@@ -248,27 +247,13 @@ def _rebuild(number: int, description: dict[str, Any]) -> AlignKitError:
     return copy
 
 
-def _require_equal(mine: dict[str, str]) -> None:
-    """Raise RunError, naming ranks and both values, unless every rank has the same."""
-    everyone = gather({"host": socket.gethostname(), **mine})
-    for name in mine:
-        for number, other in enumerate(everyone):
-            if other[name] != everyone[0][name]:
-                raise met_by_all(
-                    RunError(
-                        f"the processes do not do the same work: {name} is {everyone[0][name]} for rank 0 on "
-                        f"{everyone[0]['host']} and {other[name]} for rank {number} on {other['host']}; start all of "
-                        "them with the same command, recipe and alignkit"
-                    )
-                )
-
-
 def _require_shared(run_dir: Path) -> None:
     """Raise RunError unless a file that rank 0 writes into the run directory is seen by every rank."""
-    path = run_dir / _TOKEN
-    token = once(lambda: _write_token(path))
+    path = run_dir / ".ranks"
+    token = share(secrets.token_hex(8))
+    once(lambda: path.write_text(token, encoding="utf-8"))
     deadline = time.monotonic() + _TOKEN_SECONDS
-    while not (seen := _read_token(path) == token) and time.monotonic() < deadline:
+    while not (seen := path.is_file() and path.read_text(encoding="utf-8") == token) and time.monotonic() < deadline:
         time.sleep(0.2)
     blind = [(number, host) for number, (found, host) in enumerate(gather([seen, socket.gethostname()])) if not found]
     if is_main():
@@ -283,20 +268,7 @@ def _require_shared(run_dir: Path) -> None:
         )
 
 
-def _write_token(path: Path) -> str:
-    token = secrets.token_hex(8)
-    path.write_text(token, encoding="utf-8")
-    return token
-
-
-def _read_token(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return None
-
-
 def _device() -> torch.device:
-    """Return where collectives take their tensors from: NCCL knows only the device's memory."""
+    """Where collectives take their tensors from: NCCL knows only the device's memory."""
     on_cuda = "nccl" in dist.get_backend()
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")

@@ -1,7 +1,7 @@
 """Whole tensors out of a model that is spread over processes, and back into it: PyTorch's FSDP, and plain models.
 
-Checkpoints and final weights have one layout whatever trained them: what a single process writes. Files are not its
-business. What DeepSpeed holds is asked of `zero`.
+Checkpoints and final weights have one layout whatever trained them: what a single process writes. What DeepSpeed holds
+is asked of `zero`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def is_sharded(trainer: Any) -> bool:
 
 
 def gather_model(trainer: Any) -> dict[str, torch.Tensor] | None:
-    """Return the weights to save under the model's own names, whole and on the CPU; on other ranks than 0 None.
+    """Gather the weights to save under the model's own names, whole and on the CPU; on other ranks than 0 None.
 
     Of a model with adapters these are the adapters and what is saved with them. All ranks must call it. None, too,
     for a model that is whole in every process.
@@ -72,24 +72,24 @@ def gather_model(trainer: Any) -> dict[str, torch.Tensor] | None:
     model = trainer.model
     adapted = isinstance(model, PeftModel)
     if trainer.is_deepspeed_enabled:
-        return zero.gather_model(trainer, lambda name: not adapted or _is_adapter(name))
+        return zero.gather_model(trainer, lambda name: not adapted or is_adapter(name))
     if not is_sharded(trainer):
         return None
-    state: dict[str, torch.Tensor] = {}
-    seen: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, as `save_pretrained` expects
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if adapted and not _is_adapter(name):
-            continue
-        if id(tensor) not in seen:
-            seen[id(tensor)] = _to_main(tensor.detach())
-        state[name] = seen[id(tensor)]
-    return state if is_main() else None
+    return gather((name, p) for name, p in model.state_dict(keep_vars=True).items() if not adapted or is_adapter(name))
 
 
 def gather(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
-    """Return tensors whole and on the CPU, on other ranks than 0 None; all ranks must call it with the same names."""
-    state = {name: _to_main(tensor.detach()) for name, tensor in named}
-    return {name: tensor.contiguous() for name, tensor in state.items()} if is_main() else None
+    """Gather tensors on rank 0's CPU, whole; elsewhere None. All ranks must call it with the same names.
+
+    Tied weights stay one tensor, as `save_pretrained` expects.
+    """
+    state: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
+    for name, tensor in named:
+        if id(tensor) not in seen:
+            seen[id(tensor)] = _to_main(tensor.detach()).contiguous()
+        state[name] = seen[id(tensor)]
+    return state if is_main() else None
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -104,7 +104,7 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
 
 
 def gather_optimizer(trainer: Any) -> dict[str, Any] | None:
-    """Return the optimizer's state as a single process has it, on the CPU; on other ranks than 0 None."""
+    """Gather the optimizer's state as a single process has it, on the CPU; on other ranks than 0 None."""
     if trainer.is_deepspeed_enabled:
         return zero.gather_optimizer(trainer)
     if not is_sharded(trainer):
@@ -143,7 +143,8 @@ def scatter_optimizer(trainer: Any, saved: dict[str, Any]) -> None:
     trainer.optimizer.load_state_dict({**saved, "state": state})
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
+    """Tell whether a weight of an adapted model is saved with its adapter."""
     return ".lora_" in name or ".modules_to_save." in name
 
 
@@ -165,19 +166,19 @@ def gathered_root(model: torch.nn.Module) -> Iterator[None]:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a weight."""
+    """What this process holds of a weight."""
     if isinstance(tensor, DTensor):
         return tensor.detach().to_local()
     return getattr(tensor, "ds_tensor", tensor).detach()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as one process has it; all ranks must ask for the same one."""
+    """A tensor as one process has it; all ranks must ask for the same one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _to_main(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole tensor on rank 0's CPU; elsewhere nothing is kept of it."""
+    """The whole tensor on rank 0's CPU; elsewhere nothing is kept of it."""
     full = whole(tensor)
     return full.cpu() if is_main() else torch.empty(0)
 
@@ -189,5 +190,5 @@ def _place_state(parameter: torch.Tensor, value: Any) -> Any:
 
 
 def _my_part(like: DTensor, value: torch.Tensor) -> DTensor:
-    """Return a tensor spread as `like` is, each rank cutting its part from the whole it has: nothing is sent."""
+    """Spread a tensor as `like` is, each rank cutting its part from the whole it has: nothing is sent."""
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -26,7 +26,7 @@ def holds(tensor: torch.Tensor) -> bool:
 
 
 def gather_model(trainer: Any, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor] | None:
-    """Return the tensors whose name `wanted` accepts, whole and in the optimizer's precision, on rank 0's CPU."""
+    """Gather the tensors whose name `wanted` accepts, whole and in the optimizer's precision, on rank 0's CPU."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     state: dict[str, torch.Tensor] = {}
@@ -56,7 +56,7 @@ def place_weight(place: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a weight as one process has it; all ranks must ask for the same one."""
+    """A weight as one process has it; all ranks must ask for the same one."""
     import deepspeed
 
     if not hasattr(tensor, "ds_id"):
@@ -66,7 +66,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_optimizer(trainer: Any) -> dict[str, Any] | None:
-    """Return the optimizer's state as a single process has it, on the CPU; on other ranks than 0 None."""
+    """Gather the optimizer's state as a single process has it, on the CPU; on other ranks than 0 None."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     optimizer = _optimizer(trainer)
@@ -140,7 +140,7 @@ def load_plainly() -> None:
 
 
 def _parameters(trainer: Any) -> list[torch.Tensor]:
-    """Return what is trained, in the order in which a single process numbers it."""
+    """What is trained, in the order in which a single process numbers it."""
     return [parameter for group in trainer.optimized_groups for parameter in group]
 
 
@@ -154,7 +154,7 @@ def _copy(value: Any) -> Any:
 
 
 def _optimizer(trainer: Any) -> Any:
-    """Return ZeRO's optimizer around the one that updates. DeepSpeed 0.18-0.19 has it at `engine.optimizer`."""
+    """ZeRO's optimizer around the one that updates. DeepSpeed 0.18-0.19 has it at `engine.optimizer`."""
     optimizer = trainer.model_wrapped.optimizer
     if not hasattr(optimizer, "optimizer"):
         raise EnvironmentProblem(
@@ -165,7 +165,7 @@ def _optimizer(trainer: Any) -> Any:
 
 
 def _flat_parts(optimizer: Any) -> list[torch.Tensor]:
-    """Return this rank's flat pieces, one per group. Private names: ZeRO-3's, else those of ZeRO-1 and 2."""
+    """This rank's flat pieces, one per group. Private names: ZeRO-3's, else those of ZeRO-1 and 2."""
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from alignkit.train.losses import (
+    Pairs,
     best_of_loss,
-    cdpo_loss,
-    ipo_sum_loss,
+    cdpo,
+    ipo_sum,
     kway_loss,
     pairwise_losses,
     sequence_logps,
@@ -38,14 +39,13 @@ def test_preference_losses_rewards_and_gradients_equal_the_authors_code(case: di
     kwargs = case["kwargs"]
     chosen = tensor(DPO["policy_chosen"]).requires_grad_()
     rejected = tensor(DPO["policy_rejected"]).requires_grad_()
-    reference_margin = 0.0
-    if not kwargs.get("reference_free"):
-        reference_margin = tensor(DPO["ref_chosen"]) - tensor(DPO["ref_rejected"])
-    margins = (chosen - rejected) - reference_margin
+    tokens, label = torch.ones(len(chosen)), torch.ones_like(chosen)
+    reference = [] if kwargs.get("reference_free") else [tensor(DPO["ref_chosen"]), tensor(DPO["ref_rejected"])]
+    pairs = Pairs(chosen, rejected, tokens, tokens, label, *reference)
     if kwargs.get("ipo"):
-        losses = ipo_sum_loss(margins, beta=kwargs["beta"])
+        losses = ipo_sum(pairs, beta=kwargs["beta"])
     else:
-        losses = cdpo_loss(margins, beta=kwargs["beta"], label_smoothing=kwargs.get("label_smoothing", 0.0))
+        losses = cdpo(pairs, beta=kwargs["beta"], label_smoothing=kwargs.get("label_smoothing", 0.0))
     torch.testing.assert_close(losses, tensor(case["losses"]), rtol=0, atol=1e-6)
     rewards = kwargs["beta"] * (chosen.detach() - tensor(DPO["ref_chosen"]))
     torch.testing.assert_close(rewards, tensor(case["chosen_rewards"]), rtol=0, atol=1e-6)
@@ -63,9 +63,8 @@ def test_sequence_logps_equal_the_authors_code() -> None:
 
 
 def test_soft_labels_interpolate_between_both_orders() -> None:
-    margins = tensor([3.0, -1.0])
-    soft = cdpo_loss(margins, beta=0.5, label_smoothing=tensor([0.25, 0.25]))
-    one, other = (cdpo_loss(sign * margins, beta=0.5, label_smoothing=0.0) for sign in (1, -1))
+    margins, ones = tensor([3.0, -1.0]), torch.ones(2)
+    soft, one, other = (cdpo(Pairs(margins, 0 * ones, ones, ones, label * ones), beta=0.5) for label in (0.75, 1, 0))
     torch.testing.assert_close(soft, 0.75 * one + 0.25 * other)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_losses_equal_those_computed_from_plain_logits(start: str, make_stage: C
     with torch.no_grad():
         trainer.critic.head.weight.normal_()
     tokens = float(experience.mask_RT.sum())
-    trainer._step_sums, total = {}, 0.0
+    trainer._step_sums, total = defaultdict(float), 0.0
     for rows in ([0, 3], [1, 2]):
         inputs = {
             "step": 0, "micro": 1, "rows": torch.tensor(rows), "num_tokens": tokens,
@@ -346,7 +347,7 @@ def test_a_kl_beyond_bounds_goes_back_to_the_last_checkpoint_within_them(
 def test_ptx_adds_the_gradient_of_the_language_model(make_stage: Callable, tmp_path: Path) -> None:
     extra = ", ptx: {data: {path: builtin:reviews, max_rows: 40}, coef: 2.0, batch_size: 3}, temperature: 0.5"
     trainer = build(make_stage(recipe(extra=extra), "ppo"), tmp_path).trainer
-    trainer._step_sums = {}
+    trainer._step_sums = defaultdict(float)
     for micro in range(2):
         trainer._train_ptx(trainer.model, 5, micro)
     found = [p.grad.clone() for p in trainer.model.parameters()]
