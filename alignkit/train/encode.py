@@ -88,20 +88,15 @@ def write_row(stage: Stage, chat: Chat, row: Row) -> list[Written]:
     if row.prompt or isinstance(content, str):
         written = chat.write_pair(row.prompt, content)
         return written if stage.trainer.get("completion_only_loss", True) else written[-1:]
-    masks = not _is_stream(stage) and stage.trainer.get("assistant_only_loss", True)
+    masks = getattr(stage.options, "objective", None) != "lm" and stage.trainer.get("assistant_only_loss", True)
     return chat.write(content, mask=masks)
-
-
-def _is_stream(stage: Stage) -> bool:
-    """Tell whether the texts of an sft stage are one stream of tokens that is cut into blocks."""
-    return bool(stage.options.model_dump().get("objective") == "lm")
 
 
 def encode_rows(
     stage: Stage, batches: Iterable[Sequence[EncodedRow]], lengths: LengthReport, rejects: Rejects
 ) -> Iterator[dict[str, list[Any]]]:
     """Turn batches of rows into batches of columns, counting them; rows that are left out go to `rejects`."""
-    if _is_stream(stage):
+    if getattr(stage.options, "objective", None) == "lm":  # one stream of tokens
         yield from _cut_blocks(stage.trainer.get("max_length") or 1024, batches, lengths)
         return
     encode = _ENCODERS["kto" if stage.is_unpaired else stage.method]

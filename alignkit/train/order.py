@@ -41,8 +41,7 @@ def fill_up(order: np.ndarray, *, batch_size: int) -> np.ndarray:
     Every optimizer step then has the same number of rows, and so the same rows on any number of devices; PyTorch's
     DistributedSampler fills up in the same way.
     """
-    missing = -len(order) % batch_size
-    return np.concatenate([order, np.resize(order, missing)]) if missing else order
+    return np.resize(order, -(-len(order) // batch_size) * batch_size)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from alignkit import console
 from alignkit.data import Row
@@ -94,9 +94,7 @@ class Recorder(TrainerCallback):
         self._progress: console.TrainingProgress | None = None
         self._shown: dict[str, float] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         trainer = self._setup.trainer
         if state.global_step == 0:  # not of a resumed run; the model is as it will be trained: sharded, autocast
             if is_sharded(trainer):
@@ -113,9 +111,7 @@ class Recorder(TrainerCallback):
         )
         return control
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
         tokens = self._setup.trainer.num_trained_tokens
@@ -127,15 +123,13 @@ class Recorder(TrainerCallback):
         self._metrics.append(row)
         self._shown |= {name: row[name] for name in (*_SHOWN, "tokens_per_second") if name in row}
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.on_save(args, state, control)
         pulse("training", state.global_step)
         if state.global_step == state.max_steps // 2 > 0:
             self._sample(step=state.global_step, when="during")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         if state.global_step >= state.max_steps:
             control.should_log = True  # the loss in result.json is that of the last step
         pulse("training", state.global_step)
@@ -143,12 +137,10 @@ class Recorder(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         pulse("evaluating", state.global_step)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Show how far the run is; so do the begin of a step and the end of training."""
         if self._progress is not None and state.global_step:
             self._progress.update(state.global_step, self._shown)

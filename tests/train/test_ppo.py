@@ -352,7 +352,7 @@ def test_ptx_adds_the_gradient_of_the_language_model(make_stage: Callable, tmp_p
         trainer._train_ptx(trainer.model, 5, micro)
     found = [p.grad.clone() for p in trainer.model.parameters()]
     trainer.model.zero_grad()
-    blocks = [trainer.ptx.blocks[number]["input_ids"] for number in trainer.ptx.micro_batches(5, 0, 1)]
+    blocks = [trainer.ptx.blocks[number]["input_ids"] for number in trainer.ptx.numbers(5)]
     losses = [
         torch.nn.functional.cross_entropy(
             trainer.model(input_ids=torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="sum"

@@ -27,7 +27,7 @@ from trl import GRPOTrainer
 from alignkit import console
 from alignkit.errors import ModelError, RunError
 from alignkit.models.adapters import TRAINED
-from alignkit.models.logprobs import Batch, pad_answers
+from alignkit.models.logprobs import pad_answers
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
 from alignkit.train import ranks, shards
@@ -56,25 +56,10 @@ class Ptx:
     seed: int
     pad_id: int
 
-    def micro_batches(self, step: int, number: int, count: int) -> list[int]:
-        """The blocks that micro batch `number` of `count` of a step reads; together they are the step's."""
-        numbers = prompt_numbers(
-            step * self.batch_size, self.batch_size, num_prompts=len(self.blocks), seed=self.seed + _PTX_SEED
-        )
-        return numbers[number::count]
-
-    def batch(self, numbers: list[int], device: Any) -> Batch:
-        """Blocks as one answer each: every token after the first is learnt."""
-        blocks = [list(self.blocks[number]["input_ids"]) for number in numbers]
-        return pad_answers([ids[:1] for ids in blocks], [ids[1:] for ids in blocks], pad_id=self.pad_id, device=device)
-
-    def loss(self, logps_N: Tensor, num_tokens: int) -> Tensor:
-        """This micro batch's part of coef times the mean loss of the step's tokens."""
-        return -self.coef * logps_N.sum() / num_tokens
-
-    def count_tokens(self, step: int) -> int:
-        """Count the learnt tokens of a whole step."""
-        return sum(len(self.blocks[number]["input_ids"]) - 1 for number in self.micro_batches(step, 0, 1))
+    def numbers(self, step: int) -> list[int]:
+        """The blocks of an optimizer step."""
+        first, seed = step * self.batch_size, self.seed + _PTX_SEED
+        return prompt_numbers(first, self.batch_size, num_prompts=len(self.blocks), seed=seed)
 
 
 class Ema(TrainerCallback):
@@ -288,16 +273,20 @@ class Ppo(Guarded, GRPOTrainer):
     def _train_ptx(self, model: Any, step: int, micro: int) -> Tensor:
         """Add the gradient of this rank's blocks; DDP sums it up with the one of PPO, which comes after it."""
         assert self.ptx is not None
-        world_size = self.args.world_size
+        world_size, device = self.args.world_size, self.args.device
+        blocks = [list(self.ptx.blocks[number]["input_ids"]) for number in self.ptx.numbers(step)]
+        num_tokens = sum(len(ids) - 1 for ids in blocks)  # every token after the first is learnt
         turn = micro * world_size + self.args.process_index
-        numbers = self.ptx.micro_batches(step, turn, self.args.gradient_accumulation_steps * world_size)
-        loss = torch.zeros((), device=self.args.device)
-        if numbers:
-            batch = self.ptx.batch(numbers, self.args.device)
+        mine = blocks[turn :: self.args.gradient_accumulation_steps * world_size]
+        loss = torch.zeros((), device=device)
+        if mine:
+            batch = pad_answers(
+                [ids[:1] for ids in mine], [ids[1:] for ids in mine], pad_id=self.ptx.pad_id, device=device
+            )
             with self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     logps_N, _, _ = self.roles.policy_logps(model, batch)
-                    loss = self.ptx.loss(logps_N, self.ptx.count_tokens(step)) * world_size
+                    loss = -self.ptx.coef * logps_N.sum() / num_tokens * world_size
                 self.accelerator.backward(loss)
         self._step_sums["ptx_loss"] += float(loss.detach()) / self.ptx.coef / world_size
         return loss.detach()
