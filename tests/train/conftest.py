@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from alignkit.recipe import Stage, load_recipe, resolve
+
+if TYPE_CHECKING:
+    from alignkit.data import Rejects
+    from alignkit.models.chat import Chat
+    from alignkit.train.tables import Tables
 
 
 @pytest.fixture
@@ -34,3 +41,41 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@dataclass
+class Prepared:
+    """A stage's rows as its trainer reads them."""
+
+    stage: Stage
+    chat: Chat
+    tables: Tables
+    rejects: Rejects
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self.chat.tokenizer.decode(ids)
+        return text
+
+    def learnt(self, number: int = 0) -> str:
+        """The text of what an sft row teaches."""
+        return self.decode([label for label in self.tables.train[number]["labels"] if label != -100])
+
+
+@pytest.fixture
+def prepare(make_stage: Callable[..., Stage], write_rows: Callable[..., Path], tmp_path: Path) -> Callable:
+    """Return a function that writes rows.jsonl and makes the token tables of a one-stage recipe that reads it."""
+
+    def prepare(rows: list[dict] | None, recipe: str, *overrides: str, model: str = "builtin:tiny-llama") -> Any:
+        from alignkit.data import Rejects
+        from alignkit.models.chat import Chat
+        from alignkit.models.tokens import load_tokenizer
+        from alignkit.train.tables import prepare_tables
+
+        if rows is not None:
+            write_rows(rows)
+        text = f"model: {{path: {model}}}\n{recipe}"
+        stage = make_stage(text, recipe.partition(":")[0], *overrides)
+        chat, rejects = Chat(load_tokenizer(stage)), Rejects()
+        return Prepared(stage, chat, prepare_tables(stage, chat, tmp_path / "cache", rejects=rejects), rejects)
+
+    return prepare

@@ -14,13 +14,10 @@ from alignkit.errors import DataError, UsageError
 from alignkit.evaluate.run import _read as read_measured_rows
 from alignkit.evaluate.run import evaluate
 from alignkit.evaluate.target import find_target
-from alignkit.models.chat import Chat
-from alignkit.models.tokens import load_tokenizer
 from alignkit.preflight.check import check_recipe
 from alignkit.recipe import load_recipe
 from alignkit.recipe.schema import DataSource, EvaluateOptions
 from alignkit.train import dpo, sft
-from alignkit.train.tables import prepare_tables
 
 BASE = "model: {path: builtin:tiny-llama}\n"
 ASKED = "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n"
@@ -28,16 +25,20 @@ ALPACA = {"instruction": "Name a fruit.", "input": "", "output": "A fig."}
 PAIR = {"prompt": "Name a fruit.", "chosen": "A fig.", "rejected": "A stone."}
 
 
-def read(stage: Any, directory: Path) -> tuple[list[str], dict[str, int]]:
-    """Every sequence of the stage's rows as text, and the forms that were counted."""
-    chat = Chat(load_tokenizer(stage))
-    tables = prepare_tables(stage, chat, directory / "cache", rejects=Rejects())
-    texts = []
-    for row in tables.train:
-        columns = [row[key] for key in ("input_ids", "chosen_ids", "rejected_ids", "completion_ids") if key in row]
-        found = [*columns, *row.get("answers_ids", ())] or [[]]
-        texts += [chat.tokenizer.decode(row.get("prompt_ids", []) + ids) for ids in found]
-    return texts, tables.report.to_dict()["sources"][0]["forms"]
+@pytest.fixture
+def read(prepare: Callable) -> Callable:
+    """Return a function that gives every sequence of a stage's rows as text, and the forms that were counted."""
+
+    def read(rows: list[dict], recipe: str) -> tuple[list[str], dict[str, int]]:
+        made = prepare(rows, recipe)
+        texts = []
+        for row in made.tables.train:
+            columns = [row[key] for key in ("input_ids", "chosen_ids", "rejected_ids", "completion_ids") if key in row]
+            found = [*columns, *row.get("answers_ids", ())] or [[]]
+            texts += [made.decode(row.get("prompt_ids", []) + ids) for ids in found]
+        return texts, made.tables.report.to_dict()["sources"][0]["forms"]
+
+    return read
 
 
 @pytest.mark.parametrize(
@@ -58,13 +59,10 @@ def read(stage: Any, directory: Path) -> tuple[list[str], dict[str, int]]:
     ],
 )  # fmt: skip
 def test_prompts_and_answers_become_turns_where_there_is_a_template(
-    make_stage: Callable, write_rows: Callable, tmp_path: Path, section: str, row: dict, turns: list, joined: list
+    read: Callable, section: str, row: dict, turns: list, joined: list
 ) -> None:
-    write_rows([row])
-    name = section.split(":")[0]
-
-    def shown(*more: str) -> tuple[list[str], dict[str, int]]:
-        texts, forms = read(make_stage(f"{BASE}{section}data: {{path: ./rows.jsonl{''.join(more)}}}}}", name), tmp_path)
+    def shown(more: str = "") -> tuple[list[str], dict[str, int]]:
+        texts, forms = read([row], f"{section}data: {{path: ./rows.jsonl{more}}}}}")
         return [text.removesuffix("\n") for text in texts], forms
 
     expected = [text.removesuffix("\n") for text in turns]
@@ -82,9 +80,8 @@ def test_prompts_and_answers_become_turns_where_there_is_a_template(
     ],
 )
 def test_the_separator_is_part_of_the_prompt_whatever_is_trained(
-    make_stage: Callable, write_rows: Callable, tmp_path: Path,
-    separator: str, completion: str, prompt: str, answer: str,
-) -> None:  # fmt: skip
+    prepare: Callable, separator: str, completion: str, prompt: str, answer: str
+) -> None:
     single = {"prompt": "Name a fruit.", "completion": completion}
     pair = {"prompt": "Name a fruit.", "chosen": completion, "rejected": completion.replace("fig", "stone")}
     source = json.dumps({"path": "./rows.jsonl", "separator": separator, "chat": False})
@@ -92,11 +89,8 @@ def test_the_separator_is_part_of_the_prompt_whatever_is_trained(
     for method, row, key in (
         ("sft", single, ""), ("dpo", pair, ""), ("dpo", {**single, "label": True}, ", loss_type: kto"), ("rm", pair, "")
     ):  # fmt: skip
-        write_rows([row])
-        stage = make_stage(f"{BASE}{method}: {{data: {source}{key}}}", method)
-        chat = Chat(load_tokenizer(stage))
-        made = prepare_tables(stage, chat, tmp_path / "cache", rejects=Rejects()).train[0]
-        say = chat.tokenizer.decode
+        found = prepare([row], f"{method}: {{data: {source}{key}}}")
+        made, say = found.tables.train[0], found.decode
         if method == "sft":
             start = made["labels"].count(-100)
             assert (say(made["input_ids"][:start]), say(made["labels"][start:])) == whole
@@ -106,28 +100,28 @@ def test_the_separator_is_part_of_the_prompt_whatever_is_trained(
             assert say(made["answers_ids"][0]) == "".join(whole)
 
 
-def test_a_prompt_alone_ends_as_it_does_in_training(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
-    write_rows([{"prompt": "Name a fruit."}])
-    for separator, prompt in (("\n", "Name a fruit.\n"), (" => ", "Name a fruit. =>"), ("", "Name a fruit.")):
-        source = json.dumps({"path": "./rows.jsonl", "separator": separator, "chat": False})
-        text = f"{BASE}ppo: {{data: {source}, reward: builtin:true-reward, max_new_tokens: 4}}"
-        assert read(make_stage(text, "ppo"), tmp_path)[0] == [prompt]
+@pytest.mark.parametrize(
+    ("separator", "prompt"), [("\n", "Name a fruit.\n"), (" => ", "Name a fruit. =>"), ("", "Name a fruit.")]
+)
+def test_a_prompt_alone_ends_as_it_does_in_training(read: Callable, separator: str, prompt: str) -> None:
+    source = json.dumps({"path": "./rows.jsonl", "separator": separator, "chat": False})
+    recipe = f"ppo: {{data: {source}, reward: builtin:true-reward, max_new_tokens: 4}}"
+    assert read([{"prompt": "Name a fruit."}], recipe)[0] == [prompt]
 
 
-def test_the_stage_says_it_for_sources_that_do_not(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
-    write_rows([ALPACA])
-    text = BASE + "sft: {data: {path: ./rows.jsonl, separator: ' => '}, chat: false}"
-    assert read(make_stage(text, "sft"), tmp_path)[0] == ["Name a fruit. => A fig.<|endoftext|>"]
+def test_the_stage_says_it_for_sources_that_do_not(read: Callable) -> None:
+    found, _ = read([ALPACA], "sft: {data: {path: ./rows.jsonl, separator: ' => '}, chat: false}")
+    assert found == ["Name a fruit. => A fig.<|endoftext|>"]
 
 
-def test_raw_text_is_never_a_turn(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
-    path = write_rows([{"text": "Once."}])
-    assert read(make_stage(BASE + "sft: {data: ./rows.jsonl}", "sft"), tmp_path) == (["Once.<|endoftext|>"], {"raw": 1})
+def test_raw_text_is_never_a_turn(read: Callable) -> None:
+    raw = [{"text": "Once."}]
+    assert read(raw, "sft: {data: ./rows.jsonl}") == (["Once.<|endoftext|>"], {"raw": 1})
     with pytest.raises(DataError, match=r"rows\.jsonl:1: is raw text, of which chat: true makes no turns"):
-        read(make_stage(BASE + "sft: {data: {path: ./rows.jsonl, chat: true}}", "sft"), tmp_path)
-    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+        read(raw, "sft: {data: {path: ./rows.jsonl, chat: true}}")
+    turns = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     with pytest.raises(DataError, match=r"rows\.jsonl:1: is a conversation, which chat: false cannot join"):
-        read(make_stage(BASE + "sft: {data: {path: ./rows.jsonl, chat: false}}", "sft"), tmp_path)
+        read(turns, "sft: {data: {path: ./rows.jsonl, chat: false}}")
 
 
 def test_a_model_without_a_template_reads_text_and_refuses_chat_true(

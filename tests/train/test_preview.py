@@ -10,14 +10,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from alignkit.data import Rejects
 from alignkit.errors import RecipeError
-from alignkit.models.chat import Chat
-from alignkit.models.tokens import load_tokenizer
 from alignkit.runs.directory import RunDir
 from alignkit.train.collate import training_rows
 from alignkit.train.preview import preview_rows
-from alignkit.train.tables import prepare_tables
 
 BASE = "model: {path: builtin:tiny-llama}\n"
 PAIR = {
@@ -28,60 +24,54 @@ PAIR = {
 TURN = "<|im_start|>user\nWhich is it?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def preview(make_stage: Callable, tmp_path: Path, section: str, name: str) -> list[dict[str, Any]]:
-    stage = make_stage(BASE + section, name)
-    chat = Chat(load_tokenizer(stage))
-    tables = prepare_tables(stage, chat, tmp_path / "cache", rejects=Rejects())
-    table, collate = training_rows(stage, tables.train, chat.tokenizer, num_rows=3)
-    return preview_rows(table, collate, chat.tokenizer)
+@pytest.fixture
+def preview(prepare: Callable) -> Callable:
+    """Return a function that previews one row of a one-stage recipe: its sequences."""
+
+    def preview(row: dict, recipe: str) -> list[dict[str, Any]]:
+        made = prepare([row], recipe)
+        table, collate = training_rows(made.stage, made.tables.train, made.chat.tokenizer, num_rows=3)
+        (found,) = preview_rows(table, collate, made.chat.tokenizer)
+        assert json.loads(json.dumps(found)) == found
+        sequences: list[dict[str, Any]] = found["sequences"]
+        return sequences
+
+    return preview
 
 
 def spans(sequence: dict[str, Any]) -> list[tuple[str, str]]:
     return [(span["kind"], "".join(span["tokens"])) for span in sequence["spans"]]
 
 
-def test_an_answer_is_learnt_and_its_prompt_is_read(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
-    write_rows([{"messages": [*PAIR["prompt"], *PAIR["chosen"]]}])
-    (row,) = preview(make_stage, tmp_path, "sft: {data: ./rows.jsonl}", "sft")
-    (sequence,) = row["sequences"]
-    found = spans(sequence)
-    assert found[:2] == [("read", TURN), ("learnt", "Good.<|im_end|>")]
+def test_an_answer_is_learnt_and_its_prompt_is_read(preview: Callable) -> None:
+    (sequence,) = preview({"messages": [*PAIR["prompt"], *PAIR["chosen"]]}, "sft: {data: ./rows.jsonl}")
+    assert spans(sequence)[:2] == [("read", TURN), ("learnt", "Good.<|im_end|>")]
     assert len(sequence["spans"][1]["tokens"]) > 1  # token by token
 
 
-def test_both_answers_of_a_pair_are_learnt_by_dpo(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
-    write_rows([PAIR])
-    (row,) = preview(make_stage, tmp_path, "dpo: {data: ./rows.jsonl}", "dpo")
-    assert [(each["label"], spans(each)[1]) for each in row["sequences"]] == [
+def test_both_answers_of_a_pair_are_learnt_by_dpo(preview: Callable) -> None:
+    assert [(each["label"], spans(each)[1]) for each in preview(PAIR, "dpo: {data: ./rows.jsonl}")] == [
         ("chosen", ("learnt", "Good.<|im_end|>")),
         ("rejected", ("learnt", "Bad.<|im_end|>")),
     ]
 
 
-def test_a_reward_is_read_at_the_last_token(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
-    write_rows([PAIR])
-    (row,) = preview(make_stage, tmp_path, "rm: {data: ./rows.jsonl}", "rm")
-    assert [each["label"] for each in row["sequences"]] == ["answer 1", "answer 2"]
-    assert [kind for kind, _ in spans(row["sequences"][0])] == ["read", "scored"]
-    assert len(row["sequences"][0]["spans"][1]["tokens"]) == 1
+def test_a_reward_is_read_at_the_last_token(preview: Callable) -> None:
+    sequences = preview(PAIR, "rm: {data: ./rows.jsonl}")
+    assert [each["label"] for each in sequences] == ["answer 1", "answer 2"]
+    assert [kind for kind, _ in spans(sequences[0])] == ["read", "scored"]
+    assert len(sequences[0]["spans"][1]["tokens"]) == 1
 
 
 @pytest.mark.parametrize("text", ["naïve 日本語 🙂 text", "tabs\tand\nlines", "  two  spaces "])
-def test_the_tokens_are_the_text_whatever_they_split(
-    make_stage: Callable, write_rows: Callable, tmp_path: Path, text: str
-) -> None:
-    write_rows([{"text": text}])
-    (row,) = preview(make_stage, tmp_path, "sft: {data: ./rows.jsonl}", "sft")
-    (sequence,) = row["sequences"]
+def test_the_tokens_are_the_text_whatever_they_split(preview: Callable, text: str) -> None:
+    (sequence,) = preview({"text": text}, "sft: {data: ./rows.jsonl}")
     assert "".join(shown for _, shown in spans(sequence)) == text + "<|endoftext|>"
     assert spans(sequence)[0][0] == "read"  # nothing predicts the first token
-    assert json.loads(json.dumps(row)) == row
 
 
-def test_a_long_row_is_cut_and_says_so(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
-    write_rows([{"text": "word " * 700}])
-    (row,) = preview(make_stage, tmp_path, "sft: {data: ./rows.jsonl, max_length: 1500}", "sft")
-    (sequence,) = row["sequences"]
+def test_a_long_row_is_cut_and_says_so(preview: Callable) -> None:
+    (sequence,) = preview({"text": "word " * 700}, "sft: {data: ./rows.jsonl, max_length: 1500}")
     assert sum(len(span["tokens"]) for span in sequence["spans"]) == 400
     assert sequence["num_left_out"] > 100
 
