@@ -139,7 +139,11 @@ def check_values(whole: Whole, runs: Sequence[Run], tops: Sequence[Section], gro
         problems += check_group(group)
     for stage in stages:
         problems += check_stage(stage)
-    problems += check_listed(whole, names)
+    listed = whole.top.node.value.get("stages")
+    for item in listed.value or () if listed is not None and "stages" not in whole.top.broken else ():
+        if item.value not in names:
+            hint = suggest(str(item.value), names) or f"; there are {', '.join((*whole.groups, *whole.stages))}"
+            problems.append(Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place))
     for run in runs:
         problems += check_references(run.stage, {**run.whole.stages, **runs_by_name}, run.whole.groups)
     problems += check_circles({run.name: run for run in runs})
@@ -148,14 +152,13 @@ def check_values(whole: Whole, runs: Sequence[Run], tops: Sequence[Section], gro
         problems += check_evaluated(evaluate, names)
     for stage in stages:
         problems += audit_stage(stage)
-    shapes: dict[str, list[Section]] = {repr([whole.top.node.value.get("model"), None]): []} if not stages else {}
+    shapes: dict[str, list[Section]] = {}  # stages that read one model and one lora: section
     for stage in stages:
-        assert stage.top is not None
-        if stage.method not in FEEDBACK or stages == [*whole.stages.values()]:  # they read no lora
+        if stage.top and (stage.method not in FEEDBACK or stages == [*whole.stages.values()]):  # they read no lora
             read = [child.plain() for key in ("model", "lora") if (child := stage.top.node.value.get(key))]
             shapes.setdefault(repr(read), []).append(stage)
-    for alike in shapes.values():
-        problems += audit_recipe(alike[0].top if alike and alike[0].top else whole.top, alike)
+    for alike in shapes.values() or [[]]:
+        problems += audit_recipe((alike[0].top if alike else None) or whole.top, alike)
     return problems
 
 
@@ -187,14 +190,6 @@ def check_stage(stage: Section) -> Iterator[Problem]:
     stage.broken |= found.keys()
     for key, problems in found.items():
         yield from problems if key not in stage.inherited else ()
-
-
-def check_listed(whole: Whole, names: Sequence[str]) -> Iterator[Problem]:
-    listed = whole.top.node.value.get("stages")
-    for item in listed.value or () if listed is not None and "stages" not in whole.top.broken else ():
-        if item.value not in names:
-            hint = suggest(str(item.value), names) or f"; there are {', '.join((*whole.groups, *whole.stages))}"
-            yield Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place)
 
 
 def construct(whole: Whole, runs: Sequence[Run], top: Section, path: Path) -> Recipe:

@@ -13,7 +13,7 @@ from alignkit.errors import Problem
 from alignkit.recipe.check import show_key
 from alignkit.recipe.idle_keys import find_idle_keys, losses_of
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.rules_feedback import CRITIQUE_RULES, LABEL_RULES, PPO_RULES, evaluation_rule
+from alignkit.recipe.rules_feedback import CRITIQUE_RULES, LABEL_RULES, PPO_RULES, evaluation_problems
 from alignkit.recipe.schema import FEEDBACK, SLURM_OPTIONS
 from alignkit.recipe.sections import Finding, Section, UnreadableError
 from alignkit.recipe.trl_fields import KTO_LOSSES, OWN_LOSSES, read_snapshot, trl_fields
@@ -36,8 +36,8 @@ def audit_stage(stage: Section) -> list[Problem]:
 
 def audit_recipe(top: Section, stages: Collection[Section]) -> list[Problem]:
     """Hold the sections that all stages share against each other: model, lora, launch, evaluate."""
-    found = _run(evaluation_rule, top)
-    for rule in (_quantization, _scratch, _lora, _launch):
+    found = []
+    for rule in (_quantization, _scratch, _launch, _evaluate):
         found += _run(lambda top, rule=rule: rule(top, stages), top)  # type: ignore[misc]
     return [Problem(f"{show_key(key)} {what}", top.place(key)) for key, what in found]
 
@@ -178,13 +178,14 @@ def _dpo_reference(stage: Section) -> Iterator[Finding]:
 
 
 def _quantization(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
-    model = recipe.get("model", {})
-    quantization = model.get("quantization", "none")
+    quantization, targets = recipe.get("model.quantization", "none"), recipe.get("lora.target_modules", [])
     if quantization != "none" and not recipe.has("lora"):
         yield "model.quantization", f"is {quantization}, and quantised weights cannot be trained; add a lora: section"
     switched_off = recipe.is_switched_off("model.double_quantization", by="model.quantization")
-    if quantization not in ("nf4", "fp4") and "double_quantization" in model and not switched_off:
+    if quantization not in ("nf4", "fp4") and recipe.has("model.double_quantization") and not switched_off:
         yield "model.double_quantization", "has no effect without quantization: nf4 or fp4"
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        yield "lora.target_modules", "names lm_head, whose adapter would never be trained; use all-linear"
 
 
 def _scratch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
@@ -204,10 +205,9 @@ def _scratch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
         yield "lora", "has no effect: every stage starts from random weights, and trains all of them"
 
 
-def _lora(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
-    targets = (recipe.get("lora") or {}).get("target_modules", [])
-    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
-        yield "lora.target_modules", "names lm_head, whose adapter would never be trained; use all-linear"
+def _evaluate(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
+    for key, what in evaluation_problems(recipe.get("evaluate") or {}):
+        yield f"evaluate.{key}", what
 
 
 _OFFLOADS = {"ddp": (), "fsdp": ("all",), "zero2": ("optimizer",), "zero3": ("optimizer", "all")}

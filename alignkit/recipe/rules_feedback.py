@@ -102,12 +102,6 @@ def evaluation_problems(given: Mapping[str, Any]) -> Iterator[Finding]:
         yield "constitution", f"has no effect on {named}, a reward, which goes by no principles; take it out"
 
 
-def evaluation_rule(top: Section) -> Iterator[Finding]:
-    """Yield what is wrong with the judge of `evaluate:` in a recipe."""
-    for key, problem in evaluation_problems(top.get("evaluate") or {}):
-        yield f"evaluate.{key}", problem
-
-
 def _generator(stage: Section) -> Iterator[Finding]:
     """A model of random weights has nothing to say."""
     scratch = stage.top is not None and stage.top.get("model.init") == "scratch"

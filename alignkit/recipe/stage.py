@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from alignkit.errors import Problem
 from alignkit.recipe.schema import (
@@ -58,7 +60,7 @@ class Recipe:
 
 
 def check_batch(stage: Stage, num_processes: int) -> Problem | None:
-    """Return what is wrong with `batch_size` for so many processes, None when each gets the same number of rows."""
+    """Say what is wrong with `batch_size` for so many processes, None when each gets the same number of rows."""
     options = stage.options
     if not isinstance(options, TrainOptions):
         return None
@@ -114,7 +116,7 @@ class Stage:
 
     @property
     def training(self) -> TrainOptions:
-        """Return the options of a stage that trains."""
+        """The options of a stage that trains."""
         return self.expect(TrainOptions)
 
     def where(self, key: str) -> str:
@@ -129,36 +131,29 @@ class Stage:
         return self.method == "dpo" and bool(set(KTO_LOSSES) & {*([losses] if isinstance(losses, str) else losses)})
 
     def expect(self, kind: type[_Options]) -> _Options:
-        """Return `options` as the given class; a wrong class is a bug, not a user's mistake."""
+        """The options as the given class; a wrong class is a bug, not a user's mistake."""
         if not isinstance(self.options, kind):
             raise TypeError(f"stage {self.name} is a {self.method} stage, not {kind.__name__}")
         return self.options
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for stage.json and --dry-run."""
-        return {
-            "recipe": self.recipe_name,
-            "recipe_path": self.recipe_path,
-            "stage": self.name,
-            "method": self.method,
-            "seed": self.seed,
-            "model": self.model.model_dump(),
-            "lora": self.lora.model_dump() if self.lora else None,
-            "launch": self.launch.model_dump(),
-            "options": self.options.model_dump(),
-            "trainer": dict(self.trainer),
-            "origins": dict(self.origins),
-            "run_dir": self.run_dir,
-            "start_dir": self.start_dir,
-            "start_stage": self.start_stage,
-            "reward_stages": dict(self.reward_stages),
-            "source_stages": dict(self.source_stages),
-            "trust_code": self.trust_code,
-            "point": dict(self.point),
-        }
+        """Plain data for stage.json and --dry-run."""
+        values: dict[str, Any] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            values[{"recipe_name": "recipe", "name": "stage"}.get(one.name, one.name)] = (
+                value.model_dump()
+                if isinstance(value, BaseModel)
+                else dict(value)
+                if isinstance(value, Mapping)
+                else value
+            )
+            if one.name == "name":
+                values["method"] = self.method
+        return values
 
     def fingerprint_values(self) -> dict[str, Any]:
-        """Return, flat and dotted, every value that can change the weights.
+        """List, flat and dotted, every value that can change the weights.
 
         Two runs with equal values here and equal data, base and template bytes train the same model.
         """
