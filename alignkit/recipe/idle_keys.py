@@ -55,7 +55,8 @@ def _epochs_are_moot(stage: Section) -> bool:
     return stage.get("max_steps", -1) > 0 and not stage.is_switched_off("num_train_epochs", by="max_steps")
 
 
-def _starts_from_no_adapter(stage: Section) -> bool:
+def starts_from_no_adapter(stage: Section) -> bool:
+    """Whether a stage cannot start from an adapter."""
     path = str(stage.top.get("model.path", "")) if stage.top else ""
     # model.path may be an adapter itself: one on disk, or on the hub, which only the stage can tell.
     return not stage.has("start_from") and "/" not in path and not Path(path, "adapter_config.json").is_file()
@@ -114,7 +115,7 @@ IDLE = (
     Idle("dpo", "label_smoothing_factor", lambda stage: True,
          "on the loss of dpo; use loss_type: cdpo with label_smoothing", if_on=True),
     Idle("rm", "label_smoothing_factor", lambda stage: True, "on the loss of rm; soft labels are a column", if_on=True),
-    Idle("train", "adapter", _starts_from_no_adapter,
+    Idle("train", "adapter", starts_from_no_adapter,
          "without start_from; it says what happens to the adapter a stage starts from"),
     # sft
     Idle("sft", "completion_only_loss assistant_only_loss", lambda stage: stage.get("objective") == "lm",

@@ -7,11 +7,12 @@ which is itself wrong is skipped: that value has its own message. Keys without e
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from alignkit.errors import Problem
 from alignkit.recipe.check import show_key
-from alignkit.recipe.idle_keys import find_idle_keys, losses_of
+from alignkit.recipe.idle_keys import find_idle_keys, losses_of, starts_from_no_adapter
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.rules_feedback import CRITIQUE_RULES, LABEL_RULES, PPO_RULES, evaluation_problems
 from alignkit.recipe.schema import FEEDBACK, SLURM_OPTIONS
@@ -43,10 +44,11 @@ def audit_recipe(top: Section, stages: Collection[Section]) -> list[Problem]:
 
 
 def _run(rule: Rule, section: Section) -> list[Finding]:
-    try:
-        return list(rule(section))
-    except UnreadableError:
-        return []
+    """Collect what a rule finds before it meets a value that is wrong in itself."""
+    found: list[Finding] = []
+    with suppress(UnreadableError):
+        found.extend(rule(section))
+    return found
 
 
 # Rules for every method that trains
@@ -80,7 +82,8 @@ def _checkpointing(stage: Section) -> Iterator[Finding]:
 
 
 def _adapter(stage: Section) -> Iterator[Finding]:
-    if stage.get("adapter") == "stack" and stage.top and not stage.top.has("lora") and stage.has("start_from"):
+    lora = stage.top is not None and stage.top.has("lora")
+    if stage.get("adapter") == "stack" and not lora and not starts_from_no_adapter(stage):
         yield "adapter", "is stack, which puts a new adapter on top; add a lora: section"
 
 

@@ -116,11 +116,12 @@ def _principles(stage: Section) -> Iterator[Finding]:
 
 
 def _labels(stage: Section) -> Iterator[Finding]:
-    clamp, given = stage.get("clamp"), stage.get("reward")
+    given = stage.get("reward")
     if given is None and not stage.has("judge"):
         yield "judge", "is missing; name a model, {url: ...} or {replay: FILE} that compares, or give reward:"
     if any(isinstance(part, dict) and part.get("judge") for part in (given if isinstance(given, list) else [given])):
         yield "reward", "has a judge, which compares answers itself; name it as judge:"
+    clamp = stage.get("clamp")
     if clamp is not None and clamp[0] >= clamp[1]:
         yield "clamp", f"is {clamp}; it must be [low, high], such as [0.4, 0.6]"
 
