@@ -1,12 +1,12 @@
 """How a record becomes a Row: what was asked, what was answered, and which answer is better.
 
-One function a way to write answers; each takes the record being read and raises BadRow with the first thing that is
-wrong. What was asked is read alike for all of them (`read_prompt`). Which format a record is in was decided before
-(`formats`).
+One function a way to write answers, which raises BadRow with the first thing that is wrong. What was asked is read
+alike for all of them (`read_prompt`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 from alignkit.data.files import type_name
 from alignkit.data.rejects import BadRow
 from alignkit.data.rows import Message, Row, Text
-from alignkit.data.transcripts import START, read_turns, split_pair
 from alignkit.data.values import (
     REASONING_KEYS,
     Reading,
@@ -30,6 +29,7 @@ from alignkit.data.values import (
     end_prompt,
     is_empty,
     join_prompt,
+    last_asked,
 )
 
 # Columns by what they say; the first one with something in it counts.
@@ -40,9 +40,15 @@ ANSWERS = ("completion", "output", "response", "solution", "answer")
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 LABELS = ("label", "kto_tag")
+REJECTED = ("rejected_response", "rejected_messages")  # beside a conversation whose last answer is the chosen one
+RANKED = ("completions", "responses", "answers")
+MASKS = ("assistant_masks", "completion_mask")  # TRL's
 SCORES = ("overall_score", "score", "rating", "reward", "helpfulness")  # higher is better
 ASKED = (*PROMPTS, *CONTEXTS, *CONVERSATIONS, *SYSTEMS, *TOOLS, "chat_template_kwargs")
 _WORDS = {"desirable": 1.0, "undesirable": 0.0, "good": 1.0, "bad": 0.0}
+START = "\n\nHuman:"
+_ANSWER = "\n\nAssistant:"
+_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def adapt_text(reading: Reading) -> Row:
@@ -62,19 +68,10 @@ def _read_conversation(reading: Reading) -> list[Message]:
     return _surround(check_conversation(messages, name, reading), reading)
 
 
-def _history(reading: Reading) -> list[Any]:
-    """Return the turns before the one that is asked."""
-    value = reading.record.get("history")
-    if is_empty(value) or "history" in reading.used:  # SHP's question
-        return []
-    reading.used.add("history")
-    return list(check_json(value, "history", list))
-
-
 def _split_last(reading: Reading) -> tuple[list[Message], list[Message]]:
-    """Return the turns of a conversation before its last answer, and that answer."""
+    """Split a conversation at its last answer."""
     messages = _read_conversation(reading)
-    last = max(place for place, message in enumerate(messages) if message["role"] != "assistant") + 1
+    last = last_asked(messages)
     end_prompt(messages[:last], "the turns before the answer")
     return messages[:last], messages[last:]
 
@@ -82,8 +79,11 @@ def _split_last(reading: Reading) -> tuple[list[Message], list[Message]]:
 def _surround(messages: list[Message], reading: Reading) -> list[Message]:
     """Put the row's system message and history before a conversation, and beside it what the template is given."""
     record = reading.record
-    if history := _history(reading):
-        messages = [*check_messages(history, "history", reading), *messages]
+    history = record.get("history")
+    if not is_empty(history) and "history" not in reading.used:  # SHP's question is one
+        reading.used.add("history")
+        turns = list(check_json(history, "history", list))
+        messages = [*check_messages(turns, "history", reading), *messages]
     if name := reading.first(*SYSTEMS):
         said = check_text(record[name], name)
         first = messages[0]
@@ -97,11 +97,10 @@ def _surround(messages: list[Message], reading: Reading) -> list[Message]:
     if reading.first("chat_template_kwargs"):
         own = check_json(record["chat_template_kwargs"], "chat_template_kwargs", dict)
         given |= {key: value for key, value in own.items() if value is not None}
-    if given:
-        first = messages[0]
-        # A copy: the messages may be the record's own.
-        return [{**first, "template_kwargs": {**first.get("template_kwargs", {}), **given}}, *messages[1:]]
-    return messages
+    if not given:
+        return messages
+    first = messages[0]  # copied: the messages may be the record's own
+    return [{**first, "template_kwargs": {**first.get("template_kwargs", {}), **given}}, *messages[1:]]
 
 
 def read_prompt(reading: Reading, *, transcript: bool = False) -> Text:
@@ -138,7 +137,7 @@ def adapt_prompt(reading: Reading) -> Row:
 
 
 def _read_answer(reading: Reading) -> tuple[Text, Text]:
-    """Return a prompt and its one answer in one shape."""
+    """Read a prompt and its one answer in one shape."""
     record = reading.record
     missing = "output" if "instruction" in record else "completion"
     name = reading.first(*ANSWERS) or next((name for name in ANSWERS if name in record), missing)
@@ -146,9 +145,8 @@ def _read_answer(reading: Reading) -> tuple[Text, Text]:
     if thoughts := reading.first(*REASONING_KEYS):
         turns = [Message(role="assistant", content=answer)] if isinstance(answer, str) else answer
         if len(turns) > 1 or "reasoning_content" in turns[0]:
-            raise BadRow(
-                f"{thoughts}: stands beside several turns, or one with its own reasoning; put it into the turn"
-            )
+            what = "stands beside several turns, or one with its own reasoning; put it into the turn"
+            raise BadRow(f"{thoughts}: {what}")
         answer = [{**turns[0], "reasoning_content": check_text(record[thoughts], thoughts)}]
     prompt, (answer,) = join_prompt(prompt, [answer], [name])
     return prompt, answer
@@ -167,17 +165,13 @@ def adapt_unpaired(reading: Reading) -> Row:
         prompt, answer = _split_last(reading)
         if not answer:
             raise BadRow("label: there is no answer that it could judge")
-    return Row("unpaired", prompt, (answer,), label=_read_label(reading), place=reading.place)
-
-
-def _read_label(reading: Reading) -> float:
     name = next((name for name in LABELS if name in reading.record), "label")
     value = reading.need(name)
     label = _WORDS.get(value.strip().lower()) if type(value) is str else None
     label = check_number(value, name) if label is None else label
     if label not in (0.0, 1.0):
         raise BadRow(f"{name}: is {value}; it must be true or false (1 or 0) where there is one completion")
-    return label
+    return Row("unpaired", prompt, (answer,), label=label, place=reading.place)
 
 
 def adapt_pair(reading: Reading) -> Row:
@@ -192,29 +186,26 @@ def _pair(
     return _finish_pair(reading, prompt, chosen, rejected)
 
 
-def _finish_pair(reading: Reading, prompt: Text, chosen: Text, rejected: Text) -> Row:
+def _count_shared(chosen: Text, rejected: Text) -> int:
+    """Count the characters or turns that two answers begin with; equal ones are a BadRow."""
     if chosen == rejected:
         raise BadRow("rejected: is the same as chosen", equal_answers=True)
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+
+
+def _finish_pair(reading: Reading, prompt: Text, chosen: Text, rejected: Text) -> Row:
+    shorter, common = min(len(chosen), len(rejected)), _count_shared(chosen, rejected)
     if isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list):
-        prompt, chosen, rejected = _move_common_turns(prompt, chosen, rejected)
+        # What both answers begin with was asked, where it ends with the user: [a, u, b] and [a, u, c] differ in b.
+        while common and chosen[common - 1]["role"] == "assistant":
+            common -= 1
+        if common < shorter:
+            prompt, chosen, rejected = [*prompt, *chosen[:common]], chosen[common:], rejected[common:]
     name = reading.first("soft_label", "label")
     label = None if name is None else check_number(reading.record[name], name, low=0, high=1)
     margin = check_number(reading.record["margin"], "margin") if reading.first("margin") else None
     return Row("pair", prompt, (chosen, rejected), label=label, margin=margin, place=reading.place)
-
-
-def _move_common_turns(
-    prompt: list[Message], chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Count what both answers begin with as asked, where it ends with the user: [a, u, b] and [a, u, c] differ in b."""
-    common = 0
-    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
-        common += 1
-    while common and chosen[common - 1]["role"] == "assistant":
-        common -= 1
-    if common == min(len(chosen), len(rejected)):
-        return prompt, chosen, rejected
-    return [*prompt, *chosen[:common]], chosen[common:], rejected[common:]
 
 
 def adapt_implicit(reading: Reading) -> Row:
@@ -224,10 +215,7 @@ def adapt_implicit(reading: Reading) -> Row:
     answers share beyond the cut adds the same log-probability to both, so no loss of pairs changes.
     """
     chosen, rejected = reading.need_text("chosen"), reading.need_text("rejected")
-    if chosen == rejected:
-        raise BadRow("rejected: is the same as chosen", equal_answers=True)
-    length = min(len(chosen), len(rejected))
-    start = next((at for at in range(length) if chosen[at] != rejected[at]), length)
+    start = _count_shared(chosen, rejected)
     while start and not (chosen[start : start + 1].isspace() and rejected[start : start + 1].isspace()):
         start -= 1
     prompt, answers = chosen[:start], (chosen[start:], rejected[start:])
@@ -245,18 +233,11 @@ def adapt_implicit(reading: Reading) -> Row:
     return _finish_pair(reading, prompt, *answers)
 
 
-def adapt_implicit_chat(reading: Reading) -> Row:
-    return _implicit_chat(reading, "chosen", "rejected")
-
-
-def _implicit_chat(reading: Reading, better: str, worse: str) -> Row:
+def adapt_implicit_chat(reading: Reading, better: str = "chosen", worse: str = "rejected") -> Row:
     """Take the common first turns of two conversations as their prompt."""
     chosen = check_conversation(reading.need(better), better, reading)
     rejected = check_conversation(reading.need(worse), worse, reading)
-    if chosen == rejected:
-        raise BadRow("rejected: is the same as chosen", equal_answers=True)
-    length = min(len(chosen), len(rejected))
-    start = next((at for at in range(length) if chosen[at] != rejected[at]), length)
+    start, length = _count_shared(chosen, rejected), min(len(chosen), len(rejected))
     if start == length:
         raise BadRow(f"{'rejected' if length == len(rejected) else 'chosen'}: is only the beginning of the other")
     if not start or chosen[start]["role"] != "assistant" or rejected[start]["role"] != "assistant":
@@ -268,8 +249,44 @@ def _implicit_chat(reading: Reading, better: str, worse: str) -> Row:
 
 
 def adapt_hh(reading: Reading) -> Row:
-    prompt, chosen, rejected = split_pair(reading.need_text("chosen"), reading.need_text("rejected"))
-    return _finish_pair(reading, _surround(prompt, reading), chosen, rejected)
+    """Read two of Anthropic's HH transcripts, "\\n\\nHuman: ...\\n\\nAssistant: ...".
+
+    The split is `get_hh`'s of eric-mitchell/direct-preference-optimization (the DPO paper's code, arXiv 2305.18290):
+    the prompt is everything up to and including the last "\\n\\nAssistant:" of chosen, and rejected is cut at the same
+    length. We differ in one thing: where rejected does not start with that prompt, or goes on with further turns, the
+    cut would pair answers to different prompts, so the row is refused (4 of 1,800 pairs of the harmlessness test set).
+    """
+    ends, texts = [], [reading.need_text(field) for field in ("chosen", "rejected")]
+    for field, text in zip(("chosen", "rejected"), texts, strict=True):
+        if not text.startswith(START):
+            raise BadRow(f"{field}: does not start with '\\n\\nHuman:'; it is not an HH transcript")
+        if _ANSWER not in text:
+            raise BadRow(f"{field}: has no '\\n\\nAssistant:' turn")
+        ends.append(text.rfind(_ANSWER) + len(_ANSWER))
+    end, (chosen, rejected) = ends[0], texts
+    if ends[1] != end or rejected[:end] != chosen[:end]:
+        raise BadRow("rejected: its prompt (all up to the last '\\n\\nAssistant:') differs from that of chosen")
+    prompt = read_turns(chosen[: end - len(_ANSWER)], "chosen")
+    if prompt[-1]["role"] != "user":
+        raise BadRow("chosen: two assistant turns in a row at its end; the prompt must end with a Human turn")
+    answers = [text[end:].strip() for text in texts]
+    if "" in answers:
+        field = ("chosen", "rejected")[answers.index("")]
+        raise BadRow(f"{field}: the answer after the last '\\n\\nAssistant:' is empty")
+    better, worse = ([Message(role="assistant", content=answer)] for answer in answers)
+    return _finish_pair(reading, _surround(prompt, reading), better, worse)
+
+
+def read_turns(transcript: str, field: str) -> list[Message]:
+    """Read the turns of a transcript; an empty last one of the assistant, which asks for an answer, is kept empty."""
+    _, *pieces = _TURN.split(f"\n\n{transcript.lstrip()}")
+    turns: list[Message] = []
+    for number, (speaker, said) in enumerate(zip(pieces[::2], pieces[1::2], strict=True)):
+        content = said.strip()
+        if not content and (speaker != "Assistant" or 2 * number + 2 < len(pieces)):
+            raise BadRow(f"{field}: turn {len(turns) + 1} ({speaker}) is empty")
+        turns.append({"role": "user" if speaker == "Human" else "assistant", "content": content})
+    return turns
 
 
 def adapt_rejected_response(reading: Reading) -> Row:
@@ -279,20 +296,17 @@ def adapt_rejected_response(reading: Reading) -> Row:
     return _pair(reading, prompt, chosen, reading.need(name), ("messages", name))
 
 
-REJECTED = ("rejected_response", "rejected_messages")
-
-
 def adapt_choice(
     first: str, second: str, choice: str, better: Callable[[Any, str], int] | None
 ) -> Callable[[Reading], Row]:
-    """Return an adapter of two answers and a column that says which is better: `better` gives 0 for the first."""
+    """Make an adapter of two answers and a column that says which is better: `better` gives 0 for the first."""
 
     def adapt(reading: Reading) -> Row:
         names = (first, second)
         chosen = 0 if better is None else better(reading.need(choice), choice)
         names = names if chosen == 0 else names[::-1]
         if first.startswith("conversation"):
-            return _implicit_chat(reading, *names)
+            return adapt_implicit_chat(reading, *names)
         return _pair(reading, read_prompt(reading), reading.need(names[0]), reading.need(names[1]), names)
 
     return adapt
@@ -352,9 +366,6 @@ def adapt_rated_items(reading: Reading) -> Row:
     return _ranked(reading, prompt, answers, scores, column)
 
 
-RANKED = ("completions", "responses", "answers")
-
-
 def adapt_ranked(reading: Reading) -> Row:
     """Read completions with scores (higher is better) or ranking (1 is best, equal ranks are ties), or responses
     from best to worst."""
@@ -368,6 +379,7 @@ def adapt_ranked(reading: Reading) -> Row:
 
 
 def _scores(reading: Reading, field: str, count: int) -> list[float]:
+    """The worth of each answer: as scores, by rank, or by place."""
     record = reading.record
     given = [name for name in ("scores", "ranking") if record.get(name) is not None]
     reading.used.update(given)
@@ -438,14 +450,10 @@ def adapt_tokens(reading: Reading) -> Row:
     return Row("tokens", "", (), place=reading.place, tokens=tokens)
 
 
-MASKS = ("assistant_masks", "completion_mask")
-
-
 def _check_ids(value: Any, field: str, *, low: int) -> list[int]:
     ids = check_list(check_json(value, field, list) if type(value) is str else value, field)
     for index, token in enumerate(ids):
         if type(token) is not int or token < low or (low < 0 and low < token < 0):
-            raise BadRow(
-                f"{field}[{index}]: is {token if type(token) is int else type_name(token)}; it must be a token id"
-            )
+            found = token if type(token) is int else type_name(token)
+            raise BadRow(f"{field}[{index}]: is {found}; it must be a token id")
     return ids

@@ -15,6 +15,7 @@ a prompt (every film belongs to one split). `true_reward` is the judge that real
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ _MOOD_WORTHS = {"positive": (1.0, 0.5), "negative": (-1.0, -0.5), "mixed": (1.0,
 
 
 def true_reward(text: str) -> float:
-    """Return the toy world's sentiment of a text: the mean worth of the words that have one, in [-1, 1].
+    """The toy world's sentiment of a text: the mean worth of the words that have one, in [-1, 1].
 
     superb, loved and their like are worth 1, good and liked 0.5, dull and disliked -0.5, awful and hated -1; all
     other words nothing. A text without such words is worth 0. Case and order of words do not matter.
@@ -114,28 +115,27 @@ def parse_builtin(path: str, *, split: str = "train", max_rows: int | None = Non
         problems.append(f"split is {split!r}; builtin data has {' and '.join(SPLITS)}")
     accepted = ["rows", "noise"] if name == "preferences" else ["rows"]
     problems += [f"?{key}= is not a parameter{_suggest(key, accepted)}" for key in given if key not in accepted]
-    num_rows = _number(given.get("rows", str(max_rows or DEFAULT_ROWS)), 1, MAX_ROWS)
-    noise = _number(given.get("noise", "0"), 0, 1)
-    if num_rows is None or num_rows % 1:
-        problems.append(f"rows is {given['rows']!r}; it must be a whole number from 1 to {MAX_ROWS}")
-    if noise is None:
-        problems.append(f"noise is {given['noise']!r}; it must be a number from 0 to 1")
-    if problems or num_rows is None or noise is None:
+
+    def read(key: str, default: float, what: str, is_good: Callable[[float], bool]) -> float:
+        try:
+            value = float(given.get(key, default))
+        except ValueError:
+            value = math.nan
+        if not is_good(value):
+            problems.append(f"{key} is {given.get(key, default)!r}; it must be a {what}")
+        return value
+
+    rows = read("rows", max_rows or DEFAULT_ROWS, f"whole number from 1 to {MAX_ROWS}",
+                lambda value: 1 <= value <= MAX_ROWS and value % 1 == 0)  # fmt: skip
+    noise = read("noise", 0, "number from 0 to 1", lambda value: 0 <= value <= 1)
+    if problems:
         raise DataError([Problem(problem, path) for problem in problems])
-    return BuiltinData(name, split, int(num_rows), noise)
+    return BuiltinData(name, split, int(rows), noise)
 
 
 def _suggest(name: str, accepted: list[str]) -> str:
     near = get_close_matches(name, accepted, n=1)
     return f"; did you mean {near[0]}?" if near else f"; accepted: {', '.join(accepted)}"
-
-
-def _number(text: str, low: float, high: float) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if low <= value <= high else None
 
 
 def iter_builtin(data: BuiltinData) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -261,40 +261,32 @@ def _question(random: Random, split: str) -> str:
     )
 
 
-def _rated_reviews(random: Random, count: int) -> list[str]:
-    """Make reviews of different true reward, best first; their lengths are drawn without regard to it."""
-    return _rated(random, count, lambda: _any_review(random))
-
-
-def _rated(random: Random, count: int, make: Callable[[], str]) -> list[str]:
+def _rated(random: Random, count: int, make: Callable[[Random], str]) -> list[str]:
+    """Make texts of different true reward, best first; their lengths are drawn without regard to it."""
     made: dict[float, str] = {}
     while len(made) < count:
-        text = make()
+        text = make(random)
         made.setdefault(true_reward(text), text)
     return [made[reward] for reward in sorted(made, reverse=True)]
 
 
 def _preference(random: Random, split: str) -> dict[str, Any]:
     prompt = _question(random, split)
-    chosen, rejected = _rated_reviews(random, 2)
+    chosen, rejected = _rated(random, 2, _any_review)
     return {"prompt": _user(prompt), "chosen": _assistant(chosen), "rejected": _assistant(rejected)}
 
 
 def _ranking(random: Random, split: str) -> dict[str, Any]:
     prompt = _question(random, split)
-    reviews = _rated_reviews(random, _RANKED_ANSWERS)
-    completions = [_assistant(review) for review in reviews]
-    return {"prompt": _user(prompt), "completions": completions, "scores": [true_reward(review) for review in reviews]}
+    reviews = _rated(random, _RANKED_ANSWERS, _any_review)
+    scores = list(map(true_reward, reviews))
+    return {"prompt": _user(prompt), "completions": list(map(_assistant, reviews)), "scores": scores}
 
 
 def _unpaired(random: Random, split: str) -> dict[str, Any]:
     prompt = _question(random, split)
     review = _review(random, random.choice(("positive", "negative")))
     return {"prompt": _user(prompt), "completion": _assistant(review), "label": true_reward(review) > 0}
-
-
-def _prompt(random: Random, split: str) -> dict[str, Any]:
-    return {"prompt": _user(_question(random, split))}
 
 
 def _judge_item(random: Random, split: str) -> dict[str, Any]:
@@ -307,7 +299,7 @@ def _judge_item(random: Random, split: str) -> dict[str, Any]:
         a, b = _opinion(random, _MOOD_WORTHS[random.choice(("positive", "negative"))]), _neutral(random)
     else:
         make = _any_review if kind == 1 else lambda random: _opinion(random, _MOOD_WORTHS["mixed"])
-        pair = _rated(random, 2, lambda: make(random))
+        pair = _rated(random, 2, make)
         a, b = pair if random.random() < 0.5 else pair[::-1]
     first = true_reward(a) > true_reward(b)
     asked = (
@@ -323,6 +315,6 @@ _MAKERS: dict[str, Callable[[Random, str], dict[str, Any]]] = {
     "preferences": _preference,
     "ranked": _ranking,
     "unpaired": _unpaired,
-    "prompts": _prompt,
+    "prompts": lambda random, split: {"prompt": _user(_question(random, split))},
     "judge-items": _judge_item,
 }

@@ -19,7 +19,7 @@ BREAKER = "\u2060"
 
 
 def find_control_tokens(row: Row, tokens: Sequence[str]) -> list[str]:
-    """Return the tokens that occur in the row's text, each once, in the order they are found."""
+    """Find the tokens that occur in the row's text, each once, in their order."""
     if not tokens:
         return []
     search = _exact(tuple(tokens)).findall
@@ -27,7 +27,7 @@ def find_control_tokens(row: Row, tokens: Sequence[str]) -> list[str]:
 
 
 def as_rendered(row: Row, tokens: Sequence[str]) -> Row | None:
-    """Return a row that a chat template has written already as the text it is; None for any other.
+    """Take a row that a chat template has written already as the text it is; None for any other.
 
     Such a text begins with a control token and has more of them. It may have been taken for what a user says.
     """
@@ -46,7 +46,7 @@ def as_rendered(row: Row, tokens: Sequence[str]) -> Row | None:
 
 
 def escape_control_tokens(row: Row, tokens: Sequence[str]) -> Row:
-    """Return the row with a WORD JOINER behind the first character of every token in its text.
+    """Put a WORD JOINER behind the first character of every token in the row's text.
 
     `unescape_text` undoes it exactly, whatever joiners the text had before.
 
@@ -56,7 +56,8 @@ def escape_control_tokens(row: Row, tokens: Sequence[str]) -> Row:
     if not tokens:
         return row
     given = tuple(tokens)
-    if not any(_may_need_escape(text, given) for text in iter_contents(row)):
+    # The fast pattern first: most texts have neither.
+    if not any(BREAKER in text or _exact(given).search(text) for text in iter_contents(row)):
         return row
 
     def escape(text: str) -> str:
@@ -73,18 +74,9 @@ def unescape_text(text: str, tokens: Sequence[str]) -> str:
     return _at_starts(text, tuple(tokens), lambda piece: piece.removesuffix(BREAKER))
 
 
-def _may_need_escape(text: str, tokens: tuple[str, ...]) -> bool:
-    """Look with the fast pattern first: most texts have neither."""
-    return BREAKER in text or _exact(tokens).search(text) is not None
-
-
-def _longest_first(tokens: tuple[str, ...]) -> list[str]:
-    return sorted({token for token in tokens if token}, key=len, reverse=True)
-
-
 @lru_cache(maxsize=8)
 def _exact(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, _longest_first(tokens))))
+    return re.compile("|".join(map(re.escape, sorted(set(tokens) - {""}, key=len, reverse=True))))
 
 
 def _at_starts(text: str, tokens: tuple[str, ...], change: Callable[[str], str]) -> str:

@@ -1,8 +1,8 @@
 """Local files to records: .jsonl, .ndjson, .json, .csv, .tsv, .txt (each plain, .gz or .zst), .parquet and .arrow.
 
 A record is a dict as it stands in the file; a line that cannot become one is yielded as a BadRow so that reading goes
-on. A file that cannot be read at all raises a DataError. Nothing here knows formats of rows, and nothing but a JSON
-object around a list is held in memory as a whole.
+on. A file that cannot be read at all raises a DataError. Nothing but a JSON object around a list is held in memory as
+a whole.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from alignkit.data.json_array import iter_array
 from alignkit.data.rejects import BadRow, Problems, Rejects
 from alignkit.errors import DataError
 
@@ -32,7 +33,19 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".
 ACCEPTED = f"{', '.join(SUFFIXES)}, plain, .gz or .zst"
 _PACKED = (".gz", ".zst")
 _TABLE_BATCH = 1024
-_BUFFER_BYTES = 1 << 18
+_CHUNK_BYTES = 1 << 18
+_FOREIGN = {
+    b"\x1f\x8b": "gzip data; name the file .gz",
+    b"\x28\xb5\x2f\xfd": "Zstandard data; name the file .zst",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1": "Parquet data; name the file .parquet",
+    codecs.BOM_UTF16_LE: "UTF-16 text; save it as UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16 text; save it as UTF-8",
+}
+_JSON_NAMES = {
+    type(None): "null", bool: "true or false", dict: "an object", float: "a number", int: "a number", list: "a list",
+    str: "text",
+}  # fmt: skip
 
 
 def data_suffix(path: Path) -> str | None:
@@ -42,11 +55,16 @@ def data_suffix(path: Path) -> str | None:
 
 
 def display_name(path: Path) -> str:
-    """Return the path as messages show it: relative to the working directory where it lies under it."""
+    """The path as messages show it: relative to the working directory where it lies under it."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def type_name(value: object) -> str:
+    """What JSON calls the value's type: a list, text, a number, ..."""
+    return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
 def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES) -> Iterator[Entry]:
@@ -59,14 +77,15 @@ def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES) 
     Raises:
         DataError: the file is missing, empty, not readable, or broken beyond one row.
     """
-    name = display_name(path)
-    suffix = data_suffix(path)
-    entries = _entries(path, name, suffix, blocks, limit)
-    first = next(entries, None)
-    if first is None:
+    name, suffix = display_name(path), data_suffix(path)
+    empty = True
+    for entry in (
+        _read_table(path, name) if suffix in (".parquet", ".arrow") else _read_bytes(path, name, suffix, blocks, limit)
+    ):
+        empty = False
+        yield entry
+    if empty:
         raise DataError("the file has no rows", where=name)
-    yield first
-    yield from entries
 
 
 def read_published(
@@ -97,10 +116,7 @@ def read_published(
     problems.raise_any(count)
 
 
-def _entries(path: Path, name: str, suffix: str | None, blocks: bool, limit: int) -> Iterator[Entry]:
-    if suffix in (".parquet", ".arrow"):
-        yield from _read_table(path, name)
-        return
+def _read_bytes(path: Path, name: str, suffix: str | None, blocks: bool, limit: int) -> Iterator[Entry]:
     with _open(path, name) as stream:
         if suffix in (".jsonl", ".ndjson"):
             yield from _read_json_lines(stream, name, limit)
@@ -108,10 +124,8 @@ def _entries(path: Path, name: str, suffix: str | None, blocks: bool, limit: int
             yield from _read_json(stream, name, limit)
         elif suffix in (".csv", ".tsv"):
             yield from _read_csv(stream, name, limit, "," if suffix == ".csv" else "\t")
-        elif blocks:
-            yield from _read_blocks(stream, name, limit)
         else:
-            yield from _read_text_lines(stream, name, limit)
+            yield from _read_text(stream, name, limit, blocks)
 
 
 @contextmanager
@@ -119,9 +133,19 @@ def _open(path: Path, name: str) -> Iterator[io.BufferedReader[Any]]:
     """Open for reading bytes, unpacked when the name says so; reading errors become one line."""
     try:
         with path.open("rb", buffering=0) as raw:
+            unpacked: Any = raw
+            if path.suffix == ".gz":
+                unpacked = gzip.GzipFile(fileobj=raw, mode="rb")
+            elif path.suffix == ".zst":
+                import pyarrow as pa
+
+                unpacked = pa.CompressedInputStream(raw, "zstd")
             # GzipFile.readline runs in Python; a BufferedReader around it runs in C.
-            stream = io.BufferedReader(_unpack(raw, path.suffix), _BUFFER_BYTES)
-            _refuse_foreign(stream, name)
+            stream = io.BufferedReader(unpacked, _CHUNK_BYTES)
+            head = stream.peek(4)[:4]
+            for magic, what in _FOREIGN.items():
+                if head.startswith(magic):
+                    raise DataError(f"holds {what}", where=name)
             yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"is not a whole gzip file: {error}; pack or download it again", where=name) from error
@@ -129,41 +153,12 @@ def _open(path: Path, name: str) -> Iterator[io.BufferedReader[Any]]:
         raise DataError(f"cannot be read: {error.strerror or error}", where=name) from error
 
 
-def _unpack(raw: io.FileIO, suffix: str) -> Any:
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw, mode="rb")
-    if suffix == ".zst":
-        import pyarrow as pa
-
-        return pa.CompressedInputStream(raw, "zstd")
-    return raw
-
-
-_FOREIGN = {
-    b"\x1f\x8b": "gzip data; name the file .gz",
-    b"\x28\xb5\x2f\xfd": "Zstandard data; name the file .zst",
-    b"PK\x03\x04": "a zip archive; unpack it",
-    b"PAR1": "Parquet data; name the file .parquet",
-    codecs.BOM_UTF16_LE: "UTF-16 text; save it as UTF-8",
-    codecs.BOM_UTF16_BE: "UTF-16 text; save it as UTF-8",
-}
-
-
-def _refuse_foreign(stream: io.BufferedReader[Any], name: str) -> None:
-    head = stream.peek(4)[:4]
-    for magic, what in _FOREIGN.items():
-        if head.startswith(magic):
-            raise DataError(f"holds {what}", where=name)
-
-
-def _too_long(limit: int) -> BadRow:
-    return BadRow(f"the line has {round(limit / 1e6)} MB or more; split the row or remove it")
+# Lines, and what is wrong with one.
 
 
 def _lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | BadRow]]:
     """Yield (line number, bytes) without ever holding more than `limit` bytes; drops a byte order mark."""
-    readline = stream.readline
-    number = 0
+    readline, number = stream.readline, 0
     while line := readline(limit + 1):
         number += 1
         if number == 1:
@@ -176,9 +171,51 @@ def _lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | BadRow]
             yield number, line
 
 
+def _too_long(limit: int) -> BadRow:
+    return BadRow(f"the line has {round(limit / 1e6)} MB or more; split the row or remove it")
+
+
 def _bad_utf8(error: UnicodeDecodeError) -> BadRow:
     byte = error.object[error.start]
     return BadRow(f"byte 0x{byte:02x} at byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8")
+
+
+def _bad_json(error: Exception) -> BadRow:
+    if isinstance(error, json.JSONDecodeError):
+        return BadRow(f"invalid JSON: {error.msg} (column {error.colno})")
+    return BadRow(f"invalid JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}")
+
+
+def _as_entry(place: str, value: Any) -> Entry:
+    if type(value) is dict:
+        return place, value
+    return place, BadRow(f"the row is {type_name(value)}; it must be an object with named fields")
+
+
+def _read_text(stream: IO[bytes], name: str, limit: int, blocks: bool) -> Iterator[Entry]:
+    """Read lines, or blocks of lines up to the next blank one; a line that cannot be read spoils its block."""
+    block: list[bytes] = []
+    start, size = 0, 0
+    bad: BadRow | None = None
+    for number, line in chain(_lines(stream, limit), [(0, b"")]):
+        goes_on = isinstance(line, BadRow) or bool(line.strip())
+        if goes_on:
+            start = start or number
+        if isinstance(line, BadRow):
+            bad = bad or line
+        elif goes_on:
+            size += len(line)
+            block.append(line)
+        if size > limit:
+            block, bad = [], bad or _too_long(limit)
+        if start and (not goes_on or not blocks):
+            text, place = b"".join(block), f"{name}:{start}"
+            try:
+                yield place, bad or {"text": text.decode().strip() if blocks else text.strip().decode()}
+            except UnicodeDecodeError as error:
+                unread = BadRow("the block holds bytes that are not UTF-8; save the file as UTF-8")
+                yield place, unread if blocks else _bad_utf8(error)
+            block, start, size, bad = [], 0, 0, None
 
 
 def _read_json_lines(stream: IO[bytes], name: str, limit: int) -> Iterator[Entry]:
@@ -201,54 +238,27 @@ def _read_json_lines(stream: IO[bytes], name: str, limit: int) -> Iterator[Entry
         else:
             if end != len(text):
                 yield place, BadRow(f"invalid JSON: more text after the object (column {end + 1}); one object per line")
-            elif type(record) is not dict:
-                yield place, not_an_object(record)
             else:
-                yield place, record
+                yield _as_entry(place, record)
 
 
-def _bad_json(error: Exception) -> BadRow:
-    if isinstance(error, json.JSONDecodeError):
-        return BadRow(f"invalid JSON: {error.msg} (column {error.colno})")
-    if isinstance(error, RecursionError):
-        return BadRow("invalid JSON: nested too deeply")
-    return BadRow(f"invalid JSON: {error}")
-
-
-_JSON_NAMES = {
-    bool: "true or false",
-    dict: "an object",
-    float: "a number",
-    int: "a number",
-    list: "a list",
-    str: "text",
-}
-
-
-def type_name(value: object) -> str:
-    """Return what JSON calls the value's type: a list, text, a number, ..."""
-    return "null" if value is None else _JSON_NAMES.get(type(value), type(value).__name__)
-
-
-def not_an_object(value: object) -> BadRow:
-    """Say that a row is something else than a JSON object."""
-    return BadRow(f"the row is {type_name(value)}; it must be an object with named fields")
+# A .json file: an array of objects, an object that holds one list of them, or lines of objects.
 
 
 def _read_json(stream: io.BufferedReader[Any], name: str, limit: int) -> Iterator[Entry]:
-    """Read an array of objects, an object that holds one list of them, or lines of objects with the wrong suffix."""
     head = stream.peek(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith(b"["):
-        for number, value in enumerate(iter_array(stream, name, max_item_chars=limit), start=1):
-            place = f"{name}[row {number}]"
-            yield place, value if type(value) is dict else not_an_object(value)
-    elif _is_whole_object(head):
+        items: Any = _Array(stream, name, limit).items()
+    elif _is_json_lines(head):
         yield from _read_json_lines(stream, name, limit)
-    elif head:
-        yield from _read_json_object(stream, name)
+        return
+    else:
+        items = _read_held_list(stream, name) if head else ()
+    for number, value in enumerate(items, start=1):
+        yield _as_entry(f"{name}[row {number}]", value)
 
 
-def _is_whole_object(head: bytes) -> bool:
+def _is_json_lines(head: bytes) -> bool:
     """Tell JSON lines (a whole object on the first line, another after it) from one big object."""
     first, _, rest = head.partition(b"\n")
     try:
@@ -257,7 +267,7 @@ def _is_whole_object(head: bytes) -> bool:
         return False
 
 
-def _read_json_object(stream: IO[bytes], name: str) -> Iterator[Entry]:
+def _read_held_list(stream: IO[bytes], name: str) -> list[Any]:
     try:
         value = json.loads(stream.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -272,16 +282,115 @@ def _read_json_object(stream: IO[bytes], name: str) -> Iterator[Entry]:
     if len(lists) != 1:
         found = f"lists under {', '.join(lists)}" if lists else f"{type_name(value)} without a list"
         raise DataError(f"must be a list of rows, or an object that holds one list of rows; found {found}", where=name)
-    (rows,) = lists.values()
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}[row {number}]", row if type(row) is dict else not_an_object(row)
+    return next(iter(lists.values()))
+
+
+class _Array:
+    """A JSON array read item by item, so that a file larger than memory can be used; faults name line and column."""
+
+    def __init__(self, stream: IO[bytes], name: str, limit: int) -> None:
+        self._stream, self._name, self._limit = stream, name, limit
+        self._text, self._at = "", 0  # what is held of the file, and the place in it
+        self._line, self._column = 1, 1  # of the first character held
+        self._decoder, self._ended = codecs.getincrementaldecoder("utf-8-sig")(), False
+
+    def items(self) -> Iterator[Any]:
+        """Yield the items; DataError for text that is not one array, not UTF-8, or has an item beyond the limit."""
+        self._expect("[")
+        if self._skip_blanks() == "]":
+            self._at += 1
+        else:
+            while True:
+                self._skip_blanks()
+                yield self._decode_item()
+                if self._expect(",]") == "]":
+                    break
+        if self._skip_blanks():
+            raise self._fault("more text after the end of the list", self._at)
+
+    def _skip_blanks(self) -> str:
+        """Go to the next character that is no white space, and peek at it; "" at the end."""
+        while True:
+            self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or not self._read_on():
+                return self._text[self._at : self._at + 1]
+
+    def _expect(self, accepted: str) -> str:
+        found = self._skip_blanks()
+        if not found or found not in accepted:
+            expected = " or ".join(map(repr, accepted))
+            raise self._fault(f"expected {expected}, found {repr(found) if found else 'the end of the file'}", self._at)
+        self._at += 1
+        return found
+
+    def _decode_item(self) -> Any:
+        """Decode the item at hand, reading on while it may only be cut off."""
+        decode = json.JSONDecoder().raw_decode
+        while True:
+            try:
+                item, end = decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                fault = self._fault(error.msg, error.pos)  # its position is in the text as it is now
+                if len(self._text) - self._at > self._limit:
+                    # An item this long is an unclosed quote or bracket; the decoder's own message points elsewhere.
+                    if error.pos < self._at + self._limit // 2 and not error.msg.startswith("Unterminated"):
+                        raise fault from error
+                    what = f"the row is longer than {round(self._limit / 1e6)} MB or never ends"
+                    raise self._fault(what, self._at) from error
+                if not self._read_on():
+                    raise fault from error
+            except (ValueError, RecursionError) as error:
+                reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+                raise self._fault(reason, self._at) from error
+            else:
+                if end < len(self._text) or not self._read_on():  # a number may go on in the next chunk
+                    self._at = end
+                    return item
+
+    def _read_on(self) -> bool:
+        """Drop what is behind and append a chunk; False at the end of the file."""
+        if self._ended:
+            return False
+        self._line, self._column = self._locate(self._at)
+        chunk = self._stream.read(_CHUNK_BYTES)
+        self._ended = not chunk
+        try:
+            fresh = self._decoder.decode(chunk, final=self._ended)
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            what = f"holds byte 0x{byte:02x}, which is not UTF-8; save the file as UTF-8"
+            raise DataError(what, where=self._name) from error
+        self._text, self._at = self._text[self._at :] + fresh, 0
+        return not self._ended or bool(fresh)
+
+    def _locate(self, at: int) -> tuple[int, int]:
+        lines = self._text.count("\n", 0, at)
+        return self._line + lines, at - self._text.rfind("\n", 0, at) if lines else self._column + at
+
+    def _fault(self, what: str, at: int) -> DataError:
+        line, column = self._locate(at)
+        return DataError(f"invalid JSON: {what} (column {column})", where=f"{self._name}:{line}")
+
+
+_BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 def _read_csv(stream: IO[bytes], name: str, limit: int, delimiter: str) -> Iterator[Entry]:
     """Read separated values with a header line; cells are text, quoted ones may span lines."""
     csv.field_size_limit(limit)
     broken: dict[int, BadRow] = {}  # lines of the current record that could not be read
-    reader = csv.reader(_decoded(stream, limit, broken), delimiter=delimiter, strict=True)
+
+    def decode() -> Iterator[str]:
+        for number, line in _lines(stream, limit):
+            if isinstance(line, BadRow):
+                broken[number], line = line, b"\n"
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                broken[number] = _bad_utf8(error)
+                yield line.decode(errors="replace")
+
+    reader = csv.reader(decode(), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         place = f"{name}:{reader.line_num + 1}"
@@ -308,19 +417,6 @@ def _read_csv(stream: IO[bytes], name: str, limit: int, delimiter: str) -> Itera
             yield place, dict(zip(header, cells, strict=True))
 
 
-def _decoded(stream: IO[bytes], limit: int, broken: dict[int, BadRow]) -> Iterator[str]:
-    for number, line in _lines(stream, limit):
-        if isinstance(line, BadRow):
-            broken[number] = line
-            yield "\n"
-            continue
-        try:
-            yield line.decode()
-        except UnicodeDecodeError as error:
-            broken[number] = _bad_utf8(error)
-            yield line.decode(errors="replace")
-
-
 def _check_header(cells: list[str], place: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     if len(names) == 1 and (other := next((sign for sign in ",;\t|" if sign in names[0]), "")):
@@ -329,47 +425,6 @@ def _check_header(cells: list[str], place: str) -> list[str]:
     if twice := sorted({cell for cell in names if names.count(cell) > 1}):
         raise DataError(f"the header names {', '.join(map(repr, twice))} more than once", where=place)
     return names
-
-
-def _read_text_lines(stream: IO[bytes], name: str, limit: int) -> Iterator[Entry]:
-    for number, line in _lines(stream, limit):
-        if isinstance(line, BadRow):
-            yield f"{name}:{number}", line
-        elif line := line.strip():
-            try:
-                yield f"{name}:{number}", {"text": line.decode()}
-            except UnicodeDecodeError as error:
-                yield f"{name}:{number}", _bad_utf8(error)
-
-
-def _read_blocks(stream: IO[bytes], name: str, limit: int) -> Iterator[Entry]:
-    """Join lines up to the next blank one; a line that cannot be read spoils its block."""
-    for start, lines in _iter_blocks(stream, limit):
-        place = f"{name}:{start}"
-        bad = next((line for line in lines if isinstance(line, BadRow)), None)
-        try:
-            yield place, bad or {"text": b"".join(line for line in lines if isinstance(line, bytes)).decode().strip()}
-        except UnicodeDecodeError:
-            yield place, BadRow("the block holds bytes that are not UTF-8; save the file as UTF-8")
-
-
-def _iter_blocks(stream: IO[bytes], limit: int) -> Iterator[tuple[int, list[bytes | BadRow]]]:
-    block: list[bytes | BadRow] = []
-    start, size = 1, 0
-    for number, line in _lines(stream, limit):
-        if not isinstance(line, BadRow) and not line.strip():
-            if block:
-                yield start, block
-            block, size = [], 0
-            continue
-        start = start if block else number
-        size += 0 if isinstance(line, BadRow) else len(line)
-        if size > limit:
-            block = [_too_long(limit)]
-        else:
-            block.append(line)
-    if block:
-        yield start, block
 
 
 def _read_table(path: Path, name: str) -> Iterator[Entry]:

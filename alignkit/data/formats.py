@@ -23,6 +23,7 @@ from alignkit.data.adapters import (
     LABELS,
     PROMPTS,
     REJECTED,
+    START,
     adapt_choice,
     adapt_conversation,
     adapt_pair,
@@ -34,7 +35,6 @@ from alignkit.data.adapters import (
 from alignkit.data.files import Record
 from alignkit.data.rejects import BadRow
 from alignkit.data.rows import Kind, Row
-from alignkit.data.transcripts import START
 from alignkit.data.values import MEDIA, REASONING_KEYS, ROLE_NAMES, Reading, check_number, is_empty, suggest_column
 
 
@@ -54,7 +54,7 @@ class Format:
         return f"{name} (messages)" if self.chat else name
 
     def fits(self, record: Record) -> bool:
-        """Tell whether the record has the columns."""
+        """Whether the record has the columns."""
         return all(any(_has(column, record) for column in word.split("|")) for word in self.needs.split())
 
     @property
@@ -94,7 +94,13 @@ FORMATS = (
             ("PROMPT", "response_0", "response_1", "safer_response_id", adapters.read_index),
             ("PROMPT", "response_1", "response_2", "preference_strength", adapters.read_strength),  # HelpSteer2
             ("PROMPT", "response1", "response2", "overall_preference", adapters.read_strength),  # HelpSteer3
-            ("history:str", "human_ref_A", "human_ref_B", "labels", adapters.read_first_wins),  # SHP
+            (
+                "history:str",
+                "human_ref_A",
+                "human_ref_B",
+                "labels",
+                lambda value, field: 1 - adapters.read_index(value, field),
+            ),  # SHP
             ("PROMPT", "response_a", "response_b", "winner", adapters.read_winner),
             ("", "conversation_a", "conversation_b", "winner", adapters.read_winner),  # Chatbot Arena
             ("PROMPT", "response_j", "response_k", "", None),  # Stack Exchange: the first one is better
@@ -195,7 +201,7 @@ class Detector:
         self._roles = dict(roles or {})
 
     def recognise(self, record: Record, place: str = "") -> Format:
-        """Return the record's format; BadRow when no format has such columns."""
+        """Find the record's format; BadRow when no format has such columns."""
         signature = (tuple(record), tuple(map(type, record.values())))
         form = self._known.get(signature)
         if form is None:
@@ -237,7 +243,7 @@ class Detector:
 
 
 def _is_repeated(value: Any, reading: Reading) -> bool:
-    """Tell whether texts stand in the columns that were read, or hold all that those say (Alpaca's text)."""
+    """Whether texts stand in the columns that were read, or hold all that those say (Alpaca's text)."""
     texts = list(_iter_texts(value))
     read = [text for name in reading.used for text in _iter_texts(reading.record.get(name))]
     return all(any(text in other for other in read) or all(other in text for other in read) for text in texts)
@@ -269,7 +275,7 @@ def parse_cells(record: Record) -> Record:
 
 
 def rename_columns(record: Record, columns: Mapping[str, str | None]) -> Record:
-    """Return the record under our names; `columns` maps our name to the file's, or to None to leave ours out."""
+    """Put the record under our names; `columns` maps our name to the file's, or to None to leave ours out."""
     if not columns:
         return record
     renamed = {name: value for name, value in record.items() if name not in columns.values()}

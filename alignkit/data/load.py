@@ -12,10 +12,9 @@ from itertools import combinations, islice
 
 from alignkit.data.files import Entry, Record
 from alignkit.data.formats import Detector, Format, Parsed, parse_cells, rename_columns
-from alignkit.data.hashes import HashSet, digest_row, hash_prompt, prompt_key
 from alignkit.data.rejects import BadRow, Problems, Rejects
 from alignkit.data.report import DataReport, SourceReport
-from alignkit.data.rows import METHOD_KINDS, Row, as_text, as_turns, take_prompt
+from alignkit.data.rows import METHOD_KINDS, Row, as_text, as_turns, digest_row, hash_prompt, prompt_key, take_prompt
 from alignkit.data.sources import Located, locate, read_entries
 from alignkit.data.store import keep_parsed
 from alignkit.data.threads import join_rated, join_threads
@@ -35,7 +34,7 @@ def read_rows(
     *,
     report: DataReport,
     rejects: Rejects,
-    known_prompts: HashSet | None = None,
+    known_prompts: set[int] | None = None,
     method: str | None = None,
     template: bool | None = None,
 ) -> Iterator[Row]:
@@ -53,7 +52,7 @@ def read_rows(
             with `on_bad_row: error`, and when no row is left.
     """
     problems = Problems(at_once=not report.remembers)
-    seen = HashSet() if stage.options.dedupe else None
+    seen = set[bytes]() if stage.options.dedupe else None
     method = method or stage.method
     skipped = rejects if stage.options.on_bad_row == "skip" else None
     kinds: Counter[str] = Counter()  # of this call; the report may hold the rows of another one too
@@ -254,7 +253,7 @@ class _Source:
         if not problems.at_once:  # a stream may be longer than a disk
             self._parsed = keep_parsed(located, (method, *flags.values()), self._parsed)
 
-    def iter_good(self, seen: HashSet | None) -> Iterator[tuple[Row, bytes, Format]]:
+    def iter_good(self, seen: set[bytes] | None) -> Iterator[tuple[Row, bytes, Format]]:
         """Yield the first max_rows good rows that are not in `seen`, adding them to it."""
         counts, accepted, taken = self.counts, METHOD_KINDS[self._method], 0
         only = self._find_commonest() if self._rejects is not None else None
@@ -273,9 +272,11 @@ class _Source:
                 (self._rejects.add if self._rejects is not None else self._problems.add_row)(
                     parsed.place, parsed.reason
                 )
-            elif seen is not None and not seen.add(int.from_bytes(parsed.digest[:8], "little")):
+            elif seen is not None and parsed.digest[:8] in seen:
                 counts.duplicates_dropped += 1
             else:
+                if seen is not None:
+                    seen.add(parsed.digest[:8])
                 yield parsed.row, parsed.digest, form
                 taken += 1
                 if taken == self.source.max_rows:

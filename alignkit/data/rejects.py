@@ -1,7 +1,4 @@
-"""Rows that do not fit: the reason for one, the file of those left out, the error that names the first ones.
-
-Deliberately does not judge rows; `formats` and `files` do.
-"""
+"""Rows that do not fit: the reason for one, the file of those left out, the error that names the first ones."""
 
 from __future__ import annotations
 
@@ -46,7 +43,11 @@ class Rejects:
         self.count += 1
         if len(self.first) < SHOWN_PROBLEMS:
             self.first.append(Problem(reason, place))
-        self._lines.write(json.dumps(_locate(place) | {"reason": reason}).encode() + b"\n")
+        found = _PLACE.fullmatch(place)
+        assert found is not None  # the pattern matches every string
+        located: dict[str, Any] = {"file": found["file"]}
+        located |= {key: int(found[key]) for key in ("line", "row") if found[key]}
+        self._lines.write(json.dumps(located | {"reason": reason}).encode() + b"\n")
 
     def write(self, path: Path) -> None:
         """Write all rows to `path`, whole or not at all; writes nothing when there are none.
@@ -70,16 +71,6 @@ class Rejects:
             raise DiskError(f"{path}: cannot be written: {error.strerror}") from error
         finally:
             self._lines.seek(0, os.SEEK_END)
-
-
-def _locate(place: str) -> dict[str, Any]:
-    found = _PLACE.fullmatch(place)
-    assert found is not None  # the pattern matches every string
-    if found["line"]:
-        return {"file": found["file"], "line": int(found["line"])}
-    if found["row"]:
-        return {"file": found["file"], "row": int(found["row"])}
-    return {"file": place}
 
 
 class Problems:

@@ -1,6 +1,6 @@
 """What came of reading the data: counts per source, duplicates, length bias, overlap, fingerprint.
 
-Filled while rows stream by, 16 bytes per row; deliberately prints nothing and judges nothing.
+Filled while rows stream by, with 16 bytes kept per row.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from hashlib import blake2b
 from typing import Any
 
 from alignkit.data.formats import Parsed
-from alignkit.data.hashes import HashSet
-from alignkit.data.rows import Row, Text, count_chars
+from alignkit.data.rows import Row, count_chars
 
 _SHOWN_PLACES = 5
 
@@ -100,15 +99,15 @@ class DataReport:
         equal = self.comparisons - self.longer_chosen - self.shorter_chosen
         return (self.longer_chosen + equal / 2) / self.comparisons
 
-    def prompt_hashes(self) -> HashSet:
-        """Return the prompts seen, to look for them in other rows."""
-        return HashSet(self._prompt_hashes)
+    def prompt_hashes(self) -> set[int]:
+        """The prompts seen, to look for them in other rows."""
+        return set(self._prompt_hashes)
 
     def add_sizes(self, sizes: Sequence[int]) -> None:
         """Take the sizes of files into the fingerprint, where not all of their rows will be."""
         self._hasher.update(repr(list(sizes)).encode())
 
-    def add_source_row(self, row: Row, digest: bytes, prompt_hash: int, known_prompts: HashSet | None) -> None:
+    def add_source_row(self, row: Row, digest: bytes, prompt_hash: int, known_prompts: set[int] | None) -> None:
         """Count a row that is used, once however often its weight repeats it."""
         if not self.remembers:
             return
@@ -130,18 +129,15 @@ class DataReport:
         for completion in row.completions:
             self.completion_chars += count_chars(completion)
         if len(row.completions) > 1:
-            self._compare(row.completions[0], row.completions[-1])
-
-    def _compare(self, best: Text, worst: Text) -> None:
-        chosen, rejected = count_chars(best), count_chars(worst)
-        self.comparisons += 1
-        self.chosen_chars += chosen
-        self.rejected_chars += rejected
-        self.longer_chosen += chosen > rejected
-        self.shorter_chosen += chosen < rejected
+            chosen, rejected = count_chars(row.completions[0]), count_chars(row.completions[-1])
+            self.comparisons += 1
+            self.chosen_chars += chosen
+            self.rejected_chars += rejected
+            self.longer_chosen += chosen > rejected
+            self.shorter_chosen += chosen < rejected
 
     def remarks(self) -> list[str]:
-        """What the rows make one doubt that they say what they are meant to."""
+        """Doubts that the rows say what they are meant to."""
         said = [
             f"{count} {what} (first: {place})"
             for source in self.sources
@@ -153,7 +149,7 @@ class DataReport:
         return said
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for stage.json and `check --json`."""
+        """Plain data for stage.json and `check --json`."""
         return {
             "rows": self.rows,
             "read": self.read,
@@ -171,9 +167,7 @@ class DataReport:
             "overlap_places": list(self.overlap_places),
             "fingerprint": self.fingerprint,
             "sources": [
-                vars(source)
-                | {"formats": dict(source.formats), "ignored_columns": dict(source.ignored_columns)}
-                | {"forms": dict(source.forms)}
+                {key: dict(value) if isinstance(value, dict) else value for key, value in vars(source).items()}
                 for source in self.sources
             ],
         }

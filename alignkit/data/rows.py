@@ -1,12 +1,11 @@
-"""The row every format becomes, and which kinds of row each method takes.
-
-Deliberately knows nothing of files, formats, tokenizers or torch.
-"""
+"""The row every format becomes, which kinds of row each method takes, and hashes of rows and prompts."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 from alignkit.data.rejects import BadRow
@@ -99,7 +98,7 @@ def iter_strings(value: Any) -> Iterator[str]:
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Return the value with `change` applied to what `iter_strings` yields."""
+    """Apply `change` to what `iter_strings` yields of a value."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -156,5 +155,72 @@ def take_prompt(row: Row) -> Row:
 
 
 def count_chars(text: Text) -> int:
-    """Return the length of a text, or of all that the messages of a conversation say, in characters."""
+    """The length of a text, or of all that the messages of a conversation say, in characters."""
     return sum(map(len, iter_strings(text)))
+
+
+# Digests and keys depend on content only (never on the place of a row, the Python version or the process), so that data
+# fingerprints, splits and half-weighted sources are the same on every machine. Not for secrets.
+
+
+def digest_row(row: Row) -> bytes:
+    """Give 16 bytes that two rows share only when everything but their place is equal.
+
+    Raises:
+        BadRow: a text holds half of a surrogate pair, which no tokenizer can read.
+    """
+    parts = [row.kind, _netstring(row.prompt), *map(_netstring, row.completions)]
+    if row.scores is not None or row.label is not None or row.margin is not None:
+        parts.append(repr((row.scores, row.label, row.margin)))
+    if row.tokens is not None:
+        parts.append(repr(row.tokens))
+    if row.columns:
+        parts.append(row.columns)
+    return blake2b(_encode("\x1e".join(parts)), digest_size=16).digest()
+
+
+def hash_prompt(row: Row) -> int:
+    """Give 64 bits of the row's prompt (see `prompt_key`), comparable within this process only."""
+    return hash(prompt_key(row)) & ((1 << 64) - 1)
+
+
+def prompt_key(row: Row) -> bytes:
+    """What decides whether two rows have the same prompt.
+
+    A prompt of one user turn equals the same prompt as plain text. Rows without a prompt use what stands in for it:
+    a conversation the turns before its first answer, a text the text itself, tokens and segments all of them.
+    """
+    prompt = row.prompt
+    if row.kind in ("segments", "tokens"):
+        return digest_row(row)
+    if not prompt and row.completions:
+        prompt = row.completions[0]
+        if isinstance(prompt, list):
+            answers = (at for at, message in enumerate(prompt) if at and message["role"] == "assistant")
+            prompt = prompt[: next(answers, len(prompt))]
+    if isinstance(prompt, str):
+        return _encode(prompt.strip())
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return _encode(prompt[0]["content"].strip())
+    return _encode(_netstring(prompt))
+
+
+def _netstring(text: Text) -> str:
+    """Join lengths and contents so that no two different texts give the same string."""
+    if isinstance(text, str):
+        return f"{len(text)}:{text}"
+    parts = []
+    for message in text:
+        parts.append(f"{message['role']}:{len(message['content'])}:{message['content']}")
+        if len(message) > 2:
+            rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+            parts.append(json.dumps(rest, sort_keys=True, ensure_ascii=False))
+    return "".join(parts)
+
+
+def _encode(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise BadRow(f"text holds {half}, half of a surrogate pair: it is not valid Unicode; remove it") from error

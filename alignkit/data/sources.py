@@ -1,7 +1,4 @@
-"""Where a source's records come from: local files, directories, builtin data, hub data sets.
-
-Turns a recipe's DataSource into a stream of (place, record or BadRow). It does not look into records.
-"""
+"""Where a source's records come from: local files, directories, builtin data, hub data sets."""
 
 from __future__ import annotations
 
@@ -60,8 +57,7 @@ def locate(sources: Sequence[DataSource]) -> list[Located]:
     Raises:
         DataError: sources that do not exist, hold no data files, or carry keys without effect; all at once.
     """
-    located: list[Located] = []
-    problems: list[Problem] = []
+    located, problems = list[Located](), list[Problem]()
     for source in sources:
         try:
             located.append(_locate(source))
@@ -265,35 +261,31 @@ def _read_dataset(source: DataSource, *, saved: bool) -> Iterator[Entry]:
     A hub data set is downloaded to the datasets cache and memory-mapped, or streamed when only its first rows are
     wanted.
     """
-    # Ours to import late: datasets takes a second.
+    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     number = 0
+    streaming = source.max_rows is not None and not set("[+") & set(source.split)  # datasets streams whole splits only
+    keys = {key: getattr(source, key) for key in ("data_dir", "split", "revision")}
     try:
-        for dataset, first in _open_saved(source) if saved else [(_open_hub(source), 0)]:
+        for dataset, first in (
+            _open_saved(source) if saved else [(load_dataset(source.path, source.name, **keys, streaming=streaming), 0)]
+        ):
             place = first
             for table in dataset.with_format("arrow").iter(_HUB_BATCH):
                 for record in table.to_pylist():
                     number, place = number + 1, place + 1
                     yield f"{source.path}[row {place}]", record
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(_hub_problem(source, error, saved=saved), where=source.path) from error
+        what = "cannot be read as a data set saved on disk: "
+        if not saved:
+            offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+            switch = "HF_HUB_OFFLINE is set, so only the cache was searched; " if offline else ""
+            what = f"no such local path, and not to be had as a hub data set (split {source.split}): {switch}"
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(what + said, where=source.path) from error
     if not number:
         raise DataError("the data set has no rows", where=source.path)
-
-
-def _open_hub(source: DataSource) -> Any:
-    from datasets import load_dataset
-
-    streaming = source.max_rows is not None and not set("[+") & set(source.split)  # datasets streams whole splits only
-    return load_dataset(
-        source.path,
-        source.name,
-        data_dir=source.data_dir,
-        split=source.split,
-        revision=source.revision,
-        streaming=streaming,
-    )
 
 
 def _open_saved(source: DataSource) -> Iterator[tuple[Any, int]]:
@@ -305,12 +297,3 @@ def _open_saved(source: DataSource) -> Iterator[tuple[Any, int]]:
     for name, start, stop in _read_slices(source, lambda name: len(splits[name])):
         whole = splits[name]
         yield whole.select(range(start, len(whole) if stop is None else stop)), start
-
-
-def _hub_problem(source: DataSource, error: Exception, *, saved: bool) -> str:
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if saved:
-        return f"cannot be read as a data set saved on disk: {said}"
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    switch = "HF_HUB_OFFLINE is set, so only the cache was searched; " if offline else ""
-    return f"no such local path, and not to be had as a hub data set (split {source.split}): {switch}{said}"

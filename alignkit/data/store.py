@@ -10,7 +10,7 @@ from tempfile import TemporaryFile, gettempdir
 from typing import IO, TYPE_CHECKING, Any
 
 from alignkit.data.formats import FORMATS, Parsed
-from alignkit.data.rows import Row
+from alignkit.data.rows import Row, count_chars
 from alignkit.data.sources import Located
 from alignkit.errors import DiskError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-_CHUNK = 4096  # parsed rows of a source that are held in memory
+_CHUNK, _CHUNK_CHARS = 4096, 10_000_000  # parsed rows of a source that are held in memory
 _MOST_SOURCES = 64
 _FORMATS = {form: number for number, form in enumerate(FORMATS)}
 _NO_ROW = Row("text", "", ())
@@ -45,7 +45,8 @@ def keep_parsed(located: Located, settings: object, parse: Callable[[], Iterator
     split, to compare them with a run's. Sources count as the same by the `settings` they are parsed with and by name,
     size and times of their files.
     """
-    stats = [(str(path), path.stat()) for path in located.files]
+    saved = Path(located.source.path).rglob("*") if located.origin == "saved" else ()
+    stats = [(str(path), path.stat()) for path in (*located.files, *saved)]
     files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats]
     source = located.source.model_dump(exclude={"weight", "separator", "max_rows"})
     max_rows = located.source.max_rows if not files else None  # built-in data makes, and the hub streams, as many
@@ -68,8 +69,9 @@ class KeptRows:
     def __init__(self, source: Iterator[Parsed], forget: Callable[[], object]) -> None:
         self._source, self._forget = source, forget
         self._file: IO[bytes] | None = None  # has no name: it goes with this object, however the process ends
-        self._chunks: list[int] = []  # where each _CHUNK of rows begins in the file
+        self._chunks: list[int] = []  # where batches of rows begin in the file
         self._fresh: list[Parsed] = []  # rows after those
+        self._num_chars = 0
 
     def __call__(self) -> Iterator[Parsed]:
         number = 0
@@ -77,8 +79,8 @@ class KeptRows:
             while number < len(self._chunks):
                 yield from self._read(self._chunks[number])
                 number += 1
-            fresh = self._fresh
-            for place in range(_CHUNK):
+            fresh, place = self._fresh, 0
+            while place < len(fresh) or fresh is self._fresh:
                 if place == len(fresh):
                     try:
                         fresh.append(next(self._source))
@@ -87,9 +89,12 @@ class KeptRows:
                     except BaseException:
                         self._forget()  # a later pass meets the same fault
                         raise
-                    if len(fresh) == _CHUNK:
+                    if row := fresh[-1].row:
+                        self._num_chars += sum(map(count_chars, (row.prompt, *row.completions)))
+                    if len(fresh) == _CHUNK or self._num_chars > _CHUNK_CHARS:
                         self._write()
                 yield fresh[place]
+                place += 1
             number += 1
 
     def _write(self) -> None:
@@ -107,7 +112,7 @@ class KeptRows:
         except OSError as error:
             raise DiskError(f"{gettempdir()}: rows cannot be kept: {error.strerror or error}") from error
         self._chunks.append(start)
-        self._fresh = []
+        self._fresh, self._num_chars = [], 0
 
     def _read(self, start: int) -> Iterator[Parsed]:
         import pyarrow as pa

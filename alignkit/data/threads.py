@@ -76,7 +76,7 @@ def _list_threads(tree: dict[Any, tuple[str, dict[str, Any]]]) -> Iterator[Entry
     waiting: list[list[Any]] = [[name] for name in replies.get(None, [])]
     while waiting:
         path = waiting.pop()
-        following = sorted(replies.get(path[-1], []), key=lambda name: _rank(tree[name][1]))
+        following = sorted(replies.get(path[-1], []), key=lambda name: _rank(tree[name][1].get("rank")))
         waiting += [[*path, name] for name in reversed(following)]
         if following:
             continue
@@ -88,8 +88,7 @@ def _list_threads(tree: dict[Any, tuple[str, dict[str, Any]]]) -> Iterator[Entry
             learnt.update(path)
 
 
-def _rank(node: dict[str, Any]) -> float:
-    rank = node.get("rank")
+def _rank(rank: Any) -> float:
     return float(rank) if isinstance(rank, (int, float)) else float("inf")
 
 

@@ -1,7 +1,6 @@
 """Checks of single values in a record: text, numbers, messages, conversations; each raises BadRow with a reason.
 
-It knows nothing of formats: it is told the field's name for the reason. What other tools call roles and keys of a
-message stands in tables here.
+What other tools call roles and keys of a message stands in tables here.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Reading:
     noted: set[str] = field(default_factory=set)  # what is odd about the row
 
     def need(self, name: str) -> Any:
-        """Return the column's value; a missing or null one is a BadRow that lists what is there."""
+        """Take the column's value; a missing or null one is a BadRow that lists what is there."""
         self.used.add(name)
         value = self.record.get(name)
         if value is not None:
@@ -76,7 +75,7 @@ class Reading:
         return check_text(self.need(name), name)
 
     def first(self, *names: str) -> str | None:
-        """Return the first of the names whose column holds something."""
+        """Find the first of the names whose column holds something."""
         for name in names:
             if name in self.record and not is_empty(self.record[name]):
                 self.used.add(name)
@@ -85,14 +84,14 @@ class Reading:
 
 
 def is_empty(value: object) -> bool:
-    """Tell whether a value says nothing: null, blank text, an empty list or object, or those as JSON text (of CSV)."""
+    """Whether a value says nothing: null, blank text, an empty list or object, or those as JSON text (of CSV)."""
     if type(value) is str:
         return not value or value.isspace() or (len(value) < 5 and value.strip() in ("[]", "{}", "null"))
     return value is None or (type(value) in (list, dict) and not value)
 
 
 def suggest_column(field: str, columns: Iterable[Any]) -> str:
-    """Return a "did you mean" that shows how `columns:` would rename the nearest column, or ""."""
+    """A "did you mean" that shows how `columns:` would rename the nearest column, or ""."""
     near = get_close_matches(field.lower(), {str(column).lower(): 0 for column in columns}, n=1, cutoff=0.7)
     for column in columns:
         if near and str(column).lower() == near[0]:
@@ -101,7 +100,7 @@ def suggest_column(field: str, columns: Iterable[Any]) -> str:
 
 
 def check_text(value: object, field: str) -> str:
-    """Return the value when it is text with something in it."""
+    """Require text with something in it."""
     if type(value) is not str:
         raise BadRow(f"{field}: is {type_name(value)}; it must be text")
     if not value or value.isspace():
@@ -110,10 +109,13 @@ def check_text(value: object, field: str) -> str:
 
 
 def check_number(value: object, field: str, *, low: float = -math.inf, high: float = math.inf) -> float:
-    """Return a finite number in [low, high]; true and false are 1 and 0, and CSV's text is read as a number."""
+    """Require a finite number in [low, high]; true and false are 1 and 0, and CSV's text is read as a number."""
     number = value
     if type(value) is str:
-        number = _number_in(value)
+        try:
+            number = float({"true": "1", "false": "0"}.get(value.strip().lower(), value))
+        except ValueError:
+            number = None
     if not isinstance(number, (int, float)):
         shown = repr(value[:40]) if type(value) is str else type_name(value)
         raise BadRow(f"{field}: is {shown}; it must be a number")
@@ -128,17 +130,8 @@ def check_number(value: object, field: str, *, low: float = -math.inf, high: flo
     return number
 
 
-def _number_in(text: str) -> float | None:
-    if text.strip().lower() in ("true", "false"):
-        return float(text.strip().lower() == "true")
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
 def check_list(value: object, field: str) -> list[Any]:
-    """Return the value when it is a list with something in it."""
+    """Require a list with something in it."""
     if type(value) is not list:
         raise BadRow(f"{field}: is {type_name(value)}; it must be a list")
     if not value:
@@ -147,7 +140,7 @@ def check_list(value: object, field: str) -> list[Any]:
 
 
 def check_json(value: Any, field: str, kind: type) -> Any:
-    """Return a list or an object, which may stand as JSON text; it must be writable as JSON."""
+    """Require a list or an object, which may stand as JSON text; it must be writable as JSON."""
     try:
         value = json.loads(value) if type(value) is str else value
         json.dumps(value)
@@ -159,7 +152,7 @@ def check_json(value: Any, field: str, kind: type) -> Any:
 
 
 def check_tools(value: Any, field: str) -> list[dict[str, Any]]:
-    """Return the tools that the template is given, in OpenAI's shape; a bare function is put into one."""
+    """Read the tools that the template is given, in OpenAI's shape; a bare function is put into one."""
     tools = check_json(value, field, list)
     for index, tool in enumerate(tools):
         function = tool.get("function", tool) if type(tool) is dict else None
@@ -169,7 +162,7 @@ def check_tools(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _read_calls(value: Any, field: str) -> list[dict[str, Any]]:
-    """Return calls of tools in the shape that templates expect, the arguments as an object."""
+    """Read calls of tools in the shape that templates expect, the arguments as an object."""
     calls = []
     for index, call in enumerate(check_json(value, field, list)):
         function = call.get("function", call) if type(call) is dict else None
@@ -183,7 +176,7 @@ def _read_calls(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def check_messages(value: object, field: str, reading: Reading) -> list[Message]:
-    """Return messages in our shape (see Message), whatever other tools call their roles and keys.
+    """Read messages in our shape (see Message), whatever other tools call their roles and keys.
 
     Empty system messages are left out. Keys that mean nothing to training are noted in `reading.unread`; a key that
     cannot be honoured is a BadRow.
@@ -260,7 +253,7 @@ def _read_message(message: dict[str, Any], field: str, reading: Reading) -> Mess
 
 
 def _key_of(message: dict[str, Any], keys: tuple[str, ...]) -> str:
-    """Return the first of the keys that is there, with something in it if one has."""
+    """Find the first of the keys that is there, with something in it if one has."""
     there = [key for key in keys if key in message]
     usual = {"role": "role", "content": "value" if "from" in message and "role" not in message else "content"}
     return next((key for key in there if message[key] is not None), there[0] if there else usual[keys[0]])
@@ -276,9 +269,8 @@ def _read_role(message: dict[str, Any], field: str, reading: Reading) -> str:
     name = reading.roles.get(role) or ROLE_NAMES.get(role.strip().lower())
     if name is None:
         near = get_close_matches(role.lower(), ROLE_NAMES, n=1, cutoff=0.6)
-        meant = (
-            f" (did you mean {'assistant' if ROLE_NAMES[near[0]] == _CALL else ROLE_NAMES[near[0]]}?)" if near else ""
-        )
+        nearest = ROLE_NAMES[near[0]] if near else ""
+        meant = f" (did you mean {'assistant' if nearest == _CALL else nearest}?)" if near else ""
         raise BadRow(
             f"{field}.{key}: {role!r} is not a role{meant}; accepted: {', '.join(sorted(ROLES))}; "
             f"data.roles: {{{role}: user}} maps other names"
@@ -315,7 +307,7 @@ def _read_content(message: dict[str, Any], field: str, role: str) -> tuple[str, 
 
 
 def _read_trained(message: dict[str, Any], field: str) -> bool:
-    """Return whether an assistant's turn is learnt."""
+    """Whether an assistant's turn is learnt."""
     said: dict[str, bool] = {}
     for key, means in _TRAINED_KEYS.items():
         if message.get(key) is not None:
@@ -364,7 +356,7 @@ def _join_parts(parts: list[Any], field: str) -> tuple[str, str]:
 
 
 def check_conversation(value: object, field: str, reading: Reading) -> list[Message]:
-    """Return messages that hold a user turn and end with an assistant turn; what follows the last one is cut off."""
+    """Read messages that hold a user turn and end with an assistant turn; what follows the last one is cut off."""
     messages = check_messages(value, field, reading)
     roles = [message["role"] for message in messages]
     if roles[0] != "user" and "user" not in roles:
@@ -390,7 +382,7 @@ def _note_opening(roles: Sequence[str], reading: Reading) -> None:
 
 
 def check_prompt(value: object, field: str, reading: Reading) -> Text:
-    """Return a prompt: text, or messages that end with a user (or tool) turn."""
+    """Read a prompt: text, or messages that end with a user (or tool) turn."""
     if type(value) is not list:
         return check_text(value, field)
     messages = check_messages(value, field, reading)
@@ -408,7 +400,7 @@ def end_prompt(messages: list[Message], field: str) -> None:
 
 
 def check_answer(value: object, field: str, reading: Reading) -> Text:
-    """Return an answer: text, or messages (one may stand without its list) that end with an assistant turn."""
+    """Read an answer: text, or messages (one may stand without its list) that end with an assistant turn."""
     if type(value) is str:
         return check_text(value, field)
     if type(value) not in (dict, list):
@@ -431,7 +423,12 @@ def join_prompt(prompt: Text, answers: list[Text], fields: list[str]) -> tuple[T
     tails: list[Text] = []
     for answer, name in zip(answers, fields, strict=True):
         messages = [Message(role="assistant", content=answer)] if isinstance(answer, str) else answer
-        start = _answer_start(messages, given or [])
+        # After the prompt, or after its last turn that is not the assistant's; an answer that starts with an assistant
+        # turn is one throughout, further user turns included.
+        start = 0
+        if messages[0]["role"] != "assistant":
+            repeats = given and messages[: len(given)] == given and len(messages) > len(given)
+            start = len(given) if given and repeats else last_asked(messages)
         if start:
             turns = messages[:start]
             if isinstance(prompt, str) and all(turn["content"].strip() != prompt.strip() for turn in turns):
@@ -444,14 +441,6 @@ def join_prompt(prompt: Text, answers: list[Text], fields: list[str]) -> tuple[T
     return given if given is not None else [Message(role="user", content=str(prompt))], tails
 
 
-def _answer_start(messages: list[Message], prompt: list[Message]) -> int:
-    """Return where the answer begins in a conversation: after the prompt, or after its last turn that is not the
-    assistant's.
-
-    An answer that starts with an assistant turn is an answer throughout, further user turns included.
-    """
-    if messages[0]["role"] == "assistant":
-        return 0
-    if prompt and messages[: len(prompt)] == prompt and len(messages) > len(prompt):
-        return len(prompt)
+def last_asked(messages: list[Message]) -> int:
+    """Where the last answer of a conversation begins."""
     return max(place for place, message in enumerate(messages) if message["role"] != "assistant") + 1

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 from alignkit import console
 from alignkit.data import DataReport, Rejects, Row, Text, find_control_tokens
-from alignkit.data.hashes import prompt_key
-from alignkit.data.rows import Message, take_prompt
+from alignkit.data.rows import Message, prompt_key, take_prompt
 from alignkit.errors import DataError, JudgeError
 from alignkit.feedback.cache import Asker, Store, seed_of
 from alignkit.feedback.prompts import ask_answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 
 from alignkit.data import true_reward
-from alignkit.data.builtin import iter_builtin, parse_builtin
-from alignkit.data.rows import iter_contents
+from alignkit.data.builtin import COMPARISONS, iter_builtin, parse_builtin
+from alignkit.data.rows import Message, iter_contents
+from alignkit.feedback.constitution import load_constitution
+from alignkit.feedback.prompts import Comparison, ask_comparison
+from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS
 
 Read = Callable[..., Any]
 NAMES = {
@@ -75,19 +79,19 @@ def test_rows_fit_what_they_are_for(read: Read, name: str) -> None:
     assert reading.rows[299].place == f"builtin:{name}[row 300]"
 
 
-def test_the_training_seed_does_not_change_the_data(read: Read) -> None:
-    assert read("sft", "builtin:reviews", seed=1).rows == read("sft", "builtin:reviews", seed=2).rows
-
-
 @pytest.mark.parametrize("name", [*NAMES, "prompts"])
-def test_more_rows_begin_with_the_same_rows(name: str) -> None:
+def test_more_rows_begin_with_the_same_rows(read: Read, name: str) -> None:
     assert records(f"builtin:{name}?rows=50") == records(f"builtin:{name}?rows=200")[:50]
+    method = NAMES.get(name, ("critique",))[0]
+    first, second = (read(method, f"builtin:{name}?rows=20", seed=seed).rows for seed in (1, 2))  # of training
+    assert first == second
 
 
 def test_number_of_rows() -> None:
-    assert len(records("builtin:prompts")) == 1000
-    assert len(records("builtin:prompts", max_rows=30)) == 30
-    assert len(records("builtin:prompts?rows=20", max_rows=30)) == 20
+    for query, most, made in (("", None, 1000), ("", 30, 30), ("?rows=20", 30, 20)):
+        assert len(records(f"builtin:prompts{query}", max_rows=most)) == made
+    endless = iter_builtin(parse_builtin("builtin:reviews?rows=10000000"))  # made one at a time
+    assert len(list(islice(endless, 10))) == 10
 
 
 @pytest.mark.parametrize("name", [*NAMES, "prompts"])
@@ -118,14 +122,10 @@ def test_noise_turns_that_share_of_the_pairs_round() -> None:
     assert all(a["chosen"] == b["rejected"] for a, b in zip(clean, noisy, strict=True) if a != b)
 
 
-def test_rankings_are_by_true_reward() -> None:
+def test_rankings_and_labels_follow_the_true_reward() -> None:
     for row in records("builtin:ranked?rows=200"):
         assert row["scores"] == [true_reward(answer(completion)) for completion in row["completions"]]
-        assert row["scores"] == sorted(set(row["scores"]), reverse=True)
-        assert len(row["scores"]) == 4
-
-
-def test_unpaired_labels_follow_the_true_reward() -> None:
+        assert row["scores"] == sorted(set(row["scores"]), reverse=True) and len(row["scores"]) == 4
     rows = records("builtin:unpaired?rows=1000")
     assert all(row["label"] == (true_reward(answer(row["completion"])) > 0) for row in rows)
     assert 0.4 < sum(row["label"] for row in rows) / 1000 < 0.6
@@ -171,6 +171,49 @@ def test_mistakes_are_all_named(read: Read) -> None:
     assert "?noise= is not a parameter; accepted: rows" in read("sft", "builtin:reviews?noise=0.1").message
 
 
-def test_rows_are_made_one_at_a_time() -> None:
-    endless = iter_builtin(parse_builtin("builtin:reviews?rows=10000000"))
-    assert len(list(islice(endless, 10))) == 10
+# What a judge of the toy world learns from is what the feedback room asks: the same words in the same layout.
+
+
+def items(split: str = "train", rows: int = 200) -> list[dict]:
+    return records(f"builtin:judge-items?rows={rows}", split=split)
+
+
+def take_apart(item: dict) -> Comparison:
+    """Take an item apart again."""
+    text = item["prompt"][0]["content"]
+    before, _, options = text.partition(" Options:\n (A) [[[")
+    first, _, second = options.removesuffix("]]]").partition("]]]\n (B) [[[")
+    conversation, question = before.split("\n\n\n")
+    asked = conversation.removeprefix(
+        "Consider the following conversation between a human and an assistant:\n\nHuman: "
+    )
+    return Comparison((Message(role="user", content=asked),), first, second, question)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_item_is_asked_as_a_judge_is(split: str) -> None:
+    for item in items(split):
+        request = ask_comparison(take_apart(item), (), str)
+        assert request.messages == tuple(item["prompt"])
+        assert item["completion"][0]["content"] in (f"{request.prefill} (A)", f"{request.prefill} (B)")
+
+
+def test_the_answer_is_the_review_with_the_higher_true_reward_and_stands_in_either_place() -> None:
+    places = Counter()
+    for item in items():
+        compared = take_apart(item)
+        right = "(A)" if true_reward(compared.first) > true_reward(compared.second) else "(B)"
+        assert item["completion"][0]["content"].endswith(right)
+        places[right] += 1
+    assert 0.4 < places["(A)"] / 200 < 0.6
+
+
+def test_the_questions_are_the_constitution_s() -> None:
+    found = load_constitution("builtin:positive-reviews", needs="comparison").principles
+    assert tuple(principle.comparison for principle in found) == COMPARISONS
+    assert {take_apart(item).question for item in items()} == set(COMPARISONS)
+
+
+def test_the_recipe_knows_every_constitution_that_ships() -> None:
+    for name in BUILTIN_CONSTITUTIONS:
+        assert load_constitution(name).principles

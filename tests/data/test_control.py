@@ -31,27 +31,14 @@ def test_every_family_is_found_wherever_it_stands(token: str) -> None:
         assert [unescape_text(content, FAMILIES) for content in iter_contents(escaped)] == list(iter_contents(row))
 
 
-def test_tokens_are_reported_once_in_order() -> None:
+def test_tokens_are_found_once_in_order_the_longest_first_and_escaped_behind_their_first_character() -> None:
     row = Row("pair", "</s> <s>", ("<s> <|im_end|>", "fine"))
     assert find_control_tokens(row, FAMILIES) == ["</s>", "<s>", "<|im_end|>"]
-
-
-def test_the_longest_token_wins() -> None:
     assert find_control_tokens(Row("text", "", ("a<|x|>yb",)), ["<|x|>", "<|x|>y"]) == ["<|x|>y"]
-
-
-def test_text_without_tokens_is_the_same_row() -> None:
-    row = Row("text", "", ("a < b and c > d",))
-    assert escape_control_tokens(row, FAMILIES) is row
-    assert escape_control_tokens(row, []) is row
-    assert find_control_tokens(row, []) == []
-
-
-def test_escape_puts_a_word_joiner_behind_the_first_character() -> None:
     assert escape_control_tokens(Row("text", "", ("a<s>b",)), FAMILIES).completions == (f"a<{BREAKER}s>b",)
-
-
-def test_a_single_character_cannot_be_escaped() -> None:
+    plain = Row("text", "", ("a < b and c > d",))
+    assert escape_control_tokens(plain, FAMILIES) is plain is escape_control_tokens(plain, [])
+    assert find_control_tokens(plain, []) == []
     with pytest.raises(ValueError, match="one character"):
         escape_control_tokens(Row("text", "", ("a|b",)), ["|"])
 

@@ -138,20 +138,14 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, content: byte
     assert refused(path) == f"{name}: the file has no rows"
 
 
-def test_json_array_of_rows(tmp_path: Path) -> None:
+def test_json_array_of_rows_is_read_piece_by_piece(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([*ROWS, 5], indent=2), encoding="utf-8")
     assert entries(path) == [
-        ("rows.json[row 1]", ROWS[0]),
-        ("rows.json[row 2]", ROWS[1]),
-        ("rows.json[row 3]", ROWS[2]),
+        *((f"rows.json[row {number}]", row) for number, row in enumerate(ROWS, 1)),
         ("rows.json[row 4]", "the row is a number; it must be an object with named fields"),
     ]
-
-
-def test_json_array_larger_than_a_chunk_is_read_piece_by_piece(tmp_path: Path) -> None:
-    rows = [{"text": f"{number} é " + "x" * (number * 97 % 4000)} for number in range(2000)]
-    path = tmp_path / "rows.json"
+    rows = [{"text": f"{number} é " + "x" * (number * 97 % 4000)} for number in range(2000)]  # more than a chunk
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     assert [record for _, record in entries(path)] == rows
 
@@ -169,24 +163,15 @@ def test_broken_json_array_names_line_and_column(tmp_path: Path) -> None:
     assert refused(path) == "rows.json:1: invalid JSON: the row is longer than 2 MB or never ends (column 17)"
 
 
-def test_json_object_with_one_list(tmp_path: Path) -> None:
+def test_json_object_with_one_list_or_lines_under_the_name_json(tmp_path: Path, lines: Lines) -> None:
+    assert entries(lines("rows.json", ROWS))[2] == ("rows.json:3", ROWS[2])
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"version": 1, "data": ROWS}, indent=1), encoding="utf-8")
     assert [record for _, record in entries(path)] == ROWS
-    path.write_text(json.dumps({"train": ROWS, "test": ROWS}))
-    expected = (
-        "rows.json: must be a list of rows, or an object that holds one list of rows; found lists under train, test"
-    )
-    assert refused(path) == expected
-    path.write_text("5")
-    expected = (
-        "rows.json: must be a list of rows, or an object that holds one list of rows; found a number without a list"
-    )
-    assert refused(path) == expected
-
-
-def test_json_lines_under_the_name_json_are_read_as_lines(lines: Lines) -> None:
-    assert entries(lines("rows.json", ROWS))[2] == ("rows.json:3", ROWS[2])
+    wanted = "rows.json: must be a list of rows, or an object that holds one list of rows; found"
+    for content, found in (({"train": ROWS, "test": ROWS}, "lists under train, test"), (5, "a number without a list")):
+        path.write_text(json.dumps(content))
+        assert refused(path) == f"{wanted} {found}"
 
 
 def test_csv_rows_carry_the_line_where_they_start(tmp_path: Path) -> None:
@@ -247,15 +232,10 @@ def test_parquet_rows(tmp_path: Path) -> None:
     found = entries(path)
     assert [record for _, record in found] == rows
     assert found[2999][0] == "rows.parquet[row 3000]"
-
-
-def test_broken_parquet_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "rows.parquet"
-    path.write_bytes(b"PAR1 not really")
-    assert refused(path).startswith("rows.parquet: is not a readable Parquet file: ")
-    assert "\n" not in refused(path)
-    path.write_bytes(b"")
-    assert refused(path).startswith("rows.parquet: is not a readable Parquet file: ")
+    for broken in (b"PAR1 not really", b""):
+        path.write_bytes(broken)
+        said = refused(path)
+        assert said.startswith("rows.parquet: is not a readable Parquet file: ") and "\n" not in said
 
 
 def test_broken_gzip_is_refused(tmp_path: Path, lines: Lines) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +10,6 @@ import pytest
 from alignkit.data.formats import Detector, Parsed, rename_columns
 from alignkit.data.rejects import BadRow
 from alignkit.data.rows import Row
-
-Lines = Callable[..., Path]
 
 
 def adapt(record: dict[str, Any], format_name: str = "auto") -> Row:
@@ -38,228 +35,128 @@ def system(content: str) -> dict[str, str]:
     return {"role": "system", "content": content}
 
 
-def test_trl_text() -> None:
-    assert adapt({"text": "Once."}) == Row("text", "", ("Once.",), place="rows.jsonl:1")
+def turns(*contents: str) -> list[dict[str, str]]:
+    """User and assistant by turns."""
+    return [(user, assistant)[place % 2](content) for place, content in enumerate(contents)]
 
 
-def test_trl_prompt_completion_as_text_and_as_messages() -> None:
-    row = adapt({"prompt": "The sky is", "completion": " blue."})
-    assert row == Row("prompt_completion", "The sky is", (" blue.",), place="rows.jsonl:1")
-    row = adapt({"prompt": [user("Hi")], "completion": [assistant("Hello")]})
-    assert row == Row("prompt_completion", [user("Hi")], ([assistant("Hello")],), place="rows.jsonl:1")
+HI, BE_KIND = [user("Hi")], system("Be kind.")
+HELLO, AWAY = [assistant("Hello")], [assistant("Go away")]
+LONG = [BE_KIND, *turns("Hi", "Hello", "Bye", "Farewell")]
+PARTS = [{"type": "text", "text": "Look"}, {"type": "text", "text": "here"}]
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:"
+ONE = "\n\nHuman: Hi\n\nAssistant:"
+SHARED = {"prompt": "Hi", "chosen": [*HI, *HELLO], "rejected": [*HI, *AWAY]}
+RATED = [{"response": f"answer {score}", "overall_score": score} for score in (3.0, 8.5, 1.0)]
+ABC = {"prompt": "Hi", "completions": ["a", "b", "c"]}
 
 
-def test_text_beside_messages_becomes_a_turn() -> None:
-    row = adapt({"prompt": [system("Be kind."), user("Hi")], "completion": "Hello"})
-    assert row.completions == ([assistant("Hello")],)
-    row = adapt({"prompt": "Hi", "completion": assistant("Hello")})
-    assert (row.prompt, row.completions) == ([user("Hi")], ([assistant("Hello")],))
+@pytest.mark.parametrize(
+    ("record", "row"),
+    [
+        ({"text": "Once."}, Row("text", "", ("Once.",))),
+        ({"prompt": "The sky is", "completion": " blue."}, Row("prompt_completion", "The sky is", (" blue.",))),
+        ({"prompt": HI, "completion": HELLO}, Row("prompt_completion", HI, (HELLO,))),
+        # Text beside messages becomes a turn.
+        ({"prompt": [BE_KIND, *HI], "completion": "Hello"}, Row("prompt_completion", [BE_KIND, *HI], (HELLO,))),
+        ({"prompt": "Hi", "completion": HELLO[0]}, Row("prompt_completion", HI, (HELLO,))),
+        ({"prompt": "The sky is"}, Row("prompt", "The sky is", ())),
+        ({"prompt": HI}, Row("prompt", HI, ())),
+        ({"prompt": "2+2=", "chosen": "4", "rejected": "5", "label": 0.75, "margin": 2},
+         Row("pair", "2+2=", ("4", "5"), label=0.75, margin=2.0)),
+        ({"prompt": "2+2=", "chosen": "4", "rejected": "5", "soft_label": 1},
+         Row("pair", "2+2=", ("4", "5"), label=1.0)),
+        # An implicit prompt is the common start, cut before a word so that both sides keep something; or common turns.
+        ({"chosen": "The sky is blue.", "rejected": "The sky is black."},
+         Row("pair", "The sky is", (" blue.", " black."))),
+        ({"chosen": "Yes indeed", "rejected": "Yes indeed not"}, Row("pair", "Yes", (" indeed", " indeed not"))),
+        ({"chosen": [*HI, *HELLO], "rejected": [*HI, *AWAY]}, Row("pair", HI, (HELLO, AWAY))),
+        ({"prompt": "2+2=", "completion": "4", "label": True}, Row("unpaired", "2+2=", ("4",), label=1.0)),
+        ({"prompt": "2+2=", "completion": "5", "label": 0}, Row("unpaired", "2+2=", ("5",), label=0.0)),
+        ({"messages": LONG, "id": 7}, Row("messages", "", (LONG,))),
+        ({"messages": [{"role": "user", "content": PARTS}, *HELLO]},
+         Row("messages", "", ([user("Look\nhere"), *HELLO],))),
+        ({"messages": [{"role": "developer", "content": "Be kind."}, *HI, *HELLO]},
+         Row("messages", "", ([BE_KIND, *HI, *HELLO],))),
+        ({"conversations": [{"from": who, "value": said} for who, said in
+                            (("system", "Be kind."), ("human", "Hi"), ("gpt", "Hello"))]},
+         Row("messages", "", ([BE_KIND, *HI, *HELLO],))),
+        ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Hello"},
+          "rejected": {"from": "gpt", "value": "Go away"}}, Row("pair", HI, (HELLO, AWAY))),
+        ({"instruction": "Add.", "input": "2 and 2", "output": "4"},
+         Row("prompt_completion", "Add.\n\n2 and 2", ("4",))),
+        ({"instruction": "Greet.", "input": "", "output": "Hi"}, Row("prompt_completion", "Greet.", ("Hi",))),
+        ({"instruction": "Greet.", "input": "", "output": "Hi", "chosen": "Hi", "rejected": "Hey you"},
+         Row("pair", "Greet.", ("Hi", "Hey you"))),
+        ({"chosen": f"{HH} Farewell", "rejected": f"{HH} Get lost"},
+         Row("pair", turns("Hi", "Hello", "Bye"), ([assistant("Farewell")], [assistant("Get lost")]))),
+        ({"source": "x", "instruction": "Hi", "completions": RATED},
+         Row("ranked", "Hi", ("answer 8.5", "answer 3.0", "answer 1.0"), scores=(8.5, 3.0, 1.0))),
+        # Ranked by scores, by ranking or by order.
+        (ABC | {"scores": [0, 2, 1]}, Row("ranked", "Hi", ("b", "c", "a"), scores=(2.0, 1.0, 0.0))),
+        (ABC | {"ranking": [2, 1, 2]}, Row("ranked", "Hi", ("b", "a", "c"), scores=(-1.0, -2.0, -2.0))),
+        ({"prompt": HI, "responses": ["a", "b"]},
+         Row("ranked", HI, ([assistant("a")], [assistant("b")]), scores=(2.0, 1.0))),
+    ],
+)  # fmt: skip
+def test_the_row_of_every_format(record: dict[str, Any], row: Row) -> None:
+    assert adapt(record) == replace(row, place="rows.jsonl:1")
 
 
-def test_trl_prompt_only() -> None:
-    assert adapt({"prompt": "The sky is"}) == Row("prompt", "The sky is", (), place="rows.jsonl:1")
-    assert adapt({"prompt": [user("Hi")]}).conversational
+def test_what_nothing_reads_of_a_row_is_noted() -> None:
+    record = SHARED | {"prompt_id": "x", "messages": [*HI, *HELLO], "score_chosen": 8.0, "score_rejected": 2.0}
+    detector, parsed = Detector(), Parsed("a.jsonl:1")
+    form = detector.recognise(record)
+    assert str(form) == "ultrafeedback pair"
+    assert detector.read(form, record, parsed) == Row("pair", HI, (HELLO, AWAY), place="a.jsonl:1")
+    assert parsed.unread == ("prompt_id", "messages", "score_chosen", "score_rejected")
 
 
-def test_trl_pair_with_soft_label_and_margin() -> None:
-    row = adapt({"prompt": "2+2=", "chosen": "4", "rejected": "5", "label": 0.75, "margin": 2})
-    assert row == Row("pair", "2+2=", ("4", "5"), label=0.75, margin=2.0, place="rows.jsonl:1")
-    assert adapt({"prompt": "2+2=", "chosen": "4", "rejected": "5", "soft_label": 1}).label == 1.0
-
-
-def test_implicit_prompt_is_the_common_start_cut_before_a_word() -> None:
-    row = adapt({"chosen": "The sky is blue.", "rejected": "The sky is black."})
-    assert (row.prompt, row.completions) == ("The sky is", (" blue.", " black."))
-
-
-def test_answers_that_share_no_prompt_are_refused() -> None:
-    assert reason({"chosen": "blue", "rejected": "black"}) == (
-        "prompt: is missing, and chosen and rejected share no beginning that could be it; the row has chosen, "
-        "rejected; name what was asked with columns: {prompt: COLUMN}"
-    )
-
-
-def test_implicit_prompt_leaves_both_sides_something() -> None:
-    row = adapt({"chosen": "Yes indeed", "rejected": "Yes indeed not"})
-    assert (row.prompt, row.completions) == ("Yes", (" indeed", " indeed not"))
-
-
-def test_implicit_prompt_of_conversations_is_their_common_turns() -> None:
-    row = adapt({"chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Hi"), assistant("Go away")]})
-    assert row.prompt == [user("Hi")]
-    assert row.completions == ([assistant("Hello")], [assistant("Go away")])
-
-
-def test_implicit_prompts_that_differ_are_refused() -> None:
-    record = {"chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Ho"), assistant("Hello")]}
-    assert reason(record) == "rejected[0]: the prompts differ; all turns before the answer must be those of chosen"
-
-
-def test_unpaired_labels() -> None:
-    row = adapt({"prompt": "2+2=", "completion": "4", "label": True})
-    assert row == Row("unpaired", "2+2=", ("4",), label=1.0, place="rows.jsonl:1")
-    assert adapt({"prompt": "2+2=", "completion": "5", "label": 0}).label == 0.0
-    wrong = reason({"prompt": "2+2=", "completion": "5", "label": 0.5})
-    assert wrong == "label: is 0.5; it must be true or false (1 or 0) where there is one completion"
-
-
-def test_openai_messages() -> None:
-    messages = [system("Be kind."), user("Hi"), assistant("Hello"), user("Bye"), assistant("Farewell")]
-    row = adapt({"messages": messages, "id": 7})
-    assert row == Row("messages", "", (messages,), place="rows.jsonl:1")
-
-
-def test_openai_content_parts_are_joined_by_lines() -> None:
-    parts = [{"type": "text", "text": "Look"}, {"type": "text", "text": "here"}]
-    row = adapt({"messages": [{"role": "user", "content": parts}, assistant("I see")]})
-    assert row.completions == ([user("Look\nhere"), assistant("I see")],)
-
-
-def test_openai_image_parts_are_refused() -> None:
-    parts = [{"type": "image_url", "image_url": {"url": "x"}}]
-    record = {"messages": [{"role": "user", "content": parts}, assistant("I see")]}
-    assert reason(record) == "messages[0].content[0]: is a part of type image_url; only text parts can be used"
-
-
-def test_openai_developer_is_system() -> None:
-    row = adapt({"messages": [{"role": "developer", "content": "Be kind."}, user("Hi"), assistant("Hello")]})
-    assert row.completions[0][0] == system("Be kind.")
-
-
-def test_sharegpt_conversation() -> None:
-    turns = [
-        {"from": "system", "value": "Be kind."},
-        {"from": "human", "value": "Hi"},
-        {"from": "gpt", "value": "Hello"},
-    ]
-    row = adapt({"id": "x", "conversations": turns})
-    assert row.completions == ([system("Be kind."), user("Hi"), assistant("Hello")],)
-
-
-def test_sharegpt_pair() -> None:
-    record = {
-        "conversations": [{"from": "human", "value": "Hi"}],
-        "chosen": {"from": "gpt", "value": "Hello"},
-        "rejected": {"from": "gpt", "value": "Go away"},
-    }
-    assert adapt(record) == Row(
-        "pair", [user("Hi")], ([assistant("Hello")], [assistant("Go away")]), place="rows.jsonl:1"
-    )
-
-
-def test_alpaca_joins_instruction_and_input() -> None:
-    row = adapt({"instruction": "Add.", "input": "2 and 2", "output": "4"})
-    assert row == Row("prompt_completion", "Add.\n\n2 and 2", ("4",), place="rows.jsonl:1")
-    assert adapt({"instruction": "Greet.", "input": "", "output": "Hi"}).prompt == "Greet."
-
-
-def test_alpaca_pair() -> None:
-    row = adapt({"instruction": "Greet.", "input": "", "output": "Hi", "chosen": "Hi", "rejected": "Hey you"})
-    assert row == Row("pair", "Greet.", ("Hi", "Hey you"), place="rows.jsonl:1")
-
-
-HH_CHOSEN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: Farewell"
-HH_REJECTED = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: Get lost"
-
-
-def test_hh_transcript_is_split_at_the_last_answer_of_chosen() -> None:
-    row = adapt({"chosen": HH_CHOSEN, "rejected": HH_REJECTED})
-    assert row.prompt == [user("Hi"), assistant("Hello"), user("Bye")]
-    assert row.completions == ([assistant("Farewell")], [assistant("Get lost")])
-
-
-def test_hh_prompts_that_differ_are_refused() -> None:
-    shorter = "\n\nHuman: Hi\n\nAssistant: Get lost"
-    expected = "rejected: its prompt (all up to the last '\\n\\nAssistant:') differs from that of chosen"
-    assert reason({"chosen": HH_CHOSEN, "rejected": shorter}) == expected
-    # get_hh would take this one: it starts with the prompt, and goes on with a turn of the human.
-    longer = HH_REJECTED + "\n\nHuman: No\n\nAssistant: Yes"
-    assert reason({"chosen": HH_CHOSEN, "rejected": longer}) == expected
-
-
-def test_hh_empty_answer_is_refused() -> None:
-    wrong = reason({"chosen": "\n\nHuman: Hi\n\nAssistant: ", "rejected": "\n\nHuman: Hi\n\nAssistant: Go"})
-    assert wrong == "chosen: the answer after the last '\\n\\nAssistant:' is empty"
-
-
-def test_hh_format_asked_for_refuses_other_text() -> None:
+def test_hh_asked_for_refuses_other_text() -> None:
     wrong = reason({"chosen": "Hello", "rejected": "Go"}, "hh")
     assert wrong == "chosen: does not start with '\\n\\nHuman:'; it is not an HH transcript"
 
 
-def test_ultrafeedback_binarized() -> None:
-    record = {
-        "prompt": "Hi",
-        "prompt_id": "x",
-        "chosen": [user("Hi"), assistant("Hello")],
-        "rejected": [user("Hi"), assistant("Go away")],
-        "messages": [user("Hi"), assistant("Hello")],
-        "score_chosen": 8.0,
-        "score_rejected": 2.0,
-    }
-    row = adapt(record)
-    assert row == Row("pair", [user("Hi")], ([assistant("Hello")], [assistant("Go away")]), place="rows.jsonl:1")
-    detector = Detector()
-    form = detector.recognise(record)
-    assert str(form) == "ultrafeedback pair"
-    detector.read(form, record, parsed := Parsed("a.jsonl:1"))
-    assert parsed.unread == ("prompt_id", "messages", "score_chosen", "score_rejected")
-
-
-def test_ultrafeedback_answer_to_another_prompt_is_refused() -> None:
-    record = {
-        "prompt": "Hi",
-        "chosen": [user("Hi"), assistant("Hello")],
-        "rejected": [user("Ho"), assistant("Go away")],
-    }
-    assert reason(record) == "rejected: its turns before the answer do not contain the prompt"
-
-
-def test_ultrafeedback_raw_is_ranked_by_overall_score() -> None:
-    completions = [{"response": f"answer {score}", "overall_score": score} for score in (3.0, 8.5, 1.0)]
-    row = adapt({"source": "x", "instruction": "Hi", "completions": completions})
-    assert row == Row(
-        "ranked", "Hi", ("answer 8.5", "answer 3.0", "answer 1.0"), scores=(8.5, 3.0, 1.0), place="rows.jsonl:1"
-    )
-
-
-def test_ranked_by_scores_ranking_or_order() -> None:
-    scored = adapt({"prompt": "Hi", "completions": ["a", "b", "c"], "scores": [0, 2, 1]})
-    assert (scored.completions, scored.scores) == (("b", "c", "a"), (2.0, 1.0, 0.0))
-    placed = adapt({"prompt": "Hi", "completions": ["a", "b", "c"], "ranking": [2, 1, 2]})
-    assert (placed.completions, placed.scores) == (("b", "a", "c"), (-1.0, -2.0, -2.0))
-    ordered = adapt({"prompt": [user("Hi")], "responses": ["a", "b"]})
-    assert (ordered.completions, ordered.scores) == (([assistant("a")], [assistant("b")]), (2.0, 1.0))
+HH_DIFFERS = "rejected: its prompt (all up to the last '\\n\\nAssistant:') differs from that of chosen"
+PAIR = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
 
 
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
+        ({"chosen": "blue", "rejected": "black"},
+         "prompt: is missing, and chosen and rejected share no beginning that could be it; the row has chosen, "
+         "rejected; name what was asked with columns: {prompt: COLUMN}"),
+        ({"chosen": [*HI, *HELLO], "rejected": [user("Ho"), *HELLO]},
+         "rejected[0]: the prompts differ; all turns before the answer must be those of chosen"),
+        ({"prompt": "2+2=", "completion": "5", "label": 0.5},
+         "label: is 0.5; it must be true or false (1 or 0) where there is one completion"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, *HELLO]},
+         "messages[0].content[0]: is a part of type image_url; only text parts can be used"),
+        ({"chosen": f"{HH} Farewell", "rejected": f"{ONE} Get lost"}, HH_DIFFERS),
+        # get_hh would take this one: it starts with the prompt, and goes on with a turn of the human.
+        ({"chosen": f"{HH} Farewell", "rejected": f"{HH} Get lost\n\nHuman: No\n\nAssistant: Yes"}, HH_DIFFERS),
+        ({"chosen": f"{ONE} ", "rejected": f"{ONE} Go"},
+         "chosen: the answer after the last '\\n\\nAssistant:' is empty"),
+        (SHARED | {"rejected": [user("Ho"), *AWAY]},
+         "rejected: its turns before the answer do not contain the prompt"),
         ({"prompt": "Hi", "chosen": "a"}, "rejected: is missing; the row has prompt, chosen"),
         ({"prompt": "Hi", "chosen": "a", "rejected": None}, "rejected: is null"),
-        (
-            {"prompt": "Hi", "chosen": "a", "rejected": 5},
-            "rejected: is a number; it must be text or a list of messages",
-        ),
+        ({"prompt": "Hi", "chosen": "a", "rejected": 5},
+         "rejected: is a number; it must be text or a list of messages"),
         ({"prompt": "Hi", "chosen": " ", "rejected": "b"}, "chosen: is empty"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "rejected: is the same as chosen"),
         ({"prompt": "", "completion": "a"}, "prompt: is empty"),
         ({"prompt": 5, "completion": "a"}, "prompt: is a number; it must be text"),
         ({"text": ["a"]}, "text: is a list; it must be text"),
         ({"completion": "a"}, "prompt: is missing; the row has completion"),
-        (
-            {"prompt": "Hi", "chosen": "a", "rejected": "b", "label": float("nan")},
-            "label: is nan; it must be a finite number",
-        ),
-        (
-            {"prompt": "Hi", "chosen": "a", "rejected": "b", "label": 1.2},
-            "label: is 1.2; it must be between 0 and 1",
-        ),
-        (
-            {"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": float("inf")},
-            "margin: is inf; it must be a finite number",
-        ),
-        ({"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": "big"}, "margin: is 'big'; it must be a number"),
+        (PAIR | {"label": float("nan")},
+         "label: is nan; it must be a finite number"),
+        (PAIR | {"label": 1.2},
+         "label: is 1.2; it must be between 0 and 1"),
+        (PAIR | {"margin": float("inf")},
+         "margin: is inf; it must be a finite number"),
+        (PAIR | {"margin": "big"}, "margin: is 'big'; it must be a number"),
         ({"messages": []}, "messages: is an empty list"),
         ({"messages": "Hi"}, "messages: is text; it must be a list"),
         ({"messages": ["Hi"]}, "messages[0]: is text; it must be an object with role and content"),
@@ -275,23 +172,15 @@ def test_ranked_by_scores_ranking_or_order() -> None:
             "accepted: assistant, system, tool, user; data.roles: {asistant: user} maps other names",
         ),
         ({"prompt": [user("Hi"), assistant("a")]}, "prompt: the last turn is assistant; it must be user"),
-        (
-            {"prompt": "Hi", "completions": ["a"], "scores": [1]},
-            "completions: has one answer; a ranking needs two or more",
-        ),
+        ({"prompt": "Hi", "completions": ["a"], "scores": [1]},
+         "completions: has one answer; a ranking needs two or more"),
         ({"prompt": "Hi", "completions": ["a", "b"], "scores": [1]}, "scores: has 1 entries for 2 completions"),
-        (
-            {"prompt": "Hi", "completions": ["a", "b"]},
-            "scores: is missing; completions need scores (higher is better) or ranking (1 is best)",
-        ),
-        (
-            {"prompt": "Hi", "completions": ["a", "b"], "scores": [1, 1]},
-            "scores: are all equal; no answer is better than another",
-        ),
-        (
-            {"prompt": "Hi", "completions": ["a", "b", "a"], "scores": [3, 2, 1]},
-            "completions[2]: is the same as completions[0] with another score",
-        ),
+        ({"prompt": "Hi", "completions": ["a", "b"]},
+         "scores: is missing; completions need scores (higher is better) or ranking (1 is best)"),
+        ({"prompt": "Hi", "completions": ["a", "b"], "scores": [1, 1]},
+         "scores: are all equal; no answer is better than another"),
+        ({"prompt": "Hi", "completions": ["a", "b", "a"], "scores": [3, 2, 1]},
+         "completions[2]: is the same as completions[0] with another score"),
         ({"instruction": "Hi"}, "output: is missing; the row has instruction"),
         (
             {"promt": "Hi", "response": "a"},
@@ -300,7 +189,7 @@ def test_ranked_by_scores_ranking_or_order() -> None:
             "completions + scores or ranking; prompt + responses; conversations; instruction + output; prompt",
         ),
     ],
-)
+)  # fmt: skip
 def test_a_row_that_does_not_fit_says_exactly_why(record: dict[str, Any], expected: str) -> None:
     assert reason(record) == expected
 

@@ -1,14 +1,8 @@
-"""Hashes that tell rows apart, and the compact set of them."""
+"""Hashes that tell rows apart."""
 
 from __future__ import annotations
 
-from random import Random
-
-from hypothesis import given
-from hypothesis import strategies as st
-
-from alignkit.data.hashes import HashSet, digest_row, prompt_key
-from alignkit.data.rows import Row
+from alignkit.data.rows import Row, digest_row, prompt_key
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -40,23 +34,3 @@ def test_no_text_can_pass_for_two() -> None:
 def test_one_user_turn_is_the_same_prompt_as_its_text() -> None:
     assert prompt_key(Row("pair", " Hi", ("a", "b"))) == prompt_key(Row("prompt", [message("user", "Hi")], ()))
     assert prompt_key(Row("prompt", [message("system", "Hi")], ())) != prompt_key(Row("prompt", "Hi", ()))
-
-
-@given(st.lists(st.integers(min_value=0, max_value=2**64 - 1)))
-def test_hash_set_is_a_set(values: list[int]) -> None:
-    compact, plain = HashSet(), set[int]()
-    for value in values:
-        # 0 stands for a free slot and is kept as 1.
-        assert compact.add(value) == ((value or 1) not in plain)
-        plain.add(value or 1)
-    assert len(compact) == len(plain)
-    assert all(value in compact for value in plain)
-
-
-def test_hash_set_grows_and_still_knows_what_it_has() -> None:
-    random = Random(0)
-    values = [random.getrandbits(64) for _ in range(50_000)]
-    compact = HashSet(values)
-    assert len(compact) == 50_000
-    assert all(value in compact for value in values)
-    assert not any(random.getrandbits(64) in compact for _ in range(1000))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from alignkit.data import DataReport, Rejects, read_rows, sources
+from alignkit.data import DataReport, Rejects, read_rows, sources, store
 from alignkit.data.files import read_file
 from alignkit.data.store import forget_parsed
 from alignkit.recipe import load_recipe, resolve
@@ -61,6 +61,14 @@ def test_rows_and_what_is_said_of_them_are_the_same_in_every_pass(
 
 def vars_of(row: Any) -> list[Any]:
     return [getattr(row, name) for name in row.__slots__]
+
+
+def test_long_rows_do_not_wait_in_memory(read: Read, lines: Callable[..., Path], opened: list[str]) -> None:
+    lines("a.jsonl", [{"text": f"{n}" * 1_900_000} for n in range(9)])
+    first, second = (read("sft", "a.jsonl").rows for _ in range(2))
+    assert first == second and len(first) == 9
+    [kept] = store._kept.values()
+    assert sum(len(parsed.row.completions[0]) for parsed in kept._fresh if parsed.row) < 10_000_000
 
 
 def test_what_is_read_further_goes_on_where_the_last_pass_ended(
