@@ -15,7 +15,7 @@ import torch
 from terminal import Terminal
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from alignkit.models.causal import load_causal
+from alignkit.models.frozen import load_causal
 from alignkit.models.generation import stream_text, stream_tokens
 from alignkit.models.scratch import builtin_tokenizer
 

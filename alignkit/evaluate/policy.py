@@ -13,8 +13,8 @@ from typing import Any
 
 from alignkit.data import Message, Row, Text
 from alignkit.errors import DataError, ModelError
-from alignkit.models.causal import Causal, fingerprint_causal, load_causal
 from alignkit.models.chat import Chat, ConversationError
+from alignkit.models.frozen import Causal, fingerprint_causal, load_causal
 from alignkit.models.generation import generate_answers
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.logprobs import score_tokens

@@ -16,8 +16,8 @@ from alignkit.evaluate.context import Context, Metric, load_metrics
 from alignkit.evaluate.intervals import Figure
 from alignkit.evaluate.target import Measured, Target, find_target, read_measured
 from alignkit.feedback.cache import Store
-from alignkit.models.causal import fingerprint_causal, load_tokenizer_of
 from alignkit.models.files import find_model_dir
+from alignkit.models.frozen import fingerprint_causal, load_tokenizer_of
 from alignkit.recipe.schema import EvaluateOptions
 from alignkit.report.evaluation import name_all_data
 from alignkit.report.publish import show

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from alignkit.errors import EnvironmentProblem
 from alignkit.feedback.prompts import OPTIONS, Request, cut_at
 from alignkit.feedback.writer import Decision, Job, Reply, Sampling, Spending, share_of_first
-from alignkit.models.causal import fingerprint_causal, load_causal, load_tokenizer_of
 from alignkit.models.chat import Chat
+from alignkit.models.frozen import fingerprint_causal, load_causal, load_tokenizer_of
 from alignkit.models.generation import generate_answers
 from alignkit.models.logprobs import pad, run_trunk, token_logps
 from alignkit.runs.heartbeat import pulse

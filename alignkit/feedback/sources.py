@@ -48,7 +48,7 @@ def speaks_chat(source: FeedbackModel) -> bool:
     """Tell whether a source is asked in turns of a chat: a server's chat API, or a model with a chat template."""
     if source.model is None:
         return source.api == "chat"
-    from alignkit.models.causal import load_tokenizer_of
+    from alignkit.models.frozen import load_tokenizer_of
 
     return load_tokenizer_of(source.model).chat_template is not None
 
@@ -56,7 +56,7 @@ def speaks_chat(source: FeedbackModel) -> bool:
 def describe_source(source: FeedbackModel) -> dict[str, Any]:
     """Describe what decides a source's answers, for the run's fingerprint: not how fast or how often it is asked."""
     if source.model is not None:
-        from alignkit.models.causal import fingerprint_causal
+        from alignkit.models.frozen import fingerprint_causal
 
         return {"model": fingerprint_causal(source.model), "engine": source.engine}
     if source.url is not None:

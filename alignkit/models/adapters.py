@@ -1,7 +1,6 @@
 """LoRA adapters on a base: a new one, one that goes on, one below another, and its frozen copy.
 
-Deliberately works on a base model that is already in memory; an adapter directory is never given to AutoModel,
-which would load it in a way that a later wrap silently throws away.
+An adapter directory is never given to AutoModel, which would load it in a way that a later wrap silently throws away.
 """
 
 from __future__ import annotations
@@ -28,6 +27,14 @@ from alignkit.recipe.stage import Stage
 
 TRAINED, START, REFERENCE = "default", "start", "ref"  # adapter names
 _LARGEST_RANK = 2**16
+
+
+def adapt(model: PreTrainedModel, stage: Stage, action: str, directory: Path | None, *, reward: bool) -> PeftModel:
+    """Wrap a base as the stage trains it: `action` is new or merge, or what is done with the adapter of `directory`."""
+    if action not in ("continue", "stack"):
+        return add_new_adapter(model, stage, reward=reward)
+    assert directory is not None
+    return (continue_adapter if action == "continue" else stack_adapter)(model, directory, stage, reward=reward)
 
 
 def add_new_adapter(model: PreTrainedModel, stage: Stage, *, reward: bool) -> PeftModel:
@@ -69,7 +76,7 @@ def stack_adapter(model: PreTrainedModel, directory: Path, stage: Stage, *, rewa
         _fill(wrapped, directory, START, reward=reward)
         wrapped.add_adapter(TRAINED, upper)
     _require_matches(wrapped, stage, known)
-    _copy_saved_modules(wrapped, START, TRAINED)
+    _copy(wrapped, START, TRAINED, ".modules_to_save.")  # the score head starts from the lower adapter's
     activate(wrapped, [START, TRAINED])
     return wrapped
 
@@ -83,14 +90,19 @@ def add_reference_adapter(model: PeftModel, *, of: str = TRAINED) -> None:
 def copy_adapter(model: PeftModel, source: str, name: str) -> None:
     """Add an adapter that starts as a copy of another one, dtype included; which one acts is the caller's business."""
     model.add_adapter(name, model.peft_config[source])
-    for parameter_name, parameter in list(model.named_parameters()):
-        if f".{source}." in parameter_name:
-            copy = model.get_parameter(parameter_name.replace(f".{source}.", f".{name}."))
+    _copy(model, source, name)
+
+
+def _copy(model: PeftModel, source: str, target: str, kind: str = ".") -> None:
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        copy = parameters.get(name.replace(f".{source}.", f".{target}."))
+        if f".{source}." in name and kind in name and copy is not None:
             copy.data = parameter.data.clone()
 
 
 def add_scoring_adapter(model: PeftModel, directory: Path, name: str) -> torch.Tensor:
-    """Put the adapter of a reward model, without its head, on the base of a policy; return the head's weight, (1, H).
+    """Put the adapter of a reward model, without its head, on the base of a policy; give the head's weight, (1, H).
 
     Raises ModelError when it does not fit the base or has no score head.
     """
@@ -145,7 +157,7 @@ def cast_adapters(model: PeftModel, dtype: torch.dtype) -> None:
 
 
 def is_stacked(model: PeftModel) -> bool:
-    """Say whether a frozen adapter acts below the trained one."""
+    """Whether a frozen adapter acts below the trained one."""
     return START in model.peft_config
 
 
@@ -179,7 +191,7 @@ def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool) -> LoraCo
 
 
 def _is_transposed(model: PreTrainedModel) -> bool:
-    """Say whether linear layers hold their weights transposed (GPT-2), which quantization undoes.
+    """Whether linear layers hold their weights transposed (GPT-2), which quantization undoes.
 
     PEFT would find out by itself, with a warning per layer.
     """
@@ -248,16 +260,6 @@ def _check_shape(config: LoraConfig, options: LoraOptions, directory: Path, stag
         raise ModelError(problems)
 
 
-def _copy_saved_modules(model: PeftModel, source: str, target: str) -> None:
-    """Let modules trained in full (the score head) start from the lower adapter's."""
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if f".modules_to_save.{source}." in name:
-            copy = parameters.get(name.replace(f".{source}.", f".{target}."))
-            if copy is not None:
-                copy.data = parameter.data.clone()
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Draw A matrices from the stage's seed without touching the global generators."""
@@ -272,12 +274,10 @@ def _list_names(model: PreTrainedModel) -> str:
     kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
     layers = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, kinds)}
     experts = {name.split(".")[-1] for name, weight in model.named_parameters() if weight.ndim == 3}
-    also = (
-        f"; its experts' {', '.join(sorted(experts))} are parameters, which all-linear adapts where PEFT can"
-        if experts
-        else ""
-    )
-    return f"the model has {', '.join(sorted(layers))}{also}"
+    known = f"the model has {', '.join(sorted(layers))}"
+    if not experts:
+        return known
+    return f"{known}; its experts' {', '.join(sorted(experts))} are parameters, which all-linear adapts where PEFT can"
 
 
 def _require_matches(model: PeftModel, stage: Stage, known: str) -> None:
@@ -291,7 +291,7 @@ def _require_matches(model: PeftModel, stage: Stage, known: str) -> None:
     config = model.peft_config[TRAINED]
     names = [name for name, _ in model.named_modules()]
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    missing: dict[str, list[str]] = {"target_modules": [], "modules_to_save": []}
+    missing: dict[str, list[str]] = {}
     if isinstance(options.target_modules, list):
         left = config.target_modules if isinstance(config.target_modules, set | list) else options.target_modules
         asked = [name for name in options.target_modules if name in left]
@@ -300,15 +300,15 @@ def _require_matches(model: PeftModel, stage: Stage, known: str) -> None:
         pattern = re.sub(r"\(\?[!<][^)]*\)|\[[^]]*\]|\\.", " ", options.target_modules)
         words = dict.fromkeys(re.findall(r"[A-Za-z]\w{2,}", pattern))
         missing["target_modules"] = [word for word in words if not any(word in key for key in names)]
-    for name in options.modules_to_save:
-        if not any(f".{key}".endswith(f".{name}") for key in names):
-            missing["modules_to_save"].append(name)
-    if any(missing.values()):
-        raise ModelError(
-            Problem(f"lora.{key} names {', '.join(left)}: nothing in the model; {known}", stage.where(f"lora.{key}"))
-            for key, left in missing.items()
-            if left
-        )
+    saved = options.modules_to_save
+    missing["modules_to_save"] = [n for n in saved if not any(f".{key}".endswith(f".{n}") for key in names)]
+    problems = [
+        Problem(f"lora.{key} names {', '.join(left)}: nothing in the model; {known}", stage.where(f"lora.{key}"))
+        for key, left in missing.items()
+        if left
+    ]
+    if problems:
+        raise ModelError(problems)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class WordTokenizer:
         self._spaced: dict[str, list[int]] = {}  # ids of " " + word
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, without special tokens of its own accord."""
+        """Give the ids of each text, without special tokens of its own accord."""
         if not self.cached:
             return self._encode_all(texts)
         split = [None if _RUN.search(text) else text.split(" ") for text in texts]
@@ -69,7 +69,7 @@ class WordTokenizer:
 
 
 def _cuts_at_spaces(backend: Tokenizer) -> bool:
-    """Say whether a tokenizer is known to cut before each space that stands between two visible characters."""
+    """Whether a tokenizer is known to cut before each space that stands between two visible characters."""
     if not isinstance(backend.model, BPE) or backend.model.dropout:
         return False
     if _describe(backend.normalizer)["type"] not in (None, "NFC"):
@@ -93,7 +93,7 @@ def _cuts_at_spaces(backend: Tokenizer) -> bool:
 
 
 def _describe(part: Any) -> dict[str, Any]:
-    """Return what a part of the pipeline is made of; its pickle state is the JSON of tokenizer.json."""
+    """What a part of the pipeline is made of; its pickle state is the JSON of tokenizer.json."""
     return {"type": None} if part is None else json.loads(part.__getstate__())
 
 
@@ -133,7 +133,6 @@ class Chat:
     ) -> None:
         self.tokenizer = tokenizer
         self.clock = clock or datetime.now()
-        self._name = name
         # What the tokenizer puts around a text by itself; templates write their own BOS.
         alone, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
         self._prefix: list[int] = alone[: alone.index(bare[0])] if bare and bare[0] in alone else []
@@ -143,17 +142,12 @@ class Chat:
         self._in_pieces = whole == parts[0] + parts[1]
         found = tokenizer.chat_template
         texts = found if isinstance(found, dict) else {"default": found} if found else {}
-        self._templates = {key: self._template(text) for key, text in texts.items()}
-
-    def _template(self, text: str) -> Template:
-        return Template(
-            text,
-            name=self._name,
-            controls=_list_controls(self.tokenizer),
-            eos=self.tokenizer.eos_token or "",
-            settings={**self.tokenizer.special_tokens_map, **self.settings},
-            clock=self.clock,
-        )
+        settings = {**tokenizer.special_tokens_map, **self.settings}
+        controls, eos = _list_controls(tokenizer), tokenizer.eos_token or ""
+        self._templates = {
+            key: Template(text, name=name, controls=controls, eos=eos, settings=settings, clock=self.clock)
+            for key, text in texts.items()
+        }
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -194,10 +188,6 @@ class Chat:
         ids |= {self._id(template.call_end.token) for template in self._templates.values()}
         return sorted(ids - {None})
 
-    @cached_property
-    def _stops(self) -> tuple[str, ...]:
-        return tuple(self.tokenizer.convert_ids_to_tokens(self.stop_ids))
-
     def _id(self, token: str) -> int | None:
         found: int | None = self.tokenizer.convert_tokens_to_ids(token)
         return found if token in self.tokenizer.get_vocab() else None
@@ -227,7 +217,7 @@ class Chat:
     # From turns and texts to what is tokenised.
 
     def write(self, messages: Sequence[Any], *, mask: bool = True) -> list[Written]:
-        """Return a conversation for training: itself, and before it what can only be learnt in a text of its own.
+        """Write a conversation for training: itself, and before it what can only be learnt in a text of its own.
 
         Without `mask` all of it is learnt. Raises ConversationError for a conversation that the template refuses,
         ModelError without a template.
@@ -239,10 +229,11 @@ class Chat:
         return [Written(text, [(0, len(text))])]
 
     def write_pair(self, prompt: Text, completion: Text) -> list[Written]:
-        """Return a prompt and its completion, both text or both messages; as `write`, the whole comes last."""
+        """Write a prompt and its completion, both text or both messages; as `write`, the whole comes last."""
         if isinstance(prompt, str) and isinstance(completion, str):
             text = prompt + completion
-            if (kept := text.rstrip()).endswith(self._stops):  # rendered already: nothing is learnt after the end
+            stops = tuple(self.tokenizer.convert_ids_to_tokens(self.stop_ids))
+            if (kept := text.rstrip()).endswith(stops):  # rendered already: nothing is learnt after the end
                 text = kept
             return [Written(text, [(len(prompt), len(text))], len(prompt), plain=True)]
         if isinstance(prompt, str) or isinstance(completion, str):
@@ -250,13 +241,13 @@ class Chat:
         return self._choose(prompt).write([*prompt, *completion], first=len(prompt))
 
     def write_segments(self, segments: Sequence[str], learnt: Sequence[bool]) -> Written:
-        """Return one text whose segments are learnt or only read."""
+        """Join one text of segments that are learnt or only read."""
         ends = [0, *accumulate(map(len, segments))]
         spans = [span for span, is_learnt in zip(pairwise(ends), learnt, strict=True) if is_learnt]
         return Written("".join(segments), spans, plain=True)
 
     def write_prompt(self, prompt: Text) -> Written:
-        """Return a prompt as generation starts from it."""
+        """Write a prompt as generation starts from it."""
         if isinstance(prompt, str):
             return Written(prompt, start=len(prompt), plain=True)
         text = self._choose(prompt).write_prompt(prompt)
@@ -265,7 +256,7 @@ class Chat:
     # From what is written to ids.
 
     def tokenize(self, written: Sequence[Written]) -> list[Encoded]:
-        """Return the ids; a prompt of a plain text gets no eos.
+        """Give the ids; a prompt of a plain text gets no eos.
 
         A plain text that begins with BOS or ends with a token that ends answers, as one that is rendered already does,
         gets no second one.
@@ -290,15 +281,13 @@ class Chat:
     def _tokenize_pieces(
         self, written: Sequence[Written], borders: list[list[int]]
     ) -> list[tuple[list[int], dict[int, int]]]:
-        pairs = [list(zip(cuts, cuts[1:], strict=False)) for cuts in borders]
-        pieces = iter(
-            self._tokenize([one.text[a:b] for one, cuts in zip(written, pairs, strict=True) for a, b in cuts])
-        )
+        cut = [one.text[a:b] for one, cuts in zip(written, borders, strict=True) for a, b in pairwise(cuts)]
+        pieces = iter(self._tokenize(cut))
         found = []
-        for cuts in pairs:
+        for cuts in borders:
             ids: list[int] = []
             places = {0: 0}
-            for _, end in cuts:
+            for end in cuts[1:]:
                 ids += next(pieces)
                 places[end] = len(ids)
             found.append((ids, places))
@@ -318,22 +307,22 @@ class Chat:
     # Both steps at once.
 
     def encode(self, conversations: Sequence[list[Message]]) -> list[list[Encoded]]:
-        """Return the ids of whole conversations, each as `write` gives it."""
+        """Encode whole conversations, each as `write` gives it."""
         written = _each(conversations, self.write)
         found = iter(self.tokenize([one for parts in written for one in parts]))
         return [[next(found) for _ in parts] for parts in written]
 
     def encode_prompt_completion(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Encoded]:
-        """Return the ids of prompts with their completions."""
+        """Encode prompts with their completions."""
         pairs = list(zip(prompts, completions, strict=True))
         return self.tokenize([parts[-1] for parts in _each(pairs, lambda pair: self.write_pair(*pair))])
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of plain documents, each with the tokenizer's own BOS if it has one, and eos."""
+        """Encode plain documents, each with the tokenizer's own BOS if it has one, and eos."""
         return [found.ids for found in self.encode_prompt_completion([""] * len(texts), texts)]
 
     def encode_prompts(self, prompts: Sequence[Text]) -> list[list[int]]:
-        """Return the ids of prompts as generation starts from them."""
+        """Encode prompts as generation starts from them."""
         return [found.ids for found in self.tokenize(_each(prompts, self.write_prompt))]
 
 
@@ -362,7 +351,7 @@ def _list_controls(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def _first_token(encoding: Any, char: int, length: int) -> int:
-    """Return the number of the first token that starts at or after a character."""
+    """The number of the first token that starts at or after a character."""
     for position in range(char, length):
         token = encoding.char_to_token(position)
         if token is not None:

@@ -1,7 +1,6 @@
-"""What a directory of weights is, read from its small files and safetensors headers only.
+"""What a directory of weights is, read from its small files and safetensors headers only, without torch.
 
-Deliberately no torch, no transformers and no unpickling: `alignkit check` looks at models through this module,
-and whatever it refuses is never opened by anything else.
+`alignkit check` looks at models through this module; whatever it refuses is never opened by anything else.
 """
 
 from __future__ import annotations
@@ -49,13 +48,18 @@ class ModelFiles:
     record: dict[str, Any] = field(hash=False)  # alignkit.json; empty for a directory that is not ours
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer."""
+    return (directory / "tokenizer.json").exists() or (directory / "tokenizer_config.json").exists()
+
+
 def is_builtin(path: str) -> bool:
-    """Say whether a model path names an embedded model."""
+    """Whether a model path names an embedded model."""
     return path.startswith(BUILTIN_PREFIX)
 
 
 def find_model_dir(path: str) -> Path | None:
-    """Return the local directory of weights that a path names: itself, or `model/` of a run.
+    """Find the local directory of weights that a path names: itself, or `model/` of a run.
 
     None for builtin names and hub ids. Raises ModelError for a builtin name that there is not, for a path that is
     clearly local but not there, and for what is nearly the name of a run.
@@ -174,7 +178,7 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
         reward=_is_reward(config, is_adapter, tensors),
         base=base,
         base_revision=config.get("revision"),
-        has_tokenizer=(path / "tokenizer.json").exists() or (path / "tokenizer_config.json").exists(),
+        has_tokenizer=has_tokenizer(path),
         num_parameters=sum(prod(shape) for shape in tensors.values()),
         config=config,
         record=_read_json(path / RECORD, []),
@@ -190,7 +194,7 @@ def find_adapter(source: str, *, trust_code: bool = False) -> ModelFiles:
 
 
 def read_shapes(file: Path) -> dict[str, list[int]]:
-    """Return name -> shape from the header of a safetensors file; raises ValueError saying what is damaged."""
+    """Read name -> shape from the header of a safetensors file; raises ValueError saying what is damaged."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -230,7 +234,7 @@ def fingerprint_weights(path: Path) -> str:
 
 
 def _read_weights(path: Path, stem: str, problems: list[Problem]) -> dict[str, list[int]]:
-    """Return the shapes of all tensors of `<stem>.safetensors` or its shards."""
+    """Read the shapes of all tensors of `<stem>.safetensors` or its shards."""
     index = path / f"{stem}.safetensors.index.json"
     if index.exists():
         weight_map = _read_json(index, problems).get("weight_map", {})
@@ -268,7 +272,7 @@ def _explain_missing(path: Path, stem: str) -> str:
 
 
 def _find_remote_code(config: dict[str, Any], file: Path, prefix: str = "") -> list[Problem]:
-    """Return every key that would make transformers fetch or run code (CVE-2026-4372, CVE-2026-5241)."""
+    """List every key that would make transformers fetch or run code (CVE-2026-4372, CVE-2026-5241)."""
     problems = []
     for key, value in config.items():
         kernel = key.endswith("_implementation") and isinstance(value, str) and "/" in value
@@ -287,7 +291,7 @@ def _is_reward(config: dict[str, Any], is_adapter: bool, tensors: dict[str, list
 
 
 def _read_json(file: Path, problems: list[Problem]) -> dict[str, Any]:
-    """Return a JSON object; {} when the file is absent, and a problem when it is not an object."""
+    """Read a JSON object; {} when the file is absent, and a problem when it is not an object."""
     if not file.exists():
         return {}
     try:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from alignkit.models.logprobs import pad
@@ -41,7 +40,7 @@ def generate_greedy(
     eos_ids: Sequence[int],
     pad_id: int,
 ) -> list[list[int]]:
-    """Return the new tokens of each prompt, the stop token included when one came.
+    """Write the new tokens of each prompt, the stop token included when one came.
 
     Prompts are padded on the left; one too long for the model's positions loses its beginning. The model's mode is
     put back.
@@ -74,7 +73,7 @@ def generate_sampled(
     pad_id: int,
     is_over: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Return sampled new tokens of each prompt of one batch, the stop token included when one came.
+    """Sample new tokens for each prompt of one batch, the stop token included when one came.
 
     Every row draws from a generator of its own seed, so that the same seed gives the same answer in any batch (up to
     the rounding of padded batches). `is_over` tells from a row's last new tokens that it has said enough. The model is
@@ -136,7 +135,9 @@ def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationCo
         output = model.generate(
             input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings, **hooks
         )
-    return [_cut(row, settings.eos_token_id) for row in output[:, ids_BT.size(1) :].tolist()]
+    answers = output[:, ids_BT.size(1) :].tolist()
+    ends = [next((at for at, token in enumerate(row) if token in settings.eos_token_id), len(row)) for row in answers]
+    return [row[: end + 1] for row, end in zip(answers, ends, strict=True)]
 
 
 @contextmanager
@@ -154,13 +155,6 @@ def no_router_loss(model: Any) -> Iterator[None]:
     finally:
         if before:
             config.output_router_logits = True
-
-
-def _cut(tokens: list[int], eos_ids: list[int]) -> list[int]:
-    for position, token in enumerate(tokens):
-        if token in eos_ids:
-            return tokens[: position + 1]
-    return tokens
 
 
 _HELD_BACK = "\ufffd"  # what half of a character decodes to
@@ -188,7 +182,11 @@ def stream_tokens(
         with torch.no_grad():
             output = model(input_ids=ids_1T, past_key_values=past, use_cache=True)
         past = output.past_key_values
-        token = _choose(output.logits[0, -1].float().cpu(), temperature, generator)
+        logits_V = output.logits[0, -1].float().cpu()
+        if temperature == 0:
+            token = int(logits_V.argmax())
+        else:
+            token = int(torch.multinomial((logits_V / temperature).softmax(dim=-1), 1, generator=generator))
         if token in eos_ids:
             return
         yield token
@@ -210,9 +208,3 @@ def stream_text(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
     rest = tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
     if rest:
         yield rest
-
-
-def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator | None) -> int:
-    if temperature == 0:
-        return int(logits_V.argmax())
-    return int(torch.multinomial((logits_V / temperature).softmax(dim=-1), 1, generator=generator))

@@ -1,7 +1,4 @@
-"""Failures of loading by name or path, told in one line.
-
-Deliberately catches only what the hub client and transformers raise for files that cannot be had or read.
-"""
+"""What the hub client and transformers say while models load: failures in one line, and silence otherwise."""
 
 from __future__ import annotations
 
@@ -38,7 +35,9 @@ def explain_hub_errors(source: str) -> Iterator[None]:
 
 
 def _explain(source: str, error: Exception) -> Exception:
-    chain = list(_causes(error))
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
     if any(isinstance(cause, GatedRepoError) for cause in chain):
         return ModelError(f"{source} is gated: accept its terms on the hub and set HF_TOKEN")
     if any(isinstance(cause, RevisionNotFoundError) for cause in chain):
@@ -55,15 +54,8 @@ def _explain(source: str, error: Exception) -> Exception:
     return ModelError(f"cannot be loaded: {reason.rstrip('.')}{remedy}", where=source)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
-
-
 def fetch_adapter(source: str, revision: str | None) -> Path | None:
-    """Return the local snapshot of a hub repository that holds an adapter, None for one that holds a model."""
+    """Fetch a hub repository that holds an adapter, and give its local snapshot; None for one that holds a model."""
     with explain_hub_errors(source):
         found = cached_file(
             source,

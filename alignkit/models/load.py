@@ -1,6 +1,6 @@
 """Weights of a stage: base, policy, reference, reward model, and what a finished run left; full or quantised.
 
-LoRA is in `adapters`. What is loaded and wrapped is said in the lineage.
+LoRA is in `adapters`. What is loaded and wrapped is said in the lineage. `build_skeleton` is the same without weights.
 """
 
 from __future__ import annotations
@@ -15,23 +15,37 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 
-from alignkit.errors import EnvironmentProblem, ModelError
+from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, first_line
 from alignkit.models import adapters
-from alignkit.models.configs import know_classifier, read_config, require_packages, require_sizes
-from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir
+from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir, is_builtin, read_shapes
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.models.scratch import fit_config_to_tokenizer, override_config, random_model
-from alignkit.models.start import Start, choose_action, find_base, find_start, is_random
+from alignkit.models.start import (
+    Start,
+    choose_action,
+    find_base,
+    find_start,
+    is_random,
+    know_classifier,
+    read_config,
+    require_packages,
+    require_sizes,
+)
 from alignkit.models.tokens import check_vocabulary, load_tokenizer
+from alignkit.recipe.schema import PpoOptions
 from alignkit.recipe.stage import Stage
 
 # Kept out of quantization: a head that is read or trained directly. Embeddings are no linear layers.
@@ -52,7 +66,7 @@ class Precision:
         return self.quantization != "none"
 
     def to_record(self) -> dict[str, Any]:
-        """Return what alignkit.json keeps of it."""
+        """What alignkit.json keeps of it."""
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "quantization": self.quantization,
@@ -78,12 +92,12 @@ def pick_device(wanted: str = "auto", *, where: str = "") -> str:
 
 
 def pick_precision(stage: Stage) -> Precision:
-    """Return the precision a stage asks for.
+    """Choose the precision a stage asks for.
 
     dtype auto is bfloat16 for a frozen base where the device computes in it, and float32 for weights that are trained
     themselves: bfloat16 rounds away updates smaller than 1/256 of a weight (autocast still computes in bfloat16).
     """
-    device = pick_device(stage.launch.device)
+    device = pick_device(stage.launch.device, where=stage.where("launch.device"))
     dtype = stage.model.dtype
     if dtype == "auto":
         computes = device == "cuda" and torch.cuda.is_bf16_supported()
@@ -133,6 +147,7 @@ def read_base(
     precision: Precision,
     *,
     reward: bool = False,
+    num_labels: int = 1,
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_code: bool = False,
@@ -150,12 +165,13 @@ def read_base(
     if reward:
         know_classifier(config)
     family = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    arguments: dict[str, Any] = {"num_labels": 1} if reward else {}
+    arguments: dict[str, Any] = {"num_labels": num_labels} if reward else {}
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
     if precision.quantized:
         arguments["quantization_config"] = quantization_config(precision)
-        arguments["device_map"] = {"": _local_device(precision.device)}
+        on_cuda = precision.device == "cuda"
+        arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if on_cuda else precision.device}
     with explain_hub_errors(source), quiet_transformers():
         model, info = family.from_pretrained(
             str(directory or source),
@@ -190,7 +206,7 @@ def keep_four_bit_layout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def quantization_config(precision: Precision) -> BitsAndBytesConfig:
-    """Return the bitsandbytes settings: blocks of 64, bytes as storage, computing in `dtype` (arXiv 2305.14314)."""
+    """The bitsandbytes settings: blocks of 64, bytes as storage, computing in `dtype` (arXiv 2305.14314)."""
     if precision.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED)
     return BitsAndBytesConfig(
@@ -201,10 +217,6 @@ def quantization_config(precision: Precision) -> BitsAndBytesConfig:
         bnb_4bit_quant_storage=torch.uint8,
         llm_int8_skip_modules=UNQUANTIZED,
     )
-
-
-def _local_device(device: str) -> str | int:
-    return int(os.environ.get("LOCAL_RANK", "0")) if device == "cuda" else device
 
 
 def prepare_score_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> None:
@@ -257,8 +269,17 @@ def load_policy(stage: Stage, *, run_dir: Path, tokenizer: PreTrainedTokenizerFa
             where=stage.where(f"{stage.name}.start_from"),
         )
     loaded = _load(stage, start, run_dir, tokenizer, reward=False)
-    if stage.method in ("dpo", "ppo"):
-        loaded.reference = _make_reference(loaded.model, start, stage)
+    if stage.method not in ("dpo", "ppo"):
+        return loaded
+    if not isinstance(loaded.model, PeftModel):
+        loaded.reference = "model"
+    elif start.adapter is None or stage.training.adapter == "merge":
+        loaded.reference = "adapter_off"
+    elif stage.training.adapter == "stack":
+        loaded.reference = "base_adapter"
+    else:
+        adapters.add_reference_adapter(loaded.model)
+        loaded.reference = "ref_adapter"
     return loaded
 
 
@@ -272,9 +293,9 @@ def load_reward_model(stage: Stage, *, run_dir: Path, tokenizer: PreTrainedToken
 
 
 def load_reference(stage: Stage, loaded: Loaded) -> PreTrainedModel | None:
-    """Return the frozen second model of full fine-tuning, None where adapters give the reference.
+    """Copy the frozen second model of full fine-tuning, None where adapters give the reference.
 
-    A copy of the policy as it is now: call it before training and before a checkpoint is read.
+    It is the policy as it is now: call it before training and before a checkpoint is read.
     """
     if loaded.reference != "model":
         return None
@@ -329,8 +350,23 @@ def _load(stage: Stage, start: Start, run_dir: Path, tokenizer: PreTrainedTokeni
     if action == "merge":
         assert start.adapter is not None
         lineage.append({"role": "adapter", "path": str(start.adapter), "action": "merge"})
-        base, revision = str(_merge_base(stage, start, precision, run_dir)), None
-    model = _open_base(stage, base, revision, precision, tokenizer, run_dir, lineage, reward=reward)
+        base, revision = str(run_dir.resolve() / "base"), None
+        if not Path(base).exists():  # a resumed run has it: it is written whole or not at all
+            full = Precision(precision.dtype, "cpu")
+            trust: Any = {"revision": start.revision, "trust_code": stage.trust_code}
+            unmerged = read_base(start.base, full, reward=start.reward, **trust)
+            merged = adapters.attach_frozen(unmerged, start.adapter, reward=start.reward).merge_and_unload()
+            write_base(run_dir.resolve(), merged, {"lineage": lineage})
+    if is_random(stage) and base == stage.model.path and stage.lora is None and not reward:
+        model = draw_base(stage, tokenizer, precision.dtype)
+    else:
+        if is_random(stage) and base == stage.model.path:  # drawn weights go through files where others build on them
+            base, revision = str(run_dir.resolve() / "base"), None
+            if not Path(base).exists():
+                drawn = draw_base(stage, tokenizer, torch.float32 if precision.quantized else precision.dtype)
+                write_base(run_dir.resolve(), drawn, {"lineage": lineage})
+        settings: Any = {"attn_implementation": stage.model.attn_implementation, "trust_code": stage.trust_code}
+        model = read_base(base, precision, reward=reward, revision=revision, **settings)
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, model=base)
     if reward:
         prepare_score_head(model, tokenizer, seed=stage.seed)
@@ -341,66 +377,159 @@ def _load(stage: Stage, start: Start, run_dir: Path, tokenizer: PreTrainedTokeni
         return Loaded(model, None, lineage, precision)
     model.requires_grad_(False)
     if action in ("continue", "stack"):
-        assert start.adapter is not None
         lineage.append({"role": "adapter", "path": str(start.adapter), "action": action})
-        wrap = adapters.continue_adapter if action == "continue" else adapters.stack_adapter
-        wrapped = wrap(model, start.adapter, stage, reward=reward)
-    else:
-        wrapped = adapters.add_new_adapter(model, stage, reward=reward)
+    wrapped = adapters.adapt(model, stage, action, start.adapter, reward=reward)
     if precision.quantized:
         # Gradients of float16 weights cannot be unscaled: there the adapters are float32.
         adapters.cast_adapters(wrapped, torch.float32 if precision.dtype == torch.float16 else precision.dtype)
     return Loaded(wrapped, None, lineage, precision)
 
 
-def _open_base(
-    stage: Stage,
-    base: str,
-    revision: str | None,
-    precision: Precision,
-    tokenizer: PreTrainedTokenizerFast,
-    run_dir: Path,
-    lineage: list[dict[str, Any]],
-    *,
-    reward: bool,
-) -> PreTrainedModel:
-    """Read base weights, or draw them; drawn ones go through `<run_dir>/base` where adapter or head need files."""
-    if is_random(stage) and base == stage.model.path:
-        written = run_dir.resolve() / "base"
-        if stage.lora is None and not reward:
-            return draw_base(stage, tokenizer, precision.dtype)
-        if not written.exists():
-            drawn = draw_base(stage, tokenizer, torch.float32 if precision.quantized else precision.dtype)
-            write_base(run_dir.resolve(), drawn, {"lineage": lineage})
-        base, revision = str(written), None
-    return read_base(
-        base,
-        precision,
-        reward=reward,
-        revision=revision,
-        attn_implementation=stage.model.attn_implementation,
-        trust_code=stage.trust_code,
+# The model of a stage without its weights: built on torch's meta device, so that the names, shapes and counts are those
+# of training and cost no memory.
+
+
+@dataclass
+class Skeleton:
+    """What is known of a model before it is loaded."""
+
+    num_trained: int
+    four_bit_share: float  # of all weights: what bitsandbytes would quantise
+    doubts: list[str]
+    notes: list[str]  # settings that are not used, which may be right
+
+
+def build_skeleton(stage: Stage, tokenizer: PreTrainedTokenizerFast | None = None) -> Skeleton:
+    """Build the stage's model on the meta device and look at it.
+
+    Raises ModelError for a config that makes no model or other shapes than are stored, an adapter that does not fit,
+    and `lora:` names that match nothing; EnvironmentProblem where a package for the base's quantisation is missing.
+    """
+    start = find_start(stage)
+    action = choose_action(stage, start)
+    base = _build_base(stage, start, tokenizer)
+    total = sum(weight.numel() for weight in base.parameters())
+    linear = sum(
+        module.weight.numel()
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name.split(".")[-1] not in UNQUANTIZED
     )
+    doubts = []
+    if stage.model.quantization != "none" and linear < total / 2:
+        experts = sorted({name.split(".")[-1] for name, weight in base.named_parameters() if weight.ndim == 3})
+        rest = f"the experts' {', '.join(experts)}" if experts else "embeddings and head"
+        doubts.append(
+            f"model.quantization {stage.model.quantization} holds {linear / total:.1%} of the weights; bitsandbytes "
+            f"quantises linear layers, and the rest ({rest}) stays as it is"
+        )
+    if stage.lora is not None:
+        try:
+            with torch.device("meta"):
+                base.requires_grad_(False)
+                base = adapters.adapt(base, stage, action, start.adapter, reward=stage.method == "rm")
+        except AlignKitError:
+            raise
+        except Exception as error:  # whatever a strange adapter_config.json provokes
+            place = str(start.adapter) if start.adapter else stage.where("lora")
+            raise ModelError(f"does not fit the model: {first_line(error)}", where=place) from error
+        doubts += _find_unadapted(base, total)
+    num_trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
+    return Skeleton(num_trained, linear / total, doubts, _list_unused(stage, start))
 
 
-def _merge_base(stage: Stage, start: Start, precision: Precision, run_dir: Path) -> Path:
-    """Fold the start adapter into its unquantised base and write the result to `<run_dir>/base`."""
-    if (run_dir / "base").exists():
-        return run_dir.resolve() / "base"  # a resumed run: it is written whole or not at all
-    assert start.adapter is not None
-    full = Precision(precision.dtype, "cpu")
-    model = read_base(start.base, full, reward=start.reward, revision=start.revision, trust_code=stage.trust_code)
-    merged = adapters.attach_frozen(model, start.adapter, reward=start.reward).merge_and_unload()
-    entry = {"role": "adapter", "path": str(start.adapter), "action": "merge"}
-    return write_base(run_dir.resolve(), merged, {"lineage": [*start.lineage, entry]})
+def _list_unused(stage: Stage, start: Start) -> list[str]:
+    """Say what the recipe and the base set that this stage does not use."""
+    notes = []
+    is_off = stage.method != "sft" and stage.trainer.get("disable_dropout") is not False
+    if stage.lora is not None and stage.lora.dropout and is_off:
+        notes.append(f"lora.dropout {stage.lora.dropout}: {stage.method} switches dropout off (disable_dropout)")
+    directory = find_model_dir(start.base)
+    if stage.method != "rm" and directory and (directory / "generation_config.json").exists():
+        settings = GenerationConfig.from_pretrained(str(directory)).to_diff_dict()
+        others = ("_token_id", "_version", "_from_model_config", "use_cache", "output_attentions",
+                  "output_hidden_states")  # fmt: skip
+        if names := [name for name in settings if not name.endswith(others)]:
+            notes.append(f"the base's generation_config.json ({', '.join(names)}): the saved model keeps it")
+    return notes
 
 
-def _make_reference(model: Model, start: Start, stage: Stage) -> Reference:
-    if not isinstance(model, PeftModel):
-        return "model"
-    if start.adapter is None or stage.training.adapter == "merge":
-        return "adapter_off"
-    if stage.training.adapter == "stack":
-        return "base_adapter"
-    adapters.add_reference_adapter(model)
-    return "ref_adapter"
+def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast | None) -> nn.Module:
+    reward = stage.method == "rm"
+    if is_random(stage) and start.base == stage.model.path:
+        with torch.device("meta"):
+            model = draw_base(stage, tokenizer or load_tokenizer(stage), torch.float32)
+        num_bytes = 4 * sum(weight.numel() for weight in model.parameters())
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if num_bytes > memory:
+            raise ModelError(
+                f"the model has {num_bytes // 4:,} parameters, {num_bytes / 2**30:,.0f} GiB to be drawn; this machine "
+                f"has {memory / 2**30:,.0f} GiB",
+                where=None if is_builtin(start.base) else start.base,
+            )
+        config = model.config
+        if not reward:
+            return model
+    else:
+        config = read_config(start.base, revision=start.revision, trust_code=stage.trust_code)
+    require_packages(config, start.base)
+    if getattr(config, "quantization_config", None) and stage.lora is None:
+        raise ModelError("quantised weights cannot be trained in full; add lora:", where=start.base)
+    needs_critic = isinstance(stage.options, PpoOptions) and stage.options.advantage == "gae"
+    if reward or needs_critic:
+        know_classifier(config)
+    family = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    if reward:
+        config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            model = family.from_config(config, trust_remote_code=stage.trust_code)
+    except Exception as error:  # whatever a strange config provokes; nothing but this build is in here
+        raise ModelError(f"does not make a model: {first_line(error)}", where=_config_file(start.base)) from error
+    _compare_shapes(model, start.base)
+    return model
+
+
+def _compare_shapes(model: nn.Module, source: str) -> None:
+    """Raise ModelError where the config promises other shapes than the weights beside it have."""
+    directory = None if is_builtin(source) else find_model_dir(source)
+    if directory is None or getattr(model.config, "quantization_config", None):
+        return
+    stored: dict[str, list[int]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            stored |= read_shapes(file)
+        except ValueError as error:
+            raise ModelError(f"{error}; copy or save the file again", where=str(file)) from error
+    wrong = [
+        (name, list(weight.shape), stored[name])
+        for name, weight in model.named_parameters()
+        if name in stored and list(weight.shape) != stored[name]
+    ]
+    if wrong:
+        name, wanted, found = wrong[0]
+        raise ModelError(
+            f"promises other shapes than the weights have: {name} would be {wanted} and is {found}; "
+            f"{len(wrong)} tensors differ; put the config back that belongs to them",
+            where=_config_file(source),
+        )
+
+
+def _find_unadapted(model: nn.Module, total: int) -> list[str]:
+    """Say which experts, which are parameters and not layers, no adapter reaches."""
+    adapted = {(id(m.get_base_layer()), m.parameter_name) for m in model.modules() if isinstance(m, ParamWrapper)}
+    left: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.ndim == 3 and (id(module), name) not in adapted:
+                left[name] = left.get(name, 0) + weight.numel()
+    if not left:
+        return []
+    share = sum(left.values()) / total
+    return [f"no adapter reaches the experts' {', '.join(sorted(left))}, {share:.1%} of the weights"]
+
+
+def _config_file(source: str) -> str:
+    directory = None if is_builtin(source) else find_model_dir(source)
+    return str(directory / "config.json") if directory else source

@@ -1,18 +1,24 @@
-"""Facts about a model's parameters: how many train, what quantised ones cost, whether the base stayed the same.
+"""Facts about a model in memory: how many parameters train, what quantised ones cost, hashes of the base, and a probe.
 
-Deliberately changes nothing.
+The probe is a fingerprint of what a model computes, kept as JSON: the next stage takes it again before its first step,
+and a saved model must give it back. It shows a lost adapter or a wrong base, not a flipped bit.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 _SAMPLED_ELEMENTS = 256  # of each parameter
+_ROWS, _LENGTH, _POSITIONS, _ENTRIES = 2, 16, (3, 7, 11, 15), 16
+# Largest difference, as a share of the largest value (or of 1): other kernels and batch shapes round differently.
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+_OTHER_PRECISION = 0.25  # the same weights in another quantization
 
 
 def describe_parameters(model: nn.Module) -> dict[str, float]:
@@ -75,7 +81,7 @@ def hash_samples(model: nn.Module) -> str:
 
 
 def _whole(parameter: nn.Parameter) -> torch.Tensor:
-    """Return the data of a parameter; what ZeRO-3 has taken apart is put together, which all ranks must ask for."""
+    """The data of a parameter; what ZeRO-3 has taken apart is put together, which all ranks must ask for."""
     if not hasattr(parameter, "ds_id"):
         return parameter.data
     import deepspeed
@@ -120,3 +126,59 @@ def _is_quantized(parameter: nn.Parameter) -> bool:
 def _count(parameter: nn.Parameter) -> int:
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
+
+
+def take_probe(model: nn.Module, *, vocab_size: int, reward: bool) -> dict[str, Any]:
+    """Take the fingerprint: scores of both rows, or logits at 4 positions for 16 spread vocabulary entries.
+
+    Runs in eval mode without gradients and puts the mode back.
+    """
+    was_training = model.training
+    device = next(model.parameters()).device
+    ids = probe_ids(vocab_size).to(device)
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+    finally:
+        model.train(was_training)
+    if not reward:  # (2, 16, vocabulary) -> (2, 4, 16)
+        entries = torch.arange(_ENTRIES) * vocab_size // _ENTRIES
+        logits = logits[:, list(_POSITIONS)][:, :, entries]
+    config = model.config
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    kind = "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "other"))
+    return {
+        "reward": reward,
+        "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
+        "quantization": kind if stored else "none",
+        "values": logits.flatten().tolist(),
+    }
+
+
+def probe_ids(vocab_size: int) -> torch.Tensor:
+    """The two rows of a probe, (2, 16), from the middle of the vocabulary, where no tokenizer keeps special tokens."""
+    low, width = vocab_size // 8, max(vocab_size // 2 - vocab_size // 8, 1)
+    steps = torch.arange(_ROWS * _LENGTH).reshape(_ROWS, _LENGTH)
+    return low + steps * 37 % width
+
+
+def compare_probes(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """Say why two probes cannot come from the same model, None when they can."""
+    kinds = {True: "a reward model", False: "a policy"}
+    if before["reward"] != after["reward"]:
+        return f"it was {kinds[before['reward']]} and is {kinds[after['reward']]}"
+    first, second = torch.tensor(before["values"]), torch.tensor(after["values"])
+    if first.shape != second.shape:
+        return f"the probe has {second.numel()} values, not {first.numel()}"
+    if not torch.isfinite(second).all():
+        return "it computes values that are not finite"
+    tolerance = max(_TOLERANCE[before["dtype"]], _TOLERANCE[after["dtype"]])
+    if before["quantization"] != after["quantization"]:
+        tolerance = _OTHER_PRECISION
+    largest = (first - second).abs().max().item()
+    allowed = tolerance * max(1.0, first.abs().max().item())
+    if largest > allowed:
+        return f"its outputs differ by up to {largest:.3g} from the saved ones (allowed: {allowed:.3g})"
+    return None

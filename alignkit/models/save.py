@@ -22,7 +22,7 @@ from alignkit.models.adapters import START, TRAINED, attach_frozen, is_stacked
 from alignkit.models.files import RECORD, find_adapter
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.load import Precision, read_base
-from alignkit.models.probe import compare_probes, take_probe
+from alignkit.models.parameters import compare_probes, take_probe
 from alignkit.models.start import find_base
 
 _WRAPPER = "base_model.model."  # what PEFT puts before the base's own names
@@ -51,7 +51,11 @@ def save_model(
         if isinstance(model, PeftModel):
             _save_adapter(model, draft, state_dict)
         else:
-            _save_full(model, draft, state_dict)
+            use_cache, model.config.use_cache = model.config.use_cache, True  # off in training only
+            try:
+                model.save_pretrained(draft, state_dict=state_dict)
+            finally:
+                model.config.use_cache = use_cache
     tokenizer.save_pretrained(draft)
     eos = sorted({*stop_ids, tokenizer.eos_token_id} - {None})
     # The base's defaults go on, as they are: transformers refuses to save some that it reads.
@@ -71,7 +75,7 @@ def save_model(
 def concatenate_adapters(
     model: PeftModel, weights: dict[str, torch.Tensor] | None = None
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Return the one adapter that computes what the stacked two do: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2].
+    """Join both adapters to one that computes what they do stacked: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2].
 
     Its scale is 1 and its rank r1 + r2; where only one adapter reaches a layer, that layer has its rank alone.
     `weights` replaces the model's own state where a sharded one was gathered.
@@ -119,14 +123,6 @@ def _save_adapter(model: PeftModel, out: Path, state_dict: dict[str, torch.Tenso
     (out / "README.md").unlink(missing_ok=True)  # PEFT's card holds the absolute path of the base
 
 
-def _save_full(model: PreTrainedModel, out: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-    use_cache, model.config.use_cache = model.config.use_cache, True  # off in training only
-    try:
-        model.save_pretrained(out, state_dict=state_dict)
-    finally:
-        model.config.use_cache = use_cache
-
-
 def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_code: bool = False) -> None:
     """Write adapter plus base as one model; what is read back must compute what the adapter on its base does.
 
@@ -148,7 +144,10 @@ def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_co
     before = take_probe(adapted, vocab_size=vocab_size, reward=files.reward)
     merged = adapted.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(str(directory if files.has_tokenizer else find_base(files)))
-    stop_ids = _stop_ids(directory)
+    stop_ids: Any = []  # those saved beside the adapter
+    if (directory / "generation_config.json").exists():
+        stop_ids = GenerationConfig.from_pretrained(str(directory)).eos_token_id or []
+    stop_ids = [stop_ids] if isinstance(stop_ids, int) else list(stop_ids)
     lineage = [*files.record.get("lineage", []), {"role": "adapter", "path": str(directory), "action": "merge"}]
     save_model(merged, tokenizer, out, lineage=lineage, precision=precision, stop_ids=stop_ids)
     after = take_probe(
@@ -159,13 +158,3 @@ def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_co
     reason = compare_probes(before, after)
     if reason:
         raise ModelError(f"the merged model is not the adapted one: {reason}", where=str(out))
-
-
-def _stop_ids(directory: Path) -> list[int]:
-    """Return the stop tokens saved beside the adapter."""
-    from transformers import GenerationConfig
-
-    if not (directory / "generation_config.json").exists():
-        return []
-    stop = GenerationConfig.from_pretrained(str(directory)).eos_token_id
-    return [stop] if isinstance(stop, int) else list(stop or ())

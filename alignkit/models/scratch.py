@@ -28,13 +28,25 @@ _POSITIONS = 512
 
 
 def builtin_config(path: str) -> PreTrainedConfig:
-    """Return the configuration behind `builtin:NAME`; a ModelError names the nearest name that exists."""
+    """Make the configuration behind `builtin:NAME`; a ModelError names the nearest name that exists."""
     find_model_dir(path)
-    return {"tiny-gpt2": _tiny_gpt2, "tiny-llama": _tiny_llama}[path.removeprefix(BUILTIN_PREFIX)]()
+    tokenizer = builtin_tokenizer()
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if path.removeprefix(BUILTIN_PREFIX) == "tiny-gpt2":
+        # About 0.32 M parameters. No dropout: two forward passes of the same weights are equal in every stage.
+        return GPT2Config(
+            vocab_size=512, n_positions=_POSITIONS, n_embd=96, n_layer=2, n_head=4,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids,
+        )  # fmt: skip
+    # About 0.16 M parameters, with grouped-query attention and an untied head.
+    return LlamaConfig(
+        vocab_size=512, max_position_embeddings=_POSITIONS, hidden_size=64, intermediate_size=176,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **ids,
+    )  # fmt: skip
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer of every builtin model: 256 bytes, 252 merges and four control tokens, 512 in all.
+    """Make the tokenizer of every builtin model: 256 bytes, 252 merges and four control tokens, 512 in all.
 
     It adds no BOS; the end of a text is <|endoftext|>, of a chat turn <|im_end|>.
     """
@@ -64,31 +76,6 @@ def _backend_json() -> str:
     return backend.to_str()
 
 
-def _tiny_gpt2() -> GPT2Config:
-    """About 0.32 M parameters. No dropout: two forward passes of the same weights are equal in every stage."""
-    return GPT2Config(
-        vocab_size=512, n_positions=_POSITIONS, n_embd=96, n_layer=2, n_head=4,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_token_ids(),
-    )  # fmt: skip
-
-
-def _tiny_llama() -> LlamaConfig:
-    """About 0.16 M parameters, with grouped-query attention and an untied head."""
-    return LlamaConfig(
-        vocab_size=512, max_position_embeddings=_POSITIONS, hidden_size=64, intermediate_size=176,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **_token_ids(),
-    )  # fmt: skip
-
-
-def _token_ids() -> dict[str, int]:
-    tokenizer = builtin_tokenizer()
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
 # Keys of a config that describe a file or a task, not an architecture.
 _NOT_ARCHITECTURE = frozenset(
     {"_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id", "model_type", "num_labels",
@@ -99,7 +86,7 @@ _NOT_ARCHITECTURE = frozenset(
 def override_config(
     config: PreTrainedConfig, overrides: dict[str, Any], *, where: str | None = None
 ) -> PreTrainedConfig:
-    """Return a new config with the overrides in force.
+    """Make a config with the overrides in force.
 
     Both spellings of an attribute work (`hidden_size` and GPT-2's `n_embd`). Raises ModelError for names the
     architecture does not have, all at once, and for values it does not take.

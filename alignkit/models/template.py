@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from itertools import product
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
-from jinja2 import Environment, meta, nodes
+from jinja2 import meta
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from alignkit.errors import ModelError
@@ -35,17 +33,7 @@ _GIVEN |= {"bos_token", "eos_token", "pad_token", "unk_token"}
 Span = tuple[int, int]  # half open, in characters
 
 
-class Message(TypedDict):
-    """A turn; alignkit.data.rows says what each key means."""
-
-    role: str
-    content: str
-    trained: NotRequired[bool]
-    reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list[dict[str, Any]]]
-    name: NotRequired[str]
-    tool_call_id: NotRequired[str]
-    template_kwargs: NotRequired[dict[str, Any]]
+Message = Any  # a turn; alignkit.data.rows says what each of its keys means
 
 
 class ConversationError(ModelError):
@@ -86,17 +74,13 @@ _A, _B, _THOUGHT, _TOOL = "Xanswer", "Xlater", "Xthought", "Xtool"  # capitals: 
 _SYSTEM: Message = {"role": "system", "content": "Xsystem"}
 _USER: Message = {"role": "user", "content": "Xuser"}
 _ANSWER: Message = {"role": "assistant", "content": _A}
-_CALL: Message = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [{"type": "function", "id": "Xcall00000", "function": {"name": "Xname", "arguments": {"x": _A}}}],
-}
-_OTHER_CALL: Any = {
-    "content": "",
-    "tool_calls": [
-        {"type": "function", "id": "Xcall00001", "function": {"name": "Xname", "arguments": {"x": "Xother"}}}
-    ],
-}
+_CALL: Message
+_OTHER_CALL: Message
+_CALL, _OTHER_CALL = (
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": name, "function": {
+        "name": "Xname", "arguments": {"x": said}}}]}
+    for name, said in (("Xcall00000", _A), ("Xcall00001", "Xother"))
+)  # fmt: skip
 _RESULT: Message = {"role": "tool", "content": _B, "name": "Xname", "tool_call_id": "Xcall00000"}
 _PARAMETERS = {"type": "object", "properties": {"x": {"type": "string"}}}
 _OFFER = {"type": "function", "function": {"name": _TOOL, "description": _TOOL, "parameters": _PARAMETERS}}
@@ -151,10 +135,6 @@ class Template:
     def reads_reasoning(self) -> bool:
         """Whether a turn's `reasoning_content` (or `thinking`, which transformers fills in) is written."""
         return _THOUGHT in self._try([_USER, _ANSWER | {"reasoning_content": _THOUGHT}])
-
-    @cached_property
-    def _settings_read(self) -> set[str]:
-        return list_settings(self.source, where=self.name)
 
     @cached_property
     def _writes_tools(self) -> bool:
@@ -226,20 +206,20 @@ class Template:
     # Writing conversations.
 
     def write_prompt(self, messages: Sequence[Any]) -> str:
-        """Return turns as generation starts after them."""
+        """Write turns as generation starts after them."""
         text = self.render(self._prepare_all(messages), prompt=True)
         _require_written(messages, text)
         return text
 
     def write_all(self, messages: Sequence[Any]) -> str:
-        """Return a conversation without telling its answers apart, up to the end of the last one."""
+        """Write a conversation without telling its answers apart, up to the end of the last one."""
         text = self.render(self._prepare_all(messages))
         _require_written(messages, text)
         end = self._end_of(messages[-1])
         return text.removesuffix(end.dropped) + end.appended
 
     def write(self, messages: Sequence[Any], *, first: int = 0) -> list[Written]:
-        """Return a conversation with the answers that are learnt, which are those of its turns from `first` on.
+        """Write a conversation with the answers that are learnt, which are those of its turns from `first` on.
 
         An answer that the template writes otherwise once later turns follow (without its thoughts, with another end)
         is learnt as generation produces it, in a text of its own that ends there; the whole conversation comes last.
@@ -250,14 +230,15 @@ class Template:
             for number, message in enumerate(messages)
             if number >= first and message["role"] == "assistant" and message.get("trained", True)
         ]
-        if not first and self.marked and self._trusts_marks and all(map(_is_simple, messages)):
+        simple = all(m.keys() <= {"role", "content", "trained"} and "think>" not in m["content"] for m in messages)
+        if not first and self.marked and simple and self._trusts_marks:
             answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             text, marks = self._render(given, mark=True)
             if len(marks) == len(answers):
                 _require_written(messages, text)
                 return [Written(text, [span for number, span in zip(answers, marks, strict=True) if number in trained])]
         try:
-            found = self._compare(messages, given, trained, first=first)
+            return self._compare(messages, given, trained, first=first)
         except Endless:
             raise
         except ConversationError:
@@ -265,7 +246,6 @@ class Template:
                 raise
             text, marks = self._render(given, mark=True)
             return [Written(text, marks)]
-        return found
 
     def _compare(
         self, messages: Sequence[Any], given: list[Any], trained: Sequence[int], *, first: int = 0
@@ -320,7 +300,7 @@ class Template:
         )
 
     def _compose(self, message: Any, given: Any, before: list[Any], head: str, end: _End) -> str:
-        """Return an answer that the template does not write behind its own prompt, thoughts included.
+        """Put together an answer that the template does not write behind its own prompt, thoughts included.
 
         Templates of reasoning models open the thoughts in the generation prompt and leave them out of an answer that
         is rendered (DeepSeek-R1): the model writes on from the prompt, so the answer is its thoughts and its content.
@@ -367,7 +347,7 @@ class Template:
         return self.call_end if message.get("tool_calls") else self.end
 
     def _cut(self, rest: str, end: _End) -> str:
-        """Return the rendering of an answer up to and with its end."""
+        """Cut the rendering of an answer behind its end."""
         said = rest.removesuffix(end.dropped)
         if end.appended:
             return said + end.appended
@@ -396,7 +376,7 @@ class Template:
         return _End(self._eos)
 
     def _first_tokens(self, text: str) -> list[tuple[str, int]]:
-        """Return the first control token of a text and those that follow without a gap, each with its end."""
+        """Find the first control token of a text and those that follow without a gap, each with its end."""
         found: list[tuple[str, int]] = []
         for match in self._control.finditer(text):
             if found and match.start() != found[-1][1]:
@@ -407,11 +387,13 @@ class Template:
     # Asking it.
 
     def _prepare_all(self, messages: Sequence[Any]) -> list[Any]:
-        """Return messages as this template wants them given."""
+        """Give messages as this template wants them."""
         given = messages[0].get("template_kwargs", {}) if messages else {}
         if given.get("tools") and not self._writes_tools:
             raise ConversationError(f"the chat template ({self.name}) does not write `tools`; use one that does")
-        if unread := given.keys() - {"tools"} - self._settings_read:
+        if own := given.keys() - {"tools"}:
+            own -= list_settings(self.source, where=self.name)
+        if unread := own:
             what = f"chat_template_kwargs: {', '.join(sorted(unread))}"
             raise ConversationError(f"the chat template ({self.name}) does not read {what}")
         return [self._prepare(message) for message in messages]
@@ -434,7 +416,7 @@ class Template:
         return kept | {"content": _join_thoughts(thoughts, content)}
 
     def render(self, messages: Sequence[Any], *, prompt: bool = False) -> str:
-        """Return messages as the template writes them; with `prompt` up to where generation starts."""
+        """Write messages as the template does; with `prompt` up to where generation starts."""
         return self._render(messages, prompt=prompt)[0]
 
     def _try(self, messages: Sequence[Any], *, prompt: bool = False) -> str:
@@ -480,29 +462,14 @@ class Template:
 
 
 def list_settings(source: str, *, where: str) -> set[str]:
-    """Return the names that a template reads beside turns and tools; ModelError for one that cannot be a template."""
-    environment = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    """List the names that a template reads beside turns and tools; ModelError for one that cannot be a template."""
     try:
-        tree = environment.parse(source)
+        tree = _compile_jinja_template(source).environment.parse(source)
     except TemplateSyntaxError as error:
         raise ModelError(f"is no chat template: {error.message} (line {error.lineno})", where=where) from error
     if list(meta.find_referenced_templates(tree)):
         raise ModelError("includes, imports or extends another file, which a chat template cannot do", where=where)
     return meta.find_undeclared_variables(tree) - _GIVEN
-
-
-class _Generation(Extension):
-    """Reads the blocks that transformers adds to the language."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _is_simple(message: Any) -> bool:
-    return message.keys() <= {"role", "content", "trained"} and "think>" not in message["content"]
 
 
 def _in_form(message: Any, form: tuple[Any, type]) -> Any:
@@ -520,7 +487,7 @@ def _in_form(message: Any, form: tuple[Any, type]) -> Any:
 
 
 def _split_thoughts(message: Any) -> tuple[str | None, str]:
-    """Return the thoughts of a turn (None without any) and what it says after them."""
+    """Split off the thoughts of a turn (None without any) and what it says after them."""
     content = message.get("content") or ""
     if (thoughts := message.get("reasoning_content")) is not None:
         return thoughts.strip("\n"), content.lstrip("\n")

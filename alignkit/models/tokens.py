@@ -1,6 +1,6 @@
-"""The tokenizer of a stage: where it comes from, its pad token, its chat template, its control tokens.
+"""Tokenizers: where they come from, their pad token, their chat template.
 
-Deliberately never adds a token: a vocabulary that grows needs new embedding rows, and nobody asked for those.
+None ever gets a new token: a vocabulary that grows needs new embedding rows, and nobody asked for those.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
 from alignkit.models.chat import SETTINGS, Chat
-from alignkit.models.files import TEMPLATES, find_model_dir, inspect_model_dir, is_builtin
+from alignkit.models.files import TEMPLATES, find_model_dir, has_tokenizer, inspect_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.models.scratch import builtin_tokenizer
 from alignkit.models.template import list_settings
@@ -39,14 +39,20 @@ def load_tokenizer(stage: Stage) -> PreTrainedTokenizerFast:
     It comes from what the stage starts from if that has one, else from `model.tokenizer`, else from `model.path`.
     Builtin tokenizers speak chatml unless told otherwise. Raises ModelError or EnvironmentProblem.
     """
-    source, revision = _find_source(stage)
+    start = find_model_dir(stage.start_dir) if stage.start_dir else None
+    if start is not None and inspect_model_dir(start, trust_code=stage.trust_code).has_tokenizer:
+        source, revision = str(start), None
+    elif stage.model.tokenizer:
+        source, revision = stage.model.tokenizer, None
+    else:
+        source, revision = stage.model.path, stage.model.revision
     if is_builtin(source):
         tokenizer = builtin_tokenizer()
         tokenizer.chat_template = _read_template("chatml", tokenizer)
     else:
-        tokenizer = _load(source, revision=revision, trust_code=stage.trust_code)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {source} has no eos token; set eos_token in its tokenizer_config.json")
+        remedy = "set model.tokenizer to the one its model was trained with"
+        tokenizer = read_tokenizer(source, revision=revision, trust_code=stage.trust_code, remedy=remedy)
+    require_eos(tokenizer, source)
     set_pad_token(tokenizer)
     _set_template(stage, tokenizer, source)
     return tokenizer
@@ -112,40 +118,39 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, *, mod
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Say whether the tokenizer puts its BOS before a plain text by itself."""
+    """Whether the tokenizer puts its BOS before a plain text by itself."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a").input_ids[:1] == [bos]
 
 
-def _find_source(stage: Stage) -> tuple[str, str | None]:
-    """Return where the tokenizer is loaded from, and the revision of a hub id."""
-    start = find_model_dir(stage.start_dir) if stage.start_dir else None
-    if start is not None and inspect_model_dir(start, trust_code=stage.trust_code).has_tokenizer:
-        return str(start), None
-    if stage.model.tokenizer:
-        return stage.model.tokenizer, None
-    return stage.model.path, stage.model.revision
-
-
-def _load(source: str, *, revision: str | None, trust_code: bool) -> PreTrainedTokenizerFast:
+def read_tokenizer(
+    source: str,
+    *,
+    revision: str | None = None,
+    trust_code: bool = False,
+    remedy: str = "copy the one it was trained with into it",
+) -> PreTrainedTokenizerFast:
+    """Read the tokenizer of a directory, a run or a hub id; `remedy` is what to do where there is none."""
     directory = find_model_dir(source)
-    if (
-        directory is not None
-        and not (directory / "tokenizer_config.json").exists()
-        and not (directory / "tokenizer.json").exists()
-    ):
-        raise ModelError(f"{directory} has no tokenizer; set model.tokenizer to the one its model was trained with")
+    if directory is not None and not has_tokenizer(directory):
+        raise ModelError(f"{directory} has no tokenizer; {remedy}")
     with explain_hub_errors(source), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory or source), revision=revision, trust_remote_code=trust_code
         )
     if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{source} has no fast tokenizer (tokenizer.json); convert it once and set model.tokenizer")
+        raise ModelError(f"{source} has no fast tokenizer (tokenizer.json); convert it once; {remedy}")
     return tokenizer
 
 
+def require_eos(tokenizer: PreTrainedTokenizerFast, source: str) -> None:
+    """Raise ModelError for a tokenizer without a token that ends a text."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {source} has no eos token; set eos_token in its tokenizer_config.json")
+
+
 def _read_template(name: str, tokenizer: PreTrainedTokenizerFast, *, where: str | None = None) -> str:
-    """Return the text of a shipped template or of a file."""
+    """Read a shipped template or a file."""
     if name not in _NEEDED_TOKENS:
         file = Path(name).expanduser()
         if not file.is_file():

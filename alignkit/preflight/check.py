@@ -250,8 +250,7 @@ def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
 
 
 def _check_model(stage: Stage, check: StageCheck, chat: Chat) -> None:
-    from alignkit.models.load import pick_precision
-    from alignkit.models.skeleton import build_skeleton
+    from alignkit.models.load import build_skeleton, pick_precision
 
     skeleton = build_skeleton(stage, chat.tokenizer)
     check.warnings += skeleton.doubts

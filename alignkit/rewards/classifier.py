@@ -18,7 +18,7 @@ from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers, Workspace, collect_memory, name_source
 
 if TYPE_CHECKING:
-    from alignkit.models.classifier import Classifier, ScoreIds
+    from alignkit.models.frozen import Classifier, ScoreIds
 
 Encode = Callable[[Any], list[list[int]]]
 
@@ -28,7 +28,7 @@ class ClassifierReward:
 
     def __init__(self, source: RewardSource, space: Workspace) -> None:
         """Find the weights; raises ModelError when nothing is there."""
-        from alignkit.models.classifier import read_norm
+        from alignkit.models.frozen import read_norm
 
         self._source, self._space = str(source.model), space
         stages = space.stage.reward_stages if space.stage else {}
@@ -40,7 +40,7 @@ class ClassifierReward:
 
     def hold(self, classifier: Classifier | None = None, score_ids: ScoreIds | None = None) -> Classifier:
         """Load the weights, or take a classifier whose scores the caller computes (an adapter on a policy's base)."""
-        from alignkit.models.classifier import load_classifier, scorer
+        from alignkit.models.frozen import load_classifier, scorer
 
         if classifier is not None:
             self._classifier, self._score_ids = classifier, score_ids
@@ -87,7 +87,7 @@ class ClassifierReward:
 
     @cached_property
     def _weights(self) -> str:
-        from alignkit.models.causal import fingerprint_causal
+        from alignkit.models.frozen import fingerprint_causal
 
         return fingerprint_causal(self._source)
 
@@ -117,7 +117,7 @@ class ClassifierReward:
     def _encode(self, answers: Answers) -> list[list[int]]:
         """Write prompts and answers as its rm stage did, else as its own tokenizer and template do."""
         from alignkit.models.chat import Chat
-        from alignkit.models.classifier import encode_foreign, encode_own
+        from alignkit.models.frozen import encode_foreign, encode_own
 
         classifier = self.hold()
         if not classifier.is_own:

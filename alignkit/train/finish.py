@@ -12,8 +12,7 @@ import torch
 
 from alignkit.errors import NonFiniteError, RunError
 from alignkit.models.load import load_trained
-from alignkit.models.parameters import describe_parameters, hash_base
-from alignkit.models.probe import compare_probes, take_probe
+from alignkit.models.parameters import compare_probes, describe_parameters, hash_base, take_probe
 from alignkit.models.save import save_model
 from alignkit.report.publish import show
 from alignkit.runs.directory import Result, write_result

@@ -19,8 +19,8 @@ from transformers import PrinterCallback, TrainerState, set_seed
 from alignkit import console
 from alignkit.data.store import forget_parsed
 from alignkit.errors import RunError, Stopped
+from alignkit.models.load import build_skeleton
 from alignkit.models.parameters import describe_parameters, hash_base, hash_samples
-from alignkit.models.skeleton import build_skeleton
 from alignkit.recipe import Stage
 from alignkit.report.publish import leave_finished
 from alignkit.runs import checkpoints

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters import TRAINED
-from alignkit.models.probe import compare_probes, take_probe
+from alignkit.models.parameters import compare_probes, take_probe
 from alignkit.recipe import Stage
 from alignkit.runs.files import read_json
 from alignkit.train.losses import is_logistic

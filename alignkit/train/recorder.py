@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from alignkit import console
 from alignkit.data import Row
-from alignkit.models.classifier import score_ids
+from alignkit.models.frozen import score_ids
 from alignkit.models.generation import generate_greedy
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines

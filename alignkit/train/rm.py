@@ -19,8 +19,8 @@ from trl import RewardConfig, RewardTrainer
 
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.errors import DataError
-from alignkit.models.classifier import score_ids
 from alignkit.models.files import REWARD_NORM
+from alignkit.models.frozen import score_ids
 from alignkit.models.load import load_reward_model
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RmOptions, SftOptions

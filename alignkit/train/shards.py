@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from alignkit.models.adapters import TRAINED
-from alignkit.models.probe import take_probe
+from alignkit.models.parameters import take_probe
 from alignkit.train import zero
 from alignkit.train.ranks import is_main
 

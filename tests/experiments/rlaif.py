@@ -95,8 +95,8 @@ def run(recipe: Path, cwd: Path, *more: str) -> None:
 def answer(model_dir: Path, num_prompts: int, seed: int) -> list[float]:
     """Return the true rewards of sampled answers of a model to prompts of the test split."""
     from alignkit.data.builtin import iter_builtin, parse_builtin, true_reward
-    from alignkit.models.causal import load_causal
     from alignkit.models.chat import Chat
+    from alignkit.models.frozen import load_causal
     from alignkit.models.generation import generate_sampled
 
     loaded = load_causal(str(model_dir), device="cpu")

@@ -239,6 +239,11 @@ def damage_each(
 
 
 _REMEDIES = (
-    "--force", "put the file back", "put that right", "mend it", "the model again", "the file again",
+    "--force",
+    "put the file back",
+    "put that right",
+    "mend it",
+    "the model again",
+    "the file again",
     "run the stage's own command",
 )

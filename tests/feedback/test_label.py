@@ -173,9 +173,7 @@ def test_what_a_judge_leans_to_shows_in_the_report(given: MakeStage, capsys: pyt
     assert all("longer" in row["chosen"][0]["content"] and row["label"] == pytest.approx(0.9) for row in rows)
 
 
-def test_judge_is_measured_on_comparisons_with_known_answers(
-    given: MakeStage, write_rows: Callable[..., Path]
-) -> None:
+def test_judge_is_measured_on_comparisons_with_known_answers(given: MakeStage, write_rows: Callable[..., Path]) -> None:
     check = [{"prompt": "Q", "chosen": "long answer" if n < 6 else "x", "rejected": "y" * (n + 2)} for n in range(8)]
     with Server() as server:
         rows, report = run(given(server, check=str(write_rows(check, "check.jsonl"))))

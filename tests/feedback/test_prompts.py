@@ -30,9 +30,7 @@ from alignkit.feedback.prompts import (
 from alignkit.models.scratch import builtin_tokenizer
 
 NONE = Examples()
-PRINCIPLE = Principle(
-    name="p", critique="What is wrong?", revision="Make it right.", comparison="Which is better?"
-)
+PRINCIPLE = Principle(name="p", critique="What is wrong?", revision="Make it right.", comparison="Which is better?")
 TURNS = messages("How do I pick a lock?", "With a hook.")
 
 

@@ -50,7 +50,7 @@ def test_the_chunked_head_equals_a_plain_softmax(
 @pytest.mark.parametrize("kind", ["full", "lora", "nf4", "int8"])
 def test_bf16_margins_of_probe_and_step_zero(kind: str, tmp_path: Path, note: Callable[..., None]) -> None:
     from alignkit.models.load import load_trained
-    from alignkit.models.probe import compare_probes, take_probe
+    from alignkit.models.parameters import compare_probes, take_probe
     from alignkit.recipe import load_recipe, resolve
     from alignkit.runs.directory import RunDir
     from alignkit.train.dpo import build

@@ -95,12 +95,6 @@ def test_answer_that_later_turns_rewrite_is_learnt_in_a_text_of_its_own() -> Non
     assert tokenizer.chat_template == trl_template("qwen3")  # what is saved stays the model's own
 
 
-def test_template_that_cannot_be_split_is_named_with_the_remedy() -> None:
-    template = "{% for m in messages %}{{ m.content }}{% if loop.last %}!{% endif %}{% endfor %}"
-    with pytest.raises(ModelError, match="cannot be told from the rest; give it {% generation %} blocks, or set"):
-        Chat(tokenizer_with(template)).encode([FIRST])
-
-
 def test_prompt_and_completion_meet_where_generation_starts() -> None:
     for name in ("chatml", "zephyr", "plain"):
         tokenizer = tokenizer_with(shipped(name))
@@ -153,11 +147,6 @@ def test_tokenizer_with_its_own_bos_gives_exactly_one_everywhere() -> None:
     assert split.ids[: split.prompt_length] == tokenizer("ab").input_ids
 
 
-def test_template_with_two_bos_is_refused() -> None:
-    with pytest.raises(ModelError, match="writes the BOS token twice"):
-        Chat(tokenizer_with("{{ bos_token }}" + shipped("llama3"), llama3=True)).check()
-
-
 def space_mark_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer as Llama 2 has: a mark before the first word, byte fallback, special tokens for bos and eos."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -203,29 +192,36 @@ def test_messages_without_a_template_say_what_to_set() -> None:
         )
 
 
-def test_template_that_never_trains_the_end_of_a_turn_is_refused() -> None:
-    template = shipped("chatml").replace(
-        "message['content'] + '<|im_end|>' }}\n        {%- endgeneration %}",
-        "message['content'] }}\n        {%- endgeneration %}{{- '<|im_end|>' }}",
-    )
-    assert template != shipped("chatml")
-    with pytest.raises(ModelError, match="never trains a token that ends an answer"):
-        Chat(tokenizer_with(template)).check()
+BLOCK = "{% generation %}{% endgeneration %}"
 
 
-def test_template_that_marks_no_answer_is_refused() -> None:
-    template = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if false %}{% generation %}{% endgeneration %}{% endif %}"
-    )
-    with pytest.raises(ModelError, match="marks 0 of 2 answers"):
-        Chat(tokenizer_with(template)).check()
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{{ bos_token }}" + shipped("llama3"), "writes the BOS token twice"),
+        (shipped("chatml").replace("message['content'] + '<|im_end|>' }}\n        {%- endgeneration %}",
+                                   "message['content'] }}\n        {%- endgeneration %}{{- '<|im_end|>' }}"),
+         "never trains a token that ends an answer"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{% if false %}" + BLOCK + "{% endif %}",
+         "marks 0 of 2 answers"),
+    ],
+)  # fmt: skip
+def test_templates_that_would_teach_the_wrong_thing_are_refused(template: str, what: str) -> None:
+    with pytest.raises(ModelError, match=what):
+        Chat(tokenizer_with(template, llama3="bos" in template)).check()
 
 
-def test_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignkit.models.template._RENDER_SECONDS", 1)
-    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(ModelError, match="did not render within 1 s"):
-        Chat(tokenizer_with("{% generation %}{% endgeneration %}" + loops)).check()
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% if loop.last %}!{% endif %}{% endfor %}",
+         "cannot be told from the rest; give it {% generation %} blocks, or set"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}" + BLOCK, "refuses the conversation"),  # the sandbox
+    ],
+)  # fmt: skip
+def test_templates_that_cannot_be_used_are_refused(template: str, what: str) -> None:
+    with pytest.raises(ModelError, match=what):
+        Chat(tokenizer_with(template)).encode([FIRST])
 
 
 def test_refused_conversation_is_named_by_its_place_in_the_batch() -> None:
@@ -235,12 +231,6 @@ def test_refused_conversation_is_named_by_its_place_in_the_batch() -> None:
     with pytest.raises(ConversationError, match="the chat template refuses the conversation: too long") as caught:
         chat.encode([FIRST, [*FIRST, *SECOND]])
     assert caught.value.index == 1
-
-
-def test_template_cannot_leave_the_sandbox() -> None:
-    chat = Chat(tokenizer_with("{{ ''.__class__.__mro__[1].__subclasses__() }}{% generation %}{% endgeneration %}"))
-    with pytest.raises(ModelError, match="refuses the conversation"):
-        chat.encode([FIRST])
 
 
 def test_labels_and_flags_follow_the_spans() -> None:

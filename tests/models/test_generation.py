@@ -26,15 +26,11 @@ def test_answers_equal_one_token_at_a_time_whatever_the_padding() -> None:
         assert found == [greedy_by_hand(model, prompt, 6, [508]) for prompt in prompts]
 
 
-def test_answer_ends_with_the_first_stop_token() -> None:
+def test_answer_ends_with_the_first_stop_token_and_a_long_prompt_keeps_its_end() -> None:
     model = random_model(builtin_config("builtin:tiny-gpt2"), seed=3, dtype=torch.float32).eval()
     free = generate_greedy(model, [[60, 61]], max_new_tokens=8, eos_ids=[508], pad_id=509)[0]
     stopped = generate_greedy(model, [[60, 61], [77] * 5], max_new_tokens=8, eos_ids=[508, free[0]], pad_id=509)[0]
     assert stopped == free[:1]
-
-
-def test_prompt_longer_than_the_model_keeps_its_end() -> None:
-    model = random_model(builtin_config("builtin:tiny-gpt2"), seed=3, dtype=torch.float32).eval()
     long = [40 + number % 400 for number in range(700)]
     found = generate_greedy(model, [long], max_new_tokens=4, eos_ids=[508], pad_id=509)[0]
     assert found == greedy_by_hand(model, long[-508:], 4, [508])
@@ -67,7 +63,7 @@ def test_sampling_has_the_frequencies_of_the_softmax() -> None:
     assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
 
 
-def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch() -> None:
+def test_a_sampled_answer_depends_on_its_seed_and_its_own_end_and_not_on_its_batch() -> None:
     model = sharp_model()
     prompts = [[60, 61, 62], [99] * 20, [70], [60, 61, 62]]
     settings = {"temperature": 1.0, "max_new_tokens": 8, "eos_ids": [508], "pad_id": 509}
@@ -75,11 +71,7 @@ def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch() -> None:
     alone = [generate_sampled(model, [prompt], [seed], **settings)[0] for seed, prompt in enumerate(prompts, 1)]
     assert together == alone
     assert together[0] != together[3]
-
-
-def test_a_row_ends_when_it_has_said_enough() -> None:
-    model = sharp_model()
-    settings = {"temperature": 1.0, "max_new_tokens": 8, "eos_ids": [508], "pad_id": 509}
+    # A row ends when it has said enough.
     (free,) = generate_sampled(model, [[60]], [7], **settings)
     (cut,) = generate_sampled(model, [[60]], [7], is_over=lambda tail: free[2] in tail, **settings)
     assert cut == free[: free.index(free[2]) + 1]

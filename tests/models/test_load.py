@@ -13,8 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from alignkit.errors import ModelError
 from alignkit.models.adapters import activate
 from alignkit.models.load import Loaded, load_policy, load_reference, load_reward_model, load_trained
-from alignkit.models.parameters import hash_base
-from alignkit.models.probe import compare_probes, take_probe
+from alignkit.models.parameters import compare_probes, hash_base, take_probe
 from alignkit.models.save import save_model
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe.stage import Stage
@@ -65,6 +64,11 @@ def assert_different(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert "differ" in (compare_probes(first, second) or "")
 
 
+def assert_refused(stage: Stage, what: str) -> None:
+    with pytest.raises(ModelError, match=what):
+        load_policy(stage, run_dir=Path(stage.run_dir))
+
+
 def test_full_policy_is_deterministic_for_a_seed_and_leaves_the_global_generator_alone(make_stage: MakeStage) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -90,12 +94,6 @@ def test_saved_adapter_gives_the_trained_model_back(make_stage: MakeStage, path:
     _, trained, run_dir = run_stage(stage)
     assert_different(base, trained)
     assert_same(trained, probe_of(load_trained(run_dir, device="cpu")))
-
-
-def test_adapter_of_a_builtin_model_loads_with_plain_peft(make_stage: MakeStage) -> None:
-    _, trained, run_dir = run_stage(make_stage(lora=NEW))
-    plain = AutoPeftModelForCausalLM.from_pretrained(run_dir / "model")
-    assert_same(trained, probe_of(plain))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -201,13 +199,6 @@ def test_new_score_head_is_drawn_with_the_published_scale(make_stage: MakeStage)
     assert torch.equal(weight.detach(), expected)
 
 
-def test_full_reward_model_from_a_full_policy_keeps_the_body(make_stage: MakeStage) -> None:
-    loaded, _, run_dir = run_stage(make_stage("sft"))
-    stage = make_stage("rm", start=run_dir)
-    reward = load_reward_model(stage, run_dir=Path(stage.run_dir)).model
-    assert torch.equal(reward.transformer.h[1].mlp.c_fc.weight, loaded.model.transformer.h[1].mlp.c_fc.weight)
-
-
 def test_reference_of_full_fine_tuning_is_a_second_model(make_stage: MakeStage) -> None:
     stage = make_stage("dpo")
     loaded = load_policy(stage, run_dir=Path(stage.run_dir))
@@ -217,20 +208,6 @@ def test_reference_of_full_fine_tuning_is_a_second_model(make_stage: MakeStage) 
     train_a_little(loaded)
     assert probe_of(reference) == before
     assert not any(parameter.requires_grad for parameter in reference.parameters())
-
-
-def test_adapter_of_another_base_is_refused_naming_both(make_stage: MakeStage) -> None:
-    _, _, run_dir = run_stage(make_stage("sft", lora=NEW))
-    stage = make_stage("dpo", lora=NEW, start=run_dir, path="builtin:tiny-llama")
-    with pytest.raises(ModelError, match="trained on builtin:tiny-gpt2, not on model.path builtin:tiny-llama"):
-        load_policy(stage, run_dir=Path(stage.run_dir))
-
-
-def test_adapter_of_the_same_base_with_another_config_is_refused(make_stage: MakeStage) -> None:
-    _, _, run_dir = run_stage(make_stage("sft", lora=NEW))
-    stage = make_stage("dpo", lora=NEW, start=run_dir, config={"n_layer": 3})
-    with pytest.raises(ModelError, match="was trained on builtin:tiny-gpt2 with model.config {}"):
-        load_policy(stage, run_dir=Path(stage.run_dir))
 
 
 def test_adapter_of_a_copied_base_is_accepted_by_its_bytes(make_stage: MakeStage, tmp_path: Path) -> None:
@@ -247,6 +224,8 @@ def test_adapter_of_a_copied_base_is_accepted_by_its_bytes(make_stage: MakeStage
 
 def test_run_that_was_moved_finds_its_base_beside_it(make_stage: MakeStage, tmp_path: Path) -> None:
     _, trained, run_dir = run_stage(make_stage("sft", lora=NEW))
+    plain = AutoPeftModelForCausalLM.from_pretrained(run_dir / "model")  # loads with plain PEFT
+    assert_same(trained, probe_of(plain))
     moved = tmp_path / "elsewhere"
     run_dir.rename(moved)
     assert_same(trained, probe_of(load_trained(moved, device="cpu")))
@@ -263,79 +242,55 @@ def test_reward_model_given_as_policy_is_refused(make_stage: MakeStage) -> None:
         shutil.rmtree(run_dir)
 
 
-def test_adapter_without_lora_section_is_refused_unless_merged(make_stage: MakeStage) -> None:
+@pytest.mark.parametrize(
+    ("method", "options", "what"),
+    [
+        ("dpo", {"lora": NEW, "adapter": "stack"}, "adapter: stack has no effect"),
+        ("sft", {"quantization": "nf4"}, "add lora:"),
+        ("sft", {"lora": {"target_modules": ["q_proj"]}}, "lora does not fit the model: .*q_proj"),
+        ("sft", {"config": {"vocab_size": 300}}, "token ids up to 511 but builtin:tiny-gpt2 has 300 embeddings"),
+    ],
+)
+def test_what_no_base_can_give_is_refused(make_stage: MakeStage, method: str, options: Any, what: str) -> None:
+    assert_refused(make_stage(method, **options), what)
+
+
+def test_an_adapter_is_never_lost_changed_or_put_on_another_base(make_stage: MakeStage) -> None:
     _, trained, run_dir = run_stage(make_stage("sft", lora=NEW))
-    stage = make_stage("dpo", start=run_dir)
-    with pytest.raises(ModelError, match="add lora: to train it on, or adapter: merge"):
-        load_policy(stage, run_dir=Path(stage.run_dir))
-    loaded = load_policy(make_stage("dpo", start=run_dir, adapter="merge"), run_dir=Path(stage.run_dir))
+    other = {"lora": NEW, "path": "builtin:tiny-llama"}
+    named = f"but the adapter in {run_dir / 'model'} has"
+    remedy = "or adapter: merge or stack to train a new one"
+    for options, what in (
+        (other, "trained on builtin:tiny-gpt2, not on model.path builtin:tiny-llama"),
+        ({"lora": NEW, "config": {"n_layer": 3}}, "was trained on builtin:tiny-gpt2 with model.config {}"),
+        ({}, "add lora: to train it on, or adapter: merge"),
+        ({"lora": {"r": 8, "use_rslora": True}},
+         f"^tiny.yaml: lora.r is 8 {named} 4; set lora.r: 4, {remedy}\n"
+         f"tiny.yaml: lora.use_rslora is True {named} False; set lora.use_rslora: False, {remedy}$"),
+    ):  # fmt: skip
+        assert_refused(make_stage("dpo", start=run_dir, **options), what)
+    loaded = load_policy(make_stage("dpo", start=run_dir, adapter="merge"), run_dir=run_dir.parent / "dpo")
     assert_same(trained, probe_of(loaded.model))
     assert all(parameter.requires_grad for parameter in loaded.model.parameters())
     assert loaded.reference == "model"
 
 
-def test_adapter_key_without_an_adapter_is_refused(make_stage: MakeStage) -> None:
-    stage = make_stage("dpo", lora=NEW, adapter="stack")
-    with pytest.raises(ModelError, match="adapter: stack has no effect"):
-        load_policy(stage, run_dir=Path(stage.run_dir))
-
-
-def test_continued_adapter_refuses_every_lora_value_it_would_ignore(make_stage: MakeStage) -> None:
-    _, _, run_dir = run_stage(make_stage("sft", lora=NEW))
-    stage = make_stage("dpo", lora={"r": 8, "use_rslora": True}, start=run_dir)
-    with pytest.raises(ModelError) as caught:
-        load_policy(stage, run_dir=Path(stage.run_dir))
-    assert str(caught.value) == (
-        f"tiny.yaml: lora.r is 8 but the adapter in {run_dir / 'model'} has 4; set lora.r: 4, or adapter: merge or "
-        "stack to train a new one\n"
-        f"tiny.yaml: lora.use_rslora is True but the adapter in {run_dir / 'model'} has False; set lora.use_rslora: "
-        "False, or adapter: merge or stack to train a new one"
-    )
-
-
-def test_quantized_weights_without_lora_are_refused(make_stage: MakeStage) -> None:
-    stage = make_stage(quantization="nf4")
-    with pytest.raises(ModelError, match="add lora:"):
-        load_policy(stage, run_dir=Path(stage.run_dir))
-
-
-def test_missing_tensors_are_refused_not_drawn_at_random(make_stage: MakeStage) -> None:
+def test_a_saved_model_is_read_whole_and_only_its_config_is_taken_for_scratch(make_stage: MakeStage) -> None:
     from safetensors.torch import load_file, save_file
 
-    _, _, run_dir = run_stage(make_stage("sft"))
-    file = run_dir / "model" / "model.safetensors"
-    tensors = load_file(file)
+    full, _, run_dir = run_stage(make_stage("sft"))
+    reward = load_reward_model(make_stage("rm", start=run_dir), run_dir=run_dir.parent / "rm").model
+    assert torch.equal(reward.transformer.h[1].mlp.c_fc.weight, full.model.transformer.h[1].mlp.c_fc.weight)
+    path = str(run_dir / "model")
+    assert_refused(make_stage("sft", path=path, config={"n_layer": 1}), "set model.init: scratch or leave it out")
+    stage = make_stage("sft", path=path, init="scratch", config={"n_layer": 1})
+    model = load_policy(stage, run_dir=run_dir).model
+    assert model.config.n_layer == 1 and model.config.vocab_size == VOCABULARY
+    tensors = load_file(file := run_dir / "model" / "model.safetensors")
     del tensors["transformer.h.1.mlp.c_fc.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    stage = make_stage("dpo", start=run_dir)
-    with pytest.raises(ModelError, match="1 tensors are missing, first transformer.h.1.mlp.c_fc.weight"):
-        load_policy(stage, run_dir=Path(stage.run_dir))
-
-
-def test_lora_targets_that_match_nothing_are_refused(make_stage: MakeStage) -> None:
-    stage = make_stage(lora={"target_modules": ["q_proj"]})
-    with pytest.raises(ModelError, match="lora does not fit the model: .*q_proj"):
-        load_policy(stage, run_dir=Path(stage.run_dir))
-
-
-def test_scratch_takes_the_config_of_a_directory_and_the_overrides(make_stage: MakeStage) -> None:
-    _, _, run_dir = run_stage(make_stage("sft"))
-    stage = make_stage("sft", path=str(run_dir / "model"), init="scratch", config={"n_layer": 1})
-    model = load_policy(stage, run_dir=Path(stage.run_dir)).model
-    assert model.config.n_layer == 1 and model.config.vocab_size == VOCABULARY
-
-
-def test_config_overrides_of_pretrained_weights_are_refused(make_stage: MakeStage) -> None:
-    _, _, run_dir = run_stage(make_stage("sft"))
-    stage = make_stage("sft", path=str(run_dir / "model"), config={"n_layer": 1})
-    with pytest.raises(ModelError, match="set model.init: scratch or leave it out"):
-        load_policy(stage, run_dir=Path(stage.run_dir))
-
-
-def test_tokenizer_with_more_ids_than_embeddings_is_refused(make_stage: MakeStage) -> None:
-    stage = make_stage(config={"vocab_size": 300})
-    with pytest.raises(ModelError, match="token ids up to 511 but builtin:tiny-gpt2 has 300 embeddings"):
-        load_policy(stage, run_dir=Path(stage.run_dir))
+    what = "1 tensors are missing, first transformer.h.1.mlp.c_fc.weight"
+    assert_refused(make_stage("dpo", start=run_dir), what)
 
 
 def test_quantized_adapters_take_the_dtype_of_computing(make_stage: MakeStage) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import ModelError
 from alignkit.models.load import load_policy, load_trained
-from alignkit.models.probe import compare_probes, take_probe
+from alignkit.models.parameters import compare_probes, take_probe
 from alignkit.models.save import merge, save_model
 from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe.stage import Stage

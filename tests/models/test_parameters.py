@@ -12,7 +12,8 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from alignkit.models.load import Precision, load_policy, quantization_config
-from alignkit.models.parameters import describe_parameters, hash_base
+from alignkit.models.parameters import compare_probes, describe_parameters, hash_base, probe_ids, take_probe
+from alignkit.models.scratch import builtin_config, random_model
 from alignkit.recipe.stage import Stage
 
 MakeStage = Callable[..., Stage]
@@ -118,3 +119,41 @@ def test_base_hash_sees_a_changed_code_and_a_changed_constant_but_no_adapter(mak
     assert hash_base(model) == before
     weight.data[0] ^= 1
     assert hash_base(model) not in (before, changed)
+
+
+def tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return random_model(builtin_config("builtin:tiny-gpt2"), seed=seed, dtype=dtype)
+
+
+def test_probe_rows_stay_away_from_both_ends_of_any_vocabulary() -> None:
+    for size in (512, 50_257, 128_256):
+        ids = probe_ids(size)
+        assert ids.shape == (2, 16) and ids.min() >= size // 8 and ids.max() < size // 2
+        assert len(ids.unique()) == 32
+
+
+def test_probe_holds_the_logits_and_leaves_the_mode_alone() -> None:
+    model = tiny().train()
+    probe = take_probe(model, vocab_size=512, reward=False)
+    assert model.training and len(probe["values"]) == 2 * 4 * 16
+    logits = model.eval()(input_ids=probe_ids(512)).logits
+    assert probe["values"][0] == logits[0, 3, 0].item()
+    assert probe["values"][-1] == logits[1, 15, 480].item()
+    assert (probe["dtype"], probe["quantization"], probe["reward"]) == ("float32", "none", False)
+
+
+def test_probes_of_other_weights_kinds_and_sizes_are_told_apart() -> None:
+    first = take_probe(tiny(), vocab_size=512, reward=False)
+    assert compare_probes(first, take_probe(tiny(), vocab_size=512, reward=False)) is None
+    reason = compare_probes(first, take_probe(tiny(1), vocab_size=512, reward=False))
+    assert reason is not None and reason.startswith("its outputs differ by up to ")
+    moved = first | {"values": [value + 0.001 for value in first["values"]]}  # seen in float32, forgiven in bfloat16
+    assert compare_probes(first, moved) is not None
+    assert compare_probes(first | {"dtype": "bfloat16"}, moved) is None
+    broken = first | {"values": [float("nan"), *first["values"][1:]]}
+    for changed, what in (
+        (first | {"reward": True}, "it was a policy and is a reward model"),
+        (first | {"values": [0.0]}, "the probe has 1 values, not 128"),
+        (broken, "it computes values that are not finite"),
+    ):
+        assert compare_probes(first, changed) == what

@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM, GraniteConfig, MixtralConfig, Phi
 
 from alignkit.errors import EnvironmentProblem, ModelError
 from alignkit.models.generation import generate_greedy
-from alignkit.models.load import load_policy, load_reward_model, load_trained
-from alignkit.models.probe import take_probe
+from alignkit.models.load import build_skeleton, load_policy, load_reward_model, load_trained
+from alignkit.models.parameters import take_probe
 from alignkit.models.save import save_model
 from alignkit.models.scratch import builtin_tokenizer
-from alignkit.models.skeleton import build_skeleton
 from alignkit.recipe.stage import Stage
 
 MakeStage = Callable[..., Stage]
@@ -132,8 +131,6 @@ def test_a_reward_model_leaves_the_lm_head_of_a_policys_adapter_behind(
 def test_a_config_that_makes_no_model_is_refused_by_file(
     file: str, changes: dict, message: str, models: Path, make_stage: MakeStage, tmp_path: Path
 ) -> None:
-    import shutil
-
     odd = Path(shutil.copytree(models / "phi3", tmp_path / "odd"))
     written = json.loads((odd / file).read_text()) if (odd / file).exists() else {}
     (odd / file).write_text(json.dumps(written | changes))
@@ -143,8 +140,6 @@ def test_a_config_that_makes_no_model_is_refused_by_file(
 
 
 def test_a_quantised_base_needs_its_package(models: Path, make_stage: MakeStage, tmp_path: Path) -> None:
-    import shutil
-
     base = Path(shutil.copytree(models / "phi3", tmp_path / "gptq"))
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}

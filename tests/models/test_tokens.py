@@ -70,24 +70,19 @@ def test_tokenizer_comes_from_the_start_then_the_key_then_the_model(make_stage: 
         load_tokenizer(make_stage(tokenizer=str(given), start=given))
 
 
-def test_missing_or_shared_pad_token_becomes_a_spare_one(tmp_path: Path) -> None:
-    tokenizer = builtin_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    set_pad_token(tokenizer)
-    assert tokenizer.pad_token == "<|pad|>"
-    tokenizer.pad_token = None
-    set_pad_token(tokenizer)
-    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|endoftext|>")
-
-
-def test_pad_token_is_the_eos_where_nothing_is_spare() -> None:
+def test_missing_or_shared_pad_token_becomes_a_spare_one_or_else_the_eos() -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    tokenizer = builtin_tokenizer()
+    for shared in (tokenizer.eos_token, None):
+        tokenizer.pad_token = shared
+        set_pad_token(tokenizer)
+        assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|endoftext|>")
     backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    set_pad_token(tokenizer)
-    assert tokenizer.pad_token == "</s>"
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    set_pad_token(bare)
+    assert bare.pad_token == "</s>"
 
 
 def test_control_tokens_are_listed_longest_first() -> None:
@@ -101,12 +96,6 @@ def test_vocabulary_larger_than_the_embeddings_is_refused() -> None:
         check_vocabulary(builtin_tokenizer(), 511, model="m")
 
 
-def test_directory_without_a_tokenizer_is_named(make_stage: MakeStage, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="empty has no tokenizer; set model.tokenizer"):
-        load_tokenizer(make_stage(tokenizer=str(tmp_path / "empty")))
-
-
 def test_hub_model_that_cannot_be_had_is_one_line(make_stage: MakeStage) -> None:
     with pytest.raises(AlignKitError) as caught:
         load_tokenizer(make_stage(path="nobody/nothing-like-this"))
@@ -114,7 +103,12 @@ def test_hub_model_that_cannot_be_had_is_one_line(make_stage: MakeStage) -> None
     assert str(caught.value).startswith("nobody/nothing-like-this is ") and "\n" not in str(caught.value)
 
 
-def test_tokenizer_without_eos_is_refused(make_stage: MakeStage, tmp_path: Path) -> None:
-    path = save_tokenizer(tmp_path / "t", eos_token=None)
-    with pytest.raises(ModelError, match="has no eos token"):
-        load_tokenizer(make_stage(tokenizer=str(path)))
+def test_a_tokenizer_that_is_missing_or_has_no_eos_is_refused(make_stage: MakeStage, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    endless = save_tokenizer(tmp_path / "t", eos_token=None)
+    for path, what in (
+        (tmp_path / "empty", "empty has no tokenizer; set model.tokenizer"),
+        (endless, "has no eos token"),
+    ):
+        with pytest.raises(ModelError, match=what):
+            load_tokenizer(make_stage(tokenizer=str(path)))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alignkit.errors import ModelError, RunError
 from alignkit.launch import launch_stage
-from alignkit.models.classifier import read_norm, score_ids
+from alignkit.models.frozen import read_norm, score_ids
 from alignkit.models.load import load_trained
 from alignkit.models.logprobs import Sampling, pad_answers
 from alignkit.models.scratch import builtin_config, builtin_tokenizer

@@ -23,7 +23,7 @@ from transformers import (
 from alignkit.data import true_reward
 from alignkit.errors import RewardError
 from alignkit.models.chat import Chat
-from alignkit.models.classifier import load_classifier
+from alignkit.models.frozen import load_classifier
 from alignkit.models.load import Precision
 from alignkit.models.save import save_model
 from alignkit.models.scratch import builtin_config, builtin_tokenizer

@@ -155,7 +155,7 @@ def test_a_normalised_reward_has_mean_zero_and_unit_deviation(make_stage: Callab
     launch_stage(stage)
     model_dir = tmp_path / "runs/t/rm/model"
     norm = json.loads((model_dir / "reward_norm.json").read_text())
-    from alignkit.models.classifier import score_ids
+    from alignkit.models.frozen import score_ids
     from alignkit.models.load import load_trained
 
     table = build(stage, tmp_path).tables.train
@@ -404,7 +404,7 @@ AUTOCAST = """
 import torch
 from accelerate import Accelerator
 from alignkit.models.scratch import builtin_config
-from alignkit.models.probe import compare_probes, take_probe
+from alignkit.models.parameters import compare_probes, take_probe
 from alignkit.models.scratch import random_model
 
 def probe(model):

@@ -24,11 +24,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from alignkit.errors import ModelError, RunError
 from alignkit.models.adapters import copy_adapter
-from alignkit.models.classifier import load_classifier
-from alignkit.models.configs import know_classifier
 from alignkit.models.files import REWARD_NORM
+from alignkit.models.frozen import load_classifier
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.logprobs import Batch
+from alignkit.models.start import know_classifier
 from alignkit.runs.files import write_json
 from alignkit.train import ranks, shards
 from alignkit.train.ppo.roles import CRITIC, REWARD, Roles, read_answers, return_logps

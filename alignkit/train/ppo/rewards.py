@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from alignkit.errors import ModelError, NonFiniteError, RewardError
 from alignkit.models.chat import Chat
-from alignkit.models.classifier import Classifier, ScoreIds
+from alignkit.models.frozen import Classifier, ScoreIds
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RewardSource
 from alignkit.rewards.base import Reward, Workspace

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignkit.models.adapters import REFERENCE, START, add_scoring_adapter, cast_adapters
-from alignkit.models.classifier import cut_at_score
 from alignkit.models.files import find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
+from alignkit.models.frozen import cut_at_score
 from alignkit.models.load import Loaded
 from alignkit.models.logprobs import Batch, pad_answers, run_trunk, sampled_logps
 from alignkit.models.start import find_base

@@ -16,8 +16,8 @@ from alignkit import console
 from alignkit.data import Rejects
 from alignkit.errors import RecipeError
 from alignkit.models.adapters import REFERENCE, START, TRAINED
-from alignkit.models.classifier import Classifier, ScoreIds, hold_on_base, read_norm
 from alignkit.models.files import find_model_dir, is_builtin
+from alignkit.models.frozen import Classifier, ScoreIds, hold_on_base, read_norm
 from alignkit.models.load import load_reference
 from alignkit.models.logprobs import Sampling
 from alignkit.models.parameters import describe_parameters
@@ -233,9 +233,7 @@ def _build_critic(stage: Stage, roles: Roles) -> Critic:
     return critic
 
 
-def _list_parts(
-    roles: Roles, critic: Critic | None, rewards: Sequence[tuple[str, nn.Module]]
-) -> list[dict[str, Any]]:
+def _list_parts(roles: Roles, critic: Critic | None, rewards: Sequence[tuple[str, nn.Module]]) -> list[dict[str, Any]]:
     """List what is held in memory for the four roles: the bases, then adapters, heads and models of their own."""
 
     def part(what: str, role: Sequence[str], module: nn.Module) -> dict[str, Any]:

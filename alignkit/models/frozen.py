@@ -1,6 +1,6 @@
-"""Any sequence classifier as a reward model: loaded safely, frozen, with the tokenizer that belongs to it.
+"""Frozen models that answer, judge or score: any language model and any classifier, with the tokenizer of its own.
 
-Deliberately scores nothing; what its labels mean for a reward is the business of `train.reward_model`.
+The policy and the reward model that a stage trains are the business of `load`.
 """
 
 from __future__ import annotations
@@ -15,34 +15,100 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError, RewardError
 from alignkit.models.chat import Chat, ConversationError
-from alignkit.models.configs import know_classifier, read_config
-from alignkit.models.files import REWARD_NORM, ModelFiles, find_model_dir, inspect_model_dir
-from alignkit.models.hub import explain_hub_errors, fetch_adapter, quiet_transformers
-from alignkit.models.load import keep_four_bit_layout, load_trained, pick_device
+from alignkit.models.files import (
+    REWARD_NORM,
+    ModelFiles,
+    find_model_dir,
+    fingerprint_weights,
+    inspect_model_dir,
+    is_builtin,
+)
+from alignkit.models.hub import fetch_adapter
+from alignkit.models.load import Model, Precision, load_trained, pick_device, read_base
 from alignkit.models.logprobs import pad
+from alignkit.models.start import find_base, read_config
+from alignkit.models.tokens import read_tokenizer, require_eos, set_pad_token
 
 _FAMILY = "ForSequenceClassification"
+ScoreIds = Callable[[list[list[int]]], Tensor]
+_BATCH_SIZE = 16
+
+
+@dataclass
+class Causal:
+    """A language model in eval mode."""
+
+    model: Model
+    tokenizer: PreTrainedTokenizerFast
+    positions: int | None  # the longest text it can read, in tokens
+    fingerprint: str  # of its weights on disk; the name of a hub id
 
 
 @dataclass
 class Classifier:
-    """A frozen classifier with one or two labels."""
+    """A classifier in eval mode, with one or two labels."""
 
-    model: PreTrainedModel | PeftModel
+    model: Model
     tokenizer: PreTrainedTokenizerFast
     num_labels: int
     is_own: bool  # saved by alignkit: trained on whole answers, their end token included
     positions: int | None  # the longest text it can read, in tokens
+
+
+def load_causal(source: str, *, device: str = "auto", trust_code: bool = False) -> Causal:
+    """Load a language model from a run, a model or adapter directory, or a hub id; safetensors only.
+
+    Raises ModelError for a reward model, a builtin name (its weights are random), pickles and a missing tokenizer;
+    EnvironmentProblem when the hub cannot be reached.
+    """
+    if is_builtin(source):
+        raise ModelError(f"{source} has random weights, which can neither answer nor judge; name a trained model")
+    directory = find_model_dir(source) or fetch_adapter(source, None)
+    where = pick_device(device)
+    model: Model
+    # Half precision is slow on a CPU; how our own models were trained is in their record.
+    if directory is not None:
+        files = inspect_model_dir(directory, trust_code=trust_code)
+        dtype = torch.float32 if where == "cpu" and not files.record else None
+        model = load_trained(directory, device=where, dtype=dtype, trust_code=trust_code)
+    else:
+        dtype = torch.float32 if where == "cpu" else torch.bfloat16
+        model = read_base(source, Precision(dtype, where), trust_code=trust_code)
+        model = model.to(where).requires_grad_(False).eval()
+    tokenizer = load_tokenizer_of(source if directory is None else str(directory), trust_code=trust_code)
+    return Causal(model, tokenizer, _positions(model), fingerprint_causal(source))
+
+
+def _positions(model: Model) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def fingerprint_causal(source: str) -> str:
+    """The fingerprint `load_causal` would give, without loading; the source itself where it is no directory."""
+    directory = None if is_builtin(source) else find_model_dir(source)
+    if directory is None:
+        return source
+    files = inspect_model_dir(directory, trust_code=True)
+    if files.kind != "adapter":
+        return fingerprint_weights(directory)
+    base = find_model_dir(find_base(files))
+    return fingerprint_weights(directory) + (fingerprint_weights(base) if base is not None else find_base(files))
+
+
+def load_tokenizer_of(source: str, *, trust_code: bool = False) -> PreTrainedTokenizerFast:
+    """Load the tokenizer that belongs to a run, a model or adapter directory, or a hub id."""
+    directory = None if is_builtin(source) else find_model_dir(source)
+    if directory is not None:
+        files = inspect_model_dir(directory, trust_code=trust_code)
+        source = str(directory) if files.has_tokenizer or files.kind == "full" else find_base(files)
+    tokenizer = read_tokenizer(source, trust_code=trust_code)
+    require_eos(tokenizer, source)
+    set_pad_token(tokenizer)
+    return tokenizer
 
 
 def load_classifier(source: str, *, device: str = "auto", trust_code: bool = False) -> Classifier:
@@ -54,53 +120,45 @@ def load_classifier(source: str, *, device: str = "auto", trust_code: bool = Fal
     files = inspect_model_dir(directory, trust_code=trust_code) if directory else None
     place = str(directory or source)
     config = read_config(place, trust_code=trust_code) if files is None or files.kind == "full" else None
-    _require_classifier(place, files, config)
-    tokenizer = _load_tokenizer(place, files, trust_code=trust_code)
-    model: PreTrainedModel | PeftModel
+    # What has no head for scores is refused: transformers would draw one at random and only say so in a log.
+    if config is None and files is not None and not files.reward:
+        raise ModelError(f"{place} is the adapter of a language model, not of a reward model")
+    kinds = [] if config is None else config.architectures or []
+    if config is not None and not any(kind.endswith(_FAMILY) for kind in kinds):
+        found = ", ".join(kinds) or "a model without architectures in its config.json"
+        raise ModelError(f"{place} is {found}; a reward model is a ...{_FAMILY}, such as an rm stage makes")
+    if config is not None and config.num_labels > 2:
+        what = f"{place} has {config.num_labels} labels; a reward needs one (its logit) or two (their log-odds)"
+        raise ModelError(what)
+    tokenizer = _load_padded(place, trust_code=trust_code)
+    model: Model
     if config is None or (files is not None and files.record):
         assert directory is not None
         model = load_trained(directory, device=device, reward=True, trust_code=trust_code)
     else:
-        model = _load_full(place, config, device=device, trust_code=trust_code)
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if inner.config.pad_token_id is None:
-        inner.config.pad_token_id = tokenizer.pad_token_id
-    positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+        # Half precision is slow on a CPU, and a foreign model says nothing of how it was trained.
+        where = pick_device(device)
+        dtype = torch.float32 if where == "cpu" else (config.dtype or torch.float32)
+        labels = config.num_labels
+        model = read_base(place, Precision(dtype, where), reward=True, num_labels=labels, trust_code=trust_code)
+        if model.score_is_new:
+            raise ModelError("its score head is missing; the copy is incomplete", where=place)
+        model = model.to(where).requires_grad_(False).eval()
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     is_own = files is not None and bool(files.record)
-    return Classifier(model, tokenizer, inner.config.num_labels, is_own, positions)
+    return Classifier(model, tokenizer, model.config.num_labels, is_own, _positions(model))
 
 
 def hold_on_base(directory: Path, model: PeftModel, *, trust_code: bool = False) -> Classifier:
     """Describe a reward adapter that a policy's base carries: it reads its own tokenizer and template all the same."""
-    files = inspect_model_dir(directory, trust_code=trust_code)
-    tokenizer = _load_tokenizer(str(directory), files, trust_code=trust_code)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Classifier(model, tokenizer, 1, bool(files.record), positions)
+    files: ModelFiles = inspect_model_dir(directory, trust_code=trust_code)
+    tokenizer = _load_padded(str(directory), trust_code=trust_code)
+    return Classifier(model, tokenizer, 1, bool(files.record), _positions(model))
 
 
-def _require_classifier(source: str, files: ModelFiles | None, config: PreTrainedConfig | None) -> None:
-    """Refuse what has no head for scores: transformers would draw one at random and only say so in a log."""
-    if config is None:
-        if files is not None and not files.reward:
-            raise ModelError(f"{source} is the adapter of a language model, not of a reward model")
-        return
-    kinds = config.architectures or []
-    if not any(kind.endswith(_FAMILY) for kind in kinds):
-        found = ", ".join(kinds) or "a model without architectures in its config.json"
-        raise ModelError(f"{source} is {found}; a reward model is a ...{_FAMILY}, such as an rm stage makes")
-    if config.num_labels > 2:
-        raise ModelError(
-            f"{source} has {config.num_labels} labels; a reward needs one (its logit) or two (their log-odds)"
-        )
-
-
-def _load_tokenizer(source: str, files: ModelFiles | None, *, trust_code: bool) -> PreTrainedTokenizerFast:
-    if files is not None and not files.has_tokenizer:
-        raise ModelError(f"{source} has no tokenizer; copy the one it was trained with into it")
-    with explain_hub_errors(source), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_code)
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{source} has no fast tokenizer (tokenizer.json); convert it once")
+def _load_padded(source: str, *, trust_code: bool) -> PreTrainedTokenizerFast:
+    tokenizer = read_tokenizer(source, trust_code=trust_code)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"the tokenizer of {source} has neither a pad nor an eos token; set one in its config")
@@ -108,30 +166,11 @@ def _load_tokenizer(source: str, files: ModelFiles | None, *, trust_code: bool) 
     return tokenizer
 
 
-def _load_full(source: str, config: PreTrainedConfig, *, device: str, trust_code: bool) -> PreTrainedModel:
-    where = pick_device(device)
-    # Half precision is slow on a CPU, and a foreign model says nothing of how it was trained.
-    dtype = torch.float32 if where == "cpu" else (config.dtype or torch.float32)
-    know_classifier(config)
-    with explain_hub_errors(source), quiet_transformers():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_code, output_loading_info=True
-        )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{len(missing)} tensors are missing, first {missing[0]}; the copy is incomplete", where=source
-        )
-    loaded: PreTrainedModel = model.to(where).requires_grad_(False).eval()
-    return keep_four_bit_layout(loaded)
-
-
-ScoreIds = Callable[[list[list[int]]], Tensor]
-_BATCH_SIZE = 16
+# Scores of answers under a classifier.
 
 
 def read_norm(source: str) -> tuple[float, float]:
-    """Return gain and bias of a reward model's reward_norm.json; 1 and 0 without one."""
+    """Read gain and bias of a reward model's reward_norm.json; 1 and 0 without one."""
     directory = find_model_dir(source)
     if directory is None or not (directory / REWARD_NORM).is_file():
         return 1.0, 0.0
