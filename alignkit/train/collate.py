@@ -66,30 +66,38 @@ class GroupCollator:
         }
 
 
+def collator_for(stage: Stage, tokenizer: Any) -> Callable[..., Any]:
+    """The collator of a stage's token rows, which are cut to max_length already."""
+    padding = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": stage.trainer.get("pad_to_multiple_of")}
+    if stage.method == "ppo":
+        return list
+    if stage.method == "rm":
+        return GroupCollator(**padding)
+    if stage.is_unpaired:
+        from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+        return DataCollatorForUnpairedPreference(**padding)
+    if stage.method == "dpo":
+        from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+        return LabelledCollator(DataCollatorForPreference(**padding))
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    packs = stage.trainer.get("packing") and stage.trainer.get("packing_strategy", "bfd") != "wrapped"
+    padding_free = stage.trainer.get("padding_free", False) or bool(packs)
+    return DataCollatorForLanguageModeling(**padding, padding_free=padding_free)
+
+
 def training_rows(stage: Stage, table: Dataset, tokenizer: Any, *, num_rows: int) -> tuple[Dataset, Callable[..., Any]]:
     """Give the first rows of a token table as the stage's trainer reads them, packed if it packs, and its collator.
 
     Equal to `train_dataset` and `data_collator` of the trainer, without a model.
     """
-    table = table.select(range(min(len(table), 1000 if stage.trainer.get("packing") else num_rows)))
-    padding = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": stage.trainer.get("pad_to_multiple_of")}
-    if stage.method == "ppo":
-        return table, list
-    if stage.method == "rm":
-        return table, GroupCollator(**padding)
-    if stage.is_unpaired:
-        from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+    packs = stage.method == "sft" and bool(stage.trainer.get("packing"))
+    table = table.select(range(min(len(table), 1000 if packs else num_rows)))
+    if packs:
+        from trl.data_utils import pack_dataset
 
-        return table, DataCollatorForUnpairedPreference(**padding)
-    if stage.method == "dpo":
-        from trl.trainer.dpo_trainer import DataCollatorForPreference
-
-        return table, LabelledCollator(DataCollatorForPreference(**padding))
-    from trl.data_utils import pack_dataset
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    strategy = stage.trainer.get("packing_strategy", "bfd")
-    if packs := bool(stage.trainer.get("packing")):
+        strategy = stage.trainer.get("packing_strategy", "bfd")
         table = pack_dataset(table.select_columns(["input_ids", "labels"]), stage.trainer["max_length"], strategy)
-    padding_free = stage.trainer.get("padding_free", False) or (packs and strategy != "wrapped")
-    return table, DataCollatorForLanguageModeling(**padding, padding_free=padding_free)
+    return table, collator_for(stage, tokenizer)

@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from alignkit.errors import RecipeError
 from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, add_reference_adapter
@@ -25,7 +24,7 @@ from alignkit.recipe.trl_fields import OWN_LOSSES
 from alignkit.runs.directory import RunDir
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config
-from alignkit.train.collate import LabelledCollator
+from alignkit.train.collate import collator_for
 from alignkit.train.fit import fit
 from alignkit.train.losses import PairLoss, Pairs, pick_loss, sequence_logps
 from alignkit.train.order import shuffled_order
@@ -208,19 +207,13 @@ def _build_dpo(setup: Setup) -> Dpo:
     if own or is_soft:  # a soft label on `sigmoid` is cdpo without smoothing
         smoothing = config.label_smoothing if own else 0.0
         loss = pick_loss(own or "cdpo", stage.trainer, beta=config.beta, label_smoothing=smoothing)
-    collator = DataCollatorForPreference(
-        pad_token_id=setup.chat.tokenizer.pad_token_id,
-        max_length=config.max_length,
-        truncation_mode=config.truncation_mode,
-        pad_to_multiple_of=config.pad_to_multiple_of,
-    )
     # Precomputed log-probabilities come from the untouched policy: no second model is held. Under FSDP TRL wants one
     # until they are computed, and would load it by a name that not every policy has.
     needs_model = has_reference and (ranks.uses_fsdp() or not config.precompute_ref_log_probs)
     return Dpo(
         **setup.arguments(config),
         ref_model=load_reference(stage, loaded) if needs_model else None,
-        data_collator=LabelledCollator(collator),
+        data_collator=collator_for(stage, setup.chat.tokenizer),
         reference=loaded.reference if has_reference else None,
         own_loss=loss,
         has_reference=has_reference,

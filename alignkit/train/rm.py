@@ -28,7 +28,7 @@ from alignkit.runs.directory import RunDir
 from alignkit.runs.files import write_json
 from alignkit.train import ranks
 from alignkit.train.arguments import build_config
-from alignkit.train.collate import GroupCollator
+from alignkit.train.collate import collator_for
 from alignkit.train.fit import fit
 from alignkit.train.losses import best_of_loss, kway_loss, pairwise_losses
 from alignkit.train.setup import Setup, open_rows
@@ -100,7 +100,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
     references = ranks.once(lambda: _encode_references(setup, options)) if options.normalize != "none" else []
     setup.load(load_reward_model)
     config = build_config(stage, RewardConfig, run.checkpoints, max_length=None)
-    collator = GroupCollator(setup.chat.tokenizer.pad_token_id, config.pad_to_multiple_of)
+    collator = collator_for(stage, setup.chat.tokenizer)
     setup.trainer = trainer = Rm(**setup.arguments(config), data_collator=collator, loss=options.loss)
     setup.is_reward = True
     if references:
