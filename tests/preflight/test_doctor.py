@@ -34,24 +34,12 @@ HEALTHY = DoctorReport(
 )
 
 
-def test_missing_extra_and_missing_ability_are_no_error() -> None:
-    assert HEALTHY.problems() == []
-    assert HEALTHY.error() is None
-
-
-def test_core_library_out_of_bounds_ends_with_exit_code_8() -> None:
-    broken = replace(HEALTHY, libraries=[Library("trl", "1.17.0", "<1.17", None, "trl is 1.17.0")])
-    error = broken.error()
-    assert error is not None
-    assert (str(error), error.exit_code) == ("trl is 1.17.0", 8)
-
-
-def test_torch_that_does_not_load_is_a_problem() -> None:
-    assert replace(HEALTHY, torch_problem="torch does not load: libcuda").problems() == ["torch does not load: libcuda"]
-
-
-def test_tables_leave_out_what_is_empty() -> None:
+def test_what_ends_with_exit_code_8_and_what_is_left_out_of_the_tables() -> None:
+    assert HEALTHY.problems() == [] and HEALTHY.error() is None  # a missing extra or ability is no error
     assert [title for title, _, _ in HEALTHY.tables()] == ["This computer", "Libraries", "What works here"]
+    error = replace(HEALTHY, libraries=[Library("trl", "1.17.0", "<1.17", None, "trl is 1.17.0")]).error()
+    assert error is not None and (str(error), error.exit_code) == ("trl is 1.17.0", 8)
+    assert replace(HEALTHY, torch_problem="torch does not load: libcuda").problems() == ["torch does not load: libcuda"]
 
 
 @pytest.mark.slow
@@ -63,52 +51,37 @@ def test_command_prints_one_json_document(run_alignkit) -> None:
     assert report["devices"]["cpu"] == "1 thread"
 
 
-def test_every_core_library_is_installed_and_accepted() -> None:
+def test_libraries_are_installed_and_accepted_and_have_a_safety_floor() -> None:
     libraries = {library.name: library for library in read_libraries()}
     assert {"torch", "trl", "transformers", "peft", "bitsandbytes", "datasets", "typer"} <= set(libraries)
     assert [library.problem for library in libraries.values() if library.extra is None and library.problem] == []
     require_versions()
-
-
-def test_trackers_are_an_extra_and_never_required() -> None:
-    extras = {library.name for library in read_libraries() if library.extra is not None}
+    extras = {library.name for library in libraries.values() if library.extra is not None}
     assert extras == {"tensorboard", "trackio", "wandb"}
+    assert set(SAFE_SINCE) <= {name.lower() for name in libraries}
 
 
-def test_libraries_without_a_bound_of_ours_still_have_a_safety_floor() -> None:
-    names = {library.name.lower() for library in read_libraries()}
-    assert set(SAFE_SINCE) <= names
+@pytest.mark.parametrize(
+    ("name", "installed", "accepted", "problem"),
+    [
+        ("torch", "2.9.1", ">=2.0", "torch 2.9.1 has known security holes; alignkit needs 2.10: pip install "
+         "'torch>=2.10'"),
+        ("torch", "2.13.0+cpu", ">=2.10", None),
+        ("trl", "1.17.0", "<1.17,>=1.16", "trl is 1.17.0; alignkit needs <1.17,>=1.16: pip install 'trl<1.17,>=1.16'"),
+    ],
+)  # fmt: skip
+def test_a_version_is_judged_for_safety_first_then_by_its_bounds(
+    name: str, installed: str, accepted: str, problem: str | None
+) -> None:
+    assert judge_version(name, installed, accepted) == problem
 
 
-def test_unsafe_version_is_refused_before_bounds_are_looked_at() -> None:
-    assert judge_version("torch", "2.9.1", ">=2.0") == (
-        "torch 2.9.1 has known security holes; alignkit needs 2.10: pip install 'torch>=2.10'"
-    )
-
-
-def test_local_build_of_a_safe_version_is_accepted() -> None:
-    assert judge_version("torch", "2.13.0+cpu", ">=2.10") is None
-
-
-def test_version_out_of_bounds_names_both_and_the_command() -> None:
-    assert judge_version("trl", "1.17.0", "<1.17,>=1.16") == (
-        "trl is 1.17.0; alignkit needs <1.17,>=1.16: pip install 'trl<1.17,>=1.16'"
-    )
-
-
-def test_secret_is_shown_as_set_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_disk_memory_and_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     variables = describe_variables()
-    assert variables["HF_TOKEN"] == "set"
-    assert variables["OMP_NUM_THREADS"] == "3"
-
-
-def test_disk_of_a_directory_that_is_not_there_is_that_of_its_parent(tmp_path: Path) -> None:
+    assert (variables["HF_TOKEN"], variables["OMP_NUM_THREADS"]) == ("set", "3")  # never the value of a secret
     assert describe_system(tmp_path / "runs" / "a")["disk"].endswith(f"at {tmp_path}")
-
-
-def test_memory_and_cores_are_at_most_what_the_host_has() -> None:
     assert 0 < count_cores() <= (os.cpu_count() or 1)
     assert 0 < memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from alignkit.recipe import Recipe, resolve
+from alignkit.recipe.check import accepted_keys
+from alignkit.recipe.idle_keys import IDLE
 from alignkit.recipe.rules import find_optimizer
 from alignkit.recipe.trl_fields import read_snapshot
 
@@ -138,6 +140,21 @@ def test_stage_rules(complain: Complain, stage: str, message: str) -> None:
 )  # fmt: skip
 def test_model_and_lora_rules(complain: Complain, text: str, message: str) -> None:
     assert complain(f"{text}\nsft: {{data: x/y}}\n") == [message]
+
+
+def test_keys_of_the_table_of_idle_keys_exist() -> None:
+    for row in IDLE:
+        methods = ("sft", "rm", "dpo", "ppo") if row.methods == "train" else row.methods.split()
+        for key in row.keys.split():
+            assert any(key.split(".")[0] in accepted_keys(method) for method in methods), key
+
+
+def test_a_key_is_idle_although_another_value_is_wrong(complain: Complain) -> None:
+    assert sorted(complain(f"{START}label: {{reward: x/r, clamp: [1], cot_tokens: 9, cot: no}}\n")) == [
+        "a.yaml:3: label.clamp is [1]; it must have 2 entries",
+        "a.yaml:3: label.cot is no; it must be true or false; write false",
+        "a.yaml:3: label.cot_tokens has no effect with reward:, which compares by itself; take one of them out",
+    ]
 
 
 def test_checkpointing_is_asked_for_in_one_place(load: Load, complain: Complain) -> None:

@@ -86,14 +86,7 @@ def break_key(random: Random) -> Broken:
     """Swap, drop, double or replace a letter of a random key."""
     lines, number, key = pick_line(random)
     at = random.randrange(len(key))
-    typo = random.choice(
-        (
-            key[:at] + key[at + 1 :],
-            key[:at] + key[at] + key[at:],
-            key[:at] + "q" + key[at + 1 :],
-            key[:at] + "ß" + key[at:],
-        )
-    )
+    typo = key[:at] + random.choice((key[at + 1 :], key[at] + key[at:], "q" + key[at + 1 :], "ß" + key[at:]))
     lines[number] = lines[number].replace(f"{key}:", f"{typo}:", 1)
     return Broken("\n".join(lines).encode(), number + 1, typo)
 
@@ -108,18 +101,7 @@ def double_line(random: Random) -> Broken:
 
 def add_line(random: Random) -> Broken:
     """Add a key that belongs nowhere, or not here."""
-    keys = (
-        "output_dir",
-        "bf16",
-        "beta_",
-        "torch_dtype",
-        "hub_token",
-        "trust_remote_code",
-        "env",
-        "extends",
-        "ppo",
-        "r",
-    )
+    keys = ("output_dir", "bf16", "beta_", "torch_dtype", "hub_token", "trust_remote_code", "env", "extends", "r")
     lines, number, _ = pick_line(random)
     key = random.choice(keys)
     indent = lines[number][: len(lines[number]) - len(lines[number].lstrip())]
