@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from terminal import Terminal
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -49,3 +51,17 @@ def run_alignkit(run_python: Run) -> Run:
         return run_python("-m", "alignkit", *arguments, **variables)
 
     return run
+
+
+@pytest.fixture
+def open_terminal() -> Iterator[Callable[..., Terminal]]:
+    """Return a function that starts `alignkit` with the given arguments in a terminal of its own."""
+    opened: list[Terminal] = []
+
+    def start(*arguments: str, **options: Any) -> Terminal:
+        opened.append(Terminal(*arguments, **options))
+        return opened[-1]
+
+    yield start
+    for terminal in opened:
+        terminal.close()

@@ -78,6 +78,7 @@ SECRETS = {
     "see http://h/v1?a=1&api_key=" + "SECRET&b=2": "see http://h/v1?a=1&api_key=[redacted]&b=2",
     "http://" + "SECRET@127.0.0.1:9/v1": "http://[redacted]@127.0.0.1:9/v1",
     "export MY_API_KEY=" + "SECRET": "export MY_API_KEY=[redacted]",
+    "Authorization: Bearer " + "abc.def": "Authorization: [redacted]",
     "-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----": "[redacted]",
 }
 

@@ -15,13 +15,9 @@ import pytest
 from alignkit.launch import accelerate
 from alignkit.launch.accelerate import launcher_strategy
 from alignkit.launch.placement import Command, place
-from alignkit.recipe import Stage, load_recipe, resolve
+from alignkit.recipe import Stage
 from alignkit.recipe.schema import LaunchOptions
 
-TEXT = (
-    "model: {path: builtin:tiny-llama}\nlaunch: {processes: 2, device: cpu, LAUNCH}\n"
-    "sft: {data: builtin:instructions}\n"
-)
 # Stands in for alignkit: a worker that writes down what accelerate has set, and what it makes of it.
 WORKER = """
 import json, os, sys
@@ -45,14 +41,8 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 @pytest.fixture
-def make_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Stage]:
-    monkeypatch.chdir(tmp_path)
-
-    def make(launch: str) -> Stage:
-        Path("r.yaml").write_text(TEXT.replace("LAUNCH", launch))
-        return resolve(load_recipe(Path("r.yaml")))
-
-    return make
+def stage_of(make_stage: Callable[..., Stage]) -> Callable[[str], Stage]:
+    return lambda launch: make_stage(f"processes: 2, device: cpu, {launch}")
 
 
 def write_configs(stage: Stage, precision: str, directory: Path) -> Path:
@@ -64,11 +54,11 @@ def write_configs(stage: Stage, precision: str, directory: Path) -> Path:
 
 
 @pytest.fixture
-def launch(make_stage: Callable[[str], Stage], tmp_path: Path) -> Callable[[str], dict[str, object]]:
+def launch(stage_of: Callable[[str], Stage], tmp_path: Path) -> Callable[[str], dict[str, object]]:
     """Return a function that runs the real command line with a worker of this test; it returns what rank 1 saw."""
 
     def run(options: str, precision: str = "no") -> dict[str, object]:
-        stage = make_stage(options)
+        stage = stage_of(options)
         found = place(stage, environment={})
         config = write_configs(stage, precision, tmp_path / "launch")
         line = accelerate.command_line(Command(stage, ()), found, precision, config, timeout_seconds=60)  # type: ignore[arg-type]
@@ -95,24 +85,24 @@ def test_ddp(launch: Callable, precision: str) -> None:
     assert launcher_strategy(seen) == "ddp"  # type: ignore[arg-type]
 
 
-def test_fsdp_and_what_torchrun_workers_set_themselves(launch: Callable, make_stage: Callable) -> None:
+def test_fsdp_and_what_torchrun_workers_set_themselves(launch: Callable, stage_of: Callable) -> None:
     options = "strategy: fsdp, offload: all, activation_checkpointing: true"
     seen = launch(options)
     assert launcher_strategy(seen) == "fsdp"
     assert seen["plugin"] == [2, True, "StateDictType.FULL_STATE_DICT", False, True]
     assert seen["FSDP_ACTIVATION_CHECKPOINTING"] == "true"
-    for name, value in accelerate.worker_environment(make_stage(options), "no").items():
+    for name, value in accelerate.worker_environment(stage_of(options), "no").items():
         assert seen[name] == value, name
 
 
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "offload"), [("zero2", "optimizer"), ("zero3", "all")])
-def test_zero(launch: Callable, make_stage: Callable, strategy: str, offload: str) -> None:
+def test_zero(launch: Callable, stage_of: Callable, strategy: str, offload: str) -> None:
     options = f"strategy: {strategy}, offload: {offload}"
     seen = launch(options, "bf16")
     assert launcher_strategy(seen) == strategy
-    zero = accelerate.deepspeed_config(make_stage(options))["zero_optimization"]
+    zero = accelerate.deepspeed_config(stage_of(options))["zero_optimization"]
     assert seen["plugin"] == [int(strategy[-1]), zero]
     assert seen["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
@@ -120,8 +110,8 @@ def test_zero(launch: Callable, make_stage: Callable, strategy: str, offload: st
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_deepspeed_accepts_its_config(make_stage: Callable, strategy: str, tmp_path: Path) -> None:
-    config = accelerate.deepspeed_config(make_stage(f"strategy: {strategy}, offload: optimizer"))
+def test_deepspeed_accepts_its_config(stage_of: Callable, strategy: str, tmp_path: Path) -> None:
+    config = accelerate.deepspeed_config(stage_of(f"strategy: {strategy}, offload: optimizer"))
     text = json.dumps(config)
     numbers = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4,
                "gradient_clipping": 1.0}  # fmt: skip
@@ -144,10 +134,10 @@ def test_deepspeed_accepts_its_config(make_stage: Callable, strategy: str, tmp_p
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
-def test_accelerate_knows_every_key(make_stage: Callable, strategy: str, tmp_path: Path) -> None:
+def test_accelerate_knows_every_key(stage_of: Callable, strategy: str, tmp_path: Path) -> None:
     from accelerate.commands.config.config_args import ClusterConfig
 
-    stage = make_stage(f"strategy: {strategy}")
+    stage = stage_of(f"strategy: {strategy}")
     path = write_configs(stage, "no", tmp_path)
     config = ClusterConfig.from_yaml_file(str(path))  # raises for a key it does not know
     assert (config.num_processes, config.num_machines, config.same_network) == (2, 1, True)
@@ -156,10 +146,10 @@ def test_accelerate_knows_every_key(make_stage: Callable, strategy: str, tmp_pat
     assert (tmp_path / "deepspeed.json").exists() == strategy.startswith("zero")
 
 
-def test_every_strategy_of_a_recipe_has_a_config(make_stage: Callable) -> None:
+def test_every_strategy_of_a_recipe_has_a_config(stage_of: Callable) -> None:
     strategies = LaunchOptions.model_json_schema()["properties"]["strategy"]["enum"]
     kinds = set()
     for strategy in strategies:
-        stage = make_stage(f"strategy: {strategy}")
+        stage = stage_of(f"strategy: {strategy}")
         kinds.add(accelerate.config_values(stage, place(stage, environment={}), "no", Path())["distributed_type"])
     assert kinds == {"MULTI_GPU", "FSDP", "DEEPSPEED"}

@@ -82,14 +82,11 @@ def test_a_mistyped_run_ends_at_once_with_the_runs_that_may_be_meant(
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "False\n", f"error: {told}\n")
 
 
-def test_bad_rows_of_a_small_file_are_all_found(refuse: Callable) -> None:
+def test_bad_rows_and_an_untrained_start_are_named(refuse: Callable) -> None:
     assert refuse("sft", rows=GOOD + '{"prompt": "a", "completion": null}\n' + GOOD + "{\n").splitlines()[:2] == [
         "error: rows.jsonl:2: completion: is null",
         "error: rows.jsonl:4: invalid JSON: Expecting property name enclosed in double quotes (column 2)",
     ]
-
-
-def test_a_stage_that_starts_from_an_untrained_one_says_what_to_train(refuse: Callable) -> None:
     assert refuse("dpo", rows='{"prompt": "a", "chosen": "b", "rejected": "c"}\n') == (
         "error: r.yaml:3: dpo starts from sft, which has not been trained to its end; train --stage sft of r.yaml "
         "first, or name another start_from\n"
@@ -108,9 +105,6 @@ def test_settings_that_cannot_be_are_refused_with_their_line(refuse: Callable, t
     before = {"stage": "sft", "method": "sft", "fingerprint": {"sft.learning_rate": 1e-3}}
     (tmp_path / "runs/r/sft/stage.json").write_text(json.dumps(before))
     assert "  sft.learning_rate: 0.001 -> 2e-05 (default)\n" in refuse("sft", "--set", "sft.learning_rate=2e-5")
-
-
-def test_pickled_weights_are_refused(refuse: Callable, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old/config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "old/pytorch_model.bin").write_bytes(b"\x80\x04")
@@ -125,17 +119,14 @@ def test_a_second_run_in_the_same_directory_is_refused(run_python: Callable, tmp
         "import sys, time; from pathlib import Path; from alignkit.runs.directory import open_run\n"
         "held = open_run(Path('runs/r/sft'), force=False); print('held', flush=True); time.sleep(600)"
     )
-    holder = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", hold], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
         env={"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )  # fmt: skip
-    try:
+    ) as holder:  # fmt: skip
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         began = time.monotonic()
         ended = run_python("-m", "alignkit", "sft", "-r", "r.yaml")
-    finally:
         holder.kill()
-        holder.wait()
     assert ended.returncode == 2
     assert f"in use by process {holder.pid} on " in ended.stderr
     assert time.monotonic() - began < 30

@@ -13,48 +13,69 @@ from alignkit.errors import RecipeError
 from alignkit.launch import placement
 from alignkit.launch.accelerate import plan_launch
 from alignkit.launch.placement import Command, Placement, count_cuda, first_host, place
-from alignkit.recipe import Stage, load_recipe, resolve
 
-TEXT = "model: {path: builtin:tiny-llama}\nlaunch: {LAUNCH}\nsft: {data: builtin:instructions}\n"
-
-
-@pytest.fixture
-def make_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stage]:
-    monkeypatch.chdir(tmp_path)
-
-    def make(launch: str = "", **changed: str) -> Stage:
-        Path("r.yaml").write_text(TEXT.replace("LAUNCH", launch))
-        return resolve(load_recipe(Path("r.yaml"), overrides=[f"{key}={value}" for key, value in changed.items()]))
-
-    return make
+SLURM = {"SLURM_NNODES": "4", "SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "2", "SLURM_JOB_NODELIST": "gpu[11-14]"}
 
 
-def problems(stage: Stage, node_rank: int | None = None, **environment: str) -> list[str]:
-    with pytest.raises(RecipeError) as caught:
-        place(stage, node_rank, environment=environment)
-    return [str(problem) for problem in caught.value.problems]
+@pytest.mark.parametrize(
+    ("launch", "node_rank", "environment", "found"),
+    [
+        ("device: cpu", None, {}, Placement(1, 1, 0, "127.0.0.1", None, "cpu", "ddp")),
+        ("device: cpu, processes: auto", None, {}, Placement(1, 1, 0, "127.0.0.1", None, "cpu", "ddp")),
+        ("device: cuda, processes: auto", None, {}, Placement(2, 1, 0, "127.0.0.1", None, "cuda", "ddp")),
+        # SLURM says which node this is and where node 0 is.
+        ("nodes: 4, processes: 2, device: cpu", None, SLURM, Placement(2, 4, 2, "gpu11", 29500, "cpu", "ddp")),
+        # What is given goes before the environment.
+        ("nodes: 4, device: cpu, main_address: head, main_port: 4000", 0,
+         {**SLURM, "MASTER_ADDR": "other", "MASTER_PORT": "1"}, Placement(1, 4, 0, "head", 4000, "cpu", "ddp")),
+        ("nodes: 2, device: cpu", None, {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4444"},
+         Placement(1, 2, 1, "10.0.0.1", 4444, "cpu", "ddp")),
+        # One node of an allocation may be used alone.
+        ("device: cpu", None, {"SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "gpu[11-14]"},
+         Placement(1, 1, 0, "127.0.0.1", None, "cpu", "ddp")),
+    ],
+)  # fmt: skip
+def test_where_processes_run(
+    make_stage: Callable, monkeypatch: pytest.MonkeyPatch, launch: str, node_rank: int | None,
+    environment: dict[str, str], found: Placement,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(placement, "count_cuda", lambda: 2)  # whatever this machine has
+    assert place(make_stage(launch), node_rank, environment=environment) == found
+    assert found.world_size == found.nodes * found.processes and found.is_main == (found.node_rank == 0)
 
 
-def test_one_process_needs_nothing(make_stage: Callable) -> None:
-    found = place(make_stage("device: cpu"), environment={})
-    assert found == Placement(1, 1, 0, "127.0.0.1", None, "cpu", "ddp")
-    assert (found.world_size, found.is_main) == (1, True)
-
-
-def test_auto_is_one_process_on_the_cpu(make_stage: Callable) -> None:
-    assert place(make_stage("device: cpu, processes: auto"), environment={}).processes == 1
-
-
-def test_auto_takes_the_visible_devices(make_stage: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "count_cuda", lambda: 8)  # no machine of this test has eight
-    assert place(make_stage("device: cuda, processes: auto"), environment={}).processes == 8
-
-
-def test_more_processes_than_devices_are_refused(make_stage: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("launch", "node_rank", "environment", "problems"),
+    [
+        ("device: cuda, processes: 8", None, {},
+         ["r.yaml:2: launch.processes is 8, but 2 CUDA devices are visible here; set it to auto, or launch.device: "
+          "cpu"]),
+        ("nodes: 2, device: cpu", None, {},
+         ["r.yaml:2: launch.nodes is 2, but which of them this machine is, is not known; give --node-rank or "
+          "NODE_RANK, or start it with srun (SLURM_NODEID)",
+          "r.yaml:2: launch.nodes is 2, but where node 0 is reached is not known; give --main-address, "
+          "launch.main_address or MASTER_ADDR, or start it with srun (SLURM_JOB_NODELIST)"]),
+        ("nodes: 2, device: cpu", 1, SLURM,
+         ["r.yaml:2: launch.nodes is 2, but SLURM runs this on 4; set launch.nodes to 4, or ask SLURM for 2"]),
+        # srun on four nodes: four jobs in one directory
+        ("device: cpu", None, SLURM,
+         ["r.yaml: launch.nodes is 1, but SLURM runs this on 4; set launch.nodes to 4, or ask SLURM for 1"]),
+        ("nodes: 4, device: cpu", None, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x4)"},
+         ["r.yaml: SLURM started 8 tasks on this node; ask for one (--ntasks-per-node=1): alignkit starts the "
+          "processes of launch.processes itself"]),
+        ("nodes: 2, device: cpu", 2, {"MASTER_ADDR": "head"},
+         ["r.yaml:2: this is node 2, but launch.nodes is 2: nodes are 0 to 1"]),
+        ("device: cpu", 1, {}, ["r.yaml: --node-rank is 1, but launch.nodes is 1"]),
+    ],
+)  # fmt: skip
+def test_what_contradicts_is_refused(
+    make_stage: Callable, monkeypatch: pytest.MonkeyPatch, launch: str, node_rank: int | None,
+    environment: dict[str, str], problems: list[str],
+) -> None:  # fmt: skip
     monkeypatch.setattr(placement, "count_cuda", lambda: 2)
-    assert problems(make_stage("device: cuda, processes: 8")) == [
-        "r.yaml:2: launch.processes is 8, but 2 CUDA devices are visible here; set it to auto, or launch.device: cpu"
-    ]
+    with pytest.raises(RecipeError) as caught:
+        place(make_stage(launch), node_rank, environment=environment)
+    assert [str(problem) for problem in caught.value.problems] == problems
 
 
 @pytest.mark.parametrize(
@@ -69,82 +90,16 @@ def test_visible_devices_are_read_as_the_driver_does(
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [
-        ("node7", "node7"),
-        ("node[1-3,7]", "node1"),
-        ("node[007,009],other", "node007"),
-        ("rack[1-2]n[05-08],login", "rack1n05"),
-        ("a,b[1-2]", "a"),
-    ],
-)
+    [("node7", "node7"), ("node[1-3,7]", "node1"), ("node[007,009],other", "node007"),
+     ("rack[1-2]n[05-08],login", "rack1n05"), ("a,b[1-2]", "a")],
+)  # fmt: skip
 def test_the_first_host_of_a_slurm_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
 
 
-SLURM = {"SLURM_NNODES": "4", "SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "2", "SLURM_JOB_NODELIST": "gpu[11-14]"}
-
-
-def test_slurm_says_which_node_this_is_and_where_node_0_is(make_stage: Callable) -> None:
-    found = place(make_stage("nodes: 4, processes: 2, device: cpu"), environment=SLURM)
-    assert found == Placement(2, 4, 2, "gpu11", 29500, "cpu", "ddp")
-    assert (found.world_size, found.is_main) == (8, False)
-
-
-def test_what_is_given_goes_before_the_environment(make_stage: Callable) -> None:
-    stage = make_stage("nodes: 4, device: cpu, main_address: head, main_port: 4000")
-    found = place(stage, 0, environment={**SLURM, "MASTER_ADDR": "other", "MASTER_PORT": "1"})
-    assert (found.node_rank, found.main_address, found.main_port) == (0, "head", 4000)
-
-
-def test_the_environment_alone_is_enough(make_stage: Callable) -> None:
-    found = place(
-        make_stage("nodes: 2, device: cpu"),
-        environment={"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4444"},
-    )
-    assert (found.node_rank, found.main_address, found.main_port) == (1, "10.0.0.1", 4444)
-
-
-def test_several_nodes_without_rank_and_address_name_what_would_give_them(make_stage: Callable) -> None:
-    assert problems(make_stage("nodes: 2, device: cpu")) == [
-        "r.yaml:2: launch.nodes is 2, but which of them this machine is, is not known; give --node-rank or NODE_RANK, "
-        "or start it with srun (SLURM_NODEID)",
-        "r.yaml:2: launch.nodes is 2, but where node 0 is reached is not known; give --main-address, "
-        "launch.main_address or MASTER_ADDR, or start it with srun (SLURM_JOB_NODELIST)",
-    ]
-
-
-def test_another_number_of_nodes_than_slurm_is_a_contradiction(make_stage: Callable) -> None:
-    assert problems(make_stage("nodes: 2, device: cpu"), **SLURM)[0] == (
-        "r.yaml:2: launch.nodes is 2, but SLURM runs this on 4; set launch.nodes to 4, or ask SLURM for 2"
-    )
-    assert len(problems(make_stage("device: cpu"), **SLURM)) == 1  # srun on four nodes: four jobs in one directory
-
-
-def test_one_node_of_an_allocation_may_be_used_alone(make_stage: Callable) -> None:
-    found = place(make_stage("device: cpu"), environment={"SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "gpu[11-14]"})
-    assert found.world_size == 1
-
-
-def test_one_task_a_process_is_not_how_slurm_should_start_it(make_stage: Callable) -> None:
-    [line] = problems(make_stage("nodes: 4, device: cpu"), **SLURM, SLURM_STEP_TASKS_PER_NODE="8(x4)")
-    assert line.startswith("r.yaml: SLURM started 8 tasks on this node; ask for one (--ntasks-per-node=1)")
-
-
-def test_a_node_rank_beyond_the_nodes_is_refused(make_stage: Callable) -> None:
-    where = {"MASTER_ADDR": "head"}
-    assert problems(make_stage("nodes: 2, device: cpu"), 2, **where) == [
-        "r.yaml:2: this is node 2, but launch.nodes is 2: nodes are 0 to 1"
-    ]
-    assert problems(make_stage("device: cpu"), 1) == ["r.yaml: --node-rank is 1, but launch.nodes is 1"]
-
-
-def test_a_plan_for_one_process_starts_nothing(make_stage: Callable) -> None:
-    stage = make_stage("device: cpu")
-    found = plan_launch(Command(stage))
+def test_a_plan_says_what_is_started_and_what_is_not_known_yet(make_stage: Callable) -> None:
+    found = plan_launch(Command(make_stage("device: cpu")))
     assert (found["mode"], found["command"], found["config"]) == ("in-process", "", None)
-
-
-def test_a_plan_says_what_is_not_known_yet(make_stage: Callable) -> None:
     stage = make_stage("nodes: 4, processes: 4, strategy: zero3, device: cpu", seed="3")
     found = plan_launch(Command(stage, ["seed=3"]))
     assert found["placement"]["world_size"] == 16
@@ -153,18 +108,14 @@ def test_a_plan_says_what_is_not_known_yet(make_stage: Callable) -> None:
     assert found["command"].endswith("-m alignkit sft --recipe r.yaml --stage sft --set seed=3")
     assert found["deepspeed"]["zero_optimization"]["stage"] == 3
     assert not Path("runs").exists()
-
-
-def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_starts(make_stage: Callable) -> None:
-    stage = make_stage("nodes: 4, processes: 8, device: cpu")
     with pytest.raises(
         RecipeError, match=r"sft\.batch_size is 16, which 32 processes cannot divide; .* multiple of 32$"
     ):
-        plan_launch(Command(stage))
+        plan_launch(Command(make_stage("nodes: 4, processes: 8, device: cpu")))
 
 
-def test_dry_run_shows_command_and_config(run_alignkit: Callable, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(TEXT.replace("LAUNCH", "processes: 8, strategy: fsdp, device: cpu"))
+def test_dry_run_shows_command_and_config(run_alignkit: Callable, write_recipe: Callable, tmp_path: Path) -> None:
+    write_recipe("processes: 8, strategy: fsdp, device: cpu")
     lines = run_alignkit("sft", "-r", "r.yaml", "--dry-run").stdout.splitlines()
     start = lines.index("would start: 8 processes (fsdp, cpu)")
     run = tmp_path / "runs/r/sft/launch"

@@ -6,16 +6,18 @@ Needs slurmctld and slurmd (22.05 or newer, with auth/none) and root; nothing of
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "srun", "scancel", "sinfo", "setpriv")
@@ -164,25 +166,18 @@ class Cluster:
         for daemon in self.daemons:
             daemon.terminate()
         for daemon in self.daemons:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 daemon.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
         for process in self.left():
-            os.kill(process, signal.SIGKILL)
+            process.kill()
 
-    def left(self) -> list[int]:
+    def left(self) -> list[psutil.Process]:
         """Return the processes that carry this cluster's configuration in their environment."""
-        mark = f"SLURM_CONF={self.directory}/slurm.conf".encode()
         found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                try:
-                    if mark in (entry / "environ").read_bytes().split(b"\0"):
-                        found.append(int(entry.name))
-                except OSError:
-                    continue
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"] and process.pid != os.getpid():
+                    found.append(process)
         return found
 
 
@@ -197,14 +192,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     assert made.left() == []
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Callable[..., Path]:
-    def write(*, steps: int, launch: str = "processes: 1") -> Path:
-        text = RECIPE.replace("STEPS", str(steps)).replace("LAUNCH", launch)
-        (tmp_path / "r.yaml").write_text(text)
-        return tmp_path
-
-    return write
+def write(directory: Path, *, steps: int, launch: str = "processes: 1") -> Path:
+    """Write the recipe and return the directory of its sft run."""
+    (directory / "r.yaml").write_text(RECIPE.replace("STEPS", str(steps)).replace("LAUNCH", launch))
+    return directory / "runs/cluster/sft"
 
 
 def submit(cluster: Cluster, directory: Path, *arguments: str) -> dict[str, str]:
@@ -226,40 +217,39 @@ def wait_for_checkpoint(cluster: Cluster, job: str, run: Path, *, beyond: int = 
         time.sleep(0.05)
 
 
+def run_whole(cluster: Cluster, directory: Path, *arguments: str) -> Path:
+    """Train without Slurm; return the run."""
+    whole = cluster.alignkit("sft", "-r", "r.yaml", "--out", str(directory / "whole"), *arguments, cwd=directory)
+    assert whole.returncode == 0, whole.stderr
+    return directory / "whole"
+
+
 def digest(run: Path) -> str:
     return hashlib.sha256((run / "model/model.safetensors").read_bytes()).hexdigest()
 
 
-def losses(run: Path) -> list[object]:
-    import json
-
+def losses(run: Path) -> list[tuple[int, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
-def test_a_job_runs_to_its_end_from_a_directory_with_a_hostile_name(
-    cluster: Cluster, recipe: Callable[..., Path]
-) -> None:
-    directory = recipe(steps=2)
-    run = directory / "a b\"c'd $(touch canary) %j"
-    job = submit(cluster, directory, "sft", "--out", str(run))["sft"]
+def test_a_job_runs_to_its_end_from_a_directory_with_a_hostile_name(cluster: Cluster, tmp_path: Path) -> None:
+    write(tmp_path, steps=2)
+    run = tmp_path / "a b\"c'd $(touch canary) %j"
+    job = submit(cluster, tmp_path, "sft", "--out", str(run))["sft"]
     facts = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED")
     log = (run / f"launch/slurm-{job}.log").read_text()
     assert facts["JobState"] == "COMPLETED", log
     assert (run / "result.json").exists()
     assert "sft: step 2/2" in log
-    assert not list(directory.rglob("canary"))
+    assert not list(tmp_path.rglob("canary"))
     assert not list(run.glob("launch/ended-*"))
 
 
-def test_a_job_told_to_stop_saves_requeues_itself_resumes_and_ends_the_same(
-    cluster: Cluster, recipe: Callable[..., Path]
-) -> None:
-    directory = recipe(steps=300)
-    whole = cluster.alignkit("sft", "-r", "r.yaml", "--out", str(directory / "whole"), cwd=directory)
-    assert whole.returncode == 0, whole.stderr
-    run = directory / "runs/cluster/sft"
-    job = submit(cluster, directory, "sft")["sft"]
+def test_a_job_told_to_stop_saves_requeues_itself_resumes_and_ends_the_same(cluster: Cluster, tmp_path: Path) -> None:
+    run = write(tmp_path, steps=300)
+    whole = run_whole(cluster, tmp_path)
+    job = submit(cluster, tmp_path, "sft")["sft"]
     cluster.wait(job, "RUNNING")
     reached = wait_for_checkpoint(cluster, job, run)
     cluster.ask("scancel", "--signal=USR1", "--batch", job)
@@ -275,14 +265,13 @@ def test_a_job_told_to_stop_saves_requeues_itself_resumes_and_ends_the_same(
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), log
     assert log.count("alignkit: ended with code 143; requeued") == 2
     assert log.count("sft: going on from step") == 2
-    assert digest(run) == digest(directory / "whole")
-    assert losses(run) == losses(directory / "whole")
+    assert digest(run) == digest(whole)
+    assert losses(run) == losses(whole)
 
 
-def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, recipe: Callable[..., Path]) -> None:
-    directory = recipe(steps=100000)
-    run = directory / "runs/cluster/sft"
-    job = submit(cluster, directory, "sft")["sft"]
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    run = write(tmp_path, steps=100000)
+    job = submit(cluster, tmp_path, "sft")["sft"]
     cluster.wait(job, "RUNNING")
     wait_for_checkpoint(cluster, job, run)
     cluster.ask("scancel", job)
@@ -296,22 +285,22 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, recipe: Cal
     assert "requeued" not in log
 
 
-def test_a_mistake_is_not_requeued_and_cancels_what_waits_for_it(cluster: Cluster, recipe: Callable[..., Path]) -> None:
-    directory = recipe(steps=2)
-    jobs = submit(cluster, directory, "run", "--set", "sft.max_length=8")
+def test_a_mistake_is_not_requeued_and_cancels_what_waits_for_it(cluster: Cluster, tmp_path: Path) -> None:
+    write(tmp_path, steps=2)
+    jobs = submit(cluster, tmp_path, "run", "--set", "sft.max_length=8")
     facts = cluster.wait(jobs["sft"], "FAILED", "COMPLETED")
     assert facts["ExitCode"] == "2:0", cluster.log(facts)
     assert "error: r.yaml:" in cluster.log(facts) and "max_length" in cluster.log(facts)
     assert cluster.wait(jobs["dpo"], "CANCELLED")["JobState"] == "CANCELLED"
 
 
-def test_a_chain_of_stages_runs_one_after_the_other(cluster: Cluster, recipe: Callable[..., Path]) -> None:
-    directory = recipe(steps=200)
-    jobs = submit(cluster, directory, "run")
+def test_a_chain_of_stages_runs_one_after_the_other(cluster: Cluster, tmp_path: Path) -> None:
+    run = write(tmp_path, steps=200)
+    jobs = submit(cluster, tmp_path, "run")
     assert list(jobs) == ["sft", "dpo"]
     assert cluster.facts(jobs["dpo"])["Dependency"].startswith(f"afterok:{jobs['sft']}")
     cluster.wait(jobs["sft"], "RUNNING")
-    wait_for_checkpoint(cluster, jobs["sft"], directory / "runs/cluster/sft")
+    wait_for_checkpoint(cluster, jobs["sft"], run)
     cluster.ask("scancel", "--signal=USR1", "--batch", jobs["sft"])
     cluster.wait(jobs["sft"], "PENDING")
     assert cluster.facts(jobs["dpo"])["JobState"] == "PENDING"  # a requeued job has not failed
@@ -323,14 +312,11 @@ def test_a_chain_of_stages_runs_one_after_the_other(cluster: Cluster, recipe: Ca
 
 @pytest.mark.parametrize("launch", ["processes: 2", "processes: 1, nodes: 2, main_address: 127.0.0.1"])
 def test_a_job_of_two_processes_is_stopped_requeued_and_ends_as_one_process_does(
-    launch: str, cluster: Cluster, recipe: Callable[..., Path]
+    launch: str, cluster: Cluster, tmp_path: Path
 ) -> None:
-    directory = recipe(steps=40, launch=launch)
-    whole = cluster.alignkit("sft", "-r", "r.yaml", "--out", str(directory / "whole"), "--set", "launch.processes=1",
-                             "--set", "launch.nodes=1", cwd=directory)  # fmt: skip
-    assert whole.returncode == 0, whole.stderr
-    run = directory / "runs/cluster/sft"
-    job = submit(cluster, directory, "sft")["sft"]
+    run = write(tmp_path, steps=40, launch=launch)
+    whole = run_whole(cluster, tmp_path, "--set", "launch.processes=1", "--set", "launch.nodes=1")
+    job = submit(cluster, tmp_path, "sft")["sft"]
     cluster.wait(job, "RUNNING")
     wait_for_checkpoint(cluster, job, run)
     cluster.ask("scancel", "--signal=USR1", "--batch", job)
@@ -340,7 +326,7 @@ def test_a_job_of_two_processes_is_stopped_requeued_and_ends_as_one_process_does
     log = cluster.log(facts)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
     assert log.count("sft: going on from step") == 1
-    expected = losses(directory / "whole")
+    expected = losses(whole)
     assert [step for step, _ in losses(run)] == [step for step, _ in expected]
     for (step, loss), (_, other) in zip(losses(run), expected, strict=True):
         assert abs(loss - other) < 1e-3, step

@@ -6,6 +6,7 @@ test beside this one uses Slurm's own.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -112,27 +113,33 @@ def test_the_script_asks_for_what_the_recipe_says(directory: Path) -> None:
     assert "--cpus-per-task=96 bash" in script  # since 22.05 srun does not take it over from sbatch
 
 
-def test_one_process_on_the_cpu_asks_for_no_gpu_and_no_meeting_place() -> None:
+def test_cores_and_gpus_are_those_of_the_processes() -> None:
     script = build_script(job("{device: cpu}"))
     assert "cpus-per-task=8" in directives(script)
     assert not [line for line in directives(script) if line.startswith(("gpus", "mem", "time", "partition"))]
-    assert "scontrol show hostnames" not in script
-
-
-def test_gpus_are_one_a_process_or_as_given() -> None:
-    assert "gpus-per-node=4" in directives(build_script(job("{processes: 4}")))
-    assert "gpus-per-node=8" in directives(build_script(job("{processes: 4, slurm: {gpus_per_node: 8}}")))
-    with pytest.raises(
-        RecipeError, match=r"gpus_per_node is 2, but launch\.processes is 4, one a GPU; make them equal"
+    assert "scontrol show hostnames" not in script  # one node needs no meeting place
+    for launch, expected in (
+        ("{processes: 4}", {"gpus-per-node=4"}),
+        ("{processes: 4, slurm: {gpus_per_node: 8}}", {"gpus-per-node=8"}),
+        ("{processes: auto, slurm: {gpus_per_node: 8, cpus_per_process: 4}}", {"gpus-per-node=8", "cpus-per-task=32"}),
+        ("{slurm: {time: '3:01'}}", {"time=3:01"}),
+        ("{slurm: {time: '0'}}", {"time=0"}),
     ):
-        build_script(job("{processes: 4, slurm: {gpus_per_node: 2}}"))
-    script = build_script(job("{processes: auto, slurm: {gpus_per_node: 8, cpus_per_process: 4}}"))
-    assert {"gpus-per-node=8", "cpus-per-task=32"} <= set(directives(script))
+        assert expected <= set(directives(build_script(job(launch))))
 
 
-def test_processes_auto_without_gpus_per_node_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"^r\.yaml:2: launch\.processes is auto, .* launch\.slurm\.gpus_per_node$"):
-        build_script(job("{processes: auto}"))
+@pytest.mark.parametrize(
+    ("launch", "said"),
+    [
+        ("{processes: 4, slurm: {gpus_per_node: 2}}",
+         r"^r\.yaml:2: .*gpus_per_node is 2, but launch\.processes is 4, one a GPU; make them equal"),
+        ("{processes: auto}", r"^r\.yaml:2: launch\.processes is auto, .* launch\.slurm\.gpus_per_node$"),
+        ("{slurm: {time: '3:00'}}", r"^r\.yaml:2: launch\.slurm\.time is 3:00, and launch\.slurm\.signal_sec"),
+    ],
+)  # fmt: skip
+def test_what_slurm_could_not_honour_is_refused(launch: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        build_script(job(launch))
 
 
 @pytest.mark.parametrize(
@@ -141,13 +148,6 @@ def test_processes_auto_without_gpus_per_node_is_refused() -> None:
 )
 def test_time_is_read_as_sbatch_reads_it(text: str, seconds: int) -> None:
     assert read_time(text) == seconds
-
-
-def test_a_sitting_that_would_end_as_it_begins_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"^r\.yaml:2: launch\.slurm\.time is 3:00, and launch\.slurm\.signal_sec"):
-        build_script(job("{slurm: {time: '3:00'}}"))
-    build_script(job("{slurm: {time: '3:01'}}"))
-    build_script(job("{slurm: {time: '0'}}"))
 
 
 HOSTILE_VALUES = [
@@ -160,8 +160,6 @@ HOSTILE_VALUES = [
 
 @pytest.mark.parametrize(("key", "value"), HOSTILE_VALUES, ids=lambda value: repr(value)[:24])
 def test_a_recipe_cannot_put_anything_else_into_the_script(key: str, value: object) -> None:
-    import json
-
     recipe = f"{MODEL}launch: {{slurm: {{{key}: {json.dumps(value)}}}}}\n{STAGES}"
     Path("r.yaml").write_text(recipe)
     with pytest.raises(RecipeError) as caught:
@@ -184,25 +182,16 @@ def test_a_path_with_a_newline_cannot_stand_in_a_script(directory: Path) -> None
         build_script(job(out=directory / "a\nb"))
 
 
-def test_dry_run_writes_nothing(directory: Path) -> None:
-    written = write_jobs([job()], submit=True, dry_run=True)
-    assert written[0]["script"].startswith("#!/bin/bash\n#SBATCH")
-    assert os.listdir(directory) == ["r.yaml"]
-
-
 def test_a_written_script_is_no_foreign_file_and_no_started_run(directory: Path) -> None:
-    written = write_jobs([job()], submit=False, dry_run=False)[0]
+    written = write_jobs([job()], submit=True, dry_run=True)[0]
+    assert written["script"].startswith("#!/bin/bash\n#SBATCH") and os.listdir(directory) == ["r.yaml"]
+    assert write_jobs([job()], submit=False, dry_run=False)[0] == written
     run = directory / "runs/r/sft"
-    assert written["path"] == str(run / "launch/job.sbatch")
-    assert (run / "launch/job.sbatch").read_text() == written["script"]
+    assert written["path"] == str(run / "launch/job.sbatch") and Path(written["path"]).read_text() == written["script"]
     refuse_foreign(run)
     opened, lock = open_run(run, force=True)  # nothing to move aside: nothing was started
     lock.release()
     assert not opened.stage.exists() and (run / "launch/job.sbatch").exists()
-    write_jobs([job()], submit=False, dry_run=False)
-
-
-def test_a_directory_of_somebody_else_is_refused(directory: Path) -> None:
     (directory / "mine").mkdir()
     (directory / "mine/thesis.tex").write_text("")
     with pytest.raises(RunError, match="holds no run"):
@@ -336,13 +325,7 @@ SAVES = "mkdir -p $RUN/checkpoints/checkpoint-3; touch $RUN/checkpoints/checkpoi
 @pytest.mark.parametrize(
     ("task", "state", "sitting", "code", "requeued"),
     [
-        ("exit 0", "RUNNING", 0, 0, False),
-        ("exit 1", "RUNNING", 0, 1, False),
-        ("exit 2", "RUNNING", 0, 2, False),
-        ("exit 3", "RUNNING", 0, 3, False),
-        ("exit 4", "RUNNING", 0, 4, False),
-        ("exit 5", "RUNNING", 0, 5, False),
-        ("exit 130", "RUNNING", 0, 130, False),
+        *((f"exit {code}", "RUNNING", 0, code, False) for code in (0, 1, 2, 3, 4, 5, 130)),
         ("exit 143", "RUNNING", 0, 143, True),  # preempted: the processes had SIGTERM from Slurm
         ("exit 143", "CANCELLED", 0, 143, False),  # scancel is final
         ("exit 143", "", 0, 143, False),
@@ -367,8 +350,11 @@ def test_only_endings_that_resuming_helps_are_requeued(
 LISTENS = "trap 'echo got >>$RECORD/got; sleep 0.3; exit 143' USR1; touch $RECORD/ready; while :; do sleep 0.1; done"
 
 
-def test_usr1_reaches_the_task_once_and_the_job_is_requeued(start: Callable[..., Body], fakes: Path) -> None:
-    ended = start(LISTENS).send(signal.SIGUSR1).end()
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_reaches_the_task_once_and_the_job_is_requeued(
+    number: int, start: Callable[..., Body], fakes: Path
+) -> None:
+    ended = start(LISTENS).send(number).end()
     assert (ended.code, ended.requeued) == (143, True), ended.stderr
     assert (fakes / "got").read_text() == "got\n"
 
@@ -384,11 +370,6 @@ def test_term_from_a_cancelled_job_is_not_passed_on_twice(start: Callable[..., B
     assert not (fakes / "got").exists()
     ended = body.end()
     assert (ended.code, ended.requeued) == (143, False)
-
-
-def test_term_to_the_batch_shell_alone_is_passed_on(start: Callable[..., Body], fakes: Path) -> None:
-    ended = start(LISTENS).send(signal.SIGTERM).end()
-    assert (ended.code, ended.requeued, (fakes / "got").read_text()) == (143, True, "got\n")
 
 
 def test_the_first_node_to_fail_tells_the_code(start: Callable[..., Body], fakes: Path) -> None:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -46,13 +45,6 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
-@dataclass
-class Ended:
-    code: int
-    stdout: str
-    stderr: str
-
-
 class Node:
     """A machine as far as network and processes go; files are shared, as on a cluster."""
 
@@ -65,17 +57,12 @@ class Node:
         inside = ["ip", "netns", "exec", self.name, "unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "GLOO_"))}
         environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HUB_OFFLINE": "1"}
-        process = subprocess.Popen(
-            [*inside, *command],
-            cwd=cwd,
-            env=environment | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.processes.append(subprocess.Popen(
+            [*inside, *command], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
-        )
-        self.processes.append(process)
-        return process
+        ))  # fmt: skip
+        return self.processes[-1]
 
     def left(self) -> list[int]:
         """Return the processes that are still in this node's network, by the host's numbers."""
@@ -121,13 +108,12 @@ def start(nodes: list[Node], directory: Path, out: str) -> list[subprocess.Popen
     return [node.start(*command, str(node.number), cwd=directory) for node in nodes]
 
 
-def end(processes: list[subprocess.Popen[str]], *, seconds: float = 240) -> list[Ended]:
+def end(processes: list[subprocess.Popen[str]], *, code: int = 0, seconds: float = 240) -> list[str]:
+    """Wait for the processes, which must end with this code; return what each wrote to stderr."""
     until = time.monotonic() + seconds
-    ended = []
-    for process in processes:
-        stdout, stderr = process.communicate(timeout=max(until - time.monotonic(), 1))
-        ended.append(Ended(process.returncode, stdout, stderr))
-    return ended
+    said = [process.communicate(timeout=max(until - time.monotonic(), 1))[1] for process in processes]
+    assert {process.returncode for process in processes} == {code}, "".join(said)
+    return said
 
 
 def find_worker(directory: Path, rank: int) -> int:
@@ -159,18 +145,13 @@ def digest(run: Path) -> str:
 
 def test_two_nodes_train_as_one_process_end_together_and_resume_exactly(nodes: list[Node], tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE)
-    one = nodes[0].start(
-        sys.executable, "-m", "alignkit", "sft", "-r", "r.yaml", "--out", "one", "--set", "launch.nodes=1", cwd=tmp_path
-    )
-    (alone,) = end([one])
-    assert alone.code == 0, alone.stderr
+    alone = ("-m", "alignkit", "sft", "-r", "r.yaml", "--out", "one", "--set", "launch.nodes=1")
+    end([nodes[0].start(sys.executable, *alone, cwd=tmp_path)])
 
     began = time.monotonic()
     first, second = end(start(nodes, tmp_path, "two"))
     print(f"two nodes: {time.monotonic() - began:.1f} s")
-    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
-    assert f"step {STEPS}/{STEPS}" in first.stderr
-    assert f"step {STEPS}/{STEPS}" not in second.stderr  # node 0 speaks for the job
+    assert f"step {STEPS}/{STEPS}" in first and f"step {STEPS}/{STEPS}" not in second  # node 0 speaks for the job
     expected, curve = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(curve) == list(expected) == list(range(1, STEPS + 1))
     print(f"largest difference of the loss to one process: {max(abs(curve[step] - expected[step]) for step in curve)}")
@@ -185,18 +166,14 @@ def test_two_nodes_train_as_one_process_end_together_and_resume_exactly(nodes: l
         time.sleep(0.02)
     began = time.monotonic()
     os.kill(find_worker(run, 1), signal.SIGKILL)
-    first, second = end(processes)
+    first, _ = end(processes, code=6)
     seconds = time.monotonic() - began
-    print(f"both nodes ended {seconds:.1f} s after the kill: {first.stderr.splitlines()[-1]}")
-    assert (first.code, second.code) == (6, 6), first.stderr + second.stderr
-    assert seconds < 15
-    assert first.stderr.count("error:") == 1 and "rank 1" in first.stderr
+    print(f"both nodes ended {seconds:.1f} s after the kill: {first.splitlines()[-1]}")
+    assert seconds < 15 and first.count("error:") == 1 and "rank 1" in first
     assert [node.left() for node in nodes] == [[], []]
     assert sealed(run) < STEPS
 
-    first, second = end(start(nodes, tmp_path, "killed"))
-    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
-    assert "sft: going on from step" in first.stderr
+    assert "sft: going on from step" in end(start(nodes, tmp_path, "killed"))[0]
     assert digest(run) == digest(tmp_path / "two")
     assert losses(run) == losses(tmp_path / "two")
 
@@ -204,7 +181,5 @@ def test_two_nodes_train_as_one_process_end_together_and_resume_exactly(nodes: l
 def test_a_node_that_nobody_joins_is_told_apart_from_a_wrong_address(nodes: list[Node], tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE.replace("timeout_seconds: 120", "timeout_seconds: 10"))
     command = [sys.executable, "-m", "alignkit", "sft", "-r", "r.yaml", "--node-rank", "1", "--main-address"]
-    (ended,) = end([nodes[1].start(*command, "10.213.77.99", cwd=tmp_path)], seconds=60)
-    assert ended.code == 2, ended.stderr
-    assert ended.stderr.count("error:") == 1
-    assert "nobody answers at 10.213.77.99:29500 after 10 s" in ended.stderr
+    (said,) = end([nodes[1].start(*command, "10.213.77.99", cwd=tmp_path)], code=2, seconds=60)
+    assert said.count("error:") == 1 and "nobody answers at 10.213.77.99:29500 after 10 s" in said

@@ -13,11 +13,9 @@ import pytest
 
 from alignkit.errors import EnvironmentProblem, RecipeError
 from alignkit.launch.accelerate import apply_strategy, require_agreement, require_launcher
-from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.runs import heartbeat
 from alignkit.runs.heartbeat import is_worker
 
-TEXT = "model: {path: builtin:tiny-llama}\nlaunch: {LAUNCH}\nsft: {data: builtin:instructions}\n"
 # What torchrun and `accelerate launch` set for the second of two processes on one node.
 TORCHRUN = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1",
@@ -31,17 +29,6 @@ def zero(stage: int, **settings: object) -> dict[str, str]:
     content = json.dumps({"zero_optimization": {"stage": stage, **settings}})
     encoded = base64.urlsafe_b64encode(content.encode()).decode()
     return ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": encoded}
-
-
-@pytest.fixture
-def make_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stage]:
-    monkeypatch.chdir(tmp_path)
-
-    def make(launch: str = "", text: str = TEXT) -> Stage:
-        Path("r.yaml").write_text(text.replace("LAUNCH", launch))
-        return resolve(load_recipe(Path("r.yaml")))
-
-    return make
 
 
 @pytest.mark.parametrize(
@@ -96,34 +83,29 @@ def test_a_contradiction_names_both_sides(
     assert problem.where == ("r.yaml:2" if launch else "r.yaml")
 
 
-def test_the_precision_of_the_model_counts_too(make_stage: Callable) -> None:
-    stage = make_stage(text=TEXT.replace("tiny-llama", "tiny-llama, dtype: float32"))
+def test_all_contradictions_are_found_at_once_and_the_precision_of_the_model_counts(make_stage: Callable) -> None:
+    with pytest.raises(RecipeError) as caught:
+        require_agreement(make_stage("processes: 3, nodes: 3, strategy: zero2"), FSDP)
+    assert len(caught.value.problems) == 3
+    stage = make_stage(model="path: builtin:tiny-llama, dtype: float32")
     with pytest.raises(
         RecipeError, match="model.dtype is float32, but accelerate launch was told mixed_precision fp16"
     ):
         require_agreement(stage, ACCELERATE | {"ACCELERATE_MIXED_PRECISION": "fp16"})
 
 
-def test_all_contradictions_are_found_at_once(make_stage: Callable) -> None:
-    with pytest.raises(RecipeError) as caught:
-        require_agreement(make_stage("processes: 3, nodes: 3, strategy: zero2"), FSDP)
-    assert len(caught.value.problems) == 3
-
-
 def test_half_a_launcher_is_refused() -> None:
     assert not is_worker({}) and not is_worker({"WORLD_SIZE": "1"})
     assert is_worker({"RANK": "0"}) and is_worker({"WORLD_SIZE": "2"}) and is_worker({"ALIGNKIT_LAUNCH_DIR": "x"})
     require_launcher({"ALIGNKIT_LAUNCH_DIR": "x"})
-    with pytest.raises(
-        EnvironmentProblem, match="has RANK but not WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR"
+    for environment, said in (
+        ({"RANK": "0"}, "has RANK but not WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR"),
+        ({"WORLD_SIZE": "2"}, "has WORLD_SIZE but not RANK"),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT is 0; give torchrun --standalone, or a port"),
+        (TORCHRUN | {"RANK": "x"}, "RANK is 'x' in the environment, which is no number"),
     ):
-        require_launcher({"RANK": "0"})
-    with pytest.raises(EnvironmentProblem, match="has WORLD_SIZE but not RANK"):
-        require_launcher({"WORLD_SIZE": "2"})
-    with pytest.raises(EnvironmentProblem, match="MASTER_PORT is 0; give torchrun --standalone, or a port"):
-        require_launcher(TORCHRUN | {"MASTER_PORT": "0"})
-    with pytest.raises(EnvironmentProblem, match="RANK is 'x' in the environment, which is no number"):
-        require_launcher(TORCHRUN | {"RANK": "x"})
+        with pytest.raises(EnvironmentProblem, match=said):
+            require_launcher(environment)
 
 
 def test_under_torchrun_the_recipe_sets_the_strategy(make_stage: Callable) -> None:
@@ -138,8 +120,10 @@ def test_under_torchrun_the_recipe_sets_the_strategy(make_stage: Callable) -> No
     assert accelerate == ACCELERATE
 
 
-def test_a_contradiction_under_torchrun_is_said_once_by_a_node(run_python: Callable, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(TEXT.replace("LAUNCH", "processes: 4, device: cpu"))
+def test_a_contradiction_under_torchrun_is_said_once_by_a_node(
+    run_python: Callable, write_recipe: Callable, tmp_path: Path
+) -> None:
+    write_recipe("processes: 4, device: cpu")
     ended = run_python(
         "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
         "-m", "alignkit", "sft", "-r", "r.yaml",
@@ -154,10 +138,12 @@ def test_a_contradiction_under_torchrun_is_said_once_by_a_node(run_python: Calla
 def test_signs_of_life_come_and_an_end_is_kept(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from alignkit.runs import heartbeat as h\n"
-        "h.pulse('ignored'); h.start(Path('.'), 3, interval_seconds=0.05)\n"
+        "h.pulse('ignored'); h.stop(); assert not list(Path('.').iterdir())\n"
+        "h.start(Path('.'), 3, interval_seconds=0.05)\n"
         "h.pulse('training', 7); time.sleep(0.3)\n"
         "h.write_end(Path('.'), 3, 2, ['first', 'x' * 40000]); h.stop()\n"
     )
+    assert (heartbeat.read_beats(tmp_path), heartbeat.read_ends(tmp_path)) == ({}, {})
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ended.stderr == ""
     beat = heartbeat.read_beats(tmp_path)[3]
@@ -165,11 +151,3 @@ def test_signs_of_life_come_and_an_end_is_kept(tmp_path: Path) -> None:
     end = heartbeat.read_ends(tmp_path)[3]
     assert (end.exit_code, end.problems, end.unexpected) == (2, ("first",), False)
     assert (tmp_path / "rank-3.end").stat().st_size == 1 << 14  # its room was taken before
-
-
-def test_without_a_start_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    heartbeat.pulse("training", 1)
-    heartbeat.stop()
-    assert list(tmp_path.iterdir()) == []
-    assert (heartbeat.read_beats(tmp_path), heartbeat.read_ends(tmp_path)) == ({}, {})

@@ -59,11 +59,6 @@ def test_metadata_of_an_adapter_and_of_a_reward_model(write_run: WriteRun) -> No
     assert card.text.startswith("\n# judge") or card.text.startswith("# judge")
 
 
-def test_a_local_or_builtin_base_is_no_base_on_the_hub(write_run: WriteRun) -> None:
-    data = card_of(write_run()).data.to_dict()
-    assert "base_model" not in data and "datasets" not in data
-
-
 def test_the_card_holds_the_facts_and_no_path_secret_or_row(write_run: WriteRun) -> None:
     evaluation = [figure("perplexity", 4.68, 4.31, 5.1, data="/home/ann/x/t.jsonl")]
     warnings = [f"14 rows overlap, first {LOCAL}:7 {SECRET}"]
@@ -92,8 +87,10 @@ def test_usage_has_the_form_that_was_trained(write_run: WriteRun, forms: dict[st
     assert ("apply_chat_template" in text, 'tokenizer("..."' in text) == (chat, not chat)
 
 
-def test_a_run_without_a_model_has_no_card(write_run: WriteRun) -> None:
+def test_a_builtin_base_is_no_base_on_the_hub_and_no_model_has_no_card(write_run: WriteRun) -> None:
     run = write_run(finished=False)
+    data = card_of(run).data.to_dict()
+    assert "base_model" not in data and "datasets" not in data
     (run / "model").rename(run / "elsewhere")
     assert write_card(run) is None
 

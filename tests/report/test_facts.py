@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 
@@ -37,12 +36,6 @@ def test_secrets_are_gone_from_every_file(write_run: WriteRun) -> None:
     assert SECRET not in repr(facts)
 
 
-def test_a_directory_without_a_stage_is_no_run(write_run: WriteRun) -> None:
-    run = write_run()
-    with pytest.raises(RunError, match=r"runs/demo: is no run: it has no stage\.json"):
-        read_facts(run.parent)
-
-
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -65,12 +58,14 @@ def test_a_damaged_record_is_named_and_left_out(
     assert re.search(said, warning)
 
 
-def test_a_damaged_stage_json_is_refused(write_run: WriteRun) -> None:
+def test_a_damaged_stage_json_or_none_is_refused(write_run: WriteRun) -> None:
     run = write_run()
     for text, said in (("{", "cannot be read"), ('{"stage": "sft", "method": "sft", "model": "x"}', 'model is "x"')):
         (run / "stage.json").write_text(text)
         with pytest.raises(RunError, match=rf"stage\.json: {said}"):
             read_facts(run)
+    with pytest.raises(RunError, match=r"runs/demo: is no run: it has no stage\.json"):
+        read_facts(run.parent)
 
 
 def test_runs_are_found_and_put_after_what_they_need(write_run: WriteRun) -> None:
@@ -86,15 +81,10 @@ def test_runs_are_found_and_put_after_what_they_need(write_run: WriteRun) -> Non
     assert next(facts for facts in found if facts.name == "ppo").parents == ["sft", "rm"]
 
 
-def test_names_of_metrics_leave_out_bookkeeping(write_run: WriteRun) -> None:
-    names = read_facts(write_run("dpo", "dpo")).metric_names()
+def test_metrics_leave_out_bookkeeping_and_their_final_values_are_the_result_s(write_run: WriteRun) -> None:
+    facts = read_facts(write_run("dpo", "dpo", num_steps=4))
+    names = facts.metric_names()
     assert "rewards/margins" in names and "loss" in names
     assert not {"step", "epoch", "num_tokens", "runtime", "eval_loss"} & set(names)
-
-
-def test_final_values_come_from_the_result_and_else_from_the_last_step(write_run: WriteRun) -> None:
-    run = write_run(num_steps=4)
-    assert read_facts(run).last("loss") == 0.5
-    assert read_facts(run).last("eval_loss") == 2.1 / 4
-    assert read_facts(run).last("no such") is None
-    assert json.loads((run / "result.json").read_text())["metrics"] == {"loss": 0.5}
+    assert facts.result["metrics"] == {"loss": 0.5}
+    assert [facts.last(name) for name in ("loss", "eval_loss", "no such")] == [0.5, 2.1 / 4, None]

@@ -166,16 +166,13 @@ def test_marks_lie_where_their_values_are(tmp_path: Path) -> None:
     assert bars.startswith(f"M{44 + math.sqrt(45 / 82.5) * 326:.1f} {y}H{44 + math.sqrt(55 / 82.5) * 326:.1f}M{x} ")
 
 
-def test_a_reference_without_any_reward_has_a_picture_too(tmp_path: Path) -> None:
+def test_a_reference_without_any_reward_has_a_picture_and_names_are_escaped(tmp_path: Path) -> None:
     flat = {"beta": 1.0, "kl": 0.0, "reward": 0.0, "value": 0.0, "low": 0.0, "high": 0.0, "effective": 256.0}
     settings = {**HOW, "reward": "true_reward", "answers": 256}
     start = figure("reference_reward", 0.0, 0.0, 0.0, data=DATA, settings=settings, details=[flat])
-    runs = writer(tmp_path)("sft", "sft", evaluation=[start]).parent
+    runs = writer(tmp_path / "flat")("sft", "sft", evaluation=[start]).parent
     write_report(runs)
     assert "nan" not in draw_frontier(read(runs))
-
-
-def test_names_of_runs_are_escaped(tmp_path: Path) -> None:
     policies = {"dpo-1": ("dpo", dpo(0.1) | {"stage": HOSTILE}, policy(1.0, 0.4))}
     frontier = read(write_all(tmp_path, policies))
     assert "<script>" not in draw_file(frontier, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -59,64 +60,52 @@ def test_weights_and_card_arrive_in_one_commit_in_a_private_repository(
     assert TOKEN not in done.stdout + done.stderr + (run / "report.html").read_text()
 
 
-def test_public_is_public(write_run: WriteRun, run_alignkit: Run, hub: Hub) -> None:
-    assert push(run_alignkit, write_run(), hub, "--public").returncode == 0
+def test_public_is_public_and_a_refusal_of_the_hub_is_one_line(
+    write_run: WriteRun, run_alignkit: Run, hub: Hub
+) -> None:
+    run = write_run()
+    assert push(run_alignkit, run, hub, "--public").returncode == 0
     assert hub.created["visibility"] == "public"
-
-
-def test_refusal_of_the_hub_is_one_line(write_run: WriteRun, run_alignkit: Run, hub: Hub) -> None:
     hub.refuse = 403
-    done = push(run_alignkit, write_run(), hub)
-    assert done.returncode == 8
-    error = done.stderr.splitlines()[-1]
-    assert error.startswith("error: me/demo: the hub refused (403: ") and error.endswith("the right to write there?")
-
-
-def test_a_hub_that_is_not_there_is_one_line(write_run: WriteRun, run_alignkit: Run) -> None:
-    done = push(run_alignkit, write_run(), Hub(url="http://127.0.0.1:9"))
-    assert done.returncode == 8
-    assert done.stderr.splitlines()[-1].startswith("error: me/demo: the hub cannot be reached (")
+    nowhere = Hub(url="http://127.0.0.1:9")
+    for server, said in ((hub, r"the hub refused \(403: .*the right to write there\?$"),
+                         (nowhere, r"the hub cannot be reached \(")):  # fmt: skip
+        done = push(run_alignkit, run, server)
+        assert done.returncode == 8
+        assert re.match(f"error: me/demo: {said}", done.stderr.splitlines()[-1])
 
 
 def test_without_token_or_network_nothing_is_tried(write_run: WriteRun, run_alignkit: Run, hub: Hub) -> None:
     run = write_run()
     done = push(run_alignkit, run, hub, token="")
     assert (done.returncode, "needs a token" in done.stderr) == (8, True)
-    done = run_alignkit("report", str(run), "--push", "me/demo")
-    assert (done.returncode, "HF_HUB_OFFLINE is set" in done.stderr) == (8, True)
+    for arguments, code, said in (
+        ((str(run), "--push", "me/demo"), 8, "HF_HUB_OFFLINE is set"),
+        ((str(run.parent), "--push", "me/demo"), 2, "uploads the model of one run"),
+        ((str(run), "--public"), 2, "--public has no effect without --push"),
+    ):
+        done = run_alignkit("report", *arguments)
+        assert (done.returncode, said in done.stderr) == (code, True)
     assert hub.tokens == set()
 
 
-def test_an_adapter_of_a_local_base_is_refused(write_run: WriteRun) -> None:
+def test_what_may_not_leave_is_refused_all_at_once(write_run: WriteRun) -> None:
     run = write_run()
-    (run / "model" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/srv/models/llama"}))
-    with pytest.raises(RunError, match=r"belongs to a base on this machine \(llama\).*alignkit merge"):
-        pack(run, "me/demo")
-    (run / "model" / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "meta-llama/Llama-3.2-1B"})
-    )
-    assert "adapter_config.json" in pack(run, "me/demo")[0]
-
-
-def test_a_secret_in_a_configuration_is_refused(write_run: WriteRun) -> None:
-    run = write_run()
+    adapter = run / "model" / "adapter_config.json"
+    adapter.write_text(json.dumps({"base_model_name_or_path": "/srv/models/llama"}))
     (run / "model" / "config.json").write_text(json.dumps({"note": SECRET}))
-    with pytest.raises(RunError, match=r"config\.json: holds something that looks like a secret"):
-        pack(run, "me/demo")
-
-
-def test_an_unfinished_run_and_a_bad_name_are_refused_together(write_run: WriteRun) -> None:
     with pytest.raises(RunError) as caught:
-        pack(write_run(finished=False), "no such name")
+        pack(run, "no such name")
+    name, base, secret = map(str, caught.value.problems)
+    assert name.startswith("no such name is no repository name")
+    assert re.search(r"belongs to a base on this machine \(llama\).*alignkit merge", base)
+    assert secret.endswith("config.json: holds something that looks like a secret; take it out before pushing")
+    adapter.write_text(json.dumps({"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}))
+    (run / "model" / "config.json").write_text("{}")
+    assert "adapter_config.json" in pack(run, "me/demo")[0]
+    with pytest.raises(RunError) as caught:
+        pack(write_run("dpo", finished=False), "no such name")
     assert len(caught.value.problems) == 2
-
-
-def test_only_a_run_can_be_pushed(write_run: WriteRun, run_alignkit: Run) -> None:
-    run = write_run()
-    done = run_alignkit("report", str(run.parent), "--push", "me/demo")
-    assert (done.returncode, "uploads the model of one run" in done.stderr) == (2, True)
-    done = run_alignkit("report", str(run), "--public")
-    assert (done.returncode, "--public has no effect without --push" in done.stderr) == (2, True)
 
 
 def test_a_record_of_another_shape_is_refused_with_what_to_do(write_run: WriteRun) -> None:

@@ -3,49 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from alignkit.report.charts import nice_ticks, tick_text
-from alignkit.report.text import duration, figure, share, short_count
+from alignkit.report.text import duration, figure, fold, share, short_count
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("show", "texts"),
     [
-        (0.0652149, "0.06521"), (2.839, "2.839"), (27.594, "27.59"), (-1.115, "−1.115"), (123456.7, "123_457"),
-        (1.71e-7, "1.71e−7"), (0, "0"), (5.0, "5"), (None, "–"), (math.nan, "not finite"), (0.0053, "0.00530"),
-        (2.5e9, "2.50e9"), (-0.25, "−0.2500"),
+        (figure, {0.0652149: "0.06521", 2.839: "2.839", 27.594: "27.59", -1.115: "−1.115", 123456.7: "123_457",
+                  1.71e-7: "1.71e−7", 0: "0", 5.0: "5", None: "–", math.nan: "not finite", 0.0053: "0.00530",
+                  2.5e9: "2.50e9", -0.25: "−0.2500"}),
+        (short_count, {999: "999", 9999: "9_999", 21288: "21.3_k", 1_096_000: "1.1_M", 7.3e12: "7.3_T"}),
+        (duration, {2.24: "2.2_s", 59.4: "59_s", 59.7: "1_min 00_s", 74: "1_min 14_s", 7500: "2_h 05_min",
+                    200000: "2_d 07_h"}),
+        (share, {0.8161: "81.6_%"}),
+        (fold, {"\n" * 30 + " people\n": "[30 empty lines]\n people\n", "a\n\n\n\nb": "a\n\n\n\nb",
+                "a\n\nb\n \n\n\n\n\nc": "a\n\nb\n[5 empty lines]\nc"}),
     ],
 )  # fmt: skip
-def test_figure(value: float | None, text: str) -> None:
-    assert figure(value).replace("\u2009", "_") == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(999, "999"), (9999, "9_999"), (21288, "21.3_k"), (1_096_000, "1.1_M"), (7.3e12, "7.3_T")]
-)
-def test_short_count(value: float, text: str) -> None:
-    assert short_count(value).replace("\u2009", "_") == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (2.24, "2.2_s"),
-        (59.4, "59_s"),
-        (59.7, "1_min 00_s"),
-        (74, "1_min 14_s"),
-        (7500, "2_h 05_min"),
-        (200000, "2_d 07_h"),
-    ],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds).replace("\u2009", "_") == text
-
-
-def test_share() -> None:
-    assert share(0.8161).replace("\u2009", "_") == "81.6_%"
+def test_texts_of_a_page(show: Callable[[Any], str], texts: dict[Any, str]) -> None:
+    assert [show(value).replace("\u2009", "_") for value in texts] == list(texts.values())
 
 
 @pytest.mark.parametrize(

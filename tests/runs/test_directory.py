@@ -29,22 +29,20 @@ def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path) 
     assert third.stdout == ""
 
 
-def test_a_directory_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
+def test_force_moves_the_old_run_aside_and_nothing_else(tmp_path: Path) -> None:
+    run, lock = open_run(tmp_path / "runs/a/sft", force=False)
+    assert [path.stat().st_mode & 0o777 for path in (run.path, run.path.parent)] == [0o700, 0o700]  # its owner's alone
+    write_json(run.stage, {"fingerprint": {}})
+    lock.release()
+    run, lock = open_run(run.path, force=True)
+    lock.release()
+    assert not run.stage.exists()
+    (aside,) = run.path.parent.glob("sft.old-*")
+    assert (aside / "stage.json").is_file()
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RunError, match="holds no run"):
         open_run(tmp_path, force=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-def test_force_moves_the_old_run_aside(tmp_path: Path) -> None:
-    run, lock = open_run(tmp_path / "run", force=False)
-    write_json(run.stage, {"fingerprint": {}})
-    lock.release()
-    run, lock = open_run(tmp_path / "run", force=True)
-    lock.release()
-    assert not run.stage.exists()
-    (aside,) = tmp_path.glob("run.old-*")
-    assert (aside / "stage.json").is_file()
 
 
 def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None:
@@ -84,12 +82,6 @@ def test_a_link_in_a_run_is_refused_and_nothing_it_points_to_is_touched(tmp_path
             open_run(tmp_path / "run", force=force)
     assert (outside / "precious").read_text() == "precious\nlast line"
     assert sorted(path.name for path in outside.iterdir()) == ["checkpoint-1", "precious"]
-
-
-def test_a_run_and_its_recipe_s_directory_are_for_their_owner_alone(tmp_path: Path) -> None:
-    run, lock = open_run(tmp_path / "runs/a/sft", force=False)
-    lock.release()
-    assert [path.stat().st_mode & 0o777 for path in (run.path, run.path.parent)] == [0o700, 0o700]
 
 
 def test_a_checksum_that_changed_is_told_in_words(tmp_path: Path) -> None:

@@ -30,24 +30,12 @@ def test_lines_that_cannot_be_used_go_aside_with_a_warning(tmp_path: Path, capsy
     )
 
 
-def test_line_separators_inside_a_text_do_not_cut_its_row(tmp_path: Path) -> None:
+def test_rows_of_steps_that_come_again_are_dropped_and_a_text_keeps_its_separators(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "samples.jsonl")
-    lines.append({"step": 1, "answer": "one\u2028two\u0085three"})
-    lines.keep(lambda row: row["step"] <= 1)
-    assert lines.read() == [{"step": 1, "answer": "one\u2028two\u0085three"}]
-
-
-def test_rows_of_steps_that_come_again_are_dropped(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3):
-        lines.append({"step": step})
+        lines.append({"step": step, "answer": "one\u2028two\u0085three"})
     lines.keep(lambda row: row["step"] <= 2)
-    assert [row["step"] for row in lines.read()] == [1, 2]
-
-
-def test_secrets_are_redacted() -> None:
-    text = "hf_abcdefghijklmnopqrst sk-abcdefghijklmnopqrst https://me:word@host/x Authorization: Bearer abc.def"
-    assert console.redact(text) == "[redacted] [redacted] https://[redacted]@host/x Authorization: [redacted]"
+    assert lines.read() == [{"step": step, "answer": "one\u2028two\u0085three"} for step in (1, 2)]
 
 
 def test_versions_name_what_can_change_a_result() -> None:
