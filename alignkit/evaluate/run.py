@@ -23,9 +23,8 @@ from alignkit.report.evaluation import name_all_data
 from alignkit.report.publish import show
 from alignkit.rewards.base import Workspace
 from alignkit.rewards.compare import check_judge
-from alignkit.runs.directory import RunDir
+from alignkit.runs.directory import RunDir, form_of
 from alignkit.runs.files import disk_failures, read_record, write_json
-from alignkit.runs.form import form_of
 from alignkit.runs.record import versions
 
 SCHEMA = 1

@@ -33,7 +33,7 @@ from alignkit.preflight.requirements import (
 from alignkit.recipe import Recipe, Stage, resolve
 from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, LabelOptions, PpoOptions
 from alignkit.rewards.kinds import describe_reward, list_sources
-from alignkit.runs.form import form_of, require_form
+from alignkit.runs.directory import form_of, require_form
 
 if TYPE_CHECKING:
     from alignkit.models.chat import Chat

@@ -80,8 +80,9 @@ def render_card(run: Facts, *, repo: str | None = None) -> str:
                _cell(", ".join(source.get("formats") or {}))) for source in run.sources],
         settings=settings,
         metrics=[(_cell(key), figure(value)) for key, value in metrics.items() if isinstance(value, int | float)],
-        evaluation=[(_cell(f"{row.name}, {row.slice}" if row.slice else row.name), f"{row.value} {row.unit}".strip(),
-                     row.interval, row.n, _cell(hide_paths(row.data))) for row in tabulate([run])],
+        evaluation=[(_cell(f"{row['name']}, {row['slice']}" if row["slice"] else row["name"]),
+                     f"{row['value']} {row['unit']}".strip(), row["interval"], row["n"], _cell(hide_paths(row["data"])))
+                    for row in tabulate([run])],
         cost=[*sections.describe_cost(run),
               *(pair for pair in sections.describe_hardware(run) if pair[0] not in ("system", "git"))],
         versions=stage.get("versions") or {},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +58,6 @@ _COIN_TOSS = frozenset({"reward_accuracy", "implicit_reward_accuracy", "pair_acc
 _OF_THE_RUN = frozenset({"beta", "reference", "against", "kl"})
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure as texts; `run` is empty on the page of one run."""
-
-    name: str
-    better: str
-    slice: str
-    run: str
-    value: str
-    exact: str  # every digit
-    interval: str
-    n: str
-    unit: str
-    data: str
-    settings: str
-    bar: dict[str, float]  # where value, low, high and a mark stand on the scale of the metric, in percent
-    first: bool  # of its metric
-    says_data: bool  # whether `data` is not that of the row above
-
-
 def list_figures(run: Facts) -> list[dict[str, Any]]:
     """List the results of eval.json, then what report.json of a label stage says of its judge in the same form."""
     return [*run.evaluation.get("results", []), *_list_judge_figures(run.feedback)]
@@ -101,10 +80,12 @@ def _list_judge_figures(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                "details": check.get("bins") or []}  # fmt: skip
 
 
-def tabulate(runs: Sequence[Facts]) -> list[Row]:
-    """List the figures of all runs, those of one metric together and slices below their whole.
+def tabulate(runs: Sequence[Facts]) -> list[dict[str, Any]]:
+    """List the figures of all runs as texts, those of one metric together and slices below their whole.
 
-    Several runs are compared by the whole; its slices stand on the page of each.
+    Several runs are compared by the whole; its slices stand on the page of each. `exact` has every digit of a value,
+    `bar` says where value, low, high and a mark stand on the scale of the metric, in percent, `first` is true for the
+    first row of a metric, `says_data` where `data` is not that of the row above.
     """
     several = len(runs) > 1
     groups: dict[tuple[str, ...], list[tuple[Facts, dict[str, Any], str]]] = {}
@@ -131,7 +112,9 @@ def _group(result: Mapping[str, Any]) -> tuple[str, ...]:
     return str(result.get("metric")), str(result.get("data")), str(settings)
 
 
-def _make_row(result: Mapping[str, Any], run: str, scale: tuple[float, float], data: str, above: str | None) -> Row:
+def _make_row(
+    result: Mapping[str, Any], run: str, scale: tuple[float, float], data: str, above: str | None
+) -> dict[str, Any]:
     metric, unit = str(result.get("metric")), str(result.get("unit") or "")
     value, low, high = (_number(result.get(key)) for key in ("value", "low", "high"))
 
@@ -145,22 +128,17 @@ def _make_row(result: Mapping[str, Any], run: str, scale: tuple[float, float], d
         places = {"value": value, "low": low, "high": high, "mark": mark if left <= mark <= right else None}
         bar = {name: round(100 * (at - left) / (right - left), 1) for name, at in places.items() if at is not None}
     n = result.get("n")
-    return Row(
-        name=NAMES.get(metric, f"Reward by {metric[7:]}" if metric.startswith("reward/") else metric),
-        better={"higher": "\u2191", "lower": "\u2193"}.get(str(result.get("better")), ""),
-        slice=str(result.get("slice") or ""),
-        run=run,
-        value=show(value),
-        exact="" if value is None else repr(value),
-        interval="" if low is None or high is None else f"{show(low)} to {show(high)}",
-        n=figure(n) if isinstance(n, int | float) else "",
-        unit={"share": "", "x 100": "\u00d7 100"}.get(unit, unit),
-        data=data,
-        settings=", ".join(f"{key}: {item}" for key, item in (result.get("settings") or {}).items()),
-        bar=bar,
-        first=above is None,
-        says_data=data != above,
-    )
+    return {
+        "name": NAMES.get(metric, f"Reward by {metric[7:]}" if metric.startswith("reward/") else metric),
+        "better": {"higher": "\u2191", "lower": "\u2193"}.get(str(result.get("better")), ""),
+        "slice": str(result.get("slice") or ""), "run": run, "value": show(value), "bar": bar, "data": data,
+        "exact": "" if value is None else repr(value),
+        "interval": "" if low is None or high is None else f"{show(low)} to {show(high)}",
+        "n": figure(n) if isinstance(n, int | float) else "",
+        "unit": {"share": "", "x 100": "\u00d7 100"}.get(unit, unit),
+        "settings": ", ".join(f"{key}: {item}" for key, item in (result.get("settings") or {}).items()),
+        "first": above is None, "says_data": data != above,
+    }  # fmt: skip
 
 
 def _scale(results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

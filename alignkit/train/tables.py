@@ -30,9 +30,8 @@ from alignkit.errors import DataError
 from alignkit.models.chat import Chat, ConversationError, Written
 from alignkit.models.tokens import load_chat
 from alignkit.recipe import Stage
-from alignkit.runs.directory import RunDir
+from alignkit.runs.directory import RunDir, form_of, require_form
 from alignkit.runs.files import read_json
-from alignkit.runs.form import form_of, require_form
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
 from alignkit.train.encode import EncodedRow, LengthReport, encode_rows, longest_prompt, write_row
