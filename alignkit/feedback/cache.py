@@ -22,7 +22,7 @@ from typing import IO, Any
 from alignkit import console
 from alignkit.errors import RunError
 from alignkit.feedback.prompts import Request
-from alignkit.feedback.writer import Answer, Decision, Job, Model, Reply, Sampling
+from alignkit.feedback.writer import Answered, Decision, Job, Model, Reply, Sampling
 from alignkit.runs.files import disk_failures, open_own, scan_lines, tell_bad_lines
 from alignkit.runs.stop import Stop
 
@@ -271,7 +271,7 @@ class Asker:
         about: Sequence[Mapping[str, Any]],
     ) -> None:
         def answer(places: list[int], known: frozenset[int]) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
-            batch: list[tuple[int, Answer]]
+            batch: list[tuple[int, Answered]]
             for batch in ask([items[place] for place in places], known):
                 yield [(number, {**facts, **about[places[number]], **found.to_record()}) for number, found in batch]
             self._stop.check()  # after a signal the model has ended, when what was under way had come

@@ -32,7 +32,7 @@ class Job:
 
 
 @dataclass
-class Answer:
+class Answered:
     """The cost of an answer, and its record: `retries` counts failed tries of a server by cause."""
 
     input_tokens: int = field(default=0, kw_only=True)
@@ -48,7 +48,7 @@ class Answer:
 
 
 @dataclass
-class Reply(Answer):
+class Reply(Answered):
     """A text that a model wrote, or the reason why there is none."""
 
     text: str = ""
@@ -57,7 +57,7 @@ class Reply(Answer):
 
 
 @dataclass
-class Decision(Answer):
+class Decision(Answered):
     """A judge's decision between two options: the probability of the first, or the reason for abstaining.
 
     `logps` are those of the options (of the deciding letter, from a server); `mass` is the share of probability that
