@@ -94,13 +94,7 @@ FORMATS = (
             ("PROMPT", "response_0", "response_1", "safer_response_id", adapters.read_index),
             ("PROMPT", "response_1", "response_2", "preference_strength", adapters.read_strength),  # HelpSteer2
             ("PROMPT", "response1", "response2", "overall_preference", adapters.read_strength),  # HelpSteer3
-            (
-                "history:str",
-                "human_ref_A",
-                "human_ref_B",
-                "labels",
-                lambda value, field: 1 - adapters.read_index(value, field),
-            ),  # SHP
+            ("history:str", "human_ref_A", "human_ref_B", "labels", adapters.read_first_wins),  # SHP
             ("PROMPT", "response_a", "response_b", "winner", adapters.read_winner),
             ("", "conversation_a", "conversation_b", "winner", adapters.read_winner),  # Chatbot Arena
             ("PROMPT", "response_j", "response_k", "", None),  # Stack Exchange: the first one is better

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from shutil import disk_usage
 from tempfile import TemporaryFile, gettempdir
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _CHUNK, _CHUNK_CHARS = 4096, 10_000_000  # parsed rows of a source that are held in memory
-_MOST_SOURCES = 64
+_MOST_SOURCES, _SPARE_BYTES = 64, 1 << 30  # of the disk of temporary files
 _FORMATS = {form: number for number, form in enumerate(FORMATS)}
 _NO_ROW = Row("text", "", ())
 _NOTHING: tuple[Any, ...] = (
@@ -54,7 +55,7 @@ def keep_parsed(located: Located, settings: object, parse: Callable[[], Iterator
     if key not in _kept:
         if len(_kept) == _MOST_SOURCES:
             del _kept[next(iter(_kept))]
-        _kept[key] = KeptRows(parse(), lambda: _kept.pop(key, None))
+        _kept[key] = KeptRows(parse, lambda: _kept.pop(key, None))
     return _kept[key]
 
 
@@ -64,16 +65,20 @@ def forget_parsed() -> None:
 
 
 class KeptRows:
-    """Parsed rows, read from their source once and only as far as they are asked for."""
+    """Parsed rows, read from their source once and only as far as they are asked for; anew where the disk is full."""
 
-    def __init__(self, source: Iterator[Parsed], forget: Callable[[], object]) -> None:
-        self._source, self._forget = source, forget
+    def __init__(self, parse: Callable[[], Iterator[Parsed]], forget: Callable[[], object]) -> None:
+        self._parse, self._source, self._forget = parse, parse(), forget
+        self._is_full = False
         self._file: IO[bytes] | None = None  # has no name: it goes with this object, however the process ends
         self._chunks: list[int] = []  # where batches of rows begin in the file
         self._fresh: list[Parsed] = []  # rows after those
         self._num_chars = 0
 
     def __call__(self) -> Iterator[Parsed]:
+        if self._is_full:
+            yield from self._parse()
+            return
         number = 0
         while True:
             while number < len(self._chunks):
@@ -103,14 +108,17 @@ class KeptRows:
         names = ("place", "form", "digest", "kind", "chat", "prompt", "completions", "rest")
         columns = dict(zip(names, zip(*map(_flatten, self._fresh), strict=True), strict=True))
         batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
-        self._file = self._file or TemporaryFile()  # noqa: SIM115
-        start = self._file.seek(0, os.SEEK_END)
         try:
+            self._file = self._file or TemporaryFile()  # noqa: SIM115
+            start = self._file.seek(0, os.SEEK_END)
             with pa.ipc.new_stream(self._file, batch.schema) as out:
                 out.write_batch(batch)
             self._file.flush()
-        except OSError as error:
-            raise DiskError(f"{gettempdir()}: rows cannot be kept: {error.strerror or error}") from error
+            self._is_full = disk_usage(gettempdir()).free < _SPARE_BYTES
+        except OSError:
+            self._is_full = True
+        if self._is_full:
+            self._file, start = None, 0
         self._chunks.append(start)
         self._fresh, self._num_chars = [], 0
 

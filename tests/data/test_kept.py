@@ -71,6 +71,16 @@ def test_long_rows_do_not_wait_in_memory(read: Read, lines: Callable[..., Path],
     assert sum(len(parsed.row.completions[0]) for parsed in kept._fresh if parsed.row) < 10_000_000
 
 
+def test_rows_are_read_anew_where_the_disk_is_full(
+    read: Read, lines: Callable[..., Path], opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_SPARE_BYTES", 1 << 62)
+    lines("a.jsonl", [{"text": f"{n}"} for n in range(9000)])
+    first, second = (read("sft", "a.jsonl", on_bad_row="skip") for _ in range(2))
+    assert first.rows == second.rows and len(first.rows) == 9000
+    assert opened == ["a.jsonl"] * 4  # in either pass for the commonest format, then for the rows
+
+
 def test_what_is_read_further_goes_on_where_the_last_pass_ended(
     read: Read, lines: Callable[..., Path], opened: list[str]
 ) -> None:
