@@ -1,6 +1,3 @@
-"""WILL it work: what can be known before any training.
-
-Nothing here trains, writes outside a temporary directory, or goes to the network.
-"""
+"""What can be known before any training; nothing here writes outside a temporary directory or uses the network."""
 
 from __future__ import annotations

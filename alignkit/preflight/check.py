@@ -276,7 +276,7 @@ def checkpoint_bytes(num_trained: int, *, dtype: str) -> int:
 
 
 def require_space(run_dir: Path, needed_bytes: int, *, num_checkpoints: int) -> int:
-    """Return the free bytes where the run will be written; raises EnvironmentProblem when they are too few."""
+    """Count the free bytes where the run will be written; raises EnvironmentProblem when they are too few."""
     existing = next(place for place in (run_dir.absolute(), *run_dir.absolute().parents) if place.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:

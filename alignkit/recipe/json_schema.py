@@ -13,7 +13,7 @@ from alignkit.recipe.trl_fields import Fragment, method_fields
 
 
 def recipe_schema() -> dict[str, Any]:
-    """Return a draft 2020-12 JSON Schema: sections named after a method, and any other name with `method:`."""
+    """Describe a recipe as draft 2020-12 JSON Schema: a section named after a method, any other name with `method:`."""
     top = RecipeOptions.model_json_schema()
     defs: Fragment = top.pop("$defs")
     defs["ModelOptions"]["type"] = ["object", "string"]  # a text is its path
@@ -54,7 +54,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _describe_rlaif(defs: Fragment) -> Fragment:
-    """Return the fragment of an rlaif section, whose steps take the keys of their stages."""
+    """Describe an rlaif section, whose steps take the keys of their stages."""
     fragments = RlaifOptions.model_json_schema()
     defs |= fragments.pop("$defs", {})
     properties = fragments["properties"]

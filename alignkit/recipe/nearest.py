@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 
 def find_nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """Return the candidate within two edits of the name, else one that is mostly the same text, else None."""
+    """Find the candidate within two edits of the name, else one that is mostly the same text, else None."""
     name, known = name[:80], sorted(candidates)
     near = [(distance, word) for word in known if (distance := count_edits(name.lower(), word.lower())) <= 2]
     # Two edits turn any two-letter word into any other: at least one letter in three must have been right.
@@ -22,7 +22,7 @@ def find_nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:
-    """Return "; did you mean X?", or nothing when no candidate is near."""
+    """The end of a message: "; did you mean X?", or nothing when no candidate is near."""
     nearest = find_nearest(name, candidates)
     return f"; did you mean {nearest}?" if nearest else ""
 

@@ -1,8 +1,4 @@
-"""The recipe's own keys: names, types, ranges and the sentence an editor shows.
-
-Deliberately not here: TRL's fields (the snapshot in `fields.json`), file positions (`load`), and anything
-that looks at files, models or devices.
-"""
+"""The recipe's own keys: names, types, ranges and the sentence an editor shows; TRL's are in `trl_fields`."""
 
 from __future__ import annotations
 
@@ -430,12 +426,12 @@ class PpoOptions(TrainOptions):
 
     @property
     def answers_per_prompt(self) -> int:
-        """Return how many answers of a rollout belong to one prompt."""
+        """How many answers of a rollout belong to one prompt."""
         return (self.num_generations or 4) if self.advantage in ("rloo", "grpo") else 1
 
     @property
     def critic_start(self) -> Literal["reward", "policy", "head"]:
-        """Return what the critic starts from: as given, else the reward where that is one model with weights."""
+        """What the critic starts from: as given, else the reward where that is one model with weights."""
         (first, *others) = self.reward
         one_model = not others and first.model is not None and first.model != BUILTIN_REWARD
         return self.value_init or ("reward" if one_model else "policy")
@@ -503,7 +499,7 @@ class LabelOptions(StageOptions):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Return the lowest and the highest label."""
+        """The lowest and the highest label."""
         low, high = self.clamp or ((0.4, 0.6) if self.cot else (0.0, 1.0))
         return low, high
 

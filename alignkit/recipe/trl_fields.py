@@ -300,32 +300,32 @@ ELSEWHERE = _by_name({
 
 
 def controlled_fields(method: str) -> dict[str, str]:
-    """Return what a stage of this method cannot set: TRL's name, and what to write instead."""
+    """What a stage of this method cannot set: TRL's name, and what to write instead."""
     return CONTROLLED | PPO_CONTROLLED if method == "ppo" else CONTROLLED
 
 
 def moved_names(method: str) -> dict[str, str]:
-    """Return names from other tools and what they are called in a stage of this method."""
+    """Names from other tools, and what they are called in a stage of this method."""
     return MOVED | PPO_MOVED if method == "ppo" else MOVED
 
 
 @cache
 def read_snapshot() -> dict[str, dict[str, Any]]:
-    """Return fields.json as it is."""
+    """The generated snapshot of TRL as it is."""
     data: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "fields.json").read_text(encoding="utf-8"))
     return data
 
 
 @cache
 def trl_fields(config: str) -> dict[str, Fragment]:
-    """Return every field of a config class ("sft", "rm", "dpo", "kto", "ppo"), narrowed; CONTROLLED ones included."""
+    """Every field of a config class ("sft", "rm", "dpo", "kto", "ppo"), narrowed; CONTROLLED ones included."""
     snapshot = read_snapshot()
     return {name: _narrow(name, fragment) for name, fragment in {**snapshot["common"], **snapshot[config]}.items()}
 
 
 @cache
 def method_fields(method: str) -> dict[str, Fragment]:
-    """Return the fields a stage of this method may set; dpo also takes KTO's, for loss_type kto.
+    """The fields a stage of this method may set; dpo also takes KTO's, for loss_type kto.
 
     critique and label have none: they train nothing.
     """
@@ -344,7 +344,7 @@ def method_fields(method: str) -> dict[str, Fragment]:
 
 
 def _narrow(name: str, fragment: Fragment) -> Fragment:
-    """Return a copy with alignkit's range and choices put on the option of the matching type."""
+    """Put alignkit's range and choices on the option of the matching type, in a copy."""
     fragment = json.loads(json.dumps(fragment))
     limits = dict(_RANGES.get(name, {}))
     if "typical" in limits:

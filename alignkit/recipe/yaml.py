@@ -112,7 +112,7 @@ class Node:
         return self.origin.place(self.line)
 
     def plain(self) -> Any:
-        """Return the value without places."""
+        """The value without places."""
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items()}
         if isinstance(self.value, list):
@@ -158,7 +158,7 @@ def parse_yaml(text: str, origin: Origin) -> Node | None:
 
 
 def read_scalar(text: str) -> Any:
-    """Return what a plain (unquoted) scalar means."""
+    """Read what a plain (unquoted) scalar means."""
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):
@@ -279,7 +279,7 @@ FLAG = "--set"
 
 
 def apply_override(tree: Node, override: str) -> Node:
-    """Return the tree with one value set; null takes a section away. Raises RecipeError when it cannot be laid on."""
+    """Set one value in a copy of the tree; null takes a section away. Raises RecipeError when it cannot be laid on."""
     key, separator, text = override.partition("=")
     keys = key.strip().split(".")
     if not separator or not all(keys):
@@ -295,7 +295,7 @@ def apply_override(tree: Node, override: str) -> Node:
 
 
 def lay_value(node: Node, keys: list[str], value: Node, *, key: str, where: str) -> Node:
-    """Return the tree with a value at the end of these keys; null takes a section away.
+    """Put a value at the end of these keys, in a copy of the tree; null takes a section away.
 
     Raises RecipeError at `where` when they lead through a single value or past a list; `key` is what it calls them.
     """
@@ -327,7 +327,7 @@ _VARIABLE = re.compile(r"\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
 
 
 def expand(text: str) -> str:
-    """Return the text with ~ and environment variables replaced; raises ValueError saying what is wrong."""
+    """Replace ~ and environment variables in a text; raises ValueError saying what is wrong."""
 
     def replace(match: re.Match[str]) -> str:
         name = match[1] if match[1] is not None else match[2]
@@ -343,7 +343,7 @@ def expand(text: str) -> str:
 
 
 def load_tree(path: Path, *, above: tuple[Path, ...] = (), read: list[Path] | None = None) -> Node:
-    """Return the merged tree of a file and all it extends; `above` are the files that led here."""
+    """Read a file and all it extends as one tree; `above` are the files that led here."""
     read = [] if read is None else read
     read.append(path)
     origin = Origin(label_path(path), path.parent)
@@ -364,7 +364,7 @@ def load_tree(path: Path, *, above: tuple[Path, ...] = (), read: list[Path] | No
 
 
 def merge(base: Node, over: Node) -> Node:
-    """Return `over` laid on `base`: mappings are merged, all else is replaced, null takes a mapping away."""
+    """Lay one tree on another: mappings are merged, all else is replaced, null takes a mapping away."""
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
     merged = dict(base.value)
@@ -378,7 +378,7 @@ def merge(base: Node, over: Node) -> Node:
 
 
 def _find_fragment(node: Node, above: tuple[Path, ...], read: list[Path]) -> Path:
-    """Return the file an `extends:` entry names; refuses a chain that comes back to itself."""
+    """Find the file an `extends:` entry names; refuses a chain that comes back to itself."""
     if not isinstance(node.value, str) or not node.value.strip():
         raise RecipeError("extends must be a file name or a list of file names", where=node.place)
     try:
@@ -396,7 +396,7 @@ def _find_fragment(node: Node, above: tuple[Path, ...], read: list[Path]) -> Pat
 
 
 def _read_text(path: Path) -> str:
-    """Return the file's text; refuses what cannot be a recipe before anything parses it."""
+    """Read the file's text; refuses what cannot be a recipe before anything parses it."""
     label = label_path(path)
     try:
         if not path.is_file():
@@ -434,7 +434,7 @@ def _describe_missing(path: Path) -> str:
 
 
 def label_path(path: Path) -> str:
-    """Return the path as messages show it: relative to the working directory when it is below it."""
+    """A path as messages show it: relative to the working directory when it is below it."""
     absolute = os.path.abspath(path)
     relative = os.path.relpath(absolute)
     return absolute if relative.startswith("..") else relative
