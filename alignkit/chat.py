@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from alignkit import console
-from alignkit.data import Row, escape_control_tokens
+from alignkit.data import Message, Row, escape_control_tokens
 from alignkit.errors import DataError, ModelError
-from alignkit.models.chat import NO_TEMPLATE, Chat, ConversationError, Message
+from alignkit.models.chat import NO_TEMPLATE, Chat, ConversationError
 from alignkit.models.frozen import Causal, load_causal
 from alignkit.models.generation import stream_text, stream_tokens
 from alignkit.rewards.base import name_source
