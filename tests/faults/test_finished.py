@@ -198,9 +198,9 @@ def test_one_interrupt_ends_an_evaluation_and_the_next_sitting_makes_up_for_it(
 @pytest.mark.parametrize("step", [0, 2])
 def test_one_interrupt_ends_the_drawing_of_samples(run: Callable, digest: Callable, tmp_path: Path, step: int) -> None:
     options = "max_steps: 4, batch_size: 4, logging_steps: 1"  # save_steps: never before the end
-    drawn = "samples: {num: 16, max_new_tokens: 250}"
-    assert run(make(tmp_path, "whole", options=options, samples=drawn)).code == 0
-    stage = make(tmp_path, "cut", options=options, samples=drawn)
+    drawn = "samples: {num: 64, max_new_tokens: 250}"  # a second and more, on a quick machine too
+    assert run(make(tmp_path, "whole", rows=64, options=options, samples=drawn)).code == 0
+    stage = make(tmp_path, "cut", rows=64, options=options, samples=drawn)
     sent: list[float] = []
 
     def draws() -> bool:  # before the first step, and before the third one
