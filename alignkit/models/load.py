@@ -433,6 +433,13 @@ def build_skeleton(stage: Stage, tokenizer: PreTrainedTokenizerFast | None = Non
             place = str(start.adapter) if start.adapter else stage.where("lora")
             raise ModelError(f"does not fit the model: {first_line(error)}", where=place) from error
         doubts += _find_unadapted(base, total)
+    sorting = [name for name in stage.trainer.get("loss_type") or () if name.startswith("aot")]
+    options = stage.training
+    if sorting and options.micro_batch_size != options.batch_size:
+        doubts.append(
+            f"loss_type {sorting[0]} sorts the rows of a forward pass, so micro_batch_size and the number of processes "
+            f"change it: micro_batch_size: {options.batch_size} in one process sorts those of a step"
+        )
     num_trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
     return Skeleton(num_trained, linear / total, doubts, _list_unused(stage, start))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,14 @@ def test_settings_that_a_stage_does_not_use_are_noted(models: Path, make_stage: 
         skeleton = build_skeleton(make_stage(method, path=str(base), lora={"dropout": 0.1}))
         assert sorted(skeleton.notes) == sorted(note.replace("METHOD", method) for note in notes)
     assert build_skeleton(make_stage(path=str(models / "phi3"), lora={})).notes == []
+
+
+def test_a_loss_that_depends_on_the_forward_pass_is_said(make_stage: MakeStage) -> None:
+    stage = make_stage("dpo")
+    for trainer, micro, said in (({"loss_type": ["aot"]}, 8, 1), ({"loss_type": ["aot"]}, 16, 0), ({}, 8, 0)):
+        options = stage.options.model_copy(update={"batch_size": 16, "micro_batch_size": micro})
+        doubts = build_skeleton(replace(stage, trainer=trainer, options=options)).doubts
+        assert len(doubts) == said and all("micro_batch_size: 16 in one process" in doubt for doubt in doubts)
 
 
 def test_a_model_without_a_classifier_class_is_trained_and_read_as_a_reward_model(
