@@ -41,7 +41,8 @@ class Context:
 
     @cached_property
     def reference_source(self) -> str | None:
-        return self.options.reference or self.target.reference()
+        start = self.target.start() if self.options.start else None
+        return self.options.reference or self.target.reference() or start
 
     @cached_property
     def reference(self) -> Policy:

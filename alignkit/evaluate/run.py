@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def evaluate(
     context = Context(target, options, measured, space, seed=seed, judged=path.with_name(_JUDGED) if path else None)
     try:
         figures, failure = _measure(context, lenient=lenient)
+        if options.start:
+            figures += _measure_start(context, measured)
     except KeyboardInterrupt:
         kept = "answers so far are kept; the same command goes on" if path else "nothing is kept without --out"
         raise Stopped(f"interrupted while measuring {target.name}: {kept}", exit_code=130) from None
@@ -113,6 +116,22 @@ def _measure(context: Context, *, lenient: bool) -> tuple[list[Figure], JudgeErr
         except JudgeError as error:
             failure = error
     return figures, failure
+
+
+def _measure_start(context: Context, measured: Measured | None) -> list[Figure]:
+    """Measure what a run started from, on the run's rows; nothing where that is a reward model or not there."""
+    target, options = context.target, context.options
+    start = None if target.reward else target.start()
+    # KL, pairs and wins are measured of a run beside its start already.
+    wanted = options.metrics and [name for name in options.metrics if name not in ("kl", "pairs", "win_rate")]
+    if start is None or wanted == []:
+        return []
+    alone = {"metrics": wanted, "reference": None, "against": None, "best_of": [], "frontier": None}
+    named = target.stage["start_stage"] or target.stage["model"]["path"]
+    begun = replace(target, source=start, run=None, stage=target.stage | {"stage": named})
+    before = Context(begun, options.model_copy(update=alone), measured, context.space, seed=context.seed)
+    before.label += f", by its start {named}"
+    return _measure(before, lenient=True)[0]
 
 
 def _choose(context: Context, *, lenient: bool) -> dict[str, Metric]:

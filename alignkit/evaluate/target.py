@@ -59,7 +59,11 @@ class Target:
 
     def reference(self) -> str | None:
         """Find what a dpo or ppo run started from, None for others and where that is not there any more."""
-        if self.run is None or self.stage.get("method") not in _REFERENCED:
+        return self.start() if self.stage.get("method") in _REFERENCED else None
+
+    def start(self) -> str | None:
+        """Find the model a run started from, None for initial weights and where it is not there any more."""
+        if self.run is None:
             return None
         if start := self.stage.get("start_dir"):
             beside = str(self.run.path.parent / str(self.stage.get("start_stage")) / "model")

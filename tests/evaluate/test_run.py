@@ -83,6 +83,21 @@ def test_a_dpo_run_gets_every_group_that_fits(run_dir: Path) -> None:
     assert (run_dir / "eval-cache.jsonl").read_text() == before
 
 
+def test_a_run_s_start_is_measured_on_its_rows_and_is_its_reference(run_dir: Path, reference_dir: Path) -> None:
+    stage = json.loads((run_dir / "stage.json").read_text()) | {"method": "sft"}
+    (run_dir / "stage.json").write_text(json.dumps(stage))
+    results = _measure(run_dir, metrics=["perplexity", "answers", "kl"], start=True)["results"]
+    found = {(each["metric"], each["data"]): each for each in results}
+    rows = "builtin:preferences (held-out 0.3)"
+    begun = f"{rows}, by its start sft"
+    assert {data for _, data in found} == {rows, begun} and ("kl", rows) in found and ("kl", begun) not in found
+    shutil.copytree(run_dir, run_dir.parent / "alone")
+    shutil.copytree(reference_dir, run_dir.parent / "alone/model", dirs_exist_ok=True)
+    for result in _measure(run_dir.parent / "alone", metrics=["perplexity", "answers"])["results"]:
+        assert result["value"] == found[result["metric"], begun]["value"]
+    assert found["perplexity", rows]["value"] != found["perplexity", begun]["value"]
+
+
 def test_another_seed_samples_other_answers_to_the_same_held_out_prompts(run_dir: Path) -> None:
     values, asked = [], []
     for seed in (3, 4):
