@@ -247,7 +247,7 @@ class _Source:
         rewards = [*options.reward, *(options.gold or ())] if isinstance(options, PpoOptions) else []
         flags = {
             "keeps_columns": any(reward.function for reward in rewards),
-            "documents": getattr(options, "objective", None) == "lm",
+            "documents": stage.objective == "lm",
         }
         self._parsed: Callable[[], Iterator[Parsed]] = partial(_parse, located, method, **flags)
         if not problems.at_once:  # a stream may be longer than a disk
@@ -350,7 +350,7 @@ def _choose_form(stage: Stage, source: DataSource, template: bool) -> str:
             "chat: true needs a chat template, and the model has none: set model.chat_template, or chat: false",
             where=stage.where(f"{stage.name}.{key}"),
         )
-    if stage.options.model_dump().get("objective") == "lm" and wanted == "auto":
+    if stage.objective == "lm" and wanted == "auto":
         return "raw"
     return "chat" if template and wanted is not False else "text"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -344,10 +344,27 @@ class TrainOptions(StageOptions):
     samples: SampleOptions = option(SampleOptions, "Prompts answered before, during, after.")
 
 
+class Objective(NamedTuple):
+    """What an sft stage learns: by which kind of model, and from what."""
+
+    model: Literal["causal"]
+    learns: str
+
+
+OBJECTIVES = {
+    "chat": Objective("causal", "prompt-completion or messages"),
+    "lm": Objective("causal", "raw text packed into blocks of max_length"),
+}
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
+
+
 class SftOptions(TrainOptions):
     method: Literal["sft"] = "sft"
-    objective: Literal["chat", "lm"] = option(
-        "chat", "chat: prompt-completion or messages; lm: raw text packed into blocks of max_length.")
+    objective: ObjectiveName = option(
+        "chat", "; ".join(f"{name}: {objective.learns}" for name, objective in OBJECTIVES.items()) + ".")
     streaming: bool = option(
         False, "Read rows while training, in the order of the files, pass after pass, until max_steps.")
 

@@ -125,6 +125,11 @@ class Stage:
         return origin if ":" in origin or origin.startswith("--") else self.recipe_path
 
     @property
+    def objective(self) -> str | None:
+        """The name in OBJECTIVES of what an sft stage learns; None for other methods."""
+        return getattr(self.options, "objective", None)
+
+    @property
     def is_unpaired(self) -> bool:
         """Whether a dpo stage learns from single answers, with TRL's KTOTrainer."""
         losses = self.trainer.get("loss_type", [])

@@ -88,7 +88,7 @@ def write_row(stage: Stage, chat: Chat, row: Row) -> list[Written]:
     if row.prompt or isinstance(content, str):
         written = chat.write_pair(row.prompt, content)
         return written if stage.trainer.get("completion_only_loss", True) else written[-1:]
-    masks = getattr(stage.options, "objective", None) != "lm" and stage.trainer.get("assistant_only_loss", True)
+    masks = stage.objective != "lm" and stage.trainer.get("assistant_only_loss", True)
     return chat.write(content, mask=masks)
 
 
@@ -96,10 +96,10 @@ def encode_rows(
     stage: Stage, batches: Iterable[Sequence[EncodedRow]], lengths: LengthReport, rejects: Rejects
 ) -> Iterator[dict[str, list[Any]]]:
     """Turn batches of rows into batches of columns, counting them; rows that are left out go to `rejects`."""
-    if getattr(stage.options, "objective", None) == "lm":  # one stream of tokens
+    if stage.objective == "lm":  # one stream of tokens
         yield from _cut_blocks(stage.trainer.get("max_length") or 1024, batches, lengths)
         return
-    encode = _ENCODERS["kto" if stage.is_unpaired else stage.method]
+    encode = _ENCODERS["kto" if stage.is_unpaired else stage.objective or stage.method]
     limit = longest_prompt(stage) if stage.method == "ppo" else stage.trainer.get("max_length")
     for batch in batches:
         columns: dict[str, list[Any]] = defaultdict(list)
@@ -261,7 +261,7 @@ def _encode_ppo(
     yield {"prompt_ids": ids, "prompt": prompt, "columns": row.columns or "{}", "length": len(ids)}, len(ids), 0
 
 
-_ENCODERS = {"sft": _encode_sft, "rm": _encode_rm, "dpo": _encode_dpo, "kto": _encode_kto, "ppo": _encode_ppo}
+_ENCODERS = {"chat": _encode_sft, "rm": _encode_rm, "dpo": _encode_dpo, "kto": _encode_kto, "ppo": _encode_ppo}
 
 
 def longest_prompt(stage: Stage) -> int | None:
