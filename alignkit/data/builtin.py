@@ -19,12 +19,12 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from random import Random
 from typing import Any
 from urllib.parse import parse_qsl
 
 from alignkit.errors import DataError, Problem
+from alignkit.recipe.nearest import suggest
 
 PREFIX = "builtin:"
 DEFAULT_ROWS = 1000
@@ -110,11 +110,15 @@ def parse_builtin(path: str, *, split: str = "train", max_rows: int | None = Non
     given = dict(parse_qsl(query, keep_blank_values=True))
     problems = []
     if name not in _MAKERS:
-        problems.append(f"there is no such data{_suggest(name, list(_MAKERS))}")
+        problems.append(f"there is no such data{suggest(name, _MAKERS, listed='accepted:')}")
     if split not in SPLITS:
         problems.append(f"split is {split!r}; builtin data has {' and '.join(SPLITS)}")
     accepted = ["rows", "noise"] if name == "preferences" else ["rows"]
-    problems += [f"?{key}= is not a parameter{_suggest(key, accepted)}" for key in given if key not in accepted]
+    problems += [
+        f"?{key}= is not a parameter{suggest(key, accepted, listed='accepted:')}"
+        for key in given
+        if key not in accepted
+    ]
 
     def read(key: str, default: float, what: str, is_good: Callable[[float], bool]) -> float:
         try:
@@ -131,11 +135,6 @@ def parse_builtin(path: str, *, split: str = "train", max_rows: int | None = Non
     if problems:
         raise DataError([Problem(problem, path) for problem in problems])
     return BuiltinData(name, split, int(rows), noise)
-
-
-def _suggest(name: str, accepted: list[str]) -> str:
-    near = get_close_matches(name, accepted, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; accepted: {', '.join(accepted)}"
 
 
 def iter_builtin(data: BuiltinData) -> Iterator[tuple[str, dict[str, Any]]]:

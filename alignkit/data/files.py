@@ -14,7 +14,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import IO, Any, TypeVar
 
 from alignkit.data.rejects import BadRow, Problems, Rejects
 from alignkit.errors import DataError
+from alignkit.recipe.yaml import label_path
 
 Record = dict[str, Any]
 Entry = tuple[str, Record | BadRow]  # place, and the record or why there is none
@@ -54,14 +55,6 @@ def data_suffix(path: Path) -> str | None:
     return suffix.lower() if suffix.lower() in SUFFIXES else None
 
 
-def display_name(path: Path) -> str:
-    """The path as messages show it: relative to the working directory where it lies under it."""
-    try:
-        return str(path.absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
 def type_name(value: object) -> str:
     """What JSON calls the value's type: a list, text, a number, ..."""
     return _JSON_NAMES.get(type(value), type(value).__name__)
@@ -77,15 +70,14 @@ def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES) 
     Raises:
         DataError: the file is missing, empty, not readable, or broken beyond one row.
     """
-    name, suffix = display_name(path), data_suffix(path)
-    empty = True
-    for entry in (
+    name, suffix = label_path(path), data_suffix(path)
+    entries = (
         _read_table(path, name) if suffix in (".parquet", ".arrow") else _read_bytes(path, name, suffix, blocks, limit)
-    ):
-        empty = False
-        yield entry
-    if empty:
+    )
+    if (first := next(entries, None)) is None:
         raise DataError("the file has no rows", where=name)
+    yield first
+    yield from entries
 
 
 def read_published(
@@ -151,9 +143,6 @@ def _open(path: Path, name: str) -> Iterator[io.BufferedReader[Any]]:
         raise DataError(f"is not a whole gzip file: {error}; pack or download it again", where=name) from error
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=name) from error
-
-
-# Lines, and what is wrong with one.
 
 
 def _lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | BadRow]]:
@@ -242,29 +231,24 @@ def _read_json_lines(stream: IO[bytes], name: str, limit: int) -> Iterator[Entry
                 yield _as_entry(place, record)
 
 
-# A .json file: an array of objects, an object that holds one list of them, or lines of objects.
-
-
 def _read_json(stream: io.BufferedReader[Any], name: str, limit: int) -> Iterator[Entry]:
+    """Read an array of objects, an object that holds one list of them, or lines of objects."""
     head = stream.peek(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+    first, _, rest = head.partition(b"\n")
+    items: Iterable[Any] = ()
     if head.startswith(b"["):
-        items: Any = _Array(stream, name, limit).items()
-    elif _is_json_lines(head):
-        yield from _read_json_lines(stream, name, limit)
-        return
-    else:
-        items = _read_held_list(stream, name) if head else ()
+        items = _read_array(stream, name, limit)
+    elif head:
+        try:  # lines have a whole object on the first one, and another after it
+            has_lines = isinstance(json.loads(first), dict) and rest.lstrip().startswith(b"{")
+        except ValueError:
+            has_lines = False
+        if has_lines:
+            yield from _read_json_lines(stream, name, limit)
+            return
+        items = _read_held_list(stream, name)
     for number, value in enumerate(items, start=1):
         yield _as_entry(f"{name}[row {number}]", value)
-
-
-def _is_json_lines(head: bytes) -> bool:
-    """Tell JSON lines (a whole object on the first line, another after it) from one big object."""
-    first, _, rest = head.partition(b"\n")
-    try:
-        return isinstance(json.loads(first), dict) and rest.lstrip().startswith(b"{")
-    except ValueError:
-        return False
 
 
 def _read_held_list(stream: IO[bytes], name: str) -> list[Any]:
@@ -285,91 +269,82 @@ def _read_held_list(stream: IO[bytes], name: str) -> list[Any]:
     return next(iter(lists.values()))
 
 
-class _Array:
-    """A JSON array read item by item, so that a file larger than memory can be used; faults name line and column."""
+def _read_array(stream: IO[bytes], name: str, limit: int) -> Iterator[Any]:
+    """Yield the items of a JSON array one by one, so that the file may be larger than memory.
 
-    def __init__(self, stream: IO[bytes], name: str, limit: int) -> None:
-        self._stream, self._name, self._limit = stream, name, limit
-        self._text, self._at = "", 0  # what is held of the file, and the place in it
-        self._line, self._column = 1, 1  # of the first character held
-        self._decoder, self._ended = codecs.getincrementaldecoder("utf-8-sig")(), False
+    DataError, with line and column, for text that is not one array, not UTF-8, or has an item beyond the limit.
+    """
+    decode, decoder = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")()
+    text, at, ended = "", 0, False  # what is held of the file, and the place in it
+    line, column = 1, 1  # of the first character held
 
-    def items(self) -> Iterator[Any]:
-        """Yield the items; DataError for text that is not one array, not UTF-8, or has an item beyond the limit."""
-        self._expect("[")
-        if self._skip_blanks() == "]":
-            self._at += 1
-        else:
-            while True:
-                self._skip_blanks()
-                yield self._decode_item()
-                if self._expect(",]") == "]":
-                    break
-        if self._skip_blanks():
-            raise self._fault("more text after the end of the list", self._at)
+    def locate(place: int) -> tuple[int, int]:
+        lines = text.count("\n", 0, place)
+        return line + lines, place - text.rfind("\n", 0, place) if lines else column + place
 
-    def _skip_blanks(self) -> str:
-        """Go to the next character that is no white space, and peek at it; "" at the end."""
-        while True:
-            self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._text) or not self._read_on():
-                return self._text[self._at : self._at + 1]
+    def fault(what: str, place: int) -> DataError:
+        number, position = locate(place)
+        return DataError(f"invalid JSON: {what} (column {position})", where=f"{name}:{number}")
 
-    def _expect(self, accepted: str) -> str:
-        found = self._skip_blanks()
-        if not found or found not in accepted:
-            expected = " or ".join(map(repr, accepted))
-            raise self._fault(f"expected {expected}, found {repr(found) if found else 'the end of the file'}", self._at)
-        self._at += 1
-        return found
-
-    def _decode_item(self) -> Any:
-        """Decode the item at hand, reading on while it may only be cut off."""
-        decode = json.JSONDecoder().raw_decode
-        while True:
-            try:
-                item, end = decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                fault = self._fault(error.msg, error.pos)  # its position is in the text as it is now
-                if len(self._text) - self._at > self._limit:
-                    # An item this long is an unclosed quote or bracket; the decoder's own message points elsewhere.
-                    if error.pos < self._at + self._limit // 2 and not error.msg.startswith("Unterminated"):
-                        raise fault from error
-                    what = f"the row is longer than {round(self._limit / 1e6)} MB or never ends"
-                    raise self._fault(what, self._at) from error
-                if not self._read_on():
-                    raise fault from error
-            except (ValueError, RecursionError) as error:
-                reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-                raise self._fault(reason, self._at) from error
-            else:
-                if end < len(self._text) or not self._read_on():  # a number may go on in the next chunk
-                    self._at = end
-                    return item
-
-    def _read_on(self) -> bool:
+    def read_on() -> bool:
         """Drop what is behind and append a chunk; False at the end of the file."""
-        if self._ended:
+        nonlocal text, at, ended, line, column
+        if ended:
             return False
-        self._line, self._column = self._locate(self._at)
-        chunk = self._stream.read(_CHUNK_BYTES)
-        self._ended = not chunk
+        line, column = locate(at)
+        chunk = stream.read(_CHUNK_BYTES)
+        ended = not chunk
         try:
-            fresh = self._decoder.decode(chunk, final=self._ended)
+            text, at = text[at:] + decoder.decode(chunk, final=ended), 0
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            what = f"holds byte 0x{byte:02x}, which is not UTF-8; save the file as UTF-8"
-            raise DataError(what, where=self._name) from error
-        self._text, self._at = self._text[self._at :] + fresh, 0
-        return not self._ended or bool(fresh)
+            raise DataError(
+                f"holds byte 0x{byte:02x}, which is not UTF-8; save the file as UTF-8", where=name
+            ) from error
+        return True
 
-    def _locate(self, at: int) -> tuple[int, int]:
-        lines = self._text.count("\n", 0, at)
-        return self._line + lines, at - self._text.rfind("\n", 0, at) if lines else self._column + at
+    def skip_blanks() -> str:
+        """Go to the next character that is no white space, and peek at it; "" at the end."""
+        nonlocal at
+        while True:
+            at = _BLANKS.match(text, at).end()  # type: ignore[union-attr]
+            if at < len(text) or not read_on():
+                return text[at : at + 1]
 
-    def _fault(self, what: str, at: int) -> DataError:
-        line, column = self._locate(at)
-        return DataError(f"invalid JSON: {what} (column {column})", where=f"{self._name}:{line}")
+    expected = "["
+    while True:
+        found = skip_blanks()
+        if not found or found not in expected:
+            either = " or ".join(map(repr, expected))
+            raise fault(f"expected {either}, found {repr(found) if found else 'the end of the file'}", at)
+        at += 1
+        if found == "]":
+            break
+        if skip_blanks() == "]" and found == "[":
+            expected = "]"
+            continue
+        while True:  # read on while an item may only be cut off
+            try:
+                item, end = decode(text, at)
+            except json.JSONDecodeError as error:
+                wrong = fault(error.msg, error.pos)  # its position is in the text as it is now
+                if len(text) - at > limit:
+                    # An item this long is an unclosed quote or bracket; the decoder's own message points elsewhere.
+                    if error.pos < at + limit // 2 and not error.msg.startswith("Unterminated"):
+                        raise wrong from error
+                    raise fault(f"the row is longer than {round(limit / 1e6)} MB or never ends", at) from error
+                if not read_on():
+                    raise wrong from error
+            except (ValueError, RecursionError) as error:
+                reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+                raise fault(reason, at) from error
+            else:
+                if end < len(text) or not read_on():  # a number may go on in the next chunk
+                    break
+        at, expected = end, ",]"
+        yield item
+    if skip_blanks():
+        raise fault("more text after the end of the list", at)
 
 
 _BLANKS = re.compile(r"[ \t\n\r]*")
@@ -429,13 +404,18 @@ def _check_header(cells: list[str], place: str) -> list[str]:
 
 def _read_table(path: Path, name: str) -> Iterator[Entry]:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     if path.suffix in _PACKED:
         raise DataError(f"a table is packed already and cannot be read through {path.suffix}; unpack it", where=name)
     kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
     number = 0
     try:
-        for batch in _iter_arrow(path) if kind == "Arrow" else _iter_parquet(path):
+        for batch in (
+            _iter_arrow(path)
+            if kind == "Arrow"
+            else pq.ParquetFile(path, pre_buffer=False).iter_batches(batch_size=_TABLE_BATCH)
+        ):
             for start in range(0, len(batch), _TABLE_BATCH):
                 for record in batch.slice(start, _TABLE_BATCH).to_pylist():
                     number += 1
@@ -444,13 +424,6 @@ def _read_table(path: Path, name: str) -> Iterator[Entry]:
         first_line = str(error).partition("\n")[0]
         after = f" after row {number}" if number else ""
         raise DataError(f"is not a readable {kind} file{after}: {first_line}", where=name) from error
-
-
-def _iter_parquet(path: Path) -> Iterator[Any]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path, pre_buffer=False) as file:
-        yield from file.iter_batches(batch_size=_TABLE_BATCH)
 
 
 def _iter_arrow(path: Path) -> Iterator[Any]:

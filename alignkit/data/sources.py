@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +19,12 @@ from alignkit.data.files import (
     MAX_LINE_BYTES,
     Entry,
     data_suffix,
-    display_name,
     read_file,
 )
 from alignkit.errors import DataError, Problem, first_line
+from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import DataSource
+from alignkit.recipe.yaml import label_path
 from alignkit.runs.directory import require_whole
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -108,21 +108,26 @@ def _locate(source: DataSource) -> Located:
         split = () if _split_names(source.split) == ["train"] else ("split",)
         _refuse_keys(source, "a local file", ("name", "data_dir", "revision", *split))
         if data_suffix(path) is None:
-            raise DataError(f"is not a data file we read ({ACCEPTED})", where=display_name(path))
+            raise DataError(f"is not a data file we read ({ACCEPTED})", where=label_path(path))
         require_whole(path)
         return _choose(Located(source, "files", {"train": (path,)}))
     if files := [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if data_suffix(Path(name))]:
         _refuse_keys(source, "local files", ("name", "data_dir", "revision"))
-        splits = _split_by_name(files, display_name(path))
+        splits = _split_by_name(files, label_path(path))
         if len(splits) == 1 and "split" not in source.model_fields_set:
             splits = {"train": tuple(files)}
         elif "split" not in source.model_fields_set:
             raise DataError(f"matches files of the splits {', '.join(splits)}; write split: NAME, or name the files",
-                            where=display_name(path))  # fmt: skip
+                            where=label_path(path))  # fmt: skip
         return _choose(Located(source, "files", splits))
     if _HUB_ID.fullmatch(source.path) and data_suffix(path) is None:
         return Located(source, "hub")
-    raise DataError(f"no such file{_near_files(path)}", where=display_name(path))
+    if path.parent.is_dir():
+        near = suggest(path.name, [entry.name for entry in path.parent.iterdir()])
+    else:
+        missing = next(parent for parent in path.parents if parent.parent.is_dir())
+        near = f"; the directory {label_path(missing)} does not exist"
+    raise DataError(f"no such file{near}", where=label_path(path))
 
 
 def _refuse_keys(source: DataSource, what: str, keys: Sequence[str]) -> None:
@@ -183,14 +188,14 @@ def _list_splits(directory: Path, source: DataSource) -> dict[str, tuple[Path, .
     A local copy of a hub data set whose README.md lists its files is read as the hub does. Else the files that lie in
     the directory itself count, or, where none does, those below it.
     """
-    name, readme = display_name(directory), directory / "README.md"
+    name, readme = label_path(directory), directory / "README.md"
     if readme.is_file() and _CONFIGS.match(readme.read_text(encoding="utf-8", errors="replace").replace("\r", "")):
         return _list_configured(directory, source)
     if source.name is not None:
         raise DataError("data.name has no effect: the directory's README.md lists no configs", where=name)
     if source.data_dir is not None:
         directory = directory / source.data_dir
-        name = display_name(directory)
+        name = label_path(directory)
         if not directory.is_dir():
             raise DataError("no such directory (data.data_dir)", where=name)
     below = [path for path in sorted(directory.rglob("*")) if path.is_file() and data_suffix(path)]
@@ -198,7 +203,7 @@ def _list_splits(directory: Path, source: DataSource) -> dict[str, tuple[Path, .
     files = [path for path in below if path.parent == directory] or below
     if not files:
         raise DataError(f"the directory has no data files ({ACCEPTED})", where=name)
-    folders = sorted({display_name(path.parent) for path in files})
+    folders = sorted({label_path(path.parent) for path in files})
     if len(folders) > 1:
         several = ", ".join([*folders[:4], *(["..."] if len(folders) > 4 else [])])
         remedy = "name one with data_dir:, or several with a pattern such as DIR/**/*.jsonl"
@@ -210,7 +215,7 @@ def _list_configured(directory: Path, source: DataSource) -> dict[str, tuple[Pat
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 
-    where = display_name(directory)
+    where = label_path(directory)
     try:
         builder = load_dataset_builder(str(directory), source.name, data_dir=source.data_dir)
     except (OSError, ValueError, DatasetsError) as error:
@@ -241,18 +246,6 @@ def _split_by_name(files: Sequence[Path], where: str) -> dict[str, tuple[Path, .
         raise DataError(f"holds {named}, which names a split, and {bare}, which names none; name the files to use",
                         where=where)  # fmt: skip
     return {name or "train": tuple(paths) for name, paths in splits.items()}
-
-
-def _near_files(path: Path) -> str:
-    """Say what is near a path that does not exist: the first missing directory, or files with like names."""
-    parent = path.parent
-    if not parent.is_dir():
-        while not parent.parent.is_dir():
-            parent = parent.parent
-        return f"; the directory {display_name(parent)} does not exist"
-    names = [entry.name for entry in parent.iterdir()]
-    near = get_close_matches(path.name, names, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _read_dataset(source: DataSource, *, saved: bool) -> Iterator[Entry]:

@@ -19,12 +19,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alignkit.data.files import display_name
 from alignkit.errors import Problem, RecipeError
 from alignkit.recipe.check import describe_unknown, quote_help, validate
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, Positive, Text
-from alignkit.recipe.yaml import Node, Origin, parse_yaml
+from alignkit.recipe.yaml import Node, Origin, label_path, parse_yaml
 
 CRITIQUE_FRAME = ("\n\nCritiqueRequest: ", "\n\nCritique:")
 REVISION_FRAME = ("\n\nRevisionRequest: ", "\n\nRevision:")
@@ -241,7 +240,7 @@ def _read(value: str) -> list[Principle]:
             hint = suggest(value.removeprefix(BUILTIN), known)
             raise RecipeError(f"constitution is {value}; there are {' and '.join(BUILTIN_CONSTITUTIONS)}{hint}")
         path = Path(__file__).with_name("constitutions") / f"{value.removeprefix(BUILTIN)}.yaml"
-    label = display_name(path)
+    label = label_path(path)
     if not path.is_file():
         near = sorted(other.name for other in path.parent.glob("*") if other.suffix in (".yaml", ".yml", ".json"))
         hint = suggest(path.name, near) or "; give a YAML or JSON file, builtin:harmlessness or builtin:helpfulness"
@@ -254,4 +253,4 @@ def _read(value: str) -> list[Principle]:
 
 
 def _display(value: str) -> str:
-    return value if value.startswith(BUILTIN) else display_name(Path(value).expanduser())
+    return value if value.startswith(BUILTIN) else label_path(Path(value).expanduser())

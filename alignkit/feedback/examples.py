@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.files import display_name
 from alignkit.data.rows import Message
 from alignkit.errors import Problem, RecipeError
 from alignkit.feedback.constitution import CRITIQUE_FRAME, REVISION_FRAME, Written, load_json, read_yaml
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import Text
+from alignkit.recipe.yaml import label_path
 
 BUILTIN, NONE = "builtin", "none"
 PRINCIPLE_HERE = "{}"  # in a published chain of thought: where the question goes
@@ -110,7 +110,7 @@ def messages_of(transcript: str) -> list[Message]:
 
 
 def _read(path: Path) -> Examples:
-    label = display_name(path)
+    label = label_path(path)
     if not path.is_file():
         near = [other.name for other in path.parent.glob("*")] if path.parent.is_dir() else []
         hint = suggest(path.name, near) or "; give builtin, none, or a YAML or JSON file"

@@ -21,10 +21,11 @@ def find_nearest(name: str, candidates: Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
-def suggest(name: str, candidates: Iterable[str]) -> str:
-    """The end of a message: "; did you mean X?", or nothing when no candidate is near."""
-    nearest = find_nearest(name, candidates)
-    return f"; did you mean {nearest}?" if nearest else ""
+def suggest(name: str, candidates: Iterable[str], *, listed: str = "") -> str:
+    """The end of a message: "; did you mean X?", or where none is near all candidates after the words of `listed`."""
+    known = list(candidates)
+    nearest = find_nearest(name, known)
+    return f"; did you mean {nearest}?" if nearest else f"; {listed} {', '.join(known)}" if listed else ""
 
 
 def count_edits(a: str, b: str) -> int:
