@@ -255,32 +255,27 @@ def _iter_texts(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def parse_cells(record: Record) -> Record:
-    """The record with conversations that stand as JSON text in a cell, as CSV has them, read as lists of messages."""
-    for column, value in record.items():
-        if type(value) is str and value[:1] in ("[", "{") and _CONVERSATION.match(value):
-            try:
-                parsed = json.loads(value)
-            except ValueError:
-                what = "holds a conversation as text that is no JSON; write the cell with json.dumps"
-                raise BadRow(f"{column}: {what}") from None
-            record = {**record, column: parsed}
-    return record
-
-
 def rename_columns(record: Record, columns: Mapping[str, str | None]) -> Record:
-    """Put the record under our names; `columns` maps our name to the file's, or to None to leave ours out."""
-    if not columns:
-        return record
-    renamed = {name: value for name, value in record.items() if name not in columns.values()}
+    """Put the record under our names; conversations that stand as JSON text in a cell, as CSV has them, become lists.
+
+    `columns` maps our name to the file's, or to None to leave ours out.
+    """
+    renamed = {name: value for name, value in record.items() if name not in columns.values()} if columns else record
     for ours, theirs in columns.items():
         if theirs is None:
             renamed.pop(ours, None)
-            continue
-        if theirs not in record:
+        elif theirs in record:
+            renamed[ours] = record[theirs]
+        else:
             near = suggest_column(ours, record)
             raise BadRow(f"{theirs}: is missing (columns.{ours}); the row has {', '.join(map(str, record))}{near}")
-        renamed[ours] = record[theirs]
+    for column, value in renamed.items():
+        if type(value) is str and value[:1] in ("[", "{") and _CONVERSATION.match(value):
+            try:
+                renamed = {**renamed, column: json.loads(value)}
+            except ValueError:
+                what = "holds a conversation as text that is no JSON; write the cell with json.dumps"
+                raise BadRow(f"{column}: {what}") from None
     return renamed
 
 

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from itertools import combinations, islice
 
 from alignkit.data.files import Entry, Record
-from alignkit.data.formats import Detector, Format, Parsed, parse_cells, rename_columns
+from alignkit.data.formats import Detector, Format, Parsed, rename_columns
 from alignkit.data.rejects import BadRow, Problems, Rejects
 from alignkit.data.report import DataReport, SourceReport
 from alignkit.data.rows import METHOD_KINDS, Row, as_text, as_turns, digest_row, hash_prompt, prompt_key, take_prompt
@@ -60,13 +60,16 @@ def read_rows(
     for source in chosen:
         report.sources.append(source.counts)
         for row, digest, form in source.iter_good(seen):
-            copies = _count_copies(digest, source.source.weight, stage.seed)
+            copies, share = divmod(source.source.weight, 1)
+            if share:  # whole passes, and one more for a seeded share of the rows
+                drawn = blake2b(digest, digest_size=8, key=f"weight {stage.seed}".encode()).digest()
+                copies += int.from_bytes(drawn, "little") < share * _2_64
             if not copies:
                 source.counts.not_sampled += 1
                 continue
             source.counts.kept += 1
             report.add_source_row(row, digest, hash_prompt(row), known_prompts)
-            for given in copies * _for_method(row, method):
+            for given in int(copies) * _for_method(row, method):
                 kinds[given.kind] += 1
                 report.add_given_row(given, digest)
                 yield source.shape(given, form)
@@ -112,15 +115,6 @@ def split_eval(rows: Iterable[Row], share: float, seed: int) -> Iterator[tuple[b
         yield drawn < share * _2_64, row
 
 
-def _count_copies(digest: bytes, weight: float, seed: int) -> int:
-    """How often a row is given out: the whole passes, and one more for a seeded share of the rows."""
-    whole = int(weight)
-    if weight == whole:
-        return whole
-    drawn = blake2b(digest, digest_size=8, key=f"weight {seed}".encode()).digest()
-    return whole + (int.from_bytes(drawn, "little") < (weight - whole) * _2_64)
-
-
 def _for_method(row: Row, method: str) -> tuple[Row, ...]:
     """Turn a row into what the method trains on: sft takes the best answer, dpo all pairs of a ranked list."""
     if method == "sft" and row.kind in ("pair", "ranked"):
@@ -146,7 +140,7 @@ def _parse(located: Located, method: str, *, keeps_columns: bool, documents: boo
     def rename(entry: Entry) -> Entry:
         place, record = entry
         try:
-            return place, record if isinstance(record, BadRow) else parse_cells(rename_columns(record, source.columns))
+            return place, record if isinstance(record, BadRow) else rename_columns(record, source.columns)
         except BadRow as bad:
             return place, bad
 
@@ -162,7 +156,10 @@ def _parse(located: Located, method: str, *, keeps_columns: bool, documents: boo
                 parsed.columns = list(map(str, record))
             if form.kind in METHOD_KINDS[method]:
                 row = detector.read(form, record, parsed)
-                _require_form(row, form, source)
+                if source.chat is True and not (row.conversational or form.has_turns):
+                    raise BadRow("is raw text, of which chat: true makes no turns: give it a prompt and a completion")
+                if source.chat is False and row.conversational:
+                    raise BadRow("is a conversation, which chat: false cannot join as text: take chat: false out")
                 if method == "sft" and row.kind in ("pair", "ranked"):
                     parsed.noted += ("rows have worse answers beside the best one; sft learns nothing from them",)
                 elif method == "dpo":
@@ -174,14 +171,6 @@ def _parse(located: Located, method: str, *, keeps_columns: bool, documents: boo
         except BadRow as bad:
             parsed.reason, parsed.equal_answers = bad.reason, bad.equal_answers
         yield parsed
-
-
-def _require_form(row: Row, form: Format, source: DataSource) -> None:
-    """Refuse what `chat: true` or `chat: false` of the source cannot be done to."""
-    if source.chat is True and not (row.conversational or form.has_turns):
-        raise BadRow("is raw text, of which chat: true makes no turns: give it a prompt and a completion")
-    if source.chat is False and row.conversational:
-        raise BadRow("is a conversation, which chat: false cannot join as text: take chat: false out")
 
 
 def _check_answers(row: Row) -> None:
@@ -255,23 +244,41 @@ class _Source:
 
     def iter_good(self, seen: set[bytes] | None) -> Iterator[tuple[Row, bytes, Format]]:
         """Yield the first max_rows good rows that are not in `seen`, adding them to it."""
-        counts, accepted, taken = self.counts, METHOD_KINDS[self._method], 0
-        only = self._find_commonest() if self._rejects is not None else None
+        counts, accepted, problems, rejects = self.counts, METHOD_KINDS[self._method], self._problems, self._rejects
+        taken, only = 0, None
+        if rejects is not None:  # then the commonest format is kept, the first one on a tie
+            usable = Counter(
+                parsed.form
+                for parsed in islice(self._parsed(), self.source.max_rows)
+                if parsed.form is not None and parsed.form.kind in accepted
+            )
+            only = usable.most_common(1)[0][0] if usable else None
         for parsed in self._parsed():
             counts.read += 1
             form = parsed.form
             if form is not None:
-                self._count_form(form, parsed)
+                found = self._found.setdefault(form, _Found(parsed.columns or []))
+                found.rows += 1
+                if found.rows <= 2:
+                    found.places.append(parsed.place)
+                if problems.at_once and found.rows == 1 < len(self._found):
+                    what = f"is a row of {form}; those before it are not: give each its own source"
+                    problems.add_row(parsed.place, what)
                 if form.kind not in accepted or (only is not None and form is not only):
-                    self._leave_out(form, only, parsed.place)
+                    counts.rejected += 1  # without on_bad_row: skip, `finish` reports them together
+                    if rejects is not None:
+                        most = (
+                            f"most usable rows of the source are {only}" if only else f"{self._method} cannot take it"
+                        )
+                        rejects.add(parsed.place, f"is a row of {form}; {most}")
+                    elif problems.at_once:
+                        problems.add_row(parsed.place, f"is a row of {form}; {self._method} cannot take it")
                     continue
             counts.add_remarks(parsed)
             if parsed.row is None or form is None:
                 counts.rejected += 1
                 counts.equal_answers += parsed.equal_answers
-                (self._rejects.add if self._rejects is not None else self._problems.add_row)(
-                    parsed.place, parsed.reason
-                )
+                (problems.add_row if rejects is None else rejects.add)(parsed.place, parsed.reason)
             elif seen is not None and parsed.digest[:8] in seen:
                 counts.duplicates_dropped += 1
             else:
@@ -302,40 +309,20 @@ class _Source:
         if len(self._found) == 1:
             ((form, found),) = self._found.items()
             if form.kind not in METHOD_KINDS[self._method]:
-                takes = ", ".join(METHOD_KINDS[self._method])
-                what = f"{found.describe(form)}; {self._method} takes {takes}{_advise(found.columns, self._method)}"
+                what = f"{found.describe(form)}; {self._method} takes {', '.join(METHOD_KINDS[self._method])}"
+                pair = ("prompt", "chosen", "rejected")
+                ours = {"sft": ("prompt", "completion"), "rm": pair, "dpo": pair}.get(self._method, ())
+                wanted = ", ".join(f"{name}: COLUMN" for name in ours if name not in found.columns)
+                if self._method == "sft" and {"label", "kto_tag"} & set(found.columns):
+                    what += "; columns: {label: null} leaves the labels out"
+                elif wanted:
+                    there = ", ".join(found.columns)
+                    what += f"; the rows have {there}: data.columns: {{{wanted}}} names others"
                 self._problems.files.append(Problem(what, self.source.path))
         elif len(self._found) > 1 and self._rejects is None:
             kinds = ", ".join(found.describe(form) for form, found in self._found.items())
             advice = "give each kind its own source, or set on_bad_row: skip to keep the commonest"
             self._problems.files.append(Problem(f"mixes kinds of rows: {kinds}; {advice}", self.source.path))
-
-    def _count_form(self, form: Format, parsed: Parsed) -> None:
-        found = self._found.get(form)
-        if found is None:
-            found = self._found[form] = _Found(parsed.columns or [])
-            if self._problems.at_once and len(self._found) > 1:
-                what = f"is a row of {form}; those before it are not: give each its own source"
-                self._problems.add_row(parsed.place, what)
-        found.rows += 1
-        if found.rows <= 2:
-            found.places.append(parsed.place)
-
-    def _leave_out(self, form: Format, only: Format | None, place: str) -> None:
-        """Leave out a row of another kind; without on_bad_row: skip, `finish` reports them together."""
-        self.counts.rejected += 1
-        if self._rejects is not None:
-            most = f"most usable rows of the source are {only}" if only else f"{self._method} cannot take it"
-            self._rejects.add(place, f"is a row of {form}; {most}")
-        elif self._problems.at_once:
-            self._problems.add_row(place, f"is a row of {form}; {self._method} cannot take it")
-
-    def _find_commonest(self) -> Format | None:
-        """Find the commonest format that the method takes; the first one on a tie."""
-        forms = (parsed.form for parsed in islice(self._parsed(), self.source.max_rows))
-        accepted = METHOD_KINDS[self._method]
-        rows = Counter(form for form in forms if form is not None and form.kind in accepted)
-        return rows.most_common(1)[0][0] if rows else None
 
 
 def _choose_form(stage: Stage, source: DataSource, template: bool) -> str:
@@ -353,13 +340,3 @@ def _choose_form(stage: Stage, source: DataSource, template: bool) -> str:
     if stage.objective == "lm" and wanted == "auto":
         return "raw"
     return "chat" if template and wanted is not False else "text"
-
-
-def _advise(columns: Sequence[str], method: str) -> str:
-    """Say which columns the rows have and how to name them."""
-    if method == "sft" and {"label", "kto_tag"} & set(columns):
-        return "; columns: {label: null} leaves the labels out"
-    pair = ("prompt", "chosen", "rejected")
-    ours = {"sft": ("prompt", "completion"), "rm": pair, "dpo": pair}.get(method, ())
-    wanted = ", ".join(f"{name}: COLUMN" for name in ours if name not in columns)
-    return f"; the rows have {', '.join(columns)}: data.columns: {{{wanted}}} names others" if wanted else ""
