@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from alignkit.recipe.json_schema import recipe_schema
 from alignkit.recipe.load import load_recipe
-from alignkit.recipe.resolve import pick_span, pick_steps, resolve
-from alignkit.recipe.stage import Recipe, Stage
+from alignkit.recipe.stage import Recipe, Stage, pick_span, pick_steps, resolve
 
 __all__ = ["Recipe", "Stage", "load_recipe", "pick_span", "pick_steps", "recipe_schema", "resolve"]

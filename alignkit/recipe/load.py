@@ -8,23 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from alignkit.errors import Problem, RecipeError
 from alignkit.recipe.check import check_keys, describe_unknown_top, quote_help, show, show_key, validate
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.references import (
-    REWARD_KEYS,
-    SOURCE_KEYS,
-    check_circles,
-    check_evaluated,
-    check_references,
-    resolve_paths,
-)
+from alignkit.recipe.references import check_circles, check_evaluated, check_references, find_origins, resolve_paths
 from alignkit.recipe.rules import audit_recipe, audit_stage
 from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions
-from alignkit.recipe.sections import Run, Section, Whole, make_stage
-from alignkit.recipe.stage import Recipe, StageSection
+from alignkit.recipe.sections import Section, Whole, make_stage
+from alignkit.recipe.stage import Recipe
 from alignkit.recipe.trl_fields import ELSEWHERE
 from alignkit.recipe.yaml import Node, apply_override, label_path, load_tree, take_secrets
 
@@ -46,17 +38,16 @@ def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
         except RecipeError as error:
             problems += error.problems
     problems += take_secrets(tree)
-    whole, found = split(tree, set())
+    whole, found = split(tree)
     problems += found
-    runs, tops = [Run(name, stage, whole) for name, stage in whole.stages.items()], [whole.top]
-    groups = [*whole.groups.values()]
+    wholes, runs = [whole], [*whole.stages.values()]
     if SWEEP in tree.value:
         from alignkit.recipe.sweep import spread
 
-        swept = spread(whole, lambda tree: split(tree, whole.top.broken)[0])
-        runs, tops, groups = swept.runs or runs, swept.tops or tops, swept.groups or groups
-        problems += swept.problems
-    problems += check_values(whole, runs, tops, groups)
+        swept, choices, found = spread(whole, lambda tree: split(tree)[0])
+        wholes, runs = choices or wholes, swept or runs
+        problems += found
+    problems += check_values(wholes, runs)
     if problems:
         label = label_path(path)
 
@@ -67,22 +58,20 @@ def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
             return where.startswith("--"), file != label, file, int(line) if line.isdecimal() else 0
 
         raise RecipeError(sorted(dict.fromkeys(problems), key=rank))
-    return construct(whole, runs, tops[0], path)
+    return construct(wholes[0], runs, path)
 
 
-def split(tree: Node, broken: set[str]) -> tuple[Whole, list[Problem]]:
-    """Tell stage sections from the recipe's own keys; `broken` is where wrong keys of the top level are noted."""
+def split(tree: Node) -> tuple[Whole, list[Problem]]:
+    """Tell stage sections from the recipe's own keys."""
     if (model := tree.value.get("model")) is not None and isinstance(model.value, str) and model.value:
         short = Node({"path": model}, model.origin, model.line)  # `model: PATH` is short for it
         tree = Node({**tree.value, "model": short}, tree.origin, tree.line)
-    whole = Whole(Section("", "", tree, broken), {}, {})
-    problems: list[Problem] = []
+    whole, problems = Whole(Section("", "", tree)), []
     for name, node in tree.value.items():
         if name in RecipeOptions.model_fields:
             continue
         if problem := describe_not_a_stage(name, node):
             problems.append(Problem(problem, node.place))
-            broken.add(name)
             continue
         method = str(node.value["method"].value) if "method" in node.value else name
         if method != RLAIF:
@@ -125,38 +114,38 @@ def describe_not_a_stage(name: str, node: Node) -> str | None:
     return describe_unknown_top(name, is_mapping=is_mapping)
 
 
-def check_values(whole: Whole, runs: Sequence[Run], tops: Sequence[Section], groups: Sequence[Any]) -> list[Problem]:
+def check_values(wholes: Sequence[Whole], runs: Sequence[Section]) -> list[Problem]:
     """Check everything in a recipe; with a sweep, every section with each of its values."""
-    stages = list({id(run.stage): run.stage for run in runs}.values())
-    runs_by_name = {run.name: run.stage for run in runs}
-    names = [*whole.groups, *dict.fromkeys((*whole.stages, *runs_by_name))]
-    problems = resolve_paths(tops, stages, names)
+    whole, tops = wholes[0], [one.top for one in wholes]
+    by_name = {run.run: run for run in runs}
+    names = [*whole.groups, *dict.fromkeys((*whole.stages, *by_name))]
+    problems = resolve_paths(tops, runs, names)
     for top in tops:
         problems += check_top(top)
-    for group in groups:
+    for group in (group for one in wholes for group in one.groups.values()):
         from alignkit.recipe.rlaif import check_group
 
         problems += check_group(group)
-    for stage in stages:
-        problems += check_stage(stage)
+    for run in runs:
+        problems += check_stage(run)
     listed = whole.top.node.value.get("stages")
     for item in listed.value or () if listed is not None and "stages" not in whole.top.broken else ():
         if item.value not in names:
             hint = suggest(str(item.value), names) or f"; there are {', '.join((*whole.groups, *whole.stages))}"
             problems.append(Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place))
     for run in runs:
-        problems += check_references(run.stage, {**run.whole.stages, **runs_by_name}, run.whole.groups)
-    problems += check_circles({run.name: run for run in runs})
+        problems += check_references(run, whole.stages | by_name, whole.groups)
+    problems += check_circles(by_name)
     evaluate = whole.top.node.value.get("evaluate")
     if evaluate is not None and "evaluate" not in whole.top.broken:
         problems += check_evaluated(evaluate, names)
-    for stage in stages:
-        problems += audit_stage(stage)
+    for run in runs:
+        problems += audit_stage(run)
     shapes: dict[str, list[Section]] = {}  # stages that read one model and one lora: section
-    for stage in stages:
-        if stage.top and (stage.method not in FEEDBACK or stages == [*whole.stages.values()]):  # they read no lora
-            read = [child.plain() for key in ("model", "lora") if (child := stage.top.node.value.get(key))]
-            shapes.setdefault(repr(read), []).append(stage)
+    for run in runs:
+        if run.top and run.method not in FEEDBACK:  # those train no adapters
+            read = [child.plain() for key in ("model", "lora") if (child := run.top.node.value.get(key))]
+            shapes.setdefault(repr(read), []).append(run)
     for alike in shapes.values() or [[]]:
         problems += audit_recipe((alike[0].top if alike else None) or whole.top, alike)
     return problems
@@ -192,23 +181,19 @@ def check_stage(stage: Section) -> Iterator[Problem]:
         yield from problems if key not in stage.inherited else ()
 
 
-def construct(whole: Whole, runs: Sequence[Run], top: Section, path: Path) -> Recipe:
-    """Make the recipe of sections that are right; `top` has the first value of each swept key."""
-    options: RecipeOptions = top.options
+def construct(whole: Whole, runs: Sequence[Section], path: Path) -> Recipe:
+    """Make the recipe of sections that are right; `whole` has the first value of each swept key."""
+    options: RecipeOptions = whole.top.options
     variants: dict[str, list[str]] = {}
     for run in runs:
-        variants.setdefault(run.stage.name, []).append(run.name)
+        variants.setdefault(run.name, []).append(run.run)
     groups = {name: _join(variants[stage.name] for stage in group.stages) for name, group in whole.groups.items()}
     listed = _join(groups.get(item) or variants.get(item) or (item,) for item in options.stages or ())
-    by_name = {run.name: run for run in runs}
+    by_name = {run.run: run for run in runs}
     ordered = _join([listed, by_name])
-    sections = {name: _make_section(by_name[name]) for name in ordered}
-    origins = {"name": "default", "seed": "default"}
-    for key, node in top.node.value.items():
-        if key in RecipeOptions.model_fields and key != SWEEP:
-            origins |= _find_origins(node, key)
-    for run in runs:
-        origins |= _find_origins(run.stage.node, run.name)
+    top = {
+        key: node for key, node in whole.top.node.value.items() if key in RecipeOptions.model_fields and key != SWEEP
+    }
     return Recipe(
         name=options.name or path.stem,
         path=label_path(path),
@@ -217,10 +202,10 @@ def construct(whole: Whole, runs: Sequence[Run], top: Section, path: Path) -> Re
         lora=options.lora,
         launch=options.launch,
         evaluate=options.evaluate,
-        evaluates="evaluate" in top.node.value,
-        stages=sections,
+        evaluates="evaluate" in whole.top.node.value,
+        stages={name: by_name[name] for name in ordered},
         order=listed or ordered,
-        origins=origins,
+        origins=find_origins(top | {run.run: run.node for run in runs}),
         groups=groups,
         sweeps={name: tuple(made) for name, made in variants.items() if made != [name]},
     )
@@ -228,28 +213,3 @@ def construct(whole: Whole, runs: Sequence[Run], top: Section, path: Path) -> Re
 
 def _join(parts: Iterable[Iterable[str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for part in parts for name in part))
-
-
-def _make_section(run: Run) -> StageSection:
-    stage, top = run.stage, run.stage.top
-    assert top is not None
-    values = stage.node.value
-    trainer = {key: child.plain() for key, child in values.items() if key not in type(stage.options).model_fields}
-    if stage.method == "dpo" and isinstance(trainer.get("loss_type"), str):
-        trainer["loss_type"] = [trainer["loss_type"]]
-    origins = {"name": "default", "seed": "default"}
-    for key in ("name", "seed", "model", "lora", "launch"):
-        if key in top.node.value:
-            origins |= _find_origins(top.node.value[key], key)
-    origins |= _find_origins(stage.node, run.name)
-    return StageSection(run.name, stage.options, trainer, top.options, origins, run.names, stage.group, run.point)
-
-
-def _find_origins(node: Node, key: str) -> dict[str, str]:
-    """Find the place of every dotted key; one source under `data:` is also `data.0`, and one reward `reward.0`."""
-    origins = {}
-    for path, child in node.leaves((key,)):
-        origins[".".join(path)] = child.place
-        if path[-1] in (*SOURCE_KEYS, *REWARD_KEYS) and not isinstance(child.value, list):
-            origins |= {".".join((*path, "0", *below)): leaf.place for below, leaf in child.leaves()}
-    return origins

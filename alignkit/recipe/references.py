@@ -18,7 +18,7 @@ from alignkit.errors import Problem
 from alignkit.recipe.check import show
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import BUILTIN_REWARD, EVALUATED, FEEDBACK
-from alignkit.recipe.sections import Run, Section
+from alignkit.recipe.sections import Section
 from alignkit.recipe.yaml import Node, expand
 
 RUNS = "runs"
@@ -209,22 +209,21 @@ def _describe_stranger(name: Name, stages: Mapping[str, Section]) -> str | None:
     return f", which is neither a stage nor a path that exists{hint or f'; it must be {accepted}'}"
 
 
-def check_circles(runs: Mapping[str, Run]) -> Iterator[Problem]:
+def check_circles(runs: Mapping[str, Section]) -> Iterator[Problem]:
     """Yield each stage that needs itself, through others or at once; the keys are marked as broken."""
     needs: dict[str, dict[str, Name]] = {}
-    known = {*runs, *(run.stage.name for run in runs.values())}
+    known = {*runs, *(run.name for run in runs.values())}
     for name, run in runs.items():
-        needs[name] = {run.names.get(need, need): named for need, named in find_needs(run.stage, known).items()}
+        needs[name] = {run.names.get(need, need): named for need, named in find_needs(run, known).items()}
     try:
         TopologicalSorter(needs).prepare()
     except CycleError:
         for name, run in runs.items():
             for need, named in needs[name].items():
-                if named.first not in run.stage.broken and (way := _find_way(need, name, needs)):
-                    chain = " -> ".join(runs[other].stage.name for other in (name, *way))
-                    what = f"{run.stage.say(named.first)} goes round in a circle: {chain}"
-                    run.stage.broken.add(named.first)
-                    yield Problem(what, named.node.place)
+                if named.first not in run.broken and (way := _find_way(need, name, needs)):
+                    chain = " -> ".join(runs[other].name for other in (name, *way))
+                    run.broken.add(named.first)
+                    yield Problem(f"{run.say(named.first)} goes round in a circle: {chain}", named.node.place)
 
 
 def _find_way(start: str, end: str, needs: Mapping[str, Collection[str]]) -> list[str]:
@@ -248,3 +247,13 @@ def check_evaluated(evaluate: Node, stages: Collection[str]) -> Iterator[Problem
             hint = suggest(value, stages) or f"; the stages are {', '.join(stages)}"
             what = f"evaluate.{name.key} is {show(name.node)}, which is neither a stage nor a path that exists{hint}"
             yield Problem(what, name.node.place)
+
+
+def find_origins(parts: Mapping[str, Node]) -> dict[str, str]:
+    """Find the place of every dotted key; one source under `data:` is also `data.0`, and one reward `reward.0`."""
+    origins = {"name": "default", "seed": "default"}
+    for path, child in (leaf for name, node in parts.items() for leaf in node.leaves((name,))):
+        origins[".".join(path)] = child.place
+        if path[-1] in (*SOURCE_KEYS, *REWARD_KEYS) and not isinstance(child.value, list):
+            origins |= {".".join((*path, "0", *below)): leaf.place for below, leaf in child.leaves()}
+    return origins

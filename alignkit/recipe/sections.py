@@ -1,4 +1,4 @@
-"""The sections of a recipe while it is checked: its stages, and its own top level."""
+"""The sections of a recipe: its stages, one for each variant of a swept one, and its own top level."""
 
 from __future__ import annotations
 
@@ -26,12 +26,24 @@ class Section:
     name: str
     method: str
     node: Node
-    broken: set[str] = field(default_factory=set)
     top: Section | None = None
     group: str | None = None  # the rlaif section it is a step of
     shared: frozenset[str] = frozenset()  # keys that it has from there
     inherited: frozenset[str] = frozenset()  # keys that it has from the top level
+    broken: set[str] = field(default_factory=set)
     options: Any = None  # StageOptions or RecipeOptions, once the values are found to be right
+    run: str = ""  # the name of its run: of a swept stage, with the values that tell it from the others
+    names: Mapping[str, str] = field(default_factory=dict)  # which run of a swept stage it means by the stage's name
+    point: Mapping[str, Any] = field(default_factory=dict)  # its values of what is swept, as written
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """TRL's fields where they are given."""
+        fields = type(self.options).model_fields
+        given = {key: child.plain() for key, child in self.node.value.items() if key not in fields}
+        if self.method == "dpo" and isinstance(given.get("loss_type"), str):
+            given["loss_type"] = [given["loss_type"]]
+        return given
 
     @property
     def label(self) -> str:
@@ -80,7 +92,7 @@ def make_stage(
     keys = () if method == "critique" and "replay" in node.value else find_inherited(top.node, method)
     taken = {key: top.node.value[key] for key in keys if key not in node.value}
     filled = Node({**taken, **node.value}, node.origin, node.line)
-    return Section(name, method, filled, top=top, group=group, shared=shared, inherited=frozenset(taken))
+    return Section(name, method, filled, top, group, shared, frozenset(taken), run=name)
 
 
 def find_inherited(tree: Node, method: str) -> tuple[str, ...]:
@@ -94,16 +106,5 @@ class Whole:
     """All sections of a recipe; of one with a sweep, with one choice of the swept values."""
 
     top: Section
-    stages: dict[str, Section]
-    groups: dict[str, Any]  # an rlaif section each
-
-
-@dataclass(frozen=True)
-class Run:
-    """A stage under the name of its run; a swept one has several, each with its part of the values."""
-
-    name: str
-    stage: Section
-    whole: Whole
-    names: Mapping[str, str] = field(default_factory=dict)  # what the stages that it takes something from are called
-    point: Mapping[str, Any] = field(default_factory=dict)  # its values of the swept keys, as written
+    stages: dict[str, Section] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)  # an rlaif section each
