@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import marshal
 import os
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
@@ -91,16 +90,16 @@ class KeptRows:
             number += 1
 
     def _write(self) -> None:
-        """Move the rows in memory to the end of the file, as tuples: marshal knows no classes, and is the fastest."""
+        """Move the rows in memory to the end of the file, as one line of JSON."""
         rows = []
         for parsed in self._fresh:
-            place, form, row, *rest = _parsed_values(parsed)
-            rows.append((place, None if form is None else _FORMATS[form], row and _row_values(row), *rest))
+            place, form, row, digest, *rest = _parsed_values(parsed)
+            rows.append((place, form and _FORMATS[form], row and _row_values(row), digest.hex(), *rest))
         start = 0
         try:
             self._file = self._file or TemporaryFile()  # noqa: SIM115
             start = self._file.seek(0, os.SEEK_END)
-            marshal.dump(rows, self._file)
+            self._file.write(json.dumps(rows).encode() + b"\n")
             self._file.flush()
             self._is_full = disk_usage(gettempdir()).free < _SPARE_BYTES
         except OSError:
@@ -113,8 +112,14 @@ class KeptRows:
     def _read(self, start: int) -> Iterator[Parsed]:
         assert self._file is not None
         self._file.seek(start)
-        for place, form, row, *rest in marshal.load(self._file):
-            yield Parsed(place, None if form is None else FORMATS[form], row and Row(*row), *rest)
+        for place, form, row, digest, *rest, unread, noted in json.loads(self._file.readline()):
+            parsed = Parsed(place, None if form is None else FORMATS[form], None, bytes.fromhex(digest), *rest)
+            parsed.unread, parsed.noted = tuple(unread), tuple(noted)
+            if row:
+                kind, prompt, completions, scores, *others, tokens = row
+                scores, tokens = scores and tuple(scores), tokens and tuple(tokens)
+                parsed.row = Row(kind, prompt, tuple(completions), scores, *others, tokens)
+            yield parsed
 
 
 _parsed_values, _row_values = attrgetter(*Parsed.__slots__), attrgetter(*Row.__slots__)
