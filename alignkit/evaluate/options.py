@@ -13,7 +13,7 @@ from alignkit.console import redact
 from alignkit.errors import Problem, UsageError
 from alignkit.recipe import Recipe, resolve
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.rules_feedback import evaluation_problems
+from alignkit.recipe.rules import evaluation_problems
 from alignkit.recipe.schema import EVALUATED, FEEDBACK, EvaluateOptions, FeedbackModel
 
 _NEEDED = {"judge": "against", "constitution": "against", "shots": "tasks"}  # options that only serve another one

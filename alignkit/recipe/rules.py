@@ -1,23 +1,25 @@
 """Options that contradict each other: an error, with the reason and the alternative.
 
 Only what the recipe itself shows is judged: rows, model and devices have their own checks. A rule that reads a value
-which is itself wrong is skipped: that value has its own message. Keys without effect are in `idle_keys`.
+which is itself wrong is skipped: that value has its own message. What needs only a table is in `conflicts`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+from alignkit.console import redact
 from alignkit.errors import Problem
 from alignkit.recipe.check import show_key
-from alignkit.recipe.idle_keys import find_idle_keys, losses_of, starts_from_no_adapter
+from alignkit.recipe.conflicts import find_conflicts, find_kto, list_rewards, losses_of
 from alignkit.recipe.nearest import suggest
-from alignkit.recipe.rules_feedback import CRITIQUE_RULES, LABEL_RULES, PPO_RULES, evaluation_problems
-from alignkit.recipe.schema import FEEDBACK, SLURM_OPTIONS
+from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, FEEDBACK, REWARD_KINDS, SLURM_OPTIONS
 from alignkit.recipe.sections import Finding, Section, UnreadableError
-from alignkit.recipe.trl_fields import KTO_LOSSES, OWN_LOSSES, read_snapshot, trl_fields
+from alignkit.recipe.trl_fields import KTO_LOSSES, read_snapshot, trl_fields
 
 _SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired")
 # f-DPO's reparameterisation leaves a term that cancels only in the chosen-rejected difference (TRL dpo_trainer.py).
@@ -30,7 +32,7 @@ Rule = Callable[[Section], Iterable[Finding]]
 
 def audit_stage(stage: Section) -> list[Problem]:
     """Hold the options of one stage against each other."""
-    rules = (find_idle_keys, *(() if stage.method in FEEDBACK else _TRAIN_RULES), *_BY_METHOD[stage.method])
+    rules = (find_conflicts, *(() if stage.method in FEEDBACK else _TRAIN_RULES), *_BY_METHOD[stage.method])
     found = [finding for rule in rules for finding in _run(rule, stage)]
     return [Problem(f"{stage.say(key)} {what}", stage.place(key)) for key, what in found]
 
@@ -54,88 +56,27 @@ def _run(rule: Rule, section: Section) -> list[Finding]:
 # Rules for every method that trains
 
 
-def _batch(stage: Section) -> Iterator[Finding]:
-    batch, micro = stage.get("batch_size", 16), stage.get("micro_batch_size", "auto")
-    if micro != "auto" and batch % micro:
-        yield "micro_batch_size", f"is {micro}, which does not divide batch_size {batch}"
-
-
 def _step_counts(stage: Section) -> Iterator[Finding]:
     for key in ("logging_steps", "save_steps", "eval_steps", "warmup_steps"):
         value = stage.get(key)
         if value is not None and value >= 1 and value != int(value):
             yield key, f"is {value}; it must be a whole number of steps, or a share of all steps below 1"
-    if stage.get("max_steps") == 0:
-        yield "max_steps", "is 0; it must be at least 1, or -1 to train num_train_epochs"
 
 
 def _checkpointing(stage: Section) -> Iterator[Finding]:
-    wanted = stage.top.get("launch.activation_checkpointing") if stage.top else None
-    given = stage.get("gradient_checkpointing")
-    if None not in (wanted, given) and wanted != given:
-        what = f"is {str(given).lower()}, but launch.activation_checkpointing is {str(wanted).lower()}; keep one"
-        yield "gradient_checkpointing", what
     for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         for name in stage.get(key) or {}:
             if name not in _CHECKPOINTING:
                 yield key, f"names {name}; torch takes {', '.join(_CHECKPOINTING)}{suggest(str(name), _CHECKPOINTING)}"
 
 
-def _adapter(stage: Section) -> Iterator[Finding]:
-    lora = stage.top is not None and stage.top.has("lora")
-    if stage.get("adapter") == "stack" and not lora and not starts_from_no_adapter(stage):
-        yield "adapter", "is stack, which puts a new adapter on top; add a lora: section"
-
-
-# sft, rm
-
-
-def _sft_packing(stage: Section) -> Iterator[Finding]:
-    packing, bounded = stage.get("packing"), stage.get("max_length", 1024) is not None
-    if stage.get("objective", "chat") == "lm":
-        return
-    if packing and not bounded:
-        yield "packing", "needs max_length, the size of a block"
-    if stage.get("padding_free") and not packing and bounded:
-        yield "padding_free", "does not enforce max_length; use packing: true, or set max_length: null"
-
-
-def _sft_streaming(stage: Section) -> Iterator[Finding]:
-    if not stage.get("streaming", False):
-        return
-    if stage.get("max_steps", -1) <= 0:
-        yield "streaming", "needs max_steps: the number of rows is not known"
-    if isinstance(stage.get("eval"), float):
-        yield "eval", "is a share, which streaming cannot hold out; name a source of held-out rows"
-    for key, off in (("dedupe", False), ("packing", False), ("batching", None), ("on_bad_row", "error")):
-        if stage.get(key, off) != off:
-            yield key, f"is {show_key(str(stage.get(key)).lower())}, which streaming cannot do; take one of the two out"
-
-
-def _rm_loss(stage: Section) -> Iterator[Finding]:
-    if stage.get("loss") == "best_of" and stage.get("grouping") == "pairs":
-        yield "grouping", "is pairs, but loss: best_of compares all answers of a prompt; use grouping: kway"
-
-
-# dpo
-
-
 def _dpo_kto(stage: Section) -> Iterator[Finding]:
-    losses = losses_of(stage)
-    kto = next((loss for loss in losses if loss in KTO_LOSSES), None)
-    if kto is None:
-        return
-    if len(losses) > 1:
-        yield "loss_type", f"mixes {kto} with others; it is computed on single answers and must stand alone"
-    if stage.get("batching") == "grouped":
-        yield "batching", "is grouped; KTO pairs each prompt with its neighbour's answer, so rows are only shuffled"
-    for key in stage.node.value:
-        if key in trl_fields("dpo") and key not in trl_fields("kto"):
-            yield key, f"has no effect with loss_type: {kto}"
-    for key in ("micro_batch_size", "batch_size"):
-        if stage.get(key) == 1:
-            yield key, "is 1; KTO estimates its KL term across a batch and needs at least 2"
-            return
+    if kto := find_kto(stage):
+        for key in stage.node.value:
+            if key in trl_fields("dpo") and key not in trl_fields("kto"):
+                yield key, f"has no effect with loss_type: {kto}"
+        if one := next((key for key in ("micro_batch_size", "batch_size") if stage.get(key) == 1), None):
+            yield one, "is 1; KTO estimates its KL term across a batch and needs at least 2"
 
 
 def _dpo_smoothing(stage: Section) -> Iterator[Finding]:
@@ -155,26 +96,11 @@ def _dpo_smoothing(stage: Section) -> Iterator[Finding]:
             yield key, f"is {shown}; {loss} needs label_smoothing {needed}"
 
 
-def _dpo_losses(stage: Section) -> Iterator[Finding]:
-    losses, weights = losses_of(stage), stage.get("loss_weights")
-    if weights is not None and len(weights) != len(losses):
-        yield "loss_weights", f"has {len(weights)} weights for {len(losses)} losses in loss_type"
-    own = next((loss for loss in losses if loss in OWN_LOSSES), None)
-    if own and len(losses) > 1:
-        yield "loss_type", f"mixes {own} with others; it must stand alone"
-    if stage.get("use_weighting") and set(losses) & {"aot", "aot_unpaired"}:
-        yield "use_weighting", "does not work with aot and aot_unpaired, which sort the rows of a batch"
+def _dpo_divergence(stage: Section) -> Iterator[Finding]:
     divergence = stage.get("f_divergence_type", "reverse_kl")
-    refused = sorted(set(losses) - {*_F_DIVERGENCE, *KTO_LOSSES})
+    refused = sorted({*losses_of(stage)} - {*_F_DIVERGENCE, *KTO_LOSSES})
     if divergence != "reverse_kl" and refused:
         yield "f_divergence_type", f"is {divergence}, which {', '.join(refused)} cannot use; use reverse_kl"
-
-
-def _dpo_reference(stage: Section) -> Iterator[Finding]:
-    if stage.get("padding_free"):
-        yield "padding_free", "is accepted and then switched off by TRL's DPOTrainer; use batching: grouped"
-    if stage.get("precompute_ref_log_probs") and stage.get("adapter") == "stack":
-        yield "adapter", "is stack, which does not work with precompute_ref_log_probs; use continue or merge"
 
 
 # The sections that all stages share
@@ -363,12 +289,143 @@ def _read(text: str) -> Any:
     return text.lower()
 
 
-_TRAIN_RULES: tuple[Rule, ...] = (_batch, _step_counts, _checkpointing, _adapter, _optimizer, _schedule)
+# Rewards, judges and constitutions
+
+
+_WRITERS = ("model", "url", "replay")
+_SERVER = (
+    "name", "api", "logprobs", "api_key_env", "concurrency", "requests_per_minute", "timeout", "retries",
+    "max_tokens_total", "max_cost", "price",
+)  # fmt: skip
+
+
+def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding]:
+    """Yield what is wrong with a judge or generator; only a judge of a label stage may be a replay."""
+    given: Mapping[str, Any] = {"model": source} if isinstance(source, str) else source
+    kinds = [kind for kind in _WRITERS if given.get(kind) is not None]
+    accepted = _WRITERS if is_judge else _WRITERS[:2]
+    if len(kinds) != 1 or kinds[0] not in accepted:
+        found = " and ".join(kinds) or "none"
+        named = " and ".join(accepted) if len(accepted) == 2 else "model, url and replay"
+        yield key, f"needs exactly one of {named}, and has {found}"
+        return
+    (kind,) = kinds
+    for name in _SERVER if kind != "url" else ():
+        if given.get(name) is not None:
+            yield f"{key}.{name}", f"has no effect with {kind}; it is for a server (url)"
+    if kind != "model" and given.get("engine") is not None:
+        yield f"{key}.engine", f"has no effect with {kind}; it says what runs a model on this machine"
+    if kind == "url":
+        yield from _server_problems(key, given)
+
+
+def _server_problems(key: str, given: Mapping[str, Any]) -> Iterator[Finding]:
+    url, variable = given["url"], given.get("api_key_env")
+    shown = redact(url)
+    try:
+        is_address = urlsplit(url).port != 0 and re.fullmatch(r"https?://[^/\\\s?#@]+(/[^\s?#]*)?", url) is not None
+    except ValueError:  # a port above 65535
+        is_address = False
+    if not is_address:
+        advice = "write http://HOST:PORT/v1 or https://HOST/v1, without a question mark or a key"
+        yield f"{key}.url", f"is {shown}; {advice}"
+    elif url.rstrip("/").endswith(("/chat/completions", "/completions")):
+        yield f"{key}.url", f"is {shown}; give the address that ends in /v1: what comes after it is added (api)"
+    if given.get("name") is None:
+        yield key, "has a url without name; say which of the server's models is meant"
+    if variable is not None and not variable.endswith(("_API_KEY", "_TOKEN")):
+        yield f"{key}.api_key_env", f"is {variable}; only variables that end in _API_KEY or _TOKEN are sent to a server"
+    if given.get("max_cost") is not None and given.get("price") is None:
+        yield f"{key}.max_cost", "needs price: {input, output}, per million tokens"
+
+
+def _judges(stage: Section) -> Iterator[Finding]:
+    for key in ("judge", "generator"):
+        if stage.has(key):
+            yield from judge_problems(key, stage.get(key), is_judge=key == "judge")
+
+
+def _constitution(stage: Section) -> Iterator[Finding]:
+    yield from _unknown_constitutions(stage.get("constitution"))
+    if not stage.has("constitution") and not stage.has("replay") and not stage.has("reward"):
+        yield "constitution", "is missing; give builtin:harmlessness or a file of principles"
+
+
+def _unknown_constitutions(given: Any) -> Iterator[Finding]:
+    for item in [given] if isinstance(given, str) else given or ():
+        if item.startswith("builtin:") and item not in BUILTIN_CONSTITUTIONS:
+            known = ", ".join(BUILTIN_CONSTITUTIONS)
+            yield "constitution", f"is {item}; it must be a file, {known}{suggest(item, BUILTIN_CONSTITUTIONS)}"
+
+
+def evaluation_problems(given: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield what is wrong with the judge of `evaluate:`, or of the command line's options."""
+    judge, constitution = given.get("judge"), given.get("constitution")
+    if judge is None:
+        if constitution is not None:
+            yield "constitution", "has no effect without a judge: name a language model"
+        return
+    yield from judge_problems("judge", judge, is_judge=False)
+    yield from _unknown_constitutions(constitution)
+    named = judge if isinstance(judge, str) else judge.get("model")
+    if constitution is None and named is None:
+        yield "judge", "is behind a url and judges by principles; add constitution: builtin:helpfulness, or a file"
+    if constitution is not None and named is not None and re.fullmatch(r"builtin:.*|[\w.]+:\w+", named):
+        yield "constitution", f"has no effect on {named}, a reward, which goes by no principles; take it out"
+
+
+def _generator(stage: Section) -> Iterator[Finding]:
+    """A model of random weights has nothing to say."""
+    scratch = stage.top is not None and stage.top.get("model.init") == "scratch"
+    samples = stage.get("answers") != "given" and not stage.has("replay")
+    if scratch and samples and not stage.has("start_from") and not stage.has("generator"):
+        yield "start_from", "is missing, and model.init is scratch: random weights have no answers; name a stage"
+
+
+def _labels(stage: Section) -> Iterator[Finding]:
+    if not stage.has("reward") and not stage.has("judge"):
+        yield "judge", "is missing; name a model, {url: ...} or {replay: FILE} that compares, or give reward:"
+
+
+def _rewards(stage: Section) -> Iterator[Finding]:
+    for key in ("reward", "gold"):
+        for reward in list_rewards(stage, key):
+            function = reward.get("function")
+            if sum(reward.get(kind) is not None for kind in REWARD_KINDS) != 1:
+                kinds = f"{', '.join(REWARD_KINDS[:-1])} and {REWARD_KINDS[-1]}"
+                yield key, f"needs exactly one of {kinds} for each part, and has {_describe(reward)}"
+            if reward.get("judge") is not None:
+                yield from judge_problems(f"{key}.judge", reward["judge"], is_judge=False)
+                if reward.get("constitution") is None:
+                    yield key, "has a judge without a constitution; add constitution: builtin:harmlessness or a file"
+            elif reward.get("constitution") is not None:
+                yield key, "has a constitution, which only a judge goes by; take it out, or give a judge"
+            if function is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
+                yield key, f"names the function {function!r}; write pkg.module:name"
+            if reward.get("weight", 1) == 0:
+                yield key, f"gives {_describe(reward)} the weight 0, which has no effect; take it out, or make it gold"
+
+
+def _describe(reward: dict[str, Any]) -> str:
+    given = [f"{key} {reward[key]}" for key in REWARD_KINDS if key != "judge" and reward.get(key) is not None]
+    given += ["a judge"] if reward.get("judge") is not None else []
+    return " and ".join(given) or "none"
+
+
+def _groups(stage: Section) -> Iterator[Finding]:
+    size, rollout = stage.get("num_generations"), stage.get("batch_size", 16) * stage.get("minibatches", 1)
+    if stage.get("advantage") in ("rloo", "grpo") and rollout % (size or 4):
+        key = "num_generations" if size is not None else "batch_size"
+        what = f"is {stage.get(key, 16)}: a rollout of {rollout} answers does not divide into groups of {size or 4}"
+        yield key, f"{what}; make batch_size x minibatches a multiple of num_generations"
+
+
+_TRAIN_RULES: tuple[Rule, ...] = (_step_counts, _checkpointing, _optimizer, _schedule)
 _BY_METHOD: dict[str, tuple[Rule, ...]] = {
-    "sft": (_sft_packing, _sft_streaming),
-    "rm": (_rm_loss,),
-    "dpo": (_dpo_kto, _dpo_smoothing, _dpo_losses, _dpo_reference),
-    "ppo": PPO_RULES,
-    "critique": CRITIQUE_RULES,
-    "label": LABEL_RULES,
+    "sft": (),
+    "rm": (),
+    "dpo": (_dpo_kto, _dpo_smoothing, _dpo_divergence),
+    "ppo": (_rewards, _groups),
+    "critique": (_judges, _constitution, _generator),
+    "label": (_judges, _constitution, _generator, _labels, _rewards),
 }

@@ -9,7 +9,7 @@ import pytest
 
 from alignkit.recipe import Recipe, resolve
 from alignkit.recipe.check import accepted_keys
-from alignkit.recipe.idle_keys import IDLE
+from alignkit.recipe.conflicts import CONFLICTS
 from alignkit.recipe.rules import find_optimizer
 from alignkit.recipe.trl_fields import read_snapshot
 
@@ -142,8 +142,8 @@ def test_model_and_lora_rules(complain: Complain, text: str, message: str) -> No
     assert complain(f"{text}\nsft: {{data: x/y}}\n") == [message]
 
 
-def test_keys_of_the_table_of_idle_keys_exist() -> None:
-    for row in IDLE:
+def test_keys_of_the_table_of_conflicts_exist() -> None:
+    for row in CONFLICTS:
         methods = ("sft", "rm", "dpo", "ppo") if row.methods == "train" else row.methods.split()
         for key in row.keys.split():
             assert any(key.split(".")[0] in accepted_keys(method) for method in methods), key

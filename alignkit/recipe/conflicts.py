@@ -1,0 +1,304 @@
+"""Keys that contradict others or have no effect beside them, as one table; a recipe that sets one is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignkit.recipe.schema import FEEDBACK
+from alignkit.recipe.sections import Finding, Section, UnreadableError
+from alignkit.recipe.trl_fields import KTO_LOSSES, OWN_LOSSES
+
+
+class Conflict(NamedTuple):
+    """`when` finds what is against keys that are given, and `what` says it.
+
+    {} stands for what was found, {value} for what the key is, {size} for how long that is.
+    """
+
+    methods: str  # "train" stands for all that train
+    keys: str
+    when: Callable[[Section], Any]
+    what: str
+    if_on: bool = False  # only a value that switches something on is refused; false, 0 and no are fine
+
+
+def _idle(methods: str, keys: str, when: Callable[[Section], Any], why: str, if_on: bool = False) -> Conflict:
+    return Conflict(methods, keys, when, f"has no effect {why}", if_on)
+
+
+def find_conflicts(stage: Section) -> Iterator[Finding]:
+    """Yield the keys of a stage that a row of the table is against; a value that is wrong has its own message."""
+    kinds = {stage.method} if stage.method in FEEDBACK else {stage.method, "train"}
+    for row in CONFLICTS:
+        given = []
+        if kinds & {*row.methods.split()}:
+            given = [key for key in row.keys.split() if key.split(".")[0] in stage.node.value]
+        try:
+            values = {key: stage.get(key) for key in given if key.split(".")[0] not in stage.broken}
+            values = {key: value for key, value in values.items() if value is not None}
+            found = row.when(stage) if values else None
+        except UnreadableError:
+            continue
+        for key, value in values.items() if found else ():
+            if not (row.if_on and value in (False, 0, "no")):
+                shown = str(value).lower() if isinstance(value, bool) else value
+                size = len(value) if isinstance(value, list) else 1
+                yield key, row.what.format(found, value=shown, size=size)
+
+
+def losses_of(stage: Section) -> list[str]:
+    """The losses of a dpo stage."""
+    given = stage.get("loss_type") or ["sigmoid"]
+    return [given] if isinstance(given, str) else given
+
+
+def find_kto(stage: Section) -> str | None:
+    return next((loss for loss in losses_of(stage) if loss in KTO_LOSSES), None)
+
+
+def _own_loss(stage: Section) -> str | None:
+    return next((loss for loss in losses_of(stage) if loss in OWN_LOSSES), None)
+
+
+def _read_top(stage: Section, key: str) -> Any:
+    return None if stage.top is None else stage.top.get(key)
+
+
+def _starts_from_no_adapter(stage: Section) -> bool:
+    path = str(_read_top(stage, "model.path"))
+    # model.path may be an adapter itself: one on disk, or on the hub, which only the stage can tell.
+    return not stage.has("start_from") and "/" not in path and not Path(path, "adapter_config.json").is_file()
+
+
+def _checkpoints_otherwise(stage: Section) -> str | None:
+    wanted = _read_top(stage, "launch.activation_checkpointing")
+    return None if wanted in (None, stage.get("gradient_checkpointing")) else str(wanted).lower()
+
+
+def _counts_otherwise(kind: str) -> Callable[[Section], Any]:
+    """The strategy of logging, saving or evaluation, where it counts no steps."""
+
+    def find(stage: Section) -> Any:
+        strategy = stage.get(f"{kind}_strategy", "steps")
+        return strategy if strategy in ("no", "epoch") and (kind != "eval" or stage.has("eval")) else None
+
+    return find
+
+
+def _is_bounded(stage: Section) -> bool:
+    return stage.get("max_length", 1024) is not None
+
+
+def _most_tokens(stage: Section) -> int:
+    most: int = stage.get("max_new_tokens", 64)
+    return most
+
+
+def _no_critic(stage: Section) -> str | None:
+    kind: str = stage.get("advantage", "gae")
+    return None if kind == "gae" else kind
+
+
+def _grouped(stage: Section) -> str | None:
+    kind: str = stage.get("advantage", "gae")
+    return kind if kind in ("rloo", "grpo") else None
+
+
+def _has_no_weights(stage: Section) -> bool:
+    """Whether a critic is to start from a reward that is not one model."""
+    rewards = list_rewards(stage, "reward")
+    models = [reward for reward in rewards if reward.get("model") and not reward["model"].startswith("builtin:")]
+    return stage.get("value_init") == "reward" and not _no_critic(stage) and (len(rewards) != 1 or not models)
+
+
+def list_rewards(stage: Section, key: str) -> list[dict[str, Any]]:
+    """List the rewards under `reward:` or `gold:` as mappings, in whatever shape they are given."""
+    value = stage.get(key)
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    return [{"model": item} if isinstance(item, str) else item for item in items]
+
+
+CONFLICTS = (
+    # all that train
+    _idle("train",
+          "eval_strategy eval_steps eval_on_start eval_delay per_device_eval_batch_size eval_accumulation_steps "
+          "eval_packing", lambda stage: not stage.has("eval"),
+          "without `eval:`; add eval: 0.05 (a share of the data) or a source", if_on=True),
+    _idle("train", "num_train_epochs",
+          lambda stage: stage.get("max_steps", -1) > 0
+          and not stage.is_switched_off("num_train_epochs", by="max_steps"),
+          "with max_steps; take one of them out, or set max_steps: -1"),
+    _idle("train", "logging_steps", _counts_otherwise("logging"), "with logging_strategy: {}"),
+    _idle("train", "save_steps", _counts_otherwise("save"), "with save_strategy: {}"),
+    _idle("train", "eval_steps", _counts_otherwise("eval"), "with eval_strategy: {}"),
+    _idle("train", "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+          lambda stage: stage.get("gradient_checkpointing") is False and not stage.get("activation_checkpointing"),
+          "with gradient_checkpointing: false"),
+    _idle("train", "dataloader_prefetch_factor dataloader_persistent_workers",
+          lambda stage: not stage.get("dataloader_num_workers"), "without dataloader_num_workers", if_on=True),
+    _idle("dpo", "label_smoothing_factor", lambda stage: True,
+          "on the loss of dpo; use loss_type: cdpo with label_smoothing", if_on=True),
+    _idle("rm", "label_smoothing_factor", lambda stage: True,
+          "on the loss of rm; soft labels are a column", if_on=True),
+    _idle("train", "adapter", _starts_from_no_adapter,
+          "without start_from; it says what happens to the adapter a stage starts from"),
+    Conflict("train", "micro_batch_size",
+             lambda stage: stage.get("micro_batch_size") != "auto"
+             and stage.get("batch_size", 16) % stage.get("micro_batch_size") and stage.get("batch_size", 16),
+             "is {value}, which does not divide batch_size {}"),
+    Conflict("train", "max_steps", lambda stage: stage.get("max_steps") == 0,
+             "is 0; it must be at least 1, or -1 to train num_train_epochs"),
+    Conflict("train", "gradient_checkpointing", _checkpoints_otherwise,
+             "is {value}, but launch.activation_checkpointing is {}; keep one"),
+    Conflict("train", "adapter",
+             lambda stage: stage.get("adapter") == "stack" and _read_top(stage, "lora") is None
+             and not _starts_from_no_adapter(stage), "is stack, which puts a new adapter on top; add a lora: section"),
+    # sft
+    _idle("sft", "completion_only_loss assistant_only_loss", lambda stage: stage.get("objective") == "lm",
+          "with objective: lm, which trains on every token; use objective: chat", if_on=True),
+    _idle("sft", "packing packing_strategy eval_packing padding_free", lambda stage: stage.get("objective") == "lm",
+          "with objective: lm, which packs its text already"),
+    _idle("sft", "packing_strategy",
+          lambda stage: stage.get("objective") != "lm" and not stage.get("packing") and not stage.get("eval_packing"),
+          "without packing: true"),
+    _idle("sft", "batching", lambda stage: stage.get("packing") and stage.get("objective") != "lm",
+          "with packing: true, which fills every block to the same length"),
+    Conflict("sft", "packing",
+             lambda stage: stage.get("objective") != "lm" and stage.get("packing") and not _is_bounded(stage),
+             "needs max_length, the size of a block"),
+    Conflict("sft", "padding_free",
+             lambda stage: stage.get("objective") != "lm" and stage.get("padding_free") and not stage.get("packing")
+             and _is_bounded(stage), "does not enforce max_length; use packing: true, or set max_length: null"),
+    Conflict("sft", "streaming", lambda stage: stage.get("streaming") and stage.get("max_steps", -1) <= 0,
+             "needs max_steps: the number of rows is not known"),
+    Conflict("sft", "eval", lambda stage: stage.get("streaming") and isinstance(stage.get("eval"), float),
+             "is a share, which streaming cannot hold out; name a source of held-out rows"),
+    Conflict("sft", "dedupe packing batching", lambda stage: stage.get("streaming"),
+             "is {value}, which streaming cannot do; take one of the two out", if_on=True),
+    Conflict("sft", "on_bad_row", lambda stage: stage.get("streaming") and stage.get("on_bad_row") != "error",
+             "is {value}, which streaming cannot do; take one of the two out"),
+    # rm
+    Conflict("rm", "grouping", lambda stage: stage.get("loss") == "best_of" and stage.get("grouping") == "pairs",
+             "is pairs, but loss: best_of compares all answers of a prompt; use grouping: kway"),
+    _idle("rm", "normalize_data normalize_rows", lambda stage: stage.get("normalize", "none") == "none",
+          "without normalize: bias or gain_and_bias"),
+    # dpo
+    Conflict("dpo", "loss_type", lambda stage: len(losses_of(stage)) > 1 and find_kto(stage),
+             "mixes {} with others; it is computed on single answers and must stand alone"),
+    Conflict("dpo", "loss_type", lambda stage: len(losses_of(stage)) > 1 and _own_loss(stage),
+             "mixes {} with others; it must stand alone"),
+    Conflict("dpo", "loss_weights",
+             lambda stage: len(stage.get("loss_weights")) != len(losses_of(stage)) and len(losses_of(stage)),
+             "has {size} weights for {} losses in loss_type"),
+    Conflict("dpo", "batching", lambda stage: find_kto(stage) and stage.get("batching") == "grouped",
+             "is grouped; KTO pairs each prompt with its neighbour's answer, so rows are only shuffled"),
+    Conflict("dpo", "use_weighting", lambda stage: {*losses_of(stage)} & {"aot", "aot_unpaired"},
+             "does not work with aot and aot_unpaired, which sort the rows of a batch", if_on=True),
+    Conflict("dpo", "padding_free", lambda stage: True,
+             "is accepted and then switched off by TRL's DPOTrainer; use batching: grouped", if_on=True),
+    Conflict("dpo", "adapter", lambda stage: stage.get("precompute_ref_log_probs") and stage.get("adapter") == "stack",
+             "is stack, which does not work with precompute_ref_log_probs; use continue or merge"),
+    _idle("dpo", "desirable_weight undesirable_weight", lambda stage: not {*losses_of(stage)} & {*KTO_LOSSES},
+          "without loss_type: kto"),
+    _idle("dpo", "discopop_tau", lambda stage: "discopop" not in losses_of(stage), "without loss_type: discopop"),
+    _idle("dpo", "ld_alpha f_divergence_type use_weighting loss_weights router_aux_loss_coef", _own_loss,
+          "with loss_type: {}"),
+    _idle("dpo", "precompute_ref_log_probs precompute_ref_batch_size",
+          lambda stage: (own := _own_loss(stage)) and not OWN_LOSSES[own].has_reference and own,
+          "with loss_type: {}, which has no reference"),
+    *(
+        _idle("dpo", " ".join(own.keys), lambda stage, loss=loss: loss not in losses_of(stage),  # type: ignore[misc]
+             f"without loss_type: {loss}")
+        for loss, own in OWN_LOSSES.items()
+    ),
+    _idle("dpo", "f_alpha_divergence_coef", lambda stage: stage.get("f_divergence_type") != "alpha_divergence",
+          "without f_divergence_type: alpha_divergence"),
+    _idle("dpo", "precompute_ref_batch_size", lambda stage: not stage.get("precompute_ref_log_probs"),
+          "without precompute_ref_log_probs: true"),
+    # ppo
+    _idle("ppo", "reward_timeout",
+          lambda stage: not any(
+              part.get("function") for part in (*list_rewards(stage, "reward"), *list_rewards(stage, "gold"))),
+          "without a reward function"),
+    _idle("ppo", "reward_normalize_rows", lambda stage: stage.get("reward_normalize", "none") == "none",
+          "without reward_normalize: bias or gain_and_bias"),
+    _idle("ppo", "kl_horizon", lambda stage: not stage.has("kl_target"),
+          "without kl_target, which makes kl_coef adaptive"),
+    _idle("ppo", "gamma lam cliprange_value vf_coef value_init critic_learning_rate", _no_critic,
+          "with advantage: {}, which has no critic; use advantage: gae"),
+    _idle("ppo", "whiten_rewards", _no_critic, "with advantage: {}, which compares whole answers; use gae", if_on=True),
+    _idle("ppo", "whiten_advantages", _grouped, "with advantage: {}, which has a baseline and scale of its own",
+          if_on=True),
+    _idle("ppo", "num_generations", lambda stage: not _grouped(stage) and stage.get("advantage", "gae"),
+          "with advantage: {}, which takes one answer per prompt"),
+    _idle("ppo", "cliprange cliprange_value",
+          lambda stage: stage.get("ppo_epochs", 4) * stage.get("minibatches", 1) == 1,
+          "with one step per rollout: nothing has moved yet; raise ppo_epochs or minibatches"),
+    _idle("ppo", "num_train_epochs", lambda stage: stage.has("total_episodes"),
+          "with total_episodes; take one of them out"),
+    _idle("ppo", "max_steps", lambda stage: stage.has("total_episodes") and stage.get("max_steps", -1) > 0,
+          "with total_episodes; take one of them out"),
+    _idle("ppo", "batching", lambda stage: True, "in ppo: a rollout draws its prompts at random, and pads once"),
+    _idle("ppo", "generation.mode generation.url generation.gpu_memory_utilization",
+          lambda stage: stage.get("generation.engine") != "vllm", "without engine: vllm"),
+    _idle("ppo", "generation.batch_size", lambda stage: stage.get("generation.engine") == "vllm",
+          "with engine: vllm, which batches by itself"),
+    _idle("ppo", "generation.url",
+          lambda stage: stage.get("generation.engine") == "vllm" and stage.get("generation.mode") != "server",
+          "with mode: colocate; use mode: server"),
+    _idle("ppo", "generation.gpu_memory_utilization",
+          lambda stage: stage.get("generation.engine") == "vllm" and stage.get("generation.mode") == "server",
+          "with mode: server; give it to `trl vllm-serve`"),
+    Conflict("ppo", "kl_coef", lambda stage: stage.has("kl_target") and stage.get("kl_coef") == 0,
+             "is 0, which kl_target cannot change, for it multiplies; start above 0 (typical: 0.05)"),
+    Conflict("ppo", "max_kl",
+             lambda stage: stage.get("max_kl") <= (stage.get("kl_target") or 0) and stage.get("kl_target"),
+             "is {value:g}, so the run would stop before it reaches kl_target {:g}; raise it"),
+    Conflict("ppo", "value_init", _has_no_weights,
+             "is reward, but the reward is not one model; use value_init: policy"),
+    Conflict("ppo", "min_new_tokens",
+             lambda stage: stage.get("min_new_tokens") > _most_tokens(stage) and _most_tokens(stage),
+             "is {value}, more than max_new_tokens ({})"),
+    Conflict("ppo", "missing_eos", lambda stage: stage.has("missing_eos.penalty") == stage.has("missing_eos.score"),
+             "needs exactly one of penalty (subtracted) and score (instead)"),
+    Conflict("ppo", "missing_eos",
+             lambda stage: not stage.has("truncate") and stage.get("min_new_tokens") == _most_tokens(stage),
+             "would hit every answer: with min_new_tokens = max_new_tokens none can end"),
+    Conflict("ppo", "truncate",
+             lambda stage: stage.get("truncate.after", 16) >= _most_tokens(stage)
+             and f"{stage.get('truncate.after', 16)}, and an answer has at most {_most_tokens(stage)}",
+             "has no effect: after is {} tokens (max_new_tokens)"),
+    Conflict("ppo", "generation",
+             lambda stage: stage.get("generation.engine") == "vllm" and stage.get("generation.mode") == "server"
+             and not stage.has("generation.url"),
+             "has mode: server without url; start `trl vllm-serve` and give its address"),
+    Conflict("ppo", "generation.url",
+             lambda stage: stage.get("generation.engine") == "vllm"
+             and not re.match(r"https?://[^/]", stage.get("generation.url") or "http://x"),
+             "is {value!r}; it must start with http:// or https://"),
+    *(
+        Conflict("ppo", key, lambda stage, key=key: stage.get(key) == "epoch",  # type: ignore[misc]
+                 "is epoch; PPO counts in steps, of which a rollout takes ppo_epochs x minibatches")
+        for key in ("save_strategy", "logging_strategy")
+    ),
+    # critique and label
+    _idle("critique",
+          "rounds critiques examples constitution data helpful start_from generator temperature max_new_tokens "
+          "batch_size", lambda stage: stage.has("replay"),
+          "with replay, which takes published critiques and revisions; nothing is sampled"),
+    _idle("label", "generator max_new_tokens", lambda stage: stage.get("answers") == "given",
+          "with answers: given, which samples none"),
+    _idle("label", "judge constitution orders cot cot_tokens examples check", lambda stage: stage.has("reward"),
+          "with reward:, which compares by itself; take one of them out"),
+    _idle("label", "cot_tokens", lambda stage: not stage.get("cot"), "without cot: true"),
+    _idle("label", "clamp", lambda stage: stage.get("hard"), "with hard: true, which rounds labels to 0 or 1"),
+    _idle("label", "orders cot examples", lambda stage: stage.has("judge.replay"),
+          "with judge.replay: the labels are made already"),
+    Conflict("label", "reward", lambda stage: any(part.get("judge") for part in list_rewards(stage, "reward")),
+             "has a judge, which compares answers itself; name it as judge:"),
+    Conflict("label", "clamp", lambda stage: stage.get("clamp")[0] >= stage.get("clamp")[1],
+             "is {value}; it must be [low, high], such as [0.4, 0.6]"),
+)  # fmt: skip
