@@ -215,28 +215,19 @@ def check_circles(runs: Mapping[str, Section]) -> Iterator[Problem]:
     known = {*runs, *(run.name for run in runs.values())}
     for name, run in runs.items():
         needs[name] = {run.names.get(need, need): named for need, named in find_needs(run, known).items()}
-    try:
-        TopologicalSorter(needs).prepare()
-    except CycleError:
-        for name, run in runs.items():
-            for need, named in needs[name].items():
-                if named.first not in run.broken and (way := _find_way(need, name, needs)):
-                    chain = " -> ".join(runs[other].name for other in (name, *way))
+    while True:
+        try:
+            TopologicalSorter(needs).prepare()
+            return
+        except CycleError as error:
+            _, *circle = reversed(error.args[1])  # each needs the next one, the last the first
+            for place, name in enumerate(circle):
+                way = [*circle[place:], *circle[:place], name]
+                run, named = runs[name], needs[name].pop(way[1])
+                if named.first not in run.broken:
                     run.broken.add(named.first)
+                    chain = " -> ".join(runs[other].name for other in way)
                     yield Problem(f"{run.say(named.first)} goes round in a circle: {chain}", named.node.place)
-
-
-def _find_way(start: str, end: str, needs: Mapping[str, Collection[str]]) -> list[str]:
-    """The stages on a way from one to another along their needs, both included; [] when there is none."""
-    ways, seen = [[start]], {start}
-    for way in ways:
-        if way[-1] == end:
-            return way
-        for need in needs.get(way[-1], ()):
-            if need not in seen:
-                seen.add(need)
-                ways.append([*way, need])
-    return []
 
 
 def check_evaluated(evaluate: Node, stages: Collection[str]) -> Iterator[Problem]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -132,29 +132,89 @@ class Node:
 
 def parse_yaml(text: str, origin: Origin) -> Node | None:
     """Read one YAML document as a tree, None when it holds nothing; raises RecipeError with every problem."""
-    problems = [
-        Problem("a tab indents this line; YAML indents with spaces", origin.place(number))
-        for number, line in enumerate(text.splitlines(), 1)
-        if "\t" in line[: len(line) - len(line.lstrip())] and line.strip()
-    ]
-    root = None
+    problems: list[Problem] = []
+
+    def report(what: str, line: int) -> None:
+        if len(problems) < 100:
+            problems.append(Problem(what, origin.place(line)))
+
+    for number, written in enumerate(text.splitlines(), 1):
+        if "\t" in written[: len(written) - len(written.lstrip())] and written.strip():
+            report("a tab indents this line; YAML indents with spaces", number)
+    root, documents = None, 0
     try:
-        root = _Builder(origin, problems, iter(YAML(typ="safe", pure=True).parse(text))).build_document()
+        events = iter(YAML(typ="safe", pure=True).parse(text))
+        for event in events:
+            line = event.start_mark.line + 1
+            if isinstance(event, DocumentStartEvent):
+                documents += 1
+                if documents > 1:
+                    report("a second document; a recipe is one document", line)
+                    break
+                if event.version or event.tags:
+                    report("a % directive; a recipe needs none", line)
+            elif isinstance(event, NodeEvent):
+                root = _build(event, events, origin, report, 0)
     except ReaderError as error:
         line = text.count("\n", 0, error.position or 0) + 1
-        problems.append(Problem("a control character; a recipe is plain UTF-8 text", origin.place(line)))
+        report("a control character; a recipe is plain UTF-8 text", line)
     except MarkedYAMLError as error:
         if not problems:  # a tab also breaks the parser: one message is enough
             what, mark = _explain(error)
             lines = text.rstrip().splitlines()  # the end of the text is not a line to look at
             line = min(mark.line + 1 if mark else 1, len(lines))
             key = _KEY.match(lines[line - 1]) if lines else None
-            problems.append(Problem(redact(f"{key[1]}: {what}") if key else what, origin.place(line)))
+            report(redact(f"{key[1]}: {what}") if key else what, line)
     except YAMLError as error:
-        problems.append(Problem(f"this is not YAML ({type(error).__name__})", origin.place(1)))
+        report(f"this is not YAML ({type(error).__name__})", 1)
     if problems:
         raise RecipeError(problems)
     return root
+
+
+def _build(event: Any, events: Iterator[Event], origin: Origin, report: Callable[[str, int], None], depth: int) -> Node:
+    """Build the value that begins with an event, and take the events that belong to it.
+
+    What a recipe may not hold is reported; where building cannot go on, the parser's own kind of error is raised.
+    """
+    line = event.start_mark.line + 1
+    if isinstance(event, AliasEvent):
+        report(f"an alias (*{event.anchor}); share values through `extends:` instead", line)
+        return Node(None, origin, line)
+    if event.anchor:
+        report(f"an anchor (&{event.anchor}); share values through `extends:` instead", line)
+    if event.tag is not None:
+        report(f"a tag ({str(event.tag)[:40]}); a recipe is plain data and cannot name types or code", line)
+    if isinstance(event, ScalarEvent):
+        if _UNPRINTABLE.search(event.value):
+            report("a control character or half a surrogate pair in this text", line)
+        text, quoted = _UNPRINTABLE.sub("?", event.value), bool(event.style)
+        return Node(text if quoted else read_scalar(text), origin, line, quoted, text)
+    if depth >= MAX_DEPTH:
+        report(f"nested deeper than {MAX_DEPTH} levels", line)
+        raise MarkedYAMLError
+    if isinstance(event, SequenceStartEvent):
+        items = []
+        while not isinstance(item := next(events), SequenceEndEvent):
+            items.append(_build(item, events, origin, report, depth + 1))
+        return Node(items, origin, line)
+    entries: dict[str, Node] = {}
+    while not isinstance(item := next(events), MappingEndEvent):
+        at = item.start_mark.line + 1
+        if not isinstance(item, ScalarEvent):
+            report("a list, mapping or alias used as a key; a key is one word", at)
+            raise MarkedYAMLError
+        key = _build(item, events, origin, report, depth + 1)
+        if key.text in entries:
+            report(f"{_shorten(key.text)} is here twice, first in line {entries[key.text].line}; keep one", at)
+        if key.text == "<<" and not key.quoted:
+            report("a merge key (<<); share values through `extends:` instead", at)
+        if not key.text.strip():
+            report("an empty key", at)
+        child = _build(next(events), events, origin, report, depth + 1)
+        child.line = at
+        entries.setdefault(key.text, child)
+    return Node(entries, origin, line)
 
 
 def read_scalar(text: str) -> Any:
@@ -174,100 +234,18 @@ def _explain(error: MarkedYAMLError) -> tuple[str, Any]:
     """Say what is wrong and where, from the parser's complaint; the parser knows no causes, only expectations."""
     problem, context = (error.problem or "").strip(), (error.context or "").strip()
     here = error.problem_mark or error.context_mark
-    if "stream end" in problem or "end of stream" in problem:
-        return "a bracket or quote that opens here is never closed", error.context_mark or here
-    if "mapping values are not allowed" in problem:
-        return "a `:` that cannot be here; check the indentation, and put text that holds `: ` in quotes", here
-    if "<block end>" in problem:
-        return "the indentation does not fit the lines above", here
-    if "could not find expected ':'" in problem:
-        return "a key without `:`", error.context_mark or here
-    if "cannot start any token" in problem:
-        return f"{problem}; put the text in quotes", here
+    for said, what, begins in (
+        ("stream end", "a bracket or quote that opens here is never closed", True),
+        ("end of stream", "a bracket or quote that opens here is never closed", True),
+        ("mapping values are not allowed",
+         "a `:` that cannot be here; check the indentation, and put text that holds `: ` in quotes", False),
+        ("<block end>", "the indentation does not fit the lines above", False),
+        ("could not find expected ':'", "a key without `:`", True),
+        ("cannot start any token", f"{problem}; put the text in quotes", False),
+    ):  # fmt: skip
+        if said in problem:
+            return what, error.context_mark or here if begins else here
     return f"this is not YAML: {problem or context}" + (f" ({context})" if context and problem else ""), here
-
-
-@dataclass(slots=True)
-class _Builder:
-    """Builds the tree from the parser's events; depth is bounded before Python's is."""
-
-    origin: Origin
-    problems: list[Problem]
-    events: Iterator[Event]
-
-    def build_document(self) -> Node | None:
-        root, documents = None, 0
-        for event in self.events:
-            line = event.start_mark.line + 1
-            if isinstance(event, DocumentStartEvent):
-                documents += 1
-                if documents > 1:
-                    self._stop("a second document; a recipe is one document", line)
-                if event.version or event.tags:
-                    self._report("a % directive; a recipe needs none", line)
-            elif isinstance(event, NodeEvent):
-                root = self._build(event, 0)
-        return root
-
-    def _build(self, event: Event, depth: int) -> Node:
-        """Build the value that begins with an event, and take the events that belong to it."""
-        line = event.start_mark.line + 1
-        if isinstance(event, AliasEvent):
-            self._report(f"an alias (*{event.anchor}); share values through `extends:` instead", line)
-            return Node(None, self.origin, line)
-        self._check_decoration(event, line)
-        if isinstance(event, ScalarEvent):
-            text, quoted = self._read_text(event), bool(event.style)
-            return Node(text if quoted else read_scalar(text), self.origin, line, quoted, text)
-        if depth >= MAX_DEPTH:
-            self._stop(f"nested deeper than {MAX_DEPTH} levels", line)
-        if isinstance(event, SequenceStartEvent):
-            items = []
-            while not isinstance(item := next(self.events), SequenceEndEvent):
-                items.append(self._build(item, depth + 1))
-            return Node(items, self.origin, line)
-        entries: dict[str, Node] = {}
-        while not isinstance(key := next(self.events), MappingEndEvent):
-            at = key.start_mark.line + 1
-            name = self._read_key(key, entries, at)
-            child = self._build(next(self.events), depth + 1)
-            child.line = at
-            entries.setdefault(name, child)
-        return Node(entries, self.origin, line)
-
-    def _read_text(self, event: ScalarEvent) -> str:
-        text: str = event.value
-        if _UNPRINTABLE.search(text):
-            what = "a control character or half a surrogate pair in this text"
-            self._report(what, event.start_mark.line + 1)
-        return _UNPRINTABLE.sub("?", text)
-
-    def _read_key(self, event: Event, entries: dict[str, Node], line: int) -> str:
-        if not isinstance(event, ScalarEvent):
-            self._stop("a list, mapping or alias used as a key; a key is one word", line)
-        self._check_decoration(event, line)
-        key = self._read_text(event)
-        if key in entries:
-            self._report(f"{_shorten(key)} is here twice, first in line {entries[key].line}; keep one", line)
-        if key == "<<" and not event.style:
-            self._report("a merge key (<<); share values through `extends:` instead", line)
-        if not key.strip():
-            self._report("an empty key", line)
-        return key
-
-    def _check_decoration(self, event: Any, line: int) -> None:
-        if event.anchor:
-            self._report(f"an anchor (&{event.anchor}); share values through `extends:` instead", line)
-        if event.tag is not None:
-            self._report(f"a tag ({str(event.tag)[:40]}); a recipe is plain data and cannot name types or code", line)
-
-    def _report(self, what: str, line: int) -> None:
-        if len(self.problems) < 100:
-            self.problems.append(Problem(what, self.origin.place(line)))
-
-    def _stop(self, what: str, line: int) -> NoReturn:
-        self._report(what, line)
-        raise RecipeError(self.problems)
 
 
 def _shorten(text: str, longest: int = 60) -> str:
