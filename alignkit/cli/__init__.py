@@ -52,17 +52,8 @@ app.command("sft", help="Train on demonstrations, or pre-train on raw text.")(st
 app.command("rm", help="Train a reward model on comparisons.")(stage_command("rm"))
 app.command("dpo", help="Train the policy directly on preferences.")(stage_command("dpo"))
 app.command("ppo", help="Train the policy on sampled answers and a reward, with a critic.")(stage_command("ppo"))
-app.command()(rlaif)
-app.command()(run)
-app.command()(check)
-app.command()(preview)
-app.command()(schema)
-app.command()(doctor)
-app.command()(merge)
-app.command("eval")(evaluate)
-app.command()(chat)
-app.command()(diff)
-app.command()(report)
+for function in (rlaif, run, check, preview, schema, doctor, merge, evaluate, chat, diff, report):
+    app.command("eval" if function is evaluate else None)(function)
 
 
 def quiet_libraries() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignkit.cli.options import AllowKey, AsJson, Overrides, RecipeFile, StageName, TrustCode, load_recipe
+from alignkit.cli.options import AllowKey, AsJson, Overrides, RecipeFile, StageName, TrustCode
 
 if TYPE_CHECKING:
     from alignkit.preflight.check import CheckReport
@@ -22,7 +22,9 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Find out, without training, whether a recipe would run: keys, data, model, disk, devices."""
-    loaded = load_recipe(recipe, overrides)
+    from alignkit.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides=overrides or ())
     from alignkit.preflight.check import check_recipe
 
     _show(check_recipe(loaded, trust_code=trust_code), as_json=as_json)
@@ -53,9 +55,10 @@ def preview(
     as_json: AsJson = False,
 ) -> None:
     """Show rows as the trainer reads them, token by token: what is learnt, read, scored or padding."""
-    loaded = load_recipe(recipe, overrides)
     from alignkit import console
-    from alignkit.recipe import resolve
+    from alignkit.recipe import load_recipe, resolve
+
+    loaded = load_recipe(recipe, overrides=overrides or ())
 
     names = [stage] if stage is not None else loaded.stage_names
     if len(names) > 1:
@@ -178,9 +181,9 @@ def report(
         find_model_dir(str(target))  # says which run may be meant
     stages = None
     if target.suffix in (".yaml", ".yml"):
-        from alignkit.recipe import resolve
+        from alignkit.recipe import load_recipe, resolve
 
-        loaded = load_recipe(target, None)
+        loaded = load_recipe(target)
         stages = [(name, Path(resolve(loaded, name).run_dir)) for name in loaded.order]
     done = publish(target, stages=stages, out=out, repo=push, public=public)
     if as_json:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignkit.cli.options import AllowKey, AsJson, Overrides, StageName, TrustCode, load_recipe
+from alignkit.cli.options import AllowKey, AsJson, Overrides, StageName, TrustCode
 
 if TYPE_CHECKING:
     from alignkit.recipe.schema import EvaluateOptions
 
-_WHAT, _ANSWERS = "What is measured", "Answers"
+_what = partial(typer.Option, rich_help_panel="What is measured")
+_answers = partial(typer.Option, rich_help_panel="Answers")
 
 
 def evaluate(
@@ -23,48 +25,28 @@ def evaluate(
     ] = None,
     stage: StageName = None,
     overrides: Overrides = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", metavar="PATH", rich_help_panel=_WHAT, help="Rows; omitted: those held out."),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", metavar="NAME", rich_help_panel=_WHAT, help="Of --data; omitted: test.")
-    ] = None,
-    max_rows: Annotated[int | None, typer.Option("--max-rows", metavar="N", rich_help_panel=_WHAT)] = None,
-    metrics: Annotated[
-        list[str] | None,
-        typer.Option("--metric", metavar="NAME", rich_help_panel=_WHAT, help="Only this group. Repeatable."),
-    ] = None,
-    reference: Annotated[str | None, typer.Option("--reference", metavar="RUN", rich_help_panel=_WHAT)] = None,
-    reward: Annotated[str | None, typer.Option("--reward", metavar="REWARD", rich_help_panel=_WHAT)] = None,
-    against: Annotated[
-        str | None, typer.Option("--against", metavar="RUN", rich_help_panel=_WHAT, help="Other side of a win rate.")
-    ] = None,
-    judge: Annotated[
-        str | None, typer.Option("--judge", metavar="JUDGE", rich_help_panel=_WHAT, help="A reward, a RUN or a URL.")
-    ] = None,
-    judge_name: Annotated[
-        str | None, typer.Option("--judge-name", metavar="NAME", rich_help_panel=_WHAT, help="Of the model at a URL.")
-    ] = None,
+    data: Annotated[list[str] | None, _what("--data", metavar="PATH", help="Rows; omitted: those held out.")] = None,
+    split: Annotated[str | None, _what("--split", metavar="NAME", help="Of --data; omitted: test.")] = None,
+    max_rows: Annotated[int | None, _what("--max-rows", metavar="N")] = None,
+    metrics: Annotated[list[str] | None, _what("--metric", metavar="NAME", help="Only this group. Repeatable.")] = None,
+    reference: Annotated[str | None, _what("--reference", metavar="RUN")] = None,
+    reward: Annotated[str | None, _what("--reward", metavar="REWARD")] = None,
+    against: Annotated[str | None, _what("--against", metavar="RUN", help="Other side of a win rate.")] = None,
+    judge: Annotated[str | None, _what("--judge", metavar="JUDGE", help="A reward, a RUN or a URL.")] = None,
+    judge_name: Annotated[str | None, _what("--judge-name", metavar="NAME", help="Of the model at a URL.")] = None,
     constitution: Annotated[
-        list[str] | None,
-        typer.Option("--constitution", metavar="FILE", rich_help_panel=_WHAT, help="What a language model judges by."),
+        list[str] | None, _what("--constitution", metavar="FILE", help="What a language model judges by.")
     ] = None,
-    best_of: Annotated[list[int] | None, typer.Option("--best-of", metavar="N", rich_help_panel=_WHAT)] = None,
+    best_of: Annotated[list[int] | None, _what("--best-of", metavar="N")] = None,
     tasks: Annotated[
-        list[str] | None,
-        typer.Option("--task", metavar="FILE", rich_help_panel=_WHAT, help="JSONL task, or lm_eval:TASK. Repeatable."),
+        list[str] | None, _what("--task", metavar="FILE", help="JSONL task, or lm_eval:TASK. Repeatable.")
     ] = None,
-    shots: Annotated[
-        list[int] | None, typer.Option("--shots", "-k", metavar="K", rich_help_panel=_WHAT, help="Examples of a task.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", metavar="N", rich_help_panel=_ANSWERS)] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", metavar="T", rich_help_panel=_ANSWERS)] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", metavar="N", rich_help_panel=_ANSWERS)
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", rich_help_panel=_ANSWERS)] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", rich_help_panel=_ANSWERS)] = None,
+    shots: Annotated[list[int] | None, _what("--shots", "-k", metavar="K", help="Examples of a task.")] = None,
+    samples: Annotated[int | None, _answers("--samples", metavar="N")] = None,
+    temperature: Annotated[float | None, _answers("--temperature", metavar="T")] = None,
+    max_new_tokens: Annotated[int | None, _answers("--max-new-tokens", metavar="N")] = None,
+    batch_size: Annotated[int | None, _answers("--batch-size", metavar="N")] = None,
+    seed: Annotated[int | None, _answers("--seed", metavar="N")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="eval.json, elsewhere than in the run.")
     ] = None,
@@ -83,7 +65,9 @@ def evaluate(
     base, folder = EvaluateOptions(), Path.cwd()
     loaded = None
     if recipe is not None:
-        loaded = load_recipe(recipe, overrides)
+        from alignkit.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides=overrides or ())
         base, folder = loaded.evaluate, recipe.resolve().parent
     elif stage is not None:
         raise typer.BadParameter("--stage belongs to --recipe; of a RUN it is the directory, such as runs/RECIPE/STAGE")

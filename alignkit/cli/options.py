@@ -119,7 +119,9 @@ class Given(NamedTuple):
         return How(self.dry_run, self.force, self.as_json, self.retries, self.slurm, self.submit)
 
     def load(self) -> Recipe:
-        return load_recipe(self.recipe, self.changes)
+        from alignkit.recipe import load_recipe
+
+        return load_recipe(self.recipe, overrides=self.changes)
 
     def job(self, stage: Stage, out: Path | None = None) -> Command:
         """Make the command that starts a stage elsewhere."""
@@ -150,10 +152,3 @@ def trains(function: Callable[..., None]) -> Callable[..., None]:
     command.__annotations__ = {option.name: option.annotation for option in taken}
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     return command
-
-
-def load_recipe(path: Path, overrides: list[str] | None) -> Recipe:
-    """Read and validate a recipe."""
-    from alignkit.recipe import load_recipe
-
-    return load_recipe(path, overrides=overrides or ())

@@ -116,9 +116,9 @@ class KeptRows:
             parsed = Parsed(place, None if form is None else FORMATS[form], None, bytes.fromhex(digest), *rest)
             parsed.unread, parsed.noted = tuple(unread), tuple(noted)
             if row:
-                kind, prompt, completions, scores, *others, tokens = row
+                kind, prompt, completions, scores, label, margin, _, columns, tokens = row
                 scores, tokens = scores and tuple(scores), tokens and tuple(tokens)
-                parsed.row = Row(kind, prompt, tuple(completions), scores, *others, tokens)
+                parsed.row = Row(kind, prompt, tuple(completions), scores, label, margin, place, columns, tokens)
             yield parsed
 
 
