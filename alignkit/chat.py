@@ -58,13 +58,9 @@ class Speaker:
         """Yield the answer piece by piece; what has been said when the caller stops is part of the conversation."""
         ids = self._encode(settings.max_new_tokens)
         tokens = stream_tokens(
-            self.loaded.model,
-            ids,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-            eos_ids=self.chat.stop_ids,
-            generator=generator,
-        )
+            self.loaded.model, ids, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens,
+            eos_ids=self.chat.stop_ids, generator=generator,
+        )  # fmt: skip
         self.messages.append(Message(role="assistant", content=""))
         for piece in stream_text(self.loaded.tokenizer, tokens):
             self.messages[-1] = Message(role="assistant", content=self.messages[-1]["content"] + piece)

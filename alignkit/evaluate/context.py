@@ -102,11 +102,8 @@ class Context:
     def score(self, reward: Reward, answers: Sequence[Sequence[Answer]]) -> list[list[float]]:
         """Score answers to the prompts, group by group."""
         flat = [(prompt, answer) for prompt, group in zip(self.prompts, answers, strict=True) for answer in group]
-        given = Answers(
-            [prompt for prompt, _ in flat],
-            [as_completion(prompt, answer.text) for prompt, answer in flat],
-            [answer.ended for _, answer in flat],
-        )
+        completions = [as_completion(prompt, answer.text) for prompt, answer in flat]
+        given = Answers([prompt for prompt, _ in flat], completions, [answer.ended for _, answer in flat])
         scores = iter(reward.score(given))
         return [[next(scores) for _ in group] for group in answers]
 

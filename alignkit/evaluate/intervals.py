@@ -58,19 +58,12 @@ class Figure:
 
 
 def make_figure(
-    metric: str,
-    found: Interval,
-    *,
-    unit: str = "",
-    better: Better | None = None,
-    slice: str | None = None,
-    details: list[dict[str, Any]] | None = None,
-    **settings: Any,
-) -> Figure:
+    metric: str, found: Interval, *, unit: str = "", better: Better | None = None, slice: str | None = None,
+    details: list[dict[str, Any]] | None = None, **settings: Any,
+) -> Figure:  # fmt: skip
     """Make a figure of an interval; data and common settings are added by `place_figures`."""
-    return Figure(
-        metric, found.value, found.low, found.high, found.n, unit, better, found.method, slice, "", settings, details
-    )
+    numbers = found.value, found.low, found.high, found.n
+    return Figure(metric, *numbers, unit, better, found.method, slice, "", settings, details)
 
 
 def place_figures(figures: Iterable[Figure], *, data: str, **settings: Any) -> list[Figure]:
@@ -87,11 +80,7 @@ def wilson(successes: float, n: int) -> Interval:
 
 
 def bootstrap(
-    sums_NK: ArrayLike,
-    combine: Callable[[Floats], Floats],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    sums_NK: ArrayLike, combine: Callable[[Floats], Floats], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """Percentile bootstrap interval of a statistic of N rows (Efron 1979).
 

@@ -83,12 +83,9 @@ def request_stages(
             continue
         runs = {other: made.run_dir for other, made in stages.items()}
         for plain, variants in recipe.sweeps.items():
-            kin = [
-                stages[made].run_dir
-                for made in variants
-                if made in stages
-                and all(stage.point.get(key, value) == value for key, value in stages[made].point.items())
-            ]
+            made = [stages[variant] for variant in variants if variant in stages]
+            kin = [other.run_dir for other in made
+                   if all(stage.point.get(key, value) == value for key, value in other.point.items())]  # fmt: skip
             if len(kin) == 1:
                 runs.setdefault(plain, kin[0])
                 continue

@@ -51,7 +51,6 @@ class Policy:
         self._loaded: tuple[Causal, Chat] | None = None
 
     def release(self) -> None:
-        """Let go of the weights; they are read again when they are needed."""
         self._loaded = None
         collect_memory()
 
@@ -159,15 +158,11 @@ class Policy:
         """
         loaded = self.loaded
         room = loaded.positions or _FAR
-        fitting: list[tuple[Sequence[int], Sequence[int]]] = []
-        num_cut = num_long = 0
-        for context, tail in pairs:
-            if len(tail) > room:
-                num_long += 1
-                tail = ()
-            keep = room - len(tail)
-            num_cut += len(context) > keep
-            fitting.append((context[max(len(context) - keep, 0) :], tail))
+        num_long = sum(len(tail) > room for _, tail in pairs)
+        tails = [tail if len(tail) <= room else () for _, tail in pairs]
+        over = [len(context) + len(tail) - room for (context, _), tail in zip(pairs, tails, strict=True)]
+        fitting = [(context[max(by, 0) :], tail) for (context, _), by, tail in zip(pairs, over, tails, strict=True)]
+        num_cut = sum(by > 0 for by in over)
         if num_cut:
             self._space.warn(f"{num_cut} prompts were cut on the left to fit the {room} positions of {self.source}")
         if num_long:
@@ -176,15 +171,9 @@ class Policy:
         return score_tokens(loaded.model, fitting, pad_id=pad, temperature=temperature, batch_size=size)
 
     def answer(
-        self,
-        prompts: Sequence[Text],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        samples: int = 1,
-        seed: int = 0,
-        plain: bool = False,
-    ) -> list[list[Answer]]:
+        self, prompts: Sequence[Text], *, max_new_tokens: int, temperature: float = 0.0, samples: int = 1,
+        seed: int = 0, plain: bool = False,
+    ) -> list[list[Answer]]:  # fmt: skip
         """Write `samples` answers to each prompt; temperature 0 is greedy, and then there is one.
 
         What an answer draws follows from seed, prompt and its number alone. With `plain` a text prompt goes in as it

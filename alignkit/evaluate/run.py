@@ -29,21 +29,12 @@ from alignkit.runs.files import disk_failures, read_record, write_json
 from alignkit.runs.record import versions
 
 SCHEMA = 1
-_CACHE, _JUDGED = "eval-cache.jsonl", "eval-judged.jsonl"
-_LIBRARIES = ("lm_eval", "rouge-score", "sacrebleu")
 
 
 def evaluate(
-    source: str,
-    options: EvaluateOptions,
-    *,
-    seed: int | None = None,
-    out: Path | None = None,
-    device: str = "auto",
-    trust_code: bool = False,
-    folder: Path | None = None,
-    lenient: bool = False,
-) -> dict[str, Any]:
+    source: str, options: EvaluateOptions, *, seed: int | None = None, out: Path | None = None, device: str = "auto",
+    trust_code: bool = False, folder: Path | None = None, lenient: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Measure a model and return what eval.json holds now.
 
     It is written into the run, or to `out`; a model that is no run and has no `out` leaves nothing. Answers and scores
@@ -55,17 +46,13 @@ def evaluate(
     target = find_target(source, trust_code=trust_code)
     seed = seed if seed is not None else int(target.stage.get("seed", 0))
     path = out.expanduser().absolute() if out else target.run.evaluation if target.run else None
-    space = Workspace(
-        device=device,
-        batch_size=options.batch_size,
-        trust_code=trust_code,
-        folder=folder or Path.cwd(),
-        cache=Store(path.with_name(_CACHE) if path else None),
-    )
+    cache = Store(path.with_name("eval-cache.jsonl") if path else None)
+    space = Workspace(device, options.batch_size, trust_code, folder or Path.cwd(), cache)
     measured = _read(target, options)
     for message in measured.warnings if measured else ():
         space.warn(message)
-    context = Context(target, options, measured, space, seed=seed, judged=path.with_name(_JUDGED) if path else None)
+    judged = path.with_name("eval-judged.jsonl") if path else None
+    context = Context(target, options, measured, space, seed=seed, judged=judged)
     try:
         figures, failure = _measure(context, lenient=lenient)
         if options.start:
@@ -76,14 +63,9 @@ def evaluate(
     for message in space.warnings:
         console.warn(message)
     data = describe(
-        figures,
-        name=target.name,
-        model=target.source,
-        weights=fingerprint_causal(target.source),
-        seed=seed,
-        seconds=time.monotonic() - began,
-        warnings=space.warnings,
-    )
+        figures, name=target.name, model=target.source, weights=fingerprint_causal(target.source), seed=seed,
+        seconds=time.monotonic() - began, warnings=space.warnings,
+    )  # fmt: skip
     if path is not None:
         data = merge(read_record(path), data)
         with disk_failures(path.parent, path.name):
@@ -144,25 +126,18 @@ def _choose(context: Context, *, lenient: bool) -> dict[str, Metric]:
                 raise UsageError(f"{name} cannot be measured: {lacks[name]}")
         if all(lacks.values()):
             raise UsageError(f"nothing can be measured: {'; '.join(dict.fromkeys(map(str, lacks.values())))}")
-    wanted = options.metrics or list(known)
     problems = [f"{name}: {lacks[name]}" for name in options.metrics or () if lacks[name]]
     if problems and not lenient:
         raise UsageError(f"--metric {'; '.join(problems)}")
     for problem in problems:
         context.space.warn(f"not measured: {problem}")
-    return {name: known[name] for name in wanted if lacks[name] is None}
+    return {name: known[name] for name in options.metrics or known if lacks[name] is None}
 
 
 def evaluate_all(
-    requests: Sequence[tuple[str, EvaluateOptions]],
-    *,
-    seed: int | None,
-    out: Path | None,
-    device: str,
-    trust_code: bool,
-    folder: Path,
-    skip: bool,
-) -> Iterator[dict[str, Any]]:
+    requests: Sequence[tuple[str, EvaluateOptions]], *, skip: bool, seed: int | None, out: Path | None, device: str,
+    trust_code: bool, folder: Path,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Measure models one after another, each as it is asked for, and yield what `evaluate` returns.
 
     With `skip` a run that is not finished is left out with a word, and what a stage cannot be measured on is too;
@@ -192,15 +167,9 @@ def evaluate_all(
                 continue
         try:
             yield evaluate(
-                source,
-                chosen,
-                seed=seed,
-                out=out,
-                device=device,
-                trust_code=trust_code,
-                folder=folder,
+                source, chosen, seed=seed, out=out, device=device, trust_code=trust_code, folder=folder,
                 lenient=several,
-            )
+            )  # fmt: skip
         except UsageError as error:
             if not several or (source == finished[-1][0] and not num_measured):
                 raise
@@ -220,11 +189,10 @@ def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOpt
 
 def _is_reference(source: str, options: EvaluateOptions) -> bool:
     """Tell whether other runs beside this one are held near it, as `evaluate.reference` or they themselves say."""
-    run = _directory(source)
-    if options.reference is not None:
-        return _directory(options.reference) == run
-    others = [path.parent for path in run.parent.glob("*/stage.json") if RunDir(path.parent).model.is_dir()]
-    found = [find_target(str(other), trust_code=False).reference() for other in others]
+    run, found = _directory(source), [options.reference]
+    if options.reference is None:
+        others = [path.parent for path in run.parent.glob("*/stage.json") if RunDir(path.parent).model.is_dir()]
+        found = [find_target(str(other), trust_code=False).reference() for other in others]
     return any(_directory(reference) == run for reference in found if reference is not None)
 
 
@@ -247,14 +215,12 @@ def _read(target: Target, options: EvaluateOptions) -> Measured | None:
     for source in sources:
         if form and source.chat != "auto" and source.chat != (form == "chat"):
             trained = "turns of a chat" if form == "chat" else "text"
-            said = str(source.chat).lower()
-            raise UsageError(f"{source.path} has chat: {said}, and {target.name} was trained on {trained}; take it out")
+            said = f"{source.path} has chat: {str(source.chat).lower()}"
+            raise UsageError(f"{said}, and {target.name} was trained on {trained}; take it out")
     if form == "text" and options.data:  # prompts end as they did in training
         mark = target.stage["options"]["data"][0]["separator"]
-        sources = [
-            source if "separator" in source.model_fields_set else source.model_copy(update={"separator": mark})
-            for source in sources
-        ]
+        sources = [source if "separator" in source.model_fields_set else source.model_copy(update={"separator": mark})
+                   for source in sources]  # fmt: skip
     template = form == "chat" if form else load_tokenizer_of(target.source).chat_template is not None
     seed = int(target.stage.get("seed", 0))
     return read_measured(sources, share=share, seed=seed, max_rows=options.max_rows, template=template)
@@ -266,17 +232,11 @@ def describe(
 ) -> dict[str, Any]:  # fmt: skip
     """Write what eval.json holds of one evaluation."""
     return {
-        "schema": SCHEMA,
-        "name": name,
-        "model": model,
-        "weights": weights,
-        "seed": seed,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "wall_seconds": round(seconds, 3),
-        "versions": versions() | versions(_LIBRARIES),
-        "warnings": list(warnings),
+        "schema": SCHEMA, "name": name, "model": model, "weights": weights, "seed": seed,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "wall_seconds": round(seconds, 3),
+        "versions": versions() | versions(("lm_eval", "rouge-score", "sacrebleu")), "warnings": list(warnings),
         "results": [figure.to_dict() for figure in figures],
-    }
+    }  # fmt: skip
 
 
 def merge(before: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -290,11 +250,8 @@ def merge(before: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     # A slice belongs to its whole: the cut into slices may have changed.
     again = {whole(result) for result in now["results"]}
     measured = {(whole(result), result.get("slice")) for result in now["results"]}
-    kept = [
-        result
-        for result in before.get("results", ())
-        if (whole(result), result.get("slice")) not in measured and not (result.get("slice") and whole(result) in again)
-    ]
+    kept = [result for result in before.get("results", ()) if (whole(result), result.get("slice")) not in measured
+            and not (result.get("slice") and whole(result) in again)]  # fmt: skip
     warnings = list(dict.fromkeys([*before.get("warnings", ()), *now["warnings"]])) if kept else now["warnings"]
     return {**now, "warnings": warnings, "results": [*kept, *now["results"]]}
 
@@ -304,9 +261,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[t
     columns = ("metric", "value", "95 % interval", "n", "unit", "on")
     rows = []
     for result, data in zip(results, name_all_data(results), strict=True):
-        inner = result["slice"] is not None
-        low, high = result["low"], result["high"]
-        between = None if low is None else f"{low:.4g} to {high:.4g}"
-        name = f"  {result['metric']}, {result['slice']}" if inner else result["metric"]
+        between = None if result["low"] is None else f"{result['low']:.4g} to {result['high']:.4g}"
+        name = result["metric"] if result["slice"] is None else f"  {result['metric']}, {result['slice']}"
         rows.append((name, result["value"], between, result["n"], result["unit"] or None, data))
     return columns, rows

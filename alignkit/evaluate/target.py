@@ -95,9 +95,8 @@ def find_target(source: str, *, trust_code: bool) -> Target:
 def list_siblings(source: str) -> dict[str, str]:
     """List the runs beside a run, by their names; none of what is no run."""
     path = Path(source).expanduser().absolute()
-    if not (path / "stage.json").is_file():
-        return {}
-    return {found.parent.name: os.path.relpath(found.parent) for found in sorted(path.parent.glob("*/stage.json"))}
+    beside = sorted(path.parent.glob("*/stage.json")) if (path / "stage.json").is_file() else []
+    return {found.parent.name: os.path.relpath(found.parent) for found in beside}
 
 
 class _Options(StageOptions):
@@ -138,27 +137,15 @@ def read_measured(
             warnings.append(f"{report.rejected} rows of {source.path} were left out{first}")
     if not rows:
         raise DataError(f"no row is left of {', '.join(source.path for source in sources)}")
-    if share is None:
-        label = ", ".join(f"{source.path}[{source.split}]" for source in sources)
-    else:
-        label = f"{', '.join(source.path for source in sources)} (held-out {share:g})"
-    return Measured(rows[:max_rows], label, warnings)
+    label = ", ".join(source.path if share is not None else f"{source.path}[{source.split}]" for source in sources)
+    return Measured(rows[:max_rows], label + (f" (held-out {share:g})" if share is not None else ""), warnings)
 
 
 def _stage(sources: list[DataSource], seed: int) -> Stage:
     return Stage(
-        recipe_name="eval",
-        recipe_path="eval",
-        name="eval",
-        seed=seed,
-        model=ModelOptions(path="none"),
-        lora=None,
-        launch=LaunchOptions(),
-        options=_Options(data=sources, on_bad_row="skip"),
-        trainer={},
-        origins={},
-        run_dir="",
-    )
+        recipe_name="eval", recipe_path="eval", name="eval", seed=seed, model=ModelOptions(path="none"), lora=None,
+        launch=LaunchOptions(), options=_Options(data=sources, on_bad_row="skip"), trainer={}, origins={}, run_dir="",
+    )  # fmt: skip
 
 
 def split_answer(row: Row) -> tuple[Text, Text | None] | None:
@@ -166,16 +153,15 @@ def split_answer(row: Row) -> tuple[Text, Text | None] | None:
 
     Of a conversation it is the last question and what the assistant said then.
     """
-    if row.kind == "text":
-        return None
     try:
         prompt = take_prompt(row).prompt
     except ValueError:
         return None
+    if row.kind == "text":
+        return None
     if row.kind == "messages":
         content = row.completions[0]
-        rest = content[len(prompt) :] if isinstance(content, list) else []
-        return prompt, rest or None
+        return prompt, (content[len(prompt) :] if isinstance(content, list) else []) or None
     if row.kind == "unpaired" and not row.label:
         return prompt, None
     best = 1 if row.kind == "pair" and row.label is not None and row.label < 0.5 else 0

@@ -27,20 +27,21 @@ from alignkit.runs.files import disk_failures, open_own, scan_lines, tell_bad_li
 from alignkit.runs.stop import Stop
 
 Record = dict[str, Any]
+_Batch = list[tuple[int, Mapping[str, Any]]]  # records that came together, by the number of their question
 _NOTE_SECONDS = 10.0
 _CHUNK_BYTES = 1 << 20
 _CHECK = "crc32"
-
-
-def key_of(**facts: Any) -> str:
-    """Hash the facts, in hex: two askings share a key only when all of them are equal."""
-    return _hash(facts)
 
 
 def seed_of(*parts: Any) -> int:
     """Derive a seed that depends on these parts only."""
     text = "\x1e".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=7).digest(), "little")
+
+
+def key_of(**facts: Any) -> str:
+    """Hash the facts, in hex: two askings share a key only when all of them are equal."""
+    return _hash(facts)
 
 
 def _hash(facts: Any) -> str:
@@ -120,10 +121,7 @@ class Store:
         self._file.close()
 
     def fill(
-        self,
-        keys: Sequence[str],
-        answer: Callable[[list[int], frozenset[int]], Iterable[list[tuple[int, Mapping[str, Any]]]]],
-        what: str,
+        self, keys: Sequence[str], answer: Callable[[list[int], frozenset[int]], Iterable[_Batch]], what: str
     ) -> None:
         """Have the questions with these keys answered where they are not yet, and keep answers as they come.
 
@@ -149,11 +147,7 @@ class Store:
                 console.note(f"{what}: {done} of {total}, {rate:.3g} per second ({left:.0f} s left)")
 
     def ask(
-        self,
-        common: Any,
-        questions: Sequence[Any],
-        answer: Callable[[list[int]], Sequence[Any]],
-        *,
+        self, common: Any, questions: Sequence[Any], answer: Callable[[list[int]], Sequence[Any]], *,
         batch_size: int = 64,
     ) -> list[Any]:
         """Look up the value of every question; `answer` gives those at the places that are not known yet.
@@ -163,7 +157,7 @@ class Store:
         """
         keys = [_hash([common, question]) for question in questions]
 
-        def fill(places: list[int], known: frozenset[int]) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
+        def fill(places: list[int], known: frozenset[int]) -> Iterator[_Batch]:
             numbers = [number for number in range(len(places)) if number not in known]
             for start in range(0, len(numbers), batch_size):
                 batch = numbers[start : start + batch_size]
@@ -202,7 +196,9 @@ class Store:
         with os.fdopen(os.dup(self._file.fileno()), "rb") as file:
             file.seek(0)
             for number, (line, record) in enumerate(scan_lines(file, self.path.name), 1):
-                if record is None or not isinstance(record.get("key"), str) or not _is_as_written(record):
+                check = record.pop(_CHECK, None) if record else None  # those of earlier versions have none
+                is_whole = record and (check is None or _encode(record).endswith(b'"%s"}\n' % str(check).encode()))
+                if not record or not isinstance(record.get("key"), str) or not is_whole:
                     bad.append(number)  # a crash of the machine, not of the process, can leave a block of zeros inside
                 else:
                     self._starts.setdefault(record["key"], end)
@@ -219,12 +215,6 @@ def _encode(record: Record) -> bytes:
     return text[:-1] + b', "%s": "%08x"}\n' % (_CHECK.encode(), zlib.crc32(text))
 
 
-def _is_as_written(record: Record) -> bool:
-    """Tell whether a record has the checksum of its content; those of earlier versions have none."""
-    content = {name: value for name, value in record.items() if name != _CHECK}
-    return _CHECK not in record or _encode(content).endswith(b'"%s"}\n' % str(record[_CHECK]).encode())
-
-
 class Asker:
     """Asks models on behalf of one run, through its store: what was answered before is not asked again."""
 
@@ -232,15 +222,9 @@ class Asker:
         self._name, self._store, self._stop = name, store, stop
 
     def write(
-        self,
-        model: Model,
-        jobs: Sequence[Job],
-        sampling: Sampling,
-        *,
-        kind: str,
-        by: str,
+        self, model: Model, jobs: Sequence[Job], sampling: Sampling, *, kind: str, by: str,
         about: Sequence[Mapping[str, Any]],
-    ) -> list[Reply]:
+    ) -> list[Reply]:  # fmt: skip
         """Write a text for each job. `kind`, `by` and `about` are kept beside it, for people to read.
 
         Raises what the model raises, and Stopped after a signal; all that was answered by then is kept.
@@ -263,14 +247,11 @@ class Asker:
         return [None if record is None else Decision.from_record(record) for record in records]
 
     def _ask(
-        self,
-        keys: Sequence[str],
-        items: Sequence[Any],
+        self, keys: Sequence[str], items: Sequence[Any],
         ask: Callable[[list[Any], frozenset[int]], Iterator[list[tuple[int, Any]]]],
-        facts: Mapping[str, Any],
-        about: Sequence[Mapping[str, Any]],
-    ) -> None:
-        def answer(places: list[int], known: frozenset[int]) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
+        facts: Mapping[str, Any], about: Sequence[Mapping[str, Any]],
+    ) -> None:  # fmt: skip
+        def answer(places: list[int], known: frozenset[int]) -> Iterator[_Batch]:
             batch: list[tuple[int, Answered]]
             for batch in ask([items[place] for place in places], known):
                 yield [(number, {**facts, **about[places[number]], **found.to_record()}) for number, found in batch]

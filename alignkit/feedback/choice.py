@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignkit.feedback.writer import Decision, share_of_first
 
@@ -23,8 +22,7 @@ _MARKED = re.compile(r"\(([AB])\)")
 _LETTERS = ("A", "B")
 
 
-@dataclass(frozen=True)
-class TokenChances:
+class TokenChances(NamedTuple):
     """A token of a reply with the likeliest tokens at its place and their log-probs."""
 
     token: str
@@ -37,19 +35,12 @@ def parse_choice(text: str) -> tuple[str, int] | None:
         return alone[1].upper(), alone.start(1)
     lines = [line for line in text.splitlines() if line.strip()]
     start = text.rfind(lines[-1]) if lines else 0
-    for found in (list(_VERDICT.finditer(text, start)), list(_VERDICT.finditer(text))):
-        if found:
-            return _agreed(found)
-    marked = list(_MARKED.finditer(text))
-    if marked:
-        return _agreed(marked)
     leading = _LEADING.match(text)
-    return (leading[1].upper(), leading.start(1)) if leading else None
-
-
-def _agreed(found: Sequence[re.Match[str]]) -> tuple[str, int] | None:
-    letters = {match[1].upper() for match in found}
-    return (found[-1][1].upper(), found[-1].start(1)) if len(letters) == 1 else None
+    # A verdict of the last line before one of any line, before a letter in brackets, before one that begins the text.
+    kinds = (_VERDICT.finditer(text, start), _VERDICT.finditer(text), _MARKED.finditer(text), [leading] * bool(leading))
+    found = next((matches for kind in kinds if (matches := list(kind))), [])
+    letters = {match[1].upper() for match in found if match}
+    return (letters.pop(), found[-1].start(1)) if len(letters) == 1 and found[-1] else None
 
 
 def read_decision(text: str, tokens: Sequence[TokenChances]) -> Decision:

@@ -9,33 +9,35 @@ chains and nobody is asked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alignkit import console
-from alignkit.data import DataReport, Rejects, Row, Text, read_rows
+from alignkit.data import DataReport, Rejects, Text, read_rows
 from alignkit.data.files import read_published
 from alignkit.data.rows import Message
 from alignkit.errors import DataError
 from alignkit.feedback.cache import seed_of
-from alignkit.feedback.constitution import Principle, load_constitution
-from alignkit.feedback.examples import load_examples
+from alignkit.feedback.constitution import Principle, load_constitution, load_examples
 from alignkit.feedback.prompts import Quoter, Request, ask_critique, ask_revision, conversation
-from alignkit.feedback.sources import describe_source, fingerprint_file, own_model, speaks_chat
 from alignkit.feedback.stage import (
     Prompted,
     Session,
     Work,
+    describe_source,
+    fingerprint_file,
     list_prompts,
     make_answer,
+    own_model,
     run_work,
     sample_answers,
+    speaks_chat,
     why_useless,
-)
+)  # fmt: skip
 from alignkit.feedback.writer import Job, Model, Reply, Sampling
-from alignkit.recipe.schema import CritiqueOptions, DataSource
+from alignkit.recipe.schema import CritiqueOptions
 from alignkit.recipe.stage import Stage
 from alignkit.runs.directory import Result, RunDir, list_changes
 
@@ -67,16 +69,12 @@ class Chain:
     critiques: list[str] = field(default_factory=list)  # empty texts where none are asked for
     place: str = ""
     key: str = ""
-    critique: str | None = None  # of the round under way
     problem: str | None = None
 
     @property
     def conversation(self) -> list[Message]:
         """The conversation with the newest answer at its end."""
         return [*conversation(self.prompt), Message(role="assistant", content=self.answers[-1].strip())]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("prompt", "answers", "principles", "critiques")}
 
 
 class _Critique:
@@ -92,26 +90,19 @@ class _Critique:
         self._generator = options.generator or own_model(stage)
         self._helpful_samples = options.helpful.samples if options.helpful else 0
         self.report, self.rejects, helpful_report = DataReport(), Rejects(), DataReport()
-        template = speaks_chat(self._generator)
-
-        def read(sources: Sequence[DataSource], report: DataReport) -> list[Row]:
-            return list(read_rows(stage, sources, report=report, rejects=self.rejects, template=template))
-
-        self._rows = read(options.data, self.report)
-        self._helpful_rows = read(options.helpful.data, helpful_report) if options.helpful else []
+        reading: dict[str, Any] = {"rejects": self.rejects, "template": speaks_chat(self._generator)}
+        self._rows = list(read_rows(stage, options.data, report=self.report, **reading))
+        helpful = read_rows(stage, options.helpful.data, report=helpful_report, **reading) if options.helpful else ()
+        self._helpful_rows = list(helpful)
         self.facts = {
-            "method": "critique",
-            "seed": stage.seed,
-            "generator": describe_source(self._generator),
-            "constitution": self._constitution.fingerprint,
-            "examples": self._examples.fingerprint,
+            "method": "critique", "seed": stage.seed, "generator": describe_source(self._generator),
+            "constitution": self._constitution.fingerprint, "examples": self._examples.fingerprint,
             **{key: getattr(options, key) for key in ("rounds", "critiques", "temperature", "max_new_tokens")},
-            "helpful_samples": self._helpful_samples,
-            "data": self.report.fingerprint,
+            "helpful_samples": self._helpful_samples, "data": self.report.fingerprint,
             "helpful_data": helpful_report.fingerprint,
-        }
+        }  # fmt: skip
         self._chains: list[Chain] = []
-        self._extra: list[tuple[Prompted, str]] = []
+        self._extra: list[dict[str, Any]] = []  # rows of helpful answers
         self._replies: list[Reply] = []
 
     def open(self, session: Session) -> str:
@@ -119,9 +110,9 @@ class _Critique:
         self._model: Model = session.open(self._generator, ("generator",))
         self._quote = Quoter(self._model.control_tokens)
         self._sampling = Sampling(self._options.temperature, self._options.max_new_tokens)
-        self._prompts = list_prompts(self._rows, self.rejects, self._model.control_tokens)
-        rows = self._helpful_rows
-        self._helpful = list_prompts(rows, self.rejects, self._model.control_tokens) if rows else []
+        tokens, rows = self._model.control_tokens, self._helpful_rows
+        self._prompts = list_prompts(self._rows, self.rejects, tokens)
+        self._helpful = list_prompts(rows, self.rejects, tokens) if rows else []
         return f"{len(self._prompts)} prompts, {len(self._constitution.principles)} principles"
 
     def do(self) -> None:
@@ -135,12 +126,11 @@ class _Critique:
             lengths = [len(chain.answers[-1]) for chain in self._chains if chain.problem is None]
             self._session.log(number + 1, chains=len(lengths), mean_chars=_mean(lengths))
         found = self._sample(self._helpful, self._helpful_samples, "helpful") if self._helpful else []
-        for prompted, replies in zip(self._helpful, found, strict=True):
-            for reply in replies:
-                if (problem := self._check(reply)) is not None:
-                    self.rejects.add(prompted.place, f"helpful: {problem}")
-                else:
-                    self._extra.append((prompted, reply.text))
+        for prompted, reply in ((each, reply) for each, own in zip(self._helpful, found, strict=True) for reply in own):
+            if (problem := self._check(reply)) is not None:
+                self.rejects.add(prompted.place, f"helpful: {problem}")
+            else:
+                self._extra.append(_make_row(prompted.prompt, reply.text))
 
     def write(self, *, complete: bool) -> dict[str, Any]:
         """Write the rows of the rounds that are finished."""
@@ -148,8 +138,6 @@ class _Critique:
         broken = [chain for chain in self._chains if chain.problem is not None]
         for chain in broken:
             self.rejects.add(chain.place, f"round {len(chain.principles) + 1}: {chain.problem}")
-        rows = [_make_row(chain.prompt, answer) for chain in self._chains for answer in chain.answers[1:]]
-        rows += [_make_row(prompted.prompt, answer) for prompted, answer in self._extra]
         cut = _mean([not reply.ended for reply in self._replies])
         if cut > _MANY_CUT:
             console.warn(f"{name}: {cut:.0%} of the texts were cut off; raise max_new_tokens")
@@ -157,7 +145,7 @@ class _Critique:
             console.warn(f"{name}: {len(broken)} of {len(self._chains)} chains broke off (rejects.jsonl)")
         return {
             "prompts": len(self._prompts),
-            "rows": self._session.write_rows(rows),
+            "rows": self._session.write_rows([*_list_rows(self._chains), *self._extra]),
             "helpful_rows": len(self._extra),
             "broken_chains": len(broken),
             "cut_off_share": cut,
@@ -178,37 +166,31 @@ class _Critique:
         """Take every chain that goes on through one round."""
         draw, seed, examples = self._constitution.draw, self._session.stage.seed, self._examples
         going = [(chain, draw(seed=seed, key=chain.key, turn=number)) for chain in self._chains if not chain.problem]
+        said: dict[str, str] = {}  # critiques by the keys of their chains
         if self._options.critiques:
-            for (chain, _), reply in self._ask(going, number, "critique", lambda chain, principle: ask_critique(
-                chain.conversation, principle, examples, self._quote
-            )):  # fmt: skip
-                chain.problem, chain.critique = self._check(reply), reply.text
+            requests = [ask_critique(chain.conversation, by, examples, self._quote) for chain, by in going]
+            for (chain, _), reply in zip(going, self._ask(going, requests, number, "critique"), strict=True):
+                chain.problem, said[chain.key] = self._check(reply), reply.text
             going = [(chain, principle) for chain, principle in going if not chain.problem]
-        for (chain, principle), reply in self._ask(going, number, "revision", lambda chain, principle: ask_revision(
-            chain.conversation, chain.critique, principle, examples, self._quote
-        )):  # fmt: skip
+        requests = [
+            ask_revision(chain.conversation, said.get(chain.key), by, examples, self._quote) for chain, by in going
+        ]
+        for (chain, principle), reply in zip(going, self._ask(going, requests, number, "revision"), strict=True):
             self._replies.append(reply)
             chain.problem = self._check(reply)
             if chain.problem is None:
                 chain.answers.append(reply.text)
                 chain.principles.append(principle.name)
-                chain.critiques.append(chain.critique or "")
-            chain.critique = None
+                chain.critiques.append(said.get(chain.key, ""))
 
     def _ask(
-        self,
-        going: Sequence[tuple[Chain, Principle]],
-        number: int,
-        kind: str,
-        make: Callable[[Chain, Principle], Request],
-    ) -> list[tuple[tuple[Chain, Principle], Reply]]:
-        seed, jobs, about = self._session.stage.seed, [], []
-        for chain, principle in going:
-            jobs.append(Job(make(chain, principle), seed_of(seed, kind, number, chain.key)))
-            about.append({"place": chain.place, "round": number, "principle": principle.name})
+        self, going: Sequence[tuple[Chain, Principle]], requests: Sequence[Request], number: int, kind: str
+    ) -> list[Reply]:
+        seeds = [seed_of(self._session.stage.seed, kind, number, chain.key) for chain, _ in going]
+        jobs = [Job(request, seed) for request, seed in zip(requests, seeds, strict=True)]
+        about = [{"place": chain.place, "round": number, "principle": principle.name} for chain, principle in going]
         asker = self._session.asker
-        replies = asker.write(self._model, jobs, self._sampling, kind=kind, by="generator", about=about)
-        return list(zip(going, replies, strict=True))
+        return asker.write(self._model, jobs, self._sampling, kind=kind, by="generator", about=about)
 
     def _check(self, reply: Reply) -> str | None:
         return why_useless(reply, self._model.control_tokens)
@@ -241,8 +223,7 @@ class _Replay:
         """Nobody is asked."""
 
     def write(self, *, complete: bool) -> dict[str, Any]:
-        rows = [_make_row(chain.prompt, text) for chain in self._chains for text in chain.answers[1:]]
-        count = self._session.write_rows(rows)
+        count = self._session.write_rows(_list_rows(self._chains))
         return {"chains": len(self._chains), "rows": count, **_describe_chains(self._chains)}
 
     def measure(self, report: Mapping[str, Any]) -> dict[str, float]:
@@ -259,19 +240,23 @@ def _read_chain(data: Any) -> Chain:
 
 def _describe_chains(chains: Sequence[Chain]) -> dict[str, Any]:
     """Describe principles, the first answers and each round: texts, their length, and how many were changed."""
-    rounds = []
-    for number in range(max((len(chain.answers) for chain in chains if chain.principles), default=0)):
-        there = [chain.answers for chain in chains if chain.principles and len(chain.answers) > number]
-        changed = [answers[number] != answers[number - 1] for answers in there]
-        rounds.append(
-            {"round": number, "texts": len(there), "mean_chars": _mean([len(answers[number]) for answers in there])}
-            | ({"changed_share": _mean(changed)} if number else {})
-        )
+    revised, rounds = [chain for chain in chains if chain.principles], list[dict[str, Any]]()
+    for number in range(max((len(chain.answers) for chain in revised), default=0)):
+        there = [chain.answers for chain in revised if len(chain.answers) > number]
+        lengths = [len(answers[number]) for answers in there]
+        rounds.append({"round": number, "texts": len(there), "mean_chars": _mean(lengths)})
+        if number:
+            rounds[-1]["changed_share"] = _mean([answers[number] != answers[number - 1] for answers in there])
+    keys = ("prompt", "answers", "principles", "critiques")
     return {
-        "principles": dict(Counter(name for chain in chains for name in chain.principles)),
+        "principles": dict(Counter(name for chain in revised for name in chain.principles)),
         "rounds": rounds,
-        "first_chains": [chain.to_dict() for chain in chains if chain.principles][:_SHOWN],
+        "first_chains": [{key: getattr(chain, key) for key in keys} for chain in revised[:_SHOWN]],
     }
+
+
+def _list_rows(chains: Sequence[Chain]) -> list[dict[str, Any]]:
+    return [_make_row(chain.prompt, answer) for chain in chains for answer in chain.answers[1:]]
 
 
 def _make_row(prompt: Text, answer: str) -> dict[str, Any]:

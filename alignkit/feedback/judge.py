@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from alignkit.data import Text
 from alignkit.feedback.cache import Asker, key_of, seed_of
-from alignkit.feedback.constitution import Constitution
-from alignkit.feedback.examples import Examples
+from alignkit.feedback.constitution import Constitution, Examples
 from alignkit.feedback.prompts import (
     OPTIONS,
     Comparison,
@@ -25,7 +24,7 @@ from alignkit.feedback.prompts import (
     conversation,
     fill_thought,
     read_text,
-)
+)  # fmt: skip
 from alignkit.feedback.writer import Decision, Job, Model, Sampling
 
 _TIE = 1e-6  # from 1/2
@@ -69,6 +68,11 @@ class Label:
         return min(max(sum(values) / len(values), low), high)
 
     @property
+    def length_difference(self) -> int:
+        """Characters that the first answer has more than the second."""
+        return len(read_text(self.pairing.first)) - len(read_text(self.pairing.second))
+
+    @property
     def is_tie(self) -> bool:
         return self.p_first is not None and abs(self.p_first - 0.5) <= _TIE
 
@@ -80,18 +84,12 @@ class Label:
         return len({value > 0.5 for value in self.orders if value is not None}) == 1
 
     def to_dict(self) -> dict[str, Any]:
+        pairing = self.pairing
         return {
-            "place": self.pairing.place,
-            "principle": self.principle,
-            "p_first": self.p_first,
-            "orders": list(self.orders),
-            "agrees": self.agrees,
-            "tie": self.is_tie,
-            "problem": self.problem,
-            "prompt": self.pairing.prompt,
-            "first": self.pairing.first,
-            "second": self.pairing.second,
-        }
+            "place": pairing.place, "principle": self.principle, "p_first": self.p_first, "orders": list(self.orders),
+            "agrees": self.agrees, "tie": self.is_tie, "problem": self.problem,
+            "prompt": pairing.prompt, "first": pairing.first, "second": pairing.second,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,8 @@ class Judge:
 def judge_all(asker: Asker, judge: Judge, pairings: Sequence[Pairing], *, by: str = "judge") -> list[Label]:
     """Label every pairing; raises what the asker raises."""
     shown = _show_all(judge, pairings)
-    about = [item.about for item in shown]
+    about = [{"place": item.pairing.place, "principle": item.principle,
+              "order": "second first" if item.turned else "first first"} for item in shown]  # fmt: skip
     thoughts: list[str | None] = [None] * len(shown)
     if judge.thinks and judge.model.takes_prefill:
         jobs = []
@@ -148,11 +147,6 @@ class _Shown:
     comparison: Comparison
     number: int
     turned: bool
-
-    @property
-    def about(self) -> dict[str, Any]:
-        order = "second first" if self.turned else "first first"
-        return {"place": self.pairing.place, "principle": self.principle, "order": order}
 
 
 def _show_all(judge: Judge, pairings: Sequence[Pairing]) -> list[_Shown]:

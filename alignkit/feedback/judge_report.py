@@ -20,7 +20,7 @@ from alignkit.data.files import read_file, read_published
 from alignkit.feedback.cache import Asker, key_of
 from alignkit.feedback.constitution import COMPARISON_FRAME
 from alignkit.feedback.judge import Judge, Label, Pairing, judge_all
-from alignkit.feedback.prompts import conversation, read_text
+from alignkit.feedback.prompts import conversation
 from alignkit.recipe.schema import DataSource
 from alignkit.recipe.stage import Stage
 
@@ -51,14 +51,11 @@ def describe_labels(labels: Sequence[Label]) -> dict[str, Any]:
     longer = [  # whether the longer answer is preferred; 1/2 is no bias of the whole
         (difference > 0) == (label.p_first > 0.5)
         for label in done
-        if (difference := _length_difference(label)) and label.p_first is not None and not label.is_tie
+        if (difference := label.length_difference) and label.p_first is not None and not label.is_tie
     ]
     return {
-        "comparisons": len(labels),
-        "labelled": len(done),
-        "abstained": len(labels) - len(done),
-        "abstained_because": count_problems(labels),
-        "ties": sum(label.is_tie for label in done),
+        "comparisons": len(labels), "labelled": len(done), "abstained": len(labels) - len(done),
+        "abstained_because": count_problems(labels), "ties": sum(label.is_tie for label in done),
         "mean_confidence": mean([abs(label.p_first - 0.5) * 2 for label in done if label.p_first is not None]),
         "order_agreement": _share(_agreeing(labels)),
         "picks_first_place": _share([p > 0.5 for p in answered if p != 0.5]),
@@ -70,7 +67,7 @@ def describe_labels(labels: Sequence[Label]) -> dict[str, Any]:
             for name in sorted({label.principle for label in labels})
             for own in [[label for label in labels if label.principle == name]]
         },
-    }
+    }  # fmt: skip
 
 
 def count_problems(labels: Sequence[Label]) -> dict[str, int]:
@@ -101,10 +98,6 @@ def find_faults(report: Mapping[str, Any]) -> list[str]:
 
 def _agreeing(labels: Sequence[Label]) -> list[bool]:
     return [label.agrees for label in labels if label.agrees is not None]
-
-
-def _length_difference(label: Label) -> int:
-    return len(read_text(label.pairing.first)) - len(read_text(label.pairing.second))
 
 
 def _share(values: Sequence[bool]) -> dict[str, Any] | None:
@@ -166,20 +159,13 @@ def describe_accuracy(labels: Sequence[Label]) -> dict[str, Any]:
     right = sum(_tie_as_half(value - 0.5) for value in values)
     low, high = wilson(right, len(values))
     bins = _bin(values)
+    gaps = sum(one["n"] * abs(one["confidence"] - one["accuracy"]) for one in bins)
     return {
-        "n": len(labels),
-        "abstained": len(labels) - len(values),
-        "abstained_because": count_problems(labels),
-        "accuracy": right / len(values) if values else None,
-        "low": low,
-        "high": high,
-        "longer_is_better": mean([_tie_as_half(_length_difference(label)) for label in labels]),
-        "order_agreement": mean(_agreeing(labels)),
-        "ece": sum(one["n"] * abs(one["confidence"] - one["accuracy"]) for one in bins) / len(values)
-        if values
-        else None,
-        "bins": bins,
-    }
+        "n": len(labels), "abstained": len(labels) - len(values), "abstained_because": count_problems(labels),
+        "accuracy": right / len(values) if values else None, "low": low, "high": high,
+        "longer_is_better": mean([_tie_as_half(label.length_difference) for label in labels]),
+        "order_agreement": mean(_agreeing(labels)), "ece": gaps / len(values) if values else None, "bins": bins,
+    }  # fmt: skip
 
 
 def _tie_as_half(difference: float) -> float:
@@ -194,8 +180,6 @@ def _bin(values: Sequence[float]) -> list[dict[str, float]]:
         own = [p for p in values if low <= max(p, 1 - p) < high or (high == 1.0 and max(p, 1 - p) == 1.0)]
         if own:
             confidence = sum(max(p, 1 - p) for p in own) / len(own)
-            right = sum(_tie_as_half(p - 0.5) for p in own)
-            found.append(
-                {"low": low, "high": high, "n": len(own), "confidence": confidence, "accuracy": right / len(own)}
-            )
+            accuracy = sum(_tie_as_half(p - 0.5) for p in own) / len(own)
+            found.append({"low": low, "high": high, "n": len(own), "confidence": confidence, "accuracy": accuracy})
     return found

@@ -74,8 +74,7 @@ class Encoder:
         return self._chat.has_template and request.messages is not None
 
     def _plain(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 _WINDOW = 32  # batches that are sorted by length together
@@ -102,14 +101,9 @@ class LocalModel:
     spending: Spending | None = None
 
     def __init__(
-        self,
-        source: str,
-        *,
-        device: str = "auto",
-        batch_size: int = 16,
-        trust_code: bool = False,
+        self, source: str, *, device: str = "auto", batch_size: int = 16, trust_code: bool = False,
         stop: threading.Event | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Load the model; raises what `load_causal` raises. No batch is begun once `stop` is set."""
         loaded = load_causal(source, device=device, trust_code=trust_code)
         self._model = loaded.model
@@ -131,9 +125,11 @@ class LocalModel:
             window = jobs[start : start + _WINDOW * self._batch_size]
             prompts = [self._encoder.encode(job.request) for job in window]
             room = self._positions - sampling.max_new_tokens
-            long = [place for place, ids in enumerate(prompts) if len(ids) > room]
+            advice = f"{max(room, 0)} fit, beside max_new_tokens; examples: none makes prompts shorter"
+            long = {place: len(ids) for place, ids in enumerate(prompts) if len(ids) > room}
             if long:
-                yield [(start + place, Reply(problem=_too_long("prompt", prompts[place], room))) for place in long]
+                problems = {place: f"the prompt has {length} tokens; {advice}" for place, length in long.items()}
+                yield [(start + place, Reply(problem=problem)) for place, problem in problems.items()]
             order = sorted({*range(len(window))} - {*long}, key=lambda place: -len(prompts[place]))
             for first in range(0, len(order), self._batch_size):
                 places = order[first : first + self._batch_size]
@@ -153,11 +149,11 @@ class LocalModel:
         for start in range(0, len(requests), _WINDOW * self._batch_size):
             window = requests[start : start + _WINDOW * self._batch_size]
             questions = [_Question(place, *self._encoder.split(request)) for place, request in enumerate(window, start)]
-            long = [question for question in questions if len(question.whole) > self._positions]
+            long = {it.place: len(it.whole) for it in questions if len(it.whole) > self._positions}
             if long:
-                problems = [_too_long("question", question.whole, self._positions) for question in long]
-                yield [(question.place, Decision(problem=what)) for question, what in zip(long, problems, strict=True)]
-            fitting = [question for question in questions if len(question.whole) <= self._positions]
+                said = "the question has {} tokens; {} fit"
+                yield [(at, Decision(problem=said.format(length, self._positions))) for at, length in long.items()]
+            fitting = [question for question in questions if question.place not in long]
             groups = sorted(_group(fitting, shares=self._shares), key=lambda group: -len(group[0].prefix))
             for batch in _fill(groups, self._batch_size):
                 if all(question.place in known for group in batch for question in group):
@@ -195,14 +191,17 @@ class LocalModel:
         hidden_BTH = reader.read([last + tail[:-1] for last, tail in zip(lasts, ones, strict=True)])
         logps = [reader.score(hidden_BTH, ones)]
         if any(len(tail) > 1 for tail in others):
-            if reader.can_go_back:
-                reader.go_back(hidden_BTH.shape[1] - 1)
-            else:
+            if not reader.go_back(hidden_BTH.shape[1] - 1):
                 reader = self._read_questions(groups)
                 reader.read(lasts)
             hidden_BTH = torch.cat([hidden_BTH[:, :1], reader.read([tail[:-1] for tail in others])], dim=1)
         logps.append(reader.score(hidden_BTH, others))
-        return [(question.place, _decision(question, *pair)) for question, *pair in zip(questions, *logps, strict=True)]
+        decisions = []
+        for question, first, second in zip(questions, *logps, strict=True):
+            mass, sums = min(math.exp(first[0]) + math.exp(second[0]), 1.0), (sum(first), sum(second))
+            tokens = len(question.prefix) + sum(map(len, question.tails))
+            decisions.append((question.place, Decision(share_of_first(sums), sums, mass, input_tokens=tokens)))
+        return decisions
 
     def _read_questions(self, groups: list[list[_Question]]) -> _Reader:
         """Read all but the last token of each question; what those of a group have in common is read once."""
@@ -211,9 +210,8 @@ class LocalModel:
         common = [group[0].prefix[:length] for group, length in zip(groups, shared, strict=True)]
         reader.read(common, left=not self._shares)
         reader.select([number for number, group in enumerate(groups) for _ in group])
-        reader.read(
-            [question.prefix[length:-1] for group, length in zip(groups, shared, strict=True) for question in group]
-        )
+        rests = zip(groups, shared, strict=True)
+        reader.read([question.prefix[length:-1] for group, length in rests for question in group])
         return reader
 
 
@@ -241,14 +239,10 @@ class _Reader:
         is_plain = self._cache is None and not left
         positions_BT = (self._mask_BT.cumsum(1) - 1).clamp_min(0)[:, before_BT.shape[1] :]
         hidden_BTH, output = run_trunk(
-            self._base,
-            self._base.get_output_embeddings(),
-            input_ids=ids_BT,
+            self._base, self._base.get_output_embeddings(), input_ids=ids_BT, position_ids=positions_BT,
             attention_mask=torch.ones_like(new_BT) if is_plain else self._mask_BT,
-            position_ids=positions_BT,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+            past_key_values=self._cache, use_cache=True,
+        )  # fmt: skip
         self._cache = output.past_key_values
         return hidden_BTH
 
@@ -259,17 +253,15 @@ class _Reader:
         logps_N, _ = token_logps(self._base, hidden_BTH[mask_BT.to(hidden_BTH.device)], targets_N)
         return [part.tolist() for part in logps_N.split([len(tail) for tail in tails])]
 
-    @property
-    def can_go_back(self) -> bool:
-        """Whether what was read last can be forgotten; caches of sliding windows cannot."""
-        return bool(self._cache.is_croppable) and not any(self._cache.is_sliding)
-
-    def go_back(self, count: int) -> None:
-        """Forget the last columns that were read."""
+    def go_back(self, count: int) -> bool:
+        """Forget the last columns that were read, where that can be: caches of sliding windows cannot."""
+        if not self._cache.is_croppable or any(self._cache.is_sliding):
+            return False
         if count:
             assert self._mask_BT is not None
             self._cache.crop(-count)
             self._mask_BT = self._mask_BT[:, :-count]
+        return True
 
     def select(self, rows: list[int]) -> None:
         """Go on with these of the rows, each as often as it is named."""
@@ -310,18 +302,6 @@ def _common(group: list[_Question]) -> int:
     return next(same, shortest)
 
 
-def _decision(question: _Question, first: list[float], second: list[float]) -> Decision:
-    logps = (sum(first), sum(second))
-    mass = min(math.exp(first[0]) + math.exp(second[0]), 1.0)
-    tokens = len(question.prefix) + sum(map(len, question.tails))
-    return Decision(share_of_first(logps), logps, mass, input_tokens=tokens)
-
-
-def _too_long(what: str, ids: list[int], room: int) -> str:
-    advice = ", beside max_new_tokens; examples: none makes prompts shorter" if what == "prompt" else ""
-    return f"the {what} has {len(ids)} tokens; {max(room, 0)} fit{advice}"
-
-
 class VllmModel:
     """A language model that vLLM runs in this process, where vLLM is installed; it is not a dependency of ours.
 
@@ -354,24 +334,19 @@ class VllmModel:
         """Write a text for each job."""
         for start in self._batches(len(jobs), known):
             batch = jobs[start : start + _VLLM_BATCH]
+            common = {"temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens,
+                      "stop_token_ids": self._encoder.stop_ids}  # fmt: skip
+            stops = [list(self._encoder.stops(job.request)) for job in batch]
             settings = [
-                self._vllm.SamplingParams(
-                    temperature=sampling.temperature,
-                    max_tokens=sampling.max_new_tokens,
-                    seed=job.seed,
-                    stop=list(self._encoder.stops(job.request)),
-                    stop_token_ids=self._encoder.stop_ids,
-                )
-                for job in batch
+                self._vllm.SamplingParams(**common, seed=job.seed, stop=stop)
+                for job, stop in zip(batch, stops, strict=True)
             ]
             replies = []
             outputs = self._generate([self._encoder.encode(job.request) for job in batch], settings)
             for place, (job, output) in enumerate(zip(batch, outputs, strict=True), start):
                 (written,) = output.outputs
-                reply = self._encoder.read_reply(
-                    job.request, written.text, written.finish_reason == "stop", read=len(output.prompt_token_ids),
-                    written=len(written.token_ids),
-                )  # fmt: skip
+                ended, counts = written.finish_reason == "stop", (len(output.prompt_token_ids), len(written.token_ids))
+                reply = self._encoder.read_reply(job.request, written.text, ended, read=counts[0], written=counts[1])
                 replies.append((place, reply))
             yield replies
 

@@ -16,8 +16,16 @@ from dataclasses import dataclass
 
 from alignkit.data import Row, escape_control_tokens
 from alignkit.data.rows import Message, Text
-from alignkit.feedback.constitution import COMPARISON_FRAME, CRITIQUE_FRAME, REVISION_FRAME, Principle
-from alignkit.feedback.examples import PRINCIPLE_HERE, Examples, messages_of, without_critiques
+from alignkit.feedback.constitution import (
+    COMPARISON_FRAME,
+    CRITIQUE_FRAME,
+    PRINCIPLE_HERE,
+    REVISION_FRAME,
+    Examples,
+    Principle,
+    messages_of,
+    without_critiques,
+)  # fmt: skip
 
 # Of the common templates; a server's own tokenizer cannot be asked.
 FOREIGN_TOKENS = (
@@ -132,10 +140,7 @@ def ask_revision(
     else:
         critique = quote(critique)
         text = ask_critique(turns, principle, examples, quote).transcript + f" {critique}"
-        said = [
-            Message(role="user", content=f"{principle.critique}"),
-            Message(role="assistant", content=critique),
-        ]
+        said = [Message(role="user", content=f"{principle.critique}"), Message(role="assistant", content=critique)]
     text += f"{principle.revision}".join(REVISION_FRAME)
     asked = Message(role="user", content=f"{principle.revision} {_ONLY_ANSWER}")
     return Request(text, (*examples.critique_messages, *quoted, *said, asked))
@@ -184,10 +189,15 @@ def fill_thought(example: str, question: str) -> str:
 
 def ask_thoughts(comparison: Comparison, shown: Sequence[str], quote: Quote) -> Request:
     """Ask for a chain of thought about two answers; `shown` are worked examples (`fill_thought`)."""
-    text = "".join(shown) + _thinking_question(comparison, quote) + f"\n\nAssistant: {_THOUGHT}"
-    asked = Message(role="user", content=_chat_question(comparison, quote))
-    messages = (*(turn for example in shown for turn in _thought_messages(example)), asked)
-    return Request(text, messages, prefill=_THOUGHT, closing=_THINK_FIRST)
+    question = _compare(comparison, quote, _LABELS | {"user": "H", "assistant": "A"})
+    text = f"{''.join(shown)}{_CONSIDER_SHORT}{question}\n\nAssistant: {_THOUGHT}"
+    messages: list[Message] = []
+    for example in shown:  # the question, then the thoughts with their verdict
+        thoughts, _, verdict = example.rpartition(_SO)
+        *before, last = messages_of(thoughts)
+        messages += [*before, Message(role="assistant", content=f"{last['content']}\n\n{verdict}")]
+    messages.append(Message(role="user", content=_chat_question(comparison, quote)))
+    return Request(text, tuple(messages), prefill=_THOUGHT, closing=_THINK_FIRST)
 
 
 def ask_after_thoughts(comparison: Comparison, shown: Sequence[str], thoughts: str, quote: Quote) -> Request:
@@ -198,19 +208,8 @@ def ask_after_thoughts(comparison: Comparison, shown: Sequence[str], thoughts: s
     return Request(text, before.messages, prefill=prefill)
 
 
-def _thought_messages(example: str) -> list[Message]:
-    """Turn a worked chain of thought into two turns: the question, and the thoughts with their verdict."""
-    thoughts, _, verdict = example.rpartition(_SO)
-    *before, last = messages_of(thoughts)
-    return [*before, Message(role="assistant", content=f"{last['content']}\n\n{verdict}")]
-
-
 def _chat_question(comparison: Comparison, quote: Quote) -> str:
     return (_CONSIDER + _compare(comparison, quote, _LABELS)).lstrip("\n")
-
-
-def _thinking_question(comparison: Comparison, quote: Quote) -> str:
-    return _CONSIDER_SHORT + _compare(comparison, quote, _LABELS | {"user": "H", "assistant": "A"})
 
 
 def _compare(comparison: Comparison, quote: Quote, labels: dict[str, str]) -> str:

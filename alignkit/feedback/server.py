@@ -55,12 +55,8 @@ _IN_A_ROW = 3  # requests that fail for good, without one answered between, mean
 _LISTEN_SECONDS = 0.2  # a signal is heard at least this often
 _LAST_SECONDS = 0.5  # what requests under way have to end in after one
 _OPTIONAL = ("seed", "logprobs", "top_logprobs", "temperature", "max_tokens")  # a server may not know them
-_HEADERS = frozenset(
-    {
-        "accept", "connection", "content-length", "content-type", "host", "user-agent",
-        "x-stainless-raw-response",  # the openai client looks for it in what was sent
-    }
-)  # fmt: skip
+# Sent to any host; the openai client looks for the last one in what was sent.
+_HEADERS = {"accept", "connection", "content-length", "content-type", "host", "user-agent", "x-stainless-raw-response"}
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer", Reply, Decision)
 
@@ -111,8 +107,8 @@ def find_key(source: FeedbackModel, *, where: str | None = None, key: str = "jud
 def require_client() -> None:
     """Raise EnvironmentProblem where openai is not installed."""
     if importlib.util.find_spec("openai") is None:
-        what = "a judge or generator with url: needs the openai package"
-        raise EnvironmentProblem(f"{what}; install it with: pip install 'alignkit[judge]'")
+        what = "a judge or generator with url: needs the openai package; install it with: pip install 'alignkit[judge]'"
+        raise EnvironmentProblem(what)
 
 
 class Endpoint:
@@ -170,9 +166,8 @@ class Endpoint:
 
         async def decide(request: Request) -> Decision:
             payload = self._payload(request, request.room, 0.0, closing=request.closing)
-            return await self._ask(
-                payload | (wanted if self._source.logprobs else {}), lambda choice: read(request, choice), Decision
-            )
+            payload |= wanted if self._source.logprobs else {}
+            return await self._ask(payload, lambda choice: read(request, choice), Decision)
 
         def read(request: Request, choice: dict[str, Any]) -> Decision:
             text, _ = cut_at(self._text(choice), () if self._is_chat else request.stops)
@@ -229,8 +224,10 @@ class Endpoint:
                     waiting[loop.create_task(work(items[place]))] = place
                 if not waiting:
                     break
+                # Until one request is done, or now and then to listen; after a signal for all, but no longer.
                 stopped = self._stop.is_set()
-                done = loop.run_until_complete(_wait(waiting, _LAST_SECONDS if stopped else None))
+                seconds, until = (_LAST_SECONDS, "ALL_COMPLETED") if stopped else (_LISTEN_SECONDS, "FIRST_COMPLETED")
+                done, _ = loop.run_until_complete(asyncio.wait(waiting, timeout=seconds, return_when=until))
                 pulse("asking")
                 answers = []
                 for task in done:
@@ -252,7 +249,7 @@ class Endpoint:
         finally:
             for task in waiting:
                 task.cancel()
-            loop.run_until_complete(_wait({*waiting, loop.create_task(client.close())}, 0.2))
+            loop.run_until_complete(asyncio.wait({*waiting, loop.create_task(client.close())}, timeout=0.2))
             loop.close()
         if failure is not None:
             raise failure
@@ -408,13 +405,6 @@ class Endpoint:
         return JudgeError(f"{self.place} refuses the request ({status}): {said}")
 
 
-async def _wait(tasks: Collection[asyncio.Task[Any]], last_seconds: float | None) -> set[asyncio.Task[Any]]:
-    """Wait until one task is done, or now and then to listen; with `last_seconds`, for all of them but no longer."""
-    if last_seconds is None:
-        return (await asyncio.wait(tasks, timeout=_LISTEN_SECONDS, return_when=asyncio.FIRST_COMPLETED))[0]
-    return (await asyncio.wait(tasks, timeout=last_seconds))[0]
-
-
 def _read_reply(body: bytes, read: Callable[[dict[str, Any]], _Answer]) -> tuple[_Answer, str, object]:
     try:
         data = json.loads(body)
@@ -427,11 +417,8 @@ def _read_reply(body: bytes, read: Callable[[dict[str, Any]], _Answer]) -> tuple
         answer = read(choices[0])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise _Malformed(f"a choice with {type(error).__name__}: {str(error)[:80]}") from None
-    return (
-        answer,
-        json.dumps(choices[0].get("message") or choices[0].get("text"), ensure_ascii=False),
-        data.get("usage"),
-    )
+    said = json.dumps(choices[0].get("message") or choices[0].get("text"), ensure_ascii=False)
+    return answer, said, data.get("usage")
 
 
 def _count_tokens(text: str) -> int:

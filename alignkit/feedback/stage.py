@@ -1,4 +1,4 @@
-"""The run of a critique or label stage: its begin and end, models, prompts and rows."""
+"""The run of a critique or label stage: its begin and end, prompts and rows, and the models it asks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from alignkit import console
 from alignkit.data import DataReport, Rejects, Row, Text, find_control_tokens
 from alignkit.data.rows import Message, prompt_key, take_prompt
-from alignkit.errors import DataError, JudgeError
+from alignkit.errors import DataError, JudgeError, UsageError
 from alignkit.feedback.cache import Asker, Store, seed_of
 from alignkit.feedback.prompts import ask_answer
-from alignkit.feedback.sources import open_model
-from alignkit.feedback.writer import Job, Model, Reply, Sampling, how_to_go_on
+from alignkit.feedback.writer import Job, Model, Reply, Sampling, Spending, how_to_go_on
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.recipe.stage import Stage
 from alignkit.report.publish import leave_finished, show
@@ -29,7 +29,7 @@ from alignkit.runs.directory import (
     copy_recipe,
     find_damaged_product,
     write_result,
-)
+)  # fmt: skip
 from alignkit.runs.files import replacing, write_json
 from alignkit.runs.record import JsonLines, git_state, versions
 from alignkit.runs.stop import Stop, stop_between_answers
@@ -53,21 +53,16 @@ class Session:
         return Asker(self.stage.name, self.store, self.stop)
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens sent and received, earlier sittings included."""
-        return sum(record.get("input_tokens", 0) + record.get("output_tokens", 0) for record in self.store.values())
-
-    @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
     def open(self, source: FeedbackModel, by: Collection[str]) -> Model:
         """Open a model with what the askers in `by` have spent on it already."""
-        batch_size: int = self.stage.options.batch_size  # type: ignore[attr-defined]
+        size: int = self.stage.options.batch_size  # type: ignore[attr-defined]
+        device, trust_code = self.stage.launch.device, self.stage.trust_code
         return open_model(
-            source, self.store, by, stop=self.stop, device=self.stage.launch.device, batch_size=batch_size,
-            trust_code=self.stage.trust_code,
-        )  # fmt: skip
+            source, self.store, by, stop=self.stop, device=device, batch_size=size, trust_code=trust_code
+        )
 
     def write_rows(self, rows: Iterable[Mapping[str, Any]], name: str = ROWS) -> int:
         """Replace a file of rows in one step; return how many it holds."""
@@ -142,31 +137,22 @@ def run_work(stage: Stage, run_dir: Path, read: Callable[[Stage], Work], *, allo
 
 def _begin(session: Session, work: Work, note: str) -> None:
     """Write stage.json and say what was read."""
-    stage, run, rejects = session.stage, session.run, work.rejects
-    copy_recipe(run, Path(stage.recipe_path))
+    stage, rejects, num_answers = session.stage, work.rejects, len(session.store)
+    copy_recipe(session.run, Path(stage.recipe_path))
     left = f", {rejects.count} left out (rejects.jsonl)" if rejects.count else ""
-    kept = f", {len(session.store)} answers are there already" if len(session.store) else ""
+    kept = f", {num_answers} answers are there already" if num_answers else ""
     console.note(f"{stage.name}: {note}{left}{kept}")
-    record = {
-        **stage.to_dict(),
-        "fingerprint": dict(work.facts),
-        "data": work.report.to_dict(),
-        "versions": versions(),
-        "git": git_state(Path(stage.recipe_path).resolve().parent),
-    }
-    write_json(run.stage, record)
+    record = {"fingerprint": dict(work.facts), "data": work.report.to_dict(), "versions": versions(),
+              "git": git_state(Path(stage.recipe_path).resolve().parent)}  # fmt: skip
+    write_json(session.run.stage, stage.to_dict() | record)
 
 
 def _write(session: Session, work: Work, *, complete: bool) -> dict[str, Any]:
     """Write rows and report.json, and rejects.jsonl where rows were left out."""
-    report = work.write(complete=complete)
-    report = {
-        "complete": complete,
-        **report,
-        "left_out": work.rejects.count,
-        "tokens": session.num_tokens,
-        "seconds": round(session.seconds, 3),
-    }
+    report = {"complete": complete, **work.write(complete=complete), "left_out": work.rejects.count}
+    # Sent and received, earlier sittings included.
+    counts = (each.get("input_tokens", 0) + each.get("output_tokens", 0) for each in session.store.values())
+    report |= {"tokens": sum(counts), "seconds": round(session.seconds, 3)}
     write_json(session.run.path / REPORT, report)
     work.rejects.write(session.run.rejects)
     return report
@@ -175,15 +161,9 @@ def _write(session: Session, work: Work, *, complete: bool) -> dict[str, Any]:
 def _finish(session: Session, report: Mapping[str, Any], metrics: Mapping[str, float]) -> Result:
     run, seconds, tokens = session.run, session.seconds, report["tokens"]
     result = Result(
-        stage=session.stage.name,
-        status="finished",
-        step=report["rows"],
-        model_dir="",
-        metrics=dict(metrics),
-        tokens=tokens,
-        wall_seconds=round(seconds, 3),
-        tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
-    )
+        stage=session.stage.name, status="finished", step=report["rows"], model_dir="", metrics=dict(metrics),
+        tokens=tokens, wall_seconds=round(seconds, 3), tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
+    )  # fmt: skip
     write_result(run, result.to_dict(), [run.path / name for name in (ROWS, LABELS, REPORT)])
     show(run)
     return result
@@ -252,3 +232,73 @@ def make_answer(prompt: Text, answer: str) -> Text:
     if not isinstance(prompt, str):
         return [Message(role="assistant", content=answer)]
     return f" {answer}" if prompt.startswith("\n\nHuman:") else answer
+
+
+# The models that a recipe names to write or judge.
+
+
+def open_model(
+    source: FeedbackModel, store: Store, by: Collection[str], *, stop: Stop, device: str, batch_size: int,
+    trust_code: bool,
+) -> Model:  # fmt: skip
+    """Open the model a source names, with what the askers in `by` have spent on it already.
+
+    Raises ModelError for weights that cannot be used, EnvironmentProblem for a package that is missing.
+    """
+    if source.url is not None:
+        from alignkit.feedback.server import Endpoint
+
+        spending = Spending(source)
+        for record in store.values():
+            if record.get("by") in by:
+                spending.add_record(record)
+        return Endpoint(source, spending=spending, stop=stop.event)
+    assert source.model is not None
+    from alignkit.feedback.local import LocalModel, VllmModel
+
+    if source.engine == "vllm":
+        return VllmModel(source.model, stop=stop.event, trust_code=trust_code)
+    return LocalModel(source.model, device=device, batch_size=batch_size, trust_code=trust_code, stop=stop.event)
+
+
+def own_model(stage: Stage) -> FeedbackModel:
+    """The model a stage starts from, as a source."""
+    return FeedbackModel(model=stage.start_dir or stage.model.path)
+
+
+def speaks_chat(source: FeedbackModel) -> bool:
+    """Tell whether a source is asked in turns of a chat: a server's chat API, or a model with a chat template."""
+    if source.model is None:
+        return source.api == "chat"
+    from alignkit.models.frozen import load_tokenizer_of
+
+    return load_tokenizer_of(source.model).chat_template is not None
+
+
+def describe_source(source: FeedbackModel) -> dict[str, Any]:
+    """Describe what decides a source's answers, for the run's fingerprint: not how fast or how often it is asked."""
+    if source.model is not None:
+        from alignkit.models.frozen import fingerprint_causal
+
+        return {"model": fingerprint_causal(source.model), "engine": source.engine}
+    if source.url is not None:
+        return {"url": source.url, "name": source.name, "api": source.api, "logprobs": source.logprobs}
+    return {"replay": fingerprint_file(str(source.replay))}
+
+
+def fingerprint_file(path: str) -> str:
+    """Hash the bytes of a file; raises UsageError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=path) from None
+
+
+def describe_model(model: FeedbackModel, stage: Stage) -> str:
+    """Say in words what answers or judges; of an address only its host."""
+    if model.url is not None:
+        return f"{model.name} at {urlsplit(model.url).netloc}"
+    if model.replay is not None:
+        return f"the labels of {model.replay}"
+    return stage.source_stages.get(str(model.model), str(model.model))

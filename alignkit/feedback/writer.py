@@ -166,12 +166,9 @@ class Spending:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "requests": self.requests,
-            "retries": dict(self.retries),
-            "input_tokens": self.input_tokens,
-            "output_tokens": self.output_tokens,
-            "cost": None if self._source.price is None else self.cost,
-        }
+            "requests": self.requests, "retries": dict(self.retries), "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens, "cost": None if self._source.price is None else self.cost,
+        }  # fmt: skip
 
     def _cost(self, input_tokens: float, output_tokens: float) -> float:
         price = self._source.price

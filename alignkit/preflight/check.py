@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from alignkit.errors import AlignKitError, EnvironmentProblem, Problem, UsageError
 from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.server import find_key
-from alignkit.feedback.sources import describe_model
+from alignkit.feedback.stage import describe_model
 from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.preflight.doctor import Table, require_versions, try_quantization
 from alignkit.preflight.requirements import (

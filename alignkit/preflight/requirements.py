@@ -18,8 +18,7 @@ from typing import Literal
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.sources import Located, locate
 from alignkit.errors import DataError, EnvironmentProblem, ModelError, Problem, RecipeError, RunError, UsageError
-from alignkit.feedback.constitution import load_constitution
-from alignkit.feedback.examples import load_examples
+from alignkit.feedback.constitution import load_constitution, load_examples
 from alignkit.feedback.server import find_key
 from alignkit.models.files import TEMPLATES, ModelFiles, find_model_dir, inspect_model_dir, require_available
 from alignkit.preflight.doctor import require_versions

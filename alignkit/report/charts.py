@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
@@ -70,8 +71,9 @@ class _Frame(NamedTuple):
 
 
 def _tag(name: str, content: Any = "", **attributes: Any) -> Markup:
-    """Make an SVG element; every text is escaped, and `class_` and the like lose their last character."""
-    said = Markup("").join(Markup(' {}="{}"').format(key.rstrip("_"), value) for key, value in attributes.items())
+    """Make an SVG element; every text is escaped, `_` is `-` in a name, and `class_` loses its last character."""
+    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
+    said = Markup("").join(Markup(' {}="{}"').format(*pair) for pair in pairs)
     return Markup("<{}{}>{}</{}>").format(Markup(name), said, content, Markup(name))
 
 
@@ -81,15 +83,9 @@ def colour(number: int) -> int:
 
 
 def draw_lines(
-    lines: Sequence[Line],
-    *,
-    title: str,
-    x_label: str = "step",
-    marks: Sequence[float] = (),
-    in_order: bool = True,
-    height: int = HEIGHT,
-    first_colour: int = 1,
-) -> Markup:
+    lines: Sequence[Line], *, title: str, x_label: str = "step", marks: Sequence[float] = (), in_order: bool = True,
+    height: int = HEIGHT, first_colour: int = 1,
+) -> Markup:  # fmt: skip
     """Draw lines over one x axis; `marks` are values that get a dashed line across. Empty where nothing is finite.
 
     Values that are not finite leave a gap. With `in_order` false the points are a path, drawn as they come.
@@ -106,34 +102,30 @@ def draw_lines(
     told, said = [], []
     for number, (line, points) in enumerate(zip(lines, series, strict=True)):
         body += _draw_line(frame, points, line.style, colour(number + first_colour))
+        named = [(point, f"{point.label}: " if point.label else "") for point in points if point.is_drawn]
         told.append({"label": line.label, "points": [
-            [frame.x(point.x), frame.y(point.y), figure(point.x),
-             (f"{point.label}: " if point.label else "") + figure(point.y)]
-            for point in points if point.is_drawn
+            [frame.x(point.x), frame.y(point.y), figure(point.x), name + figure(point.y)] for point, name in named
         ]})  # fmt: skip
         if finite := [point[1] for point in line.points if math.isfinite(point[1])]:
             said.append(f"{line.label or title} from {figure(finite[0])} to {figure(finite[-1])}")
-    attributes = {
-        "class": "chart", "viewBox": f"0 0 {WIDTH} {height}", "role": "img",
-        "aria-label": f"{title}: {'; '.join(said)}", "data-x": x_label,
-        "data-series": json.dumps(told, ensure_ascii=False, separators=(",", ":")),
-    }  # fmt: skip
-    return _tag("svg", Markup("").join(body), **attributes)
+    return _tag(
+        "svg", Markup("").join(body), class_="chart", viewBox=f"0 0 {WIDTH} {height}", role="img",
+        aria_label=f"{title}: {'; '.join(said)}", data_x=x_label,
+        data_series=json.dumps(told, ensure_ascii=False, separators=(",", ":")),
+    )  # fmt: skip
 
 
 def _condense(points: list[Point]) -> list[Point]:
     """Put means with the range of what each stands for in place of more points than there are pixels."""
     size = math.ceil(len(points) / _MAX_POINTS)
-    if size < 2:
-        return points
     found = []
-    for start in range(0, len(points), size):
+    for start in range(0, len(points), size) if size > 1 else ():
         group = points[start : start + size]
         values = [point.y for point in group if abs(point.y) < 1e150]
         mean = sum(values) / len(values) if values else math.nan
         x = sum(point.x for point in group) / len(group)
         found.append(Point(x, mean, min(values, default=mean), max(values, default=mean)))
-    return found
+    return found or points
 
 
 def _fit(known: Sequence[Point], marks: Sequence[float], height: float) -> _Frame:
@@ -157,44 +149,42 @@ def _draw_axes(frame: _Frame, x_label: str) -> Iterator[Markup]:
         y = frame.y(tick)
         yield _tag("line", class_="grid", x1=_LEFT, x2=end, y1=y, y2=y)
         yield _tag("text", tick_text(tick, ticks), class_="tick", x=_LEFT - 6, y=y + 3.5)
-    ticks = nice_ticks(frame.left, frame.right)
-    below = [(frame.x(tick), frame.height - 7, tick_text(tick, ticks)) for tick in ticks]
     yield _tag("line", class_="axis", x1=_LEFT, x2=end, y1=floor, y2=floor)
-    for x, y, text in below:
-        anchor = "end" if x > WIDTH - 30 else "middle"
-        yield _tag("text", text, class_="tick below", **{"text-anchor": anchor}, x=min(x, WIDTH - 2), y=y)
+    ticks = nice_ticks(frame.left, frame.right)
+    for x, tick in ((frame.x(tick), tick) for tick in ticks):
+        place = {"text_anchor": "end" if x > WIDTH - 30 else "middle", "x": min(x, WIDTH - 2), "y": frame.height - 7}
+        yield _tag("text", tick_text(tick, ticks), class_="tick below", **place)
     if x_label:
-        yield _tag("text", x_label, class_="tick below", **{"text-anchor": "end"}, x=end, y=floor - 5)
+        yield _tag("text", x_label, class_="tick below", text_anchor="end", x=end, y=floor - 5)
 
 
 def _draw_line(frame: _Frame, points: Sequence[Point], style: str, colour: int) -> Iterator[Markup]:
     drawn = [point for point in points if point.is_drawn]
-    pieces: list[list[Point]] = [[]]  # between gaps
-    for point in points if style != "bars" else ():
-        if point.is_drawn:
-            pieces[-1].append(point)
-        else:
-            pieces.append([])
-    for point in drawn if style == "bars" else ():
-        left, right, low, high = point.ends()
-        x, y = frame.x(point.x), frame.y(point.y)
-        path = f"M{frame.x(left)} {y}H{frame.x(right)}M{x} {frame.y(low)}V{frame.y(high)}"
-        yield _tag("path", class_=f"span c{colour}", d=path)
 
     def path_of(places: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in places)
 
-    for piece in filter(None, pieces):
-        ends = [(point.x, *point.ends()[2:]) for point in piece]
-        if any(high > low for _, low, high in ends):
-            edge = [(x, high) for x, _, high in ends] + [(x, low) for x, low, _ in reversed(ends)]
-            yield _tag("polygon", class_=f"band c{colour}", points=path_of(edge))
-        yield _tag("polyline", class_=f"line c{colour}", points=path_of([(point.x, point.y) for point in piece]))
+    if style == "bars":
+        for point in drawn:
+            left, right, low, high = point.ends()
+            path = f"M{frame.x(left)} {frame.y(point.y)}H{frame.x(right)}"
+            path += f"M{frame.x(point.x)} {frame.y(low)}V{frame.y(high)}"
+            yield _tag("path", class_=f"span c{colour}", d=path)
+    else:
+        for is_drawn, group in groupby(points, key=lambda point: point.is_drawn):  # between gaps
+            ends = [(point, *point.ends()[2:]) for point in group if is_drawn]
+            if any(high > low for _, low, high in ends):
+                edge = [(point.x, high) for point, _, high in ends]
+                edge += [(point.x, low) for point, low, _ in reversed(ends)]
+                yield _tag("polygon", class_=f"band c{colour}", points=path_of(edge))
+            if ends:
+                path = path_of([(point.x, point.y) for point, _, _ in ends])
+                yield _tag("polyline", class_=f"line c{colour}", points=path)
     all_dots = style in ("dots", "bars") or len(points) < 3
     for point in drawn if all_dots else drawn[-1:] if style == "line" else ():
         title = _tag("title", point.label) if point.label else ""
-        place = {"cx": frame.x(point.x), "cy": frame.y(point.y), "r": 2.6 if all_dots else 3}
-        yield _tag("circle", title, class_=f"dot c{colour}", **place)
+        x, y, r = frame.x(point.x), frame.y(point.y), 2.6 if all_dots else 3
+        yield _tag("circle", title, class_=f"dot c{colour}", cx=x, cy=y, r=r)
 
 
 def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -270,17 +260,17 @@ def draw_curves(run: Facts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     """
     main, used = list[dict[str, Any]](), set[str]()
     for plan in _PLANS:
-        if plan.methods and run.method not in plan.methods or used & plan.metrics.keys():
+        if (plan.methods and run.method not in plan.methods) or used & plan.metrics.keys():
             continue
         if chart := _draw_plan(run, plan):
-            main += chart
+            main.append(chart)
             used |= plan.metrics.keys()
             main += _draw_against_kl(run) if "objective/kl" in plan.metrics else ()
     rest = [_draw_plan(run, _Plan(name, "", {name: "training"})) for name in run.metric_names() if name not in used]
-    return main, [chart for charts in rest for chart in charts]
+    return main, [chart for chart in rest if chart]
 
 
-def _draw_plan(run: Facts, plan: _Plan) -> list[dict[str, Any]]:
+def _draw_plan(run: Facts, plan: _Plan) -> dict[str, Any] | None:
     lines = []
     for metric, label in plan.metrics.items():
         if points := run.series(metric):
@@ -288,11 +278,8 @@ def _draw_plan(run: Facts, plan: _Plan) -> list[dict[str, Any]]:
         if points := run.series(f"eval_{metric}"):
             lines.append(Line("held out" if len(plan.metrics) == 1 else f"{label}, held out", points, style="dots"))
     if not any(len(line.points) > 1 for line in lines):
-        return []
-    svg = draw_lines(lines, title=plan.title, marks=plan.marks)
-    legend = [line.label for line in lines] if len(lines) > 1 else []
-    last = figure(lines[0].points[-1][1])
-    return [{"title": plan.title, "note": plan.note, "svg": svg, "legend": legend, "last": last}]
+        return None
+    return _describe(lines, plan.title, plan.note, marks=plan.marks)
 
 
 def _draw_against_kl(run: Facts) -> Iterator[dict[str, Any]]:
@@ -301,7 +288,11 @@ def _draw_against_kl(run: Facts) -> Iterator[dict[str, Any]]:
     for metric, name in (("reward", "Reward"), ("gold", "Gold reward")):
         points = [(distance[step], value) for step, value in run.series(metric) if step in distance]
         if len(points) > 1:
-            title, line = f"{name} against \u221aKL", Line("", points, style="dots")
-            svg = draw_lines([line], title=title, x_label="\u221aKL", in_order=False)
-            last, note = figure(points[-1][1]), "one dot per rollout, in order"
-            yield {"title": title, "note": note, "svg": svg, "legend": [], "last": last}
+            lines, note = [Line("", points, style="dots")], "one dot per rollout, in order"
+            yield _describe(lines, f"{name} against \u221aKL", note, x_label="\u221aKL", in_order=False)
+
+
+def _describe(lines: Sequence[Line], title: str, note: str, **how: Any) -> dict[str, Any]:
+    legend = [line.label for line in lines] if len(lines) > 1 else []
+    svg, last = draw_lines(lines, title=title, **how), figure(lines[0].points[-1][1])
+    return {"title": title, "note": note, "svg": svg, "legend": legend, "last": last}

@@ -55,7 +55,7 @@ def compare_runs(first: Path, second: Path) -> Difference:
     one, other = (read_json(RunDir(path).stage) for path in (first, second))
     # That the methods differ says it all: TRL's fields that only one of them has are left out.
     of_both = {f"trl.{key}" for key in (one.get("trl") or {}).keys() & (other.get("trl") or {}).keys()}
-    settings = _differing(_settings(one), _settings(other))
+    settings = _pair(_settings(one), _settings(other))
     names = [
         str(path) if len(str(path)) <= 40 else f"{stage.get('recipe')}/{stage.get('stage')}"
         for path, stage in ((first, one), (second, other))
@@ -63,18 +63,16 @@ def compare_runs(first: Path, second: Path) -> Difference:
     return Difference(
         runs=(names[0], names[1]),
         settings={key: pair for key, pair in settings.items() if not key.startswith("trl.") or key in of_both},
-        data=_differing(_data(one), _data(other)),
-        versions=_differing(_versions(one), _versions(other)),
-        metrics=_pair(_metrics(RunDir(first)), _metrics(RunDir(second))),
+        data=_pair(_data(one), _data(other)),
+        versions=_pair(*({**(each.get("versions") or {}), "git": (each.get("git") or {}).get("commit")}
+                         for each in (one, other))),
+        metrics=_pair(_metrics(RunDir(first)), _metrics(RunDir(second)), equal=True),
     )
 
 
-def _pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> Pairs:
-    return {key: (first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
-
-
-def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> Pairs:
-    return {key: (a, b) for key, (a, b) in _pair(first, second).items() if a != b}
+def _pair(first: Mapping[str, Any], second: Mapping[str, Any], *, equal: bool = False) -> Pairs:
+    pairs = {key: (first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
+    return {key: (a, b) for key, (a, b) in pairs.items() if equal or a != b}
 
 
 def _settings(stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,17 +87,10 @@ def _settings(stage: Mapping[str, Any]) -> dict[str, Any]:
 def _data(stage: Mapping[str, Any]) -> dict[str, Any]:
     reports, prints = stage.get("data") or {}, stage.get("fingerprint") or {}
     parts = {"train": reports} if "fingerprint" in reports else reports
-    found: dict[str, Any] = {
-        part: {key: report[key] for key in _DATA if key in report}
-        for part, report in parts.items()
-        if isinstance(report, dict)
-    }
+    found: dict[str, Any] = {part: {key: report[key] for key in _DATA if key in report}
+                             for part, report in parts.items() if isinstance(report, dict)}  # fmt: skip
     found |= {key: prints[key] for key in prints if "." not in key and key not in ("seed", "start", "method")}
     return _flatten(found)
-
-
-def _versions(stage: Mapping[str, Any]) -> dict[str, Any]:
-    return {**(stage.get("versions") or {}), "git": (stage.get("git") or {}).get("commit")}
 
 
 def _metrics(run: RunDir) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,24 +60,25 @@ _OF_THE_RUN = frozenset({"beta", "reference", "against", "kl"})
 
 def list_figures(run: Facts) -> list[dict[str, Any]]:
     """List the results of eval.json, then what report.json of a label stage says of its judge in the same form."""
-    return [*run.evaluation.get("results", []), *_list_judge_figures(run.feedback)]
-
-
-def _list_judge_figures(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    found, report = list(run.evaluation.get("results", [])), run.feedback
     shares = {"unit": "share", "better": "", "data": "labels"}
     for name in ("order_agreement", "picks_first_place", "length_bias", "agreement_between_principles"):
         if (value := report.get(name)) and value.get("n", 1):
-            yield {**shares, **value, "metric": name, "value": value["share"]}
+            found.append({**shares, **value, "metric": name, "value": value["share"]})
     check = report.get("check") or {}
     if check.get("accuracy") is not None:
         shares |= {"data": "comparisons with known answers", "n": check["n"] - check["abstained"]}
-        ends = {key: check.get(key) for key in ("low", "high")}
-        yield {**shares, **ends, "metric": "judge_accuracy", "value": check["accuracy"], "better": "higher"}
-        yield {**shares, "metric": "pair_accuracy_longer", "value": check["longer_is_better"], "n": check["n"]}
+        ends = {"low": check.get("low"), "high": check.get("high"), "better": "higher"}
+        found += [
+            {**shares, **ends, "metric": "judge_accuracy", "value": check["accuracy"]},
+            {**shares, "metric": "pair_accuracy_longer", "value": check["longer_is_better"], "n": check["n"]},
+        ]
         if check.get("order_agreement") is not None:
-            yield {**shares, "metric": "order_agreement", "value": check["order_agreement"]}
-        yield {**shares, "metric": "calibration_error", "value": check["ece"], "better": "lower",
-               "details": check.get("bins") or []}  # fmt: skip
+            found.append({**shares, "metric": "order_agreement", "value": check["order_agreement"]})
+        bins = check.get("bins") or []
+        found.append({**shares, "metric": "calibration_error", "value": check["ece"], "better": "lower",
+                      "details": bins})  # fmt: skip
+    return found
 
 
 def tabulate(runs: Sequence[Facts]) -> list[dict[str, Any]]:
@@ -98,10 +99,16 @@ def tabulate(runs: Sequence[Facts]) -> list[dict[str, Any]]:
     rows = []
     for members in groups.values():
         members.sort(key=lambda member: member[1].get("slice") is not None)
-        scale = _scale([result for _, result, _ in members])
+        ends = [_ends(result) for _, result, _ in members]
+        known = [value for each in ends for value in each if value is not None]
+        left, right = min(min(known, default=0.0) * 1.15, 0.0), max(max(known, default=1.0) * 1.15, 0.0) or 1.0
+        if all(result.get("unit") == "share" for _, result, _ in members):
+            left, right = 0.0, 1.0
         above: str | None = None
         for run, result, data in members:
-            rows.append(_make_row(result, run.name if several else "", scale, data, above))
+            row = _make_row(result, left, right)
+            rows.append(row | {"run": run.name if several else "", "data": data, "first": above is None,
+                               "says_data": data != above})  # fmt: skip
             above = data
     return rows
 
@@ -112,43 +119,35 @@ def _group(result: Mapping[str, Any]) -> tuple[str, ...]:
     return str(result.get("metric")), str(result.get("data")), str(settings)
 
 
-def _make_row(
-    result: Mapping[str, Any], run: str, scale: tuple[float, float], data: str, above: str | None
-) -> dict[str, Any]:
-    metric, unit = str(result.get("metric")), str(result.get("unit") or "")
-    value, low, high = (_number(result.get(key)) for key in ("value", "low", "high"))
+def _make_row(result: Mapping[str, Any], left: float, right: float) -> dict[str, Any]:
+    """Write a result as texts; `left` and `right` are the ends of the axis that all rows of its metric share."""
+    metric, unit, n = str(result.get("metric")), str(result.get("unit") or ""), result.get("n")
+    value, low, high = _ends(result)
 
     def show(number: float | None) -> str:
         return share(number) if unit == "share" else figure(number, 3)
 
-    left, right = scale
     bar: dict[str, float] = {}
     if value is not None and 0 < right - left < math.inf:
         mark = 0.5 if metric in _COIN_TOSS else 0.0
         places = {"value": value, "low": low, "high": high, "mark": mark if left <= mark <= right else None}
         bar = {name: round(100 * (at - left) / (right - left), 1) for name, at in places.items() if at is not None}
-    n = result.get("n")
     return {
         "name": NAMES.get(metric, f"Reward by {metric[7:]}" if metric.startswith("reward/") else metric),
         "better": {"higher": "\u2191", "lower": "\u2193"}.get(str(result.get("better")), ""),
-        "slice": str(result.get("slice") or ""), "run": run, "value": show(value), "bar": bar, "data": data,
+        "slice": str(result.get("slice") or ""), "value": show(value), "bar": bar,
         "exact": "" if value is None else repr(value),
         "interval": "" if low is None or high is None else f"{show(low)} to {show(high)}",
         "n": figure(n) if isinstance(n, int | float) else "",
         "unit": {"share": "", "x 100": "\u00d7 100"}.get(unit, unit),
         "settings": ", ".join(f"{key}: {item}" for key, item in (result.get("settings") or {}).items()),
-        "first": above is None, "says_data": data != above,
     }  # fmt: skip
 
 
-def _scale(results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Find the ends of the axis that all rows of one metric share."""
-    if all(result.get("unit") == "share" for result in results):
-        return 0.0, 1.0
-    values = [_number(result.get(key)) for result in results for key in ("value", "low", "high")]
-    known = [value for value in values if value is not None]
-    low, high = min(known, default=0.0), max(known, default=1.0)
-    return min(low * 1.15, 0.0), max(high * 1.15, 0.0) or 1.0
+def _ends(result: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
+    """Read the value of a result and the ends of its interval, each None where it is no finite number."""
+    value, low, high = (_number(result.get(key)) for key in ("value", "low", "high"))
+    return value, low, high
 
 
 def _number(value: Any) -> float | None:
@@ -181,13 +180,13 @@ def name_all_data(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def draw_calibration(run: Facts) -> Markup:
     """Draw accuracy against confidence of the bins behind a calibration error; empty without them."""
     for result in list_figures(run):
-        if result.get("metric") == "calibration_error":
-            bins = [(_number(each.get("confidence")), _number(each.get("accuracy"))) for each in _details(result)]
-            points = [(x, y) for x, y in bins if x is not None and y is not None]
-            if len(points) > 1:
-                low = min(x for x, _ in points)
-                lines = [Line("measured", points, style="dots"), Line("perfect", [(low, low), (1.0, 1.0)])]
-                return draw_lines(lines, title="Calibration", x_label="confidence")
+        bins = _details(result) if result.get("metric") == "calibration_error" else []
+        numbers = [(_number(each.get("confidence")), _number(each.get("accuracy"))) for each in bins]
+        points = [(x, y) for x, y in numbers if x is not None and y is not None]
+        if len(points) > 1:
+            low = min(x for x, _ in points)
+            lines = [Line("measured", points, style="dots"), Line("perfect", [(low, low), (1.0, 1.0)])]
+            return draw_lines(lines, title="Calibration", x_label="confidence")
     return Markup("")
 
 

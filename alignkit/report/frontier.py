@@ -7,7 +7,7 @@ policies and best-of-N on the same prompts in the same way, are put side by side
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,9 @@ class Frontier:
     points: list[Point] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # runs that were measured otherwise
 
+    def __post_init__(self) -> None:
+        self.reach = max(optimum.kl for optimum in self.optima)  # the largest KL at which it was estimated itself
+
     def touching(self, kl: float) -> Optimum:
         """Find the optimum whose line value + beta KL is lowest at this KL; each line is above every policy."""
         return min(self.optima, key=lambda optimum: optimum.value.value + optimum.beta * kl)
@@ -91,13 +94,7 @@ class Frontier:
     def bound(self, kl: float) -> Estimate:
         """Find the most reward at this KL: between two betas a little above the optimum, beyond the last its line."""
         best = self.touching(kl)
-        shift, value = best.beta * kl, best.value
-        return Estimate(value.value + shift, value.low + shift, value.high + shift)
-
-    @property
-    def reach(self) -> float:
-        """The largest KL at which the optimum itself was estimated."""
-        return max(optimum.kl for optimum in self.optima)
+        return Estimate(*(end + best.beta * kl for end in (best.value.value, best.value.low, best.value.high)))
 
     @property
     def right(self) -> float:
@@ -109,12 +106,12 @@ class Frontier:
     def series(self) -> list[str]:
         return list(dict.fromkeys(point.series for point in self.points))
 
-    def place(self, run: str, series: str, label: str, kl: Estimate, reward: Estimate) -> Point:
-        """Find where a policy lies."""
+    def place(self, run: str, series: str, label: str, kl: Estimate, reward: Estimate) -> None:
+        """Add a policy."""
         bound = self.bound(kl.value)
         gap, slope = bound.value - reward.value, self.touching(kl.value).beta
         half = math.hypot(reward.half, bound.half, slope * kl.half)
-        return Point(run, series, label, kl, reward, bound, Estimate(gap, gap - half, gap + half))
+        self.points.append(Point(run, series, label, kl, reward, bound, Estimate(gap, gap - half, gap + half)))
 
     def to_dict(self) -> dict[str, Any]:
         """Make plain data, as frontier.json holds it."""
@@ -123,18 +120,13 @@ class Frontier:
 
 def read_frontiers(runs: Sequence[Facts]) -> list[Frontier]:
     """Read a frontier for each optimum that the evaluations of these runs hold; mostly there is none or one."""
-    found = [
-        _read(run, start, runs)
-        for run in runs
-        for start in run.evaluation.get("results", [])
-        if start.get("metric") == "reference_reward"
-    ]
+    starts = [(run, start) for run in runs for start in run.evaluation.get("results", [])]
+    found = [_read(run, start, runs) for run, start in starts if start.get("metric") == "reference_reward"]
     return [frontier for frontier in found if frontier is not None]
 
 
 def _read(reference: Facts, start: dict[str, Any], runs: Sequence[Facts]) -> Frontier | None:
-    begin = _estimate(start)
-    optima = []
+    begin, settings, optima = _estimate(start), start["settings"], []
     for each in start.get("details") or []:
         value, (beta, kl, reward, effective) = _estimate(each), map(each.get, ("beta", "kl", "reward", "effective"))
         if value is not None and all(isinstance(number, int | float) for number in (beta, kl, reward, effective)):
@@ -142,22 +134,27 @@ def _read(reference: Facts, start: dict[str, Any], runs: Sequence[Facts]) -> Fro
     if begin is None or not optima:
         return None
     optima.sort(key=lambda optimum: -optimum.beta)
-    settings = {**start["settings"], "prompts": start.get("n")}
-    frontier = Frontier(
-        reference.name, str(start["settings"].get("reward")), str(start["data"]), settings, begin, optima
-    )
-    for run in runs:
-        if _starts_from(run, reference):
-            if (point := _read_policy(run, start, frontier)) is not None:
-                frontier.points.append(point)
-            elif run.evaluation:
-                frontier.left_out.append(run.name)
+    name, settings = str(settings.get("reward")), {**settings, "prompts": start.get("n")}
+    frontier = Frontier(reference.name, name, str(start["data"]), settings, begin, optima)
+    metric = name if name == "true_reward" else f"reward/{name}"
+    for run in (run for run in runs if _starts_from(run, reference)):
+        found = {each.get("metric"): _estimate(each) for each in _alike(run, start, _SAME) if each.get("slice") is None}
+        kl, reward = found.get("kl"), found.get(metric)
+        if kl is not None and reward is not None:
+            frontier.place(run.name, *_name(run), kl, reward)
+        elif run.evaluation:
+            frontier.left_out.append(run.name)
     # A series is called by its method alone where no other series has that method.
     methods = [series.split(",")[0] for series in frontier.series]
     for number, point in enumerate(frontier.points):
         if methods.count(method := point.series.split(",")[0]) == 1:
             frontier.points[number] = replace(point, series=method)
-    frontier.points += _read_best_of(reference, start, frontier)
+    best_of = _alike(reference, start, (*_SAME, "reward", "answers"))
+    kls = {each.get("slice"): _estimate(each) for each in best_of if each.get("metric") == "best_of_n_kl"}
+    for each in best_of:
+        reward, kl = _estimate(each), kls.get(each.get("slice"))
+        if each.get("metric") == "best_of_n" and reward is not None and kl is not None:
+            frontier.place("", "best of N", str(each["slice"]).removeprefix("N="), kl, reward)
     frontier.points.sort(key=lambda point: (point.series, point.kl.value))
     return frontier
 
@@ -171,27 +168,13 @@ def _starts_from(run: Facts, reference: Facts) -> bool:
     return run.method in _METHODS and run.stage.get("start_stage") == reference.name
 
 
-def _read_policy(run: Facts, start: Mapping[str, Any], frontier: Frontier) -> Point | None:
-    """Find where a policy lies; None when it was not measured on the prompts of the optimum in the same way."""
-    name = frontier.reward_name
-    metric = name if name == "true_reward" else f"reward/{name}"
-    found = {
-        result.get("metric"): _estimate(result)
-        for result in run.evaluation.get("results", [])
-        if result.get("slice") is None and _alike(result, start, _SAME)
-    }
-    kl, reward = found.get("kl"), found.get(metric)
-    return None if kl is None or reward is None else frontier.place(run.name, *_name(run), kl, reward)
-
-
-def _read_best_of(reference: Facts, start: Mapping[str, Any], frontier: Frontier) -> Iterator[Point]:
-    results = reference.evaluation.get("results", [])
-    same = [each for each in results if _alike(each, start, (*_SAME, "reward", "answers"))]
-    kls = {each.get("slice"): _estimate(each) for each in same if each.get("metric") == "best_of_n_kl"}
-    for result in same:
-        reward, kl = _estimate(result), kls.get(result.get("slice"))
-        if result.get("metric") == "best_of_n" and reward is not None and kl is not None:
-            yield frontier.place("", "best of N", str(result["slice"]).removeprefix("N="), kl, reward)
+def _alike(run: Facts, start: Mapping[str, Any], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """List the figures of a run that are of the same data as `start`, and agree with it in these settings."""
+    wanted = [start.get("data"), *((start.get("settings") or {}).get(key) for key in keys)]
+    return [
+        each for each in run.evaluation.get("results", [])
+        if [each.get("data"), *((each.get("settings") or {}).get(key) for key in keys)] == wanted
+    ]  # fmt: skip
 
 
 def _name(run: Facts) -> tuple[str, str]:
@@ -214,12 +197,6 @@ def _name(run: Facts) -> tuple[str, str]:
     if options.get("kl_target") is not None:
         return series, f"target {options['kl_target']:g}"
     return series, f"{strength:g}" if isinstance(strength, int | float) else run.name
-
-
-def _alike(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]) -> bool:
-    """Tell whether two figures are of the same data, and agree in these settings."""
-    ours, theirs = one.get("settings") or {}, other.get("settings") or {}
-    return one.get("data") == other.get("data") and all(ours.get(key) == theirs.get(key) for key in keys)
 
 
 def _estimate(result: Mapping[str, Any]) -> Estimate | None:

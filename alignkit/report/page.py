@@ -66,10 +66,7 @@ def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out:
         ("stages", len(ordered) + len(waiting)),
         ("warning" if num_warnings == 1 else "warnings", num_warnings),
     ]
-    page = _render(
-        "recipe", title=name, runs=ordered, waiting=waiting, frontiers=found, tiles=tiles,
-        num_stages=len(ordered) + len(waiting), num_finished=sum(run.is_finished for run in ordered),
-    )  # fmt: skip
+    page = _render("recipe", title=name, runs=ordered, waiting=waiting, frontiers=found, tiles=tiles)
     _write(page, out)
     if found:
         write_json(out.with_name("frontier.json"), {"schema": 1, "frontiers": [each.to_dict() for each in found]})
@@ -84,7 +81,6 @@ def write_preview(preview: dict[str, Any], out: Path) -> Path:
 
 
 def render_run(run: Facts) -> str:
-    """Render the page of one run."""
     recipe = str(run.stage.get("recipe", ""))
     return _render("run", title=f"{recipe} / {run.name}" if recipe else run.name, run=run, recipe_name=recipe)
 

@@ -1,24 +1,43 @@
-"""The page and the model card of a run that has ended; `alignkit report` makes them again, and pushes on request."""
+"""The page and the model card of a run that has ended, and the upload of its model to the Hugging Face hub.
+
+What leaves the machine is listed, searched for secrets and stripped of its paths first: weights, tokenizer, template,
+configuration and the card; never checkpoints, optimizer states, rows of the data or the report. A local model or file
+is told by its last name only.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from alignkit import console
-from alignkit.errors import DiskError, RunError, UsageError, first_line
+from alignkit import __version__, console
+from alignkit.errors import DiskError, EnvironmentProblem, Problem, RunError, UsageError, first_line
+from alignkit.report import sections
+from alignkit.report.evaluation import tabulate
+from alignkit.report.facts import Facts, read_facts
+from alignkit.report.text import count, figure
 from alignkit.runs.directory import CARD, Result, RunDir, find_damaged_product, read_result
-from alignkit.runs.files import write_text
+from alignkit.runs.files import describe_bytes, read_json, write_text
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DATA_FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|yaml)", re.IGNORECASE)
+_PATH = re.compile(r"(?:~|\.{0,2})(?:/[^\s/:,;'\"()]+){2,}/?|(?<![\w/.-])(?:[\w.-]+/){2,}[\w.-]+")
+_SENT = (".safetensors", ".json", ".jinja", ".model", ".txt")
+_RECORD = "alignkit.json"
+_VOCABULARY = frozenset({"tokenizer.json", "vocab.json", "merges.txt"})  # any text may be in a vocabulary
 _Page = TypeVar("_Page")
 
 
 def show(run: RunDir) -> None:
     """Write page and card of a run that has ended; neither can fail it."""
-    from alignkit.report.card import write_card
     from alignkit.report.page import write_report
 
     attempt("model card", run.path, lambda: write_card(run.path))
@@ -52,13 +71,9 @@ def leave_finished(run: RunDir) -> Result:
 
 
 def publish(
-    target: Path,
-    *,
-    stages: Sequence[tuple[str, Path]] | None = None,
-    out: Path | None = None,
-    repo: str | None = None,
-    public: bool = False,
-) -> dict[str, str]:
+    target: Path, *, stages: Sequence[tuple[str, Path]] | None = None, out: Path | None = None,
+    repo: str | None = None, public: bool = False,
+) -> dict[str, str]:  # fmt: skip
     """Write the page of a run, a directory of runs, or a recipe's `stages`; return name -> path of all that was made.
 
     Raises what the writers raise, UsageError for --public without --push, RunError when more than a run is pushed or
@@ -66,7 +81,6 @@ def publish(
     """
     from jinja2 import TemplateError
 
-    from alignkit.report.card import push, write_card
     from alignkit.report.page import write_recipe_report, write_report
 
     if public and repo is None:
@@ -95,3 +109,203 @@ def publish(
     if repo is not None:
         done["pushed"] = push(target, repo, public=public)
     return done
+
+
+def write_card(path: Path) -> Path | None:
+    """Write the card of a run into its model directory and return its path; None when there is no model.
+
+    Raises RunError when the directory is no run, DiskError.
+    """
+    run = RunDir(path)
+    if not run.model.is_dir():
+        return None
+    if run.model.is_symlink():
+        raise RunError("is a link, and the card would be written where it points to", where=str(run.model))
+    write_text(run.model / CARD, render_card(read_facts(run.path)))
+    return run.model / CARD
+
+
+def render_card(run: Facts, *, repo: str | None = None) -> str:
+    """Render the card's text, YAML metadata, then Markdown; `repo` is the hub id it will be published under."""
+    from alignkit.report.page import open_templates
+
+    stage, model = run.stage, RunDir(run.path).model
+    lineage = [(str(entry.get("path", "")), entry) for entry in stage.get("lineage") or []]
+    started = str((stage.get("model") or {}).get("path", ""))
+    root = next((path for path, entry in lineage if entry.get("role") == "base"), started)
+    base = root if is_public(root) else None  # a reader could not find a local one
+    name = repo.rpartition("/")[2] if repo else run.full_name.replace("/", "-")
+    metrics, is_adapter = run.result.get("metrics", {}), (model / "adapter_config.json").is_file()
+    forms = {form for source in run.sources for form in source.get("forms", ())}
+    settings = []  # that the recipe gave for this stage and that are plain values, paths left out
+    for key, value, origin in sections.list_settings(run):
+        section, _, short = key.rpartition(".")
+        is_told = key == "seed" or (origin != "default" and section in ("lora", run.name) and short != "start_from")
+        if is_told and isinstance(value, int | float | str) and "/" not in str(value):
+            settings.append((short if section != "lora" else key, _cell(value)))
+    text = open_templates().get_template("card.md.jinja").render(
+        name=_cell(name),
+        repo=repo or re.sub(r"[^\w.-]+", "-", name),
+        run=run,
+        method=sections.METHODS.get(run.method, run.method),
+        is_adapter=is_adapter,
+        is_reward=run.method == "rm",
+        has_chat=(not forms or "chat" in forms) and (model / "chat_template.jinja").is_file(),
+        has_held_out=any(str(key).startswith("eval_") for key in metrics),
+        base=base,
+        lineage=[(_cell(public_name(path)), _cell(", ".join(filter(None, map(entry.get, ("role", "action"))))))
+                 for path, entry in lineage],
+        rewards=[_cell(name) for name in (stage.get("reward_stages") or {}).values()],
+        data=[(_cell(hide_paths(public_name(str(source.get("path", ""))))), count(source.get("kept", 0)),
+               _cell(", ".join(source.get("formats") or {}))) for source in run.sources],
+        settings=settings,
+        metrics=[(_cell(key), figure(value)) for key, value in metrics.items() if isinstance(value, int | float)],
+        evaluation=[(_cell(f"{row['name']}, {row['slice']}" if row["slice"] else row["name"]),
+                     f"{row['value']} {row['unit']}".strip(), row["interval"], row["n"], _cell(hide_paths(row["data"])))
+                    for row in tabulate([run])],
+        cost=[*sections.describe_cost(run),
+              *(pair for pair in sections.describe_hardware(run) if pair[0] not in ("system", "git"))],
+        versions=stage.get("versions") or {},
+        warnings=[hide_paths(message) for message, _ in sections.gather_warnings(run)],
+        cell=_cell,
+    )  # fmt: skip
+    return f"---\n{_describe(run, name, base, is_adapter=is_adapter).to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def _describe(run: Facts, name: str, base: str | None, *, is_adapter: bool) -> ModelCardData:
+    """Collect the metadata; its model index has the whole figures of eval.json, without slices."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    is_reward = run.method == "rm"
+    task = "text-classification" if is_reward else "text-generation"
+    on_hub = base if base and not base.startswith("builtin:") else None
+    sources = [str(source.get("path", "")) for source in (run.stage.get("options") or {}).get("data") or []]
+    datasets = [path for path in dict.fromkeys(sources) if is_public(path) and not path.startswith("builtin:")]
+    results = []
+    for result in run.evaluation.get("results", []):
+        value, data = result.get("value"), hide_paths(str(result.get("data") or "unknown"))
+        if result.get("slice") is None and isinstance(value, int | float):
+            kind = data.partition("[")[0] or "unknown"
+            results.append(EvalResult(task, kind, data, metric_type=str(result.get("metric")), metric_value=value))
+    return ModelCardData(
+        base_model=on_hub,
+        base_model_relation=("adapter" if is_adapter else "finetune") if on_hub else None,
+        datasets=datasets or None,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag=task,
+        tags=["alignkit", "trl", run.method, *["reward-model"] * is_reward, *["lora"] * is_adapter],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def public_name(path: str) -> str:
+    """Shorten a model or data source to what may be told: a hub id or builtin name as it is, else the last name."""
+    if is_public(path):
+        return path
+    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..", "~")]
+    if parts and parts[-1] == "model" and len(parts) > 1:  # `model/` of a run is told by the run
+        parts.pop()
+    return parts[-1] if parts else "local"
+
+
+def is_public(path: str) -> bool:
+    """Tell whether a path means the same to everybody: a hub id or a builtin, as far as its form and the disk tell."""
+    if path.startswith("builtin:"):
+        return True
+    is_id = bool(_HUB_ID.fullmatch(path)) and not _DATA_FILE.fullmatch(path) and ".." not in path and "--" not in path
+    return is_id and not Path(path).exists()
+
+
+def hide_paths(text: str) -> str:
+    """Cut every path in a text to its last name."""
+    return _PATH.sub(lambda found: public_name(found[0]), text)
+
+
+def _cell(text: Any) -> str:
+    """Escape a text so that Markdown shows it as it is, inside a table or out of it."""
+    flat = " ".join(str(text).split())
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", flat)
+
+
+def pack(path: Path, repo: str) -> tuple[dict[str, Path | bytes], list[str]]:
+    """Collect what a push of this run would upload, each as a file or as bytes made for it, and what is left out.
+
+    Raises RunError, all problems at once, for a run that is not finished, an adapter whose base nobody else has, a
+    wrong repository name, or a file that holds a secret.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    run = read_facts(path)
+    model = RunDir(run.path).model
+    problems = []
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        problems.append(Problem(f"{repo} is no repository name; use NAME or USER/NAME, of letters, digits, - _ and ."))
+    if not run.is_finished or not model.is_dir():
+        problems.append(Problem("is not finished; only the final, verified model is pushed", str(path)))
+        raise RunError(problems)
+    adapter = model / "adapter_config.json"
+    base = str(read_json(adapter).get("base_model_name_or_path")) if adapter.is_file() else ""
+    if base and not is_public(base):
+        what = f"the adapter belongs to a base on this machine ({public_name(base)}), so nobody else could load it"
+        advice = "`alignkit merge RUN --out DIR` makes one whole model, and `hf upload NAME DIR` publishes it"
+        problems.append(Problem(f"{what}; {advice}", str(adapter)))
+    files: dict[str, Path | bytes] = {CARD: render_card(run, repo=repo).encode()}
+    left_out = []
+    for file in sorted(each for each in model.rglob("*") if each.is_file() and each.name != CARD):
+        name = file.relative_to(model).as_posix()
+        if file.suffix not in _SENT or file.is_symlink():
+            left_out.append(name)
+            continue
+        is_text = file.suffix != ".safetensors" and file.name not in _VOCABULARY
+        if is_text and console.holds_secret(file.read_text(encoding="utf-8", errors="replace")):
+            problems.append(Problem("holds something that looks like a secret; take it out before pushing", str(file)))
+        files[name] = file
+        if file.name == _RECORD:
+            record = read_json(file)
+            for entry in record.get("lineage", []):
+                entry["path"] = public_name(str(entry.get("path", "")))
+            files[name] = (json.dumps(record, indent=1) + "\n").encode()
+    if problems:
+        raise RunError(problems)
+    return files, left_out
+
+
+def push(path: Path, repo: str, *, public: bool = False) -> str:
+    """Upload the model of a run in one commit and return its address; the repository is made if it is not there.
+
+    A new repository is private unless `public`; one that is there stays as it is. Raises what `pack` raises, and
+    EnvironmentProblem when there is no token, the hub cannot be reached, or it refuses.
+    """
+    files, left_out = pack(path, repo)
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of its HTTP library
+
+    if constants.is_offline_mode():
+        raise EnvironmentProblem("HF_HUB_OFFLINE is set, so nothing can be pushed; set HF_HUB_OFFLINE=0")
+    if get_token() is None:
+        raise EnvironmentProblem("the hub needs a token that may write: run `hf auth login`, or set HF_TOKEN")
+    for name in left_out:
+        console.note(f"not uploaded: {name}")
+    num_bytes = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in files.values())
+    console.note(f"pushing {len(files)} files, {describe_bytes(num_bytes)}, to {repo}")
+    api = HfApi(library_name="alignkit", library_version=__version__)
+    try:
+        card = files[CARD]
+        assert isinstance(card, bytes)
+        ModelCard(card.decode()).validate()
+        home = api.create_repo(repo, private=not public, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        message = f"{read_facts(path).full_name}, by alignkit {__version__}"
+        return str(api.create_commit(home.repo_id, operations, commit_message=message).repo_url)
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        reason = f"the hub refused ({status}: {console.redact(error.server_message or str(error).split(chr(10))[0])})"
+        reason += "; does your token have the right to write there?" if status in (401, 403, 404) else ""
+    except ValueError as error:  # of `validate`, and of answers that make no sense
+        reason = f"the hub refused ({console.redact(str(error))})"
+    except (HTTPError, OSError) as error:
+        reason = f"the hub cannot be reached ({console.redact(str(error))})"
+    raise EnvironmentProblem(f"{repo}: {reason}")

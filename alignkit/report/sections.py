@@ -180,10 +180,9 @@ def describe_cost(run: Facts) -> list[Pair]:
         ("labels per second", figure(speed, 3) if speed else ""),
     ]  # fmt: skip
     if spent:
-        pairs += [
-            ("requests to servers", figure(sum(each.get("requests", 0) for each in spent))),
-            ("of them tried again", figure(sum(sum((each.get("retries") or {}).values()) for each in spent))),
-        ]
+        again = sum(sum((each.get("retries") or {}).values()) for each in spent)
+        pairs.append(("requests to servers", figure(sum(each.get("requests", 0) for each in spent))))
+        pairs.append(("of them tried again", figure(again)))
     if costs := [cost for each in spent if (cost := each.get("cost")) is not None]:
         pairs.append(("price of the tokens", figure(sum(costs, 0.0))))
     for role in run.stage.get("roles") or []:
@@ -228,14 +227,11 @@ def list_tables(run: Facts) -> list[dict[str, Any]]:
     """
     report = run.feedback
     labels = [
-        [
-            *(text_of(label.get(key)) for key in ("prompt", "first", "second")),
-            "abstained" if label.get("p_first") is None else figure(label["p_first"], 3),
-            ", ".join(figure(value, 3) for value in label.get("orders") or []),
-            str(label.get("principle", "")),
-        ]
+        [*(text_of(label.get(key)) for key in ("prompt", "first", "second")),
+         "abstained" if label.get("p_first") is None else figure(label["p_first"], 3),
+         ", ".join(figure(value, 3) for value in label.get("orders") or []), str(label.get("principle", ""))]
         for label in run.labels
-    ]
+    ]  # fmt: skip
     chains = []  # the first answer of each, and every revision below it, with the critique that led to it, if any
     for chain in report.get("first_chains") or []:
         critiques = chain.get("critiques") or [""] * len(chain["principles"])

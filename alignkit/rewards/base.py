@@ -23,15 +23,14 @@ class Answers:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of the rows, for reward functions
 
 
+_Score = Callable[[Sequence[Any]], list[float]]
+
+
 class Holder(Protocol):
     """Something that holds weights."""
 
     def release(self) -> None:
         """Let go of them; they are loaded again when they are needed."""
-
-
-def _ask_all(items: Sequence[Any], score: Callable[[Sequence[Any]], list[float]]) -> list[float]:
-    return score(items)
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Workspace:
     stage: Stage | None = None  # the ppo stage that is trained on the reward
     where: str | None = None  # the place in the recipe, for messages
     once: Callable[[Callable[[], Any]], Any] = lambda ask: ask()
-    split: Callable[[Sequence[Any], Callable[[Sequence[Any]], list[float]]], list[float]] = _ask_all
+    split: Callable[[Sequence[Any], _Score], list[float]] = lambda items, score: score(items)
     holder: Holder | None = None
 
     def take(self, user: Holder) -> None:
@@ -63,6 +62,14 @@ class Workspace:
         """Keep a warning once."""
         if message not in self.warnings:
             self.warnings.append(message)
+
+
+def stage_space(stage: Stage, key: str) -> Workspace:
+    """Make the workspace of a stage's rewards outside training; each score is wanted once."""
+    return Workspace(
+        device=stage.launch.device, trust_code=stage.trust_code, folder=Path(stage.recipe_path).resolve().parent,
+        cache=None, stage=stage, where=stage.where(f"{stage.name}.{key}"),
+    )  # fmt: skip
 
 
 class Reward(Protocol):

@@ -59,19 +59,16 @@ class ClassifierReward:
         if self._space.cache is not None:
             scores = self.score_fitting(answers)
             if None in scores:
-                raise RewardError(
-                    f"the reward model {self.name} cannot read answer {scores.index(None)}, which is too long with its "
-                    "prompt; lower max_new_tokens, or leave out long rows"
-                )
+                what = f"cannot read answer {scores.index(None)}, which is too long with its prompt"
+                raise RewardError(f"the reward model {self.name} {what}; lower max_new_tokens, or leave out long rows")
             return [score for score in scores if score is not None]
         limit = self.hold().positions
         sequences = self.encode(answers)
         for number, ids in enumerate(sequences):
             if limit is not None and len(ids) > limit:
-                raise RewardError(
-                    f"the reward model {self.name} reads {limit} tokens, and answer {number} with its prompt has "
-                    f"{len(ids)}; lower max_new_tokens, leave out long prompts, or take another reward"
-                )
+                what = f"reads {limit} tokens, and answer {number} with its prompt has {len(ids)}"
+                advice = "lower max_new_tokens, leave out long prompts, or take another reward"
+                raise RewardError(f"the reward model {self.name} {what}; {advice}")
         return [self._normalise(score) for score in self._space.split(sequences, self._score_sequences)]
 
     def score_fitting(self, answers: Answers) -> list[float | None]:
@@ -136,11 +133,9 @@ class ClassifierReward:
         if name in coming:
             return
         if name is not None and not Path(path).is_dir():
-            raise RunError(
-                f"{stage.name}.{key} is {name}, which has not been trained to its end; train --stage {name} of "
-                f"{shlex.quote(stage.recipe_path)} first, or name another reward",
-                where=where,
-            )
+            first = f"train --stage {name} of {shlex.quote(stage.recipe_path)} first, or name another reward"
+            what = f"{stage.name}.{key} is {name}, which has not been trained to its end"
+            raise RunError(f"{what}; {first}", where=where)
         try:
             directory = find_model_dir(path)
             files = inspect_model_dir(directory, trust_code=stage.trust_code) if directory else None

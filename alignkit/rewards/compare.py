@@ -11,13 +11,12 @@ from urllib.parse import urlsplit
 from alignkit.data import Text
 from alignkit.errors import JudgeError, UsageError
 from alignkit.feedback.cache import Asker, Store
-from alignkit.feedback.constitution import load_constitution
-from alignkit.feedback.examples import Examples
+from alignkit.feedback.constitution import Examples, load_constitution
 from alignkit.feedback.judge import Judge, Label, Pairing, judge_all, pair_key
 from alignkit.feedback.judge_report import describe_labels, find_faults
 from alignkit.feedback.prompts import Quoter, read_text
 from alignkit.feedback.server import find_key, require_client
-from alignkit.feedback.sources import open_model
+from alignkit.feedback.stage import open_model
 from alignkit.feedback.writer import Model
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
@@ -35,15 +34,13 @@ class Comparer(Protocol):
 
     name: str
     settings: dict[str, Any]  # what else decides what it says, for eval.json
+    report: dict[str, Any]  # on the judge itself after `compare`: order consistency, bias, principles, spending
 
     def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
         """Give P(first is better) of each pair, in [0, 1]; 0.5 is a tie, None an abstention.
 
         One number where the order was not read; else two: with the first answer shown first, and shown second.
         """
-
-    def describe(self) -> dict[str, Any]:
-        """Describe the judge itself after `compare`, for the report."""
 
 
 class RewardComparer:
@@ -52,14 +49,12 @@ class RewardComparer:
     def __init__(self, reward: Reward) -> None:
         self._reward, self.name = reward, reward.name
         self.settings: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}
 
     def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
         scores = self._reward.score(Answers([*prompts, *prompts], [*firsts, *seconds]))
         ours, theirs = scores[: len(firsts)], scores[len(firsts) :]
         return [_TIE if a == b else (float(a > b),) for a, b in zip(ours, theirs, strict=True)]
-
-    def describe(self) -> dict[str, Any]:
-        return {}
 
 
 class ModelComparer:
@@ -77,7 +72,7 @@ class ModelComparer:
         self._principles = load_constitution(constitution, needs="comparison")
         self._source, self._space, self._seed, self._path = source, space, seed, store
         self._model: Model | None = None
-        self._report: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}
         self.name = name_source(str(source.model))
         if source.url is not None:
             require_client()
@@ -115,15 +110,11 @@ class ModelComparer:
             reason = labels[0].problem
             raise JudgeError(f"the judge {self.name} abstains from all {len(labels)} comparisons: {reason}")
         spending = self._model.spending if self._model is not None else None
-        self._report = {**describe_labels(labels), "spent": spending.to_dict() if spending is not None else None}
-        for fault in find_faults(self._report):
+        self.report = {**describe_labels(labels), "spent": spending.to_dict() if spending is not None else None}
+        for fault in find_faults(self.report):
             self._space.warn(f"{self.name}: {fault}")
         answered = iter(labels)
         return [next(answered).orders if outcome is None else outcome for outcome in outcomes]
-
-    def describe(self) -> dict[str, Any]:
-        """Describe order consistency, bias, principles and spending."""
-        return self._report
 
     def _ask(self, pairings: Sequence[Pairing]) -> list[Label]:
         space = self._space

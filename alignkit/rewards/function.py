@@ -22,7 +22,7 @@ from alignkit.errors import NonFiniteError, RewardError
 from alignkit.recipe import Stage
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import RewardSource
-from alignkit.rewards.base import Answers, Workspace
+from alignkit.rewards.base import Answers, Workspace, stage_space
 from alignkit.runs.stop import time_limit
 
 _IMPORT_SECONDS = 120.0
@@ -65,9 +65,7 @@ class FunctionReward:
 
     @staticmethod
     def describe(source: RewardSource, stage: Stage, key: str) -> str:
-        folder, where = Path(stage.recipe_path).resolve().parent, stage.where(f"{stage.name}.{key}")
-        space = Workspace(trust_code=stage.trust_code, folder=folder, where=where, stage=stage, cache=None)
-        FunctionReward(source, space)
+        FunctionReward(source, stage_space(stage, key))
         return f"function {source.function}"
 
     @staticmethod
@@ -93,29 +91,23 @@ class FunctionReward:
         Raises RewardError for a function that raises, takes too long, or returns something else, NonFiniteError for a
         number that is not finite.
         """
-        given = self._pick_columns(columns)
+        wanted = columns if self._accepted is None else self._accepted
+        missing = [name for name, needed in (self._accepted or {}).items() if needed and name not in columns]
+        if missing:
+            there = ", ".join(columns) or "no other columns"
+            raise self._error(f"needs the column {missing[0]}{suggest(missing[0], columns)}; the rows have {there}")
+        given = {name: list(column) for name, column in columns.items() if name in wanted}
         arguments = copy.deepcopy((list(prompts), list(completions), given))  # it may change what it gets
         try:
             # Standard output is for results.
             with contextlib.redirect_stdout(sys.stderr), time_limit(self.seconds, _TimeUp()):
                 returned = self._function(arguments[0], arguments[1], **arguments[2])
         except _TimeUp:
-            raise self._error(
-                f"did not return within {self.seconds:g} s for {len(completions)} answers; make it faster, or raise "
-                "reward_timeout"
-            ) from None
+            what = f"did not return within {self.seconds:g} s for {len(completions)} answers"
+            raise self._error(f"{what}; make it faster, or raise reward_timeout") from None
         except (Exception, SystemExit) as error:
             raise self._error(f"raised {_describe(error)}") from error
         return self._read(returned, prompts, len(completions))
-
-    def _pick_columns(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Pick the columns it has parameters for, all of them where it takes **columns."""
-        missing = [name for name, needed in (self._accepted or {}).items() if needed and name not in columns]
-        if missing:
-            there = ", ".join(columns) or "no other columns"
-            raise self._error(f"needs the column {missing[0]}{suggest(missing[0], columns)}; the rows have {there}")
-        return {name: list(column) for name, column in columns.items()
-                if self._accepted is None or name in self._accepted}  # fmt: skip
 
     def _read(self, returned: Any, prompts: Sequence[Any], count: int) -> list[float]:
         if hasattr(returned, "tolist"):  # an array or a tensor
@@ -128,14 +120,14 @@ class FunctionReward:
         for number, value in enumerate(returned):
             if getattr(value, "size", None) == 1 or hasattr(value, "numel"):  # a number of numpy's, or a tensor
                 value = value.tolist()
-            if not isinstance(value, (int, float)) or (isinstance(value, int) and abs(value) > sys.float_info.max):
-                shown = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else _shorten(repr(value))
-                what = f"returned {shown} for answer {number} ({_shorten(repr(prompts[number]))})"
-                raise self._error(f"{what}; it must be a number{' a float can hold' if isinstance(value, int) else ''}")
+            which = f"for answer {number} ({_shorten(repr(prompts[number]))})"
+            if isinstance(value, int) and abs(value) > sys.float_info.max:
+                what = f"returned an integer of {value.bit_length()} bits {which}"
+                raise self._error(f"{what}; it must be a number a float can hold")
+            if not isinstance(value, (int, float)):
+                raise self._error(f"returned {_shorten(repr(value))} {which}; it must be a number")
             if not math.isfinite(value):
-                what = f"returned {float(value)} for answer {number} ({_shorten(repr(prompts[number]))})"
-                place = f"{self.where}: " if self.where else ""
-                raise NonFiniteError(f"{place}the reward function {self.path} {what}; a reward must be finite")
+                raise NonFiniteError(str(self._error(f"returned {float(value)} {which}; a reward must be finite")))
             rewards.append(float(value))
         return rewards
 

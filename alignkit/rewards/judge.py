@@ -11,11 +11,10 @@ from typing import Any
 
 from alignkit.errors import JudgeError, RewardError
 from alignkit.feedback.cache import Asker, Store
-from alignkit.feedback.constitution import load_constitution
-from alignkit.feedback.examples import Examples
+from alignkit.feedback.constitution import Examples, load_constitution
 from alignkit.feedback.judge import Judge, Pairing, judge_all, pair_key
 from alignkit.feedback.prompts import Quoter, ask_answer, read_text
-from alignkit.feedback.sources import describe_model, open_model, own_model
+from alignkit.feedback.stage import describe_model, open_model, own_model
 from alignkit.feedback.writer import Job, Model, Sampling
 from alignkit.models.files import find_model_dir, fingerprint_weights
 from alignkit.recipe import Stage

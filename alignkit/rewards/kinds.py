@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 
 from alignkit.data import true_reward
 from alignkit.errors import Problem, RewardError, UsageError
+from alignkit.feedback.cache import Store
 from alignkit.feedback.prompts import read_text
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import BUILTIN_REWARD, RewardSource
-from alignkit.rewards.base import Answers, Reward, Workspace
+from alignkit.rewards.base import Answers, Reward, Workspace, stage_space
 from alignkit.rewards.classifier import ClassifierReward
 from alignkit.rewards.function import FunctionReward, is_function
 from alignkit.rewards.judge import JudgeReward
@@ -35,7 +36,7 @@ class BuiltinReward:
 
     @staticmethod
     def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
-        BuiltinReward(source, Workspace(where=stage.where(f"{stage.name}.{key}"), cache=None))
+        BuiltinReward(source, stage_space(stage, key))
 
     @staticmethod
     def describe(source: RewardSource, stage: Stage, key: str) -> str:
@@ -72,8 +73,7 @@ def list_sources(stage: Stage) -> Iterator[tuple[str, RewardSource]]:
 
 def open_rewards(stage: Stage, sources: Sequence[RewardSource], *, key: str = "reward") -> list[tuple[Reward, float]]:
     """Open the rewards of a stage outside training, each with its weight in their sum."""
-    where, folder = stage.where(f"{stage.name}.{key}"), Path(stage.recipe_path).resolve().parent
-    space = Workspace(device=stage.launch.device, trust_code=stage.trust_code, folder=folder, stage=stage, where=where)
+    space = replace(stage_space(stage, key), cache=Store())
     return [(open_reward(source, space), source.weight) for source in sources]
 
 

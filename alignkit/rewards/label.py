@@ -17,22 +17,23 @@ from alignkit import console
 from alignkit.data import DataReport, Rejects, Row, Text, read_rows
 from alignkit.errors import DataError
 from alignkit.feedback.cache import key_of
-from alignkit.feedback.constitution import load_constitution
-from alignkit.feedback.examples import load_examples
+from alignkit.feedback.constitution import load_constitution, load_examples
 from alignkit.feedback.judge import Judge, Label, Pairing, judge_all, known_labels, pair_key
 from alignkit.feedback.judge_report import describe_labels, find_faults, mean, measure, read_labelled
 from alignkit.feedback.prompts import Quoter, conversation, read_text
-from alignkit.feedback.sources import describe_source, own_model, speaks_chat
 from alignkit.feedback.stage import (
     LABELS,
     Prompted,
     Session,
+    describe_source,
     list_prompts,
     make_answer,
+    own_model,
     run_work,
     sample_answers,
+    speaks_chat,
     why_useless,
-)
+)  # fmt: skip
 from alignkit.feedback.writer import Model, Reply, Sampling, share_of_first
 from alignkit.recipe.schema import DataSource, LabelOptions
 from alignkit.recipe.stage import Stage
@@ -208,12 +209,10 @@ class _Labelling:
             return
         chosen, again = self._labels[: min(_SECOND_OPINIONS, len(self._labels) // 10)], []
         for label in chosen:  # at a turn at which another principle is drawn, at the last one tried where none is
-            pairing = label.pairing
-            turns = range(pairing.turn + 1, pairing.turn + _TRIES)
-            names = (
-                (turn, judge.constitution.draw(seed=judge.seed, key=pairing.key, turn=turn).name) for turn in turns
-            )
-            turn = next((turn for turn, name in names if name != label.principle), turns[-1])
+            pairing, draw = label.pairing, judge.constitution.draw
+            for turn in range(pairing.turn + 1, pairing.turn + _TRIES):
+                if draw(seed=judge.seed, key=pairing.key, turn=turn).name != label.principle:
+                    break
             again.append(replace(pairing, turn=turn))
         for one, other in zip(chosen, judge_all(self._session.asker, judge, again), strict=True):
             if one.principle == other.principle or one.is_tie or other.is_tie:
@@ -222,13 +221,12 @@ class _Labelling:
                 self._agreeing.append((one.p_first > 0.5) == (other.p_first > 0.5))
 
     def _say_accuracy(self, found: Mapping[str, Any]) -> None:
-        name, abstained = self._stage.name, found["abstained"]
         if found["accuracy"] is None:
-            console.warn(f"{name}: the judge abstained from all of `check`")
+            console.warn(f"{self._stage.name}: the judge abstained from all of `check`")
             return
-        by_chance = found["low"] <= 0.5
+        abstained, by_chance = found["abstained"], found["low"] <= 0.5
         (console.warn if by_chance else console.note)(
-            f"{name}: on {found['n'] - abstained} comparisons with known answers the judge is right in "
+            f"{self._stage.name}: on {found['n'] - abstained} comparisons with known answers the judge is right in "
             f"{found['accuracy']:.1%} ({found['low']:.1%} to {found['high']:.1%}), ECE {found['ece']:.3f}"
             + (", no better than chance" if by_chance else "")
             + (f"; it abstained from {abstained} more" if abstained else "")

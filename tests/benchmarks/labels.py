@@ -61,8 +61,7 @@ def _make_pairings(count: int) -> list[Pairing]:
 
 
 def _make_judge(path: Path, examples: str) -> Judge:
-    from alignkit.feedback.constitution import load_constitution
-    from alignkit.feedback.examples import load_examples
+    from alignkit.feedback.constitution import load_constitution, load_examples
     from alignkit.feedback.judge import Judge
     from alignkit.feedback.local import LocalModel
     from alignkit.feedback.prompts import Quoter

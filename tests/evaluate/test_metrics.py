@@ -156,13 +156,10 @@ def test_best_of_n_figures_carry_the_bound_of_their_kl() -> None:
 class _Biased:
     """A judge that prefers whatever stands first nine times out of ten."""
 
-    name, settings = "biased", {}  # type: ignore[var-annotated]
+    name, settings, report = "biased", {}, {}  # type: ignore[var-annotated]
 
     def compare(self, prompts: list, firsts: list, seconds: list) -> list[tuple[float, float]]:
         return [(0.9, 1 - 0.9)] * len(prompts)
-
-    def describe(self) -> dict:
-        return {}
 
 
 def test_asking_both_orders_takes_a_judge_s_bias_out() -> None:

@@ -178,8 +178,8 @@ def test_json_of_another_shape_is_refused(tmp_path: Path, text: str, problem: st
 
 def test_reading_a_constitution_loads_no_machine_learning_library() -> None:
     code = (
-        "import sys; from alignkit.feedback.constitution import load_constitution as load; "
-        "from alignkit.feedback.examples import load_examples; load('builtin:harmlessness'); load_examples('builtin'); "
+        "import sys; from alignkit.feedback.constitution import load_constitution as load, load_examples; "
+        "load('builtin:harmlessness'); load_examples('builtin'); "
         "print([name for name in ('torch', 'transformers', 'openai', 'pyarrow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)

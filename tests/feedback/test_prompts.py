@@ -10,8 +10,7 @@ import pytest
 from helpers import PUBLISHED, messages, real_data
 
 from alignkit.errors import RecipeError
-from alignkit.feedback.constitution import Principle, load_constitution
-from alignkit.feedback.examples import Examples, load_examples, messages_of
+from alignkit.feedback.constitution import Examples, Principle, load_constitution, load_examples, messages_of
 from alignkit.feedback.local import Encoder
 from alignkit.feedback.prompts import (
     FOREIGN_TOKENS,

@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import ModelCard
 from written_runs import HOSTILE, SECRET, WriteRun, figure
 
-from alignkit.report.card import hide_paths, public_name, render_card, write_card
 from alignkit.report.facts import read_facts
+from alignkit.report.publish import hide_paths, public_name, render_card, write_card
 
 LOCAL = "/home/ann/secret-project/rows.jsonl"
 HUB = {

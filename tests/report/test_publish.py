@@ -13,8 +13,7 @@ from hub_server import TOKEN, Hub, serve_hub
 from written_runs import SECRET, WriteRun
 
 from alignkit.errors import RunError
-from alignkit.report.card import pack
-from alignkit.report.publish import publish
+from alignkit.report.publish import pack, publish
 
 Run = Callable[..., CompletedProcess[str]]
 

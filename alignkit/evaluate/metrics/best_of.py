@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from alignkit.evaluate.context import Context, Metric
 from alignkit.evaluate.intervals import Figure, make_figure, mean
@@ -35,12 +36,9 @@ METRIC = Metric(
 
 
 def measure_best_of(
-    counts: Sequence[int],
-    scores: Sequence[Sequence[float]],
-    watched: Mapping[str, Sequence[Sequence[float]]],
-    *,
+    counts: Sequence[int], scores: Sequence[Sequence[float]], watched: Mapping[str, Sequence[Sequence[float]]], *,
     resamples: int,
-) -> list[Figure]:
+) -> list[Figure]:  # fmt: skip
     """Estimate the expected score of the best of N by `scores`, one figure per N, and of other rewards of that answer.
 
     `scores` and each entry of `watched` (true reward, gold) hold M >= N numbers per prompt. `kl` in the settings is
@@ -49,18 +47,10 @@ def measure_best_of(
     """
     figures = []
     for number in counts:
-        for name, values in {"": scores, **watched}.items():
+        shown: dict[str, Any] = {"unit": "reward", "better": "higher", "kl": round(best_of_kl(number), 6)}
+        for name, values in {"best_of_n": scores, **{f"best_of_n_{key}": of for key, of in watched.items()}}.items():
             means = [expected_best(number, ranked_by, of) for ranked_by, of in zip(scores, values, strict=True)]
-            figures.append(
-                make_figure(
-                    f"best_of_n_{name}" if name else "best_of_n",
-                    mean(means, resamples=resamples),
-                    unit="reward",
-                    better="higher",
-                    slice=f"N={number}",
-                    kl=round(best_of_kl(number), 6),
-                )
-            )
+            figures.append(make_figure(name, mean(means, resamples=resamples), slice=f"N={number}", **shown))
     return figures
 
 
@@ -72,13 +62,11 @@ def expected_best(number: int, scores: Sequence[float], values: Sequence[float])
     order = sorted(range(total), key=lambda place: scores[place])
     weights = [math.comb(rank, number - 1) / math.comb(total, number) for rank in range(total)]
     expected, start = 0.0, 0
-    while start < total:
-        end = start
-        while end < total and scores[order[end]] == scores[order[start]]:
-            end += 1
-        tied = order[start:end]
-        expected += sum(weights[start:end]) * sum(values[place] for place in tied) / len(tied)
-        start = end
+    for _, group in groupby(order, key=lambda place: scores[place]):
+        tied = list(group)
+        weight = sum(weights[start : start + len(tied)])
+        expected += weight * sum(values[place] for place in tied) / len(tied)
+        start += len(tied)
     return expected
 
 
@@ -87,15 +75,8 @@ def measure_best_of_kl(counts: Sequence[int], scores: Sequence[Sequence[float]],
 
     Unlike the bound it knows of ties, which in a world of few rewards are most of it: within a tie nothing is picked.
     """
-    return [
-        make_figure(
-            "best_of_n_kl",
-            mean([tied_kl(number, group) for group in scores], resamples=resamples),
-            unit="nats per answer",
-            slice=f"N={number}",
-        )
-        for number in counts
-    ]
+    found = {number: mean([tied_kl(number, group) for group in scores], resamples=resamples) for number in counts}
+    return [make_figure("best_of_n_kl", kl, unit="nats per answer", slice=f"N={n}") for n, kl in found.items()]
 
 
 def tied_kl(number: int, scores: Sequence[float]) -> float:

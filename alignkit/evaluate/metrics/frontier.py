@@ -89,7 +89,9 @@ def measure_optimum(
     answers of the median and of the worst prompt. Intervals are over prompts; the chance in a prompt's answers is part
     of how prompts differ, so they hold that too.
     """
-    found = {beta: reweight(scores, beta) for beta in (*betas, *_between(min(betas), _WIDEST * max(betas)))}
+    low, high = min(betas), _WIDEST * max(betas)
+    between = [low * _STEP**power for power in range(1, int(np.log(high / low) / np.log(_STEP)) + 1)]
+    found = {beta: reweight(scores, beta) for beta in (*betas, *between)}
     reliable = {beta: at for beta, at in found.items() if float(np.median(at.effective)) >= MIN_EFFECTIVE}
     curve = [_describe(beta, reliable[beta], resamples) for beta in sorted(reliable, reverse=True)]
     start = mean([float(np.mean(group)) for group in scores], resamples=resamples)
@@ -106,21 +108,11 @@ def measure_optimum(
     return figures, [warning] if left_out else []
 
 
-def _between(low: float, high: float) -> list[float]:
-    """List betas from low to high, each _STEP times the one before."""
-    number = int(np.log(high / low) / np.log(_STEP))
-    return [low * _STEP**power for power in range(1, number + 1)]
-
-
 def _describe(beta: float, found: Optimum, resamples: int) -> dict[str, float | None]:
     value = mean(found.value.tolist(), resamples=resamples)
     return {
-        "beta": float(beta),
-        "kl": float(found.kl.mean()),
-        "reward": float(found.reward.mean()),
-        "value": value.value,
-        "low": value.low,
-        "high": value.high,
+        "beta": float(beta), "kl": float(found.kl.mean()), "reward": float(found.reward.mean()),
+        "value": value.value, "low": value.low, "high": value.high,
         "effective": round(float(np.median(found.effective)), 1),
         "effective_lowest": round(float(found.effective.min()), 1),
-    }
+    }  # fmt: skip

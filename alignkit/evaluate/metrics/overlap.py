@@ -6,6 +6,7 @@ summaries. All figures are times 100.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,6 @@ from alignkit.errors import EnvironmentProblem
 from alignkit.evaluate.context import Context, Metric
 from alignkit.evaluate.intervals import Figure, Interval, make_figure, mean
 from alignkit.feedback.prompts import read_text
-
-_ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def measure(context: Context) -> list[Figure]:
@@ -50,14 +49,11 @@ def measure_rouge(
 
     Raises EnvironmentProblem when rouge-score is not installed.
     """
-    rouge_scorer = _require("rouge_score.rouge_scorer", "rouge-score")
-    scorer = rouge_scorer.RougeScorer(list(_ROUGE), use_stemmer=stemmer)
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = _require("rouge_score.rouge_scorer", "rouge-score").RougeScorer(list(names), use_stemmer=stemmer)
     scored = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
-    figures = []
-    for name in _ROUGE:
-        found = mean([100 * row[name].fmeasure for row in scored], resamples=resamples)
-        figures.append(make_figure(name, found, unit="x 100", better="higher", stemmer=stemmer))
-    return figures
+    found = {name: mean([100 * row[name].fmeasure for row in scored], resamples=resamples) for name in names}
+    return [make_figure(name, each, unit="x 100", better="higher", stemmer=stemmer) for name, each in found.items()]
 
 
 def measure_bleu(answers: Sequence[str], references: Sequence[str], *, resamples: int) -> list[Figure]:
@@ -66,31 +62,22 @@ def measure_bleu(answers: Sequence[str], references: Sequence[str], *, resamples
     Raises EnvironmentProblem when sacrebleu is not installed.
     """
     metrics = _require("sacrebleu.metrics", "sacrebleu")
-    return [
-        _corpus_figure("bleu", metrics.BLEU(), answers, references, resamples),
-        _corpus_figure("chrf", metrics.CHRF(), answers, references, resamples),
-    ]
-
-
-def _corpus_figure(name: str, metric: Any, answers: Sequence[str], references: Sequence[str], resamples: int) -> Figure:
-    if not answers:
-        return make_figure(name, Interval(None, None, None, 0, "none"), unit="x 100", better="higher")
-    several = len(answers) > 1
-    score = metric.corpus_score(list(answers), [list(references)], n_bootstrap=resamples if several else 1)
-    middle, half = (
-        float(score._mean),
-        float(score._ci),
-    )  # of chrF they are numpy's own float32, which JSON does not know
-    low, high = (max(middle - half, 0.0), min(middle + half, 100.0)) if several else (None, None)
-    found = Interval(float(score.score), low, high, len(answers), "bootstrap" if several else "none")
-    signature = "|".join(part for part in str(metric.get_signature()).split("|") if not part.startswith(("bs:", "rs:")))
-    return make_figure(name, found, unit="x 100", better="higher", signature=signature)
+    several, figures = len(answers) > 1, []
+    for name, metric in (("bleu", metrics.BLEU()), ("chrf", metrics.CHRF())):
+        found, settings = Interval(None, None, None, 0, "none"), dict[str, Any]()
+        if answers:
+            score = metric.corpus_score(list(answers), [list(references)], n_bootstrap=resamples if several else 1)
+            middle, half = float(score._mean), float(score._ci)  # of chrF numpy's own float32, which is no JSON
+            low, high = (max(middle - half, 0.0), min(middle + half, 100.0)) if several else (None, None)
+            found = Interval(float(score.score), low, high, len(answers), "bootstrap" if several else "none")
+            parts = str(metric.get_signature()).split("|")
+            settings = {"signature": "|".join(part for part in parts if not part.startswith(("bs:", "rs:")))}
+        figures.append(make_figure(name, found, unit="x 100", better="higher", **settings))
+    return figures
 
 
 def _require(module: str, package: str) -> Any:
     """Import a scorer, or say in one line how to get it."""
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:

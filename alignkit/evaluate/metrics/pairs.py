@@ -15,7 +15,7 @@ import numpy as np
 
 from alignkit.data.rows import Row, Text, count_chars
 from alignkit.evaluate.context import ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, Floats, Interval, bootstrap, make_figure, share
+from alignkit.evaluate.intervals import Figure, Floats, bootstrap, make_figure, share
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers
 from alignkit.rewards.classifier import ClassifierReward
@@ -118,25 +118,28 @@ def measure_accuracy(metric: str, pairs: Sequence[Pair], margins: Sequence[float
     figures = []
     for name, where in slices:
         if name is None or _MIN_SLICE <= len(where) < len(pairs):
-            found = _accuracy([margins[place] for place in where], [pairs[place] for place in where], resamples)
-            figures.append(make_figure(metric, found, unit="share", better="higher", slice=name))
+            kept = [pairs[place] for place in where]
+            figures.append(_accuracy(metric, [margins[place] for place in where], kept, resamples, slice=name))
     return figures
 
 
 def measure_length_baselines(pairs: Sequence[Pair], *, resamples: int) -> list[Figure]:
     """Measure the accuracy of preferring the longer answer, and of preferring the shorter one."""
-    figures = []
-    for name, sign in (("pair_accuracy_longer", 1), ("pair_accuracy_shorter", -1)):
-        found = _accuracy([sign * pair.length_difference for pair in pairs], pairs, resamples)
-        figures.append(make_figure(name, found, unit="share", better="higher"))
-    return figures
+    by_length = [pair.length_difference for pair in pairs]
+    return [
+        _accuracy("pair_accuracy_longer", by_length, pairs, resamples),
+        _accuracy("pair_accuracy_shorter", [-difference for difference in by_length], pairs, resamples),
+    ]
 
 
-def _accuracy(margins: Sequence[float], pairs: Sequence[Pair], resamples: int) -> Interval:
+def _accuracy(
+    metric: str, margins: Sequence[float], pairs: Sequence[Pair], resamples: int, *, slice: str | None = None
+) -> Figure:
     groups: dict[int, list[float]] = {}
     for margin, pair in zip(margins, pairs, strict=True):
         groups.setdefault(pair.group, []).append(0.5 if margin == 0 else float(margin > 0))
-    return share(list(groups.values()), resamples=resamples)
+    found = share(list(groups.values()), resamples=resamples)
+    return make_figure(metric, found, unit="share", better="higher", slice=slice)
 
 
 def measure_calibration(margins: Sequence[float], groups: Sequence[int], *, resamples: int) -> list[Figure]:
@@ -157,16 +160,15 @@ def measure_calibration(margins: Sequence[float], groups: Sequence[int], *, resa
     _, cluster_P = np.unique(np.asarray(groups), return_inverse=True)
     sums_N = np.zeros((cluster_P.max() + 1, 3 * _BINS))
     np.add.at(sums_N, cluster_P, sums_P3B)
-    found = bootstrap(sums_N, _calibration_error, resamples=resamples)
+
+    def error(sums_R: Floats) -> Floats:
+        counts_RB, confidence_RB, right_RB = np.split(sums_R, 3, axis=1)
+        return np.asarray(np.abs(right_RB - confidence_RB).sum(axis=1) / counts_RB.sum(axis=1))
+
+    found = bootstrap(sums_N, error, resamples=resamples)
     details: list[dict[str, float | int | None]] = []
     for number, (count, confidence, right) in enumerate(sums_N.sum(axis=0).reshape(3, _BINS).T.tolist()):
         low, high = 0.5 + number / (2 * _BINS), 0.5 + (number + 1) / (2 * _BINS)
         means = {"confidence": confidence / count, "accuracy": right / count} if count else _NO_MEANS
         details.append({"low": low, "high": high, "n": int(count), **means})
     return [make_figure("calibration_error", found, unit="share", better="lower", details=details)]
-
-
-def _calibration_error(sums_R: Floats) -> Floats:
-    counts_RB, confidence_RB, right_RB = np.split(sums_R, 3, axis=1)
-    error: Floats = np.abs(right_RB - confidence_RB).sum(axis=1) / counts_RB.sum(axis=1)
-    return error

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -38,19 +37,18 @@ def _read_tasks(context: Context) -> dict[str, list[Item]]:
 
 
 def measure(context: Context) -> list[Figure]:
-    options, own, figures = context.options, _read_tasks(context), []
+    options, seed, own, figures = context.options, context.seed, _read_tasks(context), []
     for task in options.tasks:
-        found = (
-            measure_few_shot(
-                context.policy, own[task], shots=options.shots, seed=context.seed, resamples=options.resamples
+        if task in own:
+            found = measure_few_shot(
+                context.policy, own[task], shots=options.shots, seed=seed, resamples=options.resamples
             )
-            if task in own
-            else measure_harness(
+        else:
+            found = measure_harness(
                 context.policy, task.removeprefix(_HARNESS), shots=options.shots, max_rows=options.max_rows,
-                batch_size=options.batch_size, seed=context.seed,
-            )
-        )  # fmt: skip
-        figures += place_figures(found, data=task, max_rows=options.max_rows, seed=context.seed)
+                batch_size=options.batch_size, seed=seed,
+            )  # fmt: skip
+        figures += place_figures(found, data=task, max_rows=options.max_rows, seed=seed)
     return figures
 
 
@@ -134,17 +132,11 @@ def measure_few_shot(
     for number in shots:
         prompts = [write_prompt(items, place, shots=number, seed=seed) for place in range(len(items))]
         found = _rank_choices(policy, items, prompts) if items[0].choices else _match(policy, items, prompts, resamples)
-        figures += [
-            make_figure(name, interval, unit=unit, better="higher", slice=f"K={number}", details=details)
-            for name, interval, unit, details in found
-        ]
+        figures += [replace(figure, better="higher", slice=f"K={number}") for figure in found]
     return figures
 
 
-_Found = tuple[str, Interval, str, list[dict[str, Any]] | None]
-
-
-def _match(policy: Policy, items: Sequence[Item], prompts: Sequence[str], resamples: int) -> list[_Found]:
+def _match(policy: Policy, items: Sequence[Item], prompts: Sequence[str], resamples: int) -> list[Figure]:
     """Compare the greedy answer up to the first line break, blanks around it aside, with the completion."""
     scored = policy.score_continuations(prompts, [item.completion for item in items])
     longest = max(item.tokens for item in scored) + _SPARE_TOKENS
@@ -154,14 +146,14 @@ def _match(policy: Policy, items: Sequence[Item], prompts: Sequence[str], resamp
         {"prompt": prompt, "answer": answer, "reference": item.completion, "right": ok}
         for prompt, answer, item, ok in list(zip(prompts, answers, items, right, strict=True))[:_SHOWN]
     ]
-    per_token = [item.logp / item.tokens for item in scored]
+    per_token = mean([item.logp / item.tokens for item in scored], resamples=resamples)
     return [
-        ("exact_match", wilson(sum(right), len(right)), "share", details),
-        ("completion_logp", mean(per_token, resamples=resamples), "nats per token", None),
+        make_figure("exact_match", wilson(sum(right), len(right)), unit="share", details=details),
+        make_figure("completion_logp", per_token, unit="nats per token"),
     ]
 
 
-def _rank_choices(policy: Policy, items: Sequence[Item], prompts: Sequence[str]) -> list[_Found]:
+def _rank_choices(policy: Policy, items: Sequence[Item], prompts: Sequence[str]) -> list[Figure]:
     """Take the choice with the highest log p: as it is, per token, and relative to p(choice | answer context)."""
     asked = [(prompt, choice) for prompt, item in zip(prompts, items, strict=True) for choice in item.choices]
     scored = policy.score_continuations([prompt for prompt, _ in asked], [choice for _, choice in asked])
@@ -174,15 +166,14 @@ def _rank_choices(policy: Policy, items: Sequence[Item], prompts: Sequence[str])
         alone = policy.score_continuations(contexts, [choice for _, choice in asked])
         relative = [item.logp - other.logp for item, other in zip(scored, alone, strict=True)]
         rules["likelihood_accuracy_relative"] = relative
-    found: list[_Found] = []
+    figures = []
     for name, values in rules.items():
-        waiting = iter(values)
-        right = 0
+        waiting, right = iter(values), 0
         for item in items:
             own = [next(waiting) for _ in item.choices]
             right += item.choices[own.index(max(own))] == item.completion
-        found.append((name, wilson(right, len(items)), "share", None))
-    return found
+        figures.append(make_figure(name, wilson(right, len(items)), unit="share"))
+    return figures
 
 
 def measure_harness(
@@ -199,23 +190,17 @@ def measure_harness(
         missing = "is not installed" if error.name == "lm_eval" else f"cannot be imported ({error})"
         what = f"lm-evaluation-harness {missing}; pip install 'alignkit[eval]', or leave its tasks out"
         raise EnvironmentProblem(what) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the console is ours
     manager, name = _find_task(task)
     figures: list[Figure] = []
     for number in shots:
         loaded = policy.loaded
-        with _quiet(), plainly(loaded.model):
+        with plainly(loaded.model):
             results = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
-                tasks=[name],
-                task_manager=manager,
-                num_fewshot=number,
-                limit=max_rows,
-                log_samples=False,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
+                model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size), tasks=[name],
+                task_manager=manager, num_fewshot=number, limit=max_rows, log_samples=False, random_seed=seed,
+                numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+            )  # fmt: skip
         for key, values in results["results"].items():
             n = int(results["n-samples"].get(key, {}).get("effective", 0))
             higher = results.get("higher_is_better", {}).get(key, {})
@@ -228,16 +213,15 @@ def _find_task(task: str) -> tuple[Any, str]:
     from ruamel.yaml import YAML
 
     file = Path(task).expanduser()
-    with _quiet():
-        if file.suffix in (".yaml", ".yml"):
-            if not file.is_file():
-                raise DataError("there is no such task file", where=str(file))
-            content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or not isinstance(content.get("task"), str):
-                raise DataError("needs `task: NAME`", where=str(file))
-            return TaskManager(include_path=str(file.parent.resolve())), content["task"]
-        manager = TaskManager()
-        known = set(manager.all_tasks)
+    if file.suffix in (".yaml", ".yml"):
+        if not file.is_file():
+            raise DataError("there is no such task file", where=str(file))
+        content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("task"), str):
+            raise DataError("needs `task: NAME`", where=str(file))
+        return TaskManager(include_path=str(file.parent.resolve())), content["task"]
+    manager = TaskManager()
+    known = set(manager.all_tasks)
     if task not in known:
         raise DataError(f"{_HARNESS}{task}: lm-evaluation-harness has no such task{suggest(task, known)}")
     return manager, task
@@ -251,26 +235,11 @@ def _read_results(
         if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not filtered:
             continue
         error = values.get(f"{metric}_stderr,{filtered}")
+        found = Interval(float(value), None, None, n, "none")
         if metric.startswith(_SHARES) and n and 0 <= value <= 1:
             found = wilson(value * n, n)
         elif isinstance(error, (int, float)):
             found = Interval(float(value), value - Z * error, value + Z * error, n, "normal")
-        else:
-            found = Interval(float(value), None, None, n, "none")
-        better: Better | None = None
-        if metric in higher_is_better:
-            better = "higher" if higher_is_better[metric] else "lower"
+        better: dict[bool | None, Better] = {True: "higher", False: "lower"}
         name = f"{_HARNESS[:-1]}/{task}/{metric}" + ("" if filtered == "none" else f"/{filtered}")
-        yield make_figure(name, found, better=better, slice=slice)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the library logs to errors: the console is ours."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+        yield make_figure(name, found, better=better.get(higher_is_better.get(metric)), slice=slice)

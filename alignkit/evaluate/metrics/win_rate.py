@@ -10,7 +10,7 @@ import numpy as np
 from alignkit.data import Text
 from alignkit.data.rows import count_chars
 from alignkit.evaluate.context import Context, Metric, as_completion
-from alignkit.evaluate.intervals import Figure, Floats, Interval, make_figure, share
+from alignkit.evaluate.intervals import Better, Figure, Floats, Interval, make_figure, share
 from alignkit.feedback.prompts import read_text
 from alignkit.rewards.compare import Comparer
 
@@ -26,9 +26,8 @@ def measure(context: Context) -> list[Figure]:
         for answers in (context.sampled, context.sample(context.rival, 1))
     )
     figures = measure_win_rate(judge, prompts, ours, theirs, resamples=context.options.resamples)
-    return context.place(
-        figures, against=context.options.against, judge=judge.name, **judge.settings, **context.sampling
-    )
+    settings = {"against": context.options.against, "judge": judge.name, **judge.settings, **context.sampling}
+    return context.place(figures, **settings)
 
 
 METRIC = Metric(
@@ -56,29 +55,31 @@ def measure_win_rate(
     verdicts = judge.compare(prompts, ours, theirs)
     decided = [(place, [p for p in orders if p is not None]) for place, orders in enumerate(verdicts)]
     decided = [(place, orders) for place, orders in decided if len(orders) == len(verdicts[place])]
-    places, wins = [place for place, _ in decided], [sum(orders) / len(orders) for _, orders in decided]
-    shown = [_show(prompts[place], ours[place], theirs[place], win) for place, win in zip(places, wins, strict=True)]
-    whole = _figure("win_rate", _share(wins, resamples), details=shown[:_SHOWN])
-    lengths = [(count_chars(ours[place]), count_chars(theirs[place])) for place in places]
-    controlled = _figure("win_rate_length_controlled", control_length(wins, lengths))
-    return [whole, *_compare_orders(judge, verdicts, resamples), controlled]
+    wins = [sum(orders) / len(orders) for _, orders in decided]
+    cases = [
+        {"prompt": read_text(prompts[place]), "answer": read_text(ours[place]), "other": read_text(theirs[place]),
+         "win": win}
+        for (place, _), win in list(zip(decided, wins, strict=True))[:_SHOWN]
+    ]  # fmt: skip
 
+    def make(metric: str, outcomes: Sequence[float], **extra: Any) -> Figure:
+        found = share([[outcome] for outcome in outcomes], resamples=resamples)
+        better: Better | None = "higher" if metric == "win_rate" else None
+        return make_figure(metric, found, unit="share", better=better, **extra)
 
-def _compare_orders(judge: Comparer, verdicts: Sequence[tuple[float | None, ...]], resamples: int) -> list[Figure]:
-    """Compare both orders: how consistent the judge is; nothing where the order was never read."""
-    asked = [orders for orders in verdicts if len(orders) == 2]
-    if not asked:
-        return []
-    both = [(a, b) for a, b in asked if a is not None and b is not None]
-    abstained = [float(None in orders) for orders in asked]
-    agree = [float((a > 0.5) == (b > 0.5) and (a < 0.5) == (b < 0.5)) for a, b in both]
-    details = [judge.describe()]
-    return [
-        _figure("win_rate", _share([a for a, _ in both], resamples), slice="ours first"),
-        _figure("win_rate", _share([b for _, b in both], resamples), slice="ours second"),
-        _figure("judge_agreement", _share(agree, resamples), details=details if details != [{}] else None),
-        _figure("judge_abstained", _share(abstained, resamples)),
-    ]
+    figures = [make("win_rate", wins, details=cases)]
+    if asked := [orders for orders in verdicts if len(orders) == 2]:  # else the order was never read
+        both = [(a, b) for a, b in asked if a is not None and b is not None]
+        agree = [float((a > 0.5) == (b > 0.5) and (a < 0.5) == (b < 0.5)) for a, b in both]
+        figures += [
+            make("win_rate", [a for a, _ in both], slice="ours first"),
+            make("win_rate", [b for _, b in both], slice="ours second"),
+            make("judge_agreement", agree, details=[judge.report] if judge.report else None),
+            make("judge_abstained", [float(None in orders) for orders in asked]),
+        ]
+    lengths = [(count_chars(ours[place]), count_chars(theirs[place])) for place, _ in decided]
+    controlled = control_length(wins, lengths)
+    return [*figures, make_figure("win_rate_length_controlled", controlled, unit="share", better="higher")]
 
 
 def control_length(wins: Sequence[float], lengths: Sequence[tuple[int, int]]) -> Interval:
@@ -115,15 +116,3 @@ def _fit_at_zero(design_N2: Floats, wins_N: Floats, weights_N: Floats) -> float:
         if np.abs(step).max() < 1e-10:
             break
     return float(1 / (1 + np.exp(-theta[0])))
-
-
-def _share(outcomes: Sequence[float], resamples: int) -> Interval:
-    return share([[outcome] for outcome in outcomes], resamples=resamples)
-
-
-def _figure(metric: str, found: Interval, **extra: Any) -> Figure:
-    return make_figure(metric, found, unit="share", better="higher" if metric.startswith("win_rate") else None, **extra)
-
-
-def _show(prompt: Text, ours: Text, theirs: Text, win: float) -> dict[str, Any]:
-    return {"prompt": read_text(prompt), "answer": read_text(ours), "other": read_text(theirs), "win": win}
