@@ -16,8 +16,8 @@ from pathlib import Path
 
 from alignkit import console
 from alignkit.errors import SUPERVISED, DiskError, EnvironmentProblem
-from alignkit.launch import processes
 from alignkit.launch.placement import Command, place
+from alignkit.launch.supervise import kill_all, list_marked
 from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK, ROOMS
@@ -30,11 +30,7 @@ _STRAY_SECONDS = 45.0
 
 
 def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = False, retries: int = 0) -> Result:
-    """Train a stage in its run directory and return how it ended; `command` starts it again in other processes.
-
-    Raises what `fit` raises, RunError when another process holds the directory, RankError when a process died or hung,
-    RecipeError where `launch:` and who started this process contradict each other.
-    """
+    """Train a stage in its run directory and return how it ended; `command` starts it again in other processes."""
     command = command or Command(stage)
     makes_rows = stage.method in FEEDBACK
     if makes_rows:
@@ -105,7 +101,17 @@ def hold_run(command: Command, *, force: bool, check: Callable[[], None] = lambd
     stage = command.stage
     run, lock = open_run(Path(stage.run_dir), force=False)
     try:
-        _end_strays(run, check)
+        # Processes of an earlier command that was killed save and end by themselves; then the rest is killed.
+        deadline, told = time.monotonic() + _STRAY_SECONDS, False
+        while strays := list_marked(run.launch):
+            if not told:
+                console.note(f"waiting for {len(strays)} processes of an earlier command in {run.path} to end")
+                told = True
+            if time.monotonic() > deadline:
+                kill_all([stray.pid for stray in strays], run.launch)
+                break
+            check()
+            time.sleep(0.2)
         if force:
             lock = set_aside(run, lock)
     except BaseException:
@@ -133,16 +139,3 @@ def hold_run(command: Command, *, force: bool, check: Callable[[], None] = lambd
             shutil.rmtree(run.path, ignore_errors=True)
         lock.release()
 
-
-def _end_strays(run: RunDir, check: Callable[[], None]) -> None:
-    """Wait for processes of an earlier command that was killed: they save and end by themselves; then kill the rest."""
-    deadline, told = time.monotonic() + _STRAY_SECONDS, False
-    while strays := processes.marked(run.launch):
-        if not told:
-            console.note(f"waiting for {len(strays)} processes of an earlier command in {run.path} to end")
-            told = True
-        if time.monotonic() > deadline:
-            processes.kill_all([stray.pid for stray in strays], run.launch)
-            return
-        check()
-        time.sleep(0.2)

@@ -39,35 +39,25 @@ def fsdp_settings(stage: Stage) -> dict[str, Any]:
     `gradient_checkpointing` holds, and both at once is an error upstream.
     """
     return {
-        "fsdp_version": 2,
-        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "fsdp_reshard_after_forward": True,
+        "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
         "fsdp_state_dict_type": "FULL_STATE_DICT",
         "fsdp_offload_params": stage.launch.offload == "all",
         "fsdp_activation_checkpointing": stage.launch.activation_checkpointing is True,
         # Every rank loads the weights itself: rank 0 alone would leave LoRA and score heads unset on the others.
         "fsdp_cpu_ram_efficient_loading": False,
-    }
+    }  # fmt: skip
 
 
 def deepspeed_config(stage: Stage) -> dict[str, Any]:
     """Make DeepSpeed's JSON; "auto" is filled in by the Trainer from what the stage says."""
     level, offload = ZERO_STAGES[stage.launch.strategy], stage.launch.offload
-    zero: dict[str, Any] = {
-        "stage": level,
-        "contiguous_gradients": True,
-        "overlap_comm": True,
-        "reduce_bucket_size": "auto",
-    }
+    zero: dict[str, Any] = {"stage": level, "contiguous_gradients": True, "overlap_comm": True}
+    zero["reduce_bucket_size"] = "auto"
     if level == 2:
         zero |= {"reduce_scatter": True, "allgather_partitions": True}
-    if level == 3:
-        zero |= {
-            # TRL gathers the LM head itself, which fails while a prefetch of it is under way.
-            "stage3_prefetch_bucket_size": 0,
-            "stage3_param_persistence_threshold": "auto",
-            "stage3_gather_16bit_weights_on_model_save": True,
-        }
+    else:  # TRL gathers the LM head itself, which fails while a prefetch of it is under way
+        zero |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": "auto"}
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
     if offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if offload == "all" and level == 3:
@@ -145,10 +135,7 @@ def command_line(
 
 
 def worker_environment(stage: Stage, precision: Precision) -> dict[str, str]:
-    """Make what `accelerate launch` would have set for the strategy, for workers that torchrun started.
-
-    torchrun says nothing of a strategy; accelerate and the Trainer read it from these variables.
-    """
+    """Make what `accelerate launch` would have set for the strategy, of which torchrun says nothing to its workers."""
     found: dict[str, str] = {"ACCELERATE_MIXED_PRECISION": precision}
     if stage.launch.strategy == "fsdp":
         found["ACCELERATE_USE_FSDP"] = "true"
@@ -165,10 +152,7 @@ def worker_environment(stage: Stage, precision: Precision) -> dict[str, str]:
 
 
 def plan_launch(command: Command) -> dict[str, Any]:
-    """Say what the command would start here, as plain data; what is not known before the start is written UNKNOWN.
-
-    Raises RecipeError when `launch:`, the command line and SLURM contradict each other.
-    """
+    """Say what the command would start here, as plain data; what is not known before the start is written UNKNOWN."""
     stage = command.stage
     placement = place(stage, command.node_rank, strict=False)
     plan: dict[str, Any] = {
@@ -231,8 +215,15 @@ def require_agreement(stage: Stage, environment: Mapping[str, str]) -> None:
     """Raise RecipeError naming both sides where `launch:` says otherwise than who started this process."""
     if "RANK" not in environment:
         return
-    checks = (_compare_counts, _compare_strategy, _compare_precision)
-    findings = [finding for compare in checks for finding in compare(stage, environment)]
+    findings = [*_compare_counts(stage, environment), *_compare_strategy(stage, environment)]
+    # Only what was said on both sides: `accelerate launch` without the flag says no, and means nothing.
+    found = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    key, value = "launch.mixed_precision", str(stage.launch.mixed_precision)
+    if value == "auto":
+        key, value = "model.dtype", stage.model.dtype
+    if found != "no" and value != "auto" and mixed_precision(stage, "cpu") != found:
+        what = f"{key} is {value}, but accelerate launch was told mixed_precision {found}; make them equal"
+        findings.append(("mixed_precision", what))
     if findings:
         raise RecipeError([Problem(what, stage.where(f"launch.{key}")) for key, what in findings])
 
@@ -313,19 +304,6 @@ def _launcher_offload(strategy: str, environment: Mapping[str, str]) -> str:
         if device not in (None, "none"):
             return name
     return "none"
-
-
-def _compare_precision(stage: Stage, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Compare only what was said on both sides: `accelerate launch` without the flag says no, and means nothing."""
-    found = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    key, value = "launch.mixed_precision", str(stage.launch.mixed_precision)
-    if value == "auto":
-        key, value = "model.dtype", stage.model.dtype
-    if found != "no" and value != "auto" and mixed_precision(stage, "cpu") != found:
-        yield (
-            "mixed_precision",
-            f"{key} is {value}, but accelerate launch was told mixed_precision {found}; make them equal",
-        )
 
 
 def apply_strategy(stage: Stage, environment: MutableMapping[str, str]) -> None:

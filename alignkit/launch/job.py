@@ -41,23 +41,18 @@ _COMPARED = ("processes", "nodes", "strategy", "device", "version")
 
 
 class Job:
-    """A stage in processes of its own, as this node sees it; `run` is the only thing to call.
-
-    `hold` is `hold_run`: node 0 has the run directory for itself meanwhile.
-    """
+    """A stage in processes of its own, as this node sees it; `run` is the only thing to call."""
 
     def __init__(
         self, command: Command, placement: Placement, hold: Callable[..., AbstractContextManager[RunDir]]
     ) -> None:
+        """Take `hold_run` as `hold`: node 0 has the run directory for itself meanwhile."""
         self._command, self._stage, self._placement, self._hold = command, command.stage, placement, hold
         self._run = RunDir(Path(command.stage.run_dir))
         self._received: list[int] = []  # stop signals
 
     def run(self, *, force: bool, retries: int) -> Result:
-        """Train the stage and return how it ended.
-
-        Raises what a process reported, RankError for one that died or hung, Stopped; no process is left then.
-        """
+        """Train the stage and return how it ended; no process is left then, whatever is raised."""
         stage, run = self._stage, self._run
         require_ready(stage)
         if stage.launch.strategy in accelerate.ZERO_STAGES and importlib.util.find_spec("deepspeed") is None:
@@ -75,8 +70,13 @@ class Job:
                     with record_warnings(run.warnings):
                         self._try_until_done(retries)
                 except UsageError:
-                    if not run.stage.exists():
-                        self._clear()
+                    if not run.stage.exists():  # what tries have left goes, and nothing that was put there otherwise
+                        for path in run.launch.glob("attempt-*"):
+                            shutil.rmtree(path, ignore_errors=True)
+                        for name in (accelerate.CONFIG, accelerate.DEEPSPEED_CONFIG, _CURRENT):
+                            (run.launch / name).unlink(missing_ok=True)
+                        with suppress(OSError):
+                            run.launch.rmdir()
                     raise
                 return read_result(run.result)
 
@@ -179,15 +179,6 @@ class Job:
             write_json(launch / _CURRENT, {"attempt": attempt, **self._facts()})
         return self._attempt_dir(attempt)
 
-    def _clear(self) -> None:
-        """Remove what tries have left, and nothing that was put there otherwise."""
-        for path in self._run.launch.glob("attempt-*"):
-            shutil.rmtree(path, ignore_errors=True)
-        for name in (accelerate.CONFIG, accelerate.DEEPSPEED_CONFIG, _CURRENT):
-            (self._run.launch / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            self._run.launch.rmdir()
-
     # Where the processes meet.
 
     def _choose_port(self) -> int:
@@ -219,10 +210,7 @@ class Job:
             ) from error
 
     def _wait_for_main(self, after: int) -> None:
-        """Wait until node 0 answers at its port and has announced a try above `after`.
-
-        Raises RunError when the host is unknown, or nobody answers for launch.timeout_seconds.
-        """
+        """Wait until node 0 answers at its port and has announced a try above `after`."""
         address, port = str(self._placement.main_address), int(self._placement.main_port or 0)
         seconds = self._stage.launch.timeout_seconds
         self._require_known(address)

@@ -133,13 +133,33 @@ def _ask_nvidia_smi(*arguments: str) -> list[str]:
 def place(
     stage: Stage, node_rank: int | None = None, *, strict: bool = True, environment: Mapping[str, str] = os.environ
 ) -> Placement:
-    """Find where this node stands in the job; `node_rank` is the command line's.
-
-    Raises RecipeError for what contradicts each other and, when `strict`, for what several nodes still need to know.
-    """
+    """Find where this node stands in the job; only with `strict` must all be known that several nodes need."""
     launch, device = stage.launch, pick_device(stage)
-    processes = launch.processes if launch.processes != "auto" else max(count_cuda() if device == "cuda" else 1, 1)
-    problems = [*_check_slurm(stage, environment), *(_check_devices(stage, processes, device) if strict else ())]
+    visible = count_cuda() if device == "cuda" else None
+    processes = launch.processes if launch.processes != "auto" else visible or 1
+    problems = []
+    # Outside `srun` a recipe that names no nodes may use one of an allocation's.
+    step = environment.get("SLURM_STEP_NUM_NODES")
+    allocated = _first_number(step, environment.get("SLURM_NNODES"))
+    given = stage.origins.get("launch.nodes", "default") != "default"
+    if allocated is not None and allocated != launch.nodes and (given or step):
+        what = f"launch.nodes is {launch.nodes}, but SLURM runs this on {allocated}; set launch.nodes to {allocated}"
+        problems.append(Problem(f"{what}, or ask SLURM for {launch.nodes}", stage.where("launch.nodes")))
+    on_node = _first_number(environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
+    if (on_node or 1) > 1:
+        what = f"SLURM started {on_node} tasks on this node; ask for one (--ntasks-per-node=1): alignkit starts the "
+        problems.append(Problem(f"{what}processes of launch.processes itself", stage.where("launch.processes")))
+    what, key = "", "launch.processes"
+    if device == "mps" and processes > 1:
+        what = f"launch.processes is {processes}, but mps is one device; set launch.device: cpu"
+    elif visible == 0:
+        what = "launch.device is cuda, but no CUDA device is visible here; leave it out, or set it to cpu"
+        key = "launch.device"
+    elif visible is not None and processes > visible:
+        what = f"launch.processes is {processes}, but {visible} CUDA devices are visible here; set it to auto, or "
+        what += "launch.device: cpu"
+    if what and strict:
+        problems.append(Problem(what, stage.where(key)))
     if batch := check_batch(stage, launch.nodes * processes):
         problems.append(batch)
     address, port = LOOPBACK, launch.main_port
@@ -171,40 +191,6 @@ def first_host(nodes: str) -> str:
 
 def _first_number(*values: int | str | None) -> int | None:
     return next((int(value) for value in values if value is not None and str(value).strip().isdigit()), None)
-
-
-def _check_slurm(stage: Stage, environment: Mapping[str, str]) -> Iterator[Problem]:
-    """Compare `launch:` with the allocation; outside `srun` a recipe that names no nodes may use one of them."""
-    step, nodes = environment.get("SLURM_STEP_NUM_NODES"), stage.launch.nodes
-    allocated = _first_number(step, environment.get("SLURM_NNODES"))
-    given = stage.origins.get("launch.nodes", "default") != "default"
-    if allocated is not None and allocated != nodes and (given or step):
-        yield Problem(
-            f"launch.nodes is {nodes}, but SLURM runs this on {allocated}; set launch.nodes to {allocated}, or ask "
-            f"SLURM for {nodes}",
-            stage.where("launch.nodes"),
-        )
-    on_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-    if on_node.isdigit() and int(on_node) > 1:
-        yield Problem(
-            f"SLURM started {on_node} tasks on this node; ask for one (--ntasks-per-node=1): alignkit starts the "
-            "processes of launch.processes itself",
-            stage.where("launch.processes"),
-        )
-
-
-def _check_devices(stage: Stage, processes: int, device: Device) -> Iterator[Problem]:
-    visible = count_cuda() if device == "cuda" else processes
-    if device == "mps" and processes > 1:
-        what = f"launch.processes is {processes}, but mps is one device; set launch.device: cpu"
-    elif not visible:
-        what = "launch.device is cuda, but no CUDA device is visible here; leave it out, or set it to cpu"
-    elif processes > visible:
-        what = f"launch.processes is {processes}, but {visible} CUDA devices are visible here; set it to auto, or "
-        what += "launch.device: cpu"
-    else:
-        return
-    yield Problem(what, stage.where("launch.processes" if visible else "launch.device"))
 
 
 def _check_nodes(nodes: int, node_rank: int | None, address: str | None, *, strict: bool) -> Iterator[str]:

@@ -98,7 +98,19 @@ def run_many(
         check_order(stages, only_listed=True)
         for stage in stages:
             locate_rows(stage)
-        _show_entries(plan_run(commands, force=how.force), measure, as_json=how.as_json)
+        entries = plan_run(commands, force=how.force)
+        planned = [entry.to_dict() for entry in entries]
+        if measure is not None:
+            is_done = all(entry.will == "leave alone" for entry in entries) and measure.is_done()
+            will, why = ("leave alone", "measured, nothing has changed") if is_done else ("run", "models to measure")
+            planned.append({"stage": MEASURE, "method": None, "needs": [], "will": will, "why": why})
+        if not how.as_json:
+            console.print_plan(planned)
+            return
+        from alignkit.launch.accelerate import plan_launch
+
+        starts = [{**entry.stage.to_dict(), "would_start": plan_launch(entry.command)} for entry in entries]
+        console.print_json([{**start, **row} for start, row in zip([*starts, {}], planned, strict=False)])
         return
     if is_worker():
         raise EnvironmentProblem(
@@ -132,7 +144,10 @@ def run_many(
                 measure.show(board, measured, is_new=any(entry.will != "leave alone" for entry in entries))
     except BaseException as error:
         with suppress(AlignKitError):  # the page shows how far it came; what stopped it is what is said
-            _note_failure(place.get("run_dir"), error)
+            run = RunDir(place["run_dir"]) if "run_dir" in place else None
+            failed = isinstance(error, AlignKitError) and error.exit_code in _FAILURES  # no mistake, stop, or bug
+            if failed and run and console.is_main() and run.stage.is_file() and not run.is_finished():
+                write_text(run.error_log, console.redact(f"{error}\n"))
             _write_page(stages)
         raise
     finally:
@@ -175,24 +190,14 @@ def _write_page(stages: Sequence[Stage]) -> None:
             console.note(f"report: {page}")
 
 
-def _note_failure(run_dir: Path | None, error: BaseException) -> None:
-    """Keep in an unfinished run why it failed, for its page; not a mistake of the user's, a stop, or a bug."""
-    if run_dir is None or not isinstance(error, AlignKitError) or error.exit_code not in _FAILURES:
-        return
-    run = RunDir(run_dir)
-    if console.is_main() and run.stage.is_file() and not run.is_finished():
-        write_text(run.error_log, console.redact(f"{error}\n"))
-
-
 # The stages of a recipe one after another.
 
 
 def plan_run(commands: Sequence[Command], *, force: bool = False) -> list[Entry]:
-    """Decide what is done with each stage, in order.
+    """Decide what is done with each stage, in order; reads the rows of those that have begun.
 
     A finished one is left alone, an unfinished one goes on; one whose settings, data or starting weights have changed
-    runs again, and so does every one that needs a stage run before it. Reads the rows of stages that have begun; raises
-    what reading them raises.
+    runs again, and so does every one that needs a stage run before it.
     """
     entries: list[Entry] = []
     busy: dict[str, Will] = {}  # stages that will make something new
@@ -263,8 +268,7 @@ def run_stages(
 ) -> Iterator[Result]:
     """Do with the stages what was decided, and yield how each one ended; `before` is told which one is next.
 
-    `aside` is entered while processes of a stage's own write to the terminal. Raises what `launch_stage` raises for the
-    first stage that fails.
+    `aside` is entered while processes of a stage's own write to the terminal.
     """
     from alignkit.report.publish import leave_finished
 
@@ -299,26 +303,6 @@ def let_go() -> None:
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):  # a kernel without it
             Path("/proc/self/clear_refs").write_text("5")
-
-
-# What a command would do.
-
-
-def _show_entries(entries: Sequence[Entry], measure: Measuring | None, *, as_json: bool) -> None:
-    """Write what would be done with each stage and with the models, and why."""
-    rows = [entry.to_dict() for entry in entries]
-    if measure is not None:
-        is_new = any(entry.will != "leave alone" for entry in entries)
-        done = not is_new and measure.is_done()
-        will, why = ("leave alone", "measured, nothing has changed") if done else ("run", "models to measure")
-        rows.append({"stage": MEASURE, "method": None, "needs": [], "will": will, "why": why})
-    if not as_json:
-        console.print_plan(rows)
-        return
-    from alignkit.launch.accelerate import plan_launch
-
-    starts = [{**entry.stage.to_dict(), "would_start": plan_launch(entry.command)} for entry in entries]
-    console.print_json([{**start, **row} for start, row in zip([*starts, {}], rows, strict=False)])
 
 
 def _show_plan(command: Command, how: How) -> None:
@@ -374,10 +358,7 @@ class Measuring:
 
     @classmethod
     def of(cls, recipe: Recipe, names: Sequence[str], *, trust_code: bool) -> Measuring | None:
-        """Find what to measure of these stages, None where the recipe asks for nothing or none of them has a model.
-
-        Raises UsageError for a name that is neither a stage nor a path, and where no stage has rows to measure on.
-        """
+        """Find what to measure of these stages, None where the recipe asks for nothing or none of them has a model."""
         from alignkit.evaluate.options import request_stages
 
         for doubt in require_held_out(recipe, names):
@@ -392,26 +373,23 @@ class Measuring:
             return False
         return all(read_record(RunDir(Path(source)).evaluation) for source in record["measured"])
 
-    def run(self) -> Iterator[dict[str, Any]]:
-        """Measure one model after another and yield what its eval.json holds now."""
+    def show(self, board: console.Board, measured: list[dict[str, Any]], *, is_new: bool) -> None:
+        """Add what each eval.json holds now to `measured`; nothing is done where nothing has changed."""
         from alignkit.evaluate.run import evaluate_all
 
-        self._record.unlink(missing_ok=True)
-        yield from evaluate_all(
-            self._requests, seed=None, out=None, device="auto", trust_code=self._trust_code, folder=Path.cwd(),
-            skip=True,
-        )  # fmt: skip
-        measured = [source for source, _ in self._requests if RunDir(Path(source)).evaluation.is_file()]
-        write_json(self._record, {"asked": self._asked, "measured": measured})
-
-    def show(self, board: console.Board, measured: list[dict[str, Any]], *, is_new: bool) -> None:
-        """Add the new content of each eval.json to `measured`; nothing is done where nothing has changed."""
         if not is_new and self.is_done():
             console.note("evaluate: already measured, nothing to do (alignkit eval measures again)")
             board.end(MEASURE, state="left alone")
             return
         board.begin(MEASURE)
-        for result in self.run():
+        self._record.unlink(missing_ok=True)
+        results = evaluate_all(
+            self._requests, seed=None, out=None, device="auto", trust_code=self._trust_code, folder=Path.cwd(),
+            skip=True,
+        )  # fmt: skip
+        for result in results:
             measured.append(result)
             board.update(MEASURE, len(measured), len(self._requests), str(result["name"]), None)
+        done = [source for source, _ in self._requests if RunDir(Path(source)).evaluation.is_file()]
+        write_json(self._record, {"asked": self._asked, "measured": done})
         board.end(MEASURE)

@@ -36,9 +36,7 @@ def write_jobs(
     Of each job it tells stage, path and script, the stages of the same call that it waits for (`depends_on`), the
     command that submits it, in which `$job_N` stands for the id of the N-th job until that is known, and its `job_id`.
     With `dry_run` nothing is written; with `force` an existing run is moved aside now, not at each start of the job.
-    Raises RecipeError for what Slurm could not honour, RunError for a run directory that cannot be used,
-    EnvironmentProblem when sbatch is absent or refuses, and what `require_ready` does; without `submit`, what a stage
-    needs may be made until it is submitted.
+    Without `submit` what a stage needs may be made until it is submitted.
     """
     if submit and not dry_run and shutil.which("sbatch") is None:
         raise EnvironmentProblem(
@@ -119,15 +117,10 @@ def build_script(command: Command) -> str:
     script = Path(__file__).with_name("job.sh.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return environment.from_string(script).render(
-        directives="\n".join(directives),
-        directory=shlex.quote(os.getcwd()),
-        run=shlex.quote(str(run.path)),
-        manifest=MANIFEST,
-        several_nodes=launch.nodes > 1,
-        max_requeues=slurm.max_requeues,
-        cpus=cpus,
+        directives="\n".join(directives), directory=shlex.quote(os.getcwd()), run=shlex.quote(str(run.path)),
+        manifest=MANIFEST, several_nodes=launch.nodes > 1, max_requeues=slurm.max_requeues, cpus=cpus,
         command=shlex.join(command.argv()),
-    )
+    )  # fmt: skip
 
 
 def _count_gpus(stage: Stage, slurm: SlurmOptions) -> int:

@@ -5,6 +5,7 @@ Losing a peer is a consequence, never the cause, unless nothing else is known. W
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -17,14 +18,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+import psutil
 
 from alignkit import console
 from alignkit.errors import SUPERVISED, AlignKitError, Problem, RankError, Stopped, UsageError
-from alignkit.launch import processes
 from alignkit.launch.placement import Placement
 from alignkit.runs import heartbeat
 from alignkit.runs.heartbeat import Beat, End
-from alignkit.runs.stop import stopped_by
+from alignkit.runs.stop import SIGNALS, stopped_by
 
 _POLL_SECONDS = 0.1
 _STOPS = (130, 143)  # exit codes of an orderly stop
@@ -34,6 +37,8 @@ _SETTLE_NODES_SECONDS = 5.0
 _STOP_SECONDS = 30.0  # for the rest, after one process has left by a stop signal
 _EXIT_SECONDS = 20.0  # for processes that have said how they end, and their launcher
 _OWN_PAUSE_SECONDS = 3.0  # longer between two looks: we were stopped ourselves, and so may the others have been
+_GONE_SECONDS = 10.0  # for what was killed
+_PR_SET_PDEATHSIG = 1
 _ABORT = "abort.json"  # why a node has ended the job: node, host, exit code and problems
 
 # What gloo, NCCL and the store say when somebody else has gone.
@@ -87,13 +92,11 @@ def describe_stuck(beats: Iterable[Beat], seconds: float) -> str:
     )
 
 
-def _failed(end: End) -> bool:
-    """Tell whether a process ended otherwise than well or by an agreed stop."""
+def _failed(end: End) -> bool:  # otherwise than by an agreed stop
     return end.exit_code != 0 and end.exit_code not in _STOPS
 
 
-def _lost_peer(end: End) -> bool:
-    """Tell whether all a process knows is that another one is gone."""
+def _lost_peer(end: End) -> bool:  # all it knows is that another process is gone
     return end.unexpected and any(_PEER_LOST.search(_LOG.sub("", problem)) for problem in end.problems)
 
 
@@ -193,7 +196,7 @@ class Supervisor:
             output = 2
         deaf = self._placement.world_size > 1
         with self._log.open("w") as log:
-            self._process = processes.start(argv, environment, output=output, log=log, deaf=deaf)
+            self._process = start_process(argv, environment, output=output, log=log, deaf=deaf)
         try:
             self._watch()
         except BaseException as error:
@@ -215,11 +218,17 @@ class Supervisor:
             looked = now
             self._pass_signals_on(beats, ends)
             self._see_deaths(beats, ends, exited)
-            self._see_abort()
+            if self._placement.nodes > 1 and (told := self._directory / _ABORT).is_file():
+                other = json.loads(told.read_text(encoding="utf-8"))
+                said = f"node {other['node']} ({other['host']}) ended the job: {'; '.join(other['problems'])}"
+                raise make_error(other["exit_code"], [said])
             hung = self._find_hung(beats, ends, now) or self._find_absent(beats, now - began)
             all_said = all(rank in ends for rank in self._ranks)
-            if exited is not None and not all_said and not self._deaths:
-                hung = hung or self._describe_launcher(exited)
+            if exited is not None and not all_said and not self._deaths and not hung:
+                how = f"was ended by {signal.Signals(-exited).name}" if exited < 0 else f"ended with exit code {exited}"
+                lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+                last = f": {lines[-1][:300]}" if lines else ""
+                hung = f"the launcher {how} before its processes{last} (its output: {self._log})"
             wrong = bool(hung or self._deaths) or any(_failed(end) for end in ends.values())
             stopping = not wrong and any(end.exit_code for end in ends.values())
             if exited is not None and all_said and not wrong:
@@ -238,7 +247,7 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
 
     def _is_alive(self, beat: Beat) -> bool:
-        return processes.is_alive(beat.pid, child_of=self._process.pid)
+        return is_alive(beat.pid, child_of=self._process.pid)
 
     def _patience(self, wrong: bool, hung: str | None, ends: Mapping[int, End]) -> float:
         """Decide how long to wait for the others' words before the cause is told."""
@@ -299,17 +308,9 @@ class Supervisor:
             elif self._is_alive(beat):
                 continue
             else:
-                status = processes.death_of(beat.pid) or 0
+                status = death_of(beat.pid) or 0
             if rank not in heartbeat.read_ends(self._directory):  # it may have written its end as we looked
                 self._deaths[rank] = Death(beat, status or None)
-
-    def _see_abort(self) -> None:
-        """Raise what another node says the job ended of."""
-        path = self._directory / _ABORT
-        if self._placement.nodes > 1 and path.is_file():
-            told = json.loads(path.read_text(encoding="utf-8"))
-            said = "; ".join(told["problems"])
-            raise make_error(told["exit_code"], [f"node {told['node']} ({told['host']}) ended the job: {said}"])
 
     def _find_hung(self, beats: Mapping[int, Beat], ends: Mapping[int, End], now: float) -> str | None:
         running = {rank: beat for rank, beat in beats.items() if rank not in ends and rank not in self._deaths}
@@ -320,7 +321,7 @@ class Supervisor:
             silent = now - self._seen[rank][1]
             if silent > self._heartbeat_seconds:
                 here = rank in self._ranks and beat.host == socket.gethostname()
-                return describe_frozen(beat, silent, stopped=here and processes.is_stopped(beat.pid))
+                return describe_frozen(beat, silent, stopped=here and is_stopped(beat.pid))
         stuck = any(beat.idle_seconds > self._timeout_seconds for beat in running.values())
         return describe_stuck(running.values(), self._timeout_seconds) if stuck else None
 
@@ -337,16 +338,98 @@ class Supervisor:
         log = self._log
         return f"rank {absent[0]} did not start within {self._timeout_seconds:g} s (the launcher's output: {log})"
 
-    def _describe_launcher(self, code: int) -> str:
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        last = f": {lines[-1][:300]}" if lines else ""
-        return f"the launcher {how} before its processes{last} (its output: {self._log})"
-
     def _kill(self) -> None:
         beats = heartbeat.read_beats(self._directory)
         local = [beat.pid for rank, beat in beats.items() if rank in self._ranks and self._is_alive(beat)]
-        processes.kill_all([self._process.pid, *local], self._directory)
+        kill_all([self._process.pid, *local], self._directory)
         console.restore_terminal()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
+
+
+# Processes: started so that none outlives us, looked at and killed. Linux gives every guarantee; elsewhere a worker
+# that finds its parent gone ends itself.
+
+
+def start_process(
+    argv: Sequence[str], environment: Mapping[str, str], *, output: int, log: IO[str], deaf: bool
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own that the kernel kills when this one dies.
+
+    Its stdout is the file descriptor `output`, its stderr goes to `log`. A `deaf` one does not hear stop signals: a
+    scheduler sends them to every process of a job, and torchrun would end those that are still saving.
+    """
+    parent = os.getpid()
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if deaf:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        if libc is not None:
+            # A worker itself ends softly instead, as it finds its supervisor gone: see `heartbeat.attach`.
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if deaf else 0)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return subprocess.Popen(
+        argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=log, start_new_session=True,
+        preexec_fn=prepare,
+    )  # fmt: skip
+
+
+def is_alive(pid: int, *, child_of: int) -> bool:
+    """Tell whether a process still runs; another one that got its number later does not count."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and child_of in (process.ppid(), pid)
+    except psutil.Error:
+        return False
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether somebody stopped a process, with SIGSTOP or a debugger."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
+        return False
+
+
+def death_of(pid: int) -> int | None:
+    """Read the wait status of a process that has ended and whose parent has not asked yet; None when unknown."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[-1]) if fields[0] == "Z" else None
+
+
+def list_marked(job_root: Path) -> list[psutil.Process]:
+    """List the living processes of a job, by the directory in their environment: `job_root` or one below it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mark = process.environ().get(SUPERVISED)
+            if mark and Path(mark).is_relative_to(job_root) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):  # another user's, or gone meanwhile
+            continue
+    return found
+
+
+def kill_all(pids: Iterable[int], job_root: Path) -> None:
+    """Kill these processes, all they started, and all that carry the job's mark, and wait until they are gone."""
+    doomed: dict[int, psutil.Process] = {}
+    for _ in range(3):  # what was being started while we looked shows at the next look
+        family = list_marked(job_root)
+        for pid in pids:
+            with suppress(psutil.Error):
+                process = psutil.Process(pid)
+                family += [process, *process.children(recursive=True)]
+        fresh = [process for process in family if process.pid not in (*doomed, os.getpid())]
+        if not fresh and doomed:
+            break
+        for process in fresh:
+            doomed[process.pid] = process
+            with suppress(psutil.Error):
+                process.kill()
+    psutil.wait_procs(list(doomed.values()), timeout=_GONE_SECONDS)

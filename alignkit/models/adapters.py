@@ -6,8 +6,6 @@ An adapter directory is never given to AutoModel, which would load it in a way t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,54 +28,49 @@ _LARGEST_RANK = 2**16
 
 
 def adapt(model: PreTrainedModel, stage: Stage, action: str, directory: Path | None, *, reward: bool) -> PeftModel:
-    """Wrap a base as the stage trains it: `action` is new or merge, or what is done with the adapter of `directory`."""
-    if action not in ("continue", "stack"):
-        return add_new_adapter(model, stage, reward=reward)
-    assert directory is not None
-    return (continue_adapter if action == "continue" else stack_adapter)(model, directory, stage, reward=reward)
+    """Wrap a base as the stage trains it; A matrices are drawn from the stage's seed, in generators of their own.
 
+    new, merge  a fresh adapter: B is zero, so the model still computes what the base does
+    continue    the adapter of `directory`; a policy's goes on as a reward model's with a fresh score head
+    stack       a fresh one on top of that of `directory`, which is frozen; both are active
 
-def add_new_adapter(model: PreTrainedModel, stage: Stage, *, reward: bool) -> PeftModel:
-    """Wrap a base with a fresh adapter; B is zero, so the model still computes what the base does."""
-    known = _list_names(model)
-    with _seeded(stage.seed), _explain(stage, known):
-        wrapped = get_peft_model(model, _new_config(model, stage, reward=reward), adapter_name=TRAINED)
-    _require_matches(wrapped, stage, known)
-    return wrapped
-
-
-def continue_adapter(model: PreTrainedModel, directory: Path, stage: Stage, *, reward: bool) -> PeftModel:
-    """Wrap a base with the adapter of a directory and train it on.
-
-    A policy's adapter goes on as a reward model's with a fresh score head. Raises ModelError when `lora:` asks for
-    another shape than the adapter has, or when its tensors do not fit the base.
+    Raises ModelError for `lora:` that does not fit the model or the adapter, and for tensors that do not fit the base.
     """
     assert stage.lora is not None
-    config = _stored_config(model, directory, reward=reward, trainable=True)
-    _check_shape(config, stage.lora, directory, stage)
-    config.lora_dropout = stage.lora.dropout
-    with _seeded(stage.seed), _explain(stage, _list_names(model)):
-        wrapped = get_peft_model(model, config, adapter_name=TRAINED)
-    _fill(wrapped, directory, TRAINED, reward=reward)
-    return wrapped
-
-
-def stack_adapter(model: PreTrainedModel, directory: Path, stage: Stage, *, reward: bool) -> PeftModel:
-    """Freeze the adapter of a directory on the base and train a new one on top; both are active."""
-    lower = _stored_config(model, directory, reward=reward, trainable=False)
-    upper = _new_config(model, stage, reward=reward)
-    if lower.use_dora or upper.use_dora:
-        raise ModelError(
-            "adapter: stack adds two low-rank updates, which DoRA's are not; use merge", where=str(directory)
-        )
-    known = _list_names(model)
-    with _seeded(stage.seed), _explain(stage, known):
-        wrapped = get_peft_model(model, lower, adapter_name=START)
-        _fill(wrapped, directory, START, reward=reward)
-        wrapped.add_adapter(TRAINED, upper)
-    _require_matches(wrapped, stage, known)
-    _copy(wrapped, START, TRAINED, ".modules_to_save.")  # the score head starts from the lower adapter's
-    activate(wrapped, [START, TRAINED])
+    name, known = TRAINED, _list_names(model)
+    if action not in ("continue", "stack"):
+        first = upper = _new_config(model, stage, reward=reward)
+    else:
+        assert directory is not None
+        first = _stored_config(model, directory, reward=reward, trainable=action == "continue")
+    if action == "continue":
+        _check_shape(first, stage.lora, directory, stage)
+        first.lora_dropout = stage.lora.dropout
+    elif action == "stack":
+        name, upper = START, _new_config(model, stage, reward=reward)
+        if first.use_dora or upper.use_dora:
+            raise ModelError(
+                "adapter: stack adds two low-rank updates, which DoRA's are not; use merge", where=str(directory)
+            )
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(stage.seed)
+            wrapped = get_peft_model(model, first, adapter_name=name)
+            if directory is not None and action in ("continue", "stack"):
+                _fill(wrapped, directory, name, reward=reward)
+            if action == "stack":
+                wrapped.add_adapter(TRAINED, upper)
+    except (ValueError, re.error) as error:  # PEFT's for names that match nothing, and for patterns that are none
+        said = first_line(error)
+        key = "lora.dropout" if "lora_dropout" in said else "lora.target_modules"
+        there = "; set lora.dropout: 0 or name layers without experts" if key == "lora.dropout" else f"; {known}"
+        raise ModelError(f"lora does not fit the model: {said}{there}", where=stage.where(key)) from error
+    if action != "continue":
+        _require_matches(wrapped, stage, known)
+    if action == "stack":
+        _copy(wrapped, START, TRAINED, ".modules_to_save.")  # the score head starts from the lower adapter's
+        activate(wrapped, [START, TRAINED])
     return wrapped
 
 
@@ -102,10 +95,7 @@ def _copy(model: PeftModel, source: str, target: str, kind: str = ".") -> None:
 
 
 def add_scoring_adapter(model: PeftModel, directory: Path, name: str) -> torch.Tensor:
-    """Put the adapter of a reward model, without its head, on the base of a policy; give the head's weight, (1, H).
-
-    Raises ModelError when it does not fit the base or has no score head.
-    """
+    """Put the adapter of a reward model, without its head, on the base of a policy; give the head's weight, (1, H)."""
     base = model.get_base_model()
     config = _stored_config(base, directory, reward=False, trainable=False)
     config.modules_to_save = None  # the head lies outside of a policy
@@ -124,9 +114,8 @@ def add_scoring_adapter(model: PeftModel, directory: Path, name: str) -> torch.T
 
 def attach_frozen(model: PreTrainedModel, directory: Path, *, reward: bool) -> PeftModel:
     """Wrap a base with a stored adapter for use, not for training."""
-    wrapped = get_peft_model(
-        model, _stored_config(model, directory, reward=reward, trainable=False), adapter_name=TRAINED
-    )
+    config = _stored_config(model, directory, reward=reward, trainable=False)
+    wrapped = get_peft_model(model, config, adapter_name=TRAINED)
     _fill(wrapped, directory, TRAINED, reward=reward)
     return wrapped.requires_grad_(False).eval()
 
@@ -154,11 +143,6 @@ def cast_adapters(model: PeftModel, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name and "magnitude" not in name and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def is_stacked(model: PeftModel) -> bool:
-    """Whether a frozen adapter acts below the trained one."""
-    return START in model.peft_config
 
 
 def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
@@ -237,7 +221,7 @@ def _fill(model: PeftModel, directory: Path, name: str, *, reward: bool) -> None
     set_peft_model_state_dict(model, stored | new_head, adapter_name=name)
 
 
-def _check_shape(config: LoraConfig, options: LoraOptions, directory: Path, stage: Stage) -> None:
+def _check_shape(config: LoraConfig, options: LoraOptions, directory: Path | None, stage: Stage) -> None:
     """Refuse `lora:` values that a continued adapter would silently ignore."""
     wanted: dict[str, tuple[Any, Any]] = {
         "r": (options.r, config.r),
@@ -258,15 +242,6 @@ def _check_shape(config: LoraConfig, options: LoraOptions, directory: Path, stag
     ]
     if problems:
         raise ModelError(problems)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw A matrices from the stage's seed without touching the global generators."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def _list_names(model: PreTrainedModel) -> str:
@@ -310,14 +285,3 @@ def _require_matches(model: PeftModel, stage: Stage, known: str) -> None:
     if problems:
         raise ModelError(problems)
 
-
-@contextmanager
-def _explain(stage: Stage, known: str) -> Iterator[None]:
-    """PEFT answers names that match nothing with a ValueError, patterns that are none with re.error."""
-    try:
-        yield
-    except (ValueError, re.error) as error:
-        first = first_line(error)
-        key = "lora.dropout" if "lora_dropout" in first else "lora.target_modules"
-        there = "; set lora.dropout: 0 or name layers without experts" if key == "lora.dropout" else f"; {known}"
-        raise ModelError(f"lora does not fit the model: {first}{there}", where=stage.where(key)) from error

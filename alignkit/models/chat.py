@@ -44,24 +44,22 @@ class WordTokenizer:
         if not self.cached:
             return self._encode_all(texts)
         split = [None if _RUN.search(text) else text.split(" ") for text in texts]
-        self._learn([words for words in split if words])
-        whole = iter(self._encode_all([text for text, words in zip(texts, split, strict=True) if words is None]))
-        spaced = self._spaced.__getitem__
-        return [
-            next(whole) if words is None else [*self._first[words[0]], *chain.from_iterable(map(spaced, words[1:]))]
-            for words in split
-        ]
-
-    def _learn(self, texts: list[list[str]]) -> None:
-        """Tokenize the words that are new, all at once."""
+        known = [words for words in split if words]
         if len(self._first) + len(self._spaced) > _MAX_WORDS:
             self._first.clear()
             self._spaced.clear()
-        first = list({words[0] for words in texts} - self._first.keys())
-        spaced = list(set(chain.from_iterable(words[1:] for words in texts)) - self._spaced.keys())
-        ids = self._encode_all([*first, *(f" {word}" for word in spaced)])
-        self._first.update(zip(first, ids[: len(first)], strict=True))
-        self._spaced.update(zip(spaced, ids[len(first) :], strict=True))
+        # The words that are new, and the texts that must be cut as a whole, all at once.
+        first = list({words[0] for words in known} - self._first.keys())
+        spaced = list(set(chain.from_iterable(words[1:] for words in known)) - self._spaced.keys())
+        uncut = [text for text, words in zip(texts, split, strict=True) if words is None]
+        ids = iter(self._encode_all([*first, *(f" {word}" for word in spaced), *uncut]))
+        self._first.update(zip(first, ids, strict=False))
+        self._spaced.update(zip(spaced, ids, strict=False))
+        lookup = self._spaced.__getitem__
+        return [
+            next(ids) if words is None else [*self._first[words[0]], *chain.from_iterable(map(lookup, words[1:]))]
+            for words in split
+        ]
 
     def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -72,14 +70,15 @@ def _cuts_at_spaces(backend: Tokenizer) -> bool:
     """Whether a tokenizer is known to cut before each space that stands between two visible characters."""
     if not isinstance(backend.model, BPE) or backend.model.dropout:
         return False
-    if _describe(backend.normalizer)["type"] not in (None, "NFC"):
-        return False
     if any(token.rstrip or " " in token.content for token in backend.get_added_tokens_decoder().values()):
         return False
-    before = _describe(backend.pre_tokenizer)
+    # The pickle state of a part of the pipeline is its JSON in tokenizer.json.
+    parts = (backend.normalizer, backend.pre_tokenizer)
+    none: Any = {"type": None}
+    normalizer, before = (none if part is None else json.loads(part.__getstate__()) for part in parts)
     steps = before["pretokenizers"] if before["type"] == "Sequence" else [before]
     kinds = [step["type"] for step in steps]
-    if not kinds or kinds[-1] != "ByteLevel" or steps[-1]["add_prefix_space"]:
+    if normalizer["type"] not in (None, "NFC") or kinds[-1:] != ["ByteLevel"] or steps[-1]["add_prefix_space"]:
         return False
     if kinds == ["ByteLevel"]:
         return steps[0]["use_regex"]  # GPT-2's own pattern
@@ -90,11 +89,6 @@ def _cuts_at_spaces(backend: Tokenizer) -> bool:
         and steps[0]["behavior"] == "Isolated"
         and not steps[0]["invert"]
     )
-
-
-def _describe(part: Any) -> dict[str, Any]:
-    """What a part of the pipeline is made of; its pickle state is the JSON of tokenizer.json."""
-    return {"type": None} if part is None else json.loads(part.__getstate__())
 
 
 __all__ = ["NO_TEMPLATE", "Chat", "ConversationError", "Encoded", "Message", "Written"]
@@ -217,11 +211,7 @@ class Chat:
     # From turns and texts to what is tokenised.
 
     def write(self, messages: Sequence[Any], *, mask: bool = True) -> list[Written]:
-        """Write a conversation for training: itself, and before it what can only be learnt in a text of its own.
-
-        Without `mask` all of it is learnt. Raises ConversationError for a conversation that the template refuses,
-        ModelError without a template.
-        """
+        """Write a conversation for training, after what needs a text of its own; without `mask` all of it is learnt."""
         template = self._choose(messages)
         if mask:
             return template.write(messages)
@@ -262,47 +252,33 @@ class Chat:
         gets no second one.
         """
         borders = [sorted({0, one.start, len(one.text), *(at for span in one.spans for at in span)}) for one in written]
-        encoded = (self._tokenize_pieces if self._in_pieces else self._tokenize_whole)(written, borders)
-        return [self._close(one, *found) for one, found in zip(written, encoded, strict=True)]
-
-    def _close(self, one: Written, ids: list[int], places: dict[int, int]) -> Encoded:
-        spans = [(places[start], places[end]) for start, end in one.spans]
-        if not one.plain:
-            return Encoded(ids, spans, places[one.start])
-        head = [] if ids[: len(self._prefix)] == self._prefix else self._prefix
-        spans = [(len(head) + start, len(head) + end) for start, end in spans]
-        ids = head + ids
-        if spans and not (ids and ids[-1] in self.stop_ids):
-            ids = [*ids, self.tokenizer.eos_token_id]
-            if spans[-1][1] == len(ids) - 1:
-                spans[-1] = (spans[-1][0], len(ids))
-        return Encoded(ids, spans, len(head) + places[one.start])
-
-    def _tokenize_pieces(
-        self, written: Sequence[Written], borders: list[list[int]]
-    ) -> list[tuple[list[int], dict[int, int]]]:
-        cut = [one.text[a:b] for one, cuts in zip(written, borders, strict=True) for a, b in pairwise(cuts)]
-        pieces = iter(self._tokenize(cut))
+        if self._in_pieces:
+            cut = [one.text[a:b] for one, cuts in zip(written, borders, strict=True) for a, b in pairwise(cuts)]
+            pieces = iter(self._tokenize(cut))
+        else:
+            texts = [one.text for one in written]
+            encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
         found = []
-        for cuts in borders:
-            ids: list[int] = []
-            places = {0: 0}
-            for end in cuts[1:]:
-                ids += next(pieces)
-                places[end] = len(ids)
-            found.append((ids, places))
+        for one, cuts in zip(written, borders, strict=True):
+            if self._in_pieces:
+                ids: list[int] = []
+                places = {0: 0}
+                for end in cuts[1:]:
+                    ids += next(pieces)
+                    places[end] = len(ids)
+            else:
+                encoding = next(encodings)
+                ids, places = encoding.ids, {at: _first_token(encoding, at, len(one.text)) for at in cuts}
+            if one.plain:
+                head = [] if ids[: len(self._prefix)] == self._prefix else self._prefix
+                ids, places = head + ids, {at: len(head) + place for at, place in places.items()}
+            spans = [(places[start], places[end]) for start, end in one.spans]
+            if one.plain and spans and not (ids and ids[-1] in self.stop_ids):
+                ids = [*ids, self.tokenizer.eos_token_id]
+                if spans[-1][1] == len(ids) - 1:
+                    spans[-1] = (spans[-1][0], len(ids))
+            found.append(Encoded(ids, spans, places[one.start]))
         return found
-
-    def _tokenize_whole(
-        self, written: Sequence[Written], borders: list[list[int]]
-    ) -> list[tuple[list[int], dict[int, int]]]:
-        """Tokenise in one go and cut by character; a token that reaches over a border stays with the earlier side."""
-        texts = [one.text for one in written]
-        encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [
-            (encoding.ids, {at: _first_token(encoding, at, len(text)) for at in cuts})
-            for text, cuts, encoding in zip(texts, borders, encodings, strict=True)
-        ]
 
     # Both steps at once.
 
@@ -351,7 +327,7 @@ def _list_controls(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def _first_token(encoding: Any, char: int, length: int) -> int:
-    """The number of the first token that starts at or after a character."""
+    """The first token that starts at or after a character; one over a border stays with the earlier side."""
     for position in range(char, length):
         token = encoding.char_to_token(position)
         if token is not None:

@@ -84,12 +84,15 @@ def find_model_dir(path: str) -> Path | None:
             if runs := sorted(stage.parent.name for stage in directory.glob("*/stage.json")):
                 raise RunError(f"holds the runs {', '.join(runs)}; name one of them", where=path)
         return directory
-    beside = _list_beside(directory.parent)
+    beside: list[str] = []  # names of runs, or of directories of runs: no hub user has those
+    if (parent := directory.parent) != Path():
+        stages = [*parent.glob("*/stage.json"), *parent.glob("*/*/stage.json")]
+        beside = sorted({stage.relative_to(parent).parts[0] for stage in stages})
     near = suggest(directory.name, beside)
     if not near and (beside or _looks_local(path)):
-        near = _suggest_run(path) or (f"; {directory.parent} holds {', '.join(beside)}" if beside else near)
-    if _looks_local(path) and not near and directory.parent.is_dir():
-        near = suggest(directory.name, [folder.name for folder in directory.parent.iterdir() if folder.is_dir()])
+        near = _suggest_run(path) or (f"; {parent} holds {', '.join(beside)}" if beside else near)
+    if _looks_local(path) and not near and parent.is_dir():
+        near = suggest(directory.name, [folder.name for folder in parent.iterdir() if folder.is_dir()])
     if near or _looks_local(path):
         raise ModelError(f"{path} does not exist{near or '; give a hub id, a local directory, or a builtin name'}")
     if (near := _suggest_run(path)) and not _is_cached(path):
@@ -100,8 +103,7 @@ def find_model_dir(path: str) -> Path | None:
 def require_available(source: str, *, as_run: bool = False) -> None:
     """Raise at once for a model that would only turn out not to be there once the libraries are loaded.
 
-    Raises as `find_model_dir` does, and for a hub id that is not on this machine while the hub is switched off:
-    RunError where a single word was given `as_run`, else EnvironmentProblem.
+    Of hub ids those that are not on this machine while the hub is switched off; `as_run` a single word means a run.
     """
     if is_builtin(source) or find_model_dir(source) is not None or _is_cached(source):
         return
@@ -125,14 +127,6 @@ def _is_cached(hub_id: str) -> bool:
     return Path(constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").is_dir()
 
 
-def _list_beside(directory: Path) -> list[str]:
-    """Names of the runs, or the directories of runs, in a directory: no hub user has those."""
-    if directory == Path():
-        return []
-    stages = [*directory.glob("*/stage.json"), *directory.glob("*/*/stage.json")]
-    return sorted({stage.relative_to(directory).parts[0] for stage in stages})
-
-
 def _suggest_run(path: str) -> str:
     """Name the runs below `runs/` that may be meant by a stage's name, RECIPE/STAGE, or something like it."""
     names: dict[str, list[str]] = {}
@@ -154,9 +148,11 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
     is_adapter = (path / "adapter_config.json").exists()
     config_name = "adapter_config.json" if is_adapter else "config.json"
     if not (path / config_name).exists():
+        names = sorted(file.name for file in path.iterdir())[:5] if path.is_dir() else []
+        held = f"it holds {', '.join(names)}" if names else "it is empty" if path.is_dir() else "it does not exist"
         raise ModelError(
-            f"no config.json and no adapter_config.json: not a model directory{_content(path)}; put the file back, or "
-            "name another directory",
+            f"no config.json and no adapter_config.json: not a model directory ({held}); put the file back, or name "
+            "another directory",
             where=str(path),
         )
     problems: list[Problem] = []
@@ -166,6 +162,9 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
         problems += _find_remote_code(config, path / config_name)
         problems += _find_remote_code(tokenizer_config, path / "tokenizer_config.json")
     tensors = _read_weights(path, "adapter_model" if is_adapter else "model", problems)
+    reward = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    if is_adapter:
+        reward = config.get("task_type") == "SEQ_CLS" or any(".score." in f".{name}." for name in tensors)
     base = config.get("base_model_name_or_path")
     if is_adapter and not (base and isinstance(base, str)):
         what = "base_model_name_or_path is missing: the adapter does not say which base it belongs to; add it"
@@ -173,16 +172,11 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
     if problems:
         raise ModelError(problems)
     return ModelFiles(
-        path=path,
-        kind="adapter" if is_adapter else "full",
-        reward=_is_reward(config, is_adapter, tensors),
-        base=base,
-        base_revision=config.get("revision"),
-        has_tokenizer=has_tokenizer(path),
-        num_parameters=sum(prod(shape) for shape in tensors.values()),
-        config=config,
+        path=path, kind="adapter" if is_adapter else "full", reward=reward, base=base,
+        base_revision=config.get("revision"), has_tokenizer=has_tokenizer(path),
+        num_parameters=sum(prod(shape) for shape in tensors.values()), config=config,
         record=_read_json(path / RECORD, []),
-    )
+    )  # fmt: skip
 
 
 def find_adapter(source: str, *, trust_code: bool = False) -> ModelFiles:
@@ -247,7 +241,16 @@ def _read_weights(path: Path, stem: str, problems: list[Problem]) -> dict[str, l
     else:
         files = [path / f"{stem}.safetensors"] if (path / f"{stem}.safetensors").exists() else []
         if not files:
-            problems.append(Problem(_explain_missing(path, stem), str(path)))
+            pickles = {file.name for file in path.iterdir() if file.suffix in _PICKLES} - _HARMLESS_PICKLES
+            what = f"no {stem}.safetensors; copy the model again"
+            if pickles:
+                what = (
+                    f"weights only as pickles ({', '.join(sorted(pickles)[:3])}), which can run code when opened; "
+                    "convert them to safetensors where you trust them: from_pretrained(...).save_pretrained(...)"
+                )
+            elif list(path.glob(f"{stem}-*-of-*.safetensors")):
+                what = f"shards without {stem}.safetensors.index.json; copy the model again"
+            problems.append(Problem(what, str(path)))
     tensors: dict[str, list[int]] = {}
     for file in files:
         try:
@@ -255,20 +258,6 @@ def _read_weights(path: Path, stem: str, problems: list[Problem]) -> dict[str, l
         except (ValueError, OSError) as error:
             problems.append(Problem(f"{error}; copy or save the file again", str(file)))
     return tensors
-
-
-def _explain_missing(path: Path, stem: str) -> str:
-    pickles = sorted(
-        file.name for file in path.iterdir() if file.suffix in _PICKLES and file.name not in _HARMLESS_PICKLES
-    )
-    if pickles:
-        return (
-            f"weights only as pickles ({', '.join(pickles[:3])}), which can run code when opened; convert them to "
-            "safetensors where you trust them: from_pretrained(...).save_pretrained(...)"
-        )
-    if list(path.glob(f"{stem}-*-of-*.safetensors")):
-        return f"shards without {stem}.safetensors.index.json; copy the model again"
-    return f"no {stem}.safetensors; copy the model again"
 
 
 def _find_remote_code(config: dict[str, Any], file: Path, prefix: str = "") -> list[Problem]:
@@ -282,12 +271,6 @@ def _find_remote_code(config: dict[str, Any], file: Path, prefix: str = "") -> l
         elif isinstance(value, dict):
             problems += _find_remote_code(value, file, f"{prefix}{key}.")
     return problems
-
-
-def _is_reward(config: dict[str, Any], is_adapter: bool, tensors: dict[str, list[int]]) -> bool:
-    if is_adapter:
-        return config.get("task_type") == "SEQ_CLS" or any(".score." in f".{name}." for name in tensors)
-    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
 
 
 def _read_json(file: Path, problems: list[Problem]) -> dict[str, Any]:
@@ -312,10 +295,3 @@ def _is_model_dir(path: Path) -> bool:
 def _looks_local(path: str) -> bool:
     """A hub id is `name` or `owner/name`; everything else can only be a path."""
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
-
-
-def _content(path: Path) -> str:
-    if not path.is_dir():
-        return " (it does not exist)"
-    names = sorted(file.name for file in path.iterdir())[:5]
-    return f" (it holds {', '.join(names)})" if names else " (it is empty)"

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError, RewardError
 from alignkit.models.chat import Chat, ConversationError
-from alignkit.models.files import (
-    REWARD_NORM,
-    ModelFiles,
-    find_model_dir,
-    fingerprint_weights,
-    inspect_model_dir,
-    is_builtin,
-)
+from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.hub import fetch_adapter
 from alignkit.models.load import Model, Precision, load_trained, pick_device, read_base
 from alignkit.models.logprobs import pad
@@ -60,11 +52,7 @@ class Classifier:
 
 
 def load_causal(source: str, *, device: str = "auto", trust_code: bool = False) -> Causal:
-    """Load a language model from a run, a model or adapter directory, or a hub id; safetensors only.
-
-    Raises ModelError for a reward model, a builtin name (its weights are random), pickles and a missing tokenizer;
-    EnvironmentProblem when the hub cannot be reached.
-    """
+    """Load a language model from a run, a model or adapter directory, or a hub id; safetensors only."""
     if is_builtin(source):
         raise ModelError(f"{source} has random weights, which can neither answer nor judge; name a trained model")
     directory = find_model_dir(source) or fetch_adapter(source, None)
@@ -111,14 +99,17 @@ def load_tokenizer_of(source: str, *, trust_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
-def load_classifier(source: str, *, device: str = "auto", trust_code: bool = False) -> Classifier:
+def load_classifier(
+    source: str, *, device: str = "auto", on_base: PeftModel | None = None, trust_code: bool = False
+) -> Classifier:
     """Load a classifier from a run, a directory or a hub id; safetensors only.
 
-    Raises ModelError for a language model, for more than two labels, for pickles and for a missing tokenizer.
+    With `on_base` nothing is loaded but the tokenizer: that model carries the adapter already. Raises ModelError for a
+    language model, for more than two labels, for pickles and for a missing tokenizer.
     """
     directory = find_model_dir(source) or fetch_adapter(source, None)
     files = inspect_model_dir(directory, trust_code=trust_code) if directory else None
-    place = str(directory or source)
+    place, is_own = str(directory or source), files is not None and bool(files.record)
     config = read_config(place, trust_code=trust_code) if files is None or files.kind == "full" else None
     # What has no head for scores is refused: transformers would draw one at random and only say so in a log.
     if config is None and files is not None and not files.reward:
@@ -130,9 +121,15 @@ def load_classifier(source: str, *, device: str = "auto", trust_code: bool = Fal
     if config is not None and config.num_labels > 2:
         what = f"{place} has {config.num_labels} labels; a reward needs one (its logit) or two (their log-odds)"
         raise ModelError(what)
-    tokenizer = _load_padded(place, trust_code=trust_code)
+    tokenizer = read_tokenizer(place, trust_code=trust_code)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"the tokenizer of {place} has neither a pad nor an eos token; set one in its config")
+        tokenizer.pad_token = tokenizer.eos_token
+    if on_base is not None:
+        return Classifier(on_base, tokenizer, 1, is_own, _positions(on_base))
     model: Model
-    if config is None or (files is not None and files.record):
+    if config is None or is_own:
         assert directory is not None
         model = load_trained(directory, device=device, reward=True, trust_code=trust_code)
     else:
@@ -146,24 +143,7 @@ def load_classifier(source: str, *, device: str = "auto", trust_code: bool = Fal
         model = model.to(where).requires_grad_(False).eval()
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    is_own = files is not None and bool(files.record)
     return Classifier(model, tokenizer, model.config.num_labels, is_own, _positions(model))
-
-
-def hold_on_base(directory: Path, model: PeftModel, *, trust_code: bool = False) -> Classifier:
-    """Describe a reward adapter that a policy's base carries: it reads its own tokenizer and template all the same."""
-    files: ModelFiles = inspect_model_dir(directory, trust_code=trust_code)
-    tokenizer = _load_padded(str(directory), trust_code=trust_code)
-    return Classifier(model, tokenizer, 1, bool(files.record), _positions(model))
-
-
-def _load_padded(source: str, *, trust_code: bool) -> PreTrainedTokenizerFast:
-    tokenizer = read_tokenizer(source, trust_code=trust_code)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise ModelError(f"the tokenizer of {source} has neither a pad nor an eos token; set one in its config")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 # Scores of answers under a classifier.
@@ -201,15 +181,6 @@ def score_ids(model: Any, sequences: Sequence[Sequence[int]], *, pad_id: int, ba
     return scores_B
 
 
-def cut_at_score(ids: Sequence[int], pad_id: int) -> list[int]:
-    """Cut a sequence after the token a decoder's score is read at: the last one that is not the pad token.
-
-    That is the rule of transformers' classifiers. Where pad and eos are one token, no score sees the end of an answer.
-    """
-    last = max((place for place, token in enumerate(ids) if token != pad_id), default=0)
-    return list(ids[: last + 1])
-
-
 def scorer(classifier: Classifier) -> ScoreIds:
     """Make the function from token sequences to raw rewards of a loaded classifier."""
     model = classifier.model.get_base_model() if isinstance(classifier.model, PeftModel) else classifier.model
@@ -219,10 +190,7 @@ def scorer(classifier: Classifier) -> ScoreIds:
 def encode_own(
     chat: Chat, prompts: Sequence[Any], completions: Sequence[Any], ended: Sequence[bool], *, name: str
 ) -> list[list[int]]:
-    """Write prompt and answer as the rm stage did; an answer that did not end loses the end it would be given.
-
-    Prompts are text, or messages; completions likewise. Raises RewardError for what the template cannot write.
-    """
+    """Write prompt and answer as the rm stage did; an answer that did not end loses the end it would be given."""
     _require_template(chat.tokenizer.chat_template, prompts, name)
     try:
         splits = chat.encode_prompt_completion(prompts, completions)

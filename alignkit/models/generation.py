@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from alignkit.models.logprobs import pad
 
 _BATCH = 16
 _TAIL = 24  # new tokens that are looked at for an end
+_HELD_BACK = "\ufffd"  # what half of a character decodes to
 
 
 @contextmanager
@@ -21,15 +22,21 @@ def plainly(model: Any) -> Iterator[None]:
     """Let `model.generate` do what it is told and no more, but for the stop tokens that the model has.
 
     transformers fills every setting that is not given from the base's generation_config.json: a repetition penalty or
-    banned n-grams would act on greedy answers, and on rollouts whose probabilities are taken without them.
+    banned n-grams would act on greedy answers, and on rollouts whose probabilities are taken without them. And the
+    router's loss of a mixture of experts, which TRL has computed in training, fails once a cache makes inputs shorter.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    before = base.generation_config
-    base.generation_config = GenerationConfig(eos_token_id=before.eos_token_id, pad_token_id=before.pad_token_id)
+    settings, config = base.generation_config, model.config.get_text_config()
+    routes = getattr(config, "output_router_logits", False)
+    base.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id)
+    if routes:
+        config.output_router_logits = False
     try:
         yield
     finally:
-        base.generation_config = before
+        base.generation_config = settings
+        if routes:
+            config.output_router_logits = True
 
 
 def generate_greedy(
@@ -62,102 +69,65 @@ def generate_greedy(
         model.train(was_training)
 
 
-def generate_sampled(
+def generate_answers(
     model: Any,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     *,
     temperature: float,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    pad_id: int,
     is_over: Callable[[list[int]], bool] | None = None,
+    **settings: Any,
 ) -> list[list[int]]:
-    """Sample new tokens for each prompt of one batch, the stop token included when one came.
+    """Write an answer to each prompt of a batch, as `generate_greedy` does with temperature 0, else sampled.
 
     Every row draws from a generator of its own seed, so that the same seed gives the same answer in any batch (up to
     the rounding of padded batches). `is_over` tells from a row's last new tokens that it has said enough. The model is
     in eval mode; prompts with `max_new_tokens` must fit into its positions.
     """
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id, use_cache=True
-    )
-    device = next(model.parameters()).device
-    processors = LogitsProcessorList([_Gumbel(seeds, temperature, device)])
-    stop = StoppingCriteriaList([_Over(is_over, max(len(prompt) for prompt in prompts))] if is_over else [])
-    return _generate_batch(
-        model, [list(prompt) for prompt in prompts], settings, logits_processor=processors, stopping_criteria=stop
-    )
-
-
-def generate_answers(
-    model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, temperature: float, is_over: Any = None,
-    **settings: Any,
-) -> list[list[int]]:  # fmt: skip
-    """Write an answer to each prompt of a batch: sampled, or greedy with temperature 0."""
     if temperature == 0:
         return generate_greedy(model, prompts, **settings)
-    return generate_sampled(model, prompts, seeds, temperature=temperature, is_over=is_over, **settings)
+    rows = [list(prompt) for prompt in prompts]
+    width = max(map(len, rows))
+
+    def end(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        new = input_ids[:, max(width, input_ids.shape[1] - _TAIL) :].tolist()
+        return torch.tensor([is_over is not None and is_over(row) for row in new], device=input_ids.device)
+
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=settings["max_new_tokens"], eos_token_id=list(settings["eos_ids"]),
+        pad_token_id=settings["pad_id"], use_cache=True,
+    )  # fmt: skip
+    criteria = StoppingCriteriaList([end] if is_over else [])
+    processors = LogitsProcessorList([gumbel(seeds, temperature, next(model.parameters()).device)])
+    return _generate_batch(model, rows, config, logits_processor=processors, stopping_criteria=criteria)
 
 
-class _Gumbel(LogitsProcessor):
-    """Turns greedy search into sampling: the largest of logits / T + Gumbel noise is a draw from softmax(logits / T).
+def gumbel(seeds: Sequence[int], temperature: float, device: torch.device) -> Any:
+    """Make greedy search sample: the largest of logits / T + Gumbel noise is a draw from softmax(logits / T).
 
     Maddison et al. 2014 (arXiv 1411.0030), section 2.
     """
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self._temperature = temperature
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def process(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         waits_BV = torch.empty_like(scores, dtype=torch.float32)
-        for row, generator in enumerate(self._generators):
+        for row, generator in enumerate(generators):
             waits_BV[row].exponential_(generator=generator)
-        return scores.float() / self._temperature - waits_BV.clamp_min(1e-30).log()
+        return scores.float() / temperature - waits_BV.clamp_min(1e-30).log()
 
-
-class _Over(StoppingCriteria):
-    """Ends a row when its last new tokens say so."""
-
-    def __init__(self, is_over: Callable[[list[int]], bool], prompt_width: int) -> None:
-        self._is_over, self._width = is_over, prompt_width
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        new = input_ids[:, max(self._width, input_ids.shape[1] - _TAIL) :].tolist()
-        return torch.tensor([self._is_over(row) for row in new], device=input_ids.device)
+    return process
 
 
 def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationConfig, **hooks: Any) -> list[list[int]]:
     device = next(model.parameters()).device
     ids_BT, mask_BT = pad(prompts, settings.pad_token_id, left=True)
-    with torch.no_grad(), no_router_loss(model), plainly(model):
+    with torch.no_grad(), plainly(model):
         output = model.generate(
             input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings, **hooks
         )
     answers = output[:, ids_BT.size(1) :].tolist()
     ends = [next((at for at, token in enumerate(row) if token in settings.eos_token_id), len(row)) for row in answers]
     return [row[: end + 1] for row, end in zip(answers, ends, strict=True)]
-
-
-@contextmanager
-def no_router_loss(model: Any) -> Iterator[None]:
-    """Keep a mixture of experts from computing its router's loss, which fails once a cache makes inputs shorter.
-
-    TRL sets `output_router_logits` in the config for training.
-    """
-    config = model.config.get_text_config()
-    before = getattr(config, "output_router_logits", False)
-    if before:
-        config.output_router_logits = False
-    try:
-        yield
-    finally:
-        if before:
-            config.output_router_logits = True
-
-
-_HELD_BACK = "\ufffd"  # what half of a character decodes to
 
 
 def stream_tokens(

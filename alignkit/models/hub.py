@@ -58,12 +58,9 @@ def fetch_adapter(source: str, revision: str | None) -> Path | None:
     """Fetch a hub repository that holds an adapter, and give its local snapshot; None for one that holds a model."""
     with explain_hub_errors(source):
         found = cached_file(
-            source,
-            "adapter_config.json",
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
+            source, "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-        )
+        )  # fmt: skip
         if found is None:
             return None
         allowed = ["*.json", "*.safetensors", "*.jinja", "*.model"]

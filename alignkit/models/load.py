@@ -9,7 +9,9 @@ import copy
 import json
 import os
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -32,7 +34,7 @@ from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, first
 from alignkit.models import adapters
 from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir, is_builtin, read_shapes
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
-from alignkit.models.scratch import fit_config_to_tokenizer, override_config, random_model
+from alignkit.models.scratch import override_config, random_model
 from alignkit.models.start import (
     Start,
     choose_action,
@@ -75,10 +77,7 @@ class Precision:
 
 
 def pick_device(wanted: str = "auto", *, where: str = "") -> str:
-    """Pick cuda, mps or cpu: the one asked for, or the best that is there.
-
-    Raises EnvironmentProblem when the one asked for, at `where` in a recipe, is not available.
-    """
+    """Pick cuda, mps or cpu: the one asked for, at `where` in a recipe, or the best that is there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         return next(name for name, there in available.items() if there)
@@ -112,24 +111,27 @@ def pick_precision(stage: Stage) -> Precision:
 
 
 def draw_base(stage: Stage, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> PreTrainedModel:
-    """Draw the weights of a builtin model or of `init: scratch` from the stage's seed, on the CPU."""
-    options = stage.model
+    """Draw the weights of a builtin model or of `init: scratch` from the stage's seed, on the CPU.
+
+    Vocabulary (unless overridden) and special tokens are the tokenizer's.
+    """
+    options, where = stage.model, stage.where("model.config")
     config = read_config(options.path, revision=options.revision, trust_code=stage.trust_code)
-    config = override_config(config, options.config, where=stage.where("model.config"))
-    require_sizes(config, stage.where("model.config"))
-    config = fit_config_to_tokenizer(config, tokenizer, options.config)
+    config = override_config(config, options.config, where=where)
+    require_sizes(config, where)
+    if "vocab_size" not in options.config:
+        config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
     return random_model(config, seed=stage.seed, dtype=dtype, attn_implementation=options.attn_implementation)
 
 
-def write_base(run_dir: Path, model: PreTrainedModel, record: dict[str, Any]) -> Path:
-    """Write base weights to `<run_dir>/base`, whole or not at all, and return that directory.
+def write_base(run_dir: Path, model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Write base weights to `<run_dir>/base`, whole or not at all.
 
     Every rank may call it: the content is the same, the first to rename wins, the rest throw theirs away.
     """
-    base = run_dir / "base"
-    if base.exists():
-        return base
-    draft = run_dir / f"base.tmp-{os.getpid()}"
+    base, draft = run_dir / "base", run_dir / f"base.tmp-{os.getpid()}"
     with quiet_transformers():
         model.save_pretrained(draft)
     (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -139,7 +141,6 @@ def write_base(run_dir: Path, model: PreTrainedModel, record: dict[str, Any]) ->
         if not base.exists():
             raise
         shutil.rmtree(draft)
-    return base
 
 
 def read_base(
@@ -174,14 +175,9 @@ def read_base(
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if on_cuda else precision.device}
     with explain_hub_errors(source), quiet_transformers():
         model, info = family.from_pretrained(
-            str(directory or source),
-            revision=revision,
-            dtype=precision.dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_code,
-            output_loading_info=True,
-            **arguments,
-        )
+            str(directory or source), revision=revision, dtype=precision.dtype, use_safetensors=True,
+            trust_remote_code=trust_code, output_loading_info=True, **arguments,
+        )  # fmt: skip
     missing = sorted(info["missing_keys"])
     head = [name for name in missing if name.split(".")[0] == "score"] if reward else []
     if len(missing) > len(head):
@@ -190,15 +186,9 @@ def read_base(
             f"{len(missing) - len(head)} tensors are missing, first {first}; the copy is incomplete", where=source
         )
     model.score_is_new = bool(head)
-    return keep_four_bit_layout(model)
-
-
-def keep_four_bit_layout(model: PreTrainedModel) -> PreTrainedModel:
-    """Keep bitsandbytes from repacking 4-bit weights, which it does on CPUs with AVX512-BF16 in a no-grad forward.
-
-    The repacked codes and constants have no backward: gradients are wrong from then on, and only some shapes can be
-    packed at all (bitsandbytes 0.50.2, nn/modules.py, Linear4bit.forward). The layer has no other switch.
-    """
+    # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in a no-grad forward, and what is repacked has no
+    # backward: gradients are wrong from then on, and only some shapes can be packed at all (bitsandbytes 0.50.2,
+    # nn/modules.py, Linear4bit.forward). The layer has no other switch.
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
@@ -210,16 +200,13 @@ def quantization_config(precision: Precision) -> BitsAndBytesConfig:
     if precision.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED)
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=precision.quantization,
-        bnb_4bit_use_double_quant=precision.double_quantization,
-        bnb_4bit_compute_dtype=precision.dtype,
-        bnb_4bit_quant_storage=torch.uint8,
-        llm_int8_skip_modules=UNQUANTIZED,
-    )
+        load_in_4bit=True, bnb_4bit_quant_type=precision.quantization,
+        bnb_4bit_use_double_quant=precision.double_quantization, bnb_4bit_compute_dtype=precision.dtype,
+        bnb_4bit_quant_storage=torch.uint8, llm_int8_skip_modules=UNQUANTIZED,
+    )  # fmt: skip
 
 
-def prepare_score_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> None:
+def _prepare_score_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> None:
     """Draw a new head from N(0, 1/sqrt(d + 1)) (Ziegler et al. 2019, arXiv 1909.08593) and set the pad token.
 
     A head that came with the weights is kept. The score is read at the last token that is not padding, so the
@@ -229,14 +216,12 @@ def prepare_score_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFas
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ModelError(f"a {model.config.model_type} model has no scalar score head; it cannot be a reward model")
-    if not getattr(model, "score_is_new", False):
-        return
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        if head.bias is not None:
-            head.bias.zero_()
+    if getattr(model, "score_is_new", False):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5)
+            if head.bias is not None:
+                head.bias.zero_()
 
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -255,41 +240,74 @@ class Loaded:
     precision: Precision
 
 
-def load_policy(stage: Stage, *, run_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Loaded:
+def load_policy(
+    stage: Stage, *, run_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None, reward: bool = False
+) -> Loaded:
     """Load the causal language model a stage trains: full, or a PeftModel with the trainable adapter `default`.
 
-    Random and merged bases of adapters are written to `<run_dir>/base`, so that the adapter loads anywhere with
-    plain PEFT. Raises ModelError, or EnvironmentProblem when the hub cannot be reached.
+    With `reward`, the sequence classifier with one label of an rm stage, whose score head is always trainable: a new
+    one drawn from the stage's seed on a policy, that of a reward model as it is. Random and merged bases of adapters
+    are written to `<run_dir>/base`, so that the adapter loads anywhere with plain PEFT. Raises ModelError, or
+    EnvironmentProblem when the hub cannot be reached.
     """
     tokenizer = tokenizer or load_tokenizer(stage)
     start = find_start(stage)
-    if start.reward:
+    if start.reward and not reward:
         raise ModelError(
             f"{stage.start_dir or stage.model.path} is a reward model; {stage.method} needs a policy to start from",
             where=stage.where(f"{stage.name}.start_from"),
         )
-    loaded = _load(stage, start, run_dir, tokenizer, reward=False)
-    if stage.method not in ("dpo", "ppo"):
-        return loaded
-    if not isinstance(loaded.model, PeftModel):
-        loaded.reference = "model"
-    elif start.adapter is None or stage.training.adapter == "merge":
-        loaded.reference = "adapter_off"
-    elif stage.training.adapter == "stack":
-        loaded.reference = "base_adapter"
+    precision = pick_precision(stage)
+    if precision.quantized and stage.lora is None:
+        raise ModelError(
+            "quantised weights cannot be trained in full; add lora:", where=stage.where("model.quantization")
+        )
+    action, lineage = choose_action(stage, start), list(start.lineage)
+    base, revision, made = start.base, start.revision, run_dir.resolve() / "base"
+    is_drawn = is_random(stage) and base == stage.model.path and action != "merge"
+    if start.adapter is not None:
+        lineage.append({"role": "adapter", "path": str(start.adapter), "action": action})
+    if action == "merge":
+        assert start.adapter is not None
+        if not made.exists():  # a resumed run has it: it is written whole or not at all
+            full = Precision(precision.dtype, "cpu")
+            trust: Any = {"revision": revision, "trust_code": stage.trust_code}
+            unmerged = read_base(base, full, reward=start.reward, **trust)
+            merged = adapters.attach_frozen(unmerged, start.adapter, reward=start.reward).merge_and_unload()
+            write_base(run_dir.resolve(), merged, {"lineage": lineage})
+        base, revision = str(made), None
+    elif is_drawn and (stage.lora is not None or reward):  # others build on these weights: they go through files
+        if not made.exists():
+            drawn = draw_base(stage, tokenizer, torch.float32 if precision.quantized else precision.dtype)
+            write_base(run_dir.resolve(), drawn, {"lineage": lineage})
+        base, revision, is_drawn = str(made), None, False
+    if is_drawn:
+        model = draw_base(stage, tokenizer, precision.dtype)
     else:
-        adapters.add_reference_adapter(loaded.model)
-        loaded.reference = "ref_adapter"
-    return loaded
+        settings: Any = {"attn_implementation": stage.model.attn_implementation, "trust_code": stage.trust_code}
+        model = read_base(base, precision, reward=reward, revision=revision, **settings)
+    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, model=base)
+    if reward:
+        _prepare_score_head(model, tokenizer, seed=stage.seed)
+    model.config.use_cache = False  # a cache is of no use in training, and packed rows would leak through it
+    if not reward and getattr(model, "loss_type", "") is None:
+        model.loss_type = "ForCausalLM"  # GPT-2's class name does not tell transformers, which warns at every start
+    has_reference = stage.method in ("dpo", "ppo") and not reward
+    if stage.lora is None:
+        return Loaded(model, "model" if has_reference else None, lineage, precision)
+    model.requires_grad_(False)
+    wrapped = adapters.adapt(model, stage, action, start.adapter, reward=reward)
+    if precision.quantized:
+        # Gradients of float16 weights cannot be unscaled: there the adapters are float32.
+        adapters.cast_adapters(wrapped, torch.float32 if precision.dtype == torch.float16 else precision.dtype)
+    references: dict[str, Reference] = {"stack": "base_adapter", "continue": "ref_adapter"}
+    reference = references.get(action, "adapter_off") if has_reference else None
+    if reference == "ref_adapter":
+        adapters.add_reference_adapter(wrapped)
+    return Loaded(wrapped, reference, lineage, precision)
 
 
-def load_reward_model(stage: Stage, *, run_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Loaded:
-    """Load the sequence classifier with one label that an rm stage trains; its score head is always trainable.
-
-    From a policy it gets a new head drawn from the stage's seed; from a reward model it keeps the head.
-    """
-    tokenizer = tokenizer or load_tokenizer(stage)
-    return _load(stage, find_start(stage), run_dir, tokenizer, reward=True)
+load_reward_model = partial(load_policy, reward=True)
 
 
 def load_reference(stage: Stage, loaded: Loaded) -> PreTrainedModel | None:
@@ -322,11 +340,9 @@ def load_trained(
         raise ModelError(f"{directory} is {has}, not {wanted}")
     record = files.record
     precision = Precision(
-        dtype or getattr(torch, record.get("dtype") or files.config.get("dtype") or "float32"),
-        pick_device(device),
-        quantization or record.get("quantization", "none"),
-        record.get("double_quantization", True),
-    )
+        dtype or getattr(torch, record.get("dtype") or files.config.get("dtype") or "float32"), pick_device(device),
+        quantization or record.get("quantization", "none"), record.get("double_quantization", True),
+    )  # fmt: skip
     source = find_base(files) if files.kind == "adapter" else str(directory)
     model = read_base(source, precision, reward=reward, revision=files.base_revision, trust_code=trust_code)
     if reward and model.config.pad_token_id is None:
@@ -336,57 +352,6 @@ def load_trained(
     if files.kind == "adapter":
         return adapters.attach_frozen(model, directory, reward=reward)
     return model.requires_grad_(False).eval()
-
-
-def _load(stage: Stage, start: Start, run_dir: Path, tokenizer: PreTrainedTokenizerFast, *, reward: bool) -> Loaded:
-    precision = pick_precision(stage)
-    if precision.quantized and stage.lora is None:
-        raise ModelError(
-            "quantised weights cannot be trained in full; add lora:", where=stage.where("model.quantization")
-        )
-    action = choose_action(stage, start)
-    lineage = list(start.lineage)
-    base, revision = start.base, start.revision
-    if action == "merge":
-        assert start.adapter is not None
-        lineage.append({"role": "adapter", "path": str(start.adapter), "action": "merge"})
-        base, revision = str(run_dir.resolve() / "base"), None
-        if not Path(base).exists():  # a resumed run has it: it is written whole or not at all
-            full = Precision(precision.dtype, "cpu")
-            trust: Any = {"revision": start.revision, "trust_code": stage.trust_code}
-            unmerged = read_base(start.base, full, reward=start.reward, **trust)
-            merged = adapters.attach_frozen(unmerged, start.adapter, reward=start.reward).merge_and_unload()
-            write_base(run_dir.resolve(), merged, {"lineage": lineage})
-    if is_random(stage) and base == stage.model.path and stage.lora is None and not reward:
-        model = draw_base(stage, tokenizer, precision.dtype)
-    else:
-        if is_random(stage) and base == stage.model.path:  # drawn weights go through files where others build on them
-            base, revision = str(run_dir.resolve() / "base"), None
-            if not Path(base).exists():
-                drawn = draw_base(stage, tokenizer, torch.float32 if precision.quantized else precision.dtype)
-                write_base(run_dir.resolve(), drawn, {"lineage": lineage})
-        settings: Any = {"attn_implementation": stage.model.attn_implementation, "trust_code": stage.trust_code}
-        model = read_base(base, precision, reward=reward, revision=revision, **settings)
-    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, model=base)
-    if reward:
-        prepare_score_head(model, tokenizer, seed=stage.seed)
-    model.config.use_cache = False  # a cache is of no use in training, and packed rows would leak through it
-    if not reward and getattr(model, "loss_type", "") is None:
-        model.loss_type = "ForCausalLM"  # GPT-2's class name does not tell transformers, which warns at every start
-    if stage.lora is None:
-        return Loaded(model, None, lineage, precision)
-    model.requires_grad_(False)
-    if action in ("continue", "stack"):
-        lineage.append({"role": "adapter", "path": str(start.adapter), "action": action})
-    wrapped = adapters.adapt(model, stage, action, start.adapter, reward=reward)
-    if precision.quantized:
-        # Gradients of float16 weights cannot be unscaled: there the adapters are float32.
-        adapters.cast_adapters(wrapped, torch.float32 if precision.dtype == torch.float16 else precision.dtype)
-    return Loaded(wrapped, None, lineage, precision)
-
-
-# The model of a stage without its weights: built on torch's meta device, so that the names, shapes and counts are those
-# of training and cost no memory.
 
 
 @dataclass
@@ -400,11 +365,7 @@ class Skeleton:
 
 
 def build_skeleton(stage: Stage, tokenizer: PreTrainedTokenizerFast | None = None) -> Skeleton:
-    """Build the stage's model on the meta device and look at it.
-
-    Raises ModelError for a config that makes no model or other shapes than are stored, an adapter that does not fit,
-    and `lora:` names that match nothing; EnvironmentProblem where a package for the base's quantisation is missing.
-    """
+    """Build the stage's model on torch's meta device, where weights have names and shapes and cost no memory."""
     start = find_start(stage)
     action = choose_action(stage, start)
     base = _build_base(stage, start, tokenizer)
@@ -414,7 +375,7 @@ def build_skeleton(stage: Stage, tokenizer: PreTrainedTokenizerFast | None = Non
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and name.split(".")[-1] not in UNQUANTIZED
     )
-    doubts = []
+    doubts, notes = [], []
     if stage.model.quantization != "none" and linear < total / 2:
         experts = sorted({name.split(".")[-1] for name, weight in base.named_parameters() if weight.ndim == 3})
         rest = f"the experts' {', '.join(experts)}" if experts else "embeddings and head"
@@ -432,7 +393,17 @@ def build_skeleton(stage: Stage, tokenizer: PreTrainedTokenizerFast | None = Non
         except Exception as error:  # whatever a strange adapter_config.json provokes
             place = str(start.adapter) if start.adapter else stage.where("lora")
             raise ModelError(f"does not fit the model: {first_line(error)}", where=place) from error
-        doubts += _find_unadapted(base, total)
+        adapted = {(id(m.get_base_layer()), m.parameter_name) for m in base.modules() if isinstance(m, ParamWrapper)}
+        left: dict[str, int] = defaultdict(int)  # experts are parameters and not layers: those that no adapter reaches
+        for module in (module for module in base.modules() if not isinstance(module, LoraLayer)):
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.ndim == 3 and (id(module), name) not in adapted:
+                    left[name] += weight.numel()
+        if left:
+            share = sum(left.values()) / total
+            doubts.append(f"no adapter reaches the experts' {', '.join(sorted(left))}, {share:.1%} of the weights")
+        if stage.lora.dropout and stage.method != "sft" and stage.trainer.get("disable_dropout") is not False:
+            notes.append(f"lora.dropout {stage.lora.dropout}: {stage.method} switches dropout off (disable_dropout)")
     sorting = [name for name in stage.trainer.get("loss_type") or () if name.startswith("aot")]
     options = stage.training
     if sorting and options.micro_batch_size != options.batch_size:
@@ -440,16 +411,6 @@ def build_skeleton(stage: Stage, tokenizer: PreTrainedTokenizerFast | None = Non
             f"loss_type {sorting[0]} sorts the rows of a forward pass, so micro_batch_size and the number of processes "
             f"change it: micro_batch_size: {options.batch_size} in one process sorts those of a step"
         )
-    num_trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
-    return Skeleton(num_trained, linear / total, doubts, _list_unused(stage, start))
-
-
-def _list_unused(stage: Stage, start: Start) -> list[str]:
-    """Say what the recipe and the base set that this stage does not use."""
-    notes = []
-    is_off = stage.method != "sft" and stage.trainer.get("disable_dropout") is not False
-    if stage.lora is not None and stage.lora.dropout and is_off:
-        notes.append(f"lora.dropout {stage.lora.dropout}: {stage.method} switches dropout off (disable_dropout)")
     directory = find_model_dir(start.base)
     if stage.method != "rm" and directory and (directory / "generation_config.json").exists():
         settings = GenerationConfig.from_pretrained(str(directory)).to_diff_dict()
@@ -457,12 +418,13 @@ def _list_unused(stage: Stage, start: Start) -> list[str]:
                   "output_hidden_states")  # fmt: skip
         if names := [name for name in settings if not name.endswith(others)]:
             notes.append(f"the base's generation_config.json ({', '.join(names)}): the saved model keeps it")
-    return notes
+    num_trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
+    return Skeleton(num_trained, linear / total, doubts, notes)
 
 
 def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast | None) -> nn.Module:
-    reward = stage.method == "rm"
-    if is_random(stage) and start.base == stage.model.path:
+    reward, source = stage.method == "rm", start.base
+    if is_random(stage) and source == stage.model.path:
         with torch.device("meta"):
             model = draw_base(stage, tokenizer or load_tokenizer(stage), torch.float32)
         num_bytes = 4 * sum(weight.numel() for weight in model.parameters())
@@ -471,72 +433,40 @@ def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast |
             raise ModelError(
                 f"the model has {num_bytes // 4:,} parameters, {num_bytes / 2**30:,.0f} GiB to be drawn; this machine "
                 f"has {memory / 2**30:,.0f} GiB",
-                where=None if is_builtin(start.base) else start.base,
+                where=None if is_builtin(source) else source,
             )
         config = model.config
         if not reward:
             return model
     else:
-        config = read_config(start.base, revision=start.revision, trust_code=stage.trust_code)
-    require_packages(config, start.base)
-    if getattr(config, "quantization_config", None) and stage.lora is None:
-        raise ModelError("quantised weights cannot be trained in full; add lora:", where=start.base)
-    needs_critic = isinstance(stage.options, PpoOptions) and stage.options.advantage == "gae"
-    if reward or needs_critic:
+        config = read_config(source, revision=start.revision, trust_code=stage.trust_code)
+    require_packages(config, source)
+    is_quantized = bool(getattr(config, "quantization_config", None))
+    if is_quantized and stage.lora is None:
+        raise ModelError("quantised weights cannot be trained in full; add lora:", where=source)
+    if reward or (isinstance(stage.options, PpoOptions) and stage.options.advantage == "gae"):  # which has a critic
         know_classifier(config)
-    family = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     if reward:
         config.num_labels = 1
+    directory = None if is_builtin(source) else find_model_dir(source)
+    config_file = str(directory / "config.json") if directory else source
+    family = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     try:
         with torch.device("meta"):
             model = family.from_config(config, trust_remote_code=stage.trust_code)
     except Exception as error:  # whatever a strange config provokes; nothing but this build is in here
-        raise ModelError(f"does not make a model: {first_line(error)}", where=_config_file(start.base)) from error
-    _compare_shapes(model, start.base)
-    return model
-
-
-def _compare_shapes(model: nn.Module, source: str) -> None:
-    """Raise ModelError where the config promises other shapes than the weights beside it have."""
-    directory = None if is_builtin(source) else find_model_dir(source)
-    if directory is None or getattr(model.config, "quantization_config", None):
-        return
+        raise ModelError(f"does not make a model: {first_line(error)}", where=config_file) from error
     stored: dict[str, list[int]] = {}
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in sorted(directory.glob("*.safetensors")) if directory and not is_quantized else ():
         try:
             stored |= read_shapes(file)
         except ValueError as error:
             raise ModelError(f"{error}; copy or save the file again", where=str(file)) from error
-    wrong = [
-        (name, list(weight.shape), stored[name])
-        for name, weight in model.named_parameters()
-        if name in stored and list(weight.shape) != stored[name]
-    ]
-    if wrong:
-        name, wanted, found = wrong[0]
+    shapes = {name: list(weight.shape) for name, weight in model.named_parameters() if name in stored}
+    if wrong := [name for name, shape in shapes.items() if shape != stored[name]]:
         raise ModelError(
-            f"promises other shapes than the weights have: {name} would be {wanted} and is {found}; "
-            f"{len(wrong)} tensors differ; put the config back that belongs to them",
-            where=_config_file(source),
+            f"promises other shapes than the weights have: {wrong[0]} would be {shapes[wrong[0]]} and is "
+            f"{stored[wrong[0]]}; {len(wrong)} tensors differ; put the config back that belongs to them",
+            where=config_file,
         )
-
-
-def _find_unadapted(model: nn.Module, total: int) -> list[str]:
-    """Say which experts, which are parameters and not layers, no adapter reaches."""
-    adapted = {(id(m.get_base_layer()), m.parameter_name) for m in model.modules() if isinstance(m, ParamWrapper)}
-    left: dict[str, int] = {}
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            continue
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.ndim == 3 and (id(module), name) not in adapted:
-                left[name] = left.get(name, 0) + weight.numel()
-    if not left:
-        return []
-    share = sum(left.values()) / total
-    return [f"no adapter reaches the experts' {', '.join(sorted(left))}, {share:.1%} of the weights"]
-
-
-def _config_file(source: str) -> str:
-    directory = None if is_builtin(source) else find_model_dir(source)
-    return str(directory / "config.json") if directory else source
+    return model

@@ -86,15 +86,10 @@ def pad_answers(
     rows_N, steps_N = mask_BT.nonzero(as_tuple=True)
     columns_N = starts[rows_N] + steps_N - 1
     return Batch(
-        input_ids_BL=input_ids.to(device),
-        attention_mask_BL=attention_mask.to(device),
-        mask_BT=mask_BT.to(device),
-        rows_N=rows_N.to(device),
-        columns_N=columns_N.to(device),
-        targets_N=input_ids[rows_N, columns_N + 1].to(device),
-        sampling=sampling,
-        early_N=(steps_N < sampling.min_new_tokens).to(device) if sampling.min_new_tokens else None,
-    )
+        input_ids_BL=input_ids.to(device), attention_mask_BL=attention_mask.to(device), mask_BT=mask_BT.to(device),
+        rows_N=rows_N.to(device), columns_N=columns_N.to(device), targets_N=input_ids[rows_N, columns_N + 1].to(device),
+        sampling=sampling, early_N=(steps_N < sampling.min_new_tokens).to(device) if sampling.min_new_tokens else None,
+    )  # fmt: skip
 
 
 def run_trunk(forward: Callable[..., Any], head: Any, **inputs: Any) -> tuple[Tensor, Any]:

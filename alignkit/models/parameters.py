@@ -30,7 +30,8 @@ def describe_parameters(model: nn.Module) -> dict[str, float]:
     trainable = total = quantized = quantized_bytes = num_bytes = 0
     scales = _int8_scales(model)
     for parameter in model.parameters():
-        count = _count(parameter)
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
         if hasattr(parameter, "ds_id"):  # ZeRO-3: nothing is put together to be counted
             size = count * parameter.element_size()
         else:
@@ -38,16 +39,12 @@ def describe_parameters(model: nn.Module) -> dict[str, float]:
         total += count
         num_bytes += size
         trainable += count if parameter.requires_grad else 0
-        if _is_quantized(parameter):
+        if type(parameter).__name__ in ("Params4bit", "Int8Params") and parameter.dtype in (torch.uint8, torch.int8):
             quantized += count
             quantized_bytes += size
-    return {
-        "trainable": trainable,
-        "total": total,
-        "quantized": quantized,
-        "bits_per_quantized_parameter": 8 * quantized_bytes / quantized if quantized else 0.0,
-        "bytes": num_bytes,
-    }
+    bits = 8 * quantized_bytes / quantized if quantized else 0.0
+    return {"trainable": trainable, "total": total, "quantized": quantized, "bits_per_quantized_parameter": bits,
+            "bytes": num_bytes}  # fmt: skip
 
 
 def hash_base(model: nn.Module) -> str:
@@ -80,20 +77,20 @@ def hash_samples(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _whole(parameter: nn.Parameter) -> torch.Tensor:
-    """The data of a parameter; what ZeRO-3 has taken apart is put together, which all ranks must ask for."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.data
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Put together a weight that FSDP or ZeRO-3 has taken apart; all ranks must ask for the same one."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not hasattr(tensor, "ds_id"):
+        return tensor
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.data.clone()
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.data.clone()
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
+    return whole(tensor).detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _int8_scales(model: nn.Module) -> dict[int, torch.Tensor]:
@@ -109,7 +106,7 @@ def _int8_scales(model: nn.Module) -> dict[int, torch.Tensor]:
 
 def _tensors_of(parameter: nn.Parameter, int8_scales: dict[int, torch.Tensor]) -> Iterator[torch.Tensor]:
     """Yield the tensor itself and, for a quantised one, its block constants; shared code books are left out."""
-    yield _whole(parameter)
+    yield whole(parameter) if hasattr(parameter, "ds_id") else parameter.data
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         yield state.absmax
@@ -117,15 +114,6 @@ def _tensors_of(parameter: nn.Parameter, int8_scales: dict[int, torch.Tensor]) -
             yield state.state2.absmax
     elif id(parameter) in int8_scales:
         yield int8_scales[id(parameter)]
-
-
-def _is_quantized(parameter: nn.Parameter) -> bool:
-    return type(parameter).__name__ in ("Params4bit", "Int8Params") and parameter.dtype in (torch.uint8, torch.int8)
-
-
-def _count(parameter: nn.Parameter) -> int:
-    state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def take_probe(model: nn.Module, *, vocab_size: int, reward: bool) -> dict[str, Any]:
@@ -166,9 +154,9 @@ def probe_ids(vocab_size: int) -> torch.Tensor:
 
 def compare_probes(before: dict[str, Any], after: dict[str, Any]) -> str | None:
     """Say why two probes cannot come from the same model, None when they can."""
-    kinds = {True: "a reward model", False: "a policy"}
     if before["reward"] != after["reward"]:
-        return f"it was {kinds[before['reward']]} and is {kinds[after['reward']]}"
+        was, now = ("a reward model" if probe["reward"] else "a policy" for probe in (before, after))
+        return f"it was {was} and is {now}"
     first, second = torch.tensor(before["values"]), torch.tensor(after["values"])
     if first.shape != second.shape:
         return f"the probe has {second.numel()} values, not {first.numel()}"

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import START, TRAINED, attach_frozen, is_stacked
+from alignkit.models.adapters import START, TRAINED, attach_frozen
 from alignkit.models.files import RECORD, find_adapter
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.load import Precision, read_base
@@ -48,8 +48,14 @@ def save_model(
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     with quiet_transformers():
-        if isinstance(model, PeftModel):
-            _save_adapter(model, draft, state_dict)
+        if isinstance(model, PeftModel) and START in model.peft_config:
+            config, state = concatenate_adapters(model, state_dict)
+            save_file(state, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(draft)
+        elif isinstance(model, PeftModel):
+            trained = {"selected_adapters": [TRAINED], "save_embedding_layers": False}
+            model.save_pretrained(draft, state_dict=state_dict, **trained)
+            (draft / "README.md").unlink(missing_ok=True)  # PEFT's card holds the absolute path of the base
         else:
             use_cache, model.config.use_cache = model.config.use_cache, True  # off in training only
             try:
@@ -97,12 +103,7 @@ def concatenate_adapters(
         ranks[name.removeprefix(_WRAPPER)] = down.shape[0]
     trained = get_peft_model_state_dict(model, state_dict=weights, adapter_name=TRAINED, save_embedding_layers=False)
     state |= {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items() if ".lora_" not in name}
-    return _joint_config(model, ranks), state
-
-
-def _joint_config(model: PeftModel, ranks: dict[str, int]) -> LoraConfig:
-    config = copy.deepcopy(model.peft_config[TRAINED])
-    lower = model.peft_config[START]
+    config, lower = copy.deepcopy(model.peft_config[TRAINED]), model.peft_config[START]
     config.r = config.lora_alpha = max(ranks.values())
     config.use_rslora = False
     config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
@@ -110,24 +111,13 @@ def _joint_config(model: PeftModel, ranks: dict[str, int]) -> LoraConfig:
     config.target_modules = {*config.target_modules, *lower.target_modules}
     config.base_model_name_or_path = lower.base_model_name_or_path or config.base_model_name_or_path
     config.inference_mode = True
-    return config
-
-
-def _save_adapter(model: PeftModel, out: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-    if is_stacked(model):
-        config, state = concatenate_adapters(model, state_dict)
-        save_file(state, out / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(out)
-        return
-    model.save_pretrained(out, selected_adapters=[TRAINED], save_embedding_layers=False, state_dict=state_dict)
-    (out / "README.md").unlink(missing_ok=True)  # PEFT's card holds the absolute path of the base
+    return config, state
 
 
 def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_code: bool = False) -> None:
     """Write adapter plus base as one model; what is read back must compute what the adapter on its base does.
 
-    `source` is a run or an adapter directory. Works on the CPU, in the dtype of training unless given. Raises
-    ModelError for a source without an adapter, an `out` that is not empty, or a result that differs.
+    `source` is a run or an adapter directory. Works on the CPU, in the dtype of training unless given.
     """
     files = find_adapter(str(source), trust_code=trust_code)
     directory = files.path

@@ -50,21 +50,15 @@ def builtin_tokenizer() -> PreTrainedTokenizerFast:
 
     It adds no BOS; the end of a text is <|endoftext|>, of a chat turn <|im_end|>.
     """
-    # from_str on the cached text: every caller gets its own object to change.
-    backend = Tokenizer.from_str(_backend_json())
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PAD,
-        extra_special_tokens=[IM_START, IM_END],
-        model_max_length=_POSITIONS,
+        tokenizer_object=Tokenizer.from_str(_backend_json()), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
+        pad_token=PAD, extra_special_tokens=[IM_START, IM_END], model_max_length=_POSITIONS,
         clean_up_tokenization_spaces=False,
-    )
+    )  # fmt: skip
 
 
 @cache
-def _backend_json() -> str:
+def _backend_json() -> str:  # a text, so that every caller gets an object of its own to change
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [(pair[0], pair[1]) for pair in map(str.split, _MERGES.read_text(encoding="utf-8").splitlines())]
     tokens = alphabet + [left + right for left, right in merges]
@@ -107,18 +101,6 @@ def override_config(
     except (StrictDataclassError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ModelError(f"model.config does not fit a {config.model_type} model: {reason}", where=where) from error
-
-
-def fit_config_to_tokenizer(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any]
-) -> PreTrainedConfig:
-    """Set vocabulary size (unless overridden) and special token ids of a config that gets random weights."""
-    if "vocab_size" not in overrides:
-        config.vocab_size = len(tokenizer)
-    config.bos_token_id = tokenizer.bos_token_id
-    config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    return config
 
 
 def random_model(

@@ -37,47 +37,33 @@ _GENERATION_NUMBERS = {
 
 
 def read_config(source: str, *, revision: str | None = None, trust_code: bool = False) -> PreTrainedConfig:
-    """Read the config of a builtin name, a directory or a hub id.
-
-    Raises ModelError for one that cannot be read or whose sizes cannot be meant, naming the file; EnvironmentProblem
-    when the hub cannot be reached.
-    """
+    """Read the config of a builtin name, a directory or a hub id; refuse sizes that cannot be meant."""
     if is_builtin(source):
         return builtin_config(source)
     directory = find_model_dir(source)
     place = str(directory / "config.json") if directory else source
     try:
         with explain_hub_errors(source):
-            config = AutoConfig.from_pretrained(
-                str(directory or source), revision=revision, trust_remote_code=trust_code
-            )
+            place_or_id = str(directory or source)
+            config = AutoConfig.from_pretrained(place_or_id, revision=revision, trust_remote_code=trust_code)
     except AlignKitError:
         raise
     except Exception as error:  # config classes check and compute as they like
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         remedy = "; put that right" if directory else ""
-        raise ModelError(f"is not the config of a model: {reason[0].strip()}{remedy}", where=place) from error
+        raise ModelError(f"is not the config of a model: {reason}{remedy}", where=place) from error
     require_sizes(config, place)
-    if directory and (directory / "generation_config.json").exists():
-        _require_generation(directory)
-    return config
-
-
-def _require_generation(directory: Path) -> None:
-    """Raise ModelError for a generation_config.json with words or negative numbers for its settings."""
+    if not directory or not (directory / "generation_config.json").exists():
+        return config
     place = str(directory / "generation_config.json")
     try:
         settings = GenerationConfig.from_pretrained(str(directory)).to_diff_dict()
     except Exception as error:  # it computes with what stands there
         raise ModelError(f"cannot be read: {error}; mend it or take it away", where=place) from error
-    wrong: dict[str, Any] = {
-        name: settings[name]
-        for name in _GENERATION_NUMBERS & settings.keys()
-        if settings[name] is not None and not (isinstance(settings[name], int | float) and settings[name] >= 0)
-    }
-    if wrong:
-        said = ", ".join(f"{name} is {value!r}" for name, value in sorted(wrong.items()))
-        raise ModelError(f"{said}; these are numbers from 0; mend it or take it away", where=place)
+    given = {name: settings.get(name) for name in sorted(_GENERATION_NUMBERS) if settings.get(name) is not None}
+    if wrong := [f"{name} is {v!r}" for name, v in given.items() if not isinstance(v, int | float) or not v >= 0]:
+        raise ModelError(f"{', '.join(wrong)}; these are numbers from 0; mend it or take it away", where=place)
+    return config
 
 
 def require_sizes(config: PreTrainedConfig, place: str | None) -> None:
@@ -125,9 +111,6 @@ def know_classifier(config: PreTrainedConfig) -> None:
     name = causal[kind].__name__.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
     made = type(name, (GenericForSequenceClassification, trunks[0]), {"__module__": trunks[0].__module__})
     AutoModelForSequenceClassification.register(kind, made, exist_ok=True)  # else it passes over its own configs
-
-
-# Where the weights of a stage come from; nothing of them is opened yet.
 
 
 def is_random(stage: Stage) -> bool:
@@ -192,10 +175,7 @@ def choose_action(stage: Stage, start: Start) -> str:
 
 
 def context_length(stage: Stage) -> int | None:
-    """The positions of the model a stage starts from; None where its config names no limit.
-
-    Raises ModelError, or EnvironmentProblem when a hub id cannot be reached.
-    """
+    """The positions of the model a stage starts from; None where its config names no limit."""
     start = find_start(stage)
     config = read_config(start.base, revision=start.revision, trust_code=stage.trust_code)
     if is_random(stage) and start.base == stage.model.path:
@@ -223,21 +203,31 @@ def find_base(files: ModelFiles) -> str:
     return files.base  # a hub id
 
 
+def is_same_model(one: str, other: str) -> bool:
+    """Tell by name, place or weights whether two names mean one model."""
+    here, there = (None if is_builtin(name) else find_model_dir(name) for name in (one, other))
+    if one == other or here is None or there is None:
+        return one == other
+    return here.resolve() == there.resolve() or fingerprint_weights(here) == fingerprint_weights(there)
+
+
 def _check_same_base(files: ModelFiles, base: str, stage: Stage) -> None:
     """Raise ModelError unless the adapter was trained on the model the recipe names.
 
     They are the same by name, by what alignkit recorded, or by the bytes of the weights when one was copied.
     """
+
+    def canonical(path: str) -> str:
+        local = Path(path).expanduser()
+        return str(local.resolve()) if path and not is_builtin(path) and local.exists() else path
+
     wanted = stage.model.path
     local = find_model_dir(base)
     of_base = inspect_model_dir(local, trust_code=True).record if local else {}
     recorded = [*files.record.get("lineage", []), *of_base.get("lineage", [])]
-    same_name = [entry for entry in recorded if _canonical(entry.get("path", "")) == _canonical(wanted)]
+    same_name = [entry for entry in recorded if canonical(entry.get("path", "")) == canonical(wanted)]
     drawn_alike = all(entry.get("config", {}) == stage.model.config for entry in same_name if "seed" in entry)
-    if (same_name and drawn_alike) or _canonical(base) == _canonical(wanted):
-        return
-    other = None if is_builtin(wanted) else find_model_dir(wanted)
-    if local and other and fingerprint_weights(local) == fingerprint_weights(other):
+    if (same_name and drawn_alike) or is_same_model(base, wanted):
         return
     roots = [entry["path"] for entry in recorded[:1]] or [base]
     config = f" with model.config {same_name[0].get('config')}" if same_name else ""
@@ -246,8 +236,3 @@ def _check_same_base(files: ModelFiles, base: str, stage: Stage) -> None:
         "(and model.config) to its base, or start from another stage",
         where=stage.where(f"{stage.name}.start_from"),
     )
-
-
-def _canonical(path: str) -> str:
-    local = Path(path).expanduser()
-    return str(local.resolve()) if path and not is_builtin(path) and local.exists() else path

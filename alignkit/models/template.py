@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -90,14 +90,7 @@ class Template:
     """One template text with the settings it is rendered with."""
 
     def __init__(
-        self,
-        source: str,
-        *,
-        name: str,
-        controls: Sequence[str],
-        eos: str,
-        settings: Mapping[str, Any],
-        clock: datetime,
+        self, source: str, *, name: str, controls: Sequence[str], eos: str, settings: Mapping[str, Any], clock: datetime
     ) -> None:
         self.source, self.name, self._settings, self._eos = source, name, dict(settings), eos
         self._strftime = clock.strftime
@@ -269,8 +262,14 @@ class Template:
         for number in trained:
             head, said = parts[number]
             answer = Written(head + said, [(len(head), len(head) + len(said))], len(head))
-            if self.marked:
-                answer = self._clip(answer, given[: number + 1])
+            if self.marked:  # what {% generation %} blocks leave out is left out
+                whole, marks = self._render(given[: number + 1], mark=True)
+                end = len(answer.text.removesuffix(self._end_of(given[number]).appended))
+                if answer.text[:end] == whole[:end]:  # else it was put together: what is marked in it is not known
+                    kept = [(max(len(head), a), min(end, b)) for a, b in marks if max(len(head), a) < min(end, b)]
+                    if kept and kept[-1][1] == end:
+                        kept[-1] = (kept[-1][0], len(answer.text))
+                    answer = Written(answer.text, kept, answer.start)
             if text.startswith(answer.text):
                 spans += answer.spans
             else:
@@ -279,25 +278,19 @@ class Template:
 
     def _split(self, messages: Sequence[Any], given: list[Any], number: int) -> tuple[str, str]:
         """Split at an answer: the text generation starts from, and the answer with its end."""
-        message, before = given[number], given[:number]
-        if not before:
-            return self._split_first(given)
-        end = self._end_of(message)
-        head, whole = self.render(before, prompt=True), self.render(given[: number + 1])
+        message, before, end = given[number], given[:number], self._end_of(given[number])
+        head = self.render(before, prompt=True) if before else self._try([], prompt=True)
+        whole = self.render(given[: number + 1])
+        if not before and not (head and whole.startswith(head)):
+            raise ConversationError(
+                "its first turn is the assistant's, and the chat template has no prompt before it that generation "
+                'could start from; put a user turn before it, or give that message "train": false'
+            )
         if whole.startswith(head):
             said = self._cut(whole[len(head) :], end)
-            if not _missing(messages[number], said):
+            if not before or not _missing(messages[number], said):
                 return head, said
         return head, self._compose(messages[number], message, before, head, end)
-
-    def _split_first(self, given: list[Any]) -> tuple[str, str]:
-        whole, head = self.render(given[:1]), self._try([], prompt=True)
-        if head and whole.startswith(head):
-            return head, self._cut(whole[len(head) :], self._end_of(given[0]))
-        raise ConversationError(
-            "its first turn is the assistant's, and the chat template has no prompt before it that generation could "
-            'start from; put a user turn before it, or give that message "train": false'
-        )
 
     def _compose(self, message: Any, given: Any, before: list[Any], head: str, end: _End) -> str:
         """Put together an answer that the template does not write behind its own prompt, thoughts included.
@@ -330,18 +323,6 @@ class Template:
             f"the chat template ({self.name}) writes an answer otherwise {when}, so the answers cannot be told from "
             "the rest; give it {% generation %} blocks, or set model.chat_template: chatml | llama3 | zephyr | plain"
         )
-
-    def _clip(self, alone: Written, given: list[Any]) -> Written:
-        """Leave out what {% generation %} blocks leave out."""
-        text, marks = self._render(given, mark=True)
-        end = len(alone.text.removesuffix(self._end_of(given[-1]).appended))
-        if alone.text[:end] != text[:end]:
-            return alone  # put together: what is marked in it is not known
-        ((start, stop),) = alone.spans
-        kept = [(max(start, a), min(end, b)) for a, b in marks if max(start, a) < min(end, b)]
-        if kept and kept[-1][1] == end:
-            kept[-1] = (kept[-1][0], stop)
-        return Written(alone.text, kept, alone.start)
 
     def _end_of(self, message: Any) -> _End:
         return self.call_end if message.get("tool_calls") else self.end
@@ -391,9 +372,8 @@ class Template:
         given = messages[0].get("template_kwargs", {}) if messages else {}
         if given.get("tools") and not self._writes_tools:
             raise ConversationError(f"the chat template ({self.name}) does not write `tools`; use one that does")
-        if own := given.keys() - {"tools"}:
-            own -= list_settings(self.source, where=self.name)
-        if unread := own:
+        own = given.keys() - {"tools"}
+        if own and (unread := own - list_settings(self.source, where=self.name)):
             what = f"chat_template_kwargs: {', '.join(sorted(unread))}"
             raise ConversationError(f"the chat template ({self.name}) does not read {what}")
         return [self._prepare(message) for message in messages]
@@ -441,12 +421,9 @@ class Template:
         try:
             with time_limit(_RENDER_SECONDS, endless, of_thread=True):
                 texts, spans = render_jinja_template(
-                    [bare],
-                    chat_template=self.source,
-                    return_assistant_tokens_mask=mark,
-                    add_generation_prompt=prompt,
+                    [bare], chat_template=self.source, return_assistant_tokens_mask=mark, add_generation_prompt=prompt,
                     **(self._settings | given),
-                )
+                )  # fmt: skip
         except RecursionError as error:
             raise Endless(f"the chat template ({self.name}) calls itself without end") from error
         except OverflowError as error:  # of the sandbox
@@ -507,9 +484,7 @@ def _missing(message: Any, text: str) -> str:
     if not _is_written(message.get("reasoning_content") or "", text):
         return "the reasoning"
     calls = [call["function"] for call in message.get("tool_calls", ())]
-    if not all(_is_written(value, text) for call in calls for value in _values(call)):
-        return "all tool calls"
-    return ""
+    return "" if _is_written(calls, text) else "all tool calls"
 
 
 def _require_written(messages: Sequence[Any], text: str) -> None:
@@ -520,18 +495,11 @@ def _require_written(messages: Sequence[Any], text: str) -> None:
             raise ConversationError(f"the chat template leaves out a {message['role']} turn: {content[:40]!r}")
 
 
-def _values(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _values(item)
-
-
-def _is_written(value: str, text: str) -> bool:
-    """Whether a text holds a value, as it is, as JSON, or with other white space."""
-    value = value.strip()
-    if value in text:
+def _is_written(value: Any, text: str) -> bool:
+    """Whether a text holds a value, or all in a JSON value: as it is, as JSON, or with other white space."""
+    if isinstance(value, dict | list):
+        return all(_is_written(item, text) for item in (value.values() if isinstance(value, dict) else value))
+    if not isinstance(value, str) or (value := value.strip()) in text:
         return True
     as_json = (json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
     return any(form in text for form in as_json) or "".join(value.split()) in "".join(text.split())

@@ -34,18 +34,18 @@ _SPARE_TOKENS = (
 
 
 def load_tokenizer(stage: Stage) -> PreTrainedTokenizerFast:
-    """Load the tokenizer a stage trains with, chat template applied and pad token set.
+    """Load the tokenizer a stage trains with, its pad token, chat template and template settings set.
 
     It comes from what the stage starts from if that has one, else from `model.tokenizer`, else from `model.path`.
-    Builtin tokenizers speak chatml unless told otherwise. Raises ModelError or EnvironmentProblem.
+    Builtin tokenizers speak chatml unless told otherwise. Of several templates all are kept, the chosen one as
+    `default`. Raises ModelError or EnvironmentProblem.
     """
     start = find_model_dir(stage.start_dir) if stage.start_dir else None
+    source, revision = stage.model.tokenizer or stage.model.path, None
     if start is not None and inspect_model_dir(start, trust_code=stage.trust_code).has_tokenizer:
-        source, revision = str(start), None
-    elif stage.model.tokenizer:
-        source, revision = stage.model.tokenizer, None
-    else:
-        source, revision = stage.model.path, stage.model.revision
+        source = str(start)
+    elif not stage.model.tokenizer:
+        revision = stage.model.revision
     if is_builtin(source):
         tokenizer = builtin_tokenizer()
         tokenizer.chat_template = _read_template("chatml", tokenizer)
@@ -54,20 +54,6 @@ def load_tokenizer(stage: Stage) -> PreTrainedTokenizerFast:
         tokenizer = read_tokenizer(source, revision=revision, trust_code=stage.trust_code, remedy=remedy)
     require_eos(tokenizer, source)
     set_pad_token(tokenizer)
-    _set_template(stage, tokenizer, source)
-    return tokenizer
-
-
-def load_chat(stage: Stage, *, clock: datetime | None = None) -> Chat:
-    """Load a stage's tokenizer with its template, which reads the time of `clock`."""
-    return Chat(load_tokenizer(stage), clock=clock, name=stage.model.chat_template or "the tokenizer's own")
-
-
-def _set_template(stage: Stage, tokenizer: PreTrainedTokenizerFast, source: str) -> None:
-    """Give the tokenizer the template and the settings that the recipe names; a saved model keeps both.
-
-    Of several templates the tokenizer keeps all, with the chosen one as `default`. Raises ModelError.
-    """
     name, where = stage.model.chat_template, stage.where("model.chat_template")
     own = tokenizer.chat_template
     if isinstance(own, dict):
@@ -79,18 +65,22 @@ def _set_template(stage: Stage, tokenizer: PreTrainedTokenizerFast, source: str)
     if name:
         tokenizer.chat_template = _read_template(name, tokenizer, where=where)
     found = tokenizer.chat_template or {}
-    texts = found if isinstance(found, dict) else {"default": found}
+    texts = found.values() if isinstance(found, dict) else [found]
+    read = {setting for text in texts for setting in list_settings(text, where=name or f"{source} (chat template)")}
     settings = stage.model.chat_template_kwargs or {}
-    read = set[str]()
-    for text in texts.values():
-        read |= list_settings(text, where=name or f"{source} (chat template)")
     if unread := sorted(settings.keys() - read):
         raise ModelError(
             f"the chat template does not read {', '.join(unread)}; it reads {', '.join(sorted(read)) or 'no settings'}",
             where=stage.where("model.chat_template_kwargs"),
         )
     if settings:
-        tokenizer.init_kwargs[SETTINGS] = settings
+        tokenizer.init_kwargs[SETTINGS] = settings  # which a saved model keeps
+    return tokenizer
+
+
+def load_chat(stage: Stage, *, clock: datetime | None = None) -> Chat:
+    """Load a stage's tokenizer with its template, which reads the time of `clock`."""
+    return Chat(load_tokenizer(stage), clock=clock, name=stage.model.chat_template or "the tokenizer's own")
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -117,12 +107,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, *, mod
         )
 
 
-def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the tokenizer puts its BOS before a plain text by itself."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
-
-
 def read_tokenizer(
     source: str,
     *,
@@ -135,9 +119,8 @@ def read_tokenizer(
     if directory is not None and not has_tokenizer(directory):
         raise ModelError(f"{directory} has no tokenizer; {remedy}")
     with explain_hub_errors(source), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory or source), revision=revision, trust_remote_code=trust_code
-        )
+        place = str(directory or source)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_code)
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{source} has no fast tokenizer (tokenizer.json); convert it once; {remedy}")
     return tokenizer
@@ -166,4 +149,6 @@ def _read_template(name: str, tokenizer: PreTrainedTokenizerFast, *, where: str 
         )
     text = (_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     # A text that is tokenised by the tokenizer alone would start with a BOS; a chat then does too, once.
-    return text if "bos_token" in text or not adds_bos(tokenizer) else "{{- bos_token }}" + text
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    return "{{- bos_token }}" + text if adds_bos and "bos_token" not in text else text

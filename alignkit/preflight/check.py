@@ -32,7 +32,7 @@ from alignkit.preflight.requirements import (
 )
 from alignkit.recipe import Recipe, Stage, resolve
 from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, LabelOptions, PpoOptions
-from alignkit.rewards.kinds import describe_reward, list_sources
+from alignkit.rewards.kinds import describe_reward
 from alignkit.runs.directory import form_of, require_form
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _check_stage(stage: Stage, check: StageCheck) -> str | None:
         asked = "rm" if given else stage.method
         _read_rows(stage, check, {"data": asked, "mix": "rm", "helpful.data": stage.method})
         return None
-    for key, source in list_sources(stage):
+    for key, source in stage.rewards:
         if what := check.note(describe_reward, stage, key, source):
             check.facts[key] = f"{check.facts[key]}; {what}" if key in check.facts else what
     check.note(_check_device, stage, check)
@@ -229,7 +229,7 @@ def start_today(stage: Stage) -> tuple[Stage, str]:
 
 def _check_device(stage: Stage, check: StageCheck) -> None:
     from alignkit.models.load import pick_device
-    from alignkit.train.arguments import micro_batch_size
+    from alignkit.train.setup import micro_batch_size
 
     device, kind = pick_device(stage.launch.device, where=stage.where("launch.device")), stage.model.quantization
     check.facts["device"] = device

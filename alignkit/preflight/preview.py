@@ -51,8 +51,7 @@ def preview_stage(stage: Stage, *, num_rows: int) -> Preview:
         )
     from alignkit.data import Rejects
     from alignkit.models.tokens import load_chat
-    from alignkit.train.collate import training_rows
-    from alignkit.train.preview import preview_rows
+    from alignkit.train.preview import preview_rows, training_rows
     from alignkit.train.tables import prepare_tables
 
     stage, _ = start_today(stage)

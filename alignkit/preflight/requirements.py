@@ -18,8 +18,6 @@ from typing import Literal
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.sources import Located, locate
 from alignkit.errors import DataError, EnvironmentProblem, ModelError, Problem, RecipeError, RunError, UsageError
-from alignkit.feedback.constitution import load_constitution, load_examples
-from alignkit.feedback.server import find_key
 from alignkit.models.files import TEMPLATES, ModelFiles, find_model_dir, inspect_model_dir, require_available
 from alignkit.preflight.doctor import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
@@ -32,7 +30,6 @@ from alignkit.recipe.schema import (
     FeedbackModel,
     LabelOptions,
 )
-from alignkit.rewards.kinds import check_rewards, list_sources
 from alignkit.runs.directory import RunDir, refuse_foreign
 
 # Files up to this size are read in half a second, before the libraries load in ten; larger ones are checked only when
@@ -85,7 +82,10 @@ def _list_requirements(stage: Stage, coming: Collection[str]) -> Iterator[Callab
     yield partial(_require_made, stage, coming)
     yield partial(_require_start, stage)
     unmade = [need.stage for need in list_needs(stage) if not need.is_made()]
-    yield partial(check_rewards, stage, coming=[*coming, *unmade])
+    if stage.rewards:
+        from alignkit.rewards.kinds import check_rewards
+
+        yield partial(check_rewards, stage, coming=[*coming, *unmade])
     for key, model in list_feedback_models(stage):
         yield partial(_require_feedback_model, stage, key, model)
     yield from _list_texts(stage)
@@ -103,7 +103,7 @@ def list_needs(stage: Stage) -> list[Need]:
     needs = []
     if stage.start_stage is not None and stage.start_dir is not None:
         needs.append(Need(stage.start_stage, stage.start_dir, "start_from"))
-    for key, reward in list_sources(stage):
+    for key, reward in stage.rewards:
         if reward.model and (name := stage.reward_stages.get(reward.model)):
             needs.append(Need(name, reward.model, key))
     for key, source in list_data(stage):
@@ -120,7 +120,7 @@ def list_feedback_models(stage: Stage) -> Iterator[tuple[str, FeedbackModel]]:
     for key in ("judge", "generator"):
         if (model := getattr(stage.options, key, None)) is not None:
             yield key, model
-    yield from ((f"{key}.judge", reward.judge) for key, reward in list_sources(stage) if reward.judge is not None)
+    yield from ((f"{key}.judge", reward.judge) for key, reward in stage.rewards if reward.judge is not None)
 
 
 def list_data(stage: Stage) -> Iterator[tuple[str, DataSource]]:
@@ -199,6 +199,8 @@ def _require_start(stage: Stage) -> None:
 def _require_feedback_model(stage: Stage, name: str, model: FeedbackModel) -> None:
     key = f"{stage.name}.{name}"
     if model.url is not None:
+        from alignkit.feedback.server import find_key
+
         find_key(model, key=key, where=stage.where(f"{key}.api_key_env"))
         if importlib.util.find_spec("openai") is None:
             raise EnvironmentProblem(
@@ -222,13 +224,15 @@ def _list_texts(stage: Stage) -> Iterator[Callable[[], object]]:
     """Yield what looks at the constitutions, examples and replays of a stage."""
     options = stage.options
     texts: list[tuple[str, str | list[str] | None, Callable[[list[str]], object]]] = []
+    judged = [reward for _, reward in stage.rewards if reward.judge is not None]
+    if judged or isinstance(options, CritiqueOptions | LabelOptions):
+        from alignkit.feedback.constitution import load_constitution, load_examples
     if isinstance(options, CritiqueOptions | LabelOptions):
         needs: Literal["critique", "comparison"] = "critique" if stage.method == "critique" else "comparison"
         texts.append(("constitution", options.constitution, partial(load_constitution, needs=needs)))
         texts.append(("examples", options.examples, load_examples))
-    compare = partial(load_constitution, needs="comparison")
-    judged = [reward for _, reward in list_sources(stage) if reward.judge is not None]
-    texts += [("reward.constitution", reward.constitution, compare) for reward in judged]
+    for reward in judged:
+        texts.append(("reward.constitution", reward.constitution, partial(load_constitution, needs="comparison")))
     for key, given, load in texts:
         values = [given] if isinstance(given, str) else given or []
         files = [value for value in values if value not in ("none", "builtin") and not value.startswith("builtin:")]

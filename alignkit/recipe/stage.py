@@ -124,6 +124,11 @@ class Stage:
         return getattr(self.options, "objective", None)
 
     @property
+    def rewards(self) -> list[tuple[str, RewardSource]]:
+        """Every source of a reward with its key, reward or gold; none for methods without a reward."""
+        return [(key, source) for key in ("reward", "gold") for source in getattr(self.options, key, None) or ()]
+
+    @property
     def is_unpaired(self) -> bool:
         """Whether a dpo stage learns from single answers, with TRL's KTOTrainer."""
         losses = self.trainer.get("loss_type", [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from alignkit.data import true_reward
@@ -65,12 +65,6 @@ def open_reward(source: RewardSource | str, space: Workspace) -> Reward:
     return kind_of(source)(source, space)
 
 
-def list_sources(stage: Stage) -> Iterator[tuple[str, RewardSource]]:
-    """Yield (reward or gold, source) of a stage; nothing for methods without a reward."""
-    for key in ("reward", "gold"):
-        yield from ((key, source) for source in getattr(stage.options, key, None) or ())
-
-
 def open_rewards(stage: Stage, sources: Sequence[RewardSource], *, key: str = "reward") -> list[tuple[Reward, float]]:
     """Open the rewards of a stage outside training, each with its weight in their sum."""
     space = replace(stage_space(stage, key), cache=Store())
@@ -83,7 +77,7 @@ def check_rewards(stage: Stage, *, coming: Collection[str] = ()) -> None:
     A stage of this recipe that is not trained, a directory that is no reward model, pickles, code without --trust-code.
     """
     problems: list[Problem] = []
-    for key, source in list_sources(stage):
+    for key, source in stage.rewards:
         try:
             kind_of(source).check(source, stage, key, coming)
         except UsageError as error:
@@ -100,5 +94,5 @@ def describe_reward(stage: Stage, key: str, source: RewardSource) -> str:
 
 def fingerprint_rewards(stage: Stage) -> dict[str, list[str | None]]:
     """Hash models and the files of functions that a stage is scored by, for its fingerprint."""
-    found = [kind_of(source).fingerprint(source, stage) for key, source in list_sources(stage) if key == "reward"]
+    found = [kind_of(source).fingerprint(source, stage) for key, source in stage.rewards if key == "reward"]
     return {"reward_weights": found} if found else {}

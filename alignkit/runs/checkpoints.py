@@ -51,10 +51,7 @@ def _own_checksum(manifest: dict[str, Any]) -> str:
 
 
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Sync every file, then write the manifest that makes this checkpoint count.
-
-    `facts` goes into the manifest as it is: step, world size, dtypes, fingerprints, versions, seed.
-    """
+    """Sync every file, then write the manifest that makes this checkpoint count, with `facts` in it."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     for path in files:
@@ -79,11 +76,6 @@ def find_damage(checkpoint: Path) -> str | None:
         return find_damaged_file(checkpoint, files, thorough=True)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
-
-
-def remember(directory: Path, step: int) -> None:
-    """Note beside the directory that there was a checkpoint: should all vanish, the run must not start afresh."""
-    write_json(directory.parent / SEALED, {"step": step})
 
 
 def find_resumable(

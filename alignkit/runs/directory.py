@@ -61,7 +61,7 @@ class RunDir:
         self.error_log = path / "error.log"
 
     def is_finished(self) -> bool:
-        """Tell whether the run ended well, whatever has become of its files since; a torn result.json does not."""
+        """Tell whether the run ended well, whatever has become of its files since."""
         return read_record(self.result).get("status") == "finished"
 
 
@@ -71,9 +71,8 @@ class RunLock:
     def __init__(self, run: RunDir) -> None:
         """Take the lock. Raises RunError naming the holder when another process has it."""
         self._path = run.path / ".lock"
-        self._file: IO[str] = os.fdopen(
-            open_own(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+", encoding="utf-8"
-        )
+        descriptor = open_own(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        self._file: IO[str] = os.fdopen(descriptor, "a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             taken = None if self.is_current() else "another process, which has just ended; try again"
@@ -100,11 +99,7 @@ class RunLock:
 
 
 def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
-    """Create or reuse a run directory and lock it.
-
-    With `force` an existing run is moved aside at once, as `set_aside` does. Raises RunError when the directory holds
-    something that is not a run of ours, or is in use; DiskError when it cannot be made.
-    """
+    """Create or reuse a run directory and lock it; with `force` an existing run is moved aside, as `set_aside` does."""
     run = RunDir(path)
     refuse_foreign(run.path)
     with disk_failures(run.path, "the run directory"):
@@ -149,11 +144,9 @@ def refuse_foreign(path: Path) -> None:
         raise RunError("is a file; a run needs a directory", where=str(path))
     content = {entry.name for entry in path.iterdir()} if path.exists() else set()
     if content and not content & {".lock", "stage.json", "error.log", "launch"}:
-        raise RunError(
-            f"is not empty and holds no run (found {', '.join(sorted(content)[:3])}); "
-            "choose another directory with --out",
-            where=str(path),
-        )
+        found = ", ".join(sorted(content)[:3])
+        what = f"is not empty and holds no run (found {found}); choose another directory with --out"
+        raise RunError(what, where=str(path))
 
 
 # What says to which rollout of ppo a step belongs, and so which prompts are left.
@@ -206,16 +199,12 @@ def _differing(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def compare_fingerprints(run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = ()) -> list[str]:
-    """Compare the fingerprint in stage.json with the current one; list the changes, all of which are allowed.
-
-    Every changed key is named with both values. Raises RunError unless each of them is in `allow_change`.
-    """
+    """List the changes since stage.json was written; raises RunError, naming each, unless all are in `allow_change`."""
     if refused := list_changes(run, current, allow_change=allow_change):
+        what = "\n  ".join(["this run was started with other settings:", *refused.values()])
         raise RunError(
-            "this run was started with other settings:\n  "
-            + "\n  ".join(refused.values())
-            + "\nchange them back, use --out for a new run, --force to move this one aside and start over, "
-            "or --allow-change KEY to go on with the new value",
+            f"{what}\nchange them back, use --out for a new run, --force to move this one aside and start over, or "
+            "--allow-change KEY to go on with the new value",
             where=str(run.path),
         )
     return list(list_changes(run, current).values())
@@ -269,10 +258,7 @@ def read_result(path: Path) -> Result:
 
 
 def find_damaged_product(run_dir: Path) -> str | None:
-    """Find which of a finished run's files (weights, rows) is not as its result.json says; None when all are.
-
-    Runs of earlier versions, whose result names no files, are believed.
-    """
+    """Find which of a finished run's files (weights, rows) is not as its result.json says; None when all are."""
     result = RunDir(run_dir).result
     try:
         return find_damaged_file(run_dir, json.loads(result.read_text(encoding="utf-8")).get("files", {}))
@@ -308,25 +294,13 @@ _SAYS = {"chat": "turns of its chat template", "text": "text without a chat temp
 
 
 def form_of(report: Mapping[str, Any]) -> str | None:
-    """Tell the form of rows, "chat" or "text", by `DataReport.to_dict()`; None for raw text alone, which fits both.
-
-    Raises DataError when a stage's sources have both.
-    """
+    """Tell the form of rows, "chat" or "text", by `DataReport.to_dict()`; None for raw text alone, which fits both."""
     found = {form: source["path"] for source in report.get("sources", ()) for form in source.get("forms", ())}
     found.pop("raw", None)
     if len(found) > 1:
         sides = ", ".join(f"{path} as {_SAYS[form]}" for form, path in found.items())
         raise DataError(f"one model reads both forms: {sides}; set chat: true or chat: false for all of them")
     return next(iter(found), None)
-
-
-def form_of_run(model: str | Path) -> str | None:
-    """Tell the form a run was trained on; None for what is no run of ours, or one that does not say."""
-    path = Path(model)
-    for record in (path / "stage.json", path.parent / "stage.json"):
-        if record.is_file():
-            return form_of(read_json(record).get("data") or {})
-    return None
 
 
 def require_form(stage: Stage, form: str | None, planned: Mapping[str, str | None] = _NOTHING) -> None:
@@ -339,7 +313,9 @@ def require_form(stage: Stage, form: str | None, planned: Mapping[str, str | Non
         if reward.model is not None:
             used.append(("its reward model", reward.model, stage.reward_stages.get(reward.model)))
     for role, model, name in used:
-        other = form_of_run(model) or planned.get(name or "")
+        # Of what is no run of ours, or one that does not say, nothing is known.
+        record = next(filter(Path.is_file, (Path(model, "stage.json"), Path(model).parent / "stage.json")), None)
+        other = (form_of(read_json(record).get("data") or {}) if record else None) or planned.get(name or "")
         if form and other and form != other:
             raise DataError(
                 f"the rows are {_SAYS[form]}, and {role} ({name or model}) was trained on {_SAYS[other]}; chat: "

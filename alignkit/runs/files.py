@@ -48,10 +48,7 @@ def open_own(path: Path, flags: int, *, mode: int = 0o666) -> int:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
-    """Write a file in the block; it takes the place of `path` in one step at the end, and is on the disk then.
-
-    Raises DiskError; what was there before is untouched by any error.
-    """
+    """Write a file in the block; at its end it takes the place of `path` in one step, on the disk. Raises DiskError."""
     temporary = path.with_name(path.name + ".tmp")
     with disk_failures(path.parent, path.name):
         temporary.unlink(missing_ok=True)
@@ -233,8 +230,7 @@ def checksum(path: Path) -> str:
 
 
 @lru_cache(maxsize=256)
-def _checksum_once(path: Path, *_state: int) -> str:
-    """Read a file once in this process for each state it has been in."""
+def _checksum_once(path: Path, *_state: int) -> str:  # for each state the file has been in
     return checksum(path)
 
 

@@ -154,12 +154,10 @@ def stop_between_steps() -> Iterator[StopFlag]:
     A worker under our supervisor has had them blocked until now, and has again afterwards: one that came while it
     started is heard now, and one that comes when all is done cannot keep it from saying how it ended.
     """
-    flag, supervised = StopFlag(), SUPERVISED in os.environ
+    flag, blocked = StopFlag(), SIGNALS if SUPERVISED in os.environ else ()
     with hearing(flag._handle):
         try:
-            if supervised:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
             yield flag
         finally:
-            if supervised:
-                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            signal.pthread_sigmask(signal.SIG_BLOCK, blocked)

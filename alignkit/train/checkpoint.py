@@ -27,7 +27,7 @@ from alignkit.errors import DiskError, NonFiniteError, RunError
 from alignkit.models.adapters import TRAINED
 from alignkit.models.files import read_shapes
 from alignkit.runs import checkpoints
-from alignkit.runs.files import describe_bytes, disk_failures, free_bytes
+from alignkit.runs.files import describe_bytes, disk_failures, free_bytes, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.stop import StopFlag
 from alignkit.train import ranks, shards
@@ -66,8 +66,6 @@ class Checkpointed(Trainer):
     _metrics: dict[str, dict[str, list[float]]]
     _weights: dict[str, list[float]]
     _save_error: Exception | None = None  # of this rank's weights, until all ranks may hear of it
-
-    # ---- writing ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._save(output_dir, state_dict=shards.gather_model(self))
@@ -112,7 +110,12 @@ class Checkpointed(Trainer):
         self.watch.window = ranks.gather(window)
 
         def make_way() -> bool:
-            self.require_place()
+            try:
+                moved = self.watch.place and not os.path.samestat(directory.parent.stat(), self.watch.place)
+            except OSError:
+                moved = True
+            if moved:
+                raise DiskError(f"{directory.parent}: the run directory was moved or deleted while the run went on")
             if (checkpoint / checkpoints.MANIFEST).exists():
                 return False
             self.require_room(directory)
@@ -126,9 +129,20 @@ class Checkpointed(Trainer):
                 Trainer._save_checkpoint(self, model, trial)  # past TRL's, which writes a model card each time
 
         def seal() -> None:
+            facts = {
+                "step": step,
+                "world_size": self.args.world_size,
+                "dtypes": sorted({str(p.dtype) for p in self.model.parameters() if p.requires_grad}),
+                "num_tokens": self.watch.num_tokens + self.num_trained_tokens,
+                "seconds": round(self.watch.seconds, 3),
+                "batches": [*self.watch.batches, (step, self.batch_rows)],
+                "window": self.watch.window,
+                "evaluation_cut": self.evaluation_cut,
+                **self.watch.facts,
+            }
             with disk_failures(directory, checkpoint.name):
-                checkpoints.seal(checkpoint, self._manifest_facts())
-                checkpoints.remember(directory, step)
+                checkpoints.seal(checkpoint, facts)
+                write_json(directory.parent / checkpoints.SEALED, {"step": step})  # should all checkpoints vanish
                 checkpoints.rotate(directory, keep=self.watch.keep_checkpoints)
 
         if not ranks.once(make_way):
@@ -141,19 +155,6 @@ class Checkpointed(Trainer):
                 shutil.rmtree(checkpoint, ignore_errors=True)  # ours, unsealed, and in the way of everything else
             raise
         pulse("saved", step)
-
-    def _manifest_facts(self) -> dict[str, Any]:
-        return {
-            "step": self.state.global_step,
-            "world_size": self.args.world_size,
-            "dtypes": sorted({str(p.dtype) for p in self.model.parameters() if p.requires_grad}),
-            "num_tokens": self.watch.num_tokens + self.num_trained_tokens,
-            "seconds": round(self.watch.seconds, 3),
-            "batches": [*self.watch.batches, (self.state.global_step, self.batch_rows)],
-            "window": self.watch.window,
-            "evaluation_cut": self.evaluation_cut,
-            **self.watch.facts,
-        }
 
     @property
     def num_trained_tokens(self) -> int:
@@ -177,29 +178,15 @@ class Checkpointed(Trainer):
         kept = checkpoints.list_checkpoints(Path(self.args.output_dir))
         return f"the last good checkpoint is {kept[0].name}" if kept else "no checkpoint was saved yet"
 
-    def require_place(self) -> None:
-        """Raise DiskError when the run directory is not the one that the run has begun in."""
-        directory = Path(self.args.output_dir).parent
-        try:
-            there = self.watch.place is None or os.path.samestat(directory.stat(), self.watch.place)
-        except OSError:
-            there = False
-        if not there:
-            raise DiskError(f"{directory}: the run directory was moved or deleted while the run went on")
-
     def require_room(self, directory: Path) -> None:
         """Raise DiskError when the next checkpoint would not fit the disk."""
         trainable = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         needed = checkpoints.expected_bytes(directory, first_guess=3 * trainable)
-        free = free_bytes(directory)
-        if free < needed:
+        if (free := free_bytes(directory)) < needed:
             raise DiskError(
-                f"{directory}: the next checkpoint needs about {describe_bytes(needed)} and "
-                f"{describe_bytes(free)} are free; earlier checkpoints are untouched: make room and run the same "
-                "command again"
+                f"{directory}: the next checkpoint needs about {describe_bytes(needed)} and {describe_bytes(free)} are "
+                "free; earlier checkpoints are untouched: make room and run the same command again"
             )
-
-    # ---- reading ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Copy the sealed weights into the model, or this rank's part of it; dtypes and frozen parts stay as they are.
@@ -215,7 +202,7 @@ class Checkpointed(Trainer):
         for shard in sorted(directory.glob("*model*.safetensors")):
             saved |= load_file(shard)
         given = {id(tensor) for name, tensor in places.items() if name in saved}  # tied weights are saved once
-        missing = {name for name, tensor in places.items() if name not in saved and id(tensor) not in given}
+        missing = {name for name, tensor in places.items() if id(tensor) not in given}
         if differ := sorted(missing | (saved.keys() - places.keys())):
             raise RunError(
                 f"does not hold the parameters being trained ({len(differ)} differ, first {differ[0]}); "
@@ -264,8 +251,7 @@ class Checkpointed(Trainer):
         """Go on with the logging window of the checkpoint; of other processes than these, with the mean of theirs."""
         if not (windows := self.watch.window):
             return
-        own = windows[self.args.process_index % len(windows)]
-        same = len(windows) == self.args.world_size
+        own, same = windows[self.args.process_index % len(windows)], len(windows) == self.args.world_size
         self._tr_loss += own["loss"] if same else sum(each["loss"] for each in windows) / len(windows)
         self._globalstep_last_logged = own["since"]
         for kept, found in ((self._metrics["train"], own["metrics"]), (self._weights, own["weights"])):

@@ -23,12 +23,10 @@ from alignkit.recipe.schema import DpoOptions
 from alignkit.recipe.trl_fields import OWN_LOSSES
 from alignkit.runs.directory import RunDir
 from alignkit.train import ranks
-from alignkit.train.arguments import build_config
-from alignkit.train.collate import collator_for
 from alignkit.train.fit import fit
 from alignkit.train.losses import PairLoss, Pairs, pick_loss, sequence_logps
 from alignkit.train.order import shuffled_order
-from alignkit.train.setup import Setup, open_rows
+from alignkit.train.setup import Setup, build_config, collator_for, open_rows
 from alignkit.train.trainer import Guarded, switch_off_dropout
 
 
@@ -128,12 +126,9 @@ class Dpo(_Referenced, DPOTrainer):
         """A loss of `OWN_LOSSES`; metrics have TRL's names, so that curves of different losses lie in one plot."""
         labels_BT = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=labels_BT,
-            use_cache=False,
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels_BT, use_cache=False,
             fused_lm_head=True,
-        )
+        )  # fmt: skip
         token_logps_BT = outputs.log_probs[:, 1 - labels_BT.size(1) :]
         mask_BT = inputs["completion_mask"][:, 1:]
         chosen_B, rejected_B = sequence_logps(token_logps_BT, mask_BT).chunk(2)
@@ -154,15 +149,12 @@ class Dpo(_Referenced, DPOTrainer):
             self.beta * (logps_B - ref_B).detach()
             for logps_B, ref_B in ((chosen_B, ref_chosen_B), (rejected_B, ref_rejected_B))
         )
-        for name, value in (
-            ("rewards/chosen", chosen),
-            ("rewards/rejected", rejected),
-            ("rewards/accuracies", (chosen > rejected).float()),
-            ("rewards/margins", chosen - rejected),
-            ("logps/chosen", chosen_B.detach()),
-            ("logps/rejected", rejected_B.detach()),
-        ):
-            metrics[name].append(gather(value).mean().item())
+        found = {
+            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).float(), "logps/chosen": chosen_B, "logps/rejected": rejected_B,
+        }  # fmt: skip
+        for name, value in found.items():
+            metrics[name].append(gather(value.detach()).mean().item())
         return losses_B.mean()
 
 
@@ -172,7 +164,7 @@ class Kto(_Referenced, KTOTrainer):
     Its KL term pairs each prompt with a neighbour's answer inside the micro batch, so rows are shuffled once, before.
     """
 
-    def _order(self, table: Any, batch_size: int, *, seed: int, epoch: int) -> Any:
+    def _order(self, table: Any, epoch: int, batch_size: int) -> Any:
         return np.arange(len(table))
 
     def weigh(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -211,13 +203,10 @@ def _build_dpo(setup: Setup) -> Dpo:
     # until they are computed, and would load it by a name that not every policy has.
     needs_model = has_reference and (ranks.uses_fsdp() or not config.precompute_ref_log_probs)
     return Dpo(
-        **setup.arguments(config),
-        ref_model=load_reference(stage, loaded) if needs_model else None,
-        data_collator=collator_for(stage, setup.chat.tokenizer),
-        reference=loaded.reference if has_reference else None,
-        own_loss=loss,
-        has_reference=has_reference,
-    )
+        **setup.arguments(config), ref_model=load_reference(stage, loaded) if needs_model else None,
+        data_collator=collator_for(stage, setup.chat.tokenizer), reference=loaded.reference if has_reference else None,
+        own_loss=loss, has_reference=has_reference,
+    )  # fmt: skip
 
 
 def _build_kto(setup: Setup) -> Kto:
@@ -230,9 +219,14 @@ def _build_kto(setup: Setup) -> Kto:
     (loss,) = stage.trainer["loss_type"]
     config = build_config(stage, KTOConfig, setup.run.checkpoints, loss_type=loss)
 
+    def rotate(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Give each prompt its neighbour's answer, for KTO's estimate of the KL (arXiv 2402.01306, section 4)."""
+        answers = rows["completion_ids"]
+        return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
+
     def with_neighbours(table: Any, width: int) -> Any:
         order = shuffled_order(len(table), seed=stage.seed, epoch=0)
-        return table.select(order).map(_rotate_answers, batched=True, batch_size=width)
+        return table.select(order).map(rotate, batched=True, batch_size=width)
 
     arguments = setup.arguments(config)
     # Neighbours are the rows of one forward pass of all processes, over which the KL term is averaged.
@@ -241,12 +235,6 @@ def _build_kto(setup: Setup) -> Kto:
     if setup.tables.eval:
         arguments["eval_dataset"] = with_neighbours(setup.tables.eval, config.per_device_eval_batch_size)
     return Kto(**arguments, ref_model=load_reference(stage, loaded), reference=loaded.reference)
-
-
-def _rotate_answers(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Give each prompt of a micro batch its neighbour's answer, for KTO's estimate of the KL (arXiv 2402.01306, 4)."""
-    answers = rows["completion_ids"]
-    return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
 
 
 run = partial(fit, build)

@@ -265,10 +265,7 @@ _ENCODERS = {"chat": _encode_sft, "rm": _encode_rm, "dpo": _encode_dpo, "kto": _
 
 
 def longest_prompt(stage: Stage) -> int | None:
-    """The most tokens a ppo prompt may have: what max_new_tokens leaves of the context; None without a limit.
-
-    Raises DataError when that is nothing.
-    """
+    """The most tokens a ppo prompt may have: what max_new_tokens leaves of the context; None without a limit."""
     context, answer = context_length(stage), stage.expect(PpoOptions).max_new_tokens
     if context is not None and answer >= context:
         raise DataError(

@@ -13,7 +13,6 @@ from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.load import first_rows
 from alignkit.models.files import find_model_dir, fingerprint_weights
 from alignkit.recipe import Stage
-from alignkit.rewards.kinds import fingerprint_rewards
 from alignkit.runs.directory import RunDir, list_changes
 from alignkit.runs.files import read_json
 
@@ -22,7 +21,12 @@ def fingerprint_stage(stage: Stage) -> dict[str, Any]:
     """Collect all that recipe and model files tell: values in force, weights started from, rewards."""
     directory = find_model_dir(stage.start_dir or stage.model.path)
     weights = fingerprint_weights(directory) if directory else None  # built-in and hub weights are told by their name
-    return {**stage.fingerprint_values(), "start_weights": weights, **fingerprint_rewards(stage)}
+    found = {**stage.fingerprint_values(), "start_weights": weights}
+    if stage.rewards:
+        from alignkit.rewards.kinds import fingerprint_rewards
+
+        found |= fingerprint_rewards(stage)
+    return found
 
 
 def unread(run: RunDir) -> dict[str, Any]:

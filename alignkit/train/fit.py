@@ -7,6 +7,9 @@ writes them.
 from __future__ import annotations
 
 import hashlib
+import math
+import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -14,40 +17,48 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, TrainerState, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from alignkit import console
 from alignkit.data.store import forget_parsed
-from alignkit.errors import RunError, Stopped
-from alignkit.models.load import build_skeleton
-from alignkit.models.parameters import describe_parameters, hash_base, hash_samples
+from alignkit.errors import NonFiniteError, RunError, Stopped
+from alignkit.models.load import build_skeleton, load_trained
+from alignkit.models.parameters import compare_probes, describe_parameters, hash_base, hash_samples, take_probe
+from alignkit.models.save import save_model
 from alignkit.recipe import Stage
-from alignkit.report.publish import leave_finished
+from alignkit.report.publish import leave_finished, show
 from alignkit.runs import checkpoints
-from alignkit.runs.directory import Result, RunDir, compare_fingerprints, copy_recipe, find_damaged_product
-from alignkit.runs.files import put_aside, write_json
+from alignkit.runs.directory import (
+    Result,
+    RunDir,
+    compare_fingerprints,
+    copy_recipe,
+    find_damaged_product,
+    write_result,
+)
+from alignkit.runs.files import disk_failures, put_aside, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines, describe_hardware, git_state, versions
 from alignkit.runs.stop import StopFlag, stop_between_steps
-from alignkit.train import ranks
+from alignkit.train import ranks, shards
 from alignkit.train.checkpoint import find_fault
 from alignkit.train.fingerprint import find_longer, fingerprint_stage, hash_data, unread
-from alignkit.train.finish import finish
-from alignkit.train.invariants import check_parameters, check_start
+from alignkit.train.invariants import check_parameters, check_start, computes_in
 from alignkit.train.preview import preview_rows
-from alignkit.train.recorder import Recorder
+from alignkit.train.recorder import Recorder, write_samples
 from alignkit.train.setup import Setup
-from alignkit.train.shards import is_sharded
 from alignkit.train.trainer import Guarded
 
 Build = Callable[[Stage, RunDir], Setup]
+_BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")  # ends of names of metrics that are no results
 
 
 def fit(build: Build, stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Result:
     """Train a stage in its run directory, which the caller has opened and locked.
 
-    A finished run is returned as it is; an unfinished one goes on from its newest checkpoint that verifies. Raises
-    RunError when the run was started with other settings, Stopped after a signal, NonFiniteError, DiskError.
+    A finished run is returned as it is; an unfinished one goes on from its newest checkpoint that verifies.
     """
     run = RunDir(run_dir)
     began = time.monotonic()
@@ -61,13 +72,8 @@ def fit(build: Build, stage: Stage, run_dir: Path, *, allow_change: Sequence[str
             stop.signal = signal.Signals(asked)
         if stop.signal is not None:
             raise ranks.met_by_all(stop.not_begun())
-        fingerprint: dict[str, Any] = {}
-
-        def look() -> dict[str, Any] | None:
-            fingerprint.update(fingerprint_stage(stage))
-            return _find_finished(stage, run, fingerprint, allow_change)
-
-        if (finished := ranks.once(look)) is not None:
+        fingerprint: dict[str, Any] = {}  # of rank 0, until the others are told
+        if finished := ranks.once(lambda: _find_finished(stage, run, fingerprint, allow_change)):
             ranks.leave_at_exit()
             return Result(**finished)
         skeleton = ranks.once(lambda: vars(build_skeleton(stage)))
@@ -79,14 +85,10 @@ def fit(build: Build, stage: Stage, run_dir: Path, *, allow_change: Sequence[str
         setup = build(stage, run)
         setup.trainer.watch.began = began
         setup.record["notes"] = skeleton["notes"]
-        samples = ranks.gather(hash_samples(setup.trainer.model))
-        if (other := next((rank for rank, digest in enumerate(samples) if digest != samples[0]), None)) is not None:
-            raise ranks.met_by_all(
-                RunError(
-                    f"rank 0 and rank {other} have loaded different weights; give all nodes the same model files or "
-                    "revision"
-                )
-            )
+        samples = ranks.gather(hash_samples(setup.trainer.model)) if ranks.world_size() > 1 else []
+        if others := [rank for rank, digest in enumerate(samples) if digest != samples[0]]:
+            what = f"rank 0 and rank {others[0]} have loaded different weights; give all nodes the same model files or "
+            raise ranks.met_by_all(RunError(f"{what}revision"))
         if stage.lora is not None:
             setup.base_hash = hash_base(setup.trainer.model)
         ranks.once(lambda: _begin(setup, fingerprint, allow_change))
@@ -99,7 +101,8 @@ def fit(build: Build, stage: Stage, run_dir: Path, *, allow_change: Sequence[str
 def _find_finished(
     stage: Stage, run: RunDir, fingerprint: dict[str, Any], allow_change: Sequence[str]
 ) -> dict[str, Any] | None:
-    """Give the result of a finished run, None for one to be trained; raises RunError when settings were changed."""
+    """Fill in the fingerprint, and give the result of a finished run, None for one to be trained."""
+    fingerprint |= fingerprint_stage(stage)
     if not run.stage.exists():
         return None
     # What the recipe alone tells is compared before anything heavy loads.
@@ -193,8 +196,8 @@ def _report_rows(setup: Setup) -> None:
         console.warn(f"{name}: {remark}")
 
 
-def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
-    """Take the steps that are left, from the newest checkpoint on. Raises Stopped when a signal came."""
+def _find_place(setup: Setup, stop: StopFlag) -> tuple[str | None, int]:
+    """Find the newest checkpoint and its step, take over what it knows, and say what has changed since."""
     stage, run, trainer = setup.stage, setup.run, setup.trainer
 
     def find_checkpoint() -> str | None:
@@ -204,25 +207,50 @@ def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
         return str(newest) if newest else None
 
     newest = ranks.once(find_checkpoint)
-    stop.saved, step = newest is not None, 0
-    if newest is not None:
-        manifest = checkpoints.read_manifest(Path(newest))
-        step, watch = manifest["step"], trainer.watch
-        watch.num_tokens, watch.earlier_seconds = manifest["num_tokens"], manifest.get("seconds", 0.0)
-        watch.window = manifest.get("window", [])
-        watch.batches = manifest.get("batches", []) if stage.method != "ppo" else []
-        trainer.evaluation_cut = manifest.get("evaluation_cut", False)
-        console.note(f"{stage.name}: going on from step {step} ({newest})")
-        _tell_changes(stage, manifest, trainer.batch_rows)
-    elif not ranks.is_main():
-        set_seed(stage.seed + ranks.rank())  # dropout: every rank draws its own; rank 0 draws as one process does
+    stop.saved = newest is not None
+    if newest is None:
+        if not ranks.is_main():
+            set_seed(stage.seed + ranks.rank())  # dropout: every rank draws its own; rank 0 draws as one process does
+        return None, 0
+    manifest = checkpoints.read_manifest(Path(newest))
+    step, watch = manifest["step"], trainer.watch
+    watch.num_tokens, watch.earlier_seconds = manifest["num_tokens"], manifest.get("seconds", 0.0)
+    watch.window = manifest.get("window", [])
+    watch.batches = manifest.get("batches", []) if stage.method != "ppo" else []
+    trainer.evaluation_cut = manifest.get("evaluation_cut", False)
+    console.note(f"{stage.name}: going on from step {step} ({newest})")
+    changed = [(name, manifest["versions"].get(name), now) for name, now in sorted(versions().items())]
+    if told := ", ".join(f"{name} {old} -> {now}" for name, old, now in changed if old not in (None, now)):
+        console.warn(f"{stage.name}: other versions than when it was stopped: {told}")
+    rows, planned = (manifest.get("batches") or [(0, trainer.batch_rows)])[-1][1], stage.trainer.get("max_steps", 0)
+    if planned > 0 and rows != trainer.batch_rows:
+        same = step + -(-(planned - step) * rows // trainer.batch_rows)
+        console.warn(
+            f"{stage.name}: max_steps counts steps, and those to come have {trainer.batch_rows} rows instead of "
+            f"{rows}: max_steps: {same} reads as many rows as before"
+        )
+    if (before := manifest["world_size"]) != (now := ranks.world_size()):
+        what = f"{before} processes before, {now} now: the same batches, other random numbers (dropout)"
+        console.note(f"{stage.name}: {what}")
+    return newest, step
+
+
+def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
+    """Take the steps that are left, from the newest checkpoint on. Raises Stopped when a signal came."""
+    stage, run, trainer = setup.stage, setup.run, setup.trainer
+    newest, step = _find_place(setup, stop)
     metrics, samples = JsonLines(run.metrics), JsonLines(run.samples)
 
     def drop_later_rows() -> None:  # the steps to come write them again
         metrics.keep(lambda row: row["step"] <= step)
         samples.keep(lambda row: row["step"] < step)
-        if newest is not None:
-            _tell_lost_rows(stage, metrics, Path(newest))
+        if newest is None:
+            return
+        history = TrainerState.load_from_json(str(Path(newest, "trainer_state.json"))).log_history
+        if lost := sorted({row["step"] for row in history} - {row["step"] for row in metrics.read()}):
+            some = f"{len(lost)} logged steps, {lost[0]} to {lost[-1]}"
+            what = f"metrics.jsonl has lost {some}: its curves have a gap there, the weights have not"
+            console.warn(f"{stage.name}: {what}")
 
     def describe_loss() -> str:
         saved, now = checkpoints.newest_step(run.checkpoints) or 0, trainer.state.global_step
@@ -238,7 +266,7 @@ def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
     trainer.add_callback(recorder)
     if newest is not None and _is_complete(trainer, newest, step):
         return
-    if newest is None and not is_sharded(trainer):
+    if newest is None and not shards.is_sharded(trainer):
         check_start(setup)
     ranks.once(lambda: trainer.require_room(run.checkpoints))
     stop.training = True
@@ -273,30 +301,104 @@ def _is_complete(trainer: Guarded, newest: str, step: int) -> bool:
     return True
 
 
-def _tell_lost_rows(stage: Stage, metrics: JsonLines, newest: Path) -> None:
-    """Say which steps metrics.jsonl has lost of those that the checkpoint's trainer has logged."""
-    logged = {row["step"] for row in TrainerState.load_from_json(str(newest / "trainer_state.json")).log_history}
-    if lost := sorted(logged - {row["step"] for row in metrics.read()}):
-        some = f"{len(lost)} logged steps, {lost[0]} to {lost[-1]}"
-        console.warn(f"{stage.name}: metrics.jsonl has lost {some}: its curves have a gap there, the weights have not")
+
+# The end of a run: only what was saved, read back and found the same counts.
 
 
-def _tell_changes(stage: Stage, manifest: dict[str, Any], batch_rows: int) -> None:
-    """Say what changed since the checkpoint that keeps the run from going on to the same bits."""
-    now, before = versions(), manifest["versions"]
-    changed = [name for name in sorted(before.keys() & now) if before[name] != now[name]]
-    if changed:
-        told = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
-        console.warn(f"{stage.name}: other versions than when it was stopped: {told}")
-    rows = (manifest.get("batches") or [(0, batch_rows)])[-1][1]
-    if (planned := stage.trainer.get("max_steps", 0)) > 0 and rows != batch_rows:
-        same = manifest["step"] + -(-(planned - manifest["step"]) * rows // batch_rows)
-        console.warn(
-            f"{stage.name}: max_steps counts steps, and those to come have {batch_rows} rows instead of {rows}: "
-            f"max_steps: {same} reads as many rows as before"
+def finish(setup: Setup) -> Result:
+    """Measure, save the final model, reload it and compare, then write the result."""
+    trainer, run = setup.trainer, setup.run
+    trainer.refuse_bad_weights()
+    trainer.ready_final()
+    # Opened before the ranks meet again: opening mends a torn last line, which must not be one that is being written.
+    rows, samples = JsonLines(run.metrics), JsonLines(run.samples)
+    # The last loss, and the metrics on the held-out rows: those of the last step, if they were measured.
+    logged, step = ranks.once(rows.read), trainer.state.global_step
+    metrics = dict([("loss", row["loss"]) for row in logged if "loss" in row][-1:])
+    if trainer.eval_dataset is not None:
+        last = next((row for row in logged[::-1] if "eval_loss" in row and row["step"] == step), None)
+        metrics |= {key: value for key, value in (last or trainer.evaluate()).items() if key.startswith("eval_")}
+    metrics = {key: value for key, value in metrics.items() if not key.endswith(_BOOKKEEPING)}
+    write_samples(setup, samples, step=step, when="after")
+    tokens = trainer.watch.num_tokens + trainer.num_trained_tokens
+    metrics |= _save_final(setup)
+
+    def record() -> dict[str, Any]:
+        shutil.rmtree(run.cache, ignore_errors=True)
+        # Of this sitting's steps; loading and saving are left out.
+        runtime = next((row["train_runtime"] for row in trainer.state.log_history[::-1] if "train_runtime" in row), 0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result = Result(
+            stage=setup.stage.name, status="finished", step=step, model_dir=str(run.model), metrics=metrics,
+            tokens=tokens, wall_seconds=round(trainer.watch.seconds, 3),
+            tokens_per_second=round(trainer.num_trained_tokens / runtime if runtime else 0.0, 1),
+            peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
+        ).to_dict()  # fmt: skip
+        write_result(run, result, [run.model, run.base, run.probe])
+        show(run)
+        return result
+
+    return Result(**ranks.once(record))
+
+
+def _save_final(setup: Setup) -> dict[str, Any]:
+    """Write model/ in one step, after the copy on disk has given the same answers as the model in memory.
+
+    All ranks take part, for the model may be sharded; rank 0 writes and reads back.
+    """
+    trainer, run = setup.trainer, setup.run
+    # Without its autocast wrapper: what is saved must be compared in the precision it is loaded in.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    shards.reshard(model)
+    if setup.base_hash and hash_base(model) != setup.base_hash:
+        raise RunError(
+            "the frozen base changed during training; this is a bug, keep the run directory", where=str(run.path)
         )
-    if manifest["world_size"] != ranks.world_size():
-        console.note(
-            f"{stage.name}: {manifest['world_size']} processes before, {ranks.world_size()} now: the same batches, "
-            "other random numbers (dropout)"
+    staging = run.path / "model.tmp"  # does not count yet
+    pulse("saving the model")
+    state = shards.gather_model(trainer)
+
+    def save() -> None:
+        with disk_failures(run.path, "the final model"):
+            save_model(
+                model, trainer.processing_class, staging, lineage=setup.loaded.lineage,
+                precision=setup.loaded.precision, stop_ids=setup.chat.stop_ids, state_dict=state,
+            )  # fmt: skip
+
+    ranks.once(save)
+    extra = setup.finish(staging) if setup.finish else {}
+    probe = take_probe(model, vocab_size=len(trainer.processing_class), reward=setup.is_reward)
+    probe["dtype"] = computes_in(trainer) or probe["dtype"]
+    handler = trainer.callback_handler  # the optimizer's room is needed for the copy
+    trainer.optimizer = trainer.lr_scheduler = handler.optimizer = handler.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    pulse("reading the model back")
+    if trainer.is_deepspeed_enabled:
+        unset_hf_deepspeed_config()  # with ZeRO-3 transformers would have every rank take part in loading
+    ranks.once(lambda: _verify(setup, staging, probe))
+    return extra
+
+
+def _verify(setup: Setup, staging: Path, probe: dict[str, Any]) -> None:
+    """Read the saved model back, compare its answers with the trained one's, and make it count."""
+    trainer, run = setup.trainer, setup.run
+    device = trainer.args.device.type
+    if device == "cuda":  # where a second copy fits
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        device = "cuda" if free > 1.2 * describe_parameters(trainer.model)["bytes"] else "cpu"
+    again = load_trained(staging, device=device, reward=setup.is_reward)
+    found = take_probe(again, vocab_size=len(trainer.processing_class), reward=setup.is_reward)
+    if not all(map(math.isfinite, probe["values"])):
+        raise NonFiniteError(
+            f"the trained model computes values that are not finite, though its weights are; {staging} is not used. "
+            "Lower learning_rate or max_grad_norm"
         )
+    if (reason := compare_probes(probe, found)) is not None:
+        raise RunError(
+            f"the saved model is not the trained one ({reason}); the checkpoints are whole", where=str(staging)
+        )
+    write_json(run.probe, found)
+    with disk_failures(run.path, "the final model"):
+        shutil.rmtree(run.model, ignore_errors=True)
+        staging.rename(run.model)

@@ -109,8 +109,16 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
             "model draws random numbers that disable_dropout does not reach; set disable_dropout: false to allow it",
             where=stage.where(f"{stage.name}.disable_dropout"),
         )
-    if stage.method == "dpo" and not stage.is_unpaired:
-        _check_preference(stage, trainer, loss, measured, tolerance)
+    if stage.method == "dpo" and not stage.is_unpaired and trainer.has_reference:
+        margin = measured.get("rewards/margins", 0.0) / float(stage.trainer.get("beta", 0.1))
+        if abs(margin) > tolerance * max(1.0, abs(measured.get("logps/chosen", 1.0))):
+            raise ModelError(
+                f"{stage.name}: policy and reference differ at step 0 (margin {margin:.3g} nats, it must be 0): the "
+                "reference is not the model that training starts from"
+            )
+        plain = not (trainer.use_weighting or trainer.aux_loss_enabled or stage.trainer.get("loss_weights"))
+        if plain and is_logistic(stage.trainer) and abs(loss - LN2) > 10 * tolerance:
+            raise ModelError(f"{stage.name}: the loss at step 0 is {loss:.6f} instead of {LN2:.6f} (ln 2)")
     elif stage.method == "rm":
         # At reward 0 a pair costs ln 2, a margin m softplus(m), and the best of K ln K.
         expected = float(trainer._group_loss(torch.zeros(len(batch["input_ids"])), batch))
@@ -122,16 +130,3 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
                 "the weights it starts from give far too large activations"
             )
 
-
-def _check_preference(stage: Stage, trainer: Any, loss: float, measured: dict[str, float], tolerance: float) -> None:
-    if not trainer.has_reference:
-        return
-    margin = measured.get("rewards/margins", 0.0) / float(stage.trainer.get("beta", 0.1))
-    if abs(margin) > tolerance * max(1.0, abs(measured.get("logps/chosen", 1.0))):
-        raise ModelError(
-            f"{stage.name}: policy and reference differ at step 0 (margin {margin:.3g} nats, it must be 0): the "
-            "reference is not the model that training starts from"
-        )
-    plain = not (trainer.use_weighting or trainer.aux_loss_enabled or stage.trainer.get("loss_weights"))
-    if plain and is_logistic(stage.trainer) and abs(loss - LN2) > 10 * tolerance:
-        raise ModelError(f"{stage.name}: the loss at step 0 is {loss:.6f} instead of {LN2:.6f} (ln 2)")

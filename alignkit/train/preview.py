@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
+from alignkit.recipe import Stage
 from alignkit.train.encode import IGNORED
+from alignkit.train.setup import collator_for
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,7 +87,13 @@ def _describe(
     tokenizer: Any, label: str, ids: Sequence[int], kinds: Sequence[str], *, limit: int | None
 ) -> dict[str, Any]:
     num_tokens = len(kinds) - kinds.count("padding")
-    texts = _split_text(tokenizer, ids[: min(num_tokens, _SHOWN_TOKENS)])
+    read = ids[: min(num_tokens, _SHOWN_TOKENS)]
+    texts, shown = [], ""
+    for end in range(1, len(read) + 1):  # a character of several tokens belongs to the last of them
+        text = tokenizer.decode(read[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        whole = end == len(read) or not text.endswith("\ufffd")
+        texts.append(text[len(shown) :] if whole else "")
+        shown = text if whole else shown
     controls = set(tokenizer.added_tokens_decoder)
     tokens = zip(kinds, ids, texts, strict=False)
     spans = []
@@ -101,12 +109,16 @@ def _describe(
     return {"label": label, "spans": spans, "num_left_out": max(num_tokens - _SHOWN_TOKENS, 0)}
 
 
-def _split_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Split the text at token borders; a character of several tokens belongs to the last of them."""
-    texts, shown = [], ""
-    for number in range(len(ids)):
-        text = tokenizer.decode(ids[: number + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        whole = number + 1 == len(ids) or not text.endswith("\ufffd")
-        texts.append(text[len(shown) :] if whole else "")
-        shown = text if whole else shown
-    return texts
+def training_rows(stage: Stage, table: Dataset, tokenizer: Any, *, num_rows: int) -> tuple[Dataset, Callable[..., Any]]:
+    """Give the first rows of a token table as the stage's trainer reads them, packed if it packs, and its collator.
+
+    Equal to `train_dataset` and `data_collator` of the trainer, without a model.
+    """
+    packs = stage.method == "sft" and bool(stage.trainer.get("packing"))
+    table = table.select(range(min(len(table), 1000 if packs else num_rows)))
+    if packs:
+        from trl.data_utils import pack_dataset
+
+        strategy = stage.trainer.get("packing_strategy", "bfd")
+        table = pack_dataset(table.select_columns(["input_ids", "labels"]), stage.trainer["max_length"], strategy)
+    return table, collator_for(stage, tokenizer)

@@ -51,10 +51,7 @@ def uses_fsdp() -> bool:
 
 
 def start(stage: Stage, run_dir: Path) -> None:
-    """Join the other processes and make sure that all of them do the same work on the same directory.
-
-    Does nothing with one process. Raises EnvironmentProblem or RunError, on every rank, when they do not fit together.
-    """
+    """Join the other processes and make sure that all of them do the same work on the same directory."""
     if world_size() == 1:
         return
     from accelerate import PartialState
@@ -79,13 +76,12 @@ def start(stage: Stage, run_dir: Path) -> None:
     for name in mine:
         for number, other in enumerate(everyone):
             if other[name] != everyone[0][name]:
-                raise met_by_all(
-                    RunError(
-                        f"the processes do not do the same work: {name} is {everyone[0][name]} for rank 0 on "
-                        f"{everyone[0]['host']} and {other[name]} for rank {number} on {other['host']}; start all of "
-                        "them with the same command, recipe and alignkit"
-                    )
+                what = (
+                    f"the processes do not do the same work: {name} is {everyone[0][name]} for rank 0 on "
+                    f"{everyone[0]['host']} and {other[name]} for rank {number} on {other['host']}; start all of "
+                    "them with the same command, recipe and alignkit"
                 )
+                raise met_by_all(RunError(what))
     _require_shared(run_dir)
 
 
@@ -161,23 +157,29 @@ def agree(error: Exception | None = None) -> None:
 
     A copy has `shared` set: whoever reports errors leaves it to the rank it came from.
     """
-    if world_size() == 1 and error is None:
-        return
-    description = None
+    said: dict[str, Any] | None = None
     if error is not None:
-        text = str(error)
-        if not isinstance(error, AlignKitError):
-            text = f"{type(error).__name__}: {text.strip().split(chr(10), 1)[0]}"
-        found = error.problems if isinstance(error, UsageError) else []
-        problems = [[problem.what, problem.where] for problem in found]
+        text = str(error) if isinstance(error, AlignKitError) else f"{type(error).__name__}: {errors.first_line(error)}"
+        problems = [(each.what, each.where) for each in error.problems] if isinstance(error, UsageError) else []
         code = getattr(error, "exit_code", 1)
-        description = {"type": type(error).__name__, "text": text, "problems": problems, "code": code}
-    everyone = gather(description)
+        said = {"type": type(error).__name__, "text": text, "problems": problems, "code": code}
+    everyone = gather(said)
     if error is not None:
         raise error
     for number, other in enumerate(everyone):
-        if other is not None:
-            raise _rebuild(number, other)
+        if other is None:
+            continue
+        kind, copy = getattr(errors, other["type"], None), AlignKitError()
+        if kind is None or not issubclass(kind, AlignKitError):
+            copy = RankError(f"rank {number} failed: {other['text']}")
+        elif issubclass(kind, UsageError):
+            copy = kind([Problem(what, where) for what, where in other["problems"]])
+        elif issubclass(kind, Stopped):
+            copy = kind(other["text"], exit_code=other["code"])
+        else:
+            copy = kind(other["text"])
+        copy.shared = True
+        raise copy
 
 
 def met_by_all(error: _Error) -> _Error:
@@ -188,7 +190,11 @@ def met_by_all(error: _Error) -> _Error:
 
 def attempt(work: Callable[[], _Value]) -> _Value:
     """Run work that holds no collective operation on every rank; when it fails on one, it fails on all."""
-    result, error = _try(work)
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:  # raised again by `agree`, on every rank
+        error = caught
     agree(error)
     return result  # type: ignore[return-value]  # None only after an error, which agree has raised
 
@@ -206,9 +212,7 @@ def once(work: Callable[[], _Value]) -> _Value:
     """Run work on rank 0 only and return its JSON-able result on every rank; its error is raised on every rank."""
     if world_size() == 1:
         return work()
-    result, error = _try(work) if is_main() else (None, None)
-    agree(error)
-    shared: _Value = share(result)
+    shared: _Value = share(attempt(work if is_main() else lambda: None))
     return shared
 
 
@@ -216,35 +220,10 @@ def first(work: Callable[[], _Value]) -> _Value:
     """Run work on rank 0 and then on the others, which find in the cache what it left; it holds no collective."""
     if world_size() == 1:
         return work()
-    result, error = _try(work) if is_main() else (None, None)
-    agree(error)
-    if not is_main():
-        result, error = _try(work)
-    agree(error)
-    return result  # type: ignore[return-value]
-
-
-def _try(work: Callable[[], _Value]) -> tuple[_Value | None, Exception | None]:
-    try:
-        return work(), None
-    except Exception as error:  # raised again by `agree`, on every rank
-        return None, error
-
-
-def _rebuild(number: int, description: dict[str, Any]) -> AlignKitError:
-    """Make the error of another rank one of this rank's, marked as shared."""
-    kind = getattr(errors, description["type"], None)
-    copy: AlignKitError
-    if kind is None or not issubclass(kind, AlignKitError):
-        copy = RankError(f"rank {number} failed: {description['text']}")
-    elif issubclass(kind, UsageError):
-        copy = kind([Problem(what, where) for what, where in description["problems"]])
-    elif issubclass(kind, Stopped):
-        copy = kind(description["text"], exit_code=description["code"])
-    else:
-        copy = kind(description["text"])
-    copy.shared = True
-    return copy
+    found: list[_Value] = []
+    for mine in (is_main(), not is_main()):
+        attempt(lambda mine=mine: found.append(work()) if mine else None)  # type: ignore[misc]
+    return found[0]
 
 
 def _require_shared(run_dir: Path) -> None:
@@ -270,5 +249,4 @@ def _require_shared(run_dir: Path) -> None:
 
 def _device() -> torch.device:
     """Where collectives take their tensors from: NCCL knows only the device's memory."""
-    on_cuda = "nccl" in dist.get_backend()
-    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")

@@ -10,7 +10,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from alignkit import console
 from alignkit.data import Row
-from alignkit.models.frozen import score_ids
 from alignkit.models.generation import generate_greedy
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines
@@ -44,10 +43,7 @@ def write_samples(setup: Setup, samples: JsonLines, *, step: int, when: str) -> 
 
 
 def _answer(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Answer what each row asks: its prompt; of a conversation its turns up to the last question; of a text its start.
-
-    The row's own answer stands beside it.
-    """
+    """Answer what each row asks: its prompt, a conversation up to its last question, or a text's start."""
     fields: list[dict[str, Any]] = []
     for row in rows:
         content = row.completions[0] if row.completions else None
@@ -61,12 +57,10 @@ def _answer(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
     chat = setup.chat
     with gathered_root(setup.trainer.model):
         answers = generate_greedy(
-            setup.trainer.model,
-            chat.encode_prompts([field["prompt"] for field in fields]),
-            max_new_tokens=setup.stage.training.samples.max_new_tokens,
-            eos_ids=chat.stop_ids,
+            setup.trainer.model, chat.encode_prompts([field["prompt"] for field in fields]),
+            max_new_tokens=setup.stage.training.samples.max_new_tokens, eos_ids=chat.stop_ids,
             pad_id=chat.tokenizer.pad_token_id,
-        )
+        )  # fmt: skip
     scores = setup.score_answers(rows, answers) if setup.score_answers else [{}] * len(rows)
     return [
         {"prompt": field["prompt"], "answer": chat.tokenizer.decode(answer, skip_special_tokens=True)}
@@ -77,6 +71,8 @@ def _answer(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _score_answers(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    from alignkit.models.frozen import score_ids
+
     scored = []
     for row in rows:
         encoded = setup.chat.encode_prompt_completion([row.prompt] * len(row.completions), row.completions)

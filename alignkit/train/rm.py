@@ -27,11 +27,9 @@ from alignkit.recipe.schema import RmOptions, SftOptions
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import write_json
 from alignkit.train import ranks
-from alignkit.train.arguments import build_config
-from alignkit.train.collate import collator_for
 from alignkit.train.fit import fit
 from alignkit.train.losses import best_of_loss, kway_loss, pairwise_losses
-from alignkit.train.setup import Setup, open_rows
+from alignkit.train.setup import Setup, build_config, collator_for, open_rows
 from alignkit.train.trainer import Guarded
 
 
@@ -70,10 +68,7 @@ class Rm(Guarded, RewardTrainer):
             scores_BK = scores_BK.index_put((inputs["prompt_of"], place_A), rewards_A)
             return best_of_loss(scores_BK, torch.zeros(num_prompts, dtype=torch.long, device=rewards_A.device))
         losses_P = pairwise_losses(
-            rewards_A[inputs["better"]],
-            rewards_A[inputs["worse"]],
-            label_P=inputs["label"],
-            margin_P=inputs["margin"],
+            rewards_A[inputs["better"]], rewards_A[inputs["worse"]], label_P=inputs["label"], margin_P=inputs["margin"]
         )
         return kway_loss(losses_P, inputs["pair_prompt"], num_prompts)
 
@@ -125,10 +120,7 @@ def _normalize(
 
 
 def _encode_references(setup: Setup, options: RmOptions) -> list[list[int]]:
-    """Tokens of up to `normalize_rows` reference answers: demonstrations, or the best answer of each row.
-
-    Read before training, so that a source that cannot be used costs no run. Raises DataError when fewer than two fit.
-    """
+    """Tokens of up to `normalize_rows` reference answers: demonstrations, or the best answer of each row."""
     stage, chat = setup.stage, setup.chat
     as_sft = replace(stage, options=SftOptions(data=options.data, on_bad_row=options.on_bad_row))
     sources, template = options.normalize_data or options.data, chat.has_template

@@ -1,22 +1,35 @@
-"""Everything a stage trains with: its rows, tokenizer and weights, and the trainer that a method builds of them."""
+"""Everything a stage trains with: rows, tokenizer, weights, TRL's config, and the trainer a method builds of them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
 
 from alignkit.data import Rejects, Row
+from alignkit.errors import RecipeError
 from alignkit.models.chat import Chat
-from alignkit.models.load import Loaded, load_policy
+from alignkit.models.load import Loaded, load_policy, pick_device
+from alignkit.models.logprobs import pad
 from alignkit.recipe import Stage
+from alignkit.recipe.stage import check_batch
 from alignkit.runs.directory import RunDir
 from alignkit.train import ranks
+from alignkit.train.ranks import uses_fsdp, world_size
 from alignkit.train.tables import Tables, open_chat, share_tables
 
 if TYPE_CHECKING:
     from alignkit.train.trainer import Guarded
+
+_Config = TypeVar("_Config", bound=TrainingArguments)
+_LARGEST_MICRO_BATCH = 8
 
 
 @dataclass
@@ -59,3 +72,159 @@ def open_rows(stage: Stage, run: RunDir) -> Setup:
     """Load the tokenizer and make the token tables of a stage: the head of every `build`."""
     chat, rejects = open_chat(stage, run), Rejects()
     return Setup(stage, run, chat, rejects, share_tables(stage, chat, run.cache, rejects=rejects))
+
+
+def micro_batch_size(stage: Stage) -> int:
+    """Rows per forward pass: the recipe's, or for auto the largest divisor of the share up to 8.
+
+    For KTO, auto takes 8 over all processes together: its KL term is estimated from the rows that all of them have in
+    one forward pass, which then are the same rows however many processes there are.
+    """
+    if problem := check_batch(stage, world_size()):
+        raise RecipeError(problem)
+    options = stage.training
+    share = options.batch_size // world_size()
+    wanted = options.micro_batch_size
+    limit = max(_LARGEST_MICRO_BATCH // world_size(), 2) if stage.is_unpaired else _LARGEST_MICRO_BATCH
+    largest = max(size for size in range(1, limit + 1) if share % size == 0)
+    micro = largest if wanted == "auto" else wanted
+    if stage.is_unpaired and micro == 1:
+        raise RecipeError(
+            f"{stage.name}.batch_size is {options.batch_size}, of which one row fits a forward pass; KTO estimates its "
+            "KL term across rows: make it a multiple of a number from 2 to 8, or set micro_batch_size",
+            where=stage.where(f"{stage.name}.batch_size"),
+        )
+    return micro
+
+
+def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, **fixed: Any) -> _Config:
+    """Fill TRL's config for a stage; `fixed` are values the method itself decides."""
+    device = pick_device(stage.launch.device, where=stage.where("launch.device"))
+    micro, wanted = micro_batch_size(stage), stage.training.micro_batch_size
+    precision, dtype = stage.launch.mixed_precision, stage.model.dtype  # of matrix products: no, bf16 or fp16
+    if precision == "auto" and (
+        dtype == "bfloat16" or (dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
+    ):
+        precision = "bf16"
+    elif precision == "auto":
+        precision = "fp16" if dtype == "float16" else "no"
+    types = {field.name: str(field.type) for field in fields(config_class)}
+    values: dict[str, Any] = {
+        # A loss that is not finite must be seen, not averaged away; the guard stops before the optimizer step.
+        "logging_nan_inf_filter": False,
+        # Upstream rotates before we have sealed the new checkpoint, and by mtime; we rotate ourselves, by step.
+        "save_total_limit": None,
+        "save_strategy": "steps",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        # On CPU there is nothing to pin or to overlap, and a worker would only fight for the cores.
+        "dataloader_pin_memory": device == "cuda",
+        "remove_unused_columns": False,
+        "logging_first_step": True,
+        # Every trained parameter takes part in every step; looking for others costs a walk over the graph each time.
+        "ddp_find_unused_parameters": False,
+        "ddp_timeout": int(stage.launch.timeout_seconds),
+    }
+    # A whole number for a float field: TRL copies router_aux_loss_coef into configs that refuse an int. Counts of steps
+    # stay what they are: they are shares below 1 only.
+    values |= {
+        key: float(value) if type(value) is int and "float" in types[key] and not key.endswith("_steps") else value
+        for key, value in stage.trainer.items()
+        if key in types
+    }
+    values |= {
+        "output_dir": str(checkpoints),
+        "per_device_train_batch_size": micro,
+        # Held-out rows per forward pass do not depend on the number of processes.
+        "per_device_eval_batch_size": int(
+            stage.trainer.get("per_device_eval_batch_size") or (_LARGEST_MICRO_BATCH if wanted == "auto" else wanted)
+        ),
+        "gradient_accumulation_steps": stage.training.batch_size // world_size() // micro,
+        "seed": stage.seed,
+        "use_cpu": device == "cpu",
+        "ddp_backend": "gloo" if device == "cpu" and world_size() > 1 else None,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+    }
+    # A launcher that has FSDP recompute activations must not find transformers doing it too; `shards.set_up` sees to
+    # it later.
+    by_fsdp = uses_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
+    recompute = False if by_fsdp else stage.launch.activation_checkpointing
+    if recompute is not None:
+        values |= {"gradient_checkpointing": recompute, "activation_checkpointing": recompute}
+    return config_class(**(values | fixed))
+
+
+# Batches of token rows as each trainer reads them.
+
+
+@dataclass
+class LabelledCollator:
+    """TRL's preference collator, with each pair's soft label P(chosen preferred) kept beside the tokens, (B,)."""
+
+    inner: Callable[[Any], dict[str, Tensor]]
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self.inner(rows)
+        batch["label"] = torch.tensor([row.get("label", 1.0) for row in rows], dtype=torch.float)
+        return batch
+
+
+@dataclass
+class GroupCollator:
+    """Flatten the answers of B prompts into A rows, and list their pairs by row number.
+
+    Returns input_ids, attention_mask (A, T) right-padded; better, worse, pair_prompt (P,) long; label, margin (P,)
+    float; prompt_of (A,) long. Ties make no pair.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        answers = [ids for row in rows for ids in row["answers_ids"]]
+        input_ids, attention_mask = pad(answers, self.pad_token_id, multiple_of=self.pad_to_multiple_of or 1)
+        pairs: list[tuple[int, int, int, float, float]] = []
+        prompt_of: list[int] = []
+        for prompt, row in enumerate(rows):
+            first, scores = len(prompt_of), row["scores"]
+            prompt_of += [prompt] * len(scores)
+            pairs += [
+                (first + better, first + worse, prompt, row["label"], row["margin"])
+                for better, worse in combinations(range(len(scores)), 2)
+                if scores[better] != scores[worse]
+            ]
+        better, worse, pair_prompt, label, margin = zip(*pairs, strict=True)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "better": torch.tensor(better),
+            "worse": torch.tensor(worse),
+            "pair_prompt": torch.tensor(pair_prompt),
+            "label": torch.tensor(label, dtype=torch.float),
+            "margin": torch.tensor(margin, dtype=torch.float),
+            "prompt_of": torch.tensor(prompt_of),
+        }
+
+
+def collator_for(stage: Stage, tokenizer: Any) -> Callable[..., Any]:
+    """The collator of a stage's token rows, which are cut to max_length already."""
+    padding = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": stage.trainer.get("pad_to_multiple_of")}
+    if stage.method == "ppo":
+        return list
+    if stage.method == "rm":
+        return GroupCollator(**padding)
+    if stage.is_unpaired:
+        from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+        return DataCollatorForUnpairedPreference(**padding)
+    if stage.method == "dpo":
+        from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+        return LabelledCollator(DataCollatorForPreference(**padding))
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    packs = stage.trainer.get("packing") and stage.trainer.get("packing_strategy", "bfd") != "wrapped"
+    padding_free = stage.trainer.get("padding_free", False) or bool(packs)
+    return DataCollatorForLanguageModeling(**padding, padding_free=padding_free)

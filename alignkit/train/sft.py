@@ -11,10 +11,9 @@ from alignkit.data.load import streams
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import SftOptions
 from alignkit.runs.directory import RunDir
-from alignkit.train.arguments import build_config
 from alignkit.train.encode import IGNORED
 from alignkit.train.fit import fit
-from alignkit.train.setup import Setup, open_rows
+from alignkit.train.setup import Setup, build_config, open_rows
 from alignkit.train.tables import open_stream
 from alignkit.train.trainer import Guarded
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from alignkit.models.adapters import TRAINED
-from alignkit.models.parameters import take_probe
+from alignkit.models.parameters import take_probe, whole
 from alignkit.train import zero
 from alignkit.train.ranks import is_main
 
@@ -136,8 +136,13 @@ def scatter_optimizer(trainer: Any, saved: dict[str, Any]) -> None:
         zero.scatter_optimizer(trainer, saved)
         return
     parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+
+    def place(parameter: torch.Tensor, value: Any) -> Any:
+        is_per_weight = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        return _my_part(parameter, value) if isinstance(parameter, DTensor) and is_per_weight else value
+
     state = {
-        number: {name: _place_state(parameters[number], value) for name, value in values.items()}
+        number: {name: place(parameters[number], value) for name, value in values.items()}
         for number, values in saved["state"].items()
     }
     trainer.optimizer.load_state_dict({**saved, "state": state})
@@ -172,21 +177,10 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return getattr(tensor, "ds_tensor", tensor).detach()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as one process has it; all ranks must ask for the same one."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _to_main(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor on rank 0's CPU; elsewhere nothing is kept of it."""
     full = whole(tensor)
     return full.cpu() if is_main() else torch.empty(0)
-
-
-def _place_state(parameter: torch.Tensor, value: Any) -> Any:
-    if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-        return _my_part(parameter, value)
-    return value
 
 
 def _my_part(like: DTensor, value: torch.Tensor) -> DTensor:

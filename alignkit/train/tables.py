@@ -65,8 +65,7 @@ def open_chat(stage: Stage, run: RunDir) -> Chat:
 def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:
     """Read, check, split and tokenise the rows of a stage into memory-mapped tables below `cache`.
 
-    Memory does not grow with the number of rows. Raises DataError for rows that do not fit, for an empty table, and
-    when more than `max_truncated` of the rows are cut or too long.
+    Memory does not grow with the number of rows.
     """
     held_out, report, template = stage.training.eval, DataReport(), chat.has_template
 
@@ -102,34 +101,23 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
 
 
 def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:
-    """Prepare the tables once, on rank 0; the others read the files it wrote, without its report and rejects.
-
-    Raises on every rank what `prepare_tables` raises.
-    """
+    """Prepare the tables once, on rank 0; the others read the files it wrote, without its report and rejects."""
     mine: list[Tables] = []
 
-    def prepare() -> dict[str, Any]:
+    def prepare() -> list[Any]:
         mine.append(tables := prepare_tables(stage, chat, cache, rejects=rejects))
-        return {
-            "lengths": asdict(tables.lengths),
-            "eval_lengths": asdict(tables.eval_lengths) if tables.eval_lengths else None,
-            "eval_rows": [asdict(row) for row in tables.eval_rows[: stage.training.samples.num]],
-        }
+        rows = tables.eval_rows[: stage.training.samples.num]
+        return [tables.eval is not None, [asdict(row) for row in rows]]
 
-    facts = ranks.once(prepare)
+    has_eval, rows = ranks.once(prepare)
     if mine:
         return mine[0]
     from datasets import Dataset
 
-    held_out = facts["eval_lengths"]
-    return Tables(
-        Dataset.from_file(str(cache / "train.arrow")),
-        Dataset.from_file(str(cache / "eval.arrow")) if held_out else None,
-        DataReport(),
-        LengthReport(**facts["lengths"]),
-        LengthReport(**held_out) if held_out else None,
-        [Row(**{**row, "completions": tuple(row["completions"])}) for row in facts["eval_rows"]],
-    )
+    train = Dataset.from_file(str(cache / "train.arrow"))
+    held_out = Dataset.from_file(str(cache / "eval.arrow")) if has_eval else None
+    shown = [Row(**{**row, "completions": tuple(row["completions"])}) for row in rows]
+    return Tables(train, held_out, DataReport(), LengthReport(), eval_rows=shown)
 
 
 class Stream:

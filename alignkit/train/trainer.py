@@ -1,4 +1,4 @@
-"""What every trainer does the same way: order rows, refuse steps that are not finite, weigh the log, save and stop.
+"""What every trainer does the same way: order rows, refuse steps that are not finite, weigh metrics, save and stop.
 
 `Guarded` stands in front of a TRL trainer: `class Sft(Guarded, SFTTrainer)`. It knows no method's loss. Upstream
 references are transformers 5.23, TRL 1.16 and accelerate 1.15.
@@ -10,11 +10,17 @@ import copy
 import math
 import signal
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import disable_dropout_in_model
 
 from alignkit.errors import NonFiniteError
@@ -22,9 +28,12 @@ from alignkit.models.adapters import TRAINED
 from alignkit.recipe.schema import TrainOptions
 from alignkit.train import ranks, shards, zero
 from alignkit.train.checkpoint import Checkpointed, Watch
-from alignkit.train.measure import EvaluationCut, Measured
 from alignkit.train.order import EpochSampler, Rest, fill_up, go_on, grouped_order, shuffled_order
 from alignkit.train.tables import Stream
+
+
+class EvaluationCut(Exception):
+    """A request to stop came while held-out rows were measured; caught where the step before can still be saved."""
 
 
 def switch_off_dropout(model: nn.Module) -> None:
@@ -53,9 +62,11 @@ def switch_off_dropout(model: nn.Module) -> None:
             module.config = changed
 
 
-class Guarded(Measured, Checkpointed):
+class Guarded(Checkpointed):
     """Mixin over TRL's trainers; see the module docstring."""
 
+    _metrics: dict[str, dict[str, list[float]]]  # TRL's: mode -> name -> one value per forward pass
+    _weights: dict[str, list[float]]  # of the training metrics since the last log, where rows do not say it
     trained_adapters: tuple[str, ...] = (TRAINED,)  # PEFT's names of those that may have gradients
     _rest: Rest | None = None  # rows left of the epoch in which the batch size was changed
     _skipped = 0  # steps of that epoch that others rows stand for
@@ -76,12 +87,14 @@ class Guarded(Measured, Checkpointed):
             if name in loaded and parameter.dtype != loaded[name].dtype:
                 parameter.data = loaded[name]
 
-    # ---- what methods change ----
-
     @property
     def may_stop(self) -> bool:
         """Whether a checkpoint can be written after this step; not so inside a rollout of ppo."""
         return True
+
+    def weigh(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Say for each metric of a batch how many things it is a mean over; unnamed ones are means over rows."""
+        return {}
 
     def ready_final(self) -> None:
         """Make the weights those that are to be published; called once, after training."""
@@ -94,8 +107,6 @@ class Guarded(Measured, Checkpointed):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: upstream's card names local paths, and the run directory says more."""
-
-    # ---- FSDP and DeepSpeed ----
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -123,8 +134,6 @@ class Guarded(Measured, Checkpointed):
             self._load_optimizer_and_scheduler(checkpoint)
         return prepared
 
-    # ---- rows: tokenised once, by us, before any trainer exists ----
-
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
@@ -133,8 +142,8 @@ class Guarded(Measured, Checkpointed):
         """Rows of an optimizer step, over all ranks."""
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
-    def _order(self, table: Any, batch_size: int, *, seed: int, epoch: int) -> Any:
-        """Put an epoch's rows in order."""
+    def _order(self, table: Any, epoch: int, batch_size: int) -> Any:
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         if self.watch.batching == "grouped" and "length" in table.column_names:
             lengths = table.with_format("numpy")["length"][:]
             return grouped_order(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
@@ -151,10 +160,7 @@ class Guarded(Measured, Checkpointed):
             rows = range(first, first + self.args.max_steps * batch)
             table.num_rows = rows.stop
             return rows
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-
-        def whole(epoch: int, batch_size: int) -> Any:
-            return self._order(table, batch_size, seed=seed, epoch=epoch)
+        whole = partial(self._order, table)
 
         def order(epoch: int) -> Any:
             found = fill_up(whole(epoch, batch), batch_size=batch)
@@ -190,10 +196,16 @@ class Guarded(Measured, Checkpointed):
         self.state.epoch = float(rest.epoch)
         return rest.epoch, self._skipped * self.args.gradient_accumulation_steps
 
-    # ---- steps: nothing that is not finite reaches the optimizer ----
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._last_loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        weights = self.weigh(inputs)
+        self._last_loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if weights:
+            total = torch.stack([weight.to(self.args.device, torch.float64) for weight in weights.values()])
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(total)
+            for name, weight in zip(weights, total.tolist(), strict=True):
+                if weight:  # TRL, too, leaves out what it has no rows for
+                    self._weights[name].append(weight)
         return self._last_loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -219,7 +231,74 @@ class Guarded(Measured, Checkpointed):
             )
         )
 
-    # ---- held-out rows: a request to stop is heard between two batches ----
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Weigh the values since the last log, one per micro batch and of all ranks already."""
+        if self.model.training:
+            found = self._metrics["train"]
+            for name, weights in self._weights.items():
+                if found.get(name) and len(found[name]) == len(weights) and sum(weights):
+                    values = zip(found[name], weights, strict=True)
+                    found[name] = [sum(value * weight for value, weight in values) / sum(weights)]
+            self._weights.clear()
+        super().log(logs, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Deal whole batches to the ranks: of equal number on all of them, which sharded models need to keep step."""
+        table = self.eval_dataset if eval_dataset is None else eval_dataset
+        size = self.args.per_device_eval_batch_size
+        batches = [list(range(start, min(start + size, len(table)))) for start in range(0, len(table), size)]
+        mine = batches[self.args.process_index :: self.args.world_size]
+        missing = -(-len(batches) // self.args.world_size) - len(mine)
+        return DataLoader(
+            table, batch_sampler=mine + batches[:1] * missing, collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
+        )  # fmt: skip
+
+    def evaluation_loop(self, dataloader: DataLoader, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> Any:
+        """Measure loss and metrics on held-out rows; the model is the one that is being trained."""
+        num_rows, num_ranks = len(dataloader.dataset), self.args.world_size
+        num_batches = -(-num_rows // self.args.per_device_eval_batch_size)
+        self.model.eval()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+        totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # name -> sum of value x weight, of weight
+        with self._alone():
+            for number, (rows, inputs) in enumerate(zip(dataloader.batch_sampler, dataloader, strict=True)):
+                self._metrics["eval"].clear()
+                weights = {name: float(weight) for name, weight in self.weigh(inputs).items()}
+                loss, _logits, _labels = self.prediction_step(self.model, inputs, prediction_loss_only=True)
+                values = {name: found[-1] for name, found in self._metrics["eval"].items() if found}
+                if number * num_ranks + self.args.process_index < num_batches:  # else it fills up, and counts nowhere
+                    for name, value in {"loss": float(loss) - values.get("loss/sft", 0.0), **values}.items():
+                        weight = weights.get(name, len(rows))
+                        totals[name][0] += value * weight if weight else 0.0
+                        totals[name][1] += weight
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                if self.stop_wanted():
+                    self._metrics["eval"].clear()
+                    raise EvaluationCut
+        parts = ranks.gather(totals)
+        means = {}
+        for name in dict.fromkeys(name for part in parts for name in part):
+            value, weight = (sum(part[name][place] for part in parts if name in part) for place in (0, 1))
+            if weight:
+                means[name] = value / weight
+        self._metrics["eval"].clear()
+        metrics = {f"{metric_key_prefix}_loss": means.pop("loss") + means.pop("loss/sft", 0.0)}
+        self._metrics["eval"].update({name: [value] for name, value in means.items()})  # TRL's `log` adds them
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let TRL's metrics see this rank only: it gathers means of unequal parts, and the parts that fill up."""
+        before = {name: getattr(self.accelerator, name) for name in ("gather", "gather_for_metrics")}
+        for name in before:
+            setattr(self.accelerator, name, lambda value, *_, **__: value)
+        try:
+            yield
+        finally:
+            for name, function in before.items():
+                setattr(self.accelerator, name, function)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         try:

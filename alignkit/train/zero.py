@@ -6,12 +6,15 @@ knows of DeepSpeed beyond the documented `safe_get_full_*` and `safe_set_full_*`
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 
 from alignkit.errors import EnvironmentProblem
+from alignkit.models.parameters import whole
 from alignkit.train.ranks import is_main
 
 
@@ -55,16 +58,6 @@ def place_weight(place: torch.Tensor, value: torch.Tensor) -> None:
         safe_set_full_fp32_param(place, value.to(place.device, torch.float32))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A weight as one process has it; all ranks must ask for the same one."""
-    import deepspeed
-
-    if not hasattr(tensor, "ds_id"):
-        return tensor
-    with deepspeed.zero.GatheredParameters([tensor]):
-        return tensor.data.clone()
-
-
 def gather_optimizer(trainer: Any) -> dict[str, Any] | None:
     """Gather the optimizer's state as a single process has it, on the CPU; on other ranks than 0 None."""
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -73,7 +66,7 @@ def gather_optimizer(trainer: Any) -> dict[str, Any] | None:
     _link(optimizer)
     flat: dict[str, Any] = next(iter(optimizer.optimizer.state.values()), {})
     state: dict[int, dict[str, Any]] = {}
-    optimized = _parameters(trainer)
+    optimized = list(chain(*trainer.optimized_groups))  # in the order in which a single process numbers them
     for number, parameter in enumerate(optimized if flat else ()):
         values = {}
         for name, value in flat.items():
@@ -81,16 +74,13 @@ def gather_optimizer(trainer: Any) -> dict[str, Any] | None:
                 full = safe_get_full_optimizer_state(parameter, name)
                 values[name] = full.detach().cpu().clone() if is_main() else None
             else:
-                values[name] = value.clone() if isinstance(value, torch.Tensor) else value
+                values[name] = copy.deepcopy(value)
         state[number] = values
     if not is_main():
         return None
     numbers = {id(parameter): number for number, parameter in enumerate(optimized)}
     groups = [
-        {
-            **{key: value for key, value in group.items() if key != "params"},
-            "params": [numbers[id(one)] for one in members],
-        }
+        {**group, "params": [numbers[id(one)] for one in members]}
         for group, members in zip(optimizer.param_groups, trainer.optimized_groups, strict=True)
     ]
     return {"state": state, "param_groups": groups}
@@ -105,10 +95,10 @@ def scatter_optimizer(trainer: Any, saved: Mapping[str, Any]) -> None:
         group |= {key: value for key, value in given.items() if key != "params"}
     if not saved["state"]:
         return
-    template, optimized = saved["state"][0], _parameters(trainer)
+    template, optimized = saved["state"][0], list(chain(*trainer.optimized_groups))
     for flat in _flat_parts(optimizer):  # ZeRO makes these at the first step, and needs them now
         optimizer.optimizer.state[flat] = {
-            name: torch.zeros_like(flat) if _is_per_weight(value, optimized[0]) else _copy(value)
+            name: torch.zeros_like(flat) if _is_per_weight(value, optimized[0]) else copy.deepcopy(value)
             for name, value in template.items()
         }
     _link(optimizer)
@@ -132,25 +122,9 @@ def guard_backward(trainer: Any) -> None:
     trainer.accelerator.backward = guarded
 
 
-def load_plainly() -> None:
-    """Make transformers load models whole again: with ZeRO-3 it would have every rank take part."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
-
-
-def _parameters(trainer: Any) -> list[torch.Tensor]:
-    """What is trained, in the order in which a single process numbers it."""
-    return [parameter for group in trainer.optimized_groups for parameter in group]
-
-
 def _is_per_weight(value: Any, parameter: torch.Tensor) -> bool:
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == shape
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _optimizer(trainer: Any) -> Any:

@@ -97,7 +97,7 @@ def answer(model_dir: Path, num_prompts: int, seed: int) -> list[float]:
     from alignkit.data.builtin import iter_builtin, parse_builtin, true_reward
     from alignkit.models.chat import Chat
     from alignkit.models.frozen import load_causal
-    from alignkit.models.generation import generate_sampled
+    from alignkit.models.generation import generate_answers
 
     loaded = load_causal(str(model_dir), device="cpu")
     chat = Chat(loaded.tokenizer)
@@ -107,7 +107,7 @@ def answer(model_dir: Path, num_prompts: int, seed: int) -> list[float]:
     for start in range(0, len(prompts), 50):
         batch = prompts[start : start + 50]
         seeds = [seed * 1_000_003 + start + number for number in range(len(batch))]
-        ids = generate_sampled(
+        ids = generate_answers(
             loaded.model, batch, seeds, temperature=1.0, max_new_tokens=48, eos_ids=chat.stop_ids,
             pad_id=loaded.tokenizer.pad_token_id,
         )  # fmt: skip

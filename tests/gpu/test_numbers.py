@@ -94,7 +94,7 @@ def test_bf16_margins_of_probe_and_step_zero(kind: str, tmp_path: Path, note: Ca
 
 def test_samplers_draw_the_distribution_at_a_real_vocabulary(note: Callable[..., None]) -> None:
     """Both samplers' tokens have the logits' probabilities: 64 rows x 128,256, chi-square on a peaked distribution."""
-    from alignkit.models.generation import _Gumbel
+    from alignkit.models.generation import gumbel
     from alignkit.train.ppo.sampling import InverseTransform
 
     torch.manual_seed(0)
@@ -107,7 +107,7 @@ def test_samplers_draw_the_distribution_at_a_real_vocabulary(note: Callable[...,
     uniforms = torch.rand(rows, steps, device="cuda", dtype=torch.float32)
     makers = {
         "inverse transform": lambda: InverseTransform(uniforms, temperature=1.0),
-        "gumbel": lambda: _Gumbel(list(range(rows)), 1.0, torch.device("cuda")),
+        "gumbel": lambda: gumbel(list(range(rows)), 1.0, torch.device("cuda")),
     }
     for name, make in makers.items():
         processor, counts = make(), torch.zeros(4, device="cuda")

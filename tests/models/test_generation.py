@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from alignkit.models.generation import generate_greedy, generate_sampled
+from alignkit.models.generation import generate_answers, generate_greedy
 from alignkit.models.scratch import builtin_config, random_model
 
 
@@ -49,7 +49,7 @@ def test_sampling_has_the_frequencies_of_the_softmax() -> None:
     prompt = [60, 61, 62]
     with torch.no_grad():
         wanted = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
-    found = generate_sampled(
+    found = generate_answers(
         model, [prompt] * count, range(count), temperature=0.7, max_new_tokens=1, eos_ids=[508], pad_id=509
     )
     counts = torch.bincount(torch.tensor([row[0] for row in found]), minlength=len(wanted))
@@ -67,13 +67,13 @@ def test_a_sampled_answer_depends_on_its_seed_and_its_own_end_and_not_on_its_bat
     model = sharp_model()
     prompts = [[60, 61, 62], [99] * 20, [70], [60, 61, 62]]
     settings = {"temperature": 1.0, "max_new_tokens": 8, "eos_ids": [508], "pad_id": 509}
-    together = generate_sampled(model, prompts, [1, 2, 3, 4], **settings)
-    alone = [generate_sampled(model, [prompt], [seed], **settings)[0] for seed, prompt in enumerate(prompts, 1)]
+    together = generate_answers(model, prompts, [1, 2, 3, 4], **settings)
+    alone = [generate_answers(model, [prompt], [seed], **settings)[0] for seed, prompt in enumerate(prompts, 1)]
     assert together == alone
     assert together[0] != together[3]
     # A row ends when it has said enough.
-    (free,) = generate_sampled(model, [[60]], [7], **settings)
-    (cut,) = generate_sampled(model, [[60]], [7], is_over=lambda tail: free[2] in tail, **settings)
+    (free,) = generate_answers(model, [[60]], [7], **settings)
+    (cut,) = generate_answers(model, [[60]], [7], is_over=lambda tail: free[2] in tail, **settings)
     assert cut == free[: free.index(free[2]) + 1]
 
 
@@ -81,8 +81,8 @@ def test_the_bases_generation_config_acts_on_nothing_and_is_kept() -> None:
     model = random_model(builtin_config("builtin:tiny-llama"), seed=3, dtype=torch.float32).eval()
     settings = {"max_new_tokens": 8, "eos_ids": [508], "pad_id": 509}
     free = generate_greedy(model, [[60, 61]], **settings)
-    cold = generate_sampled(model, [[60, 61]], [1], temperature=1e-4, **settings)
+    cold = generate_answers(model, [[60, 61]], [1], temperature=1e-4, **settings)
     model.generation_config.update(repetition_penalty=1.8, no_repeat_ngram_size=1, suppress_tokens=[free[0][0]])
     assert generate_greedy(model, [[60, 61]], **settings) == free
-    assert generate_sampled(model, [[60, 61]], [1], temperature=1e-4, **settings) == cold
+    assert generate_answers(model, [[60, 61]], [1], temperature=1e-4, **settings) == cold
     assert model.generation_config.repetition_penalty == 1.8

@@ -11,7 +11,7 @@ import pytest
 from alignkit.errors import RewardError
 from alignkit.preflight.check import check_recipe
 from alignkit.recipe import Stage, load_recipe, resolve
-from alignkit.rewards.kinds import check_rewards, describe_reward, list_sources
+from alignkit.rewards.kinds import check_rewards, describe_reward
 
 RECIPE = """name: a
 model: {path: builtin:tiny-gpt2}
@@ -69,12 +69,12 @@ def test_good_rewards_pass(stage: Callable[..., Stage], tmp_path: Path) -> None:
 
 def test_sources_are_described(stage: Callable[..., Stage], tmp_path: Path) -> None:
     made = stage("[rm, {model: builtin:true-reward, weight: 0.5}]")
-    assert [describe_reward(made, key, source) for key, source in list_sources(made)] == [
+    assert [describe_reward(made, key, source) for key, source in made.rewards] == [
         "rm, not trained yet", "the toy world's true reward, times 0.5",
     ]  # fmt: skip
     (tmp_path / "score_me.py").write_text("def f(prompts, completions):\n    return []\n")
     made = stage("{function: 'score_me:f'}", trust=True)
-    assert [describe_reward(made, key, source) for key, source in list_sources(made)] == ["function score_me:f"]
+    assert [describe_reward(made, key, source) for key, source in made.rewards] == ["function score_me:f"]
 
 
 def test_a_launch_refuses_before_torch_is_loaded(run_python: Callable, tmp_path: Path) -> None:

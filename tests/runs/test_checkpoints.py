@@ -10,6 +10,7 @@ import pytest
 
 from alignkit.errors import RunError
 from alignkit.runs import checkpoints
+from alignkit.runs.files import write_json
 
 FILES = {
     "model.safetensors": b"w" * 5000,
@@ -69,7 +70,7 @@ def test_all_damaged_or_gone_is_an_error_and_never_a_fresh_start(tmp_path: Path)
         with pytest.raises(RunError, match="none of its checkpoints is whole, 2 were set aside"):
             checkpoints.find_resumable(tmp_path, warn=lambda _: None)
     directory = tmp_path / "checkpoints"
-    checkpoints.remember(directory, 2)
+    write_json(directory.parent / checkpoints.SEALED, {"step": 2})
     with pytest.raises(RunError, match="its checkpoints are gone, though the run had saved some"):
         checkpoints.find_resumable(directory, warn=lambda _: None)
 

@@ -12,8 +12,7 @@ from datasets import Dataset
 
 from alignkit.errors import RecipeError
 from alignkit.runs.directory import RunDir
-from alignkit.train.collate import training_rows
-from alignkit.train.preview import preview_rows
+from alignkit.train.preview import preview_rows, training_rows
 
 BASE = "model: {path: builtin:tiny-llama}\n"
 PAIR = {

@@ -448,7 +448,7 @@ def test_a_whole_number_is_a_float_where_trl_wants_one(make_stage: Callable, tmp
     """Configs of mixtures of experts refuse an int for router_aux_loss_coef, which TRL copies into them."""
     from trl import SFTConfig
 
-    from alignkit.train.arguments import build_config
+    from alignkit.train.setup import build_config
 
     stage = make_stage(f"{BASE}sft: {{data: builtin:reviews, router_aux_loss_coef: 0, logging_steps: 1}}", "sft")
     config = build_config(stage, SFTConfig, tmp_path)

@@ -58,8 +58,7 @@ class Critic:
     def values(self, batch: Batch, hidden_NH: Tensor | None = None) -> Tensor:
         """Values, float32 (N,); `hidden_NH` is the policy's, where it is shared."""
         if self.model is not None:
-            values_N: Tensor = read_answers(self.model, batch)
-            return values_N
+            return read_answers(self.model, batch)
         if self.has_adapter:
             hidden_NH = self.roles.hidden_states(batch, (CRITIC,))
         assert hidden_NH is not None
@@ -84,7 +83,6 @@ class Critic:
         self.head.bias.mul_(gain).add_(bias)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters of `named_parameters`."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
@@ -98,14 +96,12 @@ class Critic:
             groups.setdefault((id(parameter) in head, parameter.ndim >= 2), []).append(parameter)
         return [groups[kind] for kind in sorted(groups)]
 
-    def save_state(self, directory: Path) -> None:
-        """Write what a checkpoint needs; all ranks call it, rank 0 writes."""
+    def save_state(self, directory: Path) -> None:  # all ranks call it, rank 0 writes
         state = shards.gather(self.named_parameters())
         if state is not None:
             save_file(state, directory / CRITIC_FILE, metadata={"format": "pt"})
 
     def load_state(self, directory: Path) -> None:
-        """Read it back into the parameters as they stand. Raises RunError when they are others."""
         saved, mine = load_file(directory / CRITIC_FILE), dict(self.named_parameters())
         if saved.keys() != mine.keys():
             raise RunError("holds another critic; start over with --force", where=str(directory / CRITIC_FILE))
@@ -139,11 +135,8 @@ class Critic:
         if not self.has_adapter:
             save_file({f"value_head.{name}": tensor for name, tensor in head.items()}, out / "value_head.safetensors")
             return
-        save_file(
-            state | {"base_model.model.score.weight": head["weight"]},
-            out / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        state |= {"base_model.model.score.weight": head["weight"]}
+        save_file(state, out / "adapter_model.safetensors", metadata={"format": "pt"})
         config = copy.deepcopy(policy.peft_config[CRITIC])
         config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
         config.save_pretrained(out)
@@ -153,10 +146,9 @@ class Critic:
 def critic_on_policy(roles: Roles) -> Critic:
     """A zero head on the policy's hidden states."""
     size = roles.policy.get_input_embeddings().weight.size(1)
-    hidden = getattr(roles.policy.config.get_text_config(), "hidden_size", size)
-    head = nn.Linear(hidden, 1, device=roles.policy.device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    head = nn.Linear(getattr(roles.policy.config.get_text_config(), "hidden_size", size), 1, device=roles.policy.device)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
     return Critic(roles, head)
 
 
@@ -185,10 +177,7 @@ def critic_from_policy(roles: Roles) -> Critic:
 
 
 def critic_from_reward(roles: Roles, directory: Path, *, where: str, trust_code: bool = False) -> Critic:
-    """A trainable copy of a reward model; an adapter is folded into its base, two labels into their log-odds.
-
-    Raises ModelError for a classifier whose trunk reads the whole text at once: it has no value per token.
-    """
+    """A trainable copy of a reward model; an adapter is folded into its base, two labels into their log-odds."""
     policy = roles.policy
     model: Any = load_classifier(str(directory), device=str(policy.device), trust_code=trust_code).model
     if isinstance(model, PeftModel):
@@ -212,9 +201,8 @@ def _with_bias(head: nn.Linear) -> nn.Linear:
 
 
 def _own(roles: Roles, model: Any, *, from_reward: bool) -> Critic:
-    def read_values(model: Any, hidden_NH: Tensor, batch: Batch) -> Tensor:
-        values_N: Tensor = model.score(hidden_NH.to(model.score.weight.dtype)).squeeze(-1).float()
-        return values_N
+    def read_values(model: Any, hidden_NH: Tensor, batch: Batch) -> Any:
+        return model.score(hidden_NH.to(model.score.weight.dtype)).squeeze(-1).float()
 
     model.config.use_cache = False
     model.config.pad_token_id = roles.policy.config.pad_token_id

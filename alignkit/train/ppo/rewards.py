@@ -29,10 +29,7 @@ class Rewards:
         self.names = list(self._sources)  # of the parts, in metrics
 
     def __call__(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score every answer: the weighted sum and its parts, each (R,) float32 on the CPU.
-
-        Raises RewardError or NonFiniteError with the source and the answer.
-        """
+        """Score every answer: the weighted sum and its parts, each (R,) float32 on the CPU."""
         total_R = torch.zeros(len(rollout))
         parts = {}
         for name, (reward, weight) in self._sources.items():
@@ -59,8 +56,7 @@ def build_rewards(
 ) -> Rewards:
     """Open what scores the answers of a stage; `key` is reward or gold, for messages.
 
-    `held` gives, by their place in `sources`, the models that the caller holds on the policy's base: nothing is loaded
-    for them. Raises RewardError or ModelError with the place in the recipe.
+    `held` gives, by their place in `sources`, the models that the caller holds on the policy's base.
     """
     where = stage.where(f"{stage.name}.{key}")
     space = Workspace(
@@ -73,10 +69,13 @@ def build_rewards(
         try:
             reward = open_reward(source, space)
             if isinstance(reward, ClassifierReward):
-                mine = (held or {}).get(place, ())
-                classifier = reward.hold(*mine)
-                modules += [] if mine else [classifier.model]
-                if is_same_encoding(classifier, chat) and classifier.is_own:
+                given = (held or {}).get(place, ())
+                classifier = reward.hold(*given)
+                modules += [] if given else [classifier.model]
+                mine, other = chat.tokenizer, classifier.tokenizer
+                reads_alike = mine.chat_template == other.chat_template and mine.eos_token_id == other.eos_token_id
+                same_tokens = mine.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+                if classifier.is_own and reads_alike and same_tokens:
                     reward.encode = encode_ids(chat.stop_ids, chat.tokenizer.eos_token_id, chat.end_of_turn)
         except ModelError as error:
             raise RewardError(f"{stage.name}.{key}: {error}", where=where) from error
@@ -119,13 +118,6 @@ def encode_ids(
     return encode
 
 
-def is_same_encoding(classifier: Classifier, chat: Chat) -> bool:
-    """Tell whether a reward model reads the same tokens for the same conversation as the policy."""
-    mine, other = chat.tokenizer, classifier.tokenizer
-    same_tokens = mine.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
-    return same_tokens and mine.chat_template == other.chat_template and mine.eos_token_id == other.eos_token_id
-
-
 def measure_norm(options: PpoOptions, rewards_R: Tensor) -> tuple[float, float]:
     """Gain and bias that give these rewards mean 0, and with gain_and_bias deviation 1 (Ziegler 2019)."""
     gain = 1.0
@@ -138,10 +130,8 @@ def finish_scores(
     options: PpoOptions, total_R: Tensor, ended: Sequence[bool], norm: tuple[float, float] | None
 ) -> Tensor:
     """Make the final score of each answer: normalised, clipped, and with what a missing end costs."""
-    scores_R = total_R.float()
-    if norm is not None:
-        gain, bias = norm
-        scores_R = gain * scores_R + bias
+    gain, bias = norm or (1.0, 0.0)
+    scores_R = gain * total_R.float() + bias
     if options.reward_clip is not None:
         scores_R = scores_R.clamp(-options.reward_clip, options.reward_clip)
     if options.missing_eos is not None:

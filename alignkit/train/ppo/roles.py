@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignkit.models.adapters import REFERENCE, START, add_scoring_adapter, cast_adapters
-from alignkit.models.files import find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
-from alignkit.models.frozen import cut_at_score
+from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.models.load import Loaded
 from alignkit.models.logprobs import Batch, pad_answers, run_trunk, sampled_logps
-from alignkit.models.start import find_base
+from alignkit.models.start import find_base, is_same_model
 
 REWARD, CRITIC = "reward", "critic"  # adapter names beside those of the models room
 
@@ -137,15 +136,19 @@ class Roles:
 
     @torch.no_grad()
     def score_ids(self, sequences: Sequence[Sequence[int]], *, pad_id: int, batch_size: int) -> Tensor:
-        """Score token sequences by the reward adapter, as `classifier.score_ids` does; (B,) float32 on the CPU."""
+        """Score token sequences by the reward adapter, as `frozen.score_ids` does; (B,) float32 on the CPU.
+
+        As in transformers' classifiers the score is read at the last token that is not the pad token. Where pad and
+        eos are one token, no score sees the end of an answer.
+        """
         assert self.reward_head is not None
         scores: list[Tensor] = []
         for start in range(0, len(sequences), batch_size):
-            part = [cut_at_score(ids, pad_id) for ids in sequences[start : start + batch_size]]
+            part = sequences[start : start + batch_size]
+            lasts = [max((at for at, token in enumerate(ids) if token != pad_id), default=0) for ids in part]
             # The last token is the "answer", and the score is read at it, not before it.
-            batch = pad_answers(
-                [ids[:-1] for ids in part], [ids[-1:] for ids in part], pad_id=pad_id, device=self.policy.device
-            )
+            before, at_last = zip(*((ids[:n], ids[n : n + 1]) for ids, n in zip(part, lasts, strict=True)), strict=True)
+            batch = pad_answers(before, at_last, pad_id=pad_id, device=self.policy.device)
             hidden_BH = self.hidden_states(replace(batch, columns_N=batch.columns_N + 1), (REWARD,))
             scores.append(self.reward_head(hidden_BH.to(self.reward_head.weight.dtype)).squeeze(-1).float().cpu())
         return torch.cat(scores)
@@ -161,11 +164,4 @@ def find_reward_on_base(roles: Roles, source: str, *, trust_code: bool) -> Path 
     own_modules = set(files.config.get("modules_to_save") or ()) - {"score", "classifier"}
     if files.kind != "adapter" or not files.reward or own_modules:
         return None
-    mine, other = roles.policy.get_base_model().name_or_path, find_base(files)
-    if mine == other:
-        return directory
-    here, there = find_model_dir(mine), find_model_dir(other)
-    if here is None or there is None:
-        return None
-    same = here.resolve() == there.resolve() or fingerprint_weights(here) == fingerprint_weights(there)
-    return directory if same else None
+    return directory if is_same_model(roles.policy.get_base_model().name_or_path, find_base(files)) else None

@@ -25,17 +25,8 @@ from alignkit.models.logprobs import Batch, Sampling, pad_answers
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
+from alignkit.train.ppo import math as maths
 from alignkit.train.ppo.critic import Critic
-from alignkit.train.ppo.math import (
-    KlController,
-    explained_variance,
-    gae,
-    group_advantages,
-    masked_mean,
-    sequence_kl,
-    shaped_rewards,
-    whiten,
-)
 from alignkit.train.ppo.rewards import Rewards, finish_scores, measure_norm
 from alignkit.train.ppo.roles import Roles
 from alignkit.train.ppo.sampling import (
@@ -53,6 +44,9 @@ from alignkit.train.ppo.sampling import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_WINDOW = 4  # rollouts compared for signs of reward hacking: the first ones with the latest ones
+_LONGER = 1.5  # times the length at the start
+_MORE_REPETITION = 0.2
 _OTHER_PROMPTS = 2**31  # the seed of prompts that are taken before training lies beyond that of rollouts
 # What answers are sampled for; with the seed and a number it names the random numbers they draw.
 TRAINING, NORMALISATION, CHECK, HELD_OUT = range(4)
@@ -80,16 +74,6 @@ class Experience:
     returns_RT: Tensor
     metrics: dict[str, float]
 
-    @property
-    def kl(self) -> float:
-        """Mean KL to the reference in nats per sequence."""
-        return float(sequence_kl(self.logps_RT, self.ref_logps_RT, self.mask_RT).mean())
-
-
-_WINDOW = 4  # rollouts compared: the first ones with the latest ones
-_LONGER = 1.5  # times the length at the start
-_MORE_REPETITION = 0.2
-
 
 @dataclass
 class HackingMonitor:
@@ -110,14 +94,12 @@ class HackingMonitor:
         before, now = (
             {name: sum(row[name] for row in rows) / len(rows) for name in seen} for rows in (self.start, self.latest)
         )
-        if now["reward"] <= before["reward"]:
-            return None
         signs = []
         if now["response_length"] > _LONGER * before["response_length"]:
             signs.append(f"answers grew from {before['response_length']:.0f} to {now['response_length']:.0f} tokens")
         if now["repetition"] > before["repetition"] + _MORE_REPETITION:
             signs.append(f"repetition rose from {before['repetition']:.2f} to {now['repetition']:.2f}")
-        if not signs:
+        if not signs or now["reward"] <= before["reward"]:
             return None
         self.said = True
         return (
@@ -143,15 +125,13 @@ class Collector:
     micro_batch_size: int
     seed: int
     name: str
-    controller: KlController = field(init=False)
     norm: tuple[float, float] | None = None
     monitor: HackingMonitor = field(default_factory=HackingMonitor)
     generate: Callable[[list[list[int]], Tensor, int], list[list[int]]] = field(init=False)
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
-        options = self.options
-        self.controller = KlController(options.kl_coef, options.kl_target, options.kl_horizon)
+        self.controller = maths.KlController(self.options.kl_coef, self.options.kl_target, self.options.kl_horizon)
 
     def sample(self, numbers: Sequence[int], draw: Key, *, table: Dataset | None = None, repeats: int = 1) -> Rollout:
         """Sample `repeats` answers to each of the numbered prompts; `draw` names the random numbers."""
@@ -198,12 +178,10 @@ class Collector:
         """Measure the normalisation of the reward on answers of the starting policy, once, before training."""
         if self.options.reward_normalize == "none" or self.norm is not None:
             return
-        count = self.options.reward_normalize_rows
+        count, size = self.options.reward_normalize_rows, self.num_answers
         numbers = prompt_numbers(0, count, num_prompts=len(self.prompts), seed=self.seed + _OTHER_PROMPTS)
-        totals: list[Tensor] = []
-        for start in range(0, count, self.num_answers):
-            rollout = self.sample(numbers[start : start + self.num_answers], (NORMALISATION, start))
-            totals.append(self.rewards(rollout)[0])
+        rollouts = (self.sample(numbers[at : at + size], (NORMALISATION, at)) for at in range(0, count, size))
+        totals = [self.rewards(rollout)[0] for rollout in rollouts]
         self.norm = gain, bias = measure_norm(self.options, torch.cat(totals))
         if self.critic is not None and self.critic.from_reward:
             self.critic.rescale(gain, bias)
@@ -212,10 +190,7 @@ class Collector:
         )
 
     def collect(self, number: int, model: Any, *, step: int) -> Experience:
-        """Make rollout `number` of the run and take its KL into account.
-
-        Raises KlTooLarge beyond `max_kl`, NonFiniteError for rewards that are no numbers.
-        """
+        """Make rollout `number` of the run and take its KL into account; raises KlTooLarge beyond `max_kl`."""
         repeats = self.options.answers_per_prompt
         count = self.num_answers // repeats
         numbers = prompt_numbers(number * count, count, num_prompts=len(self.prompts), seed=self.seed)
@@ -223,7 +198,7 @@ class Collector:
         rollout = self.sample(numbers, (TRAINING, number), repeats=repeats)
         pulse("scoring answers", step)
         experience = self.examine(rollout, model)
-        kl = experience.kl
+        kl = experience.metrics["objective/kl"]
         self.controller.update(kl, len(rollout))
         if self.options.max_kl is not None and kl > self.options.max_kl:
             raise KlTooLarge(kl, step)
@@ -238,22 +213,22 @@ class Collector:
         total_R, parts = self.rewards(rollout)
         scores_R = finish_scores(options, total_R, rollout.ended, self.norm)
         mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = self.read(rollout, model)
-        rewards_RT = shaped_rewards(scores_R, logps_RT, ref_logps_RT, mask_RT, kl_coef=coef)
+        rewards_RT = maths.shaped_rewards(scores_R, logps_RT, ref_logps_RT, mask_RT, kl_coef=coef)
         if options.whiten_rewards:
-            rewards_RT = whiten(rewards_RT, mask_RT, shift_mean=False)
+            rewards_RT = maths.whiten(rewards_RT, mask_RT, shift_mean=False)
         metrics: dict[str, float] = {}
         if values_RT is not None:
-            advantages_RT, returns_RT = gae(rewards_RT, values_RT, mask_RT, gamma=options.gamma, lam=options.lam)
-            metrics["explained_variance"] = explained_variance(values_RT, returns_RT, mask_RT)
-            metrics["value"] = float(masked_mean(values_RT, mask_RT))
+            advantages_RT, returns_RT = maths.gae(rewards_RT, values_RT, mask_RT, gamma=options.gamma, lam=options.lam)
+            metrics["explained_variance"] = maths.explained_variance(values_RT, returns_RT, mask_RT)
+            metrics["value"] = float(maths.masked_mean(values_RT, mask_RT))
         else:
             values_RT = returns_RT = torch.zeros_like(rewards_RT)
-            advantages_R = group_advantages(rewards_RT.sum(dim=1), options.answers_per_prompt, options.advantage)
+            advantages_R = maths.group_advantages(rewards_RT.sum(dim=1), options.answers_per_prompt, options.advantage)
             advantages_RT = advantages_R[:, None] * mask_RT
         # The baseline of rloo and the z-score of grpo are their own scale.
         if options.whiten_advantages and options.advantage in ("gae", "reinforce"):
-            advantages_RT = whiten(advantages_RT, mask_RT)
-        kl = float(sequence_kl(logps_RT, ref_logps_RT, mask_RT).mean())
+            advantages_RT = maths.whiten(advantages_RT, mask_RT)
+        kl = float(maths.sequence_kl(logps_RT, ref_logps_RT, mask_RT).mean())
         metrics |= {
             "reward": float(total_R.mean()),
             "objective/score": float(scores_R.mean()),
@@ -261,7 +236,7 @@ class Collector:
             "objective/reward": float(scores_R.mean()) - coef * kl,
             "sqrt_kl": max(kl, 0.0) ** 0.5,
             "kl_coef": coef,
-            "entropy": float(masked_mean(entropy_RT, mask_RT)),
+            "entropy": float(maths.masked_mean(entropy_RT, mask_RT)),
             "response_length": sum(map(len, rollout.sampled_ids)) / len(rollout),
             "ended_share": sum(rollout.ended) / len(rollout),
             "repetition": repetition(rollout.completion_ids),
@@ -302,13 +277,10 @@ class Collector:
     def batch(self, rollout: Rollout, rows: Sequence[int], longest: int) -> Batch:
         """Pad answers of a rollout for a forward pass."""
         return pad_answers(
-            [rollout.prompt_ids[row] for row in rows],
-            [rollout.sampled_ids[row] for row in rows],
-            pad_id=self.chat.tokenizer.pad_token_id,
-            device=self.roles.policy.device,
-            num_columns=longest,
+            [rollout.prompt_ids[row] for row in rows], [rollout.sampled_ids[row] for row in rows],
+            pad_id=self.chat.tokenizer.pad_token_id, device=self.roles.policy.device, num_columns=longest,
             sampling=self.sampling,
-        )
+        )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know, as plain data; floats survive JSON exactly."""

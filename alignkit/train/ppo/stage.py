@@ -17,7 +17,7 @@ from alignkit.data import Rejects
 from alignkit.errors import RecipeError
 from alignkit.models.adapters import REFERENCE, START, TRAINED
 from alignkit.models.files import find_model_dir, is_builtin
-from alignkit.models.frozen import Classifier, ScoreIds, hold_on_base, read_norm
+from alignkit.models.frozen import Classifier, ScoreIds, load_classifier, read_norm
 from alignkit.models.load import load_reference
 from alignkit.models.logprobs import Sampling
 from alignkit.models.parameters import describe_parameters
@@ -28,21 +28,14 @@ from alignkit.runs.directory import RunDir
 from alignkit.runs.files import describe_bytes
 from alignkit.runs.record import JsonLines
 from alignkit.train import ranks
-from alignkit.train.arguments import build_config, micro_batch_size
 from alignkit.train.fit import fit
-from alignkit.train.ppo.critic import (
-    Critic,
-    critic_from_policy,
-    critic_from_reward,
-    critic_on_base,
-    critic_on_policy,
-)
+from alignkit.train.ppo.critic import Critic, critic_from_policy, critic_from_reward, critic_on_base, critic_on_policy
 from alignkit.train.ppo.rewards import build_rewards
 from alignkit.train.ppo.roles import CRITIC, REWARD, Roles, find_reward_on_base
 from alignkit.train.ppo.rollout import Collector
 from alignkit.train.ppo.sampling import Truncation
 from alignkit.train.ppo.trainer import Ppo, Ptx
-from alignkit.train.setup import Setup, open_rows
+from alignkit.train.setup import Setup, build_config, micro_batch_size, open_rows
 from alignkit.train.tables import share_tables
 
 _LONGEST_PTX_BLOCK = 1024  # tokens, as those of an sft stage with objective: lm
@@ -53,7 +46,16 @@ def build(stage: Stage, run: RunDir) -> Setup:
     options = stage.expect(PpoOptions)
     setup = open_rows(stage, run)
     chat, tables = setup.chat, setup.tables
-    truncation = _find_truncation(stage, chat.tokenizer)
+    truncation = None
+    if options.truncate is not None:
+        ids = chat.tokenizer(options.truncate.token, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise RecipeError(
+                f"{stage.name}.truncate.token {options.truncate.token!r} is {len(ids)} tokens of this tokenizer, not "
+                "one",
+                where=stage.where(f"{stage.name}.truncate.token"),
+            )
+        truncation = Truncation(ids[0], options.truncate.after)
     model = setup.load()
     model.generation_config.eos_token_id = chat.stop_ids
     config = _build_config(stage, run.checkpoints, num_prompts=len(tables.train))
@@ -69,20 +71,11 @@ def build(stage: Stage, run: RunDir) -> Setup:
         gold = build_rewards(stage, options.gold, chat=chat, key="gold", device=device)
     ptx = _build_ptx(setup)
     collector = Collector(
-        options=options,
-        chat=chat,
-        prompts=tables.train,
-        roles=roles,
-        critic=critic,
-        rewards=rewards,
-        gold=gold,
+        options=options, chat=chat, prompts=tables.train, roles=roles, critic=critic, rewards=rewards, gold=gold,
         sampling=Sampling(options.temperature, options.min_new_tokens or 0, tuple(chat.stop_ids)),
-        truncation=truncation,
-        num_answers=options.batch_size * options.minibatches,
-        micro_batch_size=config.per_device_train_batch_size,
-        seed=stage.seed,
-        name=stage.name,
-    )
+        truncation=truncation, num_answers=options.batch_size * options.minibatches,
+        micro_batch_size=config.per_device_train_batch_size, seed=stage.seed, name=stage.name,
+    )  # fmt: skip
     arguments = setup.arguments(config)
     arguments["eval_dataset"] = None  # rollouts are the evaluation; held-out prompts are answered once, at the end
     setup.trainer = trainer = Ppo(
@@ -95,15 +88,12 @@ def build(stage: Stage, run: RunDir) -> Setup:
     setup.record["roles"] = parts
     setup.score_answers = collector.score_answers
 
-    def last_metrics() -> dict[str, float]:
-        rows = [row for row in JsonLines(run.metrics).read() if "objective/kl" in row]
-        kept = ("reward", "gold", "objective/kl", "entropy", "response_length")
-        return {name: rows[-1][name] for name in kept if name in rows[-1]} if rows else {}
-
     def finish(model_dir: Path) -> dict[str, float]:
         if critic is not None:
             critic.save(model_dir / "critic", chat.tokenizer)
-        metrics = ranks.once(last_metrics)
+        rows = [row for row in ranks.once(lambda: JsonLines(run.metrics).read()) if "objective/kl" in row]
+        kept = ("reward", "gold", "objective/kl", "entropy", "response_length")
+        metrics = {name: row[name] for row in rows[-1:] for name in kept if name in row}
         if tables.eval is not None:
             metrics |= trainer.answer_held_out(tables.eval)
         return metrics
@@ -125,9 +115,8 @@ def _build_config(stage: Stage, checkpoints: Path, *, num_prompts: int) -> GRPOC
         )
     steps = options.ppo_epochs * options.minibatches
     least = options.min_new_tokens
-    sampling: dict[str, Any] = {
-        "generation_kwargs": {"use_cache": True} | ({"min_new_tokens": least} if least else {}),
-    }
+    kwargs = {"use_cache": True} | ({"min_new_tokens": least} if least else {})
+    sampling: dict[str, Any] = {"generation_kwargs": kwargs}
     if generation.engine == "vllm":
         sampling = {
             "use_vllm": True,
@@ -176,26 +165,13 @@ def _count_rollouts(stage: Stage, num_prompts: int, answers: int, steps: int) ->
     return max(1, round(epochs * num_prompts * options.answers_per_prompt / answers))
 
 
-def _find_truncation(stage: Stage, tokenizer: Any) -> Truncation | None:
-    options = stage.expect(PpoOptions)
-    if options.truncate is None:
-        return None
-    ids = tokenizer(options.truncate.token, add_special_tokens=False).input_ids
-    if len(ids) != 1:
-        raise RecipeError(
-            f"{stage.name}.truncate.token {options.truncate.token!r} is {len(ids)} tokens of this tokenizer, not one",
-            where=stage.where(f"{stage.name}.truncate.token"),
-        )
-    return Truncation(ids[0], options.truncate.after)
-
-
 def _hold_reward(stage: Stage, roles: Roles, sources: Sequence[RewardSource]) -> dict[int, tuple[Classifier, ScoreIds]]:
     """Put the first reward model that lies on the policy's own base there; say by which source it is meant."""
     for number, source in enumerate(sources):
         directory = source.model and find_reward_on_base(roles, source.model, trust_code=stage.trust_code)
         if directory:
             roles.add_reward(directory)
-            classifier = hold_on_base(directory, roles.policy, trust_code=stage.trust_code)
+            classifier = load_classifier(str(directory), on_base=roles.policy, trust_code=stage.trust_code)
             pad_id, size = classifier.tokenizer.pad_token_id, micro_batch_size(stage)
             return {number: (classifier, partial(roles.score_ids, pad_id=pad_id, batch_size=size))}
     return {}
@@ -267,11 +243,8 @@ def _build_ptx(setup: Setup) -> Ptx | None:
     if options.ptx is None:
         return None
     block = min(_LONGEST_PTX_BLOCK, context_length(stage) or _LONGEST_PTX_BLOCK)
-    as_sft = replace(
-        stage,
-        options=SftOptions(data=options.ptx.data, objective="lm"),
-        trainer={**stage.trainer, "max_length": block},
-    )
+    text = SftOptions(data=options.ptx.data, objective="lm")
+    as_sft = replace(stage, options=text, trainer={**stage.trainer, "max_length": block})
     tables = share_tables(as_sft, setup.chat, setup.run.cache / "ptx", rejects=Rejects())
     setup.ptx_data = tables.report.fingerprint
     size, pad_id = options.ptx.batch_size or options.batch_size, setup.chat.tokenizer.pad_token_id

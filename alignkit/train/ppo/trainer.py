@@ -69,33 +69,24 @@ class Ema(TrainerCallback):
         self._decay = decay
 
     def begin(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Start from the weights as they are."""
-        self._parameters = parameters
-        self._averages: list[Tensor] = [p.detach().float().clone() for p in parameters.values()]
+        self.parameters = parameters
+        self.averages: list[Tensor] = [p.detach().float().clone() for p in parameters.values()]
 
     @torch.no_grad()
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Move the averages towards the weights: a <- decay a + (1 - decay) w."""
-        weights = [p.detach().float() for p in self._parameters.values()]
-        torch._foreach_lerp_(self._averages, weights, 1 - self._decay)
-
-    @torch.no_grad()
-    def put_in(self) -> None:
-        """Make the averages the weights."""
-        for parameter, average in zip(self._parameters.values(), self._averages, strict=True):
-            parameter.copy_(average)
+        weights = [p.detach().float() for p in self.parameters.values()]
+        torch._foreach_lerp_(self.averages, weights, 1 - self._decay)  # a <- decay a + (1 - decay) w
 
     def save(self, directory: Path) -> None:
-        """Write the averages beside a checkpoint's weights; all ranks call it, rank 0 writes."""
-        state = shards.gather(zip(self._parameters, self._averages, strict=True))
+        """Write the averages beside a checkpoint's weights; all ranks call it."""
+        state = shards.gather(zip(self.parameters, self.averages, strict=True))
         if state is not None:
             save_file(state, directory / EMA_FILE, metadata={"format": "pt"})
 
     def load(self, directory: Path) -> None:
-        """Read them back. Raises RunError when the checkpoint was written without them."""
         if not (directory / EMA_FILE).is_file():
             raise RunError("holds no averaged weights (ema); start over with --force", where=str(directory))
-        places = dict(zip(self._parameters, self._averages, strict=True))
+        places = dict(zip(self.parameters, self.averages, strict=True))
         shards.scatter_model(places, load_file(directory / EMA_FILE))
 
 
@@ -150,8 +141,6 @@ class Ppo(Guarded, GRPOTrainer):
         if self.ema is not None:
             self.ema.begin(self._policy_parameters)
 
-    # ---- the run: rollouts of several steps ----
-
     def get_train_dataloader(self) -> DataLoader[int]:
         """Number the micro batches of a run; what is in them is sampled when their rollout comes."""
         count = self.args.max_steps * self.args.gradient_accumulation_steps
@@ -174,10 +163,7 @@ class Ppo(Guarded, GRPOTrainer):
         return self.state.global_step % self._steps_per_rollout == 0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; where the KL passes max_kl, stop with the weights of the newest checkpoint before.
-
-        Raises RunError when there is none.
-        """
+        """Train; where the KL passes max_kl, stop with the weights of the newest checkpoint before."""
         try:
             return super().train(*args, **kwargs)
         except KlTooLarge as stop:
@@ -188,9 +174,9 @@ class Ppo(Guarded, GRPOTrainer):
                 f"the KL is {stop.kl:.3g} nats per sequence at step {stop.step}, above max_kl {self.options.max_kl:g}"
             )
             if not good:
-                advice = "lower learning_rate or save_steps, or raise kl_coef"
-                error = RunError(f"{limit}, and no earlier checkpoint was saved; {advice}", where=str(directory))
-                raise ranks.met_by_all(error) from None
+                what = f"{limit}, and no earlier checkpoint was saved; lower learning_rate or save_steps, or raise "
+                what += "kl_coef"
+                raise ranks.met_by_all(RunError(what, where=str(directory))) from None
             self._load_from_checkpoint(str(good[0]))
             self.state.global_step = checkpoints.step_of(good[0])
             console.warn(f"{self.collector.name}: {limit}; stopped, and the model is that of {good[0].name}")
@@ -203,17 +189,14 @@ class Ppo(Guarded, GRPOTrainer):
             logs["episodes"] = episodes
         super().log(logs, start_time)
 
-    # ---- sampling ----
-
     def _sample(self, prompt_ids: list[list[int]], uniforms_BT: Tensor, repeats: int) -> list[list[int]]:
         """Sample this rank's answers; vLLM draws random numbers of its own."""
 
-        def draw(prompt_ids: list[list[int]], uniforms_BT: Tensor) -> list[list[int]]:
+        def draw(prompt_ids: list[list[int]], uniforms_BT: Tensor) -> Any:
             in_step = shards.is_sharded(self)
             numbers = drawing(self.model, uniforms_BT, temperature=self.options.temperature, in_step=in_step)
             with numbers, shards.gathered_root(self.model):
-                drawn: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, 1)[0]
-            return drawn
+                return self._generate_single_turn(prompt_ids, None, {}, 1)[0]
 
         if self.use_vllm:
             answers: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, repeats)[0]
@@ -251,8 +234,6 @@ class Ppo(Guarded, GRPOTrainer):
             "batch": self.collector.batch(rollout, rows.tolist(), mask_RT.size(1)),
         }
 
-    # ---- steps ----
-
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         accumulate = self.args.gradient_accumulation_steps
         step, micro = divmod(inputs["turn"], accumulate)
@@ -273,22 +254,21 @@ class Ppo(Guarded, GRPOTrainer):
     def _train_ptx(self, model: Any, step: int, micro: int) -> Tensor:
         """Add the gradient of this rank's blocks; DDP sums it up with the one of PPO, which comes after it."""
         assert self.ptx is not None
-        world_size, device = self.args.world_size, self.args.device
-        blocks = [list(self.ptx.blocks[number]["input_ids"]) for number in self.ptx.numbers(step)]
+        world_size, device, ptx = self.args.world_size, self.args.device, self.ptx
+        blocks = [list(ptx.blocks[number]["input_ids"]) for number in ptx.numbers(step)]
         num_tokens = sum(len(ids) - 1 for ids in blocks)  # every token after the first is learnt
         turn = micro * world_size + self.args.process_index
         mine = blocks[turn :: self.args.gradient_accumulation_steps * world_size]
         loss = torch.zeros((), device=device)
         if mine:
-            batch = pad_answers(
-                [ids[:1] for ids in mine], [ids[1:] for ids in mine], pad_id=self.ptx.pad_id, device=device
-            )
+            starts, rests = [ids[:1] for ids in mine], [ids[1:] for ids in mine]
+            batch = pad_answers(starts, rests, pad_id=ptx.pad_id, device=device)
             with self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     logps_N, _, _ = self.roles.policy_logps(model, batch)
-                    loss = -self.ptx.coef * logps_N.sum() / num_tokens * world_size
+                    loss = -ptx.coef * logps_N.sum() / num_tokens * world_size
                 self.accelerator.backward(loss)
-        self._step_sums["ptx_loss"] += float(loss.detach()) / self.ptx.coef / world_size
+        self._step_sums["ptx_loss"] += float(loss.detach()) / ptx.coef / world_size
         return loss.detach()
 
     def compute_loss(
@@ -334,8 +314,6 @@ class Ppo(Guarded, GRPOTrainer):
             value_loss = value_loss_of(self.critic.values(batch, hidden_NH))
         return loss * self.args.world_size + value_loss
 
-    # ---- optimizer ----
-
     def create_optimizer(self, model: Any = None) -> Any:
         """Leave out the critic, some of whose parameters are adapters inside the policy's model."""
         apart = self.critic.parameters() if self.critic is not None else []
@@ -373,8 +351,6 @@ class Ppo(Guarded, GRPOTrainer):
         self._metrics["train"]["critic_grad_norm"].append(float(critic))
         return (policy**2 + critic**2) ** 0.5
 
-    # ---- checkpoints ----
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         directory = Path(str(output_dir))
@@ -394,9 +370,11 @@ class Ppo(Guarded, GRPOTrainer):
             self.ema.load(directory)
         self.collector.restore(json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
 
+    @torch.no_grad()
     def ready_final(self) -> None:
-        if self.ema is not None:
-            self.ema.put_in()
+        if self.ema is not None:  # the averages become the weights
+            for parameter, average in zip(self.ema.parameters.values(), self.ema.averages, strict=True):
+                parameter.copy_(average)
 
     def check_step_zero(self) -> None:
         """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on answers of the fresh policy."""
