@@ -52,11 +52,20 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def adapt_text(reading: Reading) -> Row:
-    return Row("text", "", (reading.need_text("text"),), place=reading.place)
+    return Row("text", "", (check_text(reading.need("text"), "text"),), place=reading.place)
 
 
 def adapt_conversation(reading: Reading) -> Row:
     return Row("messages", "", (_read_conversation(reading),), place=reading.place)
+
+
+def adapt_prompt(reading: Reading) -> Row:
+    return Row("prompt", read_prompt(reading), (), place=reading.place)
+
+
+def adapt_prompt_completion(reading: Reading) -> Row:
+    prompt, answer = _read_answer(reading)
+    return Row("prompt_completion", prompt, (answer,), place=reading.place)
 
 
 def _read_conversation(reading: Reading) -> list[Message]:
@@ -132,10 +141,6 @@ def read_prompt(reading: Reading, *, transcript: bool = False) -> Text:
     return prompt if len(turns) == 1 and len(turns[0]) == 2 else turns
 
 
-def adapt_prompt(reading: Reading) -> Row:
-    return Row("prompt", read_prompt(reading), (), place=reading.place)
-
-
 def _read_answer(reading: Reading) -> tuple[Text, Text]:
     """Read a prompt and its one answer in one shape."""
     record = reading.record
@@ -150,11 +155,6 @@ def _read_answer(reading: Reading) -> tuple[Text, Text]:
         answer = [{**turns[0], "reasoning_content": check_text(record[thoughts], thoughts)}]
     prompt, (answer,) = join_prompt(prompt, [answer], [name])
     return prompt, answer
-
-
-def adapt_prompt_completion(reading: Reading) -> Row:
-    prompt, answer = _read_answer(reading)
-    return Row("prompt_completion", prompt, (answer,), place=reading.place)
 
 
 def adapt_unpaired(reading: Reading) -> Row:
@@ -214,7 +214,7 @@ def adapt_implicit(reading: Reading) -> Row:
     TRL cuts at the first character that differs, which can be inside a word ("bl" of blue and black). What the
     answers share beyond the cut adds the same log-probability to both, so no loss of pairs changes.
     """
-    chosen, rejected = reading.need_text("chosen"), reading.need_text("rejected")
+    chosen, rejected = check_text(reading.need("chosen"), "chosen"), check_text(reading.need("rejected"), "rejected")
     start = _count_shared(chosen, rejected)
     while start and not (chosen[start : start + 1].isspace() and rejected[start : start + 1].isspace()):
         start -= 1
@@ -256,7 +256,7 @@ def adapt_hh(reading: Reading) -> Row:
     length. We differ in one thing: where rejected does not start with that prompt, or goes on with further turns, the
     cut would pair answers to different prompts, so the row is refused (4 of 1,800 pairs of the harmlessness test set).
     """
-    ends, texts = [], [reading.need_text(field) for field in ("chosen", "rejected")]
+    ends, texts = [], [check_text(reading.need(field), field) for field in ("chosen", "rejected")]
     for field, text in zip(("chosen", "rejected"), texts, strict=True):
         if not text.startswith(START):
             raise BadRow(f"{field}: does not start with '\\n\\nHuman:'; it is not an HH transcript")
@@ -296,15 +296,13 @@ def adapt_rejected_response(reading: Reading) -> Row:
     return _pair(reading, prompt, chosen, reading.need(name), ("messages", name))
 
 
-def adapt_choice(
-    first: str, second: str, choice: str, better: Callable[[Any, str], int] | None
-) -> Callable[[Reading], Row]:
-    """Make an adapter of two answers and a column that says which is better: `better` gives 0 for the first."""
+def adapt_choice(first: str, second: str, choice: str, how: str) -> Callable[[Reading], Row]:
+    """Make an adapter of two answers and a column that says which is better; without one it is the first."""
 
     def adapt(reading: Reading) -> Row:
         names = (first, second)
-        chosen = 0 if better is None else better(reading.need(choice), choice)
-        names = names if chosen == 0 else names[::-1]
+        if choice and _read_better(reading.need(choice), choice, how):
+            names = (second, first)
         if first.startswith("conversation"):
             return adapt_implicit_chat(reading, *names)
         return _pair(reading, read_prompt(reading), reading.need(names[0]), reading.need(names[1]), names)
@@ -312,33 +310,25 @@ def adapt_choice(
     return adapt
 
 
-def read_index(value: Any, field: str) -> int:
-    """Which answer is better, as its number: 0 or 1."""
+def _read_better(value: Any, field: str, how: str) -> bool:
+    """Whether the second answer is better.
+
+    It is said by the "number" of the better one, by 1 where the "first" is better, by a "strength" below or above 0, or
+    by "name": model_a or model_b, a or b.
+    """
+    if how == "name":
+        name = check_text(value, field).strip().lower().removeprefix("model_").removeprefix("response_")
+        if name in ("a", "b", "1", "2"):
+            return name in ("b", "2")
+        raise BadRow(f"{field}: is {value!r}; no answer is better than the other", equal_answers=True)
     number = check_number(value, field)
+    if how == "strength":
+        if number == 0:
+            raise BadRow(f"{field}: is 0; no answer is better than the other", equal_answers=True)
+        return number > 0
     if number not in (0.0, 1.0):
         raise BadRow(f"{field}: is {value}; it must be 0 or 1, the number of the better answer")
-    return int(number)
-
-
-def read_first_wins(value: Any, field: str) -> int:
-    """Which answer is better, as 1 where it is the first one (SHP)."""
-    return 1 - read_index(value, field)
-
-
-def read_strength(value: Any, field: str) -> int:
-    """Which answer is better, as a strength: below 0 the first one, above 0 the second one (HelpSteer2)."""
-    number = check_number(value, field)
-    if number == 0:
-        raise BadRow(f"{field}: is 0; no answer is better than the other", equal_answers=True)
-    return int(number > 0)
-
-
-def read_winner(value: Any, field: str) -> int:
-    """Which answer is better, by name: model_a or model_b, a or b."""
-    name = check_text(value, field).strip().lower().removeprefix("model_").removeprefix("response_")
-    if name in ("a", "b", "1", "2"):
-        return int(name in ("b", "2"))
-    raise BadRow(f"{field}: is {value!r}; no answer is better than the other", equal_answers=True)
+    return (number == 1) is (how == "number")
 
 
 _ITEM_TEXTS = ("response", "answer", "completion", "text", "content", "output")
@@ -375,12 +365,7 @@ def adapt_ranked(reading: Reading) -> Row:
         return adapt_rated_items(reading)
     prompt = read_prompt(reading)
     answers = [check_answer(value, f"{field}[{index}]", reading) for index, value in enumerate(values)]
-    return _ranked(reading, prompt, answers, _scores(reading, field, len(answers)), field)
-
-
-def _scores(reading: Reading, field: str, count: int) -> list[float]:
-    """The worth of each answer: as scores, by rank, or by place."""
-    record = reading.record
+    count, record = len(answers), reading.record
     given = [name for name in ("scores", "ranking") if record.get(name) is not None]
     reading.used.update(given)
     if len(given) > 1:
@@ -388,13 +373,13 @@ def _scores(reading: Reading, field: str, count: int) -> list[float]:
     if not given:
         if field != "responses":
             raise BadRow(f"scores: is missing; {field} need scores (higher is better) or ranking (1 is best)")
-        return [float(count - place) for place in range(count)]
+        return _ranked(reading, prompt, answers, [float(count - at) for at in range(count)], field)
     (name,) = given
-    values = check_list(record[name], name)
-    if len(values) != count:
-        raise BadRow(f"{name}: has {len(values)} entries for {count} {field}")
-    numbers = [check_number(value, f"{name}[{index}]") for index, value in enumerate(values)]
-    return numbers if name == "scores" else [-number for number in numbers]
+    ranks = check_list(record[name], name)
+    if len(ranks) != count:
+        raise BadRow(f"{name}: has {len(ranks)} entries for {count} {field}")
+    numbers = [check_number(value, f"{name}[{index}]") for index, value in enumerate(ranks)]
+    return _ranked(reading, prompt, answers, numbers if name == "scores" else [-number for number in numbers], field)
 
 
 def _ranked(reading: Reading, prompt: Text, answers: list[Text], scores: list[float], field: str) -> Row:

@@ -15,23 +15,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from alignkit.data import adapters
-from alignkit.data.adapters import (
-    ANSWERS,
-    ASKED,
-    CONTEXTS,
-    CONVERSATIONS,
-    LABELS,
-    PROMPTS,
-    REJECTED,
-    START,
-    adapt_choice,
-    adapt_conversation,
-    adapt_pair,
-    adapt_prompt,
-    adapt_prompt_completion,
-    adapt_ranked,
-    adapt_unpaired,
-)
+from alignkit.data.adapters import ANSWERS, ASKED, CONVERSATIONS, PROMPTS, START
 from alignkit.data.files import Record
 from alignkit.data.rejects import BadRow
 from alignkit.data.rows import Kind, Row
@@ -65,11 +49,11 @@ class Format:
 
 # Names of several columns in `needs`.
 GROUPS = {
-    "PROMPT": (*PROMPTS, *CONTEXTS),
+    "PROMPT": (*PROMPTS, *adapters.CONTEXTS),
     "CONVERSATION": CONVERSATIONS,
     "ANSWER": ANSWERS,
-    "LABEL": LABELS,
-    "REJECTED": REJECTED,
+    "LABEL": adapters.LABELS,
+    "REJECTED": adapters.REJECTED,
 }
 _TYPES = {"str": str, "list": list}
 
@@ -80,6 +64,8 @@ def _has(word: str, record: Record) -> bool:
     return any(column in record and (not kind or type(record[column]) is _TYPES[kind]) for column in columns)
 
 
+_pair, _unpaired, _conversation = adapters.adapt_pair, adapters.adapt_unpaired, adapters.adapt_conversation
+_answered, _asked = adapters.adapt_prompt_completion, adapters.adapt_prompt
 _IMPLICIT = Format("trl", "pair", "chosen:str rejected:str", adapters.adapt_implicit)
 _HH = Format("hh", "pair", "chosen:str rejected:str", adapters.adapt_hh)  # in place of the one above, by the text
 # A record is in the first one that fits. Of a `format:` only its own are tried; the last of them where none fits.
@@ -88,62 +74,51 @@ FORMATS = (
     Format("segments", "segments", "segments", adapters.adapt_segments),
     Format("openai", "pair", "CONVERSATION REJECTED", adapters.adapt_rejected_response),
     *(
-        Format("choice", "pair", f"{asked} {first} {second} {choice}", adapt_choice(first, second, choice, better))
-        for asked, first, second, choice, better in (
-            ("PROMPT", "response_0", "response_1", "better_response_id", adapters.read_index),  # PKU-SafeRLHF
-            ("PROMPT", "response_0", "response_1", "safer_response_id", adapters.read_index),
-            ("PROMPT", "response_1", "response_2", "preference_strength", adapters.read_strength),  # HelpSteer2
-            ("PROMPT", "response1", "response2", "overall_preference", adapters.read_strength),  # HelpSteer3
-            ("history:str", "human_ref_A", "human_ref_B", "labels", adapters.read_first_wins),  # SHP
-            ("PROMPT", "response_a", "response_b", "winner", adapters.read_winner),
-            ("", "conversation_a", "conversation_b", "winner", adapters.read_winner),  # Chatbot Arena
-            ("PROMPT", "response_j", "response_k", "", None),  # Stack Exchange: the first one is better
+        Format(
+            "choice", "pair", f"{asked} {first} {second} {choice}", adapters.adapt_choice(first, second, choice, how)
+        )
+        for asked, first, second, choice, how in (
+            ("PROMPT", "response_0", "response_1", "better_response_id", "number"),  # PKU-SafeRLHF
+            ("PROMPT", "response_0", "response_1", "safer_response_id", "number"),
+            ("PROMPT", "response_1", "response_2", "preference_strength", "strength"),  # HelpSteer2
+            ("PROMPT", "response1", "response2", "overall_preference", "strength"),  # HelpSteer3
+            ("history:str", "human_ref_A", "human_ref_B", "labels", "first"),  # SHP
+            ("PROMPT", "response_a", "response_b", "winner", "name"),
+            ("", "conversation_a", "conversation_b", "winner", "name"),  # Chatbot Arena
+            ("PROMPT", "response_j", "response_k", "", ""),  # Stack Exchange: the first one is better
         )
     ),
-    Format("sharegpt", "pair", "conversations chosen|rejected", adapt_pair),
-    Format("sharegpt", "unpaired", "conversations LABEL", adapt_unpaired),
-    Format("sharegpt", "messages", "conversations", adapt_conversation),
-    Format("alpaca", "pair", "instruction chosen|rejected", adapt_pair),
+    Format("sharegpt", "pair", "conversations chosen|rejected", _pair),
+    Format("sharegpt", "unpaired", "conversations LABEL", _unpaired),
+    Format("sharegpt", "messages", "conversations", _conversation),
+    Format("alpaca", "pair", "instruction chosen|rejected", _pair),
     Format("ultrafeedback", "ranked", "instruction completions", adapters.adapt_rated_items),
-    Format("ultrafeedback", "pair", "prompt:str chosen:list", adapt_pair),
-    Format("trl", "pair", "PROMPT chosen:list|PROMPT:list chosen|rejected", adapt_pair, chat=True),
-    Format("trl", "pair", "PROMPT chosen|rejected", adapt_pair),
-    Format("openai", "pair", "CONVERSATION chosen:str rejected:str", adapt_pair),
+    Format("ultrafeedback", "pair", "prompt:str chosen:list", _pair),
+    Format("trl", "pair", "PROMPT chosen:list|PROMPT:list chosen|rejected", _pair, chat=True),
+    Format("trl", "pair", "PROMPT chosen|rejected", _pair),
+    Format("openai", "pair", "CONVERSATION chosen:str rejected:str", _pair),
     _IMPLICIT,
     _HH,
     Format("trl", "pair", "chosen|rejected", adapters.adapt_implicit_chat, chat=True),
-    Format("ranked", "ranked", "completions|responses", adapt_ranked),
-    Format("ranked", "ranked", "PROMPT answers:list", adapt_ranked, loose=True),
-    Format("alpaca", "unpaired", "instruction ANSWER LABEL", adapt_unpaired),
-    Format("alpaca", "prompt_completion", "instruction", adapt_prompt_completion),
-    Format("trl", "unpaired", "completion LABEL prompt:list|completion:list", adapt_unpaired, chat=True),
-    Format("trl", "unpaired", "completion LABEL", adapt_unpaired),
-    Format("openai", "unpaired", "messages LABEL", adapt_unpaired),
-    Format(
-        "trl",
-        "prompt_completion",
-        "completion prompt:list|completion:list|messages",
-        adapt_prompt_completion,
-        chat=True,
-    ),
-    Format("trl", "prompt_completion", "completion", adapt_prompt_completion),
-    Format("openai", "messages", "messages", adapt_conversation),
-    Format("trl", "unpaired", "PROMPT ANSWER LABEL", adapt_unpaired, loose=True),
-    Format(
-        "trl",
-        "prompt_completion",
-        "PROMPT ANSWER PROMPT:list|ANSWER:list",
-        adapt_prompt_completion,
-        chat=True,
-        loose=True,
-    ),
-    Format("trl", "prompt_completion", "PROMPT ANSWER", adapt_prompt_completion, loose=True),
-    Format("sharegpt", "messages", "CONVERSATION", adapt_conversation),
-    Format("trl", "prompt", "prompt:list", adapt_prompt, chat=True),
-    Format("trl", "prompt", "prompt", adapt_prompt),
+    Format("ranked", "ranked", "completions|responses", adapters.adapt_ranked),
+    Format("ranked", "ranked", "PROMPT answers:list", adapters.adapt_ranked, loose=True),
+    Format("alpaca", "unpaired", "instruction ANSWER LABEL", _unpaired),
+    Format("alpaca", "prompt_completion", "instruction", _answered),
+    Format("trl", "unpaired", "completion LABEL prompt:list|completion:list", _unpaired, chat=True),
+    Format("trl", "unpaired", "completion LABEL", _unpaired),
+    Format("openai", "unpaired", "messages LABEL", _unpaired),
+    Format("trl", "prompt_completion", "completion prompt:list|completion:list|messages", _answered, chat=True),
+    Format("trl", "prompt_completion", "completion", _answered),
+    Format("openai", "messages", "messages", _conversation),
+    Format("trl", "unpaired", "PROMPT ANSWER LABEL", _unpaired, loose=True),
+    Format("trl", "prompt_completion", "PROMPT ANSWER PROMPT:list|ANSWER:list", _answered, chat=True, loose=True),
+    Format("trl", "prompt_completion", "PROMPT ANSWER", _answered, loose=True),
+    Format("sharegpt", "messages", "CONVERSATION", _conversation),
+    Format("trl", "prompt", "prompt:list", _asked, chat=True),
+    Format("trl", "prompt", "prompt", _asked),
     Format("text", "text", "text", adapters.adapt_text),
-    Format("trl", "prompt", "PROMPT:list", adapt_prompt, chat=True),
-    Format("trl", "prompt", "PROMPT", adapt_prompt),
+    Format("trl", "prompt", "PROMPT:list", _asked, chat=True),
+    Format("trl", "prompt", "PROMPT", _asked),
 )
 _HELP = (
     "text; messages; prompt + completion (+ label); prompt + chosen + rejected; chosen + rejected; "

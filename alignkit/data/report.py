@@ -5,6 +5,7 @@ Filled while rows stream by, with 16 bytes kept per row.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -138,11 +139,8 @@ class DataReport:
 
     def remarks(self) -> list[str]:
         """Doubts that the rows say what they are meant to."""
-        said = [
-            f"{count} {what} (first: {place})"
-            for source in self.sources
-            for what, (count, place) in source.noted.items()
-        ]
+        noted = [item for source in self.sources for item in source.noted.items()]
+        said = [f"{count} {what} (first: {place})" for what, (count, place) in noted]
         if (labelled := self.kinds["unpaired"]) and self.desirable in (0, labelled):
             kind = "desirable" if self.desirable else "undesirable"
             said.append(f"all {labelled} answers are labelled {kind}: kto learns from the difference of the two kinds")
@@ -150,31 +148,25 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for stage.json and `check --json`."""
+        rows, pairs = self.rows or math.nan, self.comparisons or math.nan
+        means = {
+            "mean_prompt_chars": self.prompt_chars / rows,
+            "mean_completion_chars": self.completion_chars / rows,
+            "mean_chosen_chars": self.chosen_chars / pairs,
+            "mean_rejected_chars": self.rejected_chars / pairs,
+        }
+        counted = ("rows", "read", "rejected", "duplicates", "duplicate_prompts", "comparisons", "longer_chosen_share",
+                   "overlap", "fingerprint")  # fmt: skip
         return {
-            "rows": self.rows,
-            "read": self.read,
-            "rejected": self.rejected,
-            "duplicates": self.duplicates,
-            "duplicate_prompts": self.duplicate_prompts,
+            **{name: getattr(self, name) for name in counted},
+            **{name: None if math.isnan(mean) else mean for name, mean in means.items()},
             "kinds": dict(self.kinds),
-            "mean_prompt_chars": _mean(self.prompt_chars, self.rows),
-            "mean_completion_chars": _mean(self.completion_chars, self.rows),
-            "comparisons": self.comparisons,
-            "longer_chosen_share": self.longer_chosen_share,
-            "mean_chosen_chars": _mean(self.chosen_chars, self.comparisons),
-            "mean_rejected_chars": _mean(self.rejected_chars, self.comparisons),
-            "overlap": self.overlap,
             "overlap_places": list(self.overlap_places),
-            "fingerprint": self.fingerprint,
             "sources": [
                 {key: dict(value) if isinstance(value, dict) else value for key, value in vars(source).items()}
                 for source in self.sources
             ],
         }
-
-
-def _mean(total: int, count: int) -> float | None:
-    return total / count if count else None
 
 
 def _count_repeats(hashes: array[int]) -> int:

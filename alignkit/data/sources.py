@@ -190,7 +190,18 @@ def _list_splits(directory: Path, source: DataSource) -> dict[str, tuple[Path, .
     """
     name, readme = label_path(directory), directory / "README.md"
     if readme.is_file() and _CONFIGS.match(readme.read_text(encoding="utf-8", errors="replace").replace("\r", "")):
-        return _list_configured(directory, source)
+        from datasets import load_dataset_builder
+        from datasets.exceptions import DatasetsError
+
+        try:
+            builder = load_dataset_builder(str(directory), source.name, data_dir=source.data_dir)
+        except (OSError, ValueError, DatasetsError) as error:
+            said = " ".join(str(error).split())
+            raise DataError(f"cannot be read as its README.md describes it: {said}", where=name) from error
+        splits = {str(split): tuple(map(Path, paths)) for split, paths in (builder.config.data_files or {}).items()}
+        if foreign := [path for paths in splits.values() for path in paths if data_suffix(path) is None]:
+            raise DataError(f"lists {foreign[0].name}, which is not a data file we read ({ACCEPTED})", where=name)
+        return splits
     if source.name is not None:
         raise DataError("data.name has no effect: the directory's README.md lists no configs", where=name)
     if source.data_dir is not None:
@@ -209,22 +220,6 @@ def _list_splits(directory: Path, source: DataSource) -> dict[str, tuple[Path, .
         remedy = "name one with data_dir:, or several with a pattern such as DIR/**/*.jsonl"
         raise DataError(f"holds data files in {several}; {remedy}", where=name)
     return _split_by_name(files, name)
-
-
-def _list_configured(directory: Path, source: DataSource) -> dict[str, tuple[Path, ...]]:
-    from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetsError
-
-    where = label_path(directory)
-    try:
-        builder = load_dataset_builder(str(directory), source.name, data_dir=source.data_dir)
-    except (OSError, ValueError, DatasetsError) as error:
-        said = " ".join(str(error).split())
-        raise DataError(f"cannot be read as its README.md describes it: {said}", where=where) from error
-    splits = {str(split): tuple(map(Path, paths)) for split, paths in (builder.config.data_files or {}).items()}
-    if foreign := [path for paths in splits.values() for path in paths if data_suffix(path) is None]:
-        raise DataError(f"lists {foreign[0].name}, which is not a data file we read ({ACCEPTED})", where=where)
-    return splits
 
 
 def _split_by_name(files: Sequence[Path], where: str) -> dict[str, tuple[Path, ...]]:

@@ -7,6 +7,7 @@ the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import count, groupby
 from typing import Any
@@ -49,7 +50,7 @@ def join_threads(entries: Iterable[Entry]) -> Iterator[Entry]:
     yield from _list_threads(tree)
 
 
-def _is_of_tree(record: dict[str, Any]) -> bool:
+def _is_of_tree(record: Record) -> bool:
     if type(record.get("prompt")) is dict:
         return "replies" in record["prompt"]
     if not all(name in record for name in _COLUMNS):
@@ -76,7 +77,8 @@ def _list_threads(tree: dict[Any, tuple[str, dict[str, Any]]]) -> Iterator[Entry
     waiting: list[list[Any]] = [[name] for name in replies.get(None, [])]
     while waiting:
         path = waiting.pop()
-        following = sorted(replies.get(path[-1], []), key=lambda name: _rank(tree[name][1].get("rank")))
+        ranks = {name: tree[name][1].get("rank") for name in replies.get(path[-1], [])}
+        following = sorted(ranks, key=lambda name: ranks[name] if isinstance(ranks[name], int | float) else math.inf)
         waiting += [[*path, name] for name in reversed(following)]
         if following:
             continue
@@ -84,17 +86,13 @@ def _list_threads(tree: dict[Any, tuple[str, dict[str, Any]]]) -> Iterator[Entry
             path.pop()
         if path and path[-1] not in learnt:
             place, _ = tree[path[-1]]
-            yield place, {"messages": [_message(tree[name][1], known=name in learnt) for name in path]}
+            messages = []
+            for name in path:
+                node = tree[name][1]
+                kept = {key: node[key] for key in node if key not in (*_COLUMNS[:3], "deleted")}
+                messages.append({**kept, "content": node.get("text"), **({"train": False} if name in learnt else {})})
+            yield place, {"messages": messages}
             learnt.update(path)
-
-
-def _rank(rank: Any) -> float:
-    return float(rank) if isinstance(rank, (int, float)) else float("inf")
-
-
-def _message(node: dict[str, Any], *, known: bool) -> dict[str, Any]:
-    kept = {key: value for key, value in node.items() if key not in ("message_id", "parent_id", "deleted", "text")}
-    return {**kept, "content": node.get("text"), **({"train": False} if known else {})}
 
 
 def join_rated(entries: Iterable[Entry]) -> Iterator[Entry]:

@@ -71,9 +71,6 @@ class Reading:
         columns = ", ".join(map(str, self.record)) or "no fields"
         raise BadRow(f"{name}: is missing; the row has {columns}{suggest_column(name, self.record)}")
 
-    def need_text(self, name: str) -> str:
-        return check_text(self.need(name), name)
-
     def first(self, *names: str) -> str | None:
         """Find the first of the names whose column holds something."""
         for name in names:
@@ -242,7 +239,13 @@ def _read_message(message: dict[str, Any], field: str, reading: Reading) -> Mess
         if role != "system":
             raise BadRow(f"{field}.tools: belong to the row or to its system message")
         read["template_kwargs"] = {"tools": check_tools(message["tools"], f"{field}.tools")}
-    _note_unread(message, field, reading)
+    for key in message.keys() - _KEYS:
+        if not is_empty(message[key]) and message[key] is not False:
+            if key in _UNUSABLE_KEYS:
+                raise BadRow(f"{field}.{key}: {_UNUSABLE_KEYS[key]}")
+            reading.unread[f"{field[: field.rindex('[')]}[].{key}"] = None
+    if message.get("name") is not None and message.get("role") != "tool":
+        reading.unread[f"{field[: field.rindex('[')]}[].name"] = None
     if not read["content"].strip() and read.get("tool_calls"):
         read["content"] = ""
     elif not read["content"].strip() and role != "tool":
@@ -329,16 +332,6 @@ def _content_to_calls(read: Message, field: str) -> None:
     calls = calls if type(calls) is list else [calls]
     if calls and all(type(call) is dict and "name" in call.get("function", call) for call in calls):
         read["tool_calls"], read["content"] = _read_calls(calls, field), ""
-
-
-def _note_unread(message: dict[str, Any], field: str, reading: Reading) -> None:
-    for key in message.keys() - _KEYS:
-        if not is_empty(message[key]) and message[key] is not False:
-            if key in _UNUSABLE_KEYS:
-                raise BadRow(f"{field}.{key}: {_UNUSABLE_KEYS[key]}")
-            reading.unread[f"{field[: field.rindex('[')]}[].{key}"] = None
-    if message.get("name") is not None and message.get("role") != "tool":
-        reading.unread[f"{field[: field.rindex('[')]}[].name"] = None
 
 
 def _join_parts(parts: list[Any], field: str) -> tuple[str, str]:
