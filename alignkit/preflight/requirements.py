@@ -63,7 +63,15 @@ def require_ready(stage: Stage, *, coming: Collection[str] = ()) -> None:
     """
     errors: list[UsageError] = []
     missing: list[str] = []
-    for require in _list_requirements(stage, coming):
+    looks: list[Callable[[], object]] = [partial(_require_made, stage, coming), partial(_require_start, stage)]
+    if stage.rewards:
+        from alignkit.rewards.kinds import check_rewards
+
+        unmade = [need.stage for need in list_needs(stage) if not need.is_made()]
+        looks.append(partial(check_rewards, stage, coming=[*coming, *unmade]))
+    looks += [partial(_require_feedback_model, stage, key, model) for key, model in list_feedback_models(stage)]
+    looks += [*_list_texts(stage), partial(refuse_foreign, Path(stage.run_dir)), partial(_require_rows, stage, coming)]
+    for require in (*looks, require_versions, partial(require_packages, stage)):
         try:
             require()
         except UsageError as error:
@@ -76,23 +84,6 @@ def require_ready(stage: Stage, *, coming: Collection[str] = ()) -> None:
         raise (kinds.pop() if len(kinds) == 1 else UsageError)(problems)
     if missing:
         raise EnvironmentProblem("\n".join(dict.fromkeys(missing)))
-
-
-def _list_requirements(stage: Stage, coming: Collection[str]) -> Iterator[Callable[[], object]]:
-    yield partial(_require_made, stage, coming)
-    yield partial(_require_start, stage)
-    unmade = [need.stage for need in list_needs(stage) if not need.is_made()]
-    if stage.rewards:
-        from alignkit.rewards.kinds import check_rewards
-
-        yield partial(check_rewards, stage, coming=[*coming, *unmade])
-    for key, model in list_feedback_models(stage):
-        yield partial(_require_feedback_model, stage, key, model)
-    yield from _list_texts(stage)
-    yield partial(refuse_foreign, Path(stage.run_dir))
-    yield partial(_require_rows, stage, coming)
-    yield require_versions
-    yield partial(require_packages, stage)
 
 
 # What a stage names.

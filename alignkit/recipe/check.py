@@ -19,7 +19,7 @@ from alignkit.console import redact
 from alignkit.errors import Problem
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, RlaifOptions, Text
-from alignkit.recipe.trl_fields import CONTROLLED, ELSEWHERE, MOVED, controlled_fields, method_fields, moved_names
+from alignkit.recipe.trl_fields import CONTROLLED, CONTROLLED_IN, ELSEWHERE, MOVED, MOVED_IN, method_fields
 from alignkit.recipe.yaml import Node, read_scalar
 
 Fragment = dict[str, Any]
@@ -351,7 +351,7 @@ def accepted_keys(method: str) -> list[str]:
 def describe_unknown_in_stage(key: str, *, stage: str, method: str) -> str:
     """Say that a stage has no such key, and where it belongs."""
     where = f"{stage}.{key}"
-    refused, moved = controlled_fields(method), moved_names(method)
+    refused, moved = CONTROLLED_IN.get(method, CONTROLLED), MOVED_IN.get(method, MOVED)
     if key in refused:
         return f"{where} cannot be set: {refused[key]}"
     if key in RecipeOptions.model_fields and key not in OPTIONS["sft"].model_fields:

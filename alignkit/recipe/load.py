@@ -15,7 +15,7 @@ from alignkit.recipe.nearest import suggest
 from alignkit.recipe.references import check_circles, check_evaluated, check_references, find_origins, resolve_paths
 from alignkit.recipe.rules import audit_recipe, audit_stage
 from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions
-from alignkit.recipe.sections import Section, Whole, make_stage
+from alignkit.recipe.sections import Section, Whole, check_group, make_stage, split_group
 from alignkit.recipe.stage import Recipe
 from alignkit.recipe.trl_fields import ELSEWHERE
 from alignkit.recipe.yaml import Node, apply_override, label_path, load_tree, take_secrets
@@ -77,8 +77,6 @@ def split(tree: Node) -> tuple[Whole, list[Problem]]:
         if method != RLAIF:
             whole.stages[name] = make_stage(name, method, node, whole.top)
             continue
-        from alignkit.recipe.rlaif import split_group
-
         group = whole.groups[name] = split_group(name, node, whole.top)
         for stage in group.stages:
             if stage.name not in tree.value:
@@ -123,8 +121,6 @@ def check_values(wholes: Sequence[Whole], runs: Sequence[Section]) -> list[Probl
     for top in tops:
         problems += check_top(top)
     for group in (group for one in wholes for group in one.groups.values()):
-        from alignkit.recipe.rlaif import check_group
-
         problems += check_group(group)
     for run in runs:
         problems += check_stage(run)

@@ -17,9 +17,8 @@ from alignkit.errors import Problem, RecipeError
 from alignkit.recipe.check import accepted_keys, describe_unknown, describe_unknown_in_stage, show, show_key
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.references import find_needs
-from alignkit.recipe.rlaif import list_steps, stage_name
 from alignkit.recipe.schema import FEEDBACK, RLAIF, STEPS, SWEEP, LoraOptions, ModelOptions
-from alignkit.recipe.sections import Section, Whole
+from alignkit.recipe.sections import Section, Whole, list_steps, stage_name
 from alignkit.recipe.stage import HARMLESS
 from alignkit.recipe.yaml import FLAG, Node, lay_value
 

@@ -299,14 +299,9 @@ ELSEWHERE = _by_name({
 })  # fmt: skip
 
 
-def controlled_fields(method: str) -> dict[str, str]:
-    """What a stage of this method cannot set: TRL's name, and what to write instead."""
-    return CONTROLLED | PPO_CONTROLLED if method == "ppo" else CONTROLLED
-
-
-def moved_names(method: str) -> dict[str, str]:
-    """Names from other tools, and what they are called in a stage of this method."""
-    return MOVED | PPO_MOVED if method == "ppo" else MOVED
+# By method, with what is said of all of them.
+CONTROLLED_IN = {"ppo": CONTROLLED | PPO_CONTROLLED}
+MOVED_IN = {"ppo": MOVED | PPO_MOVED}
 
 
 @cache
@@ -339,7 +334,7 @@ def method_fields(method: str) -> dict[str, Fragment]:
         fields = {**trl_fields("kto"), **fields, "loss_type": {**fields["loss_type"], "anyOf": [item, several]}}
         fields["loss_type"] = {key: fields["loss_type"][key] for key in ("anyOf", "default", "description")}
         fields |= {key: fragment for loss in OWN_LOSSES.values() for key, fragment in loss.keys.items()}
-    refused = controlled_fields(method).keys() | (OWN if method == "ppo" else ())
+    refused = CONTROLLED_IN.get(method, CONTROLLED).keys() | (OWN if method == "ppo" else ())
     return {name: fragment for name, fragment in fields.items() if name not in refused}
 
 

@@ -13,13 +13,13 @@ import pytest
 from alignkit.recipe.schema import OPTIONS, DataSource, LaunchOptions, LoraOptions, ModelOptions, RecipeOptions
 from alignkit.recipe.trl_fields import (
     CONTROLLED,
+    CONTROLLED_IN,
     MOVED,
+    MOVED_IN,
     OWN,
     PPO_CONTROLLED,
     PPO_MOVED,
-    controlled_fields,
     method_fields,
-    moved_names,
     read_snapshot,
     trl_fields,
 )
@@ -80,7 +80,7 @@ def test_controlled_fields_exist_and_moved_ones_do_not() -> None:
 
 def test_every_field_of_grpo_is_a_key_or_says_what_to_write_instead() -> None:
     """What GRPO has beyond the fields of all trainers is decided about, name by name."""
-    decided = {*controlled_fields("ppo"), *OWN, *method_fields("sft")}
+    decided = {*CONTROLLED_IN["ppo"], *OWN, *method_fields("sft")}
     left = set(trl_fields("ppo")) - decided
     assert left == {"cache_implementation"}
 
@@ -90,7 +90,7 @@ def test_advice_names_keys_that_exist() -> None:
     known = {name for method in OPTIONS for name in (*method_fields(method), *OPTIONS[method].model_fields)}
     sections = {"model": ModelOptions, "lora": LoraOptions, "launch": LaunchOptions, "data": DataSource}
     known |= {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
-    advices = [advice for method in OPTIONS for advice in moved_names(method).values() if advice.startswith("it is ")]
+    advices = [advice for method in OPTIONS for advice in MOVED_IN.get(method, MOVED).values() if advice.startswith("it is ")]
     named = {re.split("[:, ]", advice.removeprefix("it is "))[0] for advice in advices}
     assert named - known == set()
 

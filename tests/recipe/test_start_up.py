@@ -15,7 +15,7 @@ from pathlib import Path
 from alignkit.errors import RecipeError
 from alignkit.recipe import load_recipe, recipe_schema, resolve
 resolve(load_recipe(Path("good.yaml")), "sft").to_dict()
-assert not {"alignkit.recipe.sweep", "alignkit.recipe.rlaif"} & set(sys.modules), "neither is in the recipe"
+assert "alignkit.recipe.sweep" not in sys.modules, "the recipe has none"
 recipe_schema()
 try:
     load_recipe(Path("bad.yaml"))
