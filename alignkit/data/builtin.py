@@ -29,6 +29,7 @@ from alignkit.recipe.nearest import suggest
 PREFIX = "builtin:"
 DEFAULT_ROWS = 1000
 MAX_ROWS = 10_000_000
+NAMES = ("reviews", "instructions", "preferences", "ranked", "unpaired", "prompts", "judge-items")
 SPLITS = ("train", "test")
 _WORLD = "alignkit world 1"
 _RANKED_ANSWERS = 4
@@ -109,8 +110,8 @@ def parse_builtin(path: str, *, split: str = "train", max_rows: int | None = Non
     name, _, query = path.removeprefix(PREFIX).partition("?")
     given = dict(parse_qsl(query, keep_blank_values=True))
     problems = []
-    if name not in _MAKERS:
-        problems.append(f"there is no such data{suggest(name, _MAKERS, listed='accepted:')}")
+    if name not in NAMES:
+        problems.append(f"there is no such data{suggest(name, NAMES, listed='accepted:')}")
     if split not in SPLITS:
         problems.append(f"split is {split!r}; builtin data has {' and '.join(SPLITS)}")
     accepted = ["rows", "noise"] if name == "preferences" else ["rows"]
@@ -141,33 +142,21 @@ def iter_builtin(data: BuiltinData) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, record) in the formats that files have."""
     random = Random(f"{_WORLD} {data.name} {data.split}")
     noise = Random(f"{_WORLD} noise {data.split}")  # its own stream: noise changes the labels and nothing else
-    make = _MAKERS[data.name]
     for number in range(1, data.num_rows + 1):
-        record = make(random, data.split)
+        record = _make(data.name, random, data.split)
         if data.name == "preferences" and noise.random() < data.noise:
             record = record | {"chosen": record["rejected"], "rejected": record["chosen"]}
         yield f"{data}[row {number}]", record
 
 
-@dataclass(frozen=True)
-class _Film:
-    title: str
-    genre: str
-    director: str
-
-    @property
-    def kind(self) -> str:
-        """The genre with its article: "a comedy"."""
-        return f"an {self.genre}" if self.genre == "adventure" else f"a {self.genre}"
-
-
-def _film(random: Random, split: str) -> _Film:
-    """Draw a film; every sixth title is kept for the test split."""
+def _film(random: Random, split: str) -> tuple[str, str, str, str]:
+    """Draw a film: title, genre, director, and what kind of film it is; every sixth title is for the test split."""
     while True:
         first, second = random.randrange(len(_TITLE_FIRST)), random.randrange(len(_TITLE_SECOND))
         if ((first + second) % 6 == 0) == (split == "test"):
             title = f"The {_TITLE_FIRST[first]} {_TITLE_SECOND[second]}"
-            return _Film(title, random.choice(_GENRES), random.choice(_PEOPLE))
+            genre, director = random.choice(_GENRES), random.choice(_PEOPLE)
+            return title, genre, director, f"an {genre}" if genre == "adventure" else f"a {genre}"
 
 
 def _opinion(random: Random, worths: tuple[float, ...]) -> str:
@@ -218,44 +207,38 @@ def _assistant(content: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": content}]
 
 
-def _review_text(random: Random, split: str) -> dict[str, Any]:
-    film = _film(random, split)
-    mood = random.choice(("positive", "negative"))
-    return {"text": f"{film.title} is {film.kind} by {film.director}. {_review(random, mood)}"}
-
-
 def _instruction(random: Random, split: str) -> dict[str, Any]:
-    film = _film(random, split)
+    title, genre, director, kind = _film(random, split)
     mood = random.choice(list(_MOOD_WORTHS))
     shape = random.randrange(5)
     if shape <= 1:
-        prompt, answer = f"Write a {mood} review of the {film.genre} {film.title}.", _review(random, mood)
+        prompt, answer = f"Write a {mood} review of the {genre} {title}.", _review(random, mood)
     elif shape == 2:
         first, rest = _opinion(random, _MOOD_WORTHS[mood]), _review(random, mood)
-        prompt, answer = f"Go on with this review of {film.title}: {first}", rest
+        prompt, answer = f"Go on with this review of {title}: {first}", rest
     elif shape == 3:
-        fact = f"{film.title} is {film.kind} by {film.director}."
+        fact = f"{title} is {kind} by {director}."
         prompt, answer = random.choice(
             [
-                (f"{fact} Who made it?", f"{film.director} made {film.title}."),
-                (f"{fact} What kind of film is it?", f"{film.title} is {film.kind}."),
+                (f"{fact} Who made it?", f"{director} made {title}."),
+                (f"{fact} What kind of film is it?", f"{title} is {kind}."),
             ]
         )
     else:
         opinion = _opinion(random, _MOOD_WORTHS[random.choice(("positive", "negative"))])
-        prompt = f"A review of {film.title} says: {opinion} Did the reviewer like it?"
+        prompt = f"A review of {title} says: {opinion} Did the reviewer like it?"
         answer = "Yes, the review is positive." if true_reward(opinion) > 0 else "No, the review is negative."
     return {"prompt": _user(prompt), "completion": _assistant(answer)}
 
 
 def _question(random: Random, split: str) -> str:
-    film = _film(random, split)
+    title, genre, director, _ = _film(random, split)
     return random.choice(
         [
-            f"Write a review of the {film.genre} {film.title}.",
-            f"What did you think of {film.title}, the {film.genre} by {film.director}?",
-            f"Tell me about the {film.genre} {film.title}.",
-            f"Should I see {film.title} by {film.director}?",
+            f"Write a review of the {genre} {title}.",
+            f"What did you think of {title}, the {genre} by {director}?",
+            f"Tell me about the {genre} {title}.",
+            f"Should I see {title} by {director}?",
         ]
     )
 
@@ -267,25 +250,6 @@ def _rated(random: Random, count: int, make: Callable[[Random], str]) -> list[st
         text = make(random)
         made.setdefault(true_reward(text), text)
     return [made[reward] for reward in sorted(made, reverse=True)]
-
-
-def _preference(random: Random, split: str) -> dict[str, Any]:
-    prompt = _question(random, split)
-    chosen, rejected = _rated(random, 2, _any_review)
-    return {"prompt": _user(prompt), "chosen": _assistant(chosen), "rejected": _assistant(rejected)}
-
-
-def _ranking(random: Random, split: str) -> dict[str, Any]:
-    prompt = _question(random, split)
-    reviews = _rated(random, _RANKED_ANSWERS, _any_review)
-    scores = list(map(true_reward, reviews))
-    return {"prompt": _user(prompt), "completions": list(map(_assistant, reviews)), "scores": scores}
-
-
-def _unpaired(random: Random, split: str) -> dict[str, Any]:
-    prompt = _question(random, split)
-    review = _review(random, random.choice(("positive", "negative")))
-    return {"prompt": _user(prompt), "completion": _assistant(review), "label": true_reward(review) > 0}
 
 
 def _judge_item(random: Random, split: str) -> dict[str, Any]:
@@ -308,12 +272,23 @@ def _judge_item(random: Random, split: str) -> dict[str, Any]:
     return {"prompt": _user(asked), "completion": _assistant(f"The answer is: ({'A' if first else 'B'})")}
 
 
-_MAKERS: dict[str, Callable[[Random, str], dict[str, Any]]] = {
-    "reviews": _review_text,
-    "instructions": _instruction,
-    "preferences": _preference,
-    "ranked": _ranking,
-    "unpaired": _unpaired,
-    "prompts": lambda random, split: {"prompt": _user(_question(random, split))},
-    "judge-items": _judge_item,
-}
+def _make(name: str, random: Random, split: str) -> dict[str, Any]:
+    if name == "instructions":
+        return _instruction(random, split)
+    if name == "judge-items":
+        return _judge_item(random, split)
+    if name == "reviews":
+        title, _, director, kind = _film(random, split)
+        review = _review(random, random.choice(("positive", "negative")))
+        return {"text": f"{title} is {kind} by {director}. {review}"}
+    asked = {"prompt": _user(_question(random, split))}
+    if name == "preferences":
+        chosen, rejected = map(_assistant, _rated(random, 2, _any_review))
+        return {**asked, "chosen": chosen, "rejected": rejected}
+    if name == "ranked":
+        reviews = _rated(random, _RANKED_ANSWERS, _any_review)
+        return {**asked, "completions": list(map(_assistant, reviews)), "scores": list(map(true_reward, reviews))}
+    if name == "unpaired":
+        review = _review(random, random.choice(("positive", "negative")))
+        return {**asked, "completion": _assistant(review), "label": true_reward(review) > 0}
+    return asked

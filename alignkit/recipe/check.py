@@ -15,12 +15,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from alignkit.console import redact
 from alignkit.errors import Problem
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, RlaifOptions, Text
 from alignkit.recipe.trl_fields import CONTROLLED, CONTROLLED_IN, ELSEWHERE, MOVED, MOVED_IN, method_fields
-from alignkit.recipe.yaml import Node, read_scalar
+from alignkit.recipe.yaml import Node, read_scalar, shorten
 
 Fragment = dict[str, Any]
 _Error = tuple[tuple[str | int, ...], str]  # where pydantic found something wrong, below a node, and its type
@@ -28,6 +27,9 @@ _Error = tuple[tuple[str | int, ...], str]  # where pydantic found something wro
 _NAMES = {
     "boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text",
     "array": "a list", "object": "a mapping",
+}  # fmt: skip
+_KINDS = {
+    bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array", type(None): "null",
 }  # fmt: skip
 _TYPES: dict[str, Any] = {
     "boolean": bool, "integer": int, "number": float, "string": Text, "object": dict[str, Any], "null": None,
@@ -93,9 +95,9 @@ def check_field(node: Node, method: str, name: str, key: str) -> list[Problem]:
     """Check a value of one of TRL's fields, which messages call `key`."""
     try:
         _adapter(method, name).validate_python(node.plain())
+        return []
     except ValidationError as error:
         return list(_explain(node, method_fields(method)[name], {}, key, _list_errors(error)))
-    return []
 
 
 @cache
@@ -149,7 +151,14 @@ def _explain(node: Node, fragment: Fragment, defs: Fragment, key: str, errors: l
             members.setdefault(loc[0], []).append((loc[1:], kind))
     for part, found in below.items():
         child = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}"
-        yield from _explain(node.value[part], _find_part(options, part), defs, child, found)
+        parts = [
+            option.get("items")
+            if isinstance(part, int)
+            else option.get("properties", {}).get(part) or option.get("additionalProperties")
+            for option in options
+        ]
+        inner = next((inner for inner in parts if isinstance(inner, dict)), {})
+        yield from _explain(node.value[part], inner, defs, child, found)
     if members:
         fitting = [found for found in members.values() if not any(_misfits(node, options, *error) for error in found)]
         if fitting:
@@ -167,16 +176,6 @@ def _misfits(node: Node, options: list[Fragment], loc: tuple[str | int, ...], ki
 def _is_choice(node: Node, options: list[Fragment]) -> bool:
     """Tell whether a value is a wrong word where one of several is expected, and nothing of another kind."""
     return any(_choices(option) and _kind_fits(node.value, option) for option in options)
-
-
-def _find_part(options: list[Fragment], part: str | int) -> Fragment:
-    """Find what may stand at a position of a list or under a key of a mapping."""
-    for option in options:
-        in_mapping = option.get("properties", {}).get(part) or option.get("additionalProperties")
-        found = option.get("items") if isinstance(part, int) else in_mapping
-        if isinstance(found, dict):
-            return found
-    return {}
 
 
 def _describe(
@@ -215,7 +214,12 @@ def _describe(
         case "literal_error" if _is_choice(node, options):
             choices = [choice for option in options for choice in _choices(option)]
             choices += [True, False] if any(option.get("type") == "boolean" for option in options) else []
-            found += f"; {_describe_choices(node.value, choices)}"
+            words, several = _name_choices(choices)
+            hint = suggest(node.value, words) if isinstance(node.value, str) else ""
+            if isinstance(node.value, str) and node.value.lower() in ELSEWHERE:  # another method, no slip of the pen
+                hint = f"; {ELSEWHERE[node.value.lower()]}"
+            listed = " (`alignkit schema` lists them)" if len(words) > _MANY and not hint else ""
+            found += f"; it must be {'one of ' if len(words) > 1 else ''}{several}{hint}{listed}"
         case _:
             names = [_name_option(option) for option in options if option.get("type") != "null"]
             found += f"; it must be {' or '.join(dict.fromkeys(names))}{typical}{_hint(node, options)}"
@@ -242,29 +246,21 @@ def show(node: Node) -> str:
         text = json.dumps(node.plain(), ensure_ascii=False)
     else:
         text = json.dumps(node.value).replace("Infinity", ".inf").replace("NaN", ".nan")
-    text = redact(text)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shorten(text)
 
 
 def show_key(key: str) -> str:
-    """A key as a message shows it: shortened, without secrets or line breaks."""
-    text = redact(key)
-    text = text if text.isprintable() else json.dumps(text, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """A key as a message shows it."""
+    return shorten(key, 80)
 
 
 def _kind_fits(value: Any, option: Fragment) -> bool:
-    return _kind(value) in _kinds(option) or (_kind(value) == "integer" and "number" in _kinds(option))
-
-
-def _kind(value: Any) -> str:
-    """JSON Schema's name of a value's type."""
-    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}
-    return kinds.get(type(value), "null")
+    kinds = _kinds(option)
+    return _KINDS[type(value)] in kinds or (type(value) is int and "number" in kinds)
 
 
 def _kinds(option: Fragment) -> set[str]:
-    return {option["type"]} if "type" in option else {_kind(choice) for choice in _choices(option)}
+    return {option["type"]} if "type" in option else {_KINDS[type(choice)] for choice in _choices(option)}
 
 
 def _choices(option: Fragment) -> list[Any]:
@@ -275,15 +271,6 @@ def _name_choices(choices: list[Any]) -> tuple[list[str], str]:
     """Name the values of a choice, one by one and together."""
     words = [choice if isinstance(choice, str) else json.dumps(choice) for choice in choices]
     return words, ", ".join(words) if len(words) <= _MANY else f"{len(words)} names"
-
-
-def _describe_choices(value: Any, choices: list[Any]) -> str:
-    words, several = _name_choices(choices)
-    hint = suggest(value, words) if isinstance(value, str) else ""
-    if isinstance(value, str) and value.lower() in ELSEWHERE:  # a method of its own, not a slip of the pen
-        hint = f"; {ELSEWHERE[value.lower()]}"
-    listed = " (`alignkit schema` lists them)" if len(words) > _MANY and not hint else ""
-    return f"it must be {'one of ' if len(words) > 1 else ''}{several}{hint}{listed}"
 
 
 def _name_option(option: Fragment) -> str:

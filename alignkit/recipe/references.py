@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from alignkit.errors import Problem
 from alignkit.recipe.check import show
@@ -31,13 +31,26 @@ _LOCAL_SUFFIXES = (
 )  # fmt: skip
 
 
+Kind = Literal["start", "weights", "rows", "reward", "writer", "file"]
+# Where names stand: the keys that lead there, through lists or not, and the entry of a mapping that another value than
+# a mapping is short for.
+_NAMES: tuple[tuple[str, str, Kind], ...] = (
+    ("start_from", "", "start"), ("reference", "", "weights"), ("against", "", "weights"),
+    *((key, "path", "rows") for key in (*SOURCE_KEYS, "ptx.data", "helpful.data")),
+    *((key, "model", "reward") for key in REWARD_KEYS),
+    *((key, "model", "writer") for key in ("judge", "generator", "reward.judge", "gold.judge")),
+    *((f"{part}{key}", "", "file") for part in ("", "judge.", "generator.", "reward.", "gold.")
+      for key in ("constitution", "examples", "replay")),
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Name:
     """A text of a section that names a file, a model or another stage."""
 
     key: str  # as written below the section: data.path, reward.judge
     node: Node
-    kind: Literal["start", "weights", "rows", "reward", "writer", "file"]
+    kind: Kind
 
     @property
     def first(self) -> str:
@@ -46,47 +59,28 @@ class Name:
 
 def find_names(section: Node) -> list[Name]:
     """List what a stage, `evaluate:` or the top level names; the values may be wrong in any way."""
-    values = section.value if isinstance(section.value, dict) else {}
-    found: list[tuple[str, Node | None, Any]] = [("start_from", values.get("start_from"), "start")]
-    found += [(key, values.get(key), "weights") for key in ("reference", "against")]
-    for key in SOURCE_KEYS:
-        found += _find_sources(key, values.get(key))
-    for key in ("ptx", "helpful"):
-        found += _find_sources(f"{key}.data", _entry(values.get(key), "data"))
-    for key in REWARD_KEYS:
-        for part in _items(values.get(key)):
-            found.append((key, _entry(part, "model", short=True), "reward"))
-            if judge := _entry(part, "judge"):
-                found += [(f"{key}.judge", _entry(judge, "model", short=True), "writer"), *_find_files(f"{key}.", part)]
-    for key in ("judge", "generator"):
-        found.append((key, _entry(values.get(key), "model", short=True), "writer"))
-        found += _find_files(f"{key}.", values.get(key))
-    found += _find_files("", section)
-    return [Name(key, node, kind) for key, node, kind in found if node is not None and isinstance(node.value, str)]
+    found = []
+    for key, entry, kind in _NAMES:
+        for node in _find(section, key.split(".")):
+            is_mapping = isinstance(node.value, dict)
+            named = node.value.get(entry) if entry and is_mapping else node
+            # none and builtin are words of `examples:`, beside files
+            if named is not None and isinstance(named.value, str) and (kind, named.value) not in _WORDS:
+                found.append(Name(f"{key}.path" if entry == "path" and is_mapping else key, named, kind))
+    return found
 
 
-def _items(node: Node | None) -> list[Node]:
-    """List the parts of a value that may be one or several."""
-    return [] if node is None else node.value if isinstance(node.value, list) else [node]
+_WORDS = (("file", "none"), ("file", "builtin"))
 
 
-def _entry(node: Node | None, key: str, *, short: bool = False) -> Node | None:
-    """Find an entry of a mapping; with `short`, another value stands for that entry itself."""
-    if node is None or not isinstance(node.value, dict):
-        return node if short else None
-    return node.value.get(key)
-
-
-def _find_sources(key: str, node: Node | None) -> Iterator[tuple[str, Node | None, str]]:
-    for item in _items(node):
-        yield f"{key}.path" if isinstance(item.value, dict) else key, _entry(item, "path", short=True), "rows"
-
-
-def _find_files(prefix: str, part: Node | None) -> Iterator[tuple[str, Node | None, str]]:
-    for key in ("constitution", "examples", "replay"):
-        for item in _items(_entry(part, key)):
-            if item.value not in ("none", "builtin"):  # words of `examples:`, beside files
-                yield f"{prefix}{key}", item, "file"
+def _find(node: Node, keys: Sequence[str]) -> Iterator[Node]:
+    if isinstance(node.value, list):
+        for item in node.value:
+            yield from _find(item, keys)
+    elif not keys:
+        yield node
+    elif isinstance(node.value, dict) and keys[0] in node.value:
+        yield from _find(node.value[keys[0]], keys[1:])
 
 
 def find_needs(section: Section, stages: Collection[str]) -> dict[str, Name]:
@@ -108,10 +102,10 @@ def resolve_paths(tops: Sequence[Section], stages: Sequence[Section], stage_name
     found: dict[int, tuple[str, Name]] = {}
     for top in tops:
         for key in ("path", "tokenizer", "chat_template"):
-            node = _entry(top.node.value.get("model"), key)
-            # A template that is no file is one of ours, by name.
-            if node and isinstance(node.value, str) and (key != "chat_template" or node.value.endswith(".jinja")):
-                found.setdefault(id(node), (f"model.{key}", Name("model", node, "rows")))
+            for node in _find(top.node, ("model", key)):
+                # A template that is no file is one of ours, by name.
+                if isinstance(node.value, str) and (key != "chat_template" or node.value.endswith(".jinja")):
+                    found.setdefault(id(node), (f"model.{key}", Name("model", node, "rows")))
         for name in find_names(top.node):
             if name.first in SOURCE_KEYS:
                 found.setdefault(id(name.node), (name.key, name))

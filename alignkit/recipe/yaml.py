@@ -6,6 +6,7 @@ repeated keys, secrets. It knows no key by name beyond `extends`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -206,7 +207,7 @@ def _build(event: Any, events: Iterator[Event], origin: Origin, report: Callable
             raise MarkedYAMLError
         key = _build(item, events, origin, report, depth + 1)
         if key.text in entries:
-            report(f"{_shorten(key.text)} is here twice, first in line {entries[key.text].line}; keep one", at)
+            report(f"{shorten(key.text)} is here twice, first in line {entries[key.text].line}; keep one", at)
         if key.text == "<<" and not key.quoted:
             report("a merge key (<<); share values through `extends:` instead", at)
         if not key.text.strip():
@@ -248,8 +249,10 @@ def _explain(error: MarkedYAMLError) -> tuple[str, Any]:
     return f"this is not YAML: {problem or context}" + (f" ({context})" if context and problem else ""), here
 
 
-def _shorten(text: str, longest: int = 60) -> str:
+def shorten(text: str, longest: int = 60) -> str:
+    """Cut a text for a message, without secrets or line breaks."""
     text = redact(text)
+    text = text if text.isprintable() else json.dumps(text, ensure_ascii=False)
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
@@ -261,14 +264,14 @@ def apply_override(tree: Node, override: str) -> Node:
     key, separator, text = override.partition("=")
     keys = key.strip().split(".")
     if not separator or not all(keys):
-        raise RecipeError(f"{_shorten(override, 80)} is not KEY.PATH=VALUE, such as dpo.beta=0.2", where=FLAG)
+        raise RecipeError(f"{shorten(override, 80)} is not KEY.PATH=VALUE, such as dpo.beta=0.2", where=FLAG)
     if leads_to_secret(keys):
         raise RecipeError(f"{key} is the name of a secret; set it in the environment instead (HF_TOKEN)", where=FLAG)
     origin = Origin(FLAG, Path.cwd())
     try:
         value = parse_yaml(text, origin) or Node(None, origin)
     except RecipeError as error:
-        raise RecipeError(f"{_shorten(override, 80)}: {error.problems[0].what}", where=FLAG) from None
+        raise RecipeError(f"{shorten(override, 80)}: {error.problems[0].what}", where=FLAG) from None
     return lay_value(tree, keys, value, key=key, where=FLAG)
 
 

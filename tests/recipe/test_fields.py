@@ -90,7 +90,7 @@ def test_advice_names_keys_that_exist() -> None:
     known = {name for method in OPTIONS for name in (*method_fields(method), *OPTIONS[method].model_fields)}
     sections = {"model": ModelOptions, "lora": LoraOptions, "launch": LaunchOptions, "data": DataSource}
     known |= {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
-    advices = [advice for method in OPTIONS for advice in MOVED_IN.get(method, MOVED).values() if advice.startswith("it is ")]
+    advices = [advice for advice in (MOVED | MOVED_IN["ppo"]).values() if advice.startswith("it is ")]
     named = {re.split("[:, ]", advice.removeprefix("it is "))[0] for advice in advices}
     assert named - known == set()
 
