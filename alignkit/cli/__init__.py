@@ -1,7 +1,6 @@
 """Every command of alignkit, and how a command ends: what is said of a failure, by which process, and its exit code.
 
-It loads typer, `errors` and the standard library only: the rest is imported by the command that needs it, so that
-`--help` and a mistyped option answer at once.
+Only typer, `errors` and the standard library are loaded before a command runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -57,10 +56,7 @@ for function in (rlaif, run, check, preview, schema, doctor, merge, evaluate, ch
 
 
 def quiet_libraries() -> None:
-    """Switch off pings, bars and chatter of the libraries before they load; what the user has set stays.
-
-    ALIGNKIT_DEBUG=1 leaves their warnings on.
-    """
+    """Switch off pings, bars and chatter of the libraries before they load; what the user has set stays."""
     for name, value in (
         ("HF_HUB_DISABLE_TELEMETRY", "1"),  # TRL pings once per trainer; alignkit sends nothing anywhere by itself
         ("TOKENIZERS_PARALLELISM", "true"),

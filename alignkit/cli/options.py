@@ -1,7 +1,4 @@
-"""The options that several commands take, each declared once.
-
-`trains` gives a command all that those have in common which train.
-"""
+"""The options that several commands take, each declared once."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""How a record becomes a Row: what was asked, what was answered, and which answer is better.
-
-One function a way to write answers, which raises BadRow with the first thing that is wrong. What was asked is read
-alike for all of them (`read_prompt`).
-"""
+"""How a record becomes a Row: one function a way to write answers, which raises BadRow with the first thing wrong."""
 
 from __future__ import annotations
 
@@ -113,10 +109,7 @@ def _surround(messages: list[Message], reading: Reading) -> list[Message]:
 
 
 def read_prompt(reading: Reading, *, transcript: bool = False) -> Text:
-    """Read the question: a text, or messages where the row writes them or says more than a text can.
-
-    With `transcript` a text in the form of HH becomes its turns.
-    """
+    """Read the question: a text, or messages where the row has them; with `transcript` an HH text becomes its turns."""
     record = reading.record
     history = ("history",) if type(record.get("history")) is str else ()  # SHP's name for the question
     name = reading.first(*PROMPTS, *CONTEXTS, *CONVERSATIONS, *history)
@@ -311,11 +304,7 @@ def adapt_choice(first: str, second: str, choice: str, how: str) -> Callable[[Re
 
 
 def _read_better(value: Any, field: str, how: str) -> bool:
-    """Whether the second answer is better.
-
-    It is said by the "number" of the better one, by 1 where the "first" is better, by a "strength" below or above 0, or
-    by "name": model_a or model_b, a or b.
-    """
+    """Whether the second answer is better: by "number", 1 if the "first" is, "strength" around 0, or "name"."""
     if how == "name":
         name = check_text(value, field).strip().lower().removeprefix("model_").removeprefix("response_")
         if name in ("a", "b", "1", "2"):
@@ -357,8 +346,7 @@ def adapt_rated_items(reading: Reading) -> Row:
 
 
 def adapt_ranked(reading: Reading) -> Row:
-    """Read completions with scores (higher is better) or ranking (1 is best, equal ranks are ties), or responses
-    from best to worst."""
+    """Read answers with scores (higher is better) or ranking (1 is best), or responses from best to worst."""
     field = next((name for name in RANKED if name in reading.record), "completions")
     values = check_list(reading.need(field), field)
     if type(values[0]) is dict and "role" not in values[0]:

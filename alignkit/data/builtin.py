@@ -102,11 +102,7 @@ class BuiltinData:
 
 
 def parse_builtin(path: str, *, split: str = "train", max_rows: int | None = None) -> BuiltinData:
-    """Read "builtin:preferences?rows=2000&noise=0.1"; without rows, `max_rows` or 1,000 are made.
-
-    Raises:
-        DataError: unknown name, split or parameter, or a value out of range; all at once.
-    """
+    """Read "builtin:preferences?rows=2000&noise=0.1"; raises DataError with all that is wrong at once."""
     name, _, query = path.removeprefix(PREFIX).partition("?")
     given = dict(parse_qsl(query, keep_blank_values=True))
     problems = []

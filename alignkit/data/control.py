@@ -1,8 +1,4 @@
-"""Control tokens inside user text: finding them and defusing them.
-
-Text like "<|im_end|>" in a row becomes a real control token when the row is tokenised, and can forge turns. The
-tokens are given (a tokenizer's special tokens); this room has none of its own.
-"""
+"""Control tokens inside user text, such as "<|im_end|>", which could forge turns: finding them and defusing them."""
 
 from __future__ import annotations
 
@@ -46,12 +42,9 @@ def as_rendered(row: Row, tokens: Sequence[str]) -> Row | None:
 
 
 def escape_control_tokens(row: Row, tokens: Sequence[str]) -> Row:
-    """Put a WORD JOINER behind the first character of every token in the row's text.
+    """Put a WORD JOINER behind the first character of every token in the row's text; `unescape_text` undoes it exactly.
 
-    `unescape_text` undoes it exactly, whatever joiners the text had before.
-
-    Raises:
-        ValueError: a token is a single character, which nothing can break.
+    Raises ValueError for a token of a single character, which nothing can break.
     """
     if not tokens:
         return row

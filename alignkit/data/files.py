@@ -1,9 +1,4 @@
-"""Local files to records: .jsonl, .ndjson, .json, .csv, .tsv, .txt (each plain, .gz or .zst), .parquet and .arrow.
-
-A record is a dict as it stands in the file; a line that cannot become one is yielded as a BadRow so that reading goes
-on. A file that cannot be read at all raises a DataError. Nothing but a JSON object around a list is held in memory as
-a whole.
-"""
+"""Local files to records: .jsonl, .ndjson, .json, .csv, .tsv, .txt (each plain, .gz or .zst), .parquet and .arrow."""
 
 from __future__ import annotations
 
@@ -61,14 +56,10 @@ def type_name(value: object) -> str:
 
 
 def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES) -> Iterator[Entry]:
-    """Yield (place, record or BadRow) for every row of the file; blank lines are no rows.
+    """Yield (place, record or BadRow) for every row of the file; raises DataError for one broken beyond single rows.
 
-    A .txt file gives one {"text": ...} per line that is not blank, or with `blocks` one per block of lines between
-    blank lines. Places carry real line numbers for jsonl, csv and txt, row numbers (from 1) for json and tables. A row
-    of more than `limit` bytes is a BadRow.
-
-    Raises:
-        DataError: the file is missing, empty, not readable, or broken beyond one row.
+    A .txt file gives one {"text": ...} per line, or with `blocks` one per block of lines between blank ones. Places are
+    lines of jsonl, csv and txt, rows (from 1) of json and tables. A row of more than `limit` bytes is a BadRow.
     """
     name, suffix = label_path(path), data_suffix(path)
     entries = (
@@ -270,10 +261,7 @@ def _read_held_list(stream: IO[bytes], name: str) -> list[Any]:
 
 
 def _read_array(stream: IO[bytes], name: str, limit: int) -> Iterator[Any]:
-    """Yield the items of a JSON array one by one, so that the file may be larger than memory.
-
-    DataError, with line and column, for text that is not one array, not UTF-8, or has an item beyond the limit.
-    """
+    """Yield the items of a JSON array one by one, for files larger than memory; faults name line and column."""
     decode, decoder = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")()
     text, at, ended = "", 0, False  # what is held of the file, and the place in it
     line, column = 1, 1  # of the first character held

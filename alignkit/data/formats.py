@@ -1,9 +1,4 @@
-"""Which format a record is in: one table of the ways people write rows.
-
-A record is in the first format of the table whose columns it has, decided for every record anew (a dict lookup per
-row). What becomes of it is the business of `adapters`; here it is made sure that no column that says something is
-left unread.
-"""
+"""Which format a record is in: the first one of a table whose columns it has; no telling column stays unread."""
 
 from __future__ import annotations
 
@@ -231,10 +226,7 @@ def _iter_texts(value: Any) -> Iterator[str]:
 
 
 def rename_columns(record: Record, columns: Mapping[str, str | None]) -> Record:
-    """Put the record under our names; conversations that stand as JSON text in a cell, as CSV has them, become lists.
-
-    `columns` maps our name to the file's, or to None to leave ours out.
-    """
+    """Put the record under our names (None leaves one out), and read conversations that stand as JSON in a cell."""
     renamed = {name: value for name, value in record.items() if name not in columns.values()} if columns else record
     for ours, theirs in columns.items():
         if theirs is None:

@@ -41,15 +41,10 @@ def read_rows(
     """Yield the stage's rows, source after source, in the order of their files; as `method` takes them, where given.
 
     With `template`, whether the model has a chat template, prompts and answers become turns or joined text, as `chat`
-    says; without, they stay apart as they are.
+    says. Every source gives its first `max_rows` good rows, without repeats under `dedupe`, as often as `weight` says.
+    `report` is filled on the way; with `known_prompts` it counts the rows that share a prompt with those.
 
-    Every source gives its first `max_rows` good rows, without exact repeats under `dedupe`, each as often as `weight`
-    says (copies follow each other; a fraction is a choice by the row's hash and the seed). `report` is filled on the
-    way; with `known_prompts` (of the training report) it also counts the rows that share a prompt with those.
-
-    Raises:
-        DataError: at once for sources that cannot be found or read; after the last row for rows that do not fit,
-            with `on_bad_row: error`, and when no row is left.
+    Raises DataError at once for sources that cannot be read, after the last row for rows that do not fit.
     """
     problems = Problems(at_once=not report.remembers)
     seen = set[bytes]() if stage.options.dedupe else None
@@ -86,10 +81,7 @@ def read_rows(
 
 
 def first_rows(stage: Stage, report: DataReport) -> list[DataSource]:
-    """The sources of the training rows; of a stage that streams no more of each than what is looked at beforehand.
-
-    `report` then takes the sizes of the files into its fingerprint.
-    """
+    """The sources of the training rows; of a stage that streams what is looked at first, with sizes for `report`."""
     sources = stage.options.data
     if not streams(stage):
         return sources
@@ -105,10 +97,7 @@ def streams(stage: Stage) -> bool:
 
 
 def split_eval(rows: Iterable[Row], share: float, seed: int) -> Iterator[tuple[bool, Row]]:
-    """Yield (is for evaluation, row); rows with one prompt all fall on one side, the same side for a seed for ever.
-
-    `share` is what is expected of the prompts; over few prompts the number held out scatters.
-    """
+    """Yield (is for evaluation, row); rows with one prompt all fall on one side, the same side for a seed for ever."""
     key = f"eval split {seed}".encode()
     for row in rows:
         drawn = int.from_bytes(blake2b(prompt_key(row), digest_size=8, key=key).digest(), "little")
@@ -326,10 +315,7 @@ class _Source:
 
 
 def _choose_form(stage: Stage, source: DataSource, template: bool) -> str:
-    """Decide what prompts and answers of a source become: "chat", "text", or "raw" where a language model pre-trains.
-
-    Raises DataError for `chat: true` without a template.
-    """
+    """Decide what prompts and answers of a source become: "chat", "text", or "raw" in pre-training."""
     key = "chat" if source.chat == "auto" else "data.chat"
     wanted = stage.options.chat if source.chat == "auto" else source.chat
     if wanted is True and not template:

@@ -18,10 +18,7 @@ _PLACE = re.compile(r"(?s)(?P<file>.*?)(?::(?P<line>\d+)|\[row (?P<row>\d+)\])?\
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; `reason` reads "field: what is wrong".
-
-    `equal_answers` marks the one reason that is counted by itself: chosen and rejected are the same.
-    """
+    """A row that cannot be used; `reason` reads "field: what is wrong", and equal answers are counted by themselves."""
 
     def __init__(self, reason: str, *, equal_answers: bool = False) -> None:
         super().__init__(reason)
@@ -50,11 +47,7 @@ class Rejects:
         self._lines.write(json.dumps(located | {"reason": reason}).encode() + b"\n")
 
     def write(self, path: Path) -> None:
-        """Write all rows to `path`, whole or not at all; writes nothing when there are none.
-
-        Raises:
-            DiskError: the file cannot be written.
-        """
+        """Write all rows to `path`, if there are any, whole or not at all; raises DiskError."""
         if not self.count:
             return
         partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,7 +1,4 @@
-"""What came of reading the data: counts per source, duplicates, length bias, overlap, fingerprint.
-
-Filled while rows stream by, with 16 bytes kept per row.
-"""
+"""What came of reading the data: counts per source, duplicates, length bias, overlap, fingerprint."""
 
 from __future__ import annotations
 

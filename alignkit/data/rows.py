@@ -139,10 +139,7 @@ def as_text(row: Row, separator: str) -> Row:
 
 
 def take_prompt(row: Row) -> Row:
-    """Take the prompt alone of any row: of a conversation the turns before its last answer, of a text all of it.
-
-    Raises BadRow when a row has none.
-    """
+    """Take the prompt alone of any row: the turns before its last answer, or a whole text; BadRow without one."""
     prompt = row.prompt
     if row.kind in ("text", "messages"):
         prompt = row.completions[0]
@@ -164,11 +161,7 @@ def count_chars(text: Text) -> int:
 
 
 def digest_row(row: Row) -> bytes:
-    """Give 16 bytes that two rows share only when everything but their place is equal.
-
-    Raises:
-        BadRow: a text holds half of a surrogate pair, which no tokenizer can read.
-    """
+    """Give 16 bytes that two rows share only when all but their place is equal; BadRow for half of a surrogate pair."""
     parts = [row.kind, _netstring(row.prompt), *map(_netstring, row.completions)]
     if row.scores is not None or row.label is not None or row.margin is not None:
         parts.append(repr((row.scores, row.label, row.margin)))

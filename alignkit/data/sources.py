@@ -52,11 +52,7 @@ class Located:
 
 
 def locate(sources: Sequence[DataSource]) -> list[Located]:
-    """Find every source without reading it; the network is not touched.
-
-    Raises:
-        DataError: sources that do not exist, hold no data files, or carry keys without effect; all at once.
-    """
+    """Find every source without reading it or touching the network; raises DataError with all that is wrong at once."""
     located, problems = list[Located](), list[Problem]()
     for source in sources:
         try:
@@ -69,13 +65,7 @@ def locate(sources: Sequence[DataSource]) -> list[Located]:
 
 
 def read_entries(located: Located, *, documents: bool = False) -> Iterator[Entry]:
-    """Yield (place, record or BadRow) for every row of the source, in a fixed order; can be called again.
-
-    With `documents` a row may be as long as a book.
-
-    Raises:
-        DataError: a file or data set that cannot be read.
-    """
+    """Yield (place, record or BadRow) for every row of a source, in a fixed order; `documents` may be long as books."""
     source = located.source
     if located.builtin is not None:
         yield from iter_builtin(located.builtin)
@@ -223,10 +213,7 @@ def _list_splits(directory: Path, source: DataSource) -> dict[str, tuple[Path, .
 
 
 def _split_by_name(files: Sequence[Path], where: str) -> dict[str, tuple[Path, ...]]:
-    """Sort files into splits by their names, as the hub does: train-00000-of-00002, alpaca_test, train_sft.
-
-    Raises DataError where some files name a split and others none.
-    """
+    """Sort files into splits by their names, as the hub does: train-00000-of-00002, alpaca_test, train_sft."""
     splits: dict[str, list[Path]] = {}
     for path in files:
         stem = path.name[: path.name.lower().rindex(data_suffix(path) or "")]
@@ -244,11 +231,7 @@ def _split_by_name(files: Sequence[Path], where: str) -> dict[str, tuple[Path, .
 
 
 def _read_dataset(source: DataSource, *, saved: bool) -> Iterator[Entry]:
-    """Read a data set of the hub, or one written by `save_to_disk`.
-
-    A hub data set is downloaded to the datasets cache and memory-mapped, or streamed when only its first rows are
-    wanted.
-    """
+    """Read a data set of the hub, streamed where only its first rows are wanted, or one written by `save_to_disk`."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 

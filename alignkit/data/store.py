@@ -29,9 +29,7 @@ _kept: dict[str, KeptRows] = {}
 def keep_parsed(located: Located, settings: object, parse: Callable[[], Iterator[Parsed]]) -> KeptRows:
     """Give the rows of a source that were parsed before in this process, or keep them as they are parsed now.
 
-    A command looks at rows several times: ahead of the libraries, for the commonest format, for either side of a
-    split, to compare them with a run's. Sources count as the same by the `settings` they are parsed with and by name,
-    size and times of their files.
+    Sources are the same by the `settings` they are parsed with and by name, size and times of their files.
     """
     saved = Path(located.source.path).rglob("*") if located.origin == "saved" else ()
     stats = [(str(path), path.stat()) for path in (*located.files, *saved)]
@@ -126,14 +124,9 @@ _parsed_values, _row_values = attrgetter(*Parsed.__slots__), attrgetter(*Row.__s
 
 
 def write_table(path: Path, batches: Iterable[dict[str, list[Any]]]) -> datasets.Dataset:
-    """Write batches of columns to `path` and open the file as a memory-mapped data set.
+    """Write batches of columns to `path`, whole or not at all, and open the file as a memory-mapped data set.
 
-    Lists of whole numbers (token ids, labels) take 32 bits each. The first batch decides the columns and types.
-    The file appears whole or not at all; a batch is as much as is held in memory.
-
-    Raises:
-        ValueError: there is no row, or a batch has other columns than the first one.
-        DiskError: the file cannot be written.
+    Token ids take 32 bits; the first batch decides the columns. Raises DiskError, ValueError for other columns.
     """
     import pyarrow as pa
     from datasets import Dataset

@@ -1,8 +1,6 @@
 """Rows that belong together: trees of messages (OpenAssistant's), rated answers to one prompt (HelpSteer2's).
 
-A tree comes as one message a row or one tree a row. Every path from its root to an answer nothing follows is a
-conversation. Paths share their first turns; an answer is learnt in the first conversation that has it, and only read in
-the others.
+Every path from the root of a tree to its end is a conversation; an answer is learnt in the first one that has it.
 """
 
 from __future__ import annotations
@@ -21,10 +19,7 @@ _MAX_DEPTH = 200
 
 
 def join_threads(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Yield {"messages": ...} for the conversations of trees; other entries pass as they are.
-
-    The rows of a tree follow each other, a parent before its replies.
-    """
+    """Yield {"messages": ...} for the conversations of trees, whose rows follow each other; other entries pass."""
     tree: dict[Any, tuple[str, dict[str, Any]]] = {}
     for place, record in entries:
         if isinstance(record, BadRow) or not _is_of_tree(record):
@@ -96,10 +91,7 @@ def _list_threads(tree: dict[Any, tuple[str, dict[str, Any]]]) -> Iterator[Entry
 
 
 def join_rated(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Yield rows of one prompt, each with an answer and its score, as one row of ranked answers; others pass.
-
-    They follow each other, as HelpSteer2's do.
-    """
+    """Yield rows of one prompt that follow each other, each an answer and its score, as one ranked row; others pass."""
     for rated, group in groupby(entries, lambda entry: _find_rated(entry[1])):
         if rated is None:
             yield from group

@@ -1,7 +1,4 @@
-"""Checks of single values in a record: text, numbers, messages, conversations; each raises BadRow with a reason.
-
-What other tools call roles and keys of a message stands in tables here.
-"""
+"""Checks of single values in a record: text, numbers, messages, conversations; each raises BadRow with a reason."""
 
 from __future__ import annotations
 

@@ -60,9 +60,7 @@ class Session:
         """Open a model with what the askers in `by` have spent on it already."""
         size: int = self.stage.options.batch_size  # type: ignore[attr-defined]
         device, trust_code = self.stage.launch.device, self.stage.trust_code
-        return open_model(
-            source, self.store, by, stop=self.stop, device=device, batch_size=size, trust_code=trust_code
-        )
+        return open_model(source, self.store, by, stop=self.stop, device=device, batch_size=size, trust_code=trust_code)
 
     def write_rows(self, rows: Iterable[Mapping[str, Any]], name: str = ROWS) -> int:
         """Replace a file of rows in one step; return how many it holds."""

@@ -1,8 +1,6 @@
 """`alignkit check`: everything about a recipe that can be known without training, all problems at once.
 
-It looks at two depths. First it goes through `requirements` for every stage, as a stage does that is about to start;
-only where nothing of that is wrong it reads every row with the encoder that training uses and looks at models through
-their small files. It loads no weights and leaves nothing behind.
+Only where `requirements` finds nothing, rows are read with training's encoder, and models through their small files.
 """
 
 from __future__ import annotations
@@ -106,10 +104,7 @@ class CheckReport:
 
 
 def check_recipe(recipe: Recipe, *, trust_code: bool = False) -> CheckReport:
-    """Check every stage of a recipe; never raises for what it finds.
-
-    Reads all rows into a temporary directory that is removed again.
-    """
+    """Check every stage of a recipe; never raises for what it finds."""
     report = CheckReport(recipe.path, [], [])
     try:
         require_versions()
@@ -189,10 +184,7 @@ def describe_feedback(stage: Stage) -> dict[str, str]:
 
 
 def describe_evaluation(recipe: Recipe) -> dict[str, str]:
-    """Say who judges the win rates of `evaluate:`, and by how many principles; nothing without those.
-
-    Raises RecipeError for a constitution that is none and for a key that nobody has set.
-    """
+    """Say who judges the win rates of `evaluate:`, and by how many principles; RecipeError for bad ones or no key."""
     judge, constitution = recipe.evaluate.judge, recipe.evaluate.constitution
     if judge is None or constitution is None:
         return {}

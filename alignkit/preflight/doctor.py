@@ -1,8 +1,4 @@
-"""`alignkit doctor`: versions, devices, memory, and which kinds of training really work here.
-
-Versions come from package metadata alone, so that a broken library cannot take the answer down with it. An ability is
-tried, not looked up, wherever a try costs less than a second.
-"""
+"""`alignkit doctor`: versions, devices, memory, and which kinds of training really work here."""
 
 from __future__ import annotations
 
@@ -100,10 +96,7 @@ class DoctorReport:
 
 
 def examine(directory: Path = Path("runs")) -> DoctorReport:
-    """Look at everything; loads torch and bitsandbytes, which takes a few seconds.
-
-    Raises EnvironmentProblem when alignkit is not installed as a package.
-    """
+    """Look at everything; loads torch and bitsandbytes, which takes a few seconds."""
     libraries, problem = read_libraries(), None
     devices: dict[str, str] = {}
     abilities: list[Ability] = []
@@ -116,10 +109,7 @@ def examine(directory: Path = Path("runs")) -> DoctorReport:
 
 
 def read_libraries() -> list[Library]:
-    """Look at every library that alignkit declares, core ones first, and at those with a safety floor.
-
-    Raises EnvironmentProblem when alignkit itself is not installed as a package: its bounds are not known then.
-    """
+    """Look at every library that alignkit declares and at those with a safety floor."""
     from packaging.requirements import Requirement
 
     try:

@@ -38,11 +38,7 @@ class Preview:
 
 
 def preview_stage(stage: Stage, *, num_rows: int) -> Preview:
-    """Read and tokenise the rows of a stage as training does, collate the first ones and look for faults.
-
-    Loads no weights and leaves nothing behind. Raises RecipeError for a stage without rows of tokens, DataError,
-    ModelError as training would.
-    """
+    """Tokenise the rows of a stage as training does, collate the first ones and look for faults; loads no weights."""
     if stage.method in FEEDBACK:
         raise RecipeError(
             f"{stage.name} is a {stage.method} stage: it trains on no rows; preview the stage that trains on what it "

@@ -1,8 +1,4 @@
-"""What a stage needs before it may start: earlier stages, models, rewards, judges, rows, packages.
-
-`require_ready` is the one list that every command goes through before it starts a stage, and `alignkit check` before it
-looks deeper. It reads small files and small sources of rows, in about a second and without torch.
-"""
+"""What a stage needs before it may start: earlier stages, models, rewards, judges, rows, packages."""
 
 from __future__ import annotations
 
@@ -57,7 +53,7 @@ class Need:
 
 
 def require_ready(stage: Stage, *, coming: Collection[str] = ()) -> None:
-    """Raise all that would stop a stage and can be found out within a second; `coming` are stages that run before it.
+    """Raise all that would stop a stage and can be found out in about a second; `coming` are stages that run before it.
 
     Raises UsageError, or EnvironmentProblem where only this machine lacks something.
     """
@@ -154,10 +150,7 @@ def _require_made(stage: Stage, coming: Collection[str]) -> None:
 
 
 def _inspect(stage: Stage, key: str, source: str, *, weights: bool = True) -> ModelFiles | None:
-    """Look at the files of a model that a key names, unless it is built in, on the hub, or made by a stage to come.
-
-    Raises ModelError with the key and its place.
-    """
+    """Look at the files of a model unless it is built in, on the hub, or to come; ModelError names key and place."""
     if any(need.path == source and not need.is_made() for need in list_needs(stage)):
         return None
     try:
@@ -243,10 +236,7 @@ def _require_file(stage: Stage, key: str, path: str) -> None:
 
 
 def locate_rows(stage: Stage, *, coming: Collection[str] = ()) -> tuple[dict[str, list[DataSource]], list[Located]]:
-    """Find the sources of a stage, by key and all of them, without reading any.
-
-    Raises DataError for files and splits that are not there, with their place in the recipe.
-    """
+    """Find the sources of a stage, by key and all of them, without reading any; DataError names their place."""
     located: list[Located] = []
     problems: list[Problem] = []
     groups: dict[str, list[DataSource]] = {}

@@ -1,8 +1,4 @@
-"""Values held against pydantic's models and TRL's fields, with messages that name place, value and what is accepted.
-
-pydantic says what is wrong and where; its words are about Python types, so the message is made from the JSON Schema of
-the key and the node of the file: what stands there, what may stand there, what was probably meant.
-"""
+"""Values held against pydantic's models and TRL's fields; pydantic's findings become messages about the file."""
 
 from __future__ import annotations
 
@@ -54,10 +50,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 def check_keys(
     model: type[_Model], node: Node, method: str, label: str, say: Callable[[str], str]
 ) -> tuple[_Model | None, dict[str, list[Problem]]]:
-    """Check the keys of a stage or an rlaif section: alignkit's own, TRL's, and those that are neither.
-
-    The problems are by key; without any, there is what pydantic made of alignkit's own keys.
-    """
+    """Check the keys of a section: the problems by key, and without any what pydantic made of alignkit's own keys."""
     own = {key: child for key, child in node.value.items() if key in model.model_fields}
     made, found = validate(model, own, say)
     fields = method_fields(method)
@@ -73,10 +66,7 @@ def check_keys(
 def validate(
     model: type[_Model], values: Mapping[str, Node], say: Callable[[str], str]
 ) -> tuple[_Model | None, dict[str, list[Problem]]]:
-    """Make a model of values, with the problems of the values by key; `say` is what messages call a key.
-
-    Keys that are missing are for the caller to judge.
-    """
+    """Make a model of values, or find their problems by key; messages say `say(key)`, missing keys are no problem."""
     try:
         return model.model_validate({key: node.plain() for key, node in values.items()}), {}
     except ValidationError as error:

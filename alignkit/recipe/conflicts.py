@@ -13,10 +13,7 @@ from alignkit.recipe.trl_fields import KTO_LOSSES, OWN_LOSSES
 
 
 class Conflict(NamedTuple):
-    """`when` finds what is against keys that are given, and `what` says it.
-
-    {} stands for what was found, {value} for what the key is, {size} for how long that is.
-    """
+    """`when` finds what is against given keys; `what` says it: {} is that, {value} the key's, {size} its length."""
 
     methods: str  # "train" stands for all that train
     keys: str

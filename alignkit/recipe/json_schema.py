@@ -1,7 +1,4 @@
-"""The JSON Schema of a whole recipe, for editors: hover text, completion, and red lines under mistakes.
-
-It says what one file may hold; the rules between options (`rules`) cannot be said in JSON Schema.
-"""
+"""The JSON Schema of a whole recipe, for editors: hover text, completion, and red lines under mistakes."""
 
 from __future__ import annotations
 

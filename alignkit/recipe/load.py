@@ -1,7 +1,4 @@
-"""Load a recipe: read, merge and check everything it may say, and make a Recipe of it.
-
-All problems are collected before anything is raised; nothing here looks at data, models or devices.
-"""
+"""Load a recipe: read, merge and check everything it may say, and make a Recipe of it."""
 
 from __future__ import annotations
 
@@ -25,10 +22,7 @@ METHODS = ", ".join(SECTIONS)
 
 
 def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, merge and validate a recipe; `overrides` are KEY.PATH=VALUE texts.
-
-    Raises RecipeError with every problem found, each with file and line.
-    """
+    """Read, merge and check a recipe; `overrides` are KEY.PATH=VALUE. Raises RecipeError with every problem."""
     path = Path(path)
     tree = load_tree(path)
     problems: list[Problem] = []

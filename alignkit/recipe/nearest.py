@@ -1,7 +1,4 @@
-"""The name somebody probably meant.
-
-Only spelling is compared; meaning (`warmup_ratio` is now `warmup_steps`) is the business of `trl_fields`.
-"""
+"""The name somebody probably meant, by its spelling."""
 
 from __future__ import annotations
 

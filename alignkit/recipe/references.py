@@ -1,7 +1,4 @@
-"""What a recipe names: files, models, and stages that it starts from, is scored, judged or fed by.
-
-Only names are looked at, and whether a path exists; nothing is downloaded, and a run is looked for when it is needed.
-"""
+"""What a recipe names: files, models, and stages that it starts from, is scored, judged or fed by."""
 
 from __future__ import annotations
 
@@ -95,10 +92,7 @@ def find_needs(section: Section, stages: Collection[str]) -> dict[str, Name]:
 
 
 def resolve_paths(tops: Sequence[Section], stages: Sequence[Section], stage_names: Collection[str]) -> list[Problem]:
-    """Make every path absolute, in place, and say which could not be resolved; names of stages are left alone.
-
-    Sections share nodes: each is resolved once.
-    """
+    """Make every path absolute, in place and once, and say which cannot be; names of stages are left alone."""
     found: dict[int, tuple[str, Name]] = {}
     for top in tops:
         for key in ("path", "tokenizer", "chat_template"):

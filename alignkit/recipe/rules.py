@@ -1,8 +1,4 @@
-"""Options that contradict each other: an error, with the reason and the alternative.
-
-Only what the recipe itself shows is judged: rows, model and devices have their own checks. A rule that reads a value
-which is itself wrong is skipped: that value has its own message. What needs only a table is in `conflicts`.
-"""
+"""Options that contradict each other, as far as the recipe shows it; what a table can say is in `conflicts`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The sections of a recipe: its stages, one for each variant of a swept one, its own top level, and rlaif.
-
-An rlaif section is spread out into the ordinary stages that it stands for; values keep their places.
-"""
+"""The sections of a recipe: its stages, one for each variant of a swept one, its own top level, and rlaif."""
 
 from __future__ import annotations
 
@@ -134,11 +131,9 @@ def list_steps(values: Mapping[str, Node]) -> tuple[str, ...]:
 
 
 def split_group(name: str, node: Node, top: Section) -> Group:
-    """Make the stages of a section; what a step's own keys do not say is taken from the section.
+    """Make the stages that an rlaif section stands for; what a step's own keys do not say comes from the section.
 
-    critique makes rows for sft; label has answers of the sft model judged; dpo, or rm and ppo, learn from the labels;
-    with train: ppo the judge itself is the reward. Without critique the section's own start_from takes the sft
-    model's place.
+    With train: ppo the judge itself is the reward; without critique the section's start_from replaces the sft model.
     """
     values: dict[str, Node] = node.value
     steps = list_steps(values)
@@ -175,10 +170,7 @@ def _own(values: Mapping[str, Node], step: str) -> dict[str, Node]:
 
 
 def check_group(group: Group) -> Iterator[Problem]:
-    """Yield what is wrong with the section's own keys; those of its steps are checked with their stages.
-
-    No stage can rely on a key that is wrong, so it is taken out of those that have it from the section.
-    """
+    """Yield what is wrong with a section's own keys, and take those out of the stages that have them from it."""
     name, values, place = group.name, group.node.value, group.node.place
     own = RlaifOptions.model_fields
     _, found = check_keys(RlaifOptions, group.node, RLAIF, name, lambda key: f"{name}.{key}")

@@ -157,10 +157,7 @@ class Stage:
         return values
 
     def fingerprint_values(self) -> dict[str, Any]:
-        """List, flat and dotted, every value that can change the weights.
-
-        Two runs with equal values here and equal data, base and template bytes train the same model.
-        """
+        """List, flat and dotted, every value that can change the weights."""
         kept = {"seed": self.seed, "start": self.start_dir or self.model.path, "method": self.method}
         for prefix, section in (("model", self.model), ("lora", self.lora), (self.name, self.options)):
             if section is not None:
@@ -229,11 +226,7 @@ def resolve(
     out: Path | None = None,
     trust_code: bool = False,
 ) -> Stage:
-    """Resolve a stage by name, or the only stage of a method.
-
-    `out` replaces the run directory runs/<recipe name>/<stage>. Raises RecipeError when there is no such stage, or
-    several of the method and no name.
-    """
+    """Resolve a stage by name, or the only one of a method (else RecipeError); `out` replaces its run directory."""
     section = _pick(recipe, stage, method)
     assert section.top is not None
     options, top = section.options, section.top.options
@@ -322,10 +315,7 @@ def _replace_parts(value: Any, change: Callable[[BaseModel], BaseModel]) -> Any:
 def _fill_trainer(
     given: dict[str, Any], options: TrainOptions, *, lora: bool, scratch: bool, builtin: bool
 ) -> dict[str, Any]:
-    """Complete the TRL fields with alignkit's defaults where those differ from TRL's.
-
-    `builtin`: a tiny model that ships with alignkit.
-    """
+    """Complete the TRL fields with alignkit's defaults; `builtin`: for a tiny model that ships with alignkit."""
     with_lora, full = _LEARNING_RATES[options.method]
     defaults: dict[str, Any] = {
         "learning_rate": _FROM_SCRATCH if scratch else with_lora if lora else full,
@@ -392,10 +382,9 @@ def _refuse_method(recipe: Recipe, section: Section) -> None:
 
 
 def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
-    """List the stages that `alignkit rlaif` runs, in order.
+    """List the stages that `alignkit rlaif` runs, in order; RecipeError for none, or too many.
 
-    All of the only rlaif section; with a name, those of a section of that name, or one stage by its name or, short,
-    its step (label for rlaif-label). Raises RecipeError when there is no such thing, or too many.
+    All of the only rlaif section; with a name, those of that section, or one stage by its name or step (label).
     """
     if name is None:
         sections = [*recipe.groups]
@@ -422,10 +411,9 @@ def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
 
 
 def pick_span(recipe: Recipe, first: str | None = None, last: str | None = None) -> list[str]:
-    """List the stages that `alignkit run` looks at, in order: all of them, or those from `first` to `last`.
+    """List the stages that `alignkit run` looks at, in order, from `first` to `last`; RecipeError for other names.
 
-    An rlaif section and a swept stage stand for their first stage in `first`, for their last in `last`. Raises
-    RecipeError for names that are not under `stages:`, and when the last comes before the first.
+    An rlaif section and a swept stage stand for their first stage in `first`, for their last in `last`.
     """
     order = list(recipe.order)
     several = {**recipe.groups, **recipe.sweeps}

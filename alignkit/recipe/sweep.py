@@ -68,10 +68,7 @@ class Axis:
 
 
 def spread(base: Whole, split: Callable[[Node], Whole]) -> tuple[list[Section], list[Whole], list[Problem]]:
-    """Find the runs of a recipe, and the recipe with each choice of values, the first ones first.
-
-    `split` makes the sections of a tree. With a problem of the sweep as a whole there are no runs.
-    """
+    """Find the runs, and the recipe with each choice of values, the first ones first; none if the sweep is wrong."""
     problems: list[Problem] = []
     try:
         axes = read_axes(base, problems)

@@ -1,8 +1,4 @@
-"""The fields of TRL's config classes as a recipe may use them: what TRL says, narrowed to what makes sense here.
-
-`fields.json` is the generated snapshot of TRL; here are ranges, alignkit's own losses and, for each field that a recipe
-cannot set and each name from elsewhere, what to write instead. TRL itself is never imported.
-"""
+"""The fields of TRL's config classes (in `fields.json`) as a recipe may use them, and advice on other names."""
 
 from __future__ import annotations
 
@@ -320,10 +316,7 @@ def trl_fields(config: str) -> dict[str, Fragment]:
 
 @cache
 def method_fields(method: str) -> dict[str, Fragment]:
-    """The fields a stage of this method may set; dpo also takes KTO's, for loss_type kto.
-
-    critique and label have none: they train nothing.
-    """
+    """The fields a stage of this method may set, none if it trains nothing; dpo takes KTO's too, for loss_type kto."""
     if method not in read_snapshot():
         return {}
     fields = trl_fields(method)

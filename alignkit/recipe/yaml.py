@@ -1,7 +1,6 @@
 """A recipe file as a tree that knows where every value was written, with what it extends and --set laid on.
 
-It accepts the part of YAML 1.2 that a recipe needs and refuses the rest: tags, anchors, aliases, several documents,
-repeated keys, secrets. It knows no key by name beyond `extends`.
+Tags, anchors, aliases, several documents, repeated keys and secrets are refused.
 """
 
 from __future__ import annotations
@@ -174,10 +173,7 @@ def parse_yaml(text: str, origin: Origin) -> Node | None:
 
 
 def _build(event: Any, events: Iterator[Event], origin: Origin, report: Callable[[str, int], None], depth: int) -> Node:
-    """Build the value that begins with an event, and take the events that belong to it.
-
-    What a recipe may not hold is reported; where building cannot go on, the parser's own kind of error is raised.
-    """
+    """Build the value that begins with an event, and take the events that belong to it; what cannot go on is raised."""
     line = event.start_mark.line + 1
     if isinstance(event, AliasEvent):
         report(f"an alias (*{event.anchor}); share values through `extends:` instead", line)

@@ -64,8 +64,9 @@ def compare_runs(first: Path, second: Path) -> Difference:
         runs=(names[0], names[1]),
         settings={key: pair for key, pair in settings.items() if not key.startswith("trl.") or key in of_both},
         data=_pair(_data(one), _data(other)),
-        versions=_pair(*({**(each.get("versions") or {}), "git": (each.get("git") or {}).get("commit")}
-                         for each in (one, other))),
+        versions=_pair(
+            *({**(each.get("versions") or {}), "git": (each.get("git") or {}).get("commit")} for each in (one, other))
+        ),
         metrics=_pair(_metrics(RunDir(first)), _metrics(RunDir(second)), equal=True),
     )
 
