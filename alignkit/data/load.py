@@ -117,9 +117,6 @@ def _for_method(row: Row, method: str) -> tuple[Row, ...]:
     return (row,)
 
 
-# From a source's records to rows: what is kept and read again by every later pass of the command.
-
-
 def _parse(located: Located, method: str, *, keeps_columns: bool, documents: bool) -> Iterator[Parsed]:
     """Yield what becomes of every record of a source; rows of kinds that the method does not take are not read."""
     source, known = located.source, set[Format]()
@@ -185,9 +182,6 @@ def _dump_columns(record: Record) -> str:
             raise BadRow(f"{name}: holds a value that is no JSON (a date, bytes, ...), and a reward function is given "
                          "the columns as JSON; convert it, or drop the column") from None  # fmt: skip
     return f"{{{', '.join(written)}}}"
-
-
-# From parsed rows to those that a stage is given.
 
 
 @dataclass

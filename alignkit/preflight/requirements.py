@@ -82,9 +82,6 @@ def require_ready(stage: Stage, *, coming: Collection[str] = ()) -> None:
         raise EnvironmentProblem("\n".join(dict.fromkeys(missing)))
 
 
-# What a stage names.
-
-
 def list_needs(stage: Stage) -> list[Need]:
     """List everything a stage has from other stages of its recipe."""
     needs = []
@@ -125,9 +122,6 @@ def without_unmade(sources: list[DataSource], stage: Stage, *, coming: Collectio
     """Leave out the rows that another stage has yet to make."""
     unmade = {need.path for need in list_needs(stage) if need.rows and (need.stage in coming or not need.is_made())}
     return [source for source in sources if source.path not in unmade]
-
-
-# Whether it is there.
 
 
 def _require_made(stage: Stage, coming: Collection[str]) -> None:

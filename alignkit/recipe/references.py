@@ -88,9 +88,6 @@ def find_needs(section: Section, stages: Collection[str]) -> dict[str, Name]:
     }
 
 
-# Paths
-
-
 def resolve_paths(tops: Sequence[Section], stages: Sequence[Section], stage_names: Collection[str]) -> list[Problem]:
     """Make every path absolute, in place and once, and say which cannot be; names of stages are left alone."""
     found: dict[int, tuple[str, Name]] = {}
@@ -133,9 +130,6 @@ def _resolve(name: Name) -> None:
     # Runs and models that are not there yet are looked for below the working directory, files beside the recipe.
     if name.kind == "file" or is_local or text.count("/") > 1:
         node.value = os.path.abspath((node.origin.folder if name.kind in ("rows", "file") else here) / text)
-
-
-# Names of stages
 
 
 def check_references(stage: Section, stages: Mapping[str, Section], groups: Collection[str]) -> Iterator[Problem]:

@@ -49,9 +49,6 @@ def _run(rule: Rule, section: Section) -> list[Finding]:
     return found
 
 
-# Rules for every method that trains
-
-
 def _step_counts(stage: Section) -> Iterator[Finding]:
     for key in ("logging_steps", "save_steps", "eval_steps", "warmup_steps"):
         value = stage.get(key)
@@ -97,9 +94,6 @@ def _dpo_divergence(stage: Section) -> Iterator[Finding]:
     refused = sorted({*losses_of(stage)} - {*_F_DIVERGENCE, *KTO_LOSSES})
     if divergence != "reverse_kl" and refused:
         yield "f_divergence_type", f"is {divergence}, which {', '.join(refused)} cannot use; use reverse_kl"
-
-
-# The sections that all stages share
 
 
 def _quantization(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
@@ -283,9 +277,6 @@ def _read(text: str) -> Any:
         except ValueError:
             continue
     return text.lower()
-
-
-# Rewards, judges and constitutions
 
 
 _WRITERS = ("model", "url", "replay")

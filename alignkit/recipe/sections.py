@@ -103,8 +103,6 @@ def find_inherited(tree: Node, method: str) -> tuple[str, ...]:
     return tuple(key for key in keys if key in tree.value and tree.value[key].value is not None)
 
 
-# An rlaif section and its stages
-
 _TRAINED = {"dpo": ("label", "dpo"), "rm+ppo": ("label", "rm", "ppo"), "ppo": ("ppo",), "none": ()}
 
 

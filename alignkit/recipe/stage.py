@@ -210,8 +210,6 @@ HARMLESS = frozenset(
 )  # fmt: skip
 
 
-# What is in force
-
 # Learning rate with LoRA, and of all weights.
 _LEARNING_RATES = {"sft": (2e-4, 2e-5), "rm": (1e-4, 1e-5), "dpo": (5e-6, 5e-7), "ppo": (1e-5, 1e-6)}
 _FROM_SCRATCH = 2.5e-4
@@ -338,9 +336,6 @@ def _fill_trainer(
         if given.get(f"{kind}_strategy", "steps") != "steps":
             defaults.pop(f"{kind}_steps", None)
     return {**defaults, **given}
-
-
-# What a name on the command line stands for
 
 
 def find_section(recipe: Recipe, name: str, *, said: str | None = None) -> Section:

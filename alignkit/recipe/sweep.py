@@ -77,9 +77,6 @@ def spread(base: Whole, split: Callable[[Node], Whole]) -> tuple[list[Section], 
         return [], [], [*problems, *error.problems]
 
 
-# Which keys are swept
-
-
 def read_axes(whole: Whole, problems: list[Problem]) -> list[Axis]:
     """Read the swept keys in the order in which they are written; `problems` takes what is wrong with others."""
     node = whole.top.node.value[SWEEP]
@@ -187,9 +184,6 @@ def _describe_values(axis: Axis, others: Collection[Axis]) -> str | None:
         if axis.path[:shorter] == other.path[:shorter]:
             return f"and {SWEEP}.{other.key} set the same value; keep one"
     return None
-
-
-# Which runs there are
 
 
 class _Spreader:
