@@ -24,9 +24,7 @@ from alignkit.cli.train import rlaif, run, stage_command
 from alignkit.errors import SUPERVISED, explain, first_line
 
 app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 
 

@@ -217,10 +217,7 @@ class _Source:
         options = stage.options
         # Whether a reward function is given the rows' columns; whether a row may be as long as a book.
         rewards = [*options.reward, *(options.gold or ())] if isinstance(options, PpoOptions) else []
-        flags = {
-            "keeps_columns": any(reward.function for reward in rewards),
-            "documents": stage.objective == "lm",
-        }
+        flags = {"keeps_columns": any(reward.function for reward in rewards), "documents": stage.objective == "lm"}
         self._parsed: Callable[[], Iterator[Parsed]] = partial(_parse, located, method, **flags)
         if not problems.at_once:  # a stream may be longer than a disk
             self._parsed = keep_parsed(located, (method, *flags.values()), self._parsed)

@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.data.builtin import PREFIX, BuiltinData, iter_builtin, parse_builtin
-from alignkit.data.files import (
-    ACCEPTED,
-    MAX_DOCUMENT_BYTES,
-    MAX_LINE_BYTES,
-    Entry,
-    data_suffix,
-    read_file,
-)
+from alignkit.data.files import ACCEPTED, MAX_DOCUMENT_BYTES, MAX_LINE_BYTES, Entry, data_suffix, read_file
 from alignkit.errors import DataError, Problem, first_line
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import DataSource
@@ -232,17 +225,23 @@ def _split_by_name(files: Sequence[Path], where: str) -> dict[str, tuple[Path, .
 
 def _read_dataset(source: DataSource, *, saved: bool) -> Iterator[Entry]:
     """Read a data set of the hub, streamed where only its first rows are wanted, or one written by `save_to_disk`."""
-    from datasets import load_dataset
+    from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     number = 0
     streaming = source.max_rows is not None and not set("[+") & set(source.split)  # datasets streams whole splits only
     keys = {key: getattr(source, key) for key in ("data_dir", "split", "revision")}
+    parts: list[tuple[Any, int]] = []  # each with the number of rows before it
     try:
-        for dataset, first in (
-            _open_saved(source) if saved else [(load_dataset(source.path, source.name, **keys, streaming=streaming), 0)]
-        ):
-            place = first
+        if saved:
+            held = load_from_disk(source.path)
+            splits = held if isinstance(held, DatasetDict) else dict.fromkeys(_split_names(source.split), held)
+            for name, start, stop in _read_slices(source, lambda name: len(splits[name])):
+                whole = splits[name]
+                parts.append((whole.select(range(start, len(whole) if stop is None else stop)), start))
+        else:
+            parts.append((load_dataset(source.path, source.name, **keys, streaming=streaming), 0))
+        for dataset, place in parts:
             for table in dataset.with_format("arrow").iter(_HUB_BATCH):
                 for record in table.to_pylist():
                     number, place = number + 1, place + 1
@@ -253,18 +252,6 @@ def _read_dataset(source: DataSource, *, saved: bool) -> Iterator[Entry]:
             offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
             switch = "HF_HUB_OFFLINE is set, so only the cache was searched; " if offline else ""
             what = f"no such local path, and not to be had as a hub data set (split {source.split}): {switch}"
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(what + said, where=source.path) from error
+        raise DataError(what + first_line(error), where=source.path) from error
     if not number:
         raise DataError("the data set has no rows", where=source.path)
-
-
-def _open_saved(source: DataSource) -> Iterator[tuple[Any, int]]:
-    """Yield the parts that `split:` asks for, each with the number of rows before it."""
-    from datasets import DatasetDict, load_from_disk
-
-    held = load_from_disk(source.path)
-    splits = held if isinstance(held, DatasetDict) else dict.fromkeys(_split_names(source.split), held)
-    for name, start, stop in _read_slices(source, lambda name: len(splits[name])):
-        whole = splits[name]
-        yield whole.select(range(start, len(whole) if stop is None else stop)), start

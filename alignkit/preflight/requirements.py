@@ -19,13 +19,7 @@ from alignkit.preflight.doctor import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
 from alignkit.recipe.nearest import suggest
 from alignkit.recipe.rules import find_optimizer
-from alignkit.recipe.schema import (
-    FEEDBACK,
-    CritiqueOptions,
-    DataSource,
-    FeedbackModel,
-    LabelOptions,
-)
+from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, FeedbackModel, LabelOptions
 from alignkit.runs.directory import RunDir, refuse_foreign
 
 # Files up to this size are read in half a second, before the libraries load in ten; larger ones are checked only when

@@ -179,17 +179,12 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _list_sources(value: Any) -> Any:
-    """Turn a path, a source or a list that mixes them into a list of sources."""
-    return [{"path": item} if isinstance(item, str) else item for item in _as_list(value)]
-
-
 # A path or a source where one is enough, a list where there are more.
 Sources = Annotated[
     list[DataSource],
     Field(min_length=1),
     BeforeValidator(
-        _list_sources,
+        lambda value: [{"path": item} if isinstance(item, str) else item for item in _as_list(value)],
         json_schema_input_type=str | DataSource | Annotated[list[str | DataSource], Field(min_length=1)],
     ),
 ]
@@ -231,13 +226,13 @@ class FeedbackModel(_Section):
     replay: Text | None = option(None, "A file of labels that are published already (a judge only).")
 
 
-def _name_model(value: Any) -> Any:
-    """Turn a name into a feedback model; leave anything else as it is."""
-    return {"model": value} if isinstance(value, str) else value
-
-
 # A name where that is all there is to say.
-Feedback = Annotated[FeedbackModel, BeforeValidator(_name_model, json_schema_input_type=Text | FeedbackModel)]
+Feedback = Annotated[
+    FeedbackModel,
+    BeforeValidator(
+        lambda value: {"model": value} if isinstance(value, str) else value, json_schema_input_type=Text | FeedbackModel
+    ),
+]
 
 
 class SampleOptions(_Section):
@@ -264,17 +259,12 @@ class RewardSource(_Section):
 REWARD_KINDS = tuple(key for key in RewardSource.model_fields if key not in ("constitution", "weight"))
 
 
-def _list_rewards(value: Any) -> Any:
-    """Turn a name, a reward or a list that mixes them into a list of rewards."""
-    return [{"model": item} if isinstance(item, str) else item for item in _as_list(value)]
-
-
 # A name or a reward where one is enough, a list where several are summed.
 Rewards = Annotated[
     list[RewardSource],
     Field(min_length=1),
     BeforeValidator(
-        _list_rewards,
+        lambda value: [{"model": item} if isinstance(item, str) else item for item in _as_list(value)],
         json_schema_input_type=str | RewardSource | Annotated[list[str | RewardSource], Field(min_length=1)],
     ),
 ]
