@@ -119,9 +119,8 @@ def evaluate(
 
 def _read_overrides(overrides: list[str]) -> EvaluateOptions:
     """Read --set evaluate.KEY=VALUE where there is a RUN and no recipe; raises UsageError for any other key."""
-    from alignkit.errors import Problem, UsageError
+    from alignkit.errors import Problem, UsageError, suggest
     from alignkit.evaluate.options import combine
-    from alignkit.recipe.nearest import suggest
     from alignkit.recipe.schema import EvaluateOptions
     from alignkit.recipe.yaml import FLAG, Node, Origin, apply_override
 

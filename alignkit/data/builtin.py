@@ -23,8 +23,7 @@ from random import Random
 from typing import Any
 from urllib.parse import parse_qsl
 
-from alignkit.errors import DataError, Problem
-from alignkit.recipe.nearest import suggest
+from alignkit.errors import DataError, Problem, suggest
 
 PREFIX = "builtin:"
 DEFAULT_ROWS = 1000

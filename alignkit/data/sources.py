@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 from alignkit.data.builtin import PREFIX, BuiltinData, iter_builtin, parse_builtin
 from alignkit.data.files import ACCEPTED, MAX_DOCUMENT_BYTES, MAX_LINE_BYTES, Entry, data_suffix, read_file
-from alignkit.errors import DataError, Problem, first_line
-from alignkit.recipe.nearest import suggest
+from alignkit.errors import DataError, Problem, first_line, suggest
 from alignkit.recipe.schema import DataSource
 from alignkit.recipe.yaml import label_path
 from alignkit.runs.directory import require_whole

@@ -10,9 +10,8 @@ from pydantic import ValidationError
 
 from alignkit import console
 from alignkit.console import redact
-from alignkit.errors import Problem, UsageError
+from alignkit.errors import Problem, UsageError, suggest
 from alignkit.recipe import Recipe, resolve
-from alignkit.recipe.nearest import suggest
 from alignkit.recipe.rules import evaluation_problems
 from alignkit.recipe.schema import EVALUATED, FEEDBACK, EvaluateOptions, FeedbackModel
 

@@ -22,9 +22,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from alignkit.data.rows import Message
-from alignkit.errors import Problem, RecipeError
+from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe.check import describe_unknown, quote_help, validate
-from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, Positive, Text
 from alignkit.recipe.yaml import Node, Origin, label_path, parse_yaml
 

@@ -138,4 +138,3 @@ def hold_run(command: Command, *, force: bool, check: Callable[[], None] = lambd
         if lock.is_current() and {entry.name for entry in run.path.iterdir()} <= {".lock", "cache", "warnings.jsonl"}:
             shutil.rmtree(run.path, ignore_errors=True)
         lock.release()
-

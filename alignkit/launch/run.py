@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from alignkit import console
-from alignkit.errors import SUPERVISED, AlignKitError, EnvironmentProblem, Problem, RecipeError, UsageError
+from alignkit.errors import SUPERVISED, AlignKitError, EnvironmentProblem, Problem, RecipeError, UsageError, suggest
 from alignkit.launch import is_in_process, launch_stage
 from alignkit.launch.placement import Command
 from alignkit.preflight.requirements import list_needs, locate_rows, require_held_out, require_ready
 from alignkit.recipe import Recipe, Stage
-from alignkit.recipe.nearest import suggest
 from alignkit.recipe.references import ROWS
 from alignkit.recipe.schema import FEEDBACK, ROOMS, EvaluateOptions
 from alignkit.recipe.trl_fields import method_fields

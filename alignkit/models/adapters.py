@@ -284,4 +284,3 @@ def _require_matches(model: PeftModel, stage: Stage, known: str) -> None:
     ]
     if problems:
         raise ModelError(problems)
-

@@ -13,9 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from alignkit.errors import EnvironmentProblem, ModelError, Problem, RunError
+from alignkit.errors import EnvironmentProblem, ModelError, Problem, RunError, find_nearest, suggest
 from alignkit.models.gguf import find_gguf, make_full
-from alignkit.recipe.nearest import find_nearest, suggest
 from alignkit.recipe.references import RUNS
 from alignkit.runs.directory import require_whole
 

@@ -92,4 +92,3 @@ def _convert(file: Path, target: Path) -> None:
                 delattr(holder, name)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-

@@ -18,9 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from alignkit.errors import ModelError, Problem
+from alignkit.errors import ModelError, Problem, suggest
 from alignkit.models.files import BUILTIN_PREFIX, find_model_dir
-from alignkit.recipe.nearest import suggest
 
 END_OF_TEXT, PAD, IM_START, IM_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 _MERGES = Path(__file__).with_name("tiny_merges.txt")

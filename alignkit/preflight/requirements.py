@@ -13,11 +13,19 @@ from typing import Literal
 
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.sources import Located, locate
-from alignkit.errors import DataError, EnvironmentProblem, ModelError, Problem, RecipeError, RunError, UsageError
+from alignkit.errors import (
+    DataError,
+    EnvironmentProblem,
+    ModelError,
+    Problem,
+    RecipeError,
+    RunError,
+    UsageError,
+    suggest,
+)
 from alignkit.models.files import TEMPLATES, ModelFiles, find_model_dir, inspect_model_dir, require_available
 from alignkit.preflight.doctor import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
-from alignkit.recipe.nearest import suggest
 from alignkit.recipe.rules import find_optimizer
 from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, FeedbackModel, LabelOptions
 from alignkit.runs.directory import RunDir, refuse_foreign

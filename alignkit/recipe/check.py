@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from alignkit.errors import Problem
-from alignkit.recipe.nearest import suggest
+from alignkit.errors import Problem, suggest
 from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, RlaifOptions, Text
 from alignkit.recipe.trl_fields import CONTROLLED, CONTROLLED_IN, ELSEWHERE, MOVED, MOVED_IN, method_fields
 from alignkit.recipe.yaml import Node, read_scalar, shorten

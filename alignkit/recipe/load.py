@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from alignkit.errors import Problem, RecipeError
+from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe.check import check_keys, describe_unknown_top, quote_help, show, show_key, validate
-from alignkit.recipe.nearest import suggest
 from alignkit.recipe.references import check_circles, check_evaluated, check_references, find_origins, resolve_paths
 from alignkit.recipe.rules import audit_recipe, audit_stage
 from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions

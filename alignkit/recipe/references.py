@@ -11,9 +11,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Literal
 
-from alignkit.errors import Problem
+from alignkit.errors import Problem, suggest
 from alignkit.recipe.check import show
-from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import BUILTIN_REWARD, EVALUATED, FEEDBACK
 from alignkit.recipe.sections import Section
 from alignkit.recipe.yaml import Node, expand

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from alignkit.console import redact
-from alignkit.errors import Problem
+from alignkit.errors import Problem, suggest
 from alignkit.recipe.check import show_key
 from alignkit.recipe.conflicts import find_conflicts, find_kto, list_rewards, losses_of
-from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, FEEDBACK, REWARD_KINDS, SLURM_OPTIONS
 from alignkit.recipe.sections import Finding, Section, UnreadableError
 from alignkit.recipe.trl_fields import KTO_LOSSES, read_snapshot, trl_fields

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from alignkit.errors import Problem, RecipeError
-from alignkit.recipe.nearest import suggest
+from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe.references import ROWS, RUNS, find_origins
 from alignkit.recipe.schema import (
     FEEDBACK,

@@ -13,9 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.errors import Problem, RecipeError
+from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe.check import accepted_keys, describe_unknown, describe_unknown_in_stage, show, show_key
-from alignkit.recipe.nearest import suggest
 from alignkit.recipe.references import find_needs
 from alignkit.recipe.schema import FEEDBACK, RLAIF, STEPS, SWEEP, LoraOptions, ModelOptions
 from alignkit.recipe.sections import Section, Whole, list_steps, stage_name

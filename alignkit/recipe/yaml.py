@@ -28,8 +28,7 @@ from ruamel.yaml.events import (
 from ruamel.yaml.reader import ReaderError
 
 from alignkit.console import holds_secret, redact
-from alignkit.errors import Problem, RecipeError
-from alignkit.recipe.nearest import find_nearest
+from alignkit.errors import Problem, RecipeError, find_nearest
 
 _SECRET_NAME = re.compile(r"(^|_)(token|api_?key|secret(_?key)?|access_?key|passwords?|passwd|credentials?)$", re.I)
 # Names of vocabulary entries, which the pattern above would take for credentials.

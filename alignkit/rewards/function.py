@@ -18,9 +18,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit.errors import NonFiniteError, RewardError
+from alignkit.errors import NonFiniteError, RewardError, suggest
 from alignkit.recipe import Stage
-from alignkit.recipe.nearest import suggest
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers, Workspace, stage_space
 from alignkit.runs.stop import time_limit

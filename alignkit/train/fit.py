@@ -301,7 +301,6 @@ def _is_complete(trainer: Guarded, newest: str, step: int) -> bool:
     return True
 
 
-
 # The end of a run: only what was saved, read back and found the same counts.
 
 

@@ -129,4 +129,3 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
                 f"{stage.name}: the reward loss at step 0 is {loss:.3g}, it should be near {expected:.3f}; "
                 "the weights it starts from give far too large activations"
             )
-

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+from alignkit.errors import count_edits, find_nearest
 from alignkit.recipe import Recipe
-from alignkit.recipe.nearest import count_edits, find_nearest
 
 Load = Callable[..., Recipe]
 Complain = Callable[..., list[str]]

@@ -17,12 +17,11 @@ from typing import Any
 
 from alignkit.data.files import read_file
 from alignkit.data.rejects import BadRow
-from alignkit.errors import DataError, EnvironmentProblem, Problem
+from alignkit.errors import DataError, EnvironmentProblem, Problem, suggest
 from alignkit.evaluate.context import POLICY, Context, Metric
 from alignkit.evaluate.intervals import Better, Figure, Interval, Z, make_figure, mean, place_figures, wilson
 from alignkit.evaluate.policy import Policy
 from alignkit.models.generation import plainly
-from alignkit.recipe.nearest import suggest
 
 _SPARE_TOKENS = 8  # that an answer may be longer than the longest right one before it is cut
 _SHOWN = 8
