@@ -3,8 +3,7 @@
 from alignkit.data.builtin import true_reward
 from alignkit.data.control import as_rendered, escape_control_tokens, find_control_tokens, unescape_text
 from alignkit.data.load import read_rows, split_eval
-from alignkit.data.rejects import Problems, Rejects
-from alignkit.data.report import DataReport
+from alignkit.data.report import DataReport, Problems, Rejects
 from alignkit.data.rows import METHOD_KINDS, Kind, Message, Row, Text
 from alignkit.data.store import write_table
 

@@ -8,8 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from alignkit.data.files import type_name
-from alignkit.data.rejects import BadRow
-from alignkit.data.rows import Message, Row, Text
+from alignkit.data.rows import BadRow, Message, Row, Text
 from alignkit.data.values import (
     REASONING_KEYS,
     Reading,

@@ -9,19 +9,18 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-from alignkit.data.rejects import BadRow, Problems, Rejects
+from alignkit.data.rows import BadRow
 from alignkit.errors import DataError
 from alignkit.recipe.yaml import label_path
 
 Record = dict[str, Any]
 Entry = tuple[str, Record | BadRow]  # place, and the record or why there is none
-_Parsed = TypeVar("_Parsed")
 
 MAX_LINE_BYTES = 2_000_000 - 1  # a longer line is a broken file far more often than a row
 MAX_DOCUMENT_BYTES = 256_000_000 - 1  # of raw text, where one row may be a book
@@ -69,34 +68,6 @@ def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES) 
         raise DataError("the file has no rows", where=name)
     yield first
     yield from entries
-
-
-def read_published(
-    path: Path, parse: Callable[[Record], _Parsed], what: str, *, skip: bool, rejects: Rejects
-) -> Iterator[tuple[str, _Parsed]]:
-    """Yield (place, what `parse` makes of the row) for every row of a file that others have published.
-
-    Rows that cannot be read, or that `parse` fails on as it does on other shapes than `what`, go to `rejects` with
-    `skip`; else the first of them are raised as one DataError at the end.
-    """
-    problems, count = Problems(), 0
-    for count, (place, record) in enumerate(read_file(path), 1):  # noqa: B007
-        try:
-            if isinstance(record, BadRow):
-                raise record
-            parsed = parse(record)
-        except BadRow as bad:
-            reason = bad.reason
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            reason = f"is no {what} ({type(error).__name__}: {error})"
-        else:
-            yield place, parsed
-            continue
-        if skip:
-            rejects.add(place, reason)
-        else:
-            problems.add_row(place, reason)
-    problems.raise_any(count)
 
 
 def _read_bytes(path: Path, name: str, suffix: str | None, blocks: bool, limit: int) -> Iterator[Entry]:

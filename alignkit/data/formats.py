@@ -12,8 +12,7 @@ from typing import Any
 from alignkit.data import adapters
 from alignkit.data.adapters import ANSWERS, ASKED, CONVERSATIONS, PROMPTS, START
 from alignkit.data.files import Record
-from alignkit.data.rejects import BadRow
-from alignkit.data.rows import Kind, Row
+from alignkit.data.rows import BadRow, Kind, Row
 from alignkit.data.values import MEDIA, REASONING_KEYS, ROLE_NAMES, Reading, check_number, is_empty, suggest_column
 
 

@@ -9,12 +9,23 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import combinations, islice
+from pathlib import Path
+from typing import TypeVar
 
-from alignkit.data.files import Entry, Record
+from alignkit.data.files import Entry, Record, read_file
 from alignkit.data.formats import Detector, Format, Parsed, rename_columns
-from alignkit.data.rejects import BadRow, Problems, Rejects
-from alignkit.data.report import DataReport, SourceReport
-from alignkit.data.rows import METHOD_KINDS, Row, as_text, as_turns, digest_row, hash_prompt, prompt_key, take_prompt
+from alignkit.data.report import DataReport, Problems, Rejects, SourceReport
+from alignkit.data.rows import (
+    METHOD_KINDS,
+    BadRow,
+    Row,
+    as_text,
+    as_turns,
+    digest_row,
+    hash_prompt,
+    prompt_key,
+    take_prompt,
+)
 from alignkit.data.sources import Located, locate, read_entries
 from alignkit.data.store import keep_parsed
 from alignkit.data.threads import join_rated, join_threads
@@ -102,6 +113,37 @@ def split_eval(rows: Iterable[Row], share: float, seed: int) -> Iterator[tuple[b
     for row in rows:
         drawn = int.from_bytes(blake2b(prompt_key(row), digest_size=8, key=key).digest(), "little")
         yield drawn < share * _2_64, row
+
+
+def read_published(
+    path: Path, parse: Callable[[Record], _Read], what: str, *, skip: bool, rejects: Rejects
+) -> Iterator[tuple[str, _Read]]:
+    """Yield (place, what `parse` makes of the row) for every row of a file that others have published.
+
+    Rows that cannot be read, or that `parse` fails on as it does on other shapes than `what`, go to `rejects` with
+    `skip`; else the first of them are raised as one DataError at the end.
+    """
+    problems, count = Problems(), 0
+    for count, (place, record) in enumerate(read_file(path), 1):  # noqa: B007
+        try:
+            if isinstance(record, BadRow):
+                raise record
+            parsed = parse(record)
+        except BadRow as bad:
+            reason = bad.reason
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            reason = f"is no {what} ({type(error).__name__}: {error})"
+        else:
+            yield place, parsed
+            continue
+        if skip:
+            rejects.add(place, reason)
+        else:
+            problems.add_row(place, reason)
+    problems.raise_any(count)
+
+
+_Read = TypeVar("_Read")
 
 
 def _for_method(row: Row, method: str) -> tuple[Row, ...]:

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
-from alignkit.data.rejects import BadRow
+
+class BadRow(ValueError):
+    """A row that cannot be used; `reason` reads "field: what is wrong", and equal answers are counted by themselves."""
+
+    def __init__(self, reason: str, *, equal_answers: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.equal_answers = equal_answers
 
 
 class Message(TypedDict):

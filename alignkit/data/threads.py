@@ -12,7 +12,7 @@ from typing import Any
 
 from alignkit.data.adapters import ANSWERS, ASKED, LABELS, SCORES
 from alignkit.data.files import Entry, Record
-from alignkit.data.rejects import BadRow
+from alignkit.data.rows import BadRow
 
 _COLUMNS = ("message_id", "parent_id", "text", "role")
 _MAX_DEPTH = 200

@@ -10,8 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from alignkit.data.files import Record, type_name
-from alignkit.data.rejects import BadRow
-from alignkit.data.rows import Message, Text
+from alignkit.data.rows import BadRow, Message, Text
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 _CALL = "call"  # an assistant's turn whose content is a call of a tool

@@ -16,7 +16,7 @@ from typing import Any
 
 from alignkit import console
 from alignkit.data import DataReport, Rejects, Text, read_rows
-from alignkit.data.files import read_published
+from alignkit.data.load import read_published
 from alignkit.data.rows import Message
 from alignkit.errors import DataError
 from alignkit.feedback.cache import seed_of

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.data import DataReport, Rejects, read_rows
-from alignkit.data.files import read_file, read_published
+from alignkit.data.files import read_file
+from alignkit.data.load import read_published
 from alignkit.feedback.cache import Asker, key_of
 from alignkit.feedback.constitution import COMPARISON_FRAME
 from alignkit.feedback.judge import Judge, Label, Pairing, judge_all

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from alignkit.data.formats import FORMATS, Detector, Parsed, rename_columns
-from alignkit.data.rejects import BadRow
-from alignkit.data.rows import Row
+from alignkit.data.rows import BadRow, Row
 
 Read = Callable[..., Any]
 Lines = Callable[..., Path]

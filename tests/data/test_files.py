@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from alignkit.data.files import MAX_LINE_BYTES, read_file
-from alignkit.data.rejects import BadRow
+from alignkit.data.rows import BadRow
 from alignkit.errors import DataError
 
 Lines = Callable[..., Path]

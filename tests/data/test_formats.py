@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from alignkit.data.formats import Detector, Parsed, rename_columns
-from alignkit.data.rejects import BadRow
-from alignkit.data.rows import Row
+from alignkit.data.rows import BadRow, Row
 
 
 def adapt(record: dict[str, Any], format_name: str = "auto") -> Row:

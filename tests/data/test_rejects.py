@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.data.rejects import Rejects
+from alignkit.data.report import Rejects
 from alignkit.errors import DiskError
 
 

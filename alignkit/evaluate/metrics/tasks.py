@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from alignkit.data.files import read_file
-from alignkit.data.rejects import BadRow
+from alignkit.data.rows import BadRow
 from alignkit.errors import DataError, EnvironmentProblem, Problem, suggest
 from alignkit.evaluate.context import POLICY, Context, Metric
 from alignkit.evaluate.intervals import Better, Figure, Interval, Z, make_figure, mean, place_figures, wilson
