@@ -72,8 +72,8 @@ def _list_threads(tree: dict[Any, tuple[str, dict[str, Any]]]) -> Iterator[Entry
     waiting: list[list[Any]] = [[name] for name in replies.get(None, [])]
     while waiting:
         path = waiting.pop()
-        ranks = {name: tree[name][1].get("rank") for name in replies.get(path[-1], [])}
-        following = sorted(ranks, key=lambda name: ranks[name] if isinstance(ranks[name], int | float) else math.inf)
+        ranks: dict[Any, Any] = {name: tree[name][1].get("rank") for name in replies.get(path[-1], [])}
+        following = sorted(ranks, key=lambda name: ranks[name] if type(ranks[name]) in (int, float) else math.inf)
         waiting += [[*path, name] for name in reversed(following)]
         if following:
             continue

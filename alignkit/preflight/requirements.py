@@ -69,7 +69,8 @@ def require_ready(stage: Stage, *, coming: Collection[str] = ()) -> None:
         looks.append(partial(check_rewards, stage, coming=[*coming, *unmade]))
     looks += [partial(_require_feedback_model, stage, key, model) for key, model in list_feedback_models(stage)]
     looks += [*_list_texts(stage), partial(refuse_foreign, Path(stage.run_dir)), partial(_require_rows, stage, coming)]
-    for require in (*looks, require_versions, partial(require_packages, stage)):
+    looks += [require_versions, partial(require_packages, stage)]
+    for require in looks:
         try:
             require()
         except UsageError as error:
