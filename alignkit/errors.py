@@ -108,6 +108,17 @@ class Stopped(AlignKitError):
         self.exit_code = exit_code  # 130 for SIGINT, 143 for SIGTERM, SIGUSR1 and SIGHUP
 
 
+class Interrupt(KeyboardInterrupt):
+    """Raised by a signal's handler, wherever the program is just then.
+
+    It is no Exception: libraries that try something with `except Exception`, as transformers does in every forward
+    pass, would swallow it. Becomes `stopped` where the signals are no longer heard.
+    """
+
+    def __init__(self, stopped: Stopped) -> None:
+        self.stopped = stopped
+
+
 def explain(error: Exception) -> AlignKitError | None:
     """Turn an exception into one that the user can act on, None for a bug; foreign ones are known by errno or name."""
     if isinstance(error, AlignKitError):

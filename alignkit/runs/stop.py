@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from alignkit import console
-from alignkit.errors import SUPERVISED, Stopped
+from alignkit.errors import SUPERVISED, Interrupt, Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -32,6 +32,8 @@ def hearing(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in wanted}
     try:
         yield
+    except Interrupt as interrupt:
+        raise interrupt.stopped from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -79,7 +81,7 @@ class Stop:
         again, self._number = bool(self._number), self._number or number
         self.event.set()
         if again:
-            raise stopped_by(self._number, "at once, by a second signal; everything answered is kept")
+            raise Interrupt(stopped_by(self._number, "at once, by a second signal; everything answered is kept"))
         with suppress(RuntimeError):  # the signal came in the middle of another line
             name = signal.Signals(number).name
             console.note(f"{name}: stopping once what was sent is answered; once more stops at once")
@@ -140,9 +142,9 @@ class StopFlag:
         self.signal = signal.Signals(number)
         if again:
             self.at_once = True
-            raise self.stopped(f"at once, by a second signal; {self.at_risk()}")
+            raise Interrupt(self.stopped(f"at once, by a second signal; {self.at_risk()}"))
         if self.joined and not self.training:
-            raise self.not_begun()
+            raise Interrupt(self.not_begun())
         with suppress(RuntimeError):  # the signal came in the middle of another line
             console.note(f"{self.signal.name}: stopping as soon as the step is saved; once more stops at once")
 

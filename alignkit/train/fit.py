@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from alignkit import console
 from alignkit.data.store import forget_parsed
-from alignkit.errors import NonFiniteError, RunError, Stopped
+from alignkit.errors import Interrupt, NonFiniteError, RunError, Stopped
 from alignkit.models.load import build_skeleton, load_trained
 from alignkit.models.parameters import compare_probes, describe_parameters, hash_base, hash_samples, take_probe
 from alignkit.models.save import save_model
@@ -273,7 +273,7 @@ def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
     forget_parsed()
     try:
         trainer.train(resume_from_checkpoint=newest)
-    except Stopped:
+    except (Stopped, Interrupt):
         # While samples were drawn, or a judge was waited for before a rollout's first step: nothing has changed since
         # the last step's end.
         if not stop.at_once and trainer.may_stop and trainer.state.global_step:

@@ -190,9 +190,12 @@ def met_by_all(error: _Error) -> _Error:
 
 def attempt(work: Callable[[], _Value]) -> _Value:
     """Run work that holds no collective operation on every rank; when it fails on one, it fails on all."""
-    result, error = None, None
+    result: _Value | None = None
+    error: Exception | None = None
     try:
         result = work()
+    except errors.Interrupt as interrupt:
+        error = interrupt.stopped
     except Exception as caught:  # raised again by `agree`, on every rank
         error = caught
     agree(error)
@@ -206,6 +209,8 @@ def alike(work: Callable[[], _Value]) -> _Value:
     except AlignKitError as error:
         met_by_all(error)
         raise
+    except errors.Interrupt as interrupt:
+        raise met_by_all(interrupt.stopped) from None
 
 
 def once(work: Callable[[], _Value]) -> _Value:

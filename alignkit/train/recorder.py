@@ -149,6 +149,8 @@ class Recorder(TrainerCallback):
         stop = trainer.watch.stop
         stop.training = ranks.world_size() > 1
         stop.saved = stop.saved or (step > 0 and trainer.may_stop)  # `fit` saves where the last step left off
+        if stop.signal is not None and not stop.training:  # it came between the end of a step and here
+            raise stop.not_begun()
         write_samples(self._setup, self._samples, step=step, when=when)
         stop.training = True
 

@@ -195,30 +195,28 @@ def test_one_interrupt_ends_an_evaluation_and_the_next_sitting_makes_up_for_it(
         assert read_metrics(tmp_path / "cut", name) == read_metrics(tmp_path / "whole", name)
 
 
-@pytest.mark.parametrize("step", [0, 2])
-def test_one_interrupt_ends_the_drawing_of_samples(run: Callable, digest: Callable, tmp_path: Path, step: int) -> None:
+def test_one_interrupt_ends_the_drawing_of_samples(run: Callable, digest: Callable, tmp_path: Path) -> None:
     options = "max_steps: 4, batch_size: 4, logging_steps: 1"  # save_steps: never before the end
     drawn = "samples: {num: 64, max_new_tokens: 250}"  # a second and more, on a quick machine too
     assert run(make(tmp_path, "whole", rows=64, options=options, samples=drawn)).code == 0
-    stage = make(tmp_path, "cut", rows=64, options=options, samples=drawn)
-    sent: list[float] = []
+    for step, delay in ((0, 0.3), (2, 0.3), (2, 0.0)):  # before the first step, before the third one, just before that
+        cut = tmp_path / f"cut-{step}-{delay}"
+        stage = make(tmp_path, cut.name, rows=64, options=options, samples=drawn)
+        sent: list[float] = []
 
-    def draws() -> bool:  # before the first step, and before the third one
-        begun = (tmp_path / "cut/preview.json").is_file()
-        if begun and (
-            step == 0
-            or ((tmp_path / "cut/metrics.jsonl").is_file() and len(read_metrics(tmp_path / "cut", "loss")) == step)
-        ):
-            sent.append(time.monotonic())
-        return bool(sent) and time.monotonic() - sent[0] > 0.3
+        def draws(step: int = step, delay: float = delay, cut: Path = cut, sent: list[float] = sent) -> bool:
+            begun, metrics = (cut / "preview.json").is_file(), cut / "metrics.jsonl"
+            if begun and (step == 0 or (metrics.is_file() and len(read_metrics(cut, "loss")) == step)):
+                sent.append(time.monotonic())
+            return bool(sent) and time.monotonic() - sent[0] > delay
 
-    ended = run(stage, kill_after=draws, number=signal.SIGINT)
-    assert ended.code == 130 and time.monotonic() - sent[-1] < 1
-    assert ("starts again" if step == 0 else "goes on from what is saved") in ended.stderr
-    ended = run(stage)
-    assert ended.code == 0 and ("going on from step 2" in ended.stderr) == (step == 2)
-    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
-    assert (tmp_path / "cut/samples.jsonl").read_bytes() == (tmp_path / "whole/samples.jsonl").read_bytes()
+        ended = run(stage, kill_after=draws, number=signal.SIGINT)
+        assert ended.code == 130 and time.monotonic() - sent[-1] < 1, (step, delay, ended.stderr)
+        assert ("starts again" if step == 0 else "goes on from what is saved") in ended.stderr
+        ended = run(stage)
+        assert ended.code == 0 and ("going on from step 2" in ended.stderr) == (step == 2)
+        assert digest(cut) == digest(tmp_path / "whole")
+        assert (cut / "samples.jsonl").read_bytes() == (tmp_path / "whole/samples.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("how", ["moved", "deleted"])
