@@ -119,8 +119,17 @@ def read_libraries() -> list[Library]:
     core = {need.name: str(need.specifier) for need in declared if need.marker is None}
     core |= {name: "" for name in SAFE_SINCE if name not in {known.lower() for known in core}}
     trackers = [need for need in declared if need.marker is not None and need.marker.evaluate({"extra": "trackers"})]
-    found = [_look_at(name, specifier, None) for name, specifier in sorted(core.items())]
-    return found + [_look_at(need.name, str(need.specifier), "trackers") for need in trackers]
+    wanted = [(name, specifier, None) for name, specifier in sorted(core.items())]
+    found = []
+    for name, specifier, extra in (*wanted, *((need.name, str(need.specifier), "trackers") for need in trackers)):
+        try:
+            installed: str | None = metadata.version(name)
+            problem = judge_version(name, str(installed), specifier)
+        except metadata.PackageNotFoundError:
+            install = f"pip install 'alignkit[{extra}]'" if extra else f"pip install '{name}{specifier}'"
+            installed, problem = None, f"{name} is not installed; {install}"
+        found.append(Library(name, installed, specifier, extra, problem))
+    return found
 
 
 def require_versions() -> None:
@@ -128,15 +137,6 @@ def require_versions() -> None:
     problems = [library.problem for library in read_libraries() if library.extra is None and library.problem]
     if problems:
         raise EnvironmentProblem("\n".join(problems))
-
-
-def _look_at(name: str, specifier: str, extra: str | None) -> Library:
-    try:
-        installed = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        install = f"pip install 'alignkit[{extra}]'" if extra else f"pip install '{name}{specifier}'"
-        return Library(name, None, specifier, extra, f"{name} is not installed; {install}")
-    return Library(name, installed, specifier, extra, judge_version(name, installed, specifier))
 
 
 def judge_version(name: str, installed: str, specifier: str) -> str | None:

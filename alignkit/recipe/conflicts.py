@@ -11,6 +11,11 @@ from alignkit.recipe.schema import FEEDBACK
 from alignkit.recipe.sections import Finding, Section, UnreadableError
 from alignkit.recipe.trl_fields import KTO_LOSSES, OWN_LOSSES
 
+# f-DPO's reparameterisation leaves a term that cancels only in the chosen-rejected difference (TRL dpo_trainer.py).
+_F_DIVERGENCE = (
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft",
+)  # fmt: skip
+
 
 class Conflict(NamedTuple):
     """`when` finds what is against given keys; `what` says it: {} is that, {value} the key's, {size} its length."""
@@ -194,6 +199,10 @@ CONFLICTS = (
              "is grouped; KTO pairs each prompt with its neighbour's answer, so rows are only shuffled"),
     Conflict("dpo", "use_weighting", lambda stage: {*losses_of(stage)} & {"aot", "aot_unpaired"},
              "does not work with aot and aot_unpaired, which sort the rows of a batch", if_on=True),
+    Conflict("dpo", "f_divergence_type",
+             lambda stage: stage.get("f_divergence_type") != "reverse_kl"
+             and ", ".join(sorted({*losses_of(stage)} - {*_F_DIVERGENCE, *KTO_LOSSES})),
+             "is {value}, which {} cannot use; use reverse_kl"),
     Conflict("dpo", "padding_free", lambda stage: True,
              "is accepted and then switched off by TRL's DPOTrainer; use batching: grouped", if_on=True),
     Conflict("dpo", "adapter", lambda stage: stage.get("precompute_ref_log_probs") and stage.get("adapter") == "stack",

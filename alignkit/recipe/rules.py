@@ -17,34 +17,28 @@ from alignkit.recipe.sections import Finding, Section, UnreadableError
 from alignkit.recipe.trl_fields import KTO_LOSSES, read_snapshot, trl_fields
 
 _SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired")
-# f-DPO's reparameterisation leaves a term that cancels only in the chosen-rejected difference (TRL dpo_trainer.py).
-_F_DIVERGENCE = (
-    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft",
-)  # fmt: skip
-
 Rule = Callable[[Section], Iterable[Finding]]
 
 
 def audit_stage(stage: Section) -> list[Problem]:
     """Hold the options of one stage against each other."""
-    rules = (find_conflicts, *(() if stage.method in FEEDBACK else _TRAIN_RULES), *_BY_METHOD[stage.method])
-    found = [finding for rule in rules for finding in _run(rule, stage)]
+    rules = (find_conflicts, *(() if stage.method in FEEDBACK else _TRAIN_RULES), *_BY_METHOD.get(stage.method, ()))
+    found = [finding for rule in rules for finding in _collect(rule(stage))]
     return [Problem(f"{stage.say(key)} {what}", stage.place(key)) for key, what in found]
 
 
 def audit_recipe(top: Section, stages: Collection[Section]) -> list[Problem]:
     """Hold the sections that all stages share against each other: model, lora, launch, evaluate."""
-    found = []
-    for rule in (_quantization, _scratch, _launch, _evaluate):
-        found += _run(lambda top, rule=rule: rule(top, stages), top)  # type: ignore[misc]
+    rules = (_quantization, _scratch, _launch, _evaluate)
+    found = [finding for rule in rules for finding in _collect(rule(top, stages))]
     return [Problem(f"{show_key(key)} {what}", top.place(key)) for key, what in found]
 
 
-def _run(rule: Rule, section: Section) -> list[Finding]:
+def _collect(findings: Iterable[Finding]) -> list[Finding]:
     """Collect what a rule finds before it meets a value that is wrong in itself."""
     found: list[Finding] = []
     with suppress(UnreadableError):
-        found.extend(rule(section))
+        found.extend(findings)
     return found
 
 
@@ -86,13 +80,6 @@ def _dpo_smoothing(stage: Section) -> Iterator[Finding]:
         if loss in losses and not fits:
             shown = ", ".join(given) if isinstance(given, list) else given
             yield key, f"is {shown}; {loss} needs label_smoothing {needed}"
-
-
-def _dpo_divergence(stage: Section) -> Iterator[Finding]:
-    divergence = stage.get("f_divergence_type", "reverse_kl")
-    refused = sorted({*losses_of(stage)} - {*_F_DIVERGENCE, *KTO_LOSSES})
-    if divergence != "reverse_kl" and refused:
-        yield "f_divergence_type", f"is {divergence}, which {', '.join(refused)} cannot use; use reverse_kl"
 
 
 def _quantization(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
@@ -408,9 +395,7 @@ def _groups(stage: Section) -> Iterator[Finding]:
 
 _TRAIN_RULES: tuple[Rule, ...] = (_step_counts, _checkpointing, _optimizer, _schedule)
 _BY_METHOD: dict[str, tuple[Rule, ...]] = {
-    "sft": (),
-    "rm": (),
-    "dpo": (_dpo_kto, _dpo_smoothing, _dpo_divergence),
+    "dpo": (_dpo_kto, _dpo_smoothing),
     "ppo": (_rewards, _groups),
     "critique": (_judges, _constitution, _generator),
     "label": (_judges, _constitution, _generator, _labels, _rewards),
