@@ -18,8 +18,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from alignkit.cli.look import chat, check, diff, doctor, merge, preview, report, schema
-from alignkit.cli.measure import evaluate
+from alignkit.cli.look import chat, check, diff, doctor, evaluate, merge, preview, report, schema
 from alignkit.cli.train import rlaif, run, stage_command
 from alignkit.errors import SUPERVISED, explain, first_line
 

@@ -1,10 +1,19 @@
 """The data room: which rows a stage is trained on. Imports neither torch nor, before a file needs them, pyarrow."""
 
 from alignkit.data.builtin import true_reward
-from alignkit.data.control import as_rendered, escape_control_tokens, find_control_tokens, unescape_text
 from alignkit.data.load import read_rows, split_eval
 from alignkit.data.report import DataReport, Problems, Rejects
-from alignkit.data.rows import METHOD_KINDS, Kind, Message, Row, Text
+from alignkit.data.rows import (
+    METHOD_KINDS,
+    Kind,
+    Message,
+    Row,
+    Text,
+    as_rendered,
+    escape_control_tokens,
+    find_control_tokens,
+    unescape_text,
+)
 from alignkit.data.store import write_table
 
 __all__ = [

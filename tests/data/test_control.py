@@ -6,8 +6,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from alignkit.data.control import BREAKER, escape_control_tokens, find_control_tokens, unescape_text
-from alignkit.data.rows import Row, iter_contents
+from alignkit.data.rows import (
+    BREAKER,
+    Row,
+    escape_control_tokens,
+    find_control_tokens,
+    iter_contents,
+    unescape_text,
+)
 
 FAMILIES = [
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>",

@@ -195,7 +195,7 @@ def test_a_rendered_pair_is_previewed_with_one_beginning_and_one_end(
     make_stage: Callable, write_rows: Callable, tmp_path: Path
 ) -> None:
     """Gemma's way: the tokenizer begins every text with <bos>, and so does what its template has written."""
-    from alignkit.preflight.preview import preview_stage
+    from alignkit.preflight.check import preview_stage
 
     tokenizer = builtin_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<bos>", "extra_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})

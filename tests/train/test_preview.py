@@ -114,7 +114,7 @@ def test_the_batch_is_the_one_that_the_trainer_gets(
 
 
 def test_a_preview_names_what_looks_wrong(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
-    from alignkit.preflight.preview import preview_stage
+    from alignkit.preflight.check import preview_stage
 
     long = [{"role": "user", "content": "a " * 99}]
     write_rows([{"messages": [*prompt, *PAIR["chosen"]]} for prompt in (PAIR["prompt"], long)])
@@ -139,7 +139,7 @@ def test_a_preview_names_what_looks_wrong(make_stage: Callable, write_rows: Call
 
 
 def test_a_stage_without_rows_of_tokens_cannot_be_previewed(make_stage: Callable, write_rows: Callable) -> None:
-    from alignkit.preflight.preview import preview_stage
+    from alignkit.preflight.check import preview_stage
 
     write_rows([{"prompt": "a"}])
     text = (
@@ -153,7 +153,7 @@ def test_a_stage_without_rows_of_tokens_cannot_be_previewed(make_stage: Callable
 def test_answers_that_later_turns_rewrite_are_counted(
     make_stage: Callable, write_rows: Callable, tmp_path: Path
 ) -> None:
-    from alignkit.preflight.preview import preview_stage
+    from alignkit.preflight.check import preview_stage
 
     write_rows([{"messages": [*PAIR["prompt"], *PAIR["chosen"]] * 2}])
     (tmp_path / "last.jinja").write_text(
