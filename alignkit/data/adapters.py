@@ -64,8 +64,7 @@ def adapt_prompt_completion(reading: Reading) -> Row:
 
 
 def _read_conversation(reading: Reading) -> list[Message]:
-    there = [name for name in CONVERSATIONS if name in reading.record]
-    name = reading.first(*CONVERSATIONS) or (there or ["messages"])[0]
+    name = reading.pick(*CONVERSATIONS)
     value = reading.need(name)
     transcript = type(value) is str and value.lstrip().startswith(START.strip())
     messages = read_turns(value, name) if transcript else value
@@ -111,9 +110,7 @@ def read_prompt(reading: Reading, *, transcript: bool = False) -> Text:
     """Read the question: a text, or messages where the row has them; with `transcript` an HH text becomes its turns."""
     record = reading.record
     history = ("history",) if type(record.get("history")) is str else ()  # SHP's name for the question
-    name = reading.first(*PROMPTS, *CONTEXTS, *CONVERSATIONS, *history)
-    if name is None:
-        name = next((name for name in (*PROMPTS, *CONVERSATIONS) if name in record), "prompt")
+    name = reading.first(*PROMPTS, *CONTEXTS, *CONVERSATIONS, *history) or reading.pick(*PROMPTS, *CONVERSATIONS)
     value = reading.need(name)
     if name in CONVERSATIONS:
         check_list(value, name)
@@ -157,7 +154,7 @@ def adapt_unpaired(reading: Reading) -> Row:
         prompt, answer = _split_last(reading)
         if not answer:
             raise BadRow("label: there is no answer that it could judge")
-    name = next((name for name in LABELS if name in reading.record), "label")
+    name = reading.pick(*LABELS)
     value = reading.need(name)
     label = _WORDS.get(value.strip().lower()) if type(value) is str else None
     label = check_number(value, name) if label is None else label
@@ -283,7 +280,7 @@ def read_turns(transcript: str, field: str) -> list[Message]:
 
 def adapt_rejected_response(reading: Reading) -> Row:
     """Read a conversation whose last answer is the chosen one, with the other one beside it."""
-    name = next((name for name in REJECTED if name in reading.record), REJECTED[0])
+    name = reading.pick(*REJECTED)
     prompt, chosen = _split_last(reading)
     return _pair(reading, prompt, chosen, reading.need(name), ("messages", name))
 
@@ -325,7 +322,7 @@ _ITEM_SCORES = {**dict.fromkeys(SCORES, 1), "rank": -1, "ranking": -1}
 
 def adapt_rated_items(reading: Reading) -> Row:
     """Read answers with their scores or ranks in one list of objects: raw UltraFeedback, Nectar."""
-    column = next((name for name in RANKED if name in reading.record), "completions")
+    column = reading.pick(*RANKED)
     prompt = read_prompt(reading, transcript=True)
     answers: list[Text] = []
     scores = []
@@ -346,7 +343,7 @@ def adapt_rated_items(reading: Reading) -> Row:
 
 def adapt_ranked(reading: Reading) -> Row:
     """Read answers with scores (higher is better) or ranking (1 is best), or responses from best to worst."""
-    field = next((name for name in RANKED if name in reading.record), "completions")
+    field = reading.pick(*RANKED)
     values = check_list(reading.need(field), field)
     if type(values[0]) is dict and "role" not in values[0]:
         return adapt_rated_items(reading)

@@ -75,6 +75,11 @@ class Reading:
                 return name
         return None
 
+    def pick(self, *names: str) -> str:
+        """Find the first of the names whose column holds something, or is there at all, or is the usual one."""
+        there = (name for name in names if name in self.record)
+        return self.first(*names) or next(there, names[0])
+
 
 def is_empty(value: object) -> bool:
     """Whether a value says nothing: null, blank text, an empty list or object, or those as JSON text (of CSV)."""
