@@ -382,7 +382,7 @@ def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
     """
     if name is None:
         sections = [*recipe.groups]
-        single = [stage.name for stage in recipe.stages.values() if stage.options.method in FEEDBACK]
+        single = [run for run, stage in recipe.stages.items() if stage.options.method in FEEDBACK]
         if len(sections) > 1 or (not sections and len(single) != 1):
             found = f"the recipe has {'several rlaif sections' if sections else 'no rlaif section'}"
             several = f": {', '.join(sections or single)}; name one with --stage" if sections or single else ""

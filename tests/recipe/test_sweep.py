@@ -235,6 +235,13 @@ def test_labels_are_not_bought_again_for_every_adapter(load: Load) -> None:
     assert recipe.order == ("label", "dpo-r-4", "dpo-r-8")
 
 
+def test_a_swept_stage_of_feedback_is_picked_by_the_names_of_its_runs(load: Load) -> None:
+    text = "model: {path: gpt2}\nlabel: {constitution: builtin:harmlessness, judge: gpt2/x, data: x/y}\n"
+    assert pick_steps(load(text + "sweep: {label.hard: [true]}\n")) == ["label-hard-true"]
+    with pytest.raises(RecipeError, match="no rlaif section: label-cot-true, label-cot-false; name one with --stage"):
+        pick_steps(load(text + "sweep: {label.cot: [true, false]}\n"))
+
+
 # Where values come from
 
 
