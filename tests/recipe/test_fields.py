@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from alignkit.recipe.schema import OPTIONS, DataSource, LaunchOptions, LoraOptions, ModelOptions, RecipeOptions
+from alignkit.errors import RecipeError
+from alignkit.recipe import load_recipe
+from alignkit.recipe.schema import (
+    OPTIONS,
+    DataSource,
+    EvaluateOptions,
+    LaunchOptions,
+    LoraOptions,
+    ModelOptions,
+    RecipeOptions,
+)
 from alignkit.recipe.trl_fields import (
     CONTROLLED,
     CONTROLLED_IN,
@@ -88,11 +98,41 @@ def test_every_field_of_grpo_is_a_key_or_says_what_to_write_instead() -> None:
 def test_advice_names_keys_that_exist() -> None:
     """Whatever `it is X` says of a key from elsewhere, X is a key here."""
     known = {name for method in OPTIONS for name in (*method_fields(method), *OPTIONS[method].model_fields)}
-    sections = {"model": ModelOptions, "lora": LoraOptions, "launch": LaunchOptions, "data": DataSource}
+    sections = {
+        "model": ModelOptions,
+        "lora": LoraOptions,
+        "launch": LaunchOptions,
+        "data": DataSource,
+        "evaluate": EvaluateOptions,
+    }
     known |= {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
     advices = [advice for advice in (MOVED | MOVED_IN["ppo"]).values() if advice.startswith("it is ")]
     named = {re.split("[:, ]", advice.removeprefix("it is "))[0] for advice in advices}
     assert named - known == set()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("lora_rank: 8", "it is lora.r"),
+        ("sample_packing: true", "it is packing"),
+        ("template: llama3", "it is model.chat_template"),
+        ("max_samples: 100", "it is data.max_rows"),
+        ("stage: sft", "the section's name says the method"),
+        ("rl: dpo", "the section's name says the method"),
+        ("compile: true", "it is torch_compile"),
+        ("evals_per_epoch: 4", "it is eval_steps"),
+        ("liger_rope: true", "kernels are those of the installed libraries"),
+        ("tensor_parallel_size: 4", "no layer over several devices"),
+        ("flash_attn: fa2", "it is model.attn_implementation"),
+    ],
+)
+def test_words_of_other_tools_are_answered_with_ours(tmp_path: Path, given: str, said: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    for place in ("\n{given}", "\nsft: {{data: builtin:instructions, {given}}}"):
+        path.write_text("model: {path: builtin:tiny-gpt2}" + place.format(given=given))
+        with pytest.raises(RecipeError, match=re.escape(said)):
+            load_recipe(path)
 
 
 def test_defaults_of_trl_pass_their_own_checks() -> None:
