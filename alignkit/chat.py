@@ -46,7 +46,6 @@ class Speaker:
         self.chat = Chat(self.loaded.tokenizer)
 
     def reset(self, system: str | None) -> None:
-        """Forget the conversation."""
         self.messages = [Message(role="system", content=system)] if system else []
 
     def say(self, text: str) -> None:

@@ -80,7 +80,6 @@ def write(text: str = "", *, stderr: bool = False, end: str = "\n") -> None:
 
 
 def note(message: str) -> None:
-    """Write one line of progress."""
     if is_main():
         write(redact(message), stderr=True)
 
@@ -108,7 +107,6 @@ def recording(record: Callable[[str], None]) -> Iterator[None]:
 
 
 def list_problems(error: AlignKitError) -> list[str]:
-    """Split an error into one text per problem."""
     return [str(problem) for problem in error.problems] if isinstance(error, UsageError) else [str(error)]
 
 
@@ -184,9 +182,9 @@ class Board:
     def __exit__(self, *_: object) -> None:
         global _board
         _board = None
-        for name, row in self._rows.items():
+        for row in self._rows.values():
             if row.state == "running":
-                self.end(name, state="stopped")
+                self.end(row.name, state="stopped")
         if self._live is not None:
             self._live.stop()
 
@@ -194,26 +192,23 @@ class Board:
     def paused(self) -> Iterator[None]:
         """Take the table off the screen while other processes write to the terminal."""
         global _board
-        if self._live is None:
-            yield
-            return
-        self._live.stop()
+        if self._live is not None:
+            self._live.stop()
         _board = None
         try:
             yield
         finally:
-            _board = self
-            self._live.start()
+            if self._live is not None:
+                _board = self
+                self._live.start()
 
     def begin(self, name: str) -> None:
-        """Show a stage as running."""
         row = self._rows[name]
         row.state, row.began = "running", time.monotonic()
         if self._live is None:
             note(f"{name} ({list(self._rows).index(name) + 1} of {len(self._rows)}): {row.why}")
 
     def update(self, name: str, step: int, total: int, facts: str, seconds_left: float | None) -> None:
-        """Show how far a stage is."""
         if row := self._rows.get(name):
             row.step, row.total, row.facts, row.seconds_left = step, total, facts, seconds_left
 
@@ -255,9 +250,8 @@ class TrainingProgress:
     """
 
     def __init__(self, name: str, *, total_steps: int, start_step: int = 0) -> None:
-        self._name, self._total, self._start = name, total_steps, start_step
+        self._name, self._total, self._start, self._step = name, total_steps, start_step, -1
         self._began = self._last_line = time.monotonic()
-        self._step = -1
         self._own: Board | None = None
         if is_main() and sys.stderr.isatty() and _board is None:
             self._own = Board([(name, "", "")]).__enter__()
@@ -265,21 +259,18 @@ class TrainingProgress:
             self._own.update(name, start_step, total_steps, "", None)
 
     def update(self, step: int, facts: Mapping[str, float]) -> None:
-        """Show a step; `facts` are the newest metrics by name."""
         if step == self._step and _board is None:
             return
+        self._step, now = step, time.monotonic()
         text = printable(" ".join(f"{name} {value:.4g}" for name, value in facts.items()))
-        now = time.monotonic()
         left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
         if _board is not None:
             _board.update(self._name, step, self._total, text, left)
         elif step in (self._start + 1, self._total) or now - self._last_line >= _LINE_INTERVAL_SECONDS:
             self._last_line = now
             note(f"{self._name}: step {step}/{self._total} {text} ({left:.0f} s left)")
-        self._step = step
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
         if self._own is not None:
             if self._step >= self._total:
                 self._own.end(self._name)
@@ -296,15 +287,12 @@ def print_json(data: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write a table in aligned columns."""
     cells = [[str(column) for column in columns], *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     if title:
         write(title)
-    for number, row in enumerate(cells):
+    for row in (cells[0], ["-" * width for width in widths], *cells[1:]):
         write("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        if number == 0:
-            write("  " + "  ".join("-" * width for width in widths))
 
 
 def _cell(value: Any) -> str:
@@ -330,16 +318,14 @@ def print_stage(stage: Mapping[str, Any], *, will: str) -> None:
 def print_launch(launch: Mapping[str, Any]) -> None:
     """Write what would be started where; `launch` is `Plan.to_dict()`."""
     place = launch["placement"]
-    if launch["mode"] == "worker":
-        write("would start: nothing, this is one of the processes that a launcher has started")
+    alone = {"worker": "nothing, this is one of the processes that a launcher has started",
+             "in-process": f"nothing else, it runs in this process on {place['device']}"}  # fmt: skip
+    if launch["mode"] in alone:
+        write(f"would start: {alone[launch['mode']]}")
         return
-    if launch["mode"] == "in-process":
-        write(f"would start: nothing else, it runs in this process on {place['device']}")
-        return
-    nodes = f"{place['nodes']} nodes with " if place["nodes"] > 1 else ""
-    each = " each" if nodes else ""
-    write(f"would start: {nodes}{place['processes']} processes{each} ({place['strategy']}, {place['device']})")
-    if nodes:
+    of_all = "{nodes} nodes with {processes} processes each" if place["nodes"] > 1 else "{processes} processes"
+    write(f"would start: {of_all.format(**place)} ({place['strategy']}, {place['device']})")
+    if place["nodes"] > 1:
         known = {key: "not known yet" if place[key] is None else place[key] for key in place}
         write(f"this node: {known['node_rank']}; node 0 at {known['main_address']}:{known['main_port']}")
     write(f"$ {launch['command']}")
@@ -350,7 +336,6 @@ def print_launch(launch: Mapping[str, Any]) -> None:
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """Write how a stage ended."""
     made = f"at step {result['step']}, model in {result['model_dir']}" if result["model_dir"] else ""
     write(f"{result['stage']}: {result['status']} {made or 'with {} rows'.format(result['step'])}")
     for key, value in result.get("metrics", {}).items():
@@ -358,7 +343,6 @@ def print_result(result: Mapping[str, Any]) -> None:
 
 
 def print_paths(paths: Mapping[str, str]) -> None:
-    """Write what was made and where it is, one line each."""
     for name, path in paths.items():
         write(f"{name}: {path}")
 

@@ -14,7 +14,7 @@ from alignkit.data.rows import Message
 from alignkit.errors import UsageError
 from alignkit.evaluate.intervals import Figure, place_figures
 from alignkit.evaluate.policy import Answer, Policy
-from alignkit.evaluate.target import Measured, Target, find_target, split_answer
+from alignkit.evaluate.target import Target, find_target, split_answer
 from alignkit.recipe.schema import BUILTIN_REWARD, METRICS, EvaluateOptions
 from alignkit.rewards.base import Answers, Reward, Workspace
 from alignkit.rewards.compare import Comparer, make_comparer
@@ -25,13 +25,12 @@ class Context:
     """The models, rows and answers of one evaluation."""
 
     def __init__(
-        self, target: Target, options: EvaluateOptions, measured: Measured | None, space: Workspace, *, seed: int,
+        self, target: Target, options: EvaluateOptions, rows: list[Row], label: str, space: Workspace, *, seed: int,
         judged: Path | None = None,
     ) -> None:  # fmt: skip
-        """`measured` is None where only tasks are asked for; `judged` is where verdicts are kept."""
-        self.target, self.options, self.space, self.seed = target, options, space, seed
-        self.rows: list[Row] = measured.rows if measured else []
-        self.label = measured.label if measured else ""
+        """`label` names the rows; `judged` is where verdicts are kept."""
+        self.target, self.options, self.rows, self.label = target, options, rows, label
+        self.space, self.seed = space, seed
         self.is_toy = self.label.startswith("builtin:")
         self._judged = judged
 

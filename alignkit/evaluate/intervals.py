@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from alignkit.feedback.judge_report import wilson as score_interval
+from alignkit.feedback.judge import wilson as score_interval
 
 Better = Literal["higher", "lower"]
 Method = Literal["bootstrap", "wilson", "normal", "none"]
@@ -79,9 +79,7 @@ def wilson(successes: float, n: int) -> Interval:
     return Interval(successes / n, low, high, n, "wilson")
 
 
-def bootstrap(
-    sums_NK: ArrayLike, combine: Callable[[Floats], Floats], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
+def bootstrap(sums_NK: ArrayLike, combine: Callable[[Floats], Floats], *, resamples: int = RESAMPLES) -> Interval:
     """Percentile bootstrap interval of a statistic of N rows (Efron 1979).
 
     `combine` maps sums over rows, (R, K), to the statistic, (R,). Rows are drawn with replacement; rows that belong
@@ -96,7 +94,7 @@ def bootstrap(
     value = float(combine(rows_NK.sum(axis=0, keepdims=True))[0])
     if n == 1:
         return Interval(value, None, None, 1, "none")
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     chunk = max(_CHUNK // n, 1)
     drawn: list[Floats] = []
     for start in range(0, resamples, chunk):
@@ -107,18 +105,18 @@ def bootstrap(
     return Interval(value, float(low), float(high), n, "bootstrap")
 
 
-def mean(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def mean(values: Sequence[float], *, resamples: int = RESAMPLES) -> Interval:
     """Mean of independent rows."""
-    return mean_of_groups([[value] for value in values], seed=seed, resamples=resamples)
+    return mean_of_groups([[value] for value in values], resamples=resamples)
 
 
-def mean_of_groups(groups: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def mean_of_groups(groups: Sequence[Sequence[float]], *, resamples: int = RESAMPLES) -> Interval:
     """Mean over all values where the values of a group are not independent; n counts the groups."""
     rows = [(float(sum(group)), float(len(group))) for group in groups if len(group)]
-    return bootstrap(rows, divide, seed=seed, resamples=resamples)
+    return bootstrap(rows, divide, resamples=resamples)
 
 
-def share(outcomes: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def share(outcomes: Sequence[Sequence[float]], *, resamples: int = RESAMPLES) -> Interval:
     """Share of successes among outcomes in groups: Wilson's interval where each group has one outcome.
 
     An outcome is 1, 0, or 0.5 for a tie; other values, and several outcomes in a group, need the bootstrap.
@@ -126,7 +124,7 @@ def share(outcomes: Sequence[Sequence[float]], *, seed: int = 0, resamples: int 
     flat = [value for group in outcomes for value in group]
     if all(len(group) == 1 for group in outcomes) and set(flat) <= {0.0, 0.5, 1.0}:
         return wilson(sum(flat), len(flat))
-    return mean_of_groups(outcomes, seed=seed, resamples=resamples)
+    return mean_of_groups(outcomes, resamples=resamples)
 
 
 def divide(sums_R2: Floats) -> Floats:

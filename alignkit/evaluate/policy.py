@@ -63,19 +63,17 @@ class Policy:
 
     @property
     def loaded(self) -> Causal:
-        """The model, read when it is first needed."""
         return self._load()[0]
 
     @property
     def chat(self) -> Chat:
-        """The encoder of the model's own tokenizer and template."""
         return self._load()[1]
 
     @cached_property
     def tokens(self) -> str:
         """A hash of tokenizer and template: models with the same one read the same tokens of a conversation."""
 
-        def answer(_: list[int]) -> list[str]:
+        def answer(_: list[str]) -> list[str]:
             tokenizer = self.loaded.tokenizer
             parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id)
             return [hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()]
@@ -88,15 +86,14 @@ class Policy:
         A prompt that leaves no room loses its beginning; a completion longer than the model is not scored (no tokens).
         Both are warned of. Raises DataError for a conversation that the template cannot write.
         """
-        questions = list(zip(prompts, completions, strict=True))
 
-        def answer(places: list[int]) -> list[list[float]]:
-            asked, answers = zip(*(questions[place] for place in places), strict=True)
-            splits = self._encode(lambda: self.chat.encode_prompt_completion(asked, answers))
+        def answer(asked: list[tuple[Text, Text]]) -> list[list[float]]:
+            splits = self._encode(lambda: self.chat.encode_prompt_completion(*zip(*asked, strict=True)))
             pairs = [(split.ids[: split.prompt_length], split.ids[split.prompt_length :]) for split in splits]
-            found = zip(self.score_tokens(pairs), answers, strict=True)
-            return [[sum(logps), len(logps), _count_bytes(text)] for logps, text in found]
+            found = zip(self.score_tokens(pairs), asked, strict=True)
+            return [[sum(logps), len(logps), _count_bytes(text)] for logps, (_, text) in found]
 
+        questions = list(zip(prompts, completions, strict=True))
         return [Likelihood(*value) for value in self._ask("completion", questions, answer)]
 
     def score_documents(self, rows: Sequence[Row]) -> list[Likelihood]:
@@ -105,31 +102,29 @@ class Policy:
         A text longer than the model is read in windows that do not overlap; the first token of a text has nothing
         before it where the tokenizer has no BOS: it is not scored, and its bytes are not counted.
         """
-        questions = [row.completions[0] for row in rows]
 
-        def answer(places: list[int]) -> list[list[float]]:
+        def answer(texts: list[Text]) -> list[list[float]]:
             values = []
-            for place in places:
-                parts, num_bytes = self._cut_document(questions[place])
+            for parts, num_bytes in map(self._cut_document, texts):
                 scored = self.score_tokens(parts)
                 whole = all(logps or not tail for logps, (_, tail) in zip(scored, parts, strict=True))
                 logps = [logp for part in scored if whole for logp in part]
                 values.append([sum(logps), len(logps), num_bytes])
             return values
 
-        return [Likelihood(*value) for value in self._ask("document", questions, answer)]
+        return [Likelihood(*value) for value in self._ask("document", [row.completions[0] for row in rows], answer)]
 
     def score_continuations(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[Likelihood]:
         """Score log p(continuation | context) of plain text without an end token, as few-shot tasks compare it.
 
         Tokenised together and cut where the context alone ends, as lm-evaluation-harness does (`_encode_pair`).
         """
+
+        def answer(asked: list[tuple[str, str]]) -> list[list[float]]:
+            scored = self.score_tokens([self._encode_pair(*pair) for pair in asked])
+            return [[sum(logps), len(logps), 0] for logps in scored]
+
         questions = list(zip(contexts, continuations, strict=True))
-
-        def answer(places: list[int]) -> list[list[float]]:
-            pairs = [self._encode_pair(*questions[place]) for place in places]
-            return [[sum(logps), len(logps), 0] for logps in self.score_tokens(pairs)]
-
         found = [Likelihood(*value) for value in self._ask("continuation", questions, answer, start="eos")]
         if any(not item.tokens for item in found):
             raise DataError(f"a completion of a task is longer than {self.source} can read")
@@ -139,13 +134,13 @@ class Policy:
         self, prompts: Sequence[Text], answers: Sequence[Sequence[Answer]], *, temperature: float = 1.0
     ) -> list[list[float]]:
         """Score log p of every answer as it was sampled, token by token, at this temperature, in nats per answer."""
-        questions = [(prompt, answer.ids) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
 
-        def answer(places: list[int]) -> list[float]:
-            prompt_ids = self._encode(lambda: self.chat.encode_prompts([questions[place][0] for place in places]))
-            pairs = [(ids, questions[place][1]) for ids, place in zip(prompt_ids, places, strict=True)]
+        def answer(asked: list[tuple[Text, list[int]]]) -> list[float]:
+            prompt_ids = self._encode(lambda: self.chat.encode_prompts([prompt for prompt, _ in asked]))
+            pairs = [(ids, tail) for ids, (_, tail) in zip(prompt_ids, asked, strict=True)]
             return [sum(logps) for logps in self.score_tokens(pairs, temperature=temperature)]
 
+        questions = [(prompt, answer.ids) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
         flat = iter(self._ask("answer logp", questions, answer, temperature=temperature))
         return [[next(flat) for _ in group] for group in answers]
 
@@ -184,8 +179,7 @@ class Policy:
         settings = common | {"seed": seed, "plain": plain, "generation_config": "none"}  # see `generation.plainly`
         questions = [(prompt, number) for prompt in prompts for number in range(samples)]
 
-        def answer(places: list[int]) -> list[list[Any]]:
-            asked = [questions[place] for place in places]
+        def answer(asked: list[tuple[Text, int]]) -> list[list[Any]]:
             ids = self._encode(lambda: self.chat.encode_prompts([prompt for prompt, _ in asked]))
             values = self._write(ids, [_seed_of(seed, *question) for question in asked], **common)
             return [[ids, text.split("\n", 1)[0] if plain else text, ended] for ids, text, ended in values]
@@ -220,7 +214,7 @@ class Policy:
         return values
 
     def _ask(
-        self, kind: str, questions: Sequence[Any], answer: Callable[[list[int]], Sequence[Any]], **common: Any
+        self, kind: str, questions: Sequence[Any], answer: Callable[[list[Any]], Sequence[Any]], **common: Any
     ) -> Any:
         keep = max(self._space.batch_size, 64)  # answers lost at most by a kill; fewer than a batch would cut batches
         assert self._space.cache is not None

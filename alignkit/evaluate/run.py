@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import console
+from alignkit.data import Row
 from alignkit.errors import EnvironmentProblem, JudgeError, RunError, Stopped, UsageError
 from alignkit.evaluate.context import Context, Metric, load_metrics
 from alignkit.evaluate.intervals import Figure
-from alignkit.evaluate.target import Measured, Target, find_target, read_measured
+from alignkit.evaluate.target import Target, find_target, read_measured
 from alignkit.feedback.cache import Store
 from alignkit.models.files import find_model_dir
 from alignkit.models.frozen import fingerprint_causal, load_tokenizer_of
@@ -48,15 +49,12 @@ def evaluate(
     path = out.expanduser().absolute() if out else target.run.evaluation if target.run else None
     cache = Store(path.with_name("eval-cache.jsonl") if path else None)
     space = Workspace(device, options.batch_size, trust_code, folder or Path.cwd(), cache)
-    measured = _read(target, options)
-    for message in measured.warnings if measured else ():
-        space.warn(message)
     judged = path.with_name("eval-judged.jsonl") if path else None
-    context = Context(target, options, measured, space, seed=seed, judged=judged)
+    context = Context(target, options, *_read(target, options, space), space, seed=seed, judged=judged)
     try:
         figures, failure = _measure(context, lenient=lenient)
         if options.start:
-            figures += _measure_start(context, measured)
+            figures += _measure_start(context)
     except KeyboardInterrupt:
         kept = "answers so far are kept; the same command goes on" if path else "nothing is kept without --out"
         raise Stopped(f"interrupted while measuring {target.name}: {kept}", exit_code=130) from None
@@ -100,7 +98,7 @@ def _measure(context: Context, *, lenient: bool) -> tuple[list[Figure], JudgeErr
     return figures, failure
 
 
-def _measure_start(context: Context, measured: Measured | None) -> list[Figure]:
+def _measure_start(context: Context) -> list[Figure]:
     """Measure what a run started from, on the run's rows; nothing where that is a reward model or not there."""
     target, options = context.target, context.options
     start = None if target.reward else target.start()
@@ -111,8 +109,8 @@ def _measure_start(context: Context, measured: Measured | None) -> list[Figure]:
     alone = {"metrics": wanted, "reference": None, "against": None, "best_of": [], "frontier": None}
     named = target.stage["start_stage"] or target.stage["model"]["path"]
     begun = replace(target, source=start, run=None, stage=target.stage | {"stage": named})
-    before = Context(begun, options.model_copy(update=alone), measured, context.space, seed=context.seed)
-    before.label += f", by its start {named}"
+    chosen, label = options.model_copy(update=alone), f"{context.label}, by its start {named}"
+    before = Context(begun, chosen, context.rows, label, context.space, seed=context.seed)
     return _measure(before, lenient=True)[0]
 
 
@@ -197,19 +195,18 @@ def _is_reference(source: str, options: EvaluateOptions) -> bool:
 
 
 def _directory(source: str) -> Path:
-    """The run directory of a run, or of a model in one."""
     path = Path(source).expanduser().absolute()
     return path.parent if path.name == "model" else path
 
 
-def _read(target: Target, options: EvaluateOptions) -> Measured | None:
-    """Read the rows to measure on; None where only tasks are asked for.
+def _read(target: Target, options: EvaluateOptions, space: Workspace) -> tuple[list[Row], str]:
+    """Read the rows to measure on and what they are called; none where only tasks are asked for.
 
     What was held out follows from the seed of the run, whatever the answers are sampled with.
     """
     wants = options.metrics or ()
     if options.tasks and (set(wants) == {"tasks"} or not (wants or options.data or target.stage)):
-        return None
+        return [], ""
     sources, share = (options.data, None) if options.data else target.held_out()
     form = form_of(target.stage.get("data") or {})
     for source in sources:
@@ -223,14 +220,15 @@ def _read(target: Target, options: EvaluateOptions) -> Measured | None:
                    for source in sources]  # fmt: skip
     template = form == "chat" if form else load_tokenizer_of(target.source).chat_template is not None
     seed = int(target.stage.get("seed", 0))
-    return read_measured(sources, share=share, seed=seed, max_rows=options.max_rows, template=template)
+    return read_measured(
+        sources, share=share, seed=seed, max_rows=options.max_rows, warn=space.warn, template=template
+    )
 
 
 def describe(
     figures: Sequence[Figure], *, name: str, model: str, weights: str, seed: int, seconds: float,
     warnings: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Write what eval.json holds of one evaluation."""
     return {
         "schema": SCHEMA, "name": name, "model": model, "weights": weights, "seed": seed,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "wall_seconds": round(seconds, 3),
@@ -257,7 +255,6 @@ def merge(before: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """Lay out columns and rows of a table of results."""
     columns = ("metric", "value", "95 % interval", "n", "unit", "on")
     rows = []
     for result, data in zip(results, name_all_data(results), strict=True):

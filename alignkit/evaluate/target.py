@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -103,25 +103,16 @@ class _Options(StageOptions):
     method: Any = "eval"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Rows and what they are called."""
-
-    rows: list[Row]
-    label: str
-    warnings: list[str]
-
-
 def read_measured(
-    sources: Sequence[DataSource], *, share: float | None, seed: int, max_rows: int, template: bool = False
-) -> Measured:
-    """Read the first `max_rows` rows, an equal part of each source; with `share` those held out of training.
+    sources: Sequence[DataSource], *, share: float | None, seed: int, max_rows: int, warn: Callable[[str], None],
+    template: bool = False,
+) -> tuple[list[Row], str]:  # fmt: skip
+    """Read the first `max_rows` rows, an equal part of each source, and name them; with `share` those held out.
 
     With `template` prompts and answers are turns of a chat, unless a source says otherwise. Rows that do not fit are
     left out with a warning. Raises DataError when no row is left.
     """
     rows: list[Row] = []
-    warnings: list[str] = []
     each = -(-max_rows // len(sources))
     for source in sources:
         rejects, report = Rejects(), DataReport()
@@ -134,11 +125,11 @@ def read_measured(
         rows += islice(found, each)
         if report.rejected:
             first = f" (first: {rejects.first[0]})" if rejects.first else ""
-            warnings.append(f"{report.rejected} rows of {source.path} were left out{first}")
+            warn(f"{report.rejected} rows of {source.path} were left out{first}")
     if not rows:
         raise DataError(f"no row is left of {', '.join(source.path for source in sources)}")
     label = ", ".join(source.path if share is not None else f"{source.path}[{source.split}]" for source in sources)
-    return Measured(rows[:max_rows], label + (f" (held-out {share:g})" if share is not None else ""), warnings)
+    return rows[:max_rows], label + (f" (held-out {share:g})" if share is not None else "")
 
 
 def _stage(sources: list[DataSource], seed: int) -> Stage:

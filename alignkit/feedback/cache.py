@@ -89,35 +89,35 @@ class Store:
         return key in self._starts
 
     def get(self, key: str) -> Record | None:
-        """Look up a record, None when there is none."""
         start = self._starts.get(key)
         return None if start is None else self._read(start)
 
-    def put(self, key: str, record: Mapping[str, Any]) -> None:
-        """Keep a record."""
-        self.put_all([(key, record)])
-
-    def put_all(self, records: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    def put(self, records: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         """Keep records that came together, with one write to the disk. A key that is there keeps its first record.
 
         Raises DiskError, with the file as it was before.
         """
-        with self._lock:
+        with self._lock, disk_failures(self.path.parent, self.path.name):
             new = {key: record for key, record in records if key not in self._starts}
             lines = [_encode({"key": key, **record}) for key, record in new.items()]
-            with disk_failures(self.path.parent, self.path.name):
-                self._append(b"".join(lines))
+            data, written = b"".join(lines), 0
+            try:
+                while written < len(data):
+                    written += os.pwrite(self._file.fileno(), data[written:], self._end + written)
+                if self._is_kept:
+                    os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(self._end)
+                raise
             for key, line in zip(new, lines, strict=True):
                 self._starts[key] = self._end
                 self._end += len(line)
 
     def values(self) -> Iterator[Record]:
-        """Yield every record, oldest first."""
         for start in list(self._starts.values()):
             yield self._read(start)
 
     def close(self) -> None:
-        """Let go of the file."""
         self._file.close()
 
     def fill(
@@ -138,7 +138,7 @@ class Store:
         began = said = time.monotonic()
         done, total = 0, len(places) - len(known)
         for batch in answer(places, known):
-            self.put_all([(keys[places[number]], record) for number, record in batch])
+            self.put([(keys[places[number]], record) for number, record in batch])
             done += sum(number not in known for number, _ in batch)
             if done < total and time.monotonic() - said >= _NOTE_SECONDS:
                 said = time.monotonic()
@@ -147,14 +147,10 @@ class Store:
                 console.note(f"{what}: {done} of {total}, {rate:.3g} per second ({left:.0f} s left)")
 
     def ask(
-        self,
-        common: Any,
-        questions: Sequence[Any],
-        answer: Callable[[list[int]], Sequence[Any]],
-        *,
+        self, common: Any, questions: Sequence[Any], answer: Callable[[list[Any]], Sequence[Any]], *,
         batch_size: int = 64,
     ) -> list[Any]:
-        """Look up the value of every question; `answer` gives those at the places that are not known yet.
+        """Look up the value of every question; `answer` gives those of questions that are not known yet.
 
         `common` (weights, settings) and a question must be plain data: together they are the key. Values are kept after
         every `batch_size` of them.
@@ -165,23 +161,11 @@ class Store:
             numbers = [number for number in range(len(places)) if number not in known]
             for start in range(0, len(numbers), batch_size):
                 batch = numbers[start : start + batch_size]
-                values = answer([places[number] for number in batch])
+                values = answer([questions[places[number]] for number in batch])
                 yield [(number, {"value": value}) for number, value in zip(batch, values, strict=True)]
 
         self.fill(keys, fill, "questions answered")
         return [self._read(self._starts[key])["value"] for key in keys]
-
-    def _append(self, data: bytes) -> None:
-        """Write all of the data and sync it, or leave the file as it was."""
-        written = 0
-        try:
-            while written < len(data):
-                written += os.pwrite(self._file.fileno(), data[written:], self._end + written)
-            if self._is_kept:
-                os.fsync(self._file.fileno())
-        except OSError:
-            self._file.truncate(self._end)
-            raise
 
     def _read(self, start: int) -> Record:
         data = b""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -37,6 +37,7 @@ _NEXT = "\n\nHuman:"  # most published examples end with the start of the next o
 _CRITIQUE_PART = re.compile(r"\n\nCritiqueRequest:.*?\n\nCritique:.*?(?=\n\nRevisionRequest:)", re.DOTALL)
 Part = Literal["critique", "comparison"]
 _Model = TypeVar("_Model", bound=BaseModel)
+_Read = TypeVar("_Read")
 # What a principle lacks that a stage needs, or that the others in its file have.
 _ADVICE = {
     "critique": "critique request and a revision request; add critique: and revision:",
@@ -216,18 +217,13 @@ def load_constitution(values: str | Sequence[str], *, needs: Part | None = None)
     problems: list[Problem] = []
     found: list[Principle] = []
     places: dict[str, str] = {}
-    for value in names:
-        try:
-            read = _read(value)
-        except RecipeError as error:
-            problems += error.problems
-            continue
-        for principle in read:
+    for value, principles in zip(names, _read_all(names, _read), strict=True):
+        for principle in principles:
             if principle.name in places:
                 what = f"the principle {principle.name} is also in {places[principle.name]}; rename one"
                 problems.append(Problem(what, _display(value)))
             places[principle.name] = _display(value)
-        found += read
+        found += principles
     if problems:
         raise RecipeError(problems)
     kept = tuple(principle for principle in found if needs is None or getattr(principle, needs) is not None)
@@ -238,6 +234,19 @@ def load_constitution(values: str | Sequence[str], *, needs: Part | None = None)
     return Constitution(kept)
 
 
+def _read_all(names: Sequence[str], read: Callable[[str], _Read]) -> list[_Read]:
+    """Read several files; raises RecipeError with the problems of all of them."""
+    found, problems = [], list[Problem]()
+    for name in names:
+        try:
+            found.append(read(name))
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    return found
+
+
 def _read(value: str) -> list[Principle]:
     path = Path(value).expanduser()
     if value.startswith(BUILTIN):
@@ -246,16 +255,21 @@ def _read(value: str) -> list[Principle]:
             hint = suggest(value.removeprefix(BUILTIN), known)
             raise RecipeError(f"constitution is {value}; there are {' and '.join(BUILTIN_CONSTITUTIONS)}{hint}")
         path = Path(__file__).with_name("constitutions") / f"{value.removeprefix(BUILTIN)}.yaml"
+    advice = "give a YAML or JSON file, builtin:harmlessness or builtin:helpfulness"
+    text, label = _read_text(path, "constitution is", advice)
+    return _read_published(text, label) if path.suffix == ".json" else _read_own(text, label, path.parent)
+
+
+def _read_text(path: Path, what: str, advice: str) -> tuple[str, str]:
+    """Read a file and what messages call it."""
     label = label_path(path)
     if not path.is_file():
         near = sorted(other.name for other in path.parent.glob("*") if other.suffix in (".yaml", ".yml", ".json"))
-        hint = suggest(path.name, near) or "; give a YAML or JSON file, builtin:harmlessness or builtin:helpfulness"
-        raise RecipeError(f"the constitution is not there{hint}", where=label)
+        raise RecipeError(f"the {what} not there{suggest(path.name, near) or f'; {advice}'}", where=label)
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8"), label
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the constitution cannot be read: {error}", where=label) from None
-    return _read_published(text, label) if path.suffix == ".json" else _read_own(text, label, path.parent)
+        raise RecipeError(f"the {what} not readable: {error}", where=label) from None
 
 
 def _display(value: str) -> str:
@@ -313,18 +327,8 @@ class Examples:
 
 def load_examples(values: str | Sequence[str]) -> Examples:
     """Read worked examples: builtin, none, or one or more files; raises RecipeError with every problem found."""
-    problems: list[Problem] = []
-    found: list[Examples] = []
-    for name in [values] if isinstance(values, str) else values:
-        if name == "none":
-            continue
-        path = Path(__file__).with_name("examples.yaml") if name == "builtin" else Path(name).expanduser()
-        try:
-            found.append(_read_examples(path))
-        except RecipeError as error:
-            problems += error.problems
-    if problems:
-        raise RecipeError(problems)
+    names = [name for name in ([values] if isinstance(values, str) else values) if name != "none"]
+    found = _read_all(names, _read_examples)
     return Examples(
         tuple(text for part in found for text in part.critiques),
         tuple(pair for part in found for pair in part.pairs),
@@ -347,13 +351,9 @@ def messages_of(transcript: str) -> list[Message]:
     ]
 
 
-def _read_examples(path: Path) -> Examples:
-    label = label_path(path)
-    if not path.is_file():
-        near = [other.name for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        hint = suggest(path.name, near) or "; give builtin, none, or a YAML or JSON file"
-        raise RecipeError(f"the examples are not there{hint}", where=label)
-    text = path.read_text(encoding="utf-8", errors="replace")
+def _read_examples(name: str) -> Examples:
+    path = Path(__file__).with_name("examples.yaml") if name == "builtin" else Path(name).expanduser()
+    text, label = _read_text(path, "examples are", "give builtin, none, or a YAML or JSON file")
     if path.suffix == ".json":
         return _read_published_examples(load_json(text, label), label)
     file, _, problems = read_yaml(_ExampleFile, text, label, path.parent, "examples")

@@ -35,7 +35,7 @@ from alignkit.feedback.stage import (
     sample_answers,
     speaks_chat,
     why_useless,
-)  # fmt: skip
+)
 from alignkit.feedback.writer import Job, Model, Reply, Sampling
 from alignkit.recipe.schema import CritiqueOptions
 from alignkit.recipe.stage import Stage
@@ -133,7 +133,6 @@ class _Critique:
                 self._extra.append(_make_row(prompted.prompt, reply.text))
 
     def write(self, *, complete: bool) -> dict[str, Any]:
-        """Write the rows of the rounds that are finished."""
         name = self._session.stage.name
         broken = [chain for chain in self._chains if chain.problem is not None]
         for chain in broken:
@@ -163,7 +162,6 @@ class _Critique:
         return replies
 
     def _revise(self, number: int) -> None:
-        """Take every chain that goes on through one round."""
         draw, seed, examples = self._constitution.draw, self._session.stage.seed, self._examples
         going = [(chain, draw(seed=seed, key=chain.key, turn=number)) for chain in self._chains if not chain.problem]
         said: dict[str, str] = {}  # critiques by the keys of their chains

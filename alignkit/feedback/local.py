@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,9 +57,8 @@ class Encoder:
         else:
             (head,) = self._chat.encode_prompts([list(request.messages or ())])
             whole = [head + self._plain(request.prefill + option) for option in OPTIONS]
-        first, second = whole
-        same = next(place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-        return first[:same], (first[same:], second[same:])
+        same = len(os.path.commonprefix(whole))
+        return whole[0][:same], (whole[0][same:], whole[1][same:])
 
     def stops(self, request: Request) -> tuple[str, ...]:
         """The texts at which a transcript ends; a chat ends with its end of turn."""
@@ -90,7 +90,6 @@ class _Question:
 
     @property
     def whole(self) -> list[int]:
-        """The question with its longer option."""
         return self.prefix + max(self.tails, key=len)
 
 
@@ -282,24 +281,19 @@ def _group(questions: list[_Question], *, shares: bool) -> list[list[_Question]]
     return groups
 
 
-def _fill(groups: list[list[_Question]], size: int) -> Iterator[list[list[_Question]]]:
-    """Yield batches of whole groups with up to `size` questions, or one group."""
-    batch: list[list[_Question]] = []
+def _fill(groups: list[list[_Question]], size: int) -> list[list[list[_Question]]]:
+    """Make batches of whole groups with up to `size` questions, or one group."""
+    batches: list[list[list[_Question]]] = []
     for group in groups:
-        if batch and sum(map(len, batch)) + len(group) > size:
-            yield batch
-            batch = []
-        batch.append(group)
-    if batch:
-        yield batch
+        if not batches or sum(map(len, batches[-1])) + len(group) > size:
+            batches.append([])
+        batches[-1].append(group)
+    return batches
 
 
 def _common(group: list[_Question]) -> int:
     """Count the tokens that all questions of a group begin with; the last token of each is left out."""
-    shortest = min(len(question.prefix) for question in group) - 1
-    first = group[0].prefix
-    same = (place for place in range(shortest) if any(question.prefix[place] != first[place] for question in group))
-    return next(same, shortest)
+    return len(os.path.commonprefix([question.prefix[:-1] for question in group]))
 
 
 class VllmModel:
@@ -364,13 +358,12 @@ class VllmModel:
             decisions = []
             for place, ((prefix, tails), output) in enumerate(zip(split, outputs, strict=True), start):
                 chances = output.outputs[0].logprobs[0]
-                first, second = (chances[tail[0]].logprob if tail[0] in chances else None for tail in tails)
-                if first is None or second is None:
-                    problem = "the options are not among the likeliest tokens"
-                    decisions.append((place, Decision(problem=problem, input_tokens=len(prefix))))
-                    continue
-                p_first, logps = share_of_first((first, second)), (first, second)
-                decisions.append((place, Decision(p_first, logps, input_tokens=len(prefix), output_tokens=1)))
+                logps = [chances[tail[0]].logprob for tail in tails if tail[0] in chances]
+                if len(logps) == 2:
+                    decision = Decision(share_of_first((logps[0], logps[1])), (logps[0], logps[1]), output_tokens=1)
+                else:
+                    decision = Decision(problem="the options are not among the likeliest tokens")
+                decisions.append((place, replace(decision, input_tokens=len(prefix))))
             yield decisions
 
     def _batches(self, count: int, known: Collection[int]) -> Iterator[int]:
@@ -382,6 +375,4 @@ class VllmModel:
                 yield start
 
     def _generate(self, prompts: list[list[int]], settings: list[Any]) -> list[Any]:
-        asked = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs: list[Any] = self._engine.generate(asked, settings, use_tqdm=False)
-        return outputs
+        return list(self._engine.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False))

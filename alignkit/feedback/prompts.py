@@ -25,7 +25,7 @@ from alignkit.feedback.constitution import (
     Principle,
     messages_of,
     without_critiques,
-)  # fmt: skip
+)
 
 # Of the common templates; a server's own tokenizer cannot be asked.
 FOREIGN_TOKENS = (

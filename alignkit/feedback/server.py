@@ -26,9 +26,17 @@ from urllib.parse import urlsplit
 from alignkit import console
 from alignkit.data.rows import Message
 from alignkit.errors import EnvironmentProblem, JudgeError, RecipeError
-from alignkit.feedback.choice import read_chat_tokens, read_decision, read_text_tokens
 from alignkit.feedback.prompts import FOREIGN_TOKENS, Request, cut_at
-from alignkit.feedback.writer import Decision, Job, Reply, Sampling, Spending
+from alignkit.feedback.writer import (
+    Decision,
+    Job,
+    Reply,
+    Sampling,
+    Spending,
+    read_chat_tokens,
+    read_decision,
+    read_text_tokens,
+)
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.runs.heartbeat import pulse
 
@@ -143,7 +151,6 @@ class Endpoint:
     def write(
         self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
     ) -> Iterator[list[tuple[int, Reply]]]:
-        """Write a text for each job that has none."""
 
         async def write(job: Job) -> Reply:
             payload = self._payload(job.request, sampling.max_new_tokens, sampling.temperature)
@@ -257,7 +264,6 @@ class Endpoint:
             raise JudgeError(f"{len(unanswered)} of {len(items)} requests were not answered, first: {unanswered[0]}")
 
     def _connect(self) -> Any:
-        """Make the client for an event loop."""
         key, seconds = self._key, self._source.timeout
         allowed = None if self.place == _OPENAI else _HEADERS
 
@@ -356,16 +362,16 @@ class Endpoint:
         sent = {key: value for key, value in payload.items() if key not in self._left_out}
         if "max_tokens" in self._left_out:
             sent["max_completion_tokens"] = payload["max_tokens"]
+        foreign = "replies with something else than the protocol says ({})"
         try:
             async with asyncio.timeout(seconds):  # of the whole request; httpx's own is for each read
                 response = await self._create(**sent)
-            return _read_reply(response.content, read)
         except (openai.APITimeoutError, TimeoutError):
             raise _Failed("timeout", f"gave no whole reply within {seconds:g} s") from None
         except openai.APIStatusError as error:
             raise self._explain_status(error, sent) from None
         except _Malformed as error:
-            raise _Failed("malformed", f"replies with something else than the protocol says ({error})") from None
+            raise _Failed("malformed", foreign.format(error)) from None
         except Exception as error:  # the HTTP library's own, which differs between versions of openai
             if not isinstance(error, openai.APIConnectionError) and not type(error).__module__.startswith("http"):
                 raise
@@ -373,6 +379,14 @@ class Endpoint:
             while root.__cause__ is not None:
                 root = root.__cause__
             raise _Failed("connection", f"cannot be reached ({self._scrub(root)[:200]})") from None
+        try:
+            data = json.loads(response.content)
+            choice = data["choices"][0]
+            said = json.dumps(choice.get("message") or choice.get("text"), ensure_ascii=False)
+            return read(choice), said, data.get("usage")
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+            what = f"{type(error).__name__}: {self._scrub(error)[:80]}"
+            raise _Failed("malformed", foreign.format(what)) from None
 
     def _explain_status(self, error: Any, sent: dict[str, Any]) -> Exception:
         """Tell failures that may pass, those of one request, and those of all requests."""
@@ -403,22 +417,6 @@ class Endpoint:
         if self._answered or "context" in said:
             return _Refused(f"refused ({status}): {said}")
         return JudgeError(f"{self.place} refuses the request ({status}): {said}")
-
-
-def _read_reply(body: bytes, read: Callable[[dict[str, Any]], _Answer]) -> tuple[_Answer, str, object]:
-    try:
-        data = json.loads(body)
-    except (ValueError, RecursionError):
-        raise _Malformed("not JSON") from None
-    choices = data.get("choices") if isinstance(data, dict) else None
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise _Malformed("no choices")
-    try:
-        answer = read(choices[0])
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise _Malformed(f"a choice with {type(error).__name__}: {str(error)[:80]}") from None
-    said = json.dumps(choices[0].get("message") or choices[0].get("text"), ensure_ascii=False)
-    return answer, said, data.get("usage")
 
 
 def _count_tokens(text: str) -> int:

@@ -18,7 +18,7 @@ from alignkit.data.rows import Message, prompt_key, take_prompt
 from alignkit.errors import DataError, JudgeError, UsageError
 from alignkit.feedback.cache import Asker, Store, seed_of
 from alignkit.feedback.prompts import ask_answer
-from alignkit.feedback.writer import Job, Model, Reply, Sampling, Spending, how_to_go_on
+from alignkit.feedback.writer import BudgetSpent, Job, Model, Reply, Sampling, Spending
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.recipe.stage import Stage
 from alignkit.report.publish import leave_finished, show
@@ -29,7 +29,7 @@ from alignkit.runs.directory import (
     copy_recipe,
     find_damaged_product,
     write_result,
-)  # fmt: skip
+)
 from alignkit.runs.files import replacing, write_json
 from alignkit.runs.record import JsonLines, git_state, versions
 from alignkit.runs.stop import Stop, stop_between_answers
@@ -71,7 +71,6 @@ class Session:
         return count
 
     def log(self, step: int, **facts: float) -> None:
-        """Append a line to metrics.jsonl."""
         JsonLines(self.run.metrics).append({"step": step, **facts})
 
 
@@ -119,9 +118,10 @@ def run_work(stage: Stage, run_dir: Path, read: Callable[[Stage], Work], *, allo
                 work.do()
             except JudgeError as error:
                 report = _write(session, work, complete=False)
+                higher = ", with a higher limit" if isinstance(error, BudgetSpent) else ""
                 raise JudgeError(
                     f"{stage.name}: {error}; {report['rows']} rows are in {ROWS}, and the {len(store)} answers in "
-                    f"{STORE} will not be asked for again: {how_to_go_on(error)}"
+                    f"{STORE} will not be asked for again: run the same command to go on{higher}"
                 ) from None
             report = _write(session, work, complete=True)
             if not report["rows"]:
@@ -203,7 +203,6 @@ def list_prompts(rows: Iterable[Row], rejects: Rejects, control_tokens: Sequence
 def sample_answers(
     session: Session, model: Model, prompts: Sequence[Prompted], sampling: Sampling, *, count: int, kind: str
 ) -> list[list[Reply]]:
-    """Sample `count` answers to each prompt."""
     jobs, about = [], []
     for prompted in prompts:
         request = ask_answer(prompted.prompt)

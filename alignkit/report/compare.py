@@ -34,7 +34,6 @@ class Difference:
         return asdict(self)
 
     def tables(self) -> Iterator[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
-        """Yield a title, columns and rows for each section."""
         names = self.runs if self.runs[0] != self.runs[1] else ("first", "second")
         sections = {"settings": self.settings, "data and template": self.data, "versions": self.versions}
         for title, pairs in sections.items():

@@ -145,7 +145,6 @@ def _make_row(result: Mapping[str, Any], left: float, right: float) -> dict[str,
 
 
 def _ends(result: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
-    """Read the value of a result and the ends of its interval, each None where it is no finite number."""
     value, low, high = (_number(result.get(key)) for key in ("value", "low", "high"))
     return value, low, high
 

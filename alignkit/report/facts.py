@@ -45,7 +45,6 @@ class Facts:
 
     @property
     def full_name(self) -> str:
-        """Recipe and stage, `demo/sft`."""
         return "/".join(part for part in (str(self.stage.get("recipe", "")), self.name) if part)
 
     @property
@@ -54,7 +53,6 @@ class Facts:
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """The data sources, as `DataReport` tells of each."""
         return (self.stage.get("data") or {}).get("sources") or []
 
     @property
@@ -115,19 +113,13 @@ def read_facts(path: Path) -> Facts:
         for file in (run.error_log, run.recipe)
     )
     found = {
-        "stage": read_json(run.stage),
-        "result": read_record(run.result),
-        "metrics": read_lines(run.metrics),
-        "samples": read_lines(run.samples),
-        "evaluation": read_record(run.evaluation),
+        "stage": read_json(run.stage), "result": read_record(run.result), "evaluation": read_record(run.evaluation),
+        "metrics": read_lines(run.metrics), "samples": read_lines(run.samples), "warnings": read_lines(run.warnings),
         "feedback": read_record(run.path / "report.json"),
         "labels": read_lines(run.path / "labels.jsonl")[:_SHOWN_LABELS],
-        "warnings": read_lines(run.warnings),
-        "preview": read_record(run.preview).get("rows", []),
-        "rejects": rejects[:_SHOWN_REJECTS],
+        "preview": read_record(run.preview).get("rows", []), "rejects": rejects[:_SHOWN_REJECTS], "recipe": recipe,
         "error": "" if run.result.is_file() else error[-_SHOWN_ERROR_CHARS:],
-        "recipe": recipe,
-    }
+    }  # fmt: skip
     return Facts(path=run.path, num_rejects=len(rejects), **_clean(found))
 
 

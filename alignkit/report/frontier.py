@@ -34,7 +34,6 @@ class Estimate:
 
     @property
     def half(self) -> float:
-        """Half of the interval's width."""
         return (self.high - self.low) / 2
 
 
@@ -67,7 +66,6 @@ class Point:
 
     @property
     def is_above(self) -> bool:
-        """Whether it lies above the optimum beyond its interval."""
         return self.gap.high < 0
 
 
@@ -107,7 +105,6 @@ class Frontier:
         return list(dict.fromkeys(point.series for point in self.points))
 
     def place(self, run: str, series: str, label: str, kl: Estimate, reward: Estimate) -> None:
-        """Add a policy."""
         bound = self.bound(kl.value)
         gap, slope = bound.value - reward.value, self.touching(kl.value).beta
         half = math.hypot(reward.half, bound.half, slope * kl.half)
@@ -222,7 +219,6 @@ def judge(frontier: Frontier) -> str:
 
 
 def explain(frontier: Frontier) -> str:
-    """Say how the picture is to be read."""
     settings, right = frontier.settings, frontier.right
     beyond = f"; beyond {figure(frontier.reach, 2)} nats the last line above it" if right > frontier.reach else ""
     return (

@@ -71,7 +71,6 @@ _COUNTS = {
 
 
 def describe_status(run: Facts) -> str:
-    """Say how far a run has come."""
     if run.is_finished or run.method in _ROW_MAKERS:
         return "finished" if run.is_finished else "not finished"
     return f"not finished, at step {count(run.step)}" + (f" of {count(run.num_steps)}" if run.num_steps else "")
@@ -191,7 +190,6 @@ def describe_cost(run: Facts) -> list[Pair]:
 
 
 def describe_hardware(run: Facts) -> list[Pair]:
-    """List what the run was trained on."""
     found, git = run.stage.get("hardware") or {}, run.stage.get("git") or {}
     pairs = [
         *((str(name), str(text)) for name, text in (found.get("devices") or {}).items()),
@@ -271,7 +269,6 @@ def group_samples(run: Facts) -> list[list[dict[str, Any]]]:
 
 
 def find_rewards(row: Mapping[str, Any]) -> dict[str, float]:
-    """Find what rewards said of a sampled answer."""
     others = ("step", "number", "when", "prompt", "answer", "reference", "answers", "rewards")
     return {name: float(value) for name, value in row.items()
             if name not in others and isinstance(value, int | float)}  # fmt: skip

@@ -41,7 +41,6 @@ def short_count(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """Format a share of one in percent."""
     return DASH if value is None else f"{100 * value:.1f}{THIN}%".replace("-", MINUS)
 
 

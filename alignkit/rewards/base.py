@@ -59,7 +59,6 @@ class Workspace:
         self.holder = user
 
     def warn(self, message: str) -> None:
-        """Keep a warning once."""
         if message not in self.warnings:
             self.warnings.append(message)
 
@@ -101,7 +100,6 @@ class Reward(Protocol):
 
 
 def collect_memory() -> None:
-    """Give back what a released model has held."""
     import gc
 
     import torch

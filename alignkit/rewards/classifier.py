@@ -75,11 +75,8 @@ class ClassifierReward:
         """Score answers through the cache; None for one that is too long for the model with its prompt."""
         ended = answers.ended or [True] * len(answers.prompts)
         questions = list(zip(answers.prompts, answers.completions, ended, strict=True))
-        common = {"kind": "reward", "weights": self._weights}
         assert self._space.cache is not None
-        scores = self._space.cache.ask(
-            common, questions, lambda at: self._score_new([questions[place] for place in at])
-        )
+        scores = self._space.cache.ask({"kind": "reward", "weights": self._weights}, questions, self._score_new)
         return [None if score is None else self._normalise(score) for score in scores]
 
     @cached_property

@@ -12,8 +12,7 @@ from alignkit.data import Text
 from alignkit.errors import JudgeError, UsageError
 from alignkit.feedback.cache import Asker, Store
 from alignkit.feedback.constitution import Examples, load_constitution
-from alignkit.feedback.judge import Judge, Label, Pairing, judge_all, pair_key
-from alignkit.feedback.judge_report import describe_labels, find_faults
+from alignkit.feedback.judge import Judge, Label, Pairing, describe_labels, find_faults, judge_all, pair_key
 from alignkit.feedback.prompts import Quoter, read_text
 from alignkit.feedback.server import find_key, require_client
 from alignkit.feedback.stage import open_model

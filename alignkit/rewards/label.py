@@ -18,8 +18,19 @@ from alignkit.data import DataReport, Rejects, Row, Text, read_rows
 from alignkit.errors import DataError
 from alignkit.feedback.cache import key_of
 from alignkit.feedback.constitution import load_constitution, load_examples
-from alignkit.feedback.judge import Judge, Label, Pairing, judge_all, known_labels, pair_key
-from alignkit.feedback.judge_report import describe_labels, find_faults, mean, measure, read_labelled
+from alignkit.feedback.judge import (
+    Judge,
+    Label,
+    Pairing,
+    describe_labels,
+    find_faults,
+    judge_all,
+    known_labels,
+    mean,
+    measure,
+    pair_key,
+    read_labelled,
+)
 from alignkit.feedback.prompts import Quoter, conversation, read_text
 from alignkit.feedback.stage import (
     LABELS,
@@ -33,7 +44,7 @@ from alignkit.feedback.stage import (
     sample_answers,
     speaks_chat,
     why_useless,
-)  # fmt: skip
+)
 from alignkit.feedback.writer import Model, Reply, Sampling, share_of_first
 from alignkit.recipe.schema import DataSource, LabelOptions
 from alignkit.recipe.stage import Stage
@@ -64,9 +75,8 @@ class _Labelling:
         """Read rows, principles and examples; raises DataError and RecipeError for what cannot be used."""
         self._stage, self._options = stage, stage.expect(LabelOptions)
         options, mix_report = self._options, DataReport()
-        self._constitution = (
-            load_constitution(options.constitution, needs="comparison") if options.constitution else None
-        )
+        principles = options.constitution
+        self._constitution = load_constitution(principles, needs="comparison") if principles else None
         self._examples = load_examples(options.examples)
         given = options.answers == "given"
         self._source = None if given else options.generator or own_model(stage)
@@ -79,20 +89,17 @@ class _Labelling:
         self._check = read_labelled(stage, options.check, self.rejects) if options.check else []
         keys = ("answers", "orders", "cot", "hard", "temperature", "max_new_tokens")
         self.facts = {
-            "method": "label",
-            "seed": stage.seed,
-            "judge": describe_source(options.judge) if options.judge else None,
-            **fingerprint_rewards(stage),
+            "method": "label", "seed": stage.seed,
+            "judge": describe_source(options.judge) if options.judge else None, **fingerprint_rewards(stage),
             "generator": describe_source(self._source) if self._source else None,
             "constitution": self._constitution.fingerprint if self._constitution else None,
             "examples": self._examples.fingerprint,
             **{key: getattr(options, key) for key in keys},
             "cot_tokens": options.cot_tokens if options.cot else None,
             "bounds": list(options.bounds),
-            "data": self.report.fingerprint,
-            "mix": mix_report.fingerprint,
+            "data": self.report.fingerprint, "mix": mix_report.fingerprint,
             "check": key_of(keys=[pairing.key for pairing in self._check]),
-        }
+        }  # fmt: skip
         self._labels: list[Label] = []
         self._pairings: list[Pairing] = []
         self._agreeing: list[bool] = []  # whether a second principle prefers the same answer

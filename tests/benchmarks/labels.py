@@ -89,8 +89,8 @@ def _generate(path: Path, judge: Judge, pairings: Sequence[Pairing]) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from alignkit.feedback.choice import parse_choice
     from alignkit.feedback.judge import list_requests
+    from alignkit.feedback.writer import parse_choice
 
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -41,10 +41,10 @@ def test_a_run_is_measured_on_what_it_held_out_and_its_reference_is_found_where_
     target = find_target(str(run_dir), trust_code=False)
     given, share = target.held_out()
     assert share == 0.3
-    measured = read_measured(given, share=share, seed=3, max_rows=1000)
+    measured, label = read_measured(given, share=share, seed=3, max_rows=1000, warn=pytest.fail)
     rows = read_rows(_stage(given, 3), given, report=DataReport(), rejects=Rejects())
-    assert [row.prompt for row in measured.rows] == [row.prompt for held, row in split_eval(rows, 0.3, 3) if held]
-    assert 5 < len(measured.rows) < 30 and measured.label == "builtin:preferences (held-out 0.3)"
+    assert [row.prompt for row in measured] == [row.prompt for held, row in split_eval(rows, 0.3, 3) if held]
+    assert 5 < len(measured) < 30 and label == "builtin:preferences (held-out 0.3)"
     assert target.reference() == str(run_dir.parent / "sft/model")
     assert find_target(str(run_dir.parent / "sft"), trust_code=False).reference() is None
     assert find_target(str(run_dir / "model"), trust_code=False).run is not None
@@ -290,6 +290,7 @@ def test_options_of_the_command_line_lie_over_the_recipe_s(tmp_path: Path) -> No
 def test_rows_that_do_not_fit_are_left_out_with_a_warning(tmp_path: Path) -> None:
     good = [{"prompt": letter, "completion": "b"} for letter in "ac"]
     (source,) = _rows(tmp_path, good[0], {"nonsense": 1}, good[1])
-    measured = read_measured([source], share=None, seed=0, max_rows=10)
-    assert len(measured.rows) == 2
-    assert measured.warnings[0].startswith(f"1 rows of {source.path} were left out (first: ")
+    said: list[str] = []
+    measured, _ = read_measured([source], share=None, seed=0, max_rows=10, warn=said.append)
+    assert len(measured) == 2
+    assert said[0].startswith(f"1 rows of {source.path} were left out (first: ")

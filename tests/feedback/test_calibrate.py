@@ -11,8 +11,15 @@ from judge_server import Server
 
 from alignkit.data import Rejects
 from alignkit.errors import DataError
-from alignkit.feedback.judge import Label, Pairing
-from alignkit.feedback.judge_report import describe_accuracy, describe_labels, find_faults, read_labelled, wilson
+from alignkit.feedback.judge import (
+    Label,
+    Pairing,
+    describe_accuracy,
+    describe_labels,
+    find_faults,
+    read_labelled,
+    wilson,
+)
 from alignkit.feedback.writer import Decision
 from alignkit.recipe.schema import DataSource
 from alignkit.recipe.stage import Stage

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from alignkit.feedback.choice import TokenChances, parse_choice, read_decision
+from alignkit.feedback.writer import TokenChances, parse_choice, read_decision
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from alignkit.feedback.cache import Store, key_of
 
 def test_records_are_there_again_after_opening(tmp_path: Path) -> None:
     store = Store(tmp_path / "s.jsonl")
-    store.put("a", {"text": "one\nline \u2028 and é", "n": 1})
-    store.put_all([("b", {"n": 2}), ("c", {"text": "x" * 50_000}), ("a", {"n": 99})])
+    store.put([("a", {"text": "one\nline \u2028 and é", "n": 1})])
+    store.put([("b", {"n": 2}), ("c", {"text": "x" * 50_000}), ("a", {"n": 99})])
     assert store.get("a") == {"key": "a", "text": "one\nline \u2028 and é", "n": 1}  # the first one stays
     store.close()
     again = Store(tmp_path / "s.jsonl")
@@ -31,19 +31,19 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "s.jsonl"
     records = [("a", {"n": 1}), ("b", {"text": "second record that is torn"})]
     with closing(Store(path)) as store:
-        store.put_all(records)
+        store.put(records)
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     with closing(Store(path)) as store:
         assert len(store) == 1 and store.get("b") is None
-        store.put(*records[1])
+        store.put([records[1]])
     assert path.read_bytes() == whole
 
 
 def test_damaged_lines_inside_are_named_and_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "s.jsonl"
     store = Store(path)
-    store.put_all([(key, {"n": number}) for number, key in enumerate("abc")])
+    store.put([(key, {"n": number}) for number, key in enumerate("abc")])
     store.close()
     lines = path.read_bytes().splitlines(keepends=True)
     changed = lines[1].replace(b'"n": 1', b'"n": 7')  # JSON still, with another answer than was given
@@ -54,7 +54,7 @@ def test_damaged_lines_inside_are_named_and_asked_again(tmp_path: Path, capsys: 
     assert found == [{"key": "a", "n": 0}, None, {"key": "c", "n": 2}, {"key": "d", "n": 3}]
     said = f"warning: {path}: 2 lines cannot be read (first: line 2); what they answered is asked again"
     assert said in capsys.readouterr().err
-    store.put("b", {"n": 1})
+    store.put([("b", {"n": 1})])
     store.close()
     assert Store(path).get("b") == {"key": "b", "n": 1}
 
@@ -64,7 +64,7 @@ def test_threads_may_put_at_the_same_time(tmp_path: Path) -> None:
 
     def put(number: int) -> None:
         for n in range(20):
-            store.put(f"{number} {n}", {"text": "y" * (100 * number + n)})
+            store.put([(f"{number} {n}", {"text": "y" * (100 * number + n)})])
 
     threads = [threading.Thread(target=put, args=(number,)) for number in range(6)]
     for thread in threads:
@@ -78,23 +78,23 @@ def test_threads_may_put_at_the_same_time(tmp_path: Path) -> None:
 
 
 def test_questions_are_asked_once_with_a_file_and_without_one(tmp_path: Path) -> None:
-    asked: list[list[int]] = []
+    asked: list[list[str]] = []
 
-    def square(places: list[int]) -> list[int]:
-        asked.append(places)
-        return [place**2 for place in places]
+    def count(letters: list[str]) -> list[int]:
+        asked.append(letters)
+        return [ord(letter) - ord("a") for letter in letters]
 
     for path in (tmp_path / "deep" / "cache.jsonl", None):
         asked.clear()
         store = Store(path)
-        assert store.ask("x", ["a", "b", "a", "c"], square, batch_size=2) == [0, 1, 0, 9]
-        assert store.ask("x", ["c", "d", "a"], square) == [9, 1, 0] and store.ask("y", ["a"], square) == [0]
-        assert asked == [[0, 1], [3], [1], [0]]
+        assert store.ask("x", ["a", "b", "a", "c"], count, batch_size=2) == [0, 1, 0, 2]
+        assert store.ask("x", ["c", "d", "a"], count) == [2, 3, 0] and store.ask("y", ["a"], count) == [0]
+        assert asked == [["a", "b"], ["c"], ["d"], ["a"]]
 
 
 def test_half_a_surrogate_pair_is_kept_as_an_escape(tmp_path: Path) -> None:
     store = Store(tmp_path / "s.jsonl")
-    store.put("a", {"text": "half \ud83d"})
+    store.put([("a", {"text": "half \ud83d"})])
     record = store.get("a")
     assert record is not None and record["text"].startswith("half ")
     assert len(Store(tmp_path / "s.jsonl")) == 1
@@ -112,11 +112,11 @@ from pathlib import Path
 from alignkit.errors import DiskError
 from alignkit.feedback.cache import Store
 store = Store(Path(sys.argv[1]))
-store.put("a", {"n": 1})
+store.put([("a", {"n": 1})])
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 try:
-    store.put("b", {"text": "x" * 1000})
+    store.put([("b", {"text": "x" * 1000})])
 except DiskError as error:
     print(error)
     sys.exit(error.exit_code)

@@ -17,6 +17,7 @@ from alignkit.evaluate.target import find_target
 from alignkit.preflight.check import check_recipe
 from alignkit.recipe import load_recipe
 from alignkit.recipe.schema import DataSource, EvaluateOptions
+from alignkit.rewards.base import Workspace
 from alignkit.train import dpo, sft
 
 BASE = "model: {path: builtin:tiny-llama}\n"
@@ -179,10 +180,9 @@ def test_a_trained_model_is_used_in_the_form_it_knows(
     with pytest.raises(DataError, match="the rows are turns of its chat template, and the model it starts from"):
         dpo.run(second, Path(second.run_dir))
     options = EvaluateOptions(data=[{"path": str(tmp_path / "rows.jsonl")}], metrics=["perplexity"])
-    measured = read_measured_rows(find_target(str(run), trust_code=False), options)
-    assert measured is not None
-    assert [row.prompt for row in measured.rows] == ["Name a fruit. =>", "Name a tree. =>"]
-    assert {row.completions for row in measured.rows} == {(" A fig.", " A stone.")}
+    rows, _ = read_measured_rows(find_target(str(run), trust_code=False), options, Workspace())
+    assert [row.prompt for row in rows] == ["Name a fruit. =>", "Name a tree. =>"]
+    assert {row.completions for row in rows} == {(" A fig.", " A stone.")}
     forced = options.model_copy(update={"data": [DataSource(path=str(tmp_path / "rows.jsonl"), chat=True)]})
     with pytest.raises(UsageError, match=r"rows\.jsonl has chat: true, and .*sft was trained on text; take it out"):
         evaluate(str(run), forced)
