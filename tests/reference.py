@@ -95,7 +95,7 @@ def describe_default(field: FieldInfo) -> str:
     """Return the default as YAML writes it; a dash where there is none."""
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
+    value = None if field.default_factory_takes_validated_data else field.get_default(call_default_factory=True)
     if value is None or value in ({}, []) or isinstance(value, BaseModel):
         return "–"
     return str(value).lower() if isinstance(value, bool) else f"`{value!r}`" if value == "\n" else str(value)

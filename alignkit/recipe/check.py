@@ -113,7 +113,8 @@ def _make_type(fragment: Fragment) -> Any:
 
 def _list_errors(error: ValidationError) -> list[_Error]:
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    return [(problem["loc"], problem["type"]) for problem in found]
+    # A default that is made of other keys' values is not made where those are wrong, which is told already.
+    return [(problem["loc"], problem["type"]) for problem in found if problem["type"] != "default_factory_not_called"]
 
 
 def _explain(node: Node, fragment: Fragment, defs: Fragment, key: str, errors: list[_Error]) -> Iterator[Problem]:

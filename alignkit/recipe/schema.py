@@ -77,7 +77,8 @@ class ModelOptions(_Section):
 
 class LoraOptions(_Section):
     r: int = option(16, "Rank of the adapter.", ge=1, le=4096)
-    alpha: Positive = option(32, "Scale: the update is multiplied by alpha / r.")
+    alpha: Positive = option(
+        lambda given: 2 * given.get("r", 16), "Scale: the update is multiplied by alpha / r; omitted: 2 r.")
     dropout: float = option(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
     target_modules: Text | list[Text] = option(
         "all-linear", "all-linear (every linear layer but the head, as QLoRA) or module names.")

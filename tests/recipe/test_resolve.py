@@ -63,6 +63,12 @@ def test_values_and_where_they_came_from(load: Load) -> None:
     assert json.loads(json.dumps(stage.to_dict()))["trainer"]["beta"] == 0.2
 
 
+def test_alpha_is_twice_the_rank_where_it_is_not_given(load: Load) -> None:
+    for given, alpha in (("lora: {r: 4}", 8), ("lora: {}", 32), ("lora: {r: 4, alpha: 5}", 5)):
+        stage = resolve(load(f"model: {{path: builtin:tiny-gpt2}}\n{given}\nsft: {{data: builtin:reviews}}"), "sft")
+        assert stage.lora is not None and stage.lora.alpha == alpha
+
+
 def test_every_value_in_force_has_an_origin(load: Load) -> None:
     for name in load(RECIPE).stage_names:
         stage = resolve(load(RECIPE), name)
