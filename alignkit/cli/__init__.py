@@ -52,6 +52,9 @@ for function in (rlaif, run, check, preview, schema, doctor, merge, evaluate, ch
     app.command("eval" if function is evaluate else None)(function)
 
 
+_OF_A_RECIPE = ("sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "preview", "eval")
+
+
 def quiet_libraries() -> None:
     """Switch off pings, bars and chatter of the libraries before they load; what the user has set stays."""
     for name, value in (
@@ -87,8 +90,11 @@ def main() -> int:
 
         attach()
     place: dict[str, Path] = {}
+    arguments = sys.argv[1:]
+    if len(arguments) > 1 and arguments[0] in _OF_A_RECIPE and arguments[1].endswith((".yaml", ".yml")):
+        arguments.insert(1, "--recipe")  # `alignkit sft mine.yaml`
     try:
-        code = app(standalone_mode=False, prog_name="alignkit", obj=place)
+        code = app(arguments, standalone_mode=False, prog_name="alignkit", obj=place)
     except TyperException as error:
         return _end_usage_error(error)
     except typer.Abort:

@@ -20,7 +20,13 @@ _flag = partial(typer.Option, metavar="")  # typer would show <bool> beside a fl
 _many = partial(typer.Option, rich_help_panel="Many processes")
 
 RecipeFile = Annotated[
-    Path, typer.Option("--recipe", "-r", metavar="FILE", help="The recipe: model, data and stages in YAML.")
+    Path,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="FILE",
+        help="The recipe: model, data and stages in YAML; -r may be left out before it.",
+    ),
 ]
 StageName = Annotated[
     str | None, typer.Option("--stage", metavar="NAME", help="Which stage, where the recipe has several of a method.")

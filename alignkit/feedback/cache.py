@@ -147,7 +147,11 @@ class Store:
                 console.note(f"{what}: {done} of {total}, {rate:.3g} per second ({left:.0f} s left)")
 
     def ask(
-        self, common: Any, questions: Sequence[Any], answer: Callable[[list[Any]], Sequence[Any]], *,
+        self,
+        common: Any,
+        questions: Sequence[Any],
+        answer: Callable[[list[Any]], Sequence[Any]],
+        *,
         batch_size: int = 64,
     ) -> list[Any]:
         """Look up the value of every question; `answer` gives those of questions that are not known yet.

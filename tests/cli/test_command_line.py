@@ -109,6 +109,13 @@ def test_bare_command_shows_help_once(run_alignkit) -> None:
     assert "error" not in done.stderr
 
 
+def test_a_recipe_may_stand_behind_the_command_s_name(run_alignkit, tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {path: builtin:tiny-gpt2}\nsft: {data: builtin:instructions}\n")
+    done, same = (run_alignkit("sft", *given, "--dry-run") for given in (["mine.yaml"], ["-r", "mine.yaml"]))
+    assert done.returncode == 0 and (done.stdout, done.stderr) == (same.stdout, same.stderr)
+    assert "mine2.yaml" in run_alignkit("check", "mine2.yaml").stderr
+
+
 def test_unknown_key_is_one_message_with_its_line(run_alignkit, tmp_path) -> None:
     recipe = "name: bad\nmodel: {path: builtin:tiny-gpt2}\ndpo:\n  data: {path: builtin:preferences}\n  betta: 1\n"
     (tmp_path / "bad.yaml").write_text(recipe)
