@@ -40,12 +40,7 @@ def plainly(model: Any) -> Iterator[None]:
 
 
 def generate_greedy(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    pad_id: int,
+    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int
 ) -> list[list[int]]:
     """Write the new tokens of each prompt, the stop token included when one came.
 

@@ -65,11 +65,13 @@ class LengthReport:
 
 # A row with its texts as ids: of sft one and those that need a text of their own (of token ids none), else one a
 # completion.
-EncodedRow = tuple[Row, Sequence[Encoded]]
+Texts = Sequence[Encoded]
+EncodedRow = tuple[Row, Texts]
 # Columns of a row of the table, its `length` among them, and its tokens, all and trained ones; or why it is left out,
 # and which count of the report that raises.
 Example = tuple[dict[str, Any], int, int]
 LeftOut = tuple[str, str]
+Examples = Iterator[Example | LeftOut]
 
 
 def write_row(stage: Stage, chat: Chat, row: Row) -> list[Written]:
@@ -120,9 +122,7 @@ def encode_rows(
             yield dict(columns)
 
 
-def _encode_sft(
-    stage: Stage, limit: int | None, row: Row, texts: Sequence[Encoded], lengths: LengthReport
-) -> Iterator[Example | LeftOut]:
+def _encode_sft(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:
     """Rows of text, messages or prompt-completion."""
     whole = row.prompt and not stage.trainer.get("completion_only_loss", True)
     found = [row.tokens] if row.tokens else [(text.ids, text.ids if whole else text.labels) for text in texts]
@@ -157,9 +157,7 @@ def _cut_blocks(
         yield {"input_ids": [stream], "labels": [stream], "length": [len(stream)]}
 
 
-def _encode_rm(
-    stage: Stage, limit: int | None, row: Row, texts: Sequence[Encoded], lengths: LengthReport
-) -> Iterator[Example | LeftOut]:
+def _encode_rm(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:
     """Pairs and ranked answers: all answers of a prompt in one row, best first, each a whole conversation."""
     options = stage.expect(RmOptions)
     answers = [text.ids for text in texts]
@@ -191,9 +189,7 @@ def _encode_rm(
         yield values, sum(sizes), sum(sizes)
 
 
-def _encode_dpo(
-    stage: Stage, limit: int | None, row: Row, texts: Sequence[Encoded], lengths: LengthReport
-) -> Iterator[Example | LeftOut]:
+def _encode_dpo(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:
     """Preference pairs; the completion is cut at max_length, never the prompt."""
     # Soft labels have a meaning to plain cross-entropy alone.
     others = {"ld_alpha", "f_divergence_type", "use_weighting", "loss_weights"} & stage.trainer.keys()
@@ -228,9 +224,7 @@ def _encode_dpo(
     yield values, 2 * len(prompt) + sum(sizes), sum(sizes)
 
 
-def _encode_kto(
-    stage: Stage, limit: int | None, row: Row, texts: Sequence[Encoded], lengths: LengthReport
-) -> Iterator[Example | LeftOut]:
+def _encode_kto(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:
     """Single answers with a thumb up or down; a pair gives one of each."""
     for rank, text in enumerate(texts):
         start, end = text.prompt_length, limit or len(text.ids)
@@ -249,9 +243,7 @@ def _encode_kto(
         yield values, len(ids), len(ids) - start
 
 
-def _encode_ppo(
-    stage: Stage, limit: int | None, row: Row, texts: Sequence[Encoded], lengths: LengthReport
-) -> Iterator[Example | LeftOut]:
+def _encode_ppo(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:
     """Prompts as generation starts from them, with the row's columns for rewards."""
     ids = texts[0].ids
     if limit is not None and len(ids) > limit:

@@ -28,7 +28,6 @@ from alignkit.models.load import build_skeleton, load_trained
 from alignkit.models.parameters import compare_probes, describe_parameters, hash_base, hash_samples, take_probe
 from alignkit.models.save import save_model
 from alignkit.recipe import Stage
-from alignkit.report.publish import leave_finished, show
 from alignkit.runs import checkpoints
 from alignkit.runs.directory import (
     Result,
@@ -112,6 +111,8 @@ def _find_finished(
     compare_fingerprints(run, {**fingerprint, **unread(run), "data": hash_data(stage)}, allow_change=allow_change)
     reason = find_damaged_product(run.path) or find_longer(stage, run)
     if reason is None:
+        from alignkit.report.publish import leave_finished
+
         return leave_finished(run).to_dict()
     if checkpoints.newest_step(run.checkpoints) is None:
         raise RunError(
@@ -323,6 +324,8 @@ def finish(setup: Setup) -> Result:
     metrics |= _save_final(setup)
 
     def record() -> dict[str, Any]:
+        from alignkit.report.publish import show
+
         shutil.rmtree(run.cache, ignore_errors=True)
         # Of this sitting's steps; loading and saving are left out.
         runtime = next((row["train_runtime"] for row in trainer.state.log_history[::-1] if "train_runtime" in row), 0)

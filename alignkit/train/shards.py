@@ -6,7 +6,7 @@ is asked of `zero`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,15 +70,17 @@ def gather_model(trainer: Any) -> dict[str, torch.Tensor] | None:
     for a model that is whole in every process.
     """
     model = trainer.model
-    adapted = isinstance(model, PeftModel)
+    adapted, named = isinstance(model, PeftModel), model.state_dict(keep_vars=True)
+    wanted = ((name, weight) for name, weight in named.items() if not adapted or is_adapter(name))
     if trainer.is_deepspeed_enabled:
-        return zero.gather_model(trainer, lambda name: not adapted or is_adapter(name))
-    if not is_sharded(trainer):
-        return None
-    return gather((name, p) for name, p in model.state_dict(keep_vars=True).items() if not adapted or is_adapter(name))
+        return gather(wanted, zero.trained_weight)
+    return gather(wanted) if is_sharded(trainer) else None
 
 
-def gather(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
+@torch.no_grad()
+def gather(
+    named: Iterable[tuple[str, torch.Tensor]], put_together: Callable[[torch.Tensor], torch.Tensor] = whole
+) -> dict[str, torch.Tensor] | None:
     """Gather tensors on rank 0's CPU, whole; elsewhere None. All ranks must call it with the same names.
 
     Tied weights stay one tensor, as `save_pretrained` expects.
@@ -87,7 +89,8 @@ def gather(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     seen: dict[int, torch.Tensor] = {}
     for name, tensor in named:
         if id(tensor) not in seen:
-            seen[id(tensor)] = _to_main(tensor.detach()).contiguous()
+            full = put_together(tensor).detach()
+            seen[id(tensor)] = full.cpu().contiguous() if is_main() else torch.empty(0)
         state[name] = seen[id(tensor)]
     return state if is_main() else None
 

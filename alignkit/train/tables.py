@@ -178,23 +178,22 @@ def _encode(
     Batches are bounded in characters too: a few rows, where each is as long as a book.
     """
 
-    def tokenise(batch: list[tuple[Row, list[Written]]]) -> list[EncodedRow]:
-        pulse("reading data")
-        shown = [row for row, _ in batch if row.tokens is None]  # token ids have no text to sample from
-        first.extend(shown[: _REMEMBERED_ROWS - len(first)])
-        encoded = iter(chat.tokenize([text for _, texts in batch for text in texts]))
-        return [(row, [next(encoded) for _ in texts]) for row, texts in batch]
-
     def batches() -> Iterator[list[EncodedRow]]:
-        batch, num_chars = list[tuple[Row, list[Written]]](), 0
-        for row, texts in _write_texts(stage, chat, rows, rejects):
-            batch.append((row, texts))
-            num_chars += sum(map(len, iter_contents(row)))
-            if len(batch) == _BATCH_ROWS or num_chars > _BATCH_CHARS:
-                yield tokenise(batch)
-                batch, num_chars = [], 0
-        if batch:
-            yield tokenise(batch)
+        written = _write_texts(stage, chat, rows, rejects)
+        while True:
+            batch, num_chars = list[tuple[Row, list[Written]]](), 0
+            for row, texts in written:
+                batch.append((row, texts))
+                num_chars += sum(map(len, iter_contents(row)))
+                if len(batch) == _BATCH_ROWS or num_chars > _BATCH_CHARS:
+                    break
+            if not batch:
+                return
+            pulse("reading data")
+            shown = [row for row, _ in batch if row.tokens is None]  # token ids have no text to sample from
+            first.extend(shown[: _REMEMBERED_ROWS - len(first)])
+            encoded = iter(chat.tokenize([text for _, texts in batch for text in texts]))
+            yield [(row, [next(encoded) for _ in texts]) for row, texts in batch]
 
     return encode_rows(stage, batches(), lengths, rejects)
 

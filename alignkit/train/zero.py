@@ -7,7 +7,7 @@ knows of DeepSpeed beyond the documented `safe_get_full_*` and `safe_set_full_*`
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -28,22 +28,12 @@ def holds(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
 
 
-def gather_model(trainer: Any, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor] | None:
-    """Gather the tensors whose name `wanted` accepts, whole and in the optimizer's precision, on rank 0's CPU."""
+def trained_weight(tensor: torch.Tensor) -> torch.Tensor:
+    """Put together a weight in the optimizer's precision: what is held in bfloat16 is a copy of its float32."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    state: dict[str, torch.Tensor] = {}
-    seen: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, as `save_pretrained` expects
-    for name, tensor in trainer.model.state_dict(keep_vars=True).items():
-        if not wanted(name):
-            continue
-        if id(tensor) not in seen:
-            # Weights held in bfloat16 are copies: what is trained is the optimizer's float32.
-            full = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
-            full = whole(tensor) if full is None else full
-            seen[id(tensor)] = full.detach().cpu().clone() if is_main() else torch.empty(0)
-        state[name] = seen[id(tensor)]
-    return state if is_main() else None
+    full = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
+    return whole(tensor).clone() if full is None else full.clone()
 
 
 def place_weight(place: torch.Tensor, value: torch.Tensor) -> None:

@@ -136,7 +136,7 @@ def test_a_sum_is_weighted_and_its_parts_are_raw(build: Callable[..., Rewards], 
 
 
 def test_parts_of_one_name_stay_apart(build: Callable[..., Rewards]) -> None:
-    assert build("[builtin:true-reward, builtin:true-reward]").names == ["true_reward", "true_reward_2"]
+    assert list(build("[builtin:true-reward, builtin:true-reward]").sources) == ["true_reward", "true_reward_2"]
 
 
 def test_an_rm_stage_reads_the_policys_own_tokens(build: Callable[..., Rewards], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from alignkit.models.chat import Chat
 from alignkit.models.frozen import Classifier, ScoreIds
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RewardSource
-from alignkit.rewards.base import Reward, Workspace
+from alignkit.rewards.base import Reward, stage_space
 from alignkit.rewards.classifier import ClassifierReward
 from alignkit.rewards.kinds import open_reward
 from alignkit.train import ranks
@@ -25,14 +25,13 @@ class Rewards:
     """All sources of a reward; call it with a rollout. `modules` are the models that were loaded for it."""
 
     def __init__(self, sources: Mapping[str, tuple[Reward, float]], modules: Sequence[nn.Module] = ()) -> None:
-        self._sources, self.modules = dict(sources), list(modules)
-        self.names = list(self._sources)  # of the parts, in metrics
+        self.sources, self.modules = dict(sources), list(modules)
 
     def __call__(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """Score every answer: the weighted sum and its parts, each (R,) float32 on the CPU."""
         total_R = torch.zeros(len(rollout))
         parts = {}
-        for name, (reward, weight) in self._sources.items():
+        for name, (reward, weight) in self.sources.items():
             part_R = torch.tensor(reward.score(rollout), dtype=torch.float32)
             if not bool(part_R.isfinite().all()):
                 number = int((~part_R.isfinite()).nonzero()[0])
@@ -58,11 +57,7 @@ def build_rewards(
 
     `held` gives, by their place in `sources`, the models that the caller holds on the policy's base.
     """
-    where = stage.where(f"{stage.name}.{key}")
-    space = Workspace(
-        device=device, trust_code=stage.trust_code, folder=Path(stage.recipe_path).resolve().parent, stage=stage,
-        where=where, cache=None, once=ranks.once, split=_split,
-    )  # fmt: skip
+    space = replace(stage_space(stage, key), device=device, once=ranks.once, split=_split)
     opened: dict[str, tuple[Reward, float]] = {}
     modules = []
     for place, source in enumerate(sources):
@@ -78,7 +73,7 @@ def build_rewards(
                 if classifier.is_own and reads_alike and same_tokens:
                     reward.encode = encode_ids(chat.stop_ids, chat.tokenizer.eos_token_id, chat.end_of_turn)
         except ModelError as error:
-            raise RewardError(f"{stage.name}.{key}: {error}", where=where) from error
+            raise RewardError(f"{stage.name}.{key}: {error}", where=space.where) from error
         name, number = reward.name, 2
         while name in opened:
             name, number = f"{reward.name}_{number}", number + 1
