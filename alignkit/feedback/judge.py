@@ -310,10 +310,7 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def read_labelled(stage: Stage, sources: Sequence[DataSource], rejects: Rejects) -> list[Pairing]:
-    """Read comparisons of which the first answer is the better one; an unsure label (1/2) is left out.
-
-    Raises DataError with file and line.
-    """
+    """Read comparisons of which the first answer is the better one; an unsure label (1/2) is left out."""
     found: list[Pairing] = []
     for source in sources:
         path = Path(source.path)

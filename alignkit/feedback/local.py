@@ -88,10 +88,6 @@ class _Question:
     prefix: list[int]  # what both options share
     tails: tuple[list[int], list[int]]  # one or more tokens each
 
-    @property
-    def whole(self) -> list[int]:
-        return self.prefix + max(self.tails, key=len)
-
 
 class LocalModel:
     """A frozen causal language model; chat models get messages, others the transcript."""
@@ -148,7 +144,8 @@ class LocalModel:
         for start in range(0, len(requests), _WINDOW * self._batch_size):
             window = requests[start : start + _WINDOW * self._batch_size]
             questions = [_Question(place, *self._encoder.split(request)) for place, request in enumerate(window, start)]
-            long = {it.place: len(it.whole) for it in questions if len(it.whole) > self._positions}
+            lengths = {it.place: len(it.prefix) + max(map(len, it.tails)) for it in questions}
+            long = {place: length for place, length in lengths.items() if length > self._positions}
             if long:
                 said = "the question has {} tokens; {} fit"
                 yield [(at, Decision(problem=said.format(length, self._positions))) for at, length in long.items()]

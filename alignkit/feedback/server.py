@@ -125,10 +125,7 @@ class Endpoint:
     control_tokens: Sequence[str] = FOREIGN_TOKENS
 
     def __init__(self, source: FeedbackModel, *, spending: Spending, stop: threading.Event) -> None:
-        """Find the key and say where it goes; nothing is sent yet.
-
-        Raises EnvironmentProblem without the openai package, RecipeError for a key that may not go there.
-        """
+        """Find the key and say where it goes; nothing is sent yet."""
         require_client()
         import openai
 

@@ -238,10 +238,7 @@ def open_model(
     source: FeedbackModel, store: Store, by: Collection[str], *, stop: Stop, device: str, batch_size: int,
     trust_code: bool,
 ) -> Model:  # fmt: skip
-    """Open the model a source names, with what the askers in `by` have spent on it already.
-
-    Raises ModelError for weights that cannot be used, EnvironmentProblem for a package that is missing.
-    """
+    """Open the model a source names, with what the askers in `by` have spent on it already."""
     if source.url is not None:
         from alignkit.feedback.server import Endpoint
 

@@ -252,10 +252,7 @@ def _letter(token: str) -> str | None:
 
 
 def read_chat_tokens(choice: Mapping[str, Any]) -> list[TokenChances]:
-    """Read the tokens of a chat completion's choice; none where the server gives no log-probs.
-
-    Raises ValueError, TypeError or the like for what is none, as `read_text_tokens` does.
-    """
+    """Read the tokens of a chat completion's choice; none where the server gives no log-probs."""
     content = (choice.get("logprobs") or {}).get("content") or []
     return [
         TokenChances(item["token"], _chances((top["token"], top["logprob"]) for top in item["top_logprobs"]))

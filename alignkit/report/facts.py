@@ -100,10 +100,7 @@ class Facts:
 
 
 def read_facts(path: Path) -> Facts:
-    """Read a run directory; records it can do without are left out with a warning where they are damaged.
-
-    Raises RunError when it is no run, or its stage.json cannot be read.
-    """
+    """Read a run directory; records it can do without are left out with a warning where they are damaged."""
     run = RunDir(path)
     if not run.stage.is_file():
         raise RunError("is no run: it has no stage.json; name a run directory such as runs/demo/sft", where=str(path))

@@ -112,10 +112,7 @@ def publish(
 
 
 def write_card(path: Path) -> Path | None:
-    """Write the card of a run into its model directory and return its path; None when there is no model.
-
-    Raises RunError when the directory is no run, DiskError.
-    """
+    """Write the card of a run into its model directory and return its path; None when there is no model."""
     run = RunDir(path)
     if not run.model.is_dir():
         return None

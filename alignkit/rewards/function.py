@@ -35,10 +35,7 @@ class FunctionReward:
     """A Python function of prompts, answers and the rows' columns that it has parameters for."""
 
     def __init__(self, source: RewardSource, space: Workspace) -> None:
-        """Import `pkg.module:name` from sys.path or the recipe's directory.
-
-        Raises RewardError without --trust-code, and for a module or a name that is not there.
-        """
+        """Import `pkg.module:name` from sys.path or the recipe's directory."""
         self.path, self.where, self._once = str(source.function), space.where, space.once
         _require_trust(self.path, allowed=space.trust_code, where=self.where)
         self.name = self.path.rpartition(":")[2]

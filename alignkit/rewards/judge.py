@@ -39,10 +39,7 @@ class JudgeReward:
     name = "judge"
 
     def __init__(self, source: RewardSource, space: Workspace) -> None:
-        """Open the judge, in the one process that asks.
-
-        Raises RecipeError for a constitution that cannot be used, ModelError or EnvironmentProblem for a judge.
-        """
+        """Open the judge, in the one process that asks."""
         stage, judge = space.stage, source.judge
         assert judge is not None
         if stage is None:

@@ -56,10 +56,7 @@ def kind_of(source: RewardSource) -> type[Reward]:
 
 
 def open_reward(source: RewardSource | str, space: Workspace) -> Reward:
-    """Make ready what scores; a name is builtin:true-reward, pkg.module:function, a run, a directory or a hub id.
-
-    Raises RewardError or ModelError for what cannot score.
-    """
+    """Make ready what scores; a name is builtin:true-reward, pkg.module:function, a run, a directory or a hub id."""
     if isinstance(source, str):
         source = RewardSource(function=source) if is_function(source) else RewardSource(model=source)
     return kind_of(source)(source, space)

@@ -95,8 +95,7 @@ class _Labelling:
             "constitution": self._constitution.fingerprint if self._constitution else None,
             "examples": self._examples.fingerprint,
             **{key: getattr(options, key) for key in keys},
-            "cot_tokens": options.cot_tokens if options.cot else None,
-            "bounds": list(options.bounds),
+            "cot_tokens": options.cot_tokens if options.cot else None, "bounds": list(options.bounds),
             "data": self.report.fingerprint, "mix": mix_report.fingerprint,
             "check": key_of(keys=[pairing.key for pairing in self._check]),
         }  # fmt: skip

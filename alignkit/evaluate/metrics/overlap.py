@@ -45,10 +45,7 @@ METRIC = Metric(
 def measure_rouge(
     answers: Sequence[str], references: Sequence[str], *, stemmer: bool = False, resamples: int
 ) -> list[Figure]:
-    """Measure the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004); `stemmer` is Porter's.
-
-    Raises EnvironmentProblem when rouge-score is not installed.
-    """
+    """Measure the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004); `stemmer` is Porter's."""
     names = ("rouge1", "rouge2", "rougeL")
     scorer = _require("rouge_score.rouge_scorer", "rouge-score").RougeScorer(list(names), use_stemmer=stemmer)
     scored = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
@@ -57,10 +54,7 @@ def measure_rouge(
 
 
 def measure_bleu(answers: Sequence[str], references: Sequence[str], *, resamples: int) -> list[Figure]:
-    """Measure corpus BLEU and chrF with sacrebleu's own bootstrap (Koehn 2004) and signature.
-
-    Raises EnvironmentProblem when sacrebleu is not installed.
-    """
+    """Measure corpus BLEU and chrF with sacrebleu's own bootstrap (Koehn 2004) and signature."""
     metrics = _require("sacrebleu.metrics", "sacrebleu")
     several, figures = len(answers) > 1, []
     for name, metric in (("bleu", metrics.BLEU()), ("chrf", metrics.CHRF())):

@@ -178,10 +178,7 @@ def _rank_choices(policy: Policy, items: Sequence[Item], prompts: Sequence[str])
 def measure_harness(
     policy: Policy, task: str, *, shots: Sequence[int], max_rows: int | None, batch_size: int, seed: int
 ) -> list[Figure]:
-    """Read every figure of a task for each K; `task` is a name or the path of a task's YAML file.
-
-    Raises EnvironmentProblem without lm-eval, DataError for an unknown task.
-    """
+    """Read every figure of a task for each K; `task` is a name or the path of a task's YAML file."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
