@@ -29,9 +29,6 @@ _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _NEEDED = (*_NUMBERS, "MASTER_ADDR", "MASTER_PORT")
 
 
-# What we tell.
-
-
 def fsdp_settings(stage: Stage) -> dict[str, Any]:
     """Make accelerate's `fsdp_config`: FSDP 2, each transformer layer sharded by itself.
 
@@ -169,9 +166,6 @@ def plan_launch(command: Command) -> dict[str, Any]:
     if DEEPSPEED_CONFIG in texts:
         plan |= {"deepspeed_file": str(directory / DEEPSPEED_CONFIG), "deepspeed": deepspeed_config(stage)}
     return plan
-
-
-# What a launcher has told us.
 
 
 def join_launcher(stage: Stage, *, retries: int) -> None:

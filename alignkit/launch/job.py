@@ -147,8 +147,6 @@ class Job:
             f"the same command goes on from step {step}"
         )  # fmt: skip
 
-    # Files of the tries.
-
     def _attempt_dir(self, attempt: int) -> Path:
         return self._run.launch / f"attempt-{attempt}"
 
@@ -178,8 +176,6 @@ class Job:
                     (launch / name).write_text(text, encoding="utf-8")
             write_json(launch / _CURRENT, {"attempt": attempt, **self._facts()})
         return self._attempt_dir(attempt)
-
-    # Where the processes meet.
 
     def _choose_port(self) -> int:
         """Find the port node 0 opens: the one that was given, which must be free, else any free one."""

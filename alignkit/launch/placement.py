@@ -105,10 +105,7 @@ def pick_device(stage: Stage) -> Device:
 
 
 def mixed_precision(stage: Stage, device: Device) -> Precision:
-    """Decide what the launcher is told that matrix products are computed in.
-
-    With nothing given it is bfloat16 on devices that have it, as `model.dtype: auto` says.
-    """
+    """Decide what matrix products are computed in: by itself bfloat16 on devices that have it."""
     if stage.launch.mixed_precision != "auto":
         return stage.launch.mixed_precision
     if stage.model.dtype != "auto":

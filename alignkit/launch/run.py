@@ -189,9 +189,6 @@ def _write_page(stages: Sequence[Stage]) -> None:
             console.note(f"report: {page}")
 
 
-# The stages of a recipe one after another.
-
-
 def plan_run(commands: Sequence[Command], *, force: bool = False) -> list[Entry]:
     """Decide what is done with each stage, in order; reads the rows of those that have begun.
 
@@ -240,10 +237,7 @@ def _decide(command: Command, before: dict[str, Will], *, force: bool) -> tuple[
 
 
 def check_order(stages: Sequence[Stage], *, only_listed: bool = False) -> None:
-    """Raise RecipeError when a stage needs one that has not been run and is not run before it.
-
-    With `only_listed` a stage that is not among these may still be run by another command.
-    """
+    """Refuse a stage that needs one not run before it; with `only_listed` another command may run those not listed."""
     names = [stage.name for stage in stages]
     problems = []
     for number, stage in enumerate(stages):
@@ -339,9 +333,6 @@ def _use_slurm(commands: Sequence[Command], how: How) -> None:
         console.print_json({"jobs": jobs})
     else:
         console.print_jobs(jobs, scripts=how.dry_run)
-
-
-# Measuring the models of a run.
 
 
 class Measuring:

@@ -175,10 +175,7 @@ def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool) -> LoraCo
 
 
 def _is_transposed(model: PreTrainedModel) -> bool:
-    """Whether linear layers hold their weights transposed (GPT-2), which quantization undoes.
-
-    PEFT would find out by itself, with a warning per layer.
-    """
+    """Whether linear layers hold their weights transposed (GPT-2); PEFT would find out, with a warning per layer."""
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 

@@ -208,8 +208,6 @@ class Chat:
         if bos is not None and self._tokenize([self.template.frame()])[0][:2] == [bos, bos]:
             raise ModelError("the chat template writes the BOS token twice; remove one of them from the template")
 
-    # From turns and texts to what is tokenised.
-
     def write(self, messages: Sequence[Any], *, mask: bool = True) -> list[Written]:
         """Write a conversation for training, after what needs a text of its own; without `mask` all of it is learnt."""
         template = self._choose(messages)
@@ -242,8 +240,6 @@ class Chat:
             return Written(prompt, start=len(prompt), plain=True)
         text = self._choose(prompt).write_prompt(prompt)
         return Written(text, start=len(text))
-
-    # From what is written to ids.
 
     def tokenize(self, written: Sequence[Written]) -> list[Encoded]:
         """Give the ids; a prompt of a plain text gets no eos.
@@ -279,8 +275,6 @@ class Chat:
                     spans[-1] = (spans[-1][0], len(ids))
             found.append(Encoded(ids, spans, places[one.start]))
         return found
-
-    # Both steps at once.
 
     def encode(self, conversations: Sequence[list[Message]]) -> list[list[Encoded]]:
         """Encode whole conversations, each as `write` gives it."""

@@ -102,11 +102,7 @@ def load_tokenizer_of(source: str, *, trust_code: bool = False) -> PreTrainedTok
 def load_classifier(
     source: str, *, device: str = "auto", on_base: PeftModel | None = None, trust_code: bool = False
 ) -> Classifier:
-    """Load a classifier from a run, a directory or a hub id; safetensors only.
-
-    With `on_base` nothing is loaded but the tokenizer: that model carries the adapter already. Raises ModelError for a
-    language model, for more than two labels, for pickles and for a missing tokenizer.
-    """
+    """Load a classifier from a run, a directory or a hub id; of one that `on_base` carries, only the tokenizer."""
     directory = find_model_dir(source) or fetch_adapter(source, None)
     files = inspect_model_dir(directory, trust_code=trust_code) if directory else None
     place, is_own = str(directory or source), files is not None and bool(files.record)
@@ -144,9 +140,6 @@ def load_classifier(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Classifier(model, tokenizer, model.config.num_labels, is_own, _positions(model))
-
-
-# Scores of answers under a classifier.
 
 
 def read_norm(source: str) -> tuple[float, float]:

@@ -79,11 +79,7 @@ _NOT_ARCHITECTURE = frozenset(
 def override_config(
     config: PreTrainedConfig, overrides: dict[str, Any], *, where: str | None = None
 ) -> PreTrainedConfig:
-    """Make a config with the overrides in force.
-
-    Both spellings of an attribute work (`hidden_size` and GPT-2's `n_embd`). Raises ModelError for names the
-    architecture does not have, all at once, and for values it does not take.
-    """
+    """Make a config with the overrides in force; `hidden_size` and GPT-2's `n_embd` are one attribute."""
     values = {key: value for key, value in config.to_dict().items() if key not in _NOT_ARCHITECTURE}
     known = set(values) | set(config.attribute_map)
     unknown = [name for name in overrides if name not in known]

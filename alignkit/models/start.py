@@ -98,7 +98,7 @@ def know_classifier(config: PreTrainedConfig) -> None:
     """Let transformers' AutoModelForSequenceClassification build a score head on any causal language model.
 
     Granite, Cohere, OLMoE and others come without such a class. It is made as transformers makes Llama's: the trunk
-    and a linear head, read at the last token that is not padding. Raises ModelError where there is no such trunk.
+    and a linear head, read at the last token that is not padding.
     """
     kind = type(config)
     known: Any = AutoModelForSequenceClassification._model_mapping
@@ -212,10 +212,7 @@ def is_same_model(one: str, other: str) -> bool:
 
 
 def _check_same_base(files: ModelFiles, base: str, stage: Stage) -> None:
-    """Raise ModelError unless the adapter was trained on the model the recipe names.
-
-    They are the same by name, by what alignkit recorded, or by the bytes of the weights when one was copied.
-    """
+    """Refuse an adapter of another model than the recipe's: told by name, by our record, or by the weights' bytes."""
 
     def canonical(path: str) -> str:
         local = Path(path).expanduser()

@@ -97,8 +97,6 @@ class Template:
         self._control = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
         self.marked = _GENERATION.search(source) is not None
 
-    # What the template can do.
-
     @cached_property
     def end(self) -> _End:
         """What ends a whole answer."""
@@ -195,8 +193,6 @@ class Template:
                 "end the assistant message with eos_token inside {% generation %}, or set "
                 "model.chat_template: chatml | llama3 | zephyr | plain"
             )
-
-    # Writing conversations.
 
     def write_prompt(self, messages: Sequence[Any]) -> str:
         """Write turns as generation starts after them."""
@@ -364,8 +360,6 @@ class Template:
                 break
             found.append((match.group(), match.end()))
         return found
-
-    # Asking it.
 
     def _prepare_all(self, messages: Sequence[Any]) -> list[Any]:
         """Give messages as this template wants them."""

@@ -287,8 +287,6 @@ def require_whole(product: Path) -> None:
         )
 
 
-# Chat or text: the form of the rows that a model was trained on.
-
 _NOTHING: Mapping[str, str | None] = {}
 _SAYS = {"chat": "turns of its chat template", "text": "text without a chat template"}
 

@@ -245,10 +245,7 @@ def describe_files(directory: Path, files: Iterable[Path]) -> dict[str, dict[str
 
 
 def find_damaged_file(directory: Path, files: Mapping[str, Mapping[str, Any]], *, thorough: bool = False) -> str | None:
-    """Find a file that is not as `describe_files` found it; None when all are. `thorough` reads large ones in any case.
-
-    Raises what a mapping of another shape makes it raise: KeyError, TypeError, AttributeError.
-    """
+    """Find a file that is not as `describe_files` found it, None when all are; `thorough` reads large ones too."""
     for name, known in files.items():
         path = directory / name
         if not path.is_file():

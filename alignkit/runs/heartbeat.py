@@ -166,9 +166,6 @@ def _read_all(directory: Path, kind: str) -> list[dict[str, Any]]:
     return found
 
 
-# One process among several.
-
-
 def is_worker(environment: Mapping[str, str] = os.environ) -> bool:
     """Tell whether this process was started as one of a job's, by us or by accelerate or torchrun."""
     return SUPERVISED in environment or "RANK" in environment or environment.get("WORLD_SIZE", "1") != "1"

@@ -302,9 +302,6 @@ def _is_complete(trainer: Guarded, newest: str, step: int) -> bool:
     return True
 
 
-# The end of a run: only what was saved, read back and found the same counts.
-
-
 def finish(setup: Setup) -> Result:
     """Measure, save the final model, reload it and compare, then write the result."""
     trainer, run = setup.trainer, setup.run

@@ -123,10 +123,7 @@ def largest(value: int) -> int:
 
 
 def share_out(items: Sequence[_Value]) -> tuple[list[_Value], int]:
-    """Deal out a list: this rank's part, and how much of it is its own.
-
-    All parts are equally long, so that sharded models keep step: the last ones are filled up with the list's end.
-    """
+    """Deal out a list in equal parts, filled up with its end: this rank's part, and how much of it is its own."""
     size = -(-len(items) // world_size())
     start = rank() * size
     return [items[min(place, len(items) - 1)] for place in range(start, start + size)], max(

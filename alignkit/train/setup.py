@@ -156,9 +156,6 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
     return config_class(**(values | fixed))
 
 
-# Batches of token rows as each trainer reads them.
-
-
 @dataclass
 class LabelledCollator:
     """TRL's preference collator, with each pair's soft label P(chosen preferred) kept beside the tokens, (B,)."""
