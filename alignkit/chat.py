@@ -43,13 +43,15 @@ class Speaker:
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.chat = Chat(self.loaded.tokenizer)
+        self.chat = Chat(self.loaded.tokenizer, encoder_decoder=self.loaded.model.config.is_encoder_decoder)
 
     def reset(self, system: str | None) -> None:
-        self.messages = [Message(role="system", content=system)] if system else []
+        self.messages = [Message(role="system", content=system)] if system and not self.chat.encoder_decoder else []
 
     def say(self, text: str) -> None:
         """Add the user's message; control tokens in it are defused, so that nobody forges a turn by typing one."""
+        if self.chat.encoder_decoder:  # it reads one text
+            self.messages = []
         row = escape_control_tokens(Row("prompt", text, ()), self.chat.control_tokens)
         self.messages.append(Message(role="user", content=str(row.prompt)))
 
@@ -88,8 +90,8 @@ def talk(sources: Sequence[str], settings: Settings, *, device: str = "auto", tr
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with Ctrl-C ignored
     speakers: dict[str, Speaker] = {}
     for source in sources:
-        loaded = load_causal(source, device=device, trust_code=trust_code)
-        if not loaded.tokenizer.chat_template:
+        loaded = load_causal(source, device=device, trust_code=trust_code, encoder_decoder=True)
+        if not (loaded.tokenizer.chat_template or loaded.model.config.is_encoder_decoder):
             raise ModelError(f"{source} cannot chat: {NO_TEMPLATE}")
         name = name_source(source)
         name = f"{name} ({len(speakers) + 1})" if name in speakers else name

@@ -11,6 +11,7 @@ a prompt (every film belongs to one split). `true_reward` is the judge that real
     builtin:unpaired       unpaired             a review, desirable when its true reward is positive
     builtin:prompts        prompt               what preferences ask
     builtin:judge-items    prompt_completion    which of two reviews is more positive, as a judge is asked
+    builtin:translation    prompt_completion    sentences of one made-up language in another, whose word order differs
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from alignkit.errors import DataError, Problem, suggest
 PREFIX = "builtin:"
 DEFAULT_ROWS = 1000
 MAX_ROWS = 10_000_000
-NAMES = ("reviews", "instructions", "preferences", "ranked", "unpaired", "prompts", "judge-items")
+NAMES = ("reviews", "instructions", "preferences", "ranked", "unpaired", "prompts", "judge-items", "translation")
 SPLITS = ("train", "test")
 _WORLD = "alignkit world 1"
 _RANKED_ANSWERS = 4
@@ -267,11 +268,39 @@ def _judge_item(random: Random, split: str) -> dict[str, Any]:
     return {"prompt": _user(asked), "completion": _assistant(f"The answer is: ({'A' if first else 'B'})")}
 
 
+# Nouns, adjectives and verbs of two made-up languages: the adjective goes before its noun in one and follows it in the
+# other, the verb stands in the middle or at the end.
+_NOUNS = {"lupa": "wolk", "casu": "hust", "arbo": "trem", "mari": "zeef", "filo": "drat", "ponte": "brugg",
+          "libro": "boek", "pane": "brod", "fiore": "blum", "vento": "wint"}  # fmt: skip
+_KINDS = {"gran": "groot", "piccol": "klen", "ver": "waar", "nov": "nuw", "lent": "trag", "dolc": "zoet"}
+_ACTS = {"vede": "ziet", "porta": "draagt", "trova": "vindt", "ama": "mint", "perde": "verlost", "tiene": "hout"}
+_NOUN_PAIRS = [(one, other) for one in _NOUNS for other in _NOUNS if one != other]
+_CLAUSES = {"train": [pair for at, pair in enumerate(_NOUN_PAIRS) if at % 6], "test": _NOUN_PAIRS[::6]}
+
+
+def _translation(random: Random, split: str) -> dict[str, Any]:
+    """Translate a sentence of one to three clauses; a clause belongs to one split by its nouns."""
+
+    def thing(noun: str) -> tuple[str, str]:
+        kinds = random.sample(list(_KINDS), random.randint(0, 2))
+        return " ".join(["il", *kinds, noun]), " ".join(["de", _NOUNS[noun], *map(_KINDS.__getitem__, kinds)])
+
+    def clause() -> tuple[str, str]:
+        first, second = random.choice(_CLAUSES[split])
+        (one, ein), (other, ander), act = thing(first), thing(second), random.choice(list(_ACTS))
+        return f"{one} {act} {other}", f"{ein} {ander} {_ACTS[act]}"
+
+    sources, targets = zip(*(clause() for _ in range(random.randint(1, 3))), strict=True)
+    return {"prompt": " e ".join(sources) + " .", "completion": " en ".join(targets) + " ."}
+
+
 def _make(name: str, random: Random, split: str) -> dict[str, Any]:
     if name == "instructions":
         return _instruction(random, split)
     if name == "judge-items":
         return _judge_item(random, split)
+    if name == "translation":
+        return _translation(random, split)
     if name == "reviews":
         title, _, director, kind = _film(random, split)
         review = _review(random, random.choice(("positive", "negative")))

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,6 +68,24 @@ def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES) 
         raise DataError("the file has no rows", where=name)
     yield first
     yield from entries
+
+
+def read_parallel(path: Path, target: Path, *, limit: int = MAX_LINE_BYTES) -> Iterator[Entry]:
+    """Yield a prompt and its completion for every line of two text files that translate each other, of any suffix."""
+    name, other = label_path(path), label_path(target)
+    with _open(path, name) as sources, _open(target, other) as targets:
+        for lines in zip_longest(_lines(sources, limit), _lines(targets, limit)):
+            number = next(line[0] for line in lines if line is not None)
+            if None in lines:
+                longer, shorter = (name, other) if lines[1] is None else (other, name)
+                raise DataError(f"has no counterpart in {shorter}, which ends before", where=f"{longer}:{number}")
+            pair = [line for _, line in lines]
+            try:
+                texts = [line.decode().strip() for line in pair if not isinstance(line, BadRow)]
+                bad = [line for line in pair if isinstance(line, BadRow)]
+            except UnicodeDecodeError as error:
+                bad = [_bad_utf8(error)]
+            yield f"{name}:{number}", bad[0] if bad else {"prompt": texts[0], "completion": texts[1]}
 
 
 def _read_bytes(path: Path, name: str, suffix: str | None, blocks: bool, limit: int) -> Iterator[Entry]:

@@ -255,6 +255,7 @@ class _Source:
         self.counts = SourceReport(located.source.path)
         self._method, self._problems, self._rejects = method, problems, rejects
         self._form = None if template is None else _choose_form(stage, located.source, template)
+        self._separator = "" if stage.objective == "seq2seq" else located.source.separator  # each half is a text
         self._found: dict[Format, _Found] = {}
         options = stage.options
         # Whether a reward function is given the rows' columns; whether a row may be as long as a book.
@@ -321,7 +322,7 @@ class _Source:
             shape = "text" if form.kind == "pair" else "raw"
         else:
             shape = self._form
-            row = as_turns(row) if shape == "chat" else as_text(row, self.source.separator)
+            row = as_turns(row) if shape == "chat" else as_text(row, self._separator)
         self.counts.forms[shape] += 1
         return row
 

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.data.builtin import PREFIX, BuiltinData, iter_builtin, parse_builtin
-from alignkit.data.files import ACCEPTED, MAX_DOCUMENT_BYTES, MAX_LINE_BYTES, Entry, data_suffix, read_file
+from alignkit.data.files import (
+    ACCEPTED,
+    MAX_DOCUMENT_BYTES,
+    MAX_LINE_BYTES,
+    Entry,
+    data_suffix,
+    read_file,
+    read_parallel,
+)
 from alignkit.errors import DataError, Problem, first_line, suggest
 from alignkit.recipe.schema import DataSource
 from alignkit.recipe.yaml import label_path
@@ -65,6 +73,8 @@ def read_entries(located: Located, *, documents: bool = False) -> Iterator[Entry
         limit = MAX_DOCUMENT_BYTES if documents else MAX_LINE_BYTES
 
         def read(name: str) -> Iterator[Entry]:
+            if source.target is not None:
+                return read_parallel(*located.splits[name], limit=limit)
             files = (read_file(path, blocks=source.format == "text", limit=limit) for path in located.splits[name])
             return chain.from_iterable(files)
 
@@ -75,6 +85,8 @@ def read_entries(located: Located, *, documents: bool = False) -> Iterator[Entry
 
 
 def _locate(source: DataSource) -> Located:
+    if source.target is not None and not Path(source.path).expanduser().is_file():
+        raise DataError("is no text file, and data.target needs one to go beside, line by line", where=source.path)
     if source.path.startswith(PREFIX):
         _refuse_keys(source, "builtin data", ("name", "data_dir", "revision"))
         data = parse_builtin(source.path, split=source.split, max_rows=source.max_rows)
@@ -89,6 +101,10 @@ def _locate(source: DataSource) -> Located:
     if path.exists():
         split = () if _split_names(source.split) == ["train"] else ("split",)
         _refuse_keys(source, "a local file", ("name", "data_dir", "revision", *split))
+        if source.target is not None:
+            if not (target := Path(source.target).expanduser()).is_file():
+                raise DataError("no such file (data.target)", where=label_path(target))
+            return _choose(Located(source, "files", {"train": (path, target)}))
         if data_suffix(path) is None:
             raise DataError(f"is not a data file we read ({ACCEPTED})", where=label_path(path))
         require_whole(path)

@@ -57,8 +57,9 @@ class Policy:
     def _load(self) -> tuple[Causal, Chat]:
         self._space.take(self)
         if self._loaded is None:
-            loaded = load_causal(self.source, device=self._space.device, trust_code=self._space.trust_code)
-            self._loaded = loaded, Chat(loaded.tokenizer)
+            device, trust_code = self._space.device, self._space.trust_code
+            loaded = load_causal(self.source, device=device, trust_code=trust_code, encoder_decoder=True)
+            self._loaded = loaded, Chat(loaded.tokenizer, encoder_decoder=loaded.model.config.is_encoder_decoder)
         return self._loaded
 
     @property
@@ -167,15 +168,16 @@ class Policy:
 
     def answer(
         self, prompts: Sequence[Text], *, max_new_tokens: int, temperature: float = 0.0, samples: int = 1,
-        seed: int = 0, plain: bool = False,
+        seed: int = 0, plain: bool = False, num_beams: int = 1,
     ) -> list[list[Answer]]:  # fmt: skip
-        """Write `samples` answers to each prompt; temperature 0 is greedy, and then there is one.
+        """Write `samples` answers to each prompt; temperature 0 is greedy, or a search with beams, and gives one.
 
         What an answer draws follows from seed, prompt and its number alone. With `plain` a text prompt goes in as it
         is, and an answer ends at the first new line too.
         """
         samples = samples if temperature > 0 else 1
         common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        common |= {"num_beams": num_beams} if num_beams > 1 else {}
         settings = common | {"seed": seed, "plain": plain, "generation_config": "none"}  # see `generation.plainly`
         questions = [(prompt, number) for prompt in prompts for number in range(samples)]
 
@@ -188,7 +190,7 @@ class Policy:
         return [flat[start : start + samples] for start in range(0, len(flat), samples)]
 
     def _write(
-        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float
+        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float, **settings: Any
     ) -> list[list[Any]]:
         """Write tokens, text and whether it ended of an answer to each prompt, in batches of like length."""
         loaded, chat = self._load()
@@ -206,7 +208,7 @@ class Policy:
             with quiet_transformers():  # it looks for a mask that `generate` leaves out where nothing is padded
                 answers = generate_answers(
                     loaded.model, batch, [seeds[place] for place in places], temperature=temperature,
-                    max_new_tokens=max_new_tokens, eos_ids=chat.stop_ids, pad_id=pad,
+                    max_new_tokens=max_new_tokens, eos_ids=chat.stop_ids, pad_id=pad, **settings,
                 )  # fmt: skip
             for place, ids in zip(places, answers, strict=True):
                 text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
@@ -228,6 +230,9 @@ class Policy:
             raise DataError(f"the template of {self.source} cannot write a row: {error}") from error
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if self.chat.encoder_decoder:  # the end token is not asked for
+            (split,) = self.chat.encode_prompt_completion([context], [continuation])
+            return split.ids[: split.prompt_length], split.ids[split.prompt_length : -1]
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation  # blanks belong to the continuation, as tokens have them
         head, whole = self.chat.encode_prompts([kept, kept + continuation])

@@ -169,9 +169,13 @@ def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool) -> LoraCo
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
         modules_to_save=list(options.modules_to_save) or None,  # PEFT adds the score head of a SEQ_CLS adapter
-        task_type="SEQ_CLS" if reward else "CAUSAL_LM",
+        task_type=_task_type(model, reward=reward),
         fan_in_fan_out=_is_transposed(model),
     )
+
+
+def _task_type(model: PreTrainedModel, *, reward: bool) -> str:
+    return "SEQ_CLS" if reward else "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _is_transposed(model: PreTrainedModel) -> bool:
@@ -192,7 +196,7 @@ def _stored_config(model: PreTrainedModel, directory: Path, *, reward: bool, tra
     config.inference_mode = not trainable
     config.fan_in_fan_out = _is_transposed(model)
     config.base_model_name_or_path = model.name_or_path  # a moved base is found again, see load.find_base
-    config.task_type = "SEQ_CLS" if reward else "CAUSAL_LM"
+    config.task_type = _task_type(model, reward=reward)
     if reward and config.modules_to_save:  # the LM head of a policy, trained in full, is no part of a reward model
         config.modules_to_save = [name for name in config.modules_to_save if name.split(".")[-1] != "lm_head"] or None
     return config

@@ -119,13 +119,15 @@ class Encoded:
 class Chat:
     """Encoder of conversations and plain texts for one tokenizer and its chat template.
 
-    `clock` is the time that templates read; `name` is what a message calls the template.
+    `clock` is the time that templates read; `name` is what a message calls the template. For an encoder-decoder model a
+    prompt and its completion are texts of their own, one for each half, and nothing is a conversation.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, *, clock: datetime | None = None, name: str = "the tokenizer's own"
-    ) -> None:
-        self.tokenizer = tokenizer
+        self, tokenizer: PreTrainedTokenizerFast, *, clock: datetime | None = None, name: str = "the tokenizer's own",
+        encoder_decoder: bool = False,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.encoder_decoder = tokenizer, encoder_decoder
         self.clock = clock or datetime.now()
         # What the tokenizer puts around a text by itself; templates write their own BOS.
         alone, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
@@ -134,7 +136,7 @@ class Chat:
         # Tokenizers that start every text with a space mark (Llama 2, Mistral) cannot take a text in pieces.
         whole, parts = self._tokenize(["\nanswer"])[0], self._tokenize(["\n", "answer"])
         self._in_pieces = whole == parts[0] + parts[1]
-        found = tokenizer.chat_template
+        found = None if encoder_decoder else tokenizer.chat_template
         texts = found if isinstance(found, dict) else {"default": found} if found else {}
         settings = {**tokenizer.special_tokens_map, **self.settings}
         controls, eos = _list_controls(tokenizer), tokenizer.eos_token or ""
@@ -203,6 +205,8 @@ class Chat:
 
     def check(self) -> None:
         """Raise ModelError unless the template renders in time, writes one BOS and trains the end of an answer."""
+        if self.encoder_decoder:
+            return
         self.template.check()
         bos = self.tokenizer.bos_token_id
         if bos is not None and self._tokenize([self.template.frame()])[0][:2] == [bos, bos]:
@@ -218,6 +222,8 @@ class Chat:
 
     def write_pair(self, prompt: Text, completion: Text) -> list[Written]:
         """Write a prompt and its completion, both text or both messages; as `write`, the whole comes last."""
+        if self.encoder_decoder:
+            prompt, completion = _read_one_turn(prompt), _read_one_turn(completion)
         if isinstance(prompt, str) and isinstance(completion, str):
             text = prompt + completion
             stops = tuple(self.tokenizer.convert_ids_to_tokens(self.stop_ids))
@@ -236,6 +242,8 @@ class Chat:
 
     def write_prompt(self, prompt: Text) -> Written:
         """Write a prompt as generation starts from it."""
+        if self.encoder_decoder:
+            prompt = _read_one_turn(prompt)
         if isinstance(prompt, str):
             return Written(prompt, start=len(prompt), plain=True)
         text = self._choose(prompt).write_prompt(prompt)
@@ -247,6 +255,8 @@ class Chat:
         A plain text that begins with BOS or ends with a token that ends answers, as one that is rendered already does,
         gets no second one.
         """
+        if self.encoder_decoder:
+            return self._tokenize_halves(written)
         borders = [sorted({0, one.start, len(one.text), *(at for span in one.spans for at in span)}) for one in written]
         if self._in_pieces:
             cut = [one.text[a:b] for one, cuts in zip(written, borders, strict=True) for a, b in pairwise(cuts)]
@@ -275,6 +285,22 @@ class Chat:
                     spans[-1] = (spans[-1][0], len(ids))
             found.append(Encoded(ids, spans, places[one.start]))
         return found
+
+    def _tokenize_halves(self, written: Sequence[Written]) -> list[Encoded]:
+        """Give source and target each with what its tokenizer puts around a text, and an eos; blanks around it go."""
+        eos = self.tokenizer.eos_token_id
+
+        def encode(**texts: list[str]) -> list[list[int]]:
+            return [ids if ids and ids[-1] == eos else [*ids, eos] for ids in self.tokenizer(**texts).input_ids]
+
+        sources = encode(text=[one.text[: one.start].strip() for one in written])
+        targets = encode(text_target=[one.text[one.start :].strip() for one in written])
+        return [
+            Encoded(source + target, [(len(source), len(source) + len(target))], len(source))
+            if one.spans
+            else Encoded(source, [], len(source))
+            for one, source, target in zip(written, sources, targets, strict=True)
+        ]
 
     def encode(self, conversations: Sequence[list[Message]]) -> list[list[Encoded]]:
         """Encode whole conversations, each as `write` gives it."""
@@ -306,6 +332,15 @@ def _each(items: Sequence[Any], write: Callable[[Any], Any]) -> list[Any]:
             error.index = index
             raise
     return written
+
+
+def _read_one_turn(content: Text) -> str:
+    """Give a text, or what the one message of a prompt or an answer says; raises ConversationError for several."""
+    if isinstance(content, str):
+        return content
+    if len(content) == 1 and not content[0].keys() - {"role", "content"}:
+        return str(content[0]["content"])
+    raise ConversationError("an encoder-decoder model reads one text, and this is a conversation of several turns")
 
 
 def _list_controls(tokenizer: PreTrainedTokenizerFast) -> list[str]:

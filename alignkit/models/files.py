@@ -19,7 +19,8 @@ from alignkit.recipe.references import RUNS
 from alignkit.runs.directory import require_whole
 
 BUILTIN_PREFIX = "builtin:"
-BUILTIN_MODELS = ("builtin:tiny-gpt2", "builtin:tiny-llama")  # made in `builtin`
+# made in `scratch`
+BUILTIN_MODELS = ("builtin:tiny-gpt2", "builtin:tiny-llama", "builtin:rnnsearch", "builtin:rnnencdec")
 TEMPLATES = ("chatml", "llama3", "zephyr", "plain")  # chat templates that we ship
 REWARD_NORM = "reward_norm.json"  # of an rm stage, beside its model: gain and bias
 RECORD = "alignkit.json"  # what we add to a model directory: lineage, dtype and quantization it was trained with

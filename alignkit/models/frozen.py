@@ -51,8 +51,13 @@ class Classifier:
     positions: int | None  # the longest text it can read, in tokens
 
 
-def load_causal(source: str, *, device: str = "auto", trust_code: bool = False) -> Causal:
-    """Load a language model from a run, a model or adapter directory, or a hub id; safetensors only."""
+def load_causal(
+    source: str, *, device: str = "auto", trust_code: bool = False, encoder_decoder: bool = False
+) -> Causal:
+    """Load a language model from a run, a model or adapter directory, or a hub id; safetensors only.
+
+    With `encoder_decoder` one that has an encoder is right, too.
+    """
     if is_builtin(source):
         raise ModelError(f"{source} has random weights, which can neither answer nor judge; name a trained model")
     directory = find_model_dir(source) or fetch_adapter(source, None)
@@ -67,6 +72,8 @@ def load_causal(source: str, *, device: str = "auto", trust_code: bool = False) 
         dtype = torch.float32 if where == "cpu" else torch.bfloat16
         model = read_base(source, Precision(dtype, where), trust_code=trust_code)
         model = model.to(where).requires_grad_(False).eval()
+    if model.config.is_encoder_decoder and not encoder_decoder:
+        raise ModelError(f"{source} is an encoder-decoder model, which can be trained, measured and talked to, no more")
     tokenizer = load_tokenizer_of(source if directory is None else str(directory), trust_code=trust_code)
     return Causal(model, tokenizer, _positions(model), fingerprint_causal(source))
 

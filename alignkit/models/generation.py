@@ -28,7 +28,8 @@ def plainly(model: Any) -> Iterator[None]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     settings, config = base.generation_config, model.config.get_text_config()
     routes = getattr(config, "output_router_logits", False)
-    base.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id)
+    kept = ("eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+    base.generation_config = GenerationConfig(**{name: getattr(settings, name) for name in kept})
     if routes:
         config.output_router_logits = False
     try:
@@ -40,9 +41,15 @@ def plainly(model: Any) -> Iterator[None]:
 
 
 def generate_greedy(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    num_beams: int = 1,
 ) -> list[list[int]]:
-    """Write the new tokens of each prompt, the stop token included when one came.
+    """Write the new tokens of each prompt, the stop token included when one came; with several beams, search for them.
 
     Prompts are padded on the left; one too long for the model's positions loses its beginning. The model's mode is
     put back.
@@ -50,9 +57,13 @@ def generate_greedy(
     positions = getattr(model.config, "max_position_embeddings", None) or 10**9
     new_tokens = min(max_new_tokens, max(positions - 1, 1))
     kept = [list(prompt)[-(positions - new_tokens) :] for prompt in prompts]
+    if model.config.is_encoder_decoder:  # each half has positions of its own
+        kept = [list(prompt)[:positions] for prompt in prompts]
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id, use_cache=True
-    )
+        do_sample=False, max_new_tokens=new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id, use_cache=True,
+        # The sum of log-probabilities is searched for, as the papers have it.
+        num_beams=num_beams, length_penalty=0.0 if num_beams > 1 else None,
+    )  # fmt: skip
     was_training = model.training
     model.eval()
     try:
@@ -79,7 +90,7 @@ def generate_answers(
     the rounding of padded batches). `is_over` tells from a row's last new tokens that it has said enough. The model is
     in eval mode; prompts with `max_new_tokens` must fit into its positions.
     """
-    if temperature == 0:
+    if temperature == 0:  # the only one that knows num_beams
         return generate_greedy(model, prompts, **settings)
     rows = [list(prompt) for prompt in prompts]
     width = max(map(len, rows))
@@ -115,12 +126,13 @@ def gumbel(seeds: Sequence[int], temperature: float, device: torch.device) -> An
 
 def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationConfig, **hooks: Any) -> list[list[int]]:
     device = next(model.parameters()).device
-    ids_BT, mask_BT = pad(prompts, settings.pad_token_id, left=True)
+    halves = model.config.is_encoder_decoder
+    ids_BT, mask_BT = pad(prompts, settings.pad_token_id, left=not halves)
     with torch.no_grad(), plainly(model):
         output = model.generate(
             input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings, **hooks
         )
-    answers = output[:, ids_BT.size(1) :].tolist()
+    answers = output[:, 1 if halves else ids_BT.size(1) :].tolist()  # a decoder begins with its start token
     ends = [next((at for at, token in enumerate(row) if token in settings.eos_token_id), len(row)) for row in answers]
     return [row[: end + 1] for row, end in zip(answers, ends, strict=True)]
 
@@ -138,6 +150,12 @@ def stream_tokens(
 
     Temperature 0 takes the likeliest token. The model is in eval mode; `generator` lies on the CPU.
     """
+    if model.config.is_encoder_decoder:  # the whole answer at once
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        settings: Any = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids, "pad_id": int(model.config.pad_token_id)}
+        (answer,) = generate_answers(model, [prompt], [seed], temperature=temperature, **settings)
+        yield from (token for token in answer if token not in eos_ids)
+        return
     device = next(model.parameters()).device
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None) or 10**9

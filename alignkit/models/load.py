@@ -21,8 +21,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
@@ -34,7 +32,7 @@ from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, first
 from alignkit.models import adapters
 from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir, is_builtin, read_shapes
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
-from alignkit.models.scratch import override_config, random_model
+from alignkit.models.scratch import choose_family, override_config, random_model
 from alignkit.models.start import (
     Start,
     choose_action,
@@ -43,6 +41,7 @@ from alignkit.models.start import (
     is_random,
     know_classifier,
     read_config,
+    require_objective,
     require_packages,
     require_sizes,
 )
@@ -119,10 +118,14 @@ def draw_base(stage: Stage, tokenizer: PreTrainedTokenizerFast, dtype: torch.dty
     config = read_config(options.path, revision=options.revision, trust_code=stage.trust_code)
     config = override_config(config, options.config, where=where)
     require_sizes(config, where)
-    if "vocab_size" not in options.config:
-        config.vocab_size = len(tokenizer)
+    require_objective(stage, config)
+    for name in ("vocab_size", "decoder_vocab_size"):  # Marian has both
+        if hasattr(config, name) and name not in options.config:
+            setattr(config, name, len(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
+    if config.is_encoder_decoder:  # as T5 and Marian have it
+        config.decoder_start_token_id = tokenizer.pad_token_id
     return random_model(config, seed=stage.seed, dtype=dtype, attn_implementation=options.attn_implementation)
 
 
@@ -165,7 +168,7 @@ def read_base(
     require_packages(config, source)
     if reward:
         know_classifier(config)
-    family = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    family = choose_family(config, reward=reward)
     arguments: dict[str, Any] = {"num_labels": num_labels} if reward else {}
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
@@ -290,7 +293,7 @@ def load_policy(
     if reward:
         _prepare_score_head(model, tokenizer, seed=stage.seed)
     model.config.use_cache = False  # a cache is of no use in training, and packed rows would leak through it
-    if not reward and getattr(model, "loss_type", "") is None:
+    if not (reward or model.config.is_encoder_decoder) and getattr(model, "loss_type", "") is None:
         model.loss_type = "ForCausalLM"  # GPT-2's class name does not tell transformers, which warns at every start
     has_reference = stage.method in ("dpo", "ppo") and not reward
     if stage.lora is None:
@@ -364,11 +367,13 @@ class Skeleton:
     notes: list[str]  # settings that are not used, which may be right
 
 
-def build_skeleton(stage: Stage, tokenizer: PreTrainedTokenizerFast | None = None) -> Skeleton:
+def build_skeleton(
+    stage: Stage, tokenizer: PreTrainedTokenizerFast | None = None, *, learnt: str | None = None
+) -> Skeleton:
     """Build the stage's model on torch's meta device, where weights have names and shapes and cost no memory."""
     start = find_start(stage)
     action = choose_action(stage, start)
-    base = _build_base(stage, start, tokenizer)
+    base = _build_base(stage, start, tokenizer, learnt)
     total = sum(weight.numel() for weight in base.parameters())
     linear = sum(
         module.weight.numel()
@@ -422,11 +427,13 @@ def build_skeleton(stage: Stage, tokenizer: PreTrainedTokenizerFast | None = Non
     return Skeleton(num_trained, linear / total, doubts, notes)
 
 
-def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast | None) -> nn.Module:
+def _build_base(
+    stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast | None, learnt: str | None
+) -> nn.Module:
     reward, source = stage.method == "rm", start.base
     if is_random(stage) and source == stage.model.path:
         with torch.device("meta"):
-            model = draw_base(stage, tokenizer or load_tokenizer(stage), torch.float32)
+            model = draw_base(stage, tokenizer or load_tokenizer(stage, learnt=learnt), torch.float32)
         num_bytes = 4 * sum(weight.numel() for weight in model.parameters())
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if num_bytes > memory:
@@ -440,6 +447,7 @@ def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast |
             return model
     else:
         config = read_config(source, revision=start.revision, trust_code=stage.trust_code)
+        require_objective(stage, config)
     require_packages(config, source)
     is_quantized = bool(getattr(config, "quantization_config", None))
     if is_quantized and stage.lora is None:
@@ -450,7 +458,7 @@ def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast |
         config.num_labels = 1
     directory = None if is_builtin(source) else find_model_dir(source)
     config_file = str(directory / "config.json") if directory else source
-    family = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    family = choose_family(config, reward=reward)
     try:
         with torch.device("meta"):
             model = family.from_config(config, trust_remote_code=stage.trust_code)

@@ -155,6 +155,45 @@ def sampled_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, T
 
 
 @torch.no_grad()
+def score_targets(
+    model: Any,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    pad_id: int,
+    temperature: float = 1.0,
+    batch_size: int = 16,
+) -> list[list[float]]:
+    """Log p of every token of each (source, target) under an encoder-decoder model, in nats; as `score_tokens`."""
+    results: list[list[float]] = [[] for _ in pairs]
+    device = next(model.parameters()).device
+    waiting = sorted((place for place, (_, target) in enumerate(pairs) if target), key=lambda p: -len(pairs[p][1]))
+    for start in range(0, len(waiting), batch_size):
+        places = waiting[start : start + batch_size]
+        source_BS, mask_BS = pad([pairs[place][0] for place in places], pad_id)
+        target_BT, known_BT = pad([pairs[place][1] for place in places], pad_id)
+        labels_BT = target_BT.masked_fill(known_BT == 0, -100).to(device)
+        inputs = {"input_ids": source_BS.to(device), "attention_mask": mask_BS.to(device), "labels": labels_BT}
+        logps_BTV = (model(**inputs, use_cache=False).logits.float() / temperature).log_softmax(dim=-1).cpu()
+        logps_BT = logps_BTV.gather(2, target_BT[:, :, None])[:, :, 0]
+        for place, row, mask_T in zip(places, logps_BT, known_BT.bool(), strict=True):
+            results[place] = row[mask_T].tolist()
+    return results
+
+
+@torch.no_grad()
+def align(model: Any, source: Sequence[int], target: Sequence[int]) -> list[list[float]] | None:
+    """Say how much the last layer of an encoder-decoder model looks at each source token before it writes a target's.
+
+    A row per target token, the mean over heads; None where there is no attention, or its kernel keeps no weights.
+    """
+    device = next(model.parameters()).device
+    source_1S, target_1T = (torch.tensor([list(ids)], device=device) for ids in (source, target))
+    output = model(input_ids=source_1S, labels=target_1T, use_cache=False, output_attentions=True)
+    weights = (output.cross_attentions or [None])[-1]
+    return None if weights is None else weights[0].float().mean(dim=0).tolist()
+
+
+@torch.no_grad()
 def score_tokens(
     model: Any,
     sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
@@ -168,6 +207,8 @@ def score_tokens(
     The first token of an empty context has nothing before it and is left out. Everything must fit into the model's
     positions. `temperature` divides the logits. The model is in eval mode.
     """
+    if model.config.is_encoder_decoder:
+        return score_targets(model, sequences, pad_id=pad_id, temperature=temperature, batch_size=batch_size)
     results: list[list[float]] = [[] for _ in sequences]
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     device = next(model.parameters()).device

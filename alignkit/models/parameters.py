@@ -127,7 +127,9 @@ def take_probe(model: nn.Module, *, vocab_size: int, reward: bool) -> dict[str, 
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+            target = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **target)
+            logits = output.logits.float()
     finally:
         model.train(was_training)
     if not reward:  # (2, 16, vocabulary) -> (2, 4, 16)

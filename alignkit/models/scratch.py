@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
@@ -20,6 +23,7 @@ from transformers import (
 
 from alignkit.errors import ModelError, Problem, suggest
 from alignkit.models.files import BUILTIN_PREFIX, find_model_dir
+from alignkit.models.rnnsearch import RnnSearchConfig
 
 END_OF_TEXT, PAD, IM_START, IM_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 _MERGES = Path(__file__).with_name("tiny_merges.txt")
@@ -31,7 +35,10 @@ def builtin_config(path: str) -> PreTrainedConfig:
     find_model_dir(path)
     tokenizer = builtin_tokenizer()
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if path.removeprefix(BUILTIN_PREFIX) == "tiny-gpt2":
+    name = path.removeprefix(BUILTIN_PREFIX)
+    if name.startswith("rnn"):
+        return RnnSearchConfig(attention=name == "rnnsearch")
+    if name == "tiny-gpt2":
         # About 0.32 M parameters. No dropout: two forward passes of the same weights are equal in every stage.
         return GPT2Config(
             vocab_size=512, n_positions=_POSITIONS, n_embd=96, n_layer=2, n_head=4,
@@ -69,6 +76,37 @@ def _backend_json() -> str:  # a text, so that every caller gets an object of it
     return backend.to_str()
 
 
+_START_TOKENS = ["<pad>", "</s>", "<unk>"]
+
+
+def learn_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> str:
+    """Learn words between blanks or byte-level BPE (Sennrich et al. 2016), commonest first, and give the JSON of it.
+
+    Equal texts give equal bytes.
+    """
+    options: Any = {"vocab_size": vocab_size, "special_tokens": _START_TOKENS, "show_progress": False}
+    if kind == "builtin:words":
+        backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer: Any = trainers.WordLevelTrainer(**options)
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(**options, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    backend.train_from_iterator(texts, trainer)
+    return backend.to_str()
+
+
+def learnt_tokenizer(backend: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of what `learn_tokenizer` gave; like T5's it has no BOS."""
+    pad, eos, unknown = _START_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(backend), pad_token=pad, eos_token=eos, unk_token=unknown,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
 # Keys of a config that describe a file or a task, not an architecture.
 _NOT_ARCHITECTURE = frozenset(
     {"_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id", "model_type", "num_labels",
@@ -98,10 +136,17 @@ def override_config(
         raise ModelError(f"model.config does not fit a {config.model_type} model: {reason}", where=where) from error
 
 
+def choose_family(config: PreTrainedConfig, *, reward: bool = False) -> Any:
+    """Choose the class of transformers that makes a reward model or a language model of a config."""
+    if reward:
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def random_model(
     config: PreTrainedConfig, *, seed: int, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Build a causal language model with random weights on the CPU; equal seeds give equal bytes.
+    """Build a language model with random weights on the CPU; equal seeds give equal bytes.
 
     Weights are drawn in float32 and then cast, so that bfloat16 is the rounding of the float32 model.
     """
@@ -109,7 +154,7 @@ def random_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+            model = choose_family(config).from_config(config, dtype=torch.float32, **options)
         except ValueError as error:
             raise ModelError(f"model.config does not make a {config.model_type} model: {error}") from error
     return model.to(dtype)

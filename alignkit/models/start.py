@@ -21,6 +21,7 @@ from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Probl
 from alignkit.models.files import ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors, fetch_adapter
 from alignkit.models.scratch import builtin_config, override_config
+from alignkit.recipe.schema import OBJECTIVES
 from alignkit.recipe.stage import Stage
 
 # The largest that can be meant: models have some hundred layers, and contexts of some ten million tokens.
@@ -78,6 +79,21 @@ def require_sizes(config: PreTrainedConfig, place: str | None) -> None:
             problems.append(Problem(f"{own} is {value!r}; it must be a whole number from 1 to {limit:,}", place))
     if problems:
         raise ModelError(problems)
+
+
+def require_objective(stage: Stage, config: PreTrainedConfig) -> None:
+    """Raise ModelError where the stage learns by another kind of model than the config makes."""
+    wants = stage.objective is not None and OBJECTIVES[stage.objective].model == "seq2seq"
+    if wants == bool(config.is_encoder_decoder):
+        return
+    found = f"{stage.start_dir or stage.model.path} ({config.model_type})"
+    if wants:
+        what = f"objective: seq2seq trains an encoder-decoder model, and {found} is a decoder alone"
+        remedy = "take one such as T5, Marian or builtin:rnnsearch, or leave the objective out"
+    else:
+        what = f"{found} is an encoder-decoder model, which only sft with objective: seq2seq trains"
+        remedy = "set that, or take a decoder-only model"
+    raise ModelError(f"{what}; {remedy}", where=stage.where(f"{stage.name}.objective"))
 
 
 def require_packages(config: PreTrainedConfig, source: str) -> None:

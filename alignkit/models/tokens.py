@@ -14,8 +14,9 @@ from alignkit.errors import ModelError
 from alignkit.models.chat import SETTINGS, Chat
 from alignkit.models.files import TEMPLATES, find_model_dir, has_tokenizer, inspect_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.scratch import builtin_tokenizer, learnt_tokenizer
 from alignkit.models.template import list_settings
+from alignkit.recipe.schema import LEARNT_TOKENIZERS
 from alignkit.recipe.stage import Stage
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -33,20 +34,33 @@ _SPARE_TOKENS = (
 )  # fmt: skip
 
 
-def load_tokenizer(stage: Stage) -> PreTrainedTokenizerFast:
-    """Load the tokenizer a stage trains with, its pad token, chat template and template settings set.
+def find_tokenizer(stage: Stage) -> tuple[str, str | None]:
+    """Find where the tokenizer of a stage comes from, and its revision.
 
-    It comes from what the stage starts from if that has one, else from `model.tokenizer`, else from `model.path`.
-    Builtin tokenizers speak chatml unless told otherwise. Of several templates all are kept, the chosen one as
-    `default`. Raises ModelError or EnvironmentProblem.
+    It is what the stage starts from if that has one, else `model.tokenizer`, else `model.path`; RNNsearch, which comes
+    without one, learns words.
     """
     start = find_model_dir(stage.start_dir) if stage.start_dir else None
-    source, revision = stage.model.tokenizer or stage.model.path, None
     if start is not None and inspect_model_dir(start, trust_code=stage.trust_code).has_tokenizer:
-        source = str(start)
-    elif not stage.model.tokenizer:
-        revision = stage.model.revision
-    if is_builtin(source):
+        return str(start), None
+    if stage.model.tokenizer:
+        return stage.model.tokenizer, None
+    if stage.model.path.startswith("builtin:rnn"):
+        return LEARNT_TOKENIZERS[0], None
+    return stage.model.path, stage.model.revision
+
+
+def load_tokenizer(stage: Stage, *, learnt: str | None = None) -> PreTrainedTokenizerFast:
+    """Load the tokenizer a stage trains with, its pad token, chat template and template settings set.
+
+    `learnt` is the one that its rows made, where it is such. Builtin tokenizers speak chatml unless told otherwise. Of
+    several templates all are kept, the chosen one as `default`. Raises ModelError or EnvironmentProblem.
+    """
+    source, revision = find_tokenizer(stage)
+    if source in LEARNT_TOKENIZERS:
+        assert learnt is not None, "learn_vocabulary of the train room reads the rows"
+        tokenizer = learnt_tokenizer(learnt)
+    elif is_builtin(source):
         tokenizer = builtin_tokenizer()
         tokenizer.chat_template = _read_template("chatml", tokenizer)
     else:
@@ -78,9 +92,11 @@ def load_tokenizer(stage: Stage) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_chat(stage: Stage, *, clock: datetime | None = None) -> Chat:
+def load_chat(stage: Stage, *, clock: datetime | None = None, learnt: str | None = None) -> Chat:
     """Load a stage's tokenizer with its template, which reads the time of `clock`."""
-    return Chat(load_tokenizer(stage), clock=clock, name=stage.model.chat_template or "the tokenizer's own")
+    name = stage.model.chat_template or "the tokenizer's own"
+    tokenizer, halves = load_tokenizer(stage, learnt=learnt), stage.objective == "seq2seq"
+    return Chat(tokenizer, clock=clock, name=name, encoder_decoder=halves)
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -234,8 +234,9 @@ def _check_device(stage: Stage, check: StageCheck) -> None:
 
 def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
     from alignkit.models.tokens import load_chat
+    from alignkit.train.tables import learn_vocabulary
 
-    chat = load_chat(stage)
+    chat = load_chat(stage, learnt=learn_vocabulary(stage))
     tokenizer = chat.tokenizer
     check.facts["tokenizer"] = f"{len(tokenizer)} tokens, eos {tokenizer.eos_token}, pad {tokenizer.pad_token}"
     if chat.has_template:
@@ -377,10 +378,10 @@ def preview_stage(stage: Stage, *, num_rows: int) -> Preview:
     from alignkit.data import Rejects
     from alignkit.models.tokens import load_chat
     from alignkit.train.preview import preview_rows, training_rows
-    from alignkit.train.tables import prepare_tables
+    from alignkit.train.tables import learn_vocabulary, prepare_tables
 
     stage, _ = start_today(stage)
-    chat = load_chat(stage)
+    chat = load_chat(stage, learnt=learn_vocabulary(stage))
     with tempfile.TemporaryDirectory(prefix="alignkit-preview-") as directory:
         rejects = Rejects()
         tables = prepare_tables(stage, chat, Path(directory), rejects=rejects)
@@ -411,6 +412,9 @@ def _sequences(row: dict[str, Any]) -> Iterator[tuple[list[int], list[int] | Non
     """Yield each sequence of a row of tokens, whole, and the part of it that the model writes."""
     if "labels" in row:
         yield row["input_ids"], [label for label in row["labels"] if label >= 0]
+    elif "target_ids" in row:
+        yield row["source_ids"], None
+        yield row["target_ids"], row["target_ids"]
     elif "answers_ids" in row:
         yield from ((ids, ids) for ids in row["answers_ids"])
     elif "prompt" in row:

@@ -27,7 +27,7 @@ from alignkit.models.files import TEMPLATES, ModelFiles, find_model_dir, inspect
 from alignkit.preflight.doctor import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
 from alignkit.recipe.rules import find_optimizer
-from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, FeedbackModel, LabelOptions
+from alignkit.recipe.schema import FEEDBACK, LEARNT_TOKENIZERS, CritiqueOptions, DataSource, FeedbackModel, LabelOptions
 from alignkit.runs.directory import RunDir, refuse_foreign
 
 # Files up to this size are read in half a second, before the libraries load in ten; larger ones are checked only when
@@ -166,7 +166,7 @@ def _require_start(stage: Stage) -> None:
     if files is not None and files.reward and stage.method != "rm":
         what = f"{source} is a reward model; {stage.method} needs a policy to start from"
         raise ModelError(what, where=stage.where(key))
-    if stage.model.tokenizer:
+    if stage.model.tokenizer and stage.model.tokenizer not in LEARNT_TOKENIZERS:
         _inspect(stage, "model.tokenizer", stage.model.tokenizer, weights=False)
     template = stage.model.chat_template or ""
     if template.startswith("/"):

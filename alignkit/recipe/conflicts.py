@@ -94,6 +94,12 @@ def _is_bounded(stage: Section) -> bool:
     return stage.get("max_length", 1024) is not None
 
 
+def _has_separator(stage: Section) -> bool:
+    given = [stage.get(key) for key in ("data", "eval") if stage.get("objective") == "seq2seq"]
+    sources = [source for each in given for source in (each if isinstance(each, list) else [each])]
+    return any(isinstance(source, dict) and "separator" in source for source in sources)
+
+
 def _most_tokens(stage: Section) -> int:
     most: int = stage.get("max_new_tokens", 64)
     return most
@@ -168,6 +174,11 @@ CONFLICTS = (
           "without packing: true"),
     _idle("sft", "batching", lambda stage: stage.get("packing") and stage.get("objective") != "lm",
           "with packing: true, which fills every block to the same length"),
+    _idle("sft", "completion_only_loss assistant_only_loss packing packing_strategy eval_packing padding_free "
+          "loss_type chat", lambda stage: stage.get("objective") == "seq2seq",
+          "with objective: seq2seq, where the decoder learns the completion and reads the prompt as text", if_on=True),
+    Conflict("sft", "data eval", _has_separator,
+             "has a separator, which nothing reads with objective: seq2seq; take it out"),
     Conflict("sft", "packing",
              lambda stage: stage.get("objective") != "lm" and stage.get("packing") and not _is_bounded(stage),
              "needs max_length, the size of a block"),

@@ -33,6 +33,7 @@ Kind = Literal["start", "weights", "rows", "reward", "writer", "file"]
 _NAMES: tuple[tuple[str, str, Kind], ...] = (
     ("start_from", "", "start"), ("reference", "", "weights"), ("against", "", "weights"),
     *((key, "path", "rows") for key in (*SOURCE_KEYS, "ptx.data", "helpful.data")),
+    *((f"{key}.target", "", "file") for key in SOURCE_KEYS),
     *((key, "model", "reward") for key in REWARD_KEYS),
     *((key, "model", "writer") for key in ("judge", "generator", "reward.judge", "gold.judge")),
     *((f"{part}{key}", "", "file") for part in ("", "judge.", "generator.", "reward.", "gold.")

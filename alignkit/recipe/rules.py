@@ -12,7 +12,7 @@ from alignkit.console import redact
 from alignkit.errors import Problem, suggest
 from alignkit.recipe.check import show_key
 from alignkit.recipe.conflicts import find_conflicts, find_kto, list_rewards, losses_of
-from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, FEEDBACK, REWARD_KINDS, SLURM_OPTIONS
+from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, FEEDBACK, LEARNT_TOKENIZERS, REWARD_KINDS, SLURM_OPTIONS
 from alignkit.recipe.sections import Finding, Section, UnreadableError
 from alignkit.recipe.trl_fields import KTO_LOSSES, read_snapshot, trl_fields
 
@@ -96,6 +96,11 @@ def _quantization(recipe: Section, stages: Collection[Section]) -> Iterator[Find
 def _scratch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
     model = recipe.get("model", {})
     builtin = str(model.get("path", "")).startswith("builtin:")
+    if str(learnt := model.get("tokenizer", "")).startswith("builtin:"):
+        if learnt not in LEARNT_TOKENIZERS:
+            yield "model.tokenizer", f"is {learnt}; it must be {' or '.join(LEARNT_TOKENIZERS)}, or a directory"
+        elif not builtin and model.get("init", "pretrained") != "scratch":
+            yield "model.tokenizer", "is learnt from the rows, and pretrained weights do not know it; set init: scratch"
     if model.get("init", "pretrained") != "scratch":
         if model.get("config") and not builtin:
             yield "model.config", "has no effect without init: scratch; pretrained weights fix the shape"
@@ -334,6 +339,8 @@ def _unknown_constitutions(given: Any) -> Iterator[Finding]:
 def evaluation_problems(given: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield what is wrong with the judge of `evaluate:`, or of the command line's options."""
     judge, constitution = given.get("judge"), given.get("constitution")
+    if given.get("num_beams", 1) != 1 and "overlap" not in (given.get("metrics") or ["overlap"]):
+        yield "num_beams", "has no effect without the metric overlap, which alone searches with beams"
     if judge is None:
         if constitution is not None:
             yield "constitution", "has no effect without a judge: name a language model"

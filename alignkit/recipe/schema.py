@@ -13,6 +13,7 @@ FEEDBACK = ("critique", "label")  # these make rows; they train nothing
 RLAIF = "rlaif"  # one section that stands for several stages
 STEPS = ("critique", "sft", "label", "dpo", "rm", "ppo")
 SWEEP = "sweep"
+LEARNT_TOKENIZERS = ("builtin:words", "builtin:bpe")  # values of model.tokenizer that are learnt from training rows
 ROOMS = {"critique": "feedback", "label": "rewards"}  # where their code is; that of all others is in train
 _ROOMS = Path(__file__).parents[1]
 # A constitution is a file of this directory.
@@ -51,13 +52,15 @@ class _Section(BaseModel):
 class ModelOptions(_Section):
     path: Text = option(
         ..., "Base model: hub id, local directory, GGUF file, pypi:PACKAGE that holds one, builtin:tiny-gpt2 or "
-        "builtin:tiny-llama.")
+        "builtin:tiny-llama; for objective: seq2seq builtin:rnnsearch or builtin:rnnencdec.")
     revision: Text | None = option(None, "Commit or tag of a hub id; a hub id is pinned by it.")
     init: Literal["pretrained", "scratch"] = option(
         "pretrained", "scratch: random weights from the model's config (GPT-1's first step), seeded by `seed`.")
     config: dict[str, Any] = option(
         dict, "Overrides of the model config for init: scratch, such as {n_layer: 4, n_embd: 128}.")
-    tokenizer: Text | None = option(None, "Directory or hub id of the tokenizer; the model's own if omitted.")
+    tokenizer: Text | None = option(
+        None, "Directory or hub id of the tokenizer; builtin:words and builtin:bpe, for random weights, learn one of "
+        "at most config.vocab_size tokens from the training rows; the model's own if omitted.")
     quantization: Literal["none", "int8", "nf4", "fp4"] = option(
         "none", "Base weights through bitsandbytes; anything but none needs `lora:`.")
     double_quantization: bool = option(
@@ -152,6 +155,9 @@ class LaunchOptions(_Section):
 
 class DataSource(_Section):
     path: Text = option(..., "A file, a pattern such as data/*.jsonl, a directory, a hub id, or builtin:NAME.")
+    target: Text | None = option(
+        None, "A text file whose lines are the completions to the lines of `path`, as parallel corpora are kept "
+        "(train.es beside train.en).")
     name: Text | None = option(None, "Configuration name of a hub data set.")
     data_dir: Text | None = option(None, "Directory within a hub data set or a local directory.")
     split: Text = option("train", "Split of a data set; slices as datasets has them: train[:10%], a+b.")
@@ -338,13 +344,14 @@ class TrainOptions(StageOptions):
 class Objective(NamedTuple):
     """What an sft stage learns: by which kind of model, and from what."""
 
-    model: Literal["causal"]
+    model: Literal["causal", "seq2seq"]
     learns: str
 
 
 OBJECTIVES = {
     "chat": Objective("causal", "prompt-completion or messages"),
     "lm": Objective("causal", "raw text packed into blocks of max_length"),
+    "seq2seq": Objective("seq2seq", "an encoder-decoder model reads the prompt and writes the completion"),
 }
 if TYPE_CHECKING:
     ObjectiveName = str
@@ -589,6 +596,7 @@ class EvaluateOptions(_Section):
         lambda: [0], "Examples in the prompt of a task; one figure for each number.")
     samples: Count = option(1, "Answers sampled per prompt for kl and answers.")
     temperature: Positive = option(1.0, "Of the sampled answers.")
+    num_beams: Count = option(1, "Beams of the search for the answers that overlap compares; 1 is greedy.")
     max_new_tokens: Count = option(64, "Longest answer, in tokens.")
     batch_size: Count = option(16, "Rows per forward pass.")
     resamples: int = option(1000, "Bootstrap resamples behind an interval.", ge=100)

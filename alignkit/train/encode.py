@@ -3,6 +3,7 @@
 Columns, int32 lists unless said otherwise:
 
     sft   input_ids, labels (-100 where nothing is learnt), length
+          with objective: seq2seq source_ids, target_ids, length
     rm    answers_ids (one list per answer, best first), scores (float, one per answer), label, margin (float), length
     dpo   prompt_ids, chosen_ids, rejected_ids, label (float), length
     kto   prompt_ids, completion_ids, label (bool), length
@@ -80,6 +81,10 @@ def write_row(stage: Stage, chat: Chat, row: Row) -> list[Written]:
         return [chat.write_prompt(row.prompt)]
     if stage.method != "sft":
         return [chat.write_pair(row.prompt, completion)[-1] for completion in row.completions]
+    if stage.objective == "seq2seq":
+        if not row.prompt:
+            raise ConversationError("objective: seq2seq reads a prompt and writes its completion; this row has none")
+        return chat.write_pair(row.prompt, row.completions[0])
     if row.tokens is not None:
         if (most := max(row.tokens[0])) >= (size := len(chat.tokenizer)):
             raise ConversationError(f"input_ids: {most} is no token of the model's tokenizer, which has {size}")
@@ -135,6 +140,19 @@ def _encode_sft(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
             yield {"input_ids": ids, "labels": labels, "length": len(ids)}, len(ids), trained
         else:
             yield "no token to learn from within max_length", "num_untrained"
+
+
+def _encode_seq2seq(
+    stage: Stage, limit: int | None, row: Row, texts: Sequence[Encoded], lengths: LengthReport
+) -> Iterator[Example]:
+    """Prompt-completion as source and target of an encoder-decoder model, each cut to max_length."""
+    (text,) = texts
+    halves = text.ids[: text.prompt_length], text.ids[text.prompt_length :]
+    if limit and max(map(len, halves)) > limit:
+        lengths.cut(row)
+    source, target = (half[:limit] for half in halves)
+    num_tokens = len(source) + len(target)
+    yield {"source_ids": source, "target_ids": target, "length": num_tokens}, num_tokens, len(target)
 
 
 def _cut_blocks(
@@ -253,7 +271,14 @@ def _encode_ppo(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
     yield {"prompt_ids": ids, "prompt": prompt, "columns": row.columns or "{}", "length": len(ids)}, len(ids), 0
 
 
-_ENCODERS = {"chat": _encode_sft, "rm": _encode_rm, "dpo": _encode_dpo, "kto": _encode_kto, "ppo": _encode_ppo}
+_ENCODERS = {
+    "chat": _encode_sft,
+    "seq2seq": _encode_seq2seq,
+    "rm": _encode_rm,
+    "dpo": _encode_dpo,
+    "kto": _encode_kto,
+    "ppo": _encode_ppo,
+}
 
 
 def longest_prompt(stage: Stage) -> int | None:

@@ -48,6 +48,7 @@ from alignkit.train.invariants import check_parameters, check_start, computes_in
 from alignkit.train.preview import preview_rows
 from alignkit.train.recorder import Recorder, write_samples
 from alignkit.train.setup import Setup
+from alignkit.train.tables import learn_vocabulary
 from alignkit.train.trainer import Guarded
 
 Build = Callable[[Stage, RunDir], Setup]
@@ -75,7 +76,7 @@ def fit(build: Build, stage: Stage, run_dir: Path, *, allow_change: Sequence[str
         if finished := ranks.once(lambda: _find_finished(stage, run, fingerprint, allow_change)):
             ranks.leave_at_exit()
             return Result(**finished)
-        skeleton = ranks.once(lambda: vars(build_skeleton(stage)))
+        skeleton = ranks.once(lambda: vars(build_skeleton(stage, learnt=learn_vocabulary(stage))))
         for doubt in skeleton["doubts"]:
             console.warn(f"{stage.name}: {doubt}")
         for note in skeleton["notes"]:

@@ -39,7 +39,10 @@ def check_parameters(stage: Stage, model: Any, *, adapters: tuple[str, ...] = (T
     if isinstance(model, PeftModel):
         wrong = [name for name in trained if not any(f".{adapter}" in name for adapter in adapters)]
     else:
-        wrong = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        # Positions of sines (Marian) are computed, and no architecture trains them.
+        sines = [f"{name}." for name, module in model.named_modules() if "Sinusoidal" in type(module).__name__]
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        wrong = [name for name in frozen if not name.startswith(tuple(sines))]
     if wrong:
         raise ModelError(f"{stage.name}: {len(wrong)} parameters are trained or frozen by mistake, first {wrong[0]}")
 

@@ -55,6 +55,10 @@ def _read_batch(batch: Any) -> Iterator[Sequence[Tokens]]:
             (f"document {number} of {len(pieces)}", ids[0][piece], _kinds(columns["labels"][0][piece]))
             for number, piece in enumerate(pieces, 1)
         ]
+    elif "decoder_attention_mask" in columns:
+        for source, mask, target, learnt in zip(*columns.values(), strict=True):
+            kinds = ["learnt" if kept else "padding" for kept in learnt]
+            yield [("source", source, _kinds([IGNORED] * len(source), mask)), ("target", target, kinds)]
     elif "labels" in columns:
         masks = columns.get("attention_mask", [None] * len(ids))
         yield from ([("", *row[:1], _kinds(*row[1:]))] for row in zip(ids, columns["labels"], masks, strict=True))

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from alignkit import console
 from alignkit.data import Row
 from alignkit.models.generation import generate_greedy
+from alignkit.models.logprobs import align
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines
 from alignkit.train import ranks
@@ -54,19 +55,26 @@ def _answer(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
         elif content is not None:
             last = max(number for number, message in enumerate(content) if message["role"] == "assistant")
             fields.append({"prompt": content[:last], "reference": content[-1]["content"]})
-    chat = setup.chat
-    with gathered_root(setup.trainer.model):
+    chat, model = setup.chat, setup.trainer.model
+    prompts = chat.encode_prompts([field["prompt"] for field in fields])
+    alignments: list[dict[str, Any]] = [{} for _ in rows]
+    with gathered_root(model):
         answers = generate_greedy(
-            setup.trainer.model, chat.encode_prompts([field["prompt"] for field in fields]),
+            model, prompts,
             max_new_tokens=setup.stage.training.samples.max_new_tokens, eos_ids=chat.stop_ids,
             pad_id=chat.tokenizer.pad_token_id,
         )  # fmt: skip
+        for prompt, answer, found in zip(prompts, answers, alignments, strict=True) if chat.encoder_decoder else ():
+            if answer and (weights := align(model, prompt, answer)):
+                source, target = ([chat.tokenizer.decode([token]) for token in ids] for ids in (prompt, answer))
+                found["alignment"] = {"source": source, "target": target, "weights": weights}
     scores = setup.score_answers(rows, answers) if setup.score_answers else [{}] * len(rows)
     return [
         {"prompt": field["prompt"], "answer": chat.tokenizer.decode(answer, skip_special_tokens=True)}
         | ({"reference": field["reference"]} if row.completions else {})
+        | alignment
         | score
-        for field, answer, row, score in zip(fields, answers, rows, scores, strict=True)
+        for field, answer, row, alignment, score in zip(fields, answers, rows, alignments, scores, strict=True)
     ]
 
 

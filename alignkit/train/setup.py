@@ -205,11 +205,32 @@ class GroupCollator:
         }
 
 
+@dataclass
+class Seq2SeqCollator:
+    """Pad sources and targets on the right: input_ids, attention_mask (B, S); labels, decoder_attention_mask (B, T)."""
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        multiple = self.pad_to_multiple_of or 1
+        input_ids, attention_mask = pad([row["source_ids"] for row in rows], self.pad_token_id, multiple_of=multiple)
+        labels, target_mask = pad([row["target_ids"] for row in rows], -100, multiple_of=multiple)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "decoder_attention_mask": target_mask,
+        }
+
+
 def collator_for(stage: Stage, tokenizer: Any) -> Callable[..., Any]:
     """The collator of a stage's token rows, which are cut to max_length already."""
     padding = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": stage.trainer.get("pad_to_multiple_of")}
     if stage.method == "ppo":
         return list
+    if stage.objective == "seq2seq":
+        return Seq2SeqCollator(**padding)
     if stage.method == "rm":
         return GroupCollator(**padding)
     if stage.is_unpaired:

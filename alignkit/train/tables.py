@@ -28,8 +28,10 @@ from alignkit.data.load import first_rows, streams
 from alignkit.data.rows import iter_contents
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat, ConversationError, Written
-from alignkit.models.tokens import load_chat
+from alignkit.models.scratch import learn_tokenizer
+from alignkit.models.tokens import find_tokenizer, load_chat
 from alignkit.recipe import Stage
+from alignkit.recipe.schema import LEARNT_TOKENIZERS
 from alignkit.runs.directory import RunDir, form_of, require_form
 from alignkit.runs.files import read_json
 from alignkit.runs.heartbeat import pulse
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS, _BATCH_CHARS = 1000, 10_000_000
 _REMEMBERED_ROWS = 256  # for samples
+_VOCABULARY = 30_000  # tokens of a tokenizer that is learnt from rows: the shortlist of arXiv 1409.0473
 
 
 @dataclass
@@ -59,7 +62,23 @@ def open_chat(stage: Stage, run: RunDir) -> Chat:
     """Load the tokenizer and template of a stage; a template that reads the clock reads when the run began."""
     kept = read_json(run.stage).get("clock") if run.stage.exists() else None
     clock = datetime.fromisoformat(ranks.share(kept or datetime.now().isoformat()))
-    return load_chat(stage, clock=clock)
+    return load_chat(stage, clock=clock, learnt=ranks.once(lambda: learn_vocabulary(stage)))
+
+
+def learn_vocabulary(stage: Stage) -> str | None:
+    """Learn the tokenizer that `model.tokenizer` wants of the training rows, held-out ones left out; None for others.
+
+    Equal rows give equal bytes, so that a resumed run, and every rank, reads the same tokens.
+    """
+    kind, _ = find_tokenizer(stage)
+    if kind not in LEARNT_TOKENIZERS:
+        return None
+    held_out = stage.training.eval
+    rows = read_rows(stage, stage.options.data, report=DataReport(), rejects=Rejects())
+    if isinstance(held_out, float):
+        rows = (row for is_eval, row in split_eval(rows, held_out, stage.seed) if not is_eval)
+    vocab_size = stage.model.config.get("vocab_size", _VOCABULARY)
+    return learn_tokenizer(kind, (text for row in rows for text in iter_contents(row)), vocab_size)
 
 
 def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:

@@ -13,6 +13,7 @@ import pytest
 from faults.conftest import damage, damage_each
 
 from alignkit.recipe import Stage
+from alignkit.recipe.schema import DataSource
 from alignkit.runs import checkpoints
 
 CASES = [(method, kind) for method in ("sft", "rm", "dpo") for kind in ("full", "lora", "qlora")]
@@ -57,6 +58,20 @@ def test_a_killed_run_that_streams_goes_on_at_its_row(
     ended = run(make("whole"))
     assert ended.code == 0, ended.stderr
     assert kill_until_finished(make("killed"), run, random.Random(3), ended.seconds, 3) >= 1
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+
+
+def test_a_killed_encoder_decoder_goes_on_with_its_own_words(
+    make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    def make(out: str) -> Stage:
+        stage = make_stage("sft", "full", out, model="builtin:rnnsearch")
+        data = [DataSource(path="builtin:translation", max_rows=32)]
+        return replace(stage, options=stage.options.model_copy(update={"objective": "seq2seq", "data": data}))
+
+    ended = run(make("whole"))
+    assert ended.code == 0, ended.stderr
+    assert kill_until_finished(make("killed"), run, random.Random(4), ended.seconds, 3) >= 1
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
 
 

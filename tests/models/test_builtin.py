@@ -41,7 +41,8 @@ def test_overrides_take_both_spellings_and_derive_the_head_size() -> None:
 def test_unknown_names_are_reported_all_at_once_with_the_nearest() -> None:
     for make, said in (
         (lambda: builtin_config("builtin:tiny-gtp2"),
-         "'builtin:tiny-gtp2' is not one of builtin:tiny-gpt2, builtin:tiny-llama; did you mean builtin:tiny-gpt2?"),
+         "'builtin:tiny-gtp2' is not one of builtin:tiny-gpt2, builtin:tiny-llama, builtin:rnnsearch, "
+         "builtin:rnnencdec; did you mean builtin:tiny-gpt2?"),
         (lambda: override_config(builtin_config("builtin:tiny-gpt2"), {"n_layr": 3, "widht": 1}, where="a.yaml:3"),
          "a.yaml:3: model.config has no 'n_layr' in a gpt2 model; did you mean n_layer?\n"
          "a.yaml:3: model.config has no 'widht' in a gpt2 model"),

@@ -7,7 +7,10 @@ summaries. All figures are times 100.
 from __future__ import annotations
 
 import importlib
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 from alignkit.data import Text
@@ -16,16 +19,21 @@ from alignkit.evaluate.context import Context, Metric
 from alignkit.evaluate.intervals import Figure, Interval, make_figure, mean
 from alignkit.feedback.prompts import read_text
 
+_LENGTHS = (8, 12, 16, 24, 32, 48)  # words of a source that a bin ends with
+
 
 def measure(context: Context) -> list[Figure]:
-    limit, resamples = context.options.max_new_tokens, context.options.resamples
+    limit, resamples, beams = context.options.max_new_tokens, context.options.resamples, context.options.num_beams
     pairs = _list_references(context)
-    found = context.policy.answer([prompt for prompt, _ in pairs], max_new_tokens=limit)
+    found = context.policy.answer([prompt for prompt, _ in pairs], max_new_tokens=limit, num_beams=beams)
     answers = [group[0].text for group in found]
     references = [read_text(answer) for _, answer in pairs]
     figures = measure_rouge(answers, references, resamples=resamples)
     figures += measure_bleu(answers, references, resamples=resamples)
-    return context.place(figures, temperature=0.0, max_new_tokens=limit)
+    if context.policy.chat.encoder_decoder:
+        figures += measure_bleu_by_length([read_text(prompt) for prompt, _ in pairs], answers, references, resamples)
+    settings = {"num_beams": beams} if beams > 1 else {}
+    return context.place(figures, temperature=0.0, max_new_tokens=limit, **settings)
 
 
 def _list_references(context: Context) -> list[tuple[Text, Text]]:
@@ -57,7 +65,7 @@ def measure_bleu(answers: Sequence[str], references: Sequence[str], *, resamples
     """Measure corpus BLEU and chrF with sacrebleu's own bootstrap (Koehn 2004) and signature."""
     metrics = _require("sacrebleu.metrics", "sacrebleu")
     several, figures = len(answers) > 1, []
-    for name, metric in (("bleu", metrics.BLEU()), ("chrf", metrics.CHRF())):
+    for name, metric in (("bleu", metrics.BLEU(force=True)), ("chrf", metrics.CHRF())):
         found, settings = Interval(None, None, None, 0, "none"), dict[str, Any]()
         if answers:
             score = metric.corpus_score(list(answers), [list(references)], n_bootstrap=resamples if several else 1)
@@ -67,6 +75,20 @@ def measure_bleu(answers: Sequence[str], references: Sequence[str], *, resamples
             parts = str(metric.get_signature()).split("|")
             settings = {"signature": "|".join(part for part in parts if not part.startswith(("bs:", "rs:")))}
         figures.append(make_figure(name, found, unit="x 100", better="higher", **settings))
+    return figures
+
+
+def measure_bleu_by_length(
+    sources: Sequence[str], answers: Sequence[str], references: Sequence[str], resamples: int
+) -> list[Figure]:
+    """Measure BLEU of the sentences of like length of their source, in words (Bahdanau et al. 2014, figure 2)."""
+    places = [bisect_left(_LENGTHS, len(source.split())) for source in sources]
+    figures = []
+    for place in sorted(set(places)) if len(set(places)) > 1 else ():
+        last = f"to {_LENGTHS[place]}" if place < len(_LENGTHS) else "or more"
+        chosen, known = (list(compress(texts, [at == place for at in places])) for texts in (answers, references))
+        bleu = measure_bleu(chosen, known, resamples=resamples)[0]
+        figures.append(replace(bleu, slice=f"{[0, *_LENGTHS][place] + 1} {last} source words"))
     return figures
 
 
