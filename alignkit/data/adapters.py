@@ -380,6 +380,68 @@ def _ranked(reading: Reading, prompt: Text, answers: list[Text], scores: list[fl
     return Row("ranked", prompt, completions, tuple(scores[index] for index in order), place=reading.place)
 
 
+# Rows with labels, of an sft stage whose objective is named so. The columns, by what data sets call them.
+TEXTS = ("text", "sentence", "content", "review")
+PAIRS = (
+    ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"),
+    ("text1", "text2"), ("sentence_a", "sentence_b"),
+)  # fmt: skip
+CHOICES = ("choices", "options", "endings")
+_STORIES = ("article", "passage", "context", "ctx", "premise", "prompt")
+_QUESTIONS = ("question", "query")
+_LABELLED = ("label", "gold_label", "class", "category", "target")
+_RIGHT = ("answer", "label", "answerKey", "answer_key", "gold")
+
+
+def adapt_classified(reading: Reading) -> Row:
+    """Read a text, or a pair such as premise and hypothesis, with the name of its label."""
+    return _labelled(reading, *(pair for pair in PAIRS if set(pair) <= reading.record.keys()), *zip(TEXTS, strict=True))
+
+
+def adapt_compared(reading: Reading) -> Row:
+    """Read two sentences and how they compare."""
+    return _labelled(reading, *(pair for pair in PAIRS if set(pair) <= reading.record.keys()), PAIRS[1])
+
+
+def _labelled(reading: Reading, *columns: tuple[str, ...]) -> Row:
+    names = next((names for names in columns if set(names) <= reading.record.keys()), columns[0])
+    texts = tuple(check_text(reading.need(name), name) for name in names)
+    name = next((name for name in _LABELLED if name in reading.record), "label")
+    value = reading.need(name)
+    if type(value) is float and value.is_integer():  # what pandas makes of whole numbers beside empty cells
+        value = int(value)
+    if type(value) not in (str, int, bool) or is_empty(value):
+        raise BadRow(f"{name}: is {value!r}; it must be the name or the number of a label")
+    if value in (-1, "-1", "-"):
+        raise BadRow(f"{name}: is {value}, which stands for a row without a label; leave such rows out")
+    answer = str(value).lower() if type(value) is bool else str(value).strip()
+    return Row("labelled", "", texts, place=reading.place, answer=answer)
+
+
+def adapt_choices(reading: Reading) -> Row:
+    """Read a context, its answers, and which is right: as a number from 0, a letter, a name of theirs, or the text."""
+    record, context = reading.record, [reading.first(*_STORIES), reading.first(*_QUESTIONS)]
+    names = [name for name in context if name] or ["context"]
+    prompt = "\n".join(check_text(reading.need(name), name) for name in names)
+    column = next((name for name in CHOICES if name in record), "choices")
+    given = reading.need(column)
+    own: list[Any] = []
+    if type(given) is dict:  # ARC, CommonsenseQA
+        own, given = check_list(given.get("label"), f"{column}.label"), given.get("text")
+    texts = [check_text(text, f"{column}[{number}]") for number, text in enumerate(check_list(given, column))]
+    if len(texts) < 2:
+        raise BadRow(f"{column}: has one answer; a choice needs two or more")
+    name = next((name for name in _RIGHT if name in record), "answer")
+    value = reading.need(name)
+    said = value.strip() if type(value) is str else value
+    for known in ([text.strip() for text in texts], own, range(len(texts)), list(map(str, range(len(texts)))),
+                  [chr(ord("A") + number) for number in range(len(texts))]):  # fmt: skip
+        if type(said) in (int, str) and said in known:
+            return Row("labelled", prompt, tuple(texts), place=reading.place, answer=str(list(known).index(said)))
+    raise BadRow(f"{name}: is {value!r}, which is none of the {len(texts)} {column}: give its number from 0, a letter, "
+                 "or the text")  # fmt: skip
+
+
 def adapt_segments(reading: Reading) -> Row:
     """Read pieces of one text, each learnt or only read."""
     pieces, learnt = [], []

@@ -10,6 +10,7 @@ a prompt (every film belongs to one split). `true_reward` is the judge that real
     builtin:ranked         ranked               four reviews with their true rewards as scores
     builtin:unpaired       unpaired             a review, desirable when its true reward is positive
     builtin:prompts        prompt               what preferences ask
+    builtin:sentiment      labelled             {"text": a review, "label": "positive" or "negative"}
     builtin:judge-items    prompt_completion    which of two reviews is more positive, as a judge is asked
     builtin:translation    prompt_completion    sentences of one made-up language in another, whose word order differs
 """
@@ -29,7 +30,10 @@ from alignkit.errors import DataError, Problem, suggest
 PREFIX = "builtin:"
 DEFAULT_ROWS = 1000
 MAX_ROWS = 10_000_000
-NAMES = ("reviews", "instructions", "preferences", "ranked", "unpaired", "prompts", "judge-items", "translation")
+NAMES = (
+    "reviews", "instructions", "preferences", "ranked", "unpaired", "prompts", "sentiment", "judge-items",
+    "translation",
+)  # fmt: skip
 SPLITS = ("train", "test")
 _WORLD = "alignkit world 1"
 _RANKED_ANSWERS = 4
@@ -305,6 +309,9 @@ def _make(name: str, random: Random, split: str) -> dict[str, Any]:
         title, _, director, kind = _film(random, split)
         review = _review(random, random.choice(("positive", "negative")))
         return {"text": f"{title} is {kind} by {director}. {review}"}
+    if name == "sentiment":
+        label = random.choice(("positive", "negative"))
+        return {"text": _review(random, label), "label": label}
     asked = {"prompt": _user(_question(random, split))}
     if name == "preferences":
         chosen, rejected = map(_assistant, _rated(random, 2, _any_review))

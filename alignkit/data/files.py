@@ -54,15 +54,20 @@ def type_name(value: object) -> str:
     return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
-def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES) -> Iterator[Entry]:
+def read_file(
+    path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES, named: bool = False
+) -> Iterator[Entry]:
     """Yield (place, record or BadRow) for every row of the file; raises DataError for one broken beyond single rows.
 
     A .txt file gives one {"text": ...} per line, or with `blocks` one per block of lines between blank ones. Places are
     lines of jsonl, csv and txt, rows (from 1) of json and tables. A row of more than `limit` bytes is a BadRow.
+    With `named` a ClassLabel of a table is its name instead of its number.
     """
     name, suffix = label_path(path), data_suffix(path)
     entries = (
-        _read_table(path, name) if suffix in (".parquet", ".arrow") else _read_bytes(path, name, suffix, blocks, limit)
+        _read_table(path, name, named=named)
+        if suffix in (".parquet", ".arrow")
+        else _read_bytes(path, name, suffix, blocks, limit)
     )
     if (first := next(entries, None)) is None:
         raise DataError("the file has no rows", where=name)
@@ -379,7 +384,19 @@ def _check_header(cells: list[str], place: str) -> list[str]:
     return names
 
 
-def _read_table(path: Path, name: str) -> Iterator[Entry]:
+def read_records(table: Any, *, named: bool) -> list[Record]:
+    """Give the rows of an Arrow table; with `named` the ClassLabels that datasets notes in its schema are names."""
+    records: list[Record] = table.to_pylist()
+    stored = (table.schema.metadata or {}).get(b"huggingface") if named else None
+    for column, feature in (json.loads(stored)["info"]["features"] if stored else {}).items():
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            names = dict(enumerate(feature["names"]))
+            for record in records:
+                record[column] = names.get(record[column], record[column])  # -1 and null stay: there is no label
+    return records
+
+
+def _read_table(path: Path, name: str, *, named: bool) -> Iterator[Entry]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -394,7 +411,7 @@ def _read_table(path: Path, name: str) -> Iterator[Entry]:
             else pq.ParquetFile(path, pre_buffer=False).iter_batches(batch_size=_TABLE_BATCH)
         ):
             for start in range(0, len(batch), _TABLE_BATCH):
-                for record in batch.slice(start, _TABLE_BATCH).to_pylist():
+                for record in read_records(batch.slice(start, _TABLE_BATCH), named=named):
                     number += 1
                     yield f"{name}[row {number}]", record
     except (pa.ArrowException, OSError, ValueError) as error:

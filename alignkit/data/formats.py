@@ -113,6 +113,10 @@ FORMATS = (
     Format("text", "text", "text", adapters.adapt_text),
     Format("trl", "prompt", "PROMPT:list", _asked, chat=True),
     Format("trl", "prompt", "PROMPT", _asked),
+    # Of the sft objectives of their names alone.
+    Format("classify", "labelled", "", adapters.adapt_classified),
+    Format("similarity", "labelled", "", adapters.adapt_compared),
+    Format("multiple_choice", "labelled", "", adapters.adapt_choices),
 )
 _HELP = (
     "text; messages; prompt + completion (+ label); prompt + chosen + rejected; chosen + rejected; "
@@ -155,7 +159,8 @@ class Detector:
         keeps_columns: bool = False,
     ) -> None:
         """`for_prompts`: only what is asked counts; `keeps_columns`: a reward function gets what is not read."""
-        own = [form for form in FORMATS if format_name in ("auto", form.name)]
+        is_auto = format_name == "auto"
+        own = [form for form in FORMATS if format_name == form.name or (is_auto and form.kind != "labelled")]
         if for_prompts:
             own = sorted(own, key=lambda form: form.loose)
         self._formats, self._fallback = own, None if format_name in ("auto", "trl") else own[-1]

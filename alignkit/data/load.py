@@ -30,7 +30,7 @@ from alignkit.data.sources import Located, locate, read_entries
 from alignkit.data.store import keep_parsed
 from alignkit.data.threads import join_rated, join_threads
 from alignkit.errors import DataError, Problem
-from alignkit.recipe.schema import DataSource, PpoOptions
+from alignkit.recipe.schema import TASKS, DataSource, PpoOptions
 from alignkit.recipe.stage import Stage
 
 _2_64 = float(2**64)
@@ -59,7 +59,7 @@ def read_rows(
     """
     problems = Problems(at_once=not report.remembers)
     seen = set[bytes]() if stage.options.dedupe else None
-    method = method or stage.method
+    method = method or stage.task or stage.method
     skipped = rejects if stage.options.on_bad_row == "skip" else None
     kinds: Counter[str] = Counter()  # of this call; the report may hold the rows of another one too
     chosen = [_Source(located, stage, method, problems, skipped, template) for located in locate(sources)]
@@ -163,7 +163,10 @@ def _parse(located: Located, method: str, *, keeps_columns: bool, documents: boo
     """Yield what becomes of every record of a source; rows of kinds that the method does not take are not read."""
     source, known = located.source, set[Format]()
     for_prompts = method in ("ppo", "critique", "label")
-    detector = Detector(source.format, roles=source.roles, for_prompts=for_prompts, keeps_columns=keeps_columns)
+    if method in TASKS and source.format != "auto":
+        raise DataError(f"format: {source.format} has no effect on rows with labels; take it out", where=source.path)
+    format_name = method if method in TASKS else source.format
+    detector = Detector(format_name, roles=source.roles, for_prompts=for_prompts, keeps_columns=keeps_columns)
 
     def rename(entry: Entry) -> Entry:
         place, record = entry
@@ -172,7 +175,8 @@ def _parse(located: Located, method: str, *, keeps_columns: bool, documents: boo
         except BadRow as bad:
             return place, bad
 
-    entries = join_threads(map(rename, read_entries(located, documents=documents)))
+    found = read_entries(located, documents=documents, named=method in TASKS)
+    entries = map(rename, found) if method in TASKS else join_threads(map(rename, found))
     for place, record in join_rated(entries) if method in ("rm", "dpo") else entries:
         parsed = Parsed(place)
         try:

@@ -134,7 +134,7 @@ class DataReport:
             self.prompt_chars += count_chars(row.prompt)
         for completion in row.completions:
             self.completion_chars += count_chars(completion)
-        if len(row.completions) > 1:
+        if len(row.completions) > 1 and row.kind != "labelled":
             chosen, rejected = count_chars(row.completions[0]), count_chars(row.completions[-1])
             self.comparisons += 1
             self.chosen_chars += chosen

@@ -13,6 +13,8 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
+from alignkit.recipe.schema import TASKS
+
 
 class BadRow(ValueError):
     """A row that cannot be used; `reason` reads "field: what is wrong", and equal answers are counted by themselves."""
@@ -43,9 +45,11 @@ class Message(TypedDict):
 
 _MESSAGE_KEYS = Message.__annotations__.keys()
 Text = str | list[Message]
-Kind = Literal["text", "messages", "prompt_completion", "pair", "ranked", "unpaired", "prompt", "segments", "tokens"]
+Kind = Literal[
+    "text", "messages", "prompt_completion", "pair", "ranked", "unpaired", "prompt", "segments", "tokens", "labelled"
+]
 _TOKENISED: tuple[Kind, ...] = ("segments", "tokens")  # what is learnt of them is said token by token
-KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind not in _TOKENISED)
+KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind not in (*_TOKENISED, "labelled"))
 
 # What a method can be fed. sft learns the best answer of a pair or a ranked list; dpo breaks a ranked list
 # into its pairs; ppo takes the prompt of any row, of a conversation what comes before its last answer; critique and
@@ -58,6 +62,7 @@ METHOD_KINDS: dict[str, tuple[Kind, ...]] = {
     "critique": KINDS,
     "label": KINDS,
     "eval": KINDS,
+    **dict.fromkeys(TASKS, ("labelled",)),
 }
 
 
@@ -73,7 +78,7 @@ class Row:
     prompt: Text  # "" for text and messages
     completions: tuple[Text, ...]
     # text: (text,); messages: (messages,); prompt_completion and unpaired: (completion,); pair: (chosen, rejected);
-    # ranked: best first; prompt and tokens: (); segments: pieces of one text
+    # ranked: best first; prompt and tokens: (); segments: pieces of one text; labelled: one text, two, or the choices
     # ranked: one per completion, never rising; equal scores are ties. segments: 1.0 where the piece is learnt, else 0.0
     scores: tuple[float, ...] | None = None
     label: float | None = None  # pair: P(first preferred) in [0, 1]; unpaired: 1.0 desirable, 0.0 not
@@ -81,6 +86,7 @@ class Row:
     place: str = ""  # "pairs.jsonl:734", "pairs.parquet[row 12]"
     columns: str = ""  # prompt only: the row's other columns as a JSON object, where a reward function reads them
     tokens: tuple[list[int], list[int]] | None = None  # tokens only: ids and labels, -100 where nothing is learnt
+    answer: str = ""  # labelled only: the name of its label, or the number of the right choice
 
     @property
     def conversational(self) -> bool:
@@ -264,8 +270,8 @@ def digest_row(row: Row) -> bytes:
         parts.append(repr((row.scores, row.label, row.margin)))
     if row.tokens is not None:
         parts.append(repr(row.tokens))
-    if row.columns:
-        parts.append(row.columns)
+    if row.columns or row.answer:
+        parts.append(row.columns or row.answer)
     return blake2b(_encode("\x1e".join(parts)), digest_size=16).digest()
 
 

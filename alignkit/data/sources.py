@@ -21,6 +21,7 @@ from alignkit.data.files import (
     data_suffix,
     read_file,
     read_parallel,
+    read_records,
 )
 from alignkit.errors import DataError, Problem, first_line, suggest
 from alignkit.recipe.schema import DataSource
@@ -64,8 +65,11 @@ def locate(sources: Sequence[DataSource]) -> list[Located]:
     return located
 
 
-def read_entries(located: Located, *, documents: bool = False) -> Iterator[Entry]:
-    """Yield (place, record or BadRow) for every row of a source, in a fixed order; `documents` may be long as books."""
+def read_entries(located: Located, *, documents: bool = False, named: bool = False) -> Iterator[Entry]:
+    """Yield (place, record or BadRow) for every row of a source, in a fixed order; `documents` may be long as books.
+
+    With `named` a ClassLabel is its name instead of its number.
+    """
     source = located.source
     if located.builtin is not None:
         yield from iter_builtin(located.builtin)
@@ -75,13 +79,14 @@ def read_entries(located: Located, *, documents: bool = False) -> Iterator[Entry
         def read(name: str) -> Iterator[Entry]:
             if source.target is not None:
                 return read_parallel(*located.splits[name], limit=limit)
-            files = (read_file(path, blocks=source.format == "text", limit=limit) for path in located.splits[name])
+            options: Any = {"blocks": source.format == "text", "limit": limit, "named": named}
+            files = (read_file(path, **options) for path in located.splits[name])
             return chain.from_iterable(files)
 
         for name, start, stop in _read_slices(source, lambda name: sum(1 for _ in read(name))):
             yield from islice(read(name), start, stop)
     else:
-        yield from _read_dataset(source, saved=located.origin == "saved")
+        yield from _read_dataset(source, saved=located.origin == "saved", named=named)
 
 
 def _locate(source: DataSource) -> Located:
@@ -238,7 +243,7 @@ def _split_by_name(files: Sequence[Path], where: str) -> dict[str, tuple[Path, .
     return {name or "train": tuple(paths) for name, paths in splits.items()}
 
 
-def _read_dataset(source: DataSource, *, saved: bool) -> Iterator[Entry]:
+def _read_dataset(source: DataSource, *, saved: bool, named: bool) -> Iterator[Entry]:
     """Read a data set of the hub, streamed where only its first rows are wanted, or one written by `save_to_disk`."""
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
@@ -258,7 +263,7 @@ def _read_dataset(source: DataSource, *, saved: bool) -> Iterator[Entry]:
             parts.append((load_dataset(source.path, source.name, **keys, streaming=streaming), 0))
         for dataset, place in parts:
             for table in dataset.with_format("arrow").iter(_HUB_BATCH):
-                for record in table.to_pylist():
+                for record in read_records(table, named=named):
                     number, place = number + 1, place + 1
                     yield f"{source.path}[row {place}]", record
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:

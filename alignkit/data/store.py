@@ -114,9 +114,9 @@ class KeptRows:
             parsed = Parsed(place, None if form is None else FORMATS[form], None, bytes.fromhex(digest), *rest)
             parsed.unread, parsed.noted = tuple(unread), tuple(noted)
             if row:
-                kind, prompt, completions, scores, label, margin, _, columns, tokens = row
-                scores, tokens = scores and tuple(scores), tokens and tuple(tokens)
-                parsed.row = Row(kind, prompt, tuple(completions), scores, label, margin, place, columns, tokens)
+                kind, prompt, completions, scores, label, margin, _, columns, tokens, answer = row
+                rest = [scores and tuple(scores), label, margin, place, columns, tokens and tuple(tokens), answer]
+                parsed.row = Row(kind, prompt, tuple(completions), *rest)
             yield parsed
 
 

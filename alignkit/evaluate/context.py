@@ -123,7 +123,7 @@ def as_completion(prompt: Text, text: str) -> Text:
 
 Need = tuple[Callable[[Context], Any], str]  # whether it is there, and what is said where it is not
 ROWS: Need = (lambda context: context.rows, "there are no rows (--data)")
-POLICY: Need = (lambda context: not context.target.reward, "the model is a reward model, which says nothing")
+POLICY: Need = (lambda context: not context.target.reward, "it is a reward model, which says nothing, or a classifier")
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,10 @@ def _read(target: Target, options: EvaluateOptions, space: Workspace) -> tuple[l
                    for source in sources]  # fmt: skip
     template = form == "chat" if form else load_tokenizer_of(target.source).chat_template is not None
     seed = int(target.stage.get("seed", 0))
-    return read_measured(sources, share=share, seed=seed, max_rows=options.max_rows, warn=space.warn, template=template)
+    return read_measured(
+        sources, share=share, seed=seed, max_rows=options.max_rows, warn=space.warn, template=template,
+        method=target.head["objective"] if target.head else None,
+    )  # fmt: skip
 
 
 def describe(

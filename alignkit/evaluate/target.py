@@ -29,6 +29,7 @@ class Target:
     run: RunDir | None
     reward: bool
     stage: dict[str, Any] = field(default_factory=dict)  # stage.json
+    head: dict[str, Any] | None = None  # what a classifier tells apart
 
     @property
     def name(self) -> str:
@@ -83,13 +84,15 @@ def find_target(source: str, *, trust_code: bool) -> Target:
         if not run.model.is_dir():
             raise RunError("has no model yet: finish the run first", where=source)
         stage = read_json(run.stage)
-        return Target(str(run.path), run, inspect_model_dir(run.model, trust_code=trust_code).reward, stage)
+        files = inspect_model_dir(run.model, trust_code=trust_code)
+        return Target(str(run.path), run, files.reward, stage, files.head)
     directory = find_model_dir(source)
     if directory is None:
         return Target(source, None, False)
     if (directory.parent / "stage.json").is_file() and directory.name == "model":
         return find_target(str(directory.parent), trust_code=trust_code)
-    return Target(str(directory), None, inspect_model_dir(directory, trust_code=trust_code).reward)
+    files = inspect_model_dir(directory, trust_code=trust_code)
+    return Target(str(directory), None, files.reward, head=files.head)
 
 
 def list_siblings(source: str) -> dict[str, str]:
@@ -105,10 +108,11 @@ class _Options(StageOptions):
 
 def read_measured(
     sources: Sequence[DataSource], *, share: float | None, seed: int, max_rows: int, warn: Callable[[str], None],
-    template: bool = False,
+    template: bool = False, method: str | None = None, held_out: bool = True,
 ) -> tuple[list[Row], str]:  # fmt: skip
-    """Read the first `max_rows` rows, an equal part of each source, and name them; with `share` those held out.
+    """Read the first `max_rows` rows, an equal part of each source, and name them; with `share` those held out, or not.
 
+    `method` reads them as that method's or objective's.
     With `template` prompts and answers are turns of a chat, unless a source says otherwise. Rows that do not fit are
     left out with a warning. Raises DataError when no row is left.
     """
@@ -119,9 +123,9 @@ def read_measured(
         if share is None:
             source = source.model_copy(update={"max_rows": min(source.max_rows or each, each)})
         stage = _stage([source], seed)
-        found = read_rows(stage, [source], report=report, rejects=rejects, template=template)
+        found = read_rows(stage, [source], report=report, rejects=rejects, template=template, method=method)
         if share is not None:
-            found = (row for is_held_out, row in split_eval(found, share, seed) if is_held_out)
+            found = (row for is_held_out, row in split_eval(found, share, seed) if is_held_out == held_out)
         rows += islice(found, each)
         if report.rejected:
             first = f" (first: {rejects.first[0]})" if rejects.first else ""

@@ -6,6 +6,7 @@ An adapter directory is never given to AutoModel, which would load it in a way t
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,18 @@ TRAINED, START, REFERENCE = "default", "start", "ref"  # adapter names
 _LARGEST_RANK = 2**16
 
 
-def adapt(model: PreTrainedModel, stage: Stage, action: str, directory: Path | None, *, reward: bool) -> PeftModel:
-    """Wrap a base as the stage trains it; A matrices are drawn from the stage's seed, in generators of their own.
+def adapt(
+    model: PreTrainedModel,
+    stage: Stage,
+    action: str,
+    directory: Path | None,
+    *,
+    reward: bool,
+    tokens: Sequence[int] = (),
+) -> PeftModel:
+    """Wrap a base as the stage trains it, with the embeddings of `tokens`.
+
+    A matrices are drawn from the stage's seed, in generators of their own.
 
     new, merge  a fresh adapter: B is zero, so the model still computes what the base does
     continue    the adapter of `directory`; a policy's goes on as a reward model's with a fresh score head
@@ -39,14 +50,17 @@ def adapt(model: PreTrainedModel, stage: Stage, action: str, directory: Path | N
     assert stage.lora is not None
     name, known = TRAINED, _list_names(model)
     if action not in ("continue", "stack"):
-        first = upper = _new_config(model, stage, reward=reward)
+        first = upper = _new_config(model, stage, reward=reward, tokens=tokens)
     else:
         assert directory is not None
         first = _stored_config(model, directory, reward=reward, trainable=action == "continue")
     if action == "continue":
         _check_shape(first, stage.lora, directory, stage)
         first.lora_dropout = stage.lora.dropout
+        first.trainable_token_indices = first.trainable_token_indices or _name_tokens(model, tokens)
     elif action == "stack":
+        if tokens:
+            raise ModelError("adapter: stack cannot train a task's tokens; use continue or merge", where=str(directory))
         name, upper = START, _new_config(model, stage, reward=reward)
         if first.use_dora or upper.use_dora:
             raise ModelError(
@@ -153,7 +167,15 @@ def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"cannot be read: {error}", where=str(directory / "adapter_model.safetensors")) from error
 
 
-def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool) -> LoraConfig:
+def _name_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]] | None:
+    """Say which rows of which matrix PEFT trains beside the adapter."""
+    if not tokens:
+        return None
+    embeddings = model.get_input_embeddings()
+    return {next(name for name, module in model.named_modules() if module is embeddings): list(tokens)}
+
+
+def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool, tokens: Sequence[int] = ()) -> LoraConfig:
     options = stage.lora
     assert options is not None
     if not isinstance(options.target_modules, str) and "lm_head" in options.target_modules:
@@ -170,6 +192,7 @@ def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool) -> LoraCo
         use_dora=options.use_dora,
         modules_to_save=list(options.modules_to_save) or None,  # PEFT adds the score head of a SEQ_CLS adapter
         task_type=_task_type(model, reward=reward),
+        trainable_token_indices=_name_tokens(model, tokens),
         fan_in_fan_out=_is_transposed(model),
     )
 
@@ -209,7 +232,9 @@ def _fill(model: PeftModel, directory: Path, name: str, *, reward: bool) -> None
         stored = {key: tensor for key, tensor in stored.items() if ".lm_head." not in key}
     places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     wrong = [key for key in stored if key not in places or places[key].shape != stored[key].shape]
-    unfilled = [key for key in places if key not in stored and not (reward and ".score." in key)]
+    unfilled = [
+        key for key in places if key not in stored and not (reward and (".score." in key or ".token_adapter." in key))
+    ]
     if wrong or unfilled:
         first = (wrong or unfilled)[0]
         raise ModelError(

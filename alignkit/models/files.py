@@ -39,13 +39,18 @@ class ModelFiles:
 
     path: Path
     kind: Kind
-    reward: bool  # it ends in a score head: a reward model, not a policy
+    reward: bool  # it ends in a score head: a reward model or a classifier, not a policy
     base: str | None  # adapter: base_model_name_or_path
     base_revision: str | None
     has_tokenizer: bool
     num_parameters: int  # as stored: of the adapter alone for an adapter, elements of packed tensors count as stored
     config: dict[str, Any] = field(hash=False)  # config.json, or adapter_config.json for an adapter
     record: dict[str, Any] = field(hash=False)  # alignkit.json; empty for a directory that is not ours
+
+    @property
+    def head(self) -> dict[str, Any] | None:
+        """What a classifier of an sft stage tells apart: its objective, its labels, the tokens it knows."""
+        return self.record.get("head")
 
 
 def has_tokenizer(directory: Path) -> bool:

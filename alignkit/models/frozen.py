@@ -113,6 +113,8 @@ def load_classifier(
     directory = find_model_dir(source) or fetch_adapter(source, None)
     files = inspect_model_dir(directory, trust_code=trust_code) if directory else None
     place, is_own = str(directory or source), files is not None and bool(files.record)
+    if files is not None and files.head:
+        raise ModelError(f"{place} is a classifier of labelled texts, and a reward scores answers; name an rm stage")
     config = read_config(place, trust_code=trust_code) if files is None or files.kind == "full" else None
     # What has no head for scores is refused: transformers would draw one at random and only say so in a log.
     if config is None and files is not None and not files.reward:

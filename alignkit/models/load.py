@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, first_line
 from alignkit.models import adapters
 from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir, is_builtin, read_shapes
+from alignkit.models.heads import double_heads, grow_vocabulary, name_labels, prepare_task_head, task_token_ids
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.models.scratch import choose_family, override_config, random_model
 from alignkit.models.start import (
@@ -46,7 +48,7 @@ from alignkit.models.start import (
     require_sizes,
 )
 from alignkit.models.tokens import check_vocabulary, load_tokenizer
-from alignkit.recipe.schema import PpoOptions
+from alignkit.recipe.schema import PpoOptions, SftOptions
 from alignkit.recipe.stage import Stage
 
 # Kept out of quantization: a head that is read or trained directly. Embeddings are no linear layers.
@@ -152,13 +154,16 @@ def read_base(
     *,
     reward: bool = False,
     num_labels: int = 1,
+    head: Mapping[str, Any] | None = None,
+    two_heads: bool = False,
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_code: bool = False,
 ) -> PreTrainedModel:
     """Load base weights from a directory or a hub id, in the given precision; safetensors only.
 
-    A reward model without a stored score head gets one (see `score`), flagged as `model.score_is_new`.
+    A reward model without a stored score head gets one (see `score`), flagged as `model.score_is_new`. `head` is that
+    of a classifier, as its record has it; with `two_heads` the head of the language model is kept beside it.
     Raises ModelError when weights are missing, which transformers would fill with random ones.
     """
     directory = find_model_dir(source)
@@ -168,8 +173,9 @@ def read_base(
     require_packages(config, source)
     if reward:
         know_classifier(config)
-    family = choose_family(config, reward=reward)
-    arguments: dict[str, Any] = {"num_labels": num_labels} if reward else {}
+    family: Any = double_heads(config) if two_heads else choose_family(config, reward=reward)
+    labels = head["labels"] if head else []
+    arguments: dict[str, Any] = {"num_labels": len(labels) or num_labels} if reward else {}
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
     if precision.quantized:
@@ -182,13 +188,16 @@ def read_base(
             trust_remote_code=trust_code, output_loading_info=True, **arguments,
         )  # fmt: skip
     missing = sorted(info["missing_keys"])
-    head = [name for name in missing if name.split(".")[0] == "score"] if reward else []
-    if len(missing) > len(head):
-        first = next(name for name in missing if name not in head)
+    new = [name for name in missing if name.split(".")[0] == "score"] if reward else []
+    if len(missing) > len(new):
+        first = next(name for name in missing if name not in new)
         raise ModelError(
-            f"{len(missing) - len(head)} tensors are missing, first {first}; the copy is incomplete", where=source
+            f"{len(missing) - len(new)} tensors are missing, first {first}; the copy is incomplete", where=source
         )
-    model.score_is_new = bool(head)
+    model.score_is_new = bool(new)
+    if head:
+        name_labels(model, labels)
+        grow_vocabulary(model, head["num_tokens"])
     # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in a no-grad forward, and what is repacked has no
     # backward: gradients are wrong from then on, and only some shapes can be packed at all (bitsandbytes 0.50.2,
     # nn/modules.py, Linear4bit.forward). The layer has no other switch.
@@ -244,12 +253,19 @@ class Loaded:
 
 
 def load_policy(
-    stage: Stage, *, run_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None, reward: bool = False
+    stage: Stage,
+    *,
+    run_dir: Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    reward: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> Loaded:
     """Load the causal language model a stage trains: full, or a PeftModel with the trainable adapter `default`.
 
     With `reward`, the sequence classifier with one label of an rm stage, whose score head is always trainable: a new
-    one drawn from the stage's seed on a policy, that of a reward model as it is. Random and merged bases of adapters
+    one drawn from the stage's seed on a policy, that of a reward model as it is. With `labels`, none for a choice, the
+    classifier of an sft stage: a policy gets a new head and embeddings of the task's tokens, one of the same labels
+    goes on; with `lm_coef` the head of the language model is trained beside it. Random and merged bases of adapters
     are written to `<run_dir>/base`, so that the adapter loads anywhere with plain PEFT. Raises ModelError, or
     EnvironmentProblem when the hub cannot be reached.
     """
@@ -260,6 +276,19 @@ def load_policy(
             f"{stage.start_dir or stage.model.path} is a reward model; {stage.method} needs a policy to start from",
             where=stage.where(f"{stage.name}.start_from"),
         )
+    known = None if start.head is None else start.head["labels"]
+    if start.reward and known != (None if labels is None else list(labels)):
+        has, wanted = (
+            "one score" if names is None else ", ".join(names) or "one score a choice" for names in (known, labels)
+        )
+        raise ModelError(
+            f"its start has a head of {has}, and it needs one of {wanted}; start from a language model",
+            where=stage.where(f"{stage.name}.start_from"),
+        )
+    head, two_heads = None, False
+    if labels is not None:
+        head = {"labels": list(labels), "num_tokens": len(tokenizer)}
+        two_heads = stage.expect(SftOptions).lm_coef > 0
     precision = pick_precision(stage)
     if precision.quantized and stage.lora is None:
         raise ModelError(
@@ -275,7 +304,7 @@ def load_policy(
         if not made.exists():  # a resumed run has it: it is written whole or not at all
             full = Precision(precision.dtype, "cpu")
             trust: Any = {"revision": revision, "trust_code": stage.trust_code}
-            unmerged = read_base(base, full, reward=start.reward, **trust)
+            unmerged = read_base(base, full, reward=start.reward, head=start.head, **trust)
             merged = adapters.attach_frozen(unmerged, start.adapter, reward=start.reward).merge_and_unload()
             write_base(run_dir.resolve(), merged, {"lineage": lineage})
         base, revision = str(made), None
@@ -288,9 +317,12 @@ def load_policy(
         model = draw_base(stage, tokenizer, precision.dtype)
     else:
         settings: Any = {"attn_implementation": stage.model.attn_implementation, "trust_code": stage.trust_code}
+        settings |= {"head": head, "two_heads": two_heads}
         model = read_base(base, precision, reward=reward, revision=revision, **settings)
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, model=base)
-    if reward:
+    if head is not None:
+        prepare_task_head(model, tokenizer, seed=stage.seed)
+    elif reward:
         _prepare_score_head(model, tokenizer, seed=stage.seed)
     model.config.use_cache = False  # a cache is of no use in training, and packed rows would leak through it
     if not (reward or model.config.is_encoder_decoder) and getattr(model, "loss_type", "") is None:
@@ -299,7 +331,8 @@ def load_policy(
     if stage.lora is None:
         return Loaded(model, "model" if has_reference else None, lineage, precision)
     model.requires_grad_(False)
-    wrapped = adapters.adapt(model, stage, action, start.adapter, reward=reward)
+    tokens = task_token_ids(tokenizer) if head is not None else ()
+    wrapped = adapters.adapt(model, stage, action, start.adapter, reward=reward, tokens=tokens)
     if precision.quantized:
         # Gradients of float16 weights cannot be unscaled: there the adapters are float32.
         adapters.cast_adapters(wrapped, torch.float32 if precision.dtype == torch.float16 else precision.dtype)
@@ -347,7 +380,9 @@ def load_trained(
         quantization or record.get("quantization", "none"), record.get("double_quantization", True),
     )  # fmt: skip
     source = find_base(files) if files.kind == "adapter" else str(directory)
-    model = read_base(source, precision, reward=reward, revision=files.base_revision, trust_code=trust_code)
+    model = read_base(
+        source, precision, reward=reward, head=files.head, revision=files.base_revision, trust_code=trust_code
+    )
     if reward and model.config.pad_token_id is None:
         model.config.pad_token_id = record.get("pad_token_id")
     if not precision.quantized:
@@ -392,7 +427,7 @@ def build_skeleton(
         try:
             with torch.device("meta"):
                 base.requires_grad_(False)
-                base = adapters.adapt(base, stage, action, start.adapter, reward=stage.method == "rm")
+                base = adapters.adapt(base, stage, action, start.adapter, reward=stage.scores)
         except AlignKitError:
             raise
         except Exception as error:  # whatever a strange adapter_config.json provokes
@@ -430,7 +465,7 @@ def build_skeleton(
 def _build_base(
     stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast | None, learnt: str | None
 ) -> nn.Module:
-    reward, source = stage.method == "rm", start.base
+    reward, source = stage.scores, start.base
     if is_random(stage) and source == stage.model.path:
         with torch.device("meta"):
             model = draw_base(stage, tokenizer or load_tokenizer(stage, learnt=learnt), torch.float32)
@@ -454,7 +489,7 @@ def _build_base(
         raise ModelError("quantised weights cannot be trained in full; add lora:", where=source)
     if reward or (isinstance(stage.options, PpoOptions) and stage.options.advantage == "gae"):  # which has a critic
         know_classifier(config)
-    if reward:
+    if reward and not start.head:
         config.num_labels = 1
     directory = None if is_builtin(source) else find_model_dir(source)
     config_file = str(directory / "config.json") if directory else source

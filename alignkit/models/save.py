@@ -37,12 +37,14 @@ def save_model(
     precision: Precision | None = None,
     stop_ids: Sequence[int] = (),
     state_dict: dict[str, torch.Tensor] | None = None,
+    head: dict[str, Any] | None = None,
 ) -> None:
     """Write the model to `out`, whole or not at all; what was there before is replaced.
 
     An adapter is saved without its base and without its frozen copy; a stacked one as one plain adapter of both
     ranks, which loads with plain PEFT and computes the same. `stop_ids` go into the generation config, `state_dict`
-    replaces the model's own where a sharded one was gathered. Call it on one rank.
+    replaces the model's own where a sharded one was gathered, and `head` says what a classifier tells apart. Call it
+    on one rank.
     """
     draft = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
@@ -72,6 +74,7 @@ def save_model(
     (draft / "generation_config.json").write_text(generation.to_json_string(use_diff=True), encoding="utf-8")
     record: dict[str, Any] = {"lineage": list(lineage), "pad_token_id": tokenizer.pad_token_id}
     record |= precision.to_record() if precision else {}
+    record |= {"head": head} if head else {}
     (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)
@@ -125,7 +128,12 @@ def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_co
         raise ModelError(f"{out} is not empty; give a directory that does not exist yet", where="--out")
     precision = Precision(dtype or getattr(torch, files.record.get("dtype", "float32")), "cpu")
     base = read_base(
-        find_base(files), precision, reward=files.reward, revision=files.base_revision, trust_code=trust_code
+        find_base(files),
+        precision,
+        reward=files.reward,
+        head=files.head,
+        revision=files.base_revision,
+        trust_code=trust_code,
     )
     if files.reward and base.config.pad_token_id is None:
         base.config.pad_token_id = files.record.get("pad_token_id")
@@ -139,9 +147,9 @@ def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_co
         stop_ids = GenerationConfig.from_pretrained(str(directory)).eos_token_id or []
     stop_ids = [stop_ids] if isinstance(stop_ids, int) else list(stop_ids)
     lineage = [*files.record.get("lineage", []), {"role": "adapter", "path": str(directory), "action": "merge"}]
-    save_model(merged, tokenizer, out, lineage=lineage, precision=precision, stop_ids=stop_ids)
+    save_model(merged, tokenizer, out, lineage=lineage, precision=precision, stop_ids=stop_ids, head=files.head)
     after = take_probe(
-        read_base(str(out), precision, reward=files.reward, trust_code=trust_code),
+        read_base(str(out), precision, reward=files.reward, head=files.head, trust_code=trust_code),
         vocab_size=vocab_size,
         reward=files.reward,
     )

@@ -143,6 +143,7 @@ class Start:
     adapter: Path | None
     reward: bool
     lineage: list[dict[str, Any]]
+    head: dict[str, Any] | None = None  # of a classifier
 
 
 def find_start(stage: Stage) -> Start:
@@ -165,12 +166,12 @@ def find_start(stage: Stage) -> Start:
     files = inspect_model_dir(directory, trust_code=stage.trust_code)
     if files.kind == "full":
         lineage = [*files.record.get("lineage", []), {"role": "model", "path": str(directory)}]
-        return Start(str(directory), None, None, files.reward, lineage)
+        return Start(str(directory), None, None, files.reward, lineage, files.head)
     base = find_base(files)
     if stage.start_dir:
         _check_same_base(files, base, stage)
     lineage = files.record.get("lineage") or [{"role": "base", "path": base}]
-    return Start(base, files.base_revision, directory, files.reward, lineage)
+    return Start(base, files.base_revision, directory, files.reward, lineage, files.head)
 
 
 def choose_action(stage: Stage, start: Start) -> str:

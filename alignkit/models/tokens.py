@@ -1,18 +1,20 @@
 """Tokenizers: where they come from, their pad token, their chat template.
 
-None ever gets a new token: a vocabulary that grows needs new embedding rows, and nobody asked for those.
+None gets a new token but for a classifier's start, delimiter and extract: a vocabulary that grows needs new embeddings.
 """
 
 from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
 from alignkit.models.chat import SETTINGS, Chat
 from alignkit.models.files import TEMPLATES, find_model_dir, has_tokenizer, inspect_model_dir, is_builtin
+from alignkit.models.heads import TASK_TOKENS
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.models.scratch import builtin_tokenizer, learnt_tokenizer
 from alignkit.models.template import list_settings
@@ -68,6 +70,9 @@ def load_tokenizer(stage: Stage, *, learnt: str | None = None) -> PreTrainedToke
         tokenizer = read_tokenizer(source, revision=revision, trust_code=stage.trust_code, remedy=remedy)
     require_eos(tokenizer, source)
     set_pad_token(tokenizer)
+    if stage.task is not None:
+        added: dict[str, Any] = {"additional_special_tokens": list(TASK_TOKENS)}
+        tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
     name, where = stage.model.chat_template, stage.where("model.chat_template")
     own = tokenizer.chat_template
     if isinstance(own, dict):

@@ -139,7 +139,8 @@ def _check_stage(stage: Stage, check: StageCheck) -> str | None:
     scratch = stage.model.init == "scratch" and not stage.start_dir
     if (directory := find_model_dir(stage.start_dir or stage.model.path)) and not scratch:
         files = inspect_model_dir(directory, trust_code=stage.trust_code)
-        check.facts["starts from"] += f" ({files.kind}{', a reward model' if files.reward else ''})"
+        kind = ", a classifier" if files.head else ", a reward model" if files.reward else ""
+        check.facts["starts from"] += f" ({files.kind}{kind})"
     check.facts |= describe_feedback(stage)
     if stage.method in FEEDBACK:
         given = isinstance(stage.options, LabelOptions) and stage.options.answers == "given"
@@ -323,6 +324,9 @@ def describe_rows(tables: Tables) -> dict[str, str]:
         facts["nothing to learn"] = f"{lengths.num_untrained} rows left out"
     if lengths.num_apart:
         facts["learnt apart"] = f"{lengths.num_apart} answers, each in a text of its own: later turns rewrite them"
+    if "sequences" in tables.train.column_names:
+        labels = Counter(tables.train["label"])
+        facts["labels"] = ", ".join(f"{name} {count:,}" for name, count in sorted(labels.items()))
     facts["duplicates"] = f"{report['duplicates']} rows, {report['duplicate_prompts']} prompts"
     if report["longer_chosen_share"] is not None:
         facts["chosen is longer"] = f"in {report['longer_chosen_share']:.0%} of {report['comparisons']} comparisons"

@@ -163,8 +163,9 @@ def _require_start(stage: Stage) -> None:
     key = f"{stage.name}.start_from" if stage.start_dir else "model.path"
     source = stage.start_dir or stage.model.path
     files = _inspect(stage, key, source, weights=stage.model.init != "scratch" or bool(stage.start_dir))
-    if files is not None and files.reward and stage.method != "rm":
-        what = f"{source} is a reward model; {stage.method} needs a policy to start from"
+    if files is not None and files.reward and (stage.method != "rm" or files.head) and stage.task is None:
+        kind = "classifier" if files.head else "reward model"
+        what = f"{source} is a {kind}; {stage.method} needs a policy to start from"
         raise ModelError(what, where=stage.where(key))
     if stage.model.tokenizer and stage.model.tokenizer not in LEARNT_TOKENIZERS:
         _inspect(stage, "model.tokenizer", stage.model.tokenizer, weights=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignkit.recipe.schema import FEEDBACK
+from alignkit.recipe.schema import FEEDBACK, TASKS
 from alignkit.recipe.sections import Finding, Section, UnreadableError
 from alignkit.recipe.trl_fields import KTO_LOSSES, OWN_LOSSES
 
@@ -63,6 +63,11 @@ def find_kto(stage: Section) -> str | None:
 
 def _own_loss(stage: Section) -> str | None:
     return next((loss for loss in losses_of(stage) if loss in OWN_LOSSES), None)
+
+
+def _task(stage: Section) -> str | None:
+    """The objective of a stage that learns labels."""
+    return next((name for name in TASKS if name == stage.get("objective")), None)
 
 
 def _read_top(stage: Section, key: str) -> Any:
@@ -179,6 +184,13 @@ CONFLICTS = (
           "with objective: seq2seq, where the decoder learns the completion and reads the prompt as text", if_on=True),
     Conflict("sft", "data eval", _has_separator,
              "has a separator, which nothing reads with objective: seq2seq; take it out"),
+    _idle("sft", "lm_coef labels", lambda stage: not _task(stage),
+          f"without an objective that learns labels: {', '.join(TASKS)}"),
+    _idle("sft", "labels", lambda stage: stage.get("objective") == "multiple_choice",
+          "with objective: multiple_choice, whose rows bring their answers"),
+    _idle("sft", "chat completion_only_loss assistant_only_loss packing packing_strategy eval_packing padding_free "
+          "streaming loss_type label_smoothing_factor router_aux_loss_coef", _task,
+          "with objective: {}, which reads texts and labels", if_on=True),
     Conflict("sft", "packing",
              lambda stage: stage.get("objective") != "lm" and stage.get("packing") and not _is_bounded(stage),
              "needs max_length, the size of a block"),

@@ -13,7 +13,7 @@ from typing import Literal
 
 from alignkit.errors import Problem, suggest
 from alignkit.recipe.check import show
-from alignkit.recipe.schema import BUILTIN_REWARD, EVALUATED, FEEDBACK
+from alignkit.recipe.schema import BUILTIN_REWARD, EVALUATED, FEEDBACK, TASKS
 from alignkit.recipe.sections import Section
 from alignkit.recipe.yaml import Node, expand
 
@@ -167,6 +167,10 @@ def _describe_misfit(name: Name, stage: Section, other: Section) -> str | None:
             return ", which trains no model; name a stage that does"
         case "writer" if other.method == "rm":
             return ", a reward model, which cannot write or choose; name a language model"
+        case "writer" if other.get("objective") in TASKS:
+            return ", a classifier, which cannot write or choose; name a language model"
+        case "start" if other.get("objective") in TASKS and stage.get("objective") not in TASKS:
+            return f", a classifier; a {stage.method} stage starts from a language model"
         case "start" if other.method == "rm" and stage.method != "rm":
             return f", a reward model; a {stage.method} stage starts from a language model"
     return None

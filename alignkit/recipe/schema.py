@@ -344,7 +344,7 @@ class TrainOptions(StageOptions):
 class Objective(NamedTuple):
     """What an sft stage learns: by which kind of model, and from what."""
 
-    model: Literal["causal", "seq2seq"]
+    model: Literal["causal", "seq2seq", "classifier"]
     learns: str
 
 
@@ -352,7 +352,11 @@ OBJECTIVES = {
     "chat": Objective("causal", "prompt-completion or messages"),
     "lm": Objective("causal", "raw text packed into blocks of max_length"),
     "seq2seq": Objective("seq2seq", "an encoder-decoder model reads the prompt and writes the completion"),
+    "classify": Objective("classifier", "labels of a text, or of a pair such as premise and hypothesis (GPT-1)"),
+    "similarity": Objective("classifier", "labels of two sentences, read in both orders"),
+    "multiple_choice": Objective("classifier", "which of its answers a context goes on with"),
 }
+TASKS = tuple(name for name, objective in OBJECTIVES.items() if objective.model == "classifier")
 if TYPE_CHECKING:
     ObjectiveName = str
 else:
@@ -363,6 +367,10 @@ class SftOptions(TrainOptions):
     method: Literal["sft"] = "sft"
     objective: ObjectiveName = option(
         "chat", "; ".join(f"{name}: {objective.learns}" for name, objective in OBJECTIVES.items()) + ".")
+    lm_coef: float = option(
+        0.5, "Weight of language modelling on the labelled text beside the loss of labels (GPT-1: 0.5).", ge=0)
+    labels: Annotated[list[Text], Field(min_length=2)] | None = option(
+        None, "Names of the labels, in the order of whole numbers in the rows; omitted: those that the rows have.")
     streaming: bool = option(
         False, "Read rows while training, in the order of the files, pass after pass, until max_steps.")
 

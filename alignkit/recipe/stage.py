@@ -14,6 +14,7 @@ from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe.references import ROWS, RUNS, find_origins
 from alignkit.recipe.schema import (
     FEEDBACK,
+    TASKS,
     DataSource,
     EvaluateOptions,
     FeedbackModel,
@@ -121,6 +122,16 @@ class Stage:
     def objective(self) -> str | None:
         """The name in OBJECTIVES of what an sft stage learns; None for other methods."""
         return getattr(self.options, "objective", None)
+
+    @property
+    def task(self) -> str | None:
+        """The objective of a stage that learns labels, None for others."""
+        return self.objective if self.objective in TASKS else None
+
+    @property
+    def scores(self) -> bool:
+        """Whether its model ends in a score head instead of words: a reward model or a classifier."""
+        return self.method == "rm" or self.task is not None
 
     @property
     def rewards(self) -> list[tuple[str, RewardSource]]:

@@ -254,12 +254,15 @@ class _Plan(NamedTuple):
 _LN2 = math.log(2)
 _PLANS = (
     _Plan("Loss", "nats; ln 2, dashed, is a coin toss", {"loss": "training"}, marks=(_LN2,), methods=("rm", "dpo")),
-    _Plan("Loss", "nats per trained token", {"loss": "training"}, methods=("sft",)),
+    _Plan("Loss", "nats per trained token, or a label", {"loss": "training"}, methods=("sft",)),
     _Plan("Loss", "policy and critic together", {"loss": "training"}),
     _Plan("Reward", "mean over answers", {"reward": "training"}),
     _Plan("Gold reward", "watched, never trained on", {"gold": "training"}),
     _Plan("KL to the reference", "nats per sequence", {"objective/kl": "training"}),
-    _Plan("Pair accuracy", "share of pairs in the right order; dashed: chance", {"accuracy": "training"}, (0.5,)),
+    _Plan("Pair accuracy", "share of pairs in the right order; dashed: chance", {"accuracy": "training"}, (0.5,),
+          ("rm",)),
+    _Plan("Accuracy", "share of labels that are right", {"accuracy": "training"}),
+    _Plan("Losses of a classifier", "nats a row, nats a token", {"task_loss": "labels", "lm_loss": "language model"}),
     _Plan("Pair accuracy", "of the implicit reward; dashed: chance", {"rewards/accuracies": "training"}, (0.5,)),
     _Plan("Margin", "chosen minus rejected reward", {"margin": "training"}, (0.0,)),
     _Plan("Margin", "chosen minus rejected implicit reward", {"rewards/margins": "training"}, (0.0,)),

@@ -10,6 +10,7 @@ from typing import Any
 
 from alignkit.console import redact
 from alignkit.errors import RunError
+from alignkit.recipe.schema import TASKS
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import read_json, read_lines, read_record
 
@@ -50,6 +51,12 @@ class Facts:
     @property
     def method(self) -> str:
         return str(self.stage.get("method", ""))
+
+    @property
+    def task(self) -> str | None:
+        """The objective of a classifier, None for other runs."""
+        name = (self.stage.get("options") or {}).get("objective")
+        return name if name in TASKS else None
 
     @property
     def sources(self) -> list[dict[str, Any]]:

@@ -146,7 +146,9 @@ def render_card(run: Facts, *, repo: str | None = None) -> str:
         run=run,
         method=sections.METHODS.get(run.method, run.method),
         is_adapter=is_adapter,
-        is_reward=run.method == "rm",
+        is_reward=run.method == "rm" or run.task is not None,
+        task=run.task,
+        labels=[_cell(label) for label in run.stage.get("labels") or []],
         has_chat=(not forms or "chat" in forms) and (model / "chat_template.jinja").is_file(),
         has_held_out=any(str(key).startswith("eval_") for key in metrics),
         base=base,
@@ -174,7 +176,7 @@ def _describe(run: Facts, name: str, base: str | None, *, is_adapter: bool) -> M
     from huggingface_hub import EvalResult, ModelCardData
 
     is_reward = run.method == "rm"
-    task = "text-classification" if is_reward else "text-generation"
+    task = "text-classification" if is_reward or run.task else "text-generation"
     on_hub = base if base and not base.startswith("builtin:") else None
     sources = [str(source.get("path", "")) for source in (run.stage.get("options") or {}).get("data") or []]
     datasets = [path for path in dict.fromkeys(sources) if is_public(path) and not path.startswith("builtin:")]

@@ -25,7 +25,8 @@ METHODS = {
 }
 _ROW_MAKERS = ("critique", "label")  # stages without a model of their own
 _HEADLINES = {
-    "sft": (("eval_loss", "held-out loss", figure), ("eval_mean_token_accuracy", "token accuracy", share)),
+    "sft": (("eval_loss", "held-out loss", figure), ("eval_accuracy", "accuracy, held out", share),
+            ("eval_mean_token_accuracy", "token accuracy", share)),
     "rm": (("eval_accuracy", "pair accuracy, held out", share), ("eval_margin", "margin, held out", figure)),
     "dpo": (("eval_rewards/accuracies", "pair accuracy, held out", share),
             ("eval_rewards/margins", "implicit margin", figure)),

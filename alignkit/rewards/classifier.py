@@ -139,8 +139,9 @@ class ClassifierReward:
         except ModelError as error:
             problems = [Problem(f"{stage.name}.{key}: {problem}", where) for problem in error.problems]
             raise ModelError(problems) from error
-        if files is not None and not files.reward:
-            what = f"{stage.name}.{key} is {path}, a language model; a reward is an rm stage or a classifier"
+        if files is not None and (files.head or not files.reward):
+            kind = "a classifier of labelled texts" if files.head else "a language model"
+            what = f"{stage.name}.{key} is {path}, {kind}; a reward is an rm stage or a classifier of answers"
             raise ModelError(what, where=where)
 
     @staticmethod

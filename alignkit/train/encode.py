@@ -4,6 +4,7 @@ Columns, int32 lists unless said otherwise:
 
     sft   input_ids, labels (-100 where nothing is learnt), length
           with objective: seq2seq source_ids, target_ids, length
+          with one that learns labels: sequences (lists of ids), label (its name or number), length
     rm    answers_ids (one list per answer, best first), scores (float, one per answer), label, margin (float), length
     dpo   prompt_ids, chosen_ids, rejected_ids, label (float), length
     kto   prompt_ids, completion_ids, label (bool), length
@@ -24,9 +25,10 @@ import numpy as np
 from alignkit.data import Rejects, Row
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat, ConversationError, Encoded, Written
+from alignkit.models.heads import arrange, write_task
 from alignkit.models.start import context_length
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import PpoOptions, RmOptions
+from alignkit.recipe.schema import TASKS, PpoOptions, RmOptions, SftOptions
 from alignkit.train.losses import is_logistic
 
 IGNORED = -100
@@ -79,6 +81,9 @@ def write_row(stage: Stage, chat: Chat, row: Row) -> list[Written]:
     """Write the texts of a row as its stage trains on them. Raises ConversationError."""
     if stage.method == "ppo":
         return [chat.write_prompt(row.prompt)]
+    if stage.task is not None:
+        name_label(stage, row)
+        return write_task(str(row.prompt), list(map(str, row.completions)))
     if stage.method != "sft":
         return [chat.write_pair(row.prompt, completion)[-1] for completion in row.completions]
     if stage.objective == "seq2seq":
@@ -97,6 +102,16 @@ def write_row(stage: Stage, chat: Chat, row: Row) -> list[Written]:
         return written if stage.trainer.get("completion_only_loss", True) else written[-1:]
     masks = stage.objective != "lm" and stage.trainer.get("assistant_only_loss", True)
     return chat.write(content, mask=masks)
+
+
+def name_label(stage: Stage, row: Row) -> str:
+    """Name a row's label, which may stand as its number in `labels`. Raises ConversationError for one not in there."""
+    labels = stage.expect(SftOptions).labels
+    if labels is None or row.answer in labels:
+        return row.answer
+    if row.answer.isdecimal() and int(row.answer) < len(labels):
+        return labels[int(row.answer)]
+    raise ConversationError(f"label: is {row.answer}, which is none of {stage.name}.labels: {', '.join(labels)}")
 
 
 def encode_rows(
@@ -153,6 +168,18 @@ def _encode_seq2seq(
     source, target = (half[:limit] for half in halves)
     num_tokens = len(source) + len(target)
     yield {"source_ids": source, "target_ids": target, "length": num_tokens}, num_tokens, len(target)
+
+
+def _encode_task(
+    stage: Stage, limit: int | None, row: Row, texts: Sequence[Encoded], lengths: LengthReport
+) -> Iterator[Example | LeftOut]:
+    """Rows with labels: the sequences that their task reads."""
+    assert stage.task is not None
+    sequences, cut = arrange(stage.task, texts, limit)
+    if cut:
+        lengths.cut(row)
+    sizes = list(map(len, sequences))
+    yield {"sequences": sequences, "label": name_label(stage, row), "length": max(sizes)}, sum(sizes), sum(sizes)
 
 
 def _cut_blocks(
@@ -278,6 +305,7 @@ _ENCODERS = {
     "dpo": _encode_dpo,
     "kto": _encode_kto,
     "ppo": _encode_ppo,
+    **dict.fromkeys(TASKS, _encode_task),
 }
 
 

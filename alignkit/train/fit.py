@@ -363,6 +363,7 @@ def _save_final(setup: Setup) -> dict[str, Any]:
             save_model(
                 model, trainer.processing_class, staging, lineage=setup.loaded.lineage,
                 precision=setup.loaded.precision, stop_ids=setup.chat.stop_ids, state_dict=state,
+                head=setup.head,
             )  # fmt: skip
 
     ranks.once(save)

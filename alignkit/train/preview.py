@@ -59,16 +59,19 @@ def _read_batch(batch: Any) -> Iterator[Sequence[Tokens]]:
         for source, mask, target, learnt in zip(*columns.values(), strict=True):
             kinds = ["learnt" if kept else "padding" for kept in learnt]
             yield [("source", source, _kinds([IGNORED] * len(source), mask)), ("target", target, kinds)]
+    elif "prompt_of" in columns or "row_of" in columns:
+        rows: dict[int, list[Tokens]] = defaultdict(list)
+        learnt = columns.get("labels") or [[IGNORED] * len(tokens) for tokens in ids]
+        of_row = columns.get("prompt_of") or columns["row_of"]
+        for row, tokens, labels, mask in zip(of_row, ids, learnt, columns["attention_mask"], strict=True):
+            kinds = _kinds(labels, mask)
+            kinds[sum(mask) - 1] = "scored"
+            name = f"answer {len(rows[row]) + 1}" if "prompt_of" in columns else ""
+            rows[row].append((name, tokens, kinds))
+        yield from rows.values()
     elif "labels" in columns:
         masks = columns.get("attention_mask", [None] * len(ids))
         yield from ([("", *row[:1], _kinds(*row[1:]))] for row in zip(ids, columns["labels"], masks, strict=True))
-    elif "prompt_of" in columns:
-        rows: dict[int, list[Tokens]] = defaultdict(list)
-        for prompt, tokens, mask in zip(columns["prompt_of"], ids, columns["attention_mask"], strict=True):
-            kinds = _kinds([IGNORED] * len(tokens), mask)
-            kinds[sum(mask) - 1] = "scored"
-            rows[prompt].append((f"answer {len(rows[prompt]) + 1}", tokens, kinds))
-        yield from rows.values()
     else:
         labels = ([flag or IGNORED for flag in flags] for flags in columns["completion_mask"])
         kinds_of = [_kinds(*row) for row in zip(labels, columns["attention_mask"], strict=True)]

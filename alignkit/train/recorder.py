@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -36,7 +37,8 @@ def write_samples(setup: Setup, samples: JsonLines, *, step: int, when: str) -> 
     was_training = model.training
     model.eval()
     try:
-        fields = (_score_answers if setup.is_reward else _answer)(setup, rows)
+        answer = partial(_score_answers if setup.is_reward else _answer, setup)
+        fields = (setup.answer_rows or answer)(rows)
     finally:
         model.train(was_training)
     for number, extra in enumerate(fields if ranks.is_main() else ()):

@@ -21,6 +21,7 @@ from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.errors import DataError
 from alignkit.models.files import REWARD_NORM
 from alignkit.models.frozen import score_ids
+from alignkit.models.heads import pad_groups
 from alignkit.models.load import load_reward_model
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RmOptions, SftOptions
@@ -61,11 +62,7 @@ class Rm(Guarded, RewardTrainer):
     def _group_loss(self, rewards_A: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         num_prompts = int(inputs["prompt_of"][-1]) + 1
         if self.loss_name == "best_of":
-            answers_B = torch.bincount(inputs["prompt_of"], minlength=num_prompts)
-            place_A = torch.arange(len(rewards_A), device=rewards_A.device)
-            place_A = place_A - (answers_B.cumsum(0) - answers_B)[inputs["prompt_of"]]
-            scores_BK = rewards_A.new_full((num_prompts, int(answers_B.max())), -math.inf)
-            scores_BK = scores_BK.index_put((inputs["prompt_of"], place_A), rewards_A)
+            scores_BK = pad_groups(rewards_A, inputs["prompt_of"])
             return best_of_loss(scores_BK, torch.zeros(num_prompts, dtype=torch.long, device=rewards_A.device))
         losses_P = pairwise_losses(
             rewards_A[inputs["better"]], rewards_A[inputs["worse"]], label_P=inputs["label"], margin_P=inputs["margin"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
@@ -47,6 +47,8 @@ class Setup:
     finish: Callable[[Path], dict[str, float]] | None = None  # measures and writes beside the model, before it counts
     # rewards of answers to rows, for samples
     score_answers: Callable[[Sequence[Row], Sequence[Sequence[int]]], list[dict[str, Any]]] | None = None
+    answer_rows: Callable[[Sequence[Row]], list[dict[str, Any]]] | None = None  # of a classifier, for samples
+    head: dict[str, Any] | None = None  # of a classifier, as the record beside its weights keeps it
     ptx_data: str | None = None  # fingerprint of the pre-training rows that ppo mixes in
     record: dict[str, Any] = field(default_factory=dict)  # what the method adds to stage.json
     base_hash: str | None = None  # bytes of what adapters leave alone, before training
@@ -169,6 +171,26 @@ class LabelledCollator:
 
 
 @dataclass
+class TaskCollator:
+    """Flatten the sequences of B rows into S, right-padded: input_ids, attention_mask (S, T), and labels, the tokens
+    that are learnt; row_of (S,), and label (B,), whose numbers `numbers` gives."""
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    numbers: Mapping[str, int] | None = None  # None where nobody asks for labels
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        sequences = [ids for row in rows for ids in row["sequences"]]
+        input_ids, mask = pad(sequences, self.pad_token_id, multiple_of=self.pad_to_multiple_of or 1)
+        row_of = torch.tensor([number for number, row in enumerate(rows) for _ in row["sequences"]])
+        labels = input_ids.masked_fill(mask == 0, -100)
+        batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "row_of": row_of}
+        if self.numbers is not None:
+            batch["label"] = torch.tensor([self.numbers[row["label"]] for row in rows])
+        return batch
+
+
+@dataclass
 class GroupCollator:
     """Flatten the answers of B prompts into A rows, and list their pairs by row number.
 
@@ -233,6 +255,8 @@ def collator_for(stage: Stage, tokenizer: Any) -> Callable[..., Any]:
         return Seq2SeqCollator(**padding)
     if stage.method == "rm":
         return GroupCollator(**padding)
+    if stage.task is not None:
+        return TaskCollator(**padding)
     if stage.is_unpaired:
         from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 

@@ -15,6 +15,7 @@ from alignkit.errors import ModelError
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import SftOptions
 from alignkit.runs.directory import RunDir
+from alignkit.train import classifier
 from alignkit.train.encode import IGNORED
 from alignkit.train.fit import fit
 from alignkit.train.setup import Setup, build_config, collator_for, open_rows
@@ -76,6 +77,8 @@ class Seq2Seq(Sft):
 def build(stage: Stage, run: RunDir) -> Setup:
     """Load model and rows and make a trainer that has not trained yet."""
     stage.expect(SftOptions)
+    if stage.task is not None:
+        return classifier.build(stage, run)
     setup = open_rows(stage, run)
     setup.load()
     recomputes = setup.loaded.model.supports_gradient_checkpointing

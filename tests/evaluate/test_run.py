@@ -278,8 +278,8 @@ def test_options_of_the_command_line_lie_over_the_recipe_s(tmp_path: Path) -> No
     with pytest.raises(UsageError) as caught:
         combine(base, {"metrics": ["perplexitty"], "temperature": 0.0})
     assert [str(problem) for problem in caught.value.problems] == [
-        "--metric: is perplexitty; it must be one of answers, best_of, frontier, kl, overlap, pairs, perplexity, "
-        "tasks, win_rate; did you mean perplexity?",
+        "--metric: is perplexitty; it must be one of answers, best_of, classification, frontier, kl, overlap, pairs, "
+        "perplexity, tasks, win_rate; did you mean perplexity?",
         "--temperature: is 0.0: input should be greater than 0",
     ]
     (tmp_path / "rows.jsonl").write_text("{}")
