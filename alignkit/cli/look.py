@@ -33,7 +33,6 @@ def check(
 
 
 def _show(report: CheckReport | DoctorReport, *, as_json: bool) -> None:
-    """Write what was found, and raise what makes it a failure."""
     from alignkit import console
 
     if as_json:

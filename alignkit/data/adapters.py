@@ -72,7 +72,6 @@ def _read_conversation(reading: Reading) -> list[Message]:
 
 
 def _split_last(reading: Reading) -> tuple[list[Message], list[Message]]:
-    """Split a conversation at its last answer."""
     messages = _read_conversation(reading)
     last = last_asked(messages)
     end_prompt(messages[:last], "the turns before the answer")

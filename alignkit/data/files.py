@@ -367,21 +367,16 @@ def _read_csv(stream: IO[bytes], name: str, limit: int, delimiter: str) -> Itera
         elif not cells:
             continue
         elif header is None:
-            header = _check_header(cells, place)
+            header = [cell.strip() for cell in cells]
+            if len(header) == 1 and (other := next((sign for sign in ",;\t|" if sign in header[0]), "")):
+                what = f"the header is one cell, {header[0]!r}: cells look separated by {other!r}"
+                raise DataError(f"{what}; a .csv file by commas, a .tsv file by tabs", where=place)
+            if twice := sorted({cell for cell in header if header.count(cell) > 1}):
+                raise DataError(f"the header names {', '.join(map(repr, twice))} more than once", where=place)
         elif len(cells) != len(header):
             yield place, BadRow(f"has {len(cells)} cells; the header has {len(header)}")
         else:
             yield place, dict(zip(header, cells, strict=True))
-
-
-def _check_header(cells: list[str], place: str) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    if len(names) == 1 and (other := next((sign for sign in ",;\t|" if sign in names[0]), "")):
-        rule = "a .csv file by commas, a .tsv file by tabs"
-        raise DataError(f"the header is one cell, {names[0]!r}: cells look separated by {other!r}; {rule}", where=place)
-    if twice := sorted({cell for cell in names if names.count(cell) > 1}):
-        raise DataError(f"the header names {', '.join(map(repr, twice))} more than once", where=place)
-    return names
 
 
 def read_records(table: Any, *, named: bool) -> list[Record]:

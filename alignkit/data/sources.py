@@ -100,7 +100,14 @@ def _locate(source: DataSource) -> Located:
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             _refuse_keys(source, "a data set saved on disk", ("name", "data_dir", "revision"))
-            return _choose(Located(source, "saved", dict.fromkeys(_list_saved(path), ())))
+            try:
+                if (path / "dataset_dict.json").is_file():
+                    names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+                else:  # a Dataset, which may know its split
+                    names = [json.loads((path / "state.json").read_text(encoding="utf-8")).get("_split") or "train"]
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise DataError(f"cannot be read as a data set saved on disk: {error}", where=str(path)) from error
+            return _choose(Located(source, "saved", dict.fromkeys(names, ())))
         _refuse_keys(source, "local files", ("revision",))
         return _choose(Located(source, "files", _list_splits(path, source)))
     if path.exists():
@@ -173,16 +180,6 @@ def _read_slices(source: DataSource, count: Callable[[str], int]) -> list[tuple[
     except (ValueError, AssertionError) as error:
         raise DataError(f"split: {first_line(error)}", where=source.path) from error
     return [(part.splitname, part.from_, part.to) for part in parts]
-
-
-def _list_saved(path: Path) -> list[str]:
-    """The splits of what `save_to_disk` wrote: a DatasetDict, or a Dataset that may know its split."""
-    try:
-        if (path / "dataset_dict.json").is_file():
-            return list(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
-        return [json.loads((path / "state.json").read_text(encoding="utf-8")).get("_split") or "train"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"cannot be read as a data set saved on disk: {error}", where=str(path)) from error
 
 
 def _list_splits(directory: Path, source: DataSource) -> dict[str, tuple[Path, ...]]:

@@ -283,7 +283,6 @@ def _read_role(message: dict[str, Any], field: str, reading: Reading) -> str:
 
 
 def _read_content(message: dict[str, Any], field: str, role: str) -> tuple[str, str]:
-    """Read the content of a message and the reasoning before it."""
     key = _key_of(message, _CONTENT_KEYS)
     content, where = message.get(key), f"{field}.{key}"
     for other in _CONTENT_KEYS:
@@ -311,7 +310,6 @@ def _read_content(message: dict[str, Any], field: str, role: str) -> tuple[str, 
 
 
 def _read_trained(message: dict[str, Any], field: str) -> bool:
-    """Whether an assistant's turn is learnt."""
     said: dict[str, bool] = {}
     for key, means in _TRAINED_KEYS.items():
         if message.get(key) is not None:

@@ -258,7 +258,6 @@ def _choices(option: Fragment) -> list[Any]:
 
 
 def _name_choices(choices: list[Any]) -> tuple[list[str], str]:
-    """Name the values of a choice, one by one and together."""
     words = [choice if isinstance(choice, str) else json.dumps(choice) for choice in choices]
     return words, ", ".join(words) if len(words) <= _MANY else f"{len(words)} names"
 
@@ -276,7 +275,6 @@ def _name_bounds(option: Fragment) -> str:
 
 
 def _hint(node: Node, options: list[Fragment]) -> str:
-    """Say what somebody who wrote this probably meant."""
     kinds = set().union(*(_kinds(option) for option in options))
     value = node.value
     if isinstance(value, str):

@@ -80,11 +80,6 @@ def _starts_from_no_adapter(stage: Section) -> bool:
     return not stage.has("start_from") and "/" not in path and not Path(path, "adapter_config.json").is_file()
 
 
-def _checkpoints_otherwise(stage: Section) -> str | None:
-    wanted = _read_top(stage, "launch.activation_checkpointing")
-    return None if wanted in (None, stage.get("gradient_checkpointing")) else str(wanted).lower()
-
-
 def _counts_otherwise(kind: str) -> Callable[[Section], Any]:
     """The strategy of logging, saving or evaluation, where it counts no steps."""
 
@@ -162,9 +157,16 @@ CONFLICTS = (
              lambda stage: stage.get("micro_batch_size") != "auto"
              and stage.get("batch_size", 16) % stage.get("micro_batch_size") and stage.get("batch_size", 16),
              "is {value}, which does not divide batch_size {}"),
+    *(
+        Conflict("train", key, lambda stage, key=key: stage.get(key) >= 1 and stage.get(key) != int(stage.get(key)),  # type: ignore[misc]
+                 "is {value}; it must be a whole number of steps, or a share of all steps below 1")
+        for key in ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
+    ),
     Conflict("train", "max_steps", lambda stage: stage.get("max_steps") == 0,
              "is 0; it must be at least 1, or -1 to train num_train_epochs"),
-    Conflict("train", "gradient_checkpointing", _checkpoints_otherwise,
+    Conflict("train", "gradient_checkpointing",
+             lambda stage: (wanted := _read_top(stage, "launch.activation_checkpointing")) is not None
+             and wanted != stage.get("gradient_checkpointing") and str(wanted).lower(),
              "is {value}, but launch.activation_checkpointing is {}; keep one"),
     Conflict("train", "adapter",
              lambda stage: stage.get("adapter") == "stack" and _read_top(stage, "lora") is None

@@ -51,7 +51,6 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _describe_rlaif(defs: Fragment) -> Fragment:
-    """Describe an rlaif section, whose steps take the keys of their stages."""
     fragments = RlaifOptions.model_json_schema()
     defs |= fragments.pop("$defs", {})
     properties = fragments["properties"]

@@ -154,7 +154,6 @@ def check_references(stage: Section, stages: Mapping[str, Section], groups: Coll
 
 
 def _describe_misfit(name: Name, stage: Section, other: Section) -> str | None:
-    """Say why a stage cannot be what another names it as."""
     makes_rows = other.method in FEEDBACK
     match name.kind:
         case "reward" if other.method != "rm":
@@ -177,7 +176,6 @@ def _describe_misfit(name: Name, stage: Section, other: Section) -> str | None:
 
 
 def _describe_stranger(name: Name, stages: Mapping[str, Section]) -> str | None:
-    """Say why a name that is no stage's is no path either."""
     value = name.node.value
     if name.kind == "reward" and value.startswith("builtin:") and value != BUILTIN_REWARD:
         return f", a builtin reward that is not there; the only one is {BUILTIN_REWARD}"

@@ -42,13 +42,6 @@ def _collect(findings: Iterable[Finding]) -> list[Finding]:
     return found
 
 
-def _step_counts(stage: Section) -> Iterator[Finding]:
-    for key in ("logging_steps", "save_steps", "eval_steps", "warmup_steps"):
-        value = stage.get(key)
-        if value is not None and value >= 1 and value != int(value):
-            yield key, f"is {value}; it must be a whole number of steps, or a share of all steps below 1"
-
-
 def _checkpointing(stage: Section) -> Iterator[Finding]:
     for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         for name in stage.get(key) or {}:
@@ -210,7 +203,6 @@ def find_optimizer(name: str) -> Optimizer:
 
 
 def _optimizer(stage: Section) -> Iterator[Finding]:
-    """Yield what is wrong with `optim_args` and `optim_target_modules`."""
     name = stage.get("optim", "adamw_torch_fused")
     optimizer = find_optimizer(name)
     if optimizer.targets and not stage.has("optim_target_modules"):
@@ -229,7 +221,6 @@ def _optimizer(stage: Section) -> Iterator[Finding]:
 
 
 def _schedule(stage: Section) -> Iterator[Finding]:
-    """Yield what is wrong with `lr_scheduler_kwargs`, and with a schedule that has not what it goes by."""
     name, given = stage.get("lr_scheduler_type", "linear"), stage.get("lr_scheduler_kwargs") or {}
     accepted = read_snapshot()["schedulers"][name]
     yield from _check_arguments("lr_scheduler_kwargs", given, accepted, f"lr_scheduler_type: {name}")
@@ -400,7 +391,7 @@ def _groups(stage: Section) -> Iterator[Finding]:
         yield key, f"{what}; make batch_size x minibatches a multiple of num_generations"
 
 
-_TRAIN_RULES: tuple[Rule, ...] = (_step_counts, _checkpointing, _optimizer, _schedule)
+_TRAIN_RULES: tuple[Rule, ...] = (_checkpointing, _optimizer, _schedule)
 _BY_METHOD: dict[str, tuple[Rule, ...]] = {
     "dpo": (_dpo_kto, _dpo_smoothing),
     "ppo": (_rewards, _groups),

@@ -120,7 +120,6 @@ def _flatten(node: Node, above: Path, whole: Whole, problems: list[Problem]) -> 
 
 
 def _find_problem(axis: Axis, others: Collection[Axis], whole: Whole) -> Problem | None:
-    """Say why a key cannot be swept."""
     tree, path = whole.top.node, axis.path
     if what := _describe_key(path, whole) or _describe_values(axis, others):
         return Problem(f"{SWEEP}.{show_key(axis.key)} {what}", axis.place)

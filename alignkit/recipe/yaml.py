@@ -394,7 +394,6 @@ def _read_text(path: Path) -> str:
 
 
 def _describe_missing(path: Path) -> str:
-    """Say that a file is not there, with the nearest name that is."""
     if path.is_dir():
         recipes = sorted(file.name for file in path.glob("*.y*ml"))
         return "a directory; name a file" + (f" in it, such as {recipes[0]}" if recipes else "")
