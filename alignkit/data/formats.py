@@ -188,33 +188,26 @@ class Detector:
         row = form.adapt(reading)
         unread = [name for name in record if name not in reading.used and not is_empty(record[name])]
         for name in unread:
-            self._refuse_telling(name, form, reading)
+            value = record[name]
+            if name in MEDIA:
+                raise BadRow(f"{name}: {MEDIA[name]}")
+            if name not in _TELLING or self._keeps_columns or (self._for_prompts and name not in ASKED):
+                continue
+            if name == "weight":
+                if check_number(value, name) != 1:
+                    raise BadRow(f"weight: is {value}; single rows cannot be weighted, sources can: data.weight")
+                continue
+            # It may repeat what was read, or hold all that (Alpaca's text).
+            read = [text for column in reading.used for text in _iter_texts(record.get(column))]
+            for text in _iter_texts(value):
+                if not any(text in other for other in read) and not all(other in text for other in read):
+                    raise BadRow(
+                        f"{name}: is not read in a row of {form}, and says something that the columns read do not; "
+                        f"name it in columns, or leave it out with columns: {{{name}: null}}"
+                    )
         parsed.unread = (*(() if self._keeps_columns else unread), *reading.unread)
         parsed.noted = tuple(reading.noted)
         return row
-
-    def _refuse_telling(self, name: str, form: Format, reading: Reading) -> None:
-        """Refuse a column that would have changed what is trained, unless it repeats what was read."""
-        value = reading.record[name]
-        if name in MEDIA:
-            raise BadRow(f"{name}: {MEDIA[name]}")
-        if name not in _TELLING or self._keeps_columns or (self._for_prompts and name not in ASKED):
-            return
-        if name == "weight":
-            if check_number(value, name) != 1:
-                raise BadRow(f"weight: is {value}; single rows cannot be weighted, sources can: data.weight")
-        elif not _is_repeated(value, reading):
-            raise BadRow(
-                f"{name}: is not read in a row of {form}, and says something that the columns read do not; "
-                f"name it in columns, or leave it out with columns: {{{name}: null}}"
-            )
-
-
-def _is_repeated(value: Any, reading: Reading) -> bool:
-    """Whether texts stand in the columns that were read, or hold all that those say (Alpaca's text)."""
-    texts = list(_iter_texts(value))
-    read = [text for name in reading.used for text in _iter_texts(reading.record.get(name))]
-    return all(any(text in other for other in read) or all(other in text for other in read) for text in texts)
 
 
 def _iter_texts(value: Any) -> Iterator[str]:

@@ -112,7 +112,15 @@ def check_values(wholes: Sequence[Whole], runs: Sequence[Section]) -> list[Probl
     names = [*whole.groups, *dict.fromkeys((*whole.stages, *by_name))]
     problems = resolve_paths(tops, runs, names)
     for top in tops:
-        problems += check_top(top)
+        given = top.node.value
+        values = {key: given[key] for key in given if key in RecipeOptions.model_fields and key != SWEEP}
+        top.options, found = validate(RecipeOptions, values, str)
+        if (lora := values.get("lora")) is not None and lora.value is None:
+            found["lora"] = [Problem("lora is empty; write {} for its defaults, or take the key out", lora.place)]
+        if "model" not in values:
+            found["model"] = [Problem("model is missing; add `model: {path: ...}`", top.node.place)]
+        problems += [problem for several in found.values() for problem in several]
+        top.broken |= found.keys()
     for group in (group for one in wholes for group in one.groups.values()):
         problems += check_group(group)
     for run in runs:
@@ -138,18 +146,6 @@ def check_values(wholes: Sequence[Whole], runs: Sequence[Section]) -> list[Probl
     for alike in shapes.values() or [[]]:
         problems += audit_recipe((alike[0].top if alike else None) or whole.top, alike)
     return problems
-
-
-def check_top(top: Section) -> Iterator[Problem]:
-    values = {key: node for key, node in top.node.value.items() if key in RecipeOptions.model_fields and key != SWEEP}
-    top.options, found = validate(RecipeOptions, values, str)
-    if (lora := values.get("lora")) is not None and lora.value is None:
-        found["lora"] = [Problem("lora is empty; write {} for its defaults, or take the key out", lora.place)]
-    if "model" not in values:
-        found["model"] = [Problem("model is missing; add `model: {path: ...}`", top.node.place)]
-    for key, problems in found.items():
-        yield from problems
-        top.broken.add(key)
 
 
 def check_stage(stage: Section) -> Iterator[Problem]:

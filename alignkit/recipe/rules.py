@@ -284,11 +284,8 @@ def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding
             yield f"{key}.{name}", f"has no effect with {kind}; it is for a server (url)"
     if kind != "model" and given.get("engine") is not None:
         yield f"{key}.engine", f"has no effect with {kind}; it says what runs a model on this machine"
-    if kind == "url":
-        yield from _server_problems(key, given)
-
-
-def _server_problems(key: str, given: Mapping[str, Any]) -> Iterator[Finding]:
+    if kind != "url":
+        return
     url, variable = given["url"], given.get("api_key_env")
     shown = redact(url)
     try:

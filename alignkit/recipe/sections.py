@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,8 +174,11 @@ def check_group(group: Group) -> Iterator[Problem]:
     _, found = check_keys(RlaifOptions, group.node, RLAIF, name, lambda key: f"{name}.{key}")
     inherited = find_inherited(group.top.node, RLAIF)
     missing = {key for key, field in own.items() if field.is_required() and key not in (*values, *inherited)}
-    if "judge" not in values and any(_lacks_judge(group, stage) for stage in group.stages):
-        missing.add("judge")
+    with_rm = any(stage.method == "rm" for stage in group.stages)
+    for stage in group.stages if "judge" not in values else ():
+        in_ppo = stage.method == "ppo" and not with_rm and "reward" not in _own(values, "ppo")
+        if in_ppo or (stage.method == "label" and "judge" not in stage.node.value):
+            missing.add("judge")
     for key in sorted(missing):
         found[key] = [Problem(f"{name}.{key} is missing; {quote_help(own[key].description)}", place)]
     for key, problems in found.items():
@@ -188,30 +191,19 @@ def check_group(group: Group) -> Iterator[Problem]:
                 stage.broken.add(key)
             if key in ("judge", "constitution") and "reward" not in _own(values, stage.method):
                 stage.broken.add("reward")
-    for key, what in _find_unused(values):
-        yield Problem(f"{name}.{key} {what}", values[key].place if key in values else place)
-
-
-def _lacks_judge(group: Group, stage: Section) -> bool:
-    if stage.method == "label":
-        return "judge" not in stage.node.value
-    with_rm = any(other.method == "rm" for other in group.stages)
-    return stage.method == "ppo" and not with_rm and "reward" not in _own(group.node.value, "ppo")
-
-
-def _find_unused(values: Mapping[str, Node]) -> Iterator[tuple[str, str]]:
-    """Yield the keys of a section that have no effect, and why."""
-    steps: Collection[str] = list_steps(values)
-    train = values["train"].value if "train" in values else "dpo"
+    steps, train = list_steps(values), values["train"].value if "train" in values else "dpo"
     if train not in list(_TRAINED):
         return  # it has a message of its own
+    unused = {}
     for key in ("sft", *STEPS[2:]):
         if key in values and key not in steps:
-            yield key, f"has no effect with {'critique: false' if key == 'sft' else f'train: {train}'}"
+            unused[key] = f"has no effect with {'critique: false' if key == 'sft' else f'train: {train}'}"
     if "judge" in values and not {"label", "ppo"} & {*steps}:
-        yield "judge", f"has no effect with train: {train}"
+        unused["judge"] = f"has no effect with train: {train}"
     if not steps:
-        yield "train", "is none and critique is false, so nothing is left to do"
+        unused["train"] = "is none and critique is false, so nothing is left to do"
+    for key, what in unused.items():
+        yield Problem(f"{name}.{key} {what}", values[key].place if key in values else place)
 
 
 @dataclass(eq=False)

@@ -334,7 +334,20 @@ def load_tree(path: Path, *, above: tuple[Path, ...] = (), read: list[Path] | No
         return tree
     merged: Node | None = None
     for node in extends.value if isinstance(extends.value, list) else [extends]:
-        fragment = load_tree(_find_fragment(node, (*above, path), read), above=(*above, path), read=read)
+        if not isinstance(node.value, str) or not node.value.strip():
+            raise RecipeError("extends must be a file name or a list of file names", where=node.place)
+        try:
+            file = node.origin.folder / expand(node.value)
+        except ValueError as error:
+            raise RecipeError(f"extends: {error}", where=node.place) from None
+        if os.path.realpath(file) in map(os.path.realpath, (*above, path)):
+            chain = " -> ".join(map(label_path, (*above, path, file)))
+            raise RecipeError(f"extends goes round in a circle: {chain}", where=node.place)
+        if len(read) >= MAX_FILES:
+            raise RecipeError(f"extends reads more than {MAX_FILES} files", where=node.place)
+        if not file.is_file():
+            raise RecipeError(f"extends names {node.value}, {_describe_missing(file)}", where=node.place)
+        fragment = load_tree(file, above=(*above, path), read=read)
         merged = fragment if merged is None else merge(merged, fragment)
     return merge(merged, tree) if merged else tree
 
@@ -351,24 +364,6 @@ def merge(base: Node, over: Node) -> Node:
         else:
             merged[key] = merge(before, node) if before is not None else node
     return Node(merged, over.origin, over.line)
-
-
-def _find_fragment(node: Node, above: tuple[Path, ...], read: list[Path]) -> Path:
-    """Find the file an `extends:` entry names; refuses a chain that comes back to itself."""
-    if not isinstance(node.value, str) or not node.value.strip():
-        raise RecipeError("extends must be a file name or a list of file names", where=node.place)
-    try:
-        fragment = node.origin.folder / expand(node.value)
-    except ValueError as error:
-        raise RecipeError(f"extends: {error}", where=node.place) from None
-    if os.path.realpath(fragment) in map(os.path.realpath, above):
-        chain = " -> ".join(label_path(file) for file in (*above, fragment))
-        raise RecipeError(f"extends goes round in a circle: {chain}", where=node.place)
-    if len(read) >= MAX_FILES:
-        raise RecipeError(f"extends reads more than {MAX_FILES} files", where=node.place)
-    if not fragment.is_file():
-        raise RecipeError(f"extends names {node.value}, {_describe_missing(fragment)}", where=node.place)
-    return fragment
 
 
 def _read_text(path: Path) -> str:
