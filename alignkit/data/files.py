@@ -220,38 +220,33 @@ def _read_json(stream: io.BufferedReader[Any], name: str, limit: int) -> Iterato
     """Read an array of objects, an object that holds one list of them, or lines of objects."""
     head = stream.peek(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
     first, _, rest = head.partition(b"\n")
-    items: Iterable[Any] = ()
-    if head.startswith(b"["):
-        items = _read_array(stream, name, limit)
-    elif head:
-        try:  # lines have a whole object on the first one, and another after it
-            has_lines = isinstance(json.loads(first), dict) and rest.lstrip().startswith(b"{")
-        except ValueError:
-            has_lines = False
-        if has_lines:
-            yield from _read_json_lines(stream, name, limit)
-            return
-        items = _read_held_list(stream, name)
-    for number, value in enumerate(items, start=1):
-        yield _as_entry(f"{name}[row {number}]", value)
-
-
-def _read_held_list(stream: IO[bytes], name: str) -> list[Any]:
-    try:
-        value = json.loads(stream.read().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8", where=name) from error
-    except json.JSONDecodeError as error:
-        hint = "; one object per line belongs in a .jsonl file" if error.msg == "Extra data" else ""
-        what = f"invalid JSON: {error.msg} (column {error.colno}){hint}"
-        raise DataError(what, where=f"{name}:{error.lineno}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(_bad_json(error).reason, where=name) from error
-    lists = {key: held for key, held in value.items() if isinstance(held, list)} if isinstance(value, dict) else {}
-    if len(lists) != 1:
-        found = f"lists under {', '.join(lists)}" if lists else f"{type_name(value)} without a list"
-        raise DataError(f"must be a list of rows, or an object that holds one list of rows; found {found}", where=name)
-    return next(iter(lists.values()))
+    try:  # lines have a whole object on the first one, and another after it
+        has_lines = isinstance(json.loads(first), dict) and rest.lstrip().startswith(b"{")
+    except ValueError:
+        has_lines = False
+    if has_lines:
+        yield from _read_json_lines(stream, name, limit)
+        return
+    items: Iterable[Any] = _read_array(stream, name, limit) if head.startswith(b"[") else ()
+    if head and not head.startswith(b"["):
+        try:
+            value = json.loads(stream.read().decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8", where=name) from error
+        except json.JSONDecodeError as error:
+            hint = "; one object per line belongs in a .jsonl file" if error.msg == "Extra data" else ""
+            what = f"invalid JSON: {error.msg} (column {error.colno}){hint}"
+            raise DataError(what, where=f"{name}:{error.lineno}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(_bad_json(error).reason, where=name) from error
+        lists = {key: held for key, held in value.items() if isinstance(held, list)} if isinstance(value, dict) else {}
+        if len(lists) != 1:
+            found = f"lists under {', '.join(lists)}" if lists else f"{type_name(value)} without a list"
+            what = f"must be a list of rows, or an object that holds one list of rows; found {found}"
+            raise DataError(what, where=name)
+        (items,) = lists.values()
+    for number, item in enumerate(items, start=1):
+        yield _as_entry(f"{name}[row {number}]", item)
 
 
 def _read_array(stream: IO[bytes], name: str, limit: int) -> Iterator[Any]:

@@ -129,6 +129,13 @@ _CONVERSATION = re.compile(
     r"""\[?\s*\{(?=[^{}]*["'](?:role|from|speaker)["']\s*:)(?=[^{}]*["'](?:content|value|text)["']\s*:)"""
 )
 _CSV = re.compile(r"\.[ct]sv(\.\w+)?:\d+\Z")
+_NEAR = {
+    "prompt": ("prompt", *PROMPTS),
+    "completion": ("completion", *ANSWERS),
+    "messages": ("messages", *CONVERSATIONS),
+    "text": ("text",),
+}
+_RENAMING = "columns: {prompt: COLUMN, completion: COLUMN} names others"
 _MAX_KNOWN = 4096  # a file whose columns change with every row must not fill the memory
 
 
@@ -175,8 +182,17 @@ class Detector:
         if form is None:
             form = next((form for form in self._formats if form.fits(record)), self._fallback)
             if form is None:
+                names = {str(column).lower(): str(column) for column in record}
+                near: dict[str, str] = {}  # the renaming that would make the nearest columns fit
+                for ours, group in _NEAR.items():
+                    like = [name for name in group if name in names] or get_close_matches(ours, names, n=1, cutoff=0.7)
+                    if like and names[like[0]] not in group:
+                        near[ours] = names[like[0]]
+                renaming = ", ".join(f"{ours}: {theirs}" for ours, theirs in near.items())
+                hint = f"did you mean columns: {{{renaming}}}?" if near else _RENAMING
                 header = " (its first line names the columns)" if _CSV.search(place) else ""
-                raise BadRow(f"no known format has the columns {_list_columns(record)}{header}; accepted: {_HELP}")
+                columns = f"{', '.join(map(str, record)) or '(none)'} ({hint}){header}"
+                raise BadRow(f"no known format has the columns {columns}; accepted: {_HELP}")
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
             self._known[signature] = form
@@ -241,20 +257,3 @@ def rename_columns(record: Record, columns: Mapping[str, str | None]) -> Record:
                 what = "holds a conversation as text that is no JSON; write the cell with json.dumps"
                 raise BadRow(f"{column}: {what}") from None
     return renamed
-
-
-def _list_columns(record: Record) -> str:
-    """List the columns, and the renaming that would make the nearest ones fit."""
-    names = {str(column).lower(): str(column) for column in record}
-    near: dict[str, str] = {}
-    for field, group in (("prompt", PROMPTS), ("completion", ANSWERS), ("messages", CONVERSATIONS), ("text", ())):
-        like = [name for name in (field, *group) if name in names] or get_close_matches(field, names, n=1, cutoff=0.7)
-        if like and names[like[0]] not in (field, *group):
-            near[field] = names[like[0]]
-    renaming = ", ".join(f"{ours}: {theirs}" for ours, theirs in near.items())
-    hint = (
-        f"did you mean columns: {{{renaming}}}?"
-        if near
-        else "columns: {prompt: COLUMN, completion: COLUMN} names others"
-    )
-    return f"{', '.join(map(str, record)) or '(none)'} ({hint})"

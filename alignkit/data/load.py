@@ -258,8 +258,18 @@ class _Source:
         self.source = located.source
         self.counts = SourceReport(located.source.path)
         self._method, self._problems, self._rejects = method, problems, rejects
-        self._form = None if template is None else _choose_form(stage, located.source, template)
         self._separator = "" if stage.objective == "seq2seq" else located.source.separator  # each half is a text
+        key, wanted = ("chat", stage.options.chat) if self.source.chat == "auto" else ("data.chat", self.source.chat)
+        if wanted is True and template is False:
+            raise DataError(
+                "chat: true needs a chat template, and the model has none: set model.chat_template, or chat: false",
+                where=stage.where(f"{stage.name}.{key}"),
+            )
+        self._form: str | None = "chat" if template and wanted is not False else "text"
+        if stage.objective == "lm" and wanted == "auto":
+            self._form = "raw"
+        if template is None:
+            self._form = None
         self._found: dict[Format, _Found] = {}
         options = stage.options
         # Whether a reward function is given the rows' columns; whether a row may be as long as a book.
@@ -350,17 +360,3 @@ class _Source:
             kinds = ", ".join(found.describe(form) for form, found in self._found.items())
             advice = "give each kind its own source, or set on_bad_row: skip to keep the commonest"
             self._problems.files.append(Problem(f"mixes kinds of rows: {kinds}; {advice}", self.source.path))
-
-
-def _choose_form(stage: Stage, source: DataSource, template: bool) -> str:
-    """Decide what prompts and answers of a source become: "chat", "text", or "raw" in pre-training."""
-    key = "chat" if source.chat == "auto" else "data.chat"
-    wanted = stage.options.chat if source.chat == "auto" else source.chat
-    if wanted is True and not template:
-        raise DataError(
-            "chat: true needs a chat template, and the model has none: set model.chat_template, or chat: false",
-            where=stage.where(f"{stage.name}.{key}"),
-        )
-    if stage.objective == "lm" and wanted == "auto":
-        return "raw"
-    return "chat" if template and wanted is not False else "text"

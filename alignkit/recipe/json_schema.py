@@ -28,7 +28,20 @@ def recipe_schema() -> dict[str, Any]:
             "additionalProperties": False,
         }
         defs[f"{method}_stage"] = stages[method]
-    defs["rlaif_section"] = _describe_rlaif(defs)
+    rlaif = RlaifOptions.model_json_schema()
+    defs |= rlaif.pop("$defs", {})
+    steps = rlaif["properties"]
+    steps["method"] = {"const": RLAIF, "description": "This section is an rlaif section."}
+    for step in STEPS:
+        stage = {"$ref": f"#/$defs/{step}_stage"}
+        either = {"anyOf": [{"type": "boolean"}, stage]} if step == "critique" else stage
+        steps[step] = {**either, "description": steps[step]["description"]}
+    defs["rlaif_section"] = {
+        "type": "object",
+        "description": (RlaifOptions.__doc__ or "").strip(),
+        "properties": steps,
+        "additionalProperties": False,
+    }
     extends = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "Recipe files merged below this one, relative to it; later ones win.",
@@ -48,23 +61,6 @@ def recipe_schema() -> dict[str, Any]:
         "$defs": defs,
     }
     return _tidy(schema)
-
-
-def _describe_rlaif(defs: Fragment) -> Fragment:
-    fragments = RlaifOptions.model_json_schema()
-    defs |= fragments.pop("$defs", {})
-    properties = fragments["properties"]
-    properties["method"] = {"const": RLAIF, "description": "This section is an rlaif section."}
-    for step in STEPS:
-        stage = {"$ref": f"#/$defs/{step}_stage"}
-        either = {"anyOf": [{"type": "boolean"}, stage]} if step == "critique" else stage
-        properties[step] = {**either, "description": properties[step]["description"]}
-    return {
-        "type": "object",
-        "description": (RlaifOptions.__doc__ or "").strip(),
-        "properties": properties,
-        "additionalProperties": False,
-    }
 
 
 def _tidy(fragment: Any) -> Any:

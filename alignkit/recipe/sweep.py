@@ -68,33 +68,25 @@ class Axis:
 
 def spread(base: Whole, split: Callable[[Node], Whole]) -> tuple[list[Section], list[Whole], list[Problem]]:
     """Find the runs, and the recipe with each choice of values, the first ones first; none if the sweep is wrong."""
-    problems: list[Problem] = []
-    try:
-        axes = read_axes(base, problems)
-        return (*_Spreader(base, axes, split).spread(), problems) if axes else ([], [], problems)
-    except RecipeError as error:
-        return [], [], [*problems, *error.problems]
-
-
-def read_axes(whole: Whole, problems: list[Problem]) -> list[Axis]:
-    """Read the swept keys in the order in which they are written; `problems` takes what is wrong with others."""
-    node = whole.top.node.value[SWEEP]
+    node, axes, problems = base.top.node.value[SWEEP], list[Axis](), list[Problem]()
     if not isinstance(node.value, dict | None):
         what = f"{SWEEP} is {show(node)}; it must be a mapping, such as {{dpo.beta: [0.05, 0.1, 0.5]}}"
-        raise RecipeError(what, where=node.place)
-    axes: list[Axis] = []
-    entries = list(_flatten(node, (), whole, problems)) if node.value else []
+        return [], [], [Problem(what, node.place)]
+    entries = list(_flatten(node, (), base, problems)) if node.value else []
     off = [path for path, child in entries if child.value is None]
     replaced = [path for path, child in entries if child.place == FLAG]  # dpo.beta or dpo: {beta: ...} in the file
     for path, child in entries:
         if any(path[: len(other)] == other for other in off) or (child.place != FLAG and path in replaced):
             continue
         axis = Axis(path, child.value, _label(child.value), child.plain(), child.place)
-        if found := _find_problem(axis, axes, whole):
+        if found := _find_problem(axis, axes, base):
             problems.append(found)
         else:
             axes.append(axis)
-    return axes
+    try:
+        return (*_Spreader(base, axes, split).spread(), problems) if axes else ([], [], problems)
+    except RecipeError as error:
+        return [], [], [*problems, *error.problems]
 
 
 def _flatten(node: Node, above: Path, whole: Whole, problems: list[Problem]) -> Iterator[tuple[Path, Node]]:
