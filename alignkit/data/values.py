@@ -292,9 +292,17 @@ def _read_content(message: dict[str, Any], field: str, role: str) -> tuple[str, 
     if thoughts and any(thought != thoughts[0] for thought in thoughts):
         raise BadRow(f"{field}: has two texts of reasoning that differ")
     reasoning = check_text(thoughts[0], f"{field}: the reasoning") if thoughts else ""
-    if type(content) is list:
-        content, thought = _join_parts(content, where)
-        reasoning = reasoning or thought
+    if type(content) is list:  # OpenAI's parts, of which only text can be trained on
+        parts: dict[bool, list[str]] = {False: [], True: []}
+        for index, part in enumerate(content):
+            if type(part) is not dict:
+                raise BadRow(f"{where}[{index}]: is {type_name(part)}; it must be an object with type and text")
+            kind = part.get("type")
+            if kind not in ("text", "thinking", "reasoning"):
+                raise BadRow(f"{where}[{index}]: is a part of type {kind}; only text parts can be used")
+            text = next((name for name in (kind, "text", "value", "content") if part.get(name) is not None), "text")
+            parts[kind != "text"].append(check_text(part.get(text), f"{where}[{index}].{text}"))
+        content, reasoning = "\n".join(parts[False]), reasoning or "\n".join(parts[True])
     elif type(content) is dict and role == "tool":
         content = json.dumps(check_json(content, where, dict), ensure_ascii=False)
     silent = role == "assistant" and not (
@@ -331,20 +339,6 @@ def _content_to_calls(read: Message, field: str) -> None:
     calls = calls if type(calls) is list else [calls]
     if calls and all(type(call) is dict and "name" in call.get("function", call) for call in calls):
         read["tool_calls"], read["content"] = _read_calls(calls, field), ""
-
-
-def _join_parts(parts: list[Any], field: str) -> tuple[str, str]:
-    """Join OpenAI's content parts by line ends, and those of reasoning apart; only text can be trained on."""
-    said: dict[bool, list[str]] = {False: [], True: []}
-    for index, part in enumerate(parts):
-        if type(part) is not dict:
-            raise BadRow(f"{field}[{index}]: is {type_name(part)}; it must be an object with type and text")
-        kind = part.get("type")
-        if kind not in ("text", "thinking", "reasoning"):
-            raise BadRow(f"{field}[{index}]: is a part of type {kind}; only text parts can be used")
-        key = next((key for key in (kind, "text", "value", "content") if part.get(key) is not None), "text")
-        said[kind != "text"].append(check_text(part.get(key), f"{field}[{index}].{key}"))
-    return "\n".join(said[False]), "\n".join(said[True])
 
 
 def check_conversation(value: object, field: str, reading: Reading) -> list[Message]:

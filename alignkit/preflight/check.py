@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 from urllib.parse import urlsplit
@@ -400,13 +399,26 @@ def preview_stage(stage: Stage, *, num_rows: int) -> Preview:
 def find_faults(stage: Stage, tables: Tables, chat: Chat) -> list[str]:
     """Look at the tokens of the first 10,000 rows for what trains a model wrongly without stopping it."""
     tokenizer, limit = chat.tokenizer, stage.trainer.get("max_length")
-    ends = set(chat.stop_ids)
+    ends, bos = set(chat.stop_ids), tokenizer.bos_token_id
     found: Counter[str] = Counter()
     first: dict[str, int] = {}
     total = min(len(tables.train), _LOOKED_AT)
     for number, row in enumerate(tables.train.select(range(total)), 1):
-        faults = (_faults(whole, answer, tokenizer, ends, limit) for whole, answer in _sequences(row))
-        for fault in set(chain.from_iterable(faults)):
+        faults = set()
+        for ids, answer in _sequences(row):
+            if bos is not None and bos not in ends and ids[:2] == [bos, bos]:
+                faults.add(f"begin with two {tokenizer.bos_token}")
+            if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+                faults.add(f"have characters that the tokenizer does not know ({tokenizer.unk_token})")
+            if not answer or (limit and len(ids) >= limit):
+                continue
+            last = [token for token in answer[-3:] if token in ends]
+            if not last:
+                names = " or ".join(sorted(tokenizer.convert_ids_to_tokens(token) for token in ends))
+                faults.add(f"end in an answer without {names}: the model will not learn to stop")
+            elif len(last) > 1:
+                faults.add(f"end with {''.join(tokenizer.convert_ids_to_tokens(last))}, more than one end")
+        for fault in faults:
             found[fault] += 1
             first.setdefault(fault, number)
     return [f"{count} of {total} rows {fault}; first row {first[fault]}" for fault, count in found.most_common()]
@@ -426,24 +438,6 @@ def _sequences(row: dict[str, Any]) -> Iterator[tuple[list[int], list[int] | Non
     else:
         answers = [row[key] for key in ("chosen_ids", "rejected_ids", "completion_ids") if key in row]
         yield from ((row["prompt_ids"] + answer, answer) for answer in answers)
-
-
-def _faults(
-    ids: list[int], answer: list[int] | None, tokenizer: Any, ends: set[int], limit: int | None
-) -> Iterator[str]:
-    bos = tokenizer.bos_token_id
-    if bos is not None and bos not in ends and ids[:2] == [bos, bos]:
-        yield f"begin with two {tokenizer.bos_token}"
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        yield f"have characters that the tokenizer does not know ({tokenizer.unk_token})"
-    if answer is None or not answer or (limit and len(ids) >= limit):
-        return
-    last = [token for token in answer[-3:] if token in ends]
-    if not last:
-        names = " or ".join(sorted(tokenizer.convert_ids_to_tokens(token) for token in ends))
-        yield f"end in an answer without {names}: the model will not learn to stop"
-    elif len(last) > 1:
-        yield f"end with {''.join(tokenizer.convert_ids_to_tokens(last))}, more than one end"
 
 
 def _left_out(tables: Tables, rejects: Any) -> Iterator[str]:
