@@ -256,7 +256,7 @@ def take_prompt(row: Row) -> Row:
 
 def count_chars(text: Text) -> int:
     """The length of a text, or of all that the messages of a conversation say, in characters."""
-    return sum(map(len, iter_strings(text)))
+    return len(text) if isinstance(text, str) else sum(map(len, iter_strings(text)))
 
 
 # Digests and keys depend on content only (never on the place of a row, the Python version or the process), so that data

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from operator import attrgetter
 from pathlib import Path
 from shutil import disk_usage
 from tempfile import TemporaryFile, gettempdir
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
 _CHUNK, _CHUNK_CHARS = 4096, 10_000_000  # parsed rows of a source that are held in memory
 _MOST_SOURCES, _SPARE_BYTES = 64, 1 << 30  # of the disk of temporary files
 _FORMATS = {form: number for number, form in enumerate(FORMATS)}
+# What most rows have beside their texts, and what is told of them.
+_NO_REST: tuple[Any, ...] = (None, None, None, "", None, "")
+_NOTHING_TOLD = ("", False, None, (), ())
 _kept: dict[str, KeptRows] = {}
 
 
@@ -91,8 +93,12 @@ class KeptRows:
         """Move the rows in memory to the end of the file, as one line of JSON."""
         rows = []
         for parsed in self._fresh:
-            place, form, row, digest, *rest = _parsed_values(parsed)
-            rows.append((place, form and _FORMATS[form], row and _row_values(row), digest.hex(), *rest))
+            told = (parsed.reason, parsed.equal_answers, parsed.columns, parsed.unread, parsed.noted)
+            if row := parsed.row:
+                rest = (row.scores, row.label, row.margin, row.columns, row.tokens, row.answer)
+                texts = (row.kind, row.prompt, row.completions, *(() if rest == _NO_REST else rest))
+            rows.append((parsed.place, parsed.form and _FORMATS[parsed.form], parsed.digest.hex(),
+                         texts if row else None, () if told == _NOTHING_TOLD else told))  # fmt: skip
         start = 0
         try:
             self._file = self._file or TemporaryFile()  # noqa: SIM115
@@ -110,17 +116,19 @@ class KeptRows:
     def _read(self, start: int) -> Iterator[Parsed]:
         assert self._file is not None
         self._file.seek(start)
-        for place, form, row, digest, *rest, unread, noted in json.loads(self._file.readline()):
-            parsed = Parsed(place, None if form is None else FORMATS[form], None, bytes.fromhex(digest), *rest)
-            parsed.unread, parsed.noted = tuple(unread), tuple(noted)
+        for place, form, digest, row, told in json.loads(self._file.readline()):
+            parsed = Parsed(place, None if form is None else FORMATS[form], None, bytes.fromhex(digest))
+            if told:
+                parsed.reason, parsed.equal_answers, parsed.columns, unread, noted = told
+                parsed.unread, parsed.noted = tuple(unread), tuple(noted)
             if row:
-                kind, prompt, completions, scores, label, margin, _, columns, tokens, answer = row
-                rest = [scores and tuple(scores), label, margin, place, columns, tokens and tuple(tokens), answer]
-                parsed.row = Row(kind, prompt, tuple(completions), *rest)
+                kind, prompt, completions, *rest = row
+                scores, label, margin, columns, tokens, answer = rest or _NO_REST
+                scores, tokens = scores and tuple(scores), tokens and tuple(tokens)
+                parsed.row = Row(
+                    kind, prompt, tuple(completions), scores, label, margin, place, columns, tokens, answer
+                )
             yield parsed
-
-
-_parsed_values, _row_values = attrgetter(*Parsed.__slots__), attrgetter(*Row.__slots__)
 
 
 def write_table(path: Path, batches: Iterable[dict[str, list[Any]]]) -> datasets.Dataset:
