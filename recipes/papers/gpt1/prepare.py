@@ -1,6 +1,6 @@
 """Cut Pang and Lee's sentence polarity (NLTK's sentence_polarity.zip) into pool, dev and test rows:
 
-    python recipes/papers/gpt1/prepare.py sentence_polarity.zip DIR
+    python prepare.py sentence_polarity.zip polarity
 """
 
 import json
