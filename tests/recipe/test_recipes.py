@@ -11,7 +11,7 @@ from alignkit.recipe import Recipe, load_recipe, resolve
 from alignkit.recipe.schema import PpoOptions
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
-RECIPES = sorted(FOLDER.glob("*.yaml"))
+RECIPES = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("papers/*/*.yaml")])
 FRAGMENTS = sorted((FOLDER / "launch").glob("*.yaml"))
 
 
@@ -24,10 +24,10 @@ def test_the_recipes_are_there() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_stage_resolves(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.name == path.stem
+    assert recipe.name == path.stem or path.parent.parent.name == "papers"
     for name in recipe.stage_names:
         stage = resolve(recipe, name)
-        assert stage.run_dir == f"runs/{path.stem}/{name}"
+        assert stage.run_dir == f"runs/{recipe.name}/{name}"
         assert stage.options.data
 
 
