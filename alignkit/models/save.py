@@ -137,8 +137,8 @@ def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_co
     )
     if files.reward and base.config.pad_token_id is None:
         base.config.pad_token_id = files.record.get("pad_token_id")
+    vocab_size = base.get_input_embeddings().num_embeddings  # before PEFT wraps them, where it trains some
     adapted = attach_frozen(base, directory, reward=files.reward)
-    vocab_size = base.get_input_embeddings().num_embeddings
     before = take_probe(adapted, vocab_size=vocab_size, reward=files.reward)
     merged = adapted.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(str(directory if files.has_tokenizer else find_base(files)))

@@ -17,7 +17,7 @@ from alignkit.models.load import load_policy
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import SftOptions
 from alignkit.runs.directory import RunDir
-from alignkit.train.encode import name_label
+from alignkit.train.encode import longest_sequence, name_label
 from alignkit.train.setup import Setup, TaskCollator, build_config, open_rows
 from alignkit.train.tables import Tables
 from alignkit.train.trainer import Guarded
@@ -100,7 +100,7 @@ def _predict(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
     stage, head = setup.stage, setup.head
     assert head is not None and stage.task is not None
     texts = [(str(row.prompt), list(map(str, row.completions))) for row in rows]
-    sequences = encode_tasks(setup.chat, stage.task, texts, stage.trainer.get("max_length"))
+    sequences = encode_tasks(setup.chat, stage.task, texts, longest_sequence(stage))
     found = predict(setup.trainer.model, sequences, stage.task, pad_id=setup.chat.tokenizer.pad_token_id)
     fields = []
     for row, (prompt, given), shares in zip(rows, texts, found, strict=True):

@@ -123,6 +123,7 @@ def encode_rows(
         return
     encode = _ENCODERS["kto" if stage.is_unpaired else stage.objective or stage.method]
     limit = longest_prompt(stage) if stage.method == "ppo" else stage.trainer.get("max_length")
+    limit = limit if stage.task is None else longest_sequence(stage)
     for batch in batches:
         columns: dict[str, list[Any]] = defaultdict(list)
         for row, texts in batch:
@@ -307,6 +308,11 @@ _ENCODERS = {
     "ppo": _encode_ppo,
     **dict.fromkeys(TASKS, _encode_task),
 }
+
+
+def longest_sequence(stage: Stage) -> int | None:
+    """The most tokens a classifier's sequence may have: max_length, or the context where that is shorter."""
+    return min(filter(None, (stage.trainer.get("max_length"), context_length(stage))), default=None)
 
 
 def longest_prompt(stage: Stage) -> int | None:

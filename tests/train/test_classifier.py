@@ -256,3 +256,30 @@ def test_a_classifier_is_measured_beside_its_baselines_and_goes_on(make_stage: C
         stage = make_stage(f"{base}{method}: {{data: builtin:preferences, start_from: {first.run_dir}}}", method)
         with pytest.raises(ModelError, match=said):
             load_policy(stage, run_dir=tmp_path, reward=method == "rm")
+
+
+def test_an_adapter_of_a_language_model_goes_on_as_a_classifier_s_and_merges(
+    make_stage: Callable, write_rows: Callable, tmp_path: Path
+) -> None:
+    from alignkit.models.load import load_trained
+    from alignkit.models.save import merge
+    from alignkit.train.sft import run as train
+
+    write_rows(TONES)
+    base = "model: {path: builtin:tiny-gpt2}\nlora: {r: 2}\n"
+    data = "{path: builtin:reviews, max_rows: 20}"
+    first = make_stage(f"{base}sft: {{objective: lm, data: {data}, max_length: 64, max_steps: 1}}", "sft")
+    train(first, tmp_path / "lm")
+    rest = f"objective: classify, data: rows.jsonl, max_steps: 2, start_from: {tmp_path / 'lm'}"
+    train(make_stage(f"{base}sft: {{{rest}}}", "sft"), tmp_path / "cls")
+    merge(tmp_path / "cls" / "model", tmp_path / "merged")  # compares what both compute
+    merged = load_trained(tmp_path / "merged", reward=True)
+    assert merged.config.id2label == {0: "bad", 1: "good"}
+    assert merged.get_input_embeddings().num_embeddings == 515
+
+
+def test_a_row_is_cut_to_what_the_model_can_read(prepare: Callable) -> None:
+    rows = [{"text": "word " * 900, "label": "long"}, {"text": "word", "label": "short"}]
+    found = prepare(rows, "sft: {data: rows.jsonl, objective: classify, max_truncated: 1}", model="builtin:tiny-gpt2")
+    assert found.tables.train[0]["length"] == 512  # its positions, though max_length is 1024
+    assert found.tables.lengths.num_truncated == 1

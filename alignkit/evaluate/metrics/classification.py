@@ -106,7 +106,8 @@ def _classify(context: Context) -> list[str]:
     model = load_trained(
         directory or Path(target.source), device=space.device, reward=True, trust_code=space.trust_code
     )
-    limit = target.stage.get("trainer", {}).get("max_length") or model.config.get_text_config().max_position_embeddings
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = min(filter(None, (target.stage.get("trainer", {}).get("max_length"), positions)), default=None)
     texts = [(str(row.prompt), list(map(str, row.completions))) for row in context.rows]
     sequences = encode_tasks(Chat(tokenizer), objective, texts, limit)
     found = predict(model, sequences, objective, pad_id=int(tokenizer.pad_token_id), batch_size=space.batch_size)
