@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from terminal import Terminal
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # quicker with tiny models, and a fork of several threads would hang
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a shell, which processes inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
