@@ -54,9 +54,7 @@ def type_name(value: object) -> str:
     return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
-def read_file(
-    path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES, named: bool = False
-) -> Iterator[Entry]:
+def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES, named: bool = False) -> Iterator[Entry]:
     """Yield (place, record or BadRow) for every row of the file; raises DataError for one broken beyond single rows.
 
     A .txt file gives one {"text": ...} per line, or with `blocks` one per block of lines between blank ones. Places are

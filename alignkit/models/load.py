@@ -462,9 +462,7 @@ def build_skeleton(
     return Skeleton(num_trained, linear / total, doubts, notes)
 
 
-def _build_base(
-    stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast | None, learnt: str | None
-) -> nn.Module:
+def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast | None, learnt: str | None) -> nn.Module:
     reward, source = stage.scores, start.base
     if is_random(stage) and source == stage.model.path:
         with torch.device("meta"):

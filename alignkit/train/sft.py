@@ -55,9 +55,9 @@ class Seq2Seq(Sft):
         outputs = model(**inputs, use_cache=False)
         labels_N, logits_NV = inputs["labels"].flatten(), outputs.logits.flatten(0, 1).float()
         kept_N = labels_N != IGNORED
-        loss = cross_entropy(
-            logits_NV, labels_N, reduction="sum", label_smoothing=self.args.label_smoothing_factor
-        ) / (kept_N.sum() if num_items_in_batch is None else num_items_in_batch)
+        loss = cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=self.args.label_smoothing_factor) / (
+            kept_N.sum() if num_items_in_batch is None else num_items_in_batch
+        )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # which averages the gradients of all ranks
         with torch.no_grad():

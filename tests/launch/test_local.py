@@ -39,8 +39,8 @@ def refuse(run_python: Callable, tmp_path: Path) -> Callable[..., str]:
 def test_what_is_not_there_is_named_with_its_place_in_the_recipe(refuse: Callable, command: str) -> None:
     assert refuse(command, rows=None).startswith("error: r.yaml:2: sft.data: rows.jsonl: no such file\n")
     assert refuse(command, model="builtin:tiny-gtp2").startswith(
-        "error: r.yaml:1: model.path: 'builtin:tiny-gtp2' is not one of builtin:tiny-gpt2, builtin:tiny-llama; did you "
-        "mean builtin:tiny-gpt2?\n"
+        "error: r.yaml:1: model.path: 'builtin:tiny-gtp2' is not one of builtin:tiny-gpt2, builtin:tiny-llama, "
+        "builtin:rnnsearch, builtin:rnnencdec; did you mean builtin:tiny-gpt2?\n"
     )
 
 

@@ -52,7 +52,8 @@ def test_all_problems_of_the_rewards_come_at_once(stage: Callable[..., Stage], t
         "another reward"
     )
     assert lines[1] == (
-        f"a.yaml:5: ppo.reward is {tmp_path}/policy, a language model; a reward is an rm stage or a classifier"
+        f"a.yaml:5: ppo.reward is {tmp_path}/policy, a language model; a reward is an rm stage or a classifier "
+        "of answers"
     )
     assert lines[2].startswith(f"a.yaml:5: ppo.reward: {tmp_path}/pickled: weights only as pickles (pytorch_model.bin)")
     assert "the reward function m:f is code, which a recipe cannot allow" in lines[3]

@@ -1,6 +1,6 @@
 """Cut Pang and Lee's sentence polarity (NLTK's sentence_polarity.zip) into pool, dev and test rows:
 
-    python prepare.py sentence_polarity.zip polarity
+python prepare.py sentence_polarity.zip polarity
 """
 
 import json
