@@ -191,13 +191,19 @@ def choose_action(stage: Stage, start: Start) -> str:
     return wanted or "continue"
 
 
-def context_length(stage: Stage) -> int | None:
-    """The positions of the model a stage starts from; None where its config names no limit."""
+def context_length(stage: Stage, *, rotary: bool = True) -> int | None:
+    """The positions of the model a stage starts from; None where its config names no limit.
+
+    With `rotary` False also of a model that computes them: it reads longer texts, if not as it has learnt to.
+    """
     start = find_start(stage)
     config = read_config(start.base, revision=start.revision, trust_code=stage.trust_code)
     if is_random(stage) and start.base == stage.model.path:
         config = override_config(config, stage.model.config, where=stage.where("model.config"))
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    if not rotary and getattr(text, "rope_parameters", None):
+        return None
+    positions = getattr(text, "max_position_embeddings", None)
     return int(positions) if positions else None
 
 

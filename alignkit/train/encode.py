@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from alignkit.data import Rejects, Row
-from alignkit.errors import DataError
+from alignkit.errors import DataError, RecipeError
 from alignkit.models.chat import Chat, ConversationError, Encoded, Written
 from alignkit.models.heads import arrange, write_task
 from alignkit.models.start import context_length
@@ -119,11 +119,10 @@ def encode_rows(
 ) -> Iterator[dict[str, list[Any]]]:
     """Turn batches of rows into batches of columns, counting them; rows that are left out go to `rejects`."""
     if stage.objective == "lm":  # one stream of tokens
-        yield from _cut_blocks(stage.trainer.get("max_length") or 1024, batches, lengths)
+        yield from _cut_blocks(longest_sequence(stage) or 1024, batches, lengths)
         return
     encode = _ENCODERS["kto" if stage.is_unpaired else stage.objective or stage.method]
-    limit = longest_prompt(stage) if stage.method == "ppo" else stage.trainer.get("max_length")
-    limit = limit if stage.task is None else longest_sequence(stage)
+    limit = (longest_prompt if stage.method == "ppo" else longest_sequence)(stage)
     for batch in batches:
         columns: dict[str, list[Any]] = defaultdict(list)
         for row, texts in batch:
@@ -311,8 +310,16 @@ _ENCODERS = {
 
 
 def longest_sequence(stage: Stage) -> int | None:
-    """The most tokens a classifier's sequence may have: max_length, or the context where that is shorter."""
-    return min(filter(None, (stage.trainer.get("max_length"), context_length(stage))), default=None)
+    """The most tokens a row may have: max_length, or what the model can read where that is shorter.
+
+    Raises RecipeError for a max_length that is written and longer.
+    """
+    wanted, positions = stage.trainer.get("max_length"), context_length(stage, rotary=stage.task is not None)
+    key = f"{stage.name}.max_length"
+    if wanted and positions and wanted > positions and stage.origins.get(key, "default") != "default":
+        what = f"is {wanted}, and the model has positions for {positions} tokens; lower it"
+        raise RecipeError(f"{key} {what}", where=stage.where(key))
+    return min(filter(None, (wanted, positions)), default=None)
 
 
 def longest_prompt(stage: Stage) -> int | None:

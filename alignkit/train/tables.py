@@ -36,7 +36,7 @@ from alignkit.runs.directory import RunDir, form_of, require_form
 from alignkit.runs.files import read_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
-from alignkit.train.encode import EncodedRow, LengthReport, encode_rows, longest_prompt, write_row
+from alignkit.train.encode import EncodedRow, LengthReport, encode_rows, longest_prompt, longest_sequence, write_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -271,7 +271,7 @@ def _find_lack(stage: Stage, lengths: LengthReport, *, is_empty: bool) -> str | 
         )
     if share > most:
         return (
-            f"{share:.0%} of the rows are longer than {stage.name}.max_length ({stage.trainer.get('max_length')} "
+            f"{share:.0%} of the rows are longer than {stage.name}.max_length ({longest_sequence(stage)} "
             f"tokens; the longest row has {longest}), more than max_truncated allows ({most:.0%}); raise one of the "
             "two or shorten the rows"
         )

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from alignkit.errors import DataError
+from alignkit.errors import DataError, RecipeError
 from alignkit.models.scratch import builtin_tokenizer
 from alignkit.train.encode import IGNORED
 from alignkit.train.tables import open_stream
 
 TEMPLATES = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"  # type: ignore[union-attr, index]
+GPT2 = "builtin:tiny-gpt2"
 SFT = "sft: {data: ./rows.jsonl%s}"
 
 
@@ -86,6 +87,18 @@ def test_too_many_long_rows_are_refused_with_the_length_that_would_do(prepare: C
         f"recipe.yaml:2: 50% of the rows are longer than sft.max_length (32 tokens; the longest row has {longest}), "
         "more than max_truncated allows (20%); raise one of the two or shorten the rows"
     )
+
+
+def test_no_row_is_longer_than_a_model_with_learnt_positions_can_read(prepare: Callable) -> None:
+    rows = [{"prompt": "a", "completion": "word " * (2000 if number % 9 else 2)} for number in range(40)]
+    gpt2 = SFT % ", chat: false, max_truncated: 1.0"  # 512 positions; the default of max_length is 1024
+    for recipe, longest in ((gpt2, 512), (SFT % ", objective: lm", 512), (f"{gpt2[:-1]}, max_length: 100}}", 100)):
+        made = prepare([{"text": row["completion"]} for row in rows] if "lm" in recipe else rows, recipe, model=GPT2)
+        assert max(map(len, made.tables.train["input_ids"])) == longest
+    with pytest.raises(RecipeError, match="sft.max_length is 513, and the model has positions for 512 tokens; lower"):
+        prepare(rows, f"{gpt2[:-1]}, max_length: 513}}", model=GPT2)
+    rotary = prepare(rows, f"{gpt2[:-1]}, max_length: 1500}}")  # they are computed, and end nowhere
+    assert max(map(len, rotary.tables.train["input_ids"])) == 1500
 
 
 def test_rows_without_anything_to_learn_are_an_error_when_none_is_left(prepare: Callable) -> None:
