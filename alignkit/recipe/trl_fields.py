@@ -152,7 +152,7 @@ _LIMITS: dict[str, Fragment] = {
     "num_train_epochs": {"exclusiveMinimum": 0, "typical": "1 to 3"},
     "max_steps": {"minimum": -1},
     "max_length": {"minimum": 2, "typical": "512 to 4096"},
-    "warmup_steps": {"minimum": 0, "typical": "0.03 to 0.1 of all steps, or a count"},
+    "warmup_steps": {"minimum": 0, "typical": "0.03 to 0.1 of all steps, or a count; the first step is above 0"},
     "weight_decay": {"minimum": 0, "typical": "0 to 0.1"},
     "max_grad_norm": {"minimum": 0, "typical": "0.3 to 1"},
     "label_smoothing": {"minimum": 0, "exclusiveMaximum": 1, "typical": "0.1"},

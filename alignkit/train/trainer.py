@@ -10,7 +10,7 @@ import copy
 import math
 import signal
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import disable_dropout_in_model
@@ -120,6 +121,24 @@ class Guarded(Checkpointed):
         if self.is_deepspeed_enabled:  # which replaces the parameters in the groups by flat pieces
             self.optimized_groups = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Begin a warm-up above 0: upstream takes the first step at a rate of 0, and so learns nothing from it.
+
+        Step t of w goes where upstream's schedule is at (t + 1) w / (w + 1); from step w on nothing changes.
+        """
+        made, schedule = self.lr_scheduler is None, super().create_scheduler(num_training_steps, optimizer)
+        if made and isinstance(schedule, LambdaLR) and not any(schedule.get_lr()):
+            warmup = self.args.get_warmup_steps(num_training_steps)
+
+            def begin_above(rate: Callable[[float], float]) -> Callable[[int], float]:
+                return lambda step: rate(step if step >= warmup else (step + 1) * warmup / (warmup + 1))
+
+            schedule.lr_lambdas = [begin_above(rate) for rate in schedule.lr_lambdas]
+            schedule._last_lr = schedule.get_lr()
+            for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
+        return schedule
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: Any) -> Any:
         max_steps = self._schedule_steps or max_steps

@@ -453,3 +453,36 @@ def test_a_whole_number_is_a_float_where_trl_wants_one(make_stage: Callable, tmp
     stage = make_stage(f"{BASE}sft: {{data: builtin:reviews, router_aux_loss_coef: 0, logging_steps: 1}}", "sft")
     config = build_config(stage, SFTConfig, tmp_path)
     assert type(config.router_aux_loss_coef) is float and type(config.logging_steps) is int
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        # The last step of a warm-up of 3 is 3/4 of the way; from step 3 on the rates are upstream's.
+        ("linear", [0.25, 0.5, 0.75, 1.0, 1.0 * 4 / 5, 1.0 * 3 / 5, 1.0 * 2 / 5, 1.0 / 5]),
+        ("constant_with_warmup", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("cosine_warmup_with_min_lr", None),  # begins above 0 already: as upstream has it
+    ],
+)
+def test_no_step_is_taken_at_a_rate_of_zero(schedule: str, wanted: list[float] | None, tmp_path: Path) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from alignkit.train.trainer import Guarded
+
+    kwargs = {"min_lr_rate": 0.1, "warmup_lr_rate": 0.1} if wanted is None else None
+    args = TrainingArguments(
+        str(tmp_path), lr_scheduler_type=schedule, warmup_steps=3, lr_scheduler_kwargs=kwargs, use_cpu=True
+    )
+    rates: dict[type, list[float]] = {Guarded: [], Trainer: []}
+    for kind, found in rates.items():
+        trainer = object.__new__(kind)
+        trainer.args, trainer.lr_scheduler = args, None
+        trainer.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        trainer.create_scheduler(8)
+        for _ in range(8):
+            found.append(trainer.optimizer.param_groups[0]["lr"])
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+    assert rates[Guarded] == pytest.approx(wanted or rates[Trainer])
+    assert min(rates[Guarded]) > 0 and rates[Guarded][3:] == rates[Trainer][3:]
