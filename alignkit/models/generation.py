@@ -93,19 +93,23 @@ def generate_answers(
     if temperature == 0:  # the only one that knows num_beams
         return generate_greedy(model, prompts, **settings)
     rows = [list(prompt) for prompt in prompts]
-    width = max(map(len, rows))
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=settings["max_new_tokens"], eos_token_id=list(settings["eos_ids"]),
+        pad_token_id=settings["pad_id"], use_cache=True,
+    )  # fmt: skip
+    criteria = stop_when(is_over, width=max(map(len, rows)))
+    processors = LogitsProcessorList([gumbel(seeds, temperature, next(model.parameters()).device)])
+    return _generate_batch(model, rows, config, logits_processor=processors, stopping_criteria=criteria)
+
+
+def stop_when(is_over: Callable[[list[int]], bool] | None, *, width: int) -> StoppingCriteriaList:
+    """End an answer once `is_over` says so of its last new tokens; `width` is that of the padded prompts."""
 
     def end(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         new = input_ids[:, max(width, input_ids.shape[1] - _TAIL) :].tolist()
         return torch.tensor([is_over is not None and is_over(row) for row in new], device=input_ids.device)
 
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=settings["max_new_tokens"], eos_token_id=list(settings["eos_ids"]),
-        pad_token_id=settings["pad_id"], use_cache=True,
-    )  # fmt: skip
-    criteria = StoppingCriteriaList([end] if is_over else [])
-    processors = LogitsProcessorList([gumbel(seeds, temperature, next(model.parameters()).device)])
-    return _generate_batch(model, rows, config, logits_processor=processors, stopping_criteria=criteria)
+    return StoppingCriteriaList([end] if is_over else [])
 
 
 def gumbel(seeds: Sequence[int], temperature: float, device: torch.device) -> Any:

@@ -17,9 +17,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 _BATCH_TOKENS = 2**16
 _VOCABULARY_TILE = 8192
+_ROW_TILE = 512  # tokens whose logits are held at a time where they must be sorted
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Sampling:
     temperature: float = 1.0
     min_new_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,16 @@ def token_logps(base: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: fl
     """
     from trl.kernels import ChunkedLogProbFunction  # slow to import
 
+    weight, bias, softcap, scale = _read_head(base)
+    hidden_NH, targets_N = hidden_NH.to(weight.device), targets_N.to(weight.device)
+    logps_N, entropy_N, *_ = ChunkedLogProbFunction.apply(
+        hidden_NH, weight, bias, targets_N, temperature, _VOCABULARY_TILE, softcap, scale, ("entropy",)
+    )
+    return logps_N, entropy_N.detach()
+
+
+def _read_head(base: Any) -> tuple[Tensor, Tensor | None, float | None, float]:
+    """Weight and bias of the LM head, and what its logits are bounded (softcap) and multiplied by."""
     config, head = base.config.get_text_config(), base.get_output_embeddings()
     # FSDP gives a layer its whole weights in that layer's own forward, which is not called here.
     weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
@@ -129,17 +143,63 @@ def token_logps(base: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: fl
     scale = next((float(value) for name in names if (value := getattr(config, name, None)) is not None), None)
     if scale is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
         scale = float(divisor if config.model_type == "hyperclovax" else 1 / divisor)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    hidden_NH, targets_N = hidden_NH.to(weight.device), targets_N.to(weight.device)
-    logps_N, entropy_N, *_ = ChunkedLogProbFunction.apply(
-        hidden_NH, weight, bias, targets_N, temperature, _VOCABULARY_TILE, softcap, scale or 1.0, ("entropy",)
-    )
-    return logps_N, entropy_N.detach()
+    return weight, bias, getattr(config, "final_logit_softcapping", None), scale or 1.0
+
+
+def keep_likeliest(logits_NV: Tensor, *, top_p: float, top_k: int, always_N: Tensor | None = None) -> Tensor:
+    """Set all but the likeliest logits to -inf: those of the `top_k`, of these the fewest that hold `top_p`.
+
+    The token in `always_N` stays in any case.
+    """
+    kept_NV = torch.ones_like(logits_NV, dtype=torch.bool)
+    if 0 < top_k < logits_NV.size(1):
+        kept_NV = logits_NV >= logits_NV.topk(top_k).values[:, -1:]
+    if top_p < 1:
+        sorted_NV, order_NV = logits_NV.masked_fill(~kept_NV, -torch.inf).sort(descending=True, stable=True)
+        p_NV = sorted_NV.softmax(dim=-1)
+        kept_NV = kept_NV & (p_NV.cumsum(dim=-1) - p_NV < top_p).gather(1, order_NV.argsort())
+    if always_N is not None:
+        kept_NV = kept_NV.scatter(1, always_N[:, None], True)
+    return logits_NV.masked_fill(~kept_NV, -torch.inf)
+
+
+def _truncated_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """`sampled_logps` with top_p or top_k: of the likeliest tokens alone, which the token that was drawn belongs to.
+
+    Those of the distribution at hand count: what a policy would draw from now, not what it drew from.
+    """
+    weight, bias, softcap, scale = _read_head(base)
+    sampling, stops = batch.sampling, list(batch.sampling.stop_ids)
+
+    def read(hidden_MH: Tensor, targets_M: Tensor, early_M: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits_MV = scale * torch.nn.functional.linear(hidden_MH, weight, bias).float()
+        if softcap is not None:
+            logits_MV = softcap * (logits_MV / softcap).tanh()
+        logits_MV = logits_MV / sampling.temperature
+        whole_MV = logits_MV.detach().log_softmax(dim=-1)
+        if early_M is not None and stops:
+            forbidden_MV = torch.zeros_like(logits_MV, dtype=torch.bool)
+            forbidden_MV[:, stops] = early_M[:, None]
+            logits_MV = logits_MV.masked_fill(forbidden_MV, -torch.inf)
+        kept_MV = keep_likeliest(logits_MV, top_p=sampling.top_p, top_k=sampling.top_k, always_N=targets_M)
+        entropy_M = -(whole_MV.exp() * whole_MV).sum(dim=-1)
+        return kept_MV.log_softmax(dim=-1).gather(1, targets_M[:, None])[:, 0], entropy_M
+
+    tiles: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(hidden_NH), _ROW_TILE):
+        rows = slice(start, start + _ROW_TILE)
+        early_M = None if batch.early_N is None else batch.early_N[rows]
+        arguments = hidden_NH[rows].to(weight), batch.targets_N[rows].to(weight.device), early_M
+        tiles.append(checkpoint(read, *arguments, use_reentrant=False))
+    logps, entropies = zip(*tiles, strict=True)
+    return torch.cat(logps), torch.cat(entropies)
 
 
 def sampled_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of a batch's answers as they were sampled, float32 (N,)."""
     sampling = batch.sampling
+    if sampling.top_p < 1 or sampling.top_k:
+        return _truncated_logps(base, hidden_NH, batch)
     logps_N, entropy_N = token_logps(base, hidden_NH, batch.targets_N, sampling.temperature)
     if batch.early_N is not None:
         # Where sampling cannot stop, the other tokens share the stop tokens' mass: p' = p / (1 - p_stop). The logged

@@ -37,7 +37,7 @@ def find_conflicts(stage: Section) -> Iterator[Finding]:
     for row in CONFLICTS:
         given = []
         if kinds & {*row.methods.split()}:
-            given = [key for key in row.keys.split() if key.split(".")[0] in stage.node.value]
+            given = [key for key in row.keys.split() if key.split(".")[0] in stage.node.value.keys() - stage.preset]
         try:
             values = {key: stage.get(key) for key in given if key.split(".")[0] not in stage.broken}
             values = {key: value for key, value in values.items() if value is not None}
@@ -265,7 +265,19 @@ CONFLICTS = (
           if_on=True),
     _idle("ppo", "num_generations", lambda stage: not _grouped(stage) and stage.get("advantage", "gae"),
           "with advantage: {}, which takes one answer per prompt"),
-    _idle("ppo", "cliprange cliprange_value",
+    _idle("ppo", "scale_rewards", lambda stage: stage.get("advantage") != "grpo", "without advantage: grpo"),
+    _idle("ppo", "dynamic_sampling", lambda stage: not _grouped(stage) and stage.get("advantage", "gae"),
+          "with advantage: {}, which has no groups"),
+    _idle("ppo", "kl_in", lambda stage: stage.get("kl_coef") == 0, "with kl_coef: 0"),
+    _idle("ppo", "stop", lambda stage: stage.has("truncate"), "with truncate, after whose token nothing counts"),
+    Conflict("ppo", "importance",
+             lambda stage: stage.get("importance") == "sequence" and not _no_critic(stage),
+             "is sequence, one ratio for a whole answer, and advantage: gae has one advantage per token; use grpo, "
+             "rloo or reinforce"),
+    Conflict("ppo", "overlong", lambda stage: not stage.has("overlong.buffer") and not stage.get("overlong.filter"),
+             "needs buffer (a lower reward near max_new_tokens) or filter: true"),
+    _idle("ppo", "overlong.penalty", lambda stage: not stage.has("overlong.buffer"), "without buffer"),
+    _idle("ppo", "cliprange cliprange_high cliprange_value",
           lambda stage: stage.get("ppo_epochs", 4) * stage.get("minibatches", 1) == 1,
           "with one step per rollout: nothing has moved yet; raise ppo_epochs or minibatches"),
     _idle("ppo", "num_train_epochs", lambda stage: stage.has("total_episodes"),
@@ -273,7 +285,7 @@ CONFLICTS = (
     _idle("ppo", "max_steps", lambda stage: stage.has("total_episodes") and stage.get("max_steps", -1) > 0,
           "with total_episodes; take one of them out"),
     _idle("ppo", "batching", lambda stage: True, "in ppo: a rollout draws its prompts at random, and pads once"),
-    _idle("ppo", "generation.mode generation.url generation.gpu_memory_utilization",
+    _idle("ppo", "generation.mode generation.url generation.gpu_memory_utilization generation.importance_cap",
           lambda stage: stage.get("generation.engine") != "vllm", "without engine: vllm"),
     _idle("ppo", "generation.batch_size", lambda stage: stage.get("generation.engine") == "vllm",
           "with engine: vllm, which batches by itself"),

@@ -199,6 +199,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
+TextList = Annotated[list[Text], Field(min_length=1), BeforeValidator(_as_list, json_schema_input_type=Texts)]
 
 
 class Price(_Section):
@@ -289,6 +290,16 @@ class Truncate(_Section):
     after: int = option(16, "Tokens of an answer before the first one that can end it (Ziegler 2019: 16).", ge=0)
 
 
+class Overlong(_Section):
+    """Answers that come near max_new_tokens or are cut off there (DAPO, arXiv 2503.14476, section 3.4)."""
+
+    buffer: Positive | None = option(
+        None, "The last tokens before max_new_tokens cost up to `penalty`, each as much (eq. 13); below 1 a share of "
+        "max_new_tokens (DAPO: 0.2).")
+    penalty: Positive = option(1.0, "What an answer of max_new_tokens loses with `buffer`.")
+    filter: bool = option(False, "Learn nothing from answers that were cut off.")
+
+
 class Ptx(_Section):
     data: Sources = option(..., "Raw text of the pre-training distribution.")
     coef: Positive = option(..., "Weight of its loss beside PPO's (InstructGPT eq. 2: gamma, 27.8).")
@@ -303,6 +314,9 @@ class GenerationOptions(_Section):
         "colocate", "vLLM on the training devices, or as a server of its own (`trl vllm-serve`).")
     url: Text | None = option(None, "Address of the vLLM server, such as http://127.0.0.1:8000.")
     gpu_memory_utilization: float = option(0.3, "Share of a device's memory for a colocated vLLM.", gt=0, lt=1)
+    importance_cap: Positive | None = option(
+        2.0, "A token of vLLM weighs p(trainer) / p(vLLM) in the loss, at most this (truncated importance sampling); "
+        "null: always 1.")
 
 
 class StageOptions(_Section):
@@ -393,8 +407,36 @@ class DpoOptions(TrainOptions):
     method: Literal["dpo"] = "dpo"
 
 
+# What a paper calls its method, as values of the keys of a ppo stage; what the stage says itself goes before it.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Ziegler et al. 2019 (arXiv 1909.08593), InstructGPT: a critic, KL in the reward.
+    "ppo": {"advantage": "gae", "kl_in": "reward", "kl_coef": 0.05, "cliprange": 0.2, "ppo_epochs": 4},
+    # Shao et al. 2024 (arXiv 2402.03300), section 4.2 and eq. 3 and 4; the paper samples 64 answers.
+    "grpo": {"advantage": "grpo", "num_generations": 8, "kl_in": "loss", "kl_coef": 0.04, "cliprange": 0.2,
+             "loss_normalization": "sequence", "ppo_epochs": 1},
+    # Yu et al. 2025 (arXiv 2503.14476), section 4.1: 16 answers, 16 steps per rollout, no KL.
+    "dapo": {"advantage": "grpo", "num_generations": 16, "kl_coef": 0.0, "cliprange": 0.2, "cliprange_high": 0.28,
+             "loss_normalization": "token", "dynamic_sampling": 10, "overlong": {"buffer": 0.2}, "ppo_epochs": 1,
+             "minibatches": 16},
+    # Liu et al. 2025 (arXiv 2503.20783), section 3.2: neither lengths nor deviations in the mean.
+    "drgrpo": {"advantage": "grpo", "num_generations": 8, "scale_rewards": "none", "kl_coef": 0.0, "cliprange": 0.2,
+               "loss_normalization": "constant", "ppo_epochs": 1},
+    # Zheng et al. 2025 (arXiv 2507.18071), eq. 5 to 7 and section 5.1: four steps per rollout.
+    "gspo": {"advantage": "grpo", "num_generations": 8, "importance": "sequence", "kl_coef": 0.0, "cliprange": 3e-4,
+             "cliprange_high": 4e-4, "loss_normalization": "sequence", "ppo_epochs": 1, "minibatches": 4},
+    # Ahmadian et al. 2024 (arXiv 2402.14740), section 3.3 and 4: KL in the reward, each answer used once.
+    "rloo": {"advantage": "rloo", "num_generations": 4, "kl_in": "reward", "kl_coef": 0.05, "ppo_epochs": 1},
+}
+if TYPE_CHECKING:
+    Preset = str
+else:
+    Preset = Literal[tuple(PRESETS)]
+
+
 class PpoOptions(TrainOptions):
     method: Literal["ppo"] = "ppo"
+    preset: Preset | None = option(
+        None, "Values of a paper for the keys that the stage does not give; --dry-run lists them.")
     reward: Rewards = option(
         ..., "What scores an answer: an rm stage, a classifier, {function: ...}, or a list that is summed.")
     gold: Rewards | None = option(
@@ -408,11 +450,18 @@ class PpoOptions(TrainOptions):
         None, "Bounds the reward to [-reward_clip, reward_clip], after normalisation.")
     missing_eos: MissingEos | None = option(
         None, "What an answer that does not end gets: {penalty: x} less, or {score: x} instead.")
+    overlong: Overlong | None = option(None, "Long answers: {buffer, penalty} lowers their reward, {filter: true} "
+        "learns nothing from those that are cut off.")
+    stop: TextList | None = option(
+        None, "Texts that end an answer, which keeps them; beside the end-of-turn token.")
     truncate: Truncate | None = option(
         None, "The reward sees an answer only up to a token (Ziegler 2019); one without it falls under missing_eos, "
         "and KL counts over all tokens.")
     kl_coef: float = option(
-        0.05, "Factor of the KL to the starting policy, per token, in the reward; where an adaptive one starts.", ge=0)
+        0.05, "Factor of the KL to the starting policy, per token, in kl_in; where an adaptive one starts.", ge=0)
+    kl_in: Literal["reward", "loss"] = option(
+        "reward", "reward: log pi - log ref of each token is taken from the reward (k1); loss: added to the loss as "
+        "exp(d) - d - 1 with d = log ref - log pi (k3; GRPO eq. 4).")
     kl_target: Positive | None = option(
         None, "Adapts kl_coef to keep the KL near this many nats per sequence; omitted: it stays fixed.")
     kl_horizon: Count = option(10_000, "Episodes over which kl_coef adapts; smaller is faster.")
@@ -422,9 +471,22 @@ class PpoOptions(TrainOptions):
         "gae", "gae: a critic; rloo: less the mean of the prompt's other answers; grpo: the z-score among them; "
         "reinforce: less the mean of the batch.")
     num_generations: int | None = option(None, "Answers per prompt for rloo and grpo; omitted: 4.", ge=2)
+    scale_rewards: Literal["group", "batch", "none"] = option(
+        "group", "What grpo divides a reward by, less its group's mean: the group's deviation, the rollout's, or "
+        "nothing (Dr. GRPO).")
+    dynamic_sampling: Count | None = option(
+        None, "How often groups whose answers all have one reward are replaced by groups of other prompts (DAPO); "
+        "then they stay.")
     gamma: float = option(1.0, "Discount of gae, per token.", gt=0, le=1)
     lam: float = option(0.95, "Lambda of gae: 1 trusts returns, 0 the critic.", ge=0, le=1)
     cliprange: Positive = option(0.2, "Clip of the policy's probability ratio.")
+    cliprange_high: Positive | None = option(
+        None, "Clip above 1 where it differs from the one below (DAPO: 0.28); omitted: cliprange.")
+    importance: Literal["token", "sequence"] = option(
+        "token", "Ratio of each token, or of a whole answer: the geometric mean of its tokens' ratios (GSPO).")
+    loss_normalization: Literal["token", "sequence", "constant"] = option(
+        "token", "The policy's loss is a mean over all tokens (DAPO), over answers of each one's mean (GRPO), or the "
+        "sum over answers x max_new_tokens (Dr. GRPO).")
     cliprange_value: Positive = option(0.2, "Clip of the critic's change in value.")
     vf_coef: Positive = option(0.1, "Factor of the critic's loss.")
     ppo_epochs: Count = option(4, "Passes over the answers of a rollout.")
@@ -437,6 +499,10 @@ class PpoOptions(TrainOptions):
         "where that is one model.")
     critic_learning_rate: Positive | None = option(None, "Learning rate of the critic; omitted: learning_rate.")
     temperature: Positive = option(1.0, "Of the policy: in sampling and in its log-probabilities.")
+    top_p: float = option(
+        1.0, "Samples from the likeliest tokens with this probability together; log-probabilities are of those alone.",
+        gt=0, le=1)
+    top_k: int = option(0, "Samples from so many of the likeliest tokens, as top_p; 0 from all.", ge=0)
     max_new_tokens: Count = option(64, "Longest answer, in tokens.")
     min_new_tokens: Count | None = option(None, "Shortest answer, in tokens: no end before.")
     total_episodes: Count | None = option(
@@ -472,9 +538,6 @@ class Helpful(_Section):
     samples: int = option(2, "Answers to each prompt (the paper: 2).", ge=1, le=64)
 
 
-_Files = Annotated[list[Text], Field(min_length=1), BeforeValidator(_as_list, json_schema_input_type=Texts)]
-
-
 class CritiqueOptions(StageOptions):
     """Answers, criticised and revised by a constitution: the rows of SL-CAI (arXiv 2212.08073, section 3)."""
 
@@ -490,7 +553,7 @@ class CritiqueOptions(StageOptions):
     max_new_tokens: _NewTokens = 256
     batch_size: _Rows = 16
     helpful: Helpful | None = option(None, "Answers to other prompts, added unrevised: {data, samples}.")
-    replay: _Files | None = option(None, "Files of published critiques and revisions to take instead of making any.")
+    replay: TextList | None = option(None, "Files of published critiques and revisions to take instead of making any.")
 
 
 class LabelOptions(StageOptions):

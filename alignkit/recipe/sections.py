@@ -8,8 +8,8 @@ from typing import Any
 
 from alignkit.errors import Problem
 from alignkit.recipe.check import check_keys, quote_help
-from alignkit.recipe.schema import FEEDBACK, RLAIF, STEPS, RlaifOptions
-from alignkit.recipe.yaml import Node
+from alignkit.recipe.schema import FEEDBACK, PRESETS, RLAIF, STEPS, RlaifOptions
+from alignkit.recipe.yaml import Node, merge
 
 Finding = tuple[str, str]  # key, what is wrong with it
 
@@ -32,6 +32,7 @@ class Section:
     group: str | None = None  # the rlaif section it is a step of
     shared: frozenset[str] = frozenset()  # keys that it has from there
     inherited: frozenset[str] = frozenset()  # keys that it has from the top level
+    preset: frozenset[str] = frozenset()  # keys that it has from its preset
     broken: set[str] = field(default_factory=set)
     options: Any = None  # StageOptions or RecipeOptions, once the values are found to be right
     run: str = ""  # the name of its run: of a swept stage, with the values that tell it from the others
@@ -93,8 +94,19 @@ def make_stage(
     """Make a stage's section, with the recipe's rows where it has none; published chains (replay) are rows already."""
     keys = () if method == "critique" and "replay" in node.value else find_inherited(top.node, method)
     taken = {key: top.node.value[key] for key in keys if key not in node.value}
-    filled = Node({**taken, **node.value}, node.origin, node.line)
-    return Section(name, method, filled, top, group, shared, frozenset(taken), run=name)
+    preset = node.value.get("preset") if method == "ppo" else None
+    values = PRESETS.get(preset.value, {}) if preset is not None and isinstance(preset.value, str) else {}
+    whole = Node({**taken, **node.value}, node.origin, node.line)
+    if preset is not None:
+        whole = merge(_as_node(values, preset), whole)
+    filled = frozenset(values.keys() - node.value.keys())
+    return Section(name, method, whole, top, group, shared, frozenset(taken), filled, run=name)
+
+
+def _as_node(value: Any, place: Node) -> Node:
+    """A value as if it stood at `place`."""
+    inner = {key: _as_node(item, place) for key, item in value.items()} if isinstance(value, dict) else value
+    return Node(inner, place.origin, place.line)
 
 
 def find_inherited(tree: Node, method: str) -> tuple[str, ...]:

@@ -16,13 +16,13 @@ def _by_name(names: Mapping[str, str]) -> dict[str, str]:
 
 
 # Fields of GRPOConfig that are keys of alignkit's own, with their own ranges.
-OWN = ("temperature", "num_generations")
+OWN = ("temperature", "num_generations", "top_p", "top_k", "scale_rewards")
 
 # What a ppo stage cannot set.
 PPO_CONTROLLED = _by_name({
-    "PPO samples from the policy itself, or the ratios and the KL would be of something else; set temperature":
-        "top_p top_k min_p repetition_penalty",
-    "set temperature, max_new_tokens and min_new_tokens; all else of sampling is fixed by PPO": "generation_kwargs",
+    "PPO samples from the policy itself, or the ratios and the KL would be of something else; set temperature, top_p "
+    "or top_k": "min_p repetition_penalty",
+    "set temperature, top_p, top_k, stop, max_new_tokens and min_new_tokens": "generation_kwargs",
     "rollouts take the prompts from a stream of their own; there is no loader to set up":
         "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers dataloader_pin_memory "
         "dataloader_drop_last dataloader_multiprocessing_context",
@@ -40,21 +40,23 @@ PPO_CONTROLLED = _by_name({
         "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
         "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port "
         "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size",
-    "the trainer computes the log-probabilities of what was sampled itself, so there is nothing to correct":
+    "set generation.importance_cap":
         "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
         "vllm_importance_sampling_clip_min vllm_importance_sampling_cap off_policy_mask_threshold",
     "set generation: {engine: vllm} for fast sampling":
         "use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged",
-    "set kl_coef, the factor of the KL in the reward": "beta",
-    "the KL is part of the reward, not of the loss; set kl_coef": "use_bias_correction_kl",
+    "set kl_coef, the factor of the KL (kl_in: reward or loss)": "beta",
+    "the KL in the loss is k3 as it stands; set kl_in: loss": "use_bias_correction_kl",
     "set cliprange": "epsilon",
-    "set cliprange, the same on both sides": "epsilon_high delta",
+    "set cliprange_high": "epsilon_high",
+    "the ratio has two bounds: cliprange and cliprange_high": "delta",
+    "set importance: token or sequence": "importance_sampling_level",
+    "set loss_normalization: token (dapo), sequence (grpo) or constant (dr_grpo), or preset:": "loss_type",
     "PPO has one loss; set advantage: gae, rloo, grpo or reinforce":
-        "loss_type sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
-        "vespo_lambda_neg importance_sampling_level top_entropy_quantile",
+        "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
+        "vespo_lambda_neg top_entropy_quantile",
     "give reward: a list of {model or function, weight}, which is summed": "reward_weights multi_objective_aggregation",
-    "set whiten_rewards or reward_normalize; the z-score of a group is advantage: grpo": "scale_rewards",
-    "set missing_eos: {penalty: x} or {score: x}": "mask_truncated_completions",
+    "set overlong: {filter: true}": "mask_truncated_completions",
     "alignkit's PPO has no entropy bonus, as its papers have none; kl_coef keeps the policy broad":
         "entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
     "an answer is one turn; tools are not called": "max_tool_calling_iterations",
@@ -85,9 +87,15 @@ PPO_MOVED = _by_name({
     "an answer has at most max_new_tokens, and a prompt what they leave of the context": "max_length",
     "it is min_new_tokens": "min_length",
     "it is truncate: {token: TEXT}; the end-of-turn token always ends an answer": "stop_token stop_token_id",
+    "it is stop": "stop_strings stop_sequences",
+    "it is overlong: {filter: true}": "overlong_filter overlong_filtering mask_truncated",
+    "it is overlong: {buffer, penalty}": "overlong_buffer soft_max_length soft_cache_length",
+    "it is dynamic_sampling": "dynamic_sample filter_groups max_resample_times active_sampling",
+    "it is loss_normalization": "loss_agg_mode loss_reduction token_level_loss use_token_level_loss",
     "it is missing_eos: {penalty: x}": "missing_eos_penalty penalise_no_eos non_eos_penalty",
-    "the KL is log pi - log ref of the sampled tokens (k1), as in Ziegler 2019; take it out": "kl_estimator kl_penalty",
-    "the KL is part of the reward, not of the loss; set kl_coef": "use_kl_loss",
+    "it is kl_in: reward (k1, as in Ziegler 2019) or loss (k3)":
+        "kl_estimator kl_penalty kl_loss_type use_kl_loss use_kl_in_reward",
+    "it is kl_in: loss with kl_coef": "kl_loss_coef",
     "it is kl_coef, where an adaptive one starts": "init_kl_coef",
     "it is kl_coef": "kl_coeff",
     "it is kl_target: a target makes kl_coef adaptive": "adap_kl_ctrl kl_ctrl",
@@ -95,7 +103,8 @@ PPO_MOVED = _by_name({
     "it is kl_target, in nats per sequence (other tools count per token), or max_kl to stop the run": "target_kl",
     "it is max_kl": "early_stopping",
     "it is kl_horizon, in episodes": "horizon",
-    "it is cliprange": "eps_clip clip_ratio clip_range",
+    "it is cliprange": "eps_clip clip_ratio clip_range clip_ratio_low eps_clip_low epsilon_low",
+    "it is cliprange_high": "clip_ratio_high eps_clip_high",
     "it is cliprange_value": "value_clip clip_range_value",
     "it is lam": "lambd gae_lambda",
     "it is advantage: gae, rloo, grpo or reinforce": "advantage_estimator adv_estimator",
@@ -329,8 +338,11 @@ MOVED = _by_name({
 
 # Methods of other tools and of TRL's other trainers, asked for as a section, a method or a loss.
 ELSEWHERE = _by_name({
-    "write `ppo:` with advantage: grpo": "grpo",
-    "write `ppo:` with advantage: rloo": "rloo",
+    "write `ppo:` with advantage: grpo, or preset: grpo for its paper's values": "grpo",
+    "write `ppo:` with advantage: rloo, or preset: rloo for its paper's values": "rloo",
+    "write `ppo:` with preset: dapo": "dapo",
+    "write `ppo:` with preset: drgrpo": "drgrpo dr_grpo",
+    "write `ppo:` with preset: gspo": "gspo",
     "write `ppo:` with advantage: reinforce": "reinforce",
     "write `dpo:` with loss_type: kto": "kto",
     "write `dpo:` with loss_type: ipo": "ipo",
@@ -343,7 +355,7 @@ ELSEWHERE = _by_name({
     "write `rm:`": "reward reward_modeling",
     "write `sft:` with objective: lm": "pretrain pt",
     "alignkit has no such method; `dpo:` learns from pairs, `ppo:` from a reward":
-        "gkd gspo dapo online_dpo nash_md xpo prm",
+        "gkd online_dpo nash_md xpo prm",
 })  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from alignkit.errors import RecipeError
 from alignkit.recipe import Recipe, load_recipe, resolve
-from alignkit.recipe.schema import PpoOptions
+from alignkit.recipe.schema import PRESETS, PpoOptions
 
 Load = Callable[..., Recipe]
 Complain = Callable[..., list[str]]
@@ -84,17 +84,33 @@ def ppo(text: str, *, reward: str = "rm") -> str:
          "gamma, 27.8)"),
         ("ptx: {coef: 1}", "ppo.ptx.data is missing; raw text of the pre-training distribution"),
         ("ema: 1", "ppo.ema is 1; it must be greater than 0 and less than 1"),
-        ("beta: 0.1", "ppo.beta cannot be set: set kl_coef, the factor of the KL in the reward"),
+        ("beta: 0.1", "ppo.beta cannot be set: set kl_coef, the factor of the KL (kl_in: reward or loss)"),
         ("epsilon: 0.1", "ppo.epsilon cannot be set: set cliprange"),
         ("num_iterations: 2", "ppo.num_iterations cannot be set: set ppo_epochs"),
-        ("top_p: 0.9", "ppo.top_p cannot be set: PPO samples from the policy itself, or the ratios and the KL would be "
-         "of something else; set temperature"),
+        ("min_p: 0.9", "ppo.min_p cannot be set: PPO samples from the policy itself, or the ratios and the KL would be "
+         "of something else; set temperature, top_p or top_k"),
+        ("epsilon_high: 0.3", "ppo.epsilon_high cannot be set: set cliprange_high"),
+        ("cliprange_high: 0.3, ppo_epochs: 1", "ppo.cliprange_high has no effect with one step per rollout: nothing "
+         "has moved yet; raise ppo_epochs or minibatches"),
+        ("importance: sequence", "ppo.importance is sequence, one ratio for a whole answer, and advantage: gae has one "
+         "advantage per token; use grpo, rloo or reinforce"),
+        ("dynamic_sampling: 3", "ppo.dynamic_sampling has no effect with advantage: gae, which has no groups"),
+        ("advantage: rloo, scale_rewards: none", "ppo.scale_rewards has no effect without advantage: grpo"),
+        ("overlong: {}", "ppo.overlong needs buffer (a lower reward near max_new_tokens) or filter: true"),
+        ("overlong: {filter: true, penalty: 2}", "ppo.overlong.penalty has no effect without buffer"),
+        ("kl_coef: 0, kl_in: loss", "ppo.kl_in has no effect with kl_coef: 0"),
+        ("stop: x, truncate: {token: y}", "ppo.stop has no effect with truncate, after whose token nothing counts"),
+        ("generation: {importance_cap: 3}", "ppo.generation.importance_cap has no effect without engine: vllm"),
+        ("preset: gppo", "ppo.preset is gppo; it must be one of ppo, grpo, dapo, drgrpo, gspo, rloo; did you mean "
+         "grpo?"),
+        ("preset: grpo, advantage: gae, num_generations: 8", "ppo.num_generations has no effect with advantage: gae, "
+         "which takes one answer per prompt"),
         ("max_completion_length: 9", "ppo.max_completion_length cannot be set: set max_new_tokens"),
         ("use_vllm: true", "ppo.use_vllm cannot be set: set generation: {engine: vllm, mode: colocate or server, url, "
          "gpu_memory_utilization}"),
         ("num_ppo_epochs: 4", "ppo.num_ppo_epochs is not a key of a stage: it is ppo_epochs"),
-        ("kl_estimator: k3", "ppo.kl_estimator is not a key of a stage: the KL is log pi - log ref of the sampled "
-         "tokens (k1), as in Ziegler 2019; take it out"),
+        ("kl_estimator: k3", "ppo.kl_estimator is not a key of a stage: it is kl_in: reward (k1, as in Ziegler 2019) "
+         "or loss (k3)"),
         ("response_length: 53", "ppo.response_length is not a key of a stage: it is max_new_tokens"),
         ("init_kl_coef: 0.2", "ppo.init_kl_coef is not a key of a stage: it is kl_coef, where an adaptive one starts"),
         ("target: 6", "ppo.target is not a key of a stage: it is kl_target, in nats per sequence"),
@@ -188,6 +204,16 @@ def test_answers_per_prompt_and_the_critics_start(load: Load) -> None:
     assert options_of(load, "value_init: policy").critic_start == "policy"
     assert options_of(load, "max_steps: 1", reward="[rm, rm]").critic_start == "policy"
     assert options_of(load, "max_steps: 1", reward="builtin:true-reward").critic_start == "policy"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fills_what_the_stage_does_not_say(load: Load, preset: str) -> None:
+    stage = resolve(load(ppo(f"preset: {preset}, kl_coef: 0.5, kl_in: reward, overlong: {{filter: true}}")), "ppo")
+    found = stage.options.model_dump()
+    overlong = {"buffer": None, "penalty": 1.0, "filter": True} | PRESETS[preset].get("overlong", {})
+    wanted = PRESETS[preset] | {"kl_coef": 0.5, "kl_in": "reward", "overlong": overlong}
+    assert {key: found[key] for key in wanted} == wanted
+    assert stage.where("ppo.advantage") == "a.yaml:4"  # where the preset is named
 
 
 def test_a_target_alone_is_fine(load: Load) -> None:

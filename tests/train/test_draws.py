@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignkit.train import ranks
-from alignkit.train.ppo.sampling import InverseTransform, draw_uniforms, in_batches
+from alignkit.train.ppo.sampling import InverseTransform, cut_at_text, draw_uniforms, in_batches
 
 
 def test_tokens_come_with_the_probabilities_of_the_softmax_at_the_temperature() -> None:
@@ -17,6 +17,27 @@ def test_tokens_come_with_the_probabilities_of_the_softmax_at_the_temperature() 
     expected = (scores / 0.7).softmax(dim=-1) * count
     assert found[1] == 0
     assert ((found - expected).abs() <= 4 * expected.sqrt()).all()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"),
+    [(1.0, 2, [0, 3]), (0.6, 0, [0, 3]), (0.5, 0, [0]), (0.95, 3, [0, 2, 3]), (1.0, 0, [0, 2, 3, 4])],
+)
+def test_only_the_likeliest_tokens_are_drawn_with_what_they_have_left(top_p: float, top_k: int, kept: list) -> None:
+    p, count = torch.tensor([0.5, 0.0, 0.12, 0.3, 0.08]), 40_000
+    draws = InverseTransform(draw_uniforms((0, 1), count, 1), temperature=1.0, top_p=top_p, top_k=top_k)
+    found = draws(torch.zeros(count, 3), p.log().expand(count, -1)).argmax(dim=-1).bincount(minlength=5)
+    expected = torch.zeros(5)
+    expected[kept] = p[kept] / p[kept].sum() * count
+    assert found.nonzero().flatten().tolist() == kept
+    assert ((found - expected).abs() <= 4 * expected.sqrt()).all()
+
+
+def test_an_answer_ends_with_the_token_that_completes_a_stop_text() -> None:
+    decode = "".join
+    assert cut_at_text(["a", "b\n", "\nc", "d"], ["\n\n"], decode) == 3
+    assert cut_at_text(["a", "b"], ["x", "b"], decode) == 2 and cut_at_text(["a"], ["x"], decode) is None
+    assert cut_at_text(["a"], [], decode) is None
 
 
 def test_the_ends_of_the_interval_take_tokens_that_have_a_probability() -> None:

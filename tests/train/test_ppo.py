@@ -172,7 +172,7 @@ def test_losses_equal_those_computed_from_plain_logits(start: str, make_stage: C
     trainer._step_sums, total = defaultdict(float), 0.0
     for rows in ([0, 3], [1, 2]):
         inputs = {
-            "step": 0, "micro": 1, "rows": torch.tensor(rows), "num_tokens": tokens,
+            "step": 0, "micro": 1, "rows": torch.tensor(rows), "num_tokens": tokens, "num_learnt": tokens,
             "batch": collector.batch(rollout, rows, experience.mask_RT.size(1)),
         }  # fmt: skip
         total += float(trainer.compute_loss(trainer.model, inputs))
@@ -387,6 +387,140 @@ def test_where_an_answer_cannot_end_its_log_probabilities_know_it(make_stage: Ca
     logits[:3, list(stop_ids)] = -torch.inf
     expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
     torch.testing.assert_close(logps[0, : len(answer)], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("preset", "extra"), [
+    ("grpo", ""), ("dapo", ", minibatches: 1, overlong: {filter: true, buffer: 0.5, penalty: 2}"), ("drgrpo", ""),
+    ("gspo", ", minibatches: 1"), ("rloo", ""),
+])  # fmt: skip
+def test_the_loss_of_a_preset_is_that_of_its_paper(
+    preset: str, extra: str, make_stage: Callable, tmp_path: Path
+) -> None:
+    extra = f", preset: {preset}, num_generations: 2{extra}"
+    trainer = build(make_stage(recipe(extra=extra).replace("ppo_epochs: 2, ", ""), "ppo"), tmp_path).trainer
+    collector, options = trainer.collector, trainer.options
+    rollout = collector.sample(range(2), (0, 0), repeats=2)
+    raw = torch.tensor([1.0, 0.0, 0.0, 3.0])
+    trainer.experience = experience = collector.examine(rollout, trainer.model, (raw.clone(), {}))
+    disturb(trainer, 0.02)
+    tokens = float(experience.mask_RT.sum())
+    trainer._step_sums, total = defaultdict(float), 0.0
+    for rows in ([0, 3], [1, 2]):
+        inputs = {
+            "step": 0, "micro": 1, "rows": torch.tensor(rows), "num_tokens": tokens,
+            "num_learnt": float(experience.learnt_RT.sum()),
+            "batch": collector.batch(rollout, rows, experience.mask_RT.size(1)),
+        }  # fmt: skip
+        total += float(trainer.compute_loss(trainer.model, inputs))
+    lengths = [len(ids) for ids in rollout.sampled_ids]
+    scores = raw.tolist()
+    if preset == "dapo":  # the last 4 of 8 tokens cost up to 2; what is cut off is not learnt
+        scores = [score - 2 * max(0, n - 4) / 4 for score, n in zip(scores, lengths, strict=True)]
+    learnt = [preset != "dapo" or ended for ended in rollout.ended]
+    expected = 0.0
+    for row, n in enumerate(lengths):
+        mine, other = scores[row], scores[row ^ 1]
+        gap = (mine - other) / 2
+        advantage = {"rloo": mine - other, "drgrpo": gap}.get(preset, gap / (abs(gap) * 2**0.5 + 1e-4))
+        new, old = plain_logps(trainer.model, rollout, row).double(), experience.logps_RT[row, :n].double()
+        ratios = (new - old).exp()
+        if preset == "gspo":
+            ratios = (new - old).mean().exp().expand(n)
+        low, high = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}.get(preset, (0.2, 0.2))
+        losses = torch.maximum(-advantage * ratios, -advantage * ratios.clamp(1 - low, 1 + high))
+        if preset == "grpo":  # the reference is the policy before it was disturbed
+            losses = losses + 0.04 * ((old - new).exp() - (old - new) - 1)
+        kept = sum(n for n, ok in zip(lengths, learnt, strict=True) if ok)
+        divisor = {"grpo": 4 * n, "gspo": 4 * n, "drgrpo": 4 * 8, "dapo": max(kept, 1)}.get(preset, tokens)
+        expected += learnt[row] * float(losses.sum()) / divisor
+    assert (options.minibatches, options.ppo_epochs) == (1, 1)
+    assert total == pytest.approx(expected, rel=2e-3, abs=2e-5)
+
+
+@pytest.mark.parametrize("sampled", ["top_p: 0.7", "top_k: 5", "top_p: 0.9, top_k: 20, min_new_tokens: 3"])
+def test_log_probabilities_are_of_the_tokens_that_could_be_drawn(
+    sampled: str, make_stage: Callable, tmp_path: Path
+) -> None:
+    trainer = build(make_stage(recipe(extra=f", temperature: 0.8, {sampled}"), "ppo"), tmp_path).trainer
+    trainer.check_step_zero()
+    collector, options = trainer.collector, trainer.options
+    rollout = collector.sample(range(4), (0, 0))
+    _, logps, reference, *_ = collector.read(rollout, trainer.model)
+    assert torch.equal(logps, reference)
+    for row, answer in enumerate(rollout.sampled_ids):
+        prompt = rollout.prompt_ids[row]
+        with torch.no_grad():
+            logits = trainer.model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0].float() / 0.8
+        for at, token in enumerate(answer):
+            scores = logits[len(prompt) - 1 + at].clone()
+            if at < (options.min_new_tokens or 0):
+                scores[list(collector.sampling.stop_ids)] = -torch.inf
+            order = scores.argsort(descending=True)[: options.top_k or None]
+            p = scores[order].softmax(-1)
+            kept = order[: int((p.cumsum(-1) < options.top_p - 1e-6).sum()) + 1] if options.top_p < 1 else order
+            assert token in kept
+            assert float(logps[row, at]) == pytest.approx(float(scores[token] - scores[kept].logsumexp(-1)), abs=2e-4)
+    inputs = {"step": 0, "micro": 0, "rows": torch.arange(4), "num_tokens": 9.0, "num_learnt": 9.0,
+              "batch": collector.batch(rollout, range(4), logps.size(1))}  # fmt: skip
+    trainer._step_sums = defaultdict(float)
+    trainer.experience = collector.examine(rollout, trainer.model)
+    trainer.experience.advantages_RT += 1
+    trainer.compute_loss(trainer.model, inputs).backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trainer._policy_parameters.values())
+
+
+def test_groups_without_spread_are_sampled_again_and_alike_in_a_resumed_run(
+    make_stage: Callable, tmp_path: Path
+) -> None:
+    extra = ", preset: dapo, num_generations: 2, minibatches: 1, dynamic_sampling: 3, stop: e"
+    stage = make_stage(recipe(extra=extra).replace("ppo_epochs: 2, ", ""), "ppo")
+    trainer = build(stage, tmp_path).trainer
+    collector, seen = trainer.collector, []
+    chosen = collector.prompts[3]["prompt_ids"]
+
+    def score(rollout: Any) -> Any:
+        seen.append([tuple(ids) for ids in rollout.prompt_ids])
+        spread = torch.arange(len(rollout)) % 2
+        known = torch.tensor([ids == chosen for ids in rollout.prompt_ids])
+        total = torch.where(known, torch.zeros(len(rollout)), spread.float())
+        return total, {"a": total.clone(), "b": 0 * total}
+
+    collector.rewards = score
+    first = next(n for n in range(8) if tuple(chosen) in {
+        tuple(collector.prompts[m]["prompt_ids"]) for m in prompt_numbers(2 * n, 2, num_prompts=16, seed=stage.seed)
+    })  # fmt: skip
+    experience = collector.collect(first, trainer.model, step=0)
+    assert [len(prompts) for prompts in seen] == [4, 2]  # one group of the first rollout had no spread
+    assert chosen not in experience.rollout.prompt_ids and experience.metrics["resampled_groups"] == 1
+    assert experience.metrics["flat_groups"] == 0 and experience.metrics["reward"] == 0.5
+    again = collector.collect(first, trainer.model, step=0)
+    assert again.rollout.sampled_ids == experience.rollout.sampled_ids
+    for ids, text, ended in zip(
+        experience.rollout.sampled_ids, experience.rollout.completions, experience.rollout.ended, strict=True
+    ):
+        text = text[0]["content"]
+        assert ended == ("e" in text or ids[-1] in collector.sampling.stop_ids)
+        assert "e" not in collector.chat.tokenizer.decode(ids[:-1])
+    chosen = None  # every group has a spread, or none has: the tries are bounded
+    collector.rewards = lambda rollout: (torch.zeros(len(rollout)), {})
+    assert collector.collect(0, trainer.model, step=0).metrics["resampled_groups"] == 3 * 2
+
+
+def test_tokens_of_another_engine_weigh_what_the_trainer_gives_them(make_stage: Callable, tmp_path: Path) -> None:
+    trainer = build(make_stage(recipe(), "ppo"), tmp_path).trainer
+    collector = trainer.collector
+    rollout = collector.sample(range(4), (0, 0))
+    plain = collector.examine(rollout, trainer.model)
+    rollout.engine_logps = [
+        row[: len(ids)].tolist() for row, ids in zip(plain.logps_RT, rollout.sampled_ids, strict=True)
+    ]
+    rollout.engine_logps[0][0] += np.log(4.0)  # the engine found it four times as likely
+    rollout.engine_logps[1][0] -= np.log(8.0)  # and an eighth: the weight is capped
+    rollout.engine_logps[2][0] = None  # vLLM's word for a number that is none
+    weights = collector.examine(rollout, trainer.model).weights_RT
+    expected = plain.weights_RT.clone()
+    expected[0, 0], expected[1, 0] = 0.25, 2.0
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- arithmetic without models ----

@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 
 from alignkit.train.ppo.math import (
     KlController,
+    answer_means,
     explained_variance,
     gae,
     group_advantages,
+    kl_losses,
     masked_mean,
     policy_losses,
     sequence_kl,
     shaped_rewards,
+    token_weights,
     value_losses,
     whiten,
 )
@@ -174,3 +177,35 @@ def test_explained_variance_of_a_perfect_and_of_a_constant_critic() -> None:
     assert explained_variance(returns, returns, mask) == 1
     assert explained_variance(torch.full_like(returns, 7.0), returns, mask) == pytest.approx(0)
     assert float(masked_mean(returns, mask)) == 2
+
+
+def test_an_upper_bound_of_its_own_clips_only_above() -> None:
+    """DAPO eq. 8 with ratios 1.25 and 0.75: bounds 0.8 and 1.28 leave the gain alone and clip the loss."""
+    ratios = tensor([1.25, 1.25, 0.75, 0.75])
+    advantages, old = tensor([1.0, -1.0, 1.0, -1.0]), torch.zeros(4, dtype=torch.float64)
+    close(policy_losses(ratios.log(), old, advantages, clip=0.2), [-1.2, 1.25, -0.75, 0.8])
+    close(policy_losses(ratios.log(), old, advantages, clip=0.2, clip_high=0.28), [-1.25, 1.25, -0.75, 0.8])
+
+
+def test_k3_is_zero_where_both_agree_and_positive_elsewhere() -> None:
+    # d = ln 2 - 0: 2 - ln 2 - 1; d = -ln 2: 1/2 + ln 2 - 1
+    found = kl_losses(tensor([0.0, -math.log(2), 0.0]), tensor([0.0, 0.0, -math.log(2)]))
+    close(found, [0.0, 1 - math.log(2), math.log(2) - 0.5])
+
+
+def test_the_ratio_of_a_whole_answer_is_the_geometric_mean_of_its_tokens() -> None:
+    ratios, rows = tensor([2.0, 8.0, 3.0]), torch.tensor([0, 0, 2])
+    close(answer_means(ratios.log(), rows).exp(), [4.0, 4.0, 3.0])
+
+
+def test_losses_are_means_over_tokens_answers_or_a_constant() -> None:
+    """Answers of 1 and 3 tokens with losses 4 and 1, 2, 3: 10 / 4, (4 + 2) / 2 and 10 / (2 x 5)."""
+    losses, mask = tensor([[4.0, 0.0, 0.0], [1.0, 2.0, 3.0]]), tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    for kind, divisor, expected in (("token", 4, 2.5), ("sequence", 2, 3.0), ("constant", 2, 1.0)):
+        close((losses * token_weights(mask, kind, longest=5)).sum() / divisor, expected)  # type: ignore[arg-type]
+
+
+def test_a_group_is_scaled_by_its_own_deviation_by_that_of_all_or_not_at_all() -> None:
+    returns = tensor([1.0, 3.0, 0.0, 0.0])  # deviations (n - 1): sqrt 2, 0, and sqrt 2 of all four
+    close(group_advantages(returns, 2, "grpo", scale="none"), [-1.0, 1.0, 0.0, 0.0])
+    close(group_advantages(returns, 2, "grpo", scale="batch"), [-1 / (2**0.5 + 1e-4), 1 / (2**0.5 + 1e-4), 0.0, 0.0])

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 Advantage = Literal["gae", "rloo", "grpo", "reinforce"]
+Scale = Literal["group", "batch", "none"]
+Normalization = Literal["token", "sequence", "constant"]
 
 
 def masked_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -65,12 +67,21 @@ def gae(
     return advantages, advantages + values_BT
 
 
-def group_advantages(returns_B: Tensor, group_size: int, kind: Advantage) -> Tensor:
+def kl_losses(logps_BT: Tensor, ref_logps_BT: Tensor) -> Tensor:
+    """Estimate KL(pi || ref) per token, never below 0: exp(d) - d - 1, d = log ref - log pi (k3).
+
+    Source: arXiv 2402.03300, eq. 4; Schulman, "Approximating KL divergence" (2020).
+    """
+    difference = ref_logps_BT - logps_BT
+    return difference.exp() - difference - 1
+
+
+def group_advantages(returns_B: Tensor, group_size: int, kind: Advantage, *, scale: Scale = "group") -> Tensor:
     """Advantages of whole responses without a critic, (B,); the `group_size` answers of a prompt stand together.
 
     `returns_B` is score - kl_coef KL of each response. rloo: minus the mean of the others (arXiv 2402.14740); grpo: the
-    group's z-score (arXiv 2402.03300); reinforce: minus the mean of the batch. Raises ValueError for a group of one
-    where a group is needed.
+    group's z-score (arXiv 2402.03300), with the deviation of the batch instead, or with none (arXiv 2503.20783) as
+    `scale` says; reinforce: minus the mean of the batch. Raises ValueError for a group of one where a group is needed.
     """
     if kind == "reinforce":
         return returns_B - returns_B.mean()
@@ -81,16 +92,43 @@ def group_advantages(returns_B: Tensor, group_size: int, kind: Advantage) -> Ten
     if kind == "rloo":
         others_PG = (groups_PG.sum(dim=1, keepdim=True) - groups_PG) / (group_size - 1)
         return (groups_PG - others_PG).flatten()
-    return ((groups_PG - means_P1) / (groups_PG.std(dim=1, keepdim=True) + 1e-4)).flatten()
+    centred_PG = groups_PG - means_P1
+    if scale != "none":
+        spread = groups_PG.std(dim=1, keepdim=True) if scale == "group" else returns_B.std()
+        centred_PG = centred_PG / (spread + 1e-4)
+    return centred_PG.flatten()
 
 
-def policy_losses(logps_BT: Tensor, old_logps_BT: Tensor, advantages_BT: Tensor, *, clip: float) -> Tensor:
-    """Clipped surrogate per token, (B, T): max(-A u, -A clip(u, 1 - clip, 1 + clip)), u = pi / pi_old.
+def policy_losses(
+    logps_BT: Tensor, old_logps_BT: Tensor, advantages_BT: Tensor, *, clip: float, clip_high: float | None = None
+) -> Tensor:
+    """Clipped surrogate per token, (B, T): max(-A u, -A clip(u, 1 - clip, 1 + clip_high)), u = pi / pi_old.
 
-    Source: arXiv 1707.06347, eq. 7, with the sign of a loss.
+    Source: arXiv 1707.06347, eq. 7, with the sign of a loss; a bound of its own above: arXiv 2503.14476, eq. 8.
     """
     ratio = (logps_BT - old_logps_BT).exp()
-    return torch.maximum(-advantages_BT * ratio, -advantages_BT * ratio.clamp(1 - clip, 1 + clip))
+    bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    return torch.maximum(-advantages_BT * ratio, -advantages_BT * bounded)
+
+
+def answer_means(values_N: Tensor, rows_N: Tensor) -> Tensor:
+    """Give every token the mean over its answer, (N,); `rows_N` holds the answer's number for each token.
+
+    Of log-ratios it is the log of GSPO's ratio (arXiv 2507.18071, eq. 7).
+    """
+    sums_B = torch.zeros(int(rows_N.max()) + 1, dtype=values_N.dtype, device=values_N.device)
+    return (sums_B.index_add(0, rows_N, values_N) / rows_N.bincount().clamp(min=1))[rows_N]
+
+
+def token_weights(learnt_BT: Tensor, kind: Normalization, *, longest: int) -> Tensor:
+    """Weigh the tokens that are learnt, (B, T), for a sum that is divided by the tokens (token) or the answers.
+
+    token: 1 each; sequence: 1 / tokens of the answer (arXiv 2402.03300, eq. 3); constant: 1 / `longest`, the most
+    tokens that an answer may have (arXiv 2503.20783, section 3.2).
+    """
+    if kind == "sequence":
+        return learnt_BT / learnt_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    return learnt_BT / longest if kind == "constant" else learnt_BT
 
 
 def value_losses(values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, *, clip: float) -> Tensor:

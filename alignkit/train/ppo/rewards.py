@@ -122,13 +122,21 @@ def measure_norm(options: PpoOptions, rewards_R: Tensor) -> tuple[float, float]:
 
 
 def finish_scores(
-    options: PpoOptions, total_R: Tensor, ended: Sequence[bool], norm: tuple[float, float] | None
+    options: PpoOptions,
+    total_R: Tensor,
+    ended: Sequence[bool],
+    norm: tuple[float, float] | None,
+    lengths: Sequence[int] = (),
 ) -> Tensor:
-    """Make the final score of each answer: normalised, clipped, and with what a missing end costs."""
+    """Make the final score of each answer: normalised, clipped, and with what its length and a missing end cost."""
     gain, bias = norm or (1.0, 0.0)
     scores_R = gain * total_R.float() + bias
     if options.reward_clip is not None:
         scores_R = scores_R.clamp(-options.reward_clip, options.reward_clip)
+    if options.overlong is not None and options.overlong.buffer:
+        buffer = options.overlong.buffer * (options.max_new_tokens if options.overlong.buffer < 1 else 1)
+        over_R = (torch.tensor(lengths) - (options.max_new_tokens - buffer)) / buffer
+        scores_R = scores_R - options.overlong.penalty * over_R.clamp(0, 1)
     if options.missing_eos is not None:
         cut_R = ~torch.tensor(ended, dtype=torch.bool)
         if options.missing_eos.score is not None:

@@ -34,6 +34,7 @@ from alignkit.train.ppo.sampling import (
     Rollout,
     Truncation,
     cut_answer,
+    cut_at_text,
     draw_uniforms,
     join_columns,
     prompt_numbers,
@@ -48,6 +49,7 @@ _WINDOW = 4  # rollouts compared for signs of reward hacking: the first ones wit
 _LONGER = 1.5  # times the length at the start
 _MORE_REPETITION = 0.2
 _OTHER_PROMPTS = 2**31  # the seed of prompts that are taken before training lies beyond that of rollouts
+_RESAMPLED = 2**32  # and that of prompts that take the place of others
 # What answers are sampled for; with the seed and a number it names the random numbers they draw.
 TRAINING, NORMALISATION, CHECK, HELD_OUT = range(4)
 
@@ -72,6 +74,8 @@ class Experience:
     values_RT: Tensor  # zeros without a critic
     advantages_RT: Tensor
     returns_RT: Tensor
+    learnt_RT: Tensor  # mask of the tokens that the policy learns from
+    weights_RT: Tensor  # of their losses, in a sum that is divided by tokens or answers
     metrics: dict[str, float]
 
 
@@ -127,7 +131,8 @@ class Collector:
     name: str
     norm: tuple[float, float] | None = None
     monitor: HackingMonitor = field(default_factory=HackingMonitor)
-    generate: Callable[[list[list[int]], Tensor, int], list[list[int]]] = field(init=False)
+    # prompts, random numbers, repeats -> answers and, of an engine that is not the trainer, their log-probabilities
+    generate: Callable[[list[list[int]], Tensor, int], tuple[list[list[int]], list[list[float]]]] = field(init=False)
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
@@ -141,10 +146,12 @@ class Collector:
         # The answers of a prompt stay on one rank.
         mine, _ = ranks.share_out(range(len(numbers)))
         places = [place * repeats + turn for place in mine for turn in range(repeats)]
-        answers = self.generate([prompt_ids[place] for place in places], uniforms_RT[places], repeats)
-        sampled = [list(ids) for part in ranks.gather(answers) for ids in part][: len(rows)]
+        made = ranks.gather(self.generate([prompt_ids[place] for place in places], uniforms_RT[places], repeats))
+        sampled, logps = ([list(one) for part in made for one in part[kind]][: len(rows)] for kind in (0, 1))
         prompts = [json.loads(row["prompt"]) for row in rows]
-        return self._as_rollout(prompts, prompt_ids, sampled, [row["columns"] for row in rows])
+        rollout = self._as_rollout(prompts, prompt_ids, sampled, [row["columns"] for row in rows])
+        rollout.engine_logps = [own[: len(ids)] for own, ids in zip(logps, rollout.sampled_ids, strict=bool(logps))]
+        return rollout
 
     def score_answers(self, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
         """Reward and gold of given answers, for samples."""
@@ -159,7 +166,10 @@ class Collector:
         self, prompts: list[Any], prompt_ids: list[list[int]], sampled: list[list[int]], columns: list[str]
     ) -> Rollout:
         stop_ids = self.sampling.stop_ids
+        stops = [cut_at_text(ids, self.options.stop or (), self.chat.tokenizer.decode) for ids in sampled]
+        sampled = [ids[:end] for ids, end in zip(sampled, stops, strict=True)]
         cut = [cut_answer(ids, stop_ids=stop_ids, truncation=self.truncation) for ids in sampled]
+        cut = [(ids, ended or end is not None) for (ids, ended), end in zip(cut, stops, strict=True)]
         texts = self.chat.tokenizer.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
         return Rollout(
             prompts=prompts,
@@ -197,7 +207,11 @@ class Collector:
         pulse("sampling answers", step)
         rollout = self.sample(numbers, (TRAINING, number), repeats=repeats)
         pulse("scoring answers", step)
-        experience = self.examine(rollout, model)
+        scored = self.rewards(rollout)
+        resampled = self._resample(number, rollout, scored)
+        experience = self.examine(rollout, model, scored)
+        if self.options.dynamic_sampling:
+            experience.metrics["resampled_groups"] = resampled
         kl = experience.metrics["objective/kl"]
         self.controller.update(kl, len(rollout))
         if self.options.max_kl is not None and kl > self.options.max_kl:
@@ -207,13 +221,40 @@ class Collector:
             console.warn(f"{self.name}: {warning}")
         return experience
 
-    def examine(self, rollout: Rollout, model: Any) -> Experience:
+    def _resample(self, number: int, rollout: Rollout, scored: tuple[Tensor, dict[str, Tensor]]) -> int:
+        """Replace groups whose answers all have one reward by those of other prompts, in place; says how many.
+
+        Which prompts and random numbers come depends on the rollout's number alone, as a resumed run needs.
+        """
+        (total_R, parts), repeats, replaced = scored, self.options.answers_per_prompt, 0
+        for turn in range(1, (self.options.dynamic_sampling or 0) + 1):
+            groups_PG = total_R.view(-1, repeats)
+            flat = (groups_PG == groups_PG[:, :1]).all(dim=1).nonzero().flatten().tolist()
+            if not flat:
+                break
+            first, seed = (number * self.options.dynamic_sampling + turn - 1) * len(groups_PG), self.seed + _RESAMPLED  # type: ignore[operator]
+            numbers = prompt_numbers(first, len(flat), num_prompts=len(self.prompts), seed=seed)
+            others = self.sample(numbers, (TRAINING, number, turn), repeats=repeats)
+            other_R, other_parts = self.rewards(others)
+            rows = [group * repeats + place for group in flat for place in range(repeats)]
+            rollout.replace(rows, others)
+            total_R[rows] = other_R
+            for name, part_R in parts.items():
+                part_R[rows] = other_parts[name]
+            replaced += len(flat)
+        return replaced
+
+    def examine(
+        self, rollout: Rollout, model: Any, scored: tuple[Tensor, dict[str, Tensor]] | None = None
+    ) -> Experience:
         """Score a rollout, read what the models say about it, and estimate the advantages; changes no state."""
         options, coef = self.options, self.controller.coef
-        total_R, parts = self.rewards(rollout)
-        scores_R = finish_scores(options, total_R, rollout.ended, self.norm)
+        total_R, parts = scored or self.rewards(rollout)
+        lengths = list(map(len, rollout.sampled_ids))
+        scores_R = finish_scores(options, total_R, rollout.ended, self.norm, lengths)
         mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = self.read(rollout, model)
-        rewards_RT = maths.shaped_rewards(scores_R, logps_RT, ref_logps_RT, mask_RT, kl_coef=coef)
+        in_reward = coef if options.kl_in == "reward" else 0.0
+        rewards_RT = maths.shaped_rewards(scores_R, logps_RT, ref_logps_RT, mask_RT, kl_coef=in_reward)
         if options.whiten_rewards:
             rewards_RT = maths.whiten(rewards_RT, mask_RT, shift_mean=False)
         metrics: dict[str, float] = {}
@@ -223,8 +264,12 @@ class Collector:
             metrics["value"] = float(maths.masked_mean(values_RT, mask_RT))
         else:
             values_RT = returns_RT = torch.zeros_like(rewards_RT)
-            advantages_R = maths.group_advantages(rewards_RT.sum(dim=1), options.answers_per_prompt, options.advantage)
+            sums_R, size = rewards_RT.sum(dim=1), options.answers_per_prompt
+            advantages_R = maths.group_advantages(sums_R, size, options.advantage, scale=options.scale_rewards)
             advantages_RT = advantages_R[:, None] * mask_RT
+            if size > 1:
+                groups_PG = total_R.view(-1, size)
+                metrics["flat_groups"] = float((groups_PG == groups_PG[:, :1]).all(dim=1).float().mean())
         # The baseline of rloo and the z-score of grpo are their own scale.
         if options.whiten_advantages and options.advantage in ("gae", "reinforce"):
             advantages_RT = maths.whiten(advantages_RT, mask_RT)
@@ -237,7 +282,7 @@ class Collector:
             "sqrt_kl": max(kl, 0.0) ** 0.5,
             "kl_coef": coef,
             "entropy": float(maths.masked_mean(entropy_RT, mask_RT)),
-            "response_length": sum(map(len, rollout.sampled_ids)) / len(rollout),
+            "response_length": sum(lengths) / len(rollout),
             "ended_share": sum(rollout.ended) / len(rollout),
             "repetition": repetition(rollout.completion_ids),
         }
@@ -245,9 +290,31 @@ class Collector:
             metrics |= {f"reward/{name}": float(part.mean()) for name, part in parts.items()}
         if self.gold is not None:
             metrics["gold"] = float(self.gold(rollout)[0].mean())
+        learnt_RT = mask_RT
+        if options.overlong is not None and options.overlong.filter:
+            learnt_RT = mask_RT * torch.tensor(rollout.ended, dtype=mask_RT.dtype)[:, None]
+            metrics["filtered_share"] = 1 - metrics["ended_share"]
+        weights_RT = maths.token_weights(learnt_RT, options.loss_normalization, longest=options.max_new_tokens)
+        if rollout.engine_logps and options.generation.importance_cap is not None:
+            ratio_RT = self._engine_ratios(rollout, logps_RT, options.generation.importance_cap)
+            weights_RT = weights_RT * ratio_RT
+            metrics["engine_ratio"] = float(maths.masked_mean(ratio_RT, mask_RT))
         return Experience(
-            rollout, scores_R, mask_RT, logps_RT, ref_logps_RT, values_RT, advantages_RT, returns_RT, metrics
-        )
+            rollout, scores_R, mask_RT, logps_RT, ref_logps_RT, values_RT, advantages_RT, returns_RT, learnt_RT,
+            weights_RT, metrics,
+        )  # fmt: skip
+
+    def _engine_ratios(self, rollout: Rollout, logps_RT: Tensor, cap: float) -> Tensor:
+        """p(trainer) / p(engine) of each token, at most `cap`; 1 where the engine's is not a number.
+
+        Truncated importance sampling: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+        training"; Ionides 2008.
+        """
+        ratios_RT = torch.ones_like(logps_RT)
+        for row, own in enumerate(rollout.engine_logps):
+            engine_T = torch.tensor([torch.nan if logp is None else logp for logp in own])
+            ratios_RT[row, : len(own)] = (logps_RT[row, : len(own)] - engine_T).exp().nan_to_num(1.0).clamp(max=cap)
+        return ratios_RT
 
     @torch.no_grad()
     def read(self, rollout: Rollout, model: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

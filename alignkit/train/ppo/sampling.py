@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from alignkit.models.generation import plainly
+from alignkit.models.generation import plainly, stop_when
+from alignkit.models.logprobs import keep_likeliest
 from alignkit.rewards.base import Answers
 
 Key = tuple[int, ...]  # which answers these are: the run's seed, what they are for, and their number
@@ -30,12 +32,16 @@ class InverseTransform(LogitsProcessor):
     A multinomial draw would depend on which other answers are in the batch.
     """
 
-    def __init__(self, uniforms_BT: Tensor, *, temperature: float) -> None:
+    def __init__(self, uniforms_BT: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0) -> None:
         self._uniforms_BT, self._temperature, self._step = uniforms_BT, temperature, 0
+        self._top_p, self._top_k = top_p, top_k
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Make scores, (B, vocabulary), that are 0 for the token drawn and -inf for all others."""
-        cumulative_BV = (scores.float() / self._temperature).softmax(dim=-1).cumsum(dim=-1)
+        logits_BV = scores.float() / self._temperature
+        if self._top_p < 1 or self._top_k:
+            logits_BV = keep_likeliest(logits_BV, top_p=self._top_p, top_k=self._top_k)
+        cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
         total_B = cumulative_BV[:, -1]
         wanted_B = self._uniforms_BT[:, self._step].to(scores.device) * total_B
         wanted_B = torch.minimum(wanted_B, total_B.nextafter(torch.zeros_like(total_B)))  # rounding may reach the end
@@ -45,14 +51,17 @@ class InverseTransform(LogitsProcessor):
 
 
 @contextmanager
-def drawing(model: Any, uniforms_BT: Tensor, *, temperature: float, in_step: bool = False) -> Iterator[None]:
-    """Let `model.generate` draw with these numbers, whoever calls it; `in_step`: until all ranks have finished."""
+def drawing(
+    model: Any, draw: LogitsProcessor, *, is_over: Callable[[list[int]], bool] | None = None, in_step: bool = False
+) -> Iterator[None]:
+    """Let `model.generate` draw tokens so, whoever calls it; `in_step`: until all ranks have finished."""
     generate = model.generate
-    processors = LogitsProcessorList([InverseTransform(uniforms_BT, temperature=temperature)])
 
     def drawn(*args: Any, **kwargs: Any) -> Any:
+        criteria = stop_when(is_over, width=kwargs["input_ids"].size(1))
+        hooks = {"logits_processor": LogitsProcessorList([draw]), "stopping_criteria": criteria}
         with plainly(model):
-            return generate(*args, logits_processor=processors, synced_gpus=in_step, **kwargs)
+            return generate(*args, synced_gpus=in_step, **hooks, **kwargs)
 
     model.generate = drawn
     try:
@@ -90,6 +99,19 @@ class Rollout(Answers):
     prompt_ids: list[list[int]] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
     sampled_ids: list[list[int]] = field(default_factory=list)
+    engine_logps: list[list[float]] = field(default_factory=list)  # of sampled_ids, where another engine drew them
+
+    def replace(self, rows: Sequence[int], others: Rollout) -> None:
+        """Put other answers in the place of some; `columns` of one of the two alone become None in the other."""
+        names = ("prompts", "completions", "ended", "prompt_ids", "completion_ids", "sampled_ids", "engine_logps")
+        lists: list[tuple[Any, Any]] = [(getattr(self, name), getattr(others, name)) for name in names]
+        columns: Any = self.columns
+        for name in {**columns, **others.columns}:
+            own = columns.setdefault(name, [None] * len(self))
+            lists.append((own, others.columns.get(name, [None] * len(others))))
+        for own, new in lists:
+            for row, value in zip(rows, new, strict=False):  # an engine that is the trainer gives no log-probabilities
+                own[row] = value
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -111,6 +133,18 @@ class Truncation:
 
     token: int
     after: int
+
+
+def cut_at_text(sampled: Sequence[int], stops: Sequence[str], decode: Callable[[Sequence[int]], str]) -> int | None:
+    """Count the tokens up to the first that completes one of the texts `stops`, None where none comes."""
+
+    def holds(count: int) -> bool:
+        text = decode(sampled[:count])
+        return any(stop in text for stop in stops)
+
+    if not stops or not holds(len(sampled)):
+        return None
+    return bisect.bisect_left(range(len(sampled) + 1), True, key=holds)
 
 
 def cut_answer(

@@ -72,7 +72,9 @@ def build(stage: Stage, run: RunDir) -> Setup:
     ptx = _build_ptx(setup)
     collector = Collector(
         options=options, chat=chat, prompts=tables.train, roles=roles, critic=critic, rewards=rewards, gold=gold,
-        sampling=Sampling(options.temperature, options.min_new_tokens or 0, tuple(chat.stop_ids)),
+        sampling=Sampling(
+            options.temperature, options.min_new_tokens or 0, tuple(chat.stop_ids), options.top_p, options.top_k
+        ),
         truncation=truncation, num_answers=options.batch_size * options.minibatches,
         micro_batch_size=config.per_device_train_batch_size, seed=stage.seed, name=stage.name,
     )  # fmt: skip
@@ -118,13 +120,16 @@ def _build_config(stage: Stage, checkpoints: Path, *, num_prompts: int) -> GRPOC
     kwargs = {"use_cache": True} | ({"min_new_tokens": least} if least else {})
     sampling: dict[str, Any] = {"generation_kwargs": kwargs}
     if generation.engine == "vllm":
+        ends: dict[str, Any] = {"min_tokens": least} if least else {}
+        if options.stop:
+            ends |= {"stop": list(options.stop), "include_stop_str_in_output": True}
         sampling = {
             "use_vllm": True,
             "vllm_mode": generation.mode,
             "vllm_gpu_memory_utilization": generation.gpu_memory_utilization,
-            # We compute log-probabilities with the model that trains: there is nothing to correct.
-            "vllm_importance_sampling_correction": False,
-            "generation_kwargs": {"min_tokens": least} if least else None,
+            # We weigh tokens ourselves; with it TRL asks a server whether its log-probabilities are those it drew by.
+            "vllm_importance_sampling_correction": generation.importance_cap is not None,
+            "generation_kwargs": ends or None,
         }
         if generation.mode == "server":
             sampling["vllm_server_base_url"] = generation.url
@@ -141,6 +146,8 @@ def _build_config(stage: Stage, checkpoints: Path, *, num_prompts: int) -> GRPOC
         disable_dropout=True,
         max_completion_length=options.max_new_tokens,
         temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
         **sampling,
     )
     config.num_generations = repeats

@@ -32,10 +32,17 @@ from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
 from alignkit.train import ranks, shards
 from alignkit.train.ppo.critic import Critic
-from alignkit.train.ppo.math import policy_losses, value_losses
+from alignkit.train.ppo.math import answer_means, kl_losses, policy_losses, value_losses
 from alignkit.train.ppo.roles import CRITIC, Roles
 from alignkit.train.ppo.rollout import CHECK, HELD_OUT, Collector, Experience, KlTooLarge
-from alignkit.train.ppo.sampling import answer_order, drawing, in_batches, prompt_numbers, sort_steps
+from alignkit.train.ppo.sampling import (
+    InverseTransform,
+    answer_order,
+    drawing,
+    in_batches,
+    prompt_numbers,
+    sort_steps,
+)
 from alignkit.train.trainer import Guarded
 
 if TYPE_CHECKING:
@@ -189,19 +196,29 @@ class Ppo(Guarded, GRPOTrainer):
             logs["episodes"] = episodes
         super().log(logs, start_time)
 
-    def _sample(self, prompt_ids: list[list[int]], uniforms_BT: Tensor, repeats: int) -> list[list[int]]:
-        """Sample this rank's answers; vLLM draws random numbers of its own."""
+    def _sample(
+        self, prompt_ids: list[list[int]], uniforms_BT: Tensor, repeats: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Sample this rank's answers; vLLM draws random numbers of its own and gives log-probabilities too."""
+        options, decode = self.options, self.collector.chat.tokenizer.decode
+        if self.use_vllm:
+            answers, logps = self._generate_single_turn(prompt_ids, None, {}, repeats)
+            return answers, logps or []
+
+        def is_over(ids: list[int]) -> bool:
+            text = decode(ids)
+            return any(stop in text for stop in options.stop or ())
 
         def draw(prompt_ids: list[list[int]], uniforms_BT: Tensor) -> Any:
             in_step = shards.is_sharded(self)
-            numbers = drawing(self.model, uniforms_BT, temperature=self.options.temperature, in_step=in_step)
+            draws = InverseTransform(
+                uniforms_BT, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
+            )
+            numbers = drawing(self.model, draws, is_over=is_over if options.stop else None, in_step=in_step)
             with numbers, shards.gathered_root(self.model):
                 return self._generate_single_turn(prompt_ids, None, {}, 1)[0]
 
-        if self.use_vllm:
-            answers: list[list[int]] = self._generate_single_turn(prompt_ids, None, {}, repeats)[0]
-            return answers
-        return in_batches(draw, prompt_ids, uniforms_BT, batch_size=self.options.generation.batch_size)
+        return in_batches(draw, prompt_ids, uniforms_BT, batch_size=options.generation.batch_size), []
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Make this rank's micro batch of a turn, at a rollout's first turn after sampling it."""
@@ -231,6 +248,7 @@ class Ppo(Guarded, GRPOTrainer):
             "micro": micro,
             "rows": torch.as_tensor(rows),
             "num_tokens": float(mask_RT[rows_of_step].sum()),
+            "num_learnt": float(self.experience.learnt_RT[rows_of_step].sum()),
             "batch": self.collector.batch(rollout, rows.tolist(), mask_RT.size(1)),
         }
 
@@ -280,10 +298,11 @@ class Ppo(Guarded, GRPOTrainer):
                 parameter.grad = None  # upstream clears the policy's
         batch, num_tokens, experience = inputs["batch"], inputs["num_tokens"], self.experience
         device, keep_BT = batch.input_ids_BL.device, batch.mask_BT.cpu()
-        old_logps_N, advantages_N, old_values_N, returns_N = (  # what the rollout fixed
+        old_logps_N, ref_logps_N, advantages_N, old_values_N, returns_N, weights_N = (  # what the rollout fixed
             column_RT[inputs["rows"]][keep_BT].to(device)
             for column_RT in (
-                experience.logps_RT, experience.advantages_RT, experience.values_RT, experience.returns_RT
+                experience.logps_RT, experience.ref_logps_RT, experience.advantages_RT, experience.values_RT,
+                experience.returns_RT, experience.weights_RT,
             )
         )  # fmt: skip
 
@@ -304,11 +323,20 @@ class Ppo(Guarded, GRPOTrainer):
                 self.accelerator.backward(value_loss)
             value_loss = value_loss.detach()
         logps_N, _, hidden_NH = self.roles.policy_logps(model, batch)
-        losses_N = policy_losses(logps_N, old_logps_N, advantages_N, clip=self.options.cliprange)
-        loss = losses_N.sum() / num_tokens
-        ratio_N = (logps_N.detach() - old_logps_N).exp()
+        options, acting_N = self.options, logps_N
+        if options.importance == "sequence":
+            acting_N = old_logps_N + answer_means(logps_N - old_logps_N, batch.rows_N)
+        low, high = options.cliprange, options.cliprange_high or options.cliprange
+        losses_N = policy_losses(acting_N, old_logps_N, advantages_N, clip=low, clip_high=high)
+        divisor = inputs["num_learnt"] if options.loss_normalization == "token" else options.batch_size
+        loss = (losses_N * weights_N).sum() / max(divisor, 1)
         self._step_sums["policy_loss"] += float(loss.detach())
-        clipped = float(((ratio_N - 1).abs() > self.options.cliprange).sum())
+        if options.kl_in == "loss":
+            kl = (kl_losses(logps_N, ref_logps_N) * weights_N).sum() / max(divisor, 1)
+            self._step_sums["kl_loss"] += float(kl.detach())
+            loss = loss + experience.metrics["kl_coef"] * kl
+        change_N = (acting_N.detach() - old_logps_N).exp() - 1
+        clipped = float(((change_N > high) | (change_N < -low)).sum())
         self._step_sums["clip_fraction"] += clipped / num_tokens
         if self.critic is not None and self.critic.shares_hidden:
             value_loss = value_loss_of(self.critic.values(batch, hidden_NH))
