@@ -13,6 +13,7 @@ a prompt (every film belongs to one split). `true_reward` is the judge that real
     builtin:sentiment      labelled             {"text": a review, "label": "positive" or "negative"}
     builtin:judge-items    prompt_completion    which of two reviews is more positive, as a judge is asked
     builtin:translation    prompt_completion    sentences of one made-up language in another, whose word order differs
+    builtin:arithmetic     prompt_completion    sums and differences of numbers below 10, with their `answer`
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DEFAULT_ROWS = 1000
 MAX_ROWS = 10_000_000
 NAMES = (
     "reviews", "instructions", "preferences", "ranked", "unpaired", "prompts", "sentiment", "judge-items",
-    "translation",
+    "translation", "arithmetic",
 )  # fmt: skip
 SPLITS = ("train", "test")
 _WORLD = "alignkit world 1"
@@ -298,6 +299,15 @@ def _translation(random: Random, split: str) -> dict[str, Any]:
     return {"prompt": " e ".join(sources) + " .", "completion": " en ".join(targets) + " ."}
 
 
+def _sum(random: Random, split: str) -> dict[str, Any]:
+    """A sum or a difference; which of its numbers come together says the split."""
+    while True:
+        a, b, minus = random.randrange(10), random.randrange(10), random.random() < 0.5
+        if ((7 * a + 3 * b) % 5 == 0) == (split == "test"):
+            answer = str(a - b if minus else a + b)
+            return {"prompt": f"{a} {'-' if minus else '+'} {b} =", "completion": f" {answer}", "answer": answer}
+
+
 def _make(name: str, random: Random, split: str) -> dict[str, Any]:
     if name == "instructions":
         return _instruction(random, split)
@@ -305,6 +315,8 @@ def _make(name: str, random: Random, split: str) -> dict[str, Any]:
         return _judge_item(random, split)
     if name == "translation":
         return _translation(random, split)
+    if name == "arithmetic":
+        return _sum(random, split)
     if name == "reviews":
         title, _, director, kind = _film(random, split)
         review = _review(random, random.choice(("positive", "negative")))

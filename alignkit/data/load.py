@@ -272,9 +272,10 @@ class _Source:
             self._form = None
         self._found: dict[Format, _Found] = {}
         options = stage.options
-        # Whether a reward function is given the rows' columns; whether a row may be as long as a book.
+        # Whether a reward is given the rows' columns; whether a row may be as long as a book.
         rewards = [*options.reward, *(options.gold or ())] if isinstance(options, PpoOptions) else []
-        flags = {"keeps_columns": any(reward.function for reward in rewards), "documents": stage.objective == "lm"}
+        reads = any(reward.function or reward.verify for reward in rewards)
+        flags = {"keeps_columns": reads, "documents": stage.objective == "lm"}
         self._parsed: Callable[[], Iterator[Parsed]] = partial(_parse, located, method, **flags)
         if not problems.at_once:  # a stream may be longer than a disk
             self._parsed = keep_parsed(located, (method, *flags.values()), self._parsed)

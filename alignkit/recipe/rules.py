@@ -12,7 +12,14 @@ from alignkit.console import redact
 from alignkit.errors import Problem, suggest
 from alignkit.recipe.check import show_key
 from alignkit.recipe.conflicts import find_conflicts, find_kto, list_rewards, losses_of
-from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, FEEDBACK, LEARNT_TOKENIZERS, REWARD_KINDS, SLURM_OPTIONS
+from alignkit.recipe.schema import (
+    BUILTIN_CONSTITUTIONS,
+    FEEDBACK,
+    LEARNT_TOKENIZERS,
+    REWARD_KINDS,
+    SLURM_OPTIONS,
+    VERIFY_KEYS,
+)
 from alignkit.recipe.sections import Finding, Section, UnreadableError
 from alignkit.recipe.trl_fields import KTO_LOSSES, read_snapshot, trl_fields
 
@@ -368,6 +375,9 @@ def _rewards(stage: Section) -> Iterator[Finding]:
                     yield key, "has a judge without a constitution; add constitution: builtin:harmlessness or a file"
             elif reward.get("constitution") is not None:
                 yield key, "has a constitution, which only a judge goes by; take it out, or give a judge"
+            for name in VERIFY_KEYS if reward.get("verify") is None else ():
+                if reward.get(name) is not None:
+                    yield f"{key}.{name}", "has no effect without verify"
             if function is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
                 yield key, f"names the function {function!r}; write pkg.module:name"
             if reward.get("weight", 1) == 0:

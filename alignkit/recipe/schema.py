@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -249,7 +250,7 @@ class SampleOptions(_Section):
 
 
 class RewardSource(_Section):
-    """One reward, or one part of a weighted sum; exactly one of `model`, `function` and `judge` is given."""
+    """One reward, or one part of a weighted sum; exactly one of `model`, `function`, `judge`, `verify` is given."""
 
     model: Text | None = option(
         None, "An rm stage of this recipe, or a run, a directory or a hub id of a sequence classifier: its logit with "
@@ -261,10 +262,19 @@ class RewardSource(_Section):
         None, "A language model that judges each answer by `constitution`, with log-odds as the reward.")
     constitution: Texts | None = option(
         None, "What a judge goes by: YAML or JSON files, builtin:harmlessness or builtin:helpfulness.")
+    verify: Literal["math", "exact", "regex", "json_schema", "ifeval", "code"] | None = option(
+        None, "1 where the answer is right by a column of its row, else 0: equal to `answer` (math: as mathematics, "
+        "through math-verify), found by `pattern`, valid by `schema`, keeping the instructions of IFEval (their "
+        "share), or code that passes `tests` in a process with limits (needs --trust-code).")
+    column: Text | None = option(None, "The column that `verify` reads; omitted: the one named there.")
+    extract: Text | None = option(
+        None, "A pattern whose last match, or its first group, is what `verify` checks, such as '#### (.*)'.")
+    timeout: Positive = option(5.0, "Seconds that `verify` may take for one answer; then it is wrong.")
     weight: float = option(1.0, "Factor of this part in the sum.")
 
 
-REWARD_KINDS = tuple(key for key in RewardSource.model_fields if key not in ("constitution", "weight"))
+REWARD_KINDS = ("model", "function", "judge", "verify")
+VERIFY_KEYS = ("column", "extract", "timeout")
 
 
 # A name or a reward where one is enough, a list where several are summed.
@@ -408,25 +418,8 @@ class DpoOptions(TrainOptions):
 
 
 # What a paper calls its method, as values of the keys of a ppo stage; what the stage says itself goes before it.
-PRESETS: dict[str, dict[str, Any]] = {
-    # Ziegler et al. 2019 (arXiv 1909.08593), InstructGPT: a critic, KL in the reward.
-    "ppo": {"advantage": "gae", "kl_in": "reward", "kl_coef": 0.05, "cliprange": 0.2, "ppo_epochs": 4},
-    # Shao et al. 2024 (arXiv 2402.03300), section 4.2 and eq. 3 and 4; the paper samples 64 answers.
-    "grpo": {"advantage": "grpo", "num_generations": 8, "kl_in": "loss", "kl_coef": 0.04, "cliprange": 0.2,
-             "loss_normalization": "sequence", "ppo_epochs": 1},
-    # Yu et al. 2025 (arXiv 2503.14476), section 4.1: 16 answers, 16 steps per rollout, no KL.
-    "dapo": {"advantage": "grpo", "num_generations": 16, "kl_coef": 0.0, "cliprange": 0.2, "cliprange_high": 0.28,
-             "loss_normalization": "token", "dynamic_sampling": 10, "overlong": {"buffer": 0.2}, "ppo_epochs": 1,
-             "minibatches": 16},
-    # Liu et al. 2025 (arXiv 2503.20783), section 3.2: neither lengths nor deviations in the mean.
-    "drgrpo": {"advantage": "grpo", "num_generations": 8, "scale_rewards": "none", "kl_coef": 0.0, "cliprange": 0.2,
-               "loss_normalization": "constant", "ppo_epochs": 1},
-    # Zheng et al. 2025 (arXiv 2507.18071), eq. 5 to 7 and section 5.1: four steps per rollout.
-    "gspo": {"advantage": "grpo", "num_generations": 8, "importance": "sequence", "kl_coef": 0.0, "cliprange": 3e-4,
-             "cliprange_high": 4e-4, "loss_normalization": "sequence", "ppo_epochs": 1, "minibatches": 4},
-    # Ahmadian et al. 2024 (arXiv 2402.14740), section 3.3 and 4: KL in the reward, each answer used once.
-    "rloo": {"advantage": "rloo", "num_generations": 4, "kl_in": "reward", "kl_coef": 0.05, "ppo_epochs": 1},
-}
+_presets = json.loads(_ROOMS.joinpath("recipe", "presets.json").read_text("utf-8"))
+PRESETS: dict[str, dict[str, Any]] = {name: preset["values"] for name, preset in _presets.items()}
 if TYPE_CHECKING:
     Preset = str
 else:

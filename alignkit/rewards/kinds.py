@@ -15,6 +15,7 @@ from alignkit.rewards.base import Answers, Reward, Workspace, stage_space
 from alignkit.rewards.classifier import ClassifierReward
 from alignkit.rewards.function import FunctionReward, is_function
 from alignkit.rewards.judge import JudgeReward
+from alignkit.rewards.verify import VerifyReward
 
 
 class BuiltinReward:
@@ -48,7 +49,7 @@ class BuiltinReward:
 
 
 # A new kind is a class here: the first that takes a source has it.
-KINDS: tuple[type[Reward], ...] = (FunctionReward, JudgeReward, BuiltinReward, ClassifierReward)
+KINDS: tuple[type[Reward], ...] = (FunctionReward, JudgeReward, VerifyReward, BuiltinReward, ClassifierReward)
 
 
 def kind_of(source: RewardSource) -> type[Reward]:

@@ -135,9 +135,13 @@ def test_options_that_cannot_mean_anything(complain: Complain, text: str, messag
          "a directory, a hub id (owner/name) or {function: pkg.module:name}"),
         ("builtin:other", "ppo.reward is builtin:other, a builtin reward that is not there; the only one is "
          "builtin:true-reward"),
-        ("{weight: 2}", "ppo.reward needs exactly one of model, function and judge for each part, and has none"),
-        ("{model: rm, function: 'a:b'}", "ppo.reward needs exactly one of model, function and judge for each part, and "
-         "has model rm and function a:b"),
+        ("{weight: 2}", "ppo.reward needs exactly one of model, function, judge and verify for each part, and has "
+         "none"),
+        ("{model: rm, function: 'a:b'}", "ppo.reward needs exactly one of model, function, judge and verify for each "
+         "part, and has model rm and function a:b"),
+        ("{model: rm, timeout: 3}", "ppo.reward.timeout has no effect without verify"),
+        ("{verify: maths}", "ppo.reward.verify is maths; it must be one of math, exact, regex, json_schema, ifeval, "
+         "code; did you mean math?"),
         ("{function: a.b}", "ppo.reward names the function 'a.b'; write pkg.module:name"),
         ("[rm, {model: rm, weight: 0}]", "ppo.reward gives model rm the weight 0, which has no effect; take it out, or "
          "make it gold"),
