@@ -342,6 +342,17 @@ def print_result(result: Mapping[str, Any]) -> None:
         write(f"  {key} = {_cell(value)}")
 
 
+def print_verdicts(verdicts: Sequence[Mapping[str, Any]]) -> None:
+    """Write whether each stage did what it was for; `verdicts` are `Verdict.to_dict()`."""
+    for each in verdicts:
+        write(f"[{each['verdict']}] {each['says']}")
+        notes = [f"warning: {text}" for text in each["warnings"][:2]]
+        if len(each["warnings"]) > 2:
+            notes.append(f"{len(each['warnings']) - 2} warnings more in the report")
+        for note in [*notes, *([f"to decide: {each['missing']}"] if each["missing"] else [])]:
+            write(f"    {note}")
+
+
 def print_paths(paths: Mapping[str, str]) -> None:
     for name, path in paths.items():
         write(f"{name}: {path}")

@@ -176,7 +176,9 @@ def report(
     """Write one HTML page that shows a run or a whole recipe, and bring the run's model card up to date."""
     from alignkit import console
     from alignkit.models.files import find_model_dir
+    from alignkit.report.facts import find_runs
     from alignkit.report.publish import publish
+    from alignkit.report.verdict import judge_all
 
     if not target.exists():
         find_model_dir(str(target))  # says which run may be meant
@@ -187,10 +189,13 @@ def report(
         loaded = load_recipe(target)
         stages = [(name, Path(resolve(loaded, name).run_dir)) for name in loaded.order]
     done = publish(target, stages=stages, out=out, repo=push, public=public)
+    alone = [target] if (target / "stage.json").is_file() else find_runs(target)
+    verdicts = judge_all([path for _, path in stages] if stages else alone)
     if as_json:
-        console.print_json(done)
+        console.print_json({**done, "verdicts": verdicts})
     else:
         console.print_paths(done)
+        console.print_verdicts(verdicts)
 
 
 _what = partial(typer.Option, rich_help_panel="What is measured")

@@ -280,6 +280,11 @@ def hash_prompt(row: Row) -> int:
     return hash(prompt_key(row)) & ((1 << 64) - 1)
 
 
+def fingerprint_prompt(row: Row) -> int:
+    """Give 64 bits of the row's prompt that are the same in every process."""
+    return int.from_bytes(blake2b(prompt_key(row), digest_size=8).digest(), "little")
+
+
 def prompt_key(row: Row) -> bytes:
     """What decides whether two rows have the same prompt.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from alignkit.feedback.judge import wilson as score_interval
+from alignkit.report.text import wilson as score_interval
 
 Better = Literal["higher", "lower"]
 Method = Literal["bootstrap", "wilson", "normal", "none"]
@@ -18,6 +18,13 @@ Floats = NDArray[np.float64]
 RESAMPLES = 1000
 Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 _CHUNK = 4_000_000  # weights held at once
+
+
+class Sums(NamedTuple):
+    """What a statistic was made of: the sums of each independent row, and how sums over rows become the statistic."""
+
+    sums_NK: Floats
+    combine: Callable[[Floats], Floats]
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,16 @@ class Interval:
     high: float | None
     n: int
     method: Method
+    sums: Sums | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure; `slice` is None for all rows, else which of them; a share lies in [0, 1]."""
+    """One figure; `slice` is None for all rows, else which of them; a share lies in [0, 1].
+
+    `change` is the paired difference to another model on the same rows, see `compare_rows`; `trained` names the stages
+    that were trained on some of the prompts, and says on how many. Both are left out of eval.json where there is none.
+    """
 
     metric: str
     value: float | None
@@ -47,10 +59,14 @@ class Figure:
     data: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     details: list[dict[str, Any]] | None = None
+    change: dict[str, Any] | None = None
+    trained: dict[str, Any] | None = None
+    sums: Sums | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Turn it into plain data; JSON has no NaN and no infinity, so such a figure has no value."""
-        plain = asdict(self)
+        plain = {key: value for key, value in vars(self).items() if key != "sums"}
+        plain = {key: value for key, value in plain.items() if value is not None or key not in ("change", "trained")}
         for key in ("value", "low", "high"):
             if plain[key] is not None:
                 plain[key] = float(plain[key]) if math.isfinite(plain[key]) else None  # a library's own type is no JSON
@@ -63,7 +79,7 @@ def make_figure(
 ) -> Figure:  # fmt: skip
     """Make a figure of an interval; data and common settings are added by `place_figures`."""
     numbers = found.value, found.low, found.high, found.n
-    return Figure(metric, *numbers, unit, better, found.method, slice, "", settings, details)
+    return Figure(metric, *numbers, unit, better, found.method, slice, "", settings, details, sums=found.sums)
 
 
 def place_figures(figures: Iterable[Figure], *, data: str, **settings: Any) -> list[Figure]:
@@ -91,9 +107,9 @@ def bootstrap(sums_NK: ArrayLike, combine: Callable[[Floats], Floats], *, resamp
     n = len(rows_NK)
     if n == 0:
         return Interval(None, None, None, 0, "none")
-    value = float(combine(rows_NK.sum(axis=0, keepdims=True))[0])
+    value, sums = float(combine(rows_NK.sum(axis=0, keepdims=True))[0]), Sums(rows_NK, combine)
     if n == 1:
-        return Interval(value, None, None, 1, "none")
+        return Interval(value, None, None, 1, "none", sums)
     random = np.random.default_rng(0)
     chunk = max(_CHUNK // n, 1)
     drawn: list[Floats] = []
@@ -102,7 +118,30 @@ def bootstrap(sums_NK: ArrayLike, combine: Callable[[Floats], Floats], *, resamp
         with np.errstate(divide="ignore", invalid="ignore"):  # a resample may leave a bin empty
             drawn.append(combine(weights_RN @ rows_NK))
     low, high = np.nanpercentile(np.concatenate(drawn), [2.5, 97.5])
-    return Interval(value, float(low), float(high), n, "bootstrap")
+    return Interval(value, float(low), float(high), n, "bootstrap", sums)
+
+
+def compare_rows(figure: Figure, other: Figure | None, start: str, *, resamples: int = RESAMPLES) -> Figure:
+    """Add the paired difference to the same figure of `start`: rows are drawn together, so what they share cancels.
+
+    `rose` and `fell` count the rows on which it is larger and smaller. Without the same number of rows it stays as it
+    was.
+    """
+    mine, theirs = figure.sums, other.sums if other else None
+    if other is None or mine is None or theirs is None or len(mine.sums_NK) != len(theirs.sums_NK):
+        return figure
+    width = mine.sums_NK.shape[1]
+
+    def subtract(sums_RK: Floats) -> Floats:
+        return mine.combine(sums_RK[:, :width]) - theirs.combine(sums_RK[:, width:])
+
+    both_NK = np.hstack([mine.sums_NK, theirs.sums_NK])
+    found = bootstrap(both_NK, subtract, resamples=resamples)
+    with np.errstate(all="ignore"):
+        rows_N = subtract(both_NK)
+    change = {"start": start, "from": other.value, "value": found.value, "low": found.low, "high": found.high,
+              "rose": int((rows_N > 0).sum()), "fell": int((rows_N < 0).sum())}  # fmt: skip
+    return replace(figure, change=change)
 
 
 def mean(values: Sequence[float], *, resamples: int = RESAMPLES) -> Interval:
@@ -123,7 +162,8 @@ def share(outcomes: Sequence[Sequence[float]], *, resamples: int = RESAMPLES) ->
     """
     flat = [value for group in outcomes for value in group]
     if all(len(group) == 1 for group in outcomes) and set(flat) <= {0.0, 0.5, 1.0}:
-        return wilson(sum(flat), len(flat))
+        sums = Sums(np.asarray([(value, 1.0) for value in flat]).reshape(-1, 2), divide)
+        return replace(wilson(sum(flat), len(flat)), sums=sums)
     return mean_of_groups(outcomes, resamples=resamples)
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from alignkit import console
 from alignkit.data import Row
-from alignkit.errors import EnvironmentProblem, JudgeError, RunError, Stopped, UsageError
+from alignkit.errors import AlignKitError, EnvironmentProblem, JudgeError, RunError, Stopped, UsageError
 from alignkit.evaluate.context import Context, Metric, load_metrics
-from alignkit.evaluate.intervals import Figure
-from alignkit.evaluate.target import Target, find_target, read_measured
+from alignkit.evaluate.intervals import Figure, compare_rows
+from alignkit.evaluate.target import Target, find_target, find_trained, read_measured
 from alignkit.feedback.cache import Store
 from alignkit.models.files import find_model_dir
 from alignkit.models.frozen import fingerprint_causal, load_tokenizer_of
-from alignkit.recipe.schema import EvaluateOptions
+from alignkit.recipe.schema import METRICS, EvaluateOptions
 from alignkit.report.evaluation import name_all_data
 from alignkit.report.publish import show
 from alignkit.rewards.base import Workspace
@@ -30,6 +30,7 @@ from alignkit.runs.files import disk_failures, read_record, write_json
 from alignkit.runs.record import versions
 
 SCHEMA = 1
+_BY_START = ", by its start "
 
 
 def evaluate(
@@ -51,13 +52,21 @@ def evaluate(
     space = Workspace(device, options.batch_size, trust_code, folder or Path.cwd(), cache)
     judged = path.with_name("eval-judged.jsonl") if path else None
     context = Context(target, options, *_read(target, options, space), space, seed=seed, judged=judged)
+    trained = find_trained(target, context.rows)
+    if trained:
+        what = f"{trained['rows']} of {trained['of']} rows of {context.label} have a prompt that"
+        space.warn(f"{what} {' and '.join(trained['by'])} trained on: figures on them are not of held-out rows")
     try:
         figures, failure = _measure(context, lenient=lenient)
-        if options.start:
-            figures += _measure_start(context)
+        if options.start is not False:
+            begun = _measure_start(context)
+            figures = [compare_rows(each, begun.get(_key(each)), context.target.start_name, resamples=options.resamples)
+                       for each in figures]  # fmt: skip
+            figures += begun.values() if options.start else ()
     except KeyboardInterrupt:
         kept = "answers so far are kept; the same command goes on" if path else "nothing is kept without --out"
         raise Stopped(f"interrupted while measuring {target.name}: {kept}", exit_code=130) from None
+    figures = [replace(each, trained=trained) if each.data == context.label else each for each in figures]
     for message in space.warnings:
         console.warn(message)
     data = describe(
@@ -98,20 +107,38 @@ def _measure(context: Context, *, lenient: bool) -> tuple[list[Figure], JudgeErr
     return figures, failure
 
 
-def _measure_start(context: Context) -> list[Figure]:
-    """Measure what a run started from, on the run's rows; nothing where that is a reward model or not there."""
+def _key(figure: Figure) -> tuple[str, str | None, str]:
+    return figure.metric, figure.slice, figure.data.partition(_BY_START)[0]
+
+
+def _measure_start(context: Context) -> dict[tuple[str, str | None, str], Figure]:
+    """Measure what a run started from, on the run's rows; nothing where that is a reward model or not there.
+
+    Unasked it costs little (of sft, whose start may be large, only likelihoods), and what it cannot do is no error.
+    """
     target, options = context.target, context.options
     start = None if target.reward else target.start()
+    wanted = options.metrics or METRICS
+    if options.start is None:
+        known = {"sft": ("perplexity",), "dpo": ("answers", "perplexity"), "ppo": ("answers", "perplexity")}
+        fitting = known.get(str(target.stage.get("method")), ())
+        wanted = [name for name in wanted if name in fitting and load_metrics()[name].find_lack(context) is None]
     # KL, pairs and wins are measured of a run beside its start already.
-    wanted = options.metrics and [name for name in options.metrics if name not in ("kl", "pairs", "win_rate")]
-    if start is None or wanted == []:
-        return []
-    alone = {"metrics": wanted, "reference": None, "against": None, "best_of": [], "frontier": None}
-    named = target.stage["start_stage"] or target.stage["model"]["path"]
-    begun = replace(target, source=start, run=None, stage=target.stage | {"stage": named})
-    chosen, label = options.model_copy(update=alone), f"{context.label}, by its start {named}"
+    wanted = [name for name in wanted if name not in ("kl", "pairs", "win_rate")]
+    if start is None or not wanted:
+        return {}
+    alone = {"metrics": wanted if options.metrics or options.start is None else None, "reference": None,
+             "against": None, "best_of": [], "frontier": None}  # fmt: skip
+    begun = replace(target, source=start, run=None, stage=target.stage | {"stage": target.start_name})
+    chosen, label = options.model_copy(update=alone), f"{context.label}{_BY_START}{target.start_name}"
     before = Context(begun, chosen, context.rows, label, context.space, seed=context.seed)
-    return _measure(before, lenient=True)[0]
+    try:
+        return {_key(figure): figure for figure in _measure(before, lenient=True)[0]}
+    except AlignKitError as error:
+        if options.start:
+            raise
+        context.space.warn(f"not compared with its start {target.start_name}: {error}")
+        return {}
 
 
 def _choose(context: Context, *, lenient: bool) -> dict[str, Metric]:
@@ -259,7 +286,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[t
     columns = ("metric", "value", "95 % interval", "n", "unit", "on")
     rows = []
     for result, data in zip(results, name_all_data(results), strict=True):
-        between = None if result["low"] is None else f"{result['low']:.4g} to {result['high']:.4g}"
+        says_nothing = result["low"] is None or result["low"] == result["high"]
+        between = None if says_nothing else f"{result['low']:.4g} to {result['high']:.4g}"
         name = result["metric"] if result["slice"] is None else f"  {result['metric']}, {result['slice']}"
         rows.append((name, result["value"], between, result["n"], result["unit"] or None, data))
     return columns, rows

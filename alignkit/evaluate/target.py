@@ -9,8 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alignkit.data import DataReport, Rejects, Row, read_rows, split_eval
-from alignkit.data.rows import Text, take_prompt
+from alignkit.data.rows import Text, fingerprint_prompt, take_prompt
 from alignkit.errors import DataError, RunError
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.recipe.schema import DataSource, LaunchOptions, ModelOptions, StageOptions
@@ -62,6 +64,11 @@ class Target:
         """Find what a dpo or ppo run started from, None for others and where that is not there any more."""
         return self.start() if self.stage.get("method") in _REFERENCED else None
 
+    @property
+    def start_name(self) -> str:
+        """The stage a run started from, or the model; empty of what is no run."""
+        return str(self.stage.get("start_stage") or self.stage.get("model", {}).get("path", ""))
+
     def start(self) -> str | None:
         """Find the model a run started from, None for initial weights and where it is not there any more."""
         if self.run is None:
@@ -100,6 +107,21 @@ def list_siblings(source: str) -> dict[str, str]:
     path = Path(source).expanduser().absolute()
     beside = sorted(path.parent.glob("*/stage.json")) if (path / "stage.json").is_file() else []
     return {found.parent.name: os.path.relpath(found.parent) for found in beside}
+
+
+def find_trained(target: Target, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Count the rows whose prompt the run or one that it was made from was trained on; None where none is known of."""
+    if target.run is None:
+        return None
+    beside, fingerprints_N = target.run.path.parent, np.asarray([fingerprint_prompt(row) for row in rows], np.uint64)
+    found_N, names = np.zeros(len(rows), bool), []
+    made_from = [Path(str(entry.get("path"))).parent for entry in target.stage.get("lineage") or []]
+    for path in dict.fromkeys([*made_from, target.run.path]):
+        run = next((run for run in (RunDir(path), RunDir(beside / path.name)) if run.prompts.is_file()), None)
+        if run is not None and (known_N := np.isin(fingerprints_N, np.fromfile(run.prompts, np.uint64))).any():
+            found_N |= known_N
+            names.append(path.name)
+    return {"by": names, "rows": int(found_N.sum()), "of": len(rows)} if names else None
 
 
 class _Options(StageOptions):

@@ -6,7 +6,6 @@ it says in each order is kept.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from alignkit.feedback.prompts import (
 from alignkit.feedback.writer import Decision, Job, Model, Sampling
 from alignkit.recipe.schema import DataSource
 from alignkit.recipe.stage import Stage
+from alignkit.report.text import wilson
 
 _TIE = 1e-6  # from 1/2
 _SAME_PLACE = 0.95  # share of verdicts for one place from which a judge is said not to read
@@ -228,17 +228,6 @@ def pair_key(prompt: Text, first: Text, second: Text) -> str:
 
 # The report on a judge: order consistency, a preference for a place or for length, ties, abstentions, calibration. It
 # is also held against comparisons whose answer is known; nothing of that becomes a row.
-
-
-def wilson(successes: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95 % score interval of a share (Wilson 1927, JASA 22, 209-212); successes may be halves, for ties."""
-    if not count:
-        return 0.0, 1.0
-    share, shrink = successes / count, 1 + z * z / count
-    middle = (share + z * z / (2 * count)) / shrink
-    half = z / shrink * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    # With no success, or nothing else, the border is 0 or 1; rounding may miss it by an ulp.
-    return max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0)
 
 
 def describe_labels(labels: Sequence[Label]) -> dict[str, Any]:

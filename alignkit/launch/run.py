@@ -78,6 +78,8 @@ def run_one(place: dict[str, Path], command: Command, how: How) -> None:
             return  # who started this process, or rank 0, shows it
         show = console.print_json if how.as_json else console.print_result
         show(result.to_dict())
+        if not how.as_json:
+            _show_verdicts([stage])
 
 
 def run_many(
@@ -159,6 +161,7 @@ def run_many(
 
                 whole = [figure for figure in evaluation["results"] if figure["slice"] is None]
                 console.print_table(evaluation["name"], *table(whole))
+            _show_verdicts(stages)
     _write_page(stages)
 
 
@@ -175,6 +178,14 @@ def _refuse_unknown(commands: Sequence[Command]) -> None:
     if unknown := [name for name in commands[0].allow_change if name not in names]:
         what = "is no setting of these stages"
         raise UsageError([Problem(f"{name} {what}{suggest(name, names)}", "--allow-change") for name in unknown])
+
+
+def _show_verdicts(stages: Sequence[Stage]) -> None:
+    from alignkit.report.publish import attempt
+    from alignkit.report.verdict import judge_all
+
+    runs = [Path(stage.run_dir) for stage in stages]
+    console.print_verdicts(attempt("verdict", runs[0], lambda: judge_all(runs)) or [])
 
 
 def _write_page(stages: Sequence[Stage]) -> None:

@@ -645,7 +645,9 @@ class EvaluateOptions(_Section):
     reward: Text | None = option(
         None, "Scores answers: an rm stage, a run, a classifier, pkg.module:function, or builtin:true-reward; "
         "omitted: true reward on builtin data.")
-    start: bool = option(False, "Measure what a stage started from too, on the same rows; it is the reference then.")
+    start: bool | None = option(
+        None, "Measure what a stage started from too, on the same rows; it is the reference then. Omitted: only the "
+        "paired difference to it, of sft in perplexity, of dpo and ppo in all; false: nothing of it.")
     against: Text | None = option(None, "The other side of a win rate: a stage, a run, a model.")
     judge: Feedback | None = option(
         None, "Decides the win rate: with `constitution` a language model, asked in both orders, else named like "

@@ -304,7 +304,7 @@ def _draw_plan(run: Facts, plan: _Plan) -> dict[str, Any] | None:
             lines.append(Line("held out" if len(plan.metrics) == 1 else f"{label}, held out", points, style="dots"))
     if not any(len(line.points) > 1 for line in lines):
         return None
-    return _describe(lines, plan.title, plan.note, marks=plan.marks)
+    return describe_chart(lines, plan.title, plan.note, marks=plan.marks)
 
 
 def _draw_against_kl(run: Facts) -> Iterator[dict[str, Any]]:
@@ -314,10 +314,14 @@ def _draw_against_kl(run: Facts) -> Iterator[dict[str, Any]]:
         points = [(distance[step], value) for step, value in run.series(metric) if step in distance]
         if len(points) > 1:
             lines, note = [Line("", points, style="dots")], "one dot per rollout, in order"
-            yield _describe(lines, f"{name} against \u221aKL", note, x_label="\u221aKL", in_order=False)
+            yield describe_chart(lines, f"{name} against \u221aKL", note, x_label="\u221aKL", in_order=False)
 
 
-def _describe(lines: Sequence[Line], title: str, note: str, **how: Any) -> dict[str, Any]:
+def describe_chart(lines: Sequence[Line], title: str, note: str, **how: Any) -> dict[str, Any]:
+    """Draw a chart as the pages show it; thinned curves say so."""
     legend = [line.label for line in lines] if len(lines) > 1 else []
     svg, last = draw_lines(lines, title=title, **how), figure(lines[0].points[-1][1])
+    size = math.ceil(max(len(line.points) for line in lines) / _MAX_POINTS)
+    if size > 1 and how.get("in_order", True):
+        note += f"{'; ' if note else ''}a point is the mean of {size} values, the band their range"
     return {"title": title, "note": note, "svg": svg, "legend": legend, "last": last}

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
-from alignkit.report.charts import Line, draw_lines
+from alignkit.report.charts import Line, Point, describe_chart
 from alignkit.report.facts import Facts
-from alignkit.report.text import figure, share, text_of
+from alignkit.report.text import figure, share, short_name, text_of
 
 NAMES = {
     "perplexity": "Perplexity",
@@ -57,6 +54,10 @@ NAMES = {
 _COIN_TOSS = frozenset({"reward_accuracy", "implicit_reward_accuracy", "pair_accuracy_longer", "pair_accuracy_shorter",
                         "win_rate", "win_rate_length_controlled",
                         "judge_accuracy", "picks_first_place", "length_bias"})  # fmt: skip
+# What decides comes first, what was always easy to measure last.
+_ORDER = ("win_rate", "judge_a", "true_reward", "reward/", "reward_accuracy", "implicit_reward", "accuracy",
+          "pair_accuracy", "kl", "ended_share", "response_length", "", "perplexity", "bits_per_byte")  # fmt: skip
+_BASELINES = ("pair_accuracy_", "accuracy_")  # of the rows alone, whatever the model
 # What differs from run to run of a sweep; "kl" is that of best-of-N.
 _OF_THE_RUN = frozenset({"beta", "reference", "against", "kl"})
 
@@ -100,7 +101,9 @@ def tabulate(runs: Sequence[Facts]) -> list[dict[str, Any]]:
             if not several or result.get("slice") is None or _group(result) not in whole:
                 groups.setdefault(_group(result), []).append((run, result, data))
     rows = []
-    for members in groups.values():
+    for (metric, *_), members in sorted(groups.items(), key=lambda group: _rank(group[0][0])):
+        is_common = metric.startswith(_BASELINES) and len({_ends(result) for _, result, _ in members}) == 1
+        members = members[:1] if is_common else members
         members.sort(key=lambda member: member[1].get("slice") is not None)
         ends = [_ends(result) for _, result, _ in members]
         known = [value for each in ends for value in each if value is not None]
@@ -110,10 +113,16 @@ def tabulate(runs: Sequence[Facts]) -> list[dict[str, Any]]:
         above: str | None = None
         for run, result, data in members:
             row = _make_row(result, left, right)
-            rows.append(row | {"run": run.name if several else "", "data": data, "first": above is None,
+            named = "any model" if is_common else run.name
+            rows.append(row | {"run": named if several else "", "data": data, "first": above is None,
                                "says_data": data != above})  # fmt: skip
             above = data
     return rows
+
+
+def _rank(metric: str) -> int:
+    found = max((prefix for prefix in _ORDER if metric.startswith(prefix)), key=len)
+    return _ORDER.index(found)
 
 
 def _group(result: Mapping[str, Any]) -> tuple[str, ...]:
@@ -130,6 +139,14 @@ def _make_row(result: Mapping[str, Any], left: float, right: float) -> dict[str,
     def show(number: float | None) -> str:
         return share(number) if unit == "share" else figure(number, 3)
 
+    if low == high:  # it says nothing
+        low = high = None
+    change, moved = result.get("change") or {}, ""
+    if (by := _number(change.get("value"))) is not None:
+        moved = f"{'+' if by > 0 else ''}{show(by)}"
+        ends = [_number(change.get(key)) for key in ("low", "high")]
+        if None not in ends and ends[0] != ends[1]:
+            moved += f", {show(ends[0])} to {show(ends[1])}"
     bar: dict[str, float] = {}
     if value is not None and 0 < right - left < math.inf:
         mark = 0.5 if metric in _COIN_TOSS else 0.0
@@ -141,7 +158,8 @@ def _make_row(result: Mapping[str, Any], left: float, right: float) -> dict[str,
         "slice": str(result.get("slice") or ""), "value": show(value), "bar": bar,
         "exact": "" if value is None else repr(value),
         "interval": "" if low is None or high is None else f"{show(low)} to {show(high)}",
-        "n": figure(n) if isinstance(n, int | float) else "",
+        "n": figure(n) if isinstance(n, int | float) else "", "change": moved,
+        "than": f"paired difference to {short_name(str(change.get('start', '')))}" if moved else "",
         "unit": {"share": "", "x 100": "\u00d7 100"}.get(unit, unit),
         "settings": ", ".join(f"{key}: {item}" for key, item in (result.get("settings") or {}).items()),
     }  # fmt: skip
@@ -166,8 +184,11 @@ def name_all_data(results: Sequence[Mapping[str, Any]]) -> list[str]:
     alike: dict[tuple[Any, ...], list[int]] = {}
     for place, result in enumerate(results):
         settings, name = result.get("settings") or {}, str(result.get("data") or "")
-        for key, words in (("against", ", against "), ("judge", ", judged by ")):
-            name += f"{words}{Path(str(settings[key])).name}" if settings.get(key) else ""
+        for key, words in (("against", ", against "), ("judge", ", judged by "), ("reference", ", from ")):
+            is_said = settings.get(key) and (key != "reference" or result.get("metric") == "kl")
+            name += f"{words}{short_name(str(settings[key]))}" if is_said else ""
+        if trained := result.get("trained"):
+            name += f", {trained['rows']} of {trained['of']} prompts trained on"
         names.append(name)
         alike.setdefault((result.get("metric"), result.get("slice"), name), []).append(place)
     for places in alike.values():
@@ -179,17 +200,24 @@ def name_all_data(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return names
 
 
-def draw_calibration(run: Facts) -> Markup:
-    """Draw accuracy against confidence of the bins behind a calibration error; empty without them."""
+def draw_calibration(run: Facts) -> dict[str, Any] | None:
+    """Draw accuracy against confidence of the bins behind a calibration error, with how many pairs each has."""
     for result in list_figures(run):
         bins = _details(result) if result.get("metric") == "calibration_error" else []
-        numbers = [(_number(each.get("confidence")), _number(each.get("accuracy"))) for each in bins]
-        points = [(x, y) for x, y in numbers if x is not None and y is not None]
+        points = [
+            Point(x, y, label=f"{figure(each['n'])} pairs" if "n" in each else "")
+            for each in bins
+            if (x := _number(each.get("confidence"))) is not None and (y := _number(each.get("accuracy"))) is not None
+        ]
         if len(points) > 1:
-            low = min(x for x, _ in points)
+            low = min(point.x for point in points)
             lines = [Line("measured", points, style="dots"), Line("perfect", [(low, low), (1.0, 1.0)])]
-            return draw_lines(lines, title="Calibration", x_label="confidence")
-    return Markup("")
+            counts = ", ".join(figure(each["n"]) for each in bins if each.get("n"))
+            note = "accuracy of the pairs in each bin of confidence" + f"; pairs, from the left: {counts}" * bool(
+                counts
+            )
+            return describe_chart(lines, "Calibration", note, x_label="confidence")
+    return None
 
 
 def _details(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -99,6 +99,12 @@ class Facts:
         names = (name.removeprefix("eval_") for row in self.metrics for name in row)
         return [name for name in dict.fromkeys(names) if not _BOOKKEEPING.fullmatch(name)]
 
+    def mean_of_last(self, name: str) -> tuple[float | None, int]:
+        """Average the last tenth of a metric's logged values, ten of them at most, and say how many those are."""
+        values = [value for _, value in self.series(name)]
+        number = min(max(len(values) // 10, 1), 10)
+        return (sum(values[-number:]) / number if values else None), number
+
     def last(self, name: str) -> float | None:
         """Find the final value of a metric: that of result.json, or the newest logged one."""
         value = self.result.get("metrics", {}).get(name)

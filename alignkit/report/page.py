@@ -21,6 +21,7 @@ from alignkit import __version__
 from alignkit.errors import RunError
 from alignkit.report import charts, evaluation, frontier, sections, text
 from alignkit.report.facts import Facts, find_runs, order_runs, read_facts
+from alignkit.report.verdict import judge
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import disk_failures, write_json, write_text
 
@@ -59,14 +60,16 @@ def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out:
     """Write the page of a recipe, in the order in which one stage needs the other; beside it its frontier, if any."""
     ordered = order_runs(runs)
     found = frontier.read_frontiers(ordered)
+    parts = [part for run in ordered for part in (run.result, run.evaluation)]
     num_warnings = sum(len(sections.gather_warnings(run)) for run in ordered)
     tiles = [
-        ("wall time", text.duration(sum(run.result.get("wall_seconds", 0.0) for run in ordered))),
+        ("wall time, with evaluation", text.duration(sum(part.get("wall_seconds") or 0.0 for part in parts))),
         ("tokens", text.short_count(sum(run.result.get("tokens", 0) for run in ordered))),
         ("stages", len(ordered) + len(waiting)),
         ("warning" if num_warnings == 1 else "warnings", num_warnings),
     ]
-    page = _render("recipe", title=name, runs=ordered, waiting=waiting, frontiers=found, tiles=tiles)
+    page = _render("recipe", title=name, runs=ordered, waiting=waiting, frontiers=found, tiles=tiles,
+                   verdicts=list(map(judge, ordered)))  # fmt: skip
     _write(page, out)
     if found:
         write_json(out.with_name("frontier.json"), {"schema": 1, "frontiers": [each.to_dict() for each in found]})
@@ -82,7 +85,8 @@ def write_preview(preview: dict[str, Any], out: Path) -> Path:
 
 def render_run(run: Facts) -> str:
     recipe = str(run.stage.get("recipe", ""))
-    return _render("run", title=f"{recipe} / {run.name}" if recipe else run.name, run=run, recipe_name=recipe)
+    return _render("run", title=f"{recipe} / {run.name}" if recipe else run.name, run=run, recipe_name=recipe,
+                   verdict=judge(run))  # fmt: skip
 
 
 def _write(page: str, out: Path) -> Path:
@@ -111,7 +115,7 @@ def open_templates() -> Environment:
         lstrip_blocks=True,
     )
     names = (text.figure, text.count, text.short_count, text.share, text.duration, text.text_of, text.turns, text.fold,
-             frontier.fixed, frontier.between, sections.show_setting, sections.short_name)  # fmt: skip
+             frontier.fixed, frontier.between, sections.show_setting, text.short_name)  # fmt: skip
     environment.filters |= {function.__name__: function for function in names}
     environment.globals |= {
         "version": __version__, "METHODS": sections.METHODS, "charts": charts, "evaluate": evaluation,

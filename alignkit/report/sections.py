@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from alignkit.report.evaluation import list_examples
 from alignkit.report.facts import Facts
-from alignkit.report.text import DASH, count, duration, figure, share, short_count, text_of
+from alignkit.report.text import DASH, count, duration, figure, share, short_count, short_name, text_of, window
 from alignkit.runs.files import describe_bytes
 
 Pair = tuple[str, str]
@@ -25,11 +25,10 @@ METHODS = {
 }
 _ROW_MAKERS = ("critique", "label")  # stages without a model of their own
 _HEADLINES = {
-    "sft": (("eval_loss", "held-out loss", figure), ("eval_accuracy", "accuracy, held out", share),
+    "sft": (("eval_loss", "loss", figure), ("eval_accuracy", "accuracy", share),
             ("eval_mean_token_accuracy", "token accuracy", share)),
-    "rm": (("eval_accuracy", "pair accuracy, held out", share), ("eval_margin", "margin, held out", figure)),
-    "dpo": (("eval_rewards/accuracies", "pair accuracy, held out", share),
-            ("eval_rewards/margins", "implicit margin", figure)),
+    "rm": (("eval_accuracy", "pair accuracy", share), ("eval_margin", "margin", figure)),
+    "dpo": (("eval_rewards/accuracies", "pair accuracy", share), ("eval_rewards/margins", "implicit margin", figure)),
     "label": (("check_accuracy", "right on known answers", share), ("order_agreement", "both orders agree", share)),
     "ppo": (("reward", "reward", figure), ("gold", "gold reward", figure), ("objective/kl", "KL, nats", figure)),
 }  # fmt: skip
@@ -78,12 +77,20 @@ def describe_status(run: Facts) -> str:
 
 
 def headline(run: Facts) -> list[Pair]:
-    """List the one to three figures that say how a run went, by its method."""
-    wanted = _HEADLINES.get(run.method, ())
-    found = [(label, show(value)) for name, label, show in wanted if (value := run.last(name)) is not None]
-    if not found and (loss := run.last("loss")) is not None:
-        found = [("training loss", figure(loss))]
-    return found
+    """List the one to three figures that say how a run went, by its method, with their n or the window of a mean."""
+    wanted, num_rows = _HEADLINES.get(run.method, ()), (run.stage.get("eval_lengths") or {}).get("num_rows")
+    found = []
+    for name, label, show in wanted or (("loss", "training loss", figure),):
+        if name.startswith("eval_") or run.method in _ROW_MAKERS:
+            value = run.last(name)
+            more = f", {count(num_rows)} held-out rows" if num_rows else ", held out" if name[:5] == "eval_" else ""
+        else:
+            value, number = run.mean_of_last(name)
+            more = f", {window(number, 'rollout' if run.method == 'ppo' else 'logged value', last=True)}"
+        if value is not None:
+            found.append((label + more, show(value)))
+    loss, number = run.mean_of_last("loss")
+    return found or ([(f"training loss, {window(number, last=True)}", figure(loss))] if loss is not None else [])
 
 
 def cost_tiles(run: Facts) -> list[Pair]:
@@ -129,14 +136,6 @@ def describe_start(run: Facts) -> str:
         start = short_name(path) + (" (random weights)" if model.get("init") == "scratch" else "")
     rewards = [name for name in dict.fromkeys((stage.get("reward_stages") or {}).values()) if name != start]
     return f"from {start}" + (f", rewarded by {', '.join(rewards)}" if rewards else "")
-
-
-def short_name(path: str) -> str:
-    """Shorten a model or a source: the run's name for `runs/a/sft/model`, a file's name, or a hub id as it is."""
-    parts = [part for part in path.split("/") if part]
-    if parts and parts[-1] == "model":
-        parts = parts[:-1]
-    return path if len(parts) <= 2 and not path.startswith(("/", ".", "~")) and "runs" not in parts else parts[-1]
 
 
 def list_data(run: Facts) -> list[Pair]:

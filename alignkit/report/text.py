@@ -44,6 +44,17 @@ def share(value: float | None) -> str:
     return DASH if value is None else f"{100 * value:.1f}{THIN}%".replace("-", MINUS)
 
 
+def wilson(successes: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % score interval of a share (Wilson 1927, JASA 22, 209-212); successes may be halves, for ties."""
+    if not count:
+        return 0.0, 1.0
+    share, shrink = successes / count, 1 + z * z / count
+    middle = (share + z * z / (2 * count)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    # With no success, or nothing else, the border is 0 or 1; rounding may miss it by an ulp.
+    return max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0)
+
+
 def duration(seconds: float | None) -> str:
     """Format seconds as the two largest units, such as `2 h 05 min`."""
     if seconds is None:
@@ -75,3 +86,17 @@ def turns(prompt: Any) -> list[tuple[str, str]]:
 def fold(text: str) -> str:
     """Put one line that counts them in place of many empty lines, as untrained models write them."""
     return _EMPTY_LINES.sub(lambda found: f"[{found[0].count(chr(10))} empty lines]\n", text)
+
+
+def window(number: int, unit: str = "logged value", *, last: bool = False) -> str:
+    """Say which values a mean is over: `5 rollouts`, or with `last` `mean of the last 5 rollouts`."""
+    several = f"{number} {unit}s" if number > 1 else unit
+    return f"{'mean of the last' if number > 1 else 'the last'} {several}" if last else several
+
+
+def short_name(path: str) -> str:
+    """Shorten a model or a source: the run's name for `runs/a/sft/model`, a file's name, or a hub id as it is."""
+    parts = [part for part in path.split("/") if part]
+    if parts and parts[-1] == "model":
+        parts = parts[:-1]
+    return path if len(parts) <= 2 and not path.startswith(("/", ".", "~")) and "runs" not in parts else parts[-1]

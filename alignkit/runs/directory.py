@@ -56,6 +56,7 @@ class RunDir:
         self.cache = path / "cache"  # tokenised rows; deleted when the run is finished
         self.launch = path / "launch"  # launcher configuration, batch script, what the processes left
         self.probe = path / "probe.json"
+        self.prompts = path / "prompts.u64"  # fingerprints of the prompts trained on, of a stage that streams none
         self.evaluation = path / "eval.json"
         self.result = path / "result.json"
         self.error_log = path / "error.log"

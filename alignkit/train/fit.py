@@ -169,6 +169,9 @@ def _begin(setup: Setup, fingerprint: dict[str, Any], allow_change: Sequence[str
             "git": git_state(Path(stage.recipe_path).resolve().parent),
         },
     )
+    if tables.prompts:  # an evaluation says which of its prompts this model was trained on
+        with disk_failures(run.path, run.prompts.name):
+            run.prompts.write_bytes(tables.prompts.tobytes())
     limit = stage.trainer.get("max_length") if tables.lengths.first_cut else None
     rows = preview_rows(trainer.train_dataset, trainer.data_collator, chat.tokenizer, limit=limit)
     write_json(run.preview, {"rows": rows})

@@ -3,6 +3,7 @@ same ones."""
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from alignkit.data import (
     write_table,
 )
 from alignkit.data.load import first_rows, streams
-from alignkit.data.rows import iter_contents
+from alignkit.data.rows import fingerprint_prompt, iter_contents
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat, ConversationError, Written
 from alignkit.models.scratch import learn_tokenizer
@@ -56,6 +57,7 @@ class Tables:
     lengths: LengthReport
     eval_lengths: LengthReport | None = None
     eval_rows: list[Row] = field(default_factory=list)  # a few held-out (or else training) rows, for samples
+    prompts: array[int] = field(default_factory=lambda: array("Q"))  # fingerprints of those trained on
 
 
 def open_chat(stage: Stage, run: RunDir) -> Chat:
@@ -87,11 +89,18 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
     Memory does not grow with the number of rows.
     """
     held_out, report, template = stage.training.eval, DataReport(), chat.has_template
+    prompts = array("Q")
+
+    def remember(rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            prompts.append(fingerprint_prompt(row))
+            yield row
 
     def write(name: str, rows: Iterable[Row], side: bool | None = None) -> tuple[Dataset | None, LengthReport, list]:
         if side is not None:
             assert isinstance(held_out, float)
             rows = (row for is_eval, row in split_eval(rows, held_out, stage.seed) if is_eval == side)
+        rows = remember(rows) if name == "train.arrow" else rows
         lengths, first = LengthReport(), list[Row]()
         found = _encode(stage, chat, rows, rejects, lengths, first)
         start = next(found, None)
@@ -116,7 +125,7 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
             f"{stage.name}.eval holds out no row that can be used; raise the share or look at the source",
             where=stage.where(f"{stage.name}.eval"),
         )
-    return Tables(train, table, report, lengths, eval_lengths, first)
+    return Tables(train, table, report, lengths, eval_lengths, first, prompts)
 
 
 def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:

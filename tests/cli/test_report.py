@@ -18,7 +18,8 @@ def test_a_run_gets_its_page_and_its_card(write_run: WriteRun, run_alignkit) -> 
     run = write_run()
     done = run_alignkit("report", "runs/demo/sft")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"report: {run}/report.html\ncard: {run}/model/README.md\n"
+    paths = f"report: {run}/report.html\ncard: {run}/model/README.md\n"
+    assert done.stdout.startswith(f"{paths}[better] sft's loss on its 10 held-out rows fell: 0.525 at step 4, 0.175 at")
 
 
 def test_a_recipe_file_stands_for_its_stages(write_run: WriteRun, run_alignkit, tmp_path: Path) -> None:
@@ -29,7 +30,9 @@ def test_a_recipe_file_stands_for_its_stages(write_run: WriteRun, run_alignkit, 
     )
     done = run_alignkit("report", "demo.yaml", "--out", "pages/demo.html", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"report": "pages/demo.html"}
+    shown = json.loads(done.stdout)
+    assert (shown["report"], [each["stage"] for each in shown["verdicts"]]) == ("pages/demo.html", ["sft"])
+    assert shown["verdicts"][0]["verdict"] == "better" and shown["verdicts"][0]["says"].startswith("sft's loss")
     assert "1 of 2 stages finished" in (tmp_path / "pages" / "demo.html").read_text()
 
 

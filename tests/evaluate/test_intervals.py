@@ -7,7 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from alignkit.evaluate.intervals import Interval, bootstrap, divide, mean, mean_of_groups, share, wilson
+from alignkit.evaluate.intervals import (
+    Interval,
+    bootstrap,
+    compare_rows,
+    divide,
+    make_figure,
+    mean,
+    mean_of_groups,
+    share,
+    wilson,
+)
 from alignkit.evaluate.metrics.win_rate import control_length
 
 
@@ -99,3 +109,19 @@ def test_a_share_takes_wilson_only_for_single_outcomes() -> None:
 
 def test_the_same_rows_give_the_same_interval() -> None:
     assert mean([1.0, 2.0, 5.0]) == mean([1.0, 2.0, 5.0])
+
+
+def test_a_paired_difference_is_over_rows_and_narrower_than_two_intervals() -> None:
+    noise = np.random.default_rng(5).normal(0.0, 3.0, size=400)
+    before, after = make_figure("r", mean(noise.tolist())), make_figure("r", mean((noise + 0.1).tolist()))
+    change = compare_rows(after, before, "sft").change
+    assert change is not None and (change["start"], change["rose"], change["fell"]) == ("sft", 400, 0)
+    assert (change["value"], change["low"], change["high"]) == pytest.approx((0.1, 0.1, 0.1))
+    assert before.low is not None and after.high is not None and before.low < after.high - 0.3  # alone they overlap
+    # Shares with one outcome a row: 1, 1, 0 against 0, 1, 1.
+    one, other = (make_figure("s", share([[each] for each in found])) for found in ([1, 1, 0], [0, 1, 1]))
+    found = compare_rows(one, other, "sft").change
+    assert found is not None and (found["value"], found["rose"], found["fell"]) == (0.0, 1, 1)
+    fewer = make_figure("r", mean([1.0, 2.0]))
+    assert compare_rows(after, fewer, "sft").change is None and compare_rows(after, None, "sft").change is None
+    assert "change" not in before.to_dict() and "sums" not in before.to_dict()

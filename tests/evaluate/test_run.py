@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from alignkit.data import DataReport, Rejects, read_rows, split_eval, true_reward
+from alignkit.data.rows import fingerprint_prompt
 from alignkit.errors import DataError, RunError, UsageError
 from alignkit.evaluate.intervals import Figure
 from alignkit.evaluate.options import combine, name_runs, sources
@@ -68,7 +70,7 @@ def test_a_dpo_run_gets_every_group_that_fits(run_dir: Path) -> None:
         "win_rate_length_controlled",
     }  # fmt: skip
     for result in data["results"]:
-        assert set(result) == {
+        assert set(result) - {"change"} == {
             "metric", "value", "low", "high", "n", "unit", "better", "interval", "slice", "data", "settings", "details",
         }  # fmt: skip
         assert result["n"] >= 1 and result["data"] == "builtin:preferences (held-out 0.3)"
@@ -76,6 +78,15 @@ def test_a_dpo_run_gets_every_group_that_fits(run_dir: Path) -> None:
             assert result["low"] <= result["value"] <= result["high"]
     assert whole["kl"]["settings"]["reference"] == str(run_dir.parent / "sft/model")
     assert whole["implicit_reward_accuracy"]["settings"]["beta"] == 0.2
+    # Beside each figure stands the paired difference to the run's start, on the same rows.
+    compared = {name: each["change"]["start"] for name, each in whole.items() if "change" in each}
+    assert compared == {
+        **dict.fromkeys(("perplexity", "bits_per_byte", "response_length", "ended_share", "true_reward"), "sft"),
+        "implicit_reward_accuracy": f"{compared['implicit_reward_accuracy'].split()[0]} is better",
+        "win_rate": "an even score",
+    }  # fmt: skip
+    longer = whole["response_length"]
+    assert longer["change"]["value"] == pytest.approx(longer["value"] - longer["change"]["from"])
     assert json.loads((run_dir / "eval.json").read_text()) == json.loads(json.dumps(data))
     # Again: from the cache, the same figures.
     before = (run_dir / "eval-cache.jsonl").read_text()
@@ -98,10 +109,37 @@ def test_a_run_s_start_is_measured_on_its_rows_and_is_its_reference(run_dir: Pat
     assert found["perplexity", rows]["value"] != found["perplexity", begun]["value"]
 
 
+def test_rows_that_a_model_or_its_ancestors_were_trained_on_are_named_with_their_share(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [f"Was film {number} good?" for number in range(5)]
+    rows = read_measured(
+        _rows(tmp_path, *({"prompt": prompt, "completion": " Yes."} for prompt in prompts)), share=None, seed=0,
+        max_rows=9, warn=print,
+    )[0]  # fmt: skip
+    known = np.asarray([fingerprint_prompt(row) for row in rows], np.uint64)
+    known[:2].tofile(run_dir.parent / "sft/prompts.u64")  # as training leaves them
+    known[1:3].tofile(run_dir / "prompts.u64")
+    stage = json.loads((run_dir / "stage.json").read_text())
+    lineage = [{"role": "model", "path": "elsewhere/sft/model"}]  # the runs were moved
+    (run_dir / "stage.json").write_text(json.dumps(stage | {"lineage": lineage}))
+    chat = [[{"role": "user", "content": prompt}] for prompt in prompts]  # the same prompts as turns
+    data = _measure(run_dir, data=_rows(tmp_path, *({"prompt": turns} for turns in chat)), metrics=["answers"])
+    trained = {"by": ["sft", "dpo"], "rows": 3, "of": 5}
+    assert {str(each.get("trained")) for each in data["results"]} == {str(trained)}
+    assert data["results"][0]["data"] in table(data["results"])[1][0][-1]
+    assert table(data["results"])[1][0][-1].endswith(", 3 of 5 prompts trained on")
+    assert "have a prompt that sft and dpo trained on: figures on them are not of held-out rows" in data["warnings"][0]
+    (run_dir / "prompts.u64").unlink()
+    (run_dir.parent / "sft/prompts.u64").unlink()
+    again = _measure(run_dir, data=_rows(tmp_path, *({"prompt": turns} for turns in chat)), metrics=["answers"])
+    assert "trained" not in again["results"][-1]
+
+
 def test_another_seed_samples_other_answers_to_the_same_held_out_prompts(run_dir: Path) -> None:
     values, asked = [], []
     for seed in (3, 4):
-        data = evaluate(str(run_dir), _options(metrics=["perplexity", "answers"]), seed=seed, device="cpu")
+        data = evaluate(str(run_dir), _options(metrics=["perplexity", "answers"], start=False), seed=seed, device="cpu")
         values.append(_whole(data)["perplexity"]["value"])
         asked.append(len((run_dir / "eval-cache.jsonl").read_text().splitlines()))
     assert values[0] == values[1]

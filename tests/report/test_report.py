@@ -91,16 +91,16 @@ def test_slices_stand_below_their_metric_and_best_of_n_is_one_group(write_run: W
     rows = tabulate([read_facts(write_run(evaluation=EVERYTHING))])
     shown = [(row["name"], row["slice"], row["value"].replace("\u2009", " "), row["first"]) for row in rows]
     assert shown == [
-        ("Perplexity", "", "4.68", True),
+        ("Win rate", "", "61.0 %", True),  # what decides comes first
+        ("True reward", "", "\u2013", True),
         ("Pair accuracy", "", "81.6 %", True),
         ("Pair accuracy", "margin 0 to 0.5", "62.0 %", False),
-        ("Calibration error (ECE)", "", "4.0 %", True),
         ("KL to the reference", "", "0", True),
-        ("True reward", "", "\u2013", True),
-        ("Win rate", "", "61.0 %", True),
+        ("Calibration error (ECE)", "", "4.0 %", True),
         ("Best of N", "N=1", "0.100", True),
         ("Best of N", "N=4", "0.500", False),
         ("lm_eval/arc_easy/acc", "", "25.0 %", True),
+        ("Perplexity", "", "4.68", True),
     ]
 
 
@@ -127,10 +127,10 @@ def test_runs_of_a_sweep_stand_together_and_other_data_is_named_where_it_changes
     ]  # fmt: skip
     shown = tabulate([read_facts(run) for run in runs])
     assert [(row["name"], row["run"], row["data"] if row["says_data"] else "", row["first"]) for row in shown] == [
-        ("Pair accuracy, implicit reward", "dpo-0", "pairs", True),
-        ("Pair accuracy, implicit reward", "dpo-1", "", False),
         ("Win rate", "dpo-0", "pairs, against sft-seed-0", True),
         ("Win rate", "dpo-1", "pairs, against sft-seed-1", False),
+        ("Pair accuracy, implicit reward", "dpo-0", "pairs", True),
+        ("Pair accuracy, implicit reward", "dpo-1", "", False),
     ]
 
 

@@ -178,7 +178,7 @@ def test_a_run_leaves_its_files_and_is_not_trained_twice(
     run = tmp_path / "runs/t/sft"
     assert {path.name for path in run.iterdir()} == {
         ".lock", ".sealed", "recipe.yaml", "stage.json", "metrics.jsonl", "checkpoints", "model", "base", "probe.json",
-        "samples.jsonl", "result.json", "preview.json", "report.html",
+        "samples.jsonl", "result.json", "preview.json", "report.html", "prompts.u64",
     }  # fmt: skip
     record = json.loads((run / "stage.json").read_text())
     assert record["parameters"]["trainable"] > 0 and record["lineage"][0]["path"] == "builtin:tiny-llama"

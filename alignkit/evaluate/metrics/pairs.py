@@ -15,7 +15,7 @@ import numpy as np
 
 from alignkit.data.rows import Row, Text, count_chars
 from alignkit.evaluate.context import ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, Floats, bootstrap, make_figure, share
+from alignkit.evaluate.intervals import Figure, Floats, bootstrap, compare_rows, make_figure, share
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers
 from alignkit.rewards.classifier import ClassifierReward
@@ -47,11 +47,14 @@ def measure(context: Context) -> list[Figure]:
     if len(kept) < len(pairs):
         context.space.warn(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are too long for {target.name}")
     pairs, margins = [pair for pair, _ in kept], [margin for _, margin in kept]
-    measured = [
-        *measure_accuracy(metric, pairs, margins, resamples=resamples),
-        *measure_calibration(margins, [pair.group for pair in pairs], resamples=resamples),
-    ]
     lengths = measure_length_baselines(pairs, resamples=resamples)
+    whole, *slices = measure_accuracy(metric, pairs, margins, resamples=resamples)
+    best = max(lengths, key=lambda figure: figure.value or 0.0)
+    name = best.metric.replace("pair_accuracy_", "") + " is better"
+    measured = [
+        compare_rows(whole, best, name, resamples=resamples), *slices,
+        *measure_calibration(margins, [pair.group for pair in pairs], resamples=resamples),
+    ]  # fmt: skip
     return [*context.place(measured, **settings), *context.place(lengths)]
 
 

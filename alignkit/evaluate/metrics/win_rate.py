@@ -10,7 +10,7 @@ import numpy as np
 from alignkit.data import Text
 from alignkit.data.rows import count_chars
 from alignkit.evaluate.context import Context, Metric, as_completion
-from alignkit.evaluate.intervals import Better, Figure, Floats, Interval, make_figure, share
+from alignkit.evaluate.intervals import Better, Figure, Floats, Interval, compare_rows, make_figure, share
 from alignkit.feedback.prompts import read_text
 from alignkit.rewards.compare import Comparer
 
@@ -67,7 +67,9 @@ def measure_win_rate(
         better: Better | None = "higher" if metric == "win_rate" else None
         return make_figure(metric, found, unit="share", better=better, **extra)
 
-    figures = [make("win_rate", wins, details=cases)]
+    lead = make("win_rate", wins, details=cases)
+    even = make("win_rate", [0.5] * len(wins))
+    figures = [compare_rows(lead, even, "an even score", resamples=resamples)]
     if asked := [orders for orders in verdicts if len(orders) == 2]:  # else the order was never read
         both = [(a, b) for a, b in asked if a is not None and b is not None]
         agree = [float((a > 0.5) == (b > 0.5) and (a < 0.5) == (b < 0.5)) for a, b in both]
