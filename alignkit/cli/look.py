@@ -194,8 +194,8 @@ def report(
     if as_json:
         console.print_json({**done, "verdicts": verdicts})
     else:
-        console.print_paths(done)
         console.print_verdicts(verdicts)
+        console.print_paths(done)
 
 
 _what = partial(typer.Option, rich_help_panel="What is measured")
