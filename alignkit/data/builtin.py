@@ -18,10 +18,12 @@ a prompt (every film belongs to one split). `true_reward` is the judge that real
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 from urllib.parse import parse_qsl
@@ -39,38 +41,11 @@ SPLITS = ("train", "test")
 _WORLD = "alignkit world 1"
 _RANKED_ANSWERS = 4
 
+_WORDS = json.loads(Path(__file__).with_name("words.json").read_text("utf-8"))
 # Worth of a word, from -1 to 1. Good and bad words have like lengths, so that length says nothing about reward.
-_ADJECTIVES = {
-    1.0: ["superb", "wonderful", "brilliant", "moving", "gripping", "splendid"],
-    0.5: ["good", "clever", "charming", "warm", "funny", "fresh", "solid", "lively"],
-    -0.5: ["weak", "clumsy", "boring", "flat", "thin", "dull", "stale", "messy"],
-    -1.0: ["awful", "terrible", "dreadful", "painful", "tiresome", "horrible"],
-}
-_VERBS = {
-    1.0: ["loved", "adored"],
-    0.5: ["enjoyed", "liked"],
-    -0.5: ["disliked", "endured"],
-    -1.0: ["hated", "despised"],
-}
-_PARTS = [
-    "plot", "cast", "acting", "music", "ending", "script", "story", "pacing", "dialogue", "opening", "lead",
-    "humour", "dancing", "lighting",
-]  # fmt: skip
-_GENRES = ["comedy", "drama", "thriller", "western", "romance", "mystery", "musical", "adventure"]
-_TITLE_FIRST = [
-    "Silent", "Golden", "Hidden", "Broken", "Distant", "Crimson", "Endless", "Frozen", "Gentle", "Hollow",
-    "Lonely", "Restless", "Secret", "Velvet",
-]  # fmt: skip
-_TITLE_SECOND = [
-    "Garden", "River", "Mirror", "Harbour", "Letter", "Summer", "Shadow", "Station", "Island", "Window", "Orchard",
-    "Bridge", "Lantern", "Winter",
-]  # fmt: skip
-_PEOPLE = ["Ann Lee", "Omar Diaz", "Mia Chen", "Jan Novak", "Ruth Cole", "Ivan Petrov", "Sara Okoye", "Paul Weber"]
-_PLACES = ["a small town", "a large city", "a quiet village", "an old castle", "a busy airport", "the desert"]
-_DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-_HOURS = ["two", "three", "four"]
-_HOW = ["", "really ", "quite ", "truly ", "rather "]
-
+_ADJECTIVES, _VERBS = (
+    {float(worth): words for worth, words in _WORDS[name].items()} for name in ("adjectives", "verbs")
+)
 _WORD = re.compile(r"[a-z]+")
 _WORD_WORTH = {word: worth for table in (_ADJECTIVES, _VERBS) for worth, words in table.items() for word in words}
 # The questions of the constitution builtin:positive-reviews (the feedback room's), which tests compare.
@@ -153,10 +128,10 @@ def iter_builtin(data: BuiltinData) -> Iterator[tuple[str, dict[str, Any]]]:
 def _film(random: Random, split: str) -> tuple[str, str, str, str]:
     """Draw a film: title, genre, director, and what kind of film it is; every sixth title is for the test split."""
     while True:
-        first, second = random.randrange(len(_TITLE_FIRST)), random.randrange(len(_TITLE_SECOND))
+        first, second = random.randrange(len(_WORDS["title_first"])), random.randrange(len(_WORDS["title_second"]))
         if ((first + second) % 6 == 0) == (split == "test"):
-            title = f"The {_TITLE_FIRST[first]} {_TITLE_SECOND[second]}"
-            genre, director = random.choice(_GENRES), random.choice(_PEOPLE)
+            title = f"The {_WORDS['title_first'][first]} {_WORDS['title_second'][second]}"
+            genre, director = random.choice(_WORDS["genres"]), random.choice(_WORDS["people"])
             return title, genre, director, f"an {genre}" if genre == "adventure" else f"a {genre}"
 
 
@@ -166,24 +141,24 @@ def _opinion(random: Random, worths: tuple[float, ...]) -> str:
     def adjective() -> str:
         return random.choice(_ADJECTIVES[random.choice(worths)])
 
-    part, other = random.sample(_PARTS, 2)
+    part, other = random.sample(_WORDS["parts"], 2)
     shape = random.randrange(4)
     if shape == 0:
-        return f"The {part} was {random.choice(_HOW)}{adjective()}."
+        return f"The {part} was {random.choice(_WORDS['how'])}{adjective()}."
     if shape == 1:
         return f"The {part} was {adjective()} and the {other} was {adjective()}."
     if shape == 2:
         return f"I {random.choice(_VERBS[random.choice(worths)])} the {part}."
-    return f"The {random.choice(_HOW)}{adjective()} {part} stayed with me."
+    return f"The {random.choice(_WORDS['how'])}{adjective()} {part} stayed with me."
 
 
 def _neutral(random: Random) -> str:
     return random.choice(
         [
-            f"It is set in {random.choice(_PLACES)}.",
-            f"I saw it on a {random.choice(_DAYS)}.",
-            f"It runs for {random.choice(_HOURS)} hours.",
-            f"It opens in {random.choice(_PLACES)}.",
+            f"It is set in {random.choice(_WORDS['places'])}.",
+            f"I saw it on a {random.choice(_WORDS['days'])}.",
+            f"It runs for {random.choice(_WORDS['hours'])} hours.",
+            f"It opens in {random.choice(_WORDS['places'])}.",
         ]
     )
 
@@ -275,10 +250,7 @@ def _judge_item(random: Random, split: str) -> dict[str, Any]:
 
 # Nouns, adjectives and verbs of two made-up languages: the adjective goes before its noun in one and follows it in the
 # other, the verb stands in the middle or at the end.
-_NOUNS = {"lupa": "wolk", "casu": "hust", "arbo": "trem", "mari": "zeef", "filo": "drat", "ponte": "brugg",
-          "libro": "boek", "pane": "brod", "fiore": "blum", "vento": "wint"}  # fmt: skip
-_KINDS = {"gran": "groot", "piccol": "klen", "ver": "waar", "nov": "nuw", "lent": "trag", "dolc": "zoet"}
-_ACTS = {"vede": "ziet", "porta": "draagt", "trova": "vindt", "ama": "mint", "perde": "verlost", "tiene": "hout"}
+_NOUNS, _KINDS, _ACTS = (_WORDS[name] for name in ("nouns", "kinds", "acts"))
 _NOUN_PAIRS = [(one, other) for one in _NOUNS for other in _NOUNS if one != other]
 _CLAUSES = {"train": [pair for at, pair in enumerate(_NOUN_PAIRS) if at % 6], "test": _NOUN_PAIRS[::6]}
 
