@@ -30,7 +30,7 @@ from alignkit.data.sources import Located, locate, read_entries
 from alignkit.data.store import keep_parsed
 from alignkit.data.threads import join_rated, join_threads
 from alignkit.errors import DataError, Problem
-from alignkit.recipe.schema import TASKS, DataSource, PpoOptions
+from alignkit.recipe.schema import TASKS, DataSource
 from alignkit.recipe.stage import Stage
 
 _2_64 = float(2**64)
@@ -196,8 +196,8 @@ def _parse(located: Located, method: str, *, keeps_columns: bool, documents: boo
                     parsed.noted += ("rows have worse answers beside the best one; sft learns nothing from them",)
                 elif method == "dpo":
                     _check_answers(row)
-                elif method == "ppo":
-                    row = take_prompt(row)
+                elif method in ("ppo", "label"):
+                    row = take_prompt(row) if method == "ppo" else row
                     row = replace(row, columns=_dump_columns(record)) if keeps_columns else row
                 parsed.row, parsed.digest = row, digest_row(row)
         except BadRow as bad:
@@ -271,10 +271,8 @@ class _Source:
         if template is None:
             self._form = None
         self._found: dict[Format, _Found] = {}
-        options = stage.options
         # Whether a reward is given the rows' columns; whether a row may be as long as a book.
-        rewards = [*options.reward, *(options.gold or ())] if isinstance(options, PpoOptions) else []
-        reads = any(reward.function or reward.verify for reward in rewards)
+        reads = any(reward.function or reward.verify for _, reward in stage.rewards)
         flags = {"keeps_columns": reads, "documents": stage.objective == "lm"}
         self._parsed: Callable[[], Iterator[Parsed]] = partial(_parse, located, method, **flags)
         if not problems.at_once:  # a stream may be longer than a disk

@@ -337,6 +337,8 @@ CONFLICTS = (
     _idle("label", "judge constitution orders cot cot_tokens examples check", lambda stage: stage.has("reward"),
           "with reward:, which compares by itself; take one of them out"),
     _idle("label", "cot_tokens", lambda stage: not stage.get("cot"), "without cot: true"),
+    _idle("label", "mix hard clamp", lambda stage: stage.get("best_of"),
+          "with best_of: true, which writes single answers", if_on=True),
     _idle("label", "clamp", lambda stage: stage.get("hard"), "with hard: true, which rounds labels to 0 or 1"),
     _idle("label", "orders cot examples", lambda stage: stage.has("judge.replay"),
           "with judge.replay: the labels are made already"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe.check import check_keys, describe_unknown_top, quote_help, show, show_key, validate
 from alignkit.recipe.references import check_circles, check_evaluated, check_references, find_origins, resolve_paths
+from alignkit.recipe.rounds import add_rounds
 from alignkit.recipe.rules import audit_recipe, audit_stage
 from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions
 from alignkit.recipe.sections import Section, Whole, check_group, make_stage, split_group
@@ -77,6 +78,7 @@ def split(tree: Node) -> tuple[Whole, list[Problem]]:
             else:
                 what = f"{name} has a stage {stage.name}, and so has the recipe; rename one of the two sections"
                 problems.append(Problem(what, node.place))
+    problems += add_rounds(whole)
     if not whole.stages and not problems:
         problems.append(Problem(f"there is no stage; add a section such as {METHODS}", tree.place))
     return whole, problems
@@ -173,7 +175,8 @@ def construct(whole: Whole, runs: Sequence[Section], path: Path) -> Recipe:
     for run in runs:
         variants.setdefault(run.name, []).append(run.run)
     groups = {name: _join(variants[stage.name] for stage in group.stages) for name, group in whole.groups.items()}
-    listed = _join(groups.get(item) or variants.get(item) or (item,) for item in options.stages or ())
+    made = (groups.get(item) or variants.get(item) or (item,) for item in options.stages or ())
+    listed = _join((*names, *whole.rounds.get(names[-1], ())) for names in made)
     by_name = {run.run: run for run in runs}
     ordered = _join([listed, by_name])
     top = {

@@ -162,6 +162,8 @@ def _describe_misfit(name: Name, stage: Section, other: Section) -> str | None:
             return ", which trains a model and makes no rows; critique and label stages do"
         case "rows" if other.method == "critique" and stage.method in ("rm", "dpo"):
             return f", which makes prompts with one answer; {stage.method} compares: name a label stage"
+        case "rows" if other.get("best_of") and stage.method in ("rm", "dpo"):
+            return f", which keeps the best answers alone (best_of); {stage.method} compares: take best_of out"
         case "start" | "writer" if makes_rows:
             return ", which trains no model; name a stage that does"
         case "writer" if other.method == "rm":

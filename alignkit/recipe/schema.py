@@ -561,6 +561,8 @@ class LabelOptions(StageOptions):
     generator: Feedback | None = option(None, "What answers the prompts; omitted: the model of start_from.")
     answers: Annotated[int, Field(ge=2, le=64)] | Literal["given"] = option(
         2, "Answers sampled for each prompt; given: those that the rows have. All pairs are compared.")
+    best_of: bool = option(
+        False, "Write each prompt with the answer that is preferred most, for an sft stage (rejection sampling).")
     orders: Literal["both", "one"] = option(
         "both", "both asks twice, each answer once as (A), and takes the mean; one draws an order.")
     cot: bool = option(False, "Let the judge think step by step before it answers.")
@@ -583,6 +585,20 @@ class LabelOptions(StageOptions):
         return low, high
 
 
+class RoundOptions(_Section):
+    """A chain of label and training stages that is repeated, each time on answers of the newest policy."""
+
+    num: int = option(..., "Rounds in all; the stages of later ones are named NAME-2, NAME-3, ...", ge=2, le=99)
+    rows: Literal["newest", "all"] = option("newest", "Train on the labels of the round, or on those before it too.")
+    restart: bool = option(
+        False, "Train from where the first round started (HH-RLHF); false goes on from the round before.")
+
+
+class ChainOptions(RoundOptions):
+    stages: Annotated[list[Text], Field(min_length=2)] = option(
+        ..., "The stages of a round in their order: label, and what learns from it.")
+
+
 class RlaifOptions(_Section):
     """Reinforcement learning from AI feedback: one section that stands for several stages."""
 
@@ -599,6 +615,9 @@ class RlaifOptions(_Section):
     label: dict[str, Any] = option(dict, "Keys of a label stage.")
     train: Literal["dpo", "rm+ppo", "ppo", "none"] = option(
         "dpo", "What learns from the judge; ppo takes the judge itself as its reward, none stops after sft.")
+    rounds: Annotated[RoundOptions, BeforeValidator(
+        lambda value: {"num": value} if isinstance(value, int) else value, json_schema_input_type=Count | RoundOptions)
+    ] | None = option(None, "How often label and training are repeated: a number, or {num, rows, restart}.")
     dpo: dict[str, Any] = option(dict, "Keys of the dpo stage.")
     rm: dict[str, Any] = option(dict, "Keys of the rm stage.")
     ppo: dict[str, Any] = option(dict, "Keys of the ppo stage.")
@@ -681,6 +700,8 @@ class RecipeOptions(_Section):
     eval: Share | Sources | None = option(None, "Held-out rows of every stage that gives none of its own.")
     stages: Annotated[list[Text], Field(min_length=1)] | None = option(
         None, "Order of the stages; as written if omitted.")
+    rounds: ChainOptions | None = option(
+        None, "Repeats a chain of label and training stages: {stages: [label, dpo], num: 3}.")
     sweep: dict[str, list[Any] | dict[str, Any] | None] | None = option(
         None, "One run per value: dotted keys of stages, or seed, model, lora, data and eval, each with a list.")
     evaluate: EvaluateOptions = option(EvaluateOptions, "What `alignkit eval` measures.")

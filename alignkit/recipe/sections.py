@@ -36,6 +36,7 @@ class Section:
     broken: set[str] = field(default_factory=set)
     options: Any = None  # StageOptions or RecipeOptions, once the values are found to be right
     run: str = ""  # the name of its run: of a swept stage, with the values that tell it from the others
+    first: str = ""  # of a later round: the stage of the first
     names: Mapping[str, str] = field(default_factory=dict)  # which run of a swept stage it means by the stage's name
     point: Mapping[str, Any] = field(default_factory=dict)  # its values of what is swept, as written
 
@@ -51,7 +52,7 @@ class Section:
     @property
     def label(self) -> str:
         """What messages call the section: as it stands in the file."""
-        return self.name if self.group is None else f"{self.group}.{self.method}"
+        return (self.first or self.name) if self.group is None else f"{self.group}.{self.method}"
 
     def say(self, key: str) -> str:
         """What messages call a key of it."""
@@ -225,3 +226,4 @@ class Whole:
     top: Section
     stages: dict[str, Section] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
+    rounds: dict[str, tuple[str, ...]] = field(default_factory=dict)  # stages of later rounds, by the last of the first

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,13 @@ class Answers:
     completions: Sequence[Text]
     ended: Sequence[bool] = ()  # False for an answer that was cut off; empty: all of them ended
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of the rows, for reward functions
+
+
+def join_columns(rows: Iterable[str]) -> dict[str, list[Any]]:
+    """The `columns` of rows as a reward gets them: one list a name, None where a row has none."""
+    read = [json.loads(text or "{}") for text in rows]
+    names = dict.fromkeys(name for row in read for name in row)
+    return {name: [row.get(name) for row in read] for name in names}
 
 
 _Score = Callable[[Sequence[Any]], list[float]]

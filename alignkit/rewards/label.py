@@ -48,7 +48,7 @@ from alignkit.feedback.stage import (
 from alignkit.feedback.writer import Model, Reply, Sampling, share_of_first
 from alignkit.recipe.schema import DataSource, LabelOptions
 from alignkit.recipe.stage import Stage
-from alignkit.rewards.base import Answers, Reward
+from alignkit.rewards.base import Answers, Reward, join_columns
 from alignkit.rewards.kinds import fingerprint_rewards, open_rewards
 from alignkit.runs.directory import Result, RunDir, list_changes
 
@@ -87,7 +87,7 @@ class _Labelling:
         mix = options.mix and read_rows(stage, options.mix, report=mix_report, rejects=self.rejects, method="rm")
         self._mix = list(mix or ())
         self._check = read_labelled(stage, options.check, self.rejects) if options.check else []
-        keys = ("answers", "orders", "cot", "hard", "temperature", "max_new_tokens")
+        keys = ("answers", "best_of", "orders", "cot", "hard", "temperature", "max_new_tokens")
         self.facts = {
             "method": "label", "seed": stage.seed,
             "judge": describe_source(options.judge) if options.judge else None, **fingerprint_rewards(stage),
@@ -157,7 +157,8 @@ class _Labelling:
         session, judge = self._session, self._judge
         if not complete and judge is not None and not self._labels:
             self._labels = known_labels(session.asker, judge, self._pairings)
-        count = session.write_rows(make_rows(self._labels, self._mix, hard=self._options.hard))
+        best, rows = self._options.best_of, make_rows(self._labels, self._mix, hard=self._options.hard)
+        count = session.write_rows(pick_best(self._labels) if best else rows)
         session.write_rows((label.to_dict() for label in self._labels), LABELS)
         models = {"spent": judge.model if judge else None, "spent_on_answers": self._generator}
         report = {
@@ -197,7 +198,11 @@ class _Labelling:
     def _compare(self, rewards: Sequence[tuple[Reward, float]]) -> list[Label]:
         """Label each pair by the rewards of its answers: P(first) = 1 / (1 + exp(r_second - r_first))."""
         asked = {repr((it.prompt, text)): (it.prompt, text) for it in self._pairings for text in (it.first, it.second)}
-        answers = Answers([prompt for prompt, _ in asked.values()], [text for _, text in asked.values()])
+        by_place = {row.place: row.columns for row in self._rows}
+        places = {repr((it.prompt, text)): it.place for it in self._pairings for text in (it.first, it.second)}
+        columns = join_columns(by_place[places[key]] for key in asked)
+        prompts, texts = zip(*asked.values(), strict=True)
+        answers = Answers(prompts, texts, columns=columns)
         totals = dict.fromkeys(asked, 0.0)
         for reward, weight in rewards:
             for key, score in zip(asked, reward.score(answers), strict=True):
@@ -288,6 +293,20 @@ def make_rows(labels: Sequence[Label], mix: Sequence[Row], *, hard: bool) -> Ite
                 better, worse = (make_answer(prompt, read_text(text).strip()) for text in (better, worse))
             if not (hard and p_first == 0.5):
                 yield _make_row(prompt, better, worse, p_first, hard=hard)
+
+
+def pick_best(labels: Sequence[Label]) -> Iterator[dict[str, Any]]:
+    """Yield each prompt with the answer of the highest mean probability to be preferred; of equals the first."""
+    found: dict[str, tuple[Text, dict[str, tuple[Text, list[float]]]]] = {}
+    for label in labels:
+        it, p_first = label.pairing, label.p_first
+        if p_first is not None:
+            _, answers = found.setdefault(it.place, (it.prompt, {}))
+            for text, p in ((it.first, p_first), (it.second, 1 - p_first)):
+                answers.setdefault(repr(text), (text, []))[1].append(p)
+    for prompt, answers in found.values():
+        text, _ = max(answers.values(), key=lambda answer: sum(answer[1]) / len(answer[1]))
+        yield {"prompt": prompt, "completion": text}
 
 
 def split_ranking(row: Row) -> Iterator[tuple[Text, Text, float]]:

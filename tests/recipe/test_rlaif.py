@@ -332,8 +332,8 @@ def test_a_key_in_a_judge_is_refused_and_never_shown(complain: Complain) -> None
         ("{judge: {replay: x}, constitution: c.yaml}", ".judge needs exactly one of model and url, and has replay"),
         ("{model: x/y, constitution: c.yaml}", "has a constitution, which only a judge goes by; take it out, or give a "
          "judge"),
-        ("{judge: sft, model: x/y, constitution: c.yaml}", "needs exactly one of model, function and judge for each "
-         "part, and has model x/y and a judge"),
+        ("{judge: sft, model: x/y, constitution: c.yaml}", "needs exactly one of model, function, judge and verify "
+         "for each part, and has model x/y and a judge"),
         ("{judge: dpp, constitution: c.yaml}", ".judge is dpp, which is neither a stage nor a path that exists; did "
          "you mean ppo?"),
     ],

@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 
 from alignkit.errors import DataError
+from alignkit.rewards.base import join_columns
 from alignkit.train.encode import longest_prompt
-from alignkit.train.ppo.sampling import join_columns
 
 RECIPE = (
     "ppo: {reward: builtin:true-reward, data: rows.jsonl, max_new_tokens: 500, max_truncated: 0.5, "

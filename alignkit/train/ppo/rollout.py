@@ -23,6 +23,7 @@ from alignkit.data import Row
 from alignkit.models.chat import Chat
 from alignkit.models.logprobs import Batch, Sampling, pad_answers
 from alignkit.recipe.schema import PpoOptions
+from alignkit.rewards.base import join_columns
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
 from alignkit.train.ppo import math as maths
@@ -36,7 +37,6 @@ from alignkit.train.ppo.sampling import (
     cut_answer,
     cut_at_text,
     draw_uniforms,
-    join_columns,
     prompt_numbers,
     repetition,
     sort_steps,

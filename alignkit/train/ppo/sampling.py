@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,13 +165,6 @@ def repetition(answers: Sequence[Sequence[int]]) -> float:
     """Share of the bigrams that occurred before among all answers: 1 - distinct-2 (Li et al., arXiv 1510.03055)."""
     pairs = [pair for answer in answers for pair in zip(answer, answer[1:], strict=False)]
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
-def join_columns(rows: Iterable[str]) -> dict[str, list[Any]]:
-    """The `columns` of table rows as a reward function gets them: one list a name, None where a row has none."""
-    read = [json.loads(text) for text in rows]
-    names = dict.fromkeys(name for row in read for name in row)
-    return {name: [row.get(name) for row in read] for name in names}
 
 
 def prompt_numbers(first: int, count: int, *, num_prompts: int, seed: int) -> list[int]:
