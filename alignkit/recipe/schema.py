@@ -562,7 +562,8 @@ class LabelOptions(StageOptions):
     answers: Annotated[int, Field(ge=2, le=64)] | Literal["given"] = option(
         2, "Answers sampled for each prompt; given: those that the rows have. All pairs are compared.")
     best_of: bool = option(
-        False, "Write each prompt with the answer that is preferred most, for an sft stage (rejection sampling).")
+        False, "Write each prompt with the answer that is preferred most, for an sft stage (rejection sampling); none "
+        "where all are equal.")
     orders: Literal["both", "one"] = option(
         "both", "both asks twice, each answer once as (A), and takes the mean; one draws an order.")
     cot: bool = option(False, "Let the judge think step by step before it answers.")

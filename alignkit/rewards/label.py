@@ -296,7 +296,7 @@ def make_rows(labels: Sequence[Label], mix: Sequence[Row], *, hard: bool) -> Ite
 
 
 def pick_best(labels: Sequence[Label]) -> Iterator[dict[str, Any]]:
-    """Yield each prompt with the answer of the highest mean probability to be preferred; of equals the first."""
+    """Yield each prompt with the answer of the highest mean probability to be preferred; none where all are equal."""
     found: dict[str, tuple[Text, dict[str, tuple[Text, list[float]]]]] = {}
     for label in labels:
         it, p_first = label.pairing, label.p_first
@@ -305,8 +305,9 @@ def pick_best(labels: Sequence[Label]) -> Iterator[dict[str, Any]]:
             for text, p in ((it.first, p_first), (it.second, 1 - p_first)):
                 answers.setdefault(repr(text), (text, []))[1].append(p)
     for prompt, answers in found.values():
-        text, _ = max(answers.values(), key=lambda answer: sum(answer[1]) / len(answer[1]))
-        yield {"prompt": prompt, "completion": text}
+        best, text = max(((sum(p) / len(p), text) for text, p in answers.values()), key=lambda pair: pair[0])
+        if best > 0.5:
+            yield {"prompt": prompt, "completion": text}
 
 
 def split_ranking(row: Row) -> Iterator[tuple[Text, Text, float]]:

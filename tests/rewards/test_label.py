@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from alignkit.errors import DataError, RecipeError
 from alignkit.launch import launch_stage
+from alignkit.models.scratch import builtin_config, builtin_tokenizer
 from alignkit.recipe import load_recipe, resolve
 from alignkit.rewards.kinds import check_rewards
 from alignkit.rewards.label import find_changes
@@ -75,3 +78,28 @@ def test_a_judge_or_a_reward_compares(write: Callable[[str], Path], keys: str, p
     with pytest.raises((RecipeError, DataError)) as caught:
         load_recipe(write(keys))
     assert problem in str(caught.value)
+
+
+def test_the_best_of_sampled_answers_becomes_a_row_and_rewards_see_the_columns(
+    write: Callable[[str], Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(builtin_config("builtin:tiny-gpt2")).save_pretrained(tmp_path / "policy")
+    builtin_tokenizer().save_pretrained(tmp_path / "policy")
+    (tmp_path / "shorts.py").write_text(
+        "def score(prompts, completions, answer):\n"
+        "    assert [str(eval(p.rstrip('='))) for p in prompts] == answer\n"
+        "    return [min(len(c), 12) for c in completions]\n"
+    )
+    path = write("reward: {function: 'shorts:score'}\n  best_of: true\n  start_from: ./policy\n  max_new_tokens: 6")
+    path.write_text(path.read_text().replace("given", "3").replace("pairs.jsonl", "builtin:arithmetic?rows=12"))
+    launch_stage(resolve(load_recipe(path), "label", out=tmp_path / "run", trust_code=True))
+    rows, labels = (
+        [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+        for name in ("rows.jsonl", "labels.jsonl")
+    )
+    found = {row["prompt"]: min(len(row["completion"]), 12) for row in rows}
+    sizes: dict[str, set[int]] = {}
+    for label in labels:
+        sizes.setdefault(label["prompt"], set()).update(min(len(label[key]), 12) for key in ("first", "second"))
+    assert found == {prompt: max(own) for prompt, own in sizes.items() if len(own) > 1} and len(found) > 2
