@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -157,56 +160,29 @@ def _launch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
 class Optimizer(NamedTuple):
     """What `optim_args` may name, the package it needs (name to import, name to install), whether it needs targets."""
 
-    arguments: tuple[str, ...] = ()
+    arguments: Sequence[str] = ()
     package: tuple[str, str] | None = None
     targets: bool = False
 
 
-_LOW_RANK = ("rank", "update_proj_gap", "scale", "proj_type")
-_KINDS = {  # by the beginning of the name; the longest that fits counts
-    "adagrad": Optimizer(("lr_decay", "weight_decay", "eps")),
-    "adalomo": Optimizer(package=("lomo_optim", "lomo-optim")),
-    "adamw_anyprecision": Optimizer(
-        ("use_kahan_summation", "momentum_dtype", "variance_dtype", "compensation_buffer_dtype"),
-        ("torchdistx", "torchdistx"),
-    ),
-    # block_size stays a text on its way to torchao, which cannot use it.
-    "adamw_torch_4bit": Optimizer(("bf16_stochastic_round",), ("torchao", "torchao")),
-    "adamw_torch_8bit": Optimizer(("bf16_stochastic_round",), ("torchao", "torchao")),
-    "adamw_torch_npu": Optimizer(package=("torch_npu", "torch-npu")),
-    "adamw_torch_xla": Optimizer(package=("torch_xla", "torch-xla")),
-    "ademamix": Optimizer(("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")),
-    "apollo": Optimizer((*_LOW_RANK, "proj", "scale_type"), ("apollo_torch", "apollo-torch"), targets=True),
-    "galore": Optimizer(_LOW_RANK, ("galore_torch", "galore-torch"), targets=True),
-    "grokadamw": Optimizer(
-        ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping"), ("grokadamw", "grokadamw")
-    ),
-    "lomo": Optimizer(package=("lomo_optim", "lomo-optim")),
-    "paged_ademamix": Optimizer(("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")),
-    "rmsprop": Optimizer(("momentum", "alpha", "eps", "weight_decay", "centered")),
-    "rmsprop_bnb": Optimizer(),  # they would be handed on as texts, and bitsandbytes takes numbers
-    "schedule_free": Optimizer(("weight_lr_power", "r"), ("schedulefree", "schedulefree")),
-    "sgd": Optimizer(("momentum", "dampening", "weight_decay", "nesterov")),
-    "stable_adamw": Optimizer(("max_lr", "decouple_lr", "kahan_sum"), ("optimi", "torch-optimi")),
-}  # fmt: skip
-_WORDS = {  # arguments that are no number
-    "use_kahan_summation": ("true", "false"), "nesterov": ("true", "false"), "centered": ("true", "false"),
-    "bf16_stochastic_round": ("true", "false"), "decouple_lr": ("true",), "kahan_sum": ("true",),
-    "momentum_dtype": ("float32", "bfloat16", "float16"), "variance_dtype": ("float32", "bfloat16", "float16"),
-    "compensation_buffer_dtype": ("float32", "bfloat16", "float16"), "proj": ("random", "svd"),
-    "scale_type": ("channel", "tensor"), "proj_type": ("std", "reverse_std", "right", "left", "full"),
-    "warmup_type": ("linear", "cosine", "1-sqrt"), "decay_type": ("linear", "cosine", "1-sqrt"),
-    "mode": ("min", "max"), "threshold_mode": ("rel", "abs"),
-}  # fmt: skip
-_WHOLE = ("rank", "update_proj_gap", "t_alpha", "t_beta3", "num_decay_steps", "num_stable_steps", "patience",
-          "cooldown", "timescale", "window", "warmup", "reset_start")  # fmt: skip
+@cache
+def _arguments() -> dict[str, Any]:
+    """Optimizers by the beginning of their names, the longest that fits counts, and the kinds of arguments.
+
+    transformers hands `block_size` of torchao's and all of rmsprop_bnb's on as texts, which they cannot use.
+    """
+    read: dict[str, Any] = json.loads(Path(__file__).with_name("optimizers.json").read_text("utf-8"))
+    return read
+
+
 _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
 def find_optimizer(name: str) -> Optimizer:
     """Look an optimizer of transformers up."""
-    fitting = [kind for kind in _KINDS if name.startswith(kind)]
-    return _KINDS[max(fitting, key=len)] if fitting else Optimizer()
+    known = _arguments()["optimizers"]
+    fitting = [kind for kind in known if name.startswith(kind)]
+    return Optimizer(**known[max(fitting, key=len)]) if fitting else Optimizer()
 
 
 def _optimizer(stage: Section) -> Iterator[Finding]:
@@ -250,13 +226,13 @@ def _check_arguments(key: str, given: Mapping[str, Any], accepted: Mapping[str, 
     for name in [name for name, default in accepted.items() if default == "required" and name not in given]:
         yield key, f"lacks {name}, which {of} needs, such as {{{name}: 100}}"
     for name in given.keys() & accepted.keys():
-        value, words = given[name], _WORDS.get(name)
+        value, words, whole = given[name], _arguments()["words"].get(name), name in _arguments()["whole numbers"]
         shown = str(value).lower() if isinstance(value, bool) else value
         if words is not None:
             if shown not in words:
                 yield key, f"has {name} {shown}; it must be {' or '.join(words)}"
-        elif isinstance(value, bool) or not isinstance(value, int if name in _WHOLE else int | float):
-            yield key, f"has {name} {shown}; it must be a {'whole ' if name in _WHOLE else ''}number"
+        elif isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            yield key, f"has {name} {shown}; it must be a {'whole ' if whole else ''}number"
 
 
 def _read(text: str) -> Any:
