@@ -41,7 +41,8 @@ def test_the_readme_is_short() -> None:
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:
-    for page in ("README.md", "recipes/README.md", "recipes/REFERENCE.md"):
+    papers = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "recipes/papers").rglob("*.md"))
+    for page in ("README.md", "recipes/README.md", "recipes/REFERENCE.md", *papers):
         text = (ROOT / page).read_text(encoding="utf-8")
         links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
         assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == [], page
