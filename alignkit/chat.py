@@ -31,6 +31,8 @@ class Settings:
     system: str | None = None
     temperature: float = 0.7
     max_new_tokens: int = 256
+    top_p: float = 1.0
+    top_k: int = 0
     seed: int | None = None
 
 
@@ -60,7 +62,7 @@ class Speaker:
         ids = self._encode(settings.max_new_tokens)
         tokens = stream_tokens(
             self.loaded.model, ids, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens,
-            eos_ids=self.chat.stop_ids, generator=generator,
+            eos_ids=self.chat.stop_ids, top_p=settings.top_p, top_k=settings.top_k, generator=generator,
         )  # fmt: skip
         self.messages.append(Message(role="assistant", content=""))
         for piece in stream_text(self.loaded.tokenizer, tokens):

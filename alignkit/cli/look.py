@@ -116,6 +116,8 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", metavar="T", min=0, help="0 is greedy.")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1)] = 256,
+    top_p: Annotated[float, typer.Option("--top-p", metavar="P", min=0.0001, max=1, help="Of the probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", metavar="K", min=0, help="Likeliest tokens; 0: all.")] = 0,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same answers every time.")] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
     trust_code: TrustCode = False,
@@ -132,7 +134,7 @@ def chat(
             raise ModelError(f"{name} is a reward model, which cannot write; `alignkit eval` measures it")
     from alignkit.chat import Settings, talk
 
-    settings = Settings(system=system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    settings = Settings(system, temperature, max_new_tokens, top_p, top_k, seed)
     talk(sources, settings, device=device, trust_code=trust_code)
 
 
@@ -229,6 +231,8 @@ def evaluate(
     shots: Annotated[list[int] | None, _what("--shots", "-k", metavar="K", help="Examples of a task.")] = None,
     samples: Annotated[int | None, _answers("--samples", metavar="N")] = None,
     temperature: Annotated[float | None, _answers("--temperature", metavar="T")] = None,
+    top_p: Annotated[float | None, _answers("--top-p", metavar="P")] = None,
+    top_k: Annotated[int | None, _answers("--top-k", metavar="K")] = None,
     max_new_tokens: Annotated[int | None, _answers("--max-new-tokens", metavar="N")] = None,
     batch_size: Annotated[int | None, _answers("--batch-size", metavar="N")] = None,
     seed: Annotated[int | None, _answers("--seed", metavar="N")] = None,
@@ -267,6 +271,7 @@ def evaluate(
         "reward": reward, "against": against, "judge": judge_source(judge, judge_name),
         "constitution": constitution,
         "best_of": best_of, "tasks": tasks, "shots": shots, "samples": samples, "temperature": temperature,
+        "top_p": top_p, "top_k": top_k,
         "max_new_tokens": max_new_tokens, "batch_size": batch_size,
     }  # fmt: skip
     options = combine(base, given)

@@ -106,10 +106,12 @@ class Context:
         scores = iter(reward.score(given))
         return [[next(scores) for _ in group] for group in answers]
 
-    @property
+    @cached_property
     def sampling(self) -> dict[str, Any]:
         """The settings that answers are sampled with."""
-        return {"temperature": self.options.temperature, "max_new_tokens": self.options.max_new_tokens}
+        limit = self.options.max_new_tokens or self.policy.usual_length
+        cuts = self.options.model_dump(include={"top_p", "top_k"}, exclude_defaults=True)
+        return {"temperature": self.options.temperature, "max_new_tokens": limit, **cuts}
 
     def place(self, figures: Sequence[Figure], **settings: Any) -> list[Figure]:
         """Say of figures on which rows they were measured, and how."""
@@ -123,6 +125,11 @@ def as_completion(prompt: Text, text: str) -> Text:
 
 Need = tuple[Callable[[Context], Any], str]  # whether it is there, and what is said where it is not
 ROWS: Need = (lambda context: context.rows, "there are no rows (--data)")
+# KL and what is made of it are of the policy's own distribution.
+OWN: Need = (
+    lambda context: context.options.temperature > 0 and context.options.top_p == 1 and not context.options.top_k,
+    "it is of all that the policy says: take top_p and top_k out, and set temperature above 0",
+)
 POLICY: Need = (lambda context: not context.target.reward, "it is a reward model, which says nothing, or a classifier")
 
 

@@ -26,7 +26,7 @@ def combine(base: EvaluateOptions, given: Mapping[str, Any]) -> EvaluateOptions:
     except ValidationError as error:
         raise UsageError([_explain(item) for item in error.errors()]) from None
     problems = []
-    if changes.keys() & {"judge", "constitution"}:
+    if changes.keys() & {"judge", "constitution", "temperature", "samples", "top_p", "top_k"}:
         for key, what in evaluation_problems(options.model_dump(exclude_unset=True)):
             problems.append(Problem(redact(what), _flag(key)))  # an address may hold a password
     for key, needed in _NEEDED.items():

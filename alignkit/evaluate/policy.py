@@ -15,7 +15,7 @@ from alignkit.data import Message, Row, Text
 from alignkit.errors import DataError, ModelError
 from alignkit.models.chat import Chat, ConversationError
 from alignkit.models.frozen import Causal, fingerprint_causal, load_causal
-from alignkit.models.generation import generate_answers
+from alignkit.models.generation import generate_answers, usual_length
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.logprobs import score_tokens
 from alignkit.rewards.base import Workspace, collect_memory
@@ -80,6 +80,15 @@ class Policy:
             return [hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()]
 
         return str(self._ask("tokens", [self.source], answer)[0])
+
+    @cached_property
+    def usual_length(self) -> int:
+        """Most tokens of its answers where nobody says."""
+
+        def answer(_: list[str]) -> list[int]:
+            return [usual_length(self.chat, self.loaded.positions, short=64)]
+
+        return int(self._ask("usual length", [self.source], answer)[0])
 
     def score_completions(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Likelihood]:
         """Score log p(completion | prompt), its end token included.
@@ -168,15 +177,17 @@ class Policy:
 
     def answer(
         self, prompts: Sequence[Text], *, max_new_tokens: int, temperature: float = 0.0, samples: int = 1,
-        seed: int = 0, plain: bool = False, num_beams: int = 1,
+        seed: int = 0, plain: bool = False, num_beams: int = 1, **cuts: float,
     ) -> list[list[Answer]]:  # fmt: skip
         """Write `samples` answers to each prompt; temperature 0 is greedy, or a search with beams, and gives one.
+
+        `cuts` are top_p and top_k, where they are given.
 
         What an answer draws follows from seed, prompt and its number alone. With `plain` a text prompt goes in as it
         is, and an answer ends at the first new line too.
         """
         samples = samples if temperature > 0 else 1
-        common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, **cuts}
         common |= {"num_beams": num_beams} if num_beams > 1 else {}
         settings = common | {"seed": seed, "plain": plain, "generation_config": "none"}  # see `generation.plainly`
         questions = [(prompt, number) for prompt in prompts for number in range(samples)]

@@ -221,7 +221,7 @@ class Asker:
 
         Raises what the model raises, and Stopped after a signal; all that was answered by then is kept.
         """
-        common = {"ask": "write", "model": model.identity, **asdict(sampling)}
+        common = {"ask": "write", "model": model.identity, **sampling.settings}
         keys = [key_of(**common, request=key_of(**asdict(job.request)), seed=job.seed) for job in jobs]
         self._ask(keys, jobs, lambda new, known: model.write(new, sampling, known), {"kind": kind, "by": by}, about)
         return [Reply.from_record(self._store.get(key) or {}) for key in keys]

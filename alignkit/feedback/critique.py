@@ -97,7 +97,7 @@ class _Critique:
         self.facts = {
             "method": "critique", "seed": stage.seed, "generator": describe_source(self._generator),
             "constitution": self._constitution.fingerprint, "examples": self._examples.fingerprint,
-            **{key: getattr(options, key) for key in ("rounds", "critiques", "temperature", "max_new_tokens")},
+            "rounds": options.rounds, "critiques": options.critiques, **Sampling.of(options).settings,
             "helpful_samples": self._helpful_samples, "data": self.report.fingerprint,
             "helpful_data": helpful_report.fingerprint,
         }  # fmt: skip
@@ -109,7 +109,7 @@ class _Critique:
         self._session = session
         self._model: Model = session.open(self._generator, ("generator",))
         self._quote = Quoter(self._model.control_tokens)
-        self._sampling = Sampling(self._options.temperature, self._options.max_new_tokens)
+        self._sampling = Sampling.of(self._options)
         tokens, rows = self._model.control_tokens, self._helpful_rows
         self._prompts = list_prompts(self._rows, self.rejects, tokens)
         self._helpful = list_prompts(rows, self.rejects, tokens) if rows else []

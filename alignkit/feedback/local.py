@@ -170,8 +170,8 @@ class LocalModel:
             return self._stop.is_set() or any(stop in decode(tail) for stop in stops)
 
         answers = generate_answers(
-            self._model, prompts, [job.seed for job in jobs], temperature=sampling.temperature, is_over=is_over,
-            max_new_tokens=sampling.max_new_tokens, eos_ids=encoder.stop_ids, pad_id=encoder.tokenizer.pad_token_id,
+            self._model, prompts, [job.seed for job in jobs], is_over=is_over, eos_ids=encoder.stop_ids,
+            pad_id=encoder.tokenizer.pad_token_id, **sampling.settings,
         )  # fmt: skip
         for job, prompt, ids in zip(jobs, prompts, answers, strict=True):
             ended = bool(ids) and ids[-1] in encoder.stop_ids
@@ -325,8 +325,8 @@ class VllmModel:
         """Write a text for each job."""
         for start in self._batches(len(jobs), known):
             batch = jobs[start : start + _VLLM_BATCH]
-            common = {"temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens,
-                      "stop_token_ids": self._encoder.stop_ids}  # fmt: skip
+            common = {**sampling.settings, "stop_token_ids": self._encoder.stop_ids}
+            common["max_tokens"] = common.pop("max_new_tokens")
             stops = [list(self._encoder.stops(job.request)) for job in batch]
             settings = [
                 self._vllm.SamplingParams(**common, seed=job.seed, stop=stop)

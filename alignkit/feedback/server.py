@@ -151,6 +151,8 @@ class Endpoint:
 
         async def write(job: Job) -> Reply:
             payload = self._payload(job.request, sampling.max_new_tokens, sampling.temperature)
+            payload |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
+            payload |= {"extra_body": {"top_k": sampling.top_k}} if sampling.top_k else {}  # vLLM's, not the protocol's
             return await self._ask(payload | {"seed": job.seed % 2**31}, lambda choice: read(job, choice), Reply)
 
         def read(job: Job, choice: dict[str, Any]) -> Reply:

@@ -31,6 +31,19 @@ class Sampling:
 
     temperature: float
     max_new_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @classmethod
+    def of(cls, options: Any, *, max_new_tokens: int | None = None) -> Sampling:
+        """Take the settings of a stage, with another length where one is given."""
+        room = max_new_tokens or options.max_new_tokens
+        return cls(options.temperature, room, options.top_p, options.top_k)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is not a default: names what was asked as it was named before there were top_p and top_k."""
+        return {key: value for key, value in asdict(self).items() if (key, value) not in (("top_p", 1.0), ("top_k", 0))}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from alignkit.models.logprobs import pad
+from alignkit.models.logprobs import keep_likeliest, pad
 
 _BATCH = 16
 _TAIL = 24  # new tokens that are looked at for an end
@@ -54,11 +54,7 @@ def generate_greedy(
     Prompts are padded on the left; one too long for the model's positions loses its beginning. The model's mode is
     put back.
     """
-    positions = getattr(model.config, "max_position_embeddings", None) or 10**9
-    new_tokens = min(max_new_tokens, max(positions - 1, 1))
-    kept = [list(prompt)[-(positions - new_tokens) :] for prompt in prompts]
-    if model.config.is_encoder_decoder:  # each half has positions of its own
-        kept = [list(prompt)[:positions] for prompt in prompts]
+    kept, new_tokens = _fit(model, prompts, max_new_tokens)
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id, use_cache=True,
         # The sum of log-probabilities is searched for, as the papers have it.
@@ -75,12 +71,27 @@ def generate_greedy(
         model.train(was_training)
 
 
+def _fit(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[list[list[int]], int]:
+    """Cut prompts and answers to the model's positions; each half of an encoder-decoder has some of its own."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 10**9
+    new_tokens = min(max_new_tokens, max(positions - 1, 1))
+    halves = model.config.is_encoder_decoder
+    return [list(ids)[:positions] if halves else list(ids)[-(positions - new_tokens) :] for ids in prompts], new_tokens
+
+
+def usual_length(chat: Any, positions: int | None, *, short: int) -> int:
+    """How long answers may get where nobody says: a model that chats needs more room than the toy has."""
+    return 256 if chat.has_template and (positions or 1024) >= 1024 else short
+
+
 def generate_answers(
     model: Any,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     *,
     temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
     is_over: Callable[[list[int]], bool] | None = None,
     **settings: Any,
 ) -> list[list[int]]:
@@ -88,17 +99,18 @@ def generate_answers(
 
     Every row draws from a generator of its own seed, so that the same seed gives the same answer in any batch (up to
     the rounding of padded batches). `is_over` tells from a row's last new tokens that it has said enough. The model is
-    in eval mode; prompts with `max_new_tokens` must fit into its positions.
+    in eval mode; a prompt that is too long loses its beginning.
     """
-    if temperature == 0:  # the only one that knows num_beams
+    if temperature == 0 and is_over is None:  # the only one that knows num_beams
         return generate_greedy(model, prompts, **settings)
-    rows = [list(prompt) for prompt in prompts]
+    rows, new_tokens = _fit(model, prompts, settings["max_new_tokens"])
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=settings["max_new_tokens"], eos_token_id=list(settings["eos_ids"]),
+        do_sample=False, max_new_tokens=new_tokens, eos_token_id=list(settings["eos_ids"]),
         pad_token_id=settings["pad_id"], use_cache=True,
     )  # fmt: skip
     criteria = stop_when(is_over, width=max(map(len, rows)))
-    processors = LogitsProcessorList([gumbel(seeds, temperature, next(model.parameters()).device)])
+    sampled = gumbel(seeds, temperature, next(model.parameters()).device, top_p, top_k) if temperature else None
+    processors = LogitsProcessorList([sampled] if sampled else [])
     return _generate_batch(model, rows, config, logits_processor=processors, stopping_criteria=criteria)
 
 
@@ -112,7 +124,9 @@ def stop_when(is_over: Callable[[list[int]], bool] | None, *, width: int) -> Sto
     return StoppingCriteriaList([end] if is_over else [])
 
 
-def gumbel(seeds: Sequence[int], temperature: float, device: torch.device) -> Any:
+def gumbel(
+    seeds: Sequence[int], temperature: float, device: torch.device, top_p: float = 1.0, top_k: int = 0
+) -> Any:
     """Make greedy search sample: the largest of logits / T + Gumbel noise is a draw from softmax(logits / T).
 
     Maddison et al. 2014 (arXiv 1411.0030), section 2.
@@ -123,7 +137,10 @@ def gumbel(seeds: Sequence[int], temperature: float, device: torch.device) -> An
         waits_BV = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in enumerate(generators):
             waits_BV[row].exponential_(generator=generator)
-        return scores.float() / temperature - waits_BV.clamp_min(1e-30).log()
+        scores = scores.float() / temperature
+        if top_p < 1 or top_k:
+            scores = keep_likeliest(scores, top_p=top_p, top_k=top_k)
+        return scores - waits_BV.clamp_min(1e-30).log()
 
     return process
 
@@ -148,6 +165,8 @@ def stream_tokens(
     temperature: float,
     max_new_tokens: int,
     eos_ids: Sequence[int],
+    top_p: float = 1.0,
+    top_k: int = 0,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
     """Yield new tokens until a stop token (not yielded), `max_new_tokens`, or the end of the model's positions.
@@ -157,6 +176,7 @@ def stream_tokens(
     if model.config.is_encoder_decoder:  # the whole answer at once
         seed = int(torch.randint(2**62, (1,), generator=generator))
         settings: Any = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids, "pad_id": int(model.config.pad_token_id)}
+        settings |= {"top_p": top_p, "top_k": top_k}
         (answer,) = generate_answers(model, [prompt], [seed], temperature=temperature, **settings)
         yield from (token for token in answer if token not in eos_ids)
         return
@@ -173,7 +193,10 @@ def stream_tokens(
         if temperature == 0:
             token = int(logits_V.argmax())
         else:
-            token = int(torch.multinomial((logits_V / temperature).softmax(dim=-1), 1, generator=generator))
+            logits_1V = logits_V[None] / temperature
+            if top_p < 1 or top_k:
+                logits_1V = keep_likeliest(logits_1V, top_p=top_p, top_k=top_k)
+            token = int(torch.multinomial(logits_1V[0].softmax(dim=-1), 1, generator=generator))
         if token in eos_ids:
             return
         yield token

@@ -187,6 +187,8 @@ def _describe(
             found = f"{key}.{name} is missing; {quote_help(option['properties'][name].get('description'))}"
         case "blank":
             found = f"{show_key(key)} is empty text"
+        case "sign":
+            found += "; write +NAME where higher is better, -NAME where lower is"
         case "finite_number":
             found += f"; it must be a finite number{typical}"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":

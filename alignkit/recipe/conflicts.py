@@ -132,8 +132,8 @@ def list_rewards(stage: Section, key: str) -> list[dict[str, Any]]:
 CONFLICTS = (
     # all that train
     _idle("train",
-          "eval_strategy eval_steps eval_on_start eval_delay per_device_eval_batch_size eval_accumulation_steps "
-          "eval_packing", lambda stage: not stage.has("eval"),
+          "eval_strategy eval_steps eval_on_start eval_delay eval_share keep_best per_device_eval_batch_size "
+          "eval_accumulation_steps eval_packing", lambda stage: not stage.has("eval"),
           "without `eval:`; add eval: 0.05 (a share of the data) or a source", if_on=True),
     _idle("train", "num_train_epochs",
           lambda stage: stage.get("max_steps", -1) > 0
@@ -142,6 +142,9 @@ CONFLICTS = (
     _idle("train", "logging_steps", _counts_otherwise("logging"), "with logging_strategy: {}"),
     _idle("train", "save_steps", _counts_otherwise("save"), "with save_strategy: {}"),
     _idle("train", "eval_steps", _counts_otherwise("eval"), "with eval_strategy: {}"),
+    _idle("train", "patience", lambda stage: not stage.has("keep_best"), "without keep_best, the metric that counts"),
+    _idle("train", "keep_best eval_share", lambda stage: stage.get("eval_strategy") == "no", "with eval_strategy: no"),
+    _idle("ppo", "keep_best patience eval_share", lambda stage: True, "on ppo, whose rollouts are its evaluation"),
     _idle("train", "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
           lambda stage: stage.get("gradient_checkpointing") is False and not stage.get("activation_checkpointing"),
           "with gradient_checkpointing: false"),
@@ -329,11 +332,15 @@ CONFLICTS = (
     ),
     # critique and label
     _idle("critique",
-          "rounds critiques examples constitution data helpful start_from generator temperature max_new_tokens "
-          "batch_size", lambda stage: stage.has("replay"),
+          "rounds critiques examples constitution data helpful start_from generator temperature top_p top_k "
+          "max_new_tokens batch_size", lambda stage: stage.has("replay"),
           "with replay, which takes published critiques and revisions; nothing is sampled"),
     _idle("label", "generator max_new_tokens", lambda stage: stage.get("answers") == "given",
           "with answers: given, which samples none"),
+    _idle("critique label", "top_p top_k", lambda stage: stage.get("temperature") == 0,
+          "with temperature: 0, which takes the likeliest token"),
+    Conflict("label", "temperature", lambda stage: stage.get("temperature") == 0 and stage.get("answers") != "given",
+             "is 0, with which all answers to a prompt are the same; set it above 0, or answers: given"),
     _idle("label", "judge constitution orders cot cot_tokens examples check", lambda stage: stage.has("reward"),
           "with reward:, which compares by itself; take one of them out"),
     _idle("label", "cot_tokens", lambda stage: not stage.get("cot"), "without cot: true"),

@@ -312,6 +312,10 @@ def evaluation_problems(given: Mapping[str, Any]) -> Iterator[Finding]:
     judge, constitution = given.get("judge"), given.get("constitution")
     if given.get("num_beams", 1) != 1 and "overlap" not in (given.get("metrics") or ["overlap"]):
         yield "num_beams", "has no effect without the metric overlap, which alone searches with beams"
+    if given.get("temperature", 1) == 0:
+        for key in ("samples", "top_p", "top_k"):
+            if key in given:
+                yield key, "has no effect with temperature 0, which takes the likeliest token each time"
     if judge is None:
         if constitution is not None:
             yield "constitution", "has no effect without a judge: name a language model"

@@ -30,6 +30,19 @@ def _require_text(value: str) -> str:
     return value
 
 
+# What is better where a metric's name does not begin with + or -.
+_BETTER = {"-": ("loss", "perplexity"), "+": ("accurac", "margin", "true_reward", "win_rate")}
+
+
+def _require_sign(value: str) -> str:
+    """Write a metric of held-out rows as +NAME (higher is better) or -NAME (lower)."""
+    name = value.strip("+- ").removeprefix("eval_")
+    signs = [value[0]] if value[:1] in _BETTER else [s for s, words in _BETTER.items() if any(w in name for w in words)]
+    if not name or len(signs) != 1:
+        raise PydanticCustomError("sign", "does not say what is better")
+    return signs[0] + name
+
+
 Text = Annotated[str, AfterValidator(_require_text)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -244,9 +257,19 @@ Feedback = Annotated[
 ]
 
 
+_Greedy = Annotated[float, Field(ge=0, description="Of sampled texts; 0 takes the likeliest token each time.")]
+_TopP = Annotated[float, Field(gt=0, le=1, description="Samples from the likeliest tokens with this share; 1: all.")]
+_TopK = Annotated[int, Field(ge=0, description="Samples from so many of the likeliest tokens; 0: all.")]
+
+
 class SampleOptions(_Section):
     num: int = option(4, "Prompts answered; 0 switches samples off.", ge=0, le=256)
-    max_new_tokens: Count = option(48, "Length of an answer, in tokens.")
+    max_new_tokens: Count | None = option(
+        None, "Longest answer, in tokens; omitted: 256 for a model with a chat template that reads 1,024 or more, "
+        "else 48.")
+    temperature: _Greedy = 0.0
+    top_p: _TopP = 1.0
+    top_k: _TopK = 0
 
 
 class RewardSource(_Section):
@@ -362,6 +385,13 @@ class TrainOptions(StageOptions):
         None, "When start_from is an adapter: train it on (default), fold it into the base first, or freeze it and "
         "train a new one on top.")
     keep_checkpoints: Count = option(2, "Sealed checkpoints kept, newest first.")
+    keep_best: Annotated[str, AfterValidator(_require_sign)] | None = option(
+        None, "The weights of the best evaluation become the model, by a metric of the held-out rows: loss, accuracy; "
+        "+NAME: higher is better, -NAME: lower. Omitted: the last weights.")
+    patience: Count | None = option(None, "Stops after so many evaluations in a row without a better keep_best.")
+    eval_share: Positive | None = option(
+        0.2, "Most evaluation beside training, as a share of its cost (a held-out row costs a third of one that is "
+        "learnt); eval_steps grow until it fits, and the first and last evaluation always happen; null: no limit.")
     samples: SampleOptions = option(SampleOptions, "Prompts answered before, during, after.")
 
 
@@ -521,7 +551,6 @@ class PpoOptions(TrainOptions):
 
 _CONSTITUTION = "Principles: YAML or JSON files, builtin:harmlessness or builtin:helpfulness; several are joined."
 _EXAMPLES = "Worked examples put before every request: builtin, none, or files of them."
-_Temperature = Annotated[float, Field(gt=0, description="Of sampled answers, critiques and revisions.")]
 _NewTokens = Annotated[int, Field(ge=1, description="Longest sampled text, in tokens.")]
 _Rows = Annotated[int, Field(ge=1, description="Texts that a model on this machine reads or writes at a time.")]
 
@@ -542,7 +571,9 @@ class CritiqueOptions(StageOptions):
         4, "Revisions of each answer, each by a principle of its own; all of them become rows.", ge=1, le=32)
     critiques: bool = option(True, "Ask for a critique before each revision.")
     examples: Texts = option("builtin", _EXAMPLES)
-    temperature: _Temperature = 1.0
+    temperature: _Greedy = 1.0
+    top_p: _TopP = 1.0
+    top_k: _TopK = 0
     max_new_tokens: _NewTokens = 256
     batch_size: _Rows = 16
     helpful: Helpful | None = option(None, "Answers to other prompts, added unrevised: {data, samples}.")
@@ -571,7 +602,9 @@ class LabelOptions(StageOptions):
     clamp: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)] | None = option(
         None, "Bounds of a label; omitted: [0.4, 0.6] with cot, as the paper has it, else none.")
     examples: Texts = option("none", _EXAMPLES)
-    temperature: _Temperature = 1.0
+    temperature: _Greedy = 1.0
+    top_p: _TopP = 1.0
+    top_k: _TopK = 0
     max_new_tokens: _NewTokens = 256
     batch_size: _Rows = 16
     hard: bool = option(False, "Round labels to 0 or 1; the paper found soft ones much better.")
@@ -681,9 +714,13 @@ class EvaluateOptions(_Section):
     shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = option(
         lambda: [0], "Examples in the prompt of a task; one figure for each number.")
     samples: Count = option(1, "Answers sampled per prompt for kl and answers.")
-    temperature: Positive = option(1.0, "Of the sampled answers.")
+    temperature: _Greedy = 1.0
+    top_p: _TopP = 1.0
+    top_k: _TopK = 0
     num_beams: Count = option(1, "Beams of the search for the answers that overlap compares; 1 is greedy.")
-    max_new_tokens: Count = option(64, "Longest answer, in tokens.")
+    max_new_tokens: Count | None = option(
+        None, "Longest answer, in tokens; omitted: 256 for a model with a chat template that reads 1,024 or more, "
+        "else 64.")
     batch_size: Count = option(16, "Rows per forward pass.")
     resamples: int = option(1000, "Bootstrap resamples behind an interval.", ge=100)
 

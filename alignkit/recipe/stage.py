@@ -210,7 +210,8 @@ HARMLESS_OF_A_JUDGE = frozenset(
 # Keys that say what is watched, kept or shown, never what is trained: a run may resume with these changed.
 HARMLESS = frozenset(
     {
-        "keep_checkpoints", "samples", "eval_on_start", "eval_strategy", "eval_steps", "eval_delay", "logging_steps",
+        "keep_checkpoints", "samples", "eval_on_start", "eval_strategy", "eval_steps", "eval_delay", "eval_share",
+        "logging_steps",
         "logging_strategy", "logging_first_step", "logging_dir", "report_to", "run_name", "project",
         "trackio_space_id", "save_steps", "save_strategy", "disable_tqdm", "log_level", "log_level_replica",
         "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
@@ -341,7 +342,7 @@ def _fill_trainer(
         defaults["adam_epsilon"] = 1e-5
         del defaults["max_length"]
     elif options.eval is not None:  # the rollouts of ppo are its evaluation; held-out prompts are for samples
-        defaults |= {"eval_strategy": "steps", "eval_steps": 0.1}
+        defaults |= {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": given.get("eval_strategy") != "no"}
     for kind in ("logging", "save", "eval"):
         if given.get(f"{kind}_strategy", "steps") != "steps":
             defaults.pop(f"{kind}_steps", None)

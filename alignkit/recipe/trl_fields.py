@@ -219,7 +219,7 @@ CONTROLLED = _by_name({
     "SIGTERM, SIGINT and SIGUSR1 save at the end of the step anyway": "enable_jit_checkpoint",
     "resuming is automatic: give the same command again": "resume_from_checkpoint",
     "a resumed run must be exact, so this is not a choice": "ignore_data_skip restore_callback_states_from_checkpoint",
-    "a run keeps its last weights; bound it with num_train_epochs or max_steps":
+    "it is keep_best: NAME, the weights of the best evaluation; +NAME: higher is better, -NAME: lower":
         "load_best_model_at_end metric_for_best_model greater_is_better",
     "alignkit sends nothing anywhere; upload the run's model/ yourself":
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
@@ -290,6 +290,7 @@ MOVED = _by_name({
         "evals_per_epoch",
     "it is max_steps, over all epochs": "max_steps_per_epoch",
     "it is keep_checkpoints": "keep_last_n_checkpoints",
+    "it is patience, with keep_best: loss": "early_stopping_patience early_stopping",
     "it is beta": "pref_beta",
     "it is run_name": "exp_name swanlab_experiment_name wandb_name",
     "it is report_to: wandb": "use_wandb with_tracking use_swanlab enable_wandb",

@@ -87,14 +87,14 @@ class _Labelling:
         mix = options.mix and read_rows(stage, options.mix, report=mix_report, rejects=self.rejects, method="rm")
         self._mix = list(mix or ())
         self._check = read_labelled(stage, options.check, self.rejects) if options.check else []
-        keys = ("answers", "best_of", "orders", "cot", "hard", "temperature", "max_new_tokens")
+        keys = ("answers", "best_of", "orders", "cot", "hard")
         self.facts = {
             "method": "label", "seed": stage.seed,
             "judge": describe_source(options.judge) if options.judge else None, **fingerprint_rewards(stage),
             "generator": describe_source(self._source) if self._source else None,
             "constitution": self._constitution.fingerprint if self._constitution else None,
             "examples": self._examples.fingerprint,
-            **{key: getattr(options, key) for key in keys},
+            **{key: getattr(options, key) for key in keys}, **Sampling.of(options).settings,
             "cot_tokens": options.cot_tokens if options.cot else None, "bounds": list(options.bounds),
             "data": self.report.fingerprint, "mix": mix_report.fingerprint,
             "check": key_of(keys=[pairing.key for pairing in self._check]),
@@ -124,8 +124,8 @@ class _Labelling:
             model: Model = (self._generator if shares else None) or session.open(options.judge, ("judge", "check"))
             self._judge = Judge(
                 model, self._constitution, self._examples, Quoter(model.control_tokens), self._stage.seed,
-                orders=options.orders, thinks=options.cot, thoughts=Sampling(options.temperature, options.cot_tokens),
-                bounds=options.bounds,
+                orders=options.orders, thinks=options.cot, bounds=options.bounds,
+                thoughts=Sampling.of(options, max_new_tokens=options.cot_tokens),
             )  # fmt: skip
         return f"{what}, {len(self._constitution.principles)} principles"
 
@@ -190,7 +190,7 @@ class _Labelling:
         options, model = self._options, self._generator
         assert model is not None and isinstance(options.answers, int)
         prompts = list_prompts(self._rows, self.rejects, model.control_tokens)
-        sampling = Sampling(options.temperature, options.max_new_tokens)
+        sampling = Sampling.of(options)
         replies = sample_answers(self._session, model, prompts, sampling, count=options.answers, kind="answer")
         self._cut_off = mean([not reply.ended for own in replies for reply in own])
         return pair_sampled(prompts, replies, self.rejects, model.control_tokens)

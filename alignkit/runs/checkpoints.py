@@ -105,12 +105,14 @@ def find_resumable(
     return None
 
 
-def rotate(directory: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` sealed checkpoints, by step.
+def rotate(directory: Path, *, keep: int, best: int | None = None) -> None:
+    """Delete all but the newest `keep` sealed checkpoints, by step, and that of step `best`.
 
     A doomed directory is renamed to `trash-` first, so that a kill in between leaves nothing half deleted behind.
     """
     for checkpoint in _list_sealed(directory)[max(keep, 1) :]:
+        if step_of(checkpoint) == best:
+            continue
         os.replace(checkpoint, checkpoint.with_name(f"trash-{checkpoint.name}"))
     sweep(directory)
 

@@ -143,7 +143,7 @@ class Checkpointed(Trainer):
             with disk_failures(directory, checkpoint.name):
                 checkpoints.seal(checkpoint, facts)
                 write_json(directory.parent / checkpoints.SEALED, {"step": step})  # should all checkpoints vanish
-                checkpoints.rotate(directory, keep=self.watch.keep_checkpoints)
+                checkpoints.rotate(directory, keep=self.watch.keep_checkpoints, best=self.state.best_global_step)
 
         if not ranks.once(make_way):
             return  # this very step is sealed: an interrupt at a save step, or the last step of a resumed run

@@ -297,12 +297,13 @@ def _is_complete(trainer: Guarded, newest: str, step: int) -> bool:
     """Tell whether no step is left to take; then the model holds the weights of its last one."""
     loader = trainer.get_train_dataloader()
     planned = trainer.set_initial_training_values(trainer.args, loader)[-1]
-    if step < planned:
+    state = TrainerState.load_from_json(str(Path(newest, "trainer_state.json")))
+    if step < planned and not trainer.has_stalled(state):
         return False
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those read a checkpoint once they are sharded
         trainer._load_from_checkpoint(newest)
     trainer._prepare_for_training(planned, loader, newest)
-    trainer.state.global_step = step
+    trainer.state = state
     return True
 
 
@@ -311,16 +312,18 @@ def finish(setup: Setup) -> Result:
     trainer, run = setup.trainer, setup.run
     trainer.refuse_bad_weights()
     trainer.ready_final()
+    step = _take_best(setup)
     # Opened before the ranks meet again: opening mends a torn last line, which must not be one that is being written.
     rows, samples = JsonLines(run.metrics), JsonLines(run.samples)
-    # The last loss, and the metrics on the held-out rows: those of the last step, if they were measured.
-    logged, step = ranks.once(rows.read), trainer.state.global_step
-    metrics = dict([("loss", row["loss"]) for row in logged if "loss" in row][-1:])
+    # Of the step whose weights these are: the last loss up to it, and the metrics on the held-out rows, if measured.
+    logged = ranks.once(rows.read)
+    metrics = dict([("loss", row["loss"]) for row in logged if "loss" in row and row["step"] <= step][-1:])
     if trainer.eval_dataset is not None:
         last = next((row for row in logged[::-1] if "eval_loss" in row and row["step"] == step), None)
         metrics |= {key: value for key, value in (last or trainer.evaluate()).items() if key.startswith("eval_")}
     metrics = {key: value for key, value in metrics.items() if not key.endswith(_BOOKKEEPING)}
-    write_samples(setup, samples, step=step, when="after")
+    metrics |= {"kept_step": step} if step != trainer.state.global_step else {}
+    write_samples(setup, samples, step=trainer.state.global_step, when="after")
     tokens = trainer.watch.num_tokens + trainer.num_trained_tokens
     metrics |= _save_final(setup)
 
@@ -332,8 +335,8 @@ def finish(setup: Setup) -> Result:
         runtime = next((row["train_runtime"] for row in trainer.state.log_history[::-1] if "train_runtime" in row), 0)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         result = Result(
-            stage=setup.stage.name, status="finished", step=step, model_dir=str(run.model), metrics=metrics,
-            tokens=tokens, wall_seconds=round(trainer.watch.seconds, 3),
+            stage=setup.stage.name, status="finished", step=trainer.state.global_step, model_dir=str(run.model),
+            metrics=metrics, tokens=tokens, wall_seconds=round(trainer.watch.seconds, 3),
             tokens_per_second=round(trainer.num_trained_tokens / runtime if runtime else 0.0, 1),
             peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
         ).to_dict()  # fmt: skip
@@ -342,6 +345,24 @@ def finish(setup: Setup) -> Result:
         return result
 
     return Result(**ranks.once(record))
+
+
+def _take_best(setup: Setup) -> int:
+    """Put the weights of the best evaluation into the model, where one is kept; the step of the weights."""
+    trainer, run = setup.trainer, setup.run
+    best, last, wanted = trainer.state.best_global_step, trainer.state.global_step, setup.stage.training.keep_best
+    if wanted is None or not best:
+        return last
+    if best != last:
+        kept = run.checkpoints / f"checkpoint-{best}"
+        if damage := ranks.once(lambda: checkpoints.find_damage(kept)):
+            what = f"the best weights cannot be used: {damage}; put the files back, or take the last weights with "
+            key = f"{setup.stage.name}.keep_best"
+            raise ranks.met_by_all(RunError(f"{what}--set {key}=null --allow-change {key}", where=str(kept)))
+        trainer._load_from_checkpoint(str(kept))
+    said = f"the model is that of step {best} of {last}"
+    console.note(f"{setup.stage.name}: {said}, whose {wanted[1:]} was the best ({trainer.state.best_metric:.4g})")
+    return best
 
 
 def _save_final(setup: Setup) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from alignkit import console
 from alignkit.data import Row
-from alignkit.models.generation import generate_greedy
+from alignkit.models.generation import generate_answers, usual_length
 from alignkit.models.logprobs import align
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines
@@ -20,6 +20,7 @@ from alignkit.train.invariants import check_start, check_step_zero
 from alignkit.train.setup import Setup
 from alignkit.train.shards import gathered_root, is_sharded
 
+_BATCH = 16  # prompts that are answered at once
 _SHOWN = ("loss", "reward", "gold", "objective/kl", "accuracy", "rewards/accuracies", "mean_token_accuracy")
 
 
@@ -60,12 +61,16 @@ def _answer(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
     chat, model = setup.chat, setup.trainer.model
     prompts = chat.encode_prompts([field["prompt"] for field in fields])
     alignments: list[dict[str, Any]] = [{} for _ in rows]
+    asked = setup.stage.training.samples.model_dump(exclude={"num"})
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    asked["max_new_tokens"] = asked["max_new_tokens"] or usual_length(chat, positions, short=48)
     with gathered_root(model):
-        answers = generate_greedy(
-            model, prompts,
-            max_new_tokens=setup.stage.training.samples.max_new_tokens, eos_ids=chat.stop_ids,
-            pad_id=chat.tokenizer.pad_token_id,
-        )  # fmt: skip
+        answers: list[list[int]] = []
+        seed, stops, pad_id = setup.stage.seed, chat.stop_ids, chat.tokenizer.pad_token_id
+        for start in range(0, len(prompts), _BATCH):
+            batch = prompts[start : start + _BATCH]
+            seeds = range(seed + start, seed + start + len(batch))
+            answers += generate_answers(model, batch, seeds, **asked, eos_ids=stops, pad_id=pad_id)
         for prompt, answer, found in zip(prompts, answers, alignments, strict=True) if chat.encoder_decoder else ():
             if answer and (weights := align(model, prompt, answer)):
                 source, target = ([chat.tokenizer.decode([token]) for token in ids] for ids in (prompt, answer))
@@ -106,11 +111,13 @@ class Recorder(TrainerCallback):
             if is_sharded(trainer):
                 check_start(self._setup)
             check_step_zero(self._setup.stage, trainer)
+            if trainer.eval_dataset is not None and self._setup.stage.trainer.get("eval_on_start"):
+                self._evaluate()
             self._sample(step=0, when="before")
         else:
             trainer.restore_window()
             if trainer.evaluation_cut:  # as it would have come before that step was saved
-                trainer._evaluate(None, None)
+                self._evaluate()
         self._began = time.monotonic()
         self._progress = console.TrainingProgress(
             self._setup.stage.name, total_steps=state.max_steps, start_step=state.global_step
@@ -138,6 +145,7 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         if state.global_step >= state.max_steps:
             control.should_log = True  # the loss in result.json is that of the last step
+            control.should_evaluate |= self._setup.stage.training.keep_best is not None
         pulse("training", state.global_step)
         if self._setup.trainer.stop_wanted() and self._setup.trainer.may_stop:
             control.should_save = control.should_training_stop = True
@@ -152,6 +160,14 @@ class Recorder(TrainerCallback):
             self._progress.update(state.global_step, self._shown)
 
     on_train_end = on_save
+
+    def _evaluate(self) -> None:
+        """Measure the held-out rows outside the loop over steps; a request to stop ends that as it ends samples."""
+        trainer, state = self._setup.trainer, self._setup.trainer.state
+        trainer.watch.stop.training = state.global_step > 0 or ranks.world_size() > 1
+        trainer._determine_best_metric(trainer._evaluate(None, None, skip_scheduler=True), None)
+        trainer.evaluation_cut &= state.global_step > 0
+        trainer.watch.stop.training = True
 
     def _sample(self, *, step: int, when: str) -> None:
         """Answer the prompts; a request to stop ends that at once, where no other rank would wait for this one."""

@@ -124,6 +124,7 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
         "dataloader_pin_memory": device == "cuda",
         "remove_unused_columns": False,
         "logging_first_step": True,
+        "eval_on_start": False,  # `Recorder` does it: upstream would again when a run goes on
         # Every trained parameter takes part in every step; looking for others costs a walk over the graph each time.
         "ddp_find_unused_parameters": False,
         "ddp_timeout": int(stage.launch.timeout_seconds),
@@ -133,7 +134,7 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
     values |= {
         key: float(value) if type(value) is int and "float" in types[key] and not key.endswith("_steps") else value
         for key, value in stage.trainer.items()
-        if key in types
+        if key in types and key != "eval_on_start"
     }
     values |= {
         "output_dir": str(checkpoints),

@@ -21,10 +21,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from transformers import TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import disable_dropout_in_model
 
-from alignkit.errors import NonFiniteError
+from alignkit import console
+from alignkit.errors import NonFiniteError, RecipeError
 from alignkit.models.adapters import TRAINED
 from alignkit.recipe.schema import TrainOptions
 from alignkit.train import ranks, shards, zero
@@ -74,7 +76,7 @@ class Guarded(Checkpointed):
     _schedule_steps = 0
 
     def __init__(self, *args: Any, settings: TrainOptions, **kwargs: Any) -> None:
-        self.watch = Watch(settings.keep_checkpoints, settings.batching)
+        self.watch, self.settings = Watch(settings.keep_checkpoints, settings.batching), settings
         self._weights = defaultdict(list)
         loaded = {name: parameter.data for name, parameter in kwargs["model"].named_parameters()}
         super().__init__(*args, **kwargs)
@@ -210,10 +212,31 @@ class Guarded(Checkpointed):
         """Take how often to log, save and evaluate from the recipe: upstream takes it from the checkpoint."""
         found = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
+        self._bound_evaluation(max_steps)
         if (rest := self._rest) is None:
             return found
         self.state.epoch = float(rest.epoch)
         return rest.epoch, self._skipped * self.args.gradient_accumulation_steps
+
+    def _bound_evaluation(self, max_steps: int) -> None:
+        """Evaluate less often than asked where it would cost more than `eval_share` of training.
+
+        A row costs a forward pass in evaluation, about a third of what it costs in training. By counts and not by the
+        clock, so that a resumed run evaluates where an undisturbed one does.
+        """
+        share, every = self.settings.eval_share, self.state.eval_steps
+        if share is None or self.eval_dataset is None or self.args.eval_strategy != "steps" or not every:
+            return
+        rows = len(self.eval_dataset)
+        most = int(share * max_steps * self.batch_rows * 3 / max(rows, 1))  # the first and the last one included
+        least = math.ceil(max_steps / max(most - 1, 1))
+        if every < least:
+            self.state.eval_steps = least
+            when = f"every {least} steps instead of {every}" if least < max_steps else "at the start and the end only"
+            console.note(
+                f"evaluating {when}: {rows} held-out rows beside {max_steps} steps of {self.batch_rows} rows would "
+                f"take more than eval_share {share:g} of training (null: no limit)"
+            )
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         weights = self.weigh(inputs)
@@ -271,6 +294,7 @@ class Guarded(Checkpointed):
         return DataLoader(
             table, batch_sampler=mine + batches[:1] * missing, collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # else a loader draws from the generator of dropout
         )  # fmt: skip
 
     def evaluation_loop(self, dataloader: DataLoader, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> Any:
@@ -329,4 +353,27 @@ class Guarded(Checkpointed):
             return {}
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
-        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+        """Save the weights that are the best so far, and stop when they have been that for too long."""
+        if not metrics or (wanted := self.settings.keep_best) is None:
+            return False
+        state, sign, name = self.state, 1 if wanted[0] == "+" else -1, f"eval_{wanted[1:]}"
+        measured = state.log_history[-1]  # with the metrics of the method
+        if name not in measured:
+            known = sorted(key.removeprefix("eval_") for key in measured if key.startswith("eval_"))
+            what = f"keep_best is {wanted[1:]}, which is not measured on held-out rows; there are {', '.join(known)}"
+            raise ranks.met_by_all(RecipeError(what))
+        if not state.global_step:  # what was started from is kept where it came from
+            return False
+        better = state.best_metric is None or sign * measured[name] > sign * state.best_metric
+        if better:
+            state.best_metric, state.best_global_step = measured[name], state.global_step
+        self.control.should_training_stop |= self.has_stalled(state)
+        self.control.should_save |= better or self.control.should_training_stop
+        return better
+
+    def has_stalled(self, state: TrainerState) -> bool:
+        """Whether `patience` evaluations have passed since the best one, by the log that every checkpoint keeps."""
+        if self.settings.patience is None or not state.best_global_step:
+            return False
+        since = [row for row in state.log_history if "eval_loss" in row and row["step"] > state.best_global_step]
+        return len(since) >= self.settings.patience

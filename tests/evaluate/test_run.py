@@ -314,15 +314,28 @@ def test_options_of_the_command_line_lie_over_the_recipe_s(tmp_path: Path) -> No
     with pytest.raises(UsageError, match=wrong):
         name_runs(options, {"sft2": "runs/x/sft2"})
     with pytest.raises(UsageError) as caught:
-        combine(base, {"metrics": ["perplexitty"], "temperature": 0.0})
+        combine(base, {"metrics": ["perplexitty"], "temperature": -1.0})
     assert [str(problem) for problem in caught.value.problems] == [
         "--metric: is perplexitty; it must be one of answers, best_of, classification, frontier, kl, overlap, pairs, "
         "perplexity, tasks, win_rate; did you mean perplexity?",
-        "--temperature: is 0.0: input should be greater than 0",
+        "--temperature: is -1.0: input should be greater than or equal to 0",
     ]
+    with pytest.raises(UsageError, match="--top-p: has no effect with temperature 0"):
+        combine(base, {"temperature": 0.0, "top_p": 0.5})
     (tmp_path / "rows.jsonl").write_text("{}")
     with pytest.raises(UsageError, match="--split has no effect on"):
         sources([str(tmp_path / "rows.jsonl")], "test")
+
+
+def test_greedy_answers_and_cut_tails_are_measured_and_no_kl_is_told_of_them(run_dir: Path) -> None:
+    greedy = {r["metric"]: r for r in _measure(run_dir, temperature=0.0)["results"]}
+    assert greedy["response_length"]["settings"]["temperature"] == 0 and "kl" not in greedy
+    found = [r for r in _measure(run_dir, top_k=1)["results"] if r["settings"].get("top_k") == 1]
+    (cut,) = (r for r in found if r["metric"] == "response_length")  # the greedy figure is kept beside it
+    assert cut["value"] == greedy["response_length"]["value"]
+    for given in ({"temperature": 0.0}, {"top_p": 0.9}):
+        with pytest.raises(UsageError, match="--metric kl: it is of all that the policy says: take top_p"):
+            _measure(run_dir, metrics=["kl"], **given)
 
 
 def test_rows_that_do_not_fit_are_left_out_with_a_warning(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -59,6 +60,32 @@ def test_a_killed_run_that_streams_goes_on_at_its_row(
     assert ended.code == 0, ended.stderr
     assert kill_until_finished(make("killed"), run, random.Random(3), ended.seconds, 3) >= 1
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+
+
+def test_a_killed_run_keeps_the_same_best_weights_and_stops_at_the_same_step(
+    make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    def make(out: str) -> Stage:
+        stage = make_stage("sft", "lora", out)  # with dropout, of which evaluation must draw nothing
+        given = {"eval": 0.4, "keep_best": "-loss", "patience": 2, "keep_checkpoints": 1, "eval_share": None}
+        rates = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 1}
+        options = stage.options.model_copy(update=given)
+        return replace(stage, options=options, trainer={**stage.trainer, **rates, "eval_on_start": True})
+
+    ended = run(make("whole"))
+    assert ended.code == 0, ended.stderr
+    result = json.loads((tmp_path / "whole/result.json").read_text())
+    rows = list(map(json.loads, (tmp_path / "whole/metrics.jsonl").read_text().splitlines()))
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    best = min(list(losses)[1:], key=lambda step: losses[step])  # the first is of the start
+    assert list(losses) == list(range(best + 3)) and result["step"] == best + 2 < NUM_STEPS
+    assert result["metrics"]["kept_step"] == best and result["metrics"]["eval_loss"] == losses[best]
+    assert f"the model is that of step {best} of {best + 2}, whose loss was the best" in ended.stderr
+    kept = {checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path / "whole/checkpoints")}
+    assert kept == {best, best + 2}
+    assert kill_until_finished(make("killed"), run, random.Random(3), ended.seconds, 3) >= 1
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+    assert json.loads((tmp_path / "killed/result.json").read_text())["metrics"] == result["metrics"]
 
 
 def test_a_killed_encoder_decoder_goes_on_with_its_own_words(

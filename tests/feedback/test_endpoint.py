@@ -122,6 +122,17 @@ def test_parameters_a_server_does_not_know_are_left_out() -> None:
         assert reply.text == "hello" and server.payloads[-1]["max_completion_tokens"] == 7
 
 
+def test_top_p_and_top_k_are_sent_where_they_are_set_and_one_that_is_refused_is_an_error() -> None:
+    with Server(reply=lambda payload: "hello") as server:
+        for sampling in (Sampling(0.0, 7), Sampling(1.0, 7, top_p=0.9, top_k=20)):
+            list(connect(server)[0].write([Job(QUESTIONS[0], 5)], sampling))
+        plain, cut = server.payloads[-2:]
+        assert plain["temperature"] == 0 and not plain.keys() & {"top_p", "top_k"}
+        assert (cut["top_p"], cut["top_k"]) == (0.9, 20)
+    with Server(refuse={"top_k": "unknown parameter: top_k"}) as server, pytest.raises(JudgeError, match="top_k"):
+        list(connect(server)[0].write([Job(QUESTIONS[0], 5)], Sampling(1.0, 7, top_k=20)))
+
+
 def test_a_reply_that_names_no_option_is_an_abstention() -> None:
     with Server(reply=lambda payload: "Both are fine, (A) as well as (B).") as server:
         verdict = decide(connect(server)[0], QUESTIONS[:1])[0]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
-from alignkit.models.generation import generate_answers, generate_greedy
+from alignkit.models.generation import generate_answers, generate_greedy, stream_tokens, usual_length
 from alignkit.models.scratch import builtin_config, random_model
 
 
@@ -63,6 +65,37 @@ def test_sampling_has_the_frequencies_of_the_softmax() -> None:
     assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
 
 
+def test_top_k_and_top_p_cut_the_tail_and_leave_the_odds_of_the_rest() -> None:
+    model, settings = sharp_model(), {"max_new_tokens": 1, "eos_ids": [508], "pad_id": 509, "temperature": 2.0}
+    prompt = [60, 61, 62]
+    with torch.no_grad():
+        (odds, tokens) = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / 2.0).softmax(-1).topk(3)
+    share = float(odds[:2].sum()) + float(odds[2]) / 2  # reached by the third
+
+    def draw(**cuts: float) -> list[int]:
+        return [row[0] for row in generate_answers(model, [prompt] * 600, range(600), **settings, **cuts)]
+
+    assert set(draw()) > set(tokens.tolist())
+    for cuts in ({"top_k": 3}, {"top_p": share}, {"top_k": 3, "top_p": 0.999}):
+        found = draw(**cuts)
+        assert set(found) == set(tokens.tolist())
+        wanted = float(odds[0] / odds.sum())
+        assert abs(found.count(int(tokens[0])) / 600 - wanted) < 4 * (wanted * (1 - wanted) / 600) ** 0.5
+    streamed = [
+        next(stream_tokens(model, prompt, top_k=2, generator=torch.Generator().manual_seed(seed), **{
+            key: settings[key] for key in ("temperature", "max_new_tokens", "eos_ids")
+        }))
+        for seed in range(40)
+    ]  # fmt: skip
+    assert set(streamed) == set(tokens[:2].tolist())
+
+
+def test_an_answer_may_be_long_where_a_model_chats_and_has_room() -> None:
+    chats, plain = SimpleNamespace(has_template=True), SimpleNamespace(has_template=False)
+    asked = [(chats, 8192), (chats, None), (chats, 512), (plain, 8192)]
+    assert [usual_length(chat, positions, short=48) for chat, positions in asked] == [256, 256, 48, 48]
+
+
 def test_a_sampled_answer_depends_on_its_seed_and_its_own_end_and_not_on_its_batch() -> None:
     model = sharp_model()
     prompts = [[60, 61, 62], [99] * 20, [70], [60, 61, 62]]
@@ -74,6 +107,10 @@ def test_a_sampled_answer_depends_on_its_seed_and_its_own_end_and_not_on_its_bat
     # A row ends when it has said enough.
     (free,) = generate_answers(model, [[60]], [7], **settings)
     (cut,) = generate_answers(model, [[60]], [7], is_over=lambda tail: free[2] in tail, **settings)
+    assert cut == free[: free.index(free[2]) + 1]
+    cold = settings | {"temperature": 0.0}
+    (free,) = generate_answers(model, [[60]], [7], **cold)
+    (cut,) = generate_answers(model, [[60]], [7], is_over=lambda tail: free[2] in tail, **cold)
     assert cut == free[: free.index(free[2]) + 1]
 
 

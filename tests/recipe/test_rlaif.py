@@ -240,6 +240,10 @@ def test_a_method_command_takes_the_stage_that_is_not_a_step(load: Load) -> None
          "[0.4, 0.6]"]),
         ("  label: {hard: true, clamp: [0.4, 0.6]}\n", ["8: rlaif.label.clamp has no effect with hard: true, which "
          "rounds labels to 0 or 1"]),
+        ("  label: {temperature: 0}\n", ["8: rlaif.label.temperature is 0, with which all answers to a prompt are the "
+         "same; set it above 0, or answers: given"]),
+        ("  critique: {temperature: 0, top_p: 0.9}\n", ["8: rlaif.critique.top_p has no effect with temperature: 0, "
+         "which takes the likeliest token"]),
         ("  label: {cot_tokens: 9}\n", ["8: rlaif.label.cot_tokens has no effect without cot: true"]),
         ("  critique: {replay: a.jsonl, rounds: 3}\n", ["8: rlaif.critique.rounds has no effect with replay, which "
          "takes published critiques and revisions; nothing is sampled"]),

@@ -486,3 +486,38 @@ def test_no_step_is_taken_at_a_rate_of_zero(schedule: str, wanted: list[float] |
             trainer.lr_scheduler.step()
     assert rates[Guarded] == pytest.approx(wanted or rates[Trainer])
     assert min(rates[Guarded]) > 0 and rates[Guarded][3:] == rates[Trainer][3:]
+
+
+def test_evaluation_takes_no_more_than_its_share_of_training(
+    make_stage: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 6 steps of 4 rows with 5 held out: a share of 1 lets 24 x 3 / 5 = 14 evaluations be, of 0.3 four, 0.2 two."""
+    evaluated = {}
+    for share in ("1.0", "0.3", "0.2", "null"):
+        stage = make_stage(
+            f"{BASE}sft: {{data: {{path: builtin:instructions, max_rows: 32}}, eval: 0.25, max_steps: 6, "
+            f"batch_size: 4, eval_steps: 1, logging_steps: 9, eval_share: {share}, samples: {{num: 0}}}}",
+            "sft", f"name=s{share}",
+        )  # fmt: skip
+        launch_stage(stage, Command(stage, ()))
+        rows = map(json.loads, Path(stage.run_dir, "metrics.jsonl").read_text().splitlines())
+        evaluated[share] = [row["step"] for row in rows if "eval_loss" in row]
+        assert stage.fingerprint_values().get("sft.eval_share") is None
+    assert evaluated == {"1.0": [0, 1, 2, 3, 4, 5, 6], "0.3": [0, 2, 4, 6], "0.2": [0, 6], "null": list(range(7))}
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluating")]
+    assert said[0].startswith("evaluating every 2 steps instead of 1: 5 held-out rows beside 6 steps of 4 rows")
+    assert said[1].startswith("evaluating at the start and the end only: ") and len(said) == 2
+
+
+def test_a_metric_to_be_kept_by_has_a_sign_and_is_measured(make_stage: Callable) -> None:
+    text = f"{BASE}dpo: {{data: builtin:preferences, eval: 0.1, max_steps: 2, batch_size: 2, keep_best: NAME}}"
+    signs = {"loss": "-loss", "rewards/accuracies": "+rewards/accuracies", "-eval_rewards/chosen": "-rewards/chosen"}
+    for given, wanted in signs.items():
+        assert make_stage(text.replace("NAME", given), "dpo").training.keep_best == wanted
+    with pytest.raises(RecipeError, match=r"keep_best is rewards/chosen; write \+NAME where"):
+        make_stage(text.replace("NAME", "rewards/chosen"), "dpo")
+    with pytest.raises(RecipeError, match="patience has no effect without keep_best"):
+        make_stage(text.replace("keep_best: NAME", "patience: 2"), "dpo")
+    stage = make_stage(text.replace("NAME", "accuracy"), "dpo")
+    with pytest.raises(RecipeError, match="keep_best is accuracy, which is not measured .*; there are .*loss.*margins"):
+        launch_stage(stage, Command(stage, ()))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from alignkit.evaluate.context import Context, Metric
+from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Metric
 from alignkit.evaluate.intervals import Figure, make_figure, mean
 
 
@@ -27,6 +27,7 @@ def measure(context: Context) -> list[Figure]:
 
 METRIC = Metric(
     measure,
+    first=(ROWS, POLICY, OWN),
     needs=(
         lambda context: context.prompts and context.options.best_of and context.reward is not None,
         "it needs prompts, numbers (--best-of) and a reward (--reward)",

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alignkit.evaluate.context import Context, Metric
+from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Metric
 from alignkit.evaluate.intervals import Figure, Floats, make_figure, mean
 from alignkit.evaluate.metrics.best_of import measure_best_of, measure_best_of_kl
 
@@ -47,6 +47,7 @@ def measure(context: Context) -> list[Figure]:
 
 METRIC = Metric(
     measure,
+    first=(ROWS, POLICY, OWN),
     needs=(
         lambda context: context.prompts and context.options.frontier and context.reward is not None,
         "it needs prompts, evaluate.frontier in the recipe and a reward (--reward)",

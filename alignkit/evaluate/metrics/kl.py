@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alignkit.evaluate.context import Context, Metric
+from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Metric
 from alignkit.evaluate.intervals import Figure, make_figure, mean_of_groups
 
 
@@ -21,6 +21,7 @@ def measure(context: Context) -> list[Figure]:
 
 METRIC = Metric(
     measure,
+    first=(ROWS, POLICY, OWN),
     needs=(
         lambda context: context.prompts and context.reference_source is not None,
         "it needs prompts and a reference (--reference)",

@@ -23,7 +23,8 @@ _LENGTHS = (8, 12, 16, 24, 32, 48)  # words of a source that a bin ends with
 
 
 def measure(context: Context) -> list[Figure]:
-    limit, resamples, beams = context.options.max_new_tokens, context.options.resamples, context.options.num_beams
+    limit, resamples = context.sampling["max_new_tokens"], context.options.resamples
+    beams = context.options.num_beams
     pairs = _list_references(context)
     found = context.policy.answer([prompt for prompt, _ in pairs], max_new_tokens=limit, num_beams=beams)
     answers = [group[0].text for group in found]
