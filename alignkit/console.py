@@ -10,22 +10,24 @@ import os
 import re
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignkit.errors import AlignKitError, UsageError
 
 if TYPE_CHECKING:
     from rich.columns import Columns
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
 
+_Item = TypeVar("_Item")
 # The shapes of secrets: recipes, records, messages, pages and uploads are all searched for them.
 _SECRET = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|sk_live_\w{16,}|gsk_\w{16,}|xai-\w{16,}|nvapi-[\w-]{16,}"
@@ -164,6 +166,7 @@ class Board:
 
     def __init__(self, rows: Sequence[tuple[str, str, str]]) -> None:
         self._rows = {row[0]: _Row(*row) for row in rows}
+        self.doing = ""  # what the running stage does beside its steps
         self._live: Live | None = None
 
     def __enter__(self) -> Board:
@@ -173,7 +176,7 @@ class Board:
 
             self._live = Live(
                 get_renderable=self._draw, console=_open_console(stderr=True), refresh_per_second=4,
-                redirect_stdout=False, transient=len(self._rows) > 1,
+                redirect_stdout=False, transient=len(self._rows) != 1,
             )  # fmt: skip
             self._live.start()
             _board = self
@@ -220,12 +223,13 @@ class Board:
             shown = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float))][:2]
             row.facts = " ".join(f"{key} {value:.4g}" for key, value in shown)
 
-    def _draw(self) -> Table:
+    def _draw(self) -> Table | Group:
+        from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_header=bool(self._rows))
         for column in ("stage", "method", "state", "progress", "steps", "time", "left"):
             table.add_column(column, no_wrap=True, overflow="ellipsis")
         table.add_column("figures")  # which alone gives way where the terminal is narrow
@@ -240,7 +244,7 @@ class Board:
                 f"{row.step}/{row.total}" if row.total else "", *clocks,
                 Text(printable(row.facts or row.why), "" if row.facts else "dim", no_wrap=True, overflow="ellipsis"),
             )  # fmt: skip
-        return table
+        return Group(table, Text(printable(self.doing), "cyan")) if self.doing else table
 
 
 class TrainingProgress:
@@ -275,6 +279,82 @@ class TrainingProgress:
             if self._step >= self._total:
                 self._own.end(self._name)
             self._own.__exit__()
+
+
+_meters: list[Meter] = []  # from the outermost one inwards
+_BAR_WIDTH, _PATIENCE_SECONDS = 16, 0.5
+
+
+class Meter:
+    """How far a piece of work is, and the time left: evaluation, answers, reading, hashing.
+
+    Under the table on the screen, or alone there, once it has taken half a second; where stderr is no terminal a line
+    every ten seconds. Meters within meters are told in one line. Without a `total` only what is done is told.
+    """
+
+    def __init__(self, what: str, total: int | None = None) -> None:
+        self._what, self._total, self.done = what, total, 0
+        self._own: Board | None = None
+
+    def __enter__(self) -> Meter:
+        self._began = self._said = time.monotonic()
+        _meters.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _meters.remove(self)
+        if _board is not None:
+            _board.doing = ""
+        if self._own is not None:
+            self._own.__exit__()
+
+    def advance(self, by: int = 1) -> None:
+        """Count what is done, and show it where it is time to."""
+        self.done += by
+        first, now = _meters[0], time.monotonic()
+        if not is_main() or now - first._began < _PATIENCE_SECONDS:
+            return
+        if sys.stderr.isatty() and _board is None:
+            first._own = Board(()).__enter__()
+        if _board is not None:
+            _board.doing = ", ".join(map(str, _meters))
+        elif now - first._said >= _LINE_INTERVAL_SECONDS:
+            first._said = now
+            note(", ".join(map(str, _meters)))
+
+    def over(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        for item in items:
+            yield item
+            self.advance()
+
+    def __str__(self) -> str:
+        if not self._total:
+            return f"{self._what}: {self.done}"
+        full = round(_BAR_WIDTH * self.done / self._total)
+        bar = "\u2588" * full + "\u2591" * (_BAR_WIDTH - full) + " " if _board is not None else ""
+        told = f"{self._what}: {bar}{self.done} of {self._total}"
+        if not self.done:
+            return told
+        seconds = (time.monotonic() - self._began) / self.done * (self._total - self.done)
+        return f"{told} ({seconds:.0f} s left)"
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say every ten seconds that a piece of work goes on which cannot tell how far it is: weights are loaded."""
+    ended, began = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not ended.wait(_LINE_INTERVAL_SECONDS):
+            note(f"{what} ({time.monotonic() - began:.0f} s)")
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 # Results on stdout, without decoration that a pipe would have to strip.

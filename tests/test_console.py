@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,56 @@ def test_the_live_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[st
     shown.print(board._draw())
     told = capsys.readouterr().out
     assert "[bold]why[/]" in told and SHOWN in told
+
+
+def test_a_meter_tells_how_far_work_is_in_lines_and_under_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def work() -> None:
+        with console.Meter("answers", 4) as answers:
+            assert list(answers.over("ab")) == ["a", "b"]
+            with console.Meter("tokens written", 8) as tokens, console.Meter("rows read") as rows:
+                tokens.advance(6)
+                rows.advance(9)
+
+    work()
+    assert capsys.readouterr().err == ""  # what takes no time says nothing
+    monkeypatch.setattr(console, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(console, "_LINE_INTERVAL_SECONDS", 0.0)
+    work()
+    told = re.sub(r"\d+ s left", "N s left", capsys.readouterr().err).splitlines()
+    assert told == [
+        "answers: 1 of 4 (N s left)",
+        "answers: 2 of 4 (N s left)",
+        "answers: 2 of 4 (N s left), tokens written: 6 of 8 (N s left), rows read: 0",
+        "answers: 2 of 4 (N s left), tokens written: 6 of 8 (N s left), rows read: 9",
+    ]
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr(console, "_PATIENCE_SECONDS", 0.0)
+    with console.Meter("answers", 4) as meter:
+        meter.advance(3)
+        assert console._board is not None and console._board.doing.startswith(
+            f"answers: {12 * chr(0x2588)}{4 * chr(0x2591)} 3 of 4 ("
+        )
+        time.sleep(0.5)  # the table is redrawn four times a second
+    assert console._board is None and "answers: " in screen.getvalue() and "3 of 4" in screen.getvalue()
+
+
+def test_a_wait_that_cannot_tell_how_far_it_is_says_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.waiting("loading a"):
+        pass
+    monkeypatch.setattr(console, "_LINE_INTERVAL_SECONDS", 0.05)
+    with console.waiting("loading b"):
+        time.sleep(0.2)
+    assert set(capsys.readouterr().err.splitlines()) == {"loading b (0 s)"}
 
 
 SECRETS = {

@@ -213,7 +213,7 @@ class Policy:
             self._space.warn(f"{num_cut} prompts were cut on the left to fit the positions of {self.source}")
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
         values: list[list[Any]] = [[] for _ in prompts]
-        for start in range(0, len(order), size):
+        for start in range(0, len(order), size):  # `generate_answers` tells how far a batch is
             places = order[start : start + size]
             batch = [prompts[place][-room:] for place in places]
             with quiet_transformers():  # it looks for a mask that `generate` leaves out where nothing is padded

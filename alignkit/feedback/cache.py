@@ -12,7 +12,6 @@ import json
 import os
 import tempfile
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -28,7 +27,6 @@ from alignkit.runs.stop import Stop
 
 Record = dict[str, Any]
 _Batch = list[tuple[int, Mapping[str, Any]]]  # records that came together, by the number of their question
-_NOTE_SECONDS = 10.0
 _CHUNK_BYTES = 1 << 20
 _CHECK = "crc32"
 
@@ -135,16 +133,10 @@ class Store:
         known = frozenset(number for number, key in enumerate(first) if key in self)
         if len(known) == len(places):
             return
-        began = said = time.monotonic()
-        done, total = 0, len(places) - len(known)
-        for batch in answer(places, known):
-            self.put([(keys[places[number]], record) for number, record in batch])
-            done += sum(number not in known for number, _ in batch)
-            if done < total and time.monotonic() - said >= _NOTE_SECONDS:
-                said = time.monotonic()
-                rate = done / (said - began)
-                left = (total - done) / rate if rate else float("inf")
-                console.note(f"{what}: {done} of {total}, {rate:.3g} per second ({left:.0f} s left)")
+        with console.Meter(what, len(places) - len(known)) as meter:
+            for batch in answer(places, known):
+                self.put([(keys[places[number]], record) for number, record in batch])
+                meter.advance(sum(number not in known for number, _ in batch))
 
     def ask(
         self,

@@ -22,7 +22,7 @@ from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK
 from alignkit.recipe.stage import check_batch
 
-Device = Literal["cpu", "cuda", "mps"]
+Device = Literal["cpu", "cuda", "mps", "npu", "xpu"]
 Precision = Literal["no", "bf16", "fp16"]
 _PRECISION_OF: dict[str, Precision] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 DEFAULT_PORT = 29500

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from alignkit.console import Meter
 from alignkit.models.logprobs import keep_likeliest, pad
 
 _BATCH = 16
@@ -149,7 +150,13 @@ def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationCo
     device = next(model.parameters()).device
     halves = model.config.is_encoder_decoder
     ids_BT, mask_BT = pad(prompts, settings.pad_token_id, left=not halves)
-    with torch.no_grad(), plainly(model):
+    with torch.no_grad(), plainly(model), Meter("tokens written", settings.max_new_tokens) as meter:
+
+        def count(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            meter.advance()
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        hooks["stopping_criteria"] = StoppingCriteriaList([*hooks.get("stopping_criteria", ()), count])
         output = model.generate(
             input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings, **hooks
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from accelerate.utils import is_npu_available, is_xpu_available
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -29,6 +30,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from alignkit import console
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, first_line
 from alignkit.models import adapters
 from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir, is_builtin, read_shapes
@@ -78,8 +80,10 @@ class Precision:
 
 
 def pick_device(wanted: str = "auto", *, where: str = "") -> str:
-    """Pick cuda, mps or cpu: the one asked for, at `where` in a recipe, or the best that is there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """Pick the device asked for, at `where` in a recipe, or the best that is there."""
+    seen = {"cuda": torch.cuda.is_available, "npu": is_npu_available, "xpu": is_xpu_available,
+            "mps": torch.backends.mps.is_available, "cpu": lambda: True}  # fmt: skip
+    available = {name: there() for name, there in seen.items()}
     if wanted == "auto":
         return next(name for name, there in available.items() if there)
     if not available[wanted.partition(":")[0]]:
@@ -158,6 +162,7 @@ def read_base(
     two_heads: bool = False,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    use_kernels: bool = False,
     trust_code: bool = False,
 ) -> PreTrainedModel:
     """Load base weights from a directory or a hub id, in the given precision; safetensors only.
@@ -177,12 +182,14 @@ def read_base(
     labels = head["labels"] if head else []
     arguments: dict[str, Any] = {"num_labels": len(labels) or num_labels} if reward else {}
     if attn_implementation:
-        arguments["attn_implementation"] = attn_implementation
+        arguments |= {"attn_implementation": attn_implementation, "allow_all_kernels": trust_code}
+    if use_kernels:
+        arguments["use_kernels"] = True
     if precision.quantized:
         arguments["quantization_config"] = quantization_config(precision)
         on_cuda = precision.device == "cuda"
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if on_cuda else precision.device}
-    with explain_hub_errors(source), quiet_transformers():
+    with explain_hub_errors(source), quiet_transformers(), console.waiting(f"loading {source}"):
         model, info = family.from_pretrained(
             str(directory or source), revision=revision, dtype=precision.dtype, use_safetensors=True,
             trust_remote_code=trust_code, output_loading_info=True, **arguments,
@@ -317,7 +324,7 @@ def load_policy(
         model = draw_base(stage, tokenizer, precision.dtype)
     else:
         settings: Any = {"attn_implementation": stage.model.attn_implementation, "trust_code": stage.trust_code}
-        settings |= {"head": head, "two_heads": two_heads}
+        settings |= {"head": head, "two_heads": two_heads, "use_kernels": stage.model.use_kernels}
         model = read_base(base, precision, reward=reward, revision=revision, **settings)
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, model=base)
     if head is not None:

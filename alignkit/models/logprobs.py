@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from alignkit.console import Meter
+
 _BATCH_TOKENS = 2**16
 _VOCABULARY_TILE = 8192
 _ROW_TILE = 512  # tokens whose logits are held at a time where they must be sorted
@@ -275,14 +277,16 @@ def score_tokens(
     pairs = [(context, tail) if context else (tail[:1], tail[1:]) for context, tail in sequences]
     lengths = [len(context) + len(tail) for context, tail in pairs]
     waiting = sorted((place for place, (_, tail) in enumerate(pairs) if tail), key=lambda place: -lengths[place])
-    while waiting:
-        size = max(min(batch_size, _BATCH_TOKENS // lengths[waiting[0]]), 1)
-        places, waiting = waiting[:size], waiting[size:]
-        contexts, tails = zip(*(pairs[place] for place in places), strict=True)
-        batch = pad_answers(contexts, tails, pad_id=pad_id, device=device)
-        inputs = {"input_ids": batch.input_ids_BL, "attention_mask": batch.attention_mask_BL, "use_cache": False}
-        hidden_BLH, _ = run_trunk(base, base.get_output_embeddings(), **inputs)
-        logps_N, _ = token_logps(base, batch.pick(hidden_BLH), batch.targets_N, temperature)
-        for place, values in zip(places, logps_N.split([len(tail) for tail in tails]), strict=True):
-            results[place] = values.tolist()
+    with Meter("sequences read", len(waiting)) as meter:
+        while waiting:
+            size = max(min(batch_size, _BATCH_TOKENS // lengths[waiting[0]]), 1)
+            places, waiting = waiting[:size], waiting[size:]
+            contexts, tails = zip(*(pairs[place] for place in places), strict=True)
+            batch = pad_answers(contexts, tails, pad_id=pad_id, device=device)
+            inputs = {"input_ids": batch.input_ids_BL, "attention_mask": batch.attention_mask_BL, "use_cache": False}
+            hidden_BLH, _ = run_trunk(base, base.get_output_embeddings(), **inputs)
+            logps_N, _ = token_logps(base, batch.pick(hidden_BLH), batch.targets_N, temperature)
+            for place, values in zip(places, logps_N.split([len(tail) for tail in tails]), strict=True):
+                results[place] = values.tolist()
+            meter.advance(size)
     return results

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from alignkit.console import Meter
+
 _SAMPLED_ELEMENTS = 256  # of each parameter
 _ROWS, _LENGTH, _POSITIONS, _ENTRIES = 2, 16, (3, 7, 11, 15), 16
 # Largest difference, as a share of the largest value (or of 1): other kernels and batch shapes round differently.
@@ -55,15 +57,17 @@ def hash_base(model: nn.Module) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     scales = _int8_scales(model)
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad or ".lora_" in name or ".modules_to_save." in name:
-            continue
-        digest.update(name.encode())
-        for tensor in _tensors_of(parameter, scales):
-            digest.update(_bytes_of(tensor))
-        offset = getattr(getattr(parameter, "quant_state", None), "offset", None)
-        if offset is not None:
-            digest.update(_bytes_of(offset))
+    named = sorted(model.named_parameters())
+    with Meter("tensors of the base hashed", len(named)) as meter:
+        for name, parameter in meter.over(named):
+            if parameter.requires_grad or ".lora_" in name or ".modules_to_save." in name:
+                continue
+            digest.update(name.encode())
+            for tensor in _tensors_of(parameter, scales):
+                digest.update(_bytes_of(tensor))
+            offset = getattr(getattr(parameter, "quant_state", None), "offset", None)
+            if offset is not None:
+                digest.update(_bytes_of(offset))
     return digest.hexdigest()
 
 

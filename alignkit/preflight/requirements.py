@@ -270,8 +270,19 @@ def require_packages(stage: Stage) -> None:
     wanted = [("report_to", name, *_TRACKERS[name]) for name in ([asked] if isinstance(asked, str) else asked)
               if name in _TRACKERS]  # fmt: skip
     wanted += [("optim", optimizer, *package)] if package else []
+    model = stage.model
+    from_hub = model.use_kernels or "/" in (model.attn_implementation or "")
+    if from_hub and not stage.trust_code:
+        key = "use_kernels" if model.use_kernels else "attn_implementation"
+        what = f"model.{key} runs code of the hub, which a recipe cannot allow; give --trust-code on the command line"
+        raise UsageError([Problem(what, stage.where(f"model.{key}"))])
+    flash = (model.attn_implementation or "").startswith("flash") and not importlib.util.find_spec("flash_attn")
+    if from_hub or flash:  # transformers takes the hub's kernel where flash_attn is not installed
+        key = "model.attn_implementation" if model.attn_implementation else "model.use_kernels"
+        wanted.append((key, str(model.attn_implementation or ""), "kernels", "'alignkit[kernels]'"))
     problems = [
-        f"{stage.where(f'{stage.name}.{key}')}: {key} {name} needs {module}, not installed here; pip install {install}"
+        f"{stage.where(key if '.' in key else f'{stage.name}.{key}')}: {key} {name} needs {module}, not installed "
+        f"here; pip install {install}"
         for key, name, module, install in wanted
         if importlib.util.find_spec(module) is None
     ]

@@ -44,6 +44,7 @@ def _require_sign(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_require_text)]
+_HubKernel = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?$")]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -82,8 +83,12 @@ class ModelOptions(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Weights and compute; auto: bfloat16 where the device computes in it, with float32 weights in full "
         "fine-tuning.")
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = option(
-        None, "Attention kernel; omitted: what transformers picks.")
+    attn_implementation: (
+        Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
+        | _HubKernel | None
+    ) = option(None, "Attention kernel, or OWNER/NAME of one on the hub (--trust-code); omitted: transformers' choice.")
+    use_kernels: bool = option(
+        False, "Layers whose kernels the hub has are computed by those (--trust-code): less time and memory on a GPU.")
     chat_template: Text | None = option(
         None, "chatml, llama3, zephyr, plain, a .jinja file, or the name of one of the tokenizer's several; omitted: "
         "the tokenizer's own (of several: `default`).")
@@ -140,8 +145,8 @@ SLURM_OPTIONS = (
 
 
 class LaunchOptions(_Section):
-    device: Literal["auto", "cpu", "cuda", "mps"] = option(
-        "auto", "Where to train; auto takes cuda, then mps, then cpu.")
+    device: Literal["auto", "cpu", "cuda", "mps", "npu", "xpu"] = option(
+        "auto", "Where to train; auto takes cuda, then npu (Ascend), xpu (Intel), mps, then cpu.")
     processes: Count | Literal["auto"] = option(
         1, "Processes on each node, one a device; auto takes the visible devices.")
     nodes: Count = option(1, "Machines; the same command is started on each of them, or --slurm starts it.")

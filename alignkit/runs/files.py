@@ -223,9 +223,10 @@ _ALWAYS_READ_BYTES = 1 << 28
 def checksum(path: Path) -> str:
     """Compute the CRC-32 of a file as eight hex digits."""
     crc = 0
-    with path.open("rb") as file:
+    with path.open("rb") as file, console.Meter(f"MB of {path.name} hashed", path.stat().st_size >> 20) as meter:
         while chunk := file.read(1 << 22):
             crc = zlib.crc32(chunk, crc)
+            meter.advance(len(chunk) >> 20)
     return f"{crc:08x}"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from alignkit.console import Meter
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.load import first_rows
 from alignkit.models.files import find_model_dir, fingerprint_weights
@@ -59,7 +60,8 @@ def hash_data(stage: Stage) -> str:
     """Make the fingerprint that `prepare_tables` finds, by reading the rows again without tokenising them."""
     report, rejects = DataReport(), Rejects()
     sources = [first_rows(stage, report), *([stage.training.eval] if isinstance(stage.training.eval, list) else [])]
-    for group in sources:
-        for _ in read_rows(stage, group, report=report, rejects=rejects):
-            pass
+    with Meter(f"{stage.name}: rows compared") as meter:
+        for group in sources:
+            for _ in meter.over(read_rows(stage, group, report=report, rejects=rejects)):
+                pass
     return report.fingerprint

@@ -312,6 +312,8 @@ def finish(setup: Setup) -> Result:
     trainer, run = setup.trainer, setup.run
     trainer.refuse_bad_weights()
     trainer.ready_final()
+    if callable(getattr(trainer.optimizer, "eval", None)):  # schedule-free ones train other weights than they publish
+        trainer.optimizer.eval()
     step = _take_best(setup)
     # Opened before the ranks meet again: opening mends a torn last line, which must not be one that is being written.
     rows, samples = JsonLines(run.metrics), JsonLines(run.samples)

@@ -67,10 +67,12 @@ def _answer(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
     with gathered_root(model):
         answers: list[list[int]] = []
         seed, stops, pad_id = setup.stage.seed, chat.stop_ids, chat.tokenizer.pad_token_id
-        for start in range(0, len(prompts), _BATCH):
-            batch = prompts[start : start + _BATCH]
-            seeds = range(seed + start, seed + start + len(batch))
-            answers += generate_answers(model, batch, seeds, **asked, eos_ids=stops, pad_id=pad_id)
+        with console.Meter("samples", len(prompts)) as meter:
+            for start in range(0, len(prompts), _BATCH):
+                batch = prompts[start : start + _BATCH]
+                seeds = range(seed + start, seed + start + len(batch))
+                answers += generate_answers(model, batch, seeds, **asked, eos_ids=stops, pad_id=pad_id)
+                meter.advance(len(batch))
         for prompt, answer, found in zip(prompts, answers, alignments, strict=True) if chat.encoder_decoder else ():
             if answer and (weights := align(model, prompt, answer)):
                 source, target = ([chat.tokenizer.decode([token]) for token in ids] for ids in (prompt, answer))

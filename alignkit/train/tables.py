@@ -102,9 +102,10 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
             rows = (row for is_eval, row in split_eval(rows, held_out, stage.seed) if is_eval == side)
         rows = remember(rows) if name == "train.arrow" else rows
         lengths, first = LengthReport(), list[Row]()
-        found = _encode(stage, chat, rows, rejects, lengths, first)
-        start = next(found, None)
-        return None if start is None else write_table(cache / name, chain([start], found)), lengths, first
+        with console.Meter(f"{stage.name}: rows read") as meter:
+            found = _encode(stage, chat, meter.over(rows), rejects, lengths, first)
+            start = next(found, None)
+            return None if start is None else write_table(cache / name, chain([start], found)), lengths, first
 
     splits = isinstance(held_out, float)
     rows = read_rows(stage, first_rows(stage, report), report=report, rejects=rejects, template=template)

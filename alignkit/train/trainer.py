@@ -305,7 +305,7 @@ class Guarded(Checkpointed):
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
         totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # name -> sum of value x weight, of weight
-        with self._alone():
+        with self._alone(), console.Meter("held-out rows", num_rows) as meter:
             for number, (rows, inputs) in enumerate(zip(dataloader.batch_sampler, dataloader, strict=True)):
                 self._metrics["eval"].clear()
                 weights = {name: float(weight) for name, weight in self.weigh(inputs).items()}
@@ -316,6 +316,7 @@ class Guarded(Checkpointed):
                         weight = weights.get(name, len(rows))
                         totals[name][0] += value * weight if weight else 0.0
                         totals[name][1] += weight
+                meter.advance(min(len(rows) * num_ranks, num_rows - meter.done))
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)
                 if self.stop_wanted():
                     self._metrics["eval"].clear()
