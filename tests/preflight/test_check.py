@@ -79,6 +79,29 @@ def test_a_package_that_is_missing_is_named_with_its_line(
     assert str(caught.value) == f"{path}:4: {message}" and caught.value.exit_code == 8
 
 
+@pytest.mark.parametrize(
+    ("model", "code", "message"),
+    [
+        ("attn_implementation: kernels-community/flash-attn2", 2,
+         "model.attn_implementation runs code of the hub, which a recipe cannot allow; give --trust-code on the "
+         "command line"),
+        ("use_kernels: true", 2,
+         "model.use_kernels runs code of the hub, which a recipe cannot allow; give --trust-code on the command line"),
+        ("attn_implementation: flash_attention_4", 8,
+         "model.attn_implementation flash_attention_4 needs kernels, not installed here; pip install "
+         "'alignkit[kernels]'"),
+    ],
+)  # fmt: skip
+def test_kernels_of_the_hub_are_code_and_need_their_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, code: int, message: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # whatever is installed here
+    path = _write(tmp_path, f"model:\n  path: builtin:tiny-llama\n  {model}\nsft: {{data: builtin:instructions}}\n")
+    with pytest.raises((UsageError, EnvironmentProblem)) as caught:
+        require_packages(resolve(load_recipe(path), "sft"))
+    assert str(caught.value) == f"{path}:3: {message}" and caught.value.exit_code == code
+
+
 def test_checkpoint_holds_weights_and_two_optimizer_values() -> None:
     assert checkpoint_bytes(1000, dtype="float32") == 12_000
     assert checkpoint_bytes(1000, dtype="bfloat16") == 6_000
