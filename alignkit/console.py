@@ -282,13 +282,13 @@ class TrainingProgress:
 
 
 _meters: list[Meter] = []  # from the outermost one inwards
-_BAR_WIDTH, _PATIENCE_SECONDS = 16, 0.5
+_BAR_WIDTH, _TICK_SECONDS = 16, 0.25
 
 
 class Meter:
     """How far a piece of work is, and the time left: evaluation, answers, reading, hashing.
 
-    Under the table on the screen, or alone there, once it has taken half a second; where stderr is no terminal a line
+    Under the table on the screen, or alone there, once it takes a moment; where stderr is no terminal a line
     every ten seconds. Meters within meters are told in one line. Without a `total` only what is done is told.
     """
 
@@ -297,7 +297,7 @@ class Meter:
         self._own: Board | None = None
 
     def __enter__(self) -> Meter:
-        self._began = self._said = time.monotonic()
+        self._began = self._said = self._shown = time.monotonic()
         _meters.append(self)
         return self
 
@@ -312,8 +312,9 @@ class Meter:
         """Count what is done, and show it where it is time to."""
         self.done += by
         first, now = _meters[0], time.monotonic()
-        if not is_main() or now - first._began < _PATIENCE_SECONDS:
+        if now - first._shown < _TICK_SECONDS or not is_main():
             return
+        first._shown = now
         if sys.stderr.isatty() and _board is None:
             first._own = Board(()).__enter__()
         if _board is not None:

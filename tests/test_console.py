@@ -89,7 +89,7 @@ def test_a_meter_tells_how_far_work_is_in_lines_and_under_a_bar_on_a_terminal(
 
     work()
     assert capsys.readouterr().err == ""  # what takes no time says nothing
-    monkeypatch.setattr(console, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(console, "_TICK_SECONDS", 0.0)
     monkeypatch.setattr(console, "_LINE_INTERVAL_SECONDS", 0.0)
     work()
     told = re.sub(r"\d+ s left", "N s left", capsys.readouterr().err).splitlines()
@@ -102,7 +102,7 @@ def test_a_meter_tells_how_far_work_is_in_lines_and_under_a_bar_on_a_terminal(
     monkeypatch.setattr(sys, "stderr", screen := Screen())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "150")
-    monkeypatch.setattr(console, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(console, "_TICK_SECONDS", 0.0)
     with console.Meter("answers", 4) as meter:
         meter.advance(3)
         assert console._board is not None and console._board.doing.startswith(
