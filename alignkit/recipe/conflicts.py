@@ -1,4 +1,4 @@
-"""Keys that contradict others or have no effect beside them, as one table; a recipe that sets one is refused."""
+"""Keys that contradict others or have no effect beside them: conflicts.tsv, and here what needs more than one key."""
 
 from __future__ import annotations
 
@@ -29,6 +29,33 @@ class Conflict(NamedTuple):
 
 def _idle(methods: str, keys: str, when: Callable[[Section], Any], why: str, if_on: bool = False) -> Conflict:
     return Conflict(methods, keys, when, f"has no effect {why}", if_on)
+
+
+def _when(text: str) -> Callable[[Section], Any]:
+    """Read a condition of conflicts.tsv.
+
+    `always`, `key` (switched on), `?key` (given), `key=a|b` (- is not given), `key!=a`; ! in front turns it round.
+    """
+    turned, given, key, unequal, equal, values = re.fullmatch(  # type: ignore[union-attr]
+        r"(!?)(\??)([\w.]+)(?:(?:(!=)|(=))(.*))?", text
+    ).groups()
+
+    def holds(stage: Section) -> bool:
+        value = stage.get(key)
+        if unequal or equal:
+            word = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+            return (word in values.split("|")) == bool(equal)
+        return (value is not None if given else bool(value)) != bool(turned)
+
+    return holds if key != "always" else lambda stage: True
+
+
+def _read_table() -> Iterator[Conflict]:
+    """Read the rows whose condition is on one key alone."""
+    _, *lines = (Path(__file__).parent / "conflicts.tsv").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        methods, keys, when, what, if_on = line.split("\t")
+        yield Conflict(methods, keys, _when(when), what, bool(if_on))
 
 
 def find_conflicts(stage: Section) -> Iterator[Finding]:
@@ -130,11 +157,8 @@ def list_rewards(stage: Section, key: str) -> list[dict[str, Any]]:
 
 
 CONFLICTS = (
+    *_read_table(),
     # all that train
-    _idle("train",
-          "eval_strategy eval_steps eval_on_start eval_delay eval_share keep_best per_device_eval_batch_size "
-          "eval_accumulation_steps eval_packing", lambda stage: not stage.has("eval"),
-          "without `eval:`; add eval: 0.05 (a share of the data) or a source", if_on=True),
     _idle("train", "num_train_epochs",
           lambda stage: stage.get("max_steps", -1) > 0
           and not stage.is_switched_off("num_train_epochs", by="max_steps"),
@@ -142,18 +166,9 @@ CONFLICTS = (
     _idle("train", "logging_steps", _counts_otherwise("logging"), "with logging_strategy: {}"),
     _idle("train", "save_steps", _counts_otherwise("save"), "with save_strategy: {}"),
     _idle("train", "eval_steps", _counts_otherwise("eval"), "with eval_strategy: {}"),
-    _idle("train", "patience", lambda stage: not stage.has("keep_best"), "without keep_best, the metric that counts"),
-    _idle("train", "keep_best eval_share", lambda stage: stage.get("eval_strategy") == "no", "with eval_strategy: no"),
-    _idle("ppo", "keep_best patience eval_share", lambda stage: True, "on ppo, whose rollouts are its evaluation"),
     _idle("train", "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
           lambda stage: stage.get("gradient_checkpointing") is False and not stage.get("activation_checkpointing"),
           "with gradient_checkpointing: false"),
-    _idle("train", "dataloader_prefetch_factor dataloader_persistent_workers",
-          lambda stage: not stage.get("dataloader_num_workers"), "without dataloader_num_workers", if_on=True),
-    _idle("dpo", "label_smoothing_factor", lambda stage: True,
-          "on the loss of dpo; use loss_type: cdpo with label_smoothing", if_on=True),
-    _idle("rm", "label_smoothing_factor", lambda stage: True,
-          "on the loss of rm; soft labels are a column", if_on=True),
     _idle("train", "adapter", _starts_from_no_adapter,
           "without start_from; it says what happens to the adapter a stage starts from"),
     Conflict("train", "micro_batch_size",
@@ -165,8 +180,6 @@ CONFLICTS = (
                  "is {value}; it must be a whole number of steps, or a share of all steps below 1")
         for key in ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
     ),
-    Conflict("train", "max_steps", lambda stage: stage.get("max_steps") == 0,
-             "is 0; it must be at least 1, or -1 to train num_train_epochs"),
     Conflict("train", "gradient_checkpointing",
              lambda stage: (wanted := _read_top(stage, "launch.activation_checkpointing")) is not None
              and wanted != stage.get("gradient_checkpointing") and str(wanted).lower(),
@@ -175,24 +188,15 @@ CONFLICTS = (
              lambda stage: stage.get("adapter") == "stack" and _read_top(stage, "lora") is None
              and not _starts_from_no_adapter(stage), "is stack, which puts a new adapter on top; add a lora: section"),
     # sft
-    _idle("sft", "completion_only_loss assistant_only_loss", lambda stage: stage.get("objective") == "lm",
-          "with objective: lm, which trains on every token; use objective: chat", if_on=True),
-    _idle("sft", "packing packing_strategy eval_packing padding_free", lambda stage: stage.get("objective") == "lm",
-          "with objective: lm, which packs its text already"),
     _idle("sft", "packing_strategy",
           lambda stage: stage.get("objective") != "lm" and not stage.get("packing") and not stage.get("eval_packing"),
           "without packing: true"),
     _idle("sft", "batching", lambda stage: stage.get("packing") and stage.get("objective") != "lm",
           "with packing: true, which fills every block to the same length"),
-    _idle("sft", "completion_only_loss assistant_only_loss packing packing_strategy eval_packing padding_free "
-          "loss_type chat", lambda stage: stage.get("objective") == "seq2seq",
-          "with objective: seq2seq, where the decoder learns the completion and reads the prompt as text", if_on=True),
     Conflict("sft", "data eval", _has_separator,
              "has a separator, which nothing reads with objective: seq2seq; take it out"),
     _idle("sft", "lm_coef labels", lambda stage: not _task(stage),
           f"without an objective that learns labels: {', '.join(TASKS)}"),
-    _idle("sft", "labels", lambda stage: stage.get("objective") == "multiple_choice",
-          "with objective: multiple_choice, whose rows bring their answers"),
     _idle("sft", "chat completion_only_loss assistant_only_loss packing packing_strategy eval_packing padding_free "
           "streaming loss_type label_smoothing_factor router_aux_loss_coef", _task,
           "with objective: {}, which reads texts and labels", if_on=True),
@@ -206,15 +210,11 @@ CONFLICTS = (
              "needs max_steps: the number of rows is not known"),
     Conflict("sft", "eval", lambda stage: stage.get("streaming") and isinstance(stage.get("eval"), float),
              "is a share, which streaming cannot hold out; name a source of held-out rows"),
-    Conflict("sft", "dedupe packing batching", lambda stage: stage.get("streaming"),
-             "is {value}, which streaming cannot do; take one of the two out", if_on=True),
     Conflict("sft", "on_bad_row", lambda stage: stage.get("streaming") and stage.get("on_bad_row") != "error",
              "is {value}, which streaming cannot do; take one of the two out"),
     # rm
     Conflict("rm", "grouping", lambda stage: stage.get("loss") == "best_of" and stage.get("grouping") == "pairs",
              "is pairs, but loss: best_of compares all answers of a prompt; use grouping: kway"),
-    _idle("rm", "normalize_data normalize_rows", lambda stage: stage.get("normalize", "none") == "none",
-          "without normalize: bias or gain_and_bias"),
     # dpo
     Conflict("dpo", "loss_type", lambda stage: len(losses_of(stage)) > 1 and find_kto(stage),
              "mixes {} with others; it is computed on single answers and must stand alone"),
@@ -231,8 +231,6 @@ CONFLICTS = (
              lambda stage: stage.get("f_divergence_type") != "reverse_kl"
              and ", ".join(sorted({*losses_of(stage)} - {*_F_DIVERGENCE, *KTO_LOSSES})),
              "is {value}, which {} cannot use; use reverse_kl"),
-    Conflict("dpo", "padding_free", lambda stage: True,
-             "is accepted and then switched off by TRL's DPOTrainer; use batching: grouped", if_on=True),
     Conflict("dpo", "adapter", lambda stage: stage.get("precompute_ref_log_probs") and stage.get("adapter") == "stack",
              "is stack, which does not work with precompute_ref_log_probs; use continue or merge"),
     _idle("dpo", "desirable_weight undesirable_weight", lambda stage: not {*losses_of(stage)} & {*KTO_LOSSES},
@@ -248,19 +246,11 @@ CONFLICTS = (
              f"without loss_type: {loss}")
         for loss, own in OWN_LOSSES.items()
     ),
-    _idle("dpo", "f_alpha_divergence_coef", lambda stage: stage.get("f_divergence_type") != "alpha_divergence",
-          "without f_divergence_type: alpha_divergence"),
-    _idle("dpo", "precompute_ref_batch_size", lambda stage: not stage.get("precompute_ref_log_probs"),
-          "without precompute_ref_log_probs: true"),
     # ppo
     _idle("ppo", "reward_timeout",
           lambda stage: not any(
               part.get("function") for part in (*list_rewards(stage, "reward"), *list_rewards(stage, "gold"))),
           "without a reward function"),
-    _idle("ppo", "reward_normalize_rows", lambda stage: stage.get("reward_normalize", "none") == "none",
-          "without reward_normalize: bias or gain_and_bias"),
-    _idle("ppo", "kl_horizon", lambda stage: not stage.has("kl_target"),
-          "without kl_target, which makes kl_coef adaptive"),
     _idle("ppo", "gamma lam cliprange_value vf_coef value_init critic_learning_rate", _no_critic,
           "with advantage: {}, which has no critic; use advantage: gae"),
     _idle("ppo", "whiten_rewards", _no_critic, "with advantage: {}, which compares whole answers; use gae", if_on=True),
@@ -268,30 +258,19 @@ CONFLICTS = (
           if_on=True),
     _idle("ppo", "num_generations", lambda stage: not _grouped(stage) and stage.get("advantage", "gae"),
           "with advantage: {}, which takes one answer per prompt"),
-    _idle("ppo", "scale_rewards", lambda stage: stage.get("advantage") != "grpo", "without advantage: grpo"),
     _idle("ppo", "dynamic_sampling", lambda stage: not _grouped(stage) and stage.get("advantage", "gae"),
           "with advantage: {}, which has no groups"),
-    _idle("ppo", "kl_in", lambda stage: stage.get("kl_coef") == 0, "with kl_coef: 0"),
-    _idle("ppo", "stop", lambda stage: stage.has("truncate"), "with truncate, after whose token nothing counts"),
     Conflict("ppo", "importance",
              lambda stage: stage.get("importance") == "sequence" and not _no_critic(stage),
              "is sequence, one ratio for a whole answer, and advantage: gae has one advantage per token; use grpo, "
              "rloo or reinforce"),
     Conflict("ppo", "overlong", lambda stage: not stage.has("overlong.buffer") and not stage.get("overlong.filter"),
              "needs buffer (a lower reward near max_new_tokens) or filter: true"),
-    _idle("ppo", "overlong.penalty", lambda stage: not stage.has("overlong.buffer"), "without buffer"),
     _idle("ppo", "cliprange cliprange_high cliprange_value",
           lambda stage: stage.get("ppo_epochs", 4) * stage.get("minibatches", 1) == 1,
           "with one step per rollout: nothing has moved yet; raise ppo_epochs or minibatches"),
-    _idle("ppo", "num_train_epochs", lambda stage: stage.has("total_episodes"),
-          "with total_episodes; take one of them out"),
     _idle("ppo", "max_steps", lambda stage: stage.has("total_episodes") and stage.get("max_steps", -1) > 0,
           "with total_episodes; take one of them out"),
-    _idle("ppo", "batching", lambda stage: True, "in ppo: a rollout draws its prompts at random, and pads once"),
-    _idle("ppo", "generation.mode generation.url generation.gpu_memory_utilization generation.importance_cap",
-          lambda stage: stage.get("generation.engine") != "vllm", "without engine: vllm"),
-    _idle("ppo", "generation.batch_size", lambda stage: stage.get("generation.engine") == "vllm",
-          "with engine: vllm, which batches by itself"),
     _idle("ppo", "generation.url",
           lambda stage: stage.get("generation.engine") == "vllm" and stage.get("generation.mode") != "server",
           "with mode: colocate; use mode: server"),
@@ -325,30 +304,9 @@ CONFLICTS = (
              lambda stage: stage.get("generation.engine") == "vllm"
              and not re.match(r"https?://[^/]", stage.get("generation.url") or "http://x"),
              "is {value!r}; it must start with http:// or https://"),
-    *(
-        Conflict("ppo", key, lambda stage, key=key: stage.get(key) == "epoch",  # type: ignore[misc]
-                 "is epoch; PPO counts in steps, of which a rollout takes ppo_epochs x minibatches")
-        for key in ("save_strategy", "logging_strategy")
-    ),
     # critique and label
-    _idle("critique",
-          "rounds critiques examples constitution data helpful start_from generator temperature top_p top_k "
-          "max_new_tokens batch_size", lambda stage: stage.has("replay"),
-          "with replay, which takes published critiques and revisions; nothing is sampled"),
-    _idle("label", "generator max_new_tokens", lambda stage: stage.get("answers") == "given",
-          "with answers: given, which samples none"),
-    _idle("critique label", "top_p top_k", lambda stage: stage.get("temperature") == 0,
-          "with temperature: 0, which takes the likeliest token"),
     Conflict("label", "temperature", lambda stage: stage.get("temperature") == 0 and stage.get("answers") != "given",
              "is 0, with which all answers to a prompt are the same; set it above 0, or answers: given"),
-    _idle("label", "judge constitution orders cot cot_tokens examples check", lambda stage: stage.has("reward"),
-          "with reward:, which compares by itself; take one of them out"),
-    _idle("label", "cot_tokens", lambda stage: not stage.get("cot"), "without cot: true"),
-    _idle("label", "mix hard clamp", lambda stage: stage.get("best_of"),
-          "with best_of: true, which writes single answers", if_on=True),
-    _idle("label", "clamp", lambda stage: stage.get("hard"), "with hard: true, which rounds labels to 0 or 1"),
-    _idle("label", "orders cot examples", lambda stage: stage.has("judge.replay"),
-          "with judge.replay: the labels are made already"),
     Conflict("label", "reward", lambda stage: any(part.get("judge") for part in list_rewards(stage, "reward")),
              "has a judge, which compares answers itself; name it as judge:"),
     Conflict("label", "clamp", lambda stage: stage.get("clamp")[0] >= stage.get("clamp")[1],
