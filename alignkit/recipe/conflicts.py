@@ -31,27 +31,25 @@ def _idle(methods: str, keys: str, when: Callable[[Section], Any], why: str, if_
     return Conflict(methods, keys, when, f"has no effect {why}", if_on)
 
 
-def _when(text: str) -> Callable[[Section], Any]:
-    """Read a condition of conflicts.tsv.
+def _when(text: str) -> Callable[[Section], bool]:
+    """Read the conditions of conflicts.tsv, all of which must hold.
 
-    `always`, `key` (switched on), `?key` (given), `key=a|b` (- is not given), `key!=a`; ! in front turns it round.
+    `key` (switched on), `?key` (given), `key=a|b` (- is not given), `key!=a`; ! in front turns one round.
     """
-    turned, given, key, unequal, equal, values = re.fullmatch(  # type: ignore[union-attr]
-        r"(!?)(\??)([\w.]+)(?:(?:(!=)|(=))(.*))?", text
-    ).groups()
+    parts = [re.fullmatch(r"(!?)(\??)([\w.]+)(?:(!?)=(.*))?", part) for part in text.split()]
 
-    def holds(stage: Section) -> bool:
+    def holds(stage: Section, turned: str, given: str, key: str, unequal: str | None, words: str | None) -> bool:
         value = stage.get(key)
-        if unequal or equal:
-            word = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-            return (word in values.split("|")) == bool(equal)
-        return (value is not None if given else bool(value)) != bool(turned)
+        if words is None:
+            return (value is not None if given else bool(value)) != bool(turned)
+        word = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
+        return (word in words.split("|")) != bool(unequal)
 
-    return holds if key != "always" else lambda stage: True
+    return lambda stage: all(holds(stage, *part.groups()) for part in parts if part)
 
 
 def _read_table() -> Iterator[Conflict]:
-    """Read the rows whose condition is on one key alone."""
+    """Read the rows whose conditions are on single keys."""
     _, *lines = (Path(__file__).parent / "conflicts.tsv").read_text(encoding="utf-8").splitlines()
     for line in lines:
         methods, keys, when, what, if_on = line.split("\t")
@@ -166,9 +164,6 @@ CONFLICTS = (
     _idle("train", "logging_steps", _counts_otherwise("logging"), "with logging_strategy: {}"),
     _idle("train", "save_steps", _counts_otherwise("save"), "with save_strategy: {}"),
     _idle("train", "eval_steps", _counts_otherwise("eval"), "with eval_strategy: {}"),
-    _idle("train", "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
-          lambda stage: stage.get("gradient_checkpointing") is False and not stage.get("activation_checkpointing"),
-          "with gradient_checkpointing: false"),
     _idle("train", "adapter", _starts_from_no_adapter,
           "without start_from; it says what happens to the adapter a stage starts from"),
     Conflict("train", "micro_batch_size",
@@ -188,11 +183,6 @@ CONFLICTS = (
              lambda stage: stage.get("adapter") == "stack" and _read_top(stage, "lora") is None
              and not _starts_from_no_adapter(stage), "is stack, which puts a new adapter on top; add a lora: section"),
     # sft
-    _idle("sft", "packing_strategy",
-          lambda stage: stage.get("objective") != "lm" and not stage.get("packing") and not stage.get("eval_packing"),
-          "without packing: true"),
-    _idle("sft", "batching", lambda stage: stage.get("packing") and stage.get("objective") != "lm",
-          "with packing: true, which fills every block to the same length"),
     Conflict("sft", "data eval", _has_separator,
              "has a separator, which nothing reads with objective: seq2seq; take it out"),
     _idle("sft", "lm_coef labels", lambda stage: not _task(stage),
@@ -210,11 +200,7 @@ CONFLICTS = (
              "needs max_steps: the number of rows is not known"),
     Conflict("sft", "eval", lambda stage: stage.get("streaming") and isinstance(stage.get("eval"), float),
              "is a share, which streaming cannot hold out; name a source of held-out rows"),
-    Conflict("sft", "on_bad_row", lambda stage: stage.get("streaming") and stage.get("on_bad_row") != "error",
-             "is {value}, which streaming cannot do; take one of the two out"),
     # rm
-    Conflict("rm", "grouping", lambda stage: stage.get("loss") == "best_of" and stage.get("grouping") == "pairs",
-             "is pairs, but loss: best_of compares all answers of a prompt; use grouping: kway"),
     # dpo
     Conflict("dpo", "loss_type", lambda stage: len(losses_of(stage)) > 1 and find_kto(stage),
              "mixes {} with others; it is computed on single answers and must stand alone"),
@@ -231,8 +217,6 @@ CONFLICTS = (
              lambda stage: stage.get("f_divergence_type") != "reverse_kl"
              and ", ".join(sorted({*losses_of(stage)} - {*_F_DIVERGENCE, *KTO_LOSSES})),
              "is {value}, which {} cannot use; use reverse_kl"),
-    Conflict("dpo", "adapter", lambda stage: stage.get("precompute_ref_log_probs") and stage.get("adapter") == "stack",
-             "is stack, which does not work with precompute_ref_log_probs; use continue or merge"),
     _idle("dpo", "desirable_weight undesirable_weight", lambda stage: not {*losses_of(stage)} & {*KTO_LOSSES},
           "without loss_type: kto"),
     _idle("dpo", "discopop_tau", lambda stage: "discopop" not in losses_of(stage), "without loss_type: discopop"),
@@ -271,14 +255,6 @@ CONFLICTS = (
           "with one step per rollout: nothing has moved yet; raise ppo_epochs or minibatches"),
     _idle("ppo", "max_steps", lambda stage: stage.has("total_episodes") and stage.get("max_steps", -1) > 0,
           "with total_episodes; take one of them out"),
-    _idle("ppo", "generation.url",
-          lambda stage: stage.get("generation.engine") == "vllm" and stage.get("generation.mode") != "server",
-          "with mode: colocate; use mode: server"),
-    _idle("ppo", "generation.gpu_memory_utilization",
-          lambda stage: stage.get("generation.engine") == "vllm" and stage.get("generation.mode") == "server",
-          "with mode: server; give it to `trl vllm-serve`"),
-    Conflict("ppo", "kl_coef", lambda stage: stage.has("kl_target") and stage.get("kl_coef") == 0,
-             "is 0, which kl_target cannot change, for it multiplies; start above 0 (typical: 0.05)"),
     Conflict("ppo", "max_kl",
              lambda stage: stage.get("max_kl") <= (stage.get("kl_target") or 0) and stage.get("kl_target"),
              "is {value:g}, so the run would stop before it reaches kl_target {:g}; raise it"),
@@ -296,17 +272,11 @@ CONFLICTS = (
              lambda stage: stage.get("truncate.after", 16) >= _most_tokens(stage)
              and f"{stage.get('truncate.after', 16)}, and an answer has at most {_most_tokens(stage)}",
              "has no effect: after is {} tokens (max_new_tokens)"),
-    Conflict("ppo", "generation",
-             lambda stage: stage.get("generation.engine") == "vllm" and stage.get("generation.mode") == "server"
-             and not stage.has("generation.url"),
-             "has mode: server without url; start `trl vllm-serve` and give its address"),
     Conflict("ppo", "generation.url",
              lambda stage: stage.get("generation.engine") == "vllm"
              and not re.match(r"https?://[^/]", stage.get("generation.url") or "http://x"),
              "is {value!r}; it must start with http:// or https://"),
     # critique and label
-    Conflict("label", "temperature", lambda stage: stage.get("temperature") == 0 and stage.get("answers") != "given",
-             "is 0, with which all answers to a prompt are the same; set it above 0, or answers: given"),
     Conflict("label", "reward", lambda stage: any(part.get("judge") for part in list_rewards(stage, "reward")),
              "has a judge, which compares answers itself; name it as judge:"),
     Conflict("label", "clamp", lambda stage: stage.get("clamp")[0] >= stage.get("clamp")[1],
