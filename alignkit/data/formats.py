@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from alignkit.data import adapters
@@ -58,66 +59,17 @@ def _has(word: str, record: Record) -> bool:
     return any(column in record and (not kind or type(record[column]) is _TYPES[kind]) for column in columns)
 
 
-_pair, _unpaired, _conversation = adapters.adapt_pair, adapters.adapt_unpaired, adapters.adapt_conversation
-_answered, _asked = adapters.adapt_prompt_completion, adapters.adapt_prompt
-_IMPLICIT = Format("trl", "pair", "chosen:str rejected:str", adapters.adapt_implicit)
-_HH = Format("hh", "pair", "chosen:str rejected:str", adapters.adapt_hh)  # in place of the one above, by the text
-# A record is in the first one that fits. Of a `format:` only its own are tried; the last of them where none fits.
-FORMATS = (
-    Format("tokens", "tokens", "input_ids", adapters.adapt_tokens),
-    Format("segments", "segments", "segments", adapters.adapt_segments),
-    Format("openai", "pair", "CONVERSATION REJECTED", adapters.adapt_rejected_response),
-    *(
-        Format(
-            "choice", "pair", f"{asked} {first} {second} {choice}", adapters.adapt_choice(first, second, choice, how)
-        )
-        for asked, first, second, choice, how in (
-            ("PROMPT", "response_0", "response_1", "better_response_id", "number"),  # PKU-SafeRLHF
-            ("PROMPT", "response_0", "response_1", "safer_response_id", "number"),
-            ("PROMPT", "response_1", "response_2", "preference_strength", "strength"),  # HelpSteer2
-            ("PROMPT", "response1", "response2", "overall_preference", "strength"),  # HelpSteer3
-            ("history:str", "human_ref_A", "human_ref_B", "labels", "first"),  # SHP
-            ("PROMPT", "response_a", "response_b", "winner", "name"),
-            ("", "conversation_a", "conversation_b", "winner", "name"),  # Chatbot Arena
-            ("PROMPT", "response_j", "response_k", "", ""),  # Stack Exchange: the first one is better
-        )
-    ),
-    Format("sharegpt", "pair", "conversations chosen|rejected", _pair),
-    Format("sharegpt", "unpaired", "conversations LABEL", _unpaired),
-    Format("sharegpt", "messages", "conversations", _conversation),
-    Format("alpaca", "pair", "instruction chosen|rejected", _pair),
-    Format("ultrafeedback", "ranked", "instruction completions", adapters.adapt_rated_items),
-    Format("ultrafeedback", "pair", "prompt:str chosen:list", _pair),
-    Format("trl", "pair", "PROMPT chosen:list|PROMPT:list chosen|rejected", _pair, chat=True),
-    Format("trl", "pair", "PROMPT chosen|rejected", _pair),
-    Format("openai", "pair", "CONVERSATION chosen:str rejected:str", _pair),
-    _IMPLICIT,
-    _HH,
-    Format("trl", "pair", "chosen|rejected", adapters.adapt_implicit_chat, chat=True),
-    Format("ranked", "ranked", "completions|responses", adapters.adapt_ranked),
-    Format("ranked", "ranked", "PROMPT answers:list", adapters.adapt_ranked, loose=True),
-    Format("alpaca", "unpaired", "instruction ANSWER LABEL", _unpaired),
-    Format("alpaca", "prompt_completion", "instruction", _answered),
-    Format("trl", "unpaired", "completion LABEL prompt:list|completion:list", _unpaired, chat=True),
-    Format("trl", "unpaired", "completion LABEL", _unpaired),
-    Format("openai", "unpaired", "messages LABEL", _unpaired),
-    Format("trl", "prompt_completion", "completion prompt:list|completion:list|messages", _answered, chat=True),
-    Format("trl", "prompt_completion", "completion", _answered),
-    Format("openai", "messages", "messages", _conversation),
-    Format("trl", "unpaired", "PROMPT ANSWER LABEL", _unpaired, loose=True),
-    Format("trl", "prompt_completion", "PROMPT ANSWER PROMPT:list|ANSWER:list", _answered, chat=True, loose=True),
-    Format("trl", "prompt_completion", "PROMPT ANSWER", _answered, loose=True),
-    Format("sharegpt", "messages", "CONVERSATION", _conversation),
-    Format("trl", "prompt", "prompt:list", _asked, chat=True),
-    Format("trl", "prompt", "prompt", _asked),
-    Format("text", "text", "text", adapters.adapt_text),
-    Format("trl", "prompt", "PROMPT:list", _asked, chat=True),
-    Format("trl", "prompt", "PROMPT", _asked),
-    # Of the sft objectives of their names alone.
-    Format("classify", "labelled", "", adapters.adapt_classified),
-    Format("similarity", "labelled", "", adapters.adapt_compared),
-    Format("multiple_choice", "labelled", "", adapters.adapt_choices),
-)
+def _load(row: dict[str, Any]) -> Format:
+    """Make a format of its line in formats.json; of a choice, the columns of answers and verdict, and how it says it."""
+    adapt = adapters.adapt_choice(*row["choice"]) if "choice" in row else getattr(adapters, f"adapt_{row['adapt']}")
+    return Format(row["name"], row["kind"], row["needs"], adapt, row.get("chat", False), row.get("loose", False))
+
+
+# A record is in the first one that fits. Of a `format:` only its own are tried; the last of them where none fits. Those
+# with labels are for the sft objectives of their names alone.
+FORMATS = tuple(map(_load, json.loads(Path(__file__).with_name("formats.json").read_text("utf-8"))))
+_IMPLICIT, _HH = (next(form for form in FORMATS if form.adapt is adapt) for adapt in (
+    adapters.adapt_implicit, adapters.adapt_hh))  # the second in place of the first, by the text
 _HELP = (
     "text; messages; prompt + completion (+ label); prompt + chosen + rejected; chosen + rejected; "
     "prompt + completions + scores or ranking; prompt + responses; conversations; instruction + output; prompt"

@@ -31,10 +31,6 @@ class _TimeUp(BaseException):
     """The time for one answer is over; no `except Exception` of a library catches it."""
 
 
-def _exact(text: str, wanted: Any, seconds: float) -> float:
-    return float(text.split() == str(wanted).split())
-
-
 def _math(text: str, wanted: Any, seconds: float) -> float:
     import math_verify
 
@@ -63,13 +59,13 @@ def _unfence(text: str) -> str:
 
 
 @cache
-def _instructions() -> dict[str, dict[str, Any]]:
-    """The instructions of IFEval (arXiv 2311.07911) by name: matches or parts of a text, and how many there must be.
+def _read(name: str) -> str:
+    """A file beside this one: the program that runs code, or IFEval's instructions (arXiv 2311.07911) by name.
 
-    Sentences are told by their full stops and not by nltk's model; which language a text is in is not told.
+    An instruction is a pattern whose matches, or the parts between them, are counted. Sentences are told by their full
+    stops and not by nltk's model; which language a text is in is not told.
     """
-    read: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("instructions.json").read_text("utf-8"))
-    return read
+    return Path(__file__).with_name(name).read_text("utf-8")
 
 
 def _keeps(text: str, check: dict[str, Any], of: dict[str, Any]) -> bool:
@@ -93,30 +89,16 @@ def _keeps(text: str, check: dict[str, Any], of: dict[str, Any]) -> bool:
 
 def _follow(text: str, wanted: Any, seconds: float) -> float:
     """The share of a row's instructions that a text keeps; an empty one keeps none."""
-    kept = []
+    kept, checks = [], json.loads(_read("instructions.json"))
     for name, given in zip(*wanted, strict=True):
-        if name not in _instructions():
+        if name not in checks:
             raise ValueError(f"there is no check of {name}")
-        check, of = _instructions()[name], dict(given or {})
+        check, of = checks[name], dict(given or {})
         each = [of | {"each": item} for item in of[check["each"]]] if "each" in check else [of]
         kept.append(bool(text.strip()) and all(_keeps(text, check, one) for one in each))
     return sum(kept) / max(len(kept), 1)
 
 
-# The answer is run, then the tests; only the parent knows the word that is written when all have passed.
-_HARNESS = """
-import json, os, resource, sys
-limits, code, tests, word = json.load(sys.stdin)
-for name, most in limits.items():
-    resource.setrlimit(getattr(resource, name), (most, most))
-out = os.dup(1)
-for number in (1, 2):
-    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-scope = {"__name__": "__main__"}
-exec(compile(code, "answer", "exec"), scope)
-exec(compile(tests, "tests", "exec"), scope)
-os.write(out, word.encode())
-"""
 _BYTES = 2**30
 
 
@@ -139,7 +121,7 @@ def _run_code(text: str, wanted: Any, seconds: float) -> float:
     word = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
-            [*_isolation(), sys.executable, "-I", "-c", _HARNESS], cwd=folder, start_new_session=True,
+            [*_isolation(), sys.executable, "-I", "-c", _read("sandbox.txt")], cwd=folder, start_new_session=True,
             env={"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
@@ -164,7 +146,7 @@ class Verifier(NamedTuple):
 
 VERIFIERS = {
     "math": Verifier("answer", _math, "math_verify"),
-    "exact": Verifier("answer", _exact),
+    "exact": Verifier("answer", lambda text, wanted, seconds: float(text.split() == str(wanted).split())),
     "regex": Verifier("pattern", lambda text, wanted, seconds: float(re.search(str(wanted), text) is not None)),
     "json_schema": Verifier("schema", _schema, "jsonschema"),
     "ifeval": Verifier("instruction_id_list", _follow),

@@ -13,7 +13,7 @@ import pytest
 from alignkit.errors import EnvironmentProblem, RewardError
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers, Workspace
-from alignkit.rewards.verify import VerifyReward, _instructions
+from alignkit.rewards.verify import VerifyReward, _read
 
 IFEVAL = "instruction_id_list"
 
@@ -95,7 +95,7 @@ def test_the_share_of_the_instructions_counts_and_unknown_ones_are_refused() -> 
     assert verify("ifeval", ["A b"], IFEVAL, [names], more={"kwargs": [kwargs]}) == [0.5]
     with pytest.raises(RewardError, match="there is no check of language:response_language"):
         verify("ifeval", ["a"], IFEVAL, [["language:response_language"]], more={"kwargs": [[{"language": "de"}]]})
-    assert len(_instructions()) == 24
+    assert len(json.loads(_read("instructions.json"))) == 24
 
 
 def test_code_passes_its_tests_in_a_process_with_limits(tmp_path: Path) -> None:
