@@ -60,7 +60,7 @@ def _has(word: str, record: Record) -> bool:
 
 
 def _load(row: dict[str, Any]) -> Format:
-    """Make a format of its line in formats.json; of a choice, the columns of answers and verdict, and how it says it."""
+    """Make a format of its line in formats.json; a choice names the columns of answers and verdict, and its kind."""
     adapt = adapters.adapt_choice(*row["choice"]) if "choice" in row else getattr(adapters, f"adapt_{row['adapt']}")
     return Format(row["name"], row["kind"], row["needs"], adapt, row.get("chat", False), row.get("loose", False))
 
@@ -68,8 +68,9 @@ def _load(row: dict[str, Any]) -> Format:
 # A record is in the first one that fits. Of a `format:` only its own are tried; the last of them where none fits. Those
 # with labels are for the sft objectives of their names alone.
 FORMATS = tuple(map(_load, json.loads(Path(__file__).with_name("formats.json").read_text("utf-8"))))
-_IMPLICIT, _HH = (next(form for form in FORMATS if form.adapt is adapt) for adapt in (
-    adapters.adapt_implicit, adapters.adapt_hh))  # the second in place of the first, by the text
+_IMPLICIT, _HH = (
+    next(form for form in FORMATS if form.adapt is adapt) for adapt in (adapters.adapt_implicit, adapters.adapt_hh)
+)  # the second in place of the first, by the text
 _HELP = (
     "text; messages; prompt + completion (+ label); prompt + chosen + rejected; chosen + rejected; "
     "prompt + completions + scores or ranking; prompt + responses; conversations; instruction + output; prompt"
