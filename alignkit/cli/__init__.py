@@ -9,6 +9,7 @@ import atexit
 import gc
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from alignkit.cli.look import chat, check, diff, doctor, evaluate, merge, preview, report, schema
+from alignkit.cli.look import chat, check, diff, doctor, evaluate, init, merge, preview, report, schema
 from alignkit.cli.train import rlaif, run, stage_command
 from alignkit.errors import SUPERVISED, explain, first_line
 
@@ -30,8 +31,9 @@ app = typer.Typer(
 def _print_version(wanted: bool) -> None:
     if wanted:
         from alignkit import __version__
+        from alignkit.runs.record import find_commit
 
-        typer.echo(__version__)
+        typer.echo(f"{__version__} ({find_commit() or 'commit unknown'})")
         raise typer.Exit
 
 
@@ -48,7 +50,7 @@ app.command("sft", help="Train on demonstrations, or pre-train on raw text.")(st
 app.command("rm", help="Train a reward model on comparisons.")(stage_command("rm"))
 app.command("dpo", help="Train the policy directly on preferences.")(stage_command("dpo"))
 app.command("ppo", help="Train the policy on sampled answers and a reward, with a critic.")(stage_command("ppo"))
-for function in (rlaif, run, check, preview, schema, doctor, merge, evaluate, chat, diff, report):
+for function in (init, rlaif, run, check, preview, schema, doctor, merge, evaluate, chat, diff, report):
     app.command("eval" if function is evaluate else None)(function)
 
 
@@ -91,7 +93,8 @@ def main() -> int:
         attach()
     place: dict[str, Path] = {}
     arguments = sys.argv[1:]
-    if len(arguments) > 1 and arguments[0] in _OF_A_RECIPE and arguments[1].endswith((".yaml", ".yml")):
+    is_recipe = re.compile(r"(?!eval )\w+ builtin:.*|.*\.ya?ml").fullmatch  # builtin: is a model for eval
+    if len(arguments) > 1 and arguments[0] in _OF_A_RECIPE and is_recipe(" ".join(arguments[:2])):
         arguments.insert(1, "--recipe")  # `alignkit sft mine.yaml`
     try:
         code = app(arguments, standalone_mode=False, prog_name="alignkit", obj=place)

@@ -16,6 +16,20 @@ if TYPE_CHECKING:
     from alignkit.recipe.schema import EvaluateOptions
 
 
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="The recipe to write.")] = Path("recipe.yaml"),
+    source: Annotated[str, typer.Option("--from", metavar="NAME", help="A recipe that alignkit brings.")] = "start",
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="A directory, a run or a hub id.")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="The columns are looked at.")] = None,
+    method: Annotated[str | None, typer.Option("--method", metavar="NAME", help="Only sft, rm, dpo or ppo.")] = None,
+) -> None:
+    """Write a recipe with a comment on every key, and the schema that editors read beside it."""
+    from alignkit import console
+    from alignkit.preflight.starter import write_starter
+
+    console.print_paths(write_starter(path, source=source, model=model, data=data, method=method))
+
+
 def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -182,6 +196,10 @@ def report(
     from alignkit.report.publish import publish
     from alignkit.report.verdict import judge_all
 
+    if str(target).startswith("builtin:"):
+        from alignkit.recipe.yaml import find_recipe
+
+        target = find_recipe(target)
     if not target.exists():
         find_model_dir(str(target))  # says which run may be meant
     stages = None
@@ -257,7 +275,7 @@ def evaluate(
         from alignkit.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides=overrides or ())
-        base, folder = loaded.evaluate, recipe.resolve().parent
+        base, folder = loaded.evaluate, Path(loaded.path).resolve().parent
     elif stage is not None:
         raise typer.BadParameter("--stage belongs to --recipe; of a RUN it is the directory, such as runs/RECIPE/STAGE")
     elif overrides:

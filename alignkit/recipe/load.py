@@ -15,15 +15,18 @@ from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOption
 from alignkit.recipe.sections import Section, Whole, check_group, make_stage, split_group
 from alignkit.recipe.stage import Recipe
 from alignkit.recipe.trl_fields import ELSEWHERE
-from alignkit.recipe.yaml import Node, apply_override, label_path, load_tree, take_secrets
+from alignkit.recipe.yaml import Node, apply_override, find_recipe, label_path, load_tree, take_secrets
 
 SECTIONS = (*OPTIONS, RLAIF)  # names that need no `method:`
 METHODS = ", ".join(SECTIONS)
 
 
 def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, merge and check a recipe; `overrides` are KEY.PATH=VALUE. Raises RecipeError with every problem."""
-    path = Path(path)
+    """Read, merge and check a recipe, a file or `builtin:NAME`; `overrides` are KEY.PATH=VALUE.
+
+    Raises RecipeError with every problem.
+    """
+    path = find_recipe(path)
     tree = load_tree(path)
     problems: list[Problem] = []
     for override in overrides:

@@ -28,7 +28,7 @@ from ruamel.yaml.events import (
 from ruamel.yaml.reader import ReaderError
 
 from alignkit.console import holds_secret, redact
-from alignkit.errors import Problem, RecipeError, find_nearest
+from alignkit.errors import Problem, RecipeError, find_nearest, suggest
 
 _SECRET_NAME = re.compile(r"(^|_)(token|api_?key|secret(_?key)?|access_?key|passwords?|passwd|credentials?)$", re.I)
 # Names of vocabulary entries, which the pattern above would take for credentials.
@@ -318,6 +318,21 @@ def expand(text: str) -> str:
     return os.path.expanduser(_VARIABLE.sub(replace, text))
 
 
+def find_recipe(path: Path | str) -> Path:
+    """Find the file that a name means: a shipped recipe of `builtin:NAME`; anything else is a path itself."""
+    name = str(path).removeprefix("builtin:")
+    if name == str(path):
+        return Path(path)
+    if (found := SHIPPED / f"{name.removesuffix('.yaml')}.yaml").is_file():
+        return found
+    names = sorted(file.relative_to(SHIPPED).with_suffix("").as_posix() for file in SHIPPED.rglob("*.yaml"))
+    hint = suggest(name, names) or f"; there are {', '.join(names)}"
+    raise RecipeError(f"{path} is no recipe that comes with alignkit{hint}")
+
+
+SHIPPED = Path(__file__).resolve().parents[1].joinpath("recipes").resolve()
+
+
 def load_tree(path: Path, *, above: tuple[Path, ...] = (), read: list[Path] | None = None) -> Node:
     """Read a file and all it extends as one tree; `above` are the files that led here."""
     read = [] if read is None else read
@@ -337,8 +352,8 @@ def load_tree(path: Path, *, above: tuple[Path, ...] = (), read: list[Path] | No
         if not isinstance(node.value, str) or not node.value.strip():
             raise RecipeError("extends must be a file name or a list of file names", where=node.place)
         try:
-            file = node.origin.folder / expand(node.value)
-        except ValueError as error:
+            file = node.origin.folder / find_recipe(expand(node.value))
+        except (ValueError, RecipeError) as error:
             raise RecipeError(f"extends: {error}", where=node.place) from None
         if os.path.realpath(file) in map(os.path.realpath, (*above, path)):
             chain = " -> ".join(map(label_path, (*above, path, file)))

@@ -100,6 +100,15 @@ def git_state(directory: Path) -> dict[str, Any] | None:
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
+def find_commit() -> str | None:
+    """Find the commit that alignkit itself is of: written down when it was built, or of its clone."""
+    package = Path(__file__).parents[1]
+    if (stamp := package / "COMMIT").is_file():
+        return stamp.read_text(encoding="utf-8").strip()
+    state = git_state(package.parent) if (package.parent / ".git").exists() else None
+    return f"{state['commit'][:9]}{', changed' if state['dirty'] else ''}" if state else None
+
+
 def describe_hardware() -> dict[str, Any]:
     """Describe system, processor, cores, memory and torch's devices, without host or user; loads torch."""
     processor = platform.processor() or platform.machine()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 
 import pytest
 import typer.main
@@ -10,8 +11,8 @@ import alignkit
 from alignkit.cli import app
 
 COMMANDS = [
-    "sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "preview", "schema", "doctor", "merge", "eval", "chat", "diff",
-    "report",
+    "sft", "rm", "dpo", "ppo", "init", "rlaif", "run", "check", "preview", "schema", "doctor", "merge", "eval", "chat",
+    "diff", "report",
 ]  # fmt: skip
 STAGE_OPTIONS = [
     "--recipe", "--stage", "--out", "--set", "--dry-run", "--force", "--trust-code", "--allow-change", "--allow-key",
@@ -47,7 +48,8 @@ def test_every_command_has_one_line_of_help() -> None:
 
 def test_version(run_alignkit) -> None:
     done = run_alignkit("--version")
-    assert (done.returncode, done.stdout) == (0, f"{alignkit.__version__}\n")
+    assert done.returncode == 0
+    assert re.fullmatch(rf"{alignkit.__version__} \((\w{{9}}(, changed)?|commit unknown)\)\n", done.stdout)
 
 
 def test_help_loads_neither_pydantic_nor_torch(run_python) -> None:

@@ -1,0 +1,101 @@
+"""`alignkit init`: a shipped recipe, cut and filled to what is at hand, with a comment on every key."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from alignkit.data.formats import Detector
+from alignkit.data.rows import METHOD_KINDS, BadRow, Kind
+from alignkit.data.sources import locate, read_entries
+from alignkit.errors import DataError, RecipeError, UsageError, suggest
+from alignkit.recipe import load_recipe, recipe_schema
+from alignkit.recipe.schema import DataSource
+from alignkit.recipe.yaml import SHIPPED, find_recipe
+
+_METHODS = ("dpo", "sft", "rm", "ppo")  # in the order in which one is chosen for rows
+_SCHEMA = "recipe.schema.json"
+
+
+def write_starter(
+    path: Path, *, source: str, model: str | None, data: str | None, method: str | None
+) -> dict[str, str]:
+    """Write a recipe and, where there is none, the schema beside it; say where they are.
+
+    Of the source only the stages of `method` stay, or of the first method that learns from such rows as `data` has.
+    Raises UsageError for a file that is there, and for rows that the method does not take.
+    """
+    if path.exists():
+        raise UsageError("is there already; name another file", where=str(path))
+    if not path.absolute().parent.is_dir():
+        raise UsageError("there is no such directory", where=str(path.parent))
+    if method is not None and method not in _METHODS:
+        known = ", ".join(_METHODS)
+        raise UsageError(f"is {method}; it must be one of {known}{suggest(method, _METHODS)}", where="--method")
+    template = find_recipe(f"builtin:{source.removeprefix('builtin:')}")
+    folder, head = template.parent.relative_to(SHIPPED), f"# yaml-language-server: $schema={_SCHEMA}\n"
+    seen, kind = _look(data) if data is not None else ("", None)
+    fitting = [name for name in _METHODS if kind is None or kind in METHOD_KINDS[name]]
+    if method is not None and method not in fitting:
+        raise DataError(f"has {seen}; {method} does not take such rows, {', '.join(fitting)} does", where=data)
+    if data is not None:
+        method = method or fitting[0]
+    text = template.read_text(encoding="utf-8")
+    text = re.sub(r"(?m)^(extends: )(\S+)\.yaml", lambda found: f"{found[1]}builtin:{folder / found[2]}", text)
+    beside = {file.name: json.dumps(str(file)) for file in template.parent.glob("*.jsonl")}
+    text = re.sub(r"(?<=: )[\w-]+\.jsonl", lambda found: beside.get(found[0], found[0]), text)
+    intro, *parts = re.split(r"(?m)^(?=[\w-]+:)", text)
+    sections = {part.partition(":")[0]: part for part in parts}
+    sections.pop("name", None)  # runs are named after the file
+    if method is not None:
+        stages = {name: stage.options.method for name, stage in load_recipe(template).stages.items()}
+        alike = [name for name in stages if stages[name] == method]
+        if not alike:
+            has = ", ".join(dict.fromkeys(stages.values()))
+            raise RecipeError(f"{source} has no {method} stage, only {has}; name another recipe with --from")
+        chosen = method if method in alike else alike[0]
+        for name in {*stages, "stages", "evaluate", "sweep"} - {chosen}:
+            sections.pop(name, None)
+        sections[chosen] = re.sub(r"(?m)^  start_from:.*\n", "", sections[chosen])
+        if re.search(r"(?m)^  reward: \w+ ", sections[chosen]):  # a stage, which is gone
+            sections[chosen] = re.sub(r"(?m)^(  reward:).*", r"\1 builtin:true-reward  # put yours", sections[chosen])
+    if data is not None:
+        file = Path(data).expanduser()
+        named = os.path.relpath(file, path.absolute().parent) if file.exists() else data
+        line = f"  data: {json.dumps(named)}  # {seen}\n"
+        line += "  loss_type: kto  # for single answers with a label\n" if kind == "unpaired" else ""
+        held_out = "  # eval: 0.05  # share of the prompts kept out\n"
+        sections[chosen] = _replace(_replace(sections[chosen], "data", line), "eval", held_out)
+        for key in ("data", "eval"):
+            sections.pop(key, None)
+    if model is not None:
+        line = f"  path: {json.dumps(model)}  # a hub id, a directory, a run\n"
+        sections["model"] = _replace(_replace(sections["model"], "path", line), "init", "")
+        sections["model"] = sections["model"].replace("  chat_template:", "  # chat_template:")  # it may have its own
+    path.write_text(head + intro + "".join(sections.values()), encoding="utf-8")
+    if not (schema := path.absolute().with_name(_SCHEMA)).exists():
+        schema.write_text(json.dumps(recipe_schema()), encoding="utf-8")
+    return {"recipe": str(path), "schema": os.path.relpath(schema)}
+
+
+def _replace(section: str, key: str, line: str) -> str:
+    """Put a line in the place of a key of a section and of all below it."""
+    return re.sub(rf"(?m)^  {key}:.*\n(^    .*\n)*", lambda _: line, section)
+
+
+def _look(data: str) -> tuple[str, Kind | None]:
+    """Say what columns the first row has and how it is read, and of which kind of rows it is."""
+    for located in locate([DataSource(path=data)]):
+        if located.origin == "hub":
+            return "not looked at: on the hub", None
+        for place, record in read_entries(located):
+            if isinstance(record, BadRow):
+                raise DataError(str(record), where=place)
+            try:
+                form = Detector().recognise(record, place)
+            except BadRow as error:
+                raise DataError(str(error), where=place) from None
+            return f"columns {', '.join(map(str, record))}: read as {form}", form.kind
+    raise DataError("holds no row", where=data)
