@@ -130,16 +130,17 @@ class Guarded(Checkpointed):
         Step t of w goes where upstream's schedule is at (t + 1) w / (w + 1); from step w on nothing changes.
         """
         made, schedule = self.lr_scheduler is None, super().create_scheduler(num_training_steps, optimizer)
-        if made and isinstance(schedule, LambdaLR) and not any(schedule.get_lr()):
+        if made and isinstance(schedule, LambdaLR) and not any(rate(0) for rate in schedule.lr_lambdas):
             warmup = self.args.get_warmup_steps(num_training_steps)
 
             def begin_above(rate: Callable[[float], float]) -> Callable[[int], float]:
                 return lambda step: rate(step if step >= warmup else (step + 1) * warmup / (warmup + 1))
 
             schedule.lr_lambdas = [begin_above(rate) for rate in schedule.lr_lambdas]
-            schedule._last_lr = schedule.get_lr()
-            for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
-                group["lr"] = rate
+            rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            schedule._last_lr = [base * rate(0) for base, rate in rates]
+            for group, first in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = first
         return schedule
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: Any) -> Any:
