@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from alignkit.recipe import recipe_schema
+from alignkit.recipe import recipe_schema, schema
 from alignkit.recipe.schema import FEEDBACK, OPTIONS
 from alignkit.recipe.trl_fields import method_fields
 
@@ -79,3 +79,9 @@ def test_shipped_recipes_validate(path: Path) -> None:
     assert list(validator.iter_errors(recipe | {"model": "builtin:tiny-gpt2"})) == []
     assert list(validator.iter_errors(recipe | {"model": 3})) != []
     assert list(validator.iter_errors(recipe | {"sft": {"betta": 1}})) != []
+
+
+def test_every_sentence_of_the_help_file_is_that_of_a_key() -> None:
+    for key, sentence in schema._HELP.items():
+        section, name = key.split(".")
+        assert getattr(schema, section).model_fields[name].description == sentence, key
