@@ -125,9 +125,7 @@ def stop_when(is_over: Callable[[list[int]], bool] | None, *, width: int) -> Sto
     return StoppingCriteriaList([end] if is_over else [])
 
 
-def gumbel(
-    seeds: Sequence[int], temperature: float, device: torch.device, top_p: float = 1.0, top_k: int = 0
-) -> Any:
+def gumbel(seeds: Sequence[int], temperature: float, device: torch.device, top_p: float = 1.0, top_k: int = 0) -> Any:
     """Make greedy search sample: the largest of logits / T + Gumbel noise is a draw from softmax(logits / T).
 
     Maddison et al. 2014 (arXiv 1411.0030), section 2.

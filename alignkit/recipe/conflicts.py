@@ -61,8 +61,9 @@ def find_conflicts(stage: Section) -> Iterator[Finding]:
     kinds = {stage.method} if stage.method in FEEDBACK else {stage.method, "train"}
     for row in CONFLICTS:
         given = []
-        if kinds & {*row.methods.split()}:
-            given = [key for key in row.keys.split() if key.split(".")[0] in stage.node.value.keys() - stage.preset]
+        if kinds & {*row.methods.split()}:  # what a preset says in vain is no mistake
+            there = stage.node.value.keys() - (stage.preset if row.what.startswith("has no effect") else ())
+            given = [key for key in row.keys.split() if key.split(".")[0] in there]
         try:
             values = {key: stage.get(key) for key in given if key.split(".")[0] not in stage.broken}
             values = {key: value for key, value in values.items() if value is not None}

@@ -49,6 +49,13 @@ KINDS = {
     "full": ("", "", "rm", "ema: 0.9\n  ptx: {data: {path: builtin:reviews, max_rows: 20}, coef: 0.5, batch_size: 2}"),
     "lora": ("", "lora: {r: 4, alpha: 8}", "rm", ""),
     "head": ("", "lora: {r: 4, alpha: 8}", "builtin:true-reward", "ema: 0.9"),
+    "dapo": (
+        "",
+        "",
+        "builtin:true-reward",
+        "preset: dapo\n  num_generations: 2\n  minibatches: 1\n  kl_coef: 0.05\n  "
+        "dynamic_sampling: 2\n  kl_in: loss\n  top_p: 0.9\n  stop: ' t'",
+    ),
     "qlora": (", quantization: nf4", "lora: {r: 4, alpha: 8}", "rm", ""),
 }
 
@@ -83,7 +90,8 @@ def digest(run_dir: Path) -> str:
     """Return a digest of the final policy and critic."""
     found = hashlib.sha256()
     files = sorted((run_dir / "model").rglob("*.safetensors"))
-    assert len(files) >= 2, f"policy and critic are not both below {run_dir}"
+    has_critic = not (run_dir.parent / "dapo.yaml").exists()
+    assert len(files) >= 1 + has_critic, f"policy and critic are not both below {run_dir}"
     for file in files:
         found.update(str(file.relative_to(run_dir)).encode() + file.read_bytes())
     return found.hexdigest()

@@ -103,6 +103,8 @@ def ppo(text: str, *, reward: str = "rm") -> str:
         ("generation: {importance_cap: 3}", "ppo.generation.importance_cap has no effect without engine: vllm"),
         ("preset: gppo", "ppo.preset is gppo; it must be one of ppo, grpo, dapo, drgrpo, gspo, rloo; did you mean "
          "grpo?"),
+        ("preset: dapo, kl_target: 3", "ppo.kl_coef is 0, which kl_target cannot change, for it multiplies; start "
+         "above 0 (typical: 0.05)"),
         ("preset: grpo, advantage: gae, num_generations: 8", "ppo.num_generations has no effect with advantage: gae, "
          "which takes one answer per prompt"),
         ("max_completion_length: 9", "ppo.max_completion_length cannot be set: set max_new_tokens"),

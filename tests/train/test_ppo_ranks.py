@@ -35,6 +35,11 @@ KINDS = {
     "lora": (LORA, "whiten_rewards: true"),
     "head": ("", "value_init: head, ema: 0.9, ptx: {data: {path: builtin:reviews, max_rows: 40}, coef: 0.5}"),
     "head-lora": (LORA, "value_init: policy, minibatches: 2"),
+    "dapo": (
+        LORA,
+        "preset: dapo, num_generations: 2, minibatches: 2, dynamic_sampling: 2, kl_coef: 0.05, kl_in: loss, "
+        "top_p: 0.9, importance: sequence, overlong: {penalty: 0.1}, reward: {function: 'counting:coarse'}",
+    ),
     "rloo": (LORA, "advantage: rloo, num_generations: 4, reward: {function: 'counting:score'}"),
 }
 FAILING = "reward: {function: 'counting:fail'}"
@@ -46,6 +51,9 @@ def score(prompts, completions, **columns):
         file.write(f"{len(completions)}\\n")
     mean = sum(map(len, completions)) / len(completions)  # it looks at all answers together
     return [len(str(text)) - mean for text in completions]
+
+def coarse(prompts, completions):
+    return [len(str(text)) // 30 for text in completions]  # many are equal
 
 def fail(prompts, completions, **columns):
     raise ValueError("no reward today")

@@ -308,6 +308,38 @@ def test_a_loss_without_a_reference_holds_none_and_equals_its_formula(
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("loss", ["apo_zero", "apo_down", "rpo", "mpo"])
+def test_losses_of_trl_and_their_mixes_are_those_of_their_papers(
+    loss: str, make_stage: Callable, tmp_path: Path
+) -> None:
+    """APO (arXiv 2408.06266), eq. 3 and 4; RPO (2404.19733), eq. 2, by tokens of the batch; MPO (2411.10442), eq. 4.
+
+    BCO's reward shift, a running mean in its paper (2404.04656), is 0 in TRL.
+    """
+    mixes = {"rpo": "[sigmoid, sft], loss_weights: [1.0, 0.7]",
+             "mpo": "[sigmoid, bco_pair, sft], loss_weights: [0.8, 0.2, 1.0]"}  # fmt: skip
+    text = f"{BASE}dpo: {{{PAIRS}, {SHORT}, beta: 0.1, loss_type: {mixes.get(loss, loss)}}}"
+    trainer = build(make_stage(text, "dpo"), tmp_path).trainer  # type: ignore[attr-defined]
+    trainer.model.eval()
+    batch = first_batch(trainer)
+    before = completion_logps(trainer.model, batch)
+    disturb(trainer.model)
+    after = completion_logps(trainer.model, batch)
+    chosen, rejected = (0.1 * (after - before)).chunk(2)
+    sigmoid = torch.nn.functional.logsigmoid
+    nll = -after[:4].sum() / batch["completion_mask"][:4, 1:].sum()
+    expected = {
+        "apo_zero": (1 - chosen.sigmoid() + rejected.sigmoid()).mean(),
+        "apo_down": (chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()).mean(),
+        "rpo": -sigmoid(chosen - rejected).mean() + 0.7 * nll,
+        "mpo": -0.8 * sigmoid(chosen - rejected).mean() + nll
+        - 0.2 * (sigmoid(chosen) + sigmoid(-rejected)).mean(),
+    }[loss]  # fmt: skip
+    with torch.no_grad():
+        found = trainer.compute_loss(trainer.model, dict(batch))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 def test_keys_of_a_loss_need_it(make_stage: Callable) -> None:
     with pytest.raises(RecipeError, match="simpo_gamma has no effect without loss_type: simpo"):
         make_stage(f"{BASE}dpo: {{{PAIRS}, {SHORT}, simpo_gamma: 0.3}}", "dpo")
