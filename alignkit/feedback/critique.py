@@ -19,23 +19,10 @@ from alignkit.data import DataReport, Rejects, Text, read_rows
 from alignkit.data.load import read_published
 from alignkit.data.rows import Message
 from alignkit.errors import DataError
+from alignkit.feedback import stage as work
 from alignkit.feedback.cache import seed_of
 from alignkit.feedback.constitution import Principle, load_constitution, load_examples
 from alignkit.feedback.prompts import Quoter, Request, ask_critique, ask_revision, conversation
-from alignkit.feedback.stage import (
-    Prompted,
-    Session,
-    Work,
-    describe_source,
-    fingerprint_file,
-    list_prompts,
-    make_answer,
-    own_model,
-    run_work,
-    sample_answers,
-    speaks_chat,
-    why_useless,
-)
 from alignkit.feedback.writer import Job, Model, Reply, Sampling
 from alignkit.recipe.schema import CritiqueOptions
 from alignkit.recipe.stage import Stage
@@ -47,7 +34,7 @@ _MANY_CUT = 0.2  # share of texts cut off by max_new_tokens that is worth a warn
 
 def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Result:
     """Make the rows of a critique stage; see `run_work`."""
-    return run_work(stage, run_dir, _read, allow_change=allow_change)
+    return work.run_work(stage, run_dir, _read, allow_change=allow_change)
 
 
 def find_changes(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> list[str]:
@@ -55,7 +42,7 @@ def find_changes(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = (
     return list(list_changes(RunDir(run_dir), _read(stage).facts, allow_change=allow_change).values())
 
 
-def _read(stage: Stage) -> Work:
+def _read(stage: Stage) -> work.Work:
     return _Replay(stage) if stage.expect(CritiqueOptions).replay else _Critique(stage)
 
 
@@ -87,15 +74,15 @@ class _Critique:
         self._options = options = stage.expect(CritiqueOptions)
         self._constitution = load_constitution(options.constitution or (), needs="critique")
         self._examples = load_examples(options.examples)
-        self._generator = options.generator or own_model(stage)
+        self._generator = options.generator or work.own_model(stage)
         self._helpful_samples = options.helpful.samples if options.helpful else 0
         self.report, self.rejects, helpful_report = DataReport(), Rejects(), DataReport()
-        reading: dict[str, Any] = {"rejects": self.rejects, "template": speaks_chat(self._generator)}
+        reading: dict[str, Any] = {"rejects": self.rejects, "template": work.speaks_chat(self._generator)}
         self._rows = list(read_rows(stage, options.data, report=self.report, **reading))
         helpful = read_rows(stage, options.helpful.data, report=helpful_report, **reading) if options.helpful else ()
         self._helpful_rows = list(helpful)
         self.facts = {
-            "method": "critique", "seed": stage.seed, "generator": describe_source(self._generator),
+            "method": "critique", "seed": stage.seed, "generator": work.describe_source(self._generator),
             "constitution": self._constitution.fingerprint, "examples": self._examples.fingerprint,
             "rounds": options.rounds, "critiques": options.critiques, **Sampling.of(options).settings,
             "helpful_samples": self._helpful_samples, "data": self.report.fingerprint,
@@ -105,14 +92,14 @@ class _Critique:
         self._extra: list[dict[str, Any]] = []  # rows of helpful answers
         self._replies: list[Reply] = []
 
-    def open(self, session: Session) -> str:
+    def open(self, session: work.Session) -> str:
         self._session = session
         self._model: Model = session.open(self._generator, ("generator",))
         self._quote = Quoter(self._model.control_tokens)
         self._sampling = Sampling.of(self._options)
         tokens, rows = self._model.control_tokens, self._helpful_rows
-        self._prompts = list_prompts(self._rows, self.rejects, tokens)
-        self._helpful = list_prompts(rows, self.rejects, tokens) if rows else []
+        self._prompts = work.list_prompts(self._rows, self.rejects, tokens)
+        self._helpful = work.list_prompts(rows, self.rejects, tokens) if rows else []
         return f"{len(self._prompts)} prompts, {len(self._constitution.principles)} principles"
 
     def do(self) -> None:
@@ -156,8 +143,8 @@ class _Critique:
     def measure(self, report: Mapping[str, Any]) -> dict[str, float]:
         return {key: report[key] for key in ("rows", "broken_chains", "cut_off_share")}
 
-    def _sample(self, prompts: Sequence[Prompted], count: int, kind: str) -> list[list[Reply]]:
-        replies = sample_answers(self._session, self._model, prompts, self._sampling, count=count, kind=kind)
+    def _sample(self, prompts: Sequence[work.Prompted], count: int, kind: str) -> list[list[Reply]]:
+        replies = work.sample_answers(self._session, self._model, prompts, self._sampling, count=count, kind=kind)
         self._replies += [reply for own in replies for reply in own]
         return replies
 
@@ -191,7 +178,7 @@ class _Critique:
         return asker.write(self._model, jobs, self._sampling, kind=kind, by="generator", about=about)
 
     def _check(self, reply: Reply) -> str | None:
-        return why_useless(reply, self._model.control_tokens)
+        return work.why_useless(reply, self._model.control_tokens)
 
 
 class _Replay:
@@ -201,9 +188,9 @@ class _Replay:
         self._options = options = stage.expect(CritiqueOptions)
         self.nothing = f"{', '.join(options.replay or ())} holds no chains"
         self.report, self.rejects = DataReport(), Rejects()
-        self.facts = {"method": "critique", "replay": [fingerprint_file(path) for path in options.replay or ()]}
+        self.facts = {"method": "critique", "replay": [work.fingerprint_file(path) for path in options.replay or ()]}
 
-    def open(self, session: Session) -> str:
+    def open(self, session: work.Session) -> str:
         """Read the chains; rows that hold none are rejected with on_bad_row: skip, else refused: DataError."""
         self._session = session
         what = "published chain {rl_prompt, initial_response, cst: [{cst_key, critique, revision}]}"
@@ -258,7 +245,7 @@ def _list_rows(chains: Sequence[Chain]) -> list[dict[str, Any]]:
 
 
 def _make_row(prompt: Text, answer: str) -> dict[str, Any]:
-    return {"prompt": prompt, "completion": make_answer(prompt, answer)}
+    return {"prompt": prompt, "completion": work.make_answer(prompt, answer)}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -16,35 +16,11 @@ from typing import Any
 from alignkit import console
 from alignkit.data import DataReport, Rejects, Row, Text, read_rows
 from alignkit.errors import DataError
+from alignkit.feedback import judge as judging
+from alignkit.feedback import stage as work
 from alignkit.feedback.cache import key_of
 from alignkit.feedback.constitution import load_constitution, load_examples
-from alignkit.feedback.judge import (
-    Judge,
-    Label,
-    Pairing,
-    describe_labels,
-    find_faults,
-    judge_all,
-    known_labels,
-    mean,
-    measure,
-    pair_key,
-    read_labelled,
-)
 from alignkit.feedback.prompts import Quoter, conversation, read_text
-from alignkit.feedback.stage import (
-    LABELS,
-    Prompted,
-    Session,
-    describe_source,
-    list_prompts,
-    make_answer,
-    own_model,
-    run_work,
-    sample_answers,
-    speaks_chat,
-    why_useless,
-)
 from alignkit.feedback.writer import Model, Reply, Sampling, share_of_first
 from alignkit.recipe.schema import DataSource, LabelOptions
 from alignkit.recipe.stage import Stage
@@ -58,7 +34,7 @@ _TRIES = 64  # draws until another principle has come, unless its weight is next
 
 def run(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Result:
     """Make the rows of a label stage, and labels.jsonl; see `run_work`."""
-    return run_work(stage, run_dir, _Labelling, allow_change=allow_change)
+    return work.run_work(stage, run_dir, _Labelling, allow_change=allow_change)
 
 
 def find_changes(stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> list[str]:
@@ -79,19 +55,19 @@ class _Labelling:
         self._constitution = load_constitution(principles, needs="comparison") if principles else None
         self._examples = load_examples(options.examples)
         given = options.answers == "given"
-        self._source = None if given else options.generator or own_model(stage)
+        self._source = None if given else options.generator or work.own_model(stage)
         self.report, self.rejects = DataReport(), Rejects()
-        template = speaks_chat(self._source) if self._source else None
+        template = work.speaks_chat(self._source) if self._source else None
         reading: dict[str, Any] = {"method": "rm"} if given else {"template": template}
         self._rows = list(read_rows(stage, options.data, report=self.report, rejects=self.rejects, **reading))
         mix = options.mix and read_rows(stage, options.mix, report=mix_report, rejects=self.rejects, method="rm")
         self._mix = list(mix or ())
-        self._check = read_labelled(stage, options.check, self.rejects) if options.check else []
+        self._check = judging.read_labelled(stage, options.check, self.rejects) if options.check else []
         keys = ("answers", "best_of", "orders", "cot", "hard")
         self.facts = {
             "method": "label", "seed": stage.seed,
-            "judge": describe_source(options.judge) if options.judge else None, **fingerprint_rewards(stage),
-            "generator": describe_source(self._source) if self._source else None,
+            "judge": work.describe_source(options.judge) if options.judge else None, **fingerprint_rewards(stage),
+            "generator": work.describe_source(self._source) if self._source else None,
             "constitution": self._constitution.fingerprint if self._constitution else None,
             "examples": self._examples.fingerprint,
             **{key: getattr(options, key) for key in keys}, **Sampling.of(options).settings,
@@ -99,18 +75,18 @@ class _Labelling:
             "data": self.report.fingerprint, "mix": mix_report.fingerprint,
             "check": key_of(keys=[pairing.key for pairing in self._check]),
         }  # fmt: skip
-        self._labels: list[Label] = []
-        self._pairings: list[Pairing] = []
+        self._labels: list[judging.Label] = []
+        self._pairings: list[judging.Pairing] = []
         self._agreeing: list[bool] = []  # whether a second principle prefers the same answer
         self._accuracy: dict[str, Any] | None = None
         self._cut_off: float | None = None
         self._seconds = 0.0  # of judging
 
-    def open(self, session: Session) -> str:
+    def open(self, session: work.Session) -> str:
         """Open generator and judge, the rewards, or the published labels."""
         options, self._session = self._options, session
         self._generator = session.open(self._source, ("generator",)) if self._source else None
-        self._judge: Judge | None = None
+        self._judge: judging.Judge | None = None
         self._rewards: list[tuple[Reward, float]] = []
         self._published: dict[str, float] = {}
         what = f"{len(self._rows)} rows"
@@ -122,7 +98,7 @@ class _Labelling:
         else:
             shares = self._source is not None and self._source.model and self._source.model == options.judge.model
             model: Model = (self._generator if shares else None) or session.open(options.judge, ("judge", "check"))
-            self._judge = Judge(
+            self._judge = judging.Judge(
                 model, self._constitution, self._examples, Quoter(model.control_tokens), self._stage.seed,
                 orders=options.orders, thinks=options.cot, bounds=options.bounds,
                 thoughts=Sampling.of(options, max_new_tokens=options.cot_tokens),
@@ -136,18 +112,18 @@ class _Labelling:
         if not self._pairings:
             raise DataError([*self.rejects.first] or "there is nothing to compare", where=self._stage.recipe_path)
         if self._judge is not None and self._check:  # first: a judge that is no good is seen before it is paid for
-            self._accuracy = measure(session.asker, self._judge, self._check)
+            self._accuracy = judging.measure(session.asker, self._judge, self._check)
             self._say_accuracy(self._accuracy)
         began = session.seconds
         if self._rewards:
             self._labels = self._compare(self._rewards)
         elif self._judge is None:
             for it in self._pairings:
-                value = self._published.get(pair_key(it.prompt, it.first, it.second))
+                value = self._published.get(judging.pair_key(it.prompt, it.first, it.second))
                 problem = "not among the published labels" if value is None else None
-                self._labels.append(Label(it, "published", (value,), problem=problem))
+                self._labels.append(judging.Label(it, "published", (value,), problem=problem))
         else:
-            self._labels = judge_all(session.asker, self._judge, self._pairings)
+            self._labels = judging.judge_all(session.asker, self._judge, self._pairings)
         self._seconds = session.seconds - began
         if self._judge is not None:
             self._ask_again(self._judge)
@@ -156,23 +132,23 @@ class _Labelling:
         """Write the rows and labels of what has been judged."""
         session, judge = self._session, self._judge
         if not complete and judge is not None and not self._labels:
-            self._labels = known_labels(session.asker, judge, self._pairings)
+            self._labels = judging.known_labels(session.asker, judge, self._pairings)
         best, rows = self._options.best_of, make_rows(self._labels, self._mix, hard=self._options.hard)
         count = session.write_rows(pick_best(self._labels) if best else rows)
-        session.write_rows((label.to_dict() for label in self._labels), LABELS)
+        session.write_rows((label.to_dict() for label in self._labels), work.LABELS)
         models = {"spent": judge.model if judge else None, "spent_on_answers": self._generator}
         report = {
             "rows": count,
             "rows_by_people": sum(len(list(split_ranking(row))) for row in self._mix),
-            **describe_labels(self._labels),
-            "agreement_between_principles": {"n": len(self._agreeing), "share": mean(self._agreeing)},
+            **judging.describe_labels(self._labels),
+            "agreement_between_principles": {"n": len(self._agreeing), "share": judging.mean(self._agreeing)},
             "check": self._accuracy,
             "quoted": judge.quote.count if judge else 0,
             "cut_off_share": self._cut_off,
             **{key: model.spending.to_dict() if model and model.spending else None for key, model in models.items()},
             "labels_per_second": round(len(self._labels) / self._seconds, 2) if self._seconds > 0 else None,
         }
-        for fault in find_faults(report):
+        for fault in judging.find_faults(report):
             console.warn(f"{self._stage.name}: {fault}")
         return report
 
@@ -186,16 +162,16 @@ class _Labelling:
         self._session.log(report["rows"], **found)
         return found
 
-    def _sample(self) -> list[Pairing]:
+    def _sample(self) -> list[judging.Pairing]:
         options, model = self._options, self._generator
         assert model is not None and isinstance(options.answers, int)
-        prompts = list_prompts(self._rows, self.rejects, model.control_tokens)
+        prompts = work.list_prompts(self._rows, self.rejects, model.control_tokens)
         sampling = Sampling.of(options)
-        replies = sample_answers(self._session, model, prompts, sampling, count=options.answers, kind="answer")
-        self._cut_off = mean([not reply.ended for own in replies for reply in own])
+        replies = work.sample_answers(self._session, model, prompts, sampling, count=options.answers, kind="answer")
+        self._cut_off = judging.mean([not reply.ended for own in replies for reply in own])
         return pair_sampled(prompts, replies, self.rejects, model.control_tokens)
 
-    def _compare(self, rewards: Sequence[tuple[Reward, float]]) -> list[Label]:
+    def _compare(self, rewards: Sequence[tuple[Reward, float]]) -> list[judging.Label]:
         """Label each pair by the rewards of its answers: P(first) = 1 / (1 + exp(r_second - r_first))."""
         asked = {repr((it.prompt, text)): (it.prompt, text) for it in self._pairings for text in (it.first, it.second)}
         by_place = {row.place: row.columns for row in self._rows}
@@ -211,10 +187,10 @@ class _Labelling:
         labels = []
         for it in self._pairings:
             p_first = share_of_first((totals[repr((it.prompt, it.first))], totals[repr((it.prompt, it.second))]))
-            labels.append(Label(it, name, (p_first,), bounds=self._options.bounds))
+            labels.append(judging.Label(it, name, (p_first,), bounds=self._options.bounds))
         return labels
 
-    def _ask_again(self, judge: Judge) -> None:
+    def _ask_again(self, judge: judging.Judge) -> None:
         """Have some pairs judged by another principle, to see how far principles agree."""
         if len(judge.constitution.principles) < 2:
             return
@@ -225,7 +201,7 @@ class _Labelling:
                 if draw(seed=judge.seed, key=pairing.key, turn=turn).name != label.principle:
                     break
             again.append(replace(pairing, turn=turn))
-        for one, other in zip(chosen, judge_all(self._session.asker, judge, again), strict=True):
+        for one, other in zip(chosen, judging.judge_all(self._session.asker, judge, again), strict=True):
             if one.principle == other.principle or one.is_tie or other.is_tie:
                 continue
             if one.p_first is not None and other.p_first is not None:
@@ -244,10 +220,10 @@ class _Labelling:
         )
 
 
-def pair_given(rows: Sequence[Row]) -> list[Pairing]:
+def pair_given(rows: Sequence[Row]) -> list[judging.Pairing]:
     """Pair the answers that the rows have, each with each."""
     return [
-        Pairing(row.prompt, first, second, row.place, pair_key(row.prompt, first, second))
+        judging.Pairing(row.prompt, first, second, row.place, judging.pair_key(row.prompt, first, second))
         for row in rows
         for first, second in combinations(row.completions, 2)
         if first != second
@@ -255,24 +231,27 @@ def pair_given(rows: Sequence[Row]) -> list[Pairing]:
 
 
 def pair_sampled(
-    prompts: Sequence[Prompted], replies: Sequence[Sequence[Reply]], rejects: Rejects, control_tokens: Sequence[str]
-) -> list[Pairing]:
+    prompts: Sequence[work.Prompted],
+    replies: Sequence[Sequence[Reply]],
+    rejects: Rejects,
+    control_tokens: Sequence[str],
+) -> list[judging.Pairing]:
     """Pair the answers sampled for each prompt; equal ones and useless ones are left out and counted."""
     pairings = []
     for prompted, own in zip(prompts, replies, strict=True):
-        problems = [why_useless(reply, control_tokens) for reply in own]
+        problems = [work.why_useless(reply, control_tokens) for reply in own]
         for problem in filter(None, problems):
             rejects.add(prompted.place, problem)
         texts = list(dict.fromkeys(reply.text for reply, what in zip(own, problems, strict=True) if what is None))
         if len(texts) < 2 and not any(problems):
             rejects.add(prompted.place, f"all {len(own)} answers are the same")
         for number, (first, second) in enumerate(combinations(texts, 2)):
-            answers = make_answer(prompted.prompt, first), make_answer(prompted.prompt, second)
-            pairings.append(Pairing(prompted.prompt, *answers, prompted.place, f"{prompted.key} {number}"))
+            answers = work.make_answer(prompted.prompt, first), work.make_answer(prompted.prompt, second)
+            pairings.append(judging.Pairing(prompted.prompt, *answers, prompted.place, f"{prompted.key} {number}"))
     return pairings
 
 
-def make_rows(labels: Sequence[Label], mix: Sequence[Row], *, hard: bool) -> Iterator[dict[str, Any]]:
+def make_rows(labels: Sequence[judging.Label], mix: Sequence[Row], *, hard: bool) -> Iterator[dict[str, Any]]:
     """Yield a row for each comparison that was judged, then those made by people; hard ones have no label and no ties.
 
     The preferred answer always stands as chosen, so that a reader who knows nothing of labels learns the right thing
@@ -290,12 +269,12 @@ def make_rows(labels: Sequence[Label], mix: Sequence[Row], *, hard: bool) -> Ite
             prompt: Text = row.prompt
             if messages and isinstance(prompt, str):
                 prompt = conversation(prompt)
-                better, worse = (make_answer(prompt, read_text(text).strip()) for text in (better, worse))
+                better, worse = (work.make_answer(prompt, read_text(text).strip()) for text in (better, worse))
             if not (hard and p_first == 0.5):
                 yield _make_row(prompt, better, worse, p_first, hard=hard)
 
 
-def pick_best(labels: Sequence[Label]) -> Iterator[dict[str, Any]]:
+def pick_best(labels: Sequence[judging.Label]) -> Iterator[dict[str, Any]]:
     """Yield each prompt with the answer of the highest mean probability to be preferred; none where all are equal."""
     found: dict[str, tuple[Text, dict[str, tuple[Text, list[float]]]]] = {}
     for label in labels:
@@ -332,6 +311,6 @@ def _read_published(stage: Stage, path: str) -> dict[str, float]:
     for row in read_rows(stage, [DataSource(path=path)], report=DataReport(), rejects=Rejects(), method="rm"):
         if row.kind == "pair":
             label, (first, second) = 1.0 if row.label is None else row.label, row.completions
-            published[pair_key(row.prompt, first, second)] = label
-            published[pair_key(row.prompt, second, first)] = 1.0 - label
+            published[judging.pair_key(row.prompt, first, second)] = label
+            published[judging.pair_key(row.prompt, second, first)] = 1.0 - label
     return published

@@ -31,18 +31,11 @@ from alignkit.models.logprobs import pad_answers
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
 from alignkit.train import ranks, shards
+from alignkit.train.ppo import sampling
 from alignkit.train.ppo.critic import Critic
 from alignkit.train.ppo.math import answer_means, kl_losses, policy_losses, value_losses
 from alignkit.train.ppo.roles import CRITIC, Roles
 from alignkit.train.ppo.rollout import CHECK, HELD_OUT, Collector, Experience, KlTooLarge
-from alignkit.train.ppo.sampling import (
-    InverseTransform,
-    answer_order,
-    drawing,
-    in_batches,
-    prompt_numbers,
-    sort_steps,
-)
 from alignkit.train.trainer import Guarded
 
 if TYPE_CHECKING:
@@ -66,7 +59,7 @@ class Ptx:
     def numbers(self, step: int) -> list[int]:
         """The blocks of an optimizer step."""
         first, seed = step * self.batch_size, self.seed + _PTX_SEED
-        return prompt_numbers(first, self.batch_size, num_prompts=len(self.blocks), seed=seed)
+        return sampling.prompt_numbers(first, self.batch_size, num_prompts=len(self.blocks), seed=seed)
 
 
 class Ema(TrainerCallback):
@@ -211,14 +204,14 @@ class Ppo(Guarded, GRPOTrainer):
 
         def draw(prompt_ids: list[list[int]], uniforms_BT: Tensor) -> Any:
             in_step = shards.is_sharded(self)
-            draws = InverseTransform(
+            draws = sampling.InverseTransform(
                 uniforms_BT, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
             )
-            numbers = drawing(self.model, draws, is_over=is_over if options.stop else None, in_step=in_step)
+            numbers = sampling.drawing(self.model, draws, is_over=is_over if options.stop else None, in_step=in_step)
             with numbers, shards.gathered_root(self.model):
                 return self._generate_single_turn(prompt_ids, None, {}, 1)[0]
 
-        return in_batches(draw, prompt_ids, uniforms_BT, batch_size=options.generation.batch_size), []
+        return sampling.in_batches(draw, prompt_ids, uniforms_BT, batch_size=options.generation.batch_size), []
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Make this rank's micro batch of a turn, at a rollout's first turn after sampling it."""
@@ -237,10 +230,10 @@ class Ppo(Guarded, GRPOTrainer):
         assert self.experience is not None
         epoch, minibatch = divmod(place, self.options.minibatches)
         rollout, mask_RT = self.experience.rollout, self.experience.mask_RT
-        order = answer_order(len(rollout), seed=self.args.seed, rollout=number, epoch=epoch)
+        order = sampling.answer_order(len(rollout), seed=self.args.seed, rollout=number, epoch=epoch)
         batch_size, size = self.options.batch_size, self.args.per_device_train_batch_size
         rows_of_step = order[minibatch * batch_size : (minibatch + 1) * batch_size]
-        rows_of_step = sort_steps(rows_of_step, rollout.lengths, step_size=batch_size)
+        rows_of_step = sampling.sort_steps(rows_of_step, rollout.lengths, step_size=batch_size)
         turn = micro * self.args.world_size + self.args.process_index
         rows = rows_of_step[turn * size : (turn + 1) * size]
         return {
