@@ -97,7 +97,13 @@ def main() -> int:
     if len(arguments) > 1 and arguments[0] in _OF_A_RECIPE and is_recipe(" ".join(arguments[:2])):
         arguments.insert(1, "--recipe")  # `alignkit sft mine.yaml`
     try:
-        code = app(arguments, standalone_mode=False, prog_name="alignkit", obj=place)
+        command = typer.main.get_command(app)
+        for each in (command, *getattr(command, "commands", {}).values()):
+            # typer would show <bool> beside the flags of its own, which take no value
+            for option in each.get_params(typer.Context(each, help_option_names=["-h", "--help"])):
+                if getattr(option, "is_flag", False):
+                    option.metavar = ""
+        code = command(arguments, standalone_mode=False, prog_name="alignkit", obj=place)
     except TyperException as error:
         return _end_usage_error(error)
     except typer.Abort:

@@ -15,6 +15,7 @@ from alignkit.data.adapters import ANSWERS, ASKED, CONVERSATIONS, PROMPTS, START
 from alignkit.data.files import Record
 from alignkit.data.rows import BadRow, Kind, Row
 from alignkit.data.values import MEDIA, REASONING_KEYS, ROLE_NAMES, Reading, check_number, is_empty, suggest_column
+from alignkit.errors import suggest
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared and hashed by identity: each is made once
@@ -200,7 +201,7 @@ def rename_columns(record: Record, columns: Mapping[str, str | None]) -> Record:
         elif theirs in record:
             renamed[ours] = record[theirs]
         else:
-            near = suggest_column(ours, record)
+            near = suggest(theirs, map(str, record)) or suggest_column(ours, record)
             raise BadRow(f"{theirs}: is missing (columns.{ours}); the row has {', '.join(map(str, record))}{near}")
     for column, value in renamed.items():
         if type(value) is str and value[:1] in ("[", "{") and _CONVERSATION.match(value):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from alignkit.errors import Problem, RecipeError, suggest
+from alignkit.recipe import references
 from alignkit.recipe.check import check_keys, describe_unknown_top, quote_help, show, show_key, validate
 from alignkit.recipe.references import check_circles, check_evaluated, check_references, find_origins, resolve_paths
 from alignkit.recipe.rounds import add_rounds
@@ -15,7 +16,7 @@ from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOption
 from alignkit.recipe.sections import Section, Whole, check_group, make_stage, split_group
 from alignkit.recipe.stage import Recipe
 from alignkit.recipe.trl_fields import ELSEWHERE
-from alignkit.recipe.yaml import Node, apply_override, find_recipe, label_path, load_tree, take_secrets
+from alignkit.recipe.yaml import Node, apply_override, expand, find_recipe, label_path, load_tree, take_secrets
 
 SECTIONS = (*OPTIONS, RLAIF)  # names that need no `method:`
 METHODS = ", ".join(SECTIONS)
@@ -185,8 +186,18 @@ def construct(whole: Whole, runs: Sequence[Section], path: Path) -> Recipe:
     top = {
         key: node for key, node in whole.top.node.value.items() if key in RecipeOptions.model_fields and key != SWEEP
     }
+    name, home = options.name or path.stem, Path(references.RUNS)
+    if options.runs_dir is not None:
+        node = top["runs_dir"]
+        try:
+            home = node.origin.folder / expand(node.value)
+        except ValueError as error:
+            raise RecipeError(f"runs_dir: {error}", where=node.place) from None
+    elif not (home / name).is_dir() and (path.parent / home / name).is_dir():
+        home = path.parent / home
     return Recipe(
-        name=options.name or path.stem,
+        name=name,
+        runs=label_path(home),
         path=label_path(path),
         seed=options.seed,
         model=options.model,

@@ -587,6 +587,7 @@ class RecipeOptions(_Section):
     """The top level of a recipe; every other key is the name of a stage."""
 
     name: str | None = option(None, pattern="^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    runs_dir: Text | None = option(None)
     seed: int = option(0, "Fixes initial weights, order of rows, dropout and samples.", ge=0, lt=2**32)
     model: ModelOptions = option(..., "The base model that the stages start from.")
     lora: LoraOptions | None = option(None, "Train adapters instead of all weights; {} takes the defaults below.")

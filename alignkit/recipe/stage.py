@@ -36,6 +36,7 @@ class Recipe:
 
     name: str
     path: str  # as messages show it: relative to the working directory when it is below it
+    runs: str  # the directory that holds NAME/STAGE, likewise
     seed: int
     model: ModelOptions
     lora: LoraOptions | None
@@ -179,20 +180,27 @@ class Stage:
         written = {key: value for key, value in self.trainer.items() if value != fields.get(key, {}).get("default")}
         kept |= {f"{self.name}.{key}": value for key, value in written.items()}
         last = {key: key.split(".")[-1] for key in kept}
+        made = {**self.reward_stages, **self.source_stages}
+        if self.start_dir is not None and self.start_stage is not None:
+            made[self.start_dir] = self.start_stage
+        # the same wherever the runs lie
+        names = {path: f"{RUNS}/{self.recipe_name}/{name}/{Path(path).name}" for path, name in made.items()}
         return {
-            key: _strip(value, moves=last[key] in COMPARED_BY_BYTES)
+            key: _strip(value, names, moves=last[key] in COMPARED_BY_BYTES)
             for key, value in kept.items()
             if last[key] not in HARMLESS
         }
 
 
-def _strip(value: Any, *, moves: bool) -> Any:
+def _strip(value: Any, names: Mapping[str, str], *, moves: bool) -> Any:
     """Leave out what changes nothing: how a judge is asked and, where it `moves`, the directory of a file."""
+    if isinstance(value, str):
+        value = names.get(value, value)
     if isinstance(value, dict):
-        return {key: _strip(item, moves=moves) for key, item in value.items() if key not in HARMLESS_OF_A_JUDGE}
+        return {key: _strip(item, names, moves=moves) for key, item in value.items() if key not in HARMLESS_OF_A_JUDGE}
     if moves and isinstance(value, str) and value.startswith("/"):
         return value.rstrip("/").rpartition("/")[2]
-    return [_strip(item, moves=moves) for item in value] if isinstance(value, list) else value
+    return [_strip(item, names, moves=moves) for item in value] if isinstance(value, list) else value
 
 
 # Keys of files whose bytes are part of the fingerprint: where they lie does not matter.
@@ -259,7 +267,7 @@ def resolve(
         run = section.names.get(name, name)
         if run not in recipe.stages:
             return find_weights(name)
-        directory = f"{RUNS}/{recipe.name}/{run}/model"
+        directory = f"{recipe.runs}/{recipe.name}/{run}/model"
         found[directory] = run
         return directory
 
@@ -271,7 +279,7 @@ def resolve(
         if isinstance(part, DataSource):
             run = section.names.get(part.path, part.path)
             if run in recipe.stages and recipe.stages[run].options.method in FEEDBACK:
-                path = f"{RUNS}/{recipe.name}/{run}/{ROWS}"
+                path = f"{recipe.runs}/{recipe.name}/{run}/{ROWS}"
                 sources[path] = run
                 return part.model_copy(update={"path": path})
         return part
@@ -296,7 +304,7 @@ def resolve(
         options=_replace_parts(named, point),
         trainer=trainer,
         origins=origins | find_origins({**shared, section.run: section.node}),
-        run_dir=str(out) if out else f"{RUNS}/{recipe.name}/{section.run}",
+        run_dir=str(out) if out else f"{recipe.runs}/{recipe.name}/{section.run}",
         start_dir=start,
         start_stage=started.get(start or ""),
         reward_stages=rewards,

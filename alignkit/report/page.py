@@ -39,7 +39,9 @@ def write_report(path: Path, *, out: Path | None = None) -> Path:
         return _write(render_run(read_facts(directory)), out or directory / REPORT)
     found = find_runs(directory) if directory.is_dir() else []
     if not found:
-        raise RunError("holds no run; name a run directory such as runs/demo/sft, or runs/demo", where=str(path))
+        known = sorted(str(stage.parent) for stage in Path("runs").glob("*/*/stage.json"))
+        there = f"the runs here are {', '.join(known)}" if known else "name a run directory such as runs/demo/sft"
+        raise RunError(f"holds no run; {there}{'' if known else ', or runs/demo'}", where=str(path))
     return _write_recipe(directory.name, [read_facts(run) for run in found], (), out or directory / REPORT)
 
 

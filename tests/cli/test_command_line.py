@@ -169,3 +169,19 @@ def test_a_preview_is_text_a_page_or_json_and_loads_no_weights(run_alignkit, tmp
     assert (done.returncode, done.stdout) == (2, "")
     assert "name one with --stage: sft, second" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_flags_take_no_value_in_the_help(run_alignkit) -> None:
+    for words in ([], ["sft"], ["doctor"]):
+        assert "<bool>" not in run_alignkit(*words, "--help").stdout
+
+
+def test_a_column_that_is_renamed_wrongly_and_a_run_that_is_not_there_say_what_is(run_alignkit, tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    data = "{path: rows.jsonl, columns: {prompt: quetsion, completion: answer}}"
+    (tmp_path / "mine.yaml").write_text(f"model: {{path: builtin:tiny-gpt2}}\nsft: {{data: {data}}}\n")
+    said = run_alignkit("check", "mine.yaml").stderr
+    assert "quetsion: is missing (columns.prompt); the row has question, answer; did you mean question?" in said
+    (tmp_path / "runs/demo/sft").mkdir(parents=True)
+    (tmp_path / "runs/demo/sft/stage.json").write_text("{}")
+    assert run_alignkit("report", "gone").stderr == "error: gone: holds no run; the runs here are runs/demo/sft\n"

@@ -98,3 +98,22 @@ def test_launch_fragments_fit_the_recipes(
 def test_quantised_weights_do_not_take_the_sharding_fragment(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"launch\.strategy is fsdp, which cannot shard nf4 weights"):
         on_top(tmp_path, "llama-qlora", "node-8gpu-fsdp")
+
+
+def test_runs_are_found_beside_the_recipe_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, other = tmp_path / "home", tmp_path / "other"
+    for folder in (home, other):
+        folder.mkdir()
+    stages = "model: {path: builtin:tiny-gpt2}\nsft: {data: builtin:instructions}\n"
+    (home / "two.yaml").write_text(f"{stages}dpo: {{start_from: sft, data: builtin:preferences}}\n")
+    monkeypatch.chdir(other)
+    stage = resolve(load_recipe("../home/two.yaml"), "dpo")
+    assert (stage.run_dir, stage.start_dir) == ("runs/two/dpo", "runs/two/sft/model")  # there is none yet
+    (home / "runs/two").mkdir(parents=True)
+    beside = resolve(load_recipe("../home/two.yaml"), "dpo")
+    assert (beside.run_dir, beside.start_dir) == (f"{home}/runs/two/dpo", f"{home}/runs/two/sft/model")
+    assert beside.fingerprint_values() == stage.fingerprint_values()
+    (other / "runs/two").mkdir(parents=True)
+    assert resolve(load_recipe("../home/two.yaml"), "dpo").run_dir == "runs/two/dpo"
+    (home / "two.yaml").write_text(f"runs_dir: ../kept\n{(home / 'two.yaml').read_text()}")
+    assert resolve(load_recipe("../home/two.yaml"), "dpo").run_dir == f"{tmp_path}/kept/two/dpo"
