@@ -187,12 +187,16 @@ def report(
     public: Annotated[
         bool, typer.Option("--public", metavar="", help="With --push: a new repository is public, not private.")
     ] = False,
+    live: Annotated[
+        bool, typer.Option("--watch", metavar="", help="Keep the page up to date, and open, until the runs end.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML page that shows a run or a whole recipe, and bring the run's model card up to date."""
     from alignkit import console
     from alignkit.models.files import find_model_dir
     from alignkit.report.facts import find_runs
+    from alignkit.report.page import watch
     from alignkit.report.publish import publish
     from alignkit.report.verdict import judge_all
 
@@ -208,9 +212,15 @@ def report(
 
         loaded = load_recipe(target)
         stages = [(name, Path(resolve(loaded, name).run_dir)) for name in loaded.order]
+    runs = [path for _, path in stages or ()]
+
+    def find() -> list[Path]:
+        return runs or ([target] if (target / "stage.json").is_file() else find_runs(target))
+
+    if live:
+        watch(find, lambda: Path(publish(target, stages=stages, out=out, card=False)["report"]).absolute())
     done = publish(target, stages=stages, out=out, repo=push, public=public)
-    alone = [target] if (target / "stage.json").is_file() else find_runs(target)
-    verdicts = judge_all([path for _, path in stages] if stages else alone)
+    verdicts = judge_all(find())
     if as_json:
         console.print_json({**done, "verdicts": verdicts})
     else:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from markupsafe import Markup
 
 from alignkit.report.facts import Facts
-from alignkit.report.text import MINUS, figure, short_count
+from alignkit.report.text import MINUS, WORDS, figure, short_count
 
 WIDTH, HEIGHT = 380, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 8, 22
@@ -247,35 +247,11 @@ class _Plan(NamedTuple):
     title: str
     note: str
     metrics: dict[str, str]  # name -> label
-    marks: tuple[float, ...] = ()
-    methods: tuple[str, ...] = ()  # empty: all
+    marks: Sequence[float] = ()
+    methods: Sequence[str] = ()  # empty: all
 
 
-_LN2 = math.log(2)
-_PLANS = (
-    _Plan("Loss", "nats; ln 2, dashed, is a coin toss", {"loss": "training"}, marks=(_LN2,), methods=("rm", "dpo")),
-    _Plan("Loss", "nats per trained token, or a label", {"loss": "training"}, methods=("sft",)),
-    _Plan("Loss", "policy and critic together", {"loss": "training"}),
-    _Plan("Reward", "mean over answers", {"reward": "training"}),
-    _Plan("Gold reward", "watched, never trained on", {"gold": "training"}),
-    _Plan("KL to the reference", "nats per sequence", {"objective/kl": "training"}),
-    _Plan("Pair accuracy", "share of pairs in the right order; dashed: chance", {"accuracy": "training"}, (0.5,),
-          ("rm",)),
-    _Plan("Accuracy", "share of labels that are right", {"accuracy": "training"}),
-    _Plan("Losses of a classifier", "nats a row, nats a token", {"task_loss": "labels", "lm_loss": "language model"}),
-    _Plan("Pair accuracy", "of the implicit reward; dashed: chance", {"rewards/accuracies": "training"}, (0.5,)),
-    _Plan("Margin", "chosen minus rejected reward", {"margin": "training"}, (0.0,)),
-    _Plan("Margin", "chosen minus rejected implicit reward", {"rewards/margins": "training"}, (0.0,)),
-    _Plan("Implicit reward", "beta times the log-ratio to the reference",
-          {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, (0.0,)),
-    _Plan("Log-probability", "nats per answer", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
-    _Plan("Mean reward", "over all answers", {"mean_reward": "training"}, (0.0,)),
-    _Plan("Token accuracy", "share of tokens ranked first", {"mean_token_accuracy": "training"}),
-    _Plan("Length of answers", "tokens", {"response_length": "training"}),
-    _Plan("Entropy", "nats per token", {"entropy": "training"}),
-    _Plan("Learning rate", "", {"learning_rate": ""}),
-    _Plan("Gradient norm", "before clipping", {"grad_norm": "model", "critic_grad_norm": "critic"}),
-)  # fmt: skip
+_PLANS = [_Plan(**plan) for plan in WORDS["curves"]]
 
 
 def draw_curves(run: Facts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

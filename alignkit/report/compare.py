@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import RunError
+from alignkit.report.evaluation import OF_THE_RUN, name_all_data
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import read_json, read_record
 
@@ -17,6 +18,7 @@ _RESULT = ("status", "step", "tokens", "wall_seconds", "tokens_per_second", "pea
 _PATHS = ("output_dir", "logging_dir", "run_name", "hub_model_id")  # of TRL's configuration: where it writes
 _SHOWN = 60
 
+_Figures = dict[str, tuple[Any, dict[str, Any]]]
 Pairs = dict[str, tuple[Any, Any]]  # key -> the values of both runs, None where a run has none
 
 
@@ -66,13 +68,27 @@ def compare_runs(first: Path, second: Path) -> Difference:
         versions=_pair(
             *({**(each.get("versions") or {}), "git": (each.get("git") or {}).get("commit")} for each in (one, other))
         ),
-        metrics=_pair(_metrics(RunDir(first)), _metrics(RunDir(second)), equal=True),
+        metrics=_pair_figures(_metrics(RunDir(first), one), _metrics(RunDir(second), other)),
     )
 
 
-def _pair(first: Mapping[str, Any], second: Mapping[str, Any], *, equal: bool = False) -> Pairs:
+def _pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> Pairs:
     pairs = {key: (first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
-    return {key: (a, b) for key, (a, b) in pairs.items() if equal or a != b}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b}
+
+
+def _pair_figures(first: _Figures, second: _Figures) -> Pairs:
+    """Put like beside like: figures of other methods, rows or settings stand apart, with what differs."""
+    pairs: Pairs = {}
+    for name in dict.fromkeys([*first, *second]):
+        (a, of_a), (b, of_b) = first.get(name, (None, None)), second.get(name, (None, None))
+        if of_a is None or of_b is None or of_a == of_b:
+            pairs[name] = (a, b)
+            continue
+        keys = [key for key in {**of_a, **of_b} if of_a.get(key) != of_b.get(key)]
+        names = [f"{name}, {', '.join(f'{key} {of.get(key)}' for key in keys)}" for of in (of_a, of_b)]
+        pairs |= {names[0]: (a, None), names[1]: (None, b)}
+    return pairs
 
 
 def _settings(stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,13 +109,26 @@ def _data(stage: Mapping[str, Any]) -> dict[str, Any]:
     return _flatten(found)
 
 
-def _metrics(run: RunDir) -> dict[str, Any]:
-    result = read_json(run.result) if run.result.is_file() else None
-    found = {} if result is None else {key: result.get(key) for key in _RESULT} | (result.get("metrics") or {})
-    for figure in read_record(run.evaluation).get("results", ()):
+def _metrics(run: RunDir, stage: Mapping[str, Any]) -> _Figures:
+    """Collect what came out, each with what must be equal for it to be compared."""
+    result, method = read_json(run.result) if run.result.is_file() else {}, {"method": stage.get("method")}
+    num_held_out = (stage.get("eval_lengths") or {}).get("num_rows")
+    held_out = {
+        **method,
+        "held out": [num_held_out, (stage.get("options") or {}).get("eval"), _data(stage).get("data")],
+    }
+    found: _Figures = {key: (result.get(key), {}) for key in _RESULT if result}
+    for key, value in (result.get("metrics") or {}).items():
+        is_held_out = key.startswith("eval_") and num_held_out
+        found[f"{key} on {num_held_out} held-out rows" if is_held_out else key] = (
+            value, held_out if is_held_out else method
+        )  # fmt: skip
+    results = read_record(run.evaluation).get("results", [])
+    for figure, data in zip(results, name_all_data(results), strict=True):
         part = str(figure.get("slice") or "")
         if not part.startswith(("margin", "chosen", "equal")):  # those are cut by the run's own rows
-            found[f"{figure['metric']}{f', {part}' if part else ''} on {figure['data']}"] = figure["value"]
+            settings = {key: value for key, value in (figure.get("settings") or {}).items() if key not in OF_THE_RUN}
+            found[f"{figure['metric']}{f', {part}' if part else ''} on {data}"] = figure["value"], settings
     return found
 
 

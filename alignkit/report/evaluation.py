@@ -8,58 +8,14 @@ from typing import Any
 
 from alignkit.report.charts import Line, Point, describe_chart
 from alignkit.report.facts import Facts
-from alignkit.report.text import figure, share, short_name, text_of
+from alignkit.report.text import WORDS, figure, share, short_name, text_of
 
-NAMES = {
-    "perplexity": "Perplexity",
-    "bits_per_byte": "Bits per byte",
-    "reward_accuracy": "Pair accuracy",
-    "implicit_reward_accuracy": "Pair accuracy, implicit reward",
-    "pair_accuracy_longer": "Baseline: longer is better",
-    "pair_accuracy_shorter": "Baseline: shorter is better",
-    "accuracy": "Accuracy",
-    "accuracy_majority": "Baseline: always the commonest label",
-    "accuracy_bag_of_words": "Baseline: naive Bayes on bags of words",
-    "calibration_error": "Calibration error (ECE)",
-    "kl": "KL to the reference",
-    "true_reward": "True reward",
-    "response_length": "Length of answers",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "win_rate": "Win rate",
-    "win_rate_length_controlled": "Win rate, length controlled",
-    "best_of_n": "Best of N",
-    "best_of_n_true_reward": "Best of N, true reward",
-    "best_of_n_kl": "KL of the best of N",
-    "reference_reward": "Reward of the reference, over the answers of the optimum",
-    "optimum_reward": "Reward of the optimum",
-    "optimum_kl": "KL of the optimum",
-    "ended_share": "Answers that end",
-    "judge_accuracy": "Judge: right",
-    "order_agreement": "Judge: both orders agree",
-    "picks_first_place": "Judge: picks the first place",
-    "length_bias": "Judge: picks the longer answer",
-    "agreement_between_principles": "Judge: two principles agree",
-    "judge_agreement": "Agreement of the judge with itself, orders swapped",
-    "judge_abstained": "Abstentions of the judge",
-    "completion_logp": "Log-probability of the right answer",
-    "likelihood_accuracy": "Few-shot, by likelihood per token",
-    "likelihood_accuracy_sum": "Few-shot, by likelihood of the whole",
-    "likelihood_accuracy_relative": "Few-shot, by likelihood relative to no question",
-    "exact_match": "Few-shot, exact match",
-}
-_COIN_TOSS = frozenset({"reward_accuracy", "implicit_reward_accuracy", "pair_accuracy_longer", "pair_accuracy_shorter",
-                        "win_rate", "win_rate_length_controlled",
-                        "judge_accuracy", "picks_first_place", "length_bias"})  # fmt: skip
-# What decides comes first, what was always easy to measure last.
-_ORDER = ("win_rate", "judge_a", "true_reward", "reward/", "reward_accuracy", "implicit_reward", "accuracy",
-          "pair_accuracy", "kl", "ended_share", "response_length", "", "perplexity", "bits_per_byte")  # fmt: skip
+NAMES: dict[str, str] = WORDS["metrics"]
+_ORDER: list[str] = WORDS["order"]  # what decides comes first, what was always easy to measure last
+_COIN_TOSS = frozenset(WORDS["coin_toss"])
 _BASELINES = ("pair_accuracy_", "accuracy_")  # of the rows alone, whatever the model
 # What differs from run to run of a sweep; "kl" is that of best-of-N.
-_OF_THE_RUN = frozenset({"beta", "reference", "against", "kl"})
+OF_THE_RUN = frozenset({"beta", "reference", "against", "kl"})
 
 
 def list_figures(run: Facts) -> list[dict[str, Any]]:
@@ -127,7 +83,7 @@ def _rank(metric: str) -> int:
 
 def _group(result: Mapping[str, Any]) -> tuple[str, ...]:
     """Name what rows share that are compared with each other: all that does not belong to the run itself."""
-    settings = {key: value for key, value in (result.get("settings") or {}).items() if key not in _OF_THE_RUN}
+    settings = {key: value for key, value in (result.get("settings") or {}).items() if key not in OF_THE_RUN}
     return str(result.get("metric")), str(result.get("data")), str(settings)
 
 

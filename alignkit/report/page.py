@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from alignkit import __version__
+from alignkit import __version__, console
 from alignkit.errors import RunError
 from alignkit.report import charts, evaluation, frontier, sections, text
 from alignkit.report.facts import Facts, find_runs, order_runs, read_facts
@@ -27,6 +28,7 @@ from alignkit.runs.files import disk_failures, write_json, write_text
 
 REPORT = "report.html"
 _HERE = Path(__file__).parent
+_REFRESH_SECONDS = 3
 
 
 def write_report(path: Path, *, out: Path | None = None) -> Path:
@@ -80,6 +82,32 @@ def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out:
     return out
 
 
+def watch(find: Callable[[], Sequence[Path]], write: Callable[[], Path]) -> None:
+    """Write the page anew as often as a file of the runs changes, until all are finished or Ctrl-C; it reloads itself.
+
+    Nothing is asked of the runs: they may be of another machine that shares the directory.
+    """
+    shared = open_templates().globals
+    shared["refresh_seconds"], seen = _REFRESH_SECONDS, None
+    try:
+        while True:
+            runs = [RunDir(path) for path in find()]
+            files = [file for run in runs for file in run.path.glob("*.json*")]
+            now = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files)]
+            if now != seen:
+                page = write()
+                if seen is None:
+                    console.note(f"watching: open {page.as_uri()} (Ctrl-C ends this)")
+                seen = now
+            if all(run.is_finished() for run in runs):
+                return
+            time.sleep(1)
+    except KeyboardInterrupt:
+        return
+    finally:
+        shared["refresh_seconds"] = None
+
+
 def write_preview(preview: dict[str, Any], out: Path) -> Path:
     """Write the page of `alignkit preview`; `preview` is `Preview.to_dict()`. Raises DiskError."""
     return _write(_render("preview", title=f"{preview['stage']}: rows", run=preview), out)
@@ -121,6 +149,6 @@ def open_templates() -> Environment:
     environment.filters |= {function.__name__: function for function in names}
     environment.globals |= {
         "version": __version__, "METHODS": sections.METHODS, "charts": charts, "evaluate": evaluation,
-        "frontier": frontier, "about": sections,
+        "frontier": frontier, "about": sections, "refresh_seconds": None,
     }  # fmt: skip
     return environment

@@ -72,7 +72,7 @@ def leave_finished(run: RunDir) -> Result:
 
 def publish(
     target: Path, *, stages: Sequence[tuple[str, Path]] | None = None, out: Path | None = None,
-    repo: str | None = None, public: bool = False,
+    repo: str | None = None, public: bool = False, card: bool = True,
 ) -> dict[str, str]:  # fmt: skip
     """Write the page of a run, a directory of runs, or a recipe's `stages`; return name -> path of all that was made.
 
@@ -98,8 +98,8 @@ def publish(
     try:
         page = write_recipe_report(target.stem, stages, out=out) if stages else write_report(target, out=out)
         done = {"report": str(page)}
-        if is_run and (card := write_card(target)) is not None:
-            done["card"] = str(card)
+        if card and is_run and (written := write_card(target)) is not None:
+            done["card"] = str(written)
     except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
         raise RunError(
             f"a record says what alignkit does not write there ({type(error).__name__}: {first_line(error)}), and no "

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from alignkit.report.evaluation import list_examples
 from alignkit.report.facts import Facts
-from alignkit.report.text import DASH, count, duration, figure, share, short_count, short_name, text_of, window
+from alignkit.report.text import DASH, WORDS, count, duration, figure, share, short_count, short_name, text_of, window
 from alignkit.runs.files import describe_bytes
 
 Pair = tuple[str, str]
-METHODS = {
-    "sft": "supervised fine-tuning",
-    "rm": "reward modelling",
-    "dpo": "direct preference optimisation",
-    "ppo": "reinforcement learning with PPO",
-    "critique": "critiques and revisions",
-    "label": "comparisons by a judge",
-}
+METHODS: dict[str, str] = WORDS["methods"]
 _ROW_MAKERS = ("critique", "label")  # stages without a model of their own
-_HEADLINES = {
-    "sft": (("eval_loss", "loss", figure), ("eval_accuracy", "accuracy", share),
-            ("eval_mean_token_accuracy", "token accuracy", share)),
-    "rm": (("eval_accuracy", "pair accuracy", share), ("eval_margin", "margin", figure)),
-    "dpo": (("eval_rewards/accuracies", "pair accuracy", share), ("eval_rewards/margins", "implicit margin", figure)),
-    "label": (("check_accuracy", "right on known answers", share), ("order_agreement", "both orders agree", share)),
-    "ppo": (("reward", "reward", figure), ("gold", "gold reward", figure), ("objective/kl", "KL, nats", figure)),
-}  # fmt: skip
 
 
 def _size(num_bytes: float | None) -> str:
@@ -42,31 +27,10 @@ def _mean(value: Any) -> str:
     return f"{value:.1f}" if value and isinstance(value, int | float) else ""
 
 
-# Labels of what stage.json says of the rows, in the order of the page: which part, its key, how it is written.
-_DATA = (
-    ("held out", "eval_lengths", "num_rows", count),
-    ("read from the sources", "data", "read", count),
-    ("kinds", "data", "kinds", lambda kinds: ", ".join(f"{count(n)} {kind}" for kind, n in (kinds or {}).items())),
-    ("left out", "data", "rejected", count),
-    ("duplicates kept", "data", "duplicates", count),
-    ("held-out rows that share a prompt", "data", "overlap", count),
-    ("tokens", "lengths", "num_tokens", count),
-    ("tokens learnt", "lengths", "num_trained_tokens", lambda number: count(number or None)),
-    ("longest row, tokens", "lengths", "longest_tokens", count),
-    ("cut to max_length", "lengths", "num_truncated", count),
-    ("left out as too long", "lengths", "num_too_long", count),
-    ("mean characters of a prompt", "data", "mean_prompt_chars", _mean),
-    ("mean characters of an answer", "data", "mean_completion_chars", _mean),
-    ("pairs where the longer answer is chosen", "data", "longer_chosen_share", share),
-    ("mean characters, chosen", "data", "mean_chosen_chars", _mean),
-    ("mean characters, rejected", "data", "mean_rejected_chars", _mean),
-)
-# The same of report.json of a critique or label stage.
-_COUNTS = {
-    "prompts": "prompts", "rows": "rows written", "rows_by_people": "of them compared by people",
-    "helpful_rows": "of them helpful answers", "broken_chains": "chains that broke off",
-    "comparisons": "comparisons", "abstained": "the judge abstained from", "ties": "ties",
-    "quoted": "texts defused, which looked like a template",
+# How a figure of words.json is written.
+_SHOW: dict[str, Callable[[Any], str]] = {
+    "figure": figure, "share": share, "count": count, "mean": _mean, "some": lambda number: count(number or None),
+    "kinds": lambda kinds: ", ".join(f"{count(n)} {kind}" for kind, n in (kinds or {}).items()),
 }  # fmt: skip
 
 
@@ -78,9 +42,9 @@ def describe_status(run: Facts) -> str:
 
 def headline(run: Facts) -> list[Pair]:
     """List the one to three figures that say how a run went, by its method, with their n or the window of a mean."""
-    wanted, num_rows = _HEADLINES.get(run.method, ()), (run.stage.get("eval_lengths") or {}).get("num_rows")
+    wanted, num_rows = WORDS["headlines"].get(run.method, ()), (run.stage.get("eval_lengths") or {}).get("num_rows")
     found = []
-    for name, label, show in wanted or (("loss", "training loss", figure),):
+    for name, label, show in wanted:
         if name.startswith("eval_") or run.method in _ROW_MAKERS:
             value = run.last(name)
             more = f", {count(num_rows)} held-out rows" if num_rows else ", held out" if name[:5] == "eval_" else ""
@@ -88,7 +52,7 @@ def headline(run: Facts) -> list[Pair]:
             value, number = run.mean_of_last(name)
             more = f", {window(number, 'rollout' if run.method == 'ppo' else 'logged value', last=True)}"
         if value is not None:
-            found.append((label + more, show(value)))
+            found.append((label + more, _SHOW[show](value)))
     loss, number = run.mean_of_last("loss")
     return found or ([(f"training loss, {window(number, last=True)}", figure(loss))] if loss is not None else [])
 
@@ -143,15 +107,15 @@ def list_data(run: Facts) -> list[Pair]:
     trained = (run.stage.get("lengths") or {}).get("num_rows")
     unit = "prompts" if run.method == "ppo" else "rows"
     pairs = [*_list_counts(run.feedback), (f"{unit} trained on", count(trained))]
-    for label, part, key, show in _DATA:
+    for label, part, key, show in WORDS["data"]:
         value = (run.stage.get(part) or {}).get(key)
-        pairs.append((f"{unit} {label}" if label == "held out" else label, show(value)))
+        pairs.append((f"{unit} {label}" if label == "held out" else label, _SHOW[show](value)))
     return [(label, text) for label, text in pairs if text not in ("", DASH)]
 
 
 def _list_counts(report: Mapping[str, Any]) -> Iterator[Pair]:
     """List how many texts or comparisons a critique or label stage made, and what became of them."""
-    yield from ((label, figure(report[key])) for key, label in _COUNTS.items() if report.get(key))
+    yield from ((label, figure(report[key])) for key, label in WORDS["counts"].items() if report.get(key))
     for part in (report, report.get("check") or {}):
         for reason, number in (part.get("abstained_because") or {}).items():
             yield f"abstained: {reason}", figure(number)

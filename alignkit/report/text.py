@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
+WORDS: dict[str, Any] = json.loads(Path(__file__).with_name("words.json").read_text("utf-8"))  # names and their order
 MINUS, DASH, THIN = "\u2212", "\u2013", "\u2009"
 _EMPTY_LINES = re.compile(r"^(?:[^\S\n]*\n){4,}", re.MULTILINE)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,27 @@ def test_it_loads_neither_torch_nor_transformers(write_run: WriteRun, run_python
     script = "import sys\nfrom alignkit.cli import main\nprint(main(), *sorted(sys.modules))"
     code, *modules = run_python("-c", script, "report", "runs/demo/sft").stdout.splitlines()[-1].split()
     assert code == "0" and not {"torch", "transformers", "datasets", "matplotlib"} & set(modules)
+
+
+def test_watch_keeps_the_page_up_to_date_until_the_run_ends(write_run: WriteRun, tmp_path: Path) -> None:
+    run = write_run(finished=False, num_steps=7, stage={"trl": {"max_steps": 20}})
+    command = [sys.executable, "-m", "alignkit", "report", "runs/demo/sft", "--watch"]
+    watching = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait(text: str) -> str:
+        deadline = time.monotonic() + 30
+        while text not in (page := (run / "report.html").read_text() if (run / "report.html").is_file() else ""):
+            assert time.monotonic() < deadline and watching.poll() is None
+            time.sleep(0.1)
+        return page
+
+    assert '<meta http-equiv="refresh" content="3">' in wait("at step 7 of 20")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "loss": 0.1}\n')
+    wait("at step 9 of 20")
+    (run / "result.json").write_text('{"stage": "sft", "status": "finished", "step": 20, "metrics": {}}')
+    stdout, stderr = watching.communicate(timeout=30)
+    assert (watching.returncode, stderr.count("watching: open file://")) == (0, 1)
+    page = (run / "report.html").read_text()
+    assert "sft's loss on its 10 held-out rows" in stdout and 'http-equiv="refresh"' not in page
+    assert (run / "model/README.md").is_file()

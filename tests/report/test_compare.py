@@ -60,3 +60,33 @@ def test_a_run_that_is_not_finished_has_no_figures(tmp_path: Path) -> None:
     assert found.metrics["loss"] == (None, 0.5)
     with pytest.raises(RunError, match="is no run: it has no stage.json"):
         compare_runs(tmp_path, tmp_path / "a")
+
+
+def test_only_like_is_compared_with_like_and_the_rows_are_said(tmp_path: Path) -> None:
+    def run(name: str, **stage: Any) -> Path:
+        path = _run(tmp_path / name)
+        known = json.loads((path / "stage.json").read_text()) | {"eval_lengths": {"num_rows": 10}} | stage
+        known["options"] |= {"eval": 0.1}
+        (path / "stage.json").write_text(json.dumps(known))
+        metrics = {"loss": 0.5, "eval_loss": 0.6}
+        (path / "result.json").write_text(json.dumps({"status": "finished", "step": 10, "metrics": metrics}))
+        settings = {"judge": name, "reference": f"runs/t/{name}/model", "temperature": 1.0 if name == "dpo" else 0.5}
+        results = [{"metric": metric, "value": 1.0, "slice": None, "data": "d", "settings": settings}
+                   for metric in ("kl", "true_reward")]  # fmt: skip
+        (path / "eval.json").write_text(json.dumps({"results": results}))
+        return path
+
+    dpo, other, sft = run("dpo"), run("other"), run("sft", method="sft")
+    found = compare_runs(dpo, other).metrics
+    assert found["loss"] == (0.5, 0.5) and found["eval_loss on 10 held-out rows"] == (0.6, 0.6)
+    assert (found["kl on d, judged by dpo, from dpo"], found["kl on d, judged by other, from other"]) == (
+        (1.0, None), (None, 1.0),
+    )  # fmt: skip
+    found = compare_runs(dpo, sft).metrics
+    assert (found["loss, method dpo"], found["loss, method sft"]) == ((0.5, None), (None, 0.5))
+    assert found["eval_loss on 10 held-out rows, method sft"] == (None, 0.6) and "loss" not in found
+    changed = run("changed", eval_lengths={"num_rows": 10}, fingerprint={"data": "bb"})
+    found = compare_runs(dpo, changed).metrics
+    assert [pair for key, pair in found.items() if key.startswith("eval_loss on 10 held-out rows, held out")] == [
+        (0.6, None), (None, 0.6),
+    ]  # fmt: skip
