@@ -17,20 +17,7 @@ from alignkit.data.rows import (
 from alignkit.data.store import write_table
 
 __all__ = [
-    "METHOD_KINDS",
-    "DataReport",
-    "Kind",
-    "Message",
-    "Problems",
-    "Rejects",
-    "Row",
-    "Text",
-    "as_rendered",
-    "escape_control_tokens",
-    "find_control_tokens",
-    "read_rows",
-    "split_eval",
-    "true_reward",
-    "unescape_text",
+    "METHOD_KINDS", "DataReport", "Kind", "Message", "Problems", "Rejects", "Row", "Text", "as_rendered",
+    "escape_control_tokens", "find_control_tokens", "read_rows", "split_eval", "true_reward", "unescape_text",
     "write_table",
-]
+]  # fmt: skip

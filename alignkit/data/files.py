@@ -30,13 +30,10 @@ _PACKED = (".gz", ".zst")
 _TABLE_BATCH = 1024
 _CHUNK_BYTES = 1 << 18
 _FOREIGN = {
-    b"\x1f\x8b": "gzip data; name the file .gz",
-    b"\x28\xb5\x2f\xfd": "Zstandard data; name the file .zst",
-    b"PK\x03\x04": "a zip archive; unpack it",
-    b"PAR1": "Parquet data; name the file .parquet",
-    codecs.BOM_UTF16_LE: "UTF-16 text; save it as UTF-8",
-    codecs.BOM_UTF16_BE: "UTF-16 text; save it as UTF-8",
-}
+    b"\x1f\x8b": "gzip data; name the file .gz", b"\x28\xb5\x2f\xfd": "Zstandard data; name the file .zst",
+    b"PK\x03\x04": "a zip archive; unpack it", b"PAR1": "Parquet data; name the file .parquet",
+    codecs.BOM_UTF16_LE: "UTF-16 text; save it as UTF-8", codecs.BOM_UTF16_BE: "UTF-16 text; save it as UTF-8",
+}  # fmt: skip
 _JSON_NAMES = {
     type(None): "null", bool: "true or false", dict: "an object", float: "a number", int: "a number", list: "a list",
     str: "text",

@@ -45,12 +45,9 @@ class Format:
 
 # Names of several columns in `needs`.
 GROUPS = {
-    "PROMPT": (*PROMPTS, *adapters.CONTEXTS),
-    "CONVERSATION": CONVERSATIONS,
-    "ANSWER": ANSWERS,
-    "LABEL": adapters.LABELS,
-    "REJECTED": adapters.REJECTED,
-}
+    "PROMPT": (*PROMPTS, *adapters.CONTEXTS), "CONVERSATION": CONVERSATIONS, "ANSWER": ANSWERS,
+    "LABEL": adapters.LABELS, "REJECTED": adapters.REJECTED,
+}  # fmt: skip
 _TYPES = {"str": str, "list": list}
 
 
@@ -112,13 +109,9 @@ class Detector:
     """Finds the format of records and reads them."""
 
     def __init__(
-        self,
-        format_name: str = "auto",
-        *,
-        roles: Mapping[str, str] | None = None,
-        for_prompts: bool = False,
+        self, format_name: str = "auto", *, roles: Mapping[str, str] | None = None, for_prompts: bool = False,
         keeps_columns: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`for_prompts`: only what is asked counts; `keeps_columns`: a reward function gets what is not read."""
         is_auto = format_name == "auto"
         own = [form for form in FORMATS if format_name == form.name or (is_auto and form.kind != "labelled")]

@@ -40,15 +40,9 @@ _ARGUMENTS = ("prompt", "prompts", "completions", "completion_ids")
 
 
 def read_rows(
-    stage: Stage,
-    sources: Sequence[DataSource],
-    *,
-    report: DataReport,
-    rejects: Rejects,
-    known_prompts: set[int] | None = None,
-    method: str | None = None,
-    template: bool | None = None,
-) -> Iterator[Row]:
+    stage: Stage, sources: Sequence[DataSource], *, report: DataReport, rejects: Rejects,
+    known_prompts: set[int] | None = None, method: str | None = None, template: bool | None = None,
+) -> Iterator[Row]:  # fmt: skip
     """Yield the stage's rows, source after source, in the order of their files; as `method` takes them, where given.
 
     With `template`, whether the model has a chat template, prompts and answers become turns or joined text, as `chat`
@@ -247,14 +241,9 @@ class _Source:
     """One source: its good rows sorted from bad ones, and what is wrong with it as a whole."""
 
     def __init__(
-        self,
-        located: Located,
-        stage: Stage,
-        method: str,
-        problems: Problems,
-        rejects: Rejects | None,
+        self, located: Located, stage: Stage, method: str, problems: Problems, rejects: Rejects | None,
         template: bool | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.source = located.source
         self.counts = SourceReport(located.source.path)
         self._method, self._problems, self._rejects = method, problems, rejects

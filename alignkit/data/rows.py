@@ -55,15 +55,10 @@ KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind not in (
 # into its pairs; ppo takes the prompt of any row, of a conversation what comes before its last answer; critique and
 # label get rows as they are, and take the prompt or the answers themselves; so does eval.
 METHOD_KINDS: dict[str, tuple[Kind, ...]] = {
-    "sft": ("text", "messages", "prompt_completion", "pair", "ranked", *_TOKENISED),
-    "rm": ("pair", "ranked"),
-    "dpo": ("pair", "ranked", "unpaired"),
-    "ppo": KINDS,
-    "critique": KINDS,
-    "label": KINDS,
-    "eval": KINDS,
+    "sft": ("text", "messages", "prompt_completion", "pair", "ranked", *_TOKENISED), "rm": ("pair", "ranked"),
+    "dpo": ("pair", "ranked", "unpaired"), "ppo": KINDS, "critique": KINDS, "label": KINDS, "eval": KINDS,
     **dict.fromkeys(TASKS, ("labelled",)),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,13 +139,9 @@ class Store:
                 meter.advance(sum(number not in known for number, _ in batch))
 
     def ask(
-        self,
-        common: Any,
-        questions: Sequence[Any],
-        answer: Callable[[list[Any]], Sequence[Any]],
-        *,
+        self, common: Any, questions: Sequence[Any], answer: Callable[[list[Any]], Sequence[Any]], *,
         batch_size: int = 64,
-    ) -> list[Any]:
+    ) -> list[Any]:  # fmt: skip
         """Look up the value of every question; `answer` gives those of questions that are not known yet.
 
         `common` (weights, settings) and a question must be plain data: together they are the key. Values are kept after

@@ -130,15 +130,11 @@ class _Critique:
         if broken:
             console.warn(f"{name}: {len(broken)} of {len(self._chains)} chains broke off (rejects.jsonl)")
         return {
-            "prompts": len(self._prompts),
-            "rows": self._session.write_rows([*_list_rows(self._chains), *self._extra]),
-            "helpful_rows": len(self._extra),
-            "broken_chains": len(broken),
-            "cut_off_share": cut,
-            "quoted": self._quote.count,
-            **_describe_chains(self._chains),
+            "prompts": len(self._prompts), "rows": self._session.write_rows([*_list_rows(self._chains), *self._extra]),
+            "helpful_rows": len(self._extra), "broken_chains": len(broken), "cut_off_share": cut,
+            "quoted": self._quote.count, **_describe_chains(self._chains),
             "spent": self._model.spending.to_dict() if self._model.spending else None,
-        }
+        }  # fmt: skip
 
     def measure(self, report: Mapping[str, Any]) -> dict[str, float]:
         return {key: report[key] for key in ("rows", "broken_chains", "cut_off_share")}

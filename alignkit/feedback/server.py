@@ -44,17 +44,12 @@ ALLOWED = "ALIGNKIT_ALLOW_KEY"  # --allow-key, which every process of a run inhe
 _OPENAI = "https://api.openai.com"
 # Variables that need no --allow-key, as long as they go to the host that gave out the key.
 _OWN_KEYS = {
-    _OPENAI: "OPENAI_API_KEY",
-    "https://api.anthropic.com": "ANTHROPIC_API_KEY",
-    "https://api.deepseek.com": "DEEPSEEK_API_KEY",
-    "https://api.fireworks.ai": "FIREWORKS_API_KEY",
-    "https://api.groq.com": "GROQ_API_KEY",
-    "https://api.mistral.ai": "MISTRAL_API_KEY",
-    "https://api.together.xyz": "TOGETHER_API_KEY",
-    "https://generativelanguage.googleapis.com": "GEMINI_API_KEY",
-    "https://openrouter.ai": "OPENROUTER_API_KEY",
-    "https://router.huggingface.co": "HF_TOKEN",
-}
+    _OPENAI: "OPENAI_API_KEY", "https://api.anthropic.com": "ANTHROPIC_API_KEY",
+    "https://api.deepseek.com": "DEEPSEEK_API_KEY", "https://api.fireworks.ai": "FIREWORKS_API_KEY",
+    "https://api.groq.com": "GROQ_API_KEY", "https://api.mistral.ai": "MISTRAL_API_KEY",
+    "https://api.together.xyz": "TOGETHER_API_KEY", "https://generativelanguage.googleapis.com": "GEMINI_API_KEY",
+    "https://openrouter.ai": "OPENROUTER_API_KEY", "https://router.huggingface.co": "HF_TOKEN",
+}  # fmt: skip
 _MAX_BYTES = 1 << 22  # of a reply, whatever its status
 _BYTES_PER_TOKEN = 3.0  # fewer than most texts have: of what a server does not count rather too much is counted
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS, _LONGEST_RETRY_AFTER_SECONDS = 0.5, 60.0, 600.0

@@ -75,12 +75,9 @@ def config_values(stage: Stage, placement: Placement, precision: Precision, dire
     values: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": {"ddp": "MULTI_GPU", "fsdp": "FSDP"}.get(placement.strategy, "DEEPSPEED"),
-        "num_machines": placement.nodes,
-        "num_processes": placement.world_size,
-        "rdzv_backend": "static",
-        "same_network": True,
-        "use_cpu": placement.device == "cpu",
-    }
+        "num_machines": placement.nodes, "num_processes": placement.world_size, "rdzv_backend": "static",
+        "same_network": True, "use_cpu": placement.device == "cpu",
+    }  # fmt: skip
     if placement.strategy in ZERO_STAGES:
         # accelerate refuses mixed_precision and zero_stage here when DeepSpeed has a file of its own.
         values["deepspeed_config"] = {

@@ -264,12 +264,9 @@ def check_order(stages: Sequence[Stage], *, only_listed: bool = False) -> None:
 
 
 def run_stages(
-    entries: Sequence[Entry],
-    *,
-    retries: int = 0,
-    before: Callable[[Entry], None] = lambda entry: None,
+    entries: Sequence[Entry], *, retries: int = 0, before: Callable[[Entry], None] = lambda entry: None,
     aside: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Iterator[Result]:
+) -> Iterator[Result]:  # fmt: skip
     """Do with the stages what was decided, and yield how each one ended; `before` is told which one is next.
 
     `aside` is entered while processes of a stage's own write to the terminal.

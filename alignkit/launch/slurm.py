@@ -100,19 +100,12 @@ def build_script(command: Command) -> str:
         raise RecipeError(problem)
     cpus = slurm.cpus_per_process * processes
     options = {
-        "job-name": f"{stage.recipe_name}-{stage.name}",
-        "nodes": launch.nodes,
-        "ntasks-per-node": 1,
-        "cpus-per-task": cpus,
-        "gpus-per-node": gpus or None,
-        "mem": slurm.memory,
+        "job-name": f"{stage.recipe_name}-{stage.name}", "nodes": launch.nodes, "ntasks-per-node": 1,
+        "cpus-per-task": cpus, "gpus-per-node": gpus or None, "mem": slurm.memory,
         **{name: getattr(slurm, name) for name in ("time", "partition", "account", "qos", "constraint")},
-        **slurm.options,
-        "output": f"{str(run.launch).replace('%', '%%')}/slurm-%j.log",
-        "open-mode": "append",
-        "requeue": "",
-        "signal": f"B:USR1@{slurm.signal_seconds}",
-    }
+        **slurm.options, "output": f"{str(run.launch).replace('%', '%%')}/slurm-%j.log", "open-mode": "append",
+        "requeue": "", "signal": f"B:USR1@{slurm.signal_seconds}",
+    }  # fmt: skip
     directives = [f"#SBATCH --{name}{quote(value)}" for name, value in options.items() if value is not None]
     script = Path(__file__).with_name("job.sh.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)

@@ -161,15 +161,9 @@ class Supervisor:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        placement: Placement,
-        *,
-        heartbeat_seconds: float,
-        timeout_seconds: float,
-        received: Sequence[int],
-        resume_hint: Callable[[], str],
-    ) -> None:
+        self, directory: Path, placement: Placement, *, heartbeat_seconds: float, timeout_seconds: float,
+        received: Sequence[int], resume_hint: Callable[[], str],
+    ) -> None:  # fmt: skip
         self._directory, self._placement = directory, placement
         self._heartbeat_seconds, self._timeout_seconds = heartbeat_seconds, timeout_seconds
         self._received, self._resume_hint = received, resume_hint

@@ -29,14 +29,9 @@ _LARGEST_RANK = 2**16
 
 
 def adapt(
-    model: PreTrainedModel,
-    stage: Stage,
-    action: str,
-    directory: Path | None,
-    *,
-    reward: bool,
+    model: PreTrainedModel, stage: Stage, action: str, directory: Path | None, *, reward: bool,
     tokens: Sequence[int] = (),
-) -> PeftModel:
+) -> PeftModel:  # fmt: skip
     """Wrap a base as the stage trains it, with the embeddings of `tokens`.
 
     A matrices are drawn from the stage's seed, in generators of their own.

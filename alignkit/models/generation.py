@@ -42,14 +42,9 @@ def plainly(model: Any) -> Iterator[None]:
 
 
 def generate_greedy(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    pad_id: int,
+    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int,
     num_beams: int = 1,
-) -> list[list[int]]:
+) -> list[list[int]]:  # fmt: skip
     """Write the new tokens of each prompt, the stop token included when one came; with several beams, search for them.
 
     Prompts are padded on the left; one too long for the model's positions loses its beginning. The model's mode is
@@ -86,16 +81,9 @@ def usual_length(chat: Any, positions: int | None, *, short: int) -> int:
 
 
 def generate_answers(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    *,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    is_over: Callable[[list[int]], bool] | None = None,
-    **settings: Any,
-) -> list[list[int]]:
+    model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, temperature: float, top_p: float = 1.0,
+    top_k: int = 0, is_over: Callable[[list[int]], bool] | None = None, **settings: Any,
+) -> list[list[int]]:  # fmt: skip
     """Write an answer to each prompt of a batch, as `generate_greedy` does with temperature 0, else sampled.
 
     Every row draws from a generator of its own seed, so that the same seed gives the same answer in any batch (up to
@@ -164,16 +152,9 @@ def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationCo
 
 
 def stream_tokens(
-    model: Any,
-    prompt: Sequence[int],
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    top_p: float = 1.0,
-    top_k: int = 0,
-    generator: torch.Generator | None = None,
-) -> Iterator[int]:
+    model: Any, prompt: Sequence[int], *, temperature: float, max_new_tokens: int, eos_ids: Sequence[int],
+    top_p: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None,
+) -> Iterator[int]:  # fmt: skip
     """Yield new tokens until a stop token (not yielded), `max_new_tokens`, or the end of the model's positions.
 
     Temperature 0 takes the likeliest token. The model is in eval mode; `generator` lies on the CPU.

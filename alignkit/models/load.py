@@ -153,18 +153,10 @@ def write_base(run_dir: Path, model: PreTrainedModel, record: dict[str, Any]) ->
 
 
 def read_base(
-    source: str,
-    precision: Precision,
-    *,
-    reward: bool = False,
-    num_labels: int = 1,
-    head: Mapping[str, Any] | None = None,
-    two_heads: bool = False,
-    revision: str | None = None,
-    attn_implementation: str | None = None,
-    use_kernels: bool = False,
-    trust_code: bool = False,
-) -> PreTrainedModel:
+    source: str, precision: Precision, *, reward: bool = False, num_labels: int = 1,
+    head: Mapping[str, Any] | None = None, two_heads: bool = False, revision: str | None = None,
+    attn_implementation: str | None = None, use_kernels: bool = False, trust_code: bool = False,
+) -> PreTrainedModel:  # fmt: skip
     """Load base weights from a directory or a hub id, in the given precision; safetensors only.
 
     A reward model without a stored score head gets one (see `score`), flagged as `model.score_is_new`. `head` is that
@@ -260,13 +252,9 @@ class Loaded:
 
 
 def load_policy(
-    stage: Stage,
-    *,
-    run_dir: Path,
-    tokenizer: PreTrainedTokenizerFast | None = None,
-    reward: bool = False,
+    stage: Stage, *, run_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None, reward: bool = False,
     labels: Sequence[str] | None = None,
-) -> Loaded:
+) -> Loaded:  # fmt: skip
     """Load the causal language model a stage trains: full, or a PeftModel with the trainable adapter `default`.
 
     With `reward`, the sequence classifier with one label of an rm stage, whose score head is always trainable: a new
@@ -364,14 +352,9 @@ def load_reference(stage: Stage, loaded: Loaded) -> PreTrainedModel | None:
 
 
 def load_trained(
-    model_dir: Path,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    reward: bool = False,
-    quantization: str | None = None,
-    trust_code: bool = False,
-) -> Model:
+    model_dir: Path, *, device: str = "auto", dtype: torch.dtype | None = None, reward: bool = False,
+    quantization: str | None = None, trust_code: bool = False,
+) -> Model:  # fmt: skip
     """Load what a stage saved, as a user would, frozen and in eval mode.
 
     Precision is what it was trained with unless given; `model_dir` is `model/` of a run, a run, or any model.

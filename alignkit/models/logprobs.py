@@ -75,14 +75,9 @@ def pad(
 
 
 def pad_answers(
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    *,
-    pad_id: int,
-    device: torch.device | str = "cpu",
-    num_columns: int | None = None,
-    sampling: Sampling = Sampling(),
-) -> Batch:
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, pad_id: int,
+    device: torch.device | str = "cpu", num_columns: int | None = None, sampling: Sampling = Sampling(),
+) -> Batch:  # fmt: skip
     """Pad prompts with their answers on the right; `num_columns` is T where it is not the longest answer."""
     whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     input_ids, attention_mask = pad(whole, pad_id)
@@ -218,13 +213,9 @@ def sampled_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, T
 
 @torch.no_grad()
 def score_targets(
-    model: Any,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    pad_id: int,
-    temperature: float = 1.0,
+    model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, temperature: float = 1.0,
     batch_size: int = 16,
-) -> list[list[float]]:
+) -> list[list[float]]:  # fmt: skip
     """Log p of every token of each (source, target) under an encoder-decoder model, in nats; as `score_tokens`."""
     results: list[list[float]] = [[] for _ in pairs]
     device = next(model.parameters()).device
@@ -257,13 +248,9 @@ def align(model: Any, source: Sequence[int], target: Sequence[int]) -> list[list
 
 @torch.no_grad()
 def score_tokens(
-    model: Any,
-    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    pad_id: int,
-    temperature: float = 1.0,
+    model: Any, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, temperature: float = 1.0,
     batch_size: int = 16,
-) -> list[list[float]]:
+) -> list[list[float]]:  # fmt: skip
     """Log p of every token of each (context, continuation) given what comes before it, in nats.
 
     The first token of an empty context has nothing before it and is left out. Everything must fit into the model's

@@ -194,18 +194,11 @@ class RnnSearchForConditionalGeneration(PreTrainedModel, GenerationMixin):
         }
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        **_: Any,
-    ) -> Seq2SeqLMOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None, encoder_outputs: Any = None, past_key_values: Tensor | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = None, output_attentions: bool | None = None,
+        return_dict: bool | None = None, **_: Any,
+    ) -> Seq2SeqLMOutput:  # fmt: skip
         """Give the logits of each target token, (B, T, V); with `labels` also their mean loss."""
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask)

@@ -29,16 +29,10 @@ _WRAPPER = "base_model.model."  # what PEFT puts before the base's own names
 
 
 def save_model(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerFast,
-    out: Path,
-    *,
-    lineage: Sequence[dict[str, Any]] = (),
-    precision: Precision | None = None,
-    stop_ids: Sequence[int] = (),
-    state_dict: dict[str, torch.Tensor] | None = None,
-    head: dict[str, Any] | None = None,
-) -> None:
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, out: Path, *,
+    lineage: Sequence[dict[str, Any]] = (), precision: Precision | None = None, stop_ids: Sequence[int] = (),
+    state_dict: dict[str, torch.Tensor] | None = None, head: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write the model to `out`, whole or not at all; what was there before is replaced.
 
     An adapter is saved without its base and without its frozen copy; a stacked one as one plain adapter of both
@@ -128,13 +122,9 @@ def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_co
         raise ModelError(f"{out} is not empty; give a directory that does not exist yet", where="--out")
     precision = Precision(dtype or getattr(torch, files.record.get("dtype", "float32")), "cpu")
     base = read_base(
-        find_base(files),
-        precision,
-        reward=files.reward,
-        head=files.head,
-        revision=files.base_revision,
+        find_base(files), precision, reward=files.reward, head=files.head, revision=files.base_revision,
         trust_code=trust_code,
-    )
+    )  # fmt: skip
     if files.reward and base.config.pad_token_id is None:
         base.config.pad_token_id = files.record.get("pad_token_id")
     vocab_size = base.get_input_embeddings().num_embeddings  # before PEFT wraps them, where it trains some

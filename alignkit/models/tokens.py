@@ -129,12 +129,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, *, mod
 
 
 def read_tokenizer(
-    source: str,
-    *,
-    revision: str | None = None,
-    trust_code: bool = False,
+    source: str, *, revision: str | None = None, trust_code: bool = False,
     remedy: str = "copy the one it was trained with into it",
-) -> PreTrainedTokenizerFast:
+) -> PreTrainedTokenizerFast:  # fmt: skip
     """Read the tokenizer of a directory, a run or a hub id; `remedy` is what to do where there is none."""
     directory = find_model_dir(source)
     if directory is not None and not has_tokenizer(directory):

@@ -236,13 +236,9 @@ _LISTED = 8  # runs of a swept stage that a message names
 
 
 def resolve(
-    recipe: Recipe,
-    stage: str | None = None,
-    *,
-    method: Method | None = None,
-    out: Path | None = None,
+    recipe: Recipe, stage: str | None = None, *, method: Method | None = None, out: Path | None = None,
     trust_code: bool = False,
-) -> Stage:
+) -> Stage:  # fmt: skip
     """Resolve a stage by name, or the only one of a method (else RecipeError); `out` replaces its run directory."""
     section = _pick(recipe, stage, method)
     assert section.top is not None
@@ -294,24 +290,13 @@ def resolve(
     given = section.top.node.value
     shared = {key: given[key] for key in ("name", "seed", "model", "lora", "launch") if key in given}
     return Stage(
-        recipe_name=recipe.name,
-        recipe_path=recipe.path,
-        name=section.run,
-        seed=top.seed,
-        model=model,
-        lora=lora,
-        launch=launch,
-        options=_replace_parts(named, point),
-        trainer=trainer,
+        recipe_name=recipe.name, recipe_path=recipe.path, name=section.run, seed=top.seed, model=model, lora=lora,
+        launch=launch, options=_replace_parts(named, point), trainer=trainer,
         origins=origins | find_origins({**shared, section.run: section.node}),
-        run_dir=str(out) if out else f"{recipe.runs}/{recipe.name}/{section.run}",
-        start_dir=start,
-        start_stage=started.get(start or ""),
-        reward_stages=rewards,
-        source_stages=sources,
-        trust_code=trust_code,
+        run_dir=str(out) if out else f"{recipe.runs}/{recipe.name}/{section.run}", start_dir=start,
+        start_stage=started.get(start or ""), reward_stages=rewards, source_stages=sources, trust_code=trust_code,
         point=section.point,
-    )
+    )  # fmt: skip
 
 
 def find_weights(path: str) -> str:

@@ -138,16 +138,13 @@ class _Labelling:
         session.write_rows((label.to_dict() for label in self._labels), work.LABELS)
         models = {"spent": judge.model if judge else None, "spent_on_answers": self._generator}
         report = {
-            "rows": count,
-            "rows_by_people": sum(len(list(split_ranking(row))) for row in self._mix),
+            "rows": count, "rows_by_people": sum(len(list(split_ranking(row))) for row in self._mix),
             **judging.describe_labels(self._labels),
             "agreement_between_principles": {"n": len(self._agreeing), "share": judging.mean(self._agreeing)},
-            "check": self._accuracy,
-            "quoted": judge.quote.count if judge else 0,
-            "cut_off_share": self._cut_off,
+            "check": self._accuracy, "quoted": judge.quote.count if judge else 0, "cut_off_share": self._cut_off,
             **{key: model.spending.to_dict() if model and model.spending else None for key, model in models.items()},
             "labels_per_second": round(len(self._labels) / self._seconds, 2) if self._seconds > 0 else None,
-        }
+        }  # fmt: skip
         for fault in judging.find_faults(report):
             console.warn(f"{self._stage.name}: {fault}")
         return report

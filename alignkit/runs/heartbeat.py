@@ -114,14 +114,9 @@ def stop() -> None:
 
 
 def write_end(
-    directory: Path,
-    rank: int,
-    exit_code: int,
-    problems: Sequence[str] = (),
-    *,
-    unexpected: bool = False,
+    directory: Path, rank: int, exit_code: int, problems: Sequence[str] = (), *, unexpected: bool = False,
     shared: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write how this process ends, into the room that `start` has taken."""
     kept = list(problems)
     record = {

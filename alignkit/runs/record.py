@@ -117,12 +117,9 @@ def describe_hardware() -> dict[str, Any]:
         if model := re.search(r"^model name\s*:\s*(.*\S)", listing, re.MULTILINE):
             processor = model[1]
     return {
-        "system": platform.platform(terse=True),
-        "processor": processor,
-        "cores": count_cores(),
-        "memory_bytes": memory_bytes(),
-        "devices": describe_devices(),
-    }
+        "system": platform.platform(terse=True), "processor": processor, "cores": count_cores(),
+        "memory_bytes": memory_bytes(), "devices": describe_devices(),
+    }  # fmt: skip
 
 
 def count_cores() -> int:

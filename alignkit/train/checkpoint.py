@@ -130,16 +130,12 @@ class Checkpointed(Trainer):
 
         def seal() -> None:
             facts = {
-                "step": step,
-                "world_size": self.args.world_size,
+                "step": step, "world_size": self.args.world_size,
                 "dtypes": sorted({str(p.dtype) for p in self.model.parameters() if p.requires_grad}),
-                "num_tokens": self.watch.num_tokens + self.num_trained_tokens,
-                "seconds": round(self.watch.seconds, 3),
-                "batches": [*self.watch.batches, (step, self.batch_rows)],
-                "window": self.watch.window,
-                "evaluation_cut": self.evaluation_cut,
-                **self.watch.facts,
-            }
+                "num_tokens": self.watch.num_tokens + self.num_trained_tokens, "seconds": round(self.watch.seconds, 3),
+                "batches": [*self.watch.batches, (step, self.batch_rows)], "window": self.watch.window,
+                "evaluation_cut": self.evaluation_cut, **self.watch.facts,
+            }  # fmt: skip
             with disk_failures(directory, checkpoint.name):
                 checkpoints.seal(checkpoint, facts)
                 write_json(directory.parent / checkpoints.SEALED, {"step": step})  # should all checkpoints vanish

@@ -225,12 +225,9 @@ def _encode_rm(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths:
     for group in groups:
         sizes = [len(answers[number]) for number in group]
         values = {
-            "answers_ids": [answers[number] for number in group],
-            "scores": [scores[number] for number in group],
-            "label": 1.0 if row.label is None else row.label,
-            "margin": row.margin or 0.0,
-            "length": max(sizes),
-        }
+            "answers_ids": [answers[number] for number in group], "scores": [scores[number] for number in group],
+            "label": 1.0 if row.label is None else row.label, "margin": row.margin or 0.0, "length": max(sizes),
+        }  # fmt: skip
         yield values, sum(sizes), sum(sizes)
 
 
@@ -260,12 +257,9 @@ def _encode_dpo(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
     answers = [side.ids[side.prompt_length : limit] for side in texts]
     sizes = [len(answer) for answer in answers]
     values = {
-        "prompt_ids": prompt,
-        "chosen_ids": answers[0],
-        "rejected_ids": answers[1],
-        "label": 1.0 if row.label is None else row.label,
-        "length": len(prompt) + max(sizes),
-    }
+        "prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1],
+        "label": 1.0 if row.label is None else row.label, "length": len(prompt) + max(sizes),
+    }  # fmt: skip
     yield values, 2 * len(prompt) + sum(sizes), sum(sizes)
 
 
@@ -299,14 +293,9 @@ def _encode_ppo(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
 
 
 _ENCODERS = {
-    "chat": _encode_sft,
-    "seq2seq": _encode_seq2seq,
-    "rm": _encode_rm,
-    "dpo": _encode_dpo,
-    "kto": _encode_kto,
-    "ppo": _encode_ppo,
-    **dict.fromkeys(TASKS, _encode_task),
-}
+    "chat": _encode_sft, "seq2seq": _encode_seq2seq, "rm": _encode_rm, "dpo": _encode_dpo, "kto": _encode_kto,
+    "ppo": _encode_ppo, **dict.fromkeys(TASKS, _encode_task),
+}  # fmt: skip
 
 
 def longest_sequence(stage: Stage) -> int | None:

@@ -20,13 +20,9 @@ Tokens = tuple[str, Sequence[int], Sequence[str]]  # label, ids, kinds
 
 
 def preview_rows(
-    table: Dataset,
-    collate: Callable[[list[dict[str, Any]]], Any],
-    tokenizer: Any,
-    *,
-    num_rows: int = 3,
+    table: Dataset, collate: Callable[[list[dict[str, Any]]], Any], tokenizer: Any, *, num_rows: int = 3,
     limit: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """Collate the first rows of a table as one micro batch and describe every token of it.
 
     Each row is `{"sequences": [{"label", "spans": [{"kind", "tokens", "special"}], "num_left_out"}]}`. Kinds: `read`

@@ -61,13 +61,9 @@ class Setup:
     def arguments(self, config: Any) -> dict[str, Any]:
         """What every trainer is made of."""
         return {
-            "model": self.loaded.model,
-            "args": config,
-            "train_dataset": self.tables.train,
-            "eval_dataset": self.tables.eval,
-            "processing_class": self.chat.tokenizer,
-            "settings": self.stage.training,
-        }
+            "model": self.loaded.model, "args": config, "train_dataset": self.tables.train,
+            "eval_dataset": self.tables.eval, "processing_class": self.chat.tokenizer, "settings": self.stage.training,
+        }  # fmt: skip
 
 
 def open_rows(stage: Stage, run: RunDir) -> Setup:
@@ -217,15 +213,11 @@ class GroupCollator:
             ]
         better, worse, pair_prompt, label, margin = zip(*pairs, strict=True)
         return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "better": torch.tensor(better),
-            "worse": torch.tensor(worse),
-            "pair_prompt": torch.tensor(pair_prompt),
-            "label": torch.tensor(label, dtype=torch.float),
-            "margin": torch.tensor(margin, dtype=torch.float),
+            "input_ids": input_ids, "attention_mask": attention_mask, "better": torch.tensor(better),
+            "worse": torch.tensor(worse), "pair_prompt": torch.tensor(pair_prompt),
+            "label": torch.tensor(label, dtype=torch.float), "margin": torch.tensor(margin, dtype=torch.float),
             "prompt_of": torch.tensor(prompt_of),
-        }
+        }  # fmt: skip
 
 
 @dataclass

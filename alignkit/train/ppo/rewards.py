@@ -45,14 +45,9 @@ class Rewards:
 
 
 def build_rewards(
-    stage: Stage,
-    sources: Sequence[RewardSource],
-    *,
-    chat: Chat,
-    key: str = "reward",
-    device: str = "auto",
+    stage: Stage, sources: Sequence[RewardSource], *, chat: Chat, key: str = "reward", device: str = "auto",
     held: Mapping[int, tuple[Classifier, ScoreIds]] | None = None,
-) -> Rewards:
+) -> Rewards:  # fmt: skip
     """Open what scores the answers of a stage; `key` is reward or gold, for messages.
 
     `held` gives, by their place in `sources`, the models that the caller holds on the policy's base.
@@ -122,12 +117,9 @@ def measure_norm(options: PpoOptions, rewards_R: Tensor) -> tuple[float, float]:
 
 
 def finish_scores(
-    options: PpoOptions,
-    total_R: Tensor,
-    ended: Sequence[bool],
-    norm: tuple[float, float] | None,
+    options: PpoOptions, total_R: Tensor, ended: Sequence[bool], norm: tuple[float, float] | None,
     lengths: Sequence[int] = (),
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Make the final score of each answer: normalised, clipped, and with what its length and a missing end cost."""
     gain, bias = norm or (1.0, 0.0)
     scores_R = gain * total_R.float() + bias

@@ -275,17 +275,11 @@ class Collector:
             advantages_RT = maths.whiten(advantages_RT, mask_RT)
         kl = float(maths.sequence_kl(logps_RT, ref_logps_RT, mask_RT).mean())
         metrics |= {
-            "reward": float(total_R.mean()),
-            "objective/score": float(scores_R.mean()),
-            "objective/kl": kl,
-            "objective/reward": float(scores_R.mean()) - coef * kl,
-            "sqrt_kl": max(kl, 0.0) ** 0.5,
-            "kl_coef": coef,
-            "entropy": float(maths.masked_mean(entropy_RT, mask_RT)),
-            "response_length": sum(lengths) / len(rollout),
-            "ended_share": sum(rollout.ended) / len(rollout),
-            "repetition": repetition(rollout.completion_ids),
-        }
+            "reward": float(total_R.mean()), "objective/score": float(scores_R.mean()), "objective/kl": kl,
+            "objective/reward": float(scores_R.mean()) - coef * kl, "sqrt_kl": max(kl, 0.0) ** 0.5, "kl_coef": coef,
+            "entropy": float(maths.masked_mean(entropy_RT, mask_RT)), "response_length": sum(lengths) / len(rollout),
+            "ended_share": sum(rollout.ended) / len(rollout), "repetition": repetition(rollout.completion_ids),
+        }  # fmt: skip
         if len(parts) > 1:
             metrics |= {f"reward/{name}": float(part.mean()) for name, part in parts.items()}
         if self.gold is not None:

@@ -70,12 +70,9 @@ def drawing(
 
 
 def in_batches(
-    generate: Callable[[list[list[int]], Tensor], list[list[int]]],
-    prompts: Sequence[list[int]],
-    uniforms_BT: Tensor,
-    *,
-    batch_size: int,
-) -> list[list[int]]:
+    generate: Callable[[list[list[int]], Tensor], list[list[int]]], prompts: Sequence[list[int]], uniforms_BT: Tensor,
+    *, batch_size: int,
+) -> list[list[int]]:  # fmt: skip
     """Sample answers to all prompts, a batch at a time; prompts of like length come together."""
     answers: list[list[int]] = [[]] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))

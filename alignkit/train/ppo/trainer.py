@@ -100,15 +100,9 @@ class Ppo(Guarded, GRPOTrainer):
     trained_adapters = (TRAINED, CRITIC)
 
     def __init__(
-        self,
-        *args: Any,
-        options: PpoOptions,
-        collector: Collector,
-        roles: Roles,
-        critic: Critic | None,
-        ptx: Ptx | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, *args: Any, options: PpoOptions, collector: Collector, roles: Roles, critic: Critic | None,
+        ptx: Ptx | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         self.options, self.collector, self.roles, self.critic, self.ptx = options, collector, roles, critic, ptx
         self.experience: Experience | None = None
         self.ema = Ema(options.ema) if options.ema else None
