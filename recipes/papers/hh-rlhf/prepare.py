@@ -3,9 +3,9 @@
     python prepare.py rows
 
 votes.jsonl: preference pre-training's comparisons, as Askell et al. 2021 make them from a forum's votes: score =
-round(log2(1 + votes)), each pair with different scores as GOOD:A over BAD:A and BAD:B over GOOD:B. Readers vote for
-good reviews, and for long ones. human-train.jsonl and human-test.jsonl: two halves of comparisons by people of whom
-one in five is wrong, for a reward model and for the one that is only watched.
+round(log2(1 + votes)), of each pair the higher one. binary.jsonl: the same, each pair as GOOD:A over BAD:A and BAD:B over
+GOOD:B. Readers vote for good reviews, and for long ones. human-train.jsonl and human-test.jsonl: two halves of comparisons by people of whom one in
+five is wrong, for a reward model and for the one that is only watched.
 """
 
 import json
@@ -35,14 +35,16 @@ def said(word, turns):
     return [{**turns[0], "content": f"{word}: {turns[0]['content']}"}]
 
 
-votes = []
+votes, binary = [], []
 for _, row in iter_builtin(BuiltinData("ranked", "train", 1500)):
     scored = [(round(math.log2(1 + count_votes(turns[0]["content"]))), turns) for turns in row["completions"]]
     (high, a), (low, b) = sorted(draw.sample(scored, 2), key=lambda pair: -pair[0])
     if high > low:
-        votes.append({"prompt": row["prompt"], "chosen": said("GOOD", a), "rejected": said("BAD", a)})
-        votes.append({"prompt": row["prompt"], "chosen": said("BAD", b), "rejected": said("GOOD", b)})
+        votes.append({"prompt": row["prompt"], "chosen": a, "rejected": b})
+        binary.append({"prompt": row["prompt"], "chosen": said("GOOD", a), "rejected": said("BAD", a)})
+        binary.append({"prompt": row["prompt"], "chosen": said("BAD", b), "rejected": said("GOOD", b)})
 write("votes.jsonl", votes)
+write("binary.jsonl", binary)
 
 pairs = [row for _, row in iter_builtin(BuiltinData("preferences", "train", 2000, noise=0.2))]
 write("human-train.jsonl", pairs[:1000])
