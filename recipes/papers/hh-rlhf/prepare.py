@@ -3,9 +3,9 @@
     python prepare.py rows
 
 votes.jsonl: preference pre-training's comparisons, as Askell et al. 2021 make them from a forum's votes: score =
-round(log2(1 + votes)), of each pair the higher one. binary.jsonl: the same, each pair as GOOD:A over BAD:A and BAD:B over
-GOOD:B. Readers vote for good reviews, and for long ones. human-train.jsonl and human-test.jsonl: two halves of comparisons by people of whom one in
-five is wrong, for a reward model and for the one that is only watched.
+round(log2(1 + votes)), of each pair the higher one. binary.jsonl: the same, each pair as GOOD:A over BAD:A and BAD:B
+over GOOD:B. Readers vote for good reviews, and for long ones. human-train.jsonl and human-test.jsonl: two halves of
+comparisons by people of whom one in five is wrong, for a reward model and for the one that is only watched.
 """
 
 import json
