@@ -31,12 +31,9 @@ def init(
 
 
 def check(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    trust_code: TrustCode = False,
-    allow_key: AllowKey = None,
+    recipe: RecipeFile, overrides: Overrides = None, trust_code: TrustCode = False, allow_key: AllowKey = None,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Find out, without training, whether a recipe would run: keys, data, model, disk, devices."""
     from alignkit.recipe import load_recipe
 

@@ -50,11 +50,9 @@ _WORD = re.compile(r"[a-z]+")
 _WORD_WORTH = {word: worth for table in (_ADJECTIVES, _VERBS) for worth, words in table.items() for word in words}
 # The questions of the constitution builtin:positive-reviews (the feedback room's), which tests compare.
 COMPARISONS = (
-    "Which of these reviews is more positive?",
-    "Choose the review that says kinder things about the film.",
-    "Which reviewer liked the film better?",
-    "Choose the answer that praises the film more and blames it less.",
-)
+    "Which of these reviews is more positive?", "Choose the review that says kinder things about the film.",
+    "Which reviewer liked the film better?", "Choose the answer that praises the film more and blames it less.",
+)  # fmt: skip
 _MOOD_WORTHS = {"positive": (1.0, 0.5), "negative": (-1.0, -0.5), "mixed": (1.0, 0.5, -0.5, -1.0)}
 
 

@@ -81,11 +81,9 @@ _CONVERSATION = re.compile(
 )
 _CSV = re.compile(r"\.[ct]sv(\.\w+)?:\d+\Z")
 _NEAR = {
-    "prompt": ("prompt", *PROMPTS),
-    "completion": ("completion", *ANSWERS),
-    "messages": ("messages", *CONVERSATIONS),
+    "prompt": ("prompt", *PROMPTS), "completion": ("completion", *ANSWERS), "messages": ("messages", *CONVERSATIONS),
     "text": ("text",),
-}
+}  # fmt: skip
 _RENAMING = "columns: {prompt: COLUMN, completion: COLUMN} names others"
 _MAX_KNOWN = 4096  # a file whose columns change with every row must not fill the memory
 

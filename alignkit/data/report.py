@@ -155,11 +155,9 @@ class DataReport:
         """Plain data for stage.json and `check --json`."""
         rows, pairs = self.rows or math.nan, self.comparisons or math.nan
         means = {
-            "mean_prompt_chars": self.prompt_chars / rows,
-            "mean_completion_chars": self.completion_chars / rows,
-            "mean_chosen_chars": self.chosen_chars / pairs,
-            "mean_rejected_chars": self.rejected_chars / pairs,
-        }
+            "mean_prompt_chars": self.prompt_chars / rows, "mean_completion_chars": self.completion_chars / rows,
+            "mean_chosen_chars": self.chosen_chars / pairs, "mean_rejected_chars": self.rejected_chars / pairs,
+        }  # fmt: skip
         counted = ("rows", "read", "rejected", "duplicates", "duplicate_prompts", "comparisons", "longer_chosen_share",
                    "overlap", "fingerprint")  # fmt: skip
         return {

@@ -245,11 +245,9 @@ def _fill(model: PeftModel, directory: Path, name: str, *, reward: bool) -> None
 def _check_shape(config: LoraConfig, options: LoraOptions, directory: Path | None, stage: Stage) -> None:
     """Refuse `lora:` values that a continued adapter would silently ignore."""
     wanted: dict[str, tuple[Any, Any]] = {
-        "r": (options.r, config.r),
-        "alpha": (float(options.alpha), float(config.lora_alpha)),
-        "use_rslora": (options.use_rslora, config.use_rslora),
-        "use_dora": (options.use_dora, config.use_dora),
-    }
+        "r": (options.r, config.r), "alpha": (float(options.alpha), float(config.lora_alpha)),
+        "use_rslora": (options.use_rslora, config.use_rslora), "use_dora": (options.use_dora, config.use_dora),
+    }  # fmt: skip
     if isinstance(options.target_modules, list) and not isinstance(config.target_modules, str):
         wanted["target_modules"] = (sorted(options.target_modules), sorted(config.target_modules or ()))
     problems = [

@@ -144,11 +144,9 @@ def take_probe(model: nn.Module, *, vocab_size: int, reward: bool) -> dict[str, 
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     kind = "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "other"))
     return {
-        "reward": reward,
-        "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
-        "quantization": kind if stored else "none",
-        "values": logits.flatten().tolist(),
-    }
+        "reward": reward, "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
+        "quantization": kind if stored else "none", "values": logits.flatten().tolist(),
+    }  # fmt: skip
 
 
 def probe_ids(vocab_size: int) -> torch.Tensor:

@@ -212,12 +212,10 @@ class RnnSearchForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden)
         loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=state if use_cache else None,
+            loss=loss, logits=logits, past_key_values=state if use_cache else None,
             cross_attentions=(weights.unsqueeze(1),) if weights is not None and output_attentions else None,
             encoder_last_hidden_state=annotations,
-        )
+        )  # fmt: skip
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Shift the target by one, behind the start token."""

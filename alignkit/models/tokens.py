@@ -24,11 +24,9 @@ from alignkit.recipe.stage import Stage
 _TEMPLATES = Path(__file__).with_name("templates")
 # Control tokens that a shipped template writes; zephyr and plain need no more than an eos.
 _NEEDED_TOKENS = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "zephyr": (),
-    "plain": (),
-}
+    "chatml": ("<|im_start|>", "<|im_end|>"), "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "zephyr": (), "plain": (),
+}  # fmt: skip
 # Tokens that published vocabularies keep for padding or for nothing, best first.
 _SPARE_TOKENS = (
     "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|reserved_special_token_0|>",

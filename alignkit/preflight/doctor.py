@@ -157,12 +157,10 @@ def describe_system(directory: Path) -> dict[str, str]:
     existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.is_dir())
     disk = shutil.disk_usage(existing)
     return {
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "system": platform.platform(),
-        "cores": str(count_cores()),
-        "memory": f"{memory_bytes() / _GIB:.1f} GiB",
+        "python": f"{platform.python_version()} ({sys.executable})", "system": platform.platform(),
+        "cores": str(count_cores()), "memory": f"{memory_bytes() / _GIB:.1f} GiB",
         "disk": f"{disk.free / _GIB:.1f} GiB free of {disk.total / _GIB:.1f} at {existing}",
-    }
+    }  # fmt: skip
 
 
 def describe_variables() -> dict[str, str]:

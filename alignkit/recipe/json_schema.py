@@ -22,11 +22,9 @@ def recipe_schema() -> dict[str, Any]:
         properties = {**fragments["properties"], **fields}
         properties["method"] = {"const": method, "description": f"This section is a {method} stage."}
         stages[method] = {
-            "type": "object",
-            "description": (OPTIONS[method].__doc__ or "").strip() or f"A {method} stage.",
-            "properties": properties,
-            "additionalProperties": False,
-        }
+            "type": "object", "description": (OPTIONS[method].__doc__ or "").strip() or f"A {method} stage.",
+            "properties": properties, "additionalProperties": False,
+        }  # fmt: skip
         defs[f"{method}_stage"] = stages[method]
     rlaif = RlaifOptions.model_json_schema()
     defs |= rlaif.pop("$defs", {})
@@ -37,11 +35,9 @@ def recipe_schema() -> dict[str, Any]:
         either = {"anyOf": [{"type": "boolean"}, stage]} if step == "critique" else stage
         steps[step] = {**either, "description": steps[step]["description"]}
     defs["rlaif_section"] = {
-        "type": "object",
-        "description": (RlaifOptions.__doc__ or "").strip(),
-        "properties": steps,
+        "type": "object", "description": (RlaifOptions.__doc__ or "").strip(), "properties": steps,
         "additionalProperties": False,
-    }
+    }  # fmt: skip
     extends = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "Recipe files merged below this one, relative to it; later ones win.",

@@ -380,8 +380,6 @@ def _groups(stage: Section) -> Iterator[Finding]:
 
 _TRAIN_RULES: tuple[Rule, ...] = (_checkpointing, _optimizer, _schedule)
 _BY_METHOD: dict[str, tuple[Rule, ...]] = {
-    "dpo": (_dpo_kto, _dpo_smoothing),
-    "ppo": (_rewards, _groups),
-    "critique": (_judges, _constitution, _generator),
+    "dpo": (_dpo_kto, _dpo_smoothing), "ppo": (_rewards, _groups), "critique": (_judges, _constitution, _generator),
     "label": (_judges, _constitution, _generator, _labels, _rewards),
-}
+}  # fmt: skip

@@ -138,12 +138,9 @@ def _render(template: str, **values: Any) -> str:
 def open_templates() -> Environment:
     """Prepare the templates of pages and of the card; those of pages escape every text."""
     environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=FileSystemLoader(_HERE), autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     names = (text.figure, text.count, text.short_count, text.share, text.duration, text.text_of, text.turns, text.fold,
              frontier.fixed, frontier.between, sections.show_setting, text.short_name)  # fmt: skip
     environment.filters |= {function.__name__: function for function in names}

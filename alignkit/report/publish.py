@@ -187,15 +187,11 @@ def _describe(run: Facts, name: str, base: str | None, *, is_adapter: bool) -> M
             kind = data.partition("[")[0] or "unknown"
             results.append(EvalResult(task, kind, data, metric_type=str(result.get("metric")), metric_value=value))
     return ModelCardData(
-        base_model=on_hub,
-        base_model_relation=("adapter" if is_adapter else "finetune") if on_hub else None,
-        datasets=datasets or None,
-        library_name="peft" if is_adapter else "transformers",
-        pipeline_tag=task,
+        base_model=on_hub, base_model_relation=("adapter" if is_adapter else "finetune") if on_hub else None,
+        datasets=datasets or None, library_name="peft" if is_adapter else "transformers", pipeline_tag=task,
         tags=["alignkit", "trl", run.method, *["reward-model"] * is_reward, *["lora"] * is_adapter],
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
+        model_name=name if results else None, eval_results=results or None,
+    )  # fmt: skip
 
 
 def public_name(path: str) -> str:

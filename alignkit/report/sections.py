@@ -157,13 +157,11 @@ def describe_hardware(run: Facts) -> list[Pair]:
     found, git = run.stage.get("hardware") or {}, run.stage.get("git") or {}
     pairs = [
         *((str(name), str(text)) for name, text in (found.get("devices") or {}).items()),
-        ("processor", str(found.get("processor", ""))),
-        ("cores", count(found.get("cores"))),
-        ("memory", _size(found.get("memory_bytes"))),
-        ("system", str(found.get("system", ""))),
+        ("processor", str(found.get("processor", ""))), ("cores", count(found.get("cores"))),
+        ("memory", _size(found.get("memory_bytes"))), ("system", str(found.get("system", ""))),
         ("processes", count(run.stage.get("num_processes"))),
         ("git", f"{git.get('commit', '')[:12]}{', with changes' if git.get('dirty') else ''}" if git else ""),
-    ]
+    ]  # fmt: skip
     return [(label, text) for label, text in pairs if text]
 
 

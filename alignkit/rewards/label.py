@@ -228,11 +228,9 @@ def pair_given(rows: Sequence[Row]) -> list[judging.Pairing]:
 
 
 def pair_sampled(
-    prompts: Sequence[work.Prompted],
-    replies: Sequence[Sequence[Reply]],
-    rejects: Rejects,
+    prompts: Sequence[work.Prompted], replies: Sequence[Sequence[Reply]], rejects: Rejects,
     control_tokens: Sequence[str],
-) -> list[judging.Pairing]:
+) -> list[judging.Pairing]:  # fmt: skip
     """Pair the answers sampled for each prompt; equal ones and useless ones are left out and counted."""
     pairings = []
     for prompted, own in zip(prompts, replies, strict=True):

@@ -274,11 +274,9 @@ def _encode_kto(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
             lengths.cut(row)
         ids = text.ids[:end]
         values = {
-            "prompt_ids": ids[:start],
-            "completion_ids": ids[start:],
-            "label": bool(row.label) if row.kind == "unpaired" else rank == 0,
-            "length": len(ids),
-        }
+            "prompt_ids": ids[:start], "completion_ids": ids[start:],
+            "label": bool(row.label) if row.kind == "unpaired" else rank == 0, "length": len(ids),
+        }  # fmt: skip
         yield values, len(ids), len(ids) - start
 
 

@@ -232,11 +232,9 @@ class Seq2SeqCollator:
         input_ids, attention_mask = pad([row["source_ids"] for row in rows], self.pad_token_id, multiple_of=multiple)
         labels, target_mask = pad([row["target_ids"] for row in rows], -100, multiple_of=multiple)
         return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
+            "input_ids": input_ids, "attention_mask": attention_mask, "labels": labels,
             "decoder_attention_mask": target_mask,
-        }
+        }  # fmt: skip
 
 
 def collator_for(stage: Stage, tokenizer: Any) -> Callable[..., Any]:

@@ -52,11 +52,9 @@ def measure(context: Context) -> list[Figure]:
 
 
 METRIC = Metric(
-    measure,
-    first=(POLICY,),
-    needs=(lambda context: context.options.tasks, "no task is named (--task)"),
+    measure, first=(POLICY,), needs=(lambda context: context.options.tasks, "no task is named (--task)"),
     prepare=_read_tasks,
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

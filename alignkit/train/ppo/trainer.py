@@ -231,13 +231,11 @@ class Ppo(Guarded, GRPOTrainer):
         turn = micro * self.args.world_size + self.args.process_index
         rows = rows_of_step[turn * size : (turn + 1) * size]
         return {
-            "step": step,
-            "micro": micro,
-            "rows": torch.as_tensor(rows),
+            "step": step, "micro": micro, "rows": torch.as_tensor(rows),
             "num_tokens": float(mask_RT[rows_of_step].sum()),
             "num_learnt": float(self.experience.learnt_RT[rows_of_step].sum()),
             "batch": self.collector.batch(rollout, rows.tolist(), mask_RT.size(1)),
-        }
+        }  # fmt: skip
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         accumulate = self.args.gradient_accumulation_steps
