@@ -129,7 +129,7 @@ def test_a_finished_stage_is_left_alone_and_the_first_failure_ends_the_run(
     assert done.returncode == 3, done.stderr
     assert "sft: already finished, nothing to do" in done.stderr
     assert done.stderr.count("error:") == 1
-    ended = [line.split()[:2] for line in done.stdout.splitlines()[2:]]
+    ended = [line.split()[:2] for line in done.stdout.splitlines()[2:5]]
     assert ended == [["sft", "finished"], ["dpo", "not"], ["rm", "not"]]
     assert not (tmp_path / "runs/r/rm").exists()
 

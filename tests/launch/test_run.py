@@ -180,7 +180,7 @@ def test_a_failure_is_on_the_page_of_the_recipe(run_alignkit: Callable, folder: 
     assert done.returncode == 3, done.stderr
     error = done.stderr.splitlines()[-1].removeprefix("error: ")
     assert "Lower learning_rate" in error
-    assert [line.split()[:2] for line in done.stdout.splitlines()[2:]] == [
+    assert [line.split()[:2] for line in done.stdout.splitlines()[2:5]] == [
         ["sft", "finished"], ["rm", "finished"], ["dpo", "not"],
     ]  # fmt: skip
     text = html.unescape(page.read_text())
