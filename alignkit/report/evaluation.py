@@ -8,7 +8,7 @@ from typing import Any
 
 from alignkit.report.charts import Line, Point, describe_chart
 from alignkit.report.facts import Facts
-from alignkit.report.text import WORDS, figure, share, short_name, text_of
+from alignkit.report.text import WORDS, figure, share, short_name
 
 NAMES: dict[str, str] = WORDS["metrics"]
 _ORDER: list[str] = WORDS["order"]  # what decides comes first, what was always easy to measure last
@@ -178,21 +178,3 @@ def draw_calibration(run: Facts) -> dict[str, Any] | None:
 
 def _details(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [each for each in result.get("details") or [] if isinstance(each, dict)]
-
-
-def list_examples(run: Facts) -> list[dict[str, Any]]:
-    """List the single cases that figures were made from, where eval.json keeps some; bins of a curve are none."""
-
-    def say(value: Any) -> str:
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        return figure(value, 3) if isinstance(value, int | float) else text_of(value)
-
-    found = []
-    for result in run.evaluation.get("results", []):
-        cases = [case for case in _details(result) if "answer" in case]
-        columns = list(dict.fromkeys(key for case in cases for key in case))
-        name = NAMES.get(str(result.get("metric")), str(result.get("metric")))
-        rows = [[say(case.get(column)) for column in columns] for case in cases]
-        found.append({"title": f"{len(cases)} cases behind {name}", "columns": columns, "rows": rows})
-    return found

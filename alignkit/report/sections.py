@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from alignkit.report.evaluation import list_examples
 from alignkit.report.facts import Facts
-from alignkit.report.text import DASH, WORDS, count, duration, figure, share, short_count, short_name, text_of, window
+from alignkit.report.text import DASH, WORDS, count, duration, figure, share, short_count, short_name, window
 from alignkit.runs.files import describe_bytes
 
 Pair = tuple[str, str]
@@ -178,48 +177,6 @@ def list_settings(run: Facts) -> list[tuple[str, Any, str]]:
 
 def show_setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def list_tables(run: Facts) -> list[dict[str, Any]]:
-    """List the cases behind the figures, some labels with their texts, the principles, and the rounds of revisions.
-
-    Each is a title, the names of its columns, and rows of texts.
-    """
-    report = run.feedback
-    labels = [
-        [*(text_of(label.get(key)) for key in ("prompt", "first", "second")),
-         "abstained" if label.get("p_first") is None else figure(label["p_first"], 3),
-         ", ".join(figure(value, 3) for value in label.get("orders") or []), str(label.get("principle", ""))]
-        for label in run.labels
-    ]  # fmt: skip
-    chains = []  # the first answer of each, and every revision below it, with the critique that led to it, if any
-    for chain in report.get("first_chains") or []:
-        critiques = chain.get("critiques") or [""] * len(chain["principles"])
-        steps = zip(["", *chain["principles"]], ["", *critiques], chain["answers"], strict=False)
-        for number, step in enumerate(steps):
-            chains.append(["" if number else text_of(chain["prompt"]), *step])
-    drawn = report.get("principles") or {}  # a critique stage only counts them
-    drawn = {name: value if isinstance(value, dict) else {"n": value} for name, value in drawn.items()}
-    orders = ["both orders agree"] if any("order_agreement" in value for value in drawn.values()) else []
-    principles = [
-        [name, figure(value.get("n")), *(share(value.get("order_agreement")) for _ in orders)]
-        for name, value in drawn.items()
-    ]
-    rounds = [
-        [figure(each.get("round")), figure(each.get("texts")), figure(each.get("mean_chars"), 3),
-         share(each.get("changed_share"))]
-        for each in report.get("rounds") or []
-    ]  # fmt: skip
-    made = (
-        (f"The first {len(labels)} comparisons and what the judge said",
-         ["prompt", "first", "second", "P(first)", "each order", "principle"], labels),
-        ("The first answers, criticised and revised",
-         ["prompt", "principle", "critique", "answer, then its revisions"], chains),
-        (f"{len(principles)} principles, as they were drawn", ["principle", "n", *orders], principles),
-        ("Answers, round by round", ["round", "texts", "mean characters", "changed"], rounds),
-    )  # fmt: skip
-    tables = list_examples(run) + [{"title": title, "columns": columns, "rows": rows} for title, columns, rows in made]
-    return [table for table in tables if table["rows"]]
 
 
 def group_samples(run: Facts) -> list[list[dict[str, Any]]]:
