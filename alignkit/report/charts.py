@@ -115,28 +115,6 @@ def draw_lines(
     )  # fmt: skip
 
 
-_CELL, _LETTER = 16, 6.2  # pixels of a cell and, about, of a letter
-
-
-def draw_alignment(source: Sequence[str], target: Sequence[str], weights: Sequence[Sequence[float]]) -> Markup:
-    """Draw attention weights as a heat map: a column a source token, a row a target token; darker is more."""
-    left, top = (round(max(map(len, tokens)) * _LETTER) + 8 for tokens in (target, source))
-    body = []
-    for column, token in enumerate(source):
-        x = left + (column + 0.7) * _CELL
-        body.append(_tag("text", token, class_="tick below", transform=f"translate({x} {top - 4}) rotate(-90)"))
-    for row, (token, line) in enumerate(zip(target, weights, strict=True)):
-        y = top + row * _CELL
-        body.append(_tag("text", token, class_="tick", x=left - 4, y=y + 0.7 * _CELL))
-        for column, weight in enumerate(line):
-            cell = {"x": left + column * _CELL, "y": y, "width": _CELL - 1, "height": _CELL - 1}
-            shade = {"fill": "currentColor", "fill-opacity": round(weight, 3)}
-            body.append(_tag("rect", _tag("title", f"{source[column]} / {token}: {weight:.2f}"), **cell, **shade))
-    width, height = left + len(source) * _CELL, top + len(target) * _CELL
-    said = {"role": "img", "aria-label": "alignment of the answer with its source"}
-    return _tag("svg", Markup("").join(body), viewBox=f"0 0 {width} {height}", width=width, height=height, **said)
-
-
 def _condense(points: list[Point]) -> list[Point]:
     """Put means with the range of what each stands for in place of more points than there are pixels."""
     size = math.ceil(len(points) / _MAX_POINTS)

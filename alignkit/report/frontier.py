@@ -218,16 +218,6 @@ def judge(frontier: Frontier) -> str:
     return said
 
 
-def explain(frontier: Frontier) -> str:
-    settings, right = frontier.settings, frontier.right
-    beyond = f"; beyond {figure(frontier.reach, 2)} nats the last line above it" if right > frontier.reach else ""
-    return (
-        "Bars and band: 95 % intervals over prompts. Nothing can lie above the optimum, \u03c0_ref exp(r/\u03b2)/Z of "
-        f"each prompt, estimated from {settings.get('answers')} answers of {frontier.reference} to each of "
-        f"{settings.get('prompts')} prompts{beyond}. KL in nats per answer."
-    )
-
-
 def draw_frontier(frontier: Frontier) -> Markup:
     """Draw the optimum with its band, and the points with bars both ways, over the square root of the KL.
 
