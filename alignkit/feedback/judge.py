@@ -17,20 +17,9 @@ from typing import Any, Literal
 from alignkit.data import DataReport, Rejects, Text, read_rows
 from alignkit.data.files import read_file
 from alignkit.data.load import read_published
+from alignkit.feedback import prompts as asking
 from alignkit.feedback.cache import Asker, key_of, seed_of
 from alignkit.feedback.constitution import COMPARISON_FRAME, Constitution, Examples
-from alignkit.feedback.prompts import (
-    OPTIONS,
-    Comparison,
-    Quoter,
-    Request,
-    ask_after_thoughts,
-    ask_comparison,
-    ask_thoughts,
-    conversation,
-    fill_thought,
-    read_text,
-)
 from alignkit.feedback.writer import Decision, Job, Model, Sampling
 from alignkit.recipe.schema import DataSource
 from alignkit.recipe.stage import Stage
@@ -84,7 +73,7 @@ class Label:
 
     @property
     def length_difference(self) -> int:
-        return len(read_text(self.pairing.first)) - len(read_text(self.pairing.second))
+        return len(asking.read_text(self.pairing.first)) - len(asking.read_text(self.pairing.second))
 
     @property
     def is_tie(self) -> bool:
@@ -113,7 +102,7 @@ class Judge:
     model: Model
     constitution: Constitution
     examples: Examples
-    quote: Quoter
+    quote: asking.Quoter
     seed: int
     orders: Literal["both", "one"] = "both"
     thinks: bool = False
@@ -130,7 +119,7 @@ def judge_all(asker: Asker, judge: Judge, pairings: Sequence[Pairing], *, by: st
     if judge.thinks and judge.model.takes_prefill:
         jobs = []
         for item in shown:
-            request = ask_thoughts(item.comparison, _fill_thoughts(judge, item), judge.quote)
+            request = asking.ask_thoughts(item.comparison, _fill_thoughts(judge, item), judge.quote)
             jobs.append(Job(request, seed_of(judge.seed, "thoughts", item.number, item.pairing.key)))
         replies = asker.write(judge.model, jobs, judge.thoughts, kind="thoughts", by=by, about=about)
         thoughts = [reply.text for reply in replies]
@@ -138,7 +127,7 @@ def judge_all(asker: Asker, judge: Judge, pairings: Sequence[Pairing], *, by: st
     return _collect(judge, pairings, shown, asker.decide(judge.model, requests, by=by, about=about))
 
 
-def list_requests(judge: Judge, pairings: Sequence[Pairing]) -> list[Request]:
+def list_requests(judge: Judge, pairings: Sequence[Pairing]) -> list[asking.Request]:
     """List the questions that `judge_all` would ask of a judge that does not think, one for each order."""
     return [_ask(judge, item, None) for item in _show_all(judge, pairings)]
 
@@ -158,7 +147,7 @@ class _Shown:
 
     pairing: Pairing
     principle: str
-    comparison: Comparison
+    comparison: asking.Comparison
     number: int
     turned: bool
 
@@ -167,35 +156,37 @@ def _show_all(judge: Judge, pairings: Sequence[Pairing]) -> list[_Shown]:
     shown = []
     for pairing in pairings:
         principle = judge.constitution.draw(seed=judge.seed, key=pairing.key, turn=pairing.turn)
-        question, turns = pairing.question or str(principle.comparison), tuple(conversation(pairing.prompt))
-        answers = read_text(pairing.first).strip(), read_text(pairing.second).strip()
+        question, turns = pairing.question or str(principle.comparison), tuple(asking.conversation(pairing.prompt))
+        answers = asking.read_text(pairing.first).strip(), asking.read_text(pairing.second).strip()
         one = bool(seed_of(judge.seed, "order", pairing.key) % 2)
         for number, turned in enumerate((False, True) if judge.orders == "both" else (one,)):
             first, second = answers[::-1] if turned else answers
-            comparison = Comparison(turns, first, second, question)
+            comparison = asking.Comparison(turns, first, second, question)
             shown.append(_Shown(pairing, principle.name, comparison, number, turned))
     return shown
 
 
-def _ask(judge: Judge, item: _Shown, thoughts: str | None) -> Request:
+def _ask(judge: Judge, item: _Shown, thoughts: str | None) -> asking.Request:
     """Ask which answer is better, after the judge's chain of thought where there is one."""
     if thoughts is not None:
-        return ask_after_thoughts(item.comparison, _fill_thoughts(judge, item), thoughts, judge.quote)
+        return asking.ask_after_thoughts(item.comparison, _fill_thoughts(judge, item), thoughts, judge.quote)
     if judge.thinks:  # thoughts and decision in one reply
-        request = ask_thoughts(item.comparison, _fill_thoughts(judge, item), judge.quote)
+        request = asking.ask_thoughts(item.comparison, _fill_thoughts(judge, item), judge.quote)
         return replace(request, room=judge.thoughts.max_new_tokens)
     examples = []
     for number, pair in enumerate(judge.examples.pairs):  # each with a place for its better answer of its own
         right = seed_of(judge.seed, "example", number, item.pairing.key) % 2
         answers = (pair.worse, pair.better) if right else (pair.better, pair.worse)
         question = _draw_for_example(judge, item, number)
-        examples.append((Comparison(tuple(conversation(pair.prompt)), *answers, question), OPTIONS[right]))
-    return ask_comparison(item.comparison, examples, judge.quote)
+        examples.append(
+            (asking.Comparison(tuple(asking.conversation(pair.prompt)), *answers, question), asking.OPTIONS[right])
+        )
+    return asking.ask_comparison(item.comparison, examples, judge.quote)
 
 
 def _fill_thoughts(judge: Judge, item: _Shown) -> list[str]:
     thoughts = enumerate(judge.examples.thoughts)
-    return [fill_thought(text, _draw_for_example(judge, item, number)) for number, text in thoughts]
+    return [asking.fill_thought(text, _draw_for_example(judge, item, number)) for number, text in thoughts]
 
 
 def _draw_for_example(judge: Judge, item: _Shown, number: int) -> str:
@@ -222,8 +213,8 @@ def _collect(
 
 def pair_key(prompt: Text, first: Text, second: Text) -> str:
     """Hash a comparison's texts, the same for messages and for plain text."""
-    turns = [(turn["role"], turn["content"].strip()) for turn in conversation(prompt)]
-    return key_of(turns=turns, first=read_text(first).strip(), second=read_text(second).strip())
+    turns = [(turn["role"], turn["content"].strip()) for turn in asking.conversation(prompt)]
+    return key_of(turns=turns, first=asking.read_text(first).strip(), second=asking.read_text(second).strip())
 
 
 # The report on a judge: order consistency, a preference for a place or for length, ties, abstentions, calibration. It
@@ -328,7 +319,7 @@ def _read_comparison(data: Mapping[str, Any]) -> Pairing:
     if prompt != other or not found or not prompt:
         raise ValueError("its two answers are to different prompts, or it has no question")
     question = head.rpartition("\n")[2]
-    return Pairing(conversation(prompt), better, worse, "", key_of(check=data), question)
+    return Pairing(asking.conversation(prompt), better, worse, "", key_of(check=data), question)
 
 
 def measure(asker: Asker, judge: Judge, pairings: Sequence[Pairing]) -> dict[str, Any]:

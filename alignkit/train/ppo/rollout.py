@@ -27,20 +27,10 @@ from alignkit.rewards.base import join_columns
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
 from alignkit.train.ppo import math as maths
+from alignkit.train.ppo import sampling as draws
 from alignkit.train.ppo.critic import Critic
 from alignkit.train.ppo.rewards import Rewards, finish_scores, measure_norm
 from alignkit.train.ppo.roles import Roles
-from alignkit.train.ppo.sampling import (
-    Key,
-    Rollout,
-    Truncation,
-    cut_answer,
-    cut_at_text,
-    draw_uniforms,
-    prompt_numbers,
-    repetition,
-    sort_steps,
-)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,7 +56,7 @@ class KlTooLarge(Exception):
 class Experience:
     """A rollout with what PPO needs of it; tensors lie on the CPU, in float32."""
 
-    rollout: Rollout
+    rollout: draws.Rollout
     scores_R: Tensor
     mask_RT: Tensor
     logps_RT: Tensor
@@ -124,7 +114,7 @@ class Collector:
     rewards: Rewards
     gold: Rewards | None
     sampling: Sampling
-    truncation: Truncation | None
+    truncation: draws.Truncation | None
     num_answers: int  # of one rollout
     micro_batch_size: int
     seed: int
@@ -138,11 +128,13 @@ class Collector:
     def __post_init__(self) -> None:
         self.controller = maths.KlController(self.options.kl_coef, self.options.kl_target, self.options.kl_horizon)
 
-    def sample(self, numbers: Sequence[int], draw: Key, *, table: Dataset | None = None, repeats: int = 1) -> Rollout:
+    def sample(
+        self, numbers: Sequence[int], draw: draws.Key, *, table: Dataset | None = None, repeats: int = 1
+    ) -> draws.Rollout:
         """Sample `repeats` answers to each of the numbered prompts; `draw` names the random numbers."""
         rows = [(table or self.prompts)[number] for number in numbers for _ in range(repeats)]
         prompt_ids = [list(row["prompt_ids"]) for row in rows]
-        uniforms_RT = draw_uniforms((self.seed, *draw), len(rows), self.options.max_new_tokens)
+        uniforms_RT = draws.draw_uniforms((self.seed, *draw), len(rows), self.options.max_new_tokens)
         # The answers of a prompt stay on one rank.
         mine, _ = ranks.share_out(range(len(numbers)))
         places = [place * repeats + turn for place in mine for turn in range(repeats)]
@@ -164,14 +156,14 @@ class Collector:
 
     def _as_rollout(
         self, prompts: list[Any], prompt_ids: list[list[int]], sampled: list[list[int]], columns: list[str]
-    ) -> Rollout:
+    ) -> draws.Rollout:
         stop_ids = self.sampling.stop_ids
-        stops = [cut_at_text(ids, self.options.stop or (), self.chat.tokenizer.decode) for ids in sampled]
+        stops = [draws.cut_at_text(ids, self.options.stop or (), self.chat.tokenizer.decode) for ids in sampled]
         sampled = [ids[:end] for ids, end in zip(sampled, stops, strict=True)]
-        cut = [cut_answer(ids, stop_ids=stop_ids, truncation=self.truncation) for ids in sampled]
+        cut = [draws.cut_answer(ids, stop_ids=stop_ids, truncation=self.truncation) for ids in sampled]
         cut = [(ids, ended or end is not None) for (ids, ended), end in zip(cut, stops, strict=True)]
         texts = self.chat.tokenizer.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
-        return Rollout(
+        return draws.Rollout(
             prompts=prompts,
             prompt_ids=prompt_ids,
             completion_ids=[ids for ids, _ in cut],
@@ -189,7 +181,7 @@ class Collector:
         if self.options.reward_normalize == "none" or self.norm is not None:
             return
         count, size = self.options.reward_normalize_rows, self.num_answers
-        numbers = prompt_numbers(0, count, num_prompts=len(self.prompts), seed=self.seed + _OTHER_PROMPTS)
+        numbers = draws.prompt_numbers(0, count, num_prompts=len(self.prompts), seed=self.seed + _OTHER_PROMPTS)
         rollouts = (self.sample(numbers[at : at + size], (NORMALISATION, at)) for at in range(0, count, size))
         totals = [self.rewards(rollout)[0] for rollout in rollouts]
         self.norm = gain, bias = measure_norm(self.options, torch.cat(totals))
@@ -203,7 +195,7 @@ class Collector:
         """Make rollout `number` of the run and take its KL into account; raises KlTooLarge beyond `max_kl`."""
         repeats = self.options.answers_per_prompt
         count = self.num_answers // repeats
-        numbers = prompt_numbers(number * count, count, num_prompts=len(self.prompts), seed=self.seed)
+        numbers = draws.prompt_numbers(number * count, count, num_prompts=len(self.prompts), seed=self.seed)
         pulse("sampling answers", step)
         rollout = self.sample(numbers, (TRAINING, number), repeats=repeats)
         pulse("scoring answers", step)
@@ -221,7 +213,7 @@ class Collector:
             console.warn(f"{self.name}: {warning}")
         return experience
 
-    def _resample(self, number: int, rollout: Rollout, scored: tuple[Tensor, dict[str, Tensor]]) -> int:
+    def _resample(self, number: int, rollout: draws.Rollout, scored: tuple[Tensor, dict[str, Tensor]]) -> int:
         """Replace groups whose answers all have one reward by those of other prompts, in place; says how many.
 
         Which prompts and random numbers come depends on the rollout's number alone, as a resumed run needs.
@@ -233,7 +225,7 @@ class Collector:
             if not flat:
                 break
             first, seed = (number * self.options.dynamic_sampling + turn - 1) * len(groups_PG), self.seed + _RESAMPLED  # type: ignore[operator]
-            numbers = prompt_numbers(first, len(flat), num_prompts=len(self.prompts), seed=seed)
+            numbers = draws.prompt_numbers(first, len(flat), num_prompts=len(self.prompts), seed=seed)
             others = self.sample(numbers, (TRAINING, number, turn), repeats=repeats)
             other_R, other_parts = self.rewards(others)
             rows = [group * repeats + place for group in flat for place in range(repeats)]
@@ -245,7 +237,7 @@ class Collector:
         return replaced
 
     def examine(
-        self, rollout: Rollout, model: Any, scored: tuple[Tensor, dict[str, Tensor]] | None = None
+        self, rollout: draws.Rollout, model: Any, scored: tuple[Tensor, dict[str, Tensor]] | None = None
     ) -> Experience:
         """Score a rollout, read what the models say about it, and estimate the advantages; changes no state."""
         options, coef = self.options, self.controller.coef
@@ -278,7 +270,7 @@ class Collector:
             "reward": float(total_R.mean()), "objective/score": float(scores_R.mean()), "objective/kl": kl,
             "objective/reward": float(scores_R.mean()) - coef * kl, "sqrt_kl": max(kl, 0.0) ** 0.5, "kl_coef": coef,
             "entropy": float(maths.masked_mean(entropy_RT, mask_RT)), "response_length": sum(lengths) / len(rollout),
-            "ended_share": sum(rollout.ended) / len(rollout), "repetition": repetition(rollout.completion_ids),
+            "ended_share": sum(rollout.ended) / len(rollout), "repetition": draws.repetition(rollout.completion_ids),
         }  # fmt: skip
         if len(parts) > 1:
             metrics |= {f"reward/{name}": float(part.mean()) for name, part in parts.items()}
@@ -298,7 +290,7 @@ class Collector:
             weights_RT, metrics,
         )  # fmt: skip
 
-    def _engine_ratios(self, rollout: Rollout, logps_RT: Tensor, cap: float) -> Tensor:
+    def _engine_ratios(self, rollout: draws.Rollout, logps_RT: Tensor, cap: float) -> Tensor:
         """p(trainer) / p(engine) of each token, at most `cap`; 1 where the engine's is not a number.
 
         Truncated importance sampling: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
@@ -311,12 +303,12 @@ class Collector:
         return ratios_RT
 
     @torch.no_grad()
-    def read(self, rollout: Rollout, model: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    def read(self, rollout: draws.Rollout, model: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Read mask, log-probs, the reference's log-probs, entropies and values, each (R, T) on the CPU."""
         longest = max(map(len, rollout.sampled_ids))
         columns = torch.zeros(5, len(rollout), longest)
         # In the micro batches of the first epoch, so that its first ratio is computed alike on both sides.
-        order = sort_steps(np.arange(len(rollout)), rollout.lengths, step_size=self.options.batch_size)
+        order = draws.sort_steps(np.arange(len(rollout)), rollout.lengths, step_size=self.options.batch_size)
         mine, num_own = ranks.share_out(range(0, len(rollout), self.micro_batch_size))
         for number, start in enumerate(mine):
             rows = order[start : start + self.micro_batch_size]
@@ -335,7 +327,7 @@ class Collector:
         mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = ranks.total(columns)  # 0 where others have read
         return mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT if self.critic is not None else None
 
-    def batch(self, rollout: Rollout, rows: Sequence[int], longest: int) -> Batch:
+    def batch(self, rollout: draws.Rollout, rows: Sequence[int], longest: int) -> Batch:
         """Pad answers of a rollout for a forward pass."""
         return pad_answers(
             [rollout.prompt_ids[row] for row in rows], [rollout.sampled_ids[row] for row in rows],
