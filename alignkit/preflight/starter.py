@@ -40,8 +40,9 @@ def write_starter(
     fitting = [name for name in _METHODS if kind is None or kind in METHOD_KINDS[name]]
     if method is not None and method not in fitting:
         raise DataError(f"has {seen}; {method} does not take such rows, {', '.join(fitting)} does", where=data)
-    if data is not None:
-        method = method or fitting[0]
+    if data is not None and method is None and kind is None:
+        raise UsageError(f"{seen}; name what is trained: {', '.join(_METHODS)}", where="--method")
+    loaded = load_recipe(template)  # refuses what is only a part, such as launch/one-gpu
     text = template.read_text(encoding="utf-8")
     text = re.sub(r"(?m)^(extends: )(\S+)\.yaml", lambda found: f"{found[1]}builtin:{folder / found[2]}", text)
     beside = {file.name: json.dumps(str(file)) for file in template.parent.glob("*.jsonl")}
@@ -49,32 +50,39 @@ def write_starter(
     intro, *parts = re.split(r"(?m)^(?=[\w-]+:)", text)
     sections = {part.partition(":")[0]: part for part in parts}
     sections.pop("name", None)  # runs are named after the file
-    if method is not None:
-        stages = {name: stage.options.method for name, stage in load_recipe(template).stages.items()}
+    if method is not None or data is not None:
+        stages = {stage.name: stage.options.method for stage in loaded.stages.values() if stage.name in sections}
+        method = method or next((name for name in fitting if name in stages.values()), fitting[0])
         alike = [name for name in stages if stages[name] == method]
         if not alike:
-            has = ", ".join(dict.fromkeys(stages.values()))
+            has = ", ".join(dict.fromkeys(stages.values())) or "stages of another recipe"
             raise RecipeError(f"{source} has no {method} stage, only {has}; name another recipe with --from")
         chosen = method if method in alike else alike[0]
-        for name in {*stages, "stages", "evaluate", "sweep"} - {chosen}:
+        for name in {*stages, *loaded.groups, "stages", "rounds", "evaluate", "sweep"} - {chosen}:
             sections.pop(name, None)
-        sections[chosen] = re.sub(r"(?m)^  start_from:.*\n", "", sections[chosen])
-        if re.search(r"(?m)^  reward: \w+ ", sections[chosen]):  # a stage, which is gone
-            sections[chosen] = re.sub(r"(?m)^(  reward:).*", r"\1 builtin:true-reward  # put yours", sections[chosen])
+        # what the section has from stages that are gone
+        alone = re.sub(r"(?m)^  (start_from:|gold: (?!builtin:)).*\n", "", sections[chosen])
+        sections[chosen] = re.sub(r"(?m)^(  reward:) [\w-]+( .*)?$", r"\1 builtin:true-reward  # put yours", alone)
     if data is not None:
         file = Path(data).expanduser()
         named = os.path.relpath(file, path.absolute().parent) if file.exists() else data
         line = f"  data: {json.dumps(named)}  # {seen}\n"
         line += "  loss_type: kto  # for single answers with a label\n" if kind == "unpaired" else ""
-        held_out = "  # eval: 0.05  # share of the prompts kept out\n"
-        sections[chosen] = _replace(_replace(sections[chosen], "data", line), "eval", held_out)
+        line += "  # eval: 0.05  # share of the prompts kept out\n"
+        first, _, rest = _replace(_replace(sections[chosen], "data", ""), r"eval\w*", "").partition("\n")
+        sections[chosen] = f"{first}\n{line}{rest}"
         for key in ("data", "eval"):
             sections.pop(key, None)
     if model is not None:
         line = f"  path: {json.dumps(model)}  # a hub id, a directory, a run\n"
-        sections["model"] = _replace(_replace(sections["model"], "path", line), "init", "")
-        sections["model"] = sections["model"].replace("  chat_template:", "  # chat_template:")  # it may have its own
+        given = _replace(_replace(sections.get("model", "model:\n  path:\n"), "path", line), "init", "")
+        sections["model"] = given.replace("  chat_template:", "  # chat_template:")  # it may have its own
     path.write_text(head + intro + "".join(sections.values()), encoding="utf-8")
+    try:
+        load_recipe(path)
+    except RecipeError as error:
+        path.unlink()
+        raise RecipeError(f"{source} cannot be cut like that: {error.problems[0].what}; leave --from out") from None
     if not (schema := path.absolute().with_name(_SCHEMA)).exists():
         schema.write_text(json.dumps(recipe_schema()), encoding="utf-8")
     return {"recipe": str(path), "schema": os.path.relpath(schema)}
@@ -89,7 +97,7 @@ def _look(data: str) -> tuple[str, Kind | None]:
     """Say what columns the first row has and how it is read, and of which kind of rows it is."""
     for located in locate([DataSource(path=data)]):
         if located.origin == "hub":
-            return "not looked at: on the hub", None
+            return f"{data} is on the hub and is not looked at", None
         for place, record in read_entries(located):
             if isinstance(record, BadRow):
                 raise DataError(str(record), where=place)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,12 +52,28 @@ def test_what_init_writes_passes_check(tmp_path, monkeypatch, given, stages, lin
         assert check_recipe(recipe).error() is None
 
 
+def test_every_shipped_recipe_can_be_cut_to_one_method_and_filled(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
+        name = path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
+        for method in (None, "sft", "rm", "dpo", "ppo") if path.parent.name != "launch" else ():
+            try:
+                recipe = _start("x.yaml", source=name, method=method, data=PAIR, model="builtin:tiny-llama")
+            except RecipeError as error:
+                assert re.search(rf"{name} has no {method or 'dpo|sft'} stage, only [\w, ]+; name another", str(error))
+            else:
+                assert len(recipe.stage_names) == 1 and recipe.model.path == "builtin:tiny-llama"
+            Path("x.yaml").unlink(missing_ok=True)
+
+
 def test_what_init_refuses(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"has columns prompt, completion, label: .*; rm does not take such rows, dpo,"):
         _start("a.yaml", data=JUDGED, method="rm")
     with pytest.raises(RecipeError, match="smollm2-cpu has no dpo stage, only sft"):
         _start("a.yaml", source="smollm2-cpu", method="dpo")
+    with pytest.raises(UsageError, match=r"owner/rows is on the hub .*; name what is trained: dpo, sft, rm, ppo"):
+        write_starter(Path("a.yaml"), source="start", model=None, data="owner/rows", method=None)
     with pytest.raises(RecipeError, match=r"builtin:tiny-cpi is no recipe .*; did you mean tiny-cpu\?"):
         _start("a.yaml", source="tiny-cpi")
     Path("a.yaml").touch()
