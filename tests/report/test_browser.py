@@ -84,7 +84,7 @@ def test_dark_is_dark_and_light_is_light(browser: Browser, runs: Path) -> None:
 
 
 def test_the_pointer_tells_a_value(browser: Browser, runs: Path) -> None:
-    browser.open(runs / "sft" / "report.html", width=1280)
+    browser.open(runs / "sft" / "report.html", width=1280, height=3000)
     box = browser.run("(() => { const b = document.querySelector('svg.chart').getBoundingClientRect();"
                       " return [b.left, b.top, b.width, b.height]; })()")  # fmt: skip
     browser.ask("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + box[2] * 0.9, y=box[1] + box[3] / 2)
