@@ -90,9 +90,7 @@ def draw_lines(
 
     Values that are not finite leave a gap. With `in_order` false the points are a path, drawn as they come.
     """
-    series = [[Point(*point) for point in line.points] for line in lines]
-    if in_order:
-        series = [_condense(points) for points in series]
+    series = [_condense([Point(*point) for point in line.points], in_order) for line in lines]
     known = [point for points in series for point in points if point.is_drawn]
     if not known:
         return Markup("")
@@ -115,8 +113,8 @@ def draw_lines(
     )  # fmt: skip
 
 
-def _condense(points: list[Point]) -> list[Point]:
-    """Put means with the range of what each stands for in place of more points than there are pixels."""
+def _condense(points: list[Point], in_order: bool) -> list[Point]:
+    """Put means, of a curve with the range of each, in place of more points than there are pixels."""
     size = math.ceil(len(points) / _MAX_POINTS)
     found = []
     for start in range(0, len(points), size) if size > 1 else ():
@@ -124,7 +122,8 @@ def _condense(points: list[Point]) -> list[Point]:
         values = [point.y for point in group if abs(point.y) < 1e150]
         mean = sum(values) / len(values) if values else math.nan
         x = sum(point.x for point in group) / len(group)
-        found.append(Point(x, mean, min(values, default=mean), max(values, default=mean)))
+        band = (min(values, default=mean), max(values, default=mean)) if in_order else ()
+        found.append(Point(x, mean, *band))
     return found or points
 
 
@@ -276,6 +275,7 @@ def describe_chart(lines: Sequence[Line], title: str, note: str, **how: Any) -> 
     legend = [line.label for line in lines] if len(lines) > 1 else []
     svg, last = draw_lines(lines, title=title, **how), figure(lines[0].points[-1][1])
     size = math.ceil(max(len(line.points) for line in lines) / _MAX_POINTS)
-    if size > 1 and how.get("in_order", True):
-        note += f"{'; ' if note else ''}a point is the mean of {size} values, the band their range"
+    if size > 1:
+        band = ", the band their range" if how.get("in_order", True) else ""
+        note += f"{'; ' if note else ''}a point is the mean of {size} values{band}"
     return {"title": title, "note": note, "svg": svg, "legend": legend, "last": last}

@@ -95,6 +95,16 @@ def test_the_pointer_tells_a_value(browser: Browser, runs: Path) -> None:
     assert browser.complaints() == []
 
 
+def test_a_hundred_thousand_steps_open_in_under_a_second(browser: Browser, tmp_path: Path) -> None:
+    steps = [{"step": step, "loss": 1 / step, "reward": step % 7, "objective/kl": 0.1, "sqrt_kl": 0.3 + step % 5}
+             for step in range(1, 100_001)]  # fmt: skip
+    page = write_report(writer(tmp_path)("ppo", "ppo", metrics=steps, num_steps=100_000))
+    assert page.stat().st_size < 500_000
+    assert "a point is the mean of 417 values, the band their range" in page.read_text()
+    browser.open(page, width=390)
+    assert browser.run("performance.timing.loadEventEnd - performance.timing.navigationStart") < 1000
+
+
 def test_it_prints_with_everything_unfolded(browser: Browser, runs: Path) -> None:
     browser.open(runs / "sft" / "report.html", width=1280)
     data = base64.b64decode(browser.ask("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)["data"])
