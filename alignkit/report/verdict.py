@@ -2,6 +2,7 @@
 
 A stage is called better only where its figure has moved the right way by more than its 95 % interval: of answers and
 likelihoods the paired difference to what it started from, of a reward model the accuracy against chance and length.
+Without an evaluation sft's held-out loss is compared by itself, ppo's reward by the spread of its rollouts.
 """
 
 from __future__ import annotations
