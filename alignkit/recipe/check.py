@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alignkit.errors import Problem, suggest
 from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, RlaifOptions, Text
-from alignkit.recipe.trl_fields import CONTROLLED, CONTROLLED_IN, ELSEWHERE, MOVED, MOVED_IN, method_fields
-from alignkit.recipe.yaml import Node, read_scalar, shorten
+from alignkit.recipe.trl_fields import method_fields
+from alignkit.recipe.words import Word, controlled_fields, find_method, find_word
+from alignkit.recipe.yaml import Node, parse_yaml, read_scalar, shorten
 
 Fragment = dict[str, Any]
 _Error = tuple[tuple[str | int, ...], str]  # where pydantic found something wrong, below a node, and its type
@@ -58,7 +59,7 @@ def check_keys(
             if problems := check_field(child, method, key, say(key)):
                 found[key] = problems
         elif key not in own:
-            found[key] = [Problem(describe_unknown_in_stage(key, stage=label, method=method), child.place)]
+            found[key] = [Problem(describe_unknown_in_stage(key, child, stage=label, method=method), child.place)]
     return made, found
 
 
@@ -177,11 +178,11 @@ def _describe(
     typical = f" (typical: {fragment['typical']})" if "typical" in fragment else ""
     match kind:
         case "extra_forbidden":
-            what = f"{key}.{name} is not a key of {key}: {MOVED.get(name)}"
-            if name == "trust_remote_code":
-                what = f"{key}.{name}: {CONTROLLED[name]}"
-            elif name not in MOVED:
-                what = describe_unknown(name, key, option["properties"])
+            what = describe_unknown(name, key, option["properties"])
+            if word := find_word(name):
+                what = "" if word.tool == "trl" else f" is not a key of {key}"
+                is_here = word.key.split(".")[0] == key
+                what = f"{key}.{name}{what}: {_say(word, node.value[name] if is_here else None)}"
             return what, node.value[name].place
         case "missing":
             found = f"{key}.{name} is missing; {quote_help(option['properties'][name].get('description'))}"
@@ -208,8 +209,8 @@ def _describe(
             choices += [True, False] if any(option.get("type") == "boolean" for option in options) else []
             words, several = _name_choices(choices)
             hint = suggest(node.value, words) if isinstance(node.value, str) else ""
-            if isinstance(node.value, str) and node.value.lower() in ELSEWHERE:  # another method, no slip of the pen
-                hint = f"; {ELSEWHERE[node.value.lower()]}"
+            if known := find_method(node.value):  # another method, no slip of the pen
+                hint = f"; {known}"
             listed = " (`alignkit schema` lists them)" if len(words) > _MANY and not hint else ""
             found += f"; it must be {'one of ' if len(words) > 1 else ''}{several}{hint}{listed}"
         case _:
@@ -300,22 +301,25 @@ def quote_help(description: str | None) -> str:
     return text[:1].lower() + text[1:].rstrip(".")
 
 
-def describe_unknown_top(name: str, *, is_mapping: bool) -> str:
+def describe_unknown_top(name: str, node: Node) -> str:
     """Say that a recipe has no such key at its top level, and where it belongs."""
     known, sections = RecipeOptions.model_fields, [*OPTIONS, RLAIF]
-    if name == "trust_remote_code":
-        return f"{name}: {CONTROLLED[name]}"
     if name == "extends":
         return "extends cannot be set from the command line; write it in the file"
-    if name.lower() in ELSEWHERE:
-        return f"{name} is not a section here: {ELSEWHERE[name.lower()]}"
-    owner = _find_section(name)
-    if owner:
+    if method := find_method(name):
+        return f"{name} is not a section here: {method}"
+    word = find_word(name) or find_word(name, "ppo")
+    if word and word.tool == "trl" and word.method == "":
+        return f"{name}{'' if name == 'trust_remote_code' else ' is not a key here'}: {_say(word, node)}"
+    if owner := _find_section(name):
         return f"{name} is not a key at the top level; it belongs in {owner}"
-    if name in MOVED or name in CONTROLLED:
-        return f"{name} is not a key here: {MOVED.get(name) or CONTROLLED[name]}"
     hint = suggest(name, [*known, *sections])
-    if is_mapping and not hint:
+    is_told = hint or (word is not None and word.action in ("automatic", "refused"))
+    if not is_told and (told := _describe_below(name, node, "")):
+        return f"{show_key(name)} is not a section: {told}"
+    if word:
+        return f"{show_key(name)} is not a key here: {_say(word, node)}"
+    if isinstance(node.value, dict) and not hint:
         return f"{show_key(name)} is not a section; a stage of this name needs `method:` ({', '.join(sections)})"
     return describe_unknown(name, "", [*known, *sections])
 
@@ -325,20 +329,62 @@ def accepted_keys(method: str) -> list[str]:
     return [*(OPTIONS.get(method, RlaifOptions)).model_fields, *method_fields(method)]
 
 
-def describe_unknown_in_stage(key: str, *, stage: str, method: str) -> str:
-    """Say that a stage has no such key, and where it belongs."""
-    where = f"{stage}.{key}"
-    refused, moved = CONTROLLED_IN.get(method, CONTROLLED), MOVED_IN.get(method, MOVED)
-    if key in refused:
-        return f"{where} cannot be set: {refused[key]}"
+def describe_unknown_in_stage(key: str, node: Node | None = None, *, stage: str, method: str) -> str:
+    """Say that a stage has no such key, and where it belongs; with its value, if there is one."""
+    where, word = f"{stage}.{key}", find_word(key, method)
+    if word and key in controlled_fields(method):
+        return f"{where} cannot be set: {_say(word, node)}"
     if key in RecipeOptions.model_fields and key not in OPTIONS["sft"].model_fields:
         return f"{where} is not a key of a stage; {key} belongs at the top level of the recipe"
-    if key in moved:
-        return f"{where} is not a key of a stage: {moved[key]}"
+    is_told = word is not None and word.action in ("automatic", "refused")
+    if not is_told and (told := _describe_below(key, node, method)):
+        return f"{where} is not a key of a stage: {told}"
+    if word:
+        return f"{where} is not a key of a stage: {_say(word, node)}"
     owner = _find_section(key)
     if owner:
         return f"{where} is not a key of {method}; it belongs in {owner}"
+    if word := find_word(key, "ppo"):
+        return f"{where} is not a key of {method}: {_say(word, node)}, in a ppo stage"
     return describe_unknown(key, stage, accepted_keys(method))
+
+
+def _describe_below(key: str, node: Node | None, method: str) -> str:
+    """Say what the keys below another tool's section (`actor: {adam: {lr: ...}}`) are here."""
+    if node is None or not isinstance(node.value, dict):
+        return ""
+    told, is_theirs = [], False
+    for name, child in node.value.items():
+        word, path = find_word(f"{key}.{name}", method), show_key(f"{key}.{name}")
+        what = _describe_below(f"{key}.{name}", child, method)
+        is_theirs = is_theirs or bool(what or word)
+        if not what and word:
+            what = f"{path}: {_say(word, child)}"
+        elif not what and (owner := _find_section(name)):
+            what = f"{path}: it belongs in {owner}"
+        told += [what] if what else []
+    return "; ".join(told) if is_theirs else ""
+
+
+def _say(word: Word, node: Node | None) -> str:
+    """Where another tool's key lives, and how to write its value there."""
+    value = node.plain() if node else None
+    if word.key == "method" and (known := find_method(value)):
+        return known
+    new = word.convert(value)
+    if node is None or new is None:
+        return word.say()
+    first, *rest = word.key.split(".")
+    for part in reversed(rest):
+        new = {part: new}
+    whole = {"path": "x", **new} if first in ("model", "data") and isinstance(new, dict) else new
+    made, shown = (parse_yaml(json.dumps(one), node.origin) or node for one in (whole, new))
+    methods = [name for name in OPTIONS if first in method_fields(name)]
+    sections: tuple[type[BaseModel], ...] = (RecipeOptions, *OPTIONS.values())
+    owner = next(one for one in sections if methods or first in one.model_fields)
+    wrong = check_field(made, methods[0], first, first) if methods else validate(owner, {first: made}, str)[1]
+    flow = re.sub(r'"([\w./-]+)"', r"\1", show(shown))  # as one writes it by hand
+    return word.say() if wrong else f"{word.say()}; write {first}: {flow}"
 
 
 def _find_section(key: str) -> str | None:

@@ -15,7 +15,7 @@ from alignkit.recipe.rules import audit_recipe, audit_stage
 from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions
 from alignkit.recipe.sections import Section, Whole, check_group, make_stage, split_group
 from alignkit.recipe.stage import Recipe
-from alignkit.recipe.trl_fields import ELSEWHERE
+from alignkit.recipe.words import find_method
 from alignkit.recipe.yaml import Node, apply_override, expand, find_recipe, label_path, load_tree, take_secrets
 
 SECTIONS = (*OPTIONS, RLAIF)  # names that need no `method:`
@@ -105,10 +105,10 @@ def describe_not_a_stage(name: str, node: Node) -> str | None:
         good = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name)
         return None if good else f"stage {show_key(name)}: use letters, digits, '_' and '-' in a stage's name only"
     if method is not None:
-        known = ELSEWHERE.get(str(method.value).lower())
+        known = find_method(method.value)
         nearest = f"; {known}" if known else suggest(method.value, SECTIONS) if isinstance(method.value, str) else ""
         return f"{show_key(name)}.method is {show(method)}; it must be one of {METHODS}{nearest}"
-    return describe_unknown_top(name, is_mapping=is_mapping)
+    return describe_unknown_top(name, node)
 
 
 def check_values(wholes: Sequence[Whole], runs: Sequence[Section]) -> list[Problem]:

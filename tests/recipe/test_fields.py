@@ -12,6 +12,7 @@ import pytest
 
 from alignkit.errors import RecipeError
 from alignkit.recipe import load_recipe
+from alignkit.recipe.check import check_field, describe_unknown_in_stage
 from alignkit.recipe.schema import (
     OPTIONS,
     DataSource,
@@ -21,18 +22,9 @@ from alignkit.recipe.schema import (
     ModelOptions,
     RecipeOptions,
 )
-from alignkit.recipe.trl_fields import (
-    CONTROLLED,
-    CONTROLLED_IN,
-    MOVED,
-    MOVED_IN,
-    OWN,
-    PPO_CONTROLLED,
-    PPO_MOVED,
-    method_fields,
-    read_snapshot,
-    trl_fields,
-)
+from alignkit.recipe.trl_fields import OWN, method_fields, read_snapshot, trl_fields
+from alignkit.recipe.words import controlled_fields, find_word, read_words
+from alignkit.recipe.yaml import Node, Origin
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -79,25 +71,27 @@ def test_no_field_is_both_alignkits_and_trls() -> None:
         assert set(RecipeOptions.model_fields) & set(method_fields(method)) == set()
 
 
-def test_controlled_fields_exist_and_moved_ones_do_not() -> None:
+def test_controlled_fields_exist_and_other_words_do_not() -> None:
     fields = {name for config in ("sft", "rm", "dpo", "kto") for name in trl_fields(config)}
-    assert set(CONTROLLED) - fields == set()
-    assert set(MOVED) & fields == set()
     ppo = set(trl_fields("ppo"))
-    assert {*PPO_CONTROLLED, *OWN} - ppo == set()
-    assert set(PPO_MOVED) & (ppo | set(OPTIONS["ppo"].model_fields)) == set()
+    words = [word for word in read_words() if word.tool in ("", "trl") and word.action != "method"]
+    moved = {(name, word.method) for word in words if word.tool == "" for name in word.names.split()}
+    assert controlled_fields("sft") - fields == set()
+    assert {*(controlled_fields("ppo") - controlled_fields("sft")), *OWN} - ppo == set()
+    assert {name for name, method in moved if name in (ppo if method else fields)} == set()
+    assert {name for name, method in moved if method} & set(OPTIONS["ppo"].model_fields) == set()
 
 
 def test_every_field_of_grpo_is_a_key_or_says_what_to_write_instead() -> None:
     """What GRPO has beyond the fields of all trainers is decided about, name by name."""
-    decided = {*CONTROLLED_IN["ppo"], *OWN, *method_fields("sft")}
+    decided = {*controlled_fields("ppo"), *OWN, *method_fields("sft")}
     left = set(trl_fields("ppo")) - decided
     assert left == {"cache_implementation"}
 
 
-def test_advice_names_keys_that_exist() -> None:
-    """Whatever `it is X` says of a key from elsewhere, X is a key here."""
+def test_the_table_of_words_names_keys_that_exist_and_no_word_twice() -> None:
     known = {name for method in OPTIONS for name in (*method_fields(method), *OPTIONS[method].model_fields)}
+    known |= {*RecipeOptions.model_fields}
     sections = {
         "model": ModelOptions,
         "lora": LoraOptions,
@@ -105,26 +99,48 @@ def test_advice_names_keys_that_exist() -> None:
         "data": DataSource,
         "evaluate": EvaluateOptions,
     }
-    known |= {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
-    advices = [advice for advice in (MOVED | MOVED_IN["ppo"]).values() if advice.startswith("it is ")]
-    named = {re.split("[:, ]", advice.removeprefix("it is "))[0] for advice in advices}
-    assert named - known == set()
+    for word in read_words():
+        assert word.action in ("renamed", "converted", "automatic", "refused", "method") and (word.key or word.said)
+        first, *rest = word.key.split(".")
+        assert first in {*known, ""}, word
+        assert not rest or first not in sections or rest[0] in sections[first].model_fields, word
+    named = [
+        (name, w.tool not in ("", "trl") and w.tool, w.action == "method" or w.method)
+        for w in read_words()
+        for name in w.names.split()
+    ]
+    assert len(named) == len(set(named))
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("lora_rank: 8", "it is lora.r"),
-        ("sample_packing: true", "it is packing"),
-        ("template: llama3", "it is model.chat_template"),
-        ("max_samples: 100", "it is data.max_rows"),
+        ("lora_rank: 8", "it is lora.r; write lora: {r: 8}"),
+        ("lora_target: all", "write lora: {target_modules: all-linear}"),
+        ("sample_packing: true", "it is packing; write packing: true"),
+        ("template: llama3", "write model: {chat_template: llama3}"),
+        ("template: qwen", "it is model.chat_template"),
+        ("max_samples: 100", "write data: {max_rows: 100}"),
+        ("torch_dtype: bf16", "write model: {dtype: bfloat16}"),
+        ("bf16: true", "write model: {dtype: bfloat16}"),
+        ("load_in_4bit: true", "write model: {quantization: nf4}"),
+        ("deepspeed: zero3", "write launch: {strategy: zero3}"),
+        ("per_device_train_batch_size: 4", "set batch_size (over all devices)"),
+        ("warmup_ratio: 0.1", "write warmup_steps: 0.1"),
+        ("min_lr_rate: 0.1", "write lr_scheduler_kwargs: {min_lr_rate: 0.1}"),
         ("stage: sft", "the section's name says the method"),
-        ("rl: dpo", "the section's name says the method"),
+        ("stage: kto", "write `dpo:` with loss_type: kto"),
+        ("rl: simpo", "write `dpo:` with loss_type: simpo"),
         ("compile: true", "it is torch_compile"),
-        ("evals_per_epoch: 4", "it is eval_steps"),
+        ("evals_per_epoch: 4", "write eval_steps: 0.25"),
         ("liger_rope: true", "kernels are those of the installed libraries"),
         ("tensor_parallel_size: 4", "no layer over several devices"),
-        ("flash_attn: fa2", "it is model.attn_implementation"),
+        ("flash_attn: fa2", "write model: {attn_implementation: flash_attention_2}"),
+        ("kl_estimator: k3", "write kl_in: loss"),
+        ("vllm_mode: colocate", "write generation: {mode: colocate}"),
+        ("fsdp_use_orig_params: true", "is picked"),
+        ("actor: {adam: {lr: 1e-6}, num_nodes: 2}", "actor.adam.lr: it is learning_rate; write learning_rate: 1e-06;"),
+        ("qat: {group_size: 32}", "no training with simulated quantisation"),
     ],
 )
 def test_words_of_other_tools_are_answered_with_ours(tmp_path: Path, given: str, said: str) -> None:
@@ -135,10 +151,15 @@ def test_words_of_other_tools_are_answered_with_ours(tmp_path: Path, given: str,
             load_recipe(path)
 
 
-def test_defaults_of_trl_pass_their_own_checks() -> None:
-    from alignkit.recipe.check import check_field
-    from alignkit.recipe.yaml import Node, Origin
+def test_the_value_is_written_only_where_our_key_takes_it() -> None:
+    for name, value in (("val_set_size", 500), ("finetuning_type", "full"), ("deepspeed", "ds_z3.json")):
+        word = find_word(name)
+        assert word is not None
+        said = describe_unknown_in_stage(name, Node(value, Origin("x", Path())), stage="sft", method="sft")
+        assert said.endswith(word.say()), said
 
+
+def test_defaults_of_trl_pass_their_own_checks() -> None:
     def node(value: Any) -> Node:
         inner = [node(item) for item in value] if isinstance(value, list) else value
         return Node(inner, Origin("x", Path()))

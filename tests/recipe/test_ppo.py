@@ -84,12 +84,13 @@ def ppo(text: str, *, reward: str = "rm") -> str:
          "gamma, 27.8)"),
         ("ptx: {coef: 1}", "ppo.ptx.data is missing; raw text of the pre-training distribution"),
         ("ema: 1", "ppo.ema is 1; it must be greater than 0 and less than 1"),
-        ("beta: 0.1", "ppo.beta cannot be set: set kl_coef, the factor of the KL (kl_in: reward or loss)"),
-        ("epsilon: 0.1", "ppo.epsilon cannot be set: set cliprange"),
-        ("num_iterations: 2", "ppo.num_iterations cannot be set: set ppo_epochs"),
+        ("beta: 0.1",
+         "ppo.beta cannot be set: set kl_coef, the factor of the KL (kl_in: reward or loss); write kl_coef: 0.1"),
+        ("epsilon: 0.1", "ppo.epsilon cannot be set: set cliprange; write cliprange: 0.1"),
+        ("num_iterations: 2", "ppo.num_iterations cannot be set: set ppo_epochs; write ppo_epochs: 2"),
         ("min_p: 0.9", "ppo.min_p cannot be set: PPO samples from the policy itself, or the ratios and the KL would be "
          "of something else; set temperature, top_p or top_k"),
-        ("epsilon_high: 0.3", "ppo.epsilon_high cannot be set: set cliprange_high"),
+        ("epsilon_high: 0.3", "ppo.epsilon_high cannot be set: set cliprange_high; write cliprange_high: 0.3"),
         ("cliprange_high: 0.3, ppo_epochs: 1", "ppo.cliprange_high has no effect with one step per rollout: nothing "
          "has moved yet; raise ppo_epochs or minibatches"),
         ("importance: sequence", "ppo.importance is sequence, one ratio for a whole answer, and advantage: gae has one "
@@ -107,19 +108,22 @@ def ppo(text: str, *, reward: str = "rm") -> str:
          "above 0 (typical: 0.05)"),
         ("preset: grpo, advantage: gae, num_generations: 8", "ppo.num_generations has no effect with advantage: gae, "
          "which takes one answer per prompt"),
-        ("max_completion_length: 9", "ppo.max_completion_length cannot be set: set max_new_tokens"),
+        ("max_completion_length: 9",
+         "ppo.max_completion_length cannot be set: set max_new_tokens; write max_new_tokens: 9"),
         ("use_vllm: true", "ppo.use_vllm cannot be set: set generation: {engine: vllm, mode: colocate or server, url, "
-         "gpu_memory_utilization}"),
-        ("num_ppo_epochs: 4", "ppo.num_ppo_epochs is not a key of a stage: it is ppo_epochs"),
+         "gpu_memory_utilization}; write generation: {engine: vllm}"),
+        ("num_ppo_epochs: 4", "ppo.num_ppo_epochs is not a key of a stage: it is ppo_epochs; write ppo_epochs: 4"),
         ("kl_estimator: k3", "ppo.kl_estimator is not a key of a stage: it is kl_in: reward (k1, as in Ziegler 2019) "
-         "or loss (k3)"),
-        ("response_length: 53", "ppo.response_length is not a key of a stage: it is max_new_tokens"),
-        ("init_kl_coef: 0.2", "ppo.init_kl_coef is not a key of a stage: it is kl_coef, where an adaptive one starts"),
-        ("target: 6", "ppo.target is not a key of a stage: it is kl_target, in nats per sequence"),
+         "or loss (k3); write kl_in: loss"),
+        ("response_length: 53",
+         "ppo.response_length is not a key of a stage: it is max_new_tokens; write max_new_tokens: 53"),
+        ("init_kl_coef: 0.2",
+         "ppo.init_kl_coef is not a key of a stage: it is kl_coef, where an adaptive one starts; write kl_coef: 0.2"),
+        ("target: 6", "ppo.target is not a key of a stage: it is kl_target, in nats per sequence; write kl_target: 6"),
         ("max_length: 9", "ppo.max_length is not a key of a stage: an answer has at most max_new_tokens, and a prompt "
          "what they leave of the context"),
-        ("lambd: 0.9", "ppo.lambd is not a key of a stage: it is lam"),
-        ("kl_coeff: 0.9", "ppo.kl_coeff is not a key of a stage: it is kl_coef"),
+        ("lambd: 0.9", "ppo.lambd is not a key of a stage: it is lam; write lam: 0.9"),
+        ("kl_coeff: 0.9", "ppo.kl_coeff is not a key of a stage: it is kl_coef; write kl_coef: 0.9"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_mean_anything(complain: Complain, text: str, message: str) -> None:

@@ -64,20 +64,21 @@ STAGE = "model: {path: gpt2}\nsft:\n  data: x/y\n"
         ("zebra: x", "sft.zebra is not a key of sft; `alignkit schema` lists its keys"),
         ("r: 8", "sft.r is not a key of sft; it belongs in lora:"),
         ("quantization: nf4", "sft.quantization is not a key of sft; it belongs in model:"),
-        ("seed: 1", "sft.seed cannot be set: set the recipe's top-level `seed`"),
+        ("seed: 1", "sft.seed cannot be set: set the recipe's top-level `seed`; write seed: 1"),
         ("model: {path: y}", "sft.model is not a key of a stage; model belongs at the top level of the recipe"),
-        ("torch_dtype: bfloat16", "sft.torch_dtype is not a key of a stage: it is model.dtype"),
+        ("torch_dtype: bfloat16",
+         "sft.torch_dtype is not a key of a stage: it is model.dtype; write model: {dtype: bfloat16}"),
         (
             "warmup_ratio: 0.1",
             "sft.warmup_ratio is not a key of a stage: it is warmup_steps: a number below 1 is a share of all "
-            "steps",
+            "steps; write warmup_steps: 0.1",
         ),
         (
             "per_device_train_batch_size: 4",
             "sft.per_device_train_batch_size cannot be set: set batch_size (over all devices) and, if needed, "
-            "micro_batch_size (per device)",
+            "micro_batch_size (per device); write micro_batch_size: 4",
         ),
-        ("bf16: true", "sft.bf16 cannot be set: set model.dtype instead"),
+        ("bf16: true", "sft.bf16 cannot be set: set model.dtype instead; write model: {dtype: bfloat16}"),
         (
             "resume_from_checkpoint: true",
             "sft.resume_from_checkpoint cannot be set: resuming is automatic: give the same command again",
@@ -133,9 +134,8 @@ def test_message_of_a_stage_key(complain: Complain, line: str, message: str) -> 
         ("dpo: x/y", "dpo is x/y; a stage is a mapping with at least `data:`"),
         ("dpo:", "dpo is empty; a stage is a mapping with at least `data:`"),
         ("lora:", "lora is empty; write {} for its defaults, or take the key out"),
-        ("lora: {lora_alpha: 8}", "lora.lora_alpha is not a key of lora: it is lora.alpha"),
-        ("lora: {rank: 8}", "lora.rank is not a key of lora; it has r, alpha, dropout, target_modules, "
-         "use_rslora, use_dora, modules_to_save"),
+        ("lora: {lora_alpha: 8}", "lora.lora_alpha is not a key of lora: it is lora.alpha; write lora: {alpha: 8}"),
+        ("lora: {rank: 8}", "lora.rank is not a key of lora: it is lora.r; write lora: {r: 8}"),
         ("lora: {r: 8.5}", "lora.r is 8.5; it must be a whole number of at least 1 and at most 4096"),
         ("launch: {devise: cpu}", "launch.devise is not a key of launch; did you mean device?"),
         ("stages: [sft, dppo]", "stages names dppo, which is not a stage here; there are sft"),
@@ -159,9 +159,10 @@ def test_model_section_points_to_new_names(complain: Complain) -> None:
         "model:\n  path: gpt2\n  torch_dtype: float32\n  trust_remote_code: true\n  load_in_4bit: true\n" + STAGE[20:]
     )
     assert complain(text) == [
-        "a.yaml:3: model.torch_dtype is not a key of model: it is model.dtype",
+        "a.yaml:3: model.torch_dtype is not a key of model: it is model.dtype; write model: {dtype: float32}",
         "a.yaml:4: model.trust_remote_code: a recipe cannot allow code to run; give --trust-code on the command line",
-        "a.yaml:5: model.load_in_4bit is not a key of model: it is model.quantization: nf4",
+        "a.yaml:5: model.load_in_4bit is not a key of model: "
+        "it is model.quantization: nf4; write model: {quantization: nf4}",
     ]
 
 
