@@ -68,7 +68,7 @@ def write_starter(
         named = os.path.relpath(file, path.absolute().parent) if file.exists() else data
         line = f"  data: {json.dumps(named)}  # {seen}\n"
         line += "  loss_type: kto  # for single answers with a label\n" if kind == "unpaired" else ""
-        line += "  # eval: 0.05  # share of the prompts kept out\n"
+        line += "" if "# eval:" in sections[chosen] else "  # eval: 0.05  # share of the prompts kept out\n"
         first, _, rest = _replace(_replace(sections[chosen], "data", ""), r"eval\w*", "").partition("\n")
         sections[chosen] = f"{first}\n{line}{rest}"
         for key in ("data", "eval"):
