@@ -4,7 +4,5 @@ Importing it loads nothing else. What programs may rely on: `__all__`, the comma
 and the files of a run directory; every other name may change.
 """
 
-from __future__ import annotations
-
 __version__ = "0.1.0"
 __all__ = ["__version__"]

@@ -1,7 +1,5 @@
 """`python -m alignkit`, the form that `accelerate launch -m alignkit` needs; nothing else."""
 
-from __future__ import annotations
-
 import sys
 
 from alignkit.cli import main

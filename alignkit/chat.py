@@ -1,7 +1,5 @@
 """`alignkit chat`: a conversation with one model, or with two side by side, in a terminal or through a pipe."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace

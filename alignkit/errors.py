@@ -1,7 +1,5 @@
 """Exceptions with their exit codes, which foreign ones a user can act on, and the name somebody probably meant."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterable
 from dataclasses import dataclass

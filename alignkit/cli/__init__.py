@@ -3,8 +3,6 @@
 Only typer, `errors` and the standard library are loaded before a command runs, so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import atexit
 import gc
 import logging

@@ -1,7 +1,5 @@
 """The commands that train: sft, rm, dpo, ppo, rlaif, and run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """How a record becomes a Row: one function a way to write answers, which raises BadRow with the first thing wrong."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from itertools import combinations

@@ -16,8 +16,6 @@ a prompt (every film belongs to one split). `true_reward` is the judge that real
     builtin:arithmetic     prompt_completion    sums and differences of numbers below 10, with their `answer`
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Which format a record is in: the first one of a table whose columns it has; no telling column stays unread."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping

@@ -3,8 +3,6 @@
 Text such as "<|im_end|>" could forge turns where a tokenizer reads it: it is found, and defused.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence

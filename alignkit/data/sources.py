@@ -1,7 +1,5 @@
 """Where a source's records come from: local files, directories, builtin data, hub data sets."""
 
-from __future__ import annotations
-
 import glob
 import json
 import os

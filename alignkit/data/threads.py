@@ -3,8 +3,6 @@
 Every path from the root of a tree to its end is a conversation; an answer is learnt in the first one that has it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from itertools import count, groupby

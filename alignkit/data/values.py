@@ -1,7 +1,5 @@
 """Checks of single values in a record: text, numbers, messages, conversations; each raises BadRow with a reason."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence

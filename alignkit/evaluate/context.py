@@ -1,7 +1,5 @@
 """The models, reward, rows, prompts and answers that metrics share, made when first asked for; what a metric is."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Measured figures and their 95 % intervals, as eval.json keeps them and tables show them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace

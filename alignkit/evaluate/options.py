@@ -1,7 +1,5 @@
 """Options of an evaluation: those of the command line laid over the recipe's `evaluate:`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

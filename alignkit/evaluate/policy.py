@@ -3,8 +3,6 @@
 Weights are read at the first question that the cache cannot answer, and one model at a time is held (`Workspace`).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The file is described in recipes/README.md; a figure that is measured again replaces its older self.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The model that is evaluated, a run, a directory or a hub id, with its reference and the rows it is measured on."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ One JSON object a line, keyed by a hash of all that decides the answer, with a c
 before `put` returns. Feedback stages, judges and evaluations keep their answers in it.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

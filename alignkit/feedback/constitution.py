@@ -6,8 +6,6 @@ https://github.com/anthropics/ConstitutionalHarmlessnessPaper; the words around 
 chains of thought. They are trusted: nothing in them is quoted.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -6,8 +6,6 @@ revisions of all rounds, and plain answers to helpful prompts beside them. With 
 chains and nobody is asked.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

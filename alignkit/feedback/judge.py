@@ -4,8 +4,6 @@ Constitutional AI, section 4.1 (arXiv 2212.08073). The mean of both orders takes
 it says in each order is kept.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

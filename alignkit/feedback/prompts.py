@@ -8,8 +8,6 @@ Where such a text could be taken for a part of the prompt it is marked as a quot
 changed, never a row. How persuasive a text is cannot be helped here: asking both orders shows it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

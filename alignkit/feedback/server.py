@@ -5,8 +5,6 @@ minute and wait 8 seconds at most, so tries are counted here. The key comes from
 host and nowhere else, and is taken out of everything that is said or kept.
 """
 
-from __future__ import annotations
-
 import asyncio
 import importlib.util
 import json

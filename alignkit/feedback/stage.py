@@ -1,7 +1,5 @@
 """The run of a critique or label stage: its begin and end, prompts and rows, and the models it asks."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

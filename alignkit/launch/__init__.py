@@ -3,8 +3,6 @@
 Before anything loads, what can be refused at once is; run directory and lock are held around the method's `run`.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import os

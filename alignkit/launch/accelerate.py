@@ -4,8 +4,6 @@ The config file, DeepSpeed's, the command line, and the same as environment for 
 placement alone. Checked against accelerate 1.15, torch 2.13 and DeepSpeed 0.19.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os

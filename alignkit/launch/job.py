@@ -5,8 +5,6 @@ beforehand whether it can. The supervisors of several nodes write files in the s
 running, each node that it is there, and the first that fails why.
 """
 
-from __future__ import annotations
-
 import errno
 import importlib.util
 import os

@@ -4,8 +4,6 @@
 machine only the devices are counted.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -4,8 +4,6 @@ No environment is set up: the job uses this interpreter, this directory and the 
 A recipe says how much of the cluster it wants and nothing else; every word of it is quoted.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

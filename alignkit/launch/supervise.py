@@ -3,8 +3,6 @@
 Losing a peer is a consequence, never the cause, unless nothing else is known. Whether to try again is decided in `job`.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

@@ -3,8 +3,6 @@
 An adapter directory is never given to AutoModel, which would load it in a way that a later wrap silently throws away.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Texts are tokenised in batches; where the backend cuts at spaces, a word is looked up instead of split again.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 `alignkit check` looks at models through this module; whatever it refuses is never opened by anything else.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import struct

@@ -3,8 +3,6 @@
 The policy and the reward model that a stage trains are the business of `load`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

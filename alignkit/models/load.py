@@ -3,8 +3,6 @@
 LoRA is in `adapters`. What is loaded and wrapped is said in the lineage. `build_skeleton` is the same without weights.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -6,8 +6,6 @@ tile by tile: prompts and padding cost no logits.
 Legend: B sequences of a batch, L tokens of the longest, T of the longest answer, N answer tokens in all, H hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ The probe is a fingerprint of what a model computes, kept as JSON: the next stag
 and a saved model must give it back. It shows a lost adapter or a wrong base, not a flipped bit.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from typing import Any

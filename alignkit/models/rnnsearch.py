@@ -6,8 +6,6 @@ Legend: B rows, S source and T target tokens, n size of a hidden state, m of an 
 paper's, appendix A; it leaves out the biases, and so do we in comments.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Final weights on disk: safetensors, tokenizer, template, our record of what they are made of; adapters folded in."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """Models made from code and random weights: the embedded tiny ones with their tokenizer, and `init: scratch`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path

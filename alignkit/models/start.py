@@ -1,7 +1,5 @@
 """Where weights come from, before any is read: configurations, and what a stage starts from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Nothing is told from a template's text. It is asked by rendering short conversat
 comparing the rendering of the turns before an answer, as generation would be given them, with that of the answer.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

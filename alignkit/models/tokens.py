@@ -3,8 +3,6 @@
 None gets a new token but for a classifier's start, delimiter and extract: a vocabulary that grows needs new embeddings.
 """
 
-from __future__ import annotations
-
 from datetime import datetime
 from pathlib import Path
 from typing import Any

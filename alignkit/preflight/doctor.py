@@ -1,7 +1,5 @@
 """`alignkit doctor`: versions, devices, memory, and which kinds of training really work here."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import platform

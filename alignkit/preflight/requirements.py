@@ -1,7 +1,5 @@
 """What a stage needs before it may start: earlier stages, models, rewards, judges, rows, packages."""
 
-from __future__ import annotations
-
 import importlib.util
 import shlex
 from collections import deque

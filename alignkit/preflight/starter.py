@@ -1,7 +1,5 @@
 """`alignkit init`: a shipped recipe, cut and filled to what is at hand, with a comment on every key."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What a run is: the recipe file, its validation, and the resolved stage."""
 
-from __future__ import annotations
-
 from alignkit.recipe.json_schema import recipe_schema
 from alignkit.recipe.load import load_recipe
 from alignkit.recipe.stage import Recipe, Stage, pick_span, pick_steps, resolve

@@ -1,7 +1,5 @@
 """Values held against pydantic's models and TRL's fields; pydantic's findings become messages about the file."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

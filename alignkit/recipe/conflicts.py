@@ -1,7 +1,5 @@
 """Keys that contradict others or have no effect beside them: conflicts.tsv, and here what needs more than one key."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The JSON Schema of a whole recipe, for editors: hover text, completion, and red lines under mistakes."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

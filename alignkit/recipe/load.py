@@ -1,7 +1,5 @@
 """Load a recipe: read, merge and check everything it may say, and make a Recipe of it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path

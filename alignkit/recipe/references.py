@@ -1,7 +1,5 @@
 """What a recipe names: files, models, and stages that it starts from, is scored, judged or fed by."""
 
-from __future__ import annotations
-
 import glob
 import os
 import re

@@ -4,8 +4,6 @@ The stages of later rounds are ordinary ones, named NAME-2, NAME-3, ...: each ha
 itself, and more rounds leave the earlier ones alone.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Options that contradict each other, as far as the recipe shows it; what a table can say is in `conflicts`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The recipe's own keys: names, types, ranges and the sentence an editor shows; TRL's are in `trl_fields`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple

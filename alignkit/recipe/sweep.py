@@ -5,8 +5,6 @@ that holds it, reads it from the top level, or takes something from a stage to w
 other values only are one run. So two sweeps that never meet in one stage are not multiplied.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping

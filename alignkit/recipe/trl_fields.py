@@ -1,7 +1,5 @@
 """The fields of TRL's config classes (in `fields.json`) as a recipe may use them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

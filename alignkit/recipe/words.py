@@ -6,8 +6,6 @@ a method or loss); key, ours; value ("bf16=bfloat16", "*=-" for all others, "1/x
 said, where "it is KEY" is not enough.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from functools import cache

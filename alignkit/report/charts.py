@@ -5,8 +5,6 @@ can be selected and read aloud, and colours that follow the reader's light or da
 page reads `data-series` to show the values under the pointer.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Sequence

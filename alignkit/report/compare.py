@@ -1,7 +1,5 @@
 """How two runs differ, in the order in which a difference would explain the next: settings, data, versions, figures."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The evaluation table: the figures of eval.json and of a judge, all rows of one metric on one scale."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The files of a run directory in any state, read into one object, without the secrets they may hold."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

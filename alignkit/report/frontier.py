@@ -4,8 +4,6 @@
 policies and best-of-N on the same prompts in the same way, are put side by side here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace

@@ -4,8 +4,6 @@ It fetches nothing: style, script and figures are inside, and its content securi
 text of a run is escaped by the template engine.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import time

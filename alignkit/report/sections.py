@@ -1,7 +1,5 @@
 """What a page or a card says about one run: figures, settings, data and costs as labelled texts, lineage and tables."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping

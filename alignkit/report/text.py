@@ -1,7 +1,5 @@
 """Numbers and texts as a page shows them: four digits, units, thin spaces, and long runs of empty lines folded."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -5,8 +5,6 @@ likelihoods the paired difference to what it started from, of a reward model the
 Without an evaluation sft's held-out loss is compared by itself, ppo's reward by the spread of its rollouts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The interface of a reward, the answers it scores and the workspace it scores in."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

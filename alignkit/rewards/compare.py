@@ -1,7 +1,5 @@
 """Judges for win rates: a reward, or a language model with principles."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path

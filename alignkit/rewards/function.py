@@ -3,8 +3,6 @@
 Every way in which such a function can go wrong is one message that names the function and the answer.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib

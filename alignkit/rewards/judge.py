@@ -1,7 +1,5 @@
 """A language model that judges as the reward of PPO."""
 
-from __future__ import annotations
-
 import math
 import os
 import threading

@@ -1,7 +1,5 @@
 """The table of the kinds of rewards, and what a stage wants of all of its rewards."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 

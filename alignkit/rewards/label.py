@@ -5,8 +5,6 @@ the judge's probability as a soft label; comparisons by people can be mixed in. 
 scores instead, as for iterated DPO.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations

@@ -1,7 +1,5 @@
 """Answers that can be checked: against an answer, a pattern, a schema, instructions or tests in the row's columns."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

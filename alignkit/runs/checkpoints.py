@@ -3,8 +3,6 @@
 What is not sealed does not count. No directory is renamed when it is whole: ranks may still write into it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

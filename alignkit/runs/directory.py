@@ -1,7 +1,5 @@
 """The run directory: where each file of a run lives, who may write to it, whether it may go on, and how it ended."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

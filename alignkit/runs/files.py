@@ -3,8 +3,6 @@
 No link is followed: a name inside a run directory may have been left there by somebody else.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -4,8 +4,6 @@
 process ended. Without `start` nothing is written.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Records of a run: metrics and warnings as they come, versions, git state and hardware."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import math

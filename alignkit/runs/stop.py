@@ -1,7 +1,5 @@
 """Stop signals and time limits: the first signal is remembered and heard between two answers, or after a step."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -4,8 +4,6 @@ Upstream (transformers 5.23) names the files; `runs.checkpoints` makes them coun
 By how many processes a checkpoint was written does not matter.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

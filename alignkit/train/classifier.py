@@ -1,7 +1,5 @@
 """Classifiers by supervised fine-tuning on labels, with language modelling as auxiliary loss (GPT-1, section 3.2)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

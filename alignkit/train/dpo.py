@@ -4,8 +4,6 @@ Adds what TRL lacks: the losses of `OWN_LOSSES`, soft labels, and a reference th
 merged adapters.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

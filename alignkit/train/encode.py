@@ -11,8 +11,6 @@ Columns, int32 lists unless said otherwise:
     ppo   prompt_ids, prompt (JSON of its text or messages), columns (JSON of the row's others), length
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence

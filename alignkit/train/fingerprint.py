@@ -3,8 +3,6 @@
 A run keeps its fingerprint in stage.json. Without torch: `alignkit run` compares every stage first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

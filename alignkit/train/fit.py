@@ -4,8 +4,6 @@ A method only builds its trainer. With several processes all of them run this; r
 writes them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import resource

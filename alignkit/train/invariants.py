@@ -3,8 +3,6 @@
 It runs forward passes in eval mode and changes nothing, random numbers included.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Legend: B pairs (or prompts) in a batch, K answers of one prompt, P pairs of one prompt. Nothing here knows a model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

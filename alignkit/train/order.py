@@ -1,8 +1,6 @@
 """The order in which an epoch takes its rows: a pure function of (lengths, seed, epoch), so that a resumed run sees the
 rows it would have seen, on any number of devices."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 It starts no process and shards nothing. Objects travel as JSON: nothing is ever unpickled.
 """
 
-from __future__ import annotations
-
 import atexit
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What a run writes while it trains: metrics.jsonl, progress, and answers to the same prompts in samples.jsonl."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from functools import partial

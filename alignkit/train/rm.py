@@ -4,8 +4,6 @@ All answers of a prompt are one batch element (InstructGPT), labels may be soft 
 asked for, and the reward can be normalised on reference rows (Ziegler, InstructGPT).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Supervised fine-tuning and language-model pre-training on TRL's SFTTrainer."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -4,8 +4,6 @@ Checkpoints and final weights have one layout whatever trained them: what a sing
 is asked of `zero`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

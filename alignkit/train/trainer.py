@@ -4,8 +4,6 @@
 references are transformers 5.23, TRL 1.16 and accelerate 1.15.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import signal

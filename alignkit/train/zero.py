@@ -4,8 +4,6 @@ It writes no file of DeepSpeed's: its checkpoints are pickles that only the same
 knows of DeepSpeed beyond the documented `safe_get_full_*` and `safe_set_full_*` functions is marked.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from itertools import chain

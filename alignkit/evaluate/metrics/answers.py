@@ -1,7 +1,5 @@
 """Sampled answers: their length, whether they end, and their rewards."""
 
-from __future__ import annotations
-
 from alignkit.evaluate.context import Context, Metric
 from alignkit.evaluate.intervals import Figure, make_figure, mean_of_groups, share
 

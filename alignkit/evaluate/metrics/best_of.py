@@ -4,8 +4,6 @@ Every N is estimated without bias from the same M answers of a prompt (WebGPT, a
 with rank i is the best of N drawn without replacement with probability C(i - 1, N - 1) / C(M, N).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby

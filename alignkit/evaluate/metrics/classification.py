@@ -3,8 +3,6 @@
 The baselines learn from the rows that the classifier was trained on. Naive Bayes: multinomial, add-one smoothing.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -16,8 +16,6 @@ Three ways in which it can err, and what is done:
 Legend: P prompts, M answers to each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """KL(pi || pi_ref) of a policy to its reference, in nats per answer, from sampled answers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Metric

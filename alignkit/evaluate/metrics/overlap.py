@@ -4,8 +4,6 @@ Overlap is not quality: ROUGE-L ranks raw GPT-3 above InstructGPT on published
 summaries. All figures are times 100.
 """
 
-from __future__ import annotations
-
 import importlib
 from bisect import bisect_left
 from collections.abc import Sequence

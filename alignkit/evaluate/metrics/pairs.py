@@ -5,8 +5,6 @@ Beside them stands what the length alone would get. A tie counts one half. Calib
 section 2.3 and figure 9; expected calibration error: Naeini et al. 2015.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

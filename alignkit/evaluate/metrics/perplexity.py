@@ -1,7 +1,5 @@
 """Perplexity per token of held-out text, and bits per byte, which tokenizers cannot flatter."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Win rate of one model's answers against another's: both orders asked, and what length alone explains."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@
 The value of a token is what is expected before it is sampled.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext

@@ -5,8 +5,6 @@ inputs are read nowhere and come out as 0. Sources: Ziegler 2019 (arXiv 1909.085
 the masked forms of vwxyzjn/summarize_from_feedback_details.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

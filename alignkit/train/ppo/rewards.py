@@ -1,7 +1,5 @@
 """The reward of a rollout: all sources of a ppo stage as one weighted sum, and what becomes of it before the KL."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

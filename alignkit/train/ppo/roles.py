@@ -4,8 +4,6 @@ With `lora:` policy, reference, a reward model of the same base and the critic s
 acts is switched per forward pass.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

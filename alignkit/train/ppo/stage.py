@@ -1,7 +1,5 @@
 """PPO as a stage: policy, reference, rewards and critic put together, and what is saved beside the policy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
