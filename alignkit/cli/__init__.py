@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from alignkit.cli.look import chat, check, diff, doctor, evaluate, init, merge, preview, report, schema
+from alignkit.cli.look import chat, check, compare, diff, doctor, evaluate, init, merge, preview, report, schema
 from alignkit.cli.train import rlaif, run, stage_command
 from alignkit.errors import SUPERVISED, explain, first_line
 
@@ -48,7 +48,7 @@ app.command("sft", help="Train on demonstrations, or pre-train on raw text.")(st
 app.command("rm", help="Train a reward model on comparisons.")(stage_command("rm"))
 app.command("dpo", help="Train the policy directly on preferences.")(stage_command("dpo"))
 app.command("ppo", help="Train the policy on sampled answers and a reward, with a critic.")(stage_command("ppo"))
-for function in (init, rlaif, run, check, preview, schema, doctor, merge, evaluate, chat, diff, report):
+for function in (init, rlaif, run, check, preview, schema, doctor, merge, evaluate, chat, compare, diff, report):
     app.command("eval" if function is evaluate else None)(function)
 
 

@@ -149,6 +149,47 @@ def chat(
     talk(sources, settings, device=device, trust_code=trust_code)
 
 
+def compare(
+    first: Annotated[str, typer.Argument(metavar="RUN_A", help="A run, which keeps the votes.")],
+    second: Annotated[str, typer.Argument(metavar="RUN_B", help="Another run, or a model.")],
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", metavar="FILE", help="Rows whose prompts are asked; omitted: held out.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option("-n", metavar="N", min=1, help="How many prompts.")] = 50,
+    rater: Annotated[
+        str | None, typer.Option("--rater", metavar="NAME", help="Judge in this terminal, under this name.")
+    ] = None,
+    port: Annotated[int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any.")] = 0,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge answers of two models yourself, blinded: a page on this machine, a win rate, and preference rows."""
+    from alignkit import console
+    from alignkit.evaluate.options import combine, sources
+    from alignkit.models.files import require_available
+    from alignkit.recipe.schema import EvaluateOptions
+
+    for name in (first, second):
+        require_available(name, as_run=True)
+    given = {"data": sources([prompts] if prompts else (), None), "max_rows": num_prompts, "against": second}
+    options = combine(EvaluateOptions(), {**given, "metrics": ["win_rate"], "start": False})
+    from alignkit.evaluate.people import ROWS, People
+    from alignkit.evaluate.run import evaluate, table
+    from alignkit.evaluate.target import find_target
+
+    if (run := find_target(first, trust_code=trust_code).run) is None:
+        raise typer.BadParameter(f"{first} is no run; the first one's run keeps the votes")
+    judge = People(run.path, rater=rater, port=port)
+    data = evaluate(first, options, device=device, trust_code=trust_code, judge=judge)
+    data["results"] = [each for each in data["results"] if each["settings"].get("judge") == judge.name]
+    if as_json:
+        console.print_json(data)
+    else:
+        console.print_table(data["name"], *table(data["results"]))
+        console.print_paths({"preferences": str(run.path / ROWS)})
+
+
 def diff(
     first: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],

@@ -22,7 +22,7 @@ from alignkit.recipe.schema import METRICS, EvaluateOptions
 from alignkit.report.evaluation import name_all_data
 from alignkit.report.publish import show
 from alignkit.rewards.base import Workspace
-from alignkit.rewards.compare import check_judge
+from alignkit.rewards.compare import Comparer, check_judge
 from alignkit.runs.directory import RunDir, form_of
 from alignkit.runs.files import disk_failures, read_record, write_json
 from alignkit.runs.record import versions
@@ -33,14 +33,14 @@ _BY_START = ", by its start "
 
 def evaluate(
     source: str, options: EvaluateOptions, *, seed: int | None = None, out: Path | None = None, device: str = "auto",
-    trust_code: bool = False, folder: Path | None = None, lenient: bool = False,
+    trust_code: bool = False, folder: Path | None = None, lenient: bool = False, judge: Comparer | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a model and return what eval.json holds now.
 
     It is written into the run, or to `out`; a model that is no run and has no `out` leaves nothing. Answers and scores
-    are kept beside it. `folder` is where functions are looked up, too. With `lenient` a metric that was asked for and
-    cannot be measured is left out with a warning. Raises UsageError for what cannot be measured, what loading raises,
-    and JudgeError when the judge gave up, after writing the other figures.
+    are kept beside it. `folder` is where functions are looked up, too; `judge` is one that options cannot name. With
+    `lenient` a metric that was asked for and cannot be measured is left out with a warning. Raises UsageError for what
+    cannot be measured, what loading raises, and JudgeError when the judge gave up, after writing the other figures.
     """
     began = time.monotonic()
     target = find_target(source, trust_code=trust_code)
@@ -50,6 +50,8 @@ def evaluate(
     space = Workspace(device, options.batch_size, trust_code, folder or Path.cwd(), cache)
     judged = path.with_name("eval-judged.jsonl") if path else None
     context = Context(target, options, *_read(target, options, space), space, seed=seed, judged=judged)
+    if judge is not None:
+        context.judge = judge
     trained = find_trained(target, context.rows)
     if trained:
         what = f"{trained['rows']} of {trained['of']} rows of {context.label} have a prompt that"

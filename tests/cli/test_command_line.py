@@ -12,7 +12,7 @@ from alignkit.cli import app
 
 COMMANDS = [
     "sft", "rm", "dpo", "ppo", "init", "rlaif", "run", "check", "preview", "schema", "doctor", "merge", "eval", "chat",
-    "diff", "report",
+    "compare", "diff", "report",
 ]  # fmt: skip
 STAGE_OPTIONS = [
     "--recipe", "--stage", "--out", "--set", "--dry-run", "--force", "--trust-code", "--allow-change", "--allow-key",

@@ -77,6 +77,8 @@ def measure_win_rate(
             make("judge_agreement", agree, details=[judge.report] if judge.report else None),
             make("judge_abstained", [float(None in orders) for orders in asked]),
         ]
+    if same := judge.report.get("agreement"):
+        figures.append(make_figure("rater_agreement", share(same, resamples=resamples), unit="share"))
     lengths = [(count_chars(ours[place]), count_chars(theirs[place])) for place, _ in decided]
     controlled = control_length(wins, lengths)
     return [*figures, make_figure("win_rate_length_controlled", controlled, unit="share", better="higher")]
