@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -120,18 +122,19 @@ def test_votes_survive_a_kill_and_end_in_the_run(run_dir: Path) -> None:
     assert process.returncode == 0 and "rater_agreement" in said, errors
 
 
-def _open(people: People, capsys: pytest.CaptureFixture[str]) -> tuple[threading.Thread, str]:
-    server, url = threading.Thread(target=serve, args=(people,), daemon=True), ""
-    server.start()
-    while not url:
-        url = capsys.readouterr().out.strip()
-    return server, url
+def _open(people: People) -> tuple[threading.Thread, str]:
+    server, said = threading.Thread(target=serve, args=(people,), daemon=True), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        server.start()
+        while "\n" not in said.getvalue():
+            time.sleep(0.01)
+    return server, said.getvalue().strip()
 
 
-def test_only_who_has_the_address_may_vote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_who_has_the_address_may_vote(tmp_path: Path) -> None:
     people = People(tmp_path)
     people.pairs = {key_of(pair): pair for pair in PAIRS}
-    server, url = _open(people, capsys)
+    server, url = _open(people)
     port = int(url.split(":")[2].split("/")[0])
     with pytest.raises(UsageError, match=rf"--port: {port} cannot be had: Address already in use"):
         serve(people, port=port)
@@ -150,11 +153,11 @@ def test_only_who_has_the_address_may_vote(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (apt-get install chromium)")
-def test_the_page_judges_by_keys_and_shows_hostile_answers_as_text(tmp_path: Path, capsys) -> None:
+def test_the_page_judges_by_keys_and_shows_hostile_answers_as_text(tmp_path: Path) -> None:
     people = People(tmp_path)
     pairs = [("Question?", HOSTILE, "a plain answer"), ("Another?", "one", "two " * 500)]
     people.pairs = {key_of(pair): pair for pair in pairs}
-    server, url = _open(people, capsys)
+    server, url = _open(people)
     with open_browser(tmp_path / "profile") as browser:
         for width in (1280, 390):
             browser.open(url, width=width)
