@@ -164,7 +164,7 @@ def compare(
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Judge answers of two models yourself, blinded: a page on this machine, a win rate, and preference rows."""
+    """Judge answers of two models yourself, blinded: a local page, a win rate, and preference rows."""
     from alignkit import console
     from alignkit.evaluate.options import combine, sources
     from alignkit.models.files import require_available
