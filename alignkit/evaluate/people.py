@@ -52,16 +52,17 @@ class People:
         self.pairs = {key_of(pair): pair for pair in pairs if pair[1] != pair[2]}
         if len(self.pairs) < len(pairs):
             console.note(f"{len(pairs) - len(self.pairs)} of {len(pairs)} prompts are answered alike: ties, not asked")
-        if self._rater is None:
+        if self._rater is None and self.pairs:
             serve(self, port=self._port)
-        else:
+        elif self._rater is not None:
             ask_in_terminal(self, self._rater)
         votes: dict[str, list[float]] = {key_of(pair): [] if pair[1] != pair[2] else [0.5] for pair in pairs}
         for (_, key), vote in self.votes.items():
             if key in self.pairs:
                 votes[key].append(_SCORES[vote["choice"]])
-        if not any(votes.values()):
-            raise UsageError("nobody has judged yet; the same command asks again")
+        if not any(key in self.pairs for _, key in self.votes):
+            nobody = "nobody has judged yet; the same command asks again"
+            raise UsageError(nobody if self.pairs else "there is nothing to judge: all prompts are answered alike")
         self.report["agreement"] = [[float(a == b) for a, b in combinations(given, 2)]
                                     for given in votes.values() if len(given) > 1]  # fmt: skip
         return [(sum(given) / len(given) if given else None,) for given in (votes[key_of(pair)] for pair in pairs)]

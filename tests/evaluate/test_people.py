@@ -63,6 +63,14 @@ def test_votes_become_verdicts_agreement_and_rows(tmp_path: Path, monkeypatch: p
     ]  # fmt: skip
 
 
+def test_without_a_vote_there_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(UsageError, match="nobody has judged yet"):
+        People(tmp_path, rater="ann").compare(["a", "b"], ["same", "one"], ["same", "two"])
+    with pytest.raises(UsageError, match="all prompts are answered alike"):
+        People(tmp_path).compare(["a"], ["same"], ["same"])
+
+
 def test_sides_are_drawn_for_each_rater_and_names_are_not_shown(tmp_path: Path) -> None:
     people = People(tmp_path)
     people.pairs = {key_of(PAIRS[0]): PAIRS[0]}
