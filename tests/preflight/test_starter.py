@@ -90,11 +90,12 @@ def test_a_wheel_holds_the_recipes_and_its_commit_and_starts_away_from_the_clone
         shutil.copy2(ROOT / name, tmp_path / "clone" / name, follow_symlinks=False)
     for command in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm one"):
         subprocess.run(["git", *command.split()], cwd=tmp_path / "clone", check=True)
+    head = ["git", "rev-parse", "--short=9", "HEAD"]  # as .github/workflows/release.yml
+    commit = subprocess.run(head, cwd=tmp_path / "clone", capture_output=True, text=True, check=True).stdout.strip()
+    (tmp_path / "clone/alignkit/COMMIT").write_text(commit + "\n")
     build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
     subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "clone", check=True, capture_output=True)
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "installed")
-    head = ["git", "rev-parse", "--short=9", "HEAD"]
-    commit = subprocess.run(head, cwd=tmp_path / "clone", capture_output=True, text=True, check=True).stdout.strip()
     shutil.rmtree(tmp_path / "clone")
     files = [path for path in ROOT.glob("recipes/**/*") if path.suffix in (".yaml", ".jsonl")]
     shipped = {path.relative_to(ROOT / "recipes") for path in files}
