@@ -21,7 +21,7 @@ from alignkit.recipe import Stage
 from alignkit.recipe.schema import FEEDBACK, ROOMS
 from alignkit.runs.directory import Result, RunDir, compare_fingerprints, open_run, set_aside
 from alignkit.runs.heartbeat import is_worker
-from alignkit.runs.record import record_warnings
+from alignkit.runs.record import began, record_warnings
 from alignkit.train.fingerprint import fingerprint_stage, unread
 
 _STRAY_SECONDS = 45.0
@@ -71,6 +71,7 @@ def is_in_process(command: Command, *, retries: int) -> bool:
 
 def _train(stage: Stage, command: Command) -> Result:
     """Train in this process, in a run directory that somebody holds for it."""
+    began[:] = [time.monotonic()]
     run = RunDir(Path(stage.run_dir))
     method = importlib.import_module(f"alignkit.{ROOMS.get(stage.method, 'train')}.{stage.method}")
     gc.enable()

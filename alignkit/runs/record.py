@@ -17,6 +17,7 @@ from alignkit import console
 from alignkit.runs.files import disk_failures, open_own, put_aside, read_lines, scan_lines, tell_bad_lines, write_text
 
 PACKAGES = ("alignkit", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+began: list[float] = []  # when this process took a stage up, before the stage's libraries were loaded
 
 
 class JsonLines:

@@ -26,7 +26,7 @@ from alignkit.models.load import build_skeleton, load_trained
 from alignkit.models.parameters import compare_probes, describe_parameters, hash_base, hash_samples, take_probe
 from alignkit.models.save import save_model
 from alignkit.recipe import Stage
-from alignkit.runs import checkpoints
+from alignkit.runs import checkpoints, record
 from alignkit.runs.directory import (
     Result,
     RunDir,
@@ -59,7 +59,7 @@ def fit(build: Build, stage: Stage, run_dir: Path, *, allow_change: Sequence[str
     A finished run is returned as it is; an unfinished one goes on from its newest checkpoint that verifies.
     """
     run = RunDir(run_dir)
-    began = time.monotonic()
+    began = record.began.pop() if record.began else time.monotonic()
     with stop_between_steps() as stop:
         pulse("joining")
         ranks.start(stage, run.path)
@@ -327,7 +327,7 @@ def finish(setup: Setup) -> Result:
     tokens = trainer.watch.num_tokens + trainer.num_trained_tokens
     metrics |= _save_final(setup)
 
-    def record() -> dict[str, Any]:
+    def write_record() -> dict[str, Any]:
         from alignkit.report.publish import show
 
         shutil.rmtree(run.cache, ignore_errors=True)
@@ -344,7 +344,7 @@ def finish(setup: Setup) -> Result:
         show(run)
         return result
 
-    return Result(**ranks.once(record))
+    return Result(**ranks.once(write_record))
 
 
 def _take_best(setup: Setup) -> int:
