@@ -273,5 +273,5 @@ def score_tokens(
             logps_N, _ = token_logps(base, batch.pick(hidden_BLH), batch.targets_N, temperature)
             for place, values in zip(places, logps_N.split([len(tail) for tail in tails]), strict=True):
                 results[place] = values.tolist()
-            meter.advance(size)
+            meter.advance(len(places))
     return results
