@@ -31,7 +31,6 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     """Write a module beside a recipe and load a function of it, as a stage does."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
 
     def run(code: str, path: str = "score_it:score", *, trust: bool = True) -> FunctionReward:
         (tmp_path / "score_it.py").write_text(code)
@@ -41,7 +40,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
         return FunctionReward(stage.options.reward[0], space)  # type: ignore[attr-defined]
 
     yield run
-    for name in set(sys.modules) - before:
+    written = [name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))]
+    for name in written:
         del sys.modules[name]
 
 
