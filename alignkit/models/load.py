@@ -452,7 +452,8 @@ def build_skeleton(
 
 def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast | None, learnt: str | None) -> nn.Module:
     reward, source = stage.scores, start.base
-    if is_random(stage) and source == stage.model.path:
+    is_drawn = is_random(stage) and source == stage.model.path
+    if is_drawn:
         with torch.device("meta"):
             model = draw_base(stage, tokenizer or load_tokenizer(stage, learnt=learnt), torch.float32)
         num_bytes = 4 * sum(weight.numel() for weight in model.parameters())
@@ -486,7 +487,7 @@ def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast |
     except Exception as error:  # whatever a strange config provokes; nothing but this build is in here
         raise ModelError(f"does not make a model: {first_line(error)}", where=config_file) from error
     stored: dict[str, list[int]] = {}
-    for file in sorted(directory.glob("*.safetensors")) if directory and not is_quantized else ():
+    for file in sorted(directory.glob("*.safetensors")) if directory and not is_quantized and not is_drawn else ():
         try:
             stored |= read_shapes(file)
         except ValueError as error:

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters import activate
-from alignkit.models.load import Loaded, load_policy, load_reference, load_reward_model, load_trained
+from alignkit.models.load import Loaded, build_skeleton, load_policy, load_reference, load_reward_model, load_trained
 from alignkit.models.parameters import compare_probes, hash_base, take_probe
 from alignkit.models.save import save_model
 from alignkit.models.tokens import load_tokenizer
@@ -286,6 +286,7 @@ def test_a_saved_model_is_read_whole_and_only_its_config_is_taken_for_scratch(ma
     stage = make_stage("sft", path=path, init="scratch", config={"n_layer": 1})
     model = load_policy(stage, run_dir=run_dir).model
     assert model.config.n_layer == 1 and model.config.vocab_size == VOCABULARY
+    build_skeleton(make_stage("rm", path=path, init="scratch", config={"n_embd": 16}))  # other shapes than on disk
     tensors = load_file(file := run_dir / "model" / "model.safetensors")
     del tensors["transformer.h.1.mlp.c_fc.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
