@@ -124,8 +124,16 @@ def end(error: Exception, run_dir: Path | None) -> int:
     known = explain(error)
     supervised = SUPERVISED in os.environ
     if known is None:
-        log = _write_error_log(error, run_dir)
+        import traceback
+
         rank = os.environ.get("RANK", "0")
+        name = "error.log" if rank == "0" else f"error-rank{rank}.log"
+        path = run_dir / name if run_dir is not None and run_dir.is_dir() else Path(f"alignkit-{name}")
+        text, log = f"$ {' '.join(sys.argv)}\n{''.join(traceback.format_exception(error))}", str(path)
+        try:
+            path.write_text(console.printable(console.redact(text)), encoding="utf-8")
+        except OSError as problem:
+            log = f"not written, {problem.strerror}; ALIGNKIT_DEBUG=1 shows it"
         prefix = "" if rank == "0" or supervised else f"rank {rank}: "
         message = console.redact(f"{prefix}unexpected {type(error).__name__}: {first_line(error)} (traceback: {log})")
         return _leave(1, [message if supervised else f"error: {message}"], unexpected=True)
@@ -173,20 +181,3 @@ def _leave(code: int, problems: list[str] | None = None, *, unexpected: bool = F
         for problem in problems:
             write(redact(problem), stderr=True)
     return code
-
-
-def _write_error_log(error: Exception, run_dir: Path | None) -> str:
-    """Write the traceback of an error, and say where it is or why it could not be written."""
-    import traceback
-
-    from alignkit.console import printable, redact
-
-    rank = os.environ.get("RANK", "0")
-    name = "error.log" if rank == "0" else f"error-rank{rank}.log"
-    path = run_dir / name if run_dir is not None and run_dir.is_dir() else Path(f"alignkit-{name}")
-    text = f"$ {' '.join(sys.argv)}\n{''.join(traceback.format_exception(error))}"
-    try:
-        path.write_text(printable(redact(text)), encoding="utf-8")
-    except OSError as problem:
-        return f"not written, {problem.strerror}; ALIGNKIT_DEBUG=1 shows it"
-    return str(path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignkit.cli.options import AllowKey, AsJson, Overrides, RecipeFile, StageName, TrustCode
+from alignkit.cli.train import AllowKey, AsJson, Overrides, RecipeFile, StageName, TrustCode
 
 if TYPE_CHECKING:
     from alignkit.preflight.check import CheckReport
@@ -80,7 +80,7 @@ def preview(
 
     shown = preview_stage(resolved, num_rows=num_rows)
     if html is not None:
-        from alignkit.report.page import write_preview
+        from alignkit.report.publish import write_preview
 
         console.print_paths({"page": str(write_preview(shown.to_dict(), html))})
     elif as_json:
@@ -234,8 +234,7 @@ def report(
     from alignkit import console
     from alignkit.models.files import find_model_dir
     from alignkit.report.facts import find_runs
-    from alignkit.report.page import watch
-    from alignkit.report.publish import publish
+    from alignkit.report.publish import publish, watch
     from alignkit.report.verdict import judge_all
 
     if str(target).startswith("builtin:"):
@@ -332,15 +331,8 @@ def evaluate(
         raise typer.BadParameter("--out is one file, and the recipe has several stages; name one with --stage")
     if split is not None and not data:
         raise typer.BadParameter("--split belongs to --data")
-    given = {
-        "data": sources(data or (), split), "max_rows": max_rows, "metrics": metrics, "reference": reference,
-        "reward": reward, "against": against, "judge": judge_source(judge, judge_name),
-        "constitution": constitution,
-        "best_of": best_of, "tasks": tasks, "shots": shots, "samples": samples, "temperature": temperature,
-        "top_p": top_p, "top_k": top_k,
-        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
-    }  # fmt: skip
-    options = combine(base, given)
+    given = {name: value for name, value in context.params.items() if name in EvaluateOptions.model_fields}
+    options = combine(base, {**given, "data": sources(data or (), split), "judge": judge_source(judge, judge_name)})
     typed = getattr(context.get_parameter_source("allow_key"), "name", "") == "COMMANDLINE"  # not in the environment
     if typed and not (isinstance(options.judge, FeedbackModel) and options.judge.api_key_env):
         raise typer.BadParameter(

@@ -1,11 +1,153 @@
-"""The commands that train: sft, rm, dpo, ppo, rlaif, and run."""
+"""The commands that train, sft, rm, dpo, ppo, rlaif and run; and the options that several commands take."""
 
+from __future__ import annotations
+
+import inspect
+import os
 from collections.abc import Callable
-from typing import Annotated, Literal
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import typer
 
-from alignkit.cli.options import Given, RunDir, StageName, StepName, trains
+if TYPE_CHECKING:
+    from alignkit.launch.placement import Command
+    from alignkit.launch.run import How
+    from alignkit.recipe import Recipe, Stage
+
+_flag = partial(typer.Option, metavar="")  # typer would show <bool> beside a flag, which takes no value
+_many = partial(typer.Option, rich_help_panel="Many processes")
+
+_RECIPE = "The recipe: model, data and stages in YAML; -r may be left out before it."
+RecipeFile = Annotated[Path, typer.Option("--recipe", "-r", metavar="FILE", help=_RECIPE)]
+StageName = Annotated[
+    str | None, typer.Option("--stage", metavar="NAME", help="Which stage, where the recipe has several of a method.")
+]
+StepName = Annotated[
+    str | None,
+    typer.Option("--stage", metavar="NAME", help="One of its stages, by name or step: critique, sft, label, dpo, ..."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value, such as dpo.beta=0.2. Repeatable."),
+]
+RunDir = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="The run directory, instead of runs/<recipe>/<stage>.")
+]
+DryRun = Annotated[bool, _flag("--dry-run", help="Show what would be done, and every value in force; do nothing.")]
+Force = Annotated[bool, _flag("--force", help="Start afresh: an existing run is moved aside, never deleted.")]
+TrustCode = Annotated[
+    bool, _flag("--trust-code", help="Allow code of models and reward functions: only what you have read.")
+]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option("--allow-change", metavar="KEY", help="Resume although this setting has changed. Repeatable."),
+]
+_ALLOWED = "ALIGNKIT_ALLOW_KEY"  # as in feedback/server.py
+
+
+def _allow_keys(names: list[str] | None) -> list[str] | None:
+    """Put what is allowed where every process of the command finds it: in the environment, beside the keys."""
+    if names:
+        os.environ[_ALLOWED] = " ".join(names)
+    return names
+
+
+AllowKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-key", metavar="NAME", envvar=_ALLOWED, show_envvar=False, callback=_allow_keys,
+        help="Let api_key_env of a recipe send this variable to the server it names. Repeatable.",
+    ),
+]  # fmt: skip
+Retries = Annotated[
+    int,
+    _many(
+        "--retries", min=0, metavar="N",
+        help="Start again up to N times when a process was killed or hung, as long as each try gets further.",
+    ),
+]  # fmt: skip
+Slurm = Annotated[bool, _many("--slurm", metavar="", help="Write an sbatch script instead of training.")]
+Submit = Annotated[bool, _many("--submit", metavar="", help="Hand the script of --slurm to sbatch.")]
+NodeRank = Annotated[
+    int | None,
+    _many(
+        "--node-rank", min=0, metavar="N",
+        help="Which of launch.nodes this machine is; omitted: SLURM_NODEID or NODE_RANK.",
+    ),
+]  # fmt: skip
+MainAddress = Annotated[
+    str | None, _many("--main-address", metavar="HOST", help="Where node 0 is reached: launch.main_address.")
+]
+MainPort = Annotated[int | None, _many("--main-port", metavar="PORT", help="Its port: launch.main_port.")]
+AsJson = Annotated[bool, _flag("--json", help="Print the result as JSON on stdout.")]
+
+
+class Given(NamedTuple):
+    """What every command that trains is given, beside options of its own."""
+
+    recipe: RecipeFile
+    overrides: Overrides = None
+    dry_run: DryRun = False
+    force: Force = False
+    trust_code: TrustCode = False
+    allow_change: AllowChange = None
+    allow_key: AllowKey = None
+    as_json: AsJson = False
+    retries: Retries = 0
+    slurm: Slurm = False
+    submit: Submit = False
+    node_rank: NodeRank = None
+    main_address: MainAddress = None
+    main_port: MainPort = None
+
+    @property
+    def changes(self) -> list[str]:
+        """The overrides, with --main-address and --main-port, which are short for two of them."""
+        given = (("launch.main_address", self.main_address), ("launch.main_port", self.main_port))
+        return [*(self.overrides or ()), *(f"{key}={value}" for key, value in given if value is not None)]
+
+    @property
+    def how(self) -> How:
+        from alignkit.launch.run import How
+
+        return How(self.dry_run, self.force, self.as_json, self.retries, self.slurm, self.submit)
+
+    def load(self) -> Recipe:
+        from alignkit.recipe import load_recipe
+
+        return load_recipe(self.recipe, overrides=self.changes)
+
+    def job(self, stage: Stage, out: Path | None = None) -> Command:
+        """Make the command that starts a stage elsewhere."""
+        from alignkit.launch.placement import Command
+
+        return Command(
+            stage, self.changes, allow_change=tuple(self.allow_change or ()), allow_key=tuple(self.allow_key or ()),
+            out=out, node_rank=self.node_rank,
+        )  # fmt: skip
+
+
+def trains(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function that takes the context, a `Given`, and options of its own."""
+    context, _, *own = inspect.signature(function, eval_str=True).parameters.values()
+    hints = get_type_hints(Given, include_extras=True)
+    shared = {
+        name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+        for name, default in {"recipe": inspect.Parameter.empty, **Given._field_defaults}.items()
+    }
+
+    def command(context: typer.Context, **values: Any) -> None:
+        given = Given(**{name: values.pop(name) for name in Given._fields})
+        function(context, given, **values)
+
+    recipe = shared.pop("recipe")
+    taken = [context, recipe, *(option.replace(kind=recipe.kind) for option in own), *shared.values()]
+    command.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in taken}
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    return command
 
 
 def stage_command(method: Literal["sft", "rm", "dpo", "ppo"]) -> Callable[..., None]:

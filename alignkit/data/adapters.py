@@ -8,6 +8,7 @@ from typing import Any
 from alignkit.data.files import type_name
 from alignkit.data.rows import BadRow, Message, Row, Text
 from alignkit.data.values import (
+    KNOWN,
     REASONING_KEYS,
     Reading,
     check_answer,
@@ -26,17 +27,12 @@ from alignkit.data.values import (
 )
 
 # Columns by what they say; the first one with something in it counts.
-CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "transcript")
-PROMPTS = ("prompt", "instruction", "question", "query", "problem")
-CONTEXTS = ("input", "context")  # beside a prompt they follow it; alone they are one
-ANSWERS = ("completion", "output", "response", "solution", "answer")
-SYSTEMS = ("system", "system_prompt", "system_message")
-TOOLS = ("tools", "functions")
-LABELS = ("label", "kto_tag")
-REJECTED = ("rejected_response", "rejected_messages")  # beside a conversation whose last answer is the chosen one
-RANKED = ("completions", "responses", "answers")
-MASKS = ("assistant_masks", "completion_mask")  # TRL's
-SCORES = ("overall_score", "score", "rating", "reward", "helpfulness")  # higher is better
+_COLUMNS: dict[str, tuple[str, ...]] = {name: tuple(columns) for name, columns in KNOWN["columns"].items()}
+CONVERSATIONS, PROMPTS, ANSWERS, LABELS = (_COLUMNS[name] for name in ("conversations", "prompts", "answers", "labels"))
+CONTEXTS = _COLUMNS["contexts"]  # beside a prompt they follow it; alone they are one
+SYSTEMS, TOOLS, RANKED = (_COLUMNS[name] for name in ("systems", "tools", "ranked"))
+REJECTED = _COLUMNS["rejected"]  # beside a conversation whose last answer is the chosen one
+SCORES, MASKS = _COLUMNS["scores"], _COLUMNS["masks"]  # higher is better; TRL's
 ASKED = (*PROMPTS, *CONTEXTS, *CONVERSATIONS, *SYSTEMS, *TOOLS, "chat_template_kwargs")
 _WORDS = {"desirable": 1.0, "undesirable": 0.0, "good": 1.0, "bad": 0.0}
 START = "\n\nHuman:"
@@ -378,12 +374,8 @@ def _ranked(reading: Reading, prompt: Text, answers: list[Text], scores: list[fl
 
 
 # Rows with labels, of an sft stage whose objective is named so. The columns, by what data sets call them.
-TEXTS = ("text", "sentence", "content", "review")
-PAIRS = (
-    ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"),
-    ("text1", "text2"), ("sentence_a", "sentence_b"),
-)  # fmt: skip
-CHOICES = ("choices", "options", "endings")
+TEXTS, CHOICES = _COLUMNS["texts"], _COLUMNS["choices"]
+PAIRS: list[tuple[str, str]] = [(first, second) for first, second in KNOWN["pairs"]]
 _STORIES = ("article", "passage", "context", "ctx", "premise", "prompt")
 _QUESTIONS = ("question", "query")
 _LABELLED = ("label", "gold_label", "class", "category", "target")
@@ -392,16 +384,17 @@ _RIGHT = ("answer", "label", "answerKey", "answer_key", "gold")
 
 def adapt_classified(reading: Reading) -> Row:
     """Read a text, or a pair such as premise and hypothesis, with the name of its label."""
-    return _labelled(reading, *(pair for pair in PAIRS if set(pair) <= reading.record.keys()), *zip(TEXTS, strict=True))
+    return _labelled(reading, *zip(TEXTS, strict=True))
 
 
 def adapt_compared(reading: Reading) -> Row:
     """Read two sentences and how they compare."""
-    return _labelled(reading, *(pair for pair in PAIRS if set(pair) <= reading.record.keys()), PAIRS[1])
+    return _labelled(reading, PAIRS[1])
 
 
-def _labelled(reading: Reading, *columns: tuple[str, ...]) -> Row:
-    names = next((names for names in columns if set(names) <= reading.record.keys()), columns[0])
+def _labelled(reading: Reading, *others: tuple[str, ...]) -> Row:
+    found = [names for names in (*PAIRS, *others) if set(names) <= reading.record.keys()]
+    names = (found or others)[0]
     texts = tuple(check_text(reading.need(name), name) for name in names)
     name = next((name for name in _LABELLED if name in reading.record), "label")
     value = reading.need(name)

@@ -47,10 +47,7 @@ _ADJECTIVES, _VERBS = (
 _WORD = re.compile(r"[a-z]+")
 _WORD_WORTH = {word: worth for table in (_ADJECTIVES, _VERBS) for worth, words in table.items() for word in words}
 # The questions of the constitution builtin:positive-reviews (the feedback room's), which tests compare.
-COMPARISONS = (
-    "Which of these reviews is more positive?", "Choose the review that says kinder things about the film.",
-    "Which reviewer liked the film better?", "Choose the answer that praises the film more and blames it less.",
-)  # fmt: skip
+COMPARISONS: tuple[str, ...] = tuple(_WORDS["comparisons"])
 _MOOD_WORTHS = {"positive": (1.0, 0.5), "negative": (-1.0, -0.5), "mixed": (1.0, 0.5, -0.5, -1.0)}
 
 
@@ -87,11 +84,8 @@ def parse_builtin(path: str, *, split: str = "train", max_rows: int | None = Non
     if split not in SPLITS:
         problems.append(f"split is {split!r}; builtin data has {' and '.join(SPLITS)}")
     accepted = ["rows", "noise"] if name == "preferences" else ["rows"]
-    problems += [
-        f"?{key}= is not a parameter{suggest(key, accepted, listed='accepted:')}"
-        for key in given
-        if key not in accepted
-    ]
+    unknown = [key for key in given if key not in accepted]
+    problems += [f"?{key}= is not a parameter{suggest(key, accepted, listed='accepted:')}" for key in unknown]
 
     def read(key: str, default: float, what: str, is_good: Callable[[float], bool]) -> float:
         try:
@@ -139,31 +133,22 @@ def _opinion(random: Random, worths: tuple[float, ...]) -> str:
 
     part, other = random.sample(_WORDS["parts"], 2)
     shape = random.randrange(4)
-    if shape == 0:
-        return f"The {part} was {random.choice(_WORDS['how'])}{adjective()}."
-    if shape == 1:
-        return f"The {part} was {adjective()} and the {other} was {adjective()}."
-    if shape == 2:
-        return f"I {random.choice(_VERBS[random.choice(worths)])} the {part}."
-    return f"The {random.choice(_WORDS['how'])}{adjective()} {part} stayed with me."
+    drawn = {"how": random.choice(_WORDS["how"])} if shape in (0, 3) else {}
+    drawn |= {"verb": random.choice(_VERBS[random.choice(worths)])} if shape == 2 else {"first": adjective()}
+    drawn |= {"second": adjective()} if shape == 1 else {}
+    return str(_WORDS["opinions"][shape]).format(part=part, other=other, **drawn)
 
 
-def _neutral(random: Random) -> str:
-    return random.choice(
-        [
-            f"It is set in {random.choice(_WORDS['places'])}.",
-            f"I saw it on a {random.choice(_WORDS['days'])}.",
-            f"It runs for {random.choice(_WORDS['hours'])} hours.",
-            f"It opens in {random.choice(_WORDS['places'])}.",
-        ]
-    )
+def _fact(random: Random) -> str:
+    place, day, hours, other = (random.choice(_WORDS[name]) for name in ("places", "days", "hours", "places"))
+    return str(random.choice(_WORDS["facts"])).format(place=place, day=day, hours=hours, other=other)
 
 
 def _review(random: Random, mood: str) -> str:
     """Make two to four sentences: opinions of the mood, and sometimes a fact."""
     sentences = [_opinion(random, _MOOD_WORTHS[mood]) for _ in range(random.randint(2, 3))]
     if random.random() < 0.5:
-        sentences.insert(random.randrange(len(sentences) + 1), _neutral(random))
+        sentences.insert(random.randrange(len(sentences) + 1), _fact(random))
     return " ".join(sentences)
 
 
@@ -186,16 +171,12 @@ def _instruction(random: Random, split: str) -> dict[str, Any]:
     if shape <= 1:
         prompt, answer = f"Write a {mood} review of the {genre} {title}.", _review(random, mood)
     elif shape == 2:
-        first, rest = _opinion(random, _MOOD_WORTHS[mood]), _review(random, mood)
-        prompt, answer = f"Go on with this review of {title}: {first}", rest
+        prompt = f"Go on with this review of {title}: {_opinion(random, _MOOD_WORTHS[mood])}"
+        answer = _review(random, mood)
     elif shape == 3:
-        fact = f"{title} is {kind} by {director}."
-        prompt, answer = random.choice(
-            [
-                (f"{fact} Who made it?", f"{director} made {title}."),
-                (f"{fact} What kind of film is it?", f"{title} is {kind}."),
-            ]
-        )
+        asked = (("Who made it?", f"{director} made {title}."), ("What kind of film is it?", f"{title} is {kind}."))
+        question, answer = random.choice(asked)
+        prompt = f"{title} is {kind} by {director}. {question}"
     else:
         opinion = _opinion(random, _MOOD_WORTHS[random.choice(("positive", "negative"))])
         prompt = f"A review of {title} says: {opinion} Did the reviewer like it?"
@@ -205,14 +186,7 @@ def _instruction(random: Random, split: str) -> dict[str, Any]:
 
 def _question(random: Random, split: str) -> str:
     title, genre, director, _ = _film(random, split)
-    return random.choice(
-        [
-            f"Write a review of the {genre} {title}.",
-            f"What did you think of {title}, the {genre} by {director}?",
-            f"Tell me about the {genre} {title}.",
-            f"Should I see {title} by {director}?",
-        ]
-    )
+    return str(random.choice(_WORDS["questions"])).format(title=title, genre=genre, director=director)
 
 
 def _rated(random: Random, count: int, make: Callable[[Random], str]) -> list[str]:
@@ -231,7 +205,7 @@ def _judge_item(random: Random, split: str) -> dict[str, Any]:
     if kind == 0:
         # An opinion, then a fact. What decides most comparisons is a word and the place it stands in, neither of which
         # says anything alone, and gradients do not find such a pair; here the word alone decides.
-        a, b = _opinion(random, _MOOD_WORTHS[random.choice(("positive", "negative"))]), _neutral(random)
+        a, b = _opinion(random, _MOOD_WORTHS[random.choice(("positive", "negative"))]), _fact(random)
     else:
         make = _any_review if kind == 1 else lambda random: _opinion(random, _MOOD_WORTHS["mixed"])
         pair = _rated(random, 2, make)

@@ -58,16 +58,29 @@ def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES, 
     lines of jsonl, csv and txt, rows (from 1) of json and tables. A row of more than `limit` bytes is a BadRow.
     With `named` a ClassLabel of a table is its name instead of its number.
     """
-    name, suffix = label_path(path), data_suffix(path)
-    entries = (
-        _read_table(path, name, named=named)
-        if suffix in (".parquet", ".arrow")
-        else _read_bytes(path, name, suffix, blocks, limit)
-    )
+    name = label_path(path)
+    entries = _read_entries(path, name, data_suffix(path), blocks=blocks, limit=limit, named=named)
     if (first := next(entries, None)) is None:
         raise DataError("the file has no rows", where=name)
     yield first
     yield from entries
+
+
+def _read_entries(
+    path: Path, name: str, suffix: str | None, *, blocks: bool, limit: int, named: bool
+) -> Iterator[Entry]:
+    if suffix in (".parquet", ".arrow"):
+        yield from _read_table(path, name, named=named)
+        return
+    with _open(path, name) as stream:
+        if suffix in (".jsonl", ".ndjson"):
+            yield from _read_json_lines(stream, name, limit)
+        elif suffix == ".json":
+            yield from _read_json(stream, name, limit)
+        elif suffix in (".csv", ".tsv"):
+            yield from _read_csv(stream, name, limit, "," if suffix == ".csv" else "\t")
+        else:
+            yield from _read_text(stream, name, limit, blocks)
 
 
 def read_parallel(path: Path, target: Path, *, limit: int = MAX_LINE_BYTES) -> Iterator[Entry]:
@@ -86,18 +99,6 @@ def read_parallel(path: Path, target: Path, *, limit: int = MAX_LINE_BYTES) -> I
             except UnicodeDecodeError as error:
                 bad = [_bad_utf8(error)]
             yield f"{name}:{number}", bad[0] if bad else {"prompt": texts[0], "completion": texts[1]}
-
-
-def _read_bytes(path: Path, name: str, suffix: str | None, blocks: bool, limit: int) -> Iterator[Entry]:
-    with _open(path, name) as stream:
-        if suffix in (".jsonl", ".ndjson"):
-            yield from _read_json_lines(stream, name, limit)
-        elif suffix == ".json":
-            yield from _read_json(stream, name, limit)
-        elif suffix in (".csv", ".tsv"):
-            yield from _read_csv(stream, name, limit, "," if suffix == ".csv" else "\t")
-        else:
-            yield from _read_text(stream, name, limit, blocks)
 
 
 @contextmanager
@@ -269,10 +270,8 @@ def _read_array(stream: IO[bytes], name: str, limit: int) -> Iterator[Any]:
         try:
             text, at = text[at:] + decoder.decode(chunk, final=ended), 0
         except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise DataError(
-                f"holds byte 0x{byte:02x}, which is not UTF-8; save the file as UTF-8", where=name
-            ) from error
+            what = f"holds byte 0x{error.object[error.start]:02x}, which is not UTF-8; save the file as UTF-8"
+            raise DataError(what, where=name) from error
         return True
 
     def skip_blanks() -> str:
@@ -389,12 +388,19 @@ def _read_table(path: Path, name: str, *, named: bool) -> Iterator[Entry]:
         raise DataError(f"a table is packed already and cannot be read through {path.suffix}; unpack it", where=name)
     kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
     number = 0
+
+    def iter_arrow() -> Iterator[Any]:  # a stream, as datasets writes it, or Feather: a file that lists its batches
+        with pa.memory_map(str(path)) as source:
+            if source.read(6) == b"ARROW1":
+                file = pa.ipc.open_file(source)
+                yield from map(file.get_batch, range(file.num_record_batches))
+            else:
+                source.seek(0)
+                yield from pa.ipc.open_stream(source)
+
     try:
-        for batch in (
-            _iter_arrow(path)
-            if kind == "Arrow"
-            else pq.ParquetFile(path, pre_buffer=False).iter_batches(batch_size=_TABLE_BATCH)
-        ):
+        is_arrow = kind == "Arrow"
+        for batch in iter_arrow() if is_arrow else pq.ParquetFile(path, pre_buffer=False).iter_batches(_TABLE_BATCH):
             for start in range(0, len(batch), _TABLE_BATCH):
                 for record in read_records(batch.slice(start, _TABLE_BATCH), named=named):
                     number += 1
@@ -403,16 +409,3 @@ def _read_table(path: Path, name: str, *, named: bool) -> Iterator[Entry]:
         first_line = str(error).partition("\n")[0]
         after = f" after row {number}" if number else ""
         raise DataError(f"is not a readable {kind} file{after}: {first_line}", where=name) from error
-
-
-def _iter_arrow(path: Path) -> Iterator[Any]:
-    """Read what datasets writes, a stream, or what Feather is, a file that ends with a table of its batches."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as source:
-        if source.read(6) == b"ARROW1":
-            file = pa.ipc.open_file(source)
-            yield from map(file.get_batch, range(file.num_record_batches))
-        else:
-            source.seek(0)
-            yield from pa.ipc.open_stream(source)

@@ -5,14 +5,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from alignkit.data import adapters
 from alignkit.data.adapters import ANSWERS, ASKED, CONVERSATIONS, PROMPTS, START
 from alignkit.data.files import Record
 from alignkit.data.rows import BadRow, Kind, Row
-from alignkit.data.values import MEDIA, REASONING_KEYS, ROLE_NAMES, Reading, check_number, is_empty, suggest_column
+from alignkit.data.values import (
+    KNOWN,
+    MEDIA,
+    REASONING_KEYS,
+    ROLE_NAMES,
+    Reading,
+    check_number,
+    is_empty,
+    suggest_column,
+)
 from alignkit.errors import suggest
 
 
@@ -33,7 +41,13 @@ class Format:
 
     def fits(self, record: Record) -> bool:
         """Whether the record has the columns."""
-        return all(any(_has(column, record) for column in word.split("|")) for word in self.needs.split())
+
+        def has(word: str) -> bool:
+            name, _, kind = word.partition(":")
+            columns = [column for column in GROUPS.get(name, (name,)) if column in record]
+            return any(not kind or type(record[column]) is _TYPES[kind] for column in columns)
+
+        return all(any(map(has, word.split("|"))) for word in self.needs.split())
 
     @property
     def has_turns(self) -> bool:
@@ -49,21 +63,16 @@ GROUPS = {
 _TYPES = {"str": str, "list": list}
 
 
-def _has(word: str, record: Record) -> bool:
-    name, _, kind = word.partition(":")
-    columns = GROUPS.get(name, (name,))
-    return any(column in record and (not kind or type(record[column]) is _TYPES[kind]) for column in columns)
-
-
-def _load(row: dict[str, Any]) -> Format:
-    """Make a format of its line in formats.json; a choice names the columns of answers and verdict, and its kind."""
-    adapt = adapters.adapt_choice(*row["choice"]) if "choice" in row else getattr(adapters, f"adapt_{row['adapt']}")
-    return Format(row["name"], row["kind"], row["needs"], adapt, row.get("chat", False), row.get("loose", False))
-
-
 # A record is in the first one that fits. Of a `format:` only its own are tried; the last of them where none fits. Those
 # with labels are for the sft objectives of their names alone.
-FORMATS = tuple(map(_load, json.loads(Path(__file__).with_name("formats.json").read_text("utf-8"))))
+FORMATS = tuple(
+    Format(
+        row["name"], row["kind"], row["needs"],
+        adapters.adapt_choice(*row["choice"]) if "choice" in row else getattr(adapters, f"adapt_{row['adapt']}"),
+        row.get("chat", False), row.get("loose", False),
+    )
+    for row in KNOWN["formats"]
+)  # fmt: skip
 _IMPLICIT, _HH = (
     next(form for form in FORMATS if form.adapt is adapt) for adapt in (adapters.adapt_implicit, adapters.adapt_hh)
 )  # the second in place of the first, by the text

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
-from itertools import combinations, islice
+from itertools import combinations, count, groupby, islice
 from pathlib import Path
-from typing import TypeVar
+from types import NoneType
+from typing import Any, TypeVar
 
+from alignkit.data.adapters import ANSWERS, ASKED, LABELS, SCORES
 from alignkit.data.files import Entry, Record, read_file
 from alignkit.data.formats import Detector, Format, Parsed, rename_columns
 from alignkit.data.report import DataReport, Problems, Rejects, SourceReport
@@ -28,7 +31,6 @@ from alignkit.data.rows import (
 )
 from alignkit.data.sources import Located, locate, read_entries
 from alignkit.data.store import keep_parsed
-from alignkit.data.threads import join_rated, join_threads
 from alignkit.errors import DataError, Problem
 from alignkit.recipe.schema import TASKS, DataSource
 from alignkit.recipe.stage import Stage
@@ -117,8 +119,8 @@ def read_published(
     Rows that cannot be read, or that `parse` fails on as it does on other shapes than `what`, go to `rejects` with
     `skip`; else the first of them are raised as one DataError at the end.
     """
-    problems, count = Problems(), 0
-    for count, (place, record) in enumerate(read_file(path), 1):  # noqa: B007
+    problems, num_read = Problems(), 0
+    for num_read, (place, record) in enumerate(read_file(path), 1):  # noqa: B007
         try:
             if isinstance(record, BadRow):
                 raise record
@@ -134,7 +136,7 @@ def read_published(
             rejects.add(place, reason)
         else:
             problems.add_row(place, reason)
-    problems.raise_any(count)
+    problems.raise_any(num_read)
 
 
 _Read = TypeVar("_Read")
@@ -272,11 +274,8 @@ class _Source:
         counts, accepted, problems, rejects = self.counts, METHOD_KINDS[self._method], self._problems, self._rejects
         taken, only = 0, None
         if rejects is not None:  # then the commonest format is kept, the first one on a tie
-            usable = Counter(
-                parsed.form
-                for parsed in islice(self._parsed(), self.source.max_rows)
-                if parsed.form is not None and parsed.form.kind in accepted
-            )
+            forms = (parsed.form for parsed in islice(self._parsed(), self.source.max_rows))
+            usable = Counter(form for form in forms if form is not None and form.kind in accepted)
             only = usable.most_common(1)[0][0] if usable else None
         for parsed in self._parsed():
             counts.read += 1
@@ -292,10 +291,8 @@ class _Source:
                 if form.kind not in accepted or (only is not None and form is not only):
                     counts.rejected += 1  # without on_bad_row: skip, `finish` reports them together
                     if rejects is not None:
-                        most = (
-                            f"most usable rows of the source are {only}" if only else f"{self._method} cannot take it"
-                        )
-                        rejects.add(parsed.place, f"is a row of {form}; {most}")
+                        why = f"most usable rows of the source are {only}" if only else f"{self._method} cannot take it"
+                        rejects.add(parsed.place, f"is a row of {form}; {why}")
                     elif problems.at_once:
                         problems.add_row(parsed.place, f"is a row of {form}; {self._method} cannot take it")
                     continue
@@ -348,3 +345,108 @@ class _Source:
             kinds = ", ".join(found.describe(form) for form, found in self._found.items())
             advice = "give each kind its own source, or set on_bad_row: skip to keep the commonest"
             self._problems.files.append(Problem(f"mixes kinds of rows: {kinds}; {advice}", self.source.path))
+
+
+# Rows that belong together: trees of messages (OpenAssistant's), rated answers to one prompt (HelpSteer2's). Every path
+# from the root of a tree to its end is a conversation; an answer is learnt in the first one that has it.
+_OF_MESSAGES = ("message_id", "parent_id", "text", "role")
+_MAX_DEPTH = 200
+
+
+def join_threads(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Yield {"messages": ...} for the conversations of trees, whose rows follow each other; other entries pass."""
+
+    def is_of_tree(record: Record) -> bool:
+        if type(record.get("prompt")) is dict:
+            return "replies" in record["prompt"]
+        ids = type(record.get("message_id")), type(record.get("parent_id"))
+        return all(name in record for name in _OF_MESSAGES) and ids[0] in (str, int) and ids[1] in (str, int, NoneType)
+
+    tree: dict[Any, tuple[str, dict[str, Any]]] = {}
+    for place, record in entries:
+        if isinstance(record, BadRow) or not is_of_tree(record):
+            yield from _list_threads(tree)
+            tree = {}
+            yield place, record
+        elif type(record.get("prompt")) is dict:
+            try:
+                nodes = _flatten(record["prompt"], count(), None, 0)
+                yield from _list_threads({node["message_id"]: (place, node) for node in nodes})
+            except BadRow as bad:
+                yield place, bad
+        elif record["parent_id"] is None:
+            yield from _list_threads(tree)
+            tree = {record["message_id"]: (place, record)}
+        elif record["message_id"] in tree:
+            yield place, BadRow(f"message_id: {record['message_id']!r} is another message's of the same tree")
+        elif record["parent_id"] in tree:
+            tree[record["message_id"]] = (place, record)
+        else:
+            what = f"parent_id: {record['parent_id']!r} is no message of the tree"
+            yield place, BadRow(f"{what}; the rows of a tree must follow each other, parents first")
+    yield from _list_threads(tree)
+
+
+def _flatten(node: Any, numbers: Iterator[int], parent: int | None, depth: int) -> Iterator[dict[str, Any]]:
+    if type(node) is not dict or type(node.get("replies", [])) is not list or depth > _MAX_DEPTH:
+        raise BadRow("prompt: is no tree of messages with replies")
+    number = next(numbers)
+    yield {**{key: node[key] for key in node if key != "replies"}, "message_id": number, "parent_id": parent}
+    for reply in node.get("replies", []):
+        yield from _flatten(reply, numbers, number, depth + 1)
+
+
+def _list_threads(tree: dict[Any, tuple[str, dict[str, Any]]]) -> Iterator[Entry]:
+    """Yield the conversations of one tree, the best ranked replies first."""
+    replies: dict[Any, list[Any]] = {}
+    for name, (_, node) in tree.items():
+        if node.get("deleted") is not True:
+            replies.setdefault(node["parent_id"], []).append(name)
+    learnt: set[Any] = set()
+    waiting: list[list[Any]] = [[name] for name in replies.get(None, [])]
+    while waiting:
+        path = waiting.pop()
+        ranks: dict[Any, Any] = {name: tree[name][1].get("rank") for name in replies.get(path[-1], [])}
+        following = sorted(ranks, key=lambda name: ranks[name] if type(ranks[name]) in (int, float) else math.inf)
+        waiting += [[*path, name] for name in reversed(following)]
+        if following:
+            continue
+        while path and tree[path[-1]][1].get("role") != "assistant":
+            path.pop()
+        if path and path[-1] not in learnt:
+            place, _ = tree[path[-1]]
+            messages = []
+            for name in path:
+                node = tree[name][1]
+                kept = {key: node[key] for key in node if key not in (*_OF_MESSAGES[:3], "deleted")}
+                messages.append({**kept, "content": node.get("text"), **({"train": False} if name in learnt else {})})
+            yield place, {"messages": messages}
+            learnt.update(path)
+
+
+def join_rated(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Yield rows of one prompt that follow each other, each an answer and its score, as one ranked row; others pass."""
+    for rated, group in groupby(entries, lambda entry: _find_rated(entry[1])):
+        if rated is None:
+            yield from group
+            continue
+        answer, score, _ = rated
+        rows = list(group)
+        place, first = rows[0]
+        if len(rows) == 1:
+            what = "one rated answer to its prompt, which is compared with nothing"
+            yield place, BadRow(f"{score}: is of {what}; the rows of a prompt must follow each other")
+            continue
+        answers, scores = ([row[name] for _, row in rows] for name in (answer, score))  # type: ignore[index]
+        asked = {name: value for name, value in first.items() if name not in (answer, score)}  # type: ignore[union-attr]
+        yield place, {**asked, "completions": answers, "scores": scores}
+
+
+def _find_rated(record: Record | BadRow) -> tuple[str, str, list[Any]] | None:
+    """Tell a row of one answer and its score: the columns of both, and what was asked."""
+    if isinstance(record, BadRow) or not record.keys().isdisjoint((*LABELS, "chosen", "rejected", "completions")):
+        return None
+    answer = next((name for name in ANSWERS if type(record.get(name)) is str), None)
+    score = next((name for name in SCORES if record.get(name) is not None), None)
+    asked = [record.get(name) for name in ASKED]
+    return (answer, score, asked) if answer and score and any(asked) else None

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from array import array
 from collections import Counter
@@ -17,7 +18,8 @@ from typing import Any
 
 from alignkit.data.formats import Parsed
 from alignkit.data.rows import Row, count_chars
-from alignkit.errors import DataError, DiskError, Problem
+from alignkit.errors import DataError, Problem
+from alignkit.runs.files import replacing
 
 SHOWN_PROBLEMS = 5
 _SPOOL_BYTES = 1 << 20  # beyond this the rejects wait on disk, not in memory
@@ -165,10 +167,8 @@ class DataReport:
             **{name: None if math.isnan(mean) else mean for name, mean in means.items()},
             "kinds": dict(self.kinds),
             "overlap_places": list(self.overlap_places),
-            "sources": [
-                {key: dict(value) if isinstance(value, dict) else value for key, value in vars(source).items()}
-                for source in self.sources
-            ],
+            "sources": [{key: dict(value) if isinstance(value, dict) else value for key, value in vars(source).items()}
+                        for source in self.sources],
         }
 
 
@@ -185,7 +185,7 @@ class Rejects:
         self.count = 0
         self.first: list[Problem] = []  # the first five, for an error when nothing else is left
         # Lives as long as this object; closed by the garbage collector, as a temporary file may be.
-        self._lines = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES, mode="w+b")  # noqa: SIM115
+        self._lines = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES, mode="w+", encoding="utf-8")  # noqa: SIM115
 
     def add(self, place: str, reason: str) -> None:
         """Remember one row; `place` is a Row's place."""
@@ -196,25 +196,14 @@ class Rejects:
         assert found is not None  # the pattern matches every string
         located: dict[str, Any] = {"file": found["file"]}
         located |= {key: int(found[key]) for key in ("line", "row") if found[key]}
-        self._lines.write(json.dumps(located | {"reason": reason}).encode() + b"\n")
+        self._lines.write(json.dumps(located | {"reason": reason}) + "\n")
 
     def write(self, path: Path) -> None:
         """Write all rows to `path`, if there are any, whole or not at all; raises DiskError."""
-        if not self.count:
-            return
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        self._lines.seek(0)
-        try:
-            with partial.open("wb") as out:
-                while chunk := self._lines.read(_SPOOL_BYTES):
-                    out.write(chunk)
-                out.flush()
-                os.fsync(out.fileno())
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise DiskError(f"{path}: cannot be written: {error.strerror}") from error
-        finally:
+        if self.count:
+            self._lines.seek(0)
+            with replacing(path) as file:
+                shutil.copyfileobj(self._lines, file)
             self._lines.seek(0, os.SEEK_END)
 
 

@@ -222,11 +222,8 @@ def as_text(row: Row, separator: str) -> Row:
     A blank at the separator's end begins the completions instead: tokenizers count a blank to the word that follows.
     """
     texts = [str(text) for text in row.completions]
-    if (
-        not isinstance(row.prompt, str)
-        or row.prompt[-1:].isspace()
-        or (texts and all(text[:1].isspace() for text in texts))
-    ):
+    own = texts and all(text[:1].isspace() for text in texts)
+    if own or not isinstance(row.prompt, str) or row.prompt[-1:].isspace():
         return row
     mark = separator.removesuffix(" ")
     prompt = row.prompt if row.prompt.endswith(mark) else row.prompt + mark  # rows that a stage made have it

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 from alignkit.data.formats import FORMATS, Parsed
 from alignkit.data.rows import Row, count_chars
 from alignkit.data.sources import Located
-from alignkit.errors import DiskError
+from alignkit.runs.files import replacing
 
 if TYPE_CHECKING:
     import datasets
@@ -140,28 +140,19 @@ def write_table(path: Path, batches: Iterable[dict[str, list[Any]]]) -> datasets
     from datasets import Dataset
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     writer: pa.ipc.RecordBatchStreamWriter | None = None
-    try:
-        with partial.open("wb") as out:
-            for columns in batches:
-                if writer is None:
-                    schema = pa.schema([(name, _narrow(pa.array(values).type)) for name, values in columns.items()])
-                    writer = pa.ipc.new_stream(out, schema)
-                if columns.keys() != set(schema.names):
-                    raise ValueError(f"columns {sorted(columns)} differ from the first batch's {sorted(schema.names)}")
-                arrays = [pa.array(columns[column.name], type=column.type) for column in schema]
-                writer.write_batch(pa.record_batch(arrays, schema=schema))
+    with replacing(path, mode="wb") as file:
+        for columns in batches:
             if writer is None:
-                raise ValueError("no rows to write")
-            writer.close()
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+                schema = pa.schema([(name, _narrow(pa.array(values).type)) for name, values in columns.items()])
+                writer = pa.ipc.new_stream(file, schema)
+            if columns.keys() != set(schema.names):
+                raise ValueError(f"columns {sorted(columns)} differ from the first batch's {sorted(schema.names)}")
+            arrays = [pa.array(columns[column.name], type=column.type) for column in schema]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+        if writer is None:
+            raise ValueError("no rows to write")
+        writer.close()
     return Dataset.from_file(str(path))
 
 

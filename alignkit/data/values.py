@@ -5,39 +5,25 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from alignkit.data.files import Record, type_name
 from alignkit.data.rows import BadRow, Message, Text
 
-ROLES = frozenset({"system", "user", "assistant", "tool"})
+# What data sets call columns, roles and keys; of several names the first one with something in it counts.
+KNOWN: dict[str, Any] = json.loads(Path(__file__).with_name("formats.json").read_text("utf-8"))
 _CALL = "call"  # an assistant's turn whose content is a call of a tool
-# Names that other formats use, in small letters. "developer" is OpenAI's newer word for system.
-ROLE_NAMES = {
-    **{role: role for role in ROLES},
-    **dict.fromkeys(("developer",), "system"),
-    **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai"), "assistant"),
-    **dict.fromkeys(("observation", "function", "tool_response", "function_response", "ipython"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), _CALL),
-}
-# The keys of a message, by what they say; the first one that is there counts.
+ROLE_NAMES: dict[str, str] = KNOWN["roles"]  # in small letters
+ROLES = frozenset(ROLE_NAMES.values()) - {_CALL}
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TRAINED_KEYS = {"weight": True, "train": True, "training": True, "trainable": True, "loss": True, "masked": False}
 _OTHER_KEYS = ("name", "tool_call_id", "tool_calls", "function_call", "tools")
 _KEYS = {*_ROLE_KEYS, *_CONTENT_KEYS, *REASONING_KEYS, *_TRAINED_KEYS, *_OTHER_KEYS}
-# What cannot be honoured, unless it is empty: columns and keys of messages; keys of messages.
-MEDIA = dict.fromkeys(
-    ("image", "images", "video", "videos", "audio", "audios"), "only text can be trained on; leave such rows out"
-)
-_UNUSABLE_KEYS = MEDIA | {
-    **dict.fromkeys(("train_detail", "training_detail"), "a turn is learnt or not; use segments for parts of one"),
-    "mask": "say masked: true on each turn that is not to be learnt",
-    "refusal": "put what the assistant says into content",
-    "prefix": "a turn that is to be gone on with cannot be trained on",
-}
+MEDIA: dict[str, str] = KNOWN["unusable"]  # columns and keys that cannot be honoured, unless they are empty
+_UNUSABLE_KEYS: dict[str, str] = MEDIA | KNOWN["unusable in messages"]
 # A turn that holds a question and its answer: which key is whose.
 _SIDES = {"input": "user", "output": "assistant", "question": "user", "answer": "assistant"}
 

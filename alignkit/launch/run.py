@@ -190,8 +190,7 @@ def _show_verdicts(stages: Sequence[Stage]) -> None:
 
 def _write_page(stages: Sequence[Stage]) -> None:
     """Write the page of the whole recipe and say where it is."""
-    from alignkit.report.page import write_recipe_report
-    from alignkit.report.publish import attempt
+    from alignkit.report.publish import attempt, write_recipe_report
 
     if console.is_main():
         runs = [(stage.name, Path(stage.run_dir)) for stage in stages]

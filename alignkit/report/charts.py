@@ -1,4 +1,4 @@
-"""Charts as inline SVG: which metrics make which chart, and the one routine that draws lines, bands and points.
+"""Charts as inline SVG: which metrics make which chart, the frontier, and where lines, bands and points lie.
 
 Our own instead of matplotlib's: no import of two seconds at the end of every stage, a twentieth of the bytes, text that
 can be selected and read aloud, and colours that follow the reader's light or dark scheme through CSS. The script of the
@@ -7,14 +7,16 @@ page reads `data-series` to show the values under the pointer.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
 from alignkit.report.facts import Facts
-from alignkit.report.text import MINUS, WORDS, figure, short_count
+from alignkit.report.text import MINUS, WORDS, figure, fixed, open_templates, short_count
 
 WIDTH, HEIGHT = 380, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 8, 22
@@ -37,8 +39,13 @@ class Point(NamedTuple):
         """Whether differences of such values are finite, too; NaN is not drawn."""
         return abs(self.x) < 1e150 and abs(self.y) < 1e150
 
+    @property
+    def has_band(self) -> bool:
+        return self.low is not None and self.high is not None and self.high > self.low
+
+    @property
     def ends(self) -> tuple[float, float, float, float]:
-        """List the lowest and highest x, then y, that are drawn."""
+        """The lowest and highest x, then y, that are drawn."""
         xs, ys = (self.left, self.right), (self.low, self.high)
         return (*(self.x if x is None else x for x in xs), *(self.y if y is None else y for y in ys))  # type: ignore[return-value]
 
@@ -68,13 +75,6 @@ class _Frame(NamedTuple):
         return round(self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM), 1)
 
 
-def _tag(name: str, content: Any = "", **attributes: Any) -> Markup:
-    """Make an SVG element; every text is escaped, `_` is `-` in a name, and `class_` loses its last character."""
-    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
-    said = Markup("").join(Markup(' {}="{}"').format(*pair) for pair in pairs)
-    return Markup("<{}{}>{}</{}>").format(Markup(name), said, content, Markup(name))
-
-
 def colour(number: int) -> int:
     """Map the number of a series to one of the four colours of the page; 0 is that of the text."""
     return 1 + (number - 1) % 4 if number else 0
@@ -93,22 +93,30 @@ def draw_lines(
     if not known:
         return Markup("")
     frame = _fit(known, marks, height)
-    body = [*_draw_axes(frame, "" if x_label == "step" else x_label)]
-    body += [_tag("line", class_="mark", x1=_LEFT, x2=WIDTH - _RIGHT, y1=frame.y(at), y2=frame.y(at)) for at in marks]
-    told, said = [], []
+    told, said, drawn = [], [], []
     for number, (line, points) in enumerate(zip(lines, series, strict=True)):
-        body += _draw_line(frame, points, line.style, colour(number + first_colour))
-        named = [(point, f"{point.label}: " if point.label else "") for point in points if point.is_drawn]
+        shown = [point for point in points if point.is_drawn]
+        named = [(point, f"{point.label}: " if point.label else "") for point in shown]
         told.append({"label": line.label, "points": [
             [frame.x(point.x), frame.y(point.y), figure(point.x), name + figure(point.y)] for point, name in named
         ]})  # fmt: skip
         if finite := [point[1] for point in line.points if math.isfinite(point[1])]:
             said.append(f"{line.label or title} from {figure(finite[0])} to {figure(finite[-1])}")
-    return _tag(
-        "svg", Markup("").join(body), class_="chart", viewBox=f"0 0 {WIDTH} {height}", role="img",
-        aria_label=f"{title}: {'; '.join(said)}", data_x=x_label,
-        data_series=json.dumps(told, ensure_ascii=False, separators=(",", ":")),
-    )  # fmt: skip
+        pieces = [list(piece) for is_drawn, piece in groupby(points, key=lambda point: point.is_drawn) if is_drawn]
+        all_dots = line.style in ("dots", "bars") or len(points) < 3
+        drawn.append({
+            "colour": colour(number + first_colour), "style": line.style, "points": shown, "pieces": pieces,
+            "dots": shown if all_dots else shown[-1:] if line.style == "line" else (), "radius": 2.6 if all_dots else 3,
+        })  # fmt: skip
+    ticks = {}
+    for axis, ends in (("x_ticks", (frame.left, frame.right)), ("y_ticks", (frame.bottom, frame.top))):
+        found = nice_ticks(*ends)
+        ticks[axis] = [(tick, tick_text(tick, found)) for tick in found]
+    return Markup(open_templates().get_template("chart.svg.jinja").render(
+        frame=frame, lines=drawn, marks=marks, label=f"{title}: {'; '.join(said)}", x_label=x_label, width=WIDTH,
+        height=height, start=_LEFT, end=WIDTH - _RIGHT, floor=height - _BOTTOM, **ticks,
+        told=json.dumps(told, ensure_ascii=False, separators=(",", ":")),
+    ))  # fmt: skip
 
 
 def _condense(points: list[Point], in_order: bool) -> list[Point]:
@@ -126,7 +134,7 @@ def _condense(points: list[Point], in_order: bool) -> list[Point]:
 
 
 def _fit(known: Sequence[Point], marks: Sequence[float], height: float) -> _Frame:
-    lefts, rights, lows, highs = zip(*(point.ends() for point in known), strict=True)
+    lefts, rights, lows, highs = zip(*(point.ends for point in known), strict=True)
     left, right, low, high = min(lefts), max(rights), min(lows), max(highs)
     if left == right:
         left, right = left - 0.5, right + 0.5
@@ -137,51 +145,6 @@ def _fit(known: Sequence[Point], marks: Sequence[float], height: float) -> _Fram
             low, high = min(low, mark), max(high, mark)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return _Frame(left, right, 0.0 if 0 <= low <= 0.35 * high else low - room, high + room, height)
-
-
-def _draw_axes(frame: _Frame, x_label: str) -> Iterator[Markup]:
-    end, floor = WIDTH - _RIGHT, frame.height - _BOTTOM
-    ticks = nice_ticks(frame.bottom, frame.top)
-    for tick in ticks:
-        y = frame.y(tick)
-        yield _tag("line", class_="grid", x1=_LEFT, x2=end, y1=y, y2=y)
-        yield _tag("text", tick_text(tick, ticks), class_="tick", x=_LEFT - 6, y=y + 3.5)
-    yield _tag("line", class_="axis", x1=_LEFT, x2=end, y1=floor, y2=floor)
-    ticks = nice_ticks(frame.left, frame.right)
-    for x, tick in ((frame.x(tick), tick) for tick in ticks):
-        place = {"text_anchor": "end" if x > WIDTH - 30 else "middle", "x": min(x, WIDTH - 2), "y": frame.height - 7}
-        yield _tag("text", tick_text(tick, ticks), class_="tick below", **place)
-    if x_label:
-        yield _tag("text", x_label, class_="tick below", text_anchor="end", x=end, y=floor - 5)
-
-
-def _draw_line(frame: _Frame, points: Sequence[Point], style: str, colour: int) -> Iterator[Markup]:
-    drawn = [point for point in points if point.is_drawn]
-
-    def path_of(places: Sequence[tuple[float, float]]) -> str:
-        return " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in places)
-
-    if style == "bars":
-        for point in drawn:
-            left, right, low, high = point.ends()
-            path = f"M{frame.x(left)} {frame.y(point.y)}H{frame.x(right)}"
-            path += f"M{frame.x(point.x)} {frame.y(low)}V{frame.y(high)}"
-            yield _tag("path", class_=f"span c{colour}", d=path)
-    else:
-        for is_drawn, group in groupby(points, key=lambda point: point.is_drawn):  # between gaps
-            ends = [(point, *point.ends()[2:]) for point in group if is_drawn]
-            if any(high > low for _, low, high in ends):
-                edge = [(point.x, high) for point, _, high in ends]
-                edge += [(point.x, low) for point, low, _ in reversed(ends)]
-                yield _tag("polygon", class_=f"band c{colour}", points=path_of(edge))
-            if ends:
-                path = path_of([(point.x, point.y) for point, _, _ in ends])
-                yield _tag("polyline", class_=f"line c{colour}", points=path)
-    all_dots = style in ("dots", "bars") or len(points) < 3
-    for point in drawn if all_dots else drawn[-1:] if style == "line" else ():
-        title = _tag("title", point.label) if point.label else ""
-        x, y, r = frame.x(point.x), frame.y(point.y), 2.6 if all_dots else 3
-        yield _tag("circle", title, class_=f"dot c{colour}", cx=x, cy=y, r=r)
 
 
 def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -241,7 +204,14 @@ def draw_curves(run: Facts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
         if chart := _draw_plan(run, plan):
             main.append(chart)
             used |= plan.metrics.keys()
-            main += _draw_against_kl(run) if "objective/kl" in plan.metrics else ()
+            # Each reward against the square root of the KL (Bai et al. 2022a, arXiv:2204.05862, section 4.3).
+            distance = dict(run.series("sqrt_kl")) if "objective/kl" in plan.metrics else {}
+            for metric, name in (("reward", "Reward"), ("gold", "Gold reward")):
+                points = [(distance[step], value) for step, value in run.series(metric) if step in distance]
+                if len(points) > 1:
+                    lines, title = [Line("", points, style="dots")], f"{name} against \u221aKL"
+                    note = "one dot per rollout, in order"
+                    main.append(describe_chart(lines, title, note, x_label="\u221aKL", in_order=False))
     rest = [_draw_plan(run, _Plan(name, "", {name: "training"})) for name in run.metric_names() if name not in used]
     return main, [chart for chart in rest if chart]
 
@@ -258,16 +228,6 @@ def _draw_plan(run: Facts, plan: _Plan) -> dict[str, Any] | None:
     return describe_chart(lines, plan.title, plan.note, marks=plan.marks)
 
 
-def _draw_against_kl(run: Facts) -> Iterator[dict[str, Any]]:
-    """Draw each reward against the square root of the KL (Bai et al. 2022a, arXiv:2204.05862, section 4.3)."""
-    distance = dict(run.series("sqrt_kl"))
-    for metric, name in (("reward", "Reward"), ("gold", "Gold reward")):
-        points = [(distance[step], value) for step, value in run.series(metric) if step in distance]
-        if len(points) > 1:
-            lines, note = [Line("", points, style="dots")], "one dot per rollout, in order"
-            yield describe_chart(lines, f"{name} against \u221aKL", note, x_label="\u221aKL", in_order=False)
-
-
 def describe_chart(lines: Sequence[Line], title: str, note: str, **how: Any) -> dict[str, Any]:
     """Draw a chart as the pages show it; thinned curves say so."""
     legend = [line.label for line in lines] if len(lines) > 1 else []
@@ -277,3 +237,238 @@ def describe_chart(lines: Sequence[Line], title: str, note: str, **how: Any) -> 
         band = ", the band their range" if how.get("in_order", True) else ""
         note += f"{'; ' if note else ''}a point is the mean of {size} values{band}"
     return {"title": title, "note": note, "svg": svg, "legend": legend, "last": last}
+
+
+# Reward against KL of a recipe's runs, and the most that any policy can have: Figure 2 (left) of arXiv:2305.18290.
+# `alignkit eval` estimates the optimum, pi_ref exp(r / beta) / Z of each prompt. Its figures in eval.json, and those of
+# policies and best-of-N on the same prompts in the same way, are put side by side.
+
+_SAME = ("rows", "temperature", "max_new_tokens")  # what two figures must share to be compared
+_SERIES = {"dpo": "DPO", "ppo": "PPO"}
+_FRONTIER_HEIGHT = 240
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half(self) -> float:
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best policy at one beta; `value` is reward - beta KL, which no policy exceeds. KL in nats per answer."""
+
+    beta: float
+    kl: float
+    reward: float
+    value: Estimate
+    effective: float
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy: where it lies, the optimum's reward at its KL, and how far it stays below.
+
+    `run` is empty for best-of-N. `gap` combines the intervals of reward, KL (times the slope) and optimum as if they
+    were independent. All of them are over the same prompts, which makes the true interval narrower, not wider.
+    """
+
+    run: str
+    series: str
+    label: str
+    kl: Estimate
+    reward: Estimate
+    optimum: Estimate
+    gap: Estimate
+
+    @property
+    def is_above(self) -> bool:
+        return self.gap.high < 0
+
+
+@dataclass
+class Frontier:
+    """The optimum of one reference, and the policies that were measured on the same prompts in the same way."""
+
+    reference: str
+    reward_name: str
+    data: str
+    settings: dict[str, Any]
+    start: Estimate  # the reference's own reward, at KL 0
+    optima: list[Optimum]  # by falling beta
+    points: list[Policy] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # runs that were measured otherwise
+
+    def __post_init__(self) -> None:
+        self.reach = max(optimum.kl for optimum in self.optima)  # the largest KL at which it was estimated itself
+
+    def touching(self, kl: float) -> Optimum:
+        """Find the optimum whose line value + beta KL is lowest at this KL; each line is above every policy."""
+        return min(self.optima, key=lambda optimum: optimum.value.value + optimum.beta * kl)
+
+    def bound(self, kl: float) -> Estimate:
+        """Find the most reward at this KL: between two betas a little above the optimum, beyond the last its line."""
+        best = self.touching(kl)
+        return Estimate(*(end + best.beta * kl for end in (best.value.value, best.value.low, best.value.high)))
+
+    @property
+    def right(self) -> float:
+        """The largest KL that is drawn: that of the farthest policy, or a part of the curve beyond it."""
+        far = max((point.kl.high for point in self.points), default=self.reach)
+        return max(far, min(self.reach, 1.5 * far)) or 1.0
+
+    @property
+    def series(self) -> list[str]:
+        return list(dict.fromkeys(point.series for point in self.points))
+
+    def place(self, run: str, series: str, label: str, kl: Estimate, reward: Estimate) -> None:
+        bound = self.bound(kl.value)
+        gap, slope = bound.value - reward.value, self.touching(kl.value).beta
+        half = math.hypot(reward.half, bound.half, slope * kl.half)
+        self.points.append(Policy(run, series, label, kl, reward, bound, Estimate(gap, gap - half, gap + half)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Make plain data, as frontier.json holds it."""
+        return asdict(self) | {"points": [asdict(point) | {"above": point.is_above} for point in self.points]}
+
+
+def read_frontiers(runs: Sequence[Facts]) -> list[Frontier]:
+    """Read a frontier for each optimum that the evaluations of these runs hold; mostly there is none or one."""
+    starts = [(run, start) for run in runs for start in run.evaluation.get("results", [])]
+    found = [_read_frontier(run, start, runs) for run, start in starts if start.get("metric") == "reference_reward"]
+    return [frontier for frontier in found if frontier is not None]
+
+
+def _read_frontier(reference: Facts, start: dict[str, Any], runs: Sequence[Facts]) -> Frontier | None:
+    begin, settings, optima = _estimate(start), start["settings"], []
+    for each in start.get("details") or []:
+        value, (beta, kl, reward, effective) = _estimate(each), map(each.get, ("beta", "kl", "reward", "effective"))
+        if value is not None and all(isinstance(number, int | float) for number in (beta, kl, reward, effective)):
+            optima.append(Optimum(beta, kl, reward, value, effective))
+    if begin is None or not optima:
+        return None
+    optima.sort(key=lambda optimum: -optimum.beta)
+    name, settings = str(settings.get("reward")), {**settings, "prompts": start.get("n")}
+    frontier = Frontier(reference.name, name, str(start["data"]), settings, begin, optima)
+    metric = name if name == "true_reward" else f"reward/{name}"
+    for run in runs:
+        # Its KL is to this reference, as its evaluation says; else it started from it.
+        kls_to = [Path(str((each.get("settings") or {}).get("reference", ""))) for each in
+                  run.evaluation.get("results", []) if each.get("metric") == "kl"]  # fmt: skip
+        started = run.method in _SERIES and run.stage.get("start_stage") == reference.name
+        names = [(path.parent if path.name == "model" else path).name for path in kls_to[:1]]
+        if reference.path.name not in names if names else not started:
+            continue
+        found = {each.get("metric"): _estimate(each) for each in _alike(run, start, _SAME) if each.get("slice") is None}
+        kl, reward = found.get("kl"), found.get(metric)
+        if kl is not None and reward is not None:
+            frontier.place(run.name, *_name_series(run), kl, reward)
+        elif run.evaluation:
+            frontier.left_out.append(run.name)
+    # A series is called by its method alone where no other series has that method.
+    methods = [series.split(",")[0] for series in frontier.series]
+    for number, point in enumerate(frontier.points):
+        if methods.count(method := point.series.split(",")[0]) == 1:
+            frontier.points[number] = replace(point, series=method)
+    best_of = _alike(reference, start, (*_SAME, "reward", "answers"))
+    kls = {each.get("slice"): _estimate(each) for each in best_of if each.get("metric") == "best_of_n_kl"}
+    for each in best_of:
+        reward, kl = _estimate(each), kls.get(each.get("slice"))
+        if each.get("metric") == "best_of_n" and reward is not None and kl is not None:
+            frontier.place("", "best of N", str(each["slice"]).removeprefix("N="), kl, reward)
+    frontier.points.sort(key=lambda point: (point.series, point.kl.value))
+    return frontier
+
+
+def _alike(run: Facts, start: Mapping[str, Any], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """List the figures of a run that are of the same data as `start`, and agree with it in these settings."""
+    wanted = [start.get("data"), *((start.get("settings") or {}).get(key) for key in keys)]
+    return [
+        each for each in run.evaluation.get("results", [])
+        if [each.get("data"), *((each.get("settings") or {}).get(key) for key in keys)] == wanted
+    ]  # fmt: skip
+
+
+def _name_series(run: Facts) -> tuple[str, str]:
+    """Name the series of a run, which differs in the strength of the KL only, and what tells it from the others."""
+    options, trainer = run.stage.get("options", {}), run.stage.get("trainer", {})
+    series, strength = _SERIES.get(run.method, run.method), options.get("kl_coef")
+    if run.method == "dpo":
+        loss, strength = trainer.get("loss_type"), trainer.get("beta", 0.1)
+        loss = "+".join(map(str, loss)) if isinstance(loss, list) else loss
+        series += f", {loss}" if loss not in (None, "sigmoid") else ""
+    elif run.method == "ppo":
+        names = []
+        for reward in options.get("reward") or []:
+            name = str(reward.get("model") or reward.get("function") or "judge").removeprefix("builtin:")
+            path = Path(name.replace("-", " "))
+            names.append(path.parent.name if path.name == "model" else path.name)
+        series += f", {' + '.join(names)}" if names else ""
+    if point := run.stage.get("point"):  # what a sweep gave it
+        return series, ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in point.values())
+    if options.get("kl_target") is not None:
+        return series, f"target {options['kl_target']:g}"
+    return series, f"{strength:g}" if isinstance(strength, int | float) else run.name
+
+
+def _estimate(result: Mapping[str, Any]) -> Estimate | None:
+    numbers = [float(each) for key in ("value", "low", "high") if isinstance(each := result.get(key), int | float)]
+    return Estimate(*numbers) if len(numbers) == 3 else None
+
+
+def judge_frontier(frontier: Frontier) -> str:
+    """Say in a sentence or two whether anything lies above the optimum, and how near the policies come to it."""
+    above = [point.run or f"{point.series} {point.label}" for point in frontier.points if point.is_above]
+    policies = [point for point in frontier.points if point.run]
+    if above:
+        said = f"{', '.join(above)} {'lies' if len(above) == 1 else 'lie'} above the optimum beyond the interval: "
+        said += "no policy can, so the estimate of the optimum or of the KL is wrong."
+    else:
+        said = "No point lies above the optimum beyond its interval."
+        if policies:
+            nearest = min(policies, key=lambda point: point.gap.value)
+            said += f" Nearest: {nearest.run}, {fixed(nearest.gap.value)} below."
+    if frontier.left_out:
+        said += f" Not drawn, as measured on other prompts or in another way: {', '.join(frontier.left_out)}."
+    return said
+
+
+def draw_frontier(frontier: Frontier) -> Markup:
+    """Draw the optimum with its band, and the points with bars both ways, over the square root of the KL.
+
+    Near the reference the best reward grows with the root of the KL: there the curve is nearly straight.
+    """
+    low, high = math.sqrt(min(frontier.right, *(optimum.kl for optimum in frontier.optima))), math.sqrt(frontier.right)
+    roots = [low + (high - low) * step / 160 for step in range(161)]
+    curve = [(0.0, frontier.start), *((root, frontier.bound(root * root)) for root in roots)]
+    lines = [Line("optimum", [Point(x, at.value, at.low, at.high) for x, at in curve], style="curve")]
+    places: dict[str, list[Point]] = {}
+    for point in frontier.points:
+        x, left, right = (math.sqrt(max(kl, 0.0)) for kl in (point.kl.value, point.kl.low, point.kl.high))
+        reward = point.reward
+        place = Point(x, reward.value, reward.low, reward.high, left, right, label=point.label)
+        places.setdefault(point.series, []).append(place)
+    lines += [Line(series, found, style="bars") for series, found in places.items()]
+    title = f"Reward against KL: {judge_frontier(frontier)}"
+    return draw_lines(lines, title=title, x_label="\u221aKL", height=_FRONTIER_HEIGHT, first_colour=0)
+
+
+def draw_frontier_file(frontier: Frontier, style: str) -> str:
+    """Draw the picture as a file of its own, with a legend and the colours of the page."""
+    x, legend = 44.0, []
+    for number, series in enumerate(["optimum", *frontier.series]):
+        legend.append(Markup('<text class="label c{}" x="{}" y="14">{}</text>').format(colour(number), x, series))
+        x += 18 + 6.2 * len(series)
+    chart = draw_frontier(frontier)
+    inner = chart[chart.index(">") + 1 : -len("</svg>")]
+    return Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -22 {} {}" font-family="system-ui, sans-serif">'
+        '<style>{}</style><g transform="translate(0 -22)">{}</g>{}</svg>\n'
+    ).format(max(380, round(x)), _FRONTIER_HEIGHT + 22, Markup(style), Markup("").join(legend), inner)

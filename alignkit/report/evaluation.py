@@ -54,8 +54,12 @@ def tabulate(runs: Sequence[Facts]) -> list[dict[str, Any]]:
         for result, data in zip(results, name_all_data(results), strict=True):
             if not several or result.get("slice") is None or _group(result) not in whole:
                 groups.setdefault(_group(result), []).append((run, result, data))
+
+    def rank(group: tuple[str, ...]) -> int:
+        return _ORDER.index(max((prefix for prefix in _ORDER if group[0].startswith(prefix)), key=len))
+
     rows = []
-    for (metric, *_), members in sorted(groups.items(), key=lambda group: _rank(group[0][0])):
+    for metric, members in ((group[0], groups[group]) for group in sorted(groups, key=rank)):
         is_common = metric.startswith(_BASELINES) and len({_ends(result) for _, result, _ in members}) == 1
         members = members[:1] if is_common else members
         members.sort(key=lambda member: member[1].get("slice") is not None)
@@ -72,11 +76,6 @@ def tabulate(runs: Sequence[Facts]) -> list[dict[str, Any]]:
                                "says_data": data != above})  # fmt: skip
             above = data
     return rows
-
-
-def _rank(metric: str) -> int:
-    found = max((prefix for prefix in _ORDER if metric.startswith(prefix)), key=len)
-    return _ORDER.index(found)
 
 
 def _group(result: Mapping[str, Any]) -> tuple[str, ...]:
@@ -157,7 +156,8 @@ def name_all_data(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def draw_calibration(run: Facts) -> dict[str, Any] | None:
     """Draw accuracy against confidence of the bins behind a calibration error, with how many pairs each has."""
     for result in list_figures(run):
-        bins = _details(result) if result.get("metric") == "calibration_error" else []
+        is_error = result.get("metric") == "calibration_error"
+        bins = [each for each in (result.get("details") if is_error else None) or () if isinstance(each, dict)]
         points = [
             Point(x, y, label=f"{figure(each['n'])} pairs" if "n" in each else "")
             for each in bins
@@ -167,12 +167,7 @@ def draw_calibration(run: Facts) -> dict[str, Any] | None:
             low = min(point.x for point in points)
             lines = [Line("measured", points, style="dots"), Line("perfect", [(low, low), (1.0, 1.0)])]
             counts = ", ".join(figure(each["n"]) for each in bins if each.get("n"))
-            note = "accuracy of the pairs in each bin of confidence" + f"; pairs, from the left: {counts}" * bool(
-                counts
-            )
+            note = "accuracy of the pairs in each bin of confidence"
+            note += f"; pairs, from the left: {counts}" if counts else ""
             return describe_chart(lines, "Calibration", note, x_label="confidence")
     return None
-
-
-def _details(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [each for each in result.get("details") or [] if isinstance(each, dict)]

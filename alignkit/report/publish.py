@@ -1,4 +1,7 @@
-"""The page and the model card of a run that has ended, and the upload of its model to the Hugging Face hub.
+"""What is made of a run that has begun: its page, its model card, and the upload of its model to the Hugging Face hub.
+
+A page is one HTML file, for a run, for all runs of a recipe, or for the rows of a preview. It fetches nothing: style,
+script and figures are inside, and its content security policy lets nothing else in.
 
 What leaves the machine is listed, searched for secrets and stripped of its paths first: weights, tokenizer, template,
 configuration and the card; never checkpoints, optimizer states, rows of the data or the report. A local model or file
@@ -7,26 +10,37 @@ is told by its last name only.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jinja2 import TemplateError
+from markupsafe import Markup
+
 from alignkit import __version__, console
 from alignkit.errors import DiskError, EnvironmentProblem, Problem, RunError, UsageError, first_line
-from alignkit.report import sections
+from alignkit.report import charts, evaluation, facts
 from alignkit.report.evaluation import tabulate
-from alignkit.report.facts import Facts, read_facts
-from alignkit.report.text import count, figure
+from alignkit.report.facts import METHODS, Facts, find_runs, gather_warnings, order_runs, read_facts
+from alignkit.report.text import duration, open_templates, short_count
+from alignkit.report.verdict import judge
 from alignkit.runs.directory import CARD, Result, RunDir, find_damaged_product, read_result
-from alignkit.runs.files import describe_bytes, read_json, write_text
+from alignkit.runs.files import describe_bytes, disk_failures, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
+REPORT = "report.html"
+_HERE = Path(__file__).parent
+_REFRESH_SECONDS = 3
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|yaml)", re.IGNORECASE)
 _PATH = re.compile(r"(?:~|\.{0,2})(?:/[^\s/:,;'\"()]+){2,}/?|(?<![\w/.-])(?:[\w.-]+/){2,}[\w.-]+")
@@ -38,8 +52,6 @@ _Page = TypeVar("_Page")
 
 def show(run: RunDir) -> None:
     """Write page and card of a run that has ended; neither can fail it."""
-    from alignkit.report.page import write_report
-
     attempt("model card", run.path, lambda: write_card(run.path))
     attempt("page", run.path, lambda: write_report(run.path))
 
@@ -79,10 +91,6 @@ def publish(
     Raises what the writers raise, UsageError for --public without --push, RunError when more than a run is pushed or
     a record has other types or keys than alignkit writes.
     """
-    from jinja2 import TemplateError
-
-    from alignkit.report.page import write_recipe_report, write_report
-
     if public and repo is None:
         raise UsageError("--public has no effect without --push")
     if out is not None and out.is_dir():
@@ -124,49 +132,27 @@ def write_card(path: Path) -> Path | None:
 
 def render_card(run: Facts, *, repo: str | None = None) -> str:
     """Render the card's text, YAML metadata, then Markdown; `repo` is the hub id it will be published under."""
-    from alignkit.report.page import open_templates
-
-    stage, model = run.stage, RunDir(run.path).model
-    lineage = [(str(entry.get("path", "")), entry) for entry in stage.get("lineage") or []]
-    started = str((stage.get("model") or {}).get("path", ""))
-    root = next((path for path, entry in lineage if entry.get("role") == "base"), started)
+    model = RunDir(run.path).model
+    started = str((run.stage.get("model") or {}).get("path", ""))
+    bases = (each.get("path", "") for each in run.stage.get("lineage") or [] if each.get("role") == "base")
+    root = str(next(bases, started))
     base = root if is_public(root) else None  # a reader could not find a local one
     name = repo.rpartition("/")[2] if repo else run.full_name.replace("/", "-")
-    metrics, is_adapter = run.result.get("metrics", {}), (model / "adapter_config.json").is_file()
-    forms = {form for source in run.sources for form in source.get("forms", ())}
+    is_adapter = (model / "adapter_config.json").is_file()
+    forms = {form for each in run.sources for form in each.get("forms", ())}
     settings = []  # that the recipe gave for this stage and that are plain values, paths left out
-    for key, value, origin in sections.list_settings(run):
+    for key, value, origin in facts.list_settings(run):
         section, _, short = key.rpartition(".")
         is_told = key == "seed" or (origin != "default" and section in ("lora", run.name) and short != "start_from")
         if is_told and isinstance(value, int | float | str) and "/" not in str(value):
-            settings.append((short if section != "lora" else key, _cell(value)))
-    text = open_templates().get_template("card.md.jinja").render(
-        name=_cell(name),
-        repo=repo or re.sub(r"[^\w.-]+", "-", name),
-        run=run,
-        method=sections.METHODS.get(run.method, run.method),
-        is_adapter=is_adapter,
-        is_reward=run.method == "rm" or run.task is not None,
-        task=run.task,
-        labels=[_cell(label) for label in run.stage.get("labels") or []],
+            settings.append((short if section != "lora" else key, value))
+    templates = open_templates()
+    templates.filters |= {"cell": _cell, "public_name": public_name, "hide_paths": hide_paths}
+    text = templates.get_template("card.md.jinja").render(
+        name=name, repo=repo or re.sub(r"[^\w.-]+", "-", name), run=run, stage=run.stage, base=base, settings=settings,
+        method=METHODS.get(run.method, run.method), is_adapter=is_adapter,
         has_chat=(not forms or "chat" in forms) and (model / "chat_template.jinja").is_file(),
-        has_held_out=any(str(key).startswith("eval_") for key in metrics),
-        base=base,
-        lineage=[(_cell(public_name(path)), _cell(", ".join(filter(None, map(entry.get, ("role", "action"))))))
-                 for path, entry in lineage],
-        rewards=[_cell(name) for name in (stage.get("reward_stages") or {}).values()],
-        data=[(_cell(hide_paths(public_name(str(source.get("path", ""))))), count(source.get("kept", 0)),
-               _cell(", ".join(source.get("formats") or {}))) for source in run.sources],
-        settings=settings,
-        metrics=[(_cell(key), figure(value)) for key, value in metrics.items() if isinstance(value, int | float)],
-        evaluation=[(_cell(f"{row['name']}, {row['slice']}" if row["slice"] else row["name"]),
-                     f"{row['value']} {row['unit']}".strip(), row["interval"], row["n"], _cell(hide_paths(row["data"])))
-                    for row in tabulate([run])],
-        cost=[*sections.describe_cost(run),
-              *(pair for pair in sections.describe_hardware(run) if pair[0] not in ("system", "git"))],
-        versions=stage.get("versions") or {},
-        warnings=[hide_paths(message) for message, _ in sections.gather_warnings(run)],
-        cell=_cell,
+        evaluation=tabulate([run]), about=facts,
     )  # fmt: skip
     return f"---\n{_describe(run, name, base, is_adapter=is_adapter).to_yaml()}\n---\n\n{text.strip()}\n"
 
@@ -304,3 +290,108 @@ def push(path: Path, repo: str, *, public: bool = False) -> str:
     except (HTTPError, OSError) as error:
         reason = f"the hub cannot be reached ({console.redact(str(error))})"
     raise EnvironmentProblem(f"{repo}: {reason}")
+
+
+def write_report(path: Path, *, out: Path | None = None) -> Path:
+    """Write the report of a run directory, or of a directory of runs, and return where it is.
+
+    Without `out` it is `report.html` in that directory. Raises RunError when there is no run, DiskError.
+    """
+    directory = path.expanduser().absolute()
+    if RunDir(directory).stage.is_file():
+        return _write(render_run(read_facts(directory)), out or directory / REPORT)
+    found = find_runs(directory) if directory.is_dir() else []
+    if not found:
+        known = sorted(str(stage.parent) for stage in Path("runs").glob("*/*/stage.json"))
+        there = f"the runs here are {', '.join(known)}" if known else "name a run directory such as runs/demo/sft"
+        raise RunError(f"holds no run; {there}{'' if known else ', or runs/demo'}", where=str(path))
+    return _write_recipe(directory.name, [read_facts(run) for run in found], (), out or directory / REPORT)
+
+
+def write_recipe_report(name: str, stages: Sequence[tuple[str, Path]], *, out: Path | None = None) -> Path:
+    """Write the report of a recipe's stages, given as (name, run directory), into the parent of the first of them.
+
+    Stages that have not begun are shown as waiting. Raises RunError when none has, DiskError.
+    """
+    begun = [read_facts(path) for _, path in stages if RunDir(path).stage.is_file()]
+    if not begun:
+        raise RunError("no stage of this recipe has been started; `alignkit run` trains them", where=name)
+    waiting = [stage for stage, path in stages if not RunDir(path).stage.is_file()]
+    title = str(begun[0].stage.get("recipe") or name)
+    return _write_recipe(title, begun, waiting, out or stages[0][1].expanduser().absolute().parent / REPORT)
+
+
+def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out: Path) -> Path:
+    """Write the page of a recipe, in the order in which one stage needs the other; beside it its frontier, if any."""
+    ordered = order_runs(runs)
+    found = charts.read_frontiers(ordered)
+    parts = [part for run in ordered for part in (run.result, run.evaluation)]
+    num_warnings = sum(len(gather_warnings(run)) for run in ordered)
+    tiles = [
+        ("wall time, with evaluation", duration(sum(part.get("wall_seconds") or 0.0 for part in parts))),
+        ("tokens", short_count(sum(run.result.get("tokens", 0) for run in ordered))),
+        ("stages", len(ordered) + len(waiting)),
+        ("warning" if num_warnings == 1 else "warnings", num_warnings),
+    ]
+    page = _render("recipe", title=name, runs=ordered, waiting=waiting, frontiers=found, tiles=tiles,
+                   verdicts=list(map(judge, ordered)))  # fmt: skip
+    _write(page, out)
+    if found:
+        write_json(out.with_name("frontier.json"), {"schema": 1, "frontiers": [each.to_dict() for each in found]})
+        picture = charts.draw_frontier_file(found[0], (_HERE / "report.css").read_text(encoding="utf-8"))
+        write_text(out.with_name("frontier.svg"), picture)
+    return out
+
+
+def watch(find: Callable[[], Sequence[Path]], write: Callable[[], Path]) -> None:
+    """Write the page anew as often as a file of the runs changes, until all are finished or Ctrl-C; it reloads itself.
+
+    Nothing is asked of the runs: they may be of another machine that shares the directory.
+    """
+    shared = open_templates().globals
+    shared["refresh_seconds"], seen = _REFRESH_SECONDS, None
+    try:
+        while True:
+            runs = [RunDir(path) for path in find()]
+            files = [file for run in runs for file in run.path.glob("*.json*")]
+            now = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files)]
+            if now != seen:
+                page = write()
+                if seen is None:
+                    console.note(f"watching: open {page.as_uri()} (Ctrl-C ends this)")
+                seen = now
+            if all(run.is_finished() for run in runs):
+                return
+            time.sleep(1)
+    except KeyboardInterrupt:
+        return
+    finally:
+        shared["refresh_seconds"] = None
+
+
+def write_preview(preview: dict[str, Any], out: Path) -> Path:
+    """Write the page of `alignkit preview`; `preview` is `Preview.to_dict()`. Raises DiskError."""
+    return _write(_render("preview", title=f"{preview['stage']}: rows", run=preview), out)
+
+
+def render_run(run: Facts) -> str:
+    recipe = str(run.stage.get("recipe", ""))
+    return _render("run", title=f"{recipe} / {run.name}" if recipe else run.name, run=run, recipe_name=recipe,
+                   verdict=judge(run))  # fmt: skip
+
+
+def _write(page: str, out: Path) -> Path:
+    with disk_failures(out.parent, out.name):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, page)
+    return out
+
+
+def _render(template: str, **values: Any) -> str:
+    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    templates = open_templates()
+    templates.globals |= {"METHODS": METHODS, "charts": charts, "evaluate": evaluation, "about": facts}
+    page = templates.get_template(f"{template}.html.jinja")
+    return page.render(style=Markup(style), script=Markup(script), script_hash=digest, written=written, **values)

@@ -1,10 +1,15 @@
-"""Numbers and texts as a page shows them: four digits, units, thin spaces, and long runs of empty lines folded."""
+"""Numbers and texts as a page shows them: four digits, units, thin spaces; and the templates that hold them."""
 
 import json
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from alignkit import __version__
 
 WORDS: dict[str, Any] = json.loads(Path(__file__).with_name("words.json").read_text("utf-8"))  # names and their order
 MINUS, DASH, THIN = "\u2212", "\u2013", "\u2009"
@@ -101,3 +106,25 @@ def short_name(path: str) -> str:
     if parts and parts[-1] == "model":
         parts = parts[:-1]
     return path if len(parts) <= 2 and not path.startswith(("/", ".", "~")) and "runs" not in parts else parts[-1]
+
+
+def fixed(value: float) -> str:
+    """Format a number whose column is read from top to bottom: as many decimals as its neighbours."""
+    return f"{value:.3f}".replace("-", MINUS) if abs(value) < 100 else figure(value, 3)
+
+
+def show_setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+@cache
+def open_templates() -> Environment:
+    """Prepare the templates of pages, charts and the card; those of pages and charts escape every text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=lambda name: name is not None and name.endswith((".html.jinja", ".svg.jinja")),
+    )  # fmt: skip
+    shown = (figure, count, short_count, share, duration, text_of, turns, fold, fixed, show_setting, short_name)
+    environment.filters |= {function.__name__: function for function in shown}
+    environment.globals |= {"version": __version__, "refresh_seconds": None}
+    return environment

@@ -11,8 +11,7 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any, Literal, NamedTuple
 
-from alignkit.report.facts import Facts, read_facts
-from alignkit.report.sections import describe_status, gather_warnings
+from alignkit.report.facts import Facts, describe_status, gather_warnings, read_facts
 from alignkit.report.text import THIN, WORDS, figure, share, short_name, wilson, window
 from alignkit.runs.directory import RunDir
 

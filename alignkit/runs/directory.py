@@ -286,7 +286,6 @@ def require_whole(product: Path) -> None:
         )
 
 
-_NOTHING: Mapping[str, str | None] = {}
 _SAYS = {"chat": "turns of its chat template", "text": "text without a chat template"}
 
 
@@ -300,7 +299,7 @@ def form_of(report: Mapping[str, Any]) -> str | None:
     return next(iter(found), None)
 
 
-def require_form(stage: Stage, form: str | None, planned: Mapping[str, str | None] = _NOTHING) -> None:
+def require_form(stage: Stage, form: str | None, planned: Mapping[str, str | None] | None = None) -> None:
     """Raise DataError when a stage's rows have another form than a model it uses was trained on.
 
     `planned` has the forms of this recipe's stages that are not trained yet, by their names.
@@ -312,7 +311,7 @@ def require_form(stage: Stage, form: str | None, planned: Mapping[str, str | Non
     for role, model, name in used:
         # Of what is no run of ours, or one that does not say, nothing is known.
         record = next(filter(Path.is_file, (Path(model, "stage.json"), Path(model).parent / "stage.json")), None)
-        other = (form_of(read_json(record).get("data") or {}) if record else None) or planned.get(name or "")
+        other = (form_of(read_json(record).get("data") or {}) if record else None) or (planned or {}).get(name or "")
         if form and other and form != other:
             raise DataError(
                 f"the rows are {_SAYS[form]}, and {role} ({name or model}) was trained on {_SAYS[other]}; chat: "

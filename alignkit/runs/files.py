@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from types import NoneType
 from typing import IO, Any
 
 from alignkit import console
@@ -45,13 +44,14 @@ def open_own(path: Path, flags: int, *, mode: int = 0o666) -> int:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
+def replacing(path: Path, *, mode: str = "w") -> Iterator[IO[Any]]:
     """Write a file in the block; at its end it takes the place of `path` in one step, on the disk. Raises DiskError."""
     temporary = path.with_name(path.name + ".tmp")
     with disk_failures(path.parent, path.name):
         temporary.unlink(missing_ok=True)
         try:
-            with os.fdopen(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
+            descriptor = open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            with os.fdopen(descriptor, mode, encoding="utf-8" if mode == "w" else None) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -73,30 +73,10 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-# What the records of a run must hold to be used, by their file names; what may be None may be absent.
-_NUMBER = (int, float)
-_TEXT, _MAP, _LIST = (str, NoneType), (dict, NoneType), (list, NoneType)
-_SHAPES: dict[str, dict[str, Any]] = {
-    "stage.json": {
-        "stage": str, "method": str, "recipe": _TEXT, "start_stage": _TEXT, "start_dir": _TEXT,
-        "seed": (*_NUMBER, NoneType), "num_processes": (*_NUMBER, NoneType), "lineage": _LIST, "reward_stages": _MAP,
-        **dict.fromkeys(
-            ("fingerprint", "options", "trainer", "trl", "data", "lengths", "eval_lengths", "model", "lora", "launch",
-             "parameters", "versions", "hardware", "git", "training"), _MAP,
-        ),
-    },
-    "result.json": {
-        "status": str, "stage": _TEXT, "step": (int, NoneType), "model_dir": _TEXT, "metrics": _MAP, "files": _MAP,
-        **dict.fromkeys(("tokens", "wall_seconds", "tokens_per_second", "peak_memory_bytes"), (*_NUMBER, NoneType)),
-    },
-    "probe.json": {"reward": bool, "dtype": str, "quantization": str, "values": list},
-    "eval.json": {"schema": (int, NoneType), "weights": _TEXT, "results": _LIST, "warnings": _LIST},
-    "evaluated.json": {"asked": str, "measured": list},
-    "preview.json": {"rows": list},
-    "metrics.jsonl": {"step": int},
-    "samples.jsonl": {"step": int},
-    "warnings.jsonl": {"time": str, "message": str},
-    "rejects.jsonl": {"reason": str},
+# What the records of a run must hold to be used, by their file names; a type with ? may be absent.
+_SHAPES: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("records.json").read_text("utf-8"))
+_TYPES: dict[str, Any] = {
+    "text": str, "count": int, "number": (int, float), "object": dict, "list": list, "flag": bool
 }  # fmt: skip
 
 
@@ -105,7 +85,8 @@ def _find_fault(name: str, data: Any) -> str | None:
     if not isinstance(data, dict):
         return f"holds {type(data).__name__}, not an object"
     for key, kind in _SHAPES.get(name, {}).items():
-        if not isinstance(data.get(key), kind):
+        value = data.get(key)
+        if not isinstance(value, _TYPES[kind.rstrip("?")]) and not (value is None and kind.endswith("?")):
             return f"has no {key}" if key not in data else f"{key} is {json.dumps(data[key])[:40]}"
     return None
 

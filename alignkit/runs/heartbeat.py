@@ -22,8 +22,6 @@ from alignkit.runs.stop import SIGNALS
 
 # The end record's room is taken when the process begins, so that a full disk cannot keep it from saying so.
 _END_BYTES = 1 << 14
-
-
 SUPERVISOR = "ALIGNKIT_SUPERVISOR"  # its process id: without it the worker ends
 INTERVAL = "ALIGNKIT_BEAT_SECONDS"
 _LAST_WORDS_SECONDS = 30.0

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from alignkit.data.formats import FORMATS, GROUPS, Detector, Format, Parsed
+from alignkit.data.load import join_threads
 from alignkit.data.report import Rejects
 from alignkit.data.rows import METHOD_KINDS, BadRow, Row, digest_row
-from alignkit.data.threads import join_threads
 from alignkit.errors import AlignKitError, DataError
 from alignkit.recipe import Stage, load_recipe, resolve
 

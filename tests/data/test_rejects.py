@@ -41,5 +41,5 @@ def test_a_place_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:
     rejects = Rejects()
     rejects.add("a.jsonl:1", "bad")
     path = tmp_path / "missing" / "rejects.jsonl"
-    with pytest.raises(DiskError, match="rejects.jsonl: cannot be written: No such file or directory"):
+    with pytest.raises(DiskError, match=r"missing: cannot write rejects.jsonl \(No such file or directory; "):
         rejects.write(path)

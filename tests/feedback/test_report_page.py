@@ -15,7 +15,7 @@ from judge_server import Server
 from alignkit.errors import JudgeError
 from alignkit.feedback import critique
 from alignkit.recipe.stage import Stage
-from alignkit.report.page import write_report
+from alignkit.report.publish import write_report
 from alignkit.rewards import label
 
 MakeStage = Callable[..., Stage]

@@ -10,7 +10,7 @@ import pytest
 from browser import CHROMIUM, Browser, open_browser
 from written_runs import HOSTILE, WriteRun, figure, writer
 
-from alignkit.report.page import write_report
+from alignkit.report.publish import write_report
 
 pytestmark = [
     pytest.mark.slow,

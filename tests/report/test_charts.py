@@ -10,7 +10,7 @@ import pytest
 from written_runs import WriteRun
 
 from alignkit.report.charts import Line, draw_lines
-from alignkit.report.page import write_report
+from alignkit.report.publish import write_report
 
 
 def parse(svg: str) -> ElementTree.Element:

@@ -10,7 +10,7 @@ from written_runs import SECRET, WriteRun
 
 from alignkit.errors import RunError
 from alignkit.report.facts import find_runs, order_runs, read_facts
-from alignkit.report.page import render_run
+from alignkit.report.publish import render_run
 
 
 def test_a_run_that_is_being_written_is_read_up_to_its_torn_line(write_run: WriteRun) -> None:

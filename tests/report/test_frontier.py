@@ -14,9 +14,9 @@ import pytest
 from browser import CHROMIUM, Browser, open_browser
 from written_runs import HOSTILE, WriteRun, figure, writer
 
+from alignkit.report.charts import Frontier, draw_frontier, draw_frontier_file, judge_frontier, read_frontiers
 from alignkit.report.facts import find_runs, read_facts
-from alignkit.report.frontier import Frontier, draw_file, draw_frontier, judge, read_frontiers
-from alignkit.report.page import write_report
+from alignkit.report.publish import write_report
 
 HOW = {"rows": 48, "temperature": 1.0, "max_new_tokens": 48}
 DATA = "builtin:prompts[test]"
@@ -95,7 +95,7 @@ def test_points_have_method_strength_and_the_optimum_at_their_kl(tmp_path: Path)
     assert ppo_gt.gap.half == pytest.approx(math.hypot(0.02, 0.01, 0.05 * 0.2))
     assert not any(point.is_above for point in frontier.points)
     assert (frontier.start.value, frontier.reach) == (0.0, 0.5 / 0.05**2)
-    assert judge(frontier).startswith("No point lies above the optimum beyond its interval.")
+    assert judge_frontier(frontier).startswith("No point lies above the optimum beyond its interval.")
 
 
 def test_the_bound_is_never_below_the_optimum_and_touches_it_at_each_beta(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_bound_is_never_below_the_optimum_and_touches_it_at_each_beta(tmp_pa
 def test_a_point_above_the_curve_is_said_only_beyond_its_interval(tmp_path: Path, reward: float, above: bool) -> None:
     frontier = read(write_all(tmp_path, {"dpo-1": ("dpo", dpo(0.1), policy(2.0, reward))}))
     assert [point.is_above for point in frontier.points if point.run] == [above]
-    assert ("dpo-1 lies above the optimum" in judge(frontier)) is above
+    assert ("dpo-1 lies above the optimum" in judge_frontier(frontier)) is above
 
 
 def test_what_was_measured_otherwise_is_not_compared(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_what_was_measured_otherwise_is_not_compared(tmp_path: Path) -> None:
     frontier = read(write_all(tmp_path, policies | {"elsewhere": ("dpo", dpo(0.1), elsewhere)}))
     assert [point.run for point in frontier.points if point.run] == ["same"]
     assert sorted(frontier.left_out) == ["colder", "longer"]
-    assert "in another way: " in judge(frontier)
+    assert "in another way: " in judge_frontier(frontier)
 
 
 def test_without_an_optimum_there_is_no_picture(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_reference_without_any_reward_has_a_picture_and_names_are_escaped(tmp_
     assert "nan" not in draw_frontier(read(runs))
     policies = {"dpo-1": ("dpo", dpo(0.1) | {"stage": HOSTILE}, policy(1.0, 0.4))}
     frontier = read(write_all(tmp_path, policies))
-    assert "<script>" not in draw_file(frontier, "")
+    assert "<script>" not in draw_frontier_file(frontier, "")
     assert "<script>alert" not in re.sub(r"data-series=\"[^\"]*\"", "", draw_frontier(frontier))
 
 

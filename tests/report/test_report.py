@@ -14,7 +14,7 @@ from written_runs import HOSTILE, SECRET, WriteRun, figure
 from alignkit.errors import RunError
 from alignkit.report.evaluation import tabulate
 from alignkit.report.facts import read_facts
-from alignkit.report.page import write_recipe_report, write_report
+from alignkit.report.publish import write_recipe_report, write_report
 
 
 class Page(HTMLParser):
