@@ -167,8 +167,10 @@ class DataReport:
             **{name: None if math.isnan(mean) else mean for name, mean in means.items()},
             "kinds": dict(self.kinds),
             "overlap_places": list(self.overlap_places),
-            "sources": [{key: dict(value) if isinstance(value, dict) else value for key, value in vars(source).items()}
-                        for source in self.sources],
+            "sources": [
+                {key: dict(value) if isinstance(value, dict) else value for key, value in vars(source).items()}
+                for source in self.sources
+            ],
         }
 
 

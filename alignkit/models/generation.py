@@ -1,17 +1,20 @@
 """Answers of a model: greedy for samples and checks, sampled for feedback, token by token for a person who reads."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from alignkit.console import Meter
 from alignkit.models.logprobs import keep_likeliest, pad
 
-_BATCH = 16
 _TAIL = 24  # new tokens that are looked at for an end
 _HELD_BACK = "\ufffd"  # what half of a character decodes to
 
@@ -39,114 +42,140 @@ def plainly(model: Any) -> Iterator[None]:
             config.output_router_logits = True
 
 
-def generate_greedy(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int,
-    num_beams: int = 1,
-) -> list[list[int]]:  # fmt: skip
-    """Write the new tokens of each prompt, the stop token included when one came; with several beams, search for them.
-
-    Prompts are padded on the left; one too long for the model's positions loses its beginning. The model's mode is
-    put back.
-    """
-    kept, new_tokens = _fit(model, prompts, max_new_tokens)
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id, use_cache=True,
-        # The sum of log-probabilities is searched for, as the papers have it.
-        num_beams=num_beams, length_penalty=0.0 if num_beams > 1 else None,
-    )  # fmt: skip
-    was_training = model.training
-    model.eval()
-    try:
-        answers: list[list[int]] = []
-        for start in range(0, len(kept), _BATCH):
-            answers += _generate_batch(model, kept[start : start + _BATCH], settings)
-        return answers
-    finally:
-        model.train(was_training)
-
-
-def _fit(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[list[list[int]], int]:
-    """Cut prompts and answers to the model's positions; each half of an encoder-decoder has some of its own."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 10**9
-    new_tokens = min(max_new_tokens, max(positions - 1, 1))
-    halves = model.config.is_encoder_decoder
-    return [list(ids)[:positions] if halves else list(ids)[-(positions - new_tokens) :] for ids in prompts], new_tokens
-
-
 def usual_length(chat: Any, positions: int | None, *, short: int) -> int:
     """How long answers may get where nobody says: a model that chats needs more room than the toy has."""
     return 256 if chat.has_template and (positions or 1024) >= 1024 else short
 
 
+class InverseTransform(LogitsProcessor):
+    """Choose each token where the cumulative distribution passes the answer's own number; greedy search then takes it.
+
+    A multinomial draw would depend on which other answers are in the batch. `uniforms_BT` are numbers in [0, 1), one
+    for every token that an answer may have.
+    """
+
+    def __init__(self, uniforms_BT: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0) -> None:
+        self.uniforms_BT, self._step, self._temperature = uniforms_BT, 0, temperature
+        self._top_p, self._top_k = top_p, top_k
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._step += 1
+        return self.choose(scores, self.uniforms_BT[:, self._step - 1].to(scores.device))
+
+    def choose(self, scores: Tensor, uniforms_B: Tensor) -> Tensor:
+        """Make scores, (B, vocabulary), that are 0 for the token drawn and -inf for all others."""
+        logits_BV = scores.float() / self._temperature
+        if self._top_p < 1 or self._top_k:
+            logits_BV = keep_likeliest(logits_BV, top_p=self._top_p, top_k=self._top_k)
+        cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
+        total_B = cumulative_BV[:, -1]
+        # Rounding may reach the end.
+        wanted_B = torch.minimum(uniforms_B * total_B, total_B.nextafter(torch.zeros_like(total_B)))
+        tokens_B1 = torch.searchsorted(cumulative_BV, wanted_B[:, None], right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B1, 0.0)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch."""
+        self.uniforms_BT = self.uniforms_BT[rows]
+
+
 def generate_answers(
-    model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, temperature: float, top_p: float = 1.0,
-    top_k: int = 0, is_over: Callable[[list[int]], bool] | None = None, **settings: Any,
+    model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int] = (), *, max_new_tokens: int,
+    eos_ids: Sequence[int], pad_id: int, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
+    num_beams: int = 1, is_over: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Write an answer to each prompt of a batch, as `generate_greedy` does with temperature 0, else sampled.
+    """Write an answer to each prompt of a batch, greedily with temperature 0, else sampled.
 
     Every row draws from a generator of its own seed, so that the same seed gives the same answer in any batch (up to
-    the rounding of padded batches). `is_over` tells from a row's last new tokens that it has said enough. The model is
-    in eval mode; a prompt that is too long loses its beginning.
+    the rounding of padded batches). `is_over` tells from a row's last new tokens that it has said enough. Prompts are
+    padded on the left; one too long for the model's positions loses its beginning. The model is in eval mode.
     """
-    if temperature == 0 and is_over is None:  # the only one that knows num_beams
-        return generate_greedy(model, prompts, **settings)
-    rows, new_tokens = _fit(model, prompts, settings["max_new_tokens"])
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=new_tokens, eos_token_id=list(settings["eos_ids"]),
-        pad_token_id=settings["pad_id"], use_cache=True,
+    positions = getattr(model.config, "max_position_embeddings", None) or 10**9
+    new_tokens = min(max_new_tokens, max(positions - 1, 1))
+    first = slice(0, positions) if model.config.is_encoder_decoder else slice(-(positions - new_tokens), None)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id, num_beams=num_beams,
+        length_penalty=0.0 if num_beams > 1 else None,  # beams by the sum of log-probabilities, as the papers have it
     )  # fmt: skip
-    criteria = stop_when(is_over, width=max(map(len, rows)))
-    sampled = gumbel(seeds, temperature, next(model.parameters()).device, top_p, top_k) if temperature else None
-    processors = LogitsProcessorList([sampled] if sampled else [])
-    return _generate_batch(model, rows, config, logits_processor=processors, stopping_criteria=criteria)
+    draw = None
+    if temperature:
+        numbers = np.stack([np.random.default_rng(seed).random(new_tokens, dtype=np.float32) for seed in seeds])
+        draw = InverseTransform(torch.from_numpy(numbers), temperature=temperature, top_p=top_p, top_k=top_k)
+    return generate_batch(model, [list(ids)[first] for ids in prompts], settings, draw=draw, is_over=is_over)
 
 
-def stop_when(is_over: Callable[[list[int]], bool] | None, *, width: int) -> StoppingCriteriaList:
-    """End an answer once `is_over` says so of its last new tokens; `width` is that of the padded prompts."""
+@torch.no_grad()
+def generate_batch(
+    model: Any, prompts: Sequence[list[int]], settings: GenerationConfig, *, draw: InverseTransform | None = None,
+    is_over: Callable[[list[int]], bool] | None = None, in_step: bool = False,
+) -> list[list[int]]:  # fmt: skip
+    """Write new tokens after each prompt: greedily, with beams, or as `draw` says.
 
-    def end(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        new = input_ids[:, max(width, input_ids.shape[1] - _TAIL) :].tolist()
-        return torch.tensor([is_over is not None and is_over(row) for row in new], device=input_ids.device)
-
-    return StoppingCriteriaList([end] if is_over else [])
-
-
-def gumbel(seeds: Sequence[int], temperature: float, device: torch.device, top_p: float = 1.0, top_k: int = 0) -> Any:
-    """Make greedy search sample: the largest of logits / T + Gumbel noise is a draw from softmax(logits / T).
-
-    Maddison et al. 2014 (arXiv 1411.0030), section 2.
+    A prompt that comes several times is read once, and when half of the answers of a batch have ended the others go on
+    without them. `in_step`: ranks that share a model's weights take the same number of steps.
     """
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    halves, device, limit = model.config.is_encoder_decoder, next(model.parameters()).device, settings.max_new_tokens
+    ids_BT, mask_BT = (tensor.to(device) for tensor in pad(prompts, settings.pad_token_id, left=not halves))
+    width = 1 if halves else ids_BT.size(1)  # a decoder begins with its start token
+    cache, beams = None, (settings.num_beams or 1) > 1
+    if not (halves or in_step or beams) and base._supports_default_dynamic_cache():
+        cache = DynamicCache(config=base.config)
+        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+            cache = None  # layers that keep more than keys and values
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows, ends = list(range(len(prompts))), [limit] * len(prompts)
+    stops = torch.tensor(settings.eos_token_id, dtype=torch.long, device=device)
 
-    def process(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        waits_BV = torch.empty_like(scores, dtype=torch.float32)
-        for row, generator in enumerate(generators):
-            waits_BV[row].exponential_(generator=generator)
-        scores = scores.float() / temperature
-        if top_p < 1 or top_k:
-            scores = keep_likeliest(scores, top_p=top_p, top_k=top_k)
-        return scores - waits_BV.clamp_min(1e-30).log()
+    def run(ids_BT: Tensor, mask_BT: Tensor, criteria: list[Any], **changes: Any) -> Any:
+        config = copy.deepcopy(settings)
+        config.update(**{"do_sample": False, "use_cache": True, "return_dict_in_generate": True} | changes)
+        return model.generate(
+            ids_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=in_step,
+            logits_processor=LogitsProcessorList([draw] if draw and criteria else []),
+            stopping_criteria=StoppingCriteriaList(criteria), **({} if cache is None else {"past_key_values": cache}),
+        )  # fmt: skip
 
-    return process
+    with plainly(model), Meter("tokens written", limit) as meter:
 
-
-def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationConfig, **hooks: Any) -> list[list[int]]:
-    device = next(model.parameters()).device
-    halves = model.config.is_encoder_decoder
-    ids_BT, mask_BT = pad(prompts, settings.pad_token_id, left=not halves)
-    with torch.no_grad(), plainly(model), Meter("tokens written", settings.max_new_tokens) as meter:
-
-        def count(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        def stop(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
             meter.advance()
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            if beams:  # which end by rules of their own
+                return torch.zeros(len(input_ids), dtype=torch.bool, device=device)
+            ended_B = torch.isin(input_ids[:, width:], stops).any(dim=1)
+            if is_over is not None:
+                length = input_ids.size(1) - width
+                for row, tail in zip(rows, input_ids[:, max(width, input_ids.size(1) - _TAIL) :].tolist(), strict=True):
+                    if ends[row] > length and is_over(tail):
+                        ends[row] = length
+                ended_B |= torch.tensor([ends[row] <= length for row in rows], device=device)
+            return ended_B | (ended_B.sum() * 2 >= len(rows)) if cache is not None and len(rows) > 2 else ended_B
 
-        hooks["stopping_criteria"] = StoppingCriteriaList([*hooks.get("stopping_criteria", ()), count])
-        output = model.generate(
-            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings, **hooks
-        )
-    answers = output[:, 1 if halves else ids_BT.size(1) :].tolist()  # a decoder begins with its start token
-    ends = [next((at for at, token in enumerate(row) if token in settings.eos_token_id), len(row)) for row in answers]
-    return [row[: end + 1] for row, end in zip(answers, ends, strict=True)]
+        places: dict[tuple[int, ...], int] = {}
+        numbers = [places.setdefault(tuple(ids), len(places)) for ids in prompts]
+        if cache is not None and len(places) < len(prompts) and width > 1:
+            firsts = [numbers.index(number) for number in range(len(places))]
+            run(ids_BT[firsts, :-1], mask_BT[firsts, :-1], [], max_new_tokens=1, min_new_tokens=None)
+            cache.reorder_cache(torch.tensor(numbers, device=device))
+        written = 0
+        while True:
+            least = max((settings.min_new_tokens or 0) - written, 0) or None
+            ids_BT = run(ids_BT, mask_BT, [stop], max_new_tokens=limit - written, min_new_tokens=least).sequences
+            written, going = ids_BT.size(1) - width, []
+            for place, (row, ids) in enumerate(zip(rows, ids_BT[:, width:].tolist(), strict=True)):
+                end = next((at + 1 for at, token in enumerate(ids) if token in settings.eos_token_id), limit)
+                ends[row] = min(ends[row], end)
+                answers[row] = ids[: ends[row]]
+                if written < ends[row]:
+                    going.append(place)
+            if cache is None or not going:
+                break
+            rows, ids_BT = [rows[place] for place in going], ids_BT[going]
+            mask_BT = torch.nn.functional.pad(mask_BT[going], (0, ids_BT.size(1) - mask_BT.size(1)), value=1)
+            cache.reorder_cache(torch.tensor(going, device=device))
+            if draw is not None:
+                draw.keep(going)
+    return answers
 
 
 def stream_tokens(

@@ -120,8 +120,9 @@ def token_logps(base: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: fl
 
     weight, bias, softcap, scale = _read_head(base)
     hidden_NH, targets_N = hidden_NH.to(weight.device), targets_N.to(weight.device)
+    tile = min(_VOCABULARY_TILE, len(weight))  # the kernel's buffer is that wide, whatever the vocabulary
     logps_N, entropy_N, *_ = ChunkedLogProbFunction.apply(
-        hidden_NH, weight, bias, targets_N, temperature, _VOCABULARY_TILE, softcap, scale, ("entropy",)
+        hidden_NH, weight, bias, targets_N, temperature, tile, softcap, scale, ("entropy",)
     )
     return logps_N, entropy_N.detach()
 

@@ -67,10 +67,10 @@ def prepare(directory: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+    import alignkit
     from alignkit.launch import launch_stage
     from alignkit.models.scratch import builtin_tokenizer
     from alignkit.recipe import load_recipe, resolve
-    from alignkit.train.ppo import build
 
     tokenizer = builtin_tokenizer()
     config = GPT2Config(
@@ -84,9 +84,7 @@ def prepare(directory: Path) -> None:
     policy.save_pretrained(directory / "policy")
     config.num_labels = 1
     AutoModelForSequenceClassification.from_config(config).save_pretrained(directory / "reward")
-    tokenizer.chat_template = (
-        Path(build.__code__.co_filename).parents[1] / "models/templates/chatml.jinja"
-    ).read_text()
+    tokenizer.chat_template = (Path(alignkit.__file__).parent / "models/templates/chatml.jinja").read_text()
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(directory / name)
     for name, (lora, keys) in OURS.items():

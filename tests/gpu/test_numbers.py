@@ -92,10 +92,9 @@ def test_bf16_margins_of_probe_and_step_zero(kind: str, tmp_path: Path, note: Ca
     assert margins["ln 2"] < 1e-3
 
 
-def test_samplers_draw_the_distribution_at_a_real_vocabulary(note: Callable[..., None]) -> None:
-    """Both samplers' tokens have the logits' probabilities: 64 rows x 128,256, chi-square on a peaked distribution."""
-    from alignkit.models.generation import gumbel
-    from alignkit.train.ppo.sampling import InverseTransform
+def test_the_sampler_draws_the_distribution_at_a_real_vocabulary(note: Callable[..., None]) -> None:
+    """The sampler's tokens have the logits' probabilities: 64 rows x 128,256, a peaked distribution."""
+    from alignkit.models.generation import InverseTransform
 
     torch.manual_seed(0)
     rows, vocabulary = 64, 128_256
@@ -105,24 +104,19 @@ def test_samplers_draw_the_distribution_at_a_real_vocabulary(note: Callable[...,
     ids = torch.zeros((rows, 1), dtype=torch.long, device="cuda")
     steps = 200
     uniforms = torch.rand(rows, steps, device="cuda", dtype=torch.float32)
-    makers = {
-        "inverse transform": lambda: InverseTransform(uniforms, temperature=1.0),
-        "gumbel": lambda: gumbel(list(range(rows)), 1.0, torch.device("cuda")),
-    }
-    for name, make in makers.items():
-        processor, counts = make(), torch.zeros(4, device="cuda")
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for step in range(steps):
-            if step == 10:
-                began.record()
-            picked = processor(ids, scores.clone()).argmax(-1)
-            counts += torch.bincount(picked, minlength=4)[:4]
-            ids = torch.cat([ids, picked[:, None]], dim=1)
-        ended.record()
-        torch.cuda.synchronize()
-        share = counts / counts.sum()
-        note("sampler", name=name, ms_per_token=began.elapsed_time(ended) / (steps - 10), share=share.tolist())
-        assert (share - wanted).abs().max() < 0.02
+    processor, counts = InverseTransform(uniforms, temperature=1.0), torch.zeros(4, device="cuda")
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for step in range(steps):
+        if step == 10:
+            began.record()
+        picked = processor(ids, scores.clone()).argmax(-1)
+        counts += torch.bincount(picked, minlength=4)[:4]
+        ids = torch.cat([ids, picked[:, None]], dim=1)
+    ended.record()
+    torch.cuda.synchronize()
+    share = counts / counts.sum()
+    note("sampler", ms_per_token=began.elapsed_time(ended) / (steps - 10), share=share.tolist())
+    assert (share - wanted).abs().max() < 0.02
 
 
 def test_bits_per_parameter_of_nf4(note: Callable[..., None], tmp_path: Path) -> None:

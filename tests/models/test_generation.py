@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
+from transformers import GenerationConfig
 
-from alignkit.models.generation import generate_answers, generate_greedy, stream_tokens, usual_length
+from alignkit.models.generation import (
+    InverseTransform,
+    generate_answers,
+    generate_batch,
+    stream_tokens,
+    usual_length,
+)
 from alignkit.models.scratch import builtin_config, random_model
 
 
@@ -20,21 +30,19 @@ def greedy_by_hand(model: torch.nn.Module, prompt: list[int], count: int, eos_id
 
 def test_answers_equal_one_token_at_a_time_whatever_the_padding() -> None:
     for name in ("builtin:tiny-gpt2", "builtin:tiny-llama"):
-        model = random_model(builtin_config(name), seed=3, dtype=torch.float32).train()
+        model = random_model(builtin_config(name), seed=3, dtype=torch.float32).eval()
         prompts = [[60, 61, 62], [99] * 20, [70]]
-        found = generate_greedy(model, prompts, max_new_tokens=6, eos_ids=[508], pad_id=509)
-        assert model.training
-        model.eval()
+        found = generate_answers(model, prompts, max_new_tokens=6, eos_ids=[508], pad_id=509)
         assert found == [greedy_by_hand(model, prompt, 6, [508]) for prompt in prompts]
 
 
 def test_answer_ends_with_the_first_stop_token_and_a_long_prompt_keeps_its_end() -> None:
     model = random_model(builtin_config("builtin:tiny-gpt2"), seed=3, dtype=torch.float32).eval()
-    free = generate_greedy(model, [[60, 61]], max_new_tokens=8, eos_ids=[508], pad_id=509)[0]
-    stopped = generate_greedy(model, [[60, 61], [77] * 5], max_new_tokens=8, eos_ids=[508, free[0]], pad_id=509)[0]
+    free = generate_answers(model, [[60, 61]], max_new_tokens=8, eos_ids=[508], pad_id=509)[0]
+    stopped = generate_answers(model, [[60, 61], [77] * 5], max_new_tokens=8, eos_ids=[508, free[0]], pad_id=509)[0]
     assert stopped == free[:1]
     long = [40 + number % 400 for number in range(700)]
-    found = generate_greedy(model, [long], max_new_tokens=4, eos_ids=[508], pad_id=509)[0]
+    found = generate_answers(model, [long], max_new_tokens=4, eos_ids=[508], pad_id=509)[0]
     assert found == greedy_by_hand(model, long[-508:], 4, [508])
 
 
@@ -117,9 +125,45 @@ def test_a_sampled_answer_depends_on_its_seed_and_its_own_end_and_not_on_its_bat
 def test_the_bases_generation_config_acts_on_nothing_and_is_kept() -> None:
     model = random_model(builtin_config("builtin:tiny-llama"), seed=3, dtype=torch.float32).eval()
     settings = {"max_new_tokens": 8, "eos_ids": [508], "pad_id": 509}
-    free = generate_greedy(model, [[60, 61]], **settings)
+    free = generate_answers(model, [[60, 61]], **settings)
     cold = generate_answers(model, [[60, 61]], [1], temperature=1e-4, **settings)
     model.generation_config.update(repetition_penalty=1.8, no_repeat_ngram_size=1, suppress_tokens=[free[0][0]])
-    assert generate_greedy(model, [[60, 61]], **settings) == free
+    assert generate_answers(model, [[60, 61]], **settings) == free
     assert generate_answers(model, [[60, 61]], [1], temperature=1e-4, **settings) == cold
     assert model.generation_config.repetition_penalty == 1.8
+
+
+@pytest.mark.parametrize("name", ["builtin:tiny-gpt2", "builtin:tiny-llama"])
+def test_prompts_are_read_once_and_ended_answers_leave_the_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(builtin_config(name), seed=3, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    prompts = [[60, 61, 62]] * 5 + [[99] * 20] * 3 + [[70], [70]]
+    settings = GenerationConfig(max_new_tokens=24, min_new_tokens=2, eos_token_id=[*range(0, 509, 9)], pad_token_id=509)
+    uniforms, seen = torch.rand(len(prompts), 24, generator=torch.Generator().manual_seed(1)), []
+    forward = model.forward
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(kwargs["input_ids"].shape))
+        return forward(*args, **kwargs)
+
+    model.forward = functools.wraps(forward)(count)
+    together = generate_batch(model, prompts, settings, draw=InverseTransform(uniforms, temperature=1.0))
+    assert seen[:2] == [(3, 19), (10, 1)]  # each prompt once, all but its last token
+    widths = [rows for rows, _ in seen[1:]]
+    assert widths == sorted(widths, reverse=True) and widths[-1] <= 2 < len(set(widths))
+    assert len({len(ids) for ids in together}) > 3 and min(map(len, together)) >= 2
+    for row, prompt in enumerate(prompts):  # a row alone, all of whose tokens are read at once
+        draw = InverseTransform(uniforms[[row]], temperature=1.0)
+        assert generate_batch(model, [prompt], settings, draw=draw) == [together[row]]
+    # A row that says enough by its text leaves, too, and nothing comes after its end.
+    cut = generate_batch(
+        model, prompts, settings, draw=InverseTransform(uniforms, temperature=1.0), is_over=lambda ids: len(ids) >= 4
+    )
+    assert cut == [ids[:4] for ids in together]
+    # Where ranks keep step the plain way is taken.
+    seen.clear()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    plain = generate_batch(model, prompts, settings, draw=InverseTransform(uniforms, temperature=1.0), in_step=True)
+    assert plain == together and {rows for rows, _ in seen} == {10}

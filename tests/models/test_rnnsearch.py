@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from alignkit.models.chat import Chat, ConversationError
-from alignkit.models.generation import generate_greedy
+from alignkit.models.generation import generate_answers
 from alignkit.models.logprobs import align, score_tokens
 from alignkit.models.rnnsearch import RnnSearchConfig, RnnSearchForConditionalGeneration
 from alignkit.models.scratch import learn_tokenizer, learnt_tokenizer
@@ -62,7 +62,7 @@ def test_the_rivals_save_load_search_and_do_not_see_padding(tmp_path: Path, atte
             alone = model(torch.tensor([source]), decoder_input_ids=shifted).logits.log_softmax(-1)[0]
         torch.testing.assert_close(torch.tensor(logps), alone[torch.arange(len(target)), torch.tensor(target)])
     settings = {"max_new_tokens": 4, "eos_ids": [1], "pad_id": 0}
-    answers = [answer for beams in (12, 1) for answer in generate_greedy(again, SOURCES, num_beams=beams, **settings)]
+    answers = [answer for beams in (12, 1) for answer in generate_answers(again, SOURCES, num_beams=beams, **settings)]
     likely = score_tokens(again, list(zip(SOURCES * 2, answers, strict=True)), pad_id=0)
     assert all(sum(likely[row]) >= sum(likely[row + 2]) - 1e-5 for row in (0, 1))
     weights = align(again, SOURCES[0], TARGETS[0])
@@ -77,7 +77,7 @@ def test_beam_search_finds_the_likeliest_of_all_short_targets() -> None:
     ended = [[*head, 1] for size in (0, 1, 2) for head in product([0, 2, 3, 4], repeat=size)]
     answers = ended + [list(cut) for cut in product([0, 2, 3, 4], repeat=3)]
     scores = [sum(row) for row in score_tokens(model, [([3, 4, 1], answer) for answer in answers], pad_id=0)]
-    (found,) = generate_greedy(model, [[3, 4, 1]], max_new_tokens=3, eos_ids=[1], pad_id=0, num_beams=100)
+    (found,) = generate_answers(model, [[3, 4, 1]], max_new_tokens=3, eos_ids=[1], pad_id=0, num_beams=100)
     assert found == answers[scores.index(max(scores))]
 
 

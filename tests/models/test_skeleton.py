@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GraniteConfig, MixtralConfig, Phi3Config
 
 from alignkit.errors import EnvironmentProblem, ModelError
-from alignkit.models.generation import generate_greedy
+from alignkit.models.generation import generate_answers
 from alignkit.models.load import build_skeleton, load_policy, load_reward_model, load_trained
 from alignkit.models.parameters import take_probe
 from alignkit.models.save import save_model
@@ -161,5 +161,5 @@ def test_answers_of_a_mixture_of_experts_leave_the_routers_loss_alone(models: Pa
     model = AutoModelForCausalLM.from_pretrained(models / "mixtral")
     model.config.output_router_logits = True
     with torch.no_grad():
-        assert generate_greedy(model, [[1, 2, 3], [4]], max_new_tokens=3, eos_ids=[508], pad_id=509)
+        assert generate_answers(model, [[1, 2, 3], [4]], max_new_tokens=3, eos_ids=[508], pad_id=509)
     assert model.config.output_router_logits

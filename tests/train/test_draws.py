@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from alignkit.models.generation import InverseTransform
 from alignkit.train import ranks
-from alignkit.train.ppo.sampling import InverseTransform, cut_at_text, draw_uniforms, in_batches
+from alignkit.train.ppo.sampling import cut_at_text, draw_uniforms
 
 
 def test_tokens_come_with_the_probabilities_of_the_softmax_at_the_temperature() -> None:
@@ -71,16 +72,3 @@ def test_ranks_share_a_list_in_parts_of_one_length(monkeypatch: pytest.MonkeyPat
     assert shares(7, 3) == [([0, 1, 2], 3), ([3, 4, 5], 3), ([6, 6, 6], 1)]
     assert shares(1, 2) == [([0], 1), ([0], 0)]
     assert shares(4, 1) == [([0, 1, 2, 3], 4)]
-
-
-def test_answers_come_back_in_the_order_of_their_prompts() -> None:
-    prompts = [[1] * 5, [2], [3] * 9, [4] * 2, [5] * 9]
-    uniforms = torch.arange(5.0)[:, None]
-    asked: list[list[int]] = []
-
-    def generate(batch: list[list[int]], uniforms_BT: torch.Tensor) -> list[list[int]]:
-        asked.append([len(prompt) for prompt in batch])
-        return [[prompt[0], int(row)] for prompt, row in zip(batch, uniforms_BT, strict=True)]
-
-    assert in_batches(generate, prompts, uniforms, batch_size=2) == [[1, 0], [2, 1], [3, 2], [4, 3], [5, 4]]
-    assert asked == [[1, 2], [5, 9], [9]]

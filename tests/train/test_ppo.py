@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignkit.errors import ModelError, RunError
 from alignkit.launch import launch_stage
 from alignkit.models.frozen import read_norm, score_ids
+from alignkit.models.generation import generate_batch
 from alignkit.models.load import load_trained
 from alignkit.models.logprobs import Sampling, pad_answers
 from alignkit.models.scratch import builtin_config, builtin_tokenizer
@@ -172,8 +173,8 @@ def test_losses_equal_those_computed_from_plain_logits(start: str, make_stage: C
     trainer._step_sums, total = defaultdict(float), 0.0
     for rows in ([0, 3], [1, 2]):
         inputs = {
-            "step": 0, "micro": 1, "rows": torch.tensor(rows), "num_tokens": tokens, "num_learnt": tokens,
-            "batch": collector.batch(rollout, rows, experience.mask_RT.size(1)),
+            "step": 0, "micro": 1, "num_tokens": tokens, "num_learnt": tokens,
+            "pieces": collector.pieces(rollout, rows, experience.mask_RT.size(1)),
         }  # fmt: skip
         total += float(trainer.compute_loss(trainer.model, inputs))
     policy_sum = value_sum = 0.0
@@ -215,6 +216,40 @@ def test_micro_batches_change_nothing(lora: bool, make_stage: Callable, tmp_path
         weights.append([p.detach().clone() for p in trainer._policy_parameters.values()])
     for whole, small in zip(*weights, strict=True):
         torch.testing.assert_close(whole, small, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter", "head"])
+def test_pieces_of_a_micro_batch_and_graphs_of_the_read_change_nothing(
+    kind: str, make_stage: Callable, tmp_path: Path
+) -> None:
+    text = recipe(
+        lora=kind != "full", reward="rm" if kind == "adapter" else "builtin:true-reward", extra=", gamma: 0.9"
+    )
+    text = text.replace("micro_batch_size: 2", "micro_batch_size: 4, adam_epsilon: 1e-3, missing_eos: {penalty: 1}")
+    launch_stage(make_stage(text, "rm")) if kind == "adapter" else None
+    found = []
+    for number, (tokens, keep) in enumerate([(float("inf"), False), (64, False), (64, True)]):
+        trainer = build(make_stage(text, "ppo"), tmp_path, f"run{number}").trainer
+        collector = trainer.collector
+        assert trainer._keeps_graphs and collector.piece_tokens == 256
+        collector.piece_tokens, trainer._keeps_graphs = tokens, keep
+        rollout = collector.sample(range(4), (0, 0))
+        pieces = collector.pieces(rollout, range(4), 8)
+        assert sorted(row for rows, _ in pieces for row in rows) == [0, 1, 2, 3]
+        assert (len(pieces) > 1) == (tokens == 64) and all(batch.input_ids_BL.numel() <= tokens for _, batch in pieces)
+        logps = collector.read(rollout, trainer.model)[1]
+        trainer.check_step_zero()
+        trainer.train()
+        assert not collector.kept
+        weights = [p.detach().clone() for p in [*trainer._policy_parameters.values(), *trainer.critic.parameters()]]
+        logged = [{k: v for k, v in row.items() if "loss" in k or "norm" in k} for row in trainer.state.log_history[:4]]
+        found.append((logps, weights, logged))
+    (whole, whole_weights, _), (pieced, weights, logged), (_, kept_weights, kept_logged) = found
+    torch.testing.assert_close(whole, pieced, rtol=0, atol=1e-6)
+    assert logged == kept_logged and len({row["loss"] for row in logged}) == 4
+    for one, two, three in zip(whole_weights, weights, kept_weights, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-6)
+        assert torch.equal(two, three)
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter", "head"])
@@ -407,9 +442,8 @@ def test_the_loss_of_a_preset_is_that_of_its_paper(
     trainer._step_sums, total = defaultdict(float), 0.0
     for rows in ([0, 3], [1, 2]):
         inputs = {
-            "step": 0, "micro": 1, "rows": torch.tensor(rows), "num_tokens": tokens,
-            "num_learnt": float(experience.learnt_RT.sum()),
-            "batch": collector.batch(rollout, rows, experience.mask_RT.size(1)),
+            "step": 0, "micro": 1, "num_tokens": tokens, "num_learnt": float(experience.learnt_RT.sum()),
+            "pieces": collector.pieces(rollout, rows, experience.mask_RT.size(1)),
         }  # fmt: skip
         total += float(trainer.compute_loss(trainer.model, inputs))
     lengths = [len(ids) for ids in rollout.sampled_ids]
@@ -460,13 +494,34 @@ def test_log_probabilities_are_of_the_tokens_that_could_be_drawn(
             kept = order[: int((p.cumsum(-1) < options.top_p - 1e-6).sum()) + 1] if options.top_p < 1 else order
             assert token in kept
             assert float(logps[row, at]) == pytest.approx(float(scores[token] - scores[kept].logsumexp(-1)), abs=2e-4)
-    inputs = {"step": 0, "micro": 0, "rows": torch.arange(4), "num_tokens": 9.0, "num_learnt": 9.0,
-              "batch": collector.batch(rollout, range(4), logps.size(1))}  # fmt: skip
+    inputs = {"step": 0, "micro": 0, "num_tokens": 9.0, "num_learnt": 9.0,
+              "pieces": collector.pieces(rollout, range(4), logps.size(1))}  # fmt: skip
     trainer._step_sums = defaultdict(float)
     trainer.experience = collector.examine(rollout, trainer.model)
     trainer.experience.advantages_RT += 1
     trainer.compute_loss(trainer.model, inputs).backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trainer._policy_parameters.values())
+
+
+def test_answers_are_sampled_in_batches_of_like_prompts_and_keep_their_order(
+    make_stage: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+
+    def watch(model: Any, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        asked.append([len(ids) for ids in prompts])
+        return generate_batch(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr("alignkit.train.ppo.trainer.generate_batch", watch)
+    found = []
+    for size in (8, 2):
+        stage = make_stage(recipe(extra=", min_new_tokens: 2"), "ppo", f"ppo.generation.batch_size={size}")
+        found.append(build(stage, tmp_path, f"by{size}").trainer.collector.sample(range(4), (0, 0), repeats=2))
+    assert found[0].sampled_ids == found[1].sampled_ids and found[0].prompt_ids == found[1].prompt_ids
+    assert list(map(len, asked)) == [8, 2, 2, 2, 2] and all(
+        sorted(sizes) == sizes for sizes in (asked[0], sum(asked[1:], []))
+    )
+    assert all(len(ids) > 1 for ids in found[0].sampled_ids)
 
 
 def test_groups_without_spread_are_sampled_again_and_alike_in_a_resumed_run(

@@ -6,7 +6,7 @@ acts is switched per forward pass.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def return_logps(model: Any, read: Callable[[Any, Tensor, Batch], Any] | None = 
 
 
 def read_answers(model: Any, batch: Batch, **kwargs: Any) -> Any:
-    """Call a model of `return_logps`; `model` may be its wrapper."""
+    """Call a model of `return_logps`, or its wrapper: log-probs (N,), entropies (N,) and hidden states (N, H)."""
     return model(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, batch=batch, **kwargs)
 
 
@@ -68,18 +68,12 @@ class Roles:
             if model is not None:
                 return_logps(model)
 
-    def policy_logps(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs (N,), entropies (N,) and hidden states (N, H) of the policy; `model` may be its wrapper."""
-        logps_N, entropy_N, hidden_NH = read_answers(model, batch)
-        return logps_N, entropy_N, hidden_NH
-
     @torch.no_grad()
     def reference_logps(self, batch: Batch) -> Tensor:
         """Log-probs of the reference, (N,)."""
-        if self.reference is not None:
-            return self.policy_logps(self.reference, batch)[0]
-        with self.act_as(self._reference_adapters):
-            return self.policy_logps(self.policy, batch)[0]
+        with nullcontext() if self.reference is not None else self.act_as(self._reference_adapters):
+            logps_N: Tensor = read_answers(self.policy if self.reference is None else self.reference, batch)[0]
+        return logps_N
 
     @contextmanager
     def act_as(self, names: Sequence[str]) -> Iterator[None]:

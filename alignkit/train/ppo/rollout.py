@@ -9,6 +9,7 @@ Legend: R answers of a rollout, N tokens of a batch, T tokens of the longest ans
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,7 @@ from alignkit.train.ppo import math as maths
 from alignkit.train.ppo import sampling as draws
 from alignkit.train.ppo.critic import Critic
 from alignkit.train.ppo.rewards import Rewards, finish_scores, measure_norm
-from alignkit.train.ppo.roles import Roles
+from alignkit.train.ppo.roles import Roles, read_answers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -124,6 +125,8 @@ class Collector:
     # prompts, random numbers, repeats -> answers and, of an engine that is not the trainer, their log-probabilities
     generate: Callable[[list[list[int]], Tensor, int], tuple[list[list[int]], list[list[float]]]] = field(init=False)
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    piece_tokens: float = math.inf  # tokens of a forward pass, padding included
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # log-probabilities and values with their graphs
 
     def __post_init__(self) -> None:
         self.controller = maths.KlController(self.options.kl_coef, self.options.kl_target, self.options.kl_horizon)
@@ -163,18 +166,14 @@ class Collector:
         cut = [draws.cut_answer(ids, stop_ids=stop_ids, truncation=self.truncation) for ids in sampled]
         cut = [(ids, ended or end is not None) for (ids, ended), end in zip(cut, stops, strict=True)]
         texts = self.chat.tokenizer.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
+        completions: list[Any] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
         return draws.Rollout(
-            prompts=prompts,
-            prompt_ids=prompt_ids,
-            completion_ids=[ids for ids, _ in cut],
-            completions=[
-                text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-                for prompt, text in zip(prompts, texts, strict=True)
-            ],
-            ended=[ended for _, ended in cut],
-            columns=join_columns(columns),
-            sampled_ids=sampled,
-        )
+            prompts=prompts, prompt_ids=prompt_ids, completion_ids=[ids for ids, _ in cut], completions=completions,
+            ended=[ended for _, ended in cut], columns=join_columns(columns), sampled_ids=sampled,
+        )  # fmt: skip
 
     def prepare(self) -> None:
         """Measure the normalisation of the reward on answers of the starting policy, once, before training."""
@@ -191,7 +190,7 @@ class Collector:
             f"{self.name}: reward normalised on {count} answers of the starting policy: {gain:.4g} r {bias:+.4g}"
         )
 
-    def collect(self, number: int, model: Any, *, step: int) -> Experience:
+    def collect(self, number: int, model: Any, *, step: int, keep: bool = False) -> Experience:
         """Make rollout `number` of the run and take its KL into account; raises KlTooLarge beyond `max_kl`."""
         repeats = self.options.answers_per_prompt
         count = self.num_answers // repeats
@@ -201,7 +200,7 @@ class Collector:
         pulse("scoring answers", step)
         scored = self.rewards(rollout)
         resampled = self._resample(number, rollout, scored)
-        experience = self.examine(rollout, model, scored)
+        experience = self.examine(rollout, model, scored, keep=keep)
         if self.options.dynamic_sampling:
             experience.metrics["resampled_groups"] = resampled
         kl = experience.metrics["objective/kl"]
@@ -237,14 +236,15 @@ class Collector:
         return replaced
 
     def examine(
-        self, rollout: draws.Rollout, model: Any, scored: tuple[Tensor, dict[str, Tensor]] | None = None
-    ) -> Experience:
+        self, rollout: draws.Rollout, model: Any, scored: tuple[Tensor, dict[str, Tensor]] | None = None, *,
+        keep: bool = False,
+    ) -> Experience:  # fmt: skip
         """Score a rollout, read what the models say about it, and estimate the advantages; changes no state."""
         options, coef = self.options, self.controller.coef
         total_R, parts = scored or self.rewards(rollout)
         lengths = list(map(len, rollout.sampled_ids))
         scores_R = finish_scores(options, total_R, rollout.ended, self.norm, lengths)
-        mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = self.read(rollout, model)
+        mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = self.read(rollout, model, keep=keep)
         in_reward = coef if options.kl_in == "reward" else 0.0
         rewards_RT = maths.shaped_rewards(scores_R, logps_RT, ref_logps_RT, mask_RT, kl_coef=in_reward)
         if options.whiten_rewards:
@@ -302,38 +302,53 @@ class Collector:
             ratios_RT[row, : len(own)] = (logps_RT[row, : len(own)] - engine_T).exp().nan_to_num(1.0).clamp(max=cap)
         return ratios_RT
 
-    @torch.no_grad()
-    def read(self, rollout: draws.Rollout, model: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Read mask, log-probs, the reference's log-probs, entropies and values, each (R, T) on the CPU."""
+    def read(
+        self, rollout: draws.Rollout, model: Any, *, keep: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Read mask, log-probs, the reference's log-probs, entropies and values, each (R, T) on the CPU.
+
+        `keep`: what this rank has read of policy and critic stays in `kept`, a piece at a time, to be trained from.
+        """
         longest = max(map(len, rollout.sampled_ids))
         columns = torch.zeros(5, len(rollout), longest)
         # In the micro batches of the first epoch, so that its first ratio is computed alike on both sides.
         order = draws.sort_steps(np.arange(len(rollout)), rollout.lengths, step_size=self.options.batch_size)
         mine, num_own = ranks.share_out(range(0, len(rollout), self.micro_batch_size))
         for number, start in enumerate(mine):
-            rows = order[start : start + self.micro_batch_size]
-            batch = self.batch(rollout, rows.tolist(), longest)
-            with self.autocast():
-                logps_N, entropy_N, hidden_NH = self.roles.policy_logps(model, batch)
-                ref_logps_N = self.roles.reference_logps(batch)
-                values_N = torch.zeros_like(logps_N)
-                if self.critic is not None:
-                    values_N = self.critic.values(batch, hidden_NH)
-            if number >= num_own:
-                continue
-            for column, tensor in zip(columns[1:], (logps_N, ref_logps_N, entropy_N, values_N), strict=True):
-                column[rows] = batch.spread(tensor.float()).cpu()
-            columns[0, rows] = batch.mask_BT.float().cpu()
+            for rows, batch in self.pieces(rollout, order[start : start + self.micro_batch_size].tolist(), longest):
+                with self.autocast():
+                    ref_logps_N = self.roles.reference_logps(batch)
+                    with torch.set_grad_enabled(keep):
+                        logps_N, entropy_N, hidden_NH = read_answers(model, batch)
+                        values_N = self.critic.values(batch, hidden_NH) if self.critic else torch.zeros_like(logps_N)
+                if keep:
+                    self.kept.append((logps_N, values_N))
+                if number >= num_own:
+                    continue
+                for column, tensor in zip(columns[1:], (logps_N, ref_logps_N, entropy_N, values_N), strict=True):
+                    column[rows] = batch.spread(tensor.detach().float()).cpu()
+                columns[0, rows] = batch.mask_BT.float().cpu()
         mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = ranks.total(columns)  # 0 where others have read
         return mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT if self.critic is not None else None
 
-    def batch(self, rollout: draws.Rollout, rows: Sequence[int], longest: int) -> Batch:
-        """Pad answers of a rollout for a forward pass."""
-        return pad_answers(
-            [rollout.prompt_ids[row] for row in rows], [rollout.sampled_ids[row] for row in rows],
-            pad_id=self.chat.tokenizer.pad_token_id, device=self.roles.policy.device, num_columns=longest,
-            sampling=self.sampling,
-        )  # fmt: skip
+    def pieces(self, rollout: draws.Rollout, rows: Sequence[int], longest: int) -> list[tuple[list[int], Batch]]:
+        """Pad a micro batch for forward passes: whole, or in pieces of `piece_tokens`, the longest answers first.
+
+        A CPU is as fast with a few hundred tokens as with thousands, and they hold less padding and fewer activations.
+        """
+        lengths, parts = rollout.lengths, list[list[int]]()
+        for row in sorted(rows, key=lambda row: -lengths[row]):
+            if not parts or (len(parts[-1]) + 1) * lengths[parts[-1][0]] > self.piece_tokens:
+                parts.append([])
+            parts[-1].append(row)
+        return [
+            (part, pad_answers(
+                [rollout.prompt_ids[row] for row in part], [rollout.sampled_ids[row] for row in part],
+                pad_id=self.chat.tokenizer.pad_token_id, device=self.roles.policy.device, num_columns=longest,
+                sampling=self.sampling,
+            ))
+            for part in parts
+        ]  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know, as plain data; floats survive JSON exactly."""

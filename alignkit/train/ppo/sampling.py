@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
-from alignkit.models.generation import plainly, stop_when
-from alignkit.models.logprobs import keep_likeliest
 from alignkit.rewards.base import Answers
 
 Key = tuple[int, ...]  # which answers these are: the run's seed, what they are for, and their number
@@ -23,65 +19,6 @@ Key = tuple[int, ...]  # which answers these are: the run's seed, what they are 
 def draw_uniforms(key: Key, num_answers: int, num_tokens: int) -> Tensor:
     """Numbers in [0, 1), float32 (num_answers, num_tokens): one for every token an answer may have."""
     return torch.from_numpy(np.random.default_rng(key).random((num_answers, num_tokens), dtype=np.float32))
-
-
-class InverseTransform(LogitsProcessor):
-    """Choose each token where the cumulative distribution passes the answer's own number; greedy search then takes it.
-
-    A multinomial draw would depend on which other answers are in the batch.
-    """
-
-    def __init__(self, uniforms_BT: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0) -> None:
-        self._uniforms_BT, self._temperature, self._step = uniforms_BT, temperature, 0
-        self._top_p, self._top_k = top_p, top_k
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Make scores, (B, vocabulary), that are 0 for the token drawn and -inf for all others."""
-        logits_BV = scores.float() / self._temperature
-        if self._top_p < 1 or self._top_k:
-            logits_BV = keep_likeliest(logits_BV, top_p=self._top_p, top_k=self._top_k)
-        cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
-        total_B = cumulative_BV[:, -1]
-        wanted_B = self._uniforms_BT[:, self._step].to(scores.device) * total_B
-        wanted_B = torch.minimum(wanted_B, total_B.nextafter(torch.zeros_like(total_B)))  # rounding may reach the end
-        tokens_B1 = torch.searchsorted(cumulative_BV, wanted_B[:, None], right=True)
-        self._step += 1
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B1, 0.0)
-
-
-@contextmanager
-def drawing(
-    model: Any, draw: LogitsProcessor, *, is_over: Callable[[list[int]], bool] | None = None, in_step: bool = False
-) -> Iterator[None]:
-    """Let `model.generate` draw tokens so, whoever calls it; `in_step`: until all ranks have finished."""
-    generate = model.generate
-
-    def drawn(*args: Any, **kwargs: Any) -> Any:
-        criteria = stop_when(is_over, width=kwargs["input_ids"].size(1))
-        hooks = {"logits_processor": LogitsProcessorList([draw]), "stopping_criteria": criteria}
-        with plainly(model):
-            return generate(*args, synced_gpus=in_step, **hooks, **kwargs)
-
-    model.generate = drawn
-    try:
-        yield
-    finally:
-        del model.generate
-
-
-def in_batches(
-    generate: Callable[[list[list[int]], Tensor], list[list[int]]], prompts: Sequence[list[int]], uniforms_BT: Tensor,
-    *, batch_size: int,
-) -> list[list[int]]:  # fmt: skip
-    """Sample answers to all prompts, a batch at a time; prompts of like length come together."""
-    answers: list[list[int]] = [[]] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        found = generate([prompts[place] for place in places], uniforms_BT[places])
-        for place, ids in zip(places, found, strict=True):
-            answers[place] = ids
-    return answers
 
 
 @dataclass

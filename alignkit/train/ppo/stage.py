@@ -114,40 +114,28 @@ def _build_config(stage: Stage, checkpoints: Path, *, num_prompts: int) -> GRPOC
             where=stage.where(f"{stage.name}.batch_size"),
         )
     steps = options.ppo_epochs * options.minibatches
-    least = options.min_new_tokens
-    kwargs = {"use_cache": True} | ({"min_new_tokens": least} if least else {})
-    sampling: dict[str, Any] = {"generation_kwargs": kwargs}
+    sampling: dict[str, Any] = {}
     if generation.engine == "vllm":
-        ends: dict[str, Any] = {"min_tokens": least} if least else {}
+        ends: dict[str, Any] = {"min_tokens": options.min_new_tokens} if options.min_new_tokens else {}
         if options.stop:
             ends |= {"stop": list(options.stop), "include_stop_str_in_output": True}
         sampling = {
-            "use_vllm": True,
-            "vllm_mode": generation.mode,
+            "use_vllm": True, "vllm_mode": generation.mode,
             "vllm_gpu_memory_utilization": generation.gpu_memory_utilization,
             # We weigh tokens ourselves; with it TRL asks a server whether its log-probabilities are those it drew by.
             "vllm_importance_sampling_correction": generation.importance_cap is not None,
             "generation_kwargs": ends or None,
-        }
+        }  # fmt: skip
         if generation.mode == "server":
             sampling["vllm_server_base_url"] = generation.url
     config = build_config(
-        stage,
-        GRPOConfig,
-        checkpoints,
-        max_steps=steps * _count_rollouts(stage, num_prompts, answers, steps),
+        stage, GRPOConfig, checkpoints, max_steps=steps * _count_rollouts(stage, num_prompts, answers, steps),
         # GRPO wants groups of two and batches that hold whole ones; we group by ourselves.
-        num_generations=2,
-        num_generations_eval=1,
+        num_generations=2, num_generations_eval=1,
         steps_per_generation=2 * (options.batch_size // ranks.world_size() // micro_batch_size(stage)),
-        beta=0.0,
-        disable_dropout=True,
-        max_completion_length=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        **sampling,
-    )
+        beta=0.0, disable_dropout=True, max_completion_length=options.max_new_tokens, temperature=options.temperature,
+        top_p=options.top_p, top_k=options.top_k, **sampling,
+    )  # fmt: skip
     config.num_generations = repeats
     return config
 

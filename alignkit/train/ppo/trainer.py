@@ -21,20 +21,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
 
 from alignkit import console
 from alignkit.errors import ModelError, RunError
 from alignkit.models.adapters import TRAINED
-from alignkit.models.logprobs import pad_answers
+from alignkit.models.generation import InverseTransform, generate_batch
+from alignkit.models.logprobs import Batch, pad_answers
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
 from alignkit.train import ranks, shards
 from alignkit.train.ppo import sampling
 from alignkit.train.ppo.critic import Critic
 from alignkit.train.ppo.math import answer_means, kl_losses, policy_losses, value_losses
-from alignkit.train.ppo.roles import CRITIC, Roles
+from alignkit.train.ppo.roles import CRITIC, Roles, read_answers
 from alignkit.train.ppo.rollout import CHECK, HELD_OUT, Collector, Experience, KlTooLarge
 from alignkit.train.trainer import Guarded
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 STATE_FILE, EMA_FILE = "ppo_state.json", "ema.safetensors"  # of a checkpoint, beside the policy and the critic
+_PIECE_TOKENS = 256
 _PTX_SEED = 7919  # another order than that of the prompts
 _HELD_OUT_METRICS = ("reward", "gold", "objective/kl", "entropy", "response_length", "ended_share", "repetition")
 
@@ -111,15 +114,17 @@ class Ppo(Guarded, GRPOTrainer):
         if critic is not None and critic.model is not None and self.args.gradient_checkpointing:
             critic.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         collector.generate, collector.autocast = self._sample, self.accelerator.autocast
+        on_cpu, alone = self.args.device.type == "cpu", self.args.world_size == 1
+        if on_cpu and not shards.is_sharded(self):  # whose ranks must take the same number of passes
+            collector.piece_tokens = _PIECE_TOKENS
+        whole = options.minibatches == self.args.gradient_accumulation_steps == 1
+        self._keeps_graphs = on_cpu and alone and whole  # elsewhere micro batches were chosen to fit the memory
         self._bind_parameters()
         # DDP would wait for the gradients of an adapter that another backward pass trains.
         apart = [
             name for name, p in self.model.named_parameters() if p.requires_grad and name not in self._policy_parameters
         ]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, apart)
-        if not self.use_vllm:  # `drawing` leaves one token to a greedy search
-            self.generation_kwargs |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-            self.generation_config.update(**self.generation_kwargs)
         if self.ema is not None:
             self.add_callback(self.ema)
 
@@ -187,25 +192,34 @@ class Ppo(Guarded, GRPOTrainer):
         self, prompt_ids: list[list[int]], uniforms_BT: Tensor, repeats: int
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Sample this rank's answers; vLLM draws random numbers of its own and gives log-probabilities too."""
-        options, decode = self.options, self.collector.chat.tokenizer.decode
+        options, chat, size = self.options, self.collector.chat, self.options.generation.batch_size
         if self.use_vllm:
             answers, logps = self._generate_single_turn(prompt_ids, None, {}, repeats)
             return answers, logps or []
+        settings = GenerationConfig(
+            max_new_tokens=options.max_new_tokens, min_new_tokens=options.min_new_tokens,
+            eos_token_id=list(chat.stop_ids), pad_token_id=chat.tokenizer.pad_token_id,
+        )  # fmt: skip
 
         def is_over(ids: list[int]) -> bool:
-            text = decode(ids)
+            text = chat.tokenizer.decode(ids)
             return any(stop in text for stop in options.stop or ())
 
-        def draw(prompt_ids: list[list[int]], uniforms_BT: Tensor) -> Any:
-            in_step = shards.is_sharded(self)
-            draws = sampling.InverseTransform(
-                uniforms_BT, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
-            )
-            numbers = sampling.drawing(self.model, draws, is_over=is_over if options.stop else None, in_step=in_step)
-            with numbers, shards.gathered_root(self.model):
-                return self._generate_single_turn(prompt_ids, None, {}, 1)[0]
-
-        return sampling.in_batches(draw, prompt_ids, uniforms_BT, batch_size=options.generation.batch_size), []
+        hooks: dict[str, Any] = {"is_over": is_over if options.stop else None, "in_step": shards.is_sharded(self)}
+        order = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))  # like lengths come together
+        found: dict[int, list[int]] = {}
+        recomputed = self.args.gradient_checkpointing_kwargs
+        unwrapped = unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=recomputed
+        )
+        with unwrapped as model, shards.gathered_root(self.model):
+            for places in (order[start : start + size] for start in range(0, len(order), size)):
+                hooks["draw"] = InverseTransform(
+                    uniforms_BT[places], temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
+                )
+                batch = generate_batch(model, [prompt_ids[place] for place in places], settings, **hooks)
+                found |= zip(places, batch, strict=True)
+        return [found[place] for place in range(len(prompt_ids))], []
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Make this rank's micro batch of a turn, at a rollout's first turn after sampling it."""
@@ -215,7 +229,9 @@ class Ppo(Guarded, GRPOTrainer):
             if number == 0:
                 self.collector.prepare()
             self.experience = None  # its memory is needed
-            self.experience = ranks.alike(lambda: self.collector.collect(number, self.model, step=step))
+            # Where the first step is one micro batch of all answers, it goes back through the graphs of the read.
+            keep = self._keeps_graphs
+            self.experience = ranks.alike(lambda: self.collector.collect(number, self.model, step=step, keep=keep))
             metrics = self._metrics["train"]
             for name, value in self.experience.metrics.items():
                 metrics[name].append(value)
@@ -231,10 +247,9 @@ class Ppo(Guarded, GRPOTrainer):
         turn = micro * self.args.world_size + self.args.process_index
         rows = rows_of_step[turn * size : (turn + 1) * size]
         return {
-            "step": step, "micro": micro, "rows": torch.as_tensor(rows),
-            "num_tokens": float(mask_RT[rows_of_step].sum()),
+            "step": step, "micro": micro, "num_tokens": float(mask_RT[rows_of_step].sum()),
             "num_learnt": float(self.experience.learnt_RT[rows_of_step].sum()),
-            "batch": self.collector.batch(rollout, rows.tolist(), mask_RT.size(1)),
+            "pieces": self.collector.pieces(rollout, rows.tolist(), mask_RT.size(1)),
         }  # fmt: skip
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -268,7 +283,7 @@ class Ppo(Guarded, GRPOTrainer):
             batch = pad_answers(starts, rests, pad_id=ptx.pad_id, device=device)
             with self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    logps_N, _, _ = self.roles.policy_logps(model, batch)
+                    logps_N, *_ = read_answers(model, batch)
                     loss = -ptx.coef * logps_N.sum() / num_tokens * world_size
                 self.accelerator.backward(loss)
         self._step_sums["ptx_loss"] += float(loss.detach()) / ptx.coef / world_size
@@ -277,38 +292,54 @@ class Ppo(Guarded, GRPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        assert self.experience is not None
+        """Add up the losses of a micro batch's pieces; all but the last have taken their backward pass."""
         if inputs["micro"] == 0:
             for parameter in self._critic_parameters:
                 parameter.grad = None  # upstream clears the policy's
-        batch, num_tokens, experience = inputs["batch"], inputs["num_tokens"], self.experience
-        device, keep_BT = batch.input_ids_BL.device, batch.mask_BT.cpu()
+        device, pieces = self.args.device, inputs["pieces"]
+        done = torch.zeros((), device=device)
+        for rows, batch in pieces[:-1]:
+            with self.accelerator.no_sync(model):
+                loss, value_loss = self._piece_loss(model, inputs, rows, batch)
+                self.accelerator.backward(loss)
+            done += loss.detach() + value_loss
+        loss, value_loss = self._piece_loss(model, inputs, *pieces[-1])
+        return loss + done + value_loss
+
+    def _piece_loss(
+        self, model: Any, inputs: dict[str, Any], rows: list[int], batch: Batch
+    ) -> tuple[Tensor, Tensor | float]:
+        """The loss to go back from, and that of a critic with a graph of its own, which has gone back already."""
+        assert self.experience is not None
+        options, experience, num_tokens = self.options, self.experience, inputs["num_tokens"]
+        keep_BT = batch.mask_BT.cpu()
         old_logps_N, ref_logps_N, advantages_N, old_values_N, returns_N, weights_N = (  # what the rollout fixed
-            column_RT[inputs["rows"]][keep_BT].to(device)
+            column_RT[rows][keep_BT].to(batch.targets_N.device)
             for column_RT in (
                 experience.logps_RT, experience.ref_logps_RT, experience.advantages_RT, experience.values_RT,
                 experience.returns_RT, experience.weights_RT,
             )
         )  # fmt: skip
+        kept = self.collector.kept.pop(0) if self.collector.kept else None
 
         def value_loss_of(values_N: Tensor) -> Tensor:
-            clip = self.options.cliprange_value
+            clip = options.cliprange_value
             losses_N = value_losses(values_N, old_values_N, returns_N, clip=clip)
             self._step_sums["value_loss"] += float(losses_N.detach().sum()) / num_tokens
             clipped = float(((values_N.detach() - old_values_N).abs() > clip).sum())
             self._step_sums["value_clip_fraction"] += clipped / num_tokens
             # Gradients are averaged over ranks, and this is a sum.
-            return self.options.vf_coef * losses_N.sum() / num_tokens * self.args.world_size
+            return options.vf_coef * losses_N.sum() / num_tokens * self.args.world_size
 
-        value_loss = torch.zeros((), device=device)
-        if self.critic is not None and not self.critic.shares_hidden:
+        critic, value_loss = self.critic, 0.0
+        if critic is not None and not critic.shares_hidden:
             # A graph of its own: its memory is free before the policy's is built.
-            with self.critic.acting():
-                value_loss = value_loss_of(self.critic.values(batch))
+            with critic.acting():
+                value_loss = value_loss_of(kept[1] if kept else critic.values(batch))
                 self.accelerator.backward(value_loss)
             value_loss = value_loss.detach()
-        logps_N, _, hidden_NH = self.roles.policy_logps(model, batch)
-        options, acting_N = self.options, logps_N
+        logps_N, _, hidden_NH = (kept[0], None, None) if kept else read_answers(model, batch)
+        acting_N = logps_N
         if options.importance == "sequence":
             acting_N = old_logps_N + answer_means(logps_N - old_logps_N, batch.rows_N)
         low, high = options.cliprange, options.cliprange_high or options.cliprange
@@ -321,11 +352,11 @@ class Ppo(Guarded, GRPOTrainer):
             self._step_sums["kl_loss"] += float(kl.detach())
             loss = loss + experience.metrics["kl_coef"] * kl
         change_N = (acting_N.detach() - old_logps_N).exp() - 1
-        clipped = float(((change_N > high) | (change_N < -low)).sum())
-        self._step_sums["clip_fraction"] += clipped / num_tokens
-        if self.critic is not None and self.critic.shares_hidden:
-            value_loss = value_loss_of(self.critic.values(batch, hidden_NH))
-        return loss * self.args.world_size + value_loss
+        self._step_sums["clip_fraction"] += float(((change_N > high) | (change_N < -low)).sum()) / num_tokens
+        loss = loss * self.args.world_size
+        if critic is not None and critic.shares_hidden:
+            loss = loss + value_loss_of(kept[1] if kept else critic.values(batch, hidden_NH))
+        return loss, value_loss
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Leave out the critic, some of whose parameters are adapters inside the policy's model."""
@@ -397,11 +428,12 @@ class Ppo(Guarded, GRPOTrainer):
         def check() -> None:
             rollout = collector.sample(numbers, (CHECK,))
             mask_RT, logps_RT, ref_logps_RT, *_ = collector.read(rollout, self.model)
-            batch = collector.batch(rollout, numbers, mask_RT.size(1))
-            with collector.autocast():  # with gradients, as a training step computes it
-                again_RT = batch.spread(self.roles.policy_logps(self.model, batch)[0].float()).detach().cpu()
+            again_RT = torch.zeros_like(logps_RT)
+            for rows, batch in collector.pieces(rollout, numbers, mask_RT.size(1)):
+                with collector.autocast():  # with gradients, as a training step computes it
+                    again_RT[rows] = batch.spread(read_answers(self.model, batch)[0].float()).detach().cpu()
             # Kernels of a GPU may add in another order from one call to the next.
-            bound = 0.0 if batch.input_ids_BL.device.type == "cpu" else 1e-2
+            bound = 0.0 if self.args.device.type == "cpu" else 1e-2
             kl, ratio = float((logps_RT - ref_logps_RT).abs().max()), float((again_RT - logps_RT).abs().max())
             if not kl <= bound:
                 raise ModelError(
