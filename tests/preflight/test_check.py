@@ -22,6 +22,7 @@ NO_DOUBTS = {
     "duplicates": 10,
     "sources": [{"equal_answers": 0}],
     "longer_chosen_share": 0.65,
+    "comparisons": 1000,
     "overlap": 0,
     "overlap_places": [],
 }
@@ -46,7 +47,8 @@ def test_nothing_unusual_raises_no_doubt() -> None:
         ({"sources": [{"equal_answers": 3}]}, "3 rows have the same answer as chosen and rejected"),
         (
             {"longer_chosen_share": 0.2},
-            "the chosen answer is the shorter one in 80% of comparisons: the model may learn length instead of quality",
+            "the chosen answer is the shorter one in 80% of 1000 comparisons (77% to 82%): the model may learn length "
+            "instead of quality",
         ),
         (
             {"overlap": 2, "overlap_places": ["a:1", "a:2"]},
@@ -56,6 +58,10 @@ def test_nothing_unusual_raises_no_doubt() -> None:
 )
 def test_each_doubt_is_said_with_its_number(change: dict[str, object], doubt: str) -> None:
     assert find_doubts(NO_DOUBTS | change) == [doubt]
+
+
+def test_a_bias_of_length_that_chance_can_make_is_no_doubt() -> None:
+    assert find_doubts(NO_DOUBTS | {"longer_chosen_share": 0.75, "comparisons": 8}) == []
 
 
 @pytest.mark.parametrize(
@@ -136,6 +142,10 @@ def test_exit_code_is_2_for_mistakes_and_8_when_only_the_machine_is_wrong() -> N
     assert only is not None
     assert (str(only), only.exit_code) == ("no cuda", 8)
     assert CheckReport("a.yaml", [StageCheck("sft", "sft")], []).error() is None
+    doubtful = [StageCheck("sft", "sft", warnings=["3 of 4 rows are ties"])]
+    assert CheckReport("a.yaml", doubtful, []).error() is None
+    strict = CheckReport("a.yaml", doubtful, [], strict=True).error()
+    assert strict is not None and (str(strict), strict.exit_code) == ("sft: 3 of 4 rows are ties", 2)
 
 
 @pytest.mark.slow
@@ -168,6 +178,22 @@ def test_good_recipe_is_described_stage_by_stage(tmp_path: Path) -> None:
     )
     assert {"device", "disk", "held out", "chosen is longer"} <= set(dpo.facts)
     assert list(tmp_path.iterdir()) != [] and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_advice_fails_where_it_is_asked_to(run_alignkit, tmp_path: Path) -> None:
+    rows = [{"prompt": "Which?", "chosen": "This one.", "rejected": "That one."}]
+    rows += [{"prompt": "Which?", "chosen": "That one.", "rejected": "This one."}]
+    _write(
+        tmp_path, "name: odd\nmodel: {path: builtin:tiny-gpt2}\ndpo:\n  data: {path: rows.jsonl}\n",
+        rows="".join(json.dumps(row) + "\n" for row in rows),
+    )  # fmt: skip
+    what = "1 rows say the opposite of an earlier one with the same prompt and answers, first rows.jsonl:2"
+    done = run_alignkit("check", "recipe.yaml", "--json")
+    assert (done.returncode, json.loads(done.stdout)["stages"][0]["warnings"]) == (0, [what])
+    done = run_alignkit("check", "recipe.yaml", "--json", "--strict")
+    assert (done.returncode, json.loads(done.stdout)["ok"]) == (2, False)
+    assert f"error: dpo: {what}\n" in done.stderr
 
 
 @pytest.mark.slow
