@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerState
 from alignkit.errors import DiskError, NonFiniteError, RunError
 from alignkit.models.adapters import TRAINED
 from alignkit.models.files import read_shapes
+from alignkit.recipe.schema import TrainOptions
 from alignkit.runs import checkpoints
 from alignkit.runs.files import describe_bytes, disk_failures, free_bytes, write_json
 from alignkit.runs.heartbeat import pulse
@@ -35,10 +36,8 @@ _SETTINGS = frozenset({"weight_decay", "betas", "eps", "initial_lr"})  # of an o
 
 @dataclass
 class Watch:
-    """What a trainer knows beyond TRL's config: settings of the stage, and how earlier sittings of the run went."""
+    """What a trainer knows beyond its settings: this sitting of the run, and how earlier ones went."""
 
-    keep_checkpoints: int = 2
-    batching: str = "grouped"
     facts: dict[str, Any] = field(default_factory=dict)  # goes into every manifest: fingerprint, versions, seed
     stop: StopFlag = field(default_factory=StopFlag)
     num_tokens: int = 0  # trained in earlier sittings of this run
@@ -58,6 +57,7 @@ class Checkpointed(Trainer):
     """Mixin over TRL's trainers."""
 
     watch: Watch
+    settings: TrainOptions
     batch_rows: int
     evaluation_cut = False  # by a request to stop: the next sitting makes up for it
     schedule_place: int | None = None  # of a resumed run, in steps of this batch size; None: its own
@@ -137,7 +137,7 @@ class Checkpointed(Trainer):
             with disk_failures(directory, checkpoint.name):
                 checkpoints.seal(checkpoint, facts)
                 write_json(directory.parent / checkpoints.SEALED, {"step": step})  # should all checkpoints vanish
-                checkpoints.rotate(directory, keep=self.watch.keep_checkpoints, best=self.state.best_global_step)
+                checkpoints.rotate(directory, keep=self.settings.keep_checkpoints, best=self.state.best_global_step)
 
         if not ranks.once(make_way):
             return  # this very step is sealed: an interrupt at a save step, or the last step of a resumed run
@@ -160,12 +160,11 @@ class Checkpointed(Trainer):
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         bad = not all(bool(shards.local(parameter).isfinite().all()) for parameter in trained)
         if ranks.largest(int(bad)):
-            raise ranks.met_by_all(
-                NonFiniteError(
-                    f"step {self.state.global_step}: the update has left weights that are not finite; nothing of it "
-                    f"was saved, {self.describe_last_good()}. Lower learning_rate or max_grad_norm"
-                )
+            what = (
+                f"step {self.state.global_step}: the update has left weights that are not finite; nothing of it was "
+                f"saved, {self.describe_last_good()}. Lower learning_rate or max_grad_norm"
             )
+            raise ranks.met_by_all(NonFiniteError(what))
 
     def describe_last_good(self) -> str:
         """Name the checkpoint that a run which must end falls back on."""
@@ -198,11 +197,8 @@ class Checkpointed(Trainer):
         given = {id(tensor) for name, tensor in places.items() if name in saved}  # tied weights are saved once
         missing = {name for name, tensor in places.items() if id(tensor) not in given}
         if differ := sorted(missing | (saved.keys() - places.keys())):
-            raise RunError(
-                f"does not hold the parameters being trained ({len(differ)} differ, first {differ[0]}); "
-                "start over with --force",
-                where=str(directory),
-            )
+            what = f"does not hold the parameters being trained ({len(differ)} differ, first {differ[0]}); start over"
+            raise RunError(f"{what} with --force", where=str(directory))
         shards.scatter_model(places, saved)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -210,10 +210,8 @@ def _build_dpo(setup: Setup) -> Dpo:
 def _build_kto(setup: Setup) -> Kto:
     stage, loaded = setup.stage, setup.loaded
     if loaded.reference == "base_adapter":
-        raise RecipeError(
-            "adapter: stack does not work with loss_type kto; use continue or merge",
-            where=stage.where(f"{stage.name}.adapter"),
-        )
+        what = "adapter: stack does not work with loss_type kto; use continue or merge"
+        raise RecipeError(what, where=stage.where(f"{stage.name}.adapter"))
     (loss,) = stage.trainer["loss_type"]
     config = build_config(stage, KTOConfig, setup.run.checkpoints, loss_type=loss)
 

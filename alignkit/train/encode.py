@@ -47,13 +47,11 @@ class LengthReport:
     num_untrained: int = 0  # nothing to learn was left: every label masked, or every pair a tie
 
     def add(self, num_tokens: int, num_trained: int, *, num_rows: int = 1) -> None:
-        """Count rows of the table."""
         self.num_rows += num_rows
         self.num_tokens += num_tokens
         self.num_trained_tokens += num_trained
 
     def cut(self, row: Row) -> None:
-        """Count a row that is cut to max_length."""
         self.num_truncated += 1
         self.first_cut = self.first_cut or row.place
 
@@ -64,15 +62,11 @@ class LengthReport:
         return (self.num_truncated + self.num_too_long) / seen if seen else 0.0
 
 
-# A row with its texts as ids: of sft one and those that need a text of their own (of token ids none), else one a
-# completion.
-Texts = Sequence[Encoded]
+Texts = Sequence[Encoded]  # of a row: of sft one and those that need a text of their own, else one a completion
 EncodedRow = tuple[Row, Texts]
 # Columns of a row of the table, its `length` among them, and its tokens, all and trained ones; or why it is left out,
 # and which count of the report that raises.
-Example = tuple[dict[str, Any], int, int]
-LeftOut = tuple[str, str]
-Examples = Iterator[Example | LeftOut]
+Examples = Iterator[tuple[dict[str, Any], int, int] | tuple[str, str]]
 
 
 def write_row(stage: Stage, chat: Chat, row: Row) -> list[Written]:
@@ -155,9 +149,7 @@ def _encode_sft(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
             yield "no token to learn from within max_length", "num_untrained"
 
 
-def _encode_seq2seq(
-    stage: Stage, limit: int | None, row: Row, texts: Sequence[Encoded], lengths: LengthReport
-) -> Iterator[Example]:
+def _encode_seq2seq(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:
     """Prompt-completion as source and target of an encoder-decoder model, each cut to max_length."""
     (text,) = texts
     halves = text.ids[: text.prompt_length], text.ids[text.prompt_length :]
@@ -168,9 +160,7 @@ def _encode_seq2seq(
     yield {"source_ids": source, "target_ids": target, "length": num_tokens}, num_tokens, len(target)
 
 
-def _encode_task(
-    stage: Stage, limit: int | None, row: Row, texts: Sequence[Encoded], lengths: LengthReport
-) -> Iterator[Example | LeftOut]:
+def _encode_task(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:
     """Rows with labels: the sequences that their task reads."""
     assert stage.task is not None
     sequences, cut = arrange(stage.task, texts, limit)
@@ -210,10 +200,8 @@ def _encode_rm(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths:
         return
     scores = list(row.scores) if row.scores else [float(len(answers) - rank) for rank in range(len(answers))]
     if options.loss == "best_of" and (row.label not in (None, 1.0) or row.margin or scores[0] == scores[1]):
-        raise DataError(
-            "has a soft label, a margin or a tie for the best, which loss: best_of cannot read; use pairwise",
-            where=row.place,
-        )
+        what = "has a soft label, a margin or a tie for the best, which loss: best_of cannot read; use pairwise"
+        raise DataError(what, where=row.place)
     if len(set(scores)) < 2:
         yield "all answers tie", "num_untrained"
         return
@@ -234,15 +222,13 @@ def _encode_dpo(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
     # Soft labels have a meaning to plain cross-entropy alone.
     others = {"ld_alpha", "f_divergence_type", "use_weighting", "loss_weights"} & stage.trainer.keys()
     if row.label not in (None, 1.0) and (others or not is_logistic(stage.trainer)):
-        raise DataError(
-            f"has the soft label {row.label}, which only plain sigmoid and cdpo losses can read; "
-            "change loss_type, or take the label column out",
-            where=row.place,
+        what = (
+            f"has the soft label {row.label}, which only plain sigmoid and cdpo losses can read; change loss_type, or "
         )
+        raise DataError(f"{what}take the label column out", where=row.place)
     if row.kind != "pair":
-        raise DataError(
-            "is a single answer, which this loss cannot compare with another; set loss_type: kto", where=row.place
-        )
+        what = "is a single answer, which this loss cannot compare with another; set loss_type: kto"
+        raise DataError(what, where=row.place)
     chosen, rejected = texts
     longest = max(len(chosen.ids), len(rejected.ids))
     limit = limit or longest

@@ -108,38 +108,30 @@ def _find_finished(
     if not run.is_finished():
         return None
     compare_fingerprints(run, {**fingerprint, **unread(run), "data": hash_data(stage)}, allow_change=allow_change)
-    reason = find_damaged_product(run.path) or find_longer(stage, run)
+    reason, what = find_damaged_product(run.path) or find_longer(stage, run), ""
     if reason is None:
         from alignkit.report.publish import leave_finished
 
         return leave_finished(run).to_dict()
     if checkpoints.newest_step(run.checkpoints) is None:
-        raise RunError(
-            f"{reason}; the run cannot go on, for it has no checkpoint left: start over with --force, which keeps this "
-            "directory under another name",
-            where=str(run.path),
-        )
-    if reason.startswith("base/") and (run.path / "base").exists():
-        raise RunError(
-            f"{reason}; no checkpoint has the base, so put the file back, or start over with --force",
-            where=str(run.path),
-        )
+        what = "the run cannot go on, for it has no checkpoint left: start over with --force, which keeps this "
+        what += "directory under another name"
+    elif reason.startswith("base/") and (run.path / "base").exists():
+        what = "no checkpoint has the base, so put the file back, or start over with --force"
+    if what:
+        raise RunError(f"{reason}; {what}", where=str(run.path))
     console.warn(f"{stage.name}: the run had finished, but {reason}; it goes on from its last checkpoint")
     return None
 
 
 def _begin(setup: Setup, fingerprint: dict[str, Any], allow_change: Sequence[str]) -> None:
     """Compare the whole fingerprint with that of an earlier sitting, say what was read, and write stage.json."""
-    stage, run, chat, trainer = setup.stage, setup.run, setup.chat, setup.trainer
-    tables = setup.tables
+    stage, run, chat, trainer, tables = setup.stage, setup.run, setup.chat, setup.trainer, setup.tables
     # Other tokens are other data: vocabulary and template count.
     template = chat.tokenizer.backend_tokenizer.to_str() + str(chat.tokenizer.chat_template)
     template += "".join(str(part) for part in (chat.settings, chat.dated) if part)
-    fingerprint |= {
-        "data": tables.report.fingerprint,
-        "template": hashlib.blake2b(template.encode(), digest_size=16).hexdigest(),
-        "ptx_data": setup.ptx_data,
-    }
+    digest = hashlib.blake2b(template.encode(), digest_size=16).hexdigest()
+    fingerprint |= {"data": tables.report.fingerprint, "template": digest, "ptx_data": setup.ptx_data}
     for change in compare_fingerprints(run, fingerprint, allow_change=allow_change):
         console.warn(f"{stage.name}: going on with a changed setting: {change}")
     if run.result.exists():  # torn, or of a run that was damaged since or is to be trained longer
@@ -153,26 +145,20 @@ def _begin(setup: Setup, fingerprint: dict[str, Any], allow_change: Sequence[str
         {
             **stage.to_dict(),
             "trl": {key: value for key, value in trainer.args.to_dict().items() if "token" not in key},
-            "fingerprint": fingerprint,
-            "clock": chat.clock.isoformat() if chat.dated else None,
-            "data": tables.report.to_dict(),
-            "lengths": asdict(tables.lengths),
+            "fingerprint": fingerprint, "clock": chat.clock.isoformat() if chat.dated else None,
+            "data": tables.report.to_dict(), "lengths": asdict(tables.lengths),
             "eval_lengths": asdict(tables.eval_lengths) if tables.eval_lengths else None,
-            "lineage": setup.loaded.lineage,
-            "parameters": describe_parameters(trainer.model),
-            **setup.record,
-            "versions": versions(),
-            "hardware": describe_hardware(),
-            "num_processes": ranks.world_size(),
+            "lineage": setup.loaded.lineage, "parameters": describe_parameters(trainer.model), **setup.record,
+            "versions": versions(), "hardware": describe_hardware(), "num_processes": ranks.world_size(),
             "git": git_state(Path(stage.recipe_path).resolve().parent),
         },
-    )
+    )  # fmt: skip
     if tables.prompts:  # an evaluation says which of its prompts this model was trained on
         with disk_failures(run.path, run.prompts.name):
             run.prompts.write_bytes(tables.prompts.tobytes())
     limit = stage.trainer.get("max_length") if tables.lengths.first_cut else None
-    rows = preview_rows(trainer.train_dataset, trainer.data_collator, chat.tokenizer, limit=limit)
-    write_json(run.preview, {"rows": rows})
+    previewed = preview_rows(trainer.train_dataset, trainer.data_collator, chat.tokenizer, limit=limit)
+    write_json(run.preview, {"rows": previewed})
 
 
 def _report_rows(setup: Setup) -> None:
@@ -375,20 +361,20 @@ def _save_final(setup: Setup) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     shards.reshard(model)
     if setup.base_hash and hash_base(model) != setup.base_hash:
-        raise RunError(
-            "the frozen base changed during training; this is a bug, keep the run directory", where=str(run.path)
-        )
+        what = "the frozen base changed during training; this is a bug, keep the run directory"
+        raise RunError(what, where=str(run.path))
     staging = run.path / "model.tmp"  # does not count yet
     pulse("saving the model")
-    state = shards.gather_model(trainer)
+    facts: dict[str, Any] = {
+        "lineage": setup.loaded.lineage,
+        "precision": setup.loaded.precision,
+        "stop_ids": setup.chat.stop_ids,
+    }
+    facts |= {"state_dict": shards.gather_model(trainer), "head": setup.head}
 
     def save() -> None:
         with disk_failures(run.path, "the final model"):
-            save_model(
-                model, trainer.processing_class, staging, lineage=setup.loaded.lineage,
-                precision=setup.loaded.precision, stop_ids=setup.chat.stop_ids, state_dict=state,
-                head=setup.head,
-            )  # fmt: skip
+            save_model(model, trainer.processing_class, staging, **facts)
 
     ranks.once(save)
     extra = setup.finish(staging) if setup.finish else {}
@@ -420,9 +406,8 @@ def _verify(setup: Setup, staging: Path, probe: dict[str, Any]) -> None:
             "Lower learning_rate or max_grad_norm"
         )
     if (reason := compare_probes(probe, found)) is not None:
-        raise RunError(
-            f"the saved model is not the trained one ({reason}); the checkpoints are whole", where=str(staging)
-        )
+        what = f"the saved model is not the trained one ({reason}); the checkpoints are whole"
+        raise RunError(what, where=str(staging))
     write_json(run.probe, found)
     with disk_failures(run.path, "the final model"):
         shutil.rmtree(run.model, ignore_errors=True)

@@ -61,8 +61,7 @@ def check_start(setup: Setup) -> None:
     stage = setup.stage
     if not stage.start_dir or setup.is_reward:
         return
-    path = Path(stage.start_dir).parent / "probe.json"
-    if not path.is_file():
+    if not (path := Path(stage.start_dir).parent / "probe.json").is_file():
         return
     before = read_json(path)
     if stage.training.adapter == "merge" and stage.model.quantization != "none":

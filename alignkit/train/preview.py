@@ -31,11 +31,8 @@ def preview_rows(
     sequence for each. A sequence of `limit` tokens, which may have been cut there, says so.
     """
     rows = [table[number] for number in range(min(num_rows, len(table)))]
-    batch = rows if "prompt" in rows[0] else collate(rows)  # prompts of ppo are only read
-    return [
-        {"sequences": [_describe(tokenizer, *sequence, limit=limit) for sequence in sequences]}
-        for sequences in _read_batch(batch)
-    ]
+    found = _read_batch(rows if "prompt" in rows[0] else collate(rows))  # prompts of ppo are only read
+    return [{"sequences": [_describe(tokenizer, *each, limit=limit) for each in sequences]} for sequences in found]
 
 
 def _read_batch(batch: Any) -> Iterator[Sequence[Tokens]]:
@@ -104,11 +101,9 @@ def _describe(
         members = list(group)
         special = [number for number, (_, token, _) in enumerate(members) if token in controls]
         spans.append({"kind": kind, "tokens": [text for *_, text in members], "special": special})
-    if num_tokens == limit:
-        spans.append({"kind": "padding", "tokens": [f" max_length ({limit}) is reached"], "special": []})
-    if num_padding := len(kinds) - num_tokens:
-        text = f"{tokenizer.pad_token} x {num_padding}"
-        spans.append({"kind": "padding", "tokens": [text], "special": []})
+    remarks = [f" max_length ({limit}) is reached"] if num_tokens == limit else []
+    remarks += [f"{tokenizer.pad_token} x {len(kinds) - num_tokens}"] if len(kinds) > num_tokens else []
+    spans += [{"kind": "padding", "tokens": [text], "special": []} for text in remarks]
     return {"label": label, "spans": spans, "num_left_out": max(num_tokens - _SHOWN_TOKENS, 0)}
 
 

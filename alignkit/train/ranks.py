@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,15 +72,15 @@ def start(stage: Stage, run_dir: Path) -> None:
         "recipe": hashlib.blake2b(values.encode(), digest_size=8).hexdigest(),
     }
     everyone = gather({"host": socket.gethostname(), **mine})
-    for name in mine:
-        for number, other in enumerate(everyone):
-            if other[name] != everyone[0][name]:
-                what = (
-                    f"the processes do not do the same work: {name} is {everyone[0][name]} for rank 0 on "
-                    f"{everyone[0]['host']} and {other[name]} for rank {number} on {other['host']}; start all of "
-                    "them with the same command, recipe and alignkit"
-                )
-                raise met_by_all(RunError(what))
+    main = everyone[0]
+    for name, (number, other) in product(mine, enumerate(everyone)):
+        if other[name] != main[name]:
+            what = (
+                f"the processes do not do the same work: {name} is {main[name]} for rank 0 on {main['host']} and "
+                f"{other[name]} for rank {number} on {other['host']}; start all of them with the same command, recipe "
+                "and alignkit"
+            )
+            raise met_by_all(RunError(what))
     _require_shared(run_dir)
 
 
@@ -122,11 +123,10 @@ def largest(value: int) -> int:
 
 def share_out(items: Sequence[_Value]) -> tuple[list[_Value], int]:
     """Deal out a list in equal parts, filled up with its end: this rank's part, and how much of it is its own."""
-    size = -(-len(items) // world_size())
+    size, last = -(-len(items) // world_size()), len(items) - 1
     start = rank() * size
-    return [items[min(place, len(items) - 1)] for place in range(start, start + size)], max(
-        0, min(size, len(items) - start)
-    )
+    mine = [items[min(place, last)] for place in range(start, start + size)]
+    return mine, max(0, min(size, len(items) - start))
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
@@ -164,7 +164,8 @@ def agree(error: Exception | None = None) -> None:
     for number, other in enumerate(everyone):
         if other is None:
             continue
-        kind, copy = getattr(errors, other["type"], None), AlignKitError()
+        kind = getattr(errors, other["type"], None)
+        copy: AlignKitError
         if kind is None or not issubclass(kind, AlignKitError):
             copy = RankError(f"rank {number} failed: {other['text']}")
         elif issubclass(kind, UsageError):
@@ -234,17 +235,15 @@ def _require_shared(run_dir: Path) -> None:
     deadline = time.monotonic() + _TOKEN_SECONDS
     while not (seen := path.is_file() and path.read_text(encoding="utf-8") == token) and time.monotonic() < deadline:
         time.sleep(0.2)
-    blind = [(number, host) for number, (found, host) in enumerate(gather([seen, socket.gethostname()])) if not found]
+    everyone = enumerate(gather([seen, socket.gethostname()]))
     if is_main():
         path.unlink(missing_ok=True)
-    if blind:
-        raise met_by_all(
-            RunError(
-                f"is not the same directory for all processes: rank {blind[0][0]} on {blind[0][1]} does not see what "
-                "rank 0 writes there; put it on a file system that all nodes share, with --out",
-                where=str(run_dir),
-            )
+    for number, host in ((number, host) for number, (found, host) in everyone if not found):
+        what = (
+            f"is not the same directory for all processes: rank {number} on {host} does not see what rank 0 writes "
+            "there; put it on a file system that all nodes share, with --out"
         )
+        raise met_by_all(RunError(what, where=str(run_dir)))
 
 
 def _device() -> torch.device:

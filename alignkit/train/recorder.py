@@ -88,10 +88,9 @@ def _answer(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _score_answers(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
     from alignkit.models.frozen import score_ids
 
-    scored = []
+    scored, pad_id = [], setup.chat.tokenizer.pad_token_id
     for row in rows:
         encoded = setup.chat.encode_prompt_completion([row.prompt] * len(row.completions), row.completions)
-        pad_id = setup.chat.tokenizer.pad_token_id
         rewards = score_ids(setup.trainer.model, [item.ids for item in encoded], pad_id=pad_id).tolist()
         scored.append({"prompt": row.prompt, "answers": list(row.completions), "rewards": rewards})
     return scored

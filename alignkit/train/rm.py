@@ -5,7 +5,6 @@ asked for, and the reward can be normalised on reference rows (Ziegler, Instruct
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,9 +50,8 @@ class Rm(Guarded, RewardTrainer):
             num_prompts = int(inputs["prompt_of"][-1]) + 1
             squares_P = (rewards_A[inputs["better"]] + rewards_A[inputs["worse"]]) ** 2  # arXiv 2312.09244
             # Per prompt, as the loss: a mean over all pairs would depend on which prompts share a forward pass.
-            loss = loss + self.args.center_rewards_coefficient * kway_loss(
-                squares_P, inputs["pair_prompt"], num_prompts
-            )
+            mean = kway_loss(squares_P, inputs["pair_prompt"], num_prompts)
+            loss = loss + self.args.center_rewards_coefficient * mean
         self._record(rewards_A.detach(), inputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -98,9 +96,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
     return setup
 
 
-def _normalize(
-    options: RmOptions, trainer: Rm, references: Sequence[Sequence[int]], model_dir: Path
-) -> dict[str, float]:
+def _normalize(options: RmOptions, trainer: Rm, references: list[list[int]], model_dir: Path) -> dict[str, float]:
     """Measure the reward on reference rows and write gain and bias beside the model.
 
     The normalised reward is gain * r + bias: mean 0 (and standard deviation 1 with gain_and_bias). Sources: Ziegler
@@ -135,10 +131,8 @@ def _encode_references(setup: Setup, options: RmOptions) -> list[list[int]]:
         if len(kept) == options.normalize_rows:
             break
     if len(kept) < 2:
-        raise DataError(
-            f"normalize needs at least 2 reference rows within max_length, and has {len(kept)}",
-            where=stage.where(f"{stage.name}.normalize"),
-        )
+        what = f"normalize needs at least 2 reference rows within max_length, and has {len(kept)}"
+        raise DataError(what, where=stage.where(f"{stage.name}.normalize"))
     return kept
 
 

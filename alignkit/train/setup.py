@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -155,109 +156,78 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
     return config_class(**(values | fixed))
 
 
-@dataclass
-class LabelledCollator:
-    """TRL's preference collator, with each pair's soft label P(chosen preferred) kept beside the tokens, (B,)."""
-
-    inner: Callable[[Any], dict[str, Tensor]]
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self.inner(rows)
-        batch["label"] = torch.tensor([row.get("label", 1.0) for row in rows], dtype=torch.float)
-        return batch
+_Rows: TypeAlias = Sequence[dict[str, Any]]
 
 
-@dataclass
-class TaskCollator:
+def collate_pairs(rows: _Rows, *, inner: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """TRL's batch of preferences, with each pair's soft label P(chosen preferred) beside the tokens, (B,)."""
+    return {**inner(rows), "label": torch.tensor([row.get("label", 1.0) for row in rows], dtype=torch.float)}
+
+
+def collate_tasks(
+    rows: _Rows, *, pad_id: int, multiple_of: int, numbers: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
     """Flatten the sequences of B rows into S, right-padded: input_ids, attention_mask (S, T), and labels, the tokens
-    that are learnt; row_of (S,), and label (B,), whose numbers `numbers` gives."""
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-    numbers: Mapping[str, int] | None = None  # None where nobody asks for labels
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        sequences = [ids for row in rows for ids in row["sequences"]]
-        input_ids, mask = pad(sequences, self.pad_token_id, multiple_of=self.pad_to_multiple_of or 1)
-        row_of = torch.tensor([number for number, row in enumerate(rows) for _ in row["sequences"]])
-        labels = input_ids.masked_fill(mask == 0, -100)
-        batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "row_of": row_of}
-        if self.numbers is not None:
-            batch["label"] = torch.tensor([self.numbers[row["label"]] for row in rows])
-        return batch
+    that are learnt; row_of (S,); where labels have `numbers`, label (B,)."""
+    input_ids, mask = pad([ids for row in rows for ids in row["sequences"]], pad_id, multiple_of=multiple_of)
+    row_of = torch.tensor([number for number, row in enumerate(rows) for _ in row["sequences"]])
+    batch = {"input_ids": input_ids, "attention_mask": mask, "row_of": row_of}
+    batch["labels"] = input_ids.masked_fill(mask == 0, -100)
+    return batch if numbers is None else {**batch, "label": torch.tensor([numbers[row["label"]] for row in rows])}
 
 
-@dataclass
-class GroupCollator:
+def collate_groups(rows: _Rows, *, pad_id: int, multiple_of: int) -> dict[str, Tensor]:
     """Flatten the answers of B prompts into A rows, and list their pairs by row number.
 
     Returns input_ids, attention_mask (A, T) right-padded; better, worse, pair_prompt (P,) long; label, margin (P,)
     float; prompt_of (A,) long. Ties make no pair.
     """
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        answers = [ids for row in rows for ids in row["answers_ids"]]
-        input_ids, attention_mask = pad(answers, self.pad_token_id, multiple_of=self.pad_to_multiple_of or 1)
-        pairs: list[tuple[int, int, int, float, float]] = []
-        prompt_of: list[int] = []
-        for prompt, row in enumerate(rows):
-            first, scores = len(prompt_of), row["scores"]
-            prompt_of += [prompt] * len(scores)
-            pairs += [
-                (first + better, first + worse, prompt, row["label"], row["margin"])
-                for better, worse in combinations(range(len(scores)), 2)
-                if scores[better] != scores[worse]
-            ]
-        better, worse, pair_prompt, label, margin = zip(*pairs, strict=True)
-        return {
-            "input_ids": input_ids, "attention_mask": attention_mask, "better": torch.tensor(better),
-            "worse": torch.tensor(worse), "pair_prompt": torch.tensor(pair_prompt),
-            "label": torch.tensor(label, dtype=torch.float), "margin": torch.tensor(margin, dtype=torch.float),
-            "prompt_of": torch.tensor(prompt_of),
-        }  # fmt: skip
+    input_ids, mask = pad([ids for row in rows for ids in row["answers_ids"]], pad_id, multiple_of=multiple_of)
+    pairs: list[tuple[int, int, int, float, float]] = []
+    prompt_of: list[int] = []
+    for prompt, row in enumerate(rows):
+        first, scores = len(prompt_of), row["scores"]
+        prompt_of += [prompt] * len(scores)
+        pairs += [
+            (first + better, first + worse, prompt, float(row["label"]), float(row["margin"]))
+            for better, worse in combinations(range(len(scores)), 2)
+            if scores[better] != scores[worse]
+        ]
+    columns = zip(("better", "worse", "pair_prompt", "label", "margin"), zip(*pairs, strict=True), strict=True)
+    batch = {"input_ids": input_ids, "attention_mask": mask, "prompt_of": torch.tensor(prompt_of)}
+    return batch | {name: torch.tensor(values) for name, values in columns}
 
 
-@dataclass
-class Seq2SeqCollator:
+def collate_targets(rows: _Rows, *, pad_id: int, multiple_of: int) -> dict[str, Tensor]:
     """Pad sources and targets on the right: input_ids, attention_mask (B, S); labels, decoder_attention_mask (B, T)."""
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        multiple = self.pad_to_multiple_of or 1
-        input_ids, attention_mask = pad([row["source_ids"] for row in rows], self.pad_token_id, multiple_of=multiple)
-        labels, target_mask = pad([row["target_ids"] for row in rows], -100, multiple_of=multiple)
-        return {
-            "input_ids": input_ids, "attention_mask": attention_mask, "labels": labels,
-            "decoder_attention_mask": target_mask,
-        }  # fmt: skip
+    input_ids, mask = pad([row["source_ids"] for row in rows], pad_id, multiple_of=multiple_of)
+    labels, target_mask = pad([row["target_ids"] for row in rows], -100, multiple_of=multiple_of)
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "decoder_attention_mask": target_mask}
 
 
-def collator_for(stage: Stage, tokenizer: Any) -> Callable[..., Any]:
-    """The collator of a stage's token rows, which are cut to max_length already."""
-    padding = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": stage.trainer.get("pad_to_multiple_of")}
+def collator_for(stage: Stage, tokenizer: Any, numbers: Mapping[str, int] | None = None) -> Callable[..., Any]:
+    """The collator of a stage's token rows, which are cut to max_length already; `numbers` are those of labels."""
+    multiple = stage.trainer.get("pad_to_multiple_of")
+    mine = {"pad_id": tokenizer.pad_token_id, "multiple_of": multiple or 1}
+    upstream = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": multiple}
     if stage.method == "ppo":
         return list
     if stage.objective == "seq2seq":
-        return Seq2SeqCollator(**padding)
+        return partial(collate_targets, **mine)
     if stage.method == "rm":
-        return GroupCollator(**padding)
+        return partial(collate_groups, **mine)
     if stage.task is not None:
-        return TaskCollator(**padding)
+        return partial(collate_tasks, **mine, numbers=numbers)
     if stage.is_unpaired:
         from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-        return DataCollatorForUnpairedPreference(**padding)
+        return DataCollatorForUnpairedPreference(**upstream)
     if stage.method == "dpo":
         from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-        return LabelledCollator(DataCollatorForPreference(**padding))
+        return partial(collate_pairs, inner=DataCollatorForPreference(**upstream))
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     packs = stage.trainer.get("packing") and stage.trainer.get("packing_strategy", "bfd") != "wrapped"
     padding_free = stage.trainer.get("padding_free", False) or bool(packs)
-    return DataCollatorForLanguageModeling(**padding, padding_free=padding_free)
+    return DataCollatorForLanguageModeling(**upstream, padding_free=padding_free)

@@ -1,11 +1,14 @@
-"""Whole tensors out of a model that is spread over processes, and back into it: PyTorch's FSDP, and plain models.
+"""Whole tensors out of a model that is spread over processes, and back into it: FSDP, DeepSpeed's ZeRO, plain models.
 
-Checkpoints and final weights have one layout whatever trained them: what a single process writes. What DeepSpeed holds
-is asked of `zero`.
+Checkpoints and final weights have one layout whatever trained them: what a single process writes. Of DeepSpeed's own
+nothing is written: its checkpoints are pickles that only the same number of processes can read. What is used of it
+beyond the documented `safe_get_full_*` and `safe_set_full_*` functions is marked.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,9 +19,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from alignkit.errors import EnvironmentProblem
 from alignkit.models.adapters import TRAINED
 from alignkit.models.parameters import take_probe, whole
-from alignkit.train import zero
 from alignkit.train.ranks import is_main
 
 
@@ -58,7 +61,9 @@ def settle(trainer: Any) -> None:
 
 def is_sharded(trainer: Any) -> bool:
     """Tell whether a rank holds a part of each weight only, so that every rank must take part in a forward pass."""
-    return bool(trainer.is_fsdp_enabled) or (trainer.is_deepspeed_enabled and zero.shards_weights(trainer))
+    return bool(trainer.is_fsdp_enabled) or (
+        trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    )
 
 
 def gather_model(trainer: Any) -> dict[str, torch.Tensor] | None:
@@ -71,7 +76,7 @@ def gather_model(trainer: Any) -> dict[str, torch.Tensor] | None:
     adapted, named = isinstance(model, PeftModel), model.state_dict(keep_vars=True)
     wanted = ((name, weight) for name, weight in named.items() if not adapted or is_adapter(name))
     if trainer.is_deepspeed_enabled:
-        return gather(wanted, zero.trained_weight)
+        return gather(wanted, _trained_weight)
     return gather(wanted) if is_sharded(trainer) else None
 
 
@@ -107,14 +112,14 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
 def gather_optimizer(trainer: Any) -> dict[str, Any] | None:
     """Gather the optimizer's state as a single process has it, on the CPU; on other ranks than 0 None."""
     if trainer.is_deepspeed_enabled:
-        return zero.gather_optimizer(trainer)
+        return _gather_flat_optimizer(trainer)
     if not is_sharded(trainer):
         return dict(trainer.optimizer.state_dict()) if is_main() else None
     found = trainer.optimizer.state_dict()
-    state = {
-        number: {name: _to_main(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
-        for number, values in found["state"].items()
-    }
+    state = {}
+    for number, values in found["state"].items():
+        tensors = gather((name, value) for name, value in values.items() if isinstance(value, torch.Tensor))
+        state[number] = values | (tensors or {})
     return {**found, "state": state} if is_main() else None
 
 
@@ -123,8 +128,8 @@ def scatter_model(places: Mapping[str, torch.Tensor], saved: Mapping[str, torch.
     with torch.no_grad():
         for name, value in saved.items():
             place = places[name]
-            if zero.holds(place):
-                zero.place_weight(place, value)
+            if hasattr(place, "ds_id") or hasattr(place, "_hp_mapping"):  # ZeRO keeps a part of it, or its float32
+                _place_weight(place, value)
             elif isinstance(place, DTensor):
                 place.to_local().copy_(_my_part(place, value.to(place.dtype)).to_local())
             else:
@@ -134,7 +139,7 @@ def scatter_model(places: Mapping[str, torch.Tensor], saved: Mapping[str, torch.
 def scatter_optimizer(trainer: Any, saved: dict[str, Any]) -> None:
     """Load the state that a single process would load, of which each rank keeps its part."""
     if trainer.is_deepspeed_enabled:
-        zero.scatter_optimizer(trainer, saved)
+        _scatter_flat_optimizer(trainer, saved)
         return
     parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
 
@@ -178,12 +183,121 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return getattr(tensor, "ds_tensor", tensor).detach()
 
 
-def _to_main(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor on rank 0's CPU; elsewhere nothing is kept of it."""
-    full = whole(tensor)
-    return full.cpu() if is_main() else torch.empty(0)
-
-
 def _my_part(like: DTensor, value: torch.Tensor) -> DTensor:
     """Spread a tensor as `like` is, each rank cutting its part from the whole it has: nothing is sent."""
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _trained_weight(tensor: torch.Tensor) -> torch.Tensor:
+    """Put together a weight in the optimizer's precision: what is held in bfloat16 is a copy of its float32."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
+    return whole(tensor).clone() if full is None else full.clone()
+
+
+def _place_weight(place: torch.Tensor, value: torch.Tensor) -> None:
+    """Put a whole tensor where the engine holds it: what it computes with, and the optimizer's float32."""
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    with deepspeed.zero.GatheredParameters([place] if hasattr(place, "ds_id") else [], modifier_rank=0):
+        if not hasattr(place, "ds_id") or is_main():
+            place.data.copy_(value)
+    if place.requires_grad:
+        safe_set_full_fp32_param(place, value.to(place.device, torch.float32))
+
+
+def _gather_flat_optimizer(trainer: Any) -> dict[str, Any] | None:
+    """Gather the optimizer's state as a single process has it, on the CPU; on other ranks than 0 None."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    optimizer = _optimizer(trainer)
+    _link(optimizer)
+    flat: dict[str, Any] = next(iter(optimizer.optimizer.state.values()), {})
+    state: dict[int, dict[str, Any]] = {}
+    optimized = list(chain(*trainer.optimized_groups))  # in the order in which a single process numbers them
+    for number, parameter in enumerate(optimized if flat else ()):
+        values = {}
+        for name, value in flat.items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                full = safe_get_full_optimizer_state(parameter, name)
+                values[name] = full.detach().cpu().clone() if is_main() else None
+            else:
+                values[name] = copy.deepcopy(value)
+        state[number] = values
+    if not is_main():
+        return None
+    numbers = {id(parameter): number for number, parameter in enumerate(optimized)}
+    groups = [
+        {**group, "params": [numbers[id(one)] for one in members]}
+        for group, members in zip(optimizer.param_groups, trainer.optimized_groups, strict=True)
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _scatter_flat_optimizer(trainer: Any, saved: Mapping[str, Any]) -> None:
+    """Load the state that a single process would load, of which each rank keeps its part."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    optimizer = _optimizer(trainer)
+    for group, given in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group |= {key: value for key, value in given.items() if key != "params"}
+    if not saved["state"]:
+        return
+    template, optimized = saved["state"][0], list(chain(*trainer.optimized_groups))
+    # This rank's flat pieces, one per group, by private names: ZeRO-3's, else those of ZeRO-1 and 2.
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+    if (pieces := next((getattr(optimizer, name) for name in names if hasattr(optimizer, name)), None)) is None:
+        what = f"this DeepSpeed's {type(optimizer).__name__} keeps its weights elsewhere; install 0.19"
+        raise EnvironmentProblem(what)
+    for flat in pieces:  # ZeRO makes these at the first step, and needs them now
+        optimizer.optimizer.state[flat] = {
+            name: torch.zeros_like(flat) if _is_per_weight(value, optimized[0]) else copy.deepcopy(value)
+            for name, value in template.items()
+        }
+    _link(optimizer)
+    for number, parameter in enumerate(optimized):
+        for name, value in saved["state"][number].items():
+            if _is_per_weight(value, parameter):
+                safe_set_full_optimizer_state(parameter, value.to(parameter.device, torch.float32), name)
+
+
+def guard_backward(trainer: Any) -> None:
+    """Look at the loss before the backward pass: DeepSpeed's takes the optimizer step within it.
+
+    A gradient that is not finite where the loss is finite is seen after its step, and ends the run before a save.
+    """
+    backward = trainer.accelerator.backward
+
+    def guarded(loss: torch.Tensor, **arguments: Any) -> None:
+        trainer.refuse_not_finite(float(loss.detach()))
+        backward(loss, **arguments)
+
+    trainer.accelerator.backward = guarded
+
+
+def _is_per_weight(value: Any, parameter: torch.Tensor) -> bool:
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == shape
+
+
+def _optimizer(trainer: Any) -> Any:
+    """ZeRO's optimizer around the one that updates. DeepSpeed 0.18-0.19 has it at `engine.optimizer`."""
+    optimizer = trainer.model_wrapped.optimizer
+    if not hasattr(optimizer, "optimizer"):
+        raise EnvironmentProblem(
+            f"DeepSpeed runs {type(optimizer).__name__}, whose state alignkit cannot read; use launch.strategy zero2 "
+            "or zero3 with an AdamW optimizer"
+        )
+    return optimizer
+
+
+def _link(optimizer: Any) -> None:
+    """Let the `safe_*` functions find the optimizer's state.
+
+    ZeRO-2 of DeepSpeed 0.19 links it after the step of the first parameter group, when the others have none yet.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()

@@ -118,14 +118,11 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
         known = report.prompt_hashes()
         rows = read_rows(stage, held_out, report=report, rejects=rejects, known_prompts=known, template=template)
         table, eval_lengths, first = write("eval.arrow", rows)
-    if (problem := _find_lack(stage, lengths, is_empty=train is None)) is not None:
-        raise DataError(problem, where=stage.where(f"{stage.name}.data"))
+    _require_rows(stage, lengths, is_empty=train is None)
     require_form(stage, form_of(report.to_dict()))
     if eval_lengths is not None and table is None:
-        raise DataError(
-            f"{stage.name}.eval holds out no row that can be used; raise the share or look at the source",
-            where=stage.where(f"{stage.name}.eval"),
-        )
+        what = f"{stage.name}.eval holds out no row that can be used; raise the share or look at the source"
+        raise DataError(what, where=stage.where(f"{stage.name}.eval"))
     return Tables(train, table, report, lengths, eval_lengths, first, prompts)
 
 
@@ -270,24 +267,24 @@ def _write_texts(
     problems.raise_any(num_read, [f"{found[what]} {remedy}" for what, remedy in remedies.items() if found[what]])
 
 
-def _find_lack(stage: Stage, lengths: LengthReport, *, is_empty: bool) -> str | None:
-    """Say why the training rows are too few to train on."""
+def _require_rows(stage: Stage, lengths: LengthReport, *, is_empty: bool) -> None:
+    """Raise DataError where too few training rows are left, or too many were cut."""
     share, most, longest = lengths.truncated_share, stage.training.max_truncated, lengths.longest_tokens
+    what = "no row is left to train on" if is_empty else ""
     if share > most and stage.method == "ppo":
-        return (
-            f"{share:.0%} of the prompts are longer than the {longest_prompt(stage)} tokens that "
-            f"{stage.name}.max_new_tokens leaves of the model's context (the longest has {longest}), more than "
-            f"max_truncated allows ({most:.0%}); raise it, or lower max_new_tokens"
+        what = (
+            f"{share:.0%} of the prompts are longer than the {longest_prompt(stage)} tokens that {stage.name}."
+            f"max_new_tokens leaves of the model's context (the longest has {longest}), more than max_truncated allows "
+            f"({most:.0%}); raise it, or lower max_new_tokens"
         )
-    if share > most:
-        return (
-            f"{share:.0%} of the rows are longer than {stage.name}.max_length ({longest_sequence(stage)} "
-            f"tokens; the longest row has {longest}), more than max_truncated allows ({most:.0%}); raise one of the "
-            "two or shorten the rows"
+    elif share > most:
+        what = (
+            f"{share:.0%} of the rows are longer than {stage.name}.max_length ({longest_sequence(stage)} tokens; the "
+            f"longest row has {longest}), more than max_truncated allows ({most:.0%}); raise one of the two or shorten "
+            "the rows"
         )
-    if lengths.num_untrained and not lengths.num_rows:
-        return (
-            f"none of the {lengths.num_untrained} rows has a token to learn from: every label is masked; look at the "
-            "roles of the messages and at max_length"
-        )
-    return "no row is left to train on" if is_empty else None
+    elif lengths.num_untrained and not lengths.num_rows:
+        what = f"none of the {lengths.num_untrained} rows has a token to learn from: every label is masked; look at the"
+        what += " roles of the messages and at max_length"
+    if what:
+        raise DataError(what, where=stage.where(f"{stage.name}.data"))

@@ -27,7 +27,7 @@ from alignkit import console
 from alignkit.errors import NonFiniteError, RecipeError
 from alignkit.models.adapters import TRAINED
 from alignkit.recipe.schema import TrainOptions
-from alignkit.train import ranks, shards, zero
+from alignkit.train import ranks, shards
 from alignkit.train.checkpoint import Checkpointed, Watch
 from alignkit.train.order import EpochSampler, Rest, fill_up, go_on, grouped_order, shuffled_order
 from alignkit.train.tables import Stream
@@ -46,8 +46,10 @@ def switch_off_dropout(model: nn.Module) -> None:
     """
 
     def rates(owner: Any) -> list[str]:  # attention_dropout, layerdrop, embd_pdrop, router_jitter_noise, ...
-        named = ((name, value) for name, value in vars(owner).items() if "drop" in name or "jitter" in name)
-        return [name for name, value in named if isinstance(value, float) and value]
+        named = vars(owner).items()
+        return [
+            name for name, value in named if ("drop" in name or "jitter" in name) and type(value) is float and value
+        ]
 
     disable_dropout_in_model(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -74,7 +76,7 @@ class Guarded(Checkpointed):
     _schedule_steps = 0
 
     def __init__(self, *args: Any, settings: TrainOptions, **kwargs: Any) -> None:
-        self.watch, self.settings = Watch(settings.keep_checkpoints, settings.batching), settings
+        self.watch, self.settings = Watch(), settings
         self._weights = defaultdict(list)
         loaded = {name: parameter.data for name, parameter in kwargs["model"].named_parameters()}
         super().__init__(*args, **kwargs)
@@ -148,7 +150,7 @@ class Guarded(Checkpointed):
             shards.settle(self)
             return prepared
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # it would look for DeepSpeed's own
-        zero.guard_backward(self)
+        shards.guard_backward(self)
         if checkpoint is not None:
             self._load_from_checkpoint(checkpoint)
             self._load_optimizer_and_scheduler(checkpoint)
@@ -164,7 +166,7 @@ class Guarded(Checkpointed):
 
     def _order(self, table: Any, epoch: int, batch_size: int) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        if self.watch.batching == "grouped" and "length" in table.column_names:
+        if self.settings.batching == "grouped" and "length" in table.column_names:
             lengths = table.with_format("numpy")["length"][:]
             return grouped_order(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
         return shuffled_order(len(table), seed=seed, epoch=epoch)
@@ -264,13 +266,12 @@ class Guarded(Checkpointed):
         number = next(number for number, values in enumerate(everyone) if not all(map(math.isfinite, values)))
         loss, norm = everyone[number]
         where = f" on rank {number}" if len(everyone) > 1 else ""
-        raise ranks.met_by_all(
-            NonFiniteError(
-                f"step {self.state.global_step + 1}: loss is {loss:g} and the gradient norm {norm:g}{where}; stopped "
-                f"before the optimizer step, {self.describe_last_good()}. Lower learning_rate or max_grad_norm, or "
-                "look at the rows of this step"
-            )
+        what = (
+            f"step {self.state.global_step + 1}: loss is {loss:g} and the gradient norm {norm:g}{where}; stopped "
+            f"before the optimizer step, {self.describe_last_good()}. Lower learning_rate or max_grad_norm, or look at "
+            "the rows of this step"
         )
+        raise ranks.met_by_all(NonFiniteError(what))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Weigh the values since the last log, one per micro batch and of all ranks already."""
