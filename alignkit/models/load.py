@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import ACT2FN, GELUTanh
 from transformers.pytorch_utils import Conv1D
 
 from alignkit import console
@@ -53,6 +54,9 @@ from alignkit.recipe.stage import Stage
 
 # Kept out of quantization: a head that is read or trained directly. Embeddings are no linear layers.
 UNQUANTIZED = ["lm_head", "score"]
+# One formula by four names, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))): upstream runs it as eight operators and
+# keeps the result of each for the backward pass, torch as one.
+ACT2FN.update(dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), GELUTanh))
 
 
 @dataclass(frozen=True, slots=True)

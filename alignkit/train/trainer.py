@@ -25,6 +25,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from alignkit import console
 from alignkit.errors import NonFiniteError, RecipeError
+from alignkit.models import kernels
 from alignkit.models.adapters import TRAINED
 from alignkit.recipe.schema import TrainOptions
 from alignkit.train import ranks, shards
@@ -78,8 +79,13 @@ class Guarded(Checkpointed):
     def __init__(self, *args: Any, settings: TrainOptions, **kwargs: Any) -> None:
         self.watch, self.settings = Watch(), settings
         self._weights = defaultdict(list)
+        kernels.use_head()
+        if kwargs["args"].device.type == "cpu":
+            kernels.keep_freed_memory()
         loaded = {name: parameter.data for name, parameter in kwargs["model"].named_parameters()}
         super().__init__(*args, **kwargs)
+        for model in filter(None, (self.model, getattr(self, "ref_model", None))):
+            kernels.leave_out_masks(model.get_base_model() if isinstance(model, PeftModel) else model)
         if getattr(self.args, "disable_dropout", False):
             switch_off_dropout(self.model)
         # Upstream takes the last batch of an epoch for incomplete and drops what it believes to be repeated.

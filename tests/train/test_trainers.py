@@ -85,6 +85,38 @@ def test_dpo_losses_equal_those_computed_from_plain_logits(
     assert measured["rewards/margins"] == pytest.approx(0.1 * margins.mean().item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "rm"])
+def test_faster_kernels_leave_the_curve_as_it_is(
+    method: str, make_stage: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl.trainer import utils
+
+    from alignkit.models import kernels
+
+    data = "data: {path: builtin:instructions, max_rows: 24}" if method == "sft" else PAIRS
+    rows: dict[str, list[dict]] = {}
+    names = ("_ChunkedLogProbFunction", "_use_triton")
+    kernels.use_head()
+    before = {name: getattr(utils, name) for name in names}
+    from trl.kernels import ChunkedLogProbFunction
+
+    for kind in ("fast", "plain"):
+        if kind == "plain":
+            monkeypatch.setattr(kernels, "use_head", lambda: None)
+            monkeypatch.setattr(kernels, "leave_out_masks", lambda model: None)
+            monkeypatch.setattr(utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
+            monkeypatch.setattr(utils, "_use_triton", lambda device: False)
+        recipe = f"name: {kind}\nmodel: {{path: builtin:tiny-llama}}\n{method}: {{{data}, {SHORT}, logging_steps: 1}}"
+        launch_stage(make_stage(recipe, method))
+        metrics = (tmp_path / f"runs/{kind}/{method}/metrics.jsonl").read_text().splitlines()
+        rows[kind] = [row for row in map(json.loads, metrics) if "loss" in row]
+    assert before["_ChunkedLogProbFunction"] is not ChunkedLogProbFunction and len(rows["fast"]) == 4
+    for fast, plain in zip(rows["fast"], rows["plain"], strict=True):
+        timed = {name for name in fast if "second" in name or "time" in name}
+        for name in fast.keys() - timed:
+            assert fast[name] == pytest.approx(plain[name], rel=2e-5, abs=1e-5), name
+
+
 @pytest.mark.parametrize("adapter", ["continue", "stack", "merge"])
 def test_a_started_adapter_is_the_reference_and_is_not_wiped(
     adapter: str, make_stage: Callable, tmp_path: Path

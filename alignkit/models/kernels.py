@@ -1,0 +1,118 @@
+"""What makes a step on the CPU faster and leaves its numbers as they are: an LM head, and memory that stays mapped."""
+
+import ctypes
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+_LARGEST = 2**26  # logits in one piece: 256 MiB
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one; the system would fill it with zeros again each time.
+
+    32 MiB is the largest threshold that it takes. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        library.mallopt(_M_TRIM_THRESHOLD, 512 * 2**20)
+
+
+def leave_out_masks(model: PreTrainedModel) -> None:
+    """Take the mask away where all padding is on the right: no real token of a causal model can see it there.
+
+    Attention then takes the kernel that reads half of the pairs. Generation, whose padding is on the left, keeps it.
+    """
+    layers = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if not layers or not all(layers) or model.config._attn_implementation != "sdpa":
+        return
+
+    def leave_out(_: Any, arguments: Any, given: dict[str, Any]) -> Any:
+        mask_BT: Any = given.get("attention_mask")
+        is_plain = isinstance(mask_BT, Tensor) and mask_BT.dim() == 2 and given.get("use_cache") is False
+        if is_plain and mask_BT[:, 0].all() and (mask_BT[:, 1:] <= mask_BT[:, :-1]).all():
+            given["attention_mask"] = None
+        return arguments, given
+
+    model.base_model.register_forward_pre_hook(leave_out, with_kwargs=True)
+
+
+def use_head() -> None:
+    """Have TRL's trainers score labelled positions alone on the CPU, and by `head_logps`.
+
+    It can go when `add_fused_lm_head` leaves the others out without Triton too and fits its buffer to the vocabulary.
+    """
+    from trl.kernels.chunked_logprob import _use_triton
+    from trl.trainer import utils
+
+    utils._ChunkedLogProbFunction = type("Head", (), {"apply": staticmethod(head_logps)})
+    utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
+
+
+def head_logps(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, temperature: float, tile: int,
+    softcap: float | None = None, scale: float = 1.0, outputs: tuple[str, ...] = (),
+) -> Any:  # fmt: skip
+    """Log-probabilities of N targets in float32 (N,), and those of TRL's `OPTIONAL_OUTPUTS` that are asked for.
+
+    TRL's kernel holds a tile of the vocabulary at a time, N x `tile`, and computes logits twice. Where all of them
+    are few this one computes them once.
+    """
+    few = len(targets_N) * len(weight_VH) <= _LARGEST and softcap is None
+    if hidden_NH.device.type == "cpu" and few and not hasattr(weight_VH, "ds_id"):  # of which ZeRO-3 holds a part
+        return _HeadLogps.apply(hidden_NH, weight_VH, bias_V, targets_N, scale / temperature, outputs)
+    from trl.kernels import ChunkedLogProbFunction
+
+    tile = min(tile, len(weight_VH)) if hidden_NH.device.type == "cpu" else tile
+    options = softcap, scale, outputs
+    return ChunkedLogProbFunction.apply(hidden_NH, weight_VH, bias_V, targets_N, temperature, tile, *options)
+
+
+class _HeadLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, scale: float,
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_NH.dtype
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+        z_NV = linear(hidden_NH.to(dtype), weight_VH.to(dtype), bias_V).float()
+        z_NV = z_NV if scale == 1 else z_NV.mul_(scale)
+        log_z_N = z_NV.logsumexp(dim=-1)
+        logps_N = z_NV.gather(1, targets_N[:, None])[:, 0] - log_z_N
+        p_NV = (z_NV - log_z_N[:, None]).exp_()
+        found = {
+            "entropy": lambda: log_z_N - torch.linalg.vecdot(p_NV, z_NV),
+            "log_sum_sq_probs": lambda: torch.linalg.vecdot(p_NV, p_NV).log(),
+            "mean_logits": lambda: z_NV.mean(dim=-1),
+            "is_top1": lambda: z_NV.argmax(dim=-1) == targets_N,
+        }
+        others = [read() if name in outputs else None for name, read in found.items()]
+        ctx.mark_non_differentiable(*(value for value in others if value is not None))
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, p_NV)
+        ctx.scale, ctx.dtype = scale, dtype
+        return logps_N, *others
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """d log p / dz = 1[target] - p."""
+        gradients: list[Tensor | None] = [None] * 6
+        if grad_N is None:
+            return tuple(gradients)
+        hidden_NH, weight_VH, targets_N, p_NV = ctx.saved_tensors
+        grad_NV = (p_NV * -grad_N[:, None]).scatter_add_(1, targets_N[:, None], grad_N[:, None]).mul_(ctx.scale)
+        wide_NV = grad_NV.to(ctx.dtype)
+        if ctx.needs_input_grad[0]:
+            gradients[0] = (wide_NV @ weight_VH.to(ctx.dtype)).to(hidden_NH.dtype)
+        if ctx.needs_input_grad[1]:
+            gradients[1] = (wide_NV.t() @ hidden_NH.to(ctx.dtype)).to(weight_VH.dtype)
+        if ctx.needs_input_grad[2]:
+            gradients[2] = grad_NV.sum(dim=0).to(weight_VH.dtype)
+        return tuple(gradients)
