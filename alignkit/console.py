@@ -465,16 +465,13 @@ def print_plan(entries: Sequence[Mapping[str, Any]]) -> None:
 
 def print_run(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
     """Write one line for each stage of a run: how it ended, where it stopped, what was not reached."""
-    by_name = {result["stage"]: result for result in results}
-    rows: list[tuple[Any, ...]] = []
-    status = "not finished"
-    for name in names:
-        if (result := by_name.get(name)) is not None:
-            seconds = f"{result['wall_seconds']:.0f}"
-            rows.append((name, result["status"], result["step"], seconds, result["model_dir"] or None))
-        else:
-            rows.append((name, status, None, None, None))
-            status = "not reached"
+    rows: list[tuple[Any, ...]] = [
+        (each["stage"], each["status"], each["step"], f"{each['wall_seconds']:.0f}", each["model_dir"] or None)
+        for each in results
+    ]
+    left = [name for name in names if name not in {row[0] for row in rows}]
+    rows += [(name, "not reached" if number else "not finished", None, None, None) for number, name in enumerate(left)]
+    rows.sort(key=lambda row: names.index(row[0]))
     print_table("", ("stage", "status", "steps or rows", "seconds", "model"), rows)
 
 

@@ -32,6 +32,7 @@ def init(
 
 def check(
     recipe: RecipeFile, overrides: Overrides = None, trust_code: TrustCode = False, allow_key: AllowKey = None,
+    strict: Annotated[bool, typer.Option("--strict", metavar="", help="Warnings are mistakes, too.")] = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Find out, without training, whether a recipe would run: keys, data, model, disk, devices."""
@@ -40,7 +41,7 @@ def check(
     loaded = load_recipe(recipe, overrides=overrides or ())
     from alignkit.preflight.check import check_recipe
 
-    _show(check_recipe(loaded, trust_code=trust_code), as_json=as_json)
+    _show(check_recipe(loaded, trust_code=trust_code, strict=strict), as_json=as_json)
 
 
 def _show(report: CheckReport | DoctorReport, *, as_json: bool) -> None:

@@ -90,7 +90,11 @@ class Row:
 def iter_contents(row: Row) -> Iterator[str]:
     """Yield every piece of text that came from the file: prompt first, then the completions in order."""
     for text in (row.prompt, *row.completions):
-        yield from iter_strings(text)
+        if isinstance(text, str):
+            yield text
+            continue
+        for message in text:
+            yield from [message["content"]] if len(message) == 2 else iter_strings(message)
 
 
 def iter_strings(value: Any) -> Iterator[str]:
@@ -246,7 +250,9 @@ def take_prompt(row: Row) -> Row:
 
 def count_chars(text: Text) -> int:
     """The length of a text, or of all that the messages of a conversation say, in characters."""
-    return len(text) if isinstance(text, str) else sum(map(len, iter_strings(text)))
+    if isinstance(text, str):
+        return len(text)
+    return sum(len(turn["content"]) if len(turn) == 2 else sum(map(len, iter_strings(turn))) for turn in text)
 
 
 # Digests and keys depend on content only (never on the place of a row, the Python version or the process), so that data

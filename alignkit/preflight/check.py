@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
+from alignkit.data.audit import audit_rows, compare_settings
 from alignkit.errors import AlignKitError, EnvironmentProblem, Problem, RecipeError, UsageError
 from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.server import find_key
@@ -30,6 +31,7 @@ from alignkit.preflight.requirements import (
 )
 from alignkit.recipe import Recipe, Stage, resolve
 from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, LabelOptions, PpoOptions
+from alignkit.report.text import wilson
 from alignkit.rewards.kinds import describe_reward
 from alignkit.runs.directory import form_of, require_form
 
@@ -78,12 +80,15 @@ class CheckReport:
     recipe: str
     stages: list[StageCheck]
     environment: list[str]
+    strict: bool = False  # warnings are mistakes
 
     def error(self) -> AlignKitError | None:
         """The error to end with: 2 for the user's mistakes, 8 when only this machine is wrong."""
         problems = dict.fromkeys(problem for stage in self.stages for problem in stage.problems)
         found = [*self.environment, *(line for stage in self.stages for line in stage.environment)]
         missing = dict.fromkeys(line for text in found for line in text.split("\n"))
+        if self.strict:
+            problems |= dict.fromkeys(Problem(text, stage.name) for stage in self.stages for text in stage.warnings)
         if problems:
             return UsageError([*problems, *(Problem(line) for line in missing)])
         return EnvironmentProblem("\n".join(missing)) if missing else None
@@ -104,9 +109,9 @@ class CheckReport:
         return asdict(self) | {"ok": self.error() is None}
 
 
-def check_recipe(recipe: Recipe, *, trust_code: bool = False) -> CheckReport:
+def check_recipe(recipe: Recipe, *, trust_code: bool = False, strict: bool = False) -> CheckReport:
     """Check every stage of a recipe; never raises for what it finds."""
-    report = CheckReport(recipe.path, [], [])
+    report = CheckReport(recipe.path, [], [], strict)
     try:
         require_versions()
     except EnvironmentProblem as error:  # libraries that may not be loaded
@@ -129,6 +134,14 @@ def check_recipe(recipe: Recipe, *, trust_code: bool = False) -> CheckReport:
     for stage, check in stages:
         forms[stage.name] = check.note(_check_stage, stage, check)
         check.note(require_form, stage, forms[stage.name], forms)
+    read = [(_with_made_rows(stage), check) for stage, check in stages if stage.method not in FEEDBACK]
+    audited = [stage for stage, check in read if stage.options.data and not check.problems]
+    evaluation = (recipe.evaluate.data or ()) if recipe.evaluates else ()
+    advice = report.stages[-1].note(audit_rows, audited, evaluation, max_rows=recipe.evaluate.max_rows) or {}
+    for stage, check in read:
+        check.warnings += compare_settings(stage)
+    for check in report.stages:
+        check.warnings += advice.get(check.name, [])
     return report
 
 
@@ -158,12 +171,8 @@ def _check_stage(stage: Stage, check: StageCheck) -> str | None:
     for need in list_needs(stage):
         if need.rows and not need.is_made():
             check.facts[f"data {need.path}"] = f"of {need.stage}, not made yet: not checked"
-    held_out = stage.training.eval
-    made = {"data": without_unmade(stage.options.data, stage)}
-    if isinstance(held_out, list):
-        made["eval"] = without_unmade(held_out, stage) or None  # type: ignore[assignment]
-    stage = replace(stage, options=stage.options.model_copy(update=made))
-    if not made["data"]:
+    stage = _with_made_rows(stage)
+    if not stage.options.data:
         return None
     before = len(check.problems)
     form = check.note(_encode, stage, check, chat)
@@ -171,6 +180,14 @@ def _check_stage(stage: Stage, check: StageCheck) -> str | None:
         lenient = stage.options.model_copy(update={"on_bad_row": "skip"})
         check.note(_encode, replace(stage, options=lenient), check, chat)
     return form
+
+
+def _with_made_rows(stage: Stage) -> Stage:
+    """Leave out the files of rows that earlier stages have yet to write."""
+    made: dict[str, Any] = {"data": without_unmade(stage.options.data, stage)}
+    if isinstance(held_out := stage.training.eval, list):
+        made["eval"] = without_unmade(held_out, stage) or None
+    return replace(stage, options=stage.options.model_copy(update=made))
 
 
 def describe_feedback(stage: Stage) -> dict[str, str]:
@@ -342,13 +359,13 @@ def find_doubts(report: dict[str, Any]) -> list[str]:
     equal = sum(source["equal_answers"] for source in report["sources"])
     if equal:
         doubts.append(f"{equal} rows have the same answer as chosen and rejected")
-    share = report["longer_chosen_share"]
+    share, count = report["longer_chosen_share"], report["comparisons"]
     if share is not None and abs(share - 0.5) > _LENGTH_BIAS - 0.5:
-        kind = "longer" if share > 0.5 else "shorter"
-        doubts.append(
-            f"the chosen answer is the {kind} one in {max(share, 1 - share):.0%} of comparisons: "
-            "the model may learn length instead of quality"
-        )
+        kind, share = ("longer", share) if share > 0.5 else ("shorter", 1 - share)
+        low, high = wilson(share * count, count)
+        if low > 0.5:
+            doubts.append(f"the chosen answer is the {kind} one in {share:.0%} of {count} comparisons ({low:.0%} to "
+                          f"{high:.0%}): the model may learn length instead of quality")  # fmt: skip
     if report["overlap"]:
         places = ", ".join(report["overlap_places"])
         doubts.append(f"{report['overlap']} held-out rows have a prompt that is also trained on, first at {places}")

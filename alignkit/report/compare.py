@@ -55,18 +55,15 @@ def compare_runs(first: Path, second: Path) -> Difference:
     # That the methods differ says it all: TRL's fields that only one of them has are left out.
     of_both = {f"trl.{key}" for key in (one.get("trl") or {}).keys() & (other.get("trl") or {}).keys()}
     settings = _pair(_settings(one), _settings(other))
-    names = [
-        str(path) if len(str(path)) <= 40 else f"{stage.get('recipe')}/{stage.get('stage')}"
-        for path, stage in ((first, one), (second, other))
-    ]
+    names = [str(path) if len(str(path)) <= 40 else f"{stage.get('recipe')}/{stage.get('stage')}"
+             for path, stage in ((first, one), (second, other))]  # fmt: skip
+    versions = [(each.get("versions") or {}) | {"git": (each.get("git") or {}).get("commit")} for each in (one, other)]
     return Difference(
-        runs=(names[0], names[1]),
-        settings={key: pair for key, pair in settings.items() if not key.startswith("trl.") or key in of_both},
-        data=_pair(_data(one), _data(other)),
-        versions=_pair(
-            *({**(each.get("versions") or {}), "git": (each.get("git") or {}).get("commit")} for each in (one, other))
-        ),
-        metrics=_pair_figures(_metrics(RunDir(first), one), _metrics(RunDir(second), other)),
+        (names[0], names[1]),
+        {key: pair for key, pair in settings.items() if not key.startswith("trl.") or key in of_both},
+        _pair(_data(one), _data(other)),
+        _pair(*versions),
+        _pair_figures(_metrics(RunDir(first), one), _metrics(RunDir(second), other)),
     )
 
 
@@ -111,16 +108,13 @@ def _metrics(run: RunDir, stage: Mapping[str, Any]) -> _Figures:
     """Collect what came out, each with what must be equal for it to be compared."""
     result, method = read_json(run.result) if run.result.is_file() else {}, {"method": stage.get("method")}
     num_held_out = (stage.get("eval_lengths") or {}).get("num_rows")
-    held_out = {
-        **method,
-        "held out": [num_held_out, (stage.get("options") or {}).get("eval"), _data(stage).get("data")],
-    }
+    rows = [num_held_out, (stage.get("options") or {}).get("eval"), _data(stage).get("data")]
     found: _Figures = {key: (result.get(key), {}) for key in _RESULT if result}
     for key, value in (result.get("metrics") or {}).items():
-        is_held_out = key.startswith("eval_") and num_held_out
-        found[f"{key} on {num_held_out} held-out rows" if is_held_out else key] = (
-            value, held_out if is_held_out else method
-        )  # fmt: skip
+        if key.startswith("eval_") and num_held_out:
+            found[f"{key} on {num_held_out} held-out rows"] = value, {**method, "held out": rows}
+        else:
+            found[key] = value, method
     results = read_record(run.evaluation).get("results", [])
     for figure, data in zip(results, name_all_data(results), strict=True):
         part = str(figure.get("slice") or "")

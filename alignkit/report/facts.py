@@ -119,10 +119,8 @@ def read_facts(path: Path) -> Facts:
     if not run.stage.is_file():
         raise RunError("is no run: it has no stage.json; name a run directory such as runs/demo/sft", where=str(path))
     rejects = read_lines(run.rejects)
-    error, recipe = (
-        file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        for file in (run.error_log, run.recipe)
-    )
+    error, recipe = (file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+                     for file in (run.error_log, run.recipe))  # fmt: skip
     found = {
         "stage": read_json(run.stage), "result": read_record(run.result), "evaluation": read_record(run.evaluation),
         "metrics": read_lines(run.metrics), "samples": read_lines(run.samples), "warnings": read_lines(run.warnings),

@@ -153,9 +153,8 @@ def _rollouts(run: Facts) -> tuple[Tone, str]:
 def _judge_classifier(run: Facts, found: Mapping[str, _Result]) -> tuple[Tone, str, str]:
     """Judge a reward model against chance and length, a classifier against its baselines."""
     is_reward, missing = run.method == "rm", ""
-    name, unit, kin = (
-        ("reward_accuracy", "pairs", "pair_accuracy_") if is_reward else ("accuracy", "texts", "accuracy_")
-    )
+    names = ("reward_accuracy", "pairs", "pair_accuracy_") if is_reward else ("accuracy", "texts", "accuracy_")
+    name, unit, kin = names
     if (result := found.get(name)) is None:
         missing = f"`evaluate:` in the recipe, or `alignkit eval {run.path}`, measures baselines too"
         result = _held_out(run, "eval_accuracy")
@@ -168,11 +167,8 @@ def _judge_classifier(run: Facts, found: Mapping[str, _Result]) -> tuple[Tone, s
         told, says = _values(run, "accuracy")[-_WINDOW:], f"{run.name}: none of its rows was held out"
         says += f"; accuracy on training rows {share(fmean(told))}, {window(len(told), last=True)}" if told else ""
         bad = at_chance or (is_reward and bool(told) and fmean(told) <= 0.5)
-        return (
-            "not better" if bad else "undecided",
-            says + lost,
-            f"`{run.name}: {{eval: 0.1}}` holds rows out; {missing}",
-        )
+        holds = f"`{run.name}: {{eval: 0.1}}` holds rows out; {missing}"
+        return "not better" if bad else "undecided", says + lost, holds
     bases = {WORDS["metrics"][each].removeprefix("Baseline: "): found[each]["value"] for each in found
              if each.startswith(kin)}  # fmt: skip
     best = max(bases, key=lambda each: bases[each], default="chance")
@@ -264,7 +260,6 @@ def _mind_training(tone: Tone, says: str, result: _Result) -> tuple[Tone, str]:
     """Name the rows that were trained on: nothing is called better by them."""
     if not (trained := result.get("trained")):
         return tone, says
-    says += (
-        f"; not held out: {trained['rows']} of {trained['of']} prompts were trained on by {', '.join(trained['by'])}"
-    )
+    by = ", ".join(trained["by"])
+    says += f"; not held out: {trained['rows']} of {trained['of']} prompts were trained on by {by}"
     return "undecided" if tone == "better" else tone, says
