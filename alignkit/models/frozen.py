@@ -18,7 +18,7 @@ from alignkit.errors import ModelError, RewardError
 from alignkit.models.chat import Chat, ConversationError
 from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.hub import fetch_adapter
-from alignkit.models.load import Model, Precision, load_trained, pick_device, read_base
+from alignkit.models.load import Model, load_trained, pick_device
 from alignkit.models.logprobs import pad
 from alignkit.models.start import find_base, read_config
 from alignkit.models.tokens import read_tokenizer, require_eos, set_pad_token
@@ -59,21 +59,23 @@ def load_causal(
     if is_builtin(source):
         raise ModelError(f"{source} has random weights, which can neither answer nor judge; name a trained model")
     directory = find_model_dir(source) or fetch_adapter(source, None)
-    where = pick_device(device)
-    model: Model
-    # Half precision is slow on a CPU; how our own models were trained is in their record.
+    where, record = pick_device(device), {}
     if directory is not None:
-        files = inspect_model_dir(directory, trust_code=trust_code)
-        dtype = torch.float32 if where == "cpu" and not files.record else None
-        model = load_trained(directory, device=where, dtype=dtype, trust_code=trust_code)
-    else:
-        dtype = torch.float32 if where == "cpu" else torch.bfloat16
-        model = read_base(source, Precision(dtype, where), trust_code=trust_code)
-        model = model.to(where).requires_grad_(False).eval()
+        record = inspect_model_dir(directory, trust_code=trust_code).record
+    dtype = _reading_dtype(record, where) if directory else torch.bfloat16
+    if where == "cpu" and not record:  # half precision is slow there
+        dtype = torch.float32
+    model = load_trained(directory or source, device=where, dtype=dtype, trust_code=trust_code)
     if model.config.is_encoder_decoder and not encoder_decoder:
         raise ModelError(f"{source} is an encoder-decoder model, which can be trained, measured and talked to, no more")
     tokenizer = load_tokenizer_of(source if directory is None else str(directory), trust_code=trust_code)
     return Causal(model, tokenizer, _positions(model), fingerprint_causal(source))
+
+
+def _reading_dtype(record: dict[str, Any], device: str) -> torch.dtype | None:
+    """What reads a model that was trained in float32 under autocast: what that rounds to, where it is fast."""
+    fast = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast and record.get("dtype") == "float32" else None
 
 
 def _positions(model: Model) -> int | None:
@@ -105,8 +107,9 @@ def load_tokenizer_of(source: str, *, trust_code: bool = False) -> PreTrainedTok
 
 
 def load_classifier(
-    source: str, *, device: str = "auto", on_base: PeftModel | None = None, trust_code: bool = False
-) -> Classifier:
+    source: str, *, device: str = "auto", on_base: PeftModel | None = None, dtype: torch.dtype | None = None,
+    trust_code: bool = False,
+) -> Classifier:  # fmt: skip
     """Load a classifier from a run, a directory or a hub id; of one that `on_base` carries, only the tokenizer."""
     directory = find_model_dir(source) or fetch_adapter(source, None)
     files = inspect_model_dir(directory, trust_code=trust_code) if directory else None
@@ -131,19 +134,15 @@ def load_classifier(
         tokenizer.pad_token = tokenizer.eos_token
     if on_base is not None:
         return Classifier(on_base, tokenizer, 1, is_own, _positions(on_base))
-    model: Model
-    if config is None or is_own:
-        assert directory is not None
-        model = load_trained(directory, device=device, reward=True, trust_code=trust_code)
-    else:
-        # Half precision is slow on a CPU, and a foreign model says nothing of how it was trained.
-        where = pick_device(device)
-        dtype = torch.float32 if where == "cpu" else (config.dtype or torch.float32)
+    where, labels = pick_device(device), 1
+    dtype = dtype or _reading_dtype(files.record if files else {}, where)
+    if config is not None and not is_own:
         labels = config.num_labels
-        model = read_base(place, Precision(dtype, where), reward=True, num_labels=labels, trust_code=trust_code)
-        if model.score_is_new:
-            raise ModelError("its score head is missing; the copy is incomplete", where=place)
-        model = model.to(where).requires_grad_(False).eval()
+        # Half precision is slow on a CPU, and a foreign model says nothing of how it was trained.
+        dtype = dtype or (torch.float32 if where == "cpu" else (config.dtype or torch.float32))
+    model = load_trained(place, device=where, dtype=dtype, reward=True, num_labels=labels, trust_code=trust_code)
+    if config is not None and not is_own and model.score_is_new:
+        raise ModelError("its score head is missing; the copy is incomplete", where=place)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Classifier(model, tokenizer, model.config.num_labels, is_own, _positions(model))
@@ -216,9 +215,8 @@ def encode_foreign(
         try:
             text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
         except Exception as error:  # a template raises what it likes
-            raise RewardError(
-                f"the chat template of the reward model {name} refuses answer {number}: {error}"
-            ) from error
+            what = f"the chat template of the reward model {name} refuses answer {number}: {error}"
+            raise RewardError(what) from error
         sequences.append(list(tokenizer(text, add_special_tokens=False).input_ids))
     if any(not ids for ids in sequences):
         raise RewardError(f"the reward model {name} has no token for an empty prompt with an empty answer")
@@ -227,7 +225,5 @@ def encode_foreign(
 
 def _require_template(template: Any, prompts: Sequence[Any], name: str) -> None:
     if template is None and any(not isinstance(prompt, str) for prompt in prompts):
-        raise RewardError(
-            f"the reward model {name} has no chat template and the prompts are conversations; add one "
-            "(chat_template.jinja) to its directory, or give prompts as text"
-        )
+        what = f"the reward model {name} has no chat template and the prompts are conversations; add one "
+        raise RewardError(f"{what}(chat_template.jinja) to its directory, or give prompts as text")

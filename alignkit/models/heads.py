@@ -90,6 +90,14 @@ def task_losses(
     return task + lm_coef * language, task, language
 
 
+class ScoreHead(nn.Linear):
+    """A head of scores or values, which computes in float32 whatever autocast and the model's weights round to."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
 class _DoubleHeads:
     """Mixin over a causal language model of transformers: its own head, and a score head on the last token."""
 
@@ -124,9 +132,13 @@ def double_heads(config: Any) -> type[PreTrainedModel]:
 
 
 def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
-    """Make room for tokens that the tokenizer has and the model has not."""
-    if num_tokens > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    """Make room for tokens that the tokenizer has and the model has not; they begin as the mean of the others."""
+    before = model.get_input_embeddings().num_embeddings
+    if num_tokens <= before:
+        return
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        layer.weight.data[before:] = layer.weight.data[:before].float().mean(dim=0).to(layer.weight)
 
 
 def task_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -134,33 +146,30 @@ def task_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [int(tokenizer.convert_tokens_to_ids(token)) for token in TASK_TOKENS]
 
 
-def name_labels(model: PreTrainedModel, labels: Sequence[str]) -> None:
-    """Write the names of the labels into the config; a choice has none."""
-    if labels:
-        model.config.id2label = dict(enumerate(labels))
-        model.config.label2id = {name: number for number, name in enumerate(labels)}
+def prepare_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, seed: int, of_task: bool) -> None:
+    """Set the pad token, behind which no score is read, and draw the score head where it is new.
 
-
-def prepare_task_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> None:
-    """Where the head is new, draw it and the embeddings of the task's tokens from N(0, 0.02).
-
-    Raises ModelError for an architecture without such a head.
+    A reward's head comes from N(0, 1/sqrt(d + 1)) (Ziegler et al. 2019, arXiv 1909.08593), that of a task and the
+    embeddings of its tokens from N(0, 0.02). Raises ModelError for an architecture without such a head.
     """
     model.config.pad_token_id = tokenizer.pad_token_id
     head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear):
-        raise ModelError(f"a {model.config.model_type} model has no score head; it cannot be a classifier")
+    if not isinstance(head, nn.Linear) or not (of_task or head.out_features == 1):
+        kind, use = ("score", "classifier") if of_task else ("scalar score", "reward model")
+        raise ModelError(f"a {model.config.model_type} model has no {kind} head; it cannot be a {use}")
     if not getattr(model, "score_is_new", False):
         return
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * _STD)
-        ids = task_token_ids(tokenizer)
-        embeddings = [model.get_input_embeddings().weight]
-        output = model.get_output_embeddings()
+        drawn = torch.randn(head.weight.shape, generator=generator)
+        head.weight.copy_(drawn * _STD if of_task else drawn / (head.in_features + 1) ** 0.5)
+        if head.bias is not None:
+            head.bias.zero_()
+        ids = task_token_ids(tokenizer) if of_task else []
+        embeddings, output = [model.get_input_embeddings().weight], model.get_output_embeddings()
         if output is not None and output.weight is not embeddings[0]:
             embeddings.append(output.weight)
-        for weight in embeddings:
+        for weight in embeddings if ids else ():
             weight[ids] = (torch.randn(len(ids), weight.size(1), generator=generator) * _STD).to(weight)
 
 

@@ -4,21 +4,22 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors, snapshot_download
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from alignkit.errors import EnvironmentProblem, ModelError
+from alignkit.errors import EnvironmentProblem, ModelError, first_line
+
+_NO_HUB = (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, ConnectionError)
+_HUB_ERRORS: tuple[tuple[Any, str], ...] = (
+    (errors.GatedRepoError, "is gated: accept its terms on the hub and set HF_TOKEN"),
+    (errors.RevisionNotFoundError, "has no such revision; check model.revision"),
+    ((errors.RepositoryNotFoundError, errors.HFValidationError),
+     "is neither a local directory nor a model on the hub (private ones need HF_TOKEN)"),
+)  # fmt: skip
 
 
 @contextmanager
@@ -29,27 +30,18 @@ def explain_hub_errors(source: str) -> Iterator[None]:
     except SafetensorError as error:
         raise ModelError(f"its weights are damaged ({error}); copy or download them again", where=source) from error
     except (OSError, ValueError) as error:  # transformers wraps most hub errors in OSError
-        raise _explain(source, error) from error
-
-
-def _explain(source: str, error: Exception) -> Exception:
-    chain: list[BaseException] = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    if any(isinstance(cause, GatedRepoError) for cause in chain):
-        return ModelError(f"{source} is gated: accept its terms on the hub and set HF_TOKEN")
-    if any(isinstance(cause, RevisionNotFoundError) for cause in chain):
-        return ModelError(f"{source} has no such revision; check model.revision")
-    if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in chain):
-        return ModelError(f"{source} is neither a local directory nor a model on the hub (private ones need HF_TOKEN)")
-    offline = any(isinstance(cause, OfflineModeIsEnabled | HfHubHTTPError | ConnectionError) for cause in chain)
-    if offline or "internet connection" in str(error) or "couldn't connect" in str(error).lower():
-        return EnvironmentProblem(
-            f"{source} is not on this machine and the hub cannot be reached; download it first, or set HF_HUB_OFFLINE=0"
-        )
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    remedy = "; put that right, or name another model" if os.path.isdir(source) else ""
-    return ModelError(f"cannot be loaded: {reason.rstrip('.')}{remedy}", where=source)
+        chain: list[BaseException] = [error]
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        for kinds, what in _HUB_ERRORS:
+            if any(isinstance(cause, kinds) for cause in chain):
+                raise ModelError(f"{source} {what}") from error
+        offline = any(isinstance(cause, _NO_HUB) for cause in chain)
+        if offline or "internet connection" in str(error) or "couldn't connect" in str(error).lower():
+            what = "is not on this machine and the hub cannot be reached; download it first, or set HF_HUB_OFFLINE=0"
+            raise EnvironmentProblem(f"{source} {what}") from error
+        remedy = "; put that right, or name another model" if os.path.isdir(source) else ""
+        raise ModelError(f"cannot be loaded: {first_line(error).rstrip('.')}{remedy}", where=source) from error
 
 
 def fetch_adapter(source: str, revision: str | None) -> Path | None:

@@ -6,6 +6,7 @@ LoRA is in `adapters`. What is loaded and wrapped is said in the lineage. `build
 import copy
 import json
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,34 +21,17 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from transformers import (
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.activations import ACT2FN, GELUTanh
 from transformers.pytorch_utils import Conv1D
 
 from alignkit import console
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, first_line
-from alignkit.models import adapters
+from alignkit.models import adapters, start
 from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir, is_builtin, read_shapes
-from alignkit.models.heads import double_heads, grow_vocabulary, name_labels, prepare_task_head, task_token_ids
+from alignkit.models.heads import ScoreHead, double_heads, grow_vocabulary, prepare_head, task_token_ids
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.models.scratch import choose_family, override_config, random_model
-from alignkit.models.start import (
-    Start,
-    choose_action,
-    find_base,
-    find_start,
-    is_random,
-    know_classifier,
-    read_config,
-    require_objective,
-    require_packages,
-    require_sizes,
-)
 from alignkit.models.tokens import check_vocabulary, load_tokenizer
 from alignkit.recipe.schema import PpoOptions, SftOptions
 from alignkit.recipe.stage import Stage
@@ -67,6 +51,7 @@ class Precision:
     device: str  # "cpu", "cuda", "mps"
     quantization: str = "none"
     double_quantization: bool = True
+    storage: str = "uint8"  # of 4-bit codes
 
     @property
     def quantized(self) -> bool:
@@ -74,11 +59,8 @@ class Precision:
 
     def to_record(self) -> dict[str, Any]:
         """What alignkit.json keeps of it."""
-        return {
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "quantization": self.quantization,
-            "double_quantization": self.double_quantization,
-        }
+        return {"dtype": str(self.dtype).removeprefix("torch."), "quantization": self.quantization,
+                "double_quantization": self.double_quantization}  # fmt: skip
 
 
 def pick_device(wanted: str = "auto", *, where: str = "") -> str:
@@ -90,10 +72,8 @@ def pick_device(wanted: str = "auto", *, where: str = "") -> str:
         return next(name for name, there in available.items() if there)
     if not available[wanted.partition(":")[0]]:
         place = f"{where}: launch.device" if where else "the device asked for"
-        raise EnvironmentProblem(
-            f"{place} is {wanted}, which torch {torch.__version__} does not see here; use auto or cpu, or run "
-            "`alignkit doctor`"
-        )
+        what = f"{place} is {wanted}, which torch {torch.__version__} does not see here; use auto or cpu, or run "
+        raise EnvironmentProblem(f"{what}`alignkit doctor`")
     return wanted
 
 
@@ -114,7 +94,10 @@ def pick_precision(stage: Stage) -> Precision:
         )
     if dtype == "float16" and stage.lora is None:
         dtype = "float32"  # float16 computes through autocast; gradients of float16 weights cannot be unscaled
-    return Precision(getattr(torch, dtype), device, stage.model.quantization, stage.model.double_quantization)
+    options = stage.model
+    return Precision(
+        getattr(torch, dtype), device, options.quantization, options.double_quantization, options.quantization_storage
+    )
 
 
 def draw_base(stage: Stage, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> PreTrainedModel:
@@ -123,10 +106,10 @@ def draw_base(stage: Stage, tokenizer: PreTrainedTokenizerFast, dtype: torch.dty
     Vocabulary (unless overridden) and special tokens are the tokenizer's.
     """
     options, where = stage.model, stage.where("model.config")
-    config = read_config(options.path, revision=options.revision, trust_code=stage.trust_code)
+    config = start.read_config(options.path, revision=options.revision, trust_code=stage.trust_code)
     config = override_config(config, options.config, where=where)
-    require_sizes(config, where)
-    require_objective(stage, config)
+    start.require_sizes(config, where)
+    start.require_objective(stage, config)
     for name in ("vocab_size", "decoder_vocab_size"):  # Marian has both
         if hasattr(config, name) and name not in options.config:
             setattr(config, name, len(tokenizer))
@@ -168,10 +151,10 @@ def read_base(
     directory = find_model_dir(source)
     if directory is not None and inspect_model_dir(directory, trust_code=trust_code).kind == "adapter":
         raise ModelError(f"{directory} is an adapter, not base weights")  # AutoModel would load it and wipe it later
-    config = read_config(source, revision=revision, trust_code=trust_code)
-    require_packages(config, source)
+    config = start.read_config(source, revision=revision, trust_code=trust_code)
+    start.require_packages(config, source)
     if reward:
-        know_classifier(config)
+        start.know_classifier(config)
     family: Any = double_heads(config) if two_heads else choose_family(config, reward=reward)
     labels = head["labels"] if head else []
     arguments: dict[str, Any] = {"num_labels": len(labels) or num_labels} if reward else {}
@@ -192,12 +175,15 @@ def read_base(
     new = [name for name in missing if name.split(".")[0] == "score"] if reward else []
     if len(missing) > len(new):
         first = next(name for name in missing if name not in new)
-        raise ModelError(
-            f"{len(missing) - len(new)} tensors are missing, first {first}; the copy is incomplete", where=source
-        )
+        what = f"{len(missing) - len(new)} tensors are missing, first {first}; the copy is incomplete"
+        raise ModelError(what, where=source)
     model.score_is_new = bool(new)
+    if reward and type(head_of_scores := getattr(model, "score", None)) is nn.Linear:
+        head_of_scores.__class__ = ScoreHead
     if head:
-        name_labels(model, labels)
+        if labels:  # a choice has none
+            model.config.id2label = dict(enumerate(labels))
+            model.config.label2id = {name: number for number, name in enumerate(labels)}
         grow_vocabulary(model, head["num_tokens"])
     # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in a no-grad forward, and what is repacked has no
     # backward: gradients are wrong from then on, and only some shapes can be packed at all (bitsandbytes 0.50.2,
@@ -209,32 +195,14 @@ def read_base(
 
 
 def quantization_config(precision: Precision) -> BitsAndBytesConfig:
-    """The bitsandbytes settings: blocks of 64, bytes as storage, computing in `dtype` (arXiv 2305.14314)."""
+    """The bitsandbytes settings: blocks of 64, computing in `dtype` (arXiv 2305.14314)."""
     if precision.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=precision.quantization,
         bnb_4bit_use_double_quant=precision.double_quantization, bnb_4bit_compute_dtype=precision.dtype,
-        bnb_4bit_quant_storage=torch.uint8, llm_int8_skip_modules=UNQUANTIZED,
+        bnb_4bit_quant_storage=getattr(torch, precision.storage), llm_int8_skip_modules=UNQUANTIZED,
     )  # fmt: skip
-
-
-def _prepare_score_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> None:
-    """Draw a new head from N(0, 1/sqrt(d + 1)) (Ziegler et al. 2019, arXiv 1909.08593) and set the pad token.
-
-    A head that came with the weights is kept. The score is read at the last token that is not padding, so the
-    config must know the pad token.
-    """
-    model.config.pad_token_id = tokenizer.pad_token_id
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise ModelError(f"a {model.config.model_type} model has no scalar score head; it cannot be a reward model")
-    if getattr(model, "score_is_new", False):
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5)
-            if head.bias is not None:
-                head.bias.zero_()
 
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -267,43 +235,43 @@ def load_policy(
     EnvironmentProblem when the hub cannot be reached.
     """
     tokenizer = tokenizer or load_tokenizer(stage)
-    start = find_start(stage)
-    if start.reward and not reward:
-        raise ModelError(
-            f"{stage.start_dir or stage.model.path} is a reward model; {stage.method} needs a policy to start from",
-            where=stage.where(f"{stage.name}.start_from"),
-        )
-    known = None if start.head is None else start.head["labels"]
-    if start.reward and known != (None if labels is None else list(labels)):
+    origin = start.find_start(stage)
+    if origin.reward and not reward:
+        what = f"{stage.start_dir or stage.model.path} is a reward model; {stage.method} needs a policy to start from"
+        raise ModelError(what, where=stage.where(f"{stage.name}.start_from"))
+    known = None if origin.head is None else origin.head["labels"]
+    if origin.reward and known != (None if labels is None else list(labels)):
         has, wanted = (
             "one score" if names is None else ", ".join(names) or "one score a choice" for names in (known, labels)
         )
-        raise ModelError(
-            f"its start has a head of {has}, and it needs one of {wanted}; start from a language model",
-            where=stage.where(f"{stage.name}.start_from"),
-        )
+        what = f"its start has a head of {has}, and it needs one of {wanted}; start from a language model"
+        raise ModelError(what, where=stage.where(f"{stage.name}.start_from"))
     head, two_heads = None, False
     if labels is not None:
         head = {"labels": list(labels), "num_tokens": len(tokenizer)}
         two_heads = stage.expect(SftOptions).lm_coef > 0
     precision = pick_precision(stage)
     if precision.quantized and stage.lora is None:
-        raise ModelError(
-            "quantised weights cannot be trained in full; add lora:", where=stage.where("model.quantization")
-        )
-    action, lineage = choose_action(stage, start), list(start.lineage)
-    base, revision, made = start.base, start.revision, run_dir.resolve() / "base"
-    is_drawn = is_random(stage) and base == stage.model.path and action != "merge"
-    if start.adapter is not None:
-        lineage.append({"role": "adapter", "path": str(start.adapter), "action": action})
-    if action == "merge":
-        assert start.adapter is not None
+        what = "quantised weights cannot be trained in full; add lora:"
+        raise ModelError(what, where=stage.where("model.quantization"))
+    action, lineage = start.choose_action(stage, origin), list(origin.lineage)
+    base, revision, made = origin.base, origin.revision, run_dir.resolve() / "base"
+    is_drawn = start.is_random(stage) and base == stage.model.path and action != "merge"
+    grows = bool(stage.model.add_tokens) and not is_drawn
+    if grows:
+        config = start.read_config(base, revision=revision, trust_code=stage.trust_code)
+        grows = len(tokenizer) > config.get_text_config().vocab_size
+    if origin.adapter is not None:
+        lineage.append({"role": "adapter", "path": str(origin.adapter), "action": action})
+    if action == "merge" or (grows and stage.lora is not None):  # an adapter is loaded on a base that has the rows
         if not made.exists():  # a resumed run has it: it is written whole or not at all
             full = Precision(precision.dtype, "cpu")
             trust: Any = {"revision": revision, "trust_code": stage.trust_code}
-            unmerged = read_base(base, full, reward=start.reward, head=start.head, **trust)
-            merged = adapters.attach_frozen(unmerged, start.adapter, reward=start.reward).merge_and_unload()
-            write_base(run_dir.resolve(), merged, {"lineage": lineage})
+            whole: Any = read_base(base, full, reward=origin.reward, head=origin.head, **trust)
+            if action == "merge" and origin.adapter is not None:
+                whole = adapters.attach_frozen(whole, origin.adapter, reward=origin.reward).merge_and_unload()
+            grow_vocabulary(whole, len(tokenizer) if grows else 0)
+            write_base(run_dir.resolve(), whole, {"lineage": lineage})
         base, revision = str(made), None
     elif is_drawn and (stage.lora is not None or reward):  # others build on these weights: they go through files
         if not made.exists():
@@ -316,28 +284,53 @@ def load_policy(
         settings: Any = {"attn_implementation": stage.model.attn_implementation, "trust_code": stage.trust_code}
         settings |= {"head": head, "two_heads": two_heads, "use_kernels": stage.model.use_kernels}
         model = read_base(base, precision, reward=reward, revision=revision, **settings)
+        grow_vocabulary(model, len(tokenizer) if grows else 0)
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, model=base)
-    if head is not None:
-        prepare_task_head(model, tokenizer, seed=stage.seed)
-    elif reward:
-        _prepare_score_head(model, tokenizer, seed=stage.seed)
+    if reward:
+        prepare_head(model, tokenizer, seed=stage.seed, of_task=head is not None)
     model.config.use_cache = False  # a cache is of no use in training, and packed rows would leak through it
     if not (reward or model.config.is_encoder_decoder) and getattr(model, "loss_type", "") is None:
         model.loss_type = "ForCausalLM"  # GPT-2's class name does not tell transformers, which warns at every start
     has_reference = stage.method in ("dpo", "ppo") and not reward
     if stage.lora is None:
+        _freeze(model, stage)
         return Loaded(model, "model" if has_reference else None, lineage, precision)
     model.requires_grad_(False)
-    tokens = task_token_ids(tokenizer) if head is not None else ()
-    wrapped = adapters.adapt(model, stage, action, start.adapter, reward=reward, tokens=tokens)
+    added = [] if stage.method == "ppo" else [int(tokenizer.get_vocab()[token]) for token in stage.model.add_tokens]
+    tokens = [*(task_token_ids(tokenizer) if head is not None else ()), *added]
+    parts = run_dir.resolve() / "parts.safetensors"
+    wrapped = adapters.adapt(model, stage, action, origin.adapter, reward=reward, tokens=tokens, parts=parts)
+    if stage.lora.init_lora_weights == "loftq" and action in ("new", "merge"):
+        lineage[-1] = {**lineage[-1], "init": "loftq"}
     if precision.quantized:
         # Gradients of float16 weights cannot be unscaled: there the adapters are float32.
         adapters.cast_adapters(wrapped, torch.float32 if precision.dtype == torch.float16 else precision.dtype)
     references: dict[str, Reference] = {"stack": "base_adapter", "continue": "ref_adapter"}
+    if stage.lora.init_lora_weights == "loftq":  # which does not begin as the base alone
+        references |= {"new": "ref_adapter", "merge": "ref_adapter"}
     reference = references.get(action, "adapter_off") if has_reference else None
     if reference == "ref_adapter":
-        adapters.add_reference_adapter(wrapped)
+        adapters.copy_adapter(wrapped, adapters.TRAINED, adapters.REFERENCE)
+        wrapped.set_adapter(adapters.TRAINED)
     return Loaded(wrapped, reference, lineage, precision)
+
+
+def _freeze(model: nn.Module, stage: Stage) -> None:
+    """Leave the weights that `model.freeze` names out of training; raise ModelError for what names none."""
+    for pattern in stage.model.freeze:
+        named = dict(model.named_parameters())
+        try:
+            found = [weight for name, weight in named.items() if re.search(pattern, name)]
+        except re.error as error:
+            raise ModelError(
+                f"{pattern} is no regular expression: {error}", where=stage.where("model.freeze")
+            ) from error
+        if not found:
+            some = ", ".join([*named][:4])
+            what = f"model.freeze: {pattern} is found in the name of no weight; there are {some}, ..."
+            raise ModelError(what, where=stage.where("model.freeze"))
+        for weight in found:
+            weight.requires_grad_(False)
 
 
 load_reward_model = partial(load_policy, reward=True)
@@ -354,32 +347,35 @@ def load_reference(stage: Stage, loaded: Loaded) -> PreTrainedModel | None:
 
 
 def load_trained(
-    model_dir: Path, *, device: str = "auto", dtype: torch.dtype | None = None, reward: bool = False,
-    quantization: str | None = None, trust_code: bool = False,
+    source: Path | str, *, device: str = "auto", dtype: torch.dtype | None = None, reward: bool = False,
+    num_labels: int = 1, quantization: str | None = None, trust_code: bool = False,
 ) -> Model:  # fmt: skip
-    """Load what a stage saved, as a user would, frozen and in eval mode.
+    """Load what a stage saved, as a user would, or any model, frozen and in eval mode.
 
-    Precision is what it was trained with unless given; `model_dir` is `model/` of a run, a run, or any model.
+    Precision is what it was trained with unless given; `source` is `model/` of a run, a run, any model or a hub id.
     """
-    directory = find_model_dir(str(model_dir)) or model_dir
-    files = inspect_model_dir(directory, trust_code=trust_code)
-    if files.reward != reward:
+    directory = find_model_dir(str(source))
+    files = inspect_model_dir(directory, trust_code=trust_code) if directory else None
+    if files is not None and files.reward != reward:
         has, wanted = ("a reward model", "a policy") if files.reward else ("a policy", "a reward model")
         raise ModelError(f"{directory} is {has}, not {wanted}")
-    record = files.record
+    record: dict[str, Any] = files.record if files else {}
+    stored = record.get("dtype") or (files.config.get("dtype") if files else None)
     precision = Precision(
-        dtype or getattr(torch, record.get("dtype") or files.config.get("dtype") or "float32"), pick_device(device),
+        dtype or getattr(torch, stored or "float32"), pick_device(device),
         quantization or record.get("quantization", "none"), record.get("double_quantization", True),
     )  # fmt: skip
-    source = find_base(files) if files.kind == "adapter" else str(directory)
+    is_adapter = files is not None and files.kind == "adapter"
     model = read_base(
-        source, precision, reward=reward, head=files.head, revision=files.base_revision, trust_code=trust_code
-    )
+        start.find_base(files) if files and is_adapter else str(directory or source), precision, reward=reward,
+        num_labels=num_labels, head=record.get("head"), revision=files.base_revision if files else None,
+        trust_code=trust_code,
+    )  # fmt: skip
     if reward and model.config.pad_token_id is None:
         model.config.pad_token_id = record.get("pad_token_id")
     if not precision.quantized:
         model = model.to(precision.device)
-    if files.kind == "adapter":
+    if directory and is_adapter:
         return adapters.attach_frozen(model, directory, reward=reward)
     return model.requires_grad_(False).eval()
 
@@ -398,9 +394,9 @@ def build_skeleton(
     stage: Stage, tokenizer: PreTrainedTokenizerFast | None = None, *, learnt: str | None = None
 ) -> Skeleton:
     """Build the stage's model on torch's meta device, where weights have names and shapes and cost no memory."""
-    start = find_start(stage)
-    action = choose_action(stage, start)
-    base = _build_base(stage, start, tokenizer, learnt)
+    origin = start.find_start(stage)
+    action = start.choose_action(stage, origin)
+    base = _build_base(stage, origin, tokenizer, learnt)
     total = sum(weight.numel() for weight in base.parameters())
     linear = sum(
         module.weight.numel()
@@ -415,15 +411,17 @@ def build_skeleton(
             f"model.quantization {stage.model.quantization} holds {linear / total:.1%} of the weights; bitsandbytes "
             f"quantises linear layers, and the rest ({rest}) stays as it is"
         )
-    if stage.lora is not None:
+    if stage.lora is None:
+        _freeze(base, stage)
+    else:
         try:
             with torch.device("meta"):
                 base.requires_grad_(False)
-                base = adapters.adapt(base, stage, action, start.adapter, reward=stage.scores)
+                base = adapters.adapt(base, stage, action, origin.adapter, reward=stage.scores)
         except AlignKitError:
             raise
         except Exception as error:  # whatever a strange adapter_config.json provokes
-            place = str(start.adapter) if start.adapter else stage.where("lora")
+            place = str(origin.adapter) if origin.adapter else stage.where("lora")
             raise ModelError(f"does not fit the model: {first_line(error)}", where=place) from error
         adapted = {(id(m.get_base_layer()), m.parameter_name) for m in base.modules() if isinstance(m, ParamWrapper)}
         left: dict[str, int] = defaultdict(int)  # experts are parameters and not layers: those that no adapter reaches
@@ -443,7 +441,7 @@ def build_skeleton(
             f"loss_type {sorting[0]} sorts the rows of a forward pass, so micro_batch_size and the number of processes "
             f"change it: micro_batch_size: {options.batch_size} in one process sorts those of a step"
         )
-    directory = find_model_dir(start.base)
+    directory = find_model_dir(origin.base)
     if stage.method != "rm" and directory and (directory / "generation_config.json").exists():
         settings = GenerationConfig.from_pretrained(str(directory)).to_diff_dict()
         others = ("_token_id", "_version", "_from_model_config", "use_cache", "output_attentions",
@@ -454,9 +452,9 @@ def build_skeleton(
     return Skeleton(num_trained, linear / total, doubts, notes)
 
 
-def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast | None, learnt: str | None) -> nn.Module:
-    reward, source = stage.scores, start.base
-    is_drawn = is_random(stage) and source == stage.model.path
+def _build_base(stage: Stage, origin: start.Start, tokenizer: Any, learnt: str | None) -> nn.Module:
+    reward, source = stage.scores, origin.base
+    is_drawn = start.is_random(stage) and source == stage.model.path
     if is_drawn:
         with torch.device("meta"):
             model = draw_base(stage, tokenizer or load_tokenizer(stage, learnt=learnt), torch.float32)
@@ -472,15 +470,15 @@ def _build_base(stage: Stage, start: Start, tokenizer: PreTrainedTokenizerFast |
         if not reward:
             return model
     else:
-        config = read_config(source, revision=start.revision, trust_code=stage.trust_code)
-        require_objective(stage, config)
-    require_packages(config, source)
+        config = start.read_config(source, revision=origin.revision, trust_code=stage.trust_code)
+        start.require_objective(stage, config)
+    start.require_packages(config, source)
     is_quantized = bool(getattr(config, "quantization_config", None))
     if is_quantized and stage.lora is None:
         raise ModelError("quantised weights cannot be trained in full; add lora:", where=source)
     if reward or (isinstance(stage.options, PpoOptions) and stage.options.advantage == "gae"):  # which has a critic
-        know_classifier(config)
-    if reward and not start.head:
+        start.know_classifier(config)
+    if reward and not origin.head:
         config.num_labels = 1
     directory = None if is_builtin(source) else find_model_dir(source)
     config_file = str(directory / "config.json") if directory else source

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from alignkit.console import Meter
+from alignkit.models.adapters import is_adapter
 
 _SAMPLED_ELEMENTS = 256  # of each parameter
 _ROWS, _LENGTH, _POSITIONS, _ENTRIES = 2, 16, (3, 7, 11, 15), 16
@@ -28,14 +29,14 @@ def describe_parameters(model: nn.Module) -> dict[str, float]:
     block constants (4.127 for nf4 with double quantization, arXiv 2305.14314 section 3), 0 when nothing is quantised.
     """
     trainable = total = quantized = quantized_bytes = num_bytes = 0
-    scales = _int8_scales(model)
+    constants = _constants(model)
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
         if hasattr(parameter, "ds_id"):  # ZeRO-3: nothing is put together to be counted
             size = count * parameter.element_size()
         else:
-            size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(parameter, scales))
+            size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(parameter, constants))
         total += count
         num_bytes += size
         trainable += count if parameter.requires_grad else 0
@@ -54,18 +55,15 @@ def hash_base(model: nn.Module) -> str:
     adapters and modules saved with them are left out, buffers too. Of a sharded model every rank must call it.
     """
     digest = hashlib.blake2b(digest_size=16)
-    scales = _int8_scales(model)
+    constants = _constants(model, offsets=True)
     named = sorted(model.named_parameters())
     with Meter("tensors of the base hashed", len(named)) as meter:
         for name, parameter in meter.over(named):
-            if parameter.requires_grad or ".lora_" in name or ".modules_to_save." in name:
+            if parameter.requires_grad or is_adapter(name):
                 continue
             digest.update(name.encode())
-            for tensor in _tensors_of(parameter, scales):
+            for tensor in _tensors_of(parameter, constants):
                 digest.update(_bytes_of(tensor))
-            offset = getattr(getattr(parameter, "quant_state", None), "offset", None)
-            if offset is not None:
-                digest.update(_bytes_of(offset))
     return digest.hexdigest()
 
 
@@ -95,27 +93,32 @@ def _bytes_of(tensor: torch.Tensor) -> bytes:
     return whole(tensor).detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
 
 
-def _int8_scales(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Map the id of an int8 weight to its row scales, which bitsandbytes moves to the layer in the first forward."""
-    scales = {}
+def _constants(model: nn.Module, *, offsets: bool = False) -> dict[int, list[torch.Tensor]]:
+    """Map the id of a quantised weight to its block constants; shared code books are left out.
+
+    bitsandbytes moves the scales of an int8 weight to the layer in the first forward, and a weight that FSDP has taken
+    apart has lost its state, which the layer keeps.
+    """
+    found = {}
     for module in model.modules():
-        if type(module).__name__.endswith("Linear8bitLt") and hasattr(module, "state"):
+        kind = type(module).__name__
+        state = None
+        if kind == "Linear4bit":
+            state = getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
+        if state is not None:
+            nested = [state.state2.absmax] if state.nested else []
+            more = [state.offset] if offsets and state.offset is not None else []
+            found[id(module.weight)] = [state.absmax, *nested, *more]
+        elif kind.endswith("Linear8bitLt") and hasattr(module, "state"):
             scale = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-            if scale is not None:
-                scales[id(module.weight)] = scale
-    return scales
+            found |= {} if scale is None else {id(module.weight): [scale]}
+    return found
 
 
-def _tensors_of(parameter: nn.Parameter, int8_scales: dict[int, torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yield the tensor itself and, for a quantised one, its block constants; shared code books are left out."""
+def _tensors_of(parameter: nn.Parameter, constants: dict[int, list[torch.Tensor]]) -> Iterator[torch.Tensor]:
+    """Yield the tensor itself and, for a quantised one, its block constants."""
     yield whole(parameter) if hasattr(parameter, "ds_id") else parameter.data
-    state = getattr(parameter, "quant_state", None)
-    if state is not None:
-        yield state.absmax
-        if state.nested:
-            yield state.state2.absmax
-    elif id(parameter) in int8_scales:
-        yield int8_scales[id(parameter)]
+    yield from constants.get(id(parameter), ())
 
 
 def take_probe(model: nn.Module, *, vocab_size: int, reward: bool) -> dict[str, Any]:
@@ -127,8 +130,9 @@ def take_probe(model: nn.Module, *, vocab_size: int, reward: bool) -> dict[str, 
     device = next(model.parameters()).device
     ids = probe_ids(vocab_size).to(device)
     model.eval()
+    rounds = "flash" in str(model.config._attn_implementation) and model.dtype == torch.float32  # which it cannot take
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=rounds):
             target = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **target)
             logits = output.logits.float()
@@ -142,7 +146,8 @@ def take_probe(model: nn.Module, *, vocab_size: int, reward: bool) -> dict[str, 
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     kind = "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "other"))
     return {
-        "reward": reward, "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
+        "reward": reward,
+        "dtype": "bfloat16" if rounds else str(config.dtype or torch.float32).removeprefix("torch."),
         "quantization": kind if stored else "none", "values": logits.flatten().tolist(),
     }  # fmt: skip
 

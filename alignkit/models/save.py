@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from alignkit.models.files import RECORD, find_adapter
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.load import Precision, read_base
 from alignkit.models.parameters import compare_probes, take_probe
-from alignkit.models.start import find_base
+from alignkit.models.start import find_base, require_mergeable
 
 _WRAPPER = "base_model.model."  # what PEFT puts before the base's own names
 
@@ -29,14 +30,14 @@ _WRAPPER = "base_model.model."  # what PEFT puts before the base's own names
 def save_model(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, out: Path, *,
     lineage: Sequence[dict[str, Any]] = (), precision: Precision | None = None, stop_ids: Sequence[int] = (),
-    state_dict: dict[str, torch.Tensor] | None = None, head: dict[str, Any] | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None, head: dict[str, Any] | None = None, dtype: str | None = None,
 ) -> None:  # fmt: skip
     """Write the model to `out`, whole or not at all; what was there before is replaced.
 
     An adapter is saved without its base and without its frozen copy; a stacked one as one plain adapter of both
     ranks, which loads with plain PEFT and computes the same. `stop_ids` go into the generation config, `state_dict`
-    replaces the model's own where a sharded one was gathered, and `head` says what a classifier tells apart. Call it
-    on one rank.
+    replaces the model's own where a sharded one was gathered, `head` says what a classifier tells apart, and a full
+    model is rounded to `dtype`. Call it on one rank.
     """
     draft = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
@@ -52,10 +53,20 @@ def save_model(
             (draft / "README.md").unlink(missing_ok=True)  # PEFT's card holds the absolute path of the base
         else:
             use_cache, model.config.use_cache = model.config.use_cache, True  # off in training only
+            if dtype is not None:
+                rounded: dict[int, torch.Tensor] = {}  # tied weights stay one
+                state_dict = {
+                    name: rounded.setdefault(tensor.data_ptr(), tensor.to(getattr(torch, dtype)))
+                    for name, tensor in (state_dict or model.state_dict()).items()
+                }
             try:
                 model.save_pretrained(draft, state_dict=state_dict)
             finally:
                 model.config.use_cache = use_cache
+            if dtype is not None:
+                config = json.loads((draft / "config.json").read_text("utf-8")) | {"dtype": dtype}
+                (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+                precision = replace(precision, dtype=getattr(torch, dtype)) if precision else None
     tokenizer.save_pretrained(draft)
     eos = sorted({*stop_ids, tokenizer.eos_token_id} - {None})
     # The base's defaults go on, as they are: transformers refuses to save some that it reads.
@@ -116,6 +127,7 @@ def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_co
     """
     files = find_adapter(str(source), trust_code=trust_code)
     directory = files.path
+    require_mergeable(files.record.get("lineage", []), str(directory))
     if out.exists() and any(out.iterdir()):
         raise ModelError(f"{out} is not empty; give a directory that does not exist yet", where="--out")
     precision = Precision(dtype or getattr(torch, files.record.get("dtype", "float32")), "cpu")
@@ -130,9 +142,8 @@ def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_co
     before = take_probe(adapted, vocab_size=vocab_size, reward=files.reward)
     merged = adapted.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(str(directory if files.has_tokenizer else find_base(files)))
-    stop_ids: Any = []  # those saved beside the adapter
-    if (directory / "generation_config.json").exists():
-        stop_ids = GenerationConfig.from_pretrained(str(directory)).eos_token_id or []
+    beside = (directory / "generation_config.json").exists()
+    stop_ids = (GenerationConfig.from_pretrained(str(directory)).eos_token_id if beside else None) or []
     stop_ids = [stop_ids] if isinstance(stop_ids, int) else list(stop_ids)
     lineage = [*files.record.get("lineage", []), {"role": "adapter", "path": str(directory), "action": "merge"}]
     save_model(merged, tokenizer, out, lineage=lineage, precision=precision, stop_ids=stop_ids, head=files.head)

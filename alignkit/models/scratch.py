@@ -9,18 +9,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    GPT2Config,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from alignkit.errors import ModelError, Problem, suggest
-from alignkit.models.files import BUILTIN_PREFIX, find_model_dir
+from alignkit.models.files import BUILTIN_PREFIX, KNOWN, find_model_dir
 from alignkit.models.rnnsearch import RnnSearchConfig
 
 END_OF_TEXT, PAD, IM_START, IM_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -36,17 +35,9 @@ def builtin_config(path: str) -> PreTrainedConfig:
     name = path.removeprefix(BUILTIN_PREFIX)
     if name.startswith("rnn"):
         return RnnSearchConfig(attention=name == "rnnsearch")
-    if name == "tiny-gpt2":
-        # About 0.32 M parameters. No dropout: two forward passes of the same weights are equal in every stage.
-        return GPT2Config(
-            vocab_size=512, n_positions=_POSITIONS, n_embd=96, n_layer=2, n_head=4,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids,
-        )  # fmt: skip
-    # About 0.16 M parameters, with grouped-query attention and an untied head.
-    return LlamaConfig(
-        vocab_size=512, max_position_embeddings=_POSITIONS, hidden_size=64, intermediate_size=176,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **ids,
-    )  # fmt: skip
+    # GPT-2 has about 0.32 M parameters and no dropout: two forward passes of the same weights are equal in every stage;
+    # Llama about 0.16 M, grouped-query attention and an untied head.
+    return AutoConfig.for_model(**KNOWN["builtin_models"][name], **ids)
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerFast:
@@ -105,18 +96,11 @@ def learnt_tokenizer(backend: str) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-# Keys of a config that describe a file or a task, not an architecture.
-_NOT_ARCHITECTURE = frozenset(
-    {"_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id", "model_type", "num_labels",
-     "problem_type", "transformers_version", "quantization_config"}
-)  # fmt: skip
-
-
 def override_config(
     config: PreTrainedConfig, overrides: dict[str, Any], *, where: str | None = None
 ) -> PreTrainedConfig:
     """Make a config with the overrides in force; `hidden_size` and GPT-2's `n_embd` are one attribute."""
-    values = {key: value for key, value in config.to_dict().items() if key not in _NOT_ARCHITECTURE}
+    values = {key: value for key, value in config.to_dict().items() if key not in KNOWN["no_architecture"]}
     known = set(values) | set(config.attribute_map)
     unknown = [name for name in overrides if name not in known]
     if unknown:

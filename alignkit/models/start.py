@@ -16,23 +16,11 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.quantizers import AutoHfQuantizer
 
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, first_line
-from alignkit.models.files import ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
+from alignkit.models.files import KNOWN, ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.hub import explain_hub_errors, fetch_adapter
 from alignkit.models.scratch import builtin_config, override_config
 from alignkit.recipe.schema import OBJECTIVES
 from alignkit.recipe.stage import Stage
-
-# The largest that can be meant: models have some hundred layers, and contexts of some ten million tokens.
-_LIMITS = {
-    "num_hidden_layers": 4096, "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**16,
-    "hidden_size": 2**20, "intermediate_size": 2**22, "vocab_size": 2**24, "max_position_embeddings": 2**28,
-    "num_local_experts": 2**16, "num_experts": 2**16, "n_routed_experts": 2**16,
-}  # fmt: skip
-
-_GENERATION_NUMBERS = {
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "max_length",
-    "max_new_tokens", "min_length", "num_beams",
-}  # fmt: skip
 
 
 def read_config(source: str, *, revision: str | None = None, trust_code: bool = False) -> PreTrainedConfig:
@@ -59,7 +47,7 @@ def read_config(source: str, *, revision: str | None = None, trust_code: bool = 
         settings = GenerationConfig.from_pretrained(str(directory)).to_diff_dict()
     except Exception as error:  # it computes with what stands there
         raise ModelError(f"cannot be read: {error}; mend it or take it away", where=place) from error
-    given = {name: settings.get(name) for name in sorted(_GENERATION_NUMBERS) if settings.get(name) is not None}
+    given = {name: settings.get(name) for name in KNOWN["generation_numbers"] if settings.get(name) is not None}
     if wrong := [f"{name} is {v!r}" for name, v in given.items() if not isinstance(v, int | float) or not v >= 0]:
         raise ModelError(f"{', '.join(wrong)}; these are numbers from 0; mend it or take it away", where=place)
     return config
@@ -69,7 +57,7 @@ def require_sizes(config: PreTrainedConfig, place: str | None) -> None:
     """Raise ModelError for every size of a config that is no positive whole number or larger than can be meant."""
     text = config.get_text_config()
     problems = []
-    for name, limit in _LIMITS.items():
+    for name, limit in KNOWN["largest_sizes"].items():
         value = getattr(text, name, None)
         sizes = value if isinstance(value, list) else [value]
         if any(size is not None and (not isinstance(size, int) or not 1 <= size <= limit) for size in sizes):
@@ -155,10 +143,8 @@ def find_start(stage: Stage) -> Start:
         entry = {"role": "base", "path": source, "seed": stage.seed, "config": stage.model.config}
         return Start(source, revision, None, False, [entry])
     if stage.model.config and not stage.start_dir:
-        raise ModelError(
-            "model.config changes only random weights; set model.init: scratch or leave it out",
-            where=stage.where("model.config"),
-        )
+        what = "model.config changes only random weights; set model.init: scratch or leave it out"
+        raise ModelError(what, where=stage.where("model.config"))
     if directory is None:
         return Start(source, revision, None, False, [{"role": "base", "path": source, "revision": revision}])
     files = inspect_model_dir(directory, trust_code=stage.trust_code)
@@ -186,7 +172,15 @@ def choose_action(stage: Stage, start: Start) -> str:
             "to fold it into the base and train that in full",
             where=where,
         )
+    if wanted == "merge":
+        require_mergeable(start.lineage, where)
     return wanted or "continue"
+
+
+def require_mergeable(lineage: list[dict[str, Any]], where: str) -> None:
+    """Raise ModelError for an adapter that began as what its 4-bit base has lost: full weights have lost nothing."""
+    if any(entry.get("init") == "loftq" for entry in lineage):
+        raise ModelError("an adapter of init_lora_weights: loftq cannot be merged into full weights", where=where)
 
 
 def context_length(stage: Stage, *, rotary: bool = True) -> int | None:
@@ -218,9 +212,8 @@ def find_base(files: ModelFiles) -> str:
     try:
         find_model_dir(files.base)
     except ModelError as error:
-        raise ModelError(
-            f"its base {files.base} is gone; put it back or edit base_model_name_or_path", where=str(files.path)
-        ) from error
+        what = f"its base {files.base} is gone; put it back or edit base_model_name_or_path"
+        raise ModelError(what, where=str(files.path)) from error
     return files.base  # a hub id
 
 

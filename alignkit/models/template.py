@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from alignkit.errors import ModelError
+from alignkit.models.files import KNOWN
 from alignkit.runs.stop import time_limit
 
 _RENDER_SECONDS = 1
@@ -69,19 +70,7 @@ class _End:
 
 
 _A, _B, _THOUGHT, _TOOL = "Xanswer", "Xlater", "Xthought", "Xtool"  # capitals: no template changes them
-_SYSTEM: Message = {"role": "system", "content": "Xsystem"}
-_USER: Message = {"role": "user", "content": "Xuser"}
-_ANSWER: Message = {"role": "assistant", "content": _A}
-_CALL: Message
-_OTHER_CALL: Message
-_CALL, _OTHER_CALL = (
-    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": name, "function": {
-        "name": "Xname", "arguments": {"x": said}}}]}
-    for name, said in (("Xcall00000", _A), ("Xcall00001", "Xother"))
-)  # fmt: skip
-_RESULT: Message = {"role": "tool", "content": _B, "name": "Xname", "tool_call_id": "Xcall00000"}
-_PARAMETERS = {"type": "object", "properties": {"x": {"type": "string"}}}
-_OFFER = {"type": "function", "function": {"name": _TOOL, "description": _TOOL, "parameters": _PARAMETERS}}
+_SYSTEM, _USER, _ANSWER, _CALL, _OTHER_CALL, _RESULT, _OFFER = KNOWN["probes"]  # turns, and a tool
 
 
 class Template:
@@ -294,10 +283,8 @@ class Template:
         """
         thoughts, content = _split_thoughts(message)
         if thoughts and head.rstrip().endswith("</think>"):
-            raise ConversationError(
-                "the answer has thoughts, and the generation prompt of the chat template has closed them already "
-                "(chat_template_kwargs: enable_thinking?)"
-            )
+            what = "the answer has thoughts, and the generation prompt of the chat template has closed them already "
+            raise ConversationError(f"{what}(chat_template_kwargs: enable_thinking?)")
         if thoughts is None and head.rstrip().endswith("<think>"):
             thoughts = ""
         body = content if thoughts is None else _join_thoughts(thoughts, content)

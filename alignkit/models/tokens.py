@@ -1,17 +1,18 @@
 """Tokenizers: where they come from, their pad token, their chat template.
 
-None gets a new token but for a classifier's start, delimiter and extract: a vocabulary that grows needs new embeddings.
+None gets a new token but those of `model.add_tokens` and a classifier's start, delimiter and extract.
 """
 
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
 from alignkit.models.chat import SETTINGS, Chat
-from alignkit.models.files import TEMPLATES, find_model_dir, has_tokenizer, inspect_model_dir, is_builtin
+from alignkit.models.files import KNOWN, TEMPLATES, find_model_dir, has_tokenizer, inspect_model_dir, is_builtin
 from alignkit.models.heads import TASK_TOKENS
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.models.scratch import builtin_tokenizer, learnt_tokenizer
@@ -20,16 +21,6 @@ from alignkit.recipe.schema import LEARNT_TOKENIZERS
 from alignkit.recipe.stage import Stage
 
 _TEMPLATES = Path(__file__).with_name("templates")
-# Control tokens that a shipped template writes; zephyr and plain need no more than an eos.
-_NEEDED_TOKENS = {
-    "chatml": ("<|im_start|>", "<|im_end|>"), "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "zephyr": (), "plain": (),
-}  # fmt: skip
-# Tokens that published vocabularies keep for padding or for nothing, best first.
-_SPARE_TOKENS = (
-    "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|reserved_special_token_0|>",
-    "<|extra_0|>", "<unk>",
-)  # fmt: skip
 
 
 def find_tokenizer(stage: Stage) -> tuple[str, str | None]:
@@ -66,6 +57,7 @@ def load_tokenizer(stage: Stage, *, learnt: str | None = None) -> PreTrainedToke
         tokenizer = read_tokenizer(source, revision=revision, trust_code=stage.trust_code, remedy=remedy)
     require_eos(tokenizer, source)
     set_pad_token(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in stage.model.add_tokens])
     if stage.task is not None:
         added: dict[str, Any] = {"additional_special_tokens": list(TASK_TOKENS)}
         tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
@@ -110,7 +102,7 @@ def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
         return
     vocabulary = tokenizer.get_vocab()
     taken = {tokenizer.eos_token, tokenizer.bos_token}
-    spare = [token for token in _SPARE_TOKENS if token in vocabulary and token not in taken]
+    spare = [token for token in KNOWN["spare_tokens"] if token in vocabulary and token not in taken]
     tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
 
 
@@ -118,10 +110,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, *, mod
     """Raise ModelError when the tokenizer has ids that the embedding matrix does not."""
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocab_size:
-        raise ModelError(
-            f"the tokenizer has token ids up to {highest} but {model} has {vocab_size} embeddings; "
-            "set model.tokenizer to the tokenizer that belongs to the model"
-        )
+        what = f"the tokenizer has token ids up to {highest} but {model} has {vocab_size} embeddings; "
+        raise ModelError(f"{what}set model.tokenizer to the tokenizer that belongs to the model")
 
 
 def read_tokenizer(
@@ -148,19 +138,16 @@ def require_eos(tokenizer: PreTrainedTokenizerFast, source: str) -> None:
 
 def _read_template(name: str, tokenizer: PreTrainedTokenizerFast, *, where: str | None = None) -> str:
     """Read a shipped template or a file."""
-    if name not in _NEEDED_TOKENS:
+    if name not in KNOWN["control_tokens"]:
         file = Path(name).expanduser()
         if not file.is_file():
             what = f"model.chat_template {name!r} is neither a file nor one of {', '.join(TEMPLATES)}"
             raise ModelError(what, where=where)
         return file.read_text(encoding="utf-8")
-    missing = [token for token in _NEEDED_TOKENS[name] if token not in tokenizer.get_vocab()]
+    missing = [token for token in KNOWN["control_tokens"][name] if token not in tokenizer.get_vocab()]
     if missing:
-        raise ModelError(
-            f"model.chat_template {name!r} writes {' and '.join(missing)}, which the tokenizer does not have as "
-            "tokens; use plain, or zephyr, which need no control tokens",
-            where=where,
-        )
+        what = f"model.chat_template {name!r} writes {' and '.join(missing)}, which the tokenizer does not have as "
+        raise ModelError(f"{what}tokens; use plain, or zephyr, which need no control tokens", where=where)
     text = (_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     # A text that is tokenised by the tokenizer alone would start with a BOS; a chat then does too, once.
     bos = tokenizer.bos_token_id

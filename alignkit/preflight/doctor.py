@@ -100,6 +100,10 @@ def examine(directory: Path = Path("runs")) -> DoctorReport:
     abilities: list[Ability] = []
     try:
         devices = describe_devices()
+        import torch
+
+        for number in range(torch.cuda.device_count()):
+            devices[f"cuda:{number}"] += f", {torch.cuda.mem_get_info(number)[0] / _GIB:.1f} GiB free"
         abilities = try_abilities()
     except (ImportError, OSError) as error:  # not installed, or a shared library that does not load
         problem = f"torch does not load: {error}"
@@ -185,9 +189,18 @@ def try_abilities() -> list[Ability]:
         *(try_quantization(kind, device) for kind in ("nf4", "fp4", "int8")),
         Ability("paged optimizers", device == "cuda", "cuda only; elsewhere ordinary ones take their place"),
     ]
+    compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
+    is_able = compiler is not None and importlib.util.find_spec("triton") is not None
+    what = f"with {compiler}" if is_able else "cuda only, with triton and a C compiler (gcc, or what CC names)"
+    abilities.append(Ability("kernels of Triton (TRL's fused head)", is_able, what))
+    if device == "cuda":
+        ones = [torch.ones(1, device=f"cuda:{number}") for number in range(torch.cuda.device_count())]
+        what = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))} on {len(ones)}"
+        abilities.append(try_ability("several devices", what, lambda: torch.cuda.nccl.all_reduce(ones)))
     trackers = "pip install 'alignkit[trackers]'"
     for name, module, advice in (
-        ("attn_implementation: flash_attention_2", "flash_attn", "pip install flash-attn; needs cuda"),
+        ("attn_implementation: flash_attention_2", "flash_attn", "pip install flash-attn, or kernels; needs cuda"),
+        ("use_kernels, attn_implementation of the hub", "kernels", "pip install 'alignkit[kernels]'"),
         *((f"report_to: {tracker}", tracker, trackers) for tracker in ("tensorboard", "trackio", "wandb")),
     ):
         there = importlib.util.find_spec(module) is not None

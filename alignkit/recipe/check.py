@@ -5,13 +5,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from alignkit.errors import Problem, suggest
-from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, RlaifOptions, Text
-from alignkit.recipe.trl_fields import method_fields
+from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, RlaifOptions
+from alignkit.recipe.trl_fields import BOUNDS, make_type, method_fields
 from alignkit.recipe.words import Word, controlled_fields, find_method, find_word
 from alignkit.recipe.yaml import Node, parse_yaml, read_scalar, shorten
 
@@ -24,14 +24,6 @@ _NAMES = {
 }  # fmt: skip
 _KINDS = {
     bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array", type(None): "null",
-}  # fmt: skip
-_TYPES: dict[str, Any] = {
-    "boolean": bool, "integer": int, "number": float, "string": Text, "object": dict[str, Any], "null": None,
-}  # fmt: skip
-# JSON Schema's name of a bound, pydantic's, and ours.
-_BOUNDS = {
-    "exclusiveMinimum": ("gt", "greater than"), "minimum": ("ge", "at least"),
-    "exclusiveMaximum": ("lt", "less than"), "maximum": ("le", "at most"), "minItems": ("min_length", ""),
 }  # fmt: skip
 # pydantic's errors about the kind of a value: what else may stand there is said, or another member of a union fits.
 _KIND_ERRORS = {
@@ -96,18 +88,7 @@ def _schema(model: type[BaseModel]) -> Fragment:
 @cache
 def _adapter(method: str, name: str) -> TypeAdapter[Any]:
     config = ConfigDict(strict=True, allow_inf_nan=False)
-    return TypeAdapter(_make_type(method_fields(method)[name]), config=config)
-
-
-def _make_type(fragment: Fragment) -> Any:
-    """Make the type that a fragment of `fields.json` describes."""
-    if "anyOf" in fragment:
-        return Union[tuple(_make_type(option) for option in fragment["anyOf"])]  # noqa: UP007 - of a tuple
-    if "enum" in fragment:
-        return Literal[tuple(fragment["enum"])]
-    made = list[_make_type(fragment["items"])] if fragment["type"] == "array" else _TYPES[fragment["type"]]  # type: ignore[misc]
-    bounds = {ours: fragment[name] for name, (ours, _) in _BOUNDS.items() if name in fragment}
-    return Annotated[made, Field(**bounds)] if bounds else made
+    return TypeAdapter(make_type(method_fields(method)[name]), config=config)
 
 
 def _list_errors(error: ValidationError) -> list[_Error]:
@@ -272,7 +253,7 @@ def _name_option(option: Fragment) -> str:
 
 
 def _name_bounds(option: Fragment) -> str:
-    return " and ".join(f"{words} {option[name]}" for name, (_, words) in _BOUNDS.items() if words and name in option)
+    return " and ".join(f"{words} {option[name]}" for name, (_, words) in BOUNDS.items() if words and name in option)
 
 
 def _hint(node: Node, options: list[Fragment]) -> str:

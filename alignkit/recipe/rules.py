@@ -22,7 +22,7 @@ from alignkit.recipe.schema import (
     VERIFY_KEYS,
 )
 from alignkit.recipe.sections import Finding, Section, UnreadableError
-from alignkit.recipe.trl_fields import KTO_LOSSES, read_snapshot, trl_fields
+from alignkit.recipe.trl_fields import ADAPTER_TYPES, KTO_LOSSES, adapter_fields, read_snapshot, trl_fields
 
 _SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired")
 Rule = Callable[[Section], Iterable[Finding]]
@@ -37,7 +37,7 @@ def audit_stage(stage: Section) -> list[Problem]:
 
 def audit_recipe(top: Section, stages: Collection[Section]) -> list[Problem]:
     """Hold the sections that all stages share against each other: model, lora, launch, evaluate."""
-    rules = (_quantization, _scratch, _launch, _evaluate)
+    rules = (_quantization, _adapters, _scratch, _launch, _evaluate)
     found = [finding for rule in rules for finding in _collect(rule(top, stages))]
     return [Problem(f"{show_key(key)} {what}", top.place(key)) for key, what in found]
 
@@ -84,7 +84,7 @@ def _dpo_smoothing(stage: Section) -> Iterator[Finding]:
 
 
 def _quantization(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
-    quantization, targets = recipe.get("model.quantization", "none"), recipe.get("lora.target_modules", [])
+    quantization, targets = recipe.get("model.quantization", "none"), recipe.get("lora.target_modules") or []
     if quantization != "none" and not recipe.has("lora"):
         yield "model.quantization", f"is {quantization}, and quantised weights cannot be trained; add a lora: section"
     switched_off = recipe.is_switched_off("model.double_quantization", by="model.quantization")
@@ -92,6 +92,31 @@ def _quantization(recipe: Section, stages: Collection[Section]) -> Iterator[Find
         yield "model.double_quantization", "has no effect without quantization: nf4 or fp4"
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         yield "lora.target_modules", "names lm_head, whose adapter would never be trained; use all-linear"
+
+
+def _adapters(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
+    if not recipe.has("lora"):
+        return
+    for key in ("freeze", "save_dtype"):
+        if recipe.has(f"model.{key}"):
+            yield f"model.{key}", "has no effect with lora:, which leaves all weights of the base as they are"
+    lora = recipe.get("lora") or {}
+    kind = lora.get("adapter_type", "lora")
+    of_lora = {"init_lora_weights", "lora_plus_ratio"} if kind in ("lora", "dora") else set()
+    known = {*adapter_fields(kind), "adapter_type"} | of_lora
+    for key in lora:
+        if key not in known:
+            others = [name for name in ADAPTER_TYPES if key in adapter_fields(name)] or ["lora", "dora"]
+            yield f"lora.{key}", f"has no effect with adapter_type: {kind}; {' and '.join(others)} read it"
+    if recipe.has("model.add_tokens") and recipe.has("lora.trainable_token_indices"):
+        yield "lora.trainable_token_indices", "is set by model.add_tokens; give one of the two"
+    init, quantization = str(lora.get("init_lora_weights", "")), recipe.get("model.quantization", "none")
+    dora = kind == "dora" or lora.get("use_dora", False)
+    if init.startswith(("pissa", "olora")) and (quantization != "none" or dora):
+        yield "lora.init_lora_weights", f"is {init}, which takes parts of full weights, and a sum of two: " \
+              "it needs model.quantization: none (loftq is for 4-bit ones) and no DoRA"
+    if init == "loftq" and quantization != "nf4":
+        yield "lora.init_lora_weights", "is loftq, which makes good what a base of model.quantization: nf4 has lost"
 
 
 def _scratch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
@@ -133,12 +158,17 @@ def _launch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
     switched_off = recipe.is_switched_off("launch.main_address", by="launch.nodes")
     if launch.get("main_address") is not None and launch.get("nodes", 1) == 1 and not switched_off:
         yield "launch.main_address", "has no effect with one node; set launch.nodes"
-    quantization = (recipe.get("model") or {}).get("quantization", "none")
-    if quantization != "none" and strategy in ("fsdp", "zero3"):
+    model = recipe.get("model") or {}
+    quantization, stored = model.get("quantization", "none"), model.get("quantization_storage", "uint8")
+    if quantization not in ("nf4", "fp4") and stored != "uint8":
+        yield "model.quantization_storage", "has no effect without quantization: nf4 or fp4"
+    shards = strategy == "fsdp" and quantization in ("nf4", "fp4") and stored == model.get("dtype", "auto")
+    if quantization != "none" and strategy in ("fsdp", "zero3") and not shards:
         yield (
             "launch.strategy",
             f"is {strategy}, which cannot shard {quantization} weights; ddp holds the quantised base on every device, "
-            "zero2 shards the rest",
+            "zero2 shards the rest, and fsdp takes nf4 with one dtype for all: model: {dtype: bfloat16, "
+            "quantization_storage: bfloat16}",
         )
     ppo = [stage.name for stage in stages if stage.method == "ppo"]
     if strategy in ("zero2", "zero3") and ppo:

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_serializer
 from pydantic_core import PydanticCustomError
+
+from alignkit.recipe.trl_fields import ADAPTER_TYPES, Text, adapter_fields, make_type
 
 Method = Literal["sft", "rm", "dpo", "ppo", "critique", "label"]
 FEEDBACK = ("critique", "label")  # these make rows; they train nothing
@@ -22,12 +24,6 @@ BUILTIN_CONSTITUTIONS = tuple(
 BUILTIN_REWARD = "builtin:true-reward"  # the toy world's own sentiment, as a reward or as gold
 
 
-def _require_text(value: str) -> str:
-    if not value.strip():
-        raise PydanticCustomError("blank", "is empty text")
-    return value
-
-
 # What is better where a metric's name does not begin with + or -.
 _BETTER = {"-": ("loss", "perplexity"), "+": ("accurac", "margin", "true_reward", "win_rate")}
 
@@ -41,7 +37,6 @@ def _require_sign(value: str) -> str:
     return signs[0] + name
 
 
-Text = Annotated[str, AfterValidator(_require_text)]
 _HubKernel = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?$")]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -69,7 +64,7 @@ class _Section(BaseModel):
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         for name in cls.__annotations__.keys() & cls.model_fields.keys():
             field = cls.model_fields[name]
-            field.description = field.description or _HELP.get(f"{cls.__name__}.{name}")
+            field.description = field.description or _HELP.get(f"{cls.__name__.strip('_')}.{name}")
 
 
 class ModelOptions(_Section):
@@ -80,26 +75,50 @@ class ModelOptions(_Section):
     tokenizer: Text | None = option(None)
     quantization: Literal["none", "int8", "nf4", "fp4"] = option("none")
     double_quantization: bool = option(True)
+    quantization_storage: Literal["uint8", "float16", "bfloat16", "float32"] = option("uint8")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto")
     attn_implementation: (
         Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
         | _HubKernel | None
     ) = option(None)
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = option(None)
+    freeze: list[Text] = option(list)
+    add_tokens: list[Text] = option(list)
     use_kernels: bool = option(False)
     chat_template: Text | None = option(None)
     chat_template_kwargs: dict[str, Any] | None = option(None)
 
 
-class LoraOptions(_Section):
-    r: int = option(16, "Rank of the adapter.", ge=1, le=4096)
+class _LoraOptions(_Section):
+    adapter_type: Literal[ADAPTER_TYPES] = option("lora")  # type: ignore[valid-type]
+    r: int = option(lambda given: {"vera": 256, "oft": 0}.get(given["adapter_type"], 16), ge=1, le=4096)
     alpha: Positive = option(
         lambda given: 2 * given.get("r", 16), "Scale: the update is multiplied by alpha / r; omitted: 2 r.")
     dropout: float = option(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
-    target_modules: Text | list[Text] = option(
-        "all-linear", "all-linear (every linear layer but the head, as QLoRA) or module names.")
+    target_modules: Text | list[Text] | None = option(
+        lambda given: None if given["adapter_type"] == "ia3" else "all-linear")
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead (arXiv 2312.03732).")
-    use_dora: bool = option(False, "Weight-decomposed adapters (arXiv 2402.09353).")
+    use_dora: bool = option(False, "Weight-decomposed adapters (arXiv 2402.09353); adapter_type: dora is the same.")
     modules_to_save: list[Text] = option(list, "Modules trained in full and saved with the adapter.")
+    init_lora_weights: (
+        Literal["gaussian", "orthogonal", "pissa", "olora", "loftq"]
+        | Annotated[str, Field(pattern=r"^pissa_niter_[0-9]+$")] | None
+    ) = option(None)
+    lora_plus_ratio: float | None = option(None, ge=1)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_set(self, write: Any) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if value is not None}
+
+
+if TYPE_CHECKING:
+    LoraOptions = _LoraOptions
+else:  # and what PEFT's config classes have beside
+    LoraOptions = create_model("LoraOptions", __base__=_LoraOptions, **{
+        key: (make_type(field) | None, option(None, f"{kind}: {field['description']}"))
+        for kind in reversed(ADAPTER_TYPES) for key, (_, field) in adapter_fields(kind).items()
+        if kind != "dora" and key not in _LoraOptions.model_fields
+    })
 
 
 # Goes into a shell script: no blanks, no quotes.

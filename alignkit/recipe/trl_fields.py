@@ -1,11 +1,14 @@
-"""The fields of TRL's config classes (in `fields.json`) as a recipe may use them."""
+"""The fields of TRL's config classes (`fields.json`) and PEFT's (`adapters.json`) as a recipe may use them."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from alignkit.recipe.words import controlled_fields
 
@@ -13,6 +16,46 @@ from alignkit.recipe.words import controlled_fields
 OWN = ("temperature", "num_generations", "top_p", "top_k", "scale_rewards")
 
 Fragment = dict[str, Any]
+
+
+def _require_text(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError("blank", "is empty text")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_require_text)]
+_TYPES: dict[str, Any] = {
+    "boolean": bool, "integer": int, "number": float, "string": Text, "object": dict[str, Any], "null": None,
+}  # fmt: skip
+# JSON Schema's name of a bound, pydantic's, and ours.
+BOUNDS = {
+    "exclusiveMinimum": ("gt", "greater than"), "minimum": ("ge", "at least"),
+    "exclusiveMaximum": ("lt", "less than"), "maximum": ("le", "at most"), "minItems": ("min_length", ""),
+}  # fmt: skip
+
+
+def make_type(fragment: Fragment) -> Any:
+    """Make the type that a fragment of `fields.json` or `adapters.json` describes."""
+    if "anyOf" in fragment:
+        return Union[tuple(make_type(option) for option in fragment["anyOf"])]  # noqa: UP007 - of a tuple
+    if "enum" in fragment:
+        return Literal[tuple(fragment["enum"])]
+    made = list[make_type(fragment["items"])] if fragment["type"] == "array" else _TYPES[fragment["type"]]  # type: ignore[misc]
+    bounds = {ours: fragment[name] for name, (ours, _) in BOUNDS.items() if name in fragment}
+    return Annotated[made, Field(**bounds)] if bounds else made
+
+
+ADAPTER_TYPES = ("lora", "dora", "vera", "oft", "ia3")
+_OUR_NAMES = {"lora_alpha": "alpha", "lora_dropout": "dropout", "vera_dropout": "dropout", "module_dropout": "dropout"}
+
+
+@cache
+def adapter_fields(kind: str) -> dict[str, tuple[str, Fragment]]:
+    """What `lora:` may say of a type of adapter: recipe key -> PEFT's name and the field."""
+    snapshot = json.loads((Path(__file__).parent / "adapters.json").read_text(encoding="utf-8"))
+    fields = snapshot["lora" if kind == "dora" else kind]
+    return {_OUR_NAMES.get(name, name): (name, field) for name, field in fields.items()}
 
 
 @dataclass(frozen=True)

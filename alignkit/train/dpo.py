@@ -14,7 +14,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from alignkit.errors import RecipeError
-from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, add_reference_adapter
+from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, copy_adapter
 from alignkit.models.load import load_reference
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import DpoOptions
@@ -37,11 +37,12 @@ class _Referenced(Guarded):
         if isinstance(model, PeftModel) and REFERENCE in model.peft_config:
             model.delete_adapter(REFERENCE)  # TRL makes its own copy, under the same name
         super().__init__(*args, **kwargs)
-        if not isinstance(self.model, PeftModel) or reference == "ref_adapter":
+        if not isinstance(self.model, PeftModel):
             return
-        self.model.delete_adapter(REFERENCE)
-        if reference == "base_adapter":  # otherwise the reference is the base: TRL switches the adapter off
-            add_reference_adapter(self.model, of=START)
+        self.model.delete_adapter(REFERENCE)  # TRL copies no vectors (VeRA, IA3)
+        if reference in ("base_adapter", "ref_adapter"):  # else it is the base: TRL switches the adapter off
+            copy_adapter(self.model, START if reference == "base_adapter" else TRAINED, REFERENCE)
+            self.model.set_adapter(TRAINED)
             if self.args.disable_dropout:
                 switch_off_dropout(self.model)  # the copy's
         if START in self.model.peft_config:
@@ -49,7 +50,7 @@ class _Referenced(Guarded):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> Any:
         logps = super().compute_ref_log_probs(model, inputs)
-        if self.reference == "base_adapter":
+        if START in getattr(self.model, "peft_config", ()):
             activate(self.model, [START, TRAINED])  # TRL's context puts back one adapter; a stack has two
         return logps
 
@@ -209,9 +210,9 @@ def _build_dpo(setup: Setup) -> Dpo:
 
 def _build_kto(setup: Setup) -> Kto:
     stage, loaded = setup.stage, setup.loaded
-    if loaded.reference == "base_adapter":
-        what = "adapter: stack does not work with loss_type kto; use continue or merge"
-        raise RecipeError(what, where=stage.where(f"{stage.name}.adapter"))
+    if START in getattr(loaded.model, "peft_config", ()):
+        what = "two adapters at work (adapter: stack; init_lora_weights: pissa, olora) are not for loss_type kto; use "
+        raise RecipeError(f"{what}adapter: continue or merge", where=stage.where(f"{stage.name}.adapter"))
     (loss,) = stage.trainer["loss_type"]
     config = build_config(stage, KTOConfig, setup.run.checkpoints, loss_type=loss)
 

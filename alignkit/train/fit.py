@@ -82,12 +82,13 @@ def fit(build: Build, stage: Stage, run_dir: Path, *, allow_change: Sequence[str
         console.note(f"{stage.name}: reading data and loading the model")
         setup = build(stage, run)
         setup.trainer.watch.began = began
+        setup.trainer.lora_plus_ratio = stage.lora.lora_plus_ratio if stage.lora else None
         setup.record["notes"] = skeleton["notes"]
         samples = ranks.gather(hash_samples(setup.trainer.model)) if ranks.world_size() > 1 else []
         if others := [rank for rank, digest in enumerate(samples) if digest != samples[0]]:
             what = f"rank 0 and rank {others[0]} have loaded different weights; give all nodes the same model files or "
             raise ranks.met_by_all(RunError(f"{what}revision"))
-        if stage.lora is not None:
+        if stage.lora is not None and ranks.is_main():
             setup.base_hash = hash_base(setup.trainer.model)
         ranks.once(lambda: _begin(setup, fingerprint, allow_change))
         _train(setup, stop, ranks.share(fingerprint))
@@ -360,9 +361,9 @@ def _save_final(setup: Setup) -> dict[str, Any]:
     # Without its autocast wrapper: what is saved must be compared in the precision it is loaded in.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     shards.reshard(model)
-    if setup.base_hash and hash_base(model) != setup.base_hash:
-        what = "the frozen base changed during training; this is a bug, keep the run directory"
-        raise RunError(what, where=str(run.path))
+    after = None  # of a sharded model all ranks put it together
+    if setup.stage.lora is not None and (ranks.is_main() or shards.is_sharded(trainer)):
+        after = hash_base(model)
     staging = run.path / "model.tmp"  # does not count yet
     pulse("saving the model")
     facts: dict[str, Any] = {
@@ -370,9 +371,12 @@ def _save_final(setup: Setup) -> dict[str, Any]:
         "precision": setup.loaded.precision,
         "stop_ids": setup.chat.stop_ids,
     }
-    facts |= {"state_dict": shards.gather_model(trainer), "head": setup.head}
+    facts |= {"state_dict": shards.gather_model(trainer), "head": setup.head, "dtype": setup.stage.model.save_dtype}
 
     def save() -> None:
+        if after != setup.base_hash:
+            what = "the frozen base changed during training; this is a bug, keep the run directory"
+            raise RunError(what, where=str(run.path))
         with disk_failures(run.path, "the final model"):
             save_model(model, trainer.processing_class, staging, **facts)
 

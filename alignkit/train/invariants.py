@@ -4,6 +4,7 @@ It runs forward passes in eval mode and changes nothing, random numbers included
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 def check_parameters(stage: Stage, model: Any, *, adapters: tuple[str, ...] = (TRAINED,)) -> None:
     """Raise ModelError unless exactly the expected parameters are trained.
 
-    With `lora:` those are the trained adapters, their heads and modules_to_save; without it, all of them.
+    With `lora:` those are the trained adapters, their heads and modules_to_save; without it, all but model.freeze.
     """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
@@ -41,6 +42,7 @@ def check_parameters(stage: Stage, model: Any, *, adapters: tuple[str, ...] = (T
         sines = [f"{name}." for name, module in model.named_modules() if "Sinusoidal" in type(module).__name__]
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         wrong = [name for name in frozen if not name.startswith(tuple(sines))]
+        wrong = [name for name in wrong if not any(re.search(pattern, name) for pattern in stage.model.freeze)]
     if wrong:
         raise ModelError(f"{stage.name}: {len(wrong)} parameters are trained or frozen by mistake, first {wrong[0]}")
 
@@ -95,7 +97,8 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
     num_tokens, losses, measured = trainer._total_train_tokens, {}, {}
     for mode in ("train", "eval") if trainer.args.disable_dropout else ("eval",):
         model.train(mode == "train")
-        with torch.random.fork_rng(), torch.no_grad(), trainer.compute_loss_context_manager():
+        devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), trainer.compute_loss_context_manager():
             losses[mode] = float(trainer.compute_loss(model, trainer._prepare_inputs(dict(batch))))
         measured = {name: values[-1] for name, values in trainer._metrics[mode].items() if values}
         trainer._metrics[mode].clear()

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from alignkit.errors import EnvironmentProblem
-from alignkit.models.adapters import TRAINED
+from alignkit.models.adapters import TRAINED, is_adapter
 from alignkit.models.parameters import take_probe, whole
 from alignkit.train.ranks import is_main
 
@@ -152,11 +152,6 @@ def scatter_optimizer(trainer: Any, saved: dict[str, Any]) -> None:
         for number, values in saved["state"].items()
     }
     trainer.optimizer.load_state_dict({**saved, "state": state})
-
-
-def is_adapter(name: str) -> bool:
-    """Tell whether a weight of an adapted model is saved with its adapter."""
-    return ".lora_" in name or ".modules_to_save." in name
 
 
 def reshard(model: torch.nn.Module) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -72,6 +73,7 @@ class Guarded(Checkpointed):
     _metrics: dict[str, dict[str, list[float]]]  # TRL's: mode -> name -> one value per forward pass
     _weights: dict[str, list[float]]  # of the training metrics since the last log, where rows do not say it
     trained_adapters: tuple[str, ...] = (TRAINED,)  # PEFT's names of those that may have gradients
+    lora_plus_ratio: float | None = None
     _rest: Rest | None = None  # rows left of the epoch in which the batch size was changed
     _skipped = 0  # steps of that epoch that others rows stand for
     _schedule_steps = 0
@@ -123,6 +125,12 @@ class Guarded(Checkpointed):
             shards.set_up(self)
 
     def create_optimizer(self, *args: Any) -> Any:
+        if self.lora_plus_ratio is not None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = create_loraplus_optimizer(
+                self.model, kind, loraplus_lr_ratio=self.lora_plus_ratio,
+                loraplus_weight_decay=self.args.weight_decay, **settings,
+            )  # fmt: skip
         optimizer = super().create_optimizer(*args)
         # An empty group (LoRA has no biases) counts in one process and is dropped by DeepSpeed: nobody needs it.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

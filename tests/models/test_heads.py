@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 from alignkit.models.chat import Chat
-from alignkit.models.heads import arrange, encode_tasks, language_losses, row_logits, task_losses, write_task
+from alignkit.models.heads import (
+    ScoreHead,
+    arrange,
+    encode_tasks,
+    language_losses,
+    row_logits,
+    task_losses,
+    write_task,
+)
+from alignkit.models.load import load_reward_model
 from alignkit.models.scratch import builtin_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gpt1.json").read_text())
@@ -107,3 +117,16 @@ def test_a_bos_stays_first_and_the_longest_text_is_cut(chat: Chat) -> None:
     encoded[0].ids.insert(0, 7)  # as a tokenizer that begins every text with BOS has it
     ((ids,), cut) = arrange("classify", encoded)
     assert not cut and ids == [7, start, *long, delimiter, *short, extract]
+
+
+def test_autocast_does_not_round_scores(make_stage: Callable, tmp_path: Path) -> None:
+    hidden = torch.randn(3, 64)
+    for lora in (None, {}):
+        model = load_reward_model(make_stage("rm", path="builtin:tiny-llama", lora=lora), run_dir=tmp_path).model
+        heads = [module for module in model.modules() if isinstance(module, ScoreHead)]
+        assert len(heads) == (1 if lora is None else 2)  # the base's own, and the one that is trained
+        exact = heads[-1](hidden)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(heads[-1](hidden.bfloat16().float()), heads[-1](hidden.bfloat16()))
+            assert torch.equal(heads[-1](hidden), exact) and exact.dtype == torch.float32
+            assert torch.nn.Linear.forward(heads[-1], hidden).dtype == torch.bfloat16

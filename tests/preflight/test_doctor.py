@@ -100,3 +100,4 @@ def test_quantisation_is_really_tried_on_this_machine() -> None:
     assert abilities["full fine-tuning and LoRA"].works
     for kind in ("nf4", "fp4", "int8"):
         assert abilities[f"quantization: {kind}"].works, abilities[f"quantization: {kind}"].note
+    assert {"kernels of Triton (TRL's fused head)", "use_kernels, attn_implementation of the hub"} <= abilities.keys()

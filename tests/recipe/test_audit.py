@@ -125,7 +125,10 @@ def test_stage_rules(complain: Complain, stage: str, message: str) -> None:
         ("launch: {strategy: zero2, offload: all}\nmodel: {path: gpt2}", "a.yaml:1: launch.offload is all, which zero2 "
          "does not do; fsdp (all), zero2 (optimizer), zero3 (optimizer or all) do"),
         ("lora: {}\nmodel: {path: gpt2, quantization: nf4}\nlaunch: {strategy: fsdp}", "a.yaml:3: launch.strategy is "
-         "fsdp, which cannot shard nf4 weights; ddp holds the quantised base on every device, zero2 shards the rest"),
+         "fsdp, which cannot shard nf4 weights; ddp holds the quantised base on every device, zero2 shards the rest, "
+         "and fsdp takes nf4 with one dtype for all: model: {dtype: bfloat16, quantization_storage: bfloat16}"),
+        ("model: {path: gpt2, quantization_storage: bfloat16}", "a.yaml:1: model.quantization_storage has no effect "
+         "without quantization: nf4 or fp4"),
         ("launch: {device: mps, processes: 2}\nmodel: {path: gpt2}", "a.yaml:1: launch.device is mps, which runs one "
          "process; set launch.processes: 1"),
         ("model: {path: gpt2, double_quantization: false}", "a.yaml:1: model.double_quantization has no effect without "

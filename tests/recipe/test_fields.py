@@ -38,13 +38,13 @@ def snapshot() -> Any:
     return module
 
 
-def test_the_snapshot_is_what_the_installed_trl_says(snapshot: Any) -> None:
-    """Word for word with the versions it was taken from; names, types, defaults and choices with every accepted one."""
-    kept = read_snapshot()
-    taken = json.loads(snapshot.render(snapshot.take_snapshot()))
-    if taken["versions"] != kept["versions"]:
-        kept, taken = _without_help(kept), _without_help(taken)
-    assert kept == taken, "run `make snapshot` and look at the difference"
+def test_the_snapshots_are_what_the_installed_libraries_say(snapshot: Any) -> None:
+    """Word for word with the versions they were taken from; names, types, defaults and choices with every one."""
+    for file, take in ((snapshot.TARGET, snapshot.take_snapshot), (snapshot.ADAPTERS, snapshot.take_adapters)):
+        kept, taken = json.loads(file.read_text(encoding="utf-8")), json.loads(snapshot.render(take()))
+        if taken["versions"] != kept["versions"]:
+            kept, taken = _without_help(kept), _without_help(taken)
+        assert kept == taken, f"{file.name}: run `make snapshot` and look at the difference"
 
 
 def _without_help(node: Any) -> Any:
@@ -117,6 +117,14 @@ def test_the_table_of_words_names_keys_that_exist_and_no_word_twice() -> None:
     [
         ("lora_rank: 8", "it is lora.r; write lora: {r: 8}"),
         ("lora_target: all", "write lora: {target_modules: all-linear}"),
+        ("pissa_init: true", "write lora: {init_lora_weights: pissa}"),
+        ("loraplus_lr_ratio: 16", "write lora: {lora_plus_ratio: 16}"),
+        ("peft_layers_to_transform: [0, 1]", "write lora: {layers_to_transform: [0, 1]}"),
+        ("finetuning_type: dora", "write lora: {adapter_type: dora}"),
+        ("vera_rank: 64", "write lora: {r: 64}"),
+        ("new_special_tokens: [<a>]", "write model: {add_tokens: [\"<a>\"]}"),
+        ("freeze_parameters: [embed]", "it is model.freeze: regular expressions"),
+        ("bnb_4bit_quant_storage: bfloat16", "write model: {quantization_storage: bfloat16}"),
         ("sample_packing: true", "it is packing; write packing: true"),
         ("template: llama3", "write model: {chat_template: llama3}"),
         ("template: qwen", "it is model.chat_template"),

@@ -24,6 +24,7 @@ from alignkit.errors import ModelError, RunError
 from alignkit.models.adapters import copy_adapter
 from alignkit.models.files import REWARD_NORM
 from alignkit.models.frozen import load_classifier
+from alignkit.models.heads import ScoreHead
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.logprobs import Batch
 from alignkit.models.start import know_classifier
@@ -144,7 +145,7 @@ class Critic:
 def critic_on_policy(roles: Roles) -> Critic:
     """A zero head on the policy's hidden states."""
     size = roles.policy.get_input_embeddings().weight.size(1)
-    head = nn.Linear(getattr(roles.policy.config.get_text_config(), "hidden_size", size), 1, device=roles.policy.device)
+    head = ScoreHead(getattr(roles.policy.config.get_text_config(), "hidden_size", size), 1, device=roles.policy.device)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     return Critic(roles, head)
@@ -171,13 +172,15 @@ def critic_from_policy(roles: Roles) -> Critic:
         model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     model.score.weight.data.zero_()
+    model.score.__class__ = ScoreHead
     return _own(roles, model.to(policy.device), from_reward=False)
 
 
 def critic_from_reward(roles: Roles, directory: Path, *, where: str, trust_code: bool = False) -> Critic:
     """A trainable copy of a reward model; an adapter is folded into its base, two labels into their log-odds."""
     policy = roles.policy
-    model: Any = load_classifier(str(directory), device=str(policy.device), trust_code=trust_code).model
+    place, dtype = str(policy.device), policy.dtype
+    model: Any = load_classifier(str(directory), device=place, dtype=dtype, trust_code=trust_code).model
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     if not isinstance(getattr(model, "score", None), nn.Linear) or getattr(model.config, "is_encoder_decoder", False):
@@ -193,7 +196,7 @@ def _with_bias(head: nn.Linear) -> nn.Linear:
     state = {"bias": torch.zeros(head.out_features)} | head.state_dict()
     if head.out_features == 2:
         state = {name: tensor[1:] - tensor[:1] for name, tensor in state.items()}
-    copied = nn.Linear(head.in_features, 1, device=head.weight.device, dtype=head.weight.dtype)
+    copied = ScoreHead(head.in_features, 1, device=head.weight.device, dtype=head.weight.dtype)
     copied.load_state_dict(state)
     return copied
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from alignkit.models.adapters import REFERENCE, START, add_scoring_adapter, cast_adapters
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
+from alignkit.models.heads import ScoreHead
 from alignkit.models.load import Loaded
 from alignkit.models.logprobs import Batch, pad_answers, run_trunk, sampled_logps
 from alignkit.models.start import find_base, is_same_model
@@ -107,7 +108,7 @@ class Roles:
         assert isinstance(self.policy, PeftModel)
         with self.policy_kept():
             weight = add_scoring_adapter(self.policy, directory, REWARD)
-        self.reward_head = nn.Linear(weight.size(1), 1, bias=False, device=self.policy.device)
+        self.reward_head = ScoreHead(weight.size(1), 1, bias=False, device=self.policy.device)
         self.reward_head.weight.data.copy_(weight)
         self.reward_head.requires_grad_(False)
 
@@ -154,6 +155,7 @@ def find_reward_on_base(roles: Roles, source: str, *, trust_code: bool) -> Path 
     files = inspect_model_dir(directory, trust_code=trust_code)
     # PEFT names both heads; other modules trained in full would not be the base's.
     own_modules = set(files.config.get("modules_to_save") or ()) - {"score", "classifier"}
-    if files.kind != "adapter" or not files.reward or own_modules:
+    plain = files.config.get("peft_type") == "LORA" and not files.config.get("trainable_token_indices")
+    if files.kind != "adapter" or not files.reward or own_modules or not plain:
         return None
     return directory if is_same_model(roles.policy.get_base_model().name_or_path, find_base(files)) else None

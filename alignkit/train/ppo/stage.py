@@ -58,7 +58,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
     model.generation_config.eos_token_id = chat.stop_ids
     config = _build_config(stage, run.checkpoints, num_prompts=len(tables.train))
     device = str(config.device)
-    if not setup.loaded.precision.quantized:
+    if not setup.loaded.precision.quantized and not ranks.uses_fsdp():  # which moves a layer at a time, to shard it
         model.to(device)
     roles = Roles(setup.loaded, reference=load_reference(stage, setup.loaded))
     held = _hold_reward(stage, roles, options.reward)

@@ -377,6 +377,9 @@ class Ppo(Guarded, GRPOTrainer):
             for model in (self.roles.reference, self.critic.model if self.critic else None):
                 if model is not None:
                     fsdp2_prepare_model(self.accelerator, model)
+            for head in (self.critic.head if self.critic else None, self.roles.reward_head):
+                if head is not None and not isinstance(head.weight, DTensor):
+                    head.to(self.args.device)
             self._bind_parameters()
         if self.critic is not None:
             rate = self.options.critic_learning_rate or self.args.learning_rate
