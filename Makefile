@@ -17,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 DEMO := recipes/tiny-cpu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-versions lint bench bench-gpu figures snapshot clean
+.PHONY: help setup demo test test-slow test-gpu test-versions lint bench bench-quick bench-gpu figures snapshot clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ lint: $(READY) ## ruff and mypy
 
 bench: $(READY) ## side by side with TRL; writes tests/benchmarks/RESULTS.md
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/run.py
+
+bench-quick: $(READY) ## the most telling benchmarks in five minutes; writes nothing
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/run.py --quick
 
 bench-gpu: $(READY) ## speed, memory and margins on a card; writes tests/benchmarks/GPU.md
 	@rm -f .gpu-checks.jsonl; ALIGNKIT_GPU_LOG=$(CURDIR)/.gpu-checks.jsonl $(MAKE) test-gpu

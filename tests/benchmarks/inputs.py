@@ -47,22 +47,25 @@ def write_model(directory: Path, *, hidden_size: int = 64, num_layers: int = 2, 
     return directory
 
 
-def write_rows(directory: Path, kind: str, num: int, *, seed: int = 0) -> Path:
-    """Write `num` rows for sft, rm or dpo as train.jsonl in a new directory and return the directory."""
+def write_rows(directory: Path, kind: str, num: int, *, seed: int = 0, words: int | None = None) -> Path:
+    """Write `num` rows for sft, rm or dpo as train.jsonl in a new directory and return the directory.
+
+    With `words` every answer has that many.
+    """
     directory.mkdir(parents=True)
     with (directory / "train.jsonl").open("w", encoding="utf-8") as file:
-        for row in make_rows(kind, num, seed=seed):
+        for row in make_rows(kind, num, seed=seed, words=words):
             file.write(json.dumps(row) + "\n")
     return directory
 
 
-def make_rows(kind: str, num: int, *, seed: int = 0) -> Iterator[dict[str, Any]]:
+def make_rows(kind: str, num: int, *, seed: int = 0, words: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield rows whose lengths vary as those of dialogues do: many short ones, a few long ones."""
     draw = random.Random(seed)
     for number in range(num):
         prompt = f"{number}: {_sentence(draw, 4, 12)}?"
         if kind == "sft":
-            yield {"prompt": prompt, "completion": f" {_sentence(draw, 3, 50)}."}
+            yield {"prompt": prompt, "completion": f" {_sentence(draw, words or 3, words or 50)}."}
         else:
             yield {
                 "prompt": prompt,
@@ -72,5 +75,6 @@ def make_rows(kind: str, num: int, *, seed: int = 0) -> Iterator[dict[str, Any]]
 
 
 def _sentence(draw: random.Random, shortest: int, longest: int) -> str:
-    length = min(shortest + int(draw.expovariate(3 / (longest - shortest))), longest)
+    spread = longest - shortest
+    length = min(shortest + int(draw.expovariate(3 / spread)), longest) if spread else longest
     return " ".join(draw.choices(_WORDS, k=length))

@@ -1,6 +1,7 @@
 """Measure alignkit side by side with what it is built on; writes RESULTS.md and prints it.
 
 python tests/benchmarks/run.py [--only CASE]... [--runs N]
+python tests/benchmarks/run.py --quick      what each change is held against, in five minutes: one round, printed alone
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from labels import measure_labels
@@ -16,14 +19,23 @@ from ppo import OTHER_PYTHON, measure_ppo
 from processes import measure_processes
 from short_run import measure_short_run
 from start_up import measure_bad_recipe, measure_help
-from steady import measure_preparation, measure_throughput
-from table import Row, save_rows
+from steady import measure_growth, measure_preparation, measure_profile, measure_real_model, measure_throughput
+from table import Row, describe_machine, format_table, save_rows
 
+QUICK = {  # one round of each
+    "help": (measure_help, 5),
+    "bad-recipe": (measure_bad_recipe, 3),
+    "throughput": (partial(measure_throughput, sizes=["0.14 M"]), 1),
+    "profile": (measure_profile, 1),
+}
 CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measure, rounds)
     "help": (measure_help, 15),
     "bad-recipe": (measure_bad_recipe, 15),
     "short-run": (measure_short_run, 5),
     "throughput": (measure_throughput, 3),
+    "real": (measure_real_model, 3),
+    "profile": (measure_profile, 1),
+    "growth": (measure_growth, 1),
     "preparation": (measure_preparation, 3),
     "processes": (measure_processes, 3),
     "ppo": (measure_ppo, 3),
@@ -35,17 +47,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=list(CASES), help="measure this case; repeatable")
     parser.add_argument("--runs", type=int, help="counted rounds of each comparison")
+    parser.add_argument("--quick", action="store_true", help="one round of a few cases; leaves RESULTS.md as it is")
     options = parser.parse_args()
     measured: dict[str, Sequence[Row]] = {}
-    for case in options.only or CASES:
-        measure, runs = CASES[case]
+    cases = QUICK if options.quick else CASES
+    for case in options.only or cases:
+        measure, runs = cases[case]
         if case == "ppo" and not OTHER_PYTHON.exists():
             print(f"ppo: left as it was: {OTHER_PYTHON} is missing; ppo.py says how to make it", file=sys.stderr)
             continue
         print(f"{case}:", file=sys.stderr)
         with tempfile.TemporaryDirectory(prefix="alignkit-bench-") as directory:
             measured[case] = measure(Path(directory), runs=options.runs or runs)
-    print(save_rows(measured, order=list(CASES)))
+    if options.quick:
+        rows = {case: [asdict(row) for row in found] for case, found in measured.items()}
+        print(format_table(rows, describe_machine()))
+    else:
+        print(save_rows(measured, order=list(CASES)))
     return 0
 
 

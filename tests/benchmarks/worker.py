@@ -1,6 +1,6 @@
 """One measurement in a process of its own; prints one JSON object. `throughput` and `preparation` start it.
 
-    python worker.py train ours|ours-shuffled|trl|bare MODEL ROWS BATCH
+    python worker.py sft|dpo|rm ours|ours-shuffled|trl|bare|profile MODEL ROWS BATCH [lora]
     python worker.py prepare ours|trl MODEL ROWS
 
 All trainers take one epoch over the same rows in float32 on the CPU, so that they see the same tokens, and only
@@ -9,12 +9,15 @@ the loop is timed: no start, no saving, no logging.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +25,67 @@ RECIPE = """\
 name: bench
 model: {{path: {model}, dtype: float32}}
 launch: {{device: cpu}}
-sft:
+{method}:
   data: {{path: {rows}/train.jsonl}}
   num_train_epochs: 1
   batch_size: {batch}
   micro_batch_size: {batch}
   batching: {batching}
   learning_rate: 1e-4
-  max_length: 512
+  max_length: {positions}
+  warmup_steps: 0
+  lr_scheduler_type: linear
   logging_strategy: "no"
   save_strategy: "no"
   gradient_checkpointing: false
-"""
+{lora}"""
+LORA = "lora: {r: 8, alpha: 16, target_modules: [q_proj, v_proj]}\n"
 
 
-def train_ours(model: Path, rows: Path, batch: int, out: Path, *, batching: str) -> float:
-    """Train with alignkit's own trainer and return the seconds of the loop."""
+def open_stage(method: str, model: Path, rows: Path, out: Path, *, batch: int, batching: str, lora: bool) -> Any:
+    """Resolve the recipe of a measurement, and make its run directory."""
     from alignkit.recipe import load_recipe, resolve
     from alignkit.runs.directory import RunDir
-    from alignkit.train.sft import build
 
     recipe = out / "recipe.yaml"
-    recipe.write_text(RECIPE.format(model=model, rows=rows, batch=batch, batching=batching), encoding="utf-8")
+    given = {"method": method, "model": model, "rows": rows, "batch": batch, "batching": batching}
+    given["positions"] = positions_of(model)
+    recipe.write_text(RECIPE.format(**given, lora=LORA if lora else ""), encoding="utf-8")
     run = RunDir(out / "run")
     run.path.mkdir()
     run.checkpoints.mkdir()
-    return _train(build(resolve(load_recipe(recipe), "sft"), run).trainer)
+    return resolve(load_recipe(recipe), method), run
 
 
-def train_trl(model: Path, rows: Path, batch: int, out: Path) -> float:
-    """Train with TRL's trainer on the batches of `ours-shuffled`, and return the seconds of the loop.
+def positions_of(model: Path) -> int:
+    """The most tokens that the model reads, to which no row is cut."""
+    return int(json.loads((model / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"])
+
+
+def build_ours(stage: Any, run: Any) -> Any:
+    """Make alignkit's own trainer."""
+    return import_module(f"alignkit.train.{stage.method}").build(stage, run).trainer
+
+
+def build_trl(method: str, model: Path, rows: Path, out: Path, *, batch: int, lora: bool) -> Any:
+    """Make TRL's trainer for the batches of `ours-shuffled`.
 
     They are shuffled rows padded per batch, as TRL's default is; another shuffle would pad by chance more or less.
     """
+    import trl
     from datasets import load_dataset
-    from trl import SFTConfig, SFTTrainer
 
     from alignkit.train.order import shuffled_order
 
+    name = {"sft": "SFT", "dpo": "DPO", "rm": "Reward"}[method]
     data = load_dataset(str(rows), split="train")
     data = data.select(shuffled_order(len(data), seed=0, epoch=0))
-    config = SFTConfig(
+    config = getattr(trl, f"{name}Config")(
         output_dir=str(out),
         num_train_epochs=1,
         per_device_train_batch_size=batch,
         learning_rate=1e-4,
-        max_length=512,
+        max_length=positions_of(model),
         logging_strategy="no",
         save_strategy="no",
         gradient_checkpointing=False,
@@ -78,31 +96,86 @@ def train_trl(model: Path, rows: Path, batch: int, out: Path) -> float:
         train_sampling_strategy="sequential",
         model_init_kwargs={"dtype": "float32"},
     )
-    return _train(SFTTrainer(str(model), args=config, train_dataset=data))
+    extra = {}
+    if lora:
+        from peft import LoraConfig
+
+        extra["peft_config"] = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    return getattr(trl, f"{name}Trainer")(str(model), args=config, train_dataset=data, **extra)
 
 
-def train_bare(model: Path, rows: Path, batch: int, out: Path) -> float:
-    """Train in a plain PyTorch loop over ready tensors, with the same padding as TRL, and return its seconds."""
+def train_bare(stage: Any, run: Any, *, batch: int) -> Clock:
+    """Train in a plain PyTorch loop over ready tensors, the very batches of `ours-shuffled`."""
+    import copy
+
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from torch.nn.functional import cross_entropy, logsigmoid
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    from alignkit.train.order import shuffled_order
+    from alignkit.train.setup import collator_for, open_rows
+
+    setup = open_rows(stage, run)
+    table, collate = setup.tables.train, collator_for(stage, setup.chat.tokenizer)
+    order = shuffled_order(len(table), seed=0, epoch=0)
+    starts = range(0, len(order), batch)
+    batches = [collate([table[int(number)] for number in order[start : start + batch]]) for start in starts]
+    kind, more = (AutoModelForSequenceClassification, {"num_labels": 1}) if stage.method == "rm" else (
+        AutoModelForCausalLM, {})  # fmt: skip
+    network = kind.from_pretrained(stage.model.path, dtype=torch.float32, **more).train()
+    reference = copy.deepcopy(network).eval() if stage.method == "dpo" else None
+
+    def answer_logps(model: Any, inputs: dict[str, Any]) -> Any:
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+        nll = cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="none")
+        return -(nll.view(len(logits), -1) * inputs["completion_mask"][:, 1:]).sum(dim=1)
+
+    def loss_of(inputs: dict[str, Any]) -> Any:
+        if stage.method == "sft":
+            return network(**inputs, use_cache=False).loss
+        if stage.method == "rm":
+            given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+            rewards = network(**given, use_cache=False).logits.squeeze(-1)
+            return -logsigmoid(rewards[inputs["better"]] - rewards[inputs["worse"]]).mean()
+        with torch.no_grad():
+            ref_chosen, ref_rejected = answer_logps(reference, inputs).chunk(2)
+        chosen, rejected = answer_logps(network, inputs).chunk(2)
+        return -logsigmoid(0.1 * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    batches = _pad_batches(tokenizer, rows, batch)
-    began = time.perf_counter()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
+    clock = Clock()
+    clock.start()
     for inputs in batches:
-        network(**inputs, use_cache=False).loss.backward()
+        loss = loss_of(inputs)
+        clock.loss += float(loss) / len(batches)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
-    return time.perf_counter() - began
+    clock.stop()
+    return clock
 
 
-def count_tokens(model: Path, rows: Path) -> int:
+class Clock:
+    """Processor and wall time of a loop, and its mean loss: equal batches give an equal one."""
+
+    seconds = wall_seconds = loss = 0.0
+    _began = 0.0, 0.0
+
+    def start(self) -> None:
+        self._began = time.process_time(), time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds, self.wall_seconds = time.process_time() - self._began[0], time.perf_counter() - self._began[1]
+
+
+def count_tokens(method: str, rows: Path) -> int:
     """Return the tokens of all rows, padding not counted: characters and an eos, the tokenizer being byte-level."""
-    lines = (rows / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    return sum(len(row["prompt"]) + len(row["completion"]) + 1 for row in map(json.loads, lines))
+    lines = map(json.loads, (rows / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    answers = ("completion",) if method == "sft" else ("chosen", "rejected")
+    return sum(len(row["prompt"]) + len(row[answer]) + 1 for row in lines for answer in answers)
 
 
 def prepare_ours(model: Path, rows: Path, out: Path) -> float:
@@ -112,12 +185,9 @@ def prepare_ours(model: Path, rows: Path, out: Path) -> float:
     from alignkit.data import Rejects
     from alignkit.models.chat import Chat
     from alignkit.models.tokens import load_tokenizer
-    from alignkit.recipe import load_recipe, resolve
     from alignkit.train.tables import prepare_tables
 
-    recipe = out / "recipe.yaml"
-    recipe.write_text(RECIPE.format(model=model, rows=rows, batch=8, batching="grouped"), encoding="utf-8")
-    stage = resolve(load_recipe(recipe), "sft")
+    stage, _ = open_stage("sft", model, rows, out, batch=8, batching="grouped", lora=False)
     began = time.perf_counter()
     prepare_tables(stage, Chat(load_tokenizer(stage)), out / "cache", rejects=Rejects())
     return time.perf_counter() - began
@@ -137,36 +207,60 @@ def prepare_trl(model: Path, rows: Path, out: Path) -> float:
     return time.perf_counter() - began
 
 
-def _train(trainer: Any) -> float:
-    """Train and return the seconds between the callbacks at the loop's two ends."""
+def train(trainer: Any) -> Clock:
+    """Train, and time the loop between the callbacks at its two ends."""
     from transformers import TrainerCallback
 
-    times: list[float] = []
+    clock = Clock()
 
-    class Clock(TrainerCallback):
+    class Ends(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
+            clock.start()
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
+            clock.stop()
 
-    trainer.add_callback(Clock())
-    trainer.train()
-    return times[1] - times[0]
+    trainer.add_callback(Ends())
+    clock.loss = trainer.train().training_loss
+    return clock
 
 
-def _pad_batches(tokenizer: Any, rows: Path, batch: int) -> list[dict[str, Any]]:
-    import torch
+def profile(trainer: Any) -> dict[str, float]:
+    """Train, and give each part's share of the processor time; what one part calls is counted where it is called."""
+    from torch.optim import AdamW
+    from trl.trainer import utils
 
-    lines = [json.loads(line) for line in (rows / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0)).tolist()
-    texts = [lines[number]["prompt"] + lines[number]["completion"] + tokenizer.eos_token for number in order]
-    batches = []
-    for start in range(0, len(texts), batch):
-        inputs = tokenizer(texts[start : start + batch], padding=True, return_tensors="pt")
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        batches.append({"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels})
-    return batches
+    spent: dict[str, float] = defaultdict(float)
+    inner: list[float] = []  # what the parts within each running one have taken
+
+    def watch(owner: Any, name: str, part: str) -> None:
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            began = time.process_time()
+            inner.append(0.0)
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                seconds = time.process_time() - began
+                spent[part] += seconds - inner.pop()
+                if inner:
+                    inner[-1] += seconds
+
+        setattr(owner, name, staticmethod(timed) if isinstance(owner, type) and name == "apply" else timed)
+
+    watch(trainer.model.base_model, "forward", "forward of the model")
+    if getattr(trainer, "ref_model", None) is not None:
+        watch(trainer.ref_model.base_model, "forward", "forward of the reference")
+    watch(utils._ChunkedLogProbFunction, "apply", "forward of the LM head")
+    watch(trainer.accelerator, "backward", "backward")
+    watch(trainer.accelerator, "clip_grad_norm_", "clipping")
+    watch(AdamW, "step", "optimizer")
+    clock = train(trainer)
+    spent["all else"] = clock.seconds - sum(spent.values())
+    shares = {f"share of {part}": seconds / clock.seconds for part, seconds in spent.items()}
+    return shares | {"seconds_per_step": clock.seconds / trainer.state.global_step}
 
 
 def main() -> None:
@@ -176,22 +270,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="alignkit-bench-") as directory:
         out = Path(directory)
         os.environ["HF_DATASETS_CACHE"] = str(out / "hf-cache")
-        if task == "train":
-            batch = int(rest[0])
-            train = {
-                "ours": lambda: train_ours(*paths, batch, out, batching="grouped"),
-                "ours-shuffled": lambda: train_ours(*paths, batch, out, batching="shuffled"),
-                "trl": lambda: train_trl(*paths, batch, out),
-                "bare": lambda: train_bare(*paths, batch, out),
-            }
-            seconds = train[who]()
-            amount = count_tokens(*paths)
-        else:
+        if task == "prepare":
             seconds = (prepare_ours if who == "ours" else prepare_trl)(*paths, out)
             with (paths[1] / "train.jsonl").open("rb") as file:
                 amount = sum(1 for _ in file)
+            found = {"seconds": seconds, "per_second": amount / seconds}
+        else:
+            kind = {"batch": int(rest[0]), "lora": "lora" in rest}
+            if who == "profile":
+                stage, run = open_stage(task, *paths, out, **kind, batching="shuffled")
+                print(json.dumps(profile(build_ours(stage, run))))
+                return
+            if who == "trl":
+                clock = train(build_trl(task, *paths, out, **kind))
+            else:
+                batching = "grouped" if who == "ours" else "shuffled"
+                stage, run = open_stage(task, *paths, out, **kind, batching=batching)
+                clock = train_bare(stage, run, batch=kind["batch"]) if who == "bare" else train(build_ours(stage, run))
+            found = {name: value for name, value in vars(clock).items() if name != "_began"}
+            found |= {"per_second": count_tokens(task, paths[1]) / clock.seconds}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"seconds": seconds, "per_second": amount / seconds, "peak_bytes": peak}))
+    print(json.dumps(found | {"peak_bytes": peak}))
 
 
 if __name__ == "__main__":
