@@ -2,14 +2,16 @@
 
 import ctypes
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
 
-_LARGEST = 2**26  # logits in one piece: 256 MiB
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LARGEST = 2**25  # logits in one piece: 128 MiB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -24,7 +26,7 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 512 * 2**20)
 
 
-def leave_out_masks(model: PreTrainedModel) -> None:
+def leave_out_masks(model: "PreTrainedModel") -> None:
     """Take the mask away where all padding is on the right: no real token of a causal model can see it there.
 
     Attention then takes the kernel that reads half of the pairs. Generation, whose padding is on the left, keeps it.

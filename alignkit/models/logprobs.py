@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from alignkit.console import Meter
+from alignkit.models.kernels import head_logps
 
 _BATCH_TOKENS = 2**16
 _VOCABULARY_TILE = 8192
@@ -113,16 +114,12 @@ def run_trunk(forward: Callable[..., Any], head: Any, **inputs: Any) -> tuple[Te
 def token_logps(base: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `targets_N` after these hidden states and entropies, in nats, float32 (N,).
 
-    `base` is a causal language model without PEFT's wrapper. The logits are never held whole: TRL's kernel folds them
-    tile by tile.
+    `base` is a causal language model without PEFT's wrapper. Where there are many logits they are never held whole.
     """
-    from trl.kernels import ChunkedLogProbFunction  # slow to import
-
     weight, bias, softcap, scale = _read_head(base)
     hidden_NH, targets_N = hidden_NH.to(weight.device), targets_N.to(weight.device)
-    tile = min(_VOCABULARY_TILE, len(weight))  # the kernel's buffer is that wide, whatever the vocabulary
-    logps_N, entropy_N, *_ = ChunkedLogProbFunction.apply(
-        hidden_NH, weight, bias, targets_N, temperature, tile, softcap, scale, ("entropy",)
+    logps_N, entropy_N, *_ = head_logps(
+        hidden_NH, weight, bias, targets_N, temperature, _VOCABULARY_TILE, softcap, scale, ("entropy",)
     )
     return logps_N, entropy_N.detach()
 

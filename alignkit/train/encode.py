@@ -297,9 +297,9 @@ def longest_prompt(stage: Stage) -> int | None:
     """The most tokens a ppo prompt may have: what max_new_tokens leaves of the context; None without a limit."""
     context, answer = context_length(stage), stage.expect(PpoOptions).max_new_tokens
     if context is not None and answer >= context:
-        raise DataError(
-            f"{stage.name}.max_new_tokens is {answer}, and the model reads {context} tokens at once: no room for a "
-            "prompt is left; lower it",
-            where=stage.where(f"{stage.name}.max_new_tokens"),
+        key = f"{stage.name}.max_new_tokens"
+        what = (
+            f"{key} is {answer}, and the model reads {context} tokens at once: no room for a prompt is left; lower it"
         )
+        raise DataError(what, where=stage.where(key))
     return None if context is None else context - answer

@@ -72,11 +72,9 @@ def check_start(setup: Setup) -> None:
     vocab_size = len(setup.chat.tokenizer)
     reason = compare_probes(before, take_probe(setup.trainer.model, vocab_size=vocab_size, reward=False))
     if reason is not None:
-        raise ModelError(
-            f"{stage.name} does not start where {stage.start_dir} ended ({reason}); the adapter, base or tokenizer was "
-            "changed after it was trained, or another base is loaded",
-            where=stage.where(f"{stage.name}.start_from"),
-        )
+        what = f"{stage.name} does not start where {stage.start_dir} ended ({reason}); the adapter, base or tokenizer "
+        what += "was changed after it was trained, or another base is loaded"
+        raise ModelError(what, where=stage.where(f"{stage.name}.start_from"))
 
 
 def check_step_zero(stage: Stage, trainer: Guarded) -> None:
@@ -115,10 +113,8 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
     if stage.method == "dpo" and not stage.is_unpaired and trainer.has_reference:
         margin = measured.get("rewards/margins", 0.0) / float(stage.trainer.get("beta", 0.1))
         if abs(margin) > tolerance * max(1.0, abs(measured.get("logps/chosen", 1.0))):
-            raise ModelError(
-                f"{stage.name}: policy and reference differ at step 0 (margin {margin:.3g} nats, it must be 0): the "
-                "reference is not the model that training starts from"
-            )
+            what = f"policy and reference differ at step 0 (margin {margin:.3g} nats, it must be 0): the reference is"
+            raise ModelError(f"{stage.name}: {what} not the model that training starts from")
         plain = not (trainer.use_weighting or trainer.aux_loss_enabled or stage.trainer.get("loss_weights"))
         if plain and is_logistic(stage.trainer) and abs(loss - LN2) > 10 * tolerance:
             raise ModelError(f"{stage.name}: the loss at step 0 is {loss:.6f} instead of {LN2:.6f} (ln 2)")
@@ -128,7 +124,5 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         is_new = bool(getattr(base, "score_is_new", False))
         if not math.isfinite(loss) or (loss > expected + _LARGEST_REWARD_LOSS and is_new):
-            raise ModelError(
-                f"{stage.name}: the reward loss at step 0 is {loss:.3g}, it should be near {expected:.3f}; "
-                "the weights it starts from give far too large activations"
-            )
+            what = f"the reward loss at step 0 is {loss:.3g}, it should be near {expected:.3f}; the weights it starts"
+            raise ModelError(f"{stage.name}: {what} from give far too large activations")

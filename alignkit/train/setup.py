@@ -88,11 +88,9 @@ def micro_batch_size(stage: Stage) -> int:
     largest = max(size for size in range(1, limit + 1) if share % size == 0)
     micro = largest if wanted == "auto" else wanted
     if stage.is_unpaired and micro == 1:
-        raise RecipeError(
-            f"{stage.name}.batch_size is {options.batch_size}, of which one row fits a forward pass; KTO estimates its "
-            "KL term across rows: make it a multiple of a number from 2 to 8, or set micro_batch_size",
-            where=stage.where(f"{stage.name}.batch_size"),
-        )
+        what = f"is {options.batch_size}, of which one row fits a forward pass; KTO estimates its KL term across rows: "
+        what += "make it a multiple of a number from 2 to 8, or set micro_batch_size"
+        raise RecipeError(f"{stage.name}.batch_size {what}", where=stage.where(f"{stage.name}.batch_size"))
     return micro
 
 

@@ -23,7 +23,7 @@ from alignkit.runs.directory import RunDir
 from alignkit.train.encode import IGNORED, longest_sequence, name_label
 from alignkit.train.fit import fit
 from alignkit.train.setup import Setup, build_config, collator_for, open_rows
-from alignkit.train.tables import Tables, open_stream
+from alignkit.train.tables import open_stream
 from alignkit.train.trainer import Guarded
 
 
@@ -107,25 +107,6 @@ class Classifier(Guarded, SFTTrainer):
         return (losses[0], outputs) if return_outputs else losses[0]
 
 
-def list_labels(stage: Stage, tables: Tables) -> list[str]:
-    """List the labels of a stage in the order of their numbers; none of a choice.
-
-    Raises DataError where the training rows have one label alone, or the held-out ones have one that they have not.
-    """
-    if stage.task == "multiple_choice":
-        return []
-    known = stage.expect(SftOptions).labels
-    found = set(tables.train.unique("label"))
-    if len(found) < 2:
-        what = f"all rows have the label {found.pop()}; a classifier needs rows of two labels or more"
-        raise DataError(what, where=stage.where(f"{stage.name}.data"))
-    strange = set(tables.eval.unique("label")) - found if tables.eval is not None and known is None else set()
-    if strange:
-        what = f"held-out rows have labels that no training row has: {', '.join(sorted(strange))}"
-        raise DataError(f"{what}; mend them, or set {stage.name}.labels", where=stage.where(f"{stage.name}.eval"))
-    return known or sorted(found, key=lambda name: (int(name) if name.isdecimal() else -1, name))
-
-
 def build(stage: Stage, run: RunDir) -> Setup:
     """Load model and rows and make a trainer that has not trained yet."""
     stage.expect(SftOptions)
@@ -135,10 +116,9 @@ def build(stage: Stage, run: RunDir) -> Setup:
     setup.load()
     recomputes = setup.loaded.model.supports_gradient_checkpointing
     if stage.trainer.get("gradient_checkpointing") and not recomputes:
-        raise ModelError(
-            f"{stage.name}.gradient_checkpointing is true, and this architecture has nothing to recompute; take it out",
-            where=stage.where(f"{stage.name}.gradient_checkpointing"),
-        )
+        key = f"{stage.name}.gradient_checkpointing"
+        what = f"{key} is true, and this architecture has nothing to recompute; take it out"
+        raise ModelError(what, where=stage.where(key))
     packs = stage.trainer.get("packing") or stage.trainer.get("eval_packing")
     config = build_config(
         stage,
@@ -163,13 +143,20 @@ def build(stage: Stage, run: RunDir) -> Setup:
 def _build_classifier(setup: Setup) -> Setup:
     stage = setup.stage
     options, task = stage.expect(SftOptions), str(stage.task)
-    labels = list_labels(stage, setup.tables)
+    found, held_out = (set(table.unique("label") if table else ()) for table in (setup.tables.train, setup.tables.eval))
+    labels = list[str]()  # in the order of their numbers; none of a choice, whose labels are numbers
+    numbers = {name: int(name) for name in found | held_out} if task == "multiple_choice" else {}
+    if task != "multiple_choice":
+        if len(found) < 2:
+            what = f"all rows have the label {found.pop()}; a classifier needs rows of two labels or more"
+            raise DataError(what, where=stage.where(f"{stage.name}.data"))
+        if (strange := held_out - found) and options.labels is None:
+            what = f"held-out rows have labels that no training row has: {', '.join(sorted(strange))}"
+            raise DataError(f"{what}; mend them, or set {stage.name}.labels", where=stage.where(f"{stage.name}.eval"))
+        labels = options.labels or sorted(found, key=lambda name: (int(name) if name.isdecimal() else -1, name))
+        numbers = {name: number for number, name in enumerate(labels)}
     setup.load(partial(load_policy, reward=True, labels=labels))
     setup.head = {"objective": task, "labels": labels, "num_tokens": len(setup.chat.tokenizer)}
-    tables = [table for table in (setup.tables.train, setup.tables.eval) if table is not None]
-    numbers = {name: number for number, name in enumerate(labels)}
-    if not labels:
-        numbers = {name: int(name) for table in tables for name in table.unique("label")}
     collator = collator_for(stage, setup.chat.tokenizer, numbers)
     config = build_config(
         stage, SFTConfig, setup.run.checkpoints, assistant_only_loss=False, completion_only_loss=False, max_length=None

@@ -1,6 +1,6 @@
 """One measurement in a process of its own; prints one JSON object. `throughput` and `preparation` start it.
 
-    python worker.py sft|dpo|rm ours|ours-shuffled|trl|bare|profile MODEL ROWS BATCH [lora]
+    python worker.py sft|dpo|rm ours|ours-shuffled|trl|bare|profile MODEL ROWS BATCH [lora] [bf16]
     python worker.py prepare ours|trl MODEL ROWS
 
 All trainers take one epoch over the same rows in float32 on the CPU, so that they see the same tokens, and only
@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 RECIPE = """\
 name: bench
-model: {{path: {model}, dtype: float32}}
+model: {{path: {model}, dtype: {dtype}}}
 launch: {{device: cpu}}
 {method}:
   data: {{path: {rows}/train.jsonl}}
@@ -42,15 +43,17 @@ launch: {{device: cpu}}
 LORA = "lora: {r: 8, alpha: 16, target_modules: [q_proj, v_proj]}\n"
 
 
-def open_stage(method: str, model: Path, rows: Path, out: Path, *, batch: int, batching: str, lora: bool) -> Any:
+def open_stage(
+    method: str, model: Path, rows: Path, out: Path, *, batch: int, batching: str, words: Sequence[str] = ()
+) -> Any:
     """Resolve the recipe of a measurement, and make its run directory."""
     from alignkit.recipe import load_recipe, resolve
     from alignkit.runs.directory import RunDir
 
     recipe = out / "recipe.yaml"
     given = {"method": method, "model": model, "rows": rows, "batch": batch, "batching": batching}
-    given["positions"] = positions_of(model)
-    recipe.write_text(RECIPE.format(**given, lora=LORA if lora else ""), encoding="utf-8")
+    given |= {"positions": positions_of(model), "dtype": "bfloat16" if "bf16" in words else "float32"}
+    recipe.write_text(RECIPE.format(**given, lora=LORA if "lora" in words else ""), encoding="utf-8")
     run = RunDir(out / "run")
     run.path.mkdir()
     run.checkpoints.mkdir()
@@ -67,7 +70,7 @@ def build_ours(stage: Any, run: Any) -> Any:
     return import_module(f"alignkit.train.{stage.method}").build(stage, run).trainer
 
 
-def build_trl(method: str, model: Path, rows: Path, out: Path, *, batch: int, lora: bool) -> Any:
+def build_trl(method: str, model: Path, rows: Path, out: Path, *, batch: int, words: Sequence[str]) -> Any:
     """Make TRL's trainer for the batches of `ours-shuffled`.
 
     They are shuffled rows padded per batch, as TRL's default is; another shuffle would pad by chance more or less.
@@ -90,14 +93,14 @@ def build_trl(method: str, model: Path, rows: Path, out: Path, *, batch: int, lo
         save_strategy="no",
         gradient_checkpointing=False,
         use_cpu=True,
-        bf16=False,
+        bf16="bf16" in words,
         report_to="none",
         disable_tqdm=True,
         train_sampling_strategy="sequential",
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": "bfloat16" if "bf16" in words else "float32"},
     )
     extra = {}
-    if lora:
+    if "lora" in words:
         from peft import LoraConfig
 
         extra["peft_config"] = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
@@ -187,7 +190,7 @@ def prepare_ours(model: Path, rows: Path, out: Path) -> float:
     from alignkit.models.tokens import load_tokenizer
     from alignkit.train.tables import prepare_tables
 
-    stage, _ = open_stage("sft", model, rows, out, batch=8, batching="grouped", lora=False)
+    stage, _ = open_stage("sft", model, rows, out, batch=8, batching="grouped")
     began = time.perf_counter()
     prepare_tables(stage, Chat(load_tokenizer(stage)), out / "cache", rejects=Rejects())
     return time.perf_counter() - began
@@ -276,7 +279,7 @@ def main() -> None:
                 amount = sum(1 for _ in file)
             found = {"seconds": seconds, "per_second": amount / seconds}
         else:
-            kind = {"batch": int(rest[0]), "lora": "lora" in rest}
+            kind = {"batch": int(rest[0]), "words": rest[1:]}
             if who == "profile":
                 stage, run = open_stage(task, *paths, out, **kind, batching="shuffled")
                 print(json.dumps(profile(build_ours(stage, run))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -66,25 +67,31 @@ def test_gpt2s_gelu_is_one_kernel_and_equals_its_formula() -> None:
     torch.testing.assert_close(x.grad, again.grad, rtol=1e-6, atol=2e-6)
 
 
-FAULTS = """
-import resource, sys, torch
+HEAP = """
+import ctypes, sys, torch
 from alignkit.models.kernels import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
-def fill():
-    torch.full((2_000_000,), 1.0)  # 8 MB
-fill()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    fill()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+read = ctypes.CDLL(None).mallinfo2
+read.restype = Info
+before = read()
+tensors = [torch.empty(5_000_000) for _ in range(10)]  # 20 MB each
+mapped = read().hblkhd - before.hblkhd  # bytes that come from the system and go back to it
+del tensors
+print(mapped // 10**6, (read().arena - before.arena) // 10**6)
 """
 
 
-@pytest.mark.skipif(__import__("platform").libc_ver()[0] != "glibc", reason="the thresholds are those of glibc")
-def test_freed_memory_is_used_again_without_page_faults(run_python: Callable) -> None:
-    plain, kept = (int(run_python("-c", FAULTS, how).stdout) for how in ("plain", "kept"))
-    assert kept < plain / 5, (kept, plain)
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
+def test_freed_memory_stays_with_the_process(run_python: Callable) -> None:
+    (plain_mapped, plain_left), (mapped, left) = (
+        map(int, run_python("-c", HEAP, how).stdout.split()) for how in ("plain", "kept")
+    )
+    assert plain_mapped >= 200 and plain_left < 50
+    assert mapped == 0 and left >= 190
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
