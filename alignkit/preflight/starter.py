@@ -3,6 +3,8 @@
 import json
 import os
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from alignkit.data.formats import Detector
@@ -10,8 +12,8 @@ from alignkit.data.rows import METHOD_KINDS, BadRow, Kind
 from alignkit.data.sources import locate, read_entries
 from alignkit.errors import DataError, RecipeError, UsageError, suggest
 from alignkit.recipe import load_recipe, recipe_schema
-from alignkit.recipe.schema import DataSource
-from alignkit.recipe.yaml import SHIPPED, find_recipe
+from alignkit.recipe.schema import OPTIONS, RLAIF, DataSource
+from alignkit.recipe.yaml import SHIPPED, find_recipe, load_tree
 
 _METHODS = ("dpo", "sft", "rm", "ppo")  # in the order in which one is chosen for rows
 _SCHEMA = "recipe.schema.json"
@@ -84,6 +86,28 @@ def write_starter(
     if not (schema := path.absolute().with_name(_SCHEMA)).exists():
         schema.write_text(json.dumps(recipe_schema()), encoding="utf-8")
     return {"recipe": str(path), "schema": os.path.relpath(schema)}
+
+
+def install_schema(files: Sequence[Path] = ()) -> dict[str, str]:
+    """Write the schema here and, as the first line of recipes, where it is: VS Code's YAML extension reads that line.
+
+    Of the files given; where none are, of every recipe in this directory and in recipes/.
+    """
+    Path(_SCHEMA).write_text(json.dumps(recipe_schema()), encoding="utf-8")
+    wanted = list(files)
+    for file in () if files else sorted((*Path().glob("*.y*ml"), *Path("recipes").rglob("*.y*ml"))):
+        with suppress(RecipeError):
+            sections = load_tree(file).value
+            is_stage = [name in (*OPTIONS, RLAIF) or "method" in (node.value or ()) for name, node in sections.items()
+                        if isinstance(node.value, dict)]  # fmt: skip
+            wanted += [file] if "model" in sections and any(is_stage) else []
+    for file in wanted:
+        if not file.is_file():
+            raise UsageError("there is no such file", where=str(file))
+        line = f"# yaml-language-server: $schema={os.path.relpath(_SCHEMA, file.parent)}\n"
+        text = re.sub(r"(?m)^# yaml-language-server: .*\n", "", file.read_text(encoding="utf-8"), count=1)
+        file.write_text(line + text, encoding="utf-8")
+    return {"schema": _SCHEMA, **{f"recipe {number}": str(file) for number, file in enumerate(wanted, 1)}}
 
 
 def _replace(section: str, key: str, line: str) -> str:

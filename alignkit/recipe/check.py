@@ -12,25 +12,19 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from alignkit.errors import Problem, suggest
 from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, RlaifOptions
 from alignkit.recipe.trl_fields import BOUNDS, make_type, method_fields
-from alignkit.recipe.words import Word, controlled_fields, find_method, find_word
+from alignkit.recipe.words import TABLES, Word, controlled_fields, find_method, find_word
 from alignkit.recipe.yaml import Node, parse_yaml, read_scalar, shorten
 
 Fragment = dict[str, Any]
 _Error = tuple[tuple[str | int, ...], str]  # where pydantic found something wrong, below a node, and its type
 
-_NAMES = {
-    "boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text",
-    "array": "a list", "object": "a mapping",
-}  # fmt: skip
+_NAMES = TABLES["kinds of a JSON schema"]
 _KINDS = {
     bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array", type(None): "null",
 }  # fmt: skip
 # pydantic's errors about the kind of a value: what else may stand there is said, or another member of a union fits.
-_KIND_ERRORS = {
-    "bool_type", "int_type", "float_type", "string_type", "list_type", "dict_type", "model_type", "literal_error",
-    "none_required",
-}  # fmt: skip
-_YAML_11_BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+_KIND_ERRORS = frozenset(TABLES["pydantic's errors of a kind"])
+_YAML_11_BOOLEANS = TABLES["booleans of YAML 1.1"]
 _MANY = 20
 
 
@@ -189,7 +183,7 @@ def _describe(
             words, several = _name_choices(choices)
             hint = suggest(node.value, words) if isinstance(node.value, str) else ""
             if known := find_method(node.value):  # another method, no slip of the pen
-                hint = f"; {known}"
+                hint = f"; {known.said}"
             listed = " (`alignkit schema` lists them)" if len(words) > _MANY and not hint else ""
             found += f"; it must be {'one of ' if len(words) > 1 else ''}{several}{hint}{listed}"
         case _:
@@ -280,32 +274,31 @@ def quote_help(description: str | None) -> str:
     return text[:1].lower() + text[1:].rstrip(".")
 
 
+def accepted_keys(method: str) -> list[str]:
+    """List what a stage or an rlaif section may say: alignkit's own keys, then TRL's."""
+    return [*(OPTIONS.get(method, RlaifOptions)).model_fields, *method_fields(method)]
+
+
 def describe_unknown_top(name: str, node: Node) -> str:
     """Say that a recipe has no such key at its top level, and where it belongs."""
     known, sections = RecipeOptions.model_fields, [*OPTIONS, RLAIF]
+    word = find_word(name) or find_word(name, "ppo")
     if name == "extends":
         return "extends cannot be set from the command line; write it in the file"
     if method := find_method(name):
-        return f"{name} is not a section here: {method}"
-    word = find_word(name) or find_word(name, "ppo")
+        return f"{name} is not a section here: {method.said}"
     if word and word.tool == "trl" and word.method == "":
         return f"{name}{'' if name == 'trust_remote_code' else ' is not a key here'}: {_say(word, node)}"
     if owner := _find_section(name):
         return f"{name} is not a key at the top level; it belongs in {owner}"
     hint = suggest(name, [*known, *sections])
-    is_told = hint or (word is not None and word.action in ("automatic", "refused"))
-    if not is_told and (told := _describe_below(name, node, "")):
+    if not hint and (told := _describe_below(name, node, "", word)):
         return f"{show_key(name)} is not a section: {told}"
     if word:
         return f"{show_key(name)} is not a key here: {_say(word, node)}"
     if isinstance(node.value, dict) and not hint:
         return f"{show_key(name)} is not a section; a stage of this name needs `method:` ({', '.join(sections)})"
     return describe_unknown(name, "", [*known, *sections])
-
-
-def accepted_keys(method: str) -> list[str]:
-    """List what a stage or an rlaif section may say: alignkit's own keys, then TRL's."""
-    return [*(OPTIONS.get(method, RlaifOptions)).model_fields, *method_fields(method)]
 
 
 def describe_unknown_in_stage(key: str, node: Node | None = None, *, stage: str, method: str) -> str:
@@ -315,33 +308,28 @@ def describe_unknown_in_stage(key: str, node: Node | None = None, *, stage: str,
         return f"{where} cannot be set: {_say(word, node)}"
     if key in RecipeOptions.model_fields and key not in OPTIONS["sft"].model_fields:
         return f"{where} is not a key of a stage; {key} belongs at the top level of the recipe"
-    is_told = word is not None and word.action in ("automatic", "refused")
-    if not is_told and (told := _describe_below(key, node, method)):
+    if told := _describe_below(key, node, method, word) or (word and _say(word, node)):
         return f"{where} is not a key of a stage: {told}"
-    if word:
-        return f"{where} is not a key of a stage: {_say(word, node)}"
-    owner = _find_section(key)
-    if owner:
+    if owner := _find_section(key):
         return f"{where} is not a key of {method}; it belongs in {owner}"
     if word := find_word(key, "ppo"):
         return f"{where} is not a key of {method}: {_say(word, node)}, in a ppo stage"
     return describe_unknown(key, stage, accepted_keys(method))
 
 
-def _describe_below(key: str, node: Node | None, method: str) -> str:
-    """Say what the keys below another tool's section (`actor: {adam: {lr: ...}}`) are here."""
-    if node is None or not isinstance(node.value, dict):
+def _describe_below(key: str, node: Node | None, method: str, word: Word | None = None) -> str:
+    """Say what the keys below another tool's section (`actor: {adam: {lr: ...}}`) are here, if it is not told yet."""
+    is_told = word is not None and word.action not in ("renamed", "converted")
+    if is_told or node is None or not isinstance(node.value, dict):
         return ""
     told, is_theirs = [], False
     for name, child in node.value.items():
-        word, path = find_word(f"{key}.{name}", method), show_key(f"{key}.{name}")
-        what = _describe_below(f"{key}.{name}", child, method)
+        path = f"{key}.{name}"
+        word, what = find_word(path, method), _describe_below(path, child, method)
         is_theirs = is_theirs or bool(what or word)
-        if not what and word:
-            what = f"{path}: {_say(word, child)}"
-        elif not what and (owner := _find_section(name)):
-            what = f"{path}: it belongs in {owner}"
-        told += [what] if what else []
+        owner = None if what or word else _find_section(name)
+        said = f"it belongs in {owner}" if owner else _say(word, child) if word else ""
+        told += [what or f"{show_key(path)}: {said}"] if what or said else []
     return "; ".join(told) if is_theirs else ""
 
 
@@ -349,7 +337,7 @@ def _say(word: Word, node: Node | None) -> str:
     """Where another tool's key lives, and how to write its value there."""
     value = node.plain() if node else None
     if word.key == "method" and (known := find_method(value)):
-        return known
+        return known.said
     new = word.convert(value)
     if node is None or new is None:
         return word.say()

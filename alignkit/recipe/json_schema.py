@@ -66,6 +66,8 @@ def _tidy(fragment: Any) -> Any:
     tidy = {key: _tidy(value) for key, value in fragment.items() if key != "typical"}
     if isinstance(tidy.get("title"), str) and tidy["title"] != "alignkit recipe":
         del tidy["title"]
+    if tidy.get("type") == "object" and "title" not in tidy:  # null takes away what an extended recipe says
+        tidy["type"] = ["object", "null"]
     if isinstance(fragment.get("typical"), str):
         tidy["description"] = f"{tidy['description']}. Typical: {fragment['typical']}."
     return tidy

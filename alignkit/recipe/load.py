@@ -1,14 +1,26 @@
-"""Load a recipe: read, merge and check everything it may say, and make a Recipe of it."""
+"""Load a recipe: read, merge and check everything it may say, and make a Recipe of it.
 
+Rounds are a chain of label and training stages again and again, each time on answers of the newest policy. The stages
+of later ones are ordinary, named NAME-2, NAME-3, ...: each has its run directory and resumes by itself.
+"""
+
+import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe import references
 from alignkit.recipe.check import check_keys, describe_unknown_top, quote_help, show, show_key, validate
-from alignkit.recipe.references import check_circles, check_evaluated, check_references, find_origins, resolve_paths
-from alignkit.recipe.rounds import add_rounds
+from alignkit.recipe.references import (
+    check_circles,
+    check_evaluated,
+    check_references,
+    find_names,
+    find_origins,
+    resolve_paths,
+)
 from alignkit.recipe.rules import audit_recipe, audit_stage
 from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions
 from alignkit.recipe.sections import Section, Whole, check_group, make_stage, split_group
@@ -33,18 +45,8 @@ def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
             tree = apply_override(tree, override)
         except RecipeError as error:
             problems += error.problems
-    problems += take_secrets(tree)
-    whole, found = split(tree)
-    problems += found
-    wholes, runs = [whole], [*whole.stages.values()]
-    if SWEEP in tree.value:
-        from alignkit.recipe.sweep import spread
-
-        swept, choices, found = spread(whole, lambda tree: split(tree)[0])
-        wholes, runs = choices or wholes, swept or runs
-        problems += found
-    problems += check_values(wholes, runs)
-    if problems:
+    wholes, runs, found = find_problems(tree)
+    if problems := [*problems, *found]:
         label = label_path(path)
 
         def rank(problem: Problem) -> tuple[bool, bool, str, int]:
@@ -55,6 +57,21 @@ def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
 
         raise RecipeError(sorted(dict.fromkeys(problems), key=rank))
     return construct(wholes[0], runs, path)
+
+
+def find_problems(tree: Node) -> tuple[list[Whole], list[Section], list[Problem]]:
+    """Check a recipe's tree: its sections, one whole for each choice of swept values, its runs, and what is wrong."""
+    problems = take_secrets(tree)
+    whole, found = split(tree)
+    problems += found
+    wholes, runs = [whole], [*whole.stages.values()]
+    if SWEEP in tree.value:
+        from alignkit.recipe.sweep import spread
+
+        swept, choices, found = spread(whole, lambda tree: split(tree)[0])
+        wholes, runs = choices or wholes, swept or runs
+        problems += found
+    return wholes, runs, problems + check_values(wholes, runs)
 
 
 def split(tree: Node) -> tuple[Whole, list[Problem]]:
@@ -104,7 +121,7 @@ def describe_not_a_stage(name: str, node: Node) -> str | None:
         return None if good else f"stage {show_key(name)}: use letters, digits, '_' and '-' in a stage's name only"
     if method is not None:
         known = find_method(method.value)
-        nearest = f"; {known}" if known else suggest(method.value, SECTIONS) if isinstance(method.value, str) else ""
+        nearest = f"; {known.said}" if known else suggest(str(method.value), SECTIONS)
         return f"{show_key(name)}.method is {show(method)}; it must be one of {METHODS}{nearest}"
     return describe_unknown_top(name, node)
 
@@ -213,3 +230,80 @@ def construct(whole: Whole, runs: Sequence[Section], path: Path) -> Recipe:
 
 def _join(parts: Iterable[Iterable[str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for part in parts for name in part))
+
+
+def add_rounds(whole: Whole) -> Iterator[Problem]:
+    """Put the stages of later rounds behind those of the first; yields what is wrong with a chain."""
+    top = whole.top.node.value
+    asked = [
+        (group.node.value["rounds"], [stage.name for stage in group.stages if stage.method not in ("critique", "sft")])
+        for group in whole.groups.values()
+        if "rounds" in group.node.value
+    ]
+    own = top.get("rounds")
+    if own is not None and isinstance(own.value, dict) and "stages" in own.value:
+        listed = own.value["stages"].plain()
+        asked.append((own, listed if isinstance(listed, list) else []))
+    for node, chain in asked:
+        given = node.plain() if isinstance(node.value, dict) else {"num": node.value}
+        strange = [name for name in chain if name not in whole.stages]
+        methods = [whole.stages[name].method for name in chain if name not in strange]
+        if strange:
+            yield Problem(
+                f"rounds names {strange[0]}, which is not a stage{suggest(strange[0], whole.stages)}", node.place
+            )
+        elif "label" not in methods or not {"sft", "dpo", "ppo"} & {*methods}:
+            yield Problem("rounds needs a label stage and a policy that learns from it", node.place)
+        elif SWEEP in top:
+            yield Problem("rounds and sweep do not go together; take one of them out", node.place)
+        elif type(num := given.get("num")) is int and 1 < num < 100:  # else it has a message of its own
+            stages, later = [whole.stages[name] for name in chain], list[Section]()
+            for number in range(2, num + 1):
+                later += _repeat(stages, number, keeps=given.get("rows") == "all", restart=given.get("restart") is True)
+            taken = [stage.name for stage in later if stage.name in whole.stages]
+            if taken:
+                yield Problem(f"rounds makes a stage {taken[0]}, and so has the recipe; rename that", node.place)
+            if stages[-1].group is not None:
+                whole.groups[stages[-1].group].stages += later
+            whole.rounds[chain[-1]] = tuple(stage.name for stage in later)
+            items = [*whole.stages.items()]
+            after = [*whole.stages].index(chain[-1]) + 1
+            whole.stages = dict([*items[:after], *((stage.name, stage) for stage in later), *items[after:]])
+
+
+def _in_round(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+def _repeat(stages: Sequence[Section], number: int, *, keeps: bool, restart: bool) -> Iterator[Section]:
+    """Make the stages of a round; training goes on from the round before it, or starts where the first round did."""
+    policy = [stage.name for stage in stages if stage.method not in (*FEEDBACK, "rm")][-1]
+    made: set[str] = set()  # the chain's stages before this one
+    for stage in stages:
+        node = copy.deepcopy(stage.node)
+        starts_inside = False
+        for name in find_names(node):
+            if name.node.value in made:
+                starts_inside |= name.kind == "start"
+                name.node.value = _in_round(name.node.value, number)
+        if keeps and (data := node.value.get("data")) is not None:
+            sources = data.value if isinstance(data.value, list) else [data]
+            node.value["data"] = replace(
+                data, value=[one for source in sources for one in _spread(source, made, number)]
+            )
+        start = policy if stage.method in FEEDBACK else None if restart or starts_inside else stage.name
+        if start is not None:
+            node.value["start_from"] = Node(_in_round(start, number - 1), node.origin, node.line)
+        made.add(stage.name)
+        run, shared = _in_round(stage.name, number), stage.shared - {"start_from"}
+        yield replace(stage, name=run, run=run, first=stage.name, node=node, shared=shared, broken=set())
+
+
+def _spread(source: Node, made: set[str], number: int) -> list[Node]:
+    """The rows of a stage of the chain, with those of the rounds before; other sources as they are."""
+    path = source.value.get("path", source) if isinstance(source.value, dict) else source
+    name = str(path.value).removesuffix(f"-{number}")
+    if name not in made:
+        return [source]
+    paths = [replace(path, value=_in_round(name, turn)) for turn in range(1, number + 1)]
+    return paths if path is source else [replace(source, value={**source.value, "path": each}) for each in paths]

@@ -13,17 +13,14 @@ from alignkit.errors import Problem, suggest
 from alignkit.recipe.check import show
 from alignkit.recipe.schema import BUILTIN_REWARD, EVALUATED, FEEDBACK, TASKS
 from alignkit.recipe.sections import Section
+from alignkit.recipe.words import TABLES
 from alignkit.recipe.yaml import Node, expand
 
 RUNS = "runs"
 ROWS = "rows.jsonl"  # what a critique or label stage writes
 SOURCE_KEYS = ("data", "eval", "normalize_data", "mix", "check")
 REWARD_KEYS = ("reward", "gold")
-_LOCAL_SUFFIXES = (
-    ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".ndjson", ".gz", ".zst", ".arrow", ".jinja",
-    ".gguf",
-)  # fmt: skip
-
+_LOCAL_SUFFIXES = tuple(TABLES["suffixes of local files"])
 
 Kind = Literal["start", "weights", "rows", "reward", "writer", "file"]
 # Where names stand: the keys that lead there, through lists or not, and the entry of a mapping that another value than
@@ -152,26 +149,15 @@ def check_references(stage: Section, stages: Mapping[str, Section], groups: Coll
 
 
 def _describe_misfit(name: Name, stage: Section, other: Section) -> str | None:
-    makes_rows = other.method in FEEDBACK
-    match name.kind:
-        case "reward" if other.method != "rm":
-            return ", which is not an rm stage; name one"
-        case "rows" if not makes_rows:
-            return ", which trains a model and makes no rows; critique and label stages do"
-        case "rows" if other.method == "critique" and stage.method in ("rm", "dpo"):
-            return f", which makes prompts with one answer; {stage.method} compares: name a label stage"
-        case "rows" if other.get("best_of") and stage.method in ("rm", "dpo"):
-            return f", which keeps the best answers alone (best_of); {stage.method} compares: take best_of out"
-        case "start" | "writer" if makes_rows:
-            return ", which trains no model; name a stage that does"
-        case "writer" if other.method == "rm":
-            return ", a reward model, which cannot write or choose; name a language model"
-        case "writer" if other.get("objective") in TASKS:
-            return ", a classifier, which cannot write or choose; name a language model"
-        case "start" if other.get("objective") in TASKS and stage.get("objective") not in TASKS:
-            return f", a classifier; a {stage.method} stage starts from a language model"
-        case "start" if other.method == "rm" and stage.method != "rm":
-            return f", a reward model; a {stage.method} stage starts from a language model"
+    def kind(section: Section) -> str:
+        given = section.node.value
+        if "objective" in given and given["objective"].value in TASKS:
+            return "classifier"
+        return "best_of" if "best_of" in given and given["best_of"].value is True else section.method
+
+    for uses, others, own, what in TABLES["misfits"]:
+        if name.kind in uses.split() and kind(other) in others.split() and kind(stage) in own.split():
+            return str(what).replace("{method}", stage.method)
     return None
 
 

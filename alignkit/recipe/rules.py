@@ -23,6 +23,7 @@ from alignkit.recipe.schema import (
 )
 from alignkit.recipe.sections import Finding, Section, UnreadableError
 from alignkit.recipe.trl_fields import ADAPTER_TYPES, KTO_LOSSES, adapter_fields, read_snapshot, trl_fields
+from alignkit.recipe.words import TABLES
 
 _SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired")
 Rule = Callable[[Section], Iterable[Finding]]
@@ -37,8 +38,10 @@ def audit_stage(stage: Section) -> list[Problem]:
 
 def audit_recipe(top: Section, stages: Collection[Section]) -> list[Problem]:
     """Hold the sections that all stages share against each other: model, lora, launch, evaluate."""
-    rules = (_quantization, _adapters, _scratch, _launch, _evaluate)
-    found = [finding for rule in rules for finding in _collect(rule(top, stages))]
+    rules = (find_conflicts(top), _adapters(top), _model(top, stages), _launch(top, stages))
+    found = [finding for rule in rules for finding in _collect(rule)]
+    if "evaluate" not in top.broken:
+        found += [(f"evaluate.{key}", what) for key, what in evaluation_problems(top.get("evaluate") or {})]
     return [Problem(f"{show_key(key)} {what}", top.place(key)) for key, what in found]
 
 
@@ -83,18 +86,7 @@ def _dpo_smoothing(stage: Section) -> Iterator[Finding]:
             yield key, f"is {shown}; {loss} needs label_smoothing {needed}"
 
 
-def _quantization(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
-    quantization, targets = recipe.get("model.quantization", "none"), recipe.get("lora.target_modules") or []
-    if quantization != "none" and not recipe.has("lora"):
-        yield "model.quantization", f"is {quantization}, and quantised weights cannot be trained; add a lora: section"
-    switched_off = recipe.is_switched_off("model.double_quantization", by="model.quantization")
-    if quantization not in ("nf4", "fp4") and recipe.has("model.double_quantization") and not switched_off:
-        yield "model.double_quantization", "has no effect without quantization: nf4 or fp4"
-    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
-        yield "lora.target_modules", "names lm_head, whose adapter would never be trained; use all-linear"
-
-
-def _adapters(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
+def _adapters(recipe: Section) -> Iterator[Finding]:
     if not recipe.has("lora"):
         return
     for key in ("freeze", "save_dtype"):
@@ -119,8 +111,11 @@ def _adapters(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]
         yield "lora.init_lora_weights", "is loftq, which makes good what a base of model.quantization: nf4 has lost"
 
 
-def _scratch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
+def _model(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
     model = recipe.get("model", {})
+    switched_off = recipe.is_switched_off("model.double_quantization", by="model.quantization")
+    if model.get("quantization") not in ("nf4", "fp4") and "double_quantization" in model and not switched_off:
+        yield "model.double_quantization", "has no effect without quantization: nf4 or fp4"
     builtin = str(model.get("path", "")).startswith("builtin:")
     if str(learnt := model.get("tokenizer", "")).startswith("builtin:"):
         if learnt not in LEARNT_TOKENIZERS:
@@ -139,11 +134,6 @@ def _scratch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
         yield "model.quantization", "has no effect: every stage trains random weights, which are not quantised"
     if not tuned and recipe.has("lora"):
         yield "lora", "has no effect: every stage starts from random weights, and trains all of them"
-
-
-def _evaluate(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
-    for key, what in evaluation_problems(recipe.get("evaluate") or {}):
-        yield f"evaluate.{key}", what
 
 
 _OFFLOADS = {"ddp": (), "fsdp": ("all",), "zero2": ("optimizer",), "zero3": ("optimizer", "all")}
@@ -177,8 +167,6 @@ def _launch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
             f"is {strategy}, which ppo ({ppo[0]}) does not run under; fsdp shards its models, and with ddp and lora: "
             "its four roles share one base on every device",
         )
-    if launch.get("device") == "mps" and (launch.get("processes", 1) != 1 or launch.get("nodes", 1) != 1):
-        yield "launch.device", "is mps, which runs one process; set launch.processes: 1"
     for option in (launch.get("slurm") or {}).get("options") or {}:
         if option not in SLURM_OPTIONS:
             hint = suggest(option, SLURM_OPTIONS) or "; it may name what asks for resources, not what alignkit sets"
@@ -273,10 +261,7 @@ def _read(text: str) -> Any:
 
 
 _WRITERS = ("model", "url", "replay")
-_SERVER = (
-    "name", "api", "logprobs", "api_key_env", "concurrency", "requests_per_minute", "timeout", "retries",
-    "max_tokens_total", "max_cost", "price",
-)  # fmt: skip
+_SERVER = TABLES["keys of a judge behind a server"]
 
 
 def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding]:
@@ -316,16 +301,11 @@ def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding
         yield f"{key}.max_cost", "needs price: {input, output}, per million tokens"
 
 
-def _judges(stage: Section) -> Iterator[Finding]:
+def _feedback(stage: Section) -> Iterator[Finding]:
     for key in ("judge", "generator"):
         if stage.has(key):
             yield from judge_problems(key, stage.get(key), is_judge=key == "judge")
-
-
-def _constitution(stage: Section) -> Iterator[Finding]:
     yield from _unknown_constitutions(stage.get("constitution"))
-    if not stage.has("constitution") and not stage.has("replay") and not stage.has("reward"):
-        yield "constitution", "is missing; give builtin:harmlessness or a file of principles"
 
 
 def _unknown_constitutions(given: Any) -> Iterator[Finding]:
@@ -355,19 +335,6 @@ def evaluation_problems(given: Mapping[str, Any]) -> Iterator[Finding]:
         yield "judge", "is behind a url and judges by principles; add constitution: builtin:helpfulness, or a file"
     if constitution is not None and named is not None and re.fullmatch(r"builtin:.*|[\w.]+:\w+", named):
         yield "constitution", f"has no effect on {named}, a reward, which goes by no principles; take it out"
-
-
-def _generator(stage: Section) -> Iterator[Finding]:
-    """A model of random weights has nothing to say."""
-    scratch = stage.top is not None and stage.top.get("model.init") == "scratch"
-    samples = stage.get("answers") != "given" and not stage.has("replay")
-    if scratch and samples and not stage.has("start_from") and not stage.has("generator"):
-        yield "start_from", "is missing, and model.init is scratch: random weights have no answers; name a stage"
-
-
-def _labels(stage: Section) -> Iterator[Finding]:
-    if not stage.has("reward") and not stage.has("judge"):
-        yield "judge", "is missing; name a model, {url: ...} or {replay: FILE} that compares, or give reward:"
 
 
 def _rewards(stage: Section) -> Iterator[Finding]:
@@ -408,6 +375,6 @@ def _groups(stage: Section) -> Iterator[Finding]:
 
 _TRAIN_RULES: tuple[Rule, ...] = (_checkpointing, _optimizer, _schedule)
 _BY_METHOD: dict[str, tuple[Rule, ...]] = {
-    "dpo": (_dpo_kto, _dpo_smoothing), "ppo": (_rewards, _groups), "critique": (_judges, _constitution, _generator),
-    "label": (_judges, _constitution, _generator, _labels, _rewards),
+    "dpo": (_dpo_kto, _dpo_smoothing), "ppo": (_rewards, _groups), "critique": (_feedback,),
+    "label": (_feedback, _rewards),
 }  # fmt: skip

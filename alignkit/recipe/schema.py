@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from alignkit.recipe.trl_fields import ADAPTER_TYPES, Text, adapter_fields, make_type
+from alignkit.recipe.words import TABLES
 
 Method = Literal["sft", "rm", "dpo", "ppo", "critique", "label"]
 FEEDBACK = ("critique", "label")  # these make rows; they train nothing
@@ -141,13 +142,7 @@ class SlurmOptions(_Section):
 
 # What `options` may name: how much, where and when. Options that set variables, start programs or write files would
 # let a recipe run code (--export=LD_PRELOAD=...); those that alignkit sets itself have a key of their own.
-SLURM_OPTIONS = (
-    "acctg-freq", "begin", "clusters", "comment", "core-spec", "cores-per-socket", "cpu-freq", "deadline", "delay-boot",
-    "distribution", "exclude", "exclusive", "gpu-bind", "gpu-freq", "gpus", "gres", "gres-flags", "hint", "licenses",
-    "mail-type", "mail-user", "mem-bind", "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nice", "nodelist",
-    "prefer", "priority", "reservation", "sockets-per-node", "switches", "thread-spec", "threads-per-core", "time-min",
-    "tmp", "tres-per-task", "wait-all-nodes", "wckey",
-)
+SLURM_OPTIONS = tuple(TABLES["sbatch options"])
 
 
 class LaunchOptions(_Section):
@@ -350,14 +345,7 @@ class Objective(NamedTuple):
     learns: str
 
 
-OBJECTIVES = {
-    "chat": Objective("causal", "prompt-completion or messages"),
-    "lm": Objective("causal", "raw text packed into blocks of max_length"),
-    "seq2seq": Objective("seq2seq", "an encoder-decoder model reads the prompt and writes the completion"),
-    "classify": Objective("classifier", "labels of a text, or of a pair such as premise and hypothesis (GPT-1)"),
-    "similarity": Objective("classifier", "labels of two sentences, read in both orders"),
-    "multiple_choice": Objective("classifier", "which of its answers a context goes on with"),
-}
+OBJECTIVES = {name: Objective(*values) for name, values in TABLES["objectives"].items()}
 TASKS = tuple(name for name, objective in OBJECTIVES.items() if objective.model == "classifier")
 if TYPE_CHECKING:
     ObjectiveName = str

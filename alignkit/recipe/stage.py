@@ -28,6 +28,7 @@ from alignkit.recipe.schema import (
 )
 from alignkit.recipe.sections import Section
 from alignkit.recipe.trl_fields import KTO_LOSSES, method_fields
+from alignkit.recipe.words import TABLES
 
 
 @dataclass(frozen=True)
@@ -203,30 +204,11 @@ def _strip(value: Any, names: Mapping[str, str], *, moves: bool) -> Any:
     return [_strip(item, names, moves=moves) for item in value] if isinstance(value, list) else value
 
 
-# Keys of files whose bytes are part of the fingerprint: where they lie does not matter.
-COMPARED_BY_BYTES = frozenset({"start", "start_from", "path", "data", "eval", "reward"})
-
-
-HARMLESS_OF_A_JUDGE = frozenset(
-    {
-        "concurrency", "requests_per_minute", "timeout", "retries", "max_tokens_total", "max_cost", "price",
-        "api_key_env",
-    }
-)  # fmt: skip
-
-
-# Keys that say what is watched, kept or shown, never what is trained: a run may resume with these changed.
-HARMLESS = frozenset(
-    {
-        "keep_checkpoints", "samples", "eval_on_start", "eval_strategy", "eval_steps", "eval_delay", "eval_share",
-        "logging_steps",
-        "logging_strategy", "logging_first_step", "logging_dir", "report_to", "run_name", "project",
-        "trackio_space_id", "save_steps", "save_strategy", "disable_tqdm", "log_level", "log_level_replica",
-        "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
-        "dataloader_persistent_workers", "per_device_eval_batch_size", "max_truncated",
-        "include_num_input_tokens_seen", "gold", "reward_timeout",
-    }
-)  # fmt: skip
+# Keys of files whose bytes are part of the fingerprint (where they lie does not matter), keys that say what is watched,
+# kept or shown and never what is trained (a run may resume with these changed), and those of how a judge is asked.
+COMPARED_BY_BYTES, HARMLESS, HARMLESS_OF_A_JUDGE = (
+    frozenset(TABLES[name]) for name in ("compared by bytes", "harmless", "harmless of a judge")
+)
 
 
 # Learning rate with LoRA, and of all weights.

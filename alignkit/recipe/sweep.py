@@ -17,17 +17,11 @@ from alignkit.recipe.references import find_needs
 from alignkit.recipe.schema import FEEDBACK, RLAIF, STEPS, SWEEP, LoraOptions, ModelOptions
 from alignkit.recipe.sections import Section, Whole, list_steps, stage_name
 from alignkit.recipe.stage import HARMLESS
+from alignkit.recipe.words import TABLES
 from alignkit.recipe.yaml import FLAG, Node, lay_value
 
 TOP = ("seed", "model", "lora", "data", "eval")  # keys of the top level that stages read
-_REFUSED = {
-    "name": "it is the directory of all runs",
-    "stages": "it is what `alignkit run` runs; sweep keys of those stages",
-    "sweep": "a sweep holds no other",
-    "evaluate": "it says what is measured, not what is trained; give it to `alignkit eval` as options",
-    "launch": "it says where stages run, not what is trained",
-    "extends": "it is read before all else; write one recipe for each",
-}
+_REFUSED = TABLES["not swept"]
 _CHANGES_STAGES = "decides which stages there are; a sweep changes values only: write a section for each"
 _LONGEST_LABEL = 40
 MAX_RUNS = 256
@@ -111,8 +105,19 @@ def _flatten(node: Node, above: Path, whole: Whole, problems: list[Problem]) -> 
 
 def _find_problem(axis: Axis, others: Collection[Axis], whole: Whole) -> Problem | None:
     tree, path = whole.top.node, axis.path
-    if what := _describe_key(path, whole) or _describe_values(axis, others):
+    if what := _describe_key(path, whole):
         return Problem(f"{SWEEP}.{show_key(axis.key)} {what}", axis.place)
+    # 1e-1 and 0.1 are one value, and so are 1 and 1.0; true and 1 are two.
+    same = [json.dumps(float(one) if type(one) is int else one) for one in axis.plain]
+    twice = next((node for at, node in enumerate(axis.values) if same[at] in same[:at]), None)
+    if twice is not None:
+        return Problem(f"{SWEEP}.{show_key(axis.key)} has {show(twice)} twice; keep one", axis.place)
+    for other in others:
+        shorter = min(len(path), len(other.path))
+        if path[:shorter] == other.path[:shorter]:
+            set_too = f"and {SWEEP}.{other.key} set the same value"
+            what = f"is here twice, first at {other.place}" if other.path == path else set_too
+            return Problem(f"{SWEEP}.{show_key(axis.key)} {what}; keep one", axis.place)
     if path[0] not in TOP:  # then it is a key of a stage, of an rlaif section, or of one of its steps
         step = path[1] if path[0] in whole.groups and path[1] in STEPS else None
         method = step or (RLAIF if path[0] in whole.groups else whole.stages[path[0]].method)
@@ -153,24 +158,6 @@ def _describe_key(path: Path, whole: Whole) -> str | None:
         return _CHANGES_STAGES
     if rest[-1] in HARMLESS and len(rest) == (2 if rest[0] in STEPS else 1):
         return "changes nothing in what is trained, so every run would be the same"
-    return None
-
-
-def _describe_values(axis: Axis, others: Collection[Axis]) -> str | None:
-    """Say which value is there twice, or which other key sets the same one."""
-    seen: set[str] = set()
-    for node, plain in zip(axis.values, axis.plain, strict=True):
-        # 1e-1 and 0.1 are one value, and so are 1 and 1.0; true and 1 are two.
-        same = json.dumps(float(plain) if isinstance(plain, int) and not isinstance(plain, bool) else plain)
-        if same in seen:
-            return f"has {show(node)} twice; keep one"
-        seen.add(same)
-    for other in others:
-        if other.path == axis.path:
-            return f"is here twice, first at {other.place}; keep one"
-        shorter = min(len(axis.path), len(other.path))
-        if axis.path[:shorter] == other.path[:shorter]:
-            return f"and {SWEEP}.{other.key} set the same value; keep one"
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from alignkit.recipe.words import controlled_fields
+from alignkit.recipe.words import TABLES, controlled_fields
 
 # Fields of GRPOConfig that are keys of alignkit's own, with their own ranges.
 OWN = ("temperature", "num_generations", "top_p", "top_k", "scale_rewards")
@@ -83,36 +83,8 @@ OWN_LOSSES = {
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
 # What TRL leaves open. "typical" is shown in messages and in the schema's descriptions.
-_LIMITS: dict[str, Fragment] = {
-    "learning_rate": {"exclusiveMinimum": 0, "typical": "1e-6 to 5e-4"},
-    "beta": {"exclusiveMinimum": 0, "typical": "0.05 to 0.5"},
-    "num_train_epochs": {"exclusiveMinimum": 0, "typical": "1 to 3"},
-    "max_steps": {"minimum": -1},
-    "max_length": {"minimum": 2, "typical": "512 to 4096"},
-    "warmup_steps": {"minimum": 0, "typical": "0.03 to 0.1 of all steps, or a count; the first step is above 0"},
-    "weight_decay": {"minimum": 0, "typical": "0 to 0.1"},
-    "max_grad_norm": {"minimum": 0, "typical": "0.3 to 1"},
-    "label_smoothing": {"minimum": 0, "exclusiveMaximum": 1, "typical": "0.1"},
-    "neftune_noise_alpha": {"exclusiveMinimum": 0, "typical": "5 to 15"},
-    "center_rewards_coefficient": {"minimum": 0, "typical": "0.01"},
-    "adam_beta1 adam_beta2 label_smoothing_factor": {"minimum": 0, "exclusiveMaximum": 1},
-    "adam_epsilon logging_steps save_steps eval_steps discopop_tau": {"exclusiveMinimum": 0},
-    "eval_delay dataloader_num_workers router_aux_loss_coef loss_weights": {"minimum": 0},
-    "desirable_weight undesirable_weight": {"minimum": 0},
-    "eval_accumulation_steps per_device_eval_batch_size torch_empty_cache_steps dataset_num_proc "
-    "dataloader_prefetch_factor ddp_bucket_cap_mb pad_to_multiple_of precompute_ref_batch_size "
-    "ref_model_sync_steps": {"minimum": 1},
-    "ld_alpha ref_model_mixup_alpha": {"minimum": 0, "maximum": 1},
-}  # fmt: skip
-_RANGES = {name: limits for names, limits in _LIMITS.items() for name in names.split()}
-_CHOICES = {
-    "include_num_input_tokens_seen": ("no", "all", "non_padding"),
-    "pad_to_multiple_of": ("auto",),
-    "save_strategy": ("no", "steps", "epoch"),  # best needs load_best_model_at_end
-    "debug": ("underflow_overflow", "tpu_metrics_debug"),
-    "torch_compile_backend": ("inductor", "eager", "aot_eager", "cudagraphs", "onnxrt", "openxla", "tvm"),
-    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-}
+_RANGES = {name: limits for names, limits in TABLES["limits of TRL's fields"].items() for name in names.split()}
+_CHOICES = TABLES["choices of TRL's fields"]
 
 
 @cache

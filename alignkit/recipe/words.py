@@ -1,16 +1,19 @@
 """Words of other tools (in `words.tsv`): where each lives in a recipe, with what value, or why nowhere.
 
 The columns of the table: names; tool ("trl": a field of TRL that alignkit sets itself; else whose word it is, or any
-tool's); method ("ppo": of that stage alone); action (renamed, converted, automatic, refused, or method for the name of
-a method or loss); key, ours; value ("bf16=bfloat16", "*=-" for all others, "1/x", or "-" where none can be told);
-said, where "it is KEY" is not enough.
+tool's); method ("ppo": of that stage alone); action (renamed, converted, automatic, refused; missing: alignkit cannot
+do it; method: the name of a method or loss, with its section as the key and what it says as the value); key, ours;
+value ("bf16=bfloat16", "*=-" for all others, "1/x", or "-" where none can be told); said, where "it is KEY" is not
+enough.
 """
 
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# Lists of names and texts that the modules of this room read.
+TABLES: dict[str, Any] = json.loads(Path(__file__).with_name("tables.json").read_text("utf-8"))
 
 
 class Word(NamedTuple):
@@ -51,29 +54,31 @@ def read_words() -> tuple[Word, ...]:
 
 
 @cache
-def _by_name() -> dict[tuple[str, str], Word]:
-    return dict(_list_names())
-
-
-def _list_names() -> Iterator[tuple[tuple[str, str], Word]]:
+def _by_name() -> dict[tuple[str, str, str], Word]:
+    words: dict[tuple[str, str, str], Word] = {}
     for word in read_words():
-        for name in word.names.split() if word.tool in ("", "trl") else ():
-            yield (name, "method" if word.action == "method" else word.method), word
+        for name in word.names.split():
+            kind = "method" if word.action == "method" else word.method
+            words["" if word.tool == "trl" else word.tool, name, kind] = word
+    return words
 
 
-def find_word(name: str, method: str = "") -> Word | None:
-    """Find what another tool's key means in a stage of a method; `actor.adam.lr` is looked up by its last part too."""
+def find_word(name: str, method: str = "", tool: str = "") -> Word | None:
+    """Find what another tool's key means in a stage of a method; `actor.adam.lr` is looked up by its last part too.
+
+    A word of `tool` goes before those that every tool may use.
+    """
     words = _by_name()
     for part in dict.fromkeys((name, name.rpartition(".")[2])):
-        if word := words.get((part, method)) or words.get((part, "")):
-            return word
+        for key in ((tool, part, method), (tool, part, ""), ("", part, method), ("", part, "")):
+            if key in words:
+                return words[key]
     return None
 
 
-def find_method(name: object) -> str | None:
-    """Say how to write a method or loss that other tools call so."""
-    word = _by_name().get((str(name).lower(), "method"))
-    return word and word.said
+def find_method(name: object) -> Word | None:
+    """Find what a method or loss that other tools call so is here; the key is its section, the value what it says."""
+    return _by_name().get(("", str(name).lower(), "method"))
 
 
 @cache

@@ -29,6 +29,7 @@ from ruamel.yaml.reader import ReaderError
 
 from alignkit.console import holds_secret, redact
 from alignkit.errors import Problem, RecipeError, find_nearest, suggest
+from alignkit.recipe.words import TABLES
 
 _SECRET_NAME = re.compile(r"(^|_)(token|api_?key|secret(_?key)?|access_?key|passwords?|passwd|credentials?)$", re.I)
 # Names of vocabulary entries, which the pattern above would take for credentials.
@@ -230,17 +231,9 @@ def _explain(error: MarkedYAMLError) -> tuple[str, Any]:
     """Say what is wrong and where, from the parser's complaint; the parser knows no causes, only expectations."""
     problem, context = (error.problem or "").strip(), (error.context or "").strip()
     here = error.problem_mark or error.context_mark
-    for said, what, begins in (
-        ("stream end", "a bracket or quote that opens here is never closed", True),
-        ("end of stream", "a bracket or quote that opens here is never closed", True),
-        ("mapping values are not allowed",
-         "a `:` that cannot be here; check the indentation, and put text that holds `: ` in quotes", False),
-        ("<block end>", "the indentation does not fit the lines above", False),
-        ("could not find expected ':'", "a key without `:`", True),
-        ("cannot start any token", f"{problem}; put the text in quotes", False),
-    ):  # fmt: skip
+    for said, what, begins in TABLES["complaints of the YAML parser"]:
         if said in problem:
-            return what, error.context_mark or here if begins else here
+            return what.replace("{problem}", problem), error.context_mark or here if begins else here
     return f"this is not YAML: {problem or context}" + (f" ({context})" if context and problem else ""), here
 
 

@@ -11,6 +11,7 @@ from alignkit.recipe import Recipe, resolve
 from alignkit.recipe.check import accepted_keys
 from alignkit.recipe.conflicts import CONFLICTS
 from alignkit.recipe.rules import find_optimizer
+from alignkit.recipe.schema import RecipeOptions
 from alignkit.recipe.trl_fields import read_snapshot
 
 Load = Callable[..., Recipe]
@@ -148,8 +149,9 @@ def test_model_and_lora_rules(complain: Complain, text: str, message: str) -> No
 def test_keys_of_the_table_of_conflicts_exist() -> None:
     for row in CONFLICTS:
         methods = ("sft", "rm", "dpo", "ppo") if row.methods == "train" else row.methods.split()
+        known = {key for method in methods for key in accepted_keys(method)} | {*RecipeOptions.model_fields}
         for key in row.keys.split():
-            assert any(key.split(".")[0] in accepted_keys(method) for method in methods), key
+            assert key.lstrip("+").split(".")[0] in known, key
 
 
 def test_a_key_is_idle_although_another_value_is_wrong(complain: Complain) -> None:

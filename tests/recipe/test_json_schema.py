@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from alignkit.errors import UsageError
+from alignkit.preflight.starter import install_schema
 from alignkit.recipe import recipe_schema, schema
 from alignkit.recipe.schema import FEEDBACK, OPTIONS
 from alignkit.recipe.trl_fields import method_fields
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+_SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = sorted(_SHIPPED.glob("*.yaml"))
+EVERY_RECIPE = sorted(_SHIPPED.rglob("*.yaml"))  # those of papers, and the parts under launch/, too
 
 
 def walk(fragment: Any) -> Iterator[dict[str, Any]]:
@@ -68,7 +72,7 @@ def test_shipped_recipes_use_only_keys_of_the_schema(path: Path) -> None:
         assert set(section) <= set(schema["$defs"][name]["properties"]), key
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EVERY_RECIPE, ids=lambda path: path.stem)
 def test_shipped_recipes_validate(path: Path) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     schema = recipe_schema()
@@ -85,3 +89,24 @@ def test_every_sentence_of_the_help_file_is_that_of_a_key() -> None:
     for key, sentence in schema._HELP.items():
         section, name = key.split(".")
         assert getattr(schema, section).model_fields[name].description == sentence, key
+
+
+def test_install_writes_the_schema_and_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes" / "deep").mkdir(parents=True)
+    text = "model: builtin:tiny-gpt2\nsft: {data: builtin:instructions}\n"
+    (tmp_path / "mine.yaml").write_text(f"# mine\n# yaml-language-server: $schema=old.json\n{text}")
+    (tmp_path / "recipes" / "deep" / "other.yaml").write_text(text.replace("sft: {", "first: {method: sft, "))
+    (tmp_path / "compose.yaml").write_text("services: {web: {image: x}}\n")
+    for _ in range(2):  # a second time changes nothing
+        assert install_schema() == {
+            "schema": "recipe.schema.json", "recipe 1": "mine.yaml", "recipe 2": "recipes/deep/other.yaml",
+        }  # fmt: skip
+        assert json.loads((tmp_path / "recipe.schema.json").read_text()) == recipe_schema()
+        first = "# yaml-language-server: $schema="
+        assert (tmp_path / "mine.yaml").read_text() == f"{first}recipe.schema.json\n# mine\n{text}"
+        other = (tmp_path / "recipes" / "deep" / "other.yaml").read_text()
+        assert other.splitlines()[0] == f"{first}../../recipe.schema.json"
+    assert (tmp_path / "compose.yaml").read_text() == "services: {web: {image: x}}\n"
+    with pytest.raises(UsageError, match="there is no such file"):
+        install_schema([Path("absent.yaml")])
