@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignkit.errors import AlignKitError, UsageError
 
 if TYPE_CHECKING:
-    from rich.columns import Columns
     from rich.console import Console, Group
     from rich.live import Live
     from rich.table import Table
@@ -29,17 +29,7 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 # The shapes of secrets: recipes, records, messages, pages and uploads are all searched for them.
-_SECRET = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|sk_live_\w{16,}|gsk_\w{16,}|xai-\w{16,}|nvapi-[\w-]{16,}"
-    r"|AKIA[0-9A-Z]{12,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}"
-    r"|AIza[\w-]{30,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|r8_[A-Za-z0-9]{30,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}[\w.-]*)"
-    r"|\bBearer\s+\S{6,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----)?"
-    r"|(?P<name>\b[A-Z0-9_]*(?:TOKEN|API_?KEY|SECRET|SECRET_ACCESS_KEY|PASSWORD)=)(?!\.\.\.|\$)[^\s,;)]+"
-    r"|(?P<query>[?&](?:api[_-]?key|key|access[_-]?token|token|auth|secret|password|signature|sig)=)[^&\s\"']+"
-    r"|(?<=://)[^/\s@]+(?=@)",
-    re.DOTALL,
-)
+_SECRET = re.compile("|".join(Path(__file__).with_name("secrets.txt").read_text("utf-8").splitlines()), re.DOTALL)
 # C0 and C1 controls but tab and line feed, marks that reverse the direction of writing, halves of surrogate pairs.
 _CONTROL = re.compile("\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -493,15 +483,28 @@ def print_preview(preview: Mapping[str, Any]) -> None:
     legend = Text.assemble(
         ("learnt", _TOKEN_STYLES["learnt"]), "  read  ", ("scored", _TOKEN_STYLES["scored"]), "  ", ("padding", "dim"),
         "  ", ("control tokens", "underline"),
-    ) if coloured else Text("[[learnt]]  read  {{scored}}  ((padding))")  # fmt: skip
+    )  # fmt: skip
+
+    def mark(sequence: Mapping[str, Any]) -> Text:
+        text = Text()
+        for span in sequence["spans"]:
+            opening, closing = ("", "") if coloured else _TOKEN_MARKS.get(span["kind"], ("", ""))
+            text.append(opening)
+            for number, token in enumerate(span["tokens"]):
+                style = _TOKEN_STYLES[span["kind"]] + (" underline" if number in span["special"] else "")
+                text.append(printable(token), style.strip() if coloured else "")
+            text.append(closing)
+        if sequence["num_left_out"]:
+            text.append(f" and {sequence['num_left_out']} tokens more", "dim")
+        return text
+
     console.print(Text(printable(f"{preview['stage']} ({preview['method']})"), "bold"))
-    console.print(legend)
+    console.print(legend if coloured else Text("[[learnt]]  read  {{scored}}  ((padding))"))
     for number, row in enumerate(preview["rows"], 1):
         panels = []
         for sequence in row["sequences"]:
             title = f"row {number}" + (f", {sequence['label']}" if sequence["label"] else "")
-            text = _mark_tokens(sequence, coloured=coloured)
-            panels.append(Panel(text, title=title, title_align="left", border_style="dim"))
+            panels.append(Panel(mark(sequence), title=title, title_align="left", border_style="dim"))
         wide = len(panels) == 2 and console.width >= _WIDE
         shown = [Columns(panels, width=console.width // 2 - 1, expand=True)] if wide else panels
         console.print(*shown, sep="\n", soft_wrap=False)  # long lines are folded: no token is cut off
@@ -511,22 +514,6 @@ def print_preview(preview: Mapping[str, Any]) -> None:
         console.print(Text(printable(f"warning: {finding}"), "yellow"))
     if not preview["findings"]:
         console.print(Text("nothing looks wrong", "green"))
-
-
-def _mark_tokens(sequence: Mapping[str, Any], *, coloured: bool) -> Text:
-    from rich.text import Text
-
-    text = Text()
-    for span in sequence["spans"]:
-        opening, closing = ("", "") if coloured else _TOKEN_MARKS.get(span["kind"], ("", ""))
-        text.append(opening)
-        for number, token in enumerate(span["tokens"]):
-            style = _TOKEN_STYLES[span["kind"]] + (" underline" if number in span["special"] else "")
-            text.append(printable(token), style.strip() if coloured else "")
-        text.append(closing)
-    if sequence["num_left_out"]:
-        text.append(f" and {sequence['num_left_out']} tokens more", "dim")
-    return text
 
 
 # A conversation: what is typed, and answers as they grow.
@@ -563,7 +550,22 @@ def stream(answers: Mapping[str, Iterator[str]]) -> None:
     Each is an iterator of pieces. On KeyboardInterrupt what has come stays on the screen.
     """
     if len(answers) > 1 and sys.stdout.isatty():
-        _stream_columns(answers)
+        from rich.columns import Columns
+        from rich.live import Live
+        from rich.panel import Panel
+        from rich.text import Text
+
+        texts, growing, console = dict.fromkeys(answers, ""), dict(answers), _open_console(stderr=False)
+        width = console.width // len(answers) - 1
+        with Live(console=console, refresh_per_second=12, vertical_overflow="visible") as live:
+            while growing:  # a piece of each in turn
+                for name in list(growing):
+                    if (piece := next(growing[name], None)) is None:
+                        del growing[name]
+                    else:
+                        texts[name] += printable(piece)
+                live.update(Columns([Panel(Text(text), title=Text(printable(name)), width=width)
+                                     for name, text in texts.items()]))  # fmt: skip
         return
     for name, pieces in answers.items():
         if len(answers) > 1:
@@ -573,29 +575,3 @@ def stream(answers: Mapping[str, Iterator[str]]) -> None:
                 write(piece, end="")
         finally:
             write()
-
-
-def _stream_columns(answers: Mapping[str, Iterator[str]]) -> None:
-    """Take a piece from each answer in turn and redraw them in columns."""
-    from rich.columns import Columns
-    from rich.live import Live
-    from rich.panel import Panel
-    from rich.text import Text
-
-    texts = dict.fromkeys(answers, "")
-    console = _open_console(stderr=False)
-    width = console.width // len(answers) - 1
-
-    def draw() -> Columns:
-        return Columns([Panel(Text(text), title=Text(printable(name)), width=width) for name, text in texts.items()])
-
-    growing = dict(answers)
-    with Live(draw(), console=console, refresh_per_second=12, vertical_overflow="visible") as live:
-        while growing:
-            for name in list(growing):
-                piece = next(growing[name], None)
-                if piece is None:
-                    del growing[name]
-                else:
-                    texts[name] += printable(piece)
-            live.update(draw())

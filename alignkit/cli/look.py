@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from alignkit.cli.train import AllowKey, AsJson, Overrides, RecipeFile, StageName, TrustCode
 
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def init(
-    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="The recipe to write.")] = Path("recipe.yaml"),
-    source: Annotated[str, typer.Option("--from", metavar="NAME", help="A recipe that alignkit brings.")] = "start",
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="A directory, a run or a hub id.")] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="The columns are looked at.")] = None,
-    method: Annotated[str | None, typer.Option("--method", metavar="NAME", help="Only sft, rm, dpo or ppo.")] = None,
+    path: Annotated[Path, Argument(metavar="[FILE]", help="The recipe to write.")] = Path("recipe.yaml"),
+    source: Annotated[str, Option("--from", metavar="NAME", help="A recipe that alignkit brings.")] = "start",
+    model: Annotated[str | None, Option("--model", metavar="M", help="A directory, a run or a hub id.")] = None,
+    data: Annotated[str | None, Option("--data", metavar="FILE", help="The columns are looked at.")] = None,
+    method: Annotated[str | None, Option("--method", metavar="NAME", help="Only sft, rm, dpo or ppo.")] = None,
 ) -> None:
     """Write a recipe with a comment on every key, and the schema that editors read beside it."""
     from alignkit import console
@@ -32,7 +33,7 @@ def init(
 
 def check(
     recipe: RecipeFile, overrides: Overrides = None, trust_code: TrustCode = False, allow_key: AllowKey = None,
-    strict: Annotated[bool, typer.Option("--strict", metavar="", help="Warnings are mistakes, too.")] = False,
+    strict: Annotated[bool, Option("--strict", metavar="", help="Warnings are mistakes, too.")] = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Find out, without training, whether a recipe would run: keys, data, model, disk, devices."""
@@ -59,9 +60,9 @@ def _show(report: CheckReport | DoctorReport, *, as_json: bool) -> None:
 def preview(
     recipe: RecipeFile,
     stage: StageName = None,
-    num_rows: Annotated[int, typer.Option("--rows", "-n", metavar="N", min=1, help="How many rows are shown.")] = 3,
+    num_rows: Annotated[int, Option("--rows", "-n", metavar="N", min=1, help="How many rows are shown.")] = 3,
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write a page instead of the terminal's text.")
+        Path | None, Option("--html", metavar="FILE", help="Write a page instead of the terminal's text.")
     ] = None,
     overrides: Overrides = None,
     trust_code: TrustCode = False,
@@ -106,8 +107,8 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def merge(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A finished run, or an adapter directory.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the merged model goes.")],
+    source: Annotated[Path, Argument(metavar="SOURCE", help="A finished run, or an adapter directory.")],
+    out: Annotated[Path, Option("--out", metavar="DIR", help="Where the merged model goes.")],
 ) -> None:
     """Write an adapter and its base as one model directory."""
     from alignkit import console
@@ -121,17 +122,17 @@ def merge(
 
 
 def chat(
-    source: Annotated[str, typer.Argument(metavar="RUN", help="A run, a model or adapter directory, or a hub id.")],
+    source: Annotated[str, Argument(metavar="RUN", help="A run, a model or adapter directory, or a hub id.")],
     compare: Annotated[
-        str | None, typer.Option("--compare", metavar="RUN", help="A second model, whose answers stand beside.")
+        str | None, Option("--compare", metavar="RUN", help="A second model, whose answers stand beside.")
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
-    temperature: Annotated[float, typer.Option("--temperature", metavar="T", min=0, help="0 is greedy.")] = 0.7,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1)] = 256,
-    top_p: Annotated[float, typer.Option("--top-p", metavar="P", min=0.0001, max=1, help="Of the probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", metavar="K", min=0, help="Likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same answers every time.")] = None,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
+    system: Annotated[str | None, Option("--system", metavar="TEXT", help="The system message.")] = None,
+    temperature: Annotated[float, Option("--temperature", metavar="T", min=0, help="0 is greedy.")] = 0.7,
+    max_new_tokens: Annotated[int, Option("--max-new-tokens", metavar="N", min=1)] = 256,
+    top_p: Annotated[float, Option("--top-p", metavar="P", min=0.0001, max=1, help="Of the probability.")] = 1.0,
+    top_k: Annotated[int, Option("--top-k", metavar="K", min=0, help="Likeliest tokens; 0: all.")] = 0,
+    seed: Annotated[int | None, Option("--seed", metavar="N", help="The same answers every time.")] = None,
+    device: Annotated[str, Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
     trust_code: TrustCode = False,
 ) -> None:
     """Talk to a model, or to two at once; /help lists what can be typed."""
@@ -151,17 +152,17 @@ def chat(
 
 
 def compare(
-    first: Annotated[str, typer.Argument(metavar="RUN_A", help="A run, which keeps the votes.")],
-    second: Annotated[str, typer.Argument(metavar="RUN_B", help="Another run, or a model.")],
+    first: Annotated[str, Argument(metavar="RUN_A", help="A run, which keeps the votes.")],
+    second: Annotated[str, Argument(metavar="RUN_B", help="Another run, or a model.")],
     prompts: Annotated[
-        str | None, typer.Option("--prompts", metavar="FILE", help="Rows whose prompts are asked; omitted: held out.")
+        str | None, Option("--prompts", metavar="FILE", help="Rows whose prompts are asked; omitted: held out.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option("-n", metavar="N", min=1, help="How many prompts.")] = 50,
+    num_prompts: Annotated[int, Option("-n", metavar="N", min=1, help="How many prompts.")] = 50,
     rater: Annotated[
-        str | None, typer.Option("--rater", metavar="NAME", help="Judge in this terminal, under this name.")
+        str | None, Option("--rater", metavar="NAME", help="Judge in this terminal, under this name.")
     ] = None,
-    port: Annotated[int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any.")] = 0,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
+    port: Annotated[int, Option("--port", metavar="PORT", min=0, max=65535, help="0: any.")] = 0,
+    device: Annotated[str, Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -192,14 +193,14 @@ def compare(
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
+    first: Annotated[Path, Argument(metavar="RUN", help="A run directory.")],
+    second: Annotated[Path, Argument(metavar="RUN", help="Another one.")],
     as_json: AsJson = False,
 ) -> None:
     """Show how two runs differ: values in force, data and template, versions, then what came out."""
     from alignkit import console
     from alignkit.models.files import find_model_dir
-    from alignkit.report.compare import compare_runs
+    from alignkit.report.evaluation import compare_runs
 
     for run in (first, second):
         if not run.exists():
@@ -213,21 +214,19 @@ def diff(
 
 
 def report(
-    target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="A run directory, a directory of runs, or a recipe file.")
-    ],
+    target: Annotated[Path, Argument(metavar="TARGET", help="A run directory, a directory of runs, or a recipe file.")],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Where the page goes; omitted: report.html in the run.")
+        Path | None, Option("--out", metavar="FILE", help="Where the page goes; omitted: report.html in the run.")
     ] = None,
     push: Annotated[
         str | None,
-        typer.Option("--push", metavar="REPO", help="Upload the run's model and its card to the Hugging Face hub."),
+        Option("--push", metavar="REPO", help="Upload the run's model and its card to the Hugging Face hub."),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", metavar="", help="With --push: a new repository is public, not private.")
+        bool, Option("--public", metavar="", help="With --push: a new repository is public, not private.")
     ] = False,
     live: Annotated[
-        bool, typer.Option("--watch", metavar="", help="Keep the page up to date, and open, until the runs end.")
+        bool, Option("--watch", metavar="", help="Keep the page up to date, and open, until the runs end.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -266,15 +265,15 @@ def report(
         console.print_paths(done)
 
 
-_what = partial(typer.Option, rich_help_panel="What is measured")
-_answers = partial(typer.Option, rich_help_panel="Answers")
+_what = partial(Option, rich_help_panel="What is measured")
+_answers = partial(Option, rich_help_panel="Answers")
 
 
 def evaluate(
     context: typer.Context,
-    source: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run, a model directory or a hub id.")] = None,
+    source: Annotated[str | None, Argument(metavar="[RUN]", help="A run, a model directory or a hub id.")] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", "-r", metavar="FILE", help="Every finished stage, as evaluate: says.")
+        Path | None, Option("--recipe", "-r", metavar="FILE", help="Every finished stage, as evaluate: says.")
     ] = None,
     stage: StageName = None,
     overrides: Overrides = None,
@@ -302,10 +301,8 @@ def evaluate(
     max_new_tokens: Annotated[int | None, _answers("--max-new-tokens", metavar="N")] = None,
     batch_size: Annotated[int | None, _answers("--batch-size", metavar="N")] = None,
     seed: Annotated[int | None, _answers("--seed", metavar="N")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="eval.json, elsewhere than in the run.")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
+    out: Annotated[Path | None, Option("--out", metavar="FILE", help="eval.json, elsewhere than in the run.")] = None,
+    device: Annotated[str, Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
     trust_code: TrustCode = False,
     allow_key: AllowKey = None,
     as_json: AsJson = False,

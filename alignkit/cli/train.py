@@ -10,30 +10,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import typer
+from typer import Option
 
 if TYPE_CHECKING:
     from alignkit.launch.placement import Command
     from alignkit.launch.run import How
     from alignkit.recipe import Recipe, Stage
 
-_flag = partial(typer.Option, metavar="")  # typer would show <bool> beside a flag, which takes no value
-_many = partial(typer.Option, rich_help_panel="Many processes")
+_flag = partial(Option, metavar="")  # typer would show <bool> beside a flag, which takes no value
+_many = partial(Option, rich_help_panel="Many processes")
 
 _RECIPE = "The recipe: model, data and stages in YAML; -r may be left out before it."
-RecipeFile = Annotated[Path, typer.Option("--recipe", "-r", metavar="FILE", help=_RECIPE)]
+RecipeFile = Annotated[Path, Option("--recipe", "-r", metavar="FILE", help=_RECIPE)]
 StageName = Annotated[
-    str | None, typer.Option("--stage", metavar="NAME", help="Which stage, where the recipe has several of a method.")
+    str | None, Option("--stage", metavar="NAME", help="Which stage, where the recipe has several of a method.")
 ]
 StepName = Annotated[
     str | None,
-    typer.Option("--stage", metavar="NAME", help="One of its stages, by name or step: critique, sft, label, dpo, ..."),
+    Option("--stage", metavar="NAME", help="One of its stages, by name or step: critique, sft, label, dpo, ..."),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value, such as dpo.beta=0.2. Repeatable."),
+    Option("--set", metavar="KEY=VALUE", help="Override a recipe value, such as dpo.beta=0.2. Repeatable."),
 ]
 RunDir = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="The run directory, instead of runs/<recipe>/<stage>.")
+    Path | None, Option("--out", metavar="DIR", help="The run directory, instead of runs/<recipe>/<stage>.")
 ]
 DryRun = Annotated[bool, _flag("--dry-run", help="Show what would be done, and every value in force; do nothing.")]
 Force = Annotated[bool, _flag("--force", help="Start afresh: an existing run is moved aside, never deleted.")]
@@ -42,7 +43,7 @@ TrustCode = Annotated[
 ]
 AllowChange = Annotated[
     list[str] | None,
-    typer.Option("--allow-change", metavar="KEY", help="Resume although this setting has changed. Repeatable."),
+    Option("--allow-change", metavar="KEY", help="Resume although this setting has changed. Repeatable."),
 ]
 _ALLOWED = "ALIGNKIT_ALLOW_KEY"  # as in feedback/server.py
 
@@ -54,29 +55,16 @@ def _allow_keys(names: list[str] | None) -> list[str] | None:
     return names
 
 
-AllowKey = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-key", metavar="NAME", envvar=_ALLOWED, show_envvar=False, callback=_allow_keys,
-        help="Let api_key_env of a recipe send this variable to the server it names. Repeatable.",
-    ),
-]  # fmt: skip
-Retries = Annotated[
-    int,
-    _many(
-        "--retries", min=0, metavar="N",
-        help="Start again up to N times when a process was killed or hung, as long as each try gets further.",
-    ),
-]  # fmt: skip
+_KEY = "Let api_key_env of a recipe send this variable to the server it names. Repeatable."
+AllowKey = Annotated[list[str] | None, Option(
+    "--allow-key", metavar="NAME", envvar=_ALLOWED, show_envvar=False, callback=_allow_keys, help=_KEY
+)]  # fmt: skip
+_AGAIN = "Start again up to N times when a process was killed or hung, as long as each try gets further."
+Retries = Annotated[int, _many("--retries", min=0, metavar="N", help=_AGAIN)]
 Slurm = Annotated[bool, _many("--slurm", metavar="", help="Write an sbatch script instead of training.")]
 Submit = Annotated[bool, _many("--submit", metavar="", help="Hand the script of --slurm to sbatch.")]
-NodeRank = Annotated[
-    int | None,
-    _many(
-        "--node-rank", min=0, metavar="N",
-        help="Which of launch.nodes this machine is; omitted: SLURM_NODEID or NODE_RANK.",
-    ),
-]  # fmt: skip
+_NODE = "Which of launch.nodes this machine is; omitted: SLURM_NODEID or NODE_RANK."
+NodeRank = Annotated[int | None, _many("--node-rank", min=0, metavar="N", help=_NODE)]
 MainAddress = Annotated[
     str | None, _many("--main-address", metavar="HOST", help="Where node 0 is reached: launch.main_address.")
 ]
@@ -188,9 +176,9 @@ def run(
     context: typer.Context,
     given: Given,
     first: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Begin with this stage; leave those before alone.")
+        str | None, Option("--from", metavar="STAGE", help="Begin with this stage; leave those before alone.")
     ] = None,
-    last: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="End with this stage.")] = None,
+    last: Annotated[str | None, Option("--until", metavar="STAGE", help="End with this stage.")] = None,
 ) -> None:
     """Run the stages of a recipe in order, then measure the models; what is done is left alone.
 

@@ -3,21 +3,8 @@
 from alignkit.data.builtin import true_reward
 from alignkit.data.load import read_rows, split_eval
 from alignkit.data.report import DataReport, Problems, Rejects
-from alignkit.data.rows import (
-    METHOD_KINDS,
-    Kind,
-    Message,
-    Row,
-    Text,
-    as_rendered,
-    escape_control_tokens,
-    find_control_tokens,
-    unescape_text,
-)
+from alignkit.data.rows import Message, Row, Text, escape_control_tokens, find_control_tokens
 from alignkit.data.store import write_table
 
-__all__ = [
-    "METHOD_KINDS", "DataReport", "Kind", "Message", "Problems", "Rejects", "Row", "Text", "as_rendered",
-    "escape_control_tokens", "find_control_tokens", "read_rows", "split_eval", "true_reward", "unescape_text",
-    "write_table",
-]  # fmt: skip
+__all__ = ["DataReport", "Message", "Problems", "Rejects", "Row", "Text", "escape_control_tokens",
+           "find_control_tokens", "read_rows", "split_eval", "true_reward", "write_table"]  # fmt: skip

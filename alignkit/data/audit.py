@@ -9,6 +9,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ _HASHES, _BAND, _ALIKE = 64, 4, 0.7
 PUBLISHED: list[dict[str, Any]] = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
 
 
+@lru_cache(1 << 18)
+def _hash_word(word: str) -> int:
+    return crc32(word.encode("utf-8", "replace"))
+
+
 @dataclass
 class RowAudit:
     """What the rows of one stage say about each other, and what they ask."""
@@ -41,29 +47,22 @@ class RowAudit:
     _words: array[int] = field(default_factory=lambda: array("I"))  # of all texts, one after the other
     _starts: array[int] = field(default_factory=lambda: array("Q"))
     _places: list[str] = field(default_factory=list)
-    _known: dict[str, int] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
         """Take a row in."""
         self.num_rows += 1
         prompt = fingerprint_prompt(row)
         self.prompts.setdefault(prompt, row.place)
-        contradicts = False
-        for key, verdict in self._list_verdicts(row, prompt):
-            contradicts |= self._judged.setdefault(key, verdict) != verdict
-        if contradicts:
+        verdicts = list(self._list_verdicts(row, prompt))
+        if sum(self._judged.setdefault(key, verdict) != verdict for key, verdict in verdicts):
             self.contradictions.append(row.place)
         text = " ".join(iter_contents(row))
         if (mark := hash(text)) in self._texts or len(self._words) > _MOST_WORDS:
             return
         self._texts.add(mark)
-        words, known = _WORD.findall(text.lower()), self._known
         self._starts.append(len(self._words))
         self._places.append(row.place)
-        for word in words:
-            if (number := known.get(word)) is None:
-                number = known[word] = crc32(word.encode("utf-8", "replace"))
-            self._words.append(number)
+        self._words.extend(map(_hash_word, _WORD.findall(text.lower())))
 
     def _list_verdicts(self, row: Row, prompt: int) -> Iterator[tuple[Any, Any]]:
         """Yield what a row judges, and how: of two answers which is better, of one its label."""

@@ -2,18 +2,8 @@
 
 Needs no file and no network. The world is one: its seed is fixed, so a training seed changes how a model is trained,
 never what it is trained on. Row i of a split is the same however many rows are asked for. Train and test never share
-a prompt (every film belongs to one split). `true_reward` is the judge that real data never has.
-
-    builtin:reviews        text                 "The plot was clever and the cast was superb. ..."
-    builtin:instructions   prompt_completion    ask for a review of some mood, go on with one, questions of fact
-    builtin:preferences    pair                 two reviews, the one with the higher true reward chosen
-    builtin:ranked         ranked               four reviews with their true rewards as scores
-    builtin:unpaired       unpaired             a review, desirable when its true reward is positive
-    builtin:prompts        prompt               what preferences ask
-    builtin:sentiment      labelled             {"text": a review, "label": "positive" or "negative"}
-    builtin:judge-items    prompt_completion    which of two reviews is more positive, as a judge is asked
-    builtin:translation    prompt_completion    sentences of one made-up language in another, whose word order differs
-    builtin:arithmetic     prompt_completion    sums and differences of numbers below 10, with their `answer`
+a prompt (every film belongs to one split). `true_reward` is the judge that real data never has. words.json
+says what each kind of it is, and has its words.
 """
 
 import json
@@ -31,15 +21,12 @@ from alignkit.errors import DataError, Problem, suggest
 PREFIX = "builtin:"
 DEFAULT_ROWS = 1000
 MAX_ROWS = 10_000_000
-NAMES = (
-    "reviews", "instructions", "preferences", "ranked", "unpaired", "prompts", "sentiment", "judge-items",
-    "translation", "arithmetic",
-)  # fmt: skip
 SPLITS = ("train", "test")
 _WORLD = "alignkit world 1"
 _RANKED_ANSWERS = 4
 
 _WORDS = json.loads(Path(__file__).with_name("words.json").read_text("utf-8"))
+NAMES: tuple[str, ...] = tuple(_WORDS["data"])
 # Worth of a word, from -1 to 1. Good and bad words have like lengths, so that length says nothing about reward.
 _ADJECTIVES, _VERBS = (
     {float(worth): words for worth, words in _WORDS[name].items()} for name in ("adjectives", "verbs")
@@ -251,14 +238,9 @@ def _sum(random: Random, split: str) -> dict[str, Any]:
 
 
 def _make(name: str, random: Random, split: str) -> dict[str, Any]:
-    if name == "instructions":
-        return _instruction(random, split)
-    if name == "judge-items":
-        return _judge_item(random, split)
-    if name == "translation":
-        return _translation(random, split)
-    if name == "arithmetic":
-        return _sum(random, split)
+    makers = {"instructions": _instruction, "judge-items": _judge_item, "translation": _translation, "arithmetic": _sum}
+    if name in makers:
+        return makers[name](random, split)
     if name == "reviews":
         title, _, director, kind = _film(random, split)
         review = _review(random, random.choice(("positive", "negative")))

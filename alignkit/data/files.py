@@ -22,8 +22,9 @@ from alignkit.recipe.yaml import label_path
 Record = dict[str, Any]
 Entry = tuple[str, Record | BadRow]  # place, and the record or why there is none
 
-MAX_LINE_BYTES = 2_000_000 - 1  # a longer line is a broken file far more often than a row
-MAX_DOCUMENT_BYTES = 256_000_000 - 1  # of raw text, where one row may be a book
+# A longer line is a broken file far more often than a row; of raw text one row may be a book.
+MAX_LINE_BYTES = 2_000_000 - 1
+MAX_BYTES = (MAX_LINE_BYTES, 256_000_000 - 1)
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 ACCEPTED = f"{', '.join(SUFFIXES)}, plain, .gz or .zst"
 _PACKED = (".gz", ".zst")

@@ -11,16 +11,7 @@ from alignkit.data import adapters
 from alignkit.data.adapters import ANSWERS, ASKED, CONVERSATIONS, PROMPTS, START
 from alignkit.data.files import Record
 from alignkit.data.rows import BadRow, Kind, Row
-from alignkit.data.values import (
-    KNOWN,
-    MEDIA,
-    REASONING_KEYS,
-    ROLE_NAMES,
-    Reading,
-    check_number,
-    is_empty,
-    suggest_column,
-)
+from alignkit.data.values import KNOWN, REASONING_KEYS, Reading, check_number, is_empty, suggest_column
 from alignkit.errors import suggest
 
 
@@ -76,10 +67,6 @@ FORMATS = tuple(
 _IMPLICIT, _HH = (
     next(form for form in FORMATS if form.adapt is adapt) for adapt in (adapters.adapt_implicit, adapters.adapt_hh)
 )  # the second in place of the first, by the text
-_HELP = (
-    "text; messages; prompt + completion (+ label); prompt + chosen + rejected; chosen + rejected; "
-    "prompt + completions + scores or ranking; prompt + responses; conversations; instruction + output; prompt"
-)
 # Not read, these are refused: they say what is asked or thought, what is learnt, or what an answer is worth.
 _TELLING = {*ASKED, *REASONING_KEYS, "history", "label", "weight", "loss_mask"}
 # The beginning of a message, or of a list of them, as JSON or as Python shows it.
@@ -144,7 +131,7 @@ class Detector:
                 hint = f"did you mean columns: {{{renaming}}}?" if near else _RENAMING
                 header = " (its first line names the columns)" if _CSV.search(place) else ""
                 columns = f"{', '.join(map(str, record)) or '(none)'} ({hint}){header}"
-                raise BadRow(f"no known format has the columns {columns}; accepted: {_HELP}")
+                raise BadRow(f"no known format has the columns {columns}; accepted: {KNOWN['accepted']}")
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
             self._known[signature] = form
@@ -157,8 +144,8 @@ class Detector:
         unread = [name for name in record if name not in reading.used and not is_empty(record[name])]
         for name in unread:
             value = record[name]
-            if name in MEDIA:
-                raise BadRow(f"{name}: {MEDIA[name]}")
+            if name in KNOWN["unusable"]:
+                raise BadRow(f"{name}: {KNOWN['unusable'][name]}")
             if name not in _TELLING or self._keeps_columns or (self._for_prompts and name not in ASKED):
                 continue
             if name == "weight":
@@ -181,7 +168,7 @@ class Detector:
 def _iter_texts(value: Any) -> Iterator[str]:
     """Yield the texts in a value, without the names of roles."""
     if isinstance(value, str):
-        if value.strip() and value.strip().lower() not in ROLE_NAMES:
+        if value.strip() and value.strip().lower() not in KNOWN["roles"]:
             yield value.strip()
     elif isinstance(value, (list, dict)):
         for item in value.values() if isinstance(value, dict) else value:

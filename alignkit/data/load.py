@@ -18,17 +18,7 @@ from alignkit.data.adapters import ANSWERS, ASKED, LABELS, SCORES
 from alignkit.data.files import Entry, Record, read_file
 from alignkit.data.formats import Detector, Format, Parsed, rename_columns
 from alignkit.data.report import DataReport, Problems, Rejects, SourceReport
-from alignkit.data.rows import (
-    METHOD_KINDS,
-    BadRow,
-    Row,
-    as_text,
-    as_turns,
-    digest_row,
-    hash_prompt,
-    prompt_key,
-    take_prompt,
-)
+from alignkit.data.rows import METHOD_KINDS, BadRow, Row, as_text, as_turns, digest_row, prompt_key, take_prompt
 from alignkit.data.sources import Located, locate, read_entries
 from alignkit.data.store import keep_parsed
 from alignkit.errors import DataError, Problem
@@ -70,7 +60,7 @@ def read_rows(
                 source.counts.not_sampled += 1
                 continue
             source.counts.kept += 1
-            report.add_source_row(row, digest, hash_prompt(row), known_prompts)
+            report.add_source_row(row, digest, known_prompts)
             for given in int(copies) * _for_method(row, method):
                 kinds[given.kind] += 1
                 report.add_given_row(given, digest)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.data.formats import Parsed
-from alignkit.data.rows import Row, count_chars
+from alignkit.data.rows import Row, count_chars, hash_prompt
 from alignkit.errors import DataError, Problem
 from alignkit.runs.files import replacing
 
@@ -72,7 +72,7 @@ class DataReport:
     overlap_places: list[str] = field(default_factory=list)  # the first five
     remembers: bool = True  # False: no hash of a row is kept, so that memory stays flat over any number of rows
     _row_hashes: array[int] = field(default_factory=lambda: array("Q"), repr=False)
-    _prompt_hashes: array[int] = field(default_factory=lambda: array("Q"), repr=False)
+    prompt_hashes: array[int] = field(default_factory=lambda: array("Q"), repr=False)
     _hasher: Any = field(default_factory=lambda: blake2b(digest_size=16), repr=False)
 
     @property
@@ -97,7 +97,7 @@ class DataReport:
     @property
     def duplicate_prompts(self) -> int:
         """Rows whose prompt an earlier row has, exact duplicates that were kept included."""
-        return _count_repeats(self._prompt_hashes)
+        return _count_repeats(self.prompt_hashes)
 
     @property
     def longer_chosen_share(self) -> float | None:
@@ -107,20 +107,17 @@ class DataReport:
         equal = self.comparisons - self.longer_chosen - self.shorter_chosen
         return (self.longer_chosen + equal / 2) / self.comparisons
 
-    def prompt_hashes(self) -> set[int]:
-        """The prompts seen, to look for them in other rows."""
-        return set(self._prompt_hashes)
-
     def add_sizes(self, sizes: Sequence[int]) -> None:
         """Take the sizes of files into the fingerprint, where not all of their rows will be."""
         self._hasher.update(repr(list(sizes)).encode())
 
-    def add_source_row(self, row: Row, digest: bytes, prompt_hash: int, known_prompts: set[int] | None) -> None:
+    def add_source_row(self, row: Row, digest: bytes, known_prompts: set[int] | None) -> None:
         """Count a row that is used, once however often its weight repeats it."""
         if not self.remembers:
             return
+        prompt_hash = hash_prompt(row)
         self._row_hashes.append(int.from_bytes(digest[:8], "little"))
-        self._prompt_hashes.append(prompt_hash)
+        self.prompt_hashes.append(prompt_hash)
         if known_prompts is not None and prompt_hash in known_prompts:
             self.overlap += 1
             if len(self.overlap_places) < SHOWN_PROBLEMS:

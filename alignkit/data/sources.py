@@ -11,16 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.data.builtin import PREFIX, BuiltinData, iter_builtin, parse_builtin
-from alignkit.data.files import (
-    ACCEPTED,
-    MAX_DOCUMENT_BYTES,
-    MAX_LINE_BYTES,
-    Entry,
-    data_suffix,
-    read_file,
-    read_parallel,
-    read_records,
-)
+from alignkit.data.files import ACCEPTED, MAX_BYTES, Entry, data_suffix, read_file, read_parallel, read_records
 from alignkit.errors import DataError, Problem, first_line, suggest
 from alignkit.recipe.schema import DataSource
 from alignkit.recipe.yaml import label_path
@@ -72,7 +63,7 @@ def read_entries(located: Located, *, documents: bool = False, named: bool = Fal
     if located.builtin is not None:
         yield from iter_builtin(located.builtin)
     elif located.origin == "files":
-        limit = MAX_DOCUMENT_BYTES if documents else MAX_LINE_BYTES
+        limit = MAX_BYTES[documents]
 
         def read(name: str) -> Iterator[Entry]:
             if source.target is not None:

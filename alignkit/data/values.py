@@ -22,8 +22,8 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TRAINED_KEYS = {"weight": True, "train": True, "training": True, "trainable": True, "loss": True, "masked": False}
 _OTHER_KEYS = ("name", "tool_call_id", "tool_calls", "function_call", "tools")
 _KEYS = {*_ROLE_KEYS, *_CONTENT_KEYS, *REASONING_KEYS, *_TRAINED_KEYS, *_OTHER_KEYS}
-MEDIA: dict[str, str] = KNOWN["unusable"]  # columns and keys that cannot be honoured, unless they are empty
-_UNUSABLE_KEYS: dict[str, str] = MEDIA | KNOWN["unusable in messages"]
+# What cannot be honoured, unless it is empty: columns and keys of messages; keys of messages.
+_UNUSABLE_KEYS: dict[str, str] = KNOWN["unusable"] | KNOWN["unusable in messages"]
 # A turn that holds a question and its answer: which key is whose.
 _SIDES = {"input": "user", "output": "assistant", "question": "user", "answer": "assistant"}
 

@@ -268,19 +268,18 @@ def describe_cost(run: Facts) -> list[Pair]:
     trainable, total, quantized = (parameters.get(key) for key in ("trainable", "total", "quantized"))
     of_total = f" of {count(total)} ({share(trainable / total)})" if trainable and total and trainable < total else ""
     spent = [each for key in ("spent", "spent_on_answers") if (each := run.feedback.get(key))]
-    speed = run.feedback.get("labels_per_second")
+    bits = f", {parameters.get('bits_per_quantized_parameter', 0):.3f} bits each"
     pairs = [
         ("wall time", duration(result["wall_seconds"]) if "wall_seconds" in result else ""),
         ("tokens, all sittings", count(result.get("tokens"))),
-        ("tokens per second", figure(result["tokens_per_second"]) if result.get("tokens_per_second") else ""),
+        ("tokens per second", figure(result.get("tokens_per_second") or None)),
         ("peak memory", _size(result.get("peak_memory_bytes"))),
         ("optimizer steps", count(run.step) if run.method not in _ROW_MAKERS else ""),
         ("trainable parameters", count(trainable) + of_total if trainable and total else ""),
         ("model in memory", _size(parameters.get("bytes"))),
-        ("quantised parameters", f"{count(quantized)}, {parameters.get('bits_per_quantized_parameter', 0):.3f} bits "
-         "each" if quantized else ""),
-        ("labels per second", figure(speed, 3) if speed else ""),
-    ]  # fmt: skip
+        ("quantised parameters", count(quantized) + bits if quantized else ""),
+        ("labels per second", figure(run.feedback.get("labels_per_second") or None, 3)),
+    ]
     if spent:
         again = sum(sum((each.get("retries") or {}).values()) for each in spent)
         pairs.append(("requests to servers", figure(sum(each.get("requests", 0) for each in spent))))
@@ -289,7 +288,7 @@ def describe_cost(run: Facts) -> list[Pair]:
         pairs.append(("price of the tokens", figure(sum(costs, 0.0))))
     for role in run.stage.get("roles") or []:
         pairs.append((", ".join(role.get("roles", [])), f"{role.get('what')}, {describe_bytes(role.get('bytes', 0))}"))
-    return [(label, text) for label, text in pairs if text]
+    return [(label, text) for label, text in pairs if text not in ("", DASH)]
 
 
 def describe_hardware(run: Facts) -> list[Pair]:

@@ -57,10 +57,7 @@ def show(run: RunDir) -> None:
 
 
 def attempt(what: str, directory: Path, write: Callable[[], _Page]) -> _Page | None:
-    """Write a page or a card of work that is done; where that cannot be, warn, keep the traceback, and go on.
-
-    Whatever goes wrong in drawing is no reason to lose a run or its exit code.
-    """
+    """Write a page or a card of work that is done; where that cannot be, warn, keep the traceback, and go on."""
     try:
         return write()
     except Exception as error:
@@ -293,10 +290,7 @@ def push(path: Path, repo: str, *, public: bool = False) -> str:
 
 
 def write_report(path: Path, *, out: Path | None = None) -> Path:
-    """Write the report of a run directory, or of a directory of runs, and return where it is.
-
-    Without `out` it is `report.html` in that directory. Raises RunError when there is no run, DiskError.
-    """
+    """Write the report of a run or a directory of runs to `out`, or report.html in it; RunError where there is none."""
     directory = path.expanduser().absolute()
     if RunDir(directory).stage.is_file():
         return _write(render_run(read_facts(directory)), out or directory / REPORT)
@@ -309,10 +303,7 @@ def write_report(path: Path, *, out: Path | None = None) -> Path:
 
 
 def write_recipe_report(name: str, stages: Sequence[tuple[str, Path]], *, out: Path | None = None) -> Path:
-    """Write the report of a recipe's stages, given as (name, run directory), into the parent of the first of them.
-
-    Stages that have not begun are shown as waiting. Raises RunError when none has, DiskError.
-    """
+    """Write the report of a recipe's stages, given as (name, run directory), beside the first; RunError for none."""
     begun = [read_facts(path) for _, path in stages if RunDir(path).stage.is_file()]
     if not begun:
         raise RunError("no stage of this recipe has been started; `alignkit run` trains them", where=name)
@@ -327,15 +318,14 @@ def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out:
     found = charts.read_frontiers(ordered)
     parts = [part for run in ordered for part in (run.result, run.evaluation)]
     num_warnings = sum(len(gather_warnings(run)) for run in ordered)
+    seconds = sum(part.get("wall_seconds") or 0.0 for part in parts)
+    tokens = sum(run.result.get("tokens", 0) for run in ordered)
     tiles = [
-        ("wall time, with evaluation", duration(sum(part.get("wall_seconds") or 0.0 for part in parts))),
-        ("tokens", short_count(sum(run.result.get("tokens", 0) for run in ordered))),
-        ("stages", len(ordered) + len(waiting)),
-        ("warning" if num_warnings == 1 else "warnings", num_warnings),
-    ]
-    page = _render("recipe", title=name, runs=ordered, waiting=waiting, frontiers=found, tiles=tiles,
-                   verdicts=list(map(judge, ordered)))  # fmt: skip
-    _write(page, out)
+        ("wall time, with evaluation", duration(seconds)), ("tokens", short_count(tokens)),
+        ("stages", len(ordered) + len(waiting)), ("warning" if num_warnings == 1 else "warnings", num_warnings),
+    ]  # fmt: skip
+    given = {"runs": ordered, "waiting": waiting, "frontiers": found, "verdicts": list(map(judge, ordered))}
+    _write(_render("recipe", title=name, tiles=tiles, **given), out)
     if found:
         write_json(out.with_name("frontier.json"), {"schema": 1, "frontiers": [each.to_dict() for each in found]})
         picture = charts.draw_frontier_file(found[0], (_HERE / "report.css").read_text(encoding="utf-8"))
@@ -344,10 +334,7 @@ def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out:
 
 
 def watch(find: Callable[[], Sequence[Path]], write: Callable[[], Path]) -> None:
-    """Write the page anew as often as a file of the runs changes, until all are finished or Ctrl-C; it reloads itself.
-
-    Nothing is asked of the runs: they may be of another machine that shares the directory.
-    """
+    """Write the page, which reloads itself, whenever a file of the runs changes, until all are finished or Ctrl-C."""
     shared = open_templates().globals
     shared["refresh_seconds"], seen = _REFRESH_SECONDS, None
     try:

@@ -113,10 +113,6 @@ def fixed(value: float) -> str:
     return f"{value:.3f}".replace("-", MINUS) if abs(value) < 100 else figure(value, 3)
 
 
-def show_setting(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 @cache
 def open_templates() -> Environment:
     """Prepare the templates of pages, charts and the card; those of pages and charts escape every text."""
@@ -124,7 +120,8 @@ def open_templates() -> Environment:
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=lambda name: name is not None and name.endswith((".html.jinja", ".svg.jinja")),
     )  # fmt: skip
-    shown = (figure, count, short_count, share, duration, text_of, turns, fold, fixed, show_setting, short_name)
+    shown = (figure, count, short_count, share, duration, text_of, turns, fold, fixed, short_name)
     environment.filters |= {function.__name__: function for function in shown}
+    environment.filters["as_json"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.globals |= {"version": __version__, "refresh_seconds": None}
     return environment

@@ -16,15 +16,8 @@ from alignkit.errors import DataError, RunError
 from alignkit.recipe.schema import PpoOptions
 from alignkit.recipe.stage import Stage
 from alignkit.recipe.trl_fields import method_fields
-from alignkit.runs.files import (
-    describe_files,
-    disk_failures,
-    find_damaged_file,
-    open_own,
-    read_json,
-    read_record,
-    write_json,
-)
+from alignkit.runs import files
+from alignkit.runs.files import describe_files, disk_failures, find_damaged_file, open_own, read_json, write_json
 
 _DIGEST = re.compile(r'\[?("[0-9a-f]{32,}"|null|, )+\]?')
 _DIGESTS = {  # parts of a fingerprint that are checksums, in words
@@ -61,7 +54,7 @@ class RunDir:
 
     def is_finished(self) -> bool:
         """Tell whether the run ended well, whatever has become of its files since."""
-        return read_record(self.result).get("status") == "finished"
+        return files.read_record(self.result).get("status") == "finished"
 
 
 class RunLock:
@@ -243,8 +236,8 @@ def write_result(run: RunDir, result: Mapping[str, Any], products: Sequence[Path
 
     `products` are those files, and directories of them. The model card is none of them: it is written later and again.
     """
-    files = [path for product in products for path in (product.rglob("*") if product.is_dir() else [product])]
-    kept = [path for path in files if path.is_file() and path.name != CARD]
+    found = (path for product in products for path in (product.rglob("*") if product.is_dir() else [product]))
+    kept = [path for path in found if path.is_file() and path.name != CARD]
     write_json(run.result, {**result, "files": describe_files(run.path, kept)})
 
 

@@ -115,10 +115,8 @@ def write_end(
 ) -> None:  # fmt: skip
     """Write how this process ends, into the room that `start` has taken."""
     kept = list(problems)
-    record = {
-        "rank": rank, "exit_code": exit_code, "unexpected": unexpected, "shared": shared, "seconds": time.time()
-    }  # fmt: skip
-    while len(data := json.dumps({**record, "problems": kept}).encode()) > _END_BYTES:
+    record = {"rank": rank, "exit_code": exit_code, "unexpected": unexpected, "shared": shared}
+    while len(data := json.dumps({**record, "seconds": time.time(), "problems": kept}).encode()) > _END_BYTES:
         kept = kept[: len(kept) // 2] if len(kept) > 1 else [kept[0][: len(kept[0]) // 2]]
     descriptor = os.open(directory / f"rank-{rank}.end", os.O_WRONLY | os.O_CREAT, 0o600)
     try:
@@ -143,10 +141,9 @@ def read_ends(directory: Path) -> dict[int, End]:
 
 def beat_time(directory: Path, rank: int) -> int:
     """Take a number that changes whenever a process writes a sign of life, even on a full disk."""
-    try:
+    with suppress(OSError):
         return (directory / f"rank-{rank}.beat").stat().st_mtime_ns
-    except OSError:
-        return 0
+    return 0
 
 
 def _read_all(directory: Path, kind: str) -> list[dict[str, Any]]:

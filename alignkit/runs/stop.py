@@ -110,17 +110,14 @@ class StopFlag:
 
     Not so under our supervisor: a scheduler signals it and every process, it passes the signal on, and so the same
     request comes twice. It ends the processes itself when it is asked twice.
-    `joined` says whether all processes have met: before, a signal only waits, since one that left alone would leave the
-    others waiting for it. `training` says whether steps are running: only then is there something to save, and the loop
-    will look here.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None  # the loop sets it, too, when another rank was asked
         self._heard = False
         self.at_once = False  # a second one came: wherever the program was, nothing more is saved
-        self.joined = False
-        self.training = False
+        self.joined = False  # all processes have met: before, one that left alone would leave the others waiting
+        self.training = False  # steps are running: there is something to save, and the loop will look here
         self.saved = False  # whether there is a step to go on from
         self.at_risk: Callable[[], str] = lambda: "the last sealed checkpoint counts"  # what a second signal costs
 

@@ -13,20 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit import console
-from alignkit.data import (
-    DataReport,
-    Problems,
-    Rejects,
-    Row,
-    as_rendered,
-    escape_control_tokens,
-    find_control_tokens,
-    read_rows,
-    split_eval,
-    write_table,
-)
+from alignkit.data import DataReport, Problems, Rejects, Row, find_control_tokens, read_rows, split_eval, write_table
 from alignkit.data.load import first_rows, streams
-from alignkit.data.rows import fingerprint_prompt, iter_contents
+from alignkit.data.rows import as_rendered, escape_control_tokens, fingerprint_prompt, iter_contents
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat, ConversationError, Written
 from alignkit.models.scratch import learn_tokenizer
@@ -115,7 +104,7 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
         rows = read_rows(stage, stage.options.data, report=DataReport(), rejects=Rejects(), template=template)
         table, eval_lengths, first = write("eval.arrow", rows, side=True)
     elif isinstance(held_out, list):
-        known = report.prompt_hashes()
+        known = set(report.prompt_hashes)
         rows = read_rows(stage, held_out, report=report, rejects=rejects, known_prompts=known, template=template)
         table, eval_lengths, first = write("eval.arrow", rows)
     _require_rows(stage, lengths, is_empty=train is None)

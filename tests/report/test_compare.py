@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from alignkit.errors import RunError
-from alignkit.report.compare import compare_runs
+from alignkit.report.evaluation import compare_runs
 
 
 def _run(path: Path, **changes: Any) -> Path:
