@@ -38,21 +38,21 @@ class WordTokenizer:
         """Give the ids of each text, without special tokens of its own accord."""
         if not self.cached:
             return self._encode_all(texts)
-        split = [None if _RUN.search(text) else text.split(" ") for text in texts]
-        known = [words for words in split if words]
         if len(self._first) + len(self._spaced) > _MAX_WORDS:
             self._first.clear()
             self._spaced.clear()
+        split = [None if _RUN.search(text) else text.split(" ") for text in texts]
+        first, spaced = self._first, self._spaced
+        new_first = {words[0]: None for words in split if words and words[0] not in first}
+        new_spaced = {word: None for words in split if words for word in words[1:] if word not in spaced}
         # The words that are new, and the texts that must be cut as a whole, all at once.
-        first = list({words[0] for words in known} - self._first.keys())
-        spaced = list(set(chain.from_iterable(words[1:] for words in known)) - self._spaced.keys())
         uncut = [text for text, words in zip(texts, split, strict=True) if words is None]
-        ids = iter(self._encode_all([*first, *(f" {word}" for word in spaced), *uncut]))
-        self._first.update(zip(first, ids, strict=False))
-        self._spaced.update(zip(spaced, ids, strict=False))
-        lookup = self._spaced.__getitem__
+        ids = iter(self._encode_all([*new_first, *(f" {word}" for word in new_spaced), *uncut]))
+        first.update(zip(new_first, ids, strict=False))
+        spaced.update(zip(new_spaced, ids, strict=False))
+        lookup = spaced.__getitem__
         return [
-            next(ids) if words is None else [*self._first[words[0]], *chain.from_iterable(map(lookup, words[1:]))]
+            next(ids) if words is None else [*first[words[0]], *chain.from_iterable(map(lookup, words[1:]))]
             for words in split
         ]
 

@@ -7,21 +7,25 @@ comparing the rendering of the turns before an answer, as generation would be gi
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
 from jinja2 import meta
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
 from alignkit.errors import ModelError
 from alignkit.models.files import KNOWN
+from alignkit.models.frames import Frame, can_be_learnt, learn_frame
 from alignkit.runs.stop import time_limit
 
 _RENDER_SECONDS = 1
+_MOST_FRAMES = 1000  # sequences of roles whose frames are kept
+_PLAIN = {"role", "content", "trained"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*(.*)\Z", re.DOTALL)
 # Whatever an expression of a template can raise inside the sandbox.
@@ -83,6 +87,11 @@ class Template:
         self._strftime = clock.strftime
         self._control = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
         self.marked = _GENERATION.search(source) is not None
+        self._frames: dict[tuple[Any, ...], Frame | None] = {}
+
+    @cached_property
+    def _has_frames(self) -> bool:
+        return can_be_learnt(_compile_jinja_template(self.source).environment, self.source)
 
     @cached_property
     def end(self) -> _End:
@@ -126,17 +135,6 @@ class Template:
             if "Xname" in text and _A in text:
                 return form
         return None
-
-    @cached_property
-    def _trusts_marks(self) -> bool:
-        """Whether the {% generation %} blocks are exactly what is generated: then they need no comparing."""
-        probe: list[Any] = [_USER, _ANSWER, _USER, _ANSWER | {"content": _B}]
-        try:
-            text, marks = self._render(probe, mark=True)
-            (compared,) = self._compare(probe, probe, [1, 3])
-        except (ConversationError, ValueError):
-            return False
-        return text.startswith(compared.text) and marks == compared.spans
 
     def describe(self) -> str:
         """Say what was found out about the template."""
@@ -200,19 +198,41 @@ class Template:
         An answer that the template writes otherwise once later turns follow (without its thoughts, with another end)
         is learnt as generation produces it, in a text of its own that ends there; the whole conversation comes last.
         """
+        if (found := self._fill(messages, first)) is not None:
+            return found
+        return self._write(messages, first=first)
+
+    def _fill(self, messages: Sequence[Any], first: int) -> list[Written] | None:
+        """Write messages without rendering them, where the template's frame for their roles is known."""
+        for message in messages if self._has_frames else [{}]:
+            content = message.get("content")
+            if message.keys() - _PLAIN or type(content) is not str or not content.strip() or "think>" in content:
+                return None
+        key = (first, *((message["role"], message.get("trained", True)) for message in messages))
+        if key not in self._frames and len(self._frames) == _MOST_FRAMES:
+            return None
+        if key not in self._frames:
+            environment = _compile_jinja_template(self.source).environment
+            self._frames[key] = None
+            with suppress(ConversationError):
+                write = partial(self._write, first=first)
+                self._frames[key] = learn_frame(write, messages, environment)
+        if (frame := self._frames[key]) is None:
+            return None
+        found: list[Written] | None = frame.fill([message["content"] for message in messages])
+        if found is not None and frame.tries:
+            frame.tries -= 1
+            if found != self._write(messages, first=first):
+                self._frames[key] = found = None
+        return found
+
+    def _write(self, messages: Sequence[Any], *, first: int) -> list[Written]:
         given = self._prepare_all(messages)
         trained = [
             number
             for number, message in enumerate(messages)
             if number >= first and message["role"] == "assistant" and message.get("trained", True)
         ]
-        simple = all(m.keys() <= {"role", "content", "trained"} and "think>" not in m["content"] for m in messages)
-        if not first and self.marked and simple and self._trusts_marks:
-            answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-            text, marks = self._render(given, mark=True)
-            if len(marks) == len(answers):
-                _require_written(messages, text)
-                return [Written(text, [span for number, span in zip(answers, marks, strict=True) if number in trained])]
         try:
             return self._compare(messages, given, trained, first=first)
         except Endless:
@@ -393,16 +413,22 @@ class Template:
             {key: value for key, value in message.items() if key not in ("trained", "template_kwargs")}
             for message in messages
         ]
-        # transformers offers no way to set the clock: its cached template takes a global of its own.
-        _compile_jinja_template(self.source).globals["strftime_now"] = self._strftime
+        for message in bare:
+            if (thoughts := message.get("reasoning_content")) is not None:
+                message.setdefault("thinking", thoughts)  # what gpt-oss reads, as transformers' render_jinja_template
+        # transformers offers no way to set the clock: its cached template takes a global of its own. Nor does it
+        # render without copying all that it is given, which here is plain data: half of the time of a short turn.
+        compiled = _compile_jinja_template(self.source)
+        compiled.globals["strftime_now"] = self._strftime
         what = f"the chat template did not render within {_RENDER_SECONDS} s; use another: model.chat_template"
         endless = Endless(what)
         try:
             with time_limit(_RENDER_SECONDS, endless, of_thread=True):
-                texts, spans = render_jinja_template(
-                    [bare], chat_template=self.source, return_assistant_tokens_mask=mark, add_generation_prompt=prompt,
-                    **(self._settings | given),
-                )  # fmt: skip
+                values = {"messages": bare, "tools": None, "documents": None, "add_generation_prompt": prompt}
+                values |= self._settings | given
+                if mark:
+                    return _render_with_assistant_indices(compiled, **values)
+                return compiled.render(values), []
         except RecursionError as error:
             raise Endless(f"the chat template ({self.name}) calls itself without end") from error
         except OverflowError as error:  # of the sandbox
@@ -414,7 +440,6 @@ class Template:
             if type(error) is not TemplateError:  # which raise_exception raises: a mistake of the template's own
                 name, said = f" ({self.name})", f"{type(error).__name__}: {said}"
             raise ConversationError(f"the chat template{name} refuses the conversation: {said}{first}") from error
-        return texts[0], spans[0] if spans else []
 
 
 def list_settings(source: str, *, where: str) -> set[str]:
@@ -458,8 +483,10 @@ def _join_thoughts(thoughts: str, content: str) -> str:
 
 def _missing(message: Any, text: str) -> str:
     """Name what a turn says and a text does not hold, or ""."""
-    if not all(_is_written(piece, text) for piece in re.split(r"</?think>", message.get("content") or "")):
-        return "the thoughts or the content" if "think>" in message["content"] else "the content"
+    content = message.get("content") or ""
+    pieces = re.split(r"</?think>", content) if "think>" in content else [content]
+    if not all(_is_written(piece, text) for piece in pieces):
+        return "the thoughts or the content" if "think>" in content else "the content"
     if not _is_written(message.get("reasoning_content") or "", text):
         return "the reasoning"
     calls = [call["function"] for call in message.get("tool_calls", ())]

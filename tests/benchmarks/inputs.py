@@ -18,7 +18,9 @@ _TEXT = (
 _WORDS = _TEXT.split()
 
 
-def write_model(directory: Path, *, hidden_size: int = 64, num_layers: int = 2, positions: int = 512) -> Path:
+def write_model(
+    directory: Path, *, hidden_size: int = 64, num_layers: int = 2, positions: int = 512, template: str | None = None
+) -> Path:
     """Write a Llama with random weights and a byte-level tokenizer; 0.14 M parameters unless told otherwise."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -30,6 +32,7 @@ def write_model(directory: Path, *, hidden_size: int = 64, num_layers: int = 2, 
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<eos>", special=True), AddedToken("<pad>", special=True)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = template
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -48,7 +51,7 @@ def write_model(directory: Path, *, hidden_size: int = 64, num_layers: int = 2, 
 
 
 def write_rows(directory: Path, kind: str, num: int, *, seed: int = 0, words: int | None = None) -> Path:
-    """Write `num` rows for sft, rm or dpo as train.jsonl in a new directory and return the directory.
+    """Write `num` rows for sft, rm or dpo, or conversations, as train.jsonl in a new directory; return the directory.
 
     With `words` every answer has that many.
     """
@@ -64,7 +67,13 @@ def make_rows(kind: str, num: int, *, seed: int = 0, words: int | None = None) -
     draw = random.Random(seed)
     for number in range(num):
         prompt = f"{number}: {_sentence(draw, 4, 12)}?"
-        if kind == "sft":
+        if kind == "chats":  # every third has two questions
+            messages = []
+            for turn in range(2 - (number % 3 > 0)):
+                messages.append({"role": "user", "content": f"{prompt} {turn}"})
+                messages.append({"role": "assistant", "content": f"{_sentence(draw, 3, 50)}."})
+            yield {"messages": messages}
+        elif kind == "sft":
             yield {"prompt": prompt, "completion": f" {_sentence(draw, words or 3, words or 50)}."}
         else:
             yield {

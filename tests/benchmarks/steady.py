@@ -17,6 +17,8 @@ from inputs import write_model, write_rows
 from table import Row
 from timing import Command, alternate
 
+import alignkit.models
+
 WORKER = Path(__file__).resolve().parent / "worker.py"
 SIZES = {"0.14 M": (64, 2, 800, ">= 1.2"), "13.9 M": (512, 4, 64, ">= 1.0")}  # hidden size, layers, rows, bar
 METHODS = {"sft": "SFTTrainer", "dpo": "DPOTrainer", "rm": "RewardTrainer"}
@@ -122,7 +124,11 @@ def measure_preparation(directory: Path, *, runs: int) -> list[Row]:
     data = write_rows(directory / "rows", "sft", num_rows)
     found = _measure(["prepare"], ["ours", "trl"], [str(model), str(data)], directory, runs=runs)
     peaks = [statistics.median(run["peak_bytes"] for run in found[name]) for name in ("ours", "trl")]
+    zephyr = (Path(alignkit.models.__file__).parent / "templates" / "zephyr.jinja").read_text(encoding="utf-8")
+    model, data = write_model(directory / "chat", template=zephyr), write_rows(directory / "chats", "chats", num_rows)
+    chats = _measure(["prepare"], ["ours", "trl"], [str(model), str(data)], directory, runs=runs)
     return [
+        _row(f"{num_rows:,} chats of sft", chats, "ours", "trl", "TRL's SFTTrainer", ">= 5", unit="rows/s"),
         _row(f"{num_rows:,} rows of sft", found, "ours", "trl", "TRL's SFTTrainer", ">= 5", unit="rows/s"),
         _memory(f"{num_rows:,} rows of sft, peak memory", *peaks, "TRL's SFTTrainer"),
     ]

@@ -203,7 +203,10 @@ def prepare_trl(model: Path, rows: Path, out: Path) -> float:
     from trl import SFTConfig, SFTTrainer
 
     network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    config = SFTConfig(output_dir=str(out), max_length=512, use_cpu=True, bf16=False, report_to="none")
+    config = SFTConfig(
+        output_dir=str(out), max_length=512, use_cpu=True, bf16=False, report_to="none",
+        assistant_only_loss=tokenizer.chat_template is not None,
+    )  # fmt: skip
     began = time.perf_counter()
     data = load_dataset(str(rows), split="train")
     SFTTrainer(network, args=config, train_dataset=data, processing_class=tokenizer)
