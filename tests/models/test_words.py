@@ -7,7 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from alignkit.models.chat import _SAFE_PATTERNS, WordTokenizer
+from alignkit.models.chat import WordTokenizer
+from alignkit.models.files import KNOWN
 from alignkit.models.scratch import builtin_tokenizer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -21,7 +22,7 @@ TEXTS = st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=40) | st.l
 def backends() -> dict[str, Tokenizer]:
     """Return the builtin tokenizer as it is (GPT-2's pattern) and cut by each pattern we call safe, NFC too."""
     found = {"gpt2": builtin_tokenizer().backend_tokenizer}
-    for number, pattern in enumerate(sorted(_SAFE_PATTERNS)):
+    for number, pattern in enumerate(sorted(KNOWN["patterns_cut_at_spaces"])):
         backend = builtin_tokenizer().backend_tokenizer
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
