@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from alignkit.cli.look import chat, check, compare, diff, doctor, evaluate, init, merge, preview, report, schema
+import alignkit.cli.look as look
 from alignkit.cli.train import rlaif, run, stage_command
 from alignkit.errors import SUPERVISED, explain, first_line
 
@@ -48,8 +48,9 @@ app.command("sft", help="Train on demonstrations, or pre-train on raw text.")(st
 app.command("rm", help="Train a reward model on comparisons.")(stage_command("rm"))
 app.command("dpo", help="Train the policy directly on preferences.")(stage_command("dpo"))
 app.command("ppo", help="Train the policy on sampled answers and a reward, with a critic.")(stage_command("ppo"))
-for function in (init, rlaif, run, check, preview, schema, doctor, merge, evaluate, chat, compare, diff, report):
-    app.command("eval" if function is evaluate else None)(function)
+for function in (look.init, look.migrate, rlaif, run, look.check, look.preview, look.schema, look.doctor, look.merge,
+                 look.evaluate, look.chat, look.compare, look.diff, look.report):  # fmt: skip
+    app.command("eval" if function is look.evaluate else None)(function)
 
 
 _OF_A_RECIPE = ("sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "preview", "eval")

@@ -1,4 +1,4 @@
-"""The commands that train nothing: check, preview, schema, doctor, merge, chat, diff, report, eval."""
+"""The commands that train nothing: init, migrate, check, preview, schema, doctor, merge, chat, diff, report, eval."""
 
 from __future__ import annotations
 
@@ -29,6 +29,47 @@ def init(
     from alignkit.preflight.starter import write_starter
 
     console.print_paths(write_starter(path, source=source, model=model, data=data, method=method))
+
+
+def migrate(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipes, scripts or texts with commands.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the recipes go.")] = Path(),
+    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", min=1, help="On how many it ran in all.")] = None,
+    force: Annotated[bool, typer.Option("--force", metavar="", help="Write over files that are there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn recipes and commands of TRL, axolotl, LLaMA-Factory, torchtune and others into ours."""
+    from alignkit import console
+    from alignkit.errors import Problem, RecipeError
+    from alignkit.recipe.migrate import KINDS, migrate_file
+    from alignkit.recipe.yaml import shorten
+
+    taken, problems, written = set[Path](), list[Problem](), []
+    for file in files:
+        made, found = migrate_file(file, gpus=gpus)
+        problems += found
+        for one in made:
+            path = out / f"{one.name}.yaml"
+            if path in taken:  # examples of one name in several folders
+                path = out / f"{file.absolute().parent.name}-{path.name}"
+            if path in taken or (path.exists() and not force):
+                problems.append(Problem("is there already; --force writes over it, --out elsewhere", str(path)))
+                continue
+            taken.add(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(one.text, encoding="utf-8")
+            keys = [row._asdict() for row in one.rows]
+            written.append({"recipe": str(path), "tool": one.peer, "missing": one.missing, "keys": keys})
+            if not as_json:
+                counts = ", ".join(f"{[row.what for row in one.rows].count(kind)} {kind}" for kind in KINDS)
+                rows = [(row.key, shorten(str(row.value), 40), *row[2:]) for row in one.rows]
+                console.print_table(f"{path} from {file} ({one.peer}): {counts}", [*one.rows[0]._fields], rows)
+                for missing in one.missing:
+                    console.write(f"  {path}: {missing}")
+    if as_json:
+        console.print_json(written)
+    if problems:
+        raise RecipeError(problems)
 
 
 def check(
@@ -91,12 +132,24 @@ def preview(
         console.print_preview(shown.to_dict())
 
 
-def schema() -> None:
+def schema(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE...]", help="Recipes, with --install.")] = None,
+    install: Annotated[
+        bool, typer.Option("--install", metavar="", help="Write it here, and where it is into recipes.")
+    ] = False,
+) -> None:
     """Print the JSON Schema of recipes, for editors that complete and check YAML."""
     from alignkit import console
+
+    if install:
+        from alignkit.preflight.starter import install_schema
+
+        return console.print_paths(install_schema(files or ()))
+    if files:
+        raise typer.BadParameter("files go with --install, which writes into them where the schema is")
     from alignkit.recipe import recipe_schema
 
-    console.print_json(recipe_schema())
+    return console.print_json(recipe_schema())
 
 
 def doctor(as_json: AsJson = False) -> None:

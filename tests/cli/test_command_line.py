@@ -11,8 +11,8 @@ import alignkit
 from alignkit.cli import app
 
 COMMANDS = [
-    "sft", "rm", "dpo", "ppo", "init", "rlaif", "run", "check", "preview", "schema", "doctor", "merge", "eval", "chat",
-    "compare", "diff", "report",
+    "sft", "rm", "dpo", "ppo", "init", "migrate", "rlaif", "run", "check", "preview", "schema", "doctor", "merge",
+    "eval", "chat", "compare", "diff", "report",
 ]  # fmt: skip
 STAGE_OPTIONS = [
     "--recipe", "--stage", "--out", "--set", "--dry-run", "--force", "--trust-code", "--allow-change", "--allow-key",
@@ -134,6 +134,22 @@ def test_schema_is_json_schema_of_the_recipe(run_alignkit) -> None:
     schema = json.loads(done.stdout)
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert {"model", "sft", "rm", "dpo", "lora"} <= set(schema["properties"])
+
+
+def test_migrate_writes_recipes_and_a_report_of_every_key(run_alignkit, tmp_path) -> None:
+    (tmp_path / "a.sh").write_text("openrlhf.cli.train_sft --data.dataset org/d --model.model_name_or_path org/m\n")
+    (tmp_path / "b.yaml").write_text("services: {}\n")
+    done = run_alignkit("migrate", "a.sh", "b.yaml", "--out", "new", "--gpus", "2")
+    assert done.returncode == 2 and done.stderr.startswith("error: b.yaml: is not recognised as a training recipe")
+    assert done.stdout.startswith("new/a.yaml from a.sh (OpenRLHF): 0 same, 1 renamed, 1 converted, 0 automatic, 0 not")
+    assert "model.model_name_or_path" in done.stdout and "batch_size: 16" in (tmp_path / "new" / "a.yaml").read_text()
+    again = run_alignkit("migrate", "a.sh", "--out", "new")
+    assert (again.returncode, again.stderr) == (
+        2, "error: new/a.yaml: is there already; --force writes over it, --out elsewhere\n"
+    )  # fmt: skip
+    done = run_alignkit("migrate", "a.sh", "--out", "new", "--force", "--json")
+    (made,) = json.loads(done.stdout)
+    assert done.returncode == 0 and made["recipe"] == "new/a.yaml" and len(made["keys"]) == 2
 
 
 def test_schema_into_a_closed_pipe_says_nothing(run_python) -> None:

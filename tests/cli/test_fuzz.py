@@ -62,6 +62,7 @@ OPTIONS = {
     "report": ("--out", "--push"),
     "diff": (),
     "schema": (),
+    "migrate": ("--out", "--gpus"),
     "merge": ("--out",),
     "chat": ("--compare", "--temperature", "--max-new-tokens", "--seed", "--device", "--system"),
     "eval": ("--stage", "--judge", "--judge-name", "--split", "--reward", "--against", "--allow-key", "--metric",

@@ -23,7 +23,7 @@ from alignkit.recipe.schema import (
     RecipeOptions,
 )
 from alignkit.recipe.trl_fields import OWN, method_fields, read_snapshot, trl_fields
-from alignkit.recipe.words import controlled_fields, find_word, read_words
+from alignkit.recipe.words import controlled_fields, find_method, find_word, read_words
 from alignkit.recipe.yaml import Node, Origin
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -158,6 +158,20 @@ def test_words_of_other_tools_are_answered_with_ours(tmp_path: Path, given: str,
         path.write_text("model: {path: builtin:tiny-gpt2}" + place.format(given=given))
         with pytest.raises(RecipeError, match=re.escape(said)):
             load_recipe(path)
+
+
+def test_the_name_of_another_method_is_no_slip_of_the_pen(tmp_path: Path) -> None:
+    """`cpo` is two letters from `ppo`, and another method: what is known is told, and not the nearest loss."""
+    names = [name for word in read_words() if word.action == "method" for name in word.names.split()]
+    losses = method_fields("dpo")["loss_type"]["anyOf"][0]["enum"]
+    path = tmp_path / "recipe.yaml"
+    for name in {*names} - {*losses}:
+        path.write_text(f"model: {{path: builtin:tiny-gpt2}}\ndpo: {{data: builtin:preferences, loss_type: {name}}}")
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path)
+        known = find_method(name)
+        assert known is not None and str(caught.value).endswith(known.said), name
+        assert "did you mean" not in str(caught.value)
 
 
 def test_the_value_is_written_only_where_our_key_takes_it() -> None:

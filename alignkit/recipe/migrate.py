@@ -1,0 +1,531 @@
+"""Recipes and command lines of other tools as alignkit recipes: what `alignkit migrate` writes and reports.
+
+peers.json says how a file of each tool is recognised, where its method, rows and batch stand, and what it assumes where
+nothing is said; words.tsv says what every other key is here. What a recipe refuses of the outcome is taken out again,
+with the refusal as the reason.
+"""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Template
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from alignkit.errors import Problem, RecipeError
+from alignkit.recipe.check import accepted_keys
+from alignkit.recipe.load import find_problems
+from alignkit.recipe.schema import OPTIONS
+from alignkit.recipe.words import Word, find_method, find_word
+from alignkit.recipe.yaml import Origin, label_path, names_secret, parse_yaml, read_scalar, shorten
+
+SAME, RENAMED, CONVERTED, AUTOMATIC, LEFT = KINDS = ("same", "renamed", "converted", "automatic", "not carried over")
+_SECTIONS = ("model", "lora", "launch", "seed", "data", "eval")  # at the top level of a recipe, in this order
+_OFF = ("null", "false", '""', '"none"', '"None"', '"no"', "[]", "{}")  # as JSON, where 0 is not false
+_TO_WRITE = {
+    "model.path": ("path/to/model", "the source names none; write it"),
+    "data": ([{"path": "path/to/rows.jsonl"}], "the source names none; write it"),
+    "reward": ("path/to/reward-model", "write a reward model, {verify: math} or {function: pkg.module:name}"),
+}
+
+
+class Row(NamedTuple):
+    """What became of one key of the source: `alignkit` is our key, or why there is none."""
+
+    key: str
+    value: Any
+    what: str
+    alignkit: str
+
+
+class Line(NamedTuple):
+    """A value of the recipe with its comment, and the key of the source that it comes from."""
+
+    value: Any
+    comment: str = ""
+    key: str = ""
+
+
+@dataclass
+class Migration:
+    """A recipe made of another tool's, a report of every key, and what alignkit cannot do or a person has to write."""
+
+    name: str
+    peer: str
+    text: str
+    rows: list[Row]
+    missing: list[str]
+
+
+def _is_off(value: Any) -> bool:
+    return json.dumps(value, default=str) in _OFF
+
+
+@cache
+def _read_table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("peers.json").read_text("utf-8"))
+    return table
+
+
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            yield from _flatten(child, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        for number, item in enumerate(value):
+            yield from _flatten(item, f"{path}[{number}]")
+    else:
+        yield path, value
+
+
+def _recognise(tree: dict[str, Any]) -> str | None:
+    keys = dict(_flatten(tree))
+    there = {*keys, *(re.split(r"[.\[]", key)[0] for key in keys)}
+    for peer, table in _read_table()["peers"].items():
+        for mark in table["marks"]:  # a&b|c: a, and b or c
+            if all(there & {*either.split("|")} for either in mark.split("&")):
+                return str(peer)
+    return None
+
+
+_ASSIGNED = re.compile(r"""(?m)^\s*(?:export\s+|local\s+)?(\w+)=("(?:[^"\\]|\\.)*"|'[^']*'|\([^)]*\)|\S*)""")
+_VARIABLE = re.compile(r'"?\$\{(\w+)(?:\[@\]|:-([^}]*))?\}"?|\$(\w+)')
+
+
+def _read_commands(text: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield tool, method and arguments of every training command of a shell script, or of a text that shows some."""
+    text = re.sub(r"[ \t]*\\[ \t]*\n", " ", re.sub(r"(?m)^\s*#.*\n", "", text))
+    values = {name: value.strip("\"'()").replace("\n", " ") for name, value in _ASSIGNED.findall(text)}
+
+    def expand(found: re.Match[str]) -> str:
+        name, default = found[1] or found[3], found[2]
+        return str(values.get(name, found[0] if default is None else default))
+
+    for line in text.splitlines():
+        for _ in range(3):  # a variable may stand in another
+            line = _VARIABLE.sub(expand, line)
+        for peer, table in _read_table()["peers"].items():
+            found = re.search(table["command"], line) if "command" in table else None
+            method = next((group for group in found.groups() if group), "") if found else ""
+            # TRL's scripts have common names; any other script is somebody's own
+            if found and (peer != "TRL" or method in (*OPTIONS, *table["methods"]) or find_method(method)):
+                try:
+                    before, after = shlex.split(line[: found.start()]), shlex.split(line[found.end() :])
+                except ValueError:  # a quote that does not end
+                    break
+                tree = {**_read_arguments(before), **_read_arguments(after)}
+                if len(tree) > 1:
+                    yield peer, method, tree
+                break
+
+
+def _read_arguments(words: Sequence[str]) -> dict[str, Any]:
+    """Read `--key value`, `--key=value`, `--key a b`, `--flag`, and the variables that stand before a command."""
+    found: dict[str, list[Any]] = {}
+    given: list[Any] = []
+    for word in words:
+        if re.match(r"([|&;>]|\d?>|<<)", word):
+            break
+        key, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("--") or re.fullmatch(r"-[a-z]", word) or (equals and re.fullmatch("[A-Z_]+", key)):
+            given = found[key.replace("-", "_")] = [_read_value(value)] if equals else []
+        else:
+            given.append(_read_value(word))
+    return {key: values[0] if len(values) == 1 else values or True for key, values in found.items()}
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return json.loads(text) if text[:1] in ("{", "[") else read_scalar(text)
+    except ValueError:
+        return text
+
+
+def migrate_file(path: Path, *, gpus: int | None = None) -> tuple[list[Migration], list[Problem]]:
+    """Make recipes of a YAML file, or of every training command in a script or text, and say which cannot be made.
+
+    `gpus` is on how many it ran where it does not say so, which decides batch_size.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            reader = YAML(typ="safe", pure=True)
+            reader.allow_duplicate_keys = True
+            tree = reader.load(text)
+            found = [(peer, "", tree)] if isinstance(tree, dict) and (peer := _recognise(tree)) else []
+        else:
+            found = list(_read_commands(text))
+    except (OSError, ValueError, YAMLError) as error:
+        what = getattr(error, "strerror", None) or getattr(error, "problem", None) or error
+        mark = getattr(error, "problem_mark", None)
+        return [], [Problem(f"cannot be read: {what}", f"{path}:{mark.line + 1}" if mark else str(path))]
+    made, problems = list[Migration](), list[Problem]()
+    for number, (peer, method, tree) in enumerate(found, 1):
+        try:
+            made.append(_Writer(path, path.stem + f"-{number}" * (number > 1), peer, method, tree, gpus).write())
+        except RecipeError as error:  # of a method that alignkit has not
+            problems += error.problems
+    if not found:
+        known = ", ".join(_read_table()["peers"])
+        problems = [Problem(f"is not recognised as a training recipe or command of {known}", str(path))]
+    return made, problems
+
+
+class _Writer:
+    def __init__(self, path: Path, name: str, peer: str, command: str, tree: dict[str, Any], gpus: int | None) -> None:
+        self.path, self.name, self.peer, self.command, self.tree, self.gpus = path, name, peer, command, tree, gpus
+        given = dict(_flatten(tree))  # a value may name another: ${batch_size}
+        named = {key: re.fullmatch(r"\$\{([\w.]+)\}", str(value)) for key, value in given.items()}
+        self.keys = {key: given.get(found[1], given[key]) if found else given[key] for key, found in named.items()}
+        self.table: dict[str, Any] = _read_table()["peers"][peer]
+        self.rows: dict[str, Row] = {}
+        self.lines: dict[str, Line] = {}  # by our key, dotted
+        self.missing: list[str] = []
+        self.train: list[dict[str, Any]] = []
+        self.method, self.word = self._find_method()
+        self.accepted = accepted_keys(self.method)
+        self.has_lora = self._find_lora()
+        assumed = self.table["defaults"]  # by method, or the name of a tool that assumes the same
+        assumed = _read_table()["peers"][assumed]["defaults"] if isinstance(assumed, str) else assumed
+        kinds = dict.fromkeys(("*", self.method, self.word, "lora" if self.has_lora else "full"))
+        self.defaults: dict[str, Any] = {key: value for kind in kinds for key, value in assumed.get(kind, {}).items()}
+
+    def write(self) -> Migration:
+        self._read_rows()
+        self._read_batch()
+        for key, value in self.keys.items():
+            if key not in self.rows:
+                self._convert(key, value)
+        self._fill()
+        text = self._check()
+        rows = [self.rows[key] for key in self.keys]
+        return Migration(self.name, self.peer, text, rows, [*dict.fromkeys(self.missing)])
+
+    def _note(self, key: str, kind: str, said: str) -> None:
+        self.rows[key] = Row(key, self.keys.get(key), kind, said)
+
+    def _put(self, ours: str, value: Any, key: str, comment: str = "", kind: str = "") -> None:
+        """Write our key, unless another key of the source has said it already."""
+        if ours.startswith("lora."):
+            self.lines.pop("lora", None)
+        taken = (one for one in self.lines if f"{one}.".startswith(f"{ours}.") or f"{ours}.".startswith(f"{one}."))
+        if (before := self.lines.get(next(taken, ""))) is not None:
+            self._note(key, AUTOMATIC if before.value == value else LEFT, f"{ours}, as {before.key} says")
+            return
+        kind = kind or (CONVERTED if value != self.keys[key] else SAME if ours == key else RENAMED)
+        was = {SAME: "", RENAMED: f"was {key}", CONVERTED: f"was {key}: {shorten(_show(self.keys[key]), 40)}"}[kind]
+        self.lines[ours] = Line(value, comment or was, key)
+        self._note(key, kind, ours)
+
+    def _find_method(self) -> tuple[str, str]:
+        """The section of the recipe, and what the source calls it."""
+        said, key = self.command, ""
+        for name in self.table["method"]:
+            key = next((key for key in self.keys if re.match(rf"{re.escape(name)}(\.|$)", key)), "")
+            if key and not _is_off(self.keys[key]):
+                said = name if key != name else str(self.keys[key]).rpartition(".")[2]
+                break
+            key = ""
+        if not said and not self.table["method"]:  # the folder, or a key that only one method has
+            words = re.split(r"[^a-z]+", f"{self.path.parent.name}/{self.name}".lower())
+            said = next((word for word in reversed(words) if word in OPTIONS or word in ("orpo", "kto", "grpo")), "")
+            said = said or ("dpo" if "beta" in self.keys else "sft")
+        methods = self.table["methods"]
+        word, *settings = (methods.get(said, methods.get(said.lower(), said.lower())) or "sft").split()
+        found = None if word in OPTIONS else find_method(word)
+        section = word if found is None else found.key
+        if section not in OPTIONS:
+            why = found.said if found else "alignkit has no such method"
+            raise RecipeError(f"{self.peer}'s {said}: {why}", where=str(self.path))
+        for setting in [*settings, *(found.value.split() if found else ())]:
+            ours, _, value = setting.partition("=")
+            self.lines[ours] = Line(_read_value(value), f"was {key or 'the command'}: {said}", key)
+        if key:
+            self._note(key, CONVERTED, f"the section {section}:")
+        return section, word
+
+    def _find_lora(self) -> bool:
+        """Whether adapters are trained, and of which kind."""
+        key = next((key for key in self.table["lora"] if self.keys.get(key) is not None), "")
+        said = str(self.keys[key]).lower() if key else "lora" if self.table.get("lora default") else ""
+        kind = next((kind for kind in ("dora", "vera", "oft", "ia3") if re.search(rf"\bq?{kind}", said)), "")
+        has_lora = bool(kind or re.search(r"lora|true|^[1-9]", said))
+        comment = f"was {key}: {said}" if key else f"{self.peer}'s default"
+        if has_lora:
+            given = ("lora.adapter_type", kind) if kind else ("lora", {})
+            self.lines[given[0]] = Line(given[1], comment, key)
+            self.lines |= {"model.quantization": Line("nf4", comment, key)} if re.search(r"\bq(lora|oft)", said) else {}
+        elif said not in ("", "full", "false", "none", "0") and "." not in said:
+            self.missing.append(f"{key}: {said}: there are no such adapters; without lora: all weights are trained")
+        if key:
+            self._note(key, CONVERTED if has_lora else AUTOMATIC, "lora:" if has_lora else "all weights are trained")
+        return has_lora
+
+    def _read_batch(self) -> None:
+        """batch_size is over all devices: rows on a device x steps of accumulation x devices."""
+
+        def take(names: Sequence[str]) -> tuple[str, int]:
+            found = ((key, value) for key, value in self.keys.items() if key in names or key.lower() in names)
+            return next(((key, value) for key, value in found if type(value) is int and value > 0), ("", 0))
+
+        (micro_key, micro), (steps_key, steps) = take(self.table["micro"]), take(self.table["accumulation"])
+        (gpus_key, gpus), (nodes_key, nodes) = take(_read_table()["gpus"]), take(_read_table()["nodes"])
+        whole_key, whole = take(self.table.get("whole", ()))
+        # accelerate's num_processes counts those of all nodes
+        total = self.gpus or max(gpus, 1) * (1 if gpus_key == "num_processes" else max(nodes, 1))
+        micro = micro or self.defaults["micro"]
+        steps = steps or (math.ceil(16 / micro / total) if self.peer == "ms-swift" else 1)
+        for key in filter(None, (steps_key, gpus_key, nodes_key)):
+            self._note(key, CONVERTED, "batch_size")
+        if whole:
+            self._put("batch_size", whole, whole_key)
+        else:
+            unsaid = "" if self.gpus or gpus else " (--gpus says how many)"
+            shown = f"{micro} on a device x {steps} accumulated x {total} GPU{'s' * (total > 1)}{unsaid}"
+            self.lines["batch_size"] = Line(micro * steps * total, shown, micro_key)
+        if micro_key:
+            self._put("micro_batch_size", micro, micro_key)
+        if total > 1:
+            nodes = nodes if nodes > 1 and total % nodes == 0 else 1
+            comment = "of --gpus" if self.gpus else f"was {gpus_key}"
+            self.lines["launch.processes"] = Line(total // nodes, comment, gpus_key)
+            self.lines |= {"launch.nodes": Line(nodes, f"was {nodes_key}", nodes_key)} if nodes > 1 else {}
+
+    def _read_rows(self) -> None:
+        """The sources of rows, and those held out; what stands beside them is added by `_convert`."""
+        for place in self.table["data"]:
+            value: Any = self.tree
+            for part in [place] if place in self.tree else place.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if _is_off(value):
+                continue
+            is_source = not isinstance(value, dict) or {*_read_table()["sources"], "_component_"} & value.keys()
+            if isinstance(value, str):
+                value = [part.strip() for part in value.split(",") if part.strip()]
+            elif isinstance(value, dict):
+                value = [value] if is_source else [{"path": key, "weight": share} for key, share in value.items()]
+            sources = [one for item in value if (one := self._read_source(item, place)).get("path")]
+            ours = "eval" if re.search(r"eval|val|test", place) else "data"
+            under = [key for key in self.keys if re.match(rf"{re.escape(place)}(\.|\[|$)", key)]
+            known = {*_read_table()["sources"], "_component_", *place.split(".")}
+            for key in under:
+                if key.rpartition(".")[2] in known or ".column" in key or (not is_source and "." in key):
+                    self._note(key, CONVERTED, ours)
+            if ours == "data" and not self.train and sources:
+                self.train = sources
+                self.lines["data"] = Line(sources, f"was {place}", under[0])
+            elif sources and ours == "eval":
+                self.lines.setdefault("eval", Line(sources, f"was {place}", under[0]))
+
+    def _read_source(self, item: Any, place: str) -> dict[str, Any]:
+        """One source: a name, of a registry or with a number of rows behind it, or a mapping."""
+        if isinstance(item, str):
+            name, _, count = re.sub(r"^(hf|ms)::", "", item, flags=re.I).partition("#")
+            name, _, subset = name.partition(":") if self.peer == "ms-swift" else (name, "", "")
+            has_registry = self.peer == "LLaMA-Factory" and not re.search(r"[/.]", name)
+            entry = _look_up_registry(self.path, self.keys.get("dataset_dir"), name) if has_registry else None
+            if entry is None and has_registry:
+                self.missing.append(f"data: {name} is a name of dataset_info.json, which is not beside the file")
+            source = self._read_source(entry, place) if entry else {"path": name}
+            source |= {"name": subset} if subset and subset != "default" else {}
+            return source | ({"max_rows": int(count)} if count.isdecimal() else {})
+        if not isinstance(item, dict):
+            return {}
+        component = str(item.get("_component_", "")).rpartition(".")[2]
+        source = dict(self.table.get("datasets", {}).get(component, {}))
+        for name, value in item.items():
+            _add_to_source(source, name, value)
+        kind = f"{item.get('type', '')} {component}"
+        if re.match(r"completion|pretrain| text_completion", kind) and self.method == "sft":
+            self.lines["objective"] = Line("lm", f"was the type of {place}")
+        return source
+
+    def _convert(self, key: str, value: Any) -> None:
+        section, _, name = key.rpartition(".")
+        known = self.table.get("sections", ())
+        name = name if known == "*" or section in known else key  # without the sections of its tool
+        word = find_word(key, self.method, self.peer)
+        is_own = word is not None and word.tool == self.peer
+        is_launch = name in ("deepspeed", "config_file", "fsdp")
+        epochs = next((self.keys[one] for one in ("num_epochs", "epochs") if self.keys.get(one)), 1)
+        if value is None or value in ("", [], {}):
+            self._note(key, AUTOMATIC, "empty")
+        elif name in ("save_steps", "eval_steps", "steps") and isinstance(value, int | float) and value <= 0:
+            self._note(key, AUTOMATIC, "never before the end")
+        elif name in ("evals_per_epoch", "saves_per_epoch") and isinstance(value, int) and value > 0:
+            self._put(f"{name[:4]}_steps", round(1 / (value * epochs), 4), key)
+        elif name == "max_steps_per_epoch" and isinstance(value, int):
+            self._put("max_steps", int(value * epochs), key, kind=CONVERTED)
+        elif name in ("rpo_alpha", "nll_loss_coef", "pref_ftx") and self.method == "dpo" and value not in (0, False):
+            self._put("loss_weights", [1.0, float(value)], key)
+            before = self.lines.get("loss_type", Line("sigmoid")).value
+            self.lines["loss_type"] = Line([before, "sft"], f"was {key}", key)
+        elif name == "lora_attn_modules" and isinstance(value, list):  # torchtune has names of its own
+            mlp = ["gate_proj", "up_proj", "down_proj"] if self.keys.get("model.apply_lora_to_mlp") else []
+            self._put("lora.target_modules", [{"output_proj": "o_proj"}.get(one, one) for one in value] + mlp, key)
+        elif found := re.search(r"(?:zero|_z|stage)_?([0-3])|fsdp", f"{name} {value}".lower() if is_launch else ""):
+            self._put("launch.strategy", ("ddp", "zero2", "zero2", "zero3")[int(found[1])] if found[1] else "fsdp", key)
+        elif key in ("rollout.batch_size", "rollout_batch_size", "generation_batch_size") and isinstance(value, int):
+            each = 1 if key.startswith("gen") else next((n for one, n in self.keys.items() if "n_samples" in one), 1)
+            self._put("minibatches", max(1, value * each // self.lines["batch_size"].value), key, kind=CONVERTED)
+        elif re.search(r"\.(roles|message_property_mappings|tags)\b|^data.*\.seed$", key):
+            self._note(key, AUTOMATIC, "roles and turns are recognised (else data.roles), rows are ordered by seed")
+        elif name in ("dataset_splits", "dataset_test_split") and self.train:
+            train, test = (value[0], value[1:]) if isinstance(value, list) else (None, [value])
+            for source in self.train:
+                source |= {"split": train} if train else {}
+            if test and (self.keys.get("do_eval") or self.keys.get("eval_strategy", "no") not in ("no", False)):
+                held_out = [{**source, "split": test[0]} for source in self.train]
+                self.lines["eval"] = Line(held_out, f"was {key}", key)
+            self._note(key, CONVERTED, "eval, data.split")
+        elif not is_own and name.rpartition(".")[2] in _read_table()["sources"] and self.train:
+            for source in self.train:
+                _add_to_source(source, name.rpartition(".")[2], value)
+            self._note(key, CONVERTED, "data")
+        elif not is_own and name in self.accepted and name not in ("data", "eval") and not isinstance(value, dict):
+            self._put(name, value.lower() if name == "log_level" else value, key)
+        elif name in ("seed", "data_seed"):
+            self._put("seed", value, key)
+        elif word is not None:
+            self._follow(word, key, value)
+        elif key.isupper() or names_secret(name.rpartition(".")[2]):
+            self._note(key, LEFT, "a recipe sets no variables and holds no secrets; set it in the environment")
+        else:
+            self._note(key, AUTOMATIC if _is_off(value) else LEFT, "off" if _is_off(value) else "not known to alignkit")
+
+    def _follow(self, word: Word, key: str, value: Any) -> None:
+        """Write what the table of words says of a key."""
+        first = word.key.split(".")[0]
+        new = word.convert(value) if word.action in ("renamed", "converted") else None
+        if first == "reward" and isinstance(value, list):
+            parts = [word.convert(part) for part in value]
+            new = None if None in parts else parts[0] if len(parts) == 1 else parts
+        is_off = _is_off(value) or (word.action == "missing" and value in (0, 1))
+        if first == "eval" and not (isinstance(new, float) and 0 < new < 1):
+            is_off, new = not new, None
+        if first == "lora" and not self.has_lora:
+            self._note(key, AUTOMATIC, "all weights are trained")
+        elif first == "data":
+            self._note(key, AUTOMATIC if self.train else LEFT, word.say())
+        elif word.action == "automatic" or (is_off and not isinstance(new, bool)):
+            self._note(key, AUTOMATIC, word.say() if word.action == "automatic" else "off, as here")
+        elif new is None or (first not in _SECTIONS and first not in self.accepted):
+            self._note(key, LEFT, word.say() if new is None else f"{word.say()}, which {self.method} has not")
+            if word.action == "missing":
+                self.missing.append(f"{key}: {word.say()}")
+        elif word.key in ("lora.target_modules", "lora.modules_to_save") and isinstance(new, str):
+            self._put(word.key, new if new == "all-linear" else [part.strip() for part in new.split(",")], key)
+        else:
+            self._put(word.key, new, key)
+
+    def _fill(self) -> None:
+        """What the other tool assumes where nothing is said, and what only somebody who knows can write."""
+        for ours, value in self.defaults.items():
+            is_ours = ours.startswith("lora.") or ours in self.accepted
+            if is_ours and ours not in self.lines and (ours != "num_train_epochs" or "max_steps" not in self.lines):
+                self.lines.pop("lora" if ours.startswith("lora.") else "", None)
+                self.lines[ours] = Line(value, f"{self.peer}'s default")
+        rates = [ours for ours in self.lines if ours.startswith("lr_scheduler_kwargs.min_lr")]
+        scheduler = self.lines.get("lr_scheduler_type", Line("cosine"))
+        if rates and "min_lr" not in str(scheduler.value):
+            comment = f"{scheduler.comment}, and {self.lines[rates[0]].comment}"
+            self.lines["lr_scheduler_type"] = Line("cosine_with_min_lr", comment, scheduler.key)
+        if rates or "min_lr" not in str(scheduler.value):
+            self.lines.pop("lr_scheduler_kwargs", None)
+        if "start_from" in self.lines and "model.path" not in self.lines:
+            self.lines["model.path"] = self.lines.pop("start_from")
+        if self.lines.get("generation.mode", Line("")).value == "server" and "generation.url" not in self.lines:
+            host, port = self.keys.get("vllm_server_host", "127.0.0.1"), self.keys.get("vllm_server_port", 8000)
+            self.lines["generation.url"] = Line(f"http://{host}:{port}", "was vllm_server_host and vllm_server_port")
+        for ours, (value, why) in _TO_WRITE.items():
+            if ours not in self.lines and (ours != "reward" or self.method == "ppo"):
+                self.lines[ours] = Line(value, "to be written")
+                self.missing.append(f"{ours}: {why}")
+
+    def _check(self) -> str:
+        """Take out what a recipe refuses, until nothing is; the refusal is the reason."""
+        while True:
+            tree = parse_yaml(self._compose(), Origin("recipe", self.path.parent))
+            assert tree is not None
+            paths = reversed([*tree.leaves()])  # of several on a line the outermost counts
+            places = {node.place: ".".join(path).removeprefix(f"{self.method}.") for path, node in paths}
+            problems = find_problems(tree)[2]
+            refused = {
+                one: problem.what
+                for problem in problems
+                for one in self.lines
+                if one not in _TO_WRITE and f"{one}.".startswith(f"{places.get(problem.where or '', '?')}.")
+            }
+            if not refused:
+                self.missing += [problem.what for problem in problems]
+                return self._compose()
+            for one, what in refused.items():
+                key, is_idle = self.lines.pop(one).key, "has no effect" in what
+                self.missing += [] if is_idle else [f"{key or one}: {what}"]
+                if key in self.keys:
+                    self._note(key, AUTOMATIC if is_idle else LEFT, what)
+
+    def _compose(self) -> str:
+        tree: dict[str, Any] = {}
+        for ours, line in self.lines.items():
+            *above, last = ours.split(".") if ours.split(".")[0] in _SECTIONS else [self.method, *ours.split(".")]
+            inside = tree
+            for part in above:
+                inside = inside.setdefault(part, {})
+            inside[last] = line
+        template = Template(Path(__file__).with_name("migrated.yaml.jinja").read_text("utf-8"))
+        return template.render(
+            source=label_path(self.path), peer=self.peer, missing=dict.fromkeys(self.missing), tree=tree,
+            order=(*_SECTIONS, self.method), show=_show,
+        ) + "\n"  # fmt: skip
+
+
+def _add_to_source(source: dict[str, Any], name: str, value: Any) -> None:
+    """Say in a source of rows what another tool's key says of it; what it says already stays."""
+    table = _read_table()
+    recognised = table["recognised columns"]
+    ours = table["sources"].get(name, "")
+    value = value[0] if isinstance(value, list) and value and ours in ("path", "split") else value
+    if not ours or _is_off(value) or (ours, value) in (("weight", 1), ("name", "default")):
+        return
+    if ours == "path" and ("path" not in source or name in ("dataset_path", "data_files")):
+        source["path"] = value
+    elif ours.startswith("columns"):
+        given = value if isinstance(value, dict) else {ours.partition(".")[2]: value}
+        renamed = {table["columns"].get(left, left): right for left, right in given.items()}
+        wanted = {a: b for a, b in renamed.items() if a and isinstance(b, str) and a != b and b not in recognised}
+        if wanted:
+            source["columns"] = {**wanted, **source.get("columns", {})}
+    else:
+        source.setdefault(ours, value)
+
+
+def _look_up_registry(path: Path, below: Any, name: str) -> dict[str, Any] | None:
+    """A name of LLaMA-Factory's dataset_info.json, in dataset_dir or data/ of a folder above the file."""
+    folders = [folder / str(below or "data") for folder in path.absolute().parents]
+    for file in (folder / "dataset_info.json" for folder in folders):
+        if file.is_file():
+            entry = json.loads(file.read_text("utf-8")).get(name)
+            if isinstance(entry, dict) and "file_name" in entry:
+                entry["file_name"] = str(file.parent / entry["file_name"])
+            return entry if isinstance(entry, dict) else None
+    return None
+
+
+def _show(value: Any) -> str:
+    """A value as one writes it in a recipe."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_show(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_show, value)) + "]"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[\w./~$][\w./@+$-]*(:[\w./-]+)?", value) and isinstance(read_scalar(value), str)
+        return value if plain else json.dumps(value, ensure_ascii=False)
+    return re.sub(r"e([+-])0+", r"e\1", json.dumps(value, default=str)).replace("e+", "e")
