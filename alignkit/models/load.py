@@ -117,7 +117,9 @@ def draw_base(stage: Stage, tokenizer: PreTrainedTokenizerFast, dtype: torch.dty
         setattr(config, name, getattr(tokenizer, name))
     if config.is_encoder_decoder:  # as T5 and Marian have it
         config.decoder_start_token_id = tokenizer.pad_token_id
-    return random_model(config, seed=stage.seed, dtype=dtype, attn_implementation=options.attn_implementation)
+    is_meta = torch.get_default_device().type == "meta"  # shapes need no kernel, which may not be installed here
+    kernel = None if is_meta else options.attn_implementation
+    return random_model(config, seed=stage.seed, dtype=dtype, attn_implementation=kernel)
 
 
 def write_base(run_dir: Path, model: PreTrainedModel, record: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from alignkit.preflight.requirements import (
     without_unmade,
 )
 from alignkit.recipe import Recipe, Stage, resolve
-from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, LabelOptions, PpoOptions
+from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, LabelOptions, PpoOptions, TrainOptions
 from alignkit.report.text import wilson
 from alignkit.rewards.kinds import describe_reward
 from alignkit.runs.directory import form_of, require_form
@@ -234,7 +234,9 @@ def start_today(stage: Stage) -> tuple[Stage, str]:
     """Let a stage that starts from an untrained one start from the base, and say what it starts from."""
     if stage.start_stage and stage.start_dir and not Path(stage.start_dir).is_dir():
         said = f"{stage.start_stage}, not trained yet: looked at with {stage.model.path}"
-        return replace(stage, start_dir=None, start_stage=None), said
+        # What it says of its start's adapter is right for the stage, and has no effect on the base.
+        options = stage.options.model_copy(update={"adapter": None} if isinstance(stage.options, TrainOptions) else {})
+        return replace(stage, start_dir=None, start_stage=None, options=options), said
     return stage, stage.start_dir or stage.model.path
 
 

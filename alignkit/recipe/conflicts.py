@@ -188,8 +188,8 @@ CONFLICTS = (
     # dpo
     Conflict("dpo", "loss_type", lambda stage: len(losses_of(stage)) > 1 and find_kto(stage),
              "mixes {} with others; it is computed on single answers and must stand alone"),
-    Conflict("dpo", "loss_type", lambda stage: len(losses_of(stage)) > 1 and _own_loss(stage),
-             "mixes {} with others; it must stand alone"),
+    Conflict("dpo", "loss_type", lambda stage: len({*losses_of(stage)} - {"sft"}) > 1 and _own_loss(stage),
+             "mixes {} with others; only sft may stand beside it"),
     Conflict("dpo", "loss_weights",
              lambda stage: len(stage.get("loss_weights")) != len(losses_of(stage)) and len(losses_of(stage)),
              "has {size} weights for {} losses in loss_type"),
@@ -197,8 +197,8 @@ CONFLICTS = (
              lambda stage: stage.get("f_divergence_type") != "reverse_kl"
              and ", ".join(sorted({*losses_of(stage)} - {*_F_DIVERGENCE, *KTO_LOSSES})),
              "is {value}, which {} cannot use; use reverse_kl"),
-    _idle("dpo", "ld_alpha f_divergence_type use_weighting loss_weights router_aux_loss_coef", _own_loss,
-          "with loss_type: {}"),
+    _idle("dpo", "ld_alpha f_divergence_type use_weighting router_aux_loss_coef", _own_loss, "with loss_type: {}"),
+    _idle("dpo", "loss_weights", lambda stage: len(losses_of(stage)) == 1 and _own_loss(stage), "with loss_type: {}"),
     _idle("dpo", "precompute_ref_log_probs precompute_ref_batch_size",
           lambda stage: (own := _own_loss(stage)) and not OWN_LOSSES[own].has_reference and own,
           "with loss_type: {}, which has no reference"),

@@ -360,6 +360,7 @@ class SftOptions(TrainOptions):
     lm_coef: float = option(0.5, ge=0)
     labels: Annotated[list[Text], Field(min_length=2)] | None = option(None)
     streaming: bool = option(False)
+    batch_tokens: Count | None = option(None)
 
 
 class RmOptions(TrainOptions):

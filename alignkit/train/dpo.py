@@ -154,7 +154,12 @@ class Dpo(_Referenced, DPOTrainer):
         }  # fmt: skip
         for name, value in found.items():
             metrics[name].append(gather(value.detach()).mean().item())
-        return losses_B.mean()
+        weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
+        total = weights["sigmoid"] * losses_B.mean()  # as TRL knows it
+        if "sft" in weights:
+            likelihood = -weights["sft"] * chosen_B.sum() / chosen_tokens_B.sum()
+            total = total + likelihood + self._sft_correction(outputs, inputs)
+        return total
 
 
 class Kto(_Referenced, KTOTrainer):
@@ -190,7 +195,8 @@ def _build_dpo(setup: Setup) -> Dpo:
     (own,) = {*stage.trainer.get("loss_type", ())} & OWN_LOSSES.keys() or (None,)
     is_soft = any((np.asarray(table["label"]) != 1).any() for table in (tables.train, tables.eval) if table)
     has_reference = own is None or OWN_LOSSES[own].has_reference
-    fixed: dict[str, Any] = {"loss_type": ["sigmoid"]} if own else {}
+    names = ["sigmoid" if name == own else name for name in stage.trainer.get("loss_type", ["sigmoid"])]
+    fixed: dict[str, Any] = {"loss_type": names} if own else {}
     if not has_reference:
         fixed["precompute_ref_log_probs"] = True  # TRL then holds no second model, and `Dpo` computes nothing
     config = build_config(stage, DPOConfig, setup.run.checkpoints, **fixed)

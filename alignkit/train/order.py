@@ -33,6 +33,21 @@ def grouped_order(lengths: Sequence[int] | np.ndarray, *, batch_size: int, seed:
     return np.concatenate([batches.reshape(-1), rest])
 
 
+def token_batches(lengths: Sequence[int] | np.ndarray, *, num_tokens: int, seed: int) -> list[np.ndarray]:
+    """Cut all rows into batches of like lengths, each as long as `num_tokens` allows when padded to its longest row."""
+    lengths = np.asarray(lengths)
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), 1000):
+        rows = order[start : start + 1000]
+        rows = rows[np.argsort(-lengths[rows], kind="stable")]
+        while len(rows):
+            size = max(num_tokens // int(lengths[rows[0]]), 1)
+            batches.append(rows[:size])
+            rows = rows[size:]
+    return batches
+
+
 def fill_up(order: np.ndarray, *, batch_size: int) -> np.ndarray:
     """Make whole batches of an order: the incomplete last one gets rows from the beginning of the epoch.
 

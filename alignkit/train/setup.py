@@ -82,6 +82,8 @@ def micro_batch_size(stage: Stage) -> int:
     if problem := check_batch(stage, world_size()):
         raise RecipeError(problem)
     options = stage.training
+    if getattr(options, "batch_tokens", None):
+        return 1  # a "row" is a batch of its own
     share = options.batch_size // world_size()
     wanted = options.micro_batch_size
     limit = max(_LARGEST_MICRO_BATCH // world_size(), 2) if stage.is_unpaired else _LARGEST_MICRO_BATCH

@@ -22,6 +22,7 @@ from alignkit.recipe.schema import SftOptions
 from alignkit.runs.directory import RunDir
 from alignkit.train.encode import IGNORED, longest_sequence, name_label
 from alignkit.train.fit import fit
+from alignkit.train.order import token_batches
 from alignkit.train.setup import Setup, build_config, collator_for, open_rows
 from alignkit.train.tables import open_stream
 from alignkit.train.trainer import Guarded
@@ -135,6 +136,15 @@ def build(stage: Stage, run: RunDir) -> Setup:
     if stage.objective == "seq2seq":
         trainer, arguments["data_collator"] = Seq2Seq, collator_for(stage, setup.chat.tokenizer)
     setup.trainer = trainer(**arguments)
+    if (budget := stage.expect(SftOptions).batch_tokens) is not None:
+        table, collate = setup.tables.train, setup.trainer.data_collator
+        batches = token_batches(table.with_format("numpy")["length"][:], num_tokens=budget, seed=stage.seed)
+        grouped = table.from_dict({"rows": [rows.tolist() for rows in batches]})
+        setup.trainer.train_dataset = grouped.with_transform(
+            lambda items: {"rows": [[table[row] for row in rows] for rows in items["rows"]]}
+        )
+        # Held-out rows come one by one.
+        setup.trainer.data_collator = lambda items: collate([row for item in items for row in item.get("rows", [item])])
     if streams(stage):
         setup.trainer.train_dataset = open_stream(stage, setup.chat)  # TRL's constructor takes a Dataset alone
     return setup

@@ -95,8 +95,8 @@ START = "model: {path: gpt2}\ndata: x/y\n"
          "moving one is in no checkpoint, and a resumed run would differ"),
         ("dpo: {truncation_mode: keep_end}", "dpo.truncation_mode cannot be set: the start of a row is kept, "
          "and what is cut is counted; raise max_length"),
-        ("dpo: {loss_type: [cdpo, sft], label_smoothing: 0.1}", "dpo.loss_type mixes cdpo with others; it must stand "
-         "alone"),
+        ("dpo: {loss_type: [cdpo, sft, hinge], label_smoothing: 0.1}", "dpo.loss_type mixes cdpo with others; only sft "
+         "may stand beside it"),
         ("dpo: {loss_type: ipo_sum, ld_alpha: 0.5}", "dpo.ld_alpha has no effect with loss_type: ipo_sum"),
         ("dpo: {loss_type: kto, batching: grouped}", "dpo.batching is grouped; KTO pairs each prompt with its "
          "neighbour's answer, so rows are only shuffled"),

@@ -340,7 +340,7 @@ def test_a_loss_without_a_reference_holds_none_and_equals_its_formula(
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("loss", ["apo_zero", "apo_down", "rpo", "mpo"])
+@pytest.mark.parametrize("loss", ["apo_zero", "apo_down", "rpo", "mpo", "simpo-sft"])
 def test_losses_of_trl_and_their_mixes_are_those_of_their_papers(
     loss: str, make_stage: Callable, tmp_path: Path
 ) -> None:
@@ -349,6 +349,7 @@ def test_losses_of_trl_and_their_mixes_are_those_of_their_papers(
     BCO's reward shift, a running mean in its paper (2404.04656), is 0 in TRL.
     """
     mixes = {"rpo": "[sigmoid, sft], loss_weights: [1.0, 0.7]",
+             "simpo-sft": "[simpo, sft], loss_weights: [0.5, 0.7], simpo_gamma: 0.3",
              "mpo": "[sigmoid, bco_pair, sft], loss_weights: [0.8, 0.2, 1.0]"}  # fmt: skip
     text = f"{BASE}dpo: {{{PAIRS}, {SHORT}, beta: 0.1, loss_type: {mixes.get(loss, loss)}}}"
     trainer = build(make_stage(text, "dpo"), tmp_path).trainer  # type: ignore[attr-defined]
@@ -360,10 +361,12 @@ def test_losses_of_trl_and_their_mixes_are_those_of_their_papers(
     chosen, rejected = (0.1 * (after - before)).chunk(2)
     sigmoid = torch.nn.functional.logsigmoid
     nll = -after[:4].sum() / batch["completion_mask"][:4, 1:].sum()
+    means = after / batch["completion_mask"][:, 1:].sum(1)
     expected = {
         "apo_zero": (1 - chosen.sigmoid() + rejected.sigmoid()).mean(),
         "apo_down": (chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()).mean(),
         "rpo": -sigmoid(chosen - rejected).mean() + 0.7 * nll,
+        "simpo-sft": -0.5 * sigmoid(0.1 * (means[:4] - means[4:]) - 0.3).mean() + 0.7 * nll,
         "mpo": -0.8 * sigmoid(chosen - rejected).mean() + nll
         - 0.2 * (sigmoid(chosen) + sigmoid(-rejected)).mean(),
     }[loss]  # fmt: skip
@@ -491,21 +494,25 @@ def test_a_probe_is_taken_without_the_autocast_wrapper_of_training(run_python: C
     assert run_python("-c", AUTOCAST).stdout == "False\nTrue\n"
 
 
-def test_a_loss_with_an_sft_part_does_not_depend_on_micro_batches(make_stage: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "losses", ["[sigmoid, bco_pair, sft], loss_weights: [1.0, 0.5, 0.5], precompute_ref_log_probs: true",
+               "[simpo, sft], loss_weights: [1.0, 0.5]"])  # fmt: skip
+def test_a_loss_with_an_sft_part_does_not_depend_on_micro_batches(
+    losses: str, make_stage: Callable, tmp_path: Path
+) -> None:
     text = (
         f"{BASE}dpo: {{data: {{path: builtin:preferences, max_rows: 8}}, batch_size: 8, max_steps: 1, "
-        "samples: {num: 0}, logging_steps: 1, loss_type: [sigmoid, bco_pair, sft], loss_weights: [1.0, 0.5, 0.5], "
-        "precompute_ref_log_probs: true}"
+        f"samples: {{num: 0}}, logging_steps: 1, loss_type: {losses}}}"
     )
-    losses, held_out = [], []
+    found, held_out = [], []
     for size in (8, 2, 1):
         trainer = build(make_stage(text, "dpo", f"dpo.micro_batch_size={size}"), tmp_path).trainer
         trainer.eval_dataset = trainer.train_dataset
         held_out.append(trainer.evaluate()["eval_loss"])
         trainer.train()
-        losses.append(next(row["loss"] for row in trainer.state.log_history if "loss" in row))
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
-    assert held_out == pytest.approx([losses[0]] * 3, rel=1e-5)
+        found.append(next(row["loss"] for row in trainer.state.log_history if "loss" in row))
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+    assert held_out == pytest.approx([found[0]] * 3, rel=1e-5)
 
 
 def test_a_whole_number_is_a_float_where_trl_wants_one(make_stage: Callable, tmp_path: Path) -> None:
