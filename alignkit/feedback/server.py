@@ -174,6 +174,25 @@ class Endpoint:
 
         return self._ask_all(requests, known, decide)
 
+    def read_prompts(self, prompts: Sequence[Sequence[int]], num: int) -> dict[int, Any]:
+        """Ask for the `num` likeliest tokens at each place of token ids: {id: {logprob, ...}} as vLLM has it."""
+
+        async def ask(ids: Sequence[int]) -> Reply:
+            payload = {"model": self._source.name, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0}
+            return await self._ask(payload | {"extra_body": {"prompt_logprobs": num}}, read, Reply)
+
+        def read(choice: dict[str, Any]) -> Reply:
+            places = list(choice.get("prompt_logprobs") or ())
+            if not places or min(map(len, places[1:])) < num:
+                what = f"gives no {num} log-probabilities of each token of a prompt"
+                raise JudgeError(f"{self.place} {what} (prompt_logprobs), as vLLM's server does")
+            return Reply(places=places)
+
+        found = {place: reply for pairs in self._ask_all(prompts, (), ask) for place, reply in pairs}
+        if problem := next((reply.problem for reply in found.values() if reply.problem), None):
+            raise JudgeError(f"{self.place} {problem}")
+        return {place: reply.places for place, reply in found.items()}
+
     def _payload(self, request: Request, room: int, temperature: float, *, closing: str = "") -> dict[str, Any]:
         payload: dict[str, Any] = {"model": self._source.name, "max_tokens": room, "temperature": temperature}
         if not self._is_chat:

@@ -77,6 +77,7 @@ class Reply(Answered):
     text: str = ""
     ended: bool = True  # False: cut off by max_new_tokens
     problem: str | None = None
+    places: list[dict[str, Any] | None] | None = None  # the likeliest tokens of each place of a prompt, by their ids
 
 
 @dataclass

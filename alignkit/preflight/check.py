@@ -257,6 +257,10 @@ def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
 
     chat = load_chat(stage, learnt=learn_vocabulary(stage))
     tokenizer = chat.tokenizer
+    if stage.objective == "distill" and all(need.key != "teacher" or need.is_made() for need in list_needs(stage)):
+        from alignkit.train.distill import require_same_tokens
+
+        check.note(require_same_tokens, stage, tokenizer)
     check.facts["tokenizer"] = f"{len(tokenizer)} tokens, eos {tokenizer.eos_token}, pad {tokenizer.pad_token}"
     if chat.has_template:
         check.facts["chat template"] = f"{chat.template.name}; {chat.template.describe()}"

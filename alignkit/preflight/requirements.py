@@ -101,8 +101,8 @@ def list_needs(stage: Stage) -> list[Need]:
 
 
 def list_feedback_models(stage: Stage) -> Iterator[tuple[str, FeedbackModel]]:
-    """Yield every judge and generator of a stage with its key."""
-    for key in ("judge", "generator"):
+    """Yield every judge, generator and teacher of a stage with its key."""
+    for key in ("judge", "generator", "teacher"):
         if (model := getattr(stage.options, key, None)) is not None:
             yield key, model
     yield from ((f"{key}.judge", reward.judge) for key, reward in stage.rewards if reward.judge is not None)

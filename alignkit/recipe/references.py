@@ -30,7 +30,7 @@ _NAMES: tuple[tuple[str, str, Kind], ...] = (
     *((key, "path", "rows") for key in (*SOURCE_KEYS, "ptx.data", "helpful.data")),
     *((f"{key}.target", "", "file") for key in SOURCE_KEYS),
     *((key, "model", "reward") for key in REWARD_KEYS),
-    *((key, "model", "writer") for key in ("judge", "generator", "reward.judge", "gold.judge")),
+    *((key, "model", "writer") for key in ("judge", "generator", "teacher", "reward.judge", "gold.judge")),
     *((f"{part}{key}", "", "file") for part in ("", "judge.", "generator.", "reward.", "gold.")
       for key in ("constitution", "examples", "replay")),
 )  # fmt: skip

@@ -302,7 +302,7 @@ def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding
 
 
 def _feedback(stage: Section) -> Iterator[Finding]:
-    for key in ("judge", "generator"):
+    for key in ("judge", "generator", "teacher"):
         if stage.has(key):
             yield from judge_problems(key, stage.get(key), is_judge=key == "judge")
     yield from _unknown_constitutions(stage.get("constitution"))
@@ -375,6 +375,6 @@ def _groups(stage: Section) -> Iterator[Finding]:
 
 _TRAIN_RULES: tuple[Rule, ...] = (_checkpointing, _optimizer, _schedule)
 _BY_METHOD: dict[str, tuple[Rule, ...]] = {
-    "dpo": (_dpo_kto, _dpo_smoothing), "ppo": (_rewards, _groups), "critique": (_feedback,),
+    "sft": (_feedback,), "dpo": (_dpo_kto, _dpo_smoothing), "ppo": (_rewards, _groups), "critique": (_feedback,),
     "label": (_feedback, _rewards),
 }  # fmt: skip

@@ -224,13 +224,26 @@ class FeedbackModel(_Section):
     replay: Text | None = option(None, "A file of labels that are published already (a judge only).")
 
 
+def _as_model(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
 # A name where that is all there is to say.
-Feedback = Annotated[
-    FeedbackModel,
-    BeforeValidator(
-        lambda value: {"model": value} if isinstance(value, str) else value, json_schema_input_type=Text | FeedbackModel
-    ),
-]
+Feedback = Annotated[FeedbackModel, BeforeValidator(_as_model, json_schema_input_type=Text | FeedbackModel)]
+
+
+class TeacherOptions(FeedbackModel):
+    """What an sft stage with objective: distill learns from; exactly one of `model` and `url` is given."""
+
+    context: Text | None = option(None)
+    beta: float = option(0.0, ge=0, le=1)
+    temperature: Positive = option(1.0)
+    top_k: Count | None = option(None)
+    on_policy: float = option(0.0, ge=0, le=1)
+    max_new_tokens: Count = option(128, "Longest answer of the student's own, in tokens.")
+
+
+Teacher = Annotated[TeacherOptions, BeforeValidator(_as_model, json_schema_input_type=Text | TeacherOptions)]
 
 
 _Greedy = Annotated[float, Field(ge=0, description="Of sampled texts; 0 takes the likeliest token each time.")]
@@ -357,6 +370,7 @@ class SftOptions(TrainOptions):
     method: Literal["sft"] = "sft"
     objective: ObjectiveName = option(
         "chat", "; ".join(f"{name}: {objective.learns}" for name, objective in OBJECTIVES.items()) + ".")
+    teacher: Teacher | None = option(None, "Whom objective: distill learns from: a stage, a model or {url: ...}.")
     lm_coef: float = option(0.5, ge=0)
     labels: Annotated[list[Text], Field(min_length=2)] | None = option(None)
     streaming: bool = option(False)

@@ -227,6 +227,8 @@ def list_lineage(run: Facts) -> list[dict[str, Any]]:
     for path, name in (run.stage.get("reward_stages") or {}).items():
         if path not in start:
             found[path] = {"name": name, "role": "gives the reward"}
+    if teacher := run.stage.get("teacher"):
+        found[teacher] = {"name": short_name(teacher), "role": "teaches"}
     for path, entry in found.items():
         stage = Path(path).parent.name
         has_page = Path(path).name == "model" and (run.path.parent / stage / "report.html").is_file()

@@ -4,6 +4,7 @@ Columns, int32 lists unless said otherwise:
 
     sft   input_ids, labels (-100 where nothing is learnt), length
           with objective: seq2seq source_ids, target_ids, length
+          with objective: distill and a context, teacher_input_ids and teacher_labels: what the teacher reads
           with one that learns labels: sequences (lists of ids), label (its name or number), length
     rm    answers_ids (one list per answer, best first), scores (float, one per answer), label, margin (float), length
     dpo   prompt_ids, chosen_ids, rejected_ids, label (float), length
@@ -14,7 +15,7 @@ Columns, int32 lists unless said otherwise:
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -82,6 +83,34 @@ def write_row(stage: Stage, chat: Chat, row: Row) -> list[Written]:
         if not row.prompt:
             raise ConversationError("objective: seq2seq reads a prompt and writes its completion; this row has none")
         return chat.write_pair(row.prompt, row.completions[0])
+    if stage.objective == "distill" and (teacher := stage.expect(SftOptions).teacher) is not None:
+        if teacher.on_policy and isinstance(row.completions[0] if row.completions else "", str) and not row.prompt:
+            raise ConversationError("teacher.on_policy lets the student answer prompts; this row has none")
+        if teacher.context is not None:
+            own, theirs = (_write_sft(stage, chat, each) for each in (row, _put_before(row, teacher.context)))
+            if len(own) != len(theirs):
+                raise ConversationError("teacher.context changes which answers the template rewrites")
+            return [*own, *theirs]
+    return _write_sft(stage, chat, row)
+
+
+def _put_before(row: Row, context: str) -> Row:
+    """Put a text before a row: into the system message of a conversation, in front of any other text."""
+    if row.kind in ("tokens", "segments"):
+        raise ConversationError(f"teacher.context is put before texts and turns, and this is a row of {row.kind}")
+    if not row.conversational:
+        return replace(row, prompt=f"{context}{row.prompt}")
+    given: Any = row.prompt or row.completions[0]
+    first, others = dict(given[0]), given[1:]
+    if first["role"] == "system":
+        turns = [{**first, "content": f"{context}\n\n{first['content']}"}, *others]
+    else:  # what a row gives the template beside its turns travels with the first of them
+        extra = {name: first.pop(name) for name in ("template_kwargs",) if name in first}
+        turns = [{"role": "system", "content": context, **extra}, first, *others]
+    return replace(row, prompt=turns) if row.prompt else replace(row, completions=(turns,))
+
+
+def _write_sft(stage: Stage, chat: Chat, row: Row) -> list[Written]:
     if row.tokens is not None:
         if (most := max(row.tokens[0])) >= (size := len(chat.tokenizer)):
             raise ConversationError(f"input_ids: {most} is no token of the model's tokenizer, which has {size}")
@@ -148,6 +177,28 @@ def _encode_sft(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
             yield {"input_ids": ids, "labels": labels, "length": len(ids)}, len(ids), trained
         else:
             yield "no token to learn from within max_length", "num_untrained"
+
+
+def _encode_distill(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:
+    """Rows of sft; with a context the teacher reads other tokens than the student, and predicts the same ones."""
+    teacher = stage.expect(SftOptions).teacher
+    if teacher is None or teacher.context is None:
+        yield from _encode_sft(stage, limit, row, texts, lengths)
+        return
+    half = len(texts) // 2
+    examples = _encode_sft(stage, limit, row, texts[:half], lengths)
+    for found, own, theirs in zip(examples, texts[:half], texts[half:], strict=True):
+        if len(found) == 3:
+            values, num_tokens, num_trained = found
+            learnt = [label for label in own.labels[1:] if label != IGNORED]  # of a text all but the first token
+            places = [place for place, label in enumerate(theirs.labels) if label != IGNORED][-len(learnt) :]
+            places, ids = places[:num_trained], np.asarray(theirs.ids)[: places[num_trained - 1] + 1]
+            labels = np.full(len(ids), IGNORED)
+            labels[places] = ids[places]
+            found = {**values, "teacher_input_ids": ids, "teacher_labels": labels}, num_tokens, num_trained
+            if ids[places].tolist() != learnt[:num_trained]:
+                found = "teacher.context changes the tokens of what is learnt", "num_untrained"
+        yield found
 
 
 def _encode_seq2seq(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:
@@ -276,7 +327,8 @@ def _encode_ppo(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
 
 
 _ENCODERS = {
-    "chat": _encode_sft, "seq2seq": _encode_seq2seq, "rm": _encode_rm, "dpo": _encode_dpo, "kto": _encode_kto,
+    "chat": _encode_sft, "distill": _encode_distill, "seq2seq": _encode_seq2seq, "rm": _encode_rm, "dpo": _encode_dpo,
+    "kto": _encode_kto,
     "ppo": _encode_ppo, **dict.fromkeys(TASKS, _encode_task),
 }  # fmt: skip
 

@@ -21,6 +21,9 @@ def fingerprint_stage(stage: Stage) -> dict[str, Any]:
     directory = find_model_dir(stage.start_dir or stage.model.path)
     weights = fingerprint_weights(directory) if directory else None  # built-in and hub weights are told by their name
     found = {**stage.fingerprint_values(), "start_weights": weights}
+    teacher = getattr(stage.options, "teacher", None)
+    if teacher is not None and teacher.model and (directory := find_model_dir(teacher.model)):
+        found["teacher_weights"] = fingerprint_weights(directory)
     if stage.rewards:
         from alignkit.rewards.kinds import fingerprint_rewards
 

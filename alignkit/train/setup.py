@@ -205,6 +205,16 @@ def collate_targets(rows: _Rows, *, pad_id: int, multiple_of: int) -> dict[str, 
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "decoder_attention_mask": target_mask}
 
 
+def collate_taught(rows: _Rows, *, pad_id: int, multiple_of: int) -> dict[str, Tensor]:
+    """Pad a student's rows on the right, and its teacher's where they differ: their columns begin with teacher_."""
+    batch = {}
+    for side in ("", "teacher_") if "teacher_input_ids" in rows[0] else ("",):
+        for name, filler in (("labels", -100), ("input_ids", pad_id)):
+            batch[f"{side}{name}"], mask = pad([row[f"{side}{name}"] for row in rows], filler, multiple_of=multiple_of)
+        batch[f"{side}attention_mask"] = mask
+    return batch
+
+
 def collator_for(stage: Stage, tokenizer: Any, numbers: Mapping[str, int] | None = None) -> Callable[..., Any]:
     """The collator of a stage's token rows, which are cut to max_length already; `numbers` are those of labels."""
     multiple = stage.trainer.get("pad_to_multiple_of")
@@ -214,6 +224,8 @@ def collator_for(stage: Stage, tokenizer: Any, numbers: Mapping[str, int] | None
         return list
     if stage.objective == "seq2seq":
         return partial(collate_targets, **mine)
+    if stage.objective == "distill":
+        return partial(collate_taught, **mine)
     if stage.method == "rm":
         return partial(collate_groups, **mine)
     if stage.task is not None:

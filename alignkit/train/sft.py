@@ -1,12 +1,13 @@
-"""Supervised fine-tuning on TRL's SFTTrainer: language models, encoder-decoders, and classifiers.
+"""Supervised fine-tuning on TRL's SFTTrainer: language models, encoder-decoders, students, and classifiers.
 
 Classifiers learn labels, with language modelling as auxiliary loss (GPT-1, section 3.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -15,11 +16,13 @@ from trl import SFTConfig, SFTTrainer
 from alignkit.data import Row
 from alignkit.data.load import streams
 from alignkit.errors import DataError, ModelError
+from alignkit.models.generation import generate_answers
 from alignkit.models.heads import encode_tasks, predict, row_logits, task_losses
 from alignkit.models.load import load_policy
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import SftOptions
 from alignkit.runs.directory import RunDir
+from alignkit.train.distill import Teacher
 from alignkit.train.encode import IGNORED, longest_sequence, name_label
 from alignkit.train.fit import fit
 from alignkit.train.order import token_batches
@@ -27,6 +30,7 @@ from alignkit.train.setup import Setup, build_config, collator_for, open_rows
 from alignkit.train.tables import open_stream
 from alignkit.train.trainer import Guarded
 
+_COIN = 2**32  # seeds of draws of its own: which steps learn from the student's answers
 
 class Sft(Guarded, SFTTrainer):
     """TRL's SFTTrainer behind our guard; TRL still packs when `packing:` asks for it."""
@@ -60,23 +64,100 @@ class Seq2Seq(Sft):
         outputs = model(**inputs, use_cache=False)
         labels_N, logits_NV = inputs["labels"].flatten(), outputs.logits.flatten(0, 1).float()
         kept_N = labels_N != IGNORED
-        loss = cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=self.args.label_smoothing_factor) / (
-            kept_N.sum() if num_items_in_batch is None else num_items_in_batch
-        )
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # which averages the gradients of all ranks
+        total = cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=self.args.label_smoothing_factor)
         with torch.no_grad():
             logps_NV = logits_NV[kept_N].log_softmax(dim=-1)
-            right = (logps_NV.argmax(dim=-1) == labels_N[kept_N]).sum()
+            sums = {
+                "entropy": -(logps_NV.exp() * logps_NV).sum(),
+                "mean_token_accuracy": (logps_NV.argmax(dim=-1) == labels_N[kept_N]).sum(),
+            }
             tokens = inputs["attention_mask"].sum() + inputs["decoder_attention_mask"].sum()
-            sums = torch.stack([-(logps_NV.exp() * logps_NV).sum(), right, kept_N.sum(), tokens])
-            entropy, num_right, count, num_tokens = self.accelerator.gather(sums[None]).sum(dim=0).tolist()
-        found = self._metrics["train" if self.model.training else "eval"]
-        found["entropy"].append(entropy / count)
-        found["mean_token_accuracy"].append(num_right / count)
-        self._total_train_tokens += int(num_tokens) if self.model.training else 0
-        found["num_tokens"] = [self._total_train_tokens]
+        loss = self.average(total, kept_N.sum(), num_items_in_batch, sums, num_read=tokens)
         return (loss, outputs) if return_outputs else loss
+
+    def average(
+        self, total: Tensor, count: Tensor, num_items: Any, sums: Mapping[str, Tensor], *, num_read: Tensor
+    ) -> Tensor:
+        """Make a batch's sum over tokens its part of the step's mean, and note the means of others and tokens read."""
+        mode = "train" if self.model.training else "eval"
+        parts = torch.stack([count, num_read, *sums.values()]).detach()
+        count_all, read, *values = self.accelerator.gather(parts[None]).sum(dim=0).tolist()
+        for name, value in zip(sums, values, strict=True):
+            self._metrics[mode][name].append(value / count_all)
+        self._total_train_tokens += int(read) if mode == "train" else 0
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if num_items is None:
+            return total / count
+        # All ranks' gradients are averaged.
+        return total / num_items * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
+
+
+class Distill(Seq2Seq):
+    """The same for a student: the mean divergence from its teacher over all learnt tokens of a step."""
+
+    def __init__(self, *args: Any, teacher: Teacher, stop_ids: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher, self.stop_ids, self._loss_shifts_labels = teacher, stop_ids, True
+
+    def weigh(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict.fromkeys(("loss", "entropy"), (inputs["labels"][:, 1:] != IGNORED).sum())
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Let the student answer the prompts of a share of the steps, which seed and step alone choose."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step, options = self.state.global_step, self.teacher.options
+        if np.random.default_rng((self.args.seed, _COIN, step)).random() >= options.on_policy:
+            return batches, num_items
+        batches = [self._answer(batch, (self.args.seed, step, number)) for number, batch in enumerate(batches)]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _answer(self, batch: dict[str, Tensor], key: tuple[int, ...]) -> dict[str, Tensor]:
+        """Put answers of the student in the place of the last ones of a batch, behind both prompts."""
+        options = self.teacher.options
+        sides = ["", "teacher_"] if "teacher_input_ids" in batch else [""]
+        prompts = {side: _read_prompts(batch, side) for side in sides}
+        own = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        ends = ((own, sides[0]), (self.teacher.positions, sides[-1]))
+        room = [positions - max(map(len, prompts[side])) for positions, side in ends if positions]
+        draws = np.random.default_rng((*key, self.args.process_index)).integers(2**62, size=len(prompts[""]))
+        model = self.accelerator.unwrap_model(self.model).eval()
+        answers = generate_answers(
+            model, prompts[""], draws.tolist(), temperature=options.temperature, eos_ids=self.stop_ids,
+            max_new_tokens=max(1, min(options.max_new_tokens, *room)), pad_id=self.processing_class.pad_token_id,
+        )  # fmt: skip
+        model.train()
+        rows: list[dict[str, Any]] = [{} for _ in answers]
+        for side in sides:
+            for row, prompt, answer in zip(rows, prompts[side], answers, strict=True):
+                row |= {f"{side}input_ids": prompt + answer, f"{side}labels": [IGNORED] * len(prompt) + answer}
+        return {name: column.to(self.args.device) for name, column in self.data_collator(rows).items()}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        sides = [
+            (inputs[f"{side}input_ids"], inputs[f"{side}attention_mask"], _read_places(inputs[f"{side}labels"]))
+            for side in ("", "teacher_") if f"{side}input_ids" in inputs
+        ]  # fmt: skip
+        taught, (input_ids, mask, places) = self.teacher.read(model, *sides[-1]), sides[0]
+        logits_BLV = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        losses_N, entropy_N = self.teacher.compare(logits_BLV[places], taught)
+        sums = {"entropy": entropy_N.sum()}
+        loss = self.average(losses_N.sum(), places.sum(), num_items_in_batch, sums, num_read=mask.sum())
+        return (loss, {}) if return_outputs else loss
+
+
+def _read_places(labels_BL: Tensor) -> Tensor:
+    """Mark the positions that predict a learnt token, (B, L)."""
+    return torch.nn.functional.pad(labels_BL[:, 1:] != IGNORED, (0, 1))
+
+
+def _read_prompts(batch: dict[str, Tensor], side: str) -> list[list[int]]:
+    """Cut each row before the last stretch that is learnt."""
+    places_BL = _read_places(batch[f"{side}labels"])
+    begins_BL = places_BL & ~torch.nn.functional.pad(places_BL[:, :-1], (1, 0))
+    starts_B = (begins_BL * torch.arange(begins_BL.size(1), device=begins_BL.device)).amax(dim=1).tolist()
+    return [ids[: start + 1] for ids, start in zip(batch[f"{side}input_ids"].tolist(), starts_B, strict=True)]
 
 
 class Classifier(Guarded, SFTTrainer):
@@ -132,9 +213,14 @@ def build(stage: Stage, run: RunDir) -> Setup:
         **({} if recomputes else {"gradient_checkpointing": False}),
     )
     arguments = setup.arguments(config)
-    trainer = Sft
+    trainer: type[Sft] = Sft
     if stage.objective == "seq2seq":
         trainer, arguments["data_collator"] = Seq2Seq, collator_for(stage, setup.chat.tokenizer)
+    if stage.objective == "distill":
+        teacher = Teacher(stage, setup.loaded.model, setup.chat.tokenizer)
+        setup.record["teacher"] = teacher.options.name or teacher.options.model
+        arguments |= {"teacher": teacher, "stop_ids": setup.chat.stop_ids}
+        trainer, arguments["data_collator"] = Distill, collator_for(stage, setup.chat.tokenizer)
     setup.trainer = trainer(**arguments)
     if (budget := stage.expect(SftOptions).batch_tokens) is not None:
         table, collate = setup.tables.train, setup.trainer.data_collator
