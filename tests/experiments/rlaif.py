@@ -185,6 +185,10 @@ def miniature(out: Path, seeds: int, num_prompts: int) -> None:
         print(f"  {policy:5} {spread(found[policy])}   gain {spread(gain)}")
     lead = [soft - hard for soft, hard in zip(found["soft"], found["hard"], strict=True)]
     print(f"  soft - hard {spread(lead)}, {sum(value > 0 for value in lead)} of {seeds} seeds above 0")
+    risen = spread([after - before for after, before in zip(found["soft"], found["sft"], strict=True)])
+    figure = f"true reward {risen} by DPO on soft labels; soft less hard {spread(lead)}"
+    mean, _, half = risen.partition(" ± ")
+    print(json.dumps({"figure": figure, "met": float(mean) > float(half or 0)}))
 
 
 def replay(chains: Path, pairs: Path, out: Path, seeds: int) -> None:

@@ -83,6 +83,17 @@ def main() -> None:
         warned = f"{int(sum(run['warned'] for run in runs))} of {len(runs)}"
         print(f"{target or 'kl_coef 0':>9} | {columns['reward']:14} | {columns['judge']:15} | {columns['kl']:14} | "
               f"{off:>10} | {columns['distinct']:14} | {warned}")  # fmt: skip
+    start_reward, start_judge = statistics.mean(reward), statistics.mean(judged)
+    leashed = {target: runs for target, runs in found.items() if target}
+    near = all(abs(run["kl"] / target - 1) <= 0.15 for target, runs in leashed.items() for run in runs)
+    rose = all(min(run["reward"] for run in runs) > start_reward and min(run["judge"] for run in runs) > start_judge
+               for runs in leashed.values())  # fmt: skip
+    lowest = min(run["distinct"] for runs in leashed.values() for run in runs)
+    fell = all(run["distinct"] < lowest and run["warned"] for run in found.get(0, []))
+    figure = "KL " + ", ".join(interval([run["kl"] for run in runs], digits=1).strip() for runs in leashed.values())
+    figure += f" nats; reward {start_reward:.2f} to "
+    figure += ", ".join(interval([run["reward"] for run in runs], digits=1).strip() for runs in leashed.values())
+    print(json.dumps({"figure": figure + (", collapse without KL" if fell else ""), "met": near and rose and fell}))
 
 
 def run_once(world: World, options: argparse.Namespace, target: float, seed: int) -> dict[str, float]:

