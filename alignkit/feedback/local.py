@@ -97,17 +97,18 @@ class LocalModel:
 
     def __init__(
         self, source: str, *, device: str = "auto", batch_size: int = 16, trust_code: bool = False,
-        stop: threading.Event | None = None,
+        stop: threading.Event | None = None, continuous: bool = False,
     ) -> None:  # fmt: skip
         """Load the model; raises what `load_causal` raises. No batch is begun once `stop` is set."""
         loaded = load_causal(source, device=device, trust_code=trust_code)
         self._model = loaded.model
         self._positions = loaded.positions or 10**9
         self._encoder = Encoder(loaded.tokenizer)
-        self._batch_size = batch_size
+        self._batch_size, self._continuous = batch_size, continuous
         self._stop = stop or threading.Event()
         self.control_tokens = self._encoder.control_tokens
         self.identity: dict[str, Any] = {"model": loaded.fingerprint, "template": self._encoder.chat_template}
+        self.identity |= {"engine": "continuous"} if continuous else {}
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         # Windows are counted in places of the cache, padding included: there, questions are read one by one.
         self._shares = getattr(inner.config.get_text_config(), "sliding_window", None) is None
@@ -126,8 +127,9 @@ class LocalModel:
                 problems = {place: f"the prompt has {length} tokens; {advice}" for place, length in long.items()}
                 yield [(start + place, Reply(problem=problem)) for place, problem in problems.items()]
             order = sorted({*range(len(window))} - {*long}, key=lambda place: -len(prompts[place]))
-            for first in range(0, len(order), self._batch_size):
-                places = order[first : first + self._batch_size]
+            size = self._batch_size * (4 if self._continuous else 1)  # what a kill may lose
+            for first in range(0, len(order), size):
+                places = order[first : first + size]
                 if all(start + place in known for place in places):
                     continue
                 if self._stop.is_set():
@@ -171,7 +173,8 @@ class LocalModel:
 
         answers = generate_answers(
             self._model, prompts, [job.seed for job in jobs], is_over=is_over, eos_ids=encoder.stop_ids,
-            pad_id=encoder.tokenizer.pad_token_id, **sampling.settings,
+            pad_id=encoder.tokenizer.pad_token_id, in_flight=self._batch_size if self._continuous else None,
+            **sampling.settings,
         )  # fmt: skip
         for job, prompt, ids in zip(jobs, prompts, answers, strict=True):
             ended = bool(ids) and ids[-1] in encoder.stop_ids

@@ -250,7 +250,8 @@ def open_model(
 
     if source.engine == "vllm":
         return VllmModel(source.model, stop=stop.event, trust_code=trust_code)
-    return LocalModel(source.model, device=device, batch_size=batch_size, trust_code=trust_code, stop=stop.event)
+    settings: dict[str, Any] = {"batch_size": batch_size, "continuous": source.engine == "continuous"}
+    return LocalModel(source.model, device=device, trust_code=trust_code, stop=stop.event, **settings)
 
 
 def own_model(stage: Stage) -> FeedbackModel:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from alignkit.console import Meter
+from alignkit.models.hub import quiet_transformers
 from alignkit.models.logprobs import keep_likeliest, pad
 
 _TAIL = 24  # new tokens that are looked at for an end
@@ -74,34 +75,40 @@ class InverseTransform(LogitsProcessor):
         tokens_B1 = torch.searchsorted(cumulative_BV, wanted_B[:, None], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B1, 0.0)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch."""
-        self.uniforms_BT = self.uniforms_BT[rows]
-
 
 def generate_answers(
     model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int] = (), *, max_new_tokens: int,
     eos_ids: Sequence[int], pad_id: int, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
-    num_beams: int = 1, is_over: Callable[[list[int]], bool] | None = None,
+    num_beams: int = 1, min_new_tokens: int | None = None, uniforms_BT: Tensor | None = None,
+    in_flight: int | None = None, **hooks: Any,
 ) -> list[list[int]]:  # fmt: skip
     """Write an answer to each prompt of a batch, greedily with temperature 0, else sampled.
 
-    Every row draws from a generator of its own seed, so that the same seed gives the same answer in any batch (up to
-    the rounding of padded batches). `is_over` tells from a row's last new tokens that it has said enough. Prompts are
-    padded on the left; one too long for the model's positions loses its beginning. The model is in eval mode.
+    Every row draws from a generator of its own seed, or from `uniforms_BT`, so that the same seed gives the same answer
+    in any batch (up to the rounding of padded batches). Prompts are padded on the left; one too long for the model's
+    positions loses its beginning. The model is in eval mode. `in_flight`: that many at a time by continuous batching,
+    which cannot ask `is_over`. The hooks are those of `generate_batch`.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or 10**9
     new_tokens = min(max_new_tokens, max(positions - 1, 1))
     first = slice(0, positions) if model.config.is_encoder_decoder else slice(-(positions - new_tokens), None)
     settings = GenerationConfig(
-        max_new_tokens=new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id, num_beams=num_beams,
-        length_penalty=0.0 if num_beams > 1 else None,  # beams by the sum of log-probabilities, as the papers have it
+        max_new_tokens=new_tokens, min_new_tokens=min_new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id,
+        # Beams are searched by the sum of log-probabilities, as the papers have it.
+        num_beams=num_beams, length_penalty=0.0 if num_beams > 1 else None,
     )  # fmt: skip
-    draw = None
+    kept, draw = [list(ids)[first] for ids in prompts], None
     if temperature:
-        numbers = np.stack([np.random.default_rng(seed).random(new_tokens, dtype=np.float32) for seed in seeds])
-        draw = InverseTransform(torch.from_numpy(numbers), temperature=temperature, top_p=top_p, top_k=top_k)
-    return generate_batch(model, [list(ids)[first] for ids in prompts], settings, draw=draw, is_over=is_over)
+        if uniforms_BT is None:
+            numbers = [np.random.default_rng(seed).random(new_tokens, dtype=np.float32) for seed in seeds]
+            uniforms_BT = torch.from_numpy(np.stack(numbers))
+        draw = InverseTransform(uniforms_BT, temperature=temperature, top_p=top_p, top_k=top_k)
+    if in_flight is not None:
+        from alignkit.models.continuous import generate_continuous  # slow to import
+
+        likeliest = InverseTransform(torch.zeros(len(kept), new_tokens), temperature=1.0, top_k=1)
+        return generate_continuous(model, kept, settings, draw=draw or likeliest, batch_size=in_flight)
+    return generate_batch(model, kept, settings, draw=draw, **hooks)
 
 
 @torch.no_grad()
@@ -136,7 +143,7 @@ def generate_batch(
             stopping_criteria=StoppingCriteriaList(criteria), **({} if cache is None else {"past_key_values": cache}),
         )  # fmt: skip
 
-    with plainly(model), Meter("tokens written", limit) as meter:
+    with plainly(model), quiet_transformers(), Meter("tokens written", limit) as meter:
 
         def stop(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
             meter.advance()
@@ -174,7 +181,7 @@ def generate_batch(
             mask_BT = torch.nn.functional.pad(mask_BT[going], (0, ids_BT.size(1) - mask_BT.size(1)), value=1)
             cache.reorder_cache(torch.tensor(going, device=device))
             if draw is not None:
-                draw.keep(going)
+                draw.uniforms_BT = draw.uniforms_BT[going]
     return answers
 
 
@@ -197,19 +204,15 @@ def stream_tokens(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None) or 10**9
     ids_1T = torch.tensor([list(prompt)], device=device)
-    past = None
-    for _ in range(min(max_new_tokens, positions - len(prompt))):
+    past, count = None, max(min(max_new_tokens, positions - len(prompt)), 0)
+    numbers_1T = torch.rand(1, count, generator=generator) if temperature else torch.zeros(1, count)
+    top_k = top_k if temperature else 1  # the likeliest
+    draw = InverseTransform(numbers_1T, temperature=temperature or 1.0, top_p=top_p, top_k=top_k)
+    for _ in range(count):
         with torch.no_grad():
             output = model(input_ids=ids_1T, past_key_values=past, use_cache=True)
         past = output.past_key_values
-        logits_V = output.logits[0, -1].float().cpu()
-        if temperature == 0:
-            token = int(logits_V.argmax())
-        else:
-            logits_1V = logits_V[None] / temperature
-            if top_p < 1 or top_k:
-                logits_1V = keep_likeliest(logits_1V, top_p=top_p, top_k=top_k)
-            token = int(torch.multinomial(logits_1V[0].softmax(dim=-1), 1, generator=generator))
+        token = int(draw(ids_1T, output.logits[:, -1].float().cpu()).argmax())
         if token in eos_ids:
             return
         yield token

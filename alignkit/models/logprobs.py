@@ -156,13 +156,17 @@ def keep_likeliest(logits_NV: Tensor, *, top_p: float, top_k: int, always_N: Ten
     return logits_NV.masked_fill(~kept_NV, -torch.inf)
 
 
-def _truncated_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """`sampled_logps` with top_p or top_k: of the likeliest tokens alone, which the token that was drawn belongs to.
+def sampled_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of a batch's answers as they were sampled, float32 (N,).
 
-    Those of the distribution at hand count: what a policy would draw from now, not what it drew from.
+    With top_p or top_k of the likeliest tokens alone, which the one that was drawn belongs to: of those that a policy
+    would draw from now, not of those that it drew from; with min_new_tokens without the stop tokens, where none may
+    come. The entropy stays that of the whole distribution.
     """
-    weight, bias, softcap, scale = _read_head(base)
     sampling, stops = batch.sampling, list(batch.sampling.stop_ids)
+    if sampling.top_p == 1 and not sampling.top_k and batch.early_N is None:
+        return token_logps(base, hidden_NH, batch.targets_N, sampling.temperature)
+    weight, bias, softcap, scale = _read_head(base)
 
     def read(hidden_MH: Tensor, targets_M: Tensor, early_M: Tensor | None) -> tuple[Tensor, Tensor]:
         logits_MV = scale * torch.nn.functional.linear(hidden_MH, weight, bias).float()
@@ -186,25 +190,6 @@ def _truncated_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor
         tiles.append(checkpoint(read, *arguments, use_reentrant=False))
     logps, entropies = zip(*tiles, strict=True)
     return torch.cat(logps), torch.cat(entropies)
-
-
-def sampled_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of a batch's answers as they were sampled, float32 (N,)."""
-    sampling = batch.sampling
-    if sampling.top_p < 1 or sampling.top_k:
-        return _truncated_logps(base, hidden_NH, batch)
-    logps_N, entropy_N = token_logps(base, hidden_NH, batch.targets_N, sampling.temperature)
-    if batch.early_N is not None:
-        # Where sampling cannot stop, the other tokens share the stop tokens' mass: p' = p / (1 - p_stop). The logged
-        # entropy stays that of the whole distribution.
-        early_MH, early_M = hidden_NH[batch.early_N], batch.targets_N[batch.early_N]
-        stops_MS = [
-            token_logps(base, early_MH, torch.full_like(early_M, stop), sampling.temperature)[0]
-            for stop in sampling.stop_ids
-        ]
-        rest_M = torch.log1p(-torch.stack(stops_MS).exp().sum(dim=0).clamp(max=1 - 1e-6))
-        logps_N = logps_N.index_add(0, batch.early_N.nonzero().squeeze(1), -rest_M)
-    return logps_N, entropy_N
 
 
 @torch.no_grad()

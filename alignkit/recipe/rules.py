@@ -167,6 +167,10 @@ def _launch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
             f"is {strategy}, which ppo ({ppo[0]}) does not run under; fsdp shards its models, and with ddp and lora: "
             "its four roles share one base on every device",
         )
+    if strategy in ("fsdp", "zero3"):  # whose ranks take every forward pass together
+        for stage in stages:
+            if stage.get("generation.engine") == "continuous":
+                yield f"{stage.name}.generation.engine", f"is continuous, which {strategy} cannot run; use transformers"
     for option in (launch.get("slurm") or {}).get("options") or {}:
         if option not in SLURM_OPTIONS:
             hint = suggest(option, SLURM_OPTIONS) or "; it may name what asks for resources, not what alignkit sets"

@@ -208,7 +208,7 @@ class FeedbackModel(_Section):
     """What answers, criticises or judges; exactly one of `model`, `url` and `replay` is given."""
 
     model: Text | None = option(None)
-    engine: Literal["transformers", "vllm"] = option("transformers", "What runs `model`.")
+    engine: Literal["transformers", "continuous", "vllm"] = option("transformers", "What runs `model`.")
     url: Text | None = option(None, "Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1.")
     name: Text | None = option(None, "The model's name at the server.")
     api: Literal["chat", "completions"] = option("chat")
@@ -315,7 +315,7 @@ class Ptx(_Section):
 
 
 class GenerationOptions(_Section):
-    engine: Literal["transformers", "vllm"] = option("transformers", "What samples the answers.")
+    engine: Literal["transformers", "continuous", "vllm"] = option("transformers", "What samples the answers.")
     batch_size: int = option(64, ge=1)
     mode: Literal["colocate", "server"] = option("colocate")
     url: Text | None = option(None, "Address of the vLLM server, such as http://127.0.0.1:8000.")

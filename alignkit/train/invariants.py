@@ -16,6 +16,7 @@ from alignkit.models.adapters import TRAINED
 from alignkit.models.parameters import compare_probes, take_probe
 from alignkit.recipe import Stage
 from alignkit.runs.files import read_json
+from alignkit.train import ranks
 from alignkit.train.losses import is_logistic
 from alignkit.train.setup import Setup
 from alignkit.train.shards import is_sharded
@@ -87,7 +88,7 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
     if stage.method == "sft":
         return
     if stage.method == "ppo":
-        trainer.check_step_zero()
+        ranks.alike(trainer.check_step_zero)
         return
     model = trainer.model
     num_rows = min(trainer.args.per_device_eval_batch_size, len(trainer.train_dataset))

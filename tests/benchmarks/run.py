@@ -17,6 +17,7 @@ from pathlib import Path
 from labels import measure_labels
 from ppo import OTHER_PYTHON, measure_ppo
 from processes import measure_processes
+from sampling import measure_sampling
 from short_run import measure_short_run
 from start_up import measure_bad_recipe, measure_help
 from steady import measure_growth, measure_preparation, measure_profile, measure_real_model, measure_throughput
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measu
     "preparation": (measure_preparation, 3),
     "processes": (measure_processes, 3),
     "ppo": (measure_ppo, 3),
+    "sampling": (measure_sampling, 3),
     "labels": (measure_labels, 3),
 }
 

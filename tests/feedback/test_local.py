@@ -94,6 +94,8 @@ def test_answers_depend_on_their_seed_and_not_on_the_batch(chat_model: Path) -> 
     model = LocalModel(str(chat_model), batch_size=1)
     alone = texts(model, jobs, Sampling(1.0, 12))
     assert texts(LocalModel(str(chat_model), batch_size=8), jobs, Sampling(1.0, 12)) == alone
+    flowing = LocalModel(str(chat_model), batch_size=2, continuous=True)
+    assert texts(flowing, jobs, Sampling(1.0, 12)) == alone and "continuous" in flowing.identity.values()
     same = [Job(jobs[0].request, seed) for seed in range(6)]
     assert len(set(texts(model, same, Sampling(1.0, 12)).values())) == 6
     assert len(set(texts(model, same, Sampling(0.0, 12)).values())) == 1

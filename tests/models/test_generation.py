@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
+from alignkit.errors import ModelError
+from alignkit.models.continuous import generate_continuous
 from alignkit.models.generation import (
     InverseTransform,
     generate_answers,
@@ -157,6 +159,12 @@ def test_prompts_are_read_once_and_ended_answers_leave_the_batch(name: str, monk
     for row, prompt in enumerate(prompts):  # a row alone, all of whose tokens are read at once
         draw = InverseTransform(uniforms[[row]], temperature=1.0)
         assert generate_batch(model, [prompt], settings, draw=draw) == [together[row]]
+    # Continuous batching, two at a time, draws by the same numbers.
+    how = {"max_new_tokens": 24, "min_new_tokens": 2, "eos_ids": settings.eos_token_id, "pad_id": 509}
+    for kind in ({"temperature": 0.8, "top_k": 50, "uniforms_BT": uniforms}, {}):
+        plain, state = generate_answers(model, prompts, **how, **kind), torch.get_rng_state()
+        assert generate_answers(model, prompts, **how, **kind, in_flight=2) == plain
+        assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
     # A row that says enough by its text leaves, too, and nothing comes after its end.
     cut = generate_batch(
         model, prompts, settings, draw=InverseTransform(uniforms, temperature=1.0), is_over=lambda ids: len(ids) >= 4
@@ -167,3 +175,12 @@ def test_prompts_are_read_once_and_ended_answers_leave_the_batch(name: str, monk
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     plain = generate_batch(model, prompts, settings, draw=InverseTransform(uniforms, temperature=1.0), in_step=True)
     assert plain == together and {rows for rows, _ in seen} == {10}
+
+
+def test_continuous_batching_names_what_it_cannot_run() -> None:
+    settings = GenerationConfig(max_new_tokens=4, eos_token_id=[2], pad_token_id=0)
+    config = CONFIG_MAPPING["mamba"](vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
+    mamba = AutoModelForCausalLM.from_config(config).train()
+    with pytest.raises(ModelError, match="continuous batching cannot run a mamba model: .*; use engine: transformers"):
+        generate_continuous(mamba, [[5, 6]], settings, draw=None, batch_size=2)
+    assert mamba.training

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignkit.errors import ModelError, RunError
 from alignkit.launch import launch_stage
 from alignkit.models.frozen import read_norm, score_ids
-from alignkit.models.generation import generate_batch
+from alignkit.models.generation import generate_answers
 from alignkit.models.load import load_trained
 from alignkit.models.logprobs import Sampling, pad_answers
 from alignkit.models.scratch import builtin_config, builtin_tokenizer
@@ -231,7 +231,7 @@ def test_pieces_of_a_micro_batch_and_graphs_of_the_read_change_nothing(
     for number, (tokens, keep) in enumerate([(float("inf"), False), (64, False), (64, True)]):
         trainer = build(make_stage(text, "ppo"), tmp_path, f"run{number}").trainer
         collector = trainer.collector
-        assert trainer._keeps_graphs and collector.piece_tokens == 256
+        assert trainer._keeps_graphs == (kind != "full") and collector.piece_tokens == 256
         collector.piece_tokens, trainer._keeps_graphs = tokens, keep
         rollout = collector.sample(range(4), (0, 0))
         pieces = collector.pieces(rollout, range(4), 8)
@@ -510,16 +510,20 @@ def test_answers_are_sampled_in_batches_of_like_prompts_and_keep_their_order(
 
     def watch(model: Any, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         asked.append([len(ids) for ids in prompts])
-        return generate_batch(model, prompts, *args, **kwargs)
+        return generate_answers(model, prompts, *args, **kwargs)
 
-    monkeypatch.setattr("alignkit.train.ppo.trainer.generate_batch", watch)
+    monkeypatch.setattr("alignkit.train.ppo.trainer.generate_answers", watch)
     found = []
-    for size in (8, 2):
-        stage = make_stage(recipe(extra=", min_new_tokens: 2"), "ppo", f"ppo.generation.batch_size={size}")
-        found.append(build(stage, tmp_path, f"by{size}").trainer.collector.sample(range(4), (0, 0), repeats=2))
-    assert found[0].sampled_ids == found[1].sampled_ids and found[0].prompt_ids == found[1].prompt_ids
-    assert list(map(len, asked)) == [8, 2, 2, 2, 2] and all(
-        sorted(sizes) == sizes for sizes in (asked[0], sum(asked[1:], []))
+    for size, engine in ((8, "transformers"), (2, "transformers"), (3, "continuous")):
+        extra = f", min_new_tokens: 2, temperature: 0.8, generation: {{batch_size: {size}, engine: {engine}}}"
+        trainer = build(make_stage(recipe(lora=True, extra=extra), "ppo"), tmp_path, f"by{size}").trainer
+        disturb(trainer)  # the adapters act
+        found.append(trainer.collector.sample(range(4), (0, 0), repeats=2))
+        assert trainer.model.training
+    assert found[0].sampled_ids == found[1].sampled_ids == found[2].sampled_ids
+    assert found[0].prompt_ids == found[1].prompt_ids
+    assert list(map(len, asked)) == [8, 2, 2, 2, 2, 8] and all(
+        sorted(sizes) == sizes for sizes in (asked[0], sum(asked[1:5], []))
     )
     assert all(len(ids) > 1 for ids in found[0].sampled_ids)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ def test_empty_answers_and_answers_without_end_are_scored(build: Callable[..., R
 def test_an_answer_that_a_truncation_token_ended_is_closed_for_the_rm_stage() -> None:
     """Whole answers are what it was trained on; one without the token stays open."""
     answers = rollout("yes.", ended=False, text=True)
-    encode = encode_ids([7, 8], end_of_text=7, end_of_turn=8)
+    encode = partial(encode_ids, stop_ids=[7, 8], end_of_text=7, end_of_turn=8)
     assert encode(answers) == answers.whole_ids
     answers.ended = [True]
     assert encode(answers) == [[*answers.whole_ids[0], 7]]

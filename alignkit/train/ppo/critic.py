@@ -9,7 +9,6 @@ The value of a token is what is expected before it is sampled.
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +49,6 @@ class Critic:
         """Whether it reads the policy's hidden states, so that both come from one forward pass."""
         return self.model is None and not self.has_adapter
 
-    def acting(self) -> AbstractContextManager[None]:
-        """Let the critic's adapter act; needed around its backward pass too, which may recompute activations."""
-        return self.roles.act_as((CRITIC,)) if self.has_adapter else nullcontext()
-
     def values(self, batch: Batch, hidden_NH: Tensor | None = None) -> Tensor:
         """Values, float32 (N,); `hidden_NH` is the policy's, where it is shared."""
         if self.model is not None:
@@ -83,17 +78,6 @@ class Critic:
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
-
-    def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """Sort the parameters by what an optimizer must treat apart: matrices, vectors, and those of the head.
-
-        A head may be whole where all else is sharded, and one kernel steps through a group.
-        """
-        head = {id(parameter) for parameter in self.head.parameters()}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for parameter in self.parameters():
-            groups.setdefault((id(parameter) in head, parameter.ndim >= 2), []).append(parameter)
-        return [groups[kind] for kind in sorted(groups)]
 
     def save_state(self, directory: Path) -> None:  # all ranks call it, rank 0 writes
         state = shards.gather(self.named_parameters())

@@ -5,7 +5,6 @@ inputs are read nowhere and come out as 0. Sources: Ziegler 2019 (arXiv 1909.085
 the masked forms of vwxyzjn/summarize_from_feedback_details.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -135,23 +134,13 @@ def value_losses(values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, *
     return 0.5 * torch.maximum((values_BT - returns_BT) ** 2, (clipped - returns_BT) ** 2)
 
 
-@dataclass
-class KlController:
-    """The KL coefficient: fixed, or proportional control towards `target` nats per sequence.
+def adapt_kl_coef(coef: float, kl: float, num_episodes: int, *, target: float | None, horizon: int) -> float:
+    """Move the KL coefficient towards a `target` in nats per sequence; without one it stays.
 
     coef *= 1 + clip(kl / target - 1, -0.2, 0.2) n / horizon after n episodes. Source: Ziegler 2019 section 2.2,
     `AdaptiveKLController` of lm-human-preferences; `horizon` counts episodes.
     """
-
-    coef: float
-    target: float | None = None
-    horizon: int = 10_000
-
-    def update(self, kl: float, num_episodes: int) -> None:
-        """Take the mean KL of a batch of episodes into account; a fixed coefficient stays."""
-        if self.target is not None:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.coef *= 1 + error * num_episodes / self.horizon
+    return coef if target is None else coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * num_episodes / horizon)
 
 
 def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> float:

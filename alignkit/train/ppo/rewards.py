@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def build_rewards(
                 reads_alike = mine.chat_template == other.chat_template and mine.eos_token_id == other.eos_token_id
                 same_tokens = mine.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
                 if classifier.is_own and reads_alike and same_tokens:
-                    reward.encode = encode_ids(chat.stop_ids, chat.tokenizer.eos_token_id, chat.end_of_turn)
+                    ends = {"end_of_text": chat.tokenizer.eos_token_id, "end_of_turn": chat.end_of_turn}
+                    reward.encode = partial(encode_ids, stop_ids=chat.stop_ids, **ends)
         except ModelError as error:
             raise RewardError(f"{stage.name}.{key}: {error}", where=space.where) from error
         name, number = reward.name, 2
@@ -77,33 +79,26 @@ def build_rewards(
 def _split(items: Sequence[Any], score: Callable[[Sequence[Any]], list[float]]) -> list[float]:
     """Score a part of the items on each rank, and share the scores."""
     mine, num_own = ranks.share_out(range(len(items)))
-    found_M = torch.tensor(score([items[number] for number in mine]))
     scores_R = torch.zeros(len(items))
-    scores_R[mine[:num_own]] = found_M[:num_own]
-    scores: list[float] = ranks.total(scores_R).tolist()
-    return scores
+    scores_R[mine[:num_own]] = torch.tensor(score([items[number] for number in mine]))[:num_own]
+    return list(map(float, ranks.total(scores_R)))
 
 
 def encode_ids(
-    stop_ids: Sequence[int], end_of_text: int, end_of_turn: int | None
-) -> Callable[[Rollout], list[list[int]]]:
-    """Make the encoder of a reward model that reads the policy's own tokens: nothing is written and cut anew.
+    rollout: Rollout, stop_ids: Sequence[int], *, end_of_text: int, end_of_turn: int | None
+) -> list[list[int]]:
+    """Encode for a reward model that reads the policy's own tokens: nothing is written and cut anew.
 
     An answer that ended is given its end token where truncation has cut it off: whole answers are what an rm stage has
     been trained on.
     """
-
-    def encode(rollout: Rollout) -> list[list[int]]:
-        sequences = []
-        for prompt, ids, answer, ended in zip(
-            rollout.prompts, rollout.whole_ids, rollout.completion_ids, rollout.ended, strict=True
-        ):
-            closed = bool(answer) and answer[-1] in stop_ids
-            end = end_of_text if isinstance(prompt, str) or end_of_turn is None else end_of_turn
-            sequences.append([*ids, end] if ended and not closed else ids)
-        return sequences
-
-    return encode
+    sequences = []
+    answers = zip(rollout.prompts, rollout.whole_ids, rollout.completion_ids, rollout.ended, strict=True)
+    for prompt, ids, answer, ended in answers:
+        closed = bool(answer) and answer[-1] in stop_ids
+        end = end_of_text if isinstance(prompt, str) or end_of_turn is None else end_of_turn
+        sequences.append([*ids, end] if ended and not closed else ids)
+    return sequences
 
 
 def measure_norm(options: PpoOptions, rewards_R: Tensor) -> tuple[float, float]:

@@ -103,15 +103,6 @@ class Roles:
             hidden_NH: Tensor = read_answers(self.policy, batch, hidden_only=True)
         return hidden_NH
 
-    def add_reward(self, directory: Path) -> None:
-        """Hold a reward model of the policy's own base as an adapter and a head on it."""
-        assert isinstance(self.policy, PeftModel)
-        with self.policy_kept():
-            weight = add_scoring_adapter(self.policy, directory, REWARD)
-        self.reward_head = ScoreHead(weight.size(1), 1, bias=False, device=self.policy.device)
-        self.reward_head.weight.data.copy_(weight)
-        self.reward_head.requires_grad_(False)
-
     @contextmanager
     def policy_kept(self) -> Iterator[None]:
         """Put back what acts and what trains after PEFT has added an adapter."""
@@ -147,8 +138,8 @@ class Roles:
         return torch.cat(scores)
 
 
-def find_reward_on_base(roles: Roles, source: str, *, trust_code: bool) -> Path | None:
-    """Find the directory of a reward model that is an adapter on the very base of the policy, else None."""
+def hold_reward(roles: Roles, source: str, *, trust_code: bool) -> Path | None:
+    """Hold a reward model of the policy's own base as an adapter and a head on it; its directory, else None."""
     directory = None if is_builtin(source) else find_model_dir(source)
     if not isinstance(roles.policy, PeftModel) or directory is None:
         return None
@@ -158,4 +149,10 @@ def find_reward_on_base(roles: Roles, source: str, *, trust_code: bool) -> Path 
     plain = files.config.get("peft_type") == "LORA" and not files.config.get("trainable_token_indices")
     if files.kind != "adapter" or not files.reward or own_modules or not plain:
         return None
-    return directory if is_same_model(roles.policy.get_base_model().name_or_path, find_base(files)) else None
+    if not is_same_model(roles.policy.get_base_model().name_or_path, find_base(files)):
+        return None
+    with roles.policy_kept():
+        weight = add_scoring_adapter(roles.policy, directory, REWARD)
+    roles.reward_head = ScoreHead(weight.size(1), 1, bias=False, device=roles.policy.device).requires_grad_(False)
+    roles.reward_head.weight.copy_(weight)
+    return directory

@@ -129,7 +129,7 @@ class Collector:
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # log-probabilities and values with their graphs
 
     def __post_init__(self) -> None:
-        self.controller = maths.KlController(self.options.kl_coef, self.options.kl_target, self.options.kl_horizon)
+        self.kl_coef = self.options.kl_coef
 
     def sample(
         self, numbers: Sequence[int], draw: draws.Key, *, table: Dataset | None = None, repeats: int = 1
@@ -204,7 +204,8 @@ class Collector:
         if self.options.dynamic_sampling:
             experience.metrics["resampled_groups"] = resampled
         kl = experience.metrics["objective/kl"]
-        self.controller.update(kl, len(rollout))
+        target, horizon = self.options.kl_target, self.options.kl_horizon
+        self.kl_coef = maths.adapt_kl_coef(self.kl_coef, kl, len(rollout), target=target, horizon=horizon)
         if self.options.max_kl is not None and kl > self.options.max_kl:
             raise KlTooLarge(kl, step)
         first = judge_first(self.options, rollout.ended, experience.scores_R.tolist()) if number == 0 else None
@@ -240,7 +241,7 @@ class Collector:
         keep: bool = False,
     ) -> Experience:  # fmt: skip
         """Score a rollout, read what the models say about it, and estimate the advantages; changes no state."""
-        options, coef = self.options, self.controller.coef
+        options, coef = self.options, self.kl_coef
         total_R, parts = scored or self.rewards(rollout)
         lengths = list(map(len, rollout.sampled_ids))
         scores_R = finish_scores(options, total_R, rollout.ended, self.norm, lengths)
@@ -282,25 +283,19 @@ class Collector:
             metrics["filtered_share"] = 1 - metrics["ended_share"]
         weights_RT = maths.token_weights(learnt_RT, options.loss_normalization, longest=options.max_new_tokens)
         if rollout.engine_logps and options.generation.importance_cap is not None:
-            ratio_RT = self._engine_ratios(rollout, logps_RT, options.generation.importance_cap)
+            # Truncated importance sampling (Ionides 2008; Yao et al. 2025, "Your efficient RL framework secretly brings
+            # you off-policy RL training"): p(trainer) / p(engine), 1 where the engine's is not a number.
+            ratio_RT = torch.ones_like(logps_RT)
+            for row, own in enumerate(rollout.engine_logps):
+                engine_T = torch.tensor([torch.nan if logp is None else logp for logp in own])
+                ratio_RT[row, : len(own)] = (logps_RT[row, : len(own)] - engine_T).exp().nan_to_num(1.0)
+            ratio_RT = ratio_RT.clamp(max=options.generation.importance_cap)
             weights_RT = weights_RT * ratio_RT
             metrics["engine_ratio"] = float(maths.masked_mean(ratio_RT, mask_RT))
         return Experience(
             rollout, scores_R, mask_RT, logps_RT, ref_logps_RT, values_RT, advantages_RT, returns_RT, learnt_RT,
             weights_RT, metrics,
         )  # fmt: skip
-
-    def _engine_ratios(self, rollout: draws.Rollout, logps_RT: Tensor, cap: float) -> Tensor:
-        """p(trainer) / p(engine) of each token, at most `cap`; 1 where the engine's is not a number.
-
-        Truncated importance sampling: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-        training"; Ionides 2008.
-        """
-        ratios_RT = torch.ones_like(logps_RT)
-        for row, own in enumerate(rollout.engine_logps):
-            engine_T = torch.tensor([torch.nan if logp is None else logp for logp in own])
-            ratios_RT[row, : len(own)] = (logps_RT[row, : len(own)] - engine_T).exp().nan_to_num(1.0).clamp(max=cap)
-        return ratios_RT
 
     def read(
         self, rollout: draws.Rollout, model: Any, *, keep: bool = False
@@ -352,12 +347,12 @@ class Collector:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know, as plain data; floats survive JSON exactly."""
-        return {"kl_coef": self.controller.coef, "norm": self.norm, "monitor": asdict(self.monitor)}
+        return {"kl_coef": self.kl_coef, "norm": self.norm, "monitor": asdict(self.monitor)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave; a fixed KL coefficient stays the recipe's, where a change may be allowed."""
         if self.options.kl_target is not None:
-            self.controller.coef = state["kl_coef"]
+            self.kl_coef = state["kl_coef"]
         self.norm = None if state["norm"] is None else (state["norm"][0], state["norm"][1])
         self.monitor = HackingMonitor(**state["monitor"])
 

@@ -29,7 +29,7 @@ from alignkit.train import ranks
 from alignkit.train.fit import fit
 from alignkit.train.ppo.critic import Critic, critic_from_policy, critic_from_reward, critic_on_base, critic_on_policy
 from alignkit.train.ppo.rewards import build_rewards
-from alignkit.train.ppo.roles import CRITIC, REWARD, Roles, find_reward_on_base
+from alignkit.train.ppo.roles import CRITIC, REWARD, Roles, hold_reward
 from alignkit.train.ppo.rollout import Collector
 from alignkit.train.ppo.sampling import Truncation
 from alignkit.train.ppo.trainer import Ppo, Ptx
@@ -48,11 +48,9 @@ def build(stage: Stage, run: RunDir) -> Setup:
     if options.truncate is not None:
         ids = chat.tokenizer(options.truncate.token, add_special_tokens=False).input_ids
         if len(ids) != 1:
-            raise RecipeError(
-                f"{stage.name}.truncate.token {options.truncate.token!r} is {len(ids)} tokens of this tokenizer, not "
-                "one",
-                where=stage.where(f"{stage.name}.truncate.token"),
-            )
+            key = f"{stage.name}.truncate.token"
+            what = f"{key} {options.truncate.token!r} is {len(ids)} tokens of this tokenizer, not one"
+            raise RecipeError(what, where=stage.where(key))
         truncation = Truncation(ids[0], options.truncate.after)
     model = setup.load()
     model.generation_config.eos_token_id = chat.stop_ids
@@ -64,10 +62,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
     held = _hold_reward(stage, roles, options.reward)
     critic = _build_critic(stage, roles) if options.advantage == "gae" else None
     rewards = build_rewards(stage, options.reward, chat=chat, device=device, held=held)
-    gold = None
-    if options.gold is not None:
-        gold = build_rewards(stage, options.gold, chat=chat, key="gold", device=device)
-    ptx = _build_ptx(setup)
+    gold = build_rewards(stage, options.gold, chat=chat, key="gold", device=device) if options.gold else None
     collector = Collector(
         options=options, chat=chat, prompts=tables.train, roles=roles, critic=critic, rewards=rewards, gold=gold,
         sampling=Sampling(
@@ -78,9 +73,8 @@ def build(stage: Stage, run: RunDir) -> Setup:
     )  # fmt: skip
     arguments = setup.arguments(config)
     arguments["eval_dataset"] = None  # rollouts are the evaluation; held-out prompts are answered once, at the end
-    setup.trainer = trainer = Ppo(
-        **arguments, options=options, collector=collector, roles=roles, critic=critic, ptx=ptx
-    )
+    own: dict[str, Any] = {"options": options, "collector": collector, "roles": roles, "critic": critic}
+    setup.trainer = trainer = Ppo(**arguments, **own, ptx=_build_ptx(setup))
     loaded = [(role, module) for role, held in ((REWARD, rewards), ("gold", gold)) if held for module in held.modules]
     parts = _list_parts(roles, critic, loaded)
     told = "; ".join(f"{part['what']} {describe_bytes(part['bytes'])} ({', '.join(part['roles'])})" for part in parts)
@@ -161,9 +155,7 @@ def _count_rollouts(stage: Stage, num_prompts: int, answers: int, steps: int) ->
 def _hold_reward(stage: Stage, roles: Roles, sources: Sequence[RewardSource]) -> dict[int, tuple[Classifier, ScoreIds]]:
     """Put the first reward model that lies on the policy's own base there; say by which source it is meant."""
     for number, source in enumerate(sources):
-        directory = source.model and find_reward_on_base(roles, source.model, trust_code=stage.trust_code)
-        if directory:
-            roles.add_reward(directory)
+        if directory := source.model and hold_reward(roles, source.model, trust_code=stage.trust_code):
             classifier = load_classifier(str(directory), on_base=roles.policy, trust_code=stage.trust_code)
             pad_id, size = classifier.tokenizer.pad_token_id, micro_batch_size(stage)
             return {number: (classifier, partial(roles.score_ids, pad_id=pad_id, batch_size=size))}

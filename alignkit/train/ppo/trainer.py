@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +22,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from alignkit import console
 from alignkit.errors import ModelError, RunError
 from alignkit.models.adapters import TRAINED
-from alignkit.models.generation import InverseTransform, generate_batch
+from alignkit.models.generation import generate_answers
+from alignkit.models.kernels import leave_out_masks
 from alignkit.models.logprobs import Batch, pad_answers
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
@@ -93,10 +95,6 @@ class Ema(TrainerCallback):
         shards.scatter_model(places, load_file(directory / EMA_FILE))
 
 
-def _refuse_reward(**_: Any) -> list[float]:
-    raise AssertionError("the collector computes rewards")
-
-
 class Ppo(Guarded, GRPOTrainer):
     """See the module docstring."""
 
@@ -110,7 +108,9 @@ class Ppo(Guarded, GRPOTrainer):
         self.experience: Experience | None = None
         self.ema = Ema(options.ema) if options.ema else None
         self._steps_per_rollout = options.ppo_epochs * options.minibatches
-        super().__init__(*args, reward_funcs=_refuse_reward, **kwargs)
+        super().__init__(*args, reward_funcs=lambda **_: [], **kwargs)  # the collector computes rewards
+        for other in filter(None, (roles.reference, critic and critic.model)):
+            leave_out_masks(other)  # as the policy does: at step 0 they agree to the last bit
         if critic is not None and critic.model is not None and self.args.gradient_checkpointing:
             critic.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         collector.generate, collector.autocast = self._sample, self.accelerator.autocast
@@ -118,7 +118,8 @@ class Ppo(Guarded, GRPOTrainer):
         if on_cpu and not shards.is_sharded(self):  # whose ranks must take the same number of passes
             collector.piece_tokens = _PIECE_TOKENS
         whole = options.minibatches == self.args.gradient_accumulation_steps == 1
-        self._keeps_graphs = on_cpu and alone and whole  # elsewhere micro batches were chosen to fit the memory
+        # Elsewhere micro batches were chosen to fit the memory; two whole models would need twice the activations.
+        self._keeps_graphs = on_cpu and alone and whole and (critic is None or critic.model is None)
         self._bind_parameters()
         # DDP would wait for the gradients of an adapter that another backward pass trains.
         apart = [
@@ -169,13 +170,11 @@ class Ppo(Guarded, GRPOTrainer):
             self.is_in_train = False
             directory = Path(self.args.output_dir)
             good = [path for path in checkpoints.list_checkpoints(directory) if checkpoints.step_of(path) < stop.step]
-            limit = (
-                f"the KL is {stop.kl:.3g} nats per sequence at step {stop.step}, above max_kl {self.options.max_kl:g}"
-            )
+            above = f"above max_kl {self.options.max_kl:g}"
+            limit = f"the KL is {stop.kl:.3g} nats per sequence at step {stop.step}, {above}"
             if not good:
-                what = f"{limit}, and no earlier checkpoint was saved; lower learning_rate or save_steps, or raise "
-                what += "kl_coef"
-                raise ranks.met_by_all(RunError(what, where=str(directory))) from None
+                advice = "no earlier checkpoint was saved; lower learning_rate or save_steps, or raise kl_coef"
+                raise ranks.met_by_all(RunError(f"{limit}, and {advice}", where=str(directory))) from None
             self._load_from_checkpoint(str(good[0]))
             self.state.global_step = checkpoints.step_of(good[0])
             console.warn(f"{self.collector.name}: {limit}; stopped, and the model is that of {good[0].name}")
@@ -196,29 +195,29 @@ class Ppo(Guarded, GRPOTrainer):
         if self.use_vllm:
             answers, logps = self._generate_single_turn(prompt_ids, None, {}, repeats)
             return answers, logps or []
-        settings = GenerationConfig(
-            max_new_tokens=options.max_new_tokens, min_new_tokens=options.min_new_tokens,
-            eos_token_id=list(chat.stop_ids), pad_token_id=chat.tokenizer.pad_token_id,
-        )  # fmt: skip
 
         def is_over(ids: list[int]) -> bool:
             text = chat.tokenizer.decode(ids)
             return any(stop in text for stop in options.stop or ())
 
-        hooks: dict[str, Any] = {"is_over": is_over if options.stop else None, "in_step": shards.is_sharded(self)}
+        names = ("temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens")
+        how = {name: getattr(options, name) for name in names} | {
+            "eos_ids": chat.stop_ids, "pad_id": chat.tokenizer.pad_token_id, "in_step": shards.is_sharded(self),
+            "is_over": is_over if options.stop else None,
+        }  # fmt: skip
         order = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))  # like lengths come together
+        if options.generation.engine == "continuous":
+            how["in_flight"], size = size, len(order)
         found: dict[int, list[int]] = {}
-        recomputed = self.args.gradient_checkpointing_kwargs
         unwrapped = unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=recomputed
+            self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs
         )
         with unwrapped as model, shards.gathered_root(self.model):
             for places in (order[start : start + size] for start in range(0, len(order), size)):
-                hooks["draw"] = InverseTransform(
-                    uniforms_BT[places], temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
+                how["uniforms_BT"] = uniforms_BT[places]
+                found |= zip(
+                    places, generate_answers(model, [prompt_ids[place] for place in places], **how), strict=True
                 )
-                batch = generate_batch(model, [prompt_ids[place] for place in places], settings, **hooks)
-                found |= zip(places, batch, strict=True)
         return [found[place] for place in range(len(prompt_ids))], []
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -334,7 +333,8 @@ class Ppo(Guarded, GRPOTrainer):
         critic, value_loss = self.critic, 0.0
         if critic is not None and not critic.shares_hidden:
             # A graph of its own: its memory is free before the policy's is built.
-            with critic.acting():
+            # A critic's adapter acts in the backward pass too, which may recompute activations.
+            with self.roles.act_as((CRITIC,)) if critic.has_adapter else nullcontext():
                 value_loss = value_loss_of(kept[1] if kept else critic.values(batch))
                 self.accelerator.backward(value_loss)
             value_loss = value_loss.detach()
@@ -383,8 +383,12 @@ class Ppo(Guarded, GRPOTrainer):
             self._bind_parameters()
         if self.critic is not None:
             rate = self.options.critic_learning_rate or self.args.learning_rate
-            for parameters in self.critic.parameter_groups():
-                decay = self.args.weight_decay if parameters[0].ndim >= 2 else 0.0
+            # A head may be whole where all else is sharded, and one kernel steps through a group.
+            head, groups = set(map(id, self.critic.head.parameters())), defaultdict(list)
+            for parameter in self.critic.parameters():
+                groups[id(parameter) in head, parameter.ndim >= 2].append(parameter)
+            for (_, is_matrix), parameters in sorted(groups.items(), key=lambda item: item[0]):
+                decay = self.args.weight_decay if is_matrix else 0.0
                 self.optimizer.add_param_group({"params": parameters, "weight_decay": decay, "lr": rate})
         return super().create_scheduler(*args, **kwargs)
 
@@ -427,29 +431,25 @@ class Ppo(Guarded, GRPOTrainer):
         """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on answers of the fresh policy."""
         collector = self.collector
         numbers = range(min(self.args.per_device_train_batch_size, len(collector.prompts)))
-
-        def check() -> None:
-            rollout = collector.sample(numbers, (CHECK,))
-            mask_RT, logps_RT, ref_logps_RT, *_ = collector.read(rollout, self.model)
-            again_RT = torch.zeros_like(logps_RT)
-            for rows, batch in collector.pieces(rollout, numbers, mask_RT.size(1)):
-                with collector.autocast():  # with gradients, as a training step computes it
-                    again_RT[rows] = batch.spread(read_answers(self.model, batch)[0].float()).detach().cpu()
-            # Kernels of a GPU may add in another order from one call to the next.
-            bound = 0.0 if self.args.device.type == "cpu" else 1e-2
-            kl, ratio = float((logps_RT - ref_logps_RT).abs().max()), float((again_RT - logps_RT).abs().max())
-            if not kl <= bound:
-                raise ModelError(
-                    f"{collector.name}: policy and reference differ at step 0 (by {kl:.3g} nats in a token, it must "
-                    "be 0): the reference is not the model that training starts from"
-                )
-            if not ratio <= bound:
-                raise ModelError(
-                    f"{collector.name}: the ratio at step 0 is exp({ratio:.3g}), it must be 1: the policy is not the "
-                    "same in sampling and in training; switch dropout off"
-                )
-
-        ranks.alike(check)
+        rollout = collector.sample(numbers, (CHECK,))
+        mask_RT, logps_RT, ref_logps_RT, *_ = collector.read(rollout, self.model)
+        again_RT = torch.zeros_like(logps_RT)
+        for rows, batch in collector.pieces(rollout, numbers, mask_RT.size(1)):
+            with collector.autocast():  # with gradients, as a training step computes it
+                again_RT[rows] = batch.spread(read_answers(self.model, batch)[0].float()).detach().cpu()
+        # Kernels of a GPU may add in another order from one call to the next.
+        bound = 0.0 if self.args.device.type == "cpu" else 1e-2
+        kl, ratio = float((logps_RT - ref_logps_RT).abs().max()), float((again_RT - logps_RT).abs().max())
+        if not kl <= bound:
+            raise ModelError(
+                f"{collector.name}: policy and reference differ at step 0 (by {kl:.3g} nats in a token, it must "
+                "be 0): the reference is not the model that training starts from"
+            )
+        if not ratio <= bound:
+            raise ModelError(
+                f"{collector.name}: the ratio at step 0 is exp({ratio:.3g}), it must be 1: the policy is not the "
+                "same in sampling and in training; switch dropout off"
+            )
 
     @torch.no_grad()
     def answer_held_out(self, table: Dataset) -> dict[str, float]:
