@@ -56,7 +56,7 @@ class Critic:
         if self.has_adapter:
             hidden_NH = self.roles.hidden_states(batch, (CRITIC,))
         assert hidden_NH is not None
-        return self.head(hidden_NH.to(self.head.weight.dtype)).squeeze(-1).float()
+        return self.head(hidden_NH).squeeze(-1)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what the critic's loss trains and the policy's optimizer groups do not hold."""
@@ -110,20 +110,19 @@ class Critic:
         if self.from_reward:  # transformers' classifiers have no bias: it goes where a reward model keeps its own
             bias = state.pop("score.bias") if self.model is not None else head["bias"]
             write_json(out / REWARD_NORM, {"gain": 1.0, "bias": float(bias)})
+        if self.shares_hidden:
+            save_file({f"value_head.{name}": tensor for name, tensor in head.items()}, out / "value_head.safetensors")
+            return
+        tokenizer.save_pretrained(out)
         if self.model is not None:
             with quiet_transformers():
                 self.model.save_pretrained(out, state_dict=state)
-            tokenizer.save_pretrained(out)
-            return
-        if not self.has_adapter:
-            save_file({f"value_head.{name}": tensor for name, tensor in head.items()}, out / "value_head.safetensors")
             return
         state |= {"base_model.model.score.weight": head["weight"]}
         save_file(state, out / "adapter_model.safetensors", metadata={"format": "pt"})
         config = copy.deepcopy(policy.peft_config[CRITIC])
         config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
         config.save_pretrained(out)
-        tokenizer.save_pretrained(out)
 
 
 def critic_on_policy(roles: Roles) -> Critic:
@@ -163,14 +162,13 @@ def critic_from_policy(roles: Roles) -> Critic:
 def critic_from_reward(roles: Roles, directory: Path, *, where: str, trust_code: bool = False) -> Critic:
     """A trainable copy of a reward model; an adapter is folded into its base, two labels into their log-odds."""
     policy = roles.policy
-    place, dtype = str(policy.device), policy.dtype
-    model: Any = load_classifier(str(directory), device=place, dtype=dtype, trust_code=trust_code).model
+    how: dict[str, Any] = {"device": str(policy.device), "dtype": policy.dtype, "trust_code": trust_code}
+    model: Any = load_classifier(str(directory), **how).model
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     if not isinstance(getattr(model, "score", None), nn.Linear) or getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"a {model.config.model_type} classifier gives no value per token; set value_init: policy", where=where
-        )
+        what = f"a {model.config.model_type} classifier gives no value per token; set value_init: policy"
+        raise ModelError(what, where=where)
     model.score, model.num_labels, model.config.num_labels = _with_bias(model.score), 1, 1
     return _own(roles, model.to(policy.dtype), from_reward=True)
 
@@ -186,13 +184,10 @@ def _with_bias(head: nn.Linear) -> nn.Linear:
 
 
 def _own(roles: Roles, model: Any, *, from_reward: bool) -> Critic:
-    def read_values(model: Any, hidden_NH: Tensor, batch: Batch) -> Any:
-        return model.score(hidden_NH.to(model.score.weight.dtype)).squeeze(-1).float()
-
     model.config.use_cache = False
     model.config.pad_token_id = roles.policy.config.pad_token_id
     model.requires_grad_(True)
     model.train()
     switch_off_dropout(model)  # values of a rollout and of its training must be of one function
-    return_logps(model, read_values)
+    return_logps(model, lambda model, hidden_NH: model.score(hidden_NH).squeeze(-1))
     return Critic(roles, model.score, model=model, from_reward=from_reward)

@@ -28,8 +28,8 @@ from alignkit.models.start import find_base, is_same_model
 REWARD, CRITIC = "reward", "critic"  # adapter names beside those of the models room
 
 
-def return_logps(model: Any, read: Callable[[Any, Tensor, Batch], Any] | None = None) -> None:
-    """Let `model(..., batch=)` return `read(base, hidden states (N, H), batch)` of a batch's answers instead of logits;
+def return_logps(model: Any, read: Callable[[Any, Tensor], Any] | None = None) -> None:
+    """Let `model(..., batch=)` return `read(base, hidden states (N, H))` of a batch's answers instead of logits;
     without `read` log-probs (N,), entropies (N,) and hidden states, and with `hidden_only=True` the last alone.
 
     Part of the model's own forward, so that it works through the wrappers of PEFT, accelerate, DDP and FSDP; without
@@ -43,7 +43,7 @@ def return_logps(model: Any, read: Callable[[Any, Tensor, Batch], Any] | None = 
         if batch is None:
             return original(*args, **kwargs)
         if read is not None:
-            return read(base, batch.pick(base.base_model(**kwargs, use_cache=False).last_hidden_state), batch)
+            return read(base, batch.pick(base.base_model(**kwargs, use_cache=False).last_hidden_state))
         hidden_BLH, _ = run_trunk(original, base.get_output_embeddings(), **kwargs, use_cache=False)
         hidden_NH = batch.pick(hidden_BLH)
         return hidden_NH if hidden_only else (*sampled_logps(base, hidden_NH, batch), hidden_NH)
@@ -134,7 +134,7 @@ class Roles:
             before, at_last = zip(*((ids[:n], ids[n : n + 1]) for ids, n in zip(part, lasts, strict=True)), strict=True)
             batch = pad_answers(before, at_last, pad_id=pad_id, device=self.policy.device)
             hidden_BH = self.hidden_states(replace(batch, columns_N=batch.columns_N + 1), (REWARD,))
-            scores.append(self.reward_head(hidden_BH.to(self.reward_head.weight.dtype)).squeeze(-1).float().cpu())
+            scores.append(self.reward_head(hidden_BH).squeeze(-1).cpu())
         return torch.cat(scores)
 
 

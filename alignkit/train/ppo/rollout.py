@@ -86,9 +86,8 @@ class HackingMonitor:
         self.latest = [*self.latest, seen][-_WINDOW:]
         if self.said or len(self.latest) < _WINDOW:
             return None
-        before, now = (
-            {name: sum(row[name] for row in rows) / len(rows) for name in seen} for rows in (self.start, self.latest)
-        )
+        both = self.start, self.latest
+        before, now = ({name: sum(row[name] for row in rows) / len(rows) for name in seen} for rows in both)
         signs = []
         if now["response_length"] > _LONGER * before["response_length"]:
             signs.append(f"answers grew from {before['response_length']:.0f} to {now['response_length']:.0f} tokens")
@@ -97,10 +96,8 @@ class HackingMonitor:
         if not signs or now["reward"] <= before["reward"]:
             return None
         self.said = True
-        return (
-            f"the reward rose from {before['reward']:.3g} to {now['reward']:.3g} while {' and '.join(signs)}: the "
-            "policy may be exploiting the reward; read samples.jsonl, raise kl_coef or set max_kl"
-        )
+        rise = f"the reward rose from {before['reward']:.3g} to {now['reward']:.3g} while {' and '.join(signs)}"
+        return f"{rise}: the policy may be exploiting the reward; read samples.jsonl, raise kl_coef or set max_kl"
 
 
 @dataclass
@@ -186,14 +183,12 @@ class Collector:
         self.norm = gain, bias = measure_norm(self.options, torch.cat(totals))
         if self.critic is not None and self.critic.from_reward:
             self.critic.rescale(gain, bias)
-        console.note(
-            f"{self.name}: reward normalised on {count} answers of the starting policy: {gain:.4g} r {bias:+.4g}"
-        )
+        what = f"reward normalised on {count} answers of the starting policy: {gain:.4g} r {bias:+.4g}"
+        console.note(f"{self.name}: {what}")
 
     def collect(self, number: int, model: Any, *, step: int, keep: bool = False) -> Experience:
         """Make rollout `number` of the run and take its KL into account; raises KlTooLarge beyond `max_kl`."""
-        repeats = self.options.answers_per_prompt
-        count = self.num_answers // repeats
+        repeats, count = self.options.answers_per_prompt, self.num_answers // self.options.answers_per_prompt
         numbers = draws.prompt_numbers(number * count, count, num_prompts=len(self.prompts), seed=self.seed)
         pulse("sampling answers", step)
         rollout = self.sample(numbers, (TRAINING, number), repeats=repeats)

@@ -66,8 +66,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
     collector = Collector(
         options=options, chat=chat, prompts=tables.train, roles=roles, critic=critic, rewards=rewards, gold=gold,
         sampling=Sampling(
-            options.temperature, options.min_new_tokens or 0, tuple(chat.stop_ids), options.top_p, options.top_k
-        ),
+            options.temperature, options.min_new_tokens or 0, tuple(chat.stop_ids), options.top_p, options.top_k),
         truncation=truncation, num_answers=options.batch_size * options.minibatches,
         micro_batch_size=config.per_device_train_batch_size, seed=stage.seed, name=stage.name,
     )  # fmt: skip
@@ -102,11 +101,9 @@ def _build_config(stage: Stage, checkpoints: Path, *, num_prompts: int) -> GRPOC
     repeats = options.answers_per_prompt
     answers = options.batch_size * options.minibatches
     if answers % repeats:
-        raise RecipeError(
-            f"{stage.name}: a rollout has batch_size x minibatches = {answers} answers, which {repeats} answers per "
-            "prompt do not divide; change batch_size or num_generations",
-            where=stage.where(f"{stage.name}.batch_size"),
-        )
+        what = f"{stage.name}: a rollout has batch_size x minibatches = {answers} answers, which {repeats} answers per "
+        what += "prompt do not divide; change batch_size or num_generations"
+        raise RecipeError(what, where=stage.where(f"{stage.name}.batch_size"))
     steps = options.ppo_epochs * options.minibatches
     sampling: dict[str, Any] = {}
     if generation.engine == "vllm":
@@ -143,10 +140,8 @@ def _count_rollouts(stage: Stage, num_prompts: int, answers: int, steps: int) ->
     if max_steps > 0:
         rollouts = -(-max_steps // steps)
         if rollouts * steps != max_steps:
-            console.note(
-                f"{stage.name}: {rollouts * steps} steps instead of {max_steps}: a rollout takes {steps} steps "
-                "(ppo_epochs x minibatches)"
-            )
+            why = f"a rollout takes {steps} steps (ppo_epochs x minibatches)"
+            console.note(f"{stage.name}: {rollouts * steps} steps instead of {max_steps}: {why}")
         return rollouts
     epochs = float(stage.trainer.get("num_train_epochs", 1.0))
     return max(1, round(epochs * num_prompts * options.answers_per_prompt / answers))
@@ -165,30 +160,25 @@ def _hold_reward(stage: Stage, roles: Roles, sources: Sequence[RewardSource]) ->
 def _build_critic(stage: Stage, roles: Roles) -> Critic:
     """Build the critic that value_init asks for; omitted: from the reward where that is one model that can be one."""
     options = stage.expect(PpoOptions)
-    where = stage.where(f"{stage.name}.value_init")
+    key = f"{stage.name}.value_init"
     only = options.reward[0].model if len(options.reward) == 1 else None
     directory = find_model_dir(only) if only and not is_builtin(only) else None
     if options.critic_start != "reward":
         own = options.critic_start == "policy" and stage.lora is None
         return critic_from_policy(roles) if own else critic_on_policy(roles)
     if directory is None:
-        raise RecipeError(
-            f"{stage.name}.value_init: reward needs one reward model on disk as the reward; use value_init: policy",
-            where=where,
-        )
+        what = f"{key}: reward needs one reward model on disk as the reward; use value_init: policy"
+        raise RecipeError(what, where=stage.where(key))
     if roles.reward_head is not None:
         critic = critic_on_base(roles)
     elif stage.lora is None:
-        critic = critic_from_reward(roles, directory, where=where, trust_code=stage.trust_code)
+        critic = critic_from_reward(roles, directory, where=stage.where(key), trust_code=stage.trust_code)
     elif options.value_init is None:
         console.note(f"{stage.name}: the reward model has another base, so the critic is a zero head on the policy")
         return critic_on_policy(roles)
     else:
-        raise RecipeError(
-            f"{stage.name}.value_init: reward needs a reward model that is an adapter on the policy's base, or a stage "
-            "without lora:; use value_init: policy",
-            where=where,
-        )
+        what = f"{key}: reward needs a reward model that is an adapter on the policy's base, or a stage without lora:"
+        raise RecipeError(f"{what}; use value_init: policy", where=stage.where(key))
     weight, (gain, bias) = options.reward[0].weight, read_norm(str(directory))
     critic.rescale(weight * gain, weight * bias)
     return critic

@@ -122,9 +122,8 @@ class Ppo(Guarded, GRPOTrainer):
         self._keeps_graphs = on_cpu and alone and whole and (critic is None or critic.model is None)
         self._bind_parameters()
         # DDP would wait for the gradients of an adapter that another backward pass trains.
-        apart = [
-            name for name, p in self.model.named_parameters() if p.requires_grad and name not in self._policy_parameters
-        ]
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        apart = [name for name in trained if name not in self._policy_parameters]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, apart)
         if self.ema is not None:
             self.add_callback(self.ema)
@@ -148,13 +147,11 @@ class Ppo(Guarded, GRPOTrainer):
 
     def _init_training_state(self, *args: Any) -> Any:
         found = super()._init_training_state(*args)
-        every = self.state.save_steps
-        if self.args.save_strategy == "steps" and every % self._steps_per_rollout:
-            self.state.save_steps = math.ceil(every / self._steps_per_rollout) * self._steps_per_rollout
-            console.note(
-                f"{self.collector.name}: saving every {self.state.save_steps} steps instead of {every}: checkpoints "
-                f"lie between rollouts, which take {self._steps_per_rollout} steps"
-            )
+        every, steps = self.state.save_steps, self._steps_per_rollout
+        if self.args.save_strategy == "steps" and every % steps:
+            self.state.save_steps = math.ceil(every / steps) * steps
+            told = f"{self.collector.name}: saving every {self.state.save_steps} steps instead of {every}"
+            console.note(f"{told}: checkpoints lie between rollouts, which take {steps} steps")
         return found
 
     @property
@@ -214,10 +211,9 @@ class Ppo(Guarded, GRPOTrainer):
         )
         with unwrapped as model, shards.gathered_root(self.model):
             for places in (order[start : start + size] for start in range(0, len(order), size)):
-                how["uniforms_BT"] = uniforms_BT[places]
-                found |= zip(
-                    places, generate_answers(model, [prompt_ids[place] for place in places], **how), strict=True
-                )
+                batch = [prompt_ids[place] for place in places]
+                answers = generate_answers(model, batch, uniforms_BT=uniforms_BT[places], **how)
+                found |= zip(places, answers, strict=True)
         return [found[place] for place in range(len(prompt_ids))], []
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -384,9 +380,9 @@ class Ppo(Guarded, GRPOTrainer):
         if self.critic is not None:
             rate = self.options.critic_learning_rate or self.args.learning_rate
             # A head may be whole where all else is sharded, and one kernel steps through a group.
-            head, groups = set(map(id, self.critic.head.parameters())), defaultdict(list)
+            of_head, groups = set(map(id, self.critic.head.parameters())), defaultdict(list)
             for parameter in self.critic.parameters():
-                groups[id(parameter) in head, parameter.ndim >= 2].append(parameter)
+                groups[id(parameter) in of_head, parameter.ndim >= 2].append(parameter)
             for (_, is_matrix), parameters in sorted(groups.items(), key=lambda item: item[0]):
                 decay = self.args.weight_decay if is_matrix else 0.0
                 self.optimizer.add_param_group({"params": parameters, "weight_decay": decay, "lr": rate})
@@ -441,15 +437,11 @@ class Ppo(Guarded, GRPOTrainer):
         bound = 0.0 if self.args.device.type == "cpu" else 1e-2
         kl, ratio = float((logps_RT - ref_logps_RT).abs().max()), float((again_RT - logps_RT).abs().max())
         if not kl <= bound:
-            raise ModelError(
-                f"{collector.name}: policy and reference differ at step 0 (by {kl:.3g} nats in a token, it must "
-                "be 0): the reference is not the model that training starts from"
-            )
+            what = f"policy and reference differ at step 0 (by {kl:.3g} nats in a token, it must be 0)"
+            raise ModelError(f"{collector.name}: {what}: the reference is not the model that training starts from")
         if not ratio <= bound:
-            raise ModelError(
-                f"{collector.name}: the ratio at step 0 is exp({ratio:.3g}), it must be 1: the policy is not the "
-                "same in sampling and in training; switch dropout off"
-            )
+            what = f"the ratio at step 0 is exp({ratio:.3g}), it must be 1: the policy is not the same in sampling and "
+            raise ModelError(f"{collector.name}: {what}in training; switch dropout off")
 
     @torch.no_grad()
     def answer_held_out(self, table: Dataset) -> dict[str, float]:
