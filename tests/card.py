@@ -78,6 +78,10 @@ class OnCard(torch.Tensor):
         made.held = held
         return made
 
+    def tolist(self) -> Any:
+        SYNCS["host"] += 1
+        return self.held.tolist()
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnCard({self.held!r})"
 
@@ -102,9 +106,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     others = [one for one in flat if isinstance(one, torch.Tensor) and not isinstance(one, OnCard) and one.dim()]
     if held and others and func not in MOVES | INDEXED:
         raise RuntimeError(f"{func} mixes devices: of the host are {[tuple(one.shape) for one in others]}")
-    to_host = bool(held) and (
-        wanted == "cpu" if func is aten._to_copy.default else func is aten.copy_.default and others == [args[0]]
+    leaves = (
+        wanted == "cpu"
+        if func is aten._to_copy.default
+        else func is aten.copy_.default and not isinstance(args[0], OnCard)
     )
+    to_host = bool(held) and leaves
     if held and func in WAITS:
         SYNCS[WAITS[func]] += 1
     elif to_host:

@@ -5,13 +5,14 @@ An adapter directory is never given to AutoModel, which would load it in a way t
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, EvaConfig, PeftConfig, PeftModel, get_peft_model
+from peft import initialize_lora_eva_weights as begin_eva
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -33,6 +34,7 @@ _LARGEST_RANK = 2**16
 _ADDED = re.compile(r"\.(lora_|vera_|oft_|ia3_|modules_to_save\.|trainable_tokens_delta\.)")
 # Keys of `lora:` that an adapter which goes on may have otherwise: they say how one begins, or how it is trained.
 _NOT_HELD = {"dropout", "modules_to_save", "trainable_token_indices", "projection_prng_key", "d_initial", "use_dora"}
+_DRAWN = ("gaussian", "orthogonal", "eva")  # B A is zero: the base alone is the start
 _SCALES = {"r", "alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 
 
@@ -45,9 +47,7 @@ def adapt(
     model: PreTrainedModel, stage: Stage, action: str, directory: Path | None, *, reward: bool,
     tokens: Sequence[int] = (), parts: Path | None = None,
 ) -> PeftModel:  # fmt: skip
-    """Wrap a base as the stage trains it, with the embeddings of `tokens`.
-
-    Random matrices are drawn from the stage's seed, in generators of their own.
+    """Wrap a base as the stage trains it, with the embeddings of `tokens`; what is random is drawn from its seed.
 
     new, merge  a fresh adapter: the model still computes what the base does
     continue    the adapter of `directory`; a policy's goes on as a reward model's with a fresh score head
@@ -89,7 +89,7 @@ def adapt(
             if action == "stack":
                 wrapped.add_adapter(TRAINED, upper)
                 _copy(wrapped, START, TRAINED, ".modules_to_save.")  # the score head starts from the lower adapter's
-            elif action != "continue" and parts is not None and init not in (None, "gaussian", "orthogonal"):
+            elif action != "continue" and parts is not None and init not in (None, *_DRAWN):
                 lower = copy.deepcopy(upper)
                 lower.trainable_token_indices, lower.modules_to_save, lower.lora_dropout = None, None, 0.0
                 if init != "loftq":
@@ -105,8 +105,8 @@ def adapt(
     if START in wrapped.peft_config:
         activate(wrapped, [START, TRAINED])
     of_ppo = wrapped.peft_config[TRAINED]
-    if stage.method == "ppo" and (of_ppo.peft_type != "LORA" or of_ppo.trainable_token_indices):
-        what = "the roles of ppo are LoRA adapters of one base: no other type of adapter, no rows of tokens; start from"
+    if stage.method == "ppo" and (of_ppo.peft_type != "LORA" or of_ppo.trainable_token_indices or init == "eva"):
+        what = "the roles of ppo are LoRA adapters of one base: no other type, no eva, no rows of tokens; start from"
         raise ModelError(f"{what} it with adapter: merge, or leave lora: out", where=stage.where("lora.adapter_type"))
     return wrapped
 
@@ -151,6 +151,20 @@ def _take_parts(model: PeftModel, kind: str, file: Path) -> None:
         for adapter, sign in ((TRAINED, 1), (START, -1))[: len(layer.lora_A)]:
             layer.lora_A[adapter].weight.data.copy_(stored[f"{name}.lora_A.weight"])
             layer.lora_B[adapter].weight.data.copy_(sign * stored[f"{name}.lora_B.weight"])
+
+
+def begin_by_data(model: PeftModel, batches: Iterable[dict[str, Any]]) -> None:
+    """Let the A of a new adapter begin along what varies most in a layer's inputs (EVA, arXiv 2410.07170)."""
+    if any(bool(weight.any()) for name, weight in model.named_parameters() if ".lora_B." in name):
+        return  # it goes on
+    kept = ("input_ids", "attention_mask", "labels")
+    loader = [{name: batch[name] for name in kept if name in batch} for batch in batches]
+
+    def forward(model: Any, inputs: dict[str, Any]) -> Any:
+        return model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+
+    with torch.no_grad():
+        begin_eva(model, loader, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False)
 
 
 def copy_adapter(model: PeftModel, source: str, name: str) -> None:
@@ -200,8 +214,7 @@ def _wrap(model: PreTrainedModel, config: PeftConfig, name: str) -> PeftModel:
 def activate(model: PeftModel, names: list[str]) -> None:
     """Make the named adapters act together; only `default` trains.
 
-    PeftModel.set_adapter takes one name, and the layers' own would make all of them trainable. The reference of a
-    stacked model is `activate(model, [START])`, its way back `activate(model, [START, TRAINED])`.
+    PeftModel.set_adapter takes one name, and the layers' own would make all of them trainable.
     """
     model.set_adapter(names[-1])  # modules trained in full cannot act together: the last adapter's do
     for module in model.modules():
@@ -213,10 +226,7 @@ def activate(model: PeftModel, names: list[str]) -> None:
 
 
 def cast_adapters(model: PeftModel, dtype: torch.dtype) -> None:
-    """Hold the adapters of a quantised base in the dtype it computes in.
-
-    DoRA magnitudes stay as they are: their updates are smaller than bfloat16 can add.
-    """
+    """Hold a quantised base's adapters in the dtype it computes in, but magnitudes: DoRA's updates are too small."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name and "magnitude" not in name and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -260,8 +270,10 @@ def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool, tokens: S
         heads = (model.get_output_embeddings(), getattr(model, "score", None))
         names = (name.split(".")[-1] for name, one in linear.items() if all(one is not head for head in heads))
         values["target_modules"] = sorted({*names})
-    if options.init_lora_weights in ("gaussian", "orthogonal"):
+    if options.init_lora_weights in _DRAWN:
         values["init_lora_weights"] = options.init_lora_weights
+    if options.init_lora_weights == "eva":
+        values["eva_config"] = EvaConfig(rho=1.0)  # ranks stay as they are asked for
     if tokens:
         values["trainable_token_indices"] = _name_tokens(model, tokens)
     kind = PEFT_TYPE_TO_CONFIG_MAPPING["LORA" if options.adapter_type == "dora" else options.adapter_type.upper()]

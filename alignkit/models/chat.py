@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
 from alignkit.models.files import KNOWN
-from alignkit.models.template import ConversationError, Message, Span, Template, Written
+from alignkit.models.template import OTHERS, ConversationError, Message, Span, Template, Written
 
 _MAX_WORDS = 100_000  # about 20 MB of Python lists
 # A run of white space with a space in it is cut as a whole, and differently at its end.
@@ -86,7 +86,7 @@ def _cuts_at_spaces(backend: Tokenizer) -> bool:
     )
 
 
-NO_TEMPLATE = "the tokenizer has no chat template: set model.chat_template: chatml | llama3 | zephyr | plain"
+NO_TEMPLATE = f"the tokenizer has no chat template: {OTHERS}"
 SETTINGS = "chat_template_kwargs"  # their key in tokenizer_config.json, so that a saved model keeps them
 _THINK = re.compile(r"</?think\w*>")  # in a generation prompt, and in answers by right
 Text = str | list[Message]

@@ -24,10 +24,8 @@ from alignkit.runs.directory import require_whole
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_MODELS = ("builtin:tiny-gpt2", "builtin:tiny-llama", "builtin:rnnsearch", "builtin:rnnencdec")
-# Tables that need no explanation where they are read: models that come with alignkit, tokens that a shipped template
-# writes (zephyr and plain need no more than an eos) or that published vocabularies keep for padding (best first), keys
-# of a config that make no architecture, the largest sizes that can be meant, turns by which a template is tried, and
-# patterns that start a new piece at a space between two visible characters (Llama 3, Qwen 2 and 3, GPT-4).
+# Tables: spare tokens are those that published vocabularies keep for padding, best first; patterns_cut_at_spaces start
+# a new piece at a space between two visible characters (Llama 3, Qwen 2 and 3, GPT-4).
 KNOWN: dict[str, Any] = json.loads(Path(__file__).with_name("known.json").read_text("utf-8"))
 TEMPLATES = tuple(KNOWN["control_tokens"])  # chat templates that we ship
 REWARD_NORM = "reward_norm.json"  # of an rm stage, beside its model: gain and bias

@@ -1,12 +1,8 @@
-"""Frozen models that answer, judge or score: any language model and any classifier, with the tokenizer of its own.
-
-The policy and the reward model that a stage trains are the business of `load`.
-"""
+"""Frozen models that answer, judge or score: any language model and any classifier, with the tokenizer of its own."""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +21,6 @@ from alignkit.models.tokens import read_tokenizer, require_eos, set_pad_token
 
 _FAMILY = "ForSequenceClassification"
 ScoreIds = Callable[[list[list[int]]], Tensor]
-_BATCH_SIZE = 16
 
 
 @dataclass
@@ -125,8 +120,7 @@ def load_classifier(
         found = ", ".join(kinds) or "a model without architectures in its config.json"
         raise ModelError(f"{place} is {found}; a reward model is a ...{_FAMILY}, such as an rm stage makes")
     if config is not None and config.num_labels > 2:
-        what = f"{place} has {config.num_labels} labels; a reward needs one (its logit) or two (their log-odds)"
-        raise ModelError(what)
+        raise ModelError(f"{place} has {config.num_labels} labels; a reward needs one (its logit) or two (log-odds)")
     tokenizer = read_tokenizer(place, trust_code=trust_code)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -162,7 +156,7 @@ def read_norm(source: str) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def score_ids(model: Any, sequences: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = _BATCH_SIZE) -> Tensor:
+def score_ids(model: Any, sequences: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16) -> Tensor:
     """Score whole token sequences: the logit of one label, or the log-odds of the second; (B,) float32 on the CPU.
 
     The model is a classifier in eval mode; of a sharded one every rank must ask for the same sequences.
@@ -178,12 +172,6 @@ def score_ids(model: Any, sequences: Sequence[Sequence[int]], *, pad_id: int, ba
         odds = logits[:, 0] if logits.size(1) == 1 else logits[:, 1] - logits[:, 0]
         scores_B[chosen] = odds.cpu()
     return scores_B
-
-
-def scorer(classifier: Classifier) -> ScoreIds:
-    """Make the function from token sequences to raw rewards of a loaded classifier."""
-    model = classifier.model.get_base_model() if isinstance(classifier.model, PeftModel) else classifier.model
-    return partial(score_ids, classifier.model, pad_id=int(model.config.pad_token_id))
 
 
 def encode_own(

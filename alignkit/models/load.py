@@ -1,7 +1,4 @@
-"""Weights of a stage: base, policy, reference, reward model, and what a finished run left; full or quantised.
-
-LoRA is in `adapters`. What is loaded and wrapped is said in the lineage. `build_skeleton` is the same without weights.
-"""
+"""Weights of a stage: base, policy, reference, reward model, and what a finished run left; full or quantised."""
 
 import copy
 import json
@@ -89,15 +86,12 @@ def pick_precision(stage: Stage) -> Precision:
         computes = device == "cuda" and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if computes and stage.lora is not None else "float32"
     if dtype == "float16" and device != "cuda":
-        raise EnvironmentProblem(
-            f"{stage.where('model.dtype')}: model.dtype float16 needs cuda, this is {device}; use float32 or bfloat16"
-        )
+        where = stage.where("model.dtype")
+        raise EnvironmentProblem(f"{where}: model.dtype float16 needs cuda, this is {device}; use float32 or bfloat16")
     if dtype == "float16" and stage.lora is None:
         dtype = "float32"  # float16 computes through autocast; gradients of float16 weights cannot be unscaled
-    options = stage.model
-    return Precision(
-        getattr(torch, dtype), device, options.quantization, options.double_quantization, options.quantization_storage
-    )
+    held = (stage.model.quantization, stage.model.double_quantization, stage.model.quantization_storage)
+    return Precision(getattr(torch, dtype), device, *held)
 
 
 def draw_base(stage: Stage, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> PreTrainedModel:
@@ -319,18 +313,17 @@ def load_policy(
 
 def _freeze(model: nn.Module, stage: Stage) -> None:
     """Leave the weights that `model.freeze` names out of training; raise ModelError for what names none."""
+    where = stage.where("model.freeze")
     for pattern in stage.model.freeze:
         named = dict(model.named_parameters())
         try:
             found = [weight for name, weight in named.items() if re.search(pattern, name)]
         except re.error as error:
-            raise ModelError(
-                f"{pattern} is no regular expression: {error}", where=stage.where("model.freeze")
-            ) from error
+            raise ModelError(f"{pattern} is no regular expression: {error}", where=where) from error
         if not found:
             some = ", ".join([*named][:4])
             what = f"model.freeze: {pattern} is found in the name of no weight; there are {some}, ..."
-            raise ModelError(what, where=stage.where("model.freeze"))
+            raise ModelError(what, where=where)
         for weight in found:
             weight.requires_grad_(False)
 
@@ -392,9 +385,7 @@ class Skeleton:
     notes: list[str]  # settings that are not used, which may be right
 
 
-def build_skeleton(
-    stage: Stage, tokenizer: PreTrainedTokenizerFast | None = None, *, learnt: str | None = None
-) -> Skeleton:
+def build_skeleton(stage: Stage, tokenizer: Any = None, *, learnt: str | None = None) -> Skeleton:
     """Build the stage's model on torch's meta device, where weights have names and shapes and cost no memory."""
     origin = start.find_start(stage)
     action = start.choose_action(stage, origin)
@@ -409,10 +400,8 @@ def build_skeleton(
     if stage.model.quantization != "none" and linear < total / 2:
         experts = sorted({name.split(".")[-1] for name, weight in base.named_parameters() if weight.ndim == 3})
         rest = f"the experts' {', '.join(experts)}" if experts else "embeddings and head"
-        doubts.append(
-            f"model.quantization {stage.model.quantization} holds {linear / total:.1%} of the weights; bitsandbytes "
-            f"quantises linear layers, and the rest ({rest}) stays as it is"
-        )
+        what = f"model.quantization {stage.model.quantization} holds {linear / total:.1%} of the weights; bitsandbytes "
+        doubts.append(f"{what}quantises linear layers, and the rest ({rest}) stays as it is")
     if stage.lora is None:
         _freeze(base, stage)
     else:
@@ -437,12 +426,10 @@ def build_skeleton(
         if stage.lora.dropout and stage.method != "sft" and stage.trainer.get("disable_dropout") is not False:
             notes.append(f"lora.dropout {stage.lora.dropout}: {stage.method} switches dropout off (disable_dropout)")
     sorting = [name for name in stage.trainer.get("loss_type") or () if name.startswith("aot")]
-    options = stage.training
-    if sorting and options.micro_batch_size != options.batch_size:
-        doubts.append(
-            f"loss_type {sorting[0]} sorts the rows of a forward pass, so micro_batch_size and the number of processes "
-            f"change it: micro_batch_size: {options.batch_size} in one process sorts those of a step"
-        )
+    rows = stage.training.batch_size
+    if sorting and stage.training.micro_batch_size != rows:
+        what = f"loss_type {sorting[0]} sorts the rows of a forward pass, so micro_batch_size and the number of "
+        doubts.append(f"{what}processes change it: micro_batch_size: {rows} in one process sorts those of a step")
     directory = find_model_dir(origin.base)
     if stage.method != "rm" and directory and (directory / "generation_config.json").exists():
         settings = GenerationConfig.from_pretrained(str(directory)).to_diff_dict()
@@ -498,9 +485,7 @@ def _build_base(stage: Stage, origin: start.Start, tokenizer: Any, learnt: str |
             raise ModelError(f"{error}; copy or save the file again", where=str(file)) from error
     shapes = {name: list(weight.shape) for name, weight in model.named_parameters() if name in stored}
     if wrong := [name for name, shape in shapes.items() if shape != stored[name]]:
-        raise ModelError(
-            f"promises other shapes than the weights have: {wrong[0]} would be {shapes[wrong[0]]} and is "
-            f"{stored[wrong[0]]}; {len(wrong)} tensors differ; put the config back that belongs to them",
-            where=config_file,
-        )
+        what = f"promises other shapes than the weights have: {wrong[0]} would be {shapes[wrong[0]]} and is "
+        what = f"{what}{stored[wrong[0]]}; {len(wrong)} tensors differ; put the config back that belongs to them"
+        raise ModelError(what, where=config_file)
     return model

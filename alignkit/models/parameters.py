@@ -96,8 +96,7 @@ def _bytes_of(tensor: torch.Tensor) -> bytes:
 def _constants(model: nn.Module, *, offsets: bool = False) -> dict[int, list[torch.Tensor]]:
     """Map the id of a quantised weight to its block constants; shared code books are left out.
 
-    bitsandbytes moves the scales of an int8 weight to the layer in the first forward, and a weight that FSDP has taken
-    apart has lost its state, which the layer keeps.
+    bitsandbytes moves int8 scales to the layer in the first forward; 4-bit weights lose their state to FSDP.
     """
     found = {}
     for module in model.modules():

@@ -167,11 +167,8 @@ def choose_action(stage: Stage, start: Start) -> str:
             raise ModelError(f"adapter: {wanted} has no effect: the stage does not start from an adapter", where=where)
         return "new"
     if stage.lora is None and wanted != "merge":
-        raise ModelError(
-            f"{start.adapter} is an adapter but there is no lora: section; add lora: to train it on, or adapter: merge "
-            "to fold it into the base and train that in full",
-            where=where,
-        )
+        what = f"{start.adapter} is an adapter but there is no lora: section; add lora: to train it on, or adapter: "
+        raise ModelError(f"{what}merge to fold it into the base and train that in full", where=where)
     if wanted == "merge":
         require_mergeable(start.lineage, where)
     return wanted or "continue"
@@ -242,8 +239,6 @@ def _check_same_base(files: ModelFiles, base: str, stage: Stage) -> None:
         return
     roots = [entry["path"] for entry in recorded[:1]] or [base]
     config = f" with model.config {same_name[0].get('config')}" if same_name else ""
-    raise ModelError(
-        f"the adapter in {files.path} was trained on {roots[0]}{config}, not on model.path {wanted}; set model.path "
-        "(and model.config) to its base, or start from another stage",
-        where=stage.where(f"{stage.name}.start_from"),
-    )
+    what = f"the adapter in {files.path} was trained on {roots[0]}{config}, not on model.path {wanted}; set model.path "
+    where = stage.where(f"{stage.name}.start_from")
+    raise ModelError(f"{what}(and model.config) to its base, or start from another stage", where=where)

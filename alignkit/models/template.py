@@ -23,6 +23,7 @@ from alignkit.models.files import KNOWN
 from alignkit.models.frames import Frame, can_be_learnt, learn_frame
 from alignkit.runs.stop import time_limit
 
+OTHERS = "set model.chat_template: chatml | llama3 | zephyr | plain"
 _RENDER_SECONDS = 1
 _MOST_FRAMES = 1000  # sequences of roles whose frames are kept
 _PLAIN = {"role", "content", "trained"}
@@ -34,8 +35,6 @@ _FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, Memory
 _GIVEN = {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"}
 _GIVEN |= {"bos_token", "eos_token", "pad_token", "unk_token"}
 Span = tuple[int, int]  # half open, in characters
-
-
 Message = Any  # a turn; alignkit.data.rows says what each of its keys means
 
 
@@ -168,16 +167,11 @@ class Template:
         except ConversationError:
             return
         if len(marks) < 2:
-            raise ModelError(
-                f"the chat template marks {len(marks)} of 2 answers with {{% generation %}}; put the block around "
-                "every assistant message, or set model.chat_template: chatml | llama3 | zephyr | plain"
-            )
+            what = f"the chat template marks {len(marks)} of 2 answers with {{% generation %}}; put the block around "
+            raise ModelError(f"{what}every assistant message, or {OTHERS}")
         if not text[: marks[-1][1]].rstrip().endswith(self.end.token) and not self.end.appended:
-            raise ModelError(
-                "the chat template never trains a token that ends an answer, so the model would not learn to stop; "
-                "end the assistant message with eos_token inside {% generation %}, or set "
-                "model.chat_template: chatml | llama3 | zephyr | plain"
-            )
+            what = "the chat template never trains a token that ends an answer, so the model would not learn to stop; "
+            raise ModelError(f"{what}end the assistant message with eos_token inside {{% generation %}}, or {OTHERS}")
 
     def write_prompt(self, messages: Sequence[Any]) -> str:
         """Write turns as generation starts after them."""
@@ -285,9 +279,9 @@ class Template:
         head = self.render(before, prompt=True) if before else self._try([], prompt=True)
         whole = self.render(given[: number + 1])
         if not before and not (head and whole.startswith(head)):
+            what = "its first turn is the assistant's, and the chat template has no prompt before it that generation "
             raise ConversationError(
-                "its first turn is the assistant's, and the chat template has no prompt before it that generation "
-                'could start from; put a user turn before it, or give that message "train": false'
+                f'{what}could start from; put a user turn before it, or give that message "train": false'
             )
         if whole.startswith(head):
             said = self._cut(whole[len(head) :], end)
@@ -312,18 +306,14 @@ class Template:
         prompted = head.removeprefix(lead)
         if "tool_calls" in given or not found or not head.startswith(lead) or not body.startswith(prompted):
             lost = _missing(message, self.render([*before, given]))
-            raise (
-                ConversationError(f"the chat template ({self.name}) does not write {lost} of this turn")
-                if lost
-                else self._unsplittable("than add_generation_prompt begins it")
-            )
+            if lost:
+                raise ConversationError(f"the chat template ({self.name}) does not write {lost} of this turn")
+            raise self._unsplittable("than add_generation_prompt begins it")
         return self._cut(body[len(prompted) :] + tail, end)
 
     def _unsplittable(self, when: str) -> ConversationError:
-        return ConversationError(
-            f"the chat template ({self.name}) writes an answer otherwise {when}, so the answers cannot be told from "
-            "the rest; give it {% generation %} blocks, or set model.chat_template: chatml | llama3 | zephyr | plain"
-        )
+        what = f"the chat template ({self.name}) writes an answer otherwise {when}, so the answers cannot be told from "
+        return ConversationError(f"{what}the rest; give it {{% generation %}} blocks, or {OTHERS}")
 
     def _end_of(self, message: Any) -> _End:
         return self.call_end if message.get("tool_calls") else self.end

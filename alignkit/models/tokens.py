@@ -1,7 +1,4 @@
-"""Tokenizers: where they come from, their pad token, their chat template.
-
-None gets a new token but those of `model.add_tokens` and a classifier's start, delimiter and extract.
-"""
+"""Tokenizers: where they come from, their pad token, their chat template, and tokens that are added to them."""
 
 from datetime import datetime
 from pathlib import Path
@@ -76,10 +73,9 @@ def load_tokenizer(stage: Stage, *, learnt: str | None = None) -> PreTrainedToke
     read = {setting for text in texts for setting in list_settings(text, where=name or f"{source} (chat template)")}
     settings = stage.model.chat_template_kwargs or {}
     if unread := sorted(settings.keys() - read):
-        raise ModelError(
-            f"the chat template does not read {', '.join(unread)}; it reads {', '.join(sorted(read)) or 'no settings'}",
-            where=stage.where("model.chat_template_kwargs"),
-        )
+        known = ", ".join(sorted(read)) or "no settings"
+        what = f"the chat template does not read {', '.join(unread)}; it reads {known}"
+        raise ModelError(what, where=stage.where("model.chat_template_kwargs"))
     if settings:
         tokenizer.init_kwargs[SETTINGS] = settings  # which a saved model keeps
     return tokenizer

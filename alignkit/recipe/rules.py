@@ -105,8 +105,8 @@ def _adapters(recipe: Section) -> Iterator[Finding]:
     init, quantization = str(lora.get("init_lora_weights", "")), recipe.get("model.quantization", "none")
     dora = kind == "dora" or lora.get("use_dora", False)
     if init.startswith(("pissa", "olora")) and (quantization != "none" or dora):
-        yield "lora.init_lora_weights", f"is {init}, which takes parts of full weights, and a sum of two: " \
-              "it needs model.quantization: none (loftq is for 4-bit ones) and no DoRA"
+        what = f"is {init}, which needs model.quantization: none (loftq is for 4-bit ones), and no DoRA"
+        yield "lora.init_lora_weights", what
     if init == "loftq" and quantization != "nf4":
         yield "lora.init_lora_weights", "is loftq, which makes good what a base of model.quantization: nf4 has lost"
 

@@ -102,7 +102,7 @@ class _LoraOptions(_Section):
     use_dora: bool = option(False, "Weight-decomposed adapters (arXiv 2402.09353); adapter_type: dora is the same.")
     modules_to_save: list[Text] = option(list, "Modules trained in full and saved with the adapter.")
     init_lora_weights: (
-        Literal["gaussian", "orthogonal", "pissa", "olora", "loftq"]
+        Literal["gaussian", "orthogonal", "eva", "pissa", "olora", "loftq"]
         | Annotated[str, Field(pattern=r"^pissa_niter_[0-9]+$")] | None
     ) = option(None)
     lora_plus_ratio: float | None = option(None, ge=1)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import shlex
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +40,15 @@ class ClassifierReward:
 
     def hold(self, classifier: Classifier | None = None, score_ids: ScoreIds | None = None) -> Classifier:
         """Load the weights, or take a classifier whose scores the caller computes (an adapter on a policy's base)."""
-        from alignkit.models.frozen import load_classifier, scorer
+        from alignkit.models import frozen
 
         if classifier is not None:
             self._classifier, self._score_ids = classifier, score_ids
         elif self._classifier is None:
             space = self._space
-            self._classifier = load_classifier(self._source, device=space.device, trust_code=space.trust_code)
-            self._score_ids = scorer(self._classifier)
+            self._classifier = frozen.load_classifier(self._source, device=space.device, trust_code=space.trust_code)
+            model = self._classifier.model
+            self._score_ids = partial(frozen.score_ids, model, pad_id=int(model.config.pad_token_id))
         return self._classifier
 
     def release(self) -> None:

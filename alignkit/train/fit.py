@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from alignkit import console
 from alignkit.data.store import forget_parsed
 from alignkit.errors import Interrupt, NonFiniteError, RunError, Stopped
+from alignkit.models.adapters import begin_by_data
 from alignkit.models.load import build_skeleton, load_trained
 from alignkit.models.parameters import compare_probes, describe_parameters, hash_base, hash_samples, take_probe
 from alignkit.models.save import save_model
@@ -50,6 +52,7 @@ from alignkit.train.tables import learn_vocabulary
 from alignkit.train.trainer import Guarded
 
 Build = Callable[[Stage, RunDir], Setup]
+_EVA_BATCHES = 16
 _BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")  # ends of names of metrics that are no results
 
 
@@ -258,6 +261,8 @@ def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
         return
     if newest is None and not shards.is_sharded(trainer):
         check_start(setup)
+    if newest is None and stage.lora is not None and stage.lora.init_lora_weights == "eva":
+        begin_by_data(trainer.model, islice(trainer.get_train_dataloader(), _EVA_BATCHES))
     ranks.once(lambda: trainer.require_room(run.checkpoints))
     stop.training = True
     forget_parsed()

@@ -127,10 +127,8 @@ class Guarded(Checkpointed):
     def create_optimizer(self, *args: Any) -> Any:
         if self.lora_plus_ratio is not None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = create_loraplus_optimizer(
-                self.model, kind, loraplus_lr_ratio=self.lora_plus_ratio,
-                loraplus_weight_decay=self.args.weight_decay, **settings,
-            )  # fmt: skip
+            settings |= {"loraplus_lr_ratio": self.lora_plus_ratio, "loraplus_weight_decay": self.args.weight_decay}
+            self.optimizer = create_loraplus_optimizer(self.model, kind, **settings)
         optimizer = super().create_optimizer(*args)
         # An empty group (LoRA has no biases) counts in one process and is dropped by DeepSpeed: nobody needs it.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from alignkit.errors import ModelError, RecipeError
 from alignkit.launch import launch_stage
-from alignkit.models.adapters import START, TRAINED, activate
+from alignkit.models.adapters import START, TRAINED, activate, begin_by_data
 from alignkit.models.load import build_skeleton, load_policy, load_trained
 from alignkit.models.parameters import hash_base, take_probe
 from alignkit.models.save import merge
@@ -31,6 +32,7 @@ TYPES = {
     "pissa_niter_4": "{r: 4, init_lora_weights: pissa_niter_4, use_rslora: true}",
     "olora": "{r: 4, init_lora_weights: olora}",
     "gaussian": "{r: 4, init_lora_weights: gaussian, rank_pattern: {q_proj: 2}, alpha_pattern: {q_proj: 9}}",
+    "eva": "{r: 4, init_lora_weights: eva}",
     "orthogonal": "{r: 4, init_lora_weights: orthogonal, layers_to_transform: [1], exclude_modules: [o_proj]}",
 }
 
@@ -131,6 +133,18 @@ def test_loftq_begins_as_what_the_base_has_lost(make_stage: Callable, tmp_path: 
         merge(tmp_path / "runs/t/sft", tmp_path / "merged")
 
 
+def test_eva_begins_along_what_varies_most_in_the_inputs(make_stage: Callable, tmp_path: Path) -> None:
+    trainer = build(make_stage(write_recipe(TYPES["eva"]), "sft"), tmp_path)
+    before = probe(trainer.model)
+    begin_by_data(trainer.model, islice(trainer.get_train_dataloader(), 4))
+    torch.testing.assert_close(probe(trainer.model), before, rtol=0, atol=1e-5)
+    found = [weight for name, weight in trainer.model.named_parameters() if ".lora_A." in name]
+    for weight in found:  # principal directions
+        torch.testing.assert_close(weight @ weight.T, torch.eye(4), rtol=0, atol=1e-3)
+        assert weight.requires_grad
+    assert len(found) == 14
+
+
 def test_new_tokens_have_rows_that_are_trained_saved_and_kept(
     make_stage: Callable, write_rows: Callable, tmp_path: Path
 ) -> None:
@@ -208,7 +222,7 @@ REFUSED = [
     ("lora: {layers_to_transform: all}", "lora.layers_to_transform is all; it must be a list or a whole number"),
     ("lora: {init_lora_weights: piss}", "lora.init_lora_weights is piss; it must be one of gaussian, "),
     ("lora: {init_lora_weights: loftq}", "lora.init_lora_weights is loftq, which makes good what a base of "),
-    ("lora: {init_lora_weights: pissa, use_dora: true}", "lora.init_lora_weights is pissa, which takes parts of full"),
+    ("lora: {init_lora_weights: pissa, use_dora: true}", "lora.init_lora_weights is pissa, which needs model.quant"),
     ("lora: {}\nmodel.freeze: [x]", "model.freeze has no effect with lora:"),
     ("lora: {adapter_type: ia3, lora_plus_ratio: 4}", "lora.lora_plus_ratio has no effect with adapter_type: ia3"),
 ]
@@ -254,3 +268,20 @@ def test_an_adapter_of_another_type_is_refused_by_the_next_stage(make_stage: Cal
     ):
         with pytest.raises(ModelError, match=said):
             launch_stage(make_stage(f"{text}\n{ppo}", stage, *overrides))
+
+
+@pytest.mark.slow
+def test_fsdp_takes_a_4_bit_base_apart_where_all_is_of_one_dtype(tmp_path: Path, run_alignkit: Callable) -> None:
+    for processes, strategy in ((1, "ddp"), (2, "fsdp")):
+        recipe = tmp_path / f"p{processes}.yaml"
+        recipe.write_text(
+            "model: {path: builtin:tiny-llama, quantization: nf4, dtype: float32, quantization_storage: float32}\n"
+            f"lora: {{r: 4}}\nlaunch: {{device: cpu, processes: {processes}, strategy: {strategy}}}\n"
+            f"sft: {{{ROWS}, {SHORT}}}"
+        )
+        done = run_alignkit("sft", "-r", str(recipe))  # hashes the base before and after
+        assert done.returncode == 0, done.stderr
+    whole, apart = (load_file(tmp_path / f"runs/p{n}/sft/model/adapter_model.safetensors") for n in (1, 2))
+    assert whole.keys() == apart.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(apart[name], tensor, rtol=0, atol=2e-4)
