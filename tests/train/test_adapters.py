@@ -53,7 +53,12 @@ def build(stage: Any, tmp_path: Path) -> Any:
     return importlib.import_module(f"alignkit.train.{stage.method}").build(stage, run).trainer
 
 
-@pytest.mark.parametrize("name", TYPES)
+OFTEN = ("vera", "oft", "ia3", "pissa", "eva", "orthogonal")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in TYPES]
+)
 def test_an_adapter_of_each_type_is_trained_saved_gone_on_from_and_merged(
     name: str, make_stage: Callable, tmp_path: Path
 ) -> None:
