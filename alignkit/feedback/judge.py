@@ -31,6 +31,7 @@ _BINS = 10
 _ANSWER = "\n\nAssistant: "
 _HHH_KEYS = {"prompt", "corrects", "incorrects", "text_correct", "text_incorrect"}
 _EXAMPLE_TURNS = 1000  # draws for examples, far from those of anything else
+_ARRANGEMENTS = 2  # of the worked examples: few, so that a local judge reads each of them once for many questions
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,9 @@ def _ask(judge: Judge, item: _Shown, thoughts: str | None) -> asking.Request:
     if judge.thinks:  # thoughts and decision in one reply
         request = asking.ask_thoughts(item.comparison, _fill_thoughts(judge, item), judge.quote)
         return replace(request, room=judge.thoughts.max_new_tokens)
-    examples = []
-    for number, pair in enumerate(judge.examples.pairs):  # each with a place for its better answer of its own
-        right = seed_of(judge.seed, "example", number, item.pairing.key) % 2
+    examples, arrangement = [], seed_of(judge.seed, "arrangement", item.pairing.key) % _ARRANGEMENTS
+    for number, pair in enumerate(judge.examples.pairs):  # in the other arrangement the better one has the other place
+        right = (seed_of(judge.seed, "example", number) + arrangement) % 2
         answers = (pair.worse, pair.better) if right else (pair.better, pair.worse)
         question = _draw_for_example(judge, item, number)
         examples.append(
@@ -188,8 +189,8 @@ def _fill_thoughts(judge: Judge, item: _Shown) -> list[str]:
 
 
 def _draw_for_example(judge: Judge, item: _Shown, number: int) -> str:
-    turn = _EXAMPLE_TURNS + number
-    return str(judge.constitution.draw(seed=judge.seed, key=item.pairing.key, turn=turn).comparison)
+    key = f"arrangement {seed_of(judge.seed, 'arrangement', item.pairing.key) % _ARRANGEMENTS}"
+    return str(judge.constitution.draw(seed=judge.seed, key=key, turn=_EXAMPLE_TURNS + number).comparison)
 
 
 def _collect(

@@ -1,10 +1,4 @@
-"""Language models on this machine that write and judge, in batches, with transformers or in vLLM.
-
-What questions have in common is read once: both options are scored on top of the key-value cache of their question, and
-both orders of a comparison on top of that of their conversation.
-
-Legend: B rows of a batch, T tokens, H hidden size.
-"""
+"""Language models on this machine that write and judge, in batches, with transformers or in vLLM."""
 
 from __future__ import annotations
 
@@ -13,12 +7,9 @@ import math
 import os
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.errors import EnvironmentProblem
@@ -27,7 +18,7 @@ from alignkit.feedback.writer import Decision, Job, Reply, Sampling, Spending, s
 from alignkit.models.chat import Chat
 from alignkit.models.frozen import fingerprint_causal, load_causal, load_tokenizer_of
 from alignkit.models.generation import generate_answers
-from alignkit.models.logprobs import pad, run_trunk, token_logps
+from alignkit.models.logprobs import iter_scores
 from alignkit.runs.heartbeat import pulse
 
 
@@ -78,15 +69,7 @@ class Encoder:
 
 
 _WINDOW = 32  # batches that are sorted by length together
-_WORTH_SHARING = 16  # tokens that two questions must begin with to be read on one cache
 _VLLM_BATCH = 512  # requests handed over at once; vLLM batches them itself
-
-
-@dataclass
-class _Question:
-    place: int
-    prefix: list[int]  # what both options share
-    tails: tuple[list[int], list[int]]  # one or more tokens each
 
 
 class LocalModel:
@@ -109,9 +92,6 @@ class LocalModel:
         self.control_tokens = self._encoder.control_tokens
         self.identity: dict[str, Any] = {"model": loaded.fingerprint, "template": self._encoder.chat_template}
         self.identity |= {"engine": "continuous"} if continuous else {}
-        inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
-        # Windows are counted in places of the cache, padding included: there, questions are read one by one.
-        self._shares = getattr(inner.config.get_text_config(), "sliding_window", None) is None
 
     def write(
         self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
@@ -144,22 +124,29 @@ class LocalModel:
     def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
         """Score both options of each question; one that is too long for the model is abstained from."""
         for start in range(0, len(requests), _WINDOW * self._batch_size):
-            window = requests[start : start + _WINDOW * self._batch_size]
-            questions = [_Question(place, *self._encoder.split(request)) for place, request in enumerate(window, start)]
-            lengths = {it.place: len(it.prefix) + max(map(len, it.tails)) for it in questions}
-            long = {place: length for place, length in lengths.items() if length > self._positions}
-            if long:
-                said = "the question has {} tokens; {} fit"
-                yield [(at, Decision(problem=said.format(length, self._positions))) for at, length in long.items()]
-            fitting = [question for question in questions if question.place not in long]
-            groups = sorted(_group(fitting, shares=self._shares), key=lambda group: -len(group[0].prefix))
-            for batch in _fill(groups, self._batch_size):
-                if all(question.place in known for group in batch for question in group):
-                    continue
+            asked = list(map(self._encoder.split, requests[start : start + _WINDOW * self._batch_size]))
+            lengths = [len(prefix) + max(map(len, tails)) for prefix, tails in asked]
+            long = [place for place, length in enumerate(lengths) if length > self._positions]
+            said = "the question has {} tokens; {} fit"
+            yield [(start + at, Decision(problem=said.format(lengths[at], self._positions))) for at in long]
+            fitting = [place for place in range(len(asked)) if place not in long]
+            pairs = [(asked[place][0], tail) for place in fitting for tail in asked[place][1]]
+            there = {at for at in range(len(pairs)) if start + fitting[at // 2] in known}
+            pad_id, size = self._encoder.tokenizer.pad_token_id, self._batch_size
+            logps: dict[int, list[float]] = {}
+            for batch in iter_scores(self._model, pairs, pad_id=pad_id, batch_size=size, known=there):
+                logps.update(batch)
+                decisions = []
+                for at in sorted({at // 2 for at, _ in batch if at ^ 1 in logps}):  # both options are there
+                    first, second, (prefix, tails) = logps[2 * at], logps[2 * at + 1], asked[fitting[at]]
+                    mass, sums = min(math.exp(first[0]) + math.exp(second[0]), 1.0), (sum(first), sum(second))
+                    tokens = len(prefix) + sum(map(len, tails))
+                    decision = Decision(share_of_first(sums), sums, mass, input_tokens=tokens)
+                    decisions.append((start + fitting[at], decision))
+                yield decisions
                 if self._stop.is_set():
                     return
                 pulse("judging")
-                yield self._score(batch)
 
     def _write_batch(self, jobs: Sequence[Job], prompts: Sequence[list[int]], sampling: Sampling) -> Iterator[Reply]:
         encoder = self._encoder
@@ -179,121 +166,6 @@ class LocalModel:
         for job, prompt, ids in zip(jobs, prompts, answers, strict=True):
             ended = bool(ids) and ids[-1] in encoder.stop_ids
             yield encoder.read_reply(job.request, decode(ids), ended, read=len(prompt), written=len(ids))
-
-    @torch.no_grad()
-    def _score(self, groups: list[list[_Question]]) -> list[tuple[int, Decision]]:
-        """Score both options of each question, from their first own token on, on top of what they have in common."""
-        questions = [question for group in groups for question in group]
-        lasts = [question.prefix[-1:] for question in questions]
-        ones, others = zip(*(question.tails for question in questions), strict=True)
-        reader = self._read_questions(groups)
-        hidden_BTH = reader.read([last + tail[:-1] for last, tail in zip(lasts, ones, strict=True)])
-        logps = [reader.score(hidden_BTH, ones)]
-        if any(len(tail) > 1 for tail in others):
-            if not reader.go_back(hidden_BTH.shape[1] - 1):
-                reader = self._read_questions(groups)
-                reader.read(lasts)
-            hidden_BTH = torch.cat([hidden_BTH[:, :1], reader.read([tail[:-1] for tail in others])], dim=1)
-        logps.append(reader.score(hidden_BTH, others))
-        decisions = []
-        for question, first, second in zip(questions, *logps, strict=True):
-            mass, sums = min(math.exp(first[0]) + math.exp(second[0]), 1.0), (sum(first), sum(second))
-            tokens = len(question.prefix) + sum(map(len, question.tails))
-            decisions.append((question.place, Decision(share_of_first(sums), sums, mass, input_tokens=tokens)))
-        return decisions
-
-    def _read_questions(self, groups: list[list[_Question]]) -> _Reader:
-        """Read all but the last token of each question; what those of a group have in common is read once."""
-        shared = [_common(group) for group in groups]
-        reader = _Reader(self._model, self._encoder.tokenizer.pad_token_id)
-        common = [group[0].prefix[:length] for group, length in zip(groups, shared, strict=True)]
-        reader.read(common, left=not self._shares)
-        reader.select([number for number, group in enumerate(groups) for _ in group])
-        rests = zip(groups, shared, strict=True)
-        reader.read([question.prefix[length:-1] for group, length in rests for question in group])
-        return reader
-
-
-class _Reader:
-    """Feeds tokens to a model on top of what it has read; rows of unlike length are padded and masked."""
-
-    def __init__(self, model: Any, pad_id: int) -> None:
-        self._base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._pad_id, self._device = pad_id, next(model.parameters()).device
-        self._cache: Any = None
-        self._mask_BT: Tensor | None = None
-
-    def read(self, rows: list[list[int]], *, left: bool = False) -> Tensor:
-        """Read more of each row and return the hidden states after each token, (B, T, H).
-
-        What is read first needs no mask where its padding follows it: causal attention never looks there, and is twice
-        as fast without one.
-        """
-        if not any(rows):
-            return torch.empty(0)
-        ids_BT, new_BT = pad(rows, self._pad_id, left=left)
-        ids_BT, new_BT = ids_BT.to(self._device), new_BT.to(self._device)
-        before_BT = new_BT[:, :0] if self._mask_BT is None else self._mask_BT
-        self._mask_BT = torch.cat([before_BT, new_BT], dim=1)
-        is_plain = self._cache is None and not left
-        positions_BT = (self._mask_BT.cumsum(1) - 1).clamp_min(0)[:, before_BT.shape[1] :]
-        hidden_BTH, output = run_trunk(
-            self._base, self._base.get_output_embeddings(), input_ids=ids_BT, position_ids=positions_BT,
-            attention_mask=torch.ones_like(new_BT) if is_plain else self._mask_BT,
-            past_key_values=self._cache, use_cache=True,
-        )  # fmt: skip
-        self._cache = output.past_key_values
-        return hidden_BTH
-
-    def score(self, hidden_BTH: Tensor, tails: Sequence[list[int]]) -> list[list[float]]:
-        """Log-probs of the tokens of each tail; the first is predicted by the first hidden state, and so on."""
-        mask_BT = torch.arange(max(map(len, tails))) < torch.tensor([len(tail) for tail in tails])[:, None]
-        targets_N = torch.tensor([token for tail in tails for token in tail], device=self._device)
-        logps_N, _ = token_logps(self._base, hidden_BTH[mask_BT.to(hidden_BTH.device)], targets_N)
-        return [part.tolist() for part in logps_N.split([len(tail) for tail in tails])]
-
-    def go_back(self, count: int) -> bool:
-        """Forget the last columns that were read, where that can be: caches of sliding windows cannot."""
-        if not self._cache.is_croppable or any(self._cache.is_sliding):
-            return False
-        if count:
-            assert self._mask_BT is not None
-            self._cache.crop(-count)
-            self._mask_BT = self._mask_BT[:, :-count]
-        return True
-
-    def select(self, rows: list[int]) -> None:
-        """Go on with these of the rows, each as often as it is named."""
-        if self._mask_BT is not None and rows != list(range(len(self._mask_BT))):
-            indices = torch.tensor(rows, device=self._device)
-            self._cache.batch_select_indices(indices)
-            self._mask_BT = self._mask_BT[indices]
-
-
-def _group(questions: list[_Question], *, shares: bool) -> list[list[_Question]]:
-    """Put neighbours together that begin alike, such as the two orders of a comparison."""
-    groups: list[list[_Question]] = []
-    for question in questions:
-        if shares and groups and len(groups[-1]) == 1 and _common([groups[-1][0], question]) >= _WORTH_SHARING:
-            groups[-1].append(question)
-        else:
-            groups.append([question])
-    return groups
-
-
-def _fill(groups: list[list[_Question]], size: int) -> list[list[list[_Question]]]:
-    """Make batches of whole groups with up to `size` questions, or one group."""
-    batches: list[list[list[_Question]]] = []
-    for group in groups:
-        if not batches or sum(map(len, batches[-1])) + len(group) > size:
-            batches.append([])
-        batches[-1].append(group)
-    return batches
-
-
-def _common(group: list[_Question]) -> int:
-    """Count the tokens that all questions of a group begin with; the last token of each is left out."""
-    return len(os.path.commonprefix([question.prefix[:-1] for question in group]))
 
 
 class VllmModel:

@@ -62,11 +62,8 @@ class Session:
 
     def write_rows(self, rows: Iterable[Mapping[str, Any]], name: str = ROWS) -> int:
         """Replace a file of rows in one step; return how many it holds."""
-        count = 0
         with replacing(self.run.path / name) as file:
-            for count, row in enumerate(rows, 1):  # noqa: B007
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        return count
+            return sum(bool(file.write(json.dumps(row, ensure_ascii=False) + "\n")) for row in rows)
 
     def log(self, step: int, **facts: float) -> None:
         JsonLines(self.run.metrics).append({"step": step, **facts})
@@ -124,7 +121,14 @@ def run_work(stage: Stage, run_dir: Path, read: Callable[[Stage], Work], *, allo
             report = _write(session, work, complete=True)
             if not report["rows"]:
                 raise DataError([*work.rejects.first] or work.nothing, where=stage.recipe_path)
-            return _finish(session, report, work.measure(report))
+            seconds, tokens = session.seconds, report["tokens"]
+            result = Result(
+                stage=stage.name, status="finished", step=report["rows"], model_dir="", metrics=work.measure(report),
+                tokens=tokens, wall_seconds=round(seconds, 3), tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
+            )  # fmt: skip
+            write_result(run, result.to_dict(), [run.path / name for name in (ROWS, LABELS, REPORT)])
+            show(run)
+            return result
         finally:
             store.close()
             if not len(store):
@@ -133,9 +137,9 @@ def run_work(stage: Stage, run_dir: Path, read: Callable[[Stage], Work], *, allo
 
 def _begin(session: Session, work: Work, note: str) -> None:
     """Write stage.json and say what was read."""
-    stage, rejects, num_answers = session.stage, work.rejects, len(session.store)
+    stage, num_left_out, num_answers = session.stage, work.rejects.count, len(session.store)
     copy_recipe(session.run, Path(stage.recipe_path))
-    left = f", {rejects.count} left out (rejects.jsonl)" if rejects.count else ""
+    left = f", {num_left_out} left out (rejects.jsonl)" if num_left_out else ""
     kept = f", {num_answers} answers are there already" if num_answers else ""
     console.note(f"{stage.name}: {note}{left}{kept}")
     record = {"fingerprint": dict(work.facts), "data": work.report.to_dict(), "versions": versions(),
@@ -152,17 +156,6 @@ def _write(session: Session, work: Work, *, complete: bool) -> dict[str, Any]:
     write_json(session.run.path / REPORT, report)
     work.rejects.write(session.run.rejects)
     return report
-
-
-def _finish(session: Session, report: Mapping[str, Any], metrics: Mapping[str, float]) -> Result:
-    run, seconds, tokens = session.run, session.seconds, report["tokens"]
-    result = Result(
-        stage=session.stage.name, status="finished", step=report["rows"], model_dir="", metrics=dict(metrics),
-        tokens=tokens, wall_seconds=round(seconds, 3), tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
-    )  # fmt: skip
-    write_result(run, result.to_dict(), [run.path / name for name in (ROWS, LABELS, REPORT)])
-    show(run)
-    return result
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,15 @@ tile by tile: prompts and padding cost no logits.
 Legend: B sequences of a batch, L tokens of the longest, T of the longest answer, N answer tokens in all, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -21,6 +25,9 @@ from alignkit.console import Meter
 from alignkit.models.kernels import head_logps
 
 _BATCH_TOKENS = 2**16
+_CACHED_TOKENS = 2**14  # whose keys and values are held at a time
+_WORTH_SHARING = 0.2  # of the tokens; a cache costs something too
+_LONG_STEM, _LONG_GROUP = 64, 16
 _VOCABULARY_TILE = 8192
 _ROW_TILE = 512  # tokens whose logits are held at a time where they must be sorted
 
@@ -227,7 +234,6 @@ def align(model: Any, source: Sequence[int], target: Sequence[int]) -> list[list
     return None if weights is None else weights[0].float().mean(dim=0).tolist()
 
 
-@torch.no_grad()
 def score_tokens(
     model: Any, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, temperature: float = 1.0,
     batch_size: int = 16,
@@ -240,21 +246,201 @@ def score_tokens(
     if model.config.is_encoder_decoder:
         return score_targets(model, sequences, pad_id=pad_id, temperature=temperature, batch_size=batch_size)
     results: list[list[float]] = [[] for _ in sequences]
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    device = next(model.parameters()).device
-    pairs = [(context, tail) if context else (tail[:1], tail[1:]) for context, tail in sequences]
-    lengths = [len(context) + len(tail) for context, tail in pairs]
-    waiting = sorted((place for place, (_, tail) in enumerate(pairs) if tail), key=lambda place: -lengths[place])
-    with Meter("sequences read", len(waiting)) as meter:
-        while waiting:
-            size = max(min(batch_size, _BATCH_TOKENS // lengths[waiting[0]]), 1)
-            places, waiting = waiting[:size], waiting[size:]
-            contexts, tails = zip(*(pairs[place] for place in places), strict=True)
-            batch = pad_answers(contexts, tails, pad_id=pad_id, device=device)
-            inputs = {"input_ids": batch.input_ids_BL, "attention_mask": batch.attention_mask_BL, "use_cache": False}
-            hidden_BLH, _ = run_trunk(base, base.get_output_embeddings(), **inputs)
-            logps_N, _ = token_logps(base, batch.pick(hidden_BLH), batch.targets_N, temperature)
-            for place, values in zip(places, logps_N.split([len(tail) for tail in tails]), strict=True):
-                results[place] = values.tolist()
-            meter.advance(len(places))
+    with Meter("sequences read", len(sequences)) as meter:
+        for batch in iter_scores(model, sequences, pad_id=pad_id, temperature=temperature, batch_size=batch_size):
+            for place, logps in batch:
+                results[place] = logps
+            meter.advance(len(batch))
     return results
+
+
+@torch.no_grad()
+def iter_scores(
+    model: Any, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, temperature: float = 1.0,
+    batch_size: int = 16, known: Collection[int] = (), share: bool | None = None,
+) -> Iterator[list[tuple[int, list[float]]]]:  # fmt: skip
+    """Score as `score_tokens` does, and give out (place, log-probabilities) of each batch as soon as it is read.
+
+    A batch whose places are all in `known` is not read; the others are the same whatever is known. Beginnings that
+    sequences have in common are read once where that saves enough, or as `share` says.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    pairs = [(list(context or tail[:1]), list(tail if context else tail[1:])) for context, tail in sequences]
+    waiting = sorted((place for place, (_, tail) in enumerate(pairs) if tail), key=lambda at: -sum(map(len, pairs[at])))
+    batches, saved = _plan(pairs, waiting, batch_size)
+    if (saved > _WORTH_SHARING * sum(len(pairs[at][0]) for at in waiting) if share is None else share) and can_share(
+        base
+    ):
+        reader = _Reader(base, pad_id, [])
+        for length, groups in batches:
+            stem = groups[0][0][0][:length].tolist()
+            if not all(place in known for group in groups for _, tails in group for place, _ in tails):
+                reader = reader if reader.stem == stem else _Reader(base, pad_id, stem)
+                yield _read_batch(reader, groups, temperature)
+        return
+    while waiting:
+        size = max(min(batch_size, _BATCH_TOKENS // sum(map(len, pairs[waiting[0]]))), 1)
+        places, waiting = waiting[:size], waiting[size:]
+        if all(place in known for place in places):
+            continue
+        contexts, tails = zip(*(pairs[place] for place in places), strict=True)
+        batch = pad_answers(contexts, tails, pad_id=pad_id, device=next(model.parameters()).device)
+        inputs = {"input_ids": batch.input_ids_BL, "attention_mask": batch.attention_mask_BL, "use_cache": False}
+        hidden_BLH, _ = run_trunk(base, base.get_output_embeddings(), **inputs)
+        logps_N, _ = token_logps(base, batch.pick(hidden_BLH), batch.targets_N, temperature)
+        parts = logps_N.split([len(tail) for tail in tails])
+        yield [(place, part.tolist()) for place, part in zip(places, parts, strict=True)]
+
+
+# Texts that begin alike: comparisons after the same worked examples, both orders of one, the choices of a question.
+# What they have in common is read once, and the rest on its keys and values.
+
+_Question = tuple[
+    NDArray[np.int32], list[tuple[int, list[int]]]
+]  # a context, and what is scored after it with its place
+_Groups = list[list[_Question]]
+
+
+def can_share(base: Any) -> bool:
+    """Tell whether a model's cache can have padding inside; windows, chunks and states count its places."""
+    config = base.config.get_text_config()
+    whole = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    counts = getattr(config, "sliding_window", None) or getattr(base, "_is_stateful", False)
+    return whole and not counts and "position_ids" in inspect.signature(base.forward).parameters
+
+
+def _plan(
+    pairs: Sequence[tuple[list[int], list[int]]], places: Iterable[int], batch_size: int
+) -> tuple[list[tuple[int, _Groups]], int]:
+    """Lay out batches, each with the length of the stem that all of it begins with; count the tokens that this saves.
+
+    In an order by content those that begin alike are neighbours. A batch or more of them with a long beginning has a
+    stem, which is read alone and kept; beyond it, neighbours are a group as long as that saves more.
+    """
+    asked: dict[bytes, _Question] = {}
+    for place in places:
+        ids = np.asarray(pairs[place][0], np.int32)
+        asked.setdefault(ids.tobytes(), (ids, []))[1].append((place, pairs[place][1]))
+    saved = sum((len(tails) - 1) * len(ids) for ids, tails in asked.values())
+
+    def is_like(family: list[_Question], question: _Question) -> bool:
+        begins = _alike(family[0], family[-1]) if len(family) > 1 else 0
+        return _alike(family[0], question) >= max(_LONG_STEM, 0.75 * begins)
+
+    families = _gather([asked[key] for key in sorted(asked)], is_like)
+    alone = [question for family in families if len(family) < batch_size for question in family]
+    batches: list[tuple[int, _Groups]] = []
+    for family in [family for family in families if len(family) >= batch_size] + [alone] * bool(alone):
+        stem = 0 if family is alone else _alike(family[0], family[-1])
+
+        def saves_more(group: list[_Question], question: _Question, stem: int = stem) -> bool:
+            before, now = (_alike(group[0], other) - stem for other in (group[-1], question))
+            return len(group) < batch_size and len(group) * now > max((len(group) - 1) * before, _LONG_GROUP)
+
+        groups = sorted(_gather(family, saves_more), key=lambda group: -max(len(ids) for ids, _ in group))
+        saved += stem * (len(family) - 1) + sum((len(it) - 1) * (_alike(it[0], it[-1]) - stem) for it in groups)
+        width = max(len(ids) * len(tails) for ids, tails in family)
+        most, count = max(min(batch_size, _CACHED_TOKENS // width), 1), 0
+        for group in groups:
+            count += len(group)
+            if count > most or group is groups[0]:
+                batches.append((stem, []))
+                count = len(group)
+            batches[-1][1].append(group)
+    return batches, saved
+
+
+def _gather(questions: Iterable[_Question], joins: Callable[[list[_Question], _Question], bool]) -> _Groups:
+    """Put neighbours into one group as long as the next one joins it."""
+    groups: _Groups = []
+    for question in questions:
+        if groups and joins(groups[-1], question):
+            groups[-1].append(question)
+        else:
+            groups.append([question])
+    return groups
+
+
+def _alike(one: _Question, other: _Question) -> int:
+    """Count the tokens that two contexts begin with alike; the last token of each is left out."""
+    limit = min(len(one[0]), len(other[0])) - 1
+    differs = one[0][:limit] != other[0][:limit]
+    return int(differs.argmax()) if differs.any() else limit
+
+
+class _Reader:
+    """Feeds tokens to a model on top of what it has read; rows of unlike length are padded and masked."""
+
+    def __init__(self, base: Any, pad_id: int, stem: list[int]) -> None:
+        self.base, self.stem, self._pad_id, self._device = base, stem, pad_id, next(base.parameters()).device
+        self._cache: Any = None
+        self._mask_BT = torch.ones(0, 0, dtype=torch.long)
+        if stem:
+            self.read([stem])
+        self._kept: Any = self._cache
+
+    def begin(self, num_rows: int) -> None:
+        """Start rows anew after the stem, whose keys and values they share until more is read."""
+        self._mask_BT = torch.ones(num_rows, len(self.stem), dtype=torch.long, device=self._device)
+        self._cache = copy(self._kept)
+        if self._kept is not None:
+            self._cache.layers = [copy(layer) for layer in self._kept.layers]
+            for layer in self._cache.layers:
+                layer.keys, layer.values = (it.expand(num_rows, -1, -1, -1) for it in (layer.keys, layer.values))
+
+    def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Read more of each row and return the hidden states after each token, (B, T, H).
+
+        What is read first needs no mask where its padding follows it: causal attention never looks there, and is twice
+        as fast without one.
+        """
+        ids_BT, new_BT = (it.to(self._device) for it in pad(rows, self._pad_id))
+        before_BT = new_BT[:, :0] if self._cache is None else self._mask_BT
+        self._mask_BT = torch.cat([before_BT, new_BT], dim=1)
+        positions_BT = (self._mask_BT.cumsum(1) - 1).clamp_min(0)[:, before_BT.size(1) :]
+        hidden_BTH, output = run_trunk(
+            self.base, self.base.get_output_embeddings(), input_ids=ids_BT, position_ids=positions_BT, use_cache=True,
+            attention_mask=torch.ones_like(new_BT) if self._cache is None else self._mask_BT,
+            past_key_values=self._cache,
+        )  # fmt: skip
+        self._cache = output.past_key_values
+        return hidden_BTH
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these of the rows, each as often as it is named."""
+        if self._cache is not None and rows != list(range(len(self._mask_BT))):
+            indices = torch.tensor(rows, device=self._device)
+            self._cache.batch_select_indices(indices)
+            self._mask_BT = self._mask_BT[indices]
+
+    def forget(self, lengths: Sequence[int], width: int) -> None:
+        """Of the last `width` columns keep what each row holds there up to its length."""
+        kept_BT = torch.arange(width) < torch.tensor(lengths)[:, None]
+        self._mask_BT[:, -width:] *= kept_BT.to(self._mask_BT)
+
+
+def _read_batch(reader: _Reader, groups: _Groups, temperature: float) -> list[tuple[int, list[float]]]:
+    """Score a batch: what a group begins with is read once, then each context with its first tail, then the others."""
+    start, questions = len(reader.stem), [question for group in groups for question in group]
+    begins = [_alike(group[0], group[-1]) if len(group) > 1 else start for group in groups]
+    reader.begin(len(groups))
+    if max(begins) > start:
+        heads = zip(groups, begins, strict=True)
+        reader.read([group[0][0][start:end].tolist() for group, end in heads])
+    reader.select([number for number, group in enumerate(groups) for _ in group])
+    rests = [ids[end:].tolist() for group, end in zip(groups, begins, strict=True) for ids, _ in group]
+    first = [(row, *tails[0]) for row, (_, tails) in enumerate(questions)]
+    others = [(row, *tail) for row, (_, tails) in enumerate(questions) for tail in tails[1:]]
+    hidden_BTH = reader.read([rests[row] + tail[:-1] for row, _, tail in first])
+    ends = [len(rest) - 1 for rest in rests]
+    picked = [hidden_BTH[row, ends[row] : ends[row] + len(tail)] for row, _, tail in first]
+    if others:
+        reader.forget([end + 1 for end in ends], hidden_BTH.size(1))
+        reader.select([row for row, _, _ in others])
+        more = [tail[:-1] for _, _, tail in others]
+        more_BTH = reader.read(more) if any(more) else hidden_BTH.new_empty(len(more), 0, hidden_BTH.size(2))
+        picked += [torch.cat([hidden_BTH[row, ends[row], None], more_TH[: len(tail) - 1]])
+                   for (row, _, tail), more_TH in zip(others, more_BTH, strict=True)]  # fmt: skip
+    targets_N = torch.tensor([token for _, _, tail in first + others for token in tail], device=hidden_BTH.device)
+    parts = token_logps(reader.base, torch.cat(picked), targets_N, temperature)[0].split(list(map(len, picked)))
+    return [(place, part.tolist()) for (_, place, _), part in zip(first + others, parts, strict=True)]

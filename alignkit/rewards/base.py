@@ -89,10 +89,6 @@ class Reward(Protocol):
         """Score each answer: the higher, the better."""
 
     @staticmethod
-    def takes(source: RewardSource) -> bool:
-        """Tell whether a source is of this kind."""
-
-    @staticmethod
     def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
         """Raise what would stop a stage, without loading torch; `coming` are stages that are trained before it."""
 

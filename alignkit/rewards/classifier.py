@@ -6,7 +6,8 @@ import hashlib
 import math
 import shlex
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property, partial
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class ClassifierReward:
         self._norm = read_norm(self._source)
         self._classifier: Classifier | None = None
         self._score_ids: ScoreIds | None = None
+        self._weights: str | None = None  # their hash, once it is asked for
         self.encode: Encode = self._encode
 
     def hold(self, classifier: Classifier | None = None, score_ids: ScoreIds | None = None) -> Classifier:
@@ -57,48 +59,42 @@ class ClassifierReward:
 
     def score(self, answers: Answers) -> list[float]:
         """Score answers through the cache, else by all processes together; raises RewardError for one too long."""
-        if self._space.cache is not None:
+        if self._space.cache is None:
+            limit, sequences = self.hold().positions, self.encode(answers)
+            long = next((at for at, ids in enumerate(sequences) if limit is not None and len(ids) > limit), None)
+            if long is None:
+                return [self._normalise(score) for score in self._space.split(sequences, self._score_sequences)]
+            what = f"reads {limit} tokens, and answer {long} with its prompt has {len(sequences[long])}"
+        else:
             scores = self.score_fitting(answers)
-            if None in scores:
-                what = f"cannot read answer {scores.index(None)}, which is too long with its prompt"
-                raise RewardError(f"the reward model {self.name} {what}; lower max_new_tokens, or leave out long rows")
-            return [score for score in scores if score is not None]
-        limit = self.hold().positions
-        sequences = self.encode(answers)
-        for number, ids in enumerate(sequences):
-            if limit is not None and len(ids) > limit:
-                what = f"reads {limit} tokens, and answer {number} with its prompt has {len(ids)}"
-                advice = "lower max_new_tokens, leave out long prompts, or take another reward"
-                raise RewardError(f"the reward model {self.name} {what}; {advice}")
-        return [self._normalise(score) for score in self._space.split(sequences, self._score_sequences)]
+            if None not in scores:
+                return [score for score in scores if score is not None]
+            what = f"cannot read answer {scores.index(None)}, which is too long with its prompt"
+        advice = "lower max_new_tokens, leave out long prompts, or take another reward"
+        raise RewardError(f"the reward model {self.name} {what}; {advice}")
 
     def score_fitting(self, answers: Answers) -> list[float | None]:
         """Score answers through the cache; None for one that is too long for the model with its prompt."""
+        from alignkit.models.frozen import fingerprint_causal
+
+        def score(asked: Sequence[tuple[Text, Text, bool]]) -> list[float | None]:
+            self._space.take(self)
+            limit = self.hold().positions
+            prompts, completions, ended = (list(column) for column in zip(*asked, strict=True))
+            sequences = self._encode(Answers(prompts, completions, ended))
+            fits = [limit is None or len(ids) <= limit for ids in sequences]
+            found = self._score_sequences(list(compress(sequences, fits)))
+            if not all(map(math.isfinite, found)):
+                raise NonFiniteError(f"the reward model {self.name} gives an answer a score that is not finite")
+            waiting = iter(found)
+            return [next(waiting) if fit else None for fit in fits]
+
+        self._weights = self._weights or fingerprint_causal(self._source)
         ended = answers.ended or [True] * len(answers.prompts)
         questions = list(zip(answers.prompts, answers.completions, ended, strict=True))
         assert self._space.cache is not None
-        scores = self._space.cache.ask({"kind": "reward", "weights": self._weights}, questions, self._score_new)
+        scores = self._space.cache.ask({"kind": "reward", "weights": self._weights}, questions, score)
         return [None if score is None else self._normalise(score) for score in scores]
-
-    @cached_property
-    def _weights(self) -> str:
-        from alignkit.models.frozen import fingerprint_causal
-
-        return fingerprint_causal(self._source)
-
-    def _score_new(self, questions: Sequence[tuple[Text, Text, bool]]) -> list[float | None]:
-        self._space.take(self)
-        limit = self.hold().positions
-        prompts, completions, ended = (list(column) for column in zip(*questions, strict=True))
-        sequences = self._encode(Answers(prompts, completions, ended))
-        fitting = [place for place, ids in enumerate(sequences) if limit is None or len(ids) <= limit]
-        found = self._score_sequences([sequences[place] for place in fitting])
-        if not all(map(math.isfinite, found)):
-            raise NonFiniteError(f"the reward model {self.name} gives an answer a score that is not finite")
-        scores: list[float | None] = [None] * len(sequences)
-        for place, score in zip(fitting, found, strict=True):
-            scores[place] = score
-        return scores
 
     def _score_sequences(self, sequences: Sequence[list[int]]) -> list[float]:
         assert self._score_ids is not None
@@ -119,10 +115,6 @@ class ClassifierReward:
             return encode_foreign(classifier.tokenizer, answers.prompts, answers.completions, name=self.name)
         ended = answers.ended or [True] * len(answers.prompts)
         return encode_own(Chat(classifier.tokenizer), answers.prompts, answers.completions, ended, name=self.name)
-
-    @staticmethod
-    def takes(source: RewardSource) -> bool:
-        return source.model is not None
 
     @staticmethod
     def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:

@@ -25,8 +25,8 @@ from alignkit.runs.stop import time_limit
 _IMPORT_SECONDS = 120.0
 
 
-class _TimeUp(BaseException):
-    """The time is over; no `except Exception` of a reward function catches it."""
+class TimeUp(BaseException):
+    """The time is over; no `except Exception` of other code catches it."""
 
 
 class FunctionReward:
@@ -48,10 +48,6 @@ class FunctionReward:
             return []
         found: list[float] = self._once(lambda: self(answers.prompts, answers.completions, answers.columns))
         return found
-
-    @staticmethod
-    def takes(source: RewardSource) -> bool:
-        return source.function is not None
 
     @staticmethod
     def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
@@ -94,9 +90,9 @@ class FunctionReward:
         arguments = copy.deepcopy((list(prompts), list(completions), given))  # it may change what it gets
         try:
             # Standard output is for results.
-            with contextlib.redirect_stdout(sys.stderr), time_limit(self.seconds, _TimeUp()):
+            with contextlib.redirect_stdout(sys.stderr), time_limit(self.seconds, TimeUp()):
                 returned = self._function(arguments[0], arguments[1], **arguments[2])
-        except _TimeUp:
+        except TimeUp:
             what = f"did not return within {self.seconds:g} s for {len(completions)} answers"
             raise self._error(f"{what}; make it faster, or raise reward_timeout") from None
         except (Exception, SystemExit) as error:
@@ -147,9 +143,9 @@ def _import(path: str, folder: Path, where: str | None) -> Callable[..., Any]:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # last: it must not hide a library
     try:
-        with contextlib.redirect_stdout(sys.stderr), time_limit(_IMPORT_SECONDS, _TimeUp()):
+        with contextlib.redirect_stdout(sys.stderr), time_limit(_IMPORT_SECONDS, TimeUp()):
             module = importlib.import_module(module_name)
-    except _TimeUp:
+    except TimeUp:
         what = f"cannot be imported: {module_name} takes longer than {_IMPORT_SECONDS:g} s"
         raise RewardError(f"the reward function {path} {what}", where=where) from None
     except ModuleNotFoundError as error:

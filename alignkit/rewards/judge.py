@@ -1,27 +1,132 @@
-"""A language model that judges as the reward of PPO."""
+"""Judges: a language model with principles as the reward of PPO or for win rates, and a reward that compares."""
 
 import math
 import os
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from urllib.parse import urlsplit
 
-from alignkit.errors import JudgeError, RewardError
+from alignkit.data import Text
+from alignkit.errors import JudgeError, RewardError, UsageError
 from alignkit.feedback.cache import Asker, Store
 from alignkit.feedback.constitution import Examples, load_constitution
-from alignkit.feedback.judge import Judge, Pairing, judge_all, pair_key
+from alignkit.feedback.judge import Judge, Label, Pairing, describe_labels, find_faults, judge_all, pair_key
 from alignkit.feedback.prompts import Quoter, ask_answer, read_text
+from alignkit.feedback.server import find_key, require_client
 from alignkit.feedback.stage import describe_model, open_model, own_model
 from alignkit.feedback.writer import Job, Model, Sampling
 from alignkit.models.files import find_model_dir, fingerprint_weights
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import FeedbackModel, PpoOptions, RewardSource
-from alignkit.rewards.base import Answers, Workspace
-from alignkit.runs.stop import Stop
+from alignkit.rewards.base import Answers, Reward, Workspace, collect_memory, name_source
+from alignkit.runs.stop import Stop, stop_between_answers
 
 STORE = "judged.jsonl"
 _WORST = 1e-4  # a probability from which the log-odds go no further: 9.2 nats
+_TIE = (0.5,)
+Orders = tuple[float | None, ...]  # P(first is better): as it was asked, in one order or in both; None: abstained
+
+
+class Comparer(Protocol):
+    """Says which of two answers to a prompt is better."""
+
+    name: str
+    settings: dict[str, Any]  # what else decides what it says, for eval.json
+    report: dict[str, Any]  # on the judge itself after `compare`: order consistency, bias, principles, spending
+
+    def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
+        """Give P(first is better) of each pair, in [0, 1]; 0.5 is a tie, None an abstention.
+
+        One number where the order was not read; else two: with the first answer shown first, and shown second.
+        """
+
+
+class RewardComparer:
+    """The higher reward wins; equal rewards tie. An answer that was cut off is scored as if it had ended there."""
+
+    def __init__(self, reward: Reward) -> None:
+        self._reward, self.name = reward, reward.name
+        self.settings: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}
+
+    def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
+        scores = self._reward.score(Answers([*prompts, *prompts], [*firsts, *seconds]))
+        ours, theirs = scores[: len(firsts)], scores[len(firsts) :]
+        return [_TIE if a == b else (float(a > b),) for a, b in zip(ours, theirs, strict=True)]
+
+
+class ModelComparer:
+    """A language model that goes by a principle drawn for each pair, in both orders; nothing is asked twice."""
+
+    def __init__(
+        self, source: FeedbackModel, constitution: str | Sequence[str], space: Workspace, *, seed: int,
+        store: Path | None,
+    ) -> None:  # fmt: skip
+        """Read the constitution; no weights are loaded and nothing is asked yet.
+
+        `store` is where verdicts are kept; without one they last as long as the object, which a server is not asked
+        for. Raises RecipeError for a constitution, UsageError or EnvironmentProblem for a server that cannot be used.
+        """
+        self._principles = load_constitution(constitution, needs="comparison")
+        self._source, self._space, self._seed, self._path = source, space, seed, store
+        self._model: Model | None = None
+        self.report: dict[str, Any] = {}
+        self.name = name_source(str(source.model))
+        if source.url is not None:
+            require_client()
+            find_key(source)
+            if store is None:
+                what = "a judge behind a url is asked once: give --out FILE, beside which its verdicts are kept"
+                raise UsageError(what)
+            self.name = f"{source.name} at {urlsplit(source.url).netloc}"
+        files = [constitution] if isinstance(constitution, str) else constitution
+        self.settings = {"constitution": ", ".join(Path(file).name for file in files)}
+
+    def release(self) -> None:
+        self._model = None
+        collect_memory()
+
+    def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
+        """Ask about each pair; two answers that are the same tie, and an empty one loses, without a question.
+
+        Raises JudgeError when the judge gave up, the budget is spent, or it abstains from everything; Stopped after a
+        signal; RunError when another evaluation has the verdicts open. What was answered is kept.
+        """
+        outcomes: list[Orders | None] = []
+        pairings = []
+        for place, (prompt, first, second) in enumerate(zip(prompts, firsts, seconds, strict=True)):
+            one, other = read_text(first).strip(), read_text(second).strip()
+            if one == other or not (one and other):
+                outcomes.append(_TIE if one == other else (float(bool(one)),))
+                continue
+            # Whichever run is measured against the other, it is by the same principle.
+            key = pair_key(prompt, *sorted((first, second), key=read_text))
+            pairings.append(Pairing(prompt, first, second, f"prompt {place}", key))
+            outcomes.append(None)
+        labels = self._ask(pairings) if pairings else []
+        if labels and all(label.p_first is None for label in labels):
+            reason = labels[0].problem
+            raise JudgeError(f"the judge {self.name} abstains from all {len(labels)} comparisons: {reason}")
+        spending = self._model.spending if self._model is not None else None
+        self.report = {**describe_labels(labels), "spent": spending.to_dict() if spending is not None else None}
+        for fault in find_faults(self.report):
+            self._space.warn(f"{self.name}: {fault}")
+        answered = iter(labels)
+        return [next(answered).orders if outcome is None else outcome for outcome in outcomes]
+
+    def _ask(self, pairings: Sequence[Pairing]) -> list[Label]:
+        space = self._space
+        with stop_between_answers() as stop, closing(Store(self._path, alone=True)) as store:
+            space.take(self)
+            self._model = open_model(
+                self._source, store, (self.name,), stop=stop, device=space.device, batch_size=space.batch_size,
+                trust_code=space.trust_code,
+            )  # fmt: skip
+            judge = Judge(self._model, self._principles, Examples(), Quoter(self._model.control_tokens), self._seed)
+            return judge_all(Asker("win_rate", store, stop), judge, pairings, by=self.name)
 
 
 class JudgeReward:
@@ -95,10 +200,6 @@ class JudgeReward:
             if values and label.p_first is not None:
                 rewards[place] = sum(values) / len(values)
         return rewards
-
-    @staticmethod
-    def takes(source: RewardSource) -> bool:
-        return source.judge is not None
 
     @staticmethod
     def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:

@@ -1,18 +1,21 @@
-"""The table of the kinds of rewards, and what a stage wants of all of its rewards."""
+"""The table of the kinds of rewards, what a stage wants of all of its rewards, and the judge of an evaluation."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from alignkit.data import true_reward
 from alignkit.errors import Problem, RewardError, UsageError
 from alignkit.feedback.cache import Store
+from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.prompts import read_text
+from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import BUILTIN_REWARD, RewardSource
+from alignkit.recipe.schema import BUILTIN_REWARD, EvaluateOptions, RewardSource
 from alignkit.rewards.base import Answers, Reward, Workspace, stage_space
 from alignkit.rewards.classifier import ClassifierReward
 from alignkit.rewards.function import FunctionReward, is_function
-from alignkit.rewards.judge import JudgeReward
+from alignkit.rewards.judge import Comparer, JudgeReward, ModelComparer, RewardComparer
 from alignkit.rewards.verify import VerifyReward
 
 
@@ -30,10 +33,6 @@ class BuiltinReward:
         return [true_reward(read_text(completion)) for completion in answers.completions]
 
     @staticmethod
-    def takes(source: RewardSource) -> bool:
-        return (source.model or "").startswith("builtin:")
-
-    @staticmethod
     def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
         BuiltinReward(source, stage_space(stage, key))
 
@@ -46,12 +45,16 @@ class BuiltinReward:
         return None
 
 
-# A new kind is a class here: the first that takes a source has it.
-KINDS: tuple[type[Reward], ...] = (FunctionReward, JudgeReward, VerifyReward, BuiltinReward, ClassifierReward)
+# By the key that names it in a recipe; a new kind is a key and a class here.
+KINDS: dict[str, type[Reward]] = {
+    "function": FunctionReward, "judge": JudgeReward, "verify": VerifyReward, "model": ClassifierReward
+}  # fmt: skip
 
 
 def kind_of(source: RewardSource) -> type[Reward]:
-    return next(kind for kind in KINDS if kind.takes(source))
+    if (source.model or "").startswith("builtin:"):
+        return BuiltinReward
+    return next(kind for key, kind in KINDS.items() if getattr(source, key) is not None)
 
 
 def open_reward(source: RewardSource | str, space: Workspace) -> Reward:
@@ -92,3 +95,44 @@ def fingerprint_rewards(stage: Stage) -> dict[str, list[str | None]]:
     """Hash models and the files of functions that a stage is scored by, for its fingerprint."""
     found = [kind_of(source).fingerprint(source, stage) for key, source in stage.rewards if key == "reward"]
     return {"reward_weights": found} if found else {}
+
+
+def make_comparer(
+    options: EvaluateOptions, space: Workspace, *, reward: Reward | None, seed: int, store: Path | None
+) -> Comparer:
+    """Make the judge that the options name, else `reward` as one; no weights are loaded yet.
+
+    `store` is where a language model's verdicts are kept. Raises UsageError without a judge and for what cannot be one.
+    """
+    check_judge(options)
+    if options.judge is not None and options.constitution is not None:
+        return ModelComparer(options.judge, options.constitution, space, seed=seed, store=store)
+    if options.judge is not None:
+        return RewardComparer(open_reward(str(options.judge.model), space))
+    if reward is None:
+        raise UsageError(
+            "win_rate needs a judge: a reward model, a function or builtin:true-reward (--judge), or a language model "
+            "with principles (--judge and --constitution)"
+        )
+    return RewardComparer(reward)
+
+
+def check_judge(options: EvaluateOptions) -> None:
+    """Look at the files of the judge and its constitution.
+
+    Raises UsageError for a reward model with a constitution, a language model without one, and a constitution that
+    cannot be used; ModelError for a judge that is not there.
+    """
+    constitution, name = options.constitution, options.judge.model if options.judge else None
+    if constitution is not None:
+        load_constitution(constitution, needs="comparison")
+    directory = None if name is None or is_function(name) or is_builtin(name) else find_model_dir(name)
+    if directory is None:  # on the hub: what it is shows when it is loaded
+        return
+    reward = inspect_model_dir(directory, trust_code=True).reward
+    if reward and constitution is not None:
+        what = "a reward model, which goes by no principles; leave constitution out, or name a language model"
+        raise UsageError(f"the judge {name} is {what}")
+    if not reward and constitution is None:
+        what = "a language model, which judges by principles; add constitution (--constitution builtin:helpfulness, or "
+        raise UsageError(f"the judge {name} is {what}a file), or name a reward model")

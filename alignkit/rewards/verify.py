@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -22,11 +22,8 @@ from alignkit.feedback.prompts import read_text
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers, Workspace, stage_space
+from alignkit.rewards.function import TimeUp
 from alignkit.runs.stop import time_limit
-
-
-class _TimeUp(BaseException):
-    """The time for one answer is over; no `except Exception` of a library catches it."""
 
 
 def _math(text: str, wanted: Any, seconds: float) -> float:
@@ -164,10 +161,8 @@ class VerifyReward:
             what = f"extract is {source.extract!r}, which is no regular expression: {error}"
             raise RewardError(what, where=space.where) from error
         if self.name == "code" and not space.trust_code:
-            what = (
-                "verify: code runs what a model writes, which a recipe cannot allow; give --trust-code on the command"
-            )
-            raise RewardError(f"{what} line", where=space.where)
+            what = "verify: code runs what a model writes, which a recipe cannot allow"
+            raise RewardError(f"{what}; give --trust-code on the command line", where=space.where)
         package = self._verifier.package
         if package and importlib.util.find_spec(package) is None:
             name = package.replace("_", "-")
@@ -185,13 +180,10 @@ class VerifyReward:
                 raise RewardError(what, where=self._space.where)
         values = zip(*(answers.columns[name] for name in names), strict=True)
         wanted = [one if self.name == "ifeval" else one[0] for one in values]
-        return self._space.split(list(zip(map(read_text, answers.completions), wanted, strict=True)), self._score_all)
-
-    def _score_all(self, items: Sequence[tuple[str, Any]]) -> list[float]:
-        if self.name != "code":
-            return [self._score(text, wanted) for text, wanted in items]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(lambda item: self._score(*item), items))
+        items = list(zip(map(read_text, answers.completions), wanted, strict=True))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # code has processes of its own; all else has one alarm
+            each = pool.map if self.name == "code" else map
+            return self._space.split(items, lambda part: list(each(lambda item: self._score(*item), part)))
 
     def _score(self, text: str, wanted: Any) -> float:
         if self._source.extract is not None:
@@ -200,17 +192,13 @@ class VerifyReward:
                 return 0.0
             text = found[-1].group(1 if found[-1].re.groups else 0) or ""
         try:
-            with time_limit(self._source.timeout + (1 if self.name == "code" else 0), _TimeUp()):
+            with time_limit(self._source.timeout + (1 if self.name == "code" else 0), TimeUp()):
                 return self._verifier.score(text, wanted, self._source.timeout)
-        except _TimeUp:
+        except TimeUp:
             return 0.0
         except Exception as error:  # a pattern, schema or instruction of the row that is none
             what = f"verify: {self.name}: {wanted!r:.80} of a row cannot be used: {type(error).__name__}: {error}"
             raise RewardError(what, where=self._space.where) from error
-
-    @staticmethod
-    def takes(source: RewardSource) -> bool:
-        return source.verify is not None
 
     @staticmethod
     def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:

@@ -26,7 +26,8 @@ from alignkit.models.scratch import builtin_config, builtin_tokenizer, random_mo
 from alignkit.recipe import load_recipe
 from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
 from alignkit.rewards.base import Workspace
-from alignkit.rewards.compare import ModelComparer, make_comparer
+from alignkit.rewards.judge import ModelComparer
+from alignkit.rewards.kinds import make_comparer
 
 KEY = "canary-key-7a31e9"
 

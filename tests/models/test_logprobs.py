@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from alignkit.models.logprobs import pad, score_tokens
+from alignkit.models.logprobs import iter_scores, pad, score_tokens
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "head_dim": 8}
 MODELS: dict[str, dict[str, Any]] = {
@@ -38,7 +40,9 @@ def test_log_probabilities_are_those_of_the_models_own_logits(kind: str) -> None
     model.eval()
     sequences = [([5, 6, 7], [8, 9]), ([], [3, 4, 5]), ([7], []), ([11, 12], [13, 14, 15, 16])]
     found = score_tokens(model, sequences, pad_id=0, temperature=0.7, batch_size=2)
-    for (context, tail), logps in zip(sequences, found, strict=True):
+    on_a_cache = dict(chain(*iter_scores(model, sequences * 2, pad_id=0, temperature=0.7, share=True)))
+    for number, ((context, tail), logps) in enumerate(zip(sequences, found, strict=True)):
+        assert on_a_cache.get(number + 4, []) == pytest.approx(logps, abs=1e-5)
         whole = torch.tensor([[*context, *tail]])
         logits = model(input_ids=whole).logits[0].float() / 0.7
         start = max(len(context), 1)
@@ -51,3 +55,42 @@ def test_padding() -> None:
     ids, mask = pad([[5, 6], [], [7, 8, 9]], 1, left=True, multiple_of=4)
     assert ids.tolist() == [[1, 1, 5, 6], [1, 1, 1, 1], [1, 7, 8, 9]]
     assert mask.tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("kind", ["rotary", "learned"])
+def test_sequences_that_begin_alike_are_read_once_and_score_as_each_alone(kind: str) -> None:
+    sizes: dict[str, int] = {"vocab_size": 61, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    config = (LlamaConfig(**sizes, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=512)
+              if kind == "rotary" else GPT2Config(**sizes, n_positions=512))  # fmt: skip
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    draw = random.Random(2)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(61) for _ in range(count)]
+
+    sequences = []
+    for examples in (tokens(150), tokens(90), []):  # two stems and none; pairs that begin alike; one to three tails
+        for _ in range(5):
+            question = examples + tokens(draw.randrange(20, 60))
+            for context in (question + tokens(draw.randrange(1, 9)), question + tokens(draw.randrange(1, 9))):
+                sequences += [(context, tokens(draw.randrange(1, 4))) for _ in range(draw.randrange(1, 4))]
+    sequences += [([], [5, 6, 7]), ([9], [3]), (sequences[0][0] + sequences[0][1], [4])]
+    draw.shuffle(sequences)
+    read: list[int] = []  # tokens
+    model.register_forward_pre_hook(lambda *given: read.append(given[2]["input_ids"].numel()), with_kwargs=True)
+    plain = list(iter_scores(model, sequences, pad_id=0, batch_size=4, share=False))
+    num_plain, read[:] = sum(read), []
+    shared = list(iter_scores(model, sequences, pad_id=0, batch_size=4, share=True))
+    assert sum(read) < 0.45 * num_plain
+    wanted, found = dict(chain(*plain)), dict(chain(*shared))
+    assert score_tokens(model, sequences, pad_id=0, batch_size=4) == [found[at] for at in range(len(sequences))]
+    assert wanted.keys() == found.keys() == set(range(len(sequences)))
+    for place, logps in wanted.items():
+        assert found[place] == pytest.approx(logps, abs=2e-6)
+    done = [place for place, _ in shared[0]]
+    again = list(iter_scores(model, sequences, pad_id=0, batch_size=4, share=True, known=done))
+    assert again == shared[1:]  # to the last bit: batches are those of the whole list
