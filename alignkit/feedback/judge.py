@@ -254,18 +254,22 @@ def count_problems(labels: Sequence[Label]) -> dict[str, int]:
     return dict(Counter(same).most_common(10))
 
 
+def find_weakness(report: Mapping[str, Any]) -> str | None:
+    """Say by which order consistency a judge is too weak to judge: the verdict of a coin survives half of the swaps."""
+    place, agreement = report["picks_first_place"], report["order_agreement"]
+    if place and place["n"] >= _ENOUGH and not 1 - _SAME_PLACE <= place["share"] <= _SAME_PLACE:
+        which, share = ("first" if place["share"] > 0.5 else "second"), max(place["share"], 1 - place["share"])
+        return f"the judge picks the {which} place in {share:.0%} of {place['n']} verdicts: it does not compare"
+    if agreement and agreement["n"] >= _ENOUGH and agreement["low"] <= 0.5:
+        what = f"both orders prefer the same answer in {agreement['share']:.0%} of {agreement['n']} comparisons"
+        return f"{what} ({agreement['low']:.0%} to {agreement['high']:.0%}), no more than by chance (50%)"
+    return None
+
+
 def find_faults(report: Mapping[str, Any]) -> list[str]:
     """List what a person should know of a judge before using its labels."""
-    faults = []
-    place, mass = report["picks_first_place"], report["option_mass"]
-    if place and place["n"] >= _ENOUGH and not 1 - _SAME_PLACE <= place["share"] <= _SAME_PLACE:
-        which = "first" if place["share"] > 0.5 else "second"
-        share = max(place["share"], 1 - place["share"])
-        faults.append(f"the judge picks the {which} place in {share:.0%} of {place['n']} verdicts: it does not compare")
-    elif (agreement := report["order_agreement"]) and agreement["n"] >= _ENOUGH and agreement["low"] <= 0.5:
-        share = agreement["share"]
-        what = f"both orders prefer the same answer in {share:.0%} of {agreement['n']} comparisons"
-        faults.append(f"{what}, no more than by chance")
+    weakness, mass = find_weakness(report), report["option_mass"]
+    faults = [weakness] if weakness else []
     if mass is not None and mass < _LITTLE_MASS:
         faults.append(f"(A) and (B) have {mass:.1%} of the judge's probability: it does not answer in this format")
     if report["comparisons"] and report["abstained"] > report["comparisons"] / 5:

@@ -511,6 +511,7 @@ class LabelOptions(StageOptions):
     hard: bool = option(False, "Round labels to 0 or 1; the paper found soft ones much better.")
     mix: Sources | None = option(None, "Comparisons made by people, added as they are.")
     check: Sources | None = option(None)
+    on_weak_judge: Literal["warn", "stop"] = option("warn")
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from alignkit import console
 from alignkit.data import DataReport, Rejects, Row, Text, read_rows
-from alignkit.errors import DataError
+from alignkit.errors import DataError, JudgeError
 from alignkit.feedback import judge as judging
 from alignkit.feedback import stage as work
 from alignkit.feedback.cache import key_of
@@ -155,6 +155,9 @@ class _Labelling:
         if self._accuracy and self._accuracy["accuracy"] is not None:
             found["check_accuracy"] = self._accuracy["accuracy"]
         self._session.log(report["rows"], **found)
+        if self._options.on_weak_judge == "stop" and (weakness := judging.find_weakness(report)):
+            advice = "name another judge, or take its labels all the same with on_weak_judge: warn"
+            raise JudgeError(f"{self._stage.name}: {weakness}; {advice}")
         return found
 
     def _sample(self) -> list[judging.Pairing]:

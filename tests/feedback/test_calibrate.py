@@ -65,7 +65,9 @@ def test_faults_of_a_judge() -> None:
     always_b = describe_labels([labelled(0.01, 0.99)] * 15)
     assert find_faults(always_b) == ["the judge picks the second place in 100% of 30 verdicts: it does not compare"]
     torn = describe_labels([labelled(0.6, 0.4), labelled(0.4, 0.6), labelled(0.6, 0.7), labelled(0.4, 0.3)] * 6)
-    assert find_faults(torn) == ["both orders prefer the same answer in 50% of 24 comparisons, no more than by chance"]
+    assert find_faults(torn) == [
+        "both orders prefer the same answer in 50% of 24 comparisons (31% to 69%), no more than by chance (50%)"
+    ]
     fair = describe_labels([labelled(0.9, 0.8), labelled(0.2, 0.1)] * 10)
     assert find_faults(fair) == [] and fair["order_agreement"]["share"] == 1.0 and fair["ties"] == 0
     silent = describe_labels([labelled(None, 0.8)] * 5 + [labelled(0.9, 0.8)] * 5)

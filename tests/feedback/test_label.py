@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,24 @@ def test_what_a_judge_leans_to_shows_in_the_report(given: MakeStage, capsys: pyt
     assert report["length_bias"]["share"] == 1.0 and report["length_bias"]["n"] == 40
     assert report["order_agreement"]["share"] == report["agreement_between_principles"]["share"] == 1.0
     assert all("longer" in row["chosen"][0]["content"] and row["label"] == pytest.approx(0.9) for row in rows)
+
+
+def test_a_judge_too_weak_to_judge_ends_the_stage_or_is_warned_of(
+    given: MakeStage, chat_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak = r"(picks the \w+ place in \d+% of 80 verdicts: it does not compare|by chance \(50%\))"
+    stage = given(chat_model, on_weak_judge="stop")  # random weights
+    with pytest.raises(JudgeError, match=rf"^label: .*{weak}; .*on_weak_judge: warn$"):
+        run(stage)
+    assert not (Path(stage.run_dir) / "result.json").exists()
+    kept = (Path(stage.run_dir) / "feedback.jsonl").read_bytes()
+    capsys.readouterr()
+    rows, report = run(given(chat_model))  # taken all the same: nothing is asked again
+    assert re.search(f"warning.*{weak}", capsys.readouterr().err)
+    assert len(rows) == 40 and report["order_agreement"]["low"] <= 0.5
+    assert (Path(stage.run_dir) / "feedback.jsonl").read_bytes() == kept
+    with Server() as server:
+        assert len(run(given(server, name="able", on_weak_judge="stop"))[0]) == 40
 
 
 def test_judge_is_measured_on_comparisons_with_known_answers(given: MakeStage, write_rows: Callable[..., Path]) -> None:
