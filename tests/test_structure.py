@@ -24,13 +24,13 @@ LEVELS = {
     "report": 4,  # of the files of a run alone: stages write their page when they end
     "feedback": 5,
     "rewards": 6,  # a judge asks as the feedback room does
-    "train": 7,
     "evaluate": 7,
     "chat": 7,
-    "preflight": 8,
-    "launch": 9,
-    "cli": 10,
-    "__main__": 11,
+    "train": 8,  # evaluates what it trains
+    "preflight": 9,
+    "launch": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 
 

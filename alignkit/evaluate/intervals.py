@@ -154,10 +154,7 @@ def mean_of_groups(groups: Sequence[Sequence[float]], *, resamples: int = RESAMP
 
 
 def share(outcomes: Sequence[Sequence[float]], *, resamples: int = RESAMPLES) -> Interval:
-    """Share of successes among outcomes in groups: Wilson's interval where each group has one outcome.
-
-    An outcome is 1, 0, or 0.5 for a tie; other values, and several outcomes in a group, need the bootstrap.
-    """
+    """Share of successes (a tie is 0.5): Wilson's interval where each group has one outcome, else the bootstrap."""
     flat = [value for group in outcomes for value in group]
     if all(len(group) == 1 for group in outcomes) and set(flat) <= {0.0, 0.5, 1.0}:
         sums = Sums(np.asarray([(value, 1.0) for value in flat]).reshape(-1, 2), divide)

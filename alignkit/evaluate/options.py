@@ -100,11 +100,7 @@ def _named(options: EvaluateOptions, key: str) -> str | None:
 
 
 def name_runs(options: EvaluateOptions, runs: Mapping[str, str], *, strict: bool = True) -> EvaluateOptions:
-    """Replace every stage name in the options by its run directory.
-
-    With `strict`, raises UsageError for a single word that is neither a stage of the recipe nor something that exists;
-    else it may be a hub id.
-    """
+    """Replace stage names in the options by run directories; `strict` refuses a single word that is nothing there."""
     named: dict[str, Any] = {}
     problems = []
     for key in EVALUATED:

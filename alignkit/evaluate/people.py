@@ -44,10 +44,7 @@ class People:
             self._count(row)
 
     def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
-        """Ask until all is judged or somebody ends it, and give the mean vote on each pair; alike answers tie unasked.
-
-        Raises UsageError where nobody has judged.
-        """
+        """Ask until all is judged or somebody ends it; alike answers tie unasked. UsageError where nobody judged."""
         pairs = list(zip(prompts, firsts, seconds, strict=True))
         self.pairs = {key_of(pair): pair for pair in pairs if pair[1] != pair[2]}
         if len(self.pairs) < len(pairs):

@@ -1,7 +1,4 @@
-"""A language model that is measured: its log-probabilities of given texts and its answers, cached by content.
-
-Weights are read at the first question that the cache cannot answer, and one model at a time is held (`Workspace`).
-"""
+"""A language model that is measured: log-probabilities and answers, cached by content; weights are read when needed."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -42,14 +39,14 @@ class Answer:
 class Policy:
     """A causal language model by the name of a run, a directory or a hub id."""
 
-    def __init__(self, source: str, space: Workspace) -> None:
-        """Find the weights; raises ModelError when nothing is there."""
-        self.source, self._space = source, space
-        self.weights = fingerprint_causal(source)
-        self._loaded: tuple[Causal, Chat] | None = None
+    def __init__(self, source: str, space: Workspace, given: tuple[Causal, Chat] | None = None) -> None:
+        """Find the weights, or take a model that somebody holds; raises ModelError when nothing is there."""
+        self.source, self._space, self._given = source, space, given
+        self.weights = given[0].fingerprint if given else fingerprint_causal(source)
+        self._loaded = given
 
     def release(self) -> None:
-        self._loaded = None
+        self._loaded = self._given
         collect_memory()
 
     def _load(self) -> tuple[Causal, Chat]:
@@ -123,10 +120,7 @@ class Policy:
         return [Likelihood(*value) for value in self._ask("document", [row.completions[0] for row in rows], answer)]
 
     def score_continuations(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[Likelihood]:
-        """Score log p(continuation | context) of plain text without an end token, as few-shot tasks compare it.
-
-        Tokenised together and cut where the context alone ends, as lm-evaluation-harness does (`_encode_pair`).
-        """
+        """Score log p(continuation | context) without an end token; cut into tokens as lm-evaluation-harness does."""
 
         def answer(asked: list[tuple[str, str]]) -> list[list[float]]:
             scored = self.score_tokens([self._encode_pair(*pair) for pair in asked])
@@ -155,10 +149,7 @@ class Policy:
     def score_tokens(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float = 1.0
     ) -> list[list[float]]:
-        """Score continuations of token ids; a context that leaves no room loses its beginning.
-
-        A continuation that alone is too long gets no log-probabilities.
-        """
+        """Score continuations of token ids; a long context loses its beginning, one too long alone is not scored."""
         loaded = self.loaded
         room = loaded.positions or _FAR
         num_long = sum(len(tail) > room for _, tail in pairs)
@@ -192,7 +183,9 @@ class Policy:
 
         def answer(asked: list[tuple[Text, int]]) -> list[list[Any]]:
             ids = self._encode(lambda: self.chat.encode_prompts([prompt for prompt, _ in asked]))
-            values = self._write(ids, [_seed_of(seed, *question) for question in asked], **common)
+            texts = (repr((seed, *question)).encode("utf-8", "surrogatepass") for question in asked)
+            digests = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+            values = self._write(ids, [int.from_bytes(digest, "little") >> 1 for digest in digests], **common)
             return [[ids, text.split("\n", 1)[0] if plain else text, ended] for ids, text, ended in values]
 
         flat = [Answer(*value) for value in self._ask("answer", questions, answer, **settings)]
@@ -270,9 +263,3 @@ def _count_bytes(content: Text | Sequence[Message]) -> int:
     if isinstance(content, str):
         return len(content.encode())
     return sum(len(message["content"].encode()) for message in content)
-
-
-def _seed_of(seed: int, prompt: Text, number: int) -> int:
-    """Seed an answer's generator: 63 bits of seed, prompt and number."""
-    digest = hashlib.blake2b(repr((seed, prompt, number)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

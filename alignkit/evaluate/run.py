@@ -1,7 +1,4 @@
-"""`alignkit eval`: find the model and its rows, measure, and keep what was measured in eval.json.
-
-The file is described in recipes/README.md; a figure that is measured again replaces its older self.
-"""
+"""`alignkit eval`: measure a model on its rows and keep the figures in eval.json, the newest of each."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +11,14 @@ from alignkit.data import Row
 from alignkit.errors import AlignKitError, EnvironmentProblem, JudgeError, RunError, Stopped, UsageError
 from alignkit.evaluate.context import Context, Metric, load_metrics
 from alignkit.evaluate.intervals import Figure, compare_rows
-from alignkit.evaluate.target import Target, find_target, find_trained, read_measured
+from alignkit.evaluate.options import name_runs
+from alignkit.evaluate.policy import Policy
+from alignkit.evaluate.target import Target, find_target, find_trained, list_siblings, read_measured
 from alignkit.feedback.cache import Store
+from alignkit.models.chat import Chat
 from alignkit.models.files import find_model_dir
-from alignkit.models.frozen import fingerprint_causal, load_tokenizer_of
+from alignkit.models.frozen import Causal, fingerprint_causal, load_tokenizer_of
+from alignkit.recipe import Stage
 from alignkit.recipe.schema import METRICS, EvaluateOptions
 from alignkit.report.evaluation import name_all_data
 from alignkit.report.publish import show
@@ -88,6 +89,25 @@ def evaluate(
     return data
 
 
+def measure_in_training(stage: Stage, model: Any, chat: Chat, *, step: int) -> dict[str, float]:
+    """Measure the metrics of `evaluate:` on the weights that are being trained, as `evaluate` does on a run's.
+
+    Where it names none, answers and perplexity. No global generator is drawn from: training goes on as without it.
+    """
+    run, options = RunDir(Path(stage.run_dir).absolute()), stage.evaluate or EvaluateOptions()
+    options = name_runs(options, list_siblings(str(run.path)), strict=False)
+    options = options.model_copy(update={"metrics": options.metrics or ["answers", "perplexity"]})
+    device, folder = str(next(model.parameters()).device), Path(stage.recipe_path).resolve().parent
+    space = Workspace(device.partition(":")[0], options.batch_size, stage.trust_code, folder)
+    target = Target(str(run.path), run, False, read_record(run.stage))
+    context = Context(target, options, *_read(target, options, space), space, seed=stage.seed)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    causal = Causal(model, chat.tokenizer, positions, f"step {step}")
+    context.policy = Policy(target.source, space, (causal, chat))
+    figures = [figure for metric in _choose(context, lenient=True).values() for figure in metric.measure(context)]
+    return {figure.metric: figure.value for figure in figures if figure.slice is None and figure.value is not None}
+
+
 def _measure(context: Context, *, lenient: bool) -> tuple[list[Figure], JudgeError | None]:
     """Measure all that was asked for; a judge that gives up takes nothing from the other metrics."""
     figures: list[Figure] = []
@@ -113,10 +133,7 @@ def _key(figure: Figure) -> tuple[str, str | None, str]:
 
 
 def _measure_start(context: Context) -> dict[tuple[str, str | None, str], Figure]:
-    """Measure what a run started from, on the run's rows; nothing where that is a reward model or not there.
-
-    Unasked it costs little (of sft, whose start may be large, only likelihoods), and what it cannot do is no error.
-    """
+    """Measure what a run started from on its rows: unasked only what costs little, and what cannot be is no error."""
     target, options = context.target, context.options
     start = None if target.reward else target.start()
     wanted = options.metrics or METRICS
@@ -228,10 +245,7 @@ def _directory(source: str) -> Path:
 
 
 def _read(target: Target, options: EvaluateOptions, space: Workspace) -> tuple[list[Row], str]:
-    """Read the rows to measure on and what they are called; none where only tasks are asked for.
-
-    What was held out follows from the seed of the run, whatever the answers are sampled with.
-    """
+    """Read the rows to measure on, held out by the seed of the run, and their name; none for tasks alone."""
     wants = options.metrics or ()
     if options.tasks and (set(wants) == {"tasks"} or not (wants or options.data or target.stage)):
         return [], ""

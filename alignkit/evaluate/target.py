@@ -42,10 +42,7 @@ class Target:
         return float(self.stage.get("trainer", {}).get("beta", 0.1))
 
     def held_out(self) -> tuple[list[DataSource], float | None]:
-        """Find the rows the run kept out of training, and which share of them where it was a share.
-
-        Of builtin data without held-out rows it is the split test. Raises DataError when nothing was kept out.
-        """
+        """Find the rows kept out of training (of builtin data split test), and their share; DataError for none."""
         options = self.stage.get("options", {})
         kept = options.get("eval")
         trained = [DataSource(**source) for source in options.get("data", ())]
@@ -164,10 +161,7 @@ def _stage(sources: list[DataSource], seed: int) -> Stage:
 
 
 def split_answer(row: Row) -> tuple[Text, Text | None] | None:
-    """Split a row into prompt and best answer (None without one); None for raw text, which has no prompt.
-
-    Of a conversation it is the last question and what the assistant said then.
-    """
+    """Split a row into prompt and best answer (of a conversation the last one) or None; None for raw text."""
     try:
         prompt = take_prompt(row).prompt
     except ValueError:

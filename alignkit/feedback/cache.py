@@ -46,10 +46,7 @@ def _hash(facts: Any) -> str:
 
 
 class Store:
-    """Answers by their keys. Safe to use from several threads, and by one process at a time.
-
-    In memory is only where each record starts, some 120 bytes for each.
-    """
+    """Answers by their keys; only where each starts is in memory. For several threads, and one process at a time."""
 
     def __init__(self, path: Path | None = None, *, alone: bool = False) -> None:
         """Open the file, or make it; a last line that a kill or a full disk has torn is cut off.
@@ -89,10 +86,7 @@ class Store:
         return None if start is None else self._read(start)
 
     def put(self, records: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """Keep records that came together, with one write to the disk. A key that is there keeps its first record.
-
-        Raises DiskError, with the file as it was before.
-        """
+        """Keep records that came together, the first of each key, in one write; DiskError leaves the file as it was."""
         with self._lock, disk_failures(self.path.parent, self.path.name):
             new = {key: record for key, record in records if key not in self._starts}
             lines = [_encode({"key": key, **record}) for key, record in new.items()]
@@ -203,10 +197,7 @@ class Asker:
         self, model: Model, jobs: Sequence[Job], sampling: Sampling, *, kind: str, by: str,
         about: Sequence[Mapping[str, Any]],
     ) -> list[Reply]:  # fmt: skip
-        """Write a text for each job. `kind`, `by` and `about` are kept beside it, for people to read.
-
-        Raises what the model raises, and Stopped after a signal; all that was answered by then is kept.
-        """
+        """Write a text for each job, facts for people beside it; raises what the model raises, and Stopped."""
         common = {"ask": "write", "model": model.identity, **sampling.settings}
         keys = [key_of(**common, request=key_of(**asdict(job.request)), seed=job.seed) for job in jobs]
         self._ask(keys, jobs, lambda new, known: model.write(new, sampling, known), {"kind": kind, "by": by}, about)

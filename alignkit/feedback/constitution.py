@@ -103,7 +103,12 @@ def _read_own(text: str, label: str, folder: Path) -> list[Principle]:
     mappings = [node for node in (listed if isinstance(listed, list) else ()) if isinstance(node.value, dict)]
     named = [node for node in mappings if isinstance(getattr(node.value.get("name"), "value", None), str)]
     problems += _check_principles(named)
-    if problems := problems or list(_find_missing_parts(named)):
+    for part, advice in _ADVICE.items() if not problems else ():  # what lacks it would never be drawn, unnoticed
+        lacking = [node for node in named if part not in node.value]
+        for node in lacking if len(lacking) < len(named) else ():
+            name = node.value["name"].value
+            problems.append(Problem(f"principle {name} has no {advice} (other principles have one)", node.place))
+    if problems:
         raise RecipeError(problems)
     assert made is not None
     found = []
@@ -130,15 +135,6 @@ def _check_principles(nodes: list[Node]) -> Iterator[Problem]:
         elif not {"critique", "comparison"} & node.value.keys():
             what = "has no question; add comparison: (for labels), or critique: and revision:"
             yield Problem(f"principle {name} {what}", node.place)
-
-
-def _find_missing_parts(nodes: list[Node]) -> Iterator[Problem]:
-    """Yield principles that lack what the others have: they would never be drawn, and nobody would know."""
-    for part, advice in _ADVICE.items():
-        lacking = [node for node in nodes if part not in node.value]
-        for node in lacking if len(lacking) < len(nodes) else ():
-            name = node.value["name"].value
-            yield Problem(f"principle {name} has no {advice} (other principles have one)", node.place)
 
 
 def _read_published(text: str, label: str) -> list[Principle]:

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -39,10 +40,7 @@ class Encoder:
         return ids + self._plain(request.prefill) if request.prefill else ids
 
     def split(self, request: Request) -> tuple[list[int], tuple[list[int], list[int]]]:
-        """Encode what a question has in common with either option, and the one or more tokens of each that follow.
-
-        The options stand at the very end of the ids, whatever the question says.
-        """
+        """Encode what a question has in common with either option, and the tokens of each, which stand at its end."""
         if not self._speaks(request):
             whole = self._chat.encode_prompts([request.transcript + option for option in OPTIONS])
         else:
@@ -198,16 +196,13 @@ class VllmModel:
         self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
     ) -> Iterator[list[tuple[int, Reply]]]:
         """Write a text for each job."""
+        common = {**sampling.settings, "stop_token_ids": self._encoder.stop_ids}
+        common["max_tokens"] = common.pop("max_new_tokens")
         for start in self._batches(len(jobs), known):
-            batch = jobs[start : start + _VLLM_BATCH]
-            common = {**sampling.settings, "stop_token_ids": self._encoder.stop_ids}
-            common["max_tokens"] = common.pop("max_new_tokens")
+            batch, replies = jobs[start : start + _VLLM_BATCH], []
             stops = [list(self._encoder.stops(job.request)) for job in batch]
-            settings = [
-                self._vllm.SamplingParams(**common, seed=job.seed, stop=stop)
-                for job, stop in zip(batch, stops, strict=True)
-            ]
-            replies = []
+            made = zip(batch, stops, strict=True)
+            settings = [self._vllm.SamplingParams(**common, seed=job.seed, stop=stop) for job, stop in made]
             outputs = self._generate([self._encoder.encode(job.request) for job in batch], settings)
             for place, (job, output) in enumerate(zip(batch, outputs, strict=True), start):
                 (written,) = output.outputs
@@ -220,14 +215,9 @@ class VllmModel:
         """Score both options of each question by their first own token."""
         for start in self._batches(len(requests), known):
             split = [self._encoder.split(request) for request in requests[start : start + _VLLM_BATCH]]
-            settings = [
-                self._vllm.SamplingParams(
-                    temperature=0.0, max_tokens=1, logprobs=2, allowed_token_ids=[tail[0] for tail in tails]
-                )
-                for _, tails in split
-            ]
+            make, decisions = partial(self._vllm.SamplingParams, temperature=0.0, max_tokens=1, logprobs=2), []
+            settings = [make(allowed_token_ids=[tail[0] for tail in tails]) for _, tails in split]
             outputs = self._generate([prefix for prefix, _ in split], settings)
-            decisions = []
             for place, ((prefix, tails), output) in enumerate(zip(split, outputs, strict=True), start):
                 chances = output.outputs[0].logprobs[0]
                 logps = [chances[tail[0]].logprob for tail in tails if tail[0] in chances]

@@ -8,9 +8,11 @@ Where such a text could be taken for a part of the prompt it is marked as a quot
 changed, never a row. How persuasive a text is cannot be helped here: asking both orders shows it.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from alignkit.data import Row, escape_control_tokens
 from alignkit.data.rows import Message, Text
@@ -25,12 +27,8 @@ from alignkit.feedback.constitution import (
     without_critiques,
 )
 
-# Of the common templates; a server's own tokenizer cannot be asked.
-FOREIGN_TOKENS = (
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|begin_of_text|>", "<|end_of_text|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<s>", "</s>",
-    "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>",
-)  # fmt: skip
+SERVERS = json.loads(Path(__file__).with_name("servers.json").read_text(encoding="utf-8"))
+FOREIGN_TOKENS = tuple(SERVERS["control tokens of common templates"])  # a server's own tokenizer cannot be asked
 _TURNS = "Human|Assistant|System|Tool|CritiqueRequest|Critique|RevisionRequest|Revision"
 # At the start of a line: labels of turns, the words before a verdict, and options.
 _LABEL = re.compile(rf"(?mi)^([^\S\n]*)((?:{_TURNS}|(?:so )?the answer is|options)[^\S\n]*:|\([AB]\))")
@@ -166,10 +164,7 @@ def comparison_question(comparison: Comparison, quote: Quote) -> str:
 
 
 def ask_comparison(comparison: Comparison, shown: Sequence[tuple[Comparison, str]], quote: Quote) -> Request:
-    """Ask which of two answers is better, to be decided by the log-probs of OPTIONS.
-
-    `shown` are worked examples, each with the option that is right; they are ours and are not quoted.
-    """
+    """Ask which of two answers is better, by the log-probs of OPTIONS; `shown` are examples with the right option."""
     text = "".join(f"{comparison_question(example, str)}{option}" for example, option in shown)
     messages: list[Message] = []
     for example, option in shown:

@@ -24,30 +24,15 @@ from urllib.parse import urlsplit
 from alignkit import console
 from alignkit.data.rows import Message
 from alignkit.errors import EnvironmentProblem, JudgeError, RecipeError
-from alignkit.feedback.prompts import FOREIGN_TOKENS, Request, cut_at
-from alignkit.feedback.writer import (
-    Decision,
-    Job,
-    Reply,
-    Sampling,
-    Spending,
-    read_chat_tokens,
-    read_decision,
-    read_text_tokens,
-)
+from alignkit.feedback.prompts import FOREIGN_TOKENS, SERVERS, Request, cut_at
+from alignkit.feedback.writer import Decision, Job, Reply, Sampling, Spending, TokenChances, read_decision
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.runs.heartbeat import pulse
 
 ALLOWED = "ALIGNKIT_ALLOW_KEY"  # --allow-key, which every process of a run inherits
 _OPENAI = "https://api.openai.com"
 # Variables that need no --allow-key, as long as they go to the host that gave out the key.
-_OWN_KEYS = {
-    _OPENAI: "OPENAI_API_KEY", "https://api.anthropic.com": "ANTHROPIC_API_KEY",
-    "https://api.deepseek.com": "DEEPSEEK_API_KEY", "https://api.fireworks.ai": "FIREWORKS_API_KEY",
-    "https://api.groq.com": "GROQ_API_KEY", "https://api.mistral.ai": "MISTRAL_API_KEY",
-    "https://api.together.xyz": "TOGETHER_API_KEY", "https://generativelanguage.googleapis.com": "GEMINI_API_KEY",
-    "https://openrouter.ai": "OPENROUTER_API_KEY", "https://router.huggingface.co": "HF_TOKEN",
-}  # fmt: skip
+_OWN_KEYS: dict[str, str] = SERVERS["variables of keys"]
 _MAX_BYTES = 1 << 22  # of a reply, whatever its status
 _BYTES_PER_TOKEN = 3.0  # fewer than most texts have: of what a server does not count rather too much is counted
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS, _LONGEST_RETRY_AFTER_SECONDS = 0.5, 60.0, 600.0
@@ -161,7 +146,6 @@ class Endpoint:
         """Decide each question that is open, by log-probs where the server gives them, else by its text."""
         # Likeliest tokens: the most that the protocol allows.
         wanted = {"logprobs": True, "top_logprobs": 20} if self._is_chat else {"logprobs": 5}
-        read_tokens = read_chat_tokens if self._is_chat else read_text_tokens
 
         async def decide(request: Request) -> Decision:
             payload = self._payload(request, request.room, 0.0, closing=request.closing)
@@ -170,7 +154,7 @@ class Endpoint:
 
         def read(request: Request, choice: dict[str, Any]) -> Decision:
             text, _ = cut_at(self._text(choice), () if self._is_chat else request.stops)
-            return read_decision(text, read_tokens(choice))
+            return read_decision(text, self._tokens(choice))
 
         return self._ask_all(requests, known, decide)
 
@@ -210,6 +194,22 @@ class Endpoint:
         if not isinstance(text, str | None):
             raise TypeError(f"{type(text).__name__} instead of a text")
         return self._scrub(text or "")
+
+    def _tokens(self, choice: dict[str, Any]) -> list[TokenChances]:
+        """Read the tokens of a reply with the likeliest at their places; none where the server gives no log-probs."""
+        given, found = choice.get("logprobs") or {}, []
+        items = [(it["token"], it.get("top_logprobs") or ()) for it in given.get("content") or ()]
+        if not self._is_chat:
+            items = list(zip(given.get("tokens") or (), given.get("top_logprobs") or (), strict=False))
+        for token, top in items:
+            pairs = [(it["token"], it["logprob"]) for it in top] if self._is_chat else (top or {}).items()
+            # A little above 0 is what rounding makes of a certain token; -9999 is OpenAI's word for next to never.
+            for text, logp in pairs:
+                if not isinstance(text, str) or type(logp) not in (int, float) or not logp <= 1e-3:
+                    raise ValueError(f"a log-probability of {logp!r}")
+            if pairs:
+                found.append(TokenChances(token, {text: max(float(logp), -9999.0) for text, logp in pairs}))
+        return found
 
     def _scrub(self, said: object) -> str:
         """Take the key out of what a server says."""

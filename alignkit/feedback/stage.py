@@ -168,10 +168,7 @@ class Prompted:
 
 
 def list_prompts(rows: Iterable[Row], rejects: Rejects, control_tokens: Sequence[str]) -> list[Prompted]:
-    """List the prompts of rows; one with a control token in its text is left out, for it would act as one.
-
-    Raises DataError when none is left.
-    """
+    """List the prompts of rows but those with a control token, which would act as one; raises DataError for none."""
     found: list[Prompted] = []
     seen: Counter[str] = Counter()
     for row in rows:

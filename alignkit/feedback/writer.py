@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol, Self
@@ -149,10 +149,7 @@ class Spending:
 
     @contextmanager
     def reserve(self, input_tokens: int, output_tokens: int) -> Iterator[None]:
-        """Hold room in the budget for a request under way; the numbers are what it may take at most.
-
-        Raises BudgetSpent when there is no room.
-        """
+        """Hold room in the budget for what a request under way may take; raises BudgetSpent where there is none."""
         most, limit = self._source.max_tokens_total, self._source.max_cost
         spent = self.input_tokens + self.output_tokens
         if most is not None and spent + self._reserved.total() + input_tokens + output_tokens > most:
@@ -220,28 +217,21 @@ def parse_choice(text: str) -> tuple[str, int] | None:
 
 def read_decision(text: str, tokens: Sequence[TokenChances]) -> Decision:
     """Read a reply: a probability from the tokens at the deciding letter, else 0 or 1 from the text."""
-    choice = parse_choice(text)
-    deciding = _deciding_token(text, tokens, choice)
-    if deciding is not None and (weighed := _weigh(deciding)) is not None:
+    choice, places, end = parse_choice(text), list[TokenChances](), 0
+    if choice is None:  # the first token that says anything decides
+        places = [token for token in tokens if _letter(token.token)]
+    elif "".join(token.token for token in tokens)[: len(text)] != text:
+        places = [token for token in tokens if _letter(token.token) == choice[0]]
+    else:  # the one that holds the chosen letter
+        for token in tokens:
+            end += len(token.token)
+            places += [token] if choice[1] < end else []
+    if places and (weighed := _weigh(places[0])) is not None:
         logps, mass = weighed
         return Decision(share_of_first(logps), logps, mass, text)
     if choice is None:
         return Decision(text=text, problem="the reply names neither option, or both" if text.strip() else "empty reply")
     return Decision(1.0 if choice[0] == "A" else 0.0, text=text)
-
-
-def _deciding_token(text: str, tokens: Sequence[TokenChances], choice: tuple[str, int] | None) -> TokenChances | None:
-    """Find the token that holds the chosen letter; without a choice, the first one that says anything."""
-    if choice is None:
-        return next((token for token in tokens if _letter(token.token)), None)
-    if "".join(token.token for token in tokens)[: len(text)] != text:
-        return next((token for token in tokens if _letter(token.token) == choice[0]), None)
-    end = 0
-    for token in tokens:
-        end += len(token.token)
-        if choice[1] < end:
-            return token
-    return None
 
 
 def _weigh(token: TokenChances) -> tuple[tuple[float, float], float] | None:
@@ -263,30 +253,3 @@ def _weigh(token: TokenChances) -> tuple[tuple[float, float], float] | None:
 def _letter(token: str) -> str | None:
     bare = token.strip().strip("()[]*_`\"'.:")
     return bare if bare in _LETTERS else None
-
-
-def read_chat_tokens(choice: Mapping[str, Any]) -> list[TokenChances]:
-    """Read the tokens of a chat completion's choice; none where the server gives no log-probs."""
-    content = (choice.get("logprobs") or {}).get("content") or []
-    return [
-        TokenChances(item["token"], _chances((top["token"], top["logprob"]) for top in item["top_logprobs"]))
-        for item in content
-        if item.get("top_logprobs")
-    ]
-
-
-def read_text_tokens(choice: Mapping[str, Any]) -> list[TokenChances]:
-    """Read the tokens of a text completion's choice; none where the server gives no log-probs."""
-    logprobs = choice.get("logprobs") or {}
-    pairs = zip(logprobs.get("tokens") or [], logprobs.get("top_logprobs") or [], strict=False)
-    return [TokenChances(token, _chances(top.items())) for token, top in pairs if top]
-
-
-def _chances(top: Iterable[tuple[str, float]]) -> dict[str, float]:
-    chances = {}
-    for token, logp in top:
-        # A little above 0 is what rounding makes of a certain token; -9999 is OpenAI's word for next to never.
-        if not isinstance(token, str) or type(logp) not in (int, float) or not logp <= 1e-3:
-            raise ValueError(f"a log-probability of {logp!r}")
-        chances[token] = max(float(logp), -9999.0)
-    return chances

@@ -348,6 +348,7 @@ class TrainOptions(StageOptions):
     keep_best: Annotated[str, AfterValidator(_require_sign)] | None = option(None)
     patience: Count | None = option(None, "Stops after so many evaluations in a row without a better keep_best.")
     eval_share: Positive | None = option(0.2)
+    evaluate_every: Count | None = option(None)
     samples: SampleOptions = option(SampleOptions, "Prompts answered before, during, after.")
 
 

@@ -105,6 +105,7 @@ class Stage:
     trust_code: bool = False
     # what tells it from the other variants of a swept stage: {"dpo.beta": 0.05}; the values are in force already
     point: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: EvaluateOptions | None = None  # what `evaluate_every` measures
 
     @property
     def method(self) -> Method:
@@ -157,6 +158,8 @@ class Stage:
         values: dict[str, Any] = {}
         for one in fields(self):
             value = getattr(self, one.name)
+            if one.name == "evaluate" and value is None:
+                continue
             values[{"recipe_name": "recipe", "name": "stage"}.get(one.name, one.name)] = (
                 value.model_dump()
                 if isinstance(value, BaseModel)
@@ -277,7 +280,7 @@ def resolve(
         origins=origins | find_origins({**shared, section.run: section.node}),
         run_dir=str(out) if out else f"{recipe.runs}/{recipe.name}/{section.run}", start_dir=start,
         start_stage=started.get(start or ""), reward_stages=rewards, source_stages=sources, trust_code=trust_code,
-        point=section.point,
+        point=section.point, evaluate=recipe.evaluate if getattr(options, "evaluate_every", None) else None,
     )  # fmt: skip
 
 

@@ -32,13 +32,6 @@ def join_columns(rows: Iterable[str]) -> dict[str, list[Any]]:
 _Score = Callable[[Sequence[Any]], list[float]]
 
 
-class Holder(Protocol):
-    """Something that holds weights."""
-
-    def release(self) -> None:
-        """Let go of them; they are loaded again when they are needed."""
-
-
 @dataclass
 class Workspace:
     """A device, a cache, and room for one model at a time, for rewards, judges and measured models.
@@ -56,9 +49,9 @@ class Workspace:
     where: str | None = None  # the place in the recipe, for messages
     once: Callable[[Callable[[], Any]], Any] = lambda ask: ask()
     split: Callable[[Sequence[Any], _Score], list[float]] = lambda items, score: score(items)
-    holder: Holder | None = None
+    holder: Any = None  # what has weights at the moment, and a method release() that lets go of them
 
-    def take(self, user: Holder) -> None:
+    def take(self, user: Any) -> None:
         """Let `user` hold weights; the model before it is released, so that one at most is in memory."""
         if self.holder is not None and self.holder is not user:
             self.holder.release()

@@ -1,7 +1,4 @@
-"""A Python function as a reward: found by its import path, called under a time limit, its answer checked.
-
-Every way in which such a function can go wrong is one message that names the function and the answer.
-"""
+"""A Python function as a reward: found by its import path, called under a time limit, its answer checked."""
 
 import contextlib
 import copy
@@ -40,7 +37,12 @@ class FunctionReward:
         options = space.stage.options if space.stage else None
         self.seconds = float(getattr(options, "reward_timeout", 60.0))
         self._function = _import(self.path, space.folder, self.where)
-        self._accepted = _list_parameters(self._function)
+        self._accepted: dict[str, bool] | None = None  # the columns it takes and whether it needs them; None: any
+        with contextlib.suppress(TypeError, ValueError):  # what is built in has no signature
+            parameters = list(inspect.signature(self._function).parameters.values())[2:]
+            kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+            if not any(item.kind is item.VAR_KEYWORD for item in parameters):
+                self._accepted = {item.name: item.default is item.empty for item in parameters if item.kind in kinds}
 
     def score(self, answers: Answers) -> list[float]:
         """Call it, once for all processes: a function may look at the answers together, or count its calls."""
@@ -76,11 +78,7 @@ class FunctionReward:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> list[float]:
-        """Call the function: one finite number per answer.
-
-        Raises RewardError for a function that raises, takes too long, or returns something else, NonFiniteError for a
-        number that is not finite.
-        """
+        """Call the function: one finite number per answer; raises RewardError or NonFiniteError for anything else."""
         wanted = columns if self._accepted is None else self._accepted
         missing = [name for name, needed in (self._accepted or {}).items() if needed and name not in columns]
         if missing:
@@ -162,18 +160,6 @@ def _import(path: str, folder: Path, where: str | None) -> Callable[..., Any]:
     hint = suggest(name, known) or (f"; it has {', '.join(known[:8])}" if known else "")
     state = "is not a function" if hasattr(module, name) else "is not there"
     raise RewardError(f"the reward function {path}: {name} {state} in {module_name}{hint}", where=where)
-
-
-def _list_parameters(function: Callable[..., Any]) -> dict[str, bool] | None:
-    """List the columns a function takes, and whether it needs them; None when it takes any."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())[2:]
-    except (TypeError, ValueError):  # built in: it has no signature
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {item.name: item.default is item.empty for item in parameters if item.kind in kinds}
 
 
 def _describe(error: BaseException) -> str:

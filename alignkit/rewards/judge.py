@@ -38,10 +38,7 @@ class Comparer(Protocol):
     report: dict[str, Any]  # on the judge itself after `compare`: order consistency, bias, principles, spending
 
     def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
-        """Give P(first is better) of each pair, in [0, 1]; 0.5 is a tie, None an abstention.
-
-        One number where the order was not read; else two: with the first answer shown first, and shown second.
-        """
+        """Give P(first is better) of each pair, 0.5 for a tie, None for an abstention; of both orders where read."""
 
 
 class RewardComparer:
@@ -90,11 +87,7 @@ class ModelComparer:
         collect_memory()
 
     def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
-        """Ask about each pair; two answers that are the same tie, and an empty one loses, without a question.
-
-        Raises JudgeError when the judge gave up, the budget is spent, or it abstains from everything; Stopped after a
-        signal; RunError when another evaluation has the verdicts open. What was answered is kept.
-        """
+        """Ask about each pair in both orders; unasked, equal answers tie and an empty one loses. Raises JudgeError."""
         outcomes: list[Orders | None] = []
         pairings = []
         for place, (prompt, first, second) in enumerate(zip(prompts, firsts, seconds, strict=True)):
@@ -167,17 +160,12 @@ class JudgeReward:
         rank = os.environ.get("RANK", "0")
         directory = Path(stage.run_dir).expanduser().absolute()
         store = Store(directory / (STORE if rank == "0" else f"judged-rank-{rank}.jsonl"))
-
-        def open_source(source: FeedbackModel, by: str) -> Model:
-            return open_model(
-                source, store, (by,), stop=stop, device=stage.launch.device, batch_size=16,
-                trust_code=stage.trust_code,
-            )  # fmt: skip
-
+        settings: dict[str, Any] = {"device": stage.launch.device, "batch_size": 16, "trust_code": stage.trust_code}
         own, judge = own_model(stage), self._source
         principles = load_constitution(self._constitution, needs="comparison")
-        self._baseline = open_source(own, "generator")
-        model = self._baseline if judge.model == own.model else open_source(judge, "judge")
+        self._baseline = model = open_model(own, store, ("generator",), stop=stop, **settings)
+        if judge.model != own.model:
+            model = open_model(judge, store, ("judge",), stop=stop, **settings)
         self._judge = Judge(model, principles, Examples(), Quoter(model.control_tokens), stage.seed)
         self._asker = Asker(stage.name, store, stop)
 

@@ -71,10 +71,7 @@ def open_rewards(stage: Stage, sources: Sequence[RewardSource], *, key: str = "r
 
 
 def check_rewards(stage: Stage, *, coming: Collection[str] = ()) -> None:
-    """Raise what would stop a stage because of its rewards, all problems at once; `coming` are stages before it.
-
-    A stage of this recipe that is not trained, a directory that is no reward model, pickles, code without --trust-code.
-    """
+    """Raise what would stop a stage because of its rewards, all problems at once; `coming` are stages before it."""
     problems: list[Problem] = []
     for key, source in stage.rewards:
         try:
@@ -100,10 +97,7 @@ def fingerprint_rewards(stage: Stage) -> dict[str, list[str | None]]:
 def make_comparer(
     options: EvaluateOptions, space: Workspace, *, reward: Reward | None, seed: int, store: Path | None
 ) -> Comparer:
-    """Make the judge that the options name, else `reward` as one; no weights are loaded yet.
-
-    `store` is where a language model's verdicts are kept. Raises UsageError without a judge and for what cannot be one.
-    """
+    """Make the judge that the options name, else of `reward`; the verdicts of a language model are kept in `store`."""
     check_judge(options)
     if options.judge is not None and options.constitution is not None:
         return ModelComparer(options.judge, options.constitution, space, seed=seed, store=store)
@@ -118,11 +112,7 @@ def make_comparer(
 
 
 def check_judge(options: EvaluateOptions) -> None:
-    """Look at the files of the judge and its constitution.
-
-    Raises UsageError for a reward model with a constitution, a language model without one, and a constitution that
-    cannot be used; ModelError for a judge that is not there.
-    """
+    """Look at the files of judge and constitution; raises UsageError or ModelError for a pair that cannot judge."""
     constitution, name = options.constitution, options.judge.model if options.judge else None
     if constitution is not None:
         load_constitution(constitution, needs="comparison")

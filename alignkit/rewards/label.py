@@ -106,7 +106,12 @@ class _Labelling:
     def do(self) -> None:
         """Sample and judge; ask for second opinions, and measure the judge."""
         session = self._session
-        self._pairings = self._sample() if self._generator else pair_given(self._rows)
+        self._pairings = self._sample() if self._generator else [
+            judging.Pairing(row.prompt, first, second, row.place, judging.pair_key(row.prompt, first, second))
+            for row in self._rows
+            for first, second in combinations(row.completions, 2)
+            if first != second
+        ]  # fmt: skip
         if not self._pairings:
             raise DataError([*self.rejects.first] or "there is nothing to compare", where=self._stage.recipe_path)
         if self._judge is not None and self._check:  # first: a judge that is no good is seen before it is paid for
@@ -216,16 +221,6 @@ class _Labelling:
             + (", no better than chance" if by_chance else "")
             + (f"; it abstained from {abstained} more" if abstained else "")
         )
-
-
-def pair_given(rows: Sequence[Row]) -> list[judging.Pairing]:
-    """Pair the answers that the rows have, each with each."""
-    return [
-        judging.Pairing(row.prompt, first, second, row.place, judging.pair_key(row.prompt, first, second))
-        for row in rows
-        for first, second in combinations(row.completions, 2)
-        if first != second
-    ]
 
 
 def pair_sampled(

@@ -87,6 +87,12 @@ def fit(build: Build, stage: Stage, run_dir: Path, *, allow_change: Sequence[str
         setup.trainer.watch.began = began
         setup.trainer.lora_plus_ratio = stage.lora.lora_plus_ratio if stage.lora else None
         setup.record["notes"] = skeleton["notes"]
+        if stage.evaluate is not None:
+            from alignkit.evaluate.run import measure_in_training
+
+            trainer, chat = setup.trainer, setup.chat
+            trainer.evaluated = stage.evaluate.max_rows, 1 + 4 * stage.evaluate.samples
+            trainer.measure = lambda step: measure_in_training(stage, trainer.model, chat, step=step)
         samples = ranks.gather(hash_samples(setup.trainer.model)) if ranks.world_size() > 1 else []
         if others := [rank for rank, digest in enumerate(samples) if digest != samples[0]]:
             what = f"rank 0 and rank {others[0]} have loaded different weights; give all nodes the same model files or "

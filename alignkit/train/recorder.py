@@ -145,6 +145,7 @@ class Recorder(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True  # the loss in result.json is that of the last step
             control.should_evaluate |= self._setup.stage.training.keep_best is not None
+        control.should_evaluate |= self._setup.trainer.is_measured()
         pulse("training", state.global_step)
         if self._setup.trainer.stop_wanted() and self._setup.trainer.may_stop:
             control.should_save = control.should_training_stop = True

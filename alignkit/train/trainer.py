@@ -74,6 +74,8 @@ class Guarded(Checkpointed):
     _weights: dict[str, list[float]]  # of the training metrics since the last log, where rows do not say it
     trained_adapters: tuple[str, ...] = (TRAINED,)  # PEFT's names of those that may have gradients
     lora_plus_ratio: float | None = None
+    measure: Callable[[int], dict[str, float]] | None = None  # the metrics of `evaluate:` at a step, all ranks together
+    measure_every, evaluated = 0, (0, 1)  # steps; rows of a measurement, and how often each is read
     _rest: Rest | None = None  # rows left of the epoch in which the batch size was changed
     _skipped = 0  # steps of that epoch that others rows stand for
     _schedule_steps = 0
@@ -234,22 +236,32 @@ class Guarded(Checkpointed):
     def _bound_evaluation(self, max_steps: int) -> None:
         """Evaluate less often than asked where it would cost more than `eval_share` of training.
 
-        A row costs a forward pass in evaluation, about a third of what it costs in training. By counts and not by the
-        clock, so that a resumed run evaluates where an undisturbed one does.
+        A row costs a forward pass in evaluation, about a third of what it costs in training, and an answer that is
+        written is taken for four of them; with evaluate_every each kind may cost half. By counts and not by the clock,
+        so that a resumed run evaluates where an undisturbed one does.
         """
         share, every = self.settings.eval_share, self.state.eval_steps
+        self.measure_every = measured_every = self.settings.evaluate_every or 0
         if share is None or self.eval_dataset is None or self.args.eval_strategy != "steps" or not every:
             return
-        rows = len(self.eval_dataset)
-        most = int(share * max_steps * self.batch_rows * 3 / max(rows, 1))  # the first and the last one included
-        least = math.ceil(max_steps / max(most - 1, 1))
-        if every < least:
-            self.state.eval_steps = least
-            when = f"every {least} steps instead of {every}" if least < max_steps else "at the start and the end only"
-            console.note(
-                f"evaluating {when}: {rows} held-out rows beside {max_steps} steps of {self.batch_rows} rows would "
-                f"take more than eval_share {share:g} of training (null: no limit)"
-            )
+
+        def bound(every: int, rows: int, what: str, part: float) -> int:
+            most = int(part * max_steps * self.batch_rows * 3 / max(rows, 1))  # the first and the last one included
+            least = math.ceil(max_steps / max(most - 1, 1))
+            if every < least:
+                when = f"every {least} steps instead of {every}"
+                when = when if least < max_steps else "at the start and the end only"
+                console.note(
+                    f"evaluating {when}: {rows} {what} beside {max_steps} steps of {self.batch_rows} rows would "
+                    f"take more than eval_share {share:g} of training (null: no limit)"
+                )
+            return max(every, least)
+
+        num_rows, part = len(self.eval_dataset), share / 2 if measured_every else share
+        self.state.eval_steps = bound(every, num_rows, "held-out rows", part)
+        if measured_every:
+            num_read = min(num_rows, self.evaluated[0]) * self.evaluated[1]
+            self.measure_every = bound(measured_every, num_read, "rows read and answered", part)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         weights = self.weigh(inputs)
@@ -342,7 +354,17 @@ class Guarded(Checkpointed):
         self._metrics["eval"].clear()
         metrics = {f"{metric_key_prefix}_loss": means.pop("loss") + means.pop("loss/sft", 0.0)}
         self._metrics["eval"].update({name: [value] for name, value in means.items()})  # TRL's `log` adds them
+        if self.is_measured():
+            assert self.measure is not None
+            with shards.gathered_root(self.model):
+                found = ranks.share(self.measure(self.state.global_step))
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
+
+    def is_measured(self) -> bool:
+        """Whether the metrics of `evaluate:` are measured at this step: every so many, and at the last one."""
+        step = self.state.global_step
+        return bool(self.measure_every) and (step % self.measure_every == 0 or step >= self.state.max_steps)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -371,6 +393,8 @@ class Guarded(Checkpointed):
             return False
         state, sign, name = self.state, 1 if wanted[0] == "+" else -1, f"eval_{wanted[1:]}"
         measured = state.log_history[-1]  # with the metrics of the method
+        if name not in measured and self.measure_every and not self.is_measured():
+            return False
         if name not in measured:
             known = sorted(key.removeprefix("eval_") for key in measured if key.startswith("eval_"))
             what = f"keep_best is {wanted[1:]}, which is not measured on held-out rows; there are {', '.join(known)}"
@@ -388,5 +412,6 @@ class Guarded(Checkpointed):
         """Whether `patience` evaluations have passed since the best one, by the log that every checkpoint keeps."""
         if self.settings.patience is None or not state.best_global_step:
             return False
-        since = [row for row in state.log_history if "eval_loss" in row and row["step"] > state.best_global_step]
+        name = f"eval_{(self.settings.keep_best or '')[1:]}"
+        since = [row for row in state.log_history if name in row and row["step"] > state.best_global_step]
         return len(since) >= self.settings.patience

@@ -14,7 +14,7 @@ import pytest
 from faults.conftest import damage, damage_each
 
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import DataSource
+from alignkit.recipe.schema import DataSource, EvaluateOptions
 from alignkit.runs import checkpoints
 
 CASES = [(method, kind) for method in ("sft", "rm", "dpo") for kind in ("full", "lora", "qlora")]
@@ -67,7 +67,9 @@ def test_a_killed_run_keeps_the_same_best_weights_and_stops_at_the_same_step(
 ) -> None:
     def make(out: str) -> Stage:
         stage = make_stage("sft", "lora", out)  # with dropout, of which evaluation must draw nothing
-        given = {"eval": 0.4, "keep_best": "-loss", "patience": 2, "keep_checkpoints": 1, "eval_share": None}
+        given = {"eval": 0.4, "keep_best": "-loss", "patience": 2, "keep_checkpoints": 1, "eval_share": None,
+                 "evaluate_every": 1}  # fmt: skip
+        stage = replace(stage, evaluate=EvaluateOptions(max_rows=3, max_new_tokens=4, temperature=1.0))
         rates = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 1}
         options = stage.options.model_copy(update=given)
         return replace(stage, options=options, trainer={**stage.trainer, **rates, "eval_on_start": True})
@@ -86,6 +88,10 @@ def test_a_killed_run_keeps_the_same_best_weights_and_stops_at_the_same_step(
     assert kill_until_finished(make("killed"), run, random.Random(3), ended.seconds, 3) >= 1
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
     assert json.loads((tmp_path / "killed/result.json").read_text())["metrics"] == result["metrics"]
+    again = list(map(json.loads, (tmp_path / "killed/metrics.jsonl").read_text().splitlines()))
+    measured = [{row["step"]: (row["eval_perplexity"], row["eval_response_length"]) for row in found
+                 if "eval_loss" in row} for found in (rows, again)]  # fmt: skip
+    assert measured[0] == measured[1] and len(measured[0]) == best + 3
 
 
 def test_a_killed_encoder_decoder_goes_on_with_its_own_words(

@@ -580,6 +580,40 @@ def test_evaluation_takes_no_more_than_its_share_of_training(
     assert said[1].startswith("evaluating at the start and the end only: ") and len(said) == 2
 
 
+def test_metrics_of_evaluate_are_measured_while_training_and_can_be_kept_by(
+    make_stage: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (
+        f"{BASE}evaluate: {{max_rows: 5, max_new_tokens: 4}}\n"
+        "sft: {data: {path: builtin:instructions, max_rows: 32}, eval: 0.25, max_steps: 6, batch_size: 4, "
+        "learning_rate: 0.01, eval_steps: 2, logging_steps: 1, samples: {num: 0}, eval_share: null, MORE}"
+    )
+    rows, results = {}, {}
+    for name, more in {"plain": "save_steps: 9", "measured": "evaluate_every: 3, keep_best: -perplexity"}.items():
+        stage = make_stage(text.replace("MORE", more), "sft", f"name={name}")
+        results[name] = launch_stage(stage, Command(stage, ())).metrics
+        rows[name] = list(map(json.loads, Path(stage.run_dir, "metrics.jsonl").read_text().splitlines()))
+    losses = {name: [row["loss"] for row in found if "loss" in row] for name, found in rows.items()}
+    assert losses["measured"] == losses["plain"] and len(losses["plain"]) == 6  # nothing of training is moved
+    measured = {row["step"]: row for row in rows["measured"] if "eval_perplexity" in row}
+    assert list(measured) == [0, 3, 6]
+    assert [row["step"] for row in rows["measured"] if "eval_loss" in row] == [0, 2, 3, 4, 6]
+    for row in measured.values():  # of the same rows
+        assert row["eval_perplexity"] == pytest.approx(math.exp(row["eval_loss"]), rel=1e-3)
+        assert 0 < row["eval_response_length"] <= 4 and -1 <= row["eval_true_reward"] <= 1
+    best = min((3, 6), key=lambda step: measured[step]["eval_perplexity"])
+    assert results["measured"].get("kept_step", 6) == best
+    assert f"step {best} of 6, whose perplexity was the best" in capsys.readouterr().err
+    # 5 rows, each read and answered: 25 a measurement, of which half of 0.8 x 72 lets one be
+    stage = make_stage(text.replace("MORE", "evaluate_every: 1").replace("null", "0.8"), "sft", "name=bound")
+    launch_stage(stage, Command(stage, ()))
+    assert "25 rows read and answered beside 6 steps of 4 rows would" in capsys.readouterr().err
+    found = list(map(json.loads, Path(stage.run_dir, "metrics.jsonl").read_text().splitlines()))
+    assert [row["step"] for row in found if "eval_perplexity" in row] == [0, 6]
+    with pytest.raises(RecipeError, match="evaluate_every has no effect without `eval:`"):
+        make_stage(f"{BASE}sft: {{data: builtin:instructions, evaluate_every: 2}}", "sft")
+
+
 def test_a_metric_to_be_kept_by_has_a_sign_and_is_measured(make_stage: Callable) -> None:
     text = f"{BASE}dpo: {{data: builtin:preferences, eval: 0.1, max_steps: 2, batch_size: 2, keep_best: NAME}}"
     signs = {"loss": "-loss", "rewards/accuracies": "+rewards/accuracies", "-eval_rewards/chosen": "-rewards/chosen"}

@@ -92,7 +92,15 @@ def measure_optimum(
     between = [low * _STEP**power for power in range(1, int(np.log(high / low) / np.log(_STEP)) + 1)]
     found = {beta: reweight(scores, beta) for beta in (*betas, *between)}
     reliable = {beta: at for beta, at in found.items() if float(np.median(at.effective)) >= MIN_EFFECTIVE}
-    curve = [_describe(beta, reliable[beta], resamples) for beta in sorted(reliable, reverse=True)]
+    curve: list[dict[str, float | None]] = []
+    for beta, at in sorted(reliable.items(), reverse=True):
+        value = mean(at.value.tolist(), resamples=resamples)
+        curve.append({
+            "beta": float(beta), "kl": float(at.kl.mean()), "reward": float(at.reward.mean()),
+            "value": value.value, "low": value.low, "high": value.high,
+            "effective": round(float(np.median(at.effective)), 1),
+            "effective_lowest": round(float(at.effective.min()), 1),
+        })  # fmt: skip
     start = mean([float(np.mean(group)) for group in scores], resamples=resamples)
     figures = [make_figure("reference_reward", start, unit="reward", better="higher", details=curve)]
     for beta in (beta for beta in betas if beta in reliable):
@@ -105,13 +113,3 @@ def measure_optimum(
         f"prompt, of which {MIN_EFFECTIVE:g} are needed; raise evaluate.frontier.answers"
     )
     return figures, [warning] if left_out else []
-
-
-def _describe(beta: float, found: Optimum, resamples: int) -> dict[str, float | None]:
-    value = mean(found.value.tolist(), resamples=resamples)
-    return {
-        "beta": float(beta), "kl": float(found.kl.mean()), "reward": float(found.reward.mean()),
-        "value": value.value, "low": value.low, "high": value.high,
-        "effective": round(float(np.median(found.effective)), 1),
-        "effective_lowest": round(float(found.effective.min()), 1),
-    }  # fmt: skip

@@ -1,8 +1,4 @@
-"""ROUGE, BLEU and chrF of answers against reference texts, by rouge-score and sacrebleu.
-
-Overlap is not quality: ROUGE-L ranks raw GPT-3 above InstructGPT on published
-summaries. All figures are times 100.
-"""
+"""ROUGE, BLEU and chrF times 100. Overlap is not quality: ROUGE-L ranks raw GPT-3 above InstructGPT on summaries."""
 
 import importlib
 from bisect import bisect_left

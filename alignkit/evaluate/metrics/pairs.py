@@ -82,10 +82,7 @@ class Pair:
 
 
 def list_pairs(rows: Sequence[Row]) -> list[Pair]:
-    """List the comparisons that rows hold: pairs as they are labelled, ranked lists as all pairs but ties.
-
-    A soft label below one half prefers the second answer; one of exactly one half is no comparison.
-    """
+    """List the comparisons of rows: ranked lists as all pairs but ties, pairs by their label; one half is none."""
     pairs = []
     for number, row in enumerate(rows):
         if row.kind == "pair" and row.label != 0.5:
@@ -103,10 +100,7 @@ def list_pairs(rows: Sequence[Row]) -> list[Pair]:
 
 
 def measure_accuracy(metric: str, pairs: Sequence[Pair], margins: Sequence[float], *, resamples: int) -> list[Figure]:
-    """Measure the share of pairs whose margin (reward of chosen - reward of rejected) is positive, and its slices.
-
-    Slices: quarters of the pairs by |margin|, the least sure first; by which answer is longer, in characters.
-    """
+    """Measure the share of pairs with a positive margin, and its slices: quarters by |margin|, and which is longer."""
     slices: list[tuple[str | None, Sequence[int]]] = [(None, range(len(pairs)))]
     order = sorted(range(len(margins)), key=lambda place: abs(margins[place]))
     for part in range(_MARGIN_BINS if len(order) >= _MARGIN_BINS * _MIN_SLICE else 0):

@@ -36,10 +36,7 @@ METRIC = Metric(
 
 
 def measure_perplexity(likelihoods: Sequence[Likelihood], *, resamples: int) -> list[Figure]:
-    """Measure exp(-sum log p / tokens) and -sum log p / (ln 2 x bytes) over all rows, end tokens included.
-
-    Both are ratios of sums, so that long rows weigh more; the bootstrap draws rows.
-    """
+    """Measure exp(-sum log p / tokens) and -sum log p / (ln 2 x bytes) over all rows, so that long ones weigh more."""
     rows = [item for item in likelihoods if item.tokens and item.num_bytes]
     per_token = bootstrap(
         [(-item.logp, item.tokens) for item in rows], lambda sums: np.exp(divide(sums)), resamples=resamples

@@ -107,11 +107,7 @@ def _read_item(record: dict[str, Any]) -> Item:
 
 
 def write_prompt(items: Sequence[Item], number: int, *, shots: int, seed: int) -> str:
-    """Write K other items with their completions and then the item's context.
-
-    The examples are drawn anew for each item; an empty line stands between them where the contexts bring none. With K =
-    0 it is the context as it stands.
-    """
+    """Write K other items with their completions, drawn anew each time, an empty line between, and its context."""
     if shots >= len(items):
         raise DataError(f"{shots} examples need a task of more than {shots} rows; it has {len(items)}")
     others = [place for place in range(len(items)) if place != number]
