@@ -170,10 +170,8 @@ class Policy:
     ) -> list[list[Answer]]:  # fmt: skip
         """Write `samples` answers to each prompt; temperature 0 is greedy, or a search with beams, and gives one.
 
-        `cuts` are top_p and top_k, where they are given.
-
-        What an answer draws follows from seed, prompt and its number alone. With `plain` a text prompt goes in as it
-        is, and an answer ends at the first new line too.
+        What an answer draws follows from seed, prompt and its number alone. `cuts` are top_p and top_k; with `plain` a
+        text prompt goes in as it is, and an answer ends at the first new line too.
         """
         samples = samples if temperature > 0 else 1
         common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, **cuts}

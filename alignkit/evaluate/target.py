@@ -129,9 +129,8 @@ def read_measured(
 ) -> tuple[list[Row], str]:  # fmt: skip
     """Read the first `max_rows` rows, an equal part of each source, and name them; with `share` those held out, or not.
 
-    `method` reads them as that method's or objective's.
-    With `template` prompts and answers are turns of a chat, unless a source says otherwise. Rows that do not fit are
-    left out with a warning. Raises DataError when no row is left.
+    With `template` prompts and answers are turns of a chat, unless a source says otherwise; `method` reads them as that
+    method or objective does. Rows that do not fit are left out with a warning. Raises DataError when no row is left.
     """
     rows: list[Row] = []
     each = -(-max_rows // len(sources))

@@ -325,11 +325,6 @@ def _read_comparison(data: Mapping[str, Any]) -> Pairing:
     return Pairing(asking.conversation(prompt), better, worse, "", key_of(check=data), question)
 
 
-def measure(asker: Asker, judge: Judge, pairings: Sequence[Pairing]) -> dict[str, Any]:
-    """Ask about comparisons whose first answer is the better one, in both orders, and describe the judge's accuracy."""
-    return describe_accuracy(judge_all(asker, replace(judge, orders="both", bounds=(0.0, 1.0)), pairings, by="check"))
-
-
 def describe_accuracy(labels: Sequence[Label]) -> dict[str, Any]:
     """Accuracy with its 95 % interval (a tie counts as half right), calibration and order consistency."""
     values = [label.p_first for label in labels if label.p_first is not None]

@@ -265,7 +265,7 @@ def describe_source(source: FeedbackModel) -> dict[str, Any]:
 
         return {"model": fingerprint_causal(source.model), "engine": source.engine}
     if source.url is not None:
-        return {"url": source.url, "name": source.name, "api": source.api, "logprobs": source.logprobs}
+        return source.model_dump(include={"url", "name", "api", "logprobs"})
     return {"replay": fingerprint_file(str(source.replay))}
 
 

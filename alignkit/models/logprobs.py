@@ -25,7 +25,7 @@ from alignkit.console import Meter
 from alignkit.models.kernels import head_logps
 
 _BATCH_TOKENS = 2**16
-_CACHED_TOKENS = 2**14  # whose keys and values are held at a time
+_CACHED_TOKENS = 2**15  # whose keys and values are held at a time
 _WORTH_SHARING = 0.2  # of the tokens; a cache costs something too
 _LONG_STEM, _LONG_GROUP = 64, 16
 _VOCABULARY_TILE = 8192
@@ -339,7 +339,7 @@ def _plan(
 
         groups = sorted(_gather(family, saves_more), key=lambda group: -max(len(ids) for ids, _ in group))
         saved += stem * (len(family) - 1) + sum((len(it) - 1) * (_alike(it[0], it[-1]) - stem) for it in groups)
-        width = max(len(ids) * len(tails) for ids, tails in family)
+        width = max(len(ids) * max(len(tails) - 1, 1) for ids, tails in family)  # the first is read with its context
         most, count = max(min(batch_size, _CACHED_TOKENS // width), 1), 0
         for group in groups:
             count += len(group)

@@ -115,7 +115,9 @@ class _Labelling:
         if not self._pairings:
             raise DataError([*self.rejects.first] or "there is nothing to compare", where=self._stage.recipe_path)
         if self._judge is not None and self._check:  # first: a judge that is no good is seen before it is paid for
-            self._accuracy = judging.measure(session.asker, self._judge, self._check)
+            judge = replace(self._judge, orders="both", bounds=(0.0, 1.0))
+            checked = judging.judge_all(session.asker, judge, self._check, by="check")
+            self._accuracy = judging.describe_accuracy(checked)
             self._say_accuracy(self._accuracy)
         began = session.seconds
         if self._rewards:

@@ -121,10 +121,8 @@ def measure_accuracy(metric: str, pairs: Sequence[Pair], margins: Sequence[float
 def measure_length_baselines(pairs: Sequence[Pair], *, resamples: int) -> list[Figure]:
     """Measure the accuracy of preferring the longer answer, and of preferring the shorter one."""
     by_length = [pair.length_difference for pair in pairs]
-    return [
-        _accuracy("pair_accuracy_longer", by_length, pairs, resamples),
-        _accuracy("pair_accuracy_shorter", [-difference for difference in by_length], pairs, resamples),
-    ]
+    sides = {"longer": by_length, "shorter": [-difference for difference in by_length]}
+    return [_accuracy(f"pair_accuracy_{side}", margins, pairs, resamples) for side, margins in sides.items()]
 
 
 def _accuracy(

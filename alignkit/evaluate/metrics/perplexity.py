@@ -20,9 +20,8 @@ def measure(context: Context) -> list[Figure]:
         for prompt, answer in [split_answer(row) or ("", None)]
         if answer is not None
     ]
-    likelihoods = context.policy.score_documents(whole) + context.policy.score_completions(
-        [prompt for prompt, _ in answered], [answer for _, answer in answered]
-    )
+    prompts, answers = [prompt for prompt, _ in answered], [answer for _, answer in answered]
+    likelihoods = context.policy.score_documents(whole) + context.policy.score_completions(prompts, answers)
     if short := sum(not (item.tokens and item.num_bytes) for item in likelihoods):
         why = "no text of theirs has a token before it to be predicted from, or the model cannot read them whole"
         context.space.warn(f"perplexity leaves out {short} of {len(likelihoods)} texts: {why}")
