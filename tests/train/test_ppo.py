@@ -231,7 +231,7 @@ def test_pieces_of_a_micro_batch_and_graphs_of_the_read_change_nothing(
     for number, (tokens, keep) in enumerate([(float("inf"), False), (64, False), (64, True)]):
         trainer = build(make_stage(text, "ppo"), tmp_path, f"run{number}").trainer
         collector = trainer.collector
-        assert trainer._keeps_graphs == (kind != "full") and collector.piece_tokens == 256
+        assert trainer._keeps_graphs == (kind != "full") and collector.piece_tokens == (512 if kind == "full" else 256)
         collector.piece_tokens, trainer._keeps_graphs = tokens, keep
         rollout = collector.sample(range(4), (0, 0))
         pieces = collector.pieces(rollout, range(4), 8)

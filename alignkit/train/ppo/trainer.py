@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 STATE_FILE, EMA_FILE = "ppo_state.json", "ema.safetensors"  # of a checkpoint, beside the policy and the critic
-_PIECE_TOKENS = 256
 _PTX_SEED = 7919  # another order than that of the prompts
 _HELD_OUT_METRICS = ("reward", "gold", "objective/kl", "entropy", "response_length", "ended_share", "repetition")
 
@@ -75,24 +75,23 @@ class Ema(TrainerCallback):
 
     def begin(self, parameters: dict[str, nn.Parameter]) -> None:
         self.parameters = parameters
-        self.averages: list[Tensor] = [p.detach().float().clone() for p in parameters.values()]
+        self.averages = {name: p.detach().float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def on_step_end(self, *_: Any, **__: Any) -> None:
         weights = [p.detach().float() for p in self.parameters.values()]
-        torch._foreach_lerp_(self.averages, weights, 1 - self._decay)  # a <- decay a + (1 - decay) w
+        torch._foreach_lerp_([*self.averages.values()], weights, 1 - self._decay)  # a <- decay a + (1 - decay) w
 
     def save(self, directory: Path) -> None:
         """Write the averages beside a checkpoint's weights; all ranks call it."""
-        state = shards.gather(zip(self.parameters, self.averages, strict=True))
+        state = shards.gather(self.averages.items())
         if state is not None:
             save_file(state, directory / EMA_FILE, metadata={"format": "pt"})
 
     def load(self, directory: Path) -> None:
         if not (directory / EMA_FILE).is_file():
             raise RunError("holds no averaged weights (ema); start over with --force", where=str(directory))
-        places = dict(zip(self.parameters, self.averages, strict=True))
-        shards.scatter_model(places, load_file(directory / EMA_FILE))
+        shards.scatter_model(self.averages, load_file(directory / EMA_FILE))
 
 
 class Ppo(Guarded, GRPOTrainer):
@@ -116,7 +115,8 @@ class Ppo(Guarded, GRPOTrainer):
         collector.generate, collector.autocast = self._sample, self.accelerator.autocast
         on_cpu, alone = self.args.device.type == "cpu", self.args.world_size == 1
         if on_cpu and not shards.is_sharded(self):  # whose ranks must take the same number of passes
-            collector.piece_tokens = _PIECE_TOKENS
+            # Whole weights have a gradient that every piece is added to, so theirs are longer.
+            collector.piece_tokens = 256 if isinstance(self.model, PeftModel) else 512
         whole = options.minibatches == self.args.gradient_accumulation_steps == 1
         # Elsewhere micro batches were chosen to fit the memory; two whole models would need twice the activations.
         self._keeps_graphs = on_cpu and alone and whole and (critic is None or critic.model is None)
@@ -420,8 +420,8 @@ class Ppo(Guarded, GRPOTrainer):
     @torch.no_grad()
     def ready_final(self) -> None:
         if self.ema is not None:  # the averages become the weights
-            for parameter, average in zip(self.ema.parameters.values(), self.ema.averages, strict=True):
-                parameter.copy_(average)
+            for name, average in self.ema.averages.items():
+                self.ema.parameters[name].copy_(average)
 
     def check_step_zero(self) -> None:
         """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on answers of the fresh policy."""
