@@ -202,16 +202,11 @@ def build(stage: Stage, run: RunDir) -> Setup:
         what = f"{key} is true, and this architecture has nothing to recompute; take it out"
         raise ModelError(what, where=stage.where(key))
     packs = stage.trainer.get("packing") or stage.trainer.get("eval_packing")
-    config = build_config(
-        stage,
-        SFTConfig,
-        run.checkpoints,
-        # The tables carry their labels; these two would make TRL look for columns that are no longer there.
-        assistant_only_loss=False,
-        completion_only_loss=False,
-        max_length=stage.trainer.get("max_length") if packs else None,
-        **({} if recomputes else {"gradient_checkpointing": False}),
-    )
+    # The tables carry their labels; with these two TRL would look for columns that are no longer there.
+    fixed = {"assistant_only_loss": False, "completion_only_loss": False}
+    fixed |= {} if recomputes else {"gradient_checkpointing": False}
+    most = stage.trainer.get("max_length") if packs else None
+    config = build_config(stage, SFTConfig, run.checkpoints, max_length=most, **fixed)
     arguments = setup.arguments(config)
     trainer: type[Sft] = Sft
     if stage.objective == "seq2seq":

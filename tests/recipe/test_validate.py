@@ -88,7 +88,7 @@ STAGE = "model: {path: gpt2}\nsft:\n  data: x/y\n"
             "sft.trust_remote_code cannot be set: a recipe cannot allow code to run; give --trust-code on the "
             "command line",
         ),
-        ("objective: ml", "sft.objective is ml; it must be one of chat, lm, seq2seq, classify, similarity, "
+        ("objective: ml", "sft.objective is ml; it must be one of chat, lm, distill, seq2seq, classify, similarity, "
          "multiple_choice; did you mean lm?"),
         ("eval: 1.5", "sft.eval is 1.5; it must be greater than 0 and less than 1"),
         ("eval: {path: x/y, splt: test}", "sft.eval.splt is not a key of sft.eval; did you mean split?"),
