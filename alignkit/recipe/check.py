@@ -124,17 +124,18 @@ def _explain(node: Node, fragment: Fragment, defs: Fragment, key: str, errors: l
         inner = next((inner for inner in parts if isinstance(inner, dict)), {})
         yield from _explain(node.value[part], inner, defs, child, found)
     if members:
-        fitting = [found for found in members.values() if not any(_misfits(node, options, *error) for error in found)]
+        is_choice, is_list = _is_choice(node, options), isinstance(node.value, list)
+
+        def misfits(loc: tuple[str | int, ...], kind: str) -> bool:
+            """Tell whether a value is not of the kind that a member of a union takes."""
+            wrapped = not loc or (not is_list and all(isinstance(part, int) for part in loc))
+            return kind in _KIND_ERRORS and wrapped and (kind != "literal_error" or not is_choice)
+
+        fitting = [found for found in members.values() if not any(misfits(*error) for error in found)]
         if fitting:
             yield from _explain(node, fragment, defs, key, min(fitting, key=len))
         else:
             yield Problem(*_describe(node, fragment, options, key, "kind", ""))
-
-
-def _misfits(node: Node, options: list[Fragment], loc: tuple[str | int, ...], kind: str) -> bool:
-    """Tell whether a value is not of the kind that a member of a union takes."""
-    wrapped = not isinstance(node.value, list) and all(isinstance(part, int) for part in loc)
-    return kind in _KIND_ERRORS and (not loc or wrapped) and (kind != "literal_error" or not _is_choice(node, options))
 
 
 def _is_choice(node: Node, options: list[Fragment]) -> bool:

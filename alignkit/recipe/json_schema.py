@@ -12,18 +12,16 @@ def recipe_schema() -> dict[str, Any]:
     top = RecipeOptions.model_json_schema()
     defs: Fragment = top.pop("$defs")
     defs["ModelOptions"]["type"] = ["object", "string"]  # a text is its path
-    stages: Fragment = {}
     for method in OPTIONS:
         fragments = OPTIONS[method].model_json_schema()
         defs |= fragments.pop("$defs", {})
         fields = copy.deepcopy(method_fields(method))
         properties = {**fragments["properties"], **fields}
         properties["method"] = {"const": method, "description": f"This section is a {method} stage."}
-        stages[method] = {
+        defs[f"{method}_stage"] = {
             "type": "object", "description": (OPTIONS[method].__doc__ or "").strip() or f"A {method} stage.",
             "properties": properties, "additionalProperties": False,
         }  # fmt: skip
-        defs[f"{method}_stage"] = stages[method]
     rlaif = RlaifOptions.model_json_schema()
     defs |= rlaif.pop("$defs", {})
     steps = rlaif["properties"]

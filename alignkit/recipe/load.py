@@ -13,14 +13,6 @@ from pathlib import Path
 from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe import references
 from alignkit.recipe.check import check_keys, describe_unknown_top, quote_help, show, show_key, validate
-from alignkit.recipe.references import (
-    check_circles,
-    check_evaluated,
-    check_references,
-    find_names,
-    find_origins,
-    resolve_paths,
-)
 from alignkit.recipe.rules import audit_recipe, audit_stage
 from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions
 from alignkit.recipe.sections import Section, Whole, check_group, make_stage, split_group
@@ -131,7 +123,7 @@ def check_values(wholes: Sequence[Whole], runs: Sequence[Section]) -> list[Probl
     whole, tops = wholes[0], [one.top for one in wholes]
     by_name = {run.run: run for run in runs}
     names = [*whole.groups, *dict.fromkeys((*whole.stages, *by_name))]
-    problems = resolve_paths(tops, runs, names)
+    problems = references.resolve_paths(tops, runs, names)
     for top in tops:
         given = top.node.value
         values = {key: given[key] for key in given if key in RecipeOptions.model_fields and key != SWEEP}
@@ -152,11 +144,11 @@ def check_values(wholes: Sequence[Whole], runs: Sequence[Section]) -> list[Probl
             hint = suggest(str(item.value), names) or f"; there are {', '.join((*whole.groups, *whole.stages))}"
             problems.append(Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place))
     for run in runs:
-        problems += check_references(run, whole.stages | by_name, whole.groups)
-    problems += check_circles(by_name)
+        problems += references.check_references(run, whole.stages | by_name, whole.groups)
+    problems += references.check_circles(by_name)
     evaluate = whole.top.node.value.get("evaluate")
     if evaluate is not None and "evaluate" not in whole.top.broken:
-        problems += check_evaluated(evaluate, names)
+        problems += references.check_evaluated(evaluate, names)
     for run in runs:
         problems += audit_stage(run)
     shapes: dict[str, list[Section]] = {}  # stages that read one model and one lora: section
@@ -222,7 +214,7 @@ def construct(whole: Whole, runs: Sequence[Section], path: Path) -> Recipe:
         evaluates="evaluate" in whole.top.node.value,
         stages={name: by_name[name] for name in ordered},
         order=listed or ordered,
-        origins=find_origins(top | {run.run: run.node for run in runs}),
+        origins=references.find_origins(top | {run.run: run.node for run in runs}),
         groups=groups,
         sweeps={name: tuple(made) for name, made in variants.items() if made != [name]},
     )
@@ -282,7 +274,7 @@ def _repeat(stages: Sequence[Section], number: int, *, keeps: bool, restart: boo
     for stage in stages:
         node = copy.deepcopy(stage.node)
         starts_inside = False
-        for name in find_names(node):
+        for name in references.find_names(node):
             if name.node.value in made:
                 starts_inside |= name.kind == "start"
                 name.node.value = _in_round(name.node.value, number)

@@ -11,7 +11,6 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +26,9 @@ from alignkit.recipe.words import Word, find_method, find_word
 from alignkit.recipe.yaml import Origin, label_path, names_secret, parse_yaml, read_scalar, shorten
 
 SAME, RENAMED, CONVERTED, AUTOMATIC, LEFT = KINDS = ("same", "renamed", "converted", "automatic", "not carried over")
+_TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("peers.json").read_text("utf-8"))
+_TO_WRITE: dict[str, list[Any]] = _TABLE["to write"]  # by our key: what stands there meanwhile, and what is missing
 _SECTIONS = ("model", "lora", "launch", "seed", "data", "eval")  # at the top level of a recipe, in this order
-_OFF = ("null", "false", '""', '"none"', '"None"', '"no"', "[]", "{}")  # as JSON, where 0 is not false
-_TO_WRITE = {
-    "model.path": ("path/to/model", "the source names none; write it"),
-    "data": ([{"path": "path/to/rows.jsonl"}], "the source names none; write it"),
-    "reward": ("path/to/reward-model", "write a reward model, {verify: math} or {function: pkg.module:name}"),
-}
-
-
 class Row(NamedTuple):
     """What became of one key of the source: `alignkit` is our key, or why there is none."""
 
@@ -65,13 +58,7 @@ class Migration:
 
 
 def _is_off(value: Any) -> bool:
-    return json.dumps(value, default=str) in _OFF
-
-
-@cache
-def _read_table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(Path(__file__).with_name("peers.json").read_text("utf-8"))
-    return table
+    return json.dumps(value, default=str) in _TABLE["off"]  # as JSON, where 0 is not false
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -88,7 +75,7 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _recognise(tree: dict[str, Any]) -> str | None:
     keys = dict(_flatten(tree))
     there = {*keys, *(re.split(r"[.\[]", key)[0] for key in keys)}
-    for peer, table in _read_table()["peers"].items():
+    for peer, table in _TABLE["peers"].items():
         for mark in table["marks"]:  # a&b|c: a, and b or c
             if all(there & {*either.split("|")} for either in mark.split("&")):
                 return str(peer)
@@ -106,12 +93,13 @@ def _read_commands(text: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
     def expand(found: re.Match[str]) -> str:
         name, default = found[1] or found[3], found[2]
-        return str(values.get(name, found[0] if default is None else default))
+        value = str(values.get(name, found[0]))  # MODEL="${MODEL:-x}" is its own value
+        return default if default is not None and value.strip('"') == found[0].strip('"') else value
 
     for line in text.splitlines():
         for _ in range(3):  # a variable may stand in another
             line = _VARIABLE.sub(expand, line)
-        for peer, table in _read_table()["peers"].items():
+        for peer, table in _TABLE["peers"].items():
             found = re.search(table["command"], line) if "command" in table else None
             method = next((group for group in found.groups() if group), "") if found else ""
             # TRL's scripts have common names; any other script is somebody's own
@@ -173,7 +161,7 @@ def migrate_file(path: Path, *, gpus: int | None = None) -> tuple[list[Migration
         except RecipeError as error:  # of a method that alignkit has not
             problems += error.problems
     if not found:
-        known = ", ".join(_read_table()["peers"])
+        known = ", ".join(_TABLE["peers"])
         problems = [Problem(f"is not recognised as a training recipe or command of {known}", str(path))]
     return made, problems
 
@@ -184,7 +172,7 @@ class _Writer:
         given = dict(_flatten(tree))  # a value may name another: ${batch_size}
         named = {key: re.fullmatch(r"\$\{([\w.]+)\}", str(value)) for key, value in given.items()}
         self.keys = {key: given.get(found[1], given[key]) if found else given[key] for key, found in named.items()}
-        self.table: dict[str, Any] = _read_table()["peers"][peer]
+        self.table: dict[str, Any] = _TABLE["peers"][peer]
         self.rows: dict[str, Row] = {}
         self.lines: dict[str, Line] = {}  # by our key, dotted
         self.missing: list[str] = []
@@ -193,11 +181,12 @@ class _Writer:
         self.accepted = accepted_keys(self.method)
         self.has_lora = self._find_lora()
         assumed = self.table["defaults"]  # by method, or the name of a tool that assumes the same
-        assumed = _read_table()["peers"][assumed]["defaults"] if isinstance(assumed, str) else assumed
+        assumed = _TABLE["peers"][assumed]["defaults"] if isinstance(assumed, str) else assumed
         kinds = dict.fromkeys(("*", self.method, self.word, "lora" if self.has_lora else "full"))
         self.defaults: dict[str, Any] = {key: value for kind in kinds for key, value in assumed.get(kind, {}).items()}
 
     def write(self) -> Migration:
+        """Do all of it, in the order in which a key is claimed."""
         self._read_rows()
         self._read_batch()
         for key, value in self.keys.items():
@@ -226,13 +215,9 @@ class _Writer:
 
     def _find_method(self) -> tuple[str, str]:
         """The section of the recipe, and what the source calls it."""
-        said, key = self.command, ""
-        for name in self.table["method"]:
-            key = next((key for key in self.keys if re.match(rf"{re.escape(name)}(\.|$)", key)), "")
-            if key and not _is_off(self.keys[key]):
-                said = name if key != name else str(self.keys[key]).rpartition(".")[2]
-                break
-            key = ""
+        there = ((name, key) for name in self.table["method"] for key in self.keys if f"{key}.".startswith(f"{name}."))
+        name, key = next(((name, key) for name, key in there if not _is_off(self.keys[key])), ("", ""))
+        said = self.command if not key else name if key != name else str(self.keys[key]).rpartition(".")[2]
         if not said and not self.table["method"]:  # the folder, or a key that only one method has
             words = re.split(r"[^a-z]+", f"{self.path.parent.name}/{self.name}".lower())
             said = next((word for word in reversed(words) if word in OPTIONS or word in ("orpo", "kto", "grpo")), "")
@@ -276,7 +261,7 @@ class _Writer:
             return next(((key, value) for key, value in found if type(value) is int and value > 0), ("", 0))
 
         (micro_key, micro), (steps_key, steps) = take(self.table["micro"]), take(self.table["accumulation"])
-        (gpus_key, gpus), (nodes_key, nodes) = take(_read_table()["gpus"]), take(_read_table()["nodes"])
+        (gpus_key, gpus), (nodes_key, nodes) = take(_TABLE["gpus"]), take(_TABLE["nodes"])
         whole_key, whole = take(self.table.get("whole", ()))
         # accelerate's num_processes counts those of all nodes
         total = self.gpus or max(gpus, 1) * (1 if gpus_key == "num_processes" else max(nodes, 1))
@@ -306,7 +291,7 @@ class _Writer:
                 value = value.get(part) if isinstance(value, dict) else None
             if _is_off(value):
                 continue
-            is_source = not isinstance(value, dict) or {*_read_table()["sources"], "_component_"} & value.keys()
+            is_source = not isinstance(value, dict) or {*_TABLE["sources"], "_component_"} & value.keys()
             if isinstance(value, str):
                 value = [part.strip() for part in value.split(",") if part.strip()]
             elif isinstance(value, dict):
@@ -314,7 +299,7 @@ class _Writer:
             sources = [one for item in value if (one := self._read_source(item, place)).get("path")]
             ours = "eval" if re.search(r"eval|val|test", place) else "data"
             under = [key for key in self.keys if re.match(rf"{re.escape(place)}(\.|\[|$)", key)]
-            known = {*_read_table()["sources"], "_component_", *place.split(".")}
+            known = {*_TABLE["sources"], "_component_", *place.split(".")}
             for key in under:
                 if key.rpartition(".")[2] in known or ".column" in key or (not is_source and "." in key):
                     self._note(key, CONVERTED, ours)
@@ -385,14 +370,12 @@ class _Writer:
                 held_out = [{**source, "split": test[0]} for source in self.train]
                 self.lines["eval"] = Line(held_out, f"was {key}", key)
             self._note(key, CONVERTED, "eval, data.split")
-        elif not is_own and name.rpartition(".")[2] in _read_table()["sources"] and self.train:
+        elif not is_own and name.rpartition(".")[2] in _TABLE["sources"] and self.train:
             for source in self.train:
                 _add_to_source(source, name.rpartition(".")[2], value)
             self._note(key, CONVERTED, "data")
         elif not is_own and name in self.accepted and name not in ("data", "eval") and not isinstance(value, dict):
             self._put(name, value.lower() if name == "log_level" else value, key)
-        elif name in ("seed", "data_seed"):
-            self._put("seed", value, key)
         elif word is not None:
             self._follow(word, key, value)
         elif key.isupper() or names_secret(name.rpartition(".")[2]):
@@ -412,7 +395,7 @@ class _Writer:
             is_off, new = not new, None
         if first == "lora" and not self.has_lora:
             self._note(key, AUTOMATIC, "all weights are trained")
-        elif first == "data":
+        elif first == "data" and word.action in ("renamed", "converted"):
             self._note(key, AUTOMATIC if self.train else LEFT, word.say())
         elif word.action == "automatic" or (is_off and not isinstance(new, bool)):
             self._note(key, AUTOMATIC, word.say() if word.action == "automatic" else "off, as here")
@@ -489,9 +472,8 @@ class _Writer:
 
 def _add_to_source(source: dict[str, Any], name: str, value: Any) -> None:
     """Say in a source of rows what another tool's key says of it; what it says already stays."""
-    table = _read_table()
-    recognised = table["recognised columns"]
-    ours = table["sources"].get(name, "")
+    recognised = _TABLE["recognised columns"]
+    ours = _TABLE["sources"].get(name, "")
     value = value[0] if isinstance(value, list) and value and ours in ("path", "split") else value
     if not ours or _is_off(value) or (ours, value) in (("weight", 1), ("name", "default")):
         return
@@ -499,7 +481,7 @@ def _add_to_source(source: dict[str, Any], name: str, value: Any) -> None:
         source["path"] = value
     elif ours.startswith("columns"):
         given = value if isinstance(value, dict) else {ours.partition(".")[2]: value}
-        renamed = {table["columns"].get(left, left): right for left, right in given.items()}
+        renamed = {_TABLE["columns"].get(left, left): right for left, right in given.items()}
         wanted = {a: b for a, b in renamed.items() if a and isinstance(b, str) and a != b and b not in recognised}
         if wanted:
             source["columns"] = {**wanted, **source.get("columns", {})}

@@ -25,15 +25,7 @@ _LOCAL_SUFFIXES = tuple(TABLES["suffixes of local files"])
 Kind = Literal["start", "weights", "rows", "reward", "writer", "file"]
 # Where names stand: the keys that lead there, through lists or not, and the entry of a mapping that another value than
 # a mapping is short for.
-_NAMES: tuple[tuple[str, str, Kind], ...] = (
-    ("start_from", "", "start"), ("reference", "", "weights"), ("against", "", "weights"),
-    *((key, "path", "rows") for key in (*SOURCE_KEYS, "ptx.data", "helpful.data")),
-    *((f"{key}.target", "", "file") for key in SOURCE_KEYS),
-    *((key, "model", "reward") for key in REWARD_KEYS),
-    *((key, "model", "writer") for key in ("judge", "generator", "teacher", "reward.judge", "gold.judge")),
-    *((f"{part}{key}", "", "file") for part in ("", "judge.", "generator.", "reward.", "gold.")
-      for key in ("constitution", "examples", "replay")),
-)  # fmt: skip
+_NAMES = [(key, entry, kind) for keys, entry, kind in TABLES["what names what"] for key in keys.split()]
 
 
 @dataclass(frozen=True)
@@ -102,29 +94,25 @@ def resolve_paths(tops: Sequence[Section], stages: Sequence[Section], stage_name
             found.setdefault(id(name.node), (f"{stage.label}.{name.key}", name))
     problems = []
     for key, name in found.values():
-        if name.node.value not in stage_names or name.key == "model":
-            try:
-                _resolve(name)
-            except ValueError as error:
-                problems.append(Problem(f"{key}: {error}", name.node.place))
+        node = name.node
+        is_stage = node.value in stage_names and name.key != "model"
+        if is_stage or node.value.startswith(("builtin:", "pypi:")) or "://" in node.value:
+            continue
+        try:
+            text, here = expand(node.value), Path.cwd()
+        except ValueError as error:
+            problems.append(Problem(f"{key}: {error}", node.place))
+            continue
+        paths = [os.path.join(folder, text) for folder in (node.origin.folder, here)]
+        there = [path for path in paths if os.path.exists(path) or ("*" in text and glob.glob(path, recursive=True))]
+        # A hub id (`name` or `owner/name`) is told from a file or directory that is not there by its looks.
+        is_local = text.startswith((".", "/")) or text.lower().endswith(_LOCAL_SUFFIXES) or "*" in text
+        if there:
+            node.value = os.path.abspath(there[0])
+        elif name.kind == "file" or is_local or text.count("/") > 1:
+            # Runs and models that are yet to come are below the working directory, files beside the recipe.
+            node.value = os.path.abspath((node.origin.folder if name.kind in ("rows", "file") else here) / text)
     return problems
-
-
-def _resolve(name: Name) -> None:
-    """Make a path absolute; raises ValueError for a variable that cannot be used."""
-    node = name.node
-    if node.value.startswith(("builtin:", "pypi:")) or "://" in node.value:
-        return
-    text, here = expand(node.value), Path.cwd()
-    for folder in (node.origin.folder, here):
-        if os.path.exists(folder / text) or ("*" in text and glob.glob(str(folder / text), recursive=True)):
-            node.value = os.path.abspath(folder / text)
-            return
-    # A hub id (`name` or `owner/name`) is told from a file or directory that is not there by its looks.
-    is_local = text.startswith((".", "/")) or text.lower().endswith(_LOCAL_SUFFIXES) or "*" in text
-    # Runs and models that are not there yet are looked for below the working directory, files beside the recipe.
-    if name.kind == "file" or is_local or text.count("/") > 1:
-        node.value = os.path.abspath((node.origin.folder if name.kind in ("rows", "file") else here) / text)
 
 
 def check_references(stage: Section, stages: Mapping[str, Section], groups: Collection[str]) -> Iterator[Problem]:

@@ -140,11 +140,6 @@ class SlurmOptions(_Section):
     options: dict[str, _Word] = option(dict)
 
 
-# What `options` may name: how much, where and when. Options that set variables, start programs or write files would
-# let a recipe run code (--export=LD_PRELOAD=...); those that alignkit sets itself have a key of their own.
-SLURM_OPTIONS = tuple(TABLES["sbatch options"])
-
-
 class LaunchOptions(_Section):
     device: Literal["auto", "cpu", "cuda", "mps", "npu", "xpu"] = option("auto")
     processes: Count | Literal["auto"] = option(1)

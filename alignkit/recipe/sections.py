@@ -129,11 +129,6 @@ class Group:
     stages: list[Section]
 
 
-def stage_name(section: str, step: str) -> str:
-    """Name a step's stage: rlaif-label."""
-    return f"{section}-{step}"
-
-
 def list_steps(values: Mapping[str, Node]) -> tuple[str, ...]:
     """List the steps that a section has, in order."""
     critique, train = values.get("critique"), values.get("train")
@@ -153,7 +148,7 @@ def split_group(name: str, node: Node, top: Section) -> Group:
         return {key: values[key] for key in keys if key in values}
 
     def stage(step: str) -> Node:
-        return Node(stage_name(name, step), node.origin, node.line)
+        return Node(f"{name}-{step}", node.origin, node.line)
 
     policy = {"start_from": stage("sft")} if "sft" in steps else take("start_from")
     asked = take("start_from", "constitution", "data", "generator")
@@ -171,7 +166,7 @@ def split_group(name: str, node: Node, top: Section) -> Group:
         own = values[step] if isinstance(_own(values, step), dict) and step in values else node
         whole = Node({**filled[step], **_own(values, step)}, own.origin, own.line)
         shared = frozenset(key for key, child in whole.value.items() if child is values.get(key))
-        stages.append(make_stage(stage_name(name, step), step, whole, top, group=name, shared=shared))
+        stages.append(make_stage(f"{name}-{step}", step, whole, top, group=name, shared=shared))
     return Group(name, node, top, stages)
 
 

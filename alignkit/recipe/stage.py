@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,21 +11,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from alignkit.errors import Problem, RecipeError, suggest
+from alignkit.recipe import schema
 from alignkit.recipe.references import ROWS, RUNS, find_origins
-from alignkit.recipe.schema import (
-    FEEDBACK,
-    TASKS,
-    DataSource,
-    EvaluateOptions,
-    FeedbackModel,
-    LaunchOptions,
-    LoraOptions,
-    Method,
-    ModelOptions,
-    RewardSource,
-    StageOptions,
-    TrainOptions,
-)
+from alignkit.recipe.schema import FEEDBACK, TASKS, DataSource, FeedbackModel, RewardSource, StageOptions, TrainOptions
 from alignkit.recipe.sections import Section
 from alignkit.recipe.trl_fields import KTO_LOSSES, method_fields
 from alignkit.recipe.words import TABLES
@@ -39,15 +27,15 @@ class Recipe:
     path: str  # as messages show it: relative to the working directory when it is below it
     runs: str  # the directory that holds NAME/STAGE, likewise
     seed: int
-    model: ModelOptions
-    lora: LoraOptions | None
-    launch: LaunchOptions
+    model: schema.ModelOptions
+    lora: schema.LoraOptions | None
+    launch: schema.LaunchOptions
     stages: Mapping[str, Section]  # those under `stages:` first and in that order, then as written
     order: tuple[str, ...]  # what `alignkit run` trains: those under `stages:`, all of them where it is omitted
     origins: Mapping[str, str]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stages of each rlaif section, in order
     sweeps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # variants of each swept stage, by plain name
-    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    evaluate: schema.EvaluateOptions = field(default_factory=schema.EvaluateOptions)
     evaluates: bool = False  # `evaluate:` is written out: `alignkit run` measures at its end
 
     @property
@@ -89,9 +77,9 @@ class Stage:
     recipe_path: str
     name: str
     seed: int
-    model: ModelOptions
-    lora: LoraOptions | None
-    launch: LaunchOptions
+    model: schema.ModelOptions
+    lora: schema.LoraOptions | None
+    launch: schema.LaunchOptions
     options: StageOptions
     trainer: Mapping[str, Any]
     origins: Mapping[str, str]
@@ -105,10 +93,10 @@ class Stage:
     trust_code: bool = False
     # what tells it from the other variants of a swept stage: {"dpo.beta": 0.05}; the values are in force already
     point: Mapping[str, Any] = field(default_factory=dict)
-    evaluate: EvaluateOptions | None = None  # what `evaluate_every` measures
+    evaluate: schema.EvaluateOptions | None = None  # what `evaluate_every` measures
 
     @property
-    def method(self) -> Method:
+    def method(self) -> schema.Method:
         return self.options.method
 
     @property
@@ -155,20 +143,13 @@ class Stage:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for stage.json and --dry-run."""
-        values: dict[str, Any] = {}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name == "evaluate" and value is None:
+        values: dict[str, Any] = {"recipe": self.recipe_name, "recipe_path": self.recipe_path, "stage": self.name}
+        values |= {"method": self.method}
+        for name, value in ((one.name, getattr(self, one.name)) for one in fields(self)[3:]):
+            if name == "evaluate" and value is None:
                 continue
-            values[{"recipe_name": "recipe", "name": "stage"}.get(one.name, one.name)] = (
-                value.model_dump()
-                if isinstance(value, BaseModel)
-                else dict(value)
-                if isinstance(value, Mapping)
-                else value
-            )
-            if one.name == "name":
-                values["method"] = self.method
+            plain = dict(value) if isinstance(value, Mapping) else value
+            values[name] = value.model_dump() if isinstance(value, BaseModel) else plain
         return values
 
     def fingerprint_values(self) -> dict[str, Any]:
@@ -221,7 +202,7 @@ _LISTED = 8  # runs of a swept stage that a message names
 
 
 def resolve(
-    recipe: Recipe, stage: str | None = None, *, method: Method | None = None, out: Path | None = None,
+    recipe: Recipe, stage: str | None = None, *, method: schema.Method | None = None, out: Path | None = None,
     trust_code: bool = False,
 ) -> Stage:  # fmt: skip
     """Resolve a stage by name, or the only one of a method (else RecipeError); `out` replaces its run directory."""
@@ -304,16 +285,11 @@ def _fill_trainer(
 ) -> dict[str, Any]:
     """Complete the TRL fields with alignkit's defaults; `builtin`: for a tiny model that ships with alignkit."""
     with_lora, full = _LEARNING_RATES[options.method]
-    defaults: dict[str, Any] = {
-        "learning_rate": _FROM_SCRATCH if scratch else with_lora if lora else full,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,  # a share of all steps
-        "max_grad_norm": 1.0,
-        "max_length": 1024,
-        "num_train_epochs": 1.0,
-        "logging_steps": 10,
+    defaults: dict[str, Any] = {  # warmup_steps is a share of all steps
+        "learning_rate": _FROM_SCRATCH if scratch else with_lora if lora else full, "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03, "max_grad_norm": 1.0, "max_length": 1024, "num_train_epochs": 1.0, "logging_steps": 10,
         "save_steps": 100,
-    }
+    }  # fmt: skip
     if builtin:  # recomputing activations only pays where they are large
         defaults["gradient_checkpointing"] = False
     if options.method == "ppo":  # Adam's eps as in lm-human-preferences; prompt and answer: max_new_tokens bounds them
@@ -341,12 +317,10 @@ def find_section(recipe: Recipe, name: str, *, said: str | None = None) -> Secti
     return recipe.stages[name]
 
 
-def _pick(recipe: Recipe, stage: str | None, method: Method | None) -> Section:
+def _pick(recipe: Recipe, stage: str | None, method: schema.Method | None) -> Section:
     if stage is not None:
         section = find_section(recipe, stage)
-        if method and section.options.method != method:
-            _refuse_method(recipe, section)
-        return section
+        return _require_method(recipe, section, (method,) if method else ())
     fitting = [section for section in recipe.stages.values() if method in (None, section.options.method)]
     # A stage of its own goes before those that an rlaif section stands for: they have names to be called by.
     fitting = [section for section in fitting if section.group is None] or fitting
@@ -360,9 +334,10 @@ def _pick(recipe: Recipe, stage: str | None, method: Method | None) -> Section:
     return fitting[0]
 
 
-def _refuse_method(recipe: Recipe, section: Section) -> None:
-    method = section.options.method
-    raise RecipeError(f"--stage {section.run} is a {method} stage; run `alignkit {method}`", where=recipe.path)
+def _require_method(recipe: Recipe, section: Section, methods: Sequence[str]) -> Section:
+    if methods and (method := section.options.method) not in methods:
+        raise RecipeError(f"--stage {section.run} is a {method} stage; run `alignkit {method}`", where=recipe.path)
+    return section
 
 
 def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
@@ -389,9 +364,7 @@ def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
         hint = suggest(name, [*known, *short]) or (f"; there are {', '.join(known)}" if known else "")
         raise RecipeError(f"--stage {name}: the recipe has no such stage of rlaif{hint}", where=recipe.path)
     section = find_section(recipe, steps[0] if steps else name, said=name)
-    if section.group is None and section.options.method not in FEEDBACK:
-        _refuse_method(recipe, section)
-    return [section.run]
+    return [_require_method(recipe, section, FEEDBACK if section.group is None else ()).run]
 
 
 def pick_span(recipe: Recipe, first: str | None = None, last: str | None = None) -> list[str]:

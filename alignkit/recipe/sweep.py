@@ -15,7 +15,7 @@ from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe.check import accepted_keys, describe_unknown, describe_unknown_in_stage, show, show_key
 from alignkit.recipe.references import find_needs
 from alignkit.recipe.schema import FEEDBACK, RLAIF, STEPS, SWEEP, LoraOptions, ModelOptions
-from alignkit.recipe.sections import Section, Whole, list_steps, stage_name
+from alignkit.recipe.sections import Section, Whole, list_steps
 from alignkit.recipe.stage import HARMLESS
 from alignkit.recipe.words import TABLES
 from alignkit.recipe.yaml import FLAG, Node, lay_value
@@ -91,7 +91,7 @@ def _flatten(node: Node, above: Path, whole: Whole, problems: list[Problem]) -> 
         elif isinstance(child.value, dict):
             yield from _flatten(child, path, whole, problems)
         elif (isinstance(child.value, list) and child.value) or (child.value is None and child.place == FLAG):
-            steps = [(group, step) for group in whole.groups for step in STEPS if path[0] == stage_name(group, step)]
+            steps = [(group, step) for group in whole.groups for step in STEPS if path[0] == f"{group}-{step}"]
             in_group = steps and path[0] not in whole.top.node.value  # rlaif-dpo.beta is rlaif.dpo.beta
             yield (*steps[0], *path[1:]) if in_group else path, child
         elif child.value == []:

@@ -67,18 +67,7 @@ class OwnLoss:
     is_logistic: bool = False  # the cross-entropy of one margin: ln 2 at step 0, and it reads soft labels
 
 
-def _own_key(default: float, description: str) -> Fragment:
-    return {"type": "number", "minimum": 0, "default": default, "description": description}
-
-
-OWN_LOSSES = {
-    "cdpo": OwnLoss(is_logistic=True),
-    "ipo_sum": OwnLoss(),
-    "dpop": OwnLoss({"dpop_lambda": _own_key(50.0, "Weight of the penalty on chosen answers that lose probability.")}),
-    "simpo": OwnLoss({"simpo_gamma": _own_key(0.5, "Margin that chosen answers must lead by.")}, has_reference=False),
-    "cpo": OwnLoss({"cpo_alpha": _own_key(1.0, "Weight of the likelihood of chosen answers.")}, has_reference=False),
-    "orpo": OwnLoss(has_reference=False),
-}
+OWN_LOSSES = {name: OwnLoss(**of) for name, of in TABLES["losses beside TRL's"].items()}
 # Those that TRL's KTOTrainer computes, on single answers.
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 

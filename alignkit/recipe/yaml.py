@@ -13,18 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, events
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import (
-    AliasEvent,
-    DocumentStartEvent,
-    Event,
-    MappingEndEvent,
-    NodeEvent,
-    ScalarEvent,
-    SequenceEndEvent,
-    SequenceStartEvent,
-)
 from ruamel.yaml.reader import ReaderError
 
 from alignkit.console import holds_secret, redact
@@ -143,18 +133,18 @@ def parse_yaml(text: str, origin: Origin) -> Node | None:
             report("a tab indents this line; YAML indents with spaces", number)
     root, documents = None, 0
     try:
-        events = iter(YAML(typ="safe", pure=True).parse(text))
-        for event in events:
+        stream = iter(YAML(typ="safe", pure=True).parse(text))
+        for event in stream:
             line = event.start_mark.line + 1
-            if isinstance(event, DocumentStartEvent):
+            if isinstance(event, events.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
                     report("a second document; a recipe is one document", line)
                     break
                 if event.version or event.tags:
                     report("a % directive; a recipe needs none", line)
-            elif isinstance(event, NodeEvent):
-                root = _build(event, events, origin, report, 0)
+            elif isinstance(event, events.NodeEvent):
+                root = _build(event, stream, origin, report, 0)
     except ReaderError as error:
         line = text.count("\n", 0, error.position or 0) + 1
         report("a control character; a recipe is plain UTF-8 text", line)
@@ -172,17 +162,17 @@ def parse_yaml(text: str, origin: Origin) -> Node | None:
     return root
 
 
-def _build(event: Any, events: Iterator[Event], origin: Origin, report: Callable[[str, int], None], depth: int) -> Node:
+def _build(event: Any, stream: Iterator[Any], origin: Origin, report: Callable[[str, int], None], depth: int) -> Node:
     """Build the value that begins with an event, and take the events that belong to it; what cannot go on is raised."""
     line = event.start_mark.line + 1
-    if isinstance(event, AliasEvent):
+    if isinstance(event, events.AliasEvent):
         report(f"an alias (*{event.anchor}); share values through `extends:` instead", line)
         return Node(None, origin, line)
     if event.anchor:
         report(f"an anchor (&{event.anchor}); share values through `extends:` instead", line)
     if event.tag is not None:
         report(f"a tag ({str(event.tag)[:40]}); a recipe is plain data and cannot name types or code", line)
-    if isinstance(event, ScalarEvent):
+    if isinstance(event, events.ScalarEvent):
         if _UNPRINTABLE.search(event.value):
             report("a control character or half a surrogate pair in this text", line)
         text, quoted = _UNPRINTABLE.sub("?", event.value), bool(event.style)
@@ -190,25 +180,25 @@ def _build(event: Any, events: Iterator[Event], origin: Origin, report: Callable
     if depth >= MAX_DEPTH:
         report(f"nested deeper than {MAX_DEPTH} levels", line)
         raise MarkedYAMLError
-    if isinstance(event, SequenceStartEvent):
+    if isinstance(event, events.SequenceStartEvent):
         items = []
-        while not isinstance(item := next(events), SequenceEndEvent):
-            items.append(_build(item, events, origin, report, depth + 1))
+        while not isinstance(item := next(stream), events.SequenceEndEvent):
+            items.append(_build(item, stream, origin, report, depth + 1))
         return Node(items, origin, line)
     entries: dict[str, Node] = {}
-    while not isinstance(item := next(events), MappingEndEvent):
+    while not isinstance(item := next(stream), events.MappingEndEvent):
         at = item.start_mark.line + 1
-        if not isinstance(item, ScalarEvent):
+        if not isinstance(item, events.ScalarEvent):
             report("a list, mapping or alias used as a key; a key is one word", at)
             raise MarkedYAMLError
-        key = _build(item, events, origin, report, depth + 1)
+        key = _build(item, stream, origin, report, depth + 1)
         if key.text in entries:
             report(f"{shorten(key.text)} is here twice, first in line {entries[key.text].line}; keep one", at)
         if key.text == "<<" and not key.quoted:
             report("a merge key (<<); share values through `extends:` instead", at)
         if not key.text.strip():
             report("an empty key", at)
-        child = _build(next(events), events, origin, report, depth + 1)
+        child = _build(next(stream), stream, origin, report, depth + 1)
         child.line = at
         entries.setdefault(key.text, child)
     return Node(entries, origin, line)

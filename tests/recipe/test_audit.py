@@ -9,8 +9,7 @@ import pytest
 
 from alignkit.recipe import Recipe, resolve
 from alignkit.recipe.check import accepted_keys
-from alignkit.recipe.conflicts import CONFLICTS
-from alignkit.recipe.rules import find_optimizer
+from alignkit.recipe.rules import CONFLICTS, find_optimizer
 from alignkit.recipe.schema import RecipeOptions
 from alignkit.recipe.trl_fields import read_snapshot
 
