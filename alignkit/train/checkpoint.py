@@ -176,10 +176,10 @@ class Checkpointed(Trainer):
         trainable = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         needed = checkpoints.expected_bytes(directory, first_guess=3 * trainable)
         if (free := free_bytes(directory)) < needed:
-            raise DiskError(
-                f"{directory}: the next checkpoint needs about {describe_bytes(needed)} and {describe_bytes(free)} are "
-                "free; earlier checkpoints are untouched: make room and run the same command again"
+            what = (
+                f"the next checkpoint needs about {describe_bytes(needed)} and {describe_bytes(free)} are free; earlier"
             )
+            raise DiskError(f"{directory}: {what} checkpoints are untouched: make room and run the same command again")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Copy the sealed weights into the model, or this rank's part of it; dtypes and frozen parts stay as they are.

@@ -224,8 +224,8 @@ def _build_kto(setup: Setup) -> Kto:
 
     def rotate(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Give each prompt its neighbour's answer, for KTO's estimate of the KL (arXiv 2402.01306, section 4)."""
-        answers = rows["completion_ids"]
-        return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
+        *before, last = rows["completion_ids"]
+        return {"KL_completion_ids": [last, *before]}
 
     def with_neighbours(table: Any, width: int) -> Any:
         order = shuffled_order(len(table), seed=stage.seed, epoch=0)

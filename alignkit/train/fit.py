@@ -416,10 +416,8 @@ def _verify(setup: Setup, staging: Path, probe: dict[str, Any]) -> None:
     again = load_trained(staging, device=device, reward=setup.is_reward)
     found = take_probe(again, vocab_size=len(trainer.processing_class), reward=setup.is_reward)
     if not all(map(math.isfinite, probe["values"])):
-        raise NonFiniteError(
-            f"the trained model computes values that are not finite, though its weights are; {staging} is not used. "
-            "Lower learning_rate or max_grad_norm"
-        )
+        what = f"the trained model computes values that are not finite, though its weights are; {staging} is not used. "
+        raise NonFiniteError(f"{what}Lower learning_rate or max_grad_norm")
     if (reason := compare_probes(probe, found)) is not None:
         what = f"the saved model is not the trained one ({reason}); the checkpoints are whole"
         raise RunError(what, where=str(staging))

@@ -61,10 +61,8 @@ def start(stage: Stage, run_dir: Path) -> None:
     on_cpu = pick_device(stage.launch.device) == "cpu"
     state = PartialState(cpu=True, backend="gloo", timeout=timeout) if on_cpu else PartialState(timeout=timeout)
     if state.num_processes != world_size():
-        raise EnvironmentProblem(
-            f"WORLD_SIZE is {world_size()} but accelerate sees {state.num_processes} processes; start them with "
-            "`accelerate launch` or torchrun"
-        )
+        what = f"WORLD_SIZE is {world_size()} but accelerate sees {state.num_processes} processes; start them with "
+        raise EnvironmentProblem(f"{what}`accelerate launch` or torchrun")
     values = json.dumps(stage.fingerprint_values(), sort_keys=True, default=str)
     mine = {
         "run directory": str(run_dir),

@@ -281,10 +281,8 @@ def _optimizer(trainer: Any) -> Any:
     """ZeRO's optimizer around the one that updates. DeepSpeed 0.18-0.19 has it at `engine.optimizer`."""
     optimizer = trainer.model_wrapped.optimizer
     if not hasattr(optimizer, "optimizer"):
-        raise EnvironmentProblem(
-            f"DeepSpeed runs {type(optimizer).__name__}, whose state alignkit cannot read; use launch.strategy zero2 "
-            "or zero3 with an AdamW optimizer"
-        )
+        what = f"DeepSpeed runs {type(optimizer).__name__}, whose state alignkit cannot read; use launch.strategy zero2"
+        raise EnvironmentProblem(f"{what} or zero3 with an AdamW optimizer")
     return optimizer
 
 

@@ -50,14 +50,19 @@ def write_model(
     return directory
 
 
-def write_rows(directory: Path, kind: str, num: int, *, seed: int = 0, words: int | None = None) -> Path:
+def write_rows(
+    directory: Path, kind: str, num: int, *, seed: int = 0, words: int | None = None, turns: bool = False
+) -> Path:
     """Write `num` rows for sft, rm or dpo, or conversations, as train.jsonl in a new directory; return the directory.
 
-    With `words` every answer has that many.
+    With `words` every answer has that many; with `turns` prompts and answers are turns of a conversation.
     """
+    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
     directory.mkdir(parents=True)
     with (directory / "train.jsonl").open("w", encoding="utf-8") as file:
         for row in make_rows(kind, num, seed=seed, words=words):
+            if turns:
+                row = {name: [{"role": roles[name], "content": text.strip()}] for name, text in row.items()}
             file.write(json.dumps(row) + "\n")
     return directory
 

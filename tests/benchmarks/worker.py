@@ -176,9 +176,13 @@ class Clock:
 
 def count_tokens(method: str, rows: Path) -> int:
     """Return the tokens of all rows, padding not counted: characters and an eos, the tokenizer being byte-level."""
+
+    def size(text: Any) -> int:  # of a turn: its characters
+        return len(text if isinstance(text, str) else text[0]["content"])
+
     lines = map(json.loads, (rows / "train.jsonl").read_text(encoding="utf-8").splitlines())
     answers = ("completion",) if method == "sft" else ("chosen", "rejected")
-    return sum(len(row["prompt"]) + len(row[answer]) + 1 for row in lines for answer in answers)
+    return sum(size(row["prompt"]) + size(row[answer]) + 1 for row in lines for answer in answers)
 
 
 def prepare_ours(model: Path, rows: Path, out: Path) -> float:
