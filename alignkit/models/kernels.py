@@ -37,8 +37,9 @@ def leave_out_masks(model: "PreTrainedModel") -> None:
 
     def leave_out(_: Any, arguments: Any, given: dict[str, Any]) -> Any:
         mask_BT: Any = given.get("attention_mask")
-        is_plain = isinstance(mask_BT, Tensor) and mask_BT.dim() == 2 and given.get("use_cache") is False
-        if is_plain and mask_BT[:, 0].all() and (mask_BT[:, 1:] <= mask_BT[:, :-1]).all():
+        is_plain = isinstance(mask_BT, Tensor) and mask_BT.dim() == 2 and not torch.compiler.is_compiling()
+        begins = given.get("use_cache") is False and given.get("past_key_values") is None
+        if is_plain and begins and mask_BT[:, 0].all() and (mask_BT[:, 1:] <= mask_BT[:, :-1]).all():
             given["attention_mask"] = None
         return arguments, given
 

@@ -39,13 +39,11 @@ class Sft(Guarded, SFTTrainer):
         tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
         return dict.fromkeys(("loss", "entropy", "mean_token_accuracy"), tokens)
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):  # type: ignore[no-untyped-def]
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *others: Any) -> Any:
         if not packing:
             return dataset
-        dataset = dataset.select_columns(["input_ids", "labels"])
-        return SFTTrainer._prepare_dataset(
-            self, dataset, processing_class, args, packing, formatting_func, dataset_name
-        )
+        tokens = dataset.select_columns(["input_ids", "labels"])
+        return SFTTrainer._prepare_dataset(self, tokens, processing_class, args, packing, *others)
 
 
 class Seq2Seq(Sft):
