@@ -44,9 +44,8 @@ from alignkit.runs.stop import StopFlag, stop_between_steps
 from alignkit.train import ranks, shards
 from alignkit.train.checkpoint import find_fault
 from alignkit.train.fingerprint import find_longer, fingerprint_stage, hash_data, unread
-from alignkit.train.invariants import check_parameters, check_start, computes_in
 from alignkit.train.preview import preview_rows
-from alignkit.train.recorder import Recorder, write_samples
+from alignkit.train.recorder import Recorder, check_parameters, check_start, computes_in, write_samples
 from alignkit.train.setup import Setup
 from alignkit.train.tables import learn_vocabulary
 from alignkit.train.trainer import Guarded

@@ -145,11 +145,26 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         parameter.grad /= world_size()
 
 
-def agree(error: Exception | None = None) -> None:
-    """Raise on every rank when any of them has an error: its own where it happened, a copy elsewhere.
+def met_by_all(error: _Error) -> _Error:
+    """Mark an error that every rank raises alike, so that rank 0 reports it."""
+    error.shared = not is_main()
+    return error
 
-    A copy has `shared` set: whoever reports errors leaves it to the rank it came from.
+
+def attempt(work: Callable[[], _Value]) -> _Value:
+    """Run work that holds no collective operation on every rank; when it fails on one, it fails on all.
+
+    The error is raised where it happened, and a copy of it elsewhere. A copy has `shared` set: whoever reports errors
+    leaves it to the rank it came from.
     """
+    result: _Value | None = None
+    error: Exception | None = None
+    try:
+        result = work()
+    except errors.Interrupt as interrupt:
+        error = interrupt.stopped
+    except Exception as caught:  # raised again below, on every rank
+        error = caught
     said: dict[str, Any] | None = None
     if error is not None:
         text = str(error) if isinstance(error, AlignKitError) else f"{type(error).__name__}: {errors.first_line(error)}"
@@ -174,26 +189,7 @@ def agree(error: Exception | None = None) -> None:
             copy = kind(other["text"])
         copy.shared = True
         raise copy
-
-
-def met_by_all(error: _Error) -> _Error:
-    """Mark an error that every rank raises alike, so that rank 0 reports it."""
-    error.shared = not is_main()
-    return error
-
-
-def attempt(work: Callable[[], _Value]) -> _Value:
-    """Run work that holds no collective operation on every rank; when it fails on one, it fails on all."""
-    result: _Value | None = None
-    error: Exception | None = None
-    try:
-        result = work()
-    except errors.Interrupt as interrupt:
-        error = interrupt.stopped
-    except Exception as caught:  # raised again by `agree`, on every rank
-        error = caught
-    agree(error)
-    return result  # type: ignore[return-value]  # None only after an error, which agree has raised
+    return result  # type: ignore[return-value]  # None only after an error
 
 
 def alike(work: Callable[[], _Value]) -> _Value:

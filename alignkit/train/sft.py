@@ -25,10 +25,9 @@ from alignkit.runs.directory import RunDir
 from alignkit.train.distill import Teacher
 from alignkit.train.encode import IGNORED, longest_sequence, name_label
 from alignkit.train.fit import fit
-from alignkit.train.order import token_batches
 from alignkit.train.setup import Setup, build_config, collator_for, open_rows
-from alignkit.train.tables import open_stream
-from alignkit.train.trainer import Guarded
+from alignkit.train.tables import Stream
+from alignkit.train.trainer import Guarded, token_batches
 
 _COIN = 2**32  # seeds of draws of its own: which steps learn from the student's answers
 
@@ -225,7 +224,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
         # Held-out rows come one by one.
         setup.trainer.data_collator = lambda items: collate([row for item in items for row in item.get("rows", [item])])
     if streams(stage):
-        setup.trainer.train_dataset = open_stream(stage, setup.chat)  # TRL's constructor takes a Dataset alone
+        setup.trainer.train_dataset = Stream(stage, setup.chat)  # TRL's constructor takes a Dataset alone
     return setup
 
 

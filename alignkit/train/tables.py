@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import chain
@@ -136,21 +136,29 @@ def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> 
 
 
 class Stream:
-    """Token rows of a stage, encoded as they are asked for: `num_rows` of them, pass after pass over the sources.
+    """Token rows of a stage that streams, encoded as they are asked for, pass after pass over the sources.
 
     Rows are asked for in rising order, with gaps where other ranks or earlier sittings have them, so a resumed run
-    reads its way to the very row that it stopped at. Memory does not grow with the rows.
+    reads its way to the very row that it stopped at. Memory does not grow with the rows. One that does not fit raises
+    DataError when it is reached.
     """
 
     column_names: Sequence[str] = ()
 
-    def __init__(self, encode: Callable[[], Iterator[dict[str, list[Any]]]], num_rows: int) -> None:
-        self._encode, self.num_rows = encode, num_rows
+    def __init__(self, stage: Stage, chat: Chat) -> None:
+        self._stage, self._chat, self._told = stage, chat, False
+        self.num_rows = stage.trainer["max_steps"] * stage.training.batch_size
         self._rows, self._next = self._iter_rows(), 0
 
     def _iter_rows(self) -> Iterator[dict[str, Any]]:
+        stage, chat = self._stage, self._chat
         while True:
-            for columns in self._encode():
+            report, left_out = DataReport(remembers=False), Rejects()
+            rows = read_rows(stage, stage.options.data, report=report, rejects=Rejects(), template=chat.has_template)
+            for columns in _encode(stage, chat, rows, left_out, LengthReport(), []):
+                if left_out.count and not self._told:
+                    self._told = True
+                    console.warn(f"{stage.name}: {left_out.first[0]}: such rows of the stream are left out")
                 for values in zip(*columns.values(), strict=True):
                     yield dict(zip(columns, values, strict=True))
 
@@ -167,22 +175,6 @@ class Stream:
             self._next += 1
         self._next += 1
         return next(self._rows)
-
-
-def open_stream(stage: Stage, chat: Chat) -> Stream:
-    """The rows of a stage that streams; a row that does not fit raises DataError when it is reached."""
-    told: list[bool] = []
-
-    def encode() -> Iterator[dict[str, list[Any]]]:
-        report, left_out = DataReport(remembers=False), Rejects()
-        rows = read_rows(stage, stage.options.data, report=report, rejects=Rejects(), template=chat.has_template)
-        for columns in _encode(stage, chat, rows, left_out, LengthReport(), []):
-            if left_out.count and not told:
-                told.append(True)
-                console.warn(f"{stage.name}: {left_out.first[0]}: such rows of the stream are left out")
-            yield columns
-
-    return Stream(encode, stage.trainer["max_steps"] * stage.training.batch_size)
 
 
 def _encode(

@@ -13,7 +13,7 @@ from transformers import FalconConfig, GraniteConfig, MixtralConfig, OPTConfig, 
 from alignkit.errors import ModelError
 from alignkit.models.scratch import builtin_tokenizer
 from alignkit.runs.directory import RunDir
-from alignkit.train.invariants import check_step_zero
+from alignkit.train.recorder import check_step_zero
 from alignkit.train.trainer import switch_off_dropout
 
 SIZES = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from alignkit.errors import DataError, RecipeError
 from alignkit.models.scratch import builtin_tokenizer
 from alignkit.train.encode import IGNORED
-from alignkit.train.tables import open_stream
+from alignkit.train.tables import Stream
 
 TEMPLATES = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"  # type: ignore[union-attr, index]
 GPT2 = "builtin:tiny-gpt2"
@@ -233,7 +233,7 @@ def test_a_rendered_pair_is_previewed_with_one_beginning_and_one_end(
 def test_streamed_rows_are_those_of_the_table_pass_after_pass(prepare: Callable) -> None:
     recipe = SFT % ", objective: lm, max_length: 16, streaming: true, max_steps: 5"
     made = prepare([{"text": f"row {number}"} for number in range(7)], recipe)
-    stream, table = open_stream(made.stage, made.chat), list(made.tables.train["input_ids"])
+    stream, table = Stream(made.stage, made.chat), list(made.tables.train["input_ids"])
     assert len(stream) == 5 * made.stage.training.batch_size
     wanted = [0, 1, len(table), 2 * len(table) + 1, 1, 2]  # on, over a gap, and back
     assert [stream[at]["input_ids"].tolist() for at in wanted] == [table[at % len(table)] for at in wanted]
@@ -243,7 +243,7 @@ def test_a_bad_row_of_a_stream_is_named_when_it_comes(prepare: Callable) -> None
     rows = [*({"text": f"row {number}"} for number in range(1200)), {"text": 5}]
     made = prepare(rows, SFT % ", streaming: true, max_steps: 200")
     assert len(made.tables.train) == 1000  # what is looked at beforehand
-    stream = open_stream(made.stage, made.chat)
+    stream = Stream(made.stage, made.chat)
     assert stream[999]["length"] > 0
     with pytest.raises(DataError, match=r"rows.jsonl:1201: text: is a number"):
         stream[1200]
@@ -254,7 +254,7 @@ def test_rows_of_a_stream_without_anything_to_learn_are_said_once(
 ) -> None:
     rows = [*[{"prompt": "a", "completion": "b"}] * 1200, {"prompt": "word " * 99, "completion": "b"}]
     made = prepare(rows, SFT % ", streaming: true, max_steps: 200, max_length: 32")
-    assert open_stream(made.stage, made.chat)[2401]["length"] > 0  # in the third pass
+    assert Stream(made.stage, made.chat)[2401]["length"] > 0  # in the third pass
     assert " ".join(capsys.readouterr().err.split()) == (
         "warning: sft: rows.jsonl:1201: no token to learn from within max_length: such rows of the stream are left out"
     )
