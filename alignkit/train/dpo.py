@@ -138,21 +138,15 @@ class Dpo(_Referenced, DPOTrainer):
         losses_B = loss(
             Pairs(chosen_B, rejected_B, chosen_tokens_B, rejected_tokens_B, label_B, ref_chosen_B, ref_rejected_B)
         )
-        mode = "train" if self.model.training else "eval"
-        gather, metrics = self.accelerator.gather, self._metrics[mode]
-        if mode == "train":
-            self._total_train_tokens += int(gather(inputs["attention_mask"].sum()).sum())
-        metrics["num_tokens"] = [self._total_train_tokens]
         chosen, rejected = (
             self.beta * (logps_B - ref_B).detach()
             for logps_B, ref_B in ((chosen_B, ref_chosen_B), (rejected_B, ref_rejected_B))
         )
         found = {
             "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).float(), "logps/chosen": chosen_B, "logps/rejected": rejected_B,
+            "rewards/accuracies": chosen > rejected, "logps/chosen": chosen_B, "logps/rejected": rejected_B,
         }  # fmt: skip
-        for name, value in found.items():
-            metrics[name].append(gather(value.detach()).mean().item())
+        self.note_metrics(found, num_tokens=inputs["attention_mask"].sum())
         weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
         total = weights["sigmoid"] * losses_B.mean()  # as TRL knows it
         if "sft" in weights:

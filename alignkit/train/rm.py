@@ -52,7 +52,10 @@ class Rm(Guarded, RewardTrainer):
             # Per prompt, as the loss: a mean over all pairs would depend on which prompts share a forward pass.
             mean = kway_loss(squares_P, inputs["pair_prompt"], num_prompts)
             loss = loss + self.args.center_rewards_coefficient * mean
-        self._record(rewards_A.detach(), inputs)
+        margins_P = (rewards_A[inputs["better"]] - rewards_A[inputs["worse"]]).detach()
+        right_P = (margins_P > 0) == (inputs["label"] >= 0.5)  # a soft label below one half prefers the other answer
+        found = {"accuracy": right_P, "margin": margins_P, "mean_reward": rewards_A}
+        self.note_metrics(found, num_tokens=inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
 
     def _group_loss(self, rewards_A: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -64,21 +67,6 @@ class Rm(Guarded, RewardTrainer):
             rewards_A[inputs["better"]], rewards_A[inputs["worse"]], label_P=inputs["label"], margin_P=inputs["margin"]
         )
         return kway_loss(losses_P, inputs["pair_prompt"], num_prompts)
-
-    def _record(self, rewards_A: Tensor, inputs: dict[str, Tensor]) -> None:
-        mode = "train" if self.model.training else "eval"
-        metrics = self._metrics[mode]
-        if mode == "train":
-            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
-            self._total_train_tokens += tokens
-        metrics["num_tokens"] = [self._total_train_tokens]
-        margins_P = rewards_A[inputs["better"]] - rewards_A[inputs["worse"]]
-        # A soft label below one half prefers the other answer.
-        right_P = ((margins_P > 0) == (inputs["label"] >= 0.5)).float()
-        for name, values in (("accuracy", right_P), ("margin", margins_P), ("mean_reward", rewards_A)):
-            sums = self.accelerator.gather(torch.stack([values.sum(), values.new_tensor(len(values))]))
-            total, count = sums.view(-1, 2).sum(dim=0).tolist()
-            metrics[name].append(total / count)
 
 
 def build(stage: Stage, run: RunDir) -> Setup:

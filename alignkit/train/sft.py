@@ -31,6 +31,7 @@ from alignkit.train.trainer import Guarded, token_batches
 
 _COIN = 2**32  # seeds of draws of its own: which steps learn from the student's answers
 
+
 class Sft(Guarded, SFTTrainer):
     """TRL's SFTTrainer behind our guard; TRL still packs when `packing:` asks for it."""
 
@@ -174,15 +175,9 @@ class Classifier(Guarded, SFTTrainer):
         losses = task_losses(
             logits_BC, inputs["label"], outputs.loss if learnt else None, inputs["row_of"], self.lm_coef
         )
-        right_B = (logits_BC.argmax(dim=-1) == inputs["label"]).float()
-        mode = "train" if self.model.training else "eval"
-        metrics, gather = self._metrics[mode], self.accelerator.gather_for_metrics
-        if mode == "train":
-            self._total_train_tokens += gather(inputs["attention_mask"].sum()).sum().item()
-        metrics["num_tokens"] = [self._total_train_tokens]
-        metrics["accuracy"].append(gather(right_B.mean()).mean().item())
-        for name, value in zip(("task_loss", "lm_loss"), losses[1:], strict=True) if learnt else ():
-            metrics[name].append(gather(value.detach()).mean().item())
+        found = {"accuracy": logits_BC.argmax(dim=-1) == inputs["label"]}
+        found |= {"task_loss": losses[1], "lm_loss": losses[2]} if learnt else {}
+        self.note_metrics(found, num_tokens=inputs["attention_mask"].sum())
         return (losses[0], outputs) if return_outputs else losses[0]
 
 

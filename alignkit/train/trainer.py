@@ -395,6 +395,17 @@ class Guarded(Checkpointed):
         )
         raise ranks.met_by_all(NonFiniteError(what))
 
+    def note_metrics(self, values: dict[str, Tensor], *, num_tokens: Tensor) -> None:
+        """Take each metric's mean over the values of all ranks, and count the tokens of a training batch."""
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            self._total_train_tokens += int(self.accelerator.gather(num_tokens).sum())
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        for name, value in values.items():
+            sums = torch.stack([value.detach().float().sum(), torch.tensor(float(value.numel()), device=value.device)])
+            total, count = self.accelerator.gather(sums).view(-1, 2).sum(dim=0).tolist()
+            self._metrics[mode][name].append(total / count)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Weigh the values since the last log, one per micro batch and of all ranks already."""
         if self.model.training:

@@ -171,9 +171,7 @@ def test_own_answers_are_those_of_the_step(teacher: Path, open_trainer: Any) -> 
         for side, start in (("", ""), ("teacher_", "Be kind. ")):
             texts = trainer.processing_class.batch_decode(batch[f"{side}input_ids"])
             assert all(any(f"{start}{row['prompt']}" in text for row in ROWS) for text in texts)
-        answers = [
-            [row[row != -100].tolist() for row in batch[f"{side}labels"]] for side in ("", "teacher_")
-        ]
+        answers = [[row[row != -100].tolist() for row in batch[f"{side}labels"]] for side in ("", "teacher_")]
         assert answers[0] == answers[1] and all(1 <= len(answer) <= 6 for answer in answers[0])
 
 
@@ -195,9 +193,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         path.rename(tmp_path / name)
     shutil.rmtree(run.checkpoints / "checkpoint-4")
     launch_stage(cut)
-    first, second = (
-        load_causal(str(Path(stage.run_dir) / "model")).model.state_dict() for stage in (whole, cut)
-    )
+    first, second = (load_causal(str(Path(stage.run_dir) / "model")).model.state_dict() for stage in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "teacher_weights" in json.loads(run.stage.read_text())["fingerprint"]
     assert "taught by " in (run.path / "model" / "README.md").read_text()
