@@ -48,12 +48,12 @@ app.command("sft", help="Train on demonstrations, or pre-train on raw text.")(st
 app.command("rm", help="Train a reward model on comparisons.")(stage_command("rm"))
 app.command("dpo", help="Train the policy directly on preferences.")(stage_command("dpo"))
 app.command("ppo", help="Train the policy on sampled answers and a reward, with a critic.")(stage_command("ppo"))
-for function in (look.init, look.migrate, rlaif, run, look.check, look.preview, look.schema, look.doctor, look.merge,
-                 look.evaluate, look.chat, look.compare, look.diff, look.report):  # fmt: skip
+for function in (look.init, look.migrate, rlaif, run, look.plan, look.check, look.preview, look.schema, look.doctor,
+                 look.merge, look.evaluate, look.chat, look.compare, look.diff, look.report):  # fmt: skip
     app.command("eval" if function is look.evaluate else None)(function)
 
 
-_OF_A_RECIPE = ("sft", "rm", "dpo", "ppo", "rlaif", "run", "check", "preview", "eval")
+_OF_A_RECIPE = ("sft", "rm", "dpo", "ppo", "rlaif", "run", "plan", "check", "preview", "eval")
 
 
 def quiet_libraries() -> None:

@@ -14,6 +14,7 @@ from alignkit.cli.train import AllowKey, AsJson, Overrides, RecipeFile, StageNam
 if TYPE_CHECKING:
     from alignkit.preflight.check import CheckReport
     from alignkit.preflight.doctor import DoctorReport
+    from alignkit.preflight.plan import Plan
     from alignkit.recipe.schema import EvaluateOptions
 
 
@@ -86,7 +87,32 @@ def check(
     _show(check_recipe(loaded, trust_code=trust_code, strict=strict), as_json=as_json)
 
 
-def _show(report: CheckReport | DoctorReport, *, as_json: bool) -> None:
+def plan(
+    recipe: RecipeFile,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Such as H100; else this machine")] = None,
+    memory: Annotated[float | None, typer.Option("--memory", metavar="GIB", min=0.1, help="Of another GPU.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", min=1, help="Instead of launch.processes.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", min=2, help="Of the longest row.")] = None,
+    rate: Annotated[
+        float | None, typer.Option("--tokens-per-second", metavar="R", min=0.001, help="Of all devices, for the hours.")
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", metavar="", help="Measure that: train a few steps here.")] = False,
+    overrides: Overrides = None,
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what each stage will need: memory and what it is made of, what fits, steps, hours, disk."""
+    from alignkit.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides=overrides or ())
+    from alignkit.preflight.plan import Device, plan_recipe
+
+    device = Device.find(gpu, memory)
+    options = {"devices": gpus, "tokens": tokens, "rate": rate, "probes": probe, "trust_code": trust_code}
+    _show(plan_recipe(loaded, device, **options), as_json=as_json)  # type: ignore[arg-type]
+
+
+def _show(report: CheckReport | DoctorReport | Plan, *, as_json: bool) -> None:
     from alignkit import console
 
     if as_json:

@@ -43,10 +43,9 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
         from alignkit.launch.accelerate import join_launcher
 
         if makes_rows:
-            raise EnvironmentProblem(
-                f"a {stage.method} stage runs in one process, and asks its models in batches; start it without a "
-                "launcher"
-            )
+            what = f"a {stage.method} stage runs in one process, and asks its models in batches; start it without a "
+            what += "launcher"
+            raise EnvironmentProblem(what)
         join_launcher(stage, retries=retries)
         if SUPERVISED in os.environ or os.environ.get("RANK", "0") != "0":  # somebody has checked and locked the run
             return _train(stage, command)

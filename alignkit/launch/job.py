@@ -54,10 +54,9 @@ class Job:
         stage, run = self._stage, self._run
         require_ready(stage)
         if stage.launch.strategy in accelerate.ZERO_STAGES and importlib.util.find_spec("deepspeed") is None:
-            raise EnvironmentProblem(
-                f"{stage.where('launch.strategy')}: launch.strategy {stage.launch.strategy} needs DeepSpeed, which is "
-                "not installed; `pip install 'deepspeed>=0.19,<0.20'`, or use fsdp"
-            )
+            what = f"{stage.where('launch.strategy')}: launch.strategy {stage.launch.strategy} needs DeepSpeed, which "
+            what += "is not installed; `pip install 'deepspeed>=0.19,<0.20'`, or use fsdp"
+            raise EnvironmentProblem(what)
         with hearing(lambda number, frame: self._received.append(number)):
             if not self._placement.is_main:
                 console.hush()  # node 0 speaks
@@ -112,12 +111,15 @@ class Job:
             directory = self._announce(placement)
         else:
             self._wait_for_main(after)
-            directory = self._attempt_dir(self._current()["attempt"])
-            try:
-                self._require_same_job()
-            except UsageError as error:
+            theirs, ours = self._current(), self._facts()
+            directory = self._run.launch / f"attempt-{theirs['attempt']}"
+            for key in (key for key in _COMPARED if theirs.get(key) != ours[key]):
+                what = f"the nodes do not start the same job: {key} is {theirs.get(key)} on node 0 "
+                what += f"({theirs.get('host')}) and {ours[key]} on node {placement.node_rank} ({ours['host']}); "
+                what += "start the same command, recipe and alignkit on all of them"
+                error = RunError(what, where=stage.where(f"launch.{key}"))
                 abort(directory, int(placement.node_rank or 0), error)
-                raise
+                raise error
         argv = self._command.argv()
         if several:
             precision = mixed_precision(stage, placement.device)
@@ -141,12 +143,8 @@ class Job:
 
     def _describe_resume(self) -> str:
         step = checkpoints.newest_step(self._run.checkpoints)
-        return "nothing was saved yet; the same command starts again" if step is None else (
-            f"the same command goes on from step {step}"
-        )  # fmt: skip
-
-    def _attempt_dir(self, attempt: int) -> Path:
-        return self._run.launch / f"attempt-{attempt}"
+        again = "nothing was saved yet; the same command starts again"
+        return again if step is None else f"the same command goes on from step {step}"
 
     def _facts(self) -> dict[str, Any]:
         place = self._placement
@@ -165,15 +163,16 @@ class Job:
             launch.mkdir(exist_ok=True)
             older = sorted(int(path.name.removeprefix("attempt-")) for path in launch.glob("attempt-*"))
             for number in older[: -_KEPT_ATTEMPTS + 1]:
-                shutil.rmtree(self._attempt_dir(number), ignore_errors=True)
+                shutil.rmtree(launch / f"attempt-{number}", ignore_errors=True)
             attempt = max(older, default=0) + 1
-            self._attempt_dir(attempt).mkdir()
+            directory = launch / f"attempt-{attempt}"
+            directory.mkdir()
             if placement.world_size > 1:
                 precision = mixed_precision(stage, placement.device)
                 for name, text in accelerate.make_configs(stage, placement, precision, launch).items():
                     (launch / name).write_text(text, encoding="utf-8")
             write_json(launch / _CURRENT, {"attempt": attempt, **self._facts()})
-        return self._attempt_dir(attempt)
+        return directory
 
     def _choose_port(self) -> int:
         """Find the port node 0 opens: the one that was given, which must be free, else any free one."""
@@ -185,11 +184,9 @@ class Job:
             except OSError as error:
                 which = f"port {wanted}" if wanted else "no free port"
                 state = "is in use" if error.errno == errno.EADDRINUSE else "cannot be opened"
-                raise RunError(
-                    f"{which} {state} on {socket.gethostname()} ({error.strerror}); choose another with "
-                    "--main-port or launch.main_port",
-                    where=self._stage.where("launch.main_port"),
-                ) from error
+                what = f"{which} {state} on {socket.gethostname()} ({error.strerror}); choose another with --main-port "
+                what += "or launch.main_port"
+                raise RunError(what, where=self._stage.where("launch.main_port")) from error
             return int(probe.getsockname()[1])
 
     def _require_known(self, address: str) -> None:
@@ -197,11 +194,9 @@ class Job:
         try:
             socket.getaddrinfo(address, None)
         except OSError as error:
-            raise RunError(
-                f"the main address {address} cannot be resolved on {socket.gethostname()} ({error.strerror}); give the "
-                "name or IP of node 0 with --main-address or launch.main_address",
-                where=self._stage.where("launch.main_address"),
-            ) from error
+            what = f"the main address {address} cannot be resolved on {socket.gethostname()} ({error.strerror}); give "
+            what += "the name or IP of node 0 with --main-address or launch.main_address"
+            raise RunError(what, where=self._stage.where("launch.main_address")) from error
 
     def _wait_for_main(self, after: int) -> None:
         """Wait until node 0 answers at its port and has announced a try above `after`."""
@@ -215,25 +210,11 @@ class Job:
                 if self._current().get("attempt", 0) > after:
                     return
             if time.monotonic() > deadline:
-                raise RunError(
-                    f"nobody answers at {address}:{port} after {seconds:g} s; start the same command on node 0, check "
-                    "--main-address and --main-port, and that no firewall stands between",
-                    where=self._stage.where("launch.main_address"),
-                )
+                what = f"nobody answers at {address}:{port} after {seconds:g} s; start the same command on node 0, "
+                what += "check --main-address and --main-port, and that no firewall stands between"
+                raise RunError(what, where=self._stage.where("launch.main_address"))
             self._heed_signal()
             time.sleep(_LOOK_SECONDS)
-
-    def _require_same_job(self) -> None:
-        """Raise RunError naming both values when this node would start something else than node 0."""
-        theirs, ours = self._current(), self._facts()
-        for key in _COMPARED:
-            if theirs.get(key) != ours[key]:
-                raise RunError(
-                    f"the nodes do not start the same job: {key} is {theirs.get(key)} on node 0 ({theirs.get('host')}) "
-                    f"and {ours[key]} on node {self._placement.node_rank} ({ours['host']}); start the same command, "
-                    "recipe and alignkit on all of them",
-                    where=self._stage.where(f"launch.{key}"),
-                )
 
 
 def _find_interface(placement: Placement) -> str | None:

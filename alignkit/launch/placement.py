@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -167,8 +167,17 @@ def place(
         slurm_nodes = environment.get("SLURM_JOB_NODELIST")
         address = launch.main_address or environment.get("MASTER_ADDR") or first_host(slurm_nodes or "")
         port = _first_number(port, environment.get("MASTER_PORT"), DEFAULT_PORT)
-        found = _check_nodes(launch.nodes, node_rank, address, strict=strict)
-        problems += [Problem(what, stage.where("launch.nodes")) for what in found]
+        where = stage.where("launch.nodes")
+        if node_rank is not None and node_rank >= launch.nodes:
+            what = f"this is node {node_rank}, but launch.nodes is {launch.nodes}: nodes are 0 to {launch.nodes - 1}"
+            problems.append(Problem(what, where))
+        if strict and node_rank is None:
+            what = f"launch.nodes is {launch.nodes}, but which of them this machine is, is not known; give --node-rank "
+            problems.append(Problem(f"{what}or NODE_RANK, or start it with srun (SLURM_NODEID)", where))
+        if strict and not address:
+            what = f"launch.nodes is {launch.nodes}, but where node 0 is reached is not known; give --main-address, "
+            what += "launch.main_address or MASTER_ADDR, or start it with srun (SLURM_JOB_NODELIST)"
+            problems.append(Problem(what, where))
         for name in ("SLURM_NODEID", "NODE_RANK", "MASTER_PORT"):
             if (value := environment.get(name)) and not value.strip().isdigit():
                 what = f"{name} is {value!r} in the environment; it must be a whole number, or not be set"
@@ -186,18 +195,3 @@ def first_host(nodes: str) -> str:
 
 def _first_number(*values: int | str | None) -> int | None:
     return next((int(value) for value in values if value is not None and str(value).strip().isdigit()), None)
-
-
-def _check_nodes(nodes: int, node_rank: int | None, address: str | None, *, strict: bool) -> Iterator[str]:
-    if node_rank is not None and node_rank >= nodes:
-        yield f"this is node {node_rank}, but launch.nodes is {nodes}: nodes are 0 to {nodes - 1}"
-    if strict and node_rank is None:
-        yield (
-            f"launch.nodes is {nodes}, but which of them this machine is, is not known; give --node-rank or NODE_RANK, "
-            "or start it with srun (SLURM_NODEID)"
-        )
-    if strict and not address:
-        yield (
-            f"launch.nodes is {nodes}, but where node 0 is reached is not known; give --main-address, "
-            "launch.main_address or MASTER_ADDR, or start it with srun (SLURM_JOB_NODELIST)"
-        )

@@ -70,7 +70,23 @@ def run_one(place: dict[str, Path], command: Command, how: How) -> None:
     if how.slurm or how.submit:
         _use_slurm([command], how)
     elif how.dry_run:
-        _show_plan(command, how)
+        from alignkit.launch.accelerate import plan_launch
+
+        locate_rows(stage)
+        launch = plan_launch(command)
+        if how.as_json:
+            console.print_json({**stage.to_dict(), "would_start": launch})
+            return
+        run = RunDir(Path(stage.run_dir))
+        will = "run from the start" if stage.method in FEEDBACK else "train from the start"
+        if run.stage.exists() and how.force:
+            will = f"move the run that is there aside and {will}"
+        elif run.stage.exists() and run.is_finished():
+            will = "nothing: the run is finished (--force starts over)"
+        elif run.stage.exists():
+            will = "go on with the unfinished run"
+        console.print_stage(stage.to_dict(), will=will)
+        console.print_launch(launch)
     else:
         place["run_dir"] = Path(stage.run_dir)
         result = launch_stage(stage, command, force=how.force, retries=how.retries)
@@ -114,10 +130,9 @@ def run_many(
         console.print_json([{**start, **row} for start, row in zip([*starts, {}], planned, strict=False)])
         return
     if is_worker():
-        raise EnvironmentProblem(
-            "`alignkit run` starts the processes of each stage itself (launch.processes); with a launcher of your own, "
-            "start the stages one by one"
-        )
+        what = "`alignkit run` starts the processes of each stage itself (launch.processes); with a launcher of your "
+        what += "own, start the stages one by one"
+        raise EnvironmentProblem(what)
     check_order(stages)
     for number, stage in enumerate(stages):  # the last stage's missing file is found now, not in a day
         require_ready(stage, coming=[before.name for before in stages[:number]])
@@ -303,28 +318,6 @@ def let_go() -> None:
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):  # a kernel without it
             Path("/proc/self/clear_refs").write_text("5")
-
-
-def _show_plan(command: Command, how: How) -> None:
-    """Write what the command of one stage would do, and every value in force."""
-    from alignkit.launch.accelerate import plan_launch
-
-    stage = command.stage
-    locate_rows(stage)
-    launch = plan_launch(command)
-    if how.as_json:
-        console.print_json({**stage.to_dict(), "would_start": launch})
-        return
-    run = RunDir(Path(stage.run_dir))
-    will = "run from the start" if stage.method in FEEDBACK else "train from the start"
-    if run.stage.exists() and how.force:
-        will = f"move the run that is there aside and {will}"
-    elif run.stage.exists() and run.is_finished():
-        will = "nothing: the run is finished (--force starts over)"
-    elif run.stage.exists():
-        will = "go on with the unfinished run"
-    console.print_stage(stage.to_dict(), will=will)
-    console.print_launch(launch)
 
 
 def _use_slurm(commands: Sequence[Command], how: How) -> None:

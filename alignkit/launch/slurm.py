@@ -18,7 +18,6 @@ from jinja2 import Environment, StrictUndefined
 from alignkit.errors import EnvironmentProblem, RecipeError, RunError
 from alignkit.launch.placement import Command
 from alignkit.preflight.requirements import list_needs, require_ready
-from alignkit.recipe import Stage
 from alignkit.recipe.schema import SlurmOptions
 from alignkit.recipe.stage import check_batch
 from alignkit.runs.checkpoints import MANIFEST
@@ -84,16 +83,23 @@ def build_script(command: Command) -> str:
     """Make the text of the batch script of a stage."""
     stage = command.stage
     launch, slurm = stage.launch, stage.launch.slurm or SlurmOptions()
-    gpus = _count_gpus(stage, slurm)
-    processes = gpus if launch.processes == "auto" else launch.processes
+    given = slurm.gpus_per_node
+    if launch.processes == "auto" and not given:
+        what = "launch.processes is auto, and the devices here say nothing of the cluster's; --slurm needs a number "
+        what += "there or in launch.slurm.gpus_per_node"
+        raise RecipeError(what, where=stage.where("launch.processes"))
+    processes = given or 1 if launch.processes == "auto" else launch.processes
+    wanted = 0 if launch.device == "cpu" else processes  # one for each process unless it trains on the CPU
+    if given is not None and 0 < given < wanted:
+        what = f"launch.slurm.gpus_per_node is {given}, but launch.processes is {wanted}, one a GPU; make them equal"
+        raise RecipeError(what, where=stage.where("launch.slurm.gpus_per_node"))
+    gpus = wanted if given is None else given
     run = RunDir(Path(stage.run_dir))
     seconds = read_time(slurm.time) if slurm.time else 0
     if seconds and seconds <= slurm.signal_seconds + 60:  # Slurm signals up to 60 s early
-        raise RecipeError(
-            f"launch.slurm.time is {slurm.time}, and launch.slurm.signal_seconds stops the job {slurm.signal_seconds} "
-            "to 60 more seconds before that; raise the one or lower the other",
-            where=stage.where("launch.slurm.time"),
-        )
+        what = f"launch.slurm.time is {slurm.time}, and launch.slurm.signal_seconds stops the job "
+        what += f"{slurm.signal_seconds} to 60 more seconds before that; raise the one or lower the other"
+        raise RecipeError(what, where=stage.where("launch.slurm.time"))
     if problem := check_batch(stage, launch.nodes * processes):
         raise RecipeError(problem)
     cpus = slurm.cpus_per_process * processes
@@ -112,26 +118,6 @@ def build_script(command: Command) -> str:
         manifest=MANIFEST, several_nodes=launch.nodes > 1, max_requeues=slurm.max_requeues, cpus=cpus,
         command=shlex.join(command.argv()),
     )  # fmt: skip
-
-
-def _count_gpus(stage: Stage, slurm: SlurmOptions) -> int:
-    """Count the GPUs of a node: as the recipe says, else one for each process unless it trains on the CPU."""
-    launch, given = stage.launch, slurm.gpus_per_node
-    if launch.processes == "auto":
-        if given:
-            return given
-        raise RecipeError(
-            "launch.processes is auto, and the devices here say nothing of the cluster's; --slurm needs a number there "
-            "or in launch.slurm.gpus_per_node",
-            where=stage.where("launch.processes"),
-        )
-    wanted = 0 if launch.device == "cpu" else launch.processes
-    if given is not None and 0 < given < wanted:
-        raise RecipeError(
-            f"launch.slurm.gpus_per_node is {given}, but launch.processes is {wanted}, one a GPU; make them equal",
-            where=stage.where("launch.slurm.gpus_per_node"),
-        )
-    return wanted if given is None else given
 
 
 def read_time(text: str) -> int:

@@ -299,8 +299,11 @@ class Supervisor:
                 status = -exited if exited < 0 else exited << 8
             elif self._is_alive(beat):
                 continue
-            else:
-                status = death_of(beat.pid) or 0
+            else:  # the wait status of one whose parent has not asked yet
+                status = 0
+                with suppress(OSError):
+                    fields = Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()
+                    status = int(fields[-1]) if fields[0] == "Z" else 0
             if rank not in heartbeat.read_ends(self._directory):  # it may have written its end as we looked
                 self._deaths[rank] = Death(beat, status or None)
 
@@ -313,7 +316,11 @@ class Supervisor:
             silent = now - self._seen[rank][1]
             if silent > self._heartbeat_seconds:
                 here = rank in self._ranks and beat.host == socket.gethostname()
-                return describe_frozen(beat, silent, stopped=here and is_stopped(beat.pid))
+                stopped = False
+                with suppress(psutil.Error):  # by SIGSTOP, or a debugger
+                    states = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+                    stopped = here and psutil.Process(beat.pid).status() in states
+                return describe_frozen(beat, silent, stopped=stopped)
         stuck = any(beat.idle_seconds > self._timeout_seconds for beat in running.values())
         return describe_stuck(running.values(), self._timeout_seconds) if stuck else None
 
@@ -376,23 +383,6 @@ def is_alive(pid: int, *, child_of: int) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and child_of in (process.ppid(), pid)
     except psutil.Error:
         return False
-
-
-def is_stopped(pid: int) -> bool:
-    """Tell whether somebody stopped a process, with SIGSTOP or a debugger."""
-    try:
-        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-    except psutil.Error:
-        return False
-
-
-def death_of(pid: int) -> int | None:
-    """Read the wait status of a process that has ended and whose parent has not asked yet; None when unknown."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return int(fields[-1]) if fields[0] == "Z" else None
 
 
 def list_marked(job_root: Path) -> list[psutil.Process]:

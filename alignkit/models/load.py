@@ -74,24 +74,31 @@ def pick_device(wanted: str = "auto", *, where: str = "") -> str:
     return wanted
 
 
-def pick_precision(stage: Stage) -> Precision:
-    """Choose the precision a stage asks for.
+def number_types(stage: Stage, *, half: bool) -> tuple[torch.dtype, str]:
+    """What weights are held in, and what autocast computes in: no, bf16, fp16; `half` where a device has bfloat16.
 
     dtype auto is bfloat16 for a frozen base where the device computes in it, and float32 for weights that are trained
     themselves: bfloat16 rounds away updates smaller than 1/256 of a weight (autocast still computes in bfloat16).
     """
-    device = pick_device(stage.launch.device, where=stage.where("launch.device"))
-    dtype = stage.model.dtype
+    dtype, mixed = stage.model.dtype, stage.launch.mixed_precision
+    if mixed == "auto":
+        mixed = "fp16" if dtype == "float16" else "bf16" if dtype == "bfloat16" or (dtype == "auto" and half) else "no"
     if dtype == "auto":
-        computes = device == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if computes and stage.lora is not None else "float32"
-    if dtype == "float16" and device != "cuda":
-        where = stage.where("model.dtype")
-        raise EnvironmentProblem(f"{where}: model.dtype float16 needs cuda, this is {device}; use float32 or bfloat16")
-    if dtype == "float16" and stage.lora is None:
+        dtype = "bfloat16" if half and stage.lora is not None else "float32"
+    elif dtype == "float16" and stage.lora is None:
         dtype = "float32"  # float16 computes through autocast; gradients of float16 weights cannot be unscaled
-    held = (stage.model.quantization, stage.model.double_quantization, stage.model.quantization_storage)
-    return Precision(getattr(torch, dtype), device, *held)
+    return getattr(torch, dtype), mixed
+
+
+def pick_precision(stage: Stage) -> Precision:
+    """Choose the precision a stage asks for on the device that it runs on."""
+    device, options = pick_device(stage.launch.device, where=stage.where("launch.device")), stage.model
+    if options.dtype == "float16" and device != "cuda":
+        what = f"model.dtype float16 needs cuda, this is {device}; use float32 or bfloat16"
+        raise EnvironmentProblem(f"{stage.where('model.dtype')}: {what}")
+    dtype, _ = number_types(stage, half=device == "cuda" and torch.cuda.is_bf16_supported())
+    settings = options.quantization, options.double_quantization, options.quantization_storage
+    return Precision(dtype, device, *settings)
 
 
 def draw_base(stage: Stage, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> PreTrainedModel:
@@ -289,7 +296,7 @@ def load_policy(
         model.loss_type = "ForCausalLM"  # GPT-2's class name does not tell transformers, which warns at every start
     has_reference = stage.method in ("dpo", "ppo") and not reward
     if stage.lora is None:
-        _freeze(model, stage)
+        freeze(model, stage)
         return Loaded(model, "model" if has_reference else None, lineage, precision)
     model.requires_grad_(False)
     added = [] if stage.method == "ppo" else [int(tokenizer.get_vocab()[token]) for token in stage.model.add_tokens]
@@ -311,7 +318,7 @@ def load_policy(
     return Loaded(wrapped, reference, lineage, precision)
 
 
-def _freeze(model: nn.Module, stage: Stage) -> None:
+def freeze(model: nn.Module, stage: Stage) -> None:
     """Leave the weights that `model.freeze` names out of training; raise ModelError for what names none."""
     where = stage.where("model.freeze")
     for pattern in stage.model.freeze:
@@ -403,7 +410,7 @@ def build_skeleton(stage: Stage, tokenizer: Any = None, *, learnt: str | None = 
         what = f"model.quantization {stage.model.quantization} holds {linear / total:.1%} of the weights; bitsandbytes "
         doubts.append(f"{what}quantises linear layers, and the rest ({rest}) stays as it is")
     if stage.lora is None:
-        _freeze(base, stage)
+        freeze(base, stage)
     else:
         try:
             with torch.device("meta"):

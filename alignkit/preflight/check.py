@@ -20,15 +20,8 @@ from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.server import find_key
 from alignkit.feedback.stage import describe_model
 from alignkit.models.files import find_model_dir, inspect_model_dir
+from alignkit.preflight import requirements
 from alignkit.preflight.doctor import Table, require_versions, try_quantization
-from alignkit.preflight.requirements import (
-    list_data,
-    list_feedback_models,
-    list_needs,
-    require_held_out,
-    require_ready,
-    without_unmade,
-)
 from alignkit.recipe import Recipe, Stage, resolve
 from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, LabelOptions, PpoOptions, TrainOptions
 from alignkit.report.text import wilson
@@ -122,12 +115,12 @@ def check_recipe(recipe: Recipe, *, trust_code: bool = False, strict: bool = Fal
         report.stages.append(check := StageCheck(name, recipe.stages[name].options.method))
         if (stage := check.note(resolve, recipe, name, trust_code=trust_code)) is not None:
             stages.append((stage, check))
-            unmade = [need.stage for need in list_needs(stage) if not need.is_made()]
-            check.note(require_ready, stage, coming=unmade)
+            unmade = [need.stage for need in requirements.list_needs(stage) if not need.is_made()]
+            check.note(requirements.require_ready, stage, coming=unmade)
     if recipe.evaluates:
         report.stages.append(check := StageCheck("evaluate", "eval"))
         check.facts |= check.note(describe_evaluation, recipe) or {}
-        check.warnings += check.note(require_held_out, recipe, recipe.order) or []
+        check.warnings += check.note(requirements.require_held_out, recipe, recipe.order) or []
     if any(check.problems for check in report.stages):
         return report
     forms: dict[str, str | None] = {}  # chat or text, by stage
@@ -168,7 +161,7 @@ def _check_stage(stage: Stage, check: StageCheck) -> str | None:
         _read_rows(stage, check, {"data": stage.method}, "; lengths not checked, there is no tokenizer")
         return None
     check.note(_check_model, stage, check, chat)
-    for need in list_needs(stage):
+    for need in requirements.list_needs(stage):
         if need.rows and not need.is_made():
             check.facts[f"data {need.path}"] = f"of {need.stage}, not made yet: not checked"
     stage = _with_made_rows(stage)
@@ -184,16 +177,16 @@ def _check_stage(stage: Stage, check: StageCheck) -> str | None:
 
 def _with_made_rows(stage: Stage) -> Stage:
     """Leave out the files of rows that earlier stages have yet to write."""
-    made: dict[str, Any] = {"data": without_unmade(stage.options.data, stage)}
+    made: dict[str, Any] = {"data": requirements.without_unmade(stage.options.data, stage)}
     if isinstance(held_out := stage.training.eval, list):
-        made["eval"] = without_unmade(held_out, stage) or None
+        made["eval"] = requirements.without_unmade(held_out, stage) or None
     return replace(stage, options=stage.options.model_copy(update=made))
 
 
 def describe_feedback(stage: Stage) -> dict[str, str]:
     """Say what a stage asks for feedback, and by how many principles."""
     options = stage.options
-    facts = {key: describe_model(model, stage) for key, model in list_feedback_models(stage)}
+    facts = {key: describe_model(model, stage) for key, model in requirements.list_feedback_models(stage)}
     if isinstance(options, CritiqueOptions | LabelOptions) and options.constitution is not None:
         needs: Literal["critique", "comparison"] = "critique" if stage.method == "critique" else "comparison"
         facts["principles"] = str(len(load_constitution(options.constitution, needs=needs).principles))
@@ -219,8 +212,8 @@ def _read_rows(stage: Stage, check: StageCheck, keys: dict[str, str], note: str 
     from alignkit.data import DataReport, Rejects, read_rows
 
     sources: dict[str, list[DataSource]] = {}
-    for key, source in list_data(stage):
-        if key in keys and without_unmade([source], stage):
+    for key, source in requirements.list_data(stage):
+        if key in keys and requirements.without_unmade([source], stage):
             name = f"{key} {source.path}" if stage.method in FEEDBACK else key
             sources.setdefault(name, []).append(source)
     for name, given in sources.items():
@@ -257,7 +250,8 @@ def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
 
     chat = load_chat(stage, learnt=learn_vocabulary(stage))
     tokenizer = chat.tokenizer
-    if stage.objective == "distill" and all(need.key != "teacher" or need.is_made() for need in list_needs(stage)):
+    needs = requirements.list_needs(stage)
+    if stage.objective == "distill" and all(need.key != "teacher" or need.is_made() for need in needs):
         from alignkit.train.distill import require_same_tokens
 
         check.note(require_same_tokens, stage, tokenizer)
@@ -298,10 +292,9 @@ def require_space(run_dir: Path, needed_bytes: int, *, num_checkpoints: int) -> 
     existing = next(place for place in (run_dir.absolute(), *run_dir.absolute().parents) if place.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise EnvironmentProblem(
-            f"{existing} has {free / _GIB:.2f} GiB free; {num_checkpoints} checkpoints and the final model need about "
-            f"{needed_bytes / _GIB:.2f} GiB; free some, lower keep_checkpoints, or choose another --out"
-        )
+        what = f"{existing} has {free / _GIB:.2f} GiB free; {num_checkpoints} checkpoints and the final model need "
+        what += f"about {needed_bytes / _GIB:.2f} GiB; free some, lower keep_checkpoints, or choose another --out"
+        raise EnvironmentProblem(what)
     return free
 
 
@@ -396,11 +389,9 @@ class Preview:
 def preview_stage(stage: Stage, *, num_rows: int) -> Preview:
     """Tokenise the rows of a stage as training does, collate the first ones and look for faults; loads no weights."""
     if stage.method in FEEDBACK:
-        raise RecipeError(
-            f"{stage.name} is a {stage.method} stage: it trains on no rows; preview the stage that trains on what it "
-            "writes",
-            where=stage.where(stage.name),
-        )
+        what = f"{stage.name} is a {stage.method} stage: it trains on no rows; preview the stage that trains on what "
+        what += "it writes"
+        raise RecipeError(what, where=stage.where(stage.name))
     from alignkit.data import Rejects
     from alignkit.models.tokens import load_chat
     from alignkit.train.preview import preview_rows, training_rows

@@ -9,18 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from alignkit import errors
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.data.sources import Located, locate
-from alignkit.errors import (
-    DataError,
-    EnvironmentProblem,
-    ModelError,
-    Problem,
-    RecipeError,
-    RunError,
-    UsageError,
-    suggest,
-)
 from alignkit.models.files import TEMPLATES, ModelFiles, find_model_dir, inspect_model_dir, require_available
 from alignkit.preflight.doctor import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
@@ -57,7 +48,7 @@ def require_ready(stage: Stage, *, coming: Collection[str] = ()) -> None:
 
     Raises UsageError, or EnvironmentProblem where only this machine lacks something.
     """
-    errors: list[UsageError] = []
+    wrong: list[errors.UsageError] = []
     missing: list[str] = []
     looks: list[Callable[[], object]] = [partial(_require_made, stage, coming), partial(_require_start, stage)]
     if stage.rewards:
@@ -71,16 +62,16 @@ def require_ready(stage: Stage, *, coming: Collection[str] = ()) -> None:
     for require in looks:
         try:
             require()
-        except UsageError as error:
-            errors.append(error)
-        except EnvironmentProblem as error:
+        except errors.UsageError as error:
+            wrong.append(error)
+        except errors.EnvironmentProblem as error:
             missing.append(str(error))
-    if errors:
-        kinds = {type(error) for error in errors}
-        problems = dict.fromkeys(problem for error in errors for problem in error.problems)
-        raise (kinds.pop() if len(kinds) == 1 else UsageError)(problems)
+    if wrong:
+        kinds = {type(error) for error in wrong}
+        problems = dict.fromkeys(problem for error in wrong for problem in error.problems)
+        raise (kinds.pop() if len(kinds) == 1 else errors.UsageError)(problems)
     if missing:
-        raise EnvironmentProblem("\n".join(dict.fromkeys(missing)))
+        raise errors.EnvironmentProblem("\n".join(dict.fromkeys(missing)))
 
 
 def list_needs(stage: Stage) -> list[Need]:
@@ -134,14 +125,14 @@ def _require_made(stage: Stage, coming: Collection[str]) -> None:
         state = "has not been run to its end" if need.rows else "has not been trained to its end"
         instead = "the file of rows itself" if need.rows else f"another {need.key.split('.')[-1]}"
         problems.append(
-            Problem(
+            errors.Problem(
                 f"{stage.name} {verb} {need.stage}, which {state}; {'run' if need.rows else 'train'} --stage "
                 f"{need.stage} of {shlex.quote(stage.recipe_path)} first, or name {instead}",
                 stage.where(f"{stage.name}.{need.key}"),
             )
         )
     if problems:
-        raise RunError(problems)
+        raise errors.RunError(problems)
 
 
 def _inspect(stage: Stage, key: str, source: str, *, weights: bool = True) -> ModelFiles | None:
@@ -152,8 +143,9 @@ def _inspect(stage: Stage, key: str, source: str, *, weights: bool = True) -> Mo
         require_available(source)
         directory = find_model_dir(source)
         return inspect_model_dir(directory, trust_code=stage.trust_code) if directory and weights else None
-    except UsageError as error:
-        raise ModelError([Problem(f"{key}: {problem}", stage.where(key)) for problem in error.problems]) from error
+    except errors.UsageError as error:
+        problems = [errors.Problem(f"{key}: {problem}", stage.where(key)) for problem in error.problems]
+        raise errors.ModelError(problems) from error
 
 
 def _require_start(stage: Stage) -> None:
@@ -164,16 +156,16 @@ def _require_start(stage: Stage) -> None:
     if files is not None and files.reward and (stage.method != "rm" or files.head) and stage.task is None:
         kind = "classifier" if files.head else "reward model"
         what = f"{source} is a {kind}; {stage.method} needs a policy to start from"
-        raise ModelError(what, where=stage.where(key))
+        raise errors.ModelError(what, where=stage.where(key))
     if stage.model.tokenizer and stage.model.tokenizer not in LEARNT_TOKENIZERS:
         _inspect(stage, "model.tokenizer", stage.model.tokenizer, weights=False)
     template = stage.model.chat_template or ""
     if template.startswith("/"):
         _require_file(stage, "model.chat_template", template)
     # Others may be names of templates that the tokenizer brings.
-    elif template and template not in TEMPLATES and (hint := suggest(template, TEMPLATES)):
+    elif template and template not in TEMPLATES and (hint := errors.suggest(template, TEMPLATES)):
         what = f"model.chat_template: {template!r} is neither a file nor one of {', '.join(TEMPLATES)}{hint}"
-        raise ModelError(what, where=stage.where("model.chat_template"))
+        raise errors.ModelError(what, where=stage.where("model.chat_template"))
 
 
 def _require_feedback_model(stage: Stage, name: str, model: FeedbackModel) -> None:
@@ -183,21 +175,19 @@ def _require_feedback_model(stage: Stage, name: str, model: FeedbackModel) -> No
 
         find_key(model, key=key, where=stage.where(f"{key}.api_key_env"))
         if importlib.util.find_spec("openai") is None:
-            raise EnvironmentProblem(
+            raise errors.EnvironmentProblem(
                 "a judge or generator with url needs the openai client: pip install 'alignkit[judge]'"
             )
     elif model.replay is not None:
         _require_file(stage, f"{key}.replay", model.replay)
     elif model.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        where = stage.where(key)
-        raise EnvironmentProblem(f"{where}: {name}.engine is vllm, which is not installed; use transformers or url")
+        what = f"{stage.where(key)}: {name}.engine is vllm, which is not installed; use transformers or url"
+        raise errors.EnvironmentProblem(what)
     elif model.model is not None:
         files = _inspect(stage, key, model.model)
         if files is not None and files.reward:
-            raise ModelError(
-                f"{key} is {model.model}, a reward model, which cannot write or choose; name a language model",
-                where=stage.where(key),
-            )
+            what = f"{key} is {model.model}, a reward model, which cannot write or choose; name a language model"
+            raise errors.ModelError(what, where=stage.where(key))
 
 
 def _list_texts(stage: Stage) -> Iterator[Callable[[], object]]:
@@ -228,13 +218,14 @@ def _require_file(stage: Stage, key: str, path: str) -> None:
     if not Path(path).is_file():
         folder = Path(path).parent
         near = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
-        raise RecipeError(f"{key}: {path} is not there{suggest(Path(path).name, near)}", where=stage.where(key))
+        hint = errors.suggest(Path(path).name, near)
+        raise errors.RecipeError(f"{key}: {path} is not there{hint}", where=stage.where(key))
 
 
 def locate_rows(stage: Stage, *, coming: Collection[str] = ()) -> tuple[dict[str, list[DataSource]], list[Located]]:
     """Find the sources of a stage, by key and all of them, without reading any; DataError names their place."""
     located: list[Located] = []
-    problems: list[Problem] = []
+    problems: list[errors.Problem] = []
     groups: dict[str, list[DataSource]] = {}
     for key, source in list_data(stage):
         if without_unmade([source], stage, coming=coming):
@@ -243,10 +234,10 @@ def locate_rows(stage: Stage, *, coming: Collection[str] = ()) -> tuple[dict[str
         key = f"{stage.name}.{name}"
         try:
             located += locate(sources)
-        except DataError as error:
-            problems += [Problem(f"{key}: {problem}", stage.where(key)) for problem in error.problems]
+        except errors.DataError as error:
+            problems += [errors.Problem(f"{key}: {problem}", stage.where(key)) for problem in error.problems]
     if problems:
-        raise DataError(problems)
+        raise errors.DataError(problems)
     return groups, located
 
 
@@ -273,7 +264,7 @@ def require_packages(stage: Stage) -> None:
     if from_hub and not stage.trust_code:
         key = "use_kernels" if model.use_kernels else "attn_implementation"
         what = f"model.{key} runs code of the hub, which a recipe cannot allow; give --trust-code on the command line"
-        raise UsageError([Problem(what, stage.where(f"model.{key}"))])
+        raise errors.UsageError([errors.Problem(what, stage.where(f"model.{key}"))])
     flash = (model.attn_implementation or "").startswith("flash") and not importlib.util.find_spec("flash_attn")
     if from_hub or flash:  # transformers takes the hub's kernel where flash_attn is not installed
         key = "model.attn_implementation" if model.attn_implementation else "model.use_kernels"
@@ -285,7 +276,7 @@ def require_packages(stage: Stage) -> None:
         if importlib.util.find_spec(module) is None
     ]
     if problems:
-        raise EnvironmentProblem("\n".join(problems))
+        raise errors.EnvironmentProblem("\n".join(problems))
 
 
 def require_held_out(recipe: Recipe, names: Sequence[str]) -> list[str]:
@@ -301,7 +292,7 @@ def require_held_out(recipe: Recipe, names: Sequence[str]) -> list[str]:
     ]
     if bare and len(bare) == len(stages):
         keeps = f"{', '.join(bare)} {'keeps' if len(bare) == 1 else 'keep'}"
-        raise RecipeError(
+        raise errors.RecipeError(
             f"evaluate: has no rows to measure on: {keeps} none out of training; add eval: to "
             f"{bare[0]} (a share such as 0.05, or files), or evaluate.data",
             where=next(place for key, place in recipe.origins.items() if key.split(".")[0] == "evaluate"),

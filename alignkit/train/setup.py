@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
+from alignkit import console
 from alignkit.data import Rejects, Row
-from alignkit.errors import RecipeError
+from alignkit.errors import EnvironmentProblem, RecipeError
 from alignkit.models.chat import Chat
-from alignkit.models.load import Loaded, load_policy, pick_device
+from alignkit.models.files import is_builtin
+from alignkit.models.load import Loaded, load_policy, number_types, pick_device
 from alignkit.models.logprobs import pad
 from alignkit.recipe import Stage
 from alignkit.recipe.stage import check_batch
 from alignkit.runs.directory import RunDir
-from alignkit.train import ranks
+from alignkit.train import memory, ranks
 from alignkit.train.ranks import uses_fsdp, world_size
 from alignkit.train.tables import Tables, open_chat, share_tables
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from alignkit.train.trainer import Guarded
 
 _Config = TypeVar("_Config", bound=TrainingArguments)
-_LARGEST_MICRO_BATCH = 8
 
 
 @dataclass
@@ -70,43 +71,57 @@ class Setup:
 def open_rows(stage: Stage, run: RunDir) -> Setup:
     """Load the tokenizer and make the token tables of a stage: the head of every `build`."""
     chat, rejects = open_chat(stage, run), Rejects()
-    return Setup(stage, run, chat, rejects, share_tables(stage, chat, run.cache, rejects=rejects))
+    tables = share_tables(stage, chat, run.cache, rejects=rejects)
+    _fit_micro_batch(stage, tables.train)
+    return Setup(stage, run, chat, rejects, tables)
+
+
+_FITTING: dict[str, int] = {}  # by run directory: what `micro_batch_size: auto` came to on the card of this process
 
 
 def micro_batch_size(stage: Stage) -> int:
-    """Rows per forward pass: the recipe's, or for auto the largest divisor of the share up to 8.
-
-    For KTO, auto takes 8 over all processes together: its KL term is estimated from the rows that all of them have in
-    one forward pass, which then are the same rows however many processes there are.
-    """
+    """Rows per forward pass: the recipe's, or for auto the largest of `micro_batches` that fits on the card."""
     if problem := check_batch(stage, world_size()):
         raise RecipeError(problem)
-    options = stage.training
-    if getattr(options, "batch_tokens", None):
+    if getattr(stage.options, "batch_tokens", None):
         return 1  # a "row" is a batch of its own
-    share = options.batch_size // world_size()
-    wanted = options.micro_batch_size
-    limit = max(_LARGEST_MICRO_BATCH // world_size(), 2) if stage.is_unpaired else _LARGEST_MICRO_BATCH
-    largest = max(size for size in range(1, limit + 1) if share % size == 0)
-    micro = largest if wanted == "auto" else wanted
+    wanted = stage.training.micro_batch_size
+    auto = _FITTING.get(stage.run_dir) or memory.micro_batches(stage, world_size())[-1]
+    micro = auto if wanted == "auto" else wanted
     if stage.is_unpaired and micro == 1:
-        what = f"is {options.batch_size}, of which one row fits a forward pass; KTO estimates its KL term across rows: "
-        what += "make it a multiple of a number from 2 to 8, or set micro_batch_size"
+        what = f"is {stage.training.batch_size}, of which one row fits a forward pass; KTO estimates its KL term "
+        what += "across rows: make it a multiple of a number from 2 to 8, or set micro_batch_size"
         raise RecipeError(f"{stage.name}.batch_size {what}", where=stage.where(f"{stage.name}.batch_size"))
     return micro
+
+
+def _fit_micro_batch(stage: Stage, table: Any) -> None:
+    """Find the largest micro batch that fits beside what others hold on the card, on that of the rank with the least.
+
+    Its rows are as long as the longest. Tiny models that alignkit brings are not looked at: they fit.
+    """
+    sizes = memory.micro_batches(stage, world_size())
+    on_card = pick_device(stage.launch.device) == "cuda" and not is_builtin(stage.model.path)
+    if stage.training.micro_batch_size != "auto" or len(sizes) == 1 or not on_card:
+        return
+    config, free = memory.read_shape(stage), torch.cuda.mem_get_info()[0]
+    tokens = max(table["length"]) + getattr(stage.options, "max_new_tokens", 0)
+    try:
+        needs = {size: memory.predict(stage, config, micro=size, tokens=tokens, device="cuda").needs for size in sizes}
+    except EnvironmentProblem as error:
+        return console.warn(f"{stage.name}: micro_batch_size auto is {sizes[-1]}, whatever fits: {error}")
+    fitting = max((size for size in sizes if needs[size] <= free), default=sizes[0])
+    _FITTING[stage.run_dir] = micro = -ranks.largest(-fitting)
+    if micro < sizes[-1]:
+        size = f"{needs[micro] / 2**30:.1f} GiB predicted, {free / 2**30:.1f} free"
+        console.note(f"{stage.name}: micro_batch_size {micro}, the largest that fits ({size})")
 
 
 def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, **fixed: Any) -> _Config:
     """Fill TRL's config for a stage; `fixed` are values the method itself decides."""
     device = pick_device(stage.launch.device, where=stage.where("launch.device"))
     micro, wanted = micro_batch_size(stage), stage.training.micro_batch_size
-    precision, dtype = stage.launch.mixed_precision, stage.model.dtype  # of matrix products: no, bf16 or fp16
-    if precision == "auto" and (
-        dtype == "bfloat16" or (dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
-    ):
-        precision = "bf16"
-    elif precision == "auto":
-        precision = "fp16" if dtype == "float16" else "no"
+    _, precision = number_types(stage, half=device == "cuda" and torch.cuda.is_bf16_supported())
     types = {field.name: str(field.type) for field in fields(config_class)}
     values: dict[str, Any] = {
         # A loss that is not finite must be seen, not averaged away; the guard stops before the optimizer step.
@@ -138,7 +153,8 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
         "per_device_train_batch_size": micro,
         # Held-out rows per forward pass do not depend on the number of processes.
         "per_device_eval_batch_size": int(
-            stage.trainer.get("per_device_eval_batch_size") or (_LARGEST_MICRO_BATCH if wanted == "auto" else wanted)
+            stage.trainer.get("per_device_eval_batch_size")
+            or (_FITTING.get(stage.run_dir, memory.LARGEST_MICRO_BATCH) if wanted == "auto" else wanted)
         ),
         "gradient_accumulation_steps": stage.training.batch_size // world_size() // micro,
         "seed": stage.seed,

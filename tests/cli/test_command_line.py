@@ -11,8 +11,8 @@ import alignkit
 from alignkit.cli import app
 
 COMMANDS = [
-    "sft", "rm", "dpo", "ppo", "init", "migrate", "rlaif", "run", "check", "preview", "schema", "doctor", "merge",
-    "eval", "chat", "compare", "diff", "report",
+    "sft", "rm", "dpo", "ppo", "init", "migrate", "rlaif", "run", "plan", "check", "preview", "schema", "doctor",
+    "merge", "eval", "chat", "compare", "diff", "report",
 ]  # fmt: skip
 STAGE_OPTIONS = [
     "--recipe", "--stage", "--out", "--set", "--dry-run", "--force", "--trust-code", "--allow-change", "--allow-key",

@@ -1,0 +1,550 @@
+"""What a stage holds on a device, traced on fake tensors: no weights are read, and no device is needed.
+
+A forward and backward pass of the stage's method runs on tensors without values, and every storage that an operator
+returns is counted while somebody holds it: what autograd saves is in it, what a kernel allocates and frees inside
+itself is not. Layers that repeat are traced at two depths and go on linearly, phase by phase. Optimizer state, copies
+of the policy, models of other roles and what a strategy shards are counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import json
+import os
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from alignkit.errors import EnvironmentProblem, first_line
+from alignkit.models import adapters, kernels
+from alignkit.models.files import find_model_dir
+from alignkit.models.load import UNQUANTIZED, freeze, number_types
+from alignkit.models.logprobs import run_trunk, token_logps
+from alignkit.models.scratch import choose_family, override_config
+from alignkit.models.start import find_start, is_random, know_classifier, read_config, require_objective
+from alignkit.models.tokens import find_tokenizer, load_tokenizer
+from alignkit.recipe import Stage
+from alignkit.recipe.schema import LEARNT_TOKENIZERS, PpoOptions, TrainOptions
+from alignkit.recipe.trl_fields import OWN_LOSSES, method_fields
+from alignkit.runs.files import write_json
+from alignkit.train.trainer import switch_off_dropout
+
+LARGEST_MICRO_BATCH = 8
+_LONGEST_PERIOD = 8  # layers after which kinds of layers repeat
+# Bytes of optimizer state for each byte of a trained weight, by the beginning of `optim`; AdamW keeps two moments.
+_STATE = {"sgd": 0.0, "adafactor": 0.01, "lomo": 0.0, "adalomo": 0.01, "lion": 1.0, "adagrad": 1.0, "rmsprop": 1.0}
+_STATE_8BIT = 2 * 1.016  # bytes a weight: two moments, in blocks of 256 with a float32 scale
+_PASSES = {"sft": "words", "dpo": "words", "rm": "score", "ppo": "answers"}  # others write
+Sizes = dict[str, float]  # bytes by what they are for
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One pass over so many sequences of so many tokens, of which the model writes `answer`."""
+
+    sequences: int
+    tokens: int
+    kind: str  # words, score, answers, seq2seq; write: without gradients, with a cache
+    answer: int = 0
+    packed: bool = False  # all in one sequence, kept apart by a dense mask
+    accumulates: bool = False  # gradients of earlier micro batches are there already
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a pass holds at the highest moment of each phase, and what there is before anything runs."""
+
+    phases: dict[str, Sizes]
+    rest: Sizes
+    trained: Sizes  # "bytes" and "number" of the weights that are trained
+    num_layers: int
+    estimated: list[str]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a device holds at the highest moment of a stage; `saved` are the bytes of a checkpoint."""
+
+    parts: Sizes
+    moment: str
+    saved: float
+    notes: list[str]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def needs(self) -> float:
+        """What a device must have: fragments, and what libraries take for themselves, besides."""
+        return 1.04 * self.total + 0.8 * 2**30
+
+
+def predict(
+    stage: Stage, config: PreTrainedConfig, *, micro: int, tokens: int, device: str, foreign: Mapping[str, float] = {}
+) -> Prediction:
+    """Predict the highest moment of training on rows of so many tokens, or of a stage that writes answers, on "cuda" or
+    "cpu". A row of ppo is a prompt with its answer; `foreign` are bytes of models that are no copy of the policy."""
+    options, world = stage.options, num_devices(stage)
+    answer = min(getattr(options, "max_new_tokens", None) or 0, tokens - 1)
+    kind = "seq2seq" if config.is_encoder_decoder else "score" if stage.scores else _PASSES.get(stage.method, "write")
+    if budget := getattr(options, "batch_tokens", None):
+        micro = max(budget // tokens, 1)
+    sequences = micro * (2 if stage.method in ("dpo", "rm") and not stage.is_unpaired else 1)
+    accumulates = isinstance(options, TrainOptions) and options.batch_size // world > micro
+    packed = packs_densely(stage) and micro > 1
+    found = trace(stage, config, Shape(sequences, tokens, kind, answer, packed, accumulates), device)
+    phases, name = dict(found.phases), str(stage.trainer.get("optim", "adamw_torch_fused")).removeprefix("paged_")
+    if "8bit" in name or "4bit" in name:
+        state = found.trained["number"] * _STATE_8BIT
+    else:
+        state = found.trained["bytes"] * next((share for kind, share in _STATE.items() if name.startswith(kind)), 2.0)
+    if isinstance(options, PpoOptions) and options.generation.engine == "transformers":
+        written = min(options.generation.batch_size, options.batch_size * options.minibatches // world)
+        sampled = trace(stage, config, Shape(written, tokens, "write", answer), device)
+        phases |= {f"sampling, {name}": parts for name, parts in sampled.phases.items()}
+    held = {"optimizer": state} if isinstance(options, TrainOptions) else {}
+    held |= _count_roles(stage, found, state) | dict(foreign)
+    divided = {name: _divide({**parts, **held}, stage, found, device) for name, parts in phases.items()}
+    moment = max(divided, key=lambda name: sum(divided[name].values()))
+    shared = world > 1 and stage.launch.strategy != "ddp"
+    notes = [*found.estimated, *([f"what {stage.launch.strategy} shards, by formula"] if shared else [])]
+    return Prediction(divided[moment], moment, (found.trained["bytes"] + state) * (1 + ("critic" in held)), notes)
+
+
+def num_devices(stage: Stage) -> int:
+    """The processes of a stage; auto counts as one."""
+    return stage.launch.nodes * (1 if stage.launch.processes == "auto" else stage.launch.processes)
+
+
+def packs_densely(stage: Stage) -> bool:
+    """Whether the rows of a forward pass are one sequence, kept apart by a dense mask for want of another kernel."""
+    packs = stage.trainer.get("packing") and stage.trainer.get("packing_strategy", "bfd") != "wrapped"
+    dense = (stage.model.attn_implementation or "sdpa") in ("sdpa", "eager")
+    return bool(packs or stage.trainer.get("padding_free")) and dense
+
+
+def micro_batches(stage: Stage, world: int) -> list[int]:
+    """What `micro_batch_size: auto` may be: divisors of a device's share, up to 8; 1 where rows are packed densely.
+
+    KTO takes 8 over all processes together: its KL term is estimated from the rows that all of them have in one forward
+    pass, which then are the same rows however many processes there are.
+    """
+    limit = max(LARGEST_MICRO_BATCH // world, 2) if stage.is_unpaired else LARGEST_MICRO_BATCH
+    if packs_densely(stage) or getattr(stage.options, "batch_tokens", None):
+        return [1]  # a mask that grows with the square of the rows; a "row" that is a batch of its own
+    return [size for size in range(1, limit + 1) if stage.training.batch_size // world % size == 0]
+
+
+def recomputes(stage: Stage) -> bool:
+    """Whether a step computes activations twice; TRL's trainers do where the recipe says nothing."""
+    default = method_fields(stage.method).get("gradient_checkpointing", {}).get("default")
+    asked = stage.launch.activation_checkpointing
+    return bool(stage.trainer.get("gradient_checkpointing", default) if asked is None else asked)
+
+
+def read_shape(stage: Stage) -> PreTrainedConfig:
+    """Read the config of the model that a stage starts from: the hub's, or that of a directory without weights."""
+    source, revision = stage.start_dir or stage.model.path, stage.model.revision
+    directory = find_model_dir(source)
+    if directory is None or any(directory.glob("*.safetensors")):
+        start = find_start(stage)
+        source, revision = start.base, start.revision
+    config = read_config(source, revision=revision, trust_code=stage.trust_code)
+    if is_random(stage) and not stage.start_dir:
+        config = override_config(config, stage.model.config, where=stage.where("model.config"))
+        if "vocab_size" not in stage.model.config and find_tokenizer(stage)[0] not in LEARNT_TOKENIZERS:
+            config.vocab_size = len(load_tokenizer(stage))
+    if isinstance(stage.options, TrainOptions):
+        require_objective(stage, config)
+    return config
+
+
+def _count_roles(stage: Stage, found: Footprint, state: float) -> Sizes:
+    """Count copies of the policy in other roles: whole models, or adapters on its base."""
+    options, full = stage.options, stage.lora is None
+    copied = found.rest["weights"] if full else found.rest["adapters"]
+    goes_on = stage.start_dir is not None and getattr(options, "adapter", None) in (None, "continue")
+    losses = stage.trainer.get("loss_type") or []
+    bare = any(not OWN_LOSSES[name].has_reference for name in losses if name in OWN_LOSSES)
+    roles: Sizes = {}
+    if stage.method == "ppo" or (stage.method == "dpo" and not bare):
+        kept = not stage.trainer.get("precompute_ref_log_probs") if full else goes_on
+        roles |= {"reference": copied} if kept else {}
+    if isinstance(options, PpoOptions):
+        roles |= {"reward": copied} if options.critic_start == "reward" else {}
+        if options.advantage == "gae" and (full or options.critic_start == "reward"):
+            roles["critic"] = copied + found.trained["bytes"] + state  # with its gradients and their state
+    return roles
+
+
+def _divide(parts: Sizes, stage: Stage, found: Footprint, device: str) -> Sizes:
+    """Divide what a strategy shards among the processes, and add what it holds besides."""
+    world, launch, full = num_devices(stage), stage.launch, stage.lora is None
+    halves = full and number_types(stage, half=device == "cuda")[1] != "no"  # products of 16 bits with float32 weights
+    strategy = launch.strategy if world > 1 else "none"
+    sharded = {"gradients", "optimizer"} if strategy != "none" else set()
+    if strategy in ("zero2", "zero3") and halves:  # DeepSpeed keeps the float32 weights with the optimizer
+        parts = {**parts, "optimizer": parts["optimizer"] + found.trained["bytes"]}
+        parts |= {name: parts[name] / 2 for name in ("weights", "gradients") if name in parts}
+    if strategy in ("fsdp", "zero3"):  # two layers are whole at a time: one computes while the next arrives
+        sharded |= {"weights", "adapters", "reference", "critic"}
+        parts = {**parts, "whole layers": 2 * found.rest["weights"] / found.num_layers / (2 if halves else 1)}
+    elif strategy == "ddp":
+        sharded, parts = set(), {**parts, "buckets": found.trained["bytes"]}  # gradients once more, as they are sent
+    away = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "weights", "gradients")}[launch.offload]
+    return {name: size / world if name in sharded else size for name, size in parts.items() if name not in away}
+
+
+def trace(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str) -> Footprint:
+    """Trace a pass of a stage whose model has this config; what was traced before is read from the cache."""
+    lora = stage.lora.model_dump() if stage.lora else None
+    asked = [config.to_dict(), lora, asdict(shape), device, number_types(stage, half=device == "cuda"), stage.method]
+    asked += [stage.scores, stage.model.quantization, stage.model.double_quantization, stage.model.attn_implementation]
+    asked += [stage.model.freeze, stage.trainer.get("disable_dropout"), recomputes(stage)]
+    asked += [version(name) for name in ("alignkit", "torch", "transformers", "trl", "peft")]
+    key = hashlib.blake2b(json.dumps(asked, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "alignkit", "plan", f"{key}.json")
+    if file.is_file():
+        return Footprint(**json.loads(file.read_text(encoding="utf-8")))
+    text = config.get_text_config()
+    whole = 0 if config.is_encoder_decoder else int(getattr(text, "num_hidden_layers", 0))
+    low, high = _depths(text, whole)
+    found = _run(stage, config if not low else _shorten(config, low), shape, device)
+    if low:
+        more, reach = _run(stage, _shorten(config, high), shape, device), (whole - low) / (high - low)
+
+        def extend(one: Sizes, two: Sizes) -> Sizes:
+            return {name: one.get(name, 0) + reach * (two.get(name, 0) - one.get(name, 0)) for name in {**one, **two}}
+
+        phases = {name: extend(parts, more.phases[name]) for name, parts in found.phases.items()}
+        rest, trained = extend(found.rest, more.rest), extend(found.trained, more.trained)
+        found = Footprint(phases, rest, trained, whole, found.estimated)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, asdict(found))
+    return found
+
+
+def _depths(text: Any, whole: int) -> tuple[int, int]:
+    """Choose two depths that a period of layers lies between and that begin as the whole does; zeros: trace it all."""
+    lists = [value for value in text.to_dict().values() if isinstance(value, list) and len(value) == whole]
+    first = int(getattr(text, "first_k_dense_replace", 0) or 0)
+    for period in range(1, _LONGEST_PERIOD + 1):
+        if all(kinds[at] == kinds[at - period] for kinds in lists for at in range(first + period, whole)):
+            low = first + max(period, 2)
+            return (low, low + period) if whole > low + period else (0, 0)
+    return 0, 0
+
+
+def _shorten(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, value[:depth])
+    text.num_hidden_layers = depth
+    return config
+
+
+class _Held(TorchDispatchMode):
+    """Counts bytes of storages that are alive by what they are for, and keeps the highest sum of every phase."""
+
+    def __init__(self, grain: int) -> None:
+        super().__init__()
+        self.grain, self.label, self.phase, self.total = grain, "weights", "build", 0
+        self.now: Counter[str] = Counter()
+        self.peaks: dict[str, tuple[float, Sizes]] = {}
+        self._known: dict[int, tuple[str, int, Any]] = {}
+
+    def enter(self, phase: str, label: str = "activations") -> None:
+        """Begin a phase, or go on with it; what comes from now on is for `label`."""
+        self.phase, self.label = phase, label
+        if self.total > self.peaks.get(self.phase, (-1,))[0]:
+            self.peaks[self.phase] = self.total, dict[str, float](self.now)
+
+    def _drop(self, key: int, _: Any) -> None:
+        label, size, _ = self._known.pop(key)
+        self.now[label] -= size
+        self.total -= size
+
+    def rename(self, tensor: Any, label: str) -> None:
+        """Say what a tensor has turned out to be for."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._known:
+            before, size, alive = self._known[key]
+            self._known[key] = label, size, alive
+            self.now.update({before: -size, label: size})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # .item(): any number will do
+            return 1
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self._known:
+                storage = tensor.untyped_storage()
+                size = -(-storage.nbytes() // self.grain) * self.grain
+                self._known[key] = self.label, size, weakref.ref(storage, partial(self._drop, key))
+                self.now[self.label] += size
+                self.total += size
+        self.enter(self.phase, self.label)
+        return found
+
+
+def _run(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str) -> Footprint:
+    """Trace in a process of its own, which leaves without freeing anything: storages without values that Python has
+    looked at crash the interpreter when they are collected (torch 2.11, THPStorage_dealloc)."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(read)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        gc.disable()
+        torch.set_num_threads(1)  # OpenMP's threads are not in this process
+        try:
+            found = asdict(_trace_here(stage, config, shape, device))
+        except BaseException as error:
+            found = {"error": first_line(error)}
+        os.write(write, json.dumps(found).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        answer = json.loads(pipe.read() or '{"error": "the interpreter crashed"}')
+    os.waitpid(child, 0)
+    if "error" in answer:
+        raise EnvironmentProblem(f"the memory of a {config.model_type} model cannot be traced here: {answer['error']}")
+    return Footprint(**answer)
+
+
+def _trace_here(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str) -> Footprint:
+    held = _Held(512 if device == "cuda" else 64)  # what torch's allocators round up to
+    _, mixed = number_types(stage, half=device == "cuda")
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed)
+    with ExitStack() as stack:
+        for owner, name, value in _substitutes(device):
+            stack.enter_context(patch.object(owner, name, value))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(held)
+        model, estimated = _build(stage, config, shape, device, held)
+        rest = {name: float(size) for name, size in held.now.items()}
+        held.peaks.clear()
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = {"number": float(sum(map(Tensor.numel, weights)))}
+        trained["bytes"] = float(sum(weight.numel() * weight.element_size() for weight in weights))
+        held.label = "gradients"
+        for weight in weights:
+            if shape.accumulates:
+                weight.grad = torch.empty_like(weight)
+            else:
+                weight.register_post_accumulate_grad_hook(lambda weight: held.rename(weight.grad, "gradients"))
+        _mark_layers(model, held)
+        held.enter("forward")
+        try:
+            with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
+                loss = _pass_forward(model, shape, held)
+            if loss is not None:
+                loss.backward()  # outside of autocast, as accelerate has it: its casts of weights are gone
+        except Exception as error:  # of an operator that must know values, or has nothing to run on fake tensors
+            text = config.get_text_config()
+            # 34 bytes a token and unit of hidden size in a layer (arXiv 2205.05198, section 4), 2 where it recomputes.
+            layers = 34 + (2 if recomputes(stage) else 34) * text.num_hidden_layers
+            guess = shape.sequences * shape.tokens * text.hidden_size * layers
+            guessed = {**rest, "activations": float(guess), "gradients": trained["bytes"]}
+            held.peaks = {"any": (0, guessed)}
+            estimated.append(f"activations, by formula ({type(error).__name__}: {first_line(error)[:80]})")
+    phases = {name: {part: float(size) for part, size in parts.items() if size}
+              for name, (_, parts) in held.peaks.items()}  # fmt: skip
+    layers = int(getattr(config.get_text_config(), "num_hidden_layers", 1))
+    return Footprint(phases, rest, trained, layers, estimated)
+
+
+def _substitutes(device: str) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what stands in for operators of a device's own kernels, and for what fake tensors refuse."""
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    # Modules would swap their tensors when they are moved or cast: all are where they should be. And a generator that
+    # is given a fake state would read it where there is nothing.
+    yield nn.Module, "_apply", lambda module, *_, **__: module
+    yield torch.cuda, "is_available", lambda: False  # a forked process cannot ask a card
+    yield from ((owner, "set_rng_state", lambda _: None) for owner in (torch, torch.random))
+    yield nn.functional, "scaled_dot_product_attention", _Attention.attend
+    yield utils, "_use_triton", lambda _: False  # how many positions are labelled, only values say
+    head = chunked_logprob.ChunkedLogProbFunction.apply if device == "cuda" else kernels.head_logps
+    yield utils, "_ChunkedLogProbFunction", type("Head", (), {"apply": staticmethod(head)})
+    if device == "cuda":  # Triton folds a tile of logits in place
+        yield kernels, "_LARGEST", 0
+        for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+            yield chunked_logprob, name, lambda *_, **__: None
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused kernel keeps: its arguments, what it gives, and a float32 for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = torch.empty_like(q.transpose(1, 2)[..., : v.size(-1)]).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, found, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+    @classmethod
+    def attend(cls, *qkv: Tensor, **_: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else qkv[0].dtype
+        found: Tensor = cls.apply(*(tensor.to(dtype) for tensor in qkv[:3]))
+        return found
+
+
+class _Product(torch.autograd.Function):
+    """A product with a quantised weight as far as memory goes: it is unpacked for it, and dropped again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.shape = shape
+        return x @ x.new_empty(shape).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad @ grad.new_empty(ctx.shape), None
+
+
+class _Quantized(nn.Module):
+    """A linear layer of the size of bitsandbytes', whose parameters are a tensor class that fake tensors refuse."""
+
+    def __init__(self, layer: Any, stage: Stage, compute: torch.dtype) -> None:
+        super().__init__()
+        turned = isinstance(layer, Conv1D)
+        self.in_features, self.out_features = layer.weight.shape if turned else reversed(layer.weight.shape)
+        self.bias, self.compute, count = layer.bias, compute, layer.weight.numel()
+        four_bits, blocks = stage.model.quantization != "int8", -(-count // 64)
+        packed = torch.empty(-(-count // 2) if four_bits else count, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.scales = [torch.empty(blocks if four_bits else self.out_features)]
+        if four_bits and stage.model.double_quantization:  # a byte a block, and a float32 for 256 of them
+            self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // 256))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = _Product.apply(x.to(self.compute), (self.out_features, self.in_features))
+        return (found if self.bias is None else found + self.bias).to(x.dtype).clone()  # as PEFT's layer on top does
+
+
+def _build(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str, held: _Held) -> tuple[Any, list[str]]:
+    """Make the model that a stage trains as `load_policy` and TRL's trainers do, and say what is only like it."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    dtype, _ = number_types(stage, half=device == "cuda")
+    config, scores, attention = copy.deepcopy(config), shape.kind == "score", stage.model.attn_implementation
+    config.pad_token_id = config.pad_token_id or 0
+    if scores:
+        know_classifier(config)
+        config.num_labels = 1
+    own = {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
+    estimated = [f"{attention} as sdpa"] if attention and not own else []
+    model = base = choose_family(config, reward=scores).from_config(config, dtype=dtype, **own)
+    if stage.lora is None:
+        freeze(model, stage)
+    else:
+        held.label = "adapters"
+        model = adapters.adapt(model.requires_grad_(False), stage, "new", None, reward=scores)
+    if stage.lora is not None and stage.model.quantization != "none":
+        held.label = "weights"
+        for name, layer in list(base.named_modules()):
+            parent, _, last = name.rpartition(".")
+            is_linear = isinstance(layer, nn.Linear | Conv1D) and ".lora_" not in name
+            if is_linear and name.removesuffix(".base_layer").split(".")[-1] not in UNQUANTIZED:
+                setattr(base.get_submodule(parent), last, _Quantized(layer, stage, dtype))
+        held.label = "adapters"
+        for name, module in model.named_modules():
+            if ".lora_" in name and hasattr(module, "weight"):
+                module.weight = nn.Parameter(module.weight.detach().to(dtype))
+        estimated += ["int8 layers"] if stage.model.quantization == "int8" else []
+    model.config.use_cache = False
+    model.train(shape.kind != "write")
+    if stage.trainer.get("disable_dropout", method_fields(stage.method).get("disable_dropout", {}).get("default")):
+        switch_off_dropout(model)
+    if recomputes(stage) and base.supports_gradient_checkpointing and shape.kind != "write":
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        if stage.lora is not None:
+            base.enable_input_require_grads()
+    if shape.kind == "words":
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    return model, estimated
+
+
+def _mark_layers(model: Any, held: _Held) -> None:
+    """Begin a phase where the last layer ends, and where gradients reach the last, the first, and any other one."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    for number, layer in enumerate(lists[0] if lists else ()):
+        phase = "last layer" if number == depth - 1 else "first layer" if number == 0 else "layers"
+
+        def passed(_: Any, __: Any, output: Any, phase: str = phase) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if held.phase == "forward" and hidden.requires_grad:  # else it is computed again for its gradient
+                hidden.register_hook(lambda _: held.enter(phase))
+            if held.phase == "forward" and phase == "last layer":
+                held.enter("head", "logits")
+
+        layer.register_forward_hook(passed)
+
+
+def _pass_forward(model: Any, shape: Shape, held: _Held) -> Tensor | None:
+    """Read the tokens of a shape as its kind of stage does; the loss, or None where an answer is written."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    size = (1, shape.sequences * shape.tokens) if shape.packed else (shape.sequences, shape.tokens)
+    ids_BL = torch.zeros(size, dtype=torch.long)
+    # Attention is not given the mask of padding on the right (`leave_out_masks`).
+    mask = torch.ones(1, 1, size[1], size[1], dtype=torch.bool) if shape.packed else None
+    inputs = {"input_ids": ids_BL, "attention_mask": mask, "use_cache": False}
+    if shape.kind == "write":
+        with torch.no_grad():
+            _write(model, shape, held)
+        return None
+    if shape.kind == "words":
+        values = model(**inputs, labels=ids_BL, fused_lm_head=True).log_probs
+    elif shape.kind == "answers":
+        hidden_BLH, _ = run_trunk(base.forward, base.get_output_embeddings(), **inputs)
+        hidden_NH = hidden_BLH[:, -shape.answer - 1 : -1].flatten(0, 1)
+        values, _ = token_logps(base, hidden_NH, torch.zeros(len(hidden_NH), dtype=torch.long))
+    elif shape.kind == "score":
+        values = model(**inputs).logits.float()
+    else:
+        logits_NV = model(**inputs, labels=ids_BL).logits.flatten(0, 1).float()
+        values = nn.functional.cross_entropy(logits_NV, ids_BL.flatten(), reduction="none")
+    loss: Tensor = values.sum()
+    return loss
+
+
+def _write(model: Any, shape: Shape, held: _Held) -> None:
+    """Read prompts into a cache, then hold the cache of whole answers while a token is drawn."""
+    prompt = max(shape.tokens - shape.answer, 1)
+    output = model(input_ids=torch.zeros(shape.sequences, prompt, dtype=torch.long), use_cache=True, logits_to_keep=1)
+    for layer in getattr(output.past_key_values, "layers", ()):
+        for tensor in (value for value in vars(layer).values() if isinstance(value, Tensor)):
+            held.rename(tensor, "KV cache")
+    for _, parts in held.peaks.values():  # the whole cache is there at the highest moment of the last layer
+        parts |= {"KV cache": held.now["KV cache"], "activations": parts["activations"] - held.now["KV cache"]}
+    held.enter("decoding", "KV cache")
+    grown = [torch.empty(held.now["KV cache"] * shape.answer // prompt, dtype=torch.uint8)]
+    held.label = "logits"
+    logits_BV = output.logits[:, -1].float()
+    kept = [logits_BV.softmax(dim=-1), logits_BV.sort(dim=-1), logits_BV.cumsum(dim=-1)]
+    del grown, kept

@@ -1,0 +1,238 @@
+"""What `alignkit plan` predicts, against what a card measured, hand-worked numbers and the whole model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from alignkit.errors import UsageError
+from alignkit.preflight.plan import Device, Plan, plan_recipe
+from alignkit.recipe import load_recipe, resolve
+from alignkit.train import memory, setup
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+LLAMA = {  # hidden size, layers, intermediate size; as tests/benchmarks/gpu.py has them
+    "1B": (2048, 16, 8192),
+    "8B": (4096, 32, 14336),
+    "small": (512, 4, 1024),
+}
+CARD = Device("H100", "cuda", 80 * GIB)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories of Llama's shapes that hold a config and nothing else."""
+    root = tmp_path_factory.mktemp("shapes")
+    for name, (hidden, layers, intermediate) in LLAMA.items():
+        LlamaConfig(
+            vocab_size=128_256, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+            tie_word_embeddings=name != "8B", architectures=["LlamaForCausalLM"],
+        ).save_pretrained(root / name)  # fmt: skip
+    return root
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Traces of the tests lie in a directory of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Callable[..., Plan]:
+    def plan(text: str, device: Device = CARD, **options: Any) -> Plan:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(text)
+        return plan_recipe(load_recipe(file), device, **options)
+
+    return plan
+
+
+def measured() -> dict[str, tuple[str, int, float]]:
+    """What torch's allocator counted on an H200: method, rows and GiB, by what was trained."""
+    text = (ROOT / "tests" / "benchmarks" / "GPU.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| ((\w+) [18]B [^|]+) \| (\d) \| alignkit \|[^|]+\|[^|]+\| ([\d.]+) \|", text, re.MULTILINE)
+    return {name: (method, int(rows), float(gib)) for name, method, rows, gib in found}
+
+
+FIRST = ("sft 8B QLoRA, no recomputation", "rm 8B QLoRA", "sft 1B full")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in measured()]
+)
+def test_the_peak_is_what_a_card_measured(name: str, shapes: Path, tmp_path: Path) -> None:
+    method, rows, gib = measured()[name]
+    shape, lora = name.split()[1], "LoRA" in name
+    recomputes = (lora and "no recomputation" not in name) or ", recomputation" in name
+    kind = f", quantization: {'nf4' if 'QLoRA' in name else 'none'}"
+    text = f"model: {{path: {shapes / shape}{kind}}}\nlaunch: {{device: cuda}}\n"
+    text += f"{'lora: {dropout: 0.0}' if lora else ''}\n{method}: {{data: builtin:instructions, batch_size: {rows}, "
+    (tmp_path / "r.yaml").write_text(f"{text}gradient_checkpointing: {str(recomputes).lower()}}}\n")
+    stage = resolve(load_recipe(tmp_path / "r.yaml"), method)
+    tokens = 2048 if method == "sft" else 1024
+    found = memory.predict(stage, memory.read_shape(stage), micro=rows, tokens=tokens, device="cuda")
+    assert found.notes == [] and found.total / GIB == pytest.approx(gib, rel=0.04)
+
+
+@pytest.mark.slow
+def test_a_shipped_recipe_fits_the_card_that_it_names(shapes: Path) -> None:
+    for name, gib in (("llama-qlora", 24), ("ppo-llama-qlora", 48)):
+        recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides=[f"model.path={shapes / '8B'}"])
+        assert f"one {gib} GB GPU" in (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        found = plan_recipe(recipe, Device("card", "cuda", gib * GIB))
+        assert [stage["stage"] for stage in found.stages if not stage["fits"]] == []
+        assert all(stage["micro_up_to"] for stage in found.stages)
+
+
+def test_layers_that_repeat_are_as_many_as_the_whole_has(shapes: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{path: {shapes / '1B'}}}\nlora: {{}}\n"
+        "sft: {data: builtin:instructions}\nrm: {data: builtin:preferences, gradient_checkpointing: false}\n"
+    )
+    config = LlamaConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=512)  # fmt: skip
+    for name, kind in (("sft", "words"), ("rm", "score")):
+        stage, shape = resolve(load_recipe(tmp_path / "r.yaml"), name), memory.Shape(2, 96, kind)
+        found = memory.trace(stage, config, shape, "cuda")
+        assert memory.trace(stage, config, shape, "cuda") == found  # read from the cache
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "_depths", lambda *_: (0, 0))
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+            whole = memory.trace(stage, config, shape, "cuda")
+        assert found.rest == whole.rest and found.trained == whole.trained
+        for phase, parts in found.phases.items():
+            assert sum(parts.values()) == pytest.approx(sum(whole.phases[phase].values()), rel=0.002)
+
+
+TINY = "model: {path: builtin:tiny-llama}\nlaunch: {device: cpu}\n"
+
+
+def test_what_can_be_counted_is_counted(plan: Callable[..., Plan]) -> None:
+    text = TINY + "sft: {data: {path: builtin:instructions, max_rows: 40}, batch_size: 16}\n"
+    text += "dpo: {data: builtin:preferences, start_from: sft, optim: sgd, micro_batch_size: 16}\n"
+    sft, dpo = plan(text, Device("CPU", "cpu", 4 * GIB)).stages
+    weights = sft["parts"]["weights"]
+    from alignkit.models.load import draw_base
+    from alignkit.models.tokens import load_tokenizer
+
+    stage = resolve(load_recipe_text(text), "sft")
+    model = draw_base(stage, load_tokenizer(stage), torch.float32)
+    size = sum(-(-parameter.nbytes // 64) * 64 for parameter in model.parameters())
+    assert weights * GIB == pytest.approx(size, rel=0.01)  # and what rotary embeddings keep
+    assert sft["parts"]["optimizer"] * GIB == pytest.approx(2 * sum(p.nbytes for p in model.parameters()))
+    assert "optimizer" not in dpo["parts"] and dpo["parts"]["reference"] == pytest.approx(weights)
+    assert (sft["micro"], dpo["micro"]) == (8, 16) and sft["fits"]
+    assert sft["steps"] == 3 and sft["tokens"] < 1024 and sft["notes"] == []
+    checkpoint = 3 * sum(p.nbytes for p in model.parameters())  # weights and two moments
+    assert sft["disk"] * GIB == pytest.approx(3 * checkpoint + weights * GIB, rel=0.01)
+
+
+def load_recipe_text(text: str) -> Any:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "recipe.yaml")
+        file.write_text(text)
+        return load_recipe(file)
+
+
+def test_what_does_not_fit_does_with_the_keys_that_are_named(
+    plan: Callable[..., Plan], shapes: Path, tmp_path: Path
+) -> None:
+    full = f"model: {{path: {shapes / '1B'}}}\n"
+    full += "sft: {data: builtin:instructions, batch_size: 8, micro_batch_size: 4}\n"
+    lora = full + "lora: {}\n"
+    four, two = (plan(lora.replace("size: 4", f"size: {micro}"), tokens=1024).stages[0]["needs"] for micro in (4, 2))
+    assert two < four
+    for text, gib, keys in ((lora, (two + four) / 2, []), (full, 14, ["lora: {}"]), (full, 0.5, None)):
+        card = Device("card", "cuda", gib * GIB)
+        (stage,) = plan(text, card, tokens=1024).stages
+        assert not stage["fits"]
+        if keys is None:
+            assert "shorter rows or a smaller model" in stage["notes"][0]
+            continue
+        said = re.match(r"does not fit; it does with (.*) \((.*) GiB\)", stage["notes"][0])
+        assert said is not None and float(said[2]) <= gib
+        *others, micro = said[1].split(", ")
+        assert others == keys
+        changed = text.replace("micro_batch_size: 4", micro.removeprefix("sft.")) + "\n".join(others)
+        (again,) = plan(changed, card, tokens=1024).stages
+        assert again["fits"] and again["needs"] == pytest.approx(float(said[2]), abs=0.05)
+
+
+def test_strategies_divide_what_they_shard(plan: Callable[..., Plan], shapes: Path) -> None:
+    text = f"model: {{path: {shapes / 'small'}}}\nlaunch: {{strategy: STRATEGY}}\n"
+    text += "sft: {data: builtin:instructions, batch_size: 8}\n"
+    one = plan(text.replace("STRATEGY", "ddp"), tokens=512).stages[0]["parts"]
+    for strategy, sharded in (("ddp", ()), ("fsdp", ("weights", "optimizer")), ("zero2", ())):
+        parts = plan(text.replace("STRATEGY", strategy), tokens=512, devices=8).stages[0]["parts"]
+        for name in sharded:
+            assert parts[name] == pytest.approx(one[name] / 8)
+        if strategy == "ddp":
+            assert parts["buckets"] == pytest.approx(one["optimizer"] / 2) and parts["weights"] == one["weights"]
+        if strategy == "zero2":  # 16-bit weights; float32 ones and two moments are shared
+            assert parts["weights"] == pytest.approx(one["weights"] / 2)
+            assert parts["optimizer"] == pytest.approx(one["optimizer"] * 1.5 / 8)
+
+
+def test_ppo_holds_its_roles_and_the_cache_of_what_it_writes(plan: Callable[..., Plan], shapes: Path) -> None:
+    text = f"model: {{path: {shapes / 'small'}, quantization: nf4}}\nlora: {{}}\n"
+    text += "rm: {data: builtin:preferences, batch_size: 2}\n"
+    text += "ppo: {data: builtin:prompts, reward: rm, batch_size: 2, max_new_tokens: 128, start_from: sft}\n"
+    text += "sft: {data: builtin:instructions, batch_size: 2}\nevaluate: {data: builtin:prompts, batch_size: 4}\n"
+    found = {stage["stage"]: stage for stage in plan(text, tokens=1024).stages}
+    ppo = found["ppo"]["parts"]
+    adapters = ppo["adapters"]
+    assert ppo["reference"] == ppo["reward"] == pytest.approx(adapters, rel=0.01)
+    assert ppo["critic"] == pytest.approx(4 * adapters, rel=0.01)
+    # keys and values of 4 layers, 8 heads of 16, in 16 bits: of 4 prompts when the last layer has read them
+    cache = 2 * 4 * 8 * 16 * 2 * 4 * 1024
+    assert found["evaluate"]["parts"]["KV cache"] * GIB == pytest.approx(cache, rel=0.01)
+
+
+def test_a_gpu_that_nobody_knows_is_refused_with_the_nearest() -> None:
+    assert Device.find("rtx 4090", None)[:2] == Device.find("4090", None)[:2] == ("RTX-4090", "cuda")
+    assert Device.find("NVIDIA H100", None).bytes == 80 * GIB and Device.find(None, 12).bytes == 12 * GIB
+    with pytest.raises(UsageError, match=r"--gpu: no GPU called H1000 is known; did you mean H100\?; --memory GIB"):
+        Device.find("H1000", None)
+
+
+def test_auto_takes_what_fits_on_the_card(shapes: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{path: {shapes / '1B'}}}\nlora: {{}}\nsft: {{data: builtin:instructions, batch_size: 64}}\n"
+    )
+    stage, table = resolve(load_recipe(tmp_path / "r.yaml"), "sft"), {"length": [100, 1024]}
+    # No card is here: what is asked of it is answered in its place.
+    monkeypatch.setattr(setup, "pick_device", lambda *_, **__: "cuda")
+    config = memory.read_shape(stage)
+    two = memory.predict(stage, config, micro=2, tokens=1024, device="cuda").needs
+    for free, micro in ((80 * GIB, 8), (two + 1, 2), (0, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 80 * GIB))
+        setup._fit_micro_batch(stage, table)
+        assert setup.micro_batch_size(stage) == micro
+    packed = replace(stage, run_dir="other", trainer={**stage.trainer, "packing": True})
+    assert setup.micro_batch_size(packed) == 1  # all rows of a micro batch would share a dense mask
+    flash = replace(packed, model=packed.model.model_copy(update={"attn_implementation": "flash_attention_2"}))
+    assert setup.micro_batch_size(flash) == 8
+
+
+def test_the_command_prints_one_table_and_json(run_alignkit: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(TINY + "sft: {data: builtin:instructions, max_steps: 10}\n")
+    done = run_alignkit("plan", "r.yaml", "--tokens-per-second", "1000")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^  sft +8 +\d+ .* yes +\d+$", done.stdout, re.MULTILINE), done.stdout
+    done = run_alignkit("plan", "r.yaml", "--memory", "0.1", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and not found["fits"] and found["stages"][0]["steps"] == 10
