@@ -115,12 +115,9 @@ def _explain(node: Node, fragment: Fragment, defs: Fragment, key: str, errors: l
             members.setdefault(loc[0], []).append((loc[1:], kind))
     for part, found in below.items():
         child = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}"
-        parts = [
-            option.get("items")
-            if isinstance(part, int)
-            else option.get("properties", {}).get(part) or option.get("additionalProperties")
-            for option in options
-        ]
+        parts = [option.get("items") for option in options]
+        if isinstance(part, str):
+            parts = [one.get("properties", {}).get(part) or one.get("additionalProperties") for one in options]
         inner = next((inner for inner in parts if isinstance(inner, dict)), {})
         yield from _explain(node.value[part], inner, defs, child, found)
     if members:

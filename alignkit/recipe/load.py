@@ -103,11 +103,8 @@ def describe_not_a_stage(name: str, node: Node) -> str | None:
         needed = "it is a mapping with at least `constitution:`"
         return f"{name} is {show(node)}; {needed if name == RLAIF else 'a stage is a mapping with at least `data:`'}"
     if name in SECTIONS and method is not None and method.value != name:
-        article = "a" if name in ("dpo", "critique", "label") else "an"
-        return (
-            f"{name}.method is {show(method)}; a section named {name} is {article} {name} stage: "
-            "take method out, or rename the section"
-        )
+        what = f"a section named {name} is {'a' if name in ('dpo', 'critique', 'label') else 'an'} {name} stage"
+        return f"{name}.method is {show(method)}; {what}: take method out, or rename the section"
     if name in SECTIONS or (method is not None and method.value in list(SECTIONS)):
         good = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name)
         return None if good else f"stage {show_key(name)}: use letters, digits, '_' and '-' in a stage's name only"
@@ -190,9 +187,8 @@ def construct(whole: Whole, runs: Sequence[Section], path: Path) -> Recipe:
     listed = _join((*names, *whole.rounds.get(names[-1], ())) for names in made)
     by_name = {run.run: run for run in runs}
     ordered = _join([listed, by_name])
-    top = {
-        key: node for key, node in whole.top.node.value.items() if key in RecipeOptions.model_fields and key != SWEEP
-    }
+    known = RecipeOptions.model_fields.keys() - {SWEEP}
+    top = {key: node for key, node in whole.top.node.value.items() if key in known}
     name, home = options.name or path.stem, Path(references.RUNS)
     if options.runs_dir is not None:
         node = top["runs_dir"]
@@ -241,9 +237,8 @@ def add_rounds(whole: Whole) -> Iterator[Problem]:
         strange = [name for name in chain if name not in whole.stages]
         methods = [whole.stages[name].method for name in chain if name not in strange]
         if strange:
-            yield Problem(
-                f"rounds names {strange[0]}, which is not a stage{suggest(strange[0], whole.stages)}", node.place
-            )
+            hint = suggest(strange[0], whole.stages)
+            yield Problem(f"rounds names {strange[0]}, which is not a stage{hint}", node.place)
         elif "label" not in methods or not {"sft", "dpo", "ppo"} & {*methods}:
             yield Problem("rounds needs a label stage and a policy that learns from it", node.place)
         elif SWEEP in top:
@@ -280,9 +275,7 @@ def _repeat(stages: Sequence[Section], number: int, *, keeps: bool, restart: boo
                 name.node.value = _in_round(name.node.value, number)
         if keeps and (data := node.value.get("data")) is not None:
             sources = data.value if isinstance(data.value, list) else [data]
-            node.value["data"] = replace(
-                data, value=[one for source in sources for one in _spread(source, made, number)]
-            )
+            node.value["data"] = replace(data, value=[one for each in sources for one in _spread(each, made, number)])
         start = policy if stage.method in FEEDBACK else None if restart or starts_inside else stage.name
         if start is not None:
             node.value["start_from"] = Node(_in_round(start, number - 1), node.origin, node.line)

@@ -70,9 +70,8 @@ def _find(node: Node, keys: Sequence[str]) -> Iterator[Node]:
 def find_needs(section: Section, stages: Collection[str]) -> dict[str, Name]:
     """Find the stages that a stage takes something from, each with one name that says so."""
     names = find_names(section.node)
-    return {
-        name.node.value: name for name in names if name.kind not in ("file", "weights") if name.node.value in stages
-    }
+    names = [name for name in names if name.kind not in ("file", "weights") and name.node.value in stages]
+    return {name.node.value: name for name in names}
 
 
 def resolve_paths(tops: Sequence[Section], stages: Sequence[Section], stage_names: Collection[str]) -> list[Problem]:

@@ -110,15 +110,9 @@ def _model(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
         yield "lora", "has no effect: every stage starts from random weights, and trains all of them"
 
 
-_OFFLOADS = {"ddp": (), "fsdp": ("all",), "zero2": ("optimizer",), "zero3": ("optimizer", "all")}
-
-
 def _launch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
     launch = recipe.get("launch") or {}
-    strategy, offload = launch.get("strategy", "ddp"), launch.get("offload", "none")
-    if offload != "none" and offload not in _OFFLOADS.get(strategy, ()):
-        able = [f"{name} ({' or '.join(words)})" for name, words in _OFFLOADS.items() if words]
-        yield "launch.offload", f"is {offload}, which {strategy} does not do; {', '.join(able)} do"
+    strategy = launch.get("strategy", "ddp")
     switched_off = recipe.is_switched_off("launch.main_address", by="launch.nodes")
     if launch.get("main_address") is not None and launch.get("nodes", 1) == 1 and not switched_off:
         yield "launch.main_address", "has no effect with one node; set launch.nodes"
@@ -139,10 +133,6 @@ def _launch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
             f"is {strategy}, which ppo ({ppo[0]}) does not run under; fsdp shards its models, and with ddp and lora: "
             "its four roles share one base on every device",
         )
-    if strategy in ("fsdp", "zero3"):  # whose ranks take every forward pass together
-        for stage in stages:
-            if stage.get("generation.engine") == "continuous":
-                yield f"{stage.name}.generation.engine", f"is continuous, which {strategy} cannot run; use transformers"
     for option in (launch.get("slurm") or {}).get("options") or {}:
         # Those that set variables, start programs or write files would let a recipe run code (--export=LD_PRELOAD=...).
         if option not in (known := TABLES["sbatch options"]):
