@@ -20,7 +20,7 @@ from timing import Command, alternate
 import alignkit.models
 
 WORKER = Path(__file__).resolve().parent / "worker.py"
-SIZES = {"0.14 M": (64, 2, 800, ">= 1.2"), "13.9 M": (512, 4, 64, ">= 1.0")}  # hidden size, layers, rows, bar
+SIZES = {"0.14 M": (64, 2, 400, ">= 1.2"), "13.9 M": (512, 4, 48, ">= 1.0")}  # hidden size, layers, rows, bar
 METHODS = {"sft": "SFTTrainer", "dpo": "DPOTrainer", "rm": "RewardTrainer"}
 GROWTH = {"rows": (2, 4), "hidden size": (2, 4), "length": (2, 4)}
 BATCH = 8
@@ -76,7 +76,7 @@ def measure_profile(directory: Path, *, runs: int) -> list[Row]:
     model = write_model(directory / "model", hidden_size=hidden, num_layers=layers)
     rows = []
     for method in METHODS:
-        data = write_rows(directory / method, method, num_rows // 4)
+        data = write_rows(directory / method, method, num_rows // 2)
         found = _measure([method], ["profile"], [str(model), str(data), str(BATCH)], directory, runs=runs)["profile"]
         for part in found[0]:
             if part.startswith("share of "):
