@@ -473,7 +473,7 @@ _WIDE = 120  # columns from which chosen and rejected stand beside each other
 
 
 def print_preview(preview: Mapping[str, Any]) -> None:
-    """Write rows, counts and findings; `preview` is `Preview.to_dict()`."""
+    """Write rows, counts and findings; `preview` is that of `preview_stage`."""
     from rich.columns import Columns
     from rich.panel import Panel
     from rich.text import Text

@@ -151,11 +151,11 @@ def preview(
     if html is not None:
         from alignkit.report.publish import write_preview
 
-        console.print_paths({"page": str(write_preview(shown.to_dict(), html))})
+        console.print_paths({"page": str(write_preview(shown, html))})
     elif as_json:
-        console.print_json(shown.to_dict())
+        console.print_json(shown)
     else:
-        console.print_preview(shown.to_dict())
+        console.print_preview(shown)
 
 
 def schema(

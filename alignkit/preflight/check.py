@@ -371,23 +371,11 @@ def find_doubts(report: dict[str, Any]) -> list[str]:
     return doubts
 
 
-@dataclass
-class Preview:
-    """Rows as `train.preview` describes them, what was counted over all rows, and findings in words."""
+def preview_stage(stage: Stage, *, num_rows: int) -> dict[str, Any]:
+    """Tokenise the rows of a stage as training does, collate the first ones and look for faults; loads no weights.
 
-    stage: str
-    method: str
-    rows: list[dict[str, Any]]
-    facts: dict[str, str]
-    findings: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for --json and the page."""
-        return asdict(self)
-
-
-def preview_stage(stage: Stage, *, num_rows: int) -> Preview:
-    """Tokenise the rows of a stage as training does, collate the first ones and look for faults; loads no weights."""
+    Plain data: rows as `train.preview` describes them, facts counted over all rows, and findings in words.
+    """
     if stage.method in FEEDBACK:
         what = f"{stage.name} is a {stage.method} stage: it trains on no rows; preview the stage that trains on what "
         what += "it writes"
@@ -407,7 +395,7 @@ def preview_stage(stage: Stage, *, num_rows: int) -> Preview:
         rows = preview_rows(table, collate, chat.tokenizer, num_rows=num_rows, limit=limit)
         facts = describe_rows(tables)
         findings = [*tables.report.remarks(), *find_faults(stage, tables, chat), *_left_out(tables, rejects)]
-    return Preview(stage.name, stage.method, rows, facts, findings)
+    return {"stage": stage.name, "method": stage.method, "rows": rows, "facts": facts, "findings": findings}
 
 
 def find_faults(stage: Stage, tables: Tables, chat: Chat) -> list[str]:

@@ -357,7 +357,7 @@ def watch(find: Callable[[], Sequence[Path]], write: Callable[[], Path]) -> None
 
 
 def write_preview(preview: dict[str, Any], out: Path) -> Path:
-    """Write the page of `alignkit preview`; `preview` is `Preview.to_dict()`. Raises DiskError."""
+    """Write the page of `alignkit preview`; `preview` is that of `preview_stage`. Raises DiskError."""
     return _write(_render("preview", title=f"{preview['stage']}: rows", run=preview), out)
 
 

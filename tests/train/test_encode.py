@@ -224,10 +224,10 @@ def test_a_rendered_pair_is_previewed_with_one_beginning_and_one_end(
     shown = preview_stage(make_stage(text, "dpo"), num_rows=1)
     sides = [
         [("".join(span["tokens"]), span["kind"]) for span in side["spans"] if span["kind"] != "padding"]
-        for side in shown.rows[0]["sequences"]
+        for side in shown["rows"][0]["sequences"]
     ]
     assert sides == [[(prompt, "read"), (f"{said}<end_of_turn>", "learnt")] for said in ("yes", "no")]
-    assert shown.findings == []
+    assert shown["findings"] == []
 
 
 def test_streamed_rows_are_those_of_the_table_pass_after_pass(prepare: Callable) -> None:

@@ -128,14 +128,14 @@ def test_a_preview_names_what_looks_wrong(make_stage: Callable, write_rows: Call
         "sft: {data: ./rows.jsonl, max_length: 90, max_truncated: 0.6}\n"
     )
     shown = preview_stage(make_stage(text, "sft"), num_rows=5)
-    assert shown.findings == [
+    assert shown["findings"] == [
         "1 of 1 rows end with <|im_end|><|im_end|>, more than one end; first row 1",
         "50.0% of the rows are longer than max_length: 1 cut, 0 left out; the longest has 111 tokens; "
         "first cut: rows.jsonl:2",
         "1 rows are left out: they have no token to learn from",
         "rows.jsonl:2: left out: no token to learn from within max_length",
     ]
-    assert len(shown.rows) == 1
+    assert len(shown["rows"]) == 1
 
 
 def test_a_stage_without_rows_of_tokens_cannot_be_previewed(make_stage: Callable, write_rows: Callable) -> None:
@@ -162,6 +162,6 @@ def test_answers_that_later_turns_rewrite_are_counted(
     )
     text = "model: {path: builtin:tiny-llama, chat_template: ./last.jinja}\nsft: {data: ./rows.jsonl}\n"
     shown = preview_stage(make_stage(text, "sft"), num_rows=5)
-    assert shown.facts["learnt apart"] == "1 answers, each in a text of its own: later turns rewrite them"
-    learnt = [text for row in shown.rows for kind, text in spans(row["sequences"][0]) if kind == "learnt"]
+    assert shown["facts"]["learnt apart"] == "1 answers, each in a text of its own: later turns rewrite them"
+    learnt = [text for row in shown["rows"] for kind, text in spans(row["sequences"][0]) if kind == "learnt"]
     assert learnt == ["So: Good.<|im_end|>"] * 2
