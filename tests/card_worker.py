@@ -13,7 +13,6 @@ import card
 import torch
 from peft import LoraConfig, get_peft_model
 
-from alignkit.feedback.local import _Reader
 from alignkit.models.frozen import score_ids
 from alignkit.models.generation import generate_answers, stream_tokens
 from alignkit.models.heads import ScoreHead
@@ -76,14 +75,10 @@ def sampled(policy: Any, device: Any) -> list[Any]:
 
 
 def judge(policy: Any, device: Any) -> list[Any]:
-    """Options read on top of a question that two of them share."""
-    reader = _Reader(policy.to(device).eval(), 0)
-    with torch.no_grad():
-        reader.read([[1, 2, 3], [4, 5]], left=True)
-        reader.select([0, 0, 1])
-        first = reader.score(reader.read([[6, 7], [8], [9]]), [[7, 9], [3], [4]])
-        reader.go_back(2)
-        return [first, reader.score(reader.read([[1], [2], [3]]), [[7], [3], [4]])]
+    """Options after questions that begin alike, which is read once."""
+    question = list(range(1, 101))
+    pairs = [(question, [7, 9]), (question, [3]), ([*question[:-4], 5, 6], [4, 2])]
+    return score_tokens(policy.to(device).eval(), pairs, pad_id=0, batch_size=3)
 
 
 def evaluated(policy: Any, device: Any) -> list[Any]:

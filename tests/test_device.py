@@ -14,7 +14,7 @@ import pytest
 TESTS = Path(__file__).parent
 # How often the host may wait: by `.item()`, by what is moved to it, by shapes that depend on numbers. Those of a critic
 # are its weights, copied from the policy's through the host, once; a token of a chat is read by one.
-MOST = {"ppo step": 19, "critic": 23, "sampler": 26, "judge": 11, "evaluation": 4, "chat": 6, "reward": 3, "probe": 2}
+MOST = {"ppo step": 9, "critic": 23, "sampler": 26, "judge": 4, "evaluation": 4, "chat": 6, "reward": 3, "probe": 2}
 
 
 @pytest.fixture(scope="module")
