@@ -122,8 +122,7 @@ def bootstrap(sums_NK: ArrayLike, combine: Callable[[Floats], Floats], *, resamp
 def compare_rows(figure: Figure, other: Figure | None, start: str, *, resamples: int = RESAMPLES) -> Figure:
     """Add the paired difference to the same figure of `start`: rows are drawn together, so what they share cancels.
 
-    `rose` and `fell` count the rows on which it is larger and smaller. Without the same number of rows it stays as it
-    was.
+    `rose` and `fell` count the rows on which it is larger and smaller. With another number of rows it stays as it was.
     """
     mine, theirs = figure.sums, other.sums if other else None
     if other is None or mine is None or theirs is None or len(mine.sums_NK) != len(theirs.sums_NK):

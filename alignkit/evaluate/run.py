@@ -39,10 +39,9 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a model and return what eval.json holds now.
 
-    It is written into the run, or to `out`; a model that is no run and has no `out` leaves nothing. Answers and scores
-    are kept beside it. `folder` is where functions are looked up, too; `judge` is one that options cannot name. With
-    `lenient` a metric that was asked for and cannot be measured is left out with a warning. Raises UsageError for what
-    cannot be measured, what loading raises, and JudgeError when the judge gave up, after writing the other figures.
+    It is written into the run, or to `out`, answers and scores beside it. `folder` is where functions are looked up,
+    too; `judge` is one that options cannot name. With `lenient` what cannot be measured is left out with a warning,
+    else it raises UsageError; when the judge gave up JudgeError, after writing the other figures.
     """
     began = time.monotonic()
     target = find_target(source, trust_code=trust_code)
@@ -183,8 +182,8 @@ def evaluate_all(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Measure models one after another, each as it is asked for, and yield what `evaluate` returns.
 
-    With `skip` a run that is not finished is left out with a word, and what a stage cannot be measured on is too;
-    raises RunError when none is finished, and the last stage's error when none could be measured.
+    With `skip` a run that is not finished is left out with a word, and what a stage cannot be measured on is too.
+    Raises RunError when none is finished, and the last stage's error when none could be measured.
     """
     finished = []
     for source, options in requests:

@@ -1,9 +1,8 @@
 """The critique stage: answers criticised and revised by a constitution, as rows for an sft stage (SL-CAI).
 
-arXiv 2212.08073, section 3: an answer is criticised and rewritten round after round, by a principle drawn each time; a
-revision takes the place of the answer before it, so that the next round sees nothing of how it came about. Rows are the
-revisions of all rounds, and plain answers to helpful prompts beside them. With `replay:` they come from published
-chains and nobody is asked.
+arXiv 2212.08073, section 3: an answer is criticised and rewritten round after round, by a principle drawn each time;
+the next round sees nothing of how a revision came about. Rows are the revisions of all rounds, and plain answers to
+helpful prompts. With `replay:` they come from published chains and nobody is asked.
 """
 
 from collections import Counter

@@ -98,10 +98,9 @@ class Decision(Answered):
 class Model(Protocol):
     """A model that writes texts and decides between options; every answer is given out as soon as it is there.
 
-    Both methods yield lists of (place in the sequence, answer), in any order: those that came together. They end early
-    when the run is being stopped, and raise JudgeError when no more is to be had. Places in `known` have an answer
-    already. The last bits of a local model's numbers depend on what shares a batch: its batches are those of the whole
-    sequence, whatever is known, so that a run that was cut off ends like one that was not.
+    Both methods yield lists of (place, answer) that came together, in any order; they end early when the run is being
+    stopped, and raise JudgeError when no more is to be had. Places in `known` have an answer already. A local model's
+    batches, on which last bits depend, are those of all places: a run that was cut off ends like one that was not.
     """
 
     identity: dict[str, Any]  # tells this model's answers from those of another one; part of every key

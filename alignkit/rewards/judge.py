@@ -125,11 +125,9 @@ class ModelComparer:
 class JudgeReward:
     """Log-odds of a judge preferring an answer to the greedy answer of the model that PPO starts from.
 
-    The question is that of labels, so that one judge and one format of prompts serve both; both orders are averaged, so
-    that a preference for a place takes no part. An answer as good as the baseline is worth 0. An empty answer is not
-    put to the judge: it gets the lowest reward there is. So does one that the judge abstains from, or that is too long
-    for it: it must not pay to confuse the judge. What was asked is kept in judged.jsonl of the run, and not asked
-    again.
+    The question is that of labels, both orders of which are averaged; an answer as good as the baseline is worth 0. One
+    that is empty (unasked), too long for the judge or abstained from gets the lowest reward there is: it must not pay
+    to confuse the judge. What was asked is kept in judged.jsonl of the run, and not asked again.
     """
 
     name = "judge"

@@ -1,8 +1,8 @@
 """The label stage: comparisons labelled by a judge (RL-CAI) or by a reward, as rows for an rm or dpo stage.
 
-arXiv 2212.08073, section 4.1: answers are sampled (or given), compared in pairs by a principle each, and written with
-the judge's probability as a soft label; comparisons by people can be mixed in. A reward of any kind compares by its
-scores instead, as for iterated DPO.
+arXiv 2212.08073, section 4.1: answers, sampled or given, are compared in pairs by a principle each, the judge's
+probability being a soft label; comparisons by people can be mixed in. A reward of any kind compares by scores, as for
+iterated DPO.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

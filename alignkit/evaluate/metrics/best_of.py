@@ -24,14 +24,11 @@ def measure(context: Context) -> list[Figure]:
 
 
 METRIC = Metric(
-    measure,
-    first=(ROWS, POLICY, OWN),
-    needs=(
-        lambda context: context.prompts and context.options.best_of and context.reward is not None,
-        "it needs prompts, numbers (--best-of) and a reward (--reward)",
-    ),
+    measure, first=(ROWS, POLICY, OWN),
+    needs=(lambda context: context.prompts and context.options.best_of and context.reward is not None,
+           "it needs prompts, numbers (--best-of) and a reward (--reward)"),
     key="best_of",
-)
+)  # fmt: skip
 
 
 def measure_best_of(
@@ -40,9 +37,8 @@ def measure_best_of(
 ) -> list[Figure]:  # fmt: skip
     """Estimate the expected score of the best of N by `scores`, one figure per N, and of other rewards of that answer.
 
-    `scores` and each entry of `watched` (true reward, gold) hold M >= N numbers per prompt. `kl` in the settings is
-    log N - (N - 1) / N nats per answer, an upper bound of the KL to the policy (HH-RLHF, section 4.3; arXiv
-    2401.01879).
+    `scores` and each entry of `watched` (true reward, gold) hold M >= N numbers per prompt. `kl` in the settings bounds
+    the KL to the policy: log N - (N - 1) / N nats per answer (HH-RLHF, section 4.3; arXiv 2401.01879).
     """
     figures = []
     for number in counts:
@@ -70,10 +66,7 @@ def expected_best(number: int, scores: Sequence[float], values: Sequence[float])
 
 
 def measure_best_of_kl(counts: Sequence[int], scores: Sequence[Sequence[float]], *, resamples: int) -> list[Figure]:
-    """Measure the KL of the best of N to the policy it picks from, in nats per answer, one figure per N.
-
-    Unlike the bound it knows of ties, which in a world of few rewards are most of it: within a tie nothing is picked.
-    """
+    """Measure the KL of the best of N to its policy, in nats per answer; unlike the bound it picks nothing in a tie."""
     found = {number: mean([tied_kl(number, group) for group in scores], resamples=resamples) for number in counts}
     return [make_figure("best_of_n_kl", kl, unit="nats per answer", slice=f"N={n}") for n, kl in found.items()]
 

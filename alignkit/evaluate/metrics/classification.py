@@ -53,10 +53,8 @@ def measure(context: Context) -> list[Figure]:
 
 
 METRIC = Metric(
-    measure,
-    first=(ROWS,),
-    needs=(lambda context: context.target.head, "the model is no classifier of an sft stage"),
-)
+    measure, first=(ROWS,), needs=(lambda context: context.target.head, "the model is no classifier of an sft stage"),
+)  # fmt: skip
 
 
 def naive_bayes(texts: Sequence[Counter[str]], labels: Sequence[str], asked: Sequence[Counter[str]]) -> list[str]:

@@ -1,12 +1,8 @@
 """The most reward that a policy can have at a distance from its reference: pi_ref(y|x) exp(r(x, y) / beta) / Z(x).
 
-That policy is the optimum of E[r] - beta KL(pi || pi_ref) (DPO, arXiv 2305.18290, equation 4), and its reward and KL
-follow from answers of the reference alone, by self-normalised importance sampling. It trains nothing and scores no
-policy.
-
-Every prompt has its own Z(x): one Z over all of them would let an optimum choose its prompts, which no policy can.
-
-Three ways in which it can err, and what is done:
+That policy is the optimum of E[r] - beta KL(pi || pi_ref) (DPO, arXiv 2305.18290, equation 4); its reward and KL follow
+from answers of the reference alone, by self-normalised importance sampling. Every prompt has its own Z(x): one over all
+of them would let an optimum choose its prompts, which no policy can. How it can err, and what is done:
 - With few effective answers, 1 / sum of squared weights, the estimate knows only the best answers it has drawn, and is
   too low to be a bound. A beta whose median prompt has fewer than MIN_EFFECTIVE is left out, and said to be.
 - log Z is biased low by about 1 / (2 effective answers) (Jensen), the value of the objective by beta times that: under
@@ -44,14 +40,11 @@ def measure(context: Context) -> list[Figure]:
 
 
 METRIC = Metric(
-    measure,
-    first=(ROWS, POLICY, OWN),
-    needs=(
-        lambda context: context.prompts and context.options.frontier and context.reward is not None,
-        "it needs prompts, evaluate.frontier in the recipe and a reward (--reward)",
-    ),
+    measure, first=(ROWS, POLICY, OWN),
+    needs=(lambda context: context.prompts and context.options.frontier and context.reward is not None,
+           "it needs prompts, evaluate.frontier in the recipe and a reward (--reward)"),
     key="frontier",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

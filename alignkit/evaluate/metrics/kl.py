@@ -18,13 +18,10 @@ def measure(context: Context) -> list[Figure]:
 
 
 METRIC = Metric(
-    measure,
-    first=(ROWS, POLICY, OWN),
-    needs=(
-        lambda context: context.prompts and context.reference_source is not None,
-        "it needs prompts and a reference (--reference)",
-    ),
-)
+    measure, first=(ROWS, POLICY, OWN),
+    needs=(lambda context: context.prompts and context.reference_source is not None,
+           "it needs prompts and a reference (--reference)"),
+)  # fmt: skip
 
 
 def measure_kl(

@@ -39,10 +39,8 @@ def _list_references(context: Context) -> list[tuple[Text, Text]]:
 
 
 METRIC = Metric(
-    measure,
-    needs=(_list_references, "the rows hold no single right answer to compare with"),
-    optional=True,
-)
+    measure, needs=(_list_references, "the rows hold no single right answer to compare with"), optional=True,
+)  # fmt: skip
 
 
 def measure_rouge(

@@ -57,13 +57,10 @@ def measure(context: Context) -> list[Figure]:
 
 
 METRIC = Metric(
-    measure,
-    first=(ROWS, (lambda context: list_pairs(context.rows), "the rows hold no pairs of answers")),
-    needs=(
-        lambda context: context.target.reward or context.reference_source is not None,
-        "an implicit reward needs a reference (--reference)",
-    ),
-)
+    measure, first=(ROWS, (lambda context: list_pairs(context.rows), "the rows hold no pairs of answers")),
+    needs=(lambda context: context.target.reward or context.reference_source is not None,
+           "an implicit reward needs a reference (--reference)"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,9 +135,9 @@ def _accuracy(
 def measure_calibration(margins: Sequence[float], groups: Sequence[int], *, resamples: int) -> list[Figure]:
     """Measure the expected calibration error of margins (chosen - rejected), with the bins as details.
 
-    The reward's confidence is the probability it gives to the answer it prefers, in [0.5, 1], cut into ten equal bins;
-    the error is the mean over pairs of |accuracy - confidence| of the pair's bin. It is never negative, so that its
-    interval lies above 0 for a perfect reward too; few pairs make it larger.
+    The reward's confidence is the probability of the answer it prefers, in [0.5, 1], in ten equal bins; the error is
+    the mean over pairs of |accuracy - confidence| of the bin: above 0 for a perfect reward too, the more so for few
+    pairs.
     """
     if not margins:
         return []

@@ -29,9 +29,8 @@ def measure(context: Context) -> list[Figure]:
 
 
 METRIC = Metric(
-    measure,
-    needs=(lambda context: any(row.completions for row in context.rows), "the rows hold no text to predict"),
-)
+    measure, needs=(lambda context: any(row.completions for row in context.rows), "the rows hold no text to predict"),
+)  # fmt: skip
 
 
 def measure_perplexity(likelihoods: Sequence[Likelihood], *, resamples: int) -> list[Figure]:

@@ -30,13 +30,10 @@ def measure(context: Context) -> list[Figure]:
 
 METRIC = Metric(
     measure,
-    needs=(
-        lambda context: context.prompts and context.options.against is not None,
-        "it needs prompts and another model (--against)",
-    ),
-    key="against",
-    prepare=lambda context: (context.rival, context.judge),
-)
+    needs=(lambda context: context.prompts and context.options.against is not None,
+           "it needs prompts and another model (--against)"),
+    key="against", prepare=lambda context: (context.rival, context.judge),
+)  # fmt: skip
 
 
 def measure_win_rate(
