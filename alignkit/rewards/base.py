@@ -82,12 +82,11 @@ class Reward(Protocol):
         """Score each answer: the higher, the better."""
 
     @staticmethod
-    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
-        """Raise what would stop a stage, without loading torch; `coming` are stages that are trained before it."""
+    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str] | None = None) -> str:
+        """Raise what would stop a stage, without loading torch; say what it is.
 
-    @staticmethod
-    def describe(source: RewardSource, stage: Stage, key: str) -> str:
-        """Say what it is, for `alignkit check`; raises like `check`, and looks closer."""
+        `coming` are stages that are trained before it; without them, as `alignkit check` asks, it may load more.
+        """
 
     @staticmethod
     def fingerprint(source: RewardSource, stage: Stage) -> str | None:

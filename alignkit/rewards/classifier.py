@@ -117,12 +117,12 @@ class ClassifierReward:
         return encode_own(Chat(classifier.tokenizer), answers.prompts, answers.completions, ended, name=self.name)
 
     @staticmethod
-    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
+    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str] | None = None) -> str:
         path, where = str(source.model), stage.where(f"{stage.name}.{key}")
-        name = stage.reward_stages.get(path)
-        if name in coming:
-            return
-        if name is not None and not Path(path).is_dir():
+        name, is_there = stage.reward_stages.get(path), Path(path).is_dir()
+        if name is not None and (name in coming if coming is not None else not is_there):
+            return f"{name}, not trained yet"
+        if name is not None and not is_there:
             first = f"train --stage {name} of {shlex.quote(stage.recipe_path)} first, or name another reward"
             what = f"{stage.name}.{key} is {name}, which has not been trained to its end"
             raise RunError(f"{what}; {first}", where=where)
@@ -136,14 +136,6 @@ class ClassifierReward:
             kind = "a classifier of labelled texts" if files.head else "a language model"
             what = f"{stage.name}.{key} is {path}, {kind}; a reward is an rm stage or a classifier of answers"
             raise ModelError(what, where=where)
-
-    @staticmethod
-    def describe(source: RewardSource, stage: Stage, key: str) -> str:
-        path = str(source.model)
-        name = stage.reward_stages.get(path)
-        if name is not None and not Path(path).is_dir():
-            return f"{name}, not trained yet"
-        ClassifierReward.check(source, stage, key, ())
         return name or path
 
     @staticmethod

@@ -52,12 +52,10 @@ class FunctionReward:
         return found
 
     @staticmethod
-    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
+    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str] | None = None) -> str:
         _require_trust(str(source.function), allowed=stage.trust_code, where=stage.where(f"{stage.name}.{key}"))
-
-    @staticmethod
-    def describe(source: RewardSource, stage: Stage, key: str) -> str:
-        FunctionReward(source, stage_space(stage, key))
+        if coming is None:  # it is loaded when the stage starts
+            FunctionReward(source, stage_space(stage, key))
         return f"function {source.function}"
 
     @staticmethod

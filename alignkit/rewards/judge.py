@@ -188,12 +188,8 @@ class JudgeReward:
         return rewards
 
     @staticmethod
-    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
-        """Nothing here: judges are checked with all that is asked for feedback (`preflight.feedback`)."""
-
-    @staticmethod
-    def describe(source: RewardSource, stage: Stage, key: str) -> str:
-        assert source.judge is not None
+    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str] | None = None) -> str:
+        assert source.judge is not None  # checked with all that is asked for feedback
         return f"judged by {describe_model(source.judge, stage)}"
 
     @staticmethod

@@ -33,11 +33,8 @@ class BuiltinReward:
         return [true_reward(read_text(completion)) for completion in answers.completions]
 
     @staticmethod
-    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
+    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str] | None = None) -> str:
         BuiltinReward(source, stage_space(stage, key))
-
-    @staticmethod
-    def describe(source: RewardSource, stage: Stage, key: str) -> str:
         return "the toy world's true reward"
 
     @staticmethod
@@ -85,7 +82,7 @@ def check_rewards(stage: Stage, *, coming: Collection[str] = ()) -> None:
 def describe_reward(stage: Stage, key: str, source: RewardSource) -> str:
     """Say in words what a source is; raises what would stop the stage, but not for a stage that is not trained yet."""
     weight = "" if source.weight == 1 else f", times {source.weight:g}"
-    return kind_of(source).describe(source, stage, key) + weight
+    return kind_of(source).check(source, stage, key) + weight
 
 
 def fingerprint_rewards(stage: Stage) -> dict[str, list[str | None]]:

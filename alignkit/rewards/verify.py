@@ -201,11 +201,7 @@ class VerifyReward:
             raise RewardError(what, where=self._space.where) from error
 
     @staticmethod
-    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str]) -> None:
-        VerifyReward(source, stage_space(stage, key))
-
-    @staticmethod
-    def describe(source: RewardSource, stage: Stage, key: str) -> str:
+    def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str] | None = None) -> str:
         VerifyReward(source, stage_space(stage, key))
         return f"verified: {source.verify}"
 
