@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -358,12 +359,15 @@ def print_json(data: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    write("\n".join([*([title] if title else []), _lay_out(columns, rows)]))
+
+
+def _lay_out(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     cells = [[str(column) for column in columns], *([_cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    if title:
-        write(title)
-    for row in (cells[0], ["-" * width for width in widths], *cells[1:]):
-        write("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines = (cells[0], ["-" * width for width in widths], *cells[1:])
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"  {'  '.join(line)}".rstrip() for line in padded)
 
 
 def _cell(value: Any) -> str:
@@ -372,97 +376,21 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
-def print_stage(stage: Mapping[str, Any], *, will: str) -> None:
-    """Write what would run, then every value of a stage with its origin; `stage` is `Stage.to_dict()`."""
-    name, origins = stage["stage"], stage["origins"]
-    write(f"stage {name} ({stage['method']}) of {stage['recipe_path']}")
-    write(f"would run: {will}")
-    write(f"run directory: {stage['run_dir']}")
-    sections = [(part, stage[part] or {}) for part in ("model", "lora", "launch")]
-    values = {"seed": stage["seed"]}
-    for section, found in [*sections, (name, stage["options"]), (name, stage["trainer"])]:
-        values |= {f"{section}.{key}": value for key, value in found.items()}
-    rows = [(key, origins.get(key, "default"), json.dumps(value)) for key, value in values.items()]
-    print_table("", ("key", "from", "value"), rows)
+@cache
+def _open_texts() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"json": json.dumps, "cell": _cell, "quote": shlex.quote}
+    environment.globals["table"] = _lay_out
+    return environment.get_template("texts.jinja").module
 
 
-def print_launch(launch: Mapping[str, Any]) -> None:
-    """Write what would be started where; `launch` is `Plan.to_dict()`."""
-    place = launch["placement"]
-    alone = {"worker": "nothing, this is one of the processes that a launcher has started",
-             "in-process": f"nothing else, it runs in this process on {place['device']}"}  # fmt: skip
-    if launch["mode"] in alone:
-        write(f"would start: {alone[launch['mode']]}")
-        return
-    of_all = "{nodes} nodes with {processes} processes each" if place["nodes"] > 1 else "{processes} processes"
-    write(f"would start: {of_all.format(**place)} ({place['strategy']}, {place['device']})")
-    if place["nodes"] > 1:
-        known = {key: "not known yet" if place[key] is None else place[key] for key in place}
-        write(f"this node: {known['node_rank']}; node 0 at {known['main_address']}:{known['main_port']}")
-    write(f"$ {launch['command']}")
-    for name in ("config", "deepspeed"):
-        if launch[name]:
-            text = launch[name] if isinstance(launch[name], str) else json.dumps(launch[name], indent=2)
-            write("\n".join([f"\n{launch[f'{name}_file']}:", *(f"  {line}" for line in text.splitlines())]))
-
-
-def print_result(result: Mapping[str, Any]) -> None:
-    made = f"at step {result['step']}, model in {result['model_dir']}" if result["model_dir"] else ""
-    write(f"{result['stage']}: {result['status']} {made or 'with {} rows'.format(result['step'])}")
-    for key, value in result.get("metrics", {}).items():
-        write(f"  {key} = {_cell(value)}")
-
-
-def print_verdicts(verdicts: Sequence[Mapping[str, Any]]) -> None:
-    """Write whether each stage did what it was for; `verdicts` are `Verdict.to_dict()`."""
-    for each in verdicts:
-        write(f"[{each['verdict']}] {each['says']}")
-        notes = [f"warning: {text}" for text in each["warnings"][:2]]
-        if len(each["warnings"]) > 2:
-            notes.append(f"{len(each['warnings']) - 2} warnings more in the report")
-        for note in [*notes, *([f"to decide: {each['missing']}"] if each["missing"] else [])]:
-            write(f"    {note}")
-
-
-def print_paths(paths: Mapping[str, str]) -> None:
-    for name, path in paths.items():
-        write(f"{name}: {path}")
-
-
-def print_jobs(jobs: Sequence[Mapping[str, Any]], *, scripts: bool) -> None:
-    """Write which batch jobs were submitted, or the commands that would, ready for a shell.
-
-    `jobs` are `Job.to_dict()`; with `scripts` their text comes first.
-    """
-    for job in jobs if scripts else ():
-        write(f"# {job['path']}\n{job['script']}")
-    if any(job["job_id"] for job in jobs):
-        rows = [(job["stage"], job["job_id"], ", ".join(job["depends_on"]) or None, job["path"]) for job in jobs]
-        print_table("", ("stage", "job", "after", "script"), rows)
-        return
-    for number, job in enumerate(jobs, 1):
-        # `$job_N` is for the shell to fill in; everything else is quoted.
-        line = " ".join(word if word.startswith("--dependency=") else shlex.quote(word) for word in job["submit"])
-        write(f"job_{number}=$({line})  # {job['stage']}" if len(jobs) > 1 else line)
-
-
-def print_plan(entries: Sequence[Mapping[str, Any]]) -> None:
-    """Write what a run would do with each stage, and why; `entries` are `Entry.to_dict()`."""
-    columns = ("stage", "method", "needs", "will", "why")
-    rows = [{**entry, "needs": ", ".join(entry["needs"]) or None} for entry in entries]
-    print_table("", columns, [[row[column] for column in columns] for row in rows])
-
-
-def print_run(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line for each stage of a run: how it ended, where it stopped, what was not reached."""
-    rows: list[tuple[Any, ...]] = [
-        (each["stage"], each["status"], each["step"], f"{each['wall_seconds']:.0f}", each["model_dir"] or None)
-        for each in results
-    ]
-    left = [name for name in names if name not in {row[0] for row in rows}]
-    rows += [(name, "not reached" if number else "not finished", None, None, None) for number, name in enumerate(left)]
-    rows.sort(key=lambda row: names.index(row[0]))
-    print_table("", ("stage", "status", "steps or rows", "seconds", "model"), rows)
+def print_text(name: str, *given: Any) -> None:
+    """Write a text of texts.jinja, such as `stage` or `plan`, made of what its macro is given."""
+    write(str(getattr(_open_texts(), name)(*given)), end="")
 
 
 # Rows of tokens: colours on a terminal, brackets in a pipe.

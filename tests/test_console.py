@@ -25,8 +25,9 @@ def test_nothing_that_is_printed_steers_the_terminal(capsys: pytest.CaptureFixtu
     console.warn(NASTY)
     console.print_error(DataError([Problem(NASTY, NASTY)]))
     console.print_table(NASTY, [NASTY], [[NASTY]])
-    console.print_paths({NASTY: NASTY})
-    console.print_result({"stage": NASTY, "status": "finished", "step": 1, "model_dir": "", "metrics": {NASTY: NASTY}})
+    console.print_text("paths", {NASTY: NASTY})
+    ended = {"stage": NASTY, "status": "finished", "step": 1, "model_dir": "", "metrics": {NASTY: NASTY}}
+    console.print_text("result", ended)
     console.stream({NASTY: iter(NASTY), "other": iter(["a\tb\n", "\u3000\u200d✓"])})
     progress = console.TrainingProgress(NASTY, total_steps=1)
     progress.update(1, {NASTY: 1.0})

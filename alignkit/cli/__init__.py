@@ -103,8 +103,17 @@ def main() -> int:
                 if getattr(option, "is_flag", False):
                     option.metavar = ""
         code = command(arguments, standalone_mode=False, prog_name="alignkit", obj=place)
-    except TyperException as error:
-        return _end_usage_error(error)
+    except TyperException as error:  # a mistake in the command's own options
+        message = error.format_message().rstrip(".")
+        if near := getattr(error, "possibilities", None):
+            message = f"{error.message.rstrip('.')}; did you mean {near[0]}?"
+        if SUPERVISED not in os.environ and not _reports_for_all():
+            time.sleep(_WAIT_SECONDS)
+        elif message:  # empty after a bare `alignkit`: typer has shown the help already
+            context = getattr(error, "ctx", None)
+            hint = f" (see {context.command_path} --help)" if context is not None else ""
+            return _leave(error.exit_code, [f"error: {message}{hint}"])
+        return error.exit_code
     except typer.Abort:
         return _leave(130, ["interrupted"])
     except Exception as error:
@@ -154,20 +163,6 @@ _WAIT_SECONDS = 5  # before leaving with what another process reports: torchrun 
 def _reports_for_all() -> bool:
     """Whether an error that every process of this node meets, before there is a run, is reported by this one."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _end_usage_error(error: TyperException) -> int:
-    """Report a mistake in the command's own options; return the exit code."""
-    message = error.format_message().rstrip(".")
-    if near := getattr(error, "possibilities", None):
-        message = f"{error.message.rstrip('.')}; did you mean {near[0]}?"
-    if SUPERVISED not in os.environ and not _reports_for_all():
-        time.sleep(_WAIT_SECONDS)
-    elif message:  # empty after a bare `alignkit`: typer has shown the help already
-        context = getattr(error, "ctx", None)
-        hint = f" (see {context.command_path} --help)" if context is not None else ""
-        return _leave(error.exit_code, [f"error: {message}{hint}"])
-    return error.exit_code
 
 
 def _leave(code: int, problems: list[str] | None = None, *, unexpected: bool = False, shared: bool = False) -> int:

@@ -29,7 +29,7 @@ def init(
     from alignkit import console
     from alignkit.preflight.starter import write_starter
 
-    console.print_paths(write_starter(path, source=source, model=model, data=data, method=method))
+    console.print_text("paths", write_starter(path, source=source, model=model, data=data, method=method))
 
 
 def migrate(
@@ -151,7 +151,7 @@ def preview(
     if html is not None:
         from alignkit.report.publish import write_preview
 
-        console.print_paths({"page": str(write_preview(shown, html))})
+        console.print_text("paths", {"page": str(write_preview(shown, html))})
     elif as_json:
         console.print_json(shown)
     else:
@@ -170,7 +170,7 @@ def schema(
     if install:
         from alignkit.preflight.starter import install_schema
 
-        return console.print_paths(install_schema(files or ()))
+        return console.print_text("paths", install_schema(files or ()))
     if files:
         raise typer.BadParameter("files go with --install, which writes into them where the schema is")
     from alignkit.recipe import recipe_schema
@@ -178,11 +178,36 @@ def schema(
     return console.print_json(recipe_schema())
 
 
-def doctor(as_json: AsJson = False) -> None:
-    """Show versions and devices, and what works here and what does not."""
-    from alignkit.preflight.doctor import examine
+def doctor(
+    what: Annotated[str | None, Argument(metavar="[resume]", help="Kill and resume a stage, and compare.")] = None,
+    recipe: Annotated[Path | None, Option("--recipe", "-r", metavar="FILE", help="With resume: whose stage.")] = None,
+    stage: StageName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show versions, devices and what works here; or prove that a recipe resumes exactly."""
+    from alignkit import console
 
-    _show(examine(), as_json=as_json)
+    if what is None and recipe is None and stage is None:
+        from alignkit.preflight.doctor import examine
+
+        _show(examine(), as_json=as_json)
+        return
+    if what != "resume" or recipe is None:
+        raise typer.BadParameter("a recipe is tried with `alignkit doctor resume --recipe FILE`")
+    from alignkit.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    from alignkit.errors import AlignKitError
+    from alignkit.preflight.resume import prove_resume
+
+    found = prove_resume(loaded, stage)
+    if as_json:
+        console.print_json(found)
+    elif not found["differences"]:
+        killed, steps = found["killed_at"], found["steps"]
+        console.write(f"{found['stage']}: equal; {found['model']}, {steps} steps, killed at step {killed} and resumed")
+    if found["differences"]:
+        raise AlignKitError(f"{found['stage']} does not resume exactly: {'; '.join(found['differences'])}")
 
 
 def merge(
@@ -268,7 +293,7 @@ def compare(
         console.print_json(data)
     else:
         console.print_table(data["name"], *table(data["results"]))
-        console.print_paths({"preferences": str(run.path / ROWS)})
+        console.print_text("paths", {"preferences": str(run.path / ROWS)})
 
 
 def diff(
@@ -340,8 +365,8 @@ def report(
     if as_json:
         console.print_json({**done, "verdicts": verdicts})
     else:
-        console.print_verdicts(verdicts)
-        console.print_paths(done)
+        console.print_text("verdicts", verdicts)
+        console.print_text("paths", done)
 
 
 _what = partial(Option, rich_help_panel="What is measured")

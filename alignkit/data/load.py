@@ -286,7 +286,12 @@ class _Source:
                     elif problems.at_once:
                         problems.add_row(parsed.place, f"is a row of {form}; {self._method} cannot take it")
                     continue
-            counts.add_remarks(parsed)
+            for name in parsed.unread:
+                counts.ignored_columns[name] += 1
+                counts.ignored_places.setdefault(name, parsed.place)
+            for what in parsed.noted:
+                times, first = counts.noted.get(what, (0, parsed.place))
+                counts.noted[what] = (times + 1, first)
             if parsed.row is None or form is None:
                 counts.rejected += 1
                 counts.equal_answers += parsed.equal_answers

@@ -16,7 +16,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.formats import Parsed
 from alignkit.data.rows import Row, count_chars, hash_prompt
 from alignkit.errors import DataError, Problem
 from alignkit.runs.files import replacing
@@ -42,15 +41,6 @@ class SourceReport:
     ignored_columns: Counter[str] = field(default_factory=Counter)  # column or key of messages -> rows that have it
     ignored_places: dict[str, str] = field(default_factory=dict)  # the first of those rows
     noted: dict[str, tuple[int, str]] = field(default_factory=dict)  # what is odd about rows -> how many, the first
-
-    def add_remarks(self, parsed: Parsed) -> None:
-        """Count what nothing reads of a row, and what is odd about it."""
-        for name in parsed.unread:
-            self.ignored_columns[name] += 1
-            self.ignored_places.setdefault(name, parsed.place)
-        for what in parsed.noted:
-            count, first = self.noted.get(what, (0, parsed.place))
-            self.noted[what] = (count + 1, first)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -85,14 +86,14 @@ def run_one(place: dict[str, Path], command: Command, how: How) -> None:
             will = "nothing: the run is finished (--force starts over)"
         elif run.stage.exists():
             will = "go on with the unfinished run"
-        console.print_stage(stage.to_dict(), will=will)
-        console.print_launch(launch)
+        console.print_text("stage", stage.to_dict(), will)
+        console.print_text("launch", launch)
     else:
         place["run_dir"] = Path(stage.run_dir)
         result = launch_stage(stage, command, force=how.force, retries=how.retries)
         if SUPERVISED in os.environ or not console.is_main():
             return  # who started this process, or rank 0, shows it
-        show = console.print_json if how.as_json else console.print_result
+        show = console.print_json if how.as_json else partial(console.print_text, "result")
         show(result.to_dict())
         if not how.as_json:
             _show_verdicts([stage])
@@ -122,7 +123,7 @@ def run_many(
             will, why = ("leave alone", "measured, nothing has changed") if is_done else ("run", "models to measure")
             planned.append({"stage": MEASURE, "method": None, "needs": [], "will": will, "why": why})
         if not how.as_json:
-            console.print_plan(planned)
+            console.print_text("plan", planned)
             return
         from alignkit.launch.accelerate import plan_launch
 
@@ -170,7 +171,7 @@ def run_many(
         if console.is_main() and how.as_json:
             console.print_json({"stages": results, "evaluations": measured})
         elif console.is_main():
-            console.print_run([stage.name for stage in stages], results)
+            console.print_text("run", [stage.name for stage in stages], results)
             for evaluation in measured:
                 from alignkit.evaluate.run import table
 
@@ -200,7 +201,7 @@ def _show_verdicts(stages: Sequence[Stage]) -> None:
     from alignkit.report.verdict import judge_all
 
     runs = [Path(stage.run_dir) for stage in stages]
-    console.print_verdicts(attempt("verdict", runs[0], lambda: judge_all(runs)) or [])
+    console.print_text("verdicts", attempt("verdict", runs[0], lambda: judge_all(runs)) or [])
 
 
 def _write_page(stages: Sequence[Stage]) -> None:
@@ -332,7 +333,7 @@ def _use_slurm(commands: Sequence[Command], how: How) -> None:
     if how.as_json:
         console.print_json({"jobs": jobs})
     else:
-        console.print_jobs(jobs, scripts=how.dry_run)
+        console.print_text("jobs", jobs, how.dry_run)
 
 
 class Measuring:

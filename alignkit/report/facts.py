@@ -22,7 +22,7 @@ _SHOWN_ERROR_CHARS = 4000
 _BOOKKEEPING = re.compile(r"step|epoch|.*runtime|.*(samples|steps)_per_second|.*num_tokens|episodes")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Facts:
     """One run: its files as plain data, absent ones empty."""
 
@@ -41,48 +41,21 @@ class Facts:
     error: str  # the end of error.log; of a finished run empty
     recipe: str
 
-    @property
-    def name(self) -> str:
-        return str(self.stage.get("stage", self.path.name))
-
-    @property
-    def full_name(self) -> str:
-        return "/".join(part for part in (str(self.stage.get("recipe", "")), self.name) if part)
-
-    @property
-    def method(self) -> str:
-        return str(self.stage.get("method", ""))
-
-    @property
-    def task(self) -> str | None:
-        """The objective of a classifier, None for other runs."""
-        name = (self.stage.get("options") or {}).get("objective")
-        return name if name in TASKS else None
-
-    @property
-    def sources(self) -> list[dict[str, Any]]:
-        return (self.stage.get("data") or {}).get("sources") or []
-
-    @property
-    def is_finished(self) -> bool:
-        return self.result.get("status") == "finished"
-
-    @property
-    def step(self) -> int:
-        """The last optimizer step that is known to have been taken."""
-        return int(self.result.get("step") or max((row.get("step", 0) for row in self.metrics), default=0))
-
-    @property
-    def num_steps(self) -> int | None:
-        """How many steps were planned; None where only the length of the data says so and the run is not finished."""
-        planned = self.stage.get("trl", {}).get("max_steps", -1)
-        return int(planned) if planned and planned > 0 else (self.step if self.is_finished else None)
-
-    @property
-    def parents(self) -> list[str]:
-        """The stages of the same recipe that the run needs: its start, then its reward models."""
-        start = self.stage.get("start_stage")
-        return [*([start] if start else []), *(self.stage.get("reward_stages") or {}).values()]
+    def __post_init__(self) -> None:
+        stage = self.stage
+        self.name, self.method = str(stage.get("stage", self.path.name)), str(stage.get("method", ""))
+        self.full_name = "/".join(filter(None, (str(stage.get("recipe", "")), self.name)))
+        objective = (stage.get("options") or {}).get("objective")
+        self.task: str | None = objective if objective in TASKS else None  # of a classifier
+        self.sources: list[dict[str, Any]] = (stage.get("data") or {}).get("sources") or []
+        self.is_finished = self.result.get("status") == "finished"
+        # The last step that is known to have been taken; how many were planned, None where only the rows say so.
+        self.step = int(self.result.get("step") or max((row.get("step", 0) for row in self.metrics), default=0))
+        planned = (stage.get("trl") or {}).get("max_steps") or -1
+        self.num_steps = int(planned) if planned > 0 else (self.step if self.is_finished else None)
+        # The stages of the same recipe that it needs: its start, then its reward models.
+        needs = [stage.get("start_stage"), *(stage.get("reward_stages") or {}).values()]
+        self.parents: list[str] = [name for name in needs if name]
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """List (step, value) of one metric; a value that is not finite is NaN, and the last one of a step counts."""
