@@ -123,17 +123,10 @@ def _read_arguments(words: Sequence[str]) -> dict[str, Any]:
             break
         key, equals, value = word.lstrip("-").partition("=")
         if word.startswith("--") or re.fullmatch(r"-[a-z]", word) or (equals and re.fullmatch("[A-Z_]+", key)):
-            given = found[key.replace("-", "_")] = [_read_value(value)] if equals else []
+            given = found[key.replace("-", "_")] = [read_scalar(value)] if equals else []
         else:
-            given.append(_read_value(word))
+            given.append(read_scalar(word))
     return {key: values[0] if len(values) == 1 else values or True for key, values in found.items()}
-
-
-def _read_value(text: str) -> Any:
-    try:
-        return json.loads(text) if text[:1] in ("{", "[") else read_scalar(text)
-    except ValueError:
-        return text
 
 
 def migrate_file(path: Path, *, gpus: int | None = None) -> tuple[list[Migration], list[Problem]]:
@@ -186,7 +179,6 @@ class _Writer:
         self.defaults: dict[str, Any] = {key: value for kind in kinds for key, value in assumed.get(kind, {}).items()}
 
     def write(self) -> Migration:
-        """Do all of it, in the order in which a key is claimed."""
         self._read_rows()
         self._read_batch()
         for key, value in self.keys.items():
@@ -231,7 +223,8 @@ class _Writer:
             raise RecipeError(f"{self.peer}'s {said}: {why}", where=str(self.path))
         for setting in [*settings, *(found.value.split() if found else ())]:
             ours, _, value = setting.partition("=")
-            self.lines[ours] = Line(_read_value(value), f"was {key or 'the command'}: {said}", key)
+            value = json.loads(value) if value[:1] == "[" else read_scalar(value)
+            self.lines[ours] = Line(value, f"was {key or 'the command'}: {said}", key)
         if key:
             self._note(key, CONVERTED, f"the section {section}:")
         return section, word
@@ -495,9 +488,8 @@ def _look_up_registry(path: Path, below: Any, name: str) -> dict[str, Any] | Non
     for file in (folder / "dataset_info.json" for folder in folders):
         if file.is_file():
             entry = json.loads(file.read_text("utf-8")).get(name)
-            if isinstance(entry, dict) and "file_name" in entry:
-                entry["file_name"] = str(file.parent / entry["file_name"])
-            return entry if isinstance(entry, dict) else None
+            local = {"file_name": str(file.parent / entry["file_name"])} if entry and "file_name" in entry else {}
+            return {**entry, **local} if entry else None
     return None
 
 

@@ -465,12 +465,8 @@ def _own_loss(stage: Section) -> str | None:
     return next((loss for loss in losses_of(stage) if loss in OWN_LOSSES), None)
 
 
-def _read_top(stage: Section, key: str) -> Any:
-    return None if stage.top is None else stage.top.get(key)
-
-
 def _starts_from_no_adapter(stage: Section) -> bool:
-    path = str(_read_top(stage, "model.path"))
+    path = str(_value_of(stage, "top.model.path", None))
     # model.path may be an adapter itself: one on disk, or on the hub, which only the stage can tell.
     return not stage.has("start_from") and "/" not in path and not Path(path, "adapter_config.json").is_file()
 
@@ -506,11 +502,11 @@ CONFLICTS = (
     _idle("train", "adapter", _starts_from_no_adapter,
           "without start_from; it says what happens to the adapter a stage starts from"),
     Conflict("train", "gradient_checkpointing",
-             lambda stage: (wanted := _read_top(stage, "launch.activation_checkpointing")) is not None
+             lambda stage: (wanted := _value_of(stage, "top.launch.activation_checkpointing", None)) is not None
              and wanted != stage.get("gradient_checkpointing") and str(wanted).lower(),
              "is {value}, but launch.activation_checkpointing is {}; keep one"),
     Conflict("train", "adapter",
-             lambda stage: stage.get("adapter") == "stack" and _read_top(stage, "lora") is None
+             lambda stage: stage.get("adapter") == "stack" and _value_of(stage, "top.lora", None) is None
              and not _starts_from_no_adapter(stage), "is stack, which puts a new adapter on top; add a lora: section"),
     # sft
     Conflict("sft", "data eval", _has_separator,

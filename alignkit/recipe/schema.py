@@ -356,10 +356,17 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {name: Objective(*values) for name, values in TABLES["objectives"].items()}
 TASKS = tuple(name for name, objective in OBJECTIVES.items() if objective.model == "classifier")
+# What a paper calls its method, as values of the keys of a ppo stage; what the stage says itself goes before it.
+_presets = json.loads(_ROOMS.joinpath("recipe", "presets.json").read_text("utf-8"))
+PRESETS: dict[str, dict[str, Any]] = {name: preset["values"] for name, preset in _presets.items()}
+# A metric is a file of this directory; nothing is imported to know its name.
+METRICS = tuple(path.stem for path in sorted(_ROOMS.joinpath("evaluate", "metrics").glob("[a-z]*.py")))
 if TYPE_CHECKING:
     ObjectiveName = str
+    Preset = str
+    Metric = str
 else:
-    ObjectiveName = Literal[tuple(OBJECTIVES)]
+    ObjectiveName, Preset, Metric = (Literal[tuple(names)] for names in (OBJECTIVES, PRESETS, METRICS))
 
 
 class SftOptions(TrainOptions):
@@ -384,15 +391,6 @@ class RmOptions(TrainOptions):
 
 class DpoOptions(TrainOptions):
     method: Literal["dpo"] = "dpo"
-
-
-# What a paper calls its method, as values of the keys of a ppo stage; what the stage says itself goes before it.
-_presets = json.loads(_ROOMS.joinpath("recipe", "presets.json").read_text("utf-8"))
-PRESETS: dict[str, dict[str, Any]] = {name: preset["values"] for name, preset in _presets.items()}
-if TYPE_CHECKING:
-    Preset = str
-else:
-    Preset = Literal[tuple(PRESETS)]
 
 
 class PpoOptions(TrainOptions):
@@ -553,14 +551,6 @@ OPTIONS: dict[str, type[StageOptions]] = {
     "sft": SftOptions, "rm": RmOptions, "dpo": DpoOptions, "ppo": PpoOptions,
     "critique": CritiqueOptions, "label": LabelOptions,
 }
-
-
-# A metric is a file of this directory; nothing is imported to know its name.
-METRICS = tuple(path.stem for path in sorted(_ROOMS.joinpath("evaluate", "metrics").glob("[a-z]*.py")))
-if TYPE_CHECKING:
-    Metric = str
-else:
-    Metric = Literal[METRICS]
 
 
 class FrontierOptions(_Section):

@@ -180,7 +180,16 @@ class _Spreader:
             short = _shorten_keys({number: axes[number].path for point in found for number, _ in point})
             parts = {point: [f"{short[number]}-{axes[number].labels[at]}" for number, at in point] for point in found}
             names[name] = {point: "-".join([name, *parts[point]]) for point in found}
-        self._require_names(names)
+        # On some file systems `A` is `a`, and a name may be too long for a file.
+        taken = {name.lower(): name for name in (*self._base.top.node.value, *names)}
+        for name, made in ((name, made) for name, of in names.items() for made in of.values() if [*of] != [()]):
+            if len(made) > MAX_NAME:
+                shown = f"{made[:60]}..., longer than {MAX_NAME} characters"
+                raise RecipeError(f"sweep names a run {shown}; sweep fewer keys", where=self._place)
+            other = taken.setdefault(made.lower(), name)
+            if other != name or made == name:
+                what = f"sweep names a run of {name} {made}, which {other} has already; rename one of them"
+                raise RecipeError(what, where=self._place)
         wholes = [self._lay(tuple((number, 0) for number in range(len(axes))))]
         runs = []
         for name, point in ((name, point) for name, found in points.items() for point in found):
@@ -246,18 +255,6 @@ class _Spreader:
             nodes = [stage.node, *(node for key in keys if (node := probed.top.node.value.get(key)))]
             read |= {id(leaf) for node in nodes for _, leaf in node.leaves()}
         return [number for number, axis in enumerate(self._axes) if id(axis.values[laid[number]]) in read]
-
-    def _require_names(self, names: Mapping[str, Mapping[Point, str]]) -> None:
-        """Refuse names that two runs would have (on some file systems `A` is `a`), or that are too long for a file."""
-        taken = {name.lower(): name for name in (*self._base.top.node.value, *names)}
-        for name, run in ((name, run) for name, made in names.items() for run in made.values() if [*made] != [()]):
-            if len(run) > MAX_NAME:
-                shown = f"{run[:60]}..., longer than {MAX_NAME} characters"
-                raise RecipeError(f"sweep names a run {shown}; sweep fewer keys", where=self._place)
-            other = taken.setdefault(run.lower(), name)
-            if other != name or run == name:
-                what = f"sweep names a run of {name} {run}, which {other} has already; rename one of them"
-                raise RecipeError(what, where=self._place)
 
 
 def _shorten_keys(paths: Mapping[int, Path]) -> dict[int, str]:
