@@ -3,7 +3,7 @@
 Classifiers learn labels, with language modelling as auxiliary loss (GPT-1, section 3.2).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -65,28 +65,16 @@ class Seq2Seq(Sft):
         total = cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=self.args.label_smoothing_factor)
         with torch.no_grad():
             logps_NV = logits_NV[kept_N].log_softmax(dim=-1)
-            sums = {
-                "entropy": -(logps_NV.exp() * logps_NV).sum(),
-                "mean_token_accuracy": (logps_NV.argmax(dim=-1) == labels_N[kept_N]).sum(),
-            }
-            tokens = inputs["attention_mask"].sum() + inputs["decoder_attention_mask"].sum()
-        loss = self.average(total, kept_N.sum(), num_items_in_batch, sums, num_read=tokens)
+            right_N, entropy_N = logps_NV.argmax(dim=-1) == labels_N[kept_N], -(logps_NV.exp() * logps_NV).sum(dim=-1)
+        tokens = inputs["attention_mask"].sum() + inputs["decoder_attention_mask"].sum()
+        self.note_metrics({"entropy": entropy_N, "mean_token_accuracy": right_N}, num_tokens=tokens)
+        loss = self.average(total, kept_N.sum(), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def average(
-        self, total: Tensor, count: Tensor, num_items: Any, sums: Mapping[str, Tensor], *, num_read: Tensor
-    ) -> Tensor:
-        """Make a batch's sum over tokens its part of the step's mean, and note the means of others and tokens read."""
-        mode = "train" if self.model.training else "eval"
-        parts = torch.stack([count, num_read, *sums.values()]).detach()
-        count_all, read, *values = self.accelerator.gather(parts[None]).sum(dim=0).tolist()
-        for name, value in zip(sums, values, strict=True):
-            self._metrics[mode][name].append(value / count_all)
-        self._total_train_tokens += int(read) if mode == "train" else 0
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+    def average(self, total: Tensor, count: Tensor, num_items: Any) -> Tensor:
+        """Make a batch's sum over tokens its part of the mean over those of the step; ranks' gradients are averaged."""
         if num_items is None:
             return total / count
-        # All ranks' gradients are averaged.
         return total / num_items * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
 
 
@@ -140,8 +128,8 @@ class Distill(Seq2Seq):
         taught, (input_ids, mask, places) = self.teacher.read(model, *sides[-1]), sides[0]
         logits_BLV = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
         losses_N, entropy_N = self.teacher.compare(logits_BLV[places], taught)
-        sums = {"entropy": entropy_N.sum()}
-        loss = self.average(losses_N.sum(), places.sum(), num_items_in_batch, sums, num_read=mask.sum())
+        self.note_metrics({"entropy": entropy_N}, num_tokens=mask.sum())
+        loss = self.average(losses_N.sum(), places.sum(), num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
 

@@ -98,7 +98,7 @@ def test_a_run_is_sampled_shown_measured_and_talked_to(make_stage: Callable[...,
         answer = "".join(speaker.answer(Settings(temperature=0.0, max_new_tokens=5), None))
         assert [message["content"] for message in speaker.messages] == [text, answer]
 
-    rows = preview_stage(stage, num_rows=1).rows[0]["sequences"]
+    rows = preview_stage(stage, num_rows=1)["rows"][0]["sequences"]
     kinds = [(side["label"], [span["kind"] for span in side["spans"]]) for side in rows]
     assert kinds == [("source", ["read"]), ("target", ["learnt"])]
     assert rows[1]["spans"][0]["tokens"][-1].strip() == "</s>"
