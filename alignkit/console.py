@@ -1,7 +1,4 @@
-"""All that a person or a script sees in the terminal.
-
-Results go to stdout; progress, warnings and errors to stderr, from rank 0 only. rich is loaded when something is drawn.
-"""
+"""All that is seen in the terminal: results on stdout; progress, warnings and errors on stderr, from rank 0 only."""
 
 from __future__ import annotations
 
@@ -150,10 +147,7 @@ class _Row:
 
 
 class Board:
-    """The stages of a run as a table; `rows` are (name, method, why it is run or not).
-
-    Where stderr is no terminal it writes a line as each stage begins. What is printed meanwhile stands above the table.
-    """
+    """The stages of a run, (name, method, why), as a table; a line as each begins where stderr is no terminal."""
 
     def __init__(self, rows: Sequence[tuple[str, str, str]]) -> None:
         self._rows = {row[0]: _Row(*row) for row in rows}
@@ -239,10 +233,7 @@ class Board:
 
 
 class TrainingProgress:
-    """How far a training is: its row of the table on the screen, or a table of its own.
-
-    Where stderr is no terminal it writes lines: at the first and the last step, and at most every ten seconds between.
-    """
+    """How far a training is: a row of the table on the screen, a table of its own, or lines every ten seconds."""
 
     def __init__(self, name: str, *, total_steps: int, start_step: int = 0) -> None:
         self._name, self._total, self._start, self._step = name, total_steps, start_step, -1
@@ -448,10 +439,7 @@ def print_preview(preview: Mapping[str, Any]) -> None:
 
 
 def ask(prompt: str) -> str | None:
-    """Read the next line that is typed or piped in, None at its end; Ctrl-C at the prompt starts a new line.
-
-    The prompt is shown on a terminal only. With two Ctrl-C in a row the input counts as ended.
-    """
+    """Read the next line that is typed or piped in, None at its end, or after two Ctrl-C in a row."""
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
@@ -473,10 +461,7 @@ def ask(prompt: str) -> str | None:
 
 
 def stream(answers: Mapping[str, Iterator[str]]) -> None:
-    """Write answers to stdout as they grow: one as it comes; several side by side on a terminal, else in turn.
-
-    Each is an iterator of pieces. On KeyboardInterrupt what has come stays on the screen.
-    """
+    """Write answers to stdout as their pieces come: several side by side on a terminal, else one after the other."""
     if len(answers) > 1 and sys.stdout.isatty():
         from rich.columns import Columns
         from rich.live import Live

@@ -1,7 +1,4 @@
-"""Every command of alignkit, and how a command ends: what is said of a failure, by which process, and its exit code.
-
-Only typer, `errors` and the standard library are loaded before a command runs, so that `--help` answers at once.
-"""
+"""Every command, and how one ends. Before it runs only typer, `errors` and the standard library are loaded."""
 
 import atexit
 import gc

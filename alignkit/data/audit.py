@@ -137,11 +137,7 @@ class RowAudit:
 def audit_rows(
     stages: Sequence[Stage], evaluation: Sequence[DataSource] = (), *, max_rows: int | None = None
 ) -> dict[str, list[str]]:
-    """Read the rows of stages that train, and of an evaluation, and give advice by stage, and for `evaluate`.
-
-    Of each at most 100,000 rows are looked at. What is held out is compared with what the stage and those it starts
-    from are trained on; an evaluation's prompts with those of every stage.
-    """
+    """Give advice by stage, and for `evaluate`, of at most 100,000 rows each: doubtful rows, leaks along starts."""
     advice: dict[str, list[str]] = defaultdict(list)
     trained: dict[str, RowAudit] = {}
     held_out: dict[str, RowAudit] = {}

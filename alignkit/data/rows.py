@@ -1,7 +1,4 @@
-"""The row every format becomes, which kinds each method takes, hashes of rows, and control tokens in their text.
-
-Text such as "<|im_end|>" could forge turns where a tokenizer reads it: it is found, and defused.
-"""
+"""The row every format becomes, which kinds each method takes, hashes of rows, and control tokens in their text."""
 
 import json
 import re
@@ -140,10 +137,7 @@ def find_control_tokens(row: Row, tokens: Sequence[str]) -> list[str]:
 
 
 def as_rendered(row: Row, tokens: Sequence[str]) -> Row | None:
-    """Take a row that a chat template has written already as the text it is; None for any other.
-
-    Such a text begins with a control token and has more of them. It may have been taken for what a user says.
-    """
+    """Take a row that a chat template has written, which begins with a control token, as text; None for any other."""
     completions = list(row.completions)
     text = row.prompt or next(iter(completions), "")
     if isinstance(row.prompt, list):
@@ -159,10 +153,7 @@ def as_rendered(row: Row, tokens: Sequence[str]) -> Row | None:
 
 
 def escape_control_tokens(row: Row, tokens: Sequence[str]) -> Row:
-    """Put a WORD JOINER behind the first character of every token in the row's text; `unescape_text` undoes it exactly.
-
-    Raises ValueError for a token of a single character, which nothing can break.
-    """
+    """Put a WORD JOINER behind the first character of every token in the row's text; `unescape_text` undoes it."""
     if not tokens:
         return row
     given = tuple(tokens)
@@ -190,10 +181,7 @@ def _exact(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _at_starts(text: str, tokens: tuple[str, ...], change: Callable[[str], str]) -> str:
-    """Change every character at which a token starts, with the joiners behind it.
-
-    Joiners do not count in finding tokens, and tokens may overlap: what is found is the same before and after.
-    """
+    """Change every character at which a token starts, with the joiners behind it, which do not count in finding it."""
     starts = {match.start() for match in _start(tokens).finditer(text.replace(BREAKER, ""))}
     if not starts:
         return text
@@ -221,10 +209,7 @@ def as_turns(row: Row) -> Row:
 
 
 def as_text(row: Row, separator: str) -> Row:
-    """End a text prompt with the separator, unless it or all of its completions bring white space of their own.
-
-    A blank at the separator's end begins the completions instead: tokenizers count a blank to the word that follows.
-    """
+    """End a text prompt with the separator, whose blank begins the completions, where neither side has white space."""
     texts = [str(text) for text in row.completions]
     own = texts and all(text[:1].isspace() for text in texts)
     if own or not isinstance(row.prompt, str) or row.prompt[-1:].isspace():

@@ -55,10 +55,7 @@ def locate(sources: Sequence[DataSource]) -> list[Located]:
 
 
 def read_entries(located: Located, *, documents: bool = False, named: bool = False) -> Iterator[Entry]:
-    """Yield (place, record or BadRow) for every row of a source, in a fixed order; `documents` may be long as books.
-
-    With `named` a ClassLabel is its name instead of its number.
-    """
+    """Yield (place, record or BadRow) of a source in order; with `named` a ClassLabel is its name, not its number."""
     source = located.source
     if located.builtin is not None:
         yield from iter_builtin(located.builtin)

@@ -29,10 +29,7 @@ _kept: dict[str, KeptRows] = {}
 
 
 def keep_parsed(located: Located, settings: object, parse: Callable[[], Iterator[Parsed]]) -> KeptRows:
-    """Give the rows of a source that were parsed before in this process, or keep them as they are parsed now.
-
-    Sources are the same by the `settings` they are parsed with and by name, size and times of their files.
-    """
+    """Keep the rows of a source as they are parsed, or give those kept, while its files and `settings` are the same."""
     saved = Path(located.source.path).rglob("*") if located.origin == "saved" else ()
     stats = [(str(path), path.stat()) for path in (*located.files, *saved)]
     files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats]
@@ -132,10 +129,7 @@ class KeptRows:
 
 
 def write_table(path: Path, batches: Iterable[dict[str, list[Any]]]) -> datasets.Dataset:
-    """Write batches of columns to `path`, whole or not at all, and open the file as a memory-mapped data set.
-
-    Token ids take 32 bits; the first batch decides the columns. Raises DiskError, ValueError for other columns.
-    """
+    """Write batches of columns to `path`, whole or not at all, ids in 32 bits, and open it as a memory-mapped set."""
     import pyarrow as pa
     from datasets import Dataset
 

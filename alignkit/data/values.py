@@ -158,11 +158,7 @@ def _read_calls(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def check_messages(value: object, field: str, reading: Reading) -> list[Message]:
-    """Read messages in our shape (see Message), whatever other tools call their roles and keys.
-
-    Empty system messages are left out. Keys that mean nothing to training are noted in `reading.unread`; a key that
-    cannot be honoured is a BadRow.
-    """
+    """Read messages in our shape (see Message), whatever their roles and keys; what cannot be honoured is a BadRow."""
     checked: list[Message] = []
     for index, message in enumerate(_split_sides(check_list(value, field))):
         if type(message) is not dict:
@@ -382,11 +378,7 @@ def check_answer(value: object, field: str, reading: Reading) -> Text:
 
 
 def join_prompt(prompt: Text, answers: list[Text], fields: list[str]) -> tuple[Text, list[Text]]:
-    """Bring a prompt and its answers to one shape: all text, or all messages.
-
-    Text becomes a user or an assistant turn as soon as anything else is a list of messages. Answers that repeat the
-    prompt's turns (UltraFeedback's do) are cut to what follows them.
-    """
+    """Bring a prompt and its answers to one shape, all text or all messages; answers that repeat the prompt are cut."""
     if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers):
         return prompt, answers
     given = prompt if isinstance(prompt, list) else None

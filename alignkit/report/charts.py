@@ -84,10 +84,7 @@ def draw_lines(
     lines: Sequence[Line], *, title: str, x_label: str = "step", marks: Sequence[float] = (), in_order: bool = True,
     height: int = HEIGHT, first_colour: int = 1,
 ) -> Markup:  # fmt: skip
-    """Draw lines over one x axis; `marks` are values that get a dashed line across. Empty where nothing is finite.
-
-    Values that are not finite leave a gap. With `in_order` false the points are a path, drawn as they come.
-    """
+    """Draw lines over one x axis, with gaps where values are not finite; `marks` get a dashed line across."""
     series = [_condense([Point(*point) for point in line.points], in_order) for line in lines]
     known = [point for points in series for point in points if point.is_drawn]
     if not known:
@@ -193,10 +190,7 @@ _PLANS = [_Plan(**plan) for plan in WORDS["curves"]]
 
 
 def draw_curves(run: Facts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Draw what a reader looks for first, and a chart for each metric that is left.
-
-    Each is a title, a note, the SVG, `last`, its newest value, and a `legend` of several lines in their colours' order.
-    """
+    """Draw what a reader looks for first, and a chart for each metric that is left, as `describe_chart` gives them."""
     main, used = list[dict[str, Any]](), set[str]()
     for plan in _PLANS:
         if (plan.methods and run.method not in plan.methods) or used & plan.metrics.keys():
@@ -441,10 +435,7 @@ def judge_frontier(frontier: Frontier) -> str:
 
 
 def draw_frontier(frontier: Frontier) -> Markup:
-    """Draw the optimum with its band, and the points with bars both ways, over the square root of the KL.
-
-    Near the reference the best reward grows with the root of the KL: there the curve is nearly straight.
-    """
+    """Draw the optimum with its band and points with bars over the root of the KL, where it is nearly straight."""
     low, high = math.sqrt(min(frontier.right, *(optimum.kl for optimum in frontier.optima))), math.sqrt(frontier.right)
     roots = [low + (high - low) * step / 160 for step in range(161)]
     curve = [(0.0, frontier.start), *((root, frontier.bound(root * root)) for root in roots)]

@@ -47,12 +47,7 @@ def list_figures(run: Facts) -> list[dict[str, Any]]:
 
 
 def tabulate(runs: Sequence[Facts]) -> list[dict[str, Any]]:
-    """List the figures of all runs as texts, those of one metric together and slices below their whole.
-
-    Several runs are compared by the whole; its slices stand on the page of each. `exact` has every digit of a value,
-    `bar` says where value, low, high and a mark stand on the scale of the metric, in percent, `first` is true for the
-    first row of a metric, `says_data` where `data` is not that of the row above.
-    """
+    """List the figures of all runs as texts, one metric's together, slices below their whole, on one scale (`bar`)."""
     several = len(runs) > 1
     groups: dict[tuple[str, ...], list[tuple[Facts, dict[str, Any], str]]] = {}
     for run in runs:
@@ -136,10 +131,7 @@ def _number(value: Any) -> float | None:
 
 
 def name_all_data(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name what each result of one model was evaluated on.
-
-    Where the same figure was measured twice, what differs in the settings is named too.
-    """
+    """Name what each result of one model was evaluated on, with the settings in which equal figures differ."""
     names = []
     alike: dict[tuple[Any, ...], list[int]] = {}
     for place, result in enumerate(results):

@@ -83,11 +83,7 @@ def publish(
     target: Path, *, stages: Sequence[tuple[str, Path]] | None = None, out: Path | None = None,
     repo: str | None = None, public: bool = False, card: bool = True,
 ) -> dict[str, str]:  # fmt: skip
-    """Write the page of a run, a directory of runs, or a recipe's `stages`; return name -> path of all that was made.
-
-    Raises what the writers raise, UsageError for --public without --push, RunError when more than a run is pushed or
-    a record has other types or keys than alignkit writes.
-    """
+    """Write the page of a run, of a directory of runs or of a recipe's `stages`; give name -> path of what was made."""
     if public and repo is None:
         raise UsageError("--public has no effect without --push")
     if out is not None and out.is_dir():
@@ -207,11 +203,7 @@ def _cell(text: Any) -> str:
 
 
 def pack(path: Path, repo: str) -> tuple[dict[str, Path | bytes], list[str]]:
-    """Collect what a push of this run would upload, each as a file or as bytes made for it, and what is left out.
-
-    Raises RunError, all problems at once, for a run that is not finished, an adapter whose base nobody else has, a
-    wrong repository name, or a file that holds a secret.
-    """
+    """Collect what a push would upload and what it leaves out; RunError, with all problems, where it must not be."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     run = read_facts(path)
@@ -252,11 +244,7 @@ def pack(path: Path, repo: str) -> tuple[dict[str, Path | bytes], list[str]]:
 
 
 def push(path: Path, repo: str, *, public: bool = False) -> str:
-    """Upload the model of a run in one commit and return its address; the repository is made if it is not there.
-
-    A new repository is private unless `public`; one that is there stays as it is. Raises what `pack` raises, and
-    EnvironmentProblem when there is no token, the hub cannot be reached, or it refuses.
-    """
+    """Upload the model of a run in one commit to a repository, made private unless `public`; give its address."""
     files, left_out = pack(path, repo)
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of its HTTP library

@@ -1,7 +1,4 @@
-"""Checkpoints that can be trusted: sealed by a manifest written last, verified before use, rotated by step.
-
-What is not sealed does not count. No directory is renamed when it is whole: ranks may still write into it.
-"""
+"""Checkpoints that count: sealed by a manifest written last, verified before use, rotated by step."""
 
 import json
 import os
@@ -104,10 +101,7 @@ def find_resumable(
 
 
 def rotate(directory: Path, *, keep: int, best: int | None = None) -> None:
-    """Delete all but the newest `keep` sealed checkpoints, by step, and that of step `best`.
-
-    A doomed directory is renamed to `trash-` first, so that a kill in between leaves nothing half deleted behind.
-    """
+    """Delete all but the newest `keep` sealed checkpoints and that of step `best`, each renamed to `trash-` first."""
     for checkpoint in _list_sealed(directory)[max(keep, 1) :]:
         if step_of(checkpoint) == best:
             continue

@@ -146,10 +146,7 @@ _OF_A_ROLLOUT = ("batch_size", "minibatches", "ppo_epochs", "num_generations", "
 
 
 def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = ()) -> dict[str, str]:
-    """Compare the fingerprint in stage.json with the current one; list the changes that were not allowed.
-
-    Each key has its text, "key: before -> now", or that it changed where the values are checksums.
-    """
+    """List what changed since stage.json was written and was not allowed: key -> "key: before -> now"."""
     if not run.stage.exists():
         return {}
     before = read_json(run.stage).get("fingerprint", {})
@@ -211,11 +208,7 @@ def copy_recipe(run: RunDir, source: Path) -> None:
 
 @dataclass
 class Result:
-    """How a stage ended; result.json holds the same.
-
-    `tokens` counts all sittings of the run, and so does `wall_seconds` where it trains, as far as they were saved;
-    `tokens_per_second` and the peak are of the last one.
-    """
+    """How a stage ended, as in result.json; tokens and seconds are of all sittings, speed and peak of the last one."""
 
     stage: str
     status: str
@@ -232,10 +225,7 @@ class Result:
 
 
 def write_result(run: RunDir, result: Mapping[str, Any], products: Sequence[Path]) -> None:
-    """Write result.json, which makes a run count as finished; it names the files that others use, with checksums.
-
-    `products` are those files, and directories of them. The model card is none of them: it is written later and again.
-    """
+    """Write result.json, which makes a run count as finished, with the checksums of `products`."""
     found = (path for product in products for path in (product.rglob("*") if product.is_dir() else [product]))
     kept = [path for path in found if path.is_file() and path.name != CARD]
     write_json(run.result, {**result, "files": describe_files(run.path, kept)})
@@ -261,10 +251,7 @@ def find_damaged_product(run_dir: Path) -> str | None:
 
 
 def require_whole(product: Path) -> None:
-    """Raise RunError when `product`, a model directory or a file of rows, is of a finished run and was damaged since.
-
-    What no run of ours has made is not looked at.
-    """
+    """Raise RunError when `product`, a model directory or rows, is of a finished run of ours and was damaged since."""
     product = product.absolute()
     if product.name == "critic":  # of a ppo run, inside its model
         product = product.parent
@@ -293,10 +280,7 @@ def form_of(report: Mapping[str, Any]) -> str | None:
 
 
 def require_form(stage: Stage, form: str | None, planned: Mapping[str, str | None] | None = None) -> None:
-    """Raise DataError when a stage's rows have another form than a model it uses was trained on.
-
-    `planned` has the forms of this recipe's stages that are not trained yet, by their names.
-    """
+    """Raise DataError when rows have another form than a model of the stage was trained on, or is `planned` to be."""
     used = [("the model it starts from", stage.start_dir or stage.model.path, stage.start_stage)]
     for reward in stage.options.reward if isinstance(stage.options, PpoOptions) else ():
         if reward.model is not None:

@@ -1,7 +1,4 @@
-"""Files that are either whole or absent, records read back by one rule, and checksums of files that count.
-
-No link is followed: a name inside a run directory may have been left there by somebody else.
-"""
+"""Files that are whole or absent, records read back by one rule, and checksums. No link is followed."""
 
 import errno
 import json
@@ -116,10 +113,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def scan_lines(lines: IO[bytes], name: str) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Yield each whole line of a JSON Lines file with its record, None where it cannot be used; not a torn last line.
-
-    Lines end at newlines only: JSON leaves other separators, such as U+2028, inside strings.
-    """
+    """Yield each whole line of a JSON Lines file with its record, None for an unusable one; only newlines end it."""
     for line in lines:
         if not line.endswith(b"\n"):
             return

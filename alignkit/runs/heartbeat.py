@@ -1,8 +1,4 @@
-"""A process of a job: how it takes part, and its signs of life, small files that whoever started it reads.
-
-`rank-N.beat` is rewritten about once a second and says how far the main thread has come; `rank-N.end` says how the
-process ended. Without `start` nothing is written.
-"""
+"""A process of a job: how it takes part, and its signs of life, files that whoever started it reads."""
 
 import json
 import os
@@ -195,10 +191,7 @@ def attach() -> None:
 
 
 def leave(exit_code: int, problems: Sequence[str] = (), *, unexpected: bool = False, shared: bool = False) -> int:
-    """Write how this worker ends; return the exit code its process should have.
-
-    A stop that all ranks agreed on leaves with 0: for any other code torchrun would kill those still saving.
-    """
+    """Write how this worker ends; give the exit code for torchrun, 0 for an agreed stop: others may still be saving."""
     directory, rank = Path(os.environ[SUPERVISED]), int(os.environ.get("RANK", "0"))
     pulse("ended")
     write_end(directory, rank, exit_code, problems, unexpected=unexpected, shared=shared)

@@ -21,10 +21,7 @@ began: list[float] = []  # when this process took a stage up, before the stage's
 
 
 class JsonLines:
-    """A file of JSON objects that grows by whole lines; it is mended when it is opened again.
-
-    A torn last line is cut off; lines inside that cannot be used go to `bad-NAME-...` beside it, with a warning.
-    """
+    """A file of JSON objects that grows by lines; when opened, a torn end is cut off and bad lines are put aside."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,10 +35,7 @@ class JsonLines:
         tell_bad_lines(path, bad, f"the file as it was is kept as {aside.name}")
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one object and hand it to the operating system; raises DiskError.
-
-        JSON has no NaN: it becomes a string rather than a file that parsers refuse.
-        """
+        """Add one object, NaN as a string (JSON has none), and hand it to the operating system; raises DiskError."""
         finite = {
             key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()

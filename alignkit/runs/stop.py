@@ -146,11 +146,7 @@ class StopFlag:
 
 @contextmanager
 def stop_between_steps() -> Iterator[StopFlag]:
-    """Turn the stop signals into a StopFlag while the block runs.
-
-    A worker under our supervisor has had them blocked until now, and has again afterwards: one that came while it
-    started is heard now, and one that comes when all is done cannot keep it from saying how it ended.
-    """
+    """Turn the stop signals into a StopFlag in the block; a supervised worker has them blocked before and after."""
     flag, blocked = StopFlag(), SIGNALS if SUPERVISED in os.environ else ()
     with hearing(flag._handle):
         try:
