@@ -16,11 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedConfig, TrainerCallback
+import torch
+from transformers import PreTrainedConfig, PrinterCallback, TrainerCallback
 
 from alignkit.data import Rejects
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, UsageError, suggest
 from alignkit.models.files import find_model_dir
+from alignkit.models.scratch import choose_family
+from alignkit.models.start import read_config
 from alignkit.models.tokens import load_chat
 from alignkit.preflight.check import start_today
 from alignkit.preflight.doctor import Table
@@ -57,8 +60,6 @@ class Device(NamedTuple):
             raise UsageError(what, where="--gpu")
         if size := size or known.get(name):
             return cls(name or gpu or f"a GPU of {size:g} GiB", "cuda", size * _GIB)
-        import torch
-
         if not torch.cuda.is_available():
             return cls("the CPU of this machine", "cpu", memory_bytes())
         found = torch.cuda.get_device_properties(0)
@@ -156,7 +157,7 @@ def _plan_stage(stage: Stage, device: Device, *, tokens: int | None, longest: in
         micro = max((size for size in sizes if size <= (largest or 1) or device.kind == "cpu"), default=sizes[0])
     found = fit.predict(stage, micro)
     advice = [fit.advise()] if found.needs > device.bytes else []
-    notes = [*advice, *notes, *(f"estimated: {note}" for note in found.notes)]
+    notes = [*advice, *notes, *fit.notes, *(f"estimated: {note}" for note in found.notes)]
     plan: dict[str, Any] = {
         "stage": stage.name, "method": stage.method, "micro": micro, "tokens": tokens,
         "parts": {name: size / _GIB for name, size in found.parts.items() if size > device.bytes / 1e5},
@@ -176,13 +177,23 @@ class _Fit:
 
     def __init__(self, stage: Stage, config: PreTrainedConfig, device: Device, tokens: int) -> None:
         self._stage, self._config, self._device, self._tokens = stage, config, device, tokens
-        self._foreign: dict[str, float] = {}  # models of gold rewards and judges that lie here
+        self.notes: list[str] = []
+        self._foreign: dict[str, float] = {}  # gold rewards, judges, generators and teachers
         asked = [(key, source.model) for key, source in stage.rewards if key == "gold"]
         for role, source in [*asked, *((key, model.model) for key, model in list_feedback_models(stage))]:
             there = source and not source.startswith("builtin:") and source not in stage.source_stages
             if there and (directory := find_model_dir(str(source))) is not None:
                 size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
                 self._foreign[role] = self._foreign.get(role, 0.0) + size
+            elif there:  # on the hub: 16 bits a weight
+                try:
+                    like = read_config(str(source))
+                except AlignKitError:
+                    like = config
+                    self.notes.append(f"{source} taken as large as the policy, as its config is not here")
+                with torch.device("meta"):
+                    weights = choose_family(like).from_config(like).parameters()
+                self._foreign[role] = self._foreign.get(role, 0.0) + 2.0 * sum(map(torch.numel, weights))
 
     def predict(self, stage: Stage, micro: int) -> memory.Prediction:
         kind, foreign = self._device.kind, self._foreign
@@ -286,6 +297,7 @@ def _probe(stage: Stage) -> float:
                 marks.append((time.perf_counter(), float(trainer._total_train_tokens)))
 
         trainer.add_callback(Clock())
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     (began, before), (ended, after) = marks[_WARM_UP - 1], marks[-1]
     return (after - before) / (ended - began)

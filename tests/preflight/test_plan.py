@@ -202,6 +202,16 @@ def test_ppo_holds_its_roles_and_the_cache_of_what_it_writes(plan: Callable[...,
     assert found["evaluate"]["parts"]["KV cache"] * GIB == pytest.approx(cache, rel=0.01)
 
 
+def test_a_judge_on_the_hub_is_counted_and_said(plan: Callable[..., Plan], shapes: Path) -> None:
+    text = f"model: {{path: {shapes / 'small'}}}\nlora: {{}}\n"
+    text += "label: {data: builtin:prompts, judge: {model: some/judge}, constitution: builtin:helpfulness}\n"
+    (stage,) = plan(text, tokens=256).stages
+    # embeddings, which are the head too, and of 4 layers: q and o, k and v, three of the MLP, two norms, and the last
+    number = 128_256 * 512 + 4 * (2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 1024 + 2 * 512) + 512
+    assert stage["parts"]["judge"] * GIB == 2 * number
+    assert stage["notes"] == ["some/judge taken as large as the policy, as its config is not here"]
+
+
 def test_a_gpu_that_nobody_knows_is_refused_with_the_nearest() -> None:
     assert Device.find("rtx 4090", None)[:2] == Device.find("4090", None)[:2] == ("RTX-4090", "cuda")
     assert Device.find("NVIDIA H100", None).bytes == 80 * GIB and Device.find(None, 12).bytes == 12 * GIB
