@@ -1,7 +1,4 @@
-"""Where a stage runs: in this process, in several that are started and watched, or in one that a launcher started.
-
-Before anything loads, what can be refused at once is; run directory and lock are held around the method's `run`.
-"""
+"""Where a stage runs: in this process, in several that are started and watched, or in one that a launcher started."""
 
 import gc
 import importlib
@@ -92,9 +89,8 @@ def _train(stage: Stage, command: Command) -> Result:
 def hold_run(command: Command, *, force: bool, check: Callable[[], None] = lambda: None) -> Iterator[RunDir]:
     """Have a run directory for one command alone: locked, and with nobody in it whose supervisor was killed.
 
-    With `force` an earlier run is moved aside, but only when those processes have ended: they know the run by its path,
-    and their last save would land in the new one. `check` is called while they are waited for, and may raise. Raises
-    RunError for a run with other settings or weights before anything loads; `fit` compares its rows, too.
+    With `force` an earlier run is moved aside once its processes, which know it by path, have ended. `check` is called
+    while they are waited for, and may raise. Raises RunError for a run with other settings or weights.
     """
     stage = command.stage
     run, lock = open_run(Path(stage.run_dir), force=False)

@@ -1,7 +1,6 @@
 """What accelerate is told of a stage, and what accelerate or torchrun has told a process that it started.
 
-The config file, DeepSpeed's, the command line, and the same as environment for torchrun are made of recipe and
-placement alone. Checked against accelerate 1.15, torch 2.13 and DeepSpeed 0.19.
+Checked against accelerate 1.15, torch 2.13 and DeepSpeed 0.19.
 """
 
 import base64
@@ -69,10 +68,7 @@ def deepspeed_config(stage: Stage) -> dict[str, Any]:
 
 
 def make_configs(stage: Stage, placement: Placement, precision: Precision, directory: Path) -> dict[str, str]:
-    """Make the texts of the files that accelerate reads below `directory`, by their names.
-
-    What differs between nodes and tries is on the command line instead.
-    """
+    """Make the texts of the files that accelerate reads below `directory`, by their names."""
     values: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": {"ddp": "MULTI_GPU", "fsdp": "FSDP"}.get(placement.strategy, "DEEPSPEED"),

@@ -1,8 +1,7 @@
 """A stage in processes of its own: checked and locked here once, tried, watched, and tried again when that can help.
 
-The processes are `alignkit` again, as workers. Torch opens the port where they meet; here it is only found out
-beforehand whether it can. The supervisors of several nodes write files in the shared run directory: node 0 which try is
-running, each node that it is there, and the first that fails why.
+The supervisors of several nodes write files in the shared run directory: node 0 which try is running, each node that it
+is there, and the first that fails why.
 """
 
 import errno

@@ -1,8 +1,4 @@
-"""Where a stage's processes run: its command, to be started again elsewhere, and how many processes on which nodes.
-
-`launch:`, the command line, SLURM and the environment must agree. Nothing is started and no port opened here; of this
-machine only the devices are counted.
-"""
+"""Where a stage's processes run: its command, to be started again, and how many processes on which nodes."""
 
 import os
 import platform

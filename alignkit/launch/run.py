@@ -104,8 +104,7 @@ def run_many(
 ) -> None:
     """Run stages one after another, measure them where that is asked for, and show how each of them ended.
 
-    `place` holds the run directory of the last one, for a report of what fails. With --dry-run it is said instead what
-    would be done with each stage, and why.
+    `place` holds the run directory of the last one. With --dry-run it is said what would be done with each, and why.
     """
     _refuse_unknown(commands)
     if how.slurm or how.submit:
@@ -282,10 +281,7 @@ def run_stages(
     entries: Sequence[Entry], *, retries: int = 0, before: Callable[[Entry], None] = lambda entry: None,
     aside: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Result]:  # fmt: skip
-    """Do with the stages what was decided, and yield how each one ended; `before` is told which one is next.
-
-    `aside` is entered while processes of a stage's own write to the terminal.
-    """
+    """Do with the stages what was decided, and yield how each ended; `aside` is entered while one's processes write."""
     from alignkit.report.publish import leave_finished
 
     for entry in entries:
@@ -300,10 +296,7 @@ def run_stages(
 
 
 def let_go() -> None:
-    """Forget the stage that ended in this process: accelerate's global state, and everything that is held in cycles.
-
-    Freed memory goes back to Linux, and its record of the peak begins anew: each stage reports its own.
-    """
+    """Forget the stage that ended in this process, and give its memory back: each stage reports its own peak."""
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
 

@@ -1,7 +1,6 @@
 """A stage as a Slurm batch job: the sbatch script beside the run, submitted on request, chained where stages follow.
 
-No environment is set up: the job uses this interpreter, this directory and the variables of the shell that submits it.
-A recipe says how much of the cluster it wants and nothing else; every word of it is quoted.
+The job uses this interpreter, this directory and the variables of the shell that submits it.
 """
 
 import os
@@ -31,9 +30,8 @@ def write_jobs(
     """Write `<run dir>/launch/job.sbatch` for each stage and, with `submit`, hand them to sbatch in this order.
 
     Of each job it tells stage, path and script, the stages of the same call that it waits for (`depends_on`), the
-    command that submits it, in which `$job_N` stands for the id of the N-th job until that is known, and its `job_id`.
-    With `dry_run` nothing is written; with `force` an existing run is moved aside now, not at each start of the job.
-    Without `submit` what a stage needs may be made until it is submitted.
+    command that submits it, in which `$job_N` stands for the N-th job's id until that is known, and its `job_id`.
+    With `force` an existing run is moved aside now, not at each start of the job.
     """
     if submit and not dry_run and shutil.which("sbatch") is None:
         raise EnvironmentProblem(

@@ -1,7 +1,4 @@
-"""Watch the processes of one try on this node until they have ended, or end them all and say why.
-
-Losing a peer is a consequence, never the cause, unless nothing else is known. Whether to try again is decided in `job`.
-"""
+"""Watch the processes of one try on this node until they have ended, or end them all and say why."""
 
 import ctypes
 import json

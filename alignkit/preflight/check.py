@@ -1,7 +1,4 @@
-"""`alignkit check` and `alignkit preview`: all about a recipe and its rows that can be known without training.
-
-Only where `requirements` finds nothing, rows are read with training's encoder, and models through their small files.
-"""
+"""`alignkit check` and `alignkit preview`: all about a recipe and its rows that can be known without training."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`alignkit plan`: what each stage of a recipe will need of a device, of time and of disk, before it is paid for.
-
-No weights are read: a config is enough. Memory is traced by `train.memory`.
-"""
+"""`alignkit plan`: what each stage of a recipe will need of a device, of time and of disk; a config is enough."""
 
 from __future__ import annotations
 
@@ -108,8 +105,7 @@ def plan_recipe(
 ) -> Plan:  # fmt: skip
     """Plan every stage of a recipe, and its evaluation; raises the first mistake in it.
 
-    `tokens` is the length of the longest row where rows are not here, `rate` tokens a second of all devices together;
-    with `probes` it is measured on the device of this machine.
+    `tokens` is the longest row where rows are not here, `rate` tokens a second of all devices; `probes` measures it.
     """
     stages = [resolve(recipe, name, trust_code=trust_code) for name in recipe.stage_names]
     if devices is not None:

@@ -44,10 +44,7 @@ class Need:
 
 
 def require_ready(stage: Stage, *, coming: Collection[str] = ()) -> None:
-    """Raise all that would stop a stage and can be found out in about a second; `coming` are stages that run before it.
-
-    Raises UsageError, or EnvironmentProblem where only this machine lacks something.
-    """
+    """Raise all that would stop a stage and is found in about a second; `coming` are stages that run before it."""
     wrong: list[errors.UsageError] = []
     missing: list[str] = []
     looks: list[Callable[[], object]] = [partial(_require_made, stage, coming), partial(_require_start, stage)]

@@ -1,9 +1,7 @@
 """What a stage holds on a device, traced on fake tensors: no weights are read, and no device is needed.
 
-A forward and backward pass of the stage's method runs on tensors without values, and every storage that an operator
-returns is counted while somebody holds it: what autograd saves is in it, what a kernel allocates and frees inside
-itself is not. Layers that repeat are traced at two depths and go on linearly, phase by phase. Optimizer state, copies
-of the policy, models of other roles and what a strategy shards are counted.
+Every storage that an operator of a forward and backward pass returns is counted while somebody holds it; what a kernel
+allocates and frees inside itself is not. Layers that repeat are traced at two depths and go on linearly, by phase.
 """
 
 from __future__ import annotations
@@ -144,8 +142,7 @@ def packs_densely(stage: Stage) -> bool:
 def micro_batches(stage: Stage, world: int) -> list[int]:
     """What `micro_batch_size: auto` may be: divisors of a device's share, up to 8; 1 where rows are packed densely.
 
-    KTO takes 8 over all processes together: its KL term is estimated from the rows that all of them have in one forward
-    pass, which then are the same rows however many processes there are.
+    KTO takes 8 over all processes: its KL term is of the rows that all have in one forward pass, however many they are.
     """
     limit = max(LARGEST_MICRO_BATCH // world, 2) if stage.is_unpaired else LARGEST_MICRO_BATCH
     if packs_densely(stage) or getattr(stage.options, "batch_tokens", None):
