@@ -113,8 +113,7 @@ def hold_run(command: Command, *, force: bool, check: Callable[[], None] = lambd
         raise
     gone = DiskError(
         f"{run.path}: the run directory was moved or deleted while the run went on; move it back, and the same command "
-        "goes on from what was saved"
-    )
+        "goes on from what was saved")
     try:
         if run.stage.is_file() and stage.method not in ROOMS:
             known = {**fingerprint_stage(stage), **unread(run)}

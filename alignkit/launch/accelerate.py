@@ -38,8 +38,7 @@ def fsdp_settings(stage: Stage) -> dict[str, Any]:
         "fsdp_offload_params": stage.launch.offload == "all",
         "fsdp_activation_checkpointing": stage.launch.activation_checkpointing is True,
         # Every rank loads the weights itself: rank 0 alone would leave LoRA and score heads unset on the others.
-        "fsdp_cpu_ram_efficient_loading": False,
-    }  # fmt: skip
+        "fsdp_cpu_ram_efficient_loading": False}  # fmt: skip
 
 
 def deepspeed_config(stage: Stage) -> dict[str, Any]:
@@ -63,8 +62,7 @@ def deepspeed_config(stage: Stage) -> dict[str, Any]:
         "fp16": {"enabled": "auto"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # the optimizer is the stage's, not DeepSpeed's
-        "zero_force_ds_cpu_optimizer": False,
-    }
+        "zero_force_ds_cpu_optimizer": False}
 
 
 def make_configs(stage: Stage, placement: Placement, precision: Precision, directory: Path) -> dict[str, str]:
@@ -73,15 +71,13 @@ def make_configs(stage: Stage, placement: Placement, precision: Precision, direc
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": {"ddp": "MULTI_GPU", "fsdp": "FSDP"}.get(placement.strategy, "DEEPSPEED"),
         "num_machines": placement.nodes, "num_processes": placement.world_size, "rdzv_backend": "static",
-        "same_network": True, "use_cpu": placement.device == "cpu",
-    }  # fmt: skip
+        "same_network": True, "use_cpu": placement.device == "cpu"}  # fmt: skip
     if placement.strategy in ZERO_STAGES:
         # accelerate refuses mixed_precision and zero_stage here when DeepSpeed has a file of its own.
         values["deepspeed_config"] = {
             "deepspeed_config_file": str(directory / DEEPSPEED_CONFIG),
             "deepspeed_multinode_launcher": "standard",
-            "zero3_init_flag": False,
-        }
+            "zero3_init_flag": False}
     else:
         values["mixed_precision"] = precision
     if placement.strategy == "fsdp":
@@ -101,13 +97,11 @@ def make_configs(stage: Stage, placement: Placement, precision: Precision, direc
 
 
 def command_line(
-    command: Command, placement: Placement, precision: Precision, config: Path, *, timeout_seconds: float
-) -> list[str]:
+    command: Command, placement: Placement, precision: Precision, config: Path, *, timeout_seconds: float) -> list[str]:
     """Make `accelerate launch ... -m alignkit ...` for this node; what --dry-run does not know yet is UNKNOWN."""
     rank, address, port = (
         "UNKNOWN" if value is None else str(value)
-        for value in (placement.node_rank, placement.main_address, placement.main_port)
-    )
+        for value in (placement.node_rank, placement.main_address, placement.main_port))
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     if placement.strategy in ZERO_STAGES:
         words += ["--mixed_precision", precision]
@@ -142,8 +136,7 @@ def plan_launch(command: Command) -> dict[str, Any]:
     placement = place(stage, command.node_rank, strict=False)
     plan: dict[str, Any] = {
         "mode": "worker" if is_worker() else "in-process", "placement": placement.to_dict(), "command": "",
-        **dict.fromkeys(("config_file", "config", "deepspeed_file", "deepspeed")),
-    }  # fmt: skip
+        **dict.fromkeys(("config_file", "config", "deepspeed_file", "deepspeed"))}  # fmt: skip
     if is_worker() or placement.world_size == 1:
         return plan
     directory, precision = RunDir(Path(stage.run_dir)).launch, mixed_precision(stage, placement.device)

@@ -41,8 +41,7 @@ class Job:
     """A stage in processes of its own, as this node sees it; `run` is the only thing to call."""
 
     def __init__(
-        self, command: Command, placement: Placement, hold: Callable[..., AbstractContextManager[RunDir]]
-    ) -> None:
+        self, command: Command, placement: Placement, hold: Callable[..., AbstractContextManager[RunDir]]) -> None:
         """Take `hold_run` as `hold`: node 0 has the run directory for itself meanwhile."""
         self._command, self._stage, self._placement, self._hold = command, command.stage, placement, hold
         self._run = RunDir(Path(command.stage.run_dir))
@@ -149,8 +148,7 @@ class Job:
         place = self._placement
         return {
             "processes": place.processes, "nodes": place.nodes, "strategy": place.strategy, "device": place.device,
-            "version": __version__, "host": socket.gethostname(),
-        }  # fmt: skip
+            "version": __version__, "host": socket.gethostname()}  # fmt: skip
 
     def _current(self) -> dict[str, Any]:
         return read_record(self._run.launch / _CURRENT)

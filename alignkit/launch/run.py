@@ -100,8 +100,7 @@ def run_one(place: dict[str, Path], command: Command, how: How) -> None:
 
 
 def run_many(
-    place: dict[str, Path], commands: Sequence[Command], how: How, *, measure: Measuring | None = None
-) -> None:
+    place: dict[str, Path], commands: Sequence[Command], how: How, *, measure: Measuring | None = None) -> None:
     """Run stages one after another, measure them where that is asked for, and show how each of them ended.
 
     `place` holds the run directory of the last one. With --dry-run it is said what would be done with each, and why.
@@ -249,8 +248,7 @@ def _decide(command: Command, before: dict[str, Will], *, force: bool) -> tuple[
     if run.is_finished() and not product.exists():
         return "run again", f"its {product.name} is gone"
     room = importlib.import_module(
-        f"alignkit.{ROOMS[stage.method]}.{stage.method}" if makes_rows else "alignkit.train.fingerprint"
-    )
+        f"alignkit.{ROOMS[stage.method]}.{stage.method}" if makes_rows else "alignkit.train.fingerprint")
     if changes := room.find_changes(stage, run.path, allow_change=command.allow_change):
         more = f" (and {len(changes) - 2} more)" if len(changes) > 2 else ""
         return "run again", f"{'; '.join(changes[:2])}{more}"
@@ -279,8 +277,7 @@ def check_order(stages: Sequence[Stage], *, only_listed: bool = False) -> None:
 
 def run_stages(
     entries: Sequence[Entry], *, retries: int = 0, before: Callable[[Entry], None] = lambda entry: None,
-    aside: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Iterator[Result]:  # fmt: skip
+    aside: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[Result]:  # fmt: skip
     """Do with the stages what was decided, and yield how each ended; `aside` is entered while one's processes write."""
     from alignkit.report.publish import leave_finished
 
@@ -369,8 +366,7 @@ class Measuring:
         self._record.unlink(missing_ok=True)
         results = evaluate_all(
             self._requests, seed=None, out=None, device="auto", trust_code=self._trust_code, folder=Path.cwd(),
-            skip=True,
-        )  # fmt: skip
+            skip=True)  # fmt: skip
         for result in results:
             measured.append(result)
             board.update(MEASURE, len(measured), len(self._requests), str(result["name"]), None)

@@ -25,8 +25,7 @@ from alignkit.runs.files import disk_failures, write_text
 
 
 def write_jobs(
-    commands: Sequence[Command], *, submit: bool, dry_run: bool, force: bool = False
-) -> list[dict[str, Any]]:
+    commands: Sequence[Command], *, submit: bool, dry_run: bool, force: bool = False) -> list[dict[str, Any]]:
     """Write `<run dir>/launch/job.sbatch` for each stage and, with `submit`, hand them to sbatch in this order.
 
     Of each job it tells stage, path and script, the stages of the same call that it waits for (`depends_on`), the
@@ -35,8 +34,7 @@ def write_jobs(
     """
     if submit and not dry_run and shutil.which("sbatch") is None:
         raise EnvironmentProblem(
-            "sbatch is not on PATH here; submit on a machine of the cluster, or take --submit away to write the script"
-        )
+            "sbatch is not on PATH here; submit on a machine of the cluster, or take --submit away to write the script")
     jobs: dict[str, dict[str, Any]] = {}
     for command in commands:
         stage = command.stage
@@ -49,8 +47,7 @@ def write_jobs(
         ids = [f"$job_{list(jobs).index(name) + 1}" for name in after]
         jobs[stage.name] = {
             "stage": stage.name, "path": path, "script": build_script(command), "depends_on": after,
-            "submit": _order(ids, path), "job_id": None,
-        }  # fmt: skip
+            "submit": _order(ids, path), "job_id": None}  # fmt: skip
     for command, job in zip(commands if not dry_run else (), jobs.values(), strict=False):
         run, lock = open_run(Path(command.stage.run_dir), force=force)
         try:
@@ -64,8 +61,7 @@ def write_jobs(
         done = subprocess.run(job["submit"], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             before = "".join(
-                f"; {name} is submitted as job {each['job_id']}" for name, each in jobs.items() if each["job_id"]
-            )
+                f"; {name} is submitted as job {each['job_id']}" for name, each in jobs.items() if each["job_id"])
             raise EnvironmentProblem(f"sbatch refuses {job['path']}: {' '.join(done.stderr.split())}{before}")
         job["job_id"] = done.stdout.strip().split(";")[0]  # `--parsable` prints id, or id;cluster
     return list(jobs.values())
@@ -106,16 +102,14 @@ def build_script(command: Command) -> str:
         "cpus-per-task": cpus, "gpus-per-node": gpus or None, "mem": slurm.memory,
         **{name: getattr(slurm, name) for name in ("time", "partition", "account", "qos", "constraint")},
         **slurm.options, "output": f"{str(run.launch).replace('%', '%%')}/slurm-%j.log", "open-mode": "append",
-        "requeue": "", "signal": f"B:USR1@{slurm.signal_seconds}",
-    }  # fmt: skip
+        "requeue": "", "signal": f"B:USR1@{slurm.signal_seconds}"}  # fmt: skip
     directives = [f"#SBATCH --{name}{quote(value)}" for name, value in options.items() if value is not None]
     script = Path(__file__).with_name("job.sh.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return environment.from_string(script).render(
         directives="\n".join(directives), directory=shlex.quote(os.getcwd()), run=shlex.quote(str(run.path)),
         manifest=MANIFEST, several_nodes=launch.nodes > 1, max_requeues=slurm.max_requeues, cpus=cpus,
-        command=shlex.join(command.argv()),
-    )  # fmt: skip
+        command=shlex.join(command.argv()))  # fmt: skip
 
 
 def read_time(text: str) -> int:
@@ -142,5 +136,4 @@ def quote(value: object) -> str:
     if re.fullmatch(r"[\w.,:@%+=/-]+", text, flags=re.ASCII):
         return f"={text}"
     return "=" + "".join(
-        f"\\{part}" if part in "\"'\\" else f'"{part}"' for part in re.split(r"([\"'\\])", text) if part
-    )
+        f"\\{part}" if part in "\"'\\" else f'"{part}"' for part in re.split(r"([\"'\\])", text) if part)

@@ -41,8 +41,7 @@ _PEER_LOST = re.compile(
     r"unexpected (Dist\w*Error|RuntimeError|Connection\w*Error|BrokenPipeError|TimeoutError|OSError): .*"
     r"(connection (closed|reset|refused)|broken pipe|\bgloo\b|\bnccl\b|\bTCPStore\b|\bsocket\b|timed out|"
     r"not connected|remote process)",
-    re.IGNORECASE,
-)
+    re.IGNORECASE)
 _LOG = re.compile(r" \(traceback: .*\)$")  # a path may hold any of these words
 
 
@@ -74,8 +73,7 @@ def describe_frozen(beat: Beat, seconds: float, *, stopped: bool) -> str:
     why = "; it is stopped (SIGSTOP)" if stopped else ""
     return (
         f"{beat} has given no sign of life for {seconds:.0f} s{why}, last seen {beat.place}; "
-        "launch.heartbeat_seconds bounds that"
-    )
+        "launch.heartbeat_seconds bounds that")
 
 
 def describe_stuck(beats: Iterable[Beat], seconds: float) -> str:
@@ -83,8 +81,7 @@ def describe_stuck(beats: Iterable[Beat], seconds: float) -> str:
     last = min(beats, key=lambda beat: (-1 if beat.step is None else beat.step, -beat.idle_seconds))
     return (
         f"{last} got no further for {seconds:g} s (launch.timeout_seconds), last seen {last.place}; "
-        "raise it if this work takes so long"
-    )
+        "raise it if this work takes so long")
 
 
 def _failed(end: End) -> bool:  # otherwise than by an agreed stop
@@ -157,8 +154,7 @@ class Supervisor:
 
     def __init__(
         self, directory: Path, placement: Placement, *, heartbeat_seconds: float, timeout_seconds: float,
-        received: Sequence[int], resume_hint: Callable[[], str],
-    ) -> None:  # fmt: skip
+        received: Sequence[int], resume_hint: Callable[[], str]) -> None:  # fmt: skip
         self._directory, self._placement = directory, placement
         self._heartbeat_seconds, self._timeout_seconds = heartbeat_seconds, timeout_seconds
         self._received, self._resume_hint = received, resume_hint
@@ -177,8 +173,7 @@ class Supervisor:
         """
         environment = {
             **os.environ, **extra, SUPERVISED: str(self._directory), heartbeat.SUPERVISOR: str(os.getpid()),
-            heartbeat.INTERVAL: f"{min(1.0, self._heartbeat_seconds / 4):g}", "PYTHONUNBUFFERED": "1",
-        }  # fmt: skip
+            heartbeat.INTERVAL: f"{min(1.0, self._heartbeat_seconds / 4):g}", "PYTHONUNBUFFERED": "1"}  # fmt: skip
         try:
             output = sys.stderr.fileno()
         except (OSError, ValueError, AttributeError):  # replaced by something that is no file, as test runners do
@@ -369,8 +364,7 @@ def start_process(
 
     return subprocess.Popen(
         argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=log, start_new_session=True,
-        preexec_fn=prepare,
-    )  # fmt: skip
+        preexec_fn=prepare)  # fmt: skip
 
 
 def is_alive(pid: int, *, child_of: int) -> bool:

@@ -23,8 +23,7 @@ _GIB = 2**30
 _SECRET = ("HF_TOKEN", "WANDB_API_KEY")
 _WATCHED = (
     "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES",
-    "PYTORCH_CUDA_ALLOC_CONF", "RANK", "WORLD_SIZE", "WANDB_MODE", "ALIGNKIT_DEBUG",
-)  # fmt: skip
+    "PYTORCH_CUDA_ALLOC_CONF", "RANK", "WORLD_SIZE", "WANDB_MODE", "ALIGNKIT_DEBUG")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +83,7 @@ class DoctorReport:
             ("This computer", ["what", "found"], facts),
             ("Environment variables", ["name", "value"], [[name, value] for name, value in self.variables.items()]),
             ("Libraries", ["name", "installed", "accepted", "state"], libraries),
-            ("What works here", ["what", "works", "how, or why not"], abilities),
-        ]
+            ("What works here", ["what", "works", "how, or why not"], abilities)]
         return [table for table in tables if table[2]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,8 +159,7 @@ def describe_system(directory: Path) -> dict[str, str]:
     return {
         "python": f"{platform.python_version()} ({sys.executable})", "system": platform.platform(),
         "cores": str(count_cores()), "memory": f"{memory_bytes() / _GIB:.1f} GiB",
-        "disk": f"{disk.free / _GIB:.1f} GiB free of {disk.total / _GIB:.1f} at {existing}",
-    }  # fmt: skip
+        "disk": f"{disk.free / _GIB:.1f} GiB free of {disk.total / _GIB:.1f} at {existing}"}  # fmt: skip
 
 
 def describe_variables() -> dict[str, str]:
@@ -187,8 +184,7 @@ def try_abilities() -> list[Ability]:
         try_ability("full fine-tuning and LoRA", f"on {device}", lambda: multiply(torch.float32)),
         try_ability("dtype: bfloat16", f"on {device}", lambda: multiply(torch.bfloat16)),
         *(try_quantization(kind, device) for kind in ("nf4", "fp4", "int8")),
-        Ability("paged optimizers", device == "cuda", "cuda only; elsewhere ordinary ones take their place"),
-    ]
+        Ability("paged optimizers", device == "cuda", "cuda only; elsewhere ordinary ones take their place")]
     compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
     is_able = compiler is not None and importlib.util.find_spec("triton") is not None
     what = f"with {compiler}" if is_able else "cuda only, with triton and a C compiler (gcc, or what CC names)"
@@ -201,8 +197,7 @@ def try_abilities() -> list[Ability]:
     for name, module, advice in (
         ("attn_implementation: flash_attention_2", "flash_attn", "pip install flash-attn, or kernels; needs cuda"),
         ("use_kernels, attn_implementation of the hub", "kernels", "pip install 'alignkit[kernels]'"),
-        *((f"report_to: {tracker}", tracker, trackers) for tracker in ("tensorboard", "trackio", "wandb")),
-    ):
+        *((f"report_to: {tracker}", tracker, trackers) for tracker in ("tensorboard", "trackio", "wandb"))):
         there = importlib.util.find_spec(module) is not None
         abilities.append(Ability(name, there, "installed" if there else f"not installed; {advice}"))
     return abilities

@@ -101,8 +101,7 @@ class Plan:
 
 def plan_recipe(
     recipe: Recipe, device: Device, *, devices: int | None = None, tokens: int | None = None, rate: float | None = None,
-    probes: bool = False, trust_code: bool = False,
-) -> Plan:  # fmt: skip
+    probes: bool = False, trust_code: bool = False) -> Plan:  # fmt: skip
     """Plan every stage of a recipe, and its evaluation; raises the first mistake in it.
 
     `tokens` is the longest row where rows are not here, `rate` tokens a second of all devices; `probes` measures it.
