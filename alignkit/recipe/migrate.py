@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +127,8 @@ def _read_arguments(words: Sequence[str]) -> dict[str, Any]:
             given = found[key.replace("-", "_")] = [read_scalar(value)] if equals else []
         else:
             given.append(read_scalar(word))
+            with suppress(ValueError):
+                given[-1] = json.loads(word) if word[:1] == "{" else given[-1]
     return {key: values[0] if len(values) == 1 else values or True for key, values in found.items()}
 
 
@@ -171,6 +174,7 @@ class _Writer:
         self.missing: list[str] = []
         self.train: list[dict[str, Any]] = []
         self.method, self.word = self._find_method()
+        self.fixed = {*self.lines, *_TO_WRITE}  # without these it would be another method
         self.accepted = accepted_keys(self.method)
         self.has_lora = self._find_lora()
         assumed = self.table["defaults"]  # by method, or the name of a tool that assumes the same
@@ -421,7 +425,8 @@ class _Writer:
             host, port = self.keys.get("vllm_server_host", "127.0.0.1"), self.keys.get("vllm_server_port", 8000)
             self.lines["generation.url"] = Line(f"http://{host}:{port}", "was vllm_server_host and vllm_server_port")
         for ours, (value, why) in _TO_WRITE.items():
-            if ours not in self.lines and (ours != "reward" or self.method == "ppo"):
+            needed = {"reward": self.method == "ppo", "teacher.model": self.word in ("gkd", "distillation")}
+            if ours not in self.lines and needed.get(ours, True):
                 self.lines[ours] = Line(value, "to be written")
                 self.missing.append(f"{ours}: {why}")
 
@@ -437,7 +442,7 @@ class _Writer:
                 one: problem.what
                 for problem in problems
                 for one in self.lines
-                if one not in _TO_WRITE and f"{one}.".startswith(f"{places.get(problem.where or '', '?')}.")
+                if one not in self.fixed and f"{one}.".startswith(f"{places.get(problem.where or '', '?')}.")
             }
             if not refused:
                 self.missing += [problem.what for problem in problems]

@@ -256,6 +256,15 @@ def test_commands_of_ms_swift(tmp_path: Path) -> None:
     assert made.missing == ["system: a system message stands in the rows: a column `system`, or a first message"]
 
 
+def test_a_method_is_never_taken_out_with_what_it_lacks(tmp_path: Path) -> None:
+    made = migrate(tmp_path / "gkd.sh", "swift rlhf --rlhf_type gkd --model org/a --dataset org/d"
+                   """ --gradient_checkpointing_kwargs '{"use_reentrant": false}'""")  # fmt: skip
+    assert "\nsft:\n  objective: distill  # was rlhf_type: gkd" in body(made)
+    assert "\n  teacher:\n    model: path/to/teacher  # to be written" in body(made)
+    assert "  gradient_checkpointing_kwargs:\n    use_reentrant: false" in body(made)
+    assert made.missing == ["teacher.model: write the teacher that is learnt from"]
+
+
 def test_commands_of_openrlhf_and_trl(tmp_path: Path) -> None:
     made = migrate(tmp_path / "ppo.sh", r"""
         read -r -d '' training_commands <<EOF
