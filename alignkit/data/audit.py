@@ -176,10 +176,7 @@ def _find_leak(asked: Mapping[int, str], what: str, stage: str, trained: Mapping
 
 
 def compare_settings(stage: Stage) -> list[str]:
-    """Say which settings of a stage lie beyond those of published recipes for pre-trained models.
-
-    Nothing is said of built-in models and random weights, which take larger steps, nor of raw text and labels.
-    """
+    """Name settings beyond those of published recipes for pre-trained models; none for random or built-in weights."""
     is_new = stage.model.path.startswith("builtin:") or stage.model.init == "scratch"
     said = list[str]()
     for row in PUBLISHED if stage.objective in (None, "chat") and not is_new else ():

@@ -39,11 +39,7 @@ _MOOD_WORTHS = {"positive": (1.0, 0.5), "negative": (-1.0, -0.5), "mixed": (1.0,
 
 
 def true_reward(text: str) -> float:
-    """The toy world's sentiment of a text: the mean worth of the words that have one, in [-1, 1].
-
-    superb, loved and their like are worth 1, good and liked 0.5, dull and disliked -0.5, awful and hated -1; all
-    other words nothing. A text without such words is worth 0. Case and order of words do not matter.
-    """
+    """The toy world's sentiment of a text: the mean worth, in [-1, 1], of its words that have one; else 0."""
     worths = [_WORD_WORTH[word] for word in _WORD.findall(text.lower()) if word in _WORD_WORTH]
     return sum(worths) / len(worths) if worths else 0.0
 

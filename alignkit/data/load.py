@@ -104,11 +104,7 @@ def split_eval(rows: Iterable[Row], share: float, seed: int) -> Iterator[tuple[b
 def read_published(
     path: Path, parse: Callable[[Record], _Read], what: str, *, skip: bool, rejects: Rejects
 ) -> Iterator[tuple[str, _Read]]:
-    """Yield (place, what `parse` makes of the row) for every row of a file that others have published.
-
-    Rows that cannot be read, or that `parse` fails on as it does on other shapes than `what`, go to `rejects` with
-    `skip`; else the first of them are raised as one DataError at the end.
-    """
+    """Yield (place, parsed row) of a published file; rows that are no `what` go to `rejects`, or are raised."""
     problems, num_read = Problems(), 0
     for num_read, (place, record) in enumerate(read_file(path), 1):  # noqa: B007
         try:

@@ -257,7 +257,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best policy at one beta; `value` is reward - beta KL, which no policy exceeds. KL in nats per answer."""
+    """The best policy at one beta; no policy exceeds `value`, reward - beta KL. KL in nats per answer."""
 
     beta: float
     kl: float

@@ -111,11 +111,7 @@ def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
 
 
 def set_aside(run: RunDir, lock: RunLock) -> RunLock:
-    """Move a run that has begun to `<name>.old-<time>`, never delete it; return the lock of the new directory.
-
-    Whoever still writes into the run by its path would write into the new one: end those processes first. Raises
-    RunError when another process takes the new directory first.
-    """
+    """Move a run that has begun, its processes ended, to `<name>.old-<time>`; give the lock of the new directory."""
     if not run.stage.exists():
         return lock
     aside = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
