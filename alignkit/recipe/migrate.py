@@ -442,7 +442,8 @@ class _Writer:
                 one: problem.what
                 for problem in problems
                 for one in self.lines
-                if one not in self.fixed and f"{one}.".startswith(f"{places.get(problem.where or '', '?')}.")
+                if f"{one}.".startswith(f"{places.get(problem.where or '', '?')}.")
+                and (one not in self.fixed or "has no effect" in problem.what)
             }
             if not refused:
                 self.missing += [problem.what for problem in problems]
