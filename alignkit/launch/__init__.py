@@ -111,9 +111,8 @@ def hold_run(command: Command, *, force: bool, check: Callable[[], None] = lambd
     except BaseException:
         lock.release()
         raise
-    gone = DiskError(
-        f"{run.path}: the run directory was moved or deleted while the run went on; move it back, and the same command "
-        "goes on from what was saved")
+    what = "the run directory was moved or deleted while the run went on; move it back, and the same command goes on"
+    gone = DiskError(f"{run.path}: {what} from what was saved")
     try:
         if run.stage.is_file() and stage.method not in ROOMS:
             known = {**fingerprint_stage(stage), **unread(run)}

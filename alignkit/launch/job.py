@@ -215,10 +215,8 @@ class Job:
 
 
 def _find_interface(placement: Placement) -> str | None:
-    """Find the interface the processes reach each other through, None where it cannot be told.
-
-    gloo would take the one this host's name resolves to, which on many machines is none the others reach.
-    """
+    """Find the interface the processes reach each other through, None where it cannot be told. gloo would take the one
+    this host's name resolves to, which on many machines is none the others reach."""
     import psutil
 
     if placement.nodes == 1:

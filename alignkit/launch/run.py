@@ -247,8 +247,8 @@ def _decide(command: Command, before: dict[str, Will], *, force: bool) -> tuple[
         return "run again", f"{said} before it"
     if run.is_finished() and not product.exists():
         return "run again", f"its {product.name} is gone"
-    room = importlib.import_module(
-        f"alignkit.{ROOMS[stage.method]}.{stage.method}" if makes_rows else "alignkit.train.fingerprint")
+    module = f"{ROOMS[stage.method]}.{stage.method}" if makes_rows else "train.fingerprint"
+    room = importlib.import_module(f"alignkit.{module}")
     if changes := room.find_changes(stage, run.path, allow_change=command.allow_change):
         more = f" (and {len(changes) - 2} more)" if len(changes) > 2 else ""
         return "run again", f"{'; '.join(changes[:2])}{more}"

@@ -33,8 +33,8 @@ def write_jobs(
     With `force` an existing run is moved aside now, not at each start of the job.
     """
     if submit and not dry_run and shutil.which("sbatch") is None:
-        raise EnvironmentProblem(
-            "sbatch is not on PATH here; submit on a machine of the cluster, or take --submit away to write the script")
+        what = "submit on a machine of the cluster, or take --submit away to write the script"
+        raise EnvironmentProblem(f"sbatch is not on PATH here; {what}")
     jobs: dict[str, dict[str, Any]] = {}
     for command in commands:
         stage = command.stage
@@ -60,9 +60,9 @@ def write_jobs(
         job["submit"] = _order([jobs[name]["job_id"] for name in job["depends_on"]], job["path"])
         done = subprocess.run(job["submit"], capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            before = "".join(
-                f"; {name} is submitted as job {each['job_id']}" for name, each in jobs.items() if each["job_id"])
-            raise EnvironmentProblem(f"sbatch refuses {job['path']}: {' '.join(done.stderr.split())}{before}")
+            said = [f"sbatch refuses {job['path']}: {' '.join(done.stderr.split())}"]
+            said += [f"{name} is submitted as job {each['job_id']}" for name, each in jobs.items() if each["job_id"]]
+            raise EnvironmentProblem("; ".join(said))
         job["job_id"] = done.stdout.strip().split(";")[0]  # `--parsable` prints id, or id;cluster
     return list(jobs.values())
 

@@ -61,8 +61,8 @@ class Checkpointed(Trainer):
     batch_rows: int
     evaluation_cut = False  # by a request to stop: the next sitting makes up for it
     schedule_place: int | None = None  # of a resumed run, in steps of this batch size; None: its own
-    _metrics: dict[str, dict[str, list[float]]]
-    _weights: dict[str, list[float]]
+    _metrics: dict[str, dict[str, list[float]]]  # TRL's: mode -> name -> one value per forward pass
+    _weights: dict[str, list[float]]  # of the training metrics since the last log, where rows do not say it
     _save_error: Exception | None = None  # of this rank's weights, until all ranks may hear of it
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -160,10 +160,8 @@ class Checkpointed(Trainer):
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         bad = not all(bool(shards.local(parameter).isfinite().all()) for parameter in trained)
         if ranks.largest(int(bad)):
-            what = (
-                f"step {self.state.global_step}: the update has left weights that are not finite; nothing of it was "
-                f"saved, {self.describe_last_good()}. Lower learning_rate or max_grad_norm"
-            )
+            what = f"step {self.state.global_step}: the update has left weights that are not finite; nothing of it was "
+            what += f"saved, {self.describe_last_good()}. Lower learning_rate or max_grad_norm"
             raise ranks.met_by_all(NonFiniteError(what))
 
     def describe_last_good(self) -> str:
@@ -176,10 +174,9 @@ class Checkpointed(Trainer):
         trainable = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         needed = checkpoints.expected_bytes(directory, first_guess=3 * trainable)
         if (free := free_bytes(directory)) < needed:
-            what = (
-                f"the next checkpoint needs about {describe_bytes(needed)} and {describe_bytes(free)} are free; earlier"
-            )
-            raise DiskError(f"{directory}: {what} checkpoints are untouched: make room and run the same command again")
+            what = f"the next checkpoint needs about {describe_bytes(needed)} and {describe_bytes(free)} are free; "
+            what += "earlier checkpoints are untouched: make room and run the same command again"
+            raise DiskError(f"{directory}: {what}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Copy the sealed weights into the model, or this rank's part of it; dtypes and frozen parts stay as they are.
@@ -202,10 +199,8 @@ class Checkpointed(Trainer):
         shards.scatter_model(places, saved)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load optimizer and schedule, but keep this sitting's settings: a change that was allowed has its effect.
-
-        That holds for the schedule's length too: its place is that of the rows seen, out of all there will be.
-        """
+        """Load optimizer and schedule, but keep this sitting's settings: a change that was allowed has its effect. That
+        holds for the schedule's length too: its place is that of the rows seen, out of all there will be."""
         if checkpoint is None:
             return
         groups, schedule, place = self.optimizer.param_groups, self.lr_scheduler, self.schedule_place

@@ -102,10 +102,8 @@ class Dpo(_Referenced, DPOTrainer):
         return batches, num_items
 
     def _sft_correction(self, outputs: Any, inputs: dict[str, Tensor]) -> Tensor | float:
-        """Make TRL's `sft` part, a mean over the chosen tokens of a micro batch, one over those of the whole step.
-
-        Of held-out rows it is a metric, by which `evaluation_loop` takes its mean over all their tokens.
-        """
+        """Make TRL's `sft` part, a mean over the chosen tokens of a micro batch, one over those of the whole step. Of
+        held-out rows it is a metric, by which `evaluation_loop` takes its mean over all their tokens."""
         weight = sum(weight for name, weight in zip(self.loss_types, self.loss_weights, strict=True) if name == "sft")
         if not weight or self.use_weighting:
             return 0.0
@@ -130,25 +128,20 @@ class Dpo(_Referenced, DPOTrainer):
         token_logps_BT = outputs.log_probs[:, 1 - labels_BT.size(1) :]
         mask_BT = inputs["completion_mask"][:, 1:]
         chosen_B, rejected_B = sequence_logps(token_logps_BT, mask_BT).chunk(2)
-        ref_chosen_B, ref_rejected_B = (
-            (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]) if self.has_reference else (0.0, 0.0)
-        )
+        references = (inputs[f"ref_{side}_logps"] if self.has_reference else 0.0 for side in ("chosen", "rejected"))
+        ref_chosen_B, ref_rejected_B = references
         label_B = torch.ones_like(chosen_B) if label_B is None else label_B.to(chosen_B)
         chosen_tokens_B, rejected_tokens_B = mask_BT.sum(dim=1).chunk(2)
-        losses_B = loss(
-            Pairs(chosen_B, rejected_B, chosen_tokens_B, rejected_tokens_B, label_B, ref_chosen_B, ref_rejected_B)
-        )
-        chosen, rejected = (
-            self.beta * (logps_B - ref_B).detach()
-            for logps_B, ref_B in ((chosen_B, ref_chosen_B), (rejected_B, ref_rejected_B))
-        )
+        pairs = Pairs(chosen_B, rejected_B, chosen_tokens_B, rejected_tokens_B, label_B, ref_chosen_B, ref_rejected_B)
+        chosen = self.beta * (chosen_B - ref_chosen_B).detach()
+        rejected = self.beta * (rejected_B - ref_rejected_B).detach()
         found = {
             "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
             "rewards/accuracies": chosen > rejected, "logps/chosen": chosen_B, "logps/rejected": rejected_B,
         }  # fmt: skip
         self.note_metrics(found, num_tokens=inputs["attention_mask"].sum())
         weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
-        total = weights["sigmoid"] * losses_B.mean()  # as TRL knows it
+        total = weights["sigmoid"] * loss(pairs).mean()  # as TRL knows it
         if "sft" in weights:
             likelihood = -weights["sft"] * chosen_B.sum() / chosen_tokens_B.sum()
             total = total + likelihood + self._sft_correction(outputs, inputs)

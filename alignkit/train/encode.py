@@ -274,10 +274,8 @@ def _encode_dpo(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
     # Soft labels have a meaning to plain cross-entropy alone.
     others = {"ld_alpha", "f_divergence_type", "use_weighting", "loss_weights"} & stage.trainer.keys()
     if row.label not in (None, 1.0) and (others or not is_logistic(stage.trainer)):
-        what = (
-            f"has the soft label {row.label}, which only plain sigmoid and cdpo losses can read; change loss_type, or "
-        )
-        raise DataError(f"{what}take the label column out", where=row.place)
+        what = f"has the soft label {row.label}, which only plain sigmoid and cdpo losses can read; change loss_type,"
+        raise DataError(f"{what} or take the label column out", where=row.place)
     if row.kind != "pair":
         what = "is a single answer, which this loss cannot compare with another; set loss_type: kto"
         raise DataError(what, where=row.place)
@@ -328,8 +326,7 @@ def _encode_ppo(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
 
 _ENCODERS = {
     "chat": _encode_sft, "distill": _encode_distill, "seq2seq": _encode_seq2seq, "rm": _encode_rm, "dpo": _encode_dpo,
-    "kto": _encode_kto,
-    "ppo": _encode_ppo, **dict.fromkeys(TASKS, _encode_task),
+    "kto": _encode_kto, "ppo": _encode_ppo, **dict.fromkeys(TASKS, _encode_task),
 }  # fmt: skip
 
 
@@ -351,8 +348,6 @@ def longest_prompt(stage: Stage) -> int | None:
     context, answer = context_length(stage), stage.expect(PpoOptions).max_new_tokens
     if context is not None and answer >= context:
         key = f"{stage.name}.max_new_tokens"
-        what = (
-            f"{key} is {answer}, and the model reads {context} tokens at once: no room for a prompt is left; lower it"
-        )
-        raise DataError(what, where=stage.where(key))
+        what = f"is {answer}, and the model reads {context} tokens at once: no room for a prompt is left; lower it"
+        raise DataError(f"{key} {what}", where=stage.where(key))
     return None if context is None else context - answer

@@ -223,10 +223,8 @@ def _find_place(setup: Setup, stop: StopFlag) -> tuple[str | None, int]:
     rows, planned = (manifest.get("batches") or [(0, trainer.batch_rows)])[-1][1], stage.trainer.get("max_steps", 0)
     if planned > 0 and rows != trainer.batch_rows:
         same = step + -(-(planned - step) * rows // trainer.batch_rows)
-        console.warn(
-            f"{stage.name}: max_steps counts steps, and those to come have {trainer.batch_rows} rows instead of "
-            f"{rows}: max_steps: {same} reads as many rows as before"
-        )
+        what = f"those to come have {trainer.batch_rows} rows instead of {rows}: max_steps: {same} reads as many rows"
+        console.warn(f"{stage.name}: max_steps counts steps, and {what} as before")
     if (before := manifest["world_size"]) != (now := ranks.world_size()):
         what = f"{before} processes before, {now} now: the same batches, other random numbers (dropout)"
         console.note(f"{stage.name}: {what}")
@@ -363,10 +361,8 @@ def _take_best(setup: Setup) -> int:
 
 
 def _save_final(setup: Setup) -> dict[str, Any]:
-    """Write model/ in one step, after the copy on disk has given the same answers as the model in memory.
-
-    All ranks take part, for the model may be sharded; rank 0 writes and reads back.
-    """
+    """Write model/ in one step, after the copy on disk has given the same answers as the model in memory. All ranks
+    take part, for the model may be sharded; rank 0 writes and reads back."""
     trainer, run = setup.trainer, setup.run
     # Without its autocast wrapper: what is saved must be compared in the precision it is loaded in.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -377,11 +373,9 @@ def _save_final(setup: Setup) -> dict[str, Any]:
     staging = run.path / "model.tmp"  # does not count yet
     pulse("saving the model")
     facts: dict[str, Any] = {
-        "lineage": setup.loaded.lineage,
-        "precision": setup.loaded.precision,
-        "stop_ids": setup.chat.stop_ids,
-    }
-    facts |= {"state_dict": shards.gather_model(trainer), "head": setup.head, "dtype": setup.stage.model.save_dtype}
+        "lineage": setup.loaded.lineage, "precision": setup.loaded.precision, "stop_ids": setup.chat.stop_ids,
+        "state_dict": shards.gather_model(trainer), "head": setup.head, "dtype": setup.stage.model.save_dtype,
+    }  # fmt: skip
 
     def save() -> None:
         if after != setup.base_hash:

@@ -512,8 +512,7 @@ def _pass_forward(model: Any, shape: Shape, held: _Held) -> Tensor | None:
     mask = torch.ones(1, 1, size[1], size[1], dtype=torch.bool) if shape.packed else None
     inputs = {"input_ids": ids_BL, "attention_mask": mask, "use_cache": False}
     if shape.kind == "write":
-        with torch.no_grad():
-            _write(model, shape, held)
+        _write(model, shape, held)
         return None
     if shape.kind == "words":
         values = model(**inputs, labels=ids_BL, fused_lm_head=True).log_probs
@@ -530,6 +529,7 @@ def _pass_forward(model: Any, shape: Shape, held: _Held) -> Tensor | None:
     return loss
 
 
+@torch.no_grad()
 def _write(model: Any, shape: Shape, held: _Held) -> None:
     """Read prompts into a cache, then hold the cache of whole answers while a token is drawn."""
     prompt = max(shape.tokens - shape.answer, 1)

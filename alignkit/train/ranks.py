@@ -73,12 +73,9 @@ def start(stage: Stage, run_dir: Path) -> None:
     main = everyone[0]
     for name, (number, other) in product(mine, enumerate(everyone)):
         if other[name] != main[name]:
-            what = (
-                f"the processes do not do the same work: {name} is {main[name]} for rank 0 on {main['host']} and "
-                f"{other[name]} for rank {number} on {other['host']}; start all of them with the same command, recipe "
-                "and alignkit"
-            )
-            raise met_by_all(RunError(what))
+            what = f"the processes do not do the same work: {name} is {main[name]} for rank 0 on {main['host']} and "
+            what += f"{other[name]} for rank {number} on {other['host']}; start all of them with the same command, "
+            raise met_by_all(RunError(f"{what}recipe and alignkit"))
     _require_shared(run_dir)
 
 
@@ -233,10 +230,8 @@ def _require_shared(run_dir: Path) -> None:
     if is_main():
         path.unlink(missing_ok=True)
     for number, host in ((number, host) for number, (found, host) in everyone if not found):
-        what = (
-            f"is not the same directory for all processes: rank {number} on {host} does not see what rank 0 writes "
-            "there; put it on a file system that all nodes share, with --out"
-        )
+        what = f"is not the same directory for all processes: rank {number} on {host} does not see what rank 0 writes "
+        what += "there; put it on a file system that all nodes share, with --out"
         raise met_by_all(RunError(what, where=str(run_dir)))
 
 

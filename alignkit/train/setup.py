@@ -97,9 +97,7 @@ def micro_batch_size(stage: Stage) -> int:
 
 def _fit_micro_batch(stage: Stage, table: Any) -> None:
     """Find the largest micro batch that fits beside what others hold on the card, on that of the rank with the least.
-
-    Its rows are as long as the longest. Tiny models that alignkit brings are not looked at: they fit.
-    """
+    Its rows are as long as the longest. Tiny models that alignkit brings are not looked at: they fit."""
     sizes = memory.micro_batches(stage, world_size())
     on_card = pick_device(stage.launch.device) == "cuda" and not is_builtin(stage.model.path)
     if stage.training.micro_batch_size != "auto" or len(sizes) == 1 or not on_card:

@@ -287,10 +287,8 @@ def _optimizer(trainer: Any) -> Any:
 
 
 def _link(optimizer: Any) -> None:
-    """Let the `safe_*` functions find the optimizer's state.
-
-    ZeRO-2 of DeepSpeed 0.19 links it after the step of the first parameter group, when the others have none yet.
-    """
+    """Let the `safe_*` functions find the optimizer's state. ZeRO-2 of DeepSpeed 0.19 links it after the step of the
+    first parameter group, when the others have none yet."""
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()

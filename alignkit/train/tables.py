@@ -180,10 +180,8 @@ class Stream:
 def _encode(
     stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects, lengths: LengthReport, first: list[Row]
 ) -> Iterator[dict[str, list[Any]]]:
-    """Check, tokenise and encode rows, batch by batch; a few of them are put into `first`.
-
-    Batches are bounded in characters too: a few rows, where each is as long as a book.
-    """
+    """Check, tokenise and encode rows, batch by batch; a few of them are put into `first`. Batches are bounded in
+    characters too: a few rows, where each is as long as a book."""
 
     def batches() -> Iterator[list[EncodedRow]]:
         written = _write_texts(stage, chat, rows, rejects)
@@ -253,17 +251,13 @@ def _require_rows(stage: Stage, lengths: LengthReport, *, is_empty: bool) -> Non
     share, most, longest = lengths.truncated_share, stage.training.max_truncated, lengths.longest_tokens
     what = "no row is left to train on" if is_empty else ""
     if share > most and stage.method == "ppo":
-        what = (
-            f"{share:.0%} of the prompts are longer than the {longest_prompt(stage)} tokens that {stage.name}."
-            f"max_new_tokens leaves of the model's context (the longest has {longest}), more than max_truncated allows "
-            f"({most:.0%}); raise it, or lower max_new_tokens"
-        )
+        what = f"{share:.0%} of the prompts are longer than the {longest_prompt(stage)} tokens that {stage.name}."
+        what += f"max_new_tokens leaves of the model's context (the longest has {longest}), more than max_truncated "
+        what += f"allows ({most:.0%}); raise it, or lower max_new_tokens"
     elif share > most:
-        what = (
-            f"{share:.0%} of the rows are longer than {stage.name}.max_length ({longest_sequence(stage)} tokens; the "
-            f"longest row has {longest}), more than max_truncated allows ({most:.0%}); raise one of the two or shorten "
-            "the rows"
-        )
+        what = f"{share:.0%} of the rows are longer than {stage.name}.max_length ({longest_sequence(stage)} tokens; "
+        what += f"the longest row has {longest}), more than max_truncated allows ({most:.0%}); raise one of the two or "
+        what += "shorten the rows"
     elif lengths.num_untrained and not lengths.num_rows:
         what = f"none of the {lengths.num_untrained} rows has a token to learn from: every label is masked; look at the"
         what += " roles of the messages and at max_length"

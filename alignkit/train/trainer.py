@@ -146,10 +146,8 @@ def switch_off_dropout(model: nn.Module) -> None:
     """
 
     def rates(owner: Any) -> list[str]:  # attention_dropout, layerdrop, embd_pdrop, router_jitter_noise, ...
-        named = vars(owner).items()
-        return [
-            name for name, value in named if ("drop" in name or "jitter" in name) and type(value) is float and value
-        ]
+        floats = [name for name, value in vars(owner).items() if type(value) is float and value]
+        return [name for name in floats if "drop" in name or "jitter" in name]
 
     disable_dropout_in_model(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -168,8 +166,6 @@ def switch_off_dropout(model: nn.Module) -> None:
 class Guarded(Checkpointed):
     """Mixin over TRL's trainers; see the module docstring."""
 
-    _metrics: dict[str, dict[str, list[float]]]  # TRL's: mode -> name -> one value per forward pass
-    _weights: dict[str, list[float]]  # of the training metrics since the last log, where rows do not say it
     trained_adapters: tuple[str, ...] = (TRAINED,)  # PEFT's names of those that may have gradients
     lora_plus_ratio: float | None = None
     measure: Callable[[int], dict[str, float]] | None = None  # the metrics of `evaluate:` at a step, all ranks together
@@ -349,10 +345,8 @@ class Guarded(Checkpointed):
             if every < least:
                 when = f"every {least} steps instead of {every}"
                 when = when if least < max_steps else "at the start and the end only"
-                console.note(
-                    f"evaluating {when}: {rows} {what} beside {max_steps} steps of {self.batch_rows} rows would "
-                    f"take more than eval_share {share:g} of training (null: no limit)"
-                )
+                cost = f"{rows} {what} beside {max_steps} steps of {self.batch_rows} rows would take more than"
+                console.note(f"evaluating {when}: {cost} eval_share {share:g} of training (null: no limit)")
             return max(every, least)
 
         num_rows, part = len(self.eval_dataset), share / 2 if measured_every else share
@@ -388,12 +382,9 @@ class Guarded(Checkpointed):
         number = next(number for number, values in enumerate(everyone) if not all(map(math.isfinite, values)))
         loss, norm = everyone[number]
         where = f" on rank {number}" if len(everyone) > 1 else ""
-        what = (
-            f"step {self.state.global_step + 1}: loss is {loss:g} and the gradient norm {norm:g}{where}; stopped "
-            f"before the optimizer step, {self.describe_last_good()}. Lower learning_rate or max_grad_norm, or look at "
-            "the rows of this step"
-        )
-        raise ranks.met_by_all(NonFiniteError(what))
+        what = f"step {self.state.global_step + 1}: loss is {loss:g} and the gradient norm {norm:g}{where}; stopped "
+        what += f"before the optimizer step, {self.describe_last_good()}. Lower learning_rate or max_grad_norm, or look"
+        raise ranks.met_by_all(NonFiniteError(f"{what} at the rows of this step"))
 
     def note_metrics(self, values: dict[str, Tensor], *, num_tokens: Tensor) -> None:
         """Take each metric's mean over the values of all ranks, and count the tokens of a training batch."""
