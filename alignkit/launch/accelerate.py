@@ -99,9 +99,8 @@ def make_configs(stage: Stage, placement: Placement, precision: Precision, direc
 def command_line(
     command: Command, placement: Placement, precision: Precision, config: Path, *, timeout_seconds: float) -> list[str]:
     """Make `accelerate launch ... -m alignkit ...` for this node; what --dry-run does not know yet is UNKNOWN."""
-    rank, address, port = (
-        "UNKNOWN" if value is None else str(value)
-        for value in (placement.node_rank, placement.main_address, placement.main_port))
+    known = (placement.node_rank, placement.main_address, placement.main_port)
+    rank, address, port = ("UNKNOWN" if value is None else str(value) for value in known)
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     if placement.strategy in ZERO_STAGES:
         words += ["--mixed_precision", precision]

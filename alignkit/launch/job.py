@@ -222,9 +222,8 @@ def _find_interface(placement: Placement) -> str | None:
     if placement.nodes == 1:
         return "lo" if sys.platform == "linux" else None
     try:
-        family, kind, protocol, _, target = socket.getaddrinfo(
-            str(placement.main_address), placement.main_port, type=socket.SOCK_DGRAM
-        )[0]
+        address = str(placement.main_address), placement.main_port
+        family, kind, protocol, _, target = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(target)  # sends nothing: it only asks the kernel for the way
             own = probe.getsockname()[0]

@@ -71,17 +71,15 @@ class Death:
 def describe_frozen(beat: Beat, seconds: float, *, stopped: bool) -> str:
     """Say that a process gives no sign of life."""
     why = "; it is stopped (SIGSTOP)" if stopped else ""
-    return (
-        f"{beat} has given no sign of life for {seconds:.0f} s{why}, last seen {beat.place}; "
-        "launch.heartbeat_seconds bounds that")
+    what = f"{beat} has given no sign of life for {seconds:.0f} s{why}, last seen {beat.place}"
+    return f"{what}; launch.heartbeat_seconds bounds that"
 
 
 def describe_stuck(beats: Iterable[Beat], seconds: float) -> str:
     """Say that the main threads got no further, naming the one that is furthest behind."""
     last = min(beats, key=lambda beat: (-1 if beat.step is None else beat.step, -beat.idle_seconds))
-    return (
-        f"{last} got no further for {seconds:g} s (launch.timeout_seconds), last seen {last.place}; "
-        "raise it if this work takes so long")
+    what = f"{last} got no further for {seconds:g} s (launch.timeout_seconds), last seen {last.place}"
+    return f"{what}; raise it if this work takes so long"
 
 
 def _failed(end: End) -> bool:  # otherwise than by an agreed stop
@@ -326,8 +324,7 @@ class Supervisor:
         if away:
             which = ", ".join(map(str, away))
             return f"node {which} did not come within {self._timeout_seconds:g} s; start the same command there"
-        log = self._log
-        return f"rank {absent[0]} did not start within {self._timeout_seconds:g} s (the launcher's output: {log})"
+        return f"rank {absent[0]} did not start within {self._timeout_seconds:g} s (the launcher's output: {self._log})"
 
     def _kill(self) -> None:
         beats = heartbeat.read_beats(self._directory)

@@ -11,6 +11,7 @@ import shutil
 import time
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +207,9 @@ class Checkpointed(Trainer):
         groups, schedule, place = self.optimizer.param_groups, self.lr_scheduler, self.schedule_place
         settings = [{key: group[key] for key in _SETTINGS & group.keys()} for group in groups]
         base_lrs = list(getattr(schedule, "base_lrs", ()))
-        optimizer_state, schedule_state = (
-            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
-            for name in ("optimizer.pt", "scheduler.pt")
-        )
-        shards.scatter_optimizer(self, optimizer_state)
-        schedule.load_state_dict(schedule_state)
+        read = partial(torch.load, map_location="cpu", weights_only=True)
+        shards.scatter_optimizer(self, read(Path(checkpoint, "optimizer.pt")))
+        schedule.load_state_dict(read(Path(checkpoint, "scheduler.pt")))
         groups = self.optimizer.param_groups
         for group, given in zip(groups, settings, strict=True):
             group |= given

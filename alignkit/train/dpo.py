@@ -121,10 +121,8 @@ class Dpo(_Referenced, DPOTrainer):
     def _own_loss(self, loss: PairLoss, model: Any, inputs: dict[str, Tensor], label_B: Tensor | None) -> Tensor:
         """A loss of `OWN_LOSSES`; metrics have TRL's names, so that curves of different losses lie in one plot."""
         labels_BT = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels_BT, use_cache=False,
-            fused_lm_head=True,
-        )  # fmt: skip
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        outputs = model(**tokens, labels=labels_BT, use_cache=False, fused_lm_head=True)
         token_logps_BT = outputs.log_probs[:, 1 - labels_BT.size(1) :]
         mask_BT = inputs["completion_mask"][:, 1:]
         chosen_B, rejected_B = sequence_logps(token_logps_BT, mask_BT).chunk(2)

@@ -341,8 +341,8 @@ def _trace_here(stage: Stage, config: PreTrainedConfig, shape: Shape, device: st
         rest = {name: float(size) for name, size in held.now.items()}
         held.peaks.clear()
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        trained = {"number": float(sum(map(Tensor.numel, weights)))}
-        trained["bytes"] = float(sum(weight.numel() * weight.element_size() for weight in weights))
+        number, size = sum(map(Tensor.numel, weights)), sum(weight.nbytes for weight in weights)
+        trained = {"number": float(number), "bytes": float(size)}
         held.label = "gradients"
         for weight in weights:
             if shape.accumulates:

@@ -64,11 +64,8 @@ def start(stage: Stage, run_dir: Path) -> None:
         what = f"WORLD_SIZE is {world_size()} but accelerate sees {state.num_processes} processes; start them with "
         raise EnvironmentProblem(f"{what}`accelerate launch` or torchrun")
     values = json.dumps(stage.fingerprint_values(), sort_keys=True, default=str)
-    mine = {
-        "run directory": str(run_dir),
-        "alignkit version": alignkit.__version__,
-        "recipe": hashlib.blake2b(values.encode(), digest_size=8).hexdigest(),
-    }
+    digest = hashlib.blake2b(values.encode(), digest_size=8).hexdigest()
+    mine = {"run directory": str(run_dir), "alignkit version": alignkit.__version__, "recipe": digest}
     everyone = gather({"host": socket.gethostname(), **mine})
     main = everyone[0]
     for name, (number, other) in product(mine, enumerate(everyone)):

@@ -117,11 +117,9 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
     dtype = _ROUNDS_TO.get(trainer.accelerator.mixed_precision, getattr(model, "dtype", torch.float32))
     tolerance = _TOLERANCE.get(dtype, 5e-2)
     if abs(losses.get("train", loss) - loss) > tolerance * max(1.0, abs(loss)):
-        raise ModelError(
-            f"{stage.name}: the loss at step 0 is {losses['train']:.6f} in training and {loss:.6f} in evaluation: the "
-            "model draws random numbers that disable_dropout does not reach; set disable_dropout: false to allow it",
-            where=stage.where(f"{stage.name}.disable_dropout"),
-        )
+        what = f"the loss at step 0 is {losses['train']:.6f} in training and {loss:.6f} in evaluation: the model draws "
+        what += "random numbers that disable_dropout does not reach; set disable_dropout: false to allow it"
+        raise ModelError(f"{stage.name}: {what}", where=stage.where(f"{stage.name}.disable_dropout"))
     if stage.method == "dpo" and not stage.is_unpaired and trainer.has_reference:
         margin = measured.get("rewards/margins", 0.0) / float(stage.trainer.get("beta", 0.1))
         if abs(margin) > tolerance * max(1.0, abs(measured.get("logps/chosen", 1.0))):

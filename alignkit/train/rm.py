@@ -63,9 +63,8 @@ class Rm(Guarded, RewardTrainer):
         if self.loss_name == "best_of":
             scores_BK = pad_groups(rewards_A, inputs["prompt_of"])
             return best_of_loss(scores_BK, torch.zeros(num_prompts, dtype=torch.long, device=rewards_A.device))
-        losses_P = pairwise_losses(
-            rewards_A[inputs["better"]], rewards_A[inputs["worse"]], label_P=inputs["label"], margin_P=inputs["margin"]
-        )
+        better_P, worse_P = rewards_A[inputs["better"]], rewards_A[inputs["worse"]]
+        losses_P = pairwise_losses(better_P, worse_P, label_P=inputs["label"], margin_P=inputs["margin"])
         return kway_loss(losses_P, inputs["pair_prompt"], num_prompts)
 
 

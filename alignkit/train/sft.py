@@ -29,6 +29,8 @@ from alignkit.train.setup import Setup, build_config, collator_for, open_rows
 from alignkit.train.tables import Stream
 from alignkit.train.trainer import Guarded, token_batches
 
+# The tables carry their labels; with these two TRL would look for columns that are no longer there.
+_LABELLED = {"assistant_only_loss": False, "completion_only_loss": False}
 _COIN = 2**32  # seeds of draws of its own: which steps learn from the student's answers
 
 
@@ -156,13 +158,11 @@ class Classifier(Guarded, SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         learnt = {"labels": inputs["labels"]} if self.lm_coef else {}
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **learnt
-        )
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        outputs = model(**tokens, **learnt, use_cache=False)
         logits_BC = row_logits(self.objective, outputs.logits.float(), inputs["row_of"])
-        losses = task_losses(
-            logits_BC, inputs["label"], outputs.loss if learnt else None, inputs["row_of"], self.lm_coef
-        )
+        lm_loss = outputs.loss if learnt else None
+        losses = task_losses(logits_BC, inputs["label"], lm_loss, inputs["row_of"], self.lm_coef)
         found = {"accuracy": logits_BC.argmax(dim=-1) == inputs["label"]}
         found |= {"task_loss": losses[1], "lm_loss": losses[2]} if learnt else {}
         self.note_metrics(found, num_tokens=inputs["attention_mask"].sum())
@@ -182,9 +182,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
         what = f"{key} is true, and this architecture has nothing to recompute; take it out"
         raise ModelError(what, where=stage.where(key))
     packs = stage.trainer.get("packing") or stage.trainer.get("eval_packing")
-    # The tables carry their labels; with these two TRL would look for columns that are no longer there.
-    fixed = {"assistant_only_loss": False, "completion_only_loss": False}
-    fixed |= {} if recomputes else {"gradient_checkpointing": False}
+    fixed = _LABELLED if recomputes else {**_LABELLED, "gradient_checkpointing": False}
     most = stage.trainer.get("max_length") if packs else None
     config = build_config(stage, SFTConfig, run.checkpoints, max_length=most, **fixed)
     arguments = setup.arguments(config)
@@ -229,9 +227,7 @@ def _build_classifier(setup: Setup) -> Setup:
     setup.load(partial(load_policy, reward=True, labels=labels))
     setup.head = {"objective": task, "labels": labels, "num_tokens": len(setup.chat.tokenizer)}
     collator = collator_for(stage, setup.chat.tokenizer, numbers)
-    config = build_config(
-        stage, SFTConfig, setup.run.checkpoints, assistant_only_loss=False, completion_only_loss=False, max_length=None
-    )
+    config = build_config(stage, SFTConfig, setup.run.checkpoints, max_length=None, **_LABELLED)
     setup.trainer = Classifier(
         **setup.arguments(config), data_collator=collator, objective=task, lm_coef=options.lm_coef
     )

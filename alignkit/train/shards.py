@@ -61,9 +61,8 @@ def settle(trainer: Any) -> None:
 
 def is_sharded(trainer: Any) -> bool:
     """Tell whether a rank holds a part of each weight only, so that every rank must take part in a forward pass."""
-    return bool(trainer.is_fsdp_enabled) or (
-        trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-    )
+    zero = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    return bool(trainer.is_fsdp_enabled) or (zero is not None and zero.zero_stage == 3)
 
 
 def gather_model(trainer: Any) -> dict[str, torch.Tensor] | None:
@@ -244,8 +243,7 @@ def _scatter_flat_optimizer(trainer: Any, saved: Mapping[str, Any]) -> None:
     # This rank's flat pieces, one per group, by private names: ZeRO-3's, else those of ZeRO-1 and 2.
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
     if (pieces := next((getattr(optimizer, name) for name in names if hasattr(optimizer, name)), None)) is None:
-        what = f"this DeepSpeed's {type(optimizer).__name__} keeps its weights elsewhere; install 0.19"
-        raise EnvironmentProblem(what)
+        raise EnvironmentProblem(f"this DeepSpeed's {type(optimizer).__name__} has its weights elsewhere; install 0.19")
     for flat in pieces:  # ZeRO makes these at the first step, and needs them now
         optimizer.optimizer.state[flat] = {
             name: torch.zeros_like(flat) if _is_per_weight(value, optimized[0]) else copy.deepcopy(value)
