@@ -73,9 +73,7 @@ class Teacher:
     @torch.no_grad()
     def read(self, student: Any, input_ids: Tensor, mask: Tensor, places: Tensor) -> tuple[Tensor, ...]:
         """Logits of what comes next at `places` (B, L), or with top_k the likeliest tokens and their log-probabilities.
-
-        `student` may be the wrapper of a model that shares its base.
-        """
+        `student` may be the wrapper of a model that shares its base."""
         if self.server is not None:
             return self._ask(input_ids, mask, places)
         model, training, top_k = student if self.model is None else self.model, student.training, self.options.top_k

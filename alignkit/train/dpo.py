@@ -147,10 +147,8 @@ class Dpo(_Referenced, DPOTrainer):
 
 
 class Kto(_Referenced, KTOTrainer):
-    """TRL's KTOTrainer behind our guard.
-
-    Its KL term pairs each prompt with a neighbour's answer inside the micro batch, so rows are shuffled once, before.
-    """
+    """TRL's KTOTrainer behind our guard. Its KL term pairs each prompt with a neighbour's answer inside the micro
+    batch, so rows are shuffled once, before."""
 
     def _order(self, table: Any, epoch: int, batch_size: int) -> Any:
         return np.arange(len(table))

@@ -332,9 +332,7 @@ _ENCODERS = {
 
 def longest_sequence(stage: Stage) -> int | None:
     """The most tokens a row may have: max_length, or what the model can read where that is shorter.
-
-    Raises RecipeError for a max_length that is written and longer.
-    """
+    Raises RecipeError for a max_length that is written and longer."""
     wanted, positions = stage.trainer.get("max_length"), context_length(stage, rotary=stage.task is not None)
     key = f"{stage.name}.max_length"
     if wanted and positions and wanted > positions and stage.origins.get(key, "default") != "default":

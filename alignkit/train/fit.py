@@ -57,9 +57,7 @@ _BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")  # ends of names of me
 
 def fit(build: Build, stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Result:
     """Train a stage in its run directory, which the caller has opened and locked.
-
-    A finished run is returned as it is; an unfinished one goes on from its newest checkpoint that verifies.
-    """
+    A finished run is returned as it is; an unfinished one goes on from its newest checkpoint that verifies."""
     run = RunDir(run_dir)
     began = record.began.pop() if record.began else time.monotonic()
     with stop_between_steps() as stop:

@@ -140,10 +140,8 @@ def packs_densely(stage: Stage) -> bool:
 
 
 def micro_batches(stage: Stage, world: int) -> list[int]:
-    """What `micro_batch_size: auto` may be: divisors of a device's share, up to 8; 1 where rows are packed densely.
-
-    KTO takes 8 over all processes: its KL term is of the rows that all have in one forward pass, however many they are.
-    """
+    """What `micro_batch_size: auto` may be: divisors of a device's share, up to 8; 1 where rows are packed densely. KTO
+    takes 8 over all processes: its KL term is of the rows that all have in one forward pass, however many they are."""
     limit = max(LARGEST_MICRO_BATCH // world, 2) if stage.is_unpaired else LARGEST_MICRO_BATCH
     if packs_densely(stage) or getattr(stage.options, "batch_tokens", None):
         return [1]  # a mask that grows with the square of the rows; a "row" that is a batch of its own
@@ -341,8 +339,8 @@ def _trace_here(stage: Stage, config: PreTrainedConfig, shape: Shape, device: st
         rest = {name: float(size) for name, size in held.now.items()}
         held.peaks.clear()
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        number, size = sum(map(Tensor.numel, weights)), sum(weight.nbytes for weight in weights)
-        trained = {"number": float(number), "bytes": float(size)}
+        trained = {"number": float(sum(map(Tensor.numel, weights)))}
+        trained["bytes"] = float(sum(weight.numel() * weight.element_size() for weight in weights))
         held.label = "gradients"
         for weight in weights:
             if shape.accumulates:
@@ -361,8 +359,7 @@ def _trace_here(stage: Stage, config: PreTrainedConfig, shape: Shape, device: st
             # 34 bytes a token and unit of hidden size in a layer (arXiv 2205.05198, section 4), 2 where it recomputes.
             layers = 34 + (2 if recomputes(stage) else 34) * text.num_hidden_layers
             guess = shape.sequences * shape.tokens * text.hidden_size * layers
-            guessed = {**rest, "activations": float(guess), "gradients": trained["bytes"]}
-            held.peaks = {"any": (0, guessed)}
+            held.peaks = {"any": (0, {**rest, "activations": float(guess), "gradients": trained["bytes"]})}
             estimated.append(f"activations, by formula ({type(error).__name__}: {first_line(error)[:80]})")
     phases = {name: {part: float(size) for part, size in parts.items() if size}
               for name, (_, parts) in held.peaks.items()}  # fmt: skip

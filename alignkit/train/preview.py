@@ -109,9 +109,7 @@ def _describe(
 
 def training_rows(stage: Stage, table: Dataset, tokenizer: Any, *, num_rows: int) -> tuple[Dataset, Callable[..., Any]]:
     """Give the first rows of a token table as the stage's trainer reads them, packed if it packs, and its collator.
-
-    Equal to `train_dataset` and `data_collator` of the trainer, without a model.
-    """
+    Equal to `train_dataset` and `data_collator` of the trainer, without a model."""
     packs = stage.method == "sft" and bool(stage.trainer.get("packing"))
     table = table.select(range(min(len(table), 1000 if packs else num_rows)))
     if packs:

@@ -91,8 +91,7 @@ def gather(value: Any) -> list[Any]:
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
     sizes = [torch.zeros(1, dtype=torch.long, device=content.device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([content.numel()], device=content.device))
-    longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=content.device)
+    padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8, device=content.device)
     padded[: content.numel()] = content
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)

@@ -41,9 +41,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 def check_parameters(stage: Stage, model: Any, *, adapters: tuple[str, ...] = (TRAINED,)) -> None:
     """Raise ModelError unless exactly the expected parameters are trained.
-
-    With `lora:` those are the trained adapters, their heads and modules_to_save; without it, all but model.freeze.
-    """
+    With `lora:` those are the trained adapters, their heads and modules_to_save; without it, all but model.freeze."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise ModelError(f"{stage.name}: no parameter is trained; look at lora.target_modules")

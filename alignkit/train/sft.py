@@ -184,8 +184,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
     packs = stage.trainer.get("packing") or stage.trainer.get("eval_packing")
     fixed = _LABELLED if recomputes else {**_LABELLED, "gradient_checkpointing": False}
     most = stage.trainer.get("max_length") if packs else None
-    config = build_config(stage, SFTConfig, run.checkpoints, max_length=most, **fixed)
-    arguments = setup.arguments(config)
+    arguments = setup.arguments(build_config(stage, SFTConfig, run.checkpoints, max_length=most, **fixed))
     trainer: type[Sft] = Sft
     if stage.objective == "seq2seq":
         trainer, arguments["data_collator"] = Seq2Seq, collator_for(stage, setup.chat.tokenizer)

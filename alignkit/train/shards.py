@@ -84,9 +84,7 @@ def gather(
     named: Iterable[tuple[str, torch.Tensor]], put_together: Callable[[torch.Tensor], torch.Tensor] = whole
 ) -> dict[str, torch.Tensor] | None:
     """Gather tensors on rank 0's CPU, whole; elsewhere None. All ranks must call it with the same names.
-
-    Tied weights stay one tensor, as `save_pretrained` expects.
-    """
+    Tied weights stay one tensor, as `save_pretrained` expects."""
     state: dict[str, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
     for name, tensor in named:
@@ -258,9 +256,7 @@ def _scatter_flat_optimizer(trainer: Any, saved: Mapping[str, Any]) -> None:
 
 def guard_backward(trainer: Any) -> None:
     """Look at the loss before the backward pass: DeepSpeed's takes the optimizer step within it.
-
-    A gradient that is not finite where the loss is finite is seen after its step, and ends the run before a save.
-    """
+    A gradient that is not finite where the loss is finite is seen after its step, and ends the run before a save."""
     backward = trainer.accelerator.backward
 
     def guarded(loss: torch.Tensor, **arguments: Any) -> None:

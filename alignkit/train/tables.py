@@ -58,9 +58,7 @@ def open_chat(stage: Stage, run: RunDir) -> Chat:
 
 def learn_vocabulary(stage: Stage) -> str | None:
     """Learn the tokenizer that `model.tokenizer` wants of the training rows, held-out ones left out; None for others.
-
-    Equal rows give equal bytes, so that a resumed run, and every rank, reads the same tokens.
-    """
+    Equal rows give equal bytes, so that a resumed run, and every rank, reads the same tokens."""
     kind, _ = find_tokenizer(stage)
     if kind not in LEARNT_TOKENIZERS:
         return None
@@ -74,9 +72,7 @@ def learn_vocabulary(stage: Stage) -> str | None:
 
 def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> Tables:
     """Read, check, split and tokenise the rows of a stage into memory-mapped tables below `cache`.
-
-    Memory does not grow with the number of rows.
-    """
+    Memory does not grow with the number of rows."""
     held_out, report, template = stage.training.eval, DataReport(), chat.has_template
     prompts = array("Q")
 

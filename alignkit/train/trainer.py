@@ -105,8 +105,7 @@ def go_on(batches: Sequence[Sequence[int]], whole: Callable[[int, int], np.ndarr
     rows = whole(0, batches[0][1])
     for last, size in batches:
         while step < last:
-            in_epoch = -(-len(rows) // size)
-            taken = min(last - step, in_epoch)
+            taken = min(last - step, -(-len(rows) // size))  # as many as the epoch has
             step, rows = step + taken, rows[taken * size :]
             if not len(rows):
                 epoch, rows = epoch + 1, whole(epoch + 1, size)
@@ -118,9 +117,7 @@ def go_on(batches: Sequence[Sequence[int]], whole: Callable[[int, int], np.ndarr
 @dataclass
 class EpochSampler(Sampler[int]):
     """Hand the order of the current epoch to a data loader.
-
-    The epoch is asked for when iteration starts, not counted here: a resumed run starts in the middle of one.
-    """
+    The epoch is asked for when iteration starts, not counted here: a resumed run starts in the middle of one."""
 
     num_rows: int
     order: Callable[[int], np.ndarray]
@@ -234,9 +231,7 @@ class Guarded(Checkpointed):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Begin a warm-up above 0: upstream takes the first step at a rate of 0, and so learns nothing from it.
-
-        Step t of w goes where upstream's schedule is at (t + 1) w / (w + 1); from step w on nothing changes.
-        """
+        Step t of w goes where upstream's schedule is at (t + 1) w / (w + 1); from step w on nothing changes."""
         made, schedule = self.lr_scheduler is None, super().create_scheduler(num_training_steps, optimizer)
         if made and isinstance(schedule, LambdaLR) and not any(rate(0) for rate in schedule.lr_lambdas):
             warmup = self.args.get_warmup_steps(num_training_steps)
@@ -275,8 +270,7 @@ class Guarded(Checkpointed):
     def _order(self, table: Any, epoch: int, batch_size: int) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         if self.settings.batching == "grouped" and "length" in table.column_names:
-            lengths = table.with_format("numpy")["length"][:]
-            return grouped_order(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+            return grouped_order(table.with_format("numpy")["length"][:], batch_size=batch_size, seed=seed, epoch=epoch)
         return shuffled_order(len(table), seed=seed, epoch=epoch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
