@@ -154,8 +154,7 @@ def write_samples(setup: Setup, samples: JsonLines, *, step: int, when: str) -> 
     was_training = model.training
     model.eval()
     try:
-        answer = partial(_score_answers if setup.is_reward else _answer, setup)
-        fields = (setup.answer_rows or answer)(rows)
+        fields = (setup.answer_rows or partial(_score_answers if setup.is_reward else _answer, setup))(rows)
     finally:
         model.train(was_training)
     for number, extra in enumerate(fields if ranks.is_main() else ()):
@@ -236,9 +235,8 @@ class Recorder(TrainerCallback):
             if trainer.evaluation_cut:  # as it would have come before that step was saved
                 self._evaluate()
         self._began = time.monotonic()
-        self._progress = console.TrainingProgress(
-            self._setup.stage.name, total_steps=state.max_steps, start_step=state.global_step
-        )
+        name, start = self._setup.stage.name, state.global_step
+        self._progress = console.TrainingProgress(name, total_steps=state.max_steps, start_step=start)
         return control
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:

@@ -25,7 +25,6 @@ from alignkit.recipe import Stage
 from alignkit.recipe.stage import check_batch
 from alignkit.runs.directory import RunDir
 from alignkit.train import memory, ranks
-from alignkit.train.ranks import uses_fsdp, world_size
 from alignkit.train.tables import Tables, open_chat, share_tables
 
 if TYPE_CHECKING:
@@ -81,12 +80,12 @@ _FITTING: dict[str, int] = {}  # by run directory: what `micro_batch_size: auto`
 
 def micro_batch_size(stage: Stage) -> int:
     """Rows per forward pass: the recipe's, or for auto the largest of `micro_batches` that fits on the card."""
-    if problem := check_batch(stage, world_size()):
+    if problem := check_batch(stage, ranks.world_size()):
         raise RecipeError(problem)
     if getattr(stage.options, "batch_tokens", None):
         return 1  # a "row" is a batch of its own
     wanted = stage.training.micro_batch_size
-    auto = _FITTING.get(stage.run_dir) or memory.micro_batches(stage, world_size())[-1]
+    auto = _FITTING.get(stage.run_dir) or memory.micro_batches(stage, ranks.world_size())[-1]
     micro = auto if wanted == "auto" else wanted
     if stage.is_unpaired and micro == 1:
         what = f"is {stage.training.batch_size}, of which one row fits a forward pass; KTO estimates its KL term "
@@ -98,7 +97,7 @@ def micro_batch_size(stage: Stage) -> int:
 def _fit_micro_batch(stage: Stage, table: Any) -> None:
     """Find the largest micro batch that fits beside what others hold on the card, on that of the rank with the least.
     Its rows are as long as the longest. Tiny models that alignkit brings are not looked at: they fit."""
-    sizes = memory.micro_batches(stage, world_size())
+    sizes = memory.micro_batches(stage, ranks.world_size())
     on_card = pick_device(stage.launch.device) == "cuda" and not is_builtin(stage.model.path)
     if stage.training.micro_batch_size != "auto" or len(sizes) == 1 or not on_card:
         return
@@ -154,16 +153,16 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
             stage.trainer.get("per_device_eval_batch_size")
             or (_FITTING.get(stage.run_dir, memory.LARGEST_MICRO_BATCH) if wanted == "auto" else wanted)
         ),
-        "gradient_accumulation_steps": stage.training.batch_size // world_size() // micro,
+        "gradient_accumulation_steps": stage.training.batch_size // ranks.world_size() // micro,
         "seed": stage.seed,
         "use_cpu": device == "cpu",
-        "ddp_backend": "gloo" if device == "cpu" and world_size() > 1 else None,
+        "ddp_backend": "gloo" if device == "cpu" and ranks.world_size() > 1 else None,
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
     }
     # A launcher that has FSDP recompute activations must not find transformers doing it too; `shards.set_up` sees to
     # it later.
-    by_fsdp = uses_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
+    by_fsdp = ranks.uses_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
     recompute = False if by_fsdp else stage.launch.activation_checkpointing
     if recompute is not None:
         values |= {"gradient_checkpointing": recompute, "activation_checkpointing": recompute}

@@ -227,9 +227,8 @@ def _build_classifier(setup: Setup) -> Setup:
     setup.head = {"objective": task, "labels": labels, "num_tokens": len(setup.chat.tokenizer)}
     collator = collator_for(stage, setup.chat.tokenizer, numbers)
     config = build_config(stage, SFTConfig, setup.run.checkpoints, max_length=None, **_LABELLED)
-    setup.trainer = Classifier(
-        **setup.arguments(config), data_collator=collator, objective=task, lm_coef=options.lm_coef
-    )
+    arguments = {**setup.arguments(config), "objective": task, "lm_coef": options.lm_coef}
+    setup.trainer = Classifier(**arguments, data_collator=collator)
     setup.record["labels"], setup.is_reward = labels, True
     setup.answer_rows = partial(_predict, setup)
     return setup
