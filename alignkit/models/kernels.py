@@ -43,7 +43,10 @@ def leave_out_masks(model: "PreTrainedModel") -> None:
             given["attention_mask"] = None
         return arguments, given
 
-    model.base_model.register_forward_pre_hook(leave_out, with_kwargs=True)
+    base: Any = model.base_model
+    base.register_forward_pre_hook(leave_out, with_kwargs=True)
+    # GPT-2 warns of pad tokens that come without a mask, as they do from here.
+    base.warn_if_padding_and_no_attention_mask = lambda *_: None
 
 
 def use_head() -> None:

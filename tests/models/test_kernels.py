@@ -119,6 +119,28 @@ def test_a_mask_of_padding_on_the_right_is_left_out_and_changes_nothing(kind: st
     assert seen == [True, False, False]
 
 
+def test_a_classifier_without_its_mask_reads_the_last_token_and_warns_of_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import GPT2Config, GPT2ForSequenceClassification, modeling_utils
+
+    said: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "num_labels": 1}
+    model = GPT2ForSequenceClassification(GPT2Config(vocab_size=200, pad_token_id=0, **sizes)).eval()
+    mask = torch.tensor([[1] * 12, [1] * 7 + [0] * 5, [1] + [0] * 11])
+    ids = torch.randint(1, 200, (3, 12)) * mask
+    alone = [model(input_ids=row[None, kept.bool()]).logits[0] for row, kept in zip(ids, mask, strict=True)]
+    model(input_ids=ids, use_cache=False)
+    assert len(said) == 1  # the warning that is kept away below
+    said.clear()
+    kernels.leave_out_masks(model)
+    found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-6)
+    assert not said
+
+
 def test_a_model_that_reads_both_ways_keeps_its_mask() -> None:
     from transformers import BertConfig, BertLMHeadModel
 
