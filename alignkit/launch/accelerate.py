@@ -62,7 +62,8 @@ def deepspeed_config(stage: Stage) -> dict[str, Any]:
         "fp16": {"enabled": "auto"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # the optimizer is the stage's, not DeepSpeed's
-        "zero_force_ds_cpu_optimizer": False}
+        "zero_force_ds_cpu_optimizer": False,
+    }
 
 
 def make_configs(stage: Stage, placement: Placement, precision: Precision, directory: Path) -> dict[str, str]:
@@ -77,7 +78,8 @@ def make_configs(stage: Stage, placement: Placement, precision: Precision, direc
         values["deepspeed_config"] = {
             "deepspeed_config_file": str(directory / DEEPSPEED_CONFIG),
             "deepspeed_multinode_launcher": "standard",
-            "zero3_init_flag": False}
+            "zero3_init_flag": False,
+        }
     else:
         values["mixed_precision"] = precision
     if placement.strategy == "fsdp":
@@ -97,7 +99,8 @@ def make_configs(stage: Stage, placement: Placement, precision: Precision, direc
 
 
 def command_line(
-    command: Command, placement: Placement, precision: Precision, config: Path, *, timeout_seconds: float) -> list[str]:
+    command: Command, placement: Placement, precision: Precision, config: Path, *, timeout_seconds: float
+) -> list[str]:
     """Make `accelerate launch ... -m alignkit ...` for this node; what --dry-run does not know yet is UNKNOWN."""
     known = (placement.node_rank, placement.main_address, placement.main_port)
     rank, address, port = ("UNKNOWN" if value is None else str(value) for value in known)

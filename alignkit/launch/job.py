@@ -41,7 +41,8 @@ class Job:
     """A stage in processes of its own, as this node sees it; `run` is the only thing to call."""
 
     def __init__(
-        self, command: Command, placement: Placement, hold: Callable[..., AbstractContextManager[RunDir]]) -> None:
+        self, command: Command, placement: Placement, hold: Callable[..., AbstractContextManager[RunDir]]
+    ) -> None:
         """Take `hold_run` as `hold`: node 0 has the run directory for itself meanwhile."""
         self._command, self._stage, self._placement, self._hold = command, command.stage, placement, hold
         self._run = RunDir(Path(command.stage.run_dir))

@@ -100,7 +100,8 @@ def run_one(place: dict[str, Path], command: Command, how: How) -> None:
 
 
 def run_many(
-    place: dict[str, Path], commands: Sequence[Command], how: How, *, measure: Measuring | None = None) -> None:
+    place: dict[str, Path], commands: Sequence[Command], how: How, *, measure: Measuring | None = None
+) -> None:
     """Run stages one after another, measure them where that is asked for, and show how each of them ended.
 
     `place` holds the run directory of the last one. With --dry-run it is said what would be done with each, and why.

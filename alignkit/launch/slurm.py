@@ -25,7 +25,8 @@ from alignkit.runs.files import disk_failures, write_text
 
 
 def write_jobs(
-    commands: Sequence[Command], *, submit: bool, dry_run: bool, force: bool = False) -> list[dict[str, Any]]:
+    commands: Sequence[Command], *, submit: bool, dry_run: bool, force: bool = False
+) -> list[dict[str, Any]]:
     """Write `<run dir>/launch/job.sbatch` for each stage and, with `submit`, hand them to sbatch in this order.
 
     Of each job it tells stage, path and script, the stages of the same call that it waits for (`depends_on`), the
@@ -136,4 +137,5 @@ def quote(value: object) -> str:
     if re.fullmatch(r"[\w.,:@%+=/-]+", text, flags=re.ASCII):
         return f"={text}"
     return "=" + "".join(
-        f"\\{part}" if part in "\"'\\" else f'"{part}"' for part in re.split(r"([\"'\\])", text) if part)
+        f"\\{part}" if part in "\"'\\" else f'"{part}"' for part in re.split(r"([\"'\\])", text) if part
+    )

@@ -41,7 +41,8 @@ _PEER_LOST = re.compile(
     r"unexpected (Dist\w*Error|RuntimeError|Connection\w*Error|BrokenPipeError|TimeoutError|OSError): .*"
     r"(connection (closed|reset|refused)|broken pipe|\bgloo\b|\bnccl\b|\bTCPStore\b|\bsocket\b|timed out|"
     r"not connected|remote process)",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 _LOG = re.compile(r" \(traceback: .*\)$")  # a path may hold any of these words
 
 

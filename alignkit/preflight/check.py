@@ -322,7 +322,8 @@ def describe_rows(tables: Tables) -> dict[str, str]:
             + (f", {source['rejected']} do not fit" if source["rejected"] else "")
             + (f", {source['duplicates_dropped']} duplicates dropped" if source["duplicates_dropped"] else "")
             + (f"; columns not used: {ignored}" if ignored else "")
-            + (f"; read as {', '.join(_FORMS[form] for form in source['forms'])}" if source["forms"] else ""))
+            + (f"; read as {', '.join(_FORMS[form] for form in source['forms'])}" if source["forms"] else "")
+        )
     middle, high = np.percentile(tables.train.data.column("length").to_numpy(), [50, 95])
     prompts_only = "prompt" in tables.train.column_names
     trained = "all in prompts" if prompts_only else f"of which {lengths.num_trained_tokens:,} are trained"
@@ -444,7 +445,8 @@ def _left_out(tables: Tables, rejects: Any) -> Iterator[str]:
         yield (
             f"{lengths.truncated_share:.1%} of the rows are longer than max_length: {lengths.num_truncated} cut, "
             f"{lengths.num_too_long} left out; the longest has {lengths.longest_tokens} tokens"
-            + (f"; first cut: {lengths.first_cut}" if lengths.first_cut else ""))
+            + (f"; first cut: {lengths.first_cut}" if lengths.first_cut else "")
+        )
     if lengths.num_untrained:
         yield f"{lengths.num_untrained} rows are left out: they have no token to learn from"
     for reject in rejects.first[:3]:

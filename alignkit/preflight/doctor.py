@@ -83,7 +83,8 @@ class DoctorReport:
             ("This computer", ["what", "found"], facts),
             ("Environment variables", ["name", "value"], [[name, value] for name, value in self.variables.items()]),
             ("Libraries", ["name", "installed", "accepted", "state"], libraries),
-            ("What works here", ["what", "works", "how, or why not"], abilities)]
+            ("What works here", ["what", "works", "how, or why not"], abilities),
+        ]
         return [table for table in tables if table[2]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,7 +185,8 @@ def try_abilities() -> list[Ability]:
         try_ability("full fine-tuning and LoRA", f"on {device}", lambda: multiply(torch.float32)),
         try_ability("dtype: bfloat16", f"on {device}", lambda: multiply(torch.bfloat16)),
         *(try_quantization(kind, device) for kind in ("nf4", "fp4", "int8")),
-        Ability("paged optimizers", device == "cuda", "cuda only; elsewhere ordinary ones take their place")]
+        Ability("paged optimizers", device == "cuda", "cuda only; elsewhere ordinary ones take their place"),
+    ]
     compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
     is_able = compiler is not None and importlib.util.find_spec("triton") is not None
     what = f"with {compiler}" if is_able else "cuda only, with triton and a C compiler (gcc, or what CC names)"
@@ -197,7 +199,8 @@ def try_abilities() -> list[Ability]:
     for name, module, advice in (
         ("attn_implementation: flash_attention_2", "flash_attn", "pip install flash-attn, or kernels; needs cuda"),
         ("use_kernels, attn_implementation of the hub", "kernels", "pip install 'alignkit[kernels]'"),
-        *((f"report_to: {tracker}", tracker, trackers) for tracker in ("tensorboard", "trackio", "wandb"))):
+        *((f"report_to: {tracker}", tracker, trackers) for tracker in ("tensorboard", "trackio", "wandb")),
+    ):
         there = importlib.util.find_spec(module) is not None
         abilities.append(Ability(name, there, "installed" if there else f"not installed; {advice}"))
     return abilities

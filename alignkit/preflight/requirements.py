@@ -125,7 +125,9 @@ def _require_made(stage: Stage, coming: Collection[str]) -> None:
             errors.Problem(
                 f"{stage.name} {verb} {need.stage}, which {state}; {'run' if need.rows else 'train'} --stage "
                 f"{need.stage} of {shlex.quote(stage.recipe_path)} first, or name {instead}",
-                stage.where(f"{stage.name}.{need.key}")))
+                stage.where(f"{stage.name}.{need.key}"),
+            )
+        )
     if problems:
         raise errors.RunError(problems)
 
@@ -171,7 +173,8 @@ def _require_feedback_model(stage: Stage, name: str, model: FeedbackModel) -> No
         find_key(model, key=key, where=stage.where(f"{key}.api_key_env"))
         if importlib.util.find_spec("openai") is None:
             raise errors.EnvironmentProblem(
-                "a judge or generator with url needs the openai client: pip install 'alignkit[judge]'")
+                "a judge or generator with url needs the openai client: pip install 'alignkit[judge]'"
+            )
     elif model.replay is not None:
         _require_file(stage, f"{key}.replay", model.replay)
     elif model.engine == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -267,7 +270,8 @@ def require_packages(stage: Stage) -> None:
         f"{stage.where(key if '.' in key else f'{stage.name}.{key}')}: {key} {name} needs {module}, not installed "
         f"here; pip install {install}"
         for key, name, module, install in wanted
-        if importlib.util.find_spec(module) is None]
+        if importlib.util.find_spec(module) is None
+    ]
     if problems:
         raise errors.EnvironmentProblem("\n".join(problems))
 
@@ -281,12 +285,14 @@ def require_held_out(recipe: Recipe, names: Sequence[str]) -> list[str]:
     bare = [
         stage.name
         for stage in stages
-        if not stage.training.eval and not all(source.path.startswith("builtin:") for source in stage.training.data)]
+        if not stage.training.eval and not all(source.path.startswith("builtin:") for source in stage.training.data)
+    ]
     if bare and len(bare) == len(stages):
         keeps = f"{', '.join(bare)} {'keeps' if len(bare) == 1 else 'keep'}"
         raise errors.RecipeError(
             f"evaluate: has no rows to measure on: {keeps} none out of training; add eval: to "
             f"{bare[0]} (a share such as 0.05, or files), or evaluate.data",
-            where=next(place for key, place in recipe.origins.items() if key.split(".")[0] == "evaluate"))
+            where=next(place for key, place in recipe.origins.items() if key.split(".")[0] == "evaluate"),
+        )
     return [f"evaluate: leaves out {name}, which keeps no rows out of training; add eval: to it, or evaluate.data"
             for name in bare]  # fmt: skip

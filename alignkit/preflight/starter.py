@@ -20,7 +20,8 @@ _SCHEMA = "recipe.schema.json"
 
 
 def write_starter(
-    path: Path, *, source: str, model: str | None, data: str | None, method: str | None) -> dict[str, str]:
+    path: Path, *, source: str, model: str | None, data: str | None, method: str | None
+) -> dict[str, str]:
     """Write a recipe and, where there is none, the schema beside it; say where they are.
 
     Of the source only the stages of `method` stay, or of the first method that learns from such rows as `data` has.

@@ -30,6 +30,8 @@ SAME, RENAMED, CONVERTED, AUTOMATIC, LEFT = KINDS = ("same", "renamed", "convert
 _TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("peers.json").read_text("utf-8"))
 _TO_WRITE: dict[str, list[Any]] = _TABLE["to write"]  # by our key: what stands there meanwhile, and what is missing
 _SECTIONS = ("model", "lora", "launch", "seed", "data", "eval")  # at the top level of a recipe, in this order
+
+
 class Row(NamedTuple):
     """What became of one key of the source: `alignkit` is our key, or why there is none."""
 

@@ -123,7 +123,7 @@ def test_the_table_of_words_names_keys_that_exist_and_no_word_twice() -> None:
         ("peft_layers_to_transform: [0, 1]", "write lora: {layers_to_transform: [0, 1]}"),
         ("finetuning_type: dora", "write lora: {adapter_type: dora}"),
         ("vera_rank: 64", "write lora: {r: 64}"),
-        ("new_special_tokens: [<a>]", "write model: {add_tokens: [\"<a>\"]}"),
+        ("new_special_tokens: [<a>]", 'write model: {add_tokens: ["<a>"]}'),
         ("freeze_parameters: [embed]", "it is model.freeze: regular expressions"),
         ("bnb_4bit_quant_storage: bfloat16", "write model: {quantization_storage: bfloat16}"),
         ("sample_packing: true", "it is packing; write packing: true"),

@@ -94,7 +94,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         values = json.loads((folder / kind / "config.json").read_text())
         values["quantization_config"] = {"quant_method": kind, "bits": 4, "group_size": 32}
         (folder / kind / "config.json").write_text(json.dumps(values))
-        (folder / kind / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b'{      }')
+        (folder / kind / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{      }")
     for name in ("moe", "gptq", "awq"):
         tokenizer.save_pretrained(folder / name)
     return folder
