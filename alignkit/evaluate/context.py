@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from alignkit.data import Row, Text
 from alignkit.data.rows import Message
 from alignkit.errors import UsageError
-from alignkit.evaluate.intervals import Figure, place_figures
+from alignkit.evaluate.intervals import Figure
 from alignkit.evaluate.policy import Answer, Policy
 from alignkit.evaluate.target import Target, find_target, split_answer
 from alignkit.recipe.schema import BUILTIN_REWARD, METRICS, EvaluateOptions
@@ -113,7 +113,8 @@ class Context:
 
     def place(self, figures: Sequence[Figure], **settings: Any) -> list[Figure]:
         """Say of figures on which rows they were measured, and how."""
-        return place_figures(figures, data=self.label, rows=len(self.rows), seed=self.seed, **settings)
+        common = {"rows": len(self.rows), "seed": self.seed, **settings}
+        return [replace(each, data=self.label, settings=common | each.settings) for each in figures]
 
 
 def as_completion(prompt: Text, text: str) -> Text:

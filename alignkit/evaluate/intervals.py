@@ -1,7 +1,7 @@
 """Measured figures and their 95 % intervals, as eval.json keeps them and tables show them."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -75,14 +75,9 @@ def make_figure(
     metric: str, found: Interval, *, unit: str = "", better: Better | None = None, slice: str | None = None,
     details: list[dict[str, Any]] | None = None, **settings: Any,
 ) -> Figure:  # fmt: skip
-    """Make a figure of an interval; data and common settings are added by `place_figures`."""
+    """Make a figure of an interval; `Context.place` adds data and common settings."""
     numbers = found.value, found.low, found.high, found.n
     return Figure(metric, *numbers, unit, better, found.method, slice, "", settings, details, sums=found.sums)
-
-
-def place_figures(figures: Iterable[Figure], *, data: str, **settings: Any) -> list[Figure]:
-    """Say of figures what they were measured on."""
-    return [replace(figure, data=data, settings={**settings, **figure.settings}) for figure in figures]
 
 
 def wilson(successes: float, n: int) -> Interval:
@@ -100,8 +95,6 @@ def bootstrap(sums_NK: ArrayLike, combine: Callable[[Floats], Floats], *, resamp
     together (answers to one prompt) must have been added up before. One row has a value and no interval.
     """
     rows_NK = np.asarray(sums_NK, dtype=np.float64)
-    if rows_NK.ndim == 1:
-        rows_NK = rows_NK[:, None]
     n = len(rows_NK)
     if n == 0:
         return Interval(None, None, None, 0, "none")

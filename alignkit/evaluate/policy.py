@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from alignkit.data import Message, Row, Text
@@ -108,9 +108,22 @@ class Policy:
         before it where the tokenizer has no BOS: it is not scored, and its bytes are not counted.
         """
 
-        def answer(texts: list[Text]) -> list[list[float]]:
-            values = []
-            for parts, num_bytes in map(self._cut_document, texts):
+        def answer(contents: list[Text]) -> list[list[float]]:
+            (loaded, chat), values = self._load(), []
+            room = loaded.positions or _FAR
+            for content in contents:
+                if isinstance(content, str):
+                    (ids,) = chat.encode_texts([content])
+                    num_bytes = len(content.encode())
+                    if not chat.encode_prompts([""])[0]:  # no BOS
+                        num_bytes -= len(chat.tokenizer.decode(ids[:1], clean_up_tokenization_spaces=False).encode())
+                    # Each window begins with the last token of the one before it, which it does not score again.
+                    starts = range(0, max(len(ids) - 1, 1), max(room - 1, 1))
+                    parts = [(ids[start : start + 1], ids[start + 1 : start + room]) for start in starts]
+                else:
+                    (texts,) = self._encode(partial(chat.encode, [content]))
+                    parts = [(text.ids[:start], text.ids[start:end]) for text in texts for start, end in text.spans]
+                    num_bytes = _count_bytes([message for message in content if message["role"] == "assistant"])
                 scored = self.score_tokens(parts)
                 whole = all(logps or not tail for logps, (_, tail) in zip(scored, parts, strict=True))
                 logps = [logp for part in scored if whole for logp in part]
@@ -122,8 +135,18 @@ class Policy:
     def score_continuations(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[Likelihood]:
         """Score log p(continuation | context) without an end token; cut into tokens as lm-evaluation-harness does."""
 
+        def encode(context: str, continuation: str) -> tuple[list[int], list[int]]:
+            if self.chat.encoder_decoder:  # the end token is not asked for
+                (split,) = self.chat.encode_prompt_completion([context], [continuation])
+                return split.ids[: split.prompt_length], split.ids[split.prompt_length : -1]
+            kept = context.rstrip()
+            continuation = context[len(kept) :] + continuation  # blanks belong to the continuation, as tokens have them
+            head, whole = self.chat.encode_prompts([kept, kept + continuation])
+            # With nothing to predict the first token from: the end-of-text token, as the harness has it.
+            return (head, whole[len(head) :]) if head else ([int(self.chat.tokenizer.eos_token_id)], whole)
+
         def answer(asked: list[tuple[str, str]]) -> list[list[float]]:
-            scored = self.score_tokens([self._encode_pair(*pair) for pair in asked])
+            scored = self.score_tokens([encode(*pair) for pair in asked])
             return [[sum(logps), len(logps), 0] for logps in scored]
 
         questions = list(zip(contexts, continuations, strict=True))
@@ -150,16 +173,13 @@ class Policy:
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float = 1.0
     ) -> list[list[float]]:
         """Score continuations of token ids; a long context loses its beginning, one too long alone is not scored."""
-        loaded = self.loaded
-        room = loaded.positions or _FAR
-        num_long = sum(len(tail) > room for _, tail in pairs)
+        loaded, room = self.loaded, self.loaded.positions or _FAR
         tails = [tail if len(tail) <= room else () for _, tail in pairs]
         over = [len(context) + len(tail) - room for (context, _), tail in zip(pairs, tails, strict=True)]
         fitting = [(context[max(by, 0) :], tail) for (context, _), by, tail in zip(pairs, over, tails, strict=True)]
-        num_cut = sum(by > 0 for by in over)
-        if num_cut:
+        if num_cut := sum(by > 0 for by in over):
             self._space.warn(f"{num_cut} prompts were cut on the left to fit the {room} positions of {self.source}")
-        if num_long:
+        if num_long := sum(len(tail) > room for _, tail in pairs):
             self._space.warn(f"{num_long} texts are longer than the {room} positions of {self.source}: left out")
         pad, size = int(loaded.tokenizer.pad_token_id), self._space.batch_size
         return score_tokens(loaded.model, fitting, pad_id=pad, temperature=temperature, batch_size=size)
@@ -228,33 +248,6 @@ class Policy:
             return encode()
         except ConversationError as error:
             raise DataError(f"the template of {self.source} cannot write a row: {error}") from error
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if self.chat.encoder_decoder:  # the end token is not asked for
-            (split,) = self.chat.encode_prompt_completion([context], [continuation])
-            return split.ids[: split.prompt_length], split.ids[split.prompt_length : -1]
-        kept = context.rstrip()
-        continuation = context[len(kept) :] + continuation  # blanks belong to the continuation, as tokens have them
-        head, whole = self.chat.encode_prompts([kept, kept + continuation])
-        if not head:  # nothing to predict the first token from: the end-of-text token, as the harness has it
-            return [int(self.chat.tokenizer.eos_token_id)], whole
-        return head, whole[len(head) :]
-
-    def _cut_document(self, content: Text) -> tuple[list[tuple[list[int], list[int]]], int]:
-        """Cut a text into the parts that are scored, each with what it is read after, and count their bytes."""
-        loaded, chat = self._load()
-        room = loaded.positions or _FAR
-        if isinstance(content, str):
-            (ids,) = chat.encode_texts([content])
-            num_bytes = len(content.encode())
-            if not chat.encode_prompts([""])[0]:  # no BOS
-                num_bytes -= len(chat.tokenizer.decode(ids[:1], clean_up_tokenization_spaces=False).encode())
-            # Each window begins with the last token of the one before it, which it does not score again.
-            starts = range(0, max(len(ids) - 1, 1), max(room - 1, 1))
-            return [(ids[start : start + 1], ids[start + 1 : start + room]) for start in starts], num_bytes
-        (texts,) = self._encode(lambda: chat.encode([content]))
-        parts = [(text.ids[:start], text.ids[start:end]) for text in texts for start, end in text.spans]
-        return parts, _count_bytes([message for message in content if message["role"] == "assistant"])
 
 
 def _count_bytes(content: Text | Sequence[Message]) -> int:

@@ -109,9 +109,7 @@ def measure_in_training(stage: Stage, model: Any, chat: Chat, *, step: int) -> d
 
 def _measure(context: Context, *, lenient: bool) -> tuple[list[Figure], JudgeError | None]:
     """Measure all that was asked for; a judge that gives up takes nothing from the other metrics."""
-    figures: list[Figure] = []
-    failure = None
-    chosen = _choose(context, lenient=lenient)
+    figures, failure, chosen = list[Figure](), None, _choose(context, lenient=lenient)
     for metric in chosen.values():
         metric.prepare(context)
     for name, metric in chosen.items():
@@ -200,8 +198,18 @@ def evaluate_all(
     several = skip and len(finished) > 1
     num_measured = 0
     for source, options in finished:
-        chosen = _fit(options, source, trust_code) if several else options
-        if options.frontier is not None and not _is_reference(source, options):
+        chosen, run = options, _directory(source)
+        if several and find_target(source, trust_code=trust_code).reward:
+            chosen = options.model_copy(update={"against": None, "best_of": [], "tasks": []})
+        elif several:  # nothing is measured beside itself
+            named = {key: getattr(options, key) for key in ("reference", "against")}
+            same = {key: None for key, other in named.items() if other is not None and _directory(other) == run}
+            chosen = options.model_copy(update=same)
+        references = [options.reference]
+        if options.frontier is not None and options.reference is None:  # then others may have started from this one
+            others = [path.parent for path in run.parent.glob("*/stage.json") if RunDir(path.parent).model.is_dir()]
+            references = [find_target(str(other), trust_code=False).reference() for other in others]
+        if options.frontier is not None and run not in [_directory(each) for each in references if each is not None]:
             kept = None if chosen.metrics is None else [name for name in chosen.metrics if name != "frontier"]
             chosen = chosen.model_copy(update={"frontier": None, "metrics": kept})
             if kept == []:
@@ -218,24 +226,6 @@ def evaluate_all(
             console.warn(f"{source}: {error}; left out")
         else:
             num_measured += 1
-
-
-def _fit(options: EvaluateOptions, source: str, trust_code: bool) -> EvaluateOptions:
-    """Leave out what this stage cannot have: itself beside itself, and for an rm all of a policy."""
-    if find_target(source, trust_code=trust_code).reward:
-        return options.model_copy(update={"against": None, "best_of": [], "tasks": []})
-    named = {key: getattr(options, key) for key in ("reference", "against")}
-    same = {key: None for key, other in named.items() if other is not None and _directory(other) == _directory(source)}
-    return options.model_copy(update=same)
-
-
-def _is_reference(source: str, options: EvaluateOptions) -> bool:
-    """Tell whether other runs beside this one are held near it, as `evaluate.reference` or they themselves say."""
-    run, found = _directory(source), [options.reference]
-    if options.reference is None:
-        others = [path.parent for path in run.parent.glob("*/stage.json") if RunDir(path.parent).model.is_dir()]
-        found = [find_target(str(other), trust_code=False).reference() for other in others]
-    return any(_directory(reference) == run for reference in found if reference is not None)
 
 
 def _directory(source: str) -> Path:

@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -88,21 +88,25 @@ def read_yaml(
     return made, values, problems + [problem for each in found.values() for problem in each]
 
 
-def load_json(text: str, label: str) -> Any:
-    """Parse a JSON text; raises RecipeError with the line."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        line = getattr(error, "lineno", 1)
-        raise RecipeError(f"is not JSON: {getattr(error, 'msg', error)}", where=f"{label}:{line}") from None
-
-
 def _read_own(text: str, label: str, folder: Path) -> list[Principle]:
     made, values, problems = read_yaml(_File, text, label, folder, "constitution")
     listed = values["principles"].value if "principles" in values else None
     mappings = [node for node in (listed if isinstance(listed, list) else ()) if isinstance(node.value, dict)]
     named = [node for node in mappings if isinstance(getattr(node.value.get("name"), "value", None), str)]
-    problems += _check_principles(named)
+    lines: dict[str, int] = {}
+    for node in named:
+        name = node.value["name"].value
+        if name in lines:
+            what = f"the name {name} is here twice, first in line {lines[name]}; rename one"
+            problems.append(Problem(what, node.place))
+        lines.setdefault(name, node.line)
+        if ("critique" in node.value) != ("revision" in node.value):
+            there, missing = ("critique", "revision") if "critique" in node.value else ("revision", "critique")
+            what = f"principle {name} has a {there} but no {missing}; the two go together"
+            problems.append(Problem(what, node.place))
+        elif not {"critique", "comparison"} & node.value.keys():
+            what = "has no question; add comparison: (for labels), or critique: and revision:"
+            problems.append(Problem(f"principle {name} {what}", node.place))
     for part, advice in _ADVICE.items() if not problems else ():  # what lacks it would never be drawn, unnoticed
         lacking = [node for node in named if part not in node.value]
         for node in lacking if len(lacking) < len(named) else ():
@@ -121,25 +125,8 @@ def _read_own(text: str, label: str, folder: Path) -> list[Principle]:
     return found
 
 
-def _check_principles(nodes: list[Node]) -> Iterator[Problem]:
-    """Yield names that are not unique, and principles that lack a half or have nothing to go by."""
-    lines: dict[str, int] = {}
-    for node in nodes:
-        name = node.value["name"].value
-        if name in lines:
-            yield Problem(f"the name {name} is here twice, first in line {lines[name]}; rename one", node.place)
-        lines.setdefault(name, node.line)
-        if ("critique" in node.value) != ("revision" in node.value):
-            there, missing = ("critique", "revision") if "critique" in node.value else ("revision", "critique")
-            yield Problem(f"principle {name} has a {there} but no {missing}; the two go together", node.place)
-        elif not {"critique", "comparison"} & node.value.keys():
-            what = "has no question; add comparison: (for labels), or critique: and revision:"
-            yield Problem(f"principle {name} {what}", node.place)
-
-
-def _read_published(text: str, label: str) -> list[Principle]:
+def _read_published(data: Any, label: str) -> list[Principle]:
     """Read one published file; each principle has a critique and a revision, or a comparison."""
-    data = load_json(text, label)
     texts = isinstance(data, list) and all(isinstance(item, str) for item in data)
     if not isinstance(data, dict) and not texts:
         what = "holds examples, not instructions; name it under examples:" if isinstance(data, list) else "is no object"
@@ -208,23 +195,24 @@ def load_constitution(values: str | Sequence[str], *, needs: Part | None = None)
     Raises RecipeError with every problem found, each with file and line.
     """
     names = [values] if isinstance(values, str) else list(values)
+    shown = [name if name.startswith(BUILTIN) else label_path(Path(name).expanduser()) for name in names]
     problems: list[Problem] = []
     found: list[Principle] = []
     places: dict[str, str] = {}
-    for value, principles in zip(names, _read_all(names, _read), strict=True):
+    for place, principles in zip(shown, _read_all(names, _read), strict=True):
         for principle in principles:
             if principle.name in places:
                 what = f"the principle {principle.name} is also in {places[principle.name]}; rename one"
-                problems.append(Problem(what, _display(value)))
-            places[principle.name] = _display(value)
+                problems.append(Problem(what, place))
+            places[principle.name] = place
         found += principles
     if problems:
         raise RecipeError(problems)
     kept = tuple(principle for principle in found if needs is None or getattr(principle, needs) is not None)
     if not kept:
-        advice = _ADVICE[needs or "comparison"]
         leave = ", or leave the stage out (critique: false)" if needs == "critique" else ""
-        raise RecipeError(f"no principle has a {advice} to each{leave}", where=", ".join(map(_display, names)))
+        what = f"no principle has a {_ADVICE[needs or 'comparison']} to each{leave}"
+        raise RecipeError(what, where=", ".join(shown))
     return Constitution(kept)
 
 
@@ -250,24 +238,23 @@ def _read(value: str) -> list[Principle]:
             raise RecipeError(f"constitution is {value}; there are {' and '.join(BUILTIN_CONSTITUTIONS)}{hint}")
         path = Path(__file__).with_name("constitutions") / f"{value.removeprefix(BUILTIN)}.yaml"
     advice = "give a YAML or JSON file, builtin:harmlessness or builtin:helpfulness"
-    text, label = _read_text(path, "constitution is", advice)
-    return _read_published(text, label) if path.suffix == ".json" else _read_own(text, label, path.parent)
+    content, label = _load(path, "constitution is", advice)
+    return _read_published(content, label) if path.suffix == ".json" else _read_own(content, label, path.parent)
 
 
-def _read_text(path: Path, what: str, advice: str) -> tuple[str, str]:
-    """Read a file and what messages call it."""
+def _load(path: Path, what: str, advice: str) -> tuple[Any, str]:
+    """Read a file, parsed where it is JSON, and what messages call it."""
     label = label_path(path)
     if not path.is_file():
         near = sorted(other.name for other in path.parent.glob("*") if other.suffix in (".yaml", ".yml", ".json"))
         raise RecipeError(f"the {what} not there{suggest(path.name, near) or f'; {advice}'}", where=label)
     try:
-        return path.read_text(encoding="utf-8"), label
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else text, label
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"is not JSON: {error.msg}", where=f"{label}:{error.lineno}") from None
+    except (OSError, ValueError) as error:
         raise RecipeError(f"the {what} not readable: {error}", where=label) from None
-
-
-def _display(value: str) -> str:
-    return value if value.startswith(BUILTIN) else label_path(Path(value).expanduser())
 
 
 # Worked examples.
@@ -332,8 +319,7 @@ def load_examples(values: str | Sequence[str]) -> Examples:
 
 def without_critiques(examples: Examples) -> Examples:
     """Leave out what was said between an answer and its revision."""
-    critiques = tuple(_CRITIQUE_PART.sub("", text) for text in examples.critiques)
-    return Examples(critiques, examples.pairs, examples.thoughts)
+    return replace(examples, critiques=tuple(_CRITIQUE_PART.sub("", text) for text in examples.critiques))
 
 
 def messages_of(transcript: str) -> list[Message]:
@@ -346,41 +332,37 @@ def messages_of(transcript: str) -> list[Message]:
 
 
 def _read_examples(name: str) -> Examples:
+    """Read a YAML file of ours, or a published one of transcripts, pairs, or chains of thought."""
     path = Path(__file__).with_name("examples.yaml") if name == "builtin" else Path(name).expanduser()
-    text, label = _read_text(path, "examples are", "give builtin, none, or a YAML or JSON file")
-    if path.suffix == ".json":
-        return _read_published_examples(load_json(text, label), label)
-    file, _, problems = read_yaml(_ExampleFile, text, label, path.parent, "examples")
-    if problems or file is None:
-        raise RecipeError(problems)
-    critiques = []
-    for item in file.critiques:
-        critique = f"{item.critique_request.strip().join(CRITIQUE_FRAME)} {item.critique.strip()}"
-        revision = f"{item.revision_request.strip().join(REVISION_FRAME)} {item.revision.strip()}"
-        critiques.append(f"\n\nHuman: {item.human.strip()}\n\nAssistant: {item.assistant.strip()}{critique}{revision}")
-    pairs = [Pair(item.human.strip(), item.better.strip(), item.worse.strip()) for item in file.comparisons]
-    return Examples(tuple(critiques), tuple(pairs))
-
-
-def _read_published_examples(data: Any, label: str) -> Examples:
-    """Read a published file of examples: transcripts, pairs, or chains of thought."""
-    if not isinstance(data, list) or not data:
-        raise RecipeError("holds no list of examples; instructions belong under constitution:", where=label)
-    critiques, pairs, thoughts, problems = [], [], [], []
-    for number, item in enumerate(data):
-        prompt = item.get("prompt") if isinstance(item, dict) else None
-        if isinstance(item, str) and "\n\nRevision:" in item:
-            critiques.append("\n\n" + item.removesuffix(_NEXT).strip("\n"))
-        elif isinstance(prompt, str) and PRINCIPLE_HERE in prompt:
-            thoughts.append("\n\n" + prompt.strip("\n"))
-        else:
-            try:
-                human = str(prompt).removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
-                pair = _Comparison(human=human, better=item["corrects"][0], worse=item["incorrects"][0])
-                pairs.append(Pair(pair.human, pair.better, pair.worse))
-            except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-                what = f"entry {number} is neither a critique with a revision nor a comparison"
-                problems.append(Problem(what, label))
+    content, label = _load(path, "examples are", "give builtin, none, or a YAML or JSON file")
+    critiques, pairs, thoughts = list[str](), list[Pair](), list[str]()
+    if path.suffix != ".json":
+        file, _, problems = read_yaml(_ExampleFile, content, label, path.parent, "examples")
+        for item in file.critiques if file else ():
+            critique = f"{item.critique_request.strip().join(CRITIQUE_FRAME)} {item.critique.strip()}"
+            revision = f"{item.revision_request.strip().join(REVISION_FRAME)} {item.revision.strip()}"
+            asked = f"\n\nHuman: {item.human.strip()}\n\nAssistant: {item.assistant.strip()}"
+            critiques.append(asked + critique + revision)
+        for it in file.comparisons if file else ():
+            pairs.append(Pair(it.human.strip(), it.better.strip(), it.worse.strip()))
+    elif not isinstance(content, list) or not content:
+        problems = [Problem("holds no list of examples; instructions belong under constitution:", label)]
+    else:
+        problems = []
+        for number, item in enumerate(content):
+            prompt = item.get("prompt") if isinstance(item, dict) else None
+            if isinstance(item, str) and "\n\nRevision:" in item:
+                critiques.append("\n\n" + item.removesuffix(_NEXT).strip("\n"))
+            elif isinstance(prompt, str) and PRINCIPLE_HERE in prompt:
+                thoughts.append("\n\n" + prompt.strip("\n"))
+            else:
+                try:
+                    human = str(prompt).removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
+                    pair = _Comparison(human=human, better=item["corrects"][0], worse=item["incorrects"][0])
+                    pairs.append(Pair(pair.human, pair.better, pair.worse))
+                except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+                    what = f"entry {number} is neither a critique with a revision nor a comparison"
+                    problems.append(Problem(what, label))
     if problems:
         raise RecipeError(problems)
     return Examples(tuple(critiques), tuple(pairs), tuple(thoughts))

@@ -49,11 +49,11 @@ class Chain:
 
     prompt: Text
     answers: list[str]  # the first answer, then the revisions
-    principles: list[str] = field(default_factory=list)
-    critiques: list[str] = field(default_factory=list)  # empty texts where none are asked for
     place: str = ""
     key: str = ""
     problem: str | None = None
+    principles: list[str] = field(default_factory=list)
+    critiques: list[str] = field(default_factory=list)  # empty texts where none are asked for
 
     @property
     def conversation(self) -> list[Message]:
@@ -72,7 +72,6 @@ class _Critique:
         self._constitution = load_constitution(options.constitution or (), needs="critique")
         self._examples = load_examples(options.examples)
         self._generator = options.generator or work.own_model(stage)
-        self._helpful_samples = options.helpful.samples if options.helpful else 0
         self.report, self.rejects, helpful_report = DataReport(), Rejects(), DataReport()
         reading: dict[str, Any] = {"rejects": self.rejects, "template": work.speaks_chat(self._generator)}
         self._rows = list(read_rows(stage, options.data, report=self.report, **reading))
@@ -82,7 +81,7 @@ class _Critique:
             "method": "critique", "seed": stage.seed, "generator": work.describe_source(self._generator),
             "constitution": self._constitution.fingerprint, "examples": self._examples.fingerprint,
             "rounds": options.rounds, "critiques": options.critiques, **Sampling.of(options).settings,
-            "helpful_samples": self._helpful_samples, "data": self.report.fingerprint,
+            "helpful_samples": options.helpful.samples if options.helpful else 0, "data": self.report.fingerprint,
             "helpful_data": helpful_report.fingerprint,
         }  # fmt: skip
         self._chains: list[Chain] = []
@@ -102,19 +101,20 @@ class _Critique:
     def do(self) -> None:
         """Ask for everything, round by round."""
         for prompted, (reply,) in zip(self._prompts, self._sample(self._prompts, 1, "sample"), strict=True):
-            chain = Chain(prompted.prompt, [reply.text], place=prompted.place, key=prompted.key)
-            chain.problem = self._check(reply)
-            self._chains.append(chain)
+            problem = self._check(reply)
+            self._chains.append(Chain(prompted.prompt, [reply.text], prompted.place, prompted.key, problem))
         for number in range(self._options.rounds):
             self._revise(number)
             lengths = [len(chain.answers[-1]) for chain in self._chains if chain.problem is None]
             self._session.log(number + 1, chains=len(lengths), mean_chars=_mean(lengths))
-        found = self._sample(self._helpful, self._helpful_samples, "helpful") if self._helpful else []
-        for prompted, reply in ((each, reply) for each, own in zip(self._helpful, found, strict=True) for reply in own):
-            if (problem := self._check(reply)) is not None:
-                self.rejects.add(prompted.place, f"helpful: {problem}")
-            else:
-                self._extra.append(_make_row(prompted.prompt, reply.text))
+        samples = self._options.helpful.samples if self._options.helpful else 0
+        found = self._sample(self._helpful, samples, "helpful") if self._helpful else []
+        for prompted, own in zip(self._helpful, found, strict=True):
+            for reply in own:
+                if problem := self._check(reply):
+                    self.rejects.add(prompted.place, f"helpful: {problem}")
+                else:
+                    self._extra.append(_make_row(prompted.prompt, reply.text))
 
     def write(self, *, complete: bool) -> dict[str, Any]:
         name = self._session.stage.name
@@ -142,17 +142,15 @@ class _Critique:
         return replies
 
     def _revise(self, number: int) -> None:
-        draw, seed, examples = self._constitution.draw, self._session.stage.seed, self._examples
+        draw, seed, examples, quote = self._constitution.draw, self._session.stage.seed, self._examples, self._quote
         going = [(chain, draw(seed=seed, key=chain.key, turn=number)) for chain in self._chains if not chain.problem]
         said: dict[str, str] = {}  # critiques by the keys of their chains
         if self._options.critiques:
-            requests = [ask_critique(chain.conversation, by, examples, self._quote) for chain, by in going]
+            requests = [ask_critique(chain.conversation, by, examples, quote) for chain, by in going]
             for (chain, _), reply in zip(going, self._ask(going, requests, number, "critique"), strict=True):
                 chain.problem, said[chain.key] = self._check(reply), reply.text
             going = [(chain, principle) for chain, principle in going if not chain.problem]
-        requests = [
-            ask_revision(chain.conversation, said.get(chain.key), by, examples, self._quote) for chain, by in going
-        ]
+        requests = [ask_revision(each.conversation, said.get(each.key), by, examples, quote) for each, by in going]
         for (chain, principle), reply in zip(going, self._ask(going, requests, number, "revision"), strict=True):
             self._replies.append(reply)
             chain.problem = self._check(reply)
@@ -164,9 +162,10 @@ class _Critique:
     def _ask(
         self, going: Sequence[tuple[Chain, Principle]], requests: Sequence[Request], number: int, kind: str
     ) -> list[Reply]:
-        seeds = [seed_of(self._session.stage.seed, kind, number, chain.key) for chain, _ in going]
-        jobs = [Job(request, seed) for request, seed in zip(requests, seeds, strict=True)]
-        about = [{"place": chain.place, "round": number, "principle": principle.name} for chain, principle in going]
+        jobs, about = [], []
+        for (chain, principle), request in zip(going, requests, strict=True):
+            jobs.append(Job(request, seed_of(self._session.stage.seed, kind, number, chain.key)))
+            about.append({"place": chain.place, "round": number, "principle": principle.name})
         asker = self._session.asker
         return asker.write(self._model, jobs, self._sampling, kind=kind, by="generator", about=about)
 
@@ -213,7 +212,7 @@ def _read_chain(data: Any) -> Chain:
         raise ValueError("no revisions")
     answers = [data["initial_response"][0]["sample"], *(step["revision"]["sample"] for step in data["cst"])]
     names = [str(step["cst_key"]) for step in data["cst"]]
-    return Chain(conversation(data["rl_prompt"]), [answer.strip() for answer in answers], names)
+    return Chain(conversation(data["rl_prompt"]), [answer.strip() for answer in answers], principles=names)
 
 
 def _describe_chains(chains: Sequence[Chain]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Label:
     pairing: Pairing
     principle: str
     orders: tuple[float | None, ...]
-    decisions: list[Decision | None] = field(repr=False, default_factory=list)
+    decisions: list[Decision] = field(repr=False, default_factory=list)
     problem: str | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
 
@@ -65,7 +65,7 @@ class Label:
     def p_first(self) -> float | None:
         """P(first preferred): the clamped mean of the orders; None where the judge abstained in one of them."""
         values = [value for value in self.orders if value is not None]
-        if not values or len(values) < len(self.orders):
+        if len(values) < len(self.orders):
             return None
         low, high = self.bounds
         return min(max(sum(values) / len(values), low), high)
@@ -81,9 +81,8 @@ class Label:
     @property
     def agrees(self) -> bool | None:
         """Whether both orders prefer the same answer; None where that cannot be said."""
-        if len(self.orders) < 2 or any(value is None or abs(value - 0.5) <= _TIE for value in self.orders):
-            return None
-        return len({value > 0.5 for value in self.orders if value is not None}) == 1
+        values = [value for value in self.orders if value is not None and abs(value - 0.5) > _TIE]
+        return len({value > 0.5 for value in values}) == 1 if len(values) == 2 else None
 
     def to_dict(self) -> dict[str, Any]:
         pairing = self.pairing
@@ -109,35 +108,37 @@ class Judge:
     bounds: tuple[float, float] = (0.0, 1.0)
 
 
-def judge_all(asker: Asker, judge: Judge, pairings: Sequence[Pairing], *, by: str = "judge") -> list[Label]:
-    """Label every pairing; raises what the asker raises."""
+def judge_all(
+    asker: Asker, judge: Judge, pairings: Sequence[Pairing], *, by: str = "judge", ask: bool = True
+) -> list[Label]:
+    """Label every pairing; raises what the asker raises. Without `ask` label those that have been judged already."""
     shown = _show_all(judge, pairings)
     about = [{"place": item.pairing.place, "principle": item.principle,
               "order": "second first" if item.turned else "first first"} for item in shown]  # fmt: skip
     thoughts: list[str | None] = [None] * len(shown)
     if judge.thinks and judge.model.takes_prefill:
+        if not ask:
+            return []
         jobs = []
         for item in shown:
-            request = asking.ask_thoughts(item.comparison, _fill_thoughts(judge, item), judge.quote)
-            jobs.append(Job(request, seed_of(judge.seed, "thoughts", item.number, item.pairing.key)))
+            seed = seed_of(judge.seed, "thoughts", item.number, item.pairing.key)
+            jobs.append(Job(_ask(judge, item, only_think=True), seed))
         replies = asker.write(judge.model, jobs, judge.thoughts, kind="thoughts", by=by, about=about)
         thoughts = [reply.text for reply in replies]
     requests = [_ask(judge, item, said) for item, said in zip(shown, thoughts, strict=True)]
-    return _collect(judge, pairings, shown, asker.decide(judge.model, requests, by=by, about=about))
-
-
-def list_requests(judge: Judge, pairings: Sequence[Pairing]) -> list[asking.Request]:
-    """List the questions that `judge_all` would ask of a judge that does not think, one for each order."""
-    return [_ask(judge, item, None) for item in _show_all(judge, pairings)]
-
-
-def known_labels(asker: Asker, judge: Judge, pairings: Sequence[Pairing]) -> list[Label]:
-    """Label those pairings that have been judged; nobody is asked. Not for a judge that thinks."""
-    if judge.thinks and judge.model.takes_prefill:
-        return []
-    decisions = asker.known(judge.model, list_requests(judge, pairings))
-    labels = _collect(judge, pairings, _show_all(judge, pairings), decisions)
-    return [label for label in labels if None not in label.decisions]
+    waiting = iter(zip(shown, asker.decide(judge.model, requests, by=by, about=about, ask=ask), strict=True))
+    labels = []
+    for pairing in pairings:
+        own = [next(waiting) for _ in range(2 if judge.orders == "both" else 1)]
+        orders: list[float | None] = []
+        for item, decision in own:
+            p_first = decision.p_first if decision is not None else None
+            orders.append(1.0 - p_first if item.turned and p_first is not None else p_first)
+        decisions = [decision for _, decision in own if decision is not None]
+        if len(decisions) == len(own):
+            problem = next((decision.problem for decision in decisions if decision.problem), None)
+            labels.append(Label(pairing, own[0][0].principle, tuple(orders), decisions, problem, judge.bounds))
+    return labels
 
 
 @dataclass(frozen=True)
@@ -165,49 +166,27 @@ def _show_all(judge: Judge, pairings: Sequence[Pairing]) -> list[_Shown]:
     return shown
 
 
-def _ask(judge: Judge, item: _Shown, thoughts: str | None) -> asking.Request:
-    """Ask which answer is better, after the judge's chain of thought where there is one."""
-    if thoughts is not None:
-        return asking.ask_after_thoughts(item.comparison, _fill_thoughts(judge, item), thoughts, judge.quote)
-    if judge.thinks:  # thoughts and decision in one reply
-        request = asking.ask_thoughts(item.comparison, _fill_thoughts(judge, item), judge.quote)
-        return replace(request, room=judge.thoughts.max_new_tokens)
-    examples, arrangement = [], seed_of(judge.seed, "arrangement", item.pairing.key) % _ARRANGEMENTS
+def _ask(judge: Judge, item: _Shown, thoughts: str | None = None, *, only_think: bool = False) -> asking.Request:
+    """Ask which answer is better, after the judge's chain of thought where there is one, or for that chain alone."""
+    arrangement = seed_of(judge.seed, "arrangement", item.pairing.key) % _ARRANGEMENTS
+
+    def draw(number: int) -> str:
+        key, turn = f"arrangement {arrangement}", _EXAMPLE_TURNS + number
+        return str(judge.constitution.draw(seed=judge.seed, key=key, turn=turn).comparison)
+
+    if judge.thinks:
+        shown = [asking.fill_thought(text, draw(number)) for number, text in enumerate(judge.examples.thoughts)]
+        if thoughts is not None:
+            return asking.ask_after_thoughts(item.comparison, shown, thoughts, judge.quote)
+        request = asking.ask_thoughts(item.comparison, shown, judge.quote)
+        return request if only_think else replace(request, room=judge.thoughts.max_new_tokens)  # with its verdict
+    examples = []
     for number, pair in enumerate(judge.examples.pairs):  # in the other arrangement the better one has the other place
         right = (seed_of(judge.seed, "example", number) + arrangement) % 2
         answers = (pair.worse, pair.better) if right else (pair.better, pair.worse)
-        question = _draw_for_example(judge, item, number)
-        examples.append(
-            (asking.Comparison(tuple(asking.conversation(pair.prompt)), *answers, question), asking.OPTIONS[right])
-        )
+        comparison = asking.Comparison(tuple(asking.conversation(pair.prompt)), *answers, draw(number))
+        examples.append((comparison, asking.OPTIONS[right]))
     return asking.ask_comparison(item.comparison, examples, judge.quote)
-
-
-def _fill_thoughts(judge: Judge, item: _Shown) -> list[str]:
-    thoughts = enumerate(judge.examples.thoughts)
-    return [asking.fill_thought(text, _draw_for_example(judge, item, number)) for number, text in thoughts]
-
-
-def _draw_for_example(judge: Judge, item: _Shown, number: int) -> str:
-    key = f"arrangement {seed_of(judge.seed, 'arrangement', item.pairing.key) % _ARRANGEMENTS}"
-    return str(judge.constitution.draw(seed=judge.seed, key=key, turn=_EXAMPLE_TURNS + number).comparison)
-
-
-def _collect(
-    judge: Judge, pairings: Sequence[Pairing], shown: Sequence[_Shown], decisions: Sequence[Decision | None]
-) -> list[Label]:
-    waiting = iter(zip(shown, decisions, strict=True))
-    labels = []
-    for pairing in pairings:
-        own = [next(waiting) for _ in range(2 if judge.orders == "both" else 1)]
-        orders: list[float | None] = []
-        for item, decision in own:
-            p_first = decision.p_first if decision is not None else None
-            orders.append(1.0 - p_first if item.turned and p_first is not None else p_first)
-        said = [decision for _, decision in own]
-        problem = next((decision.problem for decision in said if decision is not None and decision.problem), None)
-        labels.append(Label(pairing, own[0][0].principle, tuple(orders), said, problem, judge.bounds))
-    return labels
 
 
 def pair_key(prompt: Text, first: Text, second: Text) -> str:
@@ -223,7 +202,7 @@ def pair_key(prompt: Text, first: Text, second: Text) -> str:
 def describe_labels(labels: Sequence[Label]) -> dict[str, Any]:
     """Describe what a judge said: how often it decides, whether both orders agree, what it leans to."""
     done = [label for label in labels if label.p_first is not None]
-    decisions = [decision for label in labels for decision in label.decisions if decision is not None]
+    decisions = [decision for label in labels for decision in label.decisions]
     answered = [decision.p_first for decision in decisions if decision.p_first is not None]
     longer = [  # whether the longer answer is preferred; 1/2 is no bias of the whole
         (difference > 0) == (label.p_first > 0.5)
@@ -300,7 +279,7 @@ def read_labelled(stage: Stage, sources: Sequence[DataSource], rejects: Rejects)
         rows = read_file(path) if path.suffix == ".jsonl" and path.is_file() else iter(())
         if next((row.keys() >= _HHH_KEYS for _, row in rows if isinstance(row, dict)), False):
             skip = stage.options.on_bad_row == "skip"
-            published = read_published(path, _read_comparison, "HHH comparison", skip=skip, rejects=rejects)
+            published = read_published(path, _read_hhh, "HHH comparison", skip=skip, rejects=rejects)
             found += [replace(pairing, place=place) for place, pairing in islice(published, source.max_rows)]
             continue
         for row in read_rows(stage, [source], report=DataReport(), rejects=rejects, method="rm"):
@@ -314,8 +293,7 @@ def read_labelled(stage: Stage, sources: Sequence[DataSource], rejects: Rejects)
     return found
 
 
-def _read_comparison(data: Mapping[str, Any]) -> Pairing:
-    """Read one of Anthropic's HHH comparisons, with its own question."""
+def _read_hhh(data: Mapping[str, Any]) -> Pairing:
     prompt, _, better = data["text_correct"].rpartition(_ANSWER)
     other, _, worse = data["text_incorrect"].rpartition(_ANSWER)
     head, found, _ = data["prompt"].partition(COMPARISON_FRAME[1] + "\n (A)")
@@ -328,30 +306,22 @@ def _read_comparison(data: Mapping[str, Any]) -> Pairing:
 def describe_accuracy(labels: Sequence[Label]) -> dict[str, Any]:
     """Accuracy with its 95 % interval (a tie counts as half right), calibration and order consistency."""
     values = [label.p_first for label in labels if label.p_first is not None]
-    right = sum(_tie_as_half(value - 0.5) for value in values)
-    low, high = wilson(right, len(values))
-    bins = _bin(values)
-    gaps = sum(one["n"] * abs(one["confidence"] - one["accuracy"]) for one in bins)
+    low, high = wilson(sum(map(_is_right, values)), len(values))
+    gaps, bins = 0.0, list[dict[str, float]]()
+    for number in range(_BINS):  # of equal width, from 1/2 to 1 (Guo et al. 2017, arXiv 1706.04599, eq. 3)
+        least, most = 0.5 + number / (2 * _BINS), 0.5 + (number + 1) / (2 * _BINS)
+        own = [p for p in values if least <= max(p, 1 - p) < most or (most == 1.0 and max(p, 1 - p) == 1.0)]
+        if own:
+            confidence, accuracy = sum(max(p, 1 - p) for p in own) / len(own), sum(map(_is_right, own)) / len(own)
+            gaps += len(own) * abs(confidence - accuracy)
+            bins.append({"low": least, "high": most, "n": len(own), "confidence": confidence, "accuracy": accuracy})
     return {
         "n": len(labels), "abstained": len(labels) - len(values), "abstained_because": count_problems(labels),
-        "accuracy": right / len(values) if values else None, "low": low, "high": high,
-        "longer_is_better": mean([_tie_as_half(label.length_difference) for label in labels]),
+        "accuracy": mean(list(map(_is_right, values))), "low": low, "high": high,
+        "longer_is_better": mean([_is_right(0.5 + label.length_difference) for label in labels]),
         "order_agreement": mean(_agreeing(labels)), "ece": gaps / len(values) if values else None, "bins": bins,
     }  # fmt: skip
 
 
-def _tie_as_half(difference: float) -> float:
-    return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
-
-
-def _bin(values: Sequence[float]) -> list[dict[str, float]]:
-    """Bins of equal width of the judge's confidence, from 1/2 to 1 (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
-    found = []
-    for number in range(_BINS):
-        low, high = 0.5 + number / (2 * _BINS), 0.5 + (number + 1) / (2 * _BINS)
-        own = [p for p in values if low <= max(p, 1 - p) < high or (high == 1.0 and max(p, 1 - p) == 1.0)]
-        if own:
-            confidence = sum(max(p, 1 - p) for p in own) / len(own)
-            accuracy = sum(_tie_as_half(p - 0.5) for p in own) / len(own)
-            found.append({"low": low, "high": high, "n": len(own), "confidence": confidence, "accuracy": accuracy})
-    return found
+def _is_right(p_first: float) -> float:
+    return 1.0 if p_first > 0.5 else 0.5 if p_first == 0.5 else 0.0

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -408,7 +409,12 @@ class Endpoint:
         if status == 429 and getattr(error, "code", None) == "insufficient_quota":
             return JudgeError(f"{self.place}: the account has no credit left: {said}")
         if status in (408, 409, 425, 429) or status >= 500:
-            return _Failed(str(status), f"answers {status}: {said}", _retry_after(error))
+            given, wait = error.response.headers.get("retry-after"), math.nan
+            with suppress(ValueError, TypeError, OverflowError):  # a date
+                wait = parsedate_to_datetime(given).timestamp() - time.time()
+            with suppress(ValueError, TypeError):  # or seconds
+                wait = float(given)
+            return _Failed(str(status), f"answers {status}: {said}", None if math.isnan(wait) else max(wait, 0.0))
         if status in (401, 403):
             name = self._key_name
             advice = f"set {name}" if name else "name its variable with api_key_env, and allow it with --allow-key"
@@ -439,16 +445,3 @@ def _sensible(usage: object, name: str) -> int | None:
     """Read a count of the server's, None for one that no request of ours can have."""
     count = usage.get(name) if isinstance(usage, dict) else None
     return count if type(count) is int and 0 < count < 1 << 20 else None
-
-
-def _retry_after(error: Any) -> float | None:
-    """Read the seconds a server asks to wait, given as a number or as a date."""
-    given = error.response.headers.get("retry-after")
-    try:
-        seconds = float(given or "nan")
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(given).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return None if math.isnan(seconds) else max(seconds, 0.0)

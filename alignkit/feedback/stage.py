@@ -108,7 +108,14 @@ def run_work(stage: Stage, run_dir: Path, read: Callable[[Stage], Work], *, allo
                 if (damage := find_damaged_product(run.path)) is None:
                     return leave_finished(run)
                 console.warn(f"{stage.name}: {damage}; it is made again from the answers in {STORE}")
-            _begin(session, work, work.open(session))
+            note, left_out = work.open(session), work.rejects.count
+            copy_recipe(run, Path(stage.recipe_path))
+            left = f", {left_out} left out (rejects.jsonl)" if left_out else ""
+            kept = f", {len(store)} answers are there already" if len(store) else ""
+            console.note(f"{stage.name}: {note}{left}{kept}")
+            record = {"fingerprint": dict(work.facts), "data": work.report.to_dict(), "versions": versions(),
+                      "git": git_state(Path(stage.recipe_path).resolve().parent)}  # fmt: skip
+            write_json(run.stage, stage.to_dict() | record)
             try:
                 work.do()
             except JudgeError as error:
@@ -133,18 +140,6 @@ def run_work(stage: Stage, run_dir: Path, read: Callable[[Stage], Work], *, allo
             store.close()
             if not len(store):
                 (run.path / STORE).unlink(missing_ok=True)  # leave nothing of a stage that was refused
-
-
-def _begin(session: Session, work: Work, note: str) -> None:
-    """Write stage.json and say what was read."""
-    stage, num_left_out, num_answers = session.stage, work.rejects.count, len(session.store)
-    copy_recipe(session.run, Path(stage.recipe_path))
-    left = f", {num_left_out} left out (rejects.jsonl)" if num_left_out else ""
-    kept = f", {num_answers} answers are there already" if num_answers else ""
-    console.note(f"{stage.name}: {note}{left}{kept}")
-    record = {"fingerprint": dict(work.facts), "data": work.report.to_dict(), "versions": versions(),
-              "git": git_state(Path(stage.recipe_path).resolve().parent)}  # fmt: skip
-    write_json(session.run.stage, stage.to_dict() | record)
 
 
 def _write(session: Session, work: Work, *, complete: bool) -> dict[str, Any]:
@@ -230,11 +225,8 @@ def open_model(
     if source.url is not None:
         from alignkit.feedback.server import Endpoint
 
-        spending = Spending(source)
-        for record in store.values():
-            if record.get("by") in by:
-                spending.add_record(record)
-        return Endpoint(source, spending=spending, stop=stop.event)
+        answered = (record for record in store.values() if record.get("by") in by)
+        return Endpoint(source, spending=Spending(source, answered), stop=stop.event)
     assert source.model is not None
     from alignkit.feedback.local import LocalModel, VllmModel
 

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol, Self
@@ -129,22 +129,21 @@ class BudgetSpent(JudgeError):
 class Spending:
     """Tokens, requests and money of one server, earlier sittings included, with the limits of the recipe."""
 
-    def __init__(self, source: FeedbackModel) -> None:
+    def __init__(self, source: FeedbackModel, answered: Iterable[Mapping[str, Any]] = ()) -> None:
+        """`answered` are the records of earlier sittings."""
         self._source = source
         self._reserved = Counter({"input": 0, "output": 0})  # tokens that requests under way may take
         self._next = 0.0
         self.requests = self.input_tokens = self.output_tokens = 0
         self.retries: Counter[str] = Counter()
+        for record in answered:
+            self.add(record.get("input_tokens", 0), record.get("output_tokens", 0))
+            self.retries.update(record.get("retries", {}))
+            self.requests += 1 + sum(record.get("retries", {}).values())
 
     def add(self, input_tokens: int, output_tokens: int) -> None:
         self.input_tokens += input_tokens
         self.output_tokens += output_tokens
-
-    def add_record(self, record: Mapping[str, Any]) -> None:
-        """Count an answer of an earlier sitting."""
-        self.add(record.get("input_tokens", 0), record.get("output_tokens", 0))
-        self.retries.update(record.get("retries", {}))
-        self.requests += 1 + sum(record.get("retries", {}).values())
 
     @contextmanager
     def reserve(self, input_tokens: int, output_tokens: int) -> Iterator[None]:
@@ -225,28 +224,18 @@ def read_decision(text: str, tokens: Sequence[TokenChances]) -> Decision:
         for token in tokens:
             end += len(token.token)
             places += [token] if choice[1] < end else []
-    if places and (weighed := _weigh(places[0])) is not None:
-        logps, mass = weighed
-        return Decision(share_of_first(logps), logps, mass, text)
+    top = places[0].top if places else {}
+    found = [[logp for token, logp in top.items() if _letter(token) == letter] for letter in _LETTERS]
+    if any(found):
+        # One that is not among the likeliest is taken to be as likely as the least of those: the most it can be.
+        sums, least = [sum(map(math.exp, logps)) for logps in found], min(top.values())
+        logp_a, logp_b = (
+            math.log(total) if total else max([least, *own]) for total, own in zip(sums, found, strict=True)
+        )
+        return Decision(share_of_first((logp_a, logp_b)), (logp_a, logp_b), sum(sums), text)
     if choice is None:
         return Decision(text=text, problem="the reply names neither option, or both" if text.strip() else "empty reply")
     return Decision(1.0 if choice[0] == "A" else 0.0, text=text)
-
-
-def _weigh(token: TokenChances) -> tuple[tuple[float, float], float] | None:
-    """The log-probs of A and B at a token's place, and the probability that they have together.
-
-    Where one of them is not among the likeliest, it is taken to be as likely as the least of those: the most it can be.
-    """
-    found = [[logp for text, logp in token.top.items() if _letter(text) == letter] for letter in _LETTERS]
-    if not any(found):
-        return None
-    sums = [sum(map(math.exp, logps)) for logps in found]
-    least = min(token.top.values())
-    logp_a, logp_b = (
-        math.log(total) if total else max([least, *logps]) for total, logps in zip(sums, found, strict=True)
-    )
-    return (logp_a, logp_b), sum(sums)
 
 
 def _letter(token: str) -> str | None:

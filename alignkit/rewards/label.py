@@ -137,7 +137,7 @@ class _Labelling:
         """Write the rows and labels of what has been judged."""
         session, judge = self._session, self._judge
         if not complete and judge is not None and not self._labels:
-            self._labels = judging.known_labels(session.asker, judge, self._pairings)
+            self._labels = judging.judge_all(session.asker, judge, self._pairings, ask=False)
         best, rows = self._options.best_of, make_rows(self._labels, self._mix, hard=self._options.hard)
         count = session.write_rows(pick_best(self._labels) if best else rows)
         session.write_rows((label.to_dict() for label in self._labels), work.LABELS)

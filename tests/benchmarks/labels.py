@@ -91,12 +91,12 @@ def _generate(path: Path, judge: Judge, pairings: Sequence[Pairing]) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from alignkit.feedback.judge import list_requests
+    from alignkit.feedback.judge import _ask, _show_all
     from alignkit.feedback.writer import parse_choice
 
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    requests = list_requests(judge, pairings)
+    requests = [_ask(judge, item) for item in _show_all(judge, pairings)]
     began = time.process_time()
     for request in requests:
         inputs = tokenizer(request.transcript, return_tensors="pt")

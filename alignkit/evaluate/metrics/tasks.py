@@ -9,17 +9,16 @@ scoring and standard errors of its own library, and data from the hub; its resul
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from alignkit.data.files import read_file
 from alignkit.data.rows import BadRow
 from alignkit.errors import DataError, EnvironmentProblem, Problem, suggest
 from alignkit.evaluate.context import POLICY, Context, Metric
-from alignkit.evaluate.intervals import Better, Figure, Interval, Z, make_figure, mean, place_figures, wilson
+from alignkit.evaluate.intervals import Better, Figure, Interval, Z, make_figure, mean, wilson
 from alignkit.evaluate.policy import Policy
 from alignkit.models.generation import plainly
 
@@ -37,17 +36,15 @@ def _read_tasks(context: Context) -> dict[str, list[Item]]:
 
 def measure(context: Context) -> list[Figure]:
     options, seed, own, figures = context.options, context.seed, _read_tasks(context), []
+    policy, shots, max_rows = context.policy, options.shots, options.max_rows
     for task in options.tasks:
         if task in own:
-            found = measure_few_shot(
-                context.policy, own[task], shots=options.shots, seed=seed, resamples=options.resamples
-            )
+            found = measure_few_shot(policy, own[task], shots=shots, seed=seed, resamples=options.resamples)
         else:
-            found = measure_harness(
-                context.policy, task.removeprefix(_HARNESS), shots=options.shots, max_rows=options.max_rows,
-                batch_size=options.batch_size, seed=seed,
-            )  # fmt: skip
-        figures += place_figures(found, data=task, max_rows=options.max_rows, seed=seed)
+            limits = max_rows, options.batch_size
+            found = measure_harness(policy, task.removeprefix(_HARNESS), *limits, shots=shots, seed=seed)
+        common = {"max_rows": max_rows, "seed": seed}
+        figures += [replace(each, data=task, settings=common | each.settings) for each in found]
     return figures
 
 
@@ -77,11 +74,19 @@ def read_task(path: Path, *, max_rows: int | None = None) -> list[Item]:
         try:
             if isinstance(record, BadRow):
                 raise record
-            item = _read_item(record)
-            if items and bool(item.choices) != bool(items[0].choices):
+            context, completion, choices = record.get("context"), record.get("completion"), record.get("choices") or []
+            if not isinstance(context, str) or not isinstance(completion, str) or not completion.strip():
+                raise BadRow(f"needs the texts context and completion; the row has {', '.join(record) or 'nothing'}")
+            if not isinstance(choices, list) or any(not isinstance(choice, str) or not choice for choice in choices):
+                raise BadRow("choices: must be a list of texts")
+            if choices and completion not in choices:
+                raise BadRow(f"choices: the completion {completion!r} is not one of them")
+            if not isinstance(answer_context := record.get("answer_context"), str | None):
+                raise BadRow("answer_context: must be a text")
+            if items and bool(choices) != bool(items[0].choices):
                 first = "has" if items[0].choices else "has none"
                 raise BadRow(f"choices: the first item {first}, this one differs; items with and without are two tasks")
-            items.append(item)
+            items.append(Item(context, completion, tuple(choices), answer_context))
         except BadRow as bad:
             problems.append(Problem(bad.reason, place))
         if len(items) == max_rows:
@@ -89,21 +94,6 @@ def read_task(path: Path, *, max_rows: int | None = None) -> list[Item]:
     if problems or not items:
         raise DataError(problems or [Problem("holds no item", str(path))])
     return items
-
-
-def _read_item(record: dict[str, Any]) -> Item:
-    context, completion = record.get("context"), record.get("completion")
-    if not isinstance(context, str) or not isinstance(completion, str) or not completion.strip():
-        raise BadRow(f"needs the texts context and completion; the row has {', '.join(record) or 'nothing'}")
-    choices = record.get("choices") or []
-    if not isinstance(choices, list) or any(not isinstance(choice, str) or not choice for choice in choices):
-        raise BadRow("choices: must be a list of texts")
-    if choices and completion not in choices:
-        raise BadRow(f"choices: the completion {completion!r} is not one of them")
-    answer_context = record.get("answer_context")
-    if not isinstance(answer_context, str | None):
-        raise BadRow("answer_context: must be a text")
-    return Item(context, completion, tuple(choices), answer_context)
 
 
 def write_prompt(items: Sequence[Item], number: int, *, shots: int, seed: int) -> str:
@@ -170,18 +160,30 @@ def _rank_choices(policy: Policy, items: Sequence[Item], prompts: Sequence[str])
 
 
 def measure_harness(
-    policy: Policy, task: str, *, shots: Sequence[int], max_rows: int | None, batch_size: int, seed: int
+    policy: Policy, task: str, max_rows: int | None, batch_size: int, *, shots: Sequence[int], seed: int
 ) -> list[Figure]:
     """Read every figure of a task for each K; `task` is a name or the path of a task's YAML file."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+        from ruamel.yaml import YAML
     except ImportError as error:
         missing = "is not installed" if error.name == "lm_eval" else f"cannot be imported ({error})"
         what = f"lm-evaluation-harness {missing}; pip install 'alignkit[eval]', or leave its tasks out"
         raise EnvironmentProblem(what) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the console is ours
-    manager, name = _find_task(task)
+    name, file = task, Path(task).expanduser()
+    if file.suffix in (".yaml", ".yml"):
+        if not file.is_file():
+            raise DataError("there is no such task file", where=str(file))
+        content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("task"), str):
+            raise DataError("needs `task: NAME`", where=str(file))
+        manager, name = TaskManager(include_path=str(file.parent.resolve())), content["task"]
+    elif task not in (manager := TaskManager()).all_tasks:
+        hint = suggest(task, set(manager.all_tasks))
+        raise DataError(f"{_HARNESS}{task}: lm-evaluation-harness has no such task{hint}")
     figures: list[Figure] = []
     for number in shots:
         loaded = policy.loaded
@@ -191,45 +193,20 @@ def measure_harness(
                 task_manager=manager, num_fewshot=number, limit=max_rows, log_samples=False, random_seed=seed,
                 numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
             )  # fmt: skip
-        for key, values in results["results"].items():
-            n = int(results["n-samples"].get(key, {}).get("effective", 0))
-            higher = results.get("higher_is_better", {}).get(key, {})
-            figures += _read_results(key, values, n, higher, slice=f"K={number}")
+        for each, values in results["results"].items():
+            n = int(results["n-samples"].get(each, {}).get("effective", 0))
+            higher = results.get("higher_is_better", {}).get(each, {})
+            for key, value in values.items():
+                metric, _, filtered = key.partition(",")
+                if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not filtered:
+                    continue
+                spread = values.get(f"{metric}_stderr,{filtered}")
+                found = Interval(float(value), None, None, n, "none")
+                if metric.startswith(_SHARES) and n and 0 <= value <= 1:
+                    found = wilson(value * n, n)
+                elif isinstance(spread, (int, float)):
+                    found = Interval(float(value), value - Z * spread, value + Z * spread, n, "normal")
+                better: dict[bool | None, Better] = {True: "higher", False: "lower"}
+                shown = f"{_HARNESS[:-1]}/{each}/{metric}" + ("" if filtered == "none" else f"/{filtered}")
+                figures.append(make_figure(shown, found, better=better.get(higher.get(metric)), slice=f"K={number}"))
     return figures
-
-
-def _find_task(task: str) -> tuple[Any, str]:
-    from lm_eval.tasks import TaskManager
-    from ruamel.yaml import YAML
-
-    file = Path(task).expanduser()
-    if file.suffix in (".yaml", ".yml"):
-        if not file.is_file():
-            raise DataError("there is no such task file", where=str(file))
-        content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not isinstance(content.get("task"), str):
-            raise DataError("needs `task: NAME`", where=str(file))
-        return TaskManager(include_path=str(file.parent.resolve())), content["task"]
-    manager = TaskManager()
-    known = set(manager.all_tasks)
-    if task not in known:
-        raise DataError(f"{_HARNESS}{task}: lm-evaluation-harness has no such task{suggest(task, known)}")
-    return manager, task
-
-
-def _read_results(
-    task: str, values: dict[str, Any], n: int, higher_is_better: dict[str, bool], *, slice: str
-) -> Iterator[Figure]:
-    for key, value in values.items():
-        metric, _, filtered = key.partition(",")
-        if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not filtered:
-            continue
-        error = values.get(f"{metric}_stderr,{filtered}")
-        found = Interval(float(value), None, None, n, "none")
-        if metric.startswith(_SHARES) and n and 0 <= value <= 1:
-            found = wilson(value * n, n)
-        elif isinstance(error, (int, float)):
-            found = Interval(float(value), value - Z * error, value + Z * error, n, "normal")
-        better: dict[bool | None, Better] = {True: "higher", False: "lower"}
-        name = f"{_HARNESS[:-1]}/{task}/{metric}" + ("" if filtered == "none" else f"/{filtered}")
-        yield make_figure(name, found, better=better.get(higher_is_better.get(metric)), slice=slice)
