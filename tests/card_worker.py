@@ -18,7 +18,7 @@ from alignkit.models.generation import generate_answers, stream_tokens
 from alignkit.models.heads import ScoreHead
 from alignkit.models.logprobs import Sampling, pad_answers, score_tokens
 from alignkit.models.parameters import take_probe
-from alignkit.models.scratch import builtin_config, choose_family, random_model
+from alignkit.models.start import builtin_config, choose_family, random_model
 from alignkit.train.ppo.critic import critic_from_policy, critic_on_policy
 from alignkit.train.ppo.math import kl_losses, policy_losses, token_weights, value_losses
 from alignkit.train.ppo.roles import Roles, read_answers

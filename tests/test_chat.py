@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from alignkit.chat import Speaker
 from alignkit.models.frozen import load_causal
 from alignkit.models.generation import stream_text, stream_tokens
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 

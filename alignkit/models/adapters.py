@@ -39,7 +39,7 @@ _SCALES = {"r", "alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 
 
 def is_adapter(name: str) -> bool:
-    """Tell whether a weight of an adapted model is saved with an adapter."""
+    """Whether a weight of an adapted model is saved with an adapter."""
     return _ADDED.search(name) is not None
 
 
@@ -59,17 +59,18 @@ def adapt(
     assert stage.lora is not None
     name, known, init = TRAINED, _list_names(model), stage.lora.init_lora_weights
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    below = directory if action in ("continue", "stack") else None
+    rows: Any = None
     try:
-        if action not in ("continue", "stack"):
+        if below is None:
             first = upper = _new_config(model, stage, reward=reward, tokens=tokens)
         else:
-            assert directory is not None
-            first = _stored_config(model, directory, reward=reward, trainable=action == "continue")
+            first = _stored_config(model, below, reward=reward, trainable=action == "continue")
         if action == "continue":
             _check_shape(first, stage, directory)
             if hasattr(first, "lora_dropout"):
                 first.lora_dropout = stage.lora.dropout
-            rows: Any = getattr(first, "trainable_token_indices", None)
+            rows = getattr(first, "trainable_token_indices", None)
             if tokens and rows is None:
                 first.trainable_token_indices = _name_tokens(model, tokens)
             elif tokens and not set(tokens) <= {token for some in rows.values() for token in some}:
@@ -83,13 +84,12 @@ def adapt(
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(stage.seed)
             wrapped = _wrap(model, first, name)
-            if directory is not None and action in ("continue", "stack"):
-                new = (".token_adapter.",) if action == "continue" and tokens and rows is None else ()
-                _fill(wrapped, directory, name, reward=reward, new=new)
+            if below is not None:
+                _fill(wrapped, below, name, reward=reward, new=(".token_adapter.",) if tokens and rows is None else ())
             if action == "stack":
                 wrapped.add_adapter(TRAINED, upper)
                 _copy(wrapped, START, TRAINED, ".modules_to_save.")  # the score head starts from the lower adapter's
-            elif action != "continue" and parts is not None and init not in (None, *_DRAWN):
+            elif below is None and parts is not None and init not in (None, *_DRAWN):
                 lower = copy.deepcopy(upper)
                 lower.trainable_token_indices, lower.modules_to_save, lower.lora_dropout = None, None, 0.0
                 if init != "loftq":
@@ -240,10 +240,8 @@ def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"cannot be read: {error}", where=str(directory / "adapter_model.safetensors")) from error
 
 
-def _name_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]] | None:
+def _name_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]]:
     """Say which rows of which matrices PEFT trains beside the adapter: the embeddings' and those of an untied head."""
-    if not tokens:
-        return None
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     untied = head if head is not None and head.weight is not embeddings.weight else embeddings
     return {name: list(tokens) for name, module in model.named_modules() if module is embeddings or module is untied}
@@ -255,8 +253,7 @@ def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool, tokens: S
     if not isinstance(options.target_modules, str | None) and "lm_head" in options.target_modules:
         what = "lora.target_modules names lm_head, which is never adapted; use all-linear"
         raise ModelError(what, where=stage.where("lora.target_modules"))
-    given = options.model_dump()
-    known = adapter_fields(options.adapter_type)
+    given, known = options.model_dump(), adapter_fields(options.adapter_type)
     # PEFT adds the score head of a SEQ_CLS adapter to modules_to_save.
     values = {theirs: given[ours] for ours, (theirs, _) in known.items() if given.get(ours) not in (None, [], {})}
     if values.get("lora_alpha") == int(options.alpha):
@@ -266,10 +263,10 @@ def _new_config(model: PreTrainedModel, stage: Stage, *, reward: bool, tokens: S
     if options.adapter_type == "oft" and options.r:  # PEFT takes one of the two, and the size by default
         values.setdefault("oft_block_size", 0)
     if options.target_modules == "all-linear" and "layers_to_transform" in values:  # PEFT wants names with it
-        linear = {name: one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear | Conv1D)}
-        heads = (model.get_output_embeddings(), getattr(model, "score", None))
-        names = (name.split(".")[-1] for name, one in linear.items() if all(one is not head for head in heads))
-        values["target_modules"] = sorted({*names})
+        heads = {model.get_output_embeddings(), getattr(model, "score", None)}
+        linear = (torch.nn.Linear, Conv1D)
+        found = {name for name, module in model.named_modules() if isinstance(module, linear) and module not in heads}
+        values["target_modules"] = sorted({name.split(".")[-1] for name in found})
     if options.init_lora_weights in _DRAWN:
         values["init_lora_weights"] = options.init_lora_weights
     if options.init_lora_weights == "eva":
@@ -328,11 +325,10 @@ def _fill(model: PeftModel, directory: Path, name: str, *, reward: bool, new: An
 
 def _check_shape(config: Any, stage: Stage, directory: Path | None) -> None:
     """Refuse `lora:` values that a continued adapter would silently ignore."""
-    options = stage.lora
-    assert options is not None
+    options: Any = stage.lora
     kind = "dora" if getattr(config, "use_dora", False) else str(config.peft_type.value).lower()
     wanted = "dora" if options.use_dora else options.adapter_type
-    found: list[tuple[str, Any, Any]] = [("adapter_type", wanted, kind)]
+    found: dict[str, tuple[Any, Any]] = {"adapter_type": (wanted, kind)}
     held = {*options.model_fields_set, "r", "alpha", "use_rslora"} - _NOT_HELD
     if str(options.init_lora_weights)[:5] in ("pissa", "olora") and getattr(config, "r", 0) == 2 * options.r:
         held -= _SCALES  # saved with both parts, as one of scale 1
@@ -340,13 +336,13 @@ def _check_shape(config: Any, stage: Stage, directory: Path | None) -> None:
         asked, has = getattr(options, ours), getattr(config, theirs)
         if ours in held and isinstance(asked, str) == isinstance(has, str):  # all-linear is kept as what it stood for
             asked, has = (sorted(value) if isinstance(value, set | list) else value for value in (asked, has))
-            found.append((ours, asked, has))
-    or_new = "or adapter: merge or stack to train a new one"
-    if problems := [
-        Problem(f"lora.{key} is {asked} but the adapter in {directory} has {has}; set lora.{key}: {has}, {or_new}",
-                stage.where(f"lora.{key}"))
-        for key, asked, has in found if asked != has
-    ]:  # fmt: skip
+            found[ours] = asked, has
+    problems = []
+    for key, (asked, has) in found.items():
+        what = f"lora.{key} is {asked} but the adapter in {directory} has {has}; set lora.{key}: {has}, or adapter: "
+        if asked != has:
+            problems.append(Problem(f"{what}merge or stack to train a new one", stage.where(f"lora.{key}")))
+    if problems:
         raise ModelError(problems)
 
 
@@ -365,40 +361,33 @@ def _require_matches(model: PeftModel, stage: Stage, known: str) -> None:
     A pattern is asked for its words. PEFT itself puts names of experts that were layers once (w1, gate_proj) on the
     parameters that they are now; what is left in the config is what it took for layers.
     """
-    options = stage.lora
-    assert options is not None
-    config = next(iter(model.peft_config.values()))
-    given = options.model_dump()
+    options: Any = stage.lora
+    config, given = next(iter(model.peft_config.values())), options.model_dump()
     names = [name for name, _ in model.named_modules()]
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     weights = [name.removesuffix(".default").replace(".base_layer", "") for name, _ in model.named_parameters()]
     places = {"modules_to_save": names, "exclude_modules": names, "feedforward_modules": adapted,
               "rank_pattern": adapted, "alpha_pattern": adapted, "target_parameters": weights}  # fmt: skip
-    if isinstance(options.target_modules, list):
-        left = config.target_modules if isinstance(config.target_modules, set | list) else options.target_modules
-        given["target_modules"], places["target_modules"] = [n for n in options.target_modules if n in left], adapted
-    missing = {
-        key: [one for one in given.get(key) or () if not any(re.search(rf"(^|\.)({one})$", name) for name in where)]
-        for key, where in places.items()
-        if not isinstance(given.get(key), str)
-    }
-    if isinstance(options.target_modules, str) and options.target_modules != "all-linear":
-        pattern = re.sub(r"\(\?[!<][^)]*\)|\[[^]]*\]|\\.", " ", options.target_modules)
+    targets = options.target_modules
+    if isinstance(targets, list):
+        left = config.target_modules if isinstance(config.target_modules, set | list) else targets
+        given["target_modules"], places["target_modules"] = [name for name in targets if name in left], adapted
+    missing = {}
+    for key, where in places.items():
+        asked = () if isinstance(given.get(key), str) else given.get(key) or ()
+        missing[key] = [one for one in asked if not any(re.search(rf"(^|\.)({one})$", name) for name in where)]
+    if isinstance(targets, str) and targets != "all-linear":
+        pattern = re.sub(r"\(\?[!<][^)]*\)|\[[^]]*\]|\\.", " ", targets)
         words = dict.fromkeys(re.findall(r"[A-Za-z]\w{2,}", pattern))
         missing["target_modules"] = [word for word in words if not any(word in key for key in names)]
     layers = given.get("layers_to_transform") or []
     chosen = [layers] if isinstance(layers, int) else layers
     missing["layers_to_transform"] = [str(n) for n in chosen if not any(f".{n}." in name for name in adapted)]
-    problems = [
-        Problem(f"lora.{key} names {', '.join(left)}: nothing in the model; {known}", stage.where(f"lora.{key}"))
-        for key, left in missing.items()
-        if left
-    ]
+    said = {key: f"names {', '.join(left)}: nothing in the model; {known}" for key, left in missing.items() if left}
     key = "r" if options.r else "oft_block_size"
     if options.adapter_type == "oft" and (asked := given.get(key)):  # where it does not fit, PEFT takes another
         taken = {getattr(layer, key)[TRAINED] for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
         if taken != {asked}:
-            what = f"lora.{key} is {asked}, which does not divide the inputs of every layer (it would be {taken})"
-            problems.append(Problem(what, stage.where(f"lora.{key}")))
-    if problems:
-        raise ModelError(problems)
+            said[key] = f"is {asked}, which does not divide the inputs of every layer (it would be {taken})"
+    if said:
+        raise ModelError(Problem(f"lora.{key} {what}", stage.where(f"lora.{key}")) for key, what in said.items())

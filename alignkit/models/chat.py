@@ -1,25 +1,37 @@
-"""Conversations and texts to token ids, with what is learnt marked exactly: the answer and the token that ends it.
+"""Tokenizers with their chat template, and conversations and texts as token ids with what is learnt marked exactly.
 
 Texts are tokenised in batches; where the backend cuts at spaces, a word is looked up instead of split again.
 """
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
+from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
-from alignkit.models.files import KNOWN
-from alignkit.models.template import OTHERS, ConversationError, Message, Span, Template, Written
+from alignkit.models.files import KNOWN, TEMPLATES, find_model_dir, has_tokenizer, inspect_model_dir, is_builtin
+from alignkit.models.hub import explain_hub_errors, quiet_transformers
+from alignkit.models.start import builtin_tokenizer, learnt_tokenizer
+from alignkit.models.template import OTHERS, ConversationError, Message, Span, Template, Written, list_settings
+from alignkit.recipe.schema import LEARNT_TOKENIZERS
+from alignkit.recipe.stage import Stage
 
+NO_TEMPLATE = f"the tokenizer has no chat template: {OTHERS}"
+SETTINGS = "chat_template_kwargs"  # their key in tokenizer_config.json, so that a saved model keeps them
+TASK_TOKENS = ("<|start|>", "<|delimiter|>", "<|extract|>")  # of a classifier, see the heads module
+Text = str | list[Message]
+_THINK = re.compile(r"</?think\w*>")  # in a generation prompt, and in answers by right
+_TEMPLATES = Path(__file__).with_name("templates")
 _MAX_WORDS = 100_000  # about 20 MB of Python lists
 # A run of white space with a space in it is cut as a whole, and differently at its end.
 _RUN = re.compile(r"\s | \s")
@@ -38,11 +50,11 @@ class WordTokenizer:
         """Give the ids of each text, without special tokens of its own accord."""
         if not self.cached:
             return self._encode_all(texts)
-        if len(self._first) + len(self._spaced) > _MAX_WORDS:
-            self._first.clear()
-            self._spaced.clear()
-        split = [None if _RUN.search(text) else text.split(" ") for text in texts]
         first, spaced = self._first, self._spaced
+        if len(first) + len(spaced) > _MAX_WORDS:
+            first.clear()
+            spaced.clear()
+        split = [None if _RUN.search(text) else text.split(" ") for text in texts]
         new_first = {words[0]: None for words in split if words and words[0] not in first}
         new_spaced = {word: None for words in split if words for word in words[1:] if word not in spaced}
         # The words that are new, and the texts that must be cut as a whole, all at once.
@@ -68,28 +80,18 @@ def _cuts_at_spaces(backend: Tokenizer) -> bool:
     if any(token.rstrip or " " in token.content for token in backend.get_added_tokens_decoder().values()):
         return False
     # The pickle state of a part of the pipeline is its JSON in tokenizer.json.
-    parts = (backend.normalizer, backend.pre_tokenizer)
     none: Any = {"type": None}
+    parts = (backend.normalizer, backend.pre_tokenizer)
     normalizer, before = (none if part is None else json.loads(part.__getstate__()) for part in parts)
     steps = before["pretokenizers"] if before["type"] == "Sequence" else [before]
     kinds = [step["type"] for step in steps]
     if normalizer["type"] not in (None, "NFC") or kinds[-1:] != ["ByteLevel"] or steps[-1]["add_prefix_space"]:
         return False
-    if kinds == ["ByteLevel"]:
-        return steps[0]["use_regex"]  # GPT-2's own pattern
-    return (
-        kinds == ["Split", "ByteLevel"]
-        and not steps[1]["use_regex"]
-        and steps[0]["pattern"].get("Regex") in KNOWN["patterns_cut_at_spaces"]
-        and steps[0]["behavior"] == "Isolated"
-        and not steps[0]["invert"]
-    )
-
-
-NO_TEMPLATE = f"the tokenizer has no chat template: {OTHERS}"
-SETTINGS = "chat_template_kwargs"  # their key in tokenizer_config.json, so that a saved model keeps them
-_THINK = re.compile(r"</?think\w*>")  # in a generation prompt, and in answers by right
-Text = str | list[Message]
+    first, *others = steps
+    if not others:
+        return bool(first["use_regex"])  # GPT-2's own pattern
+    is_known = kinds == ["Split", "ByteLevel"] and first["pattern"].get("Regex") in KNOWN["patterns_cut_at_spaces"]
+    return is_known and first["behavior"] == "Isolated" and not first["invert"] and not others[0]["use_regex"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +129,13 @@ class Chat:
         self._prefix: list[int] = alone[: alone.index(bare[0])] if bare and bare[0] in alone else []
         self._tokenize = WordTokenizer(tokenizer.backend_tokenizer).encode
         # Tokenizers that start every text with a space mark (Llama 2, Mistral) cannot take a text in pieces.
-        whole, parts = self._tokenize(["\nanswer"])[0], self._tokenize(["\n", "answer"])
-        self._in_pieces = whole == parts[0] + parts[1]
+        whole, one, other = self._tokenize(["\nanswer", "\n", "answer"])
+        self._in_pieces = whole == one + other
         found = None if encoder_decoder else tokenizer.chat_template
         texts = found if isinstance(found, dict) else {"default": found} if found else {}
-        settings = {**tokenizer.special_tokens_map, **self.settings}
-        controls, eos = _list_controls(tokenizer), tokenizer.eos_token or ""
-        self._templates = {
-            key: Template(text, name=name, controls=controls, eos=eos, settings=settings, clock=self.clock)
-            for key, text in texts.items()
-        }
+        given: Any = {"controls": _list_controls(tokenizer), "eos": tokenizer.eos_token or "", "clock": self.clock}
+        given |= {"name": name, "settings": {**tokenizer.special_tokens_map, **self.settings}}
+        self._templates = {key: Template(text, **given) for key, text in texts.items()}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -207,10 +206,9 @@ class Chat:
 
     def write(self, messages: Sequence[Any], *, mask: bool = True) -> list[Written]:
         """Write a conversation for training, after what needs a text of its own; without `mask` all of it is learnt."""
-        template = self._choose(messages)
         if mask:
-            return template.write(messages)
-        text = template.write_all(messages)
+            return self._choose(messages).write(messages)
+        text = self._choose(messages).write_text(messages)
         return [Written(text, [(0, len(text))])]
 
     def write_pair(self, prompt: Text, completion: Text) -> list[Written]:
@@ -227,29 +225,34 @@ class Chat:
             raise ConversationError("a prompt and its completion must both be text or both be messages")
         return self._choose(prompt).write([*prompt, *completion], first=len(prompt))
 
-    def write_segments(self, segments: Sequence[str], learnt: Sequence[bool]) -> Written:
-        """Join one text of segments that are learnt or only read."""
-        ends = [0, *accumulate(map(len, segments))]
-        spans = [span for span, is_learnt in zip(pairwise(ends), learnt, strict=True) if is_learnt]
-        return Written("".join(segments), spans, plain=True)
-
     def write_prompt(self, prompt: Text) -> Written:
         """Write a prompt as generation starts from it."""
         if self.encoder_decoder:
             prompt = _read_one_turn(prompt)
         if isinstance(prompt, str):
             return Written(prompt, start=len(prompt), plain=True)
-        text = self._choose(prompt).write_prompt(prompt)
+        text = self._choose(prompt).write_text(prompt, prompt=True)
         return Written(text, start=len(text))
 
     def tokenize(self, written: Sequence[Written]) -> list[Encoded]:
         """Give the ids; a prompt of a plain text gets no eos.
 
         A plain text that begins with BOS or ends with a token that ends answers, as one that is rendered already does,
-        gets no second one.
+        gets no second one. Source and target of an encoder-decoder each get what its tokenizer puts around a text, and
+        an eos; blanks around them go.
         """
         if self.encoder_decoder:
-            return self._tokenize_halves(written)
+            eos, halves = self.tokenizer.eos_token_id, []
+            sources, targets = [one.text[: one.start] for one in written], [one.text[one.start :] for one in written]
+            for kind, texts in (("text", sources), ("text_target", targets)):
+                found = self.tokenizer(**{kind: [text.strip() for text in texts]}).input_ids
+                halves.append([ids if ids and ids[-1] == eos else [*ids, eos] for ids in found])
+            return [
+                Encoded(source + target, [(len(source), len(source) + len(target))], len(source))
+                if one.spans
+                else Encoded(source, [], len(source))
+                for one, source, target in zip(written, *halves, strict=True)
+            ]
         borders = [sorted({0, one.start, len(one.text), *(at for span in one.spans for at in span)}) for one in written]
         if self._in_pieces:
             cut = [one.text[a:b] for one, cuts in zip(written, borders, strict=True) for a, b in pairwise(cuts)]
@@ -257,7 +260,7 @@ class Chat:
         else:
             texts = [one.text for one in written]
             encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
-        found = []
+        encoded = []
         for one, cuts in zip(written, borders, strict=True):
             if self._in_pieces:
                 ids: list[int] = []
@@ -265,9 +268,12 @@ class Chat:
                 for end in cuts[1:]:
                     ids += next(pieces)
                     places[end] = len(ids)
-            else:
+            else:  # a token over a border stays with the earlier side
                 encoding = next(encodings)
-                ids, places = encoding.ids, {at: _first_token(encoding, at, len(one.text)) for at in cuts}
+                ids = encoding.ids
+                starts = [start if end > start else -1 for start, end in encoding.offsets]
+                highest = list(accumulate(starts, max))
+                places = {at: bisect_left(highest, at) for at in cuts}
             if one.plain:
                 head = [] if ids[: len(self._prefix)] == self._prefix else self._prefix
                 ids, places = head + ids, {at: len(head) + place for at, place in places.items()}
@@ -276,24 +282,8 @@ class Chat:
                 ids = [*ids, self.tokenizer.eos_token_id]
                 if spans[-1][1] == len(ids) - 1:
                     spans[-1] = (spans[-1][0], len(ids))
-            found.append(Encoded(ids, spans, places[one.start]))
-        return found
-
-    def _tokenize_halves(self, written: Sequence[Written]) -> list[Encoded]:
-        """Give source and target each with what its tokenizer puts around a text, and an eos; blanks around it go."""
-        eos = self.tokenizer.eos_token_id
-
-        def encode(**texts: list[str]) -> list[list[int]]:
-            return [ids if ids and ids[-1] == eos else [*ids, eos] for ids in self.tokenizer(**texts).input_ids]
-
-        sources = encode(text=[one.text[: one.start].strip() for one in written])
-        targets = encode(text_target=[one.text[one.start :].strip() for one in written])
-        return [
-            Encoded(source + target, [(len(source), len(source) + len(target))], len(source))
-            if one.spans
-            else Encoded(source, [], len(source))
-            for one, source, target in zip(written, sources, targets, strict=True)
-        ]
+            encoded.append(Encoded(ids, spans, places[one.start]))
+        return encoded
 
     def encode(self, conversations: Sequence[list[Message]]) -> list[list[Encoded]]:
         """Encode whole conversations, each as `write` gives it."""
@@ -338,21 +328,139 @@ def _read_one_turn(content: Text) -> str:
 
 def _list_controls(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """List the tokens that are special by their flag or by their bars, longest first; blanks are not."""
-    added = tokenizer.added_tokens_decoder.values()
-    tokens = {
-        token.content
-        for token in added
-        if token.special or (token.content[:2] in ("<|", "<｜") or token.content[-2:] in ("|>", "｜>"))
-    }
-    found = {token for token in tokens | set(tokenizer.all_special_tokens) if token.strip()}
-    return sorted(found, key=lambda token: (-len(token), token))
+    found = set(tokenizer.all_special_tokens)
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special or token.content[:2] in ("<|", "<｜") or token.content[-2:] in ("|>", "｜>"):
+            found.add(token.content)
+    return sorted(filter(str.strip, found), key=lambda token: (-len(token), token))
 
 
-def _first_token(encoding: Any, char: int, length: int) -> int:
-    """The first token that starts at or after a character; one over a border stays with the earlier side."""
-    for position in range(char, length):
-        token = encoding.char_to_token(position)
-        if token is not None:
-            start, _ = encoding.token_to_chars(token)[-2:]
-            return token if start >= char else token + 1
-    return len(encoding.ids)
+def find_tokenizer(stage: Stage) -> tuple[str, str | None]:
+    """Find where the tokenizer of a stage comes from, and its revision.
+
+    It is what the stage starts from if that has one, else `model.tokenizer`, else `model.path`; RNNsearch, which comes
+    without one, learns words.
+    """
+    start = find_model_dir(stage.start_dir) if stage.start_dir else None
+    if start is not None and inspect_model_dir(start, trust_code=stage.trust_code).has_tokenizer:
+        return str(start), None
+    if stage.model.tokenizer:
+        return stage.model.tokenizer, None
+    if stage.model.path.startswith("builtin:rnn"):
+        return LEARNT_TOKENIZERS[0], None
+    return stage.model.path, stage.model.revision
+
+
+def load_tokenizer(stage: Stage, *, learnt: str | None = None) -> PreTrainedTokenizerFast:
+    """Load the tokenizer a stage trains with, its pad token, chat template and template settings set.
+
+    `learnt` is the one that its rows made, where it is such. Builtin tokenizers speak chatml unless told otherwise. Of
+    several templates all are kept, the chosen one as `default`. Raises ModelError or EnvironmentProblem.
+    """
+    source, revision = find_tokenizer(stage)
+    if source in LEARNT_TOKENIZERS:
+        assert learnt is not None, "learn_vocabulary of the train room reads the rows"
+        tokenizer = learnt_tokenizer(learnt)
+    elif is_builtin(source):
+        tokenizer = builtin_tokenizer()
+        tokenizer.chat_template = _read_template("chatml", tokenizer)
+    else:
+        remedy = "set model.tokenizer to the one its model was trained with"
+        tokenizer = read_tokenizer(source, revision=revision, trust_code=stage.trust_code, remedy=remedy)
+    require_eos(tokenizer, source)
+    set_pad_token(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in stage.model.add_tokens])
+    if stage.task is not None:
+        added: dict[str, Any] = {"additional_special_tokens": list(TASK_TOKENS)}
+        tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
+    name, where = stage.model.chat_template, stage.where("model.chat_template")
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        if name in own or (name is None and len(own) == 1):
+            tokenizer.chat_template = own | {"default": own.get(name) or next(iter(own.values()))}
+            name = None
+        elif name is None and "default" not in own:
+            raise ModelError(f"{source} has several chat templates; name one: {', '.join(sorted(own))}", where=where)
+    if name:
+        tokenizer.chat_template = _read_template(name, tokenizer, where=where)
+    found = tokenizer.chat_template or {}
+    texts = found.values() if isinstance(found, dict) else [found]
+    read = {setting for text in texts for setting in list_settings(text, where=name or f"{source} (chat template)")}
+    settings = stage.model.chat_template_kwargs or {}
+    if unread := sorted(settings.keys() - read):
+        known = ", ".join(sorted(read)) or "no settings"
+        what = f"the chat template does not read {', '.join(unread)}; it reads {known}"
+        raise ModelError(what, where=stage.where("model.chat_template_kwargs"))
+    if settings:
+        tokenizer.init_kwargs[SETTINGS] = settings  # which a saved model keeps
+    return tokenizer
+
+
+def load_chat(stage: Stage, *, clock: datetime | None = None, learnt: str | None = None) -> Chat:
+    """Load a stage's tokenizer with its template, which reads the time of `clock`."""
+    name = stage.model.chat_template or "the tokenizer's own"
+    tokenizer, halves = load_tokenizer(stage, learnt=learnt), stage.objective == "seq2seq"
+    return Chat(tokenizer, clock=clock, name=name, encoder_decoder=halves)
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give the tokenizer a pad token that is not its eos, where the vocabulary has a spare one; else the eos.
+
+    A reward model reads its score at the last token that is not padding, so a shared token would hide the eos.
+    Labels never depend on it: they are set by position.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    vocabulary = tokenizer.get_vocab()
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    spare = [token for token in KNOWN["spare_tokens"] if token in vocabulary and token not in taken]
+    tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, *, model: str) -> None:
+    """Raise ModelError when the tokenizer has ids that the embedding matrix does not."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        what = f"the tokenizer has token ids up to {highest} but {model} has {vocab_size} embeddings; "
+        raise ModelError(f"{what}set model.tokenizer to the tokenizer that belongs to the model")
+
+
+def read_tokenizer(
+    source: str, *, revision: str | None = None, trust_code: bool = False,
+    remedy: str = "copy the one it was trained with into it",
+) -> PreTrainedTokenizerFast:  # fmt: skip
+    """Read the tokenizer of a directory, a run or a hub id; `remedy` is what to do where there is none."""
+    directory = find_model_dir(source)
+    if directory is not None and not has_tokenizer(directory):
+        raise ModelError(f"{directory} has no tokenizer; {remedy}")
+    with explain_hub_errors(source), quiet_transformers():
+        place = str(directory or source)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_code)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{source} has no fast tokenizer (tokenizer.json); convert it once; {remedy}")
+    return tokenizer
+
+
+def require_eos(tokenizer: PreTrainedTokenizerFast, source: str) -> None:
+    """Raise ModelError for a tokenizer without a token that ends a text."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {source} has no eos token; set eos_token in its tokenizer_config.json")
+
+
+def _read_template(name: str, tokenizer: PreTrainedTokenizerFast, *, where: str | None = None) -> str:
+    """Read a shipped template or a file."""
+    if name not in KNOWN["control_tokens"]:
+        file = Path(name).expanduser()
+        if not file.is_file():
+            what = f"model.chat_template {name!r} is neither a file nor one of {', '.join(TEMPLATES)}"
+            raise ModelError(what, where=where)
+        return file.read_text(encoding="utf-8")
+    missing = [token for token in KNOWN["control_tokens"][name] if token not in tokenizer.get_vocab()]
+    if missing:
+        what = f"model.chat_template {name!r} writes {' and '.join(missing)}, which the tokenizer does not have as "
+        raise ModelError(f"{what}tokens; use plain, or zephyr, which need no control tokens", where=where)
+    text = (_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    # A text that is tokenised by the tokenizer alone would start with a BOS; a chat then does too, once.
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    return "{{- bos_token }}" + text if adds_bos and "bos_token" not in text else text

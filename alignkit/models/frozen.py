@@ -11,15 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError, RewardError
-from alignkit.models.chat import Chat, ConversationError
+from alignkit.models.chat import Chat, ConversationError, read_tokenizer, require_eos, set_pad_token
 from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.hub import fetch_adapter
 from alignkit.models.load import Model, load_trained, pick_device
 from alignkit.models.logprobs import pad
 from alignkit.models.start import find_base, read_config
-from alignkit.models.tokens import read_tokenizer, require_eos, set_pad_token
 
-_FAMILY = "ForSequenceClassification"
 ScoreIds = Callable[[list[list[int]]], Tensor]
 
 
@@ -53,10 +51,8 @@ def load_causal(
     """
     if is_builtin(source):
         raise ModelError(f"{source} has random weights, which can neither answer nor judge; name a trained model")
-    directory = find_model_dir(source) or fetch_adapter(source, None)
-    where, record = pick_device(device), {}
-    if directory is not None:
-        record = inspect_model_dir(directory, trust_code=trust_code).record
+    directory, where = find_model_dir(source) or fetch_adapter(source, None), pick_device(device)
+    record = inspect_model_dir(directory, trust_code=trust_code).record if directory else {}
     dtype = _reading_dtype(record, where) if directory else torch.bfloat16
     if where == "cpu" and not record:  # half precision is slow there
         dtype = torch.float32
@@ -115,10 +111,10 @@ def load_classifier(
     # What has no head for scores is refused: transformers would draw one at random and only say so in a log.
     if config is None and files is not None and not files.reward:
         raise ModelError(f"{place} is the adapter of a language model, not of a reward model")
-    kinds = [] if config is None else config.architectures or []
-    if config is not None and not any(kind.endswith(_FAMILY) for kind in kinds):
-        found = ", ".join(kinds) or "a model without architectures in its config.json"
-        raise ModelError(f"{place} is {found}; a reward model is a ...{_FAMILY}, such as an rm stage makes")
+    family = "ForSequenceClassification"
+    if config is not None and not any(kind.endswith(family) for kind in config.architectures or ()):
+        found = ", ".join(config.architectures or ()) or "a model without architectures in its config.json"
+        raise ModelError(f"{place} is {found}; a reward model is a ...{family}, such as an rm stage makes")
     if config is not None and config.num_labels > 2:
         raise ModelError(f"{place} has {config.num_labels} labels; a reward needs one (its logit) or two (log-odds)")
     tokenizer = read_tokenizer(place, trust_code=trust_code)
@@ -145,9 +141,8 @@ def load_classifier(
 def read_norm(source: str) -> tuple[float, float]:
     """Read gain and bias of a reward model's reward_norm.json; 1 and 0 without one."""
     directory = find_model_dir(source)
-    if directory is None or not (directory / REWARD_NORM).is_file():
+    if directory is None or not (file := directory / REWARD_NORM).is_file():
         return 1.0, 0.0
-    file = directory / REWARD_NORM
     try:
         norm = json.loads(file.read_text(encoding="utf-8"))
         return float(norm["gain"]), float(norm["bias"])
@@ -169,8 +164,7 @@ def score_ids(model: Any, sequences: Sequence[Sequence[int]], *, pad_id: int, ba
         chosen = order[start : start + batch_size]
         input_ids_BT, mask_BT = pad([sequences[number] for number in chosen], pad_id)
         logits = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device)).logits.float()
-        odds = logits[:, 0] if logits.size(1) == 1 else logits[:, 1] - logits[:, 0]
-        scores_B[chosen] = odds.cpu()
+        scores_B[chosen] = (logits[:, 0] if logits.size(1) == 1 else logits[:, 1] - logits[:, 0]).cpu()
     return scores_B
 
 
@@ -183,11 +177,8 @@ def encode_own(
         splits = chat.encode_prompt_completion(prompts, completions)
     except ConversationError as error:
         raise RewardError(f"the reward model {name} cannot read answer {error.index}: {error}") from error
-    stops = chat.stop_ids
-    return [
-        split.ids if has_ended or split.ids[-1] not in stops else split.ids[:-1]
-        for split, has_ended in zip(splits, ended, strict=True)
-    ]
+    pairs = zip((split.ids for split in splits), ended, strict=True)
+    return [ids if has_ended or ids[-1] not in chat.stop_ids else ids[:-1] for ids, has_ended in pairs]
 
 
 def encode_foreign(
@@ -203,8 +194,9 @@ def encode_foreign(
         try:
             text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
         except Exception as error:  # a template raises what it likes
-            what = f"the chat template of the reward model {name} refuses answer {number}: {error}"
-            raise RewardError(what) from error
+            raise RewardError(
+                f"the chat template of the reward model {name} refuses answer {number}: {error}"
+            ) from error
         sequences.append(list(tokenizer(text, add_special_tokens=False).input_ids))
     if any(not ids for ids in sequences):
         raise RewardError(f"the reward model {name} has no token for an empty prompt with an empty answer")

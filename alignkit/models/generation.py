@@ -9,15 +9,23 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.continuous_batching import cb_logits_processors as upstream
 
 from alignkit.console import Meter
+from alignkit.errors import ModelError
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.logprobs import keep_likeliest, pad
 
 _TAIL = 24  # new tokens that are looked at for an end
-_HELD_BACK = "\ufffd"  # what half of a character decodes to
 
 
 @contextmanager
@@ -56,8 +64,8 @@ class InverseTransform(LogitsProcessor):
     """
 
     def __init__(self, uniforms_BT: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0) -> None:
-        self.uniforms_BT, self._step, self._temperature = uniforms_BT, 0, temperature
-        self._top_p, self._top_k = top_p, top_k
+        self.uniforms_BT, self._step = uniforms_BT, 0
+        self._temperature, self._top_p, self._top_k = temperature, top_p, top_k
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._step += 1
@@ -104,8 +112,6 @@ def generate_answers(
             uniforms_BT = torch.from_numpy(np.stack(numbers))
         draw = InverseTransform(uniforms_BT, temperature=temperature, top_p=top_p, top_k=top_k)
     if in_flight is not None:
-        from alignkit.models.continuous import generate_continuous  # slow to import
-
         likeliest = InverseTransform(torch.zeros(len(kept), new_tokens), temperature=1.0, top_k=1)
         return generate_continuous(model, kept, settings, draw=draw or likeliest, batch_size=in_flight)
     return generate_batch(model, kept, settings, draw=draw, **hooks)
@@ -152,7 +158,8 @@ def generate_batch(
             ended_B = torch.isin(input_ids[:, width:], stops).any(dim=1)
             if is_over is not None:
                 length = input_ids.size(1) - width
-                for row, tail in zip(rows, input_ids[:, max(width, input_ids.size(1) - _TAIL) :].tolist(), strict=True):
+                tails = input_ids[:, width:][:, -_TAIL:].tolist()
+                for row, tail in zip(rows, tails, strict=True):
                     if ends[row] > length and is_over(tail):
                         ends[row] = length
                 ended_B |= torch.tensor([ends[row] <= length for row in rows], device=device)
@@ -185,6 +192,81 @@ def generate_batch(
     return answers
 
 
+class _Draw(upstream.ContinuousBatchingLogitsProcessor):
+    """An `InverseTransform` for rows that come and go: a request's numbers are looked up by its name and its turn."""
+
+    supported_kwargs: dict[str, type] = {}
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, draw: InverseTransform, settings: GenerationConfig, device: torch.device) -> None:
+        self.draw, self.least, self.turns = draw, settings.min_new_tokens or 0, dict[str, int]()
+        self.stops = torch.tensor(settings.eos_token_id, dtype=torch.long, device=device)
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        """The number of each request's next token; one below 0 is less by 1 and says that it may not be a stop."""
+        numbers = []
+        for name in (request.state.request_id for request in requests_with_new_token):
+            turn, row = self.turns.get(name, 0), int(name.rpartition("_")[2]) if name.startswith("req_") else 0
+            self.turns[name] = turn + 1
+            last = self.draw.uniforms_BT.size(1) - 1  # more may be asked for than are written
+            numbers.append(float(self.draw.uniforms_BT[row, min(turn, last)]) - (turn < self.least))
+        return torch.tensor(numbers, dtype=torch.float32).view(torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        numbers_B = tensor_arg[: scores.size(0)].view(torch.float32)
+        scores[:, self.stops] = scores[:, self.stops].masked_fill((numbers_B < 0)[:, None], -torch.inf)
+        return self.draw.choose(scores, numbers_B % 1)
+
+
+def generate_continuous(
+    model: Any, prompts: Sequence[list[int]], settings: GenerationConfig, *, draw: InverseTransform, batch_size: int
+) -> list[list[int]]:  # fmt: skip
+    """Write new tokens after each prompt by transformers' continuous batching, `batch_size` at a time.
+
+    An answer that ends makes room for the next prompt at once. It draws by the same numbers as `generate_batch`, so
+    that both give the same answers up to rounding. The cache holds `batch_size` answers of the longest length, in
+    pages. Raises ModelError where a model cannot.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    device, was_training, answers = next(model.parameters()).device, model.training, dict[str, list[int]]()
+    page, most = (256, 2**14) if device.type == "cuda" else (32, 512)  # FlashAttention's tables want pages of 256
+    longest = max(map(len, prompts)) + settings.max_new_tokens
+    config = ContinuousBatchingConfig(
+        page_size=page, num_blocks=min(batch_size, len(prompts)) * (-(-longest // page) + 1), seed=0,
+        max_requests_per_batch=batch_size, max_batch_tokens=max(longest, most), auto_switch_to_flash=False,
+    )  # fmt: skip
+    manager = None
+    with torch.random.fork_rng(), quiet_transformers(), Meter("answers written", len(prompts)) as meter:
+        try:
+            manager = base.init_continuous_batching(generation_config=settings, continuous_batching_config=config)
+            # No argument takes a processor; the list is read when the thread starts (transformers 5.23).
+            processors = LogitsProcessorList([_Draw(draw, settings, device)])
+            manager.logit_processor = upstream.ContinuousBatchingLogitsProcessorList(processors)
+            manager.logit_processor.tensors_required = 1
+            manager.start()
+            names = manager.add_requests([list(ids) for ids in prompts], max_new_tokens=settings.max_new_tokens)
+            while len(answers) < len(prompts):
+                result = manager.get_result(timeout=1)
+                if result is None and manager.is_running():
+                    continue
+                if result is None or result.error:
+                    raise ValueError(result.error if result else "its thread has ended")
+                answers[result.request_id] = list(result.generated_tokens)
+                meter.advance()
+        except (ValueError, AttributeError, NotImplementedError, MemoryError) as error:
+            what = f"continuous batching cannot run a {base.config.model_type} model: {error}; use engine: transformers"
+            raise ModelError(what) from error
+        finally:
+            if manager is not None:
+                manager.stop(block=True)
+                manager.destroy()
+            model.train(was_training)
+    return [answers[name] for name in names]
+
+
 def stream_tokens(
     model: Any, prompt: Sequence[int], *, temperature: float, max_new_tokens: int, eos_ids: Sequence[int],
     top_p: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None,
@@ -200,11 +282,10 @@ def stream_tokens(
         (answer,) = generate_answers(model, [prompt], [seed], temperature=temperature, **settings)
         yield from (token for token in answer if token not in eos_ids)
         return
-    device = next(model.parameters()).device
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    device, past = next(model.parameters()).device, None
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     ids_1T = torch.tensor([list(prompt)], device=device)
-    past, count = None, max(min(max_new_tokens, positions - len(prompt)), 0)
+    count = max(min(max_new_tokens, positions - len(prompt)), 0)
     numbers_1T = torch.rand(1, count, generator=generator) if temperature else torch.zeros(1, count)
     top_k = top_k if temperature else 1  # the likeliest
     draw = InverseTransform(numbers_1T, temperature=temperature or 1.0, top_p=top_p, top_k=top_k)
@@ -221,16 +302,15 @@ def stream_tokens(
 
 def stream_text(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
     """Yield the text that each token adds; half of a character waits for its other half."""
-    ids: list[int] = []
-    shown = ""
+    ids, shown = list[int](), ""
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        if text.endswith(_HELD_BACK) and len(text) - len(text.rstrip(_HELD_BACK)) < 4:
+        # What half of a character decodes to.
+        if text.endswith("\ufffd") and len(text) - len(text.rstrip("\ufffd")) < 4:
             continue
         if len(text) > len(shown):
             yield text[len(shown) :]
             shown = text
-    rest = tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
-    if rest:
+    if rest := tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]:
         yield rest

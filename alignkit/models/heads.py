@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from alignkit.errors import ModelError
-from alignkit.models.chat import Chat, Encoded
+from alignkit.models.chat import TASK_TOKENS, Chat, Encoded
 from alignkit.models.logprobs import pad
 from alignkit.models.template import Written
 
-START, DELIMITER, EXTRACT = TASK_TOKENS = ("<|start|>", "<|delimiter|>", "<|extract|>")
 _STD = 0.02  # of new embeddings and of a new head, as of all weights of GPT-1
 
 
@@ -111,16 +110,15 @@ class _DoubleHeads:
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **kwargs: Any
     ) -> SequenceClassifierOutput:
         """Logits of the labels, (S, C), and with `labels`, the tokens, the losses of language modelling, (S,)."""
-        inputs = {**kwargs, "input_ids": input_ids, "attention_mask": attention_mask}
-        losses_S = None
+        inputs, losses_S = {**kwargs, "input_ids": input_ids, "attention_mask": attention_mask}, None
         if labels is None:
             hidden_STH = self.base_model(**inputs).last_hidden_state  # type: ignore[attr-defined]
         else:
             outputs = super().forward(**{**inputs, "output_hidden_states": True})  # type: ignore[misc]
             hidden_STH, losses_S = outputs.hidden_states[-1], language_losses(outputs.logits, labels)
         last_S = attention_mask.sum(dim=1) - 1
-        logits_SC = self.score(hidden_STH[torch.arange(len(last_S), device=last_S.device), last_S])
-        return SequenceClassifierOutput(loss=losses_S, logits=logits_SC)
+        last_SH = hidden_STH[torch.arange(len(last_S), device=last_S.device), last_S]
+        return SequenceClassifierOutput(loss=losses_S, logits=self.score(last_SH))
 
 
 def double_heads(config: Any) -> type[PreTrainedModel]:
@@ -139,11 +137,6 @@ def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
     model.resize_token_embeddings(num_tokens, mean_resizing=False)
     for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
         layer.weight.data[before:] = layer.weight.data[:before].float().mean(dim=0).to(layer.weight)
-
-
-def task_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids of the start, delimiter and extract tokens."""
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in TASK_TOKENS]
 
 
 def prepare_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, seed: int, of_task: bool) -> None:
@@ -165,11 +158,9 @@ def prepare_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, 
         head.weight.copy_(drawn * _STD if of_task else drawn / (head.in_features + 1) ** 0.5)
         if head.bias is not None:
             head.bias.zero_()
-        ids = task_token_ids(tokenizer) if of_task else []
-        embeddings, output = [model.get_input_embeddings().weight], model.get_output_embeddings()
-        if output is not None and output.weight is not embeddings[0]:
-            embeddings.append(output.weight)
-        for weight in embeddings if ids else ():
+        ids = tokenizer.convert_tokens_to_ids(list(TASK_TOKENS))
+        layers = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
+        for weight in {id(layer.weight): layer.weight for layer in layers if of_task}.values():
             weight[ids] = (torch.randn(len(ids), weight.size(1), generator=generator) * _STD).to(weight)
 
 
@@ -178,9 +169,8 @@ def predict(
     model: Any, rows: Sequence[Sequence[Sequence[int]]], objective: str, *, pad_id: int, batch_size: int = 16
 ) -> list[list[float]]:
     """Probabilities of the labels, or of the answers of a choice, for rows of sequences, as `arrange` gives them."""
-    device = next(model.parameters()).device
+    device, found = next(model.parameters()).device, [list[float]() for _ in rows]
     order = sorted(range(len(rows)), key=lambda number: max(map(len, rows[number])))
-    found: list[list[float]] = [[] for _ in rows]
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         sequences = [ids for number in chosen for ids in rows[number]]

@@ -31,8 +31,8 @@ def leave_out_masks(model: "PreTrainedModel") -> None:
 
     Attention then takes the kernel that reads half of the pairs. Generation, whose padding is on the left, keeps it.
     """
-    layers = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
-    if not layers or not all(layers) or model.config._attn_implementation != "sdpa":
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if not causal or not all(causal) or model.config._attn_implementation != "sdpa":
         return
 
     def leave_out(_: Any, arguments: Any, given: dict[str, Any]) -> Any:
@@ -70,14 +70,13 @@ def head_logps(
     TRL's kernel holds a tile of the vocabulary at a time, N x `tile`, and computes logits twice. Where all of them
     are few this one computes them once.
     """
-    few = len(targets_N) * len(weight_VH) <= _LARGEST and softcap is None
-    if hidden_NH.device.type == "cpu" and few and not hasattr(weight_VH, "ds_id"):  # of which ZeRO-3 holds a part
+    few, on_cpu = len(targets_N) * len(weight_VH) <= _LARGEST and softcap is None, hidden_NH.device.type == "cpu"
+    if on_cpu and few and not hasattr(weight_VH, "ds_id"):  # of which ZeRO-3 holds a part
         return _HeadLogps.apply(hidden_NH, weight_VH, bias_V, targets_N, scale / temperature, outputs)
     from trl.kernels import ChunkedLogProbFunction
 
-    tile = min(tile, len(weight_VH)) if hidden_NH.device.type == "cpu" else tile
-    options = softcap, scale, outputs
-    return ChunkedLogProbFunction.apply(hidden_NH, weight_VH, bias_V, targets_N, temperature, tile, *options)
+    options = temperature, min(tile, len(weight_VH)) if on_cpu else tile, softcap, scale, outputs
+    return ChunkedLogProbFunction.apply(hidden_NH, weight_VH, bias_V, targets_N, *options)
 
 
 class _HeadLogps(torch.autograd.Function):
@@ -109,16 +108,12 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """d log p / dz = 1[target] - p."""
-        gradients: list[Tensor | None] = [None] * 6
         if grad_N is None:
-            return tuple(gradients)
+            return (None,) * 6
         hidden_NH, weight_VH, targets_N, p_NV = ctx.saved_tensors
         grad_NV = (p_NV * -grad_N[:, None]).scatter_add_(1, targets_N[:, None], grad_N[:, None]).mul_(ctx.scale)
-        wide_NV = grad_NV.to(ctx.dtype)
-        if ctx.needs_input_grad[0]:
-            gradients[0] = (wide_NV @ weight_VH.to(ctx.dtype)).to(hidden_NH.dtype)
-        if ctx.needs_input_grad[1]:
-            gradients[1] = (wide_NV.t() @ hidden_NH.to(ctx.dtype)).to(weight_VH.dtype)
-        if ctx.needs_input_grad[2]:
-            gradients[2] = grad_NV.sum(dim=0).to(weight_VH.dtype)
-        return tuple(gradients)
+        wide_NV, (needs_hidden, needs_weight, needs_bias, *_) = grad_NV.to(ctx.dtype), ctx.needs_input_grad
+        d_hidden = (wide_NV @ weight_VH.to(ctx.dtype)).to(hidden_NH.dtype) if needs_hidden else None
+        d_weight = (wide_NV.t() @ hidden_NH.to(ctx.dtype)).to(weight_VH.dtype) if needs_weight else None
+        d_bias = grad_NV.sum(dim=0).to(weight_VH.dtype) if needs_bias else None
+        return d_hidden, d_weight, d_bias, None, None, None

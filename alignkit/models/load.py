@@ -25,16 +25,20 @@ from transformers.pytorch_utils import Conv1D
 from alignkit import console
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, first_line
 from alignkit.models import adapters, start
+from alignkit.models.chat import TASK_TOKENS, check_vocabulary, load_tokenizer
 from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir, is_builtin, read_shapes
-from alignkit.models.heads import ScoreHead, double_heads, grow_vocabulary, prepare_head, task_token_ids
+from alignkit.models.heads import ScoreHead, double_heads, grow_vocabulary, prepare_head
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
-from alignkit.models.scratch import choose_family, override_config, random_model
-from alignkit.models.tokens import check_vocabulary, load_tokenizer
+from alignkit.models.start import choose_family, override_config, random_model
 from alignkit.recipe.schema import PpoOptions, SftOptions
 from alignkit.recipe.stage import Stage
 
 # Kept out of quantization: a head that is read or trained directly. Embeddings are no linear layers.
 UNQUANTIZED = ["lm_head", "score"]
+Model: TypeAlias = PreTrainedModel | PeftModel
+# How the reference of DPO is had: the adapter switched off, the frozen copy `ref`, the frozen lower adapter `start`
+# alone, or a second model.
+Reference = Literal["adapter_off", "ref_adapter", "base_adapter", "model"]
 # One formula by four names, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))): upstream runs it as eight operators and
 # keeps the result of each for the backward pass, torch as one.
 ACT2FN.update(dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), GELUTanh))
@@ -60,11 +64,20 @@ class Precision:
                 "double_quantization": self.double_quantization}  # fmt: skip
 
 
+@dataclass
+class Loaded:
+    """A model to train and what it is made of."""
+
+    model: Model
+    reference: Reference | None  # None where the method has no reference
+    lineage: list[dict[str, Any]]  # base first; each entry has `role` and `path`
+    precision: Precision
+
+
 def pick_device(wanted: str = "auto", *, where: str = "") -> str:
     """Pick the device asked for, at `where` in a recipe, or the best that is there."""
-    seen = {"cuda": torch.cuda.is_available, "npu": is_npu_available, "xpu": is_xpu_available,
-            "mps": torch.backends.mps.is_available, "cpu": lambda: True}  # fmt: skip
-    available = {name: there() for name, there in seen.items()}
+    available = {"cuda": torch.cuda.is_available(), "npu": is_npu_available(), "xpu": is_xpu_available(),
+                 "mps": torch.backends.mps.is_available(), "cpu": True}  # fmt: skip
     if wanted == "auto":
         return next(name for name, there in available.items() if there)
     if not available[wanted.partition(":")[0]]:
@@ -123,19 +136,19 @@ def draw_base(stage: Stage, tokenizer: PreTrainedTokenizerFast, dtype: torch.dty
     return random_model(config, seed=stage.seed, dtype=dtype, attn_implementation=kernel)
 
 
-def write_base(run_dir: Path, model: PreTrainedModel, record: dict[str, Any]) -> None:
-    """Write base weights to `<run_dir>/base`, whole or not at all.
+def write_base(base: Path, model: PreTrainedModel, lineage: list[dict[str, Any]]) -> None:
+    """Write base weights to a directory, whole or not at all.
 
     Every rank may call it: the content is the same, the first to rename wins, the rest throw theirs away.
     """
-    base, draft = run_dir / "base", run_dir / f"base.tmp-{os.getpid()}"
+    draft = base.with_name(f"base.tmp-{os.getpid()}")
     with quiet_transformers():
         model.save_pretrained(draft)
-    (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (draft / RECORD).write_text(json.dumps({"lineage": lineage}, indent=1) + "\n", encoding="utf-8")
     try:
         draft.rename(base)
-    except OSError:  # another rank was faster
-        if not base.exists():
+    except OSError:
+        if not base.exists():  # no other rank was faster
             raise
         shutil.rmtree(draft)
 
@@ -166,21 +179,18 @@ def read_base(
     if use_kernels:
         arguments["use_kernels"] = True
     if precision.quantized:
-        arguments["quantization_config"] = quantization_config(precision)
-        on_cuda = precision.device == "cuda"
-        arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if on_cuda else precision.device}
+        place = int(os.environ.get("LOCAL_RANK", "0")) if precision.device == "cuda" else precision.device
+        arguments |= {"quantization_config": quantization_config(precision), "device_map": {"": place}}
     with explain_hub_errors(source), quiet_transformers(), console.waiting(f"loading {source}"):
         model, info = family.from_pretrained(
             str(directory or source), revision=revision, dtype=precision.dtype, use_safetensors=True,
             trust_remote_code=trust_code, output_loading_info=True, **arguments,
         )  # fmt: skip
-    missing = sorted(info["missing_keys"])
-    new = [name for name in missing if name.split(".")[0] == "score"] if reward else []
-    if len(missing) > len(new):
-        first = next(name for name in missing if name not in new)
-        what = f"{len(missing) - len(new)} tensors are missing, first {first}; the copy is incomplete"
+    missing = sorted(name for name in info["missing_keys"] if not (reward and name.split(".")[0] == "score"))
+    if missing:
+        what = f"{len(missing)} tensors are missing, first {missing[0]}; the copy is incomplete"
         raise ModelError(what, where=source)
-    model.score_is_new = bool(new)
+    model.score_is_new = bool(info["missing_keys"])
     if reward and type(head_of_scores := getattr(model, "score", None)) is nn.Linear:
         head_of_scores.__class__ = ScoreHead
     if head:
@@ -208,22 +218,6 @@ def quantization_config(precision: Precision) -> BitsAndBytesConfig:
     )  # fmt: skip
 
 
-Model: TypeAlias = PreTrainedModel | PeftModel
-# How the reference of DPO is had: the adapter switched off, the frozen copy `ref`, the frozen lower adapter `start`
-# alone, or a second model.
-Reference = Literal["adapter_off", "ref_adapter", "base_adapter", "model"]
-
-
-@dataclass
-class Loaded:
-    """A model to train and what it is made of."""
-
-    model: Model
-    reference: Reference | None  # None where the method has no reference
-    lineage: list[dict[str, Any]]  # base first; each entry has `role` and `path`
-    precision: Precision
-
-
 def load_policy(
     stage: Stage, *, run_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None, reward: bool = False,
     labels: Sequence[str] | None = None,
@@ -244,15 +238,11 @@ def load_policy(
         raise ModelError(what, where=stage.where(f"{stage.name}.start_from"))
     known = None if origin.head is None else origin.head["labels"]
     if origin.reward and known != (None if labels is None else list(labels)):
-        has, wanted = (
-            "one score" if names is None else ", ".join(names) or "one score a choice" for names in (known, labels)
-        )
+        heads = (known, labels)
+        has, wanted = ("one score" if it is None else ", ".join(it) or "one score a choice" for it in heads)
         what = f"its start has a head of {has}, and it needs one of {wanted}; start from a language model"
         raise ModelError(what, where=stage.where(f"{stage.name}.start_from"))
-    head, two_heads = None, False
-    if labels is not None:
-        head = {"labels": list(labels), "num_tokens": len(tokenizer)}
-        two_heads = stage.expect(SftOptions).lm_coef > 0
+    head = None if labels is None else {"labels": list(labels), "num_tokens": len(tokenizer)}
     precision = pick_precision(stage)
     if precision.quantized and stage.lora is None:
         what = "quantised weights cannot be trained in full; add lora:"
@@ -274,18 +264,19 @@ def load_policy(
             if action == "merge" and origin.adapter is not None:
                 whole = adapters.attach_frozen(whole, origin.adapter, reward=origin.reward).merge_and_unload()
             grow_vocabulary(whole, len(tokenizer) if grows else 0)
-            write_base(run_dir.resolve(), whole, {"lineage": lineage})
+            write_base(made, whole, lineage)
         base, revision = str(made), None
     elif is_drawn and (stage.lora is not None or reward):  # others build on these weights: they go through files
         if not made.exists():
-            drawn = draw_base(stage, tokenizer, torch.float32 if precision.quantized else precision.dtype)
-            write_base(run_dir.resolve(), drawn, {"lineage": lineage})
+            dtype = torch.float32 if precision.quantized else precision.dtype
+            write_base(made, draw_base(stage, tokenizer, dtype), lineage)
         base, revision, is_drawn = str(made), None, False
     if is_drawn:
         model = draw_base(stage, tokenizer, precision.dtype)
     else:
         settings: Any = {"attn_implementation": stage.model.attn_implementation, "trust_code": stage.trust_code}
-        settings |= {"head": head, "two_heads": two_heads, "use_kernels": stage.model.use_kernels}
+        settings |= {"head": head, "use_kernels": stage.model.use_kernels}
+        settings["two_heads"] = head is not None and stage.expect(SftOptions).lm_coef > 0
         model = read_base(base, precision, reward=reward, revision=revision, **settings)
         grow_vocabulary(model, len(tokenizer) if grows else 0)
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, model=base)
@@ -299,19 +290,17 @@ def load_policy(
         freeze(model, stage)
         return Loaded(model, "model" if has_reference else None, lineage, precision)
     model.requires_grad_(False)
-    added = [] if stage.method == "ppo" else [int(tokenizer.get_vocab()[token]) for token in stage.model.add_tokens]
-    tokens = [*(task_token_ids(tokenizer) if head is not None else ()), *added]
-    parts = run_dir.resolve() / "parts.safetensors"
+    names = [*(TASK_TOKENS if head is not None else ()), *(stage.model.add_tokens if stage.method != "ppo" else ())]
+    tokens, parts = tokenizer.convert_tokens_to_ids(names), run_dir.resolve() / "parts.safetensors"
     wrapped = adapters.adapt(model, stage, action, origin.adapter, reward=reward, tokens=tokens, parts=parts)
     if stage.lora.init_lora_weights == "loftq" and action in ("new", "merge"):
         lineage[-1] = {**lineage[-1], "init": "loftq"}
     if precision.quantized:
         # Gradients of float16 weights cannot be unscaled: there the adapters are float32.
         adapters.cast_adapters(wrapped, torch.float32 if precision.dtype == torch.float16 else precision.dtype)
-    references: dict[str, Reference] = {"stack": "base_adapter", "continue": "ref_adapter"}
-    if stage.lora.init_lora_weights == "loftq":  # which does not begin as the base alone
-        references |= {"new": "ref_adapter", "merge": "ref_adapter"}
-    reference = references.get(action, "adapter_off") if has_reference else None
+    starts = {"stack": "base_adapter", "continue": "ref_adapter"}
+    usual: Any = "ref_adapter" if stage.lora.init_lora_weights == "loftq" else "adapter_off"  # not the base alone
+    reference: Any = starts.get(action, usual) if has_reference else None
     if reference == "ref_adapter":
         adapters.copy_adapter(wrapped, adapters.TRAINED, adapters.REFERENCE)
         wrapped.set_adapter(adapters.TRAINED)
@@ -320,9 +309,8 @@ def load_policy(
 
 def freeze(model: nn.Module, stage: Stage) -> None:
     """Leave the weights that `model.freeze` names out of training; raise ModelError for what names none."""
-    where = stage.where("model.freeze")
+    where, named = stage.where("model.freeze"), dict(model.named_parameters())
     for pattern in stage.model.freeze:
-        named = dict(model.named_parameters())
         try:
             found = [weight for name, weight in named.items() if re.search(pattern, name)]
         except re.error as error:
@@ -338,14 +326,12 @@ def freeze(model: nn.Module, stage: Stage) -> None:
 load_reward_model = partial(load_policy, reward=True)
 
 
-def load_reference(stage: Stage, loaded: Loaded) -> PreTrainedModel | None:
+def load_reference(loaded: Loaded) -> PreTrainedModel | None:
     """Copy the frozen second model of full fine-tuning, None where adapters give the reference.
 
     It is the policy as it is now: call it before training and before a checkpoint is read.
     """
-    if loaded.reference != "model":
-        return None
-    return copy.deepcopy(loaded.model).requires_grad_(False).eval()
+    return copy.deepcopy(loaded.model).requires_grad_(False).eval() if loaded.reference == "model" else None
 
 
 def load_trained(
@@ -363,22 +349,19 @@ def load_trained(
         raise ModelError(f"{directory} is {has}, not {wanted}")
     record: dict[str, Any] = files.record if files else {}
     stored = record.get("dtype") or (files.config.get("dtype") if files else None)
-    precision = Precision(
-        dtype or getattr(torch, stored or "float32"), pick_device(device),
-        quantization or record.get("quantization", "none"), record.get("double_quantization", True),
-    )  # fmt: skip
-    is_adapter = files is not None and files.kind == "adapter"
+    codes, double = quantization or record.get("quantization", "none"), record.get("double_quantization", True)
+    precision = Precision(dtype or getattr(torch, stored or "float32"), pick_device(device), codes, double)
+    place = start.find_base(files) if files and files.kind == "adapter" else str(directory or source)
     model = read_base(
-        start.find_base(files) if files and is_adapter else str(directory or source), precision, reward=reward,
-        num_labels=num_labels, head=record.get("head"), revision=files.base_revision if files else None,
-        trust_code=trust_code,
+        place, precision, reward=reward, num_labels=num_labels, head=record.get("head"),
+        revision=files.base_revision if files else None, trust_code=trust_code,
     )  # fmt: skip
     if reward and model.config.pad_token_id is None:
         model.config.pad_token_id = record.get("pad_token_id")
     if not precision.quantized:
         model = model.to(precision.device)
-    if directory and is_adapter:
-        return adapters.attach_frozen(model, directory, reward=reward)
+    if files and files.kind == "adapter":
+        return adapters.attach_frozen(model, files.path, reward=reward)
     return model.requires_grad_(False).eval()
 
 
@@ -398,11 +381,8 @@ def build_skeleton(stage: Stage, tokenizer: Any = None, *, learnt: str | None = 
     action = start.choose_action(stage, origin)
     base = _build_base(stage, origin, tokenizer, learnt)
     total = sum(weight.numel() for weight in base.parameters())
-    linear = sum(
-        module.weight.numel()
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name.split(".")[-1] not in UNQUANTIZED
-    )
+    layers = (module for name, module in base.named_modules() if name.split(".")[-1] not in UNQUANTIZED)
+    linear = sum(module.weight.numel() for module in layers if isinstance(module, nn.Linear | Conv1D))
     doubts, notes = [], []
     if stage.model.quantization != "none" and linear < total / 2:
         experts = sorted({name.split(".")[-1] for name, weight in base.named_parameters() if weight.ndim == 3})
@@ -432,16 +412,14 @@ def build_skeleton(stage: Stage, tokenizer: Any = None, *, learnt: str | None = 
             doubts.append(f"no adapter reaches the experts' {', '.join(sorted(left))}, {share:.1%} of the weights")
         if stage.lora.dropout and stage.method != "sft" and stage.trainer.get("disable_dropout") is not False:
             notes.append(f"lora.dropout {stage.lora.dropout}: {stage.method} switches dropout off (disable_dropout)")
-    sorting = [name for name in stage.trainer.get("loss_type") or () if name.startswith("aot")]
-    rows = stage.training.batch_size
+    sorting, rows = [n for n in stage.trainer.get("loss_type") or () if n.startswith("aot")], stage.training.batch_size
     if sorting and stage.training.micro_batch_size != rows:
         what = f"loss_type {sorting[0]} sorts the rows of a forward pass, so micro_batch_size and the number of "
         doubts.append(f"{what}processes change it: micro_batch_size: {rows} in one process sorts those of a step")
     directory = find_model_dir(origin.base)
     if stage.method != "rm" and directory and (directory / "generation_config.json").exists():
         settings = GenerationConfig.from_pretrained(str(directory)).to_diff_dict()
-        others = ("_token_id", "_version", "_from_model_config", "use_cache", "output_attentions",
-                  "output_hidden_states")  # fmt: skip
+        others = ("_token_id", "_version", "_from_model_config", "use_cache", "_attentions", "_hidden_states")
         if names := [name for name in settings if not name.endswith(others)]:
             notes.append(f"the base's generation_config.json ({', '.join(names)}): the saved model keeps it")
     num_trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
@@ -457,11 +435,9 @@ def _build_base(stage: Stage, origin: start.Start, tokenizer: Any, learnt: str |
         num_bytes = 4 * sum(weight.numel() for weight in model.parameters())
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if num_bytes > memory:
-            raise ModelError(
-                f"the model has {num_bytes // 4:,} parameters, {num_bytes / 2**30:,.0f} GiB to be drawn; this machine "
-                f"has {memory / 2**30:,.0f} GiB",
-                where=None if is_builtin(source) else source,
-            )
+            what = f"the model has {num_bytes // 4:,} parameters, {num_bytes / 2**30:,.0f} GiB to be drawn; this "
+            what = f"{what}machine has {memory / 2**30:,.0f} GiB"
+            raise ModelError(what, where=None if is_builtin(source) else source)
         config = model.config
         if not reward:
             return model
@@ -476,12 +452,11 @@ def _build_base(stage: Stage, origin: start.Start, tokenizer: Any, learnt: str |
         start.know_classifier(config)
     if reward and not origin.head:
         config.num_labels = 1
-    directory = None if is_builtin(source) else find_model_dir(source)
+    directory = find_model_dir(source)
     config_file = str(directory / "config.json") if directory else source
-    family = choose_family(config, reward=reward)
     try:
         with torch.device("meta"):
-            model = family.from_config(config, trust_remote_code=stage.trust_code)
+            model = choose_family(config, reward=reward).from_config(config, trust_remote_code=stage.trust_code)
     except Exception as error:  # whatever a strange config provokes; nothing but this build is in here
         raise ModelError(f"does not make a model: {first_line(error)}", where=config_file) from error
     stored: dict[str, list[int]] = {}

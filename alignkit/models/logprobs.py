@@ -123,11 +123,10 @@ def token_logps(base: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: fl
 
     `base` is a causal language model without PEFT's wrapper. Where there are many logits they are never held whole.
     """
-    weight, bias, softcap, scale = _read_head(base)
+    weight, bias, *bound_and_scale = _read_head(base)
     hidden_NH, targets_N = hidden_NH.to(weight.device), targets_N.to(weight.device)
-    logps_N, entropy_N, *_ = head_logps(
-        hidden_NH, weight, bias, targets_N, temperature, _VOCABULARY_TILE, softcap, scale, ("entropy",)
-    )
+    options: Any = (temperature, _VOCABULARY_TILE, *bound_and_scale, ("entropy",))
+    logps_N, entropy_N, *_ = head_logps(hidden_NH, weight, bias, targets_N, *options)
     return logps_N, entropy_N.detach()
 
 
@@ -139,10 +138,11 @@ def _read_head(base: Any) -> tuple[Tensor, Tensor | None, float | None, float]:
     if isinstance(head, BaseTunerLayer):  # somebody else's adapter: ours leave the head alone
         weight = weight + sum(head.get_delta_weight(name) for name in head.active_adapters)
     # What the architecture multiplies its logits by, by any of the names in use (TRL's `add_fused_lm_head`).
-    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-    scale = next((float(value) for name in names if (value := getattr(config, name, None)) is not None), None)
-    if scale is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
+    scale = 1.0
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
         scale = float(divisor if config.model_type == "hyperclovax" else 1 / divisor)
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+    scale = next((float(value) for name in names if (value := getattr(config, name, None)) is not None), scale)
     return weight, bias, getattr(config, "final_logit_softcapping", None), scale or 1.0
 
 
@@ -200,28 +200,6 @@ def sampled_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def score_targets(
-    model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, temperature: float = 1.0,
-    batch_size: int = 16,
-) -> list[list[float]]:  # fmt: skip
-    """Log p of every token of each (source, target) under an encoder-decoder model, in nats; as `score_tokens`."""
-    results: list[list[float]] = [[] for _ in pairs]
-    device = next(model.parameters()).device
-    waiting = sorted((place for place, (_, target) in enumerate(pairs) if target), key=lambda p: -len(pairs[p][1]))
-    for start in range(0, len(waiting), batch_size):
-        places = waiting[start : start + batch_size]
-        source_BS, mask_BS = pad([pairs[place][0] for place in places], pad_id)
-        target_BT, known_BT = pad([pairs[place][1] for place in places], pad_id)
-        labels_BT = target_BT.masked_fill(known_BT == 0, -100).to(device)
-        inputs = {"input_ids": source_BS.to(device), "attention_mask": mask_BS.to(device), "labels": labels_BT}
-        logps_BTV = (model(**inputs, use_cache=False).logits.float() / temperature).log_softmax(dim=-1).cpu()
-        logps_BT = logps_BTV.gather(2, target_BT[:, :, None])[:, :, 0]
-        for place, row, mask_T in zip(places, logps_BT, known_BT.bool(), strict=True):
-            results[place] = row[mask_T].tolist()
-    return results
-
-
-@torch.no_grad()
 def align(model: Any, source: Sequence[int], target: Sequence[int]) -> list[list[float]] | None:
     """Say how much the last layer of an encoder-decoder model looks at each source token before it writes a target's.
 
@@ -234,23 +212,37 @@ def align(model: Any, source: Sequence[int], target: Sequence[int]) -> list[list
     return None if weights is None else weights[0].float().mean(dim=0).tolist()
 
 
+@torch.no_grad()
 def score_tokens(
     model: Any, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, temperature: float = 1.0,
     batch_size: int = 16,
 ) -> list[list[float]]:  # fmt: skip
     """Log p of every token of each (context, continuation) given what comes before it, in nats.
 
-    The first token of an empty context has nothing before it and is left out. Everything must fit into the model's
-    positions. `temperature` divides the logits. The model is in eval mode.
+    The first token of an empty context has nothing before it and is left out; of an encoder-decoder model the pairs are
+    sources and targets, of which no token is left out. Everything must fit into the model's positions. `temperature`
+    divides the logits. The model is in eval mode.
     """
-    if model.config.is_encoder_decoder:
-        return score_targets(model, sequences, pad_id=pad_id, temperature=temperature, batch_size=batch_size)
     results: list[list[float]] = [[] for _ in sequences]
-    with Meter("sequences read", len(sequences)) as meter:
-        for batch in iter_scores(model, sequences, pad_id=pad_id, temperature=temperature, batch_size=batch_size):
-            for place, logps in batch:
-                results[place] = logps
-            meter.advance(len(batch))
+    if not model.config.is_encoder_decoder:
+        with Meter("sequences read", len(sequences)) as meter:
+            for batch in iter_scores(model, sequences, pad_id=pad_id, temperature=temperature, batch_size=batch_size):
+                for place, logps in batch:
+                    results[place] = logps
+                meter.advance(len(batch))
+        return results
+    device, sizes = next(model.parameters()).device, [len(target) for _, target in sequences]
+    waiting = sorted((place for place, size in enumerate(sizes) if size), key=lambda place: -sizes[place])
+    for start in range(0, len(waiting), batch_size):
+        places = waiting[start : start + batch_size]
+        source_BS, mask_BS = pad([sequences[place][0] for place in places], pad_id)
+        target_BT, known_BT = pad([sequences[place][1] for place in places], pad_id)
+        labels_BT = target_BT.masked_fill(known_BT == 0, -100).to(device)
+        inputs = {"input_ids": source_BS.to(device), "attention_mask": mask_BS.to(device), "labels": labels_BT}
+        logps_BTV = (model(**inputs, use_cache=False).logits.float() / temperature).log_softmax(dim=-1).cpu()
+        logps_BT = logps_BTV.gather(2, target_BT[:, :, None])[:, :, 0]
+        for place, row in zip(places, logps_BT, strict=True):
+            results[place] = row[: sizes[place]].tolist()
     return results
 
 
@@ -268,9 +260,8 @@ def iter_scores(
     pairs = [(list(context or tail[:1]), list(tail if context else tail[1:])) for context, tail in sequences]
     waiting = sorted((place for place, (_, tail) in enumerate(pairs) if tail), key=lambda at: -sum(map(len, pairs[at])))
     batches, saved = _plan(pairs, waiting, batch_size)
-    if (saved > _WORTH_SHARING * sum(len(pairs[at][0]) for at in waiting) if share is None else share) and can_share(
-        base
-    ):
+    saves_enough = saved > _WORTH_SHARING * sum(len(pairs[at][0]) for at in waiting)
+    if (saves_enough if share is None else share) and _can_share(base):
         reader = _Reader(base, pad_id, [])
         for length, groups in batches:
             stem = groups[0][0][0][:length].tolist()
@@ -295,14 +286,12 @@ def iter_scores(
 # Texts that begin alike: comparisons after the same worked examples, both orders of one, the choices of a question.
 # What they have in common is read once, and the rest on its keys and values.
 
-_Question = tuple[
-    NDArray[np.int32], list[tuple[int, list[int]]]
-]  # a context, and what is scored after it with its place
+_Question = tuple[NDArray[np.int32], list[tuple[int, list[int]]]]  # a context; place and ids of what is scored after it
 _Groups = list[list[_Question]]
 
 
-def can_share(base: Any) -> bool:
-    """Tell whether a model's cache can have padding inside; windows, chunks and states count its places."""
+def _can_share(base: Any) -> bool:
+    """Whether a model's cache can have padding inside; windows, chunks and states count its places."""
     config = base.config.get_text_config()
     whole = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     counts = getattr(config, "sliding_window", None) or getattr(base, "_is_stateful", False)
@@ -330,7 +319,7 @@ def _plan(
     families = _gather([asked[key] for key in sorted(asked)], is_like)
     alone = [question for family in families if len(family) < batch_size for question in family]
     batches: list[tuple[int, _Groups]] = []
-    for family in [family for family in families if len(family) >= batch_size] + [alone] * bool(alone):
+    for family in [*(family for family in families if len(family) >= batch_size), *([alone] if alone else [])]:
         stem = 0 if family is alone else _alike(family[0], family[-1])
 
         def saves_more(group: list[_Question], question: _Question, stem: int = stem) -> bool:
@@ -354,10 +343,9 @@ def _gather(questions: Iterable[_Question], joins: Callable[[list[_Question], _Q
     """Put neighbours into one group as long as the next one joins it."""
     groups: _Groups = []
     for question in questions:
-        if groups and joins(groups[-1], question):
-            groups[-1].append(question)
-        else:
-            groups.append([question])
+        if not groups or not joins(groups[-1], question):
+            groups.append([])
+        groups[-1].append(question)
     return groups
 
 
@@ -374,7 +362,6 @@ class _Reader:
     def __init__(self, base: Any, pad_id: int, stem: list[int]) -> None:
         self.base, self.stem, self._pad_id, self._device = base, stem, pad_id, next(base.parameters()).device
         self._cache: Any = None
-        self._mask_BT = torch.ones(0, 0, dtype=torch.long)
         if stem:
             self.read([stem])
         self._kept: Any = self._cache
@@ -415,8 +402,7 @@ class _Reader:
 
     def forget(self, lengths: Sequence[int], width: int) -> None:
         """Of the last `width` columns keep what each row holds there up to its length."""
-        kept_BT = torch.arange(width) < torch.tensor(lengths)[:, None]
-        self._mask_BT[:, -width:] *= kept_BT.to(self._mask_BT)
+        self._mask_BT[:, -width:] *= (torch.arange(width) < torch.tensor(lengths)[:, None]).to(self._mask_BT)
 
 
 def _read_batch(reader: _Reader, groups: _Groups, temperature: float) -> list[tuple[int, list[float]]]:

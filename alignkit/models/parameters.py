@@ -5,7 +5,6 @@ and a saved model must give it back. It shows a lost adapter or a wrong base, no
 """
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,10 +32,8 @@ def describe_parameters(model: nn.Module) -> dict[str, float]:
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
-        if hasattr(parameter, "ds_id"):  # ZeRO-3: nothing is put together to be counted
-            size = count * parameter.element_size()
-        else:
-            size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(parameter, constants))
+        size = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()  # whole also under ZeRO-3
+        size += sum(tensor.numel() * tensor.element_size() for tensor in constants.get(id(parameter), ()))
         total += count
         num_bytes += size
         trainable += count if parameter.requires_grad else 0
@@ -54,15 +51,14 @@ def hash_base(model: nn.Module) -> str:
     Equal before and after training when training touched nothing but adapters and heads. Trainable parameters,
     adapters and modules saved with them are left out, buffers too. Of a sharded model every rank must call it.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    constants = _constants(model, offsets=True)
+    digest, constants = hashlib.blake2b(digest_size=16), _constants(model, offsets=True)
     named = sorted(model.named_parameters())
     with Meter("tensors of the base hashed", len(named)) as meter:
         for name, parameter in meter.over(named):
             if parameter.requires_grad or is_adapter(name):
                 continue
             digest.update(name.encode())
-            for tensor in _tensors_of(parameter, constants):
+            for tensor in (parameter, *constants.get(id(parameter), ())):
                 digest.update(_bytes_of(tensor))
     return digest.hexdigest()
 
@@ -98,26 +94,18 @@ def _constants(model: nn.Module, *, offsets: bool = False) -> dict[int, list[tor
 
     bitsandbytes moves int8 scales to the layer in the first forward; 4-bit weights lose their state to FSDP.
     """
-    found = {}
+    found: dict[int, list[torch.Tensor]] = {}
     for module in model.modules():
-        kind = type(module).__name__
-        state = None
-        if kind == "Linear4bit":
-            state = getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
-        if state is not None:
-            nested = [state.state2.absmax] if state.nested else []
-            more = [state.offset] if offsets and state.offset is not None else []
-            found[id(module.weight)] = [state.absmax, *nested, *more]
+        kind, held = type(module).__name__, list[torch.Tensor | None]()
+        if kind == "Linear4bit" and (
+            state := getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
+        ):
+            held = [state.absmax, state.state2.absmax if state.nested else None, state.offset if offsets else None]
         elif kind.endswith("Linear8bitLt") and hasattr(module, "state"):
-            scale = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-            found |= {} if scale is None else {id(module.weight): [scale]}
+            held = [module.weight.SCB if module.weight.SCB is not None else module.state.SCB]
+        if held:
+            found[id(module.weight)] = [tensor for tensor in held if tensor is not None]
     return found
-
-
-def _tensors_of(parameter: nn.Parameter, constants: dict[int, list[torch.Tensor]]) -> Iterator[torch.Tensor]:
-    """Yield the tensor itself and, for a quantised one, its block constants."""
-    yield whole(parameter) if hasattr(parameter, "ds_id") else parameter.data
-    yield from constants.get(id(parameter), ())
 
 
 def take_probe(model: nn.Module, *, vocab_size: int, reward: bool) -> dict[str, Any]:
@@ -125,8 +113,7 @@ def take_probe(model: nn.Module, *, vocab_size: int, reward: bool) -> dict[str, 
 
     Runs in eval mode without gradients and puts the mode back.
     """
-    was_training = model.training
-    device = next(model.parameters()).device
+    was_training, device = model.training, next(model.parameters()).device
     ids = probe_ids(vocab_size).to(device)
     model.eval()
     rounds = "flash" in str(model.config._attn_implementation) and model.dtype == torch.float32  # which it cannot take
@@ -140,15 +127,12 @@ def take_probe(model: nn.Module, *, vocab_size: int, reward: bool) -> dict[str, 
     if not reward:  # (2, 16, vocabulary) -> (2, 4, 16)
         entries = torch.arange(_ENTRIES) * vocab_size // _ENTRIES
         logits = logits[:, list(_POSITIONS)][:, :, entries]
-    config = model.config
-    stored = getattr(config, "quantization_config", None) or {}
+    dtype = "bfloat16" if rounds else str(model.config.dtype or torch.float32).removeprefix("torch.")
+    stored = getattr(model.config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     kind = "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "other"))
-    return {
-        "reward": reward,
-        "dtype": "bfloat16" if rounds else str(config.dtype or torch.float32).removeprefix("torch."),
-        "quantization": kind if stored else "none", "values": logits.flatten().tolist(),
-    }  # fmt: skip
+    kind = kind if stored else "none"
+    return {"reward": reward, "dtype": dtype, "quantization": kind, "values": logits.flatten().tolist()}
 
 
 def probe_ids(vocab_size: int) -> torch.Tensor:
@@ -171,8 +155,7 @@ def compare_probes(before: dict[str, Any], after: dict[str, Any]) -> str | None:
     tolerance = max(_TOLERANCE[before["dtype"]], _TOLERANCE[after["dtype"]])
     if before["quantization"] != after["quantization"]:
         tolerance = _OTHER_PRECISION
-    largest = (first - second).abs().max().item()
-    allowed = tolerance * max(1.0, first.abs().max().item())
+    largest, allowed = (first - second).abs().max().item(), tolerance * max(1.0, first.abs().max().item())
     if largest > allowed:
         return f"its outputs differ by up to {largest:.3g} from the saved ones (allowed: {allowed:.3g})"
     return None

@@ -66,17 +66,15 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
         """Encode sources, (B, S) to (B, S, 2n); a state passes padding unchanged."""
-        embedded = self.embedding(input_ids)
+        embedded, sides = self.embedding(input_ids), []
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask_BS1 = mask.unsqueeze(-1).to(embedded.dtype)
-        sides = []
-        for unit, reverse in ((self.forwards, False), (self.backwards, True)):
+        mask_BS1, steps = mask.unsqueeze(-1).to(embedded.dtype), range(embedded.size(1))
+        for unit, order in ((self.forwards, steps), (self.backwards, reversed(steps))):
             given_BS3n = unit.inputs(embedded)
             state = embedded.new_zeros(embedded.size(0), unit.candidate.in_features)
-            states = [state] * embedded.size(1)
-            for j in reversed(range(len(states))) if reverse else range(len(states)):
-                state = torch.lerp(state, unit(given_BS3n[:, j], state), mask_BS1[:, j])
-                states[j] = state
+            states = [state] * len(steps)
+            for j in order:
+                states[j] = state = torch.lerp(state, unit(given_BS3n[:, j], state), mask_BS1[:, j])
             sides.append(torch.stack(states, dim=1))
         return BaseModelOutput(last_hidden_state=torch.cat(sides, dim=-1))
 
@@ -185,11 +183,9 @@ class RnnSearchForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Tensor | None = None, **inputs: Any
     ) -> dict[str, Any]:
-        kept = ("attention_mask", "encoder_outputs", "use_cache", "output_attentions")
+        names = {"attention_mask", "encoder_outputs", "use_cache", "output_attentions"} & inputs.keys()
         target = input_ids if past_key_values is None else input_ids[:, -1:]
-        return {"decoder_input_ids": target, "past_key_values": past_key_values} | {
-            name: inputs[name] for name in kept if name in inputs
-        }
+        return {"decoder_input_ids": target, "past_key_values": past_key_values, **{n: inputs[n] for n in names}}
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -203,8 +199,7 @@ class RnnSearchForConditionalGeneration(PreTrainedModel, GenerationMixin):
         annotations = encoder_outputs[0]
         mask_BS = annotations.new_ones(annotations.shape[:2]) if attention_mask is None else attention_mask
         if decoder_input_ids is None:
-            if labels is None:
-                raise ValueError("give decoder_input_ids or labels")
+            assert labels is not None, "give decoder_input_ids or labels"
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         hidden, state, weights = self.decoder(decoder_input_ids, annotations, mask_BS, past_key_values)
         logits = self.lm_head(hidden)
@@ -217,8 +212,7 @@ class RnnSearchForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Shift the target by one, behind the start token."""
-        start = labels.new_full((labels.size(0), 1), self.config.decoder_start_token_id)
-        shifted = torch.cat([start, labels[:, :-1]], dim=1)
+        shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
 

@@ -64,8 +64,9 @@ def save_model(
             finally:
                 model.config.use_cache = use_cache
             if dtype is not None:
-                config = json.loads((draft / "config.json").read_text("utf-8")) | {"dtype": dtype}
-                (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+                config_file = draft / "config.json"
+                stored = json.loads(config_file.read_text("utf-8")) | {"dtype": dtype}
+                config_file.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", "utf-8")
                 precision = replace(precision, dtype=getattr(torch, dtype)) if precision else None
     tokenizer.save_pretrained(draft)
     eos = sorted({*stop_ids, tokenizer.eos_token_id} - {None})
@@ -101,11 +102,10 @@ def concatenate_adapters(
         present = [adapter for adapter in (START, TRAINED) if adapter in layer.lora_A]
         if not present:
             raise ModelError(f"{name} is adapted in a way that cannot be stacked; use adapter: merge")
-        down = torch.cat([weights[f"{name}.lora_A.{adapter}.weight"].float() for adapter in present], dim=0)
-        up = torch.cat(
-            [weights[f"{name}.lora_B.{adapter}.weight"].float() * layer.scaling[adapter] for adapter in present], dim=1
-        )
-        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = down.cpu(), up.cpu().contiguous()
+        down = torch.cat([weights[f"{name}.lora_A.{key}.weight"].float() for key in present], dim=0)
+        ups = [weights[f"{name}.lora_B.{key}.weight"].float() * layer.scaling[key] for key in present]
+        state[f"{name}.lora_A.weight"] = down.cpu()
+        state[f"{name}.lora_B.weight"] = torch.cat(ups, dim=1).cpu().contiguous()
         ranks[name.removeprefix(_WRAPPER)] = down.shape[0]
     trained = get_peft_model_state_dict(model, state_dict=weights, adapter_name=TRAINED, save_embedding_layers=False)
     state |= {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items() if ".lora_" not in name}
@@ -126,15 +126,13 @@ def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_co
     `source` is a run or an adapter directory. Works on the CPU, in the dtype of training unless given.
     """
     files = find_adapter(str(source), trust_code=trust_code)
-    directory = files.path
-    require_mergeable(files.record.get("lineage", []), str(directory))
+    directory, lineage = files.path, files.record.get("lineage", [])
+    require_mergeable(lineage, str(directory))
     if out.exists() and any(out.iterdir()):
         raise ModelError(f"{out} is not empty; give a directory that does not exist yet", where="--out")
     precision = Precision(dtype or getattr(torch, files.record.get("dtype", "float32")), "cpu")
-    base = read_base(
-        find_base(files), precision, reward=files.reward, head=files.head, revision=files.base_revision,
-        trust_code=trust_code,
-    )  # fmt: skip
+    settings: Any = {"reward": files.reward, "head": files.head, "trust_code": trust_code}
+    base = read_base(find_base(files), precision, revision=files.base_revision, **settings)
     if files.reward and base.config.pad_token_id is None:
         base.config.pad_token_id = files.record.get("pad_token_id")
     vocab_size = base.get_input_embeddings().num_embeddings  # before PEFT wraps them, where it trains some
@@ -145,13 +143,8 @@ def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_co
     beside = (directory / "generation_config.json").exists()
     stop_ids = (GenerationConfig.from_pretrained(str(directory)).eos_token_id if beside else None) or []
     stop_ids = [stop_ids] if isinstance(stop_ids, int) else list(stop_ids)
-    lineage = [*files.record.get("lineage", []), {"role": "adapter", "path": str(directory), "action": "merge"}]
+    lineage = [*lineage, {"role": "adapter", "path": str(directory), "action": "merge"}]
     save_model(merged, tokenizer, out, lineage=lineage, precision=precision, stop_ids=stop_ids, head=files.head)
-    after = take_probe(
-        read_base(str(out), precision, reward=files.reward, head=files.head, trust_code=trust_code),
-        vocab_size=vocab_size,
-        reward=files.reward,
-    )
-    reason = compare_probes(before, after)
-    if reason:
+    after = take_probe(read_base(str(out), precision, **settings), vocab_size=vocab_size, reward=files.reward)
+    if reason := compare_probes(before, after):
         raise ModelError(f"the merged model is not the adapted one: {reason}", where=str(out))

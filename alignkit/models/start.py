@@ -1,26 +1,49 @@
-"""Where weights come from, before any is read: configurations, and what a stage starts from."""
+"""Where weights come from, before any is read: configurations, what a stage starts from, and what is made of nothing.
 
+Made are the embedded tiny models with their tokenizer, tokenizers learnt from rows, and random weights.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.quantizers import AutoHfQuantizer
 
-from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, first_line
-from alignkit.models.files import KNOWN, ModelFiles, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
+from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, Problem, first_line, suggest
+from alignkit.models.files import (
+    BUILTIN_PREFIX,
+    KNOWN,
+    ModelFiles,
+    find_model_dir,
+    fingerprint_weights,
+    inspect_model_dir,
+    is_builtin,
+)
 from alignkit.models.hub import explain_hub_errors, fetch_adapter
-from alignkit.models.scratch import builtin_config, override_config
+from alignkit.models.rnnsearch import RnnSearchConfig
 from alignkit.recipe.schema import OBJECTIVES
 from alignkit.recipe.stage import Stage
+
+END_OF_TEXT, PAD, IM_START, IM_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+_MERGES = Path(__file__).with_name("tiny_merges.txt")
+_POSITIONS = 512
+_START_TOKENS = ["<pad>", "</s>", "<unk>"]
 
 
 def read_config(source: str, *, revision: str | None = None, trust_code: bool = False) -> PreTrainedConfig:
@@ -28,11 +51,10 @@ def read_config(source: str, *, revision: str | None = None, trust_code: bool = 
     if is_builtin(source):
         return builtin_config(source)
     directory = find_model_dir(source)
-    place = str(directory / "config.json") if directory else source
+    place, name = str(directory / "config.json") if directory else source, str(directory or source)
     try:
         with explain_hub_errors(source):
-            place_or_id = str(directory or source)
-            config = AutoConfig.from_pretrained(place_or_id, revision=revision, trust_remote_code=trust_code)
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_code)
     except AlignKitError:
         raise
     except Exception as error:  # config classes check and compute as they like
@@ -73,13 +95,12 @@ def require_objective(stage: Stage, config: PreTrainedConfig) -> None:
     if wants == bool(config.is_encoder_decoder):
         return
     found = f"{stage.start_dir or stage.model.path} ({config.model_type})"
-    if wants:
-        what = f"objective: seq2seq trains an encoder-decoder model, and {found} is a decoder alone"
-        remedy = "take one such as T5, Marian or builtin:rnnsearch, or leave the objective out"
-    else:
-        what = f"{found} is an encoder-decoder model, which only sft with objective: seq2seq trains"
-        remedy = "set that, or take a decoder-only model"
-    raise ModelError(f"{what}; {remedy}", where=stage.where(f"{stage.name}.objective"))
+    what = f"objective: seq2seq trains an encoder-decoder model, and {found} is a decoder alone; take one such as T5, "
+    what += "Marian or builtin:rnnsearch, or leave the objective out"
+    if not wants:
+        what = f"{found} is an encoder-decoder model, which only sft with objective: seq2seq trains; set that, or take "
+        what += "a decoder-only model"
+    raise ModelError(what, where=stage.where(f"{stage.name}.objective"))
 
 
 def require_packages(config: PreTrainedConfig, source: str) -> None:
@@ -90,8 +111,8 @@ def require_packages(config: PreTrainedConfig, source: str) -> None:
     try:
         AutoHfQuantizer.from_config(stored, pre_quantized=True).validate_environment(device_map=None)
     except (ImportError, RuntimeError) as error:
-        what = f"{source} has quantised weights that cannot be used here: {first_line(error)}"
-        raise EnvironmentProblem(what) from error
+        said = first_line(error)
+        raise EnvironmentProblem(f"{source} has quantised weights that cannot be used here: {said}") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(f"its quantization_config cannot be used: {error}", where=source) from error
 
@@ -102,11 +123,9 @@ def know_classifier(config: PreTrainedConfig) -> None:
     Granite, Cohere, OLMoE and others come without such a class. It is made as transformers makes Llama's: the trunk
     and a linear head, read at the last token that is not padding.
     """
-    kind = type(config)
-    known: Any = AutoModelForSequenceClassification._model_mapping
-    if kind in known:
+    kind, causal = type(config), AutoModelForCausalLM._model_mapping
+    if kind in AutoModelForSequenceClassification._model_mapping:
         return
-    causal: Any = AutoModelForCausalLM._model_mapping
     trunks = [c for c in causal[kind].__mro__ if c.__name__.endswith("PreTrainedModel")] if kind in causal else []
     if not trunks or trunks[0] is PreTrainedModel:
         raise ModelError(f"a {config.model_type} model cannot be given a score head: transformers knows no trunk of it")
@@ -229,8 +248,7 @@ def _check_same_base(files: ModelFiles, base: str, stage: Stage) -> None:
         local = Path(path).expanduser()
         return str(local.resolve()) if path and not is_builtin(path) and local.exists() else path
 
-    wanted = stage.model.path
-    local = find_model_dir(base)
+    wanted, local = stage.model.path, find_model_dir(base)
     of_base = inspect_model_dir(local, trust_code=True).record if local else {}
     recorded = [*files.record.get("lineage", []), *of_base.get("lineage", [])]
     same_name = [entry for entry in recorded if canonical(entry.get("path", "")) == canonical(wanted)]
@@ -242,3 +260,110 @@ def _check_same_base(files: ModelFiles, base: str, stage: Stage) -> None:
     what = f"the adapter in {files.path} was trained on {roots[0]}{config}, not on model.path {wanted}; set model.path "
     where = stage.where(f"{stage.name}.start_from")
     raise ModelError(f"{what}(and model.config) to its base, or start from another stage", where=where)
+
+
+def builtin_config(path: str) -> PreTrainedConfig:
+    """Make the configuration behind `builtin:NAME`; a ModelError names the nearest name that exists."""
+    find_model_dir(path)
+    tokenizer, name = builtin_tokenizer(), path.removeprefix(BUILTIN_PREFIX)
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if name.startswith("rnn"):
+        return RnnSearchConfig(attention=name == "rnnsearch")
+    # GPT-2 has about 0.32 M parameters and no dropout: two forward passes of the same weights are equal in every stage;
+    # Llama about 0.16 M, grouped-query attention and an untied head.
+    return AutoConfig.for_model(**KNOWN["builtin_models"][name], **ids)
+
+
+def builtin_tokenizer() -> PreTrainedTokenizerFast:
+    """Make the tokenizer of every builtin model: 256 bytes, 252 merges and four control tokens, 512 in all.
+
+    It adds no BOS; the end of a text is <|endoftext|>, of a chat turn <|im_end|>.
+    """
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_backend_json()), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
+        pad_token=PAD, extra_special_tokens=[IM_START, IM_END], model_max_length=_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+@cache
+def _backend_json() -> str:  # a text, so that every caller gets an object of its own to change
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(pair[0], pair[1]) for pair in map(str.split, _MERGES.read_text(encoding="utf-8").splitlines())]
+    tokens = alphabet + [left + right for left, right in merges]
+    backend = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in (END_OF_TEXT, PAD, IM_START, IM_END)])
+    return backend.to_str()
+
+
+def learn_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> str:
+    """Learn words between blanks or byte-level BPE (Sennrich et al. 2016), commonest first, and give the JSON of it.
+
+    Equal texts give equal bytes.
+    """
+    options: Any = {"vocab_size": vocab_size, "special_tokens": _START_TOKENS, "show_progress": False}
+    if kind == "builtin:words":
+        backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer: Any = trainers.WordLevelTrainer(**options)
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(**options, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    backend.train_from_iterator(texts, trainer)
+    return backend.to_str()
+
+
+def learnt_tokenizer(backend: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of what `learn_tokenizer` gave; like T5's it has no BOS."""
+    pad, eos, unknown = _START_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(backend), pad_token=pad, eos_token=eos, unk_token=unknown,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def override_config(
+    config: PreTrainedConfig, overrides: dict[str, Any], *, where: str | None = None
+) -> PreTrainedConfig:
+    """Make a config with the overrides in force; `hidden_size` and GPT-2's `n_embd` are one attribute."""
+    values = {key: value for key, value in config.to_dict().items() if key not in KNOWN["no_architecture"]}
+    known = set(values) | set(config.attribute_map)
+    if unknown := [name for name in overrides if name not in known]:
+        of = f"in a {config.model_type} model"
+        raise ModelError(Problem(f"model.config has no {it!r} {of}{suggest(it, known)}", where) for it in unknown)
+    renamed = {config.attribute_map.get(name, name): value for name, value in overrides.items()}
+    if renamed.keys() & {"hidden_size", "num_attention_heads"} and "head_dim" not in renamed:
+        values.pop("head_dim", None)  # derived from the two
+    try:
+        return type(config)(**values | renamed)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ModelError(f"model.config does not fit a {config.model_type} model: {reason}", where=where) from error
+
+
+def choose_family(config: PreTrainedConfig, *, reward: bool = False) -> Any:
+    """Choose the class of transformers that makes a reward model or a language model of a config."""
+    if reward:
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def random_model(
+    config: PreTrainedConfig, *, seed: int, dtype: torch.dtype, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Build a language model with random weights on the CPU; equal seeds give equal bytes.
+
+    Weights are drawn in float32 and then cast, so that bfloat16 is the rounding of the float32 model.
+    """
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return choose_family(config).from_config(config, dtype=torch.float32, **options).to(dtype)
+        except ValueError as error:
+            raise ModelError(f"model.config does not make a {config.model_type} model: {error}") from error

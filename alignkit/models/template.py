@@ -110,12 +110,12 @@ class Template:
     @cached_property
     def reads_clock(self) -> bool:
         """Whether the date is part of what is written, as far as a short conversation tells."""
-        now, texts = self._strftime, []
+        now, texts = self._strftime, set()
         for clock in (datetime(2001, 2, 3, 4, 5, 6), datetime(2012, 11, 10, 9, 8, 7)):
             self._strftime = clock.strftime
-            texts.append(self._try([_USER], prompt=True))
+            texts.add(self._try([_USER], prompt=True))
         self._strftime = now
-        return texts[0] != texts[1]
+        return len(texts) > 1
 
     @cached_property
     def reads_reasoning(self) -> bool:
@@ -154,18 +154,10 @@ class Template:
 
     def check(self) -> None:
         """Raise ModelError when no conversation can be used."""
-        try:
-            self.render([_USER], prompt=True)
-        except Endless:
-            raise
-        except ConversationError:
+        answered = [_USER, _ANSWER, _USER, _ANSWER]
+        if not (self._try([_USER], prompt=True) and self.marked and self._try(answered)):
             return  # it may want a system turn, or tools: the rows will tell
-        if not self.marked:
-            return
-        try:
-            text, marks = self._render([_USER, _ANSWER, _USER, _ANSWER], mark=True)
-        except ConversationError:
-            return
+        text, marks = self._render(answered, mark=True)
         if len(marks) < 2:
             what = f"the chat template marks {len(marks)} of 2 answers with {{% generation %}}; put the block around "
             raise ModelError(f"{what}every assistant message, or {OTHERS}")
@@ -173,18 +165,12 @@ class Template:
             what = "the chat template never trains a token that ends an answer, so the model would not learn to stop; "
             raise ModelError(f"{what}end the assistant message with eos_token inside {{% generation %}}, or {OTHERS}")
 
-    def write_prompt(self, messages: Sequence[Any]) -> str:
-        """Write turns as generation starts after them."""
-        text = self.render(self._prepare_all(messages), prompt=True)
-        _require_written(messages, text)
-        return text
-
-    def write_all(self, messages: Sequence[Any]) -> str:
-        """Write a conversation without telling its answers apart, up to the end of the last one."""
-        text = self.render(self._prepare_all(messages))
+    def write_text(self, messages: Sequence[Any], *, prompt: bool = False) -> str:
+        """Write turns up to the end of the last one; with `prompt` up to where generation starts after them."""
+        text = self.render(self._prepare_all(messages), prompt=prompt)
         _require_written(messages, text)
         end = self._end_of(messages[-1])
-        return text.removesuffix(end.dropped) + end.appended
+        return text if prompt else text.removesuffix(end.dropped) + end.appended
 
     def write(self, messages: Sequence[Any], *, first: int = 0) -> list[Written]:
         """Write a conversation with the answers that are learnt, which are those of its turns from `first` on.
@@ -192,56 +178,40 @@ class Template:
         An answer that the template writes otherwise once later turns follow (without its thoughts, with another end)
         is learnt as generation produces it, in a text of its own that ends there; the whole conversation comes last.
         """
-        if (found := self._fill(messages, first)) is not None:
-            return found
-        return self._write(messages, first=first)
-
-    def _fill(self, messages: Sequence[Any], first: int) -> list[Written] | None:
-        """Write messages without rendering them, where the template's frame for their roles is known."""
-        for message in messages if self._has_frames else [{}]:
-            content = message.get("content")
-            if message.keys() - _PLAIN or type(content) is not str or not content.strip() or "think>" in content:
-                return None
+        contents = [message.get("content") for message in messages if not message.keys() - _PLAIN]
+        plain = all(type(text) is str and text.strip() and "think>" not in text for text in contents)
+        if not self._has_frames or not plain or len(contents) < len(messages):
+            return self._write(messages, first)
+        # Without rendering, where the template's frame for these roles is known.
         key = (first, *((message["role"], message.get("trained", True)) for message in messages))
-        if key not in self._frames and len(self._frames) == _MOST_FRAMES:
-            return None
-        if key not in self._frames:
+        if key not in self._frames and len(self._frames) < _MOST_FRAMES:
             environment = _compile_jinja_template(self.source).environment
             self._frames[key] = None
             with suppress(ConversationError):
-                write = partial(self._write, first=first)
-                self._frames[key] = learn_frame(write, messages, environment)
-        if (frame := self._frames[key]) is None:
-            return None
-        found: list[Written] | None = frame.fill([message["content"] for message in messages])
-        if found is not None and frame.tries:
-            frame.tries -= 1
-            if found != self._write(messages, first=first):
-                self._frames[key] = found = None
-        return found
+                self._frames[key] = learn_frame(partial(self._write, first=first), messages, environment)
+        frame = self._frames.get(key)
+        found: list[Written] | None = frame.fill(contents) if frame else None
+        if frame is None or found is None or not frame.tries:
+            return found or self._write(messages, first)
+        frame.tries -= 1
+        written = self._write(messages, first)
+        if found != written:
+            self._frames[key] = None
+        return written
 
-    def _write(self, messages: Sequence[Any], *, first: int) -> list[Written]:
+    def _write(self, messages: Sequence[Any], first: int) -> list[Written]:
         given = self._prepare_all(messages)
-        trained = [
-            number
-            for number, message in enumerate(messages)
-            if number >= first and message["role"] == "assistant" and message.get("trained", True)
-        ]
         try:
-            return self._compare(messages, given, trained, first=first)
-        except Endless:
-            raise
-        except ConversationError:
-            if not self.marked or first:
+            return self._compare(messages, given, first)
+        except ConversationError as error:
+            if isinstance(error, Endless) or not self.marked or first:
                 raise
-            text, marks = self._render(given, mark=True)
-            return [Written(text, marks)]
+            return [Written(*self._render(given, mark=True))]
 
-    def _compare(
-        self, messages: Sequence[Any], given: list[Any], trained: Sequence[int], *, first: int = 0
-    ) -> list[Written]:
-        last = len(given) - 1
-        answers = given[first]["role"] == "assistant"
+    def _compare(self, messages: Sequence[Any], given: list[Any], first: int) -> list[Written]:
+        answered = [n for n, message in enumerate(messages) if message["role"] == "assistant" and n >= first]
+        trained = [number for number in answered if messages[number].get("trained", True)]
+        last, answers = len(given) - 1, given[first]["role"] == "assistant"
         single = [last] if first == last and answers else []
         parts = {number: self._split(messages, given, number) for number in {*trained, *single}}
         text = "".join(parts[last]) if last in parts else self.render(given)
@@ -280,9 +250,8 @@ class Template:
         whole = self.render(given[: number + 1])
         if not before and not (head and whole.startswith(head)):
             what = "its first turn is the assistant's, and the chat template has no prompt before it that generation "
-            raise ConversationError(
-                f'{what}could start from; put a user turn before it, or give that message "train": false'
-            )
+            what = f'{what}could start from; put a user turn before it, or give that message "train": false'
+            raise ConversationError(what)
         if whole.startswith(head):
             said = self._cut(whole[len(head) :], end)
             if not before or not _missing(messages[number], said):
@@ -305,8 +274,7 @@ class Template:
         lead, found, tail = self._try([*before, _ANSWER]).rpartition(_A)
         prompted = head.removeprefix(lead)
         if "tool_calls" in given or not found or not head.startswith(lead) or not body.startswith(prompted):
-            lost = _missing(message, self.render([*before, given]))
-            if lost:
+            if lost := _missing(message, self.render([*before, given])):
                 raise ConversationError(f"the chat template ({self.name}) does not write {lost} of this turn")
             raise self._unsplittable("than add_generation_prompt begins it")
         return self._cut(body[len(prompted) :] + tail, end)
@@ -372,14 +340,10 @@ class Template:
             if self._call_form is None:
                 raise ConversationError(f"the chat template ({self.name}) does not write tool calls; use one that does")
             message = _in_form(message, self._call_form)
-        if message["role"] != "assistant":
-            return message
-        thoughts, content = _split_thoughts(message)
-        if thoughts is None:
-            return message
-        if self.reads_reasoning:
+        thoughts, content = _split_thoughts(message) if message["role"] == "assistant" else (None, "")
+        if thoughts is not None and self.reads_reasoning:
             return message | {"reasoning_content": thoughts, "content": content}
-        if "reasoning_content" not in message:
+        if thoughts is None or "reasoning_content" not in message:
             return message
         kept = {key: value for key, value in message.items() if key != "reasoning_content"}
         return kept | {"content": _join_thoughts(thoughts, content)}
@@ -399,10 +363,8 @@ class Template:
 
     def _render(self, messages: Sequence[Any], *, prompt: bool = False, mark: bool = False) -> tuple[str, list[Span]]:
         given = messages[0].get("template_kwargs", {}) if messages else {}
-        bare = [
-            {key: value for key, value in message.items() if key not in ("trained", "template_kwargs")}
-            for message in messages
-        ]
+        ours = ("trained", "template_kwargs")
+        bare = [{key: value for key, value in message.items() if key not in ours} for message in messages]
         for message in bare:
             if (thoughts := message.get("reasoning_content")) is not None:
                 message.setdefault("thinking", thoughts)  # what gpt-oss reads, as transformers' render_jinja_template
@@ -411,14 +373,11 @@ class Template:
         compiled = _compile_jinja_template(self.source)
         compiled.globals["strftime_now"] = self._strftime
         what = f"the chat template did not render within {_RENDER_SECONDS} s; use another: model.chat_template"
-        endless = Endless(what)
+        values = {"messages": bare, "tools": None, "documents": None, "add_generation_prompt": prompt}
+        values |= self._settings | given
         try:
-            with time_limit(_RENDER_SECONDS, endless, of_thread=True):
-                values = {"messages": bare, "tools": None, "documents": None, "add_generation_prompt": prompt}
-                values |= self._settings | given
-                if mark:
-                    return _render_with_assistant_indices(compiled, **values)
-                return compiled.render(values), []
+            with time_limit(_RENDER_SECONDS, Endless(what), of_thread=True):
+                return _render_with_assistant_indices(compiled, **values) if mark else (compiled.render(values), [])
         except RecursionError as error:
             raise Endless(f"the chat template ({self.name}) calls itself without end") from error
         except OverflowError as error:  # of the sandbox
@@ -467,16 +426,14 @@ def _split_thoughts(message: Any) -> tuple[str | None, str]:
     return None, content
 
 
-def _join_thoughts(thoughts: str, content: str) -> str:
-    return f"<think>\n{thoughts}\n</think>\n\n{content}"
+_join_thoughts = "<think>\n{}\n</think>\n\n{}".format
 
 
 def _missing(message: Any, text: str) -> str:
     """Name what a turn says and a text does not hold, or ""."""
-    content = message.get("content") or ""
-    pieces = re.split(r"</?think>", content) if "think>" in content else [content]
+    pieces = re.split(r"</?think>", message.get("content") or "")
     if not all(_is_written(piece, text) for piece in pieces):
-        return "the thoughts or the content" if "think>" in content else "the content"
+        return "the thoughts or the content" if len(pieces) > 1 else "the content"
     if not _is_written(message.get("reasoning_content") or "", text):
         return "the reasoning"
     calls = [call["function"] for call in message.get("tool_calls", ())]

@@ -242,7 +242,7 @@ def _check_device(stage: Stage, check: StageCheck) -> None:
 
 
 def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
-    from alignkit.models.tokens import load_chat
+    from alignkit.models.chat import load_chat
     from alignkit.train.tables import learn_vocabulary
 
     chat = load_chat(stage, learnt=learn_vocabulary(stage))
@@ -378,7 +378,7 @@ def preview_stage(stage: Stage, *, num_rows: int) -> dict[str, Any]:
         what += "it writes"
         raise RecipeError(what, where=stage.where(stage.name))
     from alignkit.data import Rejects
-    from alignkit.models.tokens import load_chat
+    from alignkit.models.chat import load_chat
     from alignkit.train.preview import preview_rows, training_rows
     from alignkit.train.tables import learn_vocabulary, prepare_tables
 

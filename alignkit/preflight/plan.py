@@ -18,10 +18,9 @@ from transformers import PreTrainedConfig, PrinterCallback, TrainerCallback
 
 from alignkit.data import Rejects
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, UsageError, suggest
+from alignkit.models.chat import load_chat
 from alignkit.models.files import find_model_dir
-from alignkit.models.scratch import choose_family
-from alignkit.models.start import read_config
-from alignkit.models.tokens import load_chat
+from alignkit.models.start import choose_family, read_config
 from alignkit.preflight.check import start_today
 from alignkit.preflight.doctor import Table
 from alignkit.preflight.requirements import list_feedback_models, locate_rows

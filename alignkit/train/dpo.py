@@ -190,7 +190,7 @@ def _build_dpo(setup: Setup) -> Dpo:
     # until they are computed, and would load it by a name that not every policy has.
     needs_model = has_reference and (ranks.uses_fsdp() or not config.precompute_ref_log_probs)
     return Dpo(
-        **setup.arguments(config), ref_model=load_reference(stage, loaded) if needs_model else None,
+        **setup.arguments(config), ref_model=load_reference(loaded) if needs_model else None,
         data_collator=collator_for(stage, setup.chat.tokenizer), reference=loaded.reference if has_reference else None,
         own_loss=loss, has_reference=has_reference,
     )  # fmt: skip
@@ -219,7 +219,7 @@ def _build_kto(setup: Setup) -> Kto:
     arguments["train_dataset"] = with_neighbours(setup.tables.train, width)
     if setup.tables.eval:
         arguments["eval_dataset"] = with_neighbours(setup.tables.eval, config.per_device_eval_batch_size)
-    return Kto(**arguments, ref_model=load_reference(stage, loaded), reference=loaded.reference)
+    return Kto(**arguments, ref_model=load_reference(loaded), reference=loaded.reference)
 
 
 run = partial(fit, build)

@@ -16,7 +16,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import accumulate, combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,10 @@ def _write_sft(stage: Stage, chat: Chat, row: Row) -> list[Written]:
             raise ConversationError(f"input_ids: {most} is no token of the model's tokenizer, which has {size}")
         return []
     if row.kind == "segments":
-        return [chat.write_segments(list(map(str, row.completions)), [bool(score) for score in row.scores or ()])]
+        segments = list(map(str, row.completions))
+        borders = pairwise([0, *accumulate(map(len, segments))])
+        spans = [span for span, is_learnt in zip(borders, row.scores or (), strict=True) if is_learnt]
+        return [Written("".join(segments), spans, plain=True)]
     content = row.completions[0]
     if row.prompt or isinstance(content, str):
         written = chat.write_pair(row.prompt, content)

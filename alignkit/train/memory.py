@@ -32,12 +32,19 @@ from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import EnvironmentProblem, first_line
 from alignkit.models import adapters, kernels
+from alignkit.models.chat import find_tokenizer, load_tokenizer
 from alignkit.models.files import find_model_dir
 from alignkit.models.load import UNQUANTIZED, freeze, number_types
 from alignkit.models.logprobs import run_trunk, token_logps
-from alignkit.models.scratch import choose_family, override_config
-from alignkit.models.start import find_start, is_random, know_classifier, read_config, require_objective
-from alignkit.models.tokens import find_tokenizer, load_tokenizer
+from alignkit.models.start import (
+    choose_family,
+    find_start,
+    is_random,
+    know_classifier,
+    override_config,
+    read_config,
+    require_objective,
+)
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import LEARNT_TOKENIZERS, PpoOptions, TrainOptions
 from alignkit.recipe.trl_fields import OWN_LOSSES, method_fields

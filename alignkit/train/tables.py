@@ -17,9 +17,8 @@ from alignkit.data import DataReport, Problems, Rejects, Row, find_control_token
 from alignkit.data.load import first_rows, streams
 from alignkit.data.rows import as_rendered, escape_control_tokens, fingerprint_prompt, iter_contents
 from alignkit.errors import DataError
-from alignkit.models.chat import Chat, ConversationError, Written
-from alignkit.models.scratch import learn_tokenizer
-from alignkit.models.tokens import find_tokenizer, load_chat
+from alignkit.models.chat import Chat, ConversationError, Written, find_tokenizer, load_chat
+from alignkit.models.start import learn_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import LEARNT_TOKENIZERS
 from alignkit.runs.directory import RunDir, form_of, require_form

@@ -69,7 +69,7 @@ def prepare(directory: Path) -> None:
 
     import alignkit
     from alignkit.launch import launch_stage
-    from alignkit.models.scratch import builtin_tokenizer
+    from alignkit.models.start import builtin_tokenizer
     from alignkit.recipe import load_recipe, resolve
 
     tokenizer = builtin_tokenizer()

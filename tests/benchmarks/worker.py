@@ -190,8 +190,7 @@ def prepare_ours(model: Path, rows: Path, out: Path) -> float:
     import datasets  # noqa: F401
 
     from alignkit.data import Rejects
-    from alignkit.models.chat import Chat
-    from alignkit.models.tokens import load_tokenizer
+    from alignkit.models.chat import Chat, load_tokenizer
     from alignkit.train.tables import prepare_tables
 
     stage, _ = open_stage("sft", model, rows, out, batch=8, batching="grouped")

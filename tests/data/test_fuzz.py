@@ -340,7 +340,7 @@ def test_damaged_rows_of_the_whole_table_are_accepted_refused_or_left_out(
 @pytest.fixture(scope="module")
 def chats() -> Callable[[Stage], Any]:
     """Tokenizer and template of a stage, loaded once for all that name the same."""
-    from alignkit.models.tokens import load_chat
+    from alignkit.models.chat import load_chat
 
     found: dict[Any, Any] = {}
 

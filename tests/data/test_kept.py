@@ -99,7 +99,7 @@ def test_a_command_opens_each_file_of_rows_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[str]
 ) -> None:
     """A look ahead, the commonest format, both sides of a split and the comparison with a run's rows."""
-    from alignkit.models.tokens import load_chat
+    from alignkit.models.chat import load_chat
     from alignkit.preflight.requirements import require_ready
     from alignkit.train.fingerprint import hash_data
     from alignkit.train.tables import prepare_tables

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "feedback"))  # its server
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 from alignkit.rewards.base import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]

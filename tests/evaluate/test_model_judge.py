@@ -22,7 +22,7 @@ from alignkit.evaluate.options import name_runs
 from alignkit.evaluate.run import evaluate
 from alignkit.feedback.cache import Store
 from alignkit.feedback.server import ALLOWED
-from alignkit.models.scratch import builtin_config, builtin_tokenizer, random_model
+from alignkit.models.start import builtin_config, builtin_tokenizer, random_model
 from alignkit.recipe import load_recipe
 from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
 from alignkit.rewards.base import Workspace

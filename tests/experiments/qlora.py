@@ -192,7 +192,7 @@ def show_memory(out: Path, runs: int) -> None:
     from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
     from alignkit.models import load
-    from alignkit.models.scratch import builtin_tokenizer
+    from alignkit.models.start import builtin_tokenizer
 
     folder = out / "memory"
     folder.mkdir(exist_ok=True)

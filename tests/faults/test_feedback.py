@@ -68,7 +68,7 @@ def warm_feedback(warm: None) -> None:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
-    from alignkit.models.scratch import builtin_config, builtin_tokenizer, random_model
+    from alignkit.models.start import builtin_config, builtin_tokenizer, random_model
 
     directory = tmp_path_factory.mktemp("model")
     config = builtin_config("builtin:tiny-gpt2")

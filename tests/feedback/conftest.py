@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the tests here share a server 
 
 import torch
 
-from alignkit.models.scratch import builtin_config, builtin_tokenizer, random_model
+from alignkit.models.start import builtin_config, builtin_tokenizer, random_model
 from alignkit.recipe.schema import OPTIONS, LaunchOptions, ModelOptions
 from alignkit.recipe.stage import Stage
 

@@ -14,7 +14,7 @@ from alignkit.errors import ModelError
 from alignkit.feedback.local import LocalModel
 from alignkit.feedback.prompts import OPTIONS, Comparison, Request, ask_comparison
 from alignkit.feedback.writer import Job, Sampling, share_of_first
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 
 QUESTIONS = [
     Comparison(({"role": "user", "content": f"Question {number} " * (number + 1)},), "yes " * number, "no", "Which?")

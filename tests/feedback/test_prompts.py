@@ -26,7 +26,7 @@ from alignkit.feedback.prompts import (
     conversation,
     fill_thought,
 )
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 
 NONE = Examples()
 PRINCIPLE = Principle(name="p", critique="What is wrong?", revision="Make it right.", comparison="Which is better?")

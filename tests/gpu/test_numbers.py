@@ -149,7 +149,7 @@ def _furthest(one: dict, other: dict) -> float:
 def _write_llama(directory: Path, *, hidden_size: int = 512) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from alignkit.models.scratch import builtin_tokenizer
+    from alignkit.models.start import builtin_tokenizer
 
     tokenizer = builtin_tokenizer()
     torch.manual_seed(0)

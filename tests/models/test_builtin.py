@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignkit.errors import ModelError
-from alignkit.models.scratch import builtin_config, builtin_tokenizer, override_config, random_model
+from alignkit.models.start import builtin_config, builtin_tokenizer, override_config, random_model
 
 
 @pytest.mark.parametrize(("path", "size"), [("builtin:tiny-gpt2", 322_176), ("builtin:tiny-llama", 158_016)])

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
 from alignkit.models.chat import Chat, ConversationError, Message
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 
 SYSTEM: Message = {"role": "system", "content": "Be kind."}
 FIRST: list[Message] = [{"role": "user", "content": "Hi 😀 there"}, {"role": "assistant", "content": "Hello,  you"}]

@@ -50,9 +50,10 @@ def test_a_frame_gives_what_rendering_gives(path: Path) -> None:
         messages: list[Any] = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
         messages[-1] |= {"trained": draw.random() < 0.8} if roles[-1] == "assistant" else {}
         first = draw.choice([0, len(roles) - 1]) if roles[-1] == "assistant" else 0
-        found = outcome(template._fill, messages, first)
-        filled += isinstance(found, list)
-        assert found is None or found == outcome(template._write, messages, first=first), messages
+        rendered = outcome(template._write, messages, first)
+        assert outcome(template.write, messages, first=first) == rendered, messages
+        frame = template._frames.get((first, *((turn["role"], turn.get("trained", True)) for turn in messages)))
+        filled += frame is not None and frame.fill(contents) == rendered
     if path.stem in ("chatml", "zephyr", "qwen2_5", "qwen3", "llama3_1", "gemma3", "deepseek_r1_distill", "phi3"):
         assert filled > 5
 
@@ -87,4 +88,5 @@ def test_what_a_mark_cannot_answer_is_rendered(asks: str) -> None:
     source = "{% for m in messages %}[{{ m.role }}]" + asks + "{{ m.content }}</s>{% endfor %}"
     template = template_of(source + "{% if add_generation_prompt %}[assistant]{% endif %}")
     messages = [{"role": "user", "content": "axe"}, {"role": "assistant", "content": "b"}]
-    assert outcome(template._fill, messages, 0) is None
+    assert template.write(messages) == template._write(messages, 0)
+    assert not any(template._frames.values())

@@ -9,15 +9,15 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from alignkit.errors import ModelError
-from alignkit.models.continuous import generate_continuous
 from alignkit.models.generation import (
     InverseTransform,
     generate_answers,
     generate_batch,
+    generate_continuous,
     stream_tokens,
     usual_length,
 )
-from alignkit.models.scratch import builtin_config, random_model
+from alignkit.models.start import builtin_config, random_model
 
 
 def greedy_by_hand(model: torch.nn.Module, prompt: list[int], count: int, eos_ids: list[int]) -> list[int]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alignkit.errors import EnvironmentProblem, ModelError
 from alignkit.models.files import find_model_dir, inspect_model_dir
-from alignkit.models.scratch import builtin_config, builtin_tokenizer
+from alignkit.models.start import builtin_config, builtin_tokenizer
 
 # llama.cpp's names of a layer's tensors.
 LAYER = {

@@ -23,7 +23,7 @@ from alignkit.models.heads import (
     write_task,
 )
 from alignkit.models.load import load_reward_model
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gpt1.json").read_text())
 

@@ -12,10 +12,10 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters import activate
+from alignkit.models.chat import load_tokenizer
 from alignkit.models.load import Loaded, build_skeleton, load_policy, load_reference, load_reward_model, load_trained
 from alignkit.models.parameters import compare_probes, hash_base, take_probe
 from alignkit.models.save import save_model
-from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe.stage import Stage
 
 MakeStage = Callable[..., Stage]
@@ -202,7 +202,7 @@ def test_new_score_head_is_drawn_with_the_published_scale(make_stage: MakeStage)
 def test_reference_of_full_fine_tuning_is_a_second_model(make_stage: MakeStage) -> None:
     stage = make_stage("dpo")
     loaded = load_policy(stage, run_dir=Path(stage.run_dir))
-    reference = load_reference(stage, loaded)
+    reference = load_reference(loaded)
     assert loaded.reference == "model" and reference is not None
     before = probe_of(reference)
     train_a_little(loaded)

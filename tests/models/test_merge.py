@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import ModelError
+from alignkit.models.chat import load_tokenizer
 from alignkit.models.load import load_policy, load_trained
 from alignkit.models.parameters import compare_probes, take_probe
 from alignkit.models.save import merge, save_model
-from alignkit.models.tokens import load_tokenizer
 from alignkit.recipe.stage import Stage
 
 MakeStage = Callable[..., Stage]

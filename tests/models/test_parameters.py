@@ -13,7 +13,7 @@ from torch import nn
 
 from alignkit.models.load import Precision, load_policy, quantization_config
 from alignkit.models.parameters import compare_probes, describe_parameters, hash_base, probe_ids, take_probe
-from alignkit.models.scratch import builtin_config, random_model
+from alignkit.models.start import builtin_config, random_model
 from alignkit.recipe.stage import Stage
 
 MakeStage = Callable[..., Stage]

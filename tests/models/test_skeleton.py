@@ -17,7 +17,7 @@ from alignkit.models.generation import generate_answers
 from alignkit.models.load import build_skeleton, load_policy, load_reward_model, load_trained
 from alignkit.models.parameters import take_probe
 from alignkit.models.save import save_model
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 from alignkit.recipe.stage import Stage
 
 MakeStage = Callable[..., Stage]

@@ -16,7 +16,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 from alignkit.data import Row, escape_control_tokens, find_control_tokens
 from alignkit.errors import ModelError
 from alignkit.models.chat import Chat, ConversationError
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 
 USER, ANSWER = {"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello you"}
 AGAIN, LAST = {"role": "user", "content": "Why so?"}, {"role": "assistant", "content": "Because"}

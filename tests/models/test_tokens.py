@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError
-from alignkit.models.chat import Chat
-from alignkit.models.scratch import builtin_tokenizer
-from alignkit.models.tokens import check_vocabulary, load_tokenizer, set_pad_token
+from alignkit.models.chat import Chat, check_vocabulary, load_tokenizer, set_pad_token
+from alignkit.models.start import builtin_tokenizer
 from alignkit.recipe.stage import Stage
 
 MakeStage = Callable[..., Stage]

@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from alignkit.models.chat import WordTokenizer
 from alignkit.models.files import KNOWN
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 PIECES = st.sampled_from(

@@ -124,8 +124,8 @@ def test_what_can_be_counted_is_counted(plan: Callable[..., Plan]) -> None:
     text += "dpo: {data: builtin:preferences, start_from: sft, optim: sgd, micro_batch_size: 16}\n"
     sft, dpo = plan(text, Device("CPU", "cpu", 4 * GIB)).stages
     weights = sft["parts"]["weights"]
+    from alignkit.models.chat import load_tokenizer
     from alignkit.models.load import draw_base
-    from alignkit.models.tokens import load_tokenizer
 
     stage = resolve(load_recipe_text(text), "sft")
     model = draw_base(stage, load_tokenizer(stage), torch.float32)

@@ -45,7 +45,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with rows in the formats of those configurations, and tiny models of kinds that are not built in."""
     from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
-    from alignkit.models.tokens import load_tokenizer
+    from alignkit.models.chat import load_tokenizer
 
     folder = tmp_path_factory.mktemp("peers")
     words = ("red", "blue", "green", "grey", "white", "black", "brown", "pink")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from alignkit.errors import DataError, RecipeError
 from alignkit.launch import launch_stage
-from alignkit.models.scratch import builtin_config, builtin_tokenizer
+from alignkit.models.start import builtin_config, builtin_tokenizer
 from alignkit.recipe import load_recipe, resolve
 from alignkit.rewards.kinds import check_rewards
 from alignkit.rewards.label import find_changes

@@ -67,8 +67,7 @@ def prepare(make_stage: Callable[..., Stage], write_rows: Callable[..., Path], t
 
     def prepare(rows: list[dict] | None, recipe: str, *overrides: str, model: str = "builtin:tiny-llama") -> Any:
         from alignkit.data import Rejects
-        from alignkit.models.chat import Chat
-        from alignkit.models.tokens import load_tokenizer
+        from alignkit.models.chat import Chat, load_tokenizer
         from alignkit.train.tables import prepare_tables
 
         if rows is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 from alignkit.recipe import Stage
 from alignkit.train import sft
 from alignkit.train.fingerprint import find_changes

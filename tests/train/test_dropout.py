@@ -11,7 +11,7 @@ import torch
 from transformers import FalconConfig, GraniteConfig, MixtralConfig, OPTConfig, PreTrainedConfig
 
 from alignkit.errors import ModelError
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 from alignkit.runs.directory import RunDir
 from alignkit.train.recorder import check_step_zero
 from alignkit.train.trainer import switch_off_dropout

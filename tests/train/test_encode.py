@@ -12,7 +12,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from alignkit.errors import DataError, RecipeError
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 from alignkit.train.encode import IGNORED
 from alignkit.train.tables import Stream
 

@@ -23,7 +23,7 @@ from alignkit.models.frozen import read_norm, score_ids
 from alignkit.models.generation import generate_answers
 from alignkit.models.load import load_trained
 from alignkit.models.logprobs import Sampling, pad_answers
-from alignkit.models.scratch import builtin_config, builtin_tokenizer
+from alignkit.models.start import builtin_config, builtin_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import MissingEos, PpoOptions
 from alignkit.rewards.base import Workspace

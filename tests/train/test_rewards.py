@@ -23,12 +23,11 @@ from transformers import (
 
 from alignkit.data import true_reward
 from alignkit.errors import RewardError
-from alignkit.models.chat import Chat
+from alignkit.models.chat import Chat, load_tokenizer
 from alignkit.models.frozen import load_classifier
 from alignkit.models.load import Precision
 from alignkit.models.save import save_model
-from alignkit.models.scratch import builtin_config, builtin_tokenizer
-from alignkit.models.tokens import load_tokenizer
+from alignkit.models.start import builtin_config, builtin_tokenizer
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.rewards.kinds import fingerprint_rewards
 from alignkit.train.ppo.rewards import Rewards, build_rewards, encode_ids

@@ -473,9 +473,9 @@ def test_a_refused_stage_leaves_nothing_behind(make_stage: Callable, write_rows:
 AUTOCAST = """
 import torch
 from accelerate import Accelerator
-from alignkit.models.scratch import builtin_config
+from alignkit.models.start import builtin_config
 from alignkit.models.parameters import compare_probes, take_probe
-from alignkit.models.scratch import random_model
+from alignkit.models.start import random_model
 
 def probe(model):
     return take_probe(model, vocab_size=512, reward=False)

@@ -58,7 +58,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
     device = str(config.device)
     if not setup.loaded.precision.quantized and not ranks.uses_fsdp():  # which moves a layer at a time, to shard it
         model.to(device)
-    roles = Roles(setup.loaded, reference=load_reference(stage, setup.loaded))
+    roles = Roles(setup.loaded, reference=load_reference(setup.loaded))
     held = _hold_reward(stage, roles, options.reward)
     critic = _build_critic(stage, roles) if options.advantage == "gae" else None
     rewards = build_rewards(stage, options.reward, chat=chat, device=device, held=held)

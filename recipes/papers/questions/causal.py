@@ -6,7 +6,7 @@ python causal.py
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from alignkit.models.scratch import builtin_tokenizer
+from alignkit.models.start import builtin_tokenizer
 
 torch.manual_seed(0)
 size = len(builtin_tokenizer())
