@@ -1,7 +1,6 @@
 """Values held against pydantic's models and TRL's fields; pydantic's findings become messages about the file."""
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
@@ -102,14 +101,13 @@ def _explain(node: Node, fragment: Fragment, defs: Fragment, key: str, errors: l
         return defs[fragment["$ref"].removeprefix("#/$defs/")] if "$ref" in fragment else fragment
 
     options = [follow(option) for option in follow(fragment).get("anyOf", [fragment])]
+    is_list = isinstance(node.value, list)
     below: dict[str | int, list[_Error]] = {}
     members: dict[str | int, list[_Error]] = {}
     for loc, kind in errors:
         if not loc or (len(loc) == 1 and kind in ("extra_forbidden", "missing")):
             yield Problem(*_describe(node, fragment, options, key, kind, str(loc[0]) if loc else ""))
-        elif isinstance(node.value, list if isinstance(loc[0], int) else dict) and (
-            isinstance(loc[0], int) or loc[0] in node.value
-        ):
+        elif is_list if isinstance(loc[0], int) else isinstance(node.value, dict) and loc[0] in node.value:
             below.setdefault(loc[0], []).append((loc[1:], kind))
         else:
             members.setdefault(loc[0], []).append((loc[1:], kind))
@@ -120,23 +118,22 @@ def _explain(node: Node, fragment: Fragment, defs: Fragment, key: str, errors: l
             parts = [one.get("properties", {}).get(part) or one.get("additionalProperties") for one in options]
         inner = next((inner for inner in parts if isinstance(inner, dict)), {})
         yield from _explain(node.value[part], inner, defs, child, found)
-    if members:
-        is_choice, is_list = _is_choice(node, options), isinstance(node.value, list)
-
-        def misfits(loc: tuple[str | int, ...], kind: str) -> bool:
-            """Tell whether a value is not of the kind that a member of a union takes."""
-            wrapped = not loc or (not is_list and all(isinstance(part, int) for part in loc))
-            return kind in _KIND_ERRORS and wrapped and (kind != "literal_error" or not is_choice)
-
-        fitting = [found for found in members.values() if not any(misfits(*error) for error in found)]
-        if fitting:
-            yield from _explain(node, fragment, defs, key, min(fitting, key=len))
-        else:
-            yield Problem(*_describe(node, fragment, options, key, "kind", ""))
+    if not members:
+        return
+    of_kind = _KIND_ERRORS - ({"literal_error"} if _is_choice(node, options) else set())
+    fitting = []  # members of a union that take a value of this kind
+    for found in members.values():
+        places = [loc for loc, kind in found if kind in of_kind]
+        if not any(not loc or (not is_list and all(isinstance(part, int) for part in loc)) for loc in places):
+            fitting.append(found)
+    if fitting:
+        yield from _explain(node, fragment, defs, key, min(fitting, key=len))
+    else:
+        yield Problem(*_describe(node, fragment, options, key, "kind", ""))
 
 
 def _is_choice(node: Node, options: list[Fragment]) -> bool:
-    """Tell whether a value is a wrong word where one of several is expected, and nothing of another kind."""
+    """Whether a value is a wrong word where one of several is expected, and nothing of another kind."""
     return any(_choices(option) and _kind_fits(node.value, option) for option in options)
 
 
@@ -151,9 +148,8 @@ def _describe(
         case "extra_forbidden":
             what = describe_unknown(name, key, option["properties"])
             if word := find_word(name):
-                what = "" if word.tool == "trl" else f" is not a key of {key}"
-                is_here = word.key.split(".")[0] == key
-                what = f"{key}.{name}{what}: {_say(word, node.value[name] if is_here else None)}"
+                said = _say(word, node.value[name] if word.key.split(".")[0] == key else None)
+                what = f"{key}.{name}{'' if word.tool == 'trl' else f' is not a key of {key}'}: {said}"
             return what, node.value[name].place
         case "missing":
             found = f"{key}.{name} is missing; {quote_help(option['properties'][name].get('description'))}"
@@ -166,9 +162,8 @@ def _describe(
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             found += f"; it must be {_name_bounds(option)}{typical}"
         case "string_pattern_mismatch":
-            is_name = "._-]" in option["pattern"]
-            rule = "use letters, digits, '.', '_' and '-' only" if is_name else quote_help(fragment.get("description"))
-            found += f"; {rule}"
+            rule = "use letters, digits, '.', '_' and '-' only" if "._-]" in option["pattern"] else ""
+            found += f"; {rule or quote_help(fragment.get('description'))}"
         case "too_short" if not node.value:
             found = f"{show_key(key)} is an empty list; give at least one entry"
         case "too_short" | "too_long":
@@ -185,7 +180,12 @@ def _describe(
             listed = " (`alignkit schema` lists them)" if len(words) > _MANY and not hint else ""
             found += f"; it must be {'one of ' if len(words) > 1 else ''}{several}{hint}{listed}"
         case _:
-            names = [_name_option(option) for option in options if option.get("type") != "null"]
+            names = []
+            for option in (one for one in options if one.get("type") != "null"):
+                words, several = _name_choices(_choices(option))
+                limits = _name_bounds(option)
+                name = f"{_NAMES.get(option.get('type', ''))} {'of ' * limits.startswith('at ')}{limits}".rstrip()
+                names.append(f"{'one of ' * (len(words) > 1)}{several}" if words else name)
             found += f"; it must be {' or '.join(dict.fromkeys(names))}{typical}{_hint(node, options)}"
     return found, node.place
 
@@ -218,17 +218,17 @@ def show_key(key: str) -> str:
     return shorten(key, 80)
 
 
-def _kind_fits(value: Any, option: Fragment) -> bool:
-    kinds = _kinds(option)
-    return _KINDS[type(value)] in kinds or (type(value) is int and "number" in kinds)
+def _choices(option: Fragment) -> list[Any]:
+    return [option["const"]] if "const" in option else list(option.get("enum", ()))
 
 
 def _kinds(option: Fragment) -> set[str]:
     return {option["type"]} if "type" in option else {_KINDS[type(choice)] for choice in _choices(option)}
 
 
-def _choices(option: Fragment) -> list[Any]:
-    return [option["const"]] if "const" in option else list(option.get("enum", ()))
+def _kind_fits(value: Any, option: Fragment) -> bool:
+    kinds = _kinds(option)
+    return _KINDS[type(value)] in kinds or (type(value) is int and "number" in kinds)
 
 
 def _name_choices(choices: list[Any]) -> tuple[list[str], str]:
@@ -236,34 +236,22 @@ def _name_choices(choices: list[Any]) -> tuple[list[str], str]:
     return words, ", ".join(words) if len(words) <= _MANY else f"{len(words)} names"
 
 
-def _name_option(option: Fragment) -> str:
-    if choices := _choices(option):
-        words, several = _name_choices(choices)
-        return f"one of {several}" if len(words) > 1 else several
-    name, bounds = _NAMES[option["type"]], _name_bounds(option)
-    return f"{name} of {bounds}" if bounds.startswith("at ") else f"{name} {bounds}".rstrip()
-
-
 def _name_bounds(option: Fragment) -> str:
     return " and ".join(f"{words} {option[name]}" for name, (_, words) in BOUNDS.items() if words and name in option)
 
 
 def _hint(node: Node, options: list[Fragment]) -> str:
-    kinds = set().union(*(_kinds(option) for option in options))
-    value = node.value
-    if isinstance(value, str):
-        meant = _YAML_11_BOOLEANS.get(value.lower())
-        if "boolean" in kinds and meant:
-            return f"; write {meant}"
-        unquoted = read_scalar(value)
-        if node.quoted and not isinstance(unquoted, str) and any(_kind_fits(unquoted, option) for option in options):
-            return "; take the quotes off"
-        digits = value.replace("_", "").replace(",", "")
-        if kinds & {"integer", "number"} and digits.isdecimal() and digits != value:
-            return f"; write {digits}"
-    if isinstance(value, float) and "integer" in kinds and math.isfinite(value):
-        return f"; write {int(value)}" if value == int(value) and abs(value) < 1e15 else ""
-    return ""
+    kinds, value = set().union(*(_kinds(option) for option in options)), node.value
+    if isinstance(value, float) and "integer" in kinds and value.is_integer() and abs(value) < 1e15:
+        return f"; write {int(value)}"
+    if not isinstance(value, str):
+        return ""
+    if "boolean" in kinds and (meant := _YAML_11_BOOLEANS.get(value.lower())):
+        return f"; write {meant}"
+    unquoted, digits = read_scalar(value), value.replace("_", "").replace(",", "")
+    if node.quoted and not isinstance(unquoted, str) and any(_kind_fits(unquoted, option) for option in options):
+        return "; take the quotes off"
+    return f"; write {digits}" if kinds & {"integer", "number"} and digits.isdecimal() and digits != value else ""
 
 
 def quote_help(description: str | None) -> str:
@@ -323,11 +311,10 @@ def _describe_below(key: str, node: Node | None, method: str, word: Word | None 
     told, is_theirs = [], False
     for name, child in node.value.items():
         path = f"{key}.{name}"
-        word, what = find_word(path, method), _describe_below(path, child, method)
+        word, what, owner = find_word(path, method), _describe_below(path, child, method), _find_section(name)
         is_theirs = is_theirs or bool(what or word)
-        owner = None if what or word else _find_section(name)
-        said = f"it belongs in {owner}" if owner else _say(word, child) if word else ""
-        told += [what or f"{show_key(path)}: {said}"] if what or said else []
+        if what or word or owner:
+            told.append(what or f"{show_key(path)}: {_say(word, child) if word else f'it belongs in {owner}'}")
     return "; ".join(told) if is_theirs else ""
 
 

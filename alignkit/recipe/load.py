@@ -38,15 +38,15 @@ def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
         except RecipeError as error:
             problems += error.problems
     wholes, runs, found = find_problems(tree)
-    if problems := [*problems, *found]:
-        label = label_path(path)
+    problems += found
 
-        def rank(problem: Problem) -> tuple[bool, bool, str, int]:
-            """The recipe itself first, other files by name, by line in each; the command line is last."""
-            where = problem.where or ""
-            file, _, line = where.rpartition(":")
-            return where.startswith("--"), file != label, file, int(line) if line.isdecimal() else 0
+    def rank(problem: Problem) -> tuple[bool, bool, str, int]:
+        """The recipe itself first, other files by name, by line in each; the command line is last."""
+        where = problem.where or ""
+        file, _, line = where.rpartition(":")
+        return where.startswith("--"), file != label_path(path), file, int(line) if line.isdecimal() else 0
 
+    if problems:
         raise RecipeError(sorted(dict.fromkeys(problems), key=rank))
     return construct(wholes[0], runs, path)
 
@@ -97,9 +97,8 @@ def split(tree: Node) -> tuple[Whole, list[Problem]]:
 
 def describe_not_a_stage(name: str, node: Node) -> str | None:
     """Say why a section that is no key of a recipe is no stage either; None when it is one."""
-    is_mapping = isinstance(node.value, dict)
-    method = node.value.get("method") if is_mapping else None
-    if name in SECTIONS and not is_mapping:
+    method = node.value.get("method") if isinstance(node.value, dict) else None
+    if name in SECTIONS and not isinstance(node.value, dict):
         needed = "it is a mapping with at least `constitution:`"
         return f"{name} is {show(node)}; {needed if name == RLAIF else 'a stage is a mapping with at least `data:`'}"
     if name in SECTIONS and method is not None and method.value != name:
@@ -162,15 +161,14 @@ def check_stage(stage: Section) -> Iterator[Problem]:
     """Yield what is wrong with the keys of a stage, one by one; what it has from the top level is checked there."""
     model, given = OPTIONS[stage.method], {*stage.node.value, *stage.broken}
     stage.options, found = check_keys(model, stage.node, stage.method, stage.label, stage.say)
-    required = [key for key, field in model.model_fields.items() if field.is_required()]
-    if stage.method == "critique" and "replay" not in given:
-        required.append("data")
-    for key in required:
-        if key not in given:
+    required = {key for key, field in model.model_fields.items() if field.is_required()}
+    required |= {"data"} if stage.method == "critique" and "replay" not in given else set()
+    for key in sorted(required - given):
+        help = quote_help(model.model_fields[key].description)
+        if key == "data":
             work = "work" if stage.method in FEEDBACK else "train"
-            rows = f"add the rows to {work} on, here or as the recipe's own `data:`"
-            help = rows if key == "data" else quote_help(model.model_fields[key].description)
-            found[key] = [Problem(f"{stage.say(key)} is missing; {help}", stage.node.place)]
+            help = f"add the rows to {work} on, here or as the recipe's own `data:`"
+        found[key] = [Problem(f"{stage.say(key)} is missing; {help}", stage.node.place)]
     stage.broken |= found.keys()
     for key, problems in found.items():
         yield from problems if key not in stage.inherited else ()
@@ -199,21 +197,12 @@ def construct(whole: Whole, runs: Sequence[Section], path: Path) -> Recipe:
     elif not (home / name).is_dir() and (path.parent / home / name).is_dir():
         home = path.parent / home
     return Recipe(
-        name=name,
-        runs=label_path(home),
-        path=label_path(path),
-        seed=options.seed,
-        model=options.model,
-        lora=options.lora,
-        launch=options.launch,
-        evaluate=options.evaluate,
-        evaluates="evaluate" in whole.top.node.value,
-        stages={name: by_name[name] for name in ordered},
-        order=listed or ordered,
+        name=name, runs=label_path(home), path=label_path(path), seed=options.seed, model=options.model,
+        lora=options.lora, launch=options.launch, evaluate=options.evaluate, evaluates="evaluate" in top,
+        stages={name: by_name[name] for name in ordered}, order=listed or ordered, groups=groups,
         origins=references.find_origins(top | {run.run: run.node for run in runs}),
-        groups=groups,
         sweeps={name: tuple(made) for name, made in variants.items() if made != [name]},
-    )
+    )  # fmt: skip
 
 
 def _join(parts: Iterable[Iterable[str]]) -> tuple[str, ...]:
@@ -223,11 +212,10 @@ def _join(parts: Iterable[Iterable[str]]) -> tuple[str, ...]:
 def add_rounds(whole: Whole) -> Iterator[Problem]:
     """Put the stages of later rounds behind those of the first; yields what is wrong with a chain."""
     top = whole.top.node.value
-    asked = [
-        (group.node.value["rounds"], [stage.name for stage in group.stages if stage.method not in ("critique", "sft")])
-        for group in whole.groups.values()
-        if "rounds" in group.node.value
-    ]
+    asked: list[tuple[Node, list[str]]] = []
+    for group in whole.groups.values():
+        if (rounds := group.node.value.get("rounds")) is not None:
+            asked.append((rounds, [stage.name for stage in group.stages if stage.method not in ("critique", "sft")]))
     own = top.get("rounds")
     if own is not None and isinstance(own.value, dict) and "stages" in own.value:
         listed = own.value["stages"].plain()
@@ -269,26 +257,24 @@ def _repeat(stages: Sequence[Section], number: int, *, keeps: bool, restart: boo
     for stage in stages:
         node = copy.deepcopy(stage.node)
         starts_inside = False
-        for name in references.find_names(node):
-            if name.node.value in made:
-                starts_inside |= name.kind == "start"
-                name.node.value = _in_round(name.node.value, number)
-        if keeps and (data := node.value.get("data")) is not None:
-            sources = data.value if isinstance(data.value, list) else [data]
-            node.value["data"] = replace(data, value=[one for each in sources for one in _spread(each, made, number)])
+        for named in references.find_names(node):
+            if named.node.value in made:
+                starts_inside |= named.kind == "start"
+                named.node.value = _in_round(named.node.value, number)
+        data, rows = node.value.get("data") if keeps else None, list[Node]()
+        sources: list[Node] = [] if data is None else data.value if isinstance(data.value, list) else [data]
+        for source in sources:
+            path: Node = source.value.get("path", source) if isinstance(source.value, dict) else source
+            name = str(path.value).removesuffix(f"-{number}")
+            for turn in range(1, number + 1) if name in made else ():  # those of the rounds before too
+                one = replace(path, value=_in_round(name, turn))
+                rows.append(one if path is source else replace(source, value={**source.value, "path": one}))
+            rows += [source] if name not in made else []
+        if data is not None:
+            node.value["data"] = replace(data, value=rows)
         start = policy if stage.method in FEEDBACK else None if restart or starts_inside else stage.name
         if start is not None:
             node.value["start_from"] = Node(_in_round(start, number - 1), node.origin, node.line)
         made.add(stage.name)
         run, shared = _in_round(stage.name, number), stage.shared - {"start_from"}
         yield replace(stage, name=run, run=run, first=stage.name, node=node, shared=shared, broken=set())
-
-
-def _spread(source: Node, made: set[str], number: int) -> list[Node]:
-    """The rows of a stage of the chain, with those of the rounds before; other sources as they are."""
-    path = source.value.get("path", source) if isinstance(source.value, dict) else source
-    name = str(path.value).removesuffix(f"-{number}")
-    if name not in made:
-        return [source]
-    paths = [replace(path, value=_in_round(name, turn)) for turn in range(1, number + 1)]
-    return paths if path is source else [replace(source, value={**source.value, "path": each}) for each in paths]

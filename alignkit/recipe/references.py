@@ -49,12 +49,9 @@ def find_names(section: Node) -> list[Name]:
             is_mapping = isinstance(node.value, dict)
             named = node.value.get(entry) if entry and is_mapping else node
             # none and builtin are words of `examples:`, beside files
-            if named is not None and isinstance(named.value, str) and (kind, named.value) not in _WORDS:
+            if named and isinstance(named.value, str) and not (kind == "file" and named.value in ("none", "builtin")):
                 found.append(Name(f"{key}.path" if entry == "path" and is_mapping else key, named, kind))
     return found
-
-
-_WORDS = (("file", "none"), ("file", "builtin"))
 
 
 def _find(node: Node, keys: Sequence[str]) -> Iterator[Node]:
@@ -69,9 +66,8 @@ def _find(node: Node, keys: Sequence[str]) -> Iterator[Node]:
 
 def find_needs(section: Section, stages: Collection[str]) -> dict[str, Name]:
     """Find the stages that a stage takes something from, each with one name that says so."""
-    names = find_names(section.node)
-    names = [name for name in names if name.kind not in ("file", "weights") and name.node.value in stages]
-    return {name.node.value: name for name in names}
+    names = [name for name in find_names(section.node) if name.kind not in ("file", "weights")]
+    return {name.node.value: name for name in names if name.node.value in stages}
 
 
 def resolve_paths(tops: Sequence[Section], stages: Sequence[Section], stage_names: Collection[str]) -> list[Problem]:
@@ -129,23 +125,20 @@ def check_references(stage: Section, stages: Mapping[str, Section], groups: Coll
         elif value == stage.name and name.kind != "start":
             found = ", the stage itself"
         else:
-            found = _describe_misfit(name, stage, stages[value])
+            own, other = _kind_of(stage), _kind_of(stages[value])
+            fitting = (what for uses, others, of, what in TABLES["misfits"]
+                       if name.kind in uses.split() and other in others.split() and own in of.split())  # fmt: skip
+            found = next(fitting, "").replace("{method}", stage.method)
         if found:
             stage.broken.add(name.first)
             yield Problem(f"{key} is {show(name.node)}{found}", name.node.place)
 
 
-def _describe_misfit(name: Name, stage: Section, other: Section) -> str | None:
-    def kind(section: Section) -> str:
-        given = section.node.value
-        if "objective" in given and given["objective"].value in TASKS:
-            return "classifier"
-        return "best_of" if "best_of" in given and given["best_of"].value is True else section.method
-
-    for uses, others, own, what in TABLES["misfits"]:
-        if name.kind in uses.split() and kind(other) in others.split() and kind(stage) in own.split():
-            return str(what).replace("{method}", stage.method)
-    return None
+def _kind_of(stage: Section) -> str:
+    given = stage.node.value
+    if "objective" in given and given["objective"].value in TASKS:
+        return "classifier"
+    return "best_of" if "best_of" in given and given["best_of"].value is True else stage.method
 
 
 def _describe_stranger(name: Name, stages: Mapping[str, Section]) -> str | None:
@@ -168,10 +161,11 @@ def _describe_stranger(name: Name, stages: Mapping[str, Section]) -> str | None:
 
 def check_circles(runs: Mapping[str, Section]) -> Iterator[Problem]:
     """Yield each stage that needs itself, through others or at once; the keys are marked as broken."""
-    needs: dict[str, dict[str, Name]] = {}
     known = {*runs, *(run.name for run in runs.values())}
-    for name, run in runs.items():
-        needs[name] = {run.names.get(need, need): named for need, named in find_needs(run, known).items()}
+    needs = {
+        name: {run.names.get(need, need): named for need, named in find_needs(run, known).items()}
+        for name, run in runs.items()
+    }
     while True:
         try:
             TopologicalSorter(needs).prepare()

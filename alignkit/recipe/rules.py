@@ -5,7 +5,6 @@ import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 from alignkit.console import redact
 from alignkit.errors import Problem, suggest
 from alignkit.recipe.check import show_key
-from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, FEEDBACK, LEARNT_TOKENIZERS, REWARD_KINDS, VERIFY_KEYS
+from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, FEEDBACK, REWARD_KINDS, VERIFY_KEYS
 from alignkit.recipe.sections import Finding, Section, UnreadableError
 from alignkit.recipe.trl_fields import ADAPTER_TYPES, KTO_LOSSES, OWN_LOSSES, adapter_fields, read_snapshot, trl_fields
 from alignkit.recipe.words import TABLES
@@ -32,7 +31,7 @@ def audit_stage(stage: Section) -> list[Problem]:
 
 def audit_recipe(top: Section, stages: Collection[Section]) -> list[Problem]:
     """Hold the sections that all stages share against each other: model, lora, launch, evaluate."""
-    rules = (find_conflicts(top), _adapters(top), _model(top, stages), _launch(top, stages))
+    rules = (find_conflicts(top), _adapters(top), _scratch(top, stages), _launch(top, stages))
     found = [finding for rule in rules for finding in _collect(rule)]
     if "evaluate" not in top.broken:
         found += [(f"evaluate.{key}", what) for key, what in evaluation_problems(top.get("evaluate") or {})]
@@ -55,7 +54,7 @@ def _checkpointing(stage: Section) -> Iterator[Finding]:
 
 
 def _dpo(stage: Section) -> Iterator[Finding]:
-    if kto := find_kto(stage):
+    if kto := _find_loss(stage, KTO_LOSSES):
         for key in stage.node.value:
             if key in trl_fields("dpo") and key not in trl_fields("kto"):
                 yield key, f"has no effect with loss_type: {kto}"
@@ -78,62 +77,27 @@ def _adapters(recipe: Section) -> Iterator[Finding]:
         if key not in known:
             others = [name for name in ADAPTER_TYPES if key in adapter_fields(name)] or ["lora", "dora"]
             yield f"lora.{key}", f"has no effect with adapter_type: {kind}; {' and '.join(others)} read it"
-    init, quantization = str(lora.get("init_lora_weights", "")), recipe.get("model.quantization", "none")
-    dora = kind == "dora" or lora.get("use_dora", False)
-    if init.startswith(("pissa", "olora")) and (quantization != "none" or dora):
-        what = f"is {init}, which needs model.quantization: none (loftq is for 4-bit ones), and no DoRA"
-        yield "lora.init_lora_weights", what
 
 
-def _model(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
-    model = recipe.get("model", {})
-    switched_off = recipe.is_switched_off("model.double_quantization", by="model.quantization")
-    if model.get("quantization") not in ("nf4", "fp4") and "double_quantization" in model and not switched_off:
-        yield "model.double_quantization", "has no effect without quantization: nf4 or fp4"
-    builtin = str(model.get("path", "")).startswith("builtin:")
-    if str(learnt := model.get("tokenizer", "")).startswith("builtin:"):
-        if learnt not in LEARNT_TOKENIZERS:
-            yield "model.tokenizer", f"is {learnt}; it must be {' or '.join(LEARNT_TOKENIZERS)}, or a directory"
-        elif not builtin and model.get("init", "pretrained") != "scratch":
-            yield "model.tokenizer", "is learnt from the rows, and pretrained weights do not know it; set init: scratch"
-    if model.get("init", "pretrained") != "scratch":
-        if model.get("config") and not builtin:
-            yield "model.config", "has no effect without init: scratch; pretrained weights fix the shape"
+def _scratch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
+    if recipe.get("model.init") != "scratch":
         return
     starts = [stage.get("start_from") for stage in stages if stage.method not in FEEDBACK]
     tuned = [start for start in starts if start is not None]
     if len(tuned) == len(starts) and starts:
         yield "model.init", "is scratch, but every stage has start_from, so nothing starts from random weights"
-    if not tuned and model.get("quantization", "none") != "none":
+    if not tuned and recipe.get("model.quantization", "none") != "none":
         yield "model.quantization", "has no effect: every stage trains random weights, which are not quantised"
     if not tuned and recipe.has("lora"):
         yield "lora", "has no effect: every stage starts from random weights, and trains all of them"
 
 
 def _launch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
-    launch = recipe.get("launch") or {}
-    strategy = launch.get("strategy", "ddp")
-    switched_off = recipe.is_switched_off("launch.main_address", by="launch.nodes")
-    if launch.get("main_address") is not None and launch.get("nodes", 1) == 1 and not switched_off:
-        yield "launch.main_address", "has no effect with one node; set launch.nodes"
-    model = recipe.get("model") or {}
-    quantization, stored = model.get("quantization", "none"), model.get("quantization_storage", "uint8")
-    shards = strategy == "fsdp" and quantization in ("nf4", "fp4") and stored == model.get("dtype", "auto")
-    if quantization != "none" and strategy in ("fsdp", "zero3") and not shards:
-        yield (
-            "launch.strategy",
-            f"is {strategy}, which cannot shard {quantization} weights; ddp holds the quantised base on every device, "
-            "zero2 shards the rest, and fsdp takes nf4 with one dtype for all: model: {dtype: bfloat16, "
-            "quantization_storage: bfloat16}",
-        )
-    ppo = [stage.name for stage in stages if stage.method == "ppo"]
+    strategy, ppo = recipe.get("launch.strategy"), [stage.name for stage in stages if stage.method == "ppo"]
     if strategy in ("zero2", "zero3") and ppo:
-        yield (
-            "launch.strategy",
-            f"is {strategy}, which ppo ({ppo[0]}) does not run under; fsdp shards its models, and with ddp and lora: "
-            "its four roles share one base on every device",
-        )
-    for option in (launch.get("slurm") or {}).get("options") or {}:
+        what = f"is {strategy}, which ppo ({ppo[0]}) does not run under; fsdp shards its models, and with ddp and lora:"
+        yield "launch.strategy", f"{what} its four roles share one base on every device"
+    for option in recipe.get("launch.slurm.options") or {}:
         # Those that set variables, start programs or write files would let a recipe run code (--export=LD_PRELOAD=...).
         if option not in (known := TABLES["sbatch options"]):
             hint = suggest(option, known) or "; it may name what asks for resources, not what alignkit sets"
@@ -148,24 +112,16 @@ class Optimizer(NamedTuple):
     targets: bool = False
 
 
-@cache
-def _arguments() -> dict[str, Any]:
-    """Optimizers by the beginning of their names, the longest that fits counts, and the kinds of arguments.
-
-    transformers hands `block_size` of torchao's and all of rmsprop_bnb's on as texts, which they cannot use.
-    """
-    read: dict[str, Any] = json.loads(Path(__file__).with_name("optimizers.json").read_text("utf-8"))
-    return read
-
-
+# Optimizers by the beginning of their names, and the kinds of arguments. transformers hands `block_size` of torchao's
+# and all of rmsprop_bnb's on as texts, which they cannot use.
+_ARGUMENTS: dict[str, Any] = json.loads(Path(__file__).with_name("optimizers.json").read_text("utf-8"))
 _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
 def find_optimizer(name: str) -> Optimizer:
-    """Look an optimizer of transformers up."""
-    known = _arguments()["optimizers"]
-    fitting = [kind for kind in known if name.startswith(kind)]
-    return Optimizer(**known[max(fitting, key=len)]) if fitting else Optimizer()
+    """Look an optimizer of transformers up; the longest beginning of its name counts."""
+    known = _ARGUMENTS["optimizers"]
+    return Optimizer(**known[max((kind for kind in known if name.startswith(kind)), key=len, default="")])
 
 
 def _optimizer(stage: Section) -> Iterator[Finding]:
@@ -176,30 +132,23 @@ def _optimizer(stage: Section) -> Iterator[Finding]:
     elif stage.has("optim_target_modules") and not optimizer.targets:
         yield "optim_target_modules", f"has no effect with optim: {name}; galore and apollo optimizers read it"
     given: dict[str, Any] = {}
-    for part in (stage.get("optim_args") or "").replace(" ", "").split(","):
-        key, equals, value = part.partition("=")
-        if part and (not equals or not value):
+    for part in filter(None, (stage.get("optim_args") or "").replace(" ", "").split(",")):
+        key, _, value = part.partition("=")
+        if not value:
             yield "optim_args", f"holds {part}; write name=value, with commas between"
             return
-        given |= {key: _read(value)} if part else {}
-    accepted = dict.fromkeys(optimizer.arguments)
-    yield from _check_arguments("optim_args", given, accepted, f"optim: {name}")
+        read = read_scalar(value)
+        given[key] = value.lower() if isinstance(read, bool | None) else read
+    yield from _check_arguments("optim_args", given, dict.fromkeys(optimizer.arguments), f"optim: {name}")
 
 
 def _schedule(stage: Section) -> Iterator[Finding]:
     name, given = stage.get("lr_scheduler_type", "linear"), stage.get("lr_scheduler_kwargs") or {}
     accepted = read_snapshot()["schedulers"][name]
     yield from _check_arguments("lr_scheduler_kwargs", given, accepted, f"lr_scheduler_type: {name}")
-    rates = [key for key in ("min_lr", "min_lr_rate") if key in given]
-    if "min_lr_rate" in accepted and len(rates) != 1:
-        found = "both" if rates else "neither"
-        what = f"has {found} of min_lr and min_lr_rate; lr_scheduler_type: {name} needs one"
-        yield "lr_scheduler_kwargs", f"{what}, such as {{min_lr_rate: 0.1}}"
-    if name in ("reduce_lr_on_plateau", "greedy"):
-        if stage.method == "ppo":
-            yield "lr_scheduler_type", f"is {name}, which goes by an evaluation's loss, and ppo has none"
-        elif not stage.has("eval") or stage.get("eval_strategy", "steps") == "no":
-            yield "lr_scheduler_type", f"is {name}, which goes by an evaluation's loss; add eval: 0.05, or a source"
+    if "min_lr_rate" in accepted and ("min_lr" in given) == ("min_lr_rate" in given):
+        what = f"has {'both' if 'min_lr' in given else 'neither'} of min_lr and min_lr_rate; lr_scheduler_type: {name}"
+        yield "lr_scheduler_kwargs", f"{what} needs one, such as {{min_lr_rate: 0.1}}"
 
 
 def _check_arguments(key: str, given: Mapping[str, Any], accepted: Mapping[str, Any], of: str) -> Iterator[Finding]:
@@ -209,7 +158,7 @@ def _check_arguments(key: str, given: Mapping[str, Any], accepted: Mapping[str, 
     for name in [name for name, default in accepted.items() if default == "required" and name not in given]:
         yield key, f"lacks {name}, which {of} needs, such as {{{name}: 100}}"
     for name in given.keys() & accepted.keys():
-        value, words, whole = given[name], _arguments()["words"].get(name), name in _arguments()["whole numbers"]
+        value, words, whole = given[name], _ARGUMENTS["words"].get(name), name in _ARGUMENTS["whole numbers"]
         shown = str(value).lower() if isinstance(value, bool) else value
         if words is not None:
             if shown not in words:
@@ -218,28 +167,16 @@ def _check_arguments(key: str, given: Mapping[str, Any], accepted: Mapping[str, 
             yield key, f"has {name} {shown}; it must be a {'whole ' if whole else ''}number"
 
 
-def _read(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text.lower()
-
-
-_WRITERS = ("model", "url", "replay")
 _SERVER = TABLES["keys of a judge behind a server"]
 
 
 def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding]:
     """Yield what is wrong with a judge or generator; only a judge of a label stage may be a replay."""
     given: Mapping[str, Any] = {"model": source} if isinstance(source, str) else source
-    kinds = [kind for kind in _WRITERS if given.get(kind) is not None]
-    accepted = _WRITERS if is_judge else _WRITERS[:2]
-    if len(kinds) != 1 or kinds[0] not in accepted:
-        found = " and ".join(kinds) or "none"
-        named = " and ".join(accepted) if len(accepted) == 2 else "model, url and replay"
-        yield key, f"needs exactly one of {named}, and has {found}"
+    kinds = [kind for kind in ("model", "url", "replay") if given.get(kind) is not None]
+    if len(kinds) != 1 or (kinds[0] == "replay" and not is_judge):
+        named = "model, url and replay" if is_judge else "model and url"
+        yield key, f"needs exactly one of {named}, and has {' and '.join(kinds) or 'none'}"
         return
     (kind,) = kinds
     for name in _SERVER if kind != "url" else ():
@@ -249,17 +186,16 @@ def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding
         yield f"{key}.engine", f"has no effect with {kind}; it says what runs a model on this machine"
     if kind != "url":
         return
-    url, variable = given["url"], given.get("api_key_env")
-    shown = redact(url)
+    url, variable, advice = given["url"], given.get("api_key_env"), ""
     try:
-        is_address = urlsplit(url).port != 0 and re.fullmatch(r"https?://[^/\\\s?#@]+(/[^\s?#]*)?", url) is not None
-    except ValueError:  # a port above 65535
-        is_address = False
-    if not is_address:
+        if urlsplit(url).port == 0 or not re.fullmatch(r"https?://[^/\\\s?#@]+(/[^\s?#]*)?", url):
+            raise ValueError(url)
+        if url.rstrip("/").endswith(("/chat/completions", "/completions")):
+            advice = "give the address that ends in /v1: what comes after it is added (api)"
+    except ValueError:  # of urlsplit: a port above 65535
         advice = "write http://HOST:PORT/v1 or https://HOST/v1, without a question mark or a key"
-        yield f"{key}.url", f"is {shown}; {advice}"
-    elif url.rstrip("/").endswith(("/chat/completions", "/completions")):
-        yield f"{key}.url", f"is {shown}; give the address that ends in /v1: what comes after it is added (api)"
+    if advice:
+        yield f"{key}.url", f"is {redact(url)}; {advice}"
     if given.get("name") is None:
         yield key, "has a url without name; say which of the server's models is meant"
     if variable is not None and not variable.endswith(("_API_KEY", "_TOKEN")):
@@ -276,10 +212,10 @@ def _feedback(stage: Section) -> Iterator[Finding]:
 
 
 def _unknown_constitutions(given: Any) -> Iterator[Finding]:
+    known = BUILTIN_CONSTITUTIONS
     for item in [given] if isinstance(given, str) else given or ():
-        if item.startswith("builtin:") and item not in BUILTIN_CONSTITUTIONS:
-            known = ", ".join(BUILTIN_CONSTITUTIONS)
-            yield "constitution", f"is {item}; it must be a file, {known}{suggest(item, BUILTIN_CONSTITUTIONS)}"
+        if item.startswith("builtin:") and item not in known:
+            yield "constitution", f"is {item}; it must be a file, {', '.join(known)}{suggest(item, known)}"
 
 
 def evaluation_problems(given: Mapping[str, Any]) -> Iterator[Finding]:
@@ -307,10 +243,12 @@ def evaluation_problems(given: Mapping[str, Any]) -> Iterator[Finding]:
 def _rewards(stage: Section) -> Iterator[Finding]:
     for key in ("reward", "gold"):
         for reward in list_rewards(stage, key):
-            function = reward.get("function")
-            if sum(reward.get(kind) is not None for kind in REWARD_KINDS) != 1:
-                kinds = f"{', '.join(REWARD_KINDS[:-1])} and {REWARD_KINDS[-1]}"
-                yield key, f"needs exactly one of {kinds} for each part, and has {_describe(reward)}"
+            function, kinds = reward.get("function"), [kind for kind in REWARD_KINDS if reward.get(kind) is not None]
+            named = [f"{kind} {reward[kind]}" for kind in kinds if kind != "judge"]
+            shown = " and ".join(named + ["a judge"] * ("judge" in kinds)) or "none"
+            if len(kinds) != 1:
+                accepted = f"{', '.join(REWARD_KINDS[:-1])} and {REWARD_KINDS[-1]}"
+                yield key, f"needs exactly one of {accepted} for each part, and has {shown}"
             if reward.get("judge") is not None:
                 yield from judge_problems(f"{key}.judge", reward["judge"], is_judge=False)
                 if reward.get("constitution") is None:
@@ -323,13 +261,7 @@ def _rewards(stage: Section) -> Iterator[Finding]:
             if function is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
                 yield key, f"names the function {function!r}; write pkg.module:name"
             if reward.get("weight", 1) == 0:
-                yield key, f"gives {_describe(reward)} the weight 0, which has no effect; take it out, or make it gold"
-
-
-def _describe(reward: dict[str, Any]) -> str:
-    given = [f"{key} {reward[key]}" for key in REWARD_KINDS if key != "judge" and reward.get(key) is not None]
-    given += ["a judge"] if reward.get("judge") is not None else []
-    return " and ".join(given) or "none"
+                yield key, f"gives {shown} the weight 0, which has no effect; take it out, or make it gold"
 
 
 def _groups(stage: Section) -> Iterator[Finding]:
@@ -361,11 +293,7 @@ class Conflict(NamedTuple):
     if_on: bool = False  # only a value that switches something on is refused; false, 0 and no are fine
 
 
-def _idle(methods: str, keys: str, when: Callable[[Section], Any], why: str, if_on: bool = False) -> Conflict:
-    return Conflict(methods, keys, when, f"has no effect {why}", if_on)
-
-
-_CONDITION = re.compile(r"(!?)(\??)([\w.]+)(?::([\w-]+))?(?:(!=|<=|>=|==|<|>|=|~|%)(.*))?")
+_CONDITION = re.compile(r"(!?)(\??)([\w.]+)(?::([\w-]+))?(?:(!=|<=|>=|==|<|>|=|~|%|\^|@)(.*))?")
 _COMPARED = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "%": operator.mod,
 }  # fmt: skip
@@ -375,8 +303,9 @@ def _when(text: str) -> Callable[[Section], bool]:
     """Read the conditions of conflicts.tsv, all of which must hold.
 
     `key` (switched on), `?key` (given), `key=a|b` (- is not given), `key!=a`, `key~a|b` (a list that has one of them),
-    `key<1` and `key<other` as numbers (% is what is left); `key:1` takes 1 where it is not given, ! in front turns one
-    round, and `top.key` is of the top level.
+    `key<1` and `key<other` as numbers (% is what is left), `key^REGEX` (it begins so), `key@other` (the command line or
+    a file above did not switch it off by the other); `key:1` takes 1 where it is not given, ! in front turns one round,
+    and `top.key` is of the top level.
     """
     parts = [found.groups() for part in text.split() if (found := _CONDITION.fullmatch(part))]
 
@@ -387,6 +316,10 @@ def _when(text: str) -> Callable[[Section], bool]:
             assert right is not None
             number = float(other) if re.fullmatch(r"-?[\d.]+", other) else _value_of(stage, right[3], right[4])
             found = bool(_COMPARED[sign](value, number))
+        elif sign == "^":
+            found = value is not None and re.match(other, str(value)) is not None
+        elif sign == "@":
+            found = not stage.is_switched_off(key, by=other)
         elif sign == "~":
             found = bool({*(value if isinstance(value, list) else [value])} & {*other.split("|")})
         elif sign:
@@ -457,12 +390,12 @@ def losses_of(stage: Section) -> list[str]:
     return [given] if isinstance(given, str) else given
 
 
-def find_kto(stage: Section) -> str | None:
-    return next((loss for loss in losses_of(stage) if loss in KTO_LOSSES), None)
+def _find_loss(stage: Section, among: Collection[str]) -> str | None:
+    return next((loss for loss in losses_of(stage) if loss in among), None)
 
 
 def _own_loss(stage: Section) -> str | None:
-    return next((loss for loss in losses_of(stage) if loss in OWN_LOSSES), None)
+    return _find_loss(stage, OWN_LOSSES)
 
 
 def _starts_from_no_adapter(stage: Section) -> bool:
@@ -495,26 +428,16 @@ def list_rewards(stage: Section, key: str) -> list[dict[str, Any]]:
 CONFLICTS = (
     *_read_table(),
     # all that train
-    _idle("train", "num_train_epochs",
-          lambda stage: stage.get("max_steps", -1) > 0
-          and not stage.is_switched_off("num_train_epochs", by="max_steps"),
-          "with max_steps; take one of them out, or set max_steps: -1"),
-    _idle("train", "adapter", _starts_from_no_adapter,
-          "without start_from; it says what happens to the adapter a stage starts from"),
-    Conflict("train", "gradient_checkpointing",
-             lambda stage: (wanted := _value_of(stage, "top.launch.activation_checkpointing", None)) is not None
-             and wanted != stage.get("gradient_checkpointing") and str(wanted).lower(),
-             "is {value}, but launch.activation_checkpointing is {}; keep one"),
+    Conflict("train", "adapter", _starts_from_no_adapter,
+             "has no effect without start_from; it says what happens to the adapter a stage starts from"),
     Conflict("train", "adapter",
              lambda stage: stage.get("adapter") == "stack" and _value_of(stage, "top.lora", None) is None
              and not _starts_from_no_adapter(stage), "is stack, which puts a new adapter on top; add a lora: section"),
     # sft
     Conflict("sft", "data eval", _has_separator,
              "has a separator, which nothing reads with objective: seq2seq; take it out"),
-    Conflict("sft", "eval", lambda stage: stage.get("streaming") and isinstance(stage.get("eval"), float),
-             "is a share, which streaming cannot hold out; name a source of held-out rows"),
     # dpo
-    Conflict("dpo", "loss_type", lambda stage: len(losses_of(stage)) > 1 and find_kto(stage),
+    Conflict("dpo", "loss_type", lambda stage: len(losses_of(stage)) > 1 and _find_loss(stage, KTO_LOSSES),
              "mixes {} with others; it is computed on single answers and must stand alone"),
     Conflict("dpo", "loss_type", lambda stage: len({*losses_of(stage)} - {"sft"}) > 1 and _own_loss(stage),
              "mixes {} with others; only sft may stand beside it"),
@@ -525,28 +448,26 @@ CONFLICTS = (
              lambda stage: stage.get("f_divergence_type") != "reverse_kl"
              and ", ".join(sorted({*losses_of(stage)} - {*_F_DIVERGENCE, *KTO_LOSSES})),
              "is {value}, which {} cannot use; use reverse_kl"),
-    _idle("dpo", "ld_alpha f_divergence_type use_weighting router_aux_loss_coef", _own_loss, "with loss_type: {}"),
-    _idle("dpo", "loss_weights", lambda stage: len(losses_of(stage)) == 1 and _own_loss(stage), "with loss_type: {}"),
-    _idle("dpo", "precompute_ref_log_probs precompute_ref_batch_size",
-          lambda stage: (own := _own_loss(stage)) and not OWN_LOSSES[own].has_reference and own,
-          "with loss_type: {}, which has no reference"),
+    Conflict("dpo", "ld_alpha f_divergence_type use_weighting router_aux_loss_coef", _own_loss,
+             "has no effect with loss_type: {}"),
+    Conflict("dpo", "loss_weights", lambda stage: len(losses_of(stage)) == 1 and _own_loss(stage),
+             "has no effect with loss_type: {}"),
+    Conflict("dpo", "precompute_ref_log_probs precompute_ref_batch_size",
+             lambda stage: (own := _own_loss(stage)) and not OWN_LOSSES[own].has_reference and own,
+             "has no effect with loss_type: {}, which has no reference"),
     *(
-        _idle("dpo", " ".join(own.keys), lambda stage, loss=loss: loss not in losses_of(stage),  # type: ignore[misc]
-             f"without loss_type: {loss}")
+        Conflict("dpo", " ".join(own.keys), lambda stage, loss=loss: loss not in losses_of(stage),  # type: ignore[misc]
+                 f"has no effect without loss_type: {loss}")
         for loss, own in OWN_LOSSES.items()
     ),
     # ppo
-    _idle("ppo", "reward_timeout",
-          lambda stage: not any(
-              part.get("function") for part in (*list_rewards(stage, "reward"), *list_rewards(stage, "gold"))),
-          "without a reward function"),
+    Conflict("ppo", "reward_timeout",
+             lambda stage: not any(
+                 part.get("function") for key in ("reward", "gold") for part in list_rewards(stage, key)),
+             "has no effect without a reward function"),
     Conflict("ppo", "value_init", _has_no_weights,
              "is reward, but the reward is not one model; use value_init: policy"),
-    Conflict("ppo", "generation.url",
-             lambda stage: stage.get("generation.engine") == "vllm"
-             and not re.match(r"https?://[^/]", stage.get("generation.url") or "http://x"),
-             "is {value!r}; it must start with http:// or https://"),
-    # critique and label
+    # label
     Conflict("label", "reward", lambda stage: any(part.get("judge") for part in list_rewards(stage, "reward")),
              "has a judge, which compares answers itself; name it as judge:"),
     Conflict("label", "clamp", lambda stage: stage.get("clamp")[0] >= stage.get("clamp")[1],

@@ -1,6 +1,7 @@
 """The recipe's own keys: names, types, ranges and the sentence an editor shows; TRL's are in `trl_fields`."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -25,24 +26,20 @@ BUILTIN_CONSTITUTIONS = tuple(
 BUILTIN_REWARD = "builtin:true-reward"  # the toy world's own sentiment, as a reward or as gold
 
 
-# What is better where a metric's name does not begin with + or -.
-_BETTER = {"-": ("loss", "perplexity"), "+": ("accurac", "margin", "true_reward", "win_rate")}
-
-
 def _require_sign(value: str) -> str:
     """Write a metric of held-out rows as +NAME (higher is better) or -NAME (lower)."""
     name = value.strip("+- ").removeprefix("eval_")
-    signs = [value[0]] if value[:1] in _BETTER else [s for s, words in _BETTER.items() if any(w in name for w in words)]
+    better = {"-": r"loss|perplexity", "+": r"accurac|margin|true_reward|win_rate"}
+    signs = [value[0]] if value[:1] in better else [sign for sign in better if re.search(better[sign], name)]
     if not name or len(signs) != 1:
         raise PydanticCustomError("sign", "does not say what is better")
     return signs[0] + name
 
 
-_HubKernel = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?$")]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-
-
+Share = Annotated[float, Field(gt=0, lt=1)]
+_Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@%+*=\[\]/-]+$")]  # of a shell script: no blanks, no quotes
 # What editors show of a key whose sentence is longer than a line: "Section.key", tab, sentence.
 _HELP = dict(line.split("\t") for line in Path(__file__).with_name("help.tsv").read_text("utf-8").splitlines())
 
@@ -80,7 +77,7 @@ class ModelOptions(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto")
     attn_implementation: (
         Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
-        | _HubKernel | None
+        | Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?$")] | None
     ) = option(None)
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = option(None)
     freeze: list[Text] = option(list)
@@ -120,10 +117,6 @@ else:  # and what PEFT's config classes have beside
         for kind in reversed(ADAPTER_TYPES) for key, (_, field) in adapter_fields(kind).items()
         if kind != "dora" and key not in _LoraOptions.model_fields
     })
-
-
-# Goes into a shell script: no blanks, no quotes.
-_Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@%+*=\[\]/-]+$")]
 
 
 class SlurmOptions(_Section):
@@ -174,24 +167,21 @@ class DataSource(_Section):
     max_rows: Count | None = option(None, "Take only the first rows of the source.")
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _short_for(key: str, section: Any, *, several: bool = False) -> BeforeValidator:
+    """Let a text stand for a section with that one key, and of `several` sections one for a list of them."""
+    def write_out(value: Any) -> Any:
+        if not several:
+            return {key: value} if isinstance(value, str) else value
+        return [{key: one} if isinstance(one, str) else one for one in (value if isinstance(value, list) else [value])]
+    one = Text | section
+    many = one | Annotated[list[one], Field(min_length=1)]  # type: ignore[valid-type]
+    return BeforeValidator(write_out, json_schema_input_type=many if several else one)
 
 
-# A path or a source where one is enough, a list where there are more.
-Sources = Annotated[
-    list[DataSource],
-    Field(min_length=1),
-    BeforeValidator(
-        lambda value: [{"path": item} if isinstance(item, str) else item for item in _as_list(value)],
-        json_schema_input_type=str | DataSource | Annotated[list[str | DataSource], Field(min_length=1)],
-    ),
-]
-Share = Annotated[float, Field(gt=0, lt=1)]
-
-
+Sources = Annotated[list[DataSource], Field(min_length=1), _short_for("path", DataSource, several=True)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
-TextList = Annotated[list[Text], Field(min_length=1), BeforeValidator(_as_list, json_schema_input_type=Texts)]
+TextList = Annotated[list[Text], Field(min_length=1), BeforeValidator(
+    lambda value: value if isinstance(value, list) else [value], json_schema_input_type=Texts)]
 
 
 class Price(_Section):
@@ -219,12 +209,7 @@ class FeedbackModel(_Section):
     replay: Text | None = option(None, "A file of labels that are published already (a judge only).")
 
 
-def _as_model(value: Any) -> Any:
-    return {"model": value} if isinstance(value, str) else value
-
-
-# A name where that is all there is to say.
-Feedback = Annotated[FeedbackModel, BeforeValidator(_as_model, json_schema_input_type=Text | FeedbackModel)]
+Feedback = Annotated[FeedbackModel, _short_for("model", FeedbackModel)]
 
 
 class TeacherOptions(FeedbackModel):
@@ -238,9 +223,7 @@ class TeacherOptions(FeedbackModel):
     max_new_tokens: Count = option(128, "Longest answer of the student's own, in tokens.")
 
 
-Teacher = Annotated[TeacherOptions, BeforeValidator(_as_model, json_schema_input_type=Text | TeacherOptions)]
-
-
+Teacher = Annotated[TeacherOptions, _short_for("model", TeacherOptions)]
 _Greedy = Annotated[float, Field(ge=0, description="Of sampled texts; 0 takes the likeliest token each time.")]
 _TopP = Annotated[float, Field(gt=0, le=1, description="Samples from the likeliest tokens with this share; 1: all.")]
 _TopK = Annotated[int, Field(ge=0, description="Samples from so many of the likeliest tokens; 0: all.")]
@@ -270,17 +253,7 @@ class RewardSource(_Section):
 
 REWARD_KINDS = ("model", "function", "judge", "verify")
 VERIFY_KEYS = ("column", "extract", "timeout")
-
-
-# A name or a reward where one is enough, a list where several are summed.
-Rewards = Annotated[
-    list[RewardSource],
-    Field(min_length=1),
-    BeforeValidator(
-        lambda value: [{"model": item} if isinstance(item, str) else item for item in _as_list(value)],
-        json_schema_input_type=str | RewardSource | Annotated[list[str | RewardSource], Field(min_length=1)],
-    ),
-]
+Rewards = Annotated[list[RewardSource], Field(min_length=1), _short_for("model", RewardSource, several=True)]
 
 
 class MissingEos(_Section):
@@ -361,17 +334,11 @@ _presets = json.loads(_ROOMS.joinpath("recipe", "presets.json").read_text("utf-8
 PRESETS: dict[str, dict[str, Any]] = {name: preset["values"] for name, preset in _presets.items()}
 # A metric is a file of this directory; nothing is imported to know its name.
 METRICS = tuple(path.stem for path in sorted(_ROOMS.joinpath("evaluate", "metrics").glob("[a-z]*.py")))
-if TYPE_CHECKING:
-    ObjectiveName = str
-    Preset = str
-    Metric = str
-else:
-    ObjectiveName, Preset, Metric = (Literal[tuple(names)] for names in (OBJECTIVES, PRESETS, METRICS))
 
 
 class SftOptions(TrainOptions):
     method: Literal["sft"] = "sft"
-    objective: ObjectiveName = option(
+    objective: Literal[tuple(OBJECTIVES)] = option(  # type: ignore[valid-type]
         "chat", "; ".join(f"{name}: {objective.learns}" for name, objective in OBJECTIVES.items()) + ".")
     teacher: Teacher | None = option(None, "Whom objective: distill learns from: a stage, a model or {url: ...}.")
     lm_coef: float = option(0.5, ge=0)
@@ -395,7 +362,7 @@ class DpoOptions(TrainOptions):
 
 class PpoOptions(TrainOptions):
     method: Literal["ppo"] = "ppo"
-    preset: Preset | None = option(None)
+    preset: Literal[tuple(PRESETS)] | None = option(None)  # type: ignore[valid-type]
     reward: Rewards = option(...)
     gold: Rewards | None = option(None)
     reward_timeout: Positive = option(60.0, "Seconds that one call of a reward function may take.")
@@ -454,8 +421,6 @@ class PpoOptions(TrainOptions):
 
 _CONSTITUTION = "Principles: YAML or JSON files, builtin:harmlessness or builtin:helpfulness; several are joined."
 _EXAMPLES = "Worked examples put before every request: builtin, none, or files of them."
-_NewTokens = Annotated[int, Field(ge=1, description="Longest sampled text, in tokens.")]
-_Rows = Annotated[int, Field(ge=1, description="Texts that a model on this machine reads or writes at a time.")]
 
 
 class Helpful(_Section):
@@ -463,30 +428,34 @@ class Helpful(_Section):
     samples: int = option(2, "Answers to each prompt (the paper: 2).", ge=1, le=64)
 
 
-class CritiqueOptions(StageOptions):
+class FeedbackOptions(StageOptions):
+    """Keys that the methods share that make rows."""
+
+    constitution: Texts | None = option(None, _CONSTITUTION)
+    temperature: _Greedy = 1.0
+    top_p: _TopP = 1.0
+    top_k: _TopK = 0
+    max_new_tokens: Count = option(256, "Longest sampled text, in tokens.")
+    batch_size: Count = option(16, "Texts that a model on this machine reads or writes at a time.")
+
+
+class CritiqueOptions(FeedbackOptions):
     """Answers, criticised and revised by a constitution: the rows of SL-CAI (arXiv 2212.08073, section 3)."""
 
     method: Literal["critique"] = "critique"
     data: Sources = option([], "Prompts that tempt the model to answer badly.")
-    constitution: Texts | None = option(None, _CONSTITUTION)
     generator: Feedback | None = option(None, "What answers, criticises and revises; omitted: the model of start_from.")
     rounds: int = option(4, ge=1, le=32)
     critiques: bool = option(True, "Ask for a critique before each revision.")
     examples: Texts = option("builtin", _EXAMPLES)
-    temperature: _Greedy = 1.0
-    top_p: _TopP = 1.0
-    top_k: _TopK = 0
-    max_new_tokens: _NewTokens = 256
-    batch_size: _Rows = 16
     helpful: Helpful | None = option(None, "Answers to other prompts, added unrevised: {data, samples}.")
     replay: TextList | None = option(None, "Files of published critiques and revisions to take instead of making any.")
 
 
-class LabelOptions(StageOptions):
+class LabelOptions(FeedbackOptions):
     """Comparisons labelled by a judge: the preferences of RL-CAI (arXiv 2212.08073, section 4.1); or by a reward."""
 
     method: Literal["label"] = "label"
-    constitution: Texts | None = option(None, _CONSTITUTION)
     judge: Feedback | None = option(None, "What compares the answers: a model, {url: ...}, or {replay: FILE}.")
     reward: Rewards | None = option(None)
     generator: Feedback | None = option(None, "What answers the prompts; omitted: the model of start_from.")
@@ -497,11 +466,6 @@ class LabelOptions(StageOptions):
     cot_tokens: Count = option(256, "Longest chain of thought, in tokens.")
     clamp: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)] | None = option(None)
     examples: Texts = option("none", _EXAMPLES)
-    temperature: _Greedy = 1.0
-    top_p: _TopP = 1.0
-    top_k: _TopK = 0
-    max_new_tokens: _NewTokens = 256
-    batch_size: _Rows = 16
     hard: bool = option(False, "Round labels to 0 or 1; the paper found soft ones much better.")
     mix: Sources | None = option(None, "Comparisons made by people, added as they are.")
     check: Sources | None = option(None)
@@ -569,7 +533,7 @@ class EvaluateOptions(_Section):
 
     data: Sources | None = option(None)
     max_rows: Count = option(200, "Rows used: the first ones of the data.")
-    metrics: Annotated[list[Metric], Field(min_length=1)] | None = option(None)
+    metrics: Annotated[list[Literal[METRICS]], Field(min_length=1)] | None = option(None)  # type: ignore[valid-type]
     reference: Text | None = option(None)
     reward: Text | None = option(None)
     start: bool | None = option(None)

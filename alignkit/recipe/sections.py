@@ -75,7 +75,7 @@ class Section:
         return self.get(key) is not None
 
     def place(self, key: str) -> str:
-        """The place of a key, which may be dotted; of the section when it is not given."""
+        """The place of a dotted key; of the section when it is not given."""
         node = self.node
         for part in key.split("."):
             if not isinstance(node.value, dict) or part not in node.value:
@@ -98,16 +98,15 @@ def make_stage(
     preset = node.value.get("preset") if method == "ppo" else None
     values = PRESETS.get(preset.value, {}) if preset is not None and isinstance(preset.value, str) else {}
     whole = Node({**taken, **node.value}, node.origin, node.line)
-    if preset is not None:
-        whole = merge(_as_node(values, preset), whole)
+
+    def place(value: Any, at: Node) -> Node:
+        """A value of the preset as if it stood where that is named."""
+        inner = {key: place(item, at) for key, item in value.items()} if isinstance(value, dict) else value
+        return Node(inner, at.origin, at.line)
+
+    whole = merge(place(values, preset), whole) if preset is not None else whole
     filled = frozenset(values.keys() - node.value.keys())
     return Section(name, method, whole, top, group, shared, frozenset(taken), filled, run=name)
-
-
-def _as_node(value: Any, place: Node) -> Node:
-    """A value as if it stood at `place`."""
-    inner = {key: _as_node(item, place) for key, item in value.items()} if isinstance(value, dict) else value
-    return Node(inner, place.origin, place.line)
 
 
 def find_inherited(tree: Node, method: str) -> tuple[str, ...]:
@@ -152,15 +151,14 @@ def split_group(name: str, node: Node, top: Section) -> Group:
 
     policy = {"start_from": stage("sft")} if "sft" in steps else take("start_from")
     asked = take("start_from", "constitution", "data", "generator")
+    labelled = {**policy, "data": stage("label")}
     reward = stage("rm") if "rm" in steps else Node(take("judge", "constitution"), node.origin, node.line)
     filled: dict[str, dict[str, Node]] = {
         "critique": {} if "replay" in _own(values, "critique") else asked,  # with published chains nothing is sampled
         "sft": {**take("start_from"), "data": stage("critique")},
-        "label": {**asked, **policy, **take("judge")},
-        "dpo": {**policy, "data": stage("label")},
-        "rm": {**policy, "data": stage("label")},
+        "label": {**asked, **policy, **take("judge")}, "dpo": labelled, "rm": labelled,
         "ppo": {**policy, **take("data"), "reward": reward},
-    }
+    }  # fmt: skip
     stages = []
     for step in steps:
         own = values[step] if isinstance(_own(values, step), dict) and step in values else node
@@ -180,14 +178,12 @@ def check_group(group: Group) -> Iterator[Problem]:
     name, values, place = group.name, group.node.value, group.node.place
     own = RlaifOptions.model_fields
     _, found = check_keys(RlaifOptions, group.node, RLAIF, name, lambda key: f"{name}.{key}")
+    steps, train = list_steps(values), values["train"].value if "train" in values else "dpo"
     inherited = find_inherited(group.top.node, RLAIF)
     missing = {key for key, field in own.items() if field.is_required() and key not in (*values, *inherited)}
-    with_rm = any(stage.method == "rm" for stage in group.stages)
-    for stage in group.stages if "judge" not in values else ():
-        in_ppo = stage.method == "ppo" and not with_rm and "reward" not in _own(values, "ppo")
-        if in_ppo or (stage.method == "label" and "judge" not in stage.node.value):
-            missing.add("judge")
-    for key in sorted(missing):
+    asks = "label" in steps and "judge" not in _own(values, "label")
+    asks |= "ppo" in steps and "rm" not in steps and "reward" not in _own(values, "ppo")
+    for key in sorted(missing | ({"judge"} if asks and "judge" not in values else set())):
         found[key] = [Problem(f"{name}.{key} is missing; {quote_help(own[key].description)}", place)]
     for key, problems in found.items():
         yield from problems
@@ -199,19 +195,16 @@ def check_group(group: Group) -> Iterator[Problem]:
                 stage.broken.add(key)
             if key in ("judge", "constitution") and "reward" not in _own(values, stage.method):
                 stage.broken.add("reward")
-    steps, train = list_steps(values), values["train"].value if "train" in values else "dpo"
     if train not in list(_TRAINED):
         return  # it has a message of its own
-    unused = {}
-    for key in ("sft", *STEPS[2:]):
-        if key in values and key not in steps:
-            unused[key] = f"has no effect with {'critique: false' if key == 'sft' else f'train: {train}'}"
-    if "judge" in values and not {"label", "ppo"} & {*steps}:
-        unused["judge"] = f"has no effect with train: {train}"
+    idle = [key for key in ("sft", *STEPS[2:]) if key in values and key not in steps]
+    idle += ["judge"] if "judge" in values and not {"label", "ppo"} & {*steps} else []
+    for key in idle:
+        reason = "critique: false" if key == "sft" else f"train: {train}"
+        yield Problem(f"{name}.{key} has no effect with {reason}", values[key].place)
     if not steps:
-        unused["train"] = "is none and critique is false, so nothing is left to do"
-    for key, what in unused.items():
-        yield Problem(f"{name}.{key} {what}", values[key].place if key in values else place)
+        what = f"{name}.train is none and critique is false, so nothing is left to do"
+        yield Problem(what, values["train"].place)
 
 
 @dataclass(eq=False)

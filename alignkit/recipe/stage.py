@@ -48,17 +48,14 @@ def check_batch(stage: Stage, num_processes: int) -> Problem | None:
     options = stage.options
     if not isinstance(options, TrainOptions):
         return None
-    micro = options.micro_batch_size
+    micro, key = options.micro_batch_size, f"{stage.name}.batch_size"
     divisor = num_processes * (1 if micro == "auto" else micro)
     if options.batch_size % divisor == 0:
         return None
     several = f"{num_processes} processes" if num_processes > 1 else "one process"
     shared = several if micro == "auto" else f"{several} with micro_batch_size {micro}"
-    return Problem(
-        f"{stage.name}.batch_size is {options.batch_size}, which {shared} cannot divide; "
-        f"make it a multiple of {divisor}",
-        stage.where(f"{stage.name}.batch_size"),
-    )
+    what = f"{key} is {options.batch_size}, which {shared} cannot divide; make it a multiple of {divisor}"
+    return Problem(what, stage.where(key))
 
 
 _Options = TypeVar("_Options", bound=StageOptions)
@@ -144,13 +141,11 @@ class Stage:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for stage.json and --dry-run."""
         values: dict[str, Any] = {"recipe": self.recipe_name, "recipe_path": self.recipe_path, "stage": self.name}
-        values |= {"method": self.method}
-        for name, value in ((one.name, getattr(self, one.name)) for one in fields(self)[3:]):
-            if name == "evaluate" and value is None:
-                continue
-            plain = dict(value) if isinstance(value, Mapping) else value
-            values[name] = value.model_dump() if isinstance(value, BaseModel) else plain
-        return values
+        values |= {"method": self.method, **{one.name: getattr(self, one.name) for one in fields(self)[3:]}}
+        if self.evaluate is None:
+            del values["evaluate"]
+        plain = {key: dict(value) for key, value in values.items() if isinstance(value, Mapping)}
+        return values | plain | {key: one.model_dump() for key, one in values.items() if isinstance(one, BaseModel)}
 
     def fingerprint_values(self) -> dict[str, Any]:
         """List, flat and dotted, every value that can change the weights."""
@@ -164,27 +159,22 @@ class Stage:
         fields = method_fields(self.method)
         written = {key: value for key, value in self.trainer.items() if value != fields.get(key, {}).get("default")}
         kept |= {f"{self.name}.{key}": value for key, value in written.items()}
-        last = {key: key.split(".")[-1] for key in kept}
         made = {**self.reward_stages, **self.source_stages}
         if self.start_dir is not None and self.start_stage is not None:
             made[self.start_dir] = self.start_stage
         # the same wherever the runs lie
         names = {path: f"{RUNS}/{self.recipe_name}/{name}/{Path(path).name}" for path, name in made.items()}
-        return {
-            key: _strip(value, names, moves=last[key] in COMPARED_BY_BYTES)
-            for key, value in kept.items()
-            if last[key] not in HARMLESS
-        }
+        last = {key: key.split(".")[-1] for key in kept if key.split(".")[-1] not in HARMLESS}
+        return {key: _strip(kept[key], names, moves=word in COMPARED_BY_BYTES) for key, word in last.items()}
 
 
 def _strip(value: Any, names: Mapping[str, str], *, moves: bool) -> Any:
     """Leave out what changes nothing: how a judge is asked and, where it `moves`, the directory of a file."""
     if isinstance(value, str):
         value = names.get(value, value)
+        return value.rstrip("/").rpartition("/")[2] if moves and value.startswith("/") else value
     if isinstance(value, dict):
         return {key: _strip(item, names, moves=moves) for key, item in value.items() if key not in HARMLESS_OF_A_JUDGE}
-    if moves and isinstance(value, str) and value.startswith("/"):
-        return value.rstrip("/").rpartition("/")[2]
     return [_strip(item, names, moves=moves) for item in value] if isinstance(value, list) else value
 
 
@@ -210,44 +200,37 @@ def resolve(
     assert section.top is not None
     options, top = section.options, section.top.options
     scratch = top.model.init == "scratch" and options.start_from is None  # trains all weights, and unquantised
-    model = top.model.model_copy(
-        update={"path": find_weights(top.model.path), **({"quantization": "none"} if scratch else {})}
-    )
-    lora = None if scratch else top.lora
-    launch = recipe.launch
+    quantization = "none" if scratch else top.model.quantization
+    model = top.model.model_copy(update={"path": find_weights(top.model.path), "quantization": quantization})
+    lora, launch, trainer = None if scratch else top.lora, recipe.launch, section.trainer
     if options.method in FEEDBACK:  # rows are made in one process, whatever trains beside it
         launch = launch.model_copy(update={"processes": 1, "nodes": 1, "strategy": "ddp", "offload": "none"})
-    trainer = section.trainer
     if isinstance(options, TrainOptions):
         builtin = top.model.path.startswith("builtin:")
         trainer = _fill_trainer(trainer, options, lora=lora is not None, scratch=scratch, builtin=builtin)
     rewards: dict[str, str] = {}
     sources: dict[str, str] = {}
 
-    def find_model(name: str, found: dict[str, str]) -> str:
-        """The model directory of a stage or a run, anything else as it is; `found` notes what is a stage's."""
+    def find_made(name: str, found: dict[str, str], file: str = "model") -> str:
+        """What a stage makes, the model of a run, anything else as it is; `found` notes what is a stage's."""
         run = section.names.get(name, name)
-        if run not in recipe.stages:
-            return find_weights(name)
-        directory = f"{recipe.runs}/{recipe.name}/{run}/model"
-        found[directory] = run
-        return directory
+        if run not in recipe.stages or (file == ROWS and recipe.stages[run].options.method not in FEEDBACK):
+            return name if file == ROWS else find_weights(name)
+        path = f"{recipe.runs}/{recipe.name}/{run}/{file}"
+        found[path] = run
+        return path
 
     def point(part: BaseModel) -> BaseModel:
         """Put the directory or file that a stage makes in the place of its name."""
         if isinstance(part, FeedbackModel | RewardSource) and part.model is not None:
             found = sources if isinstance(part, FeedbackModel) else rewards
-            return part.model_copy(update={"model": find_model(part.model, found)})
+            return part.model_copy(update={"model": find_made(part.model, found)})
         if isinstance(part, DataSource):
-            run = section.names.get(part.path, part.path)
-            if run in recipe.stages and recipe.stages[run].options.method in FEEDBACK:
-                path = f"{recipe.runs}/{recipe.name}/{run}/{ROWS}"
-                sources[path] = run
-                return part.model_copy(update={"path": path})
+            return part.model_copy(update={"path": find_made(part.path, sources, ROWS)})
         return part
 
     started: dict[str, str] = {}
-    start = None if options.start_from is None else find_model(options.start_from, started)
+    start = None if options.start_from is None else find_made(options.start_from, started)
     named = options.model_copy(update={"start_from": section.names.get(options.start_from or "", options.start_from)})
     origins: dict[str, str] = {}
     for name, part in (("model", top.model), ("lora", top.lora), ("launch", launch), (section.run, options)):
@@ -306,10 +289,8 @@ def _fill_trainer(
 def find_section(recipe: Recipe, name: str, *, said: str | None = None) -> Section:
     """Find the stage of a name, which messages call `said`; raises RecipeError when there is none, or several."""
     said = f"--stage {said or name}"
-    if name in recipe.sweeps:
-        runs = recipe.sweeps[name]
-        more = f", ... ({len(runs)} in all)" if len(runs) > _LISTED else ""
-        listed = f"{', '.join(runs[:_LISTED])}{more}"
+    if runs := recipe.sweeps.get(name):
+        listed = ", ".join(runs[:_LISTED]) + (f", ... ({len(runs)} in all)" if len(runs) > _LISTED else "")
         raise RecipeError(f"{said} is swept, so there are several; name one of them: {listed}", where=recipe.path)
     if name not in recipe.stages:
         hint = suggest(name, recipe.stages) or f"; there are {', '.join(recipe.stages)}"
@@ -319,18 +300,15 @@ def find_section(recipe: Recipe, name: str, *, said: str | None = None) -> Secti
 
 def _pick(recipe: Recipe, stage: str | None, method: schema.Method | None) -> Section:
     if stage is not None:
-        section = find_section(recipe, stage)
-        return _require_method(recipe, section, (method,) if method else ())
+        return _require_method(recipe, find_section(recipe, stage), (method,) if method else ())
     fitting = [section for section in recipe.stages.values() if method in (None, section.options.method)]
     # A stage of its own goes before those that an rlaif section stands for: they have names to be called by.
     fitting = [section for section in fitting if section.group is None] or fitting
-    kind = f"{method} stage" if method else "stage"
-    if not fitting:
-        names = ", ".join(recipe.stages)
-        raise RecipeError(f"the recipe has no {kind}; its stages are {names}", where=recipe.path)
-    if len(fitting) > 1:
-        several = ", ".join(section.run for section in fitting)
-        raise RecipeError(f"the recipe has several {kind}s: {several}; name one with --stage", where=recipe.path)
+    if len(fitting) != 1:
+        kind, names = f"{method} stage" if method else "stage", ", ".join(section.run for section in fitting)
+        none = f"no {kind}; its stages are {', '.join(recipe.stages)}"
+        found = f"several {kind}s: {names}; name one with --stage" if fitting else none
+        raise RecipeError(f"the recipe has {found}", where=recipe.path)
     return fitting[0]
 
 

@@ -7,7 +7,7 @@ other values only are one run. So two sweeps that never meet in one stage are no
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +48,9 @@ class Axis:
     def lay(self, tree: Node, value: int) -> Node:
         """Put one of the values into the tree; raises RecipeError when the key leads nowhere."""
         keys, node = list(self.path), self.values[value]
-        if len(keys) > 2 and keys[1] in STEPS:  # `critique: true` is short for an empty mapping
-            step = tree.value[keys[0]].value.get(keys[1])
-            if step is not None and step.value is True:
-                tree = lay_value(tree, keys[:2], Node({}, step.origin, step.line), key=self.key, where=self.place)
+        step = tree.value[keys[0]].value.get(keys[1]) if len(keys) > 2 and keys[1] in STEPS else None
+        if step is not None and step.value is True:  # `critique: true` is short for an empty mapping
+            tree = lay_value(tree, keys[:2], Node({}, step.origin, step.line), key=self.key, where=self.place)
         laid = lay_value(tree, keys, node, key=f"{SWEEP}.{self.key}", where=self.place)
         if keys == ["lora"] and node.value is None:  # no adapters, whether or not the recipe has a lora: section
             laid.value.pop("lora", None)
@@ -105,19 +104,18 @@ def _flatten(node: Node, above: Path, whole: Whole, problems: list[Problem]) -> 
 
 def _find_problem(axis: Axis, others: Collection[Axis], whole: Whole) -> Problem | None:
     tree, path = whole.top.node, axis.path
-    if what := _describe_key(path, whole):
-        return Problem(f"{SWEEP}.{show_key(axis.key)} {what}", axis.place)
+    what = _describe_key(path, whole)
     # 1e-1 and 0.1 are one value, and so are 1 and 1.0; true and 1 are two.
     same = [json.dumps(float(one) if type(one) is int else one) for one in axis.plain]
-    twice = next((node for at, node in enumerate(axis.values) if same[at] in same[:at]), None)
-    if twice is not None:
-        return Problem(f"{SWEEP}.{show_key(axis.key)} has {show(twice)} twice; keep one", axis.place)
-    for other in others:
-        shorter = min(len(path), len(other.path))
-        if path[:shorter] == other.path[:shorter]:
-            set_too = f"and {SWEEP}.{other.key} set the same value"
-            what = f"is here twice, first at {other.place}" if other.path == path else set_too
-            return Problem(f"{SWEEP}.{show_key(axis.key)} {what}; keep one", axis.place)
+    if not what and (at := next((at for at, one in enumerate(same) if one in same[:at]), None)) is not None:
+        what = f"has {show(axis.values[at])} twice; keep one"
+    for other in () if what else others:
+        if all(mine == theirs for mine, theirs in zip(path, other.path, strict=False)):
+            set_too = f"and {SWEEP}.{other.key} set the same value; keep one"
+            what = f"is here twice, first at {other.place}; keep one" if other.path == path else set_too
+            break
+    if what:
+        return Problem(f"{SWEEP}.{show_key(axis.key)} {what}", axis.place)
     if path[0] not in TOP:  # then it is a key of a stage, of an rlaif section, or of one of its steps
         step = path[1] if path[0] in whole.groups and path[1] in STEPS else None
         method = step or (RLAIF if path[0] in whole.groups else whole.stages[path[0]].method)
@@ -145,9 +143,9 @@ def _describe_key(path: Path, whole: Whole) -> str | None:
     if first in _REFUSED:
         return f"cannot be swept: {_REFUSED[first]}"
     if first in TOP:
-        known = {"model": ModelOptions.model_fields, "lora": LoraOptions.model_fields}.get(first)
-        wrong = rest and known is not None and rest[0] not in known
-        return f"leads nowhere: {describe_unknown(rest[0], first, known)}" if wrong and known else None
+        known = {"model": ModelOptions.model_fields, "lora": LoraOptions.model_fields}.get(first, {})
+        is_wrong = rest and known and rest[0] not in known
+        return f"leads nowhere: {describe_unknown(rest[0], first, known)}" if is_wrong else None
     if first not in whole.stages and not in_group:
         names = [*(name for name, stage in whole.stages.items() if stage.group is None), *whole.groups]
         hint = suggest(first, [*names, *TOP]) or f"; there are {', '.join(names)}"
@@ -177,19 +175,23 @@ class _Spreader:
             raise RecipeError(f"{SWEEP}.{axis.key} has no effect: {why}", where=axis.place)
         names: dict[str, dict[Point, str]] = {}  # after the values that differ: dpo-learning_rate-2e-4-beta-0.1
         for name, found in points.items():
-            short = _shorten_keys({number: axes[number].path for point in found for number, _ in point})
+            paths, short = {number: axes[number].path for point in found for number, _ in point}, dict[int, str]()
+            for number, path in paths.items():  # the shortest end of the dotted key that no other has
+                others = [other for key, other in paths.items() if key != number]
+                own = (path[-n:] for n in range(1, len(path) + 1) if all(o[-n:] != path[-n:] for o in others))
+                short[number] = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(next(own, path)))
             parts = {point: [f"{short[number]}-{axes[number].labels[at]}" for number, at in point] for point in found}
             names[name] = {point: "-".join([name, *parts[point]]) for point in found}
         # On some file systems `A` is `a`, and a name may be too long for a file.
         taken = {name.lower(): name for name in (*self._base.top.node.value, *names)}
         for name, made in ((name, made) for name, of in names.items() for made in of.values() if [*of] != [()]):
+            other, what = taken.setdefault(made.lower(), name), ""
             if len(made) > MAX_NAME:
-                shown = f"{made[:60]}..., longer than {MAX_NAME} characters"
-                raise RecipeError(f"sweep names a run {shown}; sweep fewer keys", where=self._place)
-            other = taken.setdefault(made.lower(), name)
-            if other != name or made == name:
-                what = f"sweep names a run of {name} {made}, which {other} has already; rename one of them"
-                raise RecipeError(what, where=self._place)
+                what = f"a run {made[:60]}..., longer than {MAX_NAME} characters; sweep fewer keys"
+            elif other != name or made == name:
+                what = f"a run of {name} {made}, which {other} has already; rename one of them"
+            if what:
+                raise RecipeError(f"sweep names {what}", where=self._place)
         wholes = [self._lay(tuple((number, 0) for number in range(len(axes))))]
         runs = []
         for name, point in ((name, point) for name, found in points.items() for point in found):
@@ -257,23 +259,13 @@ class _Spreader:
         return [number for number, axis in enumerate(self._axes) if id(axis.values[laid[number]]) in read]
 
 
-def _shorten_keys(paths: Mapping[int, Path]) -> dict[int, str]:
-    """Find the shortest end of each dotted key that no other has, as a part of a file name."""
-    short = {}
-    for number, path in paths.items():
-        others = [other for key, other in paths.items() if key != number]
-        length = next(n for n in range(1, len(path) + 2) if n > len(path) or all(o[-n:] != path[-n:] for o in others))
-        short[number] = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(path[-length:]))
-    return short
-
-
 def _label(values: Collection[Node]) -> list[str]:
     """Say what names call the values: 2e-4, true, Llama-3.1-8B for meta-llama/Llama-3.1-8B.
 
     As they are written where those are distinct file names, else 1, 2, ...
     """
-    labels = []
-    for position, node in enumerate(values, 1):
+    labels, positions = [], [str(position) for position in range(1, len(values) + 1)]
+    for position, node in zip(positions, values, strict=True):
         if isinstance(node.value, str):
             last = re.split(r"[/:]", node.value.rstrip("/:"))[-1]
             label = re.sub(r"[^A-Za-z0-9_.-]+", "-", last).strip("-.")[:_LONGEST_LABEL].rstrip("-.")
@@ -281,7 +273,6 @@ def _label(values: Collection[Node]) -> list[str]:
             label = ""
         else:
             label = "none" if node.value is None else (node.text or json.dumps(node.value)).strip().replace("+", "")
-        labels.append(label or str(position))
-    if len({label.lower() for label in labels}) < len(labels):  # some file systems do not tell a from A
-        labels = [str(position) for position in range(1, len(labels) + 1)]
-    return labels
+        labels.append(label or position)
+    # some file systems do not tell a from A
+    return labels if len({label.lower() for label in labels}) == len(labels) else positions
