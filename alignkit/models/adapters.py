@@ -212,10 +212,7 @@ def _wrap(model: PreTrainedModel, config: PeftConfig, name: str) -> PeftModel:
 
 
 def activate(model: PeftModel, names: list[str]) -> None:
-    """Make the named adapters act together; only `default` trains.
-
-    PeftModel.set_adapter takes one name, and the layers' own would make all of them trainable.
-    """
+    """Make the named adapters act together, which PeftModel.set_adapter cannot; only `default` trains."""
     model.set_adapter(names[-1])  # modules trained in full cannot act together: the last adapter's do
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -314,9 +311,9 @@ def _fill(model: PeftModel, directory: Path, name: str, *, reward: bool, new: An
     may_miss = (*new, ".score.", ".token_adapter.") if reward else new
     unfilled = [key for key in places if key not in stored and not any(part in key for part in may_miss)]
     if wrong or unfilled:
-        first = (wrong or unfilled)[0]
         what = f"the adapter does not fit its base: {len(wrong)} of its tensors have no place, {len(unfilled)} are "
-        raise ModelError(f"{what}missing (first {first}); load it on the base it was trained on", where=str(directory))
+        what += f"missing (first {(wrong or unfilled)[0]}); load it on the base it was trained on"
+        raise ModelError(what, where=str(directory))
     # PEFT wants every saved module in the state; a new head stays what it is.
     new_head = {key: place for key, place in places.items() if key not in stored}
     if not model.get_input_embeddings().weight.is_meta:

@@ -241,18 +241,17 @@ class Chat:
         gets no second one. Source and target of an encoder-decoder each get what its tokenizer puts around a text, and
         an eos; blanks around them go.
         """
+        encoded: list[Encoded] = []
         if self.encoder_decoder:
             eos, halves = self.tokenizer.eos_token_id, []
             sources, targets = [one.text[: one.start] for one in written], [one.text[one.start :] for one in written]
             for kind, texts in (("text", sources), ("text_target", targets)):
                 found = self.tokenizer(**{kind: [text.strip() for text in texts]}).input_ids
                 halves.append([ids if ids and ids[-1] == eos else [*ids, eos] for ids in found])
-            return [
-                Encoded(source + target, [(len(source), len(source) + len(target))], len(source))
-                if one.spans
-                else Encoded(source, [], len(source))
-                for one, source, target in zip(written, *halves, strict=True)
-            ]
+            for one, source, target in zip(written, *halves, strict=True):
+                whole = source + target if one.spans else source
+                encoded.append(Encoded(whole, [(len(source), len(whole))] if one.spans else [], len(source)))
+            return encoded
         borders = [sorted({0, one.start, len(one.text), *(at for span in one.spans for at in span)}) for one in written]
         if self._in_pieces:
             cut = [one.text[a:b] for one, cuts in zip(written, borders, strict=True) for a, b in pairwise(cuts)]
@@ -260,7 +259,6 @@ class Chat:
         else:
             texts = [one.text for one in written]
             encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
-        encoded = []
         for one, cuts in zip(written, borders, strict=True):
             if self._in_pieces:
                 ids: list[int] = []
@@ -336,11 +334,7 @@ def _list_controls(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def find_tokenizer(stage: Stage) -> tuple[str, str | None]:
-    """Find where the tokenizer of a stage comes from, and its revision.
-
-    It is what the stage starts from if that has one, else `model.tokenizer`, else `model.path`; RNNsearch, which comes
-    without one, learns words.
-    """
+    """Find a stage's tokenizer and its revision: its start's, `model.tokenizer`, `model.path`, or learnt words."""
     start = find_model_dir(stage.start_dir) if stage.start_dir else None
     if start is not None and inspect_model_dir(start, trust_code=stage.trust_code).has_tokenizer:
         return str(start), None
@@ -404,11 +398,7 @@ def load_chat(stage: Stage, *, clock: datetime | None = None, learnt: str | None
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Give the tokenizer a pad token that is not its eos, where the vocabulary has a spare one; else the eos.
-
-    A reward model reads its score at the last token that is not padding, so a shared token would hide the eos.
-    Labels never depend on it: they are set by position.
-    """
+    """Give a tokenizer a spare token for padding, behind which no score is read: an eos would be hidden so."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     vocabulary = tokenizer.get_vocab()
@@ -450,13 +440,11 @@ def require_eos(tokenizer: PreTrainedTokenizerFast, source: str) -> None:
 def _read_template(name: str, tokenizer: PreTrainedTokenizerFast, *, where: str | None = None) -> str:
     """Read a shipped template or a file."""
     if name not in KNOWN["control_tokens"]:
-        file = Path(name).expanduser()
-        if not file.is_file():
+        if not (file := Path(name).expanduser()).is_file():
             what = f"model.chat_template {name!r} is neither a file nor one of {', '.join(TEMPLATES)}"
             raise ModelError(what, where=where)
         return file.read_text(encoding="utf-8")
-    missing = [token for token in KNOWN["control_tokens"][name] if token not in tokenizer.get_vocab()]
-    if missing:
+    if missing := [token for token in KNOWN["control_tokens"][name] if token not in tokenizer.get_vocab()]:
         what = f"model.chat_template {name!r} writes {' and '.join(missing)}, which the tokenizer does not have as "
         raise ModelError(f"{what}tokens; use plain, or zephyr, which need no control tokens", where=where)
     text = (_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")

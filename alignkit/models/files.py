@@ -39,15 +39,13 @@ _PYPI_PREFIX = "pypi:"
 # Float32 keeps a small model exactly as the file has it; a large one would need 4 bytes a parameter on the disk.
 _LARGE_BYTES = 2 * 1024**3
 
-Kind = Literal["full", "adapter"]
-
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     """What a model directory holds."""
 
     path: Path
-    kind: Kind
+    kind: Literal["full", "adapter"]
     reward: bool  # it ends in a score head: a reward model or a classifier, not a policy
     base: str | None  # adapter: base_model_name_or_path
     base_revision: str | None
@@ -116,10 +114,7 @@ def find_model_dir(path: str) -> Path | None:
 
 
 def require_available(source: str, *, as_run: bool = False) -> None:
-    """Raise at once for a model that would only turn out not to be there once the libraries are loaded.
-
-    Of hub ids those that are not on this machine while the hub is switched off; `as_run` a single word means a run.
-    """
+    """Raise at once for a hub id that is not here while the hub is off; `as_run` a single word means a run."""
     if is_builtin(source) or find_model_dir(source) is not None or _is_cached(source):
         return
     from huggingface_hub import constants
@@ -221,11 +216,7 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def fingerprint_weights(path: Path) -> str:
-    """Hash header and a sample of each safetensors file: the same model copied elsewhere hashes the same.
-
-    Reads at most 1 MiB from each end of a file, so that it is quick for any size; it tells models apart, it does
-    not prove integrity.
-    """
+    """Hash size and 1 MiB from each end of every safetensors file: it tells models apart and proves no integrity."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(path.glob("*.safetensors")):
         size = file.stat().st_size

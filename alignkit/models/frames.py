@@ -82,16 +82,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _read_mark(groups: Sequence[str]) -> Callable[[Sequence[str]], str]:
-    """Make what takes the content that a mark stands for, and cuts off what was cut off from the mark."""
+def _take(groups: Sequence[str | Any], contents: Sequence[str]) -> str:
+    """Take the content that a mark stands for, and cut off what was cut off from the mark."""
     first, second, number, third, fourth = groups
-    index, lead, trail = int(number), "\n" if second else None, "\n" if third else None
-
-    def take(contents: Sequence[str]) -> str:
-        text = contents[index] if first else contents[index].lstrip(lead)
-        return text if fourth else text.rstrip(trail)
-
-    return take
+    text = contents[int(number)] if first else contents[int(number)].lstrip("\n" if second else None)
+    return text if fourth else text.rstrip("\n" if third else None)
 
 
 class Frame:
@@ -99,8 +94,7 @@ class Frame:
 
     def __init__(self, written: Sequence[Any], asked: Sequence[tuple[str, str, tuple[Any, ...], bool]]) -> None:
         self.tries = 2  # rows that are still compared with what rendering gives
-        self._questions = [(_read_mark(_MARK.findall(mark)[0]), question, given, answer)
-                           for mark, question, given, answer in dict.fromkeys(asked)]  # fmt: skip
+        self._questions = [(_MARK.findall(mark)[0], *others) for mark, *others in dict.fromkeys(asked)]
         self._texts = []
         for one in written:
             found = list(_MARK.finditer(one.text))
@@ -108,17 +102,17 @@ class Frame:
             if any(mark.start() < place < mark.end() for mark in found for place in places):
                 raise Inspected
             before = {place: sum(mark.end() <= place for mark in found) for place in places}  # how many marks
-            slots = [(_read_mark(mark.groups()), len(mark[0])) for mark in found]
+            slots = [(mark.groups(), len(mark[0])) for mark in found]
             self._texts.append((one, _MARK.split(one.text)[::6], slots, before))
 
     def fill(self, contents: Sequence[str]) -> list[Any] | None:
         """Put contents into the frame; None where something else is true of them than of those it was learnt with."""
-        for take, question, given, answer in self._questions:
-            if getattr(str, question)(take(contents), *given) != answer:
+        for groups, question, given, answer in self._questions:
+            if getattr(str, question)(_take(groups, contents), *given) != answer:
                 return None
         filled = []
         for one, pieces, slots, before in self._texts:
-            texts = [take(contents) for take, _ in slots]
+            texts = [_take(groups, contents) for groups, _ in slots]
             moved = [0, *accumulate(len(text) - size for text, (_, size) in zip(texts, slots, strict=True))]
             at = {place: place + moved[number] for place, number in before.items()}
             whole = pieces[0] + "".join(chain.from_iterable(zip(texts, pieces[1:], strict=True)))

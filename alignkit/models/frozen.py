@@ -45,10 +45,7 @@ class Classifier:
 def load_causal(
     source: str, *, device: str = "auto", trust_code: bool = False, encoder_decoder: bool = False
 ) -> Causal:
-    """Load a language model from a run, a model or adapter directory, or a hub id; safetensors only.
-
-    With `encoder_decoder` one that has an encoder is right, too.
-    """
+    """Load a language model from a run, a directory or a hub id; with `encoder_decoder` one with an encoder too."""
     if is_builtin(source):
         raise ModelError(f"{source} has random weights, which can neither answer nor judge; name a trained model")
     directory, where = find_model_dir(source) or fetch_adapter(source, None), pick_device(device)
@@ -152,10 +149,7 @@ def read_norm(source: str) -> tuple[float, float]:
 
 @torch.no_grad()
 def score_ids(model: Any, sequences: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16) -> Tensor:
-    """Score whole token sequences: the logit of one label, or the log-odds of the second; (B,) float32 on the CPU.
-
-    The model is a classifier in eval mode; of a sharded one every rank must ask for the same sequences.
-    """
+    """Score token sequences by a classifier in eval mode: its logit, or the log-odds of two; (B,), float32, CPU."""
     device = next(model.parameters()).device
     scores_B = torch.empty(len(sequences))
     # Like lengths together: less padding, and which answers share a batch changes nothing.

@@ -271,15 +271,12 @@ def stream_tokens(
     model: Any, prompt: Sequence[int], *, temperature: float, max_new_tokens: int, eos_ids: Sequence[int],
     top_p: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None,
 ) -> Iterator[int]:  # fmt: skip
-    """Yield new tokens until a stop token (not yielded), `max_new_tokens`, or the end of the model's positions.
-
-    Temperature 0 takes the likeliest token. The model is in eval mode; `generator` lies on the CPU.
-    """
+    """Yield new tokens up to a stop token, `max_new_tokens` or the last position; temperature 0 takes the likeliest."""
     if model.config.is_encoder_decoder:  # the whole answer at once
         seed = int(torch.randint(2**62, (1,), generator=generator))
-        settings: Any = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids, "pad_id": int(model.config.pad_token_id)}
-        settings |= {"top_p": top_p, "top_k": top_k}
-        (answer,) = generate_answers(model, [prompt], [seed], temperature=temperature, **settings)
+        drawn: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "eos_ids": eos_ids}
+        pad_id = int(model.config.pad_token_id)
+        (answer,) = generate_answers(model, [prompt], [seed], max_new_tokens=max_new_tokens, pad_id=pad_id, **drawn)
         yield from (token for token in answer if token not in eos_ids)
         return
     device, past = next(model.parameters()).device, None

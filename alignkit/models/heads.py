@@ -55,10 +55,7 @@ def arrange(objective: str, encoded: Sequence[Encoded], limit: int | None = None
 
 
 def row_logits(objective: str, logits_SC: Tensor, row_of_S: Tensor) -> Tensor:
-    """Logits of rows from those of their sequences: (S, C) -> (B, C), or of a choice (S, 1) -> (B, K).
-
-    The head is linear and has no bias: the logits of both orders of a similarity add up to that of their added states.
-    """
+    """Add up the logits of a row's sequences, (S, C) -> (B, C); of a choice put them side by side, (B, K)."""
     if objective == "multiple_choice":
         return pad_groups(logits_SC.squeeze(-1), row_of_S)
     return logits_SC.new_zeros(int(row_of_S[-1]) + 1, logits_SC.size(1)).index_add(0, row_of_S, logits_SC)

@@ -13,7 +13,6 @@ from transformers.utils import logging as transformers_logging
 
 from alignkit.errors import EnvironmentProblem, ModelError, first_line
 
-_NO_HUB = (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, ConnectionError)
 _HUB_ERRORS: tuple[tuple[Any, str], ...] = (
     (errors.GatedRepoError, "is gated: accept its terms on the hub and set HF_TOKEN"),
     (errors.RevisionNotFoundError, "has no such revision; check model.revision"),
@@ -36,7 +35,8 @@ def explain_hub_errors(source: str) -> Iterator[None]:
         for kinds, what in _HUB_ERRORS:
             if any(isinstance(cause, kinds) for cause in chain):
                 raise ModelError(f"{source} {what}") from error
-        offline = any(isinstance(cause, _NO_HUB) for cause in chain)
+        no_hub = (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, ConnectionError)
+        offline = any(isinstance(cause, no_hub) for cause in chain)
         if offline or "internet connection" in str(error) or "couldn't connect" in str(error).lower():
             what = "is not on this machine and the hub cannot be reached; download it first, or set HF_HUB_OFFLINE=0"
             raise EnvironmentProblem(f"{source} {what}") from error
@@ -60,8 +60,7 @@ def fetch_adapter(source: str, revision: str | None) -> Path | None:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence what transformers reports and draws while it reads and writes: the callers judge, the console draws."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

@@ -16,13 +16,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one; the system would fill it with zeros again each time.
-
-    32 MiB is the largest threshold that it takes. Other C libraries are left as they are.
-    """
+    """Have glibc keep what a step frees for the next one, which the system would fill with zeros again each time."""
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes
         library.mallopt(_M_TRIM_THRESHOLD, 512 * 2**20)
 
 

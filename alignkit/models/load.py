@@ -58,11 +58,6 @@ class Precision:
     def quantized(self) -> bool:
         return self.quantization != "none"
 
-    def to_record(self) -> dict[str, Any]:
-        """What alignkit.json keeps of it."""
-        return {"dtype": str(self.dtype).removeprefix("torch."), "quantization": self.quantization,
-                "double_quantization": self.double_quantization}  # fmt: skip
-
 
 @dataclass
 class Loaded:
@@ -115,10 +110,7 @@ def pick_precision(stage: Stage) -> Precision:
 
 
 def draw_base(stage: Stage, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> PreTrainedModel:
-    """Draw the weights of a builtin model or of `init: scratch` from the stage's seed, on the CPU.
-
-    Vocabulary (unless overridden) and special tokens are the tokenizer's.
-    """
+    """Draw the weights of a builtin model or of `init: scratch` from the stage's seed, on the CPU."""
     options, where = stage.model, stage.where("model.config")
     config = start.read_config(options.path, revision=options.revision, trust_code=stage.trust_code)
     config = override_config(config, options.config, where=where)
@@ -137,10 +129,7 @@ def draw_base(stage: Stage, tokenizer: PreTrainedTokenizerFast, dtype: torch.dty
 
 
 def write_base(base: Path, model: PreTrainedModel, lineage: list[dict[str, Any]]) -> None:
-    """Write base weights to a directory, whole or not at all.
-
-    Every rank may call it: the content is the same, the first to rename wins, the rest throw theirs away.
-    """
+    """Write base weights to a directory, whole or not at all; of several ranks the first one's stay."""
     draft = base.with_name(f"base.tmp-{os.getpid()}")
     with quiet_transformers():
         model.save_pretrained(draft)
@@ -228,17 +217,15 @@ def load_policy(
     one drawn from the stage's seed on a policy, that of a reward model as it is. With `labels`, none for a choice, the
     classifier of an sft stage: a policy gets a new head and embeddings of the task's tokens, one of the same labels
     goes on; with `lm_coef` the head of the language model is trained beside it. Random and merged bases of adapters
-    are written to `<run_dir>/base`, so that the adapter loads anywhere with plain PEFT. Raises ModelError, or
-    EnvironmentProblem when the hub cannot be reached.
+    are written to `<run_dir>/base`, so that the adapter loads anywhere with plain PEFT.
     """
     tokenizer = tokenizer or load_tokenizer(stage)
     origin = start.find_start(stage)
     if origin.reward and not reward:
         what = f"{stage.start_dir or stage.model.path} is a reward model; {stage.method} needs a policy to start from"
         raise ModelError(what, where=stage.where(f"{stage.name}.start_from"))
-    known = None if origin.head is None else origin.head["labels"]
-    if origin.reward and known != (None if labels is None else list(labels)):
-        heads = (known, labels)
+    heads = None if origin.head is None else origin.head["labels"], None if labels is None else list(labels)
+    if origin.reward and heads[0] != heads[1]:
         has, wanted = ("one score" if it is None else ", ".join(it) or "one score a choice" for it in heads)
         what = f"its start has a head of {has}, and it needs one of {wanted}; start from a language model"
         raise ModelError(what, where=stage.where(f"{stage.name}.start_from"))
@@ -327,10 +314,7 @@ load_reward_model = partial(load_policy, reward=True)
 
 
 def load_reference(loaded: Loaded) -> PreTrainedModel | None:
-    """Copy the frozen second model of full fine-tuning, None where adapters give the reference.
-
-    It is the policy as it is now: call it before training and before a checkpoint is read.
-    """
+    """Copy the frozen second model of full fine-tuning from the policy as it is now; None where adapters give it."""
     return copy.deepcopy(loaded.model).requires_grad_(False).eval() if loaded.reference == "model" else None
 
 
@@ -338,10 +322,7 @@ def load_trained(
     source: Path | str, *, device: str = "auto", dtype: torch.dtype | None = None, reward: bool = False,
     num_labels: int = 1, quantization: str | None = None, trust_code: bool = False,
 ) -> Model:  # fmt: skip
-    """Load what a stage saved, as a user would, or any model, frozen and in eval mode.
-
-    Precision is what it was trained with unless given; `source` is `model/` of a run, a run, any model or a hub id.
-    """
+    """Load what a stage saved, or any model or hub id, frozen, in eval mode and in the precision of its training."""
     directory = find_model_dir(str(source))
     files = inspect_model_dir(directory, trust_code=trust_code) if directory else None
     if files is not None and files.reward != reward:

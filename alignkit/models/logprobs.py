@@ -119,10 +119,7 @@ def run_trunk(forward: Callable[..., Any], head: Any, **inputs: Any) -> tuple[Te
 
 
 def token_logps(base: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of `targets_N` after these hidden states and entropies, in nats, float32 (N,).
-
-    `base` is a causal language model without PEFT's wrapper. Where there are many logits they are never held whole.
-    """
+    """Log-probabilities of `targets_N` after hidden states and entropies, in nats, float32 (N,); no PEFT wrapper."""
     weight, bias, *bound_and_scale = _read_head(base)
     hidden_NH, targets_N = hidden_NH.to(weight.device), targets_N.to(weight.device)
     options: Any = (temperature, _VOCABULARY_TILE, *bound_and_scale, ("entropy",))
@@ -147,10 +144,7 @@ def _read_head(base: Any) -> tuple[Tensor, Tensor | None, float | None, float]:
 
 
 def keep_likeliest(logits_NV: Tensor, *, top_p: float, top_k: int, always_N: Tensor | None = None) -> Tensor:
-    """Set all but the likeliest logits to -inf: those of the `top_k`, of these the fewest that hold `top_p`.
-
-    The token in `always_N` stays in any case.
-    """
+    """Set all but the `top_k` likeliest logits, and of these the fewest that hold `top_p`, to -inf; `always_N` stay."""
     kept_NV = torch.ones_like(logits_NV, dtype=torch.bool)
     if 0 < top_k < logits_NV.size(1):
         kept_NV = logits_NV >= logits_NV.topk(top_k).values[:, -1:]
@@ -201,10 +195,7 @@ def sampled_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, T
 
 @torch.no_grad()
 def align(model: Any, source: Sequence[int], target: Sequence[int]) -> list[list[float]] | None:
-    """Say how much the last layer of an encoder-decoder model looks at each source token before it writes a target's.
-
-    A row per target token, the mean over heads; None where there is no attention, or its kernel keeps no weights.
-    """
+    """Weights of an encoder-decoder's last layer, target by source tokens, mean over heads; None without any."""
     device = next(model.parameters()).device
     source_1S, target_1T = (torch.tensor([list(ids)], device=device) for ids in (source, target))
     output = model(input_ids=source_1S, labels=target_1T, use_cache=False, output_attentions=True)
@@ -376,15 +367,12 @@ class _Reader:
                 layer.keys, layer.values = (it.expand(num_rows, -1, -1, -1) for it in (layer.keys, layer.values))
 
     def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Read more of each row and return the hidden states after each token, (B, T, H).
-
-        What is read first needs no mask where its padding follows it: causal attention never looks there, and is twice
-        as fast without one.
-        """
+        """Read more of each row: hidden states after each token, (B, T, H)."""
         ids_BT, new_BT = (it.to(self._device) for it in pad(rows, self._pad_id))
         before_BT = new_BT[:, :0] if self._cache is None else self._mask_BT
         self._mask_BT = torch.cat([before_BT, new_BT], dim=1)
         positions_BT = (self._mask_BT.cumsum(1) - 1).clamp_min(0)[:, before_BT.size(1) :]
+        # What is read first needs no mask: causal attention never looks at padding behind it, and is twice as fast.
         hidden_BTH, output = run_trunk(
             self.base, self.base.get_output_embeddings(), input_ids=ids_BT, position_ids=positions_BT, use_cache=True,
             attention_mask=torch.ones_like(new_BT) if self._cache is None else self._mask_BT,

@@ -90,10 +90,7 @@ def _bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def _constants(model: nn.Module, *, offsets: bool = False) -> dict[int, list[torch.Tensor]]:
-    """Map the id of a quantised weight to its block constants; shared code books are left out.
-
-    bitsandbytes moves int8 scales to the layer in the first forward; 4-bit weights lose their state to FSDP.
-    """
+    """Map the id of a quantised weight to its block constants; shared code books are left out."""
     found: dict[int, list[torch.Tensor]] = {}
     for module in model.modules():
         kind, held = type(module).__name__, list[torch.Tensor | None]()
@@ -102,17 +99,14 @@ def _constants(model: nn.Module, *, offsets: bool = False) -> dict[int, list[tor
         ):
             held = [state.absmax, state.state2.absmax if state.nested else None, state.offset if offsets else None]
         elif kind.endswith("Linear8bitLt") and hasattr(module, "state"):
-            held = [module.weight.SCB if module.weight.SCB is not None else module.state.SCB]
+            held = [module.weight.SCB if module.weight.SCB is not None else module.state.SCB]  # after a forward
         if held:
             found[id(module.weight)] = [tensor for tensor in held if tensor is not None]
     return found
 
 
 def take_probe(model: nn.Module, *, vocab_size: int, reward: bool) -> dict[str, Any]:
-    """Take the fingerprint: scores of both rows, or logits at 4 positions for 16 spread vocabulary entries.
-
-    Runs in eval mode without gradients and puts the mode back.
-    """
+    """Take the fingerprint, in eval mode: scores of both rows, or logits at 4 positions for 16 spread tokens."""
     was_training, device = model.training, next(model.parameters()).device
     ids = probe_ids(vocab_size).to(device)
     model.eval()

@@ -129,10 +129,7 @@ class Decoder(nn.Module):
 
 
 class RnnSearchForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """The whole model, with the interface of transformers' encoder-decoders; its cache is the decoder's state, (B, n).
-
-    `cross_attentions` holds the alignment weights, (B, 1, T, S).
-    """
+    """The whole model as one of transformers' encoder-decoders; its cache is the decoder's state, (B, n)."""
 
     config_class = RnnSearchConfig
     main_input_name = "input_ids"

@@ -59,10 +59,8 @@ def save_model(
                     name: rounded.setdefault(tensor.data_ptr(), tensor.to(getattr(torch, dtype)))
                     for name, tensor in (state_dict or model.state_dict()).items()
                 }
-            try:
-                model.save_pretrained(draft, state_dict=state_dict)
-            finally:
-                model.config.use_cache = use_cache
+            model.save_pretrained(draft, state_dict=state_dict)
+            model.config.use_cache = use_cache
             if dtype is not None:
                 config_file = draft / "config.json"
                 stored = json.loads(config_file.read_text("utf-8")) | {"dtype": dtype}
@@ -77,7 +75,9 @@ def save_model(
     generation.eos_token_id, generation.pad_token_id = eos, tokenizer.pad_token_id
     (draft / "generation_config.json").write_text(generation.to_json_string(use_diff=True), encoding="utf-8")
     record: dict[str, Any] = {"lineage": list(lineage), "pad_token_id": tokenizer.pad_token_id}
-    record |= precision.to_record() if precision else {}
+    if precision:
+        record |= {"dtype": str(precision.dtype).removeprefix("torch."), "quantization": precision.quantization}
+        record["double_quantization"] = precision.double_quantization
     record |= {"head": head} if head else {}
     (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if out.exists():

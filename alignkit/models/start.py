@@ -153,11 +153,8 @@ class Start:
 
 def find_start(stage: Stage) -> Start:
     """Say what the stage starts from, adapters apart from their base, everything inspected before it is opened."""
-    source = stage.start_dir or stage.model.path
-    revision = None if stage.start_dir else stage.model.revision
-    directory = find_model_dir(source)
-    if directory is None and not is_builtin(source):
-        directory = fetch_adapter(source, revision)
+    source, revision = stage.start_dir or stage.model.path, None if stage.start_dir else stage.model.revision
+    directory = find_model_dir(source) or (None if is_builtin(source) else fetch_adapter(source, revision))
     if not stage.start_dir and is_random(stage):
         entry = {"role": "base", "path": source, "seed": stage.seed, "config": stage.model.config}
         return Start(source, revision, None, False, [entry])
@@ -179,8 +176,7 @@ def find_start(stage: Stage) -> Start:
 
 def choose_action(stage: Stage, start: Start) -> str:
     """Choose new, continue, merge or stack; refuse what would lose the adapter or have no effect."""
-    where = stage.where(f"{stage.name}.adapter")
-    wanted = stage.training.adapter
+    where, wanted = stage.where(f"{stage.name}.adapter"), stage.training.adapter
     if start.adapter is None:
         if wanted is not None:
             raise ModelError(f"adapter: {wanted} has no effect: the stage does not start from an adapter", where=where)
@@ -200,10 +196,7 @@ def require_mergeable(lineage: list[dict[str, Any]], where: str) -> None:
 
 
 def context_length(stage: Stage, *, rotary: bool = True) -> int | None:
-    """The positions of the model a stage starts from; None where its config names no limit.
-
-    With `rotary` False also of a model that computes them: it reads longer texts, if not as it has learnt to.
-    """
+    """The positions of a stage's model, None without a limit; `rotary` False also where they are computed on and on."""
     start = find_start(stage)
     config = read_config(start.base, revision=start.revision, trust_code=stage.trust_code)
     if is_random(stage) and start.base == stage.model.path:
@@ -235,7 +228,7 @@ def find_base(files: ModelFiles) -> str:
 
 def is_same_model(one: str, other: str) -> bool:
     """Tell by name, place or weights whether two names mean one model."""
-    here, there = (None if is_builtin(name) else find_model_dir(name) for name in (one, other))
+    here, there = find_model_dir(one), find_model_dir(other)
     if one == other or here is None or there is None:
         return one == other
     return here.resolve() == there.resolve() or fingerprint_weights(here) == fingerprint_weights(there)
@@ -258,8 +251,8 @@ def _check_same_base(files: ModelFiles, base: str, stage: Stage) -> None:
     roots = [entry["path"] for entry in recorded[:1]] or [base]
     config = f" with model.config {same_name[0].get('config')}" if same_name else ""
     what = f"the adapter in {files.path} was trained on {roots[0]}{config}, not on model.path {wanted}; set model.path "
-    where = stage.where(f"{stage.name}.start_from")
-    raise ModelError(f"{what}(and model.config) to its base, or start from another stage", where=where)
+    what += "(and model.config) to its base, or start from another stage"
+    raise ModelError(what, where=stage.where(f"{stage.name}.start_from"))
 
 
 def builtin_config(path: str) -> PreTrainedConfig:
@@ -275,10 +268,7 @@ def builtin_config(path: str) -> PreTrainedConfig:
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerFast:
-    """Make the tokenizer of every builtin model: 256 bytes, 252 merges and four control tokens, 512 in all.
-
-    It adds no BOS; the end of a text is <|endoftext|>, of a chat turn <|im_end|>.
-    """
+    """Make the tokenizer of every builtin model: 256 bytes, 252 merges, four control tokens, no BOS."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend_json()), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
         pad_token=PAD, extra_special_tokens=[IM_START, IM_END], model_max_length=_POSITIONS,
@@ -300,10 +290,7 @@ def _backend_json() -> str:  # a text, so that every caller gets an object of it
 
 
 def learn_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> str:
-    """Learn words between blanks or byte-level BPE (Sennrich et al. 2016), commonest first, and give the JSON of it.
-
-    Equal texts give equal bytes.
-    """
+    """Learn words, or byte-level BPE (Sennrich et al. 2016), commonest first, as JSON; equal texts give equal bytes."""
     options: Any = {"vocab_size": vocab_size, "special_tokens": _START_TOKENS, "show_progress": False}
     if kind == "builtin:words":
         backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
@@ -356,10 +343,7 @@ def choose_family(config: PreTrainedConfig, *, reward: bool = False) -> Any:
 def random_model(
     config: PreTrainedConfig, *, seed: int, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Build a language model with random weights on the CPU; equal seeds give equal bytes.
-
-    Weights are drawn in float32 and then cast, so that bfloat16 is the rounding of the float32 model.
-    """
+    """Draw a language model on the CPU in float32 and cast it; equal seeds give equal bytes."""
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -52,10 +52,7 @@ class Endless(ConversationError):
 
 @dataclass(frozen=True)
 class Written:
-    """A text to be tokenised: its first `start` characters are the prompt, `spans` of it are learnt.
-
-    A `plain` text gets the tokenizer's own BOS and an eos, unless it has them.
-    """
+    """A text to be tokenised: `start` characters are its prompt, `spans` are learnt; a `plain` one gets BOS and eos."""
 
     text: str
     spans: list[Span] = field(default_factory=list)
