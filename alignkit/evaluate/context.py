@@ -28,9 +28,8 @@ class Context:
     ) -> None:  # fmt: skip
         """`label` names the rows; `judged` is where verdicts are kept."""
         self.target, self.options, self.rows, self.label = target, options, rows, label
-        self.space, self.seed = space, seed
+        self.space, self.seed, self._judged = space, seed, judged
         self.is_toy = self.label.startswith("builtin:")
-        self._judged = judged
 
     @cached_property
     def policy(self) -> Policy:
@@ -137,15 +136,14 @@ class Metric:
     """A metric: what it needs (a policy and rows that hold something), and the function that measures it."""
 
     measure: Callable[[Context], Sequence[Figure]]
-    needs: Need
-    first: tuple[Need, ...] = (ROWS, POLICY)  # looked for before
+    needs: tuple[Need, ...]  # looked for in this order
     key: str | None = None  # the option that asks for it, as its name in `metrics` does
     optional: bool = False  # left out with a warning where its package is not installed, unless it was asked for
     prepare: Callable[[Context], Any] = lambda context: None  # finds out what is wrong before anything is measured
 
     def find_lack(self, context: Context) -> str | None:
         """Say why it cannot be measured, None where it can."""
-        return next((what for is_there, what in (*self.first, self.needs) if not is_there(context)), None)
+        return next((what for is_there, what in self.needs if not is_there(context)), None)
 
 
 def load_metrics() -> dict[str, Metric]:

@@ -13,6 +13,7 @@ from alignkit.report.text import wilson as score_interval
 Better = Literal["higher", "lower"]
 Method = Literal["bootstrap", "wilson", "normal", "none"]
 Floats = NDArray[np.float64]
+Groups = Sequence[Sequence[float]]  # the values of each group; those of a group are not independent
 RESAMPLES = 1000
 Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 _CHUNK = 4_000_000  # weights held at once
@@ -26,24 +27,11 @@ class Sums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % interval over `n` independent rows; no interval where `low` is None."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    method: Method
-    sums: Sums | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True)
 class Figure:
-    """One figure; `slice` is None for all rows, else which of them; a share lies in [0, 1].
-
-    `change` is the paired difference to another model on the same rows, see `compare_rows`; `trained` names the stages
-    that were trained on some of the prompts, and says on how many. Both are left out of eval.json where there is none.
-    """
+    """A value with its 95 % interval over `n` independent rows, unnamed at first; no interval where `low` is None.
+    `slice` is None for all rows, else which of them. `change` is the paired difference to another model on the same
+    rows (`compare_rows`); `trained` names the stages that saw some of the prompts. eval.json has these two where they
+    are."""
 
     metric: str
     value: float | None
@@ -71,36 +59,29 @@ class Figure:
         return plain
 
 
-def make_figure(
-    metric: str, found: Interval, *, unit: str = "", better: Better | None = None, slice: str | None = None,
-    details: list[dict[str, Any]] | None = None, **settings: Any,
-) -> Figure:  # fmt: skip
-    """Make a figure of an interval; `Context.place` adds data and common settings."""
-    numbers = found.value, found.low, found.high, found.n
-    return Figure(metric, *numbers, unit, better, found.method, slice, "", settings, details, sums=found.sums)
+def make_figure(metric: str, found: Figure, *, settings: dict[str, Any] | None = None, **facts: Any) -> Figure:
+    """Name an interval, with what is known of it; `Context.place` adds data and common settings."""
+    return replace(found, metric=metric, settings=settings or {}, **facts)
 
 
-def wilson(successes: float, n: int) -> Interval:
+def wilson(successes: float, n: int) -> Figure:
     """Wilson's interval of the share successes / n; `successes` may have halves, where a tie counts as one half."""
     if n == 0:
-        return Interval(None, None, None, 0, "none")
+        return Figure("", None, None, None, 0)
     low, high = score_interval(successes, n)
-    return Interval(successes / n, low, high, n, "wilson")
+    return Figure("", successes / n, low, high, n, interval="wilson")
 
 
-def bootstrap(sums_NK: ArrayLike, combine: Callable[[Floats], Floats], *, resamples: int = RESAMPLES) -> Interval:
+def bootstrap(sums_NK: ArrayLike, combine: Callable[[Floats], Floats], *, resamples: int = RESAMPLES) -> Figure:
     """Percentile bootstrap interval of a statistic of N rows (Efron 1979).
-
     `combine` maps sums over rows, (R, K), to the statistic, (R,). Rows are drawn with replacement; rows that belong
-    together (answers to one prompt) must have been added up before. One row has a value and no interval.
-    """
+    together (answers to one prompt) must have been added up before. One row has a value and no interval."""
     rows_NK = np.asarray(sums_NK, dtype=np.float64)
-    n = len(rows_NK)
-    if n == 0:
-        return Interval(None, None, None, 0, "none")
+    if (n := len(rows_NK)) == 0:
+        return Figure("", None, None, None, 0)
     value, sums = float(combine(rows_NK.sum(axis=0, keepdims=True))[0]), Sums(rows_NK, combine)
     if n == 1:
-        return Interval(value, None, None, 1, "none", sums)
+        return Figure("", value, None, None, 1, sums=sums)
     random = np.random.default_rng(0)
     chunk = max(_CHUNK // n, 1)
     drawn: list[Floats] = []
@@ -109,14 +90,13 @@ def bootstrap(sums_NK: ArrayLike, combine: Callable[[Floats], Floats], *, resamp
         with np.errstate(divide="ignore", invalid="ignore"):  # a resample may leave a bin empty
             drawn.append(combine(weights_RN @ rows_NK))
     low, high = np.nanpercentile(np.concatenate(drawn), [2.5, 97.5])
-    return Interval(value, float(low), float(high), n, "bootstrap", sums)
+    return Figure("", value, float(low), float(high), n, interval="bootstrap", sums=sums)
 
 
 def compare_rows(figure: Figure, other: Figure | None, start: str, *, resamples: int = RESAMPLES) -> Figure:
     """Add the paired difference to the same figure of `start`: rows are drawn together, so what they share cancels.
-
-    `rose` and `fell` count the rows on which it is larger and smaller. With another number of rows it stays as it was.
-    """
+    `rose` and `fell` count the rows on which it is larger and smaller. With another number of rows it stays as it
+    was."""
     mine, theirs = figure.sums, other.sums if other else None
     if other is None or mine is None or theirs is None or len(mine.sums_NK) != len(theirs.sums_NK):
         return figure
@@ -134,18 +114,18 @@ def compare_rows(figure: Figure, other: Figure | None, start: str, *, resamples:
     return replace(figure, change=change)
 
 
-def mean(values: Sequence[float], *, resamples: int = RESAMPLES) -> Interval:
+def mean(values: Sequence[float], *, resamples: int = RESAMPLES) -> Figure:
     """Mean of independent rows."""
     return mean_of_groups([[value] for value in values], resamples=resamples)
 
 
-def mean_of_groups(groups: Sequence[Sequence[float]], *, resamples: int = RESAMPLES) -> Interval:
-    """Mean over all values where the values of a group are not independent; n counts the groups."""
+def mean_of_groups(groups: Groups, *, resamples: int = RESAMPLES) -> Figure:
+    """Mean over all values; n counts the groups."""
     rows = [(float(sum(group)), float(len(group))) for group in groups if len(group)]
     return bootstrap(rows, divide, resamples=resamples)
 
 
-def share(outcomes: Sequence[Sequence[float]], *, resamples: int = RESAMPLES) -> Interval:
+def share(outcomes: Groups, *, resamples: int = RESAMPLES) -> Figure:
     """Share of successes (a tie is 0.5): Wilson's interval where each group has one outcome, else the bootstrap."""
     flat = [value for group in outcomes for value in group]
     if all(len(group) == 1 for group in outcomes) and set(flat) <= {0.0, 0.5, 1.0}:

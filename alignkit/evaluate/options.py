@@ -22,7 +22,15 @@ def combine(base: EvaluateOptions, given: Mapping[str, Any]) -> EvaluateOptions:
     try:
         options = EvaluateOptions.model_validate({**base.model_dump(exclude_unset=True), **changes})
     except ValidationError as error:
-        raise UsageError([_explain(item) for item in error.errors()]) from None
+        wrong = []
+        for item in error.errors():
+            value, expected, what = item["input"], item.get("ctx", {}).get("expected"), item["msg"]
+            found = f"is {value!r}: {what[:1].lower()}{what[1:]}"
+            if expected and isinstance(value, str):
+                accepted = [word.strip("' ") for word in str(expected).replace(" or ", ", ").split(",")]
+                found = f"is {value}; it must be one of {', '.join(accepted)}{suggest(value, accepted)}"
+            wrong.append(Problem(found, _flag(item["loc"][0])))
+        raise UsageError(wrong) from None
     problems = []
     if changes.keys() & {"judge", "constitution", "temperature", "samples", "top_p", "top_k"}:
         for key, what in evaluation_problems(options.model_dump(exclude_unset=True)):
@@ -35,14 +43,6 @@ def combine(base: EvaluateOptions, given: Mapping[str, Any]) -> EvaluateOptions:
     return options
 
 
-def _explain(item: Mapping[str, Any]) -> Problem:
-    value, expected, flag = item.get("input"), item.get("ctx", {}).get("expected"), _flag(item["loc"][0])
-    if expected and isinstance(value, str):
-        accepted = [word.strip("' ") for word in str(expected).replace(" or ", ", ").split(",")]
-        return Problem(f"is {value}; it must be one of {', '.join(accepted)}{suggest(value, accepted)}", flag)
-    return Problem(f"is {value!r}: {str(item['msg'])[:1].lower()}{str(item['msg'])[1:]}", flag)
-
-
 def judge_source(judge: str | None, name: str | None) -> dict[str, Any] | None:
     """Read --judge and --judge-name; raises UsageError for a name without an address."""
     is_url = judge is not None and "://" in judge
@@ -50,7 +50,7 @@ def judge_source(judge: str | None, name: str | None) -> dict[str, Any] | None:
         raise UsageError("has no effect without a url as --judge: it is the model's name there", where="--judge-name")
     if judge is None:
         return None
-    return {"url": judge, **({"name": name} if name else {})} if is_url else {"model": judge}
+    return {"model": judge} if not is_url else {"url": judge, "name": name} if name else {"url": judge}
 
 
 def sources(paths: Sequence[str], split: str | None) -> list[dict[str, Any]]:
@@ -68,10 +68,8 @@ def request_stages(
     recipe: Recipe, options: EvaluateOptions, names: Sequence[str] | None = None
 ) -> list[tuple[str, EvaluateOptions]]:
     """List the run directory of each stage that trains, with the options in which stages are run directories.
-
     The name of a swept stage means the run with the values of the stage that is measured; where there is not just one,
-    the option is left out for that stage, with a word. Raises UsageError as `name_runs` does.
-    """
+    the option is left out for that stage, with a word. Raises UsageError as `name_runs` does."""
     stages = {name: resolve(recipe, name) for name in recipe.order}
     found = []
     for name in names or list(stages):
@@ -80,8 +78,7 @@ def request_stages(
             continue
         runs = {other: made.run_dir for other, made in stages.items()}
         for plain, variants in recipe.sweeps.items():
-            made = [stages[variant] for variant in variants if variant in stages]
-            kin = [other.run_dir for other in made
+            kin = [other.run_dir for other in (stages[variant] for variant in variants if variant in stages)
                    if all(stage.point.get(key, value) == value for key, value in other.point.items())]  # fmt: skip
             if len(kin) == 1:
                 runs.setdefault(plain, kin[0])
@@ -118,5 +115,4 @@ def name_runs(options: EvaluateOptions, runs: Mapping[str, str], *, strict: bool
 
 
 def _flag(key: int | str) -> str:
-    singular = {"metrics": "metric", "tasks": "task"}
-    return f"--{singular.get(str(key), str(key)).replace('_', '-')}"
+    return "--" + {"metrics": "metric", "tasks": "task"}.get(str(key), str(key)).replace("_", "-")

@@ -82,10 +82,8 @@ class People:
 
     def vote(self, rater: str, key: str, choice: int, note: str = "") -> None:
         """Keep a vote: 1 and 2 for the answers as shown, 3 for equal; 0 takes the rater's last one back.
-
         All votes that stand are written as rows of preferences too, which `data:` reads; equal answers make none.
-        Raises UsageError for what is not asked.
-        """
+        Raises UsageError for what is not asked."""
         with self._lock:
             row: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "rater": rater}
             if choice == 0:

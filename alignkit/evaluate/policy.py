@@ -16,6 +16,7 @@ from alignkit.models.logprobs import score_tokens
 from alignkit.rewards.base import Workspace, collect_memory
 
 _FAR = 10**9
+_Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,15 @@ class Policy:
     def usual_length(self) -> int:
         """Most tokens of its answers where nobody says."""
 
-        def answer(_: list[str]) -> list[int]:
-            return [usual_length(self.chat, self.loaded.positions, short=64)]
-
-        return int(self._ask("usual length", [self.source], answer)[0])
+        (found,) = self._ask(
+            "usual length", [self.source], lambda _: [usual_length(self.chat, self.loaded.positions, short=64)]
+        )
+        return int(found)
 
     def score_completions(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Likelihood]:
         """Score log p(completion | prompt), its end token included.
-
         A prompt that leaves no room loses its beginning; a completion longer than the model is not scored (no tokens).
-        Both are warned of. Raises DataError for a conversation that the template cannot write.
-        """
+        Both are warned of. Raises DataError for a conversation that the template cannot write."""
 
         def answer(asked: list[tuple[Text, Text]]) -> list[list[float]]:
             splits = self._encode(lambda: self.chat.encode_prompt_completion(*zip(*asked, strict=True)))
@@ -103,10 +102,8 @@ class Policy:
 
     def score_documents(self, rows: Sequence[Row]) -> list[Likelihood]:
         """Score log p of whole texts (each with its end token) and of the assistant's turns of conversations.
-
         A text longer than the model is read in windows that do not overlap; the first token of a text has nothing
-        before it where the tokenizer has no BOS: it is not scored, and its bytes are not counted.
-        """
+        before it where the tokenizer has no BOS: it is not scored, and its bytes are not counted."""
 
         def answer(contents: list[Text]) -> list[list[float]]:
             (loaded, chat), values = self._load(), []
@@ -146,8 +143,7 @@ class Policy:
             return (head, whole[len(head) :]) if head else ([int(self.chat.tokenizer.eos_token_id)], whole)
 
         def answer(asked: list[tuple[str, str]]) -> list[list[float]]:
-            scored = self.score_tokens([encode(*pair) for pair in asked])
-            return [[sum(logps), len(logps), 0] for logps in scored]
+            return [[sum(logps), len(logps), 0] for logps in self.score_tokens([encode(*pair) for pair in asked])]
 
         questions = list(zip(contexts, continuations, strict=True))
         found = [Likelihood(*value) for value in self._ask("continuation", questions, answer, start="eos")]
@@ -169,9 +165,7 @@ class Policy:
         flat = iter(self._ask("answer logp", questions, answer, temperature=temperature))
         return [[next(flat) for _ in group] for group in answers]
 
-    def score_tokens(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float = 1.0
-    ) -> list[list[float]]:
+    def score_tokens(self, pairs: Sequence[tuple[_Ids, _Ids]], *, temperature: float = 1.0) -> list[list[float]]:
         """Score continuations of token ids; a long context loses its beginning, one too long alone is not scored."""
         loaded, room = self.loaded, self.loaded.positions or _FAR
         tails = [tail if len(tail) <= room else () for _, tail in pairs]
@@ -189,10 +183,8 @@ class Policy:
         seed: int = 0, plain: bool = False, num_beams: int = 1, **cuts: float,
     ) -> list[list[Answer]]:  # fmt: skip
         """Write `samples` answers to each prompt; temperature 0 is greedy, or a search with beams, and gives one.
-
         What an answer draws follows from seed, prompt and its number alone. `cuts` are top_p and top_k; with `plain` a
-        text prompt goes in as it is, and an answer ends at the first new line too.
-        """
+        text prompt goes in as it is, and an answer ends at the first new line too."""
         samples = samples if temperature > 0 else 1
         common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, **cuts}
         common |= {"num_beams": num_beams} if num_beams > 1 else {}

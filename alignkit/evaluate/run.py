@@ -38,13 +38,10 @@ def evaluate(
     trust_code: bool = False, folder: Path | None = None, lenient: bool = False, judge: Comparer | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a model and return what eval.json holds now.
-
     It is written into the run, or to `out`, answers and scores beside it. `folder` is where functions are looked up,
     too; `judge` is one that options cannot name. With `lenient` what cannot be measured is left out with a warning,
-    else it raises UsageError; when the judge gave up JudgeError, after writing the other figures.
-    """
-    began = time.monotonic()
-    target = find_target(source, trust_code=trust_code)
+    else it raises UsageError; when the judge gave up JudgeError, after writing the other figures."""
+    began, target = time.monotonic(), find_target(source, trust_code=trust_code)
     seed = seed if seed is not None else int(target.stage.get("seed", 0))
     path = out.expanduser().absolute() if out else target.run.evaluation if target.run else None
     cache = Store(path.with_name("eval-cache.jsonl") if path else None)
@@ -70,10 +67,8 @@ def evaluate(
     figures = [replace(each, trained=trained) if each.data == context.label else each for each in figures]
     for message in space.warnings:
         console.warn(message)
-    data = describe(
-        figures, name=target.name, model=target.source, weights=fingerprint_causal(target.source), seed=seed,
-        seconds=time.monotonic() - began, warnings=space.warnings,
-    )  # fmt: skip
+    facts = {"name": target.name, "model": target.source, "weights": fingerprint_causal(target.source), "seed": seed}
+    data = describe(figures, seconds=time.monotonic() - began, warnings=space.warnings, **facts)
     if path is not None:
         data = merge(read_record(path), data)
         with disk_failures(path.parent, path.name):
@@ -90,9 +85,7 @@ def evaluate(
 
 def measure_in_training(stage: Stage, model: Any, chat: Chat, *, step: int) -> dict[str, float]:
     """Measure the metrics of `evaluate:` on the weights that are being trained, as `evaluate` does on a run's.
-
-    Where it names none, answers and perplexity. No global generator is drawn from: training goes on as without it.
-    """
+    Where it names none, answers and perplexity. No global generator is drawn from: training goes on as without it."""
     run, options = RunDir(Path(stage.run_dir).absolute()), stage.evaluate or EvaluateOptions()
     options = name_runs(options, list_siblings(str(run.path)), strict=False)
     options = options.model_copy(update={"metrics": options.metrics or ["answers", "perplexity"]})
@@ -101,8 +94,7 @@ def measure_in_training(stage: Stage, model: Any, chat: Chat, *, step: int) -> d
     target = Target(str(run.path), run, False, read_record(run.stage))
     context = Context(target, options, *_read(target, options, space), space, seed=stage.seed)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    causal = Causal(model, chat.tokenizer, positions, f"step {step}")
-    context.policy = Policy(target.source, space, (causal, chat))
+    context.policy = Policy(target.source, space, (Causal(model, chat.tokenizer, positions, f"step {step}"), chat))
     figures = [figure for metric in _choose(context, lenient=True).values() for figure in metric.measure(context)]
     return {figure.metric: figure.value for figure in figures if figure.slice is None and figure.value is not None}
 
@@ -175,14 +167,11 @@ def _choose(context: Context, *, lenient: bool) -> dict[str, Metric]:
 
 
 def evaluate_all(
-    requests: Sequence[tuple[str, EvaluateOptions]], *, skip: bool, seed: int | None, out: Path | None, device: str,
-    trust_code: bool, folder: Path,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Measure models one after another, each as it is asked for, and yield what `evaluate` returns.
-
+    requests: Sequence[tuple[str, EvaluateOptions]], *, skip: bool, trust_code: bool, **settings: Any
+) -> Iterator[dict[str, Any]]:
+    """Measure models one after another, each as it is asked for, and yield what `evaluate` returns; it has `settings`.
     With `skip` a run that is not finished is left out with a word, and what a stage cannot be measured on is too.
-    Raises RunError when none is finished, and the last stage's error when none could be measured.
-    """
+    Raises RunError when none is finished, and the last stage's error when none could be measured."""
     finished = []
     for source, options in requests:
         if skip and not RunDir(Path(source).expanduser().absolute()).is_finished():
@@ -195,8 +184,7 @@ def evaluate_all(
                 find_model_dir(other)  # refuses a path that is not there before anything is measured
     if not finished:
         raise RunError("no stage is finished; train first, with alignkit run --recipe FILE")
-    several = skip and len(finished) > 1
-    num_measured = 0
+    several, num_measured = skip and len(finished) > 1, 0
     for source, options in finished:
         chosen, run = options, _directory(source)
         if several and find_target(source, trust_code=trust_code).reward:
@@ -216,10 +204,7 @@ def evaluate_all(
                 console.note(f"{source}: no stage is held near it, left out")
                 continue
         try:
-            yield evaluate(
-                source, chosen, seed=seed, out=out, device=device, trust_code=trust_code, folder=folder,
-                lenient=several,
-            )  # fmt: skip
+            yield evaluate(source, chosen, trust_code=trust_code, lenient=several, **settings)
         except UsageError as error:
             if not several or (source == finished[-1][0] and not num_measured):
                 raise
@@ -257,12 +242,9 @@ def _read(target: Target, options: EvaluateOptions, space: Workspace) -> tuple[l
     )  # fmt: skip
 
 
-def describe(
-    figures: Sequence[Figure], *, name: str, model: str, weights: str, seed: int, seconds: float,
-    warnings: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
+def describe(figures: Sequence[Figure], *, seconds: float, warnings: Sequence[str], **facts: Any) -> dict[str, Any]:
     return {
-        "schema": SCHEMA, "name": name, "model": model, "weights": weights, "seed": seed,
+        "schema": SCHEMA, **facts,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "wall_seconds": round(seconds, 3),
         "versions": versions() | versions(("lm_eval", "rouge-score", "sacrebleu")), "warnings": list(warnings),
         "results": [figure.to_dict() for figure in figures],

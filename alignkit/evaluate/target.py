@@ -74,8 +74,7 @@ class Target:
         if (self.run.base / "config.json").exists():
             return str(self.run.base)
         model = self.stage.get("model", {})
-        scratch = is_builtin(model.get("path", "")) or model.get("init") == "scratch"
-        return None if scratch else model.get("path")
+        return None if is_builtin(model.get("path", "")) or model.get("init") == "scratch" else model.get("path")
 
 
 def find_target(source: str, *, trust_code: bool) -> Target:
@@ -85,9 +84,8 @@ def find_target(source: str, *, trust_code: bool) -> Target:
         run = RunDir(path.absolute())
         if not run.model.is_dir():
             raise RunError("has no model yet: finish the run first", where=source)
-        stage = read_json(run.stage)
         files = inspect_model_dir(run.model, trust_code=trust_code)
-        return Target(str(run.path), run, files.reward, stage, files.head)
+        return Target(str(run.path), run, files.reward, read_json(run.stage), files.head)
     directory = find_model_dir(source)
     if directory is None:
         return Target(source, None, False)
@@ -128,10 +126,8 @@ def read_measured(
     template: bool = False, method: str | None = None, held_out: bool = True,
 ) -> tuple[list[Row], str]:  # fmt: skip
     """Read the first `max_rows` rows, an equal part of each source, and name them; with `share` those held out, or not.
-
     With `template` prompts and answers are turns of a chat, unless a source says otherwise; `method` reads them as that
-    method or objective does. Rows that do not fit are left out with a warning. Raises DataError when no row is left.
-    """
+    method or objective does. Rows that do not fit are left out with a warning. Raises DataError when no row is left."""
     rows: list[Row] = []
     each = -(-max_rows // len(sources))
     for source in sources:

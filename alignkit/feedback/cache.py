@@ -46,11 +46,9 @@ class Store:
 
     def __init__(self, path: Path | None = None, *, alone: bool = False) -> None:
         """Open the file, or make it; a last line that a kill or a full disk has torn is cut off.
-
         Without a path it is a temporary one. Lines that are damaged inside, or hold something else, stay and are passed
         over with a warning: what they answered is asked again. Raises DiskError for what is no file; with `alone`,
-        RunError when another process has it open: that of a run has the run's lock.
-        """
+        RunError when another process has it open: that of a run has the run's lock."""
         self.path = path or Path(tempfile.gettempdir(), "answers")
         self._is_kept = path is not None
         self._lock = threading.Lock()
@@ -127,11 +125,9 @@ class Store:
     def fill(
         self, keys: Sequence[str], answer: Callable[[list[int], frozenset[int]], Iterable[_Batch]], what: str
     ) -> None:
-        """Have the questions with these keys answered where they are not yet, and keep answers as they come.
-
-        `answer` is given the places of all different questions, and which of those (by their number) are known: the
-        batches of a local model are those of the whole list. It yields (number, record) of answers that came together.
-        """
+        """Have the questions with these keys answered where they are not yet, and keep answers as they come. `answer`
+        is given the places of all different questions, and which of those (by number) are known: the batches of a local
+        model are those of the whole list. It yields (number, record) of answers that came together."""
         first: dict[str, int] = {}
         for place, key in enumerate(keys):
             first.setdefault(key, place)
@@ -149,10 +145,8 @@ class Store:
         batch_size: int = 64,
     ) -> list[Any]:  # fmt: skip
         """Look up the value of every question; `answer` gives those of questions that are not known yet.
-
         `common` (weights, settings) and a question must be plain data: together they are the key. Values are kept after
-        every `batch_size` of them.
-        """
+        every `batch_size` of them."""
         keys = [key_of(common, question) for question in questions]
 
         def fill(places: list[int], known: frozenset[int]) -> Iterator[_Batch]:

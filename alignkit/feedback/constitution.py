@@ -169,10 +169,8 @@ class Constitution:
 
     def draw(self, *, seed: int, key: str, turn: int) -> Principle:
         """Draw the principle for one turn of whatever `key` names, by weight.
-
         It depends on nothing else: neither the order of the work nor a restart changes it (CAI, arXiv 2212.08073,
-        section 3.1: a principle is drawn at every step, uniformly where the weights are equal).
-        """
+        section 3.1: a principle is drawn at every step, uniformly where the weights are equal)."""
         digest = hashlib.blake2b(f"principle {seed} {turn} {key}".encode(), digest_size=8).digest()
         drawn = int.from_bytes(digest, "little") / 2.0**64 * self._borders[-1]
         return self.principles[min(bisect_right(self._borders, drawn), len(self.principles) - 1)]
@@ -190,10 +188,8 @@ class Constitution:
 
 def load_constitution(values: str | Sequence[str], *, needs: Part | None = None) -> Constitution:
     """Read one or more constitutions into one; each value is a file or builtin:NAME.
-
     `needs` leaves only the principles that can be criticised, or compared, by: the published files hold either kind.
-    Raises RecipeError with every problem found, each with file and line.
-    """
+    Raises RecipeError with every problem found, each with file and line."""
     names = [values] if isinstance(values, str) else list(values)
     shown = [name if name.startswith(BUILTIN) else label_path(Path(name).expanduser()) for name in names]
     problems: list[Problem] = []
@@ -269,24 +265,17 @@ class _WrittenCritique(Written):
     revision: Text
 
 
-class _Comparison(Written):
-    human: Text
+class Pair(Written):
+    """An answer that is better and one that is worse; the question they are compared by is drawn."""
+
+    prompt: Text = Field(alias="human")
     better: Text
     worse: Text
 
 
 class _ExampleFile(Written):
     critiques: list[_WrittenCritique] = []
-    comparisons: list[_Comparison] = []
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An answer that is better and one that is worse; the question they are compared by is drawn."""
-
-    prompt: str
-    better: str
-    worse: str
+    comparisons: list[Pair] = []
 
 
 @dataclass(frozen=True)
@@ -344,7 +333,7 @@ def _read_examples(name: str) -> Examples:
             asked = f"\n\nHuman: {item.human.strip()}\n\nAssistant: {item.assistant.strip()}"
             critiques.append(asked + critique + revision)
         for it in file.comparisons if file else ():
-            pairs.append(Pair(it.human.strip(), it.better.strip(), it.worse.strip()))
+            pairs.append(Pair(human=it.prompt.strip(), better=it.better.strip(), worse=it.worse.strip()))
     elif not isinstance(content, list) or not content:
         problems = [Problem("holds no list of examples; instructions belong under constitution:", label)]
     else:
@@ -358,8 +347,7 @@ def _read_examples(name: str) -> Examples:
             else:
                 try:
                     human = str(prompt).removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
-                    pair = _Comparison(human=human, better=item["corrects"][0], worse=item["incorrects"][0])
-                    pairs.append(Pair(pair.human, pair.better, pair.worse))
+                    pairs.append(Pair(human=human, better=item["corrects"][0], worse=item["incorrects"][0]))
                 except (AttributeError, KeyError, IndexError, TypeError, ValueError):
                     what = f"entry {number} is neither a critique with a revision nor a comparison"
                     problems.append(Problem(what, label))

@@ -166,8 +166,7 @@ class _Critique:
         for (chain, principle), request in zip(going, requests, strict=True):
             jobs.append(Job(request, seed_of(self._session.stage.seed, kind, number, chain.key)))
             about.append({"place": chain.place, "round": number, "principle": principle.name})
-        asker = self._session.asker
-        return asker.write(self._model, jobs, self._sampling, kind=kind, by="generator", about=about)
+        return self._session.asker.write(self._model, jobs, self._sampling, kind=kind, by="generator", about=about)
 
     def _check(self, reply: Reply) -> str | None:
         return work.why_useless(reply, self._model.control_tokens)

@@ -50,9 +50,7 @@ class Pairing:
 @dataclass
 class Label:
     """The label of a pairing; `orders` are P(first preferred) as asked with it first and with it second.
-
-    `bounds` clamp their mean, not each: a judge that leans to one place would make a tie of every pair.
-    """
+    `bounds` clamp their mean, not each: a judge that leans to one place would make a tie of every pair."""
 
     pairing: Pairing
     principle: str
@@ -299,8 +297,7 @@ def _read_hhh(data: Mapping[str, Any]) -> Pairing:
     head, found, _ = data["prompt"].partition(COMPARISON_FRAME[1] + "\n (A)")
     if prompt != other or not found or not prompt:
         raise ValueError("its two answers are to different prompts, or it has no question")
-    question = head.rpartition("\n")[2]
-    return Pairing(asking.conversation(prompt), better, worse, "", key_of(check=data), question)
+    return Pairing(asking.conversation(prompt), better, worse, "", key_of(check=data), head.rpartition("\n")[2])
 
 
 def describe_accuracy(labels: Sequence[Label]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alignkit.errors import EnvironmentProblem
 from alignkit.feedback.prompts import OPTIONS, Request, cut_at
-from alignkit.feedback.writer import Decision, Job, Reply, Sampling, Spending, share_of_first
+from alignkit.feedback.writer import Batches, Decision, Job, Reply, Sampling, Spending, share_of_first
 from alignkit.models.chat import Chat
 from alignkit.models.frozen import fingerprint_causal, load_causal, load_tokenizer_of
 from alignkit.models.generation import generate_answers
@@ -32,20 +32,17 @@ class Encoder:
         self.control_tokens: Sequence[str] = self._chat.control_tokens
         self.stop_ids = self._chat.stop_ids
 
-    def encode(self, request: Request) -> list[int]:
-        """Encode what a text is written after."""
+    def encode(self, request: Request, endings: Sequence[str] = ("",)) -> list[list[int]]:
+        """Encode what a text is written after, with each of these endings."""
         if not self._speaks(request):
-            return self._chat.encode_prompts([request.transcript])[0]
-        (ids,) = self._chat.encode_prompts([list(request.messages or ())])
-        return ids + self._plain(request.prefill) if request.prefill else ids
+            return self._chat.encode_prompts([request.transcript + ending for ending in endings])
+        (head,) = self._chat.encode_prompts([list(request.messages or ())])
+        begun = [request.prefill + ending for ending in endings]
+        return [head + (self.tokenizer(text, add_special_tokens=False).input_ids if text else []) for text in begun]
 
     def split(self, request: Request) -> tuple[list[int], tuple[list[int], list[int]]]:
         """Encode what a question has in common with either option, and the tokens of each, which stand at its end."""
-        if not self._speaks(request):
-            whole = self._chat.encode_prompts([request.transcript + option for option in OPTIONS])
-        else:
-            (head,) = self._chat.encode_prompts([list(request.messages or ())])
-            whole = [head + self._plain(request.prefill + option) for option in OPTIONS]
+        whole = self.encode(request, OPTIONS)
         same = len(os.path.commonprefix(whole))
         return whole[0][:same], (whole[0][same:], whole[1][same:])
 
@@ -61,9 +58,6 @@ class Encoder:
 
     def _speaks(self, request: Request) -> bool:
         return self._chat.has_template and request.messages is not None
-
-    def _plain(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 _WINDOW = 32  # batches that are sorted by length together
@@ -91,19 +85,16 @@ class LocalModel:
         self.identity: dict[str, Any] = {"model": loaded.fingerprint, "template": self._encoder.chat_template}
         self.identity |= {"engine": "continuous"} if continuous else {}
 
-    def write(
-        self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
-    ) -> Iterator[list[tuple[int, Reply]]]:
+    def write(self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()) -> Batches[Reply]:
         """Write a text for each job; one whose prompt leaves no room is answered with a problem."""
         for start in range(0, len(jobs), _WINDOW * self._batch_size):
             window = jobs[start : start + _WINDOW * self._batch_size]
-            prompts = [self._encoder.encode(job.request) for job in window]
+            prompts = [self._encoder.encode(job.request)[0] for job in window]
             room = self._positions - sampling.max_new_tokens
             advice = f"{max(room, 0)} fit, beside max_new_tokens; examples: none makes prompts shorter"
-            long = {place: len(ids) for place, ids in enumerate(prompts) if len(ids) > room}
-            if long:
-                problems = {place: f"the prompt has {length} tokens; {advice}" for place, length in long.items()}
-                yield [(start + place, Reply(problem=problem)) for place, problem in problems.items()]
+            if long := {place: len(ids) for place, ids in enumerate(prompts) if len(ids) > room}:
+                said = "the prompt has {} tokens; {}"
+                yield [(start + place, Reply(problem=said.format(size, advice))) for place, size in long.items()]
             order = sorted({*range(len(window))} - {*long}, key=lambda place: -len(prompts[place]))
             size = self._batch_size * (4 if self._continuous else 1)  # what a kill may lose
             for first in range(0, len(order), size):
@@ -119,7 +110,7 @@ class LocalModel:
                     return  # they may be cut short
                 yield [(start + place, reply) for place, reply in zip(places, replies, strict=True)]
 
-    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Batches[Decision]:
         """Score both options of each question; one that is too long for the model is abstained from."""
         for start in range(0, len(requests), _WINDOW * self._batch_size):
             asked = list(map(self._encoder.split, requests[start : start + _WINDOW * self._batch_size]))
@@ -167,12 +158,9 @@ class LocalModel:
 
 
 class VllmModel:
-    """A language model that vLLM runs in this process, where vLLM is installed; it is not a dependency of ours.
-
-    An option is scored by its first own token alone, for vLLM gives log-probabilities of what it samples: the closing
-    bracket after the letter, certain for any judge that answers in the format, is not counted. A vLLM server (`url:`)
-    needs nothing of this.
-    """
+    """A language model that vLLM, no dependency of ours, runs in this process; a vLLM server (`url:`) needs nothing of
+    it. An option is scored by its first own token alone, for vLLM gives log-probabilities of what it samples: the
+    closing bracket after the letter, certain for any judge that answers in the format, is not counted."""
 
     takes_prefill = True
     spending: Spending | None = None
@@ -192,18 +180,15 @@ class VllmModel:
         self.control_tokens = self._encoder.control_tokens
         self.identity: dict[str, Any] = {"model": fingerprint_causal(source), "engine": "vllm"}
 
-    def write(
-        self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
-    ) -> Iterator[list[tuple[int, Reply]]]:
+    def write(self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()) -> Batches[Reply]:
         """Write a text for each job."""
         common = {**sampling.settings, "stop_token_ids": self._encoder.stop_ids}
         common["max_tokens"] = common.pop("max_new_tokens")
         for start in self._batches(len(jobs), known):
             batch, replies = jobs[start : start + _VLLM_BATCH], []
-            stops = [list(self._encoder.stops(job.request)) for job in batch]
-            made = zip(batch, stops, strict=True)
-            settings = [self._vllm.SamplingParams(**common, seed=job.seed, stop=stop) for job, stop in made]
-            outputs = self._generate([self._encoder.encode(job.request) for job in batch], settings)
+            asked = ({"seed": job.seed, "stop": list(self._encoder.stops(job.request))} for job in batch)
+            settings = [self._vllm.SamplingParams(**common, **own) for own in asked]
+            outputs = self._generate([self._encoder.encode(job.request)[0] for job in batch], settings)
             for place, (job, output) in enumerate(zip(batch, outputs, strict=True), start):
                 (written,) = output.outputs
                 ended, counts = written.finish_reason == "stop", (len(output.prompt_token_ids), len(written.token_ids))
@@ -211,7 +196,7 @@ class VllmModel:
                 replies.append((place, reply))
             yield replies
 
-    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Batches[Decision]:
         """Score both options of each question by their first own token."""
         for start in self._batches(len(requests), known):
             split = [self._encoder.split(request) for request in requests[start : start + _VLLM_BATCH]]

@@ -1,18 +1,14 @@
 """The prompts of Constitutional AI, with texts of users and models made harmless before they go into one.
 
 The paper's transcripts for base models (arXiv 2212.08073, sections 3.1 and 4.1), whose bytes are those of the published
-files; messages for chat models.
-
-An answer may hold "The answer is: (A)", a forged turn, closing brackets or a control token, by chance or on purpose.
-Where such a text could be taken for a part of the prompt it is marked as a quotation. Only what a judge is shown is
-changed, never a row. How persuasive a text is cannot be helped here: asking both orders shows it.
+files; messages for chat models. An answer may hold "The answer is: (A)", a forged turn, closing brackets or a control
+token: where such a text could be taken for a part of the prompt it is marked as a quotation. Only what a judge is shown
+is changed, never a row. How persuasive a text is cannot be helped here: asking both orders shows it.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from alignkit.data import Row, escape_control_tokens
 from alignkit.data.rows import Message, Text
@@ -27,8 +23,6 @@ from alignkit.feedback.constitution import (
     without_critiques,
 )
 
-SERVERS = json.loads(Path(__file__).with_name("servers.json").read_text(encoding="utf-8"))
-FOREIGN_TOKENS = tuple(SERVERS["control tokens of common templates"])  # a server's own tokenizer cannot be asked
 _TURNS = "Human|Assistant|System|Tool|CritiqueRequest|Critique|RevisionRequest|Revision"
 # At the start of a line: labels of turns, the words before a verdict, and options.
 _LABEL = re.compile(rf"(?mi)^([^\S\n]*)((?:{_TURNS}|(?:so )?the answer is|options)[^\S\n]*:|\([AB]\))")
@@ -71,12 +65,9 @@ _THINK_FIRST = "Think step by step. Then end with a line of its own: The answer 
 
 @dataclass(frozen=True)
 class Request:
-    """Something to be written: as text for base models, as messages for chat models.
-
-    A chat model's turn begins with `prefill`; a server that takes none is told `closing` instead, at the end of the
-    last message, and may use `room` tokens for its verdict. `messages` is None for a prompt that is plain text whatever
-    the model.
-    """
+    """Something to be written: as text for base models, as messages (None: it is plain text for any model) for chat
+    models. A chat model's turn begins with `prefill`; a server that takes none is told `closing` instead, at the end of
+    the last message, and may use `room` tokens for its verdict."""
 
     transcript: str
     messages: tuple[Message, ...] | None
@@ -121,8 +112,7 @@ def ask_critique(turns: Sequence[Message], principle: Principle, examples: Examp
     """Ask for a critique of the answer that ends the conversation."""
     quoted = _quote_all(turns, quote)
     text = "".join(examples.critiques) + _transcript(quoted) + f"{principle.critique}".join(CRITIQUE_FRAME)
-    asked = Message(role="user", content=f"{principle.critique}")
-    return Request(text, (*examples.critique_messages, *quoted, asked))
+    return Request(text, (*examples.critique_messages, *quoted, Message(role="user", content=f"{principle.critique}")))
 
 
 def ask_revision(
@@ -171,8 +161,8 @@ def ask_comparison(comparison: Comparison, shown: Sequence[tuple[Comparison, str
         messages.append(Message(role="user", content=_chat_question(example, str)))
         messages.append(Message(role="assistant", content=VERDICT + option))
     messages.append(Message(role="user", content=_chat_question(comparison, quote)))
-    asked = text + comparison_question(comparison, quote)
-    return Request(asked, tuple(messages), prefill=VERDICT, closing=_ONLY_LETTER)
+    text += comparison_question(comparison, quote)
+    return Request(text, tuple(messages), prefill=VERDICT, closing=_ONLY_LETTER)
 
 
 def fill_thought(example: str, question: str) -> str:
@@ -197,8 +187,7 @@ def ask_after_thoughts(comparison: Comparison, shown: Sequence[str], thoughts: s
     """Ask which of two answers is better, after the judge's own chain of thought."""
     before = ask_thoughts(comparison, shown, quote)
     text = f"{before.transcript} {quote(thoughts)}{_SO}{_SO_VERDICT}"
-    prefill = f"{_THOUGHT} {quote(thoughts)}\n\n{_SO_VERDICT}"
-    return Request(text, before.messages, prefill=prefill)
+    return Request(text, before.messages, prefill=f"{_THOUGHT} {quote(thoughts)}\n\n{_SO_VERDICT}")
 
 
 def _chat_question(comparison: Comparison, quote: Quote) -> str:

@@ -15,25 +15,28 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from alignkit import console
 from alignkit.data.rows import Message
 from alignkit.errors import EnvironmentProblem, JudgeError, RecipeError
-from alignkit.feedback.prompts import FOREIGN_TOKENS, SERVERS, Request, cut_at
-from alignkit.feedback.writer import Decision, Job, Reply, Sampling, Spending, TokenChances, read_decision
+from alignkit.feedback.prompts import Request, cut_at
+from alignkit.feedback.writer import Batches, Decision, Job, Reply, Sampling, Spending, TokenChances, read_decision
 from alignkit.recipe.schema import FeedbackModel
 from alignkit.runs.heartbeat import pulse
 
 ALLOWED = "ALIGNKIT_ALLOW_KEY"  # --allow-key, which every process of a run inherits
+_SERVERS = json.loads(Path(__file__).with_name("servers.json").read_text(encoding="utf-8"))
+FOREIGN_TOKENS = tuple(_SERVERS["control tokens of common templates"])  # a server's own tokenizer cannot be asked
 _OPENAI = "https://api.openai.com"
 # Variables that need no --allow-key, as long as they go to the host that gave out the key.
-_OWN_KEYS: dict[str, str] = SERVERS["variables of keys"]
+_OWN_KEYS: dict[str, str] = _SERVERS["variables of keys"]
 _MAX_BYTES = 1 << 22  # of a reply, whatever its status
 _BYTES_PER_TOKEN = 3.0  # fewer than most texts have: of what a server does not count rather too much is counted
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS, _LONGEST_RETRY_AFTER_SECONDS = 0.5, 60.0, 600.0
@@ -44,23 +47,16 @@ _LAST_SECONDS = 0.5  # what requests under way have to end in after one
 _OPTIONAL = ("seed", "logprobs", "top_logprobs", "temperature", "max_tokens")  # a server may not know them
 # Sent to any host; the openai client looks for the last one in what was sent.
 _HEADERS = {"accept", "connection", "content-length", "content-type", "host", "user-agent", "x-stainless-raw-response"}
+_FOREIGN = "replies with something else than the protocol says ({})"
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer", Reply, Decision)
 
 
 class _Failed(Exception):
-    """A try that failed in a way that may pass; without a cause, it is sent again at once in another form."""
+    """A try that failed: it may pass, without a cause in another form at once; `refused` is never answered."""
 
     def __init__(self, cause: str, what: str, wait_seconds: float | None = None) -> None:
         self.cause, self.what, self.wait_seconds = cause, what, wait_seconds  # the last: as the server wishes
-
-
-class _Malformed(Exception):
-    """A reply that is not what the protocol says."""
-
-
-class _Refused(Exception):
-    """A request that the server will never answer; others it may."""
 
 
 class _Unanswered(Exception):
@@ -74,11 +70,9 @@ def place_of(url: str) -> str:
 
 
 def find_key(source: FeedbackModel, *, where: str | None = None, key: str = "judge") -> str | None:
-    """Find the key for a server in the environment, None where there is none.
-
-    Raises RecipeError for a variable that is not the host's own and was not allowed on the command line, so that a
-    recipe alone cannot send somebody's variables away; and for one that is named and not set.
-    """
+    """Find the key for a server in the environment, None where there is none. Raises RecipeError for a variable that is
+    named and not set; and for one that is not the host's own and was not allowed on the command line: a recipe alone
+    cannot send somebody's variables away."""
     host, name = place_of(str(source.url)), source.api_key_env
     if name is None:
         return os.environ.get(_OWN_KEYS.get(host, "")) or None
@@ -108,26 +102,19 @@ class Endpoint:
         require_client()
         import openai
 
-        self._source, self._stop, self._openai = source, stop, openai
+        self._source, self._stop, self._openai, self._spending = source, stop, openai, spending
         self.spending: Spending | None = spending
-        self._spending = spending
-        self._is_chat = source.api == "chat"
+        self._is_chat, self.place = source.api == "chat", place_of(str(source.url))
         self.takes_prefill = not self._is_chat
-        self.place = place_of(str(source.url))
         self.identity: dict[str, Any] = {"url": self.place, "name": source.name, "api": source.api}
-        self._key = find_key(source)
-        self._key_name = source.api_key_env or _OWN_KEYS.get(self.place)
+        self._key, self._key_name = find_key(source), source.api_key_env or _OWN_KEYS.get(self.place)
         which = f"with the key in {self._key_name}" if self._key else "without a key"
         console.note(f"asking {source.name} at {self.place}, {which}")
         self._create: Callable[..., Any]  # sends a request; of the client of the event loop that is asking
-        self._answered = False
-        self._quiet_until = 0.0
+        self._answered, self._quiet_until = False, 0.0
         self._left_out: set[str] = set()
 
-    def write(
-        self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
-    ) -> Iterator[list[tuple[int, Reply]]]:
-
+    def write(self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()) -> Batches[Reply]:
         async def write(job: Job) -> Reply:
             payload = self._payload(job.request, sampling.max_new_tokens, sampling.temperature)
             payload |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
@@ -143,7 +130,7 @@ class Endpoint:
 
         return self._ask_all(jobs, known, write)
 
-    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Batches[Decision]:
         """Decide each question that is open, by log-probs where the server gives them, else by its text."""
         # Likeliest tokens: the most that the protocol allows.
         wanted = {"logprobs": True, "top_logprobs": 20} if self._is_chat else {"logprobs": 5}
@@ -181,8 +168,7 @@ class Endpoint:
     def _payload(self, request: Request, room: int, temperature: float, *, closing: str = "") -> dict[str, Any]:
         payload: dict[str, Any] = {"model": self._source.name, "max_tokens": room, "temperature": temperature}
         if not self._is_chat:
-            stops = {"stop": list(request.stops)} if request.stops else {}
-            return payload | {"prompt": request.transcript} | stops
+            return payload | {"prompt": request.transcript} | ({"stop": list(request.stops)} if request.stops else {})
         messages = list(request.messages or [Message(role="user", content=request.transcript)])
         if closing:
             *before, last = messages
@@ -221,12 +207,10 @@ class Endpoint:
 
     def _ask_all(
         self, items: Sequence[_Item], known: Collection[int], work: Callable[[_Item], Coroutine[Any, Any, _Answer]]
-    ) -> Iterator[list[tuple[int, _Answer]]]:
+    ) -> Batches[_Answer]:
         """Yield answers as they come; what is under way when an error ends it is waited for and given out first.
-
         After a signal that is half a second's wait, then requests are cut off. Raises JudgeError when the server gave
-        up, when the budget is spent, or when some could not be answered.
-        """
+        up, when the budget is spent, or when some could not be answered."""
         waiting: dict[asyncio.Task[_Answer], int] = {}
         places = iter([place for place in range(len(items)) if place not in known])
         unanswered: list[str] = []
@@ -295,11 +279,11 @@ class Endpoint:
                     async for chunk in response.aiter_raw():
                         body += chunk
                         if len(body) > _MAX_BYTES:
-                            raise _Malformed(f"more than {_MAX_BYTES} bytes")
+                            raise _Failed("malformed", _FOREIGN.format(f"more than {_MAX_BYTES} bytes"))
                 finally:
                     await response.aclose()
                 if response.headers.get("content-encoding", "identity") != "identity":
-                    raise _Malformed("a compressed body that was not asked for")
+                    raise _Failed("malformed", _FOREIGN.format("a compressed body that was not asked for"))
                 kept = ("content-type", "retry-after")
                 headers = {name: response.headers[name] for name in kept if name in response.headers}
                 return type(response)(response.status_code, headers=headers, content=bytes(body), request=request)
@@ -309,8 +293,7 @@ class Endpoint:
         client = self._openai.AsyncOpenAI(
             api_key=key or "none", base_url=self._source.url, http_client=http, max_retries=0, timeout=seconds
         )
-        resource = client.chat.completions if self._is_chat else client.completions
-        self._create = resource.with_raw_response.create
+        self._create = (client.chat if self._is_chat else client).completions.with_raw_response.create
         return client
 
     # One request.
@@ -319,10 +302,8 @@ class Endpoint:
         self, payload: dict[str, Any], read: Callable[[dict[str, Any]], _Answer], kind: type[_Answer]
     ) -> _Answer:
         """Send a request until it is answered; a refused one is an answer that says why, in its `problem`.
-
-        Raises _Unanswered for this request alone, JudgeError when no request can be answered. `read` raises ValueError
-        or the like for what is not of the protocol.
-        """
+        Raises _Unanswered for this request alone, JudgeError when none can be answered; `read` may raise ValueError or
+        like."""
         estimate = _count_tokens(json.dumps(payload, ensure_ascii=False))
         retries: Counter[str] = Counter()
         charged = 0  # input tokens of tries that were sent and may be charged for
@@ -331,10 +312,10 @@ class Endpoint:
                 await asyncio.sleep(self._spending.seconds_to_turn())
                 try:
                     answer, said, usage = await self._try(payload, read)
-                except _Refused as error:
-                    return kind(problem=str(error), retries=dict(retries))
                 except _Failed as error:
                     failure = error
+                    if failure.cause == "refused":
+                        return kind(problem=failure.what, retries=dict(retries))
                 else:
                     self._answered = True
                     sent = _sensible(usage, "prompt_tokens") or estimate
@@ -350,21 +331,17 @@ class Endpoint:
             self._spending.retries[failure.cause] += 1
             if retries.total() > self._source.retries:
                 raise _Unanswered(f"{self.place} {failure.what} ({retries.total()} tries)")
-            await self._wait_to_retry(retries.total() - 1, failure)
-
-    async def _wait_to_retry(self, attempt: int, failure: _Failed) -> None:
-        """Wait as the server wishes, else twice as long each time, scattered so that tries do not come together."""
-        wished = failure.wait_seconds
-        if wished is None:
-            seconds = min(_FIRST_WAIT_SECONDS * 2**attempt, _LONGEST_WAIT_SECONDS) * random.uniform(0.5, 1.5)
-        else:
-            seconds = min(wished, _LONGEST_RETRY_AFTER_SECONDS) + random.uniform(0, 0.1)
-        now = time.monotonic()
-        if seconds >= _SAID_SECONDS and now >= self._quiet_until:
-            self._quiet_until = now + seconds
-            longest = f" (it asks for {wished:.4g} s; longer is not waited)" if wished and wished > seconds else ""
-            console.note(f"{self.place} {failure.what}; next try in {seconds:.0f} s{longest}")
-        await asyncio.sleep(seconds)
+            # Wait as the server wishes, else twice as long each time, scattered so that tries do not come together.
+            wished, now = failure.wait_seconds, time.monotonic()
+            seconds = min(wished or 0.0, _LONGEST_RETRY_AFTER_SECONDS) + random.uniform(0, 0.1)
+            if wished is None:
+                doubled = _FIRST_WAIT_SECONDS * 2 ** (retries.total() - 1)
+                seconds = min(doubled, _LONGEST_WAIT_SECONDS) * random.uniform(0.5, 1.5)
+            if seconds >= _SAID_SECONDS and now >= self._quiet_until:
+                self._quiet_until = now + seconds
+                longest = f" (it asks for {wished:.4g} s; longer is not waited)" if wished and wished > seconds else ""
+                console.note(f"{self.place} {failure.what}; next try in {seconds:.0f} s{longest}")
+            await asyncio.sleep(seconds)
 
     async def _try(
         self, payload: dict[str, Any], read: Callable[[dict[str, Any]], _Answer]
@@ -374,7 +351,6 @@ class Endpoint:
         sent = {key: value for key, value in payload.items() if key not in self._left_out}
         if "max_tokens" in self._left_out:
             sent["max_completion_tokens"] = payload["max_tokens"]
-        foreign = "replies with something else than the protocol says ({})"
         try:
             async with asyncio.timeout(seconds):  # of the whole request; httpx's own is for each read
                 response = await self._create(**sent)
@@ -382,8 +358,6 @@ class Endpoint:
             raise _Failed("timeout", f"gave no whole reply within {seconds:g} s") from None
         except openai.APIStatusError as error:
             raise self._explain_status(error, sent) from None
-        except _Malformed as error:
-            raise _Failed("malformed", foreign.format(error)) from None
         except Exception as error:  # the HTTP library's own, which differs between versions of openai
             if not isinstance(error, openai.APIConnectionError) and not type(error).__module__.startswith("http"):
                 raise
@@ -398,7 +372,7 @@ class Endpoint:
             return read(choice), said, data.get("usage")
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             what = f"{type(error).__name__}: {self._scrub(error)[:80]}"
-            raise _Failed("malformed", foreign.format(what)) from None
+            raise _Failed("malformed", _FOREIGN.format(what)) from None
 
     def _explain_status(self, error: Any, sent: dict[str, Any]) -> Exception:
         """Tell failures that may pass, those of one request, and those of all requests."""
@@ -432,7 +406,7 @@ class Endpoint:
             self._left_out |= both if unknown in both else {unknown}
             return _Failed("", said)
         if self._answered or "context" in said:
-            return _Refused(f"refused ({status}): {said}")
+            return _Failed("refused", f"refused ({status}): {said}")
         return JudgeError(f"{self.place} refuses the request ({status}): {said}")
 
 

@@ -44,11 +44,8 @@ class Session:
     run: RunDir
     store: Store
     stop: Stop
+    asker: Asker
     began: float = field(default_factory=time.monotonic)
-
-    @property
-    def asker(self) -> Asker:
-        return Asker(self.stage.name, self.store, self.stop)
 
     @property
     def seconds(self) -> float:
@@ -91,17 +88,14 @@ class Work(Protocol):
 
 
 def run_work(stage: Stage, run_dir: Path, read: Callable[[Stage], Work], *, allow_change: Sequence[str]) -> Result:
-    """Make the rows of a stage in its run directory, which the caller has opened and locked.
-
-    Writes rows.jsonl, report.json and every answer in feedback.jsonl; what is there already is not asked again. Raises
-    JudgeError when a model gave up or a budget is spent, after writing the rows there are; Stopped after a signal;
-    RunError for changed settings.
-    """
+    """Make the rows of a stage in its run directory, which the caller has opened and locked: rows.jsonl, report.json,
+    and every answer in feedback.jsonl; none is asked for twice. Raises JudgeError when a model gave up or a budget is
+    spent, after writing the rows there are; Stopped after a signal; RunError for changed settings."""
     run = RunDir(run_dir.absolute())
     with stop_between_answers() as stop:
         store = Store(run.path / STORE)
         try:
-            work, session = read(stage), Session(stage, run, store, stop)
+            work, session = read(stage), Session(stage, run, store, stop, Asker(stage.name, store, stop))
             for change in compare_fingerprints(run, work.facts, allow_change=allow_change):
                 console.warn(f"{stage.name}: going on with a changed setting: {change}")
             if run.stage.exists() and run.is_finished():
@@ -198,13 +192,10 @@ def sample_answers(
 
 def why_useless(reply: Reply, control_tokens: Sequence[str]) -> str | None:
     """Say why an answer can be no row, None when it can: an empty one teaches nothing, a control token would act."""
-    if reply.problem is not None:
-        return reply.problem
-    if not reply.text.strip():
+    if reply.problem is None and not reply.text.strip():
         return "the answer is empty"
-    if tokens := find_control_tokens(Row("text", "", (reply.text,)), control_tokens):
-        return f"the answer holds the control token {tokens[0]}"
-    return None
+    tokens = find_control_tokens(Row("text", "", (reply.text,)), control_tokens)
+    return reply.problem or (f"the answer holds the control token {tokens[0]}" if tokens else None)
 
 
 def make_answer(prompt: Text, answer: str) -> Text:

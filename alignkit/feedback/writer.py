@@ -9,17 +9,15 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from alignkit.errors import JudgeError
 from alignkit.feedback.prompts import Request
 from alignkit.recipe.schema import FeedbackModel
 
 _WRAP = r"[\s*_`\"'\[(]*"
-_VERDICT = re.compile(rf"answer is\s*:?{_WRAP}(?:option|response|answer)?{_WRAP}([AB])(?![A-Za-z'])", re.IGNORECASE)
-_ALONE = re.compile(
-    rf"{_WRAP}(?:(?:option|response|answer)\s*:?{_WRAP})?([AB])[\s*_`\"'\])]*[.:!]?\s*\Z", re.IGNORECASE
-)
+_VERDICT = re.compile(rf"answer is\s*:?{_WRAP}(?:option|response|answer)?{_WRAP}([AB])(?![A-Za-z'])", re.I)
+_ALONE = re.compile(rf"{_WRAP}(?:(?:option|response|answer)\s*:?{_WRAP})?([AB])[\s*_`\"'\])]*[.:!]?\s*\Z", re.I)
 _LEADING = re.compile(rf"{_WRAP}([AB])\s*(?:\)|\]|:|\.\s|\n)")
 _MARKED = re.compile(r"\(([AB])\)")
 _LETTERS = ("A", "B")
@@ -37,8 +35,7 @@ class Sampling:
     @classmethod
     def of(cls, options: Any, *, max_new_tokens: int | None = None) -> Sampling:
         """Take the settings of a stage, with another length where one is given."""
-        room = max_new_tokens or options.max_new_tokens
-        return cls(options.temperature, room, options.top_p, options.top_k)
+        return cls(options.temperature, max_new_tokens or options.max_new_tokens, options.top_p, options.top_k)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -83,10 +80,8 @@ class Reply(Answered):
 @dataclass
 class Decision(Answered):
     """A judge's decision between two options: the probability of the first, or the reason for abstaining.
-
     `logps` are those of the options (of the deciding letter, from a server); `mass` is the share of probability that
-    the two have at the place where they part: little of it means that the judge does not answer in this format.
-    """
+    the two have at the place where they part: little of it means that the judge does not answer in this format."""
 
     p_first: float | None = None
     logps: tuple[float, float] | None = None
@@ -95,25 +90,24 @@ class Decision(Answered):
     problem: str | None = None
 
 
-class Model(Protocol):
-    """A model that writes texts and decides between options; every answer is given out as soon as it is there.
+_Answer = TypeVar("_Answer")
+Batches = Iterator[list[tuple[int, _Answer]]]  # answers that came together, each with the place of its question
 
-    Both methods yield lists of (place, answer) that came together, in any order; they end early when the run is being
-    stopped, and raise JudgeError when no more is to be had. Places in `known` have an answer already. A local model's
-    batches, on which last bits depend, are those of all places: a run that was cut off ends like one that was not.
-    """
+
+class Model(Protocol):
+    """A model that writes texts and decides between options; every answer is given out as soon as it is there. Both
+    methods end early when the run is being stopped, and raise JudgeError when no more is to be had. Places in `known`
+    are answered already; a local model's batches, on which last bits depend, are those of all places all the same."""
 
     identity: dict[str, Any]  # tells this model's answers from those of another one; part of every key
     control_tokens: Sequence[str]  # texts that the model takes for more than text
     takes_prefill: bool  # whether the model's turn can be begun for it
     spending: Spending | None  # of a server
 
-    def write(
-        self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()
-    ) -> Iterator[list[tuple[int, Reply]]]:
+    def write(self, jobs: Sequence[Job], sampling: Sampling, known: Collection[int] = ()) -> Batches[Reply]:
         """Write a text for each job."""
 
-    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Iterator[list[tuple[int, Decision]]]:
+    def decide(self, requests: Sequence[Request], known: Collection[int] = ()) -> Batches[Decision]:
         """Decide each question between prompts.OPTIONS."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignkit.evaluate.intervals import (
-    Interval,
+    Figure,
     bootstrap,
     compare_rows,
     divide,
@@ -32,7 +32,7 @@ from alignkit.evaluate.metrics.win_rate import control_length
 )
 def test_wilson_gives_the_known_interval(successes: int, n: int, low: float, high: float) -> None:
     found = wilson(successes, n)
-    assert (found.value, found.n, found.method) == (successes / n, n, "wilson")
+    assert (found.value, found.n, found.interval) == (successes / n, n, "wilson")
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-6)
 
 
@@ -40,7 +40,7 @@ def test_nothing_and_one_row_have_no_interval() -> None:
     assert wilson(0, 0).value is None
     assert mean([]).value is None
     one = mean([3.0])
-    assert (one.value, one.low, one.high, one.n, one.method) == (3.0, None, None, 1, "none")
+    assert (one.value, one.low, one.high, one.n, one.interval) == (3.0, None, None, 1, "none")
 
 
 def test_bootstrap_of_a_mean_agrees_with_the_normal_interval() -> None:
@@ -52,7 +52,7 @@ def test_bootstrap_of_a_mean_agrees_with_the_normal_interval() -> None:
     assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
 
 
-def _covers(found: Interval, truth: float) -> bool:
+def _covers(found: Figure, truth: float) -> bool:
     assert found.low is not None and found.high is not None
     return found.low <= truth <= found.high
 
@@ -103,8 +103,8 @@ def test_answers_to_one_prompt_are_drawn_together() -> None:
 
 def test_a_share_takes_wilson_only_for_single_outcomes() -> None:
     assert share([[1.0], [0.0], [0.5]]) == wilson(1.5, 3)
-    assert share([[1.0, 0.0], [1.0]]).method == "bootstrap"
-    assert share([[0.3], [0.9]]).method == "bootstrap"
+    assert share([[1.0, 0.0], [1.0]]).interval == "bootstrap"
+    assert share([[0.3], [0.9]]).interval == "bootstrap"
 
 
 def test_the_same_rows_give_the_same_interval() -> None:

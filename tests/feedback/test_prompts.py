@@ -13,7 +13,6 @@ from alignkit.errors import RecipeError
 from alignkit.feedback.constitution import Examples, Principle, load_constitution, load_examples, messages_of
 from alignkit.feedback.local import Encoder
 from alignkit.feedback.prompts import (
-    FOREIGN_TOKENS,
     Comparison,
     Quoter,
     ask_after_thoughts,
@@ -26,6 +25,7 @@ from alignkit.feedback.prompts import (
     conversation,
     fill_thought,
 )
+from alignkit.feedback.server import FOREIGN_TOKENS
 from alignkit.models.start import builtin_tokenizer
 
 NONE = Examples()

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, make_figure, mean
+from alignkit.evaluate.intervals import Figure, Groups, make_figure, mean
 
 
 def measure(context: Context) -> list[Figure]:
@@ -23,26 +23,21 @@ def measure(context: Context) -> list[Figure]:
     return context.place(figures, reward=reward.name, answers=max(options.best_of), **context.sampling)
 
 
-METRIC = Metric(
-    measure, first=(ROWS, POLICY, OWN),
-    needs=(lambda context: context.prompts and context.options.best_of and context.reward is not None,
-           "it needs prompts, numbers (--best-of) and a reward (--reward)"),
-    key="best_of",
-)  # fmt: skip
+_NEEDS = "it needs prompts, numbers (--best-of) and a reward (--reward)"
+METRIC = Metric(measure, (ROWS, POLICY, OWN, (
+    lambda context: context.prompts and context.options.best_of and context.reward is not None, _NEEDS
+)), key="best_of")  # fmt: skip
 
 
 def measure_best_of(
-    counts: Sequence[int], scores: Sequence[Sequence[float]], watched: Mapping[str, Sequence[Sequence[float]]], *,
-    resamples: int,
-) -> list[Figure]:  # fmt: skip
+    counts: Sequence[int], scores: Groups, watched: Mapping[str, Groups], *, resamples: int
+) -> list[Figure]:
     """Estimate the expected score of the best of N by `scores`, one figure per N, and of other rewards of that answer.
-
     `scores` and each entry of `watched` (true reward, gold) hold M >= N numbers per prompt. `kl` in the settings bounds
-    the KL to the policy: log N - (N - 1) / N nats per answer (HH-RLHF, section 4.3; arXiv 2401.01879).
-    """
+    the KL to the policy: log N - (N - 1) / N nats per answer (HH-RLHF, section 4.3; arXiv 2401.01879)."""
     figures = []
     for number in counts:
-        shown: dict[str, Any] = {"unit": "reward", "better": "higher", "kl": round(best_of_kl(number), 6)}
+        shown: dict[str, Any] = {"unit": "reward", "better": "higher", "settings": {"kl": round(best_of_kl(number), 6)}}
         for name, values in {"best_of_n": scores, **{f"best_of_n_{key}": of for key, of in watched.items()}}.items():
             means = [expected_best(number, ranked_by, of) for ranked_by, of in zip(scores, values, strict=True)]
             figures.append(make_figure(name, mean(means, resamples=resamples), slice=f"N={number}", **shown))
@@ -59,13 +54,12 @@ def expected_best(number: int, scores: Sequence[float], values: Sequence[float])
     expected, start = 0.0, 0
     for _, group in groupby(order, key=lambda place: scores[place]):
         tied = list(group)
-        weight = sum(weights[start : start + len(tied)])
-        expected += weight * sum(values[place] for place in tied) / len(tied)
+        expected += sum(weights[start : start + len(tied)]) * sum(values[place] for place in tied) / len(tied)
         start += len(tied)
     return expected
 
 
-def measure_best_of_kl(counts: Sequence[int], scores: Sequence[Sequence[float]], *, resamples: int) -> list[Figure]:
+def measure_best_of_kl(counts: Sequence[int], scores: Groups, *, resamples: int) -> list[Figure]:
     """Measure the KL of the best of N to its policy, in nats per answer; unlike the bound it picks nothing in a tie."""
     found = {number: mean([tied_kl(number, group) for group in scores], resamples=resamples) for number in counts}
     return [make_figure("best_of_n_kl", kl, unit="nats per answer", slice=f"N={n}") for n, kl in found.items()]

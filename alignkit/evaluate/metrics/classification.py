@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from alignkit.data import Row
 from alignkit.errors import DataError, UsageError
@@ -23,28 +24,42 @@ _ALL = 10**9
 
 
 def measure(context: Context) -> list[Figure]:
-    target, rows = context.target, context.rows
+    target, rows, space = context.target, context.rows, context.space
     assert target.head is not None
+    objective, labels, options = target.head["objective"], target.head["labels"], target.stage.get("options", {})
     right = _name_labels(target, rows)
-    predicted = _classify(context)
-    guesses = {"accuracy": predicted}
+    # What the classifier says.
+    tokenizer, directory = load_tokenizer_of(target.source), find_model_dir(target.source) or Path(target.source)
+    model = load_trained(directory, device=space.device, reward=True, trust_code=space.trust_code)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = min(filter(None, (target.stage.get("trainer", {}).get("max_length"), positions)), default=None)
+    texts = [(str(row.prompt), list(map(str, row.completions))) for row in rows]
+    sequences, pad = encode_tasks(Chat(tokenizer), objective, texts, limit), int(tokenizer.pad_token_id)
+    scores = predict(model, sequences, objective, pad_id=pad, batch_size=space.batch_size)
+    best = [values.index(max(values)) for values in scores]
+    guesses = {"accuracy": [labels[number] for number in best] if labels else list(map(str, best))}
+    # The rows it was trained on, and what they alone would get.
+    share = options["eval"] if isinstance(options.get("eval"), float) else None
+    known: list[Row] = []
     try:
-        known = _read_trained(target)
+        if options.get("data"):
+            sources, seed = [DataSource(**source) for source in options["data"]], int(target.stage.get("seed", 0))
+            settings: dict[str, Any] = {"method": objective, "held_out": False, "warn": lambda _: None}
+            known, _ = read_measured(sources, share=share, seed=seed, max_rows=_ALL, **settings)
     except DataError as error:
-        context.space.warn(f"the rows of training are not there ({error}): no bag of words, and the commonest label is "
-                           "that of the rows measured")  # fmt: skip
-        known = []
-    labels = _name_labels(target, known) or right
-    guesses["accuracy_majority"] = [Counter(labels).most_common(1)[0][0]] * len(rows)
-    if known and target.head["labels"]:
+        space.warn(f"the rows of training are not there ({error}): no bag of words, and the commonest label is that of "
+                   "the rows measured")  # fmt: skip
+    known_labels = _name_labels(target, known)
+    guesses["accuracy_majority"] = [Counter(known_labels or right).most_common(1)[0][0]] * len(rows)
+    if known and labels:
         bags, asked = ([Counter(_WORD.findall(" ".join(map(str, row.completions)).lower())) for row in given]
                        for given in (known, rows))  # fmt: skip
-        guesses["accuracy_bag_of_words"] = naive_bayes(bags, labels, asked)
+        guesses["accuracy_bag_of_words"] = naive_bayes(bags, known_labels, asked)
     figures = []
     for name, guess in guesses.items():
         hits = [one == other for one, other in zip(guess, right, strict=True)]
         figures.append(make_figure(name, wilson(sum(hits), len(hits)), unit="share", better="higher"))
-        for label in target.head["labels"] if name == "accuracy" else ():
+        for label in labels if name == "accuracy" else ():
             of_label = [hit for hit, answer in zip(hits, right, strict=True) if answer == label]
             if of_label:
                 found = wilson(sum(of_label), len(of_label))
@@ -52,9 +67,8 @@ def measure(context: Context) -> list[Figure]:
     return context.place(figures)
 
 
-METRIC = Metric(
-    measure, first=(ROWS,), needs=(lambda context: context.target.head, "the model is no classifier of an sft stage"),
-)  # fmt: skip
+_NEEDS = (lambda context: context.target.head, "the model is no classifier of an sft stage")
+METRIC = Metric(measure, (ROWS, _NEEDS))
 
 
 def naive_bayes(texts: Sequence[Counter[str]], labels: Sequence[str], asked: Sequence[Counter[str]]) -> list[str]:
@@ -87,34 +101,3 @@ def _name_labels(target: Target, rows: Sequence[Row]) -> list[str]:
             raise UsageError(f"label: is {name}; the classifier has {', '.join(labels)}", where=row.place)
         named.append(name)
     return named
-
-
-def _classify(context: Context) -> list[str]:
-    target, space = context.target, context.space
-    assert target.head is not None
-    directory, objective, labels = find_model_dir(target.source), target.head["objective"], target.head["labels"]
-    tokenizer = load_tokenizer_of(target.source)
-    model = load_trained(
-        directory or Path(target.source), device=space.device, reward=True, trust_code=space.trust_code
-    )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = min(filter(None, (target.stage.get("trainer", {}).get("max_length"), positions)), default=None)
-    texts = [(str(row.prompt), list(map(str, row.completions))) for row in context.rows]
-    sequences = encode_tasks(Chat(tokenizer), objective, texts, limit)
-    found = predict(model, sequences, objective, pad_id=int(tokenizer.pad_token_id), batch_size=space.batch_size)
-    best = [values.index(max(values)) for values in found]
-    return [labels[number] for number in best] if labels else list(map(str, best))
-
-
-def _read_trained(target: Target) -> list[Row]:
-    """Read the rows that a classifier was trained on; none of what is no run."""
-    options = target.stage.get("options", {})
-    if not options.get("data"):
-        return []
-    share = options["eval"] if isinstance(options.get("eval"), float) else None
-    sources = [DataSource(**source) for source in options["data"]]
-    assert target.head is not None
-    objective, seed = target.head["objective"], int(target.stage.get("seed", 0))
-    return read_measured(
-        sources, share=share, seed=seed, max_rows=_ALL, warn=lambda _: None, method=objective, held_out=False
-    )[0]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, Floats, make_figure, mean
+from alignkit.evaluate.intervals import Figure, Floats, Groups, make_figure, mean
 from alignkit.evaluate.metrics.best_of import measure_best_of, measure_best_of_kl
 
 MIN_EFFECTIVE = 10.0
@@ -39,20 +39,16 @@ def measure(context: Context) -> list[Figure]:
     return context.place(figures, reward=reward.name, answers=number, **context.sampling)
 
 
-METRIC = Metric(
-    measure, first=(ROWS, POLICY, OWN),
-    needs=(lambda context: context.prompts and context.options.frontier and context.reward is not None,
-           "it needs prompts, evaluate.frontier in the recipe and a reward (--reward)"),
-    key="frontier",
-)  # fmt: skip
+_NEEDS = "it needs prompts, evaluate.frontier in the recipe and a reward (--reward)"
+METRIC = Metric(measure, (ROWS, POLICY, OWN, (
+    lambda context: context.prompts and context.options.frontier and context.reward is not None, _NEEDS
+)), key="frontier")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Optimum:
     """The optimum at one beta, prompt by prompt: reward, KL in nats per answer, value, effective answers; (P,) each.
-
-    `value` is beta log Z = reward - beta KL: no policy has more of it, whatever its KL.
-    """
+    `value` is beta log Z = reward - beta KL: no policy has more of it, whatever its KL."""
 
     reward: Floats
     kl: Floats
@@ -71,16 +67,10 @@ def reweight(scores_PM: ArrayLike, beta: float) -> Optimum:
     return Optimum(reward, (reward - value) / beta, value, total**2 / (weights**2).sum(axis=1))
 
 
-def measure_optimum(
-    betas: Sequence[float], scores: Sequence[Sequence[float]], *, resamples: int
-) -> tuple[list[Figure], list[str]]:
+def measure_optimum(betas: Sequence[float], scores: Groups, *, resamples: int) -> tuple[list[Figure], list[str]]:
     """Measure the reference's reward, and reward and KL of the optimum at each beta; warn of what was left out.
-
     `details` of the reference's reward hold the whole curve, from twenty times the largest beta to the smallest one
-    that can be told: `beta`, `kl`, `reward`, the `value` of the objective with its interval, and the `effective`
-    answers of the median and of the worst prompt. Intervals are over prompts; the chance in a prompt's answers is part
-    of how prompts differ, so they hold that too.
-    """
+    that can be told, with the `effective` answers of the median and of the worst prompt. Intervals are over prompts."""
     low, high = min(betas), _WIDEST * max(betas)
     between = [low * _STEP**power for power in range(1, int(np.log(high / low) / np.log(_STEP)) + 1)]
     found = {beta: reweight(scores, beta) for beta in (*betas, *between)}

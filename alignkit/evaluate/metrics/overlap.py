@@ -9,8 +9,8 @@ from typing import Any
 
 from alignkit.data import Text
 from alignkit.errors import EnvironmentProblem
-from alignkit.evaluate.context import Context, Metric
-from alignkit.evaluate.intervals import Figure, Interval, make_figure, mean
+from alignkit.evaluate.context import POLICY, ROWS, Context, Metric
+from alignkit.evaluate.intervals import Figure, Method, make_figure, mean
 from alignkit.feedback.prompts import read_text
 
 _LENGTHS = (8, 12, 16, 24, 32, 48)  # words of a source that a bin ends with
@@ -18,8 +18,7 @@ _LENGTHS = (8, 12, 16, 24, 32, 48)  # words of a source that a bin ends with
 
 def measure(context: Context) -> list[Figure]:
     limit, resamples = context.sampling["max_new_tokens"], context.options.resamples
-    beams = context.options.num_beams
-    pairs = _list_references(context)
+    beams, pairs = context.options.num_beams, _list_references(context)
     found = context.policy.answer([prompt for prompt, _ in pairs], max_new_tokens=limit, num_beams=beams)
     answers = [group[0].text for group in found]
     references = [read_text(answer) for _, answer in pairs]
@@ -27,8 +26,8 @@ def measure(context: Context) -> list[Figure]:
     figures += measure_bleu(answers, references, resamples=resamples)
     if context.policy.chat.encoder_decoder:
         figures += measure_bleu_by_length([read_text(prompt) for prompt, _ in pairs], answers, references, resamples)
-    settings = {"num_beams": beams} if beams > 1 else {}
-    return context.place(figures, temperature=0.0, max_new_tokens=limit, **settings)
+    beamed = {"num_beams": beams} if beams > 1 else {}
+    return context.place(figures, temperature=0.0, max_new_tokens=limit, **beamed)
 
 
 def _list_references(context: Context) -> list[tuple[Text, Text]]:
@@ -38,9 +37,8 @@ def _list_references(context: Context) -> list[tuple[Text, Text]]:
     return [(prompt, answer) for prompt, answer in context.asked if answer is not None]
 
 
-METRIC = Metric(
-    measure, needs=(_list_references, "the rows hold no single right answer to compare with"), optional=True,
-)  # fmt: skip
+_NEEDS = (_list_references, "the rows hold no single right answer to compare with")
+METRIC = Metric(measure, (ROWS, POLICY, _NEEDS), optional=True)
 
 
 def measure_rouge(
@@ -51,7 +49,8 @@ def measure_rouge(
     scorer = _require("rouge_score.rouge_scorer", "rouge-score").RougeScorer(list(names), use_stemmer=stemmer)
     scored = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
     found = {name: mean([100 * row[name].fmeasure for row in scored], resamples=resamples) for name in names}
-    return [make_figure(name, each, unit="x 100", better="higher", stemmer=stemmer) for name, each in found.items()]
+    common: dict[str, Any] = {"unit": "x 100", "better": "higher", "settings": {"stemmer": stemmer}}
+    return [make_figure(name, each, **common) for name, each in found.items()]
 
 
 def measure_bleu(answers: Sequence[str], references: Sequence[str], *, resamples: int) -> list[Figure]:
@@ -59,15 +58,16 @@ def measure_bleu(answers: Sequence[str], references: Sequence[str], *, resamples
     metrics = _require("sacrebleu.metrics", "sacrebleu")
     several, figures = len(answers) > 1, []
     for name, metric in (("bleu", metrics.BLEU(force=True)), ("chrf", metrics.CHRF())):
-        found, settings = Interval(None, None, None, 0, "none"), dict[str, Any]()
+        found, settings = Figure("", None, None, None, 0), dict[str, Any]()
         if answers:
             score = metric.corpus_score(list(answers), [list(references)], n_bootstrap=resamples if several else 1)
             middle, half = float(score._mean), float(score._ci)  # of chrF numpy's own float32, which is no JSON
             low, high = (max(middle - half, 0.0), min(middle + half, 100.0)) if several else (None, None)
-            found = Interval(float(score.score), low, high, len(answers), "bootstrap" if several else "none")
+            method: Method = "bootstrap" if several else "none"
+            found = Figure("", float(score.score), low, high, len(answers), interval=method)
             parts = str(metric.get_signature()).split("|")
             settings = {"signature": "|".join(part for part in parts if not part.startswith(("bs:", "rs:")))}
-        figures.append(make_figure(name, found, unit="x 100", better="higher", **settings))
+        figures.append(make_figure(name, found, unit="x 100", better="higher", settings=settings))
     return figures
 
 

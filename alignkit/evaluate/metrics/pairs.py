@@ -35,9 +35,8 @@ def measure(context: Context) -> list[Figure]:
         rewards = reward.score_fitting(Answers(prompts, completions))
     else:
         metric, beta = "implicit_reward_accuracy", target.beta
-        ours = context.policy.score_completions(prompts, completions)
-        theirs = context.reference.score_completions(prompts, completions)
-        both = zip(ours, theirs, strict=True)
+        policies = context.policy, context.reference
+        both = zip(*(policy.score_completions(prompts, completions) for policy in policies), strict=True)
         rewards = [beta * (a.logp - b.logp) if a.tokens and b.tokens else None for a, b in both]
         settings = {"reference": context.reference_source, "beta": beta}
     sides = list(zip(rewards[::2], rewards[1::2], strict=True))
@@ -49,18 +48,16 @@ def measure(context: Context) -> list[Figure]:
     whole, *slices = measure_accuracy(metric, pairs, margins, resamples=resamples)
     best = max(lengths, key=lambda figure: figure.value or 0.0)
     name = best.metric.replace("pair_accuracy_", "") + " is better"
-    measured = [
-        compare_rows(whole, best, name, resamples=resamples), *slices,
-        *measure_calibration(margins, [pair.group for pair in pairs], resamples=resamples),
-    ]  # fmt: skip
+    measured = [compare_rows(whole, best, name, resamples=resamples), *slices]
+    measured += measure_calibration(margins, [pair.group for pair in pairs], resamples=resamples)
     return [*context.place(measured, **settings), *context.place(lengths)]
 
 
-METRIC = Metric(
-    measure, first=(ROWS, (lambda context: list_pairs(context.rows), "the rows hold no pairs of answers")),
-    needs=(lambda context: context.target.reward or context.reference_source is not None,
-           "an implicit reward needs a reference (--reference)"),
-)  # fmt: skip
+METRIC = Metric(measure, (
+    ROWS, (lambda context: list_pairs(context.rows), "the rows hold no pairs of answers"),
+    (lambda context: context.target.reward or context.reference_source is not None,
+     "an implicit reward needs a reference (--reference)"),
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,19 +130,15 @@ def _accuracy(
 
 
 def measure_calibration(margins: Sequence[float], groups: Sequence[int], *, resamples: int) -> list[Figure]:
-    """Measure the expected calibration error of margins (chosen - rejected), with the bins as details.
-
-    The reward's confidence is the probability of the answer it prefers, in [0.5, 1], in ten equal bins; the error is
-    the mean over pairs of |accuracy - confidence| of the bin: above 0 for a perfect reward too, the more so for few
-    pairs.
-    """
+    """Measure the expected calibration error of margins (chosen - rejected), with the bins as details: the mean over
+    pairs of |accuracy - confidence| of ten equal bins of the probability, in [0.5, 1], of the answer that the reward
+    prefers. Above 0 for a perfect reward too, the more so for few pairs."""
     if not margins:
         return []
     margins_P = np.asarray(margins, dtype=np.float64)
     confidence_P = 1 / (1 + np.exp(-np.abs(margins_P)))
     right_P = np.where(margins_P == 0, 0.5, margins_P > 0).astype(np.float64)
-    bins_P = np.minimum(((confidence_P - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
-    members_PB = np.eye(_BINS)[bins_P]
+    members_PB = np.eye(_BINS)[np.minimum(((confidence_P - 0.5) * 2 * _BINS).astype(int), _BINS - 1)]
     sums_P3B = np.concatenate([members_PB, members_PB * confidence_P[:, None], members_PB * right_P[:, None]], axis=1)
     _, cluster_P = np.unique(np.asarray(groups), return_inverse=True)
     sums_N = np.zeros((cluster_P.max() + 1, 3 * _BINS))

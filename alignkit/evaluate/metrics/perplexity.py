@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alignkit.evaluate.context import Context, Metric
+from alignkit.evaluate.context import POLICY, ROWS, Context, Metric
 from alignkit.evaluate.intervals import Figure, bootstrap, divide, make_figure
 from alignkit.evaluate.policy import Likelihood
 from alignkit.evaluate.target import split_answer
@@ -13,13 +13,8 @@ from alignkit.evaluate.target import split_answer
 
 def measure(context: Context) -> list[Figure]:
     whole = [row for row in context.rows if row.kind in ("text", "messages")]
-    answered = [
-        (prompt, answer)
-        for row in context.rows
-        if row.kind not in ("text", "messages")
-        for prompt, answer in [split_answer(row) or ("", None)]
-        if answer is not None
-    ]
+    split = [split_answer(row) or ("", None) for row in context.rows if row.kind not in ("text", "messages")]
+    answered = [(prompt, answer) for prompt, answer in split if answer is not None]
     prompts, answers = [prompt for prompt, _ in answered], [answer for _, answer in answered]
     likelihoods = context.policy.score_documents(whole) + context.policy.score_completions(prompts, answers)
     if short := sum(not (item.tokens and item.num_bytes) for item in likelihoods):
@@ -28,19 +23,17 @@ def measure(context: Context) -> list[Figure]:
     return context.place(measure_perplexity(likelihoods, resamples=context.options.resamples))
 
 
-METRIC = Metric(
-    measure, needs=(lambda context: any(row.completions for row in context.rows), "the rows hold no text to predict"),
-)  # fmt: skip
+_NEEDS = (lambda context: any(row.completions for row in context.rows), "the rows hold no text to predict")
+METRIC = Metric(measure, (ROWS, POLICY, _NEEDS))
 
 
 def measure_perplexity(likelihoods: Sequence[Likelihood], *, resamples: int) -> list[Figure]:
     """Measure exp(-sum log p / tokens) and -sum log p / (ln 2 x bytes) over all rows, so that long ones weigh more."""
     rows = [item for item in likelihoods if item.tokens and item.num_bytes]
-    per_token = bootstrap(
-        [(-item.logp, item.tokens) for item in rows], lambda sums: np.exp(divide(sums)), resamples=resamples
-    )
+    per_token = [(-item.logp, item.tokens) for item in rows]
+    perplexity = bootstrap(per_token, lambda sums: np.exp(divide(sums)), resamples=resamples)
     per_byte = bootstrap([(-item.logp / math.log(2), item.num_bytes) for item in rows], divide, resamples=resamples)
     return [
-        make_figure("perplexity", per_token, unit="per token", better="lower"),
+        make_figure("perplexity", perplexity, unit="per token", better="lower"),
         make_figure("bits_per_byte", per_byte, unit="bits per byte", better="lower"),
     ]

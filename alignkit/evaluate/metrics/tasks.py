@@ -1,9 +1,9 @@
 """Tasks solved from K examples in the prompt: ours in GPT-3's form, and those of lm-evaluation-harness.
 
-A task of ours is JSON lines of {"context", "completion"}, as openai/gpt-3 publishes them; with "choices" the completion
-is one of them, and "answer_context" is what GPT-3 divides by ("Answer: "). Source: Brown et al. 2020 (arXiv
-2005.14165), section 2.4; the paper's free-form answers use 4 beams, here they are greedy. lm_eval:TASK has the prompts,
-scoring and standard errors of its own library, and data from the hub; its results are not in our cache.
+A task of ours is JSON lines of {"context", "completion"}, as openai/gpt-3 publishes them (Brown et al. 2020, arXiv
+2005.14165, section 2.4); with "choices" the completion is one of them, and "answer_context" is what GPT-3 divides by
+("Answer: "). Free-form answers are greedy, the paper's use 4 beams. lm_eval:TASK has prompts, scoring and standard
+errors of its own library, and data from the hub; its results are not in our cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from alignkit.data.files import read_file
 from alignkit.data.rows import BadRow
 from alignkit.errors import DataError, EnvironmentProblem, Problem, suggest
 from alignkit.evaluate.context import POLICY, Context, Metric
-from alignkit.evaluate.intervals import Better, Figure, Interval, Z, make_figure, mean, wilson
+from alignkit.evaluate.intervals import Better, Figure, Z, make_figure, mean, wilson
 from alignkit.evaluate.policy import Policy
 from alignkit.models.generation import plainly
 
@@ -48,10 +48,8 @@ def measure(context: Context) -> list[Figure]:
     return figures
 
 
-METRIC = Metric(
-    measure, first=(POLICY,), needs=(lambda context: context.options.tasks, "no task is named (--task)"),
-    prepare=_read_tasks,
-)  # fmt: skip
+_NEEDS = (lambda context: context.options.tasks, "no task is named (--task)")
+METRIC = Metric(measure, (POLICY, _NEEDS), prepare=_read_tasks)
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,9 @@ def write_prompt(items: Sequence[Item], number: int, *, shots: int, seed: int) -
     """Write K other items with their completions, drawn anew each time, an empty line between, and its context."""
     if shots >= len(items):
         raise DataError(f"{shots} examples need a task of more than {shots} rows; it has {len(items)}")
-    others = [place for place in range(len(items)) if place != number]
-    chosen = Random(f"{seed} {shots} {number}").sample(others, shots)
-    parts = [items[place].context + items[place].completion for place in chosen]
+    chosen = Random(f"{seed} {shots} {number}").sample([at for at in range(len(items)) if at != number], shots)
     between = "" if items[number].context.startswith("\n") else "\n\n"
-    return between.join([*parts, items[number].context])
+    return between.join([*(items[place].context + items[place].completion for place in chosen), items[number].context])
 
 
 def measure_few_shot(
@@ -201,11 +197,12 @@ def measure_harness(
                 if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not filtered:
                     continue
                 spread = values.get(f"{metric}_stderr,{filtered}")
-                found = Interval(float(value), None, None, n, "none")
+                found = Figure("", float(value), None, None, n)
                 if metric.startswith(_SHARES) and n and 0 <= value <= 1:
                     found = wilson(value * n, n)
                 elif isinstance(spread, (int, float)):
-                    found = Interval(float(value), value - Z * spread, value + Z * spread, n, "normal")
+                    low, high = value - Z * spread, value + Z * spread
+                    found = Figure("", float(value), low, high, n, interval="normal")
                 better: dict[bool | None, Better] = {True: "higher", False: "lower"}
                 shown = f"{_HARNESS[:-1]}/{each}/{metric}" + ("" if filtered == "none" else f"/{filtered}")
                 figures.append(make_figure(shown, found, better=better.get(higher.get(metric)), slice=f"K={number}"))

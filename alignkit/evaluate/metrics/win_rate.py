@@ -7,8 +7,8 @@ import numpy as np
 
 from alignkit.data import Text
 from alignkit.data.rows import count_chars
-from alignkit.evaluate.context import Context, Metric, as_completion
-from alignkit.evaluate.intervals import Better, Figure, Floats, Interval, compare_rows, make_figure, share
+from alignkit.evaluate.context import POLICY, ROWS, Context, Metric, as_completion
+from alignkit.evaluate.intervals import Better, Figure, Floats, compare_rows, make_figure, share
 from alignkit.feedback.prompts import read_text
 from alignkit.rewards.judge import Comparer
 
@@ -28,23 +28,18 @@ def measure(context: Context) -> list[Figure]:
     return context.place(figures, **settings)
 
 
-METRIC = Metric(
-    measure,
-    needs=(lambda context: context.prompts and context.options.against is not None,
-           "it needs prompts and another model (--against)"),
-    key="against", prepare=lambda context: (context.rival, context.judge),
-)  # fmt: skip
+METRIC = Metric(measure, (ROWS, POLICY, (
+    lambda context: context.prompts and context.options.against is not None,
+    "it needs prompts and another model (--against)",
+)), key="against", prepare=lambda context: (context.rival, context.judge))  # fmt: skip
 
 
 def measure_win_rate(
     judge: Comparer, prompts: Sequence[Text], ours: Sequence[Text], theirs: Sequence[Text], *, resamples: int
 ) -> list[Figure]:
     """Measure the share of prompts on which our answer wins, a tie counting one half, and the length-controlled share.
-
-    The verdicts of a judge that reads the order are averaged over both; each order by itself, the share of comparisons
-    in which both prefer the same answer, and the share it abstains from are figures of their own. What it abstains from
-    is in no other figure.
-    """
+    The verdicts of a judge that reads the order are averaged over both; each order, the share of comparisons in which
+    both prefer the same answer, and that of abstentions, which are in no other figure, are figures of their own."""
     if not prompts:
         return []
     verdicts = judge.compare(prompts, ours, theirs)
@@ -62,8 +57,7 @@ def measure_win_rate(
         better: Better | None = "higher" if metric == "win_rate" else None
         return make_figure(metric, found, unit="share", better=better, **extra)
 
-    lead = make("win_rate", wins, details=cases)
-    even = make("win_rate", [0.5] * len(wins))
+    lead, even = make("win_rate", wins, details=cases), make("win_rate", [0.5] * len(wins))
     figures = [compare_rows(lead, even, "an even score", resamples=resamples)]
     if asked := [orders for orders in verdicts if len(orders) == 2]:  # else the order was never read
         both = [(a, b) for a, b in asked if a is not None and b is not None]
@@ -76,21 +70,16 @@ def measure_win_rate(
         ]
     if same := judge.report.get("agreement"):
         figures.append(make_figure("rater_agreement", share(same, resamples=resamples), unit="share"))
-    lengths = [(count_chars(ours[place]), count_chars(theirs[place])) for place, _ in decided]
-    controlled = control_length(wins, lengths)
+    controlled = control_length(wins, [(count_chars(ours[at]), count_chars(theirs[at])) for at, _ in decided])
     return [*figures, make_figure("win_rate_length_controlled", controlled, unit="share", better="higher")]
 
 
-def control_length(wins: Sequence[float], lengths: Sequence[tuple[int, int]]) -> Interval:
-    """Estimate the win rate that answers of equal length would have.
-
-    A logistic regression of wins on tanh of the length difference in standard deviations, read at 0; of length-
-    controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475, eq. 1) it has the model and length terms, not the
-    instruction's difficulty. The bootstrap refits.
-    """
-    n = len(wins)
-    if n < 2:
-        return Interval(None, None, None, n, "none")
+def control_length(wins: Sequence[float], lengths: Sequence[tuple[int, int]]) -> Figure:
+    """Estimate the win rate that answers of equal length would have. A logistic regression of wins on tanh of the
+    length difference in standard deviations, read at 0; of length- controlled AlpacaEval (Dubois et al. 2024, arXiv
+    2404.04475, eq. 1) it has the model and length terms, not the instruction's difficulty. The bootstrap refits."""
+    if (n := len(wins)) < 2:
+        return Figure("", None, None, None, n)
     difference_N = np.asarray([ours - theirs for ours, theirs in lengths], dtype=np.float64)
     spread = difference_N.std()
     length_N = np.tanh(difference_N / spread) if spread > 0 else np.zeros(n)
@@ -100,7 +89,7 @@ def control_length(wins: Sequence[float], lengths: Sequence[tuple[int, int]]) ->
     random = np.random.default_rng(0)
     weights = random.multinomial(n, np.full(n, 1 / n), size=_FIT_RESAMPLES).astype(np.float64)
     low, high = np.percentile([_fit_at_zero(design_N2, wins_N, drawn) for drawn in weights], [2.5, 97.5])
-    return Interval(value, float(low), float(high), n, "bootstrap")
+    return Figure("", value, float(low), float(high), n, interval="bootstrap")
 
 
 def _fit_at_zero(design_N2: Floats, wins_N: Floats, weights_N: Floats) -> float:
