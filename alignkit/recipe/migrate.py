@@ -75,14 +75,13 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _recognise(tree: dict[str, Any]) -> str | None:
+def _recognise(tree: dict[str, Any]) -> Iterator[str]:
+    """Yield the tools that a file can be of, by the marks of their keys: a&b|c is a, and b or c."""
     keys = dict(_flatten(tree))
     there = {*keys, *(re.split(r"[.\[]", key)[0] for key in keys)}
     for peer, table in _TABLE["peers"].items():
-        for mark in table["marks"]:  # a&b|c: a, and b or c
-            if all(there & {*either.split("|")} for either in mark.split("&")):
-                return str(peer)
-    return None
+        if any(all(there & {*either.split("|")} for either in mark.split("&")) for mark in table["marks"]):
+            yield peer
 
 
 _ASSIGNED = re.compile(r"""(?m)^\s*(?:export\s+|local\s+)?(\w+)=("(?:[^"\\]|\\.)*"|'[^']*'|\([^)]*\)|\S*)""")
@@ -139,20 +138,20 @@ def migrate_file(path: Path, *, gpus: int | None = None) -> tuple[list[Migration
 
     `gpus` is on how many it ran where it does not say so, which decides batch_size.
     """
+    made, problems = list[Migration](), list[Problem]()
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix in (".yaml", ".yml"):
             reader = YAML(typ="safe", pure=True)
             reader.allow_duplicate_keys = True
             tree = reader.load(text)
-            found = [(peer, "", tree)] if isinstance(tree, dict) and (peer := _recognise(tree)) else []
+            found = [(peer, "", tree) for peer in _recognise(tree)][:1] if isinstance(tree, dict) else []
         else:
             found = list(_read_commands(text))
     except (OSError, ValueError, YAMLError) as error:
         what = getattr(error, "strerror", None) or getattr(error, "problem", None) or error
         mark = getattr(error, "problem_mark", None)
         return [], [Problem(f"cannot be read: {what}", f"{path}:{mark.line + 1}" if mark else str(path))]
-    made, problems = list[Migration](), list[Problem]()
     for number, (peer, method, tree) in enumerate(found, 1):
         try:
             made.append(_Writer(path, path.stem + f"-{number}" * (number > 1), peer, method, tree, gpus).write())
@@ -435,21 +434,18 @@ class _Writer:
     def _check(self) -> str:
         """Take out what a recipe refuses, until nothing is; the refusal is the reason."""
         while True:
-            tree = parse_yaml(self._compose(), Origin("recipe", self.path.parent))
+            text = self._compose()
+            tree = parse_yaml(text, Origin("recipe", self.path.parent))
             assert tree is not None
             paths = reversed([*tree.leaves()])  # of several on a line the outermost counts
             places = {node.place: ".".join(path).removeprefix(f"{self.method}.") for path, node in paths}
-            problems = find_problems(tree)[2]
-            refused = {
-                one: problem.what
-                for problem in problems
-                for one in self.lines
-                if f"{one}.".startswith(f"{places.get(problem.where or '', '?')}.")
-                and (one not in self.fixed or "has no effect" in problem.what)
-            }
+            refused, problems = dict[str, str](), find_problems(tree)[2]
+            for what, place in ((problem.what, places.get(problem.where or "", "?")) for problem in problems):
+                there = [one for one in self.lines if f"{one}.".startswith(f"{place}.")]
+                refused |= {one: what for one in there if one not in self.fixed or "has no effect" in what}
             if not refused:
                 self.missing += [problem.what for problem in problems]
-                return self._compose()
+                return text
             for one, what in refused.items():
                 key, is_idle = self.lines.pop(one).key, "has no effect" in what
                 self.missing += [] if is_idle else [f"{key or one}: {what}"]

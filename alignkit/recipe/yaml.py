@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,47 +32,41 @@ def names_secret(key: str) -> bool:
     return bool(_SECRET_NAME.search(name)) and not _VOCABULARY.match(name)
 
 
-def leads_to_secret(path: Sequence[str]) -> bool:
+def leads_to_secret(key: str) -> bool:
     """Tell whether a dotted key names a credential; the token of `truncate:` is one of the vocabulary."""
-    return bool(path) and names_secret(path[-1]) and tuple(path[-2:]) != ("truncate", "token")
+    return names_secret(key.rpartition(".")[2]) and not f".{key}".endswith(".truncate.token")
 
 
 def take_secrets(tree: Node) -> list[Problem]:
     """Report secrets and take them out, so that no other message shows them."""
+    advice = "a recipe holds none: take it out and set HF_TOKEN (or the service's own variable) in the environment"
     problems, secret = [], set()
     for path, node in tree.leaves():
-        found = None
-        if any(holds_secret(part) for part in path[-1:]):
+        key, found = ".".join(path), None
+        if path and holds_secret(path[-1]):
             found = "looks like a secret"
-        elif leads_to_secret([part for name in path for part in name.split(".")]):  # sweep has dotted keys
+        elif leads_to_secret(key):
             found = "is the name of a secret"
         elif isinstance(node.value, str) and holds_secret(node.value):
             found = "holds what looks like a secret"
         if found:
             secret.add(id(node))
-            problems.append(Problem(f"{redact('.'.join(path))} {found}; {_ADVICE}", node.place))
+            problems.append(Problem(f"{redact(key)} {found}; {advice}", node.place))
     for _, node in list(tree.leaves()) if secret else ():
         if isinstance(node.value, dict):
             node.value = {key: child for key, child in node.value.items() if id(child) not in secret}
     return problems
 
 
-_ADVICE = "a recipe holds none: take it out and set HF_TOKEN (or the service's own variable) in the environment"
-
-
 MAX_DEPTH = 50
 
-# YAML 1.2 core schema, less its octal and hexadecimal forms: 1e-4 is a number, no and 1:30 are text, 010 is ten.
 _INTEGER = re.compile(r"[-+]?[0-9]{1,40}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_WORDS: dict[str, bool | None] = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-}
+_WORDS: dict[str, bool | None] = {"": None, "~": None}
+for _word, _meant in (("null", None), ("true", True), ("false", False)):
+    _WORDS |= dict.fromkeys((_word, _word.title(), _word.upper()), _meant)
 # Escapes such as "\0" and "\ud800" bring in what no file name, message or JSON file can hold.
-_KEY = re.compile(r"[\s-]*([\w.-]{1,60}):(\s|$)")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
@@ -112,12 +106,9 @@ class Node:
     def leaves(self, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Node]]:
         """Yield every node below and including this one with its path of keys and list positions."""
         yield path, self
-        if isinstance(self.value, dict):
-            children: Iterable[tuple[str, Node]] = self.value.items()
-        else:
-            children = ((str(i), item) for i, item in enumerate(self.value)) if isinstance(self.value, list) else ()
-        for key, child in children:
-            yield from child.leaves((*path, key))
+        if isinstance(self.value, dict | list):
+            for key, child in self.value.items() if isinstance(self.value, dict) else enumerate(self.value):
+                yield from child.leaves((*path, str(key)))
 
 
 def parse_yaml(text: str, origin: Origin) -> Node | None:
@@ -129,7 +120,7 @@ def parse_yaml(text: str, origin: Origin) -> Node | None:
             problems.append(Problem(what, origin.place(line)))
 
     for number, written in enumerate(text.splitlines(), 1):
-        if "\t" in written[: len(written) - len(written.lstrip())] and written.strip():
+        if re.match(r"\s*\t\s*\S", written):
             report("a tab indents this line; YAML indents with spaces", number)
     root, documents = None, 0
     try:
@@ -146,14 +137,19 @@ def parse_yaml(text: str, origin: Origin) -> Node | None:
             elif isinstance(event, events.NodeEvent):
                 root = _build(event, stream, origin, report, 0)
     except ReaderError as error:
-        line = text.count("\n", 0, error.position or 0) + 1
-        report("a control character; a recipe is plain UTF-8 text", line)
+        report("a control character; a recipe is plain UTF-8 text", text.count("\n", 0, error.position or 0) + 1)
     except MarkedYAMLError as error:
         if not problems:  # a tab also breaks the parser: one message is enough
-            what, mark = _explain(error)
+            problem, context = (error.problem or "").strip(), (error.context or "").strip()
+            what = f"this is not YAML: {problem or context}" + (f" ({context})" if context and problem else "")
+            mark = error.problem_mark or error.context_mark
+            for said, meant, begins in TABLES["complaints of the YAML parser"]:  # it knows expectations, not causes
+                if said in problem:
+                    what, mark = meant.replace("{problem}", problem), (begins and error.context_mark) or mark
+                    break
             lines = text.rstrip().splitlines()  # the end of the text is not a line to look at
             line = min(mark.line + 1 if mark else 1, len(lines))
-            key = _KEY.match(lines[line - 1]) if lines else None
+            key = re.match(r"[\s-]*([\w.-]{1,60}):(\s|$)", lines[line - 1]) if lines else None
             report(redact(f"{key[1]}: {what}") if key else what, line)
     except YAMLError as error:
         report(f"this is not YAML ({type(error).__name__})", 1)
@@ -205,7 +201,10 @@ def _build(event: Any, stream: Iterator[Any], origin: Origin, report: Callable[[
 
 
 def read_scalar(text: str) -> Any:
-    """Read what a plain (unquoted) scalar means."""
+    """Read what a plain (unquoted) scalar means.
+
+    YAML 1.2 core schema, less its octal and hexadecimal forms: 1e-4 is a number, no and 1:30 are text, 010 is ten.
+    """
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):
@@ -215,16 +214,6 @@ def read_scalar(text: str) -> Any:
     if _INFINITE.fullmatch(text):
         return float(text.replace(".", "", 1))
     return text
-
-
-def _explain(error: MarkedYAMLError) -> tuple[str, Any]:
-    """Say what is wrong and where, from the parser's complaint; the parser knows no causes, only expectations."""
-    problem, context = (error.problem or "").strip(), (error.context or "").strip()
-    here = error.problem_mark or error.context_mark
-    for said, what, begins in TABLES["complaints of the YAML parser"]:
-        if said in problem:
-            return what.replace("{problem}", problem), error.context_mark or here if begins else here
-    return f"this is not YAML: {problem or context}" + (f" ({context})" if context and problem else ""), here
 
 
 def shorten(text: str, longest: int = 60) -> str:
@@ -243,7 +232,7 @@ def apply_override(tree: Node, override: str) -> Node:
     keys = key.strip().split(".")
     if not separator or not all(keys):
         raise RecipeError(f"{shorten(override, 80)} is not KEY.PATH=VALUE, such as dpo.beta=0.2", where=FLAG)
-    if leads_to_secret(keys):
+    if leads_to_secret(key):
         raise RecipeError(f"{key} is the name of a secret; set it in the environment instead (HF_TOKEN)", where=FLAG)
     origin = Origin(FLAG, Path.cwd())
     try:
@@ -280,8 +269,7 @@ def lay_value(node: Node, keys: list[str], value: Node, *, key: str, where: str)
 
 MAX_BYTES = 256 * 1024  # some 5,000 lines; the parser needs a second per 100 KB
 MAX_FILES = 32
-
-
+SHIPPED = Path(__file__).resolve().parents[1].joinpath("recipes").resolve()
 _VARIABLE = re.compile(r"\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
 
 
@@ -313,9 +301,6 @@ def find_recipe(path: Path | str) -> Path:
     raise RecipeError(f"{path} is no recipe that comes with alignkit{hint}")
 
 
-SHIPPED = Path(__file__).resolve().parents[1].joinpath("recipes").resolve()
-
-
 def load_tree(path: Path, *, above: tuple[Path, ...] = (), read: list[Path] | None = None) -> Node:
     """Read a file and all it extends as one tree; `above` are the files that led here."""
     read = [] if read is None else read
@@ -330,7 +315,7 @@ def load_tree(path: Path, *, above: tuple[Path, ...] = (), read: list[Path] | No
     extends = tree.value.pop("extends", None)
     if extends is None:
         return tree
-    merged: Node | None = None
+    merged = Node({}, origin)
     for node in extends.value if isinstance(extends.value, list) else [extends]:
         if not isinstance(node.value, str) or not node.value.strip():
             raise RecipeError("extends must be a file name or a list of file names", where=node.place)
@@ -345,22 +330,20 @@ def load_tree(path: Path, *, above: tuple[Path, ...] = (), read: list[Path] | No
             raise RecipeError(f"extends reads more than {MAX_FILES} files", where=node.place)
         if not file.is_file():
             raise RecipeError(f"extends names {node.value}, {_describe_missing(file)}", where=node.place)
-        fragment = load_tree(file, above=(*above, path), read=read)
-        merged = fragment if merged is None else merge(merged, fragment)
-    return merge(merged, tree) if merged else tree
+        merged = merge(merged, load_tree(file, above=(*above, path), read=read))
+    return merge(merged, tree)
 
 
 def merge(base: Node, over: Node) -> Node:
     """Lay one tree on another: mappings are merged, all else is replaced, null takes a mapping away."""
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
-    merged = dict(base.value)
-    for key, node in over.value.items():
-        before = merged.get(key)
-        if before is not None and node.value is None and isinstance(before.value, dict):
+    merged = {**base.value, **over.value}
+    for key in base.value.keys() & over.value.keys():
+        before, node = base.value[key], over.value[key]
+        merged[key] = merge(before, node)
+        if node.value is None and isinstance(before.value, dict):
             del merged[key]
-        else:
-            merged[key] = merge(before, node) if before is not None else node
     return Node(merged, over.origin, over.line)
 
 
