@@ -18,32 +18,29 @@ from alignkit.recipe.trl_fields import ADAPTER_TYPES, KTO_LOSSES, OWN_LOSSES, ad
 from alignkit.recipe.words import TABLES
 from alignkit.recipe.yaml import read_scalar
 
-_SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired")
 Rule = Callable[[Section], Iterable[Finding]]
 
 
 def audit_stage(stage: Section) -> list[Problem]:
     """Hold the options of one stage against each other."""
     rules = (find_conflicts, *(() if stage.method in FEEDBACK else _TRAIN_RULES), *_BY_METHOD.get(stage.method, ()))
-    found = [finding for rule in rules for finding in _collect(rule(stage))]
-    return [Problem(f"{stage.say(key)} {what}", stage.place(key)) for key, what in found]
+    return _collect(stage, *(rule(stage) for rule in rules))
 
 
 def audit_recipe(top: Section, stages: Collection[Section]) -> list[Problem]:
     """Hold the sections that all stages share against each other: model, lora, launch, evaluate."""
-    rules = (find_conflicts(top), _adapters(top), _scratch(top, stages), _launch(top, stages))
-    found = [finding for rule in rules for finding in _collect(rule)]
-    if "evaluate" not in top.broken:
-        found += [(f"evaluate.{key}", what) for key, what in evaluation_problems(top.get("evaluate") or {})]
-    return [Problem(f"{show_key(key)} {what}", top.place(key)) for key, what in found]
+    given = {} if "evaluate" in top.broken else top.get("evaluate") or {}
+    evaluate = ((f"evaluate.{key}", what) for key, what in evaluation_problems(given))
+    return _collect(top, find_conflicts(top), _adapters(top), _scratch(top, stages), _launch(top, stages), evaluate)
 
 
-def _collect(findings: Iterable[Finding]) -> list[Finding]:
-    """Collect what a rule finds before it meets a value that is wrong in itself."""
+def _collect(section: Section, *rules: Iterable[Finding]) -> list[Problem]:
+    """Collect what each rule finds before it meets a value that is wrong in itself."""
     found: list[Finding] = []
-    with suppress(UnreadableError):
-        found.extend(findings)
-    return found
+    for findings in rules:
+        with suppress(UnreadableError):
+            found.extend(findings)
+    return [Problem(f"{show_key(section.say(key))} {what}", section.place(key)) for key, what in found]
 
 
 def _checkpointing(stage: Section) -> Iterator[Finding]:
@@ -54,16 +51,10 @@ def _checkpointing(stage: Section) -> Iterator[Finding]:
 
 
 def _dpo(stage: Section) -> Iterator[Finding]:
-    if kto := _find_loss(stage, KTO_LOSSES):
-        for key in stage.node.value:
-            if key in trl_fields("dpo") and key not in trl_fields("kto"):
-                yield key, f"has no effect with loss_type: {kto}"
-        if one := next((key for key in ("micro_batch_size", "batch_size") if stage.get(key) == 1), None):
-            yield one, "is 1; KTO estimates its KL term across a batch and needs at least 2"
-    losses, smoothing = losses_of(stage), stage.get("label_smoothing", 0.0)
-    if smoothing and not set(losses) & {*_SMOOTHED, *KTO_LOSSES}:
-        instead = "; use loss_type: cdpo" if "sigmoid" in losses else f"; only {', '.join(_SMOOTHED)} read it"
-        yield "label_smoothing", f"has no effect with loss_type {', '.join(losses)}{instead}"
+    kto = _find_loss(stage, KTO_LOSSES)
+    for key in stage.node.value if kto else ():
+        if key in trl_fields("dpo") and key not in trl_fields("kto"):
+            yield key, f"has no effect with loss_type: {kto}"
 
 
 def _adapters(recipe: Section) -> Iterator[Finding]:
@@ -167,9 +158,6 @@ def _check_arguments(key: str, given: Mapping[str, Any], accepted: Mapping[str, 
             yield key, f"has {name} {shown}; it must be a {'whole ' if whole else ''}number"
 
 
-_SERVER = TABLES["keys of a judge behind a server"]
-
-
 def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding]:
     """Yield what is wrong with a judge or generator; only a judge of a label stage may be a replay."""
     given: Mapping[str, Any] = {"model": source} if isinstance(source, str) else source
@@ -179,7 +167,7 @@ def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding
         yield key, f"needs exactly one of {named}, and has {' and '.join(kinds) or 'none'}"
         return
     (kind,) = kinds
-    for name in _SERVER if kind != "url" else ():
+    for name in TABLES["keys of a judge behind a server"] if kind != "url" else ():
         if given.get(name) is not None:
             yield f"{key}.{name}", f"has no effect with {kind}; it is for a server (url)"
     if kind != "model" and given.get("engine") is not None:
@@ -277,8 +265,6 @@ _BY_METHOD: dict[str, tuple[Rule, ...]] = {
     "sft": (_feedback,), "dpo": (_dpo,), "ppo": (_rewards, _groups), "critique": (_feedback,),
     "label": (_feedback, _rewards),
 }  # fmt: skip
-
-
 # f-DPO's reparameterisation leaves a term that cancels only in the chosen-rejected difference (TRL dpo_trainer.py).
 _F_DIVERGENCE = TABLES["losses with an f-divergence"]
 
@@ -312,9 +298,8 @@ def _when(text: str) -> Callable[[Section], bool]:
     def holds(stage: Section, turned: str, given: str, key: str, default: str, sign: str, other: str) -> bool:
         value = _value_of(stage, key, default)
         if sign in _COMPARED:
-            right = _CONDITION.fullmatch(other)
-            assert right is not None
-            number = float(other) if re.fullmatch(r"-?[\d.]+", other) else _value_of(stage, right[3], right[4])
+            right, _, unsaid = other.partition(":")
+            number = float(other) if re.fullmatch(r"-?[\d.]+", other) else _value_of(stage, right, unsaid or None)
             found = bool(_COMPARED[sign](value, number))
         elif sign == "^":
             found = value is not None and re.match(other, str(value)) is not None
@@ -345,19 +330,6 @@ def _say(value: Any) -> str:
     return word.lower() if isinstance(value, bool) else word
 
 
-def _fill(what: str, stage: Section) -> str:
-    """Put values into a message of the table: {key}, or {key:1} where 1 is what it is when not given."""
-    return re.sub(r"\{(?!value|size)([\w.]+)(?::([\w-]+))?\}", lambda f: _say(_value_of(stage, f[1], f[2])), what)
-
-
-def _read_table() -> Iterator[Conflict]:
-    """Read the rows whose conditions are on single keys."""
-    _, *lines = (Path(__file__).parent / "conflicts.tsv").read_text(encoding="utf-8").splitlines()
-    for line in lines:
-        methods, keys, when, what, if_on = line.split("\t")
-        yield Conflict(methods, keys, _when(when), what, bool(if_on))
-
-
 def find_conflicts(stage: Section) -> Iterator[Finding]:
     """Yield the keys of a stage, or of the top level, that a row of the table is against, and those that it misses.
 
@@ -381,7 +353,10 @@ def find_conflicts(stage: Section) -> Iterator[Finding]:
             if not (row.if_on and value in (False, 0, "no")):
                 shown = str(value).lower() if isinstance(value, bool) else value
                 size = len(value) if isinstance(value, list) else 1
-                yield key, _fill(row.what, stage).format(found, value=shown, size=size)
+                # {key} is the value of another, {key:1} takes 1 where that is not given
+                named = r"\{(?!value|size)([\w.]+)(?::([\w-]+))?\}"
+                what = re.sub(named, lambda other: _say(_value_of(stage, other[1], other[2])), row.what)
+                yield key, what.format(found, value=shown, size=size)
 
 
 def losses_of(stage: Section) -> list[str]:
@@ -412,10 +387,9 @@ def _has_separator(stage: Section) -> bool:
 
 def _has_no_weights(stage: Section) -> bool:
     """Whether a critic is to start from a reward that is not one model."""
-    rewards = list_rewards(stage, "reward")
-    models = [reward for reward in rewards if reward.get("model") and not reward["model"].startswith("builtin:")]
-    has_critic = stage.get("advantage", "gae") == "gae"
-    return has_critic and stage.get("value_init") == "reward" and (len(rewards) != 1 or not models)
+    models = [str(reward.get("model") or "builtin:") for reward in list_rewards(stage, "reward")]
+    has_critic = stage.get("advantage", "gae") == "gae" and stage.get("value_init") == "reward"
+    return has_critic and (len(models) != 1 or models[0].startswith("builtin:"))
 
 
 def list_rewards(stage: Section, key: str) -> list[dict[str, Any]]:
@@ -425,8 +399,9 @@ def list_rewards(stage: Section, key: str) -> list[dict[str, Any]]:
     return [{"model": item} if isinstance(item, str) else item for item in items]
 
 
+_, *_ROWS = (line.split("\t") for line in Path(__file__).with_name("conflicts.tsv").read_text("utf-8").splitlines())
 CONFLICTS = (
-    *_read_table(),
+    *(Conflict(methods, keys, _when(when), what, bool(if_on)) for methods, keys, when, what, if_on in _ROWS),
     # all that train
     Conflict("train", "adapter", _starts_from_no_adapter,
              "has no effect without start_from; it says what happens to the adapter a stage starts from"),

@@ -59,11 +59,12 @@ class ClassifierReward:
 
     def score(self, answers: Answers) -> list[float]:
         """Score answers through the cache, else by all processes together; raises RewardError for one too long."""
+        gain, bias = self._norm
         if self._space.cache is None:
             limit, sequences = self.hold().positions, self.encode(answers)
             long = next((at for at, ids in enumerate(sequences) if limit is not None and len(ids) > limit), None)
             if long is None:
-                return [self._normalise(score) for score in self._space.split(sequences, self._score_sequences)]
+                return [gain * score + bias for score in self._space.split(sequences, self._score_sequences)]
             what = f"reads {limit} tokens, and answer {long} with its prompt has {len(sequences[long])}"
         else:
             scores = self.score_fitting(answers)
@@ -94,16 +95,13 @@ class ClassifierReward:
         questions = list(zip(answers.prompts, answers.completions, ended, strict=True))
         assert self._space.cache is not None
         scores = self._space.cache.ask({"kind": "reward", "weights": self._weights}, questions, score)
-        return [None if score is None else self._normalise(score) for score in scores]
+        gain, bias = self._norm
+        return [None if score is None else gain * score + bias for score in scores]
 
     def _score_sequences(self, sequences: Sequence[list[int]]) -> list[float]:
         assert self._score_ids is not None
         found: list[float] = self._score_ids(list(sequences)).float().tolist()
         return found
-
-    def _normalise(self, score: float) -> float:
-        gain, bias = self._norm
-        return score if self._norm == (1.0, 0.0) else gain * score + bias
 
     def _encode(self, answers: Answers) -> list[list[int]]:
         """Write prompts and answers as its rm stage did, else as its own tokenizer and template do."""
@@ -123,9 +121,8 @@ class ClassifierReward:
         if name is not None and (name in coming if coming is not None else not is_there):
             return f"{name}, not trained yet"
         if name is not None and not is_there:
-            first = f"train --stage {name} of {shlex.quote(stage.recipe_path)} first, or name another reward"
-            what = f"{stage.name}.{key} is {name}, which has not been trained to its end"
-            raise RunError(f"{what}; {first}", where=where)
+            what = f"{stage.name}.{key} is {name}, which has not been trained to its end; train --stage {name} of"
+            raise RunError(f"{what} {shlex.quote(stage.recipe_path)} first, or name another reward", where=where)
         try:
             directory = find_model_dir(path)
             files = inspect_model_dir(directory, trust_code=stage.trust_code) if directory else None

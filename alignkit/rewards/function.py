@@ -16,6 +16,7 @@ from typing import Any
 from alignkit.errors import NonFiniteError, RewardError, suggest
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RewardSource
+from alignkit.recipe.yaml import shorten
 from alignkit.rewards.base import Answers, Workspace, stage_space
 from alignkit.runs.stop import time_limit
 
@@ -32,7 +33,9 @@ class FunctionReward:
     def __init__(self, source: RewardSource, space: Workspace) -> None:
         """Import `pkg.module:name` from sys.path or the recipe's directory."""
         self.path, self.where, self._once = str(source.function), space.where, space.once
-        _require_trust(self.path, allowed=space.trust_code, where=self.where)
+        if not space.trust_code:
+            what = "is code, which a recipe cannot allow; read it, and give --trust-code on the command line"
+            raise self._error(what)
         self.name = self.path.rpartition(":")[2]
         options = space.stage.options if space.stage else None
         self.seconds = float(getattr(options, "reward_timeout", 60.0))
@@ -53,8 +56,7 @@ class FunctionReward:
 
     @staticmethod
     def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str] | None = None) -> str:
-        _require_trust(str(source.function), allowed=stage.trust_code, where=stage.where(f"{stage.name}.{key}"))
-        if coming is None:  # it is loaded when the stage starts
+        if coming is None or not stage.trust_code:  # else it is loaded when the stage starts
             FunctionReward(source, stage_space(stage, key))
         return f"function {source.function}"
 
@@ -106,12 +108,12 @@ class FunctionReward:
         for number, value in enumerate(returned):
             if getattr(value, "size", None) == 1 or hasattr(value, "numel"):  # a number of numpy's, or a tensor
                 value = value.tolist()
-            which = f"for answer {number} ({_shorten(repr(prompts[number]))})"
+            which = f"for answer {number} ({shorten(repr(prompts[number]), 80)})"
             if isinstance(value, int) and abs(value) > sys.float_info.max:
                 what = f"returned an integer of {value.bit_length()} bits {which}"
                 raise self._error(f"{what}; it must be a number a float can hold")
             if not isinstance(value, (int, float)):
-                raise self._error(f"returned {_shorten(repr(value))} {which}; it must be a number")
+                raise self._error(f"returned {shorten(repr(value), 80)} {which}; it must be a number")
             if not math.isfinite(value):
                 raise NonFiniteError(str(self._error(f"returned {float(value)} {which}; a reward must be finite")))
             rewards.append(float(value))
@@ -128,36 +130,29 @@ def is_function(source: str) -> bool:
     return bool(colon) and module != "builtin" and name.isidentifier() and all(part.isidentifier() for part in parts)
 
 
-def _require_trust(path: str, *, allowed: bool, where: str | None) -> None:
-    if not allowed:
-        what = f"the reward function {path} is code, which a recipe cannot allow; read it, and give --trust-code on the"
-        raise RewardError(f"{what} command line", where=where)
-
-
 def _import(path: str, folder: Path, where: str | None) -> Callable[..., Any]:
     module_name, _, name = path.partition(":")
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # last: it must not hide a library
+    cause: BaseException | None = None
     try:
         with contextlib.redirect_stdout(sys.stderr), time_limit(_IMPORT_SECONDS, TimeUp()):
             module = importlib.import_module(module_name)
+        if callable(function := getattr(module, name, None)):
+            return function
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        hint = suggest(name, known) or (f"; it has {', '.join(known[:8])}" if known else "")
+        state = "is not a function" if hasattr(module, name) else "is not there"
+        what = f": {name} {state} in {module_name}{hint}"
     except TimeUp:
-        what = f"cannot be imported: {module_name} takes longer than {_IMPORT_SECONDS:g} s"
-        raise RewardError(f"the reward function {path} {what}", where=where) from None
+        what = f" cannot be imported: {module_name} takes longer than {_IMPORT_SECONDS:g} s"
     except ModuleNotFoundError as error:
         own = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
         what = f"there is no module {error.name}" if own else f"{module_name} imports {error.name}, which is not there"
-        raise RewardError(f"the reward function {path}: {what}, on sys.path or in {folder}", where=where) from error
+        what, cause = f": {what}, on sys.path or in {folder}", error
     except (Exception, SystemExit) as error:
-        what = f"importing {module_name} raised {_describe(error)}"
-        raise RewardError(f"the reward function {path}: {what}", where=where) from error
-    function = getattr(module, name, None)
-    if callable(function):
-        return function
-    known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-    hint = suggest(name, known) or (f"; it has {', '.join(known[:8])}" if known else "")
-    state = "is not a function" if hasattr(module, name) else "is not there"
-    raise RewardError(f"the reward function {path}: {name} {state} in {module_name}{hint}", where=where)
+        what, cause = f": importing {module_name} raised {_describe(error)}", error
+    raise RewardError(f"the reward function {path}{what}", where=where) from cause
 
 
 def _describe(error: BaseException) -> str:
@@ -166,8 +161,4 @@ def _describe(error: BaseException) -> str:
     outside = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
     place = f" at {outside[-1].filename}:{outside[-1].lineno}" if outside else ""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}{f': {_shorten(text)}' if text else ''}{place}"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return f"{type(error).__name__}{f': {shorten(text, 80)}' if text else ''}{place}"

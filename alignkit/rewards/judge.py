@@ -88,27 +88,25 @@ class ModelComparer:
 
     def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
         """Ask about each pair in both orders; unasked, equal answers tie and an empty one loses. Raises JudgeError."""
-        outcomes: list[Orders | None] = []
-        pairings = []
+        outcomes: list[Orders] = []
+        pairings: dict[int, Pairing] = {}
         for place, (prompt, first, second) in enumerate(zip(prompts, firsts, seconds, strict=True)):
             one, other = read_text(first).strip(), read_text(second).strip()
-            if one == other or not (one and other):
-                outcomes.append(_TIE if one == other else (float(bool(one)),))
-                continue
-            # Whichever run is measured against the other, it is by the same principle.
-            key = pair_key(prompt, *sorted((first, second), key=read_text))
-            pairings.append(Pairing(prompt, first, second, f"prompt {place}", key))
-            outcomes.append(None)
-        labels = self._ask(pairings) if pairings else []
+            outcomes.append(_TIE if one == other else (float(bool(one)),))
+            if one != other and one and other:  # whichever run is measured, it is by the same principle
+                key = pair_key(prompt, *sorted((first, second), key=read_text))
+                pairings[place] = Pairing(prompt, first, second, f"prompt {place}", key)
+        labels = self._ask([*pairings.values()]) if pairings else []
         if labels and all(label.p_first is None for label in labels):
-            reason = labels[0].problem
-            raise JudgeError(f"the judge {self.name} abstains from all {len(labels)} comparisons: {reason}")
+            what = f"abstains from all {len(labels)} comparisons: {labels[0].problem}"
+            raise JudgeError(f"the judge {self.name} {what}")
         spending = self._model.spending if self._model is not None else None
         self.report = {**describe_labels(labels), "spent": spending.to_dict() if spending is not None else None}
         for fault in find_faults(self.report):
             self._space.warn(f"{self.name}: {fault}")
-        answered = iter(labels)
-        return [next(answered).orders if outcome is None else outcome for outcome in outcomes]
+        for place, label in zip(pairings, labels, strict=True):
+            outcomes[place] = label.orders
+        return outcomes
 
     def _ask(self, pairings: Sequence[Pairing]) -> list[Label]:
         space = self._space
@@ -138,9 +136,6 @@ class JudgeReward:
         assert judge is not None
         if stage is None:
             raise RewardError("a judge compares; name it as the judge of a win rate", where=space.where)
-        if judge.replay is not None:
-            what = "published labels cannot judge new answers; give the judge a model or a url"
-            raise RewardError(what, where=space.where)
         self._stage, self._once = stage, space.once
         self._sampling = Sampling(0.0, stage.expect(PpoOptions).max_new_tokens)
         self._constitution, self._source = source.constitution or (), judge
@@ -173,11 +168,8 @@ class JudgeReward:
         jobs = [Job(ask_answer(answers.prompts[place]), 0) for place in asked]
         about: list[dict[str, Any]] = [{} for _ in jobs]
         replies = self._asker.write(self._baseline, jobs, self._sampling, kind="baseline", by="generator", about=about)
-        pairings = []
-        for place, reply in zip(asked, replies, strict=True):
-            shown = answers.prompts[place], texts[place], reply.text.strip()
-            pairings.append(Pairing(*shown, "", pair_key(*shown)))
-        labels = judge_all(self._asker, self._judge, pairings)
+        shown = [(answers.prompts[at], texts[at], reply.text.strip()) for at, reply in zip(asked, replies, strict=True)]
+        labels = judge_all(self._asker, self._judge, [Pairing(*each, "", pair_key(*each)) for each in shown])
         if labels and all(label.p_first is None for label in labels):
             raise JudgeError(f"the judge abstains from all {len(labels)} answers: {labels[0].problem}")
         rewards = [log_odds(0.0)] * len(texts)

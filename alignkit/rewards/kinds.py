@@ -99,12 +99,10 @@ def make_comparer(
     if options.judge is not None and options.constitution is not None:
         return ModelComparer(options.judge, options.constitution, space, seed=seed, store=store)
     if options.judge is not None:
-        return RewardComparer(open_reward(str(options.judge.model), space))
+        reward = open_reward(str(options.judge.model), space)
     if reward is None:
-        raise UsageError(
-            "win_rate needs a judge: a reward model, a function or builtin:true-reward (--judge), or a language model "
-            "with principles (--judge and --constitution)"
-        )
+        what = "a reward model, a function or builtin:true-reward (--judge), or a language model with principles"
+        raise UsageError(f"win_rate needs a judge: {what} (--judge and --constitution)")
     return RewardComparer(reward)
 
 
@@ -116,10 +114,11 @@ def check_judge(options: EvaluateOptions) -> None:
     directory = None if name is None or is_function(name) or is_builtin(name) else find_model_dir(name)
     if directory is None:  # on the hub: what it is shows when it is loaded
         return
-    reward = inspect_model_dir(directory, trust_code=True).reward
+    reward, what = inspect_model_dir(directory, trust_code=True).reward, ""
     if reward and constitution is not None:
-        what = "a reward model, which goes by no principles; leave constitution out, or name a language model"
-        raise UsageError(f"the judge {name} is {what}")
-    if not reward and constitution is None:
-        what = "a language model, which judges by principles; add constitution (--constitution builtin:helpfulness, or "
-        raise UsageError(f"the judge {name} is {what}a file), or name a reward model")
+        what = "reward model, which goes by no principles; leave constitution out, or name a language model"
+    elif not reward and constitution is None:
+        what = "language model, which judges by principles; add constitution (--constitution builtin:helpfulness, or "
+        what += "a file), or name a reward model"
+    if what:
+        raise UsageError(f"the judge {name} is a {what}")

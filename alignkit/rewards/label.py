@@ -19,7 +19,7 @@ from alignkit.feedback import stage as work
 from alignkit.feedback.cache import key_of
 from alignkit.feedback.constitution import load_constitution, load_examples
 from alignkit.feedback.prompts import Quoter, conversation, read_text
-from alignkit.feedback.writer import Model, Reply, Sampling, share_of_first
+from alignkit.feedback.writer import Model, Sampling, share_of_first
 from alignkit.recipe.schema import DataSource, LabelOptions
 from alignkit.recipe.stage import Stage
 from alignkit.rewards.base import Answers, Reward, join_columns
@@ -174,17 +174,29 @@ class _Labelling:
         sampling = Sampling.of(options)
         replies = work.sample_answers(self._session, model, prompts, sampling, count=options.answers, kind="answer")
         self._cut_off = judging.mean([not reply.ended for own in replies for reply in own])
-        return pair_sampled(prompts, replies, self.rejects, model.control_tokens)
+        pairings = []  # equal answers and useless ones are left out and counted
+        for prompted, own in zip(prompts, replies, strict=True):
+            problems = [work.why_useless(reply, model.control_tokens) for reply in own]
+            for problem in filter(None, problems):
+                self.rejects.add(prompted.place, problem)
+            texts = list(dict.fromkeys(reply.text for reply, what in zip(own, problems, strict=True) if what is None))
+            if len(texts) < 2 and not any(problems):
+                self.rejects.add(prompted.place, f"all {len(own)} answers are the same")
+            for number, (first, second) in enumerate(combinations(texts, 2)):
+                answers = work.make_answer(prompted.prompt, first), work.make_answer(prompted.prompt, second)
+                pairings.append(judging.Pairing(prompted.prompt, *answers, prompted.place, f"{prompted.key} {number}"))
+        return pairings
 
     def _compare(self, rewards: Sequence[tuple[Reward, float]]) -> list[judging.Label]:
         """Label each pair by the rewards of its answers: P(first) = 1 / (1 + exp(r_second - r_first))."""
-        asked = {repr((it.prompt, text)): (it.prompt, text) for it in self._pairings for text in (it.first, it.second)}
         by_place = {row.place: row.columns for row in self._rows}
-        places = {repr((it.prompt, text)): it.place for it in self._pairings for text in (it.first, it.second)}
-        columns = join_columns(by_place[places[key]] for key in asked)
-        prompts, texts = zip(*asked.values(), strict=True)
-        answers = Answers(prompts, texts, columns=columns)
-        totals = dict.fromkeys(asked, 0.0)
+        asked = {
+            repr((it.prompt, text)): (it.prompt, text, by_place[it.place])
+            for it in self._pairings
+            for text in (it.first, it.second)
+        }
+        prompts, texts, columns = zip(*asked.values(), strict=True)
+        answers, totals = Answers(prompts, texts, columns=join_columns(columns)), dict.fromkeys(asked, 0.0)
         for reward, weight in rewards:
             for key, score in zip(asked, reward.score(answers), strict=True):
                 totals[key] += weight * score
@@ -217,31 +229,11 @@ class _Labelling:
             console.warn(f"{self._stage.name}: the judge abstained from all of `check`")
             return
         abstained, by_chance = found["abstained"], found["low"] <= 0.5
-        (console.warn if by_chance else console.note)(
-            f"{self._stage.name}: on {found['n'] - abstained} comparisons with known answers the judge is right in "
-            f"{found['accuracy']:.1%} ({found['low']:.1%} to {found['high']:.1%}), ECE {found['ece']:.3f}"
-            + (", no better than chance" if by_chance else "")
-            + (f"; it abstained from {abstained} more" if abstained else "")
-        )
-
-
-def pair_sampled(
-    prompts: Sequence[work.Prompted], replies: Sequence[Sequence[Reply]], rejects: Rejects,
-    control_tokens: Sequence[str],
-) -> list[judging.Pairing]:  # fmt: skip
-    """Pair the answers sampled for each prompt; equal ones and useless ones are left out and counted."""
-    pairings = []
-    for prompted, own in zip(prompts, replies, strict=True):
-        problems = [work.why_useless(reply, control_tokens) for reply in own]
-        for problem in filter(None, problems):
-            rejects.add(prompted.place, problem)
-        texts = list(dict.fromkeys(reply.text for reply, what in zip(own, problems, strict=True) if what is None))
-        if len(texts) < 2 and not any(problems):
-            rejects.add(prompted.place, f"all {len(own)} answers are the same")
-        for number, (first, second) in enumerate(combinations(texts, 2)):
-            answers = work.make_answer(prompted.prompt, first), work.make_answer(prompted.prompt, second)
-            pairings.append(judging.Pairing(prompted.prompt, *answers, prompted.place, f"{prompted.key} {number}"))
-    return pairings
+        said = f"on {found['n'] - abstained} comparisons with known answers the judge is right in "
+        said += f"{found['accuracy']:.1%} ({found['low']:.1%} to {found['high']:.1%}), ECE {found['ece']:.3f}"
+        said += ", no better than chance" if by_chance else ""
+        said += f"; it abstained from {abstained} more" if abstained else ""
+        (console.warn if by_chance else console.note)(f"{self._stage.name}: {said}")
 
 
 def make_rows(labels: Sequence[judging.Label], mix: Sequence[Row], *, hard: bool) -> Iterator[dict[str, Any]]:
