@@ -19,9 +19,8 @@ from alignkit.models.heads import ScoreHead
 from alignkit.models.logprobs import Sampling, pad_answers, score_tokens
 from alignkit.models.parameters import take_probe
 from alignkit.models.start import builtin_config, choose_family, random_model
-from alignkit.train.ppo.critic import critic_from_policy, critic_on_policy
 from alignkit.train.ppo.math import kl_losses, policy_losses, token_weights, value_losses
-from alignkit.train.ppo.roles import Roles, read_answers
+from alignkit.train.ppo.roles import Roles, critic_from_policy, critic_on_policy, read_answers
 from alignkit.train.shards import clip_gradients
 
 PROMPTS, ANSWERS = [[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]]

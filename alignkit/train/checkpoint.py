@@ -1,12 +1,8 @@
-"""Checkpoints of every trainer: one layout, whatever trained them, sealed when whole, and read back exactly.
-
-Upstream (transformers 5.23) names the files; `runs.checkpoints` makes them count and chooses the one to go on from.
-By how many processes a checkpoint was written does not matter.
-"""
+"""Checkpoints of every trainer: one layout, whatever and how many processes trained them, sealed when whole, and read
+back exactly. Upstream (transformers 5.23) names the files; `runs.checkpoints` chooses the one to go on from."""
 
 import json
 import os
-import random
 import shutil
 import time
 import warnings
@@ -20,7 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, set_seed
 
 from alignkit.errors import DiskError, NonFiniteError, RunError
 from alignkit.models.adapters import TRAINED
@@ -31,8 +27,6 @@ from alignkit.runs.files import describe_bytes, disk_failures, free_bytes, write
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.stop import StopFlag
 from alignkit.train import ranks, shards
-
-_SETTINGS = frozenset({"weight_decay", "betas", "eps", "initial_lr"})  # of an optimizer's parameter group
 
 
 @dataclass
@@ -100,21 +94,15 @@ class Checkpointed(Trainer):
         checkpoint = directory / f"checkpoint-{step}"
         pulse("saving", step)
         self.refuse_bad_weights()
-        window = {  # so that a resumed run logs what an undisturbed one would have
-            "loss": float(self._tr_loss),
-            "since": self._globalstep_last_logged,
-            "metrics": {name: [float(value) for value in values] for name, values in self._metrics["train"].items()},
-            "weights": {name: list(values) for name, values in self._weights.items()},
-        }
-        self.watch.window = ranks.gather(window)
+        # So that a resumed run logs what an undisturbed one would have.
+        metrics = {name: [float(value) for value in values] for name, values in self._metrics["train"].items()}
+        window = {"loss": float(self._tr_loss), "since": self._globalstep_last_logged}
+        self.watch.window = ranks.gather({**window, "metrics": metrics, "weights": self._weights})
 
         def make_way() -> bool:
-            try:
-                moved = self.watch.place and not os.path.samestat(directory.parent.stat(), self.watch.place)
-            except OSError:
-                moved = True
-            if moved:
-                raise DiskError(f"{directory.parent}: the run directory was moved or deleted while the run went on")
+            place, here = self.watch.place, directory.parent
+            if place and not (here.exists() and os.path.samestat(here.stat(), place)):
+                raise DiskError(f"{here}: the run directory was moved or deleted while the run went on")
             if (checkpoint / checkpoints.MANIFEST).exists():
                 return False
             self.require_room(directory)
@@ -158,9 +146,8 @@ class Checkpointed(Trainer):
 
     def refuse_bad_weights(self) -> None:
         """Raise NonFiniteError on every rank when an update has left weights that are not finite: too large a step."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        bad = not all(bool(shards.local(parameter).isfinite().all()) for parameter in trained)
-        if ranks.largest(int(bad)):
+        trained = [shards.local(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
+        if ranks.largest(int(not all(bool(weight.isfinite().all()) for weight in trained))):
             what = f"step {self.state.global_step}: the update has left weights that are not finite; nothing of it was "
             what += f"saved, {self.describe_last_good()}. Lower learning_rate or max_grad_norm"
             raise ranks.met_by_all(NonFiniteError(what))
@@ -181,10 +168,8 @@ class Checkpointed(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Copy the sealed weights into the model, or this rank's part of it; dtypes and frozen parts stay as they are.
-
         Upstream reloads adapters through `load_adapter`, which changes bfloat16 ones to float32, and for full models
-        only logs missing keys. Raises RunError unless they are the weights of exactly the parameters being trained.
-        """
+        only logs missing keys. Raises RunError unless they are the weights of exactly the parameters being trained."""
         directory = Path(resume_from_checkpoint)
         places = self.model.state_dict(keep_vars=True)  # the parameters themselves: ZeRO knows them, not their data
         saved: dict[str, torch.Tensor] = {}
@@ -205,7 +190,8 @@ class Checkpointed(Trainer):
         if checkpoint is None:
             return
         groups, schedule, place = self.optimizer.param_groups, self.lr_scheduler, self.schedule_place
-        settings = [{key: group[key] for key in _SETTINGS & group.keys()} for group in groups]
+        names = {"weight_decay", "betas", "eps", "initial_lr"}
+        settings = [{key: group[key] for key in names & group.keys()} for group in groups]
         base_lrs = list(getattr(schedule, "base_lrs", ()))
         read = partial(torch.load, map_location="cpu", weights_only=True)
         shards.scatter_optimizer(self, read(Path(checkpoint, "optimizer.pt")))
@@ -225,10 +211,7 @@ class Checkpointed(Trainer):
             super()._load_rng_state(checkpoint)
             return
         origin = (self.args.seed, self.state.global_step, self.args.process_index)
-        drawn = int(np.random.SeedSequence(origin).generate_state(1)[0])
-        random.seed(drawn)
-        np.random.seed(drawn)
-        torch.manual_seed(drawn)
+        set_seed(int(np.random.SeedSequence(origin).generate_state(1)[0]))
 
     def restore_window(self) -> None:
         """Go on with the logging window of the checkpoint; of other processes than these, with the mean of theirs."""

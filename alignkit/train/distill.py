@@ -24,7 +24,6 @@ _TILE = 512  # tokens whose probabilities are held at a time
 
 def divergence(student_NK: Tensor, teacher_NK: Tensor, beta: float) -> Tensor:
     """GKD's divergence of two distributions over K classes, given as log-probabilities: (N,) nats.
-
     KL(teacher || student) for beta 0, KL(student || teacher) for 1, else beta KL(teacher || M) + (1 - beta)
     KL(student || M) with M = beta teacher + (1 - beta) student. Source: Agarwal et al. 2024 (arXiv 2306.13649), eq. 1.
     """
@@ -63,7 +62,13 @@ class Teacher:
 
             source = options.model_copy(update={"api": "completions"})
             self.server = Endpoint(source, spending=Spending(options), stop=threading.Event())
-            self._compare_tokens(tokenizer)
+            ids = tokenizer("The teacher reads what the student reads: 1, 2, 3.", add_special_tokens=False).input_ids
+            for place in filter(None, self.server.read_prompts([ids], options.top_k)[0]):
+                for number, entry in place.items():
+                    said, own = entry.get("decoded_token"), tokenizer.decode([int(number)])
+                    if said and "\ufffd" not in said + own and said.strip() != own.strip():
+                        what = f"its token {number} is {said!r} and the student's {own!r}"
+                        raise ModelError(f"{self.server.place} has another vocabulary than the student: {what}")
         elif base is not None and is_same_model(base.name_or_path, str(options.model)):
             self.positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         else:
@@ -114,16 +119,6 @@ class Teacher:
         found = [sorted(((v["logprob"], int(k)) for k, v in each.items()), reverse=True)[:num] for each in said]
         logps_NK, ids_NK = torch.tensor(found, dtype=torch.float64, device=input_ids.device).unbind(dim=-1)
         return ids_NK.long(), logps_NK.float()
-
-    def _compare_tokens(self, tokenizer: Any) -> None:
-        """Ask the server about a text and compare what it calls the tokens with the student's tokenizer."""
-        ids = tokenizer("The teacher reads what the student reads: 1, 2, 3.", add_special_tokens=False).input_ids
-        for place in filter(None, self.server.read_prompts([ids], self.options.top_k)[0]):
-            for number, entry in place.items():
-                said, own = entry.get("decoded_token"), tokenizer.decode([int(number)])
-                if said and "\ufffd" not in said + own and said.strip() != own.strip():
-                    what = f"its token {number} is {said!r} and the student's {own!r}"
-                    raise ModelError(f"{self.server.place} has another vocabulary than the student: {what}")
 
 
 def require_same_tokens(stage: Stage, tokenizer: Any) -> None:

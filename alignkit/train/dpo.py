@@ -1,11 +1,9 @@
-"""Direct preference optimisation on TRL's DPOTrainer, and KTO for answers without a partner.
-
-Adds what TRL lacks: the losses of `OWN_LOSSES`, soft labels, and a reference that is right for continued, stacked and
-merged adapters.
-"""
+"""Direct preference optimisation on TRL's DPOTrainer, and KTO for answers without a partner, with what TRL lacks: the
+losses of `OWN_LOSSES`, soft labels, and a reference that is right for continued, stacked and merged adapters."""
 
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -78,18 +76,14 @@ class Dpo(_Referenced, DPOTrainer):
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.compute_ref_log_probs(reference, inputs)
         if self.own_loss is not None:  # of all rows alike, or ranks would wait for each other's gathers
             return self._own_loss(self.own_loss, model, inputs, label_B)
-        before = self.precompute_ref_logps
-        self.precompute_ref_logps = True
         outputs: list[Any] = []
 
         def watched(**kwargs: Any) -> Any:
             outputs.append(model(**kwargs))
             return outputs[-1]
 
-        try:
+        with patch.object(self, "precompute_ref_logps", True):
             loss = super()._compute_loss(watched, inputs, False)
-        finally:
-            self.precompute_ref_logps = before
         return loss + self._sft_correction(outputs[0], inputs)
 
     def get_batch_samples(self, *args: Any) -> Any:
@@ -123,11 +117,11 @@ class Dpo(_Referenced, DPOTrainer):
         labels_BT = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         outputs = model(**tokens, labels=labels_BT, use_cache=False, fused_lm_head=True)
-        token_logps_BT = outputs.log_probs[:, 1 - labels_BT.size(1) :]
         mask_BT = inputs["completion_mask"][:, 1:]
-        chosen_B, rejected_B = sequence_logps(token_logps_BT, mask_BT).chunk(2)
-        references = (inputs[f"ref_{side}_logps"] if self.has_reference else 0.0 for side in ("chosen", "rejected"))
-        ref_chosen_B, ref_rejected_B = references
+        chosen_B, rejected_B = sequence_logps(outputs.log_probs[:, 1 - labels_BT.size(1) :], mask_BT).chunk(2)
+        ref_chosen_B, ref_rejected_B = (
+            inputs[f"ref_{side}_logps"] if self.has_reference else 0.0 for side in ("chosen", "rejected")
+        )
         label_B = torch.ones_like(chosen_B) if label_B is None else label_B.to(chosen_B)
         chosen_tokens_B, rejected_tokens_B = mask_BT.sum(dim=1).chunk(2)
         pairs = Pairs(chosen_B, rejected_B, chosen_tokens_B, rejected_tokens_B, label_B, ref_chosen_B, ref_rejected_B)
@@ -168,12 +162,10 @@ def build(stage: Stage, run: RunDir) -> Setup:
     stage.expect(DpoOptions)
     setup = open_rows(stage, run)
     setup.load()
-    setup.trainer = (_build_kto if stage.is_unpaired else _build_dpo)(setup)
-    return setup
-
-
-def _build_dpo(setup: Setup) -> Dpo:
-    stage, tables, loaded = setup.stage, setup.tables, setup.loaded
+    if stage.is_unpaired:
+        setup.trainer = _build_kto(setup)
+        return setup
+    tables, loaded = setup.tables, setup.loaded
     (own,) = {*stage.trainer.get("loss_type", ())} & OWN_LOSSES.keys() or (None,)
     is_soft = any((np.asarray(table["label"]) != 1).any() for table in (tables.train, tables.eval) if table)
     has_reference = own is None or OWN_LOSSES[own].has_reference
@@ -189,11 +181,12 @@ def _build_dpo(setup: Setup) -> Dpo:
     # Precomputed log-probabilities come from the untouched policy: no second model is held. Under FSDP TRL wants one
     # until they are computed, and would load it by a name that not every policy has.
     needs_model = has_reference and (ranks.uses_fsdp() or not config.precompute_ref_log_probs)
-    return Dpo(
+    setup.trainer = Dpo(
         **setup.arguments(config), ref_model=load_reference(loaded) if needs_model else None,
         data_collator=collator_for(stage, setup.chat.tokenizer), reference=loaded.reference if has_reference else None,
         own_loss=loss, has_reference=has_reference,
     )  # fmt: skip
+    return setup
 
 
 def _build_kto(setup: Setup) -> Kto:
@@ -209,16 +202,13 @@ def _build_kto(setup: Setup) -> Kto:
         *before, last = rows["completion_ids"]
         return {"KL_completion_ids": [last, *before]}
 
-    def with_neighbours(table: Any, width: int) -> Any:
-        order = shuffled_order(len(table), seed=stage.seed, epoch=0)
-        return table.select(order).map(rotate, batched=True, batch_size=width)
-
     arguments = setup.arguments(config)
     # Neighbours are the rows of one forward pass of all processes, over which the KL term is averaged.
-    width = config.per_device_train_batch_size * ranks.world_size()
-    arguments["train_dataset"] = with_neighbours(setup.tables.train, width)
-    if setup.tables.eval:
-        arguments["eval_dataset"] = with_neighbours(setup.tables.eval, config.per_device_eval_batch_size)
+    widths = config.per_device_train_batch_size * ranks.world_size(), config.per_device_eval_batch_size
+    for side, width in zip(("train_dataset", "eval_dataset"), widths, strict=True):
+        if table := arguments[side]:
+            order = shuffled_order(len(table), seed=stage.seed, epoch=0)
+            arguments[side] = table.select(order).map(rotate, batched=True, batch_size=width)
     return Kto(**arguments, ref_model=load_reference(loaded), reference=loaded.reference)
 
 

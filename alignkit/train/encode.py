@@ -60,7 +60,7 @@ class LengthReport:
     def truncated_share(self) -> float:
         """Share of rows cut or left out for their length."""
         seen = self.num_rows + self.num_too_long + self.num_untrained
-        return (self.num_truncated + self.num_too_long) / seen if seen else 0.0
+        return (self.num_truncated + self.num_too_long) / max(seen, 1)
 
 
 Texts = Sequence[Encoded]  # of a row: of sft one and those that need a text of their own, else one a completion
@@ -143,8 +143,7 @@ def encode_rows(
 ) -> Iterator[dict[str, list[Any]]]:
     """Turn batches of rows into batches of columns, counting them; rows that are left out go to `rejects`."""
     if stage.objective == "lm":  # one stream of tokens
-        yield from _cut_blocks(longest_sequence(stage) or 1024, batches, lengths)
-        return
+        return (yield from _cut_blocks(longest_sequence(stage) or 1024, batches, lengths))
     encode = _ENCODERS["kto" if stage.is_unpaired else stage.objective or stage.method]
     limit = (longest_prompt if stage.method == "ppo" else longest_sequence)(stage)
     for batch in batches:
@@ -186,8 +185,7 @@ def _encode_distill(stage: Stage, limit: int | None, row: Row, texts: Texts, len
     """Rows of sft; with a context the teacher reads other tokens than the student, and predicts the same ones."""
     teacher = stage.expect(SftOptions).teacher
     if teacher is None or teacher.context is None:
-        yield from _encode_sft(stage, limit, row, texts, lengths)
-        return
+        return (yield from _encode_sft(stage, limit, row, texts, lengths))
     half = len(texts) // 2
     examples = _encode_sft(stage, limit, row, texts[:half], lengths)
     for found, own, theirs in zip(examples, texts[:half], texts[half:], strict=True):
@@ -207,18 +205,15 @@ def _encode_distill(stage: Stage, limit: int | None, row: Row, texts: Texts, len
 def _encode_seq2seq(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:
     """Prompt-completion as source and target of an encoder-decoder model, each cut to max_length."""
     (text,) = texts
-    halves = text.ids[: text.prompt_length], text.ids[text.prompt_length :]
-    if limit and max(map(len, halves)) > limit:
+    source, target = text.ids[: text.prompt_length][:limit], text.ids[text.prompt_length :][:limit]
+    if (num_tokens := len(source) + len(target)) < len(text.ids):
         lengths.cut(row)
-    source, target = (half[:limit] for half in halves)
-    num_tokens = len(source) + len(target)
     yield {"source_ids": source, "target_ids": target, "length": num_tokens}, num_tokens, len(target)
 
 
 def _encode_task(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:
     """Rows with labels: the sequences that their task reads."""
-    assert stage.task is not None
-    sequences, cut = arrange(stage.task, texts, limit)
+    sequences, cut = arrange(str(stage.task), texts, limit)
     if cut:
         lengths.cut(row)
     sizes = list(map(len, sequences))
@@ -253,7 +248,7 @@ def _encode_rm(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths:
         # A reward is read at the end of an answer: a cut answer would be scored on a text nobody judged.
         yield f"longer than max_length ({longest} tokens)", "num_too_long"
         return
-    scores = list(row.scores) if row.scores else [float(len(answers) - rank) for rank in range(len(answers))]
+    scores = list(row.scores) if row.scores else [float(rank) for rank in range(len(answers), 0, -1)]
     if options.loss == "best_of" and (row.label not in (None, 1.0) or row.margin or scores[0] == scores[1]):
         what = "has a soft label, a margin or a tie for the best, which loss: best_of cannot read; use pairwise"
         raise DataError(what, where=row.place)
@@ -282,22 +277,20 @@ def _encode_dpo(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
     if row.kind != "pair":
         what = "is a single answer, which this loss cannot compare with another; set loss_type: kto"
         raise DataError(what, where=row.place)
-    chosen, rejected = texts
-    longest = max(len(chosen.ids), len(rejected.ids))
+    longest, prompt = max(len(side.ids) for side in texts), texts[0].ids[: texts[0].prompt_length]
     limit = limit or longest
-    prompt = chosen.ids[: chosen.prompt_length]
     if len(prompt) >= limit:
         yield f"the prompt alone fills max_length ({len(prompt)} tokens)", "num_too_long"
         return
     if longest > limit:
         lengths.cut(row)
-    answers = [side.ids[side.prompt_length : limit] for side in texts]
-    sizes = [len(answer) for answer in answers]
+    chosen, rejected = (side.ids[side.prompt_length : limit] for side in texts)
     values = {
-        "prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1],
-        "label": 1.0 if row.label is None else row.label, "length": len(prompt) + max(sizes),
+        "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected,
+        "label": 1.0 if row.label is None else row.label, "length": len(prompt) + max(len(chosen), len(rejected)),
     }  # fmt: skip
-    yield values, 2 * len(prompt) + sum(sizes), sum(sizes)
+    num_trained = len(chosen) + len(rejected)
+    yield values, 2 * len(prompt) + num_trained, num_trained
 
 
 def _encode_kto(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths: LengthReport) -> Examples:

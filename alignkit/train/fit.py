@@ -1,7 +1,6 @@
-"""One way to run every trainer: resume, train, save, verify, record.
+"""One way to run every trainer: resume, train, save, verify, record. A method only builds its trainer.
 
-A method only builds its trainer. With several processes all of them run this; rank 0 alone decides what files say, and
-writes them.
+With several processes all of them run this; rank 0 alone decides what files say, and writes them.
 """
 
 import hashlib
@@ -28,15 +27,8 @@ from alignkit.models.load import build_skeleton, load_trained
 from alignkit.models.parameters import compare_probes, describe_parameters, hash_base, hash_samples, take_probe
 from alignkit.models.save import save_model
 from alignkit.recipe import Stage
-from alignkit.runs import checkpoints, record
-from alignkit.runs.directory import (
-    Result,
-    RunDir,
-    compare_fingerprints,
-    copy_recipe,
-    find_damaged_product,
-    write_result,
-)
+from alignkit.runs import checkpoints, directory, record
+from alignkit.runs.directory import Result, RunDir, compare_fingerprints
 from alignkit.runs.files import disk_failures, put_aside, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines, describe_hardware, git_state, versions
@@ -48,14 +40,11 @@ from alignkit.train.preview import preview_rows
 from alignkit.train.recorder import Recorder, check_parameters, check_start, computes_in, write_samples
 from alignkit.train.setup import Setup
 from alignkit.train.tables import learn_vocabulary
-from alignkit.train.trainer import Guarded
-
-Build = Callable[[Stage, RunDir], Setup]
-_EVA_BATCHES = 16
-_BOOKKEEPING = ("_runtime", "_per_second", "_num_tokens")  # ends of names of metrics that are no results
 
 
-def fit(build: Build, stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()) -> Result:
+def fit(
+    build: Callable[[Stage, RunDir], Setup], stage: Stage, run_dir: Path, *, allow_change: Sequence[str] = ()
+) -> Result:
     """Train a stage in its run directory, which the caller has opened and locked.
     A finished run is returned as it is; an unfinished one goes on from its newest checkpoint that verifies."""
     run = RunDir(run_dir)
@@ -115,7 +104,7 @@ def _find_finished(
     if not run.is_finished():
         return None
     compare_fingerprints(run, {**fingerprint, **unread(run), "data": hash_data(stage)}, allow_change=allow_change)
-    reason, what = find_damaged_product(run.path) or find_longer(stage, run), ""
+    reason, what = directory.find_damaged_product(run.path) or find_longer(stage, run), ""
     if reason is None:
         from alignkit.report.publish import leave_finished
 
@@ -145,41 +134,17 @@ def _begin(setup: Setup, fingerprint: dict[str, Any], allow_change: Sequence[str
         # The model too: were this sitting killed, others would take it for that of a run with no checksums.
         kept = [put_aside(path).name for path in (run.result, run.model) if path.exists()]
         console.note(f"{stage.name}: the earlier result is kept as {' and '.join(kept)}")
-    _report_rows(setup)
-    copy_recipe(run, Path(stage.recipe_path))
-    write_json(
-        run.stage,
-        {
-            **stage.to_dict(),
-            "trl": {key: value for key, value in trainer.args.to_dict().items() if "token" not in key},
-            "fingerprint": fingerprint, "clock": chat.clock.isoformat() if chat.dated else None,
-            "data": tables.report.to_dict(), "lengths": asdict(tables.lengths),
-            "eval_lengths": asdict(tables.eval_lengths) if tables.eval_lengths else None,
-            "lineage": setup.loaded.lineage, "parameters": describe_parameters(trainer.model), **setup.record,
-            "versions": versions(), "hardware": describe_hardware(), "num_processes": ranks.world_size(),
-            "git": git_state(Path(stage.recipe_path).resolve().parent),
-        },
-    )  # fmt: skip
-    if tables.prompts:  # an evaluation says which of its prompts this model was trained on
-        with disk_failures(run.path, run.prompts.name):
-            run.prompts.write_bytes(tables.prompts.tobytes())
-    limit = stage.trainer.get("max_length") if tables.lengths.first_cut else None
-    previewed = preview_rows(trainer.train_dataset, trainer.data_collator, chat.tokenizer, limit=limit)
-    write_json(run.preview, {"rows": previewed})
-
-
-def _report_rows(setup: Setup) -> None:
-    """Say what was read and what was left out; every row left out is in rejects.jsonl too."""
-    name, lengths, rejects, report = setup.stage.name, setup.tables.lengths, setup.rejects, setup.tables.report
-    line = f"{name}: {lengths.num_rows} rows, {lengths.num_trained_tokens} trained tokens"
-    if setup.stage.method == "ppo":
-        line = f"{name}: {lengths.num_rows} prompts, the longest of {lengths.longest_tokens} tokens"
+    # Every row that is left out is in rejects.jsonl too.
+    lengths, rejects, report = tables.lengths, setup.rejects, tables.report
+    line = f"{lengths.num_rows} rows, {lengths.num_trained_tokens} trained tokens"
+    if stage.method == "ppo":
+        line = f"{lengths.num_rows} prompts, the longest of {lengths.longest_tokens} tokens"
     if lengths.num_truncated:
         line += f", {lengths.num_truncated} cut to max_length (first: {lengths.first_cut})"
     if rejects.count:
-        rejects.write(setup.run.rejects)
+        rejects.write(run.rejects)
         line += f", {rejects.count} left out (rejects.jsonl)"
-    console.note(line)
+    console.note(f"{stage.name}: {line}")
     remarks = report.remarks()
     columns = {column: place for source in reversed(report.sources) for column, place in source.ignored_places.items()}
     if columns:
@@ -189,7 +154,27 @@ def _report_rows(setup: Setup) -> None:
         shared = f"{report.overlap} held-out rows share a prompt with training rows, first {report.overlap_places[0]}"
         remarks = [f"{shared}; the held-out figures are too good", *remarks]
     for remark in remarks:
-        console.warn(f"{name}: {remark}")
+        console.warn(f"{stage.name}: {remark}")
+    directory.copy_recipe(run, Path(stage.recipe_path))
+    write_json(
+        run.stage,
+        {
+            **stage.to_dict(),
+            "trl": {key: value for key, value in trainer.args.to_dict().items() if "token" not in key},
+            "fingerprint": fingerprint, "clock": chat.clock.isoformat() if chat.dated else None,
+            "data": report.to_dict(), "lengths": asdict(lengths),
+            "eval_lengths": asdict(tables.eval_lengths) if tables.eval_lengths else None,
+            "lineage": setup.loaded.lineage, "parameters": describe_parameters(trainer.model), **setup.record,
+            "versions": versions(), "hardware": describe_hardware(), "num_processes": ranks.world_size(),
+            "git": git_state(Path(stage.recipe_path).resolve().parent),
+        },
+    )  # fmt: skip
+    if tables.prompts:  # an evaluation says which of its prompts this model was trained on
+        with disk_failures(run.path, run.prompts.name):
+            run.prompts.write_bytes(tables.prompts.tobytes())
+    limit = stage.trainer.get("max_length") if lengths.first_cut else None
+    previewed = preview_rows(trainer.train_dataset, trainer.data_collator, chat.tokenizer, limit=limit)
+    write_json(run.preview, {"rows": previewed})
 
 
 def _find_place(setup: Setup, stop: StopFlag) -> tuple[str | None, int]:
@@ -258,12 +243,20 @@ def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     recorder = Recorder(setup, metrics, samples)
     trainer.add_callback(recorder)
-    if newest is not None and _is_complete(trainer, newest, step):
-        return
-    if newest is None and not shards.is_sharded(trainer):
+    if newest is not None:
+        loader = trainer.get_train_dataloader()
+        planned = trainer.set_initial_training_values(trainer.args, loader)[-1]
+        state = TrainerState.load_from_json(str(Path(newest, "trainer_state.json")))
+        if step >= planned or trainer.has_stalled(state):  # no step is left: the model gets the weights of the last one
+            if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those read a checkpoint once sharded
+                trainer._load_from_checkpoint(newest)
+            trainer._prepare_for_training(planned, loader, newest)
+            trainer.state = state
+            return
+    elif not shards.is_sharded(trainer):
         check_start(setup)
     if newest is None and stage.lora is not None and stage.lora.init_lora_weights == "eva":
-        begin_by_data(trainer.model, islice(trainer.get_train_dataloader(), _EVA_BATCHES))
+        begin_by_data(trainer.model, islice(trainer.get_train_dataloader(), 16))
     ranks.once(lambda: trainer.require_room(run.checkpoints))
     stop.training = True
     forget_parsed()
@@ -284,20 +277,6 @@ def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
         raise ranks.met_by_all(stop.stopped(saved))
 
 
-def _is_complete(trainer: Guarded, newest: str, step: int) -> bool:
-    """Tell whether no step is left to take; then the model holds the weights of its last one."""
-    loader = trainer.get_train_dataloader()
-    planned = trainer.set_initial_training_values(trainer.args, loader)[-1]
-    state = TrainerState.load_from_json(str(Path(newest, "trainer_state.json")))
-    if step < planned and not trainer.has_stalled(state):
-        return False
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those read a checkpoint once they are sharded
-        trainer._load_from_checkpoint(newest)
-    trainer._prepare_for_training(planned, loader, newest)
-    trainer.state = state
-    return True
-
-
 def finish(setup: Setup) -> Result:
     """Measure, save the final model, reload it and compare, then write the result."""
     trainer, run = setup.trainer, setup.run
@@ -305,18 +284,31 @@ def finish(setup: Setup) -> Result:
     trainer.ready_final()
     if callable(getattr(trainer.optimizer, "eval", None)):  # schedule-free ones train other weights than they publish
         trainer.optimizer.eval()
-    step = _take_best(setup)
+    # Where the weights of the best evaluation are kept, the model gets them.
+    step = last = trainer.state.global_step
+    if (wanted := setup.stage.training.keep_best) is not None and trainer.state.best_global_step:
+        step = trainer.state.best_global_step
+        kept = run.checkpoints / f"checkpoint-{step}"
+        if step != last and (damage := ranks.once(lambda: checkpoints.find_damage(kept))):
+            what = f"the best weights cannot be used: {damage}; put the files back, or take the last weights with "
+            key = f"{setup.stage.name}.keep_best"
+            raise ranks.met_by_all(RunError(f"{what}--set {key}=null --allow-change {key}", where=str(kept)))
+        if step != last:
+            trainer._load_from_checkpoint(str(kept))
+        said = f"the model is that of step {step} of {last}"
+        console.note(f"{setup.stage.name}: {said}, whose {wanted[1:]} was the best ({trainer.state.best_metric:.4g})")
     # Opened before the ranks meet again: opening mends a torn last line, which must not be one that is being written.
     rows, samples = JsonLines(run.metrics), JsonLines(run.samples)
     # Of the step whose weights these are: the last loss up to it, and the metrics on the held-out rows, if measured.
     logged = ranks.once(rows.read)
     metrics = dict([("loss", row["loss"]) for row in logged if "loss" in row and row["step"] <= step][-1:])
     if trainer.eval_dataset is not None:
-        last = next((row for row in logged[::-1] if "eval_loss" in row and row["step"] == step), None)
-        metrics |= {key: value for key, value in (last or trainer.evaluate()).items() if key.startswith("eval_")}
-    metrics = {key: value for key, value in metrics.items() if not key.endswith(_BOOKKEEPING)}
-    metrics |= {"kept_step": step} if step != trainer.state.global_step else {}
-    write_samples(setup, samples, step=trainer.state.global_step, when="after")
+        found = next((row for row in logged[::-1] if "eval_loss" in row and row["step"] == step), None)
+        metrics |= {key: value for key, value in (found or trainer.evaluate()).items() if key.startswith("eval_")}
+    bookkeeping = ("_runtime", "_per_second", "_num_tokens")
+    metrics = {key: value for key, value in metrics.items() if not key.endswith(bookkeeping)}
+    metrics |= {"kept_step": step} if step != last else {}
+    write_samples(setup, samples, step=last, when="after")
     tokens = trainer.watch.num_tokens + trainer.num_trained_tokens
     metrics |= _save_final(setup)
 
@@ -328,34 +320,16 @@ def finish(setup: Setup) -> Result:
         runtime = next((row["train_runtime"] for row in trainer.state.log_history[::-1] if "train_runtime" in row), 0)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         result = Result(
-            stage=setup.stage.name, status="finished", step=trainer.state.global_step, model_dir=str(run.model),
+            stage=setup.stage.name, status="finished", step=last, model_dir=str(run.model),
             metrics=metrics, tokens=tokens, wall_seconds=round(trainer.watch.seconds, 3),
             tokens_per_second=round(trainer.num_trained_tokens / runtime if runtime else 0.0, 1),
             peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
         ).to_dict()  # fmt: skip
-        write_result(run, result, [run.model, run.base, run.probe])
+        directory.write_result(run, result, [run.model, run.base, run.probe])
         show(run)
         return result
 
     return Result(**ranks.once(write_record))
-
-
-def _take_best(setup: Setup) -> int:
-    """Put the weights of the best evaluation into the model, where one is kept; the step of the weights."""
-    trainer, run = setup.trainer, setup.run
-    best, last, wanted = trainer.state.best_global_step, trainer.state.global_step, setup.stage.training.keep_best
-    if wanted is None or not best:
-        return last
-    if best != last:
-        kept = run.checkpoints / f"checkpoint-{best}"
-        if damage := ranks.once(lambda: checkpoints.find_damage(kept)):
-            what = f"the best weights cannot be used: {damage}; put the files back, or take the last weights with "
-            key = f"{setup.stage.name}.keep_best"
-            raise ranks.met_by_all(RunError(f"{what}--set {key}=null --allow-change {key}", where=str(kept)))
-        trainer._load_from_checkpoint(str(kept))
-    said = f"the model is that of step {best} of {last}"
-    console.note(f"{setup.stage.name}: {said}, whose {wanted[1:]} was the best ({trainer.state.best_metric:.4g})")
-    return best
 
 
 def _save_final(setup: Setup) -> dict[str, Any]:
@@ -392,27 +366,25 @@ def _save_final(setup: Setup) -> dict[str, Any]:
     pulse("reading the model back")
     if trainer.is_deepspeed_enabled:
         unset_hf_deepspeed_config()  # with ZeRO-3 transformers would have every rank take part in loading
-    ranks.once(lambda: _verify(setup, staging, probe))
+
+    def verify() -> None:
+        device = trainer.args.device.type
+        if device == "cuda":  # where a second copy fits
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+            device = "cuda" if free > 1.2 * describe_parameters(trainer.model)["bytes"] else "cpu"
+        again = load_trained(staging, device=device, reward=setup.is_reward)
+        found = take_probe(again, vocab_size=len(trainer.processing_class), reward=setup.is_reward)
+        if not all(map(math.isfinite, probe["values"])):
+            what = "the trained model computes values that are not finite, though its weights are; "
+            raise NonFiniteError(f"{what}{staging} is not used. Lower learning_rate or max_grad_norm")
+        if (reason := compare_probes(probe, found)) is not None:
+            what = f"the saved model is not the trained one ({reason}); the checkpoints are whole"
+            raise RunError(what, where=str(staging))
+        write_json(run.probe, found)
+        with disk_failures(run.path, "the final model"):
+            shutil.rmtree(run.model, ignore_errors=True)
+            staging.rename(run.model)
+
+    ranks.once(verify)
     return extra
-
-
-def _verify(setup: Setup, staging: Path, probe: dict[str, Any]) -> None:
-    """Read the saved model back, compare its answers with the trained one's, and make it count."""
-    trainer, run = setup.trainer, setup.run
-    device = trainer.args.device.type
-    if device == "cuda":  # where a second copy fits
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info()
-        device = "cuda" if free > 1.2 * describe_parameters(trainer.model)["bytes"] else "cpu"
-    again = load_trained(staging, device=device, reward=setup.is_reward)
-    found = take_probe(again, vocab_size=len(trainer.processing_class), reward=setup.is_reward)
-    if not all(map(math.isfinite, probe["values"])):
-        what = f"the trained model computes values that are not finite, though its weights are; {staging} is not used. "
-        raise NonFiniteError(f"{what}Lower learning_rate or max_grad_norm")
-    if (reason := compare_probes(probe, found)) is not None:
-        what = f"the saved model is not the trained one ({reason}); the checkpoints are whole"
-        raise RunError(what, where=str(staging))
-    write_json(run.probe, found)
-    with disk_failures(run.path, "the final model"):
-        shutil.rmtree(run.model, ignore_errors=True)
-        staging.rename(run.model)

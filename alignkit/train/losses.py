@@ -116,6 +116,13 @@ def kway_loss(losses_P: Tensor, prompt_P: Tensor, num_prompts: int) -> Tensor:
     return (totals / pairs.clamp(min=1)).sum() / (pairs > 0).sum().clamp(min=1)
 
 
+def measure_norm(rewards: Tensor, kind: str) -> tuple[float, float]:
+    """Gain and bias that give these rewards mean 0, and with gain_and_bias deviation 1. Sources: Ziegler 2019, section
+    2.1, and `train_reward.normalize` of its code; InstructGPT, section 3.5, shifts by the demonstrations."""
+    gain = 1.0 / max(float(rewards.std(correction=0)), 1e-8) if kind == "gain_and_bias" else 1.0
+    return gain, -gain * float(rewards.mean())
+
+
 def best_of_loss(scores_BK: Tensor, best_B: Tensor) -> Tensor:
     """Softmax cross-entropy of picking the best of K answers: Ziegler 2019 (arXiv 1909.08593) eq. 1, with its minus.
     Missing answers of shorter groups carry -inf in `scores_BK`."""

@@ -31,20 +31,11 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import EnvironmentProblem, first_line
-from alignkit.models import adapters, kernels
+from alignkit.models import adapters, kernels, start
 from alignkit.models.chat import find_tokenizer, load_tokenizer
 from alignkit.models.files import find_model_dir
 from alignkit.models.load import UNQUANTIZED, freeze, number_types
 from alignkit.models.logprobs import run_trunk, token_logps
-from alignkit.models.start import (
-    choose_family,
-    find_start,
-    is_random,
-    know_classifier,
-    override_config,
-    read_config,
-    require_objective,
-)
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import LEARNT_TOKENIZERS, PpoOptions, TrainOptions
 from alignkit.recipe.trl_fields import OWN_LOSSES, method_fields
@@ -52,7 +43,6 @@ from alignkit.runs.files import write_json
 from alignkit.train.trainer import switch_off_dropout
 
 LARGEST_MICRO_BATCH = 8
-_LONGEST_PERIOD = 8  # layers after which kinds of layers repeat
 # Bytes of optimizer state for each byte of a trained weight, by the beginning of `optim`; AdamW keeps two moments.
 _STATE = {"sgd": 0.0, "adafactor": 0.01, "lomo": 0.0, "adalomo": 0.01, "lion": 1.0, "adagrad": 1.0, "rmsprop": 1.0}
 _STATE_8BIT = 2 * 1.016  # bytes a weight: two moments, in blocks of 256 with a float32 scale
@@ -126,7 +116,19 @@ def predict(
         sampled = trace(stage, config, Shape(written, tokens, "write", answer), device)
         phases |= {f"sampling, {name}": parts for name, parts in sampled.phases.items()}
     held = {"optimizer": state} if isinstance(options, TrainOptions) else {}
-    held |= _count_roles(stage, found, state) | dict(foreign)
+    # Copies of the policy in other roles: whole models, or adapters on its base.
+    full = stage.lora is None
+    copied, losses = found.rest["weights" if full else "adapters"], stage.trainer.get("loss_type") or ()
+    bare = any(not OWN_LOSSES[name].has_reference for name in OWN_LOSSES.keys() & losses)
+    if stage.method == "ppo" or (stage.method == "dpo" and not bare):
+        goes_on = stage.start_dir is not None and getattr(options, "adapter", None) in (None, "continue")
+        kept = not stage.trainer.get("precompute_ref_log_probs") if full else goes_on
+        held |= {"reference": copied} if kept else {}
+    if isinstance(options, PpoOptions):
+        held |= {"reward": copied} if options.critic_start == "reward" else {}
+        if options.advantage == "gae" and (full or options.critic_start == "reward"):
+            held["critic"] = copied + found.trained["bytes"] + state  # with its gradients and their state
+    held |= foreign
     divided = {name: _divide({**parts, **held}, stage, found, device) for name, parts in phases.items()}
     moment = max(divided, key=lambda name: sum(divided[name].values()))
     shared = world > 1 and stage.launch.strategy != "ddp"
@@ -167,34 +169,16 @@ def read_shape(stage: Stage) -> PreTrainedConfig:
     source, revision = stage.start_dir or stage.model.path, stage.model.revision
     directory = find_model_dir(source)
     if directory is None or any(directory.glob("*.safetensors")):
-        start = find_start(stage)
-        source, revision = start.base, start.revision
-    config = read_config(source, revision=revision, trust_code=stage.trust_code)
-    if is_random(stage) and not stage.start_dir:
-        config = override_config(config, stage.model.config, where=stage.where("model.config"))
+        found = start.find_start(stage)
+        source, revision = found.base, found.revision
+    config = start.read_config(source, revision=revision, trust_code=stage.trust_code)
+    if start.is_random(stage) and not stage.start_dir:
+        config = start.override_config(config, stage.model.config, where=stage.where("model.config"))
         if "vocab_size" not in stage.model.config and find_tokenizer(stage)[0] not in LEARNT_TOKENIZERS:
             config.vocab_size = len(load_tokenizer(stage))
     if isinstance(stage.options, TrainOptions):
-        require_objective(stage, config)
+        start.require_objective(stage, config)
     return config
-
-
-def _count_roles(stage: Stage, found: Footprint, state: float) -> Sizes:
-    """Count copies of the policy in other roles: whole models, or adapters on its base."""
-    options, full = stage.options, stage.lora is None
-    copied = found.rest["weights"] if full else found.rest["adapters"]
-    goes_on = stage.start_dir is not None and getattr(options, "adapter", None) in (None, "continue")
-    losses = stage.trainer.get("loss_type") or []
-    bare = any(not OWN_LOSSES[name].has_reference for name in losses if name in OWN_LOSSES)
-    roles: Sizes = {}
-    if stage.method == "ppo" or (stage.method == "dpo" and not bare):
-        kept = not stage.trainer.get("precompute_ref_log_probs") if full else goes_on
-        roles |= {"reference": copied} if kept else {}
-    if isinstance(options, PpoOptions):
-        roles |= {"reward": copied} if options.critic_start == "reward" else {}
-        if options.advantage == "gae" and (full or options.critic_start == "reward"):
-            roles["critic"] = copied + found.trained["bytes"] + state  # with its gradients and their state
-    return roles
 
 
 def _divide(parts: Sizes, stage: Stage, found: Footprint, device: str) -> Sizes:
@@ -248,7 +232,7 @@ def _depths(text: Any, whole: int) -> tuple[int, int]:
     """Choose two depths that a period of layers lies between and that begin as the whole does; zeros: trace it all."""
     lists = [value for value in text.to_dict().values() if isinstance(value, list) and len(value) == whole]
     first = int(getattr(text, "first_k_dense_replace", 0) or 0)
-    for period in range(1, _LONGEST_PERIOD + 1):
+    for period in range(1, 9):
         if all(kinds[at] == kinds[at - period] for kinds in lists for at in range(first + period, whole)):
             low = first + max(period, 2)
             return (low, low + period) if whole > low + period else (0, 0)
@@ -354,12 +338,20 @@ def _trace_here(stage: Stage, config: PreTrainedConfig, shape: Shape, device: st
                 weight.grad = torch.empty_like(weight)
             else:
                 weight.register_post_accumulate_grad_hook(lambda weight: held.rename(weight.grad, "gradients"))
-        _mark_layers(model, held)
+        # A phase begins where the last layer ends, and where gradients reach the last, the first, and any other one.
+        depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
+        for number, layer in enumerate(next(lists, ())):
+            phase = "last layer" if number == depth - 1 else "first layer" if number == 0 else "layers"
+            layer.register_forward_hook(partial(_note_layer, held, phase))
         held.enter("forward")
         try:
             with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
-                loss = _pass_forward(model, shape, held)
-            if loss is not None:
+                if shape.kind == "write":
+                    _write(model, shape, held)
+                else:
+                    loss = _pass_forward(model, shape)
+            if shape.kind != "write":
                 loss.backward()  # outside of autocast, as accelerate has it: its casts of weights are gone
         except Exception as error:  # of an operator that must know values, or has nothing to run on fake tensors
             text = config.get_text_config()
@@ -455,11 +447,11 @@ def _build(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str, he
     config, scores, attention = copy.deepcopy(config), shape.kind == "score", stage.model.attn_implementation
     config.pad_token_id = config.pad_token_id or 0
     if scores:
-        know_classifier(config)
+        start.know_classifier(config)
         config.num_labels = 1
     own = {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
     estimated = [f"{attention} as sdpa"] if attention and not own else []
-    model = base = choose_family(config, reward=scores).from_config(config, dtype=dtype, **own)
+    model = base = start.choose_family(config, reward=scores).from_config(config, dtype=dtype, **own)
     if stage.lora is None:
         freeze(model, stage)
     else:
@@ -490,34 +482,22 @@ def _build(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str, he
     return model, estimated
 
 
-def _mark_layers(model: Any, held: _Held) -> None:
-    """Begin a phase where the last layer ends, and where gradients reach the last, the first, and any other one."""
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
-    for number, layer in enumerate(lists[0] if lists else ()):
-        phase = "last layer" if number == depth - 1 else "first layer" if number == 0 else "layers"
-
-        def passed(_: Any, __: Any, output: Any, phase: str = phase) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if held.phase == "forward" and hidden.requires_grad:  # else it is computed again for its gradient
-                hidden.register_hook(lambda _: held.enter(phase))
-            if held.phase == "forward" and phase == "last layer":
-                held.enter("head", "logits")
-
-        layer.register_forward_hook(passed)
+def _note_layer(held: _Held, phase: str, _: Any, __: Any, output: Any) -> None:
+    hidden = output[0] if isinstance(output, tuple) else output
+    if held.phase == "forward" and hidden.requires_grad:  # else it is computed again for its gradient
+        hidden.register_hook(lambda _: held.enter(phase))
+    if held.phase == "forward" and phase == "last layer":
+        held.enter("head", "logits")
 
 
-def _pass_forward(model: Any, shape: Shape, held: _Held) -> Tensor | None:
-    """Read the tokens of a shape as its kind of stage does; the loss, or None where an answer is written."""
+def _pass_forward(model: Any, shape: Shape) -> Tensor:
+    """Read the tokens of a shape as its kind of stage does; the loss."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     size = (1, shape.sequences * shape.tokens) if shape.packed else (shape.sequences, shape.tokens)
     ids_BL = torch.zeros(size, dtype=torch.long)
     # Attention is not given the mask of padding on the right (`leave_out_masks`).
     mask = torch.ones(1, 1, size[1], size[1], dtype=torch.bool) if shape.packed else None
     inputs = {"input_ids": ids_BL, "attention_mask": mask, "use_cache": False}
-    if shape.kind == "write":
-        _write(model, shape, held)
-        return None
     if shape.kind == "words":
         values = model(**inputs, labels=ids_BL, fused_lm_head=True).log_probs
     elif shape.kind == "answers":
@@ -529,8 +509,7 @@ def _pass_forward(model: Any, shape: Shape, held: _Held) -> Tensor | None:
     else:
         logits_NV = model(**inputs, labels=ids_BL).logits.flatten(0, 1).float()
         values = nn.functional.cross_entropy(logits_NV, ids_BL.flatten(), reduction="none")
-    loss: Tensor = values.sum()
-    return loss
+    return values.sum()
 
 
 @torch.no_grad()
@@ -544,8 +523,7 @@ def _write(model: Any, shape: Shape, held: _Held) -> None:
     for _, parts in held.peaks.values():  # the whole cache is there at the highest moment of the last layer
         parts |= {"KV cache": held.now["KV cache"], "activations": parts["activations"] - held.now["KV cache"]}
     held.enter("decoding", "KV cache")
-    grown = [torch.empty(held.now["KV cache"] * shape.answer // prompt, dtype=torch.uint8)]
+    kept: list[Any] = [torch.empty(held.now["KV cache"] * shape.answer // prompt, dtype=torch.uint8)]
     held.label = "logits"
     logits_BV = output.logits[:, -1].float()
-    kept = [logits_BV.softmax(dim=-1), logits_BV.sort(dim=-1), logits_BV.cumsum(dim=-1)]
-    del grown, kept
+    kept += [logits_BV.softmax(dim=-1), logits_BV.sort(dim=-1), logits_BV.cumsum(dim=-1)]

@@ -1,18 +1,13 @@
 """A batch as the loss sees it: every token as text, and whether it is learnt, only read, scored or padding."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignkit.recipe import Stage
 from alignkit.train.encode import IGNORED
 from alignkit.train.setup import collator_for
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _SHOWN_TOKENS = 400  # of each sequence
 
@@ -20,16 +15,14 @@ Tokens = tuple[str, Sequence[int], Sequence[str]]  # label, ids, kinds
 
 
 def preview_rows(
-    table: Dataset, collate: Callable[[list[dict[str, Any]]], Any], tokenizer: Any, *, num_rows: int = 3,
+    table: Any, collate: Callable[[list[dict[str, Any]]], Any], tokenizer: Any, *, num_rows: int = 3,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Collate the first rows of a table as one micro batch and describe every token of it.
-
     Each row is `{"sequences": [{"label", "spans": [{"kind", "tokens", "special"}], "num_left_out"}]}`. Kinds: `read`
     (context, no loss), `learnt` (its log-probability enters the loss), `scored` (where a reward model reads its reward)
     and `padding`. `special` lists the places of control tokens in `tokens`. A row of several packed documents has a
-    sequence for each. A sequence of `limit` tokens, which may have been cut there, says so.
-    """
+    sequence for each. A sequence of `limit` tokens, which may have been cut there, says so."""
     rows = [table[number] for number in range(min(num_rows, len(table)))]
     found = _read_batch(rows if "prompt" in rows[0] else collate(rows))  # prompts of ppo are only read
     return [{"sequences": [_describe(tokenizer, *each, limit=limit) for each in sequences]} for sequences in found]
@@ -52,10 +45,9 @@ def _read_batch(batch: Any) -> Iterator[Sequence[Tokens]]:
         for source, mask, target, learnt in zip(*columns.values(), strict=True):
             kinds = ["learnt" if kept else "padding" for kept in learnt]
             yield [("source", source, _kinds([IGNORED] * len(source), mask)), ("target", target, kinds)]
-    elif "prompt_of" in columns or "row_of" in columns:
+    elif of_row := columns.get("prompt_of") or columns.get("row_of"):
         rows: dict[int, list[Tokens]] = defaultdict(list)
         learnt = columns.get("labels") or [[IGNORED] * len(tokens) for tokens in ids]
-        of_row = columns.get("prompt_of") or columns["row_of"]
         for row, tokens, labels, mask in zip(of_row, ids, learnt, columns["attention_mask"], strict=True):
             kinds = _kinds(labels, mask)
             kinds[sum(mask) - 1] = "scored"
@@ -107,9 +99,8 @@ def _describe(
     return {"label": label, "spans": spans, "num_left_out": max(num_tokens - _SHOWN_TOKENS, 0)}
 
 
-def training_rows(stage: Stage, table: Dataset, tokenizer: Any, *, num_rows: int) -> tuple[Dataset, Callable[..., Any]]:
-    """Give the first rows of a token table as the stage's trainer reads them, packed if it packs, and its collator.
-    Equal to `train_dataset` and `data_collator` of the trainer, without a model."""
+def training_rows(stage: Stage, table: Any, tokenizer: Any, *, num_rows: int) -> tuple[Any, Callable[..., Any]]:
+    """The first rows of a token table as the stage's trainer reads them, packed if it packs, and its collator."""
     packs = stage.method == "sft" and bool(stage.trainer.get("packing"))
     table = table.select(range(min(len(table), 1000 if packs else num_rows)))
     if packs:

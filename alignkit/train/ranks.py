@@ -1,7 +1,5 @@
-"""The processes of one job: who they are, what they tell each other, and what one of them does for all.
-
-It starts no process and shards nothing. Objects travel as JSON: nothing is ever unpickled.
-"""
+"""The processes of one job: who they are, what they tell each other, and what one of them does for all. Objects travel
+as JSON: nothing is ever unpickled."""
 
 import atexit
 import hashlib
@@ -10,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -73,7 +71,19 @@ def start(stage: Stage, run_dir: Path) -> None:
             what = f"the processes do not do the same work: {name} is {main[name]} for rank 0 on {main['host']} and "
             what += f"{other[name]} for rank {number} on {other['host']}; start all of them with the same command, "
             raise met_by_all(RunError(f"{what}recipe and alignkit"))
-    _require_shared(run_dir)
+    # What rank 0 writes into the run directory must be seen by every rank.
+    path, token = run_dir / ".ranks", share(secrets.token_hex(8))
+    once(lambda: path.write_text(token, encoding="utf-8"))
+    deadline = time.monotonic() + _TOKEN_SECONDS
+    while not (seen := path.is_file() and path.read_text(encoding="utf-8") == token) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    found = gather([seen, socket.gethostname()])
+    if is_main():
+        path.unlink(missing_ok=True)
+    for number, host in ((number, host) for number, (seen, host) in enumerate(found) if not seen):
+        what = f"is not the same directory for all processes: rank {number} on {host} does not see what rank 0 writes "
+        what += "there; put it on a file system that all nodes share, with --out"
+        raise met_by_all(RunError(what, where=str(run_dir)))
 
 
 def leave_at_exit() -> None:
@@ -129,15 +139,6 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return found.cpu()
 
 
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace gradients by their mean over all ranks, for parameters that no wrapper of the model looks after."""
-    for parameter in parameters if world_size() > 1 else ():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= world_size()
-
-
 def met_by_all(error: _Error) -> _Error:
     """Mark an error that every rank raises alike, so that rank 0 reports it."""
     error.shared = not is_main()
@@ -146,19 +147,17 @@ def met_by_all(error: _Error) -> _Error:
 
 def attempt(work: Callable[[], _Value]) -> _Value:
     """Run work that holds no collective operation on every rank; when it fails on one, it fails on all.
-
     The error is raised where it happened, and a copy of it elsewhere. A copy has `shared` set: whoever reports errors
-    leaves it to the rank it came from.
-    """
+    leaves it to the rank it came from."""
     result: _Value | None = None
     error: Exception | None = None
+    said: dict[str, Any] | None = None
     try:
         result = work()
     except errors.Interrupt as interrupt:
         error = interrupt.stopped
     except Exception as caught:  # raised again below, on every rank
         error = caught
-    said: dict[str, Any] | None = None
     if error is not None:
         text = str(error) if isinstance(error, AlignKitError) else f"{type(error).__name__}: {errors.first_line(error)}"
         problems = [(each.what, each.where) for each in error.problems] if isinstance(error, UsageError) else []
@@ -167,19 +166,15 @@ def attempt(work: Callable[[], _Value]) -> _Value:
     everyone = gather(said)
     if error is not None:
         raise error
-    for number, other in enumerate(everyone):
-        if other is None:
-            continue
-        kind = getattr(errors, other["type"], None)
+    for number, other in ((number, other) for number, other in enumerate(everyone) if other is not None):
+        kind: Any = getattr(errors, other["type"], None)
         copy: AlignKitError
         if kind is None or not issubclass(kind, AlignKitError):
             copy = RankError(f"rank {number} failed: {other['text']}")
         elif issubclass(kind, UsageError):
             copy = kind([Problem(what, where) for what, where in other["problems"]])
-        elif issubclass(kind, Stopped):
-            copy = kind(other["text"], exit_code=other["code"])
         else:
-            copy = kind(other["text"])
+            copy = kind(other["text"], **({"exit_code": other["code"]} if issubclass(kind, Stopped) else {}))
         copy.shared = True
         raise copy
     return result  # type: ignore[return-value]  # None only after an error
@@ -212,23 +207,6 @@ def first(work: Callable[[], _Value]) -> _Value:
     for mine in (is_main(), not is_main()):
         attempt(lambda mine=mine: found.append(work()) if mine else None)  # type: ignore[misc]
     return found[0]
-
-
-def _require_shared(run_dir: Path) -> None:
-    """Raise RunError unless a file that rank 0 writes into the run directory is seen by every rank."""
-    path = run_dir / ".ranks"
-    token = share(secrets.token_hex(8))
-    once(lambda: path.write_text(token, encoding="utf-8"))
-    deadline = time.monotonic() + _TOKEN_SECONDS
-    while not (seen := path.is_file() and path.read_text(encoding="utf-8") == token) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    everyone = enumerate(gather([seen, socket.gethostname()]))
-    if is_main():
-        path.unlink(missing_ok=True)
-    for number, host in ((number, host) for number, (found, host) in everyone if not found):
-        what = f"is not the same directory for all processes: rank {number} on {host} does not see what rank 0 writes "
-        what += "there; put it on a file system that all nodes share, with --out"
-        raise met_by_all(RunError(what, where=str(run_dir)))
 
 
 def _device() -> torch.device:

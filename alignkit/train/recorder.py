@@ -1,14 +1,13 @@
 """What goes on around a run's steps: checks before the first one, then metrics.jsonl, progress and samples.jsonl.
 
-A check that fails stops the run, for nothing that it finds heals in training. Checks run forward passes in eval mode
-and change nothing, random numbers included.
+A check that fails stops the run, for nothing that it finds heals in training. Checks change nothing, random numbers
+included.
 """
 
 import math
 import re
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from alignkit import console
 from alignkit.data import Row
 from alignkit.errors import ModelError
 from alignkit.models.adapters import TRAINED
+from alignkit.models.frozen import score_ids
 from alignkit.models.generation import generate_answers, usual_length
 from alignkit.models.logprobs import align
 from alignkit.models.parameters import compare_probes, take_probe
@@ -65,39 +65,31 @@ def computes_in(trainer: Guarded) -> str | None:
 
 def check_start(setup: Setup) -> None:
     """Raise ModelError unless the model answers as the run it starts from did when it was saved.
-
     This catches an adapter that was silently wiped, which no loss at step 0 shows. A sharded model is asked once it
     is sharded, any other before autocast wraps it. It compares only like with like: a start that has no probe, or had
-    another head, precision or quantisation, is left to its own checks.
-    """
+    another head, precision or quantisation, is left to its own checks."""
     stage = setup.stage
-    if not stage.start_dir or setup.is_reward:
-        return
-    if not (path := Path(stage.start_dir).parent / "probe.json").is_file():
+    path = Path(stage.start_dir or "").parent / "probe.json"
+    if not stage.start_dir or setup.is_reward or not path.is_file():
         return
     before = read_json(path)
     if stage.training.adapter == "merge" and stage.model.quantization != "none":
         before["quantization"] = "of the base alone"  # now that of base and adapter together: rounded otherwise
     before["dtype"] = computes_in(setup.trainer) or before["dtype"]
-    vocab_size = len(setup.chat.tokenizer)
-    reason = compare_probes(before, take_probe(setup.trainer.model, vocab_size=vocab_size, reward=False))
-    if reason is not None:
+    now = take_probe(setup.trainer.model, vocab_size=len(setup.chat.tokenizer), reward=False)
+    if (reason := compare_probes(before, now)) is not None:
         what = f"{stage.name} does not start where {stage.start_dir} ended ({reason}); the adapter, base or tokenizer "
         what += "was changed after it was trained, or another base is loaded"
         raise ModelError(what, where=stage.where(f"{stage.name}.start_from"))
 
 
 def check_step_zero(stage: Stage, trainer: Guarded) -> None:
-    """Raise ModelError unless the first batch has the loss that the method must have at step 0.
-
-    dpo: policy and reference are equal, so the margin is 0 and a logistic loss is ln 2. rm: with a new head the loss
-    is near ln 2; far from it, the head's scale or the labels are wrong. With dropout off, every method's
-    loss is the same in training and in evaluation.
-    """
-    if stage.method == "sft":
-        return
+    """Raise ModelError unless the first batch has the loss that the method must have at step 0: with dropout off the
+    same in training and in evaluation. dpo: policy and reference are equal, so the margin is 0 and a logistic loss is
+    ln 2. rm: with a new head the loss is near ln 2; far from it, the head's scale or the labels are wrong."""
     if stage.method == "ppo":
         ranks.alike(trainer.check_step_zero)
+    if stage.method in ("sft", "ppo"):
         return
     model = trainer.model
     num_rows = min(trainer.args.per_device_eval_batch_size, len(trainer.train_dataset))
@@ -110,8 +102,7 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
             losses[mode] = float(trainer.compute_loss(model, trainer._prepare_inputs(dict(batch))))
         measured = {name: values[-1] for name, values in trainer._metrics[mode].items() if values}
         trainer._metrics[mode].clear()
-    trainer._total_train_tokens = num_tokens
-    loss = losses["eval"]
+    trainer._total_train_tokens, loss = num_tokens, losses["eval"]
     dtype = _ROUNDS_TO.get(trainer.accelerator.mixed_precision, getattr(model, "dtype", torch.float32))
     tolerance = _TOLERANCE.get(dtype, 5e-2)
     if abs(losses.get("train", loss) - loss) > tolerance * max(1.0, abs(loss)):
@@ -136,16 +127,13 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
             raise ModelError(f"{stage.name}: {what} from give far too large activations")
 
 
-_BATCH = 16  # prompts that are answered at once
 _SHOWN = ("loss", "reward", "gold", "objective/kl", "accuracy", "rewards/accuracies", "mean_token_accuracy")
 
 
 def write_samples(setup: Setup, samples: JsonLines, *, step: int, when: str) -> None:
     """Append one row per prompt to samples.jsonl: step, when, prompt, answer or scores, and the row's own answer.
-
     Every rank answers, for a sharded model needs all of them; rank 0 writes. Leaves the model in the mode it was in.
-    Does nothing for language-model pre-training without prompts.
-    """
+    Does nothing for language-model pre-training without prompts."""
     rows = setup.tables.eval_rows[: setup.stage.training.samples.num]
     if not rows:
         return
@@ -154,7 +142,17 @@ def write_samples(setup: Setup, samples: JsonLines, *, step: int, when: str) -> 
     was_training = model.training
     model.eval()
     try:
-        fields = (setup.answer_rows or partial(_score_answers if setup.is_reward else _answer, setup))(rows)
+        if setup.answer_rows is not None:
+            fields = setup.answer_rows(rows)
+        elif setup.is_reward:
+            fields = []
+            for row in rows:
+                encoded = setup.chat.encode_prompt_completion([row.prompt] * len(row.completions), row.completions)
+                rewards = score_ids(model, [item.ids for item in encoded], pad_id=setup.chat.tokenizer.pad_token_id)
+                answers = list(row.completions)
+                fields.append({"prompt": row.prompt, "answers": answers, "rewards": rewards.tolist()})
+        else:
+            fields = _answer(setup, rows)
     finally:
         model.train(was_training)
     for number, extra in enumerate(fields if ranks.is_main() else ()):
@@ -183,8 +181,8 @@ def _answer(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
         answers: list[list[int]] = []
         seed, stops, pad_id = setup.stage.seed, chat.stop_ids, chat.tokenizer.pad_token_id
         with console.Meter("samples", len(prompts)) as meter:
-            for start in range(0, len(prompts), _BATCH):
-                batch = prompts[start : start + _BATCH]
+            for start in range(0, len(prompts), 16):
+                batch = prompts[start : start + 16]
                 seeds = range(seed + start, seed + start + len(batch))
                 answers += generate_answers(model, batch, seeds, **asked, eos_ids=stops, pad_id=pad_id)
                 meter.advance(len(batch))
@@ -200,17 +198,6 @@ def _answer(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
         | score
         for field, answer, row, alignment, score in zip(fields, answers, rows, alignments, scores, strict=True)
     ]
-
-
-def _score_answers(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    from alignkit.models.frozen import score_ids
-
-    scored, pad_id = [], setup.chat.tokenizer.pad_token_id
-    for row in rows:
-        encoded = setup.chat.encode_prompt_completion([row.prompt] * len(row.completions), row.completions)
-        rewards = score_ids(setup.trainer.model, [item.ids for item in encoded], pad_id=pad_id).tolist()
-        scored.append({"prompt": row.prompt, "answers": list(row.completions), "rewards": rewards})
-    return scored
 
 
 class Recorder(TrainerCallback):
@@ -267,9 +254,6 @@ class Recorder(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
-    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        pulse("evaluating", state.global_step)
-
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Show how far the run is; so do the begin of a step and the end of training."""
         if self._progress is not None and state.global_step:
@@ -287,8 +271,7 @@ class Recorder(TrainerCallback):
 
     def _sample(self, *, step: int, when: str) -> None:
         """Answer the prompts; a request to stop ends that at once, where no other rank would wait for this one."""
-        trainer = self._setup.trainer
-        stop = trainer.watch.stop
+        trainer, stop = self._setup.trainer, self._setup.trainer.watch.stop
         stop.training = ranks.world_size() > 1
         stop.saved = stop.saved or (step > 0 and trainer.may_stop)  # `fit` saves where the last step left off
         if stop.signal is not None and not stop.training:  # it came between the end of a step and here

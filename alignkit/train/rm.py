@@ -1,8 +1,5 @@
-"""Reward models on TRL's RewardTrainer, with what the papers have and it lacks.
-
-All answers of a prompt are one batch element (InstructGPT), labels may be soft (Constitutional AI) or a margin may be
-asked for, and the reward can be normalised on reference rows (Ziegler, InstructGPT).
-"""
+"""Reward models on TRL's RewardTrainer, with what the papers have and it lacks: groups of answers (InstructGPT), soft
+labels (Constitutional AI), margins, and normalisation on reference rows (Ziegler, InstructGPT)."""
 
 import math
 from dataclasses import replace
@@ -26,7 +23,7 @@ from alignkit.runs.directory import RunDir
 from alignkit.runs.files import write_json
 from alignkit.train import ranks
 from alignkit.train.fit import fit
-from alignkit.train.losses import best_of_loss, kway_loss, pairwise_losses
+from alignkit.train.losses import best_of_loss, kway_loss, measure_norm, pairwise_losses
 from alignkit.train.setup import Setup, build_config, collator_for, open_rows
 from alignkit.train.trainer import Guarded
 
@@ -34,7 +31,7 @@ from alignkit.train.trainer import Guarded
 class Rm(Guarded, RewardTrainer):
     """TRL's RewardTrainer over groups of answers; a plain pair is a group of two."""
 
-    def __init__(self, *args: Any, loss: str = "pairwise", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss: str, **kwargs: Any) -> None:
         self.loss_name = loss
         super().__init__(*args, **kwargs)
 
@@ -72,45 +69,38 @@ def build(stage: Stage, run: RunDir) -> Setup:
     """Load model and rows and make a trainer that has not trained yet."""
     options = stage.expect(RmOptions)
     setup = open_rows(stage, run)
-    references = ranks.once(lambda: _encode_references(setup, options)) if options.normalize != "none" else []
+    references = ranks.once(lambda: _encode_references(setup)) if options.normalize != "none" else []
     setup.load(load_reward_model)
     config = build_config(stage, RewardConfig, run.checkpoints, max_length=None)
     collator = collator_for(stage, setup.chat.tokenizer)
     setup.trainer = trainer = Rm(**setup.arguments(config), data_collator=collator, loss=options.loss)
     setup.is_reward = True
-    if references:
-        setup.finish = lambda model_dir: _normalize(options, trainer, references, model_dir)
+
+    def normalize(model_dir: Path) -> dict[str, float]:
+        """Measure the reward on reference rows and write gain and bias beside the model."""
+        # Every rank scores, for a sharded model needs all of them; rank 0 writes.
+        rewards = score_ids(trainer.model.eval(), references, pad_id=trainer.processing_class.pad_token_id)
+        gain, bias = measure_norm(rewards, options.normalize)
+        norm = {"gain": gain, "bias": bias, "num_rows": len(rewards)}
+        ranks.once(lambda: write_json(model_dir / REWARD_NORM, norm))
+        return {f"reward_norm/{key}": value for key, value in norm.items()}
+
+    setup.finish = normalize if references else None
     return setup
 
 
-def _normalize(options: RmOptions, trainer: Rm, references: list[list[int]], model_dir: Path) -> dict[str, float]:
-    """Measure the reward on reference rows and write gain and bias beside the model.
-
-    The normalised reward is gain * r + bias: mean 0 (and standard deviation 1 with gain_and_bias). Sources: Ziegler
-    2019 section 2.1 and `train_reward.normalize` of its code; InstructGPT section 3.5 shifts by the demonstrations.
-    """
-    # Every rank scores, for a sharded model needs all of them; rank 0 writes.
-    rewards = score_ids(trainer.model.eval(), references, pad_id=trainer.processing_class.pad_token_id)
-    gain = 1.0 / max(rewards.std(correction=0).item(), 1e-8) if options.normalize == "gain_and_bias" else 1.0
-    norm = {"gain": gain, "bias": -gain * rewards.mean().item(), "num_rows": len(rewards)}
-    ranks.once(lambda: write_json(model_dir / REWARD_NORM, norm))
-    return {f"reward_norm/{key}": value for key, value in norm.items()}
-
-
-def _encode_references(setup: Setup, options: RmOptions) -> list[list[int]]:
+def _encode_references(setup: Setup) -> list[list[int]]:
     """Tokens of up to `normalize_rows` reference answers: demonstrations, or the best answer of each row."""
-    stage, chat = setup.stage, setup.chat
+    stage, chat, options = setup.stage, setup.chat, setup.stage.expect(RmOptions)
     as_sft = replace(stage, options=SftOptions(data=options.data, on_bad_row=options.on_bad_row))
-    sources, template = options.normalize_data or options.data, chat.has_template
-    limit = stage.trainer.get("max_length") or math.inf
+    sources, limit = options.normalize_data or options.data, stage.trainer.get("max_length") or math.inf
     kept: list[list[int]] = []
-    for row in read_rows(as_sft, sources, report=DataReport(), rejects=Rejects(), template=template):
-        if row.kind == "messages":
-            ids = chat.encode([row.completions[0]])[0][-1].ids  # type: ignore[list-item]
-        elif row.prompt:
-            ids = chat.encode_prompt_completion([row.prompt], [row.completions[0]])[0].ids
+    for row in read_rows(as_sft, sources, report=DataReport(), rejects=Rejects(), template=chat.has_template):
+        answer: Any = row.completions[0]
+        if row.prompt:
+            ids = chat.encode_prompt_completion([row.prompt], [answer])[0].ids
         else:
-            ids = chat.encode_texts([row.completions[0]])[0]  # type: ignore[list-item]
+            ids = chat.encode([answer])[0][-1].ids if row.kind == "messages" else chat.encode_texts([answer])[0]
         if len(ids) <= limit:
             kept.append(ids)
         elif options.normalize_data:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -17,15 +18,16 @@ from transformers import TrainingArguments
 from alignkit import console
 from alignkit.data import Rejects, Row
 from alignkit.errors import EnvironmentProblem, RecipeError
-from alignkit.models.chat import Chat
+from alignkit.models.chat import Chat, load_chat
 from alignkit.models.files import is_builtin
 from alignkit.models.load import Loaded, load_policy, number_types, pick_device
 from alignkit.models.logprobs import pad
 from alignkit.recipe import Stage
 from alignkit.recipe.stage import check_batch
 from alignkit.runs.directory import RunDir
+from alignkit.runs.files import read_json
 from alignkit.train import memory, ranks
-from alignkit.train.tables import Tables, open_chat, share_tables
+from alignkit.train.tables import Tables, learn_vocabulary, share_tables
 
 if TYPE_CHECKING:
     from alignkit.train.trainer import Guarded
@@ -69,7 +71,10 @@ class Setup:
 
 def open_rows(stage: Stage, run: RunDir) -> Setup:
     """Load the tokenizer and make the token tables of a stage: the head of every `build`."""
-    chat, rejects = open_chat(stage, run), Rejects()
+    # A template that reads the clock reads when the run began.
+    kept = read_json(run.stage).get("clock") if run.stage.exists() else None
+    clock = datetime.fromisoformat(ranks.share(kept or datetime.now().isoformat()))
+    chat, rejects = load_chat(stage, clock=clock, learnt=ranks.once(lambda: learn_vocabulary(stage))), Rejects()
     tables = share_tables(stage, chat, run.cache, rejects=rejects)
     _fit_micro_batch(stage, tables.train)
     return Setup(stage, run, chat, rejects, tables)
@@ -117,9 +122,18 @@ def _fit_micro_batch(stage: Stage, table: Any) -> None:
 def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, **fixed: Any) -> _Config:
     """Fill TRL's config for a stage; `fixed` are values the method itself decides."""
     device = pick_device(stage.launch.device, where=stage.where("launch.device"))
-    micro, wanted = micro_batch_size(stage), stage.training.micro_batch_size
+    micro, held_out = micro_batch_size(stage), stage.training.micro_batch_size
+    if held_out == "auto":
+        held_out = _FITTING.get(stage.run_dir, memory.LARGEST_MICRO_BATCH)
     _, precision = number_types(stage, half=device == "cuda" and torch.cuda.is_bf16_supported())
     types = {field.name: str(field.type) for field in fields(config_class)}
+    # A whole number for a float field: TRL copies router_aux_loss_coef into configs that refuse an int. Counts of steps
+    # stay what they are: they are shares below 1 only.
+    given = {
+        key: float(value) if type(value) is int and "float" in types[key] and not key.endswith("_steps") else value
+        for key, value in stage.trainer.items()
+        if key in types and key != "eval_on_start"
+    }
     values: dict[str, Any] = {
         # A loss that is not finite must be seen, not averaged away; the guard stops before the optimizer step.
         "logging_nan_inf_filter": False,
@@ -137,22 +151,11 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
         # Every trained parameter takes part in every step; looking for others costs a walk over the graph each time.
         "ddp_find_unused_parameters": False,
         "ddp_timeout": int(stage.launch.timeout_seconds),
-    }
-    # A whole number for a float field: TRL copies router_aux_loss_coef into configs that refuse an int. Counts of steps
-    # stay what they are: they are shares below 1 only.
-    values |= {
-        key: float(value) if type(value) is int and "float" in types[key] and not key.endswith("_steps") else value
-        for key, value in stage.trainer.items()
-        if key in types and key != "eval_on_start"
-    }
-    values |= {
+        **given,
         "output_dir": str(checkpoints),
         "per_device_train_batch_size": micro,
         # Held-out rows per forward pass do not depend on the number of processes.
-        "per_device_eval_batch_size": int(
-            stage.trainer.get("per_device_eval_batch_size")
-            or (_FITTING.get(stage.run_dir, memory.LARGEST_MICRO_BATCH) if wanted == "auto" else wanted)
-        ),
+        "per_device_eval_batch_size": int(stage.trainer.get("per_device_eval_batch_size") or held_out),
         "gradient_accumulation_steps": stage.training.batch_size // ranks.world_size() // micro,
         "seed": stage.seed,
         "use_cpu": device == "cpu",
@@ -172,11 +175,6 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
 _Rows: TypeAlias = Sequence[dict[str, Any]]
 
 
-def collate_pairs(rows: _Rows, *, inner: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """TRL's batch of preferences, with each pair's soft label P(chosen preferred) beside the tokens, (B,)."""
-    return {**inner(rows), "label": torch.tensor([row.get("label", 1.0) for row in rows], dtype=torch.float)}
-
-
 def collate_tasks(
     rows: _Rows, *, pad_id: int, multiple_of: int, numbers: Mapping[str, int] | None = None
 ) -> dict[str, Tensor]:
@@ -191,10 +189,8 @@ def collate_tasks(
 
 def collate_groups(rows: _Rows, *, pad_id: int, multiple_of: int) -> dict[str, Tensor]:
     """Flatten the answers of B prompts into A rows, and list their pairs by row number.
-
     Returns input_ids, attention_mask (A, T) right-padded; better, worse, pair_prompt (P,) long; label, margin (P,)
-    float; prompt_of (A,) long. Ties make no pair.
-    """
+    float; prompt_of (A,) long. Ties make no pair."""
     input_ids, mask = pad([ids for row in rows for ids in row["answers_ids"]], pad_id, multiple_of=multiple_of)
     pairs: list[tuple[int, int, int, float, float]] = []
     prompt_of: list[int] = []
@@ -235,14 +231,11 @@ def collator_for(stage: Stage, tokenizer: Any, numbers: Mapping[str, int] | None
     upstream = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": multiple}
     if stage.method == "ppo":
         return list
-    if stage.objective == "seq2seq":
-        return partial(collate_targets, **mine)
-    if stage.objective == "distill":
-        return partial(collate_taught, **mine)
-    if stage.method == "rm":
-        return partial(collate_groups, **mine)
     if stage.task is not None:
         return partial(collate_tasks, **mine, numbers=numbers)
+    own = {"seq2seq": collate_targets, "distill": collate_taught, "rm": collate_groups}
+    if collate := own.get(stage.objective or stage.method):
+        return partial(collate, **mine)
     if stage.is_unpaired:
         from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
@@ -250,9 +243,10 @@ def collator_for(stage: Stage, tokenizer: Any, numbers: Mapping[str, int] | None
     if stage.method == "dpo":
         from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-        return partial(collate_pairs, inner=DataCollatorForPreference(**upstream))
+        inner = DataCollatorForPreference(**upstream)  # beside its tokens, each pair's P(chosen preferred), (B,)
+        return lambda rows: {**inner(rows), "label": torch.tensor([float(row.get("label", 1.0)) for row in rows])}
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     packs = stage.trainer.get("packing") and stage.trainer.get("packing_strategy", "bfd") != "wrapped"
-    padding_free = stage.trainer.get("padding_free", False) or bool(packs)
+    padding_free = bool(packs or stage.trainer.get("padding_free"))
     return DataCollatorForLanguageModeling(**upstream, padding_free=padding_free)

@@ -1,7 +1,5 @@
-"""Supervised fine-tuning on TRL's SFTTrainer: language models, encoder-decoders, students, and classifiers.
-
-Classifiers learn labels, with language modelling as auxiliary loss (GPT-1, section 3.2).
-"""
+"""Supervised fine-tuning on TRL's SFTTrainer: language models, encoder-decoders, students, and classifiers, which learn
+labels, with language modelling as auxiliary loss (GPT-1, section 3.2)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from trl import SFTConfig, SFTTrainer
 
 from alignkit.data import Row
@@ -101,9 +99,14 @@ class Distill(Seq2Seq):
 
     def _answer(self, batch: dict[str, Tensor], key: tuple[int, ...]) -> dict[str, Tensor]:
         """Put answers of the student in the place of the last ones of a batch, behind both prompts."""
-        options = self.teacher.options
+        options, prompts = self.teacher.options, dict[str, list[list[int]]]()
         sides = ["", "teacher_"] if "teacher_input_ids" in batch else [""]
-        prompts = {side: _read_prompts(batch, side) for side in sides}
+        for side in sides:  # a prompt is what comes before the last stretch that is learnt
+            places_BL = _read_places(batch[f"{side}labels"])
+            begins_BL = places_BL & ~pad(places_BL[:, :-1], (1, 0))
+            starts_B = (begins_BL * torch.arange(begins_BL.size(1), device=begins_BL.device)).amax(dim=1).tolist()
+            rows = zip(batch[f"{side}input_ids"].tolist(), starts_B, strict=True)
+            prompts[side] = [ids[: start + 1] for ids, start in rows]
         own = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         ends = ((own, sides[0]), (self.teacher.positions, sides[-1]))
         room = [positions - max(map(len, prompts[side])) for positions, side in ends if positions]
@@ -114,11 +117,11 @@ class Distill(Seq2Seq):
             max_new_tokens=max(1, min(options.max_new_tokens, *room)), pad_id=self.processing_class.pad_token_id,
         )  # fmt: skip
         model.train()
-        rows: list[dict[str, Any]] = [{} for _ in answers]
+        found: list[dict[str, Any]] = [{} for _ in answers]
         for side in sides:
-            for row, prompt, answer in zip(rows, prompts[side], answers, strict=True):
+            for row, prompt, answer in zip(found, prompts[side], answers, strict=True):
                 row |= {f"{side}input_ids": prompt + answer, f"{side}labels": [IGNORED] * len(prompt) + answer}
-        return {name: column.to(self.args.device) for name, column in self.data_collator(rows).items()}
+        return {name: column.to(self.args.device) for name, column in self.data_collator(found).items()}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -137,15 +140,7 @@ class Distill(Seq2Seq):
 
 def _read_places(labels_BL: Tensor) -> Tensor:
     """Mark the positions that predict a learnt token, (B, L)."""
-    return torch.nn.functional.pad(labels_BL[:, 1:] != IGNORED, (0, 1))
-
-
-def _read_prompts(batch: dict[str, Tensor], side: str) -> list[list[int]]:
-    """Cut each row before the last stretch that is learnt."""
-    places_BL = _read_places(batch[f"{side}labels"])
-    begins_BL = places_BL & ~torch.nn.functional.pad(places_BL[:, :-1], (1, 0))
-    starts_B = (begins_BL * torch.arange(begins_BL.size(1), device=begins_BL.device)).amax(dim=1).tolist()
-    return [ids[: start + 1] for ids, start in zip(batch[f"{side}input_ids"].tolist(), starts_B, strict=True)]
+    return pad(labels_BL[:, 1:] != IGNORED, (0, 1))
 
 
 class Classifier(Guarded, SFTTrainer):
@@ -230,26 +225,24 @@ def _build_classifier(setup: Setup) -> Setup:
     arguments = {**setup.arguments(config), "objective": task, "lm_coef": options.lm_coef}
     setup.trainer = Classifier(**arguments, data_collator=collator)
     setup.record["labels"], setup.is_reward = labels, True
-    setup.answer_rows = partial(_predict, setup)
+
+    def answer_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Say of rows what they are taken for, how surely, and what they are."""
+        texts = [(str(row.prompt), list(map(str, row.completions))) for row in rows]
+        sequences = encode_tasks(setup.chat, task, texts, longest_sequence(stage))
+        found = predict(setup.trainer.model, sequences, task, pad_id=setup.chat.tokenizer.pad_token_id)
+        fields = []
+        for row, (prompt, given), shares in zip(rows, texts, found, strict=True):
+            best = int(torch.tensor(shares).argmax())
+            if task == "multiple_choice":
+                answer, reference = given[best], given[int(row.answer)]
+            else:
+                prompt, answer, reference = "\n".join(given), labels[best], name_label(stage, row)
+            fields.append({"prompt": prompt, "answer": answer, "reference": reference, "probability": shares[best]})
+        return fields
+
+    setup.answer_rows = answer_rows
     return setup
-
-
-def _predict(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Say of rows what they are taken for, how surely, and what they are."""
-    stage, head = setup.stage, setup.head
-    assert head is not None and stage.task is not None
-    texts = [(str(row.prompt), list(map(str, row.completions))) for row in rows]
-    sequences = encode_tasks(setup.chat, stage.task, texts, longest_sequence(stage))
-    found = predict(setup.trainer.model, sequences, stage.task, pad_id=setup.chat.tokenizer.pad_token_id)
-    fields = []
-    for row, (prompt, given), shares in zip(rows, texts, found, strict=True):
-        best = int(torch.tensor(shares).argmax())
-        if stage.task == "multiple_choice":
-            answer, reference = given[best], given[int(row.answer)]
-        else:
-            prompt, answer, reference = "\n".join(given), head["labels"][best], name_label(stage, row)
-        fields.append({"prompt": prompt, "answer": answer, "reference": reference, "probability": shares[best]})
-    return fields
 
 
 run = partial(fit, build)

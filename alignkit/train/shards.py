@@ -1,8 +1,8 @@
 """Whole tensors out of a model that is spread over processes, and back into it: FSDP, DeepSpeed's ZeRO, plain models.
 
-Checkpoints and final weights have one layout whatever trained them: what a single process writes. Of DeepSpeed's own
-nothing is written: its checkpoints are pickles that only the same number of processes can read. What is used of it
-beyond the documented `safe_get_full_*` and `safe_set_full_*` functions is marked.
+Checkpoints and final weights have the layout that a single process writes. Of DeepSpeed's own nothing is written: they
+are pickles that only the same number of processes can read. What is used of it beyond the documented `safe_get_full_*`
+and `safe_set_full_*` functions is marked.
 """
 
 import copy
@@ -28,11 +28,9 @@ from alignkit.train.ranks import is_main
 def set_up(trainer: Any) -> None:
     """Make accelerate shard when the launcher asked for FSDP; call it when the accelerator has just been made.
 
-    On the CPU accelerate 1.15 falls back to DDP without a word: its state knows FSDP on accelerators only. And its
-    precision policy rounds gradients, before they are summed, and the model's outputs to 16 bits: log-probabilities
-    of whole answers would be off by whole nats. Activations are recomputed by transformers, not by accelerate's
-    wrappers around layers: with FSDP 2 it is the same work, and PEFT does not save the adapters of wrapped layers.
-    """
+    On the CPU accelerate 1.15 falls back to DDP: its state knows FSDP on accelerators only. Its precision policy rounds
+    gradients, before they are summed, and outputs to 16 bits: log-probabilities of answers would be off by whole nats.
+    Transformers recomputes activations, for PEFT does not save the adapters of layers that accelerate has wrapped."""
     accelerator = trainer.accelerator
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
@@ -49,10 +47,8 @@ def set_up(trainer: Any) -> None:
 
 def settle(trainer: Any) -> None:
     """Take a first forward pass with every adapter on; call it when the model has just been sharded.
-
     FSDP looks in its first pass at which weights are trained, and in what precision their gradients are summed. In
-    DPO that pass would be the reference's, with the adapters switched off, and their gradients would stay 16 bits.
-    """
+    DPO that pass would be the reference's, with the adapters switched off, and their gradients would stay 16 bits."""
     if isinstance(trainer.model, PeftModel) and trainer.is_fsdp_enabled:
         kind = trainer.model.peft_config[TRAINED].task_type
         take_probe(trainer.model, vocab_size=len(trainer.processing_class), reward=kind == "SEQ_CLS")
@@ -67,16 +63,20 @@ def is_sharded(trainer: Any) -> bool:
 
 def gather_model(trainer: Any) -> dict[str, torch.Tensor] | None:
     """Gather the weights to save under the model's own names, whole and on the CPU; on other ranks than 0 None.
-
     Of a model with adapters these are the adapters and what is saved with them. All ranks must call it. None, too,
-    for a model that is whole in every process.
-    """
+    for a model that is whole in every process."""
     model = trainer.model
     adapted, named = isinstance(model, PeftModel), model.state_dict(keep_vars=True)
     wanted = ((name, weight) for name, weight in named.items() if not adapted or is_adapter(name))
-    if trainer.is_deepspeed_enabled:
-        return gather(wanted, _trained_weight)
-    return gather(wanted) if is_sharded(trainer) else None
+    if not trainer.is_deepspeed_enabled:
+        return gather(wanted) if is_sharded(trainer) else None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    def in_float32(weight: torch.Tensor) -> torch.Tensor:  # what is held in bfloat16 is a copy of the optimizer's
+        full = safe_get_full_fp32_param(weight) if weight.requires_grad else None
+        return whole(weight).clone() if full is None else full.clone()
+
+    return gather(wanted, in_float32)
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
 def gather_optimizer(trainer: Any) -> dict[str, Any] | None:
     """Gather the optimizer's state as a single process has it, on the CPU; on other ranks than 0 None."""
     if trainer.is_deepspeed_enabled:
-        return _gather_flat_optimizer(trainer)
+        return _gather_zero(trainer)
     if not is_sharded(trainer):
         return dict(trainer.optimizer.state_dict()) if is_main() else None
     found = trainer.optimizer.state_dict()
@@ -120,34 +120,35 @@ def gather_optimizer(trainer: Any) -> dict[str, Any] | None:
     return {**found, "state": state} if is_main() else None
 
 
+@torch.no_grad()
 def scatter_model(places: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
     """Copy saved tensors into the places of the same names: whole ones, or this rank's part of each."""
-    with torch.no_grad():
-        for name, value in saved.items():
-            place = places[name]
-            if hasattr(place, "ds_id") or hasattr(place, "_hp_mapping"):  # ZeRO keeps a part of it, or its float32
-                _place_weight(place, value)
-            elif isinstance(place, DTensor):
-                place.to_local().copy_(_my_part(place, value.to(place.dtype)).to_local())
-            else:
-                place.copy_(value)
+    for name, value in saved.items():
+        place, is_part = places[name], hasattr(places[name], "ds_id")
+        if isinstance(place, DTensor):
+            place.to_local().copy_(_my_part(place, value.to(place.dtype)).to_local())
+        elif is_part or hasattr(place, "_hp_mapping"):  # ZeRO keeps a part of it, or its float32
+            import deepspeed
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            with deepspeed.zero.GatheredParameters([place] if is_part else [], modifier_rank=0):
+                if not is_part or is_main():
+                    place.data.copy_(value)
+            if place.requires_grad:
+                safe_set_full_fp32_param(place, value.to(place.device, torch.float32))
+        else:
+            place.copy_(value)
 
 
 def scatter_optimizer(trainer: Any, saved: dict[str, Any]) -> None:
     """Load the state that a single process would load, of which each rank keeps its part."""
     if trainer.is_deepspeed_enabled:
-        _scatter_flat_optimizer(trainer, saved)
-        return
-    parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
-
-    def place(parameter: torch.Tensor, value: Any) -> Any:
-        is_per_weight = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-        return _my_part(parameter, value) if isinstance(parameter, DTensor) and is_per_weight else value
-
-    state = {
-        number: {name: place(parameters[number], value) for name, value in values.items()}
-        for number, values in saved["state"].items()
-    }
+        return _scatter_zero(trainer, saved)
+    state = {number: dict(values) for number, values in saved["state"].items()}
+    for number, parameter in enumerate(chain(*(group["params"] for group in trainer.optimizer.param_groups))):
+        for name, value in state.get(number, {}).items():
+            if isinstance(parameter, DTensor) and _is_per_weight(value, parameter):
+                state[number][name] = _my_part(parameter, value)
     trainer.optimizer.load_state_dict({**saved, "state": state})
 
 
@@ -180,28 +181,7 @@ def _my_part(like: DTensor, value: torch.Tensor) -> DTensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _trained_weight(tensor: torch.Tensor) -> torch.Tensor:
-    """Put together a weight in the optimizer's precision: what is held in bfloat16 is a copy of its float32."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    full = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
-    return whole(tensor).clone() if full is None else full.clone()
-
-
-def _place_weight(place: torch.Tensor, value: torch.Tensor) -> None:
-    """Put a whole tensor where the engine holds it: what it computes with, and the optimizer's float32."""
-    import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    with deepspeed.zero.GatheredParameters([place] if hasattr(place, "ds_id") else [], modifier_rank=0):
-        if not hasattr(place, "ds_id") or is_main():
-            place.data.copy_(value)
-    if place.requires_grad:
-        safe_set_full_fp32_param(place, value.to(place.device, torch.float32))
-
-
-def _gather_flat_optimizer(trainer: Any) -> dict[str, Any] | None:
-    """Gather the optimizer's state as a single process has it, on the CPU; on other ranks than 0 None."""
+def _gather_zero(trainer: Any) -> dict[str, Any] | None:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     optimizer = _optimizer(trainer)
@@ -228,8 +208,7 @@ def _gather_flat_optimizer(trainer: Any) -> dict[str, Any] | None:
     return {"state": state, "param_groups": groups}
 
 
-def _scatter_flat_optimizer(trainer: Any, saved: Mapping[str, Any]) -> None:
-    """Load the state that a single process would load, of which each rank keeps its part."""
+def _scatter_zero(trainer: Any, saved: Mapping[str, Any]) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state
 
     optimizer = _optimizer(trainer)
@@ -252,18 +231,6 @@ def _scatter_flat_optimizer(trainer: Any, saved: Mapping[str, Any]) -> None:
         for name, value in saved["state"][number].items():
             if _is_per_weight(value, parameter):
                 safe_set_full_optimizer_state(parameter, value.to(parameter.device, torch.float32), name)
-
-
-def guard_backward(trainer: Any) -> None:
-    """Look at the loss before the backward pass: DeepSpeed's takes the optimizer step within it.
-    A gradient that is not finite where the loss is finite is seen after its step, and ends the run before a save."""
-    backward = trainer.accelerator.backward
-
-    def guarded(loss: torch.Tensor, **arguments: Any) -> None:
-        trainer.refuse_not_finite(float(loss.detach()))
-        backward(loss, **arguments)
-
-    trainer.accelerator.backward = guarded
 
 
 def _is_per_weight(value: Any, parameter: torch.Tensor) -> bool:

@@ -7,8 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,11 @@ from alignkit.data import DataReport, Problems, Rejects, Row, find_control_token
 from alignkit.data.load import first_rows, streams
 from alignkit.data.rows import as_rendered, escape_control_tokens, fingerprint_prompt, iter_contents
 from alignkit.errors import DataError
-from alignkit.models.chat import Chat, ConversationError, Written, find_tokenizer, load_chat
+from alignkit.models.chat import Chat, ConversationError, Written, find_tokenizer
 from alignkit.models.start import learn_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import LEARNT_TOKENIZERS
-from alignkit.runs.directory import RunDir, form_of, require_form
-from alignkit.runs.files import read_json
+from alignkit.runs.directory import form_of, require_form
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
 from alignkit.train.encode import EncodedRow, LengthReport, encode_rows, longest_prompt, longest_sequence, write_row
@@ -48,13 +46,6 @@ class Tables:
     prompts: array[int] = field(default_factory=lambda: array("Q"))  # fingerprints of those trained on
 
 
-def open_chat(stage: Stage, run: RunDir) -> Chat:
-    """Load the tokenizer and template of a stage; a template that reads the clock reads when the run began."""
-    kept = read_json(run.stage).get("clock") if run.stage.exists() else None
-    clock = datetime.fromisoformat(ranks.share(kept or datetime.now().isoformat()))
-    return load_chat(stage, clock=clock, learnt=ranks.once(lambda: learn_vocabulary(stage)))
-
-
 def learn_vocabulary(stage: Stage) -> str | None:
     """Learn the tokenizer that `model.tokenizer` wants of the training rows, held-out ones left out; None for others.
     Equal rows give equal bytes, so that a resumed run, and every rank, reads the same tokens."""
@@ -75,16 +66,16 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
     held_out, report, template = stage.training.eval, DataReport(), chat.has_template
     prompts = array("Q")
 
-    def remember(rows: Iterable[Row]) -> Iterator[Row]:
-        for row in rows:
-            prompts.append(fingerprint_prompt(row))
-            yield row
+    def remember(row: Row) -> Row:
+        prompts.append(fingerprint_prompt(row))
+        return row
 
     def write(name: str, rows: Iterable[Row], side: bool | None = None) -> tuple[Dataset | None, LengthReport, list]:
         if side is not None:
             assert isinstance(held_out, float)
             rows = (row for is_eval, row in split_eval(rows, held_out, stage.seed) if is_eval == side)
-        rows = remember(rows) if name == "train.arrow" else rows
+        if name == "train.arrow":
+            rows = map(remember, rows)
         lengths, first = LengthReport(), list[Row]()
         with console.Meter(f"{stage.name}: rows read") as meter:
             found = _encode(stage, chat, meter.over(rows), rejects, lengths, first)
@@ -102,7 +93,21 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
         known = set(report.prompt_hashes)
         rows = read_rows(stage, held_out, report=report, rejects=rejects, known_prompts=known, template=template)
         table, eval_lengths, first = write("eval.arrow", rows)
-    _require_rows(stage, lengths, is_empty=train is None)
+    share, most, longest = lengths.truncated_share, stage.training.max_truncated, lengths.longest_tokens
+    what = "no row is left to train on" if train is None else ""
+    if share > most and stage.method == "ppo":
+        what = f"{share:.0%} of the prompts are longer than the {longest_prompt(stage)} tokens that {stage.name}."
+        what += f"max_new_tokens leaves of the model's context (the longest has {longest}), more than max_truncated "
+        what += f"allows ({most:.0%}); raise it, or lower max_new_tokens"
+    elif share > most:
+        what = f"{share:.0%} of the rows are longer than {stage.name}.max_length ({longest_sequence(stage)} tokens; "
+        what += f"the longest row has {longest}), more than max_truncated allows ({most:.0%}); raise one of the two or "
+        what += "shorten the rows"
+    elif lengths.num_untrained and not lengths.num_rows:
+        what = f"none of the {lengths.num_untrained} rows has a token to learn from: every label is masked; look at "
+        what += "the roles of the messages and at max_length"
+    if what:
+        raise DataError(what, where=stage.where(f"{stage.name}.data"))
     require_form(stage, form_of(report.to_dict()))
     if eval_lengths is not None and table is None:
         what = f"{stage.name}.eval holds out no row that can be used; raise the share or look at the source"
@@ -132,27 +137,25 @@ def share_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -> 
 
 class Stream:
     """Token rows of a stage that streams, encoded as they are asked for, pass after pass over the sources.
-
     Rows are asked for in rising order, with gaps where other ranks or earlier sittings have them, so a resumed run
     reads its way to the very row that it stopped at. Memory does not grow with the rows. One that does not fit raises
-    DataError when it is reached.
-    """
+    DataError when it is reached."""
 
     column_names: Sequence[str] = ()
 
     def __init__(self, stage: Stage, chat: Chat) -> None:
-        self._stage, self._chat, self._told = stage, chat, False
+        self._stage, self._chat = stage, chat
         self.num_rows = stage.trainer["max_steps"] * stage.training.batch_size
         self._rows, self._next = self._iter_rows(), 0
 
     def _iter_rows(self) -> Iterator[dict[str, Any]]:
-        stage, chat = self._stage, self._chat
+        stage, chat, told = self._stage, self._chat, False
         while True:
             report, left_out = DataReport(remembers=False), Rejects()
             rows = read_rows(stage, stage.options.data, report=report, rejects=Rejects(), template=chat.has_template)
             for columns in _encode(stage, chat, rows, left_out, LengthReport(), []):
-                if left_out.count and not self._told:
-                    self._told = True
+                if left_out.count and not told:
+                    told = True
                     console.warn(f"{stage.name}: {left_out.first[0]}: such rows of the stream are left out")
                 for values in zip(*columns.values(), strict=True):
                     yield dict(zip(columns, values, strict=True))
@@ -165,11 +168,8 @@ class Stream:
             raise IndexError(number)
         if number < self._next:
             self._rows, self._next = self._iter_rows(), 0
-        while self._next < number:
-            next(self._rows)
-            self._next += 1
-        self._next += 1
-        return next(self._rows)
+        skipped, self._next = number - self._next, number + 1
+        return next(islice(self._rows, skipped, None))
 
 
 def _encode(
@@ -202,20 +202,16 @@ def _write_texts(
     stage: Stage, chat: Chat, rows: Iterable[Row], rejects: Rejects
 ) -> Iterator[tuple[Row, list[Written]]]:
     """Check the template at the first conversation, deal with control tokens in the text of rows, and render them.
-
     Written by whoever wrote the text, such tokens would end a turn or open another one in the model's own language.
-    They are refused, left out, defused or kept, as `special_tokens_in_text` says.
-    """
+    They are refused, left out, defused or kept, as `special_tokens_in_text` says."""
     choice, tokens = stage.training.special_tokens_in_text, chat.control_tokens
-    problems, num_read, found = Problems(), 0, Counter[str]()
-    template_checked = False
+    problems, num_read, found, template_checked = Problems(), 0, Counter[str](), False
     key = f"{stage.name}.special_tokens_in_text"
+    rendered, unwanted = "is rendered already", "control tokens of the tokenizer in the text"
     remedies = {
-        "is rendered already": f"rows are rendered already; set {key}: keep, which adds no second BOS or end",
-        "control tokens of the tokenizer in the text": f"rows hold control tokens; set {key}: escape or keep, or "
-        "on_bad_row: skip",
+        rendered: f"rows are rendered already; set {key}: keep, which adds no second BOS or end",
+        unwanted: f"rows hold control tokens; set {key}: escape or keep, or on_bad_row: skip",
     }
-    rendered, unwanted = remedies
     for row in rows:
         num_read += 1
         if row.conversational and not template_checked:
@@ -239,22 +235,3 @@ def _write_texts(
             else:
                 problems.add_row(row.place, str(error))
     problems.raise_any(num_read, [f"{found[what]} {remedy}" for what, remedy in remedies.items() if found[what]])
-
-
-def _require_rows(stage: Stage, lengths: LengthReport, *, is_empty: bool) -> None:
-    """Raise DataError where too few training rows are left, or too many were cut."""
-    share, most, longest = lengths.truncated_share, stage.training.max_truncated, lengths.longest_tokens
-    what = "no row is left to train on" if is_empty else ""
-    if share > most and stage.method == "ppo":
-        what = f"{share:.0%} of the prompts are longer than the {longest_prompt(stage)} tokens that {stage.name}."
-        what += f"max_new_tokens leaves of the model's context (the longest has {longest}), more than max_truncated "
-        what += f"allows ({most:.0%}); raise it, or lower max_new_tokens"
-    elif share > most:
-        what = f"{share:.0%} of the rows are longer than {stage.name}.max_length ({longest_sequence(stage)} tokens; "
-        what += f"the longest row has {longest}), more than max_truncated allows ({most:.0%}); raise one of the two or "
-        what += "shorten the rows"
-    elif lengths.num_untrained and not lengths.num_rows:
-        what = f"none of the {lengths.num_untrained} rows has a token to learn from: every label is masked; look at the"
-        what += " roles of the messages and at max_length"
-    if what:
-        raise DataError(what, where=stage.where(f"{stage.name}.data"))

@@ -1,7 +1,7 @@
 """What every trainer does the same way: order rows, refuse steps that are not finite, weigh metrics, save and stop.
 
-`Guarded` stands in front of a TRL trainer: `class Sft(Guarded, SFTTrainer)`. It knows no method's loss. Upstream
-references are transformers 5.23, TRL 1.16 and accelerate 1.15.
+`Guarded` stands in front of a TRL trainer: `class Sft(Guarded, SFTTrainer)`. Upstream references are transformers 5.23,
+TRL 1.16 and accelerate 1.15.
 """
 
 import copy
@@ -9,10 +9,10 @@ import math
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from alignkit.errors import NonFiniteError, RecipeError
 from alignkit.models import kernels
 from alignkit.models.adapters import TRAINED
 from alignkit.recipe.schema import TrainOptions
+from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks, shards
 from alignkit.train.checkpoint import Checkpointed, Watch
 from alignkit.train.tables import Stream
@@ -44,10 +45,8 @@ def shuffled_order(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
 
 def grouped_order(lengths: Sequence[int] | np.ndarray, *, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation in which the rows of one global batch are of like length.
-
     Rows are shuffled, cut into stretches of MEGA_BATCHES batches, sorted by length inside a stretch, and the batches
-    are shuffled again; the incomplete batch stays last. Inside a batch the longest row comes first.
-    """
+    are shuffled again; the incomplete batch stays last. Inside a batch the longest row comes first."""
     rng = np.random.default_rng((seed, epoch))
     lengths = np.asarray(lengths)
     order = rng.permutation(len(lengths))
@@ -55,9 +54,8 @@ def grouped_order(lengths: Sequence[int] | np.ndarray, *, batch_size: int, seed:
     parts = [order[start : start + stretch] for start in range(0, len(order), stretch)]
     order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
     num_whole = len(order) // batch_size
-    whole, rest = order[: num_whole * batch_size], order[num_whole * batch_size :]
-    batches = whole.reshape(num_whole, batch_size)[rng.permutation(num_whole)]
-    return np.concatenate([batches.reshape(-1), rest])
+    whole, rest = np.split(order, [num_whole * batch_size])
+    return np.concatenate([whole.reshape(num_whole, batch_size)[rng.permutation(num_whole)].reshape(-1), rest])
 
 
 def token_batches(lengths: Sequence[int] | np.ndarray, *, num_tokens: int, seed: int) -> list[np.ndarray]:
@@ -76,11 +74,8 @@ def token_batches(lengths: Sequence[int] | np.ndarray, *, num_tokens: int, seed:
 
 
 def fill_up(order: np.ndarray, *, batch_size: int) -> np.ndarray:
-    """Make whole batches of an order: the incomplete last one gets rows from the beginning of the epoch.
-
-    Every optimizer step then has the same number of rows, and so the same rows on any number of devices; PyTorch's
-    DistributedSampler fills up in the same way.
-    """
+    """Make whole batches of an order: the incomplete last one gets rows from the beginning of the epoch, as PyTorch's
+    DistributedSampler does. Every optimizer step then has the same rows on any number of devices."""
     return np.resize(order, -(-len(order) // batch_size) * batch_size)
 
 
@@ -95,10 +90,8 @@ class Rest:
 
 def go_on(batches: Sequence[Sequence[int]], whole: Callable[[int, int], np.ndarray], *, batch_size: int) -> Rest | None:
     """The rows that are left of the epoch in which a run was stopped, None where its batch size never changed.
-
     `batches` are (last step, rows of each) of the sittings so far; `whole(epoch, batch_size)` is the order of an epoch
-    that begins with batches of that size. One that goes on with another size deals out what is left, in order.
-    """
+    that begins with batches of that size. One that goes on with another size deals out what is left, in order."""
     if all(size == batch_size for _, size in batches):
         return None
     epoch, step = 0, 0
@@ -135,12 +128,9 @@ class EvaluationCut(Exception):
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Make a forward pass in training compute what one in evaluation does.
-
-    TRL's `disable_dropout` knows nn.Dropout alone. Most architectures call dropout as a function, at a rate that a
-    layer holds (OPT, Granite) or reads from its config (Falcon, GPT-Neo). The model's own config keeps its rates, so
-    that what is saved is the architecture it was.
-    """
+    """Make a forward pass in training compute what one in evaluation does. TRL's `disable_dropout` knows nn.Dropout
+    alone; most architectures call a function, at a rate that a layer holds (OPT, Granite) or reads from its config
+    (Falcon, GPT-Neo). The model's own config keeps its rates, for it is saved."""
 
     def rates(owner: Any) -> list[str]:  # attention_dropout, layerdrop, embd_pdrop, router_jitter_noise, ...
         floats = [name for name, value in vars(owner).items() if type(value) is float and value]
@@ -235,11 +225,10 @@ class Guarded(Checkpointed):
         made, schedule = self.lr_scheduler is None, super().create_scheduler(num_training_steps, optimizer)
         if made and isinstance(schedule, LambdaLR) and not any(rate(0) for rate in schedule.lr_lambdas):
             warmup = self.args.get_warmup_steps(num_training_steps)
-
-            def begin_above(rate: Callable[[float], float]) -> Callable[[int], float]:
-                return lambda step: rate(step if step >= warmup else (step + 1) * warmup / (warmup + 1))
-
-            schedule.lr_lambdas = [begin_above(rate) for rate in schedule.lr_lambdas]
+            schedule.lr_lambdas = [
+                lambda step, rate=rate: rate(step if step >= warmup else (step + 1) * warmup / (warmup + 1))
+                for rate in schedule.lr_lambdas
+            ]
             rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
             schedule._last_lr = [base * rate(0) for base, rate in rates]
             for group, first in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
@@ -253,7 +242,15 @@ class Guarded(Checkpointed):
             shards.settle(self)
             return prepared
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # it would look for DeepSpeed's own
-        shards.guard_backward(self)
+        backward = self.accelerator.backward
+
+        def guarded(loss: Tensor, **arguments: Any) -> None:
+            # DeepSpeed's backward pass takes the optimizer step within it. A gradient that is not finite where the loss
+            # is finite is seen after its step, and ends the run before a save.
+            self.refuse_not_finite(float(loss.detach()))
+            backward(loss, **arguments)
+
+        self.accelerator.backward = guarded
         if checkpoint is not None:
             self._load_from_checkpoint(checkpoint)
             self._load_optimizer_and_scheduler(checkpoint)
@@ -323,13 +320,11 @@ class Guarded(Checkpointed):
 
     def _bound_evaluation(self, max_steps: int) -> None:
         """Evaluate less often than asked where it would cost more than `eval_share` of training.
-
         A row costs a forward pass in evaluation, about a third of what it costs in training, and an answer that is
         written is taken for four of them; with evaluate_every each kind may cost half. By counts and not by the clock,
-        so that a resumed run evaluates where an undisturbed one does.
-        """
+        so that a resumed run evaluates where an undisturbed one does."""
         share, every = self.settings.eval_share, self.state.eval_steps
-        self.measure_every = measured_every = self.settings.evaluate_every or 0
+        self.measure_every = self.settings.evaluate_every or 0
         if share is None or self.eval_dataset is None or self.args.eval_strategy != "steps" or not every:
             return
 
@@ -337,17 +332,17 @@ class Guarded(Checkpointed):
             most = int(part * max_steps * self.batch_rows * 3 / max(rows, 1))  # the first and the last one included
             least = math.ceil(max_steps / max(most - 1, 1))
             if every < least:
-                when = f"every {least} steps instead of {every}"
-                when = when if least < max_steps else "at the start and the end only"
+                often = f"every {least} steps instead of {every}"
+                when = often if least < max_steps else "at the start and the end only"
                 cost = f"{rows} {what} beside {max_steps} steps of {self.batch_rows} rows would take more than"
                 console.note(f"evaluating {when}: {cost} eval_share {share:g} of training (null: no limit)")
             return max(every, least)
 
-        num_rows, part = len(self.eval_dataset), share / 2 if measured_every else share
+        num_rows, part = len(self.eval_dataset), share / 2 if self.measure_every else share
         self.state.eval_steps = bound(every, num_rows, "held-out rows", part)
-        if measured_every:
+        if self.measure_every:
             num_read = min(num_rows, self.evaluated[0]) * self.evaluated[1]
-            self.measure_every = bound(measured_every, num_read, "rows read and answered", part)
+            self.measure_every = bound(self.measure_every, num_read, "rows read and answered", part)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         weights = self.weigh(inputs)
@@ -423,7 +418,10 @@ class Guarded(Checkpointed):
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
         totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # name -> sum of value x weight, of weight
-        with self._alone(), console.Meter("held-out rows", num_rows) as meter:
+        # TRL's metrics see this rank only: it gathers means of unequal parts, and the parts that fill up.
+        own: Any = dict.fromkeys(("gather", "gather_for_metrics"), lambda value, *_, **__: value)
+        alone = patch.multiple(self.accelerator, **own)
+        with alone, console.Meter("held-out rows", num_rows) as meter:
             for number, (rows, inputs) in enumerate(zip(dataloader.batch_sampler, dataloader, strict=True)):
                 self._metrics["eval"].clear()
                 weights = {name: float(weight) for name, weight in self.weigh(inputs).items()}
@@ -435,16 +433,15 @@ class Guarded(Checkpointed):
                         totals[name][0] += value * weight if weight else 0.0
                         totals[name][1] += weight
                 meter.advance(min(len(rows) * num_ranks, num_rows - meter.done))
-                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                pulse("evaluating", self.state.global_step)
                 if self.stop_wanted():
                     self._metrics["eval"].clear()
                     raise EvaluationCut
-        parts = ranks.gather(totals)
-        means = {}
-        for name in dict.fromkeys(name for part in parts for name in part):
-            value, weight = (sum(part[name][place] for part in parts if name in part) for place in (0, 1))
-            if weight:
-                means[name] = value / weight
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for part in ranks.gather(totals):
+            for name, (value, weight) in part.items():
+                sums[name] = [sums[name][0] + value, sums[name][1] + weight]
+        means = {name: value / weight for name, (value, weight) in sums.items() if weight}
         self._metrics["eval"].clear()
         metrics = {f"{metric_key_prefix}_loss": means.pop("loss") + means.pop("loss/sft", 0.0)}
         self._metrics["eval"].update({name: [value] for name, value in means.items()})  # TRL's `log` adds them
@@ -459,18 +456,6 @@ class Guarded(Checkpointed):
         """Whether the metrics of `evaluate:` are measured at this step: every so many, and at the last one."""
         step = self.state.global_step
         return bool(self.measure_every) and (step % self.measure_every == 0 or step >= self.state.max_steps)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let TRL's metrics see this rank only: it gathers means of unequal parts, and the parts that fill up."""
-        before = {name: getattr(self.accelerator, name) for name in ("gather", "gather_for_metrics")}
-        for name in before:
-            setattr(self.accelerator, name, lambda value, *_, **__: value)
-        try:
-            yield
-        finally:
-            for name, function in before.items():
-                setattr(self.accelerator, name, function)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         try:

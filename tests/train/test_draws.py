@@ -7,7 +7,7 @@ import torch
 
 from alignkit.models.generation import InverseTransform
 from alignkit.train import ranks
-from alignkit.train.ppo.sampling import cut_at_text, draw_uniforms
+from alignkit.train.ppo.answers import cut_at_text, draw_uniforms
 
 
 def test_tokens_come_with_the_probabilities_of_the_softmax_at_the_temperature() -> None:

@@ -31,9 +31,9 @@ from alignkit.rewards.kinds import open_reward
 from alignkit.runs import checkpoints
 from alignkit.runs.directory import RunDir
 from alignkit.train import ppo
-from alignkit.train.ppo.rewards import finish_scores, measure_norm
+from alignkit.train.losses import measure_norm
+from alignkit.train.ppo.answers import answer_order, cut_answer, finish_scores, prompt_numbers, repetition, sort_steps
 from alignkit.train.ppo.rollout import HackingMonitor, judge_first
-from alignkit.train.ppo.sampling import Truncation, answer_order, cut_answer, prompt_numbers, repetition, sort_steps
 
 LORA = "lora: {r: 4, alpha: 8}\n"
 BASE = "name: t\nmodel: {path: builtin:tiny-llama%s}\n"
@@ -387,7 +387,10 @@ def test_ptx_adds_the_gradient_of_the_language_model(make_stage: Callable, tmp_p
         trainer._train_ptx(trainer.model, 5, micro)
     found = [p.grad.clone() for p in trainer.model.parameters()]
     trainer.model.zero_grad()
-    blocks = [trainer.ptx.blocks[number]["input_ids"] for number in trainer.ptx.numbers(5)]
+    seed = trainer.args.seed + 7919
+    blocks = [
+        trainer.ptx[number]["input_ids"] for number in prompt_numbers(15, 3, num_prompts=len(trainer.ptx), seed=seed)
+    ]
     losses = [
         torch.nn.functional.cross_entropy(
             trainer.model(input_ids=torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="sum"
@@ -405,7 +408,7 @@ def test_ptx_blocks_fit_the_context_of_the_model(make_stage: Callable, tmp_path:
     text = recipe(extra=", ptx: {data: {path: builtin:reviews, max_rows: 40}, coef: 1.0}")
     text = text.replace("builtin:tiny-llama}", "builtin:tiny-llama, config: {max_position_embeddings: 128}}")
     trainer = build(make_stage(text, "ppo"), tmp_path).trainer
-    *blocks, tail = (len(row["input_ids"]) for row in trainer.ptx.blocks)
+    *blocks, tail = (len(row["input_ids"]) for row in trainer.ptx)
     assert {*blocks} == {128} and 2 <= tail <= 128
 
 
@@ -595,15 +598,15 @@ def test_scores_are_normalised_then_clipped_then_charged_for_a_missing_end() -> 
     assert penalised.tolist() == [0.75, 2.0, -1.25 - 1.5]
     replaced = finish_scores(options(missing_eos=MissingEos(score=-1.0)), raw, ended, None)
     assert replaced.tolist() == [1.0, 5.0, -1.0]
-    gain, bias = measure_norm(options(reward_normalize="gain_and_bias"), raw)
+    gain, bias = measure_norm(raw, "gain_and_bias")
     normalised = gain * raw + bias
     assert float(normalised.mean()) == pytest.approx(0, abs=1e-6)
     assert float(normalised.std(correction=0)) == pytest.approx(1, rel=1e-6)
-    assert measure_norm(options(reward_normalize="bias"), raw) == (1.0, -1.0)
+    assert measure_norm(raw, "bias") == (1.0, -1.0)
 
 
 def test_answers_are_cut_after_the_first_truncation_token_that_counts() -> None:
-    rule = Truncation(token=7, after=2)
+    rule = (7, 2)
     assert cut_answer([1, 7, 3, 7, 4], stop_ids=[9], truncation=rule) == ([1, 7, 3, 7], True)
     assert cut_answer([1, 7, 3, 9], stop_ids=[9], truncation=rule) == ([1, 7, 3, 9], False)
     assert cut_answer([1, 9], stop_ids=[9], truncation=None) == ([1, 9], True)

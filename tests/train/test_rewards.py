@@ -30,8 +30,7 @@ from alignkit.models.save import save_model
 from alignkit.models.start import builtin_config, builtin_tokenizer
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.rewards.kinds import fingerprint_rewards
-from alignkit.train.ppo.rewards import Rewards, build_rewards, encode_ids
-from alignkit.train.ppo.sampling import Rollout
+from alignkit.train.ppo.answers import Rewards, Rollout, build_rewards, encode_ids
 
 QUESTION = [{"role": "user", "content": "Was it good?"}]
 WORDS = ["yes", "no", "it", "was", "good", "bad", "?", ".", "Was"]

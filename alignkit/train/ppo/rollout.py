@@ -1,22 +1,19 @@
 """From prompts to experience: sample answers, cut and score them, and read what policy, reference and critic say.
 
 Each rank samples, scores and reads its share; all then hold the whole rollout, so that whitening, metrics and the KL
-are those of one process.
-
-Legend: R answers of a rollout, N tokens of a batch, T tokens of the longest answer.
+are those of one process. Legend: R answers of a rollout, N tokens of a batch, T tokens of the longest answer.
 """
-
-from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from alignkit import console
@@ -27,18 +24,13 @@ from alignkit.recipe.schema import PpoOptions
 from alignkit.rewards.base import join_columns
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks
+from alignkit.train.losses import measure_norm
+from alignkit.train.ppo import answers as draws
 from alignkit.train.ppo import math as maths
-from alignkit.train.ppo import sampling as draws
-from alignkit.train.ppo.critic import Critic
-from alignkit.train.ppo.rewards import Rewards, finish_scores, measure_norm
-from alignkit.train.ppo.roles import Roles, read_answers
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from alignkit.train.ppo.answers import Rewards, Rollout, finish_scores
+from alignkit.train.ppo.roles import Critic, Roles, read_answers
 
 _WINDOW = 4  # rollouts compared for signs of reward hacking: the first ones with the latest ones
-_LONGER = 1.5  # times the length at the start
-_MORE_REPETITION = 0.2
 _OTHER_PROMPTS = 2**31  # the seed of prompts that are taken before training lies beyond that of rollouts
 _RESAMPLED = 2**32  # and that of prompts that take the place of others
 # What answers are sampled for; with the seed and a number it names the random numbers they draw.
@@ -46,18 +38,14 @@ TRAINING, NORMALISATION, CHECK, HELD_OUT = range(4)
 
 
 class KlTooLarge(Exception):
-    """The KL passed `max_kl`; caught by the trainer, which goes back to the last good checkpoint."""
-
-    def __init__(self, kl: float, step: int) -> None:
-        super().__init__(f"KL {kl:.3g} at step {step}")
-        self.kl, self.step = kl, step
+    """KL and step at which it passed `max_kl`; caught by the trainer, which goes back to the last good checkpoint."""
 
 
 @dataclass
 class Experience:
     """A rollout with what PPO needs of it; tensors lie on the CPU, in float32."""
 
-    rollout: draws.Rollout
+    rollout: Rollout
     scores_R: Tensor
     mask_RT: Tensor
     logps_RT: Tensor
@@ -89,9 +77,9 @@ class HackingMonitor:
         both = self.start, self.latest
         before, now = ({name: sum(row[name] for row in rows) / len(rows) for name in seen} for rows in both)
         signs = []
-        if now["response_length"] > _LONGER * before["response_length"]:
+        if now["response_length"] > 1.5 * before["response_length"]:
             signs.append(f"answers grew from {before['response_length']:.0f} to {now['response_length']:.0f} tokens")
-        if now["repetition"] > before["repetition"] + _MORE_REPETITION:
+        if now["repetition"] > before["repetition"] + 0.2:
             signs.append(f"repetition rose from {before['repetition']:.2f} to {now['repetition']:.2f}")
         if not signs or now["reward"] <= before["reward"]:
             return None
@@ -112,7 +100,7 @@ class Collector:
     rewards: Rewards
     gold: Rewards | None
     sampling: Sampling
-    truncation: draws.Truncation | None
+    truncation: tuple[int, int] | None  # a token, and the position from which on it ends an answer
     num_answers: int  # of one rollout
     micro_batch_size: int
     seed: int
@@ -126,11 +114,11 @@ class Collector:
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # log-probabilities and values with their graphs
 
     def __post_init__(self) -> None:
-        self.kl_coef = self.options.kl_coef
+        self.kl_coef, self.pad_id = self.options.kl_coef, self.chat.tokenizer.pad_token_id
 
     def sample(
         self, numbers: Sequence[int], draw: draws.Key, *, table: Dataset | None = None, repeats: int = 1
-    ) -> draws.Rollout:
+    ) -> Rollout:
         """Sample `repeats` answers to each of the numbered prompts; `draw` names the random numbers."""
         rows = [(table or self.prompts)[number] for number in numbers for _ in range(repeats)]
         prompt_ids = [list(row["prompt_ids"]) for row in rows]
@@ -156,20 +144,21 @@ class Collector:
 
     def _as_rollout(
         self, prompts: list[Any], prompt_ids: list[list[int]], sampled: list[list[int]], columns: list[str]
-    ) -> draws.Rollout:
+    ) -> Rollout:
         stop_ids = self.sampling.stop_ids
         stops = [draws.cut_at_text(ids, self.options.stop or (), self.chat.tokenizer.decode) for ids in sampled]
         sampled = [ids[:end] for ids, end in zip(sampled, stops, strict=True)]
-        cut = [draws.cut_answer(ids, stop_ids=stop_ids, truncation=self.truncation) for ids in sampled]
-        cut = [(ids, ended or end is not None) for (ids, ended), end in zip(cut, stops, strict=True)]
-        texts = self.chat.tokenizer.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
+        cut = (draws.cut_answer(ids, stop_ids=stop_ids, truncation=self.truncation) for ids in sampled)
+        kept, ended = zip(*cut, strict=True)
+        texts = self.chat.tokenizer.batch_decode(list(kept), skip_special_tokens=True)
         completions: list[Any] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        return draws.Rollout(
-            prompts=prompts, prompt_ids=prompt_ids, completion_ids=[ids for ids, _ in cut], completions=completions,
-            ended=[ended for _, ended in cut], columns=join_columns(columns), sampled_ids=sampled,
+        return Rollout(
+            prompts=prompts, prompt_ids=prompt_ids, completion_ids=list(kept), completions=completions,
+            ended=[over or end is not None for over, end in zip(ended, stops, strict=True)],
+            columns=join_columns(columns), sampled_ids=sampled,
         )  # fmt: skip
 
     def prepare(self) -> None:
@@ -180,7 +169,7 @@ class Collector:
         numbers = draws.prompt_numbers(0, count, num_prompts=len(self.prompts), seed=self.seed + _OTHER_PROMPTS)
         rollouts = (self.sample(numbers[at : at + size], (NORMALISATION, at)) for at in range(0, count, size))
         totals = [self.rewards(rollout)[0] for rollout in rollouts]
-        self.norm = gain, bias = measure_norm(self.options, torch.cat(totals))
+        self.norm = gain, bias = measure_norm(torch.cat(totals), self.options.reward_normalize)
         if self.critic is not None and self.critic.from_reward:
             self.critic.rescale(gain, bias)
         what = f"reward normalised on {count} answers of the starting policy: {gain:.4g} r {bias:+.4g}"
@@ -208,18 +197,17 @@ class Collector:
             console.warn(f"{self.name}: {warning}")
         return experience
 
-    def _resample(self, number: int, rollout: draws.Rollout, scored: tuple[Tensor, dict[str, Tensor]]) -> int:
-        """Replace groups whose answers all have one reward by those of other prompts, in place; says how many.
-
-        Which prompts and random numbers come depends on the rollout's number alone, as a resumed run needs.
-        """
+    def _resample(self, number: int, rollout: Rollout, scored: tuple[Tensor, dict[str, Tensor]]) -> int:
+        """Replace groups whose answers all have one reward by those of other prompts, in place; says how many. Prompts
+        and random numbers depend on the rollout's number alone, as a resumed run needs."""
         (total_R, parts), repeats, replaced = scored, self.options.answers_per_prompt, 0
-        for turn in range(1, (self.options.dynamic_sampling or 0) + 1):
+        turns = self.options.dynamic_sampling or 0
+        for turn in range(1, turns + 1):
             groups_PG = total_R.view(-1, repeats)
             flat = (groups_PG == groups_PG[:, :1]).all(dim=1).nonzero().flatten().tolist()
             if not flat:
                 break
-            first, seed = (number * self.options.dynamic_sampling + turn - 1) * len(groups_PG), self.seed + _RESAMPLED  # type: ignore[operator]
+            first, seed = (number * turns + turn - 1) * len(groups_PG), self.seed + _RESAMPLED
             numbers = draws.prompt_numbers(first, len(flat), num_prompts=len(self.prompts), seed=seed)
             others = self.sample(numbers, (TRAINING, number, turn), repeats=repeats)
             other_R, other_parts = self.rewards(others)
@@ -232,7 +220,7 @@ class Collector:
         return replaced
 
     def examine(
-        self, rollout: draws.Rollout, model: Any, scored: tuple[Tensor, dict[str, Tensor]] | None = None, *,
+        self, rollout: Rollout, model: Any, scored: tuple[Tensor, dict[str, Tensor]] | None = None, *,
         keep: bool = False,
     ) -> Experience:  # fmt: skip
         """Score a rollout, read what the models say about it, and estimate the advantages; changes no state."""
@@ -293,12 +281,10 @@ class Collector:
         )  # fmt: skip
 
     def read(
-        self, rollout: draws.Rollout, model: Any, *, keep: bool = False
+        self, rollout: Rollout, model: Any, *, keep: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Read mask, log-probs, the reference's log-probs, entropies and values, each (R, T) on the CPU.
-
-        `keep`: what this rank has read of policy and critic stays in `kept`, a piece at a time, to be trained from.
-        """
+        """Read mask, log-probs, the reference's log-probs, entropies and values, each (R, T) on the CPU. `keep`: what
+        this rank has read of policy and critic stays in `kept`, a piece at a time, to be trained from."""
         longest = max(map(len, rollout.sampled_ids))
         columns = torch.zeros(5, len(rollout), longest)
         # In the micro batches of the first epoch, so that its first ratio is computed alike on both sides.
@@ -321,11 +307,9 @@ class Collector:
         mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = ranks.total(columns)  # 0 where others have read
         return mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT if self.critic is not None else None
 
-    def pieces(self, rollout: draws.Rollout, rows: Sequence[int], longest: int) -> list[tuple[list[int], Batch]]:
-        """Pad a micro batch for forward passes: whole, or in pieces of `piece_tokens`, the longest answers first.
-
-        A CPU is as fast with a few hundred tokens as with thousands, and they hold less padding and fewer activations.
-        """
+    def pieces(self, rollout: Rollout, rows: Sequence[int], longest: int) -> list[tuple[list[int], Batch]]:
+        """Pad a micro batch for forward passes: whole, or in pieces of `piece_tokens`, the longest answers first. A CPU
+        is as fast with a few hundred tokens as with thousands, and they hold less padding and fewer activations."""
         lengths, parts = rollout.lengths, list[list[int]]()
         for row in sorted(rows, key=lambda row: -lengths[row]):
             if not parts or (len(parts[-1]) + 1) * lengths[parts[-1][0]] > self.piece_tokens:
@@ -334,8 +318,7 @@ class Collector:
         return [
             (part, pad_answers(
                 [rollout.prompt_ids[row] for row in part], [rollout.sampled_ids[row] for row in part],
-                pad_id=self.chat.tokenizer.pad_token_id, device=self.roles.policy.device, num_columns=longest,
-                sampling=self.sampling,
+                pad_id=self.pad_id, device=self.roles.policy.device, num_columns=longest, sampling=self.sampling,
             ))
             for part in parts
         ]  # fmt: skip
@@ -355,15 +338,11 @@ class Collector:
 def judge_first(options: PpoOptions, ended: Sequence[bool], scores: Sequence[float]) -> str | None:
     """Say what is wrong with the first rollout where nothing can be learnt from it; `scores` are final."""
     if not any(ended):
-        end = f"cut off at max_new_tokens ({options.max_new_tokens})"
-        if options.truncate:
-            end = "without the token of truncate"
-        rule = options.missing_eos
-        replaced = f", and missing_eos gives each the score {rule.score:g}" if rule and rule.score is not None else ""
-        return (
-            f"all {len(ended)} answers of the first rollout are {end}{replaced}; raise max_new_tokens, or start from a "
-            "model that ends its answers"
-        )
+        cut, rule = f"cut off at max_new_tokens ({options.max_new_tokens})", options.missing_eos
+        what = f"all {len(ended)} answers of the first rollout are "
+        what += "without the token of truncate" if options.truncate else cut
+        what += f", and missing_eos gives each the score {rule.score:g}" if rule and rule.score is not None else ""
+        return f"{what}; raise max_new_tokens, or start from a model that ends its answers"
     if len(scores) > 1 and len(set(scores)) == 1:
         return f"all {len(scores)} answers of the first rollout have the reward {scores[0]:g}: nothing tells them apart"
     return None

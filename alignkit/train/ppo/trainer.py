@@ -5,18 +5,17 @@ Losses are means over the tokens of the whole step, over all ranks: micro batche
 Checkpoints are written between rollouts only: a resumed run samples the next rollout as the undisturbed one would have.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,35 +35,15 @@ from alignkit.models.logprobs import Batch, pad_answers
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
 from alignkit.train import ranks, shards
-from alignkit.train.ppo import sampling
-from alignkit.train.ppo.critic import Critic
+from alignkit.train.ppo.answers import answer_order, cut_at_text, prompt_numbers, sort_steps
 from alignkit.train.ppo.math import answer_means, kl_losses, policy_losses, value_losses
-from alignkit.train.ppo.roles import CRITIC, Roles, read_answers
+from alignkit.train.ppo.roles import CRITIC, Critic, Roles, read_answers
 from alignkit.train.ppo.rollout import CHECK, HELD_OUT, Collector, Experience, KlTooLarge
 from alignkit.train.trainer import Guarded
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-STATE_FILE, EMA_FILE = "ppo_state.json", "ema.safetensors"  # of a checkpoint, beside the policy and the critic
+STATE_FILE = "ppo_state.json"  # of a checkpoint, beside the weights
 _PTX_SEED = 7919  # another order than that of the prompts
 _HELD_OUT_METRICS = ("reward", "gold", "objective/kl", "entropy", "response_length", "ended_share", "repetition")
-
-
-@dataclass
-class Ptx:
-    """Blocks of raw text whose language-model loss is added to PPO's (InstructGPT, arXiv 2203.02155 eq. 2)."""
-
-    blocks: Dataset  # input_ids
-    coef: float
-    batch_size: int  # blocks per optimizer step
-    seed: int
-    pad_id: int
-
-    def numbers(self, step: int) -> list[int]:
-        """The blocks of an optimizer step."""
-        first, seed = step * self.batch_size, self.seed + _PTX_SEED
-        return sampling.prompt_numbers(first, self.batch_size, num_prompts=len(self.blocks), seed=seed)
 
 
 class Ema(TrainerCallback):
@@ -82,17 +61,6 @@ class Ema(TrainerCallback):
         weights = [p.detach().float() for p in self.parameters.values()]
         torch._foreach_lerp_([*self.averages.values()], weights, 1 - self._decay)  # a <- decay a + (1 - decay) w
 
-    def save(self, directory: Path) -> None:
-        """Write the averages beside a checkpoint's weights; all ranks call it."""
-        state = shards.gather(self.averages.items())
-        if state is not None:
-            save_file(state, directory / EMA_FILE, metadata={"format": "pt"})
-
-    def load(self, directory: Path) -> None:
-        if not (directory / EMA_FILE).is_file():
-            raise RunError("holds no averaged weights (ema); start over with --force", where=str(directory))
-        shards.scatter_model(self.averages, load_file(directory / EMA_FILE))
-
 
 class Ppo(Guarded, GRPOTrainer):
     """See the module docstring."""
@@ -101,7 +69,7 @@ class Ppo(Guarded, GRPOTrainer):
 
     def __init__(
         self, *args: Any, options: PpoOptions, collector: Collector, roles: Roles, critic: Critic | None,
-        ptx: Ptx | None = None, **kwargs: Any,
+        ptx: Dataset | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.options, self.collector, self.roles, self.critic, self.ptx = options, collector, roles, critic, ptx
         self.experience: Experience | None = None
@@ -130,9 +98,7 @@ class Ppo(Guarded, GRPOTrainer):
 
     def _bind_parameters(self) -> None:
         """Take note of who owns which parameters and begin the policy's averages.
-
-        Sharding replaces parameters, and between two passes a sharded model may show its whole ones.
-        """
+        Sharding replaces parameters, and between two passes a sharded model may show its whole ones."""
         self._critic_parameters = self.critic.parameters() if self.critic else []
         others = {id(parameter) for parameter in self._critic_parameters}
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
@@ -164,11 +130,10 @@ class Ppo(Guarded, GRPOTrainer):
         try:
             return super().train(*args, **kwargs)
         except KlTooLarge as stop:
-            self.is_in_train = False
+            self.is_in_train, (kl, step) = False, stop.args
             directory = Path(self.args.output_dir)
-            good = [path for path in checkpoints.list_checkpoints(directory) if checkpoints.step_of(path) < stop.step]
-            above = f"above max_kl {self.options.max_kl:g}"
-            limit = f"the KL is {stop.kl:.3g} nats per sequence at step {stop.step}, {above}"
+            good = [path for path in checkpoints.list_checkpoints(directory) if checkpoints.step_of(path) < step]
+            limit = f"the KL is {kl:.3g} nats per sequence at step {step}, above max_kl {self.options.max_kl:g}"
             if not good:
                 advice = "no earlier checkpoint was saved; lower learning_rate or save_steps, or raise kl_coef"
                 raise ranks.met_by_all(RunError(f"{limit}, and {advice}", where=str(directory))) from None
@@ -192,15 +157,11 @@ class Ppo(Guarded, GRPOTrainer):
         if self.use_vllm:
             answers, logps = self._generate_single_turn(prompt_ids, None, {}, repeats)
             return answers, logps or []
-
-        def is_over(ids: list[int]) -> bool:
-            text = chat.tokenizer.decode(ids)
-            return any(stop in text for stop in options.stop or ())
-
+        stops, decode = options.stop or (), chat.tokenizer.decode
         names = ("temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens")
         how = {name: getattr(options, name) for name in names} | {
             "eos_ids": chat.stop_ids, "pad_id": chat.tokenizer.pad_token_id, "in_step": shards.is_sharded(self),
-            "is_over": is_over if options.stop else None,
+            "is_over": (lambda ids: cut_at_text(ids, stops, decode) is not None) if stops else None,
         }  # fmt: skip
         order = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))  # like lengths come together
         if options.generation.engine == "continuous":
@@ -223,11 +184,10 @@ class Ppo(Guarded, GRPOTrainer):
         if place == 0 and micro == 0:
             if number == 0:
                 self.collector.prepare()
-            self.experience = None  # its memory is needed
+            self.experience, metrics = None, self._metrics["train"]  # the memory of the last one is needed
             # Where the first step is one micro batch of all answers, it goes back through the graphs of the read.
             keep = self._keeps_graphs
             self.experience = ranks.alike(lambda: self.collector.collect(number, self.model, step=step, keep=keep))
-            metrics = self._metrics["train"]
             for name, value in self.experience.metrics.items():
                 metrics[name].append(value)
             self._total_train_tokens += sum(self.experience.rollout.lengths)
@@ -235,10 +195,10 @@ class Ppo(Guarded, GRPOTrainer):
         assert self.experience is not None
         epoch, minibatch = divmod(place, self.options.minibatches)
         rollout, mask_RT = self.experience.rollout, self.experience.mask_RT
-        order = sampling.answer_order(len(rollout), seed=self.args.seed, rollout=number, epoch=epoch)
+        order = answer_order(len(rollout), seed=self.args.seed, rollout=number, epoch=epoch)
         batch_size, size = self.options.batch_size, self.args.per_device_train_batch_size
         rows_of_step = order[minibatch * batch_size : (minibatch + 1) * batch_size]
-        rows_of_step = sampling.sort_steps(rows_of_step, rollout.lengths, step_size=batch_size)
+        rows_of_step = sort_steps(rows_of_step, rollout.lengths, step_size=batch_size)
         turn = micro * self.args.world_size + self.args.process_index
         rows = rows_of_step[turn * size : (turn + 1) * size]
         return {
@@ -257,31 +217,37 @@ class Ppo(Guarded, GRPOTrainer):
         if ptx_loss is not None:
             self._last_loss = loss = loss + ptx_loss
         if micro == accumulate - 1:
-            if self.critic is not None:
-                ranks.average_gradients(p for p in self._critic_parameters if not isinstance(p, DTensor))
+            for parameter in self._critic_parameters if self.args.world_size > 1 else ():
+                if not isinstance(parameter, DTensor):  # no wrapper of a model averages these over ranks
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= self.args.world_size
             sums = ranks.total(torch.tensor(list(self._step_sums.values()), dtype=torch.float64))
             for name, value in zip(self._step_sums, sums.tolist(), strict=True):
                 self._metrics["train"][name].append(value)
         return loss
 
     def _train_ptx(self, model: Any, step: int, micro: int) -> Tensor:
-        """Add the gradient of this rank's blocks; DDP sums it up with the one of PPO, which comes after it."""
-        assert self.ptx is not None
-        world_size, device, ptx = self.args.world_size, self.args.device, self.ptx
-        blocks = [list(ptx.blocks[number]["input_ids"]) for number in ptx.numbers(step)]
+        """Add the gradient of a language-model loss on this rank's blocks (InstructGPT, arXiv 2203.02155 eq. 2); DDP
+        sums it up with the one of PPO, which comes after it."""
+        options, table = self.options.ptx, self.ptx
+        assert options is not None and table is not None
+        world_size, device, size = self.args.world_size, self.args.device, options.batch_size or self.options.batch_size
+        numbers = prompt_numbers(step * size, size, num_prompts=len(table), seed=self.args.seed + _PTX_SEED)
+        blocks = [list(table[number]["input_ids"]) for number in numbers]
         num_tokens = sum(len(ids) - 1 for ids in blocks)  # every token after the first is learnt
         turn = micro * world_size + self.args.process_index
         mine = blocks[turn :: self.args.gradient_accumulation_steps * world_size]
         loss = torch.zeros((), device=device)
         if mine:
-            starts, rests = [ids[:1] for ids in mine], [ids[1:] for ids in mine]
-            batch = pad_answers(starts, rests, pad_id=ptx.pad_id, device=device)
+            starts, rests, pad_id = [ids[:1] for ids in mine], [ids[1:] for ids in mine], self.collector.pad_id
+            batch = pad_answers(starts, rests, pad_id=pad_id, device=device)
             with self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     logps_N, *_ = read_answers(model, batch)
-                    loss = -ptx.coef * logps_N.sum() / num_tokens * world_size
+                    loss = -options.coef * logps_N.sum() / num_tokens * world_size
                 self.accelerator.backward(loss)
-        self._step_sums["ptx_loss"] += float(loss.detach()) / ptx.coef / world_size
+        self._step_sums["ptx_loss"] += float(loss.detach()) / options.coef / world_size
         return loss.detach()
 
     def compute_loss(
@@ -366,9 +332,7 @@ class Ppo(Guarded, GRPOTrainer):
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Shard what stands beside the policy and give the critic parameter groups with a learning rate of its own.
-
-        Upstream calls it when the policy has just been sharded and the optimizer follows it.
-        """
+        Upstream calls it when the policy has just been sharded and the optimizer follows it."""
         if self.is_fsdp_enabled:
             for model in (self.roles.reference, self.critic.model if self.critic else None):
                 if model is not None:
@@ -401,21 +365,27 @@ class Ppo(Guarded, GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         directory = Path(str(output_dir))
-        if self.critic is not None:
-            self.critic.save_state(directory)
-        if self.ema is not None:
-            self.ema.save(directory)
+        for name, tensors in self._held_beside().items():  # all ranks gather, rank 0 writes
+            if (state := shards.gather(tensors.items())) is not None:
+                save_file(state, directory / name, metadata={"format": "pt"})
         if self.args.should_save:
             (directory / STATE_FILE).write_text(json.dumps(self.collector.state()) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         directory = Path(resume_from_checkpoint)
-        if self.critic is not None:
-            self.critic.load_state(directory)
-        if self.ema is not None:
-            self.ema.load(directory)
+        for name, mine in self._held_beside().items():
+            saved = load_file(directory / name) if (directory / name).is_file() else {}
+            if saved.keys() != mine.keys():
+                raise RunError("holds other weights than this run trains; start over with --force",
+                               where=str(directory / name))  # fmt: skip
+            shards.scatter_model(mine, saved)
         self.collector.restore(json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
+
+    def _held_beside(self) -> dict[str, Mapping[str, Tensor]]:
+        """Tensors of critic and averages, by the file of a checkpoint that keeps them beside the policy."""
+        found: dict[str, Mapping[str, Tensor]] = {"ema.safetensors": self.ema.averages} if self.ema else {}
+        return found | ({"critic.safetensors": dict(self.critic.named_parameters())} if self.critic else {})
 
     @torch.no_grad()
     def ready_final(self) -> None:
