@@ -94,7 +94,8 @@ def _child(stage: object, log: Path, prepare: Callable[[], None] | None, allow_c
     if prepare is not None:
         prepare()
     try:
-        launch_stage(stage, Command(stage, (), allow_change=allow_change))  # type: ignore[arg-type]
+        for each in stage if isinstance(stage, list) else [stage]:  # a finished one is left as it is
+            launch_stage(each, Command(each, (), allow_change=allow_change))
     except AlignKitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -103,7 +104,8 @@ def _child(stage: object, log: Path, prepare: Callable[[], None] | None, allow_c
 
 @pytest.fixture
 def run(warm: None, tmp_path: Path) -> Iterator[Callable[..., Ended]]:
-    """Return a function that runs a stage in a fork, with an optional signal after a delay or once a test holds."""
+    """Return a function that runs a stage, or a list of them in turn, in a fork, with an optional signal after a delay
+    or once a test holds."""
     children: list[int] = []
 
     def start(

@@ -56,6 +56,12 @@ KINDS = {
         "preset: dapo\n  num_generations: 2\n  minibatches: 1\n  kl_coef: 0.05\n  "
         "dynamic_sampling: 2\n  kl_in: loss\n  top_p: 0.9\n  stop: ' t'",
     ),
+    "grpo": (  # half of the groups have one reward, and are drawn again
+        "",
+        "",
+        "{verify: regex}",
+        "preset: grpo\n  num_generations: 2\n  minibatches: 1\n  dynamic_sampling: 3\n  kl_coef: 0.05",
+    ),
     "qlora": (", quantization: nf4", "lora: {r: 4, alpha: 8}", "rm", ""),
 }
 
@@ -72,7 +78,12 @@ def make_ppo(tmp_path: Path, run: Callable, warm_ppo: None) -> Callable[[str, st
     def make(kind: str, out: str) -> Stage:
         quantization, lora, reward, extra = KINDS[kind]
         path = tmp_path / f"{kind}.yaml"
-        path.write_text(RECIPE.format(quantization=quantization, lora=lora, reward=reward, extra=extra))
+        text = RECIPE.format(quantization=quantization, lora=lora, reward=reward, extra=extra)
+        if "verify" in reward:
+            rows = [{"prompt": f"Write {number}.", "pattern": "[a-h]"} for number in range(16)]
+            (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            text = text.replace("{path: builtin:prompts, max_rows: 16}", "rows.jsonl")
+        path.write_text(text)
         if reward == "rm" and not (tmp_path / "runs" / "faults" / "rm" / "result.json").exists():
             ended = run(resolve(load_recipe(path), "rm"))
             assert ended.code == 0, ended.stderr
@@ -90,7 +101,7 @@ def digest(run_dir: Path) -> str:
     """Return a digest of the final policy and critic."""
     found = hashlib.sha256()
     files = sorted((run_dir / "model").rglob("*.safetensors"))
-    has_critic = not (run_dir.parent / "dapo.yaml").exists()
+    has_critic = not any((run_dir.parent / f"{kind}.yaml").exists() for kind in ("dapo", "grpo"))
     assert len(files) >= 1 + has_critic, f"policy and critic are not both below {run_dir}"
     for file in files:
         found.update(str(file.relative_to(run_dir)).encode() + file.read_bytes())
@@ -147,6 +158,9 @@ def test_ten_kills_leave_policy_and_critic_bit_identical(
     kind: str, make_ppo: Callable, run: Callable, tmp_path: Path
 ) -> None:
     hits = check_kills(kind, make_ppo, run, tmp_path, num_kills=10, seed=2)
+    if kind == "grpo":
+        rows = map(json.loads, (tmp_path / "whole/metrics.jsonl").read_text().splitlines())
+        assert sum(row.get("resampled_groups", 0) for row in rows) > 0
     print(f"ppo {kind}: {hits} kills, all exact")
     assert hits >= 10
 

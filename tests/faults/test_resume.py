@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from faults.conftest import damage, damage_each
 
-from alignkit.recipe import Stage
+from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.recipe.schema import DataSource, EvaluateOptions
 from alignkit.runs import checkpoints
 
@@ -122,6 +122,55 @@ def test_ten_kills_leave_the_final_weights_bit_identical(
         if hits >= 10:
             break
     print(f"{method} {kind}: {hits} kills, {part + 1} runs, all exact")
+
+
+STEPS = "max_steps: 6, save_steps: 1, batch_size: 4, learning_rate: 1e-3, samples: {num: 0}"
+START = f"sft: {{data: {{path: builtin:instructions, max_rows: 32}}, max_length: 160, {STEPS}}}"
+CHAINS = {
+    "rounds": f"""{START}
+label: {{start_from: sft, data: rows.jsonl, reward: {{verify: regex}}, answers: 4, max_new_tokens: 8, batch_size: 4}}
+dpo: {{start_from: sft, data: label, max_length: 160, {STEPS}}}
+rounds: {{stages: [label, dpo], num: 2, rows: all}}
+""",
+    "distillation": f"""{START}
+student: {{method: sft, objective: distill, data: {{path: builtin:instructions, max_rows: 32}}, max_length: 160,
+  {STEPS}, teacher: {{model: sft, on_policy: 0.5, top_k: 8, max_new_tokens: 8, context: Be brief.}}}}
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", CHAINS)
+def test_ten_kills_leave_every_stage_of_a_chain_bit_identical(
+    chain: str, run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    import alignkit.rewards.label  # noqa: F401, in the parent, as what trains
+
+    asked = [{"prompt": f"Write {number}.", "pattern": "[a-h]"} for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: faults\nmodel: builtin:tiny-llama\nlora: {{r: 4, alpha: 8, dropout: 0.1}}\n{CHAINS[chain]}")
+
+    def make(out: str) -> list[Stage]:
+        recipe = load_recipe(path, overrides=[f"runs_dir={tmp_path / out}"])
+        return [resolve(recipe, name) for name in recipe.order]
+
+    def read(stages: list[Stage]) -> list[str]:
+        """Digest of each stage: its rows, or its weights."""
+        rows = [Path(stage.run_dir) / "rows.jsonl" for stage in stages]
+        return [it.read_text() if it.exists() else digest(it.parent) for it in rows]
+
+    whole = run(make("whole"))
+    assert whole.code == 0, whole.stderr
+    expected, rng, hits = read(make("whole")), random.Random(chain), 0
+    assert len(set(expected)) == len(expected) > 1
+    for part in range(8):
+        hits += kill_until_finished(make(f"killed{part}"), run, rng, whole.seconds * 0.7, 4)
+        assert read(make(f"killed{part}")) == expected
+        if hits >= 10:
+            break
+    print(f"{chain}: {hits} kills, {part + 1} runs, all exact")
+    assert hits >= 10
 
 
 def stop_in_the_middle(stage: object, run: Callable, tmp_path: Path, out: str) -> list[Path]:

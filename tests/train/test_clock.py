@@ -28,7 +28,7 @@ def run_on(day: int, stage: Stage, monkeypatch: pytest.MonkeyPatch, *, allow_cha
         def now(cls, tz: object = None) -> Day:
             return cls(2026, 12, day)
 
-    monkeypatch.setattr("alignkit.train.tables.datetime", Day)
+    monkeypatch.setattr("alignkit.train.setup.datetime", Day)
     run = Path(stage.run_dir)
     run.mkdir(parents=True, exist_ok=True)
     sft.run(stage, run, allow_change=allow_change)
