@@ -1,11 +1,13 @@
 """Write alignkit/recipe/fields.json and adapters.json: the configuration fields of the installed TRL and PEFT.
 
-Run by `make snapshot`. It copies what TRL, transformers and PEFT say, as JSON Schema fragments; what alignkit adds or
+Run by `make snapshot`. It copies what TRL, transformers and PEFT say, as JSON Schema fragments, with the ranges and
+choices that TRL leaves open (`limits.json`; "typical" is shown in messages and descriptions); what alignkit adds or
 refuses is in `trl_fields.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -23,6 +25,8 @@ _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", dict:
 # Choices that TRL names in a field's help only, and values it accepts but has deprecated.
 _CHOICES_IN_HELP = ("loss_type", "f_divergence_type")
 _DEPRECATED = {"keep_end", "chunked_nll"}
+_LIMITS = json.loads(Path(__file__).with_name("limits.json").read_text(encoding="utf-8"))
+_RANGES = {name: limits for names, limits in _LIMITS["limits"].items() for name in names.split()}
 
 
 def take_snapshot() -> dict[str, Any]:
@@ -30,7 +34,10 @@ def take_snapshot() -> dict[str, Any]:
     from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 
     classes = {"sft": SFTConfig, "rm": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig, "ppo": GRPOConfig}
-    described = {name: describe_class(cls) for name, cls in classes.items()}
+    described = {
+        name: {field: _narrow(field, fragment) for field, fragment in describe_class(cls).items()}
+        for name, cls in classes.items()
+    }
     common = {
         field: fragment
         for field, fragment in described["sft"].items()
@@ -42,6 +49,20 @@ def take_snapshot() -> dict[str, Any]:
     }
     versions = {name: version(name) for name in ("trl", "transformers")}
     return {"versions": versions, "schedulers": describe_schedulers(), "common": common, **own}
+
+
+def _narrow(name: str, fragment: dict[str, Any]) -> dict[str, Any]:
+    """Put alignkit's range and choices on the option of the matching type."""
+    fragment, limits = copy.deepcopy(fragment), dict(_RANGES.get(name, {}))
+    if "typical" in limits:
+        fragment["typical"] = limits.pop("typical")
+    for option in fragment.get("anyOf", [fragment]):
+        target = option["items"] if option.get("type") == "array" else option
+        if target.get("type") in ("integer", "number"):
+            target.update(limits)
+        if target.get("type") == "string" and name in _LIMITS["choices"]:
+            target["enum"] = list(_LIMITS["choices"][name])
+    return fragment
 
 
 # What alignkit sets itself in a PEFT config, and what needs parts of its own: data, other configs, Megatron.

@@ -21,8 +21,8 @@ from alignkit.launch import is_in_process, launch_stage
 from alignkit.launch.placement import Command
 from alignkit.preflight.requirements import list_needs, locate_rows, require_held_out, require_ready
 from alignkit.recipe import Recipe, Stage
-from alignkit.recipe.references import ROWS
 from alignkit.recipe.schema import FEEDBACK, ROOMS, EvaluateOptions
+from alignkit.recipe.sections import ROWS
 from alignkit.recipe.trl_fields import method_fields
 from alignkit.runs import checkpoints
 from alignkit.runs.directory import Result, RunDir, find_damaged_product

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from alignkit import console
 from alignkit.errors import EnvironmentProblem, ModelError, Problem, RunError, find_nearest, first_line, suggest
-from alignkit.recipe.references import RUNS
+from alignkit.recipe.sections import RUNS
 from alignkit.runs.directory import require_whole
 
 BUILTIN_PREFIX = "builtin:"

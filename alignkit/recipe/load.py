@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from alignkit.errors import Problem, RecipeError, suggest
-from alignkit.recipe import references
+from alignkit.recipe import sections
 from alignkit.recipe.check import check_keys, describe_unknown_top, quote_help, show, show_key, validate
 from alignkit.recipe.rules import audit_recipe, audit_stage
 from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions
-from alignkit.recipe.sections import Section, Whole, check_group, make_stage, split_group
+from alignkit.recipe.sections import Section, Whole
 from alignkit.recipe.stage import Recipe
 from alignkit.recipe.words import find_method
 from alignkit.recipe.yaml import Node, apply_override, expand, find_recipe, label_path, load_tree, take_secrets
@@ -80,9 +80,9 @@ def split(tree: Node) -> tuple[Whole, list[Problem]]:
             continue
         method = str(node.value["method"].value) if "method" in node.value else name
         if method != RLAIF:
-            whole.stages[name] = make_stage(name, method, node, whole.top)
+            whole.stages[name] = sections.make_stage(name, method, node, whole.top)
             continue
-        group = whole.groups[name] = split_group(name, node, whole.top)
+        group = whole.groups[name] = sections.split_group(name, node, whole.top)
         for stage in group.stages:
             if stage.name not in tree.value:
                 whole.stages[stage.name] = stage
@@ -119,7 +119,7 @@ def check_values(wholes: Sequence[Whole], runs: Sequence[Section]) -> list[Probl
     whole, tops = wholes[0], [one.top for one in wholes]
     by_name = {run.run: run for run in runs}
     names = [*whole.groups, *dict.fromkeys((*whole.stages, *by_name))]
-    problems = references.resolve_paths(tops, runs, names)
+    problems = sections.resolve_paths(tops, runs, names)
     for top in tops:
         given = top.node.value
         values = {key: given[key] for key in given if key in RecipeOptions.model_fields and key != SWEEP}
@@ -131,7 +131,7 @@ def check_values(wholes: Sequence[Whole], runs: Sequence[Section]) -> list[Probl
         problems += [problem for several in found.values() for problem in several]
         top.broken |= found.keys()
     for group in (group for one in wholes for group in one.groups.values()):
-        problems += check_group(group)
+        problems += sections.check_group(group)
     for run in runs:
         problems += check_stage(run)
     listed = whole.top.node.value.get("stages")
@@ -140,11 +140,11 @@ def check_values(wholes: Sequence[Whole], runs: Sequence[Section]) -> list[Probl
             hint = suggest(str(item.value), names) or f"; there are {', '.join((*whole.groups, *whole.stages))}"
             problems.append(Problem(f"stages names {show(item)}, which is not a stage here{hint}", item.place))
     for run in runs:
-        problems += references.check_references(run, whole.stages | by_name, whole.groups)
-    problems += references.check_circles(by_name)
+        problems += sections.check_references(run, whole.stages | by_name, whole.groups)
+    problems += sections.check_circles(by_name)
     evaluate = whole.top.node.value.get("evaluate")
     if evaluate is not None and "evaluate" not in whole.top.broken:
-        problems += references.check_evaluated(evaluate, names)
+        problems += sections.check_evaluated(evaluate, names)
     for run in runs:
         problems += audit_stage(run)
     shapes: dict[str, list[Section]] = {}  # stages that read one model and one lora: section
@@ -187,7 +187,7 @@ def construct(whole: Whole, runs: Sequence[Section], path: Path) -> Recipe:
     ordered = _join([listed, by_name])
     known = RecipeOptions.model_fields.keys() - {SWEEP}
     top = {key: node for key, node in whole.top.node.value.items() if key in known}
-    name, home = options.name or path.stem, Path(references.RUNS)
+    name, home = options.name or path.stem, Path(sections.RUNS)
     if options.runs_dir is not None:
         node = top["runs_dir"]
         try:
@@ -200,7 +200,7 @@ def construct(whole: Whole, runs: Sequence[Section], path: Path) -> Recipe:
         name=name, runs=label_path(home), path=label_path(path), seed=options.seed, model=options.model,
         lora=options.lora, launch=options.launch, evaluate=options.evaluate, evaluates="evaluate" in top,
         stages={name: by_name[name] for name in ordered}, order=listed or ordered, groups=groups,
-        origins=references.find_origins(top | {run.run: run.node for run in runs}),
+        origins=sections.find_origins(top | {run.run: run.node for run in runs}),
         sweeps={name: tuple(made) for name, made in variants.items() if made != [name]},
     )  # fmt: skip
 
@@ -257,7 +257,7 @@ def _repeat(stages: Sequence[Section], number: int, *, keeps: bool, restart: boo
     for stage in stages:
         node = copy.deepcopy(stage.node)
         starts_inside = False
-        for named in references.find_names(node):
+        for named in sections.find_names(node):
             if named.node.value in made:
                 starts_inside |= named.kind == "start"
                 named.node.value = _in_round(named.node.value, number)

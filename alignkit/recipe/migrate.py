@@ -75,15 +75,6 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _recognise(tree: dict[str, Any]) -> Iterator[str]:
-    """Yield the tools that a file can be of, by the marks of their keys: a&b|c is a, and b or c."""
-    keys = dict(_flatten(tree))
-    there = {*keys, *(re.split(r"[.\[]", key)[0] for key in keys)}
-    for peer, table in _TABLE["peers"].items():
-        if any(all(there & {*either.split("|")} for either in mark.split("&")) for mark in table["marks"]):
-            yield peer
-
-
 _ASSIGNED = re.compile(r"""(?m)^\s*(?:export\s+|local\s+)?(\w+)=("(?:[^"\\]|\\.)*"|'[^']*'|\([^)]*\)|\S*)""")
 _VARIABLE = re.compile(r'"?\$\{(\w+)(?:\[@\]|:-([^}]*))?\}"?|\$(\w+)')
 
@@ -141,13 +132,17 @@ def migrate_file(path: Path, *, gpus: int | None = None) -> tuple[list[Migration
     made, problems = list[Migration](), list[Problem]()
     try:
         text = path.read_text(encoding="utf-8")
+        found = [] if path.suffix in (".yaml", ".yml") else [*_read_commands(text)]
         if path.suffix in (".yaml", ".yml"):
             reader = YAML(typ="safe", pure=True)
             reader.allow_duplicate_keys = True
             tree = reader.load(text)
-            found = [(peer, "", tree) for peer in _recognise(tree)][:1] if isinstance(tree, dict) else []
-        else:
-            found = list(_read_commands(text))
+            keys = {*dict(_flatten(tree))} if isinstance(tree, dict) else set()
+            there = keys | {re.split(r"[.\[]", key)[0] for key in keys}
+            for peer, table in _TABLE["peers"].items():  # by the marks of its keys: a&b|c is a, and b or c
+                if any(all(there & {*one.split("|")} for one in mark.split("&")) for mark in table["marks"]):
+                    found = [(peer, "", tree)]
+                    break
     except (OSError, ValueError, YAMLError) as error:
         what = getattr(error, "strerror", None) or getattr(error, "problem", None) or error
         mark = getattr(error, "problem_mark", None)
@@ -197,7 +192,7 @@ class _Writer:
     def _note(self, key: str, kind: str, said: str) -> None:
         self.rows[key] = Row(key, self.keys.get(key), kind, said)
 
-    def _put(self, ours: str, value: Any, key: str, comment: str = "", kind: str = "") -> None:
+    def _put(self, ours: str, value: Any, key: str, kind: str = "") -> None:
         """Write our key, unless another key of the source has said it already."""
         if ours.startswith("lora."):
             self.lines.pop("lora", None)
@@ -207,7 +202,7 @@ class _Writer:
             return
         kind = kind or (CONVERTED if value != self.keys[key] else SAME if ours == key else RENAMED)
         was = {SAME: "", RENAMED: f"was {key}", CONVERTED: f"was {key}: {shorten(_show(self.keys[key]), 40)}"}[kind]
-        self.lines[ours] = Line(value, comment or was, key)
+        self.lines[ours] = Line(value, was, key)
         self._note(key, kind, ours)
 
     def _find_method(self) -> tuple[str, str]:
@@ -222,9 +217,8 @@ class _Writer:
         methods = self.table["methods"]
         word, *settings = (methods.get(said, methods.get(said.lower(), said.lower())) or "sft").split()
         found = None if word in OPTIONS else find_method(word)
-        section = word if found is None else found.key
+        section, why = (found.key, found.said) if found else (word, "alignkit has no such method")
         if section not in OPTIONS:
-            why = found.said if found else "alignkit has no such method"
             raise RecipeError(f"{self.peer}'s {said}: {why}", where=str(self.path))
         for setting in [*settings, *(found.value.split() if found else ())]:
             ours, _, value = setting.partition("=")
@@ -242,8 +236,7 @@ class _Writer:
         has_lora = bool(kind or re.search(r"lora|true|^[1-9]", said))
         comment = f"was {key}: {said}" if key else f"{self.peer}'s default"
         if has_lora:
-            given = ("lora.adapter_type", kind) if kind else ("lora", {})
-            self.lines[given[0]] = Line(given[1], comment, key)
+            self.lines["lora.adapter_type" if kind else "lora"] = Line(kind or {}, comment, key)
             self.lines |= {"model.quantization": Line("nf4", comment, key)} if re.search(r"\bq(lora|oft)", said) else {}
         elif said not in ("", "full", "false", "none", "0") and "." not in said:
             self.missing.append(f"{key}: {said}: there are no such adapters; without lora: all weights are trained")
@@ -313,8 +306,14 @@ class _Writer:
             name, _, count = re.sub(r"^(hf|ms)::", "", item, flags=re.I).partition("#")
             name, _, subset = name.partition(":") if self.peer == "ms-swift" else (name, "", "")
             has_registry = self.peer == "LLaMA-Factory" and not re.search(r"[/.]", name)
-            entry = _look_up_registry(self.path, self.keys.get("dataset_dir"), name) if has_registry else None
-            if entry is None and has_registry:
+            entry: dict[str, Any] | None = None
+            below = str(self.keys.get("dataset_dir") or "data")  # in a folder above the file
+            files = [folder / below / "dataset_info.json" for folder in self.path.absolute().parents]
+            if file := next((file for file in files if has_registry and file.is_file()), None):
+                entry = json.loads(file.read_text("utf-8")).get(name)
+                local = {"file_name": str(file.parent / entry["file_name"])} if "file_name" in (entry or {}) else {}
+                entry = {**(entry or {}), **local}
+            if not entry and has_registry:
                 self.missing.append(f"data: {name} is a name of dataset_info.json, which is not beside the file")
             source = self._read_source(entry, place) if entry else {"path": name}
             source |= {"name": subset} if subset and subset != "default" else {}
@@ -484,17 +483,6 @@ def _add_to_source(source: dict[str, Any], name: str, value: Any) -> None:
             source["columns"] = {**wanted, **source.get("columns", {})}
     else:
         source.setdefault(ours, value)
-
-
-def _look_up_registry(path: Path, below: Any, name: str) -> dict[str, Any] | None:
-    """A name of LLaMA-Factory's dataset_info.json, in dataset_dir or data/ of a folder above the file."""
-    folders = [folder / str(below or "data") for folder in path.absolute().parents]
-    for file in (folder / "dataset_info.json" for folder in folders):
-        if file.is_file():
-            entry = json.loads(file.read_text("utf-8")).get(name)
-            local = {"file_name": str(file.parent / entry["file_name"])} if entry and "file_name" in entry else {}
-            return {**entry, **local} if entry else None
-    return None
 
 
 def _show(value: Any) -> str:

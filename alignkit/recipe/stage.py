@@ -12,9 +12,8 @@ from pydantic import BaseModel
 
 from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe import schema
-from alignkit.recipe.references import ROWS, RUNS, find_origins
 from alignkit.recipe.schema import FEEDBACK, TASKS, DataSource, FeedbackModel, RewardSource, StageOptions, TrainOptions
-from alignkit.recipe.sections import Section
+from alignkit.recipe.sections import ROWS, RUNS, Section, find_origins
 from alignkit.recipe.trl_fields import KTO_LOSSES, method_fields
 from alignkit.recipe.words import TABLES
 

@@ -13,9 +13,8 @@ from typing import Any
 
 from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe.check import accepted_keys, describe_unknown, describe_unknown_in_stage, show, show_key
-from alignkit.recipe.references import find_needs
 from alignkit.recipe.schema import FEEDBACK, RLAIF, STEPS, SWEEP, LoraOptions, ModelOptions
-from alignkit.recipe.sections import Section, Whole, list_steps
+from alignkit.recipe.sections import Section, Whole, find_needs, list_steps
 from alignkit.recipe.stage import HARMLESS
 from alignkit.recipe.words import TABLES
 from alignkit.recipe.yaml import FLAG, Node, lay_value

@@ -71,10 +71,6 @@ OWN_LOSSES = {name: OwnLoss(**of) for name, of in TABLES["losses beside TRL's"].
 # Those that TRL's KTOTrainer computes, on single answers.
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
-# What TRL leaves open. "typical" is shown in messages and in the schema's descriptions.
-_RANGES = {name: limits for names, limits in TABLES["limits of TRL's fields"].items() for name in names.split()}
-_CHOICES = TABLES["choices of TRL's fields"]
-
 
 @cache
 def read_snapshot() -> dict[str, dict[str, Any]]:
@@ -85,9 +81,8 @@ def read_snapshot() -> dict[str, dict[str, Any]]:
 
 @cache
 def trl_fields(config: str) -> dict[str, Fragment]:
-    """Every field of a config class ("sft", "rm", "dpo", "kto", "ppo"), narrowed; controlled ones included."""
-    snapshot = read_snapshot()
-    return {name: _narrow(name, fragment) for name, fragment in {**snapshot["common"], **snapshot[config]}.items()}
+    """Every field of a config class ("sft", "rm", "dpo", "kto", "ppo"); controlled ones included."""
+    return {**read_snapshot()["common"], **read_snapshot()[config]}
 
 
 @cache
@@ -105,18 +100,3 @@ def method_fields(method: str) -> dict[str, Fragment]:
         fields |= {key: fragment for loss in OWN_LOSSES.values() for key, fragment in loss.keys.items()}
     refused = controlled_fields(method).union(OWN if method == "ppo" else ())
     return {name: fragment for name, fragment in fields.items() if name not in refused}
-
-
-def _narrow(name: str, fragment: Fragment) -> Fragment:
-    """Put alignkit's range and choices on the option of the matching type, in a copy."""
-    fragment = json.loads(json.dumps(fragment))
-    limits = dict(_RANGES.get(name, {}))
-    if "typical" in limits:
-        fragment["typical"] = limits.pop("typical")
-    for option in fragment.get("anyOf", [fragment]):
-        target = option["items"] if option.get("type") == "array" else option
-        if target.get("type") in ("integer", "number"):
-            target.update(limits)
-        if target.get("type") == "string" and name in _CHOICES:
-            target["enum"] = list(_CHOICES[name])
-    return fragment
