@@ -10,20 +10,17 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from alignkit.errors import Problem, suggest
 from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, RlaifOptions
-from alignkit.recipe.trl_fields import BOUNDS, make_type, method_fields
+from alignkit.recipe.trl_fields import BOUNDS, Fragment, make_type, method_fields
 from alignkit.recipe.words import TABLES, Word, controlled_fields, find_method, find_word
 from alignkit.recipe.yaml import Node, parse_yaml, read_scalar, shorten
 
-Fragment = dict[str, Any]
 _Error = tuple[tuple[str | int, ...], str]  # where pydantic found something wrong, below a node, and its type
 
-_NAMES = TABLES["kinds of a JSON schema"]
 _KINDS = {
     bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array", type(None): "null",
 }  # fmt: skip
 # pydantic's errors about the kind of a value: what else may stand there is said, or another member of a union fits.
 _KIND_ERRORS = frozenset(TABLES["pydantic's errors of a kind"])
-_YAML_11_BOOLEANS = TABLES["booleans of YAML 1.1"]
 _MANY = 20
 
 
@@ -153,7 +150,7 @@ def _describe(
             return what, node.value[name].place
         case "missing":
             found = f"{key}.{name} is missing; {quote_help(option['properties'][name].get('description'))}"
-        case "blank":
+        case "string_pattern_mismatch" if option["pattern"] == r"\S":
             found = f"{show_key(key)} is empty text"
         case "sign":
             found += "; write +NAME where higher is better, -NAME where lower is"
@@ -184,7 +181,8 @@ def _describe(
             for option in (one for one in options if one.get("type") != "null"):
                 words, several = _name_choices(_choices(option))
                 limits = _name_bounds(option)
-                name = f"{_NAMES.get(option.get('type', ''))} {'of ' * limits.startswith('at ')}{limits}".rstrip()
+                name = TABLES["kinds of a JSON schema"].get(option.get("type"))
+                name = f"{name} {'of ' * limits.startswith('at ')}{limits}".rstrip()
                 names.append(f"{'one of ' * (len(words) > 1)}{several}" if words else name)
             found += f"; it must be {' or '.join(dict.fromkeys(names))}{typical}{_hint(node, options)}"
     return found, node.place
@@ -246,7 +244,7 @@ def _hint(node: Node, options: list[Fragment]) -> str:
         return f"; write {int(value)}"
     if not isinstance(value, str):
         return ""
-    if "boolean" in kinds and (meant := _YAML_11_BOOLEANS.get(value.lower())):
+    if "boolean" in kinds and (meant := TABLES["booleans of YAML 1.1"].get(value.lower())):
         return f"; write {meant}"
     unquoted, digits = read_scalar(value), value.replace("_", "").replace(",", "")
     if node.quoted and not isinstance(unquoted, str) and any(_kind_fits(unquoted, option) for option in options):

@@ -12,46 +12,30 @@ def recipe_schema() -> dict[str, Any]:
     top = RecipeOptions.model_json_schema()
     defs: Fragment = top.pop("$defs")
     defs["ModelOptions"]["type"] = ["object", "string"]  # a text is its path
-    for method in OPTIONS:
-        fragments = OPTIONS[method].model_json_schema()
+    kinds = {**{method: f"{method}_stage" for method in OPTIONS}, RLAIF: "rlaif_section"}
+    for method, kind in kinds.items():
+        fragments = (model := OPTIONS.get(method, RlaifOptions)).model_json_schema()
         defs |= fragments.pop("$defs", {})
-        fields = copy.deepcopy(method_fields(method))
-        properties = {**fragments["properties"], **fields}
-        properties["method"] = {"const": method, "description": f"This section is a {method} stage."}
-        defs[f"{method}_stage"] = {
-            "type": "object", "description": (OPTIONS[method].__doc__ or "").strip() or f"A {method} stage.",
-            "properties": properties, "additionalProperties": False,
-        }  # fmt: skip
-    rlaif = RlaifOptions.model_json_schema()
-    defs |= rlaif.pop("$defs", {})
-    steps = rlaif["properties"]
-    steps["method"] = {"const": RLAIF, "description": "This section is an rlaif section."}
+        properties = {**fragments["properties"], **copy.deepcopy(method_fields(method))}
+        said = kind.replace("_", " ")
+        properties["method"] = {"const": method, "description": f"This is {'an' if method == RLAIF else 'a'} {said}."}
+        defs[kind] = {"type": "object", "description": (model.__doc__ or "").strip() or f"A {said}.",
+                      "properties": properties, "additionalProperties": False}  # fmt: skip
+    steps = defs[kinds[RLAIF]]["properties"]
     for step in STEPS:
         stage = {"$ref": f"#/$defs/{step}_stage"}
         either = {"anyOf": [{"type": "boolean"}, stage]} if step == "critique" else stage
         steps[step] = {**either, "description": steps[step]["description"]}
-    defs["rlaif_section"] = {
-        "type": "object", "description": (RlaifOptions.__doc__ or "").strip(), "properties": steps,
-        "additionalProperties": False,
-    }  # fmt: skip
     extends = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "Recipe files merged below this one, relative to it; later ones win.",
     }
-    named = {method: {"$ref": f"#/$defs/{method}_stage"} for method in OPTIONS}
-    named[RLAIF] = {"$ref": "#/$defs/rlaif_section"}
+    named = {method: {"$ref": f"#/$defs/{kind}"} for method, kind in kinds.items()}
+    other = {"description": "A stage of any other name.", "required": ["method"], "anyOf": list(named.values())}
     schema = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "alignkit recipe",
-        "type": "object",
-        "properties": {"extends": extends, **top["properties"], **named},
-        "additionalProperties": {
-            "description": "A stage of any other name.",
-            "required": ["method"],
-            "anyOf": list(named.values()),
-        },
-        "$defs": defs,
-    }
+        "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "alignkit recipe", "type": "object",
+        "properties": {"extends": extends, **top["properties"], **named}, "additionalProperties": other, "$defs": defs,
+    }  # fmt: skip
     return _tidy(schema)
 
 

@@ -14,7 +14,7 @@ from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe import sections
 from alignkit.recipe.check import check_keys, describe_unknown_top, quote_help, show, show_key, validate
 from alignkit.recipe.rules import audit_recipe, audit_stage
-from alignkit.recipe.schema import FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions
+from alignkit.recipe.schema import EVALUATED, FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions
 from alignkit.recipe.sections import Section, Whole
 from alignkit.recipe.stage import Recipe
 from alignkit.recipe.words import find_method
@@ -25,10 +25,7 @@ METHODS = ", ".join(SECTIONS)
 
 
 def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, merge and check a recipe, a file or `builtin:NAME`; `overrides` are KEY.PATH=VALUE.
-
-    Raises RecipeError with every problem.
-    """
+    """Read, merge and check a file or `builtin:NAME`, with KEY.PATH=VALUE; raises RecipeError with every problem."""
     path = find_recipe(path)
     tree = load_tree(path)
     problems: list[Problem] = []
@@ -143,8 +140,12 @@ def check_values(wholes: Sequence[Whole], runs: Sequence[Section]) -> list[Probl
         problems += sections.check_references(run, whole.stages | by_name, whole.groups)
     problems += sections.check_circles(by_name)
     evaluate = whole.top.node.value.get("evaluate")
-    if evaluate is not None and "evaluate" not in whole.top.broken:
-        problems += sections.check_evaluated(evaluate, names)
+    for name in sections.find_names(evaluate) if evaluate is not None and "evaluate" not in whole.top.broken else ():
+        value = name.node.value
+        if name.key in EVALUATED and value not in names and not {"/", ":"} & set(value):
+            hint = suggest(value, names) or f"; the stages are {', '.join(names)}"
+            what = f"evaluate.{name.key} is {show(name.node)}, which is neither a stage nor a path that exists{hint}"
+            problems.append(Problem(what, name.node.place))
     for run in runs:
         problems += audit_stage(run)
     shapes: dict[str, list[Section]] = {}  # stages that read one model and one lora: section

@@ -45,9 +45,7 @@ def _collect(section: Section, *rules: Iterable[Finding]) -> list[Problem]:
 
 def _checkpointing(stage: Section) -> Iterator[Finding]:
     for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        for name in stage.get(key) or {}:
-            if name not in _CHECKPOINTING:
-                yield key, f"names {name}; torch takes {', '.join(_CHECKPOINTING)}{suggest(str(name), _CHECKPOINTING)}"
+        yield from _check_arguments(key, stage.get(key) or {}, dict.fromkeys(_ARGUMENTS["checkpointing"]), "torch")
 
 
 def _dpo(stage: Section) -> Iterator[Finding]:
@@ -106,7 +104,6 @@ class Optimizer(NamedTuple):
 # Optimizers by the beginning of their names, and the kinds of arguments. transformers hands `block_size` of torchao's
 # and all of rmsprop_bnb's on as texts, which they cannot use.
 _ARGUMENTS: dict[str, Any] = json.loads(Path(__file__).with_name("optimizers.json").read_text("utf-8"))
-_CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
 def find_optimizer(name: str) -> Optimizer:
@@ -331,10 +328,7 @@ def _say(value: Any) -> str:
 
 
 def find_conflicts(stage: Section) -> Iterator[Finding]:
-    """Yield the keys of a stage, or of the top level, that a row of the table is against, and those that it misses.
-
-    A value that is wrong has its own message.
-    """
+    """Yield the keys of a stage, or of the top level, that a row of the table is against, and those that it misses."""
     kinds = {"recipe"} if stage.top is None else {stage.method} | ({"train"} if stage.method not in FEEDBACK else set())
     for row in CONFLICTS:
         given, missing = list[str](), list[str]()

@@ -75,10 +75,9 @@ class ModelOptions(_Section):
     double_quantization: bool = option(True)
     quantization_storage: Literal["uint8", "float16", "bfloat16", "float32"] = option("uint8")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto")
-    attn_implementation: (
-        Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
-        | Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?$")] | None
-    ) = option(None)
+    attn_implementation: Literal[
+        "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+    ] | Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?$")] | None = option(None)
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = option(None)
     freeze: list[Text] = option(list)
     add_tokens: list[Text] = option(list)
@@ -98,10 +97,8 @@ class _LoraOptions(_Section):
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead (arXiv 2312.03732).")
     use_dora: bool = option(False, "Weight-decomposed adapters (arXiv 2402.09353); adapter_type: dora is the same.")
     modules_to_save: list[Text] = option(list, "Modules trained in full and saved with the adapter.")
-    init_lora_weights: (
-        Literal["gaussian", "orthogonal", "eva", "pissa", "olora", "loftq"]
-        | Annotated[str, Field(pattern=r"^pissa_niter_[0-9]+$")] | None
-    ) = option(None)
+    init_lora_weights: Literal["gaussian", "orthogonal", "eva", "pissa", "olora", "loftq"] | Annotated[
+        str, Field(pattern=r"^pissa_niter_[0-9]+$")] | None = option(None)
     lora_plus_ratio: float | None = option(None, ge=1)
 
     @model_serializer(mode="wrap")
@@ -155,10 +152,8 @@ class DataSource(_Section):
     data_dir: Text | None = option(None, "Directory within a hub data set or a local directory.")
     split: Text = option("train", "Split of a data set; slices as datasets has them: train[:10%], a+b.")
     revision: Text | None = option(None, "Commit or tag of a hub data set.")
-    format: Literal[
-        "auto", "trl", "openai", "sharegpt", "alpaca", "hh", "ultrafeedback", "ranked", "choice", "text", "segments",
-        "tokens",
-    ] = option("auto")
+    format: Literal["auto", "trl", "openai", "sharegpt", "alpaca", "hh", "ultrafeedback", "ranked", "choice", "text",
+                    "segments", "tokens"] = option("auto")
     columns: dict[str, Text | None] = option(dict)
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = option(dict)
     chat: Literal["auto"] | bool = option("auto")
@@ -511,10 +506,8 @@ class RlaifOptions(_Section):
     ppo: dict[str, Any] = option(dict, "Keys of the ppo stage.")
 
 
-OPTIONS: dict[str, type[StageOptions]] = {
-    "sft": SftOptions, "rm": RmOptions, "dpo": DpoOptions, "ppo": PpoOptions,
-    "critique": CritiqueOptions, "label": LabelOptions,
-}
+OPTIONS: dict[str, type[StageOptions]] = {"sft": SftOptions, "rm": RmOptions, "dpo": DpoOptions, "ppo": PpoOptions,
+                                          "critique": CritiqueOptions, "label": LabelOptions}
 
 
 class FrontierOptions(_Section):

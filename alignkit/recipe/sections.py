@@ -1,7 +1,4 @@
-"""The sections of a recipe (stages, one for each variant of a swept one, its own top level, rlaif) and what they name.
-
-They name files, models, and stages that they start from, are scored, judged or fed by.
-"""
+"""The sections of a recipe (stages, variants of swept ones, its own top level, rlaif) and what they name."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from typing import Any, Literal
 
 from alignkit.errors import Problem, suggest
 from alignkit.recipe.check import check_keys, quote_help, show
-from alignkit.recipe.schema import BUILTIN_REWARD, EVALUATED, FEEDBACK, PRESETS, RLAIF, STEPS, TASKS, RlaifOptions
+from alignkit.recipe.schema import BUILTIN_REWARD, FEEDBACK, PRESETS, RLAIF, STEPS, TASKS, RlaifOptions
 from alignkit.recipe.words import TABLES
 from alignkit.recipe.yaml import Node, expand, merge
 
@@ -387,16 +384,6 @@ def check_circles(runs: Mapping[str, Section]) -> Iterator[Problem]:
                     run.broken.add(named.first)
                     chain = " -> ".join(runs[other].name for other in way)
                     yield Problem(f"{run.say(named.first)} goes round in a circle: {chain}", named.node.place)
-
-
-def check_evaluated(evaluate: Node, stages: Collection[str]) -> Iterator[Problem]:
-    """Yield what is wrong with the models that `evaluate:` names; `stages` holds the names of swept ones too."""
-    for name in find_names(evaluate):
-        value = name.node.value
-        if name.key in EVALUATED and value not in stages and not {"/", ":"} & set(value):
-            hint = suggest(value, stages) or f"; the stages are {', '.join(stages)}"
-            what = f"evaluate.{name.key} is {show(name.node)}, which is neither a stage nor a path that exists{hint}"
-            yield Problem(what, name.node.place)
 
 
 def find_origins(parts: Mapping[str, Node]) -> dict[str, str]:

@@ -64,9 +64,8 @@ _Options = TypeVar("_Options", bound=StageOptions)
 class Stage:
     """One stage of a recipe with every value in force.
 
-    `options` are alignkit's own keys, `trainer` the TRL fields in force under TRL's names (given in the recipe,
-    or alignkit's defaults where they differ from TRL's). `origins` maps every dotted key to where its value
-    came from: "recipes/a.yaml:7", "--set", "default", or "trl" for a default of TRL's config class.
+    `options` are alignkit's own keys, `trainer` TRL's fields: those given, and alignkit's defaults where they differ.
+    `origins` maps every dotted key to where its value came from: "recipes/a.yaml:7", "--set" or "default".
     """
 
     recipe_name: str
@@ -323,13 +322,13 @@ def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
     All of the only rlaif section; with a name, those of that section, or one stage by its name or step (label).
     """
     if name is None:
-        sections = [*recipe.groups]
         single = [run for run, stage in recipe.stages.items() if stage.options.method in FEEDBACK]
-        if len(sections) > 1 or (not sections and len(single) != 1):
-            found = f"the recipe has {'several rlaif sections' if sections else 'no rlaif section'}"
-            several = f": {', '.join(sections or single)}; name one with --stage" if sections or single else ""
-            raise RecipeError(found + several, where=recipe.path)
-        return list(recipe.groups[sections[0]]) if sections else single
+        several = [*recipe.groups] or single
+        if len(several) != 1:
+            found = f"the recipe has {'several rlaif sections' if recipe.groups else 'no rlaif section'}"
+            named = f": {', '.join(several)}; name one with --stage" if several else ""
+            raise RecipeError(found + named, where=recipe.path)
+        return list(recipe.groups.get(several[0], single))
     if name in recipe.groups:
         return list(recipe.groups[name])
     steps = [step for group in recipe.groups if (step := f"{group}-{name}") in {*recipe.stages, *recipe.sweeps}]

@@ -259,10 +259,7 @@ class _Spreader:
 
 
 def _label(values: Collection[Node]) -> list[str]:
-    """Say what names call the values: 2e-4, true, Llama-3.1-8B for meta-llama/Llama-3.1-8B.
-
-    As they are written where those are distinct file names, else 1, 2, ...
-    """
+    """Say what names call the values: 2e-4, Llama-3.1-8B for meta-llama/Llama-3.1-8B; 1, 2, ... where two are alike."""
     labels, positions = [], [str(position) for position in range(1, len(values) + 1)]
     for position, node in zip(positions, values, strict=True):
         if isinstance(node.value, str):

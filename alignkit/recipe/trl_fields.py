@@ -7,8 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from alignkit.recipe.words import TABLES, controlled_fields
 
@@ -16,15 +15,7 @@ from alignkit.recipe.words import TABLES, controlled_fields
 OWN = ("temperature", "num_generations", "top_p", "top_k", "scale_rewards")
 
 Fragment = dict[str, Any]
-
-
-def _require_text(value: str) -> str:
-    if not value.strip():
-        raise PydanticCustomError("blank", "is empty text")
-    return value
-
-
-Text = Annotated[str, AfterValidator(_require_text)]
+Text = Annotated[str, Field(pattern=r"\S")]
 _TYPES: dict[str, Any] = {
     "boolean": bool, "integer": int, "number": float, "string": Text, "object": dict[str, Any], "null": None,
 }  # fmt: skip

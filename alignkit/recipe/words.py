@@ -64,10 +64,7 @@ def _by_name() -> dict[tuple[str, str, str], Word]:
 
 
 def find_word(name: str, method: str = "", tool: str = "") -> Word | None:
-    """Find what another tool's key means in a stage of a method; `actor.adam.lr` is looked up by its last part too.
-
-    A word of `tool` goes before those that every tool may use.
-    """
+    """Find what a key of another tool, or of any, means in a stage; `actor.adam.lr` also by its last part."""
     words = _by_name()
     for part in dict.fromkeys((name, name.rpartition(".")[2])):
         for key in ((tool, part, method), (tool, part, ""), ("", part, method), ("", part, "")):

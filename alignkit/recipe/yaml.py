@@ -229,16 +229,15 @@ FLAG = "--set"
 def apply_override(tree: Node, override: str) -> Node:
     """Set one value in a copy of the tree; null takes a section away. Raises RecipeError when it cannot be laid on."""
     key, separator, text = override.partition("=")
-    keys = key.strip().split(".")
+    keys, shown, origin = key.strip().split("."), shorten(override, 80), Origin(FLAG, Path.cwd())
     if not separator or not all(keys):
-        raise RecipeError(f"{shorten(override, 80)} is not KEY.PATH=VALUE, such as dpo.beta=0.2", where=FLAG)
-    if leads_to_secret(key):
+        raise RecipeError(f"{shown} is not KEY.PATH=VALUE, such as dpo.beta=0.2", where=FLAG)
+    if leads_to_secret(key.strip()):
         raise RecipeError(f"{key} is the name of a secret; set it in the environment instead (HF_TOKEN)", where=FLAG)
-    origin = Origin(FLAG, Path.cwd())
     try:
         value = parse_yaml(text, origin) or Node(None, origin)
     except RecipeError as error:
-        raise RecipeError(f"{shorten(override, 80)}: {error.problems[0].what}", where=FLAG) from None
+        raise RecipeError(f"{shown}: {error.problems[0].what}", where=FLAG) from None
     return lay_value(tree, keys, value, key=key, where=FLAG)
 
 
@@ -377,9 +376,8 @@ def _describe_missing(path: Path) -> str:
     if not folder.is_dir():
         return f"does not exist; there is no directory {label_path(folder)}"
     names = [file.name for file in folder.iterdir() if file.suffix in (".yaml", ".yml")]
-    nearest = find_nearest(path.name, names) or find_nearest(path.stem, [Path(name).stem for name in names])
-    if nearest:
-        nearest = next(name for name in names if nearest in (name, Path(name).stem))
+    by_stem = {Path(name).stem: name for name in names}
+    if nearest := find_nearest(path.name, names) or by_stem.get(find_nearest(path.stem, by_stem) or ""):
         return f"does not exist; did you mean {label_path(folder / nearest)}?"
     return "does not exist" + (f"; {label_path(folder)} has {', '.join(sorted(names)[:8])}" if names else "")
 

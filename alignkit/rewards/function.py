@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -72,8 +73,8 @@ class FunctionReward:
             spec = importlib.util.find_spec(str(source.function).partition(":")[0])
         except (ImportError, ValueError, AttributeError):
             return None  # opening it says what is wrong
-        file = Path(spec.origin) if spec is not None and spec.origin else None
-        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file and file.is_file() else None
+        file = Path(spec.origin or "") if spec is not None else Path()
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.is_file() else None
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
@@ -109,11 +110,11 @@ class FunctionReward:
             if getattr(value, "size", None) == 1 or hasattr(value, "numel"):  # a number of numpy's, or a tensor
                 value = value.tolist()
             which = f"for answer {number} ({shorten(repr(prompts[number]), 80)})"
+            if not isinstance(value, (int, float)):
+                raise self._error(f"returned {shorten(repr(value), 80)} {which}; it must be a number")
             if isinstance(value, int) and abs(value) > sys.float_info.max:
                 what = f"returned an integer of {value.bit_length()} bits {which}"
                 raise self._error(f"{what}; it must be a number a float can hold")
-            if not isinstance(value, (int, float)):
-                raise self._error(f"returned {shorten(repr(value), 80)} {which}; it must be a number")
             if not math.isfinite(value):
                 raise NonFiniteError(str(self._error(f"returned {float(value)} {which}; a reward must be finite")))
             rewards.append(float(value))
@@ -125,9 +126,7 @@ class FunctionReward:
 
 def is_function(source: str) -> bool:
     """Tell `pkg.module:name` from a path or a hub id."""
-    module, colon, name = source.partition(":")
-    parts = module.split(".")
-    return bool(colon) and module != "builtin" and name.isidentifier() and all(part.isidentifier() for part in parts)
+    return re.fullmatch(r"(?!builtin:)[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", source) is not None
 
 
 def _import(path: str, folder: Path, where: str | None) -> Callable[..., Any]:

@@ -46,8 +46,7 @@ class RewardComparer:
 
     def __init__(self, reward: Reward) -> None:
         self._reward, self.name = reward, reward.name
-        self.settings: dict[str, Any] = {}
-        self.report: dict[str, Any] = {}
+        self.settings, self.report = dict[str, Any](), dict[str, Any]()
 
     def compare(self, prompts: Sequence[Text], firsts: Sequence[Text], seconds: Sequence[Text]) -> list[Orders]:
         scores = self._reward.score(Answers([*prompts, *prompts], [*firsts, *seconds]))
@@ -62,10 +61,9 @@ class ModelComparer:
         self, source: FeedbackModel, constitution: str | Sequence[str], space: Workspace, *, seed: int,
         store: Path | None,
     ) -> None:  # fmt: skip
-        """Read the constitution; no weights are loaded and nothing is asked yet.
+        """Read the constitution; a server needs a `store`, where verdicts are kept.
 
-        `store` is where verdicts are kept; without one they last as long as the object, which a server is not asked
-        for. Raises RecipeError for a constitution, UsageError or EnvironmentProblem for a server that cannot be used.
+        Raises RecipeError for a constitution, UsageError or EnvironmentProblem for a server that cannot be used.
         """
         self._principles = load_constitution(constitution, needs="comparison")
         self._source, self._space, self._seed, self._path = source, space, seed, store
@@ -123,9 +121,8 @@ class ModelComparer:
 class JudgeReward:
     """Log-odds of a judge preferring an answer to the greedy answer of the model that PPO starts from.
 
-    The question is that of labels, both orders of which are averaged; an answer as good as the baseline is worth 0. One
-    that is empty (unasked), too long for the judge or abstained from gets the lowest reward there is: it must not pay
-    to confuse the judge. What was asked is kept in judged.jsonl of the run, and not asked again.
+    The question is that of labels, with both orders averaged. An answer that is empty (unasked), too long for the judge
+    or abstained from gets the lowest reward there is: it must not pay to confuse the judge. Verdicts are kept.
     """
 
     name = "judge"

@@ -1,12 +1,10 @@
 """The table of the kinds of rewards, what a stage wants of all of its rewards, and the judge of an evaluation."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection
 from pathlib import Path
 
 from alignkit.data import true_reward
 from alignkit.errors import Problem, RewardError, UsageError
-from alignkit.feedback.cache import Store
 from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.prompts import read_text
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
@@ -59,12 +57,6 @@ def open_reward(source: RewardSource | str, space: Workspace) -> Reward:
     if isinstance(source, str):
         source = RewardSource(function=source) if is_function(source) else RewardSource(model=source)
     return kind_of(source)(source, space)
-
-
-def open_rewards(stage: Stage, sources: Sequence[RewardSource], *, key: str = "reward") -> list[tuple[Reward, float]]:
-    """Open the rewards of a stage outside training, each with its weight in their sum."""
-    space = replace(stage_space(stage, key), cache=Store())
-    return [(open_reward(source, space), source.weight) for source in sources]
 
 
 def check_rewards(stage: Stage, *, coming: Collection[str] = ()) -> None:

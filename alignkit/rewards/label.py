@@ -16,14 +16,14 @@ from alignkit.data import DataReport, Rejects, Row, Text, read_rows
 from alignkit.errors import DataError, JudgeError
 from alignkit.feedback import judge as judging
 from alignkit.feedback import stage as work
-from alignkit.feedback.cache import key_of
+from alignkit.feedback.cache import Store, key_of
 from alignkit.feedback.constitution import load_constitution, load_examples
 from alignkit.feedback.prompts import Quoter, conversation, read_text
 from alignkit.feedback.writer import Model, Sampling, share_of_first
 from alignkit.recipe.schema import DataSource, LabelOptions
 from alignkit.recipe.stage import Stage
-from alignkit.rewards.base import Answers, Reward, join_columns
-from alignkit.rewards.kinds import fingerprint_rewards, open_rewards
+from alignkit.rewards.base import Answers, Reward, join_columns, stage_space
+from alignkit.rewards.kinds import fingerprint_rewards, open_reward
 from alignkit.runs.directory import Result, RunDir, list_changes
 
 _SECOND_OPINIONS = 32  # comparisons that are also judged by another principle, at most a tenth of them
@@ -89,7 +89,8 @@ class _Labelling:
         self._published: dict[str, float] = {}
         what = f"{len(self._rows)} rows"
         if options.judge is None or self._constitution is None:
-            self._rewards = open_rewards(self._stage, options.reward or ())
+            space = replace(stage_space(self._stage, "reward"), cache=Store())
+            self._rewards = [(open_reward(source, space), source.weight) for source in options.reward or ()]
             return what
         if options.judge.replay is not None:
             self._published = _read_published(self._stage, options.judge.replay)
@@ -117,8 +118,15 @@ class _Labelling:
         if self._judge is not None and self._check:  # first: a judge that is no good is seen before it is paid for
             judge = replace(self._judge, orders="both", bounds=(0.0, 1.0))
             checked = judging.judge_all(session.asker, judge, self._check, by="check")
-            self._accuracy = judging.describe_accuracy(checked)
-            self._say_accuracy(self._accuracy)
+            found = self._accuracy = judging.describe_accuracy(checked)
+            abstained, is_good, said = found["abstained"], False, "the judge abstained from all of `check`"
+            if found["accuracy"] is not None:
+                is_good = found["low"] > 0.5
+                said = f"on {found['n'] - abstained} comparisons with known answers the judge is right in "
+                said += f"{found['accuracy']:.1%} ({found['low']:.1%} to {found['high']:.1%}), ECE {found['ece']:.3f}"
+                said += "" if is_good else ", no better than chance"
+                said += f"; it abstained from {abstained} more" if abstained else ""
+            (console.note if is_good else console.warn)(f"{self._stage.name}: {said}")
         began = session.seconds
         if self._rewards:
             self._labels = self._compare(self._rewards)
@@ -224,17 +232,6 @@ class _Labelling:
             if one.p_first is not None and other.p_first is not None:
                 self._agreeing.append((one.p_first > 0.5) == (other.p_first > 0.5))
 
-    def _say_accuracy(self, found: Mapping[str, Any]) -> None:
-        if found["accuracy"] is None:
-            console.warn(f"{self._stage.name}: the judge abstained from all of `check`")
-            return
-        abstained, by_chance = found["abstained"], found["low"] <= 0.5
-        said = f"on {found['n'] - abstained} comparisons with known answers the judge is right in "
-        said += f"{found['accuracy']:.1%} ({found['low']:.1%} to {found['high']:.1%}), ECE {found['ece']:.3f}"
-        said += ", no better than chance" if by_chance else ""
-        said += f"; it abstained from {abstained} more" if abstained else ""
-        (console.warn if by_chance else console.note)(f"{self._stage.name}: {said}")
-
 
 def make_rows(labels: Sequence[judging.Label], mix: Sequence[Row], *, hard: bool) -> Iterator[dict[str, Any]]:
     """Yield a row for each comparison that was judged, then those made by people; hard ones have no label and no ties.
@@ -243,9 +240,16 @@ def make_rows(labels: Sequence[judging.Label], mix: Sequence[Row], *, hard: bool
     too. Raises DataError when people compared messages and the judge texts: one stage cannot be trained on both.
     """
     messages = any(not isinstance(label.pairing.prompt, str) for label in labels)
+
+    def make(prompt: Text, first: Text, second: Text, p_first: float) -> Iterator[dict[str, Any]]:
+        chosen, rejected = (first, second) if p_first >= 0.5 else (second, first)
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        if not (hard and p_first == 0.5):
+            yield row if hard else row | {"label": max(p_first, 1.0 - p_first)}
+
     for label in labels:
         if label.p_first is not None and not (hard and label.is_tie):
-            yield _make_row(label.pairing.prompt, label.pairing.first, label.pairing.second, label.p_first, hard=hard)
+            yield from make(label.pairing.prompt, label.pairing.first, label.pairing.second, label.p_first)
     for row in mix:
         if labels and not messages and row.conversational:
             what = "mix: holds messages, and the judged comparisons are plain text; convert one"
@@ -255,8 +259,7 @@ def make_rows(labels: Sequence[judging.Label], mix: Sequence[Row], *, hard: bool
             if messages and isinstance(prompt, str):
                 prompt = conversation(prompt)
                 better, worse = (work.make_answer(prompt, read_text(text).strip()) for text in (better, worse))
-            if not (hard and p_first == 0.5):
-                yield _make_row(prompt, better, worse, p_first, hard=hard)
+            yield from make(prompt, better, worse, p_first)
 
 
 def pick_best(labels: Sequence[judging.Label]) -> Iterator[dict[str, Any]]:
@@ -282,12 +285,6 @@ def split_ranking(row: Row) -> Iterator[tuple[Text, Text, float]]:
     for (better, above), (worse, below) in combinations(zip(row.completions, row.scores, strict=True), 2):
         if above > below:
             yield better, worse, 1.0
-
-
-def _make_row(prompt: Text, first: Text, second: Text, p_first: float, *, hard: bool) -> dict[str, Any]:
-    chosen, rejected = (first, second) if p_first >= 0.5 else (second, first)
-    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return row if hard else row | {"label": max(p_first, 1.0 - p_first)}
 
 
 def _read_published(stage: Stage, path: str) -> dict[str, float]:

@@ -291,8 +291,11 @@ def test_an_address_that_is_null_is_none(load: Load) -> None:
             "max-autotune-no-cudagraphs",
         ]),
         ("  gradient_checkpointing_kwargs: {use_reentrent: true}\n", [
-            "4: sft.gradient_checkpointing_kwargs names use_reentrent; torch takes use_reentrant, "
-            "preserve_rng_state, determinism_check, debug, early_stop; did you mean use_reentrant?",
+            "4: sft.gradient_checkpointing_kwargs names use_reentrent, which torch does not know; it takes "
+            "use_reentrant, preserve_rng_state, determinism_check, debug, early_stop; did you mean use_reentrant?",
+        ]),
+        ("  gradient_checkpointing_kwargs: {use_reentrant: 3}\n", [
+            "4: sft.gradient_checkpointing_kwargs has use_reentrant 3; it must be true or false",
         ]),
     ],
 )  # fmt: skip
