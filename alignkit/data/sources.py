@@ -76,13 +76,14 @@ def read_entries(located: Located, *, documents: bool = False, named: bool = Fal
 
 
 def _locate(source: DataSource) -> Located:
-    if source.target is not None and not Path(source.path).expanduser().is_file():
-        raise DataError("is no text file, and data.target needs one to go beside, line by line", where=source.path)
+    path = Path(source.path).expanduser()
+    if source.target is not None and not path.is_file() and (path.exists() or not path.is_absolute()):
+        found = "is no text file" if path.exists() or source.path.startswith(PREFIX) else "there is no such file here"
+        raise DataError(f"{found}, and data.target needs one to go beside, line by line", where=source.path)
     if source.path.startswith(PREFIX):
         _refuse_keys(source, "builtin data", ("name", "data_dir", "revision"))
         data = parse_builtin(source.path, split=source.split, max_rows=source.max_rows)
         return Located(source, "builtin", builtin=data)
-    path = Path(source.path).expanduser()
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             _refuse_keys(source, "a data set saved on disk", ("name", "data_dir", "revision"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe import schema
@@ -164,6 +165,23 @@ class Stage:
         names = {path: f"{RUNS}/{self.recipe_name}/{name}/{Path(path).name}" for path, name in made.items()}
         last = {key: key.split(".")[-1] for key in kept if key.split(".")[-1] not in HARMLESS}
         return {key: _strip(kept[key], names, moves=word in COMPARED_BY_BYTES) for key, word in last.items()}
+
+
+def complete_fingerprint(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the keys that a fingerprint of an older alignkit lacks, with their defaults: they change nothing."""
+    options = schema.OPTIONS.get(str(now.get("method")), TrainOptions)
+    stage = next((key.removesuffix("method") for key in now if key.endswith(".method")), None)
+    if stage is None:  # rows that were made: their keys have no prefix
+        fields = {key: field.default for key, field in options.model_fields.items() if not field.is_required()}
+        return {key: fields[key] for key in now.keys() & fields.keys()} | dict(before)
+    done = dict(before)
+    for prefix, model in (("model.", schema.ModelOptions), ("lora.", schema.LoraOptions), (stage, options)):
+        given = {key.removeprefix(prefix): value for key, value in before.items() if key.startswith(prefix)}
+        given = {key: value for key, value in given.items() if key in model.model_fields}
+        with suppress(ValidationError):  # a key that is no more: each one is told
+            made = model.model_validate(given).model_dump(mode="json") if given else {}
+            done |= {prefix + key: _strip(made[key], {}, moves=False) for key in made if prefix + key in now}
+    return done
 
 
 def _strip(value: Any, names: Mapping[str, str], *, moves: bool) -> Any:

@@ -14,7 +14,7 @@ from typing import IO, Any
 from alignkit import console
 from alignkit.errors import DataError, RunError
 from alignkit.recipe.schema import PpoOptions
-from alignkit.recipe.stage import Stage
+from alignkit.recipe.stage import Stage, complete_fingerprint
 from alignkit.recipe.trl_fields import method_fields
 from alignkit.runs import files
 from alignkit.runs.files import describe_files, disk_failures, find_damaged_file, open_own, read_json, write_json
@@ -145,8 +145,8 @@ def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Seque
     """List what changed since stage.json was written and was not allowed: key -> "key: before -> now"."""
     if not run.stage.exists():
         return {}
-    before = read_json(run.stage).get("fingerprint", {})
     now = json.loads(json.dumps(dict(current), default=str))
+    before = complete_fingerprint(read_json(run.stage).get("fingerprint", {}), now)
     fields = method_fields(str(now.get("method")))
 
     def show(key: str, value: Any) -> str:

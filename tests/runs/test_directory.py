@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import RunError
+from alignkit.recipe import load_recipe, resolve
 from alignkit.runs.directory import RunDir, compare_fingerprints, list_changes, open_run
 from alignkit.runs.files import write_json
 
@@ -94,3 +95,32 @@ def test_a_checksum_that_changed_is_told_in_words(tmp_path: Path) -> None:
         "sft.model: its bytes changed",
         "start_weights: the weights it starts from changed",
     ]
+
+
+def test_a_key_that_came_with_a_release_is_no_change_while_it_has_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "model: {path: x/m}\nlora: {r: 4}\ndata: [{path: x/y, weight: 2}]\n"
+    Path("a.yaml").write_text(f"{text}ppo: {{reward: {{judge: m/j, constitution: c}}}}\n")
+
+    def read(*overrides: str) -> dict[str, object]:
+        return resolve(load_recipe("a.yaml", overrides=overrides), "ppo").fingerprint_values()
+
+    run, now, new = RunDir(tmp_path / "run"), read(), ("model.use_kernels", "lora.dropout", "ppo.importance")
+    began = {key: value for key, value in now.items() if key not in new}
+    began |= {"ppo.data": [{"path": "x/y", "weight": 2}], "ppo.generation": {"engine": "transformers"}}
+    began["ppo.reward"] = [{"judge": {"model": "m/j"}, "constitution": "c"}]
+    run.path.mkdir()
+    write_json(run.stage, {"stage": "ppo", "method": "ppo", "fingerprint": began})
+    assert list_changes(run, now) == {}
+    changed = read("model.use_kernels=true", "ppo.data=[{path: x/y, weight: 3}]", "ppo.generation.batch_size=8")
+    assert list(list_changes(run, changed).values()) == [
+        "model.use_kernels: false -> true", "ppo.data.weight: 2.0 -> 3.0", "ppo.generation.batch_size: 64 -> 8",
+    ]  # fmt: skip
+    bare = {key: value for key, value in began.items() if not key.startswith("lora.")}
+    write_json(run.stage, {"stage": "ppo", "method": "ppo", "fingerprint": bare})
+    assert "lora.r" in list_changes(run, now)  # adapters that were not there are a change
+    write_json(run.stage, {"stage": "label", "method": "label", "fingerprint": {"method": "label", "answers": 2}})
+    assert list_changes(run, {"method": "label", "answers": 2, "hard": False}) == {}
+    assert list(list_changes(run, {"method": "label", "answers": 2, "hard": True}).values()) == ["hard: false -> true"]

@@ -127,6 +127,11 @@ def test_parallel_files_are_rows(make_stage: Callable[..., Stage], tmp_path: Pat
     with pytest.raises(AlignKitError, match="is no text file, and data.target needs one"):
         list(read_rows(make_stage(RNN + SFT, "sft"), [DataSource(path="builtin:translation", target="a.en")],
                        report=DataReport(), rejects=Rejects()))  # fmt: skip
+    for name, said in (("x.es", "x.es: there is no such file here, and data.target needs one"),
+                       (str(tmp_path / "a.ess"), "a.ess: no such file; did you mean a.es?")):  # fmt: skip
+        with pytest.raises(AlignKitError, match=said):
+            list(read_rows(make_stage(RNN + SFT, "sft"), [DataSource(path=name, target="a.en")],
+                           report=DataReport(), rejects=Rejects()))  # fmt: skip
 
 
 @pytest.mark.parametrize(
