@@ -150,7 +150,7 @@ def _describe(
             return what, node.value[name].place
         case "missing":
             found = f"{key}.{name} is missing; {quote_help(option['properties'][name].get('description'))}"
-        case "string_pattern_mismatch" if option["pattern"] == r"\S":
+        case "string_pattern_mismatch" if option.get("pattern", r"\S") == r"\S":
             found = f"{show_key(key)} is empty text"
         case "sign":
             found += "; write +NAME where higher is better, -NAME where lower is"
@@ -287,15 +287,17 @@ def describe_unknown_top(name: str, node: Node) -> str:
 
 def describe_unknown_in_stage(key: str, node: Node | None = None, *, stage: str, method: str) -> str:
     """Say that a stage has no such key, and where it belongs; with its value, if there is one."""
-    where, word = f"{stage}.{key}", find_word(key, method)
+    where, word, last = f"{stage}.{key}", find_word(key, method), key.rpartition(".")[2]
     if word and key in controlled_fields(method):
         return f"{where} cannot be set: {_say(word, node)}"
+    if key != last and last in accepted_keys(method) and (word is None or key not in word.names.split()):
+        word = Word(key, "", method, "renamed", last, "", "")  # of a section of another tool
     if key in RecipeOptions.model_fields and key not in OPTIONS["sft"].model_fields:
         return f"{where} is not a key of a stage; {key} belongs at the top level of the recipe"
     if told := _describe_below(key, node, method, word) or (word and _say(word, node)):
         return f"{where} is not a key of a stage: {told}"
-    if owner := _find_section(key):
-        return f"{where} is not a key of {method}; it belongs in {owner}"
+    if owner := _find_section(last):
+        return f"{where} is not a key of {method}; {'it' if key == last else last} belongs in {owner}"
     if word := find_word(key, "ppo"):
         return f"{where} is not a key of {method}: {_say(word, node)}, in a ppo stage"
     return describe_unknown(key, stage, accepted_keys(method))

@@ -60,6 +60,9 @@ def _by_name() -> dict[tuple[str, str, str], Word]:
         for name in word.names.split():
             kind = "method" if word.action == "method" else word.method
             words["" if word.tool == "trl" else word.tool, name, kind] = word
+    for (_, name, kind), word in [*words.items()]:
+        if "." in name:  # critic.adam.lr tells its tool
+            words.setdefault(("", name, kind), word)
     return words
 
 

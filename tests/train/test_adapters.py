@@ -18,6 +18,7 @@ from alignkit.models.adapters import START, TRAINED, activate, begin_by_data
 from alignkit.models.load import build_skeleton, load_policy, load_trained
 from alignkit.models.parameters import hash_base, take_probe
 from alignkit.models.save import merge
+from alignkit.models.start import builtin_tokenizer
 from alignkit.runs.directory import RunDir
 
 ROWS = "data: {path: builtin:instructions, max_rows: 16}"
@@ -187,6 +188,33 @@ def test_new_tokens_have_rows_that_are_trained_saved_and_kept(
                 rtol=0,
                 atol=1e-4,
             )
+
+
+def test_experts_and_rows_of_tokens_are_adapted_as_by_hand(make_stage: Callable, tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    base = MixtralForCausalLM(MixtralConfig(vocab_size=512, num_hidden_layers=1, num_local_experts=4, **sizes)).eval()
+    base.save_pretrained(tmp_path / "moe")
+    builtin_tokenizer().save_pretrained(tmp_path / "moe")
+    keys = "target_modules: [q_proj], target_parameters: [experts.down_proj], trainable_token_indices: [3, 7]"
+    stage = make_stage(write_recipe(f"{{r: 2, alpha: 6, {keys}}}", model=f"path: {tmp_path}/moe"), "sft")
+    model = load_policy(stage, run_dir=tmp_path / "adapted").model.eval()
+    ids = torch.tensor([[1, 3, 5, 7, 9]])
+    torch.testing.assert_close(model(input_ids=ids).logits, base(input_ids=ids).logits, rtol=0, atol=1e-6)
+    rows = torch.linspace(-1, 1, 32).view(2, 16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name and "lora_" in name:
+                parameter.fill_(0.01 if "lora_A" in name else 0.5)
+            elif "trainable_tokens_delta" in name:
+                parameter.copy_(rows)
+        base.model.layers[0].mlp.experts.down_proj += 0.03  # alpha / r x (r x 0.5 x 0.01), in each of the four experts
+        base.model.embed_tokens.weight[[3, 7]] = rows
+    torch.testing.assert_close(model(input_ids=ids).logits, base(input_ids=ids).logits, rtol=0, atol=1e-5)
+    trained = {name.split(".")[-3] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"lora_A", "lora_B", "token_adapter"}
 
 
 def test_b_learns_faster_than_a(make_stage: Callable, tmp_path: Path) -> None:

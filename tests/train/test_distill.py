@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -271,6 +272,26 @@ def test_what_a_recipe_may_not_say(keys: str, said: str, make_stage: Callable[..
     with pytest.raises(UsageError) as error:
         make_stage(f"model: {{path: builtin:tiny-llama}}\nsft: {{data: builtin:reviews, {keys}}}\n", "sft")
     assert said in str(error.value)
+
+
+def test_a_teacher_with_other_tokens_is_refused_before_anything_is_trained(
+    teacher: Path, make_stage: Callable[..., Stage], tmp_path: Path
+) -> None:
+    shutil.copytree(teacher, tmp_path / "other")
+    file = tmp_path / "other/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    words = tokenizer["model"]["vocab"]
+    first, second = sorted(word for word, number in words.items() if number in (300, 301))
+    words[first], words[second] = words[second], words[first]  # two tokens with each other's numbers
+    file.write_text(json.dumps(tokenizer))
+    text = f"name: t\nmodel: {{path: builtin:tiny-llama}}\nsft: {{objective: distill, data: builtin:reviews, {TRAIN}, "
+    stage = make_stage(f"{text}teacher: {tmp_path}/other}}\n", "sft")
+    numbers = f"2 tokens differ, first {first!r}: number {words[first]} in the teacher, {words[second]} in the student"
+    with pytest.raises(ModelError, match=re.escape(f"has another vocabulary than the student: {numbers}")):
+        launch_stage(stage)
+    assert not list(Path(stage.run_dir).glob("checkpoints/*"))
+    (check,) = check_recipe(load_recipe(Path("recipe.yaml"))).stages
+    assert [problem.where for problem in check.problems] == ["recipe.yaml:3"] and numbers in str(check.problems[0])
 
 
 def test_check_compares_vocabularies(teacher: Path, make_stage: Callable[..., Stage], write_rows: Callable) -> None:
