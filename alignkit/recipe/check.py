@@ -273,8 +273,9 @@ def describe_unknown_top(name: str, node: Node) -> str:
         return f"{name} is not a section here: {method.said}"
     if word and word.tool == "trl" and word.method == "":
         return f"{name}{'' if name == 'trust_remote_code' else ' is not a key here'}: {_say(word, node)}"
-    if owner := _find_section(name):
-        return f"{name} is not a key at the top level; it belongs in {owner}"
+    last = name if word else name.rpartition(".")[2]
+    if owner := _find_section(last):
+        return f"{name} is not a key at the top level; {'it' if name == last else last} belongs in {owner}"
     hint = suggest(name, [*known, *sections])
     if not hint and (told := _describe_below(name, node, "", word)):
         return f"{show_key(name)} is not a section: {told}"

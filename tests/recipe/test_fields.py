@@ -138,8 +138,7 @@ def test_the_table_of_words_names_keys_that_exist_and_no_word_twice() -> None:
         ("warmup_ratio: 0.1", "write warmup_steps: 0.1"),
         ("min_lr_rate: 0.1", "write lr_scheduler_kwargs: {min_lr_rate: 0.1}"),
         ("stage: sft", "the section's name says the method"),
-        ("training.weight_decay: 0.1", "it is weight_decay; write weight_decay: 0.1"),
-        ("loss.label_smoothing: 0.1", "is not a key of sft; label_smoothing belongs in the dpo stage"),
+        ("loss.label_smoothing: 0.1", "label_smoothing belongs in the dpo stage"),
         ("lr_scheduler._component_: x.get_cosine", "it is lr_scheduler_type"),
         ("profiler.warmup_steps: 2", "nothing is profiled"),
         ("ckpt.path: out", "the run directory is runs/NAME/STAGE"),
@@ -163,6 +162,12 @@ def test_words_of_other_tools_are_answered_with_ours(tmp_path: Path, given: str,
         path.write_text("model: {path: builtin:tiny-gpt2}" + place.format(given=given))
         with pytest.raises(RecipeError, match=re.escape(said)):
             load_recipe(path)
+
+
+def test_a_key_of_ours_below_a_section_of_another_tool() -> None:
+    given = Node(0.1, Origin("x", Path()))
+    said = describe_unknown_in_stage("training.weight_decay", given, stage="sft", method="sft")
+    assert said == "sft.training.weight_decay is not a key of a stage: it is weight_decay; write weight_decay: 0.1"
 
 
 def test_the_name_of_another_method_is_no_slip_of_the_pen(tmp_path: Path) -> None:
