@@ -2,14 +2,17 @@
 
 import ctypes
 import platform
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from alignkit.models.files import KNOWN
 
 _LARGEST = 2**25  # logits in one piece: 128 MiB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -23,7 +26,7 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 512 * 2**20)
 
 
-def leave_out_masks(model: "PreTrainedModel") -> None:
+def leave_out_masks(model: Any) -> None:
     """Take the mask away where all padding is on the right: no real token of a causal model can see it there.
 
     Attention then takes the kernel that reads half of the pairs. Generation, whose padding is on the left, keeps it.
@@ -44,6 +47,79 @@ def leave_out_masks(model: "PreTrainedModel") -> None:
     base.register_forward_pre_hook(leave_out, with_kwargs=True)
     # GPT-2 warns of pad tokens that come without a mask, as they do from here.
     base.warn_if_padding_and_no_attention_mask = lambda *_: None
+
+
+class _Unread:
+    """The positions whose last hidden state is read, and hooks that leave the others out of the last layer."""
+
+    reads: tuple[Tensor, Tensor] | None = None  # rows and columns, (N,); None: all
+    last_of_rows = False  # one a row
+
+    def __init__(self, base: Any, layer: nn.Module) -> None:
+        self.base, self.drops = base, [module for module in layer.modules() if isinstance(module, nn.Dropout)]
+
+    def choose(self, _: Any, __: Any, given: dict[str, Any]) -> None:
+        ids, labels, batch = given.get("input_ids"), given.get("labels"), given.get("batch")
+        recomputes = getattr(self.base, "is_gradient_checkpointing", False) and torch.is_grad_enabled()
+        drops = self.base.training and any(module.p for module in self.drops)
+        self.reads, self.last_of_rows = None, False
+        if ids is None or recomputes or drops or given.get("output_hidden_states") or torch.compiler.is_compiling():
+            return
+        if batch is not None:
+            self.reads = batch.rows_N, batch.columns_N
+        elif hasattr(self.base, "score") and self.base.get_output_embeddings() is None:
+            rows_B, places_T = (torch.arange(size, device=ids.device) for size in ids.shape)
+            # As transformers' classifiers have it: the last token that is not the pad token.
+            self.reads = rows_B, (places_T * (ids != self.base.config.pad_token_id)).argmax(dim=1)
+            self.last_of_rows = True
+        elif labels is not None and given.get("fused_lm_head") and given.get("shift_labels") is None:
+            from trl.trainer import utils
+
+            self.reads = (labels[:, 1:] != -100).nonzero(as_tuple=True) if utils._use_triton(labels.device) else None
+
+    def forget(self, *_: Any) -> None:
+        self.reads = None
+
+    def gather(self, _: Any, arguments: tuple[Tensor, ...]) -> Any:
+        if self.reads is not None:
+            self.shape = arguments[0].shape
+            return (arguments[0][self.reads][None], *arguments[1:])
+
+    def scatter(self, _: Any, __: Any, found_1NH: Tensor) -> Any:
+        return None if self.reads is None else found_1NH.new_zeros(self.shape).index_put(self.reads, found_1NH[0])
+
+
+def _attend_from_reads(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
+    """Attention of transformers' sdpa, (B, heads, T, D) to (B, T, heads, D), from the one place a row that is read."""
+    if module.unread.reads is None or not module.unread.last_of_rows or mask is not None or given.get("dropout"):
+        return sdpa_attention_forward(module, query, key, value, mask, **given)
+    rows_B, columns_B = module.unread.reads
+    seen_B11T = (torch.arange(key.size(2), device=key.device) <= columns_B[:, None])[:, None, None]
+    query = query[rows_B, :, columns_B].unsqueeze(2)
+    found, weights = sdpa_attention_forward(module, query, key, value, seen_B11T, **given | {"is_causal": False})
+    whole = found.new_zeros(len(found), key.size(2), *found.shape[2:])
+    return whole.index_put((rows_B, columns_B), found[:, 0]), weights
+
+
+def leave_out_unread(model: Any) -> None:
+    """Run the last layer's queries and feed-forward for those positions alone whose hidden state is read.
+
+    A classifier reads the last token, TRL's fused head the labelled ones, PPO its `batch`. Positions meet in attention
+    only, where all of them are still keys and values, so that no number that is read is another one.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = KNOWN["feed_forward_norms"].get(base.config.model_type)
+    if name is None or base.config._attn_implementation != "sdpa":
+        return
+    layer = (getattr(base.base_model, "layers", None) or base.base_model.h)[-1]
+    attention, unread = getattr(layer, "self_attn", None) or layer.attn, _Unread(base, layer)
+    model.register_forward_pre_hook(unread.choose, with_kwargs=True)
+    model.register_forward_hook(unread.forget, always_call=True)
+    getattr(layer, name).register_forward_pre_hook(unread.gather)
+    layer.mlp.register_forward_hook(unread.scatter)
+    AttentionInterface.register("from_reads", _attend_from_reads)
+    attention.config, attention.unread = copy(attention.config), unread
+    attention.config._attn_implementation = "from_reads"
 
 
 def use_head() -> None:

@@ -42,7 +42,7 @@ class ClassifierReward:
 
     def hold(self, classifier: Classifier | None = None, score_ids: ScoreIds | None = None) -> Classifier:
         """Load the weights, or take a classifier whose scores the caller computes (an adapter on a policy's base)."""
-        from alignkit.models import frozen
+        from alignkit.models import frozen, kernels
 
         if classifier is not None:
             self._classifier, self._score_ids = classifier, score_ids
@@ -50,6 +50,7 @@ class ClassifierReward:
             space = self._space
             self._classifier = frozen.load_classifier(self._source, device=space.device, trust_code=space.trust_code)
             model = self._classifier.model
+            kernels.leave_out_unread(model)
             self._score_ids = partial(frozen.score_ids, model, pad_id=int(model.config.pad_token_id))
         return self._classifier
 

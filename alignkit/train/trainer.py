@@ -171,6 +171,8 @@ class Guarded(Checkpointed):
         super().__init__(*args, **kwargs)
         for model in filter(None, (self.model, getattr(self, "ref_model", None))):
             kernels.leave_out_masks(model.get_base_model() if isinstance(model, PeftModel) else model)
+            if not shards.is_sharded(self):  # whose layers may be run a second time
+                kernels.leave_out_unread(model)
         if getattr(self.args, "disable_dropout", False):
             switch_off_dropout(self.model)
         # Upstream takes the last batch of an epoch for incomplete and drops what it believes to be repeated.

@@ -149,3 +149,117 @@ def test_a_model_that_reads_both_ways_keeps_its_mask() -> None:
     kernels.leave_out_masks(model)
     assert not model.base_model._forward_pre_hooks
     assert isinstance(model, nn.Module)
+
+
+def narrow(kind: str, *, scores: bool) -> tuple[nn.Module, nn.Module]:
+    """A tiny model of a family and its copy, whose last layer leaves out what is not read."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from alignkit.models.start import know_classifier
+
+    torch.manual_seed(0)
+    # Narrower windows than the rows are long: where a family has them, only masks say so.
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+             "sliding_window": 4, "vocab_size": 200, "pad_token_id": 0, "bos_token_id": 1}  # fmt: skip
+    sizes |= {} if kind == "gpt2" else {"head_dim": 8, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes)
+    config.num_labels = 1
+    if scores:
+        know_classifier(config)
+    family = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    plain = family.from_config(config, attn_implementation="sdpa").eval()
+    copied = family.from_config(config, attn_implementation="sdpa").eval()
+    copied.load_state_dict(plain.state_dict())
+    for model in (plain, copied):
+        kernels.leave_out_masks(model)
+    kernels.leave_out_unread(copied)
+    return plain, copied
+
+
+LENGTHS = (12, 7, 3)
+MASK = (torch.arange(12) < torch.tensor(LENGTHS)[:, None]).long()
+
+
+def seen_by_the_last_layer(model: nn.Module) -> list[tuple[int, int]]:
+    """Note rows and positions that the feed-forward of the last layer is given in each forward pass."""
+    seen: list[tuple[int, int]] = []
+    layer = (getattr(model.base_model, "layers", None) or model.base_model.h)[-1]
+    layer.mlp.register_forward_pre_hook(lambda _, given: seen.append((given[0].shape[0], given[0].shape[1])))
+    return seen
+
+
+def check_equal(models: tuple[nn.Module, nn.Module], read: Callable[[nn.Module], torch.Tensor]) -> None:
+    values = [read(model) for model in models]
+    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-6)
+    for value in values:
+        (value * torch.arange(1, value.numel() + 1).view(value.shape)).sum().backward()
+    theirs, ours = (dict(model.named_parameters()) for model in models)
+    for name, parameter in theirs.items():
+        if parameter.grad is not None:
+            torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=2e-6, msg=name)
+
+
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "granite",
+    "gemma",
+    "phi3",
+    "gemma3_text",
+    "gpt2",
+]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_last_layer_of_a_classifier_runs_for_the_last_tokens_alone(kind: str) -> None:
+    from alignkit.models.files import KNOWN
+
+    assert set(FAMILIES) == set(KNOWN["feed_forward_norms"])
+    models = narrow(kind, scores=True)
+    seen = seen_by_the_last_layer(models[1])
+    ids = torch.randint(3, 200, MASK.shape) * MASK
+    check_equal(models, lambda model: model(input_ids=ids, attention_mask=MASK, use_cache=False).logits)
+    plain, copied = models
+    left = torch.cat([torch.zeros(3, 2, dtype=torch.long), MASK], dim=1).flip(1)  # padding on the left
+    ids = torch.randint(3, 200, left.shape) * left
+    found = [model(input_ids=ids, attention_mask=left).logits for model in models]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    assert seen == [(1, 3), (1, 3)]
+    states = [
+        model(input_ids=ids, attention_mask=left, output_hidden_states=True).hidden_states[-1] for model in models
+    ]
+    torch.testing.assert_close(*reversed(states), rtol=0, atol=0)  # whoever asks for all has all
+    copied.gradient_checkpointing_enable()
+    copied.train()(input_ids=ids, attention_mask=left).logits.sum().backward()  # is computed twice: everywhere
+    assert seen[2:] == [(3, 14)] * 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_last_layer_runs_for_the_positions_that_losses_read(kind: str) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    from alignkit.models.logprobs import pad_answers
+    from alignkit.train.ppo.roles import read_answers, return_logps
+
+    kernels.use_head()
+    models = narrow(kind, scores=False)
+    seen = seen_by_the_last_layer(models[1])
+    torch.manual_seed(1)
+    rows = [torch.randint(3, 200, (length,)).tolist() for length in LENGTHS]
+    batch = pad_answers([row[:2] for row in rows], [row[2:] for row in rows], pad_id=0)  # 10, 5 and 1 tokens
+    labels = batch.input_ids_BL.masked_fill(MASK == 0, -100)
+    labels[:, :2] = -100
+    inputs = {"input_ids": batch.input_ids_BL, "attention_mask": MASK}
+    for model in models:
+        add_fused_lm_head(model)
+    check_equal(models, lambda model: model(**inputs, labels=labels, fused_lm_head=True).log_probs)
+    plain = [model(**inputs, use_cache=False).logits for model in models]  # generation, probes
+    torch.testing.assert_close(*reversed(plain), rtol=1e-5, atol=1e-6)
+    for model in models:
+        model.zero_grad()
+        return_logps(model)
+    check_equal(models, lambda model: read_answers(model, batch)[0])
+    assert seen == [(1, 16), (3, 12), (1, 16)]

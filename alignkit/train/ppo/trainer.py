@@ -30,7 +30,7 @@ from alignkit import console
 from alignkit.errors import ModelError, RunError
 from alignkit.models.adapters import TRAINED
 from alignkit.models.generation import generate_answers
-from alignkit.models.kernels import leave_out_masks
+from alignkit.models.kernels import leave_out_masks, leave_out_unread
 from alignkit.models.logprobs import Batch, pad_answers
 from alignkit.recipe.schema import PpoOptions
 from alignkit.runs import checkpoints
@@ -78,6 +78,8 @@ class Ppo(Guarded, GRPOTrainer):
         super().__init__(*args, reward_funcs=lambda **_: [], **kwargs)  # the collector computes rewards
         for other in filter(None, (roles.reference, critic and critic.model)):
             leave_out_masks(other)  # as the policy does: at step 0 they agree to the last bit
+            if not shards.is_sharded(self):
+                leave_out_unread(other)
         if critic is not None and critic.model is not None and self.args.gradient_checkpointing:
             critic.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         collector.generate, collector.autocast = self._sample, self.accelerator.autocast
