@@ -23,6 +23,9 @@ _ROOMS = Path(__file__).parents[1]
 BUILTIN_CONSTITUTIONS = tuple(
     f"builtin:{path.stem}" for path in sorted(_ROOMS.joinpath("feedback", "constitutions").glob("*.yaml"))
 )
+# Those of the objectives that learn labels are not asked for by name.
+_rows = json.loads(_ROOMS.joinpath("data", "formats.json").read_text("utf-8"))["formats"]
+FORMATS = ("auto", *dict.fromkeys(row["name"] for row in _rows if row["name"] not in TABLES["objectives"]))
 BUILTIN_REWARD = "builtin:true-reward"  # the toy world's own sentiment, as a reward or as gold
 
 
@@ -152,8 +155,7 @@ class DataSource(_Section):
     data_dir: Text | None = option(None, "Directory within a hub data set or a local directory.")
     split: Text = option("train", "Split of a data set; slices as datasets has them: train[:10%], a+b.")
     revision: Text | None = option(None, "Commit or tag of a hub data set.")
-    format: Literal["auto", "trl", "openai", "sharegpt", "alpaca", "hh", "ultrafeedback", "ranked", "choice", "text",
-                    "segments", "tokens"] = option("auto")
+    format: Literal[FORMATS] = option("auto")  # type: ignore[valid-type]
     columns: dict[str, Text | None] = option(dict)
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = option(dict)
     chat: Literal["auto"] | bool = option("auto")
