@@ -264,3 +264,32 @@ def test_three_processes_have_the_curve_of_one(tmp_path: Path) -> None:
         start(tmp_path, strategy, [job(tmp_path, strategy, "sft", "full", **more)], processes=3)
     found = largest_difference(tmp_path / "one" / "sft-full", tmp_path / "ddp" / "sft-full")
     assert max(found.values()) < 1e-4, found
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_those_of_one_process_and_of_a_run_that_was_stopped(tmp_path: Path) -> None:
+    write_recipes(tmp_path)
+    keys = {"keep_best": "-loss", "patience": 2, "evaluate_every": 1, "eval_steps": 1, "eval_share": "null",
+            "save_steps": 1, "keep_checkpoints": 1, "learning_rate": 0.1, "lr_scheduler_type": "constant",
+            "max_steps": 12}  # fmt: skip
+    sets = ["evaluate={max_rows: 4, max_new_tokens: 4}", *(f"sft.{key}={value}" for key, value in keys.items())]
+    one, *several = (job(tmp_path, strategy, "sft", "lora", set=sets) for strategy in ("one", *STRATEGIES, "stopped"))
+    stopped = several.pop()
+    start(tmp_path, "one", [one])
+    start(tmp_path, "ddp", [several[0], stopped | {"terminate": {"rank": 1, "step": 1}}, stopped])
+    start(tmp_path, "fsdp", several[1:])
+    whole = outcome(tmp_path, "one/sft-lora", 0)
+    best, last = whole["metrics"]["kept_step"], whole["step"]
+    assert last == best + 2 < 12  # two evaluations were no better
+    measured = [row["step"] for row in read_curve(tmp_path / "one/sft-lora") if "eval_perplexity" in row]
+    assert measured == list(range(last + 1))  # before the first step too
+    for other in (*STRATEGIES, "stopped"):
+        run = tmp_path / other / "sft-lora"
+        found, ended = largest_difference(tmp_path / "one/sft-lora", run), outcome(tmp_path, f"{other}/sft-lora", 0)
+        print(f"{other}: step {best} of {last}, {found}")
+        assert (ended["step"], ended["metrics"]["kept_step"]) == (last, best)
+        assert found["eval_loss"] < 1e-3 and found["loss"] < 1e-3, found
+        assert weight_difference(tmp_path / "one/sft-lora", run) < 1e-3
+    assert outcome(tmp_path, "stopped/sft-lora", 0)["metrics"] == outcome(tmp_path, "ddp/sft-lora", 0)["metrics"]
+    assert weight_difference(tmp_path / "ddp/sft-lora", tmp_path / "stopped/sft-lora") == 0
+    assert read_curve(tmp_path / "ddp/sft-lora") == read_curve(tmp_path / "stopped/sft-lora")
