@@ -311,7 +311,7 @@ def diff(
             find_model_dir(str(run))  # says which run may be meant
     difference = compare_runs(first, second)
     if as_json:
-        console.print_json(difference.to_dict())
+        console.print_json(vars(difference))
         return
     for table in difference.tables():
         console.print_table(*table)

@@ -89,7 +89,17 @@ def draw_lines(
     known = [point for points in series for point in points if point.is_drawn]
     if not known:
         return Markup("")
-    frame = _fit(known, marks, height)
+    lefts, rights, lows, highs = zip(*(point.ends for point in known), strict=True)
+    left, right, low, high = min(lefts), max(rights), min(lows), max(highs)
+    if left == right:
+        left, right = left - 0.5, right + 0.5
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-150):  # flat but for rounding
+        low = high = (low + high) / 2
+    for mark in marks:  # a line far outside would flatten the curve
+        if low - (high - low) <= mark <= high + (high - low):
+            low, high = min(low, mark), max(high, mark)
+    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    frame = _Frame(left, right, 0.0 if 0 <= low <= 0.35 * high else low - room, high + room, height)
     told, said, drawn = [], [], []
     for number, (line, points) in enumerate(zip(lines, series, strict=True)):
         shown = [point for point in points if point.is_drawn]
@@ -105,43 +115,29 @@ def draw_lines(
             "colour": colour(number + first_colour), "style": line.style, "points": shown, "pieces": pieces,
             "dots": shown if all_dots else shown[-1:] if line.style == "line" else (), "radius": 2.6 if all_dots else 3,
         })  # fmt: skip
-    ticks = {}
-    for axis, ends in (("x_ticks", (frame.left, frame.right)), ("y_ticks", (frame.bottom, frame.top))):
-        found = nice_ticks(*ends)
-        ticks[axis] = [(tick, tick_text(tick, found)) for tick in found]
+    x_ticks, y_ticks = nice_ticks(frame.left, frame.right), nice_ticks(frame.bottom, frame.top)
     return Markup(open_templates().get_template("chart.svg.jinja").render(
         frame=frame, lines=drawn, marks=marks, label=f"{title}: {'; '.join(said)}", x_label=x_label, width=WIDTH,
-        height=height, start=_LEFT, end=WIDTH - _RIGHT, floor=height - _BOTTOM, **ticks,
+        height=height, start=_LEFT, end=WIDTH - _RIGHT, floor=height - _BOTTOM,
+        x_ticks=[(tick, tick_text(tick, x_ticks)) for tick in x_ticks],
+        y_ticks=[(tick, tick_text(tick, y_ticks)) for tick in y_ticks],
         told=json.dumps(told, ensure_ascii=False, separators=(",", ":")),
     ))  # fmt: skip
 
 
 def _condense(points: list[Point], in_order: bool) -> list[Point]:
     """Put means, of a curve with the range of each, in place of more points than there are pixels."""
-    size = math.ceil(len(points) / _MAX_POINTS)
+    if (size := math.ceil(len(points) / _MAX_POINTS)) < 2:
+        return points
     found = []
-    for start in range(0, len(points), size) if size > 1 else ():
+    for start in range(0, len(points), size):
         group = points[start : start + size]
         values = [point.y for point in group if abs(point.y) < 1e150]
         mean = sum(values) / len(values) if values else math.nan
         x = sum(point.x for point in group) / len(group)
         band = (min(values, default=mean), max(values, default=mean)) if in_order else ()
         found.append(Point(x, mean, *band))
-    return found or points
-
-
-def _fit(known: Sequence[Point], marks: Sequence[float], height: float) -> _Frame:
-    lefts, rights, lows, highs = zip(*(point.ends for point in known), strict=True)
-    left, right, low, high = min(lefts), max(rights), min(lows), max(highs)
-    if left == right:
-        left, right = left - 0.5, right + 0.5
-    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-150):  # flat but for rounding
-        low = high = (low + high) / 2
-    for mark in marks:  # a line far outside would flatten the curve
-        if low - (high - low) <= mark <= high + (high - low):
-            low, high = min(low, mark), max(high, mark)
-    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return _Frame(left, right, 0.0 if 0 <= low <= 0.35 * high else low - room, high + room, height)
+    return found
 
 
 def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -176,50 +172,40 @@ def tick_text(value: float, ticks: Sequence[float]) -> str:
     return f"{value:.{decimals}f}".replace("-", MINUS)
 
 
-class _Plan(NamedTuple):
-    """A chart to draw when any of its metrics was logged."""
-
-    title: str
-    note: str
-    metrics: dict[str, str]  # name -> label
-    marks: Sequence[float] = ()
-    methods: Sequence[str] = ()  # empty: all
-
-
-_PLANS = [_Plan(**plan) for plan in WORDS["curves"]]
-
-
 def draw_curves(run: Facts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Draw what a reader looks for first, and a chart for each metric that is left, as `describe_chart` gives them."""
     main, used = list[dict[str, Any]](), set[str]()
-    for plan in _PLANS:
-        if (plan.methods and run.method not in plan.methods) or used & plan.metrics.keys():
+    for plan in WORDS["curves"]:  # each drawn where any of its metrics (name -> label) was logged
+        metrics = plan["metrics"]
+        if run.method not in plan.get("methods", [run.method]) or used & metrics.keys():
             continue
-        if chart := _draw_plan(run, plan):
+        if chart := _draw_metrics(run, plan["title"], plan["note"], metrics, plan.get("marks", ())):
             main.append(chart)
-            used |= plan.metrics.keys()
+            used |= metrics.keys()
             # Each reward against the square root of the KL (Bai et al. 2022a, arXiv:2204.05862, section 4.3).
-            distance = dict(run.series("sqrt_kl")) if "objective/kl" in plan.metrics else {}
+            distance = dict(run.series("sqrt_kl")) if "objective/kl" in metrics else {}
             for metric, name in (("reward", "Reward"), ("gold", "Gold reward")):
                 points = [(distance[step], value) for step, value in run.series(metric) if step in distance]
                 if len(points) > 1:
                     lines, title = [Line("", points, style="dots")], f"{name} against \u221aKL"
                     note = "one dot per rollout, in order"
                     main.append(describe_chart(lines, title, note, x_label="\u221aKL", in_order=False))
-    rest = [_draw_plan(run, _Plan(name, "", {name: "training"})) for name in run.metric_names() if name not in used]
+    rest = [_draw_metrics(run, name, "", {name: "training"}) for name in run.metric_names if name not in used]
     return main, [chart for chart in rest if chart]
 
 
-def _draw_plan(run: Facts, plan: _Plan) -> dict[str, Any] | None:
+def _draw_metrics(
+    run: Facts, title: str, note: str, metrics: Mapping[str, str], marks: Sequence[float] = ()
+) -> dict[str, Any] | None:
     lines = []
-    for metric, label in plan.metrics.items():
+    for metric, label in metrics.items():
         if points := run.series(metric):
             lines.append(Line(label, points))
         if points := run.series(f"eval_{metric}"):
-            lines.append(Line("held out" if len(plan.metrics) == 1 else f"{label}, held out", points, style="dots"))
+            lines.append(Line("held out" if len(metrics) == 1 else f"{label}, held out", points, style="dots"))
     if not any(len(line.points) > 1 for line in lines):
         return None
-    return describe_chart(lines, plan.title, plan.note, marks=plan.marks)
+    return describe_chart(lines, title, note, marks=marks)
 
 
 def describe_chart(lines: Sequence[Line], title: str, note: str, **how: Any) -> dict[str, Any]:
@@ -329,14 +315,13 @@ class Frontier:
         self.points.append(Policy(run, series, label, kl, reward, bound, Estimate(gap, gap - half, gap + half)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Make plain data, as frontier.json holds it."""
         return asdict(self) | {"points": [asdict(point) | {"above": point.is_above} for point in self.points]}
 
 
 def read_frontiers(runs: Sequence[Facts]) -> list[Frontier]:
     """Read a frontier for each optimum that the evaluations of these runs hold; mostly there is none or one."""
-    starts = [(run, start) for run in runs for start in run.evaluation.get("results", [])]
-    found = [_read_frontier(run, start, runs) for run, start in starts if start.get("metric") == "reference_reward"]
+    found = [_read_frontier(run, start, runs) for run in runs for start in run.evaluation.get("results", [])
+             if start.get("metric") == "reference_reward"]  # fmt: skip
     return [frontier for frontier in found if frontier is not None]
 
 

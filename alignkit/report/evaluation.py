@@ -4,7 +4,7 @@ differ, in the order in which a difference would explain the next: settings, dat
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,16 @@ def list_figures(run: Facts) -> list[dict[str, Any]]:
     check = report.get("check") or {}
     if check.get("accuracy") is not None:
         shares |= {"data": "comparisons with known answers", "n": check["n"] - check["abstained"]}
-        ends = {"low": check.get("low"), "high": check.get("high"), "better": "higher"}
+        of_check = {
+            "judge_accuracy": {"low": check.get("low"), "high": check.get("high"), "better": "higher",
+                               "value": check["accuracy"]},
+            "pair_accuracy_longer": {"value": check["longer_is_better"], "n": check["n"]},
+            "order_agreement": {"value": check.get("order_agreement")},
+            "calibration_error": {"value": check["ece"], "better": "lower", "details": check.get("bins") or []},
+        }  # fmt: skip
         found += [
-            {**shares, **ends, "metric": "judge_accuracy", "value": check["accuracy"]},
-            {**shares, "metric": "pair_accuracy_longer", "value": check["longer_is_better"], "n": check["n"]},
+            {**shares, **each, "metric": metric} for metric, each in of_check.items() if each["value"] is not None
         ]
-        if check.get("order_agreement") is not None:
-            found.append({**shares, "metric": "order_agreement", "value": check["order_agreement"]})
-        bins = check.get("bins") or []
-        found.append({**shares, "metric": "calibration_error", "value": check["ece"], "better": "lower",
-                      "details": bins})  # fmt: skip
     return found
 
 
@@ -179,7 +179,6 @@ _RESULT = ("status", "step", "tokens", "wall_seconds", "tokens_per_second", "pea
 _PATHS = ("output_dir", "logging_dir", "run_name", "hub_model_id")  # of TRL's configuration: where it writes
 _SHOWN = 60
 
-_Figures = dict[str, tuple[Any, dict[str, Any]]]
 Pairs = dict[str, tuple[Any, Any]]  # key -> the values of both runs, None where a run has none
 
 
@@ -192,9 +191,6 @@ class Difference:
     data: Pairs
     versions: Pairs
     metrics: Pairs  # all of them, equal ones too
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def tables(self) -> Iterator[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
         names = self.runs if self.runs[0] != self.runs[1] else ("first", "second")
@@ -221,32 +217,26 @@ def compare_runs(first: Path, second: Path) -> Difference:
     names = [str(path) if len(str(path)) <= 40 else f"{stage.get('recipe')}/{stage.get('stage')}"
              for path, stage in ((first, one), (second, other))]  # fmt: skip
     versions = [(each.get("versions") or {}) | {"git": (each.get("git") or {}).get("commit")} for each in (one, other)]
+    metrics: Pairs = {}  # like beside like: figures of other methods, rows or settings stand apart, with what differs
+    figures, others = _list_metrics(RunDir(first), one), _list_metrics(RunDir(second), other)
+    for name in dict.fromkeys([*figures, *others]):
+        (a, of_a), (b, of_b) = figures.get(name, (None, None)), others.get(name, (None, None))
+        if of_a is None or of_b is None or of_a == of_b:
+            metrics[name] = (a, b)
+            continue
+        keys = [key for key in {**of_a, **of_b} if of_a.get(key) != of_b.get(key)]
+        apart = [f"{name}, {', '.join(f'{key} {of.get(key)}' for key in keys)}" for of in (of_a, of_b)]
+        metrics |= {apart[0]: (a, None), apart[1]: (None, b)}
     return Difference(
         (names[0], names[1]),
         {key: pair for key, pair in settings.items() if not key.startswith("trl.") or key in of_both},
-        _pair(_list_data(one), _list_data(other)),
-        _pair(*versions),
-        _pair_figures(_list_metrics(RunDir(first), one), _list_metrics(RunDir(second), other)),
-    )
+        _pair(_list_data(one), _list_data(other)), _pair(*versions), metrics,
+    )  # fmt: skip
 
 
 def _pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> Pairs:
     pairs = {key: (first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
     return {key: (a, b) for key, (a, b) in pairs.items() if a != b}
-
-
-def _pair_figures(first: _Figures, second: _Figures) -> Pairs:
-    """Put like beside like: figures of other methods, rows or settings stand apart, with what differs."""
-    pairs: Pairs = {}
-    for name in dict.fromkeys([*first, *second]):
-        (a, of_a), (b, of_b) = first.get(name, (None, None)), second.get(name, (None, None))
-        if of_a is None or of_b is None or of_a == of_b:
-            pairs[name] = (a, b)
-            continue
-        keys = [key for key in {**of_a, **of_b} if of_a.get(key) != of_b.get(key)]
-        names = [f"{name}, {', '.join(f'{key} {of.get(key)}' for key in keys)}" for of in (of_a, of_b)]
-        pairs |= {names[0]: (a, None), names[1]: (None, b)}
-    return pairs
 
 
 def _settings(stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,12 +257,12 @@ def _list_data(stage: Mapping[str, Any]) -> dict[str, Any]:
     return _flatten(found)
 
 
-def _list_metrics(run: RunDir, stage: Mapping[str, Any]) -> _Figures:
+def _list_metrics(run: RunDir, stage: Mapping[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Collect what came out, each with what must be equal for it to be compared."""
     result, method = read_json(run.result) if run.result.is_file() else {}, {"method": stage.get("method")}
     num_held_out = (stage.get("eval_lengths") or {}).get("num_rows")
     rows = [num_held_out, (stage.get("options") or {}).get("eval"), _list_data(stage).get("data")]
-    found: _Figures = {key: (result.get(key), {}) for key in _RESULT if result}
+    found: dict[str, tuple[Any, dict[str, Any]]] = {key: (result.get(key), {}) for key in _RESULT if result}
     for key, value in (result.get("metrics") or {}).items():
         if key.startswith("eval_") and num_held_out:
             found[f"{key} on {num_held_out} held-out rows"] = value, {**method, "held out": rows}

@@ -1,9 +1,8 @@
 """One run: its files read into one object, without their secrets, and what a page or a card says of them."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,26 +21,31 @@ _SHOWN_ERROR_CHARS = 4000
 _BOOKKEEPING = re.compile(r"step|epoch|.*runtime|.*(samples|steps)_per_second|.*num_tokens|episodes")
 
 
-@dataclass
 class Facts:
-    """One run: its files as plain data, absent ones empty."""
+    """One run: its files as plain data without their secrets, absent ones empty."""
 
-    path: Path
-    stage: dict[str, Any]  # stage.json
-    result: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
-    evaluation: dict[str, Any]
-    feedback: dict[str, Any]  # report.json of a critique or label stage
-    labels: list[dict[str, Any]]  # the first ones of a label stage
-    warnings: list[dict[str, Any]]
-    preview: list[dict[str, Any]]
-    rejects: list[dict[str, Any]]
-    num_rejects: int
-    error: str  # the end of error.log; of a finished run empty
-    recipe: str
-
-    def __post_init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        """Read a run directory; records it can do without are left out with a warning where they are damaged."""
+        run = RunDir(path)
+        if not run.stage.is_file():
+            what = "is no run: it has no stage.json; name a run directory such as runs/demo/sft"
+            raise RunError(what, where=str(path))
+        self.path = run.path
+        records = (run.result, run.evaluation, run.path / "report.json", run.preview)  # the third is of row makers
+        self.result, self.evaluation, self.feedback, preview = (_clean(read_record(file)) for file in records)
+        self.preview: list[dict[str, Any]] = preview.get("rows", [])
+        self.metrics, self.samples, self.warnings, self.labels = (
+            _clean(read_lines(file)[:most]) for file, most in (
+                (run.metrics, None), (run.samples, None), (run.warnings, None),
+                (run.path / "labels.jsonl", _SHOWN_LABELS),
+            )
+        )  # fmt: skip
+        rejects = read_lines(run.rejects)
+        self.rejects, self.num_rejects = _clean(rejects[:_SHOWN_REJECTS]), len(rejects)
+        error, self.recipe = (_clean(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else ""
+                              for file in (run.error_log, run.recipe))  # fmt: skip
+        self.error = "" if run.result.is_file() else error[-_SHOWN_ERROR_CHARS:]
+        self.stage: dict[str, Any] = _clean(read_json(run.stage))
         stage = self.stage
         self.name, self.method = str(stage.get("stage", self.path.name)), str(stage.get("method", ""))
         self.full_name = "/".join(filter(None, (str(stage.get("recipe", "")), self.name)))
@@ -53,9 +57,9 @@ class Facts:
         self.step = int(self.result.get("step") or max((row.get("step", 0) for row in self.metrics), default=0))
         planned = (stage.get("trl") or {}).get("max_steps") or -1
         self.num_steps = int(planned) if planned > 0 else (self.step if self.is_finished else None)
+        self.start = str(stage.get("start_stage") or short_name((stage.get("model") or {}).get("path", "its start")))
         # The stages of the same recipe that it needs: its start, then its reward models.
-        needs = [stage.get("start_stage"), *(stage.get("reward_stages") or {}).values()]
-        self.parents: list[str] = [name for name in needs if name]
+        self.parents = [*filter(None, [stage.get("start_stage"), *(stage.get("reward_stages") or {}).values()])]
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """List (step, value) of one metric; a value that is not finite is NaN, and the last one of a step counts."""
@@ -68,10 +72,11 @@ class Facts:
                 found[float(row["step"])] = float(value)
         return sorted(found.items())
 
+    @property
     def metric_names(self) -> list[str]:
-        """List the names of all metrics in the order of their first appearance, held-out ones without prefix."""
-        names = (name.removeprefix("eval_") for row in self.metrics for name in row)
-        return [name for name in dict.fromkeys(names) if not _BOOKKEEPING.fullmatch(name)]
+        """The names of all metrics in the order of their first appearance, held-out ones without prefix."""
+        names = dict.fromkeys(name.removeprefix("eval_") for row in self.metrics for name in row)
+        return [name for name in names if not _BOOKKEEPING.fullmatch(name)]
 
     def mean_of_last(self, name: str) -> tuple[float | None, int]:
         """Average the last tenth of a metric's logged values, ten of them at most, and say how many those are."""
@@ -84,25 +89,6 @@ class Facts:
         value = self.result.get("metrics", {}).get(name)
         points = self.series(name)
         return float(value) if isinstance(value, int | float) else (points[-1][1] if points else None)
-
-
-def read_facts(path: Path) -> Facts:
-    """Read a run directory; records it can do without are left out with a warning where they are damaged."""
-    run = RunDir(path)
-    if not run.stage.is_file():
-        raise RunError("is no run: it has no stage.json; name a run directory such as runs/demo/sft", where=str(path))
-    rejects = read_lines(run.rejects)
-    error, recipe = (file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-                     for file in (run.error_log, run.recipe))  # fmt: skip
-    found = {
-        "stage": read_json(run.stage), "result": read_record(run.result), "evaluation": read_record(run.evaluation),
-        "metrics": read_lines(run.metrics), "samples": read_lines(run.samples), "warnings": read_lines(run.warnings),
-        "feedback": read_record(run.path / "report.json"),
-        "labels": read_lines(run.path / "labels.jsonl")[:_SHOWN_LABELS],
-        "preview": read_record(run.preview).get("rows", []), "rejects": rejects[:_SHOWN_REJECTS], "recipe": recipe,
-        "error": "" if run.result.is_file() else error[-_SHOWN_ERROR_CHARS:],
-    }  # fmt: skip
-    return Facts(path=run.path, num_rejects=len(rejects), **_clean(found))
 
 
 def _clean(value: Any) -> Any:
@@ -138,14 +124,11 @@ METHODS: dict[str, str] = WORDS["methods"]
 _ROW_MAKERS = ("critique", "label")  # stages without a model of their own
 
 
-def _size(num_bytes: float | None) -> str:
-    return describe_bytes(num_bytes) if num_bytes else ""
-
-
 # How a figure of words.json is written.
 _SHOW: dict[str, Callable[[Any], str]] = {
     "figure": figure, "share": share, "count": count, "some": lambda number: count(number or None),
     "mean": lambda value: f"{value:.1f}" if value and isinstance(value, int | float) else "",
+    "size": lambda num_bytes: describe_bytes(num_bytes) if num_bytes else "",
     "kinds": lambda kinds: ", ".join(f"{count(n)} {kind}" for kind, n in (kinds or {}).items()),
 }  # fmt: skip
 
@@ -224,13 +207,12 @@ def list_data(run: Facts) -> list[Pair]:
     """List what was made, read, kept, left out and found in the rows."""
     trained = (run.stage.get("lengths") or {}).get("num_rows")
     unit = "prompts" if run.method == "ppo" else "rows"
-    made, check = run.feedback, run.feedback.get("check") or {}  # by a critique or label stage
+    made = run.feedback  # by a critique or label stage
     pairs = [(label, figure(made[key])) for key, label in WORDS["counts"].items() if made.get(key)]
-    for part in (made, check):
+    for part in (made, made.get("check") or {}):
         pairs += [(f"abstained: {why}", figure(n)) for why, n in (part.get("abstained_because") or {}).items()]
-    pairs.append(("probability on (A) and (B)", share(made.get("option_mass"))))
-    pairs.append(("texts cut off", share(made.get("cut_off_share"))))
-    pairs.append((f"{unit} trained on", count(trained)))
+    pairs += [("probability on (A) and (B)", share(made.get("option_mass"))),
+              ("texts cut off", share(made.get("cut_off_share"))), (f"{unit} trained on", count(trained))]  # fmt: skip
     for label, part, key, show in WORDS["data"]:
         value = (run.stage.get(part) or {}).get(key)
         pairs.append((f"{unit} {label}" if label == "held out" else label, _SHOW[show](value)))
@@ -248,10 +230,10 @@ def describe_cost(run: Facts) -> list[Pair]:
         ("wall time", duration(result["wall_seconds"]) if "wall_seconds" in result else ""),
         ("tokens, all sittings", count(result.get("tokens"))),
         ("tokens per second", figure(result.get("tokens_per_second") or None)),
-        ("peak memory", _size(result.get("peak_memory_bytes"))),
+        ("peak memory", _SHOW["size"](result.get("peak_memory_bytes"))),
         ("optimizer steps", count(run.step) if run.method not in _ROW_MAKERS else ""),
         ("trainable parameters", count(trainable) + of_total if trainable and total else ""),
-        ("model in memory", _size(parameters.get("bytes"))),
+        ("model in memory", _SHOW["size"](parameters.get("bytes"))),
         ("quantised parameters", count(quantized) + bits if quantized else ""),
         ("labels per second", figure(run.feedback.get("labels_per_second") or None, 3)),
     ]
@@ -271,7 +253,7 @@ def describe_hardware(run: Facts) -> list[Pair]:
     pairs = [
         *((str(name), str(text)) for name, text in (found.get("devices") or {}).items()),
         ("processor", str(found.get("processor", ""))), ("cores", count(found.get("cores"))),
-        ("memory", _size(found.get("memory_bytes"))), ("system", str(found.get("system", ""))),
+        ("memory", _SHOW["size"](found.get("memory_bytes"))), ("system", str(found.get("system", ""))),
         ("processes", count(run.stage.get("num_processes"))),
         ("git", f"{git.get('commit', '')[:12]}{', with changes' if git.get('dirty') else ''}" if git else ""),
     ]  # fmt: skip
@@ -291,9 +273,9 @@ def list_settings(run: Facts) -> list[tuple[str, Any, str]]:
 
 def group_samples(run: Facts) -> list[list[dict[str, Any]]]:
     """Group the rows of samples.jsonl by prompt, each in the order of its steps."""
-    by_number: dict[Any, list[dict[str, Any]]] = {}
+    by_number = defaultdict[Any, list[dict[str, Any]]](list)
     for row in sorted(run.samples, key=lambda row: row["step"]):
-        by_number.setdefault(row.get("number"), []).append(row)
+        by_number[row.get("number")].append(row)
     return list(by_number.values())
 
 

@@ -29,7 +29,7 @@ from alignkit import __version__, console
 from alignkit.errors import DiskError, EnvironmentProblem, Problem, RunError, UsageError, first_line
 from alignkit.report import charts, evaluation, facts
 from alignkit.report.evaluation import tabulate
-from alignkit.report.facts import METHODS, Facts, find_runs, gather_warnings, order_runs, read_facts
+from alignkit.report.facts import METHODS, Facts, find_runs, gather_warnings, order_runs
 from alignkit.report.text import duration, open_templates, short_count
 from alignkit.report.verdict import judge
 from alignkit.runs.directory import CARD, Result, RunDir, find_damaged_product, read_result
@@ -45,7 +45,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|yaml)", re.IGNORECASE)
 _PATH = re.compile(r"(?:~|\.{0,2})(?:/[^\s/:,;'\"()]+){2,}/?|(?<![\w/.-])(?:[\w.-]+/){2,}[\w.-]+")
 _SENT = (".safetensors", ".json", ".jinja", ".model", ".txt")
-_RECORD = "alignkit.json"
 _VOCABULARY = frozenset({"tokenizer.json", "vocab.json", "merges.txt"})  # any text may be in a vocabulary
 _Page = TypeVar("_Page")
 
@@ -119,16 +118,15 @@ def write_card(path: Path) -> Path | None:
         return None
     if run.model.is_symlink():
         raise RunError("is a link, and the card would be written where it points to", where=str(run.model))
-    write_text(run.model / CARD, render_card(read_facts(run.path)))
+    write_text(run.model / CARD, render_card(Facts(run.path)))
     return run.model / CARD
 
 
 def render_card(run: Facts, *, repo: str | None = None) -> str:
     """Render the card's text, YAML metadata, then Markdown; `repo` is the hub id it will be published under."""
     model = RunDir(run.path).model
-    started = str((run.stage.get("model") or {}).get("path", ""))
-    bases = (each.get("path", "") for each in run.stage.get("lineage") or [] if each.get("role") == "base")
-    root = str(next(bases, started))
+    bases = [each.get("path", "") for each in run.stage.get("lineage") or [] if each.get("role") == "base"]
+    root = str((*bases, (run.stage.get("model") or {}).get("path", ""))[0])
     base = root if is_public(root) else None  # a reader could not find a local one
     name = repo.rpartition("/")[2] if repo else run.full_name.replace("/", "-")
     is_adapter = (model / "adapter_config.json").is_file()
@@ -140,7 +138,10 @@ def render_card(run: Facts, *, repo: str | None = None) -> str:
         if is_told and isinstance(value, int | float | str) and "/" not in str(value):
             settings.append((short if section != "lora" else key, value))
     templates = open_templates()
-    templates.filters |= {"cell": _cell, "public_name": public_name, "hide_paths": hide_paths}
+    templates.filters |= {  # a cell shows its text as it is, inside a table or out of it
+        "cell": lambda text: re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(text).split())),
+        "public_name": public_name, "hide_paths": hide_paths,
+    }  # fmt: skip
     text = templates.get_template("card.md.jinja").render(
         name=name, repo=repo or re.sub(r"[^\w.-]+", "-", name), run=run, stage=run.stage, base=base, settings=settings,
         method=METHODS.get(run.method, run.method), is_adapter=is_adapter,
@@ -196,19 +197,11 @@ def hide_paths(text: str) -> str:
     return _PATH.sub(lambda found: public_name(found[0]), text)
 
 
-def _cell(text: Any) -> str:
-    """Escape a text so that Markdown shows it as it is, inside a table or out of it."""
-    flat = " ".join(str(text).split())
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", flat)
-
-
 def pack(path: Path, repo: str) -> tuple[dict[str, Path | bytes], list[str]]:
     """Collect what a push would upload and what it leaves out; RunError, with all problems, where it must not be."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    run = read_facts(path)
-    model = RunDir(run.path).model
-    problems = []
+    run, model, problems = Facts(path), RunDir(path).model, list[Problem]()
     try:
         validate_repo_id(repo)
     except HFValidationError:
@@ -219,9 +212,9 @@ def pack(path: Path, repo: str) -> tuple[dict[str, Path | bytes], list[str]]:
     adapter = model / "adapter_config.json"
     base = str(read_json(adapter).get("base_model_name_or_path")) if adapter.is_file() else ""
     if base and not is_public(base):
-        what = f"the adapter belongs to a base on this machine ({public_name(base)}), so nobody else could load it"
-        advice = "`alignkit merge RUN --out DIR` makes one whole model, and `hf upload NAME DIR` publishes it"
-        problems.append(Problem(f"{what}; {advice}", str(adapter)))
+        what = f"the adapter belongs to a base on this machine ({public_name(base)}), so nobody else could load it; "
+        what += "`alignkit merge RUN --out DIR` makes one whole model, and `hf upload NAME DIR` publishes it"
+        problems.append(Problem(what, str(adapter)))
     files: dict[str, Path | bytes] = {CARD: render_card(run, repo=repo).encode()}
     left_out = []
     for file in sorted(each for each in model.rglob("*") if each.is_file() and each.name != CARD):
@@ -233,7 +226,7 @@ def pack(path: Path, repo: str) -> tuple[dict[str, Path | bytes], list[str]]:
         if is_text and console.holds_secret(file.read_text(encoding="utf-8", errors="replace")):
             problems.append(Problem("holds something that looks like a secret; take it out before pushing", str(file)))
         files[name] = file
-        if file.name == _RECORD:
+        if file.name == "alignkit.json":
             record = read_json(file)
             for entry in record.get("lineage", []):
                 entry["path"] = public_name(str(entry.get("path", "")))
@@ -245,10 +238,10 @@ def pack(path: Path, repo: str) -> tuple[dict[str, Path | bytes], list[str]]:
 
 def push(path: Path, repo: str, *, public: bool = False) -> str:
     """Upload the model of a run in one commit to a repository, made private unless `public`; give its address."""
-    files, left_out = pack(path, repo)
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of its HTTP library
 
+    files, left_out = pack(path, repo)
     if constants.is_offline_mode():
         raise EnvironmentProblem("HF_HUB_OFFLINE is set, so nothing can be pushed; set HF_HUB_OFFLINE=0")
     if get_token() is None:
@@ -259,12 +252,10 @@ def push(path: Path, repo: str, *, public: bool = False) -> str:
     console.note(f"pushing {len(files)} files, {describe_bytes(num_bytes)}, to {repo}")
     api = HfApi(library_name="alignkit", library_version=__version__)
     try:
-        card = files[CARD]
-        assert isinstance(card, bytes)
-        ModelCard(card.decode()).validate()
+        ModelCard(files[CARD].decode()).validate()  # type: ignore[union-attr]
         home = api.create_repo(repo, private=not public, exist_ok=True)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-        message = f"{read_facts(path).full_name}, by alignkit {__version__}"
+        message = f"{Facts(path).full_name}, by alignkit {__version__}"
         return str(api.create_commit(home.repo_id, operations, commit_message=message).repo_url)
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
@@ -281,18 +272,18 @@ def write_report(path: Path, *, out: Path | None = None) -> Path:
     """Write the report of a run or a directory of runs to `out`, or report.html in it; RunError where there is none."""
     directory = path.expanduser().absolute()
     if RunDir(directory).stage.is_file():
-        return _write(render_run(read_facts(directory)), out or directory / REPORT)
+        return _write(render_run(Facts(directory)), out or directory / REPORT)
     found = find_runs(directory) if directory.is_dir() else []
     if not found:
-        known = sorted(str(stage.parent) for stage in Path("runs").glob("*/*/stage.json"))
-        there = f"the runs here are {', '.join(known)}" if known else "name a run directory such as runs/demo/sft"
-        raise RunError(f"holds no run; {there}{'' if known else ', or runs/demo'}", where=str(path))
-    return _write_recipe(directory.name, [read_facts(run) for run in found], (), out or directory / REPORT)
+        known = ", ".join(sorted(str(stage.parent) for stage in Path("runs").glob("*/*/stage.json")))
+        there = f"the runs here are {known}" if known else "name a run directory such as runs/demo/sft, or runs/demo"
+        raise RunError(f"holds no run; {there}", where=str(path))
+    return _write_recipe(directory.name, list(map(Facts, found)), (), out or directory / REPORT)
 
 
 def write_recipe_report(name: str, stages: Sequence[tuple[str, Path]], *, out: Path | None = None) -> Path:
     """Write the report of a recipe's stages, given as (name, run directory), beside the first; RunError for none."""
-    begun = [read_facts(path) for _, path in stages if RunDir(path).stage.is_file()]
+    begun = [Facts(path) for _, path in stages if RunDir(path).stage.is_file()]
     if not begun:
         raise RunError("no stage of this recipe has been started; `alignkit run` trains them", where=name)
     waiting = [stage for stage, path in stages if not RunDir(path).stage.is_file()]
@@ -304,16 +295,15 @@ def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out:
     """Write the page of a recipe, in the order in which one stage needs the other; beside it its frontier, if any."""
     ordered = order_runs(runs)
     found = charts.read_frontiers(ordered)
-    parts = [part for run in ordered for part in (run.result, run.evaluation)]
     num_warnings = sum(len(gather_warnings(run)) for run in ordered)
-    seconds = sum(part.get("wall_seconds") or 0.0 for part in parts)
-    tokens = sum(run.result.get("tokens", 0) for run in ordered)
+    seconds = sum(part.get("wall_seconds") or 0.0 for run in ordered for part in (run.result, run.evaluation))
     tiles = [
-        ("wall time, with evaluation", duration(seconds)), ("tokens", short_count(tokens)),
+        ("wall time, with evaluation", duration(seconds)),
+        ("tokens", short_count(sum(run.result.get("tokens", 0) for run in ordered))),
         ("stages", len(ordered) + len(waiting)), ("warning" if num_warnings == 1 else "warnings", num_warnings),
     ]  # fmt: skip
-    given = {"runs": ordered, "waiting": waiting, "frontiers": found, "verdicts": list(map(judge, ordered))}
-    _write(_render("recipe", title=name, tiles=tiles, **given), out)
+    _write(_render("recipe", title=name, tiles=tiles, runs=ordered, waiting=waiting, frontiers=found,
+                   verdicts=list(map(judge, ordered))), out)  # fmt: skip
     if found:
         write_json(out.with_name("frontier.json"), {"schema": 1, "frontiers": [each.to_dict() for each in found]})
         picture = charts.draw_frontier_file(found[0], (_HERE / "report.css").read_text(encoding="utf-8"))
@@ -351,8 +341,8 @@ def write_preview(preview: dict[str, Any], out: Path) -> Path:
 
 def render_run(run: Facts) -> str:
     recipe = str(run.stage.get("recipe", ""))
-    return _render("run", title=f"{recipe} / {run.name}" if recipe else run.name, run=run, recipe_name=recipe,
-                   verdict=judge(run))  # fmt: skip
+    title = f"{recipe} / {run.name}" if recipe else run.name
+    return _render("run", title=title, run=run, recipe_name=recipe, verdict=judge(run))
 
 
 def _write(page: str, out: Path) -> Path:

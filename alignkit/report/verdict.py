@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any, Literal, NamedTuple
 
-from alignkit.report.facts import Facts, describe_status, gather_warnings, read_facts
+from alignkit.report.facts import Facts, describe_status, gather_warnings
 from alignkit.report.text import THIN, WORDS, figure, share, short_name, wilson, window
 from alignkit.runs.directory import RunDir
 
@@ -38,12 +38,26 @@ class Verdict(NamedTuple):
 
 def judge_all(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """Judge the runs of these directories that have begun, as plain data."""
-    return [judge(read_facts(run)).to_dict() for run in runs if RunDir(run).stage.is_file()]
+    return [judge(Facts(run)).to_dict() for run in runs if RunDir(run).stage.is_file()]
 
 
 def judge(run: Facts) -> Verdict:
     """Judge a run in any state by its own files."""
-    tone, says, missing = _judge(run)
+    # The newest figure of each name of the run itself, without slices.
+    tone: Tone
+    found: dict[str, _Result] = {
+        str(each.get("metric")): each for each in run.evaluation.get("results", [])
+        if each.get("slice") is None and each.get("value") is not None
+        and ", by its start " not in str(each.get("data"))
+    }  # fmt: skip
+    if not run.is_finished:
+        tone, says, missing = "not better" if run.error else "undecided", f"{run.name} is {describe_status(run)}", ""
+    elif run.method in ("dpo", "ppo"):
+        tone, says, missing = _judge_policy(run, found)
+    elif run.method == "rm" or run.task:
+        tone, says, missing = _judge_classifier(run, found)
+    else:
+        tone, says, missing = _judge_sft(run, found) if run.method == "sft" else _judge_rows(run)
     if run.error:
         says += f": {run.error.strip().splitlines()[-1]}"
     says = says if says.startswith(run.name) else f"{run.name}: {says}"
@@ -51,26 +65,8 @@ def judge(run: Facts) -> Verdict:
     return Verdict(run.name, tone, says.replace(THIN, " "), missing, warnings)
 
 
-def _judge(run: Facts) -> tuple[Tone, str, str]:
-    if not run.is_finished:
-        return "not better" if run.error else "undecided", f"{run.name} is {describe_status(run)}", ""
-    found = _whole(run)
-    if run.method in ("dpo", "ppo"):
-        return _judge_policy(run, found)
-    if run.method == "rm" or run.task:
-        return _judge_classifier(run, found)
-    return _judge_sft(run, found) if run.method == "sft" else _judge_rows(run)
-
-
-def _whole(run: Facts) -> dict[str, _Result]:
-    """Map the names of the figures of the run itself, without slices, to the newest of each."""
-    results = [each for each in run.evaluation.get("results", []) if ", by its start " not in str(each.get("data"))]
-    return {str(each.get("metric")): each for each in results
-            if each.get("slice") is None and each.get("value") is not None}  # fmt: skip
-
-
 def _judge_policy(run: Facts, found: Mapping[str, _Result]) -> tuple[Tone, str, str]:
-    start, missing = _start(run), ""
+    start, missing = run.start, ""
     scored = [name for name in found if name == "true_reward" or name.startswith("reward/")]
     measured = [_win(run, found["win_rate"])] if "win_rate" in found else []
     measured += [_change(found[name], start) for name in scored if found[name].get("change")]
@@ -81,7 +77,13 @@ def _judge_policy(run: Facts, found: Mapping[str, _Result]) -> tuple[Tone, str, 
     others = [each for each in others if each[0] != "undecided"]
     if tone == "better" and any(other == "not better" for other, _ in others):
         tone = "undecided"
-    sides = [says, *(text for _, text in others), _drift(run, found, start)]
+    sides = [says, *(text for _, text in others)]
+    if (result := found.get("kl")) is not None:
+        reference = short_name(str((result.get("settings") or {}).get("reference") or start))
+        nats = figure(max(round(result["value"], 3), 0.0), 2)
+        sides.append(f"it drifted {nats} nats an answer from {reference}")
+    elif late := _values(run, "objective/kl")[-_WINDOW:]:
+        sides.append(f"KL to {start} {figure(fmean(late), 2)} nats ({window(len(late), 'rollout', last=True)})")
     ended, length = (found.get(name, {}).get("change") or {} for name in ("ended_share", "response_length"))
     if _sign(ended):
         sides.append(f"{100 * abs(ended['value']):.0f} % {'more' if ended['value'] > 0 else 'fewer'} answers end")
@@ -89,7 +91,7 @@ def _judge_policy(run: Facts, found: Mapping[str, _Result]) -> tuple[Tone, str, 
         longer = "longer" if length["value"] > 0 else "shorter"
         sides.append(f"answers are {100 * abs(length['value'] / length['from']):.0f} % {longer}")
     seen = next((found[name] for name in ("win_rate", *scored) if name in found), {})
-    return *_mind_training(tone, "; ".join(filter(None, sides)), seen), missing
+    return *_mind_training(tone, "; ".join(sides), seen), missing
 
 
 def _win(run: Facts, result: _Result) -> tuple[Tone, str]:
@@ -114,14 +116,6 @@ def _change(result: _Result, start: str) -> tuple[Tone, str]:
         return tone, f"{name} is not told apart from that of {start}: {size}, n {n}"
     side = "rose" if change["value"] > 0 else "fell"
     return tone, f"{name} {side} from {size}, on {change[side]} of {n} rows, against {start}"
-
-
-def _drift(run: Facts, found: Mapping[str, _Result], start: str) -> str:
-    if (result := found.get("kl")) is not None:
-        reference = short_name(str((result.get("settings") or {}).get("reference") or start))
-        return f"it drifted {figure(max(round(result['value'], 3), 0.0), 2)} nats an answer from {reference}"
-    late = _values(run, "objective/kl")[-_WINDOW:]
-    return f"KL to {start} {figure(fmean(late), 2)} nats ({window(len(late), 'rollout', last=True)})" if late else ""
 
 
 def _implicit(run: Facts, found: Mapping[str, _Result]) -> tuple[Tone, str]:
@@ -153,8 +147,8 @@ def _rollouts(run: Facts) -> tuple[Tone, str]:
 def _judge_classifier(run: Facts, found: Mapping[str, _Result]) -> tuple[Tone, str, str]:
     """Judge a reward model against chance and length, a classifier against its baselines."""
     is_reward, missing = run.method == "rm", ""
-    names = ("reward_accuracy", "pairs", "pair_accuracy_") if is_reward else ("accuracy", "texts", "accuracy_")
-    name, unit, kin = names
+    name, unit, kin = ("reward_accuracy", "pairs", "pair_accuracy_") if is_reward else (
+        "accuracy", "texts", "accuracy_")  # fmt: skip
     if (result := found.get(name)) is None:
         missing = f"`evaluate:` in the recipe, or `alignkit eval {run.path}`, measures baselines too"
         result = _held_out(run, "eval_accuracy")
@@ -191,7 +185,7 @@ def _judge_classifier(run: Facts, found: Mapping[str, _Result]) -> tuple[Tone, s
 
 def _judge_sft(run: Facts, found: Mapping[str, _Result]) -> tuple[Tone, str, str]:
     if (result := found.get("perplexity", {})).get("change"):
-        tone, says = _change(result, _start(run))
+        tone, says = _change(result, run.start)
         return *_mind_training(tone, f"{says}, of {result['data']}", result), ""
     points, n = run.series("eval_loss"), (run.stage.get("eval_lengths") or {}).get("num_rows")
     if not (n and points):
@@ -218,10 +212,6 @@ def _judge_rows(run: Facts) -> tuple[Tone, str, str]:
     known = f"{check['n'] - check['abstained']} known comparisons{_between(check)}"
     says = f"{made}; its judge is right on {share(check['accuracy'])} of {known}; longer is better gets {share(longer)}"
     return tone, says, ""
-
-
-def _start(run: Facts) -> str:
-    return str(run.stage.get("start_stage") or short_name(str((run.stage.get("model") or {}).get("path", "its start"))))
 
 
 def _values(run: Facts, name: str) -> list[float]:

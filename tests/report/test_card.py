@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from written_runs import HOSTILE, SECRET, WriteRun, figure
 
-from alignkit.report.facts import read_facts
+from alignkit.report.facts import Facts
 from alignkit.report.publish import hide_paths, public_name, render_card, write_card
 
 LOCAL = "/home/ann/secret-project/rows.jsonl"
@@ -25,7 +25,7 @@ HUB = {
 
 
 def card_of(run: Path, repo: str | None = None) -> ModelCard:
-    return ModelCard(render_card(read_facts(run), repo=repo))
+    return ModelCard(render_card(Facts(run), repo=repo))
 
 
 def test_metadata_of_a_fine_tune_of_a_hub_model(write_run: WriteRun) -> None:

@@ -15,7 +15,7 @@ from browser import CHROMIUM, Browser, open_browser
 from written_runs import HOSTILE, WriteRun, figure, writer
 
 from alignkit.report.charts import Frontier, draw_frontier, draw_frontier_file, judge_frontier, read_frontiers
-from alignkit.report.facts import find_runs, read_facts
+from alignkit.report.facts import Facts, find_runs
 from alignkit.report.publish import write_report
 
 HOW = {"rows": 48, "temperature": 1.0, "max_new_tokens": 48}
@@ -77,7 +77,7 @@ POLICIES = {
 
 
 def read(runs: Path) -> Frontier:
-    (frontier,) = read_frontiers([read_facts(run) for run in find_runs(runs)])
+    (frontier,) = read_frontiers([Facts(run) for run in find_runs(runs)])
     return frontier
 
 

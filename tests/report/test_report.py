@@ -13,7 +13,7 @@ from written_runs import HOSTILE, SECRET, WriteRun, figure
 
 from alignkit.errors import RunError
 from alignkit.report.evaluation import tabulate
-from alignkit.report.facts import read_facts
+from alignkit.report.facts import Facts
 from alignkit.report.publish import write_recipe_report, write_report
 
 
@@ -88,7 +88,7 @@ def test_a_run_shows_its_curves_and_everything_else(write_run: WriteRun, method:
 
 
 def test_slices_stand_below_their_metric_and_best_of_n_is_one_group(write_run: WriteRun) -> None:
-    rows = tabulate([read_facts(write_run(evaluation=EVERYTHING))])
+    rows = tabulate([Facts(write_run(evaluation=EVERYTHING))])
     shown = [(row["name"], row["slice"], row["value"].replace("\u2009", " "), row["first"]) for row in rows]
     assert shown == [
         ("Win rate", "", "61.0 %", True),  # what decides comes first
@@ -105,7 +105,7 @@ def test_slices_stand_below_their_metric_and_best_of_n_is_one_group(write_run: W
 
 
 def test_several_runs_are_compared_by_the_whole(write_run: WriteRun) -> None:
-    runs = [read_facts(write_run(name, evaluation=EVERYTHING)) for name in ("sft", "dpo")]
+    runs = [Facts(write_run(name, evaluation=EVERYTHING)) for name in ("sft", "dpo")]
     shown = [(row["name"], row["slice"], row["run"]) for row in tabulate(runs)]
     assert [run for name, text, run in shown if name == "Pair accuracy"] == ["sft", "dpo"]
     assert not [text for name, text, _ in shown if "margin" in text]
@@ -125,7 +125,7 @@ def test_runs_of_a_sweep_stand_together_and_other_data_is_named_where_it_changes
         )
         for number in range(2)
     ]  # fmt: skip
-    shown = tabulate([read_facts(run) for run in runs])
+    shown = tabulate([Facts(run) for run in runs])
     assert [(row["name"], row["run"], row["data"] if row["says_data"] else "", row["first"]) for row in shown] == [
         ("Win rate", "dpo-0", "pairs, against sft-seed-0", True),
         ("Win rate", "dpo-1", "pairs, against sft-seed-1", False),

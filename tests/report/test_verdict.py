@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from written_runs import WriteRun, figure
 
-from alignkit.report.facts import read_facts
+from alignkit.report.facts import Facts
 from alignkit.report.verdict import Verdict, judge
 
 
@@ -63,13 +63,13 @@ def test_a_sentence_of_paired_differences_green_only_where_something_got_better(
     write_run: WriteRun, method: str, results: list[dict[str, Any]], tone: str, says: str
 ) -> None:
     start = None if method in ("sft", "rm") else "sft"
-    found = judge(read_facts(write_run(method, method, start_stage=start, evaluation=results)))
+    found = judge(Facts(write_run(method, method, start_stage=start, evaluation=results)))
     assert (found.tone, found.says, found.missing) == (tone, says, "")
 
 
 def test_what_was_trained_on_is_never_green(write_run: WriteRun) -> None:
     seen = {**WON, "trained": {"by": ["sft"], "rows": 12, "of": 97}}
-    found = judge(read_facts(write_run("dpo", "dpo", start_stage="sft", evaluation=[seen])))
+    found = judge(Facts(write_run("dpo", "dpo", start_stage="sft", evaluation=[seen])))
     assert found.tone == "undecided"
     assert found.says.endswith("; not held out: 12 of 97 prompts were trained on by sft")
 
@@ -78,7 +78,7 @@ def unmeasured(write_run: WriteRun, method: str, result: dict[str, Any], **stage
     run = write_run(method, method, start_stage="sft" if method in ("dpo", "ppo") else None, stage=stage)
     data = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(data | {"metrics": result}))
-    return judge(read_facts(run))
+    return judge(Facts(run))
 
 
 def test_a_stage_without_an_evaluation_says_what_is_missing(write_run: WriteRun) -> None:
@@ -111,13 +111,13 @@ def test_an_untrained_reward_model_says_so(write_run: WriteRun) -> None:
     sure = {"metrics": {"eval_accuracy": 0.9, "eval_loss": 0.8}}  # right, and far too sure where it is wrong
     run = write_run("sure", "rm", stage={"eval_lengths": {"num_rows": 50}})
     (run / "result.json").write_text(json.dumps(json.loads((run / "result.json").read_text()) | sure))
-    assert judge(read_facts(run)).tone == "undecided" and judge(read_facts(run)).says.endswith(lost)
+    assert judge(Facts(run)).tone == "undecided" and judge(Facts(run)).says.endswith(lost)
 
 
 def test_a_failed_run_and_a_monitor_are_told(write_run: WriteRun) -> None:
-    found = judge(read_facts(write_run(finished=False, num_steps=7, stage={"trl": {"max_steps": 20}})))
+    found = judge(Facts(write_run(finished=False, num_steps=7, stage={"trl": {"max_steps": 20}})))
     assert (found.tone, found.says) == (
         "not better", "sft is not finished, at step 7 of 20: ValueError: The plot was good.",
     )  # fmt: skip
-    found = judge(read_facts(write_run("ppo", "ppo", warnings=["ppo: the reward rose while answers grew"])))
+    found = judge(Facts(write_run("ppo", "ppo", warnings=["ppo: the reward rose while answers grew"])))
     assert found.to_dict()["warnings"] == ["the reward rose while answers grew"]
