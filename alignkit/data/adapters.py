@@ -382,19 +382,15 @@ _LABELLED = ("label", "gold_label", "class", "category", "target")
 _RIGHT = ("answer", "label", "answerKey", "answer_key", "gold")
 
 
-def adapt_classified(reading: Reading) -> Row:
-    """Read a text, or a pair such as premise and hypothesis, with the name of its label."""
-    return _labelled(reading, *zip(TEXTS, strict=True))
-
-
 def adapt_compared(reading: Reading) -> Row:
     """Read two sentences and how they compare."""
-    return _labelled(reading, PAIRS[1])
+    return adapt_classified(reading, PAIRS[1])
 
 
-def _labelled(reading: Reading, *others: tuple[str, ...]) -> Row:
-    found = [names for names in (*PAIRS, *others) if set(names) <= reading.record.keys()]
-    names = (found or others)[0]
+def adapt_classified(reading: Reading, *others: tuple[str, ...]) -> Row:
+    """Read a text, or a pair such as premise and hypothesis, with the name of its label."""
+    others = others or tuple(zip(TEXTS, strict=True))
+    names = next((names for names in (*PAIRS, *others) if set(names) <= reading.record.keys()), others[0])
     texts = tuple(check_text(reading.need(name), name) for name in names)
     name = next((name for name in _LABELLED if name in reading.record), "label")
     value = reading.need(name)
@@ -411,8 +407,7 @@ def _labelled(reading: Reading, *others: tuple[str, ...]) -> Row:
 def adapt_choices(reading: Reading) -> Row:
     """Read a context, its answers, and which is right: as a number from 0, a letter, a name of theirs, or the text."""
     record, context = reading.record, [reading.first(*_STORIES), reading.first(*_QUESTIONS)]
-    names = [name for name in context if name] or ["context"]
-    prompt = "\n".join(check_text(reading.need(name), name) for name in names)
+    prompt = "\n".join(check_text(reading.need(name), name) for name in [*filter(None, context)] or ["context"])
     column = next((name for name in CHOICES if name in record), "choices")
     given = reading.need(column)
     own: list[Any] = []

@@ -7,7 +7,7 @@ import json
 import re
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations, islice
@@ -53,7 +53,20 @@ class RowAudit:
         self.num_rows += 1
         prompt = fingerprint_prompt(row)
         self.prompts.setdefault(prompt, row.place)
-        verdicts = list(self._list_verdicts(row, prompt))
+        # What the row judges, and how: of two answers which is better, of one its label.
+        answers = [hash(tuple(iter_strings(answer))) for answer in row.completions]
+        verdicts: list[tuple[Any, Any]] = []
+        if row.kind in ("labelled", "unpaired"):
+            verdicts = [((prompt, *answers), row.answer or row.label)]
+        elif row.kind == "pair" and row.label == 0.5:
+            self.num_ties += 1
+        elif row.kind == "pair":
+            better, worse = answers if row.label is None or row.label > 0.5 else answers[::-1]
+            verdicts = [((prompt, *sorted(answers)), better < worse)]
+        elif row.kind == "ranked":
+            ranked = combinations(zip(answers, row.scores or (), strict=False), 2)
+            verdicts = [((prompt, *sorted((better, worse))), better < worse)
+                        for (better, high), (worse, low) in ranked if high > low]  # fmt: skip
         if sum(self._judged.setdefault(key, verdict) != verdict for key, verdict in verdicts):
             self.contradictions.append(row.place)
         text = " ".join(iter_contents(row))
@@ -63,21 +76,6 @@ class RowAudit:
         self._starts.append(len(self._words))
         self._places.append(row.place)
         self._words.extend(map(_hash_word, _WORD.findall(text.lower())))
-
-    def _list_verdicts(self, row: Row, prompt: int) -> Iterator[tuple[Any, Any]]:
-        """Yield what a row judges, and how: of two answers which is better, of one its label."""
-        answers = [hash(tuple(iter_strings(answer))) for answer in row.completions]
-        if row.kind in ("labelled", "unpaired"):
-            yield (prompt, *answers), row.answer or row.label
-        if row.kind == "pair":
-            self.num_ties += row.label == 0.5
-            if row.label != 0.5:
-                better, worse = answers if row.label is None or row.label > 0.5 else answers[::-1]
-                yield (prompt, *sorted(answers)), better < worse
-        elif row.kind == "ranked":
-            for (better, high), (worse, low) in combinations(zip(answers, row.scores or (), strict=False), 2):
-                if high > low:
-                    yield (prompt, *sorted((better, worse))), better < worse
 
     def find_near_duplicates(self) -> list[tuple[str, str]]:
         """List the places of rows that are nearly an earlier one, each with that one; equal rows are not among them.

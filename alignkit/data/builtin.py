@@ -127,16 +127,13 @@ def _fact(random: Random) -> str:
     return str(random.choice(_WORDS["facts"])).format(place=place, day=day, hours=hours, other=other)
 
 
-def _review(random: Random, mood: str) -> str:
-    """Make two to four sentences: opinions of the mood, and sometimes a fact."""
+def _review(random: Random, mood: str = "") -> str:
+    """Make two to four sentences: opinions of the mood, or of any, and sometimes a fact."""
+    mood = mood or random.choice(list(_MOOD_WORTHS))
     sentences = [_opinion(random, _MOOD_WORTHS[mood]) for _ in range(random.randint(2, 3))]
     if random.random() < 0.5:
         sentences.insert(random.randrange(len(sentences) + 1), _fact(random))
     return " ".join(sentences)
-
-
-def _any_review(random: Random) -> str:
-    return _review(random, random.choice(list(_MOOD_WORTHS)))
 
 
 def _user(content: str) -> list[dict[str, str]]:
@@ -190,7 +187,7 @@ def _judge_item(random: Random, split: str) -> dict[str, Any]:
         # says anything alone, and gradients do not find such a pair; here the word alone decides.
         a, b = _opinion(random, _MOOD_WORTHS[random.choice(("positive", "negative"))]), _fact(random)
     else:
-        make = _any_review if kind == 1 else lambda random: _opinion(random, _MOOD_WORTHS["mixed"])
+        make = _review if kind == 1 else lambda random: _opinion(random, _MOOD_WORTHS["mixed"])
         pair = _rated(random, 2, make)
         a, b = pair if random.random() < 0.5 else pair[::-1]
     first = true_reward(a) > true_reward(b)
@@ -246,10 +243,10 @@ def _make(name: str, random: Random, split: str) -> dict[str, Any]:
         return {"text": _review(random, label), "label": label}
     asked = {"prompt": _user(_question(random, split))}
     if name == "preferences":
-        chosen, rejected = map(_assistant, _rated(random, 2, _any_review))
+        chosen, rejected = map(_assistant, _rated(random, 2, _review))
         return {**asked, "chosen": chosen, "rejected": rejected}
     if name == "ranked":
-        reviews = _rated(random, _RANKED_ANSWERS, _any_review)
+        reviews = _rated(random, _RANKED_ANSWERS, _review)
         return {**asked, "completions": list(map(_assistant, reviews)), "scores": list(map(true_reward, reviews))}
     if name == "unpaired":
         review = _review(random, random.choice(("positive", "negative")))

@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import IO, Any
@@ -35,10 +35,8 @@ _FOREIGN = {
     b"PK\x03\x04": "a zip archive; unpack it", b"PAR1": "Parquet data; name the file .parquet",
     codecs.BOM_UTF16_LE: "UTF-16 text; save it as UTF-8", codecs.BOM_UTF16_BE: "UTF-16 text; save it as UTF-8",
 }  # fmt: skip
-_JSON_NAMES = {
-    type(None): "null", bool: "true or false", dict: "an object", float: "a number", int: "a number", list: "a list",
-    str: "text",
-}  # fmt: skip
+_JSON_NAMES = {type(None): "null", bool: "true or false", dict: "an object", float: "a number", int: "a number",
+               list: "a list", str: "text"}  # fmt: skip
 
 
 def data_suffix(path: Path) -> str | None:
@@ -59,29 +57,22 @@ def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES, 
     lines of jsonl, csv and txt, rows (from 1) of json and tables. A row of more than `limit` bytes is a BadRow.
     With `named` a ClassLabel of a table is its name instead of its number.
     """
-    name = label_path(path)
-    entries = _read_entries(path, name, data_suffix(path), blocks=blocks, limit=limit, named=named)
-    if (first := next(entries, None)) is None:
-        raise DataError("the file has no rows", where=name)
-    yield first
-    yield from entries
-
-
-def _read_entries(
-    path: Path, name: str, suffix: str | None, *, blocks: bool, limit: int, named: bool
-) -> Iterator[Entry]:
-    if suffix in (".parquet", ".arrow"):
-        yield from _read_table(path, name, named=named)
-        return
-    with _open(path, name) as stream:
-        if suffix in (".jsonl", ".ndjson"):
-            yield from _read_json_lines(stream, name, limit)
+    name, suffix = label_path(path), data_suffix(path)
+    with ExitStack() as opened:
+        if suffix in (".parquet", ".arrow"):
+            entries = _read_table(path, name, named=named)
+        elif (stream := opened.enter_context(_open(path, name))) and suffix in (".jsonl", ".ndjson"):
+            entries = _read_json_lines(stream, name, limit)
         elif suffix == ".json":
-            yield from _read_json(stream, name, limit)
+            entries = _read_json(stream, name, limit)
         elif suffix in (".csv", ".tsv"):
-            yield from _read_csv(stream, name, limit, "," if suffix == ".csv" else "\t")
+            entries = _read_csv(stream, name, limit, "," if suffix == ".csv" else "\t")
         else:
-            yield from _read_text(stream, name, limit, blocks)
+            entries = _read_text(stream, name, limit, blocks)
+        if (first := next(entries, None)) is None:
+            raise DataError("the file has no rows", where=name)
+        yield first
+        yield from entries
 
 
 def read_parallel(path: Path, target: Path, *, limit: int = MAX_LINE_BYTES) -> Iterator[Entry]:
@@ -170,8 +161,7 @@ def _read_text(stream: IO[bytes], name: str, limit: int, blocks: bool) -> Iterat
     bad: BadRow | None = None
     for number, line in chain(_lines(stream, limit), [(0, b"")]):
         goes_on = isinstance(line, BadRow) or bool(line.strip())
-        if goes_on:
-            start = start or number
+        start = start or (number if goes_on else 0)
         if isinstance(line, BadRow):
             bad = bad or line
         elif goes_on:
@@ -196,8 +186,7 @@ def _read_json_lines(stream: IO[bytes], name: str, limit: int) -> Iterator[Entry
         if isinstance(line, BadRow):
             yield place, line
             continue
-        line = line.strip()
-        if not line:
+        if not (line := line.strip()):
             continue
         try:
             text = line.decode()
@@ -236,12 +225,12 @@ def _read_json(stream: io.BufferedReader[Any], name: str, limit: int) -> Iterato
             raise DataError(what, where=f"{name}:{error.lineno}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(_bad_json(error).reason, where=name) from error
-        lists = {key: held for key, held in value.items() if isinstance(held, list)} if isinstance(value, dict) else {}
+        lists = [key for key in value if isinstance(value[key], list)] if isinstance(value, dict) else []
         if len(lists) != 1:
             found = f"lists under {', '.join(lists)}" if lists else f"{type_name(value)} without a list"
             what = f"must be a list of rows, or an object that holds one list of rows; found {found}"
             raise DataError(what, where=name)
-        (items,) = lists.values()
+        items = value[lists[0]]
     for number, item in enumerate(items, start=1):
         yield _as_entry(f"{name}[row {number}]", item)
 
@@ -389,19 +378,16 @@ def _read_table(path: Path, name: str, *, named: bool) -> Iterator[Entry]:
         raise DataError(f"a table is packed already and cannot be read through {path.suffix}; unpack it", where=name)
     kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
     number = 0
-
-    def iter_arrow() -> Iterator[Any]:  # a stream, as datasets writes it, or Feather: a file that lists its batches
-        with pa.memory_map(str(path)) as source:
-            if source.read(6) == b"ARROW1":
-                file = pa.ipc.open_file(source)
-                yield from map(file.get_batch, range(file.num_record_batches))
-            else:
-                source.seek(0)
-                yield from pa.ipc.open_stream(source)
-
     try:
-        is_arrow = kind == "Arrow"
-        for batch in iter_arrow() if is_arrow else pq.ParquetFile(path, pre_buffer=False).iter_batches(_TABLE_BATCH):
+        if kind == "Parquet":
+            batches: Iterable[Any] = pq.ParquetFile(path, pre_buffer=False).iter_batches(_TABLE_BATCH)
+        elif (source := pa.memory_map(str(path))).read(6) == b"ARROW1":  # Feather: a file that lists its batches
+            file = pa.ipc.open_file(source)
+            batches = map(file.get_batch, range(file.num_record_batches))
+        else:  # a stream, as datasets writes it
+            source.seek(0)
+            batches = pa.ipc.open_stream(source)
+        for batch in batches:
             for start in range(0, len(batch), _TABLE_BATCH):
                 for record in read_records(batch.slice(start, _TABLE_BATCH), named=named):
                     number += 1

@@ -36,7 +36,7 @@ class Format:
         def has(word: str) -> bool:
             name, _, kind = word.partition(":")
             columns = [column for column in GROUPS.get(name, (name,)) if column in record]
-            return any(not kind or type(record[column]) is _TYPES[kind] for column in columns)
+            return any(not kind or type(record[column]).__name__ == kind for column in columns)
 
         return all(any(map(has, word.split("|"))) for word in self.needs.split())
 
@@ -51,8 +51,6 @@ GROUPS = {
     "PROMPT": (*PROMPTS, *adapters.CONTEXTS), "CONVERSATION": CONVERSATIONS, "ANSWER": ANSWERS,
     "LABEL": adapters.LABELS, "REJECTED": adapters.REJECTED,
 }  # fmt: skip
-_TYPES = {"str": str, "list": list}
-
 
 # A record is in the first one that fits. Of a `format:` only its own are tried; the last of them where none fits. Those
 # with labels are for the sft objectives of their names alone.
@@ -64,9 +62,9 @@ FORMATS = tuple(
     )
     for row in KNOWN["formats"]
 )  # fmt: skip
-_IMPLICIT, _HH = (
+_IMPLICIT, _HH = (  # the second in place of the first, by the text
     next(form for form in FORMATS if form.adapt is adapt) for adapt in (adapters.adapt_implicit, adapters.adapt_hh)
-)  # the second in place of the first, by the text
+)
 # Not read, these are refused: they say what is asked or thought, what is learnt, or what an answer is worth.
 _TELLING = {*ASKED, *REASONING_KEYS, "history", "label", "weight", "loss_mask"}
 # The beginning of a message, or of a list of them, as JSON or as Python shows it.
@@ -107,11 +105,10 @@ class Detector:
         """`for_prompts`: only what is asked counts; `keeps_columns`: a reward function gets what is not read."""
         is_auto = format_name == "auto"
         own = [form for form in FORMATS if format_name == form.name or (is_auto and form.kind != "labelled")]
-        if for_prompts:
-            own = sorted(own, key=lambda form: form.loose)
-        self._formats, self._fallback = own, None if format_name in ("auto", "trl") else own[-1]
+        self._formats = sorted(own, key=lambda form: form.loose) if for_prompts else own
+        self._fallback = None if format_name in ("auto", "trl") else self._formats[-1]
         self._for_prompts, self._keeps_columns = for_prompts, keeps_columns
-        self._known: dict[tuple[tuple[str, ...], tuple[type, ...]], Format] = {}
+        self._known: dict[Any, Format] = {}
         self._roles = dict(roles or {})
 
     def recognise(self, record: Record, place: str = "") -> Format:

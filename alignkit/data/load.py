@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from itertools import combinations, count, groupby, islice
@@ -212,19 +212,6 @@ def _dump_columns(record: Record) -> str:
     return f"{{{', '.join(written)}}}"
 
 
-@dataclass
-class _Found:
-    """Rows of one format in one source."""
-
-    columns: list[str]  # of the first
-    rows: int = 0
-    places: list[str] = field(default_factory=list)  # the first two
-
-    def describe(self, form: Format) -> str:
-        places = f"{', '.join(self.places)}{', ...' if self.rows > len(self.places) else ''}"
-        return f"{self.rows} {'row' if self.rows == 1 else 'rows'} of {form} ({places})"
-
-
 class _Source:
     """One source: its good rows sorted from bad ones, and what is wrong with it as a whole."""
 
@@ -247,7 +234,9 @@ class _Source:
             self._form = "raw"
         if template is None:
             self._form = None
-        self._found: dict[Format, _Found] = {}
+        self._num_rows = Counter[Format]()
+        self._columns: dict[Format, list[str]] = {}  # of the first row of each format
+        self._places = defaultdict[Format, list[str]](list)  # of the first two
         # Whether a reward is given the rows' columns; whether a row may be as long as a book.
         reads = any(reward.function or reward.verify for _, reward in stage.rewards)
         flags = {"keeps_columns": reads, "documents": stage.objective == "lm"}
@@ -267,11 +256,11 @@ class _Source:
             counts.read += 1
             form = parsed.form
             if form is not None:
-                found = self._found.setdefault(form, _Found(parsed.columns or []))
-                found.rows += 1
-                if found.rows <= 2:
-                    found.places.append(parsed.place)
-                if problems.at_once and found.rows == 1 < len(self._found):
+                self._num_rows[form] += 1
+                if self._num_rows[form] <= 2:
+                    self._columns.setdefault(form, parsed.columns or [])
+                    self._places[form].append(parsed.place)
+                if problems.at_once and self._num_rows[form] == 1 < len(self._num_rows):
                     what = f"is a row of {form}; those before it are not: give each its own source"
                     problems.add_row(parsed.place, what)
                 if form.kind not in accepted or (only is not None and form is not only):
@@ -318,22 +307,26 @@ class _Source:
 
     def finish(self) -> None:
         """Complete the counts; add the problems of the source: mixed formats, or one that the method cannot take."""
-        self.counts.formats.update({str(form): found.rows for form, found in self._found.items()})
-        if len(self._found) == 1:
-            ((form, found),) = self._found.items()
-            if form.kind not in METHOD_KINDS[self._method]:
-                what = f"{found.describe(form)}; {self._method} takes {', '.join(METHOD_KINDS[self._method])}"
+        self.counts.formats.update({str(form): rows for form, rows in self._num_rows.items()})
+        kinds = ", ".join(
+            f"{rows} {'row' if rows == 1 else 'rows'} of {form} "
+            f"({', '.join(self._places[form])}{', ...' if rows > 2 else ''})"
+            for form, rows in self._num_rows.items()
+        )
+        accepted = METHOD_KINDS[self._method]
+        if len(self._num_rows) == 1:
+            ((form, columns),) = self._columns.items()
+            if form.kind not in accepted:
+                what = f"{kinds}; {self._method} takes {', '.join(accepted)}"
                 pair = ("prompt", "chosen", "rejected")
                 ours = {"sft": ("prompt", "completion"), "rm": pair, "dpo": pair}.get(self._method, ())
-                wanted = ", ".join(f"{name}: COLUMN" for name in ours if name not in found.columns)
-                if self._method == "sft" and {"label", "kto_tag"} & set(found.columns):
+                wanted = ", ".join(f"{name}: COLUMN" for name in ours if name not in columns)
+                if self._method == "sft" and {"label", "kto_tag"} & set(columns):
                     what += "; columns: {label: null} leaves the labels out"
                 elif wanted:
-                    there = ", ".join(found.columns)
-                    what += f"; the rows have {there}: data.columns: {{{wanted}}} names others"
+                    what += f"; the rows have {', '.join(columns)}: data.columns: {{{wanted}}} names others"
                 self._problems.files.append(Problem(what, self.source.path))
-        elif len(self._found) > 1 and self._rejects is None:
-            kinds = ", ".join(found.describe(form) for form, found in self._found.items())
+        elif len(self._num_rows) > 1 and self._rejects is None:
             advice = "give each kind its own source, or set on_bad_row: skip to keep the commonest"
             self._problems.files.append(Problem(f"mixes kinds of rows: {kinds}; {advice}", self.source.path))
 
@@ -417,7 +410,18 @@ def _list_threads(tree: dict[Any, tuple[str, dict[str, Any]]]) -> Iterator[Entry
 
 def join_rated(entries: Iterable[Entry]) -> Iterator[Entry]:
     """Yield rows of one prompt that follow each other, each an answer and its score, as one ranked row; others pass."""
-    for rated, group in groupby(entries, lambda entry: _find_rated(entry[1])):
+
+    def find_rated(entry: Entry) -> tuple[str, str, list[Any]] | None:
+        """Tell a row of one answer and its score: the columns of both, and what was asked."""
+        record = entry[1]
+        if isinstance(record, BadRow) or not record.keys().isdisjoint((*LABELS, "chosen", "rejected", "completions")):
+            return None
+        answer = next((name for name in ANSWERS if type(record.get(name)) is str), None)
+        score = next((name for name in SCORES if record.get(name) is not None), None)
+        asked = [record.get(name) for name in ASKED]
+        return (answer, score, asked) if answer and score and any(asked) else None
+
+    for rated, group in groupby(entries, find_rated):
         if rated is None:
             yield from group
             continue
@@ -431,13 +435,3 @@ def join_rated(entries: Iterable[Entry]) -> Iterator[Entry]:
         answers, scores = ([row[name] for _, row in rows] for name in (answer, score))  # type: ignore[index]
         asked = {name: value for name, value in first.items() if name not in (answer, score)}  # type: ignore[union-attr]
         yield place, {**asked, "completions": answers, "scores": scores}
-
-
-def _find_rated(record: Record | BadRow) -> tuple[str, str, list[Any]] | None:
-    """Tell a row of one answer and its score: the columns of both, and what was asked."""
-    if isinstance(record, BadRow) or not record.keys().isdisjoint((*LABELS, "chosen", "rejected", "completions")):
-        return None
-    answer = next((name for name in ANSWERS if type(record.get(name)) is str), None)
-    score = next((name for name in SCORES if record.get(name) is not None), None)
-    asked = [record.get(name) for name in ASKED]
-    return (answer, score, asked) if answer and score and any(asked) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.rows import Row, count_chars, hash_prompt
+from alignkit.data.rows import Row, count_chars, prompt_key
 from alignkit.errors import DataError, Problem
 from alignkit.runs.files import replacing
 
@@ -81,8 +80,7 @@ class DataReport:
     @property
     def duplicates(self) -> int:
         """Rows that repeat an earlier one exactly, whether dropped or kept; copies made by a weight do not count."""
-        dropped = sum(source.duplicates_dropped for source in self.sources)
-        return dropped + _count_repeats(self._row_hashes)
+        return sum(source.duplicates_dropped for source in self.sources) + _count_repeats(self._row_hashes)
 
     @property
     def duplicate_prompts(self) -> int:
@@ -105,7 +103,7 @@ class DataReport:
         """Count a row that is used, once however often its weight repeats it."""
         if not self.remembers:
             return
-        prompt_hash = hash_prompt(row)
+        prompt_hash = hash(prompt_key(row)) & ((1 << 64) - 1)  # comparable within this process only
         self._row_hashes.append(int.from_bytes(digest[:8], "little"))
         self.prompt_hashes.append(prompt_hash)
         if known_prompts is not None and prompt_hash in known_prompts:
@@ -142,16 +140,12 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for stage.json and `check --json`."""
-        rows, pairs = self.rows or math.nan, self.comparisons or math.nan
-        means = {
-            "mean_prompt_chars": self.prompt_chars / rows, "mean_completion_chars": self.completion_chars / rows,
-            "mean_chosen_chars": self.chosen_chars / pairs, "mean_rejected_chars": self.rejected_chars / pairs,
-        }  # fmt: skip
+        means = {"prompt": self.rows, "completion": self.rows, "chosen": self.comparisons, "rejected": self.comparisons}
         counted = ("rows", "read", "rejected", "duplicates", "duplicate_prompts", "comparisons", "longer_chosen_share",
                    "overlap", "fingerprint")  # fmt: skip
         return {
             **{name: getattr(self, name) for name in counted},
-            **{name: None if math.isnan(mean) else mean for name, mean in means.items()},
+            **{f"mean_{of}_chars": getattr(self, f"{of}_chars") / n if n else None for of, n in means.items()},
             "kinds": dict(self.kinds),
             "overlap_places": list(self.overlap_places),
             "sources": [
@@ -181,10 +175,8 @@ class Rejects:
         self.count += 1
         if len(self.first) < SHOWN_PROBLEMS:
             self.first.append(Problem(reason, place))
-        found = _PLACE.fullmatch(place)
-        assert found is not None  # the pattern matches every string
-        located: dict[str, Any] = {"file": found["file"]}
-        located |= {key: int(found[key]) for key in ("line", "row") if found[key]}
+        found: dict[str, str | None] = _PLACE.fullmatch(place).groupdict()  # type: ignore[union-attr]
+        located = {key: value if key == "file" else int(value) for key, value in found.items() if value is not None}
         self._lines.write(json.dumps(located | {"reason": reason}) + "\n")
 
     def write(self, path: Path) -> None:

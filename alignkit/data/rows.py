@@ -145,9 +145,8 @@ def as_rendered(row: Row, tokens: Sequence[str]) -> Row | None:
         if len(turns) != 1 + len(completions):
             return None
         text, completions = turns[0], list(turns[1:])
-    if not isinstance(text, str) or not _exact(tuple(tokens)).match(text.lstrip()):
-        return None
-    if len(_exact(tuple(tokens)).findall(text)) < 2:
+    pattern = _exact(tuple(tokens))
+    if not isinstance(text, str) or not pattern.match(text.lstrip()) or len(pattern.findall(text)) < 2:
         return None
     return replace(row, prompt=text if row.prompt else "", completions=tuple(completions))
 
@@ -182,7 +181,9 @@ def _exact(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 def _at_starts(text: str, tokens: tuple[str, ...], change: Callable[[str], str]) -> str:
     """Change every character at which a token starts, with the joiners behind it, which do not count in finding it."""
-    starts = {match.start() for match in _start(tokens).finditer(text.replace(BREAKER, ""))}
+    if single := [token for token in tokens if len(token) == 1]:
+        raise ValueError(f"tokens of one character cannot be escaped: {single}")
+    starts = {match.start() for match in re.finditer(f"(?={_exact(tokens).pattern})", text.replace(BREAKER, ""))}
     if not starts:
         return text
     lead, *pieces = _PIECES.findall(text) if text.startswith(BREAKER) else ["", *_PIECES.findall(text)]
@@ -190,13 +191,6 @@ def _at_starts(text: str, tokens: tuple[str, ...], change: Callable[[str], str])
 
 
 _PIECES = re.compile(rf"^{BREAKER}+|[^{BREAKER}]{BREAKER}*", re.DOTALL)
-
-
-@lru_cache(maxsize=8)
-def _start(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    if single := [token for token in tokens if len(token) == 1]:
-        raise ValueError(f"tokens of one character cannot be escaped: {single}")
-    return re.compile(f"(?={_exact(tokens).pattern})")
 
 
 def as_turns(row: Row) -> Row:
@@ -249,16 +243,9 @@ def digest_row(row: Row) -> bytes:
     parts = [row.kind, _netstring(row.prompt), *map(_netstring, row.completions)]
     if row.scores is not None or row.label is not None or row.margin is not None:
         parts.append(repr((row.scores, row.label, row.margin)))
-    if row.tokens is not None:
-        parts.append(repr(row.tokens))
-    if row.columns or row.answer:
-        parts.append(row.columns or row.answer)
+    parts += [repr(row.tokens)] if row.tokens is not None else []
+    parts += [row.columns or row.answer] if row.columns or row.answer else []
     return blake2b(_encode("\x1e".join(parts)), digest_size=16).digest()
-
-
-def hash_prompt(row: Row) -> int:
-    """Give 64 bits of the row's prompt (see `prompt_key`), comparable within this process only."""
-    return hash(prompt_key(row)) & ((1 << 64) - 1)
 
 
 def fingerprint_prompt(row: Row) -> int:

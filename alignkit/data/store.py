@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from shutil import disk_usage
 from tempfile import TemporaryFile, gettempdir
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
 _CHUNK, _CHUNK_CHARS = 4096, 10_000_000  # parsed rows of a source that are held in memory
 _MOST_SOURCES, _SPARE_BYTES = 64, 1 << 30  # of the disk of temporary files
 _FORMATS = {form: number for number, form in enumerate(FORMATS)}
-# What most rows have beside their texts, and what is told of them.
-_NO_REST: tuple[Any, ...] = (None, None, None, "", None, "")
-_NOTHING_TOLD = ("", False, None, (), ())
+_OF_ROW = attrgetter("kind", "prompt", "completions", "scores", "label", "margin", "columns", "tokens", "answer")
+_TOLD = attrgetter("reason", "equal_answers", "columns", "unread", "noted")
 _kept: dict[str, KeptRows] = {}
 
 
@@ -88,14 +88,8 @@ class KeptRows:
 
     def _write(self) -> None:
         """Move the rows in memory to the end of the file, as one line of JSON."""
-        rows = []
-        for parsed in self._fresh:
-            told = (parsed.reason, parsed.equal_answers, parsed.columns, parsed.unread, parsed.noted)
-            if row := parsed.row:
-                rest = (row.scores, row.label, row.margin, row.columns, row.tokens, row.answer)
-                texts = (row.kind, row.prompt, row.completions, *(() if rest == _NO_REST else rest))
-            rows.append((parsed.place, parsed.form and _FORMATS[parsed.form], parsed.digest.hex(),
-                         texts if row else None, () if told == _NOTHING_TOLD else told))  # fmt: skip
+        rows = [(parsed.place, parsed.form and _FORMATS[parsed.form], parsed.digest.hex(), _TOLD(parsed),
+                 parsed.row and _OF_ROW(parsed.row)) for parsed in self._fresh]  # fmt: skip
         start = 0
         try:
             self._file = self._file or TemporaryFile()  # noqa: SIM115
@@ -113,18 +107,13 @@ class KeptRows:
     def _read(self, start: int) -> Iterator[Parsed]:
         assert self._file is not None
         self._file.seek(start)
-        for place, form, digest, row, told in json.loads(self._file.readline()):
-            parsed = Parsed(place, None if form is None else FORMATS[form], None, bytes.fromhex(digest))
-            if told:
-                parsed.reason, parsed.equal_answers, parsed.columns, unread, noted = told
-                parsed.unread, parsed.noted = tuple(unread), tuple(noted)
+        for place, form, digest, (reason, equal, columns, unread, noted), row in json.loads(self._file.readline()):
+            parsed = Parsed(place, None if form is None else FORMATS[form], None, bytes.fromhex(digest), reason, equal,
+                            columns, tuple(unread), tuple(noted))  # fmt: skip
             if row:
-                kind, prompt, completions, *rest = row
-                scores, label, margin, columns, tokens, answer = rest or _NO_REST
+                kind, prompt, answers, scores, label, margin, texts, tokens, answer = row
                 scores, tokens = scores and tuple(scores), tokens and tuple(tokens)
-                parsed.row = Row(
-                    kind, prompt, tuple(completions), scores, label, margin, place, columns, tokens, answer
-                )
+                parsed.row = Row(kind, prompt, tuple(answers), scores, label, margin, place, texts, tokens, answer)
             yield parsed
 
 

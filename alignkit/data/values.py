@@ -211,7 +211,14 @@ def _read_message(message: dict[str, Any], field: str, reading: Reading) -> Mess
                 raise BadRow(f"{field}.{key}: calls of tools are the assistant's, and the turn is {role}")
             read["tool_calls"] = _read_calls(given, f"{field}.{key}")
     if role == _CALL and content.lstrip()[:1] in ("{", "["):
-        _content_to_calls(read, field)
+        # JSON becomes a call; what names no function stays what the assistant wrote.
+        try:
+            calls = json.loads(content)
+        except (ValueError, RecursionError):
+            calls = None
+        calls = calls if type(calls) is list else [calls]
+        if calls and all(type(call) is dict and "name" in call.get("function", call) for call in calls):
+            read["tool_calls"], read["content"] = _read_calls(calls, field), ""
     if role == "tool":
         for key in ("name", "tool_call_id"):
             if message.get(key) is not None:
@@ -308,17 +315,6 @@ def _read_trained(message: dict[str, Any], field: str) -> bool:
     if len(set(said.values())) > 1:
         raise BadRow(f"{field}: {' and '.join(said)} contradict each other")
     return all(said.values())
-
-
-def _content_to_calls(read: Message, field: str) -> None:
-    """Turn the JSON of a function_call turn into a call; what names no function stays what the assistant wrote."""
-    try:
-        calls = json.loads(read["content"])
-    except (ValueError, RecursionError):
-        return
-    calls = calls if type(calls) is list else [calls]
-    if calls and all(type(call) is dict and "name" in call.get("function", call) for call in calls):
-        read["tool_calls"], read["content"] = _read_calls(calls, field), ""
 
 
 def check_conversation(value: object, field: str, reading: Reading) -> list[Message]:

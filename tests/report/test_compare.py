@@ -41,7 +41,7 @@ def test_every_difference_is_named_and_nothing_else(tmp_path: Path) -> None:
     assert found.settings == {"stage.beta": (0.1, 0.3)}
     assert found.data == {"train.fingerprint": ("aa", "bb"), "data": ("aa", "bb"), "template": ("tt", "uu")}
     assert found.versions == {"trl": ("1.16.0", "1.16.1")}
-    assert {"loss": (0.5, 0.25), "kl on d": (2.0, 3.5), "step": (10, 10)}.items() <= found.to_dict()["metrics"].items()
+    assert {"loss": (0.5, 0.25), "kl on d": (2.0, 3.5), "step": (10, 10)}.items() <= found.metrics.items()
     titles = [title for title, _, _ in found.tables()]
     assert titles == ["settings", "data and template", "versions", "metrics"]
     metrics = list(found.tables())[3][2]
