@@ -41,6 +41,7 @@ class RowAudit:
     num_rows: int = 0
     prompts: dict[int, str] = field(default_factory=dict)  # fingerprint -> place of the first row with it
     contradictions: list[str] = field(default_factory=list)  # places of rows that say the opposite of an earlier one
+    num_compared: int = 0  # pairs of answers
     num_ties: int = 0
     _judged: dict[Any, Any] = field(default_factory=dict)
     _texts: set[int] = field(default_factory=set)
@@ -58,15 +59,13 @@ class RowAudit:
         verdicts: list[tuple[Any, Any]] = []
         if row.kind in ("labelled", "unpaired"):
             verdicts = [((prompt, *answers), row.answer or row.label)]
-        elif row.kind == "pair" and row.label == 0.5:
-            self.num_ties += 1
-        elif row.kind == "pair":
-            better, worse = answers if row.label is None or row.label > 0.5 else answers[::-1]
-            verdicts = [((prompt, *sorted(answers)), better < worse)]
-        elif row.kind == "ranked":
-            ranked = combinations(zip(answers, row.scores or (), strict=False), 2)
-            verdicts = [((prompt, *sorted((better, worse))), better < worse)
-                        for (better, high), (worse, low) in ranked if high > low]  # fmt: skip
+        elif row.kind in ("pair", "ranked"):
+            scores = row.scores or (1.0 if row.label is None else row.label, 0.5)
+            compared = list(combinations(zip(answers, scores, strict=True), 2))
+            verdicts = [((prompt, *sorted((one, other))), (one < other) is (of_one > of_other))
+                        for (one, of_one), (other, of_other) in compared if of_one != of_other]  # fmt: skip
+            self.num_compared += len(compared)
+            self.num_ties += len(compared) - len(verdicts)
         if sum(self._judged.setdefault(key, verdict) != verdict for key, verdict in verdicts):
             self.contradictions.append(row.place)
         text = " ".join(iter_contents(row))
@@ -127,8 +126,9 @@ class RowAudit:
         if self.contradictions:
             said.append(f"{len(self.contradictions)} rows say the opposite of an earlier one with the same prompt and "
                         f"answers, first {self.contradictions[0]}")  # fmt: skip
-        if self.num_ties > _MANY * self.num_rows:
-            said.append(f"{self.num_ties} of {self.num_rows} pairs are ties (label 0.5), which prefer no answer")
+        if self.num_ties > _MANY * self.num_compared:
+            what = "comparisons are ties (label 0.5, or equal scores), which prefer no answer"
+            said.append(f"{self.num_ties} of {self.num_compared} {what}")
         return said
 
 

@@ -52,7 +52,7 @@ def test_a_pair_turned_round_and_a_label_that_changed_are_contradictions() -> No
     assert found.contradictions == ["a:3", "a:8", "a:10", "a:12"]
     assert found.advise() == [
         "4 rows say the opposite of an earlier one with the same prompt and answers, first a:3",
-        "1 of 12 pairs are ties (label 0.5), which prefer no answer",
+        "2 of 10 comparisons are ties (label 0.5, or equal scores), which prefer no answer",
     ]
 
 
