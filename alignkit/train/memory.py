@@ -479,6 +479,8 @@ def _build(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str, he
             base.enable_input_require_grads()
     if shape.kind == "words":
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    if shape.kind == "score":
+        kernels.leave_out_unread(model)
     return model, estimated
 
 
