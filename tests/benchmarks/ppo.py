@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from table import Row
 
@@ -62,15 +63,13 @@ ppo:
 """
 
 
-def prepare(directory: Path) -> None:
-    """Write the policy, a reward model of its size, the prompts as tokens, and reward adapters on the policy's base."""
+def write_policy(directory: Path) -> tuple[Any, Any]:
+    """Write the policy of 13 M parameters and its tokenizer, and give its config and the tokenizer."""
     import torch
-    from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     import alignkit
-    from alignkit.launch import launch_stage
     from alignkit.models.start import builtin_tokenizer
-    from alignkit.recipe import load_recipe, resolve
 
     tokenizer = builtin_tokenizer()
     config = GPT2Config(
@@ -82,11 +81,22 @@ def prepare(directory: Path) -> None:
     policy = GPT2LMHeadModel(config)
     print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters", file=sys.stderr)
     policy.save_pretrained(directory / "policy")
+    tokenizer.chat_template = (Path(alignkit.__file__).parent / "models/templates/chatml.jinja").read_text()
+    tokenizer.save_pretrained(directory / "policy")
+    return config, tokenizer
+
+
+def prepare(directory: Path) -> None:
+    """Write the policy, a reward model of its size, the prompts as tokens, and reward adapters on the policy's base."""
+    from transformers import AutoModelForSequenceClassification
+
+    from alignkit.launch import launch_stage
+    from alignkit.recipe import load_recipe, resolve
+
+    config, tokenizer = write_policy(directory)
     config.num_labels = 1
     AutoModelForSequenceClassification.from_config(config).save_pretrained(directory / "reward")
-    tokenizer.chat_template = (Path(alignkit.__file__).parent / "models/templates/chatml.jinja").read_text()
-    for name in ("policy", "reward"):
-        tokenizer.save_pretrained(directory / name)
+    tokenizer.save_pretrained(directory / "reward")
     for name, (lora, keys) in OURS.items():
         path = directory / f"{name}.yaml"
         path.write_text(
@@ -121,14 +131,14 @@ def train_ours(recipe: Path) -> tuple[float, float]:
     run = RunDir(recipe.parent / f"run-{os.getpid()}")
     run.path.mkdir()
     built = build(resolve(load_recipe(recipe), "ppo"), run)
-    began = _clocks()
+    began = clocks()
     built.trainer.train()
-    ended = _clocks()
+    ended = clocks()
     assert built.trainer.state.global_step == EPISODES // BATCH * EPOCHS
     return ended[0] - began[0], ended[1] - began[1]
 
 
-def _clocks() -> tuple[float, float]:
+def clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
@@ -160,9 +170,9 @@ def train_theirs(directory: Path) -> tuple[float, float]:
         train_dataset=data,
         eval_dataset=data.select(range(2)),
     )
-    began = _clocks()
+    began = clocks()
     trainer.train()
-    ended = _clocks()
+    ended = clocks()
     return ended[0] - began[0], ended[1] - began[1]
 
 

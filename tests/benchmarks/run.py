@@ -14,6 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from grpo import measure_grpo
 from labels import measure_labels
 from ppo import OTHER_PYTHON, measure_ppo
 from processes import measure_processes
@@ -40,6 +41,7 @@ CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measu
     "preparation": (measure_preparation, 3),
     "processes": (measure_processes, 3),
     "ppo": (measure_ppo, 3),
+    "grpo": (measure_grpo, 3),
     "sampling": (measure_sampling, 3),
     "labels": (measure_labels, 3),
 }
