@@ -26,7 +26,7 @@ from alignkit.rewards.base import Workspace
 from alignkit.rewards.judge import Comparer
 from alignkit.rewards.kinds import check_judge
 from alignkit.runs.directory import RunDir, form_of
-from alignkit.runs.files import disk_failures, read_record, write_json
+from alignkit.runs.files import read_record, write_json
 from alignkit.runs.record import versions
 
 SCHEMA = 1
@@ -70,10 +70,9 @@ def evaluate(
     facts = {"name": target.name, "model": target.source, "weights": fingerprint_causal(target.source), "seed": seed}
     data = describe(figures, seconds=time.monotonic() - began, warnings=space.warnings, **facts)
     if path is not None:
-        data = merge(read_record(path), data)
-        with disk_failures(path.parent, path.name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, data)
+        with cache.exclusive():  # another evaluation of this run may be writing its figures
+            data = merge(read_record(path), data)
+            write_json(path, data)
     if out is None and target.run is not None:
         show(target.run)  # its page and its card show the figures
     if failure is not None:

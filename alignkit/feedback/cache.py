@@ -12,6 +12,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ def key_of(*items: Any, **facts: Any) -> str:
 
 
 class Store:
-    """Answers by their keys; only where each stands is in memory. For several threads, and one process at a time."""
+    """Answers by their keys; only where each stands is in memory. Threads and processes may share one file."""
 
     def __init__(self, path: Path | None = None, *, alone: bool = False) -> None:
         """Open the file, or make it; a last line that a kill or a full disk has torn is cut off.
@@ -51,7 +52,7 @@ class Store:
         RunError when another process has it open: that of a run has the run's lock."""
         self.path = path or Path(tempfile.gettempdir(), "answers")
         self._is_kept = path is not None
-        self._lock = threading.Lock()
+        self._lock, self._alone = threading.Lock(), alone
         self._places: dict[str, tuple[int, int]] = {}  # where each answer starts, and its bytes
         self._file: IO[bytes]
         with disk_failures(self.path.parent, self.path.name):
@@ -67,18 +68,43 @@ class Store:
                 self._file.close()
                 what = "another evaluation is asking a judge; wait for it, or give this one its own --out FILE"
                 raise RunError(what, where=str(path)) from None
-        self._end, bad = 0, []
+        self._end = self._num_lines = 0
+        with self.exclusive():
+            pass
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other threads and processes from writing, and know what they have written; not where a file system has
+        no locks."""
+        with self._lock:
+            if not self._alone:  # else it is locked as long as it is open
+                with suppress(OSError):
+                    fcntl.flock(self._file, fcntl.LOCK_EX)
+            try:
+                self._read_on()
+                yield
+            finally:
+                if not self._alone:
+                    with suppress(OSError):
+                        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _read_on(self) -> None:
+        """Find the answers after the last one that is known, and cut off a torn last line."""
+        size, bad = os.fstat(self._file.fileno()).st_size, []
+        if size == self._end:
+            return
         with os.fdopen(os.dup(self._file.fileno()), "rb") as file:
-            file.seek(0)
-            for number, (line, record) in enumerate(scan_lines(file, self.path.name), 1):
+            file.seek(self._end)
+            for line, record in scan_lines(file, self.path.name):
+                self._num_lines += 1
                 check = record.pop(_CHECK, None) if record else None  # those of earlier versions have none
                 is_whole = record and (check is None or _encode(record).endswith(b'"%s"}\n' % str(check).encode()))
                 if not record or not isinstance(record.get("key"), str) or not is_whole:
-                    bad.append(number)  # a crash of the machine, not of the process, can leave a block of zeros inside
+                    bad.append(self._num_lines)  # a crash of the machine can leave a block of zeros inside
                 else:
                     self._places.setdefault(record["key"], (self._end, len(line)))
                 self._end += len(line)
-        if self._end < os.fstat(self._file.fileno()).st_size:
+        if self._end < size:
             self._file.truncate(self._end)
         tell_bad_lines(self.path, bad, "what they answered is asked again")
 
@@ -98,7 +124,7 @@ class Store:
 
     def put(self, records: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         """Keep records that came together, the first of each key, in one write; DiskError leaves the file as it was."""
-        with self._lock, disk_failures(self.path.parent, self.path.name):
+        with self.exclusive(), disk_failures(self.path.parent, self.path.name):
             new: dict[str, bytes] = {}
             for key, record in records:
                 if key not in self._places and key not in new:
@@ -114,7 +140,7 @@ class Store:
                 raise
             for key, line in new.items():
                 self._places[key] = self._end, len(line)
-                self._end += len(line)
+                self._end, self._num_lines = self._end + len(line), self._num_lines + 1
 
     def values(self) -> Iterator[Record]:
         return filter(None, map(self.get, list(self._places)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from alignkit.evaluate.intervals import Figure
 from alignkit.evaluate.options import combine, name_runs, sources
 from alignkit.evaluate.run import describe, evaluate, evaluate_all, merge, table
 from alignkit.evaluate.target import _stage, find_target, list_siblings, read_measured
+from alignkit.feedback.cache import Store
 from alignkit.recipe.schema import DataSource, EvaluateOptions
 
 
@@ -345,3 +348,23 @@ def test_rows_that_do_not_fit_are_left_out_with_a_warning(tmp_path: Path) -> Non
     measured, _ = read_measured([source], share=None, seed=0, max_rows=10, warn=said.append)
     assert len(measured) == 2
     assert said[0].startswith(f"1 rows of {source.path} were left out (first: ")
+
+
+@pytest.mark.slow
+def test_two_evaluations_of_a_run_at_once_keep_both_figures(run_dir: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from alignkit.recipe.schema import EvaluateOptions\n"
+        "from alignkit.evaluate import run\n"
+        "def merge(before, now, plain=run.merge):\n"
+        "    import time; time.sleep(0.5); return plain(before, now)\n"  # the other one has time to write meanwhile
+        "run.merge = merge\n"
+        "options = EvaluateOptions(max_rows=6, max_new_tokens=8, resamples=100, metrics=[sys.argv[2]], start=False)\n"
+        "run.evaluate(sys.argv[1], options, device='cpu')\n"
+    )
+    wanted = ("perplexity", "answers")
+    running = [subprocess.Popen([sys.executable, "-c", script, str(run_dir), metric], stderr=-1) for metric in wanted]
+    said = [process.communicate(timeout=120)[1].decode() for process in running]
+    assert [process.returncode for process in running] == [0, 0] and "cannot be read" not in "".join(said), said
+    found = {result["metric"] for result in json.loads((run_dir / "eval.json").read_text())["results"]}
+    assert found >= {"perplexity", "response_length"}
+    assert len(Store(run_dir / "eval-cache.jsonl")) == len((run_dir / "eval-cache.jsonl").read_text().splitlines())

@@ -130,3 +130,32 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert resource.RLIMIT_FSIZE >= 0 and done.returncode == 4, done.stderr
     assert "cannot write s.jsonl (File too large" in done.stdout
     assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [1]
+
+
+SHARED = """
+import sys
+from pathlib import Path
+from alignkit.feedback.cache import Store
+store, first = Store(Path(sys.argv[1])), int(sys.argv[2])
+asked = []
+def answer(questions):
+    asked.extend(questions)
+    return ["x" * (number % 97) for number in questions]
+found = store.ask("common", list(range(first, first + 300)), answer, batch_size=1)
+assert found == ["x" * (number % 97) for number in range(first, first + 300)]
+print(len(asked))
+"""
+
+
+def test_processes_share_a_file_and_take_what_another_has_written(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    running = [
+        subprocess.Popen([sys.executable, "-c", SHARED, str(path), first], stdout=-1, stderr=-1, env=environment)
+        for first in ("0", "150", "300")
+    ]
+    said = [process.communicate(timeout=60) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], said
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 600 == len({line["key"] for line in lines}) == len(Store(path))
+    assert all(b"cannot be read" not in errors for _, errors in said)
