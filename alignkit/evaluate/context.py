@@ -108,7 +108,8 @@ class Context:
         """The settings that answers are sampled with."""
         limit = self.options.max_new_tokens or self.policy.usual_length
         cuts = self.options.model_dump(include={"top_p", "top_k"}, exclude_defaults=True)
-        return {"temperature": self.options.temperature, "max_new_tokens": limit, **cuts}
+        engine = self.options.generation.model_dump(exclude_defaults=True)
+        return {"temperature": self.options.temperature, "max_new_tokens": limit, **cuts, **engine}
 
     def place(self, figures: Sequence[Figure], **settings: Any) -> list[Figure]:
         """Say of figures on which rows they were measured, and how."""

@@ -12,7 +12,7 @@ from alignkit.models.chat import Chat, ConversationError
 from alignkit.models.frozen import Causal, fingerprint_causal, load_causal
 from alignkit.models.generation import generate_answers, usual_length
 from alignkit.models.hub import quiet_transformers
-from alignkit.models.logprobs import score_tokens
+from alignkit.models.logprobs import can_share, follow_greedily, score_tokens
 from alignkit.rewards.base import Workspace, collect_memory
 
 _FAR = 10**9
@@ -132,24 +132,53 @@ class Policy:
     def score_continuations(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[Likelihood]:
         """Score log p(continuation | context) without an end token; cut into tokens as lm-evaluation-harness does."""
 
-        def encode(context: str, continuation: str) -> tuple[list[int], list[int]]:
-            if self.chat.encoder_decoder:  # the end token is not asked for
-                (split,) = self.chat.encode_prompt_completion([context], [continuation])
-                return split.ids[: split.prompt_length], split.ids[split.prompt_length : -1]
-            kept = context.rstrip()
-            continuation = context[len(kept) :] + continuation  # blanks belong to the continuation, as tokens have them
-            head, whole = self.chat.encode_prompts([kept, kept + continuation])
-            # With nothing to predict the first token from: the end-of-text token, as the harness has it.
-            return (head, whole[len(head) :]) if head else ([int(self.chat.tokenizer.eos_token_id)], whole)
-
         def answer(asked: list[tuple[str, str]]) -> list[list[float]]:
-            return [[sum(logps), len(logps), 0] for logps in self.score_tokens([encode(*pair) for pair in asked])]
+            scored = self.score_tokens([self._encode_pair(*pair) for pair in asked])
+            return [[sum(logps), len(logps), 0] for logps in scored]
 
         questions = list(zip(contexts, continuations, strict=True))
         found = [Likelihood(*value) for value in self._ask("continuation", questions, answer, start="eos")]
         if any(not item.tokens for item in found):
             raise DataError(f"a completion of a task is longer than {self.source} can read")
         return found
+
+    def match(
+        self, contexts: Sequence[str], continuations: Sequence[str], *, spare_tokens: int, num_whole: int
+    ) -> list[tuple[Likelihood, str]]:
+        """Score continuations as above, each with the first line of the greedy answer to its context, which is written
+        after the same read; but for the first `num_whole` no further than it can still be the continuation."""
+        pairs = list(zip(contexts, continuations, strict=True))
+        (longest,) = self._ask("longest", [pairs], lambda _: [max(len(self._encode_pair(*pair)[1]) for pair in pairs)])
+        most = longest + spare_tokens
+
+        def answer(asked: list[tuple[str, str, bool]]) -> list[list[Any]]:
+            loaded, chat = self._load()
+            encoded = [self._encode_pair(context, continuation) for context, continuation, _ in asked]
+            fits = all(len(context) + most <= (loaded.positions or _FAR) for context, _ in encoded)
+            if not fits or not can_share(loaded.model) or any(not it.strip() or it != it.rstrip() for it, *_ in asked):
+                given, wanted, _ = zip(*asked, strict=True)
+                said = [group[0].text for group in self.answer(given, max_new_tokens=most, plain=True)]
+                scored = self.score_continuations(given, wanted)
+                return [[item.logp, item.tokens, text] for item, text in zip(scored, said, strict=True)]
+
+            def goes_on(place: int, ids: list[int]) -> bool:
+                text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
+                if len(ids) >= most or ids[-1] in chat.stop_ids or "\n" in text:
+                    return False
+                said, wanted = ("".join(each.split()) for each in (text.rstrip("\ufffd"), asked[place][1]))
+                return asked[place][2] or wanted.startswith(said)
+
+            values: list[list[Any]] = [[] for _ in asked]
+            pad, size = int(loaded.tokenizer.pad_token_id), self._space.batch_size
+            for batch in follow_greedily(loaded.model, encoded, pad_id=pad, batch_size=size, goes_on=goes_on):
+                for place, logps, ids in batch:
+                    text = loaded.tokenizer.decode(ids, skip_special_tokens=True).split("\n", 1)[0]
+                    values[place] = [sum(logps), len(logps), text]
+            return values
+
+        questions = [(*pair, number < num_whole) for number, pair in enumerate(pairs)]
+        found = self._ask("match", questions, answer, max_new_tokens=most)
+        return [(Likelihood(logp, tokens), text) for logp, tokens, text in found]
 
     def score_answers(
         self, prompts: Sequence[Text], answers: Sequence[Sequence[Answer]], *, temperature: float = 1.0
@@ -180,7 +209,7 @@ class Policy:
 
     def answer(
         self, prompts: Sequence[Text], *, max_new_tokens: int, temperature: float = 0.0, samples: int = 1,
-        seed: int = 0, plain: bool = False, num_beams: int = 1, **cuts: float,
+        seed: int = 0, plain: bool = False, num_beams: int = 1, engine: str = "transformers", **cuts: float,
     ) -> list[list[Answer]]:  # fmt: skip
         """Write `samples` answers to each prompt; temperature 0 is greedy, or a search with beams, and gives one.
         What an answer draws follows from seed, prompt and its number alone. `cuts` are top_p and top_k; with `plain` a
@@ -188,6 +217,7 @@ class Policy:
         samples = samples if temperature > 0 else 1
         common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, **cuts}
         common |= {"num_beams": num_beams} if num_beams > 1 else {}
+        common |= {"engine": engine} if engine != "transformers" else {}
         settings = common | {"seed": seed, "plain": plain, "generation_config": "none"}  # see `generation.plainly`
         questions = [(prompt, number) for prompt in prompts for number in range(samples)]
 
@@ -202,8 +232,9 @@ class Policy:
         return [flat[start : start + samples] for start in range(0, len(flat), samples)]
 
     def _write(
-        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float, **settings: Any
-    ) -> list[list[Any]]:
+        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float,
+        engine: str = "transformers", **settings: Any,
+    ) -> list[list[Any]]:  # fmt: skip
         """Write tokens, text and whether it ended of an answer to each prompt, in batches of like length."""
         loaded, chat = self._load()
         size, pad = self._space.batch_size, int(loaded.tokenizer.pad_token_id)
@@ -212,6 +243,8 @@ class Policy:
             raise ModelError(f"max_new_tokens {max_new_tokens} fills the {loaded.positions} positions of {self.source}")
         if num_cut := sum(len(ids) > room for ids in prompts):
             self._space.warn(f"{num_cut} prompts were cut on the left to fit the positions of {self.source}")
+        settings |= {"in_flight": size} if engine == "continuous" else {}
+        size = len(prompts) if engine == "continuous" else size  # it batches by itself
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
         values: list[list[Any]] = [[] for _ in prompts]
         for start in range(0, len(order), size):  # `generate_answers` tells how far a batch is
@@ -240,6 +273,16 @@ class Policy:
             return encode()
         except ConversationError as error:
             raise DataError(f"the template of {self.source} cannot write a row: {error}") from error
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if self.chat.encoder_decoder:  # the end token is not asked for
+            (split,) = self.chat.encode_prompt_completion([context], [continuation])
+            return split.ids[: split.prompt_length], split.ids[split.prompt_length : -1]
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation  # blanks belong to the continuation, as tokens have them
+        head, whole = self.chat.encode_prompts([kept, kept + continuation])
+        # With nothing to predict the first token from: the end-of-text token, as the harness has it.
+        return (head, whole[len(head) :]) if head else ([int(self.chat.tokenizer.eos_token_id)], whole)
 
 
 def _count_bytes(content: Text | Sequence[Message]) -> int:

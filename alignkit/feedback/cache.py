@@ -13,7 +13,6 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -204,7 +203,7 @@ class Asker:
     ) -> list[Reply]:  # fmt: skip
         """Write a text for each job, facts for people beside it; raises what the model raises, and Stopped."""
         common = {"ask": "write", "model": model.identity, **sampling.settings}
-        keys = [key_of(**common, request=key_of(**asdict(job.request)), seed=job.seed) for job in jobs]
+        keys = [key_of(**common, request=key_of(**vars(job.request)), seed=job.seed) for job in jobs]
         self._ask(keys, jobs, partial(model.write, sampling=sampling), {"kind": kind, "by": by}, about)
         return [Reply.from_record(self._store.get(key) or {}) for key in keys]
 
@@ -214,7 +213,7 @@ class Asker:
     ) -> list[Decision | None]:  # fmt: skip
         """Decide each question; raises as `write` does. Without `ask` only look up what is known, None for the rest."""
         common = {"ask": "decide", "model": model.identity}
-        keys = [key_of(**common, request=key_of(**asdict(request))) for request in requests]
+        keys = [key_of(**common, request=key_of(**vars(request))) for request in requests]
         if ask:
             self._ask(keys, requests, model.decide, {"kind": "label", "by": by}, about)
         return [Decision.from_record(it) if it else None for it in map(self._store.get, keys)]

@@ -252,7 +252,7 @@ def iter_scores(
     waiting = sorted((place for place, (_, tail) in enumerate(pairs) if tail), key=lambda at: -sum(map(len, pairs[at])))
     batches, saved = _plan(pairs, waiting, batch_size)
     saves_enough = saved > _WORTH_SHARING * sum(len(pairs[at][0]) for at in waiting)
-    if (saves_enough if share is None else share) and _can_share(base):
+    if (saves_enough if share is None else share) and can_share(base):
         reader = _Reader(base, pad_id, [])
         for length, groups in batches:
             stem = groups[0][0][0][:length].tolist()
@@ -274,6 +274,45 @@ def iter_scores(
         yield [(place, part.tolist()) for place, part in zip(places, parts, strict=True)]
 
 
+@torch.no_grad()
+def follow_greedily(
+    model: Any, asked: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, batch_size: int,
+    goes_on: Callable[[int, list[int]], bool],
+) -> Iterator[list[tuple[int, list[float], list[int]]]]:  # fmt: skip
+    """Score the tail after each context, and write the greedy answer to it on the keys and values of that read.
+    What the answer has in common with the tail needs no step of its own, as with a draft in speculative decoding
+    (Leviathan et al. 2023, arXiv 2211.17192). `goes_on` is asked after each token, by place and answer so far."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    head, order = base.get_output_embeddings(), sorted(range(len(asked)), key=lambda at: -sum(map(len, asked[at])))
+    while order:
+        size = max(min(batch_size, _CACHED_TOKENS // sum(map(len, asked[order[0]]))), 1)
+        places, order = order[:size], order[size:]
+        pairs = [(list(context), list(tail)) for context, tail in (asked[place] for place in places)]
+        reader = _Reader(base, pad_id, [])
+        hidden_BTH = reader.read([context + tail for context, tail in pairs])
+        # The hidden states that predict each token of a tail, and the one after it.
+        picked = [hidden_BTH[row, len(context) - 1 :][: len(tail) + 1] for row, (context, tail) in enumerate(pairs)]
+        targets_N = torch.tensor([token for _, tail in pairs for token in tail], device=hidden_BTH.device)
+        logps_N, _ = token_logps(base, torch.cat([each_TH[:-1] for each_TH in picked]), targets_N)
+        logps = [part.tolist() for part in logps_N.split([len(tail) for _, tail in pairs])]
+        likeliest = [part.tolist() for part in head(torch.cat(picked)).argmax(-1).split([len(it) for it in picked])]
+        answers: list[list[int]] = []
+        for place, (_, tail), tokens in zip(places, pairs, likeliest, strict=True):
+            same = next((at for at, token in enumerate(tail) if token != tokens[at]), len(tail))
+            ends = (at for at in range(same) if not goes_on(place, tokens[: at + 1]))
+            answers.append(tokens[: next(ends, same) + 1])
+        read = [len(context) + len(it) - 1 for (context, _), it in zip(pairs, answers, strict=True)]
+        reader.forget(read, hidden_BTH.size(1))
+        rows = list(range(len(places)))
+        while going := [at for at, row in enumerate(rows) if goes_on(places[row], answers[row])]:
+            reader.select(going)
+            rows = [rows[at] for at in going]
+            tokens_B = head(reader.read([answers[row][-1:] for row in rows])[:, -1]).argmax(-1)
+            for row, token in zip(rows, tokens_B.tolist(), strict=True):
+                answers[row].append(token)
+        yield list(zip(places, logps, answers, strict=True))
+
+
 # Texts that begin alike: comparisons after the same worked examples, both orders of one, the choices of a question.
 # What they have in common is read once, and the rest on its keys and values.
 
@@ -281,8 +320,9 @@ _Question = tuple[NDArray[np.int32], list[tuple[int, list[int]]]]  # a context; 
 _Groups = list[list[_Question]]
 
 
-def _can_share(base: Any) -> bool:
+def can_share(base: Any) -> bool:
     """Whether a model's cache can have padding inside; windows, chunks and states count its places."""
+    base = base.get_base_model() if isinstance(base, PeftModel) else base
     config = base.config.get_text_config()
     whole = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     counts = getattr(config, "sliding_window", None) or getattr(base, "_is_stateful", False)

@@ -208,6 +208,8 @@ def evaluation_problems(given: Mapping[str, Any]) -> Iterator[Finding]:
     judge, constitution = given.get("judge"), given.get("constitution")
     if given.get("num_beams", 1) != 1 and "overlap" not in (given.get("metrics") or ["overlap"]):
         yield "num_beams", "has no effect without the metric overlap, which alone searches with beams"
+    if given.get("num_beams", 1) != 1 and (given.get("generation") or {}).get("engine") == "continuous":
+        yield "num_beams", "cannot be searched by generation.engine: continuous; use transformers"
     if given.get("temperature", 1) == 0:
         for key in ("samples", "top_p", "top_k"):
             if key in given:

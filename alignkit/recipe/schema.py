@@ -523,6 +523,10 @@ class FrontierOptions(_Section):
 EVALUATED = ("reference", "reward", "against", "judge")  # keys of evaluate: that may name a stage
 
 
+class EvaluationSampler(_Section):
+    engine: Literal["transformers", "continuous"] = option("transformers", "What samples the answers.")
+
+
 class EvaluateOptions(_Section):
     """What `alignkit eval` measures; every name of a model may be a stage of the recipe."""
 
@@ -545,6 +549,7 @@ class EvaluateOptions(_Section):
     top_k: _TopK = 0
     num_beams: Count = option(1, "Beams of the search for the answers that overlap compares; 1 is greedy.")
     max_new_tokens: Count | None = option(None)
+    generation: EvaluationSampler = option(EvaluationSampler, "Where answers are sampled.")
     batch_size: Count = option(16, "Rows per forward pass.")
     resamples: int = option(1000, "Bootstrap resamples behind an interval.", ge=100)
 

@@ -112,6 +112,32 @@ def test_choices_are_ranked_by_sum_per_token_and_relative(policy_dir: Path, task
     assert {(figure.slice, figure.n, figure.interval) for figure in figures.values()} == {("K=0", 15, "wilson")}
 
 
+def test_an_answer_written_after_the_read_that_scores_is_the_plain_one(
+    policy_dir: Path, space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, contexts = Policy(str(policy_dir), space), ["One", "The plot of the film was", "A very long context: two"]
+    first = policy.answer(contexts, max_new_tokens=7, plain=True)
+    ends = [*policy.chat.stop_ids, *(group[0].ids[3 + number] for number, group in enumerate(first))]
+    monkeypatch.setitem(vars(policy.chat), "stop_ids", ends)  # so that some answers end before they are cut off
+    said = [group[0].text for group in policy.answer(contexts, max_new_tokens=10, plain=True)]
+    asked = [(context, text[:size] + end or " a")
+             for context, text in zip(contexts, said, strict=True)
+             for size, end in ((len(text), ""), (len(text) // 2, " zz"), (0, " never"), (3, ""))]  # fmt: skip
+    given, wanted = [context for context, _ in asked], [text for _, text in asked]
+    scored = policy.score_continuations(given, wanted)
+    longest = max(item.tokens for item in scored)
+    plain = [group[0].text for group in policy.answer(given, max_new_tokens=longest + 8, plain=True)]
+    for num_whole in (len(asked), 0):
+        found = policy.match(given, wanted, spare_tokens=8, num_whole=num_whole)
+        assert [item.logp for item, _ in found] == pytest.approx([item.logp for item in scored], abs=1e-4)
+        assert [item.tokens for item, _ in found] == [item.tokens for item in scored]
+        texts = [text for _, text in found]
+        assert texts == plain if num_whole else all(a.startswith(b) for a, b in zip(plain, texts, strict=True))
+        right = [text.strip() == each.strip() for text, each in zip(texts, wanted, strict=True)]
+        assert right == [text.strip() == each.strip() for text, each in zip(plain, wanted, strict=True)]
+        assert any(right) and not all(right)
+
+
 def test_exact_match_compares_the_first_line(policy_dir: Path, space: Workspace) -> None:
     policy = Policy(str(policy_dir), space)
     contexts = ["One", "Two", "Three"]

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,15 +85,16 @@ def test_a_prompt_that_leaves_no_room_loses_its_beginning_and_says_so(policy_dir
 
 
 def test_answers_depend_on_seed_prompt_and_number_alone(policy_dir: Path) -> None:
-    def ask(prompts: list[str], batch_size: int, seed: int = 0) -> dict[str, list[str]]:
+    def ask(prompts: list[str], batch_size: int, seed: int = 0, **given: Any) -> dict[str, list[str]]:
         policy = Policy(str(policy_dir), Workspace(device="cpu", batch_size=batch_size))
-        found = policy.answer(prompts, max_new_tokens=6, temperature=1.0, samples=3, seed=seed)
+        found = policy.answer(prompts, max_new_tokens=6, temperature=1.0, samples=3, seed=seed, **given)
         return {prompt: [answer.text for answer in group] for prompt, group in zip(prompts, found, strict=True)}
 
     first = ask(["one", "two two two", "three"], 16)
     assert ask(["three", "one"], 1) == {"three": first["three"], "one": first["one"]}
     assert len(set(first["one"])) == 3
     assert ask(["one"], 16, seed=1)["one"] != first["one"]
+    assert ask(["one", "two two two", "three"], 2, engine="continuous") == first
 
 
 def test_the_sampled_kl_agrees_with_the_exact_one(policy_dir: Path, reference_dir: Path, space: Workspace) -> None:

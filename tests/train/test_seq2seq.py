@@ -165,6 +165,8 @@ def test_what_does_not_fit_is_said_in_a_line(recipe: str, said: str, make_stage:
          "sft.data has a separator, which nothing reads with objective: seq2seq; take it out"),
         (SFT + "evaluate: {num_beams: 2, metrics: [kl]}",
          "evaluate.num_beams has no effect without the metric overlap, which alone searches with beams"),
+        (SFT + "evaluate: {num_beams: 2, generation: {engine: continuous}}",
+         "evaluate.num_beams cannot be searched by generation.engine: continuous; use transformers"),
     ],
 )  # fmt: skip
 def test_keys_without_effect_are_refused(recipe: str, said: str, make_stage: Callable[..., Stage]) -> None:

@@ -19,14 +19,16 @@ _LENGTHS = (8, 12, 16, 24, 32, 48)  # words of a source that a bin ends with
 def measure(context: Context) -> list[Figure]:
     limit, resamples = context.sampling["max_new_tokens"], context.options.resamples
     beams, pairs = context.options.num_beams, _list_references(context)
-    found = context.policy.answer([prompt for prompt, _ in pairs], max_new_tokens=limit, num_beams=beams)
+    engine = context.options.generation.model_dump(exclude_defaults=True)
+    asked = [prompt for prompt, _ in pairs]
+    found = context.policy.answer(asked, max_new_tokens=limit, num_beams=beams, **engine)
     answers = [group[0].text for group in found]
     references = [read_text(answer) for _, answer in pairs]
     figures = measure_rouge(answers, references, resamples=resamples)
     figures += measure_bleu(answers, references, resamples=resamples)
     if context.policy.chat.encoder_decoder:
         figures += measure_bleu_by_length([read_text(prompt) for prompt, _ in pairs], answers, references, resamples)
-    beamed = {"num_beams": beams} if beams > 1 else {}
+    beamed = engine | ({"num_beams": beams} if beams > 1 else {})
     return context.place(figures, temperature=0.0, max_new_tokens=limit, **beamed)
 
 

@@ -117,9 +117,8 @@ def measure_few_shot(
 
 def _match(policy: Policy, items: Sequence[Item], prompts: Sequence[str], resamples: int) -> list[Figure]:
     """Compare the greedy answer up to the first line break, blanks around it aside, with the completion."""
-    scored = policy.score_continuations(prompts, [item.completion for item in items])
-    longest = max(item.tokens for item in scored) + _SPARE_TOKENS
-    answers = [group[0].text for group in policy.answer(prompts, max_new_tokens=longest, plain=True)]
+    wanted = [item.completion for item in items]
+    scored, answers = zip(*policy.match(prompts, wanted, spare_tokens=_SPARE_TOKENS, num_whole=_SHOWN), strict=True)
     right = [answer.strip() == item.completion.strip() for answer, item in zip(answers, items, strict=True)]
     details = [
         {"prompt": prompt, "answer": answer, "reference": item.completion, "right": ok}
