@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,8 +61,7 @@ class Speaker:
         ids = self._encode(settings.max_new_tokens)
         tokens = stream_tokens(
             self.loaded.model, ids, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens,
-            eos_ids=self.chat.stop_ids, top_p=settings.top_p, top_k=settings.top_k, generator=generator,
-        )  # fmt: skip
+            eos_ids=self.chat.stop_ids, top_p=settings.top_p, top_k=settings.top_k, generator=generator)  # fmt: skip
         self.messages.append(Message(role="assistant", content=""))
         for piece in stream_text(self.loaded.tokenizer, tokens):
             self.messages[-1] = Message(role="assistant", content=self.messages[-1]["content"] + piece)
@@ -111,21 +111,17 @@ def talk(sources: Sequence[str], settings: Settings, *, device: str = "auto", tr
 
 def _obey(text: str, settings: Settings, speakers: Sequence[Speaker]) -> Settings:
     """Do what a command says, and return the settings as they are then."""
-    command, _, rest = text.partition(" ")
-    rest = rest.strip()
+    command, rest = (*text.split(maxsplit=1), "")[:2]
     if command == "/system":
         settings = replace(settings, system=rest or None)
     if command in ("/reset", "/system"):
         for speaker in speakers:
             speaker.reset(settings.system)
     if command == "/temp":
-        try:
-            value = float(rest)
-        except ValueError:
-            value = -1.0
-        if 0 <= value <= 100:
-            console.note(f"(temperature {value:g})")
-            return replace(settings, temperature=value)
+        with suppress(ValueError):
+            if 0 <= float(rest) <= 100:
+                console.note(f"(temperature {float(rest):g})")
+                return replace(settings, temperature=float(rest))
     said = {
         "/reset": "(a new conversation)",
         "/system": "(a new conversation with this system message)" if rest else "(no system message)",

@@ -46,22 +46,14 @@ def printable(text: str) -> str:
     return _CONTROL.sub("\ufffd", text)
 
 
-# Lines of text.
-
-_hushed = False
+hushed = False  # nothing but errors is said: another process speaks for the job
 _record: Callable[[str], None] | None = None
 _unrecorded: list[str] = []
 
 
-def hush() -> None:
-    """Say nothing but errors from now on: another process speaks for the job."""
-    global _hushed
-    _hushed = True
-
-
 def is_main() -> bool:
     """Tell whether this process speaks for the job."""
-    return os.environ.get("RANK", "0") == "0" and not _hushed
+    return os.environ.get("RANK", "0") == "0" and not hushed
 
 
 def write(text: str = "", *, stderr: bool = False, end: str = "\n") -> None:
@@ -123,8 +115,6 @@ def restore_terminal() -> None:
         print("\x1b[?25h", end="", file=sys.stderr, flush=True)
 
 
-# Progress: one live table on a terminal, plain lines elsewhere.
-
 _STATES = {
     "waiting": "dim", "left alone": "dim", "running": "bold cyan", "finished": "green", "stopped": "bold red",
 }  # fmt: skip
@@ -161,8 +151,7 @@ class Board:
 
             self._live = Live(
                 get_renderable=self._draw, console=_open_console(stderr=True), refresh_per_second=4,
-                redirect_stdout=False, transient=len(self._rows) != 1,
-            )  # fmt: skip
+                redirect_stdout=False, transient=len(self._rows) != 1)  # fmt: skip
             self._live.start()
             _board = self
         return self
@@ -205,8 +194,8 @@ class Board:
         row = self._rows[name]
         row.state, row.seconds_left, row.ended = state, None, time.monotonic()
         if metrics is not None:
-            shown = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float))][:2]
-            row.facts = " ".join(f"{key} {value:.4g}" for key, value in shown)
+            shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, (int, float))]
+            row.facts = " ".join(shown[:2])
 
     def _draw(self) -> Table | Group:
         from rich.console import Group
@@ -268,11 +257,8 @@ _BAR_WIDTH, _TICK_SECONDS = 16, 0.25
 
 
 class Meter:
-    """How far a piece of work is, and the time left: evaluation, answers, reading, hashing.
-
-    Under the table on the screen, or alone there, once it takes a moment; where stderr is no terminal a line
-    every ten seconds. Meters within meters are told in one line. Without a `total` only what is done is told.
-    """
+    """How far a piece of work is, and, where its `total` is known, the time left: under the table on the screen, or
+    alone there; where stderr is no terminal a line every ten seconds. Meters within meters are told in one line."""
 
     def __init__(self, what: str, total: int | None = None) -> None:
         self._what, self._total, self.done = what, total, 0
@@ -340,9 +326,6 @@ def waiting(what: str) -> Iterator[None]:
         thread.join()
 
 
-# Results on stdout, without decoration that a pipe would have to strip.
-
-
 def print_json(data: Any) -> None:
     """Write data for a script; control characters become JSON's own escapes."""
     text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
@@ -350,7 +333,7 @@ def print_json(data: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    write("\n".join([*([title] if title else []), _lay_out(columns, rows)]))
+    write(f"{title}\n" * bool(title) + _lay_out(columns, rows))
 
 
 def _lay_out(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -362,9 +345,7 @@ def _lay_out(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 @cache
@@ -384,8 +365,6 @@ def print_text(name: str, *given: Any) -> None:
     write(str(getattr(_open_texts(), name)(*given)), end="")
 
 
-# Rows of tokens: colours on a terminal, brackets in a pipe.
-
 _TOKEN_STYLES = {"learnt": "bold green", "scored": "bold black on yellow", "read": "", "padding": "dim"}
 _TOKEN_MARKS = {"learnt": ("[[", "]]"), "scored": ("{{", "}}"), "padding": ("((", "))")}
 _WIDE = 120  # columns from which chosen and rejected stand beside each other
@@ -401,8 +380,7 @@ def print_preview(preview: Mapping[str, Any]) -> None:
     coloured = console.is_terminal and not console.no_color
     legend = Text.assemble(
         ("learnt", _TOKEN_STYLES["learnt"]), "  read  ", ("scored", _TOKEN_STYLES["scored"]), "  ", ("padding", "dim"),
-        "  ", ("control tokens", "underline"),
-    )  # fmt: skip
+        "  ", ("control tokens", "underline"))  # fmt: skip
 
     def mark(sequence: Mapping[str, Any]) -> Text:
         text = Text()
@@ -435,9 +413,6 @@ def print_preview(preview: Mapping[str, Any]) -> None:
         console.print(Text("nothing looks wrong", "green"))
 
 
-# A conversation: what is typed, and answers as they grow.
-
-
 def ask(prompt: str) -> str | None:
     """Read the next line that is typed or piped in, None at its end, or after two Ctrl-C in a row."""
     if not sys.stdin.isatty():
@@ -445,19 +420,15 @@ def ask(prompt: str) -> str | None:
         return line.rstrip("\n") if line else None
     import readline  # noqa: F401 - editing and history
 
-    interrupted = False
-    while True:
+    for again in (False, True):
         try:
             return input(prompt)
-        except EOFError:
+        except (EOFError, KeyboardInterrupt) as ended:
             write(stderr=True)
-            return None
-        except KeyboardInterrupt:
-            write(stderr=True)
-            if interrupted:
-                return None
-            interrupted = True
+            if again or isinstance(ended, EOFError):
+                break
             note("(Ctrl-D or a second Ctrl-C leaves)")
+    return None
 
 
 def stream(answers: Mapping[str, Iterator[str]]) -> None:

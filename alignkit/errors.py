@@ -35,10 +35,8 @@ class UsageError(AlignKitError):
 
     def __init__(self, problems: str | Problem | Iterable[Problem], *, where: str | None = None) -> None:
         if isinstance(problems, str):
-            problems = [Problem(problems, where)]
-        elif isinstance(problems, Problem):
-            problems = [problems]
-        self.problems: tuple[Problem, ...] = tuple(problems)
+            problems = Problem(problems, where)
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
@@ -63,39 +61,27 @@ class RunError(UsageError):
 
 
 class NonFiniteError(AlignKitError):
-    """A loss, gradient or reward is NaN or infinite; nothing was updated with it."""
-
-    exit_code = 3
+    exit_code = 3  # a loss, gradient or reward is NaN or infinite; nothing was updated with it
 
 
 class DiskError(AlignKitError):
-    """A file could not be written; what was complete before is untouched."""
-
-    exit_code = 4
+    exit_code = 4  # a file could not be written; what was complete before is untouched
 
 
 class OutOfMemoryError(AlignKitError):
-    """The device or the host ran out of memory."""
-
-    exit_code = 5
+    exit_code = 5  # of the device or the host
 
 
 class RankError(AlignKitError):
-    """A process of a distributed job died or stopped answering."""
-
-    exit_code = 6
+    exit_code = 6  # a process of a distributed job died or stopped answering
 
 
 class JudgeError(AlignKitError):
-    """The judge gave up: unreachable, out of budget, or refused."""
-
-    exit_code = 7
+    exit_code = 7  # unreachable, out of budget, or it refused
 
 
 class EnvironmentProblem(AlignKitError):
-    """Library versions, devices or extras that this work needs are missing."""
-
-    exit_code = 8
+    exit_code = 8  # library versions, devices or extras that this work needs are missing
 
 
 class Stopped(AlignKitError):
@@ -107,11 +93,8 @@ class Stopped(AlignKitError):
 
 
 class Interrupt(KeyboardInterrupt):
-    """Raised by a signal's handler, wherever the program is just then.
-
-    It is no Exception: libraries that try something with `except Exception`, as transformers does in every forward
-    pass, would swallow it. Becomes `stopped` where the signals are no longer heard.
-    """
+    """Raised by a signal's handler, wherever the program is just then; `hearing` raises `stopped` in its place. It is
+    no Exception: transformers, which tries things with `except Exception` in every forward pass, would swallow it."""
 
     def __init__(self, stopped: Stopped) -> None:
         self.stopped = stopped
@@ -121,27 +104,21 @@ def explain(error: Exception) -> AlignKitError | None:
     """Turn an exception into one that the user can act on, None for a bug; foreign ones are known by errno or name."""
     if isinstance(error, AlignKitError):
         return error
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or type(error).__name__ == _OUT_OF_MEMORY:
-        return OutOfMemoryError(
-            f"out of memory: {first_line(error) if str(error) else 'the host has no memory left'}\n"
-            "lower micro_batch_size or max_length, or use lora: or model.quantization: nf4"
-        )
+    is_ours = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    if is_ours or type(error).__name__ == "OutOfMemoryError":  # torch's own, which is not loaded for this
+        what = first_line(error) if str(error) else "the host has no memory left"
+        advice = "lower micro_batch_size or max_length, or use lora: or model.quantization: nf4"
+        return OutOfMemoryError(f"out of memory: {what}\n{advice}")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return UsageError(f"{str(error.filename)[:60]}...: file name too long; choose a shorter one")
+    untouched, advice = "what was complete before is untouched", "free some space and run the same command again"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         place = f"{error.filename}: " if error.filename else ""
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space and run the same command again" if is_full else "choose another --out"
-        return DiskError(f"{place}{error.strerror}; what was complete before is untouched; {advice}")
+        advice = advice if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another --out"
+        return DiskError(f"{place}{error.strerror}; {untouched}; {advice}")
     if any(message in str(error) for message in DISK_FULL_MESSAGES):
-        return DiskError(
-            f"could not write a checkpoint: {first_line(error)}; what was complete before is untouched; "
-            "free some space and run the same command again"
-        )
+        return DiskError(f"could not write a checkpoint: {first_line(error)}; {untouched}; {advice}")
     return None
-
-
-_OUT_OF_MEMORY = "OutOfMemoryError"  # torch's own, which is not loaded for this
 
 
 def first_line(error: BaseException) -> str:

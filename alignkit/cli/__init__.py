@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -35,7 +36,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _alignkit(
     version: Annotated[
-        bool, typer.Option("--version", metavar="", help="Print the version.", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """From base weights to an aligned, measured language model with one recipe file."""
@@ -72,11 +73,8 @@ def quiet_libraries() -> None:
 
 
 def main() -> int:
-    """Run the command line and return the exit code; every failure is one message, shown once.
-
-    A user's mistake never shows a traceback: ours goes to `error.log` in the run directory, or to
-    `alignkit-error.log` here when there is no run yet. With ALIGNKIT_DEBUG=1 every failure shows its traceback.
-    """
+    """Run the command line and return the exit code; every failure is one message, shown once. A bug's traceback goes
+    to `error.log` in the run directory, or to `alignkit-error.log` here; ALIGNKIT_DEBUG=1 shows that of any failure."""
     # Imports make many objects and no garbage: looking for some costs a tenth of them. `launch` switches it on again.
     gc.disable()
     atexit.register(gc.freeze)  # the collection at exit would walk all of torch: seconds after the last word
@@ -95,7 +93,7 @@ def main() -> int:
     try:
         command = typer.main.get_command(app)
         for each in (command, *getattr(command, "commands", {}).values()):
-            # typer would show <bool> beside the flags of its own, which take no value
+            # typer would show <bool> beside flags, which take no value
             for option in each.get_params(typer.Context(each, help_option_names=["-h", "--help"])):
                 if getattr(option, "is_flag", False):
                     option.metavar = ""
@@ -104,7 +102,7 @@ def main() -> int:
         message = error.format_message().rstrip(".")
         if near := getattr(error, "possibilities", None):
             message = f"{error.message.rstrip('.')}; did you mean {near[0]}?"
-        if SUPERVISED not in os.environ and not _reports_for_all():
+        if SUPERVISED not in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_WAIT_SECONDS)
         elif message:  # empty after a bare `alignkit`: typer has shown the help already
             context = getattr(error, "ctx", None)
@@ -115,13 +113,10 @@ def main() -> int:
         return _leave(130, ["interrupted"])
     except Exception as error:
         if os.environ.get("ALIGNKIT_DEBUG") == "1":
-            import traceback
-
             traceback.print_exception(error)
         return end(error, place.get("run_dir"))
-    if code == 130:  # typer turns KeyboardInterrupt into this code without a word
-        return _leave(130, ["interrupted"])
-    return _leave(code if isinstance(code, int) else 0)
+    # typer turns KeyboardInterrupt into 130 without a word
+    return _leave(code if isinstance(code, int) else 0, ["interrupted"] if code == 130 else None)
 
 
 def end(error: Exception, run_dir: Path | None) -> int:
@@ -131,8 +126,6 @@ def end(error: Exception, run_dir: Path | None) -> int:
     known = explain(error)
     supervised = SUPERVISED in os.environ
     if known is None:
-        import traceback
-
         rank = os.environ.get("RANK", "0")
         name = "error.log" if rank == "0" else f"error-rank{rank}.log"
         path = run_dir / name if run_dir is not None and run_dir.is_dir() else Path(f"alignkit-{name}")
@@ -147,7 +140,8 @@ def end(error: Exception, run_dir: Path | None) -> int:
     if supervised:
         return _leave(known.exit_code, console.list_problems(known), shared=known.shared)
     agreed = known.exit_code in (130, 143) and not console.is_main()  # all ranks stop together
-    if not known.shared and not agreed and (run_dir is not None or _reports_for_all()):
+    # What every process of a node meets before there is a run is reported by one of them.
+    if not known.shared and not agreed and (run_dir is not None or os.environ.get("LOCAL_RANK", "0") == "0"):
         console.print_error(known)
     else:
         time.sleep(_WAIT_SECONDS)
@@ -155,11 +149,6 @@ def end(error: Exception, run_dir: Path | None) -> int:
 
 
 _WAIT_SECONDS = 5  # before leaving with what another process reports: torchrun ends all as soon as the first one leaves
-
-
-def _reports_for_all() -> bool:
-    """Whether an error that every process of this node meets, before there is a run, is reported by this one."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _leave(code: int, problems: list[str] | None = None, *, unexpected: bool = False, shared: bool = False) -> int:
@@ -171,6 +160,5 @@ def _leave(code: int, problems: list[str] | None = None, *, unexpected: bool = F
     if problems:
         from alignkit.console import redact, write
 
-        for problem in problems:
-            write(redact(problem), stderr=True)
+        write(redact("\n".join(problems)), stderr=True)
     return code

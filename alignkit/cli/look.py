@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from alignkit.cli.train import AllowKey, AsJson, Overrides, RecipeFile, StageName, TrustCode
+from alignkit.cli.train import AllowKey, AsJson, DeviceName, Overrides, RecipeFile, StageName, TrustCode
 
 if TYPE_CHECKING:
     from alignkit.preflight.check import CheckReport
     from alignkit.preflight.doctor import DoctorReport
     from alignkit.preflight.plan import Plan
+    from alignkit.recipe import Recipe
     from alignkit.recipe.schema import EvaluateOptions
 
 
@@ -33,10 +34,10 @@ def init(
 
 
 def migrate(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipes, scripts or texts with commands.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the recipes go.")] = Path(),
-    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", min=1, help="On how many it ran in all.")] = None,
-    force: Annotated[bool, typer.Option("--force", metavar="", help="Write over files that are there.")] = False,
+    files: Annotated[list[Path], Argument(metavar="FILE...", help="Recipes, scripts or texts with commands.")],
+    out: Annotated[Path, Option("--out", metavar="DIR", help="Where the recipes go.")] = Path(),
+    gpus: Annotated[int | None, Option("--gpus", metavar="N", min=1, help="On how many it ran in all.")] = None,
+    force: Annotated[bool, Option("--force", help="Write over files that are there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn recipes and commands of TRL, axolotl, LLaMA-Factory, torchtune and others into ours."""
@@ -75,13 +76,10 @@ def migrate(
 
 def check(
     recipe: RecipeFile, overrides: Overrides = None, trust_code: TrustCode = False, allow_key: AllowKey = None,
-    strict: Annotated[bool, Option("--strict", metavar="", help="Warnings are mistakes, too.")] = False,
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
+    strict: Annotated[bool, Option("--strict", help="Warnings are mistakes, too.")] = False,
+    as_json: AsJson = False) -> None:  # fmt: skip
     """Find out, without training, whether a recipe would run: keys, data, model, disk, devices."""
-    from alignkit.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides=overrides or ())
+    loaded = _load(recipe, overrides)
     from alignkit.preflight.check import check_recipe
 
     _show(check_recipe(loaded, trust_code=trust_code, strict=strict), as_json=as_json)
@@ -89,22 +87,15 @@ def check(
 
 def plan(
     recipe: RecipeFile,
-    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Such as H100; else this machine")] = None,
-    memory: Annotated[float | None, typer.Option("--memory", metavar="GIB", min=0.1, help="Of another GPU.")] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", min=1, help="Instead of launch.processes.")] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", min=2, help="Of the longest row.")] = None,
-    rate: Annotated[
-        float | None, typer.Option("--tokens-per-second", metavar="R", min=0.001, help="Of all devices, for the hours.")
-    ] = None,
-    probe: Annotated[bool, typer.Option("--probe", metavar="", help="Measure that: train a few steps here.")] = False,
-    overrides: Overrides = None,
-    trust_code: TrustCode = False,
-    as_json: AsJson = False,
-) -> None:
+    gpu: Annotated[str | None, Option("--gpu", metavar="NAME", help="Such as H100; else this machine")] = None,
+    memory: Annotated[float | None, Option("--memory", metavar="GIB", min=0.1, help="Of another GPU.")] = None,
+    gpus: Annotated[int | None, Option("--gpus", metavar="N", min=1, help="Instead of launch.processes.")] = None,
+    tokens: Annotated[int | None, Option("--tokens", metavar="N", min=2, help="Of the longest row.")] = None,
+    rate: Annotated[float | None, Option("--tokens-per-second", metavar="R", min=0.001, help="For the hours.")] = None,
+    probe: Annotated[bool, Option("--probe", help="Measure that: train a few steps here.")] = False,
+    overrides: Overrides = None, trust_code: TrustCode = False, as_json: AsJson = False) -> None:  # fmt: skip
     """Say what each stage will need: memory and what it is made of, what fits, steps, hours, disk."""
-    from alignkit.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides=overrides or ())
+    loaded = _load(recipe, overrides)
     from alignkit.preflight.plan import Device, plan_recipe
 
     device = Device.find(gpu, memory)
@@ -112,7 +103,14 @@ def plan(
     _show(plan_recipe(loaded, device, **options), as_json=as_json)  # type: ignore[arg-type]
 
 
+def _load(recipe: Path, overrides: list[str] | None = None) -> Recipe:
+    from alignkit.recipe import load_recipe
+
+    return load_recipe(recipe, overrides=overrides or ())
+
+
 def _show(report: CheckReport | DoctorReport | Plan, *, as_json: bool) -> None:
+    """Print what was found; what only a report that can fail has is the error to end with."""
     from alignkit import console
 
     if as_json:
@@ -120,7 +118,7 @@ def _show(report: CheckReport | DoctorReport | Plan, *, as_json: bool) -> None:
     else:
         for table in report.tables():
             console.print_table(*table)
-    if error := report.error():
+    if error := getattr(report, "error", lambda: None)():
         raise error
 
 
@@ -128,19 +126,13 @@ def preview(
     recipe: RecipeFile,
     stage: StageName = None,
     num_rows: Annotated[int, Option("--rows", "-n", metavar="N", min=1, help="How many rows are shown.")] = 3,
-    html: Annotated[
-        Path | None, Option("--html", metavar="FILE", help="Write a page instead of the terminal's text.")
-    ] = None,
-    overrides: Overrides = None,
-    trust_code: TrustCode = False,
-    as_json: AsJson = False,
-) -> None:
+    html: Annotated[Path | None, Option("--html", metavar="FILE", help="Write a page instead of a text.")] = None,
+    overrides: Overrides = None, trust_code: TrustCode = False, as_json: AsJson = False) -> None:  # fmt: skip
     """Show rows as the trainer reads them, token by token: what is learnt, read, scored or padding."""
     from alignkit import console
-    from alignkit.recipe import load_recipe, resolve
+    from alignkit.recipe import resolve
 
-    loaded = load_recipe(recipe, overrides=overrides or ())
-
+    loaded = _load(recipe, overrides)
     names = [stage] if stage is not None else loaded.stage_names
     if len(names) > 1:
         raise typer.BadParameter(f"the recipe has several stages; name one with --stage: {', '.join(names)}")
@@ -159,10 +151,8 @@ def preview(
 
 
 def schema(
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE...]", help="Recipes, with --install.")] = None,
-    install: Annotated[
-        bool, typer.Option("--install", metavar="", help="Write it here, and where it is into recipes.")
-    ] = False,
+    files: Annotated[list[Path] | None, Argument(metavar="[FILE...]", help="Recipes, with --install.")] = None,
+    install: Annotated[bool, Option("--install", help="Write it here, and its place into recipes.")] = False,
 ) -> None:
     """Print the JSON Schema of recipes, for editors that complete and check YAML."""
     from alignkit import console
@@ -181,9 +171,7 @@ def schema(
 def doctor(
     what: Annotated[str | None, Argument(metavar="[resume]", help="Kill and resume a stage, and compare.")] = None,
     recipe: Annotated[Path | None, Option("--recipe", "-r", metavar="FILE", help="With resume: whose stage.")] = None,
-    stage: StageName = None,
-    as_json: AsJson = False,
-) -> None:
+    stage: StageName = None, as_json: AsJson = False) -> None:  # fmt: skip
     """Show versions, devices and what works here; or prove that a recipe resumes exactly."""
     from alignkit import console
 
@@ -194,18 +182,16 @@ def doctor(
         return
     if what != "resume" or recipe is None:
         raise typer.BadParameter("a recipe is tried with `alignkit doctor resume --recipe FILE`")
-    from alignkit.recipe import load_recipe
-
-    loaded = load_recipe(recipe)
+    loaded = _load(recipe)
     from alignkit.errors import AlignKitError
     from alignkit.preflight.resume import prove_resume
 
     found = prove_resume(loaded, stage)
+    said = "{stage}: equal; {model}, {steps} steps, killed at step {killed_at} and resumed"
     if as_json:
         console.print_json(found)
     elif not found["differences"]:
-        killed, steps = found["killed_at"], found["steps"]
-        console.write(f"{found['stage']}: equal; {found['model']}, {steps} steps, killed at step {killed} and resumed")
+        console.write(said.format(**found))
     if found["differences"]:
         raise AlignKitError(f"{found['stage']} does not resume exactly: {'; '.join(found['differences'])}")
 
@@ -219,26 +205,22 @@ def merge(
     from alignkit.models.files import find_adapter
 
     find_adapter(str(source))  # refuses a whole model before the libraries are loaded
-    from alignkit.models.save import merge as merge_adapter
+    from alignkit.models import save
 
-    merge_adapter(source, out)
+    save.merge(source, out)
     console.print_json({"merged": str(source), "model": str(out)})
 
 
 def chat(
     source: Annotated[str, Argument(metavar="RUN", help="A run, a model or adapter directory, or a hub id.")],
-    compare: Annotated[
-        str | None, Option("--compare", metavar="RUN", help="A second model, whose answers stand beside.")
-    ] = None,
+    compare: Annotated[str | None, Option("--compare", metavar="RUN", help="A second model beside it.")] = None,
     system: Annotated[str | None, Option("--system", metavar="TEXT", help="The system message.")] = None,
     temperature: Annotated[float, Option("--temperature", metavar="T", min=0, help="0 is greedy.")] = 0.7,
     max_new_tokens: Annotated[int, Option("--max-new-tokens", metavar="N", min=1)] = 256,
     top_p: Annotated[float, Option("--top-p", metavar="P", min=0.0001, max=1, help="Of the probability.")] = 1.0,
     top_k: Annotated[int, Option("--top-k", metavar="K", min=0, help="Likeliest tokens; 0: all.")] = 0,
     seed: Annotated[int | None, Option("--seed", metavar="N", help="The same answers every time.")] = None,
-    device: Annotated[str, Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
-    trust_code: TrustCode = False,
-) -> None:
+    device: DeviceName = "auto", trust_code: TrustCode = False) -> None:  # fmt: skip
     """Talk to a model, or to two at once; /help lists what can be typed."""
     from alignkit.errors import ModelError
     from alignkit.models.files import find_model_dir, inspect_model_dir, require_available
@@ -258,18 +240,11 @@ def chat(
 def compare(
     first: Annotated[str, Argument(metavar="RUN_A", help="A run, which keeps the votes.")],
     second: Annotated[str, Argument(metavar="RUN_B", help="Another run, or a model.")],
-    prompts: Annotated[
-        str | None, Option("--prompts", metavar="FILE", help="Rows whose prompts are asked; omitted: held out.")
-    ] = None,
+    prompts: Annotated[str | None, Option("--prompts", metavar="FILE", help="Rows; omitted: those held out.")] = None,
     num_prompts: Annotated[int, Option("-n", metavar="N", min=1, help="How many prompts.")] = 50,
-    rater: Annotated[
-        str | None, Option("--rater", metavar="NAME", help="Judge in this terminal, under this name.")
-    ] = None,
+    rater: Annotated[str | None, Option("--rater", metavar="NAME", help="Judge in this terminal, so named.")] = None,
     port: Annotated[int, Option("--port", metavar="PORT", min=0, max=65535, help="0: any.")] = 0,
-    device: Annotated[str, Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
-    trust_code: TrustCode = False,
-    as_json: AsJson = False,
-) -> None:
+    device: DeviceName = "auto", trust_code: TrustCode = False, as_json: AsJson = False) -> None:  # fmt: skip
     """Judge answers of two models yourself, blinded: a local page, a win rate, and preference rows."""
     from alignkit import console
     from alignkit.evaluate.options import combine, sources
@@ -319,19 +294,10 @@ def diff(
 
 def report(
     target: Annotated[Path, Argument(metavar="TARGET", help="A run directory, a directory of runs, or a recipe file.")],
-    out: Annotated[
-        Path | None, Option("--out", metavar="FILE", help="Where the page goes; omitted: report.html in the run.")
-    ] = None,
-    push: Annotated[
-        str | None,
-        Option("--push", metavar="REPO", help="Upload the run's model and its card to the Hugging Face hub."),
-    ] = None,
-    public: Annotated[
-        bool, Option("--public", metavar="", help="With --push: a new repository is public, not private.")
-    ] = False,
-    live: Annotated[
-        bool, Option("--watch", metavar="", help="Keep the page up to date, and open, until the runs end.")
-    ] = False,
+    out: Annotated[Path | None, Option("--out", metavar="FILE", help="Instead of report.html in the run.")] = None,
+    push: Annotated[str | None, Option("--push", metavar="REPO", help="Upload the model and its card there.")] = None,
+    public: Annotated[bool, Option("--public", help="With --push: a new repository is public.")] = False,
+    live: Annotated[bool, Option("--watch", help="Keep the page up to date until the runs end.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML page that shows a run or a whole recipe, and bring the run's model card up to date."""
@@ -349,9 +315,9 @@ def report(
         find_model_dir(str(target))  # says which run may be meant
     stages = None
     if target.suffix in (".yaml", ".yml"):
-        from alignkit.recipe import load_recipe, resolve
+        from alignkit.recipe import resolve
 
-        loaded = load_recipe(target)
+        loaded = _load(target)
         stages = [(name, Path(resolve(loaded, name).run_dir)) for name in loaded.order]
     runs = [path for _, path in stages or ()]
 
@@ -376,9 +342,7 @@ _answers = partial(Option, rich_help_panel="Answers")
 def evaluate(
     context: typer.Context,
     source: Annotated[str | None, Argument(metavar="[RUN]", help="A run, a model directory or a hub id.")] = None,
-    recipe: Annotated[
-        Path | None, Option("--recipe", "-r", metavar="FILE", help="Every finished stage, as evaluate: says.")
-    ] = None,
+    recipe: Annotated[Path | None, Option("--recipe", "-r", metavar="FILE", help="Its finished stages.")] = None,
     stage: StageName = None,
     overrides: Overrides = None,
     data: Annotated[list[str] | None, _what("--data", metavar="PATH", help="Rows; omitted: those held out.")] = None,
@@ -391,12 +355,10 @@ def evaluate(
     judge: Annotated[str | None, _what("--judge", metavar="JUDGE", help="A reward, a RUN or a URL.")] = None,
     judge_name: Annotated[str | None, _what("--judge-name", metavar="NAME", help="Of the model at a URL.")] = None,
     constitution: Annotated[
-        list[str] | None, _what("--constitution", metavar="FILE", help="What a language model judges by.")
+        list[str] | None, _what("--constitution", metavar="FILE", help="What it judges by.")
     ] = None,
     best_of: Annotated[list[int] | None, _what("--best-of", metavar="N")] = None,
-    tasks: Annotated[
-        list[str] | None, _what("--task", metavar="FILE", help="JSONL task, or lm_eval:TASK. Repeatable.")
-    ] = None,
+    tasks: Annotated[list[str] | None, _what("--task", metavar="FILE", help="JSONL, or lm_eval:TASK.")] = None,
     shots: Annotated[list[int] | None, _what("--shots", "-k", metavar="K", help="Examples of a task.")] = None,
     samples: Annotated[int | None, _answers("--samples", metavar="N")] = None,
     temperature: Annotated[float | None, _answers("--temperature", metavar="T")] = None,
@@ -406,11 +368,8 @@ def evaluate(
     batch_size: Annotated[int | None, _answers("--batch-size", metavar="N")] = None,
     seed: Annotated[int | None, _answers("--seed", metavar="N")] = None,
     out: Annotated[Path | None, Option("--out", metavar="FILE", help="eval.json, elsewhere than in the run.")] = None,
-    device: Annotated[str, Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")] = "auto",
-    trust_code: TrustCode = False,
-    allow_key: AllowKey = None,
-    as_json: AsJson = False,
-) -> None:
+    device: DeviceName = "auto", trust_code: TrustCode = False, allow_key: AllowKey = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
     """Measure a model: every figure with its n and 95 % interval, to eval.json and a table."""
     from alignkit import console
     from alignkit.evaluate.options import combine, judge_source, name_runs, request_stages, sources
@@ -419,11 +378,8 @@ def evaluate(
     if (source is None) == (recipe is None):
         raise typer.BadParameter("give a RUN or --recipe FILE")
     base, folder = EvaluateOptions(), Path.cwd()
-    loaded = None
-    if recipe is not None:
-        from alignkit.recipe import load_recipe
-
-        loaded = load_recipe(recipe, overrides=overrides or ())
+    loaded = None if recipe is None else _load(recipe, overrides)
+    if loaded is not None:
         base, folder = loaded.evaluate, Path(loaded.path).resolve().parent
     elif stage is not None:
         raise typer.BadParameter("--stage belongs to --recipe; of a RUN it is the directory, such as runs/RECIPE/STAGE")
@@ -437,9 +393,8 @@ def evaluate(
     options = combine(base, {**given, "data": sources(data or (), split), "judge": judge_source(judge, judge_name)})
     typed = getattr(context.get_parameter_source("allow_key"), "name", "") == "COMMANDLINE"  # not in the environment
     if typed and not (isinstance(options.judge, FeedbackModel) and options.judge.api_key_env):
-        raise typer.BadParameter(
-            "--allow-key has no effect here; name the key of a judge as evaluate.judge.api_key_env in a --recipe"
-        )
+        what = "--allow-key has no effect here; name the key of a judge as evaluate.judge.api_key_env in a --recipe"
+        raise typer.BadParameter(what)
     if loaded is not None:
         from alignkit.recipe import resolve
 
@@ -448,11 +403,10 @@ def evaluate(
         from alignkit.evaluate.target import list_siblings
         from alignkit.models.files import require_available
 
-        require_available(source, as_run=True)
         named = name_runs(options, list_siblings(source), strict=False)
-        for other in (named.against, named.reference):
-            if other is not None:
-                require_available(other, as_run=True)
+        for model in (source, named.against, named.reference):
+            if model is not None:
+                require_available(model, as_run=True)
         requests = [(source, named)]
     from alignkit.evaluate.run import evaluate_all, table
 

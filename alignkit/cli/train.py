@@ -17,34 +17,20 @@ if TYPE_CHECKING:
     from alignkit.launch.run import How
     from alignkit.recipe import Recipe, Stage
 
-_flag = partial(Option, metavar="")  # typer would show <bool> beside a flag, which takes no value
 _many = partial(Option, rich_help_panel="Many processes")
 
 _RECIPE = "The recipe: model, data and stages in YAML; -r may be left out before it."
 RecipeFile = Annotated[Path, Option("--recipe", "-r", metavar="FILE", help=_RECIPE)]
-StageName = Annotated[
-    str | None, Option("--stage", metavar="NAME", help="Which stage, where the recipe has several of a method.")
-]
-StepName = Annotated[
-    str | None,
-    Option("--stage", metavar="NAME", help="One of its stages, by name or step: critique, sft, label, dpo, ..."),
-]
-Overrides = Annotated[
-    list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="Override a recipe value, such as dpo.beta=0.2. Repeatable."),
-]
-RunDir = Annotated[
-    Path | None, Option("--out", metavar="DIR", help="The run directory, instead of runs/<recipe>/<stage>.")
-]
-DryRun = Annotated[bool, _flag("--dry-run", help="Show what would be done, and every value in force; do nothing.")]
-Force = Annotated[bool, _flag("--force", help="Start afresh: an existing run is moved aside, never deleted.")]
-TrustCode = Annotated[
-    bool, _flag("--trust-code", help="Allow code of models and reward functions: only what you have read.")
-]
-AllowChange = Annotated[
-    list[str] | None,
-    Option("--allow-change", metavar="KEY", help="Resume although this setting has changed. Repeatable."),
-]
+StageName = Annotated[str | None, Option("--stage", metavar="NAME", help="Which stage, where there are several.")]
+StepName = Annotated[str | None, Option("--stage", metavar="NAME", help="One of them, by name or step: label, ...")]
+_SET = "Override a recipe value, such as dpo.beta=0.2. Repeatable."
+Overrides = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help=_SET)]
+RunDir = Annotated[Path | None, Option("--out", metavar="DIR", help="Instead of runs/<recipe>/<stage>.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Show what would be done, and every value in force; do nothing.")]
+Force = Annotated[bool, Option("--force", help="Start afresh: an existing run is moved aside, never deleted.")]
+TrustCode = Annotated[bool, Option("--trust-code", help="Allow code of models and rewards: only what you have read.")]
+_CHANGE = "Resume although this setting has changed. Repeatable."
+AllowChange = Annotated[list[str] | None, Option("--allow-change", metavar="KEY", help=_CHANGE)]
 _ALLOWED = "ALIGNKIT_ALLOW_KEY"  # as in feedback/server.py
 
 
@@ -56,20 +42,18 @@ def _allow_keys(names: list[str] | None) -> list[str] | None:
 
 
 _KEY = "Let api_key_env of a recipe send this variable to the server it names. Repeatable."
-AllowKey = Annotated[list[str] | None, Option(
-    "--allow-key", metavar="NAME", envvar=_ALLOWED, show_envvar=False, callback=_allow_keys, help=_KEY
-)]  # fmt: skip
+_allow = Option("--allow-key", metavar="NAME", envvar=_ALLOWED, show_envvar=False, callback=_allow_keys, help=_KEY)
+AllowKey = Annotated[list[str] | None, _allow]
 _AGAIN = "Start again up to N times when a process was killed or hung, as long as each try gets further."
 Retries = Annotated[int, _many("--retries", min=0, metavar="N", help=_AGAIN)]
-Slurm = Annotated[bool, _many("--slurm", metavar="", help="Write an sbatch script instead of training.")]
-Submit = Annotated[bool, _many("--submit", metavar="", help="Hand the script of --slurm to sbatch.")]
+Slurm = Annotated[bool, _many("--slurm", help="Write an sbatch script instead of training.")]
+Submit = Annotated[bool, _many("--submit", help="Hand the script of --slurm to sbatch.")]
 _NODE = "Which of launch.nodes this machine is; omitted: SLURM_NODEID or NODE_RANK."
 NodeRank = Annotated[int | None, _many("--node-rank", min=0, metavar="N", help=_NODE)]
-MainAddress = Annotated[
-    str | None, _many("--main-address", metavar="HOST", help="Where node 0 is reached: launch.main_address.")
-]
+MainAddress = Annotated[str | None, _many("--main-address", metavar="HOST", help="Node 0: launch.main_address.")]
 MainPort = Annotated[int | None, _many("--main-port", metavar="PORT", help="Its port: launch.main_port.")]
-AsJson = Annotated[bool, _flag("--json", help="Print the result as JSON on stdout.")]
+DeviceName = Annotated[str, Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")]
+AsJson = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 
 
 class Given(NamedTuple):
@@ -108,13 +92,10 @@ class Given(NamedTuple):
         return load_recipe(self.recipe, overrides=self.changes)
 
     def job(self, stage: Stage, out: Path | None = None) -> Command:
-        """Make the command that starts a stage elsewhere."""
         from alignkit.launch.placement import Command
 
-        return Command(
-            stage, self.changes, allow_change=tuple(self.allow_change or ()), allow_key=tuple(self.allow_key or ()),
-            out=out, node_rank=self.node_rank,
-        )  # fmt: skip
+        allowed = tuple(self.allow_change or ()), tuple(self.allow_key or ())
+        return Command(stage, self.changes, out, *allowed, self.node_rank)
 
 
 def trains(function: Callable[..., None]) -> Callable[..., None]:
@@ -139,8 +120,6 @@ def trains(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def stage_command(method: Literal["sft", "rm", "dpo", "ppo"]) -> Callable[..., None]:
-    """Make the command of a method."""
-
     @trains
     def command(context: typer.Context, given: Given, stage: StageName = None, out: RunDir = None) -> None:
         from alignkit.recipe import resolve
@@ -175,9 +154,7 @@ def rlaif(context: typer.Context, given: Given, stage: StepName = None, out: Run
 def run(
     context: typer.Context,
     given: Given,
-    first: Annotated[
-        str | None, Option("--from", metavar="STAGE", help="Begin with this stage; leave those before alone.")
-    ] = None,
+    first: Annotated[str | None, Option("--from", metavar="STAGE", help="Begin with this stage.")] = None,
     last: Annotated[str | None, Option("--until", metavar="STAGE", help="End with this stage.")] = None,
 ) -> None:
     """Run the stages of a recipe in order, then measure the models; what is done is left alone.

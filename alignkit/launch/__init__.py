@@ -29,8 +29,7 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
     command = command or Command(stage)
     makes_rows = stage.method in FEEDBACK
     if makes_rows:
-        given = [key for key in ("processes", "nodes", "strategy") if stage.origins.get(f"launch.{key}") != "default"]
-        if given:
+        if given := [key for key in ("processes", "nodes", "strategy") if stage.origins[f"launch.{key}"] != "default"]:
             console.note(f"{stage.name}: makes rows in one process; launch.{', launch.'.join(given)} is for training")
         if retries:
             console.note(f"{stage.name}: --retries is for training; the same command goes on where this stage stopped")
@@ -40,9 +39,7 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
         from alignkit.launch.accelerate import join_launcher
 
         if makes_rows:
-            what = f"a {stage.method} stage runs in one process, and asks its models in batches; start it without a "
-            what += "launcher"
-            raise EnvironmentProblem(what)
+            raise EnvironmentProblem(f"a {stage.method} stage runs in one process; start it without a launcher")
         join_launcher(stage, retries=retries)
         if SUPERVISED in os.environ or os.environ.get("RANK", "0") != "0":  # somebody has checked and locked the run
             return _train(stage, command)
@@ -59,12 +56,6 @@ def launch_stage(stage: Stage, command: Command | None = None, *, force: bool = 
         return _train(stage, command)
 
 
-def is_in_process(command: Command, *, retries: int) -> bool:
-    """Tell whether `launch_stage` will do the work in this process; raises RecipeError for places that cannot be."""
-    stage = command.stage
-    return stage.method in FEEDBACK or (retries == 0 and place(stage, command.node_rank).world_size == 1)
-
-
 def _train(stage: Stage, command: Command) -> Result:
     """Train in this process, in a run directory that somebody holds for it."""
     began[:] = [time.monotonic()]
@@ -72,8 +63,7 @@ def _train(stage: Stage, command: Command) -> Result:
     method = importlib.import_module(f"alignkit.{ROOMS.get(stage.method, 'train')}.{stage.method}")
     gc.enable()
     gc.freeze()  # what the libraries made stays for good: never look through it again
-    # TensorBoard writes below the run, unless the user says where: by itself it makes a directory of this host's name
-    # inside the checkpoints.
+    # TensorBoard, unless the user says where, would make a directory of this host's name inside the checkpoints.
     given = "TENSORBOARD_LOGGING_DIR" in os.environ
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     try:
@@ -87,11 +77,8 @@ def _train(stage: Stage, command: Command) -> Result:
 
 @contextmanager
 def hold_run(command: Command, *, force: bool, check: Callable[[], None] = lambda: None) -> Iterator[RunDir]:
-    """Have a run directory for one command alone: locked, and with nobody in it whose supervisor was killed.
-
-    With `force` an earlier run is moved aside once its processes, which know it by path, have ended. `check` is called
-    while they are waited for, and may raise. Raises RunError for a run with other settings or weights.
-    """
+    """Have a run directory for one command alone: locked, and with nobody in it whose supervisor was killed; `check` is
+    called while those are waited for. Raises RunError for a run with other settings, unless `force` moves it aside."""
     stage = command.stage
     run, lock = open_run(Path(stage.run_dir), force=False)
     try:
@@ -109,10 +96,10 @@ def hold_run(command: Command, *, force: bool, check: Callable[[], None] = lambd
         if force:
             lock = set_aside(run, lock)
     except BaseException:
-        lock.release()
+        lock.close()
         raise
-    what = "the run directory was moved or deleted while the run went on; move it back, and the same command goes on"
-    gone = DiskError(f"{run.path}: {what} from what was saved")
+    what = "the run directory was moved or deleted meanwhile; move it back, and the same command goes on from there"
+    gone = DiskError(f"{run.path}: {what}")
     try:
         if run.stage.is_file() and stage.method not in ROOMS:
             known = {**fingerprint_stage(stage), **unread(run)}
@@ -129,4 +116,4 @@ def hold_run(command: Command, *, force: bool, check: Callable[[], None] = lambd
         # nothing behind.
         if lock.is_current() and {entry.name for entry in run.path.iterdir()} <= {".lock", "cache", "warnings.jsonl"}:
             shutil.rmtree(run.path, ignore_errors=True)
-        lock.release()
+        lock.close()

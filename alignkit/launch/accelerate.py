@@ -1,7 +1,5 @@
-"""What accelerate is told of a stage, and what accelerate or torchrun has told a process that it started.
-
-Checked against accelerate 1.15, torch 2.13 and DeepSpeed 0.19.
-"""
+"""What accelerate is told of a stage, and what accelerate or torchrun has told a process that it started. Checked
+against accelerate 1.15, torch 2.13 and DeepSpeed 0.19."""
 
 import base64
 import json
@@ -9,11 +7,12 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import SUPERVISED, AlignKitError, EnvironmentProblem, Problem, RecipeError
-from alignkit.launch.placement import Command, Placement, Precision, mixed_precision, pick_device, place
+from alignkit.launch.placement import Command, Placement, mixed_precision, pick_device, place
 from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage
 from alignkit.runs.directory import RunDir
@@ -27,11 +26,8 @@ _NEEDED = (*_NUMBERS, "MASTER_ADDR", "MASTER_PORT")
 
 
 def fsdp_settings(stage: Stage) -> dict[str, Any]:
-    """Make accelerate's `fsdp_config`: FSDP 2, each transformer layer sharded by itself.
-
-    Only `launch.activation_checkpointing: true` makes FSDP recompute; without it the Trainer's own
-    `gradient_checkpointing` holds, and both at once is an error upstream.
-    """
+    """Make accelerate's `fsdp_config`: FSDP 2, each transformer layer sharded by itself. It recomputes activations only
+    where the recipe says so: the Trainer's own `gradient_checkpointing` at the same time is an error upstream."""
     return {
         "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
         "fsdp_state_dict_type": "FULL_STATE_DICT",
@@ -56,18 +52,14 @@ def deepspeed_config(stage: Stage) -> dict[str, Any]:
     if offload == "all" and level == 3:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return {
-        **dict.fromkeys(batch, "auto"),
-        "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto"},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # the optimizer is the stage's, not DeepSpeed's
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    # The optimizer is the stage's, not DeepSpeed's.
+    own = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    halves = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+    return {**dict.fromkeys(batch, "auto"), **halves, "zero_optimization": zero, **own}
 
 
-def make_configs(stage: Stage, placement: Placement, precision: Precision, directory: Path) -> dict[str, str]:
-    """Make the texts of the files that accelerate reads below `directory`, by their names."""
+def make_configs(stage: Stage, placement: Placement) -> dict[str, str]:
+    """Make the texts of the files that accelerate reads in the run's launch directory, by their names."""
     values: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": {"ddp": "MULTI_GPU", "fsdp": "FSDP"}.get(placement.strategy, "DEEPSPEED"),
@@ -75,13 +67,11 @@ def make_configs(stage: Stage, placement: Placement, precision: Precision, direc
         "same_network": True, "use_cpu": placement.device == "cpu"}  # fmt: skip
     if placement.strategy in ZERO_STAGES:
         # accelerate refuses mixed_precision and zero_stage here when DeepSpeed has a file of its own.
-        values["deepspeed_config"] = {
-            "deepspeed_config_file": str(directory / DEEPSPEED_CONFIG),
-            "deepspeed_multinode_launcher": "standard",
-            "zero3_init_flag": False,
-        }
+        file = str(RunDir(Path(stage.run_dir)).launch / DEEPSPEED_CONFIG)
+        values["deepspeed_config"] = {"deepspeed_config_file": file, "deepspeed_multinode_launcher": "standard"}
+        values["deepspeed_config"]["zero3_init_flag"] = False
     else:
-        values["mixed_precision"] = precision
+        values["mixed_precision"] = mixed_precision(stage, placement.device)
     if placement.strategy == "fsdp":
         values["fsdp_config"] = fsdp_settings(stage)
     origin = f"launch: in {stage.recipe_path}, anew at each start; edit the recipe instead."
@@ -98,38 +88,21 @@ def make_configs(stage: Stage, placement: Placement, precision: Precision, direc
     return texts
 
 
-def command_line(
-    command: Command, placement: Placement, precision: Precision, config: Path, *, timeout_seconds: float
-) -> list[str]:
+def command_line(command: Command, placement: Placement) -> list[str]:
     """Make `accelerate launch ... -m alignkit ...` for this node; what --dry-run does not know yet is UNKNOWN."""
+    stage = command.stage
     known = (placement.node_rank, placement.main_address, placement.main_port)
     rank, address, port = ("UNKNOWN" if value is None else str(value) for value in known)
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    config = str(RunDir(Path(stage.run_dir)).launch / CONFIG)
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     if placement.strategy in ZERO_STAGES:
-        words += ["--mixed_precision", precision]
+        words += ["--mixed_precision", mixed_precision(stage, placement.device)]
     if placement.nodes > 1:
         words += ["--machine_rank", rank, "--main_process_ip", address]
-        words += ["--rdzv_conf", f"timeout={int(timeout_seconds)}"]
+        words += ["--rdzv_conf", f"timeout={int(stage.launch.timeout_seconds)}"]
     # Slower than we look: a death is seen, and its signal read, before torchrun begins to end the others.
     words += ["--main_process_port", port, "--monitor_interval", "1"]
     return [*words, "-m", "alignkit", *command.arguments()]
-
-
-def worker_environment(stage: Stage, precision: Precision) -> dict[str, str]:
-    """Make what `accelerate launch` would have set for the strategy, of which torchrun says nothing to its workers."""
-    found: dict[str, str] = {"ACCELERATE_MIXED_PRECISION": precision}
-    if stage.launch.strategy == "fsdp":
-        found["ACCELERATE_USE_FSDP"] = "true"
-        for key, value in fsdp_settings(stage).items():
-            found[key.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
-    if stage.launch.strategy in ZERO_STAGES:
-        found["ACCELERATE_USE_DEEPSPEED"] = "true"
-        # Its readers take a file or the content itself: so no process needs one that another has yet to write.
-        content = json.dumps(deepspeed_config(stage)).encode()
-        found["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = base64.urlsafe_b64encode(content).decode()
-        found["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"
-        found["ACCELERATE_CONFIG_DS_FIELDS"] = "deepspeed_config_file,zero3_init_flag"
-    return found
 
 
 def plan_launch(command: Command) -> dict[str, Any]:
@@ -137,15 +110,14 @@ def plan_launch(command: Command) -> dict[str, Any]:
     stage = command.stage
     placement = place(stage, command.node_rank, strict=False)
     plan: dict[str, Any] = {
-        "mode": "worker" if is_worker() else "in-process", "placement": placement.to_dict(), "command": "",
+        "mode": "worker" if is_worker() else "in-process", "command": "",
+        "placement": {**asdict(placement), "world_size": placement.world_size},
         **dict.fromkeys(("config_file", "config", "deepspeed_file", "deepspeed"))}  # fmt: skip
     if is_worker() or placement.world_size == 1:
         return plan
-    directory, precision = RunDir(Path(stage.run_dir)).launch, mixed_precision(stage, placement.device)
-    config, seconds = directory / CONFIG, stage.launch.timeout_seconds
-    line = command_line(command, placement, precision, config, timeout_seconds=seconds)
-    texts = make_configs(stage, placement, precision, directory)
-    plan |= {"mode": "accelerate", "command": shlex.join(line), "config_file": str(config), "config": texts[CONFIG]}
+    directory, texts = RunDir(Path(stage.run_dir)).launch, make_configs(stage, placement)
+    plan |= {"mode": "accelerate", "command": shlex.join(command_line(command, placement))}
+    plan |= {"config_file": str(directory / CONFIG), "config": texts[CONFIG]}
     if DEEPSPEED_CONFIG in texts:
         plan |= {"deepspeed_file": str(directory / DEEPSPEED_CONFIG), "deepspeed": deepspeed_config(stage)}
     return plan
@@ -155,8 +127,7 @@ def join_launcher(stage: Stage, *, retries: int) -> None:
     """Refuse, as one of a launcher's processes, what contradicts the recipe; set what torchrun leaves unsaid."""
     try:
         if retries:
-            what = "starts a job again, which a process that accelerate or torchrun started cannot do; leave it out, "
-            what += "or start alignkit without them"
+            what = "starts a job again, which a process of accelerate or torchrun cannot do; leave them out"
             raise RecipeError(what, where="--retries")
         require_launcher(os.environ)
         require_agreement(stage, os.environ)
@@ -187,23 +158,8 @@ def require_launcher(environment: Mapping[str, str]) -> None:
 
 def require_agreement(stage: Stage, environment: Mapping[str, str]) -> None:
     """Raise RecipeError naming both sides where `launch:` says otherwise than who started this process."""
-    if "RANK" not in environment:
-        return
-    findings = [*_compare(stage, environment)]
-    # Only what was said on both sides: `accelerate launch` without the flag says no, and means nothing.
-    found = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    key, value = "launch.mixed_precision", str(stage.launch.mixed_precision)
-    if value == "auto":
-        key, value = "model.dtype", stage.model.dtype
-    if found != "no" and value != "auto" and mixed_precision(stage, "cpu") != found:
-        what = f"{key} is {value}, but accelerate launch was told mixed_precision {found}; make them equal"
-        findings.append(("mixed_precision", what))
-    if findings:
+    if "RANK" in environment and (findings := [*_compare(stage, environment)]):
         raise RecipeError([Problem(what, stage.where(f"launch.{key}")) for key, what in findings])
-
-
-def _is_given(stage: Stage, key: str) -> bool:
-    return stage.origins.get(f"launch.{key}", "default") != "default"
 
 
 def launcher_strategy(environment: Mapping[str, str]) -> str | None:
@@ -219,50 +175,64 @@ def _compare(stage: Stage, environment: Mapping[str, str]) -> Iterator[tuple[str
     world, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
     nodes = int(environment.get("GROUP_WORLD_SIZE") or max(world // local, 1))
     if nodes * local != world:
-        what = f"the nodes run different numbers of processes: {local} here, {world} on all {nodes} together; start "
-        yield "processes", f"{what}the same number on each"
-    wanted, alike = stage.launch.processes, nodes * local == world
-    if alike and wanted not in ("auto", local) and _is_given(stage, "processes"):
-        what = f"launch.processes is {wanted}, but the launcher started {local} on this node (LOCAL_WORLD_SIZE={local})"
-        yield "processes", f"{what}; make them equal, or leave launch.processes out"
-    if alike and stage.launch.nodes != nodes and _is_given(stage, "nodes"):
+        what = f"the nodes run different numbers of processes: {local} here, {world} on all {nodes} together"
+        yield "processes", f"{what}; start the same number on each"
+    launch, alike = stage.launch, nodes * local == world
+    given = {key.removeprefix("launch.") for key, origin in stage.origins.items() if origin != "default"}
+    if alike and launch.processes not in ("auto", local) and "processes" in given:
+        what = f"launch.processes is {launch.processes}, but the launcher started {local} on this node"
+        yield "processes", f"{what} (LOCAL_WORLD_SIZE={local}); make them equal, or leave launch.processes out"
+    if alike and launch.nodes != nodes and "nodes" in given:
         sizes = f"(WORLD_SIZE={world}, LOCAL_WORLD_SIZE={local}); make them equal, or leave launch.nodes out"
-        yield "nodes", f"launch.nodes is {stage.launch.nodes}, but the launcher runs {nodes} {sizes}"
-    found, launch = launcher_strategy(environment), stage.launch
+        yield "nodes", f"launch.nodes is {launch.nodes}, but the launcher runs {nodes} {sizes}"
+    found = launcher_strategy(environment)
+    # Only what was said on both sides: `accelerate launch` without the flag says no, and means nothing.
+    told, own = environment.get("ACCELERATE_MIXED_PRECISION", "no"), launch.mixed_precision
+    key, value = ("model.dtype", stage.model.dtype) if own == "auto" else ("launch.mixed_precision", own)
+    if told != "no" and value != "auto" and mixed_precision(stage, "cpu") != told:
+        what = f"{key} is {value}, but accelerate launch was told mixed_precision {told}; make them equal"
+        yield "mixed_precision", what
     for name in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         if _is_on(environment, name):
             yield "strategy", f"the launcher set {name}, which alignkit does not know; use ddp, fsdp, zero2 or zero3"
     if found is None:
         return
-    if found != launch.strategy and _is_given(stage, "strategy"):
-        what = f"launch.strategy is {launch.strategy}, but accelerate launch was told {found}; give it a config for "
-        what += f"{launch.strategy}, leave launch.strategy out, or start alignkit itself, which writes one"
-        yield "strategy", what
+    if found != launch.strategy and "strategy" in given:
+        what = f"launch.strategy is {launch.strategy}, but accelerate launch was told {found}; make them equal"
+        yield "strategy", f"{what}, leave launch.strategy out, or start alignkit itself, which writes a config"
     elif found == "fsdp" and environment.get("FSDP_VERSION", "1") != "2":
         yield "strategy", "accelerate launch was told FSDP version 1; set fsdp_version: 2 in its config"
     elif found not in ("ddp", "fsdp", *ZERO_STAGES):
         yield "strategy", f"accelerate launch was told DeepSpeed stage {found[4:]}; use stage 2 or 3"
-    elif _is_given(stage, "offload"):
-        offload, zero = "none", _zero_settings(environment) if found != "fsdp" else {}
-        if found == "fsdp":
-            offload = "all" if _is_on(environment, "FSDP_OFFLOAD_PARAMS") else "none"
+    elif "offload" in given:
+        offload = "all" if found == "fsdp" and _is_on(environment, "FSDP_OFFLOAD_PARAMS") else "none"
         for part, name in (("optimizer", "optimizer"), ("param", "all")) if found != "fsdp" else ():
-            device = zero.get(f"offload_{part}", {}).get("device")
+            device = _zero_settings(environment).get(f"offload_{part}", {}).get("device")
             device = device or environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE")
             offload = name if device not in (None, "none") else offload
         if offload != launch.offload:
             yield "offload", f"launch.offload is {launch.offload}, but accelerate launch was told {offload}"
-    by_fsdp = found == "fsdp" and _is_on(environment, "FSDP_ACTIVATION_CHECKPOINTING")
-    if by_fsdp and launch.activation_checkpointing is False:
+    recomputes = found == "fsdp" and _is_on(environment, "FSDP_ACTIVATION_CHECKPOINTING")
+    if recomputes and launch.activation_checkpointing is False:
         what = "launch.activation_checkpointing is false, but accelerate launch was told fsdp_activation_checkpointing"
         yield "activation_checkpointing", f"{what}: true; make them equal"
 
 
 def apply_strategy(stage: Stage, environment: MutableMapping[str, str]) -> None:
-    """Set what accelerate reads of `launch.strategy`, where the launcher said nothing of it."""
-    if "RANK" in environment and launcher_strategy(environment) is None:
-        for name, value in worker_environment(stage, mixed_precision(stage, pick_device(stage))).items():
-            environment.setdefault(name, value)
+    """Set what `accelerate launch` would have set for `launch.strategy`, where the launcher, torchrun, did not."""
+    if "RANK" not in environment or launcher_strategy(environment) is not None:
+        return
+    found: dict[str, Any] = {"ACCELERATE_MIXED_PRECISION": mixed_precision(stage, pick_device(stage))}
+    if stage.launch.strategy == "fsdp":
+        found |= {"ACCELERATE_USE_FSDP": True, **{key.upper(): value for key, value in fsdp_settings(stage).items()}}
+    if stage.launch.strategy in ZERO_STAGES:
+        # Its readers take a file or the content itself: so no process needs one that another has yet to write.
+        content = base64.urlsafe_b64encode(json.dumps(deepspeed_config(stage)).encode()).decode()
+        found |= {"ACCELERATE_USE_DEEPSPEED": True, "ACCELERATE_DEEPSPEED_CONFIG_FILE": content}
+        found |= {"ACCELERATE_DEEPSPEED_ZERO3_INIT": False}
+        found |= {"ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag"}
+    for name, value in found.items():
+        environment.setdefault(name, str(value).lower() if isinstance(value, bool) else str(value))
 
 
 def _zero_settings(environment: Mapping[str, str]) -> dict[str, Any]:

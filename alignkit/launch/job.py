@@ -1,8 +1,6 @@
 """A stage in processes of its own: checked and locked here once, tried, watched, and tried again when that can help.
-
 The supervisors of several nodes write files in the shared run directory: node 0 which try is running, each node that it
-is there, and the first that fails why.
-"""
+is there, and the first that fails why."""
 
 import errno
 import importlib.util
@@ -20,7 +18,7 @@ from typing import Any
 from alignkit import __version__, console
 from alignkit.errors import AlignKitError, EnvironmentProblem, RunError, UsageError
 from alignkit.launch import accelerate
-from alignkit.launch.placement import LOOPBACK, Command, Placement, mixed_precision
+from alignkit.launch.placement import LOOPBACK, Command, Placement
 from alignkit.launch.supervise import Supervisor, abort, make_error
 from alignkit.preflight.requirements import require_ready
 from alignkit.runs import checkpoints
@@ -34,15 +32,12 @@ RETRIED = frozenset({6, 137, 143})
 _KEPT_ATTEMPTS = 5
 _LOOK_SECONDS = 0.5
 _CURRENT = "current.json"  # the number of the newest try, and what node 0 starts
-_COMPARED = ("processes", "nodes", "strategy", "device", "version")
 
 
 class Job:
     """A stage in processes of its own, as this node sees it; `run` is the only thing to call."""
 
-    def __init__(
-        self, command: Command, placement: Placement, hold: Callable[..., AbstractContextManager[RunDir]]
-    ) -> None:
+    def __init__(self, command: Command, placement: Placement, hold: Callable[..., AbstractContextManager]) -> None:
         """Take `hold_run` as `hold`: node 0 has the run directory for itself meanwhile."""
         self._command, self._stage, self._placement, self._hold = command, command.stage, placement, hold
         self._run = RunDir(Path(command.stage.run_dir))
@@ -53,12 +48,11 @@ class Job:
         stage, run = self._stage, self._run
         require_ready(stage)
         if stage.launch.strategy in accelerate.ZERO_STAGES and importlib.util.find_spec("deepspeed") is None:
-            what = f"{stage.where('launch.strategy')}: launch.strategy {stage.launch.strategy} needs DeepSpeed, which "
-            what += "is not installed; `pip install 'deepspeed>=0.19,<0.20'`, or use fsdp"
-            raise EnvironmentProblem(what)
+            what = f"{stage.where('launch.strategy')}: launch.strategy {stage.launch.strategy} needs DeepSpeed, not "
+            raise EnvironmentProblem(f"{what}installed here; `pip install 'deepspeed>=0.19,<0.20'`, or use fsdp")
         with hearing(lambda number, frame: self._received.append(number)):
-            if not self._placement.is_main:
-                console.hush()  # node 0 speaks
+            if self._placement.node_rank != 0:
+                console.hushed = True  # node 0 speaks
                 self._try_until_done(retries)
                 return read_result(run.result)
             with self._hold(self._command, force=force, check=self._heed_signal):
@@ -102,61 +96,53 @@ class Job:
         """Start the processes once and watch them to their end; the number of this try is above `after`."""
         stage, placement = self._stage, self._placement
         several = placement.world_size > 1
-        if placement.is_main:
+        if placement.nodes > 1:
+            try:
+                socket.getaddrinfo(address := str(placement.main_address), None)
+            except OSError as error:
+                what = f"the main address {address} cannot be resolved on {socket.gethostname()} ({error.strerror}); "
+                what += "give the name or IP of node 0 with --main-address or launch.main_address"
+                raise RunError(what, where=stage.where("launch.main_address")) from error
+        if placement.node_rank == 0:
             if several:
                 placement = replace(placement, main_port=self._choose_port())
-            if placement.nodes > 1:
-                self._require_known(str(placement.main_address))
             directory = self._announce(placement)
         else:
             self._wait_for_main(after)
             theirs, ours = self._current(), self._facts()
             directory = self._run.launch / f"attempt-{theirs['attempt']}"
-            for key in (key for key in _COMPARED if theirs.get(key) != ours[key]):
-                what = f"the nodes do not start the same job: {key} is {theirs.get(key)} on node 0 "
-                what += f"({theirs.get('host')}) and {ours[key]} on node {placement.node_rank} ({ours['host']}); "
-                what += "start the same command, recipe and alignkit on all of them"
-                error = RunError(what, where=stage.where(f"launch.{key}"))
-                abort(directory, int(placement.node_rank or 0), error)
-                raise error
+            for key in (key for key in ours if key != "host" and theirs.get(key) != ours[key]):
+                sides = f"{theirs.get(key)} on node 0 ({theirs.get('host')}) and {ours[key]} on node "
+                sides += f"{placement.node_rank} ({ours['host']}); start the same command, recipe and alignkit on all"
+                what = f"the nodes do not start the same job: {key} is {sides} of them"
+                refused = RunError(what, where=stage.where(f"launch.{key}"))
+                abort(directory, int(placement.node_rank or 0), refused)
+                raise refused
         argv = self._command.argv()
+        extra: dict[str, str] = {}  # what the user has set stays
         if several:
-            precision = mixed_precision(stage, placement.device)
-            config, seconds = self._run.launch / accelerate.CONFIG, stage.launch.timeout_seconds
-            argv = accelerate.command_line(self._command, placement, precision, config, timeout_seconds=seconds)
+            argv = accelerate.command_line(self._command, placement)
             where = f" on each of {placement.nodes} nodes" if placement.nodes > 1 else ""
             text = f"starting {placement.processes} processes{where} ({placement.strategy}, {placement.device})"
             console.note(f"{stage.name}: {text}")
-        with disk_failures(self._run.path, "launch files"):
-            write_json(directory / f"node-{placement.node_rank}.json", self._facts())
-        supervisor = Supervisor(
-            directory, placement, heartbeat_seconds=stage.launch.heartbeat_seconds,
-            timeout_seconds=stage.launch.timeout_seconds, received=self._received, resume_hint=self._describe_resume,
-        )  # fmt: skip
-        extra = {}  # what the user has set stays
-        if several:
             extra["OMP_NUM_THREADS"] = str(max(1, count_cores() // placement.processes))
             if (interface := _find_interface(placement)) is not None:
                 extra["GLOO_SOCKET_IFNAME"] = interface
+        with disk_failures(self._run.path, "launch files"):
+            write_json(directory / f"node-{placement.node_rank}.json", self._facts())
+        supervisor = Supervisor(directory, placement, self._run.checkpoints, stage.launch, self._received)
         supervisor.watch(argv, extra={name: value for name, value in extra.items() if name not in os.environ})
 
-    def _describe_resume(self) -> str:
-        step = checkpoints.newest_step(self._run.checkpoints)
-        again = "nothing was saved yet; the same command starts again"
-        return again if step is None else f"the same command goes on from step {step}"
-
     def _facts(self) -> dict[str, Any]:
-        place = self._placement
-        return {
-            "processes": place.processes, "nodes": place.nodes, "strategy": place.strategy, "device": place.device,
-            "version": __version__, "host": socket.gethostname()}  # fmt: skip
+        known = {name: getattr(self._placement, name) for name in ("processes", "nodes", "strategy", "device")}
+        return {**known, "version": __version__, "host": socket.gethostname()}
 
     def _current(self) -> dict[str, Any]:
         return read_record(self._run.launch / _CURRENT)
 
     def _announce(self, placement: Placement) -> Path:
         """Write, as node 0, what a new try needs; return its directory."""
-        launch, stage = self._run.launch, self._stage
+        launch = self._run.launch
         with disk_failures(self._run.path, "launch files"):
             launch.mkdir(exist_ok=True)
             older = sorted(int(path.name.removeprefix("attempt-")) for path in launch.glob("attempt-*"))
@@ -165,10 +151,8 @@ class Job:
             attempt = max(older, default=0) + 1
             directory = launch / f"attempt-{attempt}"
             directory.mkdir()
-            if placement.world_size > 1:
-                precision = mixed_precision(stage, placement.device)
-                for name, text in accelerate.make_configs(stage, placement, precision, launch).items():
-                    (launch / name).write_text(text, encoding="utf-8")
+            for name, text in accelerate.make_configs(self._stage, placement).items():
+                (launch / name).write_text(text, encoding="utf-8")
             write_json(launch / _CURRENT, {"attempt": attempt, **self._facts()})
         return directory
 
@@ -183,24 +167,13 @@ class Job:
                 which = f"port {wanted}" if wanted else "no free port"
                 state = "is in use" if error.errno == errno.EADDRINUSE else "cannot be opened"
                 what = f"{which} {state} on {socket.gethostname()} ({error.strerror}); choose another with --main-port "
-                what += "or launch.main_port"
-                raise RunError(what, where=self._stage.where("launch.main_port")) from error
+                raise RunError(f"{what}or launch.main_port", where=self._stage.where("launch.main_port")) from error
             return int(probe.getsockname()[1])
-
-    def _require_known(self, address: str) -> None:
-        """Raise RunError when the main address is no host that can be found."""
-        try:
-            socket.getaddrinfo(address, None)
-        except OSError as error:
-            what = f"the main address {address} cannot be resolved on {socket.gethostname()} ({error.strerror}); give "
-            what += "the name or IP of node 0 with --main-address or launch.main_address"
-            raise RunError(what, where=self._stage.where("launch.main_address")) from error
 
     def _wait_for_main(self, after: int) -> None:
         """Wait until node 0 answers at its port and has announced a try above `after`."""
         address, port = str(self._placement.main_address), int(self._placement.main_port or 0)
         seconds = self._stage.launch.timeout_seconds
-        self._require_known(address)
         deadline = time.monotonic() + seconds
         while True:
             with suppress(OSError):
@@ -216,7 +189,7 @@ class Job:
 
 
 def _find_interface(placement: Placement) -> str | None:
-    """Find the interface the processes reach each other through, None where it cannot be told. gloo would take the one
+    """Find the interface the processes reach each other through, None where it cannot be told; gloo takes the one that
     this host's name resolves to, which on many machines is none the others reach."""
     import psutil
 

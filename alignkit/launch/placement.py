@@ -7,9 +7,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from alignkit.errors import Problem, RecipeError
 from alignkit.recipe import Stage
@@ -45,7 +45,6 @@ class Command:
         return words + (["--trust-code"] if stage.trust_code else [])
 
     def argv(self) -> list[str]:
-        """List the whole command with this interpreter, as subprocess takes it."""
         return [sys.executable, "-m", "alignkit", *self.arguments()]
 
 
@@ -65,14 +64,6 @@ class Placement:
     def world_size(self) -> int:
         return self.nodes * self.processes
 
-    @property
-    def is_main(self) -> bool:
-        """Whether rank 0 runs on this node."""
-        return self.node_rank == 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "world_size": self.world_size}
-
 
 def count_cuda(environment: Mapping[str, str] = os.environ) -> int:
     """Count the CUDA devices a process started here would see."""
@@ -80,13 +71,10 @@ def count_cuda(environment: Mapping[str, str] = os.environ) -> int:
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None or present == 0:
         return present
-    count = 0
-    for entry in visible.split(","):  # as the driver reads it: everything after a number it does not know is ignored
-        name = entry.strip()
-        if not name or (name.lstrip("-").isdigit() and not 0 <= int(name) < present):
-            break
-        count += 1
-    return count
+    names = [name.strip() for name in visible.split(",")]
+    # As the driver reads it: everything after a number it does not know is ignored.
+    ends = [not name or (name.lstrip("-").isdigit() and not 0 <= int(name) < present) for name in names]
+    return [*ends, True].index(True)
 
 
 def pick_device(stage: Stage) -> Device:
@@ -147,8 +135,8 @@ def place(
         what = "launch.device is cuda, but no CUDA device is visible here; leave it out, or set it to cpu"
         key = "launch.device"
     elif visible is not None and processes > visible:
-        what = f"launch.processes is {processes}, but {visible} CUDA devices are visible here; set it to auto, or "
-        what += "launch.device: cpu"
+        what = f"launch.processes is {processes}, but {visible} CUDA devices are visible here; set it to auto"
+        what += ", or launch.device: cpu"
     if what and strict:
         problems.append(Problem(what, stage.where(key)))
     if batch := check_batch(stage, launch.nodes * processes):

@@ -1,7 +1,5 @@
 """What a command does with its stages: show them, hand them to Slurm, or run and measure them and show the results."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import hashlib
@@ -13,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from alignkit import console
 from alignkit.errors import SUPERVISED, AlignKitError, EnvironmentProblem, Problem, RecipeError, UsageError, suggest
-from alignkit.launch import is_in_process, launch_stage
-from alignkit.launch.placement import Command
+from alignkit.launch import launch_stage
+from alignkit.launch.placement import Command, place
 from alignkit.preflight.requirements import list_needs, locate_rows, require_held_out, require_ready
 from alignkit.recipe import Recipe, Stage
 from alignkit.recipe.schema import FEEDBACK, ROOMS, EvaluateOptions
@@ -57,11 +55,57 @@ class Entry(NamedTuple):
     def stage(self) -> Stage:
         return self.command.stage
 
-    def to_dict(self) -> dict[str, Any]:
-        """Make plain data for --dry-run."""
-        stage = self.stage
-        return {"stage": stage.name, "method": stage.method, "needs": list(self.needs), "will": self.will,
-                "why": self.why, "run_dir": stage.run_dir}  # fmt: skip
+
+class Measuring:
+    """The models of a run, each with what is asked of it."""
+
+    def __init__(self, requests: Sequence[tuple[str, EvaluateOptions]], *, trust_code: bool) -> None:
+        self._requests, self._trust_code = requests, trust_code
+        # What was asked last is kept beside the runs; how many rows go through at a time makes no difference.
+        self._record = Path(requests[0][0]).expanduser().absolute().parent / "evaluated.json"
+        asked = [(source, options.model_dump(mode="json", exclude={"batch_size"})) for source, options in requests]
+        self._asked = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def of(cls, recipe: Recipe, names: Sequence[str], *, trust_code: bool) -> Self | None:
+        """Find what to measure of these stages, None where the recipe asks for nothing or none of them has a model."""
+        from alignkit.evaluate.options import request_stages
+
+        for doubt in require_held_out(recipe, names):
+            console.warn(doubt)
+        requests = request_stages(recipe, recipe.evaluate, names) if recipe.evaluates else ()
+        return cls(requests, trust_code=trust_code) if requests else None
+
+    def is_done(self) -> bool:
+        """Tell whether just this has been measured; a run that was trained anew has lost its eval.json."""
+        record = read_record(self._record)
+        is_same = record.get("asked") == self._asked
+        return is_same and all(read_record(RunDir(Path(source)).evaluation) for source in record["measured"])
+
+    def show(self, board: console.Board, measured: list[dict[str, Any]], *, is_new: bool) -> None:
+        """Add what each eval.json holds now to `measured`; nothing is done where nothing has changed."""
+        from alignkit.evaluate.run import evaluate_all
+
+        if not is_new and self.is_done():
+            console.note("evaluate: already measured, nothing to do (alignkit eval measures again)")
+            board.end(MEASURE, state="left alone")
+            return
+        board.begin(MEASURE)
+        self._record.unlink(missing_ok=True)
+        for result in evaluate_all(
+            self._requests,
+            seed=None,
+            out=None,
+            device="auto",
+            trust_code=self._trust_code,
+            folder=Path.cwd(),
+            skip=True,
+        ):
+            measured.append(result)
+            board.update(MEASURE, len(measured), len(self._requests), str(result["name"]), None)
+        done = [source for source, _ in self._requests if RunDir(Path(source)).evaluation.is_file()]
+        write_json(self._record, {"asked": self._asked, "measured": done})
+        board.end(MEASURE)
 
 
 def run_one(place: dict[str, Path], command: Command, how: How) -> None:
@@ -80,12 +124,10 @@ def run_one(place: dict[str, Path], command: Command, how: How) -> None:
             return
         run = RunDir(Path(stage.run_dir))
         will = "run from the start" if stage.method in FEEDBACK else "train from the start"
-        if run.stage.exists() and how.force:
-            will = f"move the run that is there aside and {will}"
-        elif run.stage.exists() and run.is_finished():
-            will = "nothing: the run is finished (--force starts over)"
-        elif run.stage.exists():
-            will = "go on with the unfinished run"
+        if run.stage.exists():
+            goes_on = "nothing: the run is finished (--force starts over)" if run.is_finished() else (
+                "go on with the unfinished run")  # fmt: skip
+            will = f"move the run that is there aside and {will}" if how.force else goes_on
         console.print_text("stage", stage.to_dict(), will)
         console.print_text("launch", launch)
     else:
@@ -102,10 +144,7 @@ def run_one(place: dict[str, Path], command: Command, how: How) -> None:
 def run_many(
     place: dict[str, Path], commands: Sequence[Command], how: How, *, measure: Measuring | None = None
 ) -> None:
-    """Run stages one after another, measure them where that is asked for, and show how each of them ended.
-
-    `place` holds the run directory of the last one. With --dry-run it is said what would be done with each, and why.
-    """
+    """Run stages one after another, measure them where that is asked for, and show how each of them ended."""
     _refuse_unknown(commands)
     if how.slurm or how.submit:
         _use_slurm(commands, how)
@@ -116,7 +155,9 @@ def run_many(
         for stage in stages:
             locate_rows(stage)
         entries = plan_run(commands, force=how.force)
-        planned = [entry.to_dict() for entry in entries]
+        planned: list[dict[str, Any]] = [
+            {"stage": entry.stage.name, "method": entry.stage.method, "needs": list(entry.needs), "will": entry.will,
+             "why": entry.why, "run_dir": entry.stage.run_dir} for entry in entries]  # fmt: skip
         if measure is not None:
             is_done = all(entry.will == "leave alone" for entry in entries) and measure.is_done()
             will, why = ("leave alone", "measured, nothing has changed") if is_done else ("run", "models to measure")
@@ -130,18 +171,14 @@ def run_many(
         console.print_json([{**start, **row} for start, row in zip([*starts, {}], planned, strict=False)])
         return
     if is_worker():
-        what = "`alignkit run` starts the processes of each stage itself (launch.processes); with a launcher of your "
-        what += "own, start the stages one by one"
-        raise EnvironmentProblem(what)
+        what = "`alignkit run` starts the processes of each stage itself (launch.processes)"
+        raise EnvironmentProblem(f"{what}; with a launcher of your own, start the stages one by one")
     check_order(stages)
     for number, stage in enumerate(stages):  # the last stage's missing file is found now, not in a day
         require_ready(stage, coming=[before.name for before in stages[:number]])
     entries = plan_run(commands, force=how.force)
-
-    results: list[dict[str, Any]] = []
-    measured: list[dict[str, Any]] = []
-    rows: list[tuple[str, str, str]] = []
-    rows += [(entry.stage.name, entry.stage.method, f"{entry.will}: {entry.why}") for entry in entries]
+    results, measured = list[dict[str, Any]](), list[dict[str, Any]]()
+    rows = [(entry.stage.name, str(entry.stage.method), f"{entry.will}: {entry.why}") for entry in entries]
     rows += [(MEASURE, "", "every model, as evaluate: says")] if measure is not None else []
     try:
         with console.Board(rows) as board:
@@ -215,20 +252,16 @@ def _write_page(stages: Sequence[Stage]) -> None:
 
 
 def plan_run(commands: Sequence[Command], *, force: bool = False) -> list[Entry]:
-    """Decide what is done with each stage, in order; reads the rows of those that have begun.
-
-    A finished one is left alone, an unfinished one goes on; one whose settings, data or starting weights have changed
-    runs again, and so does every one that needs a stage run before it.
-    """
+    """Decide what is done with each stage, in order: a finished one is left alone, an unfinished one goes on; one whose
+    settings, data or starting weights have changed runs again, and so does every one that needs it."""
     entries: list[Entry] = []
     busy: dict[str, Will] = {}  # stages that will make something new
     for command in commands:
         needs = tuple(dict.fromkeys(need.stage for need in list_needs(command.stage)))
-        before = {name: busy[name] for name in needs if name in busy}
-        entry = Entry(command, *_decide(command, before, force=force), needs)
-        entries.append(entry)
-        if entry.will != "leave alone":
-            busy[command.stage.name] = entry.will
+        will, why = _decide(command, {name: busy[name] for name in needs if name in busy}, force=force)
+        entries.append(Entry(command, will, why, needs))
+        if will != "leave alone":
+            busy[command.stage.name] = will
     return entries
 
 
@@ -287,8 +320,10 @@ def run_stages(
         if entry.will == "leave alone":
             yield leave_finished(RunDir(Path(entry.stage.run_dir)))
             continue
-        with nullcontext() if is_in_process(entry.command, retries=retries) else aside():
-            result = launch_stage(entry.stage, entry.command, force=entry.will == "run again", retries=retries)
+        stage, node_rank = entry.stage, entry.command.node_rank
+        is_here = stage.method in FEEDBACK or (retries == 0 and place(stage, node_rank).world_size == 1)
+        with nullcontext() if is_here else aside():
+            result = launch_stage(stage, entry.command, force=entry.will == "run again", retries=retries)
         yield result
         let_go()
 
@@ -322,55 +357,5 @@ def _use_slurm(commands: Sequence[Command], how: How) -> None:
         raise UsageError("--node-rank: Slurm tells each node which one it is; take it away")
     jobs = write_jobs(commands, submit=how.submit, dry_run=how.dry_run, force=how.force)
     if how.as_json:
-        console.print_json({"jobs": jobs})
-    else:
-        console.print_text("jobs", jobs, how.dry_run)
-
-
-class Measuring:
-    """The models of a run, each with what is asked of it."""
-
-    def __init__(self, requests: Sequence[tuple[str, EvaluateOptions]], *, trust_code: bool) -> None:
-        self._requests, self._trust_code = requests, trust_code
-        # What was asked last is kept beside the runs of the recipe; how many rows go through at a time makes no
-        # difference.
-        self._record = Path(requests[0][0]).expanduser().absolute().parent / "evaluated.json"
-        asked = [(source, options.model_dump(mode="json", exclude={"batch_size"})) for source, options in requests]
-        self._asked = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-    @classmethod
-    def of(cls, recipe: Recipe, names: Sequence[str], *, trust_code: bool) -> Measuring | None:
-        """Find what to measure of these stages, None where the recipe asks for nothing or none of them has a model."""
-        from alignkit.evaluate.options import request_stages
-
-        for doubt in require_held_out(recipe, names):
-            console.warn(doubt)
-        requests = request_stages(recipe, recipe.evaluate, names) if recipe.evaluates else ()
-        return cls(requests, trust_code=trust_code) if requests else None
-
-    def is_done(self) -> bool:
-        """Tell whether just this has been measured; a run that was trained anew has lost its eval.json."""
-        record = read_record(self._record)
-        if record.get("asked") != self._asked:
-            return False
-        return all(read_record(RunDir(Path(source)).evaluation) for source in record["measured"])
-
-    def show(self, board: console.Board, measured: list[dict[str, Any]], *, is_new: bool) -> None:
-        """Add what each eval.json holds now to `measured`; nothing is done where nothing has changed."""
-        from alignkit.evaluate.run import evaluate_all
-
-        if not is_new and self.is_done():
-            console.note("evaluate: already measured, nothing to do (alignkit eval measures again)")
-            board.end(MEASURE, state="left alone")
-            return
-        board.begin(MEASURE)
-        self._record.unlink(missing_ok=True)
-        results = evaluate_all(
-            self._requests, seed=None, out=None, device="auto", trust_code=self._trust_code, folder=Path.cwd(),
-            skip=True)  # fmt: skip
-        for result in results:
-            measured.append(result)
-            board.update(MEASURE, len(measured), len(self._requests), str(result["name"]), None)
-        done = [source for source, _ in self._requests if RunDir(Path(source)).evaluation.is_file()]
-        write_json(self._record, {"asked": self._asked, "measured": done})
-        board.end(MEASURE)
+        return console.print_json({"jobs": jobs})
+    return console.print_text("jobs", jobs, how.dry_run)

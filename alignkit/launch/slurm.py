@@ -1,7 +1,5 @@
 """A stage as a Slurm batch job: the sbatch script beside the run, submitted on request, chained where stages follow.
-
-The job uses this interpreter, this directory and the variables of the shell that submits it.
-"""
+The job uses this interpreter, this directory and the variables of the shell that submits it."""
 
 import os
 import re
@@ -9,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,9 @@ from alignkit.runs.files import disk_failures, write_text
 def write_jobs(
     commands: Sequence[Command], *, submit: bool, dry_run: bool, force: bool = False
 ) -> list[dict[str, Any]]:
-    """Write `<run dir>/launch/job.sbatch` for each stage and, with `submit`, hand them to sbatch in this order.
-
-    Of each job it tells stage, path and script, the stages of the same call that it waits for (`depends_on`), the
-    command that submits it, in which `$job_N` stands for the N-th job's id until that is known, and its `job_id`.
-    With `force` an existing run is moved aside now, not at each start of the job.
-    """
+    """Write `<run dir>/launch/job.sbatch` for each stage and, with `submit`, hand them to sbatch in this order; tell of
+    each what it is, what it waits for (`depends_on`), and the command that submits it, in which `$job_N` stands for the
+    N-th job's id until that is known. With `force` an existing run is moved aside now, not at each start of the job."""
     if submit and not dry_run and shutil.which("sbatch") is None:
         what = "submit on a machine of the cluster, or take --submit away to write the script"
         raise EnvironmentProblem(f"sbatch is not on PATH here; {what}")
@@ -49,15 +45,14 @@ def write_jobs(
         jobs[stage.name] = {
             "stage": stage.name, "path": path, "script": build_script(command), "depends_on": after,
             "submit": _order(ids, path), "job_id": None}  # fmt: skip
-    for command, job in zip(commands if not dry_run else (), jobs.values(), strict=False):
+    if dry_run:
+        return list(jobs.values())
+    for command, job in zip(commands, jobs.values(), strict=True):
         run, lock = open_run(Path(command.stage.run_dir), force=force)
-        try:
-            with disk_failures(run.path, "the batch script"):
-                run.launch.mkdir(exist_ok=True)
-                write_text(Path(job["path"]), job["script"])
-        finally:
-            lock.release()
-    for job in jobs.values() if submit and not dry_run else ():
+        with closing(lock), disk_failures(run.path, "the batch script"):
+            run.launch.mkdir(exist_ok=True)
+            write_text(Path(job["path"]), job["script"])
+    for job in jobs.values() if submit else ():
         job["submit"] = _order([jobs[name]["job_id"] for name in job["depends_on"]], job["path"])
         done = subprocess.run(job["submit"], capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -75,14 +70,12 @@ def _order(ids: Sequence[str], path: str) -> list[str]:
 
 
 def build_script(command: Command) -> str:
-    """Make the text of the batch script of a stage."""
     stage = command.stage
     launch, slurm = stage.launch, stage.launch.slurm or SlurmOptions()
     given = slurm.gpus_per_node
     if launch.processes == "auto" and not given:
         what = "launch.processes is auto, and the devices here say nothing of the cluster's; --slurm needs a number "
-        what += "there or in launch.slurm.gpus_per_node"
-        raise RecipeError(what, where=stage.where("launch.processes"))
+        raise RecipeError(f"{what}there or in launch.slurm.gpus_per_node", where=stage.where("launch.processes"))
     processes = given or 1 if launch.processes == "auto" else launch.processes
     wanted = 0 if launch.device == "cpu" else processes  # one for each process unless it trains on the CPU
     if given is not None and 0 < given < wanted:
@@ -126,9 +119,7 @@ def read_time(text: str) -> int:
 
 def quote(value: object) -> str:
     """Write `=value` as sbatch reads a directive: quotes keep blanks together, a backslash takes one character as is.
-
-    sbatch does not read a backslash inside quotes as a shell does, so that no character is both.
-    """
+    sbatch does not read a backslash inside quotes as a shell does, so that no character is both."""
     text = str(value)
     if not text:
         return ""
@@ -136,6 +127,5 @@ def quote(value: object) -> str:
         raise RunError(f"{text!r} cannot stand in a batch script; choose another directory with --out")
     if re.fullmatch(r"[\w.,:@%+=/-]+", text, flags=re.ASCII):
         return f"={text}"
-    return "=" + "".join(
-        f"\\{part}" if part in "\"'\\" else f'"{part}"' for part in re.split(r"([\"'\\])", text) if part
-    )
+    parts = (part for part in re.split(r"([\"'\\])", text) if part)
+    return "=" + "".join(f"\\{part}" if part in "\"'\\" else f'"{part}"' for part in parts)

@@ -9,18 +9,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import psutil
 
 from alignkit import console
 from alignkit.errors import SUPERVISED, AlignKitError, Problem, RankError, Stopped, UsageError
 from alignkit.launch.placement import Placement
+from alignkit.recipe.schema import LaunchOptions
 from alignkit.runs import heartbeat
+from alignkit.runs.checkpoints import newest_step
 from alignkit.runs.heartbeat import Beat, End
 from alignkit.runs.stop import SIGNALS, stopped_by
 
@@ -70,21 +71,19 @@ class Death:
 
 
 def describe_frozen(beat: Beat, seconds: float, *, stopped: bool) -> str:
-    """Say that a process gives no sign of life."""
     why = "; it is stopped (SIGSTOP)" if stopped else ""
     what = f"{beat} has given no sign of life for {seconds:.0f} s{why}, last seen {beat.place}"
     return f"{what}; launch.heartbeat_seconds bounds that"
 
 
 def describe_stuck(beats: Iterable[Beat], seconds: float) -> str:
-    """Say that the main threads got no further, naming the one that is furthest behind."""
     last = min(beats, key=lambda beat: (-1 if beat.step is None else beat.step, -beat.idle_seconds))
     what = f"{last} got no further for {seconds:g} s (launch.timeout_seconds), last seen {last.place}"
     return f"{what}; raise it if this work takes so long"
 
 
 def _failed(end: End) -> bool:  # otherwise than by an agreed stop
-    return end.exit_code != 0 and end.exit_code not in _STOPS
+    return end.exit_code not in (0, *_STOPS)
 
 
 def _lost_peer(end: End) -> bool:  # all it knows is that another process is gone
@@ -92,11 +91,8 @@ def _lost_peer(end: End) -> bool:  # all it knows is that another process is gon
 
 
 def find_cause(ends: Mapping[int, End], deaths: Iterable[Death], hung: str | None) -> AlignKitError | str | None:
-    """Find the error a process reported, or in words what happened to one; None when there is no cause.
-
-    A condition that a user can act on comes first, then a death, a hang, a bug, and a stop last: what a process says
-    after its peer has gone is no news.
-    """
+    """Find the error a process reported, or in words what happened to one. A condition that a user can act on comes
+    first, then a death, a hang, a bug, and a stop last: what a process says after its peer has gone is no news."""
     in_order = sorted(ends.values(), key=lambda end: end.seconds)
     known = [end for end in in_order if _failed(end) and not end.unexpected]
     own = [end for end in known if not end.shared]
@@ -104,9 +100,8 @@ def find_cause(ends: Mapping[int, End], deaths: Iterable[Death], hung: str | Non
     bugs = [end for end in in_order if end.unexpected and end not in lost]
     if own:
         return _report(next((end for end in own if end.rank == 0 and end.problems == own[0].problems), own[0]))
-    for what in (*deaths, hung):
-        if what:
-            return str(what)
+    if what := next(filter(None, (*deaths, hung)), None):
+        return str(what)
     if bugs or known:
         return _report([*bugs, *known][0])
     if lost:
@@ -135,28 +130,24 @@ def make_error(exit_code: int, lines: Sequence[str]) -> AlignKitError:
 
 def abort(directory: Path, node: int, error: AlignKitError) -> None:
     """Tell the other nodes of a try to end too, unless one has told already."""
-    told = {"node": node, "host": socket.gethostname(), "exit_code": error.exit_code,
-            "problems": console.list_problems(error)}  # fmt: skip
+    told = {"node": node, "host": socket.gethostname(), "exit_code": error.exit_code}
     temporary = directory / f".abort-{node}.tmp"
     with suppress(OSError):  # no room: then silence tells them, after launch.heartbeat_seconds
         if not (directory / _ABORT).exists():
-            temporary.write_text(json.dumps(told))
+            temporary.write_text(json.dumps({**told, "problems": console.list_problems(error)}))
             os.replace(temporary, directory / _ABORT)
 
 
 class Supervisor:
-    """One try on this node: `watch` starts its processes and sees them to their end.
-
-    `directory` is where they write their signs of life, `received` the signals this process was sent: the first is
-    passed on, the second ends the job at once. `resume_hint` says what a restart goes on from.
-    """
+    """One try on this node: `watch` starts its processes, which write their signs of life to `directory`, and sees them
+    to their end. Of the signals `received` the first is passed on, the second ends the job at once."""
 
     def __init__(
-        self, directory: Path, placement: Placement, *, heartbeat_seconds: float, timeout_seconds: float,
-        received: Sequence[int], resume_hint: Callable[[], str]) -> None:  # fmt: skip
+        self, directory: Path, placement: Placement, checkpoints: Path, launch: LaunchOptions, received: Sequence[int]
+    ) -> None:
         self._directory, self._placement = directory, placement
-        self._heartbeat_seconds, self._timeout_seconds = heartbeat_seconds, timeout_seconds
-        self._received, self._resume_hint = received, resume_hint
+        self._checkpoints, self._received = checkpoints, received
+        self._heartbeat_seconds, self._timeout_seconds = launch.heartbeat_seconds, launch.timeout_seconds
         node = int(placement.node_rank or 0)
         self._ranks = range(node * placement.processes, (node + 1) * placement.processes)
         self._log = directory / (f"launcher-node{node}.log" if node else "launcher.log")
@@ -165,11 +156,8 @@ class Supervisor:
         self._signalled: set[int] = set()
 
     def watch(self, argv: Sequence[str], *, extra: Mapping[str, str]) -> None:
-        """Start the processes and return when all of this node's have ended well.
-
-        Raises what a process reported, Stopped after a signal, RankError for one that died or hung; then none of them
-        is left.
-        """
+        """Start the processes and return when all of this node's have ended well. Raises what a process reported,
+        Stopped after a signal, RankError for one that died or hung; then none of them is left."""
         environment = {
             **os.environ, **extra, SUPERVISED: str(self._directory), heartbeat.SUPERVISOR: str(os.getpid()),
             heartbeat.INTERVAL: f"{min(1.0, self._heartbeat_seconds / 4):g}", "PYTHONUNBUFFERED": "1"}  # fmt: skip
@@ -177,9 +165,24 @@ class Supervisor:
             output = sys.stderr.fileno()
         except (OSError, ValueError, AttributeError):  # replaced by something that is no file, as test runners do
             output = 2
-        deaf = self._placement.world_size > 1
+        # A launcher does not hear stop signals: a scheduler sends them to every process of a job, and torchrun would
+        # end those that are still saving. On Linux the kernel kills it when this process dies; elsewhere, and where
+        # there is none, a worker that finds its parent gone ends itself (`heartbeat.attach`).
+        has_launcher, parent = self._placement.world_size > 1, os.getpid()
+        libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+        def prepare() -> None:
+            if has_launcher:
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            if libc is not None:
+                libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if has_launcher else 0)
+                if os.getppid() != parent:
+                    os._exit(1)
+
         with self._log.open("w") as log:
-            self._process = start_process(argv, environment, output=output, log=log, deaf=deaf)
+            self._process = subprocess.Popen(
+                argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=log, start_new_session=True,
+                preexec_fn=prepare)  # fmt: skip
         try:
             self._watch()
         except BaseException as error:
@@ -205,7 +208,7 @@ class Supervisor:
                 other = json.loads(told.read_text(encoding="utf-8"))
                 said = f"node {other['node']} ({other['host']}) ended the job: {'; '.join(other['problems'])}"
                 raise make_error(other["exit_code"], [said])
-            hung = self._find_hung(beats, ends, now) or self._find_absent(beats, now - began)
+            hung = self._find_hung(beats, ends, now, now - began)
             all_said = all(rank in ends for rank in self._ranks)
             if exited is not None and not all_said and not self._deaths and not hung:
                 how = f"was ended by {signal.Signals(-exited).name}" if exited < 0 else f"ended with exit code {exited}"
@@ -230,14 +233,17 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
 
     def _is_alive(self, beat: Beat) -> bool:
-        return is_alive(beat.pid, child_of=self._process.pid)
+        with suppress(psutil.Error):
+            process = psutil.Process(beat.pid)  # another one that got its number later does not count
+            is_own = self._process.pid in (process.ppid(), beat.pid)
+            return is_own and process.status() != psutil.STATUS_ZOMBIE
+        return False
 
     def _patience(self, wrong: bool, hung: str | None, ends: Mapping[int, End]) -> float:
         """Decide how long to wait for the others' words before the cause is told."""
-        failures = [end for end in ends.values() if _failed(end)]
-        one_node = self._placement.nodes == 1
         if not wrong:
             return _STOP_SECONDS
+        failures, one_node = [end for end in ends.values() if _failed(end)], self._placement.nodes == 1
         if hung or any(not end.unexpected and not end.shared for end in failures):
             return 0.0 if one_node else _SETTLE_SECONDS
         if one_node or self._deaths:
@@ -262,10 +268,15 @@ class Supervisor:
             raise cause
         if {death.signal for death in self._deaths.values()} & {*self._received}:
             raise self._stopped("nothing was being trained")
-        raise RankError(f"{cause or 'a process failed'}; all processes were ended; {self._resume_hint()}")
+        raise RankError(f"{cause or 'a process failed'}; all processes were ended; {self._describe_resume()}")
 
     def _stopped(self, message: str) -> Stopped:
-        return stopped_by(self._received[0], f"{message}; {self._resume_hint()}")
+        return stopped_by(self._received[0], f"{message}; {self._describe_resume()}")
+
+    def _describe_resume(self) -> str:
+        step = newest_step(self._checkpoints)
+        again = "nothing was saved yet; the same command starts again"
+        return again if step is None else f"the same command goes on from step {step}"
 
     def _pass_signals_on(self, beats: Mapping[int, Beat], ends: Mapping[int, End]) -> None:
         """Pass the first signal on to this node's workers, also to those that appear later; end all at the second."""
@@ -298,10 +309,11 @@ class Supervisor:
             if rank not in heartbeat.read_ends(self._directory):  # it may have written its end as we looked
                 self._deaths[rank] = Death(beat, status or None)
 
-    def _find_hung(self, beats: Mapping[int, Beat], ends: Mapping[int, End], now: float) -> str | None:
+    def _find_hung(self, beats: Mapping[int, Beat], ends: Mapping[int, End], now: float, passed: float) -> str | None:
+        """Say which process is silent or gets no further, or which never came in launch.timeout_seconds."""
         running = {rank: beat for rank, beat in beats.items() if rank not in ends and rank not in self._deaths}
         for rank, beat in running.items():
-            sign = (beat.count, heartbeat.beat_time(self._directory, rank))
+            sign = (beat.count, beat.written_ns)
             if rank not in self._seen or self._seen[rank][0] != sign:
                 self._seen[rank] = (sign, now)
             silent = now - self._seen[rank][1]
@@ -312,20 +324,15 @@ class Supervisor:
                     states = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
                     stopped = here and psutil.Process(beat.pid).status() in states
                 return describe_frozen(beat, silent, stopped=stopped)
-        stuck = any(beat.idle_seconds > self._timeout_seconds for beat in running.values())
-        return describe_stuck(running.values(), self._timeout_seconds) if stuck else None
-
-    def _find_absent(self, beats: Mapping[int, Beat], seconds: float) -> str | None:
-        """Say which processes never appeared, once launch.timeout_seconds have passed."""
+        if any(beat.idle_seconds > self._timeout_seconds for beat in running.values()):
+            return describe_stuck(running.values(), self._timeout_seconds)
         absent = [rank for rank in range(self._placement.world_size) if rank not in beats]
-        if not absent or seconds <= self._timeout_seconds:
+        if not absent or passed <= self._timeout_seconds:
             return None
-        arrived = {path.stem for path in self._directory.glob("node-*.json")}
-        away = [node for node in range(self._placement.nodes) if f"node-{node}" not in arrived]
-        if away:
-            which = ", ".join(map(str, away))
-            return f"node {which} did not come within {self._timeout_seconds:g} s; start the same command there"
-        return f"rank {absent[0]} did not start within {self._timeout_seconds:g} s (the launcher's output: {self._log})"
+        arrived, limit = {path.stem for path in self._directory.glob("node-*.json")}, f"{self._timeout_seconds:g} s"
+        if away := [str(node) for node in range(self._placement.nodes) if f"node-{node}" not in arrived]:
+            return f"node {', '.join(away)} did not come within {limit}; start the same command there"
+        return f"rank {absent[0]} did not start within {limit} (the launcher's output: {self._log})"
 
     def _kill(self) -> None:
         beats = heartbeat.read_beats(self._directory)
@@ -334,44 +341,6 @@ class Supervisor:
         console.restore_terminal()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
-
-
-# Processes: started so that none outlives us, looked at and killed. Linux gives every guarantee; elsewhere a worker
-# that finds its parent gone ends itself.
-
-
-def start_process(
-    argv: Sequence[str], environment: Mapping[str, str], *, output: int, log: IO[str], deaf: bool
-) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own that the kernel kills when this one dies.
-
-    Its stdout is the file descriptor `output`, its stderr goes to `log`. A `deaf` one does not hear stop signals: a
-    scheduler sends them to every process of a job, and torchrun would end those that are still saving.
-    """
-    parent = os.getpid()
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-    def prepare() -> None:
-        if deaf:
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        if libc is not None:
-            # A worker itself ends softly instead, as it finds its supervisor gone: see `heartbeat.attach`.
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if deaf else 0)
-            if os.getppid() != parent:
-                os._exit(1)
-
-    return subprocess.Popen(
-        argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=log, start_new_session=True,
-        preexec_fn=prepare)  # fmt: skip
-
-
-def is_alive(pid: int, *, child_of: int) -> bool:
-    """Tell whether a process still runs; another one that got its number later does not count."""
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and child_of in (process.ppid(), pid)
-    except psutil.Error:
-        return False
 
 
 def list_marked(job_root: Path) -> list[psutil.Process]:

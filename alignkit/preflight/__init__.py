@@ -1,3 +1,1 @@
 """What can be known before any training; nothing here writes outside a temporary directory or uses the network."""
-
-from __future__ import annotations

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from alignkit.data.audit import audit_rows, compare_settings
@@ -24,17 +24,14 @@ from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, LabelO
 from alignkit.report.text import wilson
 from alignkit.rewards.kinds import describe_reward
 from alignkit.runs.directory import form_of, require_form
+from alignkit.runs.files import describe_bytes
 
 if TYPE_CHECKING:
     from alignkit.models.chat import Chat
     from alignkit.train.tables import Tables
 
-_Given = ParamSpec("_Given")
-_Found = TypeVar("_Found")
-
 _GIB = 2**30
 _LOOKED_AT = 10_000  # rows whose tokens are looked at for faults
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Beyond these a run still works, but its result may not mean what it seems to.
 _MANY_DUPLICATES = 0.01
 _LENGTH_BIAS = 0.65
@@ -52,7 +49,7 @@ class StageCheck:
     problems: list[Problem] = field(default_factory=list)  # exit code 2
     environment: list[str] = field(default_factory=list)  # exit code 8
 
-    def note(self, look: Callable[_Given, _Found], *given: _Given.args, **named: _Given.kwargs) -> _Found | None:
+    def note(self, look: Callable[..., Any], *given: Any, **named: Any) -> Any:
         """Call a function; None where it raises what a user can act on, which is noted. Bugs pass through."""
         try:
             return look(*given, **named)
@@ -80,22 +77,19 @@ class CheckReport:
         if self.strict:
             problems |= dict.fromkeys(Problem(text, stage.name) for stage in self.stages for text in stage.warnings)
         if problems:
-            return UsageError([*problems, *(Problem(line) for line in missing)])
+            return UsageError([*problems, *map(Problem, missing)])
         return EnvironmentProblem("\n".join(missing)) if missing else None
 
     def tables(self) -> list[Table]:
-        """The report for a terminal."""
         tables = []
         for stage in self.stages:
             rows = [[name, value] for name, value in stage.facts.items()]
             rows += [["warning", text] for text in stage.warnings]
             state = "would not run" if stage.problems or stage.environment or self.environment else "would run"
-            if rows:
-                tables.append((f"{stage.name} ({stage.method}): {state}", ["what", "found"], rows))
-        return tables
+            tables.append((f"{stage.name} ({stage.method}): {state}", ["what", "found"], rows))
+        return [table for table in tables if table[2]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for --json."""
         return asdict(self) | {"ok": self.error() is None}
 
 
@@ -199,9 +193,8 @@ def describe_evaluation(recipe: Recipe) -> dict[str, str]:
         return {}
     if judge.url is not None:
         find_key(judge, key="evaluate.judge", where=recipe.origins.get("evaluate.judge.api_key_env"))
-    principles = load_constitution(constitution, needs="comparison").principles
     who = judge.model or f"{judge.name} at {urlsplit(judge.url or '').netloc}"
-    return {"judge": who, "principles": str(len(principles))}
+    return {"judge": who, "principles": str(len(load_constitution(constitution, needs="comparison").principles))}
 
 
 def _read_rows(stage: Stage, check: StageCheck, keys: dict[str, str], note: str = "") -> None:
@@ -267,21 +260,16 @@ def _check_model(stage: Stage, check: StageCheck, chat: Chat) -> None:
         check.facts["not used"] = "; ".join(skeleton.notes)
     if stage.model.quantization != "none":
         check.facts["quantised"] = f"{skeleton.four_bit_share:.1%} of the weights ({stage.model.quantization})"
-    dtype = str(pick_precision(stage).dtype).removeprefix("torch.")
     num_trained = skeleton.num_trained
     if isinstance(stage.options, PpoOptions) and stage.options.advantage == "gae":
         num_trained *= 2  # the critic is as large as the policy, in adapters or in weights
-    # Rotation comes after the new checkpoint is sealed, so for a moment there is one more than is kept.
+    # Rotation comes after the new checkpoint is sealed, so for a moment there is one more than is kept. From above:
+    # the trained weights and AdamW's two values for each, in one dtype.
     num_checkpoints = stage.training.keep_checkpoints + 1
-    needed = int(1.1 * num_checkpoints * checkpoint_bytes(num_trained, dtype=dtype))
+    needed = int(1.1 * num_checkpoints * 3 * num_trained * pick_precision(stage).dtype.itemsize)
     check.facts["trained parameters"] = f"{num_trained:,}"
     free = require_space(Path(stage.run_dir), needed, num_checkpoints=num_checkpoints)
-    check.facts["disk"] = f"needs {needed / _GIB:.2f} GiB, {free / _GIB:.1f} GiB free"
-
-
-def checkpoint_bytes(num_trained: int, *, dtype: str) -> int:
-    """Size of a checkpoint, from above: the trained weights and AdamW's two values for each, in one dtype."""
-    return 3 * num_trained * _BYTES[dtype]
+    check.facts["disk"] = f"needs {describe_bytes(needed)}, {describe_bytes(free)} free"
 
 
 def require_space(run_dir: Path, needed_bytes: int, *, num_checkpoints: int) -> int:
@@ -299,9 +287,8 @@ def _encode(stage: Stage, check: StageCheck, chat: Chat) -> str | None:
     from alignkit.data import Rejects
     from alignkit.train.tables import prepare_tables
 
-    rejects = Rejects()
     with tempfile.TemporaryDirectory(prefix="alignkit-check-") as directory:
-        tables = prepare_tables(stage, chat, Path(directory), rejects=rejects)
+        tables = prepare_tables(stage, chat, Path(directory), rejects=Rejects())
         check.facts |= describe_rows(tables)
     report = tables.report.to_dict()
     check.warnings += [*tables.report.remarks(), *find_doubts(report)]
@@ -316,22 +303,19 @@ def describe_rows(tables: Tables) -> dict[str, str]:
     facts = {}
     for source in report["sources"]:
         formats = ", ".join(f"{count} {name}" for name, count in source["formats"].items())
-        ignored = ", ".join(source["ignored_columns"])
-        facts[f"data {source['path']}"] = (
-            f"{source['read']} rows read, {source['kept']} kept ({formats})"
-            + (f", {source['rejected']} do not fit" if source["rejected"] else "")
-            + (f", {source['duplicates_dropped']} duplicates dropped" if source["duplicates_dropped"] else "")
-            + (f"; columns not used: {ignored}" if ignored else "")
-            + (f"; read as {', '.join(_FORMS[form] for form in source['forms'])}" if source["forms"] else "")
-        )
+        said = f"{source['read']} rows read, {source['kept']} kept ({formats})"
+        said += f", {source['rejected']} do not fit" if source["rejected"] else ""
+        said += f", {source['duplicates_dropped']} duplicates dropped" if source["duplicates_dropped"] else ""
+        said += f"; columns not used: {', '.join(source['ignored_columns'])}" if source["ignored_columns"] else ""
+        said += f"; read as {', '.join(_FORMS[form] for form in source['forms'])}" if source["forms"] else ""
+        facts[f"data {source['path']}"] = said
     middle, high = np.percentile(tables.train.data.column("length").to_numpy(), [50, 95])
     prompts_only = "prompt" in tables.train.column_names
     trained = "all in prompts" if prompts_only else f"of which {lengths.num_trained_tokens:,} are trained"
     facts["tokens"] = f"{lengths.num_tokens:,}, {trained}"
     facts["tokens a row"] = f"median {middle:.0f}, 95 % below {high:.0f}, longest {lengths.longest_tokens}"
     facts["too long"] = f"{lengths.truncated_share:.1%}: {lengths.num_truncated} cut, {lengths.num_too_long} left out"
-    if lengths.first_cut:
-        facts["too long"] += f"; first cut: {lengths.first_cut}"
+    facts["too long"] += f"; first cut: {lengths.first_cut}" if lengths.first_cut else ""
     if lengths.num_untrained:
         facts["nothing to learn"] = f"{lengths.num_untrained} rows left out"
     if lengths.num_apart:
@@ -352,8 +336,7 @@ def find_doubts(report: dict[str, Any]) -> list[str]:
     doubts = []
     if report["duplicates"] > _MANY_DUPLICATES * report["rows"]:
         doubts.append(f"{report['duplicates']} of {report['rows']} rows repeat an earlier one; dedupe: true drops them")
-    equal = sum(source["equal_answers"] for source in report["sources"])
-    if equal:
+    if equal := sum(source["equal_answers"] for source in report["sources"]):
         doubts.append(f"{equal} rows have the same answer as chosen and rejected")
     share, count = report["longer_chosen_share"], report["comparisons"]
     if share is not None and abs(share - 0.5) > _LENGTH_BIAS - 0.5:
@@ -370,13 +353,10 @@ def find_doubts(report: dict[str, Any]) -> list[str]:
 
 def preview_stage(stage: Stage, *, num_rows: int) -> dict[str, Any]:
     """Tokenise the rows of a stage as training does, collate the first ones and look for faults; loads no weights.
-
-    Plain data: rows as `train.preview` describes them, facts counted over all rows, and findings in words.
-    """
+    Plain data: rows as `train.preview` describes them, facts counted over all rows, and findings in words."""
     if stage.method in FEEDBACK:
-        what = f"{stage.name} is a {stage.method} stage: it trains on no rows; preview the stage that trains on what "
-        what += "it writes"
-        raise RecipeError(what, where=stage.where(stage.name))
+        what = f"{stage.name} is a {stage.method} stage: it trains on no rows; preview the stage that trains on what it"
+        raise RecipeError(f"{what} writes", where=stage.where(stage.name))
     from alignkit.data import Rejects
     from alignkit.models.chat import load_chat
     from alignkit.train.preview import preview_rows, training_rows
@@ -442,11 +422,9 @@ def _sequences(row: dict[str, Any]) -> Iterator[tuple[list[int], list[int] | Non
 def _left_out(tables: Tables, rejects: Any) -> Iterator[str]:
     lengths = tables.lengths
     if lengths.num_truncated or lengths.num_too_long:
-        yield (
-            f"{lengths.truncated_share:.1%} of the rows are longer than max_length: {lengths.num_truncated} cut, "
-            f"{lengths.num_too_long} left out; the longest has {lengths.longest_tokens} tokens"
-            + (f"; first cut: {lengths.first_cut}" if lengths.first_cut else "")
-        )
+        said = f"{lengths.truncated_share:.1%} of the rows are longer than max_length: {lengths.num_truncated} cut, "
+        said += f"{lengths.num_too_long} left out; the longest has {lengths.longest_tokens} tokens"
+        yield said + (f"; first cut: {lengths.first_cut}" if lengths.first_cut else "")
     if lengths.num_untrained:
         yield f"{lengths.num_untrained} rows are left out: they have no token to learn from"
     for reject in rejects.first[:3]:

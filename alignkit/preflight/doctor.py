@@ -71,32 +71,28 @@ class DoctorReport:
         return EnvironmentProblem("\n".join(problems)) if problems else None
 
     def tables(self) -> list[Table]:
-        """The report for a terminal."""
         libraries = []
         for library in self.libraries:
             missing = library.extra and library.installed is None
             state = "ok" if library.problem is None else "optional, missing" if missing else "problem"
             libraries.append([library.name, library.installed or "-", library.accepted or "any", state])
         abilities = [[ability.name, "yes" if ability.works else "no", ability.note] for ability in self.abilities]
-        facts = [[name, value] for name, value in {**self.system, **self.devices}.items()]
         tables: list[Table] = [
-            ("This computer", ["what", "found"], facts),
-            ("Environment variables", ["name", "value"], [[name, value] for name, value in self.variables.items()]),
+            ("This computer", ["what", "found"], [[*fact] for fact in {**self.system, **self.devices}.items()]),
+            ("Environment variables", ["name", "value"], [[*variable] for variable in self.variables.items()]),
             ("Libraries", ["name", "installed", "accepted", "state"], libraries),
             ("What works here", ["what", "works", "how, or why not"], abilities),
         ]
         return [table for table in tables if table[2]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for --json."""
         return asdict(self) | {"problems": self.problems()}
 
 
 def examine(directory: Path = Path("runs")) -> DoctorReport:
     """Look at everything; loads torch and bitsandbytes, which takes a few seconds."""
     libraries, problem = read_libraries(), None
-    devices: dict[str, str] = {}
-    abilities: list[Ability] = []
+    devices, abilities = dict[str, str](), list[Ability]()
     try:
         devices = describe_devices()
         import torch
@@ -120,9 +116,9 @@ def read_libraries() -> list[Library]:
     core = {need.name: str(need.specifier) for need in declared if need.marker is None}
     core |= {name: "" for name in SAFE_SINCE if name not in {known.lower() for known in core}}
     trackers = [need for need in declared if need.marker is not None and need.marker.evaluate({"extra": "trackers"})]
-    wanted = [(name, specifier, None) for name, specifier in sorted(core.items())]
+    wanted: list[tuple[str, str, str | None]] = [(name, specifier, None) for name, specifier in sorted(core.items())]
     found = []
-    for name, specifier, extra in (*wanted, *((need.name, str(need.specifier), "trackers") for need in trackers)):
+    for name, specifier, extra in [*wanted, *((need.name, str(need.specifier), "trackers") for need in trackers)]:
         try:
             installed: str | None = metadata.version(name)
             problem = judge_version(name, str(installed), specifier)

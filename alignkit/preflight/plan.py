@@ -1,17 +1,16 @@
 """`alignkit plan`: what each stage of a recipe will need of a device, of time and of disk; a config is enough."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from transformers import PreTrainedConfig, PrinterCallback, TrainerCallback
@@ -46,7 +45,7 @@ class Device(NamedTuple):
     bytes: float
 
     @classmethod
-    def find(cls, gpu: str | None, size: float | None) -> Device:
+    def find(cls, gpu: str | None, size: float | None) -> Self:
         """Find it by name or size, else take what is in this machine; UsageError for a name that nobody knows."""
         known = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))
         asked = re.sub(r"nvidia|geforce|rtx|[^a-z0-9]", "", (gpu or "").lower())
@@ -72,7 +71,6 @@ class Plan:
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def tables(self) -> list[Table]:
-        """The plan for a terminal."""
         names = list(dict.fromkeys(name for stage in self.stages for name in stage["parts"]))
         held, work, said = list[list[str]](), list[list[str]](), list[list[str]]()
         for each in self.stages:
@@ -89,22 +87,15 @@ class Plan:
         return [*tables, ("", ["stage", "note"], said)] if said else tables
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for --json."""
         device = self.device._asdict()
         return asdict(self) | {"device": device, "fits": all(stage["fits"] for stage in self.stages)}
-
-    def error(self) -> AlignKitError | None:
-        """A stage that does not fit is an answer, no failure."""
-        return None
 
 
 def plan_recipe(
     recipe: Recipe, device: Device, *, devices: int | None = None, tokens: int | None = None, rate: float | None = None,
     probes: bool = False, trust_code: bool = False) -> Plan:  # fmt: skip
-    """Plan every stage of a recipe, and its evaluation; raises the first mistake in it.
-
-    `tokens` is the longest row where rows are not here, `rate` tokens a second of all devices; `probes` measures it.
-    """
+    """Plan every stage of a recipe, and its evaluation; raises the first mistake in it. `tokens` is the longest row
+    where rows are not here, `rate` tokens a second of all devices; `probes` measures it."""
     stages = [resolve(recipe, name, trust_code=trust_code) for name in recipe.stage_names]
     if devices is not None:
         spread = {"processes": devices, "nodes": 1}
@@ -172,22 +163,21 @@ class _Fit:
     def __init__(self, stage: Stage, config: PreTrainedConfig, device: Device, tokens: int) -> None:
         self._stage, self._config, self._device, self._tokens = stage, config, device, tokens
         self.notes: list[str] = []
-        self._foreign: dict[str, float] = {}  # gold rewards, judges, generators and teachers
+        self._foreign: Counter[str] = Counter()  # bytes of gold rewards, judges, generators and teachers
         asked = [(key, source.model) for key, source in stage.rewards if key == "gold"]
         for role, source in [*asked, *((key, model.model) for key, model in list_feedback_models(stage))]:
-            there = source and not source.startswith("builtin:") and source not in stage.source_stages
-            if there and (directory := find_model_dir(str(source))) is not None:
-                size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-                self._foreign[role] = self._foreign.get(role, 0.0) + size
-            elif there:  # on the hub: 16 bits a weight
-                try:
-                    like = read_config(str(source))
-                except AlignKitError:
-                    like = config
-                    self.notes.append(f"{source} taken as large as the policy, as its config is not here")
-                with torch.device("meta"):
-                    weights = choose_family(like).from_config(like).parameters()
-                self._foreign[role] = self._foreign.get(role, 0.0) + 2.0 * sum(map(torch.numel, weights))
+            if not source or source.startswith("builtin:") or source in stage.source_stages:
+                continue
+            if (directory := find_model_dir(source)) is not None:
+                self._foreign[role] += sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+                continue
+            try:
+                like = read_config(source)
+            except AlignKitError:
+                like = config
+                self.notes.append(f"{source} taken as large as the policy, as its config is not here")
+            with torch.device("meta"):  # on the hub: 16 bits a weight
+                self._foreign[role] += 2 * sum(map(torch.numel, choose_family(like).from_config(like).parameters()))
 
     def predict(self, stage: Stage, micro: int) -> memory.Prediction:
         kind, foreign = self._device.kind, self._foreign

@@ -73,19 +73,12 @@ def require_ready(stage: Stage, *, coming: Collection[str] = ()) -> None:
 
 def list_needs(stage: Stage) -> list[Need]:
     """List everything a stage has from other stages of its recipe."""
-    needs = []
-    if stage.start_stage is not None and stage.start_dir is not None:
-        needs.append(Need(stage.start_stage, stage.start_dir, "start_from"))
-    for key, reward in stage.rewards:
-        if reward.model and (name := stage.reward_stages.get(reward.model)):
-            needs.append(Need(name, reward.model, key))
-    for key, source in list_data(stage):
-        if name := stage.source_stages.get(source.path):
-            needs.append(Need(name, source.path, key, rows=True))
-    for key, model in list_feedback_models(stage):
-        if model.model and (name := stage.source_stages.get(model.model)):
-            needs.append(Need(name, model.model, key))
-    return needs
+    is_run = stage.start_stage is not None and stage.start_dir is not None
+    needs = [Need(str(stage.start_stage), str(stage.start_dir), "start_from")] if is_run else []
+    named = [(key, reward.model, stage.reward_stages, False) for key, reward in stage.rewards]
+    named += [(key, source.path, stage.source_stages, True) for key, source in list_data(stage)]
+    named += [(key, model.model, stage.source_stages, False) for key, model in list_feedback_models(stage)]
+    return needs + [Need(made[path], path, key, rows) for key, path, made, rows in named if path and path in made]
 
 
 def list_feedback_models(stage: Stage) -> Iterator[tuple[str, FeedbackModel]]:
@@ -103,8 +96,7 @@ def list_data(stage: Stage) -> Iterator[tuple[str, DataSource]]:
         sources = getattr(options, key, None)
         yield from ((key, source) for source in (sources if isinstance(sources, list) else ()))
     for key in ("ptx", "helpful"):
-        part = getattr(options, key, None)
-        yield from ((f"{key}.data", source) for source in (part.data if part is not None else ()))
+        yield from ((f"{key}.data", source) for source in getattr(getattr(options, key, None), "data", ()))
 
 
 def without_unmade(sources: list[DataSource], stage: Stage, *, coming: Collection[str] = ()) -> list[DataSource]:
@@ -121,13 +113,9 @@ def _require_made(stage: Stage, coming: Collection[str]) -> None:
         verb = {"start_from": "starts from", "reward": "is scored by", "gold": "is scored by"}.get(need.key, "needs")
         state = "has not been run to its end" if need.rows else "has not been trained to its end"
         instead = "the file of rows itself" if need.rows else f"another {need.key.split('.')[-1]}"
-        problems.append(
-            errors.Problem(
-                f"{stage.name} {verb} {need.stage}, which {state}; {'run' if need.rows else 'train'} --stage "
-                f"{need.stage} of {shlex.quote(stage.recipe_path)} first, or name {instead}",
-                stage.where(f"{stage.name}.{need.key}"),
-            )
-        )
+        what = f"{stage.name} {verb} {need.stage}, which {state}; {'run' if need.rows else 'train'} --stage "
+        what += f"{need.stage} of {shlex.quote(stage.recipe_path)} first, or name {instead}"
+        problems.append(errors.Problem(what, stage.where(f"{stage.name}.{need.key}")))
     if problems:
         raise errors.RunError(problems)
 
@@ -172,9 +160,8 @@ def _require_feedback_model(stage: Stage, name: str, model: FeedbackModel) -> No
 
         find_key(model, key=key, where=stage.where(f"{key}.api_key_env"))
         if importlib.util.find_spec("openai") is None:
-            raise errors.EnvironmentProblem(
-                "a judge or generator with url needs the openai client: pip install 'alignkit[judge]'"
-            )
+            what = "a judge or generator with url needs the openai client: pip install 'alignkit[judge]'"
+            raise errors.EnvironmentProblem(what)
     elif model.replay is not None:
         _require_file(stage, f"{key}.replay", model.replay)
     elif model.engine == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -242,8 +229,8 @@ def _require_rows(stage: Stage, coming: Collection[str]) -> None:
     """Find missing files, and bad rows where all files are small."""
     groups, located = locate_rows(stage, coming=coming)
     # Rows that are not in files (hub, built-in) are not read ahead.
-    sizes = [sum(path.stat().st_size for path in place.files) if place.files else float("inf") for place in located]
-    if sum(sizes) <= _READ_AHEAD_BYTES:
+    size = sum(path.stat().st_size for place in located for path in place.files)
+    if all(place.files for place in located) and size <= _READ_AHEAD_BYTES:
         for name in groups.keys() & {"data", "eval"}:
             deque(read_rows(stage, groups[name], report=DataReport(), rejects=Rejects()), maxlen=0)
 
@@ -253,8 +240,8 @@ def require_packages(stage: Stage) -> None:
     asked = stage.trainer.get("report_to") or []
     optimizer = stage.trainer.get("optim", "")
     package = find_optimizer(optimizer).package
-    wanted = [("report_to", name, *_TRACKERS[name]) for name in ([asked] if isinstance(asked, str) else asked)
-              if name in _TRACKERS]  # fmt: skip
+    names = [name for name in ([asked] if isinstance(asked, str) else asked) if name in _TRACKERS]
+    wanted = [("report_to", name, *_TRACKERS[name]) for name in names]
     wanted += [("optim", optimizer, *package)] if package else []
     model = stage.model
     from_hub = model.use_kernels or "/" in (model.attn_implementation or "")
@@ -266,12 +253,11 @@ def require_packages(stage: Stage) -> None:
     if from_hub or flash:  # transformers takes the hub's kernel where flash_attn is not installed
         key = "model.attn_implementation" if model.attn_implementation else "model.use_kernels"
         wanted.append((key, str(model.attn_implementation or ""), "kernels", "'alignkit[kernels]'"))
-    problems = [
-        f"{stage.where(key if '.' in key else f'{stage.name}.{key}')}: {key} {name} needs {module}, not installed "
-        f"here; pip install {install}"
-        for key, name, module, install in wanted
-        if importlib.util.find_spec(module) is None
-    ]
+    problems = []
+    for key, name, module, install in wanted:
+        if importlib.util.find_spec(module) is None:
+            where = stage.where(key if "." in key else f"{stage.name}.{key}")
+            problems.append(f"{where}: {key} {name} needs {module}, not installed here; pip install {install}")
     if problems:
         raise errors.EnvironmentProblem("\n".join(problems))
 
@@ -282,17 +268,13 @@ def require_held_out(recipe: Recipe, names: Sequence[str]) -> list[str]:
     if not recipe.evaluates or options.data or set(options.metrics or ()) == {"tasks"}:
         return []
     stages = [stage for stage in (resolve(recipe, name) for name in names) if stage.method not in FEEDBACK]
-    bare = [
-        stage.name
-        for stage in stages
-        if not stage.training.eval and not all(source.path.startswith("builtin:") for source in stage.training.data)
-    ]
+    ready = [options.eval or all(source.path.startswith("builtin:") for source in options.data)
+             for options in (stage.training for stage in stages)]  # fmt: skip
+    bare = [stage.name for stage, is_ready in zip(stages, ready, strict=True) if not is_ready]
     if bare and len(bare) == len(stages):
-        keeps = f"{', '.join(bare)} {'keeps' if len(bare) == 1 else 'keep'}"
-        raise errors.RecipeError(
-            f"evaluate: has no rows to measure on: {keeps} none out of training; add eval: to "
-            f"{bare[0]} (a share such as 0.05, or files), or evaluate.data",
-            where=next(place for key, place in recipe.origins.items() if key.split(".")[0] == "evaluate"),
-        )
-    return [f"evaluate: leaves out {name}, which keeps no rows out of training; add eval: to it, or evaluate.data"
-            for name in bare]  # fmt: skip
+        what = f"evaluate: has no rows to measure on: {', '.join(bare)} {'keeps' if len(bare) == 1 else 'keep'} none "
+        what += f"out of training; add eval: to {bare[0]} (a share such as 0.05, or files), or evaluate.data"
+        where = next(place for key, place in recipe.origins.items() if key.split(".")[0] == "evaluate")
+        raise errors.RecipeError(what, where=where)
+    what = "which keeps no rows out of training; add eval: to it, or evaluate.data"
+    return [f"evaluate: leaves out {name}, {what}" for name in bare]

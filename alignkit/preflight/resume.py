@@ -23,10 +23,7 @@ _OF_THE_CLOCK = ("runtime", "second", "time")  # in the names of metrics that di
 
 def prove_resume(recipe: Recipe, name: str | None) -> dict[str, Any]:
     """Train a stage twice, killed and resumed the second time, and compare; `differences` is empty where all is equal.
-
-    The settings are the recipe's, but for a model that is small, few rows and steps. Raises RecipeError for a stage
-    that cannot be tried, RunError where a run fails.
-    """
+    The settings are the recipe's, but for a model that is small, few rows and steps."""
     names = [each for each in recipe.stage_names if recipe.stages[each].options.method not in (*FEEDBACK, "ppo")]
     if (stage_name := name or next(iter(names), None)) not in names:
         raise RecipeError(f"sft, rm and dpo stages can be tried: {', '.join(names) or 'the recipe has none'}")
@@ -72,8 +69,7 @@ def find_differences(first: Path, second: Path) -> Iterator[str]:
     for step in sorted({*one, *other}):
         a, b = one.get(step, {}), other.get(step, {})
         keys = [key for key in {**a, **b} if not any(word in key for word in _OF_THE_CLOCK)]
-        if different := [key for key in keys if a.get(key) != b.get(key)]:
-            key = different[0]
+        if key := next((key for key in keys if a.get(key) != b.get(key)), None):
             yield f"{key} at step {step} is {a.get(key)} without and {b.get(key)} with the kill"
             break
     sums = [describe_files(path, (path / "model").glob("*.safetensors")) for path in (first, second)]

@@ -22,18 +22,15 @@ _SCHEMA = "recipe.schema.json"
 def write_starter(
     path: Path, *, source: str, model: str | None, data: str | None, method: str | None
 ) -> dict[str, str]:
-    """Write a recipe and, where there is none, the schema beside it; say where they are.
-
-    Of the source only the stages of `method` stay, or of the first method that learns from such rows as `data` has.
-    Raises UsageError for a file that is there, and for rows that the method does not take.
-    """
+    """Write a recipe and, where there is none, the schema beside it; say where they are. Of the source only the stages
+    of `method` stay, or of the first method that learns from such rows as `data` has."""
     if path.exists():
         raise UsageError("is there already; name another file", where=str(path))
     if not path.absolute().parent.is_dir():
         raise UsageError("there is no such directory", where=str(path.parent))
     if method is not None and method not in _METHODS:
-        known = ", ".join(_METHODS)
-        raise UsageError(f"is {method}; it must be one of {known}{suggest(method, _METHODS)}", where="--method")
+        what = f"is {method}; it must be one of {', '.join(_METHODS)}{suggest(method, _METHODS)}"
+        raise UsageError(what, where="--method")
     template = find_recipe(f"builtin:{source.removeprefix('builtin:')}")
     folder, head = template.parent.relative_to(SHIPPED), f"# yaml-language-server: $schema={_SCHEMA}\n"
     seen, kind = _look(data) if data is not None else ("", None)
@@ -90,9 +87,7 @@ def write_starter(
 
 def install_schema(files: Sequence[Path] = ()) -> dict[str, str]:
     """Write the schema here and, as the first line of recipes, where it is: VS Code's YAML extension reads that line.
-
-    Of the files given; where none are, of every recipe in this directory and in recipes/.
-    """
+    Of the files given; where none are, of every recipe in this directory and in recipes/."""
     Path(_SCHEMA).write_text(json.dumps(recipe_schema()), encoding="utf-8")
     wanted = list(files)
     for file in () if files else sorted((*Path().glob("*.y*ml"), *Path("recipes").rglob("*.y*ml"))):
@@ -121,9 +116,9 @@ def _look(data: str) -> tuple[str, Kind | None]:
         if located.origin == "hub":
             return f"{data} is on the hub and is not looked at", None
         for place, record in read_entries(located):
-            if isinstance(record, BadRow):
-                raise DataError(str(record), where=place)
             try:
+                if isinstance(record, BadRow):
+                    raise record
                 form = Detector().recognise(record, place)
             except BadRow as error:
                 raise DataError(str(error), where=place) from None

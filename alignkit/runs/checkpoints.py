@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import RunError
-from alignkit.runs.files import describe_files, find_damaged_file, put_aside, read_json, sync, write_json
+from alignkit.runs.files import describe_files, find_damaged_file, put_aside, sync, write_json
 
 MANIFEST = "alignkit_manifest.json"
 SEALED = ".sealed"  # in a run directory: it has had a checkpoint
@@ -23,20 +23,15 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """List the `checkpoint-N` directories, newest step first, sealed or not."""
-    if not directory.is_dir():
-        return []
-    return sorted((path for path in directory.iterdir() if step_of(path) >= 0), key=step_of, reverse=True)
-
-
-def _list_sealed(directory: Path) -> list[Path]:
-    return [path for path in list_checkpoints(directory) if (path / MANIFEST).is_file()]
+def list_checkpoints(directory: Path, *, sealed: bool = False) -> list[Path]:
+    """List the `checkpoint-N` directories, newest step first; with `sealed` only those that have a manifest."""
+    found = sorted((path for path in directory.glob("checkpoint-*") if step_of(path) >= 0), key=step_of, reverse=True)
+    return [path for path in found if not sealed or (path / MANIFEST).is_file()]
 
 
 def newest_step(directory: Path) -> int | None:
     """Find the step of the newest sealed checkpoint, None without one; nothing is verified."""
-    return next(map(step_of, _list_sealed(directory)), None)
+    return next(map(step_of, list_checkpoints(directory, sealed=True)), None)
 
 
 def _own_checksum(manifest: dict[str, Any]) -> str:
@@ -76,12 +71,9 @@ def find_damage(checkpoint: Path) -> str | None:
 def find_resumable(
     directory: Path, *, warn: Callable[[str], None], find_fault: Callable[[Path], str | None] = lambda checkpoint: None
 ) -> Path | None:
-    """Find the newest checkpoint that verifies, setting damaged ones aside as `bad-...`.
-
-    `find_fault` says of one whose files are whole why it cannot be loaded all the same. Each damaged checkpoint costs
-    one warning. Raises RunError when there were checkpoints and none is whole, rather than train from the start in
-    silence. A directory that was only ever partly written does not count as one.
-    """
+    """Find the newest checkpoint that verifies, setting damaged ones aside as `bad-...` with a warning each.
+    `find_fault` says of one whose files are whole why it cannot be loaded all the same. Raises RunError when there were
+    sealed checkpoints and none is whole, rather than train from the start in silence."""
     found = list_checkpoints(directory)
     for checkpoint in found:
         reason = find_damage(checkpoint) or find_fault(checkpoint)
@@ -91,21 +83,18 @@ def find_resumable(
     # Those set aside by an earlier try count too: trying again must not start afresh in silence.
     damaged = sum((path / MANIFEST).is_file() for path in directory.glob("bad-checkpoint-*"))
     if damaged or (directory.parent / SEALED).exists():
-        what = f"none of its checkpoints is whole, {damaged} were set aside as bad-*" if damaged else (
-            "its checkpoints are gone, though the run had saved some; put them back"
-        )  # fmt: skip
-        raise RunError(
-            f"{what}; or start over with --force, which keeps this directory under another name", where=str(directory)
-        )
+        what = f"none of its checkpoints is whole, {damaged} were set aside as bad-*"
+        what = what if damaged else "its checkpoints are gone, though the run had saved some; put them back"
+        what += "; or start over with --force, which keeps this directory under another name"
+        raise RunError(what, where=str(directory))
     return None
 
 
 def rotate(directory: Path, *, keep: int, best: int | None = None) -> None:
     """Delete all but the newest `keep` sealed checkpoints and that of step `best`, each renamed to `trash-` first."""
-    for checkpoint in _list_sealed(directory)[max(keep, 1) :]:
-        if step_of(checkpoint) == best:
-            continue
-        os.replace(checkpoint, checkpoint.with_name(f"trash-{checkpoint.name}"))
+    for checkpoint in list_checkpoints(directory, sealed=True)[max(keep, 1) :]:
+        if step_of(checkpoint) != best:
+            os.replace(checkpoint, checkpoint.with_name(f"trash-{checkpoint.name}"))
     sweep(directory)
 
 
@@ -115,13 +104,8 @@ def sweep(directory: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Read the manifest of a sealed checkpoint."""
-    return read_json(checkpoint / MANIFEST)
-
-
 def expected_bytes(directory: Path, *, first_guess: int) -> int:
     """Estimate the size of the next checkpoint: that of the newest sealed one, or the caller's guess."""
-    for newest in _list_sealed(directory)[:1]:
+    for newest in list_checkpoints(directory, sealed=True)[:1]:
         return sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     return first_guess

@@ -22,8 +22,7 @@ from alignkit.runs.files import describe_files, disk_failures, find_damaged_file
 _DIGEST = re.compile(r'\[?("[0-9a-f]{32,}"|null|, )+\]?')
 _DIGESTS = {  # parts of a fingerprint that are checksums, in words
     "start_weights": "the weights it starts from", "reward_weights": "the weights or the code of its rewards",
-    "data": "its rows", "ptx_data": "the rows of ptx", "template": "the chat template",
-}  # fmt: skip
+    "data": "its rows", "ptx_data": "the rows of ptx", "template": "the chat template"}  # fmt: skip
 CARD = "README.md"  # the model card, beside the weights
 PRODUCTS = ("model", "rows.jsonl")  # what others take from a run
 
@@ -78,8 +77,7 @@ class RunLock:
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
 
-    def release(self) -> None:
-        """Let another process have the directory."""
+    def close(self) -> None:
         self._file.close()
 
     def is_current(self) -> bool:
@@ -101,11 +99,8 @@ def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
         for folder, folders, files in os.walk(run.path):
             for name in (*folders, *files):
                 if os.path.islink(link := os.path.join(folder, name)):
-                    raise RunError(
-                        f"is a link to {os.readlink(link)}; a run's files lie in its directory: put what it points to "
-                        "in its place, or remove it",
-                        where=link,
-                    )
+                    what = f"is a link to {os.readlink(link)}; a run's files lie in its directory: put what it points "
+                    raise RunError(f"{what}to in its place, or remove it", where=link)
         lock = RunLock(run)
     return run, set_aside(run, lock) if force else lock
 
@@ -118,7 +113,7 @@ def set_aside(run: RunDir, lock: RunLock) -> RunLock:
     with disk_failures(run.path, "the run directory"):
         os.replace(run.path, aside)
         console.note(f"{run.path.name}: the earlier run is kept as {aside}")
-        lock.release()
+        lock.close()
         run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         return RunLock(run)
 
@@ -187,11 +182,8 @@ def compare_fingerprints(run: RunDir, current: Mapping[str, Any], *, allow_chang
     """List the changes since stage.json was written; raises RunError, naming each, unless all are in `allow_change`."""
     if refused := list_changes(run, current, allow_change=allow_change):
         what = "\n  ".join(["this run was started with other settings:", *refused.values()])
-        raise RunError(
-            f"{what}\nchange them back, use --out for a new run, --force to move this one aside and start over, or "
-            "--allow-change KEY to go on with the new value",
-            where=str(run.path),
-        )
+        what += "\nchange them back, use --out for a new run, --force to move this one aside and start over, or "
+        raise RunError(f"{what}--allow-change KEY to go on with the new value", where=str(run.path))
     return list(list_changes(run, current).values())
 
 
@@ -255,11 +247,8 @@ def require_whole(product: Path) -> None:
     if product.name not in PRODUCTS or not RunDir(run_dir).stage.is_file():
         return
     if (damage := find_damaged_product(run_dir)) is not None:
-        raise RunError(
-            f"{damage}: it was damaged after the run had finished; run the stage's own command again, which makes it "
-            "anew from what it has kept, or put the file back",
-            where=str(run_dir),
-        )
+        what = f"{damage}: it was damaged after the run had finished; run the stage's own command again, which makes it"
+        raise RunError(f"{what} anew from what it has kept, or put the file back", where=str(run_dir))
 
 
 _SAYS = {"chat": "turns of its chat template", "text": "text without a chat template"}
@@ -286,8 +275,6 @@ def require_form(stage: Stage, form: str | None, planned: Mapping[str, str | Non
         record = next(filter(Path.is_file, (Path(model, "stage.json"), Path(model).parent / "stage.json")), None)
         other = (form_of(read_json(record).get("data") or {}) if record else None) or (planned or {}).get(name or "")
         if form and other and form != other:
-            raise DataError(
-                f"the rows are {_SAYS[form]}, and {role} ({name or model}) was trained on {_SAYS[other]}; chat: "
-                f"{str(other == 'chat').lower()} gives them the same form",
-                where=stage.where(f"{stage.name}.data"),
-            )
+            what = f"the rows are {_SAYS[form]}, and {role} ({name or model}) was trained on {_SAYS[other]}; chat: "
+            what += f"{str(other == 'chat').lower()} gives them the same form"
+            raise DataError(what, where=stage.where(f"{stage.name}.data"))

@@ -66,15 +66,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Replace `path` by this data as JSON, in one step."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 # What the records of a run must hold to be used, by their file names; a type with ? may be absent.
 _SHAPES: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("records.json").read_text("utf-8"))
-_TYPES: dict[str, Any] = {
-    "text": str, "count": int, "number": (int, float), "object": dict, "list": list, "flag": bool
-}  # fmt: skip
+_TYPES: Any = {"text": str, "count": int, "number": (int, float), "object": dict, "list": list, "flag": bool}
 
 
 def _find_fault(name: str, data: Any) -> str | None:
@@ -97,8 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
         fault = f"cannot be read ({error})"
     if fault is not None:
         raise RunError(f"{fault}; put the file back as it was, or start over with --force", where=str(path))
-    found: dict[str, Any] = data
-    return found
+    return dict(data)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -158,16 +154,15 @@ def disk_failures(directory: Path, what: str) -> Iterator[None]:
         raise  # of a block within this one
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if number not in _DISK_ERRNOS and not any(message in str(error) for message in DISK_FULL_MESSAGES):
+        is_full = any(message in str(error) for message in DISK_FULL_MESSAGES)
+        if number not in _DISK_ERRNOS and not is_full:
             raise
         reason = os.strerror(number) if number else "no space left"
         if number == errno.ELOOP:
             reason = "it is a link, and none is followed out of a run directory"
         remedy = "put that right" if number in _PLACE_ERRNOS else "make room"
-        raise DiskError(
-            f"{directory}: cannot write {what} ({reason}; {describe_bytes(free_bytes(directory))} free); "
-            f"nothing complete was touched: {remedy} and run the same command again"
-        ) from error
+        what = f"{directory}: cannot write {what} ({reason}; {describe_bytes(free_bytes(directory))} free); nothing "
+        raise DiskError(f"{what}complete was touched: {remedy} and run the same command again") from error
 
 
 def free_bytes(path: Path) -> int:

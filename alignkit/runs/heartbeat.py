@@ -1,5 +1,6 @@
 """A process of a job: how it takes part, and its signs of life, files that whoever started it reads."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class Beat:
     phase: str
     step: int | None
     idle_seconds: float  # since the main thread was last seen
+    written_ns: int = 0  # when the file was, as its file system says: changes even on a full disk
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
@@ -60,7 +62,7 @@ _stopping: threading.Event | None = None
 _thread: threading.Thread | None = None
 
 
-def start(directory: Path, rank: int, *, interval_seconds: float = 1.0, each: Callable[[], None] | None = None) -> None:
+def start(directory: Path, rank: int, interval_seconds: float = 1.0, each: Callable[[], None] = lambda: None) -> None:
     """Begin to write signs of life of this process; `each` is called in the writing thread after every beat."""
     global _stopping, _thread
     path, host, stopping = directory / f"rank-{rank}.beat", socket.gethostname(), threading.Event()
@@ -78,12 +80,11 @@ def start(directory: Path, rank: int, *, interval_seconds: float = 1.0, each: Ca
                 os.utime(path)
 
     def beat_on() -> None:
-        count = 1
-        while not stopping.wait(interval_seconds):
-            count += 1
+        for count in itertools.count(2):
+            if stopping.wait(interval_seconds):
+                return
             write(count)
-            if each is not None:
-                each()
+            each()
 
     (directory / f"rank-{rank}.end").write_bytes(b" " * _END_BYTES)
     pulse("starting")
@@ -99,7 +100,6 @@ def pulse(phase: str, step: int | None = None) -> None:
 
 
 def stop() -> None:
-    """End the signs of life, if there are any."""
     if _stopping is not None and _thread is not None:
         _stopping.set()
         _thread.join(timeout=2)
@@ -107,47 +107,34 @@ def stop() -> None:
 
 def write_end(
     directory: Path, rank: int, exit_code: int, problems: Sequence[str] = (), *, unexpected: bool = False,
-    shared: bool = False,
-) -> None:  # fmt: skip
+    shared: bool = False) -> None:  # fmt: skip
     """Write how this process ends, into the room that `start` has taken."""
     kept = list(problems)
     record = {"rank": rank, "exit_code": exit_code, "unexpected": unexpected, "shared": shared}
     while len(data := json.dumps({**record, "seconds": time.time(), "problems": kept}).encode()) > _END_BYTES:
         kept = kept[: len(kept) // 2] if len(kept) > 1 else [kept[0][: len(kept[0]) // 2]]
     descriptor = os.open(directory / f"rank-{rank}.end", os.O_WRONLY | os.O_CREAT, 0o600)
-    try:
-        os.pwrite(descriptor, data.ljust(_END_BYTES), 0)
+    with suppress(OSError), os.fdopen(descriptor, "wb") as file:  # else it looks killed, which is the next best to say
+        file.write(data.ljust(_END_BYTES))
+        file.flush()
         os.fsync(descriptor)
-    except OSError:  # then this process looks killed, which is the next best to say
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def read_beats(directory: Path) -> dict[int, Beat]:
     """Read the newest sign of life of each process that has given one."""
-    return {data["rank"]: Beat(**data) for data in _read_all(directory, "beat")}
+    return {data["rank"]: Beat(**{**data, "written_ns": at}) for data, at in _read_all(directory, "beat")}
 
 
 def read_ends(directory: Path) -> dict[int, End]:
     """Read how each process ended that said so."""
-    found = [End(**{**data, "problems": tuple(data["problems"])}) for data in _read_all(directory, "end")]
+    found = [End(**{**data, "problems": tuple(data["problems"])}) for data, _ in _read_all(directory, "end")]
     return {end.rank: end for end in found}
 
 
-def beat_time(directory: Path, rank: int) -> int:
-    """Take a number that changes whenever a process writes a sign of life, even on a full disk."""
-    with suppress(OSError):
-        return (directory / f"rank-{rank}.beat").stat().st_mtime_ns
-    return 0
-
-
-def _read_all(directory: Path, kind: str) -> list[dict[str, Any]]:
-    found = []
+def _read_all(directory: Path, kind: str) -> Iterator[tuple[dict[str, Any], int]]:
     for path in directory.glob(f"rank-*.{kind}"):
         with suppress(OSError, ValueError):  # empty or being written: the next look finds it whole
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-    return found
+            yield json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime_ns
 
 
 def is_worker(environment: Mapping[str, str] = os.environ) -> bool:
@@ -156,12 +143,9 @@ def is_worker(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def attach() -> None:
-    """Prepare a supervised worker: write to its own log, give signs of life, end with its parent and the supervisor.
-
-    Stop signals wait until `stop_between_steps` hears them: one that came before would kill this process, and
-    a thread started now never takes one. Only what rank 0 prints reaches the terminal; what libraries write to file
-    descriptor 2 goes to `rank-N.log`.
-    """
+    """Prepare a supervised worker: give signs of life, end with its parent and the supervisor, and log to `rank-N.log`,
+    from which only what rank 0 prints is exempt. Stop signals wait until `stop_between_steps` hears them: one that came
+    before would kill this process, and a thread started now never takes one."""
     import psutil
 
     directory, rank = Path(os.environ[SUPERVISED]), int(os.environ.get("RANK", "0"))

@@ -7,8 +7,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,11 @@ class JsonLines:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one object, NaN as a string (JSON has none), and hand it to the operating system; raises DiskError."""
-        finite = {
-            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
+        odd = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
         with disk_failures(self._path.parent, self._path.name):
             descriptor = open_own(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+                file.write(json.dumps({**row, **odd}, ensure_ascii=False) + "\n")
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the rows for which `wanted(row)` is false: those of steps that a resumed run will take again."""
@@ -61,16 +58,14 @@ class JsonLines:
         write_text(self._path, b"".join(lines).decode("utf-8", "replace"))
 
 
-@contextmanager
-def record_warnings(path: Path) -> Iterator[None]:
+def record_warnings(path: Path) -> AbstractContextManager[None]:
     """Append every warning that is said meanwhile to the file at `path`: when it was said, and what it says."""
 
     def record(message: str) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         JsonLines(path).append({"time": now, "message": console.redact(message)})
 
-    with console.recording(record):
-        yield
+    return console.recording(record)
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
@@ -84,13 +79,13 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
 
 def git_state(directory: Path) -> dict[str, Any] | None:
     """Ask git for the commit around `directory` and whether it has changes; None outside a repository."""
-    command = ["git", "-C", str(directory), "--no-optional-locks"]
+    command = ["git", "-C", str(directory), "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
     try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-        status = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, timeout=5)
+        told = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+    commit = re.search(r"(?m)^# branch.oid (\w+)", told)  # none before the first one
+    return {"commit": commit[1], "dirty": bool(re.search(r"(?m)^[^#]", told))} if commit else None
 
 
 def find_commit() -> str | None:
@@ -109,10 +104,8 @@ def describe_hardware() -> dict[str, Any]:
         listing = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         if model := re.search(r"^model name\s*:\s*(.*\S)", listing, re.MULTILINE):
             processor = model[1]
-    return {
-        "system": platform.platform(terse=True), "processor": processor, "cores": count_cores(),
-        "memory_bytes": memory_bytes(), "devices": describe_devices(),
-    }  # fmt: skip
+    found = {"system": platform.platform(terse=True), "processor": processor, "cores": count_cores()}
+    return {**found, "memory_bytes": memory_bytes(), "devices": describe_devices()}
 
 
 def count_cores() -> int:
@@ -140,5 +133,4 @@ def describe_devices() -> dict[str, str]:
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU, shared memory"
     threads = torch.get_num_threads()
-    devices["cpu"] = f"{threads} thread" if threads == 1 else f"{threads} threads"
-    return devices
+    return {**devices, "cpu": f"{threads} thread" if threads == 1 else f"{threads} threads"}

@@ -39,11 +39,9 @@ def hearing(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 @contextmanager
 def time_limit(seconds: float, error: BaseException, *, of_thread: bool = False) -> Iterator[None]:
-    """Raise `error` in the block after `seconds`, by an alarm in this very thread: nothing is left running.
-
-    Code that swallows it is interrupted again. Only the main thread can be interrupted, and no C extension that never
-    comes back to Python. With `of_thread` the seconds are those the thread has computed: a busy machine stops nothing.
-    """
+    """Raise `error` in the block after `seconds`, by an alarm in this very thread: nothing is left running. Code that
+    swallows it is interrupted again. Only the main thread can be interrupted, and no C extension that never comes back
+    to Python. With `of_thread` the seconds are those the thread has computed: a busy machine stops nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -71,7 +69,6 @@ class Stop:
         self._number = 0
 
     def check(self) -> None:
-        """Raise Stopped when a signal came."""
         if self._number:
             raise stopped_by(self._number, "everything answered is kept; the same command goes on from there")
 
@@ -106,11 +103,8 @@ def stop_between_answers() -> Iterator[Stop]:
 
 
 class StopFlag:
-    """Remembers the first signal of a training; a second one ends the process at once.
-
-    Not so under our supervisor: a scheduler signals it and every process, it passes the signal on, and so the same
-    request comes twice. It ends the processes itself when it is asked twice.
-    """
+    """Remembers the first signal of a training; a second one ends the process at once, but under our supervisor, where
+    one request comes twice: a scheduler signals it and every process, and it passes the signal on."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None  # the loop sets it, too, when another rank was asked

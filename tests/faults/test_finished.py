@@ -14,6 +14,7 @@ import pytest
 
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.runs import checkpoints
+from alignkit.runs.files import read_json
 
 RECIPE = """
 name: faults
@@ -48,7 +49,7 @@ def say_other_bits(path: Path) -> None:
 
 
 def reseal(checkpoint: Path, name: str, content: bytes) -> None:
-    facts = checkpoints.read_manifest(checkpoint)
+    facts = read_json(checkpoint / checkpoints.MANIFEST)
     (checkpoint / name).write_bytes(content)
     checkpoints.seal(checkpoint, {key: facts[key] for key in facts.keys() - {"files", "crc32", "format"}})
 

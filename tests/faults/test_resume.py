@@ -16,6 +16,7 @@ from faults.conftest import damage, damage_each
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.recipe.schema import DataSource, EvaluateOptions
 from alignkit.runs import checkpoints
+from alignkit.runs.files import read_json
 
 CASES = [(method, kind) for method in ("sft", "rm", "dpo") for kind in ("full", "lora", "qlora")]
 NUM_STEPS = 12  # of every run here, as make_stage has it
@@ -280,7 +281,7 @@ def test_a_full_disk_exits_4_keeps_what_was_sealed_and_goes_on_when_there_is_roo
     stage = make_stage("sft", "full", "starved")
     stop_in_the_middle(stage, run, tmp_path, "starved")
     directory = tmp_path / "starved" / "checkpoints"
-    before = {path.name: checkpoints.read_manifest(path) for path in checkpoints.list_checkpoints(directory)}
+    before = {path.name: read_json(path / checkpoints.MANIFEST) for path in checkpoints.list_checkpoints(directory)}
     largest = max(file["bytes"] for manifest in before.values() for file in manifest["files"].values())
     ended = run(stage, prepare=full_disk(largest // 2))
     assert ended.code == 4, ended.stderr

@@ -17,6 +17,7 @@ from alignkit.launch.accelerate import launcher_strategy
 from alignkit.launch.placement import Command, place
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import LaunchOptions
+from alignkit.runs.directory import RunDir
 
 # Stands in for alignkit: a worker that writes down what accelerate has set, and what it makes of it.
 WORKER = """
@@ -45,23 +46,18 @@ def stage_of(make_stage: Callable[..., Stage]) -> Callable[[str], Stage]:
     return lambda launch: make_stage(f"processes: 2, device: cpu, {launch}")
 
 
-def write_configs(stage: Stage, precision: str, directory: Path) -> Path:
-    directory.mkdir(exist_ok=True)
-    texts = accelerate.make_configs(stage, place(stage, environment={}), precision, directory)  # type: ignore[arg-type]
-    for name, text in texts.items():
-        (directory / name).write_text(text)
-    return directory / accelerate.CONFIG
-
-
 @pytest.fixture
 def launch(stage_of: Callable[[str], Stage], tmp_path: Path) -> Callable[[str], dict[str, object]]:
     """Return a function that runs the real command line with a worker of this test; it returns what rank 1 saw."""
 
-    def run(options: str, precision: str = "no") -> dict[str, object]:
+    def run(options: str) -> dict[str, object]:
         stage = stage_of(options)
         found = place(stage, environment={})
-        config = write_configs(stage, precision, tmp_path / "launch")
-        line = accelerate.command_line(Command(stage, ()), found, precision, config, timeout_seconds=60)  # type: ignore[arg-type]
+        directory = RunDir(Path(stage.run_dir)).launch
+        directory.mkdir(parents=True)
+        for name, text in accelerate.make_configs(stage, found).items():
+            (directory / name).write_text(text)
+        line = accelerate.command_line(Command(stage, ()), found)
         line[line.index("UNKNOWN")] = "0"
         (tmp_path / "alignkit.py").write_text(WORKER)  # found before the package: the working directory comes first
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -80,7 +76,7 @@ def launch(stage_of: Callable[[str], Stage], tmp_path: Path) -> Callable[[str], 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_ddp(launch: Callable, precision: str) -> None:
-    seen = launch("strategy: ddp", precision)
+    seen = launch(f"strategy: ddp, mixed_precision: '{precision}'")
     assert seen["ACCELERATE_MIXED_PRECISION"] == precision
     assert launcher_strategy(seen) == "ddp"  # type: ignore[arg-type]
 
@@ -91,7 +87,10 @@ def test_fsdp_and_what_torchrun_workers_set_themselves(launch: Callable, stage_o
     assert launcher_strategy(seen) == "fsdp"
     assert seen["plugin"] == [2, True, "StateDictType.FULL_STATE_DICT", False, True]
     assert seen["FSDP_ACTIVATION_CHECKPOINTING"] == "true"
-    for name, value in accelerate.worker_environment(stage_of(options), "no").items():
+    environment = {name: seen[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    accelerate.apply_strategy(stage_of(options), environment)  # type: ignore[arg-type]
+    assert len(environment) > 8
+    for name, value in environment.items():
         assert seen[name] == value, name
 
 
@@ -99,8 +98,8 @@ def test_fsdp_and_what_torchrun_workers_set_themselves(launch: Callable, stage_o
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "offload"), [("zero2", "optimizer"), ("zero3", "all")])
 def test_zero(launch: Callable, stage_of: Callable, strategy: str, offload: str) -> None:
-    options = f"strategy: {strategy}, offload: {offload}"
-    seen = launch(options, "bf16")
+    options = f"strategy: {strategy}, offload: {offload}, mixed_precision: bf16"
+    seen = launch(options)
     assert launcher_strategy(seen) == strategy
     zero = accelerate.deepspeed_config(stage_of(options))["zero_optimization"]
     assert seen["plugin"] == [int(strategy[-1]), zero]
@@ -138,12 +137,13 @@ def test_accelerate_knows_every_key(stage_of: Callable, strategy: str, tmp_path:
     from accelerate.commands.config.config_args import ClusterConfig
 
     stage = stage_of(f"strategy: {strategy}")
-    path = write_configs(stage, "no", tmp_path)
-    config = ClusterConfig.from_yaml_file(str(path))  # raises for a key it does not know
+    texts = accelerate.make_configs(stage, place(stage, environment={}))
+    (tmp_path / accelerate.CONFIG).write_text(texts[accelerate.CONFIG])
+    config = ClusterConfig.from_yaml_file(str(tmp_path / accelerate.CONFIG))  # raises for a key it does not know
     assert (config.num_processes, config.num_machines, config.same_network) == (2, 1, True)
     # With a DeepSpeed file of its own, accelerate refuses to hear of the precision here.
     assert config.mixed_precision == (None if strategy.startswith("zero") else "no")
-    assert (tmp_path / "deepspeed.json").exists() == strategy.startswith("zero")
+    assert (accelerate.DEEPSPEED_CONFIG in texts) == strategy.startswith("zero")
 
 
 def test_every_strategy_of_a_recipe_has_a_config(stage_of: Callable) -> None:
@@ -151,6 +151,6 @@ def test_every_strategy_of_a_recipe_has_a_config(stage_of: Callable) -> None:
     kinds = set()
     for strategy in strategies:
         stage = stage_of(f"strategy: {strategy}")
-        text = accelerate.make_configs(stage, place(stage, environment={}), "no", Path())[accelerate.CONFIG]
+        text = accelerate.make_configs(stage, place(stage, environment={}))[accelerate.CONFIG]
         kinds.add(json.loads(text.partition("distributed_type: ")[2].splitlines()[0]))
     assert kinds == {"MULTI_GPU", "FSDP", "DEEPSPEED"}

@@ -190,7 +190,7 @@ def test_a_written_script_is_no_foreign_file_and_no_started_run(directory: Path)
     assert written["path"] == str(run / "launch/job.sbatch") and Path(written["path"]).read_text() == written["script"]
     refuse_foreign(run)
     opened, lock = open_run(run, force=True)  # nothing to move aside: nothing was started
-    lock.release()
+    lock.close()
     assert not opened.stage.exists() and (run / "launch/job.sbatch").exists()
     (directory / "mine").mkdir()
     (directory / "mine/thesis.tex").write_text("")

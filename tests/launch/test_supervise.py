@@ -12,6 +12,7 @@ import pytest
 from alignkit.errors import AlignKitError, Stopped, UsageError
 from alignkit.launch.placement import Placement
 from alignkit.launch.supervise import Death, Supervisor, describe_frozen, describe_stuck, find_cause
+from alignkit.recipe.schema import LaunchOptions
 from alignkit.runs import heartbeat
 from alignkit.runs.heartbeat import Beat, End
 
@@ -97,5 +98,5 @@ def test_an_end_that_is_written_while_we_look_is_no_failure(tmp_path: Path, monk
 
     monkeypatch.setattr(heartbeat, "read_ends", read_slowly)
     one = Placement(1, nodes=1, node_rank=0, main_address=None, main_port=None, device="cpu", strategy="ddp")
-    one_try = Supervisor(tmp_path, one, heartbeat_seconds=30, timeout_seconds=60, received=[], resume_hint=lambda: "")
+    one_try = Supervisor(tmp_path, one, tmp_path, LaunchOptions(heartbeat_seconds=30, timeout_seconds=60), [])
     one_try.watch([sys.executable, "-c", ENDS_WELL, str(tmp_path)], extra={})

@@ -25,7 +25,7 @@ def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path) 
     )
     second = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, check=True)
     assert "in use by process" in second.stdout
-    lock.release()
+    lock.close()
     third = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, check=True)
     assert third.stdout == ""
 
@@ -34,9 +34,9 @@ def test_force_moves_the_old_run_aside_and_nothing_else(tmp_path: Path) -> None:
     run, lock = open_run(tmp_path / "runs/a/sft", force=False)
     assert [path.stat().st_mode & 0o777 for path in (run.path, run.path.parent)] == [0o700, 0o700]  # its owner's alone
     write_json(run.stage, {"fingerprint": {}})
-    lock.release()
+    lock.close()
     run, lock = open_run(run.path, force=True)
-    lock.release()
+    lock.close()
     assert not run.stage.exists()
     (aside,) = run.path.parent.glob("sft.old-*")
     assert (aside / "stage.json").is_file()
