@@ -49,6 +49,8 @@ def write_starter(
     sections.pop("name", None)  # runs are named after the file
     if method is not None or data is not None:
         stages = {stage.name: stage.options.method for stage in loaded.stages.values() if stage.name in sections}
+        if "extends" in sections and any(stage.name not in sections for stage in loaded.stages.values()):
+            stages = {}  # those of the other recipe could not be taken out
         method = method or next((name for name in fitting if name in stages.values()), fitting[0])
         alike = [name for name in stages if stages[name] == method]
         if not alike:

@@ -126,7 +126,7 @@ def test_every_method_has_one_curve_on_one_process_two_with_ddp_and_two_with_fsd
                       f"worst {worst} {found[worst]:.1e}")  # fmt: skip
                 assert found["loss"] < 1e-5 and found["grad_norm"] < 1e-4 and found["eval_loss"] < 1e-5, found
                 assert found["num_tokens"] == 0 and max(found.values()) < 1e-3, found
-                assert weights < 1e-5
+                assert weights < 2e-5
             losses = [row["loss"] for row in read_curve(one) if "loss" in row]
             assert len(losses) == STEPS and len(set(losses)) > 3  # a curve, and one that moves
 
