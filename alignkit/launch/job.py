@@ -151,8 +151,9 @@ class Job:
             attempt = max(older, default=0) + 1
             directory = launch / f"attempt-{attempt}"
             directory.mkdir()
-            for name, text in accelerate.make_configs(self._stage, placement).items():
-                (launch / name).write_text(text, encoding="utf-8")
+            if placement.world_size > 1:
+                for name, text in accelerate.make_configs(self._stage, placement).items():
+                    (launch / name).write_text(text, encoding="utf-8")
             write_json(launch / _CURRENT, {"attempt": attempt, **self._facts()})
         return directory
 
