@@ -163,6 +163,7 @@ PAIR = ("better", "worse")
         {"question": "Q", "response_j": "better", "response_k": "worse"},
         {"conversation_a": turns("Q", "worse"), "conversation_b": turns("Q", "better"), "winner": "model_b"},
         {"messages": turns("Q", "better"), "rejected_response": "worse"},
+        {"messages": turns("Q"), "chosen": turns("-", "better")[1], "rejected": turns("-", "worse")[1]},
         {"system": "", "input": "Q", "chosen": "better", "rejected": "worse"},
         {"prompt": "\n\nHuman: Q\n\nAssistant: ",
          "answers": [{"answer": "worse", "rank": 2.0}, {"answer": "better", "rank": 1}]},
