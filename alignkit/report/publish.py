@@ -160,6 +160,7 @@ def _describe(run: Facts, name: str, base: str | None, *, is_adapter: bool) -> M
     on_hub = base if base and not base.startswith("builtin:") else None
     sources = [str(source.get("path", "")) for source in (run.stage.get("options") or {}).get("data") or []]
     datasets = [path for path in dict.fromkeys(sources) if is_public(path) and not path.startswith("builtin:")]
+    adapter = [(run.stage.get("lora") or {}).get("adapter_type", "lora")] if is_adapter else []
     results = []
     for result in run.evaluation.get("results", []):
         value, data = result.get("value"), hide_paths(str(result.get("data") or "unknown"))
@@ -169,7 +170,7 @@ def _describe(run: Facts, name: str, base: str | None, *, is_adapter: bool) -> M
     return ModelCardData(
         base_model=on_hub, base_model_relation=("adapter" if is_adapter else "finetune") if on_hub else None,
         datasets=datasets or None, library_name="peft" if is_adapter else "transformers", pipeline_tag=task,
-        tags=["alignkit", "trl", run.method, *["reward-model"] * is_reward, *["lora"] * is_adapter],
+        tags=["alignkit", "trl", run.method, *["reward-model"] * is_reward, *adapter],
         model_name=name if results else None, eval_results=results or None,
     )  # fmt: skip
 

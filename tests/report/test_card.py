@@ -47,14 +47,14 @@ def test_metadata_of_a_fine_tune_of_a_hub_model(write_run: WriteRun) -> None:
 
 
 def test_metadata_of_an_adapter_and_of_a_reward_model(write_run: WriteRun) -> None:
-    run = write_run("rm", "rm", stage=HUB)
+    run = write_run("rm", "rm", stage=HUB | {"lora": {"adapter_type": "vera"}})
     (run / "model" / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": "meta-llama/Llama-3.2-1B"})
     )
     card = card_of(run, repo="me/judge")
     data = card.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"]) == ("peft", "text-classification")
-    assert data["base_model_relation"] == "adapter" and {"reward-model", "lora"} <= set(data["tags"])
+    assert data["base_model_relation"] == "adapter" and {"reward-model", "vera"} <= set(data["tags"])
     assert 'AutoPeftModelForSequenceClassification.from_pretrained("me/judge", num_labels=1)' in card.text
     assert card.text.startswith("\n# judge") or card.text.startswith("# judge")
 
