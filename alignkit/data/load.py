@@ -238,7 +238,7 @@ class _Source:
         self._columns: dict[Format, list[str]] = {}  # of the first row of each format
         self._places = defaultdict[Format, list[str]](list)  # of the first two
         # Whether a reward is given the rows' columns; whether a row may be as long as a book.
-        reads = any(reward.function or reward.verify for _, reward in stage.rewards)
+        reads = any(reward.model is None and reward.judge is None for _, reward in stage.rewards)
         flags = {"keeps_columns": reads, "documents": stage.objective == "lm"}
         self._parsed: Callable[[], Iterator[Parsed]] = partial(_parse, located, method, **flags)
         if not problems.at_once:  # a stream may be longer than a disk

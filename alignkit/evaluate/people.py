@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 from alignkit import console
 from alignkit.data import Text
 from alignkit.errors import UsageError
-from alignkit.rewards.judge import Orders
+from alignkit.rewards.kinds.judge import Orders
 from alignkit.runs.files import read_lines, write_text
 from alignkit.runs.record import JsonLines
 

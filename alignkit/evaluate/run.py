@@ -23,8 +23,8 @@ from alignkit.recipe.schema import METRICS, EvaluateOptions
 from alignkit.report.evaluation import name_all_data
 from alignkit.report.publish import show
 from alignkit.rewards.base import Workspace
-from alignkit.rewards.judge import Comparer
 from alignkit.rewards.kinds import check_judge
+from alignkit.rewards.kinds.judge import Comparer
 from alignkit.runs.directory import RunDir, form_of
 from alignkit.runs.files import read_record, write_json
 from alignkit.runs.record import versions

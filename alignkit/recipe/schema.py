@@ -234,7 +234,7 @@ class SampleOptions(_Section):
     top_k: _TopK = 0
 
 
-class RewardSource(_Section):
+class _RewardSource(_Section):
     """One reward, or one part of a weighted sum; exactly one of `model`, `function`, `judge`, `verify` is given."""
 
     model: Text | None = option(None)
@@ -248,7 +248,16 @@ class RewardSource(_Section):
     weight: float = option(1.0, "Factor of this part in the sum.")
 
 
-REWARD_KINDS = ("model", "function", "judge", "verify")
+# A kind of reward is a file of this directory; one without a key above takes a text or a section that it reads itself.
+_kinds = {path.stem: path for path in sorted(_ROOMS.joinpath("rewards", "kinds").glob("[a-z]*.py"))}
+if TYPE_CHECKING:
+    RewardSource = _RewardSource
+else:
+    RewardSource = create_model("RewardSource", __base__=_RewardSource, __doc__=_RewardSource.__doc__, **{
+        kind: (Text | dict[str, Any] | None, option(None, path.read_text("utf-8").split('"""')[1].splitlines()[0]))
+        for kind, path in _kinds.items() if kind not in _RewardSource.model_fields
+    })
+REWARD_KINDS = tuple(key for key in RewardSource.model_fields if key in _kinds)
 VERIFY_KEYS = ("column", "extract", "timeout")
 Rewards = Annotated[list[RewardSource], Field(min_length=1), _short_for("model", RewardSource, several=True)]
 

@@ -26,8 +26,8 @@ from alignkit.models.start import builtin_config, builtin_tokenizer, random_mode
 from alignkit.recipe import load_recipe
 from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
 from alignkit.rewards.base import Workspace
-from alignkit.rewards.judge import ModelComparer
 from alignkit.rewards.kinds import make_comparer
+from alignkit.rewards.kinds.judge import ModelComparer
 
 KEY = "canary-key-7a31e9"
 

@@ -18,8 +18,8 @@ from alignkit.evaluate.metrics.kl import measure_kl
 from alignkit.evaluate.policy import Policy
 from alignkit.feedback.cache import Store
 from alignkit.rewards.base import Answers, Workspace
-from alignkit.rewards.function import is_function
 from alignkit.rewards.kinds import open_reward
+from alignkit.rewards.kinds.function import is_function
 
 POSITIONS = 96
 

@@ -19,7 +19,7 @@ from alignkit.recipe import load_recipe, resolve
 from alignkit.recipe.schema import FeedbackModel, RewardSource
 from alignkit.recipe.stage import Stage
 from alignkit.rewards.base import Answers, Workspace
-from alignkit.rewards.judge import JudgeReward, log_odds
+from alignkit.rewards.kinds.judge import JudgeReward, log_odds
 from alignkit.runs import checkpoints
 
 MakeStage = Callable[..., Stage]

@@ -14,7 +14,7 @@ import pytest
 from alignkit.errors import NonFiniteError, RewardError
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.rewards.base import Workspace
-from alignkit.rewards.function import FunctionReward
+from alignkit.rewards.kinds.function import FunctionReward
 
 RECIPE = """model: {path: builtin:tiny-gpt2}
 ppo:
@@ -161,7 +161,7 @@ def test_a_column_it_needs_and_the_rows_do_not_have(load: Load) -> None:
 def test_a_function_that_cannot_be_had(
     load: Load, monkeypatch: pytest.MonkeyPatch, code: str, path: str, message: str
 ) -> None:
-    monkeypatch.setattr("alignkit.rewards.function._IMPORT_SECONDS", 0.5)
+    monkeypatch.setattr("alignkit.rewards.kinds.function._IMPORT_SECONDS", 0.5)
     with pytest.raises(RewardError) as caught:
         load(code, path)
     assert message in str(caught.value) and str(caught.value).startswith(f"a.yaml:3: the reward function {path}")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import alignkit
 from alignkit.errors import RewardError
 from alignkit.preflight.check import check_recipe
 from alignkit.recipe import Stage, load_recipe, resolve
@@ -20,6 +24,29 @@ ppo:
   reward: REWARD
   data: {path: builtin:prompts, max_rows: 20}
 """
+BREVITY = '''"""1 for a short answer."""
+
+
+class Brevity:
+    name = "brevity"
+
+    def __init__(self, source, space):
+        self._longest = int(source.brevity)
+
+    def score(self, answers):
+        return [float(len(text) <= self._longest) for text in answers.completions]
+
+    @staticmethod
+    def check(source, stage, key, coming=None):
+        return f"at most {source.brevity} characters"
+
+    @staticmethod
+    def fingerprint(source, stage):
+        return None
+
+
+KIND = Brevity
+'''
 SEES_TORCH = "import sys; from alignkit.cli import main; code = main(); print('torch' in sys.modules); sys.exit(code)"
 
 
@@ -105,3 +132,26 @@ def test_check_covers_prompts_rewards_and_lengths(stage: Callable[..., Stage], t
     good = check_recipe(load_recipe(tmp_path / "a.yaml", overrides=["ppo.reward=rm"]))
     (ppo,) = (found for found in good.stages if found.method == "ppo")
     assert ppo.problems == [] and ppo.facts["tokens"].endswith(", all in prompts")
+
+
+def test_a_new_kind_is_one_file(tmp_path: Path) -> None:
+    shutil.copytree(Path(alignkit.__file__).parent, tmp_path / "alignkit", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "alignkit" / "rewards" / "kinds" / "brevity.py").write_text(BREVITY)
+    (tmp_path / "a.yaml").write_text(RECIPE.replace("REWARD", "[{brevity: '4'}, {model: rm, weight: 2}]"))
+    code = """
+from alignkit.recipe import load_recipe, resolve
+from alignkit.recipe.schema import RewardSource
+from alignkit.rewards.base import Answers, Workspace
+from alignkit.rewards.kinds import describe_reward, open_reward
+stage = resolve(load_recipe("a.yaml"), "ppo")
+source = stage.options.reward[0]
+print(describe_reward(stage, "reward", source))
+print(open_reward(source, Workspace()).score(Answers(["p", "p"], ["ab", "abcdef"])))
+print(RewardSource.model_fields["brevity"].description)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["at most 4 characters", "[1.0, 0.0]", "1 for a short answer."], done.stderr
+    wrong = RECIPE.replace("REWARD", "{brevity: '4', verify: exact}")
+    (tmp_path / "a.yaml").write_text(wrong)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "needs exactly one of model, function, judge, verify and brevity for each part, and has" in done.stderr

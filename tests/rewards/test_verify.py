@@ -13,7 +13,7 @@ import pytest
 from alignkit.errors import EnvironmentProblem, RewardError
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers, Workspace
-from alignkit.rewards.verify import VerifyReward, _read
+from alignkit.rewards.kinds.verify import VerifyReward, _read
 
 IFEVAL = "instruction_id_list"
 

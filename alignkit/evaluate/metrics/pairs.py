@@ -16,7 +16,7 @@ from alignkit.evaluate.context import ROWS, Context, Metric
 from alignkit.evaluate.intervals import Figure, Floats, bootstrap, compare_rows, make_figure, share
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers
-from alignkit.rewards.classifier import ClassifierReward
+from alignkit.rewards.kinds.model import ClassifierReward
 
 _MARGIN_BINS = 4
 _MIN_SLICE = 2  # a slice of one pair says nothing

@@ -10,7 +10,7 @@ from alignkit.data.rows import count_chars
 from alignkit.evaluate.context import POLICY, ROWS, Context, Metric, as_completion
 from alignkit.evaluate.intervals import Better, Figure, Floats, compare_rows, make_figure, share
 from alignkit.feedback.prompts import read_text
-from alignkit.rewards.judge import Comparer
+from alignkit.rewards.kinds.judge import Comparer
 
 _SHOWN = 8
 _FIT_RESAMPLES = 200  # each one is a fit

@@ -19,8 +19,8 @@ from alignkit.models.frozen import Classifier, ScoreIds
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import PpoOptions, RewardSource
 from alignkit.rewards.base import Answers, Reward, stage_space
-from alignkit.rewards.classifier import ClassifierReward
 from alignkit.rewards.kinds import open_reward
+from alignkit.rewards.kinds.model import ClassifierReward
 from alignkit.train import ranks
 
 Key = tuple[int, ...]  # which answers these are: the run's seed, what they are for, and their number

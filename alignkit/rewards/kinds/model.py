@@ -144,3 +144,6 @@ class ClassifierReward:
         norm = directory / REWARD_NORM
         extra = hashlib.blake2b(norm.read_bytes(), digest_size=16).hexdigest() if norm.is_file() else ""
         return fingerprint_weights(directory) + extra
+
+
+KIND = ClassifierReward

@@ -193,3 +193,6 @@ def log_odds(p: float) -> float:
     """Compute log(p / (1 - p)), bounded: one sure judgement must not drown all others."""
     p = min(max(p, _WORST), 1.0 - _WORST)
     return math.log(p / (1.0 - p))
+
+
+KIND = JudgeReward

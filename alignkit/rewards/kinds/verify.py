@@ -22,7 +22,7 @@ from alignkit.feedback.prompts import read_text
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers, Workspace, stage_space
-from alignkit.rewards.function import TimeUp
+from alignkit.rewards.kinds.function import TimeUp
 from alignkit.runs.stop import time_limit
 
 
@@ -208,3 +208,6 @@ class VerifyReward:
     @staticmethod
     def fingerprint(source: RewardSource, stage: Stage) -> None:
         return None
+
+
+KIND = VerifyReward

@@ -161,3 +161,6 @@ def _describe(error: BaseException) -> str:
     place = f" at {outside[-1].filename}:{outside[-1].lineno}" if outside else ""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}{f': {shorten(text, 80)}' if text else ''}{place}"
+
+
+KIND = FunctionReward

@@ -1,6 +1,8 @@
-"""The table of the kinds of rewards, what a stage wants of all of its rewards, and the judge of an evaluation."""
+"""The kinds of rewards: a file each, named as its key in a recipe, with its class as `KIND`."""
 
+import importlib
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 
 from alignkit.data import true_reward
@@ -9,12 +11,10 @@ from alignkit.feedback.constitution import load_constitution
 from alignkit.feedback.prompts import read_text
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import BUILTIN_REWARD, EvaluateOptions, RewardSource
+from alignkit.recipe.schema import BUILTIN_REWARD, REWARD_KINDS, EvaluateOptions, RewardSource
 from alignkit.rewards.base import Answers, Reward, Workspace, stage_space
-from alignkit.rewards.classifier import ClassifierReward
-from alignkit.rewards.function import FunctionReward, is_function
-from alignkit.rewards.judge import Comparer, JudgeReward, ModelComparer, RewardComparer
-from alignkit.rewards.verify import VerifyReward
+from alignkit.rewards.kinds.function import is_function
+from alignkit.rewards.kinds.judge import Comparer, ModelComparer, RewardComparer
 
 
 class BuiltinReward:
@@ -40,16 +40,16 @@ class BuiltinReward:
         return None
 
 
-# By the key that names it in a recipe; a new kind is a key and a class here.
-KINDS: dict[str, type[Reward]] = {
-    "function": FunctionReward, "judge": JudgeReward, "verify": VerifyReward, "model": ClassifierReward
-}  # fmt: skip
+@cache
+def _load(key: str) -> type[Reward]:
+    kind: type[Reward] = importlib.import_module(f"{__name__}.{key}").KIND
+    return kind
 
 
 def kind_of(source: RewardSource) -> type[Reward]:
     if (source.model or "").startswith("builtin:"):
         return BuiltinReward
-    return next(kind for key, kind in KINDS.items() if getattr(source, key) is not None)
+    return _load(next(key for key in REWARD_KINDS if getattr(source, key) is not None))
 
 
 def open_reward(source: RewardSource | str, space: Workspace) -> Reward:
