@@ -22,6 +22,46 @@ FSDP = {
 }
 UNEQUAL = ("_runtime", "_per_second", "_seconds", "step_time")  # times, not results
 
+PPO_STEPS = 8  # of four rollouts
+RM = (
+    "rm: {data: {path: builtin:preferences, max_rows: 16}, batch_size: 4, max_steps: 2, max_length: 160, "
+    "learning_rate: 1e-3, samples: {num: 0}}\n"
+)
+PPO = (
+    "data: {path: builtin:prompts, max_rows: 30}, eval: 0.2, batch_size: 8, micro_batch_size: 2, max_new_tokens: 12, "
+    f"ppo_epochs: 2, max_steps: {PPO_STEPS}, learning_rate: 1e-3, logging_steps: 1, save_steps: 4, "
+    "samples: {num: 2, max_new_tokens: 6}, reward: rm, gold: builtin:true-reward"
+)
+LORA = "lora: {r: 4, alpha: 8}\n"
+KINDS = {  # of ppo stages
+    # name: what is said at the top, and more keys of the stage
+    "full": ("", "missing_eos: {penalty: 1}, kl_target: 4, reward_normalize: gain_and_bias, reward_normalize_rows: 20"),
+    "lora": (LORA, "whiten_rewards: true"),
+    "head": ("", "value_init: head, ema: 0.9, ptx: {data: {path: builtin:reviews, max_rows: 40}, coef: 0.5}"),
+    "head-lora": (LORA, "value_init: policy, minibatches: 2"),
+    "dapo": (
+        LORA,
+        "preset: dapo, num_generations: 2, minibatches: 2, dynamic_sampling: 2, kl_coef: 0.05, kl_in: loss, "
+        "top_p: 0.9, importance: sequence, overlong: {penalty: 0.1}, reward: {function: 'counting:coarse'}",
+    ),
+    "rloo": (LORA, "advantage: rloo, num_generations: 4, reward: {function: 'counting:score'}"),
+}
+FUNCTIONS = """
+import pathlib
+
+def score(prompts, completions, **columns):
+    with (pathlib.Path(__file__).parent / "calls.txt").open("a") as file:
+        file.write(f"{len(completions)}\\n")
+    mean = sum(map(len, completions)) / len(completions)  # it looks at all answers together
+    return [len(str(text)) - mean for text in completions]
+
+def coarse(prompts, completions):
+    return [len(str(text)) // 30 for text in completions]  # many are equal
+
+def fail(prompts, completions, **columns):
+    raise ValueError("no reward today")
+"""
+
 
 def start(
     directory: Path, strategy: str, jobs: list[dict[str, Any]], *, processes: int = 2, timeout: float = 900
@@ -76,3 +116,18 @@ def weight_difference(first: Path, second: Path) -> float:
 
 def outcome(runs: Path, name: str, rank: int) -> dict[str, Any]:
     return json.loads((runs / f"{name}.outcome-{rank}.json").read_text())
+
+
+def write_recipe(directory: Path, name: str, top: str, keys: str) -> Path:
+    path = directory / f"{name}.yaml"
+    body = PPO.replace("reward: rm, ", "") if "reward: {" in keys else PPO
+    path.write_text(f"name: ranks\nmodel: {{path: builtin:tiny-llama}}\n{top}{RM}ppo: {{{body}, {keys}}}\n")
+    return path
+
+
+def critic_difference(one: Path, two: Path) -> float:
+    files = [sorted((run / "model" / "critic").glob("*.safetensors")) for run in (one, two)]
+    assert len(files[0]) == len(files[1])
+    first, second = ({k: v for file in found for k, v in load_file(file).items()} for found in files)
+    assert first.keys() == second.keys()
+    return max((float((first[name] - second[name]).abs().max()) for name in first), default=0.0)

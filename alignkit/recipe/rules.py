@@ -31,7 +31,7 @@ def audit_recipe(top: Section, stages: Collection[Section]) -> list[Problem]:
     """Hold the sections that all stages share against each other: model, lora, launch, evaluate."""
     given = {} if "evaluate" in top.broken else top.get("evaluate") or {}
     evaluate = ((f"evaluate.{key}", what) for key, what in evaluation_problems(given))
-    return _collect(top, find_conflicts(top), _adapters(top), _scratch(top, stages), _launch(top, stages), evaluate)
+    return _collect(top, find_conflicts(top), _adapters(top), _scratch(top, stages), _launch(top), evaluate)
 
 
 def _collect(section: Section, *rules: Iterable[Finding]) -> list[Problem]:
@@ -81,11 +81,7 @@ def _scratch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
         yield "lora", "has no effect: every stage starts from random weights, and trains all of them"
 
 
-def _launch(recipe: Section, stages: Collection[Section]) -> Iterator[Finding]:
-    strategy, ppo = recipe.get("launch.strategy"), [stage.name for stage in stages if stage.method == "ppo"]
-    if strategy in ("zero2", "zero3") and ppo:
-        what = f"is {strategy}, which ppo ({ppo[0]}) does not run under; fsdp shards its models, and with ddp and lora:"
-        yield "launch.strategy", f"{what} its four roles share one base on every device"
+def _launch(recipe: Section) -> Iterator[Finding]:
     for option in recipe.get("launch.slurm.options") or {}:
         # Those that set variables, start programs or write files would let a recipe run code (--export=LD_PRELOAD=...).
         if option not in (known := TABLES["sbatch options"]):

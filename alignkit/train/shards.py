@@ -205,18 +205,28 @@ def _gather_zero(trainer: Any) -> dict[str, Any] | None:
         {**group, "params": [numbers[id(one)] for one in members]}
         for group, members in zip(optimizer.param_groups, trainer.optimized_groups, strict=True)
     ]
+    if (beside := getattr(trainer, "beside", None)) is not None:  # a critic's, numbered behind the policy's
+        own = beside.state_dict()
+        state |= {len(optimized) + number: values for number, values in own["state"].items()}
+        groups += [{**group, "params": [len(optimized) + n for n in group["params"]]} for group in own["param_groups"]]
     return {"state": state, "param_groups": groups}
 
 
 def _scatter_zero(trainer: Any, saved: Mapping[str, Any]) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    optimizer = _optimizer(trainer)
-    for group, given in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+    optimizer, optimized = _optimizer(trainer), list(chain(*trainer.optimized_groups))
+    groups, count = saved["param_groups"], len(optimizer.param_groups)
+    if (beside := getattr(trainer, "beside", None)) is not None:
+        state = {number - len(optimized): values for number, values in saved["state"].items()}
+        own = [{**group, "params": [n - len(optimized) for n in group["params"]]} for group in groups[count:]]
+        beside.load_state_dict({"state": {n: v for n, v in state.items() if n >= 0}, "param_groups": own})
+        groups = groups[:count]
+    for group, given in zip(optimizer.param_groups, groups, strict=True):
         group |= {key: value for key, value in given.items() if key != "params"}
     if not saved["state"]:
         return
-    template, optimized = saved["state"][0], list(chain(*trainer.optimized_groups))
+    template = saved["state"][0]
     # This rank's flat pieces, one per group, by private names: ZeRO-3's, else those of ZeRO-1 and 2.
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
     if (pieces := next((getattr(optimizer, name) for name in names if hasattr(optimizer, name)), None)) is None:

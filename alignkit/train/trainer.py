@@ -250,7 +250,7 @@ class Guarded(Checkpointed):
             # DeepSpeed's backward pass takes the optimizer step within it. A gradient that is not finite where the loss
             # is finite is seen after its step, and ends the run before a save.
             self.refuse_not_finite(float(loss.detach()))
-            backward(loss, **arguments)
+            backward(loss, **{"scale_wrt_gas": False, **arguments})  # the losses are parts of the step's already
 
         self.accelerator.backward = guarded
         if checkpoint is not None:

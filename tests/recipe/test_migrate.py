@@ -286,7 +286,7 @@ def test_commands_of_openrlhf_and_trl(tmp_path: Path) -> None:
     for line in ("minibatches: 32  # was rollout.batch_size: 1024", "reward: org/rm", "advantage: grpo",
                  "num_generations: 4", "learning_rate: 5e-7"):  # fmt: skip
         assert f"\n  {line}" in text, line
-    assert [one for one in made.missing if "zero3, which ppo" in one]  # a recipe refuses it, so it is left out
+    assert "  strategy: zero3  # was ds.zero_stage: 3" in text
     path = tmp_path / "docs.md"
     path.write_text("""
         python trl/scripts/dpo.py \\

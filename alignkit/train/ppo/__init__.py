@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import GRPOConfig
 
 from alignkit import console
@@ -48,6 +49,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
     model = setup.load()
     model.generation_config.eos_token_id = chat.stop_ids
     config = _build_config(stage, run.checkpoints, num_prompts=len(tables.train))
+    unset_hf_deepspeed_config()  # for ZeRO-3 transformers would split the other roles as it loads them
     device = str(config.device)
     if not setup.loaded.precision.quantized and not ranks.uses_fsdp():  # which moves a layer at a time, to shard it
         model.to(device)

@@ -248,6 +248,13 @@ def build_critic(stage: Stage, roles: Roles) -> Critic:
     if directory is None:
         what = f"{key}: reward needs one reward model on disk as the reward; use value_init: policy"
         raise RecipeError(what, where=stage.where(key))
+    splits_adapters = stage.launch.strategy == "zero3" and roles.reward_head is not None
+    if splits_adapters and options.value_init is None:
+        console.note(f"{stage.name}: zero3 splits adapters with their base, so the critic is a zero head on the policy")
+        return critic_on_policy(roles)
+    if splits_adapters:
+        what = f"{key} is reward, an adapter that zero3 would split with the policy's base; use value_init: policy"
+        raise RecipeError(what, where=stage.where(key))
     if roles.reward_head is not None:  # an adapter on the shared base that starts as the reward model's, with its head
         with roles.policy_kept():
             copy_adapter(policy, REWARD, CRITIC)

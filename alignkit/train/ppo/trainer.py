@@ -8,8 +8,9 @@ Checkpoints are written between rollouts only: a resumed run samples the next ro
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.models.utils import prepare_deepspeed
 
 from alignkit import console
 from alignkit.errors import ModelError, RunError
@@ -66,6 +68,7 @@ class Ppo(Guarded, GRPOTrainer):
     """See the module docstring."""
 
     trained_adapters = (TRAINED, CRITIC)
+    beside: torch.optim.Optimizer | None = None  # the critic's under DeepSpeed, whose own holds the policy alone
 
     def __init__(
         self, *args: Any, options: PpoOptions, collector: Collector, roles: Roles, critic: Critic | None,
@@ -244,13 +247,24 @@ class Ppo(Guarded, GRPOTrainer):
         if mine:
             starts, rests, pad_id = [ids[:1] for ids in mine], [ids[1:] for ids in mine], self.collector.pad_id
             batch = pad_answers(starts, rests, pad_id=pad_id, device=device)
-            with self.accelerator.no_sync(model):
+            with self._more_to_come(model):
                 with self.compute_loss_context_manager():
                     logps_N, *_ = read_answers(model, batch)
                     loss = -options.coef * logps_N.sum() / num_tokens * world_size
                 self.accelerator.backward(loss)
         self._step_sums["ptx_loss"] += float(loss.detach()) / options.coef / world_size
         return loss.detach()
+
+    @contextmanager
+    def _more_to_come(self, model: Any) -> Iterator[None]:
+        """A backward pass that another one of the same optimizer step follows."""
+        syncs = self.accelerator.sync_gradients
+        with self.accelerator.no_sync(model):
+            if self.is_deepspeed_enabled:  # whose last backward pass takes the step
+                self.accelerator.gradient_state._set_sync_gradients(False)
+            yield
+            if self.is_deepspeed_enabled:
+                self.accelerator.gradient_state._set_sync_gradients(syncs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -262,7 +276,7 @@ class Ppo(Guarded, GRPOTrainer):
         device, pieces = self.args.device, inputs["pieces"]
         done = torch.zeros((), device=device)
         for rows, batch in pieces[:-1]:
-            with self.accelerator.no_sync(model):
+            with self._more_to_come(model):
                 loss, value_loss = self._piece_loss(model, inputs, rows, batch)
                 self.accelerator.backward(loss)
             done += loss.detach() + value_loss
@@ -300,7 +314,7 @@ class Ppo(Guarded, GRPOTrainer):
             # A critic's adapter acts in the backward pass too, which may recompute activations.
             with self.roles.act_as((CRITIC,)) if critic.has_adapter else nullcontext():
                 value_loss = value_loss_of(kept[1] if kept else critic.values(batch))
-                self.accelerator.backward(value_loss)
+                (value_loss.backward if self.beside else partial(self.accelerator.backward, value_loss))()
             value_loss = value_loss.detach()
         logps_N, _, hidden_NH = (kept[0], None, None) if kept else read_answers(model, batch)
         acting_N = logps_N
@@ -330,10 +344,27 @@ class Ppo(Guarded, GRPOTrainer):
         optimizer = super().create_optimizer(model)
         for parameter in apart:
             parameter.requires_grad_(True)
+        if self.is_deepspeed_enabled and apart:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.beside = kind(self._critic_groups(), **settings)
         return optimizer
 
+    def _critic_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the critic, with a learning rate of its own."""
+        if self.critic is None:
+            return []
+        rate = self.options.critic_learning_rate or self.args.learning_rate
+        # A head may be whole where all else is sharded, and one kernel steps through a group.
+        of_head, groups = set(map(id, self.critic.head.parameters())), defaultdict[tuple[bool, bool], list[Any]](list)
+        for parameter in self.critic.parameters():
+            groups[id(parameter) in of_head, parameter.ndim >= 2].append(parameter)
+        return [
+            {"params": groups[of_group], "weight_decay": self.args.weight_decay if of_group[1] else 0.0, "lr": rate}
+            for of_group in sorted(groups)
+        ]
+
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """Shard what stands beside the policy and give the critic parameter groups with a learning rate of its own.
+        """Shard what stands beside the policy and have the optimizer train the critic too.
         Upstream calls it when the policy has just been sharded and the optimizer follows it."""
         if self.is_fsdp_enabled:
             for model in (self.roles.reference, self.critic.model if self.critic else None):
@@ -343,26 +374,37 @@ class Ppo(Guarded, GRPOTrainer):
                 if head is not None and not isinstance(head.weight, DTensor):
                     head.to(self.args.device)
             self._bind_parameters()
-        if self.critic is not None:
-            rate = self.options.critic_learning_rate or self.args.learning_rate
-            # A head may be whole where all else is sharded, and one kernel steps through a group.
-            of_head, groups = set(map(id, self.critic.head.parameters())), defaultdict(list)
-            for parameter in self.critic.parameters():
-                groups[id(parameter) in of_head, parameter.ndim >= 2].append(parameter)
-            for (_, is_matrix), parameters in sorted(groups.items(), key=lambda item: item[0]):
-                decay = self.args.weight_decay if is_matrix else 0.0
-                self.optimizer.add_param_group({"params": parameters, "weight_decay": decay, "lr": rate})
+        for group in self._critic_groups() if self.beside is None else ():
+            self.optimizer.add_param_group(group)
         return super().create_scheduler(*args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
         """Clip policy and critic apart; return the norm of both together, for the check that it is finite."""
-        self.accelerator.unscale_gradients()
-        policy = shards.clip_gradients(self._policy_parameters.values(), self.args.max_grad_norm)
+        if self.is_deepspeed_enabled:  # which has clipped, and taken its step
+            policy = torch.as_tensor(super()._clip_grad_norm(model))
+        else:
+            self.accelerator.unscale_gradients()
+            policy = shards.clip_gradients(self._policy_parameters.values(), self.args.max_grad_norm)
         if self.critic is None:
             return policy
         critic = shards.clip_gradients(self._critic_parameters, self.args.max_grad_norm)
         self._metrics["train"]["critic_grad_norm"].append(float(critic))
         return (policy**2 + critic**2) ** 0.5
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.beside is not None:  # DeepSpeed has taken the policy's step; the schedule is one of factors
+            rate = self.options.critic_learning_rate or self.args.learning_rate
+            for group in self.beside.param_groups:
+                group["lr"] = rate * self._get_learning_rate() / self.args.learning_rate
+            self.beside.step()
+        return grad_norm
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        prepared = super()._prepare_for_training(*args)
+        if self.is_deepspeed_enabled and shards.is_sharded(self) and self.roles.reference is not None:
+            self.roles.reference = prepare_deepspeed(self.roles.reference, self.accelerator)
+        return prepared
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -391,9 +433,12 @@ class Ppo(Guarded, GRPOTrainer):
 
     @torch.no_grad()
     def ready_final(self) -> None:
-        if self.ema is not None:  # the averages become the weights
-            for name, average in self.ema.averages.items():
-                self.ema.parameters[name].copy_(average)
+        if self.ema is None:
+            return
+        if self.is_deepspeed_enabled:  # which holds the float32 weights elsewhere
+            shards.scatter_model(self.ema.parameters, self.ema.averages)
+        for name, average in self.ema.averages.items():  # the averages become the weights
+            self.ema.parameters[name].copy_(average)
 
     def check_step_zero(self) -> None:
         """Raise ModelError unless the ratio is exactly 1 and the KL exactly 0 on answers of the fresh policy."""
