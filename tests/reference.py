@@ -126,7 +126,12 @@ def render_formats() -> str:
     for form in FORMATS:
         # The same columns as lists of messages are no line of their own.
         needs = " ".join(dict.fromkeys(word for word in form.needs.split() if ":list|" not in word))
-        columns = re.sub(r":\w+", "", needs).replace("|", " or ").replace(" ", " + ").replace(" + or + ", " or ")
+        columns = (
+            re.sub(r"\b(\w+)\|\1\b", r"\1", re.sub(r":\w+", "", needs))
+            .replace("|", " or ")
+            .replace(" ", " + ")
+            .replace(" + or + ", " or ")
+        )
         lines.append(f"| {form.name} | {columns} | {form.kind} |")
     groups = [f"{group}: {', '.join(f'`{name}`' for name in names)}" for group, names in GROUPS.items()]
     return "\n".join([*dict.fromkeys(lines), "", ". ".join(groups) + "."])

@@ -1,7 +1,7 @@
 """How a record becomes a Row: one function a way to write answers, which raises BadRow with the first thing wrong."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -278,35 +278,29 @@ def adapt_rejected_response(reading: Reading) -> Row:
     return _pair(reading, prompt, chosen, reading.need(name), ("messages", name))
 
 
-def adapt_choice(first: str, second: str, choice: str, how: str) -> Callable[[Reading], Row]:
-    """Make an adapter of two answers and a column that says which is better; without one it is the first."""
+def adapt_choice(reading: Reading, answers: list[str], choice: str = "", how: str = "") -> Row:
+    """Read two answers and a column that says which is better; without one it is the first.
 
-    def adapt(reading: Reading) -> Row:
-        names = (first, second)
-        if choice and _read_better(reading.need(choice), choice, how):
-            names = (second, first)
-        if first.startswith("conversation"):
-            return adapt_implicit_chat(reading, *names)
-        return _pair(reading, read_prompt(reading), reading.need(names[0]), reading.need(names[1]), names)
-
-    return adapt
-
-
-def _read_better(value: Any, field: str, how: str) -> bool:
-    """Whether the second answer is better: by "number", 1 if the "first" is, "strength" around 0, or "name"."""
+    It says so by "number", 1 if the "first" is, "strength" around 0, or "name".
+    """
+    is_second, equal = False, "no answer is better than the other"
     if how == "name":
-        name = check_text(value, field).strip().lower().removeprefix("model_").removeprefix("response_")
-        if name in ("a", "b", "1", "2"):
-            return name in ("b", "2")
-        raise BadRow(f"{field}: is {value!r}; no answer is better than the other", equal_answers=True)
-    number = check_number(value, field)
-    if how == "strength":
-        if number == 0:
-            raise BadRow(f"{field}: is 0; no answer is better than the other", equal_answers=True)
-        return number > 0
-    if number not in (0.0, 1.0):
-        raise BadRow(f"{field}: is {value}; it must be 0 or 1, the number of the better answer")
-    return (number == 1) is (how == "number")
+        name = check_text(reading.need(choice), choice).strip().lower()
+        name = name.removeprefix("model_").removeprefix("response_")
+        if name not in ("a", "b", "1", "2"):
+            raise BadRow(f"{choice}: is {reading.record[choice]!r}; {equal}", equal_answers=True)
+        is_second = name in ("b", "2")
+    elif how:
+        number = check_number(reading.need(choice), choice)
+        if how == "strength" and number == 0:
+            raise BadRow(f"{choice}: is 0; {equal}", equal_answers=True)
+        if how != "strength" and number not in (0.0, 1.0):
+            raise BadRow(f"{choice}: is {reading.record[choice]}; it must be 0 or 1, the number of the better answer")
+        is_second = number > 0 if how == "strength" else (number == 1) is (how == "number")
+    better, worse = reversed(answers) if is_second else answers
+    if better.startswith("conversation"):
+        return adapt_implicit_chat(reading, better, worse)
+    return _pair(reading, read_prompt(reading), reading.need(better), reading.need(worse), (better, worse))
 
 
 _ITEM_TEXTS = ("response", "answer", "completion", "text", "content", "output")
@@ -375,22 +369,17 @@ def _ranked(reading: Reading, prompt: Text, answers: list[Text], scores: list[fl
 
 # Rows with labels, of an sft stage whose objective is named so. The columns, by what data sets call them.
 TEXTS, CHOICES = _COLUMNS["texts"], _COLUMNS["choices"]
-PAIRS: list[tuple[str, str]] = [(first, second) for first, second in KNOWN["pairs"]]
+
 _STORIES = ("article", "passage", "context", "ctx", "premise", "prompt")
 _QUESTIONS = ("question", "query")
 _LABELLED = ("label", "gold_label", "class", "category", "target")
 _RIGHT = ("answer", "label", "answerKey", "answer_key", "gold")
 
 
-def adapt_compared(reading: Reading) -> Row:
-    """Read two sentences and how they compare."""
-    return adapt_classified(reading, PAIRS[1])
-
-
-def adapt_classified(reading: Reading, *others: tuple[str, ...]) -> Row:
-    """Read a text, or a pair such as premise and hypothesis, with the name of its label."""
-    others = others or tuple(zip(TEXTS, strict=True))
-    names = next((names for names in (*PAIRS, *others) if set(names) <= reading.record.keys()), others[0])
+def adapt_classified(reading: Reading, usual: Sequence[str] = ("text",)) -> Row:
+    """Read a text, or a pair such as premise and hypothesis, with its label; a pair alone where that is usual."""
+    ways = [*KNOWN["pairs"], *([name] for name in TEXTS if len(usual) == 1)]
+    names = next((names for names in ways if set(names) <= reading.record.keys()), usual)
     texts = tuple(check_text(reading.need(name), name) for name in names)
     name = next((name for name in _LABELLED if name in reading.record), "label")
     value = reading.need(name)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from alignkit.data import adapters
@@ -55,16 +56,13 @@ GROUPS = {
 # A record is in the first one that fits. Of a `format:` only its own are tried; the last of them where none fits. Those
 # with labels are for the sft objectives of their names alone.
 FORMATS = tuple(
-    Format(
-        row["name"], row["kind"], row["needs"],
-        adapters.adapt_choice(*row["choice"]) if "choice" in row else getattr(adapters, f"adapt_{row['adapt']}"),
-        row.get("chat", False), row.get("loose", False),
-    )
+    Format(row["name"], row["kind"], row["needs"],
+           partial(getattr(adapters, f"adapt_{row['adapt']}"), **row.get("with", {})),
+           row.get("chat", False), row.get("loose", False))
     for row in KNOWN["formats"]
 )  # fmt: skip
-_IMPLICIT, _HH = (  # the second in place of the first, by the text
-    next(form for form in FORMATS if form.adapt is adapt) for adapt in (adapters.adapt_implicit, adapters.adapt_hh)
-)
+_HH = next(form for form in FORMATS if form.name == "hh")
+_IMPLICIT = next(form for form in FORMATS if form.needs == _HH.needs)  # by its text a row is in the other one
 # Not read, these are refused: they say what is asked or thought, what is learnt, or what an answer is worth.
 _TELLING = {*ASKED, *REASONING_KEYS, "history", "label", "weight", "loss_mask"}
 # The beginning of a message, or of a list of them, as JSON or as Python shows it.

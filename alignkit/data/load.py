@@ -43,12 +43,12 @@ def read_rows(
 
     Raises DataError at once for sources that cannot be read, after the last row for rows that do not fit.
     """
-    problems = Problems(at_once=not report.remembers)
+    skipped = rejects if stage.options.on_bad_row == "skip" else None
+    problems = Problems(skipped, at_once=not report.remembers)
     seen = set[bytes]() if stage.options.dedupe else None
     method = method or stage.task or stage.method
-    skipped = rejects if stage.options.on_bad_row == "skip" else None
     kinds: Counter[str] = Counter()  # of this call; the report may hold the rows of another one too
-    chosen = [_Source(located, stage, method, problems, skipped, template) for located in locate(sources)]
+    chosen = [_Source(located, stage, method, problems, template) for located in locate(sources)]
     for source in chosen:
         report.sources.append(source.counts)
         for row, digest, form in source.iter_good(seen):
@@ -105,23 +105,18 @@ def read_published(
     path: Path, parse: Callable[[Record], _Read], what: str, *, skip: bool, rejects: Rejects
 ) -> Iterator[tuple[str, _Read]]:
     """Yield (place, parsed row) of a published file; rows that are no `what` go to `rejects`, or are raised."""
-    problems, num_read = Problems(), 0
+    problems, num_read = Problems(rejects if skip else None), 0
     for num_read, (place, record) in enumerate(read_file(path), 1):  # noqa: B007
         try:
             if isinstance(record, BadRow):
                 raise record
             parsed = parse(record)
         except BadRow as bad:
-            reason = bad.reason
+            problems.add_row(place, bad.reason)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            reason = f"is no {what} ({type(error).__name__}: {error})"
+            problems.add_row(place, f"is no {what} ({type(error).__name__}: {error})")
         else:
             yield place, parsed
-            continue
-        if skip:
-            rejects.add(place, reason)
-        else:
-            problems.add_row(place, reason)
     problems.raise_any(num_read)
 
 
@@ -215,13 +210,10 @@ def _dump_columns(record: Record) -> str:
 class _Source:
     """One source: its good rows sorted from bad ones, and what is wrong with it as a whole."""
 
-    def __init__(
-        self, located: Located, stage: Stage, method: str, problems: Problems, rejects: Rejects | None,
-        template: bool | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, located: Located, stage: Stage, method: str, problems: Problems, template: bool | None) -> None:
         self.source = located.source
         self.counts = SourceReport(located.source.path)
-        self._method, self._problems, self._rejects = method, problems, rejects
+        self._method, self._problems = method, problems
         self._separator = "" if stage.objective == "seq2seq" else located.source.separator  # each half is a text
         key, wanted = ("chat", stage.options.chat) if self.source.chat == "auto" else ("data.chat", self.source.chat)
         if wanted is True and template is False:
@@ -229,11 +221,8 @@ class _Source:
                 "chat: true needs a chat template, and the model has none: set model.chat_template, or chat: false",
                 where=stage.where(f"{stage.name}.{key}"),
             )
-        self._form: str | None = "chat" if template and wanted is not False else "text"
-        if stage.objective == "lm" and wanted == "auto":
-            self._form = "raw"
-        if template is None:
-            self._form = None
+        shape = "raw" if stage.objective == "lm" and wanted == "auto" else "chat" if template and wanted else "text"
+        self._form = None if template is None else shape
         self._num_rows = Counter[Format]()
         self._columns: dict[Format, list[str]] = {}  # of the first row of each format
         self._places = defaultdict[Format, list[str]](list)  # of the first two
@@ -246,9 +235,9 @@ class _Source:
 
     def iter_good(self, seen: set[bytes] | None) -> Iterator[tuple[Row, bytes, Format]]:
         """Yield the first max_rows good rows that are not in `seen`, adding them to it."""
-        counts, accepted, problems, rejects = self.counts, METHOD_KINDS[self._method], self._problems, self._rejects
-        taken, only = 0, None
-        if rejects is not None:  # then the commonest format is kept, the first one on a tie
+        counts, accepted, problems = self.counts, METHOD_KINDS[self._method], self._problems
+        skips, taken, only = problems.skipped is not None, 0, None
+        if skips:  # then the commonest format is kept, the first one on a tie
             forms = (parsed.form for parsed in islice(self._parsed(), self.source.max_rows))
             usable = Counter(form for form in forms if form is not None and form.kind in accepted)
             only = usable.most_common(1)[0][0] if usable else None
@@ -262,14 +251,12 @@ class _Source:
                     self._places[form].append(parsed.place)
                 if problems.at_once and self._num_rows[form] == 1 < len(self._num_rows):
                     what = f"is a row of {form}; those before it are not: give each its own source"
-                    problems.add_row(parsed.place, what)
+                    raise DataError(what, where=parsed.place)
                 if form.kind not in accepted or (only is not None and form is not only):
-                    counts.rejected += 1  # without on_bad_row: skip, `finish` reports them together
-                    if rejects is not None:
+                    counts.rejected += 1
+                    if skips or problems.at_once:  # else `finish` reports them together
                         why = f"most usable rows of the source are {only}" if only else f"{self._method} cannot take it"
-                        rejects.add(parsed.place, f"is a row of {form}; {why}")
-                    elif problems.at_once:
-                        problems.add_row(parsed.place, f"is a row of {form}; {self._method} cannot take it")
+                        problems.add_row(parsed.place, f"is a row of {form}; {why}")
                     continue
             for name in parsed.unread:
                 counts.ignored_columns[name] += 1
@@ -280,7 +267,7 @@ class _Source:
             if parsed.row is None or form is None:
                 counts.rejected += 1
                 counts.equal_answers += parsed.equal_answers
-                (problems.add_row if rejects is None else rejects.add)(parsed.place, parsed.reason)
+                problems.add_row(parsed.place, parsed.reason)
             elif seen is not None and parsed.digest[:8] in seen:
                 counts.duplicates_dropped += 1
             else:
@@ -314,21 +301,20 @@ class _Source:
             for form, rows in self._num_rows.items()
         )
         accepted = METHOD_KINDS[self._method]
-        if len(self._num_rows) == 1:
-            ((form, columns),) = self._columns.items()
-            if form.kind not in accepted:
-                what = f"{kinds}; {self._method} takes {', '.join(accepted)}"
-                pair = ("prompt", "chosen", "rejected")
-                ours = {"sft": ("prompt", "completion"), "rm": pair, "dpo": pair}.get(self._method, ())
-                wanted = ", ".join(f"{name}: COLUMN" for name in ours if name not in columns)
-                if self._method == "sft" and {"label", "kto_tag"} & set(columns):
-                    what += "; columns: {label: null} leaves the labels out"
-                elif wanted:
-                    what += f"; the rows have {', '.join(columns)}: data.columns: {{{wanted}}} names others"
-                self._problems.files.append(Problem(what, self.source.path))
-        elif len(self._num_rows) > 1 and self._rejects is None:
-            advice = "give each kind its own source, or set on_bad_row: skip to keep the commonest"
-            self._problems.files.append(Problem(f"mixes kinds of rows: {kinds}; {advice}", self.source.path))
+        what, (form, columns) = "", next(iter(self._columns.items()), (None, []))
+        if len(self._columns) > 1 and self._problems.skipped is None:
+            what = f"mixes kinds of rows: {kinds}; give each kind its own source, or set on_bad_row: skip to keep the "
+            what += "commonest"
+        elif len(self._columns) == 1 and form is not None and form.kind not in accepted:
+            what = f"{kinds}; {self._method} takes {', '.join(accepted)}"
+            pair = ("prompt", "chosen", "rejected")
+            ours = {"sft": ("prompt", "completion"), "rm": pair, "dpo": pair}.get(self._method, ())
+            wanted = ", ".join(f"{name}: COLUMN" for name in ours if name not in columns)
+            if self._method == "sft" and {"label", "kto_tag"} & set(columns):
+                what += "; columns: {label: null} leaves the labels out"
+            elif wanted:
+                what += f"; the rows have {', '.join(columns)}: data.columns: {{{wanted}}} names others"
+        self._problems.files += [Problem(what, self.source.path)] if what else []
 
 
 # Rows that belong together: trees of messages (OpenAssistant's), rated answers to one prompt (HelpSteer2's). Every path

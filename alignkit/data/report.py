@@ -189,30 +189,31 @@ class Rejects:
 
 
 class Problems:
-    """Counts what is wrong and keeps the first few; `raise_any` says it all at once."""
+    """Counts what is wrong and keeps the first few; `raise_any` says it all at once.
 
-    def __init__(self, *, at_once: bool = False) -> None:
-        self.at_once = at_once
+    Bad rows go to `skipped` where it is given; else the first one is raised `at_once`, or they are kept.
+    """
+
+    def __init__(self, skipped: Rejects | None = None, *, at_once: bool = False) -> None:
+        self.skipped, self.at_once = skipped, at_once
         self.files: list[Problem] = []  # about a file as a whole
         self.rows: list[Problem] = []
         self.num_rows = 0
 
     def add_row(self, place: str, reason: str) -> None:
-        """Count a row; only the first five are kept. With `at_once` the first one is raised."""
-        if self.at_once:
-            raise DataError(reason, where=place)
-        self.num_rows += 1
-        if len(self.rows) < SHOWN_PROBLEMS:
-            self.rows.append(Problem(reason, place))
+        if self.skipped is not None:
+            self.skipped.add(place, reason)
+        elif self.at_once:
+            raise DataError(reason, where=place) from None
+        else:
+            self.num_rows += 1
+            self.rows += [Problem(reason, place)] if self.num_rows <= SHOWN_PROBLEMS else []
 
     def raise_any(self, num_read: int, remedies: Iterable[str] = ()) -> None:
         """Raise a DataError when there is a problem, with remedies; `num_read` is the number of all rows read."""
         if not self.files and not self.num_rows:
             return
-        advice = "on_bad_row: skip leaves such rows out and writes rejects.jsonl"
-        summary = []
-        if more := self.num_rows - len(self.rows):
-            summary = [Problem(f"and {more} more of {num_read} rows ({advice})")]
-        elif self.num_rows:
-            summary = [Problem(f"{self.num_rows} of {num_read} rows cannot be used ({advice})")]
-        raise DataError([*self.files, *self.rows, *summary, *map(Problem, remedies)])
+        more = self.num_rows - len(self.rows)
+        what = f"and {more} more of {num_read} rows" if more else f"{self.num_rows} of {num_read} rows cannot be used"
+        advice = Problem(f"{what} (on_bad_row: skip leaves such rows out and writes rejects.jsonl)")
+        raise DataError([*self.files, *self.rows, *[advice] * bool(self.num_rows), *map(Problem, remedies)])

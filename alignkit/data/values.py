@@ -74,11 +74,9 @@ def is_empty(value: object) -> bool:
 
 def suggest_column(field: str, columns: Iterable[Any]) -> str:
     """A "did you mean" that shows how `columns:` would rename the nearest column, or ""."""
-    near = get_close_matches(field.lower(), {str(column).lower(): 0 for column in columns}, n=1, cutoff=0.7)
-    for column in columns:
-        if near and str(column).lower() == near[0]:
-            return f" (did you mean columns: {{{field}: {column}}}?)"
-    return ""
+    names = {str(column).lower(): column for column in columns}
+    near = get_close_matches(field.lower(), names, n=1, cutoff=0.7)
+    return f" (did you mean columns: {{{field}: {names[near[0]]}}}?)" if near else ""
 
 
 def check_text(value: object, field: str) -> str:
@@ -133,28 +131,22 @@ def check_json(value: Any, field: str, kind: type) -> Any:
     return value
 
 
-def check_tools(value: Any, field: str) -> list[dict[str, Any]]:
-    """Read the tools that the template is given, in OpenAI's shape; a bare function is put into one."""
-    tools = check_json(value, field, list)
-    for index, tool in enumerate(tools):
+def check_tools(value: Any, field: str, *, calls: bool = False) -> list[dict[str, Any]]:
+    """Read tools that the template is given, or calls of them, in OpenAI's shape; a bare function is put into one."""
+    tools = []
+    for index, tool in enumerate(check_json(value, field, list)):
         function = tool.get("function", tool) if type(tool) is dict else None
         if type(function) is not dict or type(function.get("name")) is not str:
-            raise BadRow(f"{field}[{index}]: must be a function's description with a name and parameters")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-
-
-def _read_calls(value: Any, field: str) -> list[dict[str, Any]]:
-    """Read calls of tools in the shape that templates expect, the arguments as an object."""
-    calls = []
-    for index, call in enumerate(check_json(value, field, list)):
-        function = call.get("function", call) if type(call) is dict else None
-        if type(function) is not dict or type(function.get("name")) is not str:
-            raise BadRow(f"{field}[{index}]: must be an object with function: {{name, arguments}}")
-        arguments = function.get("arguments")
-        arguments = {} if is_empty(arguments) else check_json(arguments, f"{field}[{index}].arguments", dict)
-        known = {"id": call["id"]} if call.get("id") is not None else {}
-        calls.append({"type": "function", **known, "function": {"name": function["name"], "arguments": arguments}})
-    return calls
+            what = "an object with function: {name, arguments}" if calls else (
+                "a function's description with a name and parameters")  # fmt: skip
+            raise BadRow(f"{field}[{index}]: must be {what}")
+        if calls:
+            arguments = function.get("arguments")
+            arguments = {} if is_empty(arguments) else check_json(arguments, f"{field}[{index}].arguments", dict)
+            known = {"id": tool["id"]} if tool.get("id") is not None else {}
+            tool = {"type": "function", **known, "function": {"name": function["name"], "arguments": arguments}}
+        tools.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return tools
 
 
 def check_messages(value: object, field: str, reading: Reading) -> list[Message]:
@@ -198,7 +190,16 @@ def _read_message(message: dict[str, Any], field: str, reading: Reading) -> Mess
     content, reasoning = _read_content(message, field, role)
     read = Message(role="assistant" if role == _CALL else role, content=content)
     if role in ("assistant", _CALL):
-        if not _read_trained(message, field):
+        said: dict[str, bool] = {}
+        for key, means in _TRAINED_KEYS.items():
+            if message.get(key) is not None:
+                number = check_number(message[key], f"{field}.{key}")
+                if number not in (0.0, 1.0):
+                    raise BadRow(f"{field}.{key}: is {message[key]!r}; a turn is learnt or not: 1 or 0, true or false")
+                said[key] = bool(number) is means
+        if len(set(said.values())) > 1:
+            raise BadRow(f"{field}: {' and '.join(said)} contradict each other")
+        if not all(said.values()):
             read["trained"] = False
         if reasoning:
             read["reasoning_content"] = reasoning
@@ -209,7 +210,7 @@ def _read_message(message: dict[str, Any], field: str, reading: Reading) -> Mess
             given = message[key] if key == "tool_calls" else [message[key]]
             if role != "assistant":
                 raise BadRow(f"{field}.{key}: calls of tools are the assistant's, and the turn is {role}")
-            read["tool_calls"] = _read_calls(given, f"{field}.{key}")
+            read["tool_calls"] = check_tools(given, f"{field}.{key}", calls=True)
     if role == _CALL and content.lstrip()[:1] in ("{", "["):
         # JSON becomes a call; what names no function stays what the assistant wrote.
         try:
@@ -218,7 +219,7 @@ def _read_message(message: dict[str, Any], field: str, reading: Reading) -> Mess
             calls = None
         calls = calls if type(calls) is list else [calls]
         if calls and all(type(call) is dict and "name" in call.get("function", call) for call in calls):
-            read["tool_calls"], read["content"] = _read_calls(calls, field), ""
+            read["tool_calls"], read["content"] = check_tools(calls, field, calls=True), ""
     if role == "tool":
         for key in ("name", "tool_call_id"):
             if message.get(key) is not None:
@@ -227,13 +228,12 @@ def _read_message(message: dict[str, Any], field: str, reading: Reading) -> Mess
         if role != "system":
             raise BadRow(f"{field}.tools: belong to the row or to its system message")
         read["template_kwargs"] = {"tools": check_tools(message["tools"], f"{field}.tools")}
-    for key in message.keys() - _KEYS:
-        if not is_empty(message[key]) and message[key] is not False:
-            if key in _UNUSABLE_KEYS:
-                raise BadRow(f"{field}.{key}: {_UNUSABLE_KEYS[key]}")
-            reading.unread[f"{field[: field.rindex('[')]}[].{key}"] = None
+    unread = [key for key in message.keys() - _KEYS if not is_empty(message[key]) and message[key] is not False]
+    if unusable := [key for key in unread if key in _UNUSABLE_KEYS]:
+        raise BadRow(f"{field}.{unusable[0]}: {_UNUSABLE_KEYS[unusable[0]]}")
     if message.get("name") is not None and message.get("role") != "tool":
-        reading.unread[f"{field[: field.rindex('[')]}[].name"] = None
+        unread.append("name")
+    reading.unread.update((f"{field[: field.rindex('[')]}[].{key}", None) for key in unread)
     if not read["content"].strip() and read.get("tool_calls"):
         read["content"] = ""
     elif not read["content"].strip() and role != "tool":
@@ -253,10 +253,9 @@ def _key_of(message: dict[str, Any], keys: tuple[str, ...]) -> str:
 def _read_role(message: dict[str, Any], field: str, reading: Reading) -> str:
     key = _key_of(message, _ROLE_KEYS)
     role = message.get(key)
-    if role is None:
-        raise BadRow(f"{field}.{key}: is {'null' if key in message else 'missing'}")
     if type(role) is not str:
-        raise BadRow(f"{field}.{key}: is {type_name(role)}; it must be text")
+        found = f"{type_name(role)}; it must be text" if role is not None else "null" if key in message else "missing"
+        raise BadRow(f"{field}.{key}: is {found}")
     name = reading.roles.get(role) or ROLE_NAMES.get(role.strip().lower())
     if name is None:
         near = get_close_matches(role.lower(), ROLE_NAMES, n=1, cutoff=0.6)
@@ -292,29 +291,13 @@ def _read_content(message: dict[str, Any], field: str, role: str) -> tuple[str, 
         content, reasoning = "\n".join(parts[False]), reasoning or "\n".join(parts[True])
     elif type(content) is dict and role == "tool":
         content = json.dumps(check_json(content, where, dict), ensure_ascii=False)
-    silent = role == "assistant" and not (
-        is_empty(message.get("tool_calls")) and is_empty(message.get("function_call"))
-    )
-    if content is None and (silent or role == "system"):
+    calls = [message.get("tool_calls"), message.get("function_call")] if role == "assistant" else []
+    if content is None and (role == "system" or not all(map(is_empty, calls))):
         content = ""
-    if content is None:
-        raise BadRow(f"{where}: is {'null' if key in message else 'missing'}")
     if type(content) is not str:
-        raise BadRow(f"{where}: is {type_name(content)}; it must be text")
+        missing = "null" if key in message else "missing"
+        raise BadRow(f"{where}: is {missing if content is None else f'{type_name(content)}; it must be text'}")
     return content, reasoning
-
-
-def _read_trained(message: dict[str, Any], field: str) -> bool:
-    said: dict[str, bool] = {}
-    for key, means in _TRAINED_KEYS.items():
-        if message.get(key) is not None:
-            number = check_number(message[key], f"{field}.{key}")
-            if number not in (0.0, 1.0):
-                raise BadRow(f"{field}.{key}: is {message[key]!r}; a turn is learnt or not: 1 or 0, true or false")
-            said[key] = bool(number) is means
-    if len(set(said.values())) > 1:
-        raise BadRow(f"{field}: {' and '.join(said)} contradict each other")
-    return all(said.values())
 
 
 def check_conversation(value: object, field: str, reading: Reading) -> list[Message]:

@@ -205,7 +205,10 @@ def _write_texts(
     Written by whoever wrote the text, such tokens would end a turn or open another one in the model's own language.
     They are refused, left out, defused or kept, as `special_tokens_in_text` says."""
     choice, tokens = stage.training.special_tokens_in_text, chat.control_tokens
-    problems, num_read, found, template_checked = Problems(), 0, Counter[str](), False
+    skipped = rejects if stage.options.on_bad_row == "skip" else None
+    # Of a stream the last row, after which the others are told of, may never come.
+    problems, num_read = Problems(skipped, at_once=streams(stage)), 0
+    found, template_checked = Counter[str](), False
     key = f"{stage.name}.special_tokens_in_text"
     rendered, unwanted = "is rendered already", "control tokens of the tokenizer in the text"
     remedies = {
@@ -228,10 +231,5 @@ def _write_texts(
                 raise ConversationError(f"{what}: {', '.join(inside)}")
             yield row, write_row(stage, chat, row)
         except ConversationError as error:
-            if stage.options.on_bad_row == "skip":
-                rejects.add(row.place, str(error))
-            elif streams(stage):  # the last row, after which the others are told of, may never come
-                raise DataError(str(error), where=row.place) from None
-            else:
-                problems.add_row(row.place, str(error))
+            problems.add_row(row.place, str(error))
     problems.raise_any(num_read, [f"{found[what]} {remedy}" for what, remedy in remedies.items() if found[what]])
