@@ -125,13 +125,8 @@ def render_formats() -> str:
     lines = ["| `format` | columns that a row needs | kind of row |", "|---|---|---|"]
     for form in FORMATS:
         # The same columns as lists of messages are no line of their own.
-        needs = " ".join(dict.fromkeys(word for word in form.needs.split() if ":list|" not in word))
-        columns = (
-            re.sub(r"\b(\w+)\|\1\b", r"\1", re.sub(r":\w+", "", needs))
-            .replace("|", " or ")
-            .replace(" ", " + ")
-            .replace(" + or + ", " or ")
-        )
+        needs = dict.fromkeys(word for word in form.needs.split() if ":list|" not in word)
+        columns = " + ".join(" or ".join(dict.fromkeys(re.sub(r":\w+", "", word).split("|"))) for word in needs)
         lines.append(f"| {form.name} | {columns} | {form.kind} |")
     groups = [f"{group}: {', '.join(f'`{name}`' for name in names)}" for group, names in GROUPS.items()]
     return "\n".join([*dict.fromkeys(lines), "", ". ".join(groups) + "."])
