@@ -8,7 +8,7 @@ page reads `data-series` to show the values under the pointer.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -236,10 +236,6 @@ class Estimate:
     low: float
     high: float
 
-    @property
-    def half(self) -> float:
-        return (self.high - self.low) / 2
-
 
 @dataclass(frozen=True)
 class Optimum:
@@ -267,10 +263,7 @@ class Policy:
     reward: Estimate
     optimum: Estimate
     gap: Estimate
-
-    @property
-    def is_above(self) -> bool:
-        return self.gap.high < 0
+    above: bool
 
 
 @dataclass
@@ -289,14 +282,12 @@ class Frontier:
     def __post_init__(self) -> None:
         self.reach = max(optimum.kl for optimum in self.optima)  # the largest KL at which it was estimated itself
 
-    def touching(self, kl: float) -> Optimum:
-        """Find the optimum whose line value + beta KL is lowest at this KL; each line is above every policy."""
-        return min(self.optima, key=lambda optimum: optimum.value.value + optimum.beta * kl)
-
-    def bound(self, kl: float) -> Estimate:
-        """Find the most reward at this KL: between two betas a little above the optimum, beyond the last its line."""
-        best = self.touching(kl)
-        return Estimate(*(end + best.beta * kl for end in (best.value.value, best.value.low, best.value.high)))
+    def bound(self, kl: float) -> tuple[Estimate, float]:
+        """Find the most reward at this KL and the slope there: the lowest of the lines value + beta KL, each of which
+        is above every policy; between two betas it is a little above the optimum."""
+        best = min(self.optima, key=lambda optimum: optimum.value.value + optimum.beta * kl)
+        ends = (end + best.beta * kl for end in (best.value.value, best.value.low, best.value.high))
+        return Estimate(*ends), best.beta
 
     @property
     def right(self) -> float:
@@ -309,33 +300,34 @@ class Frontier:
         return list(dict.fromkeys(point.series for point in self.points))
 
     def place(self, run: str, series: str, label: str, kl: Estimate, reward: Estimate) -> None:
-        bound = self.bound(kl.value)
-        gap, slope = bound.value - reward.value, self.touching(kl.value).beta
-        half = math.hypot(reward.half, bound.half, slope * kl.half)
-        self.points.append(Policy(run, series, label, kl, reward, bound, Estimate(gap, gap - half, gap + half)))
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"points": [asdict(point) | {"above": point.is_above} for point in self.points]}
+        bound, slope = self.bound(kl.value)
+        gap = bound.value - reward.value
+        widths = reward.high - reward.low, bound.high - bound.low, slope * (kl.high - kl.low)
+        half = math.hypot(*widths) / 2
+        ends = Estimate(gap, gap - half, gap + half)
+        self.points.append(Policy(run, series, label, kl, reward, bound, ends, above=ends.high < 0))
 
 
 def read_frontiers(runs: Sequence[Facts]) -> list[Frontier]:
     """Read a frontier for each optimum that the evaluations of these runs hold; mostly there is none or one."""
-    found = [_read_frontier(run, start, runs) for run in runs for start in run.evaluation.get("results", [])
-             if start.get("metric") == "reference_reward"]  # fmt: skip
-    return [frontier for frontier in found if frontier is not None]
+    found = []
+    for run in runs:
+        for start in run.evaluation.get("results", []):
+            if start.get("metric") == "reference_reward" and (begin := _estimate(start)) is not None:
+                optima = [Optimum(each["beta"], each["kl"], each["reward"], value, each["effective"])
+                          for each in start.get("details") or [] if (value := _estimate(each)) is not None]  # fmt: skip
+                optima.sort(key=lambda optimum: -optimum.beta)
+                settings = {**start["settings"], "prompts": start.get("n")}
+                name, data = str(settings.get("reward")), str(start["data"])
+                if optima:
+                    found.append(Frontier(run.name, name, data, settings, begin, optima))
+                    _place_policies(found[-1], run, start, runs)
+    return found
 
 
-def _read_frontier(reference: Facts, start: dict[str, Any], runs: Sequence[Facts]) -> Frontier | None:
-    begin, settings, optima = _estimate(start), start["settings"], []
-    for each in start.get("details") or []:
-        value, (beta, kl, reward, effective) = _estimate(each), map(each.get, ("beta", "kl", "reward", "effective"))
-        if value is not None and all(isinstance(number, int | float) for number in (beta, kl, reward, effective)):
-            optima.append(Optimum(beta, kl, reward, value, effective))
-    if begin is None or not optima:
-        return None
-    optima.sort(key=lambda optimum: -optimum.beta)
-    name, settings = str(settings.get("reward")), {**settings, "prompts": start.get("n")}
-    frontier = Frontier(reference.name, name, str(start["data"]), settings, begin, optima)
+def _place_policies(frontier: Frontier, reference: Facts, start: dict[str, Any], runs: Sequence[Facts]) -> None:
+    """Place the runs that were measured as the optimum was, and best-of-N of the reference."""
+    name = frontier.reward_name
     metric = name if name == "true_reward" else f"reward/{name}"
     for run in runs:
         # Its KL is to this reference, as its evaluation says; else it started from it.
@@ -363,7 +355,6 @@ def _read_frontier(reference: Facts, start: dict[str, Any], runs: Sequence[Facts
         if each.get("metric") == "best_of_n" and reward is not None and kl is not None:
             frontier.place("", "best of N", str(each["slice"]).removeprefix("N="), kl, reward)
     frontier.points.sort(key=lambda point: (point.series, point.kl.value))
-    return frontier
 
 
 def _alike(run: Facts, start: Mapping[str, Any], keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -404,7 +395,7 @@ def _estimate(result: Mapping[str, Any]) -> Estimate | None:
 
 def judge_frontier(frontier: Frontier) -> str:
     """Say in a sentence or two whether anything lies above the optimum, and how near the policies come to it."""
-    above = [point.run or f"{point.series} {point.label}" for point in frontier.points if point.is_above]
+    above = [point.run or f"{point.series} {point.label}" for point in frontier.points if point.above]
     policies = [point for point in frontier.points if point.run]
     if above:
         said = f"{', '.join(above)} {'lies' if len(above) == 1 else 'lie'} above the optimum beyond the interval: "
@@ -423,7 +414,7 @@ def draw_frontier(frontier: Frontier) -> Markup:
     """Draw the optimum with its band and points with bars over the root of the KL, where it is nearly straight."""
     low, high = math.sqrt(min(frontier.right, *(optimum.kl for optimum in frontier.optima))), math.sqrt(frontier.right)
     roots = [low + (high - low) * step / 160 for step in range(161)]
-    curve = [(0.0, frontier.start), *((root, frontier.bound(root * root)) for root in roots)]
+    curve = [(0.0, frontier.start), *((root, frontier.bound(root * root)[0]) for root in roots)]
     lines = [Line("optimum", [Point(x, at.value, at.low, at.high) for x, at in curve], style="curve")]
     places: dict[str, list[Point]] = {}
     for point in frontier.points:

@@ -94,26 +94,26 @@ def _make_row(result: Mapping[str, Any], left: float, right: float) -> dict[str,
     def show(number: float | None) -> str:
         return share(number) if unit == "share" else figure(number, 3)
 
-    if low == high:  # it says nothing
-        low = high = None
+    def show_ends(low: float | None, high: float | None) -> str:
+        """Show an interval; one of no width says nothing."""
+        return "" if low is None or high is None or low == high else f"{show(low)} to {show(high)}"
+
     change, moved = result.get("change") or {}, ""
-    if (by := _number(change.get("value"))) is not None:
-        moved = f"{'+' if by > 0 else ''}{show(by)}"
-        ends = [_number(change.get(key)) for key in ("low", "high")]
-        if None not in ends and ends[0] != ends[1]:
-            moved += f", {show(ends[0])} to {show(ends[1])}"
+    by, *ends = _ends(change)
+    if by is not None:
+        moved = ", ".join(filter(None, [f"{'+' if by > 0 else ''}{show(by)}", show_ends(*ends)]))
     bar: dict[str, float] = {}
     if value is not None and 0 < right - left < math.inf:
         mark = 0.5 if metric in _COIN_TOSS else 0.0
-        places = {"value": value, "low": low, "high": high, "mark": mark if left <= mark <= right else None}
+        places = {"value": value, "mark": mark if left <= mark <= right else None}
+        places |= {"low": low, "high": high} if low != high else {}
         bar = {name: round(100 * (at - left) / (right - left), 1) for name, at in places.items() if at is not None}
     return {
         "name": NAMES.get(metric, f"Reward by {metric[7:]}" if metric.startswith("reward/") else metric),
         "better": {"higher": "\u2191", "lower": "\u2193"}.get(str(result.get("better")), ""),
         "slice": str(result.get("slice") or ""), "value": show(value), "bar": bar,
         "exact": "" if value is None else repr(value),
-        "interval": "" if low is None or high is None else f"{show(low)} to {show(high)}",
-        "n": figure(n) if isinstance(n, int | float) else "", "change": moved,
+        "interval": show_ends(low, high), "change": moved, "n": figure(n) if isinstance(n, int | float) else "",
         "than": f"paired difference to {short_name(str(change.get('start', '')))}" if moved else "",
         "unit": {"share": "", "x 100": "\u00d7 100"}.get(unit, unit),
         "settings": ", ".join(f"{key}: {item}" for key, item in (result.get("settings") or {}).items()),

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -306,7 +307,7 @@ def _write_recipe(name: str, runs: Sequence[Facts], waiting: Sequence[str], out:
     _write(_render("recipe", title=name, tiles=tiles, runs=ordered, waiting=waiting, frontiers=found,
                    verdicts=list(map(judge, ordered))), out)  # fmt: skip
     if found:
-        write_json(out.with_name("frontier.json"), {"schema": 1, "frontiers": [each.to_dict() for each in found]})
+        write_json(out.with_name("frontier.json"), {"schema": 1, "frontiers": [asdict(each) for each in found]})
         picture = charts.draw_frontier_file(found[0], (_HERE / "report.css").read_text(encoding="utf-8"))
         write_text(out.with_name("frontier.svg"), picture)
     return out

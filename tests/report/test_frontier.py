@@ -92,8 +92,8 @@ def test_points_have_method_strength_and_the_optimum_at_their_kl(tmp_path: Path)
     (ppo_gt,) = (point for point in frontier.points if point.run == "ppo-1")
     assert ppo_gt.optimum.value == pytest.approx(0.2)
     assert ppo_gt.gap.value == pytest.approx(0.01)
-    assert ppo_gt.gap.half == pytest.approx(math.hypot(0.02, 0.01, 0.05 * 0.2))
-    assert not any(point.is_above for point in frontier.points)
+    assert (ppo_gt.gap.high - ppo_gt.gap.low) / 2 == pytest.approx(math.hypot(0.02, 0.01, 0.05 * 0.2))
+    assert not any(point.above for point in frontier.points)
     assert (frontier.start.value, frontier.reach) == (0.0, 0.5 / 0.05**2)
     assert judge_frontier(frontier).startswith("No point lies above the optimum beyond its interval.")
 
@@ -101,15 +101,15 @@ def test_points_have_method_strength_and_the_optimum_at_their_kl(tmp_path: Path)
 def test_the_bound_is_never_below_the_optimum_and_touches_it_at_each_beta(tmp_path: Path) -> None:
     frontier = read(write_all(tmp_path, {}))
     for at in frontier.optima:
-        assert frontier.bound(at.kl).value == pytest.approx(at.reward)
+        assert frontier.bound(at.kl)[0].value == pytest.approx(at.reward)
     for kl in (0.2, 0.7, 3.0, 20.0, 150.0):
-        assert 0.1 * math.sqrt(2 * kl) <= frontier.bound(kl).value + 1e-12
+        assert 0.1 * math.sqrt(2 * kl) <= frontier.bound(kl)[0].value + 1e-12
 
 
 @pytest.mark.parametrize(("reward", "above"), [(0.2, False), (0.215, False), (0.3, True)])
 def test_a_point_above_the_curve_is_said_only_beyond_its_interval(tmp_path: Path, reward: float, above: bool) -> None:
     frontier = read(write_all(tmp_path, {"dpo-1": ("dpo", dpo(0.1), policy(2.0, reward))}))
-    assert [point.is_above for point in frontier.points if point.run] == [above]
+    assert [point.above for point in frontier.points if point.run] == [above]
     assert ("dpo-1 lies above the optimum" in judge_frontier(frontier)) is above
 
 
