@@ -31,7 +31,6 @@ SETTINGS = "chat_template_kwargs"  # their key in tokenizer_config.json, so that
 TASK_TOKENS = ("<|start|>", "<|delimiter|>", "<|extract|>")  # of a classifier, see the heads module
 Text = str | list[Message]
 _THINK = re.compile(r"</?think\w*>")  # in a generation prompt, and in answers by right
-_TEMPLATES = Path(__file__).with_name("templates")
 _MAX_WORDS = 100_000  # about 20 MB of Python lists
 # A run of white space with a space in it is cut as a whole, and differently at its end.
 _RUN = re.compile(r"\s | \s")
@@ -439,15 +438,16 @@ def require_eos(tokenizer: PreTrainedTokenizerFast, source: str) -> None:
 
 def _read_template(name: str, tokenizer: PreTrainedTokenizerFast, *, where: str | None = None) -> str:
     """Read a shipped template or a file."""
-    if name not in KNOWN["control_tokens"]:
+    if name not in TEMPLATES:
         if not (file := Path(name).expanduser()).is_file():
             what = f"model.chat_template {name!r} is neither a file nor one of {', '.join(TEMPLATES)}"
             raise ModelError(what, where=where)
         return file.read_text(encoding="utf-8")
-    if missing := [token for token in KNOWN["control_tokens"][name] if token not in tokenizer.get_vocab()]:
+    text = TEMPLATES[name].read_text(encoding="utf-8")
+    needs = re.findall(r"<\|\w+\|>", text.partition("#}")[0])
+    if missing := [token for token in needs if token not in tokenizer.get_vocab()]:
         what = f"model.chat_template {name!r} writes {' and '.join(missing)}, which the tokenizer does not have as "
         raise ModelError(f"{what}tokens; use plain, or zephyr, which need no control tokens", where=where)
-    text = (_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     # A text that is tokenised by the tokenizer alone would start with a BOS; a chat then does too, once.
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]

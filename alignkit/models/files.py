@@ -27,7 +27,8 @@ BUILTIN_MODELS = ("builtin:tiny-gpt2", "builtin:tiny-llama", "builtin:rnnsearch"
 # Tables: spare tokens are those that published vocabularies keep for padding, best first; patterns_cut_at_spaces start
 # a new piece at a space between two visible characters (Llama 3, Qwen 2 and 3, GPT-4).
 KNOWN: dict[str, Any] = json.loads(Path(__file__).with_name("known.json").read_text("utf-8"))
-TEMPLATES = tuple(KNOWN["control_tokens"])  # chat templates that we ship
+# A chat template is a file of this directory; its first comment names the control tokens that it needs.
+TEMPLATES = {path.stem: path for path in sorted(Path(__file__).with_name("templates").glob("*.jinja"))}
 REWARD_NORM = "reward_norm.json"  # of an rm stage, beside its model: gain and bias
 RECORD = "alignkit.json"  # what we add to a model directory: lineage, dtype and quantization it was trained with
 

@@ -95,7 +95,7 @@ def test_bad_rows_and_an_untrained_start_are_named(refuse: Callable) -> None:
 
 def test_settings_that_cannot_be_are_refused_with_their_line(refuse: Callable, tmp_path: Path) -> None:
     assert refuse("sft", model="builtin:tiny-gpt2, chat_template: chatlm") == (
-        "error: r.yaml:1: model.chat_template: 'chatlm' is neither a file nor one of chatml, llama3, zephyr, plain; "
+        "error: r.yaml:1: model.chat_template: 'chatlm' is neither a file nor one of chatml, llama3, plain, zephyr; "
         "did you mean chatml?\n"
     )
     assert refuse("sft", "--allow-change", "sft.max_step") == (

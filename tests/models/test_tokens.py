@@ -38,7 +38,7 @@ def test_template_that_needs_tokens_the_vocabulary_lacks_is_refused(make_stage: 
 def test_template_of_a_file_or_of_a_name_nobody_knows(make_stage: MakeStage, tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("{{ messages }}")
     assert load_tokenizer(make_stage(chat_template=str(tmp_path / "mine.jinja"))).chat_template == "{{ messages }}"
-    with pytest.raises(ModelError, match="'alpaca' is neither a file nor one of chatml, llama3, zephyr, plain"):
+    with pytest.raises(ModelError, match="'alpaca' is neither a file nor one of chatml, llama3, plain, zephyr"):
         load_tokenizer(make_stage(chat_template="alpaca"))
 
 
