@@ -26,6 +26,7 @@ class Hub:
     blobs: dict[str, bytes] = field(default_factory=dict)  # by sha256
     files: dict[str, bytes] = field(default_factory=dict)  # of the last commit
     summary: str = ""
+    commits: list[tuple[str, set[str]]] = field(default_factory=list)  # summary and names, in order
     tokens: set[str] = field(default_factory=set)
     refuse: int = 0
 
@@ -94,6 +95,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                         hub.files[value["path"]] = base64.b64decode(value["content"])
                     elif item["key"] == "lfsFile":
                         hub.files[value["path"]] = hub.blobs[value["oid"]]
+                hub.commits.append((hub.summary, set(hub.files)))
                 self._answer(
                     {"commitUrl": f"{hub.url}/me/demo/commit/abc", "commitOid": "0" * 40, "pullRequestUrl": None}
                 )

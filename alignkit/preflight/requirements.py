@@ -260,6 +260,10 @@ def require_packages(stage: Stage) -> None:
             problems.append(f"{where}: {key} {name} needs {module}, not installed here; pip install {install}")
     if problems:
         raise errors.EnvironmentProblem("\n".join(problems))
+    if stage.method not in FEEDBACK and stage.training.push_to:
+        from alignkit.report.publish import require_hub
+
+        require_hub(stage.training.push_to, key=stage.where(f"{stage.name}.push_to"))
 
 
 def require_held_out(recipe: Recipe, names: Sequence[str]) -> list[str]:

@@ -323,6 +323,8 @@ class TrainOptions(StageOptions):
     patience: Count | None = option(None, "Stops after so many evaluations in a row without a better keep_best.")
     eval_share: Positive | None = option(0.2)
     evaluate_every: Count | None = option(None)
+    push_to: Text | None = option(None)
+    push_every: Count | None = option(None, "Pushes the model of the first checkpoint after so many steps, too.")
     samples: SampleOptions = option(SampleOptions, "Prompts answered before, during, after.")
 
 

@@ -13,10 +13,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -27,12 +30,13 @@ from jinja2 import TemplateError
 from markupsafe import Markup
 
 from alignkit import __version__, console
-from alignkit.errors import DiskError, EnvironmentProblem, Problem, RunError, UsageError, first_line
+from alignkit.errors import AlignKitError, DiskError, EnvironmentProblem, Problem, RunError, UsageError, first_line
 from alignkit.report import charts, evaluation, facts
 from alignkit.report.evaluation import tabulate
 from alignkit.report.facts import METHODS, Facts, find_runs, gather_warnings, order_runs
 from alignkit.report.text import duration, open_templates, short_count
 from alignkit.report.verdict import judge
+from alignkit.runs.checkpoints import MANIFEST
 from alignkit.runs.directory import CARD, Result, RunDir, find_damaged_product, read_result
 from alignkit.runs.files import describe_bytes, disk_failures, read_json, write_json, write_text
 
@@ -46,6 +50,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|yaml)", re.IGNORECASE)
 _PATH = re.compile(r"(?:~|\.{0,2})(?:/[^\s/:,;'\"()]+){2,}/?|(?<![\w/.-])(?:[\w.-]+/){2,}[\w.-]+")
 _SENT = (".safetensors", ".json", ".jinja", ".model", ".txt")
+_STATE = frozenset({"trainer_state.json", "ppo_state.json", "critic.safetensors", "ema.safetensors", MANIFEST})
 _VOCABULARY = frozenset({"tokenizer.json", "vocab.json", "merges.txt"})  # any text may be in a vocabulary
 _Page = TypeVar("_Page")
 
@@ -201,27 +206,29 @@ def hide_paths(text: str) -> str:
 
 def pack(path: Path, repo: str) -> tuple[dict[str, Path | bytes], list[str]]:
     """Collect what a push would upload and what it leaves out; RunError, with all problems, where it must not be."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    run, model, problems = Facts(path), RunDir(path).model, list[Problem]()
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        problems.append(Problem(f"{repo} is no repository name; use NAME or USER/NAME, of letters, digits, - _ and ."))
+    run, model, problems = Facts(path), RunDir(path).model, list(_check_name(repo))
     if not run.is_finished or not model.is_dir():
         problems.append(Problem("is not finished; only the final, verified model is pushed", str(path)))
         raise RunError(problems)
+    files, left_out = _collect(model, problems)
+    if problems:
+        raise RunError(problems)
+    return {CARD: render_card(run, repo=repo).encode(), **files}, left_out
+
+
+def _collect(model: Path, problems: list[Problem]) -> tuple[dict[str, Path | bytes], list[str]]:
+    """Collect the files of a model directory that may be sent, and the names of those that are not."""
     adapter = model / "adapter_config.json"
     base = str(read_json(adapter).get("base_model_name_or_path")) if adapter.is_file() else ""
     if base and not is_public(base):
         what = f"the adapter belongs to a base on this machine ({public_name(base)}), so nobody else could load it; "
         what += "`alignkit merge RUN --out DIR` makes one whole model, and `hf upload NAME DIR` publishes it"
         problems.append(Problem(what, str(adapter)))
-    files: dict[str, Path | bytes] = {CARD: render_card(run, repo=repo).encode()}
+    files: dict[str, Path | bytes] = {}
     left_out = []
     for file in sorted(each for each in model.rglob("*") if each.is_file() and each.name != CARD):
         name = file.relative_to(model).as_posix()
-        if file.suffix not in _SENT or file.is_symlink():
+        if file.suffix not in _SENT or file.is_symlink() or name in _STATE:
             left_out.append(name)
             continue
         is_text = file.suffix != ".safetensors" and file.name not in _VOCABULARY
@@ -233,31 +240,51 @@ def pack(path: Path, repo: str) -> tuple[dict[str, Path | bytes], list[str]]:
             for entry in record.get("lineage", []):
                 entry["path"] = public_name(str(entry.get("path", "")))
             files[name] = (json.dumps(record, indent=1) + "\n").encode()
-    if problems:
-        raise RunError(problems)
     return files, left_out
 
 
 def push(path: Path, repo: str, *, public: bool = False) -> str:
     """Upload the model of a run in one commit to a repository, made private unless `public`; give its address."""
-    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of its HTTP library
-
     files, left_out = pack(path, repo)
-    if constants.is_offline_mode():
-        raise EnvironmentProblem("HF_HUB_OFFLINE is set, so nothing can be pushed; set HF_HUB_OFFLINE=0")
-    if get_token() is None:
-        raise EnvironmentProblem("the hub needs a token that may write: run `hf auth login`, or set HF_TOKEN")
+    require_hub(repo)
     for name in left_out:
         console.note(f"not uploaded: {name}")
     num_bytes = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in files.values())
     console.note(f"pushing {len(files)} files, {describe_bytes(num_bytes)}, to {repo}")
+    return _commit(files, repo, f"{Facts(path).full_name}, by alignkit {__version__}", public=public)
+
+
+def _check_name(repo: str) -> Iterator[Problem]:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        yield Problem(f"{repo} is no repository name; use NAME or USER/NAME, of letters, digits, - _ and .")
+
+
+def require_hub(repo: str, *, key: str = "") -> None:
+    """Raise RunError for what is no repository's name, EnvironmentProblem where the hub is off or there is no token."""
+    from huggingface_hub import constants, get_token
+
+    for problem in _check_name(repo):
+        raise RunError(problem.what, where=key or None)
+    if constants.is_offline_mode():
+        raise EnvironmentProblem("HF_HUB_OFFLINE is set, so nothing can be pushed; set HF_HUB_OFFLINE=0")
+    if get_token() is None:
+        raise EnvironmentProblem("the hub needs a token that may write: run `hf auth login`, or set HF_TOKEN")
+
+
+def _commit(files: Mapping[str, Path | bytes], repo: str, message: str, *, public: bool) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of its HTTP library
+
     api = HfApi(library_name="alignkit", library_version=__version__)
     try:
-        ModelCard(files[CARD].decode()).validate()  # type: ignore[union-attr]
+        if isinstance(card := files.get(CARD), bytes):
+            ModelCard(card.decode()).validate()
         home = api.create_repo(repo, private=not public, exist_ok=True)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-        message = f"{Facts(path).full_name}, by alignkit {__version__}"
         return str(api.create_commit(home.repo_id, operations, commit_message=message).repo_url)
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
@@ -268,6 +295,52 @@ def push(path: Path, repo: str, *, public: bool = False) -> str:
     except (HTTPError, OSError) as error:
         reason = f"the hub cannot be reached ({console.redact(str(error))})"
     raise EnvironmentProblem(f"{repo}: {reason}")
+
+
+class Pusher:
+    """Pushes the models of checkpoints while a run trains, one at a time, and the final one; a failure is a warning."""
+
+    def __init__(self, run: RunDir, repo: str, *, every: int | None, step: int) -> None:
+        self._run, self._repo, self._every, self._pushed = run, repo, every, step
+        more = "" if every is None else f", and that of a checkpoint every {every} steps"
+        console.note(f"{run.path.name}: its model will be pushed to {repo}{more}")
+        self._threads, self._pending = ThreadPoolExecutor(1), list[tuple[str, Future[str]]]()
+
+    def push_checkpoint(self, checkpoint: Path, step: int) -> None:
+        """Begin to push where it is time and no other push is under way."""
+        self._settle()
+        if self._every is None or step < self._pushed + self._every or self._pending:
+            return
+        problems, self._pushed = list[Problem](), step
+        files, _ = _collect(checkpoint, problems)
+        if problems:
+            console.warn(f"{checkpoint.name} is not pushed: {'; '.join(problem.what for problem in problems)}")
+            return
+        held = self._run.cache / "push"  # links, for the checkpoint may be removed before all of it is sent
+        shutil.rmtree(held, ignore_errors=True)
+        for name, content in files.items():
+            if isinstance(content, Path):
+                (held / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(content, held / name)
+                files[name] = held / name
+        message = f"{self._run.path.name} at step {step}, by alignkit {__version__}"
+        job = self._threads.submit(_commit, files, self._repo, message, public=False)
+        self._pending.append((checkpoint.name, job))
+
+    def push_final(self) -> None:
+        """Push the finished run's model, when what was under way has ended."""
+        self._settle(wait=True)
+        self._pending.append(("the model", self._threads.submit(push, self._run.path, self._repo)))
+        self._settle(wait=True)
+
+    def _settle(self, *, wait: bool = False) -> None:
+        while self._pending and (wait or self._pending[0][1].done()):
+            what, job = self._pending.pop(0)
+            try:
+                console.note(f"{what} is pushed to {job.result()}")
+            except AlignKitError as error:
+                later = f"`alignkit report {self._run.path} --push {self._repo}` does it when the run has finished"
+                console.warn(f"{what} could not be pushed: {error}; {later}")
 
 
 def write_report(path: Path, *, out: Path | None = None) -> Path:

@@ -241,6 +241,10 @@ def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
     stop.at_risk = describe_loss
     trainer.watch.facts = {"fingerprint": fingerprint, "versions": versions(), "seed": stage.seed}
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+    if stage.training.push_to and ranks.is_main():
+        from alignkit.report.publish import Pusher
+
+        setup.pusher = Pusher(run, stage.training.push_to, every=stage.training.push_every, step=step)
     recorder = Recorder(setup, metrics, samples)
     trainer.add_callback(recorder)
     if newest is not None:
@@ -327,6 +331,8 @@ def finish(setup: Setup) -> Result:
         ).to_dict()  # fmt: skip
         directory.write_result(run, result, [run.model, run.base, run.probe])
         show(run)
+        if setup.pusher is not None:
+            setup.pusher.push_final()
         return result
 
     return Result(**ranks.once(write_record))

@@ -239,7 +239,7 @@ class Recorder(TrainerCallback):
         self._shown |= {name: row[name] for name in (*_SHOWN, "tokens_per_second") if name in row}
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.on_save(args, state, control)
+        self.on_train_end(args, state, control)
         pulse("training", state.global_step)
         if state.global_step == state.max_steps // 2 > 0:
             self._sample(step=state.global_step, when="during")
@@ -254,12 +254,16 @@ class Recorder(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Show how far the run is; so do the begin of a step and the end of training."""
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Show how far the run is; so do the begin of a step and a save."""
         if self._progress is not None and state.global_step:
             self._progress.update(state.global_step, self._shown)
 
-    on_train_end = on_save
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.on_train_end(args, state, control)
+        if self._setup.pusher is not None:
+            step = state.global_step
+            self._setup.pusher.push_checkpoint(self._setup.run.checkpoints / f"checkpoint-{step}", step)
 
     def _evaluate(self) -> None:
         """Measure the held-out rows outside the loop over steps; a request to stop ends that as it ends samples."""

@@ -47,6 +47,7 @@ class Setup:
     loaded: Loaded = field(init=False)
     trainer: Guarded = field(init=False)
     is_reward: bool = False
+    pusher: Any = None  # report.publish.Pusher, where the hub gets the model
     finish: Callable[[Path], dict[str, float]] | None = None  # measures and writes beside the model, before it counts
     # rewards of answers to rows, for samples
     score_answers: Callable[[Sequence[Row], Sequence[Sequence[int]]], list[dict[str, Any]]] | None = None

@@ -124,3 +124,44 @@ def test_a_record_of_another_shape_is_refused_with_what_to_do(write_run: WriteRu
         path.write_text(whole)
     assert refused
     publish(run)
+
+
+RECIPE = """
+name: pushed
+model: {path: builtin:tiny-gpt2}
+sft:
+  data: {path: builtin:instructions, max_rows: 24}
+  batch_size: 4
+  save_steps: 1
+  keep_checkpoints: 1
+  samples: {num: 0}
+  push_to: me/demo
+  push_every: 2
+"""
+
+
+def test_a_run_pushes_its_checkpoints_and_its_model_and_survives_a_hub_that_is_gone(
+    tmp_path: Path, run_alignkit: Run, hub: Hub
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE)
+    where = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+
+    def train(name: str, **variables: str) -> CompletedProcess[str]:
+        return run_alignkit("sft", str(recipe), "--out", str(tmp_path / name), **(where | variables))
+
+    offline = train("offline", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 8 and "HF_HUB_OFFLINE is set, so nothing can be pushed" in offline.stderr
+    done = train("run", HF_HUB_OFFLINE="0")
+    assert done.returncode == 0, done.stderr
+    assert hub.created["visibility"] == "private"
+    assert hub.commits[0][0].startswith("run at step 2, by alignkit") and len(hub.commits) >= 2
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= hub.commits[0][1]
+    assert not {name for name in hub.commits[0][1] if name.endswith((".pt", ".bin")) or "state" in name}
+    assert "README.md" in hub.commits[-1][1]
+    weights = (tmp_path / "run/model/model.safetensors").read_bytes()
+    assert hub.files["model.safetensors"] == weights and f"the model is pushed to {hub.url}/me/demo" in done.stderr
+    hub.refuse = 403
+    refused = train("refused", HF_HUB_OFFLINE="0")
+    assert refused.returncode == 0 and (tmp_path / "refused/result.json").is_file()
+    assert "checkpoint-2 could not be pushed: me/demo: the hub refused (403" in refused.stderr
