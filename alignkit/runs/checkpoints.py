@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import RunError
-from alignkit.runs.files import describe_files, find_damaged_file, put_aside, sync, write_json
+from alignkit.runs.files import describe_files, find_damaged_file, put_aside, read_json, sync, write_json
 
 MANIFEST = "alignkit_manifest.json"
 SEALED = ".sealed"  # in a run directory: it has had a checkpoint
@@ -102,6 +102,11 @@ def sweep(directory: Path) -> None:
     """Delete what an interrupted rotation left behind."""
     for path in directory.glob("trash-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Read the manifest of a sealed checkpoint."""
+    return read_json(checkpoint / MANIFEST)
 
 
 def expected_bytes(directory: Path, *, first_guess: int) -> int:

@@ -23,7 +23,7 @@ from alignkit.models.adapters import TRAINED
 from alignkit.models.files import read_shapes
 from alignkit.recipe.schema import TrainOptions
 from alignkit.runs import checkpoints
-from alignkit.runs.files import describe_bytes, disk_failures, free_bytes, read_json, write_json
+from alignkit.runs.files import describe_bytes, disk_failures, free_bytes, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.stop import StopFlag
 from alignkit.train import ranks, shards
@@ -208,7 +208,7 @@ class Checkpointed(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Go on drawing where each rank stopped; ranks that were not there draw anew, from seed, step and rank."""
         world_size = self.args.world_size
-        if checkpoint is None or read_json(Path(checkpoint, checkpoints.MANIFEST))["world_size"] == world_size:
+        if checkpoint is None or checkpoints.read_manifest(Path(checkpoint))["world_size"] == world_size:
             super()._load_rng_state(checkpoint)
             return
         origin = (self.args.seed, self.state.global_step, self.args.process_index)

@@ -29,7 +29,7 @@ from alignkit.models.save import save_model
 from alignkit.recipe import Stage
 from alignkit.runs import checkpoints, directory, record
 from alignkit.runs.directory import Result, RunDir, compare_fingerprints
-from alignkit.runs.files import disk_failures, put_aside, read_json, write_json
+from alignkit.runs.files import disk_failures, put_aside, write_json
 from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines, describe_hardware, git_state, versions
 from alignkit.runs.stop import StopFlag, stop_between_steps
@@ -193,7 +193,7 @@ def _find_place(setup: Setup, stop: StopFlag) -> tuple[str | None, int]:
         if not ranks.is_main():
             set_seed(stage.seed + ranks.rank())  # dropout: every rank draws its own; rank 0 draws as one process does
         return None, 0
-    manifest = read_json(Path(newest, checkpoints.MANIFEST))
+    manifest = checkpoints.read_manifest(Path(newest))
     step, watch = manifest["step"], trainer.watch
     watch.num_tokens, watch.earlier_seconds = manifest["num_tokens"], manifest.get("seconds", 0.0)
     watch.window = manifest.get("window", [])
