@@ -30,7 +30,9 @@ package = sys.argv[1] + os.sep
 entered = set()
 def profile(frame, event, argument):
     code = frame.f_code
-    if event == "call" and code.co_filename.startswith(package) and not code.co_name.startswith("<"):
+    # The body of a class runs once, as its module is imported: it is no function (CO_OPTIMIZED).
+    is_function = code.co_flags & 1 and not code.co_name.startswith("<")
+    if event == "call" and is_function and code.co_filename.startswith(package):
         entered.add((code.co_filename[len(package):], code.co_qualname))
 from transformers import Trainer
 def first_step(*_, **__):

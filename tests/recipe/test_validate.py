@@ -8,10 +8,12 @@ import pytest
 
 from alignkit.errors import count_edits, find_nearest
 from alignkit.recipe import Recipe
+from alignkit.recipe.trl_fields import KTO_LOSSES, OWN_LOSSES
 
 Load = Callable[..., Recipe]
 Complain = Callable[..., list[str]]
 
+NUM_LOSSES = 15 + len(OWN_LOSSES) + len(KTO_LOSSES)  # TRL's, and those beside them
 METHODS = "sft, rm, dpo, ppo, critique, label, rlaif"
 
 
@@ -50,7 +52,7 @@ dpo:
         "a.yaml:14: sft.num_train_epochs is empty; it must be a number greater than 0 (typical: 1 to 3)",
         "a.yaml:15: dpo.data is missing; add the rows to train on, here or as the recipe's own `data:`",
         "a.yaml:16: dpo.beta is -1; it must be greater than 0 (typical: 0.05 to 0.5)",
-        "a.yaml:17: dpo.loss_type is sgimoid; it must be one of 23 names; did you mean sigmoid?",
+        f"a.yaml:17: dpo.loss_type is sgimoid; it must be one of {NUM_LOSSES} names; did you mean sigmoid?",
     ]
 
 
@@ -146,7 +148,7 @@ def test_message_of_a_stage_key(complain: Complain, line: str, message: str) -> 
         ("rm: {data: [x/y, 3]}", "rm.data[1] is 3; it must be text or a mapping"),
         ("label: {data: x/y, judge: x/j, constitution: builtin:harmlessness, cot: true, clamp: [0.1, 0.2, 0.9]}",
          "label.clamp is [0.1, 0.2, 0.9]; it must have 2 entries"),
-        ("dpo: {data: x/y, loss_type: 3}", "dpo.loss_type is 3; it must be one of 23 names or a list"),
+        ("dpo: {data: x/y, loss_type: 3}", f"dpo.loss_type is 3; it must be one of {NUM_LOSSES} names or a list"),
         ("rm: {data: {path: x/y, weight: 0}}", "rm.data.weight is 0; it must be greater than 0 and at most 1000"),
     ],
 )  # fmt: skip
