@@ -152,45 +152,24 @@ def as_rendered(row: Row, tokens: Sequence[str]) -> Row | None:
 
 
 def escape_control_tokens(row: Row, tokens: Sequence[str]) -> Row:
-    """Put a WORD JOINER behind the first character of every token in the row's text; `unescape_text` undoes it."""
-    if not tokens:
+    """Put a WORD JOINER behind the first character of every token in the row's text."""
+    if not find_control_tokens(row, tokens):
         return row
-    given = tuple(tokens)
-    # The fast pattern first: most texts have neither.
-    if not any(BREAKER in text or _exact(given).search(text) for text in iter_contents(row)):
-        return row
+    if single := [token for token in tokens if len(token) == 1]:
+        raise ValueError(f"tokens of one character cannot be escaped: {single}")
+    starts = re.compile(f"(?={_exact(tuple(tokens)).pattern}).", re.DOTALL)
 
     def escape(text: str) -> str:
-        return _at_starts(text, given, lambda piece: piece + BREAKER)
+        return starts.sub(lambda start: start[0] + BREAKER, text)
 
     completions = tuple(map_strings(text, escape) for text in row.completions)
     return replace(row, prompt=map_strings(row.prompt, escape), completions=completions)
-
-
-def unescape_text(text: str, tokens: Sequence[str]) -> str:
-    """Undo `escape_control_tokens` for one text, such as a generated answer."""
-    if not tokens or BREAKER not in text:
-        return text
-    return _at_starts(text, tuple(tokens), lambda piece: piece.removesuffix(BREAKER))
 
 
 @lru_cache(maxsize=8)
 def _exact(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(set(tokens) - {""}, key=len, reverse=True))))
 
-
-def _at_starts(text: str, tokens: tuple[str, ...], change: Callable[[str], str]) -> str:
-    """Change every character at which a token starts, with the joiners behind it, which do not count in finding it."""
-    if single := [token for token in tokens if len(token) == 1]:
-        raise ValueError(f"tokens of one character cannot be escaped: {single}")
-    starts = {match.start() for match in re.finditer(f"(?={_exact(tokens).pattern})", text.replace(BREAKER, ""))}
-    if not starts:
-        return text
-    lead, *pieces = _PIECES.findall(text) if text.startswith(BREAKER) else ["", *_PIECES.findall(text)]
-    return lead + "".join(change(piece) if place in starts else piece for place, piece in enumerate(pieces))
-
-
-_PIECES = re.compile(rf"^{BREAKER}+|[^{BREAKER}]{BREAKER}*", re.DOTALL)
 
 
 def as_turns(row: Row) -> Row:

@@ -31,11 +31,15 @@ _BRACKETS = re.compile(r"\[{3,}|\]{3,}")
 
 
 class Quoter:
-    """Quotes texts for one model, and counts those that needed it."""
+    """Quotes texts for one model, and counts those that needed it, each once however often it is asked about."""
 
     def __init__(self, control_tokens: Sequence[str]) -> None:
         self._tokens = [token for token in control_tokens if len(token) > 1]
-        self.count = 0
+        self._changed = set[str]()
+
+    @property
+    def count(self) -> int:
+        return len(self._changed)
 
     def __call__(self, text: str) -> str:
         quoted = _LABEL.sub(r"\1> \2", text)
@@ -43,7 +47,8 @@ class Quoter:
         quoted = _BRACKETS.sub(lambda match: " ".join(match[0]), quoted)
         if self._tokens:
             (quoted,) = escape_control_tokens(Row("text", "", (quoted,)), self._tokens).completions  # type: ignore[assignment]
-        self.count += quoted != text
+        if quoted != text:
+            self._changed.add(text)
         return quoted
 
 

@@ -1,4 +1,4 @@
-"""Control tokens in user text: every one found, escaped so that nothing matches, and back again."""
+"""Control tokens in user text: every one found, and escaped so that nothing matches."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from alignkit.data.rows import (
-    BREAKER,
-    Row,
-    escape_control_tokens,
-    find_control_tokens,
-    iter_contents,
-    unescape_text,
-)
+from alignkit.data.rows import BREAKER, Row, escape_control_tokens, find_control_tokens, iter_contents
 
 FAMILIES = [
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>",
@@ -34,7 +27,7 @@ def test_every_family_is_found_wherever_it_stands(token: str) -> None:
         assert find_control_tokens(row, FAMILIES) == [token]
         escaped = escape_control_tokens(row, FAMILIES)
         assert find_control_tokens(escaped, FAMILIES) == []
-        assert [unescape_text(content, FAMILIES) for content in iter_contents(escaped)] == list(iter_contents(row))
+        assert [content.replace(BREAKER, "") for content in iter_contents(escaped)] == list(iter_contents(row))
 
 
 def test_tokens_are_found_once_in_order_the_longest_first_and_escaped_behind_their_first_character() -> None:
@@ -51,9 +44,9 @@ def test_tokens_are_found_once_in_order_the_longest_first_and_escaped_behind_the
 
 @example("<s>a")  # two tokens that overlap
 @given(st.text(alphabet=f"<>s/|ab{BREAKER}", max_size=30))
-def test_escaping_is_undone_exactly(text: str) -> None:
+def test_escaping_leaves_no_token_and_adds_only_joiners(text: str) -> None:
     tokens = ["<s>", "</s>", "<|a|>", "s>a", "ab"]
     (escaped,) = escape_control_tokens(Row("text", "", (text,)), tokens).completions
     assert isinstance(escaped, str)
     assert not any(token in escaped for token in tokens)
-    assert unescape_text(escaped, tokens) == text
+    assert escaped.replace(BREAKER, "") == text.replace(BREAKER, "")

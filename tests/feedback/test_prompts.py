@@ -227,3 +227,10 @@ def test_examples_of_ours_and_their_mistakes(tmp_path: Path) -> None:
     ]
     with pytest.raises(RecipeError, match="the examples are not there"):
         load_examples(str(tmp_path / "none.json"))
+
+
+def test_a_text_that_is_asked_about_twice_counts_once() -> None:
+    quote = Quoter(())
+    for text in ("\n\nHuman: one", "\n\nHuman: one", "plain"):
+        quote(text)
+    assert quote.count == 1
