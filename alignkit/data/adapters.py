@@ -192,10 +192,8 @@ def _finish_pair(reading: Reading, prompt: Text, chosen: Text, rejected: Text) -
 
 def adapt_implicit(reading: Reading) -> Row:
     """Take the common start of two texts as their prompt, cut where a word begins.
-
     TRL cuts at the first character that differs, which can be inside a word ("bl" of blue and black). What the
-    answers share beyond the cut adds the same log-probability to both, so no loss of pairs changes.
-    """
+    answers share beyond the cut adds the same log-probability to both, so no loss of pairs changes."""
     chosen, rejected = check_text(reading.need("chosen"), "chosen"), check_text(reading.need("rejected"), "rejected")
     start = _count_shared(chosen, rejected)
     while start and not (chosen[start : start + 1].isspace() and rejected[start : start + 1].isspace()):
@@ -232,7 +230,6 @@ def adapt_implicit_chat(reading: Reading, better: str = "chosen", worse: str = "
 
 def adapt_hh(reading: Reading) -> Row:
     """Read two of Anthropic's HH transcripts, "\\n\\nHuman: ...\\n\\nAssistant: ...".
-
     The split is `get_hh`'s of eric-mitchell/direct-preference-optimization (the DPO paper's code, arXiv 2305.18290):
     the prompt is everything up to and including the last "\\n\\nAssistant:" of chosen, and rejected is cut at the same
     length. We differ in one thing: where rejected does not start with that prompt, or goes on with further turns, the
@@ -280,9 +277,7 @@ def adapt_rejected_response(reading: Reading) -> Row:
 
 def adapt_choice(reading: Reading, answers: list[str], choice: str = "", how: str = "") -> Row:
     """Read two answers and a column that says which is better; without one it is the first.
-
-    It says so by "number", 1 if the "first" is, "strength" around 0, or "name".
-    """
+    It says so by "number", 1 if the "first" is, "strength" around 0, or "name"."""
     is_second, equal = False, "no answer is better than the other"
     if how == "name":
         name = check_text(reading.need(choice), choice).strip().lower()

@@ -78,7 +78,6 @@ class RowAudit:
 
     def find_near_duplicates(self) -> list[tuple[str, str]]:
         """List the places of rows that are nearly an earlier one, each with that one; equal rows are not among them.
-
         Alike are texts that have seven in ten of their runs of five words in common, by MinHash (Broder 1997) of 64
         hashes in bands of four. Runs that one row in twenty has are layout, such as an instruction: they do not count.
         """

@@ -52,11 +52,9 @@ def type_name(value: object) -> str:
 
 def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES, named: bool = False) -> Iterator[Entry]:
     """Yield (place, record or BadRow) for every row of the file; raises DataError for one broken beyond single rows.
-
     A .txt file gives one {"text": ...} per line, or with `blocks` one per block of lines between blank ones. Places are
     lines of jsonl, csv and txt, rows (from 1) of json and tables. A row of more than `limit` bytes is a BadRow.
-    With `named` a ClassLabel of a table is its name instead of its number.
-    """
+    With `named` a ClassLabel of a table is its name instead of its number."""
     name, suffix = label_path(path), data_suffix(path)
     with ExitStack() as opened:
         if suffix in (".parquet", ".arrow"):

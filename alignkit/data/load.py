@@ -36,13 +36,10 @@ def read_rows(
     known_prompts: set[int] | None = None, method: str | None = None, template: bool | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """Yield the stage's rows, source after source, in the order of their files; as `method` takes them, where given.
-
     With `template`, whether the model has a chat template, prompts and answers become turns or joined text, as `chat`
     says. Every source gives its first `max_rows` good rows, without repeats under `dedupe`, as often as `weight` says.
     `report` is filled on the way; with `known_prompts` it counts the rows that share a prompt with those.
-
-    Raises DataError at once for sources that cannot be read, after the last row for rows that do not fit.
-    """
+    Raises DataError at once for sources that cannot be read, after the last row for rows that do not fit."""
     skipped = rejects if stage.options.on_bad_row == "skip" else None
     problems = Problems(skipped, at_once=not report.remembers)
     seen = set[bytes]() if stage.options.dedupe else None

@@ -190,9 +190,7 @@ class Rejects:
 
 class Problems:
     """Counts what is wrong and keeps the first few; `raise_any` says it all at once.
-
-    Bad rows go to `skipped` where it is given; else the first one is raised `at_once`, or they are kept.
-    """
+    Bad rows go to `skipped` where it is given; else the first one is raised `at_once`, or they are kept."""
 
     def __init__(self, skipped: Rejects | None = None, *, at_once: bool = False) -> None:
         self.skipped, self.at_once = skipped, at_once

@@ -22,11 +22,9 @@ class BadRow(ValueError):
 
 class Message(TypedDict):
     """One turn of a conversation as a chat template gets it, but for `trained` and `template_kwargs`.
-
     Keys beyond role and content are there only where they say something: a message without `trained` is trained if
     the assistant wrote it. What the row gives the template beside its messages travels with the first of them, so that
-    a prompt has it wherever it goes (a rollout, a judge, a table on disk).
-    """
+    a prompt has it wherever it goes (a rollout, a judge, a table on disk)."""
 
     role: str  # system, user, assistant or tool
     content: str  # "" only beside tool_calls or reasoning_content
@@ -59,10 +57,8 @@ METHOD_KINDS: dict[str, tuple[Kind, ...]] = {
 @dataclass(frozen=True, slots=True)
 class Row:
     """One training row, whatever file and format it came from.
-
     A conversational prompt is a list of messages that ends with a user (or tool) turn; its completions are lists
-    of messages that start and end with an assistant turn. A row is conversational throughout or not at all.
-    """
+    of messages that start and end with an assistant turn. A row is conversational throughout or not at all."""
 
     kind: Kind
     prompt: Text  # "" for text and messages
@@ -171,7 +167,6 @@ def _exact(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(set(tokens) - {""}, key=len, reverse=True))))
 
 
-
 def as_turns(row: Row) -> Row:
     """Make a user's turn of a text prompt, and an assistant's turn of each completion."""
     answers: tuple[Text, ...] = tuple(
@@ -234,10 +229,8 @@ def fingerprint_prompt(row: Row) -> int:
 
 def prompt_key(row: Row) -> bytes:
     """What decides whether two rows have the same prompt.
-
     A prompt of one user turn equals the same prompt as plain text. Rows without a prompt use what stands in for it:
-    a conversation the turns before its first answer, a text the text itself, tokens and segments all of them.
-    """
+    a conversation the turns before its first answer, a text the text itself, tokens and segments all of them."""
     prompt = row.prompt
     if row.kind in ("segments", "tokens"):
         return digest_row(row)

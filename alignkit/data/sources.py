@@ -165,10 +165,8 @@ def _read_slices(source: DataSource, count: Callable[[str], int]) -> list[tuple[
 
 def _list_splits(directory: Path, source: DataSource) -> dict[str, tuple[Path, ...]]:
     """Sort the data files of a directory into splits; files of other kinds (LICENSE) are passed over.
-
     A local copy of a hub data set whose README.md lists its files is read as the hub does. Else the files that lie in
-    the directory itself count, or, where none does, those below it.
-    """
+    the directory itself count, or, where none does, those below it."""
     name, readme = label_path(directory), directory / "README.md"
     if readme.is_file() and _CONFIGS.match(readme.read_text(encoding="utf-8", errors="replace").replace("\r", "")):
         from datasets import load_dataset_builder

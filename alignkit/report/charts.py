@@ -251,10 +251,8 @@ class Optimum:
 @dataclass(frozen=True)
 class Policy:
     """A policy: where it lies, the optimum's reward at its KL, and how far it stays below.
-
     `run` is empty for best-of-N. `gap` combines the intervals of reward, KL (times the slope) and optimum as if they
-    were independent. All of them are over the same prompts, which makes the true interval narrower, not wider.
-    """
+    were independent. All of them are over the same prompts, which makes the true interval narrower, not wider."""
 
     run: str
     series: str

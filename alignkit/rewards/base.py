@@ -35,9 +35,7 @@ _Score = Callable[[Sequence[Any]], list[float]]
 @dataclass
 class Workspace:
     """A device, a cache, and room for one model at a time, for rewards, judges and measured models.
-
-    `once` runs something in one of a job's processes for all of them; `split` lets the processes score a part each.
-    """
+    `once` runs something in one of a job's processes for all of them; `split` lets the processes score a part each."""
 
     device: str = "auto"
     batch_size: int = 16
@@ -84,9 +82,7 @@ class Reward(Protocol):
     @staticmethod
     def check(source: RewardSource, stage: Stage, key: str, coming: Collection[str] | None = None) -> str:
         """Raise what would stop a stage, without loading torch; say what it is.
-
-        `coming` are stages that are trained before it; without them, as `alignkit check` asks, it may load more.
-        """
+        `coming` are stages that are trained before it; without them, as `alignkit check` asks, it may load more."""
 
     @staticmethod
     def fingerprint(source: RewardSource, stage: Stage) -> str | None:

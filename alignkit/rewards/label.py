@@ -235,10 +235,8 @@ class _Labelling:
 
 def make_rows(labels: Sequence[judging.Label], mix: Sequence[Row], *, hard: bool) -> Iterator[dict[str, Any]]:
     """Yield a row for each comparison that was judged, then those made by people; hard ones have no label and no ties.
-
     The preferred answer always stands as chosen, so that a reader who knows nothing of labels learns the right thing
-    too. Raises DataError when people compared messages and the judge texts: one stage cannot be trained on both.
-    """
+    too. Raises DataError when people compared messages and the judge texts: one stage cannot be trained on both."""
     messages = any(not isinstance(label.pairing.prompt, str) for label in labels)
 
     def make(prompt: Text, first: Text, second: Text, p_first: float) -> Iterator[dict[str, Any]]:

@@ -62,9 +62,7 @@ class ModelComparer:
         store: Path | None,
     ) -> None:  # fmt: skip
         """Read the constitution; a server needs a `store`, where verdicts are kept.
-
-        Raises RecipeError for a constitution, UsageError or EnvironmentProblem for a server that cannot be used.
-        """
+        Raises RecipeError for a constitution, UsageError or EnvironmentProblem for a server that cannot be used."""
         self._principles = load_constitution(constitution, needs="comparison")
         self._source, self._space, self._seed, self._path = source, space, seed, store
         self._model: Model | None = None
@@ -120,10 +118,8 @@ class ModelComparer:
 
 class JudgeReward:
     """Log-odds of a judge preferring an answer to the greedy answer of the model that PPO starts from.
-
     The question is that of labels, with both orders averaged. An answer that is empty (unasked), too long for the judge
-    or abstained from gets the lowest reward there is: it must not pay to confuse the judge. Verdicts are kept.
-    """
+    or abstained from gets the lowest reward there is: it must not pay to confuse the judge. Verdicts are kept."""
 
     name = "judge"
 

@@ -56,10 +56,8 @@ def _unfence(text: str) -> str:
 @cache
 def _read(name: str) -> str:
     """A file beside this one: the program that runs code, or IFEval's instructions (arXiv 2311.07911) by name.
-
     An instruction is a pattern whose matches, or the parts between them, are counted. Sentences are told by their full
-    stops and not by nltk's model; which language a text is in is not told.
-    """
+    stops and not by nltk's model; which language a text is in is not told."""
     return Path(__file__).with_name(name).read_text("utf-8")
 
 
@@ -107,7 +105,6 @@ def _isolation() -> tuple[str, ...]:
 
 def _run_code(text: str, wanted: Any, seconds: float) -> float:
     """Run the answer's code and the row's tests in a process with limits; 1 when it comes to the end of both.
-
     It gets no environment, an empty directory, no network where the kernel allows it, and bounded time, memory, files.
     """
     tests = "\n".join(wanted) if isinstance(wanted, list) else str(wanted)
