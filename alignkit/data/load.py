@@ -298,11 +298,11 @@ class _Source:
             for form, rows in self._num_rows.items()
         )
         accepted = METHOD_KINDS[self._method]
-        what, (form, columns) = "", next(iter(self._columns.items()), (None, []))
         if len(self._columns) > 1 and self._problems.skipped is None:
-            what = f"mixes kinds of rows: {kinds}; give each kind its own source, or set on_bad_row: skip to keep the "
-            what += "commonest"
-        elif len(self._columns) == 1 and form is not None and form.kind not in accepted:
+            advice = "give each kind its own source, or set on_bad_row: skip to keep the commonest"
+            self._problems.files.append(Problem(f"mixes kinds of rows: {kinds}; {advice}", self.source.path))
+        elif len(self._columns) == 1 and not {form.kind for form in self._columns} & {*accepted}:
+            (columns,) = self._columns.values()
             what = f"{kinds}; {self._method} takes {', '.join(accepted)}"
             pair = ("prompt", "chosen", "rejected")
             ours = {"sft": ("prompt", "completion"), "rm": pair, "dpo": pair}.get(self._method, ())
@@ -311,7 +311,7 @@ class _Source:
                 what += "; columns: {label: null} leaves the labels out"
             elif wanted:
                 what += f"; the rows have {', '.join(columns)}: data.columns: {{{wanted}}} names others"
-        self._problems.files += [Problem(what, self.source.path)] if what else []
+            self._problems.files.append(Problem(what, self.source.path))
 
 
 # Rows that belong together: trees of messages (OpenAssistant's), rated answers to one prompt (HelpSteer2's). Every path

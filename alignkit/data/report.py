@@ -50,13 +50,9 @@ class DataReport:
     kinds: Counter[str] = field(default_factory=Counter)  # of the rows given out
     desirable: int = 0  # of the unpaired ones
     rows: int = 0  # given out: after weights, with ranked lists broken up where the method does so
-    prompt_chars: int = 0
-    completion_chars: int = 0  # of all completions of a row
+    chars: Counter[str] = field(default_factory=Counter)  # of prompts, of all completions, of chosen and of rejected
     comparisons: int = 0  # pairs, and best against worst of ranked lists
-    longer_chosen: int = 0
-    shorter_chosen: int = 0
-    chosen_chars: int = 0
-    rejected_chars: int = 0
+    longer_chosen: float = 0  # of them; equal lengths count half
     overlap: int = 0  # rows whose prompt is also in the rows this report was compared with
     overlap_places: list[str] = field(default_factory=list)  # the first five
     remembers: bool = True  # False: no hash of a row is kept, so that memory stays flat over any number of rows
@@ -76,24 +72,6 @@ class DataReport:
     @property
     def rejected(self) -> int:
         return sum(source.rejected for source in self.sources)
-
-    @property
-    def duplicates(self) -> int:
-        """Rows that repeat an earlier one exactly, whether dropped or kept; copies made by a weight do not count."""
-        return sum(source.duplicates_dropped for source in self.sources) + _count_repeats(self._row_hashes)
-
-    @property
-    def duplicate_prompts(self) -> int:
-        """Rows whose prompt an earlier row has, exact duplicates that were kept included."""
-        return _count_repeats(self.prompt_hashes)
-
-    @property
-    def longer_chosen_share(self) -> float | None:
-        """Share of comparisons whose chosen answer has more characters; equal lengths count half."""
-        if not self.comparisons:
-            return None
-        equal = self.comparisons - self.longer_chosen - self.shorter_chosen
-        return (self.longer_chosen + equal / 2) / self.comparisons
 
     def add_sizes(self, sizes: Sequence[int]) -> None:
         """Take the sizes of files into the fingerprint, where not all of their rows will be."""
@@ -117,17 +95,14 @@ class DataReport:
         self.kinds[row.kind] += 1
         self.desirable += row.kind == "unpaired" and row.label == 1
         self._hasher.update(digest)
-        if row.prompt:
-            self.prompt_chars += count_chars(row.prompt)
-        for completion in row.completions:
-            self.completion_chars += count_chars(completion)
-        if len(row.completions) > 1 and row.kind != "labelled":
-            chosen, rejected = count_chars(row.completions[0]), count_chars(row.completions[-1])
+        lengths = list(map(count_chars, row.completions))
+        self.chars["prompt"] += count_chars(row.prompt) if row.prompt else 0
+        self.chars["completion"] += sum(lengths)
+        if len(lengths) > 1 and row.kind != "labelled":
             self.comparisons += 1
-            self.chosen_chars += chosen
-            self.rejected_chars += rejected
-            self.longer_chosen += chosen > rejected
-            self.shorter_chosen += chosen < rejected
+            self.chars["chosen"] += lengths[0]
+            self.chars["rejected"] += lengths[-1]
+            self.longer_chosen += 0.5 if lengths[0] == lengths[-1] else lengths[0] > lengths[-1]
 
     def remarks(self) -> list[str]:
         """Doubts that the rows say what they are meant to."""
@@ -139,26 +114,29 @@ class DataReport:
         return said
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for stage.json and `check --json`."""
-        means = {"prompt": self.rows, "completion": self.rows, "chosen": self.comparisons, "rejected": self.comparisons}
-        counted = ("rows", "read", "rejected", "duplicates", "duplicate_prompts", "comparisons", "longer_chosen_share",
-                   "overlap", "fingerprint")  # fmt: skip
+        """Plain data for stage.json and `check --json`. Duplicates repeat an earlier row, dropped or kept, or its
+        prompt; copies made by a weight do not count."""
+
+        def count_repeats(hashes: array[int]) -> int:
+            import numpy as np
+
+            return len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.uint64))) if hashes else 0
+
+        compared = self.comparisons
+        means = {"prompt": self.rows, "completion": self.rows, "chosen": compared, "rejected": compared}
         return {
-            **{name: getattr(self, name) for name in counted},
-            **{f"mean_{of}_chars": getattr(self, f"{of}_chars") / n if n else None for of, n in means.items()},
-            "kinds": dict(self.kinds),
-            "overlap_places": list(self.overlap_places),
+            "rows": self.rows, "read": self.read, "rejected": self.rejected,
+            "duplicates": sum(it.duplicates_dropped for it in self.sources) + count_repeats(self._row_hashes),
+            "duplicate_prompts": count_repeats(self.prompt_hashes), "comparisons": compared,
+            "longer_chosen_share": self.longer_chosen / compared if compared else None,
+            "overlap": self.overlap, "fingerprint": self.fingerprint,
+            **{f"mean_{of}_chars": self.chars[of] / n if n else None for of, n in means.items()},
+            "kinds": dict(self.kinds), "overlap_places": list(self.overlap_places),
             "sources": [
                 {key: dict(value) if isinstance(value, dict) else value for key, value in vars(source).items()}
                 for source in self.sources
             ],
-        }
-
-
-def _count_repeats(hashes: array[int]) -> int:
-    import numpy as np
-
-    return len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.uint64))) if hashes else 0
+        }  # fmt: skip
 
 
 class Rejects:

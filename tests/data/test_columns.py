@@ -251,11 +251,13 @@ def test_every_key_that_is_not_read_is_named_with_its_first_row(read: Read, line
     plain = {"messages": MESSAGES}
     lines(
         "a.jsonl",
-        [plain, {"messages": turns("Ho", "Hello", rating=3)}, plain | {"source": "x"}, plain | {"source": "y"}],
-    )
+        [plain | {"tools": []}, {"messages": turns("Ho", "Hello", rating=3, name="Ann")}, plain | {"source": "x"},
+         plain | {"source": "y"}],
+    )  # fmt: skip
     (source,) = read("sft", "a.jsonl").report.sources
-    assert source.ignored_columns == {"messages[].rating": 1, "source": 2}
-    assert source.ignored_places == {"messages[].rating": "a.jsonl:2", "source": "a.jsonl:3"}
+    assert source.ignored_columns == {"messages[].rating": 1, "messages[].name": 1, "source": 2}
+    assert source.ignored_places["messages[].rating"] == source.ignored_places["messages[].name"] == "a.jsonl:2"
+    assert source.ignored_places["source"] == "a.jsonl:3" and source.formats == {"openai messages": 4}
 
 
 def test_turns_after_the_last_answer_are_cut_and_counted(read: Read, lines: Lines) -> None:

@@ -65,12 +65,6 @@ def test_empty_prompts_are_refused_with_their_place(read: Callable[..., Any], li
     assert "b.jsonl:3: prompt: the last turn is assistant; it must be user" in message
 
 
-def test_answers_without_a_common_start_have_no_prompt(read: Callable[..., Any], lines: Callable[..., Path]) -> None:
-    lines("a.jsonl", [{"chosen": "good day", "rejected": "no way"}])
-    message = read("ppo", "a.jsonl", reward="x/y").message
-    assert "a.jsonl:1: prompt: is missing, and chosen and rejected share no beginning that could be it" in message
-
-
 def test_rows_that_differ_in_their_answers_only_are_one_prompt(
     read: Callable[..., Any], lines: Callable[..., Path]
 ) -> None:

@@ -34,7 +34,7 @@ def test_hh_pairs(read: Read, rejected_rows: RejectedRows, method: str) -> None:
     }
     assert [row["line"] for row in rejected_rows(reading.rejects)] == [158, 328, 418, 632, 960, 964, 1010]
     # The published bar is 56.1 % for "shorter is better" on all 2,312 pairs.
-    assert report.longer_chosen_share == pytest.approx(0.4473, abs=1e-4)
+    assert report.to_dict()["longer_chosen_share"] == pytest.approx(0.4473, abs=1e-4)
     for row in reading.rows:
         assert row.prompt[0]["role"] == row.prompt[-1]["role"] == "user"
         assert all(len(answer) == 1 and answer[0]["role"] == "assistant" for answer in row.completions)
@@ -77,7 +77,7 @@ def test_sharegpt_preferences(read: Read) -> None:
     reading = read("rm", str(DATA / "format-samples/dpo_en_demo.json"))
     assert reading.report.sources[0].formats == {"sharegpt pair": 300}
     assert Counter(row.prompt[0]["role"] for row in reading.rows) == {"user": 220, "system": 80}
-    assert (reading.report.rows, reading.report.duplicates) == (300, 5)
+    assert (reading.report.rows, reading.report.to_dict()["duplicates"]) == (300, 5)
     assert read("rm", str(DATA / "format-samples/dpo_en_demo.json"), dedupe=True).report.rows == 295
 
 
