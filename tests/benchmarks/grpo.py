@@ -11,37 +11,37 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from ppo import clocks, compare, peak_megabytes, write_policy
+from ppo import clocks, compare, peak_megabytes, read_results, write_policy
 from table import Row
+from timing import Command, alternate
 
-ANSWERS, BATCH, GROUP, NEW_TOKENS = 128, 16, 8, 32
+BATCH, GROUP, NEW_TOKENS = 16, 8, 32
 RATE, BETA = 3e-6, 0.04
 RECIPE = f"""
 name: bench
-model: {{path: ./policy}}
-launch: {{device: cpu}}
+model: {{{{path: ./policy}}}}
+launch: {{{{device: cpu}}}}
 ppo:
   preset: grpo
   data: rows.jsonl
-  reward: {{function: "reward:score"}}
+  reward: {{{{function: "reward:score"}}}}
   batch_size: {BATCH}
   micro_batch_size: {BATCH}
   num_generations: {GROUP}
   max_new_tokens: {NEW_TOKENS}
   min_new_tokens: {NEW_TOKENS}
   kl_coef: {BETA}
-  max_steps: {ANSWERS // BATCH}
+  max_steps: {{steps}}
   learning_rate: {RATE}
   lr_scheduler_type: constant
   save_strategy: "no"
   gradient_checkpointing: false
-  samples: {{num: 0}}
+  samples: {{{{num: 0}}}}
 """
 REWARD = '''
 def score(prompts, completions, **_):
@@ -51,17 +51,18 @@ def score(prompts, completions, **_):
 '''
 
 
-def prepare(directory: Path) -> None:
+def prepare(directory: Path, answers: int) -> None:
     """Write the policy, the prompts, the reward and our recipe."""
+    directory.mkdir(exist_ok=True)
     write_policy(directory)
-    texts = (f"Count from {number} to {number + 9}" for number in range(ANSWERS // GROUP))
+    texts = (f"Count from {number} to {number + 9}" for number in range(answers // GROUP))
     rows = ({"prompt": [{"role": "user", "content": text}]} for text in texts)
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (directory / "reward.py").write_text(REWARD)
-    (directory / "ours.yaml").write_text(RECIPE)
+    (directory / "ours.yaml").write_text(RECIPE.format(steps=answers // BATCH))
 
 
-def build_ours() -> Any:
+def build_ours(answers: int) -> Any:
     from alignkit.cli import quiet_libraries
     from alignkit.recipe import load_recipe, resolve
     from alignkit.runs.directory import RunDir
@@ -73,7 +74,7 @@ def build_ours() -> Any:
     return build(resolve(load_recipe(Path("ours.yaml")), "ppo", trust_code=True), run).trainer
 
 
-def build_theirs() -> Any:
+def build_theirs(answers: int) -> Any:
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM
     from trl import GRPOConfig, GRPOTrainer
@@ -83,7 +84,7 @@ def build_theirs() -> Any:
     config = GRPOConfig(
         output_dir=f"theirs-{os.getpid()}", per_device_train_batch_size=BATCH, num_generations=GROUP,
         max_completion_length=NEW_TOKENS, generation_kwargs={"min_new_tokens": NEW_TOKENS}, temperature=1.0, beta=BETA,
-        loss_type="grpo", max_steps=ANSWERS // BATCH, learning_rate=RATE, lr_scheduler_type="constant",
+        loss_type="grpo", max_steps=answers // BATCH, learning_rate=RATE, lr_scheduler_type="constant",
         logging_strategy="no", save_strategy="no", gradient_checkpointing=False, use_cpu=True, bf16=False,
         report_to="none", disable_tqdm=True,
     )  # fmt: skip
@@ -93,35 +94,37 @@ def build_theirs() -> Any:
     )  # fmt: skip
 
 
-def worker(name: str, directory: Path) -> None:
+def worker(name: str, directory: Path, answers: int) -> None:
     os.chdir(directory)
-    trainer = (build_ours if name == "alignkit" else build_theirs)()
+    trainer = (build_ours if name == "alignkit" else build_theirs)(answers)
     began = clocks()
     trainer.train()
     wall, processor = (ended - start for start, ended in zip(began, clocks(), strict=True))
     tokens = trainer._total_train_tokens if name == "alignkit" else trainer.state.num_input_tokens_seen
-    result = {"wall": ANSWERS / wall, "processor": ANSWERS / processor, "peak_megabytes": peak_megabytes()}
+    result = {"wall": answers / wall, "processor": answers / processor, "peak_megabytes": peak_megabytes()}
     print("RESULT " + json.dumps(result | {"tokens": tokens, "steps": trainer.state.global_step}))
 
 
-def measure_grpo(directory: Path, *, runs: int) -> list[Row]:
-    """Train with each in fresh processes, in turn; the rows of the table."""
-    prepare(directory)
-    found: dict[str, list[dict[str, float]]] = {"trl": [], "alignkit": []}
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    variables["PYTHONPATH"] = os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])
-    for number in range(runs):
-        for name, rounds in found.items():
-            command = [sys.executable, __file__, "--worker", name, str(directory)]
-            done = subprocess.run(command, env=variables, capture_output=True, text=True)
-            line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-            if line is None:
-                raise RuntimeError(f"{name} failed:\n{done.stderr[-4000:]}")
-            rounds.append(json.loads(line.removeprefix("RESULT ")))
-            print(f"  {number} {name}: {line}", file=sys.stderr, flush=True)
+def train_both(directory: Path, *, answers: int, runs: int) -> dict[str, list[dict[str, float]]]:
+    """Train with each in fresh processes, in turn; what each round measured."""
+    prepare(directory, answers)
+    path = os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    commands = [
+        Command(name, [sys.executable, __file__, "--worker", name, str(directory), str(answers)], directory,
+                variables=variables)
+        for name in ("trl", "alignkit")
+    ]  # fmt: skip
+    found = {name: read_results(each) for name, each in alternate(commands, runs=runs, warmups=0, at_once=2).items()}
     work = {(int(each["tokens"]), int(each["steps"])) for rounds in found.values() for each in rounds}
     if len(work) > 1:
         raise RuntimeError(f"tokens and steps differ: {work}")
+    return found
+
+
+def measure_grpo(directory: Path, *, runs: int) -> list[Row]:
+    """The rows of the table."""
+    found = train_both(directory, answers=128, runs=runs)
     rows = []
     for what, key, unit, bar in (
         ("grpo 13.0 M", "processor", "answers/processor s", ">= 1.0"),
@@ -134,7 +137,7 @@ def measure_grpo(directory: Path, *, runs: int) -> list[Row]:
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        worker(sys.argv[2], Path(sys.argv[3]))
+        worker(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
     else:
         with tempfile.TemporaryDirectory(prefix="alignkit-grpo-") as place:
             runs = int(sys.argv[sys.argv.index("--runs") + 1]) if "--runs" in sys.argv else 3

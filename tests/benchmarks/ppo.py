@@ -1,6 +1,6 @@
 """PPO side by side with the last PPOTrainer that TRL had, trl 1.12's experimental one, in its own environment.
 
-A 13 M GPT-2, 128 episodes, batches of 16, 4 epochs, 32 new tokens, one thread. Training alone is timed, on the wall and
+A 13 M GPT-2, 64 episodes, batches of 16, 4 epochs, 32 new tokens, one thread. Training alone is timed, on the wall and
 in the processor's seconds, which a busy machine stretches less; the peak is the whole process's. Both sides compute the
 16 answers of a step PPO_BENCH_MICRO at a time: all of them unless told otherwise.
 Make the other environment once, or name one with TRL112_PYTHON or --trl:
@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from table import Row
+from timing import Command, Run, alternate
 
 OTHER_PYTHON = Path(os.environ.get("TRL112_PYTHON", Path(__file__).parents[2] / ".venv-trl112/bin/python"))
-EPISODES = int(os.environ.get("PPO_BENCH_EPISODES", "128"))
+EPISODES = int(os.environ.get("PPO_BENCH_EPISODES", "64"))
 BATCH, EPOCHS, NEW_TOKENS = 16, 4, 32
 MICRO_BATCH = int(os.environ.get("PPO_BENCH_MICRO", str(BATCH)))
 # name -> (lora section, keys of the ppo stage); the first has TRL's four models, the others share.
@@ -191,25 +191,24 @@ def worker(name: str, directory: Path) -> None:
 
 def measure(directory: Path, *, runs: int, python: str, names: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     """Train with each in fresh processes, in turn; return what each round measured."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     before = os.getcwd()
     os.chdir(directory)
     prepare(directory)
     os.chdir(before)
-    for number in range(runs):
-        for name in found:
-            variables = {**os.environ, **quiet}
-            if name == "trl":
-                variables.pop("PYTHONPATH", None)
-            arguments = [python if name == "trl" else sys.executable, __file__, "--worker", name, str(directory)]
-            done = subprocess.run(arguments, env=variables, capture_output=True, text=True)
-            line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-            if line is None:
-                raise RuntimeError(f"{name} failed:\n{done.stderr[-4000:]}")
-            found[name].append(json.loads(line.removeprefix("RESULT ")))
-            print(f"  {number} {name}: {line}", file=sys.stderr, flush=True)
-    return found
+    words = [__file__, "--worker"]
+    commands = [
+        Command(name, [python if name == "trl" else sys.executable, *words, name, str(directory)], directory,
+                variables=quiet | ({"PYTHONPATH": ""} if name == "trl" else {}))
+        for name in names
+    ]  # fmt: skip
+    return {name: read_results(each) for name, each in alternate(commands, runs=runs, warmups=0, at_once=2).items()}
+
+
+def read_results(runs: Sequence[Run]) -> list[dict[str, float]]:
+    """What the workers printed last."""
+    lines = (line for run in runs for line in run.output.splitlines() if line.startswith("RESULT "))
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
 def compare(found: dict[str, list[dict[str, float]]], name: str, key: str) -> tuple[float, float, float]:

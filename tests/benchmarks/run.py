@@ -34,7 +34,7 @@ QUICK = {  # one round of each
 CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measure, rounds)
     "help": (measure_help, 15),
     "bad-recipe": (measure_bad_recipe, 15),
-    "short-run": (measure_short_run, 5),
+    "short-run": (measure_short_run, 3),
     "throughput": (measure_throughput, 3),
     "real": (measure_real_model, 3),
     "profile": (measure_profile, 1),

@@ -1,6 +1,7 @@
 """Work per second once everything is loaded: training throughput and data preparation, beside TRL's.
 
-Seconds are the processor's, so that a neighbour on the machine counts for neither side; every process has one thread.
+Seconds are the processor's, so that a neighbour on the machine counts for neither side; every process has one thread,
+and two run at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo import train_both
 from inputs import write_model, write_rows
 from table import Row
 from timing import Command, alternate
@@ -22,7 +24,8 @@ import alignkit.models
 WORKER = Path(__file__).resolve().parent / "worker.py"
 SIZES = {"0.14 M": (64, 2, 400, ">= 1.2"), "13.9 M": (512, 4, 48, ">= 1.0")}  # hidden size, layers, rows, bar
 METHODS = {"sft": "SFTTrainer", "dpo": "DPOTrainer", "rm": "RewardTrainer"}
-GROWTH = {"rows": (2, 4), "hidden size": (2, 4), "length": (2, 4)}
+GROWTH = ("rows", "hidden size", "length")
+FACTORS = (1, 2, 4, 8)
 BATCH = 8
 PREPARED_ROWS = 20_000
 Measured = dict[str, list[dict[str, float]]]  # what the worker printed, by name
@@ -88,25 +91,34 @@ def measure_profile(directory: Path, *, runs: int) -> list[Row]:
 
 
 def measure_growth(directory: Path, *, runs: int) -> list[Row]:
-    """Cost of an epoch of sft at 1, 2 and 4 times rows, hidden size and length: the exponent between first and last."""
+    """Cost of sft at 1 to 8 times rows, hidden size and length, and of grpo at as many answers, with the exponents."""
     rows = []
-    for kind, factors in GROWTH.items():
-        seconds, bare = [], []
-        for factor in (1, *factors):
+    for kind in GROWTH:
+        costs: dict[str, list[float]] = {"ours-shuffled": [], "bare": []}
+        for factor in FACTORS:
             hidden = 64 * (factor if kind == "hidden size" else 1)
             words = 40 * (factor if kind == "length" else 1)
             place = directory / f"{kind.replace(' ', '-')}-{factor}"
             model = write_model(place / "model", hidden_size=hidden, num_layers=2, positions=4096)
             data = write_rows(place / "rows", "sft", 160 * (factor if kind == "rows" else 1), words=words)
-            arguments = [str(model), str(data), str(BATCH)]
-            found = _measure(["sft"], ["ours-shuffled", "bare"], arguments, directory, runs=runs)
-            seconds.append(statistics.median(run["seconds"] for run in found["ours-shuffled"]))
-            bare.append(statistics.median(run["seconds"] for run in found["bare"]))
-        exponents = [math.log(each[-1] / each[0]) / math.log(factors[-1]) for each in (seconds, bare)]
-        told = [f"{' '.join(f'{value:.1f}' for value in each)} s" for each in (seconds, bare)]
-        what = f"sft, {kind} x 1, 2, 4: exponents {exponents[0]:.2f} and {exponents[1]:.2f}"
-        rows.append(Row(what, told[0], told[1], "a bare PyTorch loop", exponents[0] / exponents[1], "<= 1.1"))
-    return rows
+            found = _measure(["sft"], [*costs], [str(model), str(data), str(BATCH)], directory, runs=runs)
+            for name, seconds in costs.items():
+                seconds.append(statistics.median(run["seconds"] for run in found[name]))
+        rows.append(_growth(f"sft, {kind}", *costs.values(), "a bare PyTorch loop"))
+    found = [train_both(directory / f"answers-{factor}", answers=32 * factor, runs=runs) for factor in FACTORS]
+    ours, theirs = (
+        [32 * factor / statistics.median(each["processor"] for each in both[name])
+         for factor, both in zip(FACTORS, found, strict=True)]
+        for name in ("alignkit", "trl")
+    )  # fmt: skip
+    return [*rows, _growth("grpo, answers", ours, theirs, "trl's GRPOTrainer")]
+
+
+def _growth(what: str, ours: Sequence[float], theirs: Sequence[float], against: str) -> Row:
+    exponents = [math.log(each[-1] / each[0]) / math.log(FACTORS[-1]) for each in (ours, theirs)]
+    told = [f"{' '.join(f'{value:.1f}' for value in each)} s" for each in (ours, theirs)]
+    what = f"{what} x {', '.join(map(str, FACTORS))}: exponents {exponents[0]:.2f} and {exponents[1]:.2f}"
+    return Row(what, *told, against, exponents[0] / exponents[1], "<= 1.1")
 
 
 def _require_equal_losses(method: str, found: Measured) -> None:
@@ -141,7 +153,7 @@ def _measure(
     task: Sequence[str], names: Sequence[str], arguments: Sequence[str], directory: Path, *, runs: int
 ) -> Measured:
     commands = [Command(name, [sys.executable, str(WORKER), *task, name, *arguments], directory) for name in names]
-    found = alternate(commands, runs=runs, warmups=0)
+    found = alternate(commands, runs=runs, warmups=0, at_once=2)
     return {name: [json.loads(run.output.splitlines()[-1]) for run in found[name]] for name in names}
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,15 +64,17 @@ def start(command: Command) -> Run:
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * kilobyte, text)
 
 
-def alternate(commands: Sequence[Command], *, runs: int, warmups: int = 1) -> dict[str, list[Run]]:
-    """Run the commands in turn, `runs` rounds after `warmups` uncounted ones; return the runs by command name."""
+def alternate(commands: Sequence[Command], *, runs: int, warmups: int = 1, at_once: int = 1) -> dict[str, list[Run]]:
+    """Run the commands in turn, `runs` rounds after `warmups` uncounted ones; return the runs by command name.
+
+    `at_once` of them share the machine: of use where they have one thread each and tell processor seconds."""
     found: dict[str, list[Run]] = {command.name: [] for command in commands}
-    for number in range(warmups + runs):
-        for command in commands:
-            run = start(command)
-            if number >= warmups:
-                found[command.name].append(run)
-            print(f"  {command.name}: {run.wall_seconds:.2f} s", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        for number in range(warmups + runs):
+            for command, run in zip(commands, pool.map(start, commands), strict=True):
+                if number >= warmups:
+                    found[command.name].append(run)
+                print(f"  {command.name}: {run.wall_seconds:.2f} s", file=sys.stderr, flush=True)
     return found
 
 
