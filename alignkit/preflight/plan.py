@@ -72,16 +72,19 @@ class Plan:
 
     def tables(self) -> list[Table]:
         names = list(dict.fromkeys(name for stage in self.stages for name in stage["parts"]))
+        is_tiny = max(sum(stage["parts"].values()) for stage in self.stages) < 0.5
+        unit, scale = ("MiB", 1024) if is_tiny else ("GiB", 1)
         held, work, said = list[list[str]](), list[list[str]](), list[list[str]]()
         for each in self.stages:
-            sizes = [f"{each['parts'][name]:.2f}" if name in each["parts"] else "" for name in names]
-            fits = [f"{each['needs']:.1f}", "yes" if each["fits"] else "NO", str(each["micro_up_to"] or "-")]
+            sizes = [f"{each['parts'][name] * scale:.2f}" if name in each["parts"] else "" for name in names]
+            fits = [f"{each['needs'] * scale:.1f}", "yes" if each["fits"] else "NO", str(each["micro_up_to"] or "-")]
             held.append([each["stage"], str(each["micro"]), f"{each['tokens']:,}", *sizes, *fits])
             counts = [f"{count:,}" if count else "?" for count in (each["steps"], each["total_tokens"])]
             hours = "?" if each["hours"] is None else f"{each['hours']:.3g}"
-            work.append([each["stage"], *counts, hours, f"{each['disk']:.2f}", each["moment"]])
+            work.append([each["stage"], *counts, hours, f"{each['disk'] * scale:.2f}", each["moment"]])
             said += [[each["stage"], note] for note in each["notes"]]
-        title = f"{self.recipe} on {self.devices} x {self.device.name}, {self.device.bytes / _GIB:.0f} GiB: GiB of each"
+        room = f"{self.devices} x {self.device.name}, {self.device.bytes / _GIB:.0f} GiB"
+        title = f"{self.recipe} on {room}: {unit} of each"
         tables = [(title, ["stage", "micro", "tokens", *names, "needs", "fits", "micro up to"], held)]
         tables.append(("", ["stage", "steps", "tokens", "hours", "disk", "highest moment"], work))
         return [*tables, ("", ["stage", "note"], said)] if said else tables
@@ -133,7 +136,7 @@ def _plan_stage(stage: Stage, device: Device, *, tokens: int | None, longest: in
         tokens = rows[1] if rows else int(stage.trainer.get("max_length") or longest + answer)
         if rows is None:
             notes.append(f"the longest row{' with its answer' if answer else ''} taken as {tokens:,} tokens (--tokens)")
-    fit = _Fit(stage, config, device, tokens)
+    fit = _Fit(stage, config, device, {"tokens": tokens, "group": rows[3] if rows else None})
     largest = fit.largest(stage)
     wanted = getattr(options, "micro_batch_size", None)
     micro = getattr(options, "batch_size", 1) if wanted is None else wanted
@@ -145,7 +148,7 @@ def _plan_stage(stage: Stage, device: Device, *, tokens: int | None, longest: in
     notes = [*advice, *notes, *fit.notes, *(f"estimated: {note}" for note in found.notes)]
     plan: dict[str, Any] = {
         "stage": stage.name, "method": stage.method, "micro": micro, "tokens": tokens,
-        "parts": {name: size / _GIB for name, size in found.parts.items() if size > device.bytes / 1e5},
+        "parts": {name: size / _GIB for name, size in found.parts.items() if size > found.total / 1e4},
         "moment": found.moment, "needs": found.needs / _GIB, "fits": found.needs <= device.bytes,
         "micro_up_to": largest, "steps": None, "total_tokens": None, "hours": None, "disk": 0.0, "notes": notes,
     }  # fmt: skip
@@ -160,8 +163,8 @@ def _plan_stage(stage: Stage, device: Device, *, tokens: int | None, longest: in
 class _Fit:
     """What variants of one stage need on a device."""
 
-    def __init__(self, stage: Stage, config: PreTrainedConfig, device: Device, tokens: int) -> None:
-        self._stage, self._config, self._device, self._tokens = stage, config, device, tokens
+    def __init__(self, stage: Stage, config: PreTrainedConfig, device: Device, row: dict[str, Any]) -> None:
+        self._stage, self._config, self._device, self._row = stage, config, device, row
         self.notes: list[str] = []
         self._foreign: Counter[str] = Counter()  # bytes of gold rewards, judges, generators and teachers
         asked = [(key, source.model) for key, source in stage.rewards if key == "gold"]
@@ -181,7 +184,7 @@ class _Fit:
 
     def predict(self, stage: Stage, micro: int) -> memory.Prediction:
         kind, foreign = self._device.kind, self._foreign
-        return memory.predict(stage, self._config, micro=micro, tokens=self._tokens, device=kind, foreign=foreign)
+        return memory.predict(stage, self._config, micro=micro, device=kind, foreign=foreign, **self._row)
 
     def largest(self, stage: Stage) -> int | None:
         """The largest micro batch up to 256 that fits, by halves; None where not one row does."""
@@ -225,8 +228,9 @@ class _Fit:
                 yield said, partial(_change, launch=launch)
 
 
-def _read_rows(stage: Stage, notes: list[str]) -> tuple[int, int, int] | None:
-    """Count rows, tokens of the longest one and of all; None where the rows are not here, or in large files."""
+def _read_rows(stage: Stage, notes: list[str]) -> tuple[int, int, int, int] | None:
+    """Count rows, tokens of the longest sequence and of all, and sequences of the largest row; None where the rows are
+    not here, or in large files."""
     if not isinstance(stage.options, TrainOptions):
         return None
     _, located = locate_rows(stage)
@@ -247,10 +251,10 @@ def _read_rows(stage: Stage, notes: list[str]) -> tuple[int, int, int] | None:
     elif limit:
         packs = stage.trainer.get("packing") or stage.objective == "lm"
         longest = limit if packs else min(longest, limit)
-    return len(tables.train), longest, lengths.num_tokens
+    return len(tables.train), longest, lengths.num_tokens, memory.group_size(stage, tables.train)
 
 
-def _count_work(stage: Stage, rows: tuple[int, int, int] | None, tokens: int) -> tuple[int | None, int | None]:
+def _count_work(stage: Stage, rows: tuple[int, ...] | None, tokens: int) -> tuple[int | None, int | None]:
     """Count optimizer steps and the tokens they read: of the rows where they are known, else at most."""
     options, steps = stage.training, int(stage.trainer.get("max_steps") or -1)
     epochs = float(stage.trainer.get("num_train_epochs") or 1)

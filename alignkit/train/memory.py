@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pyarrow.compute as compute
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -92,17 +93,26 @@ class Prediction:
         return 1.04 * self.total + 0.8 * 2**30
 
 
+def group_size(stage: Stage, table: Any = None) -> int:
+    """Count the sequences of a row: all ranked answers of a prompt, what a task reads, or two of a pair."""
+    columns = [name for name in ("answers_ids", "sequences") if table is not None and name in table.column_names]
+    if columns and len(table):
+        return int(compute.max(compute.list_value_length(table.data.column(columns[0]))).as_py())
+    return 2 if stage.method in ("dpo", "rm") and not stage.is_unpaired else 1
+
+
 def predict(
-    stage: Stage, config: PreTrainedConfig, *, micro: int, tokens: int, device: str, foreign: Mapping[str, float] = {}
-) -> Prediction:
+    stage: Stage, config: PreTrainedConfig, *, micro: int, tokens: int, device: str, foreign: Mapping[str, float] = {},
+    group: int | None = None) -> Prediction:  # fmt: skip
     """Predict the highest moment of training on rows of so many tokens, or of a stage that writes answers, on "cuda" or
-    "cpu". A row of ppo is a prompt with its answer; `foreign` are bytes of models that are no copy of the policy."""
+    "cpu". A row of ppo is a prompt with its answer; one of other stages is `group` sequences, two where they are pairs.
+    `foreign` are bytes of models that are no copy of the policy."""
     options, world = stage.options, num_devices(stage)
     answer = min(getattr(options, "max_new_tokens", None) or 0, tokens - 1)
     kind = "seq2seq" if config.is_encoder_decoder else "score" if stage.scores else _PASSES.get(stage.method, "write")
     if budget := getattr(options, "batch_tokens", None):
         micro = max(budget // tokens, 1)
-    sequences = micro * (2 if stage.method in ("dpo", "rm") and not stage.is_unpaired else 1)
+    sequences = micro * (group or group_size(stage))
     accumulates = isinstance(options, TrainOptions) and options.batch_size // world > micro
     packed = packs_densely(stage) and micro > 1
     found = trace(stage, config, Shape(sequences, tokens, kind, answer, packed, accumulates), device)

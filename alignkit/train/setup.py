@@ -108,9 +108,11 @@ def _fit_micro_batch(stage: Stage, table: Any) -> None:
     if stage.training.micro_batch_size != "auto" or len(sizes) == 1 or not on_card:
         return
     config, free = memory.read_shape(stage), torch.cuda.mem_get_info()[0]
+    group = memory.group_size(stage, table)
     tokens = max(table["length"]) + getattr(stage.options, "max_new_tokens", 0)
     try:
-        needs = {size: memory.predict(stage, config, micro=size, tokens=tokens, device="cuda").needs for size in sizes}
+        needs = {size: memory.predict(stage, config, micro=size, tokens=tokens, device="cuda", group=group).needs
+                 for size in sizes}  # fmt: skip
     except EnvironmentProblem as error:
         return console.warn(f"{stage.name}: micro_batch_size auto is {sizes[-1]}, whatever fits: {error}")
     fitting = max((size for size in sizes if needs[size] <= free), default=sizes[0])

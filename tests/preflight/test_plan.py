@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaConfig
 
 from alignkit.errors import UsageError
@@ -139,6 +140,18 @@ def test_what_can_be_counted_is_counted(plan: Callable[..., Plan]) -> None:
     assert sft["disk"] * GIB == pytest.approx(3 * checkpoint + weights * GIB, rel=0.01)
 
 
+def test_a_row_of_ranked_answers_counts_as_many_sequences(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    parts = []
+    for number in (2, 4):
+        row = {"prompt": "Which?", "completions": [f"{letter}" * 60 for letter in "abcd"[:number]]}
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row | {"ranking": [*range(1, number + 1)]}) + "\n")
+        rows = f"rm: {{data: {tmp_path}/{number}.jsonl, batch_size: 1, gradient_checkpointing: false}}\n"
+        (stage,) = plan(TINY + rows, Device("CPU", "cpu", 4 * GIB)).stages
+        parts.append(stage["parts"])
+    assert parts[1]["weights"] == parts[0]["weights"]
+    assert parts[1]["activations"] == pytest.approx(2 * parts[0]["activations"], rel=0.1)
+
+
 def load_recipe_text(text: str) -> Any:
     import tempfile
 
@@ -223,7 +236,7 @@ def test_auto_takes_what_fits_on_the_card(shapes: Path, tmp_path: Path, monkeypa
     (tmp_path / "r.yaml").write_text(
         f"model: {{path: {shapes / '1B'}}}\nlora: {{}}\nsft: {{data: builtin:instructions, batch_size: 64}}\n"
     )
-    stage, table = resolve(load_recipe(tmp_path / "r.yaml"), "sft"), {"length": [100, 1024]}
+    stage, table = resolve(load_recipe(tmp_path / "r.yaml"), "sft"), Dataset.from_dict({"length": [100, 1024]})
     # No card is here: what is asked of it is answered in its place.
     monkeypatch.setattr(setup, "pick_device", lambda *_, **__: "cuda")
     config = memory.read_shape(stage)
@@ -243,6 +256,7 @@ def test_the_command_prints_one_table_and_json(run_alignkit: Any, tmp_path: Path
     done = run_alignkit("plan", "r.yaml", "--tokens-per-second", "1000")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^  sft +8 +\d+ .* yes +\d+$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"GiB: MiB of each\n.*weights.*\n.*\n  sft .* 0\.60 ", done.stdout), done.stdout
     done = run_alignkit("plan", "r.yaml", "--memory", "0.1", "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 0 and not found["fits"] and found["stages"][0]["steps"] == 10
