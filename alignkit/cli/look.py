@@ -184,16 +184,19 @@ def doctor(
         raise typer.BadParameter("a recipe is tried with `alignkit doctor resume --recipe FILE`")
     loaded = _load(recipe)
     from alignkit.errors import AlignKitError
-    from alignkit.preflight.resume import prove_resume
+    from alignkit.preflight.resume import list_stages, prove_resume
 
-    found = prove_resume(loaded, stage)
-    said = "{stage}: equal; {model}, {steps} steps, killed at step {killed_at} and resumed"
+    tried = []
+    for name in list_stages(loaded, stage):
+        tried.append(found := prove_resume(loaded, name))
+        said = f"{name}: {found['model']}, {found['steps']} steps, killed at step {found['killed_at']} and resumed: "
+        said += f"not equal: {'; '.join(found['differences'])}" if found["differences"] else "equal"
+        said += f" (not tried as the recipe has it: {', '.join(found['instead'])})" if found["instead"] else ""
+        (console.note if as_json else console.write)(said)
     if as_json:
-        console.print_json(found)
-    elif not found["differences"]:
-        console.write(said.format(**found))
-    if found["differences"]:
-        raise AlignKitError(f"{found['stage']} does not resume exactly: {'; '.join(found['differences'])}")
+        console.print_json({"stages": tried})
+    if other := [found["stage"] for found in tried if found["differences"]]:
+        raise AlignKitError(f"{', '.join(other)} does not resume exactly")
 
 
 def merge(

@@ -16,7 +16,7 @@ from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weigh
 from alignkit.models.hub import fetch_adapter
 from alignkit.models.load import Model, load_trained, pick_device
 from alignkit.models.logprobs import pad
-from alignkit.models.start import find_base, read_config
+from alignkit.models.start import builtin_tokenizer, find_base, read_config
 
 ScoreIds = Callable[[list[list[int]]], Tensor]
 
@@ -84,8 +84,9 @@ def fingerprint_causal(source: str) -> str:
 
 def load_tokenizer_of(source: str, *, trust_code: bool = False) -> PreTrainedTokenizerFast:
     """Load the tokenizer that belongs to a run, a model or adapter directory, or a hub id."""
-    directory = None if is_builtin(source) else find_model_dir(source)
-    if directory is not None:
+    if is_builtin(source):
+        return builtin_tokenizer()
+    if (directory := find_model_dir(source)) is not None:
         files = inspect_model_dir(directory, trust_code=trust_code)
         source = str(directory) if files.has_tokenizer or files.kind == "full" else find_base(files)
     tokenizer = read_tokenizer(source, trust_code=trust_code)

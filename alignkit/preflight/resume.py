@@ -12,49 +12,91 @@ from typing import Any
 from alignkit.errors import RecipeError, RunError
 from alignkit.models.files import find_model_dir
 from alignkit.recipe import Recipe, resolve
-from alignkit.recipe.schema import FEEDBACK
+from alignkit.recipe.schema import FEEDBACK, PpoOptions
 from alignkit.runs.checkpoints import newest_step
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import describe_files, read_lines
 
-_STEPS, _ROWS, _SMALL_BYTES = 20, 200, 200 << 20
+_STEPS, _ROWS, _TOKENS, _SMALL_BYTES = 20, 200, 16, 200 << 20
+_TEACHER = """
+name: teacher
+model: {path: builtin:tiny-gpt2}
+sft: {data: {path: builtin:instructions, max_rows: 32}, batch_size: 8, samples: {num: 0}}
+"""
 _OF_THE_CLOCK = ("runtime", "second", "time")  # in the names of metrics that differ between two equal runs
 
 
-def prove_resume(recipe: Recipe, name: str | None) -> dict[str, Any]:
+def list_stages(recipe: Recipe, name: str | None) -> list[str]:
+    """The stage to try, or without `name` all that train."""
+    names = [each for each in recipe.stage_names if recipe.stages[each].options.method not in FEEDBACK]
+    if not names or (name is not None and name not in names):
+        raise RecipeError(f"stages that train can be tried: {', '.join(names) or 'the recipe has none'}")
+    return names if name is None else [name]
+
+
+def prove_resume(recipe: Recipe, name: str) -> dict[str, Any]:
     """Train a stage twice, killed and resumed the second time, and compare; `differences` is empty where all is equal.
-    The settings are the recipe's, but for a model that is small, few rows and steps."""
-    names = [each for each in recipe.stage_names if recipe.stages[each].options.method not in (*FEEDBACK, "ppo")]
-    if (stage_name := name or next(iter(names), None)) not in names:
-        raise RecipeError(f"sft, rm and dpo stages can be tried: {', '.join(names) or 'the recipe has none'}")
-    stage = resolve(recipe, str(stage_name))
-    path, directory = stage.model.path, find_model_dir(stage.model.path)
-    size = sum(file.stat().st_size for file in directory.glob("*.safetensors")) if directory else 0
-    is_small = path.startswith("builtin:") or stage.model.init == "scratch" or 0 < size < _SMALL_BYTES
-    rows = [source.model_dump(exclude_unset=True) | {"max_rows": _ROWS} for source in stage.options.data]
+    The settings are the recipe's, but for models that are small, few rows and steps, and rewards that need no others;
+    `instead` has the keys whose own values were not tried."""
+    stage = resolve(recipe, name)
+    path, options = stage.model.path, stage.options
+    rows = [source.model_dump(exclude_unset=True) | {"max_rows": _ROWS} for source in options.data]
     own: dict[str, Any] = {
-        "data": rows, "max_steps": _STEPS, "save_steps": 1, "logging_steps": 1, "batch_size": 8, "micro_batch_size": 4,
-        "samples": {"num": 0}, "report_to": "none", **({"start_from": None} if stage.options.start_from else {}),
+        "data": rows, "save_steps": 1, "logging_steps": 1, "batch_size": 8, "micro_batch_size": 4,
+        "samples": {"num": 0}, "report_to": "none", **({"start_from": None} if options.start_from else {}),
     }  # fmt: skip
-    changes = {f"{stage.name}.{key}": value for key, value in own.items()} | {"launch": {"device": stage.launch.device}}
+    steps, instead = _STEPS, dict[str, Any]()
+    if isinstance(options, PpoOptions):
+        answers = -(-8 // options.answers_per_prompt) * options.answers_per_prompt
+        own |= {"batch_size": answers, "micro_batch_size": answers // 2 if answers % 2 == 0 else answers}
+        own |= {"total_episodes": None, "max_new_tokens": min(options.max_new_tokens, _TOKENS)}
+        own |= {"min_new_tokens": None} if (options.min_new_tokens or 0) > _TOKENS else {}
+        steps = 4 * options.ppo_epochs * options.minibatches  # four rollouts
+        if not all(reward.verify not in (None, "code") or _is_small(reward.model) for reward in options.reward):
+            instead |= {"reward": "builtin:true-reward", "gold": None}
+            instead |= {"value_init": "policy"} if options.value_init == "reward" else {}
+        if options.generation.engine == "vllm":
+            instead["generation"] = {"engine": "transformers"}
+    is_small = _is_small(path) or stage.model.init == "scratch"
+    teacher = getattr(options, "teacher", None)
+    if teacher is not None:
+        is_small &= _is_small(teacher.model)
+        kept = teacher.model_dump(exclude_unset=True, exclude={"url"})
+        own["teacher"] = kept | {"max_new_tokens": min(teacher.max_new_tokens, _TOKENS)} if teacher.on_policy else kept
+    changes = {"launch": {"device": stage.launch.device}}
     if not is_small:
         path = "builtin:tiny-llama"
-        changes |= {"model": {"path": path}, f"{stage.name}.max_length": 256}
-    command = [sys.executable, "-m", "alignkit", stage.method, "--recipe", recipe.path, "--stage", stage.name]
-    for key, value in changes.items():
-        command += ["--set", f"{key}={json.dumps(value)}"]
+        changes |= {"model": {"path": path}}
+        own |= {"max_length": 256} if stage.method != "ppo" else {}
+        instead |= {"truncate": None} if getattr(options, "truncate", None) else {}
+    alignkit = [sys.executable, "-m", "alignkit"]
     with tempfile.TemporaryDirectory(prefix="alignkit-resume-") as folder:
+        if teacher is not None and not is_small:  # another one, of the same tokens
+            Path(folder, "teacher.yaml").write_text(_TEACHER, encoding="utf-8")
+            _run([*alignkit, "sft", "--recipe", f"{folder}/teacher.yaml", "--out", f"{folder}/teacher"])
+            instead["teacher"] = own["teacher"] | {"model": f"{folder}/teacher"}
+        changes |= {f"{name}.{key}": value for key, value in ({"max_steps": steps} | own | instead).items()}
+        command = [*alignkit, stage.method, "--recipe", recipe.path, "--stage", name]
+        command += [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
         _run([*command, "--out", str(whole)])
         process = subprocess.Popen([*command, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None and (newest_step(killed / "checkpoints") or 0) < _STEPS // 2:
+        while process.poll() is None and (newest_step(killed / "checkpoints") or 0) < steps // 2:
             time.sleep(0.01)
         process.kill()
         process.communicate()
         step = newest_step(killed / "checkpoints")
         _run([*command, "--out", str(killed)])
         differences = list(find_differences(whole, killed))
-    return {"stage": stage.name, "model": path, "steps": _STEPS, "killed_at": step, "differences": differences}
+    tried = {"stage": name, "model": path, "steps": steps, "killed_at": step, "instead": sorted(instead)}
+    return tried | {"differences": differences}
+
+
+def _is_small(model: str | None) -> bool:
+    """Whether a model can be trained here in seconds: one that is built in, or a directory of few bytes."""
+    directory = find_model_dir(model) if model and not model.startswith("builtin:") else None
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors")) if directory else 0
+    return bool(model) and (str(model).startswith("builtin:") or 0 < size < _SMALL_BYTES)
 
 
 def _run(command: list[str]) -> None:

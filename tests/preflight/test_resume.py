@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import RecipeError
-from alignkit.preflight.resume import find_differences, prove_resume
+from alignkit.preflight.resume import find_differences, list_stages
 from alignkit.recipe import load_recipe
 
 
@@ -31,21 +31,41 @@ def test_the_first_metric_that_differs_and_the_weights_are_named(tmp_path: Path)
     ]
 
 
+RECIPE = """
+name: a
+model: {path: org/large, quantization: nf4}
+lora: {r: 4}
+sft: {data: builtin:instructions, objective: distill, max_length: 4096, teacher: {model: org/larger, top_k: 8}}
+label: {data: builtin:prompts, constitution: builtin:harmlessness, judge: {model: org/larger}}
+dpo: {start_from: sft, data: builtin:preferences, eval: 0.1, num_train_epochs: 2}
+ppo:
+  start_from: sft
+  data: builtin:prompts
+  reward: org/reward
+  preset: grpo
+  batch_size: 30
+  num_generations: 3
+  total_episodes: 100000
+  max_new_tokens: 512
+"""
+
+
 def test_a_stage_that_cannot_be_tried_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    path.write_text("model: builtin:tiny-gpt2\nsft: {data: builtin:instructions}\n")
-    with pytest.raises(RecipeError, match="sft, rm and dpo stages can be tried: sft"):
-        prove_resume(load_recipe(path), "dpo")
+    path.write_text(RECIPE)
+    assert list_stages(load_recipe(path), None) == ["sft", "dpo", "ppo"]
+    with pytest.raises(RecipeError, match="stages that train can be tried: sft, dpo, ppo"):
+        list_stages(load_recipe(path), "label")
 
 
 @pytest.mark.slow
-def test_a_stage_is_killed_and_resumed_and_found_equal(run_alignkit, tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(
-        "name: a\nmodel: {path: builtin:tiny-llama}\nlora: {r: 4}\nsft: {data: builtin:instructions}\n"
-        "dpo: {start_from: sft, data: builtin:preferences, eval: 0.1, num_train_epochs: 2}\n"
-    )
-    done = run_alignkit("doctor", "resume", "--recipe", "a.yaml", "--stage", "dpo", "--json")
-    found = json.loads(done.stdout)
-    assert (done.returncode, found["differences"], found["model"]) == (0, [], "builtin:tiny-llama")
-    assert 10 <= found["killed_at"] < found["steps"] == 20
+def test_every_stage_is_killed_and_resumed_and_found_equal(run_alignkit, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(RECIPE)
+    done = run_alignkit("doctor", "resume", "--recipe", "a.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["stages"]
+    assert [(each["stage"], each["differences"], each["instead"]) for each in found] == [
+        ("sft", [], ["teacher"]), ("dpo", [], []), ("ppo", [], ["gold", "reward"]),
+    ]  # fmt: skip
+    assert all(each["steps"] // 2 <= each["killed_at"] < each["steps"] for each in found)
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
