@@ -63,10 +63,10 @@ def prove_resume(recipe: Recipe, name: str) -> dict[str, Any]:
         is_small &= _is_small(teacher.model)
         kept = teacher.model_dump(exclude_unset=True, exclude={"url"})
         own["teacher"] = kept | {"max_new_tokens": min(teacher.max_new_tokens, _TOKENS)} if teacher.on_policy else kept
-    changes = {"launch": {"device": stage.launch.device}}
+    changes: dict[str, Any] = {"launch": {"device": stage.launch.device}}
     if not is_small:
         path = "builtin:tiny-llama"
-        changes |= {"model": {"path": path}}
+        changes["model"] = {"path": path}
         own |= {"max_length": 256} if stage.method != "ppo" else {}
         instead |= {"truncate": None} if getattr(options, "truncate", None) else {}
     alignkit = [sys.executable, "-m", "alignkit"]
