@@ -82,13 +82,11 @@ def read_parallel(path: Path, target: Path, *, limit: int = MAX_LINE_BYTES) -> I
             if None in lines:
                 longer, shorter = (name, other) if lines[1] is None else (other, name)
                 raise DataError(f"has no counterpart in {shorter}, which ends before", where=f"{longer}:{number}")
-            pair = [line for _, line in lines]
             try:
-                texts = [line.decode().strip() for line in pair if not isinstance(line, BadRow)]
-                bad = [line for line in pair if isinstance(line, BadRow)]
-            except UnicodeDecodeError as error:
-                bad = [_bad_utf8(error)]
-            yield f"{name}:{number}", bad[0] if bad else {"prompt": texts[0], "completion": texts[1]}
+                source, translation = (_decode(line).strip() for _, line in lines)
+                yield f"{name}:{number}", {"prompt": source, "completion": translation}
+            except BadRow as bad:
+                yield f"{name}:{number}", bad
 
 
 @contextmanager
@@ -135,9 +133,14 @@ def _too_long(limit: int) -> BadRow:
     return BadRow(f"the line has {round(limit / 1e6)} MB or more; split the row or remove it")
 
 
-def _bad_utf8(error: UnicodeDecodeError) -> BadRow:
-    byte = error.object[error.start]
-    return BadRow(f"byte 0x{byte:02x} at byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8")
+def _decode(line: bytes | BadRow) -> str:
+    if isinstance(line, BadRow):
+        raise line
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        what = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line is not UTF-8"
+        raise BadRow(f"{what}; save the file as UTF-8") from None
 
 
 def _bad_json(error: Exception) -> BadRow:
@@ -154,26 +157,24 @@ def _as_entry(place: str, value: Any) -> Entry:
 
 def _read_text(stream: IO[bytes], name: str, limit: int, blocks: bool) -> Iterator[Entry]:
     """Read lines, or blocks of lines up to the next blank one; a line that cannot be read spoils its block."""
-    block: list[bytes] = []
+    block: list[str] = []
     start, size = 0, 0
     bad: BadRow | None = None
     for number, line in chain(_lines(stream, limit), [(0, b"")]):
         goes_on = isinstance(line, BadRow) or bool(line.strip())
         start = start or (number if goes_on else 0)
-        if isinstance(line, BadRow):
-            bad = bad or line
-        elif goes_on:
-            size += len(line)
-            block.append(line)
-        if size > limit:
-            block, bad = [], bad or _too_long(limit)
+        size += 0 if isinstance(line, BadRow) else len(line)
+        try:
+            block.append(_decode(line))
+            if size > limit:
+                block, bad = [], bad or _too_long(limit)
+        except BadRow as unread:
+            of_block = blocks and not isinstance(line, BadRow)
+            what = "the block holds bytes that are not UTF-8; save the file as UTF-8"
+            bad = bad or (BadRow(what) if of_block else unread)
         if start and (not goes_on or not blocks):
-            text, place = b"".join(block), f"{name}:{start}"
-            try:
-                yield place, bad or {"text": text.decode().strip() if blocks else text.strip().decode()}
-            except UnicodeDecodeError as error:
-                unread = BadRow("the block holds bytes that are not UTF-8; save the file as UTF-8")
-                yield place, unread if blocks else _bad_utf8(error)
+            yield f"{name}:{start}", bad or {"text": "".join(block).strip()}
+        if not goes_on or not blocks:
             block, start, size, bad = [], 0, 0, None
 
 
@@ -181,23 +182,19 @@ def _read_json_lines(stream: IO[bytes], name: str, limit: int) -> Iterator[Entry
     decode = json.JSONDecoder().raw_decode
     for number, line in _lines(stream, limit):
         place = f"{name}:{number}"
-        if isinstance(line, BadRow):
-            yield place, line
-            continue
-        if not (line := line.strip()):
+        if not isinstance(line, BadRow) and not (line := line.strip()):
             continue
         try:
-            text = line.decode()
+            text = _decode(line)
             record, end = decode(text)
-        except UnicodeDecodeError as error:
-            yield place, _bad_utf8(error)
+            if end != len(text):
+                raise BadRow(f"invalid JSON: more text after the object (column {end + 1}); one object per line")
+        except BadRow as bad:
+            yield place, bad
         except (ValueError, RecursionError) as error:
             yield place, _bad_json(error)
         else:
-            if end != len(text):
-                yield place, BadRow(f"invalid JSON: more text after the object (column {end + 1}); one object per line")
-            else:
-                yield _as_entry(place, record)
+            yield _as_entry(place, record)
 
 
 def _read_json(stream: io.BufferedReader[Any], name: str, limit: int) -> Iterator[Entry]:
@@ -316,13 +313,11 @@ def _read_csv(stream: IO[bytes], name: str, limit: int, delimiter: str) -> Itera
 
     def decode() -> Iterator[str]:
         for number, line in _lines(stream, limit):
-            if isinstance(line, BadRow):
-                broken[number], line = line, b"\n"
             try:
-                yield line.decode()
-            except UnicodeDecodeError as error:
-                broken[number] = _bad_utf8(error)
-                yield line.decode(errors="replace")
+                yield _decode(line)
+            except BadRow as bad:
+                broken[number] = bad
+                yield "\n" if isinstance(line, BadRow) else line.decode(errors="replace")
 
     reader = csv.reader(decode(), delimiter=delimiter, strict=True)
     header: list[str] | None = None
