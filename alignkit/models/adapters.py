@@ -48,14 +48,11 @@ def adapt(
     tokens: Sequence[int] = (), parts: Path | None = None,
 ) -> PeftModel:  # fmt: skip
     """Wrap a base as the stage trains it, with the embeddings of `tokens`; what is random is drawn from its seed.
-
     new, merge  a fresh adapter: the model still computes what the base does
     continue    the adapter of `directory`; a policy's goes on as a reward model's with a fresh score head
     stack       a fresh one on top of that of `directory`, which is frozen; both are active
-
     `parts` is the file of an adapter that begins as parts of the weights (`_take_parts`). Raises ModelError for `lora:`
-    that does not fit the model or the adapter, and for tensors that do not fit the base.
-    """
+    that does not fit the model or the adapter, and for tensors that do not fit the base."""
     assert stage.lora is not None
     name, known, init = TRAINED, _list_names(model), stage.lora.init_lora_weights
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -114,12 +111,10 @@ def adapt(
 @torch.no_grad()
 def _take_parts(model: PeftModel, kind: str, file: Path) -> None:
     """Let the adapter begin as parts of the weights: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775).
-
     The papers take the parts off the weights: W - s B0 A0 + s B A. Here W stays whole, for the reference and for what
     is saved, and a frozen adapter START takes them off. Both are saved as one plain adapter of rank 2 r, which belongs
     to the same base. LoftQ (arXiv 2310.08659): parts of what the codes of a 4-bit base have lost, which are added. One
-    process computes the parts; a resumed run reads them, for no two machines agree on an SVD.
-    """
+    process computes the parts; a resumed run reads them, for no two machines agree on an SVD."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     with FileLock(file.with_suffix(".lock")):
         if not file.exists():
@@ -354,10 +349,8 @@ def _list_names(model: PreTrainedModel) -> str:
 
 def _require_matches(model: PeftModel, stage: Stage, known: str) -> None:
     """Refuse names in `lora:` that match nothing, which PEFT passes over as long as another one matches.
-
     A pattern is asked for its words. PEFT itself puts names of experts that were layers once (w1, gate_proj) on the
-    parameters that they are now; what is left in the config is what it took for layers.
-    """
+    parameters that they are now; what is left in the config is what it took for layers."""
     options: Any = stage.lora
     config, given = next(iter(model.peft_config.values())), options.model_dump()
     names = [name for name, _ in model.named_modules()]

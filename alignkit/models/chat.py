@@ -112,10 +112,8 @@ class Encoded:
 
 class Chat:
     """Encoder of conversations and plain texts for one tokenizer and its chat template.
-
     `clock` is the time that templates read; `name` is what a message calls the template. For an encoder-decoder model a
-    prompt and its completion are texts of their own, one for each half, and nothing is a conversation.
-    """
+    prompt and its completion are texts of their own, one for each half, and nothing is a conversation."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, *, clock: datetime | None = None, name: str = "the tokenizer's own",
@@ -182,10 +180,8 @@ class Chat:
     @cached_property
     def control_tokens(self) -> list[str]:
         """The strings that act as control tokens when they occur in a text, longest first.
-
         Those that the tokenizer calls special, those that look it, and what the template writes around turns: some
-        tokenizers flag no token of their template (DeepSeek).
-        """
+        tokenizers flag no token of their template (DeepSeek)."""
         tokens = set(_list_controls(self.tokenizer))
         if self.has_template:
             frame = self.template.frame()
@@ -235,11 +231,9 @@ class Chat:
 
     def tokenize(self, written: Sequence[Written]) -> list[Encoded]:
         """Give the ids; a prompt of a plain text gets no eos.
-
         A plain text that begins with BOS or ends with a token that ends answers, as one that is rendered already does,
         gets no second one. Source and target of an encoder-decoder each get what its tokenizer puts around a text, and
-        an eos; blanks around them go.
-        """
+        an eos; blanks around them go."""
         encoded: list[Encoded] = []
         if self.encoder_decoder:
             eos, halves = self.tokenizer.eos_token_id, []
@@ -346,10 +340,8 @@ def find_tokenizer(stage: Stage) -> tuple[str, str | None]:
 
 def load_tokenizer(stage: Stage, *, learnt: str | None = None) -> PreTrainedTokenizerFast:
     """Load the tokenizer a stage trains with, its pad token, chat template and template settings set.
-
     `learnt` is the one that its rows made, where it is such. Builtin tokenizers speak chatml unless told otherwise. Of
-    several templates all are kept, the chosen one as `default`. Raises ModelError or EnvironmentProblem.
-    """
+    several templates all are kept, the chosen one as `default`. Raises ModelError or EnvironmentProblem."""
     source, revision = find_tokenizer(stage)
     if source in LEARNT_TOKENIZERS:
         assert learnt is not None, "learn_vocabulary of the train room reads the rows"

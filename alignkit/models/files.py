@@ -73,10 +73,8 @@ def is_builtin(path: str) -> bool:
 
 def find_model_dir(path: str) -> Path | None:
     """Find the local directory of weights that a path names: itself, or `model/` of a run.
-
     None for builtin names and hub ids. Raises ModelError for a builtin name that there is not, for a path that is
-    clearly local but not there, and for what is nearly the name of a run.
-    """
+    clearly local but not there, and for what is nearly the name of a run."""
     if is_builtin(path):
         if path not in BUILTIN_MODELS:
             raise ModelError(f"{path!r} is not one of {', '.join(BUILTIN_MODELS)}{suggest(path, BUILTIN_MODELS)}")
@@ -148,11 +146,9 @@ def _suggest_run(path: str) -> str:
 
 def inspect_model_dir(path: Path, *, trust_code: bool) -> ModelFiles:
     """Read what a directory of weights holds and refuse what must not be loaded.
-
     Refused, all problems at once: weights only as pickles, remote code without `trust_code`, missing shards,
     damaged safetensors headers, an adapter without a base. Raises ModelError; RunError when a run of ours had finished
-    it with other bytes.
-    """
+    it with other bytes."""
     require_whole(path)
     is_adapter = (path / "adapter_config.json").exists()
     config_file = path / ("adapter_config.json" if is_adapter else "config.json")
@@ -293,9 +289,7 @@ def _is_model_dir(path: Path) -> bool:
 
 def _make_full(path: str) -> Path:
     """Write the model of a GGUF file, or of an installed package's, with full weights, unless that was done before.
-
-    It lies below `$XDG_CACHE_HOME/alignkit/gguf` (or ~/.cache): float32, or bfloat16 for files of over 2 GiB.
-    """
+    It lies below `$XDG_CACHE_HOME/alignkit/gguf` (or ~/.cache): float32, or bfloat16 for files of over 2 GiB."""
     file = Path(path).expanduser()
     if path.startswith(_PYPI_PREFIX):
         name = path.removeprefix(_PYPI_PREFIX)

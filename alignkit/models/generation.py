@@ -31,7 +31,6 @@ _TAIL = 24  # new tokens that are looked at for an end
 @contextmanager
 def plainly(model: Any) -> Iterator[None]:
     """Let `model.generate` do what it is told and no more, but for the stop tokens that the model has.
-
     transformers fills every setting that is not given from the base's generation_config.json: a repetition penalty or
     banned n-grams would act on greedy answers, and on rollouts whose probabilities are taken without them. And the
     router's loss of a mixture of experts, which TRL has computed in training, fails once a cache makes inputs shorter.
@@ -58,10 +57,8 @@ def usual_length(chat: Any, positions: int | None, *, short: int) -> int:
 
 class InverseTransform(LogitsProcessor):
     """Choose each token where the cumulative distribution passes the answer's own number; greedy search then takes it.
-
     A multinomial draw would depend on which other answers are in the batch. `uniforms_BT` are numbers in [0, 1), one
-    for every token that an answer may have.
-    """
+    for every token that an answer may have."""
 
     def __init__(self, uniforms_BT: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0) -> None:
         self.uniforms_BT, self._step = uniforms_BT, 0
@@ -91,12 +88,10 @@ def generate_answers(
     in_flight: int | None = None, **hooks: Any,
 ) -> list[list[int]]:  # fmt: skip
     """Write an answer to each prompt of a batch, greedily with temperature 0, else sampled.
-
     Every row draws from a generator of its own seed, or from `uniforms_BT`, so that the same seed gives the same answer
     in any batch (up to the rounding of padded batches). Prompts are padded on the left; one too long for the model's
     positions loses its beginning. The model is in eval mode. `in_flight`: that many at a time by continuous batching,
-    which cannot ask `is_over`. The hooks are those of `generate_batch`.
-    """
+    which cannot ask `is_over`. The hooks are those of `generate_batch`."""
     positions = getattr(model.config, "max_position_embeddings", None) or 10**9
     new_tokens = min(max_new_tokens, max(positions - 1, 1))
     first = slice(0, positions) if model.config.is_encoder_decoder else slice(-(positions - new_tokens), None)
@@ -123,10 +118,8 @@ def generate_batch(
     is_over: Callable[[list[int]], bool] | None = None, in_step: bool = False,
 ) -> list[list[int]]:  # fmt: skip
     """Write new tokens after each prompt: greedily, with beams, or as `draw` says.
-
     A prompt that comes several times is read once, and when half of the answers of a batch have ended the others go on
-    without them. `in_step`: ranks that share a model's weights take the same number of steps.
-    """
+    without them. `in_step`: ranks that share a model's weights take the same number of steps."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     halves, device, limit = model.config.is_encoder_decoder, next(model.parameters()).device, settings.max_new_tokens
     ids_BT, mask_BT = (tensor.to(device) for tensor in pad(prompts, settings.pad_token_id, left=not halves))
@@ -225,11 +218,9 @@ def generate_continuous(
     model: Any, prompts: Sequence[list[int]], settings: GenerationConfig, *, draw: InverseTransform, batch_size: int
 ) -> list[list[int]]:  # fmt: skip
     """Write new tokens after each prompt by transformers' continuous batching, `batch_size` at a time.
-
     An answer that ends makes room for the next prompt at once. It draws by the same numbers as `generate_batch`, so
     that both give the same answers up to rounding. The cache holds `batch_size` answers of the longest length, in
-    pages. Raises ModelError where a model cannot.
-    """
+    pages. Raises ModelError where a model cannot."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     device, was_training, answers = next(model.parameters()).device, model.training, dict[str, list[int]]()
     page, most = (256, 2**14) if device.type == "cuda" else (32, 512)  # FlashAttention's tables want pages of 256

@@ -29,10 +29,8 @@ def write_task(prompt: str, completions: Sequence[str]) -> list[Written]:
 
 def arrange(objective: str, encoded: Sequence[Encoded], limit: int | None = None) -> tuple[list[list[int]], bool]:
     """Arrange the texts of a row (`write_task`) as its task reads them, and tell whether any was cut to `limit` tokens.
-
     A text, or a pair with the delimiter between them, is one sequence; similarity has no order, so that both are read;
-    of a choice each answer is read after the context. The longest text of a sequence is the one that is cut.
-    """
+    of a choice each answer is read after the context. The longest text of a sequence is the one that is cut."""
     head, texts = encoded[0].ids, [text.ids for text in encoded[1:]]
     (start, delimiter, extract), prefix = head[-3:], head[:-3]  # the prefix is the BOS of tokenizers that write one
     orders = [texts]
@@ -138,10 +136,8 @@ def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
 
 def prepare_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, seed: int, of_task: bool) -> None:
     """Set the pad token, behind which no score is read, and draw the score head where it is new.
-
     A reward's head comes from N(0, 1/sqrt(d + 1)) (Ziegler et al. 2019, arXiv 1909.08593), that of a task and the
-    embeddings of its tokens from N(0, 0.02). Raises ModelError for an architecture without such a head.
-    """
+    embeddings of its tokens from N(0, 0.02). Raises ModelError for an architecture without such a head."""
     model.config.pad_token_id = tokenizer.pad_token_id
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or not (of_task or head.out_features == 1):

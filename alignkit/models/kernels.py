@@ -28,9 +28,7 @@ def keep_freed_memory() -> None:
 
 def leave_out_masks(model: Any) -> None:
     """Take the mask away where all padding is on the right: no real token of a causal model can see it there.
-
-    Attention then takes the kernel that reads half of the pairs. Generation, whose padding is on the left, keeps it.
-    """
+    Attention then takes the kernel that reads half of the pairs. Generation, whose padding is on the left, keeps it."""
     causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     if not causal or not all(causal) or model.config._attn_implementation != "sdpa":
         return
@@ -103,10 +101,8 @@ def _attend_from_reads(module: Any, query: Tensor, key: Tensor, value: Tensor, m
 
 def leave_out_unread(model: Any) -> None:
     """Run the last layer's queries and feed-forward for those positions alone whose hidden state is read.
-
     A classifier reads the last token, TRL's fused head the labelled ones, PPO its `batch`. Positions meet in attention
-    only, where all of them are still keys and values, so that no number that is read is another one.
-    """
+    only, where all of them are still keys and values, so that no number that is read is another one."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name = KNOWN["feed_forward_norms"].get(base.config.model_type)
     if name is None or base.config._attn_implementation != "sdpa":
@@ -124,7 +120,6 @@ def leave_out_unread(model: Any) -> None:
 
 def use_head() -> None:
     """Have TRL's trainers score labelled positions alone on the CPU, and by `head_logps`.
-
     It can go when `add_fused_lm_head` leaves the others out without Triton too and fits its buffer to the vocabulary.
     """
     from trl.kernels.chunked_logprob import _use_triton
@@ -139,10 +134,8 @@ def head_logps(
     softcap: float | None = None, scale: float = 1.0, outputs: tuple[str, ...] = (),
 ) -> Any:  # fmt: skip
     """Log-probabilities of N targets in float32 (N,), and those of TRL's `OPTIONAL_OUTPUTS` that are asked for.
-
     TRL's kernel holds a tile of the vocabulary at a time, N x `tile`, and computes logits twice. Where all of them
-    are few this one computes them once.
-    """
+    are few this one computes them once."""
     few, on_cpu = len(targets_N) * len(weight_VH) <= _LARGEST and softcap is None, hidden_NH.device.type == "cpu"
     if on_cpu and few and not hasattr(weight_VH, "ds_id"):  # of which ZeRO-3 holds a part
         return _HeadLogps.apply(hidden_NH, weight_VH, bias_V, targets_N, scale / temperature, outputs)

@@ -101,9 +101,7 @@ def pad_answers(
 
 def run_trunk(forward: Callable[..., Any], head: Any, **inputs: Any) -> tuple[Tensor, Any]:
     """Run a causal language model up to its LM head: what the head is given, (B, L, H), and the model's output.
-
-    Taken where the head takes it, for some architectures (ModernBERT's decoder) have layers between trunk and head.
-    """
+    Taken where the head takes it, for some architectures (ModernBERT's decoder) have layers between trunk and head."""
     given: list[Tensor] = []
 
     def keep(_: Any, arguments: tuple[Tensor, ...]) -> Tensor:
@@ -159,11 +157,9 @@ def keep_likeliest(logits_NV: Tensor, *, top_p: float, top_k: int, always_N: Ten
 
 def sampled_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of a batch's answers as they were sampled, float32 (N,).
-
     With top_p or top_k of the likeliest tokens alone, which the one that was drawn belongs to: of those that a policy
     would draw from now, not of those that it drew from; with min_new_tokens without the stop tokens, where none may
-    come. The entropy stays that of the whole distribution.
-    """
+    come. The entropy stays that of the whole distribution."""
     sampling, stops = batch.sampling, list(batch.sampling.stop_ids)
     if sampling.top_p == 1 and not sampling.top_k and batch.early_N is None:
         return token_logps(base, hidden_NH, batch.targets_N, sampling.temperature)
@@ -209,11 +205,9 @@ def score_tokens(
     batch_size: int = 16,
 ) -> list[list[float]]:  # fmt: skip
     """Log p of every token of each (context, continuation) given what comes before it, in nats.
-
     The first token of an empty context has nothing before it and is left out; of an encoder-decoder model the pairs are
     sources and targets, of which no token is left out. Everything must fit into the model's positions. `temperature`
-    divides the logits. The model is in eval mode.
-    """
+    divides the logits. The model is in eval mode."""
     results: list[list[float]] = [[] for _ in sequences]
     if not model.config.is_encoder_decoder:
         with Meter("sequences read", len(sequences)) as meter:
@@ -243,10 +237,8 @@ def iter_scores(
     batch_size: int = 16, known: Collection[int] = (), share: bool | None = None,
 ) -> Iterator[list[tuple[int, list[float]]]]:  # fmt: skip
     """Score as `score_tokens` does, and give out (place, log-probabilities) of each batch as soon as it is read.
-
     A batch whose places are all in `known` is not read; the others are the same whatever is known. Beginnings that
-    sequences have in common are read once where that saves enough, or as `share` says.
-    """
+    sequences have in common are read once where that saves enough, or as `share` says."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     pairs = [(list(context or tail[:1]), list(tail if context else tail[1:])) for context, tail in sequences]
     waiting = sorted((place for place, (_, tail) in enumerate(pairs) if tail), key=lambda at: -sum(map(len, pairs[at])))
@@ -333,10 +325,8 @@ def _plan(
     pairs: Sequence[tuple[list[int], list[int]]], places: Iterable[int], batch_size: int
 ) -> tuple[list[tuple[int, _Groups]], int]:
     """Lay out batches, each with the length of the stem that all of it begins with; count the tokens that this saves.
-
     In an order by content those that begin alike are neighbours. A batch or more of them with a long beginning has a
-    stem, which is read alone and kept; beyond it, neighbours are a group as long as that saves more.
-    """
+    stem, which is read alone and kept; beyond it, neighbours are a group as long as that saves more."""
     asked: dict[bytes, _Question] = {}
     for place in places:
         ids = np.asarray(pairs[place][0], np.int32)

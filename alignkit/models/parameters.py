@@ -23,7 +23,6 @@ _OTHER_PRECISION = 0.25  # the same weights in another quantization
 
 def describe_parameters(model: nn.Module) -> dict[str, float]:
     """Count parameters and measure the quantised ones.
-
     `quantized` counts weights, not the bytes they are packed in; `bits_per_quantized_parameter` holds codes and all
     block constants (4.127 for nf4 with double quantization, arXiv 2305.14314 section 3), 0 when nothing is quantised.
     """
@@ -47,10 +46,8 @@ def describe_parameters(model: nn.Module) -> dict[str, float]:
 
 def hash_base(model: nn.Module) -> str:
     """Hash the bytes of everything an adapter leaves alone: base weights, packed codes, quantization constants.
-
     Equal before and after training when training touched nothing but adapters and heads. Trainable parameters,
-    adapters and modules saved with them are left out, buffers too. Of a sharded model every rank must call it.
-    """
+    adapters and modules saved with them are left out, buffers too. Of a sharded model every rank must call it."""
     digest, constants = hashlib.blake2b(digest_size=16), _constants(model, offsets=True)
     named = sorted(model.named_parameters())
     with Meter("tensors of the base hashed", len(named)) as meter:

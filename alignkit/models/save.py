@@ -33,12 +33,10 @@ def save_model(
     state_dict: dict[str, torch.Tensor] | None = None, head: dict[str, Any] | None = None, dtype: str | None = None,
 ) -> None:  # fmt: skip
     """Write the model to `out`, whole or not at all; what was there before is replaced.
-
     An adapter is saved without its base and without its frozen copy; a stacked one as one plain adapter of both
     ranks, which loads with plain PEFT and computes the same. `stop_ids` go into the generation config, `state_dict`
     replaces the model's own where a sharded one was gathered, `head` says what a classifier tells apart, and a full
-    model is rounded to `dtype`. Call it on one rank.
-    """
+    model is rounded to `dtype`. Call it on one rank."""
     draft = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -89,10 +87,8 @@ def concatenate_adapters(
     model: PeftModel, weights: dict[str, torch.Tensor] | None = None
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Join both adapters to one that computes what they do stacked: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2].
-
     Its scale is 1 and its rank r1 + r2; where only one adapter reaches a layer, that layer has its rank alone.
-    `weights` replaces the model's own state where a sharded one was gathered.
-    """
+    `weights` replaces the model's own state where a sharded one was gathered."""
     weights = model.state_dict() if weights is None else weights
     state: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
@@ -122,9 +118,7 @@ def concatenate_adapters(
 
 def merge(source: Path, out: Path, *, dtype: torch.dtype | None = None, trust_code: bool = False) -> None:
     """Write adapter plus base as one model; what is read back must compute what the adapter on its base does.
-
-    `source` is a run or an adapter directory. Works on the CPU, in the dtype of training unless given.
-    """
+    `source` is a run or an adapter directory. Works on the CPU, in the dtype of training unless given."""
     files = find_adapter(str(source), trust_code=trust_code)
     directory, lineage = files.path, files.record.get("lineage", [])
     require_mergeable(lineage, str(directory))

@@ -119,10 +119,8 @@ def require_packages(config: PreTrainedConfig, source: str) -> None:
 
 def know_classifier(config: PreTrainedConfig) -> None:
     """Let transformers' AutoModelForSequenceClassification build a score head on any causal language model.
-
     Granite, Cohere, OLMoE and others come without such a class. It is made as transformers makes Llama's: the trunk
-    and a linear head, read at the last token that is not padding.
-    """
+    and a linear head, read at the last token that is not padding."""
     kind, causal = type(config), AutoModelForCausalLM._model_mapping
     if kind in AutoModelForSequenceClassification._model_mapping:
         return

@@ -171,10 +171,8 @@ class Template:
 
     def write(self, messages: Sequence[Any], *, first: int = 0) -> list[Written]:
         """Write a conversation with the answers that are learnt, which are those of its turns from `first` on.
-
         An answer that the template writes otherwise once later turns follow (without its thoughts, with another end)
-        is learnt as generation produces it, in a text of its own that ends there; the whole conversation comes last.
-        """
+        is learnt as generation produces it, in a text of its own that ends there; the whole conversation comes last."""
         contents = [message.get("content") for message in messages if not message.keys() - _PLAIN]
         plain = all(type(text) is str and text.strip() and "think>" not in text for text in contents)
         if not self._has_frames or not plain or len(contents) < len(messages):
@@ -257,7 +255,6 @@ class Template:
 
     def _compose(self, message: Any, given: Any, before: list[Any], head: str, end: _End) -> str:
         """Put together an answer that the template does not write behind its own prompt, thoughts included.
-
         Templates of reasoning models open the thoughts in the generation prompt and leave them out of an answer that
         is rendered (DeepSeek-R1): the model writes on from the prompt, so the answer is its thoughts and its content.
         """

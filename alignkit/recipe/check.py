@@ -89,10 +89,8 @@ def _list_errors(error: ValidationError) -> list[_Error]:
 
 def _explain(node: Node, fragment: Fragment, defs: Fragment, key: str, errors: list[_Error]) -> Iterator[Problem]:
     """Yield a message for each thing that pydantic found wrong with a value or below it.
-
     pydantic names the member of a union in the path of an error, and a position or key where the schema wraps a value
-    (one source in a list, its path in a mapping); neither is in the file.
-    """
+    (one source in a list, its path in a mapping); neither is in the file."""
 
     def follow(fragment: Fragment) -> Fragment:
         return defs[fragment["$ref"].removeprefix("#/$defs/")] if "$ref" in fragment else fragment

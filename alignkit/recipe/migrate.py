@@ -126,9 +126,7 @@ def _read_arguments(words: Sequence[str]) -> dict[str, Any]:
 
 def migrate_file(path: Path, *, gpus: int | None = None) -> tuple[list[Migration], list[Problem]]:
     """Make recipes of a YAML file, or of every training command in a script or text, and say which cannot be made.
-
-    `gpus` is on how many it ran where it does not say so, which decides batch_size.
-    """
+    `gpus` is on how many it ran where it does not say so, which decides batch_size."""
     made, problems = list[Migration](), list[Problem]()
     try:
         text = path.read_text(encoding="utf-8")

@@ -282,12 +282,10 @@ _COMPARED = {
 
 def _when(text: str) -> Callable[[Section], bool]:
     """Read the conditions of conflicts.tsv, all of which must hold.
-
     `key` (switched on), `?key` (given), `key=a|b` (- is not given), `key!=a`, `key~a|b` (a list that has one of them),
     `key<1` and `key<other` as numbers (% is what is left), `key^REGEX` (it begins so), `key@other` (the command line or
     a file above did not switch it off by the other); `key:1` takes 1 where it is not given, ! in front turns one round,
-    and `top.key` is of the top level.
-    """
+    and `top.key` is of the top level."""
     parts = [found.groups() for part in text.split() if (found := _CONDITION.fullmatch(part))]
 
     def holds(stage: Section, turned: str, given: str, key: str, default: str, sign: str, other: str) -> bool:

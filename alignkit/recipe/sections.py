@@ -37,9 +37,7 @@ class UnreadableError(Exception):
 @dataclass(eq=False)
 class Section:
     """A stage with what it takes from the recipe, or the recipe's top level (`top` is None).
-
-    `broken` are keys whose value cannot be relied on, `options` what pydantic made of the values.
-    """
+    `broken` are keys whose value cannot be relied on, `options` what pydantic made of the values."""
 
     name: str
     method: str
@@ -153,9 +151,7 @@ def list_steps(values: Mapping[str, Node]) -> tuple[str, ...]:
 
 def split_group(name: str, node: Node, top: Section) -> Group:
     """Make the stages that an rlaif section stands for; what a step's own keys do not say comes from the section.
-
-    With train: ppo the judge itself is the reward; without critique the section's start_from replaces the sft model.
-    """
+    With train: ppo the judge itself is the reward; without critique the section's start_from replaces the sft model."""
     values: dict[str, Node] = node.value
     steps = list_steps(values)
 

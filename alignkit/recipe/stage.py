@@ -64,10 +64,8 @@ _Options = TypeVar("_Options", bound=StageOptions)
 @dataclass(frozen=True)
 class Stage:
     """One stage of a recipe with every value in force.
-
     `options` are alignkit's own keys, `trainer` TRL's fields: those given, and alignkit's defaults where they differ.
-    `origins` maps every dotted key to where its value came from: "recipes/a.yaml:7", "--set" or "default".
-    """
+    `origins` maps every dotted key to where its value came from: "recipes/a.yaml:7", "--set" or "default"."""
 
     recipe_name: str
     recipe_path: str
@@ -336,9 +334,7 @@ def _require_method(recipe: Recipe, section: Section, methods: Sequence[str]) ->
 
 def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
     """List the stages that `alignkit rlaif` runs, in order; RecipeError for none, or too many.
-
-    All of the only rlaif section; with a name, those of that section, or one stage by its name or step (label).
-    """
+    All of the only rlaif section; with a name, those of that section, or one stage by its name or step (label)."""
     if name is None:
         single = [run for run, stage in recipe.stages.items() if stage.options.method in FEEDBACK]
         several = [*recipe.groups] or single
@@ -363,9 +359,7 @@ def pick_steps(recipe: Recipe, name: str | None = None) -> list[str]:
 
 def pick_span(recipe: Recipe, first: str | None = None, last: str | None = None) -> list[str]:
     """List the stages that `alignkit run` looks at, in order, from `first` to `last`; RecipeError for other names.
-
-    An rlaif section and a swept stage stand for their first stage in `first`, for their last in `last`.
-    """
+    An rlaif section and a swept stage stand for their first stage in `first`, for their last in `last`."""
     order = list(recipe.order)
     several = {**recipe.groups, **recipe.sweeps}
     start, end = 0, len(order)

@@ -216,9 +216,7 @@ class _Spreader:
 
     def _find_points(self, name: str) -> list[Point]:
         """Find the combinations of values that matter to a stage, in order.
-
-        Each choice decides what else matters: a start_from may be swept, and so the keys of the stage it names.
-        """
+        Each choice decides what else matters: a start_from may be swept, and so the keys of the stage it names."""
         found: list[Point] = []
         waiting: list[Point] = [()]
         while waiting:

@@ -202,9 +202,7 @@ def _build(event: Any, stream: Iterator[Any], origin: Origin, report: Callable[[
 
 def read_scalar(text: str) -> Any:
     """Read what a plain (unquoted) scalar means.
-
-    YAML 1.2 core schema, less its octal and hexadecimal forms: 1e-4 is a number, no and 1:30 are text, 010 is ten.
-    """
+    YAML 1.2 core schema, less its octal and hexadecimal forms: 1e-4 is a number, no and 1:30 are text, 010 is ten."""
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):
@@ -243,9 +241,7 @@ def apply_override(tree: Node, override: str) -> Node:
 
 def lay_value(node: Node, keys: list[str], value: Node, *, key: str, where: str) -> Node:
     """Put a value at the end of these keys, in a copy of the tree; null takes a section away.
-
-    Raises RecipeError at `where` when they lead through a single value or past a list; `key` is what it calls them.
-    """
+    Raises RecipeError at `where` when they lead through a single value or past a list; `key` is what it calls them."""
     if not keys:
         return value
     first, *rest = keys
