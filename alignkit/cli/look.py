@@ -188,14 +188,21 @@ def doctor(
 
     tried = []
     for name in list_stages(loaded, stage):
-        tried.append(found := prove_resume(loaded, name))
+        try:
+            tried.append(found := prove_resume(loaded, name))
+        except AlignKitError as error:
+            if stage is not None:
+                raise
+            tried.append({"stage": name, "reason": str(error)})
+            (console.note if as_json else console.write)(f"{name}: not tried: {error}")
+            continue
         said = f"{name}: {found['model']}, {found['steps']} steps, killed at step {found['killed_at']} and resumed: "
         said += f"not equal: {'; '.join(found['differences'])}" if found["differences"] else "equal"
         said += f" (not tried as the recipe has it: {', '.join(found['instead'])})" if found["instead"] else ""
         (console.note if as_json else console.write)(said)
     if as_json:
         console.print_json({"stages": tried})
-    if other := [found["stage"] for found in tried if found["differences"]]:
+    if other := [found["stage"] for found in tried if found.get("differences")]:
         raise AlignKitError(f"{', '.join(other)} does not resume exactly")
 
 

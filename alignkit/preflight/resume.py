@@ -39,12 +39,14 @@ def prove_resume(recipe: Recipe, name: str) -> dict[str, Any]:
     The settings are the recipe's, but for models that are small, few rows and steps, and rewards that need no others;
     `instead` has the keys whose own values were not tried."""
     stage = resolve(recipe, name)
-    path, options = stage.model.path, stage.options
+    path, options = stage.model.path, stage.training
     rows = [source.model_dump(exclude_unset=True) | {"max_rows": _ROWS} for source in options.data]
     own: dict[str, Any] = {
         "data": rows, "save_steps": 1, "logging_steps": 1, "batch_size": 8, "micro_batch_size": 4,
         "samples": {"num": 0}, "report_to": "none", **({"start_from": None} if options.start_from else {}),
     }  # fmt: skip
+    # A try is measured and pushed nowhere.
+    own |= {key: None for key in ("push_to", "push_every", "evaluate_every") if getattr(options, key) is not None}
     steps, instead = _STEPS, dict[str, Any]()
     if isinstance(options, PpoOptions):
         answers = -(-8 // options.answers_per_prompt) * options.answers_per_prompt
@@ -102,7 +104,8 @@ def _is_small(model: str | None) -> bool:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RunError(f"the try ended with exit code {done.returncode}: {done.stderr.strip()[-2000:]}")
+        said = done.stderr.rpartition("error: ")[2].strip()[-2000:]
+        raise RunError(f"the try ended with exit code {done.returncode}: {said}")
 
 
 def find_differences(first: Path, second: Path) -> Iterator[str]:

@@ -47,14 +47,16 @@ ppo:
   num_generations: 3
   total_episodes: 100000
   max_new_tokens: 512
+  push_to: org/policy
+verified: {method: ppo, data: builtin:prompts, reward: {verify: regex}}
 """
 
 
 def test_a_stage_that_cannot_be_tried_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(RECIPE)
-    assert list_stages(load_recipe(path), None) == ["sft", "dpo", "ppo"]
-    with pytest.raises(RecipeError, match="stages that train can be tried: sft, dpo, ppo"):
+    assert list_stages(load_recipe(path), None) == ["sft", "dpo", "ppo", "verified"]
+    with pytest.raises(RecipeError, match="stages that train can be tried: sft, dpo, ppo, verified"):
         list_stages(load_recipe(path), "label")
 
 
@@ -63,7 +65,8 @@ def test_every_stage_is_killed_and_resumed_and_found_equal(run_alignkit, tmp_pat
     (tmp_path / "a.yaml").write_text(RECIPE)
     done = run_alignkit("doctor", "resume", "--recipe", "a.yaml", "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["stages"]
+    *found, failed = json.loads(done.stdout)["stages"]
+    assert failed["stage"] == "verified" and "verify: regex needs the column pattern in every row" in failed["reason"]
     assert [(each["stage"], each["differences"], each["instead"]) for each in found] == [
         ("sft", [], ["teacher"]), ("dpo", [], []), ("ppo", [], ["gold", "reward"]),
     ]  # fmt: skip
