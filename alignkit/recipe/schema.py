@@ -234,7 +234,7 @@ class SampleOptions(_Section):
     top_k: _TopK = 0
 
 
-class _RewardSource(_Section):
+class RewardSource(_Section):
     """One reward, or one part of a weighted sum; exactly one of `model`, `function`, `judge`, `verify` is given."""
 
     model: Text | None = option(None)
@@ -250,13 +250,12 @@ class _RewardSource(_Section):
 
 # A kind of reward is a file of this directory; one without a key above takes a text or a section that it reads itself.
 _kinds = {path.stem: path for path in sorted(_ROOMS.joinpath("rewards", "kinds").glob("[a-z]*.py"))}
-if TYPE_CHECKING:
-    RewardSource = _RewardSource
-else:
-    RewardSource = create_model("RewardSource", __base__=_RewardSource, __doc__=_RewardSource.__doc__, **{
-        kind: (Text | dict[str, Any] | None, option(None, path.read_text("utf-8").split('"""')[1].splitlines()[0]))
-        for kind, path in _kinds.items() if kind not in _RewardSource.model_fields
-    })
+_more_kinds: Any = {
+    kind: (Text | dict[str, Any] | None, option(None, path.read_text("utf-8").split('"""')[1].splitlines()[0]))
+    for kind, path in _kinds.items() if kind not in RewardSource.model_fields
+}
+if _more_kinds and not TYPE_CHECKING:
+    RewardSource = create_model("RewardSource", __base__=RewardSource, **_more_kinds)
 REWARD_KINDS = tuple(key for key in RewardSource.model_fields if key in _kinds)
 VERIFY_KEYS = ("column", "extract", "timeout")
 Rewards = Annotated[list[RewardSource], Field(min_length=1), _short_for("model", RewardSource, several=True)]
