@@ -342,8 +342,11 @@ def _save_final(setup: Setup) -> dict[str, Any]:
     """Write model/ in one step, after the copy on disk has given the same answers as the model in memory. All ranks
     take part, for the model may be sharded; rank 0 writes and reads back."""
     trainer, run = setup.trainer, setup.run
-    # Without its autocast wrapper: what is saved must be compared in the precision it is loaded in.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Without autocast: what is saved must be compared in the precision it is loaded in. accelerate 1.15's
+    # `keep_fp32_wrapper` goes back to the class's forward, past those that TRL and ppo have put in its place.
+    if (before := model.__dict__.pop("_original_forward", None)) is not None:
+        model.forward = before
     shards.reshard(model)
     after = None  # of a sharded model all ranks put it together
     if setup.stage.lora is not None and (ranks.is_main() or shards.is_sharded(trainer)):

@@ -299,6 +299,12 @@ def test_a_full_run_leaves_a_policy_and_a_critic_that_plain_transformers_load(
     assert json.loads((run / "stage.json").read_text())["roles"][0]["what"] == "model"
 
 
+def test_held_out_prompts_are_answered_after_a_run_in_bfloat16(make_stage: Callable, tmp_path: Path) -> None:
+    text = recipe(extra=", eval: 0.25").replace("builtin:tiny-llama", "builtin:tiny-llama, dtype: bfloat16")
+    assert "bfloat16" in text
+    assert "eval_reward" in launch_stage(make_stage(text, "ppo")).metrics
+
+
 @pytest.mark.parametrize("nf4", [False, True], ids=["lora", "nf4"])
 def test_an_adapter_run_leaves_adapters_that_plain_peft_loads(nf4: bool, make_stage: Callable, tmp_path: Path) -> None:
     text = recipe(lora=True, nf4=nf4, reward="rm")

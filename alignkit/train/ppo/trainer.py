@@ -402,9 +402,16 @@ class Ppo(Guarded, GRPOTrainer):
 
     def _prepare_for_training(self, *args: Any) -> Any:
         prepared = super()._prepare_for_training(*args)
+        self._widen_critic()
         if self.is_deepspeed_enabled and shards.is_sharded(self) and self.roles.reference is not None:
             self.roles.reference = prepare_deepspeed(self.roles.reference, self.accelerator)
         return prepared
+
+    def _widen_critic(self) -> None:
+        """Hold a critic's adapter in float32, as its optimizer needs it: DeepSpeed rounds all that is in its model."""
+        if self.beside is not None and self.critic is not None and self.critic.has_adapter:
+            for parameter in self._critic_parameters:
+                parameter.data = parameter.data.float()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -417,6 +424,7 @@ class Ppo(Guarded, GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._widen_critic()
         directory = Path(resume_from_checkpoint)
         for name, mine in self._held_beside().items():
             saved = load_file(directory / name) if (directory / name).is_file() else {}
