@@ -53,6 +53,8 @@ class Device(NamedTuple):
         if gpu is not None and name is None and size is None:
             what = f"no GPU called {gpu} is known{suggest(gpu, known)}; --memory GIB plans for any other"
             raise UsageError(what, where="--gpu")
+        if name is not None and size not in (None, known[name]):
+            raise UsageError(f"{name} has {known[name]} GiB and not {size:g}; give one of the two", where="--memory")
         if size := size or known.get(name):
             return cls(name or gpu or f"a GPU of {size:g} GiB", "cuda", size * _GIB)
         if not torch.cuda.is_available():
@@ -98,7 +100,10 @@ def plan_recipe(
     recipe: Recipe, device: Device, *, devices: int | None = None, tokens: int | None = None, rate: float | None = None,
     probes: bool = False, trust_code: bool = False) -> Plan:  # fmt: skip
     """Plan every stage of a recipe, and its evaluation; raises the first mistake in it. `tokens` is the longest row
-    where rows are not here, `rate` tokens a second of all devices; `probes` measures it."""
+    where rows are not here, `rate` tokens a second of all devices; `probes` measures it, on this machine's device."""
+    if probes and device != Device.find(None, None):
+        what = f"measures this machine, which is not {device.name}; leave --gpu and --memory out, or give "
+        raise UsageError(f"{what}--tokens-per-second", where="--probe")
     stages = [resolve(recipe, name, trust_code=trust_code) for name in recipe.stage_names]
     if devices is not None:
         spread = {"processes": devices, "nodes": 1}
@@ -108,8 +113,9 @@ def plan_recipe(
     for stage in stages:
         plan.stages.append(planned := _plan_stage(stage, device, tokens=tokens, longest=longest))
         if probes and isinstance(stage.options, TrainOptions):
-            rate = _probe(stage)
-            planned["notes"].append(f"{rate:,.0f} tokens a second in steps {_WARM_UP + 1} to {_PROBED} here")
+            rate = _probe(stage) if planned["fits"] else None
+            said = f"{rate:,.0f} tokens a second in steps {_WARM_UP + 1} to {_PROBED} here" if rate else "not probed"
+            planned["notes"].append(f"{said}, in one process" if rate and plan.devices > 1 else said)
         planned["hours"] = planned["total_tokens"] / rate / 3600 if rate and planned["total_tokens"] else None
     if recipe.evaluates:
         options, last = recipe.evaluate, stages[-1]

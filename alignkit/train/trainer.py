@@ -170,6 +170,7 @@ class Guarded(Checkpointed):
         loaded = {name: parameter.data for name, parameter in kwargs["model"].named_parameters()}
         super().__init__(*args, **kwargs)
         for model in filter(None, (self.model, getattr(self, "ref_model", None))):
+            model = self.accelerator.unwrap_model(model)  # DeepSpeed's engine around a reference
             kernels.leave_out_masks(model.get_base_model() if isinstance(model, PeftModel) else model)
             if not shards.is_sharded(self):  # whose layers may be run a second time
                 kernels.leave_out_unread(model)

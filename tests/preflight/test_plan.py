@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.recipes import SHIPPED, plan_shipped, read_claim
 from datasets import Dataset
 from transformers import LlamaConfig
 
@@ -87,14 +88,32 @@ def test_the_peak_is_what_a_card_measured(name: str, shapes: Path, tmp_path: Pat
     assert found.notes == [] and found.total / GIB == pytest.approx(gib, rel=0.04)
 
 
-@pytest.mark.slow
-def test_a_shipped_recipe_fits_the_card_that_it_names(shapes: Path) -> None:
-    for name, gib in (("llama-qlora", 24), ("ppo-llama-qlora", 48)):
-        recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides=[f"model.path={shapes / '8B'}"])
-        assert f"one {gib} GB GPU" in (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-        found = plan_recipe(recipe, Device("card", "cuda", gib * GIB))
-        assert [stage["stage"] for stage in found.stages if not stage["fits"]] == []
-        assert all(stage["micro_up_to"] for stage in found.stages)
+QUICK = ("smoke",)
+NAMED = {"llama-qlora": 24, "ppo-llama-qlora": 48, "rlaif-llama": 48, "qwen-lora": 8, "hh-real": 8, "full-finetune": 80}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow) for path in SHIPPED],
+)
+def test_a_shipped_recipe_fits_the_card_that_it_names(path: Path, tmp_path: Path) -> None:
+    devices, device = read_claim(path)
+    assert (device.kind == "cuda", device.bytes / GIB) == (path.stem in NAMED, NAMED.get(path.stem, 8))
+    found = plan_shipped(path, tmp_path)
+    assert found.devices == devices
+    assert [stage["stage"] for stage in found.stages if not stage["fits"] or not stage["micro_up_to"]] == []
+
+
+def test_a_rollout_and_its_steps_peak_as_a_card_measured(shapes: Path, tmp_path: Path) -> None:
+    text = (ROOT / "tests" / "benchmarks" / "GPU.md").read_text(encoding="utf-8")
+    (measured_gib,) = re.findall(r"^\| ppo 1B full \|.* ([\d.]+) \|$", text, re.MULTILINE)
+    text = f"model: {{path: {shapes / '1B'}}}\nlaunch: {{device: cuda}}\nppo: {{data: builtin:prompts, batch_size: 64, "
+    text += "reward: builtin:true-reward, max_new_tokens: 128, min_new_tokens: 128, ppo_epochs: 1, "
+    (tmp_path / "r.yaml").write_text(text + "gradient_checkpointing: false}\n")
+    stage = resolve(load_recipe(tmp_path / "r.yaml"), "ppo")
+    # 129 tokens of a prompt, as tests/benchmarks/gpu.py writes them
+    found = memory.predict(stage, memory.read_shape(stage), micro=8, tokens=257, device="cuda")
+    assert found.notes == [] and found.total / GIB == pytest.approx(float(measured_gib), rel=0.05)
 
 
 def test_layers_that_repeat_are_as_many_as_the_whole_has(shapes: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -230,6 +249,9 @@ def test_a_gpu_that_nobody_knows_is_refused_with_the_nearest() -> None:
     assert Device.find("NVIDIA H100", None).bytes == 80 * GIB and Device.find(None, 12).bytes == 12 * GIB
     with pytest.raises(UsageError, match=r"--gpu: no GPU called H1000 is known; did you mean H100\?; --memory GIB"):
         Device.find("H1000", None)
+    with pytest.raises(UsageError, match=r"--memory: H100 has 80 GiB and not 20; give one of the two"):
+        Device.find("H100", 20)
+    assert Device.find("H100", 80) == Device.find("H100", None)
 
 
 def test_auto_takes_what_fits_on_the_card(shapes: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -258,5 +280,7 @@ def test_the_command_prints_one_table_and_json(run_alignkit: Any, tmp_path: Path
     assert re.search(r"^  sft +8 +\d+ .* yes +\d+$", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"GiB: MiB of each\n.*weights.*\n.*\n  sft .* 0\.60 ", done.stdout), done.stdout
     done = run_alignkit("plan", "r.yaml", "--memory", "0.1", "--json")
+    probed = run_alignkit("plan", "r.yaml", "--gpu", "H100", "--probe")
+    assert probed.returncode == 2 and "--probe: measures this machine, which is not H100; leave" in probed.stderr
     found = json.loads(done.stdout)
     assert done.returncode == 0 and not found["fits"] and found["stages"][0]["steps"] == 10

@@ -80,7 +80,7 @@ def assert_same(first: Path, second: Path) -> None:
     print(second.name, "loss", max(abs(a - b) for a, b in zip(*losses, strict=True)))
 
 
-@pytest.mark.parametrize(("method", "mode"), [("sft", "full"), ("dpo", "lora")])
+@pytest.mark.parametrize(("method", "mode"), [("sft", "full"), ("dpo", "lora"), ("dpo", "full")])
 def test_zero_has_the_curve_of_one_process_and_both_go_on_from_each_other(
     method: str, mode: str, tmp_path: Path
 ) -> None:
