@@ -272,8 +272,7 @@ def _count_work(stage: Stage, rows: tuple[int, ...] | None, tokens: int) -> tupl
     if rows is not None:
         steps = steps if steps > 0 else max(1, round(-(-rows[0] // options.batch_size) * epochs))
         return steps, round(steps * options.batch_size * rows[2] / rows[0])
-    pairs = 2 if stage.method in ("dpo", "rm") and not stage.is_unpaired else 1
-    return (steps, steps * options.batch_size * tokens * pairs) if steps > 0 else (None, None)
+    return (steps, steps * options.batch_size * tokens * memory.group_size(stage)) if steps > 0 else (None, None)
 
 
 def _probe(stage: Stage) -> float:

@@ -116,11 +116,13 @@ def predict(
     accumulates = isinstance(options, TrainOptions) and options.batch_size // world > micro
     packed = packs_densely(stage) and micro > 1
     found = trace(stage, config, Shape(sequences, tokens, kind, answer, packed, accumulates), device)
+    wide = 2 if _types(stage, device)[2] else 1
+    trained = wide * found.trained["bytes"]
     phases, name = dict(found.phases), str(stage.trainer.get("optim", "adamw_torch_fused")).removeprefix("paged_")
     if "8bit" in name or "4bit" in name:
         state = found.trained["number"] * _STATE_8BIT
     else:
-        state = found.trained["bytes"] * next((share for kind, share in _STATE.items() if name.startswith(kind)), 2.0)
+        state = trained * next((share for kind, share in _STATE.items() if name.startswith(kind)), 2.0)
     if isinstance(options, PpoOptions) and options.generation.engine == "transformers":
         written = min(options.generation.batch_size, options.batch_size * options.minibatches // world)
         sampled = trace(stage, config, Shape(written, tokens, "write", answer), device)
@@ -128,7 +130,7 @@ def predict(
     held = {"optimizer": state} if isinstance(options, TrainOptions) else {}
     # Copies of the policy in other roles: whole models, or adapters on its base.
     full = stage.lora is None
-    copied, losses = found.rest["weights" if full else "adapters"], stage.trainer.get("loss_type") or ()
+    copied, losses = wide * found.rest["weights" if full else "adapters"], stage.trainer.get("loss_type") or ()
     bare = any(not OWN_LOSSES[name].has_reference for name in OWN_LOSSES.keys() & losses)
     if stage.method == "ppo" or (stage.method == "dpo" and not bare):
         goes_on = stage.start_dir is not None and getattr(options, "adapter", None) in (None, "continue")
@@ -137,18 +139,24 @@ def predict(
     if isinstance(options, PpoOptions):
         held |= {"reward": copied} if options.critic_start == "reward" else {}
         if options.advantage == "gae" and (full or options.critic_start == "reward"):
-            held["critic"] = copied + found.trained["bytes"] + state  # with its gradients and their state
+            held["critic"] = copied + trained + state  # with its gradients and their state
     held |= foreign
-    divided = {name: _divide({**parts, **held}, stage, found, device) for name, parts in phases.items()}
+    divided = {name: _divide({**parts, **held}, stage, found, device, config) for name, parts in phases.items()}
     moment = max(divided, key=lambda name: sum(divided[name].values()))
-    shared = world > 1 and stage.launch.strategy != "ddp"
+    shared = _strategy(stage) not in ("none", "ddp")
     notes = [*found.estimated, *([f"what {stage.launch.strategy} shards, by formula"] if shared else [])]
-    return Prediction(divided[moment], moment, (found.trained["bytes"] + state) * (1 + ("critic" in held)), notes)
+    return Prediction(divided[moment], moment, (trained + state) * (1 + ("critic" in held)), notes)
 
 
 def num_devices(stage: Stage) -> int:
     """The processes of a stage; auto counts as one."""
     return stage.launch.nodes * (1 if stage.launch.processes == "auto" else stage.launch.processes)
+
+
+def _strategy(stage: Stage) -> str:
+    """What shares a stage among its processes; none for one of them, and where nothing is trained."""
+    shares = num_devices(stage) > 1 and isinstance(stage.options, TrainOptions)
+    return stage.launch.strategy if shares else "none"
 
 
 def packs_densely(stage: Stage) -> bool:
@@ -191,30 +199,50 @@ def read_shape(stage: Stage) -> PreTrainedConfig:
     return config
 
 
-def _divide(parts: Sizes, stage: Stage, found: Footprint, device: str) -> Sizes:
+def _divide(parts: Sizes, stage: Stage, found: Footprint, device: str, config: PreTrainedConfig) -> Sizes:
     """Divide what a strategy shards among the processes, and add what it holds besides."""
-    world, launch, full = num_devices(stage), stage.launch, stage.lora is None
-    halves = full and number_types(stage, half=device == "cuda")[1] != "no"  # products of 16 bits with float32 weights
-    strategy = launch.strategy if world > 1 else "none"
-    sharded = {"gradients", "optimizer"} if strategy != "none" else set()
-    if strategy in ("zero2", "zero3") and halves:  # DeepSpeed keeps the float32 weights with the optimizer
-        parts = {**parts, "optimizer": parts["optimizer"] + found.trained["bytes"]}
-        parts |= {name: parts[name] / 2 for name in ("weights", "gradients") if name in parts}
-    if strategy in ("fsdp", "zero3"):  # two layers are whole at a time: one computes while the next arrives
-        sharded |= {"weights", "adapters", "reference", "critic"}
-        parts = {**parts, "whole layers": 2 * found.rest["weights"] / found.num_layers / (2 if halves else 1)}
+    strategy, weights, text, sharded = _strategy(stage), found.rest["weights"], config.get_text_config(), set[str]()
+    dtype, _, narrows = _types(stage, device)
+    if strategy in ("zero2", "zero3"):  # a float32 copy of what is trained, and a place for its gradients
+        parts = {**parts, "optimizer": parts["optimizer"] + 4 * found.trained["number"]}
+        parts |= {"gradients": found.trained["bytes"]} if strategy == "zero3" or parts.get("gradients") else {}
+        parts |= {"reference": parts["reference"] / 2} if narrows and "reference" in parts else {}
+    if strategy in ("fsdp", "zero2", "zero3"):
+        sharded |= {"gradients", "optimizer"}
+    if strategy in ("fsdp", "zero3"):
+        sharded |= {"weights", "adapters", "reference"}
+    if strategy == "fsdp":
+        sharded |= {"critic"}  # DeepSpeed has the policy alone
+        parts |= {name: 2 * parts[name] for name in ("weights", "gradients") if narrows and name in parts}
+        # The head or a layer whole, as it arrives and in place; a layer with its gradient, twice as well.
+        table = float(text.vocab_size * text.hidden_size * dtype.itemsize)
+        layer = (weights - table * (1 if config.tie_word_embeddings or stage.scores else 2)) / found.num_layers
+        parts = {**parts, "whole layers": 2 * max(table, layer * (2 if stage.lora is None else 1))}
+    elif strategy == "zero3":  # stage3_max_live_parameters, and as many that will be read again soon
+        parts = {**parts, "whole layers": min(weights, 1e9 * dtype.itemsize)}
     elif strategy == "ddp":
-        sharded, parts = set(), {**parts, "buckets": found.trained["bytes"]}  # gradients once more, as they are sent
-    away = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "weights", "gradients")}[launch.offload]
-    return {name: size / world if name in sharded else size for name, size in parts.items() if name not in away}
+        parts = {**parts, "buckets": found.trained["bytes"]}  # gradients once more, as they are sent
+    away = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "weights", "gradients")}
+    return {name: size / num_devices(stage) if name in sharded else size for name, size in parts.items()
+            if name not in away[stage.launch.offload]}  # fmt: skip
+
+
+def _types(stage: Stage, device: str) -> tuple[torch.dtype, str, bool]:
+    """What a pass holds weights in, what autocast computes in, and whether those are 16 bits for float32 weights that
+    FSDP and DeepSpeed keep elsewhere: neither leaves autocast a weight to cast."""
+    dtype, mixed = number_types(stage, half=device == "cuda")
+    shards = _strategy(stage) in ("fsdp", "zero2", "zero3") and stage.lora is None
+    if narrows := shards and mixed != "no" and dtype == torch.float32:
+        dtype = torch.float16 if mixed == "fp16" else torch.bfloat16
+    return dtype, mixed, narrows
 
 
 def trace(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str) -> Footprint:
     """Trace a pass of a stage whose model has this config; what was traced before is read from the cache."""
     lora = stage.lora.model_dump() if stage.lora else None
-    asked = [config.to_dict(), lora, asdict(shape), device, number_types(stage, half=device == "cuda"), stage.method]
+    asked = [config.to_dict(), lora, asdict(shape), device, _types(stage, device), stage.method]
     asked += [stage.scores, stage.model.quantization, stage.model.double_quantization, stage.model.attn_implementation]
-    asked += [stage.model.freeze, stage.trainer.get("disable_dropout"), recomputes(stage)]
+    asked += [stage.model.freeze, stage.trainer.get("disable_dropout"), recomputes(stage), _strategy(stage) == "zero3"]
     asked += [version(name) for name in ("alignkit", "torch", "transformers", "trl", "peft")]
     key = hashlib.blake2b(json.dumps(asked, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "alignkit", "plan", f"{key}.json")
@@ -329,10 +357,10 @@ def _run(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str) -> F
 
 def _trace_here(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str) -> Footprint:
     held = _Held(512 if device == "cuda" else 64)  # what torch's allocators round up to
-    _, mixed = number_types(stage, half=device == "cuda")
+    _, mixed, _ = _types(stage, device)
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed)
     with ExitStack() as stack:
-        for owner, name, value in _substitutes(device):
+        for owner, name, value in _substitutes(device, _strategy(stage) == "zero3"):
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(held)
@@ -376,7 +404,7 @@ def _trace_here(stage: Stage, config: PreTrainedConfig, shape: Shape, device: st
     return Footprint(phases, rest, trained, layers, estimated)
 
 
-def _substitutes(device: str) -> Iterator[tuple[Any, str, Any]]:
+def _substitutes(device: str, splits_head: bool) -> Iterator[tuple[Any, str, Any]]:
     """Yield what stands in for operators of a device's own kernels, and for what fake tensors refuse."""
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
@@ -390,8 +418,9 @@ def _substitutes(device: str) -> Iterator[tuple[Any, str, Any]]:
     yield utils, "_use_triton", lambda _: False  # how many positions are labelled, only values say
     head = chunked_logprob.ChunkedLogProbFunction.apply if device == "cuda" else kernels.head_logps
     yield utils, "_ChunkedLogProbFunction", type("Head", (), {"apply": staticmethod(head)})
-    if device == "cuda":  # Triton folds a tile of logits in place
+    if device == "cuda" or splits_head:
         yield kernels, "_LARGEST", 0
+    if device == "cuda":  # Triton folds a tile of logits in place
         for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
             yield chunked_logprob, name, lambda *_, **__: None
 
@@ -453,7 +482,7 @@ def _build(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str, he
     """Make the model that a stage trains as `load_policy` and TRL's trainers do, and say what is only like it."""
     from trl.trainer.utils import add_fused_lm_head
 
-    dtype, _ = number_types(stage, half=device == "cuda")
+    dtype, _, _ = _types(stage, device)
     config, scores, attention = copy.deepcopy(config), shape.kind == "score", stage.model.attn_implementation
     config.pad_token_id = config.pad_token_id or 0
     if scores:
