@@ -148,6 +148,8 @@ def test_the_table_of_words_names_keys_that_exist_and_no_word_twice() -> None:
         ("evals_per_epoch: 4", "write eval_steps: 0.25"),
         ("liger_rope: true", "kernels are those of the installed libraries"),
         ("tensor_parallel_size: 4", "no layer over several devices"),
+        ("cp_size: 2", "set launch.strategy: fsdp or zero3 with activation_checkpointing: true"),
+        ("num_virtual_tokens: 8", "no tokens are trained before the text"),
         ("flash_attn: fa2", "write model: {attn_implementation: flash_attention_2}"),
         ("kl_estimator: k3", "write kl_in: loss"),
         ("vllm_mode: colocate", "write generation: {mode: colocate}"),
