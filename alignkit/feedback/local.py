@@ -13,10 +13,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from alignkit.errors import EnvironmentProblem
+from alignkit.errors import EnvironmentProblem, ModelError
 from alignkit.feedback.prompts import OPTIONS, Request, cut_at
 from alignkit.feedback.writer import Batches, Decision, Job, Reply, Sampling, Spending, share_of_first
 from alignkit.models.chat import Chat
+from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.models.frozen import fingerprint_causal, load_causal, load_tokenizer_of
 from alignkit.models.generation import generate_answers
 from alignkit.models.logprobs import iter_scores
@@ -167,6 +168,10 @@ class VllmModel:
 
     def __init__(self, source: str, *, stop: threading.Event, trust_code: bool = False) -> None:
         """Start the engine; raises EnvironmentProblem where vLLM is not installed."""
+        directory = None if is_builtin(source) else find_model_dir(source)
+        if directory is not None and inspect_model_dir(directory, trust_code=trust_code).kind == "adapter":
+            what = f"{source} is an adapter, and engine: vllm takes a whole model; make one with `alignkit merge`"
+            raise ModelError(f"{what}, or use engine: transformers")
         try:
             self._vllm: Any = importlib.import_module("vllm")
         except ImportError:
@@ -174,7 +179,9 @@ class VllmModel:
                 "engine: vllm needs the vllm package; install it, start its server and give url:, or use engine: "
                 "transformers"
             ) from None
-        self._engine = self._vllm.LLM(model=source, trust_remote_code=trust_code)
+        # By default log-probabilities are those before `allowed_token_ids`, the two likeliest of all tokens.
+        how = {"trust_remote_code": trust_code, "logprobs_mode": "processed_logprobs"}
+        self._engine = self._vllm.LLM(model=source, **how)
         self._stop = stop
         self._encoder = Encoder(load_tokenizer_of(source, trust_code=trust_code))
         self.control_tokens = self._encoder.control_tokens

@@ -229,8 +229,8 @@ def generate_continuous(
         page_size=page, num_blocks=min(batch_size, len(prompts)) * (-(-longest // page) + 1), seed=0,
         max_requests_per_batch=batch_size, max_batch_tokens=max(longest, most), auto_switch_to_flash=False,
     )  # fmt: skip
-    manager = None
-    with torch.random.fork_rng(), quiet_transformers(), Meter("answers written", len(prompts)) as meter:
+    manager, cards = None, [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cards), quiet_transformers(), Meter("answers written", len(prompts)) as meter:
         try:
             manager = base.init_continuous_batching(generation_config=settings, continuous_batching_config=config)
             # No argument takes a processor; the list is read when the thread starts (transformers 5.23).

@@ -39,6 +39,7 @@ Model: TypeAlias = PreTrainedModel | PeftModel
 # How the reference of DPO is had: the adapter switched off, the frozen copy `ref`, the frozen lower adapter `start`
 # alone, or a second model.
 Reference = Literal["adapter_off", "ref_adapter", "base_adapter", "model"]
+ROUNDS_TO = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of mixed precision, by its name
 # One formula by four names, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))): upstream runs it as eight operators and
 # keeps the result of each for the backward pass, torch as one.
 ACT2FN.update(dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), GELUTanh))
@@ -313,9 +314,23 @@ def freeze(model: nn.Module, stage: Stage) -> None:
 load_reward_model = partial(load_policy, reward=True)
 
 
-def load_reference(loaded: Loaded) -> PreTrainedModel | None:
-    """Copy the frozen second model of full fine-tuning from the policy as it is now; None where adapters give it."""
-    return copy.deepcopy(loaded.model).requires_grad_(False).eval() if loaded.reference == "model" else None
+def load_reference(loaded: Loaded, autocast: torch.dtype | None = None) -> PreTrainedModel | None:
+    """Copy the frozen second model of full fine-tuning from the policy as it is now; None where adapters give it.
+
+    Linear layers lie in what `autocast` would round their weights to in every pass: half the memory, the same bits.
+    """
+    if loaded.reference != "model":
+        return None
+    model: PreTrainedModel = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+    for layer in rounded_layers(model) if autocast else ():
+        layer.to(autocast)
+    return model
+
+
+def rounded_layers(model: nn.Module) -> list[nn.Module]:
+    """List the layers whose weights autocast rounds: no norms, no embeddings, and not the head, which may be these."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head]
 
 
 def load_trained(

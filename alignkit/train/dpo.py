@@ -13,7 +13,6 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from alignkit.errors import RecipeError
 from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, copy_adapter
-from alignkit.models.load import load_reference
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import DpoOptions
 from alignkit.recipe.trl_fields import OWN_LOSSES
@@ -182,7 +181,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
     # until they are computed, and would load it by a name that not every policy has.
     needs_model = has_reference and (ranks.uses_fsdp() or not config.precompute_ref_log_probs)
     setup.trainer = Dpo(
-        **setup.arguments(config), ref_model=load_reference(loaded) if needs_model else None,
+        **setup.arguments(config), ref_model=setup.reference(config) if needs_model else None,
         data_collator=collator_for(stage, setup.chat.tokenizer), reference=loaded.reference if has_reference else None,
         own_loss=loss, has_reference=has_reference,
     )  # fmt: skip
@@ -209,7 +208,7 @@ def _build_kto(setup: Setup) -> Kto:
         if table := arguments[side]:
             order = shuffled_order(len(table), seed=stage.seed, epoch=0)
             arguments[side] = table.select(order).map(rotate, batched=True, batch_size=width)
-    return Kto(**arguments, ref_model=load_reference(loaded), reference=loaded.reference)
+    return Kto(**arguments, ref_model=setup.reference(config), reference=loaded.reference)
 
 
 run = partial(fit, build)

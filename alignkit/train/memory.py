@@ -35,7 +35,7 @@ from alignkit.errors import EnvironmentProblem, first_line
 from alignkit.models import adapters, kernels, start
 from alignkit.models.chat import find_tokenizer, load_tokenizer
 from alignkit.models.files import find_model_dir
-from alignkit.models.load import UNQUANTIZED, freeze, number_types
+from alignkit.models.load import ROUNDS_TO, UNQUANTIZED, freeze, number_types, rounded_layers
 from alignkit.models.logprobs import run_trunk, token_logps
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import LEARNT_TOKENIZERS, PpoOptions, TrainOptions
@@ -135,7 +135,8 @@ def predict(
     if stage.method == "ppo" or (stage.method == "dpo" and not bare):
         goes_on = stage.start_dir is not None and getattr(options, "adapter", None) in (None, "continue")
         kept = not stage.trainer.get("precompute_ref_log_probs") if full else goes_on
-        held |= {"reference": copied} if kept else {}
+        alone = full and stage.launch.strategy == "ddp"  # see `load_reference`
+        held |= {"reference": copied - found.trained.get("more than autocast reads", 0) * alone} if kept else {}
     if isinstance(options, PpoOptions):
         held |= {"reward": copied} if options.critic_start == "reward" else {}
         if options.advantage == "gae" and (full or options.critic_start == "reward"):
@@ -358,7 +359,7 @@ def _run(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str) -> F
 def _trace_here(stage: Stage, config: PreTrainedConfig, shape: Shape, device: str) -> Footprint:
     held = _Held(512 if device == "cuda" else 64)  # what torch's allocators round up to
     _, mixed, _ = _types(stage, device)
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed)
+    autocast = ROUNDS_TO.get(mixed)
     with ExitStack() as stack:
         for owner, name, value in _substitutes(device, _strategy(stage) == "zero3"):
             stack.enter_context(patch.object(owner, name, value))
@@ -370,6 +371,8 @@ def _trace_here(stage: Stage, config: PreTrainedConfig, shape: Shape, device: st
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         trained = {"number": float(sum(map(Tensor.numel, weights)))}
         trained["bytes"] = float(sum(weight.numel() * weight.element_size() for weight in weights))
+        rounded = [weight for layer in rounded_layers(model) for weight in layer.parameters()] if autocast else []
+        trained["more than autocast reads"] = float(sum(w.numel() * max(0, w.element_size() - 2) for w in rounded))
         held.label = "gradients"
         for weight in weights:
             if shape.accumulates:

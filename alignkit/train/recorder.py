@@ -21,6 +21,7 @@ from alignkit.errors import ModelError
 from alignkit.models.adapters import TRAINED
 from alignkit.models.frozen import score_ids
 from alignkit.models.generation import generate_answers, usual_length
+from alignkit.models.load import ROUNDS_TO
 from alignkit.models.logprobs import align
 from alignkit.models.parameters import compare_probes, take_probe
 from alignkit.recipe import Stage
@@ -35,7 +36,6 @@ from alignkit.train.trainer import Guarded
 
 LN2 = math.log(2)
 _LARGEST_REWARD_LOSS = 2.5  # above that of reward 0: a head drawn as Ziegler 2019 does scores with a deviation near 1
-_ROUNDS_TO = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of mixed precision
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -59,7 +59,7 @@ def check_parameters(stage: Stage, model: Any, *, adapters: tuple[str, ...] = (T
 
 def computes_in(trainer: Guarded) -> str | None:
     """The dtype that a sharded model rounds to wherever it is asked, None for a model that computes as it is."""
-    dtype = _ROUNDS_TO.get(trainer.accelerator.mixed_precision) if is_sharded(trainer) else None
+    dtype = ROUNDS_TO.get(trainer.accelerator.mixed_precision) if is_sharded(trainer) else None
     return str(dtype).removeprefix("torch.") if dtype else None
 
 
@@ -103,7 +103,7 @@ def check_step_zero(stage: Stage, trainer: Guarded) -> None:
         measured = {name: values[-1] for name, values in trainer._metrics[mode].items() if values}
         trainer._metrics[mode].clear()
     trainer._total_train_tokens, loss = num_tokens, losses["eval"]
-    dtype = _ROUNDS_TO.get(trainer.accelerator.mixed_precision, getattr(model, "dtype", torch.float32))
+    dtype = ROUNDS_TO.get(trainer.accelerator.mixed_precision, getattr(model, "dtype", torch.float32))
     tolerance = _TOLERANCE.get(dtype, 5e-2)
     if abs(losses.get("train", loss) - loss) > tolerance * max(1.0, abs(loss)):
         what = f"the loss at step 0 is {losses['train']:.6f} in training and {loss:.6f} in evaluation: the model draws "

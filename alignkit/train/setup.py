@@ -20,7 +20,7 @@ from alignkit.data import Rejects, Row
 from alignkit.errors import EnvironmentProblem, RecipeError
 from alignkit.models.chat import Chat, load_chat
 from alignkit.models.files import is_builtin
-from alignkit.models.load import Loaded, load_policy, number_types, pick_device
+from alignkit.models.load import ROUNDS_TO, Loaded, load_policy, load_reference, number_types, pick_device
 from alignkit.models.logprobs import pad
 from alignkit.recipe import Stage
 from alignkit.recipe.stage import check_batch
@@ -61,6 +61,11 @@ class Setup:
         """Load the weights, rank 0 first, which may have to write them; returns the model."""
         self.loaded = ranks.first(lambda: load(self.stage, run_dir=self.run.path, tokenizer=self.chat.tokenizer))
         return self.loaded.model
+
+    def reference(self, config: TrainingArguments) -> Any:
+        """Copy the policy as it is now as the reference; what splits weights wants all of one type."""
+        rounds = ROUNDS_TO.get("bf16" if config.bf16 else "fp16" if config.fp16 else "no")
+        return load_reference(self.loaded, rounds if self.stage.launch.strategy == "ddp" else None)
 
     def arguments(self, config: Any) -> dict[str, Any]:
         """What every trainer is made of."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from alignkit.errors import ModelError
-from alignkit.feedback.local import LocalModel
+from alignkit.feedback.local import LocalModel, VllmModel
 from alignkit.feedback.prompts import OPTIONS, Comparison, Request, ask_comparison
 from alignkit.feedback.writer import Job, Sampling, share_of_first
 from alignkit.models.start import builtin_tokenizer
@@ -134,6 +135,8 @@ def test_an_adapter_judges_as_the_model_it_is_merged_into(chat_model: Path, tmp_
         found[f"{name} id"] = judge.identity["model"]
     assert found["adapter"] == pytest.approx(found["merged"], abs=1e-4)
     assert found["adapter"] != pytest.approx(found["base"], abs=1e-3)
+    with pytest.raises(ModelError, match="is an adapter, and engine: vllm takes a whole model.*alignkit merge"):
+        VllmModel(str(tmp_path / "adapter"), stop=threading.Event())
 
 
 def test_a_run_directory_is_its_model_and_random_weights_are_refused(chat_model: Path, tmp_path: Path) -> None:

@@ -714,3 +714,64 @@ def test_the_critic_of_a_classifier_with_two_labels_starts_from_their_log_odds(
     trainer.critic.save(tmp_path / "critic", builtin_tokenizer())
     assert json.loads((tmp_path / "critic/config.json").read_text()).get("num_labels", 1) == 1
     assert load_file(tmp_path / "critic/model.safetensors")["score.weight"].shape[0] == 1
+
+
+ROUNDED = """
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alignkit.models.logprobs import pad_answers
+from alignkit.recipe import load_recipe, resolve
+from alignkit.runs.directory import RunDir
+from alignkit.train import ppo
+from alignkit.train.ppo.roles import read_answers
+
+CASTS = Counter()
+
+
+class Count(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16:
+            CASTS[args[0].data_ptr() if args[0].data_ptr() in WEIGHTS else None] += 1
+        return func(*args, **(kwargs or {}))
+
+
+run = RunDir(Path("run").absolute())
+run.path.mkdir()
+trainer = ppo.build(resolve(load_recipe(Path("recipe.yaml")), "ppo"), run).trainer
+trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
+reference = trainer.roles.reference
+print(sorted({str(p.dtype) for p in reference.parameters()}), reference.lm_head.weight.dtype)
+WEIGHTS = {p.data_ptr() for p in trainer.model.parameters()}
+prompts, found = [[5, 6, 7], [8, 9]], []
+uniforms = torch.rand(2, 8, generator=torch.Generator().manual_seed(0))
+autocast = trainer.accelerator.autocast
+for context in (autocast, nullcontext):
+    CASTS.clear()
+    trainer.accelerator.autocast = context
+    with Count():
+        found.append(trainer._sample(prompts, uniforms, 1)[0])
+    del CASTS[None]
+    print(max(CASTS.values()), min(CASTS.values()))
+print(found[0] == found[1], max(map(len, found[0])))
+batch = pad_answers(prompts, found[0], pad_id=0)
+with autocast(), torch.no_grad():
+    print(torch.equal(trainer.roles.reference_logps(batch), read_answers(trainer.model, batch)[0]))
+"""
+
+
+def test_autocast_rounds_each_weight_once_for_all_tokens_and_the_reference_is_held_rounded(
+    run_python: Callable, tmp_path: Path
+) -> None:
+    """With the same answers, and log-probabilities equal to the last bit."""
+    text = recipe(extra=", min_new_tokens: 8").replace("rm:", "launch: {mixed_precision: bf16, device: cpu}\nrm:")
+    (tmp_path / "recipe.yaml").write_text(text)
+    done = run_python("-c", ROUNDED)
+    types, once, anew, answers, equal = done.stdout.splitlines()[-5:]
+    assert types == "['torch.bfloat16', 'torch.float32'] torch.float32", done.stderr
+    assert (once, anew) == ("1 1", "8 8")  # of 8 tokens
+    assert (answers, equal) == ("True 8", "True")

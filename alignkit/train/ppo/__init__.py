@@ -14,7 +14,6 @@ from alignkit.data import Rejects
 from alignkit.errors import RecipeError
 from alignkit.models.adapters import REFERENCE, START, TRAINED
 from alignkit.models.frozen import load_classifier
-from alignkit.models.load import load_reference
 from alignkit.models.logprobs import Sampling
 from alignkit.models.parameters import describe_parameters
 from alignkit.models.start import context_length
@@ -53,7 +52,7 @@ def build(stage: Stage, run: RunDir) -> Setup:
     device = str(config.device)
     if not setup.loaded.precision.quantized and not ranks.uses_fsdp():  # which moves a layer at a time, to shard it
         model.to(device)
-    roles = Roles(setup.loaded, reference=load_reference(setup.loaded))
+    roles = Roles(setup.loaded, reference=setup.reference(config))
     held: dict[int, Any] = {}  # the first reward model that lies on the policy's own base is put there
     for number, source in enumerate(options.reward):
         if directory := not held and source.model and hold_reward(roles, source.model, trust_code=stage.trust_code):

@@ -175,7 +175,9 @@ class Ppo(Guarded, GRPOTrainer):
         unwrapped = unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs
         )
-        with unwrapped as model, shards.gathered_root(self.model):
+        # One autocast over all tokens rounds each weight once; that inside the forward alone, at every token.
+        once = nullcontext() if shards.is_sharded(self) else self.accelerator.autocast()
+        with unwrapped as model, shards.gathered_root(self.model), once:
             for places in (order[start : start + size] for start in range(0, len(order), size)):
                 batch = [prompt_ids[place] for place in places]
                 answers = generate_answers(model, batch, uniforms_BT=uniforms_BT[places], **how)
