@@ -14,7 +14,8 @@ import pytest
 TESTS = Path(__file__).parent
 # How often the host may wait: by `.item()`, by what is moved to it, by shapes that depend on numbers. Those of a critic
 # are its weights, copied from the policy's through the host, once; a token of a chat is read by one.
-MOST = {"ppo step": 9, "critic": 23, "sampler": 26, "judge": 4, "evaluation": 4, "chat": 6, "reward": 3, "probe": 2}
+MOST = {"ppo step": 9, "critic": 23, "sampler": 26, "judge": 4, "evaluation": 4, "chat": 6, "reward": 3, "probe": 2,
+        "sft": 19, "packed": 15, "distill": 22, "dpo": 49, "own": 23, "rm": 21, "best": 23}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def found() -> dict[str, dict[str, Any]]:
     command = [sys.executable, str(TESTS / "card_worker.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == len(MOST) + 1, done.stderr[-2000:]
+    assert len(lines) == len(MOST), done.stderr[-2000:]
     return {line["name"]: line for line in lines}
 
 
@@ -34,10 +35,13 @@ def flat(value: Any) -> list[float]:
 @pytest.mark.parametrize("name", MOST)
 def test_a_device_computes_what_the_cpu_does_and_the_host_seldom_waits(name: str, found: dict[str, Any]) -> None:
     check = found[name]
-    assert "error" not in check, check["error"]
+    assert "card error" not in check, check["card error"]
     assert flat(check["card"]) == pytest.approx(flat(check["cpu"]), rel=1e-4, abs=1e-5)
-    assert sum(check["syncs"].values()) <= MOST[name], check["syncs"]
+    assert sum(check["card syncs"].values()) <= MOST[name], check["card syncs"]
 
 
-def test_a_mistake_that_is_planted_is_caught(found: dict[str, Any]) -> None:
-    assert "mixes devices" in found["planted"]["error"]
+@pytest.mark.parametrize("name", MOST)
+def test_mistakes_that_are_planted_are_caught(name: str, found: dict[str, Any]) -> None:
+    """A weight that stays on the host, and a number that is read at every pass."""
+    assert "mixes devices" in found[name].get("host error", "")
+    assert sum(found[name]["wait syncs"].values()) > MOST[name]
