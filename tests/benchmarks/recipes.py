@@ -1,17 +1,21 @@
-"""What `alignkit plan` says of every recipe in the repository on the card that it names; writes RECIPES.md beside this.
+"""What `alignkit plan` says of the recipes that name a card on that card; writes RECIPES.md beside this file.
 
     python tests/benchmarks/recipes.py [--only REGEX]
 
-Models of the hub are planned by a config of their shape. A recipe that names no card runs on a laptop: 8 GiB, no GPU.
+Models of the hub are planned by a config of their shape. A recipe that names no card runs on a laptop: 8 GiB without a
+GPU; tests/preflight/test_plan.py plans those too, and --only shows them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything asks the hub
 
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
@@ -66,15 +70,17 @@ def main() -> None:
     parser.add_argument("--only", default="")
     only = parser.parse_args().only
     lines = [
-        "# Every recipe on the card that it names",
+        "# Recipes on the card that they name",
         "",
-        "What `alignkit plan` says of the stage that needs most, made by `python tests/benchmarks/recipes.py`; a "
-        "laptop is 8 GiB without a GPU. `needs` is the peak, 4 % for fragments and 0.8 GiB for the libraries.",
+        "What `alignkit plan` says of the stage that needs most, made by `python tests/benchmarks/recipes.py`. "
+        "`needs` is the peak, 4 % for fragments and 0.8 GiB for the libraries.",
         "",
         "| recipe | devices | stage | micro batch | tokens | peak GiB | needs | fits |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for path in (path for path in SHIPPED if re.search(only, str(path))):
+    for path in SHIPPED:
+        if not re.search(only, str(path)) if only else read_claim(path)[1].kind == "cpu":
+            continue
         with tempfile.TemporaryDirectory(prefix="alignkit-recipes-") as directory:
             plan = plan_shipped(path, Path(directory))
         most, name = max(plan.stages, key=lambda stage: stage["needs"]), path.relative_to(FOLDER).with_suffix("")
