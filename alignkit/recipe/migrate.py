@@ -76,7 +76,8 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 _ASSIGNED = re.compile(r"""(?m)^\s*(?:export\s+|local\s+)?(\w+)=("(?:[^"\\]|\\.)*"|'[^']*'|\([^)]*\)|\S*)""")
-_VARIABLE = re.compile(r'"?\$\{(\w+)(?:\[@\]|:-([^}]*))?\}"?|\$(\w+)')
+_VARIABLE = re.compile(r'(")?\$\{(\w+)(?:\[@\]|:-([^}]*))?\}(?(1)")|\$(\w+)')
+_SUM = re.compile(r"\$\((?:expr )?\(? *(\d+) *([*/]) *(\d+) *\)?\)")  # $(expr 16 / 2) and $((16 / 2))
 
 
 def _read_commands(text: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -85,13 +86,16 @@ def _read_commands(text: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     values = {name: value.strip("\"'()").replace("\n", " ") for name, value in _ASSIGNED.findall(text)}
 
     def expand(found: re.Match[str]) -> str:
-        name, default = found[1] or found[3], found[2]
+        name, default = found[2] or found[4], found[3]
         value = str(values.get(name, found[0]))  # MODEL="${MODEL:-x}" is its own value
         return default if default is not None and value.strip('"') == found[0].strip('"') else value
 
     for line in text.splitlines():
         for _ in range(3):  # a variable may stand in another
             line = _VARIABLE.sub(expand, line)
+        line = _SUM.sub(
+            lambda at: str(int(at[1]) * int(at[3]) if at[2] == "*" else int(at[1]) // int(at[3] or 1)), line
+        )
         for peer, table in _TABLE["peers"].items():
             found = re.search(table["command"], line) if "command" in table else None
             method = next((group for group in found.groups() if group), "") if found else ""
@@ -121,7 +125,7 @@ def _read_arguments(words: Sequence[str]) -> dict[str, Any]:
             given.append(read_scalar(word))
             with suppress(ValueError):
                 given[-1] = json.loads(word) if word[:1] == "{" else given[-1]
-    return {key: values[0] if len(values) == 1 else values or True for key, values in found.items()}
+    return {key: values[0] if len(values) == 1 else values or True for key, values in found.items() if key}
 
 
 def migrate_file(path: Path, *, gpus: int | None = None) -> tuple[list[Migration], list[Problem]]:
@@ -169,6 +173,7 @@ class _Writer:
         self.train: list[dict[str, Any]] = []
         self.method, self.word = self._find_method()
         self.fixed = {*self.lines, *_TO_WRITE}  # without these it would be another method
+        self.of_method = {*self.lines} if self.method == "ppo" else set[str]()  # until a key says otherwise
         self.accepted = accepted_keys(self.method)
         self.has_lora = self._find_lora()
         assumed = self.table["defaults"]  # by method, or the name of a tool that assumes the same
@@ -194,6 +199,9 @@ class _Writer:
         """Write our key, unless another key of the source has said it already."""
         if ours.startswith("lora."):
             self.lines.pop("lora", None)
+        if ours in self.of_method:
+            self.of_method.remove(ours)
+            del self.lines[ours]
         taken = (one for one in self.lines if f"{one}.".startswith(f"{ours}.") or f"{ours}.".startswith(f"{one}."))
         if (before := self.lines.get(next(taken, ""))) is not None:
             self._note(key, AUTOMATIC if before.value == value else LEFT, f"{ours}, as {before.key} says")
@@ -352,6 +360,14 @@ class _Writer:
             self._put("lora.target_modules", [{"output_proj": "o_proj"}.get(one, one) for one in value] + mlp, key)
         elif found := re.search(r"(?:zero|_z|stage)_?([0-3])|fsdp", f"{name} {value}".lower() if is_launch else ""):
             self._put("launch.strategy", ("ddp", "zero2", "zero2", "zero3")[int(found[1])] if found[1] else "fsdp", key)
+        elif re.search(r"\b(teacher|ref|reward|value|critic)\w*(_model|_init_kwargs)\.", key) and not is_own:
+            self._note(key, AUTOMATIC, "its own configuration says it, and a recipe has one model section")
+        elif name == "steps_per_generation" and isinstance(value, int):  # counts passes of micro-batches
+            steps = next((n for one, n in self.keys.items() if one in self.table["accumulation"]), None) or 1
+            self._put("minibatches", max(1, value // steps), key, kind=CONVERTED)
+        elif name == "hub_strategy" and value in ("every_save", "checkpoint", "all_checkpoints"):
+            steps = self.keys.get("save_steps", 500)
+            self._put("push_every", steps if isinstance(steps, int) and steps > 0 else 500, key, kind=CONVERTED)
         elif key in ("rollout.batch_size", "rollout_batch_size", "generation_batch_size") and isinstance(value, int):
             each = 1 if key.startswith("gen") else next((n for one, n in self.keys.items() if "n_samples" in one), 1)
             self._put("minibatches", max(1, value * each // self.lines["batch_size"].value), key, kind=CONVERTED)
@@ -385,19 +401,23 @@ class _Writer:
         if first == "reward" and isinstance(value, list):
             parts = [word.convert(part) for part in value]
             new = None if None in parts else parts[0] if len(parts) == 1 else parts
-        is_off = _is_off(value) or (word.action == "missing" and value in (0, 1))
+        is_off = _is_off(value) or (word.action == "missing" and value in (0, 1) and value is not True)
         if first == "eval" and not (isinstance(new, float) and 0 < new < 1):
             is_off, new = not new, None
         if first == "lora" and not self.has_lora:
             self._note(key, AUTOMATIC, "all weights are trained")
         elif first == "data" and word.action in ("renamed", "converted"):
             self._note(key, AUTOMATIC if self.train else LEFT, word.say())
-        elif word.action == "automatic" or (is_off and not isinstance(new, bool)):
+        elif word.action == "automatic" or (
+            is_off and not isinstance(new, bool) and (new in (None, value) or first in _SECTIONS)
+        ):
             self._note(key, AUTOMATIC, word.say() if word.action == "automatic" else "off, as here")
         elif new is None or (first not in _SECTIONS and first not in self.accepted):
-            self._note(key, LEFT, word.say() if new is None else f"{word.say()}, which {self.method} has not")
-            if word.action == "missing":
-                self.missing.append(f"{key}: {word.say()}")
+            said = word.say() if new is None else f"{word.say()}, which {self.method} has not"
+            self._note(key, AUTOMATIC if is_off else LEFT, said)
+            is_text = word.key == "model.chat_template" and "{%" in str(value)
+            if is_text or word.action == "missing":
+                self.missing.append(f"{key}: {'write its text to a .jinja file, and name that' if is_text else said}")
         elif word.key in ("lora.target_modules", "lora.modules_to_save") and isinstance(new, str):
             self._put(word.key, new if new == "all-linear" else [part.strip() for part in new.split(",")], key)
         else:

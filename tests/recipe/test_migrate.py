@@ -316,3 +316,125 @@ def test_what_cannot_be_migrated_is_said(tmp_path: Path, name: str, text: str | 
         (tmp_path / name).write_text(text)
     made, (problem,) = migrate_file(tmp_path / name)
     assert made == [] and str(problem).removeprefix(f"{tmp_path}/").startswith(said)
+
+
+def test_values_that_other_tools_write_in_their_way(tmp_path: Path) -> None:
+    """Booleans of another kind, sums of a shell, arrays of arguments, and a key that says more than its method."""
+    head = "swift rlhf --model org/m --dataset org/d --train_type full --reward_funcs accuracy"
+    made = migrate(
+        tmp_path / "a.sh",
+        f"""
+        each=2
+        NPROC_PER_NODE=4 {head} --rlhf_type grpo --advantage_estimator rloo --kl_in_reward true --beta 0.1 \\
+            --per_device_train_batch_size $each --gradient_accumulation_steps $(expr 32 / $each) --num_iterations 2 \\
+            --steps_per_generation 48 --overlong_filter false --vllm_tensor_parallel_size 1
+    """,
+    )
+    for line in ("advantage: rloo", "kl_in: reward", "batch_size: 128", "ppo_epochs: 2", "minibatches: 3"):
+        assert f"\n  {line}" in made.text
+    assert "overlong" not in made.text and made.missing == []
+    assert kinds(made)["vllm_tensor_parallel_size"] == AUTOMATIC
+    for value, ours in (("true", "group"), ("false", "none"), ("batch", "batch")):
+        made = migrate(tmp_path / "c.sh", f"{head} --rlhf_type grpo --scale_rewards {value}\n")
+        assert f"scale_rewards: {ours}" in made.text
+
+    made = migrate(
+        tmp_path / "b.sh",
+        """
+        WORK=/runs
+        PLACES=(
+            --actor.model_name_or_path org/m
+            --ckpt.path "${WORK}/checkpoints"
+        )
+        REST=(--data.prompt_dataset org/d --train.batch_size 64 --rollout.batch_size 128)
+        ray job submit --address=http://127.0.0.1:1 -- python3 -m openrlhf.cli.train_ppo_ray "${PLACES[@]}" ${REST[@]}
+    """,
+    )
+    assert "batch_size: 64" in made.text and "minibatches: 2" in made.text
+    assert not {"", "address"} & {row.key for row in made.rows if row.what == LEFT}
+
+
+def test_what_is_lost_of_a_switch_is_said(tmp_path: Path) -> None:
+    made = migrate(
+        tmp_path / "dpo" / "a.yaml",
+        """
+        model_name_or_path: org/m
+        dataset_mixer: {org/d: 1.0}
+        chat_template: "{% for message in messages %}{{ message.content }}{% endfor %}"
+        sync_ref_model: true
+        packing: false
+        hub_model_id: me/model
+        hub_strategy: every_save
+        save_steps: 50
+    """,
+    )
+    assert [text.split(":")[0] for text in made.missing] == ["chat_template", "sync_ref_model"]
+    assert kinds(made)["packing"] == AUTOMATIC
+    assert "push_to: me/model" in made.text and "push_every: 50" in made.text
+
+
+def test_other_roles_are_not_taken_for_the_model(tmp_path: Path) -> None:
+    made = migrate(
+        tmp_path / "a.yaml",
+        """
+        model: {model_name: org/small, torch_dtype_str: bfloat16}
+        data: {train: {datasets: [{dataset_name: org/d}]}}
+        training:
+          trainer_type: TRL_GKD
+          gkd:
+            teacher_model_name_or_path: org/big
+            teacher_model_init_kwargs: {attn_implementation: eager}
+            temperature: 0.9
+            beta: 0.3
+            lmbda: 0.5
+    """,
+    )
+    assert "eager" not in body(made)
+    for line in ("model: org/big", "temperature: 0.9", "beta: 0.3", "on_policy: 0.5"):
+        assert f"\n    {line}" in made.text
+
+    made = migrate(
+        tmp_path / "b.yaml",
+        """
+        tokenizer: {_component_: torchtune.models.mistral.mistral_tokenizer}
+        model: {_component_: torchtune.models.mistral.mistral_7b}
+        reward_and_value_model: {_component_: torchtune.models.mistral.mistral_classifier_7b, num_layers: 32}
+        checkpointer: {checkpoint_dir: /tmp/policy}
+        reward_checkpointer: {checkpoint_dir: /tmp/reward}
+        value_checkpointer: {checkpoint_dir: /tmp/reward}
+        dataset: {_component_: torchtune.datasets.text_completion_dataset, source: org/d, column: prompt}
+        loss: {_component_: torchtune.rlhf.loss.PPOLoss, value_coeff: 0.2, value_clip_range: 0.3}
+        optimizer: {_component_: torch.optim.AdamW, lr: 3e-6}
+        batch_size: 16
+        num_steps: 160
+        max_generated_tokens: 58
+        min_response_length: 18
+        penalise_no_eos: true
+        reward_penalty: -3
+        lmbda: 0.9
+    """,
+    )
+    assert "path: /tmp/policy" in made.text and "score: -3" in made.text and made.missing == []
+    for line in (
+        "reward: /tmp/reward", "vf_coef: 0.2", "cliprange_value: 0.3", "total_episodes: 160", "max_new_tokens: 58",
+        "min_new_tokens: 18", "lam: 0.9",
+    ):  # fmt: skip
+        assert f"\n  {line}" in made.text
+
+
+def test_kto_of_axolotl(tmp_path: Path) -> None:
+    made = migrate(
+        tmp_path / "a.yml",
+        """
+        base_model: org/m
+        rl: kto
+        rl_beta: 0.5
+        kto_desirable_weight: 0.2
+        kto_undesirable_weight: 2.0
+        sample_packing: false
+        datasets: [{path: org/d, type: llama3.ultra}]
+    """,
+    )
+    for line in ("loss_type: kto", "beta: 0.5", "desirable_weight: 0.2", "undesirable_weight: 2.0"):
+        assert f"\n  {line}" in made.text
+    assert LEFT not in kinds(made).values()
