@@ -94,7 +94,7 @@ def _read_commands(text: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for _ in range(3):  # a variable may stand in another
             line = _VARIABLE.sub(expand, line)
         line = _SUM.sub(
-            lambda at: str(int(at[1]) * int(at[3]) if at[2] == "*" else int(at[1]) // int(at[3] or 1)), line
+            lambda at: str(int(at[1]) * int(at[3]) if at[2] == "*" else int(at[1]) // max(1, int(at[3]))), line
         )
         for peer, table in _TABLE["peers"].items():
             found = re.search(table["command"], line) if "command" in table else None
@@ -363,8 +363,8 @@ class _Writer:
         elif re.search(r"\b(teacher|ref|reward|value|critic)\w*(_model|_init_kwargs)\.", key) and not is_own:
             self._note(key, AUTOMATIC, "its own configuration says it, and a recipe has one model section")
         elif name == "steps_per_generation" and isinstance(value, int):  # counts passes of micro-batches
-            steps = next((n for one, n in self.keys.items() if one in self.table["accumulation"]), None) or 1
-            self._put("minibatches", max(1, value // steps), key, kind=CONVERTED)
+            steps = next((n for one, n in self.keys.items() if one in self.table["accumulation"]), 1)
+            self._put("minibatches", max(1, value // steps if type(steps) is int and steps > 0 else 1), key)
         elif name == "hub_strategy" and value in ("every_save", "checkpoint", "all_checkpoints"):
             steps = self.keys.get("save_steps", 500)
             self._put("push_every", steps if isinstance(steps, int) and steps > 0 else 500, key, kind=CONVERTED)

@@ -320,7 +320,7 @@ def test_what_cannot_be_migrated_is_said(tmp_path: Path, name: str, text: str | 
 
 def test_values_that_other_tools_write_in_their_way(tmp_path: Path) -> None:
     """Booleans of another kind, sums of a shell, arrays of arguments, and a key that says more than its method."""
-    head = "swift rlhf --model org/m --dataset org/d --train_type full --reward_funcs accuracy"
+    head = "A=$(expr 4 / 0) swift rlhf --model org/m --dataset org/d --train_type full --reward_funcs accuracy"
     made = migrate(
         tmp_path / "a.sh",
         f"""
