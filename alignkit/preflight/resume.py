@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignkit.errors import RecipeError, RunError
+from alignkit.errors import ModelError, RecipeError, RunError
 from alignkit.models.files import find_model_dir
 from alignkit.recipe import Recipe, resolve
 from alignkit.recipe.schema import FEEDBACK, PpoOptions
@@ -96,7 +96,10 @@ def prove_resume(recipe: Recipe, name: str) -> dict[str, Any]:
 
 def _is_small(model: str | None) -> bool:
     """Whether a model can be trained here in seconds: one that is built in, or a directory of few bytes."""
-    directory = find_model_dir(model) if model and not model.startswith("builtin:") else None
+    try:
+        directory = find_model_dir(model) if model and not model.startswith("builtin:") else None
+    except (ModelError, RunError):  # of a stage that has not run
+        return False
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors")) if directory else 0
     return bool(model) and (str(model).startswith("builtin:") or 0 < size < _SMALL_BYTES)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import RecipeError
-from alignkit.preflight.resume import find_differences, list_stages
+from alignkit.preflight.resume import _is_small, find_differences, list_stages
 from alignkit.recipe import load_recipe
 
 
@@ -37,11 +37,12 @@ model: {path: org/large, quantization: nf4}
 lora: {r: 4}
 sft: {data: builtin:instructions, objective: distill, max_length: 4096, teacher: {model: org/larger, top_k: 8}}
 label: {data: builtin:prompts, constitution: builtin:harmlessness, judge: {model: org/larger}}
+rm: {start_from: sft, data: builtin:preferences}
 dpo: {start_from: sft, data: builtin:preferences, eval: 0.1, num_train_epochs: 2}
 ppo:
   start_from: sft
   data: builtin:prompts
-  reward: org/reward
+  reward: rm
   preset: grpo
   batch_size: 30
   num_generations: 3
@@ -55,9 +56,14 @@ verified: {method: ppo, data: builtin:prompts, reward: {verify: regex}}
 def test_a_stage_that_cannot_be_tried_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(RECIPE)
-    assert list_stages(load_recipe(path), None) == ["sft", "dpo", "ppo", "verified"]
-    with pytest.raises(RecipeError, match="stages that train can be tried: sft, dpo, ppo, verified"):
+    assert list_stages(load_recipe(path), None) == ["sft", "rm", "dpo", "ppo", "verified"]
+    with pytest.raises(RecipeError, match="stages that train can be tried: sft, rm, dpo, ppo, verified"):
         list_stages(load_recipe(path), "label")
+
+
+def test_models_of_a_hub_and_of_stages_that_have_not_run_are_not_small(tmp_path: Path) -> None:
+    assert [_is_small(model) for model in ("org/large", str(tmp_path / "rm" / "model"), None)] == [False] * 3
+    assert _is_small("builtin:tiny-llama")
 
 
 @pytest.mark.slow
@@ -68,7 +74,7 @@ def test_every_stage_is_killed_and_resumed_and_found_equal(run_alignkit, tmp_pat
     *found, failed = json.loads(done.stdout)["stages"]
     assert failed["stage"] == "verified" and "verify: regex needs the column pattern in every row" in failed["reason"]
     assert [(each["stage"], each["differences"], each["instead"]) for each in found] == [
-        ("sft", [], ["teacher"]), ("dpo", [], []), ("ppo", [], ["gold", "reward"]),
+        ("sft", [], ["teacher"]), ("rm", [], []), ("dpo", [], []), ("ppo", [], ["gold", "reward"]),
     ]  # fmt: skip
     assert all(each["steps"] // 2 <= each["killed_at"] < each["steps"] for each in found)
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
