@@ -152,7 +152,9 @@ def measure_preparation(directory: Path, *, runs: int) -> list[Row]:
 def _measure(
     task: Sequence[str], names: Sequence[str], arguments: Sequence[str], directory: Path, *, runs: int
 ) -> Measured:
-    commands = [Command(name, [sys.executable, str(WORKER), *task, name, *arguments], directory) for name in names]
+    one = {"OMP_NUM_THREADS": "1"}  # thread; two processes of two each would spin for each other's core
+    words = [sys.executable, str(WORKER), *task]
+    commands = [Command(name, [*words, name, *arguments], directory, variables=one) for name in names]
     found = alternate(commands, runs=runs, warmups=0, at_once=2)
     return {name: [json.loads(run.output.splitlines()[-1]) for run in found[name]] for name in names}
 
