@@ -321,7 +321,10 @@ class Pusher:
         for name, content in files.items():
             if isinstance(content, Path):
                 (held / name).parent.mkdir(parents=True, exist_ok=True)
-                os.link(content, held / name)
+                try:
+                    os.link(content, held / name)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(content, held / name)
                 files[name] = held / name
         message = f"{self._run.path.name} at step {step}, by alignkit {__version__}"
         job = self._threads.submit(_commit, files, self._repo, message, public=False)
