@@ -22,6 +22,7 @@ from alignkit.recipe.schema import DataSource
 from alignkit.recipe.stage import Stage
 
 _MOST_ROWS, _MOST_WORDS = 100_000, 10_000_000  # of a stage or an evaluation: so many seconds and bytes, and no more
+_FEWEST_PARAMETERS = 50_000_000  # of a model that published recipes speak of
 _MANY = 0.01  # share of rows from which on it is worth a word
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")  # Chinese and Japanese put no spaces between words
 _RUN, _SHORTEST = 5, 16  # words of a run; runs of a text that is long enough to be compared
@@ -172,9 +173,12 @@ def _find_leak(asked: Mapping[int, str], what: str, stage: str, trained: Mapping
     return [f"{len(seen)} of {len(asked)} {what} are trained on by {stage}, first {seen[0]}"] if seen else []
 
 
-def compare_settings(stage: Stage) -> list[str]:
-    """Name settings beyond those of published recipes for pre-trained models; none for random or built-in weights."""
+def compare_settings(stage: Stage, *, num_parameters: int | None = None) -> list[str]:
+    """Name settings beyond those of published recipes for pre-trained models; none for random or built-in weights, nor
+    for a model of so few parameters, where they are known, that it takes larger steps than any of a published recipe.
+    """
     is_new = stage.model.path.startswith("builtin:") or stage.model.init == "scratch"
+    is_new = is_new or (num_parameters is not None and num_parameters < _FEWEST_PARAMETERS)
     said = list[str]()
     for row in PUBLISHED if stage.objective in (None, "chat") and not is_new else ():
         key, low, high = row["key"], row.get("low", 0.0), row["high"]

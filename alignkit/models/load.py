@@ -365,6 +365,7 @@ def load_trained(
 class Skeleton:
     """What is known of a model before it is loaded."""
 
+    num_parameters: int
     num_trained: int
     four_bit_share: float  # of all weights: what bitsandbytes would quantise
     doubts: list[str]
@@ -419,7 +420,7 @@ def build_skeleton(stage: Stage, tokenizer: Any = None, *, learnt: str | None = 
         if names := [name for name in settings if not name.endswith(others)]:
             notes.append(f"the base's generation_config.json ({', '.join(names)}): the saved model keeps it")
     num_trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
-    return Skeleton(num_trained, linear / total, doubts, notes)
+    return Skeleton(total, num_trained, linear / total, doubts, notes)
 
 
 def _build_base(stage: Stage, origin: start.Start, tokenizer: Any, learnt: str | None) -> nn.Module:

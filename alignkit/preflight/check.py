@@ -48,6 +48,7 @@ class StageCheck:
     warnings: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)  # exit code 2
     environment: list[str] = field(default_factory=list)  # exit code 8
+    num_parameters: int | None = None  # of its model, where it is known
 
     def note(self, look: Callable[..., Any], *given: Any, **named: Any) -> Any:
         """Call a function; None where it raises what a user can act on, which is noted. Bugs pass through."""
@@ -123,7 +124,7 @@ def check_recipe(recipe: Recipe, *, trust_code: bool = False, strict: bool = Fal
     evaluation = (recipe.evaluate.data or ()) if recipe.evaluates else ()
     advice = report.stages[-1].note(audit_rows, audited, evaluation, max_rows=recipe.evaluate.max_rows) or {}
     for stage, check in read:
-        check.warnings += compare_settings(stage)
+        check.warnings += compare_settings(stage, num_parameters=check.num_parameters)
     for check in report.stages:
         check.warnings += advice.get(check.name, [])
     return report
@@ -255,6 +256,7 @@ def _check_model(stage: Stage, check: StageCheck, chat: Chat) -> None:
     from alignkit.models.load import build_skeleton, pick_precision
 
     skeleton = build_skeleton(stage, chat.tokenizer)
+    check.num_parameters = skeleton.num_parameters
     check.warnings += skeleton.doubts
     if skeleton.notes:
         check.facts["not used"] = "; ".join(skeleton.notes)
