@@ -19,7 +19,15 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignkit.errors import ModelError
-from alignkit.models.files import KNOWN, TEMPLATES, find_model_dir, has_tokenizer, inspect_model_dir, is_builtin
+from alignkit.models.files import (
+    KNOWN,
+    TEMPLATES,
+    find_model_dir,
+    has_tokenizer,
+    inspect_model_dir,
+    is_builtin,
+    require_available,
+)
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.models.start import builtin_tokenizer, learnt_tokenizer
 from alignkit.models.template import OTHERS, ConversationError, Message, Span, Template, Written, list_settings
@@ -411,6 +419,7 @@ def read_tokenizer(
     remedy: str = "copy the one it was trained with into it",
 ) -> PreTrainedTokenizerFast:  # fmt: skip
     """Read the tokenizer of a directory, a run or a hub id; `remedy` is what to do where there is none."""
+    require_available(source)
     directory = find_model_dir(source)
     if directory is not None and not has_tokenizer(directory):
         raise ModelError(f"{directory} has no tokenizer; {remedy}")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import struct
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -16,6 +17,8 @@ from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from alignkit import console
 from alignkit.errors import EnvironmentProblem, ModelError, Problem, RunError, find_nearest, first_line, suggest
@@ -113,19 +116,29 @@ def find_model_dir(path: str) -> Path | None:
 
 
 def require_available(source: str, *, as_run: bool = False) -> None:
-    """Raise at once for a hub id that is not here while the hub is off; `as_run` a single word means a run."""
+    """Raise at once for a hub id that is not here while the hub is off or has no address; `as_run` a single word means
+    a run."""
     if is_builtin(source) or find_model_dir(source) is not None or _is_cached(source):
         return
     from huggingface_hub import constants
 
-    if not constants.HF_HUB_OFFLINE:
+    off = constants.HF_HUB_OFFLINE
+    if not off and (getproxies() or _resolves(urlsplit(constants.ENDPOINT).hostname or "")):
         return
     if as_run and "/" not in source:
         runs = [str(stage.parent) for stage in sorted(Path(RUNS).glob("*/*/stage.json"))]
         known = f"; the runs here are {', '.join(runs)}" if runs else f"; there are no runs below {RUNS}/ here"
         raise RunError(f"is neither a directory nor a model on this machine{known}", where=source)
-    what = f"{source} is not on this machine and the hub is switched off (HF_HUB_OFFLINE); download it first, or set "
-    raise EnvironmentProblem(f"{what}HF_HUB_OFFLINE=0")
+    why = "is switched off (HF_HUB_OFFLINE)" if off else f"cannot be reached ({constants.ENDPOINT})"
+    remedy = "set HF_HUB_OFFLINE=0" if off else "look at the network"
+    raise EnvironmentProblem(f"{source} is not on this machine and the hub {why}; download it first, or {remedy}")
+
+
+def _resolves(host: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:  # huggingface_hub would try for half a minute a file
+        return False
 
 
 def _is_cached(hub_id: str) -> bool:

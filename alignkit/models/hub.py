@@ -38,7 +38,7 @@ def explain_hub_errors(source: str) -> Iterator[None]:
         no_hub = (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, ConnectionError)
         offline = any(isinstance(cause, no_hub) for cause in chain)
         if offline or "internet connection" in str(error) or "couldn't connect" in str(error).lower():
-            what = "is not on this machine and the hub cannot be reached; download it first, or set HF_HUB_OFFLINE=0"
+            what = "is not on this machine and the hub cannot be reached; look at the network, or download it first"
             raise EnvironmentProblem(f"{source} {what}") from error
         remedy = "; put that right, or name another model" if os.path.isdir(source) else ""
         raise ModelError(f"cannot be loaded: {first_line(error).rstrip('.')}{remedy}", where=source) from error

@@ -34,6 +34,7 @@ from alignkit.models.files import (
     fingerprint_weights,
     inspect_model_dir,
     is_builtin,
+    require_available,
 )
 from alignkit.models.hub import explain_hub_errors, fetch_adapter
 from alignkit.models.rnnsearch import RnnSearchConfig
@@ -50,6 +51,7 @@ def read_config(source: str, *, revision: str | None = None, trust_code: bool = 
     """Read the config of a builtin name, a directory or a hub id; refuse sizes that cannot be meant."""
     if is_builtin(source):
         return builtin_config(source)
+    require_available(source)
     directory = find_model_dir(source)
     place, name = str(directory / "config.json") if directory else source, str(directory or source)
     try:
@@ -152,6 +154,7 @@ class Start:
 def find_start(stage: Stage) -> Start:
     """Say what the stage starts from, adapters apart from their base, everything inspected before it is opened."""
     source, revision = stage.start_dir or stage.model.path, None if stage.start_dir else stage.model.revision
+    require_available(source)
     directory = find_model_dir(source) or (None if is_builtin(source) else fetch_adapter(source, revision))
     if not stage.start_dir and is_random(stage):
         entry = {"role": "base", "path": source, "seed": stage.seed, "config": stage.model.config}

@@ -48,8 +48,12 @@ class Device(NamedTuple):
     def find(cls, gpu: str | None, size: float | None) -> Self:
         """Find it by name or size, else take what is in this machine; UsageError for a name that nobody knows."""
         known = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))
-        asked = re.sub(r"nvidia|geforce|rtx|[^a-z0-9]", "", (gpu or "").lower())
-        name = next((name for name in known if re.sub(r"rtx|[^a-z0-9]", "", name.lower()) == asked), None)
+        plain = {re.sub(r"rtx|[^a-z0-9]", "", name.lower()): name for name in known}
+        asked = re.sub(r"nvidia|geforce|rtx|sxm\d*|pcie|hbm\w*", "", (gpu or "").lower())
+        name = plain.get(re.sub(r"[^a-z0-9]", "", asked))
+        if name is None and (sold := re.fullmatch(r"(.+)[\s-](\d+)\s?gi?b\W*", asked)):  # A100-SXM4-80GB
+            name = plain.get(re.sub(r"[^a-z0-9]", "", sold[1]))
+            name = name if known.get(name) == int(sold[2]) else None
         if gpu is not None and name is None and size is None:
             what = f"no GPU called {gpu} is known{suggest(gpu, known)}; --memory GIB plans for any other"
             raise UsageError(what, where="--gpu")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -183,3 +184,14 @@ def test_a_missing_run_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: py
         find_model_dir("runs/other")
     assert find_model_dir("Qwen/Qwen2.5-0.5B") is None
     assert find_model_dir("gpt2") is None
+
+
+def test_a_hub_without_address_is_said_at_once(tmp_path: Path) -> None:
+    code = "from alignkit.models.files import require_available; require_available('org/model')"
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "https://hub.invalid", "HF_HOME": str(tmp_path)}
+    proxies = [name for name in environment if name.lower().endswith("_proxy")]
+    for name in proxies:
+        del environment[name]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=20)
+    said = "org/model is not on this machine and the hub cannot be reached (https://hub.invalid); download it first, or"
+    assert done.stderr.splitlines()[-1].endswith(f"{said} look at the network")

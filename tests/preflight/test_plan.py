@@ -299,7 +299,11 @@ def test_a_gpu_that_nobody_knows_is_refused_with_the_nearest() -> None:
         Device.find("H1000", None)
     with pytest.raises(UsageError, match=r"--memory: H100 has 80 GiB and not 20; give one of the two"):
         Device.find("H100", 20)
-    assert Device.find("H100", 80) == Device.find("H100", None)
+    assert Device.find("H100", 80) == Device.find("H100", None) == Device.find("NVIDIA H100 80GB HBM3", None)
+    assert Device.find("A100 80GB", None)[0] == Device.find("NVIDIA A100-SXM4-80GB", None)[0] == "A100"
+    assert Device.find("A100-SXM4-40GB", None)[0] == "A100-40GB"
+    with pytest.raises(UsageError, match="no GPU called A100-20GB is known"):
+        Device.find("A100-20GB", None)
 
 
 def test_auto_takes_what_fits_on_the_card(shapes: Path, tmp_path: Path, monkeypatch: Any) -> None:
