@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import math
 import shutil
+import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from alignkit.errors import ModelError
-from alignkit.feedback.local import LocalModel, VllmModel
+from alignkit.feedback.local import Encoder, LocalModel, VllmModel
 from alignkit.feedback.prompts import OPTIONS, Comparison, Request, ask_comparison
 from alignkit.feedback.writer import Job, Sampling, share_of_first
 from alignkit.models.start import builtin_tokenizer
@@ -137,6 +142,45 @@ def test_an_adapter_judges_as_the_model_it_is_merged_into(chat_model: Path, tmp_
     assert found["adapter"] != pytest.approx(found["base"], abs=1e-3)
     with pytest.raises(ModelError, match="is an adapter, and engine: vllm takes a whole model.*alignkit merge"):
         VllmModel(str(tmp_path / "adapter"), stop=threading.Event())
+
+
+class Engine:
+    """vLLM's engine as far as a decision goes: it needs a card, so this one stands in with a real model's logits."""
+
+    def __init__(self, model: str, logprobs_mode: str = "raw_logprobs", **_: Any) -> None:
+        self.model, self.mode = AutoModelForCausalLM.from_pretrained(model).eval(), logprobs_mode
+
+    def generate(self, prompts: list[dict], settings: list[Any], **_: Any) -> Iterator[SimpleNamespace]:
+        for prompt, asked in zip(prompts, settings, strict=True):
+            with torch.no_grad():
+                logits = self.model(torch.tensor([prompt["prompt_token_ids"]])).logits[0, -1]
+            masked = torch.full_like(logits, -torch.inf)
+            masked[asked.allowed_token_ids] = logits[asked.allowed_token_ids]
+            logps = {"raw_logprobs": logits, "processed_logprobs": masked}[self.mode].log_softmax(-1)
+            chances = {int(token): SimpleNamespace(logprob=float(logps[token])) for token in
+                       {*logps.topk(asked.logprobs).indices.tolist(), int(masked.argmax())}}  # fmt: skip
+            yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=[chances])])
+
+
+@pytest.mark.parametrize("mode", [None, "raw_logprobs"])
+def test_vllm_is_asked_for_the_chances_after_the_mask_so_that_no_judge_abstains(
+    mode: str | None, chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Engine if mode is None else lambda model, **_: Engine(model, mode)  # as vLLM does by itself
+    vllm = SimpleNamespace(LLM=made, SamplingParams=lambda **given: SimpleNamespace(**given))
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    judge = VllmModel(str(chat_model), stop=threading.Event())
+    requests = [ask_comparison(question, (), str) for question in QUESTIONS]
+    decisions = [decision for _, decision in chain.from_iterable(judge.decide(requests))]
+    if mode is not None:
+        assert {decision.problem for decision in decisions} == {"the options are not among the likeliest tokens"}
+        return
+    encoder, model = Encoder(AutoTokenizer.from_pretrained(chat_model)), Engine(str(chat_model)).model
+    for request, decision in zip(requests, decisions, strict=True):
+        prefix, tails = encoder.split(request)
+        with torch.no_grad():
+            first, second = model(torch.tensor([prefix])).logits[0, -1][[tail[0] for tail in tails]].tolist()
+        assert decision.p_first == pytest.approx(1 / (1 + math.exp(second - first)), abs=1e-5)
 
 
 def test_a_run_directory_is_its_model_and_random_weights_are_refused(chat_model: Path, tmp_path: Path) -> None:
