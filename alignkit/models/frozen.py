@@ -14,6 +14,7 @@ from alignkit.errors import ModelError, RewardError
 from alignkit.models.chat import Chat, ConversationError, read_tokenizer, require_eos, set_pad_token
 from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights, inspect_model_dir, is_builtin
 from alignkit.models.hub import fetch_adapter
+from alignkit.models.kernels import leave_out_unread
 from alignkit.models.load import Model, load_trained, pick_device
 from alignkit.models.logprobs import pad
 from alignkit.models.start import builtin_tokenizer, find_base, read_config
@@ -56,6 +57,7 @@ def load_causal(
     model = load_trained(directory or source, device=where, dtype=dtype, trust_code=trust_code)
     if model.config.is_encoder_decoder and not encoder_decoder:
         raise ModelError(f"{source} is an encoder-decoder model, which can be trained, measured and talked to, no more")
+    leave_out_unread(model.get_base_model() if isinstance(model, PeftModel) else model)
     tokenizer = load_tokenizer_of(source if directory is None else str(directory), trust_code=trust_code)
     return Causal(model, tokenizer, _positions(model), fingerprint_causal(source))
 

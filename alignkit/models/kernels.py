@@ -50,33 +50,41 @@ def leave_out_masks(model: Any) -> None:
 class _Unread:
     """The positions whose last hidden state is read, and hooks that leave the others out of the last layer."""
 
-    reads: tuple[Tensor, Tensor] | None = None  # rows and columns, (N,); None: all
-    last_of_rows = False  # one a row
+    reads: tuple[Tensor, ...] | None = None  # rows and columns, (N,), row by row; None: all
+    columns_BR: Tensor | None = None  # the same by row, where they are few; the first column stands for those it lacks
 
     def __init__(self, base: Any, layer: nn.Module) -> None:
         self.base, self.drops = base, [module for module in layer.modules() if isinstance(module, nn.Dropout)]
 
     def choose(self, _: Any, __: Any, given: dict[str, Any]) -> None:
+        asked = given.pop("reads", None)
         ids, labels, batch = given.get("input_ids"), given.get("labels"), given.get("batch")
         recomputes = getattr(self.base, "is_gradient_checkpointing", False) and torch.is_grad_enabled()
         drops = self.base.training and any(module.p for module in self.drops)
-        self.reads, self.last_of_rows = None, False
+        self.reads = self.columns_BR = None
         if ids is None or recomputes or drops or given.get("output_hidden_states") or torch.compiler.is_compiling():
             return
-        if batch is not None:
+        if asked is not None:
+            self.reads, rows_N = asked, asked[0]
+            counts_B = rows_N.bincount(minlength=len(ids))
+            if 2 * (most := int(counts_B.max())) <= ids.size(1):
+                self.columns_BR = ids.new_zeros(len(ids), most)
+                numbers_N = torch.arange(len(rows_N), device=ids.device) - (counts_B.cumsum(0) - counts_B)[rows_N]
+                self.columns_BR[rows_N, numbers_N] = asked[1]
+        elif batch is not None:
             self.reads = batch.rows_N, batch.columns_N
         elif hasattr(self.base, "score") and self.base.get_output_embeddings() is None:
             rows_B, places_T = (torch.arange(size, device=ids.device) for size in ids.shape)
             # As transformers' classifiers have it: the last token that is not the pad token.
             self.reads = rows_B, (places_T * (ids != self.base.config.pad_token_id)).argmax(dim=1)
-            self.last_of_rows = True
+            self.columns_BR = self.reads[1][:, None]
         elif labels is not None and given.get("fused_lm_head") and given.get("shift_labels") is None:
             from trl.trainer import utils
 
             self.reads = (labels[:, 1:] != -100).nonzero(as_tuple=True) if utils._use_triton(labels.device) else None
 
     def forget(self, *_: Any) -> None:
-        self.reads = None
+        self.reads = self.columns_BR = None
 
     def gather(self, _: Any, arguments: tuple[Tensor, ...]) -> Any:
         if self.reads is not None:
@@ -88,27 +96,33 @@ class _Unread:
 
 
 def _attend_from_reads(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
-    """Attention of transformers' sdpa, (B, heads, T, D) to (B, T, heads, D), from the one place a row that is read."""
-    if module.unread.reads is None or not module.unread.last_of_rows or mask is not None or given.get("dropout"):
+    """Attention of transformers' sdpa, (B, heads, T, D) to (B, T, heads, D), from the few places that are read."""
+    columns_BR = module.unread.columns_BR
+    if columns_BR is None or given.get("dropout"):
         return sdpa_attention_forward(module, query, key, value, mask, **given)
-    rows_B, columns_B = module.unread.reads
-    seen_B11T = (torch.arange(key.size(2), device=key.device) <= columns_B[:, None])[:, None, None]
-    query = query[rows_B, :, columns_B].unsqueeze(2)
-    found, weights = sdpa_attention_forward(module, query, key, value, seen_B11T, **given | {"is_causal": False})
-    whole = found.new_zeros(len(found), key.size(2), *found.shape[2:])
-    return whole.index_put((rows_B, columns_B), found[:, 0]), weights
+    rows_B1 = torch.arange(len(query), device=query.device)[:, None]
+    if mask is None:  # causal, after what a cache holds
+        seen_BRS = torch.arange(key.size(2), device=key.device) <= columns_BR[..., None] + key.size(2) - query.size(2)
+    else:
+        seen_BRS = mask.expand(len(query), *mask.shape[1:])[rows_B1, 0, columns_BR]
+    few = query[rows_B1, :, columns_BR].transpose(1, 2)
+    found, weights = sdpa_attention_forward(module, few, key, value, seen_BRS[:, None], **given | {"is_causal": False})
+    whole = found.new_zeros(len(found), query.size(2), *found.shape[2:])
+    return whole.index_put((rows_B1, columns_BR), found), weights
 
 
 def leave_out_unread(model: Any) -> None:
     """Run the last layer's queries and feed-forward for those positions alone whose hidden state is read.
-    A classifier reads the last token, TRL's fused head the labelled ones, PPO its `batch`. Positions meet in attention
-    only, where all of them are still keys and values, so that no number that is read is another one."""
+    A classifier reads the last token, TRL's fused head the labelled ones, PPO its `batch`, others what they name as
+    `reads`. Positions meet in attention only, where all of them are still keys and values, so that no number that is
+    read is another one."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name = KNOWN["feed_forward_norms"].get(base.config.model_type)
     if name is None or base.config._attn_implementation != "sdpa":
         return
     layer = (getattr(base.base_model, "layers", None) or base.base_model.h)[-1]
     attention, unread = getattr(layer, "self_attn", None) or layer.attn, _Unread(base, layer)
+    model.takes_reads = True
     model.register_forward_pre_hook(unread.choose, with_kwargs=True)
     model.register_forward_hook(unread.forget, always_call=True)
     getattr(layer, name).register_forward_pre_hook(unread.gather)

@@ -26,8 +26,11 @@ from alignkit.models.kernels import head_logps
 
 _BATCH_TOKENS = 2**16
 _CACHED_TOKENS = 2**15  # whose keys and values are held at a time
+_CPU_TOKENS = 2**11  # the same where more at once are no faster and memory that is new each time is slower
 _WORTH_SHARING = 0.2  # of the tokens; a cache costs something too
+_WORTH_A_TOKEN = 1500  # attention scores that cost what a token's other operations do
 _LONG_STEM, _LONG_GROUP = 64, 16
+_LONG_BEGINNING = 1024  # is read alone, for a mask grows with its square
 _VOCABULARY_TILE = 8192
 _ROW_TILE = 512  # tokens whose logits are held at a time where they must be sorted
 
@@ -99,8 +102,11 @@ def pad_answers(
     )  # fmt: skip
 
 
-def run_trunk(forward: Callable[..., Any], head: Any, **inputs: Any) -> tuple[Tensor, Any]:
+def run_trunk(
+    forward: Callable[..., Any], head: Any, *, reads: tuple[Tensor, ...] | None = None, **inputs: Any
+) -> tuple[Tensor, Any]:
     """Run a causal language model up to its LM head: what the head is given, (B, L, H), and the model's output.
+    Where only the rows and columns `reads`, row by row, are looked at, others may be 0 (`leave_out_unread`).
     Taken where the head takes it, for some architectures (ModernBERT's decoder) have layers between trunk and head."""
     given: list[Tensor] = []
 
@@ -108,6 +114,8 @@ def run_trunk(forward: Callable[..., Any], head: Any, **inputs: Any) -> tuple[Te
         given.append(arguments[0])
         return arguments[0][:, :0]  # no logits
 
+    if reads is not None and getattr(forward, "takes_reads", False):
+        inputs["reads"] = reads
     hook = head.register_forward_pre_hook(keep)
     try:
         output = forward(**inputs)
@@ -259,8 +267,11 @@ def iter_scores(
             continue
         contexts, tails = zip(*(pairs[place] for place in places), strict=True)
         batch = pad_answers(contexts, tails, pad_id=pad_id, device=next(model.parameters()).device)
-        inputs = {"input_ids": batch.input_ids_BL, "attention_mask": batch.attention_mask_BL, "use_cache": False}
-        hidden_BLH, _ = run_trunk(base, base.get_output_embeddings(), **inputs)
+        # No mask is needed: causal attention never looks at padding behind it, and is twice as fast.
+        hidden_BLH, _ = run_trunk(
+            base, base.get_output_embeddings(), input_ids=batch.input_ids_BL, use_cache=False,
+            attention_mask=torch.ones_like(batch.attention_mask_BL), reads=(batch.rows_N, batch.columns_N),
+        )  # fmt: skip
         logps_N, _ = token_logps(base, batch.pick(hidden_BLH), batch.targets_N, temperature)
         parts = logps_N.split([len(tail) for tail in tails])
         yield [(place, part.tolist()) for place, part in zip(places, parts, strict=True)]
@@ -281,9 +292,11 @@ def follow_greedily(
         places, order = order[:size], order[size:]
         pairs = [(list(context), list(tail)) for context, tail in (asked[place] for place in places)]
         reader = _Reader(base, pad_id, [])
-        hidden_BTH = reader.read([context + tail for context, tail in pairs])
         # The hidden states that predict each token of a tail, and the one after it.
-        picked = [hidden_BTH[row, len(context) - 1 :][: len(tail) + 1] for row, (context, tail) in enumerate(pairs)]
+        spans = [range(len(context) - 1, len(context) + len(tail)) for context, tail in pairs]
+        reads = torch.tensor([(row, at) for row, span in enumerate(spans) for at in span], device=reader.device).T
+        hidden_BTH = reader.read([context + tail for context, tail in pairs], reads=tuple(reads))
+        picked = hidden_BTH[tuple(reads)].split(list(map(len, spans)))
         targets_N = torch.tensor([token for _, tail in pairs for token in tail], device=hidden_BTH.device)
         logps_N, _ = token_logps(base, torch.cat([each_TH[:-1] for each_TH in picked]), targets_N)
         logps = [part.tolist() for part in logps_N.split([len(tail) for _, tail in pairs])]
@@ -310,15 +323,18 @@ def follow_greedily(
 
 _Question = tuple[NDArray[np.int32], list[tuple[int, list[int]]]]  # a context; place and ids of what is scored after it
 _Groups = list[list[_Question]]
+_Spans = list[tuple[int, int]]  # of a row's tokens: from, to
+_Wanted = tuple[int, list[int], list[int]]  # place and ids of a tail, and the columns that predict them
 
 
 def can_share(base: Any) -> bool:
-    """Whether a model's cache can have padding inside; windows, chunks and states count its places."""
+    """Whether a model takes masks as they are and its cache can have padding inside, whose places some count."""
     base = base.get_base_model() if isinstance(base, PeftModel) else base
     config = base.config.get_text_config()
     whole = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     counts = getattr(config, "sliding_window", None) or getattr(base, "_is_stateful", False)
-    return whole and not counts and "position_ids" in inspect.signature(base.forward).parameters
+    takes_masks = base._supports_attention_backend and base.config._attn_implementation in ("sdpa", "eager")
+    return takes_masks and whole and not counts and "position_ids" in inspect.signature(base.forward).parameters
 
 
 def _plan(
@@ -341,19 +357,25 @@ def _plan(
     alone = [question for family in families if len(family) < batch_size for question in family]
     batches: list[tuple[int, _Groups]] = []
     for family in [*(family for family in families if len(family) >= batch_size), *([alone] if alone else [])]:
-        stem = 0 if family is alone else _alike(family[0], family[-1])
+        begins = _alike(family[0], family[-1])
+        stem = begins if len(family) >= batch_size and begins >= _LONG_STEM else 0
 
         def saves_more(group: list[_Question], question: _Question, stem: int = stem) -> bool:
             before, now = (_alike(group[0], other) - stem for other in (group[-1], question))
-            return len(group) < batch_size and len(group) * now > max((len(group) - 1) * before, _LONG_GROUP)
+            row = sum(len(ids) - stem for ids, _ in group) - (len(group) - 1) * before
+            wasted = row * (len(question[0]) - stem - now)  # scores that are masked
+            more = max((len(group) - 1) * before, _LONG_GROUP, wasted * len(group) / _WORTH_A_TOKEN)
+            return len(group) < batch_size and len(group) * now > more
 
         groups = sorted(_gather(family, saves_more), key=lambda group: -max(len(ids) for ids, _ in group))
         saved += stem * (len(family) - 1) + sum((len(it) - 1) * (_alike(it[0], it[-1]) - stem) for it in groups)
-        width = max(len(ids) * max(len(tails) - 1, 1) for ids, tails in family)  # the first is read with its context
-        most, count = max(min(batch_size, _CACHED_TOKENS // width), 1), 0
+        count = batch_size
         for group in groups:
+            if (length := _alike(group[0], group[-1])) > 2 * stem + _LONG_BEGINNING:  # is no part of a masked row
+                batches.insert(0, (length, [group]))
+                continue
             count += len(group)
-            if count > most or group is groups[0]:
+            if count > batch_size:
                 batches.append((stem, []))
                 count = len(group)
             batches[-1][1].append(group)
@@ -381,7 +403,7 @@ class _Reader:
     """Feeds tokens to a model on top of what it has read; rows of unlike length are padded and masked."""
 
     def __init__(self, base: Any, pad_id: int, stem: list[int]) -> None:
-        self.base, self.stem, self._pad_id, self._device = base, stem, pad_id, next(base.parameters()).device
+        self.base, self.stem, self._pad_id, self.device = base, stem, pad_id, next(base.parameters()).device
         self._cache: Any = None
         if stem:
             self.read([stem])
@@ -389,32 +411,55 @@ class _Reader:
 
     def begin(self, num_rows: int) -> None:
         """Start rows anew after the stem, whose keys and values they share until more is read."""
-        self._mask_BT = torch.ones(num_rows, len(self.stem), dtype=torch.long, device=self._device)
+        self._mask_BT = torch.ones(num_rows, len(self.stem), dtype=torch.long, device=self.device)
         self._cache = copy(self._kept)
         if self._kept is not None:
             self._cache.layers = [copy(layer) for layer in self._kept.layers]
             for layer in self._cache.layers:
                 layer.keys, layer.values = (it.expand(num_rows, -1, -1, -1) for it in (layer.keys, layer.values))
 
-    def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Read more of each row: hidden states after each token, (B, T, H)."""
-        ids_BT, new_BT = (it.to(self._device) for it in pad(rows, self._pad_id))
+    def read(
+        self, rows: Sequence[Sequence[int]], *, reads: tuple[Tensor, ...] | None = None,
+        pieces: Sequence[Sequence[_Spans]] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Read more of each row: hidden states after each token, (B, T, H), or at `reads` alone.
+        A row in `pieces` is no text: each piece is read after those that it names before its own place."""
+        ids_BT, new_BT = (it.to(self.device) for it in pad(rows, self._pad_id))
         before_BT = new_BT[:, :0] if self._cache is None else self._mask_BT
         self._mask_BT = torch.cat([before_BT, new_BT], dim=1)
         positions_BT = (self._mask_BT.cumsum(1) - 1).clamp_min(0)[:, before_BT.size(1) :]
         # What is read first needs no mask: causal attention never looks at padding behind it, and is twice as fast.
+        mask: Tensor = torch.ones_like(new_BT) if self._cache is None else self._mask_BT
+        if pieces is not None:
+            positions_BT, mask = (it.to(self.device) for it in self._see(pieces, *ids_BT.shape))
         hidden_BTH, output = run_trunk(
             self.base, self.base.get_output_embeddings(), input_ids=ids_BT, position_ids=positions_BT, use_cache=True,
-            attention_mask=torch.ones_like(new_BT) if self._cache is None else self._mask_BT,
-            past_key_values=self._cache,
+            attention_mask=mask, past_key_values=self._cache, reads=reads,
         )  # fmt: skip
         self._cache = output.past_key_values
         return hidden_BTH
 
+    def _see(self, pieces: Sequence[Sequence[_Spans]], num_rows: int, width: int) -> tuple[Tensor, Tensor]:
+        """Positions (B, T) and what is added to attention scores (B, 1, T, S + T): 0 for what a token sees."""
+        before, lowest = len(self.stem), torch.finfo(self.base.dtype).min
+        positions_BT = torch.zeros(num_rows, width, dtype=torch.long)
+        mask_BTS = torch.full((num_rows, width, before + width), lowest, dtype=self.base.dtype)
+        mask_BTS[:, :, :before] = 0
+        later_TT = mask_BTS[0, :, before:].triu(1)
+        for row, spans in enumerate(pieces):
+            for *above, (start, end) in spans:
+                length = before
+                for begin, stop in above:
+                    mask_BTS[row, start:end, before + begin : before + stop] = 0
+                    length += stop - begin
+                mask_BTS[row, start:end, before + start : before + end] = later_TT[: end - start, : end - start]
+                positions_BT[row, start:end] = torch.arange(length, length + end - start)
+        return positions_BT, mask_BTS[:, None]
+
     def select(self, rows: list[int]) -> None:
         """Go on with these of the rows, each as often as it is named."""
         if self._cache is not None and rows != list(range(len(self._mask_BT))):
-            indices = torch.tensor(rows, device=self._device)
+            indices = torch.tensor(rows, device=self.device)
             self._cache.batch_select_indices(indices)
             self._mask_BT = self._mask_BT[indices]
 
@@ -424,27 +469,40 @@ class _Reader:
 
 
 def _read_batch(reader: _Reader, groups: _Groups, temperature: float) -> list[tuple[int, list[float]]]:
-    """Score a batch: what a group begins with is read once, then each context with its first tail, then the others."""
-    start, questions = len(reader.stem), [question for group in groups for question in group]
-    begins = [_alike(group[0], group[-1]) if len(group) > 1 else start for group in groups]
-    reader.begin(len(groups))
-    if max(begins) > start:
-        heads = zip(groups, begins, strict=True)
-        reader.read([group[0][0][start:end].tolist() for group, end in heads])
-    reader.select([number for number, group in enumerate(groups) for _ in group])
-    rests = [ids[end:].tolist() for group, end in zip(groups, begins, strict=True) for ids, _ in group]
-    first = [(row, *tails[0]) for row, (_, tails) in enumerate(questions)]
-    others = [(row, *tail) for row, (_, tails) in enumerate(questions) for tail in tails[1:]]
-    hidden_BTH = reader.read([rests[row] + tail[:-1] for row, _, tail in first])
-    ends = [len(rest) - 1 for rest in rests]
-    picked = [hidden_BTH[row, ends[row] : ends[row] + len(tail)] for row, _, tail in first]
-    if others:
-        reader.forget([end + 1 for end in ends], hidden_BTH.size(1))
-        reader.select([row for row, _, _ in others])
-        more = [tail[:-1] for _, _, tail in others]
-        more_BTH = reader.read(more) if any(more) else hidden_BTH.new_empty(len(more), 0, hidden_BTH.size(2))
-        picked += [torch.cat([hidden_BTH[row, ends[row], None], more_TH[: len(tail) - 1]])
-                   for (row, _, tail), more_TH in zip(others, more_BTH, strict=True)]  # fmt: skip
-    targets_N = torch.tensor([token for _, _, tail in first + others for token in tail], device=hidden_BTH.device)
-    parts = token_logps(reader.base, torch.cat(picked), targets_N, temperature)[0].split(list(map(len, picked)))
-    return [(place, part.tolist()) for (_, place, _), part in zip(first + others, parts, strict=True)]
+    """Score a batch, a row a group: what it begins with, then each context's own rest with its tails side by side."""
+    laid = sorted((_lay_out(group, len(reader.stem)) for group in groups), key=lambda row: -len(row[0]))
+    most = _CPU_TOKENS if reader.device.type == "cpu" else _CACHED_TOKENS
+    scored: list[tuple[int, list[float]]] = []
+    while laid:
+        size = max(most // (len(reader.stem) + len(laid[0][0])), 1)
+        rows, laid = laid[:size], laid[size:]
+        wanted = [(row, *each) for row, (_, _, own) in enumerate(rows) for each in own]
+        steps = [(row, *step) for row, _, tail, columns in wanted for step in zip(columns, tail, strict=True)]
+        rows_N, columns_N, targets_N = torch.tensor(steps, device=reader.device).T
+        reader.begin(len(rows))
+        pieces = [spans for _, spans, _ in rows] if reader.stem or len(wanted) > len(rows) else None
+        hidden_BTH = reader.read([ids for ids, _, _ in rows], reads=(rows_N, columns_N), pieces=pieces)
+        logps_N, _ = token_logps(reader.base, hidden_BTH[rows_N, columns_N], targets_N, temperature)
+        parts = logps_N.split([len(tail) for _, _, tail, _ in wanted])
+        scored += [(place, part.tolist()) for (_, place, *_), part in zip(wanted, parts, strict=True)]
+    return scored
+
+
+def _lay_out(group: list[_Question], start: int) -> tuple[list[int], list[_Spans], list[_Wanted]]:
+    """Put a group's pieces, without the `start` tokens of the stem, after each other: ids, the spans that each piece
+    is read after with its own as the last, and what is scored."""
+    ids, pieces, wanted = list[int](), list[_Spans](), list[_Wanted]()
+
+    def add(tokens: Sequence[int], above: _Spans) -> _Spans:
+        pieces.append([*above, (len(ids), len(ids) + len(tokens))])
+        ids.extend(tokens)
+        return pieces[-1]
+
+    begins = _alike(group[0], group[-1]) if len(group) > 1 else start
+    head = add(group[0][0][start:begins].tolist(), [])
+    for context, tails in group:
+        rest = add(context[begins:].tolist(), head)
+        for place, tail in tails:
+            own = add(tail[:-1], rest)
+            wanted.append((place, tail, [rest[-1][1] - 1, *range(*own[-1])]))
+    return ids, pieces, wanted

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from few_shot import measure_exact_match
+from few_shot import measure_few_shot
 from grpo import measure_grpo
 from labels import measure_labels
 from ppo import OTHER_PYTHON, measure_ppo
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measu
     "grpo": (measure_grpo, 3),
     "sampling": (measure_sampling, 3),
     "labels": (measure_labels, 3),
-    "few-shot": (measure_exact_match, 3),
+    "few-shot": (measure_few_shot, 3),
 }
 
 

@@ -11,7 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from alignkit.models.logprobs import iter_scores, pad, score_tokens
+from alignkit.models import logprobs
+from alignkit.models.kernels import leave_out_unread
+from alignkit.models.logprobs import can_share, iter_scores, pad, score_tokens
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "head_dim": 8}
 MODELS: dict[str, dict[str, Any]] = {
@@ -57,8 +59,14 @@ def test_padding() -> None:
     assert mask.tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("kind", ["rotary", "learned"])
-def test_sequences_that_begin_alike_are_read_once_and_score_as_each_alone(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "tokens_at_once", "long"), [
+    ("rotary", 2048, 1024), ("learned", 2048, 1024), ("rotary", 64, 1024), ("rotary", 600, 20),
+])  # fmt: skip
+def test_sequences_that_begin_alike_are_read_once_and_score_as_each_alone(
+    kind: str, tokens_at_once: int, long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "_CPU_TOKENS", tokens_at_once)
+    monkeypatch.setattr(logprobs, "_LONG_BEGINNING", long)
     sizes: dict[str, int] = {"vocab_size": 61, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
     config = (LlamaConfig(**sizes, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=512)
               if kind == "rotary" else GPT2Config(**sizes, n_positions=512))  # fmt: skip
@@ -80,17 +88,38 @@ def test_sequences_that_begin_alike_are_read_once_and_score_as_each_alone(kind: 
                 sequences += [(context, tokens(draw.randrange(1, 4))) for _ in range(draw.randrange(1, 4))]
     sequences += [([], [5, 6, 7]), ([9], [3]), (sequences[0][0] + sequences[0][1], [4])]
     draw.shuffle(sequences)
+    alone: dict[int, list[float]] = {}  # by the model's own logits
+    with torch.no_grad():
+        for place, (context, tail) in enumerate(sequences):
+            whole = torch.tensor([[*context, *tail]])
+            found = model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0].tolist()
+            alone[place] = found[max(len(context) - 1, 0) :]
+    leave_out_unread(model)
+    last = (getattr(model.base_model, "layers", None) or model.base_model.h)[-1]
+    fed: list[int] = []  # tokens that the last layer's feed-forward is given
+    last.mlp.register_forward_pre_hook(lambda _, given: fed.append(given[0].shape[:-1].numel()))
     read: list[int] = []  # tokens
     model.register_forward_pre_hook(lambda *given: read.append(given[2]["input_ids"].numel()), with_kwargs=True)
     plain = list(iter_scores(model, sequences, pad_id=0, batch_size=4, share=False))
     num_plain, read[:] = sum(read), []
+    assert sum(fed) == sum(map(len, alone.values()))  # no more than are scored
     shared = list(iter_scores(model, sequences, pad_id=0, batch_size=4, share=True))
-    assert sum(read) < 0.45 * num_plain
+    assert sum(read) < (0.45 if long > 20 else 0.55) * num_plain
     wanted, found = dict(chain(*plain)), dict(chain(*shared))
     assert score_tokens(model, sequences, pad_id=0, batch_size=4) == [found[at] for at in range(len(sequences))]
     assert wanted.keys() == found.keys() == set(range(len(sequences)))
     for place, logps in wanted.items():
         assert found[place] == pytest.approx(logps, abs=2e-6)
+        assert alone[place] == pytest.approx(logps, abs=2e-6)
     done = [place for place, _ in shared[0]]
     again = list(iter_scores(model, sequences, pad_id=0, batch_size=4, share=True, known=done))
     assert again == shared[1:]  # to the last bit: batches are those of the whole list
+
+
+@pytest.mark.parametrize(("kind", "shares"), [("llama", True), ("falcon", False), ("gpt_neo", False)])
+def test_models_with_attention_of_their_own_are_given_no_masks(kind: str, shares: bool) -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_layers": 2, "num_heads": 2} if kind == "gpt_neo" else {"intermediate_size": 32}
+    own: dict[str, Any] = {"attention_types": [[["global", "local"], 1]]} if kind == "gpt_neo" else {}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **own, alibi=True)).eval()
+    assert can_share(model) is shares
