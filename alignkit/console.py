@@ -258,7 +258,8 @@ _BAR_WIDTH, _TICK_SECONDS = 16, 0.25
 
 class Meter:
     """How far a piece of work is, and, where its `total` is known, the time left: under the table on the screen, or
-    alone there; where stderr is no terminal a line every ten seconds. Meters within meters are told in one line."""
+    alone there; where stderr is no terminal a line every ten seconds. Meters within meters are told in one line, those
+    of other threads than the main one in none."""
 
     def __init__(self, what: str, total: int | None = None) -> None:
         self._what, self._total, self.done = what, total, 0
@@ -266,19 +267,23 @@ class Meter:
 
     def __enter__(self) -> Meter:
         self._began = self._said = self._shown = time.monotonic()
-        _meters.append(self)
+        if threading.current_thread() is threading.main_thread():
+            _meters.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _meters.remove(self)
-        if _board is not None:
-            _board.doing = ""
+        if self in _meters:
+            _meters.remove(self)
+            if _board is not None:
+                _board.doing = ""
         if self._own is not None:
             self._own.__exit__()
 
     def advance(self, by: int = 1) -> None:
         """Count what is done, and show it where it is time to."""
         self.done += by
+        if self not in _meters:
+            return
         first, now = _meters[0], time.monotonic()
         if now - first._shown < _TICK_SECONDS or not is_main():
             return

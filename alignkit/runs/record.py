@@ -121,6 +121,19 @@ def memory_bytes() -> int:
     return min(physical, int(text)) if text.isdigit() else physical
 
 
+def spare_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Read how much more host memory this process may take before something is swapped or killed; 0 if nothing says."""
+    facts, limit = Path("/proc/meminfo"), group / "memory.max"
+    if not facts.is_file():
+        return 0
+    spare = 1024 * int(facts.read_text().partition("MemAvailable:")[2].split()[0])
+    if limit.is_file() and (most := limit.read_text().strip()).isdigit():
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # a cache that can go
+        spare = min(spare, int(most) - used)
+    return spare
+
+
 def describe_devices() -> dict[str, str]:
     """List torch's devices by name with their memory; loads torch."""
     import torch

@@ -1,9 +1,11 @@
 """Checkpoints of every trainer: one layout, whatever and how many processes trained them, sealed when whole, and read
 back exactly. Upstream (transformers 5.23) names the files; `runs.checkpoints` chooses the one to go on from."""
 
+import copy
 import json
 import os
 import shutil
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainerState, set_seed
 
 from alignkit.errors import DiskError, NonFiniteError, RunError
@@ -25,6 +28,7 @@ from alignkit.recipe.schema import TrainOptions
 from alignkit.runs import checkpoints
 from alignkit.runs.files import describe_bytes, disk_failures, free_bytes, write_json
 from alignkit.runs.heartbeat import pulse
+from alignkit.runs.record import spare_memory_bytes
 from alignkit.runs.stop import StopFlag
 from alignkit.train import ranks, shards
 
@@ -59,6 +63,9 @@ class Checkpointed(Trainer):
     _metrics: dict[str, dict[str, list[float]]]  # TRL's: mode -> name -> one value per forward pass
     _weights: dict[str, list[float]]  # of the training metrics since the last log, where rows do not say it
     _save_error: Exception | None = None  # of this rank's weights, until all ranks may hear of it
+    _optimizer_state: dict[str, Any] | None = None  # rank 0's, between being gathered and being written
+    _writer: threading.Thread | None = None  # rank 0's, which seals the newest checkpoint
+    _unwritten: Exception | None = None  # why it could not, until all ranks may hear of it
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._save(output_dir, state_dict=shards.gather_model(self))
@@ -83,8 +90,8 @@ class Checkpointed(Trainer):
         error, self._save_error = self._save_error, None
         if error is not None:
             raise error
+        self._optimizer_state = state
         if state is not None:
-            torch.save(state, Path(output_dir) / "optimizer.pt")
             with warnings.catch_warnings():  # torch warns that a scheduler is saved apart from its optimizer
                 warnings.simplefilter("ignore")
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
@@ -93,6 +100,7 @@ class Checkpointed(Trainer):
         directory, step = Path(self.args.output_dir), self.state.global_step
         checkpoint = directory / f"checkpoint-{step}"
         pulse("saving", step)
+        self.settle()
         self.refuse_bad_weights()
         # So that a resumed run logs what an undisturbed one would have.
         metrics = {name: [float(value) for value in values] for name, values in self._metrics["train"].items()}
@@ -115,29 +123,65 @@ class Checkpointed(Trainer):
             with disk_failures(directory, checkpoint.name):
                 Trainer._save_checkpoint(self, model, trial)  # past TRL's, which writes a model card each time
 
-        def seal() -> None:
-            facts = {
+        def seal(state: Any, facts: dict[str, Any], best: int | None) -> None:
+            try:
+                with disk_failures(directory, checkpoint.name):
+                    torch.save(state, checkpoint / "optimizer.pt")
+                    checkpoints.seal(checkpoint, facts)
+                    write_json(directory.parent / checkpoints.SEALED, {"step": step})  # should all vanish
+                    checkpoints.rotate(directory, keep=self.settings.keep_checkpoints, best=best)
+            except Exception as error:  # for `settle` to raise
+                self._unwritten = error
+                if isinstance(error, DiskError):
+                    shutil.rmtree(checkpoint, ignore_errors=True)  # ours, and in the way of everything else
+
+        def begin() -> None:
+            # The steps to come wait for a copy of the optimizer's state, and for neither the disk nor checksums. Where
+            # memory has no room for it, the state is written as it is, before the next step.
+            state, self._optimizer_state = self._optimizer_state, None
+            facts = copy.deepcopy({  # the steps to come add to the window
                 "step": step, "world_size": self.args.world_size,
                 "dtypes": sorted({str(p.dtype) for p in self.model.parameters() if p.requires_grad}),
                 "num_tokens": self.watch.num_tokens + self.num_trained_tokens, "seconds": round(self.watch.seconds, 3),
                 "batches": [*self.watch.batches, (step, self.batch_rows)], "window": self.watch.window,
                 "evaluation_cut": self.evaluation_cut, **self.watch.facts,
-            }  # fmt: skip
-            with disk_failures(directory, checkpoint.name):
-                checkpoints.seal(checkpoint, facts)
-                write_json(directory.parent / checkpoints.SEALED, {"step": step})  # should all checkpoints vanish
-                checkpoints.rotate(directory, keep=self.settings.keep_checkpoints, best=self.state.best_global_step)
+            })  # fmt: skip
+            best = self.state.best_global_step
+            if not (self.is_deepspeed_enabled or shards.is_sharded(self)):  # else it is a copy already
+                size = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+                if 2 * size > spare_memory_bytes():
+                    return seal(state, facts, best)
+                state = shards.copy_tensors(state)
+            # A daemon: a second signal waits for nothing.
+            self._writer = threading.Thread(target=seal, args=(state, facts, best), name="checkpoint", daemon=True)
+            self._writer.start()
 
         if not ranks.once(make_way):
             return  # this very step is sealed: an interrupt at a save step, or the last step of a resumed run
         try:
             ranks.attempt(write)
-            ranks.once(seal)
         except DiskError:
             if self.args.should_save:
-                shutil.rmtree(checkpoint, ignore_errors=True)  # ours, unsealed, and in the way of everything else
+                shutil.rmtree(checkpoint, ignore_errors=True)
             raise
+        ranks.once(begin)
         pulse("saved", step)
+
+    def settle(self) -> None:
+        """Wait until the newest checkpoint is sealed; raises on every rank what kept it from that, as DiskError."""
+
+        def look() -> None:
+            self.await_disk()
+            error, self._unwritten = self._unwritten, None
+            if error is not None:
+                raise error
+
+        ranks.once(look)
+
+    def await_disk(self) -> None:
+        """Wait until the newest checkpoint is sealed or has failed, in this process alone."""
+        if self._writer is not None:
+            self._writer.join()
 
     @property
     def num_trained_tokens(self) -> int:
@@ -154,6 +198,7 @@ class Checkpointed(Trainer):
 
     def describe_last_good(self) -> str:
         """Name the checkpoint that a run which must end falls back on."""
+        self.await_disk()
         kept = checkpoints.list_checkpoints(Path(self.args.output_dir))
         return f"the last good checkpoint is {kept[0].name}" if kept else "no checkpoint was saved yet"
 

@@ -266,13 +266,17 @@ def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
     forget_parsed()
     try:
         trainer.train(resume_from_checkpoint=newest)
+        trainer.settle()
     except (Stopped, Interrupt):
         # While samples were drawn, or a judge was waited for before a rollout's first step: nothing has changed since
         # the last step's end.
         if not stop.at_once and trainer.may_stop and trainer.state.global_step:
             trainer._save_checkpoint(trainer.model, None)
+            trainer.settle()
         raise
     finally:
+        if not stop.at_once:
+            trainer.await_disk()
         stop.training, stop.saved = False, True
         recorder.close()
     if stop.signal is not None:

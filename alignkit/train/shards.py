@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._pytree import tree_map_only
 
 from alignkit.errors import EnvironmentProblem
 from alignkit.models.adapters import TRAINED, is_adapter
@@ -106,8 +107,14 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
     return total
 
 
+def copy_tensors(state: Any) -> Any:
+    """Copy a state with all of its tensors to the CPU's memory."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+
+
 def gather_optimizer(trainer: Any) -> dict[str, Any] | None:
-    """Gather the optimizer's state as a single process has it, on the CPU; on other ranks than 0 None."""
+    """Gather the optimizer's state as a single process has it; on other ranks than 0 None. It is a copy on the CPU, but
+    for a model that is whole in every process: there these are the optimizer's own tensors."""
     if trainer.is_deepspeed_enabled:
         return _gather_zero(trainer)
     if not is_sharded(trainer):
@@ -115,8 +122,9 @@ def gather_optimizer(trainer: Any) -> dict[str, Any] | None:
     found = trainer.optimizer.state_dict()
     state = {}
     for number, values in found["state"].items():
-        tensors = gather((name, value) for name, value in values.items() if isinstance(value, torch.Tensor))
-        state[number] = values | (tensors or {})
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        copied = {name: value if isinstance(value, DTensor) else value.clone() for name, value in tensors.items()}
+        state[number] = values | (gather(copied.items()) or {})
     return {**found, "state": state} if is_main() else None
 
 
@@ -206,7 +214,7 @@ def _gather_zero(trainer: Any) -> dict[str, Any] | None:
         for group, members in zip(optimizer.param_groups, trainer.optimized_groups, strict=True)
     ]
     if (beside := getattr(trainer, "beside", None)) is not None:  # a critic's, numbered behind the policy's
-        own = beside.state_dict()
+        own = copy_tensors(beside.state_dict())
         state |= {len(optimized) + number: values for number, values in own["state"].items()}
         groups += [{**group, "params": [len(optimized) + n for n in group["params"]]} for group in own["param_groups"]]
     return {"state": state, "param_groups": groups}

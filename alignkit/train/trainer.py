@@ -35,6 +35,7 @@ from alignkit.train import ranks, shards
 from alignkit.train.checkpoint import Checkpointed, Watch
 from alignkit.train.tables import Stream
 
+_UNWRITTEN = 1000  # beside the numbers of signals
 MEGA_BATCHES = 50  # global batches whose rows are sorted together: enough to match lengths, few enough to stay random
 
 
@@ -197,8 +198,11 @@ class Guarded(Checkpointed):
         """Make the weights those that are to be published; called once, after training."""
 
     def stop_wanted(self) -> bool:
-        """Read the flag; when any rank was asked to stop, all of them are, at the same step and by the same signal."""
-        if number := ranks.largest(self.watch.stop.signal or 0):
+        """Read the flag; when any rank was asked to stop, all of them are, at the same step and by the same signal.
+        Raises DiskError on all of them when the newest checkpoint could not be written."""
+        if (number := ranks.largest(_UNWRITTEN if self._unwritten else self.watch.stop.signal or 0)) == _UNWRITTEN:
+            self.settle()
+        elif number:
             self.watch.stop.signal = signal.Signals(number)
         return number != 0
 

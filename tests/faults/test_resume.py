@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,28 @@ def test_three_kills_leave_the_final_weights_bit_identical(
     hits = kill_until_finished(make_stage(method, kind, "killed"), run, random.Random(1), seconds, 3)
     assert hits >= 1
     assert digest(tmp_path / "killed") == whole
+
+
+@pytest.mark.parametrize(("method", "kind"), QUICK)
+def test_a_kill_while_a_checkpoint_is_written_beside_the_steps_falls_back_to_the_one_before(
+    method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+) -> None:
+    whole, _ = undisturbed(make_stage, run, digest, method, kind, tmp_path)
+    seal, places = checkpoints.seal, [tmp_path / "killed" / "checkpoints" / f"checkpoint-{n}" for n in (3, 4)]
+
+    def slow_disk() -> None:
+        def seal_late(checkpoint: Path, facts: dict) -> None:
+            time.sleep(1.0 if checkpoint == places[1] else 0.0)
+            seal(checkpoint, facts)
+
+        checkpoints.seal = seal_late  # in the child alone
+
+    ended = run(make_stage(method, kind, "killed"), kill_after=(places[1] / "optimizer.pt").exists, prepare=slow_disk)
+    assert ended.code == -signal.SIGKILL
+    assert checkpoints.find_damage(places[0]) is None and not (places[1] / checkpoints.MANIFEST).exists()
+    ended = run(make_stage(method, kind, "killed"))
+    assert ended.code == 0 and "checkpoint-4: it was never sealed" in ended.stderr
+    assert "going on from step 3" in ended.stderr and digest(tmp_path / "killed") == whole
 
 
 def test_a_killed_run_that_streams_goes_on_at_its_row(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignkit import console
-from alignkit.runs.record import JsonLines, record_warnings, versions
+from alignkit.runs.record import JsonLines, memory_bytes, record_warnings, spare_memory_bytes, versions
 
 
 def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
@@ -40,6 +40,18 @@ def test_rows_of_steps_that_come_again_are_dropped_and_a_text_keeps_its_separato
 
 def test_versions_name_what_can_change_a_result() -> None:
     assert {"python", "torch", "transformers", "trl", "peft"} <= versions().keys()
+
+
+def test_spare_memory_is_that_of_the_machine_and_of_the_control_group_where_a_cache_counts_as_free(
+    tmp_path: Path,
+) -> None:
+    assert 0 < spare_memory_bytes(tmp_path) <= memory_bytes()
+    (tmp_path / "memory.current").write_text("7000\n")
+    (tmp_path / "memory.stat").write_text("anon 4000\nfile 3000\ninactive_file 2000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert spare_memory_bytes(tmp_path) > 10**6
+    (tmp_path / "memory.max").write_text("9000\n")
+    assert spare_memory_bytes(tmp_path) == 4000  # 9000 less 5000 that cannot go
 
 
 def test_warnings_are_kept_with_their_time_and_without_secrets(

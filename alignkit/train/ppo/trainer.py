@@ -137,6 +137,7 @@ class Ppo(Guarded, GRPOTrainer):
         except KlTooLarge as stop:
             self.is_in_train, (kl, step) = False, stop.args
             directory = Path(self.args.output_dir)
+            self.settle()
             good = [path for path in checkpoints.list_checkpoints(directory) if checkpoints.step_of(path) < step]
             limit = f"the KL is {kl:.3g} nats per sequence at step {step}, above max_kl {self.options.max_kl:g}"
             if not good:
