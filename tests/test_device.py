@@ -21,7 +21,7 @@ import pytest
 TESTS = Path(__file__).parent
 # How often the host may wait: by `.item()`, by what is moved to it, by shapes that depend on numbers. Those of a critic
 # are its weights, copied from the policy's through the host, once; a token of a chat is read by one.
-MOST = {"ppo step": 9, "ppo": 68, "critic": 23, "sampler": 26, "continuous": 13, "judge": 4, "evaluation": 4, "chat": 6,
+MOST = {"ppo step": 9, "ppo": 68, "critic": 23, "sampler": 26, "continuous": 13, "judge": 3, "evaluation": 3, "chat": 6,
         "reward": 3, "probe": 2, "sft": 19, "packed": 15, "distill": 22, "classify": 21, "dpo": 49, "own": 23,
         "kto": 63, "rm": 21, "best": 23, "nf4": 19, "rnnsearch": 13, "t5": 21}  # fmt: skip
 
