@@ -237,8 +237,10 @@ def prompt_key(row: Row) -> bytes:
     if not prompt and row.completions:
         prompt = row.completions[0]
         if isinstance(prompt, list):
-            answers = (at for at, message in enumerate(prompt) if at and message["role"] == "assistant")
-            prompt = prompt[: next(answers, len(prompt))]
+            end = 1
+            while end < len(prompt) and prompt[end]["role"] != "assistant":
+                end += 1
+            prompt = prompt[:end]
     if isinstance(prompt, str):
         return _encode(prompt.strip())
     if len(prompt) == 1 and prompt[0]["role"] == "user":

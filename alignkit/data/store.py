@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -127,16 +128,30 @@ def write_table(path: Path, batches: Iterable[dict[str, list[Any]]]) -> datasets
     with replacing(path, mode="wb") as file:
         for columns in batches:
             if writer is None:
-                schema = pa.schema([(name, _narrow(pa.array(values).type)) for name, values in columns.items()])
+                kinds = [(name, _narrow(_as_arrow(values).type)) for name, values in columns.items()]
+                schema = pa.schema(kinds)
                 writer = pa.ipc.new_stream(file, schema)
             if columns.keys() != set(schema.names):
                 raise ValueError(f"columns {sorted(columns)} differ from the first batch's {sorted(schema.names)}")
-            arrays = [pa.array(columns[column.name], type=column.type) for column in schema]
+            arrays = [_as_arrow(columns[column.name], column.type) for column in schema]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
         if writer is None:
             raise ValueError("no rows to write")
         writer.close()
     return Dataset.from_file(str(path))
+
+
+def _as_arrow(values: list[Any], kind: pa.DataType | None = None) -> pa.Array:
+    """Make a column of values; arrays of int32 are put behind each other as they are."""
+    import numpy as np
+    import pyarrow as pa
+
+    packed = [isinstance(value, array) for value in values]
+    if not all(packed):
+        return pa.array([list(value) if is_array else value for value, is_array in zip(values, packed, strict=True)]
+                        if any(packed) else values, type=kind)  # fmt: skip
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.frombuffer(b"".join(values), np.int32)))
 
 
 def _narrow(kind: pa.DataType) -> pa.DataType:

@@ -3,8 +3,11 @@
 Texts are tokenised in batches; where the backend cuts at spaces, a word is looked up instead of split again.
 """
 
+from __future__ import annotations
+
 import json
 import re
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +17,7 @@ from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -40,8 +43,10 @@ TASK_TOKENS = ("<|start|>", "<|delimiter|>", "<|extract|>")  # of a classifier, 
 Text = str | list[Message]
 _THINK = re.compile(r"</?think\w*>")  # in a generation prompt, and in answers by right
 _MAX_WORDS = 100_000  # about 20 MB of Python lists
-# A run of white space with a space in it is cut as a whole, and differently at its end.
-_RUN = re.compile(r"\s | \s")
+# A run of white space with a space in it is cut as a whole, and differently at its end; \0 marks where we cut.
+_RUN = re.compile(r"\s | \s|\0")
+# GPT-2's pattern starts anew before newlines; the others may end punctuation with them, and start anew behind them.
+_BEFORE_LINES, _AFTER_LINES, _NOWHERE = (re.compile(at) for at in (r"(?<=\S)(?=\n)", r"(?<=\n)(?=\S)", r"(?!)"))
 
 
 class WordTokenizer:
@@ -50,34 +55,42 @@ class WordTokenizer:
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
         self.cached = _cuts_at_spaces(backend)
-        self._first: dict[str, list[int]] = {}  # the text up to its first space
-        self._spaced: dict[str, list[int]] = {}  # ids of " " + word
+        tokens = backend.get_added_tokens_decoder().values()
+        lines = _AFTER_LINES if isinstance(backend.pre_tokenizer, pre_tokenizers.Sequence) else _BEFORE_LINES
+        self._lines = _NOWHERE if any(token.lstrip or "\n" in token.content for token in tokens) else lines
+        self._known: dict[str, bytes] = {}  # ids, as bytes, of what stands up to a space, with the space before it
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Give the ids of each text, without special tokens of its own accord."""
+    def encode(self, texts: Sequence[str]) -> list[array[int]]:
+        """Give the ids of each text, int32, without special tokens of its own accord."""
         if not self.cached:
             return self._encode_all(texts)
-        first, spaced = self._first, self._spaced
-        if len(first) + len(spaced) > _MAX_WORDS:
-            first.clear()
-            spaced.clear()
-        split = [None if _RUN.search(text) else text.split(" ") for text in texts]
-        new_first = {words[0]: None for words in split if words and words[0] not in first}
-        new_spaced = {word: None for words in split if words for word in words[1:] if word not in spaced}
-        # The words that are new, and the texts that must be cut as a whole, all at once.
-        uncut = [text for text, words in zip(texts, split, strict=True) if words is None]
-        ids = iter(self._encode_all([*new_first, *(f" {word}" for word in new_spaced), *uncut]))
-        first.update(zip(new_first, ids, strict=False))
-        spaced.update(zip(new_spaced, ids, strict=False))
-        lookup = spaced.__getitem__
-        return [
-            next(ids) if words is None else [*first[words[0]], *chain.from_iterable(map(lookup, words[1:]))]
-            for words in split
-        ]
+        known = self._known
+        if len(known) > _MAX_WORDS:
+            known.clear()
+        split = [None if _has_run(text) else text.replace(" ", "\0 ").split("\0") for text in texts]
+        # The words that are new, and the texts that must be cut as a whole, all at once. Two words with newlines
+        # between them are seldom seen again, and each of them often.
+        new = dict.fromkeys(word for word in chain.from_iterable(filter(None, split)) if word not in known)
+        cut = {word: self._lines.split(word) for word in new}
+        pieces = dict.fromkeys(piece for piece in chain.from_iterable(cut.values()) if piece not in known)
+        ids = iter(self._encode_all([*pieces, *(texts[at] for at, words in enumerate(split) if words is None)]))
+        known.update((piece, next(ids).tobytes()) for piece in pieces)
+        lookup = known.__getitem__
+        for word, parts in cut.items():
+            if len(parts) > 1:
+                known[word] = b"".join(map(lookup, parts))
+        return [next(ids) if words is None else array("i", b"".join(map(lookup, words))) for words in split]
 
-    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_all(self, texts: Sequence[str]) -> list[array[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [array("i", encoding.ids) for encoding in encodings]
+
+
+def _has_run(text: str) -> bool:
+    """Whether there is a run of white space with a space in it; most texts have no other than spaces and newlines."""
+    if text.replace("\n", "").isprintable():
+        return "  " in text or " \n" in text or "\n " in text
+    return _RUN.search(text) is not None
 
 
 def _cuts_at_spaces(backend: Tokenizer) -> bool:
@@ -105,14 +118,14 @@ def _cuts_at_spaces(backend: Tokenizer) -> bool:
 class Encoded:
     """Token ids; the first `prompt_length` of them are the prompt, `spans` of them are learnt."""
 
-    ids: list[int]
+    ids: Any  # list[int], or array[int] of int32 where they were asked for packed
     spans: list[Span] = field(default_factory=list)
     prompt_length: int = 0
 
     @property
-    def labels(self) -> list[int]:
-        """The ids that are learnt, -100 elsewhere."""
-        labels = [-100] * len(self.ids)
+    def labels(self) -> Any:
+        """The ids that are learnt, -100 elsewhere; a list or an array as `ids` are."""
+        labels: Any = (array("i", [-100]) if isinstance(self.ids, array) else [-100]) * len(self.ids)
         for start, end in self.spans:
             labels[start:end] = self.ids[start:end]
         return labels
@@ -131,7 +144,7 @@ class Chat:
         self.clock = clock or datetime.now()
         # What the tokenizer puts around a text by itself; templates write their own BOS.
         alone, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-        self._prefix: list[int] = alone[: alone.index(bare[0])] if bare and bare[0] in alone else []
+        self._prefix = array("i", alone[: alone.index(bare[0])] if bare and bare[0] in alone else [])
         self._tokenize = WordTokenizer(tokenizer.backend_tokenizer).encode
         # Tokenizers that start every text with a space mark (Llama 2, Mistral) cannot take a text in pieces.
         whole, one, other = self._tokenize(["\nanswer", "\n", "answer"])
@@ -204,7 +217,7 @@ class Chat:
             return
         self.template.check()
         bos = self.tokenizer.bos_token_id
-        if bos is not None and self._tokenize([self.template.frame()])[0][:2] == [bos, bos]:
+        if bos is not None and self._tokenize([self.template.frame()])[0][:2] == array("i", [bos, bos]):
             raise ModelError("the chat template writes the BOS token twice; remove one of them from the template")
 
     def write(self, messages: Sequence[Any], *, mask: bool = True) -> list[Written]:
@@ -237,8 +250,8 @@ class Chat:
         text = self._choose(prompt).write_text(prompt, prompt=True)
         return Written(text, start=len(text))
 
-    def tokenize(self, written: Sequence[Written]) -> list[Encoded]:
-        """Give the ids; a prompt of a plain text gets no eos.
+    def tokenize(self, written: Sequence[Written], *, packed: bool = False) -> list[Encoded]:
+        """Give the ids, as arrays instead of lists if `packed`; a prompt of a plain text gets no eos.
         A plain text that begins with BOS or ends with a token that ends answers, as one that is rendered already does,
         gets no second one. Source and target of an encoder-decoder each get what its tokenizer puts around a text, and
         an eos; blanks around them go."""
@@ -262,26 +275,26 @@ class Chat:
             encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
         for one, cuts in zip(written, borders, strict=True):
             if self._in_pieces:
-                ids: list[int] = []
+                ids = array("i")
                 places = {0: 0}
                 for end in cuts[1:]:
                     ids += next(pieces)
                     places[end] = len(ids)
             else:  # a token over a border stays with the earlier side
                 encoding = next(encodings)
-                ids = encoding.ids
+                ids = array("i", encoding.ids)
                 starts = [start if end > start else -1 for start, end in encoding.offsets]
                 highest = list(accumulate(starts, max))
                 places = {at: bisect_left(highest, at) for at in cuts}
             if one.plain:
-                head = [] if ids[: len(self._prefix)] == self._prefix else self._prefix
+                head = self._prefix[:0] if ids[: len(self._prefix)] == self._prefix else self._prefix
                 ids, places = head + ids, {at: len(head) + place for at, place in places.items()}
             spans = [(places[start], places[end]) for start, end in one.spans]
             if one.plain and spans and not (ids and ids[-1] in self.stop_ids):
-                ids = [*ids, self.tokenizer.eos_token_id]
+                ids.append(self.tokenizer.eos_token_id)
                 if spans[-1][1] == len(ids) - 1:
                     spans[-1] = (spans[-1][0], len(ids))
-            encoded.append(Encoded(ids, spans, places[one.start]))
+            encoded.append(Encoded(ids if packed else ids.tolist(), spans, places[one.start]))
         return encoded
 
     def encode(self, conversations: Sequence[list[Message]]) -> list[list[Encoded]]:

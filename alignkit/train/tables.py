@@ -191,6 +191,8 @@ def _encode(
     """Check, tokenise and encode rows, batch by batch; a few of them are put into `first`. Batches are bounded in
     characters too: a few rows, where each is as long as a book."""
 
+    packed = not streams(stage) and stage.method != "rm" and stage.task is None  # into columns of flat lists
+
     def batches() -> Iterator[list[EncodedRow]]:
         written = _write_texts(stage, chat, rows, rejects)
         while True:
@@ -205,7 +207,7 @@ def _encode(
             pulse("reading data")
             shown = [row for row, _ in batch if row.tokens is None]  # token ids have no text to sample from
             first.extend(shown[: _REMEMBERED_ROWS - len(first)])
-            encoded = iter(chat.tokenize([text for _, texts in batch for text in texts]))
+            encoded = iter(chat.tokenize([text for _, texts in batch for text in texts], packed=packed))
             yield [(row, [next(encoded) for _ in texts]) for row, texts in batch]
 
     return encode_rows(stage, batches(), lengths, rejects)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,17 @@ def test_lists_of_lists_and_lists_without_items(tmp_path: Path) -> None:
         tmp_path / "t.arrow", [{"answers": [[[1], [2, 3]]], "none": [[]]}, {"answers": [[]], "none": [[7]]}]
     )
     assert table[:] == {"answers": [[[1], [2, 3]], []], "none": [[], [7]]}
+
+
+def test_arrays_of_int32_make_the_very_file_that_lists_make(tmp_path: Path) -> None:
+    rows = [[1, 2, 3], [], [50_000, -100]]
+    packed = [array("i", row) for row in rows]
+    for name, values in {"lists": rows, "packed": packed, "mixed": [packed[0], *rows[1:]]}.items():
+        write_table(
+            tmp_path / name, [{"input_ids": values, "length": [3, 0, 2]}, {"input_ids": values[:1], "length": [3]}]
+        )
+    contents = {(tmp_path / name).read_bytes() for name in ("lists", "packed", "mixed")}
+    assert len(contents) == 1
 
 
 def test_other_columns_later_are_a_mistake_and_leave_nothing(tmp_path: Path) -> None:

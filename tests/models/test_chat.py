@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,16 @@ def test_labels_and_flags_follow_the_spans() -> None:
     kept = [token for start, end in encoded.spans for token in encoded.ids[start:end]]
     assert kept == [token for token in encoded.labels if token != -100]
     assert chat.tokenizer.decode(kept) == "Hello,  you<|im_end|>"
+
+
+@pytest.mark.parametrize("llama3", [False, True])
+def test_packed_ids_and_labels_are_those_of_lists(llama3: bool) -> None:
+    chat = Chat(tokenizer_with(shipped("llama3" if llama3 else "chatml"), llama3=llama3))
+    written = [*chat.write(FIRST), *chat.write_pair("one\n\ntwo ", "three  four"), *chat.write_pair("", "")]
+    for one, other in zip(chat.tokenize(written), chat.tokenize(written, packed=True), strict=True):
+        assert (type(one.ids), type(other.ids), other.ids.typecode) == (list, array, "i")
+        assert (one.ids, one.labels) == (other.ids.tolist(), other.labels.tolist())
+        assert (one.spans, one.prompt_length) == (other.spans, other.prompt_length)
 
 
 def test_encoding_leaves_the_tokenizer_and_the_messages_as_they_were() -> None:
