@@ -13,7 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready-torch-$(TORCH_VERSION)
 # Two threads a process on a busy small machine are slower than one; the network is never needed.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# What was compiled is kept: the tests start Python again and again.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 DEMO := recipes/tiny-cpu.yaml
 
 .DEFAULT_GOAL := help

@@ -232,9 +232,10 @@ CHECKS: dict[str, Callable[[Any, Any], list[Any]]] = {
     "judge": judge, "evaluation": evaluated, "chat": chatted, "reward": rewarded, "probe": probed,
 } | {name: partial(training_step, name) for name in STEPS}  # fmt: skip
 
-if __name__ == "__main__":
+
+def main() -> None:
+    global planted
     device = card.install()
-    os.chdir(tempfile.mkdtemp())
     T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0).save_pretrained("t5")
     tones = [{"text": f"{tone} film {number}", "label": tone} for tone in ("bad", "good") for number in range(4)]
     Path("tones.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tones))
@@ -260,3 +261,9 @@ if __name__ == "__main__":
                 found[f"{key} error"] = f"{type(error).__name__}: {error}"[:500]
             found[f"{key} syncs"] = dict(card.SYNCS)
         print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)
+        main()

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import subprocess
+import shutil
+import signal
+import socket
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+from forks import Forks
 from safetensors.torch import load_file
 
-WORKER = Path(__file__).parent / "train" / "ranks_worker.py"
+from alignkit.errors import AlignKitError
+from alignkit.recipe import load_recipe, resolve
+from alignkit.train.ranks import rank
+
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -63,27 +72,77 @@ def fail(prompts, completions, **columns):
 """
 
 
-def start(
-    directory: Path, strategy: str, jobs: list[dict[str, Any]], *, processes: int = 2, timeout: float = 900
-) -> str:
-    """Train the jobs in one process or in several and return what they said."""
-    spec = directory / f"{strategy}.json"
-    spec.write_text(json.dumps(jobs))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    command = [str(WORKER), str(spec)]
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(forks: Forks, directory: Path, strategy: str, jobs: list[dict[str, Any]], *, processes: int = 2) -> None:
+    """Train jobs one after another, all in one process or all in several.
+
+    Each names recipe, stage and out; `from` and `step` go on from another run's checkpoint, `terminate` sends SIGTERM
+    to one rank at a step, `rank_set` overrides values on one rank. How it ended is in `<out>.outcome-RANK.json`.
+    """
+    (directory / f"{strategy}.json").write_text(json.dumps(jobs))
+    process = {"main": "ranked_runs:train_listed", "argv": ["", f"{strategy}.json"], "cwd": str(directory)}
+    environment = os.environ | (FSDP if strategy == "fsdp" else {})
     if strategy != "one":
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *command]
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=directory,
-        env=environment | (FSDP if strategy == "fsdp" else {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stderr
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    started = []
+    for number in map(str, range(1 if strategy == "one" else processes)):
+        mine = {} if strategy == "one" else {"RANK": number, "LOCAL_RANK": number}
+        log = str(directory / f"{strategy}-{number}.txt")
+        started.append(process | {"env": environment | mine, "stdout": log, "stderr": log})
+    codes = forks.run(*started, timeout=1800)
+    assert not any(codes), [Path(each["stderr"]).read_text()[-3000:] for each in started]
+
+
+def train_listed() -> None:
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        began = time.monotonic()
+        outcome = run(job)
+        Path(f"{job['out']}.outcome-{rank()}.json").write_text(json.dumps(outcome))
+        print(f"{rank()} {job['out']} {time.monotonic() - began:.1f} s {outcome}", file=sys.stderr, flush=True)
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    out = Path(job["out"])
+    if rank() == 0:
+        copy_checkpoint(job, out)
+    overrides = [*job.get("set", ()), *job.get("rank_set", {}).get(str(rank()), ())]
+    recipe = load_recipe(Path(job["recipe"]), overrides=overrides)
+    stage = resolve(recipe, job["stage"], out=out, trust_code=job.get("trust_code", False))
+    if "terminate" in job and job["terminate"]["rank"] == rank():
+        threading.Thread(target=terminate_at, args=(out, job["terminate"]["step"]), daemon=True).start()
+    try:
+        result = importlib.import_module(f"alignkit.train.{stage.method}").run(stage, Path(stage.run_dir))
+    except AlignKitError as error:
+        return {"error": type(error).__name__, "text": str(error), "code": error.exit_code, "shared": error.shared}
+    return {"step": result.step, "metrics": result.metrics}
+
+
+def copy_checkpoint(job: dict[str, Any], out: Path) -> None:
+    """Make a run that was stopped at a step out of one that went on."""
+    out.mkdir(parents=True, exist_ok=True)
+    if "from" not in job:
+        return
+    shutil.copytree(job["from"], out, dirs_exist_ok=True)
+    for path in (out / "result.json", out / "probe.json"):
+        path.unlink()
+    shutil.rmtree(out / "model")
+    for path in (out / "checkpoints").glob("checkpoint-*"):
+        if path.name != f"checkpoint-{job['step']}":
+            shutil.rmtree(path)
+
+
+def terminate_at(out: Path, step: int) -> None:
+    """Send this process SIGTERM once the metrics tell that the step was taken."""
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def read_curve(run: Path) -> list[dict[str, Any]]:
@@ -114,8 +173,8 @@ def weight_difference(first: Path, second: Path) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def outcome(runs: Path, name: str, rank: int) -> dict[str, Any]:
-    return json.loads((runs / f"{name}.outcome-{rank}.json").read_text())
+def outcome(runs: Path, name: str, number: int) -> dict[str, Any]:
+    return json.loads((runs / f"{name}.outcome-{number}.json").read_text())
 
 
 def write_recipe(directory: Path, name: str, top: str, keys: str) -> Path:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,17 +81,14 @@ def test_two_models_stand_side_by_side(models: tuple[Path, Path], open_terminal:
 
 
 def test_a_pipe_gets_answers_only(
-    models: tuple[Path, Path], run_alignkit: Callable[..., subprocess.CompletedProcess[str]]
+    models: tuple[Path, Path], run_code: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     script = (
         "import io, sys; sys.stdin = io.StringIO('hello\\nagain\\n')\n"
         "sys.argv = ['alignkit', 'chat', sys.argv[1], '--temperature', '0', '--max-new-tokens', '5']\n"
         "from alignkit.cli import main; sys.exit(main())"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(models[0])], capture_output=True, text=True, env=environment, timeout=120
-    )
+    done = run_code(script, str(models[0]))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 2 and "talking to" not in done.stdout
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -153,13 +153,12 @@ def test_one_list_of_secrets_for_messages_records_and_recipes(tmp_path: Path, ca
         assert console.redact(text) == text
 
 
-def test_a_template_s_own_words_are_shown_harmless(tmp_path: Path) -> None:
+def test_a_template_s_own_words_are_shown_harmless(run_alignkit: Callable, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text('{{ raise_exception("\\x1b[2Jgone hf_' + "a" * 30 + '") }}')
     (tmp_path / "a.yaml").write_text(
         "model: {path: builtin:tiny-gpt2, chat_template: t.jinja}\nsft: {data: builtin:instructions, max_steps: 1}\n"
     )
-    command = [sys.executable, "-m", "alignkit", "check", "-r", "a.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run_alignkit("check", "-r", "a.yaml")
     told = done.stdout + done.stderr
     assert done.returncode == 2 and "\x1b" not in told and "\ufffd[2Jgone [redacted]" in told
 

@@ -10,15 +10,11 @@ bitsandbytes' own operators on them.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
 # How often the host may wait: by `.item()`, by what is moved to it, by shapes that depend on numbers. Those of a critic
 # are its weights, copied from the policy's through the host, once; a token of a chat is read by one.
 MOST = {"ppo step": 9, "ppo": 68, "critic": 23, "sampler": 26, "continuous": 13, "judge": 3, "evaluation": 3, "chat": 6,
@@ -27,10 +23,8 @@ MOST = {"ppo step": 9, "ppo": 68, "critic": 23, "sampler": 26, "continuous": 13,
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, dict[str, Any]]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, str(TESTS / "card_worker.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+def found(alignkit_in: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    done = alignkit_in(tmp_path_factory.mktemp("card"), main="card_worker:main")
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == len(MOST), done.stderr[-2000:]
     return {line["name"]: line for line in lines}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -120,15 +119,14 @@ def test_chrf_and_bleu_of_other_words_by_hand() -> None:
     assert bleu.value == pytest.approx(100 * right**0.25 * math.exp(1 - 7 / 6))
 
 
-def test_a_missing_scorer_is_one_line_with_its_remedy() -> None:
-    code = (
+def test_a_missing_scorer_is_one_line_with_its_remedy(run_code: Callable) -> None:
+    done = run_code(
         "import sys; sys.modules['sacrebleu'] = None\n"
         "from alignkit.evaluate.metrics.overlap import measure_bleu\n"
         "from alignkit.errors import EnvironmentProblem\n"
         "try: measure_bleu(['a'], ['a'], resamples=100)\n"
         "except EnvironmentProblem as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == (
         "sacrebleu is not installed; pip install 'alignkit[eval]', or leave the metric overlap out\n"
     )

@@ -173,14 +173,14 @@ def test_an_answer_cannot_speak_for_the_judge(principles: Path, tmp_path: Path, 
             assert "<|im_end|>" not in text and text.rstrip().endswith("Reply with (A) or (B) and nothing else.")
 
 
-def test_a_killed_evaluation_asks_nothing_twice(run_dir: Path, principles: Path) -> None:
+def test_a_killed_evaluation_asks_nothing_twice(run_alignkit: Any, run_dir: Path, principles: Path) -> None:
     with Server(seconds=0.3) as server:
-        command = [
-            sys.executable, "-m", "alignkit", "eval", str(run_dir), "--against", str(run_dir.parent / "sft"),
+        words = [
+            "eval", str(run_dir), "--against", str(run_dir.parent / "sft"),
             "--judge", server.url, "--judge-name", "tiny", "--constitution", str(principles), "--metric", "win_rate",
             "--max-rows", "12", "--max-new-tokens", "8", "--device", "cpu",
         ]  # fmt: skip
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-m", "alignkit", *words], stdout=-3, stderr=-3)
         store = run_dir / "eval-judged.jsonl"
         deadline = time.monotonic() + 120
         while not (store.exists() and store.read_bytes().count(b"\n") >= 2):
@@ -192,7 +192,7 @@ def test_a_killed_evaluation_asks_nothing_twice(run_dir: Path, principles: Path)
         kept = {json.loads(line)["key"] for line in store.read_text().split("\n")[:-1]}
         assert 2 <= len(kept) < 24
         before = server.requests
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run_alignkit(*words)
         assert done.returncode == 0, done.stderr
         total = len(store.read_text().split("\n")) - 1
         assert server.requests - before == total - len(kept)

@@ -19,18 +19,29 @@ from alignkit.recipe.schema import DataSource, EvaluateOptions
 from alignkit.runs import checkpoints
 from alignkit.runs.files import read_json
 
-CASES = [(method, kind) for method in ("sft", "rm", "dpo") for kind in ("full", "lora", "qlora")]
-NUM_STEPS = 12  # of every run here, as make_stage has it
 QUICK = [("sft", "full"), ("rm", "lora"), ("dpo", "qlora")]
+CASES = [(method, kind) for method in ("sft", "rm", "dpo") for kind in ("full", "lora", "qlora")]
+SLOW = pytest.mark.slow
+NUM_STEPS = 12  # of every run here, as make_stage has it
 
 
-def undisturbed(make_stage: Callable, run: Callable, digest: Callable, method: str, kind: str, tmp_path: Path) -> tuple:
-    ended = run(make_stage(method, kind, "whole"))
-    assert ended.code == 0, ended.stderr
-    return digest(tmp_path / "whole"), ended.seconds
+@pytest.fixture
+def undisturbed(make_stage: Callable, run: Callable, digest: Callable, shared_directory: Callable) -> Callable:
+    """Return a function that trains a kind once for all tests and gives the digest of its weights and its seconds."""
+
+    def give(method: str, kind: str) -> tuple[str, float]:
+        def train(directory: Path) -> None:
+            ended = run(make_stage(method, kind, str(directory / "whole")))
+            assert ended.code == 0, ended.stderr
+            (directory / "seconds").write_text(str(ended.seconds))
+
+        directory = shared_directory(f"undisturbed-{method}-{kind}", train)
+        return digest(directory / "whole"), float((directory / "seconds").read_text())
+
+    return give
 
 
-def kill_until_finished(stage: object, run: Callable, rng: random.Random, seconds: float, num_kills: int) -> int:
+def kill_until_finished(stage: object, run: Callable, rng: random.Random, seconds: float, num_kills: int = 3) -> int:
     """Kill the run at random moments, then let it finish; return how many kills hit it while it ran."""
     hits = 0
     for _ in range(num_kills):
@@ -41,21 +52,29 @@ def kill_until_finished(stage: object, run: Callable, rng: random.Random, second
     return hits
 
 
-@pytest.mark.parametrize(("method", "kind"), QUICK)
-def test_three_kills_leave_the_final_weights_bit_identical(
-    method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
-) -> None:
-    whole, seconds = undisturbed(make_stage, run, digest, method, kind, tmp_path)
-    hits = kill_until_finished(make_stage(method, kind, "killed"), run, random.Random(1), seconds, 3)
+@pytest.mark.parametrize(("method", "kind", "least"), [
+    *((*case, 1) for case in QUICK), *(pytest.param(*case, 10, marks=SLOW) for case in CASES),
+])  # fmt: skip
+def test_kills_leave_the_final_weights_bit_identical(
+    method: str, kind: str, least: int, undisturbed: Callable, make_stage: Callable, run: Callable, digest: Callable,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    whole, seconds = undisturbed(method, kind)
+    rng, hits = random.Random(method + kind), 0
+    for part in range(4):  # a run that is killed late is nearly done: several runs make ten kills hit
+        hits += kill_until_finished(make_stage(method, kind, f"killed{part}"), run, rng, seconds * 0.8)
+        assert digest(tmp_path / f"killed{part}") == whole
+        if hits >= least:
+            break
     assert hits >= 1
-    assert digest(tmp_path / "killed") == whole
+    print(f"{method} {kind}: {hits} kills, {part + 1} runs, all exact")
 
 
 @pytest.mark.parametrize(("method", "kind"), QUICK)
 def test_a_kill_while_a_checkpoint_is_written_beside_the_steps_falls_back_to_the_one_before(
-    method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+    method: str, kind: str, undisturbed: Callable, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
 ) -> None:
-    whole, _ = undisturbed(make_stage, run, digest, method, kind, tmp_path)
+    whole, _ = undisturbed(method, kind)
     seal, places = checkpoints.seal, [tmp_path / "killed" / "checkpoints" / f"checkpoint-{n}" for n in (3, 4)]
 
     def slow_disk() -> None:
@@ -73,16 +92,21 @@ def test_a_kill_while_a_checkpoint_is_written_beside_the_steps_falls_back_to_the
     assert "going on from step 3" in ended.stderr and digest(tmp_path / "killed") == whole
 
 
-def test_a_killed_run_that_streams_goes_on_at_its_row(
-    make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+@pytest.mark.parametrize("what", ["stream", "encoder-decoder"])
+def test_a_killed_run_goes_on_at_its_row_of_a_stream_and_with_its_own_words(
+    what: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
 ) -> None:
     def make(out: str) -> Stage:
-        stage = make_stage("sft", "full", out)  # 12 steps of 4 rows: a pass over the 32 rows and a half
-        return replace(stage, options=stage.options.model_copy(update={"streaming": True}))
+        if what == "stream":  # 12 steps of 4 rows: a pass over the 32 rows and a half
+            stage, given = make_stage("sft", "full", out), {"streaming": True}
+        else:
+            stage = make_stage("sft", "full", out, model="builtin:rnnsearch")
+            given = {"objective": "seq2seq", "data": [DataSource(path="builtin:translation", max_rows=32)]}
+        return replace(stage, options=stage.options.model_copy(update=given))
 
     ended = run(make("whole"))
     assert ended.code == 0, ended.stderr
-    assert kill_until_finished(make("killed"), run, random.Random(3), ended.seconds, 3) >= 1
+    assert kill_until_finished(make("killed"), run, random.Random(3), ended.seconds) >= 1
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
 
 
@@ -109,43 +133,13 @@ def test_a_killed_run_keeps_the_same_best_weights_and_stops_at_the_same_step(
     assert f"the model is that of step {best} of {best + 2}, whose loss was the best" in ended.stderr
     kept = {checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path / "whole/checkpoints")}
     assert kept == {best, best + 2}
-    assert kill_until_finished(make("killed"), run, random.Random(3), ended.seconds, 3) >= 1
+    assert kill_until_finished(make("killed"), run, random.Random(3), ended.seconds) >= 1
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
     assert json.loads((tmp_path / "killed/result.json").read_text())["metrics"] == result["metrics"]
     again = list(map(json.loads, (tmp_path / "killed/metrics.jsonl").read_text().splitlines()))
     measured = [{row["step"]: (row["eval_perplexity"], row["eval_response_length"]) for row in found
                  if "eval_loss" in row} for found in (rows, again)]  # fmt: skip
     assert measured[0] == measured[1] and len(measured[0]) == best + 3
-
-
-def test_a_killed_encoder_decoder_goes_on_with_its_own_words(
-    make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
-) -> None:
-    def make(out: str) -> Stage:
-        stage = make_stage("sft", "full", out, model="builtin:rnnsearch")
-        data = [DataSource(path="builtin:translation", max_rows=32)]
-        return replace(stage, options=stage.options.model_copy(update={"objective": "seq2seq", "data": data}))
-
-    ended = run(make("whole"))
-    assert ended.code == 0, ended.stderr
-    assert kill_until_finished(make("killed"), run, random.Random(4), ended.seconds, 3) >= 1
-    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "kind"), CASES)
-def test_ten_kills_leave_the_final_weights_bit_identical(
-    method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
-) -> None:
-    whole, seconds = undisturbed(make_stage, run, digest, method, kind, tmp_path)
-    rng = random.Random(method + kind)
-    hits = 0
-    for part in range(4):  # a run that is killed late is nearly done: several runs make ten kills hit
-        hits += kill_until_finished(make_stage(method, kind, f"killed{part}"), run, rng, seconds * 0.8, 3)
-        assert digest(tmp_path / f"killed{part}") == whole
-        if hits >= 10:
-            break
-    print(f"{method} {kind}: {hits} kills, {part + 1} runs, all exact")
 
 
 STEPS = "max_steps: 6, save_steps: 1, batch_size: 4, learning_rate: 1e-3, samples: {num: 0}"
@@ -163,7 +157,7 @@ student: {{method: sft, objective: distill, data: {{path: builtin:instructions, 
 }
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("chain", CHAINS)
 def test_ten_kills_leave_every_stage_of_a_chain_bit_identical(
     chain: str, run: Callable, digest: Callable, tmp_path: Path
@@ -216,9 +210,9 @@ def stop_in_the_middle(stage: object, run: Callable, tmp_path: Path, out: str) -
 
 @pytest.mark.parametrize(("method", "kind"), QUICK)
 def test_sigterm_saves_at_the_end_of_the_step_and_the_same_command_goes_on(
-    method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
+    method: str, kind: str, undisturbed: Callable, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
 ) -> None:
-    whole, _ = undisturbed(make_stage, run, digest, method, kind, tmp_path)
+    whole, _ = undisturbed(method, kind)
     stage = make_stage(method, kind, "stopped")
     newest = stop_in_the_middle(stage, run, tmp_path, "stopped")[0]
     assert checkpoints.find_damage(newest) is None
@@ -227,59 +221,37 @@ def test_sigterm_saves_at_the_end_of_the_step_and_the_same_command_goes_on(
     assert digest(tmp_path / "stopped") == whole
 
 
-DAMAGES = ("delete", "empty", "cut", "zero tail", "flip")
+WEIGHTS = {"full": ["model.safetensors", "config.json"]}
+STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", checkpoints.MANIFEST]
+FEW = [("adapter_model.safetensors", "flip"), ("optimizer.pt", "delete"), ("rng_state.pth", "cut")]
 
 
-def check_damage(
-    cases: list[tuple[str, str]],
-    method: str,
-    kind: str,
-    make_stage: Callable,
-    run: Callable,
-    digest: Callable,
-    tmp: Path,
-) -> None:
-    whole, _ = undisturbed(make_stage, run, digest, method, kind, tmp)
-    stop_in_the_middle(make_stage(method, kind, "stopped"), run, tmp, "stopped")
+@pytest.mark.parametrize(("method", "kind", "cases"), [
+    ("dpo", "qlora", FEW), *(pytest.param(*case, None, marks=SLOW) for case in QUICK),
+])  # fmt: skip
+def test_damaged_files_fall_back_to_the_older_checkpoint_and_end_exact(
+    method: str, kind: str, cases: list[tuple[str, str]] | None, undisturbed: Callable, make_stage: Callable,
+    run: Callable, digest: Callable, tmp_path: Path,
+) -> None:  # fmt: skip
+    files = WEIGHTS.get(kind, ["adapter_model.safetensors", "adapter_config.json"]) + STATE
+    cases = cases or [(name, how) for name in files for how in ("delete", "empty", "cut", "zero tail", "flip")]
+    whole, _ = undisturbed(method, kind)
+    stop_in_the_middle(make_stage(method, kind, "stopped"), run, tmp_path, "stopped")
     for number, (name, how) in enumerate(cases):
-        out = f"damaged{number}"
-        shutil.copytree(tmp / "stopped", tmp / out)
-        newest = checkpoints.list_checkpoints(tmp / out / "checkpoints")[0]
+        out = tmp_path / f"damaged{number}"
+        shutil.copytree(tmp_path / "stopped", out)
+        newest = checkpoints.list_checkpoints(out / "checkpoints")[0]
         damage(newest / name, how)
-        ended = run(make_stage(method, kind, out))
+        ended = run(make_stage(method, kind, out.name))
         assert ended.code == 0, (name, how, ended.stderr)
         warned = [line for line in ended.stderr.splitlines() if line.startswith("warning:") and newest.name in line]
         # A tail that is all zeros already is not damage.
         assert len(warned) == 1 or (how == "zero tail" and not warned), (name, how, ended.stderr)
-        assert digest(tmp / out) == whole, (name, how)
-
-
-FILES = {
-    "full": ["model.safetensors", "config.json"],
-    "lora": ["adapter_model.safetensors", "adapter_config.json"],
-    "qlora": ["adapter_model.safetensors", "adapter_config.json"],
-}
-STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", checkpoints.MANIFEST]
-
-
-def test_damaged_files_fall_back_to_the_older_checkpoint_and_end_exact(
-    make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
-) -> None:
-    cases = [("adapter_model.safetensors", "flip"), ("optimizer.pt", "delete"), ("rng_state.pth", "cut")]
-    check_damage(cases, "dpo", "lora", make_stage, run, digest, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "kind"), [("sft", "full"), ("rm", "lora"), ("dpo", "qlora")])
-def test_every_damage_to_every_file_falls_back_and_ends_exact(
-    method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
-) -> None:
-    cases = [(name, how) for name in FILES[kind] + STATE for how in DAMAGES]
-    check_damage(cases, method, kind, make_stage, run, digest, tmp_path)
+        assert digest(out) == whole, (name, how)
     print(f"{method} {kind}: {len(cases)} damages, all exact")
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(("method", "kind"), [("sft", "full"), ("rm", "lora")])
 def test_every_damage_to_every_file_of_a_run_is_mended_or_refused(
     method: str, kind: str, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
@@ -298,9 +270,9 @@ def test_every_damage_to_every_file_of_a_run_is_mended_or_refused(
 
 
 def test_a_full_disk_exits_4_keeps_what_was_sealed_and_goes_on_when_there_is_room(
-    make_stage: Callable, run: Callable, digest: Callable, full_disk: Callable, tmp_path: Path
+    undisturbed: Callable, make_stage: Callable, run: Callable, digest: Callable, full_disk: Callable, tmp_path: Path
 ) -> None:
-    whole, _ = undisturbed(make_stage, run, digest, "sft", "full", tmp_path)
+    whole, _ = undisturbed("sft", "full")
     stage = make_stage("sft", "full", "starved")
     stop_in_the_middle(stage, run, tmp_path, "starved")
     directory = tmp_path / "starved" / "checkpoints"

@@ -112,7 +112,7 @@ def test_settings_that_cannot_be_are_refused_with_their_line(refuse: Callable, t
     assert "pytorch_model.bin" in message and "safetensors" in message
 
 
-def test_a_second_run_in_the_same_directory_is_refused(run_python: Callable, tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_directory_is_refused(run_alignkit: Callable, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", "builtin:tiny-gpt2"))
     (tmp_path / "rows.jsonl").write_text(GOOD)
     hold = (
@@ -125,7 +125,7 @@ def test_a_second_run_in_the_same_directory_is_refused(run_python: Callable, tmp
     ) as holder:  # fmt: skip
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         began = time.monotonic()
-        ended = run_python("-m", "alignkit", "sft", "-r", "r.yaml")
+        ended = run_alignkit("sft", "-r", "r.yaml")
         holder.kill()
     assert ended.returncode == 2
     assert f"in use by process {holder.pid} on " in ended.stderr

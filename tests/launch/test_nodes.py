@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ranked_runs import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = """\
@@ -29,12 +30,6 @@ sft:
   learning_rate: 1e-3
 """
 Node = subprocess.Popen[str]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,17 +31,17 @@ ROWS = "".join(json.dumps({"prompt": f"What is {n}?", "completion": f"It is {n}.
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+def trained(alignkit_in: Callable, shared_directory: Callable) -> Path:
     """A directory in which `alignkit run` has been run to its end."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "r.yaml").write_text(RECIPE)
-    (folder / "rows.jsonl").write_text(ROWS)
-    environment = os.environ | {"PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "alignkit", "run", "-r", "r.yaml", "--json"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (folder / "said.json").write_text(done.stdout)
-    return folder
+
+    def train(folder: Path) -> None:
+        (folder / "r.yaml").write_text(RECIPE)
+        (folder / "rows.jsonl").write_text(ROWS)
+        done = alignkit_in(folder, "run", "-r", "r.yaml", "--json")
+        assert done.returncode == 0, done.stderr
+        (folder / "said.json").write_text(done.stdout)
+
+    return shared_directory("run", train)
 
 
 @pytest.fixture

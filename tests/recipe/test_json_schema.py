@@ -12,13 +12,12 @@ from ruamel.yaml import YAML
 
 from alignkit.errors import UsageError
 from alignkit.preflight.starter import install_schema
-from alignkit.recipe import recipe_schema, schema
+from alignkit.recipe import recipe_schema
+from alignkit.recipe import schema as options
 from alignkit.recipe.schema import FEEDBACK, OPTIONS
 from alignkit.recipe.trl_fields import method_fields
 
-_SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
-RECIPES = sorted(_SHIPPED.glob("*.yaml"))
-EVERY_RECIPE = sorted(_SHIPPED.rglob("*.yaml"))  # those of papers, and the parts under launch/, too
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
 
 
 def walk(fragment: Any) -> Iterator[dict[str, Any]]:
@@ -28,16 +27,19 @@ def walk(fragment: Any) -> Iterator[dict[str, Any]]:
         yield from walk(child)
 
 
-def test_it_is_plain_json_with_a_draft_and_no_dangling_reference() -> None:
-    schema = recipe_schema()
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return recipe_schema()
+
+
+def test_it_is_plain_json_with_a_draft_and_no_dangling_reference(schema: dict[str, Any]) -> None:
     assert json.loads(json.dumps(schema)) == schema
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     references = {part["$ref"] for part in walk(schema) if isinstance(part.get("$ref"), str)}
     assert {reference.removeprefix("#/$defs/") for reference in references} <= set(schema["$defs"])
 
 
-def test_every_key_of_every_section_has_a_description() -> None:
-    schema = recipe_schema()
+def test_every_key_of_every_section_has_a_description(schema: dict[str, Any]) -> None:
     sections = [schema, *schema["$defs"].values()]
     missing = [
         key
@@ -49,8 +51,8 @@ def test_every_key_of_every_section_has_a_description() -> None:
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_a_stage_has_alignkits_keys_and_trls(method: str) -> None:
-    properties = recipe_schema()["$defs"][f"{method}_stage"]["properties"]
+def test_a_stage_has_alignkits_keys_and_trls(method: str, schema: dict[str, Any]) -> None:
+    properties = schema["$defs"][f"{method}_stage"]["properties"]
     assert set(properties) == {*OPTIONS[method].model_fields, *method_fields(method)}
     if method in FEEDBACK:  # they train nothing
         assert "learning_rate" not in properties
@@ -60,24 +62,15 @@ def test_a_stage_has_alignkits_keys_and_trls(method: str) -> None:
     assert properties["batch_size"]["default"] == 16
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_use_only_keys_of_the_schema(path: Path) -> None:
-    schema = recipe_schema()
-    for key, section in YAML(typ="safe").load(path).items():
-        if key in schema["properties"] and "$ref" not in schema["properties"][key]:
-            continue
-        method = section["method"] if isinstance(section, dict) and "method" in section else key
-        name = f"{method}_stage" if method in OPTIONS else f"{key.capitalize()}Options"
-        name = "rlaif_section" if method == "rlaif" else name
-        assert set(section) <= set(schema["$defs"][name]["properties"]), key
-
-
-@pytest.mark.parametrize("path", EVERY_RECIPE, ids=lambda path: path.stem)
-def test_shipped_recipes_validate(path: Path) -> None:
+@pytest.fixture(scope="module")
+def validator(schema: dict[str, Any]) -> Any:
     jsonschema = pytest.importorskip("jsonschema")
-    schema = recipe_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
-    validator = jsonschema.Draft202012Validator(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_validate(path: Path, validator: Any) -> None:
     recipe = YAML(typ="safe").load(path)
     assert list(validator.iter_errors(recipe)) == []
     assert list(validator.iter_errors(recipe | {"model": "builtin:tiny-gpt2"})) == []
@@ -86,9 +79,9 @@ def test_shipped_recipes_validate(path: Path) -> None:
 
 
 def test_every_sentence_of_the_help_file_is_that_of_a_key() -> None:
-    for key, sentence in schema._HELP.items():
+    for key, sentence in options._HELP.items():
         section, name = key.split(".")
-        assert getattr(schema, section).model_fields[name].description == sentence, key
+        assert getattr(options, section).model_fields[name].description == sentence, key
 
 
 def test_install_writes_the_schema_and_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,33 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def resume_exactly(tmp_path: Path) -> Callable[[Stage], Path]:
+    """Return a function that trains a stage, and again from its last checkpoint but one, to the same bits."""
+
+    def resume(stage: Stage) -> Path:
+        from safetensors.torch import load_file
+
+        from alignkit.launch import launch_stage
+        from alignkit.runs import checkpoints
+
+        whole, half = tmp_path / "whole", tmp_path / "half"
+        launch_stage(replace(stage, run_dir=str(whole)))
+        shutil.copytree(whole, half)
+        newest, _ = checkpoints.list_checkpoints(half / "checkpoints")[:2]
+        for gone in (newest, half / "model"):
+            shutil.rmtree(gone)
+        (half / "result.json").unlink()
+        launch_stage(replace(stage, run_dir=str(half)))
+        metrics = (half / "metrics.jsonl").read_text()
+        assert (whole / "metrics.jsonl").read_text() != metrics  # their times: it was trained again, not left alone
+        ends = [load_file(next((run / "model").glob("*model.safetensors"))) for run in (whole, half)]
+        assert ends[0].keys() == ends[1].keys() and all((ends[0][name] == ends[1][name]).all() for name in ends[0])
+        return half
+
+    return resume
 
 
 @dataclass

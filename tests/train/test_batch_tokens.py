@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import pytest
 import torch
 
 from alignkit.errors import UsageError
-from alignkit.launch import launch_stage
-from alignkit.models.frozen import load_causal
 from alignkit.recipe import Stage
 from alignkit.runs.directory import RunDir
 from alignkit.train.sft import build
@@ -57,21 +54,10 @@ def test_loss_of_a_step_is_the_mean_over_its_tokens(
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(
-    make_stage: Callable[..., Stage], write_rows: Callable[..., Path], tmp_path: Path
+    make_stage: Callable[..., Stage], write_rows: Callable[..., Path], resume_exactly: Callable
 ) -> None:
     write_rows(ROWS)
-    stages = [make_stage(RECIPE, "sft", f"runs_dir={tmp_path}/{name}") for name in ("whole", "cut")]
-    for stage in stages:
-        launch_stage(stage)
-    run = RunDir(Path(stages[1].run_dir))
-    last = max(int(path.name.rpartition("-")[2]) for path in run.checkpoints.iterdir())
-    assert last > 2
-    shutil.rmtree(run.checkpoints / f"checkpoint-{last}")
-    run.result.unlink()
-    shutil.rmtree(run.model)
-    launch_stage(stages[1])
-    first, second = (load_causal(str(Path(stage.run_dir) / "model")).model.state_dict() for stage in stages)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    resume_exactly(make_stage(RECIPE, "sft"))
 
 
 @pytest.mark.parametrize(

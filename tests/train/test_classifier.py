@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -134,16 +133,6 @@ CHOICES = [
 ]
 
 
-def _trained(stage: Any, run: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    from alignkit.train.sft import run as train
-
-    train(stage, run)
-    (file,) = (run / "model").glob("*model.safetensors")
-    return load_file(file)
-
-
 def test_the_loss_is_that_of_plain_models(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
     """L3 = L2 + lambda L1, each part by a model that transformers makes of the saved weights, row by row."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -177,35 +166,16 @@ def test_the_loss_is_that_of_plain_models(make_stage: Callable, write_rows: Call
     ],
 )
 def test_a_stopped_run_ends_with_the_same_bits_and_loads_plainly(
-    model: str,
-    lora: str,
-    objective: str,
-    lm_coef: float,
-    make_stage: Callable,
-    write_rows: Callable,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    import shutil
-
+    model: str, lora: str, objective: str, lm_coef: float, make_stage: Callable, write_rows: Callable,
+    resume_exactly: Callable,
+) -> None:  # fmt: skip
     from peft import AutoPeftModelForSequenceClassification
     from transformers import AutoModelForSequenceClassification
 
     from alignkit.models.load import load_trained
 
     write_rows(TONES if objective == "classify" else CHOICES)
-    recipe = RECIPE % (model, lora, objective, lm_coef)
-    whole = _trained(make_stage(recipe, "sft"), tmp_path / "whole")
-    half = tmp_path / "half"
-    shutil.copytree(tmp_path / "whole", half)
-    for name in ("model", "result.json", "checkpoints/checkpoint-4"):
-        shutil.rmtree(half / name) if (half / name).is_dir() else (half / name).unlink()
-    capsys.readouterr()
-    resumed = _trained(make_stage(recipe, "sft"), half)
-    assert "going on from step 2" in capsys.readouterr().err
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    directory = tmp_path / "whole" / "model"
+    directory = resume_exactly(make_stage(RECIPE % (model, lora, objective, lm_coef), "sft")) / "model"
     labels = 2 if objective == "classify" else 1
     if lora:
         plain = AutoPeftModelForSequenceClassification.from_pretrained(directory, num_labels=labels)
@@ -216,9 +186,9 @@ def test_a_stopped_run_ends_with_the_same_bits_and_loads_plainly(
     ours = load_trained(directory, reward=True)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     assert ours.shape == (1, labels)
     torch.testing.assert_close(plain.eval()(input_ids=ids).logits, ours)
-    logged = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (directory.parent / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "accuracy"} <= logged[0].keys() and ("lm_loss" in logged[0]) == (lm_coef > 0)
-    (sample, *_) = map(json.loads, (tmp_path / "whole" / "samples.jsonl").read_text().splitlines())
+    (sample, *_) = map(json.loads, (directory.parent / "samples.jsonl").read_text().splitlines())
     assert sample["reference"] in ("good", "bad") and 0 <= sample["probability"] <= 1
 
 

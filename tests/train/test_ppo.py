@@ -74,6 +74,16 @@ def plain_logps(model: Any, rollout: Any, row: int, temperature: float = 1.0) ->
     return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
+def loss_of_halves(trainer: Any, rollout: Any) -> float:
+    """The loss of a step over four answers in two micro batches."""
+    experience, trainer._step_sums = trainer.experience, defaultdict(float)
+    tokens, learnt = (float(mask.sum()) for mask in (experience.mask_RT, experience.learnt_RT))
+    given = {"step": 0, "micro": 1, "num_tokens": tokens, "num_learnt": learnt}
+    width = experience.mask_RT.size(1)
+    halves = [given | {"pieces": trainer.collector.pieces(rollout, rows, width)} for rows in ([0, 3], [1, 2])]
+    return sum(float(trainer.compute_loss(trainer.model, inputs)) for inputs in halves)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora", "nf4"])
 def test_roles_agree_at_step_zero_and_are_read_right(kind: str, make_stage: Callable, tmp_path: Path) -> None:
     stage = make_stage(recipe(lora=kind != "full", nf4=kind == "nf4", extra=", temperature: 0.7"), "ppo")
@@ -170,13 +180,7 @@ def test_losses_equal_those_computed_from_plain_logits(start: str, make_stage: C
     with torch.no_grad():
         trainer.critic.head.weight.normal_()
     tokens = float(experience.mask_RT.sum())
-    trainer._step_sums, total = defaultdict(float), 0.0
-    for rows in ([0, 3], [1, 2]):
-        inputs = {
-            "step": 0, "micro": 1, "num_tokens": tokens, "num_learnt": tokens,
-            "pieces": collector.pieces(rollout, rows, experience.mask_RT.size(1)),
-        }  # fmt: skip
-        total += float(trainer.compute_loss(trainer.model, inputs))
+    total = loss_of_halves(trainer, rollout)
     policy_sum = value_sum = 0.0
     for row, answer in enumerate(rollout.sampled_ids):
         new = plain_logps(trainer.model, rollout, row)
@@ -448,13 +452,7 @@ def test_the_loss_of_a_preset_is_that_of_its_paper(
     trainer.experience = experience = collector.examine(rollout, trainer.model, (raw.clone(), {}))
     disturb(trainer, 0.02)
     tokens = float(experience.mask_RT.sum())
-    trainer._step_sums, total = defaultdict(float), 0.0
-    for rows in ([0, 3], [1, 2]):
-        inputs = {
-            "step": 0, "micro": 1, "num_tokens": tokens, "num_learnt": float(experience.learnt_RT.sum()),
-            "pieces": collector.pieces(rollout, rows, experience.mask_RT.size(1)),
-        }  # fmt: skip
-        total += float(trainer.compute_loss(trainer.model, inputs))
+    total = loss_of_halves(trainer, rollout)
     lengths = [len(ids) for ids in rollout.sampled_ids]
     scores = raw.tolist()
     if preset == "dapo":  # the last 4 of 8 tokens cost up to 2; what is cut off is not learnt
@@ -765,12 +763,12 @@ with autocast(), torch.no_grad():
 
 
 def test_autocast_rounds_each_weight_once_for_all_tokens_and_the_reference_is_held_rounded(
-    run_python: Callable, tmp_path: Path
+    run_code: Callable, tmp_path: Path
 ) -> None:
     """With the same answers, and log-probabilities equal to the last bit."""
     text = recipe(extra=", min_new_tokens: 8").replace("rm:", "launch: {mixed_precision: bf16, device: cpu}\nrm:")
     (tmp_path / "recipe.yaml").write_text(text)
-    done = run_python("-c", ROUNDED)
+    done = run_code(ROUNDED)
     types, once, anew, answers, equal = done.stdout.splitlines()[-5:]
     assert types == "['torch.bfloat16', 'torch.float32'] torch.float32", done.stderr
     assert (once, anew) == ("1 1", "8 8")  # of 8 tokens

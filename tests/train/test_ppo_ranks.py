@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from ranked_runs import (
     FUNCTIONS,
     KINDS,
@@ -30,8 +32,12 @@ FAILING = "reward: {function: 'counting:fail'}"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("ppo_ranks")
+def runs(forks: Forks, shared_directory: Callable) -> Path:
+    """Train everything that the tests of this module look at; return the directory of the runs."""
+    return shared_directory("ppo_ranks", lambda directory: train_all(forks, directory))
+
+
+def train_all(forks: Forks, directory: Path) -> None:
     (directory / "counting.py").write_text(FUNCTIONS)
     jobs: dict[str, list[dict[str, object]]] = {"one": [], "ddp": [], "fsdp": []}
     for strategy, found in jobs.items():
@@ -57,10 +63,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     later = [job for job in jobs["one"] if "from" in job]
     jobs["one"] = [job for job in jobs["one"] if "from" not in job]
     for strategy, found in jobs.items():
-        start(directory, strategy, found)
+        start(forks, directory, strategy, found)
         shutil.move(directory / "calls.txt", directory / f"calls-{strategy}.txt")
-    start(directory, "one", later)
-    return directory
+    start(forks, directory, "one", later)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

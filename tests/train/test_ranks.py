@@ -6,13 +6,13 @@ trains a list of stages, so that the libraries are imported once.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 from ranked_runs import largest_difference, outcome, read_curve, start, weight_difference
 
 METHODS, MODES, STRATEGIES = ("sft", "rm", "dpo"), ("full", "lora"), ("ddp", "fsdp")
@@ -63,30 +63,19 @@ def resumes_to(directory: Path, strategy: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train everything that the tests of this module look at; return the directory of the runs.
-
-    The workers of pytest-xdist share it: whichever comes first trains, the others wait.
-    """
-    base = tmp_path_factory.getbasetemp()
-    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
-    directory.mkdir(exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (directory / "trained").exists():
-            train_all(directory)
-            (directory / "trained").touch()
-    return directory
+def runs(forks: Forks, shared_directory: Callable) -> Path:
+    """Train everything that the tests of this module look at; return the directory of the runs."""
+    return shared_directory("ranks", lambda directory: train_all(forks, directory))
 
 
-def train_all(directory: Path) -> None:
+def train_all(forks: Forks, directory: Path) -> None:
     write_recipes(directory)
     curves = {
         strategy: [job(directory, strategy, method, mode) for mode in MODES for method in METHODS]
         for strategy in ("one", *STRATEGIES)
     }
-    start(directory, "one", curves["one"])
-    start(directory, "fsdp", [*curves["fsdp"], *resumes_to(directory, "fsdp")])
+    start(forks, directory, "one", curves["one"])
+    start(forks, directory, "fsdp", [*curves["fsdp"], *resumes_to(directory, "fsdp")])
     stopped = job(directory, "stopped", "sft", "dropout", terminate={"rank": 1, "step": 2})
     stopped["set"] = ["sft.save_steps=100"]
     other = job(directory, "other", "sft", "full", rank_set={"1": ["seed=1"]})
@@ -98,6 +87,7 @@ def train_all(directory: Path) -> None:
     )
     (directory / "rows.jsonl").write_text('{"prompt": "<|im_start|>", "completion": "x"}\n')
     start(
+        forks,
         directory,
         "ddp",
         [
@@ -111,7 +101,7 @@ def train_all(directory: Path) -> None:
             unread,
         ],
     )
-    start(directory, "one", resumes_to(directory, "one"))
+    start(forks, directory, "one", resumes_to(directory, "one"))
 
 
 def test_every_method_has_one_curve_on_one_process_two_with_ddp_and_two_with_fsdp(runs: Path) -> None:
@@ -231,7 +221,7 @@ MORE = {
 
 
 @pytest.mark.slow
-def test_every_kind_of_reference_loss_and_precision_has_one_curve(tmp_path: Path) -> None:
+def test_every_kind_of_reference_loss_and_precision_has_one_curve(forks: Forks, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"say {n}", "chosen": "yes" * (n % 4 + 1), "rejected": "no" * (n % 3 + 1),
          "label": (0.25, 0.75, 1.0)[n % 3]}
@@ -247,7 +237,7 @@ def test_every_kind_of_reference_loss_and_precision_has_one_curve(tmp_path: Path
             for name, (_, stage) in MORE.items()
             if not (strategy == "fsdp" and "nf4" in name)
         ]
-        start(tmp_path, strategy, [first, *jobs] if strategy == "one" else jobs, timeout=1800)
+        start(forks, tmp_path, strategy, [first, *jobs] if strategy == "one" else jobs)
     for name in MORE:
         for strategy in STRATEGIES:
             if (tmp_path / strategy / name).exists():
@@ -257,17 +247,17 @@ def test_every_kind_of_reference_loss_and_precision_has_one_curve(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_three_processes_have_the_curve_of_one(tmp_path: Path) -> None:
+def test_three_processes_have_the_curve_of_one(forks: Forks, tmp_path: Path) -> None:
     write_recipes(tmp_path)
     for strategy in ("one", "ddp"):
         more = {"set": ["sft.batch_size=12", "sft.micro_batch_size=2"]}
-        start(tmp_path, strategy, [job(tmp_path, strategy, "sft", "full", **more)], processes=3)
+        start(forks, tmp_path, strategy, [job(tmp_path, strategy, "sft", "full", **more)], processes=3)
     found = largest_difference(tmp_path / "one" / "sft-full", tmp_path / "ddp" / "sft-full")
     assert max(found.values()) < 1e-4, found
 
 
 @pytest.mark.slow
-def test_the_best_weights_are_those_of_one_process_and_of_a_run_that_was_stopped(tmp_path: Path) -> None:
+def test_the_best_weights_are_those_of_one_process_and_of_a_run_that_was_stopped(forks: Forks, tmp_path: Path) -> None:
     write_recipes(tmp_path)
     keys = {"keep_best": "-loss", "patience": 2, "evaluate_every": 1, "eval_steps": 1, "eval_share": "null",
             "save_steps": 1, "keep_checkpoints": 1, "learning_rate": 0.1, "lr_scheduler_type": "constant",
@@ -275,9 +265,9 @@ def test_the_best_weights_are_those_of_one_process_and_of_a_run_that_was_stopped
     sets = ["evaluate={max_rows: 4, max_new_tokens: 4}", *(f"sft.{key}={value}" for key, value in keys.items())]
     one, *several = (job(tmp_path, strategy, "sft", "lora", set=sets) for strategy in ("one", *STRATEGIES, "stopped"))
     stopped = several.pop()
-    start(tmp_path, "one", [one])
-    start(tmp_path, "ddp", [several[0], stopped | {"terminate": {"rank": 1, "step": 1}}, stopped])
-    start(tmp_path, "fsdp", several[1:])
+    start(forks, tmp_path, "one", [one])
+    start(forks, tmp_path, "ddp", [several[0], stopped | {"terminate": {"rank": 1, "step": 1}}, stopped])
+    start(forks, tmp_path, "fsdp", several[1:])
     whole = outcome(tmp_path, "one/sft-lora", 0)
     best, last = whole["metrics"]["kept_step"], whole["step"]
     assert last == best + 2 < 12  # two evaluations were no better

@@ -52,6 +52,15 @@ def disturb(model: torch.nn.Module) -> None:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
+def moved_logps(trainer: object) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """A batch, and its completions' log-probabilities before the policy moved and after."""
+    model = trainer.model.eval()  # type: ignore[attr-defined]
+    batch = first_batch(trainer)
+    before = completion_logps(model, batch)
+    disturb(model)
+    return batch, before, completion_logps(model, batch)
+
+
 @pytest.mark.parametrize("lora", ["", LORA], ids=["full", "lora"])
 @pytest.mark.parametrize(
     ("options", "by_hand"),
@@ -70,11 +79,7 @@ def test_dpo_losses_equal_those_computed_from_plain_logits(
 ) -> None:
     built = build(make_stage(f"{BASE}{lora}dpo: {{{PAIRS}, {SHORT}, beta: 0.1{options}}}", "dpo"), tmp_path)
     trainer = built.trainer
-    trainer.model.eval()
-    batch = first_batch(trainer)
-    before = completion_logps(trainer.model, batch)
-    disturb(trainer.model)
-    after = completion_logps(trainer.model, batch)
+    batch, before, after = moved_logps(trainer)
     ratios = after - before
     margins = ratios[:4] - ratios[4:]
     assert margins.abs().max() > 0.1
@@ -152,11 +157,8 @@ def test_soft_labels_train_towards_the_label(make_stage: Callable, write_rows: C
     write_rows(rows)
     stage = make_stage(f"{BASE}dpo: {{data: ./rows.jsonl, {SHORT}, beta: 0.5}}", "dpo")
     trainer = build(stage, tmp_path).trainer
-    trainer.model.eval()
-    batch = first_batch(trainer)
-    before = completion_logps(trainer.model, batch)
-    disturb(trainer.model)
-    ratios = completion_logps(trainer.model, batch) - before
+    batch, before, after = moved_logps(trainer)
+    ratios = after - before
     scaled = 0.5 * (ratios[:4] - ratios[4:])
     expected = -0.25 * torch.nn.functional.logsigmoid(scaled) - 0.75 * torch.nn.functional.logsigmoid(-scaled)
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(expected.mean().item(), rel=1e-4)
@@ -353,11 +355,7 @@ def test_losses_of_trl_and_their_mixes_are_those_of_their_papers(
              "mpo": "[sigmoid, bco_pair, sft], loss_weights: [0.8, 0.2, 1.0]"}  # fmt: skip
     text = f"{BASE}dpo: {{{PAIRS}, {SHORT}, beta: 0.1, loss_type: {mixes.get(loss, loss)}}}"
     trainer = build(make_stage(text, "dpo"), tmp_path).trainer  # type: ignore[attr-defined]
-    trainer.model.eval()
-    batch = first_batch(trainer)
-    before = completion_logps(trainer.model, batch)
-    disturb(trainer.model)
-    after = completion_logps(trainer.model, batch)
+    batch, before, after = moved_logps(trainer)
     chosen, rejected = (0.1 * (after - before)).chunk(2)
     sigmoid = torch.nn.functional.logsigmoid
     nll = -after[:4].sum() / batch["completion_mask"][:4, 1:].sum()
@@ -489,9 +487,9 @@ print(compare_probes(before, probe(accelerator.unwrap_model(wrapped, keep_fp32_w
 """
 
 
-def test_a_probe_is_taken_without_the_autocast_wrapper_of_training(run_python: Callable) -> None:
+def test_a_probe_is_taken_without_the_autocast_wrapper_of_training(run_code: Callable) -> None:
     """Under bfloat16 autocast the wrapped model rounds; what is compared after saving must not."""
-    assert run_python("-c", AUTOCAST).stdout == "False\nTrue\n"
+    assert run_code(AUTOCAST).stdout == "False\nTrue\n"
 
 
 @pytest.mark.parametrize(
