@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,9 +79,7 @@ def test_two_models_stand_side_by_side(models: tuple[Path, Path], open_terminal:
     assert terminal.process.wait(timeout=30) == 0
 
 
-def test_a_pipe_gets_answers_only(
-    models: tuple[Path, Path], run_code: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_pipe_gets_answers_only(models: tuple[Path, Path], run_code: Callable) -> None:
     script = (
         "import io, sys; sys.stdin = io.StringIO('hello\\nagain\\n')\n"
         "sys.argv = ['alignkit', 'chat', sys.argv[1], '--temperature', '0', '--max-new-tokens', '5']\n"

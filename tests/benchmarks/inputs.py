@@ -81,11 +81,7 @@ def make_rows(kind: str, num: int, *, seed: int = 0, words: int | None = None) -
         elif kind == "sft":
             yield {"prompt": prompt, "completion": f" {_sentence(draw, words or 3, words or 50)}."}
         else:
-            yield {
-                "prompt": prompt,
-                "chosen": f" {_sentence(draw, 3, 40)}.",
-                "rejected": f" {_sentence(draw, 3, 40)}!",
-            }
+            yield {"prompt": prompt, "chosen": f" {_sentence(draw, 3, 40)}.", "rejected": f" {_sentence(draw, 3, 40)}!"}
 
 
 def _sentence(draw: random.Random, shortest: int, longest: int) -> str:

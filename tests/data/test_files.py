@@ -102,10 +102,7 @@ def test_what_is_no_object_is_a_bad_row_and_reading_goes_on(lines: Lines) -> Non
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "one"}\n{"text": "caf\xe9"}\n{"text": "three"}\n')
-    assert entries(path)[1] == (
-        "rows.jsonl:2",
-        "byte 0xe9 at byte 14 of the line is not UTF-8; save the file as UTF-8",
-    )
+    assert entries(path)[1] == ("rows.jsonl:2", "byte 0xe9 at byte 14 of the line is not UTF-8; save the file as UTF-8")
     assert len(entries(path)) == 3
 
 

@@ -268,9 +268,7 @@ def test_damaged_rows_of_every_format_are_read_or_refused_in_words(count: int) -
     random, read = Random(count), 0
     for number in range(0, count, 50):
         detector = Detector(
-            random.choice(["auto"] * 20 + NAMES),
-            for_prompts=random.random() < 0.2,
-            keeps_columns=random.random() < 0.1,
+            random.choice(["auto"] * 20 + NAMES), for_prompts=random.random() < 0.2, keeps_columns=random.random() < 0.1
         )
         shape = random.choice(SHAPES)
         rows = [shape(number + place) | random.choice([*[{}] * 9, random.choice(SHAPES)(place)]) for place in range(50)]

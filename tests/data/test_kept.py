@@ -81,9 +81,7 @@ def test_rows_are_read_anew_where_the_disk_is_full(
     assert opened == ["a.jsonl"] * 4  # in either pass for the commonest format, then for the rows
 
 
-def test_what_is_read_further_goes_on_where_the_last_pass_ended(
-    read: Read, lines: Callable[..., Path], opened: list[str]
-) -> None:
+def test_what_is_read_further_goes_on_where_the_last_pass_ended(read: Read, lines: Callable, opened: list[str]) -> None:
     lines("a.jsonl", [{"text": f"{n}"} for n in range(5000)])
     for most in (3, 4500, 100, None, 4096):
         assert len(read("sft", "a.jsonl", max_rows=most).rows) == (most or 5000)

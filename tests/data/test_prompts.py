@@ -33,9 +33,7 @@ FUNCTION = [{"function": "m:f"}]
         ({"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}, USER),
     ],
 )
-def test_the_prompt_of_every_kind_of_row(
-    read: Callable[..., Any], lines: Callable[..., Path], record: dict[str, Any], prompt: Any
-) -> None:
+def test_the_prompt_of_every_kind_of_row(read: Callable, lines: Callable, record: dict[str, Any], prompt: Any) -> None:
     lines("a.jsonl", [record])
     (row,) = read("ppo", "a.jsonl", reward="x/y").rows
     assert row == Row("prompt", prompt, (), None, None, None, "a.jsonl:1", "")
@@ -65,9 +63,7 @@ def test_empty_prompts_are_refused_with_their_place(read: Callable[..., Any], li
     assert "b.jsonl:3: prompt: the last turn is assistant; it must be user" in message
 
 
-def test_rows_that_differ_in_their_answers_only_are_one_prompt(
-    read: Callable[..., Any], lines: Callable[..., Path]
-) -> None:
+def test_rows_that_differ_in_their_answers_only_are_one_prompt(read: Callable, lines: Callable) -> None:
     lines("a.jsonl", [{"prompt": "Hi?", "completion": "a"}, {"prompt": "Hi?", "completion": "b"}])
     assert len(read("ppo", "a.jsonl", reward="x/y", dedupe=True).rows) == 1
 

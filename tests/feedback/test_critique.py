@@ -99,9 +99,7 @@ def test_helpful_answers_are_added_as_they_are(asked: Callable[..., Stage], writ
     assert len(seeds) == 6  # each sample draws its own numbers
 
 
-def test_a_chain_that_breaks_is_counted_with_its_reason(
-    asked: Callable[..., Stage], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_chain_that_breaks_is_counted_with_its_reason(asked: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     def reply(payload: dict[str, Any]) -> str:
         said = scribe(payload)
         if "number 3" in payload["messages"][0]["content"] and said == "answer 2":

@@ -147,9 +147,7 @@ def test_hard_labels_have_no_label_and_people_s_comparisons_are_mixed_in(
     assert soft[-1] == {"prompt": messages("Text?"), **sides, "label": 1.0}
 
 
-def test_published_labels_stand_in_for_a_judge(
-    make_stage: MakeStage, write_rows: Callable[..., Path], constitution: str
-) -> None:
+def test_published_labels_stand_in_for_a_judge(make_stage: MakeStage, write_rows: Callable, constitution: str) -> None:
     data = write_rows([{"prompt": f"Q{n}", "chosen": "a", "rejected": "b"} for n in range(3)])
     known = [
         {"prompt": "Q0", "chosen": "b", "rejected": "a", "label": 0.8},

@@ -23,9 +23,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_method_runs_and_its_run_is_read(
-    kind: str, tmp_path: Path, run_card: Callable, note: Callable[..., None]
-) -> None:
+def test_every_method_runs_and_its_run_is_read(kind: str, tmp_path: Path, run_card: Callable, note: Callable) -> None:
     recipe = str(REPOSITORY / "recipes/smoke.yaml")
     options = ["--set", "launch.device=cuda", "--set", "model.path=builtin:tiny-llama", *KINDS[kind]]
     for method in ("sft", "rm", "ppo", "dpo"):
@@ -83,9 +81,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "adamw_8bit"])
-def test_bitsandbytes_optimizers_resume(
-    optim: str, tmp_path: Path, run_card: Callable, note: Callable[..., None]
-) -> None:
+def test_bitsandbytes_optimizers_resume(optim: str, tmp_path: Path, run_card: Callable, note: Callable) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "name: o\nmodel: {path: builtin:tiny-llama}\nlaunch: {device: cuda}\nsft: {data: {path: builtin:instructions, "
@@ -104,9 +100,7 @@ def test_bitsandbytes_optimizers_resume(
     assert largest == 0.0
 
 
-def test_torch_compile_and_activation_offloading_train(
-    tmp_path: Path, run_card: Callable, note: Callable[..., None]
-) -> None:
+def test_torch_compile_and_activation_offloading_train(tmp_path: Path, run_card: Callable, note: Callable) -> None:
     for number, option in enumerate(("torch_compile: true", "activation_offloading: true")):
         recipe = tmp_path / f"recipe{number}.yaml"
         recipe.write_text(

@@ -75,10 +75,7 @@ def test_bf16_margins_of_probe_and_step_zero(kind: str, tmp_path: Path, note: Ca
     with torch.autocast("cuda", torch.bfloat16):
         cast = take_probe(trainer.model, vocab_size=size, reward=False)
     scale = max(1.0, max(map(abs, first["values"])))
-    margins = {
-        "twice": _furthest(first, second) / scale,
-        "autocast": _furthest(first, cast) / scale,
-    }
+    margins = {"twice": _furthest(first, second) / scale, "autocast": _furthest(first, cast) / scale}
     trainer.model.save_pretrained(tmp_path / "saved")
     if kind == "full":
         loaded = load_trained(tmp_path / "saved", device="cuda")

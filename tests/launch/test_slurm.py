@@ -351,9 +351,7 @@ LISTENS = "trap 'echo got >>$RECORD/got; sleep 0.3; exit 143' USR1; touch $RECOR
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_reaches_the_task_once_and_the_job_is_requeued(
-    number: int, start: Callable[..., Body], fakes: Path
-) -> None:
+def test_a_signal_reaches_the_task_once_and_the_job_is_requeued(number: int, start: Callable, fakes: Path) -> None:
     ended = start(LISTENS).send(number).end()
     assert (ended.code, ended.requeued) == (143, True), ended.stderr
     assert (fakes / "got").read_text() == "got\n"
@@ -381,9 +379,7 @@ def test_the_first_node_to_fail_tells_the_code(start: Callable[..., Body], fakes
     assert not list(Path("runs/r/sft/launch").glob("ended-*"))
 
 
-def test_several_nodes_meet_at_the_first_and_foreign_ranks_are_forgotten(
-    start: Callable[..., Body], fakes: Path
-) -> None:
+def test_several_nodes_meet_at_the_first_and_foreign_ranks_are_forgotten(start: Callable, fakes: Path) -> None:
     task = 'echo "$MASTER_ADDR $MASTER_PORT ${RANK:-none} $PWD" >$RECORD/seen'
     assert start(task, launch="{device: cpu, nodes: 2}").end().code == 0
     assert (fakes / "seen").read_text() == f"n7 12077 none {Path.cwd()}\n"

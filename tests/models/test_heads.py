@@ -13,15 +13,7 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 from alignkit.models.chat import Chat
-from alignkit.models.heads import (
-    ScoreHead,
-    arrange,
-    encode_tasks,
-    language_losses,
-    row_logits,
-    task_losses,
-    write_task,
-)
+from alignkit.models.heads import ScoreHead, arrange, encode_tasks, language_losses, row_logits, task_losses, write_task
 from alignkit.models.load import load_reward_model
 from alignkit.models.start import builtin_tokenizer
 

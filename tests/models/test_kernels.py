@@ -199,18 +199,7 @@ def check_equal(models: tuple[nn.Module, nn.Module], read: Callable[[nn.Module],
             torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=2e-6, msg=name)
 
 
-FAMILIES = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "granite",
-    "gemma",
-    "phi3",
-    "gemma3_text",
-    "gpt2",
-]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "phi3", "gemma3_text", "gpt2"]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

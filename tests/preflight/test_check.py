@@ -6,13 +6,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import EnvironmentProblem, Problem, RecipeError, UsageError
-from alignkit.preflight.check import (
-    CheckReport,
-    StageCheck,
-    check_recipe,
-    find_doubts,
-    require_space,
-)
+from alignkit.preflight.check import CheckReport, StageCheck, check_recipe, find_doubts, require_space
 from alignkit.preflight.requirements import require_packages
 from alignkit.recipe import load_recipe, resolve
 

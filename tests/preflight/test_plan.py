@@ -93,8 +93,7 @@ NAMED = {"llama-qlora": 24, "ppo-llama-qlora": 48, "rlaif-llama": 48, "qwen-lora
 
 
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow) for path in SHIPPED],
+    "path", [pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow) for path in SHIPPED]
 )
 def test_a_shipped_recipe_fits_the_card_that_it_names(path: Path, tmp_path: Path) -> None:
     devices, device = read_claim(path)
@@ -182,9 +181,7 @@ def load_recipe_text(text: str) -> Any:
         return load_recipe(file)
 
 
-def test_what_does_not_fit_does_with_the_keys_that_are_named(
-    plan: Callable[..., Plan], shapes: Path, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_does_with_the_keys_that_are_named(plan: Callable, shapes: Path, tmp_path: Path) -> None:
     full = f"model: {{path: {shapes / '1B'}}}\n"
     full += "sft: {data: builtin:instructions, batch_size: 8, micro_batch_size: 4}\n"
     lora = full + "lora: {}\n"

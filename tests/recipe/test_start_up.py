@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy", "pyarrow", "rich")
 
@@ -24,9 +23,7 @@ except RecipeError as error:
 """
 
 
-def test_neither_a_good_nor_a_bad_recipe_loads_a_training_library(
-    run_python: Callable[..., CompletedProcess[str]], directory: Path
-) -> None:
+def test_neither_a_good_nor_a_bad_recipe_loads_a_training_library(run_python: Callable, directory: Path) -> None:
     (directory / "good.yaml").write_text("model: {path: gpt2}\nsft: {data: x/y}\n")
     (directory / "bad.yaml").write_text("model: {path: gpt2}\nsft: {dta: x/y}\n")
     done = run_python("-c", SCRIPT)

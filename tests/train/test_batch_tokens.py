@@ -32,9 +32,7 @@ def test_every_row_is_in_one_batch_that_fits() -> None:
     assert [rows.tolist() for rows in batches] != [rows.tolist() for rows in other]
 
 
-def test_loss_of_a_step_is_the_mean_over_its_tokens(
-    make_stage: Callable[..., Stage], write_rows: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_loss_of_a_step_is_the_mean_over_its_tokens(make_stage: Callable, write_rows: Callable, tmp_path: Path) -> None:
     write_rows(ROWS)
     run = RunDir(tmp_path / "run")
     run.path.mkdir()

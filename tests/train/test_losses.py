@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignkit.train.losses import (
-    Pairs,
-    best_of_loss,
-    cdpo,
-    ipo_sum,
-    kway_loss,
-    pairwise_losses,
-    sequence_logps,
-)
+from alignkit.train.losses import Pairs, best_of_loss, cdpo, ipo_sum, kway_loss, pairwise_losses, sequence_logps
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 

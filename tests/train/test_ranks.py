@@ -211,10 +211,7 @@ MORE = {
     "kto": (f"{LLAMA}dpo: {{{PAIRS}, loss_type: kto, {AUTO}}}", "dpo"),
     "kto-lora": (f"{LLAMA}{LORA}dpo: {{{PAIRS}, loss_type: kto, {AUTO}}}", "dpo"),
     "best-of-rm": (f"{LLAMA}rm: {{data: {{path: builtin:ranked, max_rows: 30}}, loss: best_of, {COMMON}}}", "rm"),
-    "nf4-dpo": (
-        f"model: {{path: builtin:tiny-llama, quantization: nf4}}\n{LORA}dpo: {{{PAIRS}, {COMMON}}}",
-        "dpo",
-    ),
+    "nf4-dpo": (f"model: {{path: builtin:tiny-llama, quantization: nf4}}\n{LORA}dpo: {{{PAIRS}, {COMMON}}}", "dpo"),
     "bf16-lora-sft": (f"model: {{path: builtin:tiny-llama, dtype: bfloat16}}\n{LORA}sft: {{{ROWS}, {COMMON}}}", "sft"),
     "mixed-lora-dpo": (f"{LLAMA}launch: {{mixed_precision: bf16}}\n{LORA}dpo: {{{PAIRS}, {COMMON}}}", "dpo"),
 }

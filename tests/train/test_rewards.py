@@ -164,9 +164,7 @@ def test_a_damaged_norm_is_named(build: Callable[..., Rewards], tmp_path: Path) 
         build("./rm")
 
 
-def test_an_adapter_held_on_the_policys_base_is_asked_and_normalised(
-    build: Callable[..., Rewards], tmp_path: Path
-) -> None:
+def test_an_adapter_held_on_the_policys_base_is_asked_and_normalised(build: Callable, tmp_path: Path) -> None:
     own_model(tmp_path / "rm", template=chatml(), norm=True)
     asked: list[list[list[int]]] = []
 
