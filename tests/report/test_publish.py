@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -22,6 +23,12 @@ Run = Callable[..., CompletedProcess[str]]
 def hub() -> Iterator[Hub]:
     with serve_hub() as hub:
         yield hub
+
+
+@pytest.fixture
+def run_alignkit(run_python: Run) -> Run:
+    """A process of its own: the library of the hub reads its variables as it is imported."""
+    return partial(run_python, "-m", "alignkit")
 
 
 def push(run_alignkit: Run, run: Path, hub: Hub, *more: str, token: str = TOKEN) -> CompletedProcess[str]:
