@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -96,6 +97,8 @@ def plan(
     overrides: Overrides = None, trust_code: TrustCode = False, as_json: AsJson = False) -> None:  # fmt: skip
     """Say what each stage will need: memory and what it is made of, what fits, steps, hours, disk."""
     loaded = _load(recipe, overrides)
+    if not probe:  # PEFT would import it, and it compiles functions as it is: 1.5 seconds for nothing that is traced
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     from alignkit.preflight.plan import Device, plan_recipe
 
     device = Device.find(gpu, memory)

@@ -18,8 +18,6 @@ from transformers import PreTrainedConfig, PrinterCallback, TrainerCallback
 from alignkit.data import Rejects
 from alignkit.errors import AlignKitError, EnvironmentProblem, ModelError, UsageError, suggest
 from alignkit.models.chat import load_chat
-from alignkit.models.files import find_model_dir
-from alignkit.models.start import choose_family, read_config
 from alignkit.preflight.check import start_today
 from alignkit.preflight.doctor import Table
 from alignkit.preflight.requirements import list_feedback_models, locate_rows
@@ -30,6 +28,7 @@ from alignkit.runs.record import memory_bytes
 from alignkit.train import memory
 from alignkit.train.encode import longest_sequence
 from alignkit.train.tables import learn_vocabulary, prepare_tables
+from alignkit.train.trace import num_devices, one_process, recomputes
 
 _GIB = 2**30
 _READ_BYTES = 64 << 20  # rows in larger files are not tokenised for a plan
@@ -100,6 +99,7 @@ class Plan:
         return asdict(self) | {"device": device, "fits": all(stage["fits"] for stage in self.stages)}
 
 
+@one_process()
 def plan_recipe(
     recipe: Recipe, device: Device, *, devices: int | None = None, tokens: int | None = None, rate: float | None = None,
     probes: bool = False, trust_code: bool = False) -> Plan:  # fmt: skip
@@ -112,7 +112,7 @@ def plan_recipe(
     if devices is not None:
         spread = {"processes": devices, "nodes": 1}
         stages = [stage if stage.method in FEEDBACK else _change(stage, launch=spread) for stage in stages]
-    plan = Plan(recipe.path, device, devices or max(map(memory.num_devices, stages)))
+    plan = Plan(recipe.path, device, devices or max(map(num_devices, stages)))
     longest = max((int(stage.trainer.get("max_length") or 0) for stage in stages), default=0) or 1024
     for stage in stages:
         plan.stages.append(planned := _plan_stage(stage, device, tokens=tokens, longest=longest))
@@ -151,7 +151,7 @@ def _plan_stage(stage: Stage, device: Device, *, tokens: int | None, longest: in
     wanted = getattr(options, "micro_batch_size", None)
     micro = getattr(options, "batch_size", 1) if wanted is None else wanted
     if wanted == "auto":  # what training would take
-        sizes = memory.micro_batches(stage, memory.num_devices(stage))
+        sizes = memory.micro_batches(stage, num_devices(stage))
         micro = max((size for size in sizes if size <= (largest or 1) or device.kind == "cpu"), default=sizes[0])
     found = fit.predict(stage, micro)
     advice = [fit.advise()] if found.needs > device.bytes else []
@@ -176,36 +176,30 @@ class _Fit:
     def __init__(self, stage: Stage, config: PreTrainedConfig, device: Device, row: dict[str, Any]) -> None:
         self._stage, self._config, self._device, self._row = stage, config, device, row
         self.notes: list[str] = []
-        self._foreign: Counter[str] = Counter()  # bytes of gold rewards, judges, generators and teachers
-        asked = [(key, source.model) for key, source in stage.rewards if key == "gold"]
-        for role, source in [*asked, *((key, model.model) for key, model in list_feedback_models(stage))]:
+        self._foreign: Counter[str] = Counter()  # bytes of judges, generators and teachers
+        for role, source in ((key, model.model) for key, model in list_feedback_models(stage)):
             if not source or source.startswith("builtin:") or source in stage.source_stages:
                 continue
-            if (directory := find_model_dir(source)) is not None:
-                self._foreign[role] += sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-                continue
             try:
-                like = read_config(source)
+                self._foreign[role] += memory.size_model(source, device.kind)[0]
             except AlignKitError:
-                like = config
+                self._foreign[role] += memory.count_weights(config) * (2 if device.kind == "cuda" else 4)
                 self.notes.append(f"{source} taken as large as the policy, as its config is not here")
-            with torch.device("meta"):  # on the hub: 16 bits a weight
-                self._foreign[role] += 2 * sum(map(torch.numel, choose_family(like).from_config(like).parameters()))
 
     def predict(self, stage: Stage, micro: int) -> memory.Prediction:
         kind, foreign = self._device.kind, self._foreign
         return memory.predict(stage, self._config, micro=micro, device=kind, foreign=foreign, **self._row)
 
     def largest(self, stage: Stage) -> int | None:
-        """The largest micro batch up to 256 that fits, by halves; None where not one row does."""
+        """The largest micro batch up to 256 that fits, by halves, the largest first; None where not one row does."""
         trains = isinstance(stage.options, TrainOptions)
-        share = stage.training.batch_size // memory.num_devices(stage) if trains else 256
+        share = stage.training.batch_size // num_devices(stage) if trains else 256
         sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if share % size == 0]
-        low, high = -1, len(sizes)  # fits, does not
+        low, high, middle = -1, len(sizes), len(sizes) - 1  # fits, does not
         while high - low > 1:
-            middle = (low + high) // 2
             fits = self.predict(stage, sizes[middle]).needs <= self._device.bytes
             low, high = (middle, high) if fits else (low, middle)
+            middle = (low + high) // 2
         return None if low < 0 else sizes[low]
 
     def advise(self) -> str:
@@ -223,7 +217,7 @@ class _Fit:
 
     def _list_changes(self) -> Iterator[tuple[str, Callable[[Stage], Stage]]]:
         stage, trains = self._stage, isinstance(self._stage.options, TrainOptions)
-        fields = {"gradient_checkpointing": trains and not memory.recomputes(stage)}
+        fields = {"gradient_checkpointing": trains and not recomputes(stage)}
         fields["precompute_ref_log_probs"] = stage.method == "dpo" and stage.lora is None
         for name in (name for name, helps in fields.items() if helps and not stage.trainer.get(name)):
             yield f"{stage.name}.{name}: true", partial(_change, trainer={name: True})
@@ -232,7 +226,7 @@ class _Fit:
         if stage.model.quantization == "none" and stage.model.init != "scratch":
             yield "model.quantization: nf4", partial(_change, model={"quantization": "nf4"})
         for number in (2, 4, 8, 16, 32, 64) if trains else ():
-            if number > memory.num_devices(stage) and stage.training.batch_size % number == 0:
+            if number > num_devices(stage) and stage.training.batch_size % number == 0:
                 launch = {"processes": min(number, 8), "nodes": -(-number // 8), "strategy": "fsdp"}
                 said = ", ".join(f"launch.{key}: {value}" for key, value in launch.items() if value != 1)
                 yield said, partial(_change, launch=launch)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from benchmarks.recipes import SHIPPED, plan_shipped, read_claim
 from datasets import Dataset
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from alignkit.errors import UsageError
 from alignkit.preflight.plan import Device, Plan, plan_recipe
 from alignkit.recipe import load_recipe, resolve
-from alignkit.train import memory, setup
+from alignkit.train import memory, setup, trace
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -125,13 +125,13 @@ def test_layers_that_repeat_are_as_many_as_the_whole_has(shapes: Path, tmp_path:
     config = LlamaConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=512)  # fmt: skip
     for name, kind in (("sft", "words"), ("rm", "score")):
-        stage, shape = resolve(load_recipe(tmp_path / "r.yaml"), name), memory.Shape(2, 96, kind)
-        found = memory.trace(stage, config, shape, "cuda")
-        assert memory.trace(stage, config, shape, "cuda") == found  # read from the cache
+        stage, shape = resolve(load_recipe(tmp_path / "r.yaml"), name), trace.Shape(2, 96, kind)
+        found = trace.trace(stage, config, shape, "cuda")
+        assert trace.trace(stage, config, shape, "cuda") == found  # read from the cache
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "_depths", lambda *_: (0, 0))
+            patch.setattr(trace, "_depths", lambda *_: (0, 0))
             patch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-            whole = memory.trace(stage, config, shape, "cuda")
+            whole = trace.trace(stage, config, shape, "cuda")
         assert found.rest == whole.rest and found.trained == whole.trained
         for phase, parts in found.phases.items():
             assert sum(parts.values()) == pytest.approx(sum(whole.phases[phase].values()), rel=0.002)
@@ -277,6 +277,35 @@ def test_ppo_holds_its_roles_and_the_cache_of_what_it_writes(plan: Callable[...,
     # keys and values of 4 layers, 8 heads of 16, in 16 bits: of 4 prompts when the last layer has read them
     cache = 2 * 4 * 8 * 16 * 2 * 4 * 1024
     assert found["evaluate"]["parts"]["KV cache"] * GIB == pytest.approx(cache, rel=0.01)
+
+
+def test_every_reward_model_is_whole_on_each_device(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    shape = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_labels=1)
+    scores = LlamaForSequenceClassification(shape)
+    scores.save_pretrained(tmp_path / "scores")
+    size, model = 4 * scores.num_parameters(), f"{{model: {tmp_path / 'scores'}}}"
+    cpu = Device("CPU", "cpu", 4 * GIB)
+
+    def held(ppo: str, launch: str = "", lora: str = "", device: Device = cpu) -> dict[str, float]:
+        text = TINY.replace("cpu}", f"cpu{launch}}}") + lora + "rm: {data: builtin:preferences}\n"
+        text += f"ppo: {{data: builtin:prompts, batch_size: 8, max_steps: 4, {ppo}}}\n"
+        return {name: part * GIB for name, part in plan(text, device).stages[-1]["parts"].items()}
+
+    two, shared = f"reward: [{model}, {model}], gold: {model}", ", processes: 2, strategy: "
+    for strategy in ("ddp", "fsdp", "zero2", "zero3"):
+        found = held(two, shared + strategy)
+        assert (found["reward"], found["gold"]) == (2 * size, size)
+    assert held(two, device=CARD)["reward"] == 2 * size  # another's, in the numbers of its files
+    without = held(f"{two}, advantage: grpo")
+    assert without["reward"] == 2 * size and "critic" not in without
+    # One of our own, although no critic starts from it; a copy of the policy, or an adapter on its base.
+    own = held("reward: rm, value_init: policy")
+    assert own["reward"] == pytest.approx(own["weights"], rel=1e-3)
+    on_base = held("reward: rm, value_init: policy", lora="lora: {}\n")
+    assert on_base["reward"] == pytest.approx(on_base["adapters"], rel=0.01) and "critic" not in on_base
+    # Another base: whole beside the adapters, and the critic is a head on the policy.
+    other = held(f"reward: {model}", lora="lora: {}\n")
+    assert other["reward"] == size and "critic" not in other
 
 
 def test_a_judge_on_the_hub_is_counted_and_said(plan: Callable[..., Plan], shapes: Path) -> None:
