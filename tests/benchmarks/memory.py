@@ -1,4 +1,4 @@
-"""Predicted against measured memory of 24 trainings on the CPU; writes MEMORY.md beside this file.
+"""Predicted against measured memory of 26 trainings on the CPU; writes MEMORY.md beside this file.
 
     python tests/benchmarks/memory.py [--only REGEX]
 
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from alignkit.cli import quiet_libraries
 from alignkit.recipe import load_recipe, resolve
@@ -39,6 +39,7 @@ CASES = [
     )
     if not (method != "sft" and length == 128)
 ]
+CASES += [("ppo", kind, False, 128) for kind in ("full", "LoRA")]  # with two reward models, of which no critic starts
 
 
 def write_recipe(directory: Path, method: str, kind: str, recomputes: bool, length: int) -> Path:
@@ -56,12 +57,24 @@ def write_recipe(directory: Path, method: str, kind: str, recomputes: bool, leng
             if method != "sft":
                 row = {"prompt": f"{number:08d}", "chosen": answer, "rejected": answer[::-1]}
             file.write(json.dumps(row) + "\n")
+    more = f"max_length: {length}, gradient_checkpointing: {str(recomputes).lower()}"
+    if method == "ppo":  # half of a row is written
+        rewards = [str(directory / name) for name in ("one", "two")]
+        for reward in rewards:
+            shape = LlamaConfig(**MODEL, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+            LlamaForSequenceClassification(shape).save_pretrained(reward)
+            tokenizer.save_pretrained(reward)
+        (directory / "rows.jsonl").write_text(
+            "".join(json.dumps({"prompt": f"{number:0{length // 2}d}"}) + "\n" for number in range(4 * ROWS))
+        )
+        more = f"reward: [{', '.join(f'{{model: {reward}}}' for reward in rewards)}], max_new_tokens: {length // 2}, "
+        more += f"min_new_tokens: {length // 2}, minibatches: 1, gradient_checkpointing: {str(recomputes).lower()}"
     recipe = directory / "recipe.yaml"
     recipe.write_text(
         f"name: memory\nmodel: {{path: {directory / 'model'}, quantization: {'nf4' if kind == 'nf4' else 'none'}}}\n"
         f"launch: {{device: cpu}}\n{'' if kind == 'full' else 'lora: {dropout: 0.0}'}\n"
         f"{method}: {{data: {directory / 'rows.jsonl'}, chat: false, max_steps: 2, batch_size: {ROWS}, "
-        f"micro_batch_size: {ROWS}, max_length: {length}, gradient_checkpointing: {str(recomputes).lower()}, "
+        f"micro_batch_size: {ROWS}, {more}, "
         "logging_strategy: 'no', save_strategy: 'no'}\n"
     )
     return recipe
@@ -84,7 +97,10 @@ def _measure(method: str, kind: str, recomputes: bool, length: int, directory: P
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer = module.build(stage, run).trainer
-        for parameter in filter(torch.is_floating_point, trainer.model.parameters()):
+        models = [trainer.model]
+        if method == "ppo":
+            models += [trainer.roles.reference or trainer.model, *trainer.collector.rewards.modules]
+        for parameter in filter(torch.is_floating_point, itertools.chain(*(model.parameters() for model in models))):
             parameter.data = parameter.data.clone()  # what is mapped from a file does not come from the allocator
         gc.collect()
         with torch.profiler.record_function("BUILT"):
@@ -106,7 +122,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     only = parser.parse_args().only
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    for method in ("sft", "dpo", "rm"):
+    for method in ("sft", "dpo", "rm", "ppo"):
         importlib.import_module(f"alignkit.train.{method}")
     lines = [
         "# Memory, predicted and measured",
