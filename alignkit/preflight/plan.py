@@ -181,7 +181,7 @@ class _Fit:
             if not source or source.startswith("builtin:") or source in stage.source_stages:
                 continue
             try:
-                self._foreign[role] += memory.size_model(source, device.kind)[0]
+                self._foreign[role] += int(memory.size_model(source, device.kind)[0])
             except AlignKitError:
                 self._foreign[role] += memory.count_weights(config) * (2 if device.kind == "cuda" else 4)
                 self.notes.append(f"{source} taken as large as the policy, as its config is not here")

@@ -146,7 +146,7 @@ def _size_rewards(
             size = found.rest["adapters"] if lies else number * width
             guessed += [] if is_ours else [f"{source.model} as large as the policy, as its config is not here"]
         on_base |= lies
-        sizes[key] += size
+        sizes[key] += int(size)
     return dict(sizes), on_base, guessed
 
 
