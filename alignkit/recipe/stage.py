@@ -132,7 +132,7 @@ class Stage:
     def expect(self, kind: type[_Options]) -> _Options:
         """The options as the given class; a wrong class is a bug, not a user's mistake."""
         if not isinstance(self.options, kind):
-            raise TypeError(f"stage {self.name} is a {self.method} stage, not {kind.__name__}")
+            raise TypeError(f"stage {self.name} is a stage of {self.method}, not {kind.__name__}")
         return self.options
 
     def to_dict(self) -> dict[str, Any]:
@@ -328,7 +328,7 @@ def _pick(recipe: Recipe, stage: str | None, method: schema.Method | None) -> Se
 
 def _require_method(recipe: Recipe, section: Section, methods: Sequence[str]) -> Section:
     if methods and (method := section.options.method) not in methods:
-        raise RecipeError(f"--stage {section.run} is a {method} stage; run `alignkit {method}`", where=recipe.path)
+        raise RecipeError(f"--stage {section.run} is a stage of {method}; run `alignkit {method}`", where=recipe.path)
     return section
 
 

@@ -131,7 +131,7 @@ def test_a_method_picks_its_only_stage(load: Load) -> None:
         ({"method": "sft"}, "a.yaml: the recipe has several sft stages: pretrain, sft; name one with --stage"),
         ({"stage": "dppo"}, "a.yaml: --stage dppo: the recipe has no such stage; did you mean dpo?"),
         ({"stage": "zzzzz"}, "a.yaml: --stage zzzzz: the recipe has no such stage; there are pretrain, rm, sft, dpo"),
-        ({"stage": "rm", "method": "dpo"}, "a.yaml: --stage rm is a rm stage; run `alignkit rm`"),
+        ({"stage": "rm", "method": "dpo"}, "a.yaml: --stage rm is a stage of rm; run `alignkit rm`"),
         ({}, "a.yaml: the recipe has several stages: pretrain, rm, sft, dpo; name one with --stage"),
     ]:
         with pytest.raises(RecipeError) as caught:

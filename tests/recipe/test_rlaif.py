@@ -193,7 +193,7 @@ def test_the_command_runs_the_whole_line_or_one_step(load: Load) -> None:
         pick_steps(recipe, "labl")
     with pytest.raises(RecipeError, match="the recipe has no rlaif section$"):
         pick_steps(load(HEAD))
-    with pytest.raises(RecipeError, match="--stage sft is a sft stage; run `alignkit sft`"):
+    with pytest.raises(RecipeError, match="--stage sft is a stage of sft; run `alignkit sft`"):
         pick_steps(load(HEAD), "sft")
 
 
