@@ -10,6 +10,7 @@ from alignkit.data.rows import BadRow, Message, Row, Text
 from alignkit.data.values import (
     KNOWN,
     REASONING_KEYS,
+    ROLE_KEYS,
     Reading,
     check_answer,
     check_conversation,
@@ -34,13 +35,20 @@ SYSTEMS, TOOLS, RANKED = (_COLUMNS[name] for name in ("systems", "tools", "ranke
 REJECTED = _COLUMNS["rejected"]  # beside a conversation whose last answer is the chosen one
 SCORES, MASKS = _COLUMNS["scores"], _COLUMNS["masks"]  # higher is better; TRL's
 ASKED = (*PROMPTS, *CONTEXTS, *CONVERSATIONS, *SYSTEMS, *TOOLS, "chat_template_kwargs")
-_WORDS = {"desirable": 1.0, "undesirable": 0.0, "good": 1.0, "bad": 0.0}
+_WORDS = {
+    **dict.fromkeys(("desirable", "good", "chosen", "accepted", "positive", "yes", "like", "thumbs_up", "up"), 1.0),
+    **dict.fromkeys(("undesirable", "bad", "rejected", "negative", "no", "dislike", "thumbs_down", "down"), 0.0),
+}
 START = "\n\nHuman:"
 _ANSWER = "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def adapt_text(reading: Reading) -> Row:
+    for name in ROLE_KEYS:
+        if str(reading.record.get(name)).strip().lower() in KNOWN["roles"]:
+            what = "a turn is no text of its own; write each conversation as a row of messages, or leave the column out"
+            raise BadRow(f"{name}: is {reading.record[name]}; {what} with columns: {{{name}: null}}")
     return Row("text", "", (check_text(reading.need("text"), "text"),), place=reading.place)
 
 
@@ -62,6 +70,8 @@ def _read_conversation(reading: Reading) -> list[Message]:
     value = reading.need(name)
     transcript = type(value) is str and value.lstrip().startswith(START.strip())
     messages = read_turns(value, name) if transcript else value
+    if type(value) is list and len(value) > 1 and all(type(said) is str for said in value):  # they take turns
+        messages = [{"role": ("user", "assistant")[at % 2], "content": said} for at, said in enumerate(value)]
     return _surround(check_conversation(messages, name, reading), reading)
 
 

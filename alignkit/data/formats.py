@@ -12,7 +12,16 @@ from alignkit.data import adapters
 from alignkit.data.adapters import ANSWERS, ASKED, CONVERSATIONS, PROMPTS, START
 from alignkit.data.files import Record
 from alignkit.data.rows import BadRow, Kind, Row
-from alignkit.data.values import KNOWN, REASONING_KEYS, Reading, check_number, is_empty, suggest_column
+from alignkit.data.values import (
+    CONTENT_KEYS,
+    KNOWN,
+    REASONING_KEYS,
+    ROLE_KEYS,
+    Reading,
+    check_number,
+    is_empty,
+    suggest_column,
+)
 from alignkit.errors import suggest
 
 
@@ -65,10 +74,10 @@ _HH = next(form for form in FORMATS if form.name == "hh")
 _IMPLICIT = next(form for form in FORMATS if form.needs == _HH.needs)  # by its text a row is in the other one
 # Not read, these are refused: they say what is asked or thought, what is learnt, or what an answer is worth.
 _TELLING = {*ASKED, *REASONING_KEYS, "history", "label", "weight", "loss_mask"}
-# The beginning of a message, or of a list of them, as JSON or as Python shows it.
-_CONVERSATION = re.compile(
-    r"""\[?\s*\{(?=[^{}]*["'](?:role|from|speaker)["']\s*:)(?=[^{}]*["'](?:content|value|text)["']\s*:)"""
-)
+# The beginning of a message, or of a list of them, as JSON or as Python and NumPy show it.
+_KEYS = ROLE_KEYS[:3], CONTENT_KEYS[:3]  # what else a message may have for them, other objects have too
+_SAYS = [re.compile(rf"""["'](?:{"|".join(names)})["']\s*:""") for names in _KEYS]
+_MESSAGE = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*["'](\w+)["']\s*:""")
 _CSV = re.compile(r"\.[ct]sv(\.\w+)?:\d+\Z")
 _NEAR = {
     "prompt": ("prompt", *PROMPTS), "completion": ("completion", *ANSWERS), "messages": ("messages", *CONVERSATIONS),
@@ -184,10 +193,18 @@ def rename_columns(record: Record, columns: Mapping[str, str | None]) -> Record:
             near = suggest(theirs, map(str, record)) or suggest_column(ours, record)
             raise BadRow(f"{theirs}: is missing (columns.{ours}); the row has {', '.join(map(str, record))}{near}")
     for column, value in renamed.items():
-        if type(value) is str and value[:1] in ("[", "{") and _CONVERSATION.match(value):
-            try:
-                renamed = {**renamed, column: json.loads(value)}
-            except ValueError:
-                what = "holds a conversation as text that is no JSON; write the cell with json.dumps"
-                raise BadRow(f"{column}: {what}") from None
+        # Most texts begin otherwise, and what is asked of each must be cheap.
+        begins = _MESSAGE.match(value) if type(value) is str else None
+        if begins is None or not all(says.search(value) for says in _SAYS):
+            continue
+        try:
+            given = json.loads(value)
+        except ValueError:
+            if not any(begins[1] in names for names in _KEYS):
+                continue
+            what = "holds a conversation as text that is no JSON; write the cell with json.dumps"
+            raise BadRow(f"{column}: {what}") from None
+        first = given[0] if type(given) is list else given
+        if type(first) is dict and all(first.keys() & {*names} for names in _KEYS):
+            renamed = {**renamed, column: given}
     return renamed

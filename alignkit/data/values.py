@@ -16,12 +16,15 @@ KNOWN: dict[str, Any] = json.loads(Path(__file__).with_name("formats.json").read
 _CALL = "call"  # an assistant's turn whose content is a call of a tool
 ROLE_NAMES: dict[str, str] = KNOWN["roles"]  # in small letters
 ROLES = frozenset(ROLE_NAMES.values()) - {_CALL}
-_ROLE_KEYS = ("role", "from", "speaker")
-_CONTENT_KEYS = ("content", "value", "text")
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-_TRAINED_KEYS = {"weight": True, "train": True, "training": True, "trainable": True, "loss": True, "masked": False}
+ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
+CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
+_TRAINED_KEYS = {
+    **dict.fromkeys(("weight", "train", "training", "trainable", "loss", "learn", "loss_weight", "loss_mask"), True),
+    **dict.fromkeys(("masked", "ignore", "no_loss"), False),
+}
 _OTHER_KEYS = ("name", "tool_call_id", "tool_calls", "function_call", "tools")
-_KEYS = {*_ROLE_KEYS, *_CONTENT_KEYS, *REASONING_KEYS, *_TRAINED_KEYS, *_OTHER_KEYS}
+_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *_TRAINED_KEYS, *_OTHER_KEYS}
 # What cannot be honoured, unless it is empty: columns and keys of messages; keys of messages.
 _UNUSABLE_KEYS: dict[str, str] = KNOWN["unusable"] | KNOWN["unusable in messages"]
 # A turn that holds a question and its answer: which key is whose.
@@ -174,7 +177,7 @@ def _split_sides(turns: list[Any]) -> list[Any]:
         if not all(type(turn) is list and len(turn) == 2 for turn in turns):
             return turns
         sides = [zip(("user", "assistant"), turn, strict=True) for turn in turns]
-    elif type(first) is dict and first and not first.keys() & {*_ROLE_KEYS, *_CONTENT_KEYS}:
+    elif type(first) is dict and first and not first.keys() & {*ROLE_KEYS, *CONTENT_KEYS}:
         names = _SIDES | ROLE_NAMES
         if not all(type(turn) is dict and all(key in names for key in turn) for turn in turns):
             return turns
@@ -239,7 +242,7 @@ def _read_message(message: dict[str, Any], field: str, reading: Reading) -> Mess
     elif not read["content"].strip() and role != "tool":
         if role == "system" and "template_kwargs" not in read:
             return None
-        raise BadRow(f"{field}.{_key_of(message, _CONTENT_KEYS)}: is empty")
+        raise BadRow(f"{field}.{_key_of(message, CONTENT_KEYS)}: is empty")
     return read
 
 
@@ -251,7 +254,7 @@ def _key_of(message: dict[str, Any], keys: tuple[str, ...]) -> str:
 
 
 def _read_role(message: dict[str, Any], field: str, reading: Reading) -> str:
-    key = _key_of(message, _ROLE_KEYS)
+    key = _key_of(message, ROLE_KEYS)
     role = message.get(key)
     if type(role) is not str:
         found = f"{type_name(role)}; it must be text" if role is not None else "null" if key in message else "missing"
@@ -269,9 +272,9 @@ def _read_role(message: dict[str, Any], field: str, reading: Reading) -> str:
 
 
 def _read_content(message: dict[str, Any], field: str, role: str) -> tuple[str, str]:
-    key = _key_of(message, _CONTENT_KEYS)
+    key = _key_of(message, CONTENT_KEYS)
     content, where = message.get(key), f"{field}.{key}"
-    for other in _CONTENT_KEYS:
+    for other in CONTENT_KEYS:
         if other != key and not is_empty(message.get(other)) and message[other] != content:
             raise BadRow(f"{field}.{other}: stands beside {key} and says something else")
     thoughts = [message[name] for name in REASONING_KEYS if not is_empty(message.get(name))]
@@ -284,6 +287,7 @@ def _read_content(message: dict[str, Any], field: str, role: str) -> tuple[str, 
             if type(part) is not dict:
                 raise BadRow(f"{where}[{index}]: is {type_name(part)}; it must be an object with type and text")
             kind = part.get("type")
+            kind = "text" if kind in ("input_text", "output_text") else kind
             if kind not in ("text", "thinking", "reasoning"):
                 raise BadRow(f"{where}[{index}]: is a part of type {kind}; only text parts can be used")
             text = next((name for name in (kind, "text", "value", "content") if part.get(name) is not None), "text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -158,6 +159,11 @@ PAIR = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
         (PAIR | {"margin": "big"}, "margin: is 'big'; it must be a number"),
         ({"messages": []}, "messages: is an empty list"),
         ({"messages": "Hi"}, "messages: is text; it must be a list"),
+        ({"dialog_id": 1, "speaker": "user", "text": "Hi"},
+         "speaker: is user; a turn is no text of its own; write each conversation as a row of messages, or leave the "
+         "column out with columns: {speaker: null}"),
+        ({"image_path": "a.png", "prompt": "Hi", "completion": "a"},
+         "image_path: only text can be trained on; leave such rows out"),
         ({"messages": ["Hi"]}, "messages[0]: is text; it must be an object with role and content"),
         ({"messages": [user("Hi")]}, "messages: the last turn is user; it must be assistant"),
         ({"messages": [assistant("Hi")]}, "messages: has no user turn"),
@@ -210,3 +216,42 @@ def test_a_file_whose_columns_always_change_does_not_fill_the_detector() -> None
         detector.read(detector.recognise(record), record, parsed := Parsed("a.jsonl:1"))
         assert parsed.unread == (f"column {number}",)
     assert len(detector._known) <= 4096
+
+
+MARKS = [{"learn": False}, {"loss_weight": 0}, {"loss_mask": 0}, {"ignore": True}, {"no_loss": 1}]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_turn_is_not_learnt_whatever_the_mark_is_called(mark: dict[str, Any]) -> None:
+    row = adapt({"messages": [user("Hi"), assistant("Hello") | mark, user("Bye"), assistant("Ciao")]})
+    (messages,) = row.completions
+    assert [turn.get("trained", True) for turn in messages] == [True, False, True, True]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        ["Hi", "Hello"],
+        [{"author": "user", "content": "Hi"}, {"author": "chatbot", "content": "Hello"}],
+        [{"sender": "User", "message": "Hi"}, {"sender": "Bot", "message": "Hello"}],
+        [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+         {"role": "assistant", "content": [{"type": "output_text", "text": "Hello"}]}],
+    ],
+)  # fmt: skip
+def test_turns_under_other_names_are_read(messages: list[Any]) -> None:
+    assert adapt({"conversation": messages}) == Row("messages", "", ([*HI, *HELLO],), place="rows.jsonl:1")
+
+
+@pytest.mark.parametrize(("word", "label"), [("chosen", 1.0), ("Rejected", 0.0), ("yes", 1.0), ("thumbs_down", 0.0)])
+def test_a_label_may_be_a_word(word: str, label: float) -> None:
+    assert adapt({"prompt": "Hi", "completion": "Hello", "label": word}).label == label
+
+
+def test_a_conversation_as_json_is_found_whatever_its_text_and_the_order_of_its_keys() -> None:
+    said = [{"content": "what is {x}?", "role": "user"}, {"content": "a", "role": "assistant"}]
+    for cell in (json.dumps(said), f"\n {json.dumps(said, indent=1)}", json.dumps([{"id": {}, **said[0]}, said[1]])):
+        assert isinstance(rename_columns({"chosen": cell}, {})["chosen"], list)
+    with pytest.raises(BadRow, match="no JSON"):
+        rename_columns({"chosen": str(said)}, {})
+    for text in ('{"author": "Poe", "text": "Lo"}', '{"a": {"role": 1, "content": 2}} shows it', '{"from": "Rome"}'):
+        assert rename_columns({"completion": text}, {}) == {"completion": text}
