@@ -129,6 +129,8 @@ def _explain(node: Node, fragment: Fragment, defs: Fragment, key: str, errors: l
 
 def _is_choice(node: Node, options: list[Fragment]) -> bool:
     """Whether a value is a wrong word where one of several is expected, and nothing of another kind."""
+    if _hint(node, options).endswith("quotes off"):  # a number or a switch in quotes beside words
+        return False
     return any(_choices(option) and _kind_fits(node.value, option) for option in options)
 
 

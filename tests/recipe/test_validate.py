@@ -36,6 +36,7 @@ sft:
 dpo:
   beta: -1
   loss_type: sgimoid
+  micro_batch_size: "4"
 """
     assert complain(text) == [
         "a.yaml:1: name is \"my run\"; use letters, digits, '.', '_' and '-' only",
@@ -53,6 +54,7 @@ dpo:
         "a.yaml:15: dpo.data is missing; add the rows to train on, here or as the recipe's own `data:`",
         "a.yaml:16: dpo.beta is -1; it must be greater than 0 (typical: 0.05 to 0.5)",
         f"a.yaml:17: dpo.loss_type is sgimoid; it must be one of {NUM_LOSSES} names; did you mean sigmoid?",
+        'a.yaml:18: dpo.micro_batch_size is "4"; it must be a whole number of at least 1 or auto; take the quotes off',
     ]
 
 
